@@ -1,0 +1,236 @@
+"""Classical agents for Bernoulli bandits, played on a batch of tasks at once.
+
+The definitions are those behind table 1 of Duan et al. 2016 (arXiv:1611.02779): the count-based
+agents start from a prior of one pull with half a success per arm, Thompson sampling from Beta(1, 1).
+The mean total reward of an agent is ``agent(means, num_pulls).sum(-1).mean()``.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+__all__ = ["greedy", "play", "random_agent", "thompson_sampling", "tune_ucb1", "ucb1"]
+
+UCB1_GRID = tuple(i / 10 for i in range(11))
+"""Exploration constants that :func:`tune_ucb1` chooses from: 0, 0.1, ..., 1.0."""
+
+ChooseArms = Callable[[Tensor, Tensor, int], Tensor]
+"""``(successes, failures, pull) -> arms``: counts ``[num_tasks, num_arms]`` to arms ``[num_tasks]``."""
+
+
+def play(
+    means: Tensor, num_pulls: int, choose: ChooseArms, generator: Generator | None = None
+) -> Tensor:
+    """Play one trial on every task with the arms that ``choose`` picks from the counts.
+
+    Args:
+        means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
+        num_pulls: pulls a trial.
+        choose: ``(successes, failures, pull) -> arms``. The counts of the trial so far have shape
+            ``[num_tasks, num_arms]`` and include no prior; ``pull`` is 1 on the first pull; ``arms``
+            has shape ``[num_tasks]`` and dtype int64.
+        generator: the only source of randomness, on the device of ``means``; None for torch's own.
+
+    Returns:
+        Rewards of 0 or 1, float32, shape ``[num_tasks, num_pulls]``.
+
+    Example:
+        >>> import torch
+        >>> always_last = lambda successes, failures, pull: successes.new_full((1,), 1).long()
+        >>> play(torch.tensor([[0.0, 1.0]]), 3, always_last)
+        tensor([[1., 1., 1.]])
+    """
+    _check(means, num_pulls)
+    # Half precision would round both the means and, past 256 pulls, the counts.
+    means = means.float()
+    successes, failures = torch.zeros_like(means), torch.zeros_like(means)
+    rewards = means.new_empty(means.shape[0], num_pulls)
+    for pull in range(num_pulls):
+        arms = choose(successes, failures, pull + 1).unsqueeze(-1)  # [num_tasks, 1]
+        reward = _reward(means.gather(-1, arms), generator)  # [num_tasks, 1]
+        successes.scatter_add_(-1, arms, reward)
+        failures.scatter_add_(-1, arms, 1 - reward)
+        rewards[:, pull] = reward.squeeze(-1)
+    return rewards
+
+
+def random_agent(means: Tensor, num_pulls: int, generator: Generator | None = None) -> Tensor:
+    """Pull an arm uniformly at random, whatever came of it (Duan et al. 2016, "Random").
+
+    Args:
+        means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
+        num_pulls: pulls a trial.
+        generator: the only source of randomness, on the device of ``means``; None for torch's own.
+
+    Returns:
+        Rewards of 0 or 1, shape ``[num_tasks, num_pulls]``.
+
+    Example:
+        >>> import torch
+        >>> random_agent(torch.ones(2, 5), 3)
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
+    """
+    num_tasks = means.shape[0]
+
+    def choose(successes: Tensor, failures: Tensor, pull: int) -> Tensor:
+        num_arms = successes.shape[-1]
+        return torch.randint(num_arms, (num_tasks,), generator=generator, device=means.device)
+
+    return play(means, num_pulls, choose, generator)
+
+
+def greedy(means: Tensor, num_pulls: int, generator: Generator | None = None) -> Tensor:
+    """Pull the arm of the best empirical mean (Duan et al. 2016, "Greedy").
+
+    The mean counts the prior pull with its half success; ties go to the lowest arm index.
+
+    Args:
+        means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
+        num_pulls: pulls a trial.
+        generator: the only source of randomness, on the device of ``means``; None for torch's own.
+
+    Returns:
+        Rewards of 0 or 1, shape ``[num_tasks, num_pulls]``.
+
+    Example:
+        >>> import torch
+        >>> greedy(torch.tensor([[0.0, 0.0, 1.0]]), 4)
+        tensor([[0., 0., 1., 1.]])
+    """
+    return ucb1(means, num_pulls, generator, exploration=0.0)
+
+
+def ucb1(
+    means: Tensor,
+    num_pulls: int,
+    generator: Generator | None = None,
+    *,
+    exploration: float = 0.2,
+) -> Tensor:
+    """Pull the arm of the highest upper confidence bound (UCB1: Auer et al. 2002).
+
+    The score at pull ``t`` is ``s / m + c * sqrt(2 * ln(t) / m)``, with ``m`` pulls and ``s`` successes
+    of the arm, the prior pull with its half success among them; ties go to the lowest arm index.
+    Auer et al. have ``c = 1`` and pull every arm once first; Duan et al. 2016 tune ``c``
+    (:func:`tune_ucb1`) and have the prior in place of the first round.
+
+    Args:
+        means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
+        num_pulls: pulls a trial.
+        generator: the only source of randomness, on the device of ``means``; None for torch's own.
+        exploration: the constant ``c``, at least 0.
+
+    Returns:
+        Rewards of 0 or 1, shape ``[num_tasks, num_pulls]``.
+
+    Example:
+        >>> import torch
+        >>> ucb1(torch.tensor([[1.0, 0.0]]), 3, exploration=1.0)
+        tensor([[1., 0., 1.]])
+    """
+    if not 0 <= exploration < math.inf:
+        raise ValueError(
+            f"exploration={exploration} is not a finite number of at least 0: the bound would fall "
+            "below the empirical mean. Pass 0 (greedy) or more, or the result of tune_ucb1."
+        )
+
+    def choose(successes: Tensor, failures: Tensor, pull: int) -> Tensor:
+        pulls = successes + failures + 1
+        bonus = exploration * (2 * math.log(pull) / pulls).sqrt()
+        return ((successes + 0.5) / pulls + bonus).argmax(-1)
+
+    return play(means, num_pulls, choose, generator)
+
+
+def tune_ucb1(means: Tensor, num_pulls: int, generator: Generator | None = None) -> float:
+    """Exploration constant of the grid 0, 0.1, ..., 1.0 with which :func:`ucb1` earns most.
+
+    Tune on other tasks than those reported, or the choice fits the luck of the reported ones.
+
+    Args:
+        means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
+        num_pulls: pulls a trial.
+        generator: the only source of randomness, on the device of ``means``; None for torch's own.
+
+    Returns:
+        The best constant; the lowest one of several that earn the same.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> tuning, reporting = torch.rand(2, 1000, 5, generator=generator)
+        >>> best = tune_ucb1(tuning, 20, generator)
+        >>> ucb1(reporting, 20, generator, exploration=best).shape
+        torch.Size([1000, 20])
+    """
+
+    def mean_reward(exploration: float) -> float:
+        rewards = ucb1(means, num_pulls, generator, exploration=exploration)
+        return rewards.double().mean().item()
+
+    return max(UCB1_GRID, key=mean_reward)
+
+
+def thompson_sampling(means: Tensor, num_pulls: int, generator: Generator | None = None) -> Tensor:
+    """Pull the best arm of one posterior sample (Thompson 1933), from Beta(1, 1) priors.
+
+    Args:
+        means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
+        num_pulls: pulls a trial.
+        generator: the only source of randomness, on the device of ``means``; None for torch's own.
+
+    Returns:
+        Rewards of 0 or 1, shape ``[num_tasks, num_pulls]``.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> rewards = thompson_sampling(torch.tensor([[0.0, 1.0]]), 100, generator)
+        >>> bool(rewards[:, 50:].mean() > 0.9)
+        True
+    """
+
+    def choose(successes: Tensor, failures: Tensor, pull: int) -> Tensor:
+        return _sample_beta(successes + 1, failures + 1, generator).argmax(-1)
+
+    return play(means, num_pulls, choose, generator)
+
+
+def _sample_beta(alpha: Tensor, beta: Tensor, generator: Generator | None) -> Tensor:
+    # torch.distributions.Beta takes no generator; this is the same gamma ratio, with one.
+    first = torch._standard_gamma(alpha, generator=generator)
+    second = torch._standard_gamma(beta, generator=generator)
+    return first / (first + second)
+
+
+def _reward(probability: Tensor, generator: Generator | None) -> Tensor:
+    # rand is in [0, 1), so the strict comparison keeps means of 0 and 1 certain.
+    noise = torch.rand(probability.shape, generator=generator, device=probability.device)
+    return (noise < probability).to(probability.dtype)
+
+
+def _check(means: Tensor, num_pulls: int) -> None:
+    if means.ndim != 2 or means.shape[-1] == 0:
+        raise ValueError(
+            f"means has shape {list(means.shape)}, not [num_tasks, num_arms] with one arm or more: "
+            "agents play a batch of tasks. For a single task pass means.unsqueeze(0)."
+        )
+    if not means.is_floating_point():
+        raise ValueError(
+            f"means has dtype {means.dtype}, which cannot hold probabilities between 0 and 1. "
+            "Pass means.float()."
+        )
+    # Written so that a NaN fails too.
+    if not bool(((means >= 0) & (means <= 1)).all()):
+        raise ValueError(
+            "means has entries outside [0, 1] or NaN: they are the success probabilities of Bernoulli "
+            "arms. Pass probabilities, for example torch.rand(num_tasks, num_arms)."
+        )
+    if num_pulls < 1:
+        raise ValueError(
+            f"num_pulls={num_pulls} leaves no reward to return: a trial has one pull or more. "
+            "Pass num_pulls >= 1."
+        )

@@ -1,0 +1,180 @@
+"""`TaskSampler`: draws the task when a trial starts, and keeps it until the trial's end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.utils import expand_as_right
+from torchrl.data import Composite
+from torchrl.envs import Transform
+
+__all__ = ["TaskDistribution", "TaskSampler"]
+
+#: A task distribution: ``(batch_size, generator) -> task``, the task of shape ``[*batch_size, ...]``.
+TaskDistribution = Callable[[torch.Size, torch.Generator], torch.Tensor | TensorDictBase]
+
+
+class TaskSampler(Transform):
+    """Draws a task for every row of which a trial starts, and writes it under ``"task"``.
+
+    The task is a reset input of the base env (it must stand in the env's ``state_spec``), is constant over the trial,
+    and is an entry of the collected data. It must never be an input of the policy.
+
+    A task that is given to ``env.reset(TensorDict({"task": ...}))`` is taken in place of a drawn one; the resets that
+    collectors and rollouts make on their own never carry one.
+
+    Args:
+        distribution: callable ``(batch_size, generator) -> task`` with a task of shape ``[*batch_size, ...]``.
+        seed: seed of the sampler's own generator. ``TransformedEnv.set_seed`` reaches only the base env, and
+            a training set and a held-out set of tasks must come from different seeds. None takes fresh entropy.
+            Inside the workers of a ``SerialEnv`` or ``ParallelEnv`` each worker needs a seed of its own
+            (``create_env_kwargs=[{"seed": 0}, {"seed": 1}, ...]``), or all workers draw the same tasks; better, put
+            the sampler around the batched env: ``TransformedEnv(ParallelEnv(...), Compose(Trial(...), TaskSampler(...)))``.
+        task_key: entry that the task is written to. Defaults to ``"task"``.
+
+    Raises:
+        KeyError: the base env has no ``task_key`` in its ``state_spec``, so that the task could not reach it.
+        ValueError: a drawn task does not fit the env's ``state_spec``.
+
+    Examples:
+        >>> from torchrl.envs import Compose, TransformedEnv
+        >>> from rl2_torchrl.envs import BernoulliBandit, uniform_means
+        >>> from rl2_torchrl.trial import Trial
+        >>> env = TransformedEnv(
+        ...     BernoulliBandit(num_arms=3, batch_size=(4,)),
+        ...     Compose(Trial(episodes=10), TaskSampler(uniform_means(3), seed=0)),
+        ... )
+        >>> env.reset()["task"].shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, distribution: TaskDistribution, *, seed: int | None = None, task_key: NestedKey = "task"):
+        super().__init__()
+        if not callable(distribution):
+            raise TypeError(
+                f"TaskSampler needs a callable (batch_size, generator) -> task, got {type(distribution).__name__}. "
+                "For a given list of tasks use TaskSampler.fixed(tasks)."
+            )
+        self.distribution = distribution
+        self.task_key = task_key
+        self.generator = torch.Generator()
+        self.seed(seed)
+
+    @classmethod
+    def fixed(cls, tasks: torch.Tensor | TensorDictBase, *, task_key: NestedKey = "task") -> TaskSampler:
+        """A sampler that hands out given tasks in order, for evaluation; after the last it begins again.
+
+        Args:
+            tasks: the tasks, of shape ``[num_tasks, ...]``.
+            task_key: entry that the task is written to.
+
+        Raises:
+            ValueError: there is no task.
+
+        Examples:
+            >>> sampler = TaskSampler.fixed(torch.tensor([[0.1], [0.2], [0.3]]))
+            >>> sampler.distribution(torch.Size([2]), sampler.generator).squeeze(-1)
+            tensor([0.1000, 0.2000])
+            >>> sampler.distribution(torch.Size([2]), sampler.generator).squeeze(-1)
+            tensor([0.3000, 0.1000])
+        """
+        return cls(_InOrder(tasks), seed=0, task_key=task_key)
+
+    def seed(self, seed: int | None) -> None:
+        """Seeds the sampler's own generator; None takes fresh entropy."""
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    # --------------------------------------------------------------- resets
+    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase:
+        env = self._base_env
+        if tensordict is None:
+            tensordict = TensorDict({}, batch_size=env.batch_size, device=env.device)
+        if self.task_key in tensordict.keys(True):
+            return tensordict
+        rows = tensordict.get("_reset", None)
+        return tensordict.copy().set(self.task_key, self._draw(rows))
+
+    def _draw(self, rows: torch.Tensor | None) -> torch.Tensor | TensorDictBase:
+        """Tasks ``[*B, ...]``; only those of ``rows`` are new draws, so that a partial reset uses up no others."""
+        spec = self._base_env.full_state_spec[self.task_key]
+        if rows is None or rows.all():
+            return self._sample(self._base_env.batch_size, spec)
+        rows = rows.reshape(self._base_env.batch_size)
+        tasks = spec.zero()
+        tasks[rows] = self._sample(torch.Size([int(rows.sum())]), spec)
+        return tasks
+
+    def _sample(self, batch_size: torch.Size, spec: Any) -> torch.Tensor | TensorDictBase:
+        task = self.distribution(batch_size, self.generator).to(spec.device)
+        feature_shape = spec.shape[len(self._base_env.batch_size) :]
+        if not isinstance(spec, Composite):
+            expected = torch.Size([*batch_size, *feature_shape])
+            if task.shape != expected or task.dtype != spec.dtype:
+                raise ValueError(
+                    f"the task distribution gave {tuple(task.shape)} of {task.dtype} for batch_size {tuple(batch_size)}; "
+                    f"the env's state_spec asks for {tuple(expected)} of {spec.dtype}. A distribution returns one task "
+                    "a row: [*batch_size, ...]."
+                )
+        return task
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        return tensordict_reset.set(self.task_key, tensordict.get(self.task_key).clone())
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        return next_tensordict.set(self.task_key, tensordict.get(self.task_key))
+
+    # ---------------------------------------------------------------- specs
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        state_spec = self._base_env.full_state_spec
+        if self.task_key not in state_spec.keys(True):
+            raise KeyError(
+                f"{type(self._base_env).__name__} has no {self.task_key!r} in its state_spec, so a drawn task could not "
+                f"reach it and every trial would be the same. Its state_spec has {sorted(map(str, state_spec.keys(True)))}. "
+                f"Declare the task there and read it in _reset (for Gymnasium envs: rl2_torchrl.envs.GymTaskEnv)."
+            )
+        observation_spec[self.task_key] = state_spec[self.task_key].clone()
+        return observation_spec
+
+    @property
+    def _base_env(self):
+        return self.container.base_env
+
+    # ----------------------------------------------------------- checkpoints
+    def get_extra_state(self) -> dict[str, torch.Tensor]:
+        """Generator and position: with them a resumed run draws the tasks that the unbroken run would have drawn."""
+        return {"generator": self.generator.get_state(), "position": torch.tensor(self._position)}
+
+    def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores what `get_extra_state` returned."""
+        self.generator.set_state(state["generator"])
+        if isinstance(self.distribution, _InOrder):
+            self.distribution.position = int(state["position"])
+
+    @property
+    def _position(self) -> int:
+        return self.distribution.position if isinstance(self.distribution, _InOrder) else 0
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        raise RuntimeError("TaskSampler is a transform of environments; it has no meaning in a replay buffer.")
+
+
+class _InOrder:
+    """The task distribution of `TaskSampler.fixed`: row after row of ``tasks`` [num_tasks, ...], round and round."""
+
+    def __init__(self, tasks: torch.Tensor | TensorDictBase):
+        if not len(tasks):
+            raise ValueError("TaskSampler.fixed got no task: an evaluation over nothing would report NaN.")
+        self.tasks = tasks
+        self.position = 0
+
+    def __call__(self, batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor | TensorDictBase:
+        index = (self.position + torch.arange(batch_size.numel())) % len(self.tasks)
+        self.position = (self.position + batch_size.numel()) % len(self.tasks)
+        tasks = self.tasks[index]
+        return tasks.reshape(*batch_size, *tasks.shape[1:])

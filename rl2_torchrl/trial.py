@@ -1,0 +1,196 @@
+"""`Trial`: joins the episodes of one task into one trial. Inside, "done" means *end of trial*."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.utils import expand_as_right
+from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
+from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
+
+__all__ = ["Trial"]
+
+EPISODE_DONE = "episode_done"
+EPISODE_INDEX = "episode_index"
+TRIAL_STEP = "trial_step"
+TIME_LEFT = "time_left"
+#: Entries that `Trial` adds beside the env's own observations; never policy inputs by default.
+TRIAL_KEYS = (EPISODE_DONE, EPISODE_INDEX, TRIAL_STEP, TIME_LEFT)
+
+
+class Trial(Transform):
+    """Turns any TorchRL env into a trial env: several episodes of one task, one "done" at the end.
+
+    When an episode of the base env ends before the trial does, the base env is reset *for those rows only* and
+    with the same task; ``("next", "done")`` stays False, ``("next", "episode_done")`` is True, and
+    the next observation is the new episode's *first* one (Duan et al. 2016, section 2.2). The last observation of the
+    finished episode is not shown to the agent; its action, reward and done are, through `PreviousStep`.
+    When the trial ends, ``done`` and ``terminated`` are True, so that no value is bootstrapped across trials, and the
+    next observation is the episode's last.
+
+    Must be the first transform of its `TransformedEnv`: it resets the base env itself, so a transform before it
+    would be skipped at inner resets. Wrap an already transformed env with
+    ``TransformedEnv(env, Compose(Trial(...), ...), auto_unwrap=False)``.
+
+    Entries added, all of shape ``[*B, 1]`` and all kept in the TensorDict, so that partial resets and workers just
+    work:
+
+    - ``"episode_done"`` (bool): the base env's own done on the step that led here.
+    - ``"episode_index"`` (int64): index of the current episode in the trial, from 0.
+    - ``"trial_step"`` (int64): steps taken in the trial so far.
+    - ``"time_left"`` (float32): share of the trial that is left, from 1 to 0, by whichever bound is nearer. A useful
+      further input for a critic.
+
+    Args:
+        episodes: number of episodes in a trial, or None for no such bound.
+        steps: number of steps in a trial, or None for no such bound. A trial ends at whichever bound comes first.
+        truncate: mark the trial's end as ``truncated`` in place of ``terminated``, so that the value of the last
+            observation is bootstrapped. Default False: a trial's end is terminal (`SPEC` of the paper's objective).
+
+    Raises:
+        ValueError: neither bound is given, or one is below 1.
+        RuntimeError: when attached anywhere but first in the `TransformedEnv`.
+        NotImplementedError: the base env has nested or several done entries (multi-agent envs).
+
+    Examples:
+        >>> import torch
+        >>> from torchrl.envs import GymEnv, TransformedEnv
+        >>> env = TransformedEnv(GymEnv("CartPole-v1"), Trial(episodes=2))
+        >>> rollout = env.rollout(1000)
+        >>> rollout["next", "episode_done"].sum().item(), rollout["next", "done"].sum().item()
+        (2, 1)
+    """
+
+    def __init__(self, episodes: int | None = None, steps: int | None = None, *, truncate: bool = False):
+        super().__init__()
+        if episodes is None and steps is None:
+            raise ValueError("Trial needs a bound, or no trial ever ends: give episodes=, steps= or both.")
+        for name, bound in (("episodes", episodes), ("steps", steps)):
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
+                raise ValueError(f"Trial({name}={bound!r}): a trial has a whole number of {name}, at least 1.")
+        self.episodes = episodes
+        self.steps = steps
+        self.truncate = truncate
+
+    # ---------------------------------------------------------------- step
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        self._require_counters(tensordict)
+        episode_done = next_tensordict["done"]
+        # The index says which episode an observation belongs to, so it moves on with the reset below.
+        episode_index = tensordict[EPISODE_INDEX] + episode_done
+        trial_step = tensordict[TRIAL_STEP] + 1
+        trial_done = self._is_over(episode_index, trial_step)
+
+        inner_reset = episode_done & ~trial_done
+        if inner_reset.any():
+            self._reset_rows(inner_reset, tensordict, next_tensordict)
+        self._set_done(next_tensordict, trial_done)
+        next_tensordict.set(EPISODE_DONE, episode_done.clone())
+        self._set_counters(next_tensordict, episode_index, trial_step)
+        return next_tensordict
+
+    def _is_over(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> torch.Tensor:
+        over = torch.zeros_like(episode_index, dtype=torch.bool)
+        if self.episodes is not None:
+            over = over | (episode_index >= self.episodes)
+        if self.steps is not None:
+            over = over | (trial_step >= self.steps)
+        return over
+
+    def _reset_rows(
+        self, rows: torch.Tensor, tensordict: TensorDictBase, next_tensordict: TensorDictBase
+    ) -> None:
+        """Starts the next episode in ``rows`` [*B, 1] and writes its first observation; other rows stay as they are."""
+        env = self._base_env
+        # The task must be given again: without it the base env would draw or keep a task of its own.
+        reset_input = tensordict.select(*env.state_spec.keys(True, True), strict=False)
+        reset_input.update(next_tensordict.select(*env.state_spec.keys(True, True), strict=False))
+        reset_input.update(next_tensordict.select(*env.done_keys))
+        reset_input.set("_reset", rows)
+        first = env._reset(reset_input)
+        for key in first.keys(True, True):
+            if key in env.done_keys or key in env.reset_keys:
+                continue
+            old, new = next_tensordict.get(key, None), first.get(key)
+            mask = expand_as_right(rows.reshape(env.batch_size), new)
+            next_tensordict.set(key, new if old is None else torch.where(mask, new, old))
+
+    def _set_done(self, next_tensordict: TensorDictBase, trial_done: torch.Tensor) -> None:
+        next_tensordict.set("done", trial_done)
+        next_tensordict.set("terminated", torch.zeros_like(trial_done) if self.truncate else trial_done.clone())
+        if self.truncate or "truncated" in self._base_env.full_done_spec.keys():
+            next_tensordict.set("truncated", trial_done.clone() if self.truncate else torch.zeros_like(trial_done))
+
+    # --------------------------------------------------------------- reset
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        shape = self._base_env.full_done_spec["done"].shape
+        device = tensordict_reset["done"].device
+        zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+        tensordict_reset.set(EPISODE_DONE, torch.zeros(shape, dtype=torch.bool, device=device))
+        if self.truncate:
+            tensordict_reset.set("truncated", torch.zeros(shape, dtype=torch.bool, device=device))
+        self._set_counters(tensordict_reset, zeros, zeros.clone())
+        return tensordict_reset
+
+    def _set_counters(
+        self, tensordict: TensorDictBase, episode_index: torch.Tensor, trial_step: torch.Tensor
+    ) -> None:
+        tensordict.set(EPISODE_INDEX, episode_index)
+        tensordict.set(TRIAL_STEP, trial_step)
+        tensordict.set(TIME_LEFT, self._time_left(episode_index, trial_step))
+
+    def _time_left(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> torch.Tensor:
+        left = [1 - index / bound for index, bound in ((episode_index, self.episodes), (trial_step, self.steps)) if bound]
+        return left[0] if len(left) == 1 else torch.minimum(*left)
+
+    def _require_counters(self, tensordict: TensorDictBase) -> None:
+        if TRIAL_STEP not in tensordict.keys():
+            raise KeyError(
+                f"Trial found no {TRIAL_STEP!r} in the TensorDict that was given to step(). Its counters live there, so "
+                "that partial resets and workers keep them: pass on what reset() or step_mdp() returned, whole."
+            )
+
+    # --------------------------------------------------------------- specs
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        env = self._base_env
+        shape, device = env.full_done_spec["done"].shape, env.device
+        observation_spec[EPISODE_DONE] = Binary(1, shape=shape, dtype=torch.bool, device=device)
+        observation_spec[EPISODE_INDEX] = Unbounded(shape, dtype=torch.int64, device=device)
+        observation_spec[TRIAL_STEP] = Unbounded(shape, dtype=torch.int64, device=device)
+        observation_spec[TIME_LEFT] = Bounded(0, 1, shape=shape, dtype=torch.float32, device=device)
+        return observation_spec
+
+    def transform_done_spec(self, done_spec: Composite) -> Composite:
+        if self.truncate and "truncated" not in done_spec.keys():
+            done_spec["truncated"] = done_spec["done"].clone()
+        return done_spec
+
+    # ------------------------------------------------------------ attaching
+    @property
+    def _base_env(self) -> EnvBase:
+        """The env below, itself and not a clone (`Transform.parent` inside a `Compose` is rebuilt from clones)."""
+        env = self.container
+        if env is None:
+            raise RuntimeError("Trial works inside a TransformedEnv: TransformedEnv(env, Compose(Trial(...), ...)).")
+        self._require_first(env)
+        base = env.base_env
+        if base.done_keys != ["done", "terminated"] and set(base.done_keys) - {"done", "terminated", "truncated"}:
+            raise NotImplementedError(
+                f"Trial needs one done per env, at the root; this env has {base.done_keys}. In a multi-agent env trials "
+                "of different agents would end at different times: aggregate its done entries first."
+            )
+        return base
+
+    def _require_first(self, env: TransformedEnv) -> None:
+        first = env.transform
+        while isinstance(first, Compose) and len(first):
+            first = first.transforms[0]
+        if first is not self:
+            raise RuntimeError(
+                f"Trial must be the first transform, but {type(first).__name__} comes before it: Trial resets the base "
+                "env itself at every inner episode's end, and that transform would not see it. Put Trial first, or "
+                "wrap the transformed env whole: TransformedEnv(env, Compose(Trial(...), ...), auto_unwrap=False)."
+            )
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        raise RuntimeError("Trial is a transform of environments; it has no meaning in a replay buffer.")
