@@ -1,7 +1,7 @@
 """Classical agents for Bernoulli bandits, played on a batch of tasks at once.
 
-The definitions are those behind table 1 of Duan et al. 2016 (arXiv:1611.02779): the count-based
-agents start from a prior of one pull with half a success per arm, Thompson sampling from Beta(1, 1).
+The definitions are those behind table 1 of Duan et al. 2016 (arXiv:1611.02779): greedy and UCB1
+start from a prior of one pull with half a success per arm, Thompson sampling from Beta(1, 1).
 The mean total reward of an agent is ``agent(means, num_pulls).sum(-1).mean()``.
 """
 
@@ -11,13 +11,21 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["greedy", "play", "random_agent", "thompson_sampling", "tune_ucb1", "ucb1"]
+__all__ = [
+    "check_tasks",
+    "greedy",
+    "play",
+    "random_agent",
+    "thompson_sampling",
+    "tune_ucb1",
+    "ucb1",
+]
 
 UCB1_GRID = tuple(i / 10 for i in range(11))
 """Exploration constants that :func:`tune_ucb1` chooses from: 0, 0.1, ..., 1.0."""
 
 ChooseArms = Callable[[Tensor, Tensor, int], Tensor]
-"""``(successes, failures, pull) -> arms``: counts ``[num_tasks, num_arms]`` to arms ``[num_tasks]``."""
+"""``(successes, failures, pull) -> arms``, with the shapes that :func:`play` gives."""
 
 
 def play(
@@ -29,8 +37,8 @@ def play(
         means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
         num_pulls: pulls a trial.
         choose: ``(successes, failures, pull) -> arms``. The counts of the trial so far have shape
-            ``[num_tasks, num_arms]`` and include no prior; ``pull`` is 1 on the first pull; ``arms``
-            has shape ``[num_tasks]`` and dtype int64.
+            ``[num_tasks, num_arms]`` and include no prior; ``pull`` is 1 on the first pull;
+            ``arms`` has shape ``[num_tasks]`` and dtype int64.
         generator: the only source of randomness, on the device of ``means``; None for torch's own.
 
     Returns:
@@ -42,7 +50,7 @@ def play(
         >>> play(torch.tensor([[0.0, 1.0]]), 3, always_last)
         tensor([[1., 1., 1.]])
     """
-    _check(means, num_pulls)
+    check_tasks(means, num_pulls)
     # Half precision would round both the means and, past 256 pulls, the counts.
     means = means.float()
     successes, failures = torch.zeros_like(means), torch.zeros_like(means)
@@ -54,6 +62,31 @@ def play(
         failures.scatter_add_(-1, arms, 1 - reward)
         rewards[:, pull] = reward.squeeze(-1)
     return rewards
+
+
+def check_tasks(means: Tensor, num_pulls: int) -> None:
+    """Raise ValueError unless ``means`` is ``[num_tasks, num_arms]`` in [0, 1] and num_pulls >= 1."""
+    if means.ndim != 2 or means.shape[-1] == 0:
+        raise ValueError(
+            f"means has shape {list(means.shape)}, not [num_tasks, num_arms] with one arm or more: "
+            "agents play a batch of tasks. For a single task pass means.unsqueeze(0)."
+        )
+    if not means.is_floating_point():
+        raise ValueError(
+            f"means has dtype {means.dtype}, which cannot hold probabilities between 0 and 1. "
+            "Pass means.float()."
+        )
+    # Written so that a NaN fails too.
+    if not bool(((means >= 0) & (means <= 1)).all()):
+        raise ValueError(
+            "means has entries outside [0, 1] or NaN: they are the success probabilities of "
+            "Bernoulli arms. Pass probabilities, for example torch.rand(num_tasks, num_arms)."
+        )
+    if num_pulls < 1:
+        raise ValueError(
+            f"num_pulls={num_pulls} leaves no reward to return: a trial has one pull or more. "
+            "Pass num_pulls >= 1."
+        )
 
 
 def random_agent(means: Tensor, num_pulls: int, generator: Generator | None = None) -> Tensor:
@@ -73,10 +106,9 @@ def random_agent(means: Tensor, num_pulls: int, generator: Generator | None = No
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    num_tasks = means.shape[0]
 
     def choose(successes: Tensor, failures: Tensor, pull: int) -> Tensor:
-        num_arms = successes.shape[-1]
+        num_tasks, num_arms = successes.shape
         return torch.randint(num_arms, (num_tasks,), generator=generator, device=means.device)
 
     return play(means, num_pulls, choose, generator)
@@ -112,8 +144,9 @@ def ucb1(
 ) -> Tensor:
     """Pull the arm of the highest upper confidence bound (UCB1: Auer et al. 2002).
 
-    The score at pull ``t`` is ``s / m + c * sqrt(2 * ln(t) / m)``, with ``m`` pulls and ``s`` successes
-    of the arm, the prior pull with its half success among them; ties go to the lowest arm index.
+    The score at pull ``t``, counted from 1, is ``s / m + c * sqrt(2 * ln(t) / m)``, with ``m``
+    pulls and ``s`` successes of the arm, the prior pull with its half success among them; ties go
+    to the lowest arm index.
     Auer et al. have ``c = 1`` and pull every arm once first; Duan et al. 2016 tune ``c``
     (:func:`tune_ucb1`) and have the prior in place of the first round.
 
@@ -210,27 +243,3 @@ def _reward(probability: Tensor, generator: Generator | None) -> Tensor:
     # rand is in [0, 1), so the strict comparison keeps means of 0 and 1 certain.
     noise = torch.rand(probability.shape, generator=generator, device=probability.device)
     return (noise < probability).to(probability.dtype)
-
-
-def _check(means: Tensor, num_pulls: int) -> None:
-    if means.ndim != 2 or means.shape[-1] == 0:
-        raise ValueError(
-            f"means has shape {list(means.shape)}, not [num_tasks, num_arms] with one arm or more: "
-            "agents play a batch of tasks. For a single task pass means.unsqueeze(0)."
-        )
-    if not means.is_floating_point():
-        raise ValueError(
-            f"means has dtype {means.dtype}, which cannot hold probabilities between 0 and 1. "
-            "Pass means.float()."
-        )
-    # Written so that a NaN fails too.
-    if not bool(((means >= 0) & (means <= 1)).all()):
-        raise ValueError(
-            "means has entries outside [0, 1] or NaN: they are the success probabilities of Bernoulli "
-            "arms. Pass probabilities, for example torch.rand(num_tasks, num_arms)."
-        )
-    if num_pulls < 1:
-        raise ValueError(
-            f"num_pulls={num_pulls} leaves no reward to return: a trial has one pull or more. "
-            "Pass num_pulls >= 1."
-        )

@@ -8,11 +8,11 @@ state is the sorted tuple of each arm's ``(successes, failures)``.
 import torch
 from torch import Generator, Tensor
 
-from rl2_torchrl.baselines.bandits import play
+from rl2_torchrl.baselines.bandits import check_tasks, play
 
 __all__ = ["bayes_optimal", "bayes_optimal_return"]
 
-MAX_STATES = 100_000
+MAX_STATES = 60_000
 """Posterior states up to which the dynamic programme runs: a matter of seconds."""
 
 Arm = tuple[int, int]
@@ -24,7 +24,7 @@ def bayes_optimal_return(num_arms: int, num_pulls: int) -> float:
 
     Args:
         num_arms: arms of the bandit; any number, as no more than ``num_pulls`` can be touched.
-        num_pulls: pulls a trial; up to 16 with any number of arms, more with few arms.
+        num_pulls: pulls a trial; up to 15 with any number of arms, more with few arms.
 
     Returns:
         The expected total reward of a trial. Table 1 of Duan et al. 2016 has 6.7, 6.7 and 6.8 for
@@ -43,7 +43,7 @@ def bayes_optimal(means: Tensor, num_pulls: int, generator: Generator | None = N
 
     Args:
         means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
-        num_pulls: pulls a trial; up to 16 with any number of arms, more with few arms.
+        num_pulls: pulls a trial; up to 15 with any number of arms, more with few arms.
         generator: the only source of randomness, on the device of ``means``; None for torch's own.
 
     Returns:
@@ -54,13 +54,13 @@ def bayes_optimal(means: Tensor, num_pulls: int, generator: Generator | None = N
         >>> bayes_optimal(torch.tensor([[0.0, 1.0]]), 4)
         tensor([[0., 1., 1., 1.]])
     """
-    num_arms = means.shape[-1]
-    _, policy = _solve(num_arms, num_pulls)
+    check_tasks(means, num_pulls)
+    _, policy = _solve(means.shape[-1], num_pulls)
     base = num_pulls + 1
 
     def choose(successes: Tensor, failures: Tensor, pull: int) -> Tensor:
         codes = (successes * base + failures).long()
-        # Stable: of untouched arms the lowest index comes first. Columns past num_pulls are untouched.
+        # No more than num_pulls arms can be touched: the columns beyond add nothing to the state.
         codes, order = codes.sort(dim=-1, descending=True, stable=True)
         groups, group = codes[:, :num_pulls].unique(dim=0, return_inverse=True)
         states = [tuple(divmod(code, base) for code in row) for row in groups.tolist()]
@@ -113,8 +113,8 @@ def _reachable_states(num_arms: int, num_pulls: int) -> list[list[State]]:
             if num_states + len(following) > MAX_STATES:
                 raise ValueError(
                     f"num_pulls={num_pulls} with num_arms={num_arms} has more than {MAX_STATES:,} "
-                    "posterior states, too many to enumerate. Use num_pulls <= 14 or fewer arms, or "
-                    "compare with ucb1 and thompson_sampling, which have no such limit."
+                    "posterior states, too many to enumerate. Use num_pulls <= 15 or fewer arms, "
+                    "or compare with ucb1 and thompson_sampling, which have no such limit."
                 )
         layers.append(list(following))
         num_states += len(following)

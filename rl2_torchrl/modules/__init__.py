@@ -1,0 +1,7 @@
+"""GRU actors and value heads: TensorDictModules that go wherever TorchRL's own go."""
+
+from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor
+from rl2_torchrl.modules.actor_critic import ActorCritic
+from rl2_torchrl.modules.value import GRUValueHead, MemoryValueHead
+
+__all__ = ["ActorCritic", "GRUCategoricalActor", "GRUGaussianActor", "GRUValueHead", "MemoryValueHead"]

@@ -1,0 +1,56 @@
+"""`ActorCritic`: the collector's policy, which acts and stores the value in one pass."""
+
+from __future__ import annotations
+
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+
+__all__ = ["ActorCritic"]
+
+
+class ActorCritic(TensorDictSequential):
+    """Actor, then critic: the policy to collect with, so that values are stored at collection and never computed twice.
+
+    The critic's memory then is part of the collected data as the actor's is; a critic outside the collector's
+    policy gets no primer, and its memory would silently be lost.
+
+    Args:
+        actor: e.g. `GRUGaussianActor` or `GRUCategoricalActor`.
+        critic: e.g. `GRUValueHead` or `MemoryValueHead`.
+
+    Examples:
+        >>> from rl2_torchrl.modules import GRUCategoricalActor, GRUValueHead
+        >>> policy = ActorCritic(GRUCategoricalActor(5, 3), GRUValueHead(5))
+        >>> policy.hidden_keys
+        ['actor_hidden', 'critic_hidden']
+    """
+
+    def __init__(self, actor: TensorDictModuleBase, critic: TensorDictModuleBase):
+        super().__init__(actor, critic)
+
+    @property
+    def actor(self) -> TensorDictModuleBase:
+        """The policy proper."""
+        return self.module[0]
+
+    @property
+    def critic(self) -> TensorDictModuleBase:
+        """The value function."""
+        return self.module[1]
+
+    @property
+    def hidden_keys(self) -> list[NestedKey]:
+        """Entries of the hidden states, ``[*B, num_layers, hidden_size]`` each."""
+        return hidden_keys(self)
+
+
+def hidden_keys(module: TensorDictModuleBase) -> list[NestedKey]:
+    """Entries that ``module`` reads and hands on to the next step: ``k`` among its inputs and ``("next", k)`` written.
+
+    Examples:
+        >>> from rl2_torchrl.modules import GRUValueHead
+        >>> hidden_keys(GRUValueHead(5))
+        ['critic_hidden']
+    """
+    handed_on = {key[1:] if len(key) > 2 else key[1] for key in module.out_keys if isinstance(key, tuple) and key[0] == "next"}
+    return [key for key in module.in_keys if key in handed_on]

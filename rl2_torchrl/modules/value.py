@@ -1,0 +1,164 @@
+"""Critics: `GRUValueHead` with a memory of its own, `MemoryValueHead` on the actor's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.envs import EnvBase
+
+from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor, input_size
+from rl2_torchrl.modules.body import Concat, Head, gru_body
+
+__all__ = ["GRUValueHead", "MemoryValueHead"]
+
+
+class GRUValueHead(TensorDictSequential):
+    """Value function with a GRU of its own: ``v_t = W relu(GRU(trans_t, h_{t-1})) + b`` (SPEC 3).
+
+    Reads ``in_key`` and ``extra_keys``, ``hidden_key`` ``[*B, num_layers, hidden_size]`` and ``"is_init"`` ``[*B, 1]``;
+    writes ``value_key`` ``[*B, 1]``, ``features_key`` and ``("next", hidden_key)``.
+
+    Args:
+        input_size: summed size of all inputs.
+        hidden_size: GRU units. Default 64.
+        num_layers: GRU layers. Default 1.
+        activation: module class between GRU and linear layer. Default `torch.nn.ReLU`.
+        init_range: the last layer is drawn from U(-init_range, init_range). Default 3e-3.
+        in_key: transition input. Default ``"trans"``.
+        extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each
+            ``[*B, n]``. They are concatenated to the GRU's input.
+        value_key: Default ``"state_value"``.
+        hidden_key: Default ``"critic_hidden"``.
+        features_key: Default ``"critic_features"``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> value = GRUValueHead(input_size=6, hidden_size=8, extra_keys=["time_left"])
+        >>> td = TensorDict({"trans": torch.zeros(4, 5), "time_left": torch.ones(4, 1)}, [4])
+        >>> value(td.set("is_init", torch.ones(4, 1, dtype=torch.bool)))["state_value"].shape
+        torch.Size([4, 1])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        *,
+        hidden_size: int = 64,
+        num_layers: int = 1,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        init_range: float = 3e-3,
+        in_key: NestedKey = "trans",
+        extra_keys: Sequence[NestedKey] = (),
+        value_key: NestedKey = "state_value",
+        hidden_key: NestedKey = "critic_hidden",
+        features_key: NestedKey = "critic_features",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        keys = {"hidden_key": hidden_key, "features_key": features_key}
+        body = gru_body([in_key, *extra_keys], input_size, hidden_size, num_layers=num_layers, **keys, **factory)
+        head = Head(hidden_size, 1, init_range=init_range, activation=activation, **factory)
+        super().__init__(*body, TensorDictModule(head, [features_key], [value_key]))
+        self.hidden_key, self.value_key = hidden_key, value_key
+
+    @classmethod
+    def from_env(cls, env: EnvBase, **kwargs) -> GRUValueHead:
+        """A value head of the input sizes and device of ``env``; further keywords as in the constructor.
+
+        Raises:
+            KeyError: the env lacks the transition input or one of ``extra_keys``.
+        """
+        kwargs.setdefault("device", env.device)
+        in_keys = [kwargs.get("in_key", "trans"), *kwargs.get("extra_keys", ())]
+        return cls(input_size(env, in_keys), **kwargs)
+
+
+class MemoryValueHead(TensorDictSequential):
+    """Value function on the *actor's* memory: no GRU of its own, so half the work of two separate networks.
+
+    With ``detach=True`` it sends no gradient into the actor's memory: the actor's GRU is trained by the policy loss
+    alone ("detached" wiring). With ``detach=False`` both losses train one trunk ("shared" wiring); on long trials the
+    value loss then tends to crowd out the policy's.
+
+    In a loss the actor must run first, as it does in `ClipPPOLoss` and `A2CLoss`: the head reads the features that the
+    actor has just computed.
+
+    Args:
+        features_size: size of the actor's features, its ``hidden_size``.
+        detach: whether to stop the gradient into the actor's memory.
+        extra_size: summed size of ``extra_keys``.
+        extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each ``[*B, n]``.
+        num_cells: sizes of further hidden layers. A detached critic cannot shape its features, so that one layer of its
+            own helps. Default none.
+        activation: Default `torch.nn.ReLU`.
+        init_range: the last layer is drawn from U(-init_range, init_range). Default 3e-3.
+        features_key: the actor's features. Default ``"actor_features"``.
+        value_key: Default ``"state_value"``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> actor = GRUCategoricalActor(input_size=5, num_actions=3, hidden_size=8)
+        >>> value = MemoryValueHead(features_size=8, detach=True)
+        >>> td = TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
+        >>> value(actor(td))["state_value"].shape
+        torch.Size([4, 1])
+    """
+
+    def __init__(
+        self,
+        features_size: int,
+        *,
+        detach: bool,
+        extra_size: int = 0,
+        extra_keys: Sequence[NestedKey] = (),
+        num_cells: Sequence[int] = (),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        init_range: float = 3e-3,
+        features_key: NestedKey = "actor_features",
+        value_key: NestedKey = "state_value",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        head = Head(
+            features_size + extra_size,
+            1,
+            init_range=init_range,
+            activation=activation,
+            num_cells=num_cells,
+            device=device,
+            dtype=dtype,
+        )
+        in_keys = [features_key, *extra_keys]
+        super().__init__(TensorDictModule(_OnMemory(head, detach), in_keys, [value_key]))
+        self.detach, self.value_key = detach, value_key
+
+    @classmethod
+    def from_env(cls, env: EnvBase, actor: GRUCategoricalActor | GRUGaussianActor, **kwargs) -> MemoryValueHead:
+        """A value head on ``actor``'s memory, with the device and extra inputs of ``env``.
+
+        Raises:
+            KeyError: the env lacks one of ``extra_keys``.
+        """
+        kwargs.setdefault("device", env.device)
+        extra_size = input_size(env, kwargs.get("extra_keys", ()))
+        return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
+
+
+class _OnMemory(nn.Module):
+    def __init__(self, head: Head, detach: bool):
+        super().__init__()
+        self.head, self.detach = head, detach
+        self.concat = Concat()
+
+    def forward(self, features: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
+        features = features.detach() if self.detach else features
+        return self.head(self.concat(features, *extra))

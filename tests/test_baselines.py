@@ -1,0 +1,271 @@
+import pytest
+import torch
+
+from rl2_torchrl.baselines import (
+    bayes_optimal,
+    bayes_optimal_return,
+    greedy,
+    random_agent,
+    thompson_sampling,
+    tune_ucb1,
+    ucb1,
+)
+
+AGENTS = [random_agent, greedy, ucb1, thompson_sampling, bayes_optimal]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def mean_and_se(rewards):
+    totals = rewards.double().sum(-1)
+    return totals.mean().item(), totals.std().item() / totals.numel() ** 0.5
+
+
+# ---- Bayes optimum by hand. The posterior mean after s successes, f failures: (s+1)/(s+f+2).
+
+
+@pytest.mark.parametrize(
+    ("num_arms", "num_pulls", "expected"),
+    [
+        # One arm: nothing to choose, half a reward a pull.
+        (1, 1, 0.5),
+        (1, 7, 3.5),
+        # One pull: nothing learnt before it.
+        (9, 1, 0.5),
+        # Two pulls: success (1/2) -> the same arm, 2/3; failure -> the other, 1/2 (same: 1/3).
+        # 1/2 + 1/2 * 2/3 + 1/2 * 1/2 = 13/12.
+        (2, 2, 13 / 12),
+        # Three pulls of two arms.
+        #   After a success: the same arm, 2/3 * (1 + 3/4) + 1/3 * max(2/4, 1/2) = 4/3
+        #     (the other: 1/2 * (1 + 2/3) + 1/2 * 2/3 = 7/6).
+        #   After a failure: the other arm, 1/2 * (1 + 2/3) + 1/2 * 1/3 = 1
+        #     (the same: 1/3 * (1 + 1/2) + 2/3 * 1/2 = 5/6).
+        # 1/2 + 1/2 * 4/3 + 1/2 * 1 = 5/3.
+        (2, 3, 5 / 3),
+        # With a third arm two failures leave an untouched arm, 1/2 in place of 1/3:
+        # after a failure 5/6 + 1/2 * 1/2 = 13/12, so 1/2 + 1/2 * 4/3 + 1/2 * 13/12 = 41/24.
+        (3, 3, 41 / 24),
+    ],
+)
+def test_bayes_optimum_by_hand(num_arms, num_pulls, expected):
+    assert bayes_optimal_return(num_arms, num_pulls) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("num_arms", "expected"), [(5, 6.660), (10, 6.714), (50, 6.714)])
+def test_bayes_optimum_at_ten_pulls(num_arms, expected):
+    assert bayes_optimal_return(num_arms, 10) == pytest.approx(expected, abs=1e-3)
+
+
+def test_arms_beyond_the_pulls_are_worth_nothing():
+    assert bayes_optimal_return(1000, 4) == bayes_optimal_return(4, 4)
+    assert bayes_optimal_return(4, 4) > bayes_optimal_return(3, 4)
+
+
+@pytest.mark.parametrize(("num_arms", "num_pulls"), [(5, 10), (20, 8), (2, 20)])
+def test_bayes_optimal_agent_earns_the_optimum(num_arms, num_pulls):
+    generator = seeded()
+    means = torch.rand(40_000, num_arms, generator=generator)
+    mean, se = mean_and_se(bayes_optimal(means, num_pulls, generator))
+    assert abs(mean - bayes_optimal_return(num_arms, num_pulls)) < 3 * se
+
+
+def test_bayes_optimal_explores_an_untouched_arm_after_failures():
+    # Failures move to untouched arms in order of index; a success there is never left.
+    means = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    expected = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    assert torch.equal(bayes_optimal(means, 4), expected)
+
+
+# ---- Agents: trials on certain arms (means of 0 and 1), worked by hand.
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        # All arms score 1/2, so arm 0; a failure makes it (0 + 1/2) / 2 = 1/4, and arm 1 is next.
+        ([0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]),
+        ([0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0]),
+        # The lowest index wins the tie at 1/2, the worse arm is never seen.
+        ([1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]),
+        # All arms failed once: back to arm 0 (1/4 each).
+        ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_greedy_by_hand(means, expected):
+    assert greedy(torch.tensor([means]), 4)[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("exploration", "expected"),
+    [
+        # Pull 1: ln 1 = 0, a tie, arm 0 succeeds: s/m = 1.5 / 2.
+        # Pull 2: 0.75 + c * sqrt(2 ln 2 / 2) = 0.75 + 0.833 c for arm 0,
+        # 0.5 + c * sqrt(2 ln 2 / 1) = 0.5 + 1.177 c for arm 1: arm 1 from c = 0.725 on. It fails.
+        # Pull 3: both pulled once and the bonus is equal, 0.75 against 0.25: arm 0.
+        (0.7, [1.0, 1.0]),
+        (0.75, [1.0, 0.0]),
+        (1.0, [1.0, 0.0, 1.0]),
+    ],
+)
+def test_ucb1_by_hand(exploration, expected):
+    rewards = ucb1(torch.tensor([[1.0, 0.0]]), len(expected), exploration=exploration)
+    assert rewards[0].tolist() == expected
+
+
+def test_ucb1_without_exploration_is_greedy():
+    means = torch.rand(500, 6, generator=seeded())
+    expected = greedy(means, 30, seeded(1))
+    assert torch.equal(ucb1(means, 30, seeded(1), exploration=0.0), expected)
+    assert not torch.equal(ucb1(means, 30, seeded(1)), expected)
+
+
+@pytest.mark.parametrize(
+    ("agent", "expected"),
+    [
+        (random_agent, 1.0),
+        (greedy, 13 / 12),
+        (bayes_optimal, 13 / 12),
+        # The untouched arm's sample is U[0, 1], so the pulled arm's is the larger with the
+        # probability of its posterior mean. After a success 2/3 * 2/3 + 1/3 * 1/2 = 11/18, after a
+        # failure 1/3 * 1/3 + 2/3 * 1/2 = 8/18:
+        # 1/2 + 1/2 * (11/18 + 8/18) = 37/36.
+        (thompson_sampling, 37 / 36),
+    ],
+)
+def test_two_pulls_of_two_arms_by_hand(agent, expected):
+    generator = seeded()
+    mean, se = mean_and_se(agent(torch.rand(200_000, 2, generator=generator), 2, generator))
+    assert abs(mean - expected) < 3 * se
+
+
+def test_thompson_sampling_samples_the_posterior_not_its_mean():
+    # A trial that starts with a success pulled arm 0. Pull 2 is Beta(2, 1) against U[0, 1]: arm 0 with
+    # probability 2/3, which pays, else arm 1, which does not.
+    means = torch.tensor([[1.0, 0.0]]).expand(200_000, 2)
+    rewards = thompson_sampling(means, 2, seeded())
+    stayed = rewards[rewards[:, 0] == 1, 1].double()
+    assert abs(stayed.mean().item() - 2 / 3) < 3 * (2 / 9 / stayed.numel()) ** 0.5
+
+
+# ---- Agents: table 1 of Duan et al. 2016.
+
+# (pulls, arms) -> the table's cells, and the standard error of its 1,000 tasks.
+TABLE = {
+    (10, 5): ({"random": 5.0, "greedy": 6.6, "ucb1": 6.7, "thompson": 5.7}, 0.07),
+    (100, 5): ({"random": 49.9, "greedy": 74.8, "ucb1": 78.0, "thompson": 74.7}, 0.52),
+}
+PLAYERS = {"random": random_agent, "greedy": greedy, "ucb1": ucb1, "thompson": thompson_sampling}
+
+
+@pytest.mark.parametrize("cell", TABLE, ids=str)
+@pytest.mark.parametrize("name", PLAYERS)
+def test_mean_total_reward_of_the_paper(cell, name):
+    (num_pulls, num_arms), (expected, paper_se) = cell, TABLE[cell]
+    generator = seeded()
+    options = {}
+    if name == "ucb1":
+        tuning = torch.rand(2_000, num_arms, generator=generator)
+        options["exploration"] = tune_ucb1(tuning, num_pulls, generator)
+    means = torch.rand(10_000, num_arms, generator=generator)
+    mean, se = mean_and_se(PLAYERS[name](means, num_pulls, generator, **options))
+    assert abs(mean - expected[name]) < 3 * (se**2 + paper_se**2) ** 0.5
+
+
+def test_tuned_constant_of_the_paper():
+    # At 100 pulls of 5 arms 0.2 earns most; the ends of the grid are far below it.
+    generator = seeded()
+    best = tune_ucb1(torch.rand(10_000, 5, generator=generator), 100, generator)
+    assert best in (0.1, 0.2, 0.3)
+    # On certain arms the lowest constant that earns all is as good as any.
+    assert tune_ucb1(torch.ones(3, 2), 5) == 0.0
+
+
+# ---- Contract.
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_rewards_are_zero_or_one_a_pull(agent):
+    rewards = agent(torch.rand(40, 3, generator=seeded()), 6, seeded())
+    assert rewards.shape == (40, 6)
+    assert rewards.dtype == torch.float32
+    assert set(rewards.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_generator_is_the_only_randomness(agent):
+    means = torch.rand(200, 4, generator=seeded())
+    torch.manual_seed(0)
+    first = agent(means, 8, seeded(7))
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(agent(means, 8, seeded(7)), first)
+    assert not torch.equal(agent(means, 8, seeded(8)), first)
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), state)  # the global stream was not drawn from
+
+
+def test_tuning_draws_from_the_generator_only():
+    means = torch.rand(200, 4, generator=seeded())
+    state = torch.get_rng_state()
+    assert tune_ucb1(means, 20, seeded(7)) == tune_ucb1(means, 20, seeded(7))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_means_are_left_as_they_were(agent):
+    means = torch.rand(20, 4, generator=seeded())
+    before = means.clone()
+    agent(means, 8)
+    assert torch.equal(means, before)
+
+
+@pytest.mark.parametrize("agent", [*AGENTS, tune_ucb1])
+@pytest.mark.parametrize(
+    ("means", "num_pulls", "message"),
+    [
+        (torch.rand(3), 2, r"means has shape \[3\].*num_tasks, num_arms.*unsqueeze"),
+        (torch.tensor(0.5), 2, r"means has shape \[\]"),
+        (torch.rand(2, 3, 4), 2, r"means has shape \[2, 3, 4\]"),
+        (torch.rand(2, 0), 2, r"means has shape \[2, 0\].*one arm"),
+        (torch.ones(2, 2).long(), 2, r"means has dtype torch.int64.*means.float\(\)"),
+        (torch.tensor([[0.5, 1.1]]), 2, r"means has entries outside \[0, 1\].*Pass probabilities"),
+        (torch.tensor([[0.5, -0.1]]), 2, r"means has entries outside \[0, 1\]"),
+        (torch.tensor([[0.5, float("nan")]]), 2, r"means has entries outside \[0, 1\] or NaN"),
+        (torch.rand(2, 2), 0, r"num_pulls=0.*Pass num_pulls >= 1"),
+        (torch.rand(2, 2), -1, r"num_pulls=-1"),
+    ],
+)
+def test_bad_tasks(agent, means, num_pulls, message):
+    with pytest.raises(ValueError, match=message):
+        agent(means, num_pulls)
+
+
+@pytest.mark.parametrize("exploration", [-0.1, float("nan"), float("inf")])
+def test_bad_exploration(exploration):
+    with pytest.raises(ValueError, match=r"exploration=.*tune_ucb1"):
+        ucb1(torch.rand(2, 2), 3, exploration=exploration)
+
+
+@pytest.mark.parametrize(("num_arms", "num_pulls"), [(0, 5), (5, 0), (-1, 5), (5, -1)])
+def test_bayes_optimum_needs_an_arm_and_a_pull(num_arms, num_pulls):
+    with pytest.raises(ValueError, match=rf"num_arms={num_arms} and num_pulls={num_pulls} must"):
+        bayes_optimal_return(num_arms, num_pulls)
+
+
+@pytest.mark.parametrize(("num_arms", "num_pulls"), [(50, 16), (5, 100), (2, 1_000)])
+def test_bayes_optimum_refuses_a_long_horizon(num_arms, num_pulls):
+    with pytest.raises(ValueError, match=rf"num_pulls={num_pulls} with num_arms={num_arms}.*ucb1"):
+        bayes_optimal_return(num_arms, num_pulls)
+    with pytest.raises(ValueError, match="posterior states"):
+        bayes_optimal(torch.rand(2, num_arms), num_pulls)
+
+
+def test_bayes_optimum_takes_a_longer_horizon_with_few_arms():
+    assert bayes_optimal_return(1, 100) == pytest.approx(50.0)
+    # No more than knowing the better of two arms, 2/3 a pull; no less than ucb1 earns.
+    optimum = bayes_optimal_return(2, 30)
+    assert optimum < 30 * 2 / 3
+    mean, se = mean_and_se(ucb1(torch.rand(10_000, 2, generator=seeded()), 30, seeded(1)))
+    assert optimum > mean - 3 * se
