@@ -1,7 +1,8 @@
 """Classical algorithms to hold a meta-learned agent against, per task family.
 
 Every bandit agent is a function ``agent(means, num_pulls, generator=None) -> rewards``:
-``means`` of shape ``[num_tasks, num_arms]`` in, ``rewards`` of shape ``[num_tasks, num_pulls]`` out.
+``means`` of shape ``[num_tasks, num_arms]`` in, ``rewards`` of shape ``[num_tasks, num_pulls]``
+out.
 """
 
 from rl2_torchrl.baselines.bandits import (

@@ -65,7 +65,7 @@ def play(
 
 
 def check_tasks(means: Tensor, num_pulls: int) -> None:
-    """Raise ValueError unless ``means`` is ``[num_tasks, num_arms]`` in [0, 1] and num_pulls >= 1."""
+    """Raise ValueError unless agents can play ``num_pulls`` on ``means``, [num_tasks, num_arms]."""
     if means.ndim != 2 or means.shape[-1] == 0:
         raise ValueError(
             f"means has shape {list(means.shape)}, not [num_tasks, num_arms] with one arm or more: "

@@ -1,0 +1,81 @@
+"""`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients (SPEC 4)."""
+
+from __future__ import annotations
+
+import torch
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from torchrl.objectives import ClipPPOLoss
+
+__all__ = ["RL2PPOLoss"]
+
+
+class RL2PPOLoss(ClipPPOLoss):
+    """``L = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) + 0.5 mean((v - R)²)``, without entropy term (SPEC 4).
+
+    A `ClipPPOLoss` in everything but its defaults, so it goes wherever that goes, with the same keys and options. The
+    loss runs its networks in recurrent mode: it takes sequences ``[*B, T]``, each starting from the hidden state stored
+    at its first step, and the GRU starts anew wherever ``"is_init"`` says so.
+
+    Entries written: ``loss_objective``, ``loss_critic`` (the coefficient included), ``loss_entropy`` when there is a
+    bonus, and `ClipPPOLoss`'s diagnostics.
+
+    Args:
+        actor_network: policy, e.g. `GRUGaussianActor`.
+        critic_network: value function, e.g. `GRUValueHead`.
+        clip_epsilon: clipping of the ratio. Default 0.3, the original's.
+        critic_coeff: weight of the value loss. Default 0.5.
+        loss_critic_type: distance of value and return. Default ``"l2"``, the plain squared error.
+        entropy_bonus: add ``-entropy_coeff * entropy``. Default False.
+        entropy_coeff: weight of the entropy; only read with ``entropy_bonus=True``. Default 0.01.
+        log_explained_variance: Default False: over minibatches of unlike trials it says little and costs a pass.
+        **kwargs: passed on to `ClipPPOLoss`: ``clip_value``, ``normalize_advantage``, ``reduction``, …
+
+    Raises:
+        ValueError: ``clip_epsilon`` is not positive or ``critic_coeff`` is negative.
+
+    Examples:
+        >>> from rl2_torchrl.modules import GRUCategoricalActor, GRUValueHead
+        >>> loss = RL2PPOLoss(GRUCategoricalActor(5, 3), GRUValueHead(5))
+        >>> loss.loss_critic_type, float(loss.critic_coeff), loss.entropy_bonus
+        ('l2', 0.5, False)
+    """
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase | None = None,
+        *,
+        clip_epsilon: float | tuple[float, float] = 0.3,
+        critic_coeff: float | None = 0.5,
+        loss_critic_type: str = "l2",
+        entropy_bonus: bool = False,
+        entropy_coeff: float | None = None,
+        log_explained_variance: bool = False,
+        **kwargs,
+    ):
+        epsilons = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon,)
+        if min(epsilons) <= 0:
+            raise ValueError(f"clip_epsilon={clip_epsilon}: at 0 or below no policy change is allowed at all.")
+        if critic_coeff is not None and critic_coeff < 0:
+            raise ValueError(f"critic_coeff={critic_coeff}: a negative weight would drive the values away from the returns.")
+        super().__init__(
+            actor_network,
+            critic_network,
+            clip_epsilon=clip_epsilon,
+            critic_coeff=critic_coeff if critic_network is not None else None,
+            loss_critic_type=loss_critic_type,
+            entropy_bonus=entropy_bonus,
+            entropy_coeff=entropy_coeff,
+            log_explained_variance=log_explained_variance,
+            **kwargs,
+        )
+        self._set_clip_precision(clip_epsilon)
+
+    def _set_clip_precision(self, clip_epsilon: float | tuple[float, float]) -> None:
+        # ClipPPOLoss stores the threshold as float32, which in float64 networks moves the clip by 1e-8.
+        dtype = next(self.parameters()).dtype
+        if self._asymmetric_clip:
+            self.clip_epsilon_low = torch.as_tensor(clip_epsilon[0], dtype=dtype, device=self.clip_epsilon_low.device)
+            self.clip_epsilon_high = torch.as_tensor(clip_epsilon[1], dtype=dtype, device=self.clip_epsilon_high.device)
+        else:
+            self.clip_epsilon = torch.as_tensor(clip_epsilon, dtype=dtype, device=self.clip_epsilon.device)
