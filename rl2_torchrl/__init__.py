@@ -1,7 +1,50 @@
-"""RL² meta-reinforcement learning (Duan et al. 2016) on TorchRL."""
+"""RL² meta-reinforcement learning (Duan et al. 2016) on TorchRL.
 
+The data flows: env -> `Trial`, `TaskSampler`, `PreviousStep` -> `ActorCritic` in TorchRL's ``Collector`` -> `PPOUpdate`
+(`TrialAdvantage`, `RL2PPOLoss`) -> `train` -> `adaptation_curve` -> `AdaptationReport`. Environments are in
+`rl2_torchrl.envs`, classical agents in `rl2_torchrl.baselines`, contract checks in `rl2_torchrl.testing`.
+"""
+
+from rl2_torchrl.evaluation import (
+    AdaptationCurve,
+    adaptation_curve,
+    with_shuffled_rewards,
+    with_zeroed_memory,
+)
+from rl2_torchrl.modules import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+)
+from rl2_torchrl.objectives import RL2PPOLoss, TrialAdvantage
+from rl2_torchrl.report import AdaptationReport
 from rl2_torchrl.tasks import TaskDistribution, TaskSampler
+from rl2_torchrl.training import TrainResult, train
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
+from rl2_torchrl.update import PPOUpdate, linear_decay
 
-__all__ = ["PreviousStep", "TaskDistribution", "TaskSampler", "Trial"]
+__all__ = [
+    "ActorCritic",
+    "AdaptationCurve",
+    "AdaptationReport",
+    "GRUCategoricalActor",
+    "GRUGaussianActor",
+    "GRUValueHead",
+    "MemoryValueHead",
+    "PPOUpdate",
+    "PreviousStep",
+    "RL2PPOLoss",
+    "TaskDistribution",
+    "TaskSampler",
+    "TrainResult",
+    "Trial",
+    "TrialAdvantage",
+    "adaptation_curve",
+    "linear_decay",
+    "train",
+    "with_shuffled_rewards",
+    "with_zeroed_memory",
+]

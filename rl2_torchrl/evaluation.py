@@ -108,7 +108,9 @@ def adaptation_curve(
     if num_trials < 1:
         raise ValueError(f"num_trials={num_trials}: an evaluation over nothing would report NaN.")
     if EPISODE_INDEX not in env.observation_spec.keys():
-        raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
+        raise ValueError(
+            "the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...)."
+        )
     env = _with_memory(env, policy)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     rounds, count = [], 0
@@ -134,7 +136,9 @@ def _play_round(env, policy, ablation, max_trial_steps: int) -> torch.Tensor:
         playing = playing & ~stepped["next", "done"].reshape(-1)
         if not playing.any():
             return _sum_by_episode(torch.stack(episodes, 1), torch.stack(rewards, 1))
-    raise RuntimeError(f"a trial did not end within max_trial_steps={max_trial_steps}: does an episode of this env ever end?")
+    raise RuntimeError(
+        f"a trial did not end within max_trial_steps={max_trial_steps}: does an episode of this env ever end?"
+    )
 
 
 def _sum_by_episode(episodes: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
@@ -172,7 +176,9 @@ def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[TensorDictBase
     """
     keys: list[NestedKey] = hidden_keys(policy)
     if not keys:
-        raise ValueError(f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}.")
+        raise ValueError(
+            f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}."
+        )
 
     def zero(tensordict: TensorDictBase) -> TensorDictBase:
         for key in keys:
@@ -201,5 +207,3 @@ def with_shuffled_rewards(
         return tensordict.set(in_key, flat.reshape(trans.shape))
 
     return shuffle
-
-

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.utils import expand_as_right
 from torchrl.data import Composite
 from torchrl.envs import Transform
 
@@ -51,7 +50,9 @@ class TaskSampler(Transform):
         torch.Size([4, 3])
     """
 
-    def __init__(self, distribution: TaskDistribution, *, seed: int | None = None, task_key: NestedKey = "task"):
+    def __init__(
+        self, distribution: TaskDistribution, *, seed: int | None = None, task_key: NestedKey = "task"
+    ):
         super().__init__()
         if not callable(distribution):
             raise TypeError(
@@ -161,7 +162,9 @@ class TaskSampler(Transform):
         return self.distribution.position if isinstance(self.distribution, _InOrder) else 0
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        raise RuntimeError("TaskSampler is a transform of environments; it has no meaning in a replay buffer.")
+        raise RuntimeError(
+            "TaskSampler is a transform of environments; it has no meaning in a replay buffer."
+        )
 
 
 class _InOrder:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.utils import expand_as_right
-from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
+from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
 
 __all__ = ["Trial"]
@@ -67,7 +67,9 @@ class Trial(Transform):
             raise ValueError("Trial needs a bound, or no trial ever ends: give episodes=, steps= or both.")
         for name, bound in (("episodes", episodes), ("steps", steps)):
             if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
-                raise ValueError(f"Trial({name}={bound!r}): a trial has a whole number of {name}, at least 1.")
+                raise ValueError(
+                    f"Trial({name}={bound!r}): a trial has a whole number of {name}, at least 1."
+                )
         self.episodes = episodes
         self.steps = steps
         self.truncate = truncate
@@ -117,9 +119,13 @@ class Trial(Transform):
 
     def _set_done(self, next_tensordict: TensorDictBase, trial_done: torch.Tensor) -> None:
         next_tensordict.set("done", trial_done)
-        next_tensordict.set("terminated", torch.zeros_like(trial_done) if self.truncate else trial_done.clone())
+        next_tensordict.set(
+            "terminated", torch.zeros_like(trial_done) if self.truncate else trial_done.clone()
+        )
         if self.truncate or "truncated" in self._base_env.full_done_spec.keys():
-            next_tensordict.set("truncated", trial_done.clone() if self.truncate else torch.zeros_like(trial_done))
+            next_tensordict.set(
+                "truncated", trial_done.clone() if self.truncate else torch.zeros_like(trial_done)
+            )
 
     # --------------------------------------------------------------- reset
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
@@ -140,7 +146,11 @@ class Trial(Transform):
         tensordict.set(TIME_LEFT, self._time_left(episode_index, trial_step))
 
     def _time_left(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> torch.Tensor:
-        left = [1 - index / bound for index, bound in ((episode_index, self.episodes), (trial_step, self.steps)) if bound]
+        left = [
+            1 - index / bound
+            for index, bound in ((episode_index, self.episodes), (trial_step, self.steps))
+            if bound
+        ]
         return left[0] if len(left) == 1 else torch.minimum(*left)
 
     def _require_counters(self, tensordict: TensorDictBase) -> None:
@@ -171,10 +181,16 @@ class Trial(Transform):
         """The env below, itself and not a clone (`Transform.parent` inside a `Compose` is rebuilt from clones)."""
         env = self.container
         if env is None:
-            raise RuntimeError("Trial works inside a TransformedEnv: TransformedEnv(env, Compose(Trial(...), ...)).")
+            raise RuntimeError(
+                "Trial works inside a TransformedEnv: TransformedEnv(env, Compose(Trial(...), ...))."
+            )
         self._require_first(env)
         base = env.base_env
-        if base.done_keys != ["done", "terminated"] and set(base.done_keys) - {"done", "terminated", "truncated"}:
+        if base.done_keys != ["done", "terminated"] and set(base.done_keys) - {
+            "done",
+            "terminated",
+            "truncated",
+        }:
             raise NotImplementedError(
                 f"Trial needs one done per env, at the root; this env has {base.done_keys}. In a multi-agent env trials "
                 "of different agents would end at different times: aggregate its done entries first."

@@ -28,9 +28,7 @@ ChooseArms = Callable[[Tensor, Tensor, int], Tensor]
 """``(successes, failures, pull) -> arms``, with the shapes that :func:`play` gives."""
 
 
-def play(
-    means: Tensor, num_pulls: int, choose: ChooseArms, generator: Generator | None = None
-) -> Tensor:
+def play(means: Tensor, num_pulls: int, choose: ChooseArms, generator: Generator | None = None) -> Tensor:
     """Play one trial on every task with the arms that ``choose`` picks from the counts.
 
     Args:

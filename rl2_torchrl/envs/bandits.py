@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.tasks import TaskDistribution
@@ -28,7 +28,9 @@ class _Bandit(EnvBase):
     ):
         batch_size = torch.Size(batch_size)
         if 0 in batch_size:
-            raise ValueError(f"batch_size {tuple(batch_size)} holds no env: every dimension must be at least 1.")
+            raise ValueError(
+                f"batch_size {tuple(batch_size)} holds no env: every dimension must be at least 1."
+            )
         super().__init__(device=device or "cpu", batch_size=batch_size)
         self.generator = torch.Generator(self.device)
         self._set_seed(seed)
@@ -64,6 +66,14 @@ class _Bandit(EnvBase):
             self.generator.seed()
         else:
             self.generator.manual_seed(seed)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """State of the generator, so that a checkpoint's rewards go on as they would have."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Restores what `get_extra_state` returned."""
+        self.generator.set_state(state)
 
 
 class BernoulliBandit(_Bandit):
@@ -146,7 +156,9 @@ class QuadraticBandit(_Bandit):
         device: torch.device | str | None = None,
     ):
         if dim < 1 or noise < 0:
-            raise ValueError(f"QuadraticBandit(dim={dim}, noise={noise}): dim must be at least 1, noise at least 0.")
+            raise ValueError(
+                f"QuadraticBandit(dim={dim}, noise={noise}): dim must be at least 1, noise at least 0."
+            )
         super().__init__(dim, batch_size, seed, device)
         self.noise = noise
         self.action_spec = Unbounded((*self.batch_size, dim), device=self.device)
@@ -173,4 +185,6 @@ def uniform_targets(dim: int, low: float = -1.0, high: float = 1.0) -> TaskDistr
         >>> uniform_targets(2)(torch.Size([3]), torch.Generator()).shape
         torch.Size([3, 2])
     """
-    return lambda batch_size, generator: low + (high - low) * torch.rand(*batch_size, dim, generator=generator)
+    return lambda batch_size, generator: (
+        low + (high - low) * torch.rand(*batch_size, dim, generator=generator)
+    )

@@ -52,5 +52,9 @@ def hidden_keys(module: TensorDictModuleBase) -> list[NestedKey]:
         >>> hidden_keys(GRUValueHead(5))
         ['critic_hidden']
     """
-    handed_on = {key[1:] if len(key) > 2 else key[1] for key in module.out_keys if isinstance(key, tuple) and key[0] == "next"}
+    handed_on = {
+        key[1:] if len(key) > 2 else key[1]
+        for key in module.out_keys
+        if isinstance(key, tuple) and key[0] == "next"
+    }
     return [key for key in module.in_keys if key in handed_on]

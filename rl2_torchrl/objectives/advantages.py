@@ -59,9 +59,13 @@ class TrialAdvantage(nn.Module):
         super().__init__()
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} must lie in [0, 1]: beyond 1 sums over a trial grow without bound.")
+                raise ValueError(
+                    f"{name}={value} must lie in [0, 1]: beyond 1 sums over a trial grow without bound."
+                )
         if value_target not in ("return", "gae"):
-            raise ValueError(f"value_target={value_target!r}: choose 'return' (return-to-go) or 'gae' (advantage + value).")
+            raise ValueError(
+                f"value_target={value_target!r}: choose 'return' (return-to-go) or 'gae' (advantage + value)."
+            )
         self.gamma, self.lmbda = gamma, lmbda
         self.value_target, self.normalize = value_target, normalize
         self.value_key = value_key
@@ -110,9 +114,13 @@ class TrialAdvantage(nn.Module):
                 "TrialAdvantage(critic=<the collector's policy>)."
             )
         successors = tensordict["next"][rows]
-        missing = [key for key in self.critic.in_keys if key != "is_init" and key not in successors.keys(True, True)]
+        missing = [
+            key for key in self.critic.in_keys if key != "is_init" and key not in successors.keys(True, True)
+        ]
         if missing:
-            raise KeyError(f"the batch ends inside a trial, but ('next', ...) lacks {missing}, which the critic reads there.")
+            raise KeyError(
+                f"the batch ends inside a trial, but ('next', ...) lacks {missing}, which the critic reads there."
+            )
         successors["is_init"] = torch.zeros(*successors.batch_size, 1, dtype=torch.bool, device=rows.device)
         with set_recurrent_mode(False):
             return self.critic(successors)[self.value_key].reshape(-1)

@@ -1,0 +1,1 @@
+"""Experiments: one file each, importable (``recipes.bandit.main(...)``) and runnable (``python -m recipes.bandit``)."""

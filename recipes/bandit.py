@@ -1,0 +1,176 @@
+"""RL² on Bernoulli bandits (Duan et al. 2016, table 1): a GRU learns to explore, then exploit, in its memory alone."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from torchrl.collectors import Collector
+from torchrl.envs import Compose, TransformedEnv
+from torchrl.record.loggers import get_logger
+
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationReport,
+    GRUCategoricalActor,
+    MemoryValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    adaptation_curve,
+    linear_decay,
+    train,
+)
+from rl2_torchrl.baselines import bandits, bayes
+from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+
+TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS = range(4)  # streams of tasks that never meet
+
+
+def main(
+    *,
+    arms: int = 5,
+    pulls: int = 10,
+    trials: int = 1024,
+    env_steps: int = 2_000_000,
+    units: int = 64,
+    lr: float = 3e-3,
+    gamma: float = 1.0,
+    lmbda: float = 0.9,
+    epochs: int = 4,
+    minibatches: int = 8,
+    entropy: float = 0.02,
+    seed: int = 0,
+    report_tasks: int = 20_000,
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv",
+    log_dir: Path = Path("runs/bandit"),
+    resume: bool = False,
+    progress: bool = True,
+) -> AdaptationReport:
+    """Trains RL² on Bernoulli bandits with arm means ~ U[0, 1] and reports how it adapts to held-out ones.
+
+    Args:
+        arms: arms of a bandit, k in the paper's table.
+        pulls: pulls of a trial, n in the paper's table.
+        trials: trials in a batch, each on a bandit of its own.
+        env_steps: pulls to train on in all.
+        units: GRU units.
+        lr: learning rate, decayed to 0 over the training.
+        gamma: discount per pull; 1 optimises the plain sum that is reported.
+        lmbda: GAE's lambda.
+        epochs: passes over a batch.
+        minibatches: minibatches a pass.
+        entropy: weight of the entropy bonus, decayed to 0 over the training.
+        seed: seed of networks, envs and tasks.
+        report_tasks: held-out bandits in the final report.
+        logger: where scalars go; tensorboard and wandb are extras of the package.
+        log_dir: folder of the run: report.json, report.png, scalars and checkpoints.
+        resume: go on from the newest checkpoint in log_dir.
+        progress: show a progress bar.
+    """
+    torch.manual_seed(seed)
+    env = make_env(
+        TaskSampler(uniform_means(arms), seed=stream(seed, TRAIN_TASKS)), arms, pulls, trials, seed
+    )
+    actor = GRUCategoricalActor.from_env(env, hidden_size=units)
+    critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
+    policy = ActorCritic(actor, critic)
+    collector = Collector(
+        env,
+        policy,
+        frames_per_batch=trials * pulls,
+        total_frames=env_steps,
+        auto_register_policy_transforms=True,
+    )
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=entropy),
+        TrialAdvantage(gamma=gamma, lmbda=lmbda, value_target="gae", critic=policy),
+        lr=lr,
+        epochs=epochs,
+        minibatches=minibatches,
+        max_grad_norm=0.5,
+        lr_schedule=linear_decay,
+        entropy_schedule=linear_decay,
+    )
+
+    def evaluate() -> dict[str, float]:
+        curve = play(tasks(seed, HELD_OUT_TASKS, 2048, arms))
+        first, last = curve.per_episode[[0, -1]].tolist()
+        return {"trial_return": curve.mean, "first_pull": first, "last_pull": last}
+
+    def play(held_out: torch.Tensor, **how) -> AdaptationCurve:
+        rows = min(len(held_out), 4096)
+        return adaptation_curve(
+            make_env(TaskSampler.fixed(held_out), arms, pulls, rows, seed), actor, len(held_out), **how
+        )
+
+    result = train(
+        collector,
+        update,
+        evaluate=evaluate,
+        logger=get_logger(logger, str(log_dir), "scalars"),
+        checkpoints=log_dir / "checkpoints",
+        resume=resume,
+        progress=progress,
+    )
+    held_out = tasks(seed, REPORT_TASKS, report_tasks, arms)
+    report = AdaptationReport(
+        agent=play(held_out),
+        greedy=play(held_out, deterministic=True),
+        baselines=classical_agents(held_out, pulls, seed),
+        ablations={
+            "memory_zeroed": play(held_out, ablation=with_zeroed_memory(actor)),
+            "rewards_shuffled": play(held_out, ablation=with_shuffled_rewards()),
+        },
+        optimum=bayes.bayes_optimal_return(arms, pulls) if pulls <= 10 else None,
+        train=result,
+        seed=seed,
+        title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls",
+        episode_name="pull",
+    )
+    path = report.save(log_dir)
+    console = Console()
+    console.print(report.table())
+    console.print(f"{result.env_steps:,} steps in {result.seconds:.0f} s; report and plot: {path.parent}")
+    return report
+
+
+def make_env(sampler: TaskSampler, arms: int, pulls: int, rows: int, seed: int) -> TransformedEnv:
+    """``rows`` bandits side by side, each played for trials of ``pulls`` pulls."""
+    bandit = BernoulliBandit(arms, batch_size=(rows,), seed=stream(seed, 9))
+    return TransformedEnv(bandit, Compose(Trial(episodes=pulls), sampler, PreviousStep()))
+
+
+def classical_agents(means: torch.Tensor, pulls: int, seed: int) -> dict[str, AdaptationCurve]:
+    """The algorithms that humans designed, on the very tasks ``means`` [num_tasks, arms]; UCB1 tuned on others."""
+    generator = torch.Generator().manual_seed(stream(seed, 10))
+    exploration = bandits.tune_ucb1(
+        tasks(seed, TUNING_TASKS, 4000, means.shape[1]), pulls, generator=generator
+    )
+    return {
+        "random": AdaptationCurve(bandits.random_agent(means, pulls, generator)),
+        "greedy": AdaptationCurve(bandits.greedy(means, pulls, generator)),
+        f"UCB1 (c = {exploration:.1f})": AdaptationCurve(
+            bandits.ucb1(means, pulls, generator, exploration=exploration)
+        ),
+        "Thompson sampling": AdaptationCurve(bandits.thompson_sampling(means, pulls, generator)),
+    }
+
+
+def tasks(seed: int, kind: int, number: int, arms: int) -> torch.Tensor:
+    """``number`` bandits from the stream ``kind``, [number, arms]."""
+    return uniform_means(arms)(torch.Size([number]), torch.Generator().manual_seed(stream(seed, kind)))
+
+
+def stream(seed: int, kind: int) -> int:
+    """A seed for each purpose, so that no two draw the same numbers."""
+    return 1000 * seed + kind
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,193 @@
+"""`AdaptationReport`: how an agent adapts, beside classical agents on the same tasks; as table, JSON and plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rl2_torchrl.evaluation import AdaptationCurve
+from rl2_torchrl.training import TrainResult
+
+__all__ = ["AdaptationReport"]
+
+
+@dataclass
+class AdaptationReport:
+    """Adaptation curves of an agent, its ablations and classical agents, all on the same held-out tasks.
+
+    Args:
+        agent: the agent's curve, acting as it was trained (sampling).
+        greedy: the agent's curve in deterministic mode.
+        baselines: curves of classical agents by name.
+        ablations: curves of the agent with a part of its input destroyed, by name.
+        optimum: the best possible mean trial return, where it is known.
+        train: what the training run did.
+        seed: the run's seed.
+        title: what was learnt, for the plot.
+        episode_name: what an episode is called in the plot, e.g. ``"pull"``.
+
+    Examples:
+        >>> import torch
+        >>> curve = AdaptationCurve(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+        >>> report = AdaptationReport(agent=curve, greedy=curve, baselines={"random": curve})
+        >>> report.to_dict()["agent"]["mean"]
+        1.5
+    """
+
+    agent: AdaptationCurve
+    greedy: AdaptationCurve
+    baselines: Mapping[str, AdaptationCurve] = field(default_factory=dict)
+    ablations: Mapping[str, AdaptationCurve] = field(default_factory=dict)
+    optimum: float | None = None
+    train: TrainResult = field(default_factory=TrainResult)
+    seed: int | None = None
+    title: str = "RL²"
+    episode_name: str = "episode"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-compatible values, with the command, seed and versions that made it."""
+        return {
+            "agent": {**_summary(self.agent), "greedy_mean": self.greedy.mean, "greedy_se": self.greedy.se},
+            "baselines": {name: _summary(curve) for name, curve in self.baselines.items()},
+            "ablations": {name: _summary(curve) for name, curve in self.ablations.items()},
+            "optimum": self.optimum,
+            "train": {
+                "env_steps": self.train.env_steps,
+                "seconds": self.train.seconds,
+                "interrupted": self.train.interrupted,
+                "history": self.train.history,
+            },
+            "seed": self.seed,
+            "command": " ".join(sys.argv),
+            "versions": {
+                "python": platform.python_version(),
+                **{
+                    name: version(name)
+                    for name in ("rl2_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "numpy")
+                },
+            },
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``report.json`` and ``report.png`` into ``folder`` and returns the path of the first."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "report.json"
+        path.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=True) + "\n")
+        self.plot().savefig(folder / "report.png", dpi=130)
+        return path
+
+    # ----------------------------------------------------------------- table
+    def table(self):
+        """The report as a `rich.table.Table`: mean ± standard error of a trial's return, best first (needs ``rich``)."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.title}: return of a held-out trial, {self.agent.num_tasks:,} tasks")
+        table.add_column("agent")
+        for column in ("mean", "± SE", f"first {self.episode_name}", f"last {self.episode_name}"):
+            table.add_column(column, justify="right")
+        if self.optimum is not None:
+            table.add_row("Bayes optimum (exact)", f"{self.optimum:.3f}", "", "", "", style="dim")
+        rows = {"[bold]RL²": self.agent, "[bold]RL², greedy": self.greedy, **self.baselines}
+        for name, curve in sorted(rows.items(), key=lambda item: -item[1].mean):
+            table.add_row(name, *_cells(curve))
+        table.add_section()
+        for name, curve in self.ablations.items():
+            table.add_row(f"RL², {name.replace('_', ' ')}", *_cells(curve))
+        return table
+
+    # ------------------------------------------------------------------ plot
+    def plot(self):
+        """A `matplotlib.figure.Figure`: learning curve beside adaptation curves with bands of 2 SE (needs ``matplotlib``)."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        self._plot_learning(left)
+        self._plot_adaptation(right)
+        figure.suptitle(self.title, fontsize=14)
+        return figure
+
+    def _plot_learning(self, axes) -> None:
+        history = self.train.history
+        steps = [row["env_steps"] / 1e6 for row in history]
+        axes.plot(
+            steps,
+            [row["train/trial_return"] for row in history],
+            color=_AGENT,
+            alpha=0.35,
+            lw=1,
+            label="training trials",
+        )
+        held_out = [
+            (row["env_steps"] / 1e6, row["eval/trial_return"])
+            for row in history
+            if "eval/trial_return" in row
+        ]
+        if held_out:
+            axes.plot(
+                *zip(*held_out, strict=True), color=_AGENT, lw=2, marker="o", ms=3.5, label="held-out trials"
+            )
+        self._reference_lines(axes)
+        axes.set(xlabel="env steps (millions)", ylabel="return of a trial", title="Learning: over training")
+        axes.legend(loc="lower right", fontsize=9, frameon=False)
+        _tidy(axes)
+
+    def _reference_lines(self, axes) -> None:
+        if self.optimum is not None:
+            axes.axhline(
+                self.optimum, color="black", lw=1, ls="--", label=f"Bayes optimum {self.optimum:.2f}"
+            )
+        for color, (name, curve) in zip(_COLORS, self.baselines.items(), strict=False):
+            axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{name} {curve.mean:.2f}")
+
+    def _plot_adaptation(self, axes) -> None:
+        for color, (name, curve) in zip(_COLORS, self.baselines.items(), strict=False):
+            _band(axes, curve, name, color=color, lw=1.5)
+        for style, (name, curve) in zip(("--", ":", "-."), self.ablations.items(), strict=False):
+            _band(axes, curve, f"RL², {name.replace('_', ' ')}", color="grey", lw=1.5, ls=style)
+        _band(axes, self.agent, "RL²", color=_AGENT, lw=2.5)
+        axes.set(
+            xlabel=f"{self.episode_name} of the trial",
+            ylabel=f"mean reward of the {self.episode_name}",
+            title="Adaptation: within a trial, weights fixed",
+        )
+        axes.legend(loc="upper left", fontsize=9, frameon=False)
+        _tidy(axes)
+
+
+_AGENT = "#c1272d"
+_COLORS: Sequence[str] = ("#8a8a8a", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#5e3c99")
+
+
+def _summary(curve: AdaptationCurve) -> dict[str, Any]:
+    return {
+        "mean": curve.mean,
+        "se": curve.se,
+        "num_tasks": curve.num_tasks,
+        "per_episode": curve.per_episode.tolist(),
+        "per_episode_se": curve.per_episode_se.tolist(),
+    }
+
+
+def _cells(curve: AdaptationCurve) -> list[str]:
+    first, last = curve.per_episode[0].item(), curve.per_episode[-1].item()
+    return [f"{curve.mean:.3f}", f"{curve.se:.3f}", f"{first:.3f}", f"{last:.3f}"]
+
+
+def _band(axes, curve: AdaptationCurve, label: str, **style) -> None:
+    mean, se = curve.per_episode.numpy(), curve.per_episode_se.numpy()
+    episodes = range(1, len(mean) + 1)
+    axes.plot(episodes, mean, label=label, **style)
+    axes.fill_between(episodes, mean - 2 * se, mean + 2 * se, color=style["color"], alpha=0.2, lw=0)
+
+
+def _tidy(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
