@@ -74,9 +74,7 @@ def main(
         progress: show a progress bar.
     """
     torch.manual_seed(seed)
-    env = make_env(
-        TaskSampler(uniform_means(arms), seed=stream(seed, TRAIN_TASKS)), arms, pulls, trials, seed
-    )
+    env = make_env(TaskSampler(uniform_means(arms), seed=stream(seed, TRAIN_TASKS)), arms, pulls, trials, seed)
     actor = GRUCategoricalActor.from_env(env, hidden_size=units)
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
     policy = ActorCritic(actor, critic)
@@ -149,9 +147,7 @@ def make_env(sampler: TaskSampler, arms: int, pulls: int, rows: int, seed: int) 
 def classical_agents(means: torch.Tensor, pulls: int, seed: int) -> dict[str, AdaptationCurve]:
     """The algorithms that humans designed, on the very tasks ``means`` [num_tasks, arms]; UCB1 tuned on others."""
     generator = torch.Generator().manual_seed(stream(seed, 10))
-    exploration = bandits.tune_ucb1(
-        tasks(seed, TUNING_TASKS, 4000, means.shape[1]), pulls, generator=generator
-    )
+    exploration = bandits.tune_ucb1(tasks(seed, TUNING_TASKS, 4000, means.shape[1]), pulls, generator=generator)
     return {
         "random": AdaptationCurve(bandits.random_agent(means, pulls, generator)),
         "greedy": AdaptationCurve(bandits.greedy(means, pulls, generator)),

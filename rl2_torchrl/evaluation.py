@@ -108,9 +108,7 @@ def adaptation_curve(
     if num_trials < 1:
         raise ValueError(f"num_trials={num_trials}: an evaluation over nothing would report NaN.")
     if EPISODE_INDEX not in env.observation_spec.keys():
-        raise ValueError(
-            "the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...)."
-        )
+        raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
     env = _with_memory(env, policy)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     rounds, count = [], 0
@@ -176,9 +174,7 @@ def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[TensorDictBase
     """
     keys: list[NestedKey] = hidden_keys(policy)
     if not keys:
-        raise ValueError(
-            f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}."
-        )
+        raise ValueError(f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}.")
 
     def zero(tensordict: TensorDictBase) -> TensorDictBase:
         for key in keys:

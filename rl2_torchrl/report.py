@@ -125,15 +125,9 @@ class AdaptationReport:
             lw=1,
             label="training trials",
         )
-        held_out = [
-            (row["env_steps"] / 1e6, row["eval/trial_return"])
-            for row in history
-            if "eval/trial_return" in row
-        ]
+        held_out = [(row["env_steps"] / 1e6, row["eval/trial_return"]) for row in history if "eval/trial_return" in row]
         if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True), color=_AGENT, lw=2, marker="o", ms=3.5, label="held-out trials"
-            )
+            axes.plot(*zip(*held_out, strict=True), color=_AGENT, lw=2, marker="o", ms=3.5, label="held-out trials")
         self._reference_lines(axes)
         axes.set(xlabel="env steps (millions)", ylabel="return of a trial", title="Learning: over training")
         axes.legend(loc="lower right", fontsize=9, frameon=False)
@@ -141,9 +135,7 @@ class AdaptationReport:
 
     def _reference_lines(self, axes) -> None:
         if self.optimum is not None:
-            axes.axhline(
-                self.optimum, color="black", lw=1, ls="--", label=f"Bayes optimum {self.optimum:.2f}"
-            )
+            axes.axhline(self.optimum, color="black", lw=1, ls="--", label=f"Bayes optimum {self.optimum:.2f}")
         for color, (name, curve) in zip(_COLORS, self.baselines.items(), strict=False):
             axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{name} {curve.mean:.2f}")
 

@@ -50,9 +50,7 @@ class TaskSampler(Transform):
         torch.Size([4, 3])
     """
 
-    def __init__(
-        self, distribution: TaskDistribution, *, seed: int | None = None, task_key: NestedKey = "task"
-    ):
+    def __init__(self, distribution: TaskDistribution, *, seed: int | None = None, task_key: NestedKey = "task"):
         super().__init__()
         if not callable(distribution):
             raise TypeError(
@@ -162,9 +160,7 @@ class TaskSampler(Transform):
         return self.distribution.position if isinstance(self.distribution, _InOrder) else 0
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        raise RuntimeError(
-            "TaskSampler is a transform of environments; it has no meaning in a replay buffer."
-        )
+        raise RuntimeError("TaskSampler is a transform of environments; it has no meaning in a replay buffer.")
 
 
 class _InOrder:

@@ -95,9 +95,7 @@ def train(
             collector.update_policy_weights_()
             result.history.append(row)
             done = interrupted.is_set() or (stop is not None and stop(row)) or result.env_steps >= total
-            if evaluate is not None and (
-                done or len(result.history) % eval_interval == 1 or eval_interval == 1
-            ):
+            if evaluate is not None and (done or len(result.history) % eval_interval == 1 or eval_interval == 1):
                 row.update({f"eval/{name}": value for name, value in evaluate().items()})
             row["time/seconds"] = time.perf_counter() - started
             row["time/steps_per_second"] = (result.env_steps - saver.resumed_at) / row["time/seconds"]
@@ -150,9 +148,7 @@ class _TrialReturns:
         rows, steps = done.nonzero(as_tuple=True)
         at_end = running[rows, steps]
         finished = at_end.clone()
-        again = (
-            rows[1:] == rows[:-1]
-        )  # a row's second trial in this batch: take off what the first had earned
+        again = rows[1:] == rows[:-1]  # a row's second trial in this batch: take off what the first had earned
         finished[1:] -= torch.where(again, at_end[:-1], 0.0)
         last = torch.ones_like(rows, dtype=torch.bool)
         last[:-1] = ~again

@@ -102,9 +102,7 @@ class PreviousStep(Transform):
         obs_specs, action_spec, _ = self._specs(observation_spec)
         size = sum(map(self._size, obs_specs.values())) + self._size(action_spec) + 2
         env = self.container.base_env
-        observation_spec[self.out_key] = Unbounded(
-            (*self._batch_size, size), dtype=torch.float32, device=env.device
-        )
+        observation_spec[self.out_key] = Unbounded((*self._batch_size, size), dtype=torch.float32, device=env.device)
         return observation_spec
 
     @property
@@ -144,16 +142,12 @@ class PreviousStep(Transform):
         return [key for key in keys if key not in hidden and not _is_within(key, self.task_key)]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        raise RuntimeError(
-            "PreviousStep is a transform of environments; it has no meaning in a replay buffer."
-        )
+        raise RuntimeError("PreviousStep is a transform of environments; it has no meaning in a replay buffer.")
 
 
 def _is_index(spec: TensorSpec) -> bool:
     # OneHot and Binary are classes beside Categorical, not below it, and are vectors already.
-    return (
-        isinstance(spec, Categorical) and not isinstance(spec, (OneHot, Binary)) and spec.dtype != torch.bool
-    )
+    return isinstance(spec, Categorical) and not isinstance(spec, (OneHot, Binary)) and spec.dtype != torch.bool
 
 
 def _is_within(key: NestedKey, root: NestedKey) -> bool:

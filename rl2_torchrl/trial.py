@@ -67,9 +67,7 @@ class Trial(Transform):
             raise ValueError("Trial needs a bound, or no trial ever ends: give episodes=, steps= or both.")
         for name, bound in (("episodes", episodes), ("steps", steps)):
             if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
-                raise ValueError(
-                    f"Trial({name}={bound!r}): a trial has a whole number of {name}, at least 1."
-                )
+                raise ValueError(f"Trial({name}={bound!r}): a trial has a whole number of {name}, at least 1.")
         self.episodes = episodes
         self.steps = steps
         self.truncate = truncate
@@ -99,9 +97,7 @@ class Trial(Transform):
             over = over | (trial_step >= self.steps)
         return over
 
-    def _reset_rows(
-        self, rows: torch.Tensor, tensordict: TensorDictBase, next_tensordict: TensorDictBase
-    ) -> None:
+    def _reset_rows(self, rows: torch.Tensor, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> None:
         """Starts the next episode in ``rows`` [*B, 1] and writes its first observation; other rows stay as they are."""
         env = self._base_env
         # The task must be given again: without it the base env would draw or keep a task of its own.
@@ -119,13 +115,9 @@ class Trial(Transform):
 
     def _set_done(self, next_tensordict: TensorDictBase, trial_done: torch.Tensor) -> None:
         next_tensordict.set("done", trial_done)
-        next_tensordict.set(
-            "terminated", torch.zeros_like(trial_done) if self.truncate else trial_done.clone()
-        )
+        next_tensordict.set("terminated", torch.zeros_like(trial_done) if self.truncate else trial_done.clone())
         if self.truncate or "truncated" in self._base_env.full_done_spec.keys():
-            next_tensordict.set(
-                "truncated", trial_done.clone() if self.truncate else torch.zeros_like(trial_done)
-            )
+            next_tensordict.set("truncated", trial_done.clone() if self.truncate else torch.zeros_like(trial_done))
 
     # --------------------------------------------------------------- reset
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
@@ -138,18 +130,14 @@ class Trial(Transform):
         self._set_counters(tensordict_reset, zeros, zeros.clone())
         return tensordict_reset
 
-    def _set_counters(
-        self, tensordict: TensorDictBase, episode_index: torch.Tensor, trial_step: torch.Tensor
-    ) -> None:
+    def _set_counters(self, tensordict: TensorDictBase, episode_index: torch.Tensor, trial_step: torch.Tensor) -> None:
         tensordict.set(EPISODE_INDEX, episode_index)
         tensordict.set(TRIAL_STEP, trial_step)
         tensordict.set(TIME_LEFT, self._time_left(episode_index, trial_step))
 
     def _time_left(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> torch.Tensor:
         left = [
-            1 - index / bound
-            for index, bound in ((episode_index, self.episodes), (trial_step, self.steps))
-            if bound
+            1 - index / bound for index, bound in ((episode_index, self.episodes), (trial_step, self.steps)) if bound
         ]
         return left[0] if len(left) == 1 else torch.minimum(*left)
 
@@ -181,9 +169,7 @@ class Trial(Transform):
         """The env below, itself and not a clone (`Transform.parent` inside a `Compose` is rebuilt from clones)."""
         env = self.container
         if env is None:
-            raise RuntimeError(
-                "Trial works inside a TransformedEnv: TransformedEnv(env, Compose(Trial(...), ...))."
-            )
+            raise RuntimeError("Trial works inside a TransformedEnv: TransformedEnv(env, Compose(Trial(...), ...)).")
         self._require_first(env)
         base = env.base_env
         if base.done_keys != ["done", "terminated"] and set(base.done_keys) - {

@@ -89,9 +89,7 @@ class PPOUpdate:
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name}={count!r} must be a whole number, at least 1.")
         if entropy_schedule is not None and not loss.entropy_bonus:
-            raise ValueError(
-                "entropy_schedule has nothing to schedule: build the loss with entropy_bonus=True."
-            )
+            raise ValueError("entropy_schedule has nothing to schedule: build the loss with entropy_bonus=True.")
         if not hidden_keys(loss.actor_network):
             raise ValueError(
                 "the actor hands no hidden state on to its next step, so it cannot adapt within a trial: use a recurrent "
@@ -158,9 +156,7 @@ class PPOUpdate:
         read = dict.fromkeys(loss.actor_network.in_keys)
         if loss.critic_network is not None:
             # A critic on the actor's memory reads what the actor has just written.
-            read.update(
-                dict.fromkeys(k for k in loss.critic_network.in_keys if k not in loss.actor_network.out_keys)
-            )
+            read.update(dict.fromkeys(k for k in loss.critic_network.in_keys if k not in loss.actor_network.out_keys))
         read.update(dict.fromkeys((keys.action, keys.sample_log_prob, keys.advantage, keys.value_target)))
         if loss.clip_value:
             read[keys.value] = None
@@ -191,16 +187,13 @@ class PPOUpdate:
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.loss.parameters(), self.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient is not finite in {where}, though the loss is ({total.item()})."
-            )
+            raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total.item()}).")
         self.optimizer.step()
         diagnostics = {
             name: losses[name] for name in ("clip_fraction", "kl_approx", "entropy") if name in losses.keys()
         }
         return {
-            name: value.detach()
-            for name, value in {"loss": total, **terms, **diagnostics, "grad_norm": norm}.items()
+            name: value.detach() for name, value in {"loss": total, **terms, **diagnostics, "grad_norm": norm}.items()
         }
 
     def _apply_schedules(self, progress: float) -> None:

@@ -71,8 +71,7 @@ def check_tasks(means: Tensor, num_pulls: int) -> None:
         )
     if not means.is_floating_point():
         raise ValueError(
-            f"means has dtype {means.dtype}, which cannot hold probabilities between 0 and 1. "
-            "Pass means.float()."
+            f"means has dtype {means.dtype}, which cannot hold probabilities between 0 and 1. Pass means.float()."
         )
     # Written so that a NaN fails too.
     if not bool(((means >= 0) & (means <= 1)).all()):
@@ -82,8 +81,7 @@ def check_tasks(means: Tensor, num_pulls: int) -> None:
         )
     if num_pulls < 1:
         raise ValueError(
-            f"num_pulls={num_pulls} leaves no reward to return: a trial has one pull or more. "
-            "Pass num_pulls >= 1."
+            f"num_pulls={num_pulls} leaves no reward to return: a trial has one pull or more. Pass num_pulls >= 1."
         )
 
 

@@ -28,9 +28,7 @@ class _Bandit(EnvBase):
     ):
         batch_size = torch.Size(batch_size)
         if 0 in batch_size:
-            raise ValueError(
-                f"batch_size {tuple(batch_size)} holds no env: every dimension must be at least 1."
-            )
+            raise ValueError(f"batch_size {tuple(batch_size)} holds no env: every dimension must be at least 1.")
         super().__init__(device=device or "cpu", batch_size=batch_size)
         self.generator = torch.Generator(self.device)
         self._set_seed(seed)
@@ -156,9 +154,7 @@ class QuadraticBandit(_Bandit):
         device: torch.device | str | None = None,
     ):
         if dim < 1 or noise < 0:
-            raise ValueError(
-                f"QuadraticBandit(dim={dim}, noise={noise}): dim must be at least 1, noise at least 0."
-            )
+            raise ValueError(f"QuadraticBandit(dim={dim}, noise={noise}): dim must be at least 1, noise at least 0.")
         super().__init__(dim, batch_size, seed, device)
         self.noise = noise
         self.action_spec = Unbounded((*self.batch_size, dim), device=self.device)
@@ -185,6 +181,4 @@ def uniform_targets(dim: int, low: float = -1.0, high: float = 1.0) -> TaskDistr
         >>> uniform_targets(2)(torch.Size([3]), torch.Generator()).shape
         torch.Size([3, 2])
     """
-    return lambda batch_size, generator: (
-        low + (high - low) * torch.rand(*batch_size, dim, generator=generator)
-    )
+    return lambda batch_size, generator: low + (high - low) * torch.rand(*batch_size, dim, generator=generator)

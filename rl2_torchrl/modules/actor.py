@@ -71,9 +71,7 @@ class GRUGaussianActor(ProbabilisticActor):
         keys = {"hidden_key": hidden_key, "features_key": features_key}
         body = gru_body([in_key], input_size, hidden_size, num_layers=num_layers, **keys, **factory)
         mean = Head(hidden_size, action_dim, init_range=init_range, activation=activation, **factory)
-        head = TensorDictModule(
-            _Gaussian(mean, action_dim, init_log_std, **factory), [features_key], ["loc", "scale"]
-        )
+        head = TensorDictModule(_Gaussian(mean, action_dim, init_log_std, **factory), [features_key], ["loc", "scale"])
         super().__init__(
             TensorDictSequential(*body, head),
             in_keys=["loc", "scale"],
@@ -182,9 +180,7 @@ class _Gaussian(nn.Module):
     def __init__(self, mean: nn.Module, action_dim: int, init_log_std: float, device=None, dtype=None):
         super().__init__()
         self.mean = mean
-        self.log_std = nn.Parameter(
-            torch.full((action_dim,), float(init_log_std), device=device, dtype=dtype)
-        )
+        self.log_std = nn.Parameter(torch.full((action_dim,), float(init_log_std), device=device, dtype=dtype))
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = self.mean(features)

@@ -53,8 +53,6 @@ def hidden_keys(module: TensorDictModuleBase) -> list[NestedKey]:
         ['critic_hidden']
     """
     handed_on = {
-        key[1:] if len(key) > 2 else key[1]
-        for key in module.out_keys
-        if isinstance(key, tuple) and key[0] == "next"
+        key[1:] if len(key) > 2 else key[1] for key in module.out_keys if isinstance(key, tuple) and key[0] == "next"
     }
     return [key for key in module.in_keys if key in handed_on]

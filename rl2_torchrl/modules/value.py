@@ -63,9 +63,7 @@ class GRUValueHead(TensorDictSequential):
     ):
         factory = {"device": device, "dtype": dtype}
         keys = {"hidden_key": hidden_key, "features_key": features_key}
-        body = gru_body(
-            [in_key, *extra_keys], input_size, hidden_size, num_layers=num_layers, **keys, **factory
-        )
+        body = gru_body([in_key, *extra_keys], input_size, hidden_size, num_layers=num_layers, **keys, **factory)
         head = Head(hidden_size, 1, init_range=init_range, activation=activation, **factory)
         super().__init__(*body, TensorDictModule(head, [features_key], [value_key]))
         self.hidden_key, self.value_key = hidden_key, value_key
@@ -144,9 +142,7 @@ class MemoryValueHead(TensorDictSequential):
         self.detach, self.value_key = detach, value_key
 
     @classmethod
-    def from_env(
-        cls, env: EnvBase, actor: GRUCategoricalActor | GRUGaussianActor, **kwargs
-    ) -> MemoryValueHead:
+    def from_env(cls, env: EnvBase, actor: GRUCategoricalActor | GRUGaussianActor, **kwargs) -> MemoryValueHead:
         """A value head on ``actor``'s memory, with the device and extra inputs of ``env``.
 
         Raises:

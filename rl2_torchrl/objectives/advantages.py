@@ -59,9 +59,7 @@ class TrialAdvantage(nn.Module):
         super().__init__()
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
             if not 0 <= value <= 1:
-                raise ValueError(
-                    f"{name}={value} must lie in [0, 1]: beyond 1 sums over a trial grow without bound."
-                )
+                raise ValueError(f"{name}={value} must lie in [0, 1]: beyond 1 sums over a trial grow without bound.")
         if value_target not in ("return", "gae"):
             raise ValueError(
                 f"value_target={value_target!r}: choose 'return' (return-to-go) or 'gae' (advantage + value)."
@@ -114,9 +112,7 @@ class TrialAdvantage(nn.Module):
                 "TrialAdvantage(critic=<the collector's policy>)."
             )
         successors = tensordict["next"][rows]
-        missing = [
-            key for key in self.critic.in_keys if key != "is_init" and key not in successors.keys(True, True)
-        ]
+        missing = [key for key in self.critic.in_keys if key != "is_init" and key not in successors.keys(True, True)]
         if missing:
             raise KeyError(
                 f"the batch ends inside a trial, but ('next', ...) lacks {missing}, which the critic reads there."

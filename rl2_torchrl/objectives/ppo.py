@@ -55,9 +55,7 @@ class RL2PPOLoss(ClipPPOLoss):
     ):
         epsilons = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon,)
         if min(epsilons) <= 0:
-            raise ValueError(
-                f"clip_epsilon={clip_epsilon}: at 0 or below no policy change is allowed at all."
-            )
+            raise ValueError(f"clip_epsilon={clip_epsilon}: at 0 or below no policy change is allowed at all.")
         if critic_coeff is not None and critic_coeff < 0:
             raise ValueError(
                 f"critic_coeff={critic_coeff}: a negative weight would drive the values away from the returns."
@@ -79,11 +77,7 @@ class RL2PPOLoss(ClipPPOLoss):
         # ClipPPOLoss stores the threshold as float32, which in float64 networks moves the clip by 1e-8.
         dtype = next(self.parameters()).dtype
         if self._asymmetric_clip:
-            self.clip_epsilon_low = torch.as_tensor(
-                clip_epsilon[0], dtype=dtype, device=self.clip_epsilon_low.device
-            )
-            self.clip_epsilon_high = torch.as_tensor(
-                clip_epsilon[1], dtype=dtype, device=self.clip_epsilon_high.device
-            )
+            self.clip_epsilon_low = torch.as_tensor(clip_epsilon[0], dtype=dtype, device=self.clip_epsilon_low.device)
+            self.clip_epsilon_high = torch.as_tensor(clip_epsilon[1], dtype=dtype, device=self.clip_epsilon_high.device)
         else:
             self.clip_epsilon = torch.as_tensor(clip_epsilon, dtype=dtype, device=self.clip_epsilon.device)
