@@ -18,7 +18,7 @@ __all__ = ["GRUCategoricalActor", "GRUGaussianActor"]
 
 
 class GRUGaussianActor(ProbabilisticActor):
-    """Gaussian GRU policy: ``mean_t = W relu(GRU(trans_t, h_{t-1})) + b``, ``a_t ~ Normal(mean_t, exp(log_std))`` (SPEC 3).
+    """Gaussian GRU policy: ``mean_t = W relu(GRU(trans_t, h_{t-1})) + b``, ``a_t ~ Normal(mean_t, exp(log_std))``.
 
     The scale is a learnable parameter vector ``log_std`` ``[action_dim]``, independent of the state. The log-probability
     is summed over the components. In deterministic mode the action is the mean.
@@ -89,15 +89,20 @@ class GRUGaussianActor(ProbabilisticActor):
             TypeError: the env's actions are discrete.
             KeyError: the env has no transition input.
         """
-        spec = env.action_spec_unbatched
+        spec = _action_spec(env)
         if not spec.dtype.is_floating_point:
             raise TypeError(f"the env's actions are discrete ({spec}): use GRUCategoricalActor.")
+        if len(spec.shape) != 1:
+            raise TypeError(
+                f"the env's actions have shape {tuple(spec.shape)} each, not [action_dim]: reshape them with a transform "
+                "(for a scalar: UnsqueezeTransform with in_keys_inv)."
+            )
         sizes = _sizes_from_env(env, kwargs)
         return cls(action_dim=spec.shape[-1], **sizes, **kwargs)
 
 
 class GRUCategoricalActor(ProbabilisticActor):
-    """Categorical GRU policy with the body of `GRUGaussianActor` (SPEC 3): ``logits_t = W relu(GRU(trans_t, h_{t-1})) + b``.
+    """Categorical GRU policy with the body of `GRUGaussianActor`: ``logits_t = W relu(GRU(trans_t, h_{t-1})) + b``.
 
     Reads and writes the entries of `GRUGaussianActor`, with ``"logits"`` ``[*B, num_actions]`` in place of ``"loc"`` and
     ``"scale"``. In deterministic mode the action is the most probable one.
@@ -165,7 +170,7 @@ class GRUCategoricalActor(ProbabilisticActor):
             TypeError: the env's actions are not one categorical choice.
             KeyError: the env has no transition input.
         """
-        spec: TensorSpec = env.action_spec_unbatched
+        spec = _action_spec(env)
         if type(spec) not in (Categorical, OneHot):
             raise TypeError(
                 f"the env's actions are not one categorical choice ({spec}): use GRUGaussianActor for reals."
@@ -185,6 +190,11 @@ class _Gaussian(nn.Module):
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = self.mean(features)
         return mean, self.log_std.exp().expand_as(mean)
+
+
+def _action_spec(env: EnvBase) -> TensorSpec:
+    # With a nested action key a transformed env's `action_spec_unbatched` is the whole Composite.
+    return env.full_action_spec_unbatched[env.action_key]
 
 
 def _sizes_from_env(env: EnvBase, kwargs: dict) -> dict:

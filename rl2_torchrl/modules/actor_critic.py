@@ -14,6 +14,8 @@ class ActorCritic(TensorDictSequential):
     The critic's memory then is part of the collected data as the actor's is; a critic outside the collector's
     policy gets no primer, and its memory would silently be lost.
 
+    Reads and writes the entries of both, for one step ``[*B]`` or, in recurrent mode, for sequences ``[*B, T]``.
+
     Args:
         actor: e.g. `GRUGaussianActor` or `GRUCategoricalActor`.
         critic: e.g. `GRUValueHead` or `MemoryValueHead`.
@@ -26,6 +28,11 @@ class ActorCritic(TensorDictSequential):
     """
 
     def __init__(self, actor: TensorDictModuleBase, critic: TensorDictModuleBase):
+        if not hasattr(actor, "get_dist"):
+            raise TypeError(
+                f"ActorCritic(actor, critic): {type(actor).__name__} has no action distribution. The actor comes first, and "
+                "it is a ProbabilisticActor such as GRUGaussianActor."
+            )
         super().__init__(actor, critic)
 
     @property

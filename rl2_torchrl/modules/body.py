@@ -1,17 +1,18 @@
-"""The body that actor and critic share in kind: inputs -> GRU -> activation -> one linear layer (SPEC 3)."""
+"""The body that actor and critic share in kind: inputs -> GRU -> activation -> one linear layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule
 from tensordict.utils import unravel_key
 from torch import nn
-from torchrl.modules import GRUModule
 
-__all__ = ["Concat", "Head", "gru_body", "sub_key"]
+from rl2_torchrl.modules.gru import FastGRUModule
+
+__all__ = ["Concat", "Head", "as_keys", "gru_body", "sub_key"]
 
 
 class Head(nn.Module):
@@ -32,6 +33,8 @@ class Head(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if out_features < 1:
+            raise ValueError(f"{out_features} outputs: an actor needs at least one action, or action dimension.")
         layers: list[nn.Module] = [activation()]
         for size in num_cells:
             layers += [nn.Linear(in_features, size, device=device, dtype=dtype), activation()]
@@ -43,6 +46,12 @@ class Head(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Maps ``features`` ``[*B, in_features]`` to ``[*B, out_features]``."""
+        expected = next(layer.in_features for layer in self.layers if isinstance(layer, nn.Linear))
+        if features.shape[-1] != expected:
+            raise ValueError(
+                f"the head reads {features.shape[-1]} features but was built for {expected}: mind the actor's hidden_size and "
+                "the sizes of extra_keys, or let from_env(env, ...) add them up."
+            )
         return self.layers(features)
 
 
@@ -51,7 +60,35 @@ class Concat(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Concatenates along the last dimension."""
-        return torch.cat([x.to(inputs[0].dtype) for x in inputs], -1)
+        return torch.cat([x.to(inputs[0].dtype) for x in inputs], -1) if len(inputs) > 1 else inputs[0]
+
+
+class _CheckedGRU(FastGRUModule):
+    """TorchRL's `GRUModule`, which says in the user's terms what is wrong with its input."""
+
+    # torch.compile breaks the graph at a GRU in any case; stopping here saves tracing the code around it.
+    @torch.compiler.disable
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        in_key, hidden_key, _ = self.in_keys
+        value, hidden = tensordict.get(in_key, None), tensordict.get(hidden_key, None)
+        if value is None or tensordict.get("is_init", None) is None:
+            raise KeyError(
+                f"the GRU reads {in_key!r} and 'is_init', one of which is missing; there is {list(tensordict.keys(True))}. "
+                "PreviousStep() writes the transition input; InitTracker(), which a Collector with "
+                "auto_register_policy_transforms=True adds by itself, marks where a trial starts."
+            )
+        if value.shape[-1] != self.gru.input_size:
+            raise ValueError(
+                f"{in_key!r} has {value.shape[-1]} entries, but the GRU was built with input_size={self.gru.input_size} "
+                "(the sum of all its inputs). Build the network with from_env(env, ...)."
+            )
+        memory = (self.gru.num_layers, self.gru.hidden_size)
+        if hidden is not None and hidden.shape[tensordict.ndim :] != memory:
+            raise ValueError(
+                f"{hidden_key!r} has shape {tuple(hidden.shape)}; it must be [*B, num_layers, hidden_size] with {memory} at "
+                "its end. Take the primers from this network: get_primers_from_module(policy)."
+            )
+        return super().forward(tensordict)
 
 
 def gru_body(
@@ -76,7 +113,7 @@ def gru_body(
     if len(in_keys) > 1:
         in_key = sub_key(features_key, "input")
         modules.append(TensorDictModule(Concat(), in_keys=list(in_keys), out_keys=[in_key]))
-    gru = GRUModule(
+    gru = _CheckedGRU(
         input_size=input_size,
         hidden_size=hidden_size,
         num_layers=num_layers,
@@ -85,6 +122,13 @@ def gru_body(
         device=device,
     )
     return [*modules, gru.to(dtype) if dtype is not None else gru]
+
+
+def as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
+    """``extra_keys`` as a list. A single string is an error: its letters would be taken for keys."""
+    if isinstance(extra_keys, str):
+        raise TypeError(f"extra_keys={extra_keys!r} is a single key; give a list: extra_keys=[{extra_keys!r}].")
+    return list(extra_keys)
 
 
 def sub_key(key: NestedKey, suffix: str) -> NestedKey:

@@ -11,13 +11,13 @@ from torch import nn
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor, input_size
-from rl2_torchrl.modules.body import Concat, Head, gru_body
+from rl2_torchrl.modules.body import Concat, Head, as_keys, gru_body
 
 __all__ = ["GRUValueHead", "MemoryValueHead"]
 
 
 class GRUValueHead(TensorDictSequential):
-    """Value function with a GRU of its own: ``v_t = W relu(GRU(trans_t, h_{t-1})) + b`` (SPEC 3).
+    """Value function with a GRU of its own: ``v_t = W relu(GRU(trans_t, h_{t-1})) + b``.
 
     Reads ``in_key`` and ``extra_keys``, ``hidden_key`` ``[*B, num_layers, hidden_size]`` and ``"is_init"`` ``[*B, 1]``;
     writes ``value_key`` ``[*B, 1]``, ``features_key`` and ``("next", hidden_key)``.
@@ -63,7 +63,9 @@ class GRUValueHead(TensorDictSequential):
     ):
         factory = {"device": device, "dtype": dtype}
         keys = {"hidden_key": hidden_key, "features_key": features_key}
-        body = gru_body([in_key, *extra_keys], input_size, hidden_size, num_layers=num_layers, **keys, **factory)
+        body = gru_body(
+            [in_key, *as_keys(extra_keys)], input_size, hidden_size, num_layers=num_layers, **keys, **factory
+        )
         head = Head(hidden_size, 1, init_range=init_range, activation=activation, **factory)
         super().__init__(*body, TensorDictModule(head, [features_key], [value_key]))
         self.hidden_key, self.value_key = hidden_key, value_key
@@ -76,7 +78,7 @@ class GRUValueHead(TensorDictSequential):
             KeyError: the env lacks the transition input or one of ``extra_keys``.
         """
         kwargs.setdefault("device", env.device)
-        in_keys = [kwargs.get("in_key", "trans"), *kwargs.get("extra_keys", ())]
+        in_keys = [kwargs.get("in_key", "trans"), *as_keys(kwargs.get("extra_keys", ()))]
         return cls(input_size(env, in_keys), **kwargs)
 
 
@@ -137,7 +139,7 @@ class MemoryValueHead(TensorDictSequential):
             device=device,
             dtype=dtype,
         )
-        in_keys = [features_key, *extra_keys]
+        in_keys = [features_key, *as_keys(extra_keys)]
         super().__init__(TensorDictModule(_OnMemory(head, detach), in_keys, [value_key]))
         self.detach, self.value_key = detach, value_key
 
@@ -147,9 +149,15 @@ class MemoryValueHead(TensorDictSequential):
 
         Raises:
             KeyError: the env lacks one of ``extra_keys``.
+            TypeError: ``actor`` is none of this package's.
         """
+        if not hasattr(actor, "hidden_size"):
+            raise TypeError(
+                f"from_env knows the features of a GRUCategoricalActor or GRUGaussianActor, not of {type(actor).__name__}: "
+                "say them, MemoryValueHead(features_size=..., features_key=..., detach=...)."
+            )
         kwargs.setdefault("device", env.device)
-        extra_size = input_size(env, kwargs.get("extra_keys", ()))
+        extra_size = input_size(env, as_keys(kwargs.get("extra_keys", ())))
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
 
 

@@ -1,0 +1,93 @@
+"""The GRU's kernels in C, compiled on first use: `load` gives them to `rl2_torchrl.modules.gru`.
+
+Compiling takes a second or two and happens once: the library is kept in ``$XDG_CACHE_HOME/rl2_torchrl`` (by default
+``~/.cache/rl2_torchrl``), under a name that changes with the source, the compiler and the processor. Without a C compiler
+(``$CC``, ``cc``, ``gcc`` or ``clang``), or with ``RL2_TORCHRL_KERNELS=0`` in the environment, everything works as well, on
+PyTorch's own GRU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torchrl import torchrl_logger
+
+__all__ = ["load"]
+
+_SOURCE = Path(__file__).with_name("gru.c")
+_DEFINES = {torch.float32: (), torch.float64: ("-DDOUBLE",)}
+# -ffast-math stays out: it would let a NaN pass for a number.
+_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+
+_int, _long, _pointer = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
+_STRIDED = (_pointer, _long, _long)
+_SIGNATURES = {
+    "forward_size": (_long, (_int, _int)),
+    "backward_size": (_long, (_int,)),
+    "pack_forward": (None, (_int, _int, *(_pointer,) * 5)),
+    "pack_backward": (None, (_int, _pointer, _pointer)),
+    "gru_forward": (None, (*(_int,) * 4, *_STRIDED, *_STRIDED, *(_pointer,) * 4, _int)),
+    "gru_backward": (None, (*(_int,) * 3, *_STRIDED, *(_pointer,) * 4, _int)),
+}
+
+
+@cache
+def load(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for ``dtype``, or None where there are none; the reason is logged once.
+
+    Examples:
+        >>> load(torch.int64) is None
+        True
+    """
+    if dtype not in _DEFINES or os.environ.get("RL2_TORCHRL_KERNELS") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled(_DEFINES[dtype])))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        torchrl_logger.warning(f"rl2_torchrl: no compiled GRU, PyTorch's own is used, several times slower. {reason}")
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def _compiled(defines: tuple[str, ...]) -> Path:
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        raise OSError("There is no C compiler on the path; set CC, or install gcc or clang.")
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rl2_torchrl"
+    path = folder / f"gru-{_fingerprint(compiler, defines)}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torchrl_logger.info(f"rl2_torchrl: compiling the GRU's kernels once, into {path}")
+        # Workers may compile at the same time: each into a file of its own, then moved into place at once.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            library = Path(scratch) / path.name
+            _compile(compiler, [*_FLAGS, *defines, str(_SOURCE), "-o", str(library)])
+            library.replace(path)
+    return path
+
+
+def _compile(compiler: str, arguments: list[str]) -> None:
+    """Compiles with OpenMP, or where the compiler has none (Apple's), for one thread."""
+    try:
+        subprocess.run([compiler, "-fopenmp", *arguments], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError:
+        subprocess.run([compiler, *arguments], check=True, capture_output=True, text=True)
+
+
+def _fingerprint(compiler: str, defines: tuple[str, ...]) -> str:
+    """Changes with the source, the compiler and what the processor can do, as a home folder may serve many machines."""
+    command = [compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull]
+    macros = subprocess.run(command, check=True, capture_output=True).stdout
+    return hashlib.sha256(_SOURCE.read_bytes() + macros + repr((_FLAGS, defines)).encode()).hexdigest()[:16]

@@ -1,0 +1,282 @@
+/* The GRU over whole sequences, forward and backward, on the CPU (Cho et al. 2014; gates as in torch.nn.GRU):
+ *
+ *     r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+ *     n = tanh(W_in x + b_in + r (W_hn h + b_hn))       h' = n + z (h - n)
+ *
+ * Rows of a batch are independent, so a thread takes ROWS of them through all T steps without waiting for another: the
+ * hidden state stays in its cache, gates are made in registers as the products end, and no array of T x 3H
+ * pre-activations is ever written. Arrays are batch-major, [B, T, ...], as in a TensorDict.
+ *
+ * What backward needs is stored in saved [B, T, 5, H] = (r, z, W_hn h + b_hn, n, h); backward replaces the first four by
+ * the gradients of (r's, z's, W_hn h + b_hn's, n's) pre-activations. The weights' gradients then are single matrix
+ * products over all B T steps, which the caller takes.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Compiled once for float and once, with -DDOUBLE, for double. */
+#ifdef DOUBLE
+typedef double real;
+typedef int64_t bits;
+#define EXPONENT_SHIFT 52
+#define EXPONENT_BIAS 1023
+#define LARGEST 700
+#define TERMS 13 /* of e^x's series for |x| < 0.35: what follows is below rounding */
+#else
+typedef float real;
+typedef int32_t bits;
+#define EXPONENT_SHIFT 23
+#define EXPONENT_BIAS 127
+#define LARGEST 87
+#define TERMS 7
+#endif
+
+#if defined(__AVX512F__)
+#define BYTES 64
+#define ROWS 8
+#elif defined(__AVX__)
+#define BYTES 32
+#define ROWS 4 /* 12 accumulators, 3 weights and 1 factor fill AVX2's 16 registers */
+#else
+#define BYTES 16
+#define ROWS 8
+#endif
+#define LANES (BYTES / (int)sizeof(real))
+#define COLUMNS 2 /* vectors that a block of backward's product is wide */
+#define UNROLL _Pragma("GCC unroll 8")
+
+typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+typedef bits ivec __attribute__((vector_size(BYTES)));
+
+static inline int lesser(int a, int b) { return a < b ? a : b; }
+int padded(int hidden) { return (hidden + COLUMNS * LANES - 1) / (COLUMNS * LANES) * (COLUMNS * LANES); }
+
+/* Loads and stores of the first n of a vector's entries; n beyond LANES means all of them. */
+static inline vec load(const real *from, int n) {
+    if (n >= LANES) return *(const vec *)from;
+    vec v = {0};
+    memcpy(&v, from, n * sizeof(real));
+    return v;
+}
+static inline void store(real *to, vec v, int n) {
+    if (n >= LANES) *(vec *)to = v;
+    else if (n > 0) memcpy(to, &v, n * sizeof(real));
+}
+
+static inline vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
+
+/* e^x = 2^k e^r with a whole k and |r| < 0.35, where e^r's series is short. Beyond LARGEST it stands still; NaN stays NaN. */
+static inline vec exponential(vec x) {
+    x = choose(x < -(real)LARGEST, (vec){0} - LARGEST, x);
+    x = choose(x > (real)LARGEST, (vec){0} + LARGEST, x);
+    const real magic = (real)((bits)3 << (EXPONENT_SHIFT - 1)); /* adding it leaves the whole part in the low bits */
+    vec shifted = x * (real)1.4426950408889634 + magic;
+    vec k = shifted - magic;
+    x = x - k * (real)0.693145751953125 - k * (real)1.4286068203094172e-6;
+    vec sum = (vec){0} + 1;
+    UNROLL for (int term = TERMS; term > 0; term--) sum = 1 + sum * x * ((real)1 / term);
+    return sum * (vec)(((ivec)shifted << EXPONENT_SHIFT) + ((bits)EXPONENT_BIAS << EXPONENT_SHIFT));
+}
+static inline vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
+static inline vec tanh_(vec x) { return 2 * sigmoid(2 * x) - 1; }
+
+/* ------------------------------------------------------------------------------------------------ weights
+ * Packed for unit-stride loads. forward: for each block of LANES units the bias (r, z, hn, in), the rows of W_hh, the
+ * rows of W_ih, each row as (r, z, n) vectors. backward: for each block of COLUMNS vectors all 3H rows of W_hh. */
+long forward_size(int inputs, int hidden) { return (long)padded(hidden) * (4 + 3 * ((long)hidden + inputs)); }
+long backward_size(int hidden) { return (long)padded(hidden) * 3 * hidden; }
+
+void pack_forward(int inputs, int hidden, const real *w_ih, const real *w_hh, const real *b_ih, const real *b_hh,
+                  real *out) {
+    memset(out, 0, forward_size(inputs, hidden) * sizeof(real));
+    for (int first = 0; first < padded(hidden); first += LANES) {
+        int n = lesser(LANES, hidden - first);
+        for (int i = 0; i < n && b_ih; i++) {
+            int u = first + i;
+            out[i] = b_ih[u] + b_hh[u];
+            out[LANES + i] = b_ih[hidden + u] + b_hh[hidden + u];
+            out[2 * LANES + i] = b_hh[2 * hidden + u];
+            out[3 * LANES + i] = b_ih[2 * hidden + u];
+        }
+        out += 4 * LANES;
+        for (int part = 0; part < 2; part++) {
+            int depth = part ? inputs : hidden;
+            const real *w = part ? w_ih : w_hh;
+            for (int gate = 0; gate < 3; gate++)
+                for (int i = 0; i < n; i++) {
+                    const real *row = w + (long)(gate * hidden + first + i) * depth;
+                    for (int k = 0; k < depth; k++) out[(3 * k + gate) * LANES + i] = row[k];
+                }
+            out += 3L * depth * LANES;
+        }
+    }
+}
+
+void pack_backward(int hidden, const real *w_hh, real *out) {
+    int width = COLUMNS * LANES;
+    memset(out, 0, backward_size(hidden) * sizeof(real));
+    for (int first = 0; first < padded(hidden); first += width, out += 3L * hidden * width)
+        for (int k = 0; k < 3 * hidden; k++)
+            for (int i = 0; i < width && first + i < hidden; i++) out[(long)k * width + i] = w_hh[(long)k * hidden + first + i];
+}
+
+/* ------------------------------------------------------------------------------------------------ forward */
+typedef struct { vec r, z, hn, n; } gates;
+
+/* The gates of LANES units in ROWS rows. */
+static inline void gate_block(int inputs, int hidden, int pitch, const real *h, const real *const *x, const real *w,
+                              gates *out) {
+    const vec *v = (const vec *)w;
+    vec r[ROWS], z[ROWS], n[ROWS];
+    UNROLL for (int m = 0; m < ROWS; m++) { r[m] = v[0]; z[m] = v[1]; n[m] = v[2]; }
+    vec b_in = v[3];
+    v += 4;
+    for (int k = 0; k < hidden; k++, v += 3)
+        UNROLL for (int m = 0; m < ROWS; m++) {
+            real a = h[m * pitch + k];
+            r[m] += a * v[0]; z[m] += a * v[1]; n[m] += a * v[2];
+        }
+    UNROLL for (int m = 0; m < ROWS; m++) { out[m].hn = n[m]; n[m] = b_in; }
+    for (int k = 0; k < inputs; k++, v += 3)
+        UNROLL for (int m = 0; m < ROWS; m++) {
+            real a = x[m][k];
+            r[m] += a * v[0]; z[m] += a * v[1]; n[m] += a * v[2];
+        }
+    for (int m = 0; m < ROWS; m++) {
+        out[m].r = sigmoid(r[m]);
+        out[m].z = sigmoid(z[m]);
+        out[m].n = tanh_(n[m] + out[m].r * out[m].hn);
+    }
+}
+
+/* ROWS rows, of which the first `rows` exist, through all steps. x and initial have strides of their own; initial[b, t] is
+ * read at t = 0 and where init[b, t] is set. saved may be NULL. */
+static void forward_rows(int rows, int steps, int inputs, int hidden, const real *x, long x_row, long x_step,
+                         const real *initial, long initial_row, long initial_step, const uint8_t *init,
+                         const real *packed, real *y, real *saved, real *scratch) {
+    int pitch = padded(hidden);
+    real *h = scratch, *next = scratch + ROWS * pitch;
+    memset(scratch, 0, 2L * ROWS * pitch * sizeof(real));
+    for (int t = 0; t < steps; t++) {
+        const real *inputs_of[ROWS];
+        for (int m = 0; m < ROWS; m++) {
+            inputs_of[m] = x + lesser(m, rows - 1) * x_row + t * x_step;
+            if (m < rows && (t == 0 || (init && init[(long)m * steps + t]))) {
+                if (initial) memcpy(h + m * pitch, initial + m * initial_row + t * initial_step, hidden * sizeof(real));
+                else memset(h + m * pitch, 0, hidden * sizeof(real));
+            }
+        }
+        const real *w = packed;
+        for (int first = 0; first < hidden; first += LANES, w += LANES * (4 + 3L * (hidden + inputs))) {
+            gates g[ROWS];
+            int n = hidden - first;
+            gate_block(inputs, hidden, pitch, h, inputs_of, w, g);
+            for (int m = 0; m < rows; m++) {
+                vec before = *(vec *)(h + m * pitch + first);
+                vec after = g[m].n + g[m].z * (before - g[m].n);
+                *(vec *)(next + m * pitch + first) = after;
+                store(y + ((long)m * steps + t) * hidden + first, after, n);
+                if (saved) {
+                    real *s = saved + ((long)m * steps + t) * 5 * hidden + first;
+                    store(s, g[m].r, n);
+                    store(s + hidden, g[m].z, n);
+                    store(s + 2 * hidden, g[m].hn, n);
+                    store(s + 3 * hidden, g[m].n, n);
+                    store(s + 4 * hidden, before, n);
+                }
+            }
+        }
+        real *swap = h; h = next; next = swap;
+    }
+}
+
+void gru_forward(int batch, int steps, int inputs, int hidden, const real *x, long x_row, long x_step,
+                 const real *initial, long initial_row, long initial_step, const uint8_t *init, const real *packed,
+                 real *y, real *saved, int threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+        real *scratch = aligned_alloc(64, 2L * ROWS * padded(hidden) * sizeof(real));
+        #pragma omp for schedule(static)
+        for (int b = 0; b < batch; b += ROWS)
+            forward_rows(lesser(ROWS, batch - b), steps, inputs, hidden, x + b * x_row, x_row, x_step,
+                         initial ? initial + b * initial_row : NULL, initial_row, initial_step,
+                         init ? init + (long)b * steps : NULL, packed, y + (long)b * steps * hidden,
+                         saved ? saved + (long)b * steps * 5 * hidden : NULL, scratch);
+        free(scratch);
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------- backward */
+
+/* From the gradient of h' at one step to those of the pre-activations, of one row: into saved, into q [3H], and dh z. */
+static inline void gate_gradients(int hidden, const real *dy, real *s, real *q, real *dh) {
+    for (int i = 0; i < hidden; i += LANES) {
+        int n = hidden - i;
+        vec r = load(s + i, n), z = load(s + hidden + i, n), hn = load(s + 2 * hidden + i, n);
+        vec c = load(s + 3 * hidden + i, n), h = load(s + 4 * hidden + i, n);
+        vec d = *(vec *)(dh + i) + load(dy + i, n);
+        vec dz = d * (h - c) * z * (1 - z);
+        vec dn = d * (1 - z) * (1 - c * c);
+        vec dr = dn * hn * r * (1 - r);
+        vec dhn = dn * r;
+        store(s + i, dr, n);
+        store(s + hidden + i, dz, n);
+        store(s + 2 * hidden + i, dhn, n);
+        store(s + 3 * hidden + i, dn, n);
+        store(q + i, dr, n);
+        store(q + hidden + i, dz, n);
+        store(q + 2 * hidden + i, dhn, n);
+        *(vec *)(dh + i) = d * z;
+    }
+}
+
+/* dh [ROWS, H] += q [ROWS, 3H] W_hh. */
+static inline void through_weights(int hidden, const real *q, const real *packed, real *dh) {
+    int pitch = padded(hidden);
+    for (int first = 0; first < pitch; first += COLUMNS * LANES) {
+        vec sum[ROWS][COLUMNS];
+        UNROLL for (int m = 0; m < ROWS; m++)
+            UNROLL for (int c = 0; c < COLUMNS; c++) sum[m][c] = *(vec *)(dh + m * pitch + first + c * LANES);
+        for (int k = 0; k < 3 * hidden; k++, packed += COLUMNS * LANES)
+            UNROLL for (int m = 0; m < ROWS; m++) {
+                real a = q[m * 3 * hidden + k];
+                UNROLL for (int c = 0; c < COLUMNS; c++) sum[m][c] += a * *(const vec *)(packed + c * LANES);
+            }
+        UNROLL for (int m = 0; m < ROWS; m++)
+            UNROLL for (int c = 0; c < COLUMNS; c++) *(vec *)(dh + m * pitch + first + c * LANES) = sum[m][c];
+    }
+}
+
+static void backward_rows(int rows, int steps, int hidden, const real *dy, long dy_row, long dy_step,
+                          const uint8_t *init, const real *packed, real *saved, real *d_initial, real *scratch) {
+    int pitch = padded(hidden);
+    real *dh = scratch, *q = scratch + ROWS * pitch;
+    memset(scratch, 0, ROWS * (pitch + 3L * hidden) * sizeof(real));
+    for (int t = steps - 1; t >= 0; t--) {
+        for (int m = 0; m < rows; m++)
+            gate_gradients(hidden, dy + m * dy_row + t * dy_step, saved + ((long)m * steps + t) * 5 * hidden,
+                           q + m * 3L * hidden, dh + m * pitch);
+        if (t == 0 && !d_initial) break;
+        through_weights(hidden, q, packed, dh);
+        for (int m = 0; m < rows; m++)
+            if (t == 0 || (init && init[(long)m * steps + t])) {
+                if (d_initial) memcpy(d_initial + ((long)m * steps + t) * hidden, dh + m * pitch, hidden * sizeof(real));
+                memset(dh + m * pitch, 0, pitch * sizeof(real));
+            }
+    }
+}
+
+void gru_backward(int batch, int steps, int hidden, const real *dy, long dy_row, long dy_step, const uint8_t *init,
+                  const real *packed, real *saved, real *d_initial, int threads) {
+    #pragma omp parallel num_threads(threads)
+    {
+        real *scratch = aligned_alloc(64, ROWS * (padded(hidden) + 3L * hidden) * sizeof(real));
+        #pragma omp for schedule(static)
+        for (int b = 0; b < batch; b += ROWS)
+            backward_rows(lesser(ROWS, batch - b), steps, hidden, dy + b * dy_row, dy_row, dy_step,
+                          init ? init + (long)b * steps : NULL, packed, saved + (long)b * steps * 5 * hidden,
+                          d_initial ? d_initial + (long)b * steps * hidden : NULL, scratch);
+        free(scratch);
+    }
+}

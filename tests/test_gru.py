@@ -1,0 +1,212 @@
+"""The compiled GRU against TorchRL's own `GRUModule`: outputs, gradients, resets, and the cases that it hands on."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.envs import TensorDictPrimer
+from torchrl.modules import GRUModule, set_recurrent_mode
+from torchrl.modules.utils import get_primers_from_module
+
+from rl2_torchrl import kernels
+from rl2_torchrl.modules import gru as gru_module
+from rl2_torchrl.modules.gru import FastGRUModule, StepGRU, gru_sequence
+
+KEYS = {"in_keys": ["x", "h"], "out_keys": ["y", ("next", "h")]}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts the calls of the compiled path, so that no test passes by taking TorchRL's."""
+    calls = []
+    forward = gru_module._forward
+    monkeypatch.setattr(gru_module, "_forward", lambda *args: calls.append(1) or forward(*args))
+    return calls
+
+
+def pair(dtype=torch.float32, units=50, **kwargs):
+    """TorchRL's module and ours, with the same weights."""
+    modules = [cls(input_size=3, hidden_size=units, **KEYS, **kwargs).to(dtype) for cls in (GRUModule, FastGRUModule)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    return modules
+
+
+def data(rows, steps, layers, units=50, dtype=torch.float32, share_of_resets=0.2):
+    generator = torch.Generator().manual_seed(rows * 100 + steps)
+    draw = {"generator": generator, "dtype": dtype}
+    return {
+        "x": torch.randn(rows, steps, 3, **draw),
+        "h": torch.randn(rows, steps, layers, units, **draw),
+        "is_init": torch.rand(rows, steps, 1, generator=generator) < share_of_resets,
+    }
+
+
+def outputs_and_gradients(module, entries, recurrent=True):
+    leaves = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in entries.items()}
+    batch = entries["is_init"].shape[:-1]
+    with set_recurrent_mode(recurrent):
+        out = module(TensorDict(leaves, batch))
+    y, last = out["y"], out["next", "h"]
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    inputs = [leaves["x"], leaves["h"], *module.parameters()]
+    gradients = torch.autograd.grad((y * weight).sum() + last.square().sum(), inputs)
+    return [y, last, *gradients]
+
+
+def assert_same(ours, theirs, dtype):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        scale = b.abs().max().clamp_min(1)
+        torch.testing.assert_close(a / scale, b / scale, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "steps"), [(1, 1), (5, 9), (17, 12)])
+def test_sequences_equal_torchrl(counted, dtype, layers, bias, rows, steps):
+    theirs, ours = pair(dtype, num_layers=layers, bias=bias)
+    entries = data(rows, steps, layers, dtype=dtype)
+    expected = outputs_and_gradients(theirs, entries)
+    assert_same(outputs_and_gradients(ours, entries), expected, dtype)
+    assert len(counted) == layers
+
+
+@pytest.mark.parametrize("units", [1, 15, 16, 33, 64])
+def test_every_number_of_units_fills_its_vectors(counted, units):
+    theirs, ours = pair(units=units)
+    entries = data(9, 4, 1, units)
+    assert_same(outputs_and_gradients(ours, entries), outputs_and_gradients(theirs, entries), torch.float32)
+    assert counted
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_one_step_equals_torchrl(counted, layers):
+    theirs, ours = pair(num_layers=layers)
+    entries = {key: value[:, 0] for key, value in data(7, 1, layers, share_of_resets=0.5).items()}
+    expected = outputs_and_gradients(theirs, entries, recurrent=False)
+    assert_same(outputs_and_gradients(ours, entries, recurrent=False), expected, torch.float32)
+    assert counted
+
+
+def test_step_for_rollouts_equals_the_module():
+    _, ours = pair(num_layers=2)
+    entries = {key: value[:, 0] for key, value in data(7, 1, 2, share_of_resets=0).items()}
+    with torch.no_grad():
+        out = ours(TensorDict(entries, [7]))
+        features, hidden = StepGRU(ours.gru)(entries["x"], entries["h"])
+    torch.testing.assert_close(features, out["y"])
+    torch.testing.assert_close(hidden, out["next", "h"])
+
+
+def test_step_without_kernels_is_torchs(monkeypatch):
+    _, ours = pair(num_layers=2)
+    entries = {key: value[:, 0] for key, value in data(7, 1, 2).items()}
+    expected = StepGRU(ours.gru)(entries["x"], entries["h"])
+    monkeypatch.setattr(kernels, "load", lambda dtype: None)
+    for a, b in zip(StepGRU(ours.gru)(entries["x"], entries["h"]), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["dropout", "bidirectional", "python_based", "scan", "half", "no kernels"],
+)
+def test_what_is_not_covered_takes_torchrls_path(counted, monkeypatch, case):
+    kwargs = {
+        "dropout": {"dropout": 0.5, "num_layers": 2},
+        "bidirectional": {"bidirectional": True},
+        "python_based": {"python_based": True},
+        "scan": {"recurrent_backend": "scan"},
+    }.get(case, {})
+    dtype = torch.bfloat16 if case == "half" else torch.float32
+    theirs, ours = pair(dtype, **kwargs)
+    if case == "no kernels":
+        monkeypatch.setattr(kernels, "load", lambda dtype: None)
+    entries = data(4, 6, kwargs.get("num_layers", 1) * (2 if case == "bidirectional" else 1), dtype=dtype)
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(0)
+        with set_recurrent_mode(True):
+            results.append(module(TensorDict(entries, [4, 6])))
+    torch.testing.assert_close(results[1]["y"], results[0]["y"], rtol=0, atol=0)
+    assert not counted
+
+
+def test_compiled_program_gives_the_same_numbers():
+    _, ours = pair()
+    entries = data(4, 6, 1)
+    with set_recurrent_mode(True):
+        expected = ours(TensorDict(entries, [4, 6]))["y"]
+        compiled = torch.compile(ours, backend="aot_eager")(TensorDict(entries, [4, 6]))["y"]
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)
+
+
+def test_drop_in_state_dict_and_primer():
+    theirs, ours = pair(num_layers=2)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    primer = get_primers_from_module(nn.Sequential(ours), warn=False)
+    assert isinstance(primer, TensorDictPrimer)
+    assert primer.primers["h"].shape == (2, 50)
+
+
+def test_graph_can_be_walked_twice_only_when_it_is_kept():
+    x, gru = torch.randn(2, 5, 3), nn.GRU(3, 8)
+    y = gru_sequence(x, None, None, *gru.parameters())
+    first = torch.autograd.grad(y.sum(), gru.weight_hh_l0, retain_graph=True)[0]
+    second = torch.autograd.grad(y.sum(), gru.weight_hh_l0)[0]
+    torch.testing.assert_close(first, second)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        torch.autograd.grad(y.sum(), gru.weight_hh_l0)
+
+
+def test_two_open_graphs_do_not_share_memory():
+    gru = nn.GRU(3, 8)
+    xs = [torch.randn(2, 5, 3) for _ in range(2)]
+    alone = [torch.autograd.grad(gru_sequence(x, None, None, *gru.parameters()).sum(), gru.weight_hh_l0)[0] for x in xs]
+    ys = [gru_sequence(x, None, None, *gru.parameters()) for x in xs]
+    both = torch.autograd.grad(ys[0].sum() + ys[1].sum(), gru.weight_hh_l0)[0]
+    torch.testing.assert_close(both, alone[0] + alone[1])
+
+
+def test_strided_inputs_are_read_rightly():
+    gru = nn.GRU(3, 8, batch_first=True)
+    x = torch.randn(3, 5, 4).transpose(0, 2)
+    torch.testing.assert_close(gru_sequence(x, None, None, *gru.parameters()), gru(x)[0])
+
+
+def test_nan_is_carried_to_the_output():
+    gru, x = nn.GRU(3, 8), torch.randn(2, 5, 3)
+    x[0, 2, 1] = torch.nan
+    y = gru_sequence(x, None, None, *gru.parameters())
+    assert y[0, :2].isfinite().all()
+    assert y[0, 2:].isnan().all()
+    assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_gates_saturate_without_overflow(scale):
+    gru, x = nn.GRU(3, 8, batch_first=True).double(), scale * torch.randn(4, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(gru_sequence(x, None, None, *gru.parameters()), gru(x)[0], rtol=0, atol=1e-10)
+
+
+def test_environment_variable_turns_the_kernels_off(monkeypatch):
+    monkeypatch.setenv("RL2_TORCHRL_KERNELS", "0")
+    assert kernels.load.__wrapped__(torch.float32) is None
+
+
+def test_a_failing_compiler_is_announced_and_survived(monkeypatch, tmp_path):
+    messages = []
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels.torchrl_logger, "warning", messages.append)
+    assert kernels.load.__wrapped__(torch.float32) is None
+    assert "PyTorch's own is used" in messages[0]
+
+
+def test_kernels_are_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernels.load.__wrapped__(torch.float32) is not None
+    monkeypatch.setattr(kernels, "_compile", lambda *args: pytest.fail("compiled again"))
+    assert kernels.load.__wrapped__(torch.float32) is not None

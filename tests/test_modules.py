@@ -1,0 +1,398 @@
+"""GRU actors and value heads: shapes, first weights, hand-worked steps, keys, primers, and steps against sequences."""
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import InteractionType, set_interaction_type
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import Compose, GymEnv, RenameTransform, SerialEnv, TransformedEnv
+from torchrl.modules import set_recurrent_mode
+from torchrl.modules.utils import get_primers_from_module
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+    PreviousStep,
+    TaskSampler,
+    Trial,
+)
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.modules.actor_critic import hidden_keys
+
+# Each kind of network: how to build it, the entry that its head writes, and that entry's size.
+KINDS = {
+    "value": (lambda **kwargs: GRUValueHead(5, **kwargs), "state_value", 1),
+    "gaussian": (lambda **kwargs: GRUGaussianActor(5, 2, **kwargs), "loc", 2),
+    "categorical": (lambda **kwargs: GRUCategoricalActor(5, 3, **kwargs), "logits", 3),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def build(kind, **kwargs):
+    torch.manual_seed(0)
+    return KINDS[kind][0](**{"hidden_size": 4, **kwargs})
+
+
+def inputs(*shape, size=5, dtype=torch.float32):
+    """Inputs of a batch ``shape``, a new trial everywhere."""
+    trans = torch.randn(*shape, size, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return TensorDict({"trans": trans, "is_init": torch.ones(*shape, 1, dtype=torch.bool)}, shape)
+
+
+def last_layer(module):
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
+
+
+def gru_of(module):
+    return next(layer for layer in module.modules() if isinstance(layer, nn.GRU))
+
+
+def quadratic_env(base=None, **kwargs):
+    base = QuadraticBandit(2, batch_size=(3,), seed=0) if base is None else base
+    tasks = TaskSampler(uniform_targets(2), seed=0)
+    return TransformedEnv(base, Compose(Trial(episodes=4), tasks, PreviousStep(**kwargs)))
+
+
+def bernoulli_env():
+    return TransformedEnv(
+        BernoulliBandit(3, batch_size=(2,)),
+        Compose(Trial(episodes=4), TaskSampler(uniform_means(3), seed=0), PreviousStep()),
+    )
+
+
+# ------------------------------------------------------------------- shapes
+
+
+@each_kind
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_shapes_of_one_step(kind, shape):
+    module, (_, out_key, size) = build(kind, num_layers=2), KINDS[kind]
+    out = module(inputs(*shape))
+    assert out[out_key].shape == (*shape, size)
+    assert out["next", module.hidden_key].shape == (*shape, 2, 4)
+
+
+@each_kind
+@pytest.mark.parametrize("rows", [(3,), (2, 3)])
+def test_shapes_of_sequences(kind, rows):
+    module, (_, out_key, size) = build(kind), KINDS[kind]
+    with set_recurrent_mode(True):
+        assert module(inputs(*rows, 6))[out_key].shape == (*rows, 6, size)
+
+
+def test_actions_and_log_probs():
+    td = build("gaussian")(inputs(3))
+    assert td["action"].shape == (3, 2)
+    # Summed over the components: one number a row, -1/2 |z|^2 - sum log_std - ln(2 pi), here at the mean, z = 0.
+    assert torch.allclose(td["action_log_prob"], torch.full((3,), 1.0 - math.log(2 * math.pi)))
+    assert build("categorical")(inputs(3))["action"].shape == (3,)
+    one_hot = build("categorical", one_hot=True)(inputs(3))["action"]
+    assert one_hot.shape == (3, 3)
+    assert one_hot.sum(-1).tolist() == [1, 1, 1]
+
+
+# ------------------------------------------------------------ first weights
+
+
+@pytest.mark.parametrize(("kind", "init_range"), [("value", 3e-3), ("gaussian", 1e-3), ("categorical", 1e-3)])
+def test_last_layer_starts_uniform_in_its_range(kind, init_range):
+    layer = last_layer(build(kind, hidden_size=2000)).requires_grad_(False)
+    # Of 2,000 draws from U(-r, r) the largest lies above 0.99 r but for a chance of 0.99^2000 < 1e-8, and the standard
+    # deviation is r / sqrt(3).
+    for weight in (layer.weight, layer.bias):
+        assert weight.abs().max() <= init_range
+    assert layer.weight.abs().max() > 0.99 * init_range
+    assert layer.weight.std() == pytest.approx(init_range / math.sqrt(3), rel=0.05)
+    assert layer.bias.abs().max() > 0
+
+
+@each_kind
+def test_init_range_is_an_argument(kind):
+    layer = last_layer(build(kind, hidden_size=500, init_range=0.7))
+    assert 0.6 < layer.weight.abs().max() <= 0.7
+
+
+def test_log_std_is_one_parameter_a_dimension():
+    actor = build("gaussian")
+    log_std = dict(actor.named_parameters())["module.0.module.1.module.log_std"]
+    assert log_std.tolist() == [-0.5, -0.5]
+    # State-independent: the same scale, exp(log_std), for all inputs.
+    with torch.no_grad():
+        log_std.copy_(torch.tensor([0.0, math.log(3.0)]))
+    assert torch.allclose(actor(inputs(7))["scale"], torch.tensor([1.0, 3.0]).expand(7, 2))
+    assert torch.equal(
+        dict(build("gaussian", init_log_std=1.5).named_parameters())["module.0.module.1.module.log_std"],
+        torch.tensor([1.5, 1.5]),
+    )
+
+
+# ----------------------------------------------------------- one step by hand
+
+
+@each_kind
+def test_one_step_by_hand(kind):
+    # One input, one unit. Gates (r, z, n): W_i = (0, ln 3, 1), W_h = (0, 0, 2), no biases. The head is 2 relu(h) + 0.1.
+    #   r = 1/2; z = 1 / (1 + 3^-x); n = tanh(x + r * 2 h); h' = (1 - z) n + z h.
+    #   x =  1, h = 0.5, same trial: z = 3/4, n = tanh 1.5 = 0.905148, h' = 0.226287 + 0.375 = 0.601287 -> 1.302574
+    #   x = -1, h = 0.5, same trial: z = 1/4, n = tanh -0.5 = -0.462117, h' = -0.346588 + 0.125 = -0.221588 -> 0.1
+    #   x =  1, h = 0.5, new trial:  h = 0, n = tanh 1 = 0.761594, h' = 0.190399 -> 0.480797
+    make = {"value": GRUValueHead, "gaussian": GRUGaussianActor, "categorical": GRUCategoricalActor}[kind]
+    module = make(1, *([] if kind == "value" else [1]), hidden_size=1)
+    gru, last = gru_of(module), last_layer(module)
+    with torch.no_grad():
+        for parameter in gru.parameters():
+            parameter.zero_()
+        gru.weight_ih_l0.copy_(torch.tensor([[0.0], [math.log(3.0)], [1.0]]))
+        gru.weight_hh_l0[2] = 2.0
+        last.weight.fill_(2.0)
+        last.bias.fill_(0.1)
+    td = TensorDict({"trans": torch.tensor([[1.0], [-1.0], [1.0]])}, [3])
+    td[module.hidden_key] = torch.full((3, 1, 1), 0.5)
+    td["is_init"] = torch.tensor([[False], [False], [True]])
+    module(td)
+    assert td[KINDS[kind][1]].flatten().tolist() == pytest.approx([1.302574, 0.1, 0.480797], abs=1e-6)
+    hidden = td["next", module.hidden_key].flatten().tolist()
+    assert hidden == pytest.approx([0.601287, -0.221588, 0.190399], abs=1e-6)
+
+
+def test_activation_is_an_argument():
+    module = build("value", activation=nn.Identity)
+    td = module(inputs(3))
+    assert torch.allclose(td["state_value"], last_layer(module)(td["critic_features"]))
+    assert (td["critic_features"] < 0).any()
+
+
+def test_memory_value_head_by_hand():
+    # W relu(f) + b with W = (1, 2, 4), b = 0.5 on f = (3, -1) and the extra input 0.25: 3 + 0 + 1 + 0.5.
+    module = MemoryValueHead(2, detach=True, extra_size=1, extra_keys=["time_left"])
+    with torch.no_grad():
+        last_layer(module).weight.copy_(torch.tensor([[1.0, 2.0, 4.0]]))
+        last_layer(module).bias.fill_(0.5)
+    td = TensorDict({"actor_features": torch.tensor([[3.0, -1.0]]), "time_left": torch.tensor([[0.25]])}, [1])
+    assert module(td)["state_value"].item() == 4.5
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_only_the_shared_wiring_sends_value_gradients_into_the_actor(detach):
+    actor, critic = build("categorical"), MemoryValueHead(4, detach=detach, num_cells=[8])
+    ActorCritic(actor, critic)(inputs(3))["state_value"].sum().backward()
+    touched = [p.grad is not None and bool(p.grad.any()) for p in gru_of(actor).parameters()]
+    assert any(touched) is not detach
+    assert all(p.grad is not None for p in critic.parameters())
+
+
+def test_extra_keys_reach_the_critic():
+    module = GRUValueHead(6, hidden_size=4, extra_keys=["time_left"], init_range=1.0)
+    td = inputs(3)
+    values = [module(td.clone().set("time_left", torch.full((3, 1), left)))["state_value"] for left in (0.0, 1.0)]
+    assert (values[0] - values[1]).abs().min() > 1e-4
+
+
+# ------------------------------------------------------- deterministic, random
+
+
+def test_deterministic_mode_is_mean_or_mode():
+    with set_interaction_type(InteractionType.DETERMINISTIC):
+        gaussian, categorical = build("gaussian")(inputs(9)), build("categorical", init_range=3.0)(inputs(99))
+    assert torch.equal(gaussian["action"], gaussian["loc"])
+    assert torch.equal(categorical["action"], categorical["logits"].argmax(-1))
+    assert categorical["action"].unique().numel() > 1
+
+
+def test_random_mode_draws_with_the_scale():
+    with set_interaction_type(InteractionType.RANDOM):
+        td = build("gaussian")(inputs(20_000))
+    # The sample's standard deviation has a standard error of s / sqrt(2 n) = 0.005 s.
+    noise = td["action"] - td["loc"]
+    assert noise.std(0).tolist() == pytest.approx([math.exp(-0.5)] * 2, rel=0.025)
+    expected = torch.distributions.Normal(td["loc"], td["scale"]).log_prob(td["action"]).sum(-1)
+    assert torch.allclose(td["action_log_prob"], expected, atol=1e-5)
+
+
+# ---------------------------------------------------------- steps = sequences
+
+
+@each_kind
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_stepping_equals_recurrent_mode(kind, num_layers):
+    module, out_key = build(kind, num_layers=num_layers, init_range=1.0), KINDS[kind][1]
+    td = inputs(3, 8)
+    # Row 0 starts with a trial, row 1 has a second and third one, row 2 goes on from an earlier batch.
+    starts = torch.zeros(3, 8, dtype=torch.bool)
+    starts[0, 0] = starts[1, 0] = starts[1, 3] = starts[1, 7] = starts[2, 5] = True
+    td["is_init"] = starts.unsqueeze(-1)
+    hidden, stepped = torch.full((3, num_layers, 4), 0.5), []
+    for t in range(8):
+        # As the primers do it, the memory that is stored at a trial's first step is zero.
+        hidden = torch.where(starts[:, t, None, None], 0.0, hidden)
+        step = module(td[:, t].clone().set(module.hidden_key, hidden))
+        hidden = step["next", module.hidden_key]
+        stepped.append(step)
+    stepped = torch.stack(stepped, 1)
+    with set_recurrent_mode(True):
+        sequence = module(stepped.select("trans", "is_init", module.hidden_key))
+    assert torch.allclose(sequence[out_key], stepped[out_key], atol=1e-6)
+    # A trial's start forgets: without its mark the outputs differ from there on, and not before.
+    with set_recurrent_mode(True):
+        unmarked = module(stepped.select("trans", module.hidden_key).set("is_init", torch.zeros(3, 8, 1).bool()))
+    moved = ((unmarked[out_key] - sequence[out_key]).abs() > 1e-5).any(-1)
+    assert moved[0].tolist() == [False] * 8
+    assert moved[1].tolist() == [False] * 3 + [True] * 5
+    assert moved[2].tolist() == [False] * 5 + [True] * 3
+
+
+# ------------------------------------------------------------- dtype and state
+
+
+@each_kind
+def test_float64(kind):
+    module = build(kind, dtype=torch.float64, num_layers=2)
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+    td = module(inputs(3, dtype=torch.float64))
+    assert td[KINDS[kind][1]].dtype == td["next", module.hidden_key].dtype == torch.float64
+
+
+@each_kind
+def test_state_dict_round_trip(kind):
+    module, other = build(kind), KINDS[kind][0](hidden_size=4, init_range=1.0)
+    td = inputs(3)
+    assert not torch.equal(module(td.clone())[KINDS[kind][1]], other(td.clone())[KINDS[kind][1]])
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(module(td.clone())[KINDS[kind][1]], other(td.clone())[KINDS[kind][1]])
+
+
+# -------------------------------------------------------- hidden keys, primers
+
+
+def nested_actor_critic(env=None, **kwargs):
+    keys = {"in_key": ("agent", "trans"), "hidden_size": 4, **kwargs}
+    actor_keys = {"hidden_key": ("agent", "h"), "features_key": ("agent", "f"), **keys}
+    critic_keys = {"hidden_key": ("agent", "c"), "features_key": ("agent", "g"), "value_key": ("agent", "v"), **keys}
+    if env is not None:
+        actor = GRUGaussianActor.from_env(env, **actor_keys)
+        return ActorCritic(actor, GRUValueHead.from_env(env, extra_keys=["time_left"], **critic_keys))
+    actor = GRUGaussianActor(5, 2, action_key=("agent", "action"), **actor_keys)
+    return ActorCritic(actor, GRUValueHead(6, extra_keys=[("agent", "time")], **critic_keys))
+
+
+def test_nested_keys():
+    policy = nested_actor_critic()
+    td = inputs(3).rename_key_("trans", ("agent", "trans")).set(("agent", "time"), torch.ones(3, 1))
+    policy(td)
+    assert td["agent", "action"].shape == (3, 2)
+    assert td["agent", "v"].shape == (3, 1)
+    assert td["agent", "action_log_prob"].shape == (3,)
+    assert td["next", "agent", "h"].shape == td["next", "agent", "c"].shape == (3, 1, 4)
+    # What the critic concatenates stands beside its features, not at the root.
+    assert td["agent", "g_input"].shape == (3, 6)
+    assert policy.hidden_keys == [("agent", "h"), ("agent", "c")]
+
+
+def test_hidden_keys():
+    actor = build("gaussian")
+    assert ActorCritic(actor, GRUValueHead(5)).hidden_keys == ["actor_hidden", "critic_hidden"]
+    assert hidden_keys(MemoryValueHead(4, detach=True)) == []
+    assert ActorCritic(actor, MemoryValueHead(4, detach=True)).hidden_keys == ["actor_hidden"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_primers_have_the_memories_shapes(nested):
+    plain = ActorCritic(GRUGaussianActor(5, 2, hidden_size=4, num_layers=2), GRUValueHead(5, hidden_size=6))
+    primers = get_primers_from_module(nested_actor_critic() if nested else plain, warn=False)
+    shapes = {key: tuple(spec.shape) for primer in primers for key, spec in primer.primers.items(True, True)}
+    expected = {("agent", "h"): (1, 4), ("agent", "c"): (1, 4)}
+    assert shapes == (expected if nested else {"actor_hidden": (2, 4), "critic_hidden": (1, 6)})
+
+
+# ------------------------------------------------------------------- from_env
+
+
+def test_from_env_on_bandits():
+    env = quadratic_env()
+    # 2 action components, reward, done.
+    assert gru_of(GRUGaussianActor.from_env(env)).input_size == 4
+    assert last_layer(GRUGaussianActor.from_env(env)).out_features == 2
+    value = GRUValueHead.from_env(env, hidden_size=7, num_layers=2, extra_keys=["time_left", "task"])
+    assert (gru_of(value).input_size, gru_of(value).hidden_size, gru_of(value).num_layers) == (4 + 1 + 2, 7, 2)
+    env = bernoulli_env()
+    actor = GRUCategoricalActor.from_env(env, hidden_size=9, features_key="f")
+    assert (gru_of(actor).input_size, last_layer(actor).out_features) == (3 + 2, 3)
+    head = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"])
+    assert last_layer(head).in_features == 9 + 1
+    td = ActorCritic(actor, head)(env.reset().set("is_init", torch.ones(2, 1, dtype=torch.bool)))
+    assert td["action"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("name", "categorical", "make", "input_size", "action_shape"),
+    [
+        ("Pendulum-v1", False, GRUGaussianActor, 3 + 1 + 2, (1,)),
+        ("CartPole-v1", False, GRUCategoricalActor, 4 + 2 + 2, (2,)),
+        ("CartPole-v1", True, GRUCategoricalActor, 4 + 2 + 2, ()),
+    ],
+)
+def test_from_env_on_gymnasium(name, categorical, make, input_size, action_shape):
+    base = GymEnv(name, categorical_action_encoding=categorical)
+    env = TransformedEnv(base, Compose(Trial(steps=3), PreviousStep()))
+    actor = make.from_env(env, hidden_size=4)
+    td = actor(env.reset().set("is_init", torch.ones(1, dtype=torch.bool)))
+    assert gru_of(actor).input_size == input_size
+    assert td["action"].shape == action_shape
+    assert env.full_action_spec.is_in(td.select("action"))
+
+
+class NestedQuadratic(QuadraticBandit):
+    """A bandit whose action stands at ("agent", "action")."""
+
+    def __init__(self):
+        super().__init__(2, batch_size=(3,), seed=0)
+        agent = Composite(action=Unbounded((3, 2)), shape=(3,))
+        self.full_action_spec = Composite(agent=agent, shape=(3,))
+
+    def _step(self, tensordict):
+        return super()._step(tensordict.copy().set("action", tensordict["agent", "action"]))
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_nested_action_keys_in_a_collector(renamed):
+    # Nested by the env itself, or by a transform around a flat one.
+    env = quadratic_env(None if renamed else NestedQuadratic(), out_key=("agent", "trans"))
+    if renamed:
+        key = ("agent", "action")
+        env.append_transform(RenameTransform(in_keys=[], out_keys=[], in_keys_inv=["action"], out_keys_inv=[key]))
+    policy = nested_actor_critic(env)
+    (batch,) = Collector(env, policy, frames_per_batch=24, total_frames=24, auto_register_policy_transforms=True)
+    assert batch["agent", "action"].shape == (3, 8, 2)
+    assert torch.equal(batch["next", "agent", "trans"][:, :3, :2], batch["agent", "action"][:, :3])
+    assert_memory_lasts_a_trial(batch, [("agent", "h"), ("agent", "c")])
+
+
+# ------------------------------------------------------------ batched workers
+
+
+def assert_memory_lasts_a_trial(batch, keys, trial=4):
+    """Memory is zero at every trial's first step, and is handed on at all others."""
+    for key in keys:
+        hidden = batch[key].flatten(-2)
+        alive = hidden.abs().sum(-1) > 0
+        expected = torch.arange(batch.shape[-1]) % trial != 0
+        assert torch.equal(alive, expected.expand_as(alive))
+
+
+def test_primers_register_themselves_around_a_batched_env():
+    env = SerialEnv(2, bernoulli_env)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4)
+    policy = ActorCritic(actor, GRUValueHead.from_env(env, hidden_size=3, extra_keys=["time_left"]))
+    (batch,) = Collector(env, policy, frames_per_batch=32, total_frames=32, auto_register_policy_transforms=True)
+    assert batch["actor_hidden"].shape == (2, 2, 8, 1, 4)
+    assert_memory_lasts_a_trial(batch, policy.hidden_keys)
+    with set_recurrent_mode(True):
+        again = actor.get_dist(batch.clone(False).select(*policy.in_keys)).log_prob(batch["action"])
+    assert torch.allclose(again, batch["action_log_prob"], atol=1e-6)
