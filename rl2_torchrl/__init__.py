@@ -1,10 +1,11 @@
 """RL² meta-reinforcement learning (Duan et al. 2016) on TorchRL.
 
-The data flows: env -> `Trial`, `TaskSampler`, `PreviousStep` -> `ActorCritic` in TorchRL's ``Collector`` -> `PPOUpdate`
-(`TrialAdvantage`, `RL2PPOLoss`) -> `train` -> `adaptation_curve` -> `AdaptationReport`. Environments are in
+The data flows: env -> `Trial`, `TaskSampler`, `PreviousStep` -> `ActorCritic` in TorchRL's ``Collector`` or `TrialCollector`
+-> `PPOUpdate` (`TrialAdvantage`, `RL2PPOLoss`) -> `train` -> `adaptation_curve` -> `AdaptationReport`. Environments are in
 `rl2_torchrl.envs`, classical agents in `rl2_torchrl.baselines`, contract checks in `rl2_torchrl.testing`.
 """
 
+from rl2_torchrl.collector import TrialCollector
 from rl2_torchrl.evaluation import (
     AdaptationCurve,
     adaptation_curve,
@@ -13,6 +14,7 @@ from rl2_torchrl.evaluation import (
 )
 from rl2_torchrl.modules import (
     ActorCritic,
+    FastGRUModule,
     GRUCategoricalActor,
     GRUGaussianActor,
     GRUValueHead,
@@ -30,6 +32,7 @@ __all__ = [
     "ActorCritic",
     "AdaptationCurve",
     "AdaptationReport",
+    "FastGRUModule",
     "GRUCategoricalActor",
     "GRUGaussianActor",
     "GRUValueHead",
@@ -42,6 +45,7 @@ __all__ = [
     "TrainResult",
     "Trial",
     "TrialAdvantage",
+    "TrialCollector",
     "adaptation_curve",
     "linear_decay",
     "train",

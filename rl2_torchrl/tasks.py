@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.data import Composite
+from torchrl.data import Composite, TensorSpec
 from torchrl.envs import Transform
 
 __all__ = ["TaskDistribution", "TaskSampler"]
@@ -97,11 +96,11 @@ class TaskSampler(Transform):
         if self.task_key in tensordict.keys(True):
             return tensordict
         rows = tensordict.get("_reset", None)
-        return tensordict.copy().set(self.task_key, self._draw(rows))
+        return tensordict.copy().set(self.task_key, self.draw(rows))
 
-    def _draw(self, rows: torch.Tensor | None) -> torch.Tensor | TensorDictBase:
+    def draw(self, rows: torch.Tensor | None = None) -> torch.Tensor | TensorDictBase:
         """Tasks ``[*B, ...]``; only those of ``rows`` are new draws, so that a partial reset uses up no others."""
-        spec = self._base_env.full_state_spec[self.task_key]
+        spec = self._task_spec
         if rows is None or rows.all():
             return self._sample(self._base_env.batch_size, spec)
         rows = rows.reshape(self._base_env.batch_size)
@@ -109,7 +108,7 @@ class TaskSampler(Transform):
         tasks[rows] = self._sample(torch.Size([int(rows.sum())]), spec)
         return tasks
 
-    def _sample(self, batch_size: torch.Size, spec: Any) -> torch.Tensor | TensorDictBase:
+    def _sample(self, batch_size: torch.Size, spec: TensorSpec) -> torch.Tensor | TensorDictBase:
         task = self.distribution(batch_size, self.generator).to(spec.device)
         feature_shape = spec.shape[len(self._base_env.batch_size) :]
         if not isinstance(spec, Composite):
@@ -130,6 +129,11 @@ class TaskSampler(Transform):
 
     # ---------------------------------------------------------------- specs
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        observation_spec[self.task_key] = self._task_spec.clone()
+        return observation_spec
+
+    @property
+    def _task_spec(self) -> TensorSpec:
         state_spec = self._base_env.full_state_spec
         if self.task_key not in state_spec.keys(True):
             raise KeyError(
@@ -137,23 +141,26 @@ class TaskSampler(Transform):
                 f"reach it and every trial would be the same. Its state_spec has {sorted(map(str, state_spec.keys(True)))}. "
                 f"Declare the task there and read it in _reset (for Gymnasium envs: rl2_torchrl.envs.GymTaskEnv)."
             )
-        observation_spec[self.task_key] = state_spec[self.task_key].clone()
-        return observation_spec
+        return state_spec[self.task_key]
 
     @property
     def _base_env(self):
         return self.container.base_env
 
     # ----------------------------------------------------------- checkpoints
-    def get_extra_state(self) -> dict[str, torch.Tensor]:
+    def get_extra_state(self) -> torch.Tensor:
         """Generator and position: with them a resumed run draws the tasks that the unbroken run would have drawn."""
-        return {"generator": self.generator.get_state(), "position": torch.tensor(self._position)}
+        # One plain tensor: TorchRL's EnvCreator, which ParallelEnv wraps around a lambda, copies all other state into
+        # every worker, and all workers would draw identical tasks.
+        position = torch.tensor([self._position], dtype=torch.int64)
+        return torch.cat([self.generator.get_state(), position.view(torch.uint8)])
 
-    def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
+    def set_extra_state(self, state: torch.Tensor) -> None:
         """Restores what `get_extra_state` returned."""
-        self.generator.set_state(state["generator"])
+        generator, position = state.cpu().split([len(state) - 8, 8])
+        self.generator.set_state(generator.clone())
         if isinstance(self.distribution, _InOrder):
-            self.distribution.position = int(state["position"])
+            self.distribution.position = int(position.clone().view(torch.int64))
 
     @property
     def _position(self) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.data import Binary, Categorical, Composite, OneHot, TensorSpec, Unbounded
+from torchrl.data import Binary, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import Transform
 
 from rl2_torchrl.trial import EPISODE_DONE, TRIAL_KEYS
@@ -15,7 +16,7 @@ __all__ = ["PreviousStep"]
 
 
 class PreviousStep(Transform):
-    """Writes ``trans_t = concat(obs_t, action_{t-1}, reward_{t-1}, done_{t-1})``, what an RL² agent sees (SPEC 2).
+    """Writes ``trans_t = concat(obs_t, action_{t-1}, reward_{t-1}, done_{t-1})``, what an RL² agent sees.
 
     Discrete observations and actions are one-hot. ``done`` is the *episode's*. At a trial's first step action, reward
     and done are 0. On the step that ends an episode the agent sees the new episode's first observation together with
@@ -61,7 +62,7 @@ class PreviousStep(Transform):
         self.obs_keys = None if obs_keys is None else list(obs_keys)
         self.task_key = task_key
         self.done_at_start = float(done_at_start)
-        self._layout: tuple[dict[NestedKey, TensorSpec], TensorSpec, NestedKey] | None = None
+        self._read_layout: _Layout | None = None
 
     @property
     def out_key(self) -> NestedKey:
@@ -70,66 +71,67 @@ class PreviousStep(Transform):
 
     # ------------------------------------------------------------ step, reset
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        obs_specs, action_spec, action_key = self._specs()
-        parts = [self._encode(next_tensordict.get(key), spec) for key, spec in obs_specs.items()]
-        parts.append(self._encode(tensordict.get(action_key), action_spec))
-        parts.append(next_tensordict.get("reward").to(torch.float32))
-        parts.append(next_tensordict.get(EPISODE_DONE).to(torch.float32))
-        return next_tensordict.set(self.out_key, torch.cat(parts, -1))
+        layout = self._layout()
+        observations = [next_tensordict.get(key) for key in layout.observations]
+        reward, done = next_tensordict.get("reward"), next_tensordict.get(EPISODE_DONE)
+        trans = self.combine(observations, tensordict.get(layout.action_key), reward, done)
+        return next_tensordict.set(self.out_key, trans)
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        obs_specs, action_spec, _ = self._specs()
-        parts = [self._encode(tensordict_reset.get(key), spec) for key, spec in obs_specs.items()]
-        done = tensordict_reset.get("done")
-        parts.append(done.new_zeros(*done.shape[:-1], self._size(action_spec) + 1, dtype=torch.float32))
-        parts.append(torch.full_like(done, self.done_at_start, dtype=torch.float32))
-        return tensordict_reset.set(self.out_key, torch.cat(parts, -1))
+        observations = [tensordict_reset.get(key) for key in self._layout().observations]
+        return tensordict_reset.set(self.out_key, self.begin(observations))
 
-    def _encode(self, value: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        """``value`` as float32 of shape ``[*B, size]``, one-hot where it is an index."""
-        if _is_index(spec):
-            value = spec.to_one_hot(value)
-        batch_dims = len(self._batch_size)
-        return value.to(torch.float32).reshape(*value.shape[:batch_dims], -1)
+    def combine(
+        self, observations: Sequence[torch.Tensor], action: torch.Tensor, reward: torch.Tensor, done: torch.Tensor
+    ) -> torch.Tensor:
+        """The transition input ``[*B, size]`` after a step with ``action``, ``reward`` and the episode's ``done`` ``[*B, 1]``."""
+        layout, batch_size = self._layout(), reward.shape[:-1]
+        parts = layout.encode(observations, batch_size)
+        parts += [layout.action.encode(action, batch_size), reward.to(torch.float32), done.to(torch.float32)]
+        return torch.cat(parts, -1)
 
-    def _size(self, spec: TensorSpec) -> int:
-        size = spec.shape[len(self._batch_size) :].numel()
-        return size * spec.space.n if _is_index(spec) else size
+    def begin(self, observations: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The transition input ``[*B, size]`` at a trial's first step."""
+        layout, env = self._layout(), self.container.base_env
+        zeros = torch.zeros((*env.batch_size, layout.action.size + 1), device=env.device)
+        done = torch.full_like(zeros[..., :1], self.done_at_start)
+        return torch.cat([*layout.encode(observations, env.batch_size), zeros, done], -1)
+
+    @property
+    def action_size(self) -> int:
+        """Size of the action's part: its dimensions, or the number of choices."""
+        return self._layout().action.size
 
     # ------------------------------------------------------------------ specs
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        self._layout = None
-        obs_specs, action_spec, _ = self._specs(observation_spec)
-        size = sum(map(self._size, obs_specs.values())) + self._size(action_spec) + 2
         env = self.container.base_env
-        observation_spec[self.out_key] = Unbounded((*self._batch_size, size), dtype=torch.float32, device=env.device)
+        self._read_layout = self._make_layout(observation_spec)
+        shape = (*env.batch_size, self._read_layout.size)
+        observation_spec[self.out_key] = Unbounded(shape, dtype=torch.float32, device=env.device)
         return observation_spec
 
-    @property
-    def _batch_size(self) -> torch.Size:
-        return self.container.batch_size
+    def _layout(self) -> _Layout:
+        # Read once: building specs costs more than a step. The env builds them from front to back, so that
+        # `transform_observation_spec` sees no entry of a later transform; the finished spec holds those too.
+        if self._read_layout is None:
+            _ = self.container.output_spec
+        return self._read_layout
 
-    def _specs(self, observation_spec: Composite | None = None):
-        """Specs of the observations and the action, read once: building specs costs more than a step."""
-        if self._layout is None:
-            # The base env's, since `_step` sees the action after all inverse transforms.
-            env = self.container.base_env
-            if observation_spec is None:
-                observation_spec = self.container.observation_spec
-            keys = self._default_keys(observation_spec) if self.obs_keys is None else self.obs_keys
-            if len(env.action_keys) != 1 or len(env.reward_keys) != 1:
-                raise NotImplementedError(
-                    f"PreviousStep knows envs with one action and one reward; this one has {env.action_keys} and "
-                    f"{env.reward_keys}."
-                )
-            missing = [key for key in keys if key not in observation_spec.keys(True, True)]
-            if missing:
-                raise KeyError(
-                    f"the env has no observation {missing}; it has {list(observation_spec.keys(True, True))}."
-                )
-            specs = {key: observation_spec[key] for key in keys}
-            self._layout = (specs, env.full_action_spec[env.action_key], env.action_key)
-        return self._layout
+    def _make_layout(self, observation_spec: Composite) -> _Layout:
+        # The base env's action, since `_step` sees it after all inverse transforms.
+        env = self.container.base_env
+        keys = self._default_keys(observation_spec) if self.obs_keys is None else self.obs_keys
+        if len(env.action_keys) != 1 or len(env.reward_keys) != 1:
+            raise NotImplementedError(
+                f"PreviousStep knows envs with one action and one reward; this one has {env.action_keys} and "
+                f"{env.reward_keys}."
+            )
+        missing = [key for key in keys if key not in observation_spec.keys(True, True)]
+        if missing:
+            raise KeyError(f"the env has no observation {missing}; it has {list(observation_spec.keys(True, True))}.")
+        batch_dims = len(env.batch_size)
+        observations = {key: _Encoding.of(observation_spec[key], batch_dims) for key in keys}
+        return _Layout(observations, _Encoding.of(env.full_action_spec[env.action_key], batch_dims), env.action_key)
 
     def _default_keys(self, observation_spec: Composite) -> list[NestedKey]:
         if EPISODE_DONE not in observation_spec.keys():
@@ -145,9 +147,42 @@ class PreviousStep(Transform):
         raise RuntimeError("PreviousStep is a transform of environments; it has no meaning in a replay buffer.")
 
 
-def _is_index(spec: TensorSpec) -> bool:
-    # OneHot and Binary are classes beside Categorical, not below it, and are vectors already.
-    return isinstance(spec, Categorical) and not isinstance(spec, (OneHot, Binary)) and spec.dtype != torch.bool
+@dataclass(frozen=True)
+class _Encoding:
+    """How one entry becomes a float32 vector: one-hot where it is an index among ``choices``, flattened otherwise."""
+
+    size: int
+    choices: int | None
+
+    @classmethod
+    def of(cls, spec: TensorSpec, batch_dims: int) -> _Encoding:
+        size = spec.shape[batch_dims:].numel()
+        # OneHot is a class beside Categorical. Binary is one below it, and a vector already.
+        if isinstance(spec, Categorical) and not isinstance(spec, Binary) and spec.dtype != torch.bool:
+            return cls(size * spec.space.n, spec.space.n)
+        return cls(size, None)
+
+    def encode(self, value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
+        if self.choices is not None:
+            value = torch.nn.functional.one_hot(value.long(), self.choices)
+        return value.to(torch.float32).reshape(*batch_size, -1)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The parts of the transition input: observations by key, then action, reward and done."""
+
+    observations: dict[NestedKey, _Encoding]
+    action: _Encoding
+    action_key: NestedKey
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.observations.values()) + self.action.size + 2
+
+    def encode(self, observations: Sequence[torch.Tensor], batch_size: torch.Size) -> list[torch.Tensor]:
+        parts = zip(self.observations.values(), observations, strict=True)
+        return [encoding.encode(value, batch_size) for encoding, value in parts]
 
 
 def _is_within(key: NestedKey, root: NestedKey) -> bool:

@@ -45,7 +45,7 @@ class Trial(Transform):
         episodes: number of episodes in a trial, or None for no such bound.
         steps: number of steps in a trial, or None for no such bound. A trial ends at whichever bound comes first.
         truncate: mark the trial's end as ``truncated`` in place of ``terminated``, so that the value of the last
-            observation is bootstrapped. Default False: a trial's end is terminal (`SPEC` of the paper's objective).
+            observation is bootstrapped. Default False: a trial's end is terminal.
 
     Raises:
         ValueError: neither bound is given, or one is below 1.
@@ -86,8 +86,7 @@ class Trial(Transform):
             self._reset_rows(inner_reset, tensordict, next_tensordict)
         self._set_done(next_tensordict, trial_done)
         next_tensordict.set(EPISODE_DONE, episode_done.clone())
-        self._set_counters(next_tensordict, episode_index, trial_step)
-        return next_tensordict
+        return next_tensordict.update(self.counters(episode_index, trial_step))
 
     def _is_over(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> torch.Tensor:
         over = torch.zeros_like(episode_index, dtype=torch.bool)
@@ -127,13 +126,15 @@ class Trial(Transform):
         tensordict_reset.set(EPISODE_DONE, torch.zeros(shape, dtype=torch.bool, device=device))
         if self.truncate:
             tensordict_reset.set("truncated", torch.zeros(shape, dtype=torch.bool, device=device))
-        self._set_counters(tensordict_reset, zeros, zeros.clone())
-        return tensordict_reset
+        return tensordict_reset.update(self.counters(zeros, zeros.clone()))
 
-    def _set_counters(self, tensordict: TensorDictBase, episode_index: torch.Tensor, trial_step: torch.Tensor) -> None:
-        tensordict.set(EPISODE_INDEX, episode_index)
-        tensordict.set(TRIAL_STEP, trial_step)
-        tensordict.set(TIME_LEFT, self._time_left(episode_index, trial_step))
+    def counters(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The counters' entries, of the shape of ``episode_index`` and ``trial_step``."""
+        return {
+            EPISODE_INDEX: episode_index,
+            TRIAL_STEP: trial_step,
+            TIME_LEFT: self._time_left(episode_index, trial_step),
+        }
 
     def _time_left(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> torch.Tensor:
         left = [

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase
 
+from rl2_torchrl.envs.lockstep import LockstepEnv
 from rl2_torchrl.tasks import TaskDistribution
 
 __all__ = ["BernoulliBandit", "QuadraticBandit", "uniform_means", "uniform_targets"]
 
 
-class _Bandit(EnvBase):
+class _Bandit(LockstepEnv):
     """One-step episodes without observations. The state is the task alone, and it is carried in the TensorDict."""
 
     batch_locked = True
+    episode_steps = 1
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class _Bandit(EnvBase):
         return TensorDict({}, batch_size=self.batch_size, device=self.device)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        reward = self._reward(tensordict["task"], tensordict["action"])
+        reward, _ = self.transition(tensordict["task"], None, tensordict["action"])
         done = torch.ones_like(reward, dtype=torch.bool)
         return TensorDict(
             {"reward": reward, "done": done, "terminated": done.clone()},
@@ -55,8 +56,8 @@ class _Bandit(EnvBase):
             device=self.device,
         )
 
-    def _reward(self, task: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    def first(self, task: torch.Tensor) -> None:
+        """There is nothing to observe."""
 
     def _set_seed(self, seed: int | None) -> None:
         # The generator is the env's own: the draws of tasks, policy and env must not depend on one another.
@@ -113,10 +114,11 @@ class BernoulliBandit(_Bandit):
         self.num_arms = num_arms
         self.action_spec = Categorical(num_arms, shape=self.batch_size, device=self.device)
 
-    def _reward(self, task: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def transition(self, task: torch.Tensor, observation: None, action: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """A draw of the pulled arm's reward."""
         mean = task.gather(-1, action.unsqueeze(-1))
         draw = torch.rand(mean.shape, generator=self.generator, device=self.device)
-        return (draw < mean).to(task.dtype)
+        return (draw < mean).to(task.dtype), None
 
 
 class QuadraticBandit(_Bandit):
@@ -159,9 +161,10 @@ class QuadraticBandit(_Bandit):
         self.noise = noise
         self.action_spec = Unbounded((*self.batch_size, dim), device=self.device)
 
-    def _reward(self, task: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def transition(self, task: torch.Tensor, observation: None, action: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The squared distance to the target, with noise, as a cost."""
         cost = (action - task).square().sum(-1, keepdim=True)
-        return self.noise * torch.randn(cost.shape, generator=self.generator, device=self.device) - cost
+        return self.noise * torch.randn(cost.shape, generator=self.generator, device=self.device) - cost, None
 
 
 def uniform_means(num_arms: int) -> TaskDistribution:

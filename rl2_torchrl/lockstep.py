@@ -1,0 +1,255 @@
+"""`LockstepRollout`: whole trials of a `LockstepEnv` on plain tensors, for `TrialCollector`.
+
+In such an env all rows begin and end their episodes and trials together, so that ``done``, ``is_init`` and the counters
+are known before the first step. What is left to do in each step is the policy, the env's transition and the
+transition input. Random numbers for the actions are drawn for all steps at once: an action is a function of the
+distribution's parameters and of noise (Gumbel-max for categorical, location-scale for normal distributions).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch.distributions import Categorical
+from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, TransformedEnv
+from torchrl.envs.utils import ExplorationType, exploration_type
+from torchrl.modules import IndependentNormal, OneHotCategorical
+
+from rl2_torchrl.envs.lockstep import LockstepEnv
+from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.gru import FastGRUModule, StepGRU
+from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.transition import PreviousStep
+from rl2_torchrl.trial import Trial
+
+__all__ = ["LockstepRollout"]
+
+State = dict[NestedKey, torch.Tensor]
+
+
+class LockstepRollout:
+    """Collects batches of ``steps`` steps of whole trials; the module's page says how.
+
+    Args:
+        env: `TransformedEnv` over a `LockstepEnv`, with `Trial`, `TaskSampler` and `PreviousStep`.
+        policy: `TensorDictSequential` of `TensorDictModule`, `FastGRUModule` and one probabilistic module.
+        steps: steps of a batch, a whole number of trials.
+        keep: entries of the batch.
+
+    Raises:
+        ValueError: env, policy or ``keep`` ask for more than this can do; the message says what.
+    """
+
+    def __init__(self, env: EnvBase, policy: TensorDictModuleBase, steps: int, keep: Sequence[NestedKey]):
+        self.trial, self.sampler, self.transition = _trial_transforms(env)
+        self.env: LockstepEnv = env.base_env
+        self.policy, self.steps, self.keep = policy, steps, list(keep)
+        self.trial_steps = _trial_steps(self.trial, self.env.episode_steps)
+        if steps % self.trial_steps:
+            raise ValueError(f"a batch of {steps} steps is no whole number of trials of {self.trial_steps} steps")
+        self.modules = _flat(policy)
+        self.hidden_keys = hidden_keys(policy)
+        self.sample = _sampling_module(self.modules)
+        self.known = self._known_entries()
+        unknown = set(self.keep) - self._entries()
+        if unknown:
+            raise ValueError(f"{unknown} is not among the entries {self._entries()}")
+        self.batch = TensorDict({k: self.known[k] for k in self.keep if k in self.known}, [*self.env.batch_size, steps])
+
+    def _entries(self) -> set[NestedKey]:
+        made = {self.transition.out_key, self.sampler.task_key, ("next", "reward"), *self.known}
+        return made.union(k for k in (*self.policy.out_keys, *self.hidden_keys) if not _is_next(k))
+
+    def _known_entries(self) -> State:
+        """Entries ``[B, steps, 1]`` that are the same in every batch."""
+        step = torch.arange(self.steps) % self.trial_steps
+        episode_steps = self.env.episode_steps
+        trial_done = step + 1 == self.trial_steps
+        never = torch.zeros_like(trial_done)
+        entries = {"is_init": step == 0, "done": never, "terminated": never}
+        entries |= self.trial.counters(step // episode_steps, step)
+        entries["episode_done"] = (step > 0) & (step % episode_steps == 0)
+        step = step + 1
+        following = {"is_init": never, "done": trial_done, "episode_done": step % episode_steps == 0}
+        following["terminated"] = never if self.trial.truncate else trial_done
+        following |= self.trial.counters(step // episode_steps, step)
+        entries |= {("next", key): value for key, value in following.items()}
+        shape = (*self.env.batch_size, self.steps, 1)
+        return {k: v.unsqueeze(-1).expand(shape).contiguous().to(self.env.device) for k, v in entries.items()}
+
+    # ----------------------------------------------------------------- rollout
+    @torch.no_grad()
+    def __call__(self) -> TensorDict:
+        """The next batch ``[B, steps]``, written over the last one."""
+        runs, noise = self._runs(), self._noise()
+        inputs = [key for key in self.policy.in_keys if key in self.known and key != "is_init"]
+        recorded = self._recorded()
+        steps: dict[NestedKey, list[torch.Tensor]] = defaultdict(list)
+        for t in range(self.steps):
+            if t % self.trial_steps == 0:
+                state, observation = self._begin_trial()
+            for key in inputs:
+                state[key] = self.known[key][:, t]
+            for run in runs:
+                run(state, noise[t])
+            for key in recorded:
+                steps[key].append(state[key])
+            action = state[self.env.action_key]
+            reward, observation = self.env.transition(state[self.sampler.task_key], observation, action)
+            steps["next", "reward"].append(reward)
+            state, observation = self._next(state, observation, reward, t)
+        return self._store(steps)
+
+    def _begin_trial(self) -> tuple[State, torch.Tensor | None]:
+        task = self.sampler.draw()
+        observation = self.env.first(task)
+        state = {self.sampler.task_key: task, self.transition.out_key: self.transition.begin(_present(observation))}
+        return state, observation
+
+    def _next(
+        self, state: State, observation: torch.Tensor | None, reward: torch.Tensor, t: int
+    ) -> tuple[State, torch.Tensor | None]:
+        task = state[self.sampler.task_key]
+        if (t % self.trial_steps + 1) % self.env.episode_steps == 0:
+            observation = self.env.first(task)
+        done = self.known["next", "episode_done"][:, t]
+        trans = self.transition.combine(_present(observation), state[self.env.action_key], reward, done)
+        following = {self.sampler.task_key: task, self.transition.out_key: trans}
+        for key in self.hidden_keys:
+            following[key] = state[_next_key(key)]
+        return following, observation
+
+    # ------------------------------------------------------------------ policy
+    def _runs(self) -> list[Callable[[State, torch.Tensor | None], None]]:
+        return [self._run(module) for module in self.modules]
+
+    def _run(self, module: TensorDictModuleBase) -> Callable[[State, torch.Tensor | None], None]:
+        """``module`` as a function that writes into a dictionary of tensors."""
+        in_keys, out_keys = module.in_keys, module.out_keys
+        if isinstance(module, FastGRUModule):
+            step = StepGRU(module.gru)
+
+            def run(state: State, noise: torch.Tensor | None) -> None:
+                state[out_keys[0]], state[out_keys[1]] = step(state[in_keys[0]], state.get(in_keys[1]))
+                state.setdefault(in_keys[1], torch.zeros_like(state[out_keys[1]]))
+
+        elif module is self.sample:
+            act, action_key = _ACTIONS[module.distribution_class], self.env.action_key
+
+            def run(state: State, noise: torch.Tensor | None) -> None:
+                state[action_key] = act(noise, *[state[key] for key in in_keys])
+
+        else:
+            function = module.module
+
+            def run(state: State, noise: torch.Tensor | None) -> None:
+                out = function(*[state[key] for key in in_keys])
+                if len(out_keys) == 1:
+                    state[out_keys[0]] = out
+                else:
+                    state.update(zip(out_keys, out, strict=True))
+
+        return run
+
+    def _noise(self) -> Sequence[torch.Tensor | None]:
+        """Noise for the actions of all steps, ``[steps, B, ...]``; none in deterministic mode."""
+        if exploration_type() is ExplorationType.DETERMINISTIC:
+            return [None] * self.steps
+        shape = (self.steps, *self.env.batch_size, self.transition.action_size)
+        if self.sample.distribution_class is IndependentNormal:
+            return torch.randn(shape, device=self.env.device)
+        # Gumbel-max: the argmax of logits + Gumbel noise is a draw from the categorical distribution.
+        return torch.rand(shape, device=self.env.device).log_().neg_().log_().neg_()
+
+    # ----------------------------------------------------------------- storage
+    def _recorded(self) -> list[NestedKey]:
+        """Entries to write down in every step: what is kept, and what the log-probability is computed from afterwards."""
+        late = {*self.known, ("next", "reward"), self.sample.log_prob_key}
+        keys = [key for key in self.keep if key not in late]
+        if self.sample.log_prob_key in self.keep:
+            keys += [self.env.action_key, *self.sample.in_keys]
+        return list(dict.fromkeys(keys))
+
+    def _store(self, steps: dict[NestedKey, list[torch.Tensor]]) -> TensorDict:
+        """Stacks the steps into the last batch's memory: first touch of fresh memory costs more than the copy."""
+        for key, values in steps.items():
+            old = self.batch.get(key, None)
+            if old is None:
+                self.batch.set(key, torch.stack(values, 1))
+            else:
+                torch.stack(values, 1, out=old)
+        if self.sample.log_prob_key in self.keep:
+            log_prob = self.sample.get_dist(self.batch).log_prob(self.batch.get(self.env.action_key))
+            self.batch.set(self.sample.log_prob_key, log_prob)
+        return self.batch.select(*self.keep)
+
+
+def _categorical(noise: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    return (logits if noise is None else logits + noise).argmax(-1)
+
+
+def _one_hot(noise: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.one_hot(_categorical(noise, logits), logits.shape[-1])
+
+
+def _normal(noise: torch.Tensor | None, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return loc if noise is None else loc + scale * noise
+
+
+_ACTIONS = {Categorical: _categorical, OneHotCategorical: _one_hot, IndependentNormal: _normal}
+
+
+def _trial_transforms(env: EnvBase) -> list:
+    if not (type(env) is TransformedEnv and isinstance(env.base_env, LockstepEnv) and len(env.batch_size) == 1):
+        raise ValueError("the env is no TransformedEnv over a LockstepEnv of one batch dimension")
+    transforms = list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
+    others = [type(t) for t in transforms[3:] if type(t) not in (InitTracker, TensorDictPrimer)]
+    if [type(t) for t in transforms[:3]] != [Trial, TaskSampler, PreviousStep] or others:
+        raise ValueError("the transforms are not Trial, TaskSampler, PreviousStep and those of a Collector")
+    return transforms[:3]
+
+
+def _trial_steps(trial: Trial, episode_steps: int) -> int:
+    by_episodes = None if trial.episodes is None else trial.episodes * episode_steps
+    return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
+
+
+def _flat(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    """The modules that a `TensorDictSequential` runs, in order.
+
+    Raises:
+        ValueError: one of them is more than a function of tensors.
+    """
+    if isinstance(module, TensorDictSequential):
+        return [leaf for part in module.module for leaf in _flat(part)]
+    plain = type(module) is TensorDictModule and module._kwargs is None and not module._forward_hooks
+    if isinstance(module, FastGRUModule):
+        plain = not module.gru.bidirectional and not module.gru.dropout
+    if not plain and not isinstance(module, ProbabilisticTensorDictModule):
+        raise ValueError(f"{type(module).__name__} is no plain function of tensors")
+    return [module]
+
+
+def _sampling_module(modules: list[TensorDictModuleBase]) -> ProbabilisticTensorDictModule:
+    found = [module for module in modules if isinstance(module, ProbabilisticTensorDictModule)]
+    if len(found) != 1 or found[0].distribution_class not in _ACTIONS:
+        raise ValueError(
+            "the policy does not have one Categorical, OneHotCategorical or IndependentNormal distribution"
+        )
+    return found[0]
+
+
+def _present(observation: torch.Tensor | None) -> list[torch.Tensor]:
+    return [] if observation is None else [observation]
+
+
+def _is_next(key: NestedKey) -> bool:
+    return isinstance(key, tuple) and key[0] == "next"
+
+
+def _next_key(key: NestedKey) -> NestedKey:
+    return ("next", key) if isinstance(key, str) else ("next", *key)

@@ -1,0 +1,193 @@
+"""`TrialCollector`: on native envs its fast path must give the batches that TorchRL's `Collector` gives."""
+
+import pytest
+import torch
+from torchrl.collectors import Collector
+from torchrl.envs import Compose, GymEnv, TransformedEnv
+from torchrl.envs.utils import ExplorationType
+from torchrl.modules import set_recurrent_mode
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+    PreviousStep,
+    TaskSampler,
+    Trial,
+    TrialCollector,
+)
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+
+ROWS, PULLS, ARMS = 6, 5, 3
+KEEP = ["trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "action"]
+KEEP += ["action_log_prob", "state_value", "actor_hidden", "done", "terminated"]
+KEEP += [("next", key) for key in ("reward", "done", "terminated", "episode_done", "episode_index", "time_left")]
+
+
+def bandit_env(kind="bernoulli", trial=None, seed=0):
+    if kind == "bernoulli":
+        base, tasks = BernoulliBandit(ARMS, batch_size=(ROWS,), seed=seed), uniform_means(ARMS)
+    else:
+        base, tasks = QuadraticBandit(2, batch_size=(ROWS,), seed=seed), uniform_targets(2)
+    return TransformedEnv(
+        base, Compose(trial or Trial(episodes=PULLS), TaskSampler(tasks, seed=seed + 1), PreviousStep())
+    )
+
+
+def policy_for(env, wiring="detached", layers=1):
+    torch.manual_seed(0)
+    continuous = isinstance(env.base_env, QuadraticBandit)
+    actor_class = GRUGaussianActor if continuous else GRUCategoricalActor
+    actor = actor_class.from_env(env, hidden_size=8, num_layers=layers, init_range=1.0)
+    extra = {"extra_keys": ["time_left"], "init_range": 1.0}
+    if wiring == "separate":
+        return ActorCritic(actor, GRUValueHead.from_env(env, hidden_size=8, num_layers=layers, **extra))
+    return ActorCritic(actor, MemoryValueHead.from_env(env, actor, detach=wiring == "detached", **extra))
+
+
+def batches(cls, env, policy, number=2, steps=2 * PULLS, **kwargs):
+    collector = cls(
+        env,
+        policy,
+        frames_per_batch=ROWS * steps,
+        total_frames=number * ROWS * steps,
+        auto_register_policy_transforms=True,
+        **kwargs,
+    )
+    return collector, [batch.clone() for batch in collector]
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
+@pytest.mark.parametrize("wiring", ["separate", "shared", "detached"])
+def test_deterministic_batches_equal_collectors(kind, wiring):
+    results = []
+    for cls in (Collector, TrialCollector):
+        env = bandit_env(kind)
+        kwargs = {"keep": KEEP} if cls is TrialCollector else {}
+        kwargs["exploration_type"] = ExplorationType.DETERMINISTIC
+        collector, collected = batches(cls, env, policy_for(env, wiring), number=1, **kwargs)
+        results.append(collected[0])
+    assert collector.lockstep is not None
+    # The fast path draws the first trial's tasks anew, as the env's first reset is not used: compare trial 2 with trial 1.
+    slow, fast = results[0][:, PULLS:], results[1][:, :PULLS]
+    for key in ("trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "actor_hidden"):
+        assert slow[key].shape == fast[key].shape, key
+        assert slow[key].dtype == fast[key].dtype, key
+    torch.testing.assert_close(fast["task"], slow["task"])
+    same = ("is_init", "time_left", "episode_index", "episode_done", "trial_step", "done", "terminated")
+    for key in (*same, *KEEP[-5:]):
+        torch.testing.assert_close(fast[key], slow[key], msg=str(key))
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
+@pytest.mark.parametrize("wiring", ["separate", "shared", "detached"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_batches_replay_in_recurrent_mode(kind, wiring, layers):
+    env = bandit_env(kind)
+    policy = policy_for(env, wiring, layers)
+    collector, collected = batches(TrialCollector, env, policy, keep=KEEP)
+    assert collector.lockstep is not None
+    for batch in collected:
+        replayed = batch.clone()
+        with set_recurrent_mode(True), torch.no_grad():
+            log_prob = policy.actor.get_dist(replayed).log_prob(batch["action"])
+            value = policy.critic(replayed)["state_value"]
+        torch.testing.assert_close(log_prob, batch["action_log_prob"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(value, batch["state_value"], rtol=0, atol=1e-6)
+
+
+def test_transition_input_tells_of_the_step_before():
+    env = bandit_env()
+    _, (batch, _) = batches(TrialCollector, env, policy_for(env), keep=KEEP)
+    trans = batch["trans"]
+    first = batch["is_init"].squeeze(-1)
+    assert first.sum() == 2 * ROWS
+    assert (trans[first] == 0).all()
+    later = ~first[:, 1:]
+    one_hot = torch.nn.functional.one_hot(batch["action"], ARMS).float()
+    torch.testing.assert_close(trans[:, 1:, :ARMS][later], one_hot[:, :-1][later])
+    torch.testing.assert_close(trans[:, 1:, -2:-1][later], batch["next", "reward"][:, :-1][later])
+    assert (trans[:, 1:, -1][later] == 1).all()
+
+
+def test_actions_follow_the_policys_distribution():
+    env = bandit_env()
+    policy = policy_for(env)
+    _, collected = batches(TrialCollector, env, policy, number=200, steps=PULLS, keep=["is_init", "action"])
+    first = torch.stack([batch["action"][:, 0] for batch in collected]).flatten()
+    with torch.no_grad():
+        probs = policy.actor.get_dist(env.reset()).probs[0]
+    observed = torch.bincount(first, minlength=ARMS) / len(first)
+    assert ((observed - probs).abs() < 4 * (probs * (1 - probs) / len(first)).sqrt()).all()
+
+
+def test_rewards_follow_the_task():
+    env = bandit_env(seed=3)
+    _, collected = batches(
+        TrialCollector, env, policy_for(env), number=300, keep=["task", "action", ("next", "reward")]
+    )
+    data = torch.cat(collected)
+    mean = data["task"].gather(-1, data["action"].unsqueeze(-1))
+    surprise = (data["next", "reward"] - mean).mean()
+    assert surprise.abs() < 4 * (mean * (1 - mean)).mean().sqrt() / data.numel() ** 0.5
+
+
+def test_tasks_are_constant_in_a_trial_and_new_in_the_next():
+    env = bandit_env()
+    _, (batch, following) = batches(TrialCollector, env, policy_for(env), keep=["task"])
+    for data in (batch, following):
+        assert (data["task"][:, :PULLS] == data["task"][:, :1]).all()
+        assert (data["task"][:, PULLS] != data["task"][:, 0]).all()
+    assert (following["task"][:, 0] != batch["task"][:, -1]).all()
+
+
+@pytest.mark.parametrize(
+    ("trial", "ends", "terminated"),
+    [(Trial(steps=2), 2, True), (Trial(episodes=5, steps=10), 5, True), (Trial(episodes=5, truncate=True), 5, False)],
+)
+def test_trials_end_at_their_bound(trial, ends, terminated):
+    env = bandit_env(trial=trial)
+    keep = ["is_init", ("next", "done"), ("next", "terminated")]
+    collector, (batch, _) = batches(TrialCollector, env, policy_for(env), keep=keep)
+    assert collector.lockstep is not None
+    done = torch.arange(1, 2 * PULLS + 1) % ends == 0
+    assert (batch["next", "done"].squeeze(-1) == done).all()
+    assert (batch["next", "terminated"].squeeze(-1) == (done & terminated)).all()
+
+
+def test_batches_are_written_over_one_another():
+    env = bandit_env()
+    collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=KEEP)
+    iterator = iter(collector)
+    addresses = [{key: next(iterator)[key].data_ptr() for key in KEEP if key != "action_log_prob"} for _ in range(3)]
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+@pytest.mark.parametrize("reason", ["no keep", "part of a trial", "unknown entry", "gymnasium"])
+def test_other_cases_take_collectors_own_loop(reason):
+    env = bandit_env()
+    keep, frames = KEEP, ROWS * PULLS
+    if reason == "no keep":
+        keep = None
+    if reason == "part of a trial":
+        frames = ROWS * 4
+    if reason == "unknown entry":
+        keep = [*KEEP, ("next", "trans")]
+    if reason == "gymnasium":
+        env = TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), PreviousStep()))
+        keep, frames = ["trans", "action"], 20
+    policy = policy_for(env) if reason != "gymnasium" else GRUCategoricalActor.from_env(env)
+    collector = TrialCollector(env, policy, frames_per_batch=frames, total_frames=frames, keep=keep)
+    assert collector.lockstep is None
+    batch = next(iter(collector))
+    assert batch.numel() == frames
+    assert keep is None or set(batch.keys(True, True)) == set(keep)
+
+
+def test_unknown_entry_is_named():
+    env = bandit_env()
+    collector = TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=30, keep=["nonsense"])
+    with pytest.raises(KeyError, match="nonsense.*not collected"):
+        next(iter(collector))
