@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
 from torchrl.envs import Compose, EnvBase, ExplorationType, InitTracker, TransformedEnv, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 from torchrl.modules.utils import get_primers_from_module
 
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.trial import EPISODE_INDEX
+from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP
 
 __all__ = ["AdaptationCurve", "adaptation_curve", "with_shuffled_rewards", "with_zeroed_memory"]
-
-Policy = Callable[[TensorDictBase], TensorDictBase]
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,31 @@ class AdaptationCurve:
     """Returns of whole trials, episode by episode.
 
     Args:
-        returns: return of each episode, ``[num_trials, num_episodes]``; NaN for episodes that a trial did not finish.
+        returns: return of each episode, ``[num_trials, num_episodes]``; NaN where a trial had no such episode. A trial that
+            is bounded by steps can end within an episode, which then counts with the rewards it had so far.
+
+    Raises:
+        ValueError: ``returns`` is not a floating-point table of at least one trial and one episode, or holds infinities.
+
+    Examples:
+        >>> curve = AdaptationCurve(torch.tensor([[0.0, 1.0], [1.0, 2.0]]))
+        >>> curve.per_episode, curve.mean
+        (tensor([0.5000, 1.5000]), 2.0)
     """
 
     returns: torch.Tensor
+
+    def __post_init__(self):
+        returns = self.returns
+        if returns.ndim != 2 or 0 in returns.shape or not returns.is_floating_point():
+            raise ValueError(
+                f"returns has shape {tuple(returns.shape)} and dtype {returns.dtype}; it must be a table of floats, "
+                "[num_trials, num_episodes], with at least one of each. For a single trial: returns.unsqueeze(0)."
+            )
+        if returns.isinf().any():
+            raise ValueError(
+                "returns holds infinities, whose mean says nothing: mend the env's rewards. NaN: not played."
+            )
 
     @property
     def num_tasks(self) -> int:
@@ -58,7 +78,7 @@ class AdaptationCurve:
     @property
     def per_episode_se(self) -> torch.Tensor:
         """Standard error of `per_episode`, ``[num_episodes]``."""
-        count = self.returns.isfinite().sum(0)
+        count = (~self.returns.isnan()).sum(0)
         variance = (self.returns - self.per_episode).square().nansum(0) / (count - 1)
         return (variance / count).sqrt()
 
@@ -73,10 +93,10 @@ def adaptation_curve(
     ablation: Callable[[TensorDictBase], TensorDictBase] | None = None,
     max_trial_steps: int = 1_000_000,
 ) -> AdaptationCurve:
-    """Plays ``num_trials`` whole trials and returns the return of every episode separately (SPEC 6).
+    """Plays ``num_trials`` whole trials and returns the return of every episode separately.
 
-    Every row of the env plays one trial a round. Give the env held-out tasks: ``TaskSampler.fixed(tasks)``, or a
-    sampler with a seed that training does not use.
+    Row i of the result is the i-th trial that began: with ``TaskSampler.fixed(tasks)`` and ``num_trials=len(tasks)`` it is
+    the trial on task i. Give the env held-out tasks: fixed ones, or a sampler with a seed that training does not use.
 
     Args:
         env: trial env: a `TransformedEnv` with `Trial`. ``InitTracker`` and the policy's primers are added when missing.
@@ -93,6 +113,7 @@ def adaptation_curve(
     Raises:
         ValueError: ``num_trials`` below 1, or the env has no `Trial`.
         RuntimeError: a trial does not end.
+        FloatingPointError: a reward is not finite.
 
     Examples:
         >>> from rl2_torchrl import PreviousStep, TaskSampler, Trial
@@ -105,54 +126,75 @@ def adaptation_curve(
         >>> adaptation_curve(env, GRUCategoricalActor.from_env(env), num_trials=100).returns.shape
         torch.Size([100, 10])
     """
-    if num_trials < 1:
-        raise ValueError(f"num_trials={num_trials}: an evaluation over nothing would report NaN.")
+    if not isinstance(num_trials, int) or num_trials < 1:
+        raise ValueError(f"num_trials={num_trials!r}: an evaluation over nothing would report NaN. Give at least 1.")
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
     env = _with_memory(env, policy)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    rounds, count = [], 0
     with set_exploration_type(kind), set_recurrent_mode(False):
-        while count < num_trials:
-            rounds.append(_play_round(env, policy, ablation, max_trial_steps))
-            count += len(rounds[-1])
-    return AdaptationCurve(_stack_padded(rounds)[:num_trials])
+        return AdaptationCurve(_play(env, policy, _Returns(num_trials), ablation, max_trial_steps))
 
 
-def _play_round(env, policy, ablation, max_trial_steps: int) -> torch.Tensor:
-    """One trial in every row: the episodes' returns ``[num_rows, num_episodes]``, NaN where an episode never began."""
+def _play(env, policy, returns: _Returns, ablation, max_trial_steps: int) -> torch.Tensor:
+    """Plays until ``returns`` has all its trials, and gives its table ``[num_trials, num_episodes]``."""
     tensordict = env.reset()
-    playing = torch.ones(env.batch_size.numel(), dtype=torch.bool, device=env.device)
-    episodes, rewards = [], []
-    for _ in range(max_trial_steps):
-        episode = tensordict[EPISODE_INDEX].reshape(-1)
-        tensordict = policy(tensordict if ablation is None else ablation(tensordict))
-        stepped, tensordict = env.step_and_maybe_reset(tensordict)
-        # A row that has finished its trial goes on with another, which is not counted.
-        episodes.append(torch.where(playing, episode, -1))
-        rewards.append(stepped["next", "reward"].reshape(-1))
-        playing = playing & ~stepped["next", "done"].reshape(-1)
-        if not playing.any():
-            return _sum_by_episode(torch.stack(episodes, 1), torch.stack(rewards, 1))
-    raise RuntimeError(
-        f"a trial did not end within max_trial_steps={max_trial_steps}: does an episode of this env ever end?"
-    )
+    trial = torch.arange(env.batch_size.numel())  # which trial each row plays, in the order in which they begin
+    while True:
+        episode = tensordict[EPISODE_INDEX].reshape(-1).cpu()
+        tensordict = env.step(policy(tensordict if ablation is None else ablation(tensordict)))
+        returns.add(trial, episode, tensordict["next", "reward"].reshape(-1).cpu())
+        done = tensordict["next", "done"].reshape(-1).cpu()
+        _require_end(tensordict["next", TRIAL_STEP].reshape(-1).cpu()[~done], max_trial_steps)
+        if returns.finish(trial[done]):
+            return returns.table()
+        # A new trial and a new task wherever one has ended: no row waits for the slowest.
+        tensordict = env.maybe_reset(env.step_mdp(tensordict))
+        trial[done] = trial.max() + 1 + torch.arange(int(done.sum()))
 
 
-def _sum_by_episode(episodes: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-    """Sums ``rewards`` ``[num_rows, T]`` by episode index; index -1 is left out."""
-    num_episodes = int(episodes.max()) + 1
-    # Column 0 collects what is left out. Sums in float64: returns of long episodes lose digits in float32.
-    sums = torch.zeros(len(rewards), num_episodes + 1, dtype=torch.float64, device=rewards.device)
-    counts = torch.zeros_like(sums)
-    sums.scatter_add_(1, episodes + 1, rewards.double())
-    counts.scatter_add_(1, episodes + 1, torch.ones_like(rewards, dtype=torch.float64))
-    return torch.where(counts > 0, sums, torch.nan)[:, 1:].cpu()
+class _Returns:
+    """Sums the rewards of ``num_trials`` trials by episode; those of further trials are left out."""
+
+    def __init__(self, num_trials: int):
+        # In float64: returns of long episodes lose digits in float32.
+        self._sums = torch.zeros(num_trials, 0, dtype=torch.float64)
+        self._begun = torch.zeros(num_trials, 0, dtype=torch.bool)
+        self._open = torch.ones(num_trials, dtype=torch.bool)
+
+    def add(self, trial: torch.Tensor, episode: torch.Tensor, reward: torch.Tensor) -> None:
+        """Adds one step's ``reward`` to the ``episode`` of the ``trial``, all ``[num_rows]``."""
+        if not reward.isfinite().all():
+            row = int((~reward.isfinite()).nonzero()[0])
+            raise FloatingPointError(
+                f"the reward is {reward[row].item()} in row {row}, episode {int(episode[row])} of trial {int(trial[row])}: its "
+                "return would be NaN. Mend the env before evaluating on it."
+            )
+        counted = trial < len(self._open)
+        index = (trial[counted], episode[counted])
+        missing = max(0, int(episode.max()) + 1 - self._sums.shape[1])
+        self._sums = nn.functional.pad(self._sums, (0, missing))
+        self._begun = nn.functional.pad(self._begun, (0, missing))
+        self._sums.index_put_(index, reward[counted].double(), accumulate=True)
+        self._begun[index] = True
+
+    def finish(self, trial: torch.Tensor) -> bool:
+        """Marks trials as ended; whether all of them now are."""
+        self._open[trial[trial < len(self._open)]] = False
+        return not self._open.any()
+
+    def table(self) -> torch.Tensor:
+        """Returns ``[num_trials, num_episodes]``, NaN where a trial had no such episode."""
+        played = self._begun.any(0)
+        return torch.where(self._begun, self._sums, torch.nan)[:, played]
 
 
-def _stack_padded(rounds: Sequence[torch.Tensor]) -> torch.Tensor:
-    width = max(r.shape[1] for r in rounds)
-    return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1]), value=torch.nan) for r in rounds])
+def _require_end(trial_steps: torch.Tensor, max_trial_steps: int) -> None:
+    if (trial_steps >= max_trial_steps).any():
+        raise RuntimeError(
+            f"a trial did not end within max_trial_steps={max_trial_steps}: does an episode of this env ever end? Bound "
+            "the trial, Trial(episodes=..., steps=...), or raise max_trial_steps."
+        )
 
 
 def _with_memory(env: EnvBase, policy: TensorDictModuleBase) -> EnvBase:
@@ -169,8 +211,17 @@ def _with_memory(env: EnvBase, policy: TensorDictModuleBase) -> EnvBase:
 def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[TensorDictBase], TensorDictBase]:
     """An ablation that zeroes the hidden state at every step: what is left is what the agent does without memory.
 
+    All hidden states of ``policy``, ``[*B, num_layers, hidden_size]`` each, are zeroed before it reads them.
+
     Raises:
         ValueError: the policy has no memory.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from rl2_torchrl.modules import GRUValueHead
+        >>> zero = with_zeroed_memory(GRUValueHead(5, hidden_size=8))
+        >>> float(zero(TensorDict({"critic_hidden": torch.ones(4, 1, 8)}, [4]))["critic_hidden"].sum())
+        0.0
     """
     keys: list[NestedKey] = hidden_keys(policy)
     if not keys:
@@ -190,14 +241,31 @@ def with_shuffled_rewards(
     """An ablation that permutes the rewards of the transition input among the rows of the batch.
 
     Each row then sees another task's rewards, of the same distribution: an agent that still improves does not learn from
-    its rewards. The reward is the last but one entry of ``in_key``, as `PreviousStep` writes it.
+    its rewards. The reward is the last but one entry of ``in_key`` ``[*B, n]``, as `PreviousStep` writes it.
+
+    Args:
+        generator: generator of the permutations. None takes PyTorch's own.
+        in_key: transition input. Default ``"trans"``.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> trans = torch.tensor([[0.0, 7.0, 1.0], [0.0, 8.0, 1.0]])  # observation, reward, done
+        >>> shuffled = with_shuffled_rewards()(TensorDict({"trans": trans}, [2]))["trans"]
+        >>> sorted(shuffled[:, 1].tolist()), shuffled[:, 2].tolist()
+        ([7.0, 8.0], [1.0, 1.0])
     """
 
     def shuffle(tensordict: TensorDictBase) -> TensorDictBase:
-        trans = tensordict.get(in_key)
+        trans = tensordict.get(in_key, None)
+        if trans is None:
+            raise KeyError(
+                f"no {in_key!r} to shuffle rewards in: name PreviousStep's out_key, with_shuffled_rewards(in_key=...)."
+            )
         flat = trans.reshape(-1, trans.shape[-1]).clone()
         if len(flat) < 2:
-            raise ValueError("rewards can only be shuffled among several rows: use a batched env.")
+            raise ValueError(
+                "rewards can only be shuffled among several rows: use an env with a batch size of 2 or more."
+            )
         order = torch.randperm(len(flat), generator=generator, device=generator.device if generator else None)
         flat[:, -2] = flat[order.to(flat.device), -2]
         return tensordict.set(in_key, flat.reshape(trans.shape))

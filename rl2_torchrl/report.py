@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,11 @@ class AdaptationReport:
     episode_name: str = "episode"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-compatible values, with the command, seed and versions that made it."""
-        return {
+        """The report as JSON-compatible values, with the command, seed and versions that made it.
+
+        JSON knows no NaN, as the standard error of a single task is: None stands for numbers that are not finite.
+        """
+        report = {
             "agent": {**_summary(self.agent), "greedy_mean": self.greedy.mean, "greedy_se": self.greedy.se},
             "baselines": {name: _summary(curve) for name, curve in self.baselines.items()},
             "ablations": {name: _summary(curve) for name, curve in self.ablations.items()},
@@ -73,20 +78,28 @@ class AdaptationReport:
                 },
             },
         }
+        return _finite_or_none(report)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes ``report.json`` and ``report.png`` into ``folder`` and returns the path of the first."""
+        """Writes ``report.json`` and ``report.png`` into ``folder`` and returns the path of the first.
+
+        Raises:
+            ImportError: no ``matplotlib`` for the plot; ``report.json`` is written all the same.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "report.json"
-        path.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=True) + "\n")
+        path.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         self.plot().savefig(folder / "report.png", dpi=130)
         return path
 
     # ----------------------------------------------------------------- table
     def table(self):
-        """The report as a `rich.table.Table`: mean ± standard error of a trial's return, best first (needs ``rich``)."""
-        from rich.table import Table
+        """The report as a `rich.table.Table` (needs ``rich``): mean ± standard error of a trial, best first."""
+        try:
+            from rich.table import Table
+        except ImportError as error:
+            raise ImportError('the table needs rich: pip install "rl2_torchrl[recipes]".') from error
 
         table = Table(title=f"{self.title}: return of a held-out trial, {self.agent.num_tasks:,} tasks")
         table.add_column("agent")
@@ -104,8 +117,11 @@ class AdaptationReport:
 
     # ------------------------------------------------------------------ plot
     def plot(self):
-        """A `matplotlib.figure.Figure`: learning curve beside adaptation curves with bands of 2 SE (needs ``matplotlib``)."""
-        from matplotlib.figure import Figure
+        """A `matplotlib.figure.Figure` (needs ``matplotlib``): learning and adaptation curves, bands of 2 SE."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError('the plot needs matplotlib: pip install "rl2_torchrl[recipes]".') from error
 
         figure = Figure(figsize=(12, 5), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -136,13 +152,13 @@ class AdaptationReport:
     def _reference_lines(self, axes) -> None:
         if self.optimum is not None:
             axes.axhline(self.optimum, color="black", lw=1, ls="--", label=f"Bayes optimum {self.optimum:.2f}")
-        for color, (name, curve) in zip(_COLORS, self.baselines.items(), strict=False):
+        for color, (name, curve) in zip(cycle(_COLORS), self.baselines.items(), strict=False):
             axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{name} {curve.mean:.2f}")
 
     def _plot_adaptation(self, axes) -> None:
-        for color, (name, curve) in zip(_COLORS, self.baselines.items(), strict=False):
+        for color, (name, curve) in zip(cycle(_COLORS), self.baselines.items(), strict=False):
             _band(axes, curve, name, color=color, lw=1.5)
-        for style, (name, curve) in zip(("--", ":", "-."), self.ablations.items(), strict=False):
+        for style, (name, curve) in zip(cycle(("--", ":", "-.")), self.ablations.items(), strict=False):
             _band(axes, curve, f"RL², {name.replace('_', ' ')}", color="grey", lw=1.5, ls=style)
         _band(axes, self.agent, "RL²", color=_AGENT, lw=2.5)
         axes.set(
@@ -166,6 +182,14 @@ def _summary(curve: AdaptationCurve) -> dict[str, Any]:
         "per_episode": curve.per_episode.tolist(),
         "per_episode_se": curve.per_episode_se.tolist(),
     }
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cells(curve: AdaptationCurve) -> list[str]:

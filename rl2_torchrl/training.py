@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
+from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
 from torchrl.collectors import BaseCollector
 from torchrl.record.loggers import Logger
 
@@ -27,13 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainResult:
-    """What a training run did.
+    """What a training run did, the parts before a resume included.
 
     Args:
-        env_steps: env steps taken, those before a resume included.
-        seconds: wall-clock seconds of this call, evaluations included.
+        env_steps: env steps taken.
+        seconds: wall-clock seconds, evaluations included.
         interrupted: whether Ctrl-C ended it.
-        history: one row of scalars for each update of this call, ``env_steps`` among them.
+        history: one row of scalars for each update, ``env_steps`` among them.
     """
 
     env_steps: int = 0
@@ -59,23 +63,31 @@ def train(
 
     Args:
         collector: TorchRL collector over a trial env, with the policy (e.g. `ActorCritic`) that ``update`` trains.
-        update: `PPOUpdate`, or any ``(batch, progress) -> metrics`` with a ``state_dict``.
-        evaluate: held-out evaluation, returning scalars such as ``{"trial_return": 6.6}``; logged under ``eval/``. None
+        update: `PPOUpdate`, or any ``(batch, progress) -> metrics``; for checkpoints it needs ``state_dict`` and
+            ``load_state_dict``.
+        evaluate: held-out evaluation, returning scalars such as ``{"trial_return": 6.6}``; logged under ``eval/``. The
+            random numbers that it draws are put back: training goes the same way however often it is evaluated. None
             trains blind.
-        eval_interval: updates between evaluations; one more follows the last update.
+        eval_interval: updates between evaluations, from the first update on; one more follows the last update.
         logger: TorchRL logger, e.g. `torchrl.record.loggers.CSVLogger`.
-        checkpoints: folder for checkpoints; the newest two are kept. None saves none.
+        checkpoints: folder for checkpoints; the newest two are kept. What an earlier run left there is moved aside
+            unless ``resume``. None saves none.
         checkpoint_interval: updates between checkpoints; one more follows the end or a Ctrl-C.
-        resume: go on from the newest checkpoint in ``checkpoints``, if there is one.
-        stop: called with each update's scalars; True ends the training early.
+        resume: go on from the newest checkpoint in ``checkpoints``, if there is one. On envs whose whole state is in
+            the TensorDict and in ``get_extra_state`` (as `rl2_torchrl.envs.BernoulliBandit`) the run goes on as if
+            it had never stopped; other envs, such as Gymnasium's, begin new trials.
+        stop: called with each update's scalars, those of an evaluation among them; True ends the training early.
         progress: show a progress bar (needs ``tqdm``, extra ``recipes``).
 
     Returns:
         Steps, seconds and the history of scalars.
 
     Raises:
-        FloatingPointError: reward, loss or gradient is not finite; the message says in which update and where.
-        ValueError: ``resume`` without ``checkpoints``, or an interval below 1.
+        FloatingPointError: reward, loss or gradient is not finite; the message says in which update and where. The
+            newest checkpoint is from before it.
+        Exception: whatever env or policy raise in a rollout, with a note that says in which update.
+        ValueError: ``resume`` without ``checkpoints``, a checkpoint that does not fit, an interval below 1, fewer
+            frames than one batch, or no end in sight: neither ``total_frames`` nor ``stop``.
 
     Ctrl-C once lets the running update finish, saves a checkpoint and returns; twice stops at once.
     """
@@ -85,45 +97,102 @@ def train(
         raise ValueError(
             f"eval_interval={eval_interval} and checkpoint_interval={checkpoint_interval} must be at least 1."
         )
-    saver = _Saver(collector, update, checkpoints)
-    result = TrainResult(env_steps=saver.load_latest() if resume else 0)
-    total, returns, started = collector.total_frames, _TrialReturns(), time.perf_counter()
+    _require_an_end(collector, stop)
+    result, returns = TrainResult(), _TrialReturns()
+    saver = _Saver(collector, update, result, returns, checkpoints)
+    if resume:
+        saver.load_latest()
+    else:
+        saver.set_aside()
+    total, clock = collector.total_frames, _Clock(result)
     with _progress_bar(total, result.env_steps, progress) as bar, _deferred_interrupt() as interrupted:
-        for batch in collector if result.env_steps < total else ():
-            row = _one_update(update, batch, result, total, len(result.history))
+        for batch in _batches(collector, result):
+            row = _one_update(update, batch, result, total)
             row["train/trial_return"] = returns(batch)
             collector.update_policy_weights_()
+            due = len(result.history) % eval_interval == 0 and not interrupted.is_set()
+            row.update(_evaluated(evaluate if due else None))
+            last = (stop is not None and stop(row)) or result.env_steps >= total
+            if last and not due:
+                row.update(_evaluated(evaluate))
+            last = last or interrupted.is_set()
+            row.update(clock())
             result.history.append(row)
-            done = interrupted.is_set() or (stop is not None and stop(row)) or result.env_steps >= total
-            if evaluate is not None and (done or len(result.history) % eval_interval == 1 or eval_interval == 1):
-                row.update({f"eval/{name}": value for name, value in evaluate().items()})
-            row["time/seconds"] = time.perf_counter() - started
-            row["time/steps_per_second"] = (result.env_steps - saver.resumed_at) / row["time/seconds"]
             _log(logger, row)
             bar(row, batch.numel())
-            if done or len(result.history) % checkpoint_interval == 0:
-                saver.save(result.env_steps)
-            if done:
+            if last or len(result.history) % checkpoint_interval == 0:
+                saver.save()
+            if last:
                 break
-    result.seconds = time.perf_counter() - started
     result.interrupted = interrupted.is_set()
     return result
 
 
-def _one_update(
-    update: PPOUpdate, batch: TensorDictBase, result: TrainResult, total: int, number: int
-) -> dict[str, float]:
+def _require_an_end(collector: BaseCollector, stop: Callable[[dict[str, float]], bool] | None) -> None:
+    total, batch = collector.total_frames, getattr(collector, "requested_frames_per_batch", 1)
+    if total < batch:
+        raise ValueError(
+            f"total_frames={total} is less than one batch of {batch} env steps: there is nothing to train on."
+        )
+    if total == math.inf and stop is None:
+        raise ValueError(
+            "the collector's total_frames is negative or None, so it never ends: give it a number of env steps, or "
+            "pass a stop=, be it `lambda row: False` to train until Ctrl-C."
+        )
+
+
+def _batches(collector: BaseCollector, result: TrainResult) -> Iterator[TensorDictBase]:
+    """The collector's batches; an error of env or policy gets a note of where it was raised."""
+    batches = iter(collector)
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            where = f"in the rollout of update {len(result.history)}, after {result.env_steps} env steps"
+            cause = "; most often the env paid a reward, or showed an observation, that is not finite"
+            error.add_note(where + cause * ("nan" in str(error).lower()))
+            raise
+        if batch is None:
+            return
+        yield batch
+
+
+def _one_update(update: PPOUpdate, batch: TensorDictBase, result: TrainResult, total: float) -> dict[str, float]:
     try:
         metrics = update(batch, min(1.0, result.env_steps / total))
     except FloatingPointError as error:
         raise FloatingPointError(
-            f"training stopped in update {number}, at {result.env_steps} env steps: {error}"
+            f"training stopped in update {len(result.history)}, at {result.env_steps} env steps: {error}"
         ) from error
     result.env_steps += batch.numel()
     return {
         "env_steps": float(result.env_steps),
         **{f"train/{name}": value for name, value in metrics.items()},
     }
+
+
+def _evaluated(evaluate: Callable[[], dict[str, float]] | None) -> dict[str, float]:
+    if evaluate is None:
+        return {}
+    before = GlobalRNGState().state_dict()
+    try:
+        return {f"eval/{name}": value for name, value in evaluate().items()}
+    finally:
+        GlobalRNGState().load_state_dict(before)
+
+
+class _Clock:
+    """Seconds of the whole run, the parts before a resume included, and this call's speed."""
+
+    def __init__(self, result: TrainResult):
+        self._result, self._started = result, time.perf_counter()
+        self._steps_before, self._seconds_before = result.env_steps, result.seconds
+
+    def __call__(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._started
+        self._result.seconds = self._seconds_before + seconds
+        speed = (self._result.env_steps - self._steps_before) / seconds
+        return {"time/seconds": self._result.seconds, "time/steps_per_second": speed}
 
 
 def _log(logger: Logger | None, row: dict[str, float]) -> None:
@@ -137,14 +206,14 @@ class _TrialReturns:
     """Mean return of the trials that end within a batch, those that began in an earlier one included."""
 
     def __init__(self):
-        self._carry: torch.Tensor | None = None
+        self.carry: torch.Tensor | None = None  # what each row's running trial has earned so far
 
     def __call__(self, batch: TensorDictBase) -> float:
         reward = batch["next", "reward"].double().reshape(-1, batch.shape[-1])
         done = batch["next", "done"].reshape(reward.shape)
-        if self._carry is None:
-            self._carry = reward.new_zeros(len(reward))
-        running = reward.cumsum(1) + self._carry.unsqueeze(1)
+        if self.carry is None:
+            self.carry = reward.new_zeros(len(reward))
+        running = reward.cumsum(1) + self.carry.unsqueeze(1)
         rows, steps = done.nonzero(as_tuple=True)
         at_end = running[rows, steps]
         finished = at_end.clone()
@@ -152,59 +221,104 @@ class _TrialReturns:
         finished[1:] -= torch.where(again, at_end[:-1], 0.0)
         last = torch.ones_like(rows, dtype=torch.bool)
         last[:-1] = ~again
-        last_end = torch.zeros_like(self._carry).index_copy(0, rows[last], at_end[last])
-        self._carry = running[:, -1] - last_end
+        last_end = torch.zeros_like(self.carry).index_copy(0, rows[last], at_end[last])
+        self.carry = running[:, -1] - last_end
         return finished.mean().item()
 
 
 class _Saver:
-    """Saves and restores everything that a run goes on from: networks, optimizer, tasks, envs, random numbers."""
+    """Saves and restores all that a run goes on from: networks, optimizer, tasks, envs, random numbers, history."""
 
-    def __init__(self, collector: BaseCollector, update: PPOUpdate, folder: str | Path | None):
-        self.resumed_at = 0
+    def __init__(self, collector, update, result: TrainResult, returns: _TrialReturns, folder: str | Path | None):
         self._rotation = None if folder is None else CheckpointRotation(folder, keep_last=2)
+        self._result = result
         self._checkpoint = Checkpoint(
-            update=update, collector=collector, rollout=_RolloutState(collector), rng=GlobalRNGState()
+            update=update,
+            collector=collector,
+            rollout=_RolloutState(collector, returns),
+            result=_ResultState(result),
+            rng=GlobalRNGState(),
         )
 
-    def save(self, env_steps: int) -> None:
+    def save(self) -> None:
         if self._rotation is not None:
-            self._rotation.save(self._checkpoint, step=env_steps, metadata={"env_steps": env_steps})
+            self._rotation.save(self._checkpoint, step=self._result.env_steps)
 
-    def load_latest(self) -> int:
+    def load_latest(self) -> None:
         latest = self._rotation.latest()
         if latest is None:
             log.warning("resume=True, but %s holds no checkpoint: starting anew.", self._rotation.directory)
-            return 0
-        self._checkpoint.load(latest)
-        self.resumed_at = int(Checkpoint.manifest(latest)["metadata"]["env_steps"])
-        return self.resumed_at
+            return
+        try:
+            self._checkpoint.load(latest)
+        except CheckpointError as error:
+            raise ValueError(
+                f"cannot resume from {latest}: it was made with other networks, envs or tasks. Give them the sizes "
+                f"they had, or start anew without resume. {error}"
+            ) from error
+
+    def set_aside(self) -> None:
+        """Moves an earlier run's checkpoints away: the rotation would delete those with fewer steps, new or not."""
+        if self._rotation is None or self._rotation.latest() is None:
+            return
+        folder = self._rotation.directory
+        aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}-old{n}")).exists())
+        folder.rename(aside)
+        log.warning("%s held the checkpoints of an earlier run (resume=False): moved to %s.", folder, aside)
 
 
-class _RolloutState:
-    """The step at which the collector stands, and the base env's own state (its generators).
+class _ResultState:
+    """`TrainResult` as a component of a checkpoint."""
 
-    `Collector.state_dict` leaves both out, so that a resumed run would begin with other tasks than the unbroken one.
-    """
-
-    def __init__(self, collector: BaseCollector):
-        self._collector = collector
+    def __init__(self, result: TrainResult):
+        self._result = result
 
     def state_dict(self) -> dict[str, Any]:
-        carrier = getattr(self._collector, "_carrier", None)
-        env = getattr(self._collector, "env", None)
+        result = self._result
         return {
-            "carrier": {} if carrier is None else carrier.exclude("next").flatten_keys(".").to_dict(),
-            "env": {} if env is None else getattr(env, "base_env", env).state_dict(),
+            "env_steps": result.env_steps,
+            "seconds": result.seconds,
+            "history": json.dumps(result.history),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        carrier = getattr(self._collector, "_carrier", None)
-        for key, value in state["carrier"].items():
-            carrier.set(tuple(key.split(".")) if "." in key else key, value)
-        if state["env"]:
-            env = self._collector.env
-            getattr(env, "base_env", env).load_state_dict(state["env"])
+        self._result.env_steps, self._result.seconds = state["env_steps"], state["seconds"]
+        self._result.history[:] = json.loads(state["history"])
+
+
+class _RolloutState:
+    """The step at which the collector stands, what its trials have earned so far, and the base env's generators.
+
+    `Collector.state_dict` leaves them out, so that a resumed run would begin with other tasks than the unbroken one.
+    Only for envs that hand out all of their state: a Gymnasium env does not, and put back in the middle of a trial
+    it would play another task than the TensorDict says.
+    """
+
+    def __init__(self, collector: BaseCollector, returns: _TrialReturns):
+        self._collector, self._returns = collector, returns
+
+    @property
+    def _base_env(self) -> nn.Module | None:
+        env = getattr(self._collector, "env", None)
+        env = getattr(env, "base_env", env)
+        whole = env is not None and type(env).get_extra_state is not nn.Module.get_extra_state
+        return env if whole else None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._base_env is None:
+            return {}
+        return {
+            "carrier": self._collector._carrier.exclude("next").to_dict(),
+            "env": self._base_env.state_dict(),
+            "earned": self._returns.carry,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            carrier = self._collector._carrier
+            carrier.update(TensorDict(state["carrier"], batch_size=carrier.batch_size))
+            self._base_env.load_state_dict(state["env"])
+            self._returns.carry = state["earned"]
 
 
 @contextmanager

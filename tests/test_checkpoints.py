@@ -1,0 +1,269 @@
+"""`train` on tiny real runs: checkpoints, exact resume, after Ctrl-C too, and numbers that are not finite."""
+
+import logging
+import signal
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchrl.checkpoint import Checkpoint
+from torchrl.collectors import Collector
+from torchrl.data import Unbounded
+from torchrl.envs import Compose, TransformedEnv
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    train,
+)
+from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, uniform_means
+
+ROWS, STEPS = 4, 7
+BATCH = ROWS * STEPS  # trials last 5 steps: a batch of 7 ends in the middle of one
+
+
+class Run:
+    """A tiny real run; `update` is a `PPOUpdate` whose gradients flow through the chunk of a whole batch."""
+
+    def __init__(self, updates=6, *, rows=ROWS, arms=3, units=4, episodes=5, seed=0, env=None, lean=False):
+        torch.manual_seed(seed)
+        self.sampler = TaskSampler(uniform_means(arms), seed=1)
+        self.bandit = env or BernoulliBandit(arms, batch_size=(rows,), seed=2)
+        trials = TransformedEnv(self.bandit, Compose(Trial(episodes=episodes), self.sampler, PreviousStep()))
+        self.update = self.networks(trials, GRUCategoricalActor, units)
+        options = {"frames_per_batch": rows * STEPS, "total_frames": int(rows * STEPS * updates)}
+        if lean:
+            self.collector = TrialCollector(trials, self.policy, keep=self.update.in_keys, **options)
+        else:
+            self.collector = Collector(trials, self.policy, auto_register_policy_transforms=True, **options)
+
+    def networks(self, env, actor_class, units, minibatches=2):
+        actor = actor_class.from_env(env, hidden_size=units)
+        critic = GRUValueHead.from_env(env, hidden_size=units)
+        self.policy = ActorCritic(actor, critic)
+        advantage = TrialAdvantage(critic=self.policy)
+        return PPOUpdate(RL2PPOLoss(actor, critic), advantage, lr=1e-2, epochs=2, minibatches=minibatches)
+
+    def train(self, *, evaluate=None, progress=False, **options):
+        return train(self.collector, self.update, evaluate=evaluate, progress=progress, **options)
+
+    def everything(self):
+        """All that the next update depends on."""
+        return {
+            "parameters": dict(self.update.loss.named_parameters()),
+            "optimizer": self.update.optimizer.state_dict(),
+            "tasks": self.sampler.generator.get_state(),
+            "env": self.bandit.generator.get_state(),
+            "random numbers": torch.get_rng_state(),
+        }
+
+
+class Swing(Run):
+    """Pendulum with changing gravity, an env that keeps state of its own."""
+
+    def __init__(self, updates=3, task_seed=1):
+        torch.manual_seed(0)
+        self.sampler = TaskSampler(lambda size, gen: 5 + 10 * torch.rand(*size, 1, generator=gen), seed=task_seed)
+        self.pendulum = GymTaskEnv("Pendulum-v1", set_task=set_gravity, task_spec=Unbounded((1,)))
+        env = TransformedEnv(self.pendulum, Compose(Trial(steps=40), self.sampler, PreviousStep()))
+        self.update = self.networks(env, GRUGaussianActor, 4, minibatches=1)
+        options = {"frames_per_batch": STEPS, "total_frames": STEPS * updates}
+        self.collector = Collector(env, self.policy, auto_register_policy_transforms=True, **options)
+
+
+def set_gravity(env, task):
+    env.g = float(task)
+
+
+def without_time(history):
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in history]
+
+
+def saved_steps(folder):
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.iterdir())
+
+
+# ---- The run as a whole.
+
+
+@pytest.mark.parametrize(("total", "updates"), [(3, 3), (2.5, 3)])
+def test_total_frames_are_reached(total, updates):
+    result = Run(total).train()
+    assert result.env_steps == updates * BATCH
+    assert len(result.history) == updates
+
+
+def test_fewer_frames_than_a_batch():
+    with pytest.raises(ValueError, match=f"total_frames={BATCH // 2} is less than one batch of {BATCH}"):
+        Run(updates=0.5).train()
+
+
+def test_evaluations_leave_training_as_it_is():
+    blind = Run(updates=3)
+    blind.train()
+    watched = Run(updates=3)
+    watched.train(evaluate=lambda: {"noise": torch.rand(()).item()}, eval_interval=1)
+    torch.testing.assert_close(watched.everything(), blind.everything(), rtol=0, atol=0)
+
+
+# ---- Checkpoints.
+
+
+@pytest.mark.parametrize(("updates", "interval", "kept"), [(5, 2, [4, 5]), (4, 2, [2, 4]), (2, 50, [2])])
+def test_checkpoints_every_interval_and_at_the_end(tmp_path, updates, interval, kept):
+    Run(updates).train(checkpoints=tmp_path, checkpoint_interval=interval)
+    assert saved_steps(tmp_path) == [BATCH * number for number in kept]
+    assert Checkpoint.is_checkpoint(next(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("broken_after", "kind"),
+    [(1, {}), (3, {}), (3, {"lean": True, "episodes": STEPS})],
+    ids=["early", "in the middle of a trial", "TrialCollector"],
+)
+def test_resume_equals_an_unbroken_run(tmp_path, broken_after, kind):
+    options = {"evaluate": lambda: {"noise": torch.rand(()).item()}, "eval_interval": 2}
+    unbroken = Run(**kind)
+    expected = unbroken.train(**options)
+    broken = Run(**kind)
+    stopped = broken.train(**options, checkpoints=tmp_path, stop=lambda row: row["env_steps"] >= broken_after * BATCH)
+    assert stopped.env_steps == broken_after * BATCH
+    resumed = Run(seed=99, **kind)  # another process has other random numbers
+    result = resumed.train(**options, checkpoints=tmp_path, resume=True)
+    assert result.env_steps == expected.env_steps == 6 * BATCH
+    assert without_time(result.history) == without_time(expected.history)
+    torch.testing.assert_close(resumed.everything(), unbroken.everything(), rtol=0, atol=0)
+
+
+def test_a_resumed_clock_goes_on(tmp_path, monkeypatch):
+    # Every look at the clock is 10 s later: 2.8 steps a second, in each of the two calls.
+    monkeypatch.setattr("rl2_torchrl.training.time", SimpleNamespace(perf_counter=count(0, 10).__next__))
+    Run(updates=2).train(checkpoints=tmp_path)
+    result = Run(updates=3).train(checkpoints=tmp_path, resume=True)
+    assert [row["time/seconds"] for row in result.history] == [10.0, 20.0, 30.0]
+    assert [row["time/steps_per_second"] for row in result.history] == [BATCH / 10] * 3
+    assert result.seconds == 30.0
+
+
+def test_a_resumed_progress_bar_goes_on(tmp_path, capsys):
+    Run(updates=1).train(checkpoints=tmp_path)
+    Run(updates=3).train(checkpoints=tmp_path, resume=True, progress=True)
+    assert f"{3 * BATCH:.1f}/{3 * BATCH:.1f}" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_trains_no_more(tmp_path):
+    done = Run(updates=2).train(checkpoints=tmp_path)
+    result = Run(updates=2).train(checkpoints=tmp_path, resume=True)
+    assert result.history == done.history
+
+
+def test_a_resumed_gymnasium_env_plays_the_task_it_is_told(tmp_path):
+    # The checkpoint is from the middle of a trial, whose gravity a new Pendulum does not have.
+    Swing(updates=1).train(checkpoints=tmp_path)
+    resumed = Swing(task_seed=2)
+    played = []
+
+    def stop(row):
+        played.append((resumed.collector._carrier["task"].item(), resumed.pendulum.unwrapped.g))
+        return False
+
+    result = resumed.train(checkpoints=tmp_path, resume=True, stop=stop)
+    assert result.env_steps == 3 * STEPS
+    assert len(result.history) == 3
+    assert all(told == true for told, true in played)
+
+
+@pytest.mark.parametrize("changed", [{"units": 5}, {"arms": 4}, {"rows": 3}], ids=str)
+def test_resume_with_other_sizes(tmp_path, changed):
+    Run(updates=1).train(checkpoints=tmp_path)
+    with pytest.raises(ValueError, match=r"cannot resume from .*checkpoint-0.*sizes.*start anew"):
+        Run(updates=2, **changed).train(checkpoints=tmp_path, resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        result = Run(updates=2).train(checkpoints=tmp_path / "none", resume=True)
+    assert "holds no checkpoint: starting anew" in caplog.text
+    assert result.env_steps == 2 * BATCH
+
+
+def test_a_new_run_moves_an_earlier_ones_checkpoints_aside(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    Run(updates=3).train(checkpoints=folder, checkpoint_interval=1)
+    for _ in range(2):
+        Run(updates=1).train(checkpoints=folder)
+    assert saved_steps(folder) == [BATCH]
+    assert saved_steps(tmp_path / "checkpoints-old1") == [2 * BATCH, 3 * BATCH]
+    assert saved_steps(tmp_path / "checkpoints-old2") == [BATCH]
+    assert "moved to" in caplog.text
+
+
+@pytest.mark.parametrize("during", ["evaluate", "stop"])
+def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, during):
+    before = signal.getsignal(signal.SIGINT)
+    calls = []
+
+    def second_call_interrupts(row=None):
+        calls.append(row)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return {}
+
+    result = Run().train(checkpoints=tmp_path, eval_interval=1, **{during: second_call_interrupts})
+    assert result.interrupted
+    assert result.env_steps == 2 * BATCH
+    assert saved_steps(tmp_path) == [2 * BATCH]
+    assert signal.getsignal(signal.SIGINT) is before
+
+    unbroken = Run()
+    unbroken.train()
+    resumed = Run(seed=99)
+    assert not resumed.train(checkpoints=tmp_path, resume=True).interrupted
+    torch.testing.assert_close(resumed.everything(), unbroken.everything(), rtol=0, atol=0)
+
+
+# ---- Numbers that are not finite.
+
+
+class BreaksDown(BernoulliBandit):
+    """Pays NaN from the third batch on."""
+
+    pulls = 0
+
+    def _step(self, tensordict):
+        self.pulls += 1
+        stepped = super()._step(tensordict)
+        return stepped if self.pulls <= 2 * STEPS else stepped.set("reward", stepped["reward"] * torch.nan)
+
+
+def test_a_number_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+    run = Run(env=BreaksDown(3, batch_size=(ROWS,), seed=2), episodes=1)
+    parameters = []
+    with pytest.raises(FloatingPointError, match=rf"in update 2, at {2 * BATCH} env steps: reward is nan at row"):
+        run.train(
+            checkpoints=tmp_path,
+            checkpoint_interval=1,
+            stop=lambda row: parameters.append([p.clone() for p in run.update.loss.parameters()]),
+        )
+    assert saved_steps(tmp_path) == [BATCH, 2 * BATCH]
+    healthy = Run(seed=99, episodes=1, updates=2)
+    healthy.train(checkpoints=tmp_path, resume=True)
+    torch.testing.assert_close(list(healthy.update.loss.parameters()), parameters[-1], rtol=0, atol=0)
+
+
+def test_an_error_in_a_rollout_says_where(tmp_path):
+    # The policy reads the NaN in the middle of the trial, before any update sees it.
+    run = Run(env=BreaksDown(3, batch_size=(ROWS,), seed=2))
+    with pytest.raises(Exception, match=rf"nan(.|\n)*rollout of update 2, after {2 * BATCH} .*reward.* not finite"):
+        run.train(checkpoints=tmp_path, checkpoint_interval=1)
+    assert saved_steps(tmp_path) == [BATCH, 2 * BATCH]

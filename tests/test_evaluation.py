@@ -1,0 +1,372 @@
+"""Adaptation curves by hand, what the ablations do to the inputs, what an evaluation leaves alone, and the report."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.envs import Compose, EnvBase, InitTracker, SerialEnv, TransformedEnv
+from torchrl.envs.utils import exploration_type
+from torchrl.modules.utils import get_primers_from_module
+
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationCurve,
+    AdaptationReport,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    PreviousStep,
+    TaskSampler,
+    TrainResult,
+    Trial,
+    adaptation_curve,
+    with_shuffled_rewards,
+    with_zeroed_memory,
+)
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit
+
+NAN = math.nan
+# Ten bandits of two certain arms: the first arm of task i pays in the tasks 0, 3, 4, 7, 9.
+FIRST_PAYS = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+TASKS = torch.tensor([[pay, 1 - pay] for pay in FIRST_PAYS])
+
+
+def bandit_env(tasks=TASKS, rows=4, pulls=3, seed=0):
+    base = BernoulliBandit(tasks.shape[-1], batch_size=(rows,), seed=seed)
+    return TransformedEnv(base, Compose(Trial(episodes=pulls), TaskSampler.fixed(tasks), PreviousStep()))
+
+
+def act(function, out_key="action"):
+    """A policy without memory: ``trans -> action``."""
+    return TensorDictModule(function, in_keys=["trans"], out_keys=[out_key])
+
+
+def first_arm(trans):
+    return torch.zeros(trans.shape[:-1], dtype=torch.int64)
+
+
+def win_stay_lose_shift(trans):
+    """The first arm at first, then the last one if it paid, else the other."""
+    last, paid = trans[..., :2].argmax(-1), trans[..., -2] > 0
+    begun = trans[..., -1] > 0
+    return torch.where(begun, torch.where(paid, last, 1 - last), 0)
+
+
+class Countdown(EnvBase):
+    """Episodes of ``task`` steps, each of which pays 1, 2, 3, ... in turn."""
+
+    def __init__(self, rows):
+        super().__init__(batch_size=(rows,))
+        self.state_spec = Composite(task=Unbounded((rows, 1), dtype=torch.int64), shape=(rows,))
+        self.observation_spec = Composite(step=Unbounded((rows, 1), dtype=torch.int64), shape=(rows,))
+        self.action_spec = Categorical(2, shape=(rows,))
+        self.reward_spec = Unbounded((rows, 1))
+
+    def _reset(self, tensordict=None, **kwargs):
+        return TensorDict({"step": torch.zeros(*self.batch_size, 1, dtype=torch.int64)}, self.batch_size)
+
+    def _step(self, tensordict):
+        step = tensordict["step"] + 1
+        done = step >= tensordict["task"]
+        entries = {"step": step, "reward": step.float(), "done": done, "terminated": done.clone()}
+        return TensorDict(entries, self.batch_size)
+
+    def _set_seed(self, seed):
+        pass
+
+
+def countdown_env(lengths, rows, **bounds):
+    tasks = TaskSampler.fixed(torch.tensor(lengths).unsqueeze(-1))
+    return TransformedEnv(Countdown(rows), Compose(Trial(**bounds), tasks, PreviousStep(["step"])))
+
+
+def same(one, other):
+    return torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0))
+
+
+# ------------------------------------------------------------ curves by hand
+
+
+def test_statistics_by_hand():
+    # Trials of 2, 3 and 1 episodes. Trial returns 3, 9, 4: mean 16/3; deviations -7/3, 11/3, -4/3, so the variance is
+    # (49 + 121 + 16) / 9 / 2 = 31/3 and the standard error sqrt(31/3 / 3) = sqrt(31) / 3.
+    # Episodes: (1, 2, 4): mean 7/3, variance (16 + 1 + 25) / 9 / 2 = 7/3, SE sqrt(7) / 3; (2, 3): 2.5, SE 1/2; (4).
+    curve = AdaptationCurve(torch.tensor([[1.0, 2.0, NAN], [2.0, 3.0, 4.0], [4.0, NAN, NAN]]))
+    assert curve.num_tasks == 3
+    assert curve.trial_returns.tolist() == [3.0, 9.0, 4.0]
+    assert curve.mean == pytest.approx(16 / 3)
+    assert curve.se == pytest.approx(math.sqrt(31) / 3)
+    assert curve.per_episode.tolist() == pytest.approx([7 / 3, 2.5, 4.0])
+    assert curve.per_episode_se.tolist() == pytest.approx([math.sqrt(7) / 3, 0.5, NAN], nan_ok=True)
+
+
+@pytest.mark.parametrize(("rows", "num_trials"), [(1, 10), (2, 10), (4, 10), (5, 10), (16, 10), (4, 1), (3, 7)])
+def test_fixed_tasks_are_played_in_order(rows, num_trials):
+    curve = adaptation_curve(bandit_env(rows=rows), act(first_arm), num_trials)
+    assert curve.returns.tolist() == [[pay] * 3 for pay in FIRST_PAYS[:num_trials]]
+
+
+def test_a_second_evaluation_goes_on_behind_the_first():
+    env = bandit_env(rows=2)
+    assert adaptation_curve(env, act(first_arm), 4).returns[:, 0].tolist() == FIRST_PAYS[:4]
+    assert adaptation_curve(env, act(first_arm), 6).returns[:, 0].tolist() == FIRST_PAYS[4:]
+
+
+def test_an_adapting_policy_by_hand():
+    # A first pull that fails is mended by the second: (0, 1, 1) where the second arm pays, (1, 1, 1) elsewhere.
+    curve = adaptation_curve(bandit_env(), act(win_stay_lose_shift), 10)
+    assert curve.returns.tolist() == [[pay, 1.0, 1.0] for pay in FIRST_PAYS]
+    assert curve.per_episode.tolist() == [0.5, 1.0, 1.0]
+    assert curve.per_episode_se.tolist() == pytest.approx([math.sqrt(10 / 9) * 0.5 / math.sqrt(10), 0.0, 0.0])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_trials_of_different_lengths_in_order_and_padded(rows):
+    # Trials of 6 steps, episodes of n steps, each paying 1 + ... + n: six ones; one of 21; three times 1 + 2; twice
+    # 1 + 2 + 3; 10 and then the 1 + 2 of an episode that the trial's end cuts.
+    env = countdown_env([1, 6, 2, 3, 4], rows, steps=6)
+    expected = [[1.0] * 6, [21.0] + [NAN] * 5, [3.0] * 3 + [NAN] * 3, [6.0] * 2 + [NAN] * 4, [10.0, 3.0] + [NAN] * 4]
+    assert same(adaptation_curve(env, act(first_arm), 5).returns, torch.tensor(expected, dtype=torch.float64))
+    # Trials of 2 episodes last 2, 12, 4, 6 and 8 steps: one row goes on to tasks 2 and 3 while another is on task 1.
+    env = countdown_env([1, 6, 2, 3, 4], rows, episodes=2)
+    expected = [[1.0, 1.0], [21.0, 21.0], [3.0, 3.0], [6.0, 6.0], [10.0, 10.0]]
+    assert adaptation_curve(env, act(first_arm), 5).returns.tolist() == expected
+
+
+def test_no_column_without_a_counted_trial():
+    # Row 1 plays a trial of six episodes that is not asked for, beside the one of a single episode that is.
+    returns = adaptation_curve(countdown_env([6, 1], 2, steps=6), act(first_arm), 1).returns
+    assert returns.tolist() == [[21.0]]
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2)])
+def test_any_batch_size(shape):
+    base = BernoulliBandit(2, batch_size=shape)
+    env = TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler.fixed(TASKS), PreviousStep()))
+    assert adaptation_curve(env, act(first_arm), 10).returns[:, 1].tolist() == FIRST_PAYS
+
+
+def test_batched_workers():
+    env = SerialEnv(2, lambda: BernoulliBandit(2, batch_size=(2,)))
+    env = TransformedEnv(env, Compose(Trial(episodes=2), TaskSampler.fixed(TASKS), PreviousStep()))
+    assert adaptation_curve(env, act(first_arm), 10).returns[:, 1].tolist() == FIRST_PAYS
+
+
+# -------------------------------------------------------- memory, exploration
+
+
+def remembering_actor(**kwargs):
+    torch.manual_seed(0)
+    return GRUCategoricalActor.from_env(bandit_env(), hidden_size=8, init_range=3.0, **kwargs)
+
+
+@pytest.mark.parametrize("primed", [False, True])
+def test_memory_lasts_a_trial_with_and_without_primers_in_the_env(primed):
+    actor, seen = remembering_actor(), []
+    env = bandit_env(rows=2)
+    if primed:
+        env.append_transform(InitTracker())
+        env.append_transform(get_primers_from_module(actor, warn=False))
+
+    def record(tensordict):
+        seen.append(tensordict["actor_hidden"].flatten(1).abs().sum(1) > 0)
+        return tensordict
+
+    adaptation_curve(env, actor, 4, ablation=record)
+    # Two rounds of three pulls: empty at the first pull of a trial, carried on at the others.
+    assert torch.stack(seen).tolist() == [[False] * 2, [True] * 2, [True] * 2] * 2
+
+
+def test_deterministic_and_random():
+    env = TransformedEnv(
+        QuadraticBandit(1, noise=0.0, batch_size=(500,)),
+        Compose(Trial(episodes=1), TaskSampler.fixed(torch.zeros(1, 1)), PreviousStep()),
+    )
+    actor = GRUGaussianActor.from_env(env, hidden_size=4, init_range=1e-6, init_log_std=math.log(2.0))
+    # At the target: the mean costs nothing, sampling costs the variance, 4 +- 4 sqrt(2 / 500).
+    assert adaptation_curve(env, actor, 500, deterministic=True).mean == pytest.approx(0.0, abs=1e-9)
+    assert adaptation_curve(env, actor, 500).mean == pytest.approx(-4.0, abs=4 * 0.253)
+
+
+def test_actor_critic_is_a_policy_too():
+    env = bandit_env()
+    policy = ActorCritic(remembering_actor(), GRUValueHead.from_env(env, hidden_size=4))
+    torch.manual_seed(1)
+    one = adaptation_curve(env, policy, 8).returns
+    torch.manual_seed(1)
+    assert torch.equal(one, adaptation_curve(bandit_env(), policy.actor, 8).returns)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_evaluation_changes_nothing(training):
+    actor = remembering_actor().train(training)
+    before = {name: value.clone() for name, value in actor.state_dict().items()}
+    env, kind = bandit_env(), exploration_type()
+    transforms = len(env.transform)
+    with_gradients = []
+
+    def watch(tensordict):
+        with_gradients.append(torch.is_grad_enabled())
+        return tensordict
+
+    adaptation_curve(env, actor, 8, deterministic=True, ablation=watch)
+    assert all(torch.equal(value, before[name]) for name, value in actor.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in actor.parameters())
+    assert actor.training is training
+    assert exploration_type() is kind
+    assert torch.is_grad_enabled()
+    assert len(env.transform) == transforms
+    assert not any(with_gradients)
+
+
+# --------------------------------------------------------------- ablations
+
+
+def test_zeroed_memory_zeroes_every_hidden_state_and_nothing_else():
+    policy = ActorCritic(
+        GRUCategoricalActor(4, 2, hidden_size=4), GRUValueHead(4, hidden_size=3, hidden_key=("a", "h"))
+    )
+    td = TensorDict({"trans": torch.randn(5, 4), "actor_hidden": torch.randn(5, 1, 4)}, [5])
+    td["a", "h"] = torch.randn(5, 1, 3)
+    out = with_zeroed_memory(policy)(td.clone())
+    assert not out["actor_hidden"].any()
+    assert not out["a", "h"].any()
+    assert torch.equal(out["trans"], td["trans"])
+
+
+def test_a_policy_with_zeroed_memory_forgets():
+    # With the memory zeroed, an action depends on the last step alone: two rows with the same last step act alike.
+    actor, seen = remembering_actor(), []
+    zero = with_zeroed_memory(actor)
+
+    def record(tensordict):
+        tensordict = zero(tensordict)
+        seen.append((tensordict["trans"], actor.get_dist(tensordict.clone()).logits))
+        return tensordict
+
+    adaptation_curve(bandit_env(rows=10), actor, 10, ablation=record)
+    trans, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    unique, index = trans.unique(dim=0, return_inverse=True)
+    assert len(unique) < len(trans)
+    for i in range(len(unique)):
+        group = logits[index == i]
+        assert torch.allclose(group, group[:1].expand_as(group), atol=1e-6)
+
+
+def test_shuffled_rewards_permutes_the_last_but_one_entry_and_nothing_else():
+    trans = torch.arange(24.0).reshape(2, 3, 4)
+    td = TensorDict({"trans": trans.clone(), "other": torch.ones(2, 3)}, [2, 3])
+    out = with_shuffled_rewards(torch.Generator().manual_seed(0))(td)
+    assert torch.equal(out["trans"][..., [0, 1, 3]], trans[..., [0, 1, 3]])
+    assert sorted(out["trans"][..., 2].flatten().tolist()) == trans[..., 2].flatten().tolist()
+    assert not torch.equal(out["trans"][..., 2], trans[..., 2])
+    # The generator decides; a nested key works as well.
+    nested = TensorDict({"a": {"trans": trans.clone()}}, [2, 3])
+    again = with_shuffled_rewards(torch.Generator().manual_seed(0), in_key=("a", "trans"))(nested)
+    assert torch.equal(again["a", "trans"], out["trans"])
+
+
+def test_ablations_reach_the_policy():
+    # Win-stay, lose-shift lives on the reward: with another row's it does no better than chance after the first pull.
+    tasks = torch.eye(2).repeat(1000, 1)
+    generator = torch.Generator().manual_seed(0)
+    policy = act(win_stay_lose_shift)
+    curve = adaptation_curve(bandit_env(tasks, 2000), policy, 2000, ablation=with_shuffled_rewards(generator))
+    assert curve.per_episode.tolist() == pytest.approx([0.5] * 3, abs=4 * 0.5 / math.sqrt(2000))
+    assert adaptation_curve(bandit_env(tasks, 2000), policy, 2000).per_episode.tolist() == [0.5, 1.0, 1.0]
+
+
+# ------------------------------------------------------------------- report
+
+
+def make_report(**kwargs):
+    agent = AdaptationCurve(torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 2.0]]))
+    greedy = AdaptationCurve(torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 2.0]]))
+    other = AdaptationCurve(torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    history = [
+        {"env_steps": 10.0, "train/trial_return": 1.0},
+        {"env_steps": 20.0, "train/trial_return": NAN, "eval/trial_return": 1.5},
+    ]
+    entries = {
+        "agent": agent,
+        "greedy": greedy,
+        "baselines": {"random": other},
+        "ablations": {"memory_zeroed": other},
+        "optimum": 2.5,
+        "train": TrainResult(env_steps=20, seconds=1.5, history=history),
+        "seed": 7,
+    }
+    return AdaptationReport(**{**entries, **kwargs})
+
+
+def test_report_as_dict():
+    report = make_report().to_dict()
+    # Trial returns 1, 2, 3 of the agent, 2, 2, 3 in deterministic mode, and 0, 1, 2.
+    assert report["agent"]["mean"] == 2.0
+    assert report["agent"]["se"] == pytest.approx(1 / math.sqrt(3))
+    assert report["agent"]["num_tasks"] == 3
+    assert report["agent"]["greedy_mean"] == pytest.approx(7 / 3)
+    assert report["agent"]["per_episode"] == pytest.approx([2 / 3, 4 / 3])
+    assert report["baselines"]["random"]["mean"] == 1.0
+    assert report["baselines"]["random"]["se"] == pytest.approx(1 / math.sqrt(3))
+    assert report["ablations"]["memory_zeroed"]["mean"] == 1.0
+    assert report["train"]["env_steps"] == 20
+    assert report["train"]["seconds"] == 1.5
+    assert report["optimum"] == 2.5
+    assert report["seed"] == 7
+    assert isinstance(report["command"], str)
+    assert {"rl2_torchrl", "torch", "torchrl", "tensordict", "python"} <= report["versions"].keys()
+
+
+def strict_json(text):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("returns", [[[0.0, 1.0], [1.0, 1.0]], [[1.0, 2.0]], [[1.0, NAN], [1.0, 2.0]]])
+def test_saved_report_is_strict_json_with_a_picture(tmp_path, returns):
+    # A single trial has no standard error, and an episode that one trial alone reached has none either.
+    curve = AdaptationCurve(torch.tensor(returns))
+    report = make_report(agent=curve, baselines={"random": curve})
+    path = report.save(tmp_path / "new" / "folder")
+    saved = strict_json(path.read_text())
+    assert path.name == "report.json"
+    assert saved["agent"]["mean"] == pytest.approx(curve.mean)
+    assert saved["agent"]["se"] == (None if len(returns) == 1 else pytest.approx(curve.se))
+    assert saved["train"]["history"][1]["train/trial_return"] is None
+    assert (path.parent / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_table_ranks_the_agents():
+    table = make_report().table()
+    names = [str(cell) for cell in table.columns[0].cells]
+    means = list(table.columns[1].cells)
+    ranked = [names.index(name) for name in names if "greedy" in name or name.endswith("RL²") or name == "random"]
+    assert ranked == sorted(ranked)
+    assert [means[i] for i in ranked] == ["2.333", "2.000", "1.000"]
+    assert "2.500" in means[0]
+    assert "memory zeroed" in names[-1]
+
+
+def test_plot_shows_learning_and_adaptation():
+    learning, adaptation = make_report(title="bandits", episode_name="pull").plot().axes
+    held_out = next(line for line in learning.lines if line.get_label() == "held-out trials")
+    assert held_out.get_xydata().tolist() == [[20 / 1e6, 1.5]]
+    agent = next(line for line in adaptation.lines if line.get_label() == "RL²")
+    assert agent.get_xydata().flatten().tolist() == pytest.approx([1, 2 / 3, 2, 4 / 3])
+    assert "pull" in adaptation.get_xlabel()
+    labels = {line.get_label() for line in adaptation.lines}
+    assert {"random", "RL²"} <= labels
+    assert any("memory zeroed" in label for label in labels)
+
+
+def test_an_empty_report_can_be_drawn():
+    report = make_report(baselines={}, ablations={}, optimum=None, train=TrainResult())
+    assert len(report.plot().axes) == 2
+    assert report.table().row_count >= 2

@@ -1,0 +1,246 @@
+"""`train`, the loop on hand-made batches: history, evaluation, loggers, progress bar and Ctrl-C."""
+
+import csv
+import math
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.record.loggers import CSVLogger, TensorboardLogger
+
+from rl2_torchrl import train
+
+
+class Batches:
+    """A collector of given batches."""
+
+    def __init__(self, *batches, total_frames=None):
+        self.batches = batches
+        self.total_frames = total_frames or sum(batch.numel() for batch in batches)
+        self.weight_updates = 0
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def update_policy_weights_(self):
+        self.weight_updates += 1
+
+
+def batch_of(rewards, dones):
+    """A batch ``[rows, T]`` from nested lists."""
+    reward, done = torch.tensor(rewards, dtype=torch.float32), torch.tensor(dones, dtype=torch.bool)
+    return TensorDict({"next": {"reward": reward.unsqueeze(-1), "done": done.unsqueeze(-1)}}, reward.shape)
+
+
+def ones(number, steps=2):
+    return [batch_of([[1] * steps], [[0] * (steps - 1) + [1]]) for _ in range(number)]
+
+
+def no_update(batch, progress):
+    return {"loss": 0.0}
+
+
+def train_on(batches, update=no_update, *, evaluate=None, **options):
+    return train(Batches(*batches), update, evaluate=evaluate, progress=False, **options)
+
+
+def without_time(history):
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in history]
+
+
+# ---- The loop.
+
+
+def test_a_row_an_update():
+    seen = []
+
+    def update(batch, progress):
+        seen.append((batch["next", "reward"].sum().item(), progress))
+        return {"loss": 10.0 * len(seen), "lr": 0.5}
+
+    collector = Batches(*ones(4, steps=2), total_frames=8)
+    result = train(collector, update, evaluate=None, progress=False)
+    assert seen == [(2.0, 0.0), (2.0, 0.25), (2.0, 0.5), (2.0, 0.75)]
+    assert without_time(result.history) == [
+        {"env_steps": 2.0 * n, "train/loss": 10.0 * n, "train/lr": 0.5, "train/trial_return": 2.0} for n in (1, 2, 3, 4)
+    ]
+    assert (result.env_steps, result.interrupted) == (8, False)
+    assert collector.weight_updates == 4  # the collector's policy may be a copy
+    assert result.seconds == result.history[-1]["time/seconds"]
+
+
+def test_trial_returns_by_hand():
+    # Row 0: a trial of 1 + 2, then one of 4 + 8 | + 16, cut by the batch's end; row 1: 1 + 1 + 1 + 1 | + 1 + 1.
+    first = batch_of([[1, 2, 4, 8], [1, 1, 1, 1]], [[0, 1, 0, 0], [0, 0, 0, 0]])
+    second = batch_of([[16, 32], [1, 1]], [[1, 1], [0, 1]])
+    rows = train_on([first, second]).history
+    # First batch: 3. Second: 28 and 32 in row 0, 6 in row 1.
+    assert [row["train/trial_return"] for row in rows] == [3.0, 22.0]
+
+
+def test_a_batch_in_which_no_trial_ends():
+    rows = train_on([batch_of([[1, 2]], [[0, 0]]), batch_of([[4, 8]], [[0, 1]])]).history
+    assert math.isnan(rows[0]["train/trial_return"])
+    assert rows[1]["train/trial_return"] == 15.0
+
+
+@pytest.mark.parametrize(
+    ("updates", "interval", "expected"),
+    [(7, 3, [1, 4, 7]), (6, 3, [1, 4, 6]), (3, 1, [1, 2, 3]), (3, 20, [1, 3]), (1, 20, [1])],
+)
+def test_evaluates_every_interval_and_at_the_end(updates, interval, expected):
+    calls = []
+    result = train_on(ones(updates), evaluate=lambda: calls.append(1) or {"calls": len(calls)}, eval_interval=interval)
+    evaluated = {n: row["eval/calls"] for n, row in enumerate(result.history, start=1) if "eval/calls" in row}
+    assert evaluated == {n: call for call, n in enumerate(expected, start=1)}
+
+
+def test_stop_sees_the_evaluation_and_one_follows_the_last_update():
+    scores = iter([1.0, 2.0, 3.0, 4.0])
+    seen = []
+
+    def stop(row):
+        seen.append(row.get("eval/score"))
+        return row["env_steps"] >= 8
+
+    result = train_on(ones(9), evaluate=lambda: {"score": next(scores)}, eval_interval=2, stop=stop)
+    assert seen == [1.0, None, 2.0, None]
+    assert [row.get("eval/score") for row in result.history] == [1.0, None, 2.0, 3.0]
+    assert (result.env_steps, result.interrupted) == (8, False)
+
+
+def test_an_endless_collector_trains_until_stop():
+    progress = []
+    collector = Batches(*ones(9), total_frames=math.inf)
+    options = {"evaluate": lambda: {"score": 1.0}, "progress": False}
+    result = train(collector, lambda _, at: progress.append(at) or {}, stop=lambda row: len(progress) == 3, **options)
+    assert progress == [0.0, 0.0, 0.0]
+    assert ["eval/score" in row for row in result.history] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("total", "message"), [(math.inf, "never ends.*stop="), (0, "total_frames=0 is less than one")]
+)
+def test_a_training_has_an_end(total, message):
+    collector = Batches()
+    collector.total_frames = total
+    with pytest.raises(ValueError, match=message):
+        train(collector, no_update, evaluate=None, progress=False)
+
+
+def test_a_failing_evaluation_propagates():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError):
+        train_on(ones(1), evaluate=lambda: {"score": 1 / 0})
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", ["eval_interval", "checkpoint_interval"])
+def test_intervals_are_at_least_one(name):
+    with pytest.raises(ValueError, match=f"{name}=0.*at least 1"):
+        train_on(ones(1), **{name: 0})
+
+
+def test_trains_outside_the_main_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train_on(ones(2))))
+    thread.start()
+    thread.join()
+    assert results[0].env_steps == 4
+
+
+def test_resume_needs_a_folder():
+    with pytest.raises(ValueError, match="resume=True needs the folder"):
+        train_on(ones(1), resume=True)
+
+
+# ---- What is shown and logged.
+
+
+def test_csv_logger_gets_every_scalar(tmp_path):
+    result = train_on(
+        ones(3), evaluate=lambda: {"score": 0.5}, eval_interval=2, logger=CSVLogger("scalars", str(tmp_path))
+    )
+    names = {name for row in result.history for name in row} - {"env_steps"}
+    assert {"train/loss", "train/trial_return", "eval/score", "time/seconds"} < names
+    for name in names:
+        path = tmp_path / "scalars" / "scalars" / f"{name}.csv"
+        logged = [(float(step), float(value)) for step, value in csv.reader(path.open())]
+        assert logged == [(row["env_steps"], row[name]) for row in result.history if name in row]
+
+
+def test_tensorboard_logger_gets_every_scalar(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorboardLogger("scalars", str(tmp_path))
+    result = train_on(ones(3), lambda batch, progress: {"loss": progress}, logger=logger)
+    logger.experiment.close()
+    events = EventAccumulator(str(tmp_path / "scalars")).Reload()
+    assert set(events.Tags()["scalars"]) == set(result.history[0]) - {"env_steps"}
+    logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert logged == [(2, 0.0), (4, pytest.approx(1 / 3)), (6, pytest.approx(2 / 3))]
+
+
+def test_progress_bar_shows_frames_and_returns(capsys):
+    train(Batches(*ones(2)), no_update, evaluate=lambda: {"trial_return": 0.125}, progress=True)
+    shown = capsys.readouterr().err
+    assert "4.00/4.00" in shown
+    assert "trial return=2.000" in shown
+    assert "held-out=0.125" in shown
+
+
+def test_progress_bar_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match=r"rl2_torchrl\[recipes\].*progress=False"):
+        train(Batches(*ones(1)), no_update, evaluate=None)
+    assert train_on(ones(1)).env_steps == 2
+
+
+# ---- Ctrl-C.
+
+
+@pytest.fixture
+def before():
+    """The signal handler of an ordinary process; one in the background ignores Ctrl-C."""
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, outer)
+
+
+def ctrl_c_at(number):
+    """An update that raises SIGINT at its ``number``-th call."""
+    calls = []
+
+    def callback(*_):
+        calls.append(None)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGINT)
+        return {"calls": float(len(calls))}
+
+    return callback
+
+
+def test_ctrl_c_lets_the_update_finish_and_skips_the_evaluation():
+    interrupt, evaluations = ctrl_c_at(2), []
+    result = train_on(ones(5), interrupt, evaluate=lambda: evaluations.append(1) or {"score": 1.0}, eval_interval=1)
+    assert [row["train/calls"] for row in result.history] == [1.0, 2.0]
+    assert len(evaluations) == 1
+
+
+def test_ctrl_c_twice_stops_at_once(before):
+    calls = []
+
+    def update(batch, progress):
+        calls.append(None)
+        signal.raise_signal(signal.SIGINT)
+        calls.append(None)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second Ctrl-C did nothing")
+
+    with pytest.raises(KeyboardInterrupt):
+        train_on(ones(5), update)
+    assert len(calls) == 2
+    assert signal.getsignal(signal.SIGINT) is before
