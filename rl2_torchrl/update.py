@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.objectives import ClipPPOLoss
@@ -32,7 +33,7 @@ def linear_decay(progress: float) -> float:
 
 
 class PPOUpdate:
-    """The outer algorithm: PPO over truncated back-propagation through time (SPEC 4).
+    """The outer algorithm: PPO over truncated back-propagation through time.
 
     A batch ``[B, T]`` is cut into chunks of ``bptt`` steps, each starting from the hidden state stored at its first step.
     ``bptt = 1`` is the original (no gradient through time); ``bptt = T`` with whole trials is the paper's full
@@ -55,7 +56,9 @@ class PPOUpdate:
         generator: generator of the shuffling.
 
     Raises:
-        ValueError: ``bptt`` does not divide the batch's steps, an argument is out of range, or there is no memory entry.
+        ValueError: ``bptt`` does not divide the batch's steps, an argument is out of range, there is no memory entry, or a
+            batch without hidden states does not replay.
+        TypeError: ``loss`` is no such loss.
         FloatingPointError: a loss or gradient is not finite.
 
     Examples:
@@ -81,20 +84,7 @@ class PPOUpdate:
         optimizer: torch.optim.Optimizer | None = None,
         generator: torch.Generator | None = None,
     ):
-        for name, count in (
-            ("epochs", epochs),
-            ("minibatches", minibatches),
-            ("bptt", 1 if bptt is None else bptt),
-        ):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}={count!r} must be a whole number, at least 1.")
-        if entropy_schedule is not None and not loss.entropy_bonus:
-            raise ValueError("entropy_schedule has nothing to schedule: build the loss with entropy_bonus=True.")
-        if not hidden_keys(loss.actor_network):
-            raise ValueError(
-                "the actor hands no hidden state on to its next step, so it cannot adapt within a trial: use a recurrent "
-                f"actor such as GRUCategoricalActor. It reads {loss.actor_network.in_keys}."
-            )
+        _check_arguments(loss, bptt, epochs, minibatches, max_grad_norm, target_kl, entropy_schedule)
         self.loss = loss
         self.advantage = TrialAdvantage() if advantage is None else advantage
         self.bptt, self.epochs, self.minibatches, self.shuffle = bptt, epochs, minibatches, shuffle
@@ -114,12 +104,16 @@ class PPOUpdate:
             of ``epochs`` made.
         """
         self._apply_schedules(progress)
-        buffer = self._fill(self.chunks(self.advantage(batch)))
+        chunks = self.chunks(self.advantage(batch))
+        from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
+        buffer = self._fill(chunks)
         totals: dict[str, list[torch.Tensor]] = defaultdict(list)
         for epoch in range(self.epochs):
             kls = []
             for number, minibatch in enumerate(buffer):
                 metrics = self._step(minibatch, f"epoch {epoch}, minibatch {number}")
+                if from_zeros and not totals:
+                    _require_replay(metrics["max_ratio"])
                 kls.append(metrics["kl_approx"])
                 for name, value in metrics.items():
                     totals[name].append(value)
@@ -142,35 +136,66 @@ class PPOUpdate:
                 f"bptt={bptt} does not divide the {steps} steps of a row: the last chunk would be short. Divisors of {steps}: "
                 f"{[n for n in range(1, steps + 1) if steps % n == 0]}."
             )
-        keys = self._keys_read()
+        starts = batch["is_init"].reshape(-1, steps // bptt, bptt)[..., 0] if "is_init" in batch.keys() else None
+        memory = self._memory_keys() if starts is None or not starts.all() else []
+        keys = [*self._keys_read(), *memory]
         missing = [key for key in keys if key not in batch.keys(True, True)]
         if missing:
             raise KeyError(
                 f"the batch lacks {missing}, which the loss reads. Hidden states and 'is_init' come from the collector: "
-                "Collector(..., auto_register_policy_transforms=True) with a recurrent policy."
+                "Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that begin inside a trial "
+                "start from their hidden state: keep it (TrialCollector(keep=...)), or collect and update whole trials."
             )
         return batch.select(*keys).reshape(-1, steps // bptt, bptt).flatten(0, 1)
 
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries of a collected batch that an update reads, for ``TrialCollector(keep=...)``.
+
+        Hidden states are among them only with ``bptt``: without, rows are whole trials, which start from zeros.
+        """
+        keys, made = self.loss.tensor_keys, (self.loss.tensor_keys.advantage, self.loss.tensor_keys.value_target)
+        read = [key for key in self._keys_read() if key not in made]
+        ends = [("next", key) for key in ("reward", "done", "terminated")]
+        memory = [] if self.bptt is None else self._memory_keys()
+        return list(dict.fromkeys((*read, keys.value, *ends, *memory)))
+
+    def _networks(self) -> list[TensorDictModuleBase]:
+        return [n for n in (self.loss.actor_network, self.loss.critic_network) if n is not None]
+
+    def _memory_keys(self) -> list[NestedKey]:
+        return list(dict.fromkeys(key for network in self._networks() for key in hidden_keys(network)))
+
     def _keys_read(self) -> list[NestedKey]:
-        loss, keys = self.loss, self.loss.tensor_keys
-        read = dict.fromkeys(loss.actor_network.in_keys)
-        if loss.critic_network is not None:
+        keys = self.loss.tensor_keys
+        read, written = {}, set(self._memory_keys())
+        for network in self._networks():
             # A critic on the actor's memory reads what the actor has just written.
-            read.update(dict.fromkeys(k for k in loss.critic_network.in_keys if k not in loss.actor_network.out_keys))
+            read.update(dict.fromkeys(key for key in network.in_keys if key not in written))
+            written.update(network.out_keys)
         read.update(dict.fromkeys((keys.action, keys.sample_log_prob, keys.advantage, keys.value_target)))
-        if loss.clip_value:
+        if self.loss.clip_value:
             read[keys.value] = None
         return list(read)
 
     def _fill(self, chunks: TensorDictBase) -> TensorDictReplayBuffer:
+        if len(chunks) < self.minibatches:
+            raise ValueError(
+                f"{self.minibatches} minibatches cannot be made of {len(chunks)} chunks of {chunks.shape[1]} steps: collect more "
+                "trials in a batch, or ask for fewer minibatches."
+            )
         # One buffer for the whole training: first touch of fresh memory costs more than the copy.
-        if self._buffer is None or self._buffer.storage.max_size != len(chunks):
+        layout = (len(chunks), set(chunks.keys(True, True)))
+        if self._buffer is None or self._layout != layout:
+            self._layout = layout
             self._buffer = TensorDictReplayBuffer(
                 storage=LazyTensorStorage(len(chunks), device=chunks.device or "cpu"),
                 sampler=SamplerWithoutReplacement(shuffle=self.shuffle),
                 batch_size=math.ceil(len(chunks) / self.minibatches),
                 generator=self._generator,
             )
+        # The sampler's permutation of the last batch must not reach into this one.
+        self._buffer.empty()
         self._buffer.extend(chunks)
         return self._buffer
 
@@ -190,7 +215,9 @@ class PPOUpdate:
             raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total.item()}).")
         self.optimizer.step()
         diagnostics = {
-            name: losses[name] for name in ("clip_fraction", "kl_approx", "entropy") if name in losses.keys()
+            name: losses[name]
+            for name in ("clip_fraction", "kl_approx", "max_ratio", "entropy")
+            if name in losses.keys()
         }
         return {
             name: value.detach() for name, value in {"loss": total, **terms, **diagnostics, "grad_norm": norm}.items()
@@ -205,10 +232,41 @@ class PPOUpdate:
 
     # ----------------------------------------------------------- checkpoints
     def state_dict(self) -> dict:
-        """State of networks and optimizer."""
-        return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """State of networks, optimizer and, if there is one, the shuffling's generator."""
+        generator = None if self._generator is None else self._generator.get_state()
+        return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": generator}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` returned."""
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self._generator is not None:
+            self._generator.set_state(state["generator"])
+
+
+def _check_arguments(loss, bptt, epochs, minibatches, max_grad_norm, target_kl, entropy_schedule) -> None:
+    if not hasattr(loss, "actor_network"):
+        raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not a {type(loss).__name__}.")
+    for name, count in (("epochs", epochs), ("minibatches", minibatches), ("bptt", 1 if bptt is None else bptt)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}={count!r} must be a whole number, at least 1.")
+    for name, bound in (("max_grad_norm", max_grad_norm), ("target_kl", target_kl)):
+        if bound is not None and bound <= 0:
+            raise ValueError(f"{name}={bound} would stop all learning: it must be positive, or None for no bound.")
+    if entropy_schedule is not None and not loss.entropy_bonus:
+        raise ValueError("entropy_schedule has nothing to schedule: build the loss with entropy_bonus=True.")
+    if not hidden_keys(loss.actor_network):
+        raise ValueError(
+            "the actor hands no hidden state on to its next step, so it cannot adapt within a trial: use a recurrent "
+            f"actor such as GRUCategoricalActor. It reads {loss.actor_network.in_keys}."
+        )
+
+
+def _require_replay(max_ratio: torch.Tensor) -> None:
+    """Before the first step the networks must give the collected log-probabilities back: all ratios are 1."""
+    if max_ratio > 1.01:
+        raise ValueError(
+            f"without hidden states in the batch, replaying its trials from zeros gives other log-probabilities than were "
+            f"collected (ratios up to {max_ratio.item():.3g}): the memory was lost while collecting, or the networks have changed "
+            "since. Collect with auto_register_policy_transforms=True (TrialCollector's default), which primes the memory."
+        )

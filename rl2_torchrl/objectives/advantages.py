@@ -1,4 +1,4 @@
-"""`TrialAdvantage`: GAE and returns over trials, from the values stored at collection (SPEC 5)."""
+"""`TrialAdvantage`: GAE and returns over trials, from the values stored at collection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TrialAdvantage"]
 
 
 class TrialAdvantage(nn.Module):
-    """Advantages that flow across the episodes of one trial, and never across trials (SPEC 5).
+    """Advantages that flow across the episodes of one trial, and never across trials.
 
     Reads ``value_key`` ``[*B, T, 1]`` as it was stored at collection, and ``("next", ...)`` reward, done and terminated;
     writes ``"advantage"`` and ``"value_target"``, both ``[*B, T, 1]``. ``done`` must be the trial's, as `Trial` sets it.
@@ -84,10 +84,12 @@ class TrialAdvantage(nn.Module):
         require_finite(value, self.value_key)
         inputs = (value, self._next_value(tensordict, value), reward)
         ends = (tensordict["next", "done"], tensordict["next", "terminated"])
-        advantage, target = generalized_advantage_estimate(self.gamma, self.lmbda, *inputs, *ends)
+        # As tensors: TorchRL multiplies these with integers, and Python numbers would come out rounded to float32.
+        gamma, lmbda = value.new_tensor(self.gamma), value.new_tensor(self.lmbda)
+        advantage, target = generalized_advantage_estimate(gamma, lmbda, *inputs, *ends)
         if self.value_target == "return":
             # GAE with lambda = 1, plus the value, is the discounted return-to-go, bootstrapped where a batch cuts a trial.
-            _, target = generalized_advantage_estimate(self.gamma, 1.0, *inputs, *ends)
+            _, target = generalized_advantage_estimate(gamma, 1.0, *inputs, *ends)
         if self.normalize:
             advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(1e-8)
         return tensordict.set("advantage", advantage).set("value_target", target)

@@ -1,20 +1,21 @@
-"""`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients (SPEC 4)."""
+"""`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients."""
 
 from __future__ import annotations
 
 import torch
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from tensordict import TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 from torchrl.objectives import ClipPPOLoss
 
 __all__ = ["RL2PPOLoss"]
 
 
 class RL2PPOLoss(ClipPPOLoss):
-    """``L = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) + 0.5 mean((v - R)²)``, without entropy term (SPEC 4).
+    """``L = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) + 0.5 mean((v - R)²)``, without entropy term.
 
     A `ClipPPOLoss` in everything but its defaults, so it goes wherever that goes, with the same keys and options. The
     loss runs its networks in recurrent mode: it takes sequences ``[*B, T]``, each starting from the hidden state stored
-    at its first step, and the GRU starts anew wherever ``"is_init"`` says so.
+    at its first step, and the GRU starts anew, from the state stored there, wherever ``"is_init"`` says so.
 
     Entries written: ``loss_objective``, ``loss_critic`` (the coefficient included), ``loss_entropy`` when there is a
     bonus, and `ClipPPOLoss`'s diagnostics.
@@ -31,7 +32,9 @@ class RL2PPOLoss(ClipPPOLoss):
         **kwargs: passed on to `ClipPPOLoss`: ``clip_value``, ``normalize_advantage``, ``reduction``, …
 
     Raises:
-        ValueError: ``clip_epsilon`` is not positive or ``critic_coeff`` is negative.
+        ValueError: ``clip_epsilon`` lies outside (0, 1], ``critic_coeff`` is negative, or the advantage is not ``[*B, T, 1]``.
+        TypeError: the actor has no distribution.
+        KeyError: the data holds no advantage.
 
     Examples:
         >>> from rl2_torchrl.modules import GRUCategoricalActor, GRUValueHead
@@ -54,12 +57,22 @@ class RL2PPOLoss(ClipPPOLoss):
         **kwargs,
     ):
         epsilons = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon,)
-        if min(epsilons) <= 0:
-            raise ValueError(f"clip_epsilon={clip_epsilon}: at 0 or below no policy change is allowed at all.")
+        if min(epsilons) <= 0 or epsilons[0] > 1:
+            raise ValueError(
+                f"clip_epsilon={clip_epsilon}: at 0 or below no policy change is allowed at all, and 1 - clip_epsilon, the "
+                "lowest ratio, cannot be negative. Usual are 0.1 to 0.3."
+            )
+        if not hasattr(actor_network, "get_dist"):
+            raise TypeError(
+                f"RL2PPOLoss(actor, critic): {type(actor_network).__name__} has no action distribution. The actor comes "
+                "first, and it is a ProbabilisticActor such as GRUGaussianActor."
+            )
         if critic_coeff is not None and critic_coeff < 0:
             raise ValueError(
                 f"critic_coeff={critic_coeff}: a negative weight would drive the values away from the returns."
             )
+        if entropy_coeff is not None and not isinstance(entropy_coeff, dict) and entropy_coeff < 0:
+            raise ValueError(f"entropy_coeff={entropy_coeff}: a negative weight would make the policy stop exploring.")
         super().__init__(
             actor_network,
             critic_network,
@@ -72,6 +85,23 @@ class RL2PPOLoss(ClipPPOLoss):
             **kwargs,
         )
         self._set_clip_precision(clip_epsilon)
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
+        key = self.tensor_keys.advantage
+        advantage = tensordict.get(key, None)
+        if advantage is None and self._value_estimator is None:
+            raise KeyError(
+                f"no {key!r} in the data: call TrialAdvantage(...)(batch) before the loss, on the whole batch [B, T] (a GRU "
+                "critic cannot be asked for it step by step)."
+            )
+        if advantage is not None and advantage.shape != (*tensordict.shape, 1):
+            raise ValueError(
+                f"{key!r} has shape {tuple(advantage.shape)} in data of shape {tuple(tensordict.shape)}: it must be "
+                "[*B, T, 1], as TrialAdvantage writes it; mind the last dimension."
+            )
+        return super().forward(tensordict)
 
     def _set_clip_precision(self, clip_epsilon: float | tuple[float, float]) -> None:
         # ClipPPOLoss stores the threshold as float32, which in float64 networks moves the clip by 1e-8.

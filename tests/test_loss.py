@@ -1,0 +1,195 @@
+"""`RL2PPOLoss`: defaults, hand-worked losses on both sides of the clip, options, keys, state and compilation."""
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.objectives import ClipPPOLoss
+
+from rl2_torchrl import GRUCategoricalActor, GRUGaussianActor, GRUValueHead, RL2PPOLoss
+
+PROBS = (0.5, 0.25, 0.25)
+VALUE = 2.0
+# Ratio and advantage of six steps: outside the clip on both sides with either sign, and twice inside it.
+RATIOS = (2.0, 2.0, 0.5, 0.5, 1.1, 0.9)
+ADVANTAGES = (1.0, -1.0, 1.0, -1.0, 2.0, -2.0)
+RETURNS = (1.0, 2.0, 3.0, 4.0, 0.0, 2.0)
+
+
+def head(module, bias):
+    """Makes the network's output a constant, whatever it remembers."""
+    layer = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(torch.as_tensor(bias))
+    return module
+
+
+def networks(**critic_kwargs):
+    """An actor of probabilities 1/2, 1/4, 1/4 and a critic that says 2."""
+    torch.manual_seed(0)
+    actor = head(GRUCategoricalActor(5, 3, hidden_size=4), torch.tensor(PROBS).log())
+    return actor, head(GRUValueHead(5, hidden_size=4, **critic_kwargs), [VALUE])
+
+
+def column(values):
+    return torch.tensor([values]).unsqueeze(-1)
+
+
+def data(ratios=RATIOS, advantages=ADVANTAGES, returns=RETURNS):
+    """A batch [1, T] of action 0, whose old log-probability is ln(1/2) - ln(ratio)."""
+    torch.manual_seed(1)
+    steps = len(ratios)
+    td = {
+        "trans": torch.randn(1, steps, 5),
+        "is_init": torch.zeros(1, steps, 1, dtype=torch.bool),
+        "actor_hidden": torch.randn(1, steps, 1, 4),
+        "critic_hidden": torch.randn(1, steps, 1, 4),
+        "action": torch.zeros(1, steps, dtype=torch.int64),
+        "action_log_prob": math.log(0.5) - torch.tensor([ratios]).log(),
+        "advantage": column(advantages),
+        "value_target": column(returns),
+    }
+    return TensorDict(td, [1, steps])
+
+
+def total(losses):
+    return sum(value for name, value in losses.items() if name.startswith("loss_"))
+
+
+def test_defaults_are_the_originals():
+    loss = RL2PPOLoss(*networks())
+    assert isinstance(loss, ClipPPOLoss)
+    assert loss.clip_epsilon == pytest.approx(0.3)
+    assert loss.critic_coeff == 0.5
+    assert loss.loss_critic_type == "l2"
+    assert not loss.clip_value
+    losses = loss(data())
+    assert {name for name in losses.keys() if name.startswith("loss_")} == {"loss_objective", "loss_critic"}
+    assert "explained_variance" not in losses.keys()
+
+
+@pytest.mark.parametrize(
+    ("clip_epsilon", "expected", "clipped"),
+    [
+        # min(r A, clip(r) A), the clip at 0.7 and 1.3: 1.3 - 2 + 0.5 - 0.7 + 2.2 - 1.8 = -0.5
+        (0.3, 0.5 / 6, 4 / 6),
+        # at 0.8 and 1.2: 1.2 - 2 + 0.5 - 0.8 + 2.2 - 1.8 = -0.7
+        (0.2, 0.7 / 6, 4 / 6),
+        # at 0.6 and 1.05: 1.05 - 2 + 0.5 - 0.6 + 2.1 - 1.8 = -0.75
+        ((0.4, 0.05), 0.75 / 6, 5 / 6),
+    ],
+)
+def test_policy_loss_by_hand(clip_epsilon, expected, clipped):
+    losses = RL2PPOLoss(*networks(), clip_epsilon=clip_epsilon)(data())
+    assert losses["loss_objective"].item() == pytest.approx(expected, abs=1e-6)
+    assert losses["clip_fraction"].item() == pytest.approx(clipped)
+    # mean(log pi_old - log pi) = -mean ln r = -ln(2 * 2 * 0.5 * 0.5 * 1.1 * 0.9) / 6
+    assert losses["kl_approx"].item() == pytest.approx(-math.log(0.99) / 6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "moves"), [(2.0, 1.0, False), (2.0, -1.0, True), (0.5, 1.0, True), (0.5, -1.0, False)]
+)
+def test_the_clip_stops_only_steps_that_go_further_away(ratio, advantage, moves):
+    actor, critic = networks()
+    RL2PPOLoss(actor, critic)(data([ratio], [advantage], [0.0]))["loss_objective"].backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in actor.parameters()) is moves
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        # (2 - R)^2 = 1, 0, 1, 4, 4, 0: mean 10/6.
+        ({}, 0.5 * 10 / 6),
+        ({"critic_coeff": 1.0}, 10 / 6),
+        # |2 - R| = 1, 0, 1, 2, 2, 0, so smooth l1 = 0.5, 0, 0.5, 1.5, 1.5, 0.
+        ({"loss_critic_type": "smooth_l1"}, 0.5 * 4 / 6),
+        # The stored value is 1, so the clipped one 1.5: (1.5 - R)^2 = 0.25, 0.25, 2.25, 6.25, 2.25, 0.25. The larger of
+        # the two counts: 1 + 0.25 + 2.25 + 6.25 + 4 + 0.25 = 14.
+        ({"clip_value": 0.5}, 0.5 * 14 / 6),
+    ],
+)
+def test_value_loss_by_hand(kwargs, expected):
+    losses = RL2PPOLoss(*networks(), **kwargs)(data().set("state_value", torch.ones(1, 6, 1)))
+    assert losses["loss_critic"].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("coeff", [None, 0.2])
+def test_entropy_of_categorical_by_hand(coeff):
+    losses = RL2PPOLoss(*networks(), entropy_bonus=True, entropy_coeff=coeff)(data())
+    # 1/2 ln 2 + 2 * 1/4 ln 4 = 1.5 ln 2
+    assert losses["entropy"].item() == pytest.approx(1.5 * math.log(2))
+    assert losses["loss_entropy"].item() == pytest.approx(-(coeff or 0.01) * 1.5 * math.log(2), rel=1e-5)
+
+
+def test_gaussian_policy_loss_and_entropy_by_hand():
+    # Mean (0, 1), scale exp(-0.5), action (1, 1): log pi = -e / 2 + 1 - ln(2 pi) = -2.197; the old one is 0, so the
+    # ratio is 0.1111, below 0.7. For A = -3 the clipped term, -3 * 0.7, is the smaller one: the loss is 2.1. For A = 3
+    # it is the unclipped one: -3 * 0.1111.
+    ratio = math.exp(1 - math.e / 2 - math.log(2 * math.pi))
+    actor = head(GRUGaussianActor(5, 2, hidden_size=4), [0.0, 1.0])
+    for advantage, expected in ((-3.0, 2.1), (3.0, -3 * ratio)):
+        td = data([1.0], [advantage], [0.0])
+        td["action"], td["action_log_prob"] = torch.ones(1, 1, 2), torch.zeros(1, 1)
+        losses = RL2PPOLoss(actor, networks()[1], entropy_bonus=True)(td)
+        assert losses["loss_objective"].item() == pytest.approx(expected, abs=1e-5)
+        # Summed over the components: 2 * (1/2 ln(2 pi e) - 1/2) = ln(2 pi)
+        assert losses["entropy"].item() == pytest.approx(math.log(2 * math.pi), abs=1e-6)
+
+
+def test_clip_in_the_networks_precision():
+    actor = head(GRUCategoricalActor(5, 3, hidden_size=4, dtype=torch.float64), torch.tensor(PROBS).log())
+    critic = GRUValueHead(5, hidden_size=4, dtype=torch.float64)
+    losses = RL2PPOLoss(actor, critic, clip_epsilon=0.3)(data([2.0], [1.0], [0.0]).double())
+    # float32's 0.3 is 0.3 + 1.2e-8.
+    assert losses["loss_objective"].item() == pytest.approx(-1.3, abs=1e-14)
+
+
+def test_parameters_are_the_networks_own():
+    actor, critic = networks()
+    loss = RL2PPOLoss(actor, critic)
+    total(loss(data())).backward()
+    before = [p.clone() for p in actor.parameters()]
+    torch.optim.SGD(loss.parameters(), lr=1.0).step()
+    assert any(not torch.equal(old, new) for old, new in zip(before, actor.parameters(), strict=True))
+    assert len(list(loss.parameters())) == len(list(actor.parameters())) + len(list(critic.parameters()))
+
+
+def test_state_dict_round_trip():
+    loss = RL2PPOLoss(*networks(), entropy_bonus=True, entropy_coeff=0.2)
+    torch.manual_seed(5)
+    other = RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4), GRUValueHead(5, hidden_size=4), entropy_bonus=True)
+    assert total(other(data())) != total(loss(data()))
+    other.load_state_dict(loss.state_dict())
+    # The coefficients are part of the state too.
+    assert total(other(data())) == total(loss(data()))
+
+
+def test_keys_are_settable():
+    loss = RL2PPOLoss(*networks(value_key=("critic", "v")), clip_value=0.5)
+    expected = RL2PPOLoss(*networks(), clip_value=0.5)(data().set("state_value", torch.ones(1, 6, 1)))
+    names = {"advantage": ("agent", "adv"), "value_target": "ret", "sample_log_prob": "old", "value": ("critic", "v")}
+    loss.set_keys(**names)
+    td = data().set(("critic", "v"), torch.ones(1, 6, 1))
+    for old, new in (("advantage", ("agent", "adv")), ("value_target", "ret"), ("action_log_prob", "old")):
+        td.rename_key_(old, new)
+    assert total(loss(td)) == total(expected)
+
+
+def test_compiled_loss_gives_the_same_numbers_and_gradients():
+    # Dynamo breaks the graph at nn.GRU and goes on. The default backend does so too, but takes a minute here.
+    td = data([0.9, 1.1], [1.0, -1.0], [0.0, 1.0])
+    td["action"] = torch.tensor([[[0.1, 0.2], [0.3, -0.5]]])
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        loss = RL2PPOLoss(GRUGaussianActor(5, 2, hidden_size=4, init_range=1.0), GRUValueHead(5, hidden_size=4))
+        value = total((torch.compile(loss, backend="aot_eager") if compiled else loss)(td))
+        value.backward()
+        results.append([value.detach(), *(p.grad for p in loss.parameters())])
+    for plain, fast in zip(*results, strict=True):
+        assert plain.abs().sum() > 0
+        assert torch.allclose(plain, fast, rtol=0, atol=1e-6)

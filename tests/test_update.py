@@ -1,0 +1,369 @@
+"""`PPOUpdate`: how batches are cut and passed over, schedules, early stop, clipping, broken numbers, metrics, state."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs import Compose, InitTracker, TransformedEnv
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUValueHead,
+    MemoryValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    linear_decay,
+)
+from rl2_torchrl.envs import BernoulliBandit, uniform_means
+
+
+def make_loss(**kwargs):
+    torch.manual_seed(0)
+    return RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4), GRUValueHead(5, hidden_size=4), **kwargs)
+
+
+def make_batch(rows=4, steps=6):
+    """Whole trials ``[rows, steps]`` of random numbers; the memory is empty at their first steps."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*size):
+        return torch.randn(rows, steps, *size, generator=generator)
+
+    done = torch.zeros(rows, steps, 1, dtype=torch.bool)
+    done[:, -1] = True
+    later = ~done.roll(1, 1).unsqueeze(-1)
+    entries = {
+        "trans": normal(5),
+        "is_init": done.roll(1, 1),
+        "actor_hidden": normal(1, 4) * later,
+        "critic_hidden": normal(1, 4) * later,
+        "action": torch.randint(3, (rows, steps), generator=generator),
+        "action_log_prob": normal(),
+        "state_value": normal(1),
+        "logits": normal(3),
+        "next": {"reward": normal(1), "done": done, "terminated": done.clone(), "trans": normal(5)},
+    }
+    return TensorDict(entries, [rows, steps])
+
+
+class Seen:
+    """Records what the loss is given, and the state in which it is."""
+
+    def __init__(self, update):
+        self.minibatches, self.lrs, self.coeffs = [], [], []
+        self.update, self.forward = update, update.loss.forward
+        update.loss.forward = self
+
+    def __call__(self, minibatch):
+        self.minibatches.append(minibatch.clone())
+        self.lrs.append(self.update.optimizer.param_groups[0]["lr"])
+        self.coeffs.append(float(self.update.loss.entropy_coeff))
+        return self.forward(minibatch)
+
+    def order(self, entry="value_target"):
+        return [minibatch[entry].flatten() for minibatch in self.minibatches]
+
+
+def parameters(update):
+    return [p.detach().clone() for p in update.loss.parameters()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# ------------------------------------------------------------ chunks, passes
+
+
+@pytest.mark.parametrize("bptt", [1, 2, 3, 6, None])
+def test_chunks_are_consecutive_steps_of_a_row(bptt):
+    update = PPOUpdate(make_loss(), bptt=bptt)
+    batch = update.advantage(make_batch())
+    chunks = update.chunks(batch)
+    length = bptt or 6
+    assert chunks.shape == (4 * 6 // length, length)
+    for i, chunk in enumerate(chunks):
+        row, first = divmod(i * length, 6)
+        source = batch[row, first : first + length]
+        assert torch.equal(chunk["trans"], source["trans"])
+        # A chunk starts from the memory stored at its own first step; a whole trial starts from none.
+        assert ("actor_hidden" in chunk.keys()) is (length < 6)
+        if length < 6:
+            assert torch.equal(chunk["actor_hidden"], source["actor_hidden"])
+
+
+@pytest.mark.parametrize(
+    ("critic", "kwargs", "memory", "more"),
+    [
+        (GRUValueHead(5, hidden_size=4), {}, {"actor_hidden", "critic_hidden"}, set()),
+        (GRUValueHead(5, hidden_size=4), {"clip_value": 0.2}, {"actor_hidden", "critic_hidden"}, {"state_value"}),
+        (MemoryValueHead(4, detach=True), {}, {"actor_hidden"}, set()),
+        (None, {}, {"actor_hidden"}, set()),
+    ],
+)
+def test_chunks_hold_only_what_the_loss_reads(critic, kwargs, memory, more):
+    read = {"trans", "is_init", "action", "action_log_prob", "advantage", "value_target"} | more
+    for bptt, keys in ((2, read | memory), (None, read)):
+        update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4), critic, **kwargs), bptt=bptt)
+        assert set(update.chunks(update.advantage(make_batch())).keys()) == keys
+        # What has to be collected for it: the same, and what the advantage is made of.
+        ends = {"state_value", ("next", "reward"), ("next", "done"), ("next", "terminated")}
+        assert set(update.in_keys) == keys - {"advantage", "value_target"} | ends
+        update.chunks(update.advantage(make_batch().select(*update.in_keys)))
+
+
+def test_rows_that_begin_inside_a_trial_start_from_their_memory():
+    batch = make_batch()
+    batch["is_init"][1, 0] = False
+    batch["actor_hidden"][1, 0] = 0.5
+    update = PPOUpdate(make_loss())
+    chunks = update.chunks(update.advantage(batch))
+    assert torch.equal(chunks["actor_hidden"], batch["actor_hidden"])
+    # The memory counts: another one gives another loss.
+    other = batch.clone()
+    other["actor_hidden"][1, 0] = -0.5
+    one, two = (PPOUpdate(make_loss(), lr=0.0, epochs=1)(b)["loss_objective"] for b in (batch, other))
+    assert one != two
+
+
+def test_batches_with_several_batch_dimensions():
+    flat, nested = make_batch(), make_batch().reshape(2, 2, 6)
+    one, two = PPOUpdate(make_loss(), shuffle=False), PPOUpdate(make_loss(), shuffle=False)
+    assert one(flat) == two(nested)
+
+
+@pytest.mark.parametrize(
+    ("bptt", "minibatches", "sizes"),
+    [
+        # As torch.chunk: ceil(chunks / minibatches) in each, the last one smaller.
+        (None, 4, [1, 1, 1, 1]),
+        (None, 2, [2, 2]),
+        (2, 3, [4, 4, 4]),
+        (1, 5, [5, 5, 5, 5, 4]),
+        (1, 1, [24]),
+    ],
+)
+def test_sizes_and_number_of_minibatches(bptt, minibatches, sizes):
+    update = PPOUpdate(make_loss(), bptt=bptt, minibatches=minibatches, epochs=3)
+    seen = Seen(update)
+    update(make_batch())
+    assert [len(minibatch) for minibatch in seen.minibatches] == sizes * 3
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_pass_sees_every_chunk_once(shuffle):
+    update = PPOUpdate(make_loss(), bptt=1, minibatches=3, epochs=3, shuffle=shuffle)
+    seen = Seen(update)
+    update(make_batch())
+    returns = update.advantage(make_batch())["value_target"].flatten()
+    epochs = torch.cat(seen.order()).reshape(3, 24)
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, returns.sort().values)
+        assert torch.equal(epoch, returns) is not shuffle
+    assert torch.equal(epochs[0], epochs[1]) is not shuffle
+
+
+def test_the_generator_decides_the_order():
+    orders = []
+    for seed in (3, 3, 4):
+        update = PPOUpdate(make_loss(), bptt=1, generator=torch.Generator().manual_seed(seed))
+        seen = Seen(update)
+        update(make_batch())
+        orders.append(torch.cat(seen.order()))
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+
+
+def test_every_call_trains_on_its_own_batch():
+    # The buffer is kept between calls; neither old chunks, nor an old size, nor old entries may stay in it.
+    update = PPOUpdate(make_loss(), bptt=6, minibatches=2, epochs=1, shuffle=False)
+    seen = Seen(update)
+    for rows, shift, whole in ((4, 0.0, True), (4, 5.0, False), (4, 2.0, True), (2, 9.0, True), (2, 1.0, False)):
+        batch = make_batch(rows)
+        batch["trans"] += shift
+        batch["is_init"] &= whole
+        batch["actor_hidden"] += shift
+        seen.minibatches.clear()
+        update(batch)
+        assert torch.equal(torch.cat([m["trans"] for m in seen.minibatches]), batch["trans"])
+        hidden = [m.get("actor_hidden", None) for m in seen.minibatches]
+        assert all(h is None for h in hidden) if whole else torch.equal(torch.cat(hidden), batch["actor_hidden"])
+
+
+# ------------------------------------------------------- schedules, early stop
+
+
+def test_schedules_follow_the_progress():
+    loss = make_loss(entropy_bonus=True, entropy_coeff=0.2)
+    update = PPOUpdate(loss, lr=1e-3, epochs=1, lr_schedule=linear_decay, entropy_schedule=lambda p: (1 - p) ** 2)
+    seen = Seen(update)
+    for progress in (0.0, 0.25, 0.5):
+        seen.lrs.clear()
+        seen.coeffs.clear()
+        metrics = update(make_batch(), progress)
+        # Factors on the initial values, not on those of the last call.
+        assert seen.lrs == pytest.approx([1e-3 * (1 - progress)] * 4)
+        assert seen.coeffs == pytest.approx([0.2 * (1 - progress) ** 2] * 4, rel=1e-6)
+        assert metrics["lr"] == pytest.approx(1e-3 * (1 - progress))
+
+
+def test_without_schedules_progress_changes_nothing():
+    update = PPOUpdate(make_loss(), lr=1e-3)
+    assert update(make_batch(), 0.9)["lr"] == 1e-3
+
+
+def test_early_stop_on_kl():
+    # At a learning rate of 0 the KL estimate is that of the data: the mean of log pi_old - log pi.
+    batch = make_batch()
+    kl = PPOUpdate(make_loss(), lr=0.0, epochs=1)(batch.clone())["kl_approx"]
+    batch["action_log_prob"] += 1.0 - kl
+    assert PPOUpdate(make_loss(), lr=0.0, epochs=5, target_kl=0.9)(batch.clone())["epochs"] == 1
+    assert PPOUpdate(make_loss(), lr=0.0, epochs=5, target_kl=1.1)(batch.clone())["epochs"] == 5
+    assert PPOUpdate(make_loss(), lr=0.0, epochs=5)(batch.clone())["epochs"] == 5
+
+
+# -------------------------------------------------------------- one step's rules
+
+
+def test_gradient_is_clipped_to_its_norm():
+    # With plain gradient descent at a learning rate of 1 the step is the gradient itself.
+    steps, norms = {}, {}
+    for limit in (None, 1e-3, 1e3):
+        loss = make_loss()
+        optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
+        update = PPOUpdate(loss, epochs=1, minibatches=1, max_grad_norm=limit, optimizer=optimizer)
+        before = parameters(update)
+        norms[limit] = update(make_batch())["grad_norm"]
+        steps[limit] = torch.cat([(a - b).flatten() for a, b in zip(before, parameters(update), strict=True)])
+    assert steps[None].norm().item() == pytest.approx(norms[None], rel=1e-4)
+    assert steps[1e-3].norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert torch.allclose(steps[1e3], steps[None])
+    # The norm that is reported is the one before clipping.
+    assert norms[1e-3] == pytest.approx(norms[None])
+
+
+def test_adam_by_default_and_a_custom_optimizer():
+    assert isinstance(PPOUpdate(make_loss()).optimizer, torch.optim.Adam)
+    # Adam's first step is lr * sign(gradient).
+    update = PPOUpdate(make_loss(), lr=0.01, epochs=1, minibatches=1)
+    before = parameters(update)
+    update(make_batch())
+    largest = max((a - b).abs().max().item() for a, b in zip(before, parameters(update), strict=True))
+    assert largest == pytest.approx(0.01, rel=1e-3)
+    # An optimizer over the critic alone leaves the actor as it is.
+    loss = make_loss()
+    critic = torch.optim.SGD(loss.critic_network_params.parameters(), lr=0.1)
+    update = PPOUpdate(loss, lr=5.0, optimizer=critic)
+    actor = [p.clone() for p in loss.actor_network_params.parameters()]
+    assert update(make_batch())["lr"] == 0.1
+    assert same(actor, loss.actor_network_params.parameters())
+    assert not same(parameters(PPOUpdate(make_loss())), parameters(update))
+
+
+def test_metrics_are_means_over_all_minibatches():
+    # At a learning rate of 0 nothing moves, so that every pass repeats the first one.
+    update = PPOUpdate(make_loss(entropy_bonus=True), lr=0.0, epochs=2, minibatches=3, shuffle=False)
+    metrics = update(make_batch(6))
+    losses = [update.loss(chunk) for chunk in update.chunks(update.advantage(make_batch(6))).split(2)]
+    for name in ("loss_objective", "loss_critic", "loss_entropy", "kl_approx", "clip_fraction", "entropy"):
+        assert metrics[name] == pytest.approx(sum(float(one[name]) for one in losses) / 3, abs=1e-6)
+    total = metrics["loss_objective"] + metrics["loss_critic"] + metrics["loss_entropy"]
+    assert metrics["loss"] == pytest.approx(total, abs=1e-6)
+    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in metrics.values())
+
+
+def test_a_loss_without_critic_term():
+    update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4)))
+    metrics = update(make_batch())
+    assert "loss_critic" not in metrics
+    assert metrics["loss"] == metrics["loss_objective"]
+
+
+@pytest.mark.parametrize("minibatch", [0, 2])
+def test_a_loss_that_is_not_finite_says_where_and_changes_nothing(minibatch):
+    update = PPOUpdate(make_loss(), bptt=6, minibatches=4, shuffle=False)
+    batch = make_batch()
+    batch["trans"][minibatch] = math.nan
+    untouched = parameters(update)
+    with pytest.raises(FloatingPointError, match=rf"epoch 0, minibatch {minibatch}.*loss_objective.*nan"):
+        update(batch)
+    assert all(p.isfinite().all() for p in update.loss.parameters())
+    assert same(untouched, parameters(update)) is (minibatch == 0)
+
+
+def test_a_gradient_that_is_not_finite_says_where_and_changes_nothing():
+    update = PPOUpdate(make_loss(), bptt=6, minibatches=2, shuffle=False)
+    # A loss of sqrt(0) is finite, its gradient is not.
+    forward, calls = update.loss.forward, []
+
+    def broken(minibatch):
+        losses = forward(minibatch)
+        calls.append(parameters(update))
+        if len(calls) == 2:
+            losses["loss_critic"] = (losses["loss_critic"] * 0).sqrt()
+        return losses
+
+    update.loss.forward = broken
+    with pytest.raises(FloatingPointError, match=r"gradient.*epoch 0, minibatch 1"):
+        update(make_batch())
+    assert same(calls[1], parameters(update))
+
+
+# ------------------------------------------------------------------------ state
+
+
+def test_state_dict_round_trip_goes_on_alike():
+    update = PPOUpdate(make_loss(), shuffle=False, lr=1e-2)
+    update(make_batch())
+    other = PPOUpdate(make_loss(), shuffle=False, lr=1e-2)
+    other.load_state_dict(copy.deepcopy(update.state_dict()))
+    assert same(parameters(update), parameters(other))
+    # Adam's moments are part of the state: without them the next step would be another one.
+    assert update(make_batch()) == other(make_batch())
+    assert same(parameters(update), parameters(other))
+
+
+def test_schedules_go_on_from_the_initial_rate_after_a_resume():
+    update = PPOUpdate(make_loss(), lr=1e-3, lr_schedule=linear_decay)
+    update(make_batch(), 0.5)
+    other = PPOUpdate(make_loss(), lr=1e-3, lr_schedule=linear_decay)
+    other.load_state_dict(update.state_dict())
+    assert other(make_batch(), 0.75)["lr"] == pytest.approx(0.25e-3)
+
+
+def test_the_advantage_is_computed_once_and_on_the_whole_batch():
+    calls = []
+
+    class Counted(TrialAdvantage):
+        def forward(self, tensordict):
+            calls.append(tensordict.shape)
+            return super().forward(tensordict)
+
+    PPOUpdate(make_loss(), Counted(), bptt=2, epochs=3)(make_batch())
+    assert calls == [(4, 6)]
+
+
+def test_memory_lost_while_collecting_is_noticed():
+    env = TransformedEnv(
+        BernoulliBandit(3, batch_size=(8,), seed=0),
+        Compose(Trial(episodes=6), TaskSampler(uniform_means(3), seed=1), PreviousStep(), InitTracker()),
+    )
+    torch.manual_seed(0)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=8, init_range=2.0)
+    critic = GRUValueHead.from_env(env, hidden_size=8)
+    update = PPOUpdate(RL2PPOLoss(actor, critic))
+    options = {"frames_per_batch": 48, "total_frames": 48}
+    # Without primers the hidden state never reaches the next step; nothing in the batch says so.
+    lost = next(iter(Collector(env, ActorCritic(actor, critic), **options))).select(*update.in_keys)
+    with pytest.raises(ValueError, match="memory was lost.*auto_register_policy_transforms"):
+        update(lost)
+    primed = Collector(env, ActorCritic(actor, critic), auto_register_policy_transforms=True, **options)
+    update(next(iter(primed)).select(*update.in_keys))
