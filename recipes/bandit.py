@@ -1,12 +1,12 @@
 """RL² on Bernoulli bandits (Duan et al. 2016, table 1): a GRU learns to explore, then exploit, in its memory alone."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 from rich.console import Console
-from torchrl.collectors import Collector
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import get_logger
 
@@ -21,6 +21,7 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
+    TrialCollector,
     adaptation_curve,
     linear_decay,
     train,
@@ -37,16 +38,16 @@ def main(
     arms: int = 5,
     pulls: int = 10,
     trials: int = 1024,
-    env_steps: int = 2_000_000,
+    env_steps: int = 3_000_000,
     units: int = 64,
     lr: float = 3e-3,
     gamma: float = 1.0,
-    lmbda: float = 0.9,
+    lmbda: float = 0.3,
     epochs: int = 4,
     minibatches: int = 8,
     entropy: float = 0.02,
     seed: int = 0,
-    report_tasks: int = 20_000,
+    report_tasks: int = 50_000,
     logger: Literal["csv", "tensorboard", "wandb"] = "csv",
     log_dir: Path = Path("runs/bandit"),
     resume: bool = False,
@@ -58,7 +59,7 @@ def main(
         arms: arms of a bandit, k in the paper's table.
         pulls: pulls of a trial, n in the paper's table.
         trials: trials in a batch, each on a bandit of its own.
-        env_steps: pulls to train on in all.
+        env_steps: pulls to train on, rounded up to whole batches.
         units: GRU units.
         lr: learning rate, decayed to 0 over the training.
         gamma: discount per pull; 1 optimises the plain sum that is reported.
@@ -78,16 +79,9 @@ def main(
     actor = GRUCategoricalActor.from_env(env, hidden_size=units)
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
     policy = ActorCritic(actor, critic)
-    collector = Collector(
-        env,
-        policy,
-        frames_per_batch=trials * pulls,
-        total_frames=env_steps,
-        auto_register_policy_transforms=True,
-    )
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=entropy),
-        TrialAdvantage(gamma=gamma, lmbda=lmbda, value_target="gae", critic=policy),
+        TrialAdvantage(gamma=gamma, lmbda=lmbda, value_target="gae"),
         lr=lr,
         epochs=epochs,
         minibatches=minibatches,
@@ -95,6 +89,9 @@ def main(
         lr_schedule=linear_decay,
         entropy_schedule=linear_decay,
     )
+    batch = trials * pulls
+    total = math.ceil(env_steps / batch) * batch
+    collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=update.in_keys)
 
     def evaluate() -> dict[str, float]:
         curve = play(tasks(seed, HELD_OUT_TASKS, 2048, arms))

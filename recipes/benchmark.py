@@ -1,0 +1,226 @@
+"""How fast RL² trains on this machine: collection, advantages and update, on three bandit workloads or one of your own."""
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from json import dumps
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torchrl.envs import Compose, TransformedEnv
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    MemoryValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+)
+from rl2_torchrl.envs import BernoulliBandit, uniform_means
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A bandit, a batch of trials and a network; one GRU serves actor and critic, and bptt spans the trial."""
+
+    arms: int
+    pulls: int
+    trials: int
+    units: int
+    minibatches: int
+    epochs: int = 4
+
+    @property
+    def steps(self) -> int:
+        """Env steps of a batch."""
+        return self.trials * self.pulls
+
+    @property
+    def step_flops(self) -> int:
+        """Floating-point operations of an env step: one pass forward in collection, three passes' worth in each epoch."""
+        inputs = self.arms + 2
+        forward = 2 * (3 * self.units * (inputs + self.units) + self.units * (self.arms + 1))
+        return forward * (1 + 3 * self.epochs)
+
+
+WORKLOADS = {
+    "W1": Workload(arms=10, pulls=100, trials=1024, units=256, minibatches=8),
+    "W2": Workload(arms=10, pulls=100, trials=64, units=64, minibatches=4),
+    "W3": Workload(arms=5, pulls=10, trials=1024, units=64, minibatches=4),
+}
+SCALING = [("trials", (16, 64, 256, 1024, 4096)), ("units", (32, 64, 128, 256, 512))]
+
+
+def main(
+    *,
+    workload: Literal["all", "W1", "W2", "W3"] = "all",
+    repeats: int = 5,
+    threads: int | None = None,
+    trials: int | None = None,
+    units: int | None = None,
+    scaling: Path | None = None,
+    json: Path | None = None,
+) -> dict[str, dict]:
+    """Times whole training iterations and prints steps/s, GFLOP/s and the share of this machine's matrix-product peak.
+
+    Args:
+        workload: which workload to run.
+        repeats: iterations that are timed, after one that is not; the medians are printed.
+        threads: threads that PyTorch uses; all cores by default.
+        trials: trials in a batch, in place of the workload's.
+        units: GRU units, in place of the workload's.
+        scaling: folder for a plot and a table of steps/s against trials and units, around the workload (W1 for all).
+        json: file to write all figures to.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least one iteration must be timed.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    names = list(WORKLOADS) if workload == "all" else [workload]
+    own = {key: value for key, value in (("trials", trials), ("units", units)) if value is not None}
+    peak = matmul_peak()
+    figures = {name: measure(replace(WORKLOADS[name], **own), repeats, peak) for name in names}
+    Console().print(
+        table(figures, f"{torch.get_num_threads()} threads, matrix products up to {peak / 1e9:.0f} GFLOP/s")
+    )
+    if scaling is not None:
+        figures["scaling"] = scaling_study(replace(WORKLOADS[names[0]], **own), repeats, peak, scaling)
+    if json is not None:
+        json.write_text(dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def compose(workload: Workload) -> tuple[TrialCollector, PPOUpdate]:
+    """The parts of `recipes.bandit`, of the workload's sizes."""
+    env = TransformedEnv(
+        BernoulliBandit(workload.arms, batch_size=(workload.trials,), seed=0),
+        Compose(Trial(episodes=workload.pulls), TaskSampler(uniform_means(workload.arms), seed=1), PreviousStep()),
+    )
+    actor = GRUCategoricalActor.from_env(env, hidden_size=workload.units)
+    critic = MemoryValueHead.from_env(env, actor, detach=False)
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True),
+        TrialAdvantage(gamma=0.99, lmbda=0.3, value_target="gae"),
+        lr=1e-3,
+        epochs=workload.epochs,
+        minibatches=workload.minibatches,
+        max_grad_norm=0.5,
+    )
+    policy = ActorCritic(actor, critic)
+    return TrialCollector(env, policy, frames_per_batch=workload.steps, total_frames=-1, keep=update.in_keys), update
+
+
+def measure(workload: Workload, repeats: int, peak: float) -> dict:
+    """Steps/s of each phase: all runs and their medians."""
+    torch.manual_seed(0)
+    collector, update = compose(workload)
+    advantage = _Stopwatch()
+    update.advantage.register_forward_pre_hook(lambda *_: advantage.start())
+    update.advantage.register_forward_hook(lambda *_: advantage.stop())
+    runs: dict[str, list[float]] = {"collect": [], "advantage": [], "update": [], "total": []}
+    batches = iter(collector)
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        batch = next(batches)
+        collected = time.perf_counter()
+        update(batch)
+        end = time.perf_counter()
+        seconds = (collected - start, advantage.seconds, end - collected - advantage.seconds, end - start)
+        if repeat:  # the first one compiles and allocates
+            for phase, duration in zip(runs, seconds, strict=True):
+                runs[phase].append(workload.steps / duration)
+    collector.shutdown()
+    medians = {f"{phase}_steps_per_second": statistics.median(values) for phase, values in runs.items()}
+    flops = medians["total_steps_per_second"] * workload.step_flops
+    return {**asdict(workload), **medians, "gflops": flops / 1e9, "fraction_of_peak": flops / peak, "runs": runs}
+
+
+class _Stopwatch:
+    seconds = 0.0
+
+    def start(self) -> None:
+        self._begin = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds = time.perf_counter() - self._begin
+
+
+def matmul_peak(size: int = 2048, repeats: int = 7) -> float:
+    """Floating-point operations a second of a dense float32 product: the best of several."""
+    a, b, out = (torch.randn(size, size) for _ in range(3))
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def table(figures: dict[str, dict], title: str) -> Table:
+    """One row a workload."""
+    out = Table(title=title)
+    for column in (
+        "",
+        "arms x pulls",
+        "trials",
+        "units",
+        "collect/s",
+        "advantage/s",
+        "update/s",
+        "total/s",
+        "GFLOP/s",
+        "of peak",
+    ):
+        out.add_column(column, justify="right")
+    for name, row in figures.items():
+        phases = [f"{row[f'{phase}_steps_per_second']:,.0f}" for phase in ("collect", "advantage", "update", "total")]
+        sizes = [f"{row['arms']} x {row['pulls']}", f"{row['trials']:,}", str(row["units"])]
+        out.add_row(name, *sizes, *phases, f"{row['gflops']:.1f}", f"{row['fraction_of_peak']:.0%}")
+    return out
+
+
+def scaling_study(base: Workload, repeats: int, peak: float, folder: Path) -> dict[str, dict]:
+    """Steps/s against trials a batch and units, as a table and ``scaling.png`` in ``folder``."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    rows: dict[str, dict] = {}
+    for axes, (what, values) in zip(figure.subplots(1, 2), SCALING, strict=True):
+        points = []
+        for value in values:
+            changed = replace(base, **{what: value})
+            points.append(measure(replace(changed, minibatches=min(base.minibatches, changed.trials)), repeats, peak))
+            rows[f"{what} {value}"] = points[-1]
+        for phase in ("collect", "update", "total"):
+            axes.loglog(values, [p[f"{phase}_steps_per_second"] for p in points], marker="o", label=phase)
+        for value, point in zip(values, points, strict=True):
+            axes.annotate(
+                f"{point['fraction_of_peak']:.0%}",
+                (value, point["total_steps_per_second"]),
+                (0, -14),
+                textcoords="offset points",
+                ha="center",
+            )
+        axes.set(xlabel=what, ylabel="env steps/s", title=f"{what} (labels: share of the matrix-product peak)")
+        axes.set_xticks(values, [str(v) for v in values])
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    figure.savefig(folder / "scaling.png", dpi=130)
+    Console().print(table(rows, f"{base.arms} arms, {base.pulls} pulls"))
+    return rows
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,322 @@
+"""Natural mistakes, one a row: each must raise an error of the right kind that says what is wrong and what to do."""
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import Unbounded
+from torchrl.envs import Compose, GymEnv, InitTracker, TransformedEnv
+from torchrl.modules import ProbabilisticActor
+
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationCurve,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    adaptation_curve,
+    linear_decay,
+    with_shuffled_rewards,
+    with_zeroed_memory,
+)
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+
+
+def bandit(rows=2):
+    return BernoulliBandit(3, batch_size=(rows,), seed=0)
+
+
+def sampler():
+    return TaskSampler(uniform_means(3), seed=0)
+
+
+def wrap(*transforms, base=None):
+    return TransformedEnv(bandit() if base is None else base, Compose(*transforms))
+
+
+def env(rows=2, tasks=None, **kwargs):
+    return wrap(Trial(episodes=4), tasks or sampler(), PreviousStep(**kwargs), base=bandit(rows))
+
+
+def quadratic():
+    tasks = TaskSampler(uniform_targets(2), seed=0)
+    return wrap(Trial(episodes=4), tasks, PreviousStep(), base=QuadraticBandit(2, batch_size=(2,)))
+
+
+def scalar():
+    base = QuadraticBandit(1, batch_size=(2,))
+    base.action_spec = Unbounded((2,))
+    return wrap(Trial(episodes=4), TaskSampler(uniform_targets(1)), PreviousStep(), base=base)
+
+
+def actor(**kwargs):
+    return GRUCategoricalActor(5, 3, hidden_size=4, **kwargs)
+
+
+def critic(**kwargs):
+    return GRUValueHead(5, hidden_size=4, **kwargs)
+
+
+def memoryless():
+    logits = TensorDictModule(nn.Linear(5, 3), ["trans"], ["logits"])
+    kwargs = {"distribution_class": torch.distributions.Categorical, "return_log_prob": True}
+    return ProbabilisticActor(logits, in_keys=["logits"], **kwargs)
+
+
+def inputs(size=5, **entries):
+    entries = {"trans": torch.zeros(2, size), "is_init": torch.ones(2, 1, dtype=torch.bool), **entries}
+    return TensorDict(entries, [2])
+
+
+def collect(steps=4, base=None, policy=None, primers=True):
+    """A batch [2, steps] of trials of 4 steps."""
+    policy = ActorCritic(actor(), critic()) if policy is None else policy
+    kwargs = {"frames_per_batch": 2 * steps, "total_frames": 2 * steps, "auto_register_policy_transforms": primers}
+    (batch,) = Collector(env() if base is None else base, policy, **kwargs)
+    return batch
+
+
+def spoil(batch, key, number):
+    value = batch[key].clone()
+    value[1, 2] = number
+    return batch.set(key, value)
+
+
+def update(batch, advantage=None, **kwargs):
+    return PPOUpdate(RL2PPOLoss(actor(), critic()), advantage, **kwargs)(batch)
+
+
+def loss_on(batch):
+    return RL2PPOLoss(actor(), critic())(batch)
+
+
+def row(name, mistake, error, message):
+    return pytest.param(mistake, error, message, id=name)
+
+
+# What is wrong, then what to do, with anything between them.
+CASES = [
+    # Envs and transforms
+    row("no bound", lambda: Trial(), ValueError, "needs a bound.*episodes="),
+    row("no episodes", lambda: Trial(episodes=0), ValueError, "episodes=0.*at least 1"),
+    row("half a step", lambda: Trial(steps=2.5), ValueError, "steps=2.5.*whole number"),
+    row(
+        "trial not first", lambda: wrap(sampler(), Trial(steps=4)).reset(), RuntimeError, "TaskSampler comes.*Put Trial"
+    ),
+    row("no trial", lambda: wrap(PreviousStep()).observation_spec, ValueError, "no Trial before.*Use Compose"),
+    row("batch size 0", lambda: bandit(0), ValueError, r"\(0,\) holds no env.*at least 1"),
+    row("no arms", lambda: BernoulliBandit(0), ValueError, "num_arms=0.*at least one"),
+    row("reset without task", lambda: bandit().reset(), KeyError, "needs a 'task'.*Add a TaskSampler"),
+    row(
+        "task not in state_spec",
+        lambda: wrap(Trial(steps=4), sampler(), base=GymEnv("CartPole-v1")).reset(),
+        KeyError,
+        "no 'task' in its state_spec.*Declare the task",
+    ),
+    row(
+        "drawn task of a wrong size",
+        lambda: env(tasks=TaskSampler(uniform_means(4))).reset(),
+        ValueError,
+        r"gave \(2, 4\).*asks for \(2, 3\).*one task a row",
+    ),
+    row(
+        "drawn task without batch",
+        lambda: env(tasks=TaskSampler(lambda size, generator: torch.zeros(3))).reset(),
+        ValueError,
+        r"gave \(3,\).*one task a row",
+    ),
+    row("list as distribution", lambda: TaskSampler([1, 2]), TypeError, r"callable.*TaskSampler\.fixed"),
+    row("no fixed tasks", lambda: TaskSampler.fixed(torch.zeros(0, 3)), ValueError, "got no task"),
+    row("task as input", lambda: PreviousStep(obs_keys=["task"]), ValueError, "holds the task.*critic"),
+    row("no such observation", lambda: env(obs_keys=["pixels"]).observation_spec, KeyError, "pixels.*it has"),
+    row(
+        "step without counters",
+        lambda: env().step(TensorDict({"action": torch.zeros(2).long(), "task": torch.zeros(2, 3)}, [2])),
+        KeyError,
+        "no 'trial_step'.*pass on what reset",
+    ),
+    # Networks
+    row(
+        "no PreviousStep",
+        lambda: GRUCategoricalActor.from_env(wrap(Trial(steps=4), sampler())),
+        KeyError,
+        r"no observation \['trans'\].*PreviousStep\(\)",
+    ),
+    row("Gaussian actor, indices", lambda: GRUGaussianActor.from_env(env()), TypeError, "discrete.*use GRUCategorical"),
+    row(
+        "categorical actor, reals",
+        lambda: GRUCategoricalActor.from_env(quadratic()),
+        TypeError,
+        "not one categorical choice.*use GRUGaussian",
+    ),
+    row(
+        "scalar action",
+        lambda: GRUGaussianActor.from_env(scalar()),
+        TypeError,
+        r"\(\) each, not \[action_dim\].*Unsqueeze",
+    ),
+    row("no actions", lambda: GRUCategoricalActor(5, 0), ValueError, "0 outputs.*at least one"),
+    row("no units", lambda: GRUValueHead(5, hidden_size=0), ValueError, "hidden_size=0.*at least 1"),
+    row("one extra key", lambda: critic(extra_keys="time_left"), TypeError, r"single key.*extra_keys=\['time_left'\]"),
+    row(
+        "one extra key from env",
+        lambda: GRUValueHead.from_env(env(), extra_keys="time_left"),
+        TypeError,
+        r"single key.*extra_keys=\['time_left'\]",
+    ),
+    row("no such extra key", lambda: GRUValueHead.from_env(env(), extra_keys=["goal"]), KeyError, "goal.*only"),
+    row("wrong input size", lambda: actor()(inputs(6)), ValueError, "6 entries.*input_size=5.*from_env"),
+    row(
+        "wrong memory shape",
+        lambda: actor()(inputs(actor_hidden=torch.zeros(2, 4))),
+        ValueError,
+        r"\(2, 4\).*num_layers, hidden_size.*primers",
+    ),
+    row("no is_init", lambda: actor()(inputs().exclude("is_init")), KeyError, r"'is_init'.*InitTracker\(\)"),
+    row("no input", lambda: critic()(inputs().exclude("trans")), KeyError, r"'trans'.*PreviousStep\(\)"),
+    row(
+        "wrong features size",
+        lambda: ActorCritic(actor(), MemoryValueHead(8, detach=True))(inputs()),
+        ValueError,
+        "4 features.*built for 8.*hidden_size",
+    ),
+    row(
+        "features of an unknown actor",
+        lambda: MemoryValueHead.from_env(env(), memoryless(), detach=True),
+        TypeError,
+        "not of ProbabilisticActor.*features_size=",
+    ),
+    row("critic before actor", lambda: ActorCritic(critic(), actor()), TypeError, "GRUValueHead.*actor comes first"),
+    # Loss, advantage
+    row(
+        "critic first in the loss", lambda: RL2PPOLoss(critic(), actor()), TypeError, "GRUValueHead.*actor comes first"
+    ),
+    row("negative clip", lambda: RL2PPOLoss(actor(), critic(), clip_epsilon=-0.1), ValueError, "-0.1.*Usual are"),
+    row("clip above 1", lambda: RL2PPOLoss(actor(), critic(), clip_epsilon=1.5), ValueError, "1.5.*Usual are"),
+    row("negative critic_coeff", lambda: RL2PPOLoss(actor(), critic(), critic_coeff=-1.0), ValueError, "away from"),
+    row("loss without advantage", lambda: loss_on(collect()), KeyError, r"no 'advantage'.*call TrialAdvantage"),
+    row(
+        "advantage without its last dimension",
+        lambda: loss_on(collect().set("advantage", torch.zeros(2, 4))),
+        ValueError,
+        r"\(2, 4\).*must be \[\*B, T, 1\]",
+    ),
+    row("gamma above 1", lambda: TrialAdvantage(gamma=1.1), ValueError, r"gamma=1.1.*\[0, 1\]"),
+    row("negative lambda", lambda: TrialAdvantage(lmbda=-0.1), ValueError, r"lmbda=-0.1.*\[0, 1\]"),
+    row("unknown value target", lambda: TrialAdvantage(value_target="td"), ValueError, "'td': choose 'return'"),
+    # Updates on collected data
+    row("bptt does not divide", lambda: update(collect(), bptt=3), ValueError, r"bptt=3.*4 steps.*\[1, 2, 4\]"),
+    row("bptt too long", lambda: update(collect(), bptt=8), ValueError, r"bptt=8.*4 steps.*\[1, 2, 4\]"),
+    row("bptt 0", lambda: update(collect(), bptt=0), ValueError, "bptt=0.*at least 1"),
+    row("no epochs", lambda: update(collect(), epochs=0), ValueError, "epochs=0.*at least 1"),
+    row(
+        "no memory in the policy",
+        lambda: PPOUpdate(RL2PPOLoss(memoryless(), critic())),
+        ValueError,
+        "no hidden state.*use a recurrent actor",
+    ),
+    row(
+        "entropy schedule without entropy",
+        lambda: PPOUpdate(RL2PPOLoss(actor(), critic()), entropy_schedule=linear_decay),
+        ValueError,
+        "nothing to schedule.*entropy_bonus=True",
+    ),
+    row("values not stored", lambda: update(collect(policy=actor())), KeyError, "no 'state_value'.*ActorCritic"),
+    row(
+        "hidden states not collected",
+        lambda: update(
+            collect(base=wrap(Trial(episodes=4), sampler(), PreviousStep(), InitTracker()), primers=False), bptt=2
+        ),
+        KeyError,
+        "'actor_hidden', 'critic_hidden'.*auto_register_policy_transforms=True",
+    ),
+    row("batch cuts trials", lambda: update(collect(6)), ValueError, "2 trials are cut.*critic="),
+    row(
+        "NaN reward",
+        lambda: update(spoil(collect(), ("next", "reward"), math.nan)),
+        FloatingPointError,
+        "reward is nan.*row.*1.*step 2.*mend",
+    ),
+    row(
+        "infinite value",
+        lambda: update(spoil(collect(), "state_value", math.inf)),
+        FloatingPointError,
+        "state_value is inf.*row.*1.*step 2.*mend",
+    ),
+    row(
+        "NaN observation",
+        lambda: update(spoil(collect(), "trans", math.nan), minibatches=1),
+        FloatingPointError,
+        "not finite in epoch 0, minibatch.*not changed",
+    ),
+    row("too many minibatches", lambda: update(collect()), ValueError, "4 minibatches.*2 chunks.*fewer minibatches"),
+    row(
+        "no gradient left", lambda: update(collect(), max_grad_norm=0), ValueError, "max_grad_norm=0.*positive, or None"
+    ),
+    row("update of a network", lambda: PPOUpdate(actor()), TypeError, "RL2PPOLoss.*not a GRUCategoricalActor"),
+    row(
+        "negative entropy weight",
+        lambda: RL2PPOLoss(actor(), critic(), entropy_coeff=-1.0),
+        ValueError,
+        "stop exploring",
+    ),
+    # Evaluation
+    row("no trials to play", lambda: adaptation_curve(env(), actor(), 0), ValueError, "num_trials=0.*at least 1"),
+    row("half a trial to play", lambda: adaptation_curve(env(), actor(), 2.5), ValueError, "num_trials=2.5"),
+    row(
+        "evaluation without Trial", lambda: adaptation_curve(bandit(), actor(), 2), ValueError, "has no Trial.*Compose"
+    ),
+    row(
+        "trials that do not end",
+        lambda: adaptation_curve(env(), actor(), 2, max_trial_steps=3),
+        RuntimeError,
+        "max_trial_steps=3.*Bound the trial",
+    ),
+    row(
+        "NaN reward in an evaluation",
+        lambda: adaptation_curve(nan_env(), GRUGaussianActor.from_env(quadratic()), 2),
+        FloatingPointError,
+        "reward is nan in row 0, episode 0 of trial 0.*Mend the env",
+    ),
+    row(
+        "shuffling one row",
+        lambda: adaptation_curve(env(1), actor(), 2, ablation=with_shuffled_rewards()),
+        ValueError,
+        "several rows.*batch size",
+    ),
+    row(
+        "shuffling what is not there",
+        lambda: adaptation_curve(env(), actor(), 2, ablation=with_shuffled_rewards(in_key="obs")),
+        KeyError,
+        "no 'obs'.*in_key=",
+    ),
+    row("zeroing no memory", lambda: with_zeroed_memory(memoryless()), ValueError, "no hidden state.*it reads"),
+    row("curve of one dimension", lambda: AdaptationCurve(torch.zeros(3)), ValueError, r"\(3,\).*unsqueeze"),
+    row("curve of no trial", lambda: AdaptationCurve(torch.zeros(0, 3)), ValueError, r"\(0, 3\).*at least one"),
+    row("curve of whole numbers", lambda: AdaptationCurve(torch.zeros(2, 3).long()), ValueError, "int64.*floats"),
+    row("infinite returns", lambda: AdaptationCurve(torch.full((2, 3), math.inf)), ValueError, "infinities.*mend"),
+]
+
+
+def nan_env():
+    tasks = TaskSampler.fixed(torch.full((2, 2), math.nan))
+    return wrap(Trial(episodes=4), tasks, PreviousStep(), base=QuadraticBandit(2, batch_size=(2,)))
+
+
+@pytest.mark.parametrize(("mistake", "error", "message"), CASES)
+@pytest.mark.filterwarnings("ignore:The env passed to Collector is missing transforms:FutureWarning")
+def test_a_mistake_is_named_and_mended(mistake, error, message):
+    with pytest.raises(error, match=f"(?s){message}") as raised:
+        mistake()
+    assert raised.type is error

@@ -1,0 +1,215 @@
+"""Every recipe at a tiny size: its report's promises, its seeds, resuming it, its command line and bad arguments."""
+
+import inspect
+import json
+import math
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes import bandit
+from rl2_torchrl import TaskSampler
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Recipe:
+    """A recipe's module, arguments that make it tiny, its batch in env steps, and what its report must hold."""
+
+    module: Any
+    tiny: dict[str, Any]
+    batch: int
+    baselines: set[str]
+    optimum: float | None
+    first_episode: float  # what an episode pays to one who knows nothing
+    bad: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+RECIPES = {
+    "bandit": Recipe(
+        bandit,
+        {"arms": 2, "pulls": 3, "trials": 32, "units": 4, "report_tasks": 200, "epochs": 1, "minibatches": 2},
+        batch=32 * 3,
+        baselines={"random", "greedy", "UCB1", "Thompson sampling"},
+        optimum=5 / 3,  # worked out by hand in test_baselines.py
+        first_episode=0.5,
+        bad={
+            "num_arms=0": {"arms": 0},
+            r"Trial\(episodes=0\)": {"pulls": 0},
+            r"batch_size \(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "never ends": {"env_steps": -1000},
+            "got no task": {"report_tasks": 0},
+            "hidden_size=0": {"units": 0},
+            "minibatches=0": {"minibatches": 0},
+            "epochs=0": {"epochs": 0},
+            "gamma=1.5": {"gamma": 1.5},
+            "lmbda=-0.1": {"lmbda": -0.1},
+            "learning rate: -1.0": {"lr": -1.0},
+        },
+    ),
+}
+
+
+def run(name, folder, *, updates=2, **options):
+    recipe = RECIPES[name]
+    sizes = {**recipe.tiny, "env_steps": updates * recipe.batch}
+    return recipe.module.main(**{**sizes, "log_dir": folder, "progress": False, **options})
+
+
+def result_of(report):
+    """What of a report the seed decides."""
+    report = report.to_dict()
+    rows = report["train"]["history"]
+    rows = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+    return rows, report["agent"], report["baselines"], report["ablations"]
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def finished(request, tmp_path_factory):
+    """A recipe's name, its report and its folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, run(request.param, folder, seed=3), folder
+
+
+def test_report_holds_what_is_promised(finished):
+    name, report, folder = finished
+    recipe, stored = RECIPES[name], json.loads((folder / "report.json").read_text())
+    assert stored == report.to_dict()
+    num_tasks = recipe.tiny["report_tasks"]
+    assert stored["agent"]["num_tasks"] == num_tasks
+    assert {label.partition(" (")[0] for label in stored["baselines"]} == recipe.baselines
+    assert set(stored["ablations"]) == {"memory_zeroed", "rewards_shuffled"}
+    for curve in (stored["agent"], *stored["baselines"].values(), *stored["ablations"].values()):
+        assert curve["num_tasks"] == num_tasks
+        assert curve["mean"] == pytest.approx(sum(curve["per_episode"]))
+        assert 0 < curve["se"] < 1
+        # Nobody, trained or not, knows a held-out task before its first episode.
+        assert abs(curve["per_episode"][0] - recipe.first_episode) < 4 * curve["per_episode_se"][0]
+    assert stored["optimum"] == (None if recipe.optimum is None else pytest.approx(recipe.optimum))
+    assert math.isfinite(stored["agent"]["greedy_mean"])
+    assert stored["train"]["env_steps"] == 2 * recipe.batch
+    assert stored["train"]["seconds"] > 0
+    assert [row["env_steps"] for row in stored["train"]["history"]] == [recipe.batch, 2 * recipe.batch]
+    assert "eval/trial_return" in stored["train"]["history"][-1]
+    assert stored["seed"] == 3
+    assert stored["command"]
+    assert {"python", "torch", "torchrl", "rl2_torchrl"} <= set(stored["versions"])
+
+
+def test_run_folder(finished):
+    _, _, folder = finished
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "checkpoints").iterdir())
+    assert list(folder.rglob("trial_return.csv"))
+
+
+def test_same_seed_same_report(finished, tmp_path):
+    name, report, _ = finished
+    assert result_of(run(name, tmp_path / "same", seed=3)) == result_of(report)
+    assert result_of(run(name, tmp_path / "other", seed=4)) != result_of(report)
+
+
+def test_resume_goes_on(finished, tmp_path):
+    name, report, _ = finished
+    run(name, tmp_path, seed=3)
+    longer = run(name, tmp_path, seed=3, updates=3, resume=True)
+    assert longer.train.env_steps == 3 * RECIPES[name].batch
+    assert longer.train.history[1]["train/loss"] == report.train.history[1]["train/loss"]
+    assert len(longer.train.history) == 3
+
+
+def test_bandits_of_training_agent_and_classical_agents(tmp_path, monkeypatch):
+    seen = {"training": set(), "held out": set(), "classical": set()}
+
+    def record(what, tasks):
+        seen[what].update(map(tuple, tasks.tolist()))
+        return tasks
+
+    class Recorded(TaskSampler):
+        def __init__(self, distribution, **options):
+            super().__init__(lambda size, generator: record("training", distribution(size, generator)), **options)
+
+        @classmethod
+        def fixed(cls, tasks, **options):
+            return TaskSampler.fixed(record("held out", tasks), **options)
+
+    def recorded_curve(*args, deterministic=False, **options):
+        modes.append(deterministic)
+        return adaptation_curve(*args, deterministic=deterministic, **options)
+
+    modes, adaptation_curve, greedy = [], bandit.adaptation_curve, bandit.bandits.greedy
+    monkeypatch.setattr(bandit, "adaptation_curve", recorded_curve)
+    monkeypatch.setattr(bandit, "TaskSampler", Recorded)
+    monkeypatch.setattr(bandit.bandits, "greedy", lambda means, *args: greedy(record("classical", means), *args))
+    run("bandit", tmp_path)
+    assert len(seen["training"]) >= 2 * 32
+    assert not seen["training"] & seen["held out"]
+    assert len(seen["classical"]) == 200
+    assert seen["classical"] < seen["held out"]  # the rest are the bandits of the evaluations during training
+    assert modes == [False, False, False, True, False, False]  # 2 evaluations, sampling, greedy, 2 ablations
+
+
+def test_streams_of_bandits_never_meet():
+    streams = [set(map(tuple, bandit.tasks(seed, kind, 500, 2).tolist())) for seed in range(3) for kind in range(4)]
+    assert len(set.union(*streams)) == 12 * 500
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "bad"),
+    [(name, message, bad) for name, recipe in RECIPES.items() for message, bad in recipe.bad.items()],
+)
+def test_bad_arguments(name, message, bad, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(name, tmp_path, **bad)
+
+
+# ---- The command line.
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_help_documents_every_argument(name):
+    command = [sys.executable, "-m", f"recipes.{name}", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    main = RECIPES[name].module.main
+    arguments = [argument.replace("_", "-") for argument in inspect.signature(main).parameters]
+    assert {"seed", "log-dir", "resume"} <= set(arguments)
+    assert [argument for argument in arguments if f"--{argument}" not in shown] == []
+    assert inspect.getdoc(main).splitlines()[0][:40] in shown
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_command_line(name, tmp_path, monkeypatch):
+    options = {**RECIPES[name].tiny, "env_steps": RECIPES[name].batch, "seed": 5, "log_dir": tmp_path}
+    arguments = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--no-progress"])
+    monkeypatch.delitem(sys.modules, f"recipes.{name}")
+    runpy.run_module(f"recipes.{name}", run_name="__main__")
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["seed"] == 5
+    assert "--seed 5" in stored["command"]
+
+
+# ---- The extra `recipes` missing.
+
+
+@pytest.mark.parametrize(("missing", "part"), [("matplotlib.figure", "plot"), ("rich.table", "table")])
+def test_a_report_without_its_extra(missing, part, finished, tmp_path, monkeypatch):
+    _, report, _ = finished
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=rf"the {part} needs .*rl2_torchrl\[recipes\]"):
+        getattr(report, part)()
+
+
+def test_numbers_are_saved_before_the_plot(finished, tmp_path, monkeypatch):
+    _, report, _ = finished
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="matplotlib"):
+        report.save(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()

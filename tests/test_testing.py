@@ -1,0 +1,273 @@
+"""`check_trial_env`: passes on sound trial envs, and names the one rule that an unsound env breaks."""
+
+import pytest
+import torch
+from test_trial import CountingEnv, lengths
+from torchrl.data import Unbounded
+from torchrl.envs import Compose, GymEnv, ObservationNorm, RewardScaling, SerialEnv, Transform, TransformedEnv
+
+from rl2_torchrl import PreviousStep, TaskSampler, Trial
+from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.testing import _RULES, TrialContractError, check_trial_env
+
+
+def bandit(*behind, trial=None, tasks=None, batch_size=(4,), previous=None):
+    trial = Trial(episodes=3) if trial is None else trial
+    tasks = TaskSampler(uniform_means(3), seed=0) if tasks is None else tasks
+    previous = PreviousStep() if previous is None else previous
+    return TransformedEnv(BernoulliBandit(3, batch_size=batch_size, seed=0), Compose(trial, tasks, previous, *behind))
+
+
+def counting(*behind, trial=None, tasks=(1, 2, 3, 4, 5), previous=None, **kwargs):
+    trial = Trial(episodes=2) if trial is None else trial
+    previous = PreviousStep() if previous is None else previous
+    return TransformedEnv(CountingEnv((3,), **kwargs), Compose(trial, lengths(*tasks), previous, *behind))
+
+
+def uniform(size, generator):
+    return torch.rand(*size, 1, generator=generator)
+
+
+def pendulum(seed=0, *, sampler=TaskSampler):
+    def set_gravity(env, task):
+        env.g = 10 * float(task)
+
+    env = GymTaskEnv("Pendulum-v1", set_task=set_gravity, task_spec=Unbounded((1,)), max_episode_steps=4)
+    return TransformedEnv(env, Compose(Trial(episodes=2), sampler(uniform, seed=seed), PreviousStep()))
+
+
+def cartpole(*transforms, make=GymEnv):
+    return TransformedEnv(make("CartPole-v1"), Compose(Trial(episodes=2), *transforms))
+
+
+# ---- Sound envs.
+
+SOUND = {
+    "bandit": bandit,
+    "one bandit": lambda: bandit(batch_size=()),
+    "bandits in two dimensions, truncated": lambda: bandit(batch_size=(2, 3), trial=Trial(steps=3, truncate=True)),
+    "continuous bandit": lambda: TransformedEnv(
+        QuadraticBandit(2, batch_size=(4,)),
+        Compose(Trial(episodes=3), TaskSampler(uniform_targets(2)), PreviousStep(done_at_start=1.0)),
+    ),
+    "episodes of unequal length": counting,
+    "nested observations": lambda: counting(nested=True, discrete=True),
+    "an observation overwritten later": lambda: counting(ObservationNorm(loc=1.0, scale=2.0, in_keys=["count"])),
+    "pendulum with tasks": pendulum,
+    "workers inside": lambda: TransformedEnv(
+        SerialEnv(2, lambda: BernoulliBandit(3, batch_size=(2,))),
+        Compose(Trial(episodes=3), TaskSampler(uniform_means(3)), PreviousStep()),
+    ),
+    "workers around": lambda: SerialEnv(2, pendulum, create_env_kwargs=[{"seed": 0}, {"seed": 1}]),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_env_passes(name):
+    check_trial_env(SOUND[name]())
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_env_without_tasks_passes_when_it_is_on_purpose(num_workers):
+    make = GymEnv if num_workers is None else lambda name: SerialEnv(num_workers, lambda: GymEnv(name))
+    check_trial_env(cartpole(PreviousStep(), make=make), task_key=None)
+    check_trial_env(cartpole(make=make), task_key=None, in_key=None)
+
+
+def test_two_possible_tasks_are_not_mistaken_for_equal_rows():
+    def coin(size, generator):
+        return torch.randint(2, (*size, 1), generator=generator).float().expand(*size, 3)
+
+    for seed in range(5):
+        check_trial_env(bandit(tasks=TaskSampler(coin, seed=seed), batch_size=(2,)))
+        check_trial_env(bandit(tasks=TaskSampler(coin, seed=seed), batch_size=()))
+
+
+def test_one_task_by_chance_is_not_mistaken_for_a_leak():
+    # Both trials played have task 0, as the previous action has many zeros; later draws differ.
+    tasks = torch.tensor([[0.0, 0.0, 0.0]] * 8 + [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    check_trial_env(bandit(trial=Trial(steps=1), tasks=TaskSampler.fixed(tasks), batch_size=()), num_trials=1)
+
+
+def test_env_is_left_usable():
+    env = counting()
+    check_trial_env(env)
+    assert "_reset" not in vars(env.base_env)
+    assert env.rollout(20)["next", "done"].any()
+
+
+# ---- Unsound envs, each of which breaks one rule.
+
+
+class Meddle(Transform):
+    """Lets ``after`` and ``first`` change what a step and a reset return."""
+
+    def __init__(self, after=None, first=None):
+        super().__init__()
+        self.after, self.first = after, first
+
+    def _step(self, tensordict, next_tensordict):
+        if self.after is not None:
+            self.after(tensordict, next_tensordict)
+        return next_tensordict
+
+    def _reset(self, tensordict, tensordict_reset):
+        if self.first is not None:
+            self.first(tensordict_reset)
+        return tensordict_reset
+
+
+def put(key, value):
+    """Sets ``key`` to ``value(root, next)`` in what a step returns."""
+    return Meddle(lambda root, after: after.set(key, value(root, after)))
+
+
+def put_first(key, value):
+    return Meddle(first=lambda first: first.set(key, value(first)))
+
+
+def with_entry(trans, index, value):
+    trans = trans.clone()
+    trans[..., index] = value
+    return trans
+
+
+class SeenTask(Transform):
+    """A task among the observations that the env below knows nothing of."""
+
+    def _reset(self, tensordict, tensordict_reset):
+        return tensordict_reset.set("task", torch.zeros(1))
+
+    def _step(self, tensordict, next_tensordict):
+        return next_tensordict.set("task", torch.zeros(1))
+
+    def transform_observation_spec(self, observation_spec):
+        observation_spec["task"] = Unbounded((1,))
+        return observation_spec
+
+
+class NoInnerReset(Trial):
+    def _reset_rows(self, rows, tensordict, next_tensordict):
+        pass
+
+
+class EveryRowReset(Trial):
+    def _reset_rows(self, rows, tensordict, next_tensordict):
+        super()._reset_rows(torch.ones_like(rows), tensordict, next_tensordict)
+
+
+class LastObservationKept(Trial):
+    def _reset_rows(self, rows, tensordict, next_tensordict):
+        super()._reset_rows(rows, tensordict, next_tensordict.clone())
+
+
+class OwnCounter(Transform):
+    """Counts the trial's steps in itself in place of the TensorDict: right until one row is reset alone."""
+
+    def _reset(self, tensordict, tensordict_reset):
+        self.steps = 0
+        return tensordict_reset
+
+    def _step(self, tensordict, next_tensordict):
+        self.steps += 1
+        return next_tensordict.set("trial_step", torch.full_like(next_tensordict["trial_step"], self.steps))
+
+
+class RedrawsAllTasks(TransformedEnv):
+    def maybe_reset(self, tensordict):
+        any_done = tensordict["done"].any()
+        tensordict = super().maybe_reset(tensordict)
+        return tensordict.set("task", torch.rand(4, 3)) if any_done else tensordict
+
+
+def twins(size, generator):
+    return torch.rand(3, generator=generator).expand(*size, 3)
+
+
+NAN, FALSE = float("nan"), lambda root, after: torch.zeros_like(after["done"])
+UNSOUND = [
+    ("trial_counters", lambda: TransformedEnv(BernoulliBandit(3, batch_size=(4,)), TaskSampler(uniform_means(3)))),
+    ("task_present", lambda: cartpole(PreviousStep())),
+    ("task_in_state_spec", lambda: cartpole(SeenTask(), PreviousStep())),
+    ("trans_present", lambda: TransformedEnv(CountingEnv((3,)), Compose(Trial(episodes=2), lengths(1, 2)))),
+    ("specs", lambda: bandit(put("time_left", lambda root, after: after["time_left"].double()))),
+    ("specs", lambda: bandit(put("undeclared", lambda root, after: after["done"]))),
+    ("trials_end", lambda: counting(tasks=(1, 1, 1000))),
+    ("rewards_finite", lambda: bandit(put("reward", lambda root, after: torch.full_like(after["reward"], NAN)))),
+    # A done at every episode's end, and none at all where the step ends a trial.
+    ("done_at_trial_end", lambda: bandit(put("done", lambda root, after: after["episode_done"]))),
+    ("done_at_trial_end", lambda: counting(put("done", lambda root, after: after["trial_step"] % 50 == 0))),
+    ("terminated_at_done", lambda: bandit(put("terminated", lambda root, after: after["episode_done"]))),
+    ("terminated_at_done", lambda: bandit(put("terminated", FALSE))),
+    ("trial_step", lambda: bandit(put("trial_step", lambda root, after: root["trial_step"]))),
+    ("trial_step", lambda: bandit(put_first("trial_step", lambda first: first["trial_step"] + 1))),
+    (
+        "episode_index",
+        lambda: bandit(put("episode_index", lambda root, after: root["episode_index"]), trial=Trial(steps=3)),
+    ),
+    ("episode_index", lambda: bandit(put("episode_done", FALSE))),
+    ("first_observation", lambda: counting(trial=NoInnerReset(steps=9))),
+    ("first_observation", lambda: counting(trial=EveryRowReset(episodes=2))),
+    ("first_observation", lambda: counting(trial=LastObservationKept(episodes=2))),
+    ("task_constant", lambda: bandit(put("task", lambda root, after: root["task"] / 2))),
+    ("task_changes", lambda: bandit(tasks=TaskSampler.fixed(torch.rand(4, 3)))),
+    ("task_differs_by_row", lambda: bandit(tasks=TaskSampler(twins))),
+    ("task_differs_by_row", lambda: SerialEnv(2, pendulum)),
+    ("task_follows_seed", lambda: bandit(tasks=TaskSampler(lambda size, generator: torch.rand(*size, 3)))),
+    ("task_hidden", lambda: bandit(previous=PreviousStep(task_key="other"))),
+    # What known implementations get wrong: an episode's last reward is dropped; done is always 0.
+    (
+        "trans_previous_step",
+        lambda: counting(
+            put(
+                "trans",
+                lambda root, after: with_entry(
+                    after["trans"], -2, (after["reward"] * ~after["episode_done"]).squeeze(-1)
+                ),
+            )
+        ),
+    ),
+    ("trans_previous_step", lambda: bandit(put("trans", lambda root, after: with_entry(after["trans"], -1, 0)))),
+    ("trans_previous_step", lambda: counting(RewardScaling(loc=0.0, scale=2.0))),
+    ("trans_at_trial_start", lambda: bandit(put_first("trans", lambda first: with_entry(first["trans"], -2, 1)))),
+    ("trans_at_trial_start", lambda: bandit(put_first("trans", lambda first: with_entry(first["trans"], 0, 1)))),
+    ("trans_at_trial_start", lambda: counting(put_first("trans", lambda first: with_entry(first["trans"], 1, 1)))),
+    ("partial_reset", lambda: bandit(OwnCounter())),
+    (
+        "partial_reset",
+        lambda: RedrawsAllTasks(
+            BernoulliBandit(3, batch_size=(4,)),
+            Compose(Trial(episodes=3), TaskSampler(uniform_means(3)), PreviousStep()),
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "build"), UNSOUND)
+def test_broken_rule_is_named(rule, build):
+    with pytest.raises(TrialContractError) as raised:
+        check_trial_env(build(), max_steps=300)
+    assert raised.value.rule == rule
+    # The rule, what was seen, why it matters and what to do.
+    assert str(raised.value).startswith(f"rule {rule!r} is broken: ")
+    assert str(raised.value).endswith(_RULES[rule])
+
+
+def test_every_rule_has_an_env_that_breaks_it():
+    assert {rule for rule, _ in UNSOUND} == set(_RULES)
+
+
+def test_place_of_a_broken_step_is_told():
+    # Trials of three steps, two of them; the last but one reward of row 2 alone is wrong.
+    def spoil(root, after):
+        if (root["trial_step"] == 1).all():
+            after["reward"][2] = NAN
+
+    with pytest.raises(AssertionError, match="'rewards_finite' is broken: at row 2, step 1 of the trials played"):
+        check_trial_env(bandit(Meddle(spoil)))
+
+
+@pytest.mark.parametrize("bounds", [{"num_trials": 0}, {"max_steps": 0}])
+def test_nothing_to_play(bounds):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        check_trial_env(bandit(), **bounds)

@@ -1,0 +1,218 @@
+"""`PreviousStep`: what an RL² agent sees, entry by entry, from values worked by hand."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Binary, Categorical, Composite, OneHot, Unbounded
+from torchrl.envs import (
+    Compose,
+    EnvBase,
+    InitTracker,
+    RewardSum,
+    StepCounter,
+    TensorDictPrimer,
+    TransformedEnv,
+)
+
+from rl2_torchrl import PreviousStep, Trial
+
+
+class ScriptedEnv(EnvBase):
+    """Episodes of two steps. Step i of the env's life shows ``values[i]`` and pays ``10 * i``."""
+
+    def __init__(self, obs_spec, values, action_spec, batch_size=()):
+        super().__init__(batch_size=torch.Size(batch_size))
+        self.values, self.clock = values, 0
+        self.observation_spec = Composite(obs_spec, shape=self.batch_size)
+        self.action_spec = action_spec
+        self.reward_spec = Unbounded((*self.batch_size, 1))
+
+    def _reset(self, tensordict=None, **kwargs):
+        return TensorDict(self.values[self.clock], self.batch_size)
+
+    def _step(self, tensordict):
+        self.clock += 1
+        done = torch.full((*self.batch_size, 1), self.clock % 2 == 0)
+        entries = {"reward": torch.full(done.shape, 10.0 * self.clock), "done": done, "terminated": done.clone()}
+        return TensorDict({**self.values[self.clock], **entries}, self.batch_size)
+
+    def _set_seed(self, seed):
+        pass
+
+
+def see(env, actions):
+    """The trans entries of a reset and of the steps with ``actions``."""
+    tensordict = env.reset()
+    seen = [tensordict["trans"]]
+    for action in actions:
+        data = env.step(tensordict.set(env.action_key, action))
+        seen.append(data["next", "trans"])
+        tensordict = env.step_mdp(data)
+        assert torch.equal(tensordict["trans"], seen[-1])
+    assert all(trans.dtype == torch.float32 for trans in seen)
+    assert env.observation_spec["trans"].shape == seen[0].shape
+    return [trans.tolist() for trans in seen]
+
+
+def scripted(obs_spec, values, action_spec, *args, batch_size=(), **kwargs):
+    env = ScriptedEnv(obs_spec, values, action_spec, batch_size)
+    return TransformedEnv(env, Compose(Trial(episodes=2), PreviousStep(*args, **kwargs)))
+
+
+def floats(*values):
+    return [{"x": torch.tensor([value])} for value in values]
+
+
+X = {"x": Unbounded((1,))}
+
+
+# ---- (observation, previous action, previous reward, previous episode done). The episode ends with the second step,
+# and the trial with the fourth; the scripted reset shows what the last step does.
+
+
+@pytest.mark.parametrize(
+    ("action_spec", "actions", "encoded"),
+    [
+        (Unbounded((2,)), [[0.5, -1.0], [2.0, 3.0]], [[0.5, -1.0], [2.0, 3.0]]),
+        (Categorical(3), [2, 0], [[0, 0, 1], [1, 0, 0]]),
+        (Categorical(3, dtype=torch.int32), [2, 0], [[0, 0, 1], [1, 0, 0]]),
+        (OneHot(3, dtype=torch.int64), [[0, 1, 0], [0, 0, 1]], [[0, 1, 0], [0, 0, 1]]),
+        (Binary(2, dtype=torch.int8), [[1, 0], [1, 1]], [[1, 0], [1, 1]]),
+    ],
+)
+def test_layout_by_hand(action_spec, actions, encoded):
+    env = scripted(X, floats(7.0, 8.0, 9.0), action_spec)
+    actions = [torch.tensor(action, dtype=action_spec.dtype) for action in actions]
+    size = len(encoded[0])
+    assert see(env, actions) == [
+        [7, *[0] * size, 0, 0],
+        [8, *encoded[0], 10, 0],
+        [9, *encoded[1], 20, 1],  # the new episode's observation, the finished one's last reward
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "values", "encoded"),
+    [
+        (Categorical(4), [3, 0], [[0, 0, 0, 1], [1, 0, 0, 0]]),
+        (OneHot(2, dtype=torch.int64), [[0, 1], [1, 0]], [[0, 1], [1, 0]]),
+        (Binary(3, dtype=torch.bool), [[True, False, True], [False, False, True]], [[1, 0, 1], [0, 0, 1]]),
+        (Categorical(2, shape=(1,), dtype=torch.bool), [[True], [False]], [[1], [0]]),
+        (Unbounded((2, 2)), [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]], [[1, 2, 3, 4], [5, 6, 7, 8]]),
+        (Categorical(2, shape=(2,)), [[0, 1], [1, 1]], [[1, 0, 0, 1], [0, 1, 0, 1]]),
+        (Unbounded((1,), dtype=torch.float64), [[0.5], [1.5]], [[0.5], [1.5]]),
+        (Unbounded((1,), dtype=torch.uint8), [[200], [7]], [[200], [7]]),
+    ],
+)
+def test_observations_by_hand(spec, values, encoded):
+    values = [{"x": torch.tensor(value, dtype=spec.dtype)} for value in values]
+    env = scripted({"x": spec}, values, Unbounded((1,)))
+    assert see(env, [torch.tensor([0.5])]) == [[*encoded[0], 0, 0, 0], [*encoded[1], 0.5, 10, 0]]
+
+
+def test_batches_keep_their_rows():
+    values = [{"x": torch.tensor([[1], [0]])}, {"x": torch.tensor([[2], [1]])}]
+    env = scripted({"x": Categorical(3, shape=(2, 1))}, values, Categorical(2, shape=(2, 1)), batch_size=(2, 1))
+    actions = [torch.tensor([[1], [0]])]
+    assert see(env, actions) == [
+        [[[0, 1, 0, 0, 0, 0, 0]], [[1, 0, 0, 0, 0, 0, 0]]],
+        [[[0, 0, 1, 0, 1, 10, 0]], [[0, 1, 0, 1, 0, 10, 0]]],
+    ]
+
+
+# ---- Which observations. Two of them, one nested, beside a task that must stay hidden.
+
+SPECS = {"b": Unbounded((1,)), "a": Composite({"pos": Unbounded((1,))}), "task": Unbounded((1,))}
+VALUES = [{"b": torch.tensor([2.0]), "a": {"pos": torch.tensor([3.0])}, "task": torch.tensor([99.0])}] * 2
+
+
+@pytest.mark.parametrize(
+    ("obs_keys", "expected"),
+    [
+        (None, [2, 3]),
+        ([("a", "pos"), "b"], [3, 2]),
+        (["b", ("a", "pos")], [2, 3]),
+        (["b"], [2]),
+        ([], []),
+        # A counter is an input when asked for.
+        (["b", "time_left"], [2, 1]),
+    ],
+)
+def test_observations_are_chosen_and_ordered(obs_keys, expected):
+    env = scripted(SPECS, VALUES, Unbounded((1,)), obs_keys)
+    assert see(env, []) == [[*expected, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("task_key", ["task", "a", ("a", "pos")])
+def test_task_is_never_an_input(task_key):
+    env = scripted(SPECS, VALUES, Unbounded((1,)), task_key=task_key)
+    expected = {"task": [2, 3], "a": [2, 99], ("a", "pos"): [2, 99]}[task_key]
+    assert see(env, []) == [[*expected, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("specs_first", [False, True])
+def test_entries_of_later_transforms_are_no_inputs(specs_first):
+    # The layout is the same whether specs or data are asked for first.
+    later = (StepCounter(), RewardSum(), InitTracker(), TensorDictPrimer(memory=Unbounded((3,)), default_value=0.0))
+    env = ScriptedEnv(X, floats(7.0, 8.0), Unbounded((1,)))
+    env = TransformedEnv(env, Compose(Trial(episodes=2), PreviousStep(), *later))
+    if specs_first:
+        assert env.observation_spec["trans"].shape == (4,)
+    assert see(env, [torch.tensor([0.5])]) == [[7, 0, 0, 0], [8, 0.5, 10, 0]]
+
+
+# ---- Options.
+
+
+@pytest.mark.parametrize("done_at_start", [0.0, 1.0])
+def test_done_at_the_trials_first_step_only(done_at_start):
+    env = scripted(X, floats(7.0, 8.0, 9.0), Unbounded((1,)), done_at_start=done_at_start)
+    seen = see(env, [torch.tensor([0.5])] * 2)
+    assert [trans[-1] for trans in seen] == [done_at_start, 0, 1]
+    assert seen[0][:-1] == [7, 0, 0]
+
+
+@pytest.mark.parametrize("out_key", ["seen", ("agent", "seen")])
+def test_out_key(out_key):
+    env = scripted(X, floats(7.0, 8.0), Unbounded((1,)), out_key=out_key)
+    assert env.reset()[out_key].tolist() == [7, 0, 0, 0]
+    assert env.observation_spec[out_key].shape == (4,)
+    assert env.rollout(1)["next", out_key].shape == (1, 4)
+
+
+def test_new_trial_begins_with_zeros_and_a_batch_may_hold_both():
+    # Trials of one episode of two steps: the third step starts from the second trial's first entry.
+    env = TransformedEnv(
+        ScriptedEnv(X, floats(*range(7, 12)), Unbounded((1,))), Compose(Trial(episodes=1), PreviousStep())
+    )
+    data = env.rollout(3, break_when_any_done=False)
+    assert data["next", "trans"][1, [0, 2, 3]].tolist() == [9, 20, 1]
+    assert data["trans"][2].tolist() == [9, 0, 0, 0]
+    assert data["trans"][1].tolist() == data["next", "trans"][0].tolist()
+
+
+# ---- Errors.
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: PreviousStep(["x", "task"]), ValueError, "holds the task.*nothing to find out"),
+        (lambda: PreviousStep([("a", "goal")], task_key=("a", "goal")), ValueError, "holds the task"),
+        (lambda: PreviousStep()(TensorDict()), RuntimeError, "no meaning in a replay buffer"),
+        (lambda: scripted(X, floats(7.0), Unbounded((1,)), ["y"]).reset(), KeyError, r"no observation \['y'\].*'x'"),
+        (
+            lambda: TransformedEnv(ScriptedEnv(X, floats(7.0), Unbounded((1,))), PreviousStep()).reset(),
+            ValueError,
+            "no Trial before it.*Compose",
+        ),
+        (
+            lambda: scripted(X, floats(7.0), Composite(one=Unbounded((1,)), two=Unbounded((1,)))).reset(),
+            NotImplementedError,
+            "one action and one reward.*'one', 'two'",
+        ),
+    ],
+)
+def test_bad_use(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
