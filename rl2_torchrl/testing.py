@@ -1,0 +1,268 @@
+"""`check_trial_env`: the contract of a trial env as a test that users run on their own; it names the rule that breaks."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cached_property
+from math import prod
+from unittest.mock import patch
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torchrl.data import Categorical
+from torchrl.envs import Compose, EnvBase, TransformedEnv, check_env_specs
+
+from rl2_torchrl.tasks import TaskSampler, _InOrder
+from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial
+
+__all__ = ["TrialContractError", "check_trial_env"]
+
+#: The rules in the order of the checks, with why it matters and what to do. `_Played` has a method for each; those of
+#: names that start with "task" and "trans" are left out where the env has no such entry.
+_RULES = {
+    "trial_counters": "Without them nobody knows where a trial stands: Compose(Trial(...), ...).",
+    "task_present": "What is learnt cannot be told apart by task: add TaskSampler, or pass task_key=None.",
+    "task_in_state_spec": "The drawn task never reaches the env: declare it there and read it in _reset.",
+    "trans_present": "A policy that does not see its last reward cannot adapt: add PreviousStep, or pass in_key=None.",
+    "specs": "Collectors and workers allocate memory by the specs: mend them, or what the env returns.",
+    "trials_end": "A trial without end has no return: bound it with Trial(steps=...), or raise max_steps.",
+    "rewards_finite": "One NaN spreads over the whole batch through the advantages: mend the env's reward.",
+    "done_at_trial_end": "Memory is reset at done, here too early or too late: let Trial write it.",
+    "terminated_at_done": "Another task's value leaks into this trial's advantages: let Trial write it.",
+    "trial_step": "Trials end at the wrong step: leave Trial's entries as they are.",
+    "episode_index": "Returns are summed under the wrong episode: leave Trial's entries as they are.",
+    "first_observation": "The agent must see where its new episode begins: let Trial reset the ended rows, no others.",
+    "task_constant": "A trial is one task, or there is nothing to adapt to: draw tasks at trial starts only.",
+    "task_changes": "One task is learnt by heart: draw at each trial; give TaskSampler.fixed more tasks than rows.",
+    "task_differs_by_row": "They are one row's data many times over: seed each worker's TaskSampler, or wrap it around all.",
+    "task_follows_seed": "Held-out tasks would be training tasks: draw with the generator that is passed.",
+    "task_hidden": "An agent that sees its task has nothing to find out: leave it out of the observations.",
+    "trans_previous_step": "An episode's last reward must reach the policy: put PreviousStep after what changes rewards.",
+    "trans_at_trial_start": "The last trial leaks into this one: let PreviousStep write the entry at resets.",
+    "partial_reset": "Rows end trials at different steps: reset what _reset says, keep counters in the TensorDict.",
+}
+_NUM_DRAWS = 16  # resets whose tasks are compared: two rows with two possible tasks agree by chance in 1 of 65,536
+
+
+class TrialContractError(AssertionError):
+    """A rule of the trial contract is broken; ``rule`` is its short name."""
+
+    def __init__(self, rule: str, seen: str):
+        super().__init__(f"rule {rule!r} is broken: {seen}. {_RULES[rule]}")
+        self.rule = rule
+
+
+def check_trial_env(
+    env: EnvBase,
+    *,
+    num_trials: int = 2,
+    max_steps: int = 10_000,
+    task_key: NestedKey | None = "task",
+    in_key: NestedKey | None = "trans",
+) -> None:
+    """Plays random trials and checks that ``env`` is a trial env; the first rule that breaks is raised, by name.
+
+    Made for ``TransformedEnv(your_env, Compose(Trial(...), TaskSampler(...), PreviousStep()))``. What the workers of a
+    ``SerialEnv`` or ``ParallelEnv`` do inside is hidden, so there ``first_observation`` and ``task_follows_seed`` are left
+    out. The env is reset and stepped, and uses up tasks and random numbers.
+
+    Args:
+        env: the trial env.
+        num_trials: trials to play in every row.
+        max_steps: steps within which every row must have ended ``num_trials`` trials.
+        task_key: the task's entry; None for an env that has no tasks on purpose.
+        in_key: the transition input's entry, as `PreviousStep` writes it; None for an env without it.
+
+    Raises:
+        TrialContractError: a rule is broken. The message says which, what was seen, why it matters and what to do.
+        ValueError: ``num_trials`` or ``max_steps`` is below 1.
+
+    Examples:
+        >>> from rl2_torchrl import PreviousStep, TaskSampler, Trial
+        >>> from rl2_torchrl.envs import BernoulliBandit, uniform_means
+        >>> bandit = BernoulliBandit(num_arms=3, batch_size=(4,))
+        >>> transforms = Compose(Trial(episodes=5), TaskSampler(uniform_means(3)), PreviousStep())
+        >>> check_trial_env(TransformedEnv(bandit, transforms))
+    """
+    if num_trials < 1 or max_steps < 1:
+        raise ValueError(f"num_trials={num_trials} and max_steps={max_steps} must be at least 1.")
+    played = _Played(env, num_trials, max_steps, task_key, in_key)
+    left_out = tuple(prefix for prefix, key in (("task", task_key), ("trans", in_key)) if key is None)
+    for rule in _RULES:
+        seen = None if rule.startswith(left_out) else getattr(played, rule)()
+        if isinstance(seen, torch.Tensor):  # a mask of broken places, [num_rows, T, n]
+            places = seen.flatten(2).any(-1).nonzero().tolist()
+            seen = "at row {}, step {} of the trials played".format(*places[0]) if places else None
+        if seen is not None:
+            raise TrialContractError(rule, seen)
+
+
+class _Played:
+    """Trials of ``env``, played when the first rule asks for them. A rule returns what breaks it, or where, or None."""
+
+    def __init__(self, env: EnvBase, num_trials: int, max_steps: int, task_key, in_key):
+        self.env, self.num_trials, self.max_steps = env, num_trials, max_steps
+        self.task_key, self.in_key, self.num_rows = task_key, in_key, prod(env.batch_size)
+        self.base, self.below_trial, self.transforms, self.reset_faults = env, None, [], []
+        while isinstance(self.base, TransformedEnv):
+            here = list(self.base.transform) if isinstance(self.base.transform, Compose) else [self.base.transform]
+            self.base, self.transforms = self.base.base_env, self.transforms + here
+            if any(isinstance(transform, Trial) for transform in here):
+                self.below_trial = self.base  # what Trial resets; None where workers hide it
+
+    @cached_property
+    def steps(self) -> TensorDictBase:
+        """Steps ``[num_rows, T]``, until every row has played its trials."""
+        steps, ended, tensordict = [], torch.zeros(1), self.env.reset()
+        while len(steps) < self.max_steps and (ended < self.num_trials).any():
+            stepped, tensordict = self._step(tensordict)
+            steps.append(stepped.reshape(self.num_rows).cpu())
+            ended = ended + steps[-1]["next", "done"].int()
+        return torch.stack(steps, -1)
+
+    def _step(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
+        resets, below = [], self.below_trial
+
+        def reset(given: TensorDictBase, **kwargs) -> TensorDictBase:
+            first = type(below)._reset(below, given, **kwargs)
+            resets.append((given["_reset"].clone(), first.clone()))
+            return first
+
+        with nullcontext() if below is None else patch.object(below, "_reset", reset):
+            stepped = self.env.step(self.env.rand_action(tensordict)).clone()
+        if below is not None:
+            self._look_at_reset(stepped, *(resets or [(torch.zeros_like(stepped["next", "done"]), None)])[-1])
+        return stepped, self.env.maybe_reset(self.env.step_mdp(stepped).clone())
+
+    def _look_at_reset(self, stepped: TensorDictBase, reset: torch.Tensor, first: TensorDictBase | None) -> None:
+        ended = stepped["next", EPISODE_DONE] & ~stepped["next", "done"]
+        if (ended != reset).any():
+            self.reset_faults.append(f"{ended.sum()} rows ended an episode inside a trial, {reset.sum()} were reset")
+        changed = {key for transform in self.transforms for key in transform.out_keys}
+        for key in set(self.below_trial.observation_spec.keys(True, True)) - changed if first is not None else ():
+            rows = (ended & reset).reshape(self.env.batch_size)
+            if not torch.equal(first.get(key)[rows], stepped["next"].get(key)[rows]):
+                self.reset_faults.append(f"{key!r} after an inner episode's end is not what the env's reset gave")
+
+    @cached_property
+    def draws(self) -> torch.Tensor:  # tasks of further resets, [_NUM_DRAWS, num_rows, n]
+        return torch.stack([self._task(self.env.reset()).reshape(self.num_rows, -1) for _ in range(_NUM_DRAWS)])
+
+    @property
+    def starts(self) -> torch.Tensor:  # steps that begin a trial, [num_rows, T, 1]
+        done = self.steps["next", "done"]
+        return torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1)
+
+    def _task(self, tensordict: TensorDictBase) -> torch.Tensor:
+        """The task, nested or not, as ``[*B, n]`` float64."""
+        task, batch_size = tensordict.get(self.task_key), tensordict.batch_size
+        leaves = task.values(True, True) if isinstance(task, TensorDictBase) else [task]
+        return torch.cat([leaf.reshape(*batch_size, -1).double() for leaf in leaves], -1)
+
+    def _missing(self, keys: set[NestedKey], spec) -> str | None:
+        missing = [key for key in keys if key not in spec.keys(True)]
+        return f"{missing} not among {list(spec.keys(True))}" if missing else None
+
+    def _miscounted(self, key: str, increment: torch.Tensor) -> torch.Tensor:
+        before, after, starts = self.steps[key], self.steps["next", key], self.starts
+        broken = (after != before + increment) | (starts & (before != 0))
+        broken[:, 1:] |= ~starts[:, 1:] & (before[:, 1:] != after[:, :-1])
+        return broken
+
+    # ------------------------------------------------------------ the rules
+    def trial_counters(self):
+        return self._missing({EPISODE_DONE, EPISODE_INDEX, TRIAL_STEP, TIME_LEFT}, self.env.observation_spec)
+
+    def task_present(self):
+        return self._missing({self.task_key}, self.env.observation_spec)
+
+    def task_in_state_spec(self):
+        return self._missing({self.task_key}, self.base.full_state_spec)
+
+    def trans_present(self):
+        return self._missing({self.in_key}, self.env.observation_spec)
+
+    def specs(self):
+        try:
+            check_env_specs(self.env)
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def trials_end(self):
+        ended = self.steps["next", "done"].sum(1).min().item()
+        return f"a row ended {ended} trials in {self.max_steps} steps" if ended < self.num_trials else None
+
+    def rewards_finite(self):
+        return ~self.steps["next", "reward"].isfinite()
+
+    def done_at_trial_end(self):
+        return self.steps["next", "done"] != (self.steps["next", TIME_LEFT] == 0)
+
+    def terminated_at_done(self):
+        after = self.steps["next"]
+        truncates = "truncated" in after.keys() and torch.equal(after["truncated"], after["done"])
+        return after["terminated"] != (torch.zeros_like(after["done"]) if truncates else after["done"])
+
+    def trial_step(self):
+        return self._miscounted(TRIAL_STEP, torch.ones_like(self.steps[TRIAL_STEP]))
+
+    def episode_index(self):
+        return self._miscounted(EPISODE_INDEX, self.steps["next", EPISODE_DONE].long())
+
+    def first_observation(self):
+        return self.reset_faults[0] if self.reset_faults else None
+
+    def task_constant(self):
+        task = self._task(self.steps)
+        broken = task != self._task(self.steps["next"])
+        broken[:, 1:] |= (task[:, 1:] != task[:, :-1]) & ~self.starts[:, 1:]
+        return broken
+
+    def task_changes(self):
+        return f"{_NUM_DRAWS} resets drew the same" if (self.draws == self.draws[0]).all() else None
+
+    def task_differs_by_row(self):
+        # Where there are few tasks two rows of many agree by chance; an eighth of all does not.
+        copies = self.num_rows - len(self.draws.transpose(0, 1).unique(dim=0))
+        return f"{copies} of {self.num_rows} rows drew the tasks of others" if copies * 8 > self.num_rows else None
+
+    def task_follows_seed(self):
+        samplers = [t for t in self.transforms if isinstance(t, TaskSampler)]
+        for draw in [sampler.distribution for sampler in samplers if not isinstance(sampler.distribution, _InOrder)]:
+            one, again, other = (draw(torch.Size([64]), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+            if not (one == again).all() or (one == other).all():
+                return "one seed gave other tasks when used again, or another seed the same"
+
+    def task_hidden(self):
+        task, size = self._task(self.steps), self._task(self.steps).shape[-1]
+        if self.in_key is None or (task == task[:1, :1]).all():  # a single task stands anywhere by chance
+            return None
+        trans = self.steps[self.in_key]
+        for first in range(trans.shape[-1] - size + 1):
+            if torch.equal(trans[..., first : first + size].float(), task.float()):
+                return f"the task stands in {self.in_key!r} from entry {first} on"
+
+    def trans_previous_step(self):
+        trans, after = self.steps["next", self.in_key], self.steps["next"]
+        broken = trans[..., -2:] != torch.cat([after["reward"], after[EPISODE_DONE]], -1).to(trans.dtype)
+        broken[:, 1:] |= ~self.starts[:, 1:] & (self.steps[self.in_key][:, 1:, -2:] != trans[:, :-1, -2:])
+        return broken
+
+    def trans_at_trial_start(self):
+        spec = self.base.full_action_spec[self.base.action_key]
+        choices = spec.space.n if type(spec) is Categorical and spec.dtype != torch.bool else 1
+        size = prod(spec.shape) // self.num_rows * choices + 1  # action and reward
+        return (self.steps[self.in_key][..., -1 - size : -1] != 0) & self.starts
+
+    def partial_reset(self):
+        before = self._step(self.env.reset())[1]
+        done = torch.zeros_like(before["done"])
+        done.view(-1)[0] = True
+        after = self.env.maybe_reset(before.clone().set("done", done))
+        steps = self.env.step(self.env.rand_action(after.clone()))["next", TRIAL_STEP].reshape(-1)
+        expected = before[TRIAL_STEP].reshape(-1) + 1
+        expected[0] = 1
+        before, after = before.reshape(self.num_rows)[1:], after.reshape(self.num_rows)[1:]
+        touched = [key for key in before.keys(True, True) if not torch.equal(before.get(key), after.get(key))]
+        if touched or not torch.equal(steps, expected):
+            return f"a reset of row 0 changed {touched} of others, or {TRIAL_STEP} went on as {steps.tolist()}"
