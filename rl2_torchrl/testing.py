@@ -1,4 +1,4 @@
-"""`check_trial_env`: the contract of a trial env as a test that users run on their own; it names the rule that breaks."""
+"""`check_trial_env`: the contract of a trial env as a test that users run; it names the rule that breaks."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _RULES = {
     "first_observation": "The agent must see where its new episode begins: let Trial reset the ended rows, no others.",
     "task_constant": "A trial is one task, or there is nothing to adapt to: draw tasks at trial starts only.",
     "task_changes": "One task is learnt by heart: draw at each trial; give TaskSampler.fixed more tasks than rows.",
-    "task_differs_by_row": "They are one row's data many times over: seed each worker's TaskSampler, or wrap it around all.",
+    "task_differs_by_row": "They are one row's data again: seed each worker's TaskSampler, or wrap it around all.",
     "task_follows_seed": "Held-out tasks would be training tasks: draw with the generator that is passed.",
     "task_hidden": "An agent that sees its task has nothing to find out: leave it out of the observations.",
-    "trans_previous_step": "An episode's last reward must reach the policy: put PreviousStep after what changes rewards.",
+    "trans_previous_step": "An episode's last reward must reach the policy: put PreviousStep behind reward changes.",
     "trans_at_trial_start": "The last trial leaks into this one: let PreviousStep write the entry at resets.",
     "partial_reset": "Rows end trials at different steps: reset what _reset says, keep counters in the TensorDict.",
 }
@@ -63,8 +63,8 @@ def check_trial_env(
     """Plays random trials and checks that ``env`` is a trial env; the first rule that breaks is raised, by name.
 
     Made for ``TransformedEnv(your_env, Compose(Trial(...), TaskSampler(...), PreviousStep()))``. What the workers of a
-    ``SerialEnv`` or ``ParallelEnv`` do inside is hidden, so there ``first_observation`` and ``task_follows_seed`` are left
-    out. The env is reset and stepped, and uses up tasks and random numbers.
+    ``SerialEnv`` or ``ParallelEnv`` do inside is hidden: ``first_observation`` and ``task_follows_seed`` are left out
+    there. The env is reset and stepped, and uses up tasks and random numbers.
 
     Args:
         env: the trial env.

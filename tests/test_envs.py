@@ -1,4 +1,4 @@
-"""Bandits and the Gymnasium bridge: rewards by hand and in the mean, tasks that reach the env, generators that resume."""
+"""Bandits and the Gymnasium bridge: rewards by hand and in the mean, tasks that reach the env, resumed generators."""
 
 import math
 

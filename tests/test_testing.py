@@ -180,6 +180,34 @@ class RedrawsAllTasks(TransformedEnv):
         return tensordict.set("task", torch.rand(4, 3)) if any_done else tensordict
 
 
+class BetweenSteps(TransformedEnv):
+    """Every step is right in itself, but the next one of the trial does not start from what it left."""
+
+    def maybe_reset(self, tensordict):
+        tensordict = super().maybe_reset(tensordict)
+        inside = tensordict["trial_step"] > 0
+        spoilt = torch.where(inside, tensordict[self.spoilt] + 1, tensordict[self.spoilt])
+        return tensordict.set(self.spoilt, spoilt)
+
+
+def between_steps(key):
+    transforms = Compose(Trial(episodes=3), TaskSampler(uniform_means(3)), PreviousStep())
+    env = BetweenSteps(BernoulliBandit(3, batch_size=(4,), seed=0), transforms)
+    env.spoilt = key
+    return env
+
+
+class WhateverTheSeed:
+    """Tasks in one order for every generator, its seed ignored."""
+
+    def __init__(self):
+        self.calls = {}
+
+    def __call__(self, size, generator):
+        self.calls[generator] = self.calls.get(generator, 0) + 1
+        return torch.arange(3.0 * size.numel()).reshape(*size, 3) + self.calls[generator]
+
+
 def twins(size, generator):
     return torch.rand(3, generator=generator).expand(*size, 3)
 
@@ -210,6 +238,15 @@ UNSOUND = [
     ("first_observation", lambda: counting(trial=EveryRowReset(episodes=2))),
     ("first_observation", lambda: counting(trial=LastObservationKept(episodes=2))),
     ("task_constant", lambda: bandit(put("task", lambda root, after: root["task"] / 2))),
+    ("trial_step", lambda: between_steps("trial_step")),
+    ("task_constant", lambda: between_steps("task")),
+    ("trans_previous_step", lambda: between_steps("trans")),
+    # The last entry of a trial alone.
+    (
+        "task_constant",
+        lambda: bandit(put("task", lambda root, after: torch.where(after["done"], root["task"] / 2, root["task"]))),
+    ),
+    ("task_follows_seed", lambda: bandit(tasks=TaskSampler(WhateverTheSeed()))),
     ("task_changes", lambda: bandit(tasks=TaskSampler.fixed(torch.rand(4, 3)))),
     ("task_differs_by_row", lambda: bandit(tasks=TaskSampler(twins))),
     ("task_differs_by_row", lambda: SerialEnv(2, pendulum)),

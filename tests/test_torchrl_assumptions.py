@@ -1,4 +1,4 @@
-"""What this package takes for granted about TorchRL: one fact a test, so that a new TorchRL says itself what has moved."""
+"""What this package takes for granted about TorchRL: one fact a test, so that a new TorchRL says what has moved."""
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_collectors_resets_pass_only_reset():
 
 
 def test_env_creator_copies_state_into_all_its_envs_but_no_plain_tensor():
-    """`TaskSampler.get_extra_state` is one plain tensor, or all workers of a ``ParallelEnv`` would draw the same tasks."""
+    """`TaskSampler.get_extra_state` is one plain tensor, or the workers of a ``ParallelEnv`` draw the same tasks."""
 
     class Stateful(Transform):
         def __init__(self, as_dict):

@@ -76,7 +76,7 @@ def table(data, key, *, after=True):
     return entries[key].squeeze(-1).long().tolist()
 
 
-# ---- One hand-worked table, whatever the batching. Trials of two episodes of 1, 2 and 3 steps. Row 0 ends its trials at
+# ---- One hand-worked table for every batching. Trials of two episodes of 1, 2 and 3 steps. Row 0 ends its trials at
 # steps 2 and 4 and is then given a task of 2 steps, row 1 ends at step 4 and is given 3 steps, row 2 ends at step 6.
 
 EXPECTED = {
