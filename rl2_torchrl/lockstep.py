@@ -13,22 +13,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torch.distributions import Categorical
+from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
-from torchrl.modules import IndependentNormal, OneHotCategorical
 
 from rl2_torchrl.envs.lockstep import LockstepEnv
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.gru import FastGRUModule, StepGRU
+from rl2_torchrl.modules.plain import State, family_of, flat_modules, module_function
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
 
 __all__ = ["LockstepRollout"]
-
-State = dict[NestedKey, torch.Tensor]
 
 
 class LockstepRollout:
@@ -51,9 +48,9 @@ class LockstepRollout:
         self.trial_steps = _trial_steps(self.trial, self.env.episode_steps)
         if steps % self.trial_steps:
             raise ValueError(f"a batch of {steps} steps is no whole number of trials of {self.trial_steps} steps")
-        self.modules = _flat(policy)
+        self.modules = flat_modules(policy)
         self.hidden_keys = hidden_keys(policy)
-        self.sample = _sampling_module(self.modules)
+        self.sample, self.family = family_of(self.modules)
         self.known = self._known_entries()
         unknown = set(self.keep) - self._entries()
         if unknown:
@@ -138,20 +135,16 @@ class LockstepRollout:
                 state.setdefault(in_keys[1], torch.zeros_like(state[out_keys[1]]))
 
         elif module is self.sample:
-            act, action_key = _ACTIONS[module.distribution_class], self.env.action_key
+            act, action_key = self.family.act, self.env.action_key
 
             def run(state: State, noise: torch.Tensor | None) -> None:
                 state[action_key] = act(noise, *[state[key] for key in in_keys])
 
         else:
-            function = module.module
+            on_tensors = module_function(module)
 
             def run(state: State, noise: torch.Tensor | None) -> None:
-                out = function(*[state[key] for key in in_keys])
-                if len(out_keys) == 1:
-                    state[out_keys[0]] = out
-                else:
-                    state.update(zip(out_keys, out, strict=True))
+                on_tensors(state)
 
         return run
 
@@ -160,10 +153,9 @@ class LockstepRollout:
         if exploration_type() is ExplorationType.DETERMINISTIC:
             return [None] * self.steps
         shape = (self.steps, *self.env.batch_size, self.transition.action_size)
-        if self.sample.distribution_class is IndependentNormal:
-            return torch.randn(shape, device=self.env.device)
-        # Gumbel-max: the argmax of logits + Gumbel noise is a draw from the categorical distribution.
-        return torch.rand(shape, device=self.env.device).log_().neg_().log_().neg_()
+        if self.family.gumbel:
+            return torch.rand(shape, device=self.env.device).log_().neg_().log_().neg_()
+        return torch.randn(shape, device=self.env.device)
 
     # ----------------------------------------------------------------- storage
     def _recorded(self) -> list[NestedKey]:
@@ -183,24 +175,10 @@ class LockstepRollout:
             else:
                 torch.stack(values, 1, out=old)
         if self.sample.log_prob_key in self.keep:
-            log_prob = self.sample.get_dist(self.batch).log_prob(self.batch.get(self.env.action_key))
+            parameters = [self.batch.get(key) for key in self.sample.in_keys]
+            log_prob = self.family.log_prob(self.batch.get(self.env.action_key), *parameters)
             self.batch.set(self.sample.log_prob_key, log_prob)
         return self.batch.select(*self.keep)
-
-
-def _categorical(noise: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    return (logits if noise is None else logits + noise).argmax(-1)
-
-
-def _one_hot(noise: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.one_hot(_categorical(noise, logits), logits.shape[-1])
-
-
-def _normal(noise: torch.Tensor | None, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return loc if noise is None else loc + scale * noise
-
-
-_ACTIONS = {Categorical: _categorical, OneHotCategorical: _one_hot, IndependentNormal: _normal}
 
 
 def _trial_transforms(env: EnvBase) -> list:
@@ -216,31 +194,6 @@ def _trial_transforms(env: EnvBase) -> list:
 def _trial_steps(trial: Trial, episode_steps: int) -> int:
     by_episodes = None if trial.episodes is None else trial.episodes * episode_steps
     return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
-
-
-def _flat(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """The modules that a `TensorDictSequential` runs, in order.
-
-    Raises:
-        ValueError: one of them is more than a function of tensors.
-    """
-    if isinstance(module, TensorDictSequential):
-        return [leaf for part in module.module for leaf in _flat(part)]
-    plain = type(module) is TensorDictModule and module._kwargs is None and not module._forward_hooks
-    if isinstance(module, FastGRUModule):
-        plain = not module.gru.bidirectional and not module.gru.dropout
-    if not plain and not isinstance(module, ProbabilisticTensorDictModule):
-        raise ValueError(f"{type(module).__name__} is no plain function of tensors")
-    return [module]
-
-
-def _sampling_module(modules: list[TensorDictModuleBase]) -> ProbabilisticTensorDictModule:
-    found = [module for module in modules if isinstance(module, ProbabilisticTensorDictModule)]
-    if len(found) != 1 or found[0].distribution_class not in _ACTIONS:
-        raise ValueError(
-            "the policy does not have one Categorical, OneHotCategorical or IndependentNormal distribution"
-        )
-    return found[0]
 
 
 def _present(observation: torch.Tensor | None) -> list[torch.Tensor]:

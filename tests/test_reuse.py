@@ -95,7 +95,7 @@ def test_our_loss_is_torchrls_with_other_settings(wiring):
     with torch.no_grad():
         next(iter(actor.parameters())).mul_(1.5)  # so that the ratios are not 1
     settings = {"clip_epsilon": 0.3, "critic_coeff": 0.5, "loss_critic_type": "l2", "entropy_bonus": False}
-    theirs, ours = ClipPPOLoss(actor, critic, **settings), RL2PPOLoss(actor, critic)
+    theirs, ours = ClipPPOLoss(actor, critic, **settings), RL2PPOLoss(actor, critic, functional=True)
     assert ours(batch.clone())["max_ratio"] > 1.01
     assert total(ours(batch.clone())) == total(theirs(batch.clone()))
     one, other = gradients(ours, batch), gradients(theirs, batch)
@@ -113,7 +113,7 @@ def test_a2c_by_hand_and_as_the_first_step_of_ppo(kind):
     expected = 0.5 * (batch["state_value"] - batch["value_target"]).square().mean()
     assert losses["loss_critic"].item() == pytest.approx(expected.item(), rel=1e-5)
     # At ratio 1 the gradient of r A is that of A log pi.
-    one, other = gradients(a2c, batch), gradients(RL2PPOLoss(actor, critic), batch)
+    one, other = gradients(a2c, batch), gradients(RL2PPOLoss(actor, critic, functional=True), batch)
     for name in one:
         assert torch.allclose(one[name], other[name], atol=1e-6), name
 
@@ -141,7 +141,7 @@ def test_weights_move_between_losses_and_networks(wiring):
     torch.save(ClipPPOLoss(actor, critic, **settings).state_dict(), file)
     file.seek(0)
     other_actor, other_critic = make_networks(make_env(), wiring=wiring, seed=9)
-    loss = RL2PPOLoss(other_actor, other_critic)
+    loss = RL2PPOLoss(other_actor, other_critic, functional=True)
     loss.load_state_dict(torch.load(file, weights_only=True))
     for module, other in ((actor, other_actor), (critic, other_critic)):
         assert module.state_dict().keys() == other.state_dict().keys()

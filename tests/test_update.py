@@ -262,9 +262,9 @@ def test_adam_by_default_and_a_custom_optimizer():
     loss = make_loss()
     critic = torch.optim.SGD(loss.critic_network_params.parameters(), lr=0.1)
     update = PPOUpdate(loss, lr=5.0, optimizer=critic)
-    actor = [p.clone() for p in loss.actor_network_params.parameters()]
+    actor = [p.clone() for p in loss.actor_network.parameters()]
     assert update(make_batch())["lr"] == 0.1
-    assert same(actor, loss.actor_network_params.parameters())
+    assert same(actor, loss.actor_network.parameters())
     assert not same(parameters(PPOUpdate(make_loss())), parameters(update))
 
 

@@ -52,35 +52,54 @@ class FastGRUModule(GRUModule):
             hidden = hidden.reshape(*lead, *hidden.shape[-2:])
             if not recurrent:
                 hidden = hidden.masked_fill(is_init[..., None, None], 0.0)
-        y, last = self._layers(x, hidden, is_init if recurrent else None)
-        tensordict.set(self.out_keys[0], y.reshape(*batch, -1))
+        layers = self.sequence(x, hidden, is_init if recurrent else None)
+        last = _at_ends(torch.stack(layers, -2) if len(layers) > 1 else layers[0].unsqueeze(-2), is_init)
+        tensordict.set(self.out_keys[0], layers[-1].reshape(*batch, -1))
         return tensordict.set(self.out_keys[1], last.reshape(*batch, *last.shape[-2:]))
 
-    def _is_covered(self, tensordict: TensorDictBase) -> bool:
-        gru, x = self.gru, tensordict.get(self.in_keys[0])
+    def is_plain(self) -> bool:
+        """Whether this is `gru_sequence`, layer by layer, and kernels for it are at hand."""
+        gru = self.gru
         return (
             type(gru) is nn.GRU
-            and x.device.type == "cpu"
-            and x.dtype == gru.weight_hh_l0.dtype
+            and gru.weight_hh_l0.device.type == "cpu"
             and not (gru.bidirectional or (gru.dropout and gru.training and gru.num_layers > 1))
             and self.recurrent_backend == "pad"
+            and kernels.load(gru.weight_hh_l0.dtype) is not None
+        )
+
+    def fits(self, x: torch.Tensor | None, hidden: torch.Tensor | None) -> bool:
+        """Whether ``x`` ``[..., input_size]`` and ``hidden`` ``[..., num_layers, hidden_size]`` are of this GRU's sizes and kind."""
+        gru, weight = self.gru, self.gru.weight_hh_l0
+        if x is None or (x.device, x.dtype, x.shape[-1]) != (weight.device, weight.dtype, gru.input_size):
+            return False
+        sizes = (weight.dtype, gru.num_layers, gru.hidden_size)
+        return hidden is None or (hidden.dtype, *hidden.shape[-2:]) == sizes
+
+    def _is_covered(self, tensordict: TensorDictBase) -> bool:
+        x, hidden = (tensordict.get(key, None) for key in self.in_keys[:2])
+        return (
+            self.is_plain()
+            and self.fits(x, hidden)
             and (tensordict.ndim > 0 or not self.recurrent_mode)
             and tensordict.numel() > 0
             and torch._C._functorch.maybe_current_level() is None
-            and kernels.load(x.dtype) is not None
         )
 
-    def _layers(
-        self, y: torch.Tensor, hidden: torch.Tensor | None, is_init: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output ``[N, T, hidden_size]`` and the states ``[N, T, num_layers, hidden_size]`` at the trajectories' ends."""
-        states = []
+    def sequence(
+        self, x: torch.Tensor, hidden: torch.Tensor | None, is_init: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Each layer's output ``[N, T, hidden_size]`` for ``x`` ``[N, T, input_size]``; see `gru_sequence`.
+
+        ``hidden`` is ``[N, T, num_layers, hidden_size]`` or None for zeros, ``is_init`` ``[N, T]`` or None.
+        """
+        outputs = []
         for layer in range(self.gru.num_layers):
             weights = [getattr(self.gru, name) for name in self.gru._all_weights[layer]]
             initial = None if hidden is None else hidden[:, :, layer]
-            y = gru_sequence(y, initial, is_init, *weights)
-            states.append(y)
-        return y, _at_ends(torch.stack(states, -2) if len(states) > 1 else y.unsqueeze(-2), is_init)
+            x = gru_sequence(x, initial, is_init, *weights)
+            outputs.append(x)
+        return outputs
 
 
 def _at_ends(states: torch.Tensor, is_init: torch.Tensor | None) -> torch.Tensor:
