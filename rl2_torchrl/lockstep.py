@@ -176,7 +176,7 @@ class LockstepRollout:
                 torch.stack(values, 1, out=old)
         if self.sample.log_prob_key in self.keep:
             parameters = [self.batch.get(key) for key in self.sample.in_keys]
-            log_prob = self.family.log_prob(self.batch.get(self.env.action_key), *parameters)
+            log_prob, _ = self.family.log_prob_and_entropy(self.batch.get(self.env.action_key), *parameters)
             self.batch.set(self.sample.log_prob_key, log_prob)
         return self.batch.select(*self.keep)
 

@@ -260,7 +260,7 @@ def test_adam_by_default_and_a_custom_optimizer():
     assert largest == pytest.approx(0.01, rel=1e-3)
     # An optimizer over the critic alone leaves the actor as it is.
     loss = make_loss()
-    critic = torch.optim.SGD(loss.critic_network_params.parameters(), lr=0.1)
+    critic = torch.optim.SGD(loss.critic_network.parameters(), lr=0.1)
     update = PPOUpdate(loss, lr=5.0, optimizer=critic)
     actor = [p.clone() for p in loss.actor_network.parameters()]
     assert update(make_batch())["lr"] == 0.1

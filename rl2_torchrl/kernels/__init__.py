@@ -35,7 +35,7 @@ _SIGNATURES = {
     "pack_forward": (None, (_int, _int, *(_pointer,) * 5)),
     "pack_backward": (None, (_int, _pointer, _pointer)),
     "gru_forward": (None, (*(_int,) * 4, *_STRIDED, *_STRIDED, *(_pointer,) * 4, _int)),
-    "gru_backward": (None, (*(_int,) * 3, *_STRIDED, *(_pointer,) * 4, _int)),
+    "gru_backward": (None, (*(_int,) * 4, *_STRIDED, *(_pointer,) * 4, _int)),
 }
 
 

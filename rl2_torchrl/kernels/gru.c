@@ -7,9 +7,9 @@
  * hidden state stays in its cache, gates are made in registers as the products end, and no array of T x 3H
  * pre-activations is ever written. Arrays are batch-major, [B, T, ...], as in a TensorDict.
  *
- * What backward needs is stored in saved [B, T, 5, H] = (r, z, W_hn h + b_hn, n, h); backward replaces the first four by
- * the gradients of (r's, z's, W_hn h + b_hn's, n's) pre-activations. The weights' gradients then are single matrix
- * products over all B T steps, which the caller takes.
+ * What backward needs is stored in saved [B, T, 5 H + I + 1] = (r, z, W_hn h + b_hn, n, h, x, 1); backward replaces the
+ * first four by the gradients of (r's, z's, W_hn h + b_hn's, n's) pre-activations. The gradients of weights and biases
+ * then are two matrix products over all B T steps, of those gradients with (h, x, 1), which the caller takes.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -50,6 +50,7 @@ typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_a
 typedef bits ivec __attribute__((vector_size(BYTES)));
 
 static inline int lesser(int a, int b) { return a < b ? a : b; }
+static inline long saved_size(int inputs, int hidden) { return 5L * hidden + inputs + 1; }
 int padded(int hidden) { return (hidden + COLUMNS * LANES - 1) / (COLUMNS * LANES) * (COLUMNS * LANES); }
 
 /* Loads and stores of the first n of a vector's entries; n beyond LANES means all of them. */
@@ -167,6 +168,11 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
                 else memset(h + m * pitch, 0, hidden * sizeof(real));
             }
         }
+        for (int m = 0; saved && m < rows; m++) {
+            real *s = saved + ((long)m * steps + t) * saved_size(inputs, hidden) + 5 * hidden;
+            memcpy(s, inputs_of[m], inputs * sizeof(real));
+            s[inputs] = 1;
+        }
         const real *w = packed;
         for (int first = 0; first < hidden; first += LANES, w += LANES * (4 + 3L * (hidden + inputs))) {
             gates g[ROWS];
@@ -178,7 +184,7 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
                 *(vec *)(next + m * pitch + first) = after;
                 store(y + ((long)m * steps + t) * hidden + first, after, n);
                 if (saved) {
-                    real *s = saved + ((long)m * steps + t) * 5 * hidden + first;
+                    real *s = saved + ((long)m * steps + t) * saved_size(inputs, hidden) + first;
                     store(s, g[m].r, n);
                     store(s + hidden, g[m].z, n);
                     store(s + 2 * hidden, g[m].hn, n);
@@ -202,7 +208,7 @@ void gru_forward(int batch, int steps, int inputs, int hidden, const real *x, lo
             forward_rows(lesser(ROWS, batch - b), steps, inputs, hidden, x + b * x_row, x_row, x_step,
                          initial ? initial + b * initial_row : NULL, initial_row, initial_step,
                          init ? init + (long)b * steps : NULL, packed, y + (long)b * steps * hidden,
-                         saved ? saved + (long)b * steps * 5 * hidden : NULL, scratch);
+                         saved ? saved + (long)b * steps * saved_size(inputs, hidden) : NULL, scratch);
         free(scratch);
     }
 }
@@ -248,14 +254,14 @@ static inline void through_weights(int hidden, const real *q, const real *packed
     }
 }
 
-static void backward_rows(int rows, int steps, int hidden, const real *dy, long dy_row, long dy_step,
+static void backward_rows(int rows, int steps, int inputs, int hidden, const real *dy, long dy_row, long dy_step,
                           const uint8_t *init, const real *packed, real *saved, real *d_initial, real *scratch) {
     int pitch = padded(hidden);
     real *dh = scratch, *q = scratch + ROWS * pitch;
     memset(scratch, 0, ROWS * (pitch + 3L * hidden) * sizeof(real));
     for (int t = steps - 1; t >= 0; t--) {
         for (int m = 0; m < rows; m++)
-            gate_gradients(hidden, dy + m * dy_row + t * dy_step, saved + ((long)m * steps + t) * 5 * hidden,
+            gate_gradients(hidden, dy + m * dy_row + t * dy_step, saved + ((long)m * steps + t) * saved_size(inputs, hidden),
                            q + m * 3L * hidden, dh + m * pitch);
         if (t == 0 && !d_initial) break;
         through_weights(hidden, q, packed, dh);
@@ -267,15 +273,15 @@ static void backward_rows(int rows, int steps, int hidden, const real *dy, long 
     }
 }
 
-void gru_backward(int batch, int steps, int hidden, const real *dy, long dy_row, long dy_step, const uint8_t *init,
+void gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, long dy_row, long dy_step, const uint8_t *init,
                   const real *packed, real *saved, real *d_initial, int threads) {
     #pragma omp parallel num_threads(threads)
     {
         real *scratch = aligned_alloc(64, ROWS * (padded(hidden) + 3L * hidden) * sizeof(real));
         #pragma omp for schedule(static)
         for (int b = 0; b < batch; b += ROWS)
-            backward_rows(lesser(ROWS, batch - b), steps, hidden, dy + b * dy_row, dy_row, dy_step,
-                          init ? init + (long)b * steps : NULL, packed, saved + (long)b * steps * 5 * hidden,
+            backward_rows(lesser(ROWS, batch - b), steps, inputs, hidden, dy + b * dy_row, dy_row, dy_step,
+                          init ? init + (long)b * steps : NULL, packed, saved + (long)b * steps * saved_size(inputs, hidden),
                           d_initial ? d_initial + (long)b * steps * hidden : NULL, scratch);
         free(scratch);
     }

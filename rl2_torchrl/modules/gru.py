@@ -149,7 +149,7 @@ def gru_sequence(
     arguments = (x, hidden, is_init, w_ih, w_hh, b_ih, b_hh)
     if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments):
         return _GRUSequence.apply(*arguments)
-    return _forward(x, hidden, is_init, _pack(w_ih, w_hh, b_ih, b_hh), w_hh.shape[1], None)
+    return _forward(x, hidden, _bytes(is_init), _pack(w_ih, w_hh, b_ih, b_hh), w_hh.shape[1], None)
 
 
 class StepGRU:
@@ -205,7 +205,6 @@ def _forward(x, hidden, is_init, packed, units: int, saved: torch.Tensor | None)
     rows, steps, inputs = x.shape
     x, hidden = _unit_stride(x), _unit_stride(hidden)
     y = x.new_empty(rows, steps, units)
-    is_init = _bytes(is_init)
     library.gru_forward(
         *(rows, steps, inputs, units, *_strided(x), *_strided(hidden), _address(is_init), packed.data_ptr()),
         *(y.data_ptr(), _address(saved), _threads(rows * steps * units * (units + inputs))),
@@ -216,17 +215,18 @@ def _forward(x, hidden, is_init, packed, units: int, saved: torch.Tensor | None)
 class _GRUSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
-        saved = _Workspace.take(x, (*x.shape[:2], 5, w_hh.shape[1]))
-        y = _forward(x, hidden, is_init, _pack(w_ih, w_hh, b_ih, b_hh), w_hh.shape[1], saved)
-        ctx.save_for_backward(x, is_init, w_ih, w_hh)
+        inputs, units = x.shape[-1], w_hh.shape[1]
+        is_init = _bytes(is_init)
+        saved = _Workspace.take(x, (*x.shape[:2], 5 * units + inputs + 1))
+        y = _forward(x, hidden, is_init, _pack(w_ih, w_hh, b_ih, b_hh), units, saved)
+        ctx.save_for_backward(is_init, w_ih, w_hh)
         ctx.saved, ctx.has_bias = saved, b_ih is not None
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, is_init, w_ih, w_hh = ctx.saved_tensors
-        needs_x, needs_hidden = ctx.needs_input_grad[:2]
+        is_init, w_ih, w_hh = ctx.saved_tensors
         if ctx.saved is None:
             raise RuntimeError("this graph was freed by an earlier backward(); keep it with retain_graph=True.")
         # The gradients replace what forward saved, unless the graph is to be walked again.
@@ -235,36 +235,40 @@ class _GRUSequence(torch.autograd.Function):
             gradients = gradients.clone()
         else:
             ctx.saved = None
+        needs_x, needs_hidden = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if needs_hidden else None
-        _backward(dy, is_init, w_hh, gradients, d_hidden)
-        units = w_hh.shape[1]
-        flat, x_flat = gradients.view(-1, 5 * units), x.reshape(-1, x.shape[-1])
-        of_input = torch.cat((flat[:, : 2 * units], flat[:, 3 * units : 4 * units]), 1) if needs_x else None
-        d_w_hh = flat[:, : 3 * units].t() @ flat[:, 4 * units :]
-        d_w_ih = _without_hn(flat[:, : 4 * units].t() @ x_flat)
-        d_b = flat.new_ones(len(flat)) @ flat[:, : 4 * units] if ctx.has_bias else None
-        d_x = (of_input @ w_ih).view_as(x) if needs_x else None
+        _backward(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
+        d_x = _input_gradient(gradients, w_ih) if needs_x else None
+        d_weights = _weight_gradients(gradients, *w_ih.shape)
         _Workspace.give(gradients)
-        d_biases = (None, None) if d_b is None else (_without_hn(d_b), d_b[: 3 * units])
-        return d_x, d_hidden, None, d_w_ih, d_w_hh, *d_biases
+        return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
 
 
-def _backward(dy, is_init, w_hh, gradients, d_hidden) -> None:
+def _backward(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
     library = kernels.load(dy.dtype)
     rows, steps, units = dy.shape
-    dy, w_hh, is_init = _unit_stride(dy), w_hh.detach().contiguous(), _bytes(is_init)
+    dy, w_hh = _unit_stride(dy), w_hh.detach().contiguous()
     packed = dy.new_empty(library.backward_size(units))
     library.pack_backward(units, w_hh.data_ptr(), packed.data_ptr())
     library.gru_backward(
-        *(rows, steps, units, *_strided(dy), _address(is_init), packed.data_ptr()),
+        *(rows, steps, inputs, units, *_strided(dy), _address(is_init), packed.data_ptr()),
         *(gradients.data_ptr(), _address(d_hidden), _threads(rows * steps * units * units)),
     )
 
 
-def _without_hn(gates: torch.Tensor) -> torch.Tensor:
-    """``[4 H, ...]`` in the kernel's order (r, z, hn, n) to the input's ``[3 H, ...]`` (r, z, n)."""
-    r, z, _, n = gates.chunk(4)
-    return torch.cat((r, z, n))
+def _weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
+    """Gradients of w_ih, w_hh, b_ih and b_hh from the kernel's ``(dr, dz, dhn, dn, h, x, 1)`` ``[N, T, 5 H + I + 1]``."""
+    flat, units = gradients.view(-1, gradients.shape[-1]), gates // 3
+    d_rzh = flat[:, :gates].t() @ flat[:, 4 * units :]  # [3 H, H + I + 1]
+    d_n = flat[:, gates : 4 * units].t() @ flat[:, 5 * units :]  # [H, I + 1]
+    d_w_hh, d_b_hh = d_rzh[:, :units].contiguous(), d_rzh[:, -1].contiguous()
+    d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
+    return d_input[:, :inputs].contiguous(), d_w_hh, d_input[:, -1].contiguous(), d_b_hh
+
+
+def _input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
+    units = len(w_ih) // 3
+    return torch.cat((gradients[..., : 2 * units], gradients[..., 3 * units : 4 * units]), -1) @ w_ih
 
 
 class _Workspace:

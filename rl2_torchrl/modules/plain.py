@@ -30,13 +30,12 @@ class NotPlainError(ValueError):
 class Family(NamedTuple):
     """A family of distributions as functions of its parameters, the same as its class's methods.
 
-    ``act(noise, *parameters)`` draws from noise (Gumbel noise for categorical, standard normal noise for normal
+    ``log_prob_and_entropy(action, *parameters)`` gives both, ``[*B]``; ``act(noise, *parameters)`` draws from noise (Gumbel noise for categorical, standard normal noise for normal
     distributions), or with None gives the mode.
     """
 
     act: Callable[..., torch.Tensor]
-    log_prob: Callable[..., torch.Tensor]
-    entropy: Callable[..., torch.Tensor]
+    log_prob_and_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     gumbel: bool
 
 
@@ -120,33 +119,28 @@ def _choose_one_hot(noise: torch.Tensor | None, logits: torch.Tensor) -> torch.T
     return torch.nn.functional.one_hot(_choose(noise, logits), logits.shape[-1])
 
 
-def _log_prob_of_index(action: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    return logits.log_softmax(-1).gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
-
-
-def _log_prob_of_one_hot(action: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    return (logits.log_softmax(-1) * action).sum(-1)
-
-
-def _categorical_entropy(logits: torch.Tensor) -> torch.Tensor:
+def _of_index(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
+    log_prob = log_probs.gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
+    return log_prob, -(log_probs.exp() * log_probs).sum(-1)
+
+
+def _of_one_hot(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probs = logits.log_softmax(-1)
+    return (log_probs * action).sum(-1), -(log_probs.exp() * log_probs).sum(-1)
 
 
 def _shift(noise: torch.Tensor | None, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return loc if noise is None else loc + scale * noise
 
 
-def _normal_log_prob(action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (-0.5 * ((action - loc) / scale).square() - scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def _normal_entropy(loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (scale.log() + 0.5 * math.log(2 * math.pi) + 0.5).sum(-1)
+def _of_real(action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_scale = scale.log() + 0.5 * math.log(2 * math.pi)
+    return (-0.5 * ((action - loc) / scale).square() - log_scale).sum(-1), (log_scale + 0.5).sum(-1)
 
 
 _FAMILIES = {
-    Categorical: Family(_choose, _log_prob_of_index, _categorical_entropy, gumbel=True),
-    OneHotCategorical: Family(_choose_one_hot, _log_prob_of_one_hot, _categorical_entropy, gumbel=True),
-    IndependentNormal: Family(_shift, _normal_log_prob, _normal_entropy, gumbel=False),
+    Categorical: Family(_choose, _of_index, gumbel=True),
+    OneHotCategorical: Family(_choose_one_hot, _of_one_hot, gumbel=True),
+    IndependentNormal: Family(_shift, _of_real, gumbel=False),
 }

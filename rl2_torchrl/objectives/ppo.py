@@ -128,22 +128,21 @@ class RL2PPOLoss(ClipPPOLoss):
         for modules in networks:
             run_sequences(modules, data, state)
         parameters = [state[key] for key in sample.in_keys]
-        log_prob = family.log_prob(data.get(keys.action), *parameters)
+        log_prob, entropy = family.log_prob_and_entropy(data.get(keys.action), *parameters)
         log_weight = (log_prob - data.get(keys.sample_log_prob)).unsqueeze(-1)
         clipped = log_weight.clamp(*self._clip_bounds)
         ratio = log_weight.exp()
         out = {"loss_objective": -torch.minimum(ratio * advantage, clipped.exp() * advantage).mean()}
         if self.entropy_bonus:
-            entropy = family.entropy(*parameters)
             out |= {"entropy": entropy.detach().mean(), "loss_entropy": -self.entropy_coeff * entropy.mean()}
         if self._has_critic:
             error = state[keys.value] - data.get(keys.value_target)
             out["loss_critic"] = self.critic_coeff * error.square().mean()
         with torch.no_grad():
-            weight = log_weight.detach().squeeze(-1)
-            ess = (2 * weight.logsumexp(0) - (2 * weight).logsumexp(0)).exp() / len(weight)
-            out |= {"clip_fraction": (clipped != log_weight).to(weight.dtype).mean(), "kl_approx": -weight.mean()}
-            out |= {"ESS": ess, "max_ratio": ratio.max(), "mean_ratio": ratio.mean()}
+            out["clip_fraction"] = (clipped != log_weight).to(ratio.dtype).mean()
+            out |= {"kl_approx": -log_weight.mean(), "max_ratio": ratio.max(), "mean_ratio": ratio.mean()}
+            weight = ratio.squeeze(-1)
+            out["ESS"] = weight.sum(0).square() / weight.square().sum(0) / len(weight)
         return TensorDict(out)
 
     def _set_clip_precision(self, clip_epsilon: float | tuple[float, float]) -> None:
