@@ -1,6 +1,7 @@
 """RL² on Bernoulli bandits (Duan et al. 2016, table 1): a GRU learns to explore, then exploit, in its memory alone."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from rl2_torchrl import (
     PreviousStep,
     RL2PPOLoss,
     TaskSampler,
+    TrainResult,
     Trial,
     TrialAdvantage,
     TrialCollector,
@@ -100,9 +102,8 @@ def main(
 
     def play(held_out: torch.Tensor, **how) -> AdaptationCurve:
         rows = min(len(held_out), 4096)
-        return adaptation_curve(
-            make_env(TaskSampler.fixed(held_out), arms, pulls, rows, seed), actor, len(held_out), **how
-        )
+        held_out_env = make_env(TaskSampler.fixed(held_out), arms, pulls, rows, seed)
+        return adaptation_curve(held_out_env, actor, len(held_out), **how)
 
     result = train(
         collector,
@@ -113,14 +114,31 @@ def main(
         resume=resume,
         progress=progress,
     )
-    held_out = tasks(seed, REPORT_TASKS, report_tasks, arms)
-    report = AdaptationReport(
-        agent=play(held_out),
-        greedy=play(held_out, deterministic=True),
-        baselines=classical_agents(held_out, pulls, seed),
+    report = make_report(play, tasks(seed, REPORT_TASKS, report_tasks, arms), actor, pulls, seed, result)
+    path = report.save(log_dir)
+    console = Console()
+    console.print(report.table())
+    console.print(f"{result.env_steps:,} steps in {result.seconds:.0f} s; report and plot: {path.parent}")
+    return report
+
+
+def make_report(
+    play: Callable[..., AdaptationCurve],
+    means: torch.Tensor,
+    actor: GRUCategoricalActor,
+    pulls: int,
+    seed: int,
+    result: TrainResult,
+) -> AdaptationReport:
+    """The agent, without its memory, without its rewards, and classical agents, all on the bandits ``means`` [num_tasks, arms]."""
+    arms = means.shape[1]
+    return AdaptationReport(
+        agent=play(means),
+        greedy=play(means, deterministic=True),
+        baselines=classical_agents(means, pulls, seed),
         ablations={
-            "memory_zeroed": play(held_out, ablation=with_zeroed_memory(actor)),
-            "rewards_shuffled": play(held_out, ablation=with_shuffled_rewards()),
+            "memory_zeroed": play(means, ablation=with_zeroed_memory(actor)),
+            "rewards_shuffled": play(means, ablation=with_shuffled_rewards()),
         },
         optimum=bayes.bayes_optimal_return(arms, pulls) if pulls <= 10 else None,
         train=result,
@@ -128,11 +146,6 @@ def main(
         title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls",
         episode_name="pull",
     )
-    path = report.save(log_dir)
-    console = Console()
-    console.print(report.table())
-    console.print(f"{result.env_steps:,} steps in {result.seconds:.0f} s; report and plot: {path.parent}")
-    return report
 
 
 def make_env(sampler: TaskSampler, arms: int, pulls: int, rows: int, seed: int) -> TransformedEnv:
@@ -148,10 +161,8 @@ def classical_agents(means: torch.Tensor, pulls: int, seed: int) -> dict[str, Ad
     return {
         "random": AdaptationCurve(bandits.random_agent(means, pulls, generator)),
         "greedy": AdaptationCurve(bandits.greedy(means, pulls, generator)),
-        f"UCB1 (c = {exploration:.1f})": AdaptationCurve(
-            bandits.ucb1(means, pulls, generator, exploration=exploration)
-        ),
-        "Thompson sampling": AdaptationCurve(bandits.thompson_sampling(means, pulls, generator)),
+        "ucb1": AdaptationCurve(bandits.ucb1(means, pulls, generator, exploration=exploration)),
+        "thompson_sampling": AdaptationCurve(bandits.thompson_sampling(means, pulls, generator)),
     }
 
 

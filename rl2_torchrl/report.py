@@ -109,10 +109,10 @@ class AdaptationReport:
             table.add_row("Bayes optimum (exact)", f"{self.optimum:.3f}", "", "", "", style="dim")
         rows = {"[bold]RL²": self.agent, "[bold]RL², greedy": self.greedy, **self.baselines}
         for name, curve in sorted(rows.items(), key=lambda item: -item[1].mean):
-            table.add_row(name, *_cells(curve))
+            table.add_row(_label(name), *_cells(curve))
         table.add_section()
         for name, curve in self.ablations.items():
-            table.add_row(f"RL², {name.replace('_', ' ')}", *_cells(curve))
+            table.add_row(f"RL², {_label(name)}", *_cells(curve))
         return table
 
     # ------------------------------------------------------------------ plot
@@ -153,13 +153,13 @@ class AdaptationReport:
         if self.optimum is not None:
             axes.axhline(self.optimum, color="black", lw=1, ls="--", label=f"Bayes optimum {self.optimum:.2f}")
         for color, (name, curve) in zip(cycle(_COLORS), self.baselines.items(), strict=False):
-            axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{name} {curve.mean:.2f}")
+            axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{_label(name)} {curve.mean:.2f}")
 
     def _plot_adaptation(self, axes) -> None:
         for color, (name, curve) in zip(cycle(_COLORS), self.baselines.items(), strict=False):
-            _band(axes, curve, name, color=color, lw=1.5)
+            _band(axes, curve, _label(name), color=color, lw=1.5)
         for style, (name, curve) in zip(cycle(("--", ":", "-.")), self.ablations.items(), strict=False):
-            _band(axes, curve, f"RL², {name.replace('_', ' ')}", color="grey", lw=1.5, ls=style)
+            _band(axes, curve, f"RL², {_label(name)}", color="grey", lw=1.5, ls=style)
         _band(axes, self.agent, "RL²", color=_AGENT, lw=2.5)
         axes.set(
             xlabel=f"{self.episode_name} of the trial",
@@ -172,6 +172,10 @@ class AdaptationReport:
 
 _AGENT = "#c1272d"
 _COLORS: Sequence[str] = ("#8a8a8a", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#5e3c99")
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _summary(curve: AdaptationCurve) -> dict[str, Any]:

@@ -201,13 +201,10 @@ def test_compiled_loss_gives_the_same_numbers_and_gradients():
 def test_plain_path_gives_what_clipppoloss_gives(kind, wiring, monkeypatch):
     torch.manual_seed(0)
     sizes = {"hidden_size": 4, "dtype": torch.float64, "init_range": 1.0}
-    if kind == "gaussian":
-        actor = GRUGaussianActor(5, 3, **sizes)
-    else:
-        actor = GRUCategoricalActor(5, 3, one_hot=kind == "one-hot", **sizes)
-    if wiring == "separate":
-        critic = GRUValueHead(5, **sizes)
-    else:
+    one_hot = {"one_hot": kind == "one-hot"}
+    actor = GRUGaussianActor(5, 3, **sizes) if kind == "gaussian" else GRUCategoricalActor(5, 3, **one_hot, **sizes)
+    critic = GRUValueHead(5, **sizes)
+    if wiring != "separate":
         critic = MemoryValueHead(4, detach=wiring == "detached", num_cells=[3], init_range=1.0, dtype=torch.float64)
     loss = RL2PPOLoss(actor, critic, entropy_bonus=True, entropy_coeff=0.1)
     is_init = torch.rand(6, 7, 1) < 0.2

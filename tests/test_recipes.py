@@ -36,7 +36,7 @@ RECIPES = {
         bandit,
         {"arms": 2, "pulls": 3, "trials": 32, "units": 4, "report_tasks": 200, "epochs": 1, "minibatches": 2},
         batch=32 * 3,
-        baselines={"random", "greedy", "UCB1", "Thompson sampling"},
+        baselines={"random", "greedy", "ucb1", "thompson_sampling"},
         optimum=5 / 3,  # worked out by hand in test_baselines.py
         first_episode=0.5,
         bad={

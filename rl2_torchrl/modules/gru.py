@@ -69,7 +69,7 @@ class FastGRUModule(GRUModule):
         )
 
     def fits(self, x: torch.Tensor | None, hidden: torch.Tensor | None) -> bool:
-        """Whether ``x`` ``[..., input_size]`` and ``hidden`` ``[..., num_layers, hidden_size]`` are of this GRU's sizes and kind."""
+        """Whether ``x`` ``[..., input_size]`` and ``hidden`` ``[..., num_layers, hidden_size]`` have this GRU's sizes."""
         gru, weight = self.gru, self.gru.weight_hh_l0
         if x is None or (x.device, x.dtype, x.shape[-1]) != (weight.device, weight.dtype, gru.input_size):
             return False

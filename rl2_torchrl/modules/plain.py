@@ -30,8 +30,8 @@ class NotPlainError(ValueError):
 class Family(NamedTuple):
     """A family of distributions as functions of its parameters, the same as its class's methods.
 
-    ``log_prob_and_entropy(action, *parameters)`` gives both, ``[*B]``; ``act(noise, *parameters)`` draws from noise (Gumbel noise for categorical, standard normal noise for normal
-    distributions), or with None gives the mode.
+    ``log_prob_and_entropy(action, *parameters)`` gives both, ``[*B]``; ``act(noise, *parameters)`` draws from noise (Gumbel
+    noise for categorical, standard normal noise for normal distributions), or with None gives the mode.
     """
 
     act: Callable[..., torch.Tensor]
