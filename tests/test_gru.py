@@ -16,6 +16,9 @@ KEYS = {"in_keys": ["x", "h"], "out_keys": ["y", ("next", "h")]}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
+COMPILED = kernels.load(torch.float32) is not None  # without a compiler all of this must hold as well
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """Counts the calls of the compiled path, so that no test passes by taking TorchRL's."""
@@ -23,6 +26,14 @@ def counted(monkeypatch):
     forward = gru_module._forward
     monkeypatch.setattr(gru_module, "_forward", lambda *args: calls.append(1) or forward(*args))
     return calls
+
+
+@pytest.fixture(params=["kernels", "loop"])
+def sequence(request, monkeypatch):
+    """`gru_sequence` on the kernels and without them."""
+    if request.param == "loop":
+        monkeypatch.setattr(kernels, "load", lambda dtype: None)
+    return gru_sequence
 
 
 def pair(dtype=torch.float32, units=50, **kwargs):
@@ -70,7 +81,7 @@ def test_sequences_equal_torchrl(counted, dtype, layers, bias, rows, steps):
     entries = data(rows, steps, layers, dtype=dtype)
     expected = outputs_and_gradients(theirs, entries)
     assert_same(outputs_and_gradients(ours, entries), expected, dtype)
-    assert len(counted) == layers
+    assert len(counted) == layers * COMPILED
 
 
 @pytest.mark.parametrize("units", [1, 15, 16, 33, 64])
@@ -78,7 +89,7 @@ def test_every_number_of_units_fills_its_vectors(counted, units):
     theirs, ours = pair(units=units)
     entries = data(9, 4, 1, units)
     assert_same(outputs_and_gradients(ours, entries), outputs_and_gradients(theirs, entries), torch.float32)
-    assert counted
+    assert bool(counted) == COMPILED
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -87,7 +98,7 @@ def test_one_step_equals_torchrl(counted, layers):
     entries = {key: value[:, 0] for key, value in data(7, 1, layers, share_of_resets=0.5).items()}
     expected = outputs_and_gradients(theirs, entries, recurrent=False)
     assert_same(outputs_and_gradients(ours, entries, recurrent=False), expected, torch.float32)
-    assert counted
+    assert bool(counted) == COMPILED
 
 
 def test_step_for_rollouts_equals_the_module():
@@ -151,44 +162,58 @@ def test_drop_in_state_dict_and_primer():
     assert primer.primers["h"].shape == (2, 50)
 
 
-def test_graph_can_be_walked_twice_only_when_it_is_kept():
+@pytest.mark.parametrize("with_hidden", [True, False])
+def test_loop_equals_kernels(monkeypatch, with_hidden):
+    gru, entries = nn.GRU(3, 8).double(), data(5, 9, 1, 8, torch.float64)
+    hidden = entries["h"].squeeze(2) if with_hidden else None
+    arguments = (entries["x"], hidden, entries["is_init"].squeeze(-1), *gru.parameters())
+    weight = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    results = []
+    for load in (kernels.load, lambda dtype: None):
+        monkeypatch.setattr(kernels, "load", load)
+        y = gru_sequence(*arguments)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), list(gru.parameters()))])
+    assert_same(*results, torch.float64)
+
+
+def test_graph_can_be_walked_twice_only_when_it_is_kept(sequence):
     x, gru = torch.randn(2, 5, 3), nn.GRU(3, 8)
-    y = gru_sequence(x, None, None, *gru.parameters())
+    y = sequence(x, None, None, *gru.parameters())
     first = torch.autograd.grad(y.sum(), gru.weight_hh_l0, retain_graph=True)[0]
     second = torch.autograd.grad(y.sum(), gru.weight_hh_l0)[0]
     torch.testing.assert_close(first, second)
-    with pytest.raises(RuntimeError, match="retain_graph=True"):
+    with pytest.raises(RuntimeError, match="retain_graph=True|second time"):
         torch.autograd.grad(y.sum(), gru.weight_hh_l0)
 
 
-def test_two_open_graphs_do_not_share_memory():
+def test_two_open_graphs_do_not_share_memory(sequence):
     gru = nn.GRU(3, 8)
     xs = [torch.randn(2, 5, 3) for _ in range(2)]
-    alone = [torch.autograd.grad(gru_sequence(x, None, None, *gru.parameters()).sum(), gru.weight_hh_l0)[0] for x in xs]
-    ys = [gru_sequence(x, None, None, *gru.parameters()) for x in xs]
+    alone = [torch.autograd.grad(sequence(x, None, None, *gru.parameters()).sum(), gru.weight_hh_l0)[0] for x in xs]
+    ys = [sequence(x, None, None, *gru.parameters()) for x in xs]
     both = torch.autograd.grad(ys[0].sum() + ys[1].sum(), gru.weight_hh_l0)[0]
     torch.testing.assert_close(both, alone[0] + alone[1])
 
 
-def test_strided_inputs_are_read_rightly():
+def test_strided_inputs_are_read_rightly(sequence):
     gru = nn.GRU(3, 8, batch_first=True)
     x = torch.randn(3, 5, 4).transpose(0, 2)
-    torch.testing.assert_close(gru_sequence(x, None, None, *gru.parameters()), gru(x)[0])
+    torch.testing.assert_close(sequence(x, None, None, *gru.parameters()), gru(x)[0])
 
 
-def test_nan_is_carried_to_the_output():
+def test_nan_is_carried_to_the_output(sequence):
     gru, x = nn.GRU(3, 8), torch.randn(2, 5, 3)
     x[0, 2, 1] = torch.nan
-    y = gru_sequence(x, None, None, *gru.parameters())
+    y = sequence(x, None, None, *gru.parameters())
     assert y[0, :2].isfinite().all()
     assert y[0, 2:].isnan().all()
     assert y[1].isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
-def test_gates_saturate_without_overflow(scale):
+def test_gates_saturate_without_overflow(sequence, scale):
     gru, x = nn.GRU(3, 8, batch_first=True).double(), scale * torch.randn(4, 5, 3, dtype=torch.float64)
-    torch.testing.assert_close(gru_sequence(x, None, None, *gru.parameters()), gru(x)[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(sequence(x, None, None, *gru.parameters()), gru(x)[0], rtol=0, atol=1e-10)
 
 
 def test_environment_variable_turns_the_kernels_off(monkeypatch):
@@ -199,12 +224,14 @@ def test_environment_variable_turns_the_kernels_off(monkeypatch):
 def test_a_failing_compiler_is_announced_and_survived(monkeypatch, tmp_path):
     messages = []
     monkeypatch.setenv("CC", "false")
+    monkeypatch.delenv("RL2_TORCHRL_KERNELS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels.torchrl_logger, "warning", messages.append)
     assert kernels.load.__wrapped__(torch.float32) is None
     assert "PyTorch's own is used" in messages[0]
 
 
+@pytest.mark.skipif(not COMPILED, reason="needs a C compiler")
 def test_kernels_are_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kernels.load.__wrapped__(torch.float32) is not None

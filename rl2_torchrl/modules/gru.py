@@ -58,15 +58,14 @@ class FastGRUModule(GRUModule):
         return tensordict.set(self.out_keys[1], last.reshape(*batch, *last.shape[-2:]))
 
     def is_plain(self) -> bool:
-        """Whether this is `gru_sequence`, layer by layer, and kernels for it are at hand."""
+        """Whether this is `gru_sequence`, layer by layer, and nothing more."""
         gru = self.gru
-        return (
-            type(gru) is nn.GRU
-            and gru.weight_hh_l0.device.type == "cpu"
-            and not (gru.bidirectional or (gru.dropout and gru.training and gru.num_layers > 1))
-            and self.recurrent_backend == "pad"
-            and kernels.load(gru.weight_hh_l0.dtype) is not None
-        )
+        dropout = gru.dropout and gru.training and gru.num_layers > 1
+        return type(gru) is nn.GRU and not gru.bidirectional and not dropout and self.recurrent_backend == "pad"
+
+    def has_kernels(self) -> bool:
+        """Whether `gru_sequence` is compiled for this module's device and dtype."""
+        return _library(self.gru.weight_hh_l0) is not None
 
     def fits(self, x: torch.Tensor | None, hidden: torch.Tensor | None) -> bool:
         """Whether ``x`` ``[..., input_size]`` and ``hidden`` ``[..., num_layers, hidden_size]`` have this GRU's sizes."""
@@ -80,6 +79,7 @@ class FastGRUModule(GRUModule):
         x, hidden = (tensordict.get(key, None) for key in self.in_keys[:2])
         return (
             self.is_plain()
+            and self.has_kernels()
             and self.fits(x, hidden)
             and (tensordict.ndim > 0 or not self.recurrent_mode)
             and tensordict.numel() > 0
@@ -126,10 +126,10 @@ def gru_sequence(
 
     ``h_t = GRU(x_t, h_{t-1})``; ``h_{t-1}`` is ``hidden[:, t]`` at the first step and wherever ``is_init`` is set. The gradient is
     back-propagation through time in one pass; the weights' gradients are single matrix products over all steps.
-    Needs the compiled kernels (`rl2_torchrl.kernels`) for the dtype of ``x``.
+    Without compiled kernels (`rl2_torchrl.kernels`) for the device and dtype, it is a loop of PyTorch's operations.
 
     Args:
-        x: ``[N, T, input_size]``, float32 or float64, on the CPU.
+        x: ``[N, T, input_size]``.
         hidden: ``[N, T, hidden_size]``, or None for zeros.
         is_init: bool ``[N, T]``, or None when no sequence starts anew after its first step.
         w_ih: ``[3 * hidden_size, input_size]``.
@@ -147,9 +147,27 @@ def gru_sequence(
         True
     """
     arguments = (x, hidden, is_init, w_ih, w_hh, b_ih, b_hh)
+    if _library(x) is None:
+        return _loop(*arguments)
     if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments):
         return _GRUSequence.apply(*arguments)
     return _forward(x, hidden, _bytes(is_init), _pack(w_ih, w_hh, b_ih, b_hh), w_hh.shape[1], None)
+
+
+def _loop(x, hidden, is_init, w_ih, w_hh, b_ih, b_hh) -> torch.Tensor:
+    h = x.new_zeros(len(x), w_hh.shape[1]) if hidden is None else hidden[:, 0]
+    outputs = []
+    for t in range(x.shape[1]):
+        if t and is_init is not None:
+            first = torch.zeros_like(h) if hidden is None else hidden[:, t]
+            h = torch.where(is_init[:, t].unsqueeze(-1), first, h)
+        h = torch.gru_cell(x[:, t], h, w_ih, w_hh, b_ih, b_hh)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def _library(tensor: torch.Tensor):
+    return kernels.load(tensor.dtype) if tensor.device.type == "cpu" else None
 
 
 class StepGRU:
@@ -166,7 +184,7 @@ class StepGRU:
         self.layers = [[getattr(gru, name).detach() for name in layer] for layer in gru._all_weights]
         self.units = gru.hidden_size
         weight = gru.weight_hh_l0
-        self.library = kernels.load(weight.dtype) if weight.device.type == "cpu" else None
+        self.library = _library(weight)
         self.packed = [] if self.library is None else [_pack(*layer) for layer in self.layers]
 
     def __call__(self, x: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -100,8 +100,8 @@ def run_sequences(modules: list[TensorDictModuleBase], data: TensorDictBase, sta
                 state[key] = value
         if isinstance(module, FastGRUModule):
             x, hidden, is_init = (state.get(key) for key in module.in_keys)
-            if is_init is None or not module.fits(x, hidden):
-                raise NotPlainError(f"the input of {type(module).__name__} does not fit it")
+            if is_init is None or not module.fits(x, hidden) or not module.has_kernels():
+                raise NotPlainError(f"the input of {type(module).__name__} does not fit it, or TorchRL's GRU is faster")
             state[module.out_keys[0]] = module.sequence(x, hidden, is_init.squeeze(-1))[-1]
         elif not set(module.in_keys) <= state.keys():
             raise NotPlainError(f"{type(module).__name__} reads {module.in_keys}, not all of which are there")
