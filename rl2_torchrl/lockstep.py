@@ -27,6 +27,8 @@ from rl2_torchrl.trial import Trial
 
 __all__ = ["LockstepRollout"]
 
+_ROWS_AT_ONCE = 4096
+
 
 class LockstepRollout:
     """Collects batches of ``steps`` steps of whole trials; the module's page says how.
@@ -51,11 +53,14 @@ class LockstepRollout:
         self.modules = flat_modules(policy)
         self.hidden_keys = hidden_keys(policy)
         self.sample, self.family = family_of(self.modules)
+        self.acting, self.judging = self._split()
         self.known = self._known_entries()
         unknown = set(self.keep) - self._entries()
         if unknown:
             raise ValueError(f"{unknown} is not among the entries {self._entries()}")
+        self.trans = _Transitions(self.transition, self.known, self.steps)
         self.batch = TensorDict({k: self.known[k] for k in self.keep if k in self.known}, [*self.env.batch_size, steps])
+        self.batch.set(self.transition.out_key, self.trans.data.transpose(0, 1))
 
     def _entries(self) -> set[NestedKey]:
         made = {self.transition.out_key, self.sampler.task_key, ("next", "reward"), *self.known}
@@ -78,52 +83,62 @@ class LockstepRollout:
         shape = (*self.env.batch_size, self.steps, 1)
         return {k: v.unsqueeze(-1).expand(shape).contiguous().to(self.env.device) for k, v in entries.items()}
 
+    def _split(self) -> tuple[list[TensorDictModuleBase], list[TensorDictModuleBase]]:
+        """Modules that each step needs, and a critic without memory of its own, which can look at many steps at once."""
+        end = self.modules.index(self.sample) + 1
+        acting, judging = self.modules[:end], self.modules[end:]
+        has_memory = any(isinstance(module, FastGRUModule) for module in judging)
+        return (self.modules, []) if has_memory else (acting, judging)
+
     # ----------------------------------------------------------------- rollout
     @torch.no_grad()
     def __call__(self) -> TensorDict:
         """The next batch ``[B, steps]``, written over the last one."""
-        runs, noise = self._runs(), self._noise()
+        runs, noise = [self._run(module) for module in self.acting], self._noise()
         inputs = [key for key in self.policy.in_keys if key in self.known and key != "is_init"]
-        recorded = self._recorded()
+        judged = {key for module in self.judging for key in module.out_keys}
+        recorded = [key for key in self._recorded() if key not in judged]
+        memory = [(key, _next_key(key)) for key in self.hidden_keys]
+        self.trans.clear()
         steps: dict[NestedKey, list[torch.Tensor]] = defaultdict(list)
+        unjudged: list[State] = []
         for t in range(self.steps):
             if t % self.trial_steps == 0:
-                state, observation = self._begin_trial()
+                task = self.sampler.draw()
+                state = {self.sampler.task_key: task}
+            if t % self.trial_steps % self.env.episode_steps == 0:
+                observation = self.env.first(task)
+            state[self.transition.out_key] = self.trans.observe(t, observation)
             for key in inputs:
                 state[key] = self.known[key][:, t]
             for run in runs:
                 run(state, noise[t])
             for key in recorded:
                 steps[key].append(state[key])
+            unjudged.append(state)
+            if len(unjudged) * self.env.batch_size[0] >= _ROWS_AT_ONCE or t + 1 == self.steps:
+                self._judge(unjudged, steps, judged.intersection(self.keep))
+                unjudged = []
             action = state[self.env.action_key]
-            reward, observation = self.env.transition(state[self.sampler.task_key], observation, action)
+            reward, observation = self.env.transition(task, observation, action)
             steps["next", "reward"].append(reward)
-            state, observation = self._next(state, observation, reward, t)
+            if (t + 1) % self.trial_steps:
+                self.trans.tell(t + 1, action, reward)
+                state = {self.sampler.task_key: task, **{key: state[next_key] for key, next_key in memory}}
         return self._store(steps)
 
-    def _begin_trial(self) -> tuple[State, torch.Tensor | None]:
-        task = self.sampler.draw()
-        observation = self.env.first(task)
-        state = {self.sampler.task_key: task, self.transition.out_key: self.transition.begin(_present(observation))}
-        return state, observation
-
-    def _next(
-        self, state: State, observation: torch.Tensor | None, reward: torch.Tensor, t: int
-    ) -> tuple[State, torch.Tensor | None]:
-        task = state[self.sampler.task_key]
-        if (t % self.trial_steps + 1) % self.env.episode_steps == 0:
-            observation = self.env.first(task)
-        done = self.known["next", "episode_done"][:, t]
-        trans = self.transition.combine(_present(observation), state[self.env.action_key], reward, done)
-        following = {self.sampler.task_key: task, self.transition.out_key: trans}
-        for key in self.hidden_keys:
-            following[key] = state[_next_key(key)]
-        return following, observation
+    def _judge(self, states: list[State], steps: dict[NestedKey, list[torch.Tensor]], kept: set[NestedKey]) -> None:
+        """Runs the critic on several steps at once and appends the entries ``kept`` to ``steps``."""
+        made: State = {}
+        for module in self.judging:
+            for key in module.in_keys:
+                if key not in made:
+                    made[key] = torch.stack([state[key] for state in states])
+            module_function(module)(made)
+        for key in kept:
+            steps[key] += made[key].unbind()
 
     # ------------------------------------------------------------------ policy
-    def _runs(self) -> list[Callable[[State, torch.Tensor | None], None]]:
-        return [self._run(module) for module in self.modules]
-
     def _run(self, module: TensorDictModuleBase) -> Callable[[State, torch.Tensor | None], None]:
         """``module`` as a function that writes into a dictionary of tensors."""
         in_keys, out_keys = module.in_keys, module.out_keys
@@ -131,8 +146,10 @@ class LockstepRollout:
             step = StepGRU(module.gru)
 
             def run(state: State, noise: torch.Tensor | None) -> None:
-                state[out_keys[0]], state[out_keys[1]] = step(state[in_keys[0]], state.get(in_keys[1]))
-                state.setdefault(in_keys[1], torch.zeros_like(state[out_keys[1]]))
+                hidden = state.get(in_keys[1])
+                state[out_keys[0]], state[out_keys[1]] = step(state[in_keys[0]], hidden)
+                if hidden is None:  # a trial's first step
+                    state[in_keys[1]] = torch.zeros_like(state[out_keys[1]])
 
         elif module is self.sample:
             act, action_key = self.family.act, self.env.action_key
@@ -160,7 +177,7 @@ class LockstepRollout:
     # ----------------------------------------------------------------- storage
     def _recorded(self) -> list[NestedKey]:
         """Entries to write down in every step: what is kept, and what the log-probability is computed from afterwards."""
-        late = {*self.known, ("next", "reward"), self.sample.log_prob_key}
+        late = {*self.known, ("next", "reward"), self.sample.log_prob_key, self.transition.out_key}
         keys = [key for key in self.keep if key not in late]
         if self.sample.log_prob_key in self.keep:
             keys += [self.env.action_key, *self.sample.in_keys]
@@ -181,6 +198,36 @@ class LockstepRollout:
         return self.batch.select(*self.keep)
 
 
+class _Transitions:
+    """The transition inputs ``[steps, B, size]`` of a batch, written in place."""
+
+    def __init__(self, transition: PreviousStep, known: State, steps: int):
+        layout, done = transition.layout(), known["episode_done"].transpose(0, 1)
+        self.data = torch.zeros(*done.shape[:2], layout.size, device=done.device)
+        *observations, action, reward, self.done = layout.split(self.data)
+        self.encodings, self.action = list(layout.observations.values()), layout.action
+        # Views of all steps at once: an index in each step costs as much as the copy.
+        self.steps, self.observations = self.data.unbind(), [part.unbind() for part in observations]
+        self.actions, self.rewards = action.unbind(), reward.unbind()
+        start = known["is_init"].transpose(0, 1)
+        self.known_done = torch.where(start, transition.done_at_start, done.to(self.data.dtype))
+
+    def clear(self) -> None:
+        self.data.zero_()
+        self.done.copy_(self.known_done)
+
+    def observe(self, t: int, observation: torch.Tensor | None) -> torch.Tensor:
+        """The input of step ``t``, now that its observation is there too."""
+        for encoding, part in zip(self.encodings, self.observations, strict=True):
+            encoding.write(part[t], observation)
+        return self.steps[t]
+
+    def tell(self, t: int, action: torch.Tensor, reward: torch.Tensor) -> None:
+        """Writes the previous ``action`` and ``reward`` into the input of step ``t``."""
+        self.action.write(self.actions[t], action)
+        self.rewards[t].copy_(reward)
+
+
 def _trial_transforms(env: EnvBase) -> list:
     if not (type(env) is TransformedEnv and isinstance(env.base_env, LockstepEnv) and len(env.batch_size) == 1):
         raise ValueError("the env is no TransformedEnv over a LockstepEnv of one batch dimension")
@@ -194,10 +241,6 @@ def _trial_transforms(env: EnvBase) -> list:
 def _trial_steps(trial: Trial, episode_steps: int) -> int:
     by_episodes = None if trial.episodes is None else trial.episodes * episode_steps
     return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
-
-
-def _present(observation: torch.Tensor | None) -> list[torch.Tensor]:
-    return [] if observation is None else [observation]
 
 
 def _is_next(key: NestedKey) -> bool:

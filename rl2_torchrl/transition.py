@@ -71,28 +71,28 @@ class PreviousStep(Transform):
 
     # ------------------------------------------------------------ step, reset
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        layout = self._layout()
+        layout = self.layout()
         observations = [next_tensordict.get(key) for key in layout.observations]
         reward, done = next_tensordict.get("reward"), next_tensordict.get(EPISODE_DONE)
         trans = self.combine(observations, tensordict.get(layout.action_key), reward, done)
         return next_tensordict.set(self.out_key, trans)
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        observations = [tensordict_reset.get(key) for key in self._layout().observations]
+        observations = [tensordict_reset.get(key) for key in self.layout().observations]
         return tensordict_reset.set(self.out_key, self.begin(observations))
 
     def combine(
         self, observations: Sequence[torch.Tensor], action: torch.Tensor, reward: torch.Tensor, done: torch.Tensor
     ) -> torch.Tensor:
         """The transition input ``[*B, size]`` after a step with ``action``, ``reward`` and the episode's ``done`` ``[*B, 1]``."""
-        layout, batch_size = self._layout(), reward.shape[:-1]
+        layout, batch_size = self.layout(), reward.shape[:-1]
         parts = layout.encode(observations, batch_size)
         parts += [layout.action.encode(action, batch_size), reward.to(torch.float32), done.to(torch.float32)]
         return torch.cat(parts, -1)
 
     def begin(self, observations: Sequence[torch.Tensor]) -> torch.Tensor:
         """The transition input ``[*B, size]`` at a trial's first step."""
-        layout, env = self._layout(), self.container.base_env
+        layout, env = self.layout(), self.container.base_env
         zeros = torch.zeros((*env.batch_size, layout.action.size + 1), device=env.device)
         done = torch.full_like(zeros[..., :1], self.done_at_start)
         return torch.cat([*layout.encode(observations, env.batch_size), zeros, done], -1)
@@ -100,7 +100,7 @@ class PreviousStep(Transform):
     @property
     def action_size(self) -> int:
         """Size of the action's part: its dimensions, or the number of choices."""
-        return self._layout().action.size
+        return self.layout().action.size
 
     # ------------------------------------------------------------------ specs
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
@@ -110,7 +110,8 @@ class PreviousStep(Transform):
         observation_spec[self.out_key] = Unbounded(shape, dtype=torch.float32, device=env.device)
         return observation_spec
 
-    def _layout(self) -> _Layout:
+    def layout(self) -> _Layout:
+        """How the parts lie in the transition input."""
         # Read once: building specs costs more than a step. The env builds them from front to back, so that
         # `transform_observation_spec` sees no entry of a later transform; the finished spec holds those too.
         if self._read_layout is None:
@@ -167,6 +168,13 @@ class _Encoding:
             value = torch.nn.functional.one_hot(value.long(), self.choices)
         return value.to(torch.float32).reshape(*batch_size, -1)
 
+    def write(self, out: torch.Tensor, value: torch.Tensor) -> None:
+        """Writes the encoded ``value`` into ``out`` ``[*B, size]``, which holds zeros."""
+        if self.choices == self.size:
+            out.scatter_(-1, value.long().unsqueeze(-1), 1.0)
+        else:
+            out.copy_(self.encode(value, out.shape[:-1]))
+
 
 @dataclass(frozen=True)
 class _Layout:
@@ -179,6 +187,10 @@ class _Layout:
     @property
     def size(self) -> int:
         return sum(part.size for part in self.observations.values()) + self.action.size + 2
+
+    def split(self, trans: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of the parts of ``trans``: each observation, action, reward, done."""
+        return trans.split([*(part.size for part in self.observations.values()), self.action.size, 1, 1], -1)
 
     def encode(self, observations: Sequence[torch.Tensor], batch_size: torch.Size) -> list[torch.Tensor]:
         parts = zip(self.observations.values(), observations, strict=True)

@@ -116,9 +116,7 @@ class BernoulliBandit(_Bandit):
 
     def transition(self, task: torch.Tensor, observation: None, action: torch.Tensor) -> tuple[torch.Tensor, None]:
         """A draw of the pulled arm's reward."""
-        mean = task.gather(-1, action.unsqueeze(-1))
-        draw = torch.rand(mean.shape, generator=self.generator, device=self.device)
-        return (draw < mean).to(task.dtype), None
+        return torch.bernoulli(task.gather(-1, action.unsqueeze(-1)), generator=self.generator), None
 
 
 class QuadraticBandit(_Bandit):
