@@ -6,6 +6,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 from torch.compiler import is_compiling
+from torch.nn.functional import mse_loss
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.modules.plain import Family, NotPlainError, family_of, flat_modules, run_sequences
@@ -130,17 +131,16 @@ class RL2PPOLoss(ClipPPOLoss):
         parameters = [state[key] for key in sample.in_keys]
         log_prob, entropy = family.log_prob_and_entropy(data.get(keys.action), *parameters)
         log_weight = (log_prob - data.get(keys.sample_log_prob)).unsqueeze(-1)
-        clipped = log_weight.clamp(*self._clip_bounds)
-        ratio = log_weight.exp()
-        out = {"loss_objective": -torch.minimum(ratio * advantage, clipped.exp() * advantage).mean()}
+        objective, ratio, is_clipped = _ClippedObjective.apply(log_weight, advantage, *self._clip_bounds)
+        out = {"loss_objective": objective}
         if self.entropy_bonus:
-            out |= {"entropy": entropy.detach().mean(), "loss_entropy": -self.entropy_coeff * entropy.mean()}
+            entropy = entropy.mean()
+            out |= {"entropy": entropy.detach(), "loss_entropy": -self.entropy_coeff * entropy}
         if self._has_critic:
-            error = state[keys.value] - data.get(keys.value_target)
-            out["loss_critic"] = self.critic_coeff * error.square().mean()
+            out["loss_critic"] = self.critic_coeff * mse_loss(state[keys.value], data.get(keys.value_target))
         with torch.no_grad():
-            out["clip_fraction"] = (clipped != log_weight).to(ratio.dtype).mean()
-            out |= {"kl_approx": -log_weight.mean(), "max_ratio": ratio.max(), "mean_ratio": ratio.mean()}
+            out |= {"clip_fraction": is_clipped.to(ratio.dtype).mean(), "kl_approx": -log_weight.mean()}
+            out |= {"max_ratio": ratio.max(), "mean_ratio": ratio.mean()}
             weight = ratio.squeeze(-1)
             out["ESS"] = weight.sum(0).square() / weight.square().sum(0) / len(weight)
         return TensorDict(out)
@@ -153,3 +153,26 @@ class RL2PPOLoss(ClipPPOLoss):
             self.clip_epsilon_high = torch.as_tensor(clip_epsilon[1], dtype=dtype, device=self.clip_epsilon_high.device)
         else:
             self.clip_epsilon = torch.as_tensor(clip_epsilon, dtype=dtype, device=self.clip_epsilon.device)
+
+
+class _ClippedObjective(torch.autograd.Function):
+    """``-mean(min(r A, clip(r) A))`` from ``log r``, with the ratios and where they were clipped.
+
+    Its gradient by ``log r`` is ``-r A / N`` where ``r A`` is the smaller (within the clip both are the same), 0 elsewhere.
+    """
+
+    @staticmethod
+    def forward(ctx, log_weight, advantage, low, high):
+        clipped = log_weight.clamp(low, high)
+        ratio = log_weight.exp()
+        gain, bound = ratio * advantage, clipped.exp() * advantage
+        ctx.save_for_backward(gain * (gain <= bound))
+        is_clipped = clipped != log_weight
+        ctx.mark_non_differentiable(ratio, is_clipped)
+        return -torch.minimum(gain, bound).mean(), ratio, is_clipped
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, *_):
+        (active_gain,) = ctx.saved_tensors
+        return active_gain * (-gradient / active_gain.numel()), None, None, None
