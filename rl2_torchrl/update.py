@@ -206,16 +206,12 @@ class PPOUpdate:
         losses = self.loss(minibatch)
         terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
         total = sum(terms.values())
-        if not torch.isfinite(total):
-            broken = {name: value.item() for name, value in terms.items()}
-            raise FloatingPointError(
-                f"the loss is not finite in {where}: {broken}. The networks were not changed by it."
-            )
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         total.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total.item()}).")
+            _raise_not_finite(terms, total, where)
         self.optimizer.step()
         diagnostics = {
             name: losses[name]
@@ -263,6 +259,13 @@ def _check_arguments(loss, bptt, epochs, minibatches, max_grad_norm, target_kl, 
             "the actor hands no hidden state on to its next step, so it cannot adapt within a trial: use a recurrent "
             f"actor such as GRUCategoricalActor. It reads {loss.actor_network.in_keys}."
         )
+
+
+def _raise_not_finite(terms: dict[str, torch.Tensor], total: torch.Tensor, where: str) -> None:
+    if torch.isfinite(total):
+        raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total.item()}).")
+    broken = {name: value.item() for name, value in terms.items()}
+    raise FloatingPointError(f"the loss is not finite in {where}: {broken}. The networks were not changed by it.")
 
 
 def _require_replay(max_ratio: torch.Tensor) -> None:
