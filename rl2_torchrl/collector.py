@@ -56,6 +56,8 @@ class TrialCollector(Collector):
         **kwargs,
     ):
         defaults = {"auto_register_policy_transforms": True, "return_same_td": True, "track_traj_ids": False}
+        if keep is not None:
+            defaults["use_buffers"] = False  # they hold all entries of all steps, those that are not kept too
         super().__init__(create_env_fn, policy, **{**defaults, **kwargs})
         self.keep = None if keep is None else list(dict.fromkeys(keep))
         self.lockstep = self._plan()

@@ -8,7 +8,6 @@ distribution's parameters and of noise (Gumbel-max for categorical, location-sca
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -60,6 +59,7 @@ class LockstepRollout:
             raise ValueError(f"{unknown} is not among the entries {self._entries()}")
         self.trans = _Transitions(self.transition, self.known, self.steps)
         self.batch = TensorDict({k: self.known[k] for k in self.keep if k in self.known}, [*self.env.batch_size, steps])
+        self._rows: dict[NestedKey, tuple[torch.Tensor, ...]] = {}
         self.batch.set(self.transition.out_key, self.trans.data.transpose(0, 1))
 
     def _entries(self) -> set[NestedKey]:
@@ -98,9 +98,9 @@ class LockstepRollout:
         inputs = [key for key in self.policy.in_keys if key in self.known and key != "is_init"]
         judged = {key for module in self.judging for key in module.out_keys}
         recorded = [key for key in self._recorded() if key not in judged]
+        kept_of_judged = judged.intersection(self.keep)
         memory = [(key, _next_key(key)) for key in self.hidden_keys]
         self.trans.clear()
-        steps: dict[NestedKey, list[torch.Tensor]] = defaultdict(list)
         unjudged: list[State] = []
         for t in range(self.steps):
             if t % self.trial_steps == 0:
@@ -114,21 +114,21 @@ class LockstepRollout:
             for run in runs:
                 run(state, noise[t])
             for key in recorded:
-                steps[key].append(state[key])
+                self._record(key, t, state[key])
             unjudged.append(state)
             if len(unjudged) * self.env.batch_size[0] >= _ROWS_AT_ONCE or t + 1 == self.steps:
-                self._judge(unjudged, steps, judged.intersection(self.keep))
+                self._judge(unjudged, kept_of_judged, t + 1)
                 unjudged = []
             action = state[self.env.action_key]
             reward, observation = self.env.transition(task, observation, action)
-            steps["next", "reward"].append(reward)
+            self._record(("next", "reward"), t, reward)
             if (t + 1) % self.trial_steps:
                 self.trans.tell(t + 1, action, reward)
                 state = {self.sampler.task_key: task, **{key: state[next_key] for key, next_key in memory}}
-        return self._store(steps)
+        return self._finish()
 
-    def _judge(self, states: list[State], steps: dict[NestedKey, list[torch.Tensor]], kept: set[NestedKey]) -> None:
-        """Runs the critic on several steps at once and appends the entries ``kept`` to ``steps``."""
+    def _judge(self, states: list[State], kept: set[NestedKey], end: int) -> None:
+        """Runs the critic on the steps up to ``end`` that ``states`` are of, at once, and records the entries ``kept``."""
         made: State = {}
         for module in self.judging:
             for key in module.in_keys:
@@ -136,7 +136,8 @@ class LockstepRollout:
                     made[key] = torch.stack([state[key] for state in states])
             module_function(module)(made)
         for key in kept:
-            steps[key] += made[key].unbind()
+            for t, value in enumerate(made[key].unbind(), end - len(states)):
+                self._record(key, t, value)
 
     # ------------------------------------------------------------------ policy
     def _run(self, module: TensorDictModuleBase) -> Callable[[State, torch.Tensor | None], None]:
@@ -183,14 +184,16 @@ class LockstepRollout:
             keys += [self.env.action_key, *self.sample.in_keys]
         return list(dict.fromkeys(keys))
 
-    def _store(self, steps: dict[NestedKey, list[torch.Tensor]]) -> TensorDict:
-        """Stacks the steps into the last batch's memory: first touch of fresh memory costs more than the copy."""
-        for key, values in steps.items():
-            old = self.batch.get(key, None)
-            if old is None:
-                self.batch.set(key, torch.stack(values, 1))
-            else:
-                torch.stack(values, 1, out=old)
+    def _record(self, key: NestedKey, t: int, value: torch.Tensor) -> None:
+        """Writes into the last batch's memory: steps that live until the batch is whole would scatter the heap."""
+        rows = self._rows.get(key)
+        if rows is None:
+            buffer = value.new_empty(self.steps, *value.shape)
+            self.batch.set(key, buffer.transpose(0, 1))
+            rows = self._rows[key] = buffer.unbind()
+        rows[t].copy_(value)
+
+    def _finish(self) -> TensorDict:
         if self.sample.log_prob_key in self.keep:
             parameters = [self.batch.get(key) for key in self.sample.in_keys]
             log_prob, _ = self.family.log_prob_and_entropy(self.batch.get(self.env.action_key), *parameters)
