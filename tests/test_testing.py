@@ -185,9 +185,9 @@ class BetweenSteps(TransformedEnv):
 
     def maybe_reset(self, tensordict):
         tensordict = super().maybe_reset(tensordict)
-        inside = tensordict["trial_step"] > 0
-        spoilt = torch.where(inside, tensordict[self.spoilt] + 1, tensordict[self.spoilt])
-        return tensordict.set(self.spoilt, spoilt)
+        inside, value = tensordict["trial_step"] > 0, tensordict[self.spoilt]
+        spoilt = value / 2 if value.is_floating_point() else value + 1
+        return tensordict.set(self.spoilt, torch.where(inside, spoilt, value))
 
 
 def between_steps(key):
@@ -205,7 +205,7 @@ class WhateverTheSeed:
 
     def __call__(self, size, generator):
         self.calls[generator] = self.calls.get(generator, 0) + 1
-        return torch.arange(3.0 * size.numel()).reshape(*size, 3) + self.calls[generator]
+        return (torch.arange(3.0 * size.numel()).reshape(*size, 3) + self.calls[generator]) / 100
 
 
 def twins(size, generator):
