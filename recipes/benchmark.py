@@ -215,6 +215,7 @@ def scaling_study(base: Workload, repeats: int, peak: float, folder: Path) -> di
         axes.set(xlabel=what, ylabel="env steps/s", title=f"{what} (labels: share of the matrix-product peak)")
         axes.set_xticks(values, [str(v) for v in values])
         axes.minorticks_off()
+        axes.margins(y=0.12)  # room for the labels
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     figure.savefig(folder / "scaling.png", dpi=130)

@@ -1,0 +1,62 @@
+"""The benchmark recipes at tiny sizes: what they promise to write, never how fast they are."""
+
+import json
+
+import pytest
+import torch
+
+from recipes import benchmark, gru_benchmark
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def small_peak(monkeypatch):
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda: 1e9)
+
+
+def test_json_holds_every_phase_and_all_runs(tmp_path):
+    file = tmp_path / "speed.json"
+    benchmark.main(workload="all", repeats=2, threads=1, trials=8, units=4, json=file)
+    stored = json.loads(file.read_text())
+    assert set(stored) == {"W1", "W2", "W3"}
+    for name, row in stored.items():
+        assert (row["trials"], row["units"]) == (8, 4)
+        assert row["arms"] == benchmark.WORKLOADS[name].arms
+        for phase in ("collect", "advantage", "update", "total"):
+            assert len(row["runs"][phase]) == 2
+            assert min(row["runs"][phase]) <= row[f"{phase}_steps_per_second"] <= max(row["runs"][phase])
+        assert row["fraction_of_peak"] == pytest.approx(row["gflops"])  # of a peak of 1 GFLOP/s
+
+
+def test_workloads_take_the_fast_path():
+    workload = benchmark.Workload(arms=3, pulls=4, trials=8, units=4, minibatches=2)
+    collector, update = benchmark.compose(workload)
+    assert collector.lockstep is not None
+    assert "actor_hidden" not in update.in_keys
+    # By hand: inputs 3 + 2; gates 3 * 4 * (5 + 4), heads 4 * (3 + 1); twice that forward, and 3 passes' worth in 4 epochs.
+    assert workload.step_flops == 2 * (108 + 16) * 13
+
+
+def test_scaling_study_writes_a_plot(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "SCALING", [("trials", (4, 8)), ("units", (2, 4))])
+    figures = benchmark.main(workload="W3", repeats=1, trials=8, units=4, scaling=tmp_path / "plots")
+    assert set(figures["scaling"]) == {"trials 4", "trials 8", "units 2", "units 4"}
+    assert (tmp_path / "plots" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_to_time_is_refused():
+    with pytest.raises(ValueError, match="repeats=0"):
+        benchmark.main(repeats=0)
+
+
+def test_gru_table_compares_every_backend():
+    figures = gru_benchmark.main(rows=(2,), units=(4,), steps=3, inputs=2, repeats=1, threads=1)
+    assert set(figures) == {"2x4 one step", "2x4 forward", "2x4 forward + backward"}
+    assert all(set(times) == {"pad", "scan", "python", "fast"} for times in figures.values())
