@@ -1,10 +1,12 @@
 """`TrialCollector`: on native envs its fast path must give the batches that TorchRL's `Collector` gives."""
 
+import math
+
 import pytest
 import torch
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, GymEnv, TransformedEnv
-from torchrl.envs.utils import ExplorationType
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl import (
@@ -24,6 +26,12 @@ ROWS, PULLS, ARMS = 6, 5, 3
 KEEP = ["trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "action"]
 KEEP += ["action_log_prob", "state_value", "actor_hidden", "done", "terminated"]
 KEEP += [("next", key) for key in ("reward", "done", "terminated", "episode_done", "episode_index", "time_left")]
+
+
+@pytest.fixture(autouse=True)
+def several_blocks_of_steps(monkeypatch):
+    """The critic looks at three steps at once, so that a batch of these sizes takes several looks."""
+    monkeypatch.setattr("rl2_torchrl.lockstep._ROWS_AT_ONCE", 3 * ROWS)
 
 
 def bandit_env(kind="bernoulli", trial=None, seed=0):
@@ -121,6 +129,22 @@ def test_actions_follow_the_policys_distribution():
         probs = policy.actor.get_dist(env.reset()).probs[0]
     observed = torch.bincount(first, minlength=ARMS) / len(first)
     assert ((observed - probs).abs() < 4 * (probs * (1 - probs) / len(first)).sqrt()).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "std"),
+    [("bernoulli", 0.57722, math.pi / 6**0.5), ("quadratic", 0.0, 1.0)],
+    ids=["Gumbel", "normal"],
+)
+def test_noise_of_the_actions(kind, mean, std):
+    env, steps = bandit_env(kind), 1000 * PULLS
+    torch.manual_seed(0)
+    collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * steps, total_frames=-1, keep=["action"])
+    with set_exploration_type(ExplorationType.RANDOM):
+        noise = collector.lockstep._noise()
+    assert noise.isfinite().all()
+    assert noise.mean().item() == pytest.approx(mean, abs=4 * std / noise.numel() ** 0.5)
+    assert noise.std().item() == pytest.approx(std, rel=0.02)
 
 
 def test_rewards_follow_the_task():
