@@ -157,7 +157,7 @@ def make_env(sampler: TaskSampler, arms: int, pulls: int, rows: int, seed: int) 
 def classical_agents(means: torch.Tensor, pulls: int, seed: int) -> dict[str, AdaptationCurve]:
     """The algorithms that humans designed, on the very tasks ``means`` [num_tasks, arms]; UCB1 tuned on others."""
     generator = torch.Generator().manual_seed(stream(seed, 10))
-    exploration = bandits.tune_ucb1(tasks(seed, TUNING_TASKS, 4000, means.shape[1]), pulls, generator=generator)
+    exploration = bandits.tune_ucb1(tasks(seed, TUNING_TASKS, 20_000, means.shape[1]), pulls, generator=generator)
     return {
         "random": AdaptationCurve(bandits.random_agent(means, pulls, generator)),
         "greedy": AdaptationCurve(bandits.greedy(means, pulls, generator)),

@@ -11,6 +11,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from rl2_torchrl.lockstep import LockstepRollout
+from rl2_torchrl.modules.plain import NotPlainError
 
 __all__ = ["TrialCollector"]
 
@@ -71,7 +72,7 @@ class TrialCollector(Collector):
             return None
         try:
             return LockstepRollout(self.env, self._wrapped_policy, self.frames_per_batch, self.keep)
-        except ValueError:
+        except NotPlainError:
             # Collector's own loop takes every env, policy and entry.
             return None
 

@@ -19,7 +19,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from rl2_torchrl.envs.lockstep import LockstepEnv
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.gru import FastGRUModule, StepGRU
-from rl2_torchrl.modules.plain import State, family_of, flat_modules, module_function
+from rl2_torchrl.modules.plain import NotPlainError, State, family_of, flat_modules, module_function
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
@@ -39,7 +39,7 @@ class LockstepRollout:
         keep: entries of the batch.
 
     Raises:
-        ValueError: env, policy or ``keep`` ask for more than this can do; the message says what.
+        NotPlainError: env, policy or ``keep`` ask for more than this can do; the message says what.
     """
 
     def __init__(self, env: EnvBase, policy: TensorDictModuleBase, steps: int, keep: Sequence[NestedKey]):
@@ -48,7 +48,7 @@ class LockstepRollout:
         self.policy, self.steps, self.keep = policy, steps, list(keep)
         self.trial_steps = _trial_steps(self.trial, self.env.episode_steps)
         if steps % self.trial_steps:
-            raise ValueError(f"a batch of {steps} steps is no whole number of trials of {self.trial_steps} steps")
+            raise NotPlainError(f"a batch of {steps} steps is no whole number of trials of {self.trial_steps} steps")
         self.modules = flat_modules(policy)
         self.hidden_keys = hidden_keys(policy)
         self.sample, self.family = family_of(self.modules)
@@ -56,7 +56,7 @@ class LockstepRollout:
         self.known = self._known_entries()
         unknown = set(self.keep) - self._entries()
         if unknown:
-            raise ValueError(f"{unknown} is not among the entries {self._entries()}")
+            raise NotPlainError(f"{unknown} is not among the entries {self._entries()}")
         self.trans = _Transitions(self.transition, self.known, self.steps)
         self.batch = TensorDict({k: self.known[k] for k in self.keep if k in self.known}, [*self.env.batch_size, steps])
         self._rows: dict[NestedKey, tuple[torch.Tensor, ...]] = {}
@@ -233,11 +233,11 @@ class _Transitions:
 
 def _trial_transforms(env: EnvBase) -> list:
     if not (type(env) is TransformedEnv and isinstance(env.base_env, LockstepEnv) and len(env.batch_size) == 1):
-        raise ValueError("the env is no TransformedEnv over a LockstepEnv of one batch dimension")
+        raise NotPlainError("the env is no TransformedEnv over a LockstepEnv of one batch dimension")
     transforms = list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
     others = [type(t) for t in transforms[3:] if type(t) not in (InitTracker, TensorDictPrimer)]
     if [type(t) for t in transforms[:3]] != [Trial, TaskSampler, PreviousStep] or others:
-        raise ValueError("the transforms are not Trial, TaskSampler, PreviousStep and those of a Collector")
+        raise NotPlainError("the transforms are not Trial, TaskSampler, PreviousStep and those of a Collector")
     return transforms[:3]
 
 

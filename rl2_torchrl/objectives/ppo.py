@@ -126,6 +126,9 @@ class RL2PPOLoss(ClipPPOLoss):
     def _plain_losses(self, data, advantage, networks, sample, family: Family) -> TensorDictBase:
         """What `ClipPPOLoss` gives for these options, without its TensorDicts."""
         keys, state = self.tensor_keys, {}
+        read = [keys.action, keys.sample_log_prob, *([keys.value_target] if self._has_critic else [])]
+        if any(data.get(key, None) is None for key in read):
+            raise NotPlainError(f"one of {read} is missing; ClipPPOLoss says which")
         for modules in networks:
             run_sequences(modules, data, state)
         parameters = [state[key] for key in sample.in_keys]
