@@ -26,7 +26,7 @@ from rl2_torchrl.trial import Trial
 
 __all__ = ["LockstepRollout"]
 
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 2048
 
 
 class LockstepRollout:

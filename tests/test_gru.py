@@ -228,7 +228,7 @@ def test_a_failing_compiler_is_announced_and_survived(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels.torchrl_logger, "warning", messages.append)
     assert kernels.load.__wrapped__(torch.float32) is None
-    assert "PyTorch's own is used" in messages[0]
+    assert "PyTorch's operations do the same" in messages[0]
 
 
 @pytest.mark.skipif(not COMPILED, reason="needs a C compiler")

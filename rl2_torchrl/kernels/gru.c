@@ -7,80 +7,17 @@
  * hidden state stays in its cache, gates are made in registers as the products end, and no array of T x 3H
  * pre-activations is ever written. Arrays are batch-major, [B, T, ...], as in a TensorDict.
  *
- * What backward needs is stored in saved [B, T, 5 H + I + 1] = (r, z, W_hn h + b_hn, n, h, x, 1); backward replaces the
+ * What backward needs is stored in saved [B, T, S] = (r, z, W_hn h + b_hn, n, h, x, 1, 0, ..., 0); backward replaces the
  * first four by the gradients of (r's, z's, W_hn h + b_hn's, n's) pre-activations. The gradients of weights and biases
  * then are two matrix products over all B T steps, of those gradients with (h, x, 1), which the caller takes.
  */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vector.h"
 
-/* Compiled once for float and once, with -DDOUBLE, for double. */
-#ifdef DOUBLE
-typedef double real;
-typedef int64_t bits;
-#define EXPONENT_SHIFT 52
-#define EXPONENT_BIAS 1023
-#define LARGEST 700
-#define TERMS 13 /* of e^x's series for |x| < 0.35: what follows is below rounding */
-#else
-typedef float real;
-typedef int32_t bits;
-#define EXPONENT_SHIFT 23
-#define EXPONENT_BIAS 127
-#define LARGEST 87
-#define TERMS 7
-#endif
-
-#if defined(__AVX512F__)
-#define BYTES 64
-#define ROWS 8
-#elif defined(__AVX__)
-#define BYTES 32
-#define ROWS 4 /* 12 accumulators, 3 weights and 1 factor fill AVX2's 16 registers */
-#else
-#define BYTES 16
-#define ROWS 8
-#endif
-#define LANES (BYTES / (int)sizeof(real))
 #define COLUMNS 2 /* vectors that a block of backward's product is wide */
-#define UNROLL _Pragma("GCC unroll 8")
 
-typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
-typedef bits ivec __attribute__((vector_size(BYTES)));
-
-static inline int lesser(int a, int b) { return a < b ? a : b; }
-static inline long saved_size(int inputs, int hidden) { return 5L * hidden + inputs + 1; }
-int padded(int hidden) { return (hidden + COLUMNS * LANES - 1) / (COLUMNS * LANES) * (COLUMNS * LANES); }
-
-/* Loads and stores of the first n of a vector's entries; n beyond LANES means all of them. */
-static inline vec load(const real *from, int n) {
-    if (n >= LANES) return *(const vec *)from;
-    vec v = {0};
-    memcpy(&v, from, n * sizeof(real));
-    return v;
-}
-static inline void store(real *to, vec v, int n) {
-    if (n >= LANES) *(vec *)to = v;
-    else if (n > 0) memcpy(to, &v, n * sizeof(real));
-}
-
-static inline vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
-
-/* e^x = 2^k e^r with a whole k and |r| < 0.35, where e^r's series is short. Beyond LARGEST it stands still; NaN stays NaN. */
-static inline vec exponential(vec x) {
-    x = choose(x < -(real)LARGEST, (vec){0} - LARGEST, x);
-    x = choose(x > (real)LARGEST, (vec){0} + LARGEST, x);
-    const real magic = (real)((bits)3 << (EXPONENT_SHIFT - 1)); /* adding it leaves the whole part in the low bits */
-    vec shifted = x * (real)1.4426950408889634 + magic;
-    vec k = shifted - magic;
-    x = x - k * (real)0.693145751953125 - k * (real)1.4286068203094172e-6;
-    vec sum = (vec){0} + 1;
-    UNROLL for (int term = TERMS; term > 0; term--) sum = 1 + sum * x * ((real)1 / term);
-    return sum * (vec)(((ivec)shifted << EXPONENT_SHIFT) + ((bits)EXPONENT_BIAS << EXPONENT_SHIFT));
-}
-static inline vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
-static inline vec tanh_(vec x) { return 2 * sigmoid(2 * x) - 1; }
+/* S: 5 H + I + 1, up to whole cache lines, which vectors then do not straddle. */
+long saved_size(int inputs, int hidden) { return (5L * hidden + inputs + 1 + 15) / 16 * 16; }
+static inline int padded(int hidden) { return (hidden + COLUMNS * LANES - 1) / (COLUMNS * LANES) * (COLUMNS * LANES); }
 
 /* ------------------------------------------------------------------------------------------------ weights
  * Packed for unit-stride loads. forward: for each block of LANES units the bias (r, z, hn, in), the rows of W_hh, the
@@ -170,6 +107,7 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
         }
         for (int m = 0; saved && m < rows; m++) {
             real *s = saved + ((long)m * steps + t) * saved_size(inputs, hidden) + 5 * hidden;
+            memset(s, 0, (saved_size(inputs, hidden) - 5L * hidden) * sizeof(real));
             memcpy(s, inputs_of[m], inputs * sizeof(real));
             s[inputs] = 1;
         }

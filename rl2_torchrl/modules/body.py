@@ -11,6 +11,7 @@ from tensordict.utils import unravel_key
 from torch import nn
 
 from rl2_torchrl.modules.gru import FastGRUModule
+from rl2_torchrl.modules.linear import relu_linear
 
 __all__ = ["Concat", "Head", "as_keys", "gru_body", "sub_key"]
 
@@ -33,6 +34,7 @@ class Head(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self.in_features = in_features
         if out_features < 1:
             raise ValueError(f"{out_features} outputs: an actor needs at least one action, or action dimension.")
         layers: list[nn.Module] = [activation()]
@@ -46,13 +48,27 @@ class Head(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Maps ``features`` ``[*B, in_features]`` to ``[*B, out_features]``."""
-        expected = next(layer.in_features for layer in self.layers if isinstance(layer, nn.Linear))
-        if features.shape[-1] != expected:
+        if features.shape[-1] != self.in_features:
             raise ValueError(
-                f"the head reads {features.shape[-1]} features but was built for {expected}: mind the actor's hidden_size and "
-                "the sizes of extra_keys, or let from_env(env, ...) add them up."
+                f"the head reads {features.shape[-1]} features but was built for {self.in_features}: mind the actor's "
+                "hidden_size and the sizes of extra_keys, or let from_env(env, ...) add them up."
             )
-        return self.layers(features)
+        layers = list(self.layers)
+        if not _are_relu_linear(layers):
+            return self.layers(features)
+        for linear in layers[1::2]:
+            features = relu_linear(features, linear.weight, linear.bias)
+        return features
+
+
+def _are_relu_linear(layers: list[nn.Module]) -> bool:
+    """Whether ``layers`` are ReLU and linear by turns and nothing more: no parametrizations, no hooks."""
+    for number, layer in enumerate(layers):
+        if type(layer) is not (nn.Linear if number % 2 else nn.ReLU):
+            return False
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return False
+    return True
 
 
 class Concat(nn.Module):

@@ -204,7 +204,7 @@ class StepGRU:
         y = x.new_empty(rows, units)
         self.library.gru_forward(
             *(rows, 1, inputs, units, x.data_ptr(), x.stride(0), 0, hidden.data_ptr(), hidden.stride(0), 0, None),
-            *(self.packed[layer].data_ptr(), y.data_ptr(), None, _threads(rows * units * (units + inputs))),
+            *(self.packed[layer].data_ptr(), y.data_ptr(), None, kernels.threads_for(rows * units * (units + inputs))),
         )
         return y
 
@@ -214,7 +214,7 @@ def _pack(w_ih, w_hh, b_ih=None, b_hh=None) -> torch.Tensor:
     inputs, units = w_ih.shape[1], w_hh.shape[1]
     weights = [None if w is None else w.detach().contiguous() for w in (w_ih, w_hh, b_ih, b_hh)]
     packed = w_hh.new_empty(library.forward_size(inputs, units))
-    library.pack_forward(inputs, units, *map(_address, weights), packed.data_ptr())
+    library.pack_forward(inputs, units, *map(kernels.address, weights), packed.data_ptr())
     return packed
 
 
@@ -224,8 +224,8 @@ def _forward(x, hidden, is_init, packed, units: int, saved: torch.Tensor | None)
     x, hidden = _unit_stride(x), _unit_stride(hidden)
     y = x.new_empty(rows, steps, units)
     library.gru_forward(
-        *(rows, steps, inputs, units, *_strided(x), *_strided(hidden), _address(is_init), packed.data_ptr()),
-        *(y.data_ptr(), _address(saved), _threads(rows * steps * units * (units + inputs))),
+        *(rows, steps, inputs, units, *_strided(x), *_strided(hidden), kernels.address(is_init), packed.data_ptr()),
+        *(y.data_ptr(), kernels.address(saved), kernels.threads_for(rows * steps * units * (units + inputs))),
     )
     return y
 
@@ -235,7 +235,7 @@ class _GRUSequence(torch.autograd.Function):
     def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
         inputs, units = x.shape[-1], w_hh.shape[1]
         is_init = _bytes(is_init)
-        saved = _Workspace.take(x, (*x.shape[:2], 5 * units + inputs + 1))
+        saved = _Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(inputs, units)))
         y = _forward(x, hidden, is_init, _pack(w_ih, w_hh, b_ih, b_hh), units, saved)
         ctx.save_for_backward(is_init, w_ih, w_hh)
         ctx.saved, ctx.has_bias = saved, b_ih is not None
@@ -269,19 +269,19 @@ def _backward(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
     packed = dy.new_empty(library.backward_size(units))
     library.pack_backward(units, w_hh.data_ptr(), packed.data_ptr())
     library.gru_backward(
-        *(rows, steps, inputs, units, *_strided(dy), _address(is_init), packed.data_ptr()),
-        *(gradients.data_ptr(), _address(d_hidden), _threads(rows * steps * units * units)),
+        *(rows, steps, inputs, units, *_strided(dy), kernels.address(is_init), packed.data_ptr()),
+        *(gradients.data_ptr(), kernels.address(d_hidden), kernels.threads_for(rows * steps * units * units)),
     )
 
 
 def _weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
-    """Gradients of w_ih, w_hh, b_ih and b_hh from the kernel's ``(dr, dz, dhn, dn, h, x, 1)`` ``[N, T, 5 H + I + 1]``."""
+    """Gradients of w_ih, w_hh, b_ih and b_hh from the kernel's ``(dr, dz, dhn, dn, h, x, 1, 0, …)`` ``[N, T, …]``."""
     flat, units = gradients.view(-1, gradients.shape[-1]), gates // 3
-    d_rzh = flat[:, :gates].t() @ flat[:, 4 * units :]  # [3 H, H + I + 1]
-    d_n = flat[:, gates : 4 * units].t() @ flat[:, 5 * units :]  # [H, I + 1]
-    d_w_hh, d_b_hh = d_rzh[:, :units].contiguous(), d_rzh[:, -1].contiguous()
+    d_rzh = flat[:, :gates].t() @ flat[:, 4 * units :]  # [3 H, H + I + 1 + …]
+    d_n = flat[:, gates : 4 * units].t() @ flat[:, 5 * units :]  # [H, I + 1 + …]
+    d_w_hh, d_b_hh = d_rzh[:, :units].contiguous(), d_rzh[:, units + inputs].contiguous()
     d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
-    return d_input[:, :inputs].contiguous(), d_w_hh, d_input[:, -1].contiguous(), d_b_hh
+    return d_input[:, :inputs].contiguous(), d_w_hh, d_input[:, inputs].contiguous(), d_b_hh
 
 
 def _input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
@@ -324,12 +324,3 @@ def _bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
 def _strided(tensor: torch.Tensor | None) -> tuple:
     """Address and strides of row and step, as the kernels take them."""
     return (None, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride()[:2])
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _threads(multiplications: int) -> int:
-    # Below this, waking the other threads costs more than they save.
-    return torch.get_num_threads() if multiplications > 100_000 else 1

@@ -16,6 +16,7 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, Tenso
 from torch.distributions import Categorical
 from torchrl.modules import IndependentNormal, OneHotCategorical
 
+from rl2_torchrl.modules.categorical import log_prob_and_entropy
 from rl2_torchrl.modules.gru import FastGRUModule
 
 __all__ = ["Family", "NotPlainError", "State", "family_of", "flat_modules", "module_function", "run_sequences"]
@@ -120,39 +121,11 @@ def _choose_one_hot(noise: torch.Tensor | None, logits: torch.Tensor) -> torch.T
 
 
 def _of_index(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _CategoricalTerms.apply(action.long().unsqueeze(-1), logits)
+    return log_prob_and_entropy(action.long(), logits)
 
 
 def _of_one_hot(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _of_index(action.long().argmax(-1), logits)
-
-
-class _CategoricalTerms(torch.autograd.Function):
-    """Log-probability of ``action`` ``[*B, 1]`` and entropy, ``[*B]``, in one pass each way.
-
-    With p = softmax(logits) and H the entropy: d log p_a / d logits = 1_a - p, d H / d logits = -p (log p + H).
-    PyTorch's log_softmax and its gradient take several times as long on the few choices of a small action space.
-    """
-
-    @staticmethod
-    def forward(ctx, action, logits):
-        shifted = logits - logits.amax(-1, keepdim=True)
-        exponential = shifted.exp()
-        total = exponential.sum(-1, keepdim=True)
-        probs, log_probs = exponential / total, shifted - total.log()
-        # 0 log 0 is 0: an impossible choice has log p = -inf.
-        entropy = -(probs * log_probs.clamp_min(torch.finfo(logits.dtype).min)).sum(-1)
-        ctx.save_for_backward(action, probs, log_probs, entropy)
-        return log_probs.gather(-1, action).squeeze(-1), entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_log_prob, d_entropy):
-        action, probs, log_probs, entropy = ctx.saved_tensors
-        d_log_prob = d_log_prob.unsqueeze(-1)
-        finite = log_probs.clamp_min(torch.finfo(probs.dtype).min)
-        slope = (finite + entropy.unsqueeze(-1)).mul_(d_entropy.unsqueeze(-1)).add_(d_log_prob)
-        return None, slope.mul_(probs).neg_().scatter_add_(-1, action, d_log_prob)
 
 
 def _shift(noise: torch.Tensor | None, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

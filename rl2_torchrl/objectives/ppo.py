@@ -10,6 +10,7 @@ from torch.nn.functional import mse_loss
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.modules.plain import Family, NotPlainError, family_of, flat_modules, run_sequences
+from rl2_torchrl.objectives.clipped import clipped_objective
 
 __all__ = ["RL2PPOLoss"]
 
@@ -133,19 +134,14 @@ class RL2PPOLoss(ClipPPOLoss):
             run_sequences(modules, data, state)
         parameters = [state[key] for key in sample.in_keys]
         log_prob, entropy = family.log_prob_and_entropy(data.get(keys.action), *parameters)
-        log_weight = (log_prob - data.get(keys.sample_log_prob)).unsqueeze(-1)
-        objective, ratio, is_clipped = _ClippedObjective.apply(log_weight, advantage, *self._clip_bounds)
-        out = {"loss_objective": objective}
+        inputs = (log_prob, data.get(keys.sample_log_prob), advantage.squeeze(-1))
+        out = clipped_objective(*inputs, *map(float, self._clip_bounds))._asdict()
+        out["loss_objective"] = out.pop("loss")
         if self.entropy_bonus:
             entropy = entropy.mean()
             out |= {"entropy": entropy.detach(), "loss_entropy": -self.entropy_coeff * entropy}
         if self._has_critic:
             out["loss_critic"] = self.critic_coeff * mse_loss(state[keys.value], data.get(keys.value_target))
-        with torch.no_grad():
-            out |= {"clip_fraction": is_clipped.to(ratio.dtype).mean(), "kl_approx": -log_weight.mean()}
-            out |= {"max_ratio": ratio.max(), "mean_ratio": ratio.mean()}
-            weight = ratio.squeeze(-1)
-            out["ESS"] = weight.sum(0).square() / weight.square().sum(0) / len(weight)
         return TensorDict(out)
 
     def _set_clip_precision(self, clip_epsilon: float | tuple[float, float]) -> None:
@@ -156,26 +152,3 @@ class RL2PPOLoss(ClipPPOLoss):
             self.clip_epsilon_high = torch.as_tensor(clip_epsilon[1], dtype=dtype, device=self.clip_epsilon_high.device)
         else:
             self.clip_epsilon = torch.as_tensor(clip_epsilon, dtype=dtype, device=self.clip_epsilon.device)
-
-
-class _ClippedObjective(torch.autograd.Function):
-    """``-mean(min(r A, clip(r) A))`` from ``log r``, with the ratios and where they were clipped.
-
-    Its gradient by ``log r`` is ``-r A / N`` where ``r A`` is the smaller (within the clip both are the same), 0 elsewhere.
-    """
-
-    @staticmethod
-    def forward(ctx, log_weight, advantage, low, high):
-        clipped = log_weight.clamp(low, high)
-        ratio = log_weight.exp()
-        gain, bound = ratio * advantage, clipped.exp() * advantage
-        ctx.save_for_backward(gain * (gain <= bound))
-        is_clipped = clipped != log_weight
-        ctx.mark_non_differentiable(ratio, is_clipped)
-        return -torch.minimum(gain, bound).mean(), ratio, is_clipped
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, *_):
-        (active_gain,) = ctx.saved_tensors
-        return active_gain * (-gradient / active_gain.numel()), None, None, None

@@ -1,0 +1,113 @@
+/* y = max(x, 0) W^T + b, forward and backward: an activation and a linear layer with few outputs, as heads have.
+ *
+ * Matrix libraries are made for wide products: on one of 64 x 10 a call, and the passes over x for the activation and for
+ * its gradient, cost several times the arithmetic. Here x is read once each way and max(x, 0) is never written.
+ */
+#include "vector.h"
+
+/* max(x, 0); NaN stays NaN, as everywhere. */
+static inline vec positive_part(vec x) { return choose(x <= (vec){0}, (vec){0}, x); }
+
+/* W [O, I] as [O / LANES, I, LANES], so that a vector holds the weights of LANES outputs. */
+static void pack(int inputs, int outputs, const real *w, real *packed) {
+    for (int first = 0; first < outputs; first += LANES)
+        for (int k = 0; k < inputs; k++)
+            for (int lane = 0; lane < LANES; lane++)
+                *packed++ = first + lane < outputs ? w[(long)(first + lane) * inputs + k] : 0;
+}
+
+/* max(x, 0) of the first `rows` rows of ROWS, 0 in those that do not exist. */
+static void activate(int rows, int inputs, const real *x, real *active) {
+    long size = (long)rows * inputs;
+    for (long i = 0; i < size; i += LANES) store(active + i, positive_part(load(x + i, size - i)), size - i);
+    memset(active + size, 0, ((long)ROWS * inputs - size) * sizeof(real));
+}
+
+/* LANES outputs of ROWS rows, of which the first `rows` exist. */
+static void outputs_of(int rows, int inputs, int n, const real *active, const real *packed, vec bias, real *y, long pitch) {
+    vec sum[ROWS];
+    UNROLL for (int m = 0; m < ROWS; m++) sum[m] = bias;
+    for (int k = 0; k < inputs; k++, packed += LANES) {
+        vec w = *(const vec *)packed;
+        UNROLL for (int m = 0; m < ROWS; m++) sum[m] += active[(long)m * inputs + k] * w;
+    }
+    for (int m = 0; m < rows; m++) store(y + m * pitch, sum[m], n);
+}
+
+void linear_forward(int rows, int inputs, int outputs, const real *x, const real *w, const real *b, real *y, int threads) {
+    int blocks = (outputs + LANES - 1) / LANES;
+    real *packed = malloc((size_t)blocks * LANES * inputs * sizeof(real));
+    pack(inputs, outputs, w, packed);
+    #pragma omp parallel num_threads(threads)
+    {
+        real *active = malloc((size_t)ROWS * inputs * sizeof(real));
+        #pragma omp for schedule(static)
+        for (int row = 0; row < rows; row += ROWS) {
+            int count = lesser(ROWS, rows - row);
+            activate(count, inputs, x + (long)row * inputs, active);
+            for (int first = 0; first < outputs; first += LANES)
+                outputs_of(count, inputs, outputs - first, active, packed + (long)first * inputs,
+                           b ? load(b + first, outputs - first) : (vec){0}, y + (long)row * outputs + first, outputs);
+        }
+        free(active);
+    }
+    free(packed);
+}
+
+/* For n entries of ROWS rows' x, of which the first `rows` exist: adds to those columns of dW and writes those of dx. */
+static inline __attribute__((always_inline)) void gradient_columns(int rows, int inputs, int outputs, int n, const real *x,
+                                                                   const real *w, const real *dy, real *dx, real *dw) {
+    vec before[ROWS], active[ROWS], sum[ROWS];
+    UNROLL for (int m = 0; m < ROWS; m++) {
+        before[m] = m < rows ? load(x + (long)m * inputs, n) : (vec){0};
+        active[m] = positive_part(before[m]);
+        sum[m] = (vec){0};
+    }
+    for (int o = 0; o < outputs; o++, w += inputs, dw += inputs) {
+        vec weight = load(w, n), total = load(dw, n);
+        UNROLL for (int m = 0; m < ROWS; m++) {
+            real slope = dy[(long)m * outputs + o];
+            total += slope * active[m];
+            sum[m] += slope * weight;
+        }
+        store(dw, total, n);
+    }
+    for (int m = 0; dx && m < rows; m++)
+        store(dx + (long)m * inputs, choose(before[m] <= (vec){0}, (vec){0}, sum[m]), n);
+}
+
+/* ROWS rows, of which the first `rows` exist: adds to dW [O, I] and db [O], and writes dx [rows, I] (may be NULL). */
+static void gradients_of(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
+                         real *db, real *slopes) {
+    memcpy(slopes, dy, (size_t)rows * outputs * sizeof(real)); /* rows that do not exist have slope 0 */
+    memset(slopes + (long)rows * outputs, 0, (size_t)(ROWS - rows) * outputs * sizeof(real));
+    int i = 0;
+    for (; i + LANES <= inputs; i += LANES)
+        gradient_columns(rows, inputs, outputs, LANES, x + i, w + i, slopes, dx ? dx + i : NULL, dw + i);
+    if (i < inputs) gradient_columns(rows, inputs, outputs, inputs - i, x + i, w + i, slopes, dx ? dx + i : NULL, dw + i);
+    for (int m = 0; m < rows; m++)
+        for (int o = 0; o < outputs; o++) db[o] += slopes[(long)m * outputs + o];
+}
+
+/* dx [rows, I] may be NULL; dw [O, I] and db [O] are written. Each thread sums over rows of its own, and the sums are added in
+ * the threads' order: the same numbers in every run. */
+void linear_backward(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
+                     real *db, int threads) {
+    long weights = (long)outputs * inputs, size = weights + outputs;
+    real *sums = calloc((size_t)threads * size, sizeof(real));
+    int blocks = (rows + ROWS - 1) / ROWS;
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (int thread = 0; thread < threads; thread++) {
+        real *sum = sums + thread * size, *slopes = malloc((size_t)ROWS * outputs * sizeof(real));
+        int end = (int)((long)blocks * (thread + 1) / threads) * ROWS;
+        for (int row = (int)((long)blocks * thread / threads) * ROWS; row < end; row += ROWS)
+            gradients_of(lesser(ROWS, rows - row), inputs, outputs, x + (long)row * inputs, w, dy + (long)row * outputs,
+                         dx ? dx + (long)row * inputs : NULL, sum, sum + weights, slopes);
+        free(slopes);
+    }
+    for (int thread = 1; thread < threads; thread++)
+        for (long i = 0; i < size; i++) sums[i] += sums[thread * size + i];
+    memcpy(dw, sums, weights * sizeof(real));
+    memcpy(db, sums + weights, outputs * sizeof(real));
+    free(sums);
+}

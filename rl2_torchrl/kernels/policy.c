@@ -1,0 +1,105 @@
+/* A policy's terms in PPO's loss, forward and backward, each in one pass: PyTorch spends a dozen calls on arrays of a few
+ * numbers a step. LANES steps are taken at once, a lane each, so that no sum goes across a vector. */
+#include <math.h>
+
+#include "vector.h"
+
+/* Entry `column` of LANES rows of [rows, columns], of which the first n exist. */
+static inline vec gather(const real *from, int columns, int column, int n) {
+    vec v = {0};
+    for (int lane = 0; lane < LANES && lane < n; lane++) v[lane] = from[(long)lane * columns + column];
+    return v;
+}
+static inline void scatter(real *to, int columns, int column, vec v, int n) {
+    for (int lane = 0; lane < LANES && lane < n; lane++) to[(long)lane * columns + column] = v[lane];
+}
+
+/* ------------------------------------------------------------------------- categorical
+ * log p(a) and H = -sum p log p of softmax(logits), where 0 log 0 is 0; log sum exp(logits) is kept for backward.
+ * Returns how many actions are none of the choices. */
+int categorical_forward(int rows, int choices, const real *logits, const int64_t *action, real *log_prob, real *entropy,
+                         real *log_total, int threads) {
+    int strangers = 0;
+    #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : strangers)
+    for (int row = 0; row < rows; row += LANES) {
+        int n = rows - row;
+        const real *of = logits + (long)row * choices;
+        vec largest = gather(of, choices, 0, n), total = {0}, weighted = {0};
+        for (int c = 1; c < choices; c++) {
+            vec l = gather(of, choices, c, n);
+            largest = choose(l <= largest, largest, l); /* a NaN is taken on */
+        }
+        for (int c = 0; c < choices; c++) {
+            vec l = gather(of, choices, c, n) - largest, e = exponential(l);
+            total += e;
+            weighted += e * choose(l < -(real)LARGEST, (vec){0}, l);
+        }
+        for (int lane = 0; lane < LANES && lane < n; lane++) {
+            real log_of = (real)log(total[lane]);
+            entropy[row + lane] = log_of - weighted[lane] / total[lane];
+            log_total[row + lane] = largest[lane] + log_of;
+            int64_t a = action[row + lane];
+            int is_choice = 0 <= a && a < choices;
+            strangers += !is_choice;
+            log_prob[row + lane] = of[(long)lane * choices + (is_choice ? a : 0)] - largest[lane] - log_of;
+        }
+    }
+    return strangers;
+}
+
+/* d log p(a) / d logits = 1_a - p and d H / d logits = -p (log p + H). */
+void categorical_backward(int rows, int choices, const real *logits, const int64_t *action, const real *entropy,
+                          const real *log_total, const real *d_log_prob, const real *d_entropy, real *d_logits,
+                          int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (int row = 0; row < rows; row += LANES) {
+        int n = rows - row;
+        vec total = load(log_total + row, n), h = load(entropy + row, n);
+        vec by_log_prob = load(d_log_prob + row, n), by_entropy = load(d_entropy + row, n);
+        for (int c = 0; c < choices; c++) {
+            vec log_p = gather(logits + (long)row * choices, choices, c, n) - total;
+            vec finite = choose(log_p < -(real)LARGEST, (vec){0} - LARGEST, log_p);
+            vec slope = -exponential(log_p) * (by_log_prob + by_entropy * (finite + h));
+            scatter(d_logits + (long)row * choices, choices, c, slope, n);
+        }
+        for (int lane = 0; lane < LANES && lane < n; lane++)
+            d_logits[(long)(row + lane) * choices + action[row + lane]] += by_log_prob[lane];
+    }
+}
+
+/* ------------------------------------------------------------------------- clipped objective
+ * min(r A, clip(r) A) with r = p / p_old, by log p and log p_old. `active` is r A where that is the smaller, else 0: the
+ * objective's gradient by log p. `totals` are the sums of the objective, of whether r was clipped, of log p_old - log p, of r;
+ * and the largest r. `ess` [steps] is the effective share of samples, (sum r)^2 / sum r^2 / rows, of every step.
+ * One thread: the sums come out the same in every run. */
+void clipped_objective(int rows, int steps, const real *log_prob, const real *old_log_prob, const real *advantage, double low,
+                       double high, real *active, real *ratio, real *ess, double *totals) {
+    int size = rows * steps;
+    vec least = (vec){0} + (real)low, most = (vec){0} + (real)high, zero = {0};
+    for (int i = 0; i < 5; i++) totals[i] = i < 4 ? 0 : -INFINITY;
+    for (int first = 0; first < size; first += LANES) {
+        int n = size - first;
+        vec log_r = load(log_prob + first, n) - load(old_log_prob + first, n), a = load(advantage + first, n);
+        vec clipped = choose(log_r < least, least, choose(log_r > most, most, log_r));
+        vec r = choose(log_r > (real)LARGEST, zero + (real)INFINITY, exponential(log_r));
+        vec gain = r * a, bound = exponential(clipped) * a;
+        store(active + first, choose(gain > bound, zero, gain), n);
+        store(ratio + first, r, n);
+        for (int lane = 0; lane < LANES && lane < n; lane++) {
+            totals[0] += gain[lane] > bound[lane] ? bound[lane] : gain[lane];
+            totals[1] += clipped[lane] != log_r[lane];
+            totals[2] -= log_r[lane];
+            totals[3] += r[lane];
+            totals[4] = r[lane] <= totals[4] ? totals[4] : r[lane];
+        }
+    }
+    for (int t = 0; t < steps; t++) {
+        real sum = 0, squares = 0;
+        for (int row = 0; row < rows; row++) {
+            real r = ratio[(long)row * steps + t];
+            sum += r;
+            squares += r * r;
+        }
+        ess[t] = sum * sum / squares / rows;
+    }
+}

@@ -1,0 +1,71 @@
+"""`log_prob_and_entropy` of a categorical distribution, in one pass each way."""
+
+from __future__ import annotations
+
+import torch
+
+from rl2_torchrl import kernels
+
+__all__ = ["log_prob_and_entropy"]
+
+
+def log_prob_and_entropy(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``log p(action)`` and ``H = -sum p log p``, ``[*B]``, with p = softmax(logits); an impossible choice adds 0 to H.
+
+    Their gradients by the logits are ``1_action - p`` and ``-p (log p + H)``. Without compiled kernels
+    (`rl2_torchrl.kernels`) for the device and dtype, both are made of PyTorch's operations.
+
+    Args:
+        action: whole numbers ``[*B]``.
+        logits: ``[*B, num_actions]``, not necessarily normalised.
+
+    Raises:
+        IndexError: an action is none of the choices.
+
+    Examples:
+        >>> log_prob, entropy = log_prob_and_entropy(torch.tensor(1), torch.zeros(4))
+        >>> torch.allclose(-log_prob, entropy)
+        True
+    """
+    if not kernels.covers(logits):
+        log_probs = logits.log_softmax(-1)
+        finite = log_probs.clamp_min(torch.finfo(logits.dtype).min)
+        return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), -(log_probs.exp() * finite).sum(-1)
+    return _CategoricalTerms.apply(action, logits)
+
+
+class _CategoricalTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, action, logits):
+        action, logits = action.contiguous(), logits.contiguous()
+        log_prob, entropy, log_total = (logits.new_empty(logits.shape[:-1]) for _ in range(3))
+        strangers = kernels.load(logits.dtype).categorical_forward(
+            *_sizes(logits), *map(kernels.address, (logits, action, log_prob, entropy, log_total)), _threads(logits)
+        )
+        if strangers:
+            raise IndexError(
+                f"{strangers} actions are none of the policy's {logits.shape[-1]} choices, which count from 0; there are "
+                f"{int(action.min())} to {int(action.max())}. Was the policy built for this env's action_spec?"
+            )
+        ctx.save_for_backward(logits, action, entropy, log_total)
+        return log_prob, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_log_prob, d_entropy):
+        logits, *saved = ctx.saved_tensors
+        d_logits = torch.empty_like(logits)
+        tensors = (logits, *saved, d_log_prob.contiguous(), d_entropy.contiguous(), d_logits)
+        kernels.load(logits.dtype).categorical_backward(
+            *_sizes(logits), *map(kernels.address, tensors), _threads(logits)
+        )
+        return None, d_logits
+
+
+def _sizes(logits: torch.Tensor) -> tuple[int, int]:
+    return logits.numel() // logits.shape[-1], logits.shape[-1]
+
+
+def _threads(logits: torch.Tensor) -> int:
+    # An exponential and its sums are about 20 multiplications.
+    return kernels.threads_for(20 * logits.numel())

@@ -1,0 +1,70 @@
+"""`relu_linear`: an activation and a linear layer as one function, the step that heads are made of."""
+
+from __future__ import annotations
+
+import torch
+
+from rl2_torchrl import kernels
+
+__all__ = ["relu_linear"]
+
+#: More outputs than this are a matrix library's own field.
+_MOST_OUTPUTS = 64
+
+
+def relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``max(x, 0) W^T + b``: `torch.relu` and `torch.nn.functional.linear` in one pass each way, for few outputs.
+
+    Without compiled kernels (`rl2_torchrl.kernels`) for the device and dtype, it is these two calls.
+
+    Args:
+        x: ``[*B, in_features]``.
+        weight: ``[out_features, in_features]``.
+        bias: ``[out_features]`` or None.
+
+    Returns:
+        ``[*B, out_features]``.
+
+    Examples:
+        >>> relu_linear(torch.tensor([2.0, -5.0]), torch.tensor([[3.0, 7.0]]), torch.tensor([1.0]))
+        tensor([7.])
+    """
+    fits = x.shape[-1] == weight.shape[1] and 0 < len(weight) <= _MOST_OUTPUTS and x.numel() > 0
+    if not fits or not kernels.covers(x, weight, bias):
+        return torch.nn.functional.linear(torch.relu(x), weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _ReLULinear.apply(x, weight, bias)
+    return _forward(x.detach(), weight.detach(), bias)
+
+
+def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    (outputs, inputs), rows = weight.shape, x.numel() // x.shape[-1]
+    x, weight = x.contiguous(), weight.contiguous()
+    y = x.new_empty(*x.shape[:-1], outputs)
+    kernels.load(x.dtype).linear_forward(
+        *(rows, inputs, outputs, x.data_ptr(), weight.data_ptr(), kernels.address(bias), y.data_ptr()),
+        kernels.threads_for(rows * inputs * outputs),
+    )
+    return y
+
+
+class _ReLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _forward(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight = (tensor.contiguous() for tensor in ctx.saved_tensors)
+        dy = dy.contiguous()
+        (outputs, inputs), rows = weight.shape, dy.numel() // dy.shape[-1]
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        d_weight, d_bias = torch.empty_like(weight), weight.new_empty(outputs)
+        kernels.load(x.dtype).linear_backward(
+            *(rows, inputs, outputs, x.data_ptr(), weight.data_ptr(), dy.data_ptr(), kernels.address(dx)),
+            *(d_weight.data_ptr(), d_bias.data_ptr(), kernels.threads_for(2 * rows * inputs * outputs)),
+        )
+        return dx, d_weight, d_bias if ctx.has_bias else None

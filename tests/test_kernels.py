@@ -1,0 +1,186 @@
+"""The compiled functions of heads and loss give PyTorch's numbers and gradients, and so do their fallbacks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Categorical
+
+from rl2_torchrl import kernels
+from rl2_torchrl.modules.body import Head
+from rl2_torchrl.modules.categorical import log_prob_and_entropy
+from rl2_torchrl.modules.linear import relu_linear
+from rl2_torchrl.objectives.clipped import clipped_objective
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+@pytest.fixture(params=["kernels", "fallback"])
+def path(request, monkeypatch):
+    if request.param == "fallback":
+        monkeypatch.setattr(kernels, "load", lambda dtype: None)
+    return request.param
+
+
+def close(ours, theirs):
+    size = max(1.0, float(theirs.abs().max()))
+    assert (ours - theirs).abs().max() <= TOLERANCE[theirs.dtype] * size
+
+
+# ----------------------------------------------------------------- relu_linear
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 1, 1), (7, 5, 1), (33, 64, 10), (8, 16, 16), (9, 50, 17), (1600, 64, 11)]
+)
+def test_relu_linear_equals_torch(path, rows, inputs, outputs, bias, dtype):
+    torch.manual_seed(0)
+    x, w, slope = (torch.randn(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    b = torch.randn(outputs, dtype=dtype) if bias else None
+    leaves = [leaf.requires_grad_() for leaf in (x, w, b) if leaf is not None]
+    ours, theirs = relu_linear(x, w, b), nn.functional.linear(torch.relu(x), w, b)
+    close(ours, theirs)
+    for our, their in zip(
+        torch.autograd.grad(ours, leaves, slope), torch.autograd.grad(theirs, leaves, slope), strict=True
+    ):
+        close(our, their)
+    with torch.no_grad():
+        assert torch.equal(relu_linear(x, w, b), ours)
+
+
+def test_relu_linear_reads_strided_inputs(path):
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 6, 5).transpose(0, 2), torch.randn(4, 3).t()
+    x.requires_grad_(), w.requires_grad_()
+    slope = torch.randn(5, 3, 6).transpose(1, 2)
+    ours, theirs = relu_linear(x[..., :4], w), nn.functional.linear(torch.relu(x[..., :4]), w)
+    close(ours, theirs)
+    for our, their in zip(
+        torch.autograd.grad(ours, (x, w), slope), torch.autograd.grad(theirs, (x, w), slope), strict=True
+    ):
+        close(our, their)
+
+
+def test_relu_linear_spares_gradients_that_nobody_asks_for(path):
+    x, w, b = torch.randn(5, 4), torch.randn(2, 4, requires_grad=True), torch.randn(2)
+    relu_linear(x, w, b).sum().backward()
+    close(w.grad, torch.relu(x).sum(0).expand(2, 4))
+    only_x = torch.ones(5, 4, requires_grad=True)
+    relu_linear(only_x, w.detach(), b).sum().backward()
+    close(only_x.grad, w.detach().sum(0).expand(5, 4))
+
+
+def test_relu_linear_carries_nan(path):
+    x = torch.ones(20, 8)
+    x[11, 3] = torch.nan
+    out = relu_linear(x, torch.ones(2, 8))
+    assert out.isnan().any(-1).nonzero().tolist() == [[11]]
+    assert out[11].isnan().all()
+
+
+def test_head_takes_the_layers_that_it_was_given():
+    head, x = Head(6, 3, init_range=0.5, num_cells=(5,)), torch.randn(4, 6)
+    layers = head.layers(x)
+    close(head(x), layers)
+    seen = []
+    head.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    close(head(x), layers)
+    assert seen, "a hook on a layer was passed over"
+    tanh = Head(6, 3, init_range=0.5, activation=nn.Tanh)
+    close(tanh(x), tanh.layers(x))
+
+
+def test_head_under_vmap_and_compile():
+    head, x = Head(6, 3, init_range=0.5), torch.randn(4, 6)
+    close(torch.func.vmap(head)(x), head(x))
+    close(torch.compile(head, backend="eager")(x), head(x))
+
+
+# ----------------------------------------------------------------- categorical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 2), (3, 7, 10), (40, 33)])
+def test_categorical_equals_torchs_distribution(path, shape, dtype):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(shape, dtype=dtype)).requires_grad_()
+    action = torch.randint(shape[-1], shape[:-1])
+    theirs = Categorical(logits=logits)
+    ours = log_prob_and_entropy(action, logits)
+    theirs = (theirs.log_prob(action), theirs.entropy())
+    slopes = [torch.randn(shape[:-1], dtype=dtype) for _ in ours]
+    for our, their in zip(ours, theirs, strict=True):
+        close(our, their)
+    close(torch.autograd.grad(ours, logits, slopes)[0], torch.autograd.grad(theirs, logits, slopes)[0])
+
+
+def test_impossible_and_certain_choices(path):
+    logits = torch.tensor([[0.0, -torch.inf, 0.0], [500.0, 0.0, -500.0]], requires_grad=True)
+    log_prob, entropy = log_prob_and_entropy(torch.tensor([0, 1]), logits)
+    close(log_prob, torch.tensor([0.5, 0.0]).log().nan_to_num(neginf=-500.0))
+    close(entropy, torch.tensor([2.0, 1.0]).log())
+    (log_prob.sum() + entropy.sum()).backward()
+    assert logits.grad.isfinite().all()
+    assert log_prob_and_entropy(torch.tensor([1]), logits[:1])[0] == -torch.inf
+
+
+def test_nan_logits_give_nan(path):
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = torch.nan
+    for out in log_prob_and_entropy(torch.zeros(3, dtype=torch.int64), logits):
+        assert out.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("action", [-1, 4])
+def test_an_action_that_is_no_choice_is_an_error(path, action):
+    with pytest.raises((IndexError, RuntimeError), match="choices|out of bounds"):
+        log_prob_and_entropy(torch.tensor([0, action]), torch.zeros(2, 4))
+
+
+# ----------------------------------------------------------------- clipped objective
+def reference(log_prob, old, advantage, low, high):
+    ratio = (log_prob - old).exp()
+    clipped = ratio.clamp(low, high)
+    out = {"loss": -torch.min(ratio * advantage, clipped * advantage).mean()}
+    out |= {"clip_fraction": (ratio != clipped).to(ratio).mean(), "kl_approx": (old - log_prob).mean()}
+    out |= {"mean_ratio": ratio.mean(), "max_ratio": ratio.max()}
+    return out | {"ESS": ratio.sum(0).square() / ratio.square().sum(0) / len(ratio)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 100)])
+def test_clipped_objective_equals_its_formula(path, shape, dtype):
+    torch.manual_seed(0)
+    old, advantage = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    log_prob = (old + 0.4 * torch.randn(shape, dtype=dtype)).requires_grad_()
+    bounds = torch.tensor([0.8, 1.3], dtype=dtype)
+    ours = clipped_objective(log_prob, old, advantage, *bounds.log().tolist())._asdict()
+    theirs = reference(log_prob, old, advantage, *bounds)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        close(ours[name], value)
+        assert ours[name].requires_grad == (name == "loss")
+    slopes = [torch.autograd.grad(3 * out["loss"], log_prob)[0] for out in (ours, theirs)]
+    close(*slopes)
+
+
+def test_a_ratio_beyond_all_numbers_is_infinite(path):
+    out = clipped_objective(torch.full((1, 2), 200.0), torch.zeros(1, 2), -torch.ones(1, 2), -0.2, 0.2)
+    assert out.loss == torch.inf
+    assert out.max_ratio == torch.inf
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_clipped_objective_carries_nan(path, which):
+    inputs = [torch.zeros(2, 20), torch.zeros(2, 20), torch.ones(2, 20)]
+    inputs[which][1, 3] = torch.nan
+    assert clipped_objective(*inputs, -0.2, 0.2).loss.isnan()
+
+
+def test_strided_inputs_of_the_clipped_objective(path):
+    torch.manual_seed(0)
+    inputs = [torch.randn(5, 3).t() for _ in range(3)]
+    bounds = (-0.2, 0.2)
+    strided, contiguous = (
+        clipped_objective(*inputs, *bounds),
+        clipped_objective(*[x.contiguous() for x in inputs], *bounds),
+    )
+    for ours, theirs in zip(strided, contiguous, strict=True):
+        close(ours, theirs)
