@@ -2,7 +2,9 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Literal
@@ -11,6 +13,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
 from torchrl.envs import Compose, TransformedEnv
 
 from rl2_torchrl import (
@@ -69,6 +72,8 @@ def main(
     units: int | None = None,
     scaling: Path | None = None,
     json: Path | None = None,
+    device: str = "cpu",
+    matmul_precision: Literal["highest", "high", "medium"] = "highest",
 ) -> dict[str, dict]:
     """Times whole training iterations and prints steps/s, GFLOP/s and the share of this machine's matrix-product peak.
 
@@ -80,30 +85,33 @@ def main(
         units: GRU units, in place of the workload's.
         scaling: folder for a plot and a table of steps/s against trials and units, around the workload (W1 for all).
         json: file to write all figures to.
+        device: where everything lives, cpu or cuda. A collected batch is one CUDA graph there.
+        matmul_precision: PyTorch's: on a CUDA device float32 products are made in float32, TensorFloat32 or bfloat16.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least one iteration must be timed.")
     if threads is not None:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision(matmul_precision)
     names = list(WORKLOADS) if workload == "all" else [workload]
     own = {key: value for key, value in (("trials", trials), ("units", units)) if value is not None}
-    peak = matmul_peak()
-    figures = {name: measure(replace(WORKLOADS[name], **own), repeats, peak) for name in names}
+    peak = matmul_peak(device)
+    figures = {name: measure(replace(WORKLOADS[name], **own), repeats, peak, device) for name in names}
     Console().print(
-        table(figures, f"{torch.get_num_threads()} threads, matrix products up to {peak / 1e9:.0f} GFLOP/s")
+        table(figures, f"{device}, {torch.get_num_threads()} threads, matrix products up to {peak / 1e9:.0f} GFLOP/s")
     )
     if scaling is not None:
-        figures["scaling"] = scaling_study(replace(WORKLOADS[names[0]], **own), repeats, peak, scaling)
+        figures["scaling"] = scaling_study(replace(WORKLOADS[names[0]], **own), repeats, peak, scaling, device)
     if json is not None:
         json.write_text(dumps(figures, indent=1) + "\n")
     return figures
 
 
-def compose(workload: Workload) -> tuple[TrialCollector, PPOUpdate]:
+def compose(workload: Workload, device: str = "cpu") -> tuple[TrialCollector, PPOUpdate]:
     """The parts of `recipes.bandit`, of the workload's sizes."""
     env = TransformedEnv(
-        BernoulliBandit(workload.arms, batch_size=(workload.trials,), seed=0),
+        BernoulliBandit(workload.arms, batch_size=(workload.trials,), seed=0, device=device),
         Compose(Trial(episodes=workload.pulls), TaskSampler(uniform_means(workload.arms), seed=1), PreviousStep()),
     )
     actor = GRUCategoricalActor.from_env(env, hidden_size=workload.units)
@@ -120,49 +128,80 @@ def compose(workload: Workload) -> tuple[TrialCollector, PPOUpdate]:
     return TrialCollector(env, policy, frames_per_batch=workload.steps, total_frames=-1, keep=update.in_keys), update
 
 
-def measure(workload: Workload, repeats: int, peak: float) -> dict:
+def measure(workload: Workload, repeats: int, peak: float, device: str = "cpu") -> dict:
     """Steps/s of each phase: all runs and their medians."""
     torch.manual_seed(0)
-    collector, update = compose(workload)
-    advantage = _Stopwatch()
+    collector, update = compose(workload, device)
+    advantage, now = _Stopwatch(device), partial(_now, device)
     update.advantage.register_forward_pre_hook(lambda *_: advantage.start())
     update.advantage.register_forward_hook(lambda *_: advantage.stop())
     runs: dict[str, list[float]] = {"collect": [], "advantage": [], "update": [], "total": []}
     batches = iter(collector)
-    for repeat in range(repeats + 1):
-        start = time.perf_counter()
+    warmup = 1 if device == "cpu" else 3
+    for repeat in range(repeats + warmup):
+        start = now()
         batch = next(batches)
-        collected = time.perf_counter()
+        collected = now()
         update(batch)
-        end = time.perf_counter()
+        end = now()
         seconds = (collected - start, advantage.seconds, end - collected - advantage.seconds, end - start)
-        if repeat:  # the first one compiles and allocates
+        if repeat >= warmup:  # what comes before compiles, allocates and records
             for phase, duration in zip(runs, seconds, strict=True):
                 runs[phase].append(workload.steps / duration)
+    busy = {} if device == "cpu" else {"device_busy": device_busy(lambda: update(next(batches)))}
     collector.shutdown()
     medians = {f"{phase}_steps_per_second": statistics.median(values) for phase, values in runs.items()}
     flops = medians["total_steps_per_second"] * workload.step_flops
-    return {**asdict(workload), **medians, "gflops": flops / 1e9, "fraction_of_peak": flops / peak, "runs": runs}
+    return {
+        **asdict(workload),
+        **medians,
+        "gflops": flops / 1e9,
+        "fraction_of_peak": flops / peak,
+        **busy,
+        "runs": runs,
+    }
 
 
 class _Stopwatch:
     seconds = 0.0
 
+    def __init__(self, device: str):
+        self._device = device
+
     def start(self) -> None:
-        self._begin = time.perf_counter()
+        self._begin = _now(self._device)
 
     def stop(self) -> None:
-        self.seconds = time.perf_counter() - self._begin
+        self.seconds = _now(self._device) - self._begin
 
 
-def matmul_peak(size: int = 2048, repeats: int = 7) -> float:
+def _now(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def device_busy(iteration: Callable[[], object]) -> float:
+    """Share of the wall-clock time of ``iteration`` in which a CUDA device works on a kernel or a copy."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        start = time.perf_counter()
+        iteration()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    # The operations that launched a kernel count its time too.
+    kernels = [event for event in profile.key_averages() if event.device_type is DeviceType.CUDA]
+    return sum(kernel.self_device_time_total for kernel in kernels) / 1e6 / seconds
+
+
+def matmul_peak(device: str = "cpu", size: int = 2048, repeats: int = 7) -> float:
     """Floating-point operations a second of a dense float32 product: the best of several."""
-    a, b, out = (torch.randn(size, size) for _ in range(3))
+    a, b, out = (torch.randn(size, size, device=device) for _ in range(3))
     best = 0.0
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = _now(device)
         torch.mm(a, b, out=out)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        best = max(best, 2 * size**3 / (_now(device) - start))
     return best
 
 
@@ -189,7 +228,7 @@ def table(figures: dict[str, dict], title: str) -> Table:
     return out
 
 
-def scaling_study(base: Workload, repeats: int, peak: float, folder: Path) -> dict[str, dict]:
+def scaling_study(base: Workload, repeats: int, peak: float, folder: Path, device: str) -> dict[str, dict]:
     """Steps/s against trials a batch and units, as a table and ``scaling.png`` in ``folder``."""
     from matplotlib.figure import Figure
 
@@ -200,7 +239,8 @@ def scaling_study(base: Workload, repeats: int, peak: float, folder: Path) -> di
         points = []
         for value in values:
             changed = replace(base, **{what: value})
-            points.append(measure(replace(changed, minibatches=min(base.minibatches, changed.trials)), repeats, peak))
+            changed = replace(changed, minibatches=min(base.minibatches, changed.trials))
+            points.append(measure(changed, repeats, peak, device))
             rows[f"{what} {value}"] = points[-1]
         for phase in ("collect", "update", "total"):
             axes.loglog(values, [p[f"{phase}_steps_per_second"] for p in points], marker="o", label=phase)

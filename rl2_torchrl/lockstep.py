@@ -3,12 +3,14 @@
 In such an env all rows begin and end their episodes and trials together, so that ``done``, ``is_init`` and the counters
 are known before the first step. What is left to do in each step is the policy, the env's transition and the
 transition input. Random numbers for the actions are drawn for all steps at once: an action is a function of the
-distribution's parameters and of noise (Gumbel-max for categorical, location-scale for normal distributions).
+distribution's parameters and of noise (Gumbel-max for categorical, location-scale for normal distributions). No step reads
+a number back to the host, so that on a CUDA device a whole batch is one `GraphReplay`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -20,6 +22,7 @@ from rl2_torchrl.envs.lockstep import LockstepEnv
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.gru import FastGRUModule, StepGRU
 from rl2_torchrl.modules.plain import NotPlainError, State, family_of, flat_modules, module_function
+from rl2_torchrl.replay import GraphReplay
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
@@ -58,9 +61,14 @@ class LockstepRollout:
         if unknown:
             raise NotPlainError(f"{unknown} is not among the entries {self._entries()}")
         self.trans = _Transitions(self.transition, self.known, self.steps)
-        self.batch = TensorDict({k: self.known[k] for k in self.keep if k in self.known}, [*self.env.batch_size, steps])
+        known = {key: self.known[key] for key in self.keep if key in self.known}
+        self.batch = TensorDict(known, [*self.env.batch_size, steps], device=self.env.device)
         self._rows: dict[NestedKey, tuple[torch.Tensor, ...]] = {}
         self.batch.set(self.transition.out_key, self.trans.data.transpose(0, 1))
+        self._tasks: list[torch.Tensor | TensorDict] = []
+        shape = (steps, *self.env.batch_size, self.transition.action_size)
+        self._noise = torch.empty(shape, device=self.env.device)
+        self._replays: dict[bool, GraphReplay] = {}
 
     def _entries(self) -> set[NestedKey]:
         made = {self.transition.out_key, self.sampler.task_key, ("next", "reward"), *self.known}
@@ -94,7 +102,19 @@ class LockstepRollout:
     @torch.no_grad()
     def __call__(self) -> TensorDict:
         """The next batch ``[B, steps]``, written over the last one."""
-        runs, noise = [self._run(module) for module in self.acting], self._noise()
+        self._draw_tasks()
+        deterministic = exploration_type() is ExplorationType.DETERMINISTIC
+        if not deterministic:
+            self._draw_noise()
+        if deterministic not in self._replays:
+            play = partial(self._play, [None] * self.steps if deterministic else self._noise)
+            self._replays[deterministic] = GraphReplay(play, self.env.device, [self.env.generator])
+        self._replays[deterministic]()
+        return self.batch.select(*self.keep)
+
+    def _play(self, noise: Sequence[torch.Tensor | None]) -> None:
+        """All steps, from ``_tasks`` and ``noise`` ``[steps, B, ...]`` into ``batch``."""
+        runs = [self._run(module) for module in self.acting]
         inputs = [key for key in self.policy.in_keys if key in self.known and key != "is_init"]
         judged = {key for module in self.judging for key in module.out_keys}
         recorded = [key for key in self._recorded() if key not in judged]
@@ -104,7 +124,7 @@ class LockstepRollout:
         unjudged: list[State] = []
         for t in range(self.steps):
             if t % self.trial_steps == 0:
-                task = self.sampler.draw()
+                task = self._tasks[t // self.trial_steps]
                 state = {self.sampler.task_key: task}
             if t % self.trial_steps % self.env.episode_steps == 0:
                 observation = self.env.first(task)
@@ -125,7 +145,7 @@ class LockstepRollout:
             if (t + 1) % self.trial_steps:
                 self.trans.tell(t + 1, action, reward)
                 state = {self.sampler.task_key: task, **{key: state[next_key] for key, next_key in memory}}
-        return self._finish()
+        self._finish()
 
     def _judge(self, states: list[State], kept: set[NestedKey], end: int) -> None:
         """Runs the critic on the steps up to ``end`` that ``states`` are of, at once, and records the entries ``kept``."""
@@ -166,14 +186,20 @@ class LockstepRollout:
 
         return run
 
-    def _noise(self) -> Sequence[torch.Tensor | None]:
-        """Noise for the actions of all steps, ``[steps, B, ...]``; none in deterministic mode."""
-        if exploration_type() is ExplorationType.DETERMINISTIC:
-            return [None] * self.steps
-        shape = (self.steps, *self.env.batch_size, self.transition.action_size)
+    def _draw_noise(self) -> None:
+        """Noise for the actions of all steps, ``[steps, B, ...]``."""
         if self.family.gumbel:
-            return torch.rand(shape, device=self.env.device).log_().neg_().log_().neg_()
-        return torch.randn(shape, device=self.env.device)
+            self._noise.uniform_().log_().neg_().log_().neg_()
+        else:
+            self._noise.normal_()
+
+    def _draw_tasks(self) -> None:
+        """Tasks of a batch's trials, always in the same memory."""
+        tasks = [self.sampler.draw() for _ in range(self.steps // self.trial_steps)]
+        if not self._tasks:
+            self._tasks = [task.clone() for task in tasks]
+        for task, drawn in zip(self._tasks, tasks, strict=True):
+            task.copy_(drawn)
 
     # ----------------------------------------------------------------- storage
     def _recorded(self) -> list[NestedKey]:
@@ -193,12 +219,14 @@ class LockstepRollout:
             rows = self._rows[key] = buffer.unbind()
         rows[t].copy_(value)
 
-    def _finish(self) -> TensorDict:
+    def _finish(self) -> None:
+        """The log-probabilities of all steps, at once."""
         if self.sample.log_prob_key in self.keep:
             parameters = [self.batch.get(key) for key in self.sample.in_keys]
             log_prob, _ = self.family.log_prob_and_entropy(self.batch.get(self.env.action_key), *parameters)
-            self.batch.set(self.sample.log_prob_key, log_prob)
-        return self.batch.select(*self.keep)
+            self.batch.set(
+                self.sample.log_prob_key, log_prob, inplace=self.sample.log_prob_key in self.batch.keys(True, True)
+            )
 
 
 class _Transitions:

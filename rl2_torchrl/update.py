@@ -91,7 +91,7 @@ class PPOUpdate:
         self.max_grad_norm, self.target_kl = max_grad_norm, target_kl
         # One list: walking through the loss's modules for them costs more than Adam's step.
         self._parameters = list(loss.parameters())
-        fused = all(p.device.type == "cpu" and p.is_floating_point() for p in self._parameters)
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in self._parameters)
         self.optimizer = torch.optim.Adam(self._parameters, lr=lr, fused=fused) if optimizer is None else optimizer
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
         self._initial_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -192,7 +192,7 @@ class PPOUpdate:
         if self._buffer is None or self._layout != layout:
             self._layout = layout
             self._buffer = TensorDictReplayBuffer(
-                storage=LazyTensorStorage(len(chunks), device=chunks.device or "cpu"),
+                storage=LazyTensorStorage(len(chunks), device=self._parameters[0].device),
                 sampler=SamplerWithoutReplacement(shuffle=self.shuffle),
                 batch_size=math.ceil(len(chunks) / self.minibatches),
                 generator=self._generator,

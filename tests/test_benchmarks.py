@@ -18,7 +18,7 @@ def threads_as_before():
 
 @pytest.fixture(autouse=True)
 def small_peak(monkeypatch):
-    monkeypatch.setattr(benchmark, "matmul_peak", lambda: 1e9)
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda device: 1e9)
 
 
 def test_json_holds_every_phase_and_all_runs(tmp_path):
@@ -60,3 +60,8 @@ def test_gru_table_compares_every_backend():
     figures = gru_benchmark.main(rows=(2,), units=(4,), steps=3, inputs=2, repeats=1, threads=1)
     assert set(figures) == {"2x4 one step", "2x4 forward", "2x4 forward + backward"}
     assert all(set(times) == {"pad", "scan", "python", "fast"} for times in figures.values())
+
+
+def test_a_device_that_did_nothing_was_not_busy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert benchmark.device_busy(lambda: torch.ones(10).sum()) == 0

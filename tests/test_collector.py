@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, GymEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -19,6 +20,7 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialCollector,
+    kernels,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 
@@ -140,8 +142,8 @@ def test_noise_of_the_actions(kind, mean, std):
     env, steps = bandit_env(kind), 1000 * PULLS
     torch.manual_seed(0)
     collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * steps, total_frames=-1, keep=["action"])
-    with set_exploration_type(ExplorationType.RANDOM):
-        noise = collector.lockstep._noise()
+    next(iter(collector))
+    noise = collector.lockstep._noise
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(mean, abs=4 * std / noise.numel() ** 0.5)
     assert noise.std().item() == pytest.approx(std, rel=0.02)
@@ -164,6 +166,7 @@ def test_tasks_are_constant_in_a_trial_and_new_in_the_next():
     for data in (batch, following):
         assert (data["task"][:, :PULLS] == data["task"][:, :1]).all()
         assert (data["task"][:, PULLS] != data["task"][:, 0]).all()
+    assert (following["task"] != batch["task"]).all()
     assert (following["task"][:, 0] != batch["task"][:, -1]).all()
 
 
@@ -179,6 +182,51 @@ def test_trials_end_at_their_bound(trial, ends, terminated):
     done = torch.arange(1, 2 * PULLS + 1) % ends == 0
     assert (batch["next", "done"].squeeze(-1) == done).all()
     assert (batch["next", "terminated"].squeeze(-1) == (done & terminated)).all()
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
+def test_deterministic_rollouts_read_no_noise(kind):
+    env = bandit_env(kind)
+    rollout = TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=-1, keep=["action"]).lockstep
+    rollout._noise.fill_(torch.nan)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        actions = rollout()["action"].float()
+    assert actions.isfinite().all()
+    assert (actions[:, 0] == actions[0, 0]).all()
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on what makes the host wait for a device: reading a number, or a size that depends on numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero", "_unique2"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
+def test_rollout_never_waits_for_the_device(kind, compiled, monkeypatch):
+    if not compiled:  # as on a CUDA device
+        monkeypatch.setattr(kernels, "load", lambda dtype: None)
+    env = bandit_env(kind)
+    collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=KEEP[:9])
+    rollout = collector.lockstep
+    rollout()
+    with NoHostReads(), torch.no_grad():
+        rollout._play(rollout._noise)
+
+
+def test_rollout_always_works_in_the_same_memory():
+    env = bandit_env()
+    collector = TrialCollector(env, policy_for(env), frames_per_batch=2 * ROWS * PULLS, total_frames=-1, keep=KEEP[:9])
+    rollout = collector.lockstep
+
+    def addresses():
+        kept = {key: value.data_ptr() for key, value in rollout().items(True, True)}
+        return kept, [task.data_ptr() for task in rollout._tasks], rollout._noise.data_ptr()
+
+    assert addresses() == addresses()
 
 
 def test_batches_are_written_over_one_another():

@@ -19,6 +19,8 @@ class LockstepEnv(EnvBase):
 
     #: Steps of every episode.
     episode_steps: int
+    #: What all of the env's own draws are made from.
+    generator: torch.Generator
 
     @abstractmethod
     def first(self, task: torch.Tensor) -> torch.Tensor | None:
