@@ -9,7 +9,8 @@ a number back to the host, so that on a CUDA device a whole batch is one `GraphR
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -52,6 +53,9 @@ class LockstepRollout:
         self.trial_steps = _trial_steps(self.trial, self.env.episode_steps)
         if steps % self.trial_steps:
             raise NotPlainError(f"a batch of {steps} steps is no whole number of trials of {self.trial_steps} steps")
+        observed = set(self.transition.layout().observations)
+        if observed - {"observation"}:
+            raise NotPlainError(f"the transition input is made of {observed}, where a LockstepEnv tells of 'observation'")
         self.modules = flat_modules(policy)
         self.hidden_keys = hidden_keys(policy)
         self.sample, self.family = family_of(self.modules)
@@ -109,7 +113,8 @@ class LockstepRollout:
         if deterministic not in self._replays:
             play = partial(self._play, [None] * self.steps if deterministic else self._noise)
             self._replays[deterministic] = GraphReplay(play, self.env.device, [self.env.generator])
-        self._replays[deterministic]()
+        with one_thread() if self.env.has_threads else nullcontext():
+            self._replays[deterministic]()
         return self.batch.select(*self.keep)
 
     def _play(self, noise: Sequence[torch.Tensor | None]) -> None:
@@ -257,6 +262,17 @@ class _Transitions:
         """Writes the previous ``action`` and ``reward`` into the input of step ``t``."""
         self.action.write(self.actions[t], action)
         self.rewards[t].copy_(reward)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: threads that wait for its next operation spin, and would hold the cores that an env needs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _trial_transforms(env: EnvBase) -> list:

@@ -1,6 +1,30 @@
-"""Environments whose task is a tensor: bandits, and the bridge to Gymnasium."""
+"""Environments whose task is a tensor: bandits, locomotion in MuJoCo (extra ``mujoco``), and the bridge to Gymnasium."""
 
 from rl2_torchrl.envs.bandits import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 from rl2_torchrl.envs.gymnasium import GymTaskEnv
+from rl2_torchrl.envs.locomotion import (
+    AntDirection,
+    AntGoal,
+    HalfCheetahDirection,
+    HalfCheetahVelocity,
+    directions,
+    goals_in_disc,
+    signs,
+    velocities,
+)
 
-__all__ = ["BernoulliBandit", "GymTaskEnv", "QuadraticBandit", "uniform_means", "uniform_targets"]
+__all__ = [
+    "AntDirection",
+    "AntGoal",
+    "BernoulliBandit",
+    "GymTaskEnv",
+    "HalfCheetahDirection",
+    "HalfCheetahVelocity",
+    "QuadraticBandit",
+    "directions",
+    "goals_in_disc",
+    "signs",
+    "uniform_means",
+    "uniform_targets",
+    "velocities",
+]

@@ -21,6 +21,8 @@ class LockstepEnv(EnvBase):
     episode_steps: int
     #: What all of the env's own draws are made from.
     generator: torch.Generator
+    #: Whether `transition` works on threads of its own, which PyTorch's waiting threads would then keep from the cores.
+    has_threads: bool = False
 
     @abstractmethod
     def first(self, task: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,173 @@
+"""`RolloutBackend`: a batch of MuJoCo simulations, stepped in one call on all cores; and the choice among TorchRL's backends."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torchrl import torchrl_logger
+
+__all__ = ["BackendName", "RolloutBackend", "import_mujoco", "load_model", "make_backend"]
+
+BackendName = Literal["rollout", "mujoco", "mujoco-torch", "mjx"]
+
+
+def import_mujoco() -> ModuleType:
+    """The package `mujoco`.
+
+    Raises:
+        ImportError: it is not installed.
+
+    Examples:
+        >>> import_mujoco().__name__
+        'mujoco'
+    """
+    try:
+        import mujoco
+        import mujoco.rollout
+    except ImportError as error:
+        raise ImportError(
+            'these envs are simulated by MuJoCo, which is an extra: pip install "rl2_torchrl[mujoco]".'
+        ) from error
+    return mujoco
+
+
+def load_model(path: Path) -> Any:
+    """The `mujoco.MjModel` of an XML file; warnings about it go to TorchRL's log, not to a file in the working folder.
+
+    Examples:
+        >>> import gymnasium.envs.mujoco as assets
+        >>> load_model(Path(assets.__file__).parent / "assets" / "half_cheetah.xml").nu
+        6
+    """
+    mujoco = import_mujoco()
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: torchrl_logger.debug(f"{path.name}: {message}"))
+    try:
+        return mujoco.MjModel.from_xml_path(str(path))
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
+class RolloutBackend:
+    """A batch of simulations on MuJoCo's own thread pool, `mujoco.rollout`, with the methods of TorchRL's MuJoCo backends.
+
+    Every step solves its contacts from a cold start, so that it is a function of ``qpos``, ``qvel`` and ``ctrl`` alone.
+    MuJoCo's ``mj_step``, called again and again, starts from the last solution and differs in the 13th digit.
+
+    Args:
+        model: a `mujoco.MjModel`.
+        num_envs: simulations in the batch, B.
+        frame_skip: steps of the simulation in one of the env.
+        num_threads: threads of the pool. Default: one a core.
+
+    Attributes:
+        qpos: generalised positions ``[B, nq]``, float64; a view, which `step` writes over.
+        qvel: generalised velocities ``[B, nv]``, likewise.
+        earlier_qpos: positions one step of the simulation before, of which ``mj_step`` leaves body positions behind.
+
+    Examples:
+        >>> import gymnasium.envs.mujoco as assets
+        >>> model = load_model(Path(assets.__file__).parent / "assets" / "half_cheetah.xml")
+        >>> backend = RolloutBackend(model, num_envs=2, frame_skip=5)
+        >>> backend.step(torch.ones(2, 6))
+        >>> backend.qpos.shape
+        torch.Size([2, 9])
+    """
+
+    def __init__(self, model: Any, num_envs: int, frame_skip: int, num_threads: int | None = None):
+        mujoco = import_mujoco()
+        threads = min(num_envs, num_threads or os.cpu_count() or 1)
+        size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+        self.mj_model, self.frame_skip = model, frame_skip
+        self._models, self._data = [model] * num_envs, [mujoco.MjData(model) for _ in range(threads)]
+        # A pool of one would only hand the work over: 0 is the calling thread.
+        self._pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
+        # A state is (time, qpos, qvel, ...). States before and after each step of the simulation are written here.
+        self._states = torch.zeros(num_envs, frame_skip, size, dtype=torch.float64)
+        self._start = torch.zeros(num_envs, size, dtype=torch.float64)
+        self._ctrl = torch.zeros(num_envs, frame_skip, model.nu, dtype=torch.float64)
+        last, earlier = self._states[:, -1], self._states[:, -2] if frame_skip > 1 else self._start
+        self.qpos, self.qvel = last[:, 1 : 1 + model.nq], last[:, 1 + model.nq : 1 + model.nq + model.nv]
+        self.earlier_qpos = earlier[:, 1 : 1 + model.nq]
+        everywhere = torch.ones(num_envs, dtype=torch.bool)
+        self.reset_mask(everywhere, torch.from_numpy(model.qpos0).expand(num_envs, -1), torch.zeros(num_envs, model.nv))
+
+    def reset_mask(self, mask: torch.Tensor, qpos: torch.Tensor, qvel: torch.Tensor) -> None:
+        """Puts the rows of ``qpos`` and ``qvel`` in place that ``mask`` (bool ``[B]``) marks; time goes back to 0 there."""
+        self._states[mask] = 0
+        for view, value in ((self.qpos, qpos), (self.qvel, qvel), (self.earlier_qpos, qpos)):
+            view[mask] = value[mask].to(view)
+
+    def step(self, ctrl: torch.Tensor) -> None:
+        """``frame_skip`` steps of the simulation with ``ctrl`` ``[B, nu]``, which MuJoCo clamps to the actuators' range."""
+        self._start.copy_(self._states[:, -1])
+        self._ctrl.copy_(ctrl.unsqueeze(1))
+        self._pool.rollout(
+            self._models,
+            self._data,
+            self._start.numpy(),
+            self._ctrl.numpy(),
+            skip_checks=True,
+            nstep=self.frame_skip,
+            state=self._states.numpy(),
+        )
+
+
+class _TorchRLBackend:
+    """One of TorchRL's MuJoCo backends, with the methods and attributes of `RolloutBackend`."""
+
+    def __init__(self, name: str, path: Path, num_envs: int, frame_skip: int, device: torch.device):
+        from torchrl.envs.custom.mujoco import _backends
+
+        self._backend = _backends.make_backend(name, path, num_envs=num_envs, device=device)
+        self.mj_model, self.frame_skip = self._backend.mj_model, frame_skip
+        self.earlier_qpos = self.qpos
+
+    @property
+    def qpos(self) -> torch.Tensor:
+        return self._backend.qpos
+
+    @property
+    def qvel(self) -> torch.Tensor:
+        return self._backend.qvel
+
+    def reset_mask(self, mask: torch.Tensor, qpos: torch.Tensor, qvel: torch.Tensor) -> None:
+        self._backend.reset_mask(mask, qpos.to(self.qpos), qvel.to(self.qvel))
+        self.earlier_qpos = torch.where(mask.unsqueeze(-1), self.qpos, self.earlier_qpos)
+
+    def step(self, ctrl: torch.Tensor) -> None:
+        ctrl = ctrl.to(self.qpos)
+        if self.frame_skip > 1:
+            self._backend.step(ctrl, self.frame_skip - 1)
+        self.earlier_qpos = self.qpos.clone()
+        self._backend.step(ctrl, 1)
+
+
+def make_backend(
+    name: BackendName, path: Path, num_envs: int, frame_skip: int, num_threads: int | None, device: torch.device
+) -> RolloutBackend | _TorchRLBackend:
+    """A backend for ``num_envs`` simulations of the model in ``path``.
+
+    Raises:
+        ValueError: no such backend, or one that cannot live on ``device``.
+        ImportError: the backend's package is not installed.
+
+    Examples:
+        >>> import gymnasium.envs.mujoco as assets
+        >>> path = Path(assets.__file__).parent / "assets" / "half_cheetah.xml"
+        >>> make_backend("rollout", path, 4, 5, None, torch.device("cpu")).qvel.shape
+        torch.Size([4, 9])
+    """
+    if name != "rollout":
+        import_mujoco()
+        return _TorchRLBackend(name, path, num_envs, frame_skip, device)
+    if device.type != "cpu":
+        raise ValueError(
+            f"backend='rollout' simulates on the CPU, not on {device}. Take 'mujoco-torch' or 'mjx' there, or keep the env on "
+            "the CPU and the networks elsewhere (a Collector's env_device and policy_device)."
+        )
+    return RolloutBackend(load_model(path), num_envs, frame_skip, num_threads)

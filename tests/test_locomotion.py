@@ -1,0 +1,296 @@
+"""The batched MuJoCo envs are Gymnasium's, step by step, and their rows do not touch one another."""
+
+import builtins
+
+import gymnasium
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs.utils import ExplorationType
+
+from rl2_torchrl import ActorCritic, GRUGaussianActor, GRUValueHead, PreviousStep, TaskSampler, Trial, TrialCollector
+from rl2_torchrl.envs import (
+    AntDirection,
+    AntGoal,
+    HalfCheetahDirection,
+    HalfCheetahVelocity,
+    directions,
+    goals_in_disc,
+    signs,
+    velocities,
+)
+from rl2_torchrl.envs.physics import RolloutBackend
+from rl2_torchrl.testing import check_trial_env
+
+TASKS = {
+    HalfCheetahDirection: signs(),
+    HalfCheetahVelocity: velocities(),
+    AntDirection: directions(),
+    AntGoal: goals_in_disc(),
+}
+
+
+def reset(env, seed=0):
+    task = TASKS[type(env)](env.batch_size, torch.Generator().manual_seed(seed)).to(env.dtype)
+    return env.reset(TensorDict({"task": task}, env.batch_size)).set("task", task)
+
+
+def act(env, td, seed=0):
+    torch.manual_seed(seed)
+    return td.set("action", 2 * torch.rand(env.action_spec.shape, dtype=env.dtype) - 1)
+
+
+@pytest.mark.parametrize(
+    ("env_class", "name", "steps"), [(HalfCheetahVelocity, "HalfCheetah-v5", 1000), (AntGoal, "Ant-v5", 100)]
+)
+def test_every_step_is_gymnasiums(env_class, name, steps):
+    rows = 4
+    env = env_class(batch_size=(rows,), horizon=steps, seed=0, dtype=torch.float64)
+    theirs = gymnasium.make(name).unwrapped
+    theirs.reset(seed=0)
+    td, n = reset(env), theirs.model.nq + theirs.model.nv
+    for step in range(steps // rows):
+        start = env.get_extra_state()
+        td = act(env, td, seed=step)
+        following = env.step(td)["next"]
+        for row in range(rows):
+            theirs.set_state(start["qpos"][row].numpy(), start["qvel"][row].numpy())
+            *_, info = theirs.step(td["action"][row].numpy())
+            state = torch.from_numpy(theirs.state_vector())
+            ours = torch.cat((env.physics.qpos[row], env.physics.qvel[row]))
+            torch.testing.assert_close(ours, state, rtol=0, atol=1e-10)
+            if env_class is HalfCheetahVelocity:  # Ant-v5 measures its torso's velocity a step of the simulation before
+                assert following["velocity"][row, 0].item() == pytest.approx(info["x_velocity"], abs=1e-10)
+                torso = torch.from_numpy(theirs.get_body_com("torso").copy())
+                expected = torch.cat((state[1:n], torso))
+                torch.testing.assert_close(following["observation"][row], expected, rtol=0, atol=1e-10)
+        td = following.set("task", td["task"])
+
+
+def test_first_observation_is_gymnasiums():
+    env = HalfCheetahVelocity(batch_size=(2,), seed=0, dtype=torch.float64)
+    td, theirs = reset(env), gymnasium.make("HalfCheetah-v5").unwrapped
+    theirs.reset(seed=0)
+    state = env.get_extra_state()
+    theirs.set_state(state["qpos"][1].numpy(), state["qvel"][1].numpy())
+    torso = torch.from_numpy(theirs.get_body_com("torso").copy())
+    expected = torch.cat((torch.from_numpy(theirs.state_vector())[1:], torso))
+    torch.testing.assert_close(td["observation"][1], expected, rtol=0, atol=1e-12)
+
+
+def test_episodes_begin_where_gymnasiums_do():
+    env = HalfCheetahDirection(batch_size=(4000,), seed=0)
+    reset(env)
+    qpos, qvel = env.physics.qpos, env.physics.qvel
+    assert qpos.abs().max() <= 0.1
+    assert qpos.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)
+    assert qvel.std().item() == pytest.approx(0.1, rel=0.02)
+    ant = AntGoal(batch_size=(4000,), seed=0)
+    reset(ant)
+    torch.testing.assert_close(ant.physics.qpos.mean(0)[2:4], torch.tensor([0.75, 1.0]).double(), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("env_class", "task", "expected"),
+    [
+        (HalfCheetahDirection, [[1.0], [-1.0]], [2.0 - 0.3, 3.0 - 0.3]),
+        (HalfCheetahVelocity, [[1.5], [1.0]], [-0.5 - 0.3, -4.0 - 0.3]),
+    ],
+)
+def test_cheetahs_rewards(env_class, task, expected):
+    env = env_class(batch_size=(2,))
+    task, velocity = torch.tensor(task), torch.tensor([[2.0], [-3.0]])
+    reward = env.reward(task, velocity, velocity, torch.ones(2, 6))
+    torch.testing.assert_close(reward.squeeze(-1), torch.tensor(expected))
+
+
+def test_ants_rewards():
+    ones, velocity = torch.ones(2, 8), torch.tensor([[2.0, 1.0], [-3.0, 0.0]])
+    runner = AntDirection(batch_size=(2,), seed=0)
+    reset(runner)
+    runner.physics.qpos[1, 2] = 1.5  # not upright
+    reward = runner.reward(torch.tensor([[0.6, 0.8], [1.0, 0.0]]), velocity, velocity, ones)
+    torch.testing.assert_close(reward, torch.tensor([[2.0 + 1 - 4], [-3.0 - 4]]).double())
+    reward = AntGoal(batch_size=(2,)).reward(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), velocity, velocity, ones)
+    torch.testing.assert_close(reward, torch.tensor([[-1.0 - 0.8], [-6.0 - 0.8]]))
+
+
+@pytest.mark.parametrize("env_class", TASKS)
+def test_masked_resets_touch_only_their_rows(env_class):
+    env = env_class(batch_size=(3,), seed=0)
+    td = act(env, reset(env))
+    env.step(td)
+    before = env.get_extra_state()
+    mask = torch.tensor([[False], [True], [False]])
+    after = env.reset(TensorDict({"task": td["task"], "_reset": mask}, [3]))
+    state = env.get_extra_state()
+    for key in ("qpos", "qvel", "earlier_qpos", "steps", "velocity"):
+        assert torch.equal(state[key][[0, 2]], before[key][[0, 2]]), key
+        assert not torch.equal(state[key][1], before[key][1]), key
+    assert state["steps"][1] == 0
+    assert after["velocity"][1].abs().sum() == 0
+
+
+def test_rows_do_not_depend_on_one_another():
+    batch, alone = HalfCheetahVelocity(batch_size=(5,), seed=0), HalfCheetahVelocity(batch_size=(), seed=0)
+    td = reset(batch)
+    alone.physics.reset_mask(torch.ones(1, dtype=torch.bool), batch.physics.qpos[3:4], batch.physics.qvel[3:4])
+    single = TensorDict({"task": td["task"][3]})
+    for step in range(20):
+        td = batch.step(act(batch, td, seed=step))["next"].set("task", td["task"])
+        single = alone.step(single.set("action", act(batch, td.clone(), seed=step)["action"][3]))["next"]
+        single["task"] = td["task"][3]
+    assert torch.equal(single["observation"], td["observation"][3])
+    assert torch.equal(single["reward"], td["reward"][3])
+
+
+def test_episodes_last_the_horizon():
+    env = AntDirection(batch_size=(2,), horizon=3, seed=0)
+    td = reset(env)
+    ends = []
+    for step in range(3):
+        following = env.step(act(env, td, seed=step))["next"]
+        ends.append([following[key].all().item() for key in ("done", "truncated", "terminated")])
+        td = following.set("task", td["task"])
+    assert ends == [[False] * 3, [False] * 3, [True, True, False]]
+
+
+@pytest.mark.parametrize("env_class", TASKS)
+def test_keeps_the_trial_contract(env_class):
+    tasks = TASKS[env_class]
+
+    def make():
+        transforms = Compose(Trial(episodes=2), TaskSampler(tasks, seed=1), PreviousStep(["observation"]))
+        return TransformedEnv(env_class(batch_size=(2,), horizon=4, seed=0), transforms)
+
+    check_trial_env(make())
+
+
+def trial_env(rows=4, episodes=2, horizon=3):
+    env = HalfCheetahVelocity(batch_size=(rows,), horizon=horizon, seed=0)
+    transforms = Compose(Trial(episodes=episodes), TaskSampler(velocities(), seed=1), PreviousStep(["observation"]))
+    return TransformedEnv(env, transforms)
+
+
+def test_fast_collection_equals_collectors():
+    batches = []
+    keep = ["trans", "action", "action_log_prob", "state_value", ("next", "reward"), ("next", "done"), "is_init"]
+    for cls, kwargs in ((Collector, {"auto_register_policy_transforms": True}), (TrialCollector, {"keep": keep})):
+        env = trial_env()
+        torch.manual_seed(0)
+        policy = ActorCritic(GRUGaussianActor.from_env(env, init_range=1.0), GRUValueHead.from_env(env))
+        how = {"frames_per_batch": 2 * 24, "total_frames": 48, "exploration_type": ExplorationType.DETERMINISTIC}
+        collector = cls(env, policy, **how, **kwargs)
+        env.base_env.set_seed(0), env.transform[1].seed(0)
+        if cls is TrialCollector:
+            env.base_env.first(None)  # draws what Collector draws for the second episode of its first trial
+        batches.append(next(iter(collector)).clone())
+    assert collector.lockstep is not None
+    # The fast path does not use the env's first reset: compare its first trial with Collector's second.
+    slow, fast = batches[0][:, 6:], batches[1][:, :6]
+    for key in keep:
+        torch.testing.assert_close(fast[key], slow[key], msg=str(key))
+
+
+def test_several_observations_are_left_to_collector():
+    transforms = Compose(Trial(episodes=2), TaskSampler(velocities(), seed=1), PreviousStep())
+    env = TransformedEnv(HalfCheetahVelocity(batch_size=(2,), horizon=3, seed=0), transforms)
+    actor = GRUGaussianActor.from_env(env)
+    collector = TrialCollector(env, actor, frames_per_batch=12, total_frames=12, keep=["trans"])
+    assert collector.lockstep is None
+    (batch,) = list(collector)
+    assert batch["trans"].shape == (2, 6, 20 + 1 + 6 + 2)
+
+
+def test_checkpoints_go_on_as_the_run_would_have():
+    env = HalfCheetahDirection(batch_size=(3,), seed=0)
+    td = act(env, reset(env))
+    td = env.step(td)["next"].set("task", td["task"])
+    state = env.get_extra_state()
+    going_on = [env.step(act(env, td))["next"], reset(env)]
+    other = HalfCheetahDirection(batch_size=(3,), seed=7)
+    other.set_extra_state(state)
+    resumed = [other.step(act(other, td))["next"], reset(other)]
+    for ours, theirs in zip(resumed, going_on, strict=True):
+        assert (ours == theirs).all()
+
+
+@pytest.mark.parametrize("backend", ["mujoco"])
+def test_torchrls_backends_are_a_switch(backend, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings there
+    steps = {}
+    for name in ("rollout", backend):
+        env = HalfCheetahVelocity(batch_size=(1,), seed=0, backend=name, dtype=torch.float64)
+        td = reset(env)
+        for step in range(10):
+            td = env.step(act(env, td, seed=step))["next"].set("task", td["task"])
+        steps[name] = td
+    # TorchRL's backend rounds to float32, and contacts make such differences grow.
+    for key in ("observation", "reward", "velocity"):
+        torch.testing.assert_close(steps[backend][key], steps["rollout"][key], rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------- bad input
+def test_nan_actions_are_an_error():
+    env = HalfCheetahDirection(batch_size=(2,))
+    td = act(env, reset(env))
+    td["action"][1, 3] = torch.nan
+    with pytest.raises(FloatingPointError, match="policy has broken down"):
+        env.step(td)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"batch_size": (0,)}, "at least one env"), ({"horizon": 0}, "one step")]
+)
+def test_impossible_sizes(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        HalfCheetahVelocity(**kwargs)
+
+
+def test_reset_without_task_says_what_to_do():
+    with pytest.raises(KeyError, match="Add a TaskSampler"):
+        AntGoal(batch_size=(2,)).reset()
+
+
+def test_unknown_backend_and_device():
+    with pytest.raises(ValueError, match="unknown backend"):
+        HalfCheetahVelocity(backend="bullet")
+    with pytest.raises(ValueError, match="simulates on the CPU"):
+        HalfCheetahVelocity(device="meta")
+
+
+def test_empty_range_of_velocities():
+    with pytest.raises(ValueError, match="above the first"):
+        velocities(2.0, 2.0)
+
+
+def test_missing_mujoco_names_the_extra(monkeypatch):
+    original = builtins.__import__
+
+    def without_mujoco(name, *args, **kwargs):
+        if name.split(".")[0] == "mujoco":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_mujoco)
+    with pytest.raises(ImportError, match=r"rl2_torchrl\[mujoco\]"):
+        HalfCheetahVelocity()
+
+
+def test_nothing_is_written_into_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    HalfCheetahVelocity()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_number_of_threads_changes_nothing(threads):
+    model = HalfCheetahVelocity().model
+    one, several = RolloutBackend(model, 7, 5, 1), RolloutBackend(model, 7, 5, threads)
+    ctrl = torch.linspace(-1, 1, 42).reshape(7, 6)
+    for _ in range(5):
+        one.step(ctrl), several.step(ctrl)
+    assert torch.equal(one.qpos, several.qpos)
+    assert torch.equal(one.qvel, several.qvel)
