@@ -1,12 +1,15 @@
-"""RL² on HalfCheetah with a goal direction or velocity: a Gaussian GRU policy finds out within a trial how it should run."""
+"""RL² on HalfCheetah: a Gaussian GRU policy finds out, within a trial, which way or how fast it shall run."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from rich.console import Console
 from tensordict import TensorDictBase
 from torchrl.envs import Compose, TransformedEnv
@@ -34,103 +37,331 @@ from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_
 
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, PHYSICS = range(4)  # streams of random numbers that never meet
 HORIZON = 200
+#: The original's goals, for the last episode of held-out trials: return in the worse direction, sum of |v - goal|.
+STOP_RETURN, STOP_ERROR, STOP_EVALUATIONS = 180.0, 25.0, 3
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the two modes differ in."""
+class Mode:
+    """A way to train: sizes of a batch and of the networks, and how they are updated.
+
+    Args:
+        trials: trials in a batch, each on a task of its own.
+        episodes: episodes of a trial.
+        env_steps: env steps to train on.
+        units: GRU units, in actor and critic each.
+        lr: learning rate.
+        gamma: discount per step.
+        lmbda: GAE's lambda.
+        clip_epsilon: PPO's clipping.
+        epochs: passes over a batch.
+        minibatch_steps: env steps of a minibatch.
+        bptt: steps of a chunk that gradients flow through; None takes the whole trial.
+        value_target: what the critic learns, see `TrialAdvantage`.
+        critic_keys: what the critic sees beside the actor's input.
+        decay: let the learning rate fall to 0 over the training.
+        shuffle: draw chunks in random order.
+    """
 
     trials: int
     episodes: int
     env_steps: int
-    units: int
-    lr: float
-    gamma: float
-    lmbda: float
-    epochs: int
-    minibatches: int
-    clip: float
-    entropy: float
-    bptt: int | None
-    shuffle: bool
-    value_target: Literal["gae", "return"]
-    privileged: bool
-    decay: bool
+    units: int = 64
+    lr: float = 1e-3
+    gamma: float = 0.99
+    lmbda: float = 0.95
+    clip_epsilon: float = 0.2
+    epochs: int = 4
+    minibatch_steps: int = 3200
+    bptt: int | None = None
+    value_target: Literal["gae", "return"] = "gae"
+    critic_keys: tuple[str, ...] = ("time_left", "task")
+    decay: bool = True
+    shuffle: bool = True
+
+    @property
+    def batch_steps(self) -> int:
+        """Env steps of a batch."""
+        return self.trials * self.episodes * HORIZON
 
 
-TRIAL = Settings(
-    trials=64,
-    episodes=2,
-    env_steps=40_000_000,
-    units=64,
-    lr=1e-3,
-    gamma=0.99,
-    lmbda=0.95,
-    epochs=4,
-    minibatches=8,
-    clip=0.2,
-    entropy=0.0,
-    bptt=None,
-    shuffle=True,
-    value_target="gae",
-    privileged=True,
-    decay=True,
-)
+#: The original (Duan et al. 2016 as first written for these envs): no gradient through time, chunks in order.
+_ORIGINAL = {
+    "lr": 1e-4,
+    "lmbda": 0.97,
+    "clip_epsilon": 0.3,
+    "epochs": 10,
+    "minibatch_steps": 32,
+    "bptt": 1,
+    "value_target": "return",
+    "critic_keys": (),
+    "decay": False,
+    "shuffle": False,
+}
+MODES = {
+    ("trial", "direction"): Mode(trials=64, episodes=2, env_steps=24_000_000),
+    ("trial", "velocity"): Mode(trials=64, episodes=2, env_steps=80_000_000),
+    ("original", "direction"): Mode(trials=4, episodes=4, env_steps=4_000_000, **_ORIGINAL),
+    ("original", "velocity"): Mode(trials=10, episodes=6, env_steps=4_000_000, **_ORIGINAL),
+}
 
 
 def main(
-    task: Literal["direction", "velocity"] = "direction",
     *,
-    settings: Settings = TRIAL,
+    task: Literal["direction", "velocity"] = "direction",
+    mode: Literal["trial", "original"] = "trial",
+    max_velocity: float = 2.0,
+    env_steps: int | None = None,
+    trials: int | None = None,
+    units: int | None = None,
+    stop_at_goal: bool = False,
     seed: int = 0,
+    report_tasks: int = 200,
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv",
     log_dir: Path = Path("runs/half_cheetah"),
+    resume: bool = False,
     progress: bool = True,
-):
+) -> "CheetahReport":
+    """Trains RL² on HalfCheetah with a goal that only its rewards tell of, and reports how it adapts to held-out goals.
+
+    Args:
+        task: run forward or backward, or at a velocity.
+        mode: "trial", whole trials through time and our best settings, or "original", the first implementation's.
+        max_velocity: velocities are drawn from U[0, max_velocity] m/s: 2 in the original, 3 in later work.
+        env_steps: env steps to train on, in place of the mode's; rounded up to whole batches.
+        trials: trials in a batch, in place of the mode's.
+        units: GRU units, in place of the mode's.
+        stop_at_goal: stop once the original's goal has held in three evaluations in a row: in the last episode of
+            held-out trials a mean return of 180 in the worse direction, or a mean sum of |velocity - goal| of 25.
+        seed: seed of networks, envs and tasks.
+        report_tasks: held-out tasks in the final report.
+        logger: where scalars go; tensorboard and wandb are extras of the package.
+        log_dir: folder of the run: report.json, report.png, velocity.png, scalars and checkpoints.
+        resume: go on from the newest checkpoint in log_dir.
+        progress: show a progress bar.
+    """
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
-    s = settings
-    distribution = signs() if task == "direction" else velocities()
-    env = make_env(task, TaskSampler(distribution, seed=1000 * seed + TRAIN_TASKS), s.episodes, s.trials, seed)
-    actor = GRUGaussianActor.from_env(env, hidden_size=s.units)
-    extra = ["time_left", "task"] if s.privileged else []
-    critic = GRUValueHead.from_env(env, hidden_size=s.units, extra_keys=extra)
-    policy = ActorCritic(actor, critic)
-    update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=s.clip, entropy_bonus=s.entropy > 0, entropy_coeff=s.entropy),
-        TrialAdvantage(gamma=s.gamma, lmbda=s.lmbda, value_target=s.value_target),
-        bptt=s.bptt, shuffle=s.shuffle, lr=s.lr, epochs=s.epochs, minibatches=s.minibatches,
-        lr_schedule=linear_decay if s.decay else None,
+    own = {"env_steps": env_steps, "trials": trials, "units": units}
+    settings = replace(MODES[mode, task], **{key: value for key, value in own.items() if value is not None})
+    game = Game(task, settings.episodes, max_velocity, seed)
+    collector, update = compose(game, settings)
+    actor = update.loss.actor_network
+    stopping = StopAtGoal(task) if stop_at_goal else None
+    result = train(
+        collector,
+        update,
+        evaluate=lambda: game.scalars(actor, game.tasks(HELD_OUT_TASKS, 64)),
+        eval_interval=max(1, 1_000_000 // settings.batch_steps),
+        logger=get_logger(logger, str(log_dir), "scalars"),
+        checkpoints=log_dir / "checkpoints",
+        resume=resume,
+        stop=stopping,
+        progress=progress,
     )
-    batch = s.trials * s.episodes * HORIZON
-    total = math.ceil(s.env_steps / batch) * batch
-    collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=update.in_keys)
-
-    def evaluate():
-        held = distribution(torch.Size([64]), torch.Generator().manual_seed(1000 * seed + HELD_OUT_TASKS))
-        e = make_env(task, TaskSampler.fixed(held), s.episodes, 64, seed)
-        curve = adaptation_curve(e, actor, 64)
-        out = {f"episode_{i}": v for i, v in enumerate(curve.per_episode.tolist())}
-        if task == "direction":
-            out |= {"last_forward": curve.returns[held[:, 0] > 0, -1].mean().item(), "last_backward": curve.returns[held[:, 0] < 0, -1].mean().item()}
-        else:
-            e = make_env(task, TaskSampler.fixed(held), s.episodes, 64, seed)
-            err = adaptation_curve(e, actor, 64, score=speed_error)
-            out |= {f"error_{i}": v for i, v in enumerate(err.per_episode.tolist())}
-        out["trial_return"] = curve.mean
-        print({k: round(v, 1) for k, v in out.items()}, actor.get_submodule("0") if False else "", flush=True)
-        return out
-
-    return train(collector, update, evaluate=evaluate, eval_interval=20, logger=get_logger("csv", str(log_dir), "scalars"), checkpoints=log_dir / "checkpoints", progress=progress)
+    report = make_report(game, actor, game.tasks(REPORT_TASKS, report_tasks), result)
+    path = report.save(log_dir)
+    console = Console()
+    console.print(report.table())
+    console.print(f"{result.env_steps:,} steps in {result.seconds:.0f} s; report and plots: {path.parent}")
+    return report
 
 
-def speed_error(td):
-    return (td["next", "velocity"] - td["task"]).abs()
+def compose(game: "Game", settings: Mode) -> tuple[TrialCollector, PPOUpdate]:
+    """Collector and update, of the parts that any recipe is made of."""
+    sampler = TaskSampler(game.distribution, seed=game.stream(TRAIN_TASKS))
+    env = game.env(sampler, settings.trials)
+    actor = GRUGaussianActor.from_env(env, hidden_size=settings.units)
+    critic = GRUValueHead.from_env(env, hidden_size=settings.units, extra_keys=list(settings.critic_keys))
+    chunk = settings.bptt or settings.episodes * HORIZON
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=settings.clip_epsilon),
+        TrialAdvantage(gamma=settings.gamma, lmbda=settings.lmbda, value_target=settings.value_target),
+        bptt=settings.bptt,
+        epochs=settings.epochs,
+        minibatches=max(1, settings.batch_steps // max(settings.minibatch_steps, chunk)),
+        shuffle=settings.shuffle,
+        lr=settings.lr,
+        lr_schedule=linear_decay if settings.decay else None,
+    )
+    total = math.ceil(settings.env_steps / settings.batch_steps) * settings.batch_steps
+    policy, steps = ActorCritic(actor, critic), settings.batch_steps
+    return TrialCollector(env, policy, frames_per_batch=steps, total_frames=total, keep=update.in_keys), update
 
 
-def make_env(task, sampler, episodes, rows, seed):
-    env_class = HalfCheetahDirection if task == "direction" else HalfCheetahVelocity
-    base = env_class(batch_size=(rows,), horizon=HORIZON, seed=1000 * seed + PHYSICS)
-    return TransformedEnv(base, Compose(Trial(episodes=episodes), sampler, PreviousStep(["observation"])))
+@dataclass(frozen=True)
+class Game:
+    """What is played: the tasks, and trials of ``episodes`` episodes on them."""
+
+    task: Literal["direction", "velocity"]
+    episodes: int
+    max_velocity: float
+    seed: int
+
+    @property
+    def distribution(self) -> Callable:
+        """Where tasks come from."""
+        return signs() if self.task == "direction" else velocities(0.0, self.max_velocity)
+
+    def env(self, sampler: TaskSampler, rows: int) -> TransformedEnv:
+        """``rows`` cheetahs side by side, each on a task of its own."""
+        env_class = HalfCheetahDirection if self.task == "direction" else HalfCheetahVelocity
+        cheetahs = env_class(batch_size=(rows,), horizon=HORIZON, seed=self.stream(PHYSICS))
+        # Without "velocity", so that the agent sees what the original's did; it can tell its speed from the observation.
+        transforms = Compose(Trial(episodes=self.episodes), sampler, PreviousStep(["observation"]))
+        return TransformedEnv(cheetahs, transforms)
+
+    def tasks(self, kind: int, number: int) -> torch.Tensor:
+        """``number`` tasks from the stream ``kind``, [number, 1]."""
+        return self.distribution(torch.Size([number]), torch.Generator().manual_seed(self.stream(kind)))
+
+    def stream(self, kind: int) -> int:
+        """A seed for each purpose, so that no two draw the same numbers."""
+        return 1000 * self.seed + kind
+
+    def play(self, actor: GRUGaussianActor, tasks: torch.Tensor, **how) -> AdaptationCurve:
+        """One trial on each of ``tasks`` [num_tasks, 1]; ``how`` goes to `adaptation_curve`."""
+        return adaptation_curve(self.env(TaskSampler.fixed(tasks), len(tasks)), actor, len(tasks), **how)
+
+    def scalars(self, actor: GRUGaussianActor, tasks: torch.Tensor) -> dict[str, float]:
+        """What a held-out evaluation logs: returns of first and last episode, and how near the last one came to the task."""
+        record = VelocityRecord()
+        curve = self.play(actor, tasks, on_step=record)
+        scalars = {"trial_return": curve.mean, "first_episode": curve.per_episode[0].item()}
+        last = curve.returns[:, -1]
+        scalars["last_episode"] = last.mean().item()
+        if self.task == "velocity":
+            return scalars | {"last_speed_error": record.errors(self.episodes).per_episode[-1].item()}
+        forward, backward = last[tasks[:, 0] > 0].mean(), last[tasks[:, 0] < 0].mean()
+        return scalars | {"last_forward": forward.item(), "last_backward": backward.item()}
+
+
+class VelocityRecord:
+    """The velocity and the task of every step of played trials; all rows begin and end theirs together."""
+
+    def __init__(self):
+        self._velocities: list[torch.Tensor] = []
+        self._tasks: list[torch.Tensor] = []
+
+    def __call__(self, tensordict: TensorDictBase) -> None:
+        """Writes one step down."""
+        self._velocities.append(tensordict["next", "velocity"].squeeze(-1).clone())
+        self._tasks.append(tensordict["task"].squeeze(-1).clone())
+
+    @property
+    def velocities(self) -> torch.Tensor:
+        """Velocities ``[num_tasks, steps]`` in m/s."""
+        return torch.stack(self._velocities, -1)
+
+    def errors(self, episodes: int) -> AdaptationCurve:
+        """``sum_t |v_t - task|`` of every episode and task: the absolute value comes first, then all means."""
+        errors = (self.velocities - torch.stack(self._tasks, -1)).abs().double()
+        return AdaptationCurve(errors.reshape(len(errors), episodes, -1).sum(-1))
+
+
+class StopAtGoal:
+    """The original's stop goals, for `train(stop=)`: true once one has held in `STOP_EVALUATIONS` evaluations in a row."""
+
+    def __init__(self, task: Literal["direction", "velocity"]):
+        self._task = task
+        self._held = 0
+
+    def __call__(self, row: dict[str, float]) -> bool:
+        """Looks at one update's scalars; those without an evaluation change nothing."""
+        if "eval/trial_return" in row:
+            self._held = self._held + 1 if self._reached(row) else 0
+        return self._held >= STOP_EVALUATIONS
+
+    def _reached(self, row: dict[str, float]) -> bool:
+        if self._task == "velocity":
+            return row["eval/last_speed_error"] <= STOP_ERROR
+        return min(row["eval/last_forward"], row["eval/last_backward"]) >= STOP_RETURN
+
+
+# ------------------------------------------------------------------- report
+def make_report(game: Game, actor: GRUGaussianActor, tasks: torch.Tensor, result: TrainResult) -> "CheetahReport":
+    """The agent, without its memory and without its rewards, all on ``tasks`` [num_tasks, 1]."""
+    ablations = {"memory_zeroed": with_zeroed_memory(actor), "rewards_shuffled": with_shuffled_rewards()}
+    records = {name: VelocityRecord() for name in ("agent", "greedy", *ablations)}
+    return CheetahReport(
+        agent=game.play(actor, tasks, on_step=records["agent"]),
+        greedy=game.play(actor, tasks, deterministic=True, on_step=records["greedy"]),
+        ablations={
+            name: game.play(actor, tasks, ablation=ablation, on_step=records[name])
+            for name, ablation in ablations.items()
+        },
+        train=result,
+        seed=game.seed,
+        title=f"RL² on HalfCheetah, {game.task}",
+        tasks=tasks.squeeze(-1),
+        velocities=records["agent"].velocities,
+        speed_errors={name: record.errors(game.episodes) for name, record in records.items()},
+        is_speed=game.task == "velocity",
+    )
+
+
+@dataclass
+class CheetahReport(AdaptationReport):
+    """An `AdaptationReport` with the velocities themselves, and for a goal velocity how far they were from it.
+
+    Args:
+        tasks: the held-out tasks, [num_tasks].
+        velocities: of the agent in every step, [num_tasks, steps], in m/s.
+        speed_errors: ``sum_t |v_t - task|`` of every episode, by name.
+        is_speed: whether the task is a velocity.
+    """
+
+    tasks: torch.Tensor = None
+    velocities: torch.Tensor = None
+    speed_errors: dict[str, AdaptationCurve] = None
+    is_speed: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report with the last episode's return in each direction, or the errors of speed by episode."""
+        return {**super().to_dict(), **(self._speed_entries() if self.is_speed else self._direction_entries())}
+
+    def _speed_entries(self) -> dict[str, Any]:
+        per_episode = {
+            name: {"per_episode": curve.per_episode.tolist(), "per_episode_se": curve.per_episode_se.tolist()}
+            for name, curve in self.speed_errors.items()
+        }
+        return {"speed_error": per_episode}
+
+    def _direction_entries(self) -> dict[str, Any]:
+        curves = {"agent": self.agent, "greedy": self.greedy, **self.ablations}
+        chosen = {"forward": self.tasks > 0, "backward": self.tasks < 0}
+        return {
+            way: {name: curve.returns[rows].mean(0).tolist() for name, curve in curves.items()}
+            for way, rows in chosen.items()
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``velocity.png`` beside what every report writes."""
+        path = super().save(folder)
+        self.plot_velocity().savefig(path.parent / "velocity.png", dpi=130)
+        return path
+
+    def plot_velocity(self):
+        """The velocity over a trial for a few tasks, smoothed over half a second, as a `matplotlib.figure.Figure`."""
+        figure = Figure(figsize=(12, 4.5), layout="constrained")
+        axes = figure.subplots()
+        order = self.tasks.argsort()
+        shown = order[torch.linspace(0, len(order) - 1, min(6, len(order))).long()]
+        for color, row in zip(colormaps["viridis"](torch.linspace(0, 0.9, len(shown)).tolist()), shown, strict=True):
+            smooth = torch.nn.functional.avg_pool1d(
+                self.velocities[row].view(1, 1, -1), 11, 1, 5, count_include_pad=False
+            )
+            task = float(self.tasks[row])
+            axes.plot(smooth.flatten(), color=color, lw=1.3, label=f"task {task:+.2f}")
+            if self.is_speed:
+                axes.axhline(task, color=color, lw=1, ls=":")
+        for start in range(HORIZON, self.velocities.shape[1], HORIZON):
+            axes.axvline(start, color="grey", lw=1, ls="--")
+        axes.set(xlabel="step of the trial (dashed: a new episode)", ylabel="velocity (m/s; dotted: the goal)")
+        axes.set_title(f"{self.title}: velocity within held-out trials, weights fixed")
+        axes.legend(ncols=len(shown), fontsize=9, frameon=False)
+        axes.grid(alpha=0.25)
+        return figure
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def adaptation_curve(
     *,
     deterministic: bool = False,
     ablation: Callable[[TensorDictBase], TensorDictBase] | None = None,
-    score: Callable[[TensorDictBase], torch.Tensor] | None = None,
+    on_step: Callable[[TensorDictBase], None] | None = None,
     max_trial_steps: int = 1_000_000,
 ) -> AdaptationCurve:
     """Plays ``num_trials`` whole trials and returns the return of every episode separately.
@@ -106,8 +106,7 @@ def adaptation_curve(
         deterministic: act with the distribution's mode or mean. Default False: RL² explores by sampling.
         ablation: function applied to the TensorDict before the policy sees it: `with_zeroed_memory(policy)` or
             `with_shuffled_rewards()`.
-        score: what is added up over an episode's steps in place of the reward: a function of the TensorDict of a step (its
-            results under ``"next"``) that gives ``[*B]`` or ``[*B, 1]``, such as the distance to a goal.
+        on_step: called with the TensorDict of every step, its results under ``"next"``, to record what returns do not tell.
         max_trial_steps: raise when a trial does not end within so many steps.
 
     Returns:
@@ -136,22 +135,19 @@ def adaptation_curve(
     env = _with_memory(env, policy)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     with set_exploration_type(kind), set_recurrent_mode(False):
-        score = score or _reward
-        return AdaptationCurve(_play(env, policy, _Returns(num_trials), ablation, score, max_trial_steps))
+        return AdaptationCurve(_play(env, policy, _Returns(num_trials), ablation, on_step, max_trial_steps))
 
 
-def _reward(tensordict: TensorDictBase) -> torch.Tensor:
-    return tensordict["next", "reward"]
-
-
-def _play(env, policy, returns: _Returns, ablation, score, max_trial_steps: int) -> torch.Tensor:
+def _play(env, policy, returns: _Returns, ablation, on_step, max_trial_steps: int) -> torch.Tensor:
     """Plays until ``returns`` has all its trials, and gives its table ``[num_trials, num_episodes]``."""
     tensordict = env.reset()
     trial = torch.arange(env.batch_size.numel())  # which trial each row plays, in the order in which they begin
     while True:
         episode = tensordict[EPISODE_INDEX].reshape(-1).cpu()
         tensordict = env.step(policy(tensordict if ablation is None else ablation(tensordict)))
-        returns.add(trial, episode, score(tensordict).reshape(-1).cpu())
+        returns.add(trial, episode, tensordict["next", "reward"].reshape(-1).cpu())
+        if on_step is not None:
+            on_step(tensordict)
         done = tensordict["next", "done"].reshape(-1).cpu()
         _require_end(tensordict["next", TRIAL_STEP].reshape(-1).cpu()[~done], max_trial_steps)
         if returns.finish(trial[done]):

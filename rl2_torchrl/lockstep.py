@@ -55,7 +55,9 @@ class LockstepRollout:
             raise NotPlainError(f"a batch of {steps} steps is no whole number of trials of {self.trial_steps} steps")
         observed = set(self.transition.layout().observations)
         if observed - {"observation"}:
-            raise NotPlainError(f"the transition input is made of {observed}, where a LockstepEnv tells of 'observation'")
+            raise NotPlainError(
+                f"the transition input is made of {observed}, where a LockstepEnv tells of 'observation'"
+            )
         self.modules = flat_modules(policy)
         self.hidden_keys = hidden_keys(policy)
         self.sample, self.family = family_of(self.modules)

@@ -89,6 +89,13 @@ def test_head_takes_the_layers_that_it_was_given():
     close(tanh(x), tanh.layers(x))
 
 
+def test_some_inputs_go_past_the_first_activation():
+    head, x = Head(6, 3, init_range=0.5, num_cells=(5,), skip_size=2), torch.randn(4, 6)
+    _, first, _, last = head.layers
+    expected = last(torch.relu(first(torch.cat((torch.relu(x[:, :4]), x[:, 4:]), -1))))
+    close(head(x), expected)
+
+
 def test_head_under_vmap_and_compile():
     head, x = Head(6, 3, init_range=0.5), torch.randn(4, 6)
     close(torch.func.vmap(head)(x), head(x))

@@ -19,7 +19,8 @@ __all__ = ["Concat", "Head", "as_keys", "gru_body", "sub_key"]
 class Head(nn.Module):
     """``W f(h) + b``: an activation and one linear layer whose weights and bias are drawn from U(-init_range, init_range).
 
-    With ``num_cells`` further hidden layers of those sizes stand before the last.
+    With ``num_cells`` further hidden layers of those sizes stand before the last. The last ``skip_size`` inputs go past the
+    first activation, which would cut off their sign.
     """
 
     def __init__(
@@ -30,11 +31,12 @@ class Head(nn.Module):
         init_range: float,
         activation: Callable[[], nn.Module] = nn.ReLU,
         num_cells: Sequence[int] = (),
+        skip_size: int = 0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.in_features = in_features
+        self.in_features, self.skip_size = in_features, skip_size
         if out_features < 1:
             raise ValueError(f"{out_features} outputs: an actor needs at least one action, or action dimension.")
         layers: list[nn.Module] = [activation()]
@@ -54,11 +56,21 @@ class Head(nn.Module):
                 "hidden_size and the sizes of extra_keys, or let from_env(env, ...) add them up."
             )
         layers = list(self.layers)
-        if not _are_relu_linear(layers):
-            return self.layers(features)
+        if self.skip_size:
+            activation, first, *layers = layers
+            features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
+            features = first(torch.cat((activation(features), skipped), -1))
+        return _chain(layers, features)
+
+
+def _chain(layers: list[nn.Module], features: torch.Tensor) -> torch.Tensor:
+    if _are_relu_linear(layers):
         for linear in layers[1::2]:
             features = relu_linear(features, linear.weight, linear.bias)
         return features
+    for layer in layers:
+        features = layer(features)
+    return features
 
 
 def _are_relu_linear(layers: list[nn.Module]) -> bool:

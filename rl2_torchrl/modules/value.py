@@ -136,6 +136,7 @@ class MemoryValueHead(TensorDictSequential):
             init_range=init_range,
             activation=activation,
             num_cells=num_cells,
+            skip_size=extra_size,
             device=device,
             dtype=dtype,
         )
