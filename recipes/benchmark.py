@@ -206,24 +206,15 @@ def matmul_peak(device: str = "cpu", size: int = 2048, repeats: int = 7) -> floa
 
 
 def table(figures: dict[str, dict], title: str) -> Table:
-    """One row a workload."""
-    out = Table(title=title)
-    for column in (
-        "",
-        "arms x pulls",
-        "trials",
-        "units",
-        "collect/s",
-        "advantage/s",
-        "update/s",
-        "total/s",
-        "GFLOP/s",
-        "of peak",
-    ):
-        out.add_column(column, justify="right")
+    """One row a workload; narrow enough for 80 columns."""
+    out = Table(title=f"Thousand env steps/s ({title})", padding=(0, 0))
+    columns = ("", "arms", "pulls", "trials", "units", "collect", "adv.", "update", "total", "GFLOP/s", "peak")
+    for column in columns:
+        out.add_column(column, justify="right", no_wrap=True)
     for name, row in figures.items():
-        phases = [f"{row[f'{phase}_steps_per_second']:,.0f}" for phase in ("collect", "advantage", "update", "total")]
-        sizes = [f"{row['arms']} x {row['pulls']}", f"{row['trials']:,}", str(row["units"])]
+        speeds = [row[f"{phase}_steps_per_second"] / 1e3 for phase in ("collect", "advantage", "update", "total")]
+        phases = [f"{speed:,.1f}" if speed < 100 else f"{speed:,.0f}" for speed in speeds]
+        sizes = [f"{row[size]:,}" for size in ("arms", "pulls", "trials", "units")]
         out.add_row(name, *sizes, *phases, f"{row['gflops']:.1f}", f"{row['fraction_of_peak']:.0%}")
     return out
 

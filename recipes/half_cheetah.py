@@ -36,7 +36,6 @@ from rl2_torchrl.envs import HalfCheetahDirection, HalfCheetahVelocity, signs, v
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
 
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, PHYSICS = range(4)  # streams of random numbers that never meet
-HORIZON = 200
 #: The original's goals, for the last episode of held-out trials: return in the worse direction, sum of |v - goal|.
 STOP_RETURN, STOP_ERROR, STOP_EVALUATIONS = 180.0, 25.0, 3
 
@@ -49,6 +48,7 @@ class Mode:
         trials: trials in a batch, each on a task of its own.
         episodes: episodes of a trial.
         env_steps: env steps to train on.
+        horizon: steps of an episode.
         units: GRU units, in actor and critic each.
         lr: learning rate.
         gamma: discount per step.
@@ -66,6 +66,7 @@ class Mode:
     trials: int
     episodes: int
     env_steps: int
+    horizon: int = 200
     units: int = 64
     lr: float = 1e-3
     gamma: float = 0.99
@@ -80,9 +81,14 @@ class Mode:
     shuffle: bool = True
 
     @property
+    def trial_steps(self) -> int:
+        """Env steps of a trial."""
+        return self.episodes * self.horizon
+
+    @property
     def batch_steps(self) -> int:
         """Env steps of a batch."""
-        return self.trials * self.episodes * HORIZON
+        return self.trials * self.trial_steps
 
 
 #: The original (Duan et al. 2016 as first written for these envs): no gradient through time, chunks in order.
@@ -114,6 +120,7 @@ def main(
     env_steps: int | None = None,
     trials: int | None = None,
     units: int | None = None,
+    horizon: int | None = None,
     stop_at_goal: bool = False,
     seed: int = 0,
     report_tasks: int = 200,
@@ -131,6 +138,7 @@ def main(
         env_steps: env steps to train on, in place of the mode's; rounded up to whole batches.
         trials: trials in a batch, in place of the mode's.
         units: GRU units, in place of the mode's.
+        horizon: steps of an episode, in place of the mode's 200.
         stop_at_goal: stop once the original's goal has held in three evaluations in a row: in the last episode of
             held-out trials a mean return of 180 in the worse direction, or a mean sum of |velocity - goal| of 25.
         seed: seed of networks, envs and tasks.
@@ -142,9 +150,9 @@ def main(
     """
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
-    own = {"env_steps": env_steps, "trials": trials, "units": units}
+    own = {"env_steps": env_steps, "trials": trials, "units": units, "horizon": horizon}
     settings = replace(MODES[mode, task], **{key: value for key, value in own.items() if value is not None})
-    game = Game(task, settings.episodes, max_velocity, seed)
+    game = Game(task, settings.episodes, settings.horizon, max_velocity, seed)
     collector, update = compose(game, settings)
     actor = update.loss.actor_network
     stopping = StopAtGoal(task) if stop_at_goal else None
@@ -173,7 +181,7 @@ def compose(game: "Game", settings: Mode) -> tuple[TrialCollector, PPOUpdate]:
     env = game.env(sampler, settings.trials)
     actor = GRUGaussianActor.from_env(env, hidden_size=settings.units)
     critic = GRUValueHead.from_env(env, hidden_size=settings.units, extra_keys=list(settings.critic_keys))
-    chunk = settings.bptt or settings.episodes * HORIZON
+    chunk = settings.bptt or settings.trial_steps
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=settings.clip_epsilon),
         TrialAdvantage(gamma=settings.gamma, lmbda=settings.lmbda, value_target=settings.value_target),
@@ -195,6 +203,7 @@ class Game:
 
     task: Literal["direction", "velocity"]
     episodes: int
+    horizon: int
     max_velocity: float
     seed: int
 
@@ -206,7 +215,7 @@ class Game:
     def env(self, sampler: TaskSampler, rows: int) -> TransformedEnv:
         """``rows`` cheetahs side by side, each on a task of its own."""
         env_class = HalfCheetahDirection if self.task == "direction" else HalfCheetahVelocity
-        cheetahs = env_class(batch_size=(rows,), horizon=HORIZON, seed=self.stream(PHYSICS))
+        cheetahs = env_class(batch_size=(rows,), horizon=self.horizon, seed=self.stream(PHYSICS))
         # Without "velocity", so that the agent sees what the original's did; it can tell its speed from the observation.
         transforms = Compose(Trial(episodes=self.episodes), sampler, PreviousStep(["observation"]))
         return TransformedEnv(cheetahs, transforms)
@@ -293,6 +302,7 @@ def make_report(game: Game, actor: GRUGaussianActor, tasks: torch.Tensor, result
         train=result,
         seed=game.seed,
         title=f"RL² on HalfCheetah, {game.task}",
+        horizon=game.horizon,
         tasks=tasks.squeeze(-1),
         velocities=records["agent"].velocities,
         speed_errors={name: record.errors(game.episodes) for name, record in records.items()},
@@ -305,12 +315,14 @@ class CheetahReport(AdaptationReport):
     """An `AdaptationReport` with the velocities themselves, and for a goal velocity how far they were from it.
 
     Args:
+        horizon: steps of an episode.
         tasks: the held-out tasks, [num_tasks].
         velocities: of the agent in every step, [num_tasks, steps], in m/s.
         speed_errors: ``sum_t |v_t - task|`` of every episode, by name.
         is_speed: whether the task is a velocity.
     """
 
+    horizon: int = 200
     tasks: torch.Tensor = None
     velocities: torch.Tensor = None
     speed_errors: dict[str, AdaptationCurve] = None
@@ -355,7 +367,7 @@ class CheetahReport(AdaptationReport):
             axes.plot(smooth.flatten(), color=color, lw=1.3, label=f"task {task:+.2f}")
             if self.is_speed:
                 axes.axhline(task, color=color, lw=1, ls=":")
-        for start in range(HORIZON, self.velocities.shape[1], HORIZON):
+        for start in range(self.horizon, self.velocities.shape[1], self.horizon):
             axes.axvline(start, color="grey", lw=1, ls="--")
         axes.set(xlabel="step of the trial (dashed: a new episode)", ylabel="velocity (m/s; dotted: the goal)")
         axes.set_title(f"{self.title}: velocity within held-out trials, weights fixed")

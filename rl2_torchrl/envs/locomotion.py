@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -125,17 +126,16 @@ class _Locomotion(LockstepEnv):
         self, task: torch.Tensor, observation: torch.Tensor, action: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Reward and next observation; the simulation itself holds where the bodies are, not ``observation``."""
-        if not torch.isfinite(action).all():
-            raise FloatingPointError("an action is NaN or infinite: the policy has broken down, look at its losses.")
         before = self.physics.qpos[:, : self.axes].clone()
         self.physics.step(action.reshape(self.batch_size.numel(), -1))
         place = self.physics.qpos[:, : self.axes]
-        if not torch.isfinite(self.physics.qvel).all():
-            raise FloatingPointError("the simulation is not finite any more: MuJoCo could not solve a step.")
         velocity = ((place - before) / self.dt).reshape(*self.batch_size, self.axes)
         self._velocity = velocity.to(self.dtype)
         inputs = (task.to(velocity), velocity, place.reshape(velocity.shape), action.to(velocity))
-        return self.reward(*inputs).to(self.dtype), self._observe()
+        reward = self.reward(*inputs).to(self.dtype)
+        if not torch.isfinite(reward).all():
+            _raise_not_finite(action)
+        return reward, self._observe()
 
     def _begin(self, rows: torch.Tensor) -> None:
         """Puts ``rows`` (bool ``[N]``) near the model's initial pose, at rest but for noise, as Gymnasium does."""
@@ -221,8 +221,12 @@ class _HalfCheetah(_Locomotion):
 
     def _features(self, qpos: torch.Tensor, qvel: torch.Tensor, earlier_qpos: torch.Tensor) -> list[torch.Tensor]:
         # The root slides along x and z from where the model puts the torso.
-        x, z = earlier_qpos[:, :1], earlier_qpos[:, 1:2] + float(self.model.body("torso").pos[2])
+        x, z = earlier_qpos[:, :1], earlier_qpos[:, 1:2] + self._torso_height
         return [qpos[:, 1:], qvel, x, torch.zeros_like(x), z]
+
+    @cached_property
+    def _torso_height(self) -> float:
+        return float(self.model.body("torso").pos[2])
 
 
 class HalfCheetahDirection(_HalfCheetah):
@@ -300,6 +304,12 @@ class AntGoal(_Ant):
 
     def reward(self, task, velocity, place, action):
         return -(place - task).abs().sum(-1, keepdim=True) - 0.1 * _squared(action)
+
+
+def _raise_not_finite(action: torch.Tensor) -> None:
+    if not torch.isfinite(action).all():
+        raise FloatingPointError("an action is NaN or infinite: the policy has broken down, look at its losses.")
+    raise FloatingPointError("the reward is not finite: MuJoCo could not solve a step, or the task is NaN or infinite.")
 
 
 def _squared(action: torch.Tensor) -> torch.Tensor:
