@@ -35,7 +35,9 @@ from rl2_torchrl import (
 from rl2_torchrl.envs import HalfCheetahDirection, HalfCheetahVelocity, signs, velocities
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
 
-TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, PHYSICS = range(4)  # streams of random numbers that never meet
+TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TRAIN_STARTS, HELD_OUT_STARTS = range(
+    5
+)  # streams of random numbers that never meet
 #: The original's goals, for the last episode of held-out trials: return in the worse direction, sum of |v - goal|.
 STOP_RETURN, STOP_ERROR, STOP_EVALUATIONS = 180.0, 25.0, 3
 
@@ -148,6 +150,8 @@ def main(
         resume: go on from the newest checkpoint in log_dir.
         progress: show a progress bar.
     """
+    if report_tasks < 2:
+        raise ValueError(f"report_tasks={report_tasks}: rewards can only be shuffled among at least 2 tasks.")
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
     own = {"env_steps": env_steps, "trials": trials, "units": units, "horizon": horizon}
@@ -155,7 +159,6 @@ def main(
     game = Game(task, settings.episodes, settings.horizon, max_velocity, seed)
     collector, update = compose(game, settings)
     actor = update.loss.actor_network
-    stopping = StopAtGoal(task) if stop_at_goal else None
     result = train(
         collector,
         update,
@@ -164,7 +167,7 @@ def main(
         logger=get_logger(logger, str(log_dir), "scalars"),
         checkpoints=log_dir / "checkpoints",
         resume=resume,
-        stop=stopping,
+        stop=StopAtGoal(task) if stop_at_goal else None,
         progress=progress,
     )
     report = make_report(game, actor, game.tasks(REPORT_TASKS, report_tasks), result)
@@ -178,7 +181,7 @@ def main(
 def compose(game: "Game", settings: Mode) -> tuple[TrialCollector, PPOUpdate]:
     """Collector and update, of the parts that any recipe is made of."""
     sampler = TaskSampler(game.distribution, seed=game.stream(TRAIN_TASKS))
-    env = game.env(sampler, settings.trials)
+    env = game.env(sampler, settings.trials, TRAIN_STARTS)
     actor = GRUGaussianActor.from_env(env, hidden_size=settings.units)
     critic = GRUValueHead.from_env(env, hidden_size=settings.units, extra_keys=list(settings.critic_keys))
     chunk = settings.bptt or settings.trial_steps
@@ -212,10 +215,10 @@ class Game:
         """Where tasks come from."""
         return signs() if self.task == "direction" else velocities(0.0, self.max_velocity)
 
-    def env(self, sampler: TaskSampler, rows: int) -> TransformedEnv:
-        """``rows`` cheetahs side by side, each on a task of its own."""
+    def env(self, sampler: TaskSampler, rows: int, starts: int) -> TransformedEnv:
+        """``rows`` cheetahs side by side, each on a task of its own; the stream ``starts`` says where episodes begin."""
         env_class = HalfCheetahDirection if self.task == "direction" else HalfCheetahVelocity
-        cheetahs = env_class(batch_size=(rows,), horizon=self.horizon, seed=self.stream(PHYSICS))
+        cheetahs = env_class(batch_size=(rows,), horizon=self.horizon, seed=self.stream(starts))
         # Without "velocity", so that the agent sees what the original's did; it can tell its speed from the observation.
         transforms = Compose(Trial(episodes=self.episodes), sampler, PreviousStep(["observation"]))
         return TransformedEnv(cheetahs, transforms)
@@ -230,7 +233,8 @@ class Game:
 
     def play(self, actor: GRUGaussianActor, tasks: torch.Tensor, **how) -> AdaptationCurve:
         """One trial on each of ``tasks`` [num_tasks, 1]; ``how`` goes to `adaptation_curve`."""
-        return adaptation_curve(self.env(TaskSampler.fixed(tasks), len(tasks)), actor, len(tasks), **how)
+        env = self.env(TaskSampler.fixed(tasks), len(tasks), HELD_OUT_STARTS)
+        return adaptation_curve(env, actor, len(tasks), **how)
 
     def scalars(self, actor: GRUGaussianActor, tasks: torch.Tensor) -> dict[str, float]:
         """What a held-out evaluation logs: returns of first and last episode, and how near the last one came to the task."""
@@ -328,9 +332,9 @@ class CheetahReport(AdaptationReport):
     speed_errors: dict[str, AdaptationCurve] = None
     is_speed: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report with the last episode's return in each direction, or the errors of speed by episode."""
-        return {**super().to_dict(), **(self._speed_entries() if self.is_speed else self._direction_entries())}
+    def entries(self) -> dict[str, Any]:
+        """The episodes' returns in each direction, or their errors of speed."""
+        return self._speed_entries() if self.is_speed else self._direction_entries()
 
     def _speed_entries(self) -> dict[str, Any]:
         per_episode = {

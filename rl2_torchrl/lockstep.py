@@ -115,7 +115,7 @@ class LockstepRollout:
         if deterministic not in self._replays:
             play = partial(self._play, [None] * self.steps if deterministic else self._noise)
             self._replays[deterministic] = GraphReplay(play, self.env.device, [self.env.generator])
-        with one_thread() if self.env.has_threads else nullcontext():
+        with _one_thread() if self.env.has_threads else nullcontext():
             self._replays[deterministic]()
         return self.batch.select(*self.keep)
 
@@ -267,7 +267,7 @@ class _Transitions:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """PyTorch on one thread: threads that wait for its next operation spin, and would hold the cores that an env needs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

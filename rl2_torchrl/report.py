@@ -78,7 +78,11 @@ class AdaptationReport:
                 },
             },
         }
-        return _finite_or_none(report)
+        return _finite_or_none({**report, **self.entries()})
+
+    def entries(self) -> dict[str, Any]:
+        """What a report of further figures adds to `to_dict`; none here."""
+        return {}
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``report.json`` and ``report.png`` into ``folder`` and returns the path of the first.

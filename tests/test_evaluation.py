@@ -181,6 +181,14 @@ def test_memory_lasts_a_trial_with_and_without_primers_in_the_env(primed):
     assert torch.stack(seen).tolist() == [[False] * 2, [True] * 2, [True] * 2] * 2
 
 
+def test_every_step_can_be_recorded():
+    rewards = []
+    curve = adaptation_curve(
+        bandit_env(rows=10), act(first_arm), 10, on_step=lambda step: rewards.append(step["next", "reward"].flatten())
+    )
+    assert torch.equal(torch.stack(rewards, -1).double(), curve.returns)
+
+
 def test_deterministic_and_random():
     env = TransformedEnv(
         QuadraticBandit(1, noise=0.0, batch_size=(500,)),

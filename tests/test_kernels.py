@@ -69,6 +69,18 @@ def test_relu_linear_spares_gradients_that_nobody_asks_for(path):
     close(only_x.grad, w.detach().sum(0).expand(5, 4))
 
 
+def test_relu_linear_trains_a_bias_alone(path):
+    bias = torch.zeros(2, requires_grad=True)
+    relu_linear(torch.ones(5, 4), torch.ones(2, 4), bias).sum().backward()
+    assert bias.grad.tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(("x", "w", "b"), [((5, 4), (2, 3), (2,)), ((5, 4), (2, 4), (3,)), ((5, 4), (3, 4), (2,))])
+def test_relu_linear_of_sizes_that_do_not_fit(path, x, w, b):
+    with pytest.raises(RuntimeError, match="shape|size"):
+        relu_linear(torch.ones(x), torch.ones(w), torch.ones(b))
+
+
 def test_relu_linear_carries_nan(path):
     x = torch.ones(20, 8)
     x[11, 3] = torch.nan
@@ -141,6 +153,20 @@ def test_an_action_that_is_no_choice_is_an_error(path, action):
         log_prob_and_entropy(torch.tensor([0, action]), torch.zeros(2, 4))
 
 
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), ()])
+def test_there_is_one_action_a_row(path, shape):
+    with pytest.raises(ValueError, match="one a row"):
+        log_prob_and_entropy(torch.zeros(shape, dtype=torch.int64), torch.zeros(2, 4))
+
+
+def test_actions_of_other_whole_dtypes(path):
+    action, logits = torch.tensor([2, 0, 1]), torch.randn(3, 4)
+    for ours, theirs in zip(
+        log_prob_and_entropy(action.int(), logits), log_prob_and_entropy(action, logits), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 # ----------------------------------------------------------------- clipped objective
 def reference(log_prob, old, advantage, low, high):
     ratio = (log_prob - old).exp()
@@ -179,6 +205,15 @@ def test_clipped_objective_carries_nan(path, which):
     inputs = [torch.zeros(2, 20), torch.zeros(2, 20), torch.ones(2, 20)]
     inputs[which][1, 3] = torch.nan
     assert clipped_objective(*inputs, -0.2, 0.2).loss.isnan()
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("shape", [(1, 20), (2, 20, 1), (40,)])
+def test_clipped_objective_of_several_shapes(path, which, shape):
+    inputs = [torch.zeros(2, 20) for _ in range(3)]
+    inputs[which] = torch.zeros(shape)
+    with pytest.raises(ValueError, match="one shape"):
+        clipped_objective(*inputs, -0.2, 0.2)
 
 
 def test_strided_inputs_of_the_clipped_objective(path):

@@ -254,6 +254,12 @@ def test_reset_without_task_says_what_to_do():
         AntGoal(batch_size=(2,)).reset()
 
 
+@pytest.mark.parametrize("kwargs", [{"num_threads": 0}, {"num_threads": 2, "backend": "mujoco"}])
+def test_impossible_numbers_of_threads(kwargs):
+    with pytest.raises(ValueError, match="num_threads"):
+        HalfCheetahVelocity(**kwargs)
+
+
 def test_unknown_backend_and_device():
     with pytest.raises(ValueError, match="unknown backend"):
         HalfCheetahVelocity(backend="bullet")

@@ -68,7 +68,7 @@ RECIPES = {
             r"batch_size=\(0,\)": {"trials": 0},
             "total_frames=0": {"env_steps": 0},
             "hidden_size=0": {"units": 0},
-            "got no task": {"report_tasks": 0},
+            "report_tasks=1": {"report_tasks": 1},
             "must be above the first": {"task": "velocity", "max_velocity": 0.0},
         },
     ),
@@ -189,6 +189,14 @@ def test_cheetahs_modes_and_tasks(mode, task, tmp_path):
             assert len(per_episode) == episodes
             assert all(map(math.isfinite, per_episode))
     assert (tmp_path / "velocity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_without_one_of_the_directions_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(half_cheetah.Game, "tasks", lambda game, kind, number: torch.ones(number, 1))
+    run("half_cheetah", tmp_path, updates=1)
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["backward"]["agent"] == [None, None]
+    assert all(map(math.isfinite, stored["forward"]["agent"]))
 
 
 def test_errors_of_speed_are_made_positive_before_any_mean():

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 
 from rl2_torchrl.envs.lockstep import LockstepEnv
-from rl2_torchrl.envs.physics import BackendName, import_mujoco, make_backend
+from rl2_torchrl.envs.physics import BackendName, gymnasium_model, import_mujoco, make_backend
 from rl2_torchrl.tasks import TaskDistribution
 
 __all__ = [
@@ -76,7 +75,7 @@ class _Locomotion(LockstepEnv):
         super().__init__(device=device or "cpu", batch_size=batch_size)
         self.episode_steps, self.dtype = horizon, dtype
         self.physics = make_backend(
-            backend, _asset(self.model_file), batch_size.numel(), self.frame_skip, num_threads, self.device
+            backend, gymnasium_model(self.model_file), batch_size.numel(), self.frame_skip, num_threads, self.device
         )
         self.model = self.physics.mj_model
         #: Seconds of a step.
@@ -314,13 +313,6 @@ def _raise_not_finite(action: torch.Tensor) -> None:
 
 def _squared(action: torch.Tensor) -> torch.Tensor:
     return action.square().sum(-1, keepdim=True)
-
-
-def _asset(name: str) -> Path:
-    # The folder is found without importing its modules, which would import mujoco.
-    import gymnasium
-
-    return Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / name
 
 
 # ---------------------------------------------------------------- tasks

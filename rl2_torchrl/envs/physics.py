@@ -7,10 +7,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import gymnasium
 import torch
 from torchrl import torchrl_logger
 
-__all__ = ["BackendName", "RolloutBackend", "import_mujoco", "load_model", "make_backend"]
+__all__ = ["BackendName", "RolloutBackend", "gymnasium_model", "import_mujoco", "load_model", "make_backend"]
 
 BackendName = Literal["rollout", "mujoco", "mujoco-torch", "mjx"]
 
@@ -35,12 +36,22 @@ def import_mujoco() -> ModuleType:
     return mujoco
 
 
+def gymnasium_model(name: str) -> Path:
+    """The file ``name`` among the MuJoCo models that Gymnasium brings.
+
+    Examples:
+        >>> gymnasium_model("ant.xml").exists()
+        True
+    """
+    # Next to its modules, which are not imported: they ask for packages that a simulation has no need of.
+    return Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / name
+
+
 def load_model(path: Path) -> Any:
     """The `mujoco.MjModel` of an XML file; warnings about it go to TorchRL's log, not to a file in the working folder.
 
     Examples:
-        >>> import gymnasium.envs.mujoco as assets
-        >>> load_model(Path(assets.__file__).parent / "assets" / "half_cheetah.xml").nu
+        >>> load_model(gymnasium_model("half_cheetah.xml")).nu
         6
     """
     mujoco = import_mujoco()
@@ -70,8 +81,7 @@ class RolloutBackend:
         earlier_qpos: positions one step of the simulation before, of which ``mj_step`` leaves body positions behind.
 
     Examples:
-        >>> import gymnasium.envs.mujoco as assets
-        >>> model = load_model(Path(assets.__file__).parent / "assets" / "half_cheetah.xml")
+        >>> model = load_model(gymnasium_model("half_cheetah.xml"))
         >>> backend = RolloutBackend(model, num_envs=2, frame_skip=5)
         >>> backend.step(torch.ones(2, 6))
         >>> backend.qpos.shape
@@ -153,15 +163,18 @@ def make_backend(
     """A backend for ``num_envs`` simulations of the model in ``path``.
 
     Raises:
-        ValueError: no such backend, or one that cannot live on ``device``.
+        ValueError: no such backend, one that cannot live on ``device``, or a number of threads that it cannot have.
         ImportError: the backend's package is not installed.
 
     Examples:
-        >>> import gymnasium.envs.mujoco as assets
-        >>> path = Path(assets.__file__).parent / "assets" / "half_cheetah.xml"
+        >>> path = gymnasium_model("half_cheetah.xml")
         >>> make_backend("rollout", path, 4, 5, None, torch.device("cpu")).qvel.shape
         torch.Size([4, 9])
     """
+    if num_threads is not None and (num_threads < 1 or name != "rollout"):
+        raise ValueError(
+            f"num_threads={num_threads} with backend={name!r}: at least 1, and only 'rollout' has threads of its own."
+        )
     if name != "rollout":
         import_mujoco()
         return _TorchRLBackend(name, path, num_envs, frame_skip, device)

@@ -21,12 +21,19 @@ def log_prob_and_entropy(action: torch.Tensor, logits: torch.Tensor) -> tuple[to
 
     Raises:
         IndexError: an action is none of the choices.
+        ValueError: there is not one action for each row of logits.
 
     Examples:
         >>> log_prob, entropy = log_prob_and_entropy(torch.tensor(1), torch.zeros(4))
         >>> torch.allclose(-log_prob, entropy)
         True
     """
+    # The kernels read as many actions as there are rows.
+    if action.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"actions {tuple(action.shape)} for logits {tuple(logits.shape)}: there must be one a row, [*B]."
+        )
+    action = action.long()
     if not kernels.covers(logits):
         log_probs = logits.log_softmax(-1)
         finite = log_probs.clamp_min(torch.finfo(logits.dtype).min)

@@ -29,17 +29,23 @@ def relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         >>> relu_linear(torch.tensor([2.0, -5.0]), torch.tensor([[3.0, 7.0]]), torch.tensor([1.0]))
         tensor([7.])
     """
-    fits = x.shape[-1] == weight.shape[1] and 0 < len(weight) <= _MOST_OUTPUTS and x.numel() > 0
-    if not fits or not kernels.covers(x, weight, bias):
+    if not _fits(x, weight, bias) or not kernels.covers(x, weight, bias):
         return torch.nn.functional.linear(torch.relu(x), weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _ReLULinear.apply(x, weight, bias)
     return _forward(x.detach(), weight.detach(), bias)
 
 
+def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    # The kernels read as many numbers as these sizes say. What does not fit gets PyTorch's error.
+    outputs, inputs = weight.shape
+    same = x.shape[-1] == inputs and (bias is None or bias.shape == (outputs,))
+    return same and outputs <= _MOST_OUTPUTS and min(x.numel(), outputs) > 0
+
+
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     (outputs, inputs), rows = weight.shape, x.numel() // x.shape[-1]
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], outputs)
     kernels.load(x.dtype).linear_forward(
         *(rows, inputs, outputs, x.data_ptr(), weight.data_ptr(), kernels.address(bias), y.data_ptr()),

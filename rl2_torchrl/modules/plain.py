@@ -121,7 +121,7 @@ def _choose_one_hot(noise: torch.Tensor | None, logits: torch.Tensor) -> torch.T
 
 
 def _of_index(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return log_prob_and_entropy(action.long(), logits)
+    return log_prob_and_entropy(action, logits)
 
 
 def _of_one_hot(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,11 +40,17 @@ def clipped_objective(
         log_low: logarithm of the lowest ratio, log(1 - clip_epsilon).
         log_high: logarithm of the highest ratio, log(1 + clip_epsilon).
 
+    Raises:
+        ValueError: the three are not of one shape ``[B, T]``.
+
     Examples:
         >>> twice, one = torch.tensor([[2.0]]).log(), torch.ones(1, 1)
         >>> round(float(clipped_objective(twice, 0 * one, one, -0.2, 0.0).loss), 3)
         -1.0
     """
+    shapes = [tuple(tensor.shape) for tensor in (log_prob, old_log_prob, advantage)]
+    if len(shapes[0]) != 2 or len(set(shapes)) > 1:
+        raise ValueError(f"log-probabilities, old ones and advantages must be of one shape [B, T]; they are {shapes}.")
     if not kernels.covers(log_prob, old_log_prob, advantage):
         return _by_torch(log_prob, old_log_prob, advantage, log_low, log_high)
     loss, figures, ess = _ClippedObjective.apply(log_prob, old_log_prob, advantage, log_low, log_high)
