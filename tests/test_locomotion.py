@@ -208,10 +208,11 @@ def test_checkpoints_go_on_as_the_run_would_have():
     env = HalfCheetahDirection(batch_size=(3,), seed=0)
     td = act(env, reset(env))
     td = env.step(td)["next"].set("task", td["task"])
-    state = env.get_extra_state()
+    state, seen = env.get_extra_state(), env._observe()
     going_on = [env.step(act(env, td))["next"], reset(env)]
     other = HalfCheetahDirection(batch_size=(3,), seed=7)
     other.set_extra_state(state)
+    assert torch.equal(other._observe(), seen)
     resumed = [other.step(act(other, td))["next"], reset(other)]
     for ours, theirs in zip(resumed, going_on, strict=True):
         assert (ours == theirs).all()

@@ -169,14 +169,15 @@ def test_activation_is_an_argument():
     assert (td["critic_features"] < 0).any()
 
 
-def test_memory_value_head_by_hand():
-    # W relu(f) + b with W = (1, 2, 4), b = 0.5 on f = (3, -1) and the extra input 0.25: 3 + 0 + 1 + 0.5.
+@pytest.mark.parametrize(("extra", "value"), [(0.25, 4.5), (-0.25, 2.5)])
+def test_memory_value_head_by_hand(extra, value):
+    # W (relu(f), e) + b with W = (1, 2, 4), b = 0.5 on f = (3, -1) and the extra input e = ±0.25: 3 + 0 ± 1 + 0.5.
     module = MemoryValueHead(2, detach=True, extra_size=1, extra_keys=["time_left"])
     with torch.no_grad():
         last_layer(module).weight.copy_(torch.tensor([[1.0, 2.0, 4.0]]))
         last_layer(module).bias.fill_(0.5)
-    td = TensorDict({"actor_features": torch.tensor([[3.0, -1.0]]), "time_left": torch.tensor([[0.25]])}, [1])
-    assert module(td)["state_value"].item() == 4.5
+    td = TensorDict({"actor_features": torch.tensor([[3.0, -1.0]]), "time_left": torch.tensor([[extra]])}, [1])
+    assert module(td)["state_value"].item() == value
 
 
 @pytest.mark.parametrize("detach", [True, False])
