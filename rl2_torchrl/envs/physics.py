@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import gymnasium
 import torch
 from torchrl import torchrl_logger
 
@@ -43,8 +43,8 @@ def gymnasium_model(name: str) -> Path:
         >>> gymnasium_model("ant.xml").exists()
         True
     """
-    # Next to its modules, which are not imported: they ask for packages that a simulation has no need of.
-    return Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / name
+    # The package alone, found and not imported: it takes memory, and its MuJoCo modules ask for further packages.
+    return Path(find_spec("gymnasium").origin).parent / "envs" / "mujoco" / "assets" / name
 
 
 def load_model(path: Path) -> Any:
