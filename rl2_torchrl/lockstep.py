@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -62,6 +63,7 @@ class LockstepRollout:
         self.hidden_keys = hidden_keys(policy)
         self.sample, self.family = family_of(self.modules)
         self.acting, self.judging = self._split()
+        self.judges = self._judges()
         self.known = self._known_entries()
         unknown = set(self.keep) - self._entries()
         if unknown:
@@ -75,6 +77,7 @@ class LockstepRollout:
         shape = (steps, *self.env.batch_size, self.transition.action_size)
         self._noise = torch.empty(shape, device=self.env.device)
         self._replays: dict[bool, GraphReplay] = {}
+        self._kept: TensorDict | None = None
 
     def _entries(self) -> set[NestedKey]:
         made = {self.transition.out_key, self.sampler.task_key, ("next", "reward"), *self.known}
@@ -104,10 +107,20 @@ class LockstepRollout:
         has_memory = any(isinstance(module, FastGRUModule) for module in judging)
         return (self.modules, []) if has_memory else (acting, judging)
 
+    def _judges(self) -> list[_Judge]:
+        """What looks at many steps at once: the critic's modules, and the log-probability, where they are kept."""
+        judges = [_Judge(module.in_keys, module.out_keys, module_function(module)) for module in self.judging]
+        log_prob_key, keys = self.sample.log_prob_key, [self.env.action_key, *self.sample.in_keys]
+
+        def log_prob(state: State) -> None:
+            state[log_prob_key], _ = self.family.log_prob_and_entropy(*[state[key] for key in keys])
+
+        return [*judges, _Judge(keys, [log_prob_key], log_prob)] if log_prob_key in self.keep else judges
+
     # ----------------------------------------------------------------- rollout
     @torch.no_grad()
     def __call__(self) -> TensorDict:
-        """The next batch ``[B, steps]``, written over the last one."""
+        """The next batch ``[B, steps]``: the same TensorDict each time, with what others have added to it left in place."""
         self._draw_tasks()
         deterministic = exploration_type() is ExplorationType.DETERMINISTIC
         if not deterministic:
@@ -117,14 +130,17 @@ class LockstepRollout:
             self._replays[deterministic] = GraphReplay(play, self.env.device, [self.env.generator])
         with _one_thread() if self.env.has_threads else nullcontext():
             self._replays[deterministic]()
-        return self.batch.select(*self.keep)
+        if self._kept is None:
+            self._kept = self.batch.select(*self.keep)
+        return self._kept
 
     def _play(self, noise: Sequence[torch.Tensor | None]) -> None:
         """All steps, from ``_tasks`` and ``noise`` ``[steps, B, ...]`` into ``batch``."""
         runs = [self._run(module) for module in self.acting]
         inputs = [key for key in self.policy.in_keys if key in self.known and key != "is_init"]
-        judged = {key for module in self.judging for key in module.out_keys}
-        recorded = [key for key in self._recorded() if key not in judged]
+        judged = {key for judge in self.judges for key in judge.out_keys}
+        late = {*self.known, *judged, ("next", "reward"), self.transition.out_key}
+        recorded = [key for key in self.keep if key not in late]
         kept_of_judged = judged.intersection(self.keep)
         memory = [(key, _next_key(key)) for key in self.hidden_keys]
         self.trans.clear()
@@ -152,16 +168,15 @@ class LockstepRollout:
             if (t + 1) % self.trial_steps:
                 self.trans.tell(t + 1, action, reward)
                 state = {self.sampler.task_key: task, **{key: state[next_key] for key, next_key in memory}}
-        self._finish()
 
     def _judge(self, states: list[State], kept: set[NestedKey], end: int) -> None:
-        """Runs the critic on the steps up to ``end`` that ``states`` are of, at once, and records the entries ``kept``."""
+        """Looks at the steps up to ``end`` that ``states`` are of, all at once, and records the entries ``kept``."""
         made: State = {}
-        for module in self.judging:
-            for key in module.in_keys:
+        for judge in self.judges:
+            for key in judge.in_keys:
                 if key not in made:
                     made[key] = torch.stack([state[key] for state in states])
-            module_function(module)(made)
+            judge.run(made)
         for key in kept:
             for t, value in enumerate(made[key].unbind(), end - len(states)):
                 self._record(key, t, value)
@@ -209,14 +224,6 @@ class LockstepRollout:
             task.copy_(drawn)
 
     # ----------------------------------------------------------------- storage
-    def _recorded(self) -> list[NestedKey]:
-        """Entries to write down in every step: what is kept, and what the log-probability is computed from afterwards."""
-        late = {*self.known, ("next", "reward"), self.sample.log_prob_key, self.transition.out_key}
-        keys = [key for key in self.keep if key not in late]
-        if self.sample.log_prob_key in self.keep:
-            keys += [self.env.action_key, *self.sample.in_keys]
-        return list(dict.fromkeys(keys))
-
     def _record(self, key: NestedKey, t: int, value: torch.Tensor) -> None:
         """Writes into the last batch's memory: steps that live until the batch is whole would scatter the heap."""
         rows = self._rows.get(key)
@@ -226,14 +233,13 @@ class LockstepRollout:
             rows = self._rows[key] = buffer.unbind()
         rows[t].copy_(value)
 
-    def _finish(self) -> None:
-        """The log-probabilities of all steps, at once."""
-        if self.sample.log_prob_key in self.keep:
-            parameters = [self.batch.get(key) for key in self.sample.in_keys]
-            log_prob, _ = self.family.log_prob_and_entropy(self.batch.get(self.env.action_key), *parameters)
-            self.batch.set(
-                self.sample.log_prob_key, log_prob, inplace=self.sample.log_prob_key in self.batch.keys(True, True)
-            )
+
+class _Judge(NamedTuple):
+    """A function of many steps at once: ``run`` reads ``in_keys`` from a dictionary and writes ``out_keys`` into it."""
+
+    in_keys: Sequence[NestedKey]
+    out_keys: Sequence[NestedKey]
+    run: Callable[[State], None]
 
 
 class _Transitions:

@@ -209,21 +209,22 @@ class _TrialReturns:
         self.carry: torch.Tensor | None = None  # what each row's running trial has earned so far
 
     def __call__(self, batch: TensorDictBase) -> float:
-        reward = batch["next", "reward"].double().reshape(-1, batch.shape[-1])
+        reward = batch["next", "reward"].reshape(-1, batch.shape[-1])
         done = batch["next", "done"].reshape(reward.shape)
         if self.carry is None:
-            self.carry = reward.new_zeros(len(reward))
-        running = reward.cumsum(1) + self.carry.unsqueeze(1)
-        rows, steps = done.nonzero(as_tuple=True)
-        at_end = running[rows, steps]
-        finished = at_end.clone()
-        again = rows[1:] == rows[:-1]  # a row's second trial in this batch: take off what the first had earned
-        finished[1:] -= torch.where(again, at_end[:-1], 0.0)
-        last = torch.ones_like(rows, dtype=torch.bool)
-        last[:-1] = ~again
-        last_end = torch.zeros_like(self.carry).index_copy(0, rows[last], at_end[last])
-        self.carry = running[:, -1] - last_end
-        return finished.mean().item()
+            self.carry = reward.new_zeros(len(reward), dtype=torch.float64)
+        finished, begin = [], 0
+        for last in done.any(0).nonzero().flatten().tolist():
+            self._add(reward[:, begin : last + 1])
+            ended = done[:, last]
+            finished.append(self.carry[ended])
+            self.carry[ended] = 0.0
+            begin = last + 1
+        self._add(reward[:, begin:])
+        return torch.cat(finished).mean().item() if finished else math.nan
+
+    def _add(self, rewards: torch.Tensor) -> None:
+        self.carry += rewards.sum(-1, dtype=torch.float64)
 
 
 class _Saver:

@@ -93,12 +93,13 @@ def test_every_number_of_units_fills_its_vectors(counted, units):
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_one_step_equals_torchrl(counted, layers):
-    theirs, ours = pair(num_layers=layers)
-    entries = {key: value[:, 0] for key, value in data(7, 1, layers, share_of_resets=0.5).items()}
+@pytest.mark.parametrize(("rows", "units", "is_packed"), [(7, 50, True), (7, 128, False), (48, 128, True)])
+def test_one_step_equals_torchrl(counted, layers, rows, units, is_packed):
+    theirs, ours = pair(num_layers=layers, units=units)
+    entries = {key: value[:, 0] for key, value in data(rows, 1, layers, units, share_of_resets=0.5).items()}
     expected = outputs_and_gradients(theirs, entries, recurrent=False)
     assert_same(outputs_and_gradients(ours, entries, recurrent=False), expected, torch.float32)
-    assert bool(counted) == COMPILED
+    assert bool(counted) == (is_packed and COMPILED)
 
 
 def test_step_for_rollouts_equals_the_module():

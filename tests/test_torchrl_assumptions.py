@@ -29,6 +29,7 @@ from torchrl.modules.utils import get_primers_from_module
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
+from rl2_torchrl import TrialAdvantage
 from rl2_torchrl.envs import BernoulliBandit
 
 
@@ -306,24 +307,33 @@ def test_clip_ppo_runs_its_networks_in_recurrent_mode():
     assert not torch.equal(loss(other)["loss_objective"], objective)
 
 
-def test_advantages_stop_at_done_and_bootstrap_unless_terminated():
-    """`TrialAdvantage` hands the trial's done and terminated on; with gamma = lambda = 1/2 by hand."""
-    value, next_value, reward = (
-        torch.tensor(column).reshape(3, 1) for column in ([1.0, 2, 4], [8.0, 16, 32], [0.0, 0, 1])
+@pytest.mark.parametrize("lmbda", [0.0, 0.3, 1.0])
+def test_trial_advantages_are_those_of_torchrls_gae(lmbda):
+    """`TrialAdvantage` computes them in its own memory; truncations, terminations and batches that cut a trial alike."""
+    generator = torch.Generator().manual_seed(0)
+    value, next_value, reward, draw = torch.randn(4, 50, 30, 1, generator=generator, dtype=torch.float64)
+    done, terminated = draw > 1, draw > 1.5
+    assert (done & ~terminated).any()
+    assert terminated.any()
+    next_value[:, :-1] = torch.where(done[:, :-1], next_value[:, :-1], value[:, 1:])
+    expected, target = generalized_advantage_estimate(
+        *(torch.tensor(number, dtype=torch.float64) for number in (0.9, lmbda)),
+        *(value, next_value, reward, done, terminated),
     )
-    false, true = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([False, True, False]).unsqueeze(-1)
 
-    def gae(done, terminated):
-        return generalized_advantage_estimate(0.5, 0.5, value, next_value, reward, done, terminated)
+    class NextValue(TensorDictModule):
+        in_keys = ["next_value"]
 
-    # delta = r + v' / 2 - v: 3, 6, 13. A_2 = 13, A_1 = 6 + 13 / 4, A_0 = 3 + A_1 / 4.
-    advantage, target = gae(false, false)
-    assert advantage.squeeze(-1).tolist() == [3 + 9.25 / 4, 9.25, 13]
-    assert torch.equal(target, advantage + value)
-    # Truncated at step 1: its own next value counts, nothing flows back from step 2.
-    assert gae(true, false)[0].squeeze(-1).tolist() == [3 + 6 / 4, 6, 13]
-    # Terminated at step 1: delta_1 = 0 - 2.
-    assert gae(true, true)[0].squeeze(-1).tolist() == [3 - 2 / 4, -2, 13]
+        def forward(self, data):
+            return data.set("state_value", data["next_value"])
+
+    critic = NextValue(torch.nn.Identity(), in_keys=["next_value"], out_keys=["state_value"])
+    following = {"reward": reward, "done": done, "terminated": terminated, "next_value": next_value}
+    data = TensorDict({"state_value": value, "next": TensorDict(following, [50, 30])}, [50, 30])
+    for _ in range(2):  # the second call writes over the first one's entries
+        TrialAdvantage(gamma=0.9, lmbda=lmbda, normalize=False, critic=critic, value_target="gae")(data)
+        torch.testing.assert_close(data["advantage"], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(data["value_target"], target, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

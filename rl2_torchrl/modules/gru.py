@@ -126,7 +126,8 @@ def gru_sequence(
 
     ``h_t = GRU(x_t, h_{t-1})``; ``h_{t-1}`` is ``hidden[:, t]`` at the first step and wherever ``is_init`` is set. The gradient is
     back-propagation through time in one pass; the weights' gradients are single matrix products over all steps.
-    Without compiled kernels (`rl2_torchrl.kernels`) for the device and dtype, it is a loop of PyTorch's operations.
+    Without compiled kernels (`rl2_torchrl.kernels`) for the device and dtype, and for one step of few rows of many units, it is
+    a loop of PyTorch's operations.
 
     Args:
         x: ``[N, T, input_size]``.
@@ -147,11 +148,16 @@ def gru_sequence(
         True
     """
     arguments = (x, hidden, is_init, w_ih, w_hh, b_ih, b_hh)
-    if _library(x) is None:
+    if _library(x) is None or _is_too_little_to_pack_for(len(x), x.shape[1], w_hh.shape[1]):
         return _loop(*arguments)
     if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments):
         return _GRUSequence.apply(*arguments)
     return _forward(x, hidden, _bytes(is_init), _pack(w_ih, w_hh, b_ih, b_hh), w_hh.shape[1], None)
+
+
+def _is_too_little_to_pack_for(rows: int, steps: int, units: int) -> bool:
+    # The kernels read packed weights. For one step of few rows, packing large ones costs more than the step.
+    return steps == 1 and rows < 48 and units >= 128
 
 
 def _loop(x, hidden, is_init, w_ih, w_hh, b_ih, b_hh) -> torch.Tensor:

@@ -9,7 +9,6 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.modules import set_recurrent_mode
-from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 __all__ = ["TrialAdvantage"]
 
@@ -20,8 +19,9 @@ class TrialAdvantage(nn.Module):
     Reads ``value_key`` ``[*B, T, 1]`` as it was stored at collection, and ``("next", ...)`` reward, done and terminated;
     writes ``"advantage"`` and ``"value_target"``, both ``[*B, T, 1]``. ``done`` must be the trial's, as `Trial` sets it.
 
-    The advantage is GAE (Schulman et al. 2016), computed by TorchRL. The value of the next step is the stored one, shifted
-    by one; only where a batch ends inside a trial, or a trial was truncated, is the critic asked for one value more.
+    The advantage is GAE (Schulman et al. 2016); where there are entries of an earlier call, they are written over. The value
+    of the next step is the stored one, shifted by one; only where a batch ends inside a trial, or a trial was truncated, is
+    the critic asked for one value more.
 
     Args:
         gamma: discount per step. Default 0.99.
@@ -82,29 +82,30 @@ class TrialAdvantage(nn.Module):
         reward = tensordict["next", "reward"].to(value.dtype)
         require_finite(reward, "reward")
         require_finite(value, self.value_key)
-        inputs = (value, self._next_value(tensordict, value), reward)
-        ends = (tensordict["next", "done"], tensordict["next", "terminated"])
-        # As tensors: TorchRL multiplies these with integers, and Python numbers would come out rounded to float32.
-        gamma, lmbda = value.new_tensor(self.gamma), value.new_tensor(self.lmbda)
-        advantage, target = generalized_advantage_estimate(gamma, lmbda, *inputs, *ends)
+        done = tensordict["next", "done"]
+        advantage, target = (_entry(tensordict, key, value) for key in ("advantage", "value_target"))
+        self._temporal_differences(tensordict, value, reward, advantage)
         if self.value_target == "return":
             # GAE with lambda = 1, plus the value, is the discounted return-to-go, bootstrapped where a batch cuts a trial.
-            _, target = generalized_advantage_estimate(gamma, 1.0, *inputs, *ends)
+            _accumulate(target.copy_(advantage), done, self.gamma)
+        _accumulate(advantage, done, self.gamma * self.lmbda)
+        if self.value_target == "gae":
+            target.copy_(advantage)
+        target.add_(value)
         if self.normalize:
-            advantage = (advantage - advantage.mean()) / advantage.std().clamp_min(1e-8)
-        return tensordict.set("advantage", advantage).set("value_target", target)
+            std = advantage.std().clamp_min(1e-8)
+            advantage.sub_(advantage.mean()).div_(std)
+        return tensordict
 
-    def _next_value(self, tensordict: TensorDictBase, value: torch.Tensor) -> torch.Tensor:
-        """Values ``[*B, T, 1]`` of the steps' successors; 0 beyond a trial's end."""
-        done, terminated = tensordict["next", "done"], tensordict["next", "terminated"]
-        next_value = torch.zeros_like(value)
-        next_value[..., :-1, :] = value[..., 1:, :]
-        next_value.masked_fill_(done, 0.0)
-        open_end = done & ~terminated
-        open_end[..., -1, :] = ~terminated[..., -1, :]
-        if open_end.any():
-            next_value[open_end] = self._bootstrap(tensordict, open_end.squeeze(-1)).to(value.dtype)
-        return next_value
+    def _temporal_differences(self, tensordict: TensorDictBase, value, reward, out: torch.Tensor) -> None:
+        """Writes ``r_t + gamma v_{t+1} - v_t`` into ``out`` ``[*B, T, 1]``, where v is 0 beyond a trial's end."""
+        out[..., :-1, :] = value[..., 1:, :]
+        out[..., -1, :] = 0
+        out.masked_fill_(tensordict["next", "done"], 0.0)
+        open_end = _open_ends(tensordict["next", "done"], tensordict["next", "terminated"])
+        if open_end is not None:
+            out[open_end] = self._bootstrap(tensordict, open_end.squeeze(-1)).to(out.dtype)
+        out.mul_(self.gamma).add_(reward).sub_(value)
 
     def _bootstrap(self, tensordict: TensorDictBase, rows: torch.Tensor) -> torch.Tensor:
         if self.critic is None:
@@ -124,9 +125,39 @@ class TrialAdvantage(nn.Module):
             return self.critic(successors)[self.value_key].reshape(-1)
 
 
+def _entry(tensordict: TensorDictBase, key: str, like: torch.Tensor) -> torch.Tensor:
+    """The entry ``key`` to write into: the one that is there, if a collector hands its batches out in the same memory."""
+    entry = tensordict.get(key, None)
+    if entry is None or (entry.shape, entry.dtype, entry.device) != (like.shape, like.dtype, like.device):
+        tensordict.set(key, torch.empty_like(like))
+        entry = tensordict.get(key)
+    return entry
+
+
+def _accumulate(out: torch.Tensor, done: torch.Tensor, discount: float) -> None:
+    """``out_t += discount * out_{t+1}`` from back to front, over the steps of one trial (Schulman et al. 2016, eq. 16).
+
+    As TorchRL's `generalized_advantage_estimate`, but in the memory of ``out`` ``[*B, T, 1]``: that one makes ten tensors
+    of the batch's size in every call.
+    """
+    steps, ends = out.unbind(-2), done.unbind(-2)
+    for t in range(len(steps) - 2, -1, -1):
+        steps[t].add_(steps[t + 1].masked_fill(ends[t], 0.0), alpha=discount)
+
+
+def _open_ends(done: torch.Tensor, terminated: torch.Tensor) -> torch.Tensor | None:
+    """Where the value beyond the last step counts: at truncations and where the batch cuts a trial; None if nowhere."""
+    if torch.equal(done, terminated) and bool(terminated[..., -1, :].all()):
+        return None
+    open_end = done & ~terminated
+    open_end[..., -1, :] = ~terminated[..., -1, :]
+    return open_end
+
+
 def require_finite(value: torch.Tensor, name: str) -> None:
     """Raises a FloatingPointError that says where ``value`` ``[*B, T, 1]`` first is NaN or infinite."""
-    if not torch.isfinite(value).all():
+    # The sum of finite numbers can overflow, but that of others is never finite: it spares four tensors of this size.
+    if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
         *row, step, _ = (~torch.isfinite(value)).nonzero()[0].tolist()
         raise FloatingPointError(
             f"{name} is {value[(*row, step, 0)].item()} at row {row}, step {step} of the batch. One such number spreads over the "
