@@ -6,7 +6,7 @@ import torch
 
 from rl2_torchrl import kernels
 
-__all__ = ["log_prob_and_entropy"]
+__all__ = ["categorical_gradient", "categorical_terms", "log_prob_and_entropy"]
 
 
 def log_prob_and_entropy(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,28 +45,36 @@ class _CategoricalTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, action, logits):
         action, logits = action.contiguous(), logits.contiguous()
-        log_prob, entropy, log_total = (logits.new_empty(logits.shape[:-1]) for _ in range(3))
-        strangers = kernels.load(logits.dtype).categorical_forward(
-            *_sizes(logits), *map(kernels.address, (logits, action, log_prob, entropy, log_total)), _threads(logits)
-        )
-        if strangers:
-            raise IndexError(
-                f"{strangers} actions are none of the policy's {logits.shape[-1]} choices, which count from 0; there are "
-                f"{int(action.min())} to {int(action.max())}. Was the policy built for this env's action_spec?"
-            )
+        log_prob, entropy, log_total = categorical_terms(action, logits)
         ctx.save_for_backward(logits, action, entropy, log_total)
         return log_prob, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_log_prob, d_entropy):
-        logits, *saved = ctx.saved_tensors
-        d_logits = torch.empty_like(logits)
-        tensors = (logits, *saved, d_log_prob.contiguous(), d_entropy.contiguous(), d_logits)
-        kernels.load(logits.dtype).categorical_backward(
-            *_sizes(logits), *map(kernels.address, tensors), _threads(logits)
+        return None, categorical_gradient(*ctx.saved_tensors, d_log_prob.contiguous(), d_entropy.contiguous())
+
+
+def categorical_terms(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log p(action), entropy and log sum exp(logits), ``[*B]`` each, by the kernels."""
+    log_prob, entropy, log_total = (logits.new_empty(logits.shape[:-1]) for _ in range(3))
+    strangers = kernels.load(logits.dtype).categorical_forward(
+        *_sizes(logits), *map(kernels.address, (logits, action, log_prob, entropy, log_total)), _threads(logits)
+    )
+    if strangers:
+        raise IndexError(
+            f"{strangers} actions are none of the policy's {logits.shape[-1]} choices, which count from 0; there are "
+            f"{int(action.min())} to {int(action.max())}. Was the policy built for this env's action_spec?"
         )
-        return None, d_logits
+    return log_prob, entropy, log_total
+
+
+def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> torch.Tensor:
+    """The gradient by ``logits`` ``[*B, num_actions]``, from those by log-probability and entropy ``[*B]``."""
+    d_logits = torch.empty_like(logits)
+    tensors = (logits, action, entropy, log_total, d_log_prob, d_entropy, d_logits)
+    kernels.load(logits.dtype).categorical_backward(*_sizes(logits), *map(kernels.address, tensors), _threads(logits))
+    return d_logits
 
 
 def _sizes(logits: torch.Tensor) -> tuple[int, int]:

@@ -11,7 +11,16 @@ from torchrl.modules import GRUModule
 
 from rl2_torchrl import kernels
 
-__all__ = ["FastGRUModule", "StepGRU", "gru_sequence"]
+__all__ = [
+    "FastGRUModule",
+    "StepGRU",
+    "Workspace",
+    "as_bytes",
+    "backward_in_place",
+    "forward_saving",
+    "gru_sequence",
+    "weight_products",
+]
 
 
 class FastGRUModule(GRUModule):
@@ -152,7 +161,7 @@ def gru_sequence(
         return _loop(*arguments)
     if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in arguments):
         return _GRUSequence.apply(*arguments)
-    return _forward(x, hidden, _bytes(is_init), _pack(w_ih, w_hh, b_ih, b_hh), w_hh.shape[1], None)
+    return _forward(x, hidden, as_bytes(is_init), _pack(w_ih, w_hh, b_ih, b_hh), w_hh.shape[1], None)
 
 
 def _is_too_little_to_pack_for(rows: int, steps: int, units: int) -> bool:
@@ -239,10 +248,8 @@ def _forward(x, hidden, is_init, packed, units: int, saved: torch.Tensor | None)
 class _GRUSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
-        inputs, units = x.shape[-1], w_hh.shape[1]
-        is_init = _bytes(is_init)
-        saved = _Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(inputs, units)))
-        y = _forward(x, hidden, is_init, _pack(w_ih, w_hh, b_ih, b_hh), units, saved)
+        is_init = as_bytes(is_init)
+        y, saved = forward_saving(x, hidden, is_init, (w_ih, w_hh, b_ih, b_hh))
         ctx.save_for_backward(is_init, w_ih, w_hh)
         ctx.saved, ctx.has_bias = saved, b_ih is not None
         return y
@@ -261,14 +268,22 @@ class _GRUSequence(torch.autograd.Function):
             ctx.saved = None
         needs_x, needs_hidden = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if needs_hidden else None
-        _backward(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
+        backward_in_place(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
         d_x = _input_gradient(gradients, w_ih) if needs_x else None
         d_weights = _weight_gradients(gradients, *w_ih.shape)
-        _Workspace.give(gradients)
+        Workspace.give(gradients)
         return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
 
 
-def _backward(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
+def forward_saving(x, hidden, is_init, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """``h`` ``[N, T, H]``, and what `backward_in_place` needs; ``is_init`` as `as_bytes` gives it."""
+    inputs, units = x.shape[-1], weights[1].shape[1]
+    saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(inputs, units)))
+    return _forward(x, hidden, is_init, _pack(*weights), units, saved), saved
+
+
+def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
+    """Back-propagation through time: turns what forward saved into the gradients of the gates' pre-activations."""
     library = kernels.load(dy.dtype)
     rows, steps, units = dy.shape
     dy, w_hh = _unit_stride(dy), w_hh.detach().contiguous()
@@ -282,12 +297,18 @@ def _backward(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
 
 def _weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
     """Gradients of w_ih, w_hh, b_ih and b_hh from the kernel's ``(dr, dz, dhn, dn, h, x, 1, 0, …)`` ``[N, T, …]``."""
-    flat, units = gradients.view(-1, gradients.shape[-1]), gates // 3
-    d_rzh = flat[:, :gates].t() @ flat[:, 4 * units :]  # [3 H, H + I + 1 + …]
-    d_n = flat[:, gates : 4 * units].t() @ flat[:, 5 * units :]  # [H, I + 1 + …]
+    units = gates // 3
+    d_rzh, d_n = weight_products(gradients, units)
     d_w_hh, d_b_hh = d_rzh[:, :units].contiguous(), d_rzh[:, units + inputs].contiguous()
     d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
     return d_input[:, :inputs].contiguous(), d_w_hh, d_input[:, inputs].contiguous(), d_b_hh
+
+
+def weight_products(gradients: torch.Tensor, units: int, out=(None, None)) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dr, dz, dhn) by (h, x, 1, …) ``[3 H, H + I + 1 + …]`` and dn by (x, 1, …) ``[H, I + 1 + …]``, sums over all steps."""
+    flat = gradients.view(-1, gradients.shape[-1])
+    d_rzh = torch.mm(flat[:, : 3 * units].t(), flat[:, 4 * units :], out=out[0])
+    return d_rzh, torch.mm(flat[:, 3 * units : 4 * units].t(), flat[:, 5 * units :], out=out[1])
 
 
 def _input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
@@ -295,7 +316,7 @@ def _input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor
     return torch.cat((gradients[..., : 2 * units], gradients[..., 3 * units : 4 * units]), -1) @ w_ih
 
 
-class _Workspace:
+class Workspace:
     """What forward saves, handed back by backward: first touch of fresh memory costs more than the arithmetic on it."""
 
     _free: list[torch.Tensor] = []
@@ -322,7 +343,7 @@ def _unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
+def as_bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
     """``is_init`` as contiguous bytes, or None where nothing starts anew after the first step."""
     return is_init.contiguous() if is_init is not None and is_init[:, 1:].any() else None
 

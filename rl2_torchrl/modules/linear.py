@@ -6,7 +6,7 @@ import torch
 
 from rl2_torchrl import kernels
 
-__all__ = ["relu_linear"]
+__all__ = ["relu_linear", "relu_linear_gradients"]
 
 #: More outputs than this are a matrix library's own field.
 _MOST_OUTPUTS = 64
@@ -65,12 +65,17 @@ class _ReLULinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight = (tensor.contiguous() for tensor in ctx.saved_tensors)
-        dy = dy.contiguous()
-        (outputs, inputs), rows = weight.shape, dy.numel() // dy.shape[-1]
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        d_weight, d_bias = torch.empty_like(weight), weight.new_empty(outputs)
-        kernels.load(x.dtype).linear_backward(
-            *(rows, inputs, outputs, x.data_ptr(), weight.data_ptr(), dy.data_ptr(), kernels.address(dx)),
-            *(d_weight.data_ptr(), d_bias.data_ptr(), kernels.threads_for(2 * rows * inputs * outputs)),
-        )
+        d_weight, d_bias = torch.empty_like(weight), weight.new_empty(len(weight))
+        relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias)
         return dx, d_weight, d_bias if ctx.has_bias else None
+
+
+def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:
+    """Writes the gradients of `relu_linear` into ``dx`` (None: it is not needed), ``d_weight`` and ``d_bias``, by the kernels."""
+    dy = dy.contiguous()
+    (outputs, inputs), rows = weight.shape, dy.numel() // dy.shape[-1]
+    kernels.load(x.dtype).linear_backward(
+        *(rows, inputs, outputs, x.data_ptr(), weight.data_ptr(), dy.data_ptr(), kernels.address(dx)),
+        *(d_weight.data_ptr(), d_bias.data_ptr(), kernels.threads_for(2 * rows * inputs * outputs)),
+    )

@@ -9,7 +9,7 @@ import torch
 
 from rl2_torchrl import kernels
 
-__all__ = ["ClippedObjective", "clipped_objective"]
+__all__ = ["ClippedObjective", "clipped_objective", "clipped_terms"]
 
 _Totals = ctypes.c_double * 5
 
@@ -70,12 +70,7 @@ def _by_torch(log_prob, old_log_prob, advantage, low, high) -> ClippedObjective:
 class _ClippedObjective(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_prob, old_log_prob, advantage, low, high):
-        inputs = [tensor.contiguous() for tensor in (log_prob, old_log_prob, advantage)]
-        active, ratio, totals = torch.empty_like(inputs[0]), torch.empty_like(inputs[0]), _Totals()
-        ess = active.new_empty(active.shape[1])
-        outputs = (*map(kernels.address, (active, ratio, ess)), ctypes.addressof(totals))
-        clipped = kernels.load(log_prob.dtype).clipped_objective
-        clipped(*log_prob.shape, *map(kernels.address, inputs), low, high, *outputs)
+        active, ess, totals = clipped_terms(log_prob, old_log_prob, advantage, low, high)
         ctx.save_for_backward(active)
         objective, *sums, largest = totals
         size = log_prob.numel()
@@ -88,3 +83,16 @@ class _ClippedObjective(torch.autograd.Function):
     def backward(ctx, gradient, *_):
         (active,) = ctx.saved_tensors
         return active * (-gradient / active.numel()), None, None, None, None
+
+
+def clipped_terms(log_prob, old_log_prob, advantage, low: float, high: float):
+    """By the kernels: the objective's gradient by log p ``[B, T]``, ESS ``[T]``, and five totals over all steps.
+
+    The totals: the objective, how often the ratio was clipped, log p_old - log p, the ratio; and the largest ratio.
+    """
+    inputs = [tensor.contiguous() for tensor in (log_prob, old_log_prob, advantage)]
+    active, ratio, totals = torch.empty_like(inputs[0]), torch.empty_like(inputs[0]), _Totals()
+    ess = active.new_empty(active.shape[1])
+    outputs = (*map(kernels.address, (active, ratio, ess)), ctypes.addressof(totals))
+    kernels.load(log_prob.dtype).clipped_objective(*log_prob.shape, *map(kernels.address, inputs), low, high, *outputs)
+    return active, ess, totals
