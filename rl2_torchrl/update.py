@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from statistics import fmean
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.plain import NotPlainError
 from rl2_torchrl.objectives.advantages import TrialAdvantage
+from rl2_torchrl.objectives.direct import DirectGradients
 
 __all__ = ["PPOUpdate", "linear_decay"]
 
@@ -109,20 +112,21 @@ class PPOUpdate:
         self._apply_schedules(progress)
         chunks = self.chunks(self.advantage(batch))
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
-        buffer = self._fill(chunks)
-        totals: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._fill(chunks)
+        direct = self._direct_gradients()
+        totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         for epoch in range(self.epochs):
             kls = []
-            for number, minibatch in enumerate(buffer):
-                metrics = self._step(minibatch, f"epoch {epoch}, minibatch {number}")
+            for number, minibatch in enumerate(self._buffer if direct is None else self._plain_minibatches()):
+                metrics = self._step(minibatch, direct, f"epoch {epoch}, minibatch {number}")
                 if from_zeros and not totals:
                     _require_replay(metrics["max_ratio"])
                 kls.append(metrics["kl_approx"])
                 for name, value in metrics.items():
                     totals[name].append(value)
-            if self.target_kl is not None and torch.stack(kls).mean() > self.target_kl:
+            if self.target_kl is not None and _mean(kls) > self.target_kl:
                 break
-        means = {name: torch.stack(values).mean().item() for name, values in totals.items()}
+        means = {name: _mean(values) for name, values in totals.items()}
         return {**means, "epochs": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def chunks(self, batch: TensorDictBase) -> TensorDictBase:
@@ -181,7 +185,7 @@ class PPOUpdate:
             read[keys.value] = None
         return list(read)
 
-    def _fill(self, chunks: TensorDictBase) -> TensorDictReplayBuffer:
+    def _fill(self, chunks: TensorDictBase) -> None:
         if len(chunks) < self.minibatches:
             raise ValueError(
                 f"{self.minibatches} minibatches cannot be made of {len(chunks)} chunks of {chunks.shape[1]} steps: collect more "
@@ -200,9 +204,45 @@ class PPOUpdate:
         # The sampler's permutation of the last batch must not reach into this one.
         self._buffer.empty()
         self._buffer.extend(chunks)
-        return self._buffer
 
-    def _step(self, minibatch: TensorDictBase, where: str) -> dict[str, torch.Tensor]:
+    def _plain_minibatches(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
+        """One pass over the buffer, as iterating over it makes, without a TensorDict a minibatch."""
+        chunks = self._buffer.storage[:]
+        names, entries = zip(*((key, chunks.get(key)) for key in chunks.keys(True, True)), strict=True)
+        sampler, size = self._buffer.sampler, self._buffer.batch_size
+        sampler.ran_out = False
+        while not sampler.ran_out:
+            index, _ = sampler.sample(self._buffer.storage, size)
+            yield dict(zip(names, (entry.index_select(0, index) for entry in entries), strict=True))
+
+    def _direct_gradients(self) -> DirectGradients | None:
+        """Gradients without autograd, where loss and networks allow it. Made anew for every batch: options may change."""
+        try:
+            return DirectGradients(self.loss)
+        except NotPlainError:
+            return None
+
+    def _step(self, minibatch, direct: DirectGradients | None, where: str) -> dict[str, float | torch.Tensor]:
+        """One optimizer step; ``minibatch`` is a TensorDict ``[N, T]``, or with ``direct`` its entries."""
+        if direct is not None:
+            try:
+                return self._direct_step(minibatch, direct, where)
+            except NotPlainError:
+                minibatch = TensorDict(minibatch, next(iter(minibatch.values())).shape[:2])
+        return self._autograd_step(minibatch, where)
+
+    def _direct_step(self, minibatch: dict, direct: DirectGradients, where: str) -> dict[str, float]:
+        losses = direct(minibatch)
+        terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
+        total, norm = sum(terms.values()), direct.norm()
+        if not math.isfinite(norm):
+            _raise_not_finite(terms, total, where)
+        if self.max_grad_norm is not None and norm > self.max_grad_norm:
+            direct.scale(self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does
+        self.optimizer.step()
+        return {"loss": total, **losses, "grad_norm": norm}
+
+    def _autograd_step(self, minibatch: TensorDictBase, where: str) -> dict[str, torch.Tensor]:
         losses = self.loss(minibatch)
         terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
         total = sum(terms.values())
@@ -211,7 +251,7 @@ class PPOUpdate:
         total.backward()
         norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
-            _raise_not_finite(terms, total, where)
+            _raise_not_finite({name: value.item() for name, value in terms.items()}, total.item(), where)
         self.optimizer.step()
         diagnostics = {
             name: losses[name]
@@ -261,18 +301,21 @@ def _check_arguments(loss, bptt, epochs, minibatches, max_grad_norm, target_kl, 
         )
 
 
-def _raise_not_finite(terms: dict[str, torch.Tensor], total: torch.Tensor, where: str) -> None:
-    if torch.isfinite(total):
-        raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total.item()}).")
-    broken = {name: value.item() for name, value in terms.items()}
-    raise FloatingPointError(f"the loss is not finite in {where}: {broken}. The networks were not changed by it.")
+def _mean(values: list[float | torch.Tensor]) -> float:
+    return torch.stack(values).mean().item() if isinstance(values[0], torch.Tensor) else fmean(values)
 
 
-def _require_replay(max_ratio: torch.Tensor) -> None:
+def _raise_not_finite(terms: dict[str, float], total: float, where: str) -> None:
+    if math.isfinite(total):
+        raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total}).")
+    raise FloatingPointError(f"the loss is not finite in {where}: {terms}. The networks were not changed by it.")
+
+
+def _require_replay(max_ratio: float | torch.Tensor) -> None:
     """Before the first step the networks must give the collected log-probabilities back: all ratios are 1."""
     if max_ratio > 1.01:
         raise ValueError(
             f"without hidden states in the batch, replaying its trials from zeros gives other log-probabilities than were "
-            f"collected (ratios up to {max_ratio.item():.3g}): the memory was lost while collecting, or the networks have changed "
+            f"collected (ratios up to {float(max_ratio):.3g}): the memory was lost while collecting, or the networks have changed "
             "since. Collect with auto_register_policy_transforms=True (TrialCollector's default), which primes the memory."
         )

@@ -20,9 +20,12 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
+    kernels,
     linear_decay,
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.modules.plain import NotPlainError
+from rl2_torchrl.objectives.direct import DirectGradients
 
 
 def make_loss(**kwargs):
@@ -54,19 +57,36 @@ def make_batch(rows=4, steps=6):
     return TensorDict(entries, [rows, steps])
 
 
+@pytest.fixture(autouse=True, params=["direct", "autograd"])
+def gradients(request, monkeypatch):
+    """Every test with gradients of the kernels, where there are any, and with autograd's; which of them was taken is checked."""
+    taken, init = [], DirectGradients.__init__
+
+    def counted(self, loss):
+        if request.param == "autograd":
+            raise NotPlainError("not here")
+        init(self, loss)
+        taken.append(self)
+
+    monkeypatch.setattr(DirectGradients, "__init__", counted)
+    yield
+    assert not taken or (request.param == "direct" and kernels.load(torch.float32) is not None)
+
+
 class Seen:
     """Records what the loss is given, and the state in which it is."""
 
     def __init__(self, update):
         self.minibatches, self.lrs, self.coeffs = [], [], []
-        self.update, self.forward = update, update.loss.forward
-        update.loss.forward = self
+        self.update, self.step = update, update._step
+        update._step = self
 
-    def __call__(self, minibatch):
-        self.minibatches.append(minibatch.clone())
+    def __call__(self, minibatch, direct, where):
+        shape = minibatch["value_target"].shape[:2]
+        self.minibatches.append(TensorDict(dict(minibatch.items()), shape).clone())
         self.lrs.append(self.update.optimizer.param_groups[0]["lr"])
         self.coeffs.append(float(self.update.loss.entropy_coeff))
-        return self.forward(minibatch)
+        return self.step(minibatch, direct, where)
 
     def order(self, entry="value_target"):
         return [minibatch[entry].flatten() for minibatch in self.minibatches]

@@ -41,6 +41,8 @@ _SIGNATURES = {
     "linear_backward": (None, (*(_int,) * 3, *(_pointer,) * 6, _int)),
     "categorical_forward": (_int, (*(_int,) * 2, *(_pointer,) * 5, _int)),
     "categorical_backward": (None, (*(_int,) * 2, *(_pointer,) * 7, _int)),
+    "gaussian_forward": (None, (*(_int,) * 2, *(_pointer,) * 4)),
+    "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 6)),
     "clipped_objective": (None, (_int, _int, *(_pointer,) * 3, _double, _double, *(_pointer,) * 4)),
 }
 

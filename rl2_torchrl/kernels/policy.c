@@ -67,6 +67,37 @@ void categorical_backward(int rows, int choices, const real *logits, const int64
     }
 }
 
+/* ------------------------------------------------------------------------- Gaussian
+ * log p(a) of Normal(loc, exp(log_std)) with independent components, log_std [dims] the same in all rows. */
+void gaussian_forward(int rows, int dims, const real *action, const real *loc, const real *log_std, real *log_prob) {
+    real constant = 0;
+    for (int d = 0; d < dims; d++) constant -= log_std[d] + (real)0.91893853320467274178; /* log(2 pi) / 2 */
+    for (int row = 0; row < rows; row++) log_prob[row] = constant;
+    for (int d = 0; d < dims; d++) {
+        real precision = (real)exp(-log_std[d]);
+        for (int row = 0; row < rows; row++) {
+            real z = (action[(long)row * dims + d] - loc[(long)row * dims + d]) * precision;
+            log_prob[row] -= z * z / 2;
+        }
+    }
+}
+
+/* d log p / d loc = z / std and d log p / d log_std = z^2 - 1, the latter summed over rows. */
+void gaussian_backward(int rows, int dims, const real *action, const real *loc, const real *log_std, const real *d_log_prob,
+                       real *d_loc, real *d_log_std) {
+    for (int d = 0; d < dims; d++) {
+        real precision = (real)exp(-log_std[d]);
+        double sum = 0;
+        for (int row = 0; row < rows; row++) {
+            long i = (long)row * dims + d;
+            real z = (action[i] - loc[i]) * precision;
+            d_loc[i] = d_log_prob[row] * z * precision;
+            sum += d_log_prob[row] * (z * z - 1);
+        }
+        d_log_std[d] = (real)sum;
+    }
+}
+
 /* ------------------------------------------------------------------------- clipped objective
  * min(r A, clip(r) A) with r = p / p_old, by log p and log p_old. `active` is r A where that is the smaller, else 0: the
  * objective's gradient by log p. `totals` are the sums of the objective, of whether r was clipped, of log p_old - log p, of r;

@@ -71,7 +71,7 @@ class GRUGaussianActor(ProbabilisticActor):
         keys = {"hidden_key": hidden_key, "features_key": features_key}
         body = gru_body([in_key], input_size, hidden_size, num_layers=num_layers, **keys, **factory)
         mean = Head(hidden_size, action_dim, init_range=init_range, activation=activation, **factory)
-        head = TensorDictModule(_Gaussian(mean, action_dim, init_log_std, **factory), [features_key], ["loc", "scale"])
+        head = TensorDictModule(Gaussian(mean, action_dim, init_log_std, **factory), [features_key], ["loc", "scale"])
         super().__init__(
             TensorDictSequential(*body, head),
             in_keys=["loc", "scale"],
@@ -179,7 +179,7 @@ class GRUCategoricalActor(ProbabilisticActor):
         return cls(num_actions=spec.space.n, one_hot=isinstance(spec, OneHot), **sizes, **kwargs)
 
 
-class _Gaussian(nn.Module):
+class Gaussian(nn.Module):
     """``features -> (mean, exp(log_std))``, both ``[*B, action_dim]``."""
 
     def __init__(self, mean: nn.Module, action_dim: int, init_log_std: float, device=None, dtype=None):

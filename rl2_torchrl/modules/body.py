@@ -13,7 +13,7 @@ from torch import nn
 from rl2_torchrl.modules.gru import FastGRUModule
 from rl2_torchrl.modules.linear import relu_linear
 
-__all__ = ["Concat", "Head", "as_keys", "gru_body", "sub_key"]
+__all__ = ["Concat", "Head", "are_relu_linear", "as_keys", "gru_body", "sub_key"]
 
 
 class Head(nn.Module):
@@ -57,14 +57,18 @@ class Head(nn.Module):
             )
         layers = list(self.layers)
         if self.skip_size:
-            activation, first, *layers = layers
-            features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
-            features = first(torch.cat((activation(features), skipped), -1))
+            _, first, *layers = layers
+            features = first(self.activated(features))
         return _chain(layers, features)
+
+    def activated(self, features: torch.Tensor) -> torch.Tensor:
+        """``features`` after the first activation, which the last ``skip_size`` of them go past."""
+        features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
+        return torch.cat((self.layers[0](features), skipped), -1)
 
 
 def _chain(layers: list[nn.Module], features: torch.Tensor) -> torch.Tensor:
-    if _are_relu_linear(layers):
+    if are_relu_linear(layers):
         for linear in layers[1::2]:
             features = relu_linear(features, linear.weight, linear.bias)
         return features
@@ -73,7 +77,7 @@ def _chain(layers: list[nn.Module], features: torch.Tensor) -> torch.Tensor:
     return features
 
 
-def _are_relu_linear(layers: list[nn.Module]) -> bool:
+def are_relu_linear(layers: list[nn.Module]) -> bool:
     """Whether ``layers`` are ReLU and linear by turns and nothing more: no parametrizations, no hooks."""
     for number, layer in enumerate(layers):
         if type(layer) is not (nn.Linear if number % 2 else nn.ReLU):

@@ -286,11 +286,12 @@ def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> No
     """Back-propagation through time: turns what forward saved into the gradients of the gates' pre-activations."""
     library = kernels.load(dy.dtype)
     rows, steps, units = dy.shape
-    dy, w_hh = _unit_stride(dy), w_hh.detach().contiguous()
-    packed = dy.new_empty(library.backward_size(units))
-    library.pack_backward(units, w_hh.data_ptr(), packed.data_ptr())
+    dy, packed = _unit_stride(dy), None
+    if steps > 1 or d_hidden is not None:  # else nothing goes back through the weights
+        w_hh, packed = w_hh.detach().contiguous(), dy.new_empty(library.backward_size(units))
+        library.pack_backward(units, w_hh.data_ptr(), packed.data_ptr())
     library.gru_backward(
-        *(rows, steps, inputs, units, *_strided(dy), kernels.address(is_init), packed.data_ptr()),
+        *(rows, steps, inputs, units, *_strided(dy), kernels.address(is_init), kernels.address(packed)),
         *(gradients.data_ptr(), kernels.address(d_hidden), kernels.threads_for(rows * steps * units * units)),
     )
 
@@ -345,7 +346,9 @@ def _unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def as_bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
     """``is_init`` as contiguous bytes, or None where nothing starts anew after the first step."""
-    return is_init.contiguous() if is_init is not None and is_init[:, 1:].any() else None
+    if is_init is None or is_init.shape[1] == 1:
+        return None
+    return is_init.contiguous() if is_init[:, 1:].any() else None
 
 
 def _strided(tensor: torch.Tensor | None) -> tuple:

@@ -6,10 +6,10 @@ import torch
 
 from rl2_torchrl import kernels
 
-__all__ = ["relu_linear", "relu_linear_gradients"]
+__all__ = ["MOST_OUTPUTS", "relu_linear", "relu_linear_gradients"]
 
 #: More outputs than this are a matrix library's own field.
-_MOST_OUTPUTS = 64
+MOST_OUTPUTS = 64
 
 
 def relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,7 +40,7 @@ def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> b
     # The kernels read as many numbers as these sizes say. What does not fit gets PyTorch's error.
     outputs, inputs = weight.shape
     same = x.shape[-1] == inputs and (bias is None or bias.shape == (outputs,))
-    return same and outputs <= _MOST_OUTPUTS and min(x.numel(), outputs) > 0
+    return same and outputs <= MOST_OUTPUTS and min(x.numel(), outputs) > 0
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -141,7 +141,7 @@ class MemoryValueHead(TensorDictSequential):
             dtype=dtype,
         )
         in_keys = [features_key, *as_keys(extra_keys)]
-        super().__init__(TensorDictModule(_OnMemory(head, detach), in_keys, [value_key]))
+        super().__init__(TensorDictModule(OnMemory(head, detach), in_keys, [value_key]))
         self.detach, self.value_key = detach, value_key
 
     @classmethod
@@ -162,7 +162,7 @@ class MemoryValueHead(TensorDictSequential):
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
 
 
-class _OnMemory(nn.Module):
+class OnMemory(nn.Module):
     def __init__(self, head: Head, detach: bool):
         super().__init__()
         self.head, self.detach = head, detach

@@ -94,8 +94,8 @@ class RL2PPOLoss(ClipPPOLoss):
             **kwargs,
         )
         self._set_clip_precision(clip_epsilon)
-        # What `_plain_losses` knows; anything else is left to ClipPPOLoss.
-        self._is_plain = (
+        #: Whether nothing but this class's own options is asked for: anything else is left to ClipPPOLoss.
+        self.is_plain = (
             not (self.functional or kwargs or log_explained_variance)
             and loss_critic_type == "l2"
             and self._entropy_coeff_map is None
@@ -116,7 +116,7 @@ class RL2PPOLoss(ClipPPOLoss):
                 f"{key!r} has shape {tuple(advantage.shape)} in data of shape {tuple(tensordict.shape)}: it must be "
                 "[*B, T, 1], as TrialAdvantage writes it; mind the last dimension."
             )
-        if self._is_plain and advantage is not None and tensordict.ndim == 2 and not is_compiling():
+        if self.is_plain and advantage is not None and tensordict.ndim == 2 and not is_compiling():
             try:
                 networks = [flat_modules(n) for n in (self.actor_network, self.critic_network) if n is not None]
                 return self._plain_losses(tensordict, advantage, networks, *family_of(networks[0]))
@@ -127,7 +127,7 @@ class RL2PPOLoss(ClipPPOLoss):
     def _plain_losses(self, data, advantage, networks, sample, family: Family) -> TensorDictBase:
         """What `ClipPPOLoss` gives for these options, without its TensorDicts."""
         keys, state = self.tensor_keys, {}
-        read = [keys.action, keys.sample_log_prob, *([keys.value_target] if self._has_critic else [])]
+        read = [keys.action, keys.sample_log_prob, *([keys.value_target] if self.has_critic else [])]
         if any(data.get(key, None) is None for key in read):
             raise NotPlainError(f"one of {read} is missing; ClipPPOLoss says which")
         for modules in networks:
@@ -135,14 +135,25 @@ class RL2PPOLoss(ClipPPOLoss):
         parameters = [state[key] for key in sample.in_keys]
         log_prob, entropy = family.log_prob_and_entropy(data.get(keys.action), *parameters)
         inputs = (log_prob, data.get(keys.sample_log_prob), advantage.squeeze(-1))
-        out = clipped_objective(*inputs, *map(float, self._clip_bounds))._asdict()
+        out = clipped_objective(*inputs, *self.clip_bounds)._asdict()
         out["loss_objective"] = out.pop("loss")
         if self.entropy_bonus:
             entropy = entropy.mean()
             out |= {"entropy": entropy.detach(), "loss_entropy": -self.entropy_coeff * entropy}
-        if self._has_critic:
+        if self.has_critic:
             out["loss_critic"] = self.critic_coeff * mse_loss(state[keys.value], data.get(keys.value_target))
         return TensorDict(out)
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether there is a value loss."""
+        return self._has_critic
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """Logarithms of the lowest and the highest ratio."""
+        low, high = map(float, self._clip_bounds)
+        return low, high
 
     def _set_clip_precision(self, clip_epsilon: float | tuple[float, float]) -> None:
         # ClipPPOLoss stores the threshold as float32, which in float64 networks moves the clip by 1e-8.

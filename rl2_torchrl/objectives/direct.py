@@ -1,0 +1,362 @@
+"""`DirectGradients`: `RL2PPOLoss` and its gradients on the kernels alone, without autograd.
+
+A minibatch of a small network is some 20 operations forward and as many back. PyTorch spends longer on recording and
+replaying them than on the arithmetic. Here each part of the networks (`_Part`) knows its own gradient: a minibatch is every
+part's ``forward`` in order, the loss, and every part's ``backward`` in the opposite order. What backward hands from part to
+part are the gradients by the entries that forward wrote, under the same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
+from torch import nn
+
+from rl2_torchrl import kernels
+from rl2_torchrl.modules.actor import Gaussian
+from rl2_torchrl.modules.body import Concat, Head, are_relu_linear
+from rl2_torchrl.modules.categorical import categorical_gradient, categorical_terms
+from rl2_torchrl.modules.gru import (
+    FastGRUModule,
+    Workspace,
+    as_bytes,
+    backward_in_place,
+    forward_saving,
+    weight_products,
+)
+from rl2_torchrl.modules.linear import MOST_OUTPUTS, relu_linear, relu_linear_gradients
+from rl2_torchrl.modules.plain import NotPlainError, State, family_of, flat_modules
+from rl2_torchrl.modules.value import OnMemory
+from rl2_torchrl.objectives.clipped import clipped_terms
+from rl2_torchrl.objectives.ppo import RL2PPOLoss
+
+__all__ = ["DirectGradients"]
+
+
+class DirectGradients:
+    """Losses of `RL2PPOLoss` as numbers, and their gradients written into ``parameter.grad``.
+
+    The same as ``sum of losses . backward()`` to rounding. It holds for one state of the loss: when an option, a hook or a
+    parameter's ``requires_grad`` changes, make a new one.
+
+    Args:
+        loss: an `RL2PPOLoss` with l2 value loss over `GRUGaussianActor` or `GRUCategoricalActor` and any of this package's
+            critics, one GRU layer and ReLU heads, on the CPU.
+
+    Raises:
+        NotPlainError: the loss or its networks are more than that, or there are no kernels; the message says what.
+
+    Examples:
+        >>> from rl2_torchrl import GRUGaussianActor, GRUValueHead
+        >>> loss = RL2PPOLoss(GRUGaussianActor(5, 2), GRUValueHead(5))
+        >>> try:
+        ...     direct = DirectGradients(loss)  # then direct(minibatch), direct.norm(), optimizer.step()
+        ... except NotPlainError:
+        ...     direct = None  # without a C compiler, say: loss(minibatch) and backward()
+    """
+
+    def __init__(self, loss: RL2PPOLoss):
+        if type(loss) is not RL2PPOLoss or not loss.is_plain or _has_hooks(loss):
+            raise NotPlainError("the loss is more than RL2PPOLoss with its own options")
+        self.loss, self._clip_bounds = loss, loss.clip_bounds
+        parameters = [p for p in loss.parameters() if p.numel()]
+        if not kernels.covers(*parameters):
+            raise NotPlainError("there are no kernels for the networks' device and dtype")
+        actor = flat_modules(loss.actor_network)
+        sample, _ = family_of(actor)
+        critic = [] if loss.critic_network is None else flat_modules(loss.critic_network)
+        self.parts = [part for module in (*actor, *critic) for part in _parts_of(module)]
+        self.policy = _policy_terms(actor, sample)
+        self._own(parameters)
+
+    def _own(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Gradients of all parameters side by side, so that their norm is one operation."""
+        known = {id(p) for part in (*self.parts, self.policy) for p in part.parameters()}
+        if known != {id(p) for p in parameters}:
+            raise NotPlainError("the loss has parameters beside those of GRUs and heads")
+        if any(not p.requires_grad or p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
+            raise NotPlainError("a parameter is frozen or has hooks on its gradient")
+        sizes = [p.numel() for p in parameters]
+        self._gradient = torch.empty(sum(sizes), dtype=parameters[0].dtype)
+        views = [part.view_as(p) for part, p in zip(self._gradient.split(sizes), parameters, strict=True)]
+        self._owned = list(zip(parameters, views, strict=True))
+        for part in (*self.parts, self.policy):
+            part.write_to({id(p): view for p, view in self._owned})
+
+    def norm(self) -> float:
+        """The norm of the whole gradient."""
+        return self._gradient.norm().item()
+
+    def scale(self, factor: float) -> None:
+        """Multiplies the whole gradient by ``factor``."""
+        self._gradient.mul_(factor)
+
+    @torch.no_grad()
+    def __call__(self, data: Mapping[NestedKey, torch.Tensor]) -> dict[str, float]:
+        """Losses and diagnostics of the sequences ``data``, contiguous entries ``[N, T, ...]``, as `RL2PPOLoss` names them.
+
+        Raises:
+            NotPlainError: an entry is missing or does not fit; `RL2PPOLoss` itself says which.
+        """
+        loss, keys = self.loss, self.loss.tensor_keys
+        state: State = dict(data)
+        read = (keys.action, keys.sample_log_prob, keys.advantage, *([keys.value_target] if loss.has_critic else []))
+        if not set(read) <= state.keys():
+            raise NotPlainError(f"one of {read} is missing")
+        for part in self.parts:
+            part.forward(state)
+        log_prob, entropy = self.policy.forward(state[keys.action], state)
+        inputs = (log_prob, state[keys.sample_log_prob], state[keys.advantage].squeeze(-1))
+        active, _, totals = clipped_terms(*inputs, *self._clip_bounds)
+        size = log_prob.numel()
+        objective, clipped, kl, _, largest = totals
+        out = {"loss_objective": -objective / size, "clip_fraction": clipped / size}
+        out |= {"kl_approx": kl / size, "max_ratio": largest}
+        gradients: State = {}
+        coefficient = float(loss.entropy_coeff) if loss.entropy_bonus else 0.0
+        self.policy.backward(active.mul_(-1 / size), -coefficient / size, state[keys.action], state, gradients)
+        if loss.entropy_bonus:
+            out |= {"entropy": entropy, "loss_entropy": -coefficient * entropy}
+        if loss.has_critic:
+            error = state[keys.value] - state[keys.value_target]
+            coefficient = float(loss.critic_coeff)
+            out["loss_critic"] = coefficient * torch.dot(error.view(-1), error.view(-1)).item() / size
+            gradients[keys.value] = error.mul_(2 * coefficient / size)
+        for part in reversed(self.parts):
+            part.backward(state, gradients)
+        for parameter, gradient in self._owned:
+            parameter.grad = gradient
+        return out
+
+
+def _has_hooks(loss: RL2PPOLoss) -> bool:
+    if "forward" in vars(loss):  # someone has put a function of their own in its place
+        return True
+    hooks = (*loss._forward_hooks.values(), *loss._forward_pre_hooks.values())
+    return any(not hook.__module__.startswith("torchrl.") for hook in hooks)  # TorchRL's asks for target networks
+
+
+class _Part:
+    """One function of a network, with parameters and a gradient."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def write_to(self, gradients: Mapping[int, torch.Tensor]) -> None:
+        """Takes the memory that `backward` writes the gradients of the parameters to, by their id."""
+
+    def forward(self, state: State) -> None:
+        """Reads entries of ``state`` and writes others."""
+
+    def backward(self, state: State, gradients: State) -> None:
+        """Takes the gradients by what `forward` wrote, and adds to those by what it read."""
+
+
+class _Concat(_Part):
+    def __init__(self, in_keys: Sequence[NestedKey], out_key: NestedKey):
+        self.in_keys, self.out_key, self.concat = in_keys, out_key, Concat()
+
+    def forward(self, state: State) -> None:
+        state[self.out_key] = self.concat(*_entries(state, self.in_keys))
+
+
+class _GRU(_Part):
+    """`gru_sequence`; its inputs are data, which get no gradient."""
+
+    def __init__(self, module: FastGRUModule):
+        if module.gru.num_layers > 1 or not module.has_kernels():
+            raise NotPlainError("a GRU of several layers, or without kernels")
+        self.module, gru = module, module.gru
+        self.weights = [getattr(gru, name) for name in gru._all_weights[0]]
+        self.inputs, self.units = gru.input_size, gru.hidden_size
+        factory = {"dtype": self.weights[0].dtype}
+        columns = (5 * self.units + self.inputs + 1 + 15) // 16 * 16 - 4 * self.units
+        self._products = (
+            torch.empty(3 * self.units, columns, **factory),
+            torch.empty(self.units, columns - self.units, **factory),
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.weights
+
+    def write_to(self, gradients: Mapping[int, torch.Tensor]) -> None:
+        units, inputs = self.units, self.inputs
+        d_rzh, d_n = self._products  # by (h, x, 1, ...) and by (x, 1, ...)
+        w_ih, w_hh, *biases = (gradients[id(weight)] for weight in self.weights)
+        to = [w_hh, w_ih[: 2 * units], w_ih[2 * units :]]
+        of = [d_rzh[:, :units], d_rzh[: 2 * units, units : units + inputs], d_n[:, :inputs]]
+        if biases:
+            b_ih, b_hh = biases
+            to += [b_hh, b_ih[: 2 * units], b_ih[2 * units :]]
+            of += [d_rzh[:, units + inputs], d_rzh[: 2 * units, units + inputs], d_n[:, inputs]]
+        self._to, self._of = to, of
+
+    def forward(self, state: State) -> None:
+        in_key, hidden_key, init_key = self.module.in_keys
+        x, is_init = _entries(state, (in_key, init_key))
+        hidden = state.get(hidden_key)
+        if not self.module.fits(x, hidden):
+            raise NotPlainError(f"{in_key} or {hidden_key} does not fit the GRU")
+        self._is_init = as_bytes(is_init.squeeze(-1))
+        hidden = None if hidden is None else hidden[:, :, 0]
+        state[self.module.out_keys[0]], self._saved = forward_saving(x, hidden, self._is_init, self.weights)
+
+    def backward(self, state: State, gradients: State) -> None:
+        dy = gradients.pop(self.module.out_keys[0])
+        backward_in_place(dy, self._is_init, self.inputs, self.weights[1], self._saved, None)
+        weight_products(self._saved, self.units, self._products)
+        torch._foreach_copy_(self._to, self._of)
+        Workspace.give(self._saved)
+
+
+class _Head(_Part):
+    """`Head`, with ``extra_keys`` beside the features."""
+
+    def __init__(self, head: Head, key: NestedKey, out_key: NestedKey, extra_keys=(), *, detach: bool = False):
+        if not are_relu_linear(list(head.layers)):
+            raise NotPlainError("a head that is not made of ReLU and linear layers")
+        self.head, self.key, self.out_key, self.extra_keys, self.detach = head, key, out_key, list(extra_keys), detach
+        self.linears = list(head.layers)[1::2]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for linear in self.linears for p in (linear.weight, linear.bias)]
+
+    def write_to(self, gradients: Mapping[int, torch.Tensor]) -> None:
+        self._gradients = [(gradients[id(linear.weight)], gradients[id(linear.bias)]) for linear in self.linears]
+
+    def forward(self, state: State) -> None:
+        x, *extra = _entries(state, (self.key, *self.extra_keys))
+        if extra:
+            x = torch.cat((x, *(e.to(x.dtype) for e in extra)), -1)
+        if x.shape[-1] != self.head.in_features:
+            raise NotPlainError(f"{self.key} and {self.extra_keys} do not fit the head")
+        self._inputs = []
+        for number, linear in enumerate(self.linears):
+            if number == 0 and extra:
+                x = self.head.activated(x)
+            self._inputs.append(x)
+            x = relu_linear(x, linear.weight, linear.bias) if self._has_relu(number) else linear(x)
+        state[self.out_key] = x
+
+    def _has_relu(self, number: int) -> bool:
+        # Where there are extra inputs, they go past the first activation, which `activated` then has made already.
+        return number > 0 or not self.extra_keys
+
+    def backward(self, state: State, gradients: State) -> None:
+        dy = gradients.pop(self.out_key)
+        for number in reversed(range(len(self.linears))):
+            x, needed = self._inputs[number], number > 0 or not self.detach
+            dx = torch.empty_like(x) if needed else None
+            _linear_gradients(x, self.linears[number].weight, dy, dx, *self._gradients[number], self._has_relu(number))
+            dy = dx
+        if self.detach:
+            return
+        if self.extra_keys:
+            features = state[self.key]
+            dy = torch.where(features > 0, dy[..., : features.shape[-1]], 0.0)
+        gradients[self.key] = gradients[self.key].add_(dy) if self.key in gradients else dy
+
+
+class _CategoricalTerms(_Part):
+    def __init__(self, key: NestedKey):
+        self.key = key
+
+    def forward(self, action: torch.Tensor, state: State) -> tuple[torch.Tensor, float]:
+        """Log-probability of ``action`` ``[N, T]``, and the mean entropy."""
+        logits = state[self.key]
+        if action.shape != logits.shape[:-1] or action.dtype != torch.int64:
+            raise NotPlainError("actions that are not one index a step")
+        log_prob, self._entropy, self._log_total = categorical_terms(action, logits)
+        return log_prob, self._entropy.mean().item()
+
+    def backward(self, d_log_prob, d_entropy: float, action, state: State, gradients: State) -> None:
+        d_entropy = torch.full_like(d_log_prob, d_entropy)
+        terms = (state[self.key], action, self._entropy, self._log_total)
+        gradients[self.key] = categorical_gradient(*terms, d_log_prob, d_entropy)
+
+
+class _GaussianTerms(_Part):
+    def __init__(self, key: NestedKey, log_std: nn.Parameter):
+        self.key, self.log_std = key, log_std
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.log_std]
+
+    def write_to(self, gradients: Mapping[int, torch.Tensor]) -> None:
+        self._gradient = gradients[id(self.log_std)]
+
+    def forward(self, action: torch.Tensor, state: State) -> tuple[torch.Tensor, float]:
+        """Log-probability of ``action`` ``[N, T, action_dim]``, and the entropy, the same in every step."""
+        loc = state[self.key]
+        if (action.shape, action.dtype) != (loc.shape, loc.dtype):
+            raise NotPlainError("actions of another shape or dtype than their means")
+        log_prob = loc.new_empty(loc.shape[:-1])
+        tensors = (action, loc, self.log_std, log_prob)
+        kernels.load(loc.dtype).gaussian_forward(*_sizes(loc), *map(kernels.address, tensors))
+        return log_prob, (self.log_std + _NORMAL_ENTROPY).sum().item()
+
+    def backward(self, d_log_prob, d_entropy: float, action, state: State, gradients: State) -> None:
+        loc = state[self.key]
+        d_loc = torch.empty_like(loc)
+        tensors = (action, loc, self.log_std, d_log_prob, d_loc, self._gradient)
+        kernels.load(loc.dtype).gaussian_backward(*_sizes(loc), *map(kernels.address, tensors))
+        self._gradient.add_(d_entropy * d_log_prob.numel())
+        gradients[self.key] = d_loc
+
+
+#: Entropy of a normal distribution of standard deviation 1.
+_NORMAL_ENTROPY = 1.4189385332046727
+
+
+def _sizes(loc: torch.Tensor) -> tuple[int, int]:
+    return loc.numel() // loc.shape[-1], loc.shape[-1]
+
+
+def _parts_of(module: TensorDictModuleBase) -> list[_Part]:
+    if isinstance(module, ProbabilisticTensorDictModule):
+        return []
+    if isinstance(module, FastGRUModule):
+        return [_GRU(module)]
+    function, (key, *others), out_key = module.module, module.in_keys, module.out_keys[0]
+    if isinstance(function, Concat):
+        return [_Concat(module.in_keys, out_key)]
+    if isinstance(function, Head):
+        return [_Head(function, key, out_key)]
+    if isinstance(function, Gaussian):
+        return [_Head(function.mean, key, out_key)]
+    if isinstance(function, OnMemory):
+        return [_Head(function.head, key, out_key, others, detach=function.detach)]
+    raise NotPlainError(f"{type(function).__name__} is a function whose gradient is not known here")
+
+
+def _policy_terms(actor: Sequence[TensorDictModuleBase], sample: ProbabilisticTensorDictModule) -> _Part:
+    *_, head = (module for module in actor if not isinstance(module, ProbabilisticTensorDictModule))
+    if isinstance(head.module, Gaussian):
+        return _GaussianTerms(head.out_keys[0], head.module.log_std)
+    if sample.distribution_class is not torch.distributions.Categorical:
+        raise NotPlainError(f"{sample.distribution_class.__name__} is a distribution whose gradient is not known here")
+    return _CategoricalTerms(head.out_keys[0])
+
+
+def _linear_gradients(x, weight, dy, dx, d_weight, d_bias, has_relu: bool) -> None:
+    """Writes the gradients of `relu_linear`, or without ReLU of a linear layer, into the last three (``dx`` may be None)."""
+    if has_relu and len(weight) <= MOST_OUTPUTS:
+        relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias)
+        return
+    flat, slopes = x.flatten(0, 1), dy.flatten(0, 1)
+    torch.mm(slopes.t(), flat.relu() if has_relu else flat, out=d_weight)
+    torch.sum(slopes, 0, out=d_bias)
+    if dx is not None:
+        torch.mm(slopes, weight, out=dx.view(flat.shape))
+        if has_relu:
+            dx.masked_fill_(x <= 0, 0.0)
+
+
+def _entries(state: State, keys: Sequence[NestedKey]) -> list[torch.Tensor]:
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise NotPlainError(f"{missing} is missing")
+    return [state[key] for key in keys]

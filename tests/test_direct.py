@@ -1,0 +1,208 @@
+"""`DirectGradients` must give what autograd gives through `RL2PPOLoss`, and hand on what it does not know."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from rl2_torchrl import (
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+    PPOUpdate,
+    RL2PPOLoss,
+    kernels,
+)
+from rl2_torchrl.modules.plain import NotPlainError
+from rl2_torchrl.objectives.direct import DirectGradients
+
+ROWS, STEPS, INPUTS, ACTIONS, UNITS = 9, 6, 5, 3, 20
+CRITICS = {
+    "separate": lambda **options: GRUValueHead(INPUTS, hidden_size=12, **options),
+    "extra": lambda **options: GRUValueHead(INPUTS + 3, hidden_size=12, extra_keys=["time_left", "task"], **options),
+    "shared": lambda **options: MemoryValueHead(UNITS, detach=False, **options),
+    "shared, cells": lambda **options: MemoryValueHead(UNITS, detach=False, num_cells=[7, 9], **options),
+    "shared, extra": lambda **options: MemoryValueHead(
+        UNITS, detach=False, extra_keys=["time_left", "task"], extra_size=3, num_cells=[7], **options
+    ),
+    "detached": lambda **options: MemoryValueHead(UNITS, detach=True, **options),
+    "detached, extra": lambda **options: MemoryValueHead(
+        UNITS, detach=True, extra_keys=["time_left", "task"], extra_size=3, num_cells=[7], **options
+    ),
+    "wide": lambda **options: MemoryValueHead(UNITS, detach=False, num_cells=[70], **options),
+}
+
+COMPILED = kernels.load(torch.float32) is not None
+
+
+def direct_of(loss):
+    """`DirectGradients`, or None without a C compiler, where every loss must be refused."""
+    if COMPILED:
+        return DirectGradients(loss)
+    with pytest.raises(NotPlainError, match="no kernels"):
+        DirectGradients(loss)
+    return None
+
+
+def loss_of(kind, critic, dtype, **options):
+    torch.manual_seed(0)
+    actor_class = GRUGaussianActor if kind == "gaussian" else GRUCategoricalActor
+    actor = actor_class(INPUTS, ACTIONS, hidden_size=UNITS, init_range=1.0, dtype=dtype)
+    return RL2PPOLoss(actor, CRITICS[critic](init_range=1.0, dtype=dtype), **options)
+
+
+def data_of(kind, dtype, steps=STEPS):
+    draw = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(ROWS, steps, *shape, generator=draw, dtype=dtype)
+
+    is_gaussian = kind == "gaussian"
+    return {
+        "trans": normal(INPUTS),
+        "is_init": torch.rand(ROWS, steps, 1, generator=draw) < 0.2,
+        "time_left": normal(1),
+        "task": normal(2),
+        "actor_hidden": normal(1, UNITS),
+        "critic_hidden": normal(1, 12),
+        "advantage": normal(1),
+        "value_target": normal(1),
+        "action": normal(ACTIONS) if is_gaussian else torch.randint(ACTIONS, (ROWS, steps), generator=draw),
+        "action_log_prob": 0.3 * normal() - (4 if is_gaussian else 1),
+    }
+
+
+def by_autograd(loss, data):
+    """Losses and gradients, the latter taken off the parameters."""
+    out = loss(TensorDict(data, next(iter(data.values())).shape[:2]))
+    sum(value for name, value in out.items() if name.startswith("loss_")).backward()
+    gradients = [p.grad.clone() for p in loss.parameters()]
+    for p in loss.parameters():
+        p.grad = None
+    return out, gradients
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("entropy", [None, 0.1])
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_losses_and_gradients_are_autograds(dtype, tolerance, kind, critic, entropy, steps):
+    loss = loss_of(kind, critic, dtype, entropy_bonus=entropy is not None, entropy_coeff=entropy)
+    data = data_of(kind, dtype, steps)
+    expected, gradients = by_autograd(loss, data)
+    direct = direct_of(loss)
+    if direct is None:
+        return
+    for _ in range(2):  # in the same memory, after a first pass through it
+        losses = direct(data)
+        assert set(losses) <= set(expected.keys())
+        for name, value in losses.items():
+            assert value == pytest.approx(float(expected[name]), rel=10 * tolerance, abs=10 * tolerance), name
+        for (name, parameter), gradient in zip(loss.named_parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=tolerance, atol=tolerance, msg=name)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    assert direct.norm() == pytest.approx(norm.item(), rel=10 * tolerance)
+    direct.scale(0.5)
+    torch.testing.assert_close(parameter.grad, 0.5 * gradients[-1], rtol=tolerance, atol=tolerance)
+
+
+def test_a_gradient_by_hand():
+    """One step, one unit, all GRU weights 0: h = 0, so that the mean is the last bias, and z = a - mean with log_std = 0."""
+    actor = GRUGaussianActor(1, 1, hidden_size=1, init_log_std=0.0)
+    loss = RL2PPOLoss(actor, clip_epsilon=0.2)
+    with torch.no_grad():
+        for parameter in loss.parameters():
+            parameter.zero_()
+    # a = 2: log p = -2 - log(2 pi) / 2. The old log-probability is the same: r = 1, the objective is A = 3.
+    data = {"trans": torch.ones(1, 1, 1), "is_init": torch.ones(1, 1, 1, dtype=torch.bool)}
+    data |= {"action": torch.full((1, 1, 1), 2.0), "advantage": torch.full((1, 1, 1), 3.0)}
+    data["action_log_prob"] = torch.full((1, 1), -2 - 0.9189385332)
+    direct = direct_of(loss)
+    if direct is None:
+        return
+    assert direct(data)["loss_objective"] == pytest.approx(-3)
+    gradients = {
+        name.rpartition(".")[-1]: p.grad for name, p in loss.named_parameters() if "layers" in name or "log_std" in name
+    }
+    assert gradients["bias"].item() == pytest.approx(-3 * 2)  # -A z
+    assert gradients["log_std"].item() == pytest.approx(-3 * (2**2 - 1))  # -A (z^2 - 1)
+
+
+class OwnLoss(RL2PPOLoss):
+    """A loss that someone has changed."""
+
+
+def _with_layers(number):
+    return RL2PPOLoss(GRUCategoricalActor(INPUTS, ACTIONS, num_layers=number), GRUValueHead(INPUTS))
+
+
+def _with_tanh():
+    return RL2PPOLoss(GRUCategoricalActor(INPUTS, ACTIONS, activation=nn.Tanh), GRUValueHead(INPUTS))
+
+
+def _with_one_hot():
+    return RL2PPOLoss(GRUCategoricalActor(INPUTS, ACTIONS, one_hot=True), GRUValueHead(INPUTS))
+
+
+def _changed(change):
+    loss = loss_of("categorical", "separate", torch.float32)
+    change(loss)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OwnLoss(GRUCategoricalActor(INPUTS, ACTIONS), GRUValueHead(INPUTS)), "own options"),
+        (
+            lambda: RL2PPOLoss(GRUCategoricalActor(INPUTS, ACTIONS), GRUValueHead(INPUTS), clip_value=True),
+            "own options",
+        ),
+        (lambda: _changed(lambda loss: loss.register_forward_hook(lambda *_: None)), "own options"),
+        (lambda: _changed(lambda loss: setattr(loss, "forward", loss.forward)), "own options"),
+        (lambda: _with_layers(2), "several layers"),
+        (_with_tanh, "ReLU"),
+        (_with_one_hot, "OneHotCategorical"),
+        (lambda: _changed(lambda loss: next(loss.parameters()).requires_grad_(False)), "frozen"),
+        (lambda: _changed(lambda loss: next(loss.parameters()).register_hook(lambda g: 0 * g)), "hooks"),
+        (lambda: _changed(lambda loss: loss.register_parameter("more", nn.Parameter(torch.ones(1)))), "beside"),
+        (lambda: loss_of("categorical", "separate", torch.float32).to(torch.bfloat16), "no kernels"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(make, message):
+    with pytest.raises(NotPlainError, match=message if COMPILED else "no kernels|own options"):
+        DirectGradients(make())
+
+
+@pytest.mark.parametrize("key", ["trans", "is_init", "action", "advantage", "action_log_prob", "value_target", "task"])
+def test_missing_entries_are_left_to_the_loss(key):
+    data = data_of("categorical", torch.float32)
+    del data[key]
+    direct = direct_of(loss_of("categorical", "extra", torch.float32))
+    if direct is not None:
+        with pytest.raises(NotPlainError, match="missing"):
+            direct(data)
+
+
+def test_an_update_trains_alike_either_way(monkeypatch):
+    """Ten epochs, clipped gradients, entropy: the same parameters as with autograd."""
+    ends = []
+    for direct in (True, False):
+        loss = loss_of("gaussian", "extra", torch.float64, entropy_bonus=True, entropy_coeff=0.05)
+        update = PPOUpdate(
+            loss, bptt=2, minibatches=3, max_grad_norm=0.1, lr=1e-2, generator=torch.Generator().manual_seed(0)
+        )
+        batch = TensorDict(data_of("gaussian", torch.float64), [ROWS, STEPS])
+        batch["state_value"] = batch["value_target"].clone()
+        done = torch.zeros(ROWS, STEPS, 1, dtype=torch.bool)
+        done[:, -1] = True
+        batch["next"] = TensorDict({"reward": batch["time_left"], "done": done, "terminated": done}, [ROWS, STEPS])
+        if not direct:
+            monkeypatch.setattr(update, "_direct_gradients", lambda: None)
+        ends.append((update(batch), [p.detach().clone() for p in loss.parameters()]))
+    (metrics, ours), (expected, theirs) = ends
+    assert metrics == pytest.approx(expected, rel=1e-9)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
