@@ -35,11 +35,14 @@ from rl2_torchrl import (
 from rl2_torchrl.envs import HalfCheetahDirection, HalfCheetahVelocity, signs, velocities
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
 
-TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TRAIN_STARTS, HELD_OUT_STARTS = range(
-    5
-)  # streams of random numbers that never meet
+# Streams of random numbers that never meet.
+TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TRAIN_STARTS, HELD_OUT_STARTS = range(5)
 #: The original's goals, for the last episode of held-out trials: return in the worse direction, sum of |v - goal|.
 STOP_RETURN, STOP_ERROR, STOP_EVALUATIONS = 180.0, 25.0, 3
+
+
+#: Steps of an episode that the report looks at closely: in the first episode the agent has yet to find out what to do.
+START_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Mode:
         clip_epsilon: PPO's clipping.
         epochs: passes over a batch.
         minibatch_steps: env steps of a minibatch.
+        max_grad_norm: clip the gradient's norm at this; None does not.
         bptt: steps of a chunk that gradients flow through; None takes the whole trial.
         value_target: what the critic learns, see `TrialAdvantage`.
         critic_keys: what the critic sees beside the actor's input.
@@ -70,12 +74,13 @@ class Mode:
     env_steps: int
     horizon: int = 200
     units: int = 64
-    lr: float = 1e-3
-    gamma: float = 0.99
-    lmbda: float = 0.95
+    lr: float = 3e-3
+    gamma: float = 0.97
+    lmbda: float = 0.9
     clip_epsilon: float = 0.2
     epochs: int = 4
     minibatch_steps: int = 3200
+    max_grad_norm: float | None = 0.5
     bptt: int | None = None
     value_target: Literal["gae", "return"] = "gae"
     critic_keys: tuple[str, ...] = ("time_left", "task")
@@ -96,10 +101,12 @@ class Mode:
 #: The original (Duan et al. 2016 as first written for these envs): no gradient through time, chunks in order.
 _ORIGINAL = {
     "lr": 1e-4,
+    "gamma": 0.99,
     "lmbda": 0.97,
     "clip_epsilon": 0.3,
     "epochs": 10,
     "minibatch_steps": 32,
+    "max_grad_norm": None,
     "bptt": 1,
     "value_target": "return",
     "critic_keys": (),
@@ -193,6 +200,7 @@ def compose(game: "Game", settings: Mode) -> tuple[TrialCollector, PPOUpdate]:
         minibatches=max(1, settings.batch_steps // max(settings.minibatch_steps, chunk)),
         shuffle=settings.shuffle,
         lr=settings.lr,
+        max_grad_norm=settings.max_grad_norm,
         lr_schedule=linear_decay if settings.decay else None,
     )
     total = math.ceil(settings.env_steps / settings.batch_steps) * settings.batch_steps
@@ -333,8 +341,10 @@ class CheetahReport(AdaptationReport):
     is_speed: bool = False
 
     def entries(self) -> dict[str, Any]:
-        """The episodes' returns in each direction, or their errors of speed."""
-        return self._speed_entries() if self.is_speed else self._direction_entries()
+        """The episodes' returns in each direction, or their errors of speed; and how the agent runs at their starts."""
+        entries = self._speed_entries() if self.is_speed else self._direction_entries()
+        starts = self.progress()[:, :, :START_STEPS].mean(0)  # [episodes, steps]
+        return {**entries, "speed_error_at_start" if self.is_speed else "progress_at_start": starts.tolist()}
 
     def _speed_entries(self) -> dict[str, Any]:
         per_episode = {
@@ -358,26 +368,50 @@ class CheetahReport(AdaptationReport):
         return path
 
     def plot_velocity(self):
-        """The velocity over a trial for a few tasks, smoothed over half a second, as a `matplotlib.figure.Figure`."""
-        figure = Figure(figsize=(12, 4.5), layout="constrained")
-        axes = figure.subplots()
+        """How the agent runs, as a `matplotlib.figure.Figure`: a few trials, and the mean over all at their episodes' starts."""
+        figure = Figure(figsize=(15, 4.8), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+        self._plot_trials(left)
+        self._plot_starts(right)
+        figure.suptitle(f"{self.title}: held-out trials, weights fixed")
+        return figure
+
+    def _plot_trials(self, axes) -> None:
         order = self.tasks.argsort()
         shown = order[torch.linspace(0, len(order) - 1, min(6, len(order))).long()]
-        for color, row in zip(colormaps["viridis"](torch.linspace(0, 0.9, len(shown)).tolist()), shown, strict=True):
-            smooth = torch.nn.functional.avg_pool1d(
-                self.velocities[row].view(1, 1, -1), 11, 1, 5, count_include_pad=False
-            )
-            task = float(self.tasks[row])
-            axes.plot(smooth.flatten(), color=color, lw=1.3, label=f"task {task:+.2f}")
+        episodes = self.velocities[shown].reshape(len(shown), -1, self.horizon)  # [shown, episodes, steps]
+        smooth = torch.nn.functional.avg_pool1d(episodes, 11, 1, 5, count_include_pad=False).flatten(1)
+        colors = colormaps["viridis"](torch.linspace(0, 0.9, len(shown)).tolist())
+        for color, task, velocity in zip(colors, self.tasks[shown].tolist(), smooth, strict=True):
+            axes.plot(velocity, color=color, lw=1.3, label=f"task {task:+.2f}")
             if self.is_speed:
                 axes.axhline(task, color=color, lw=1, ls=":")
         for start in range(self.horizon, self.velocities.shape[1], self.horizon):
             axes.axvline(start, color="grey", lw=1, ls="--")
-        axes.set(xlabel="step of the trial (dashed: a new episode)", ylabel="velocity (m/s; dotted: the goal)")
-        axes.set_title(f"{self.title}: velocity within held-out trials, weights fixed")
-        axes.legend(ncols=len(shown), fontsize=9, frameon=False)
+        goal = "; dotted: the goal" if self.is_speed else ""
+        axes.set(xlabel="step of the trial (dashed: a new episode)", ylabel=f"velocity (m/s, over 0.5 s{goal})")
+        axes.margins(y=0.15)
+        axes.legend(ncols=len(shown), fontsize=8, frameon=False, loc="upper center")
         axes.grid(alpha=0.25)
-        return figure
+
+    def _plot_starts(self, axes) -> None:
+        """Mean over tasks ± 2 SE of the error of speed, or of the velocity in the right direction, without smoothing."""
+        progress = self.progress()[:, :, :START_STEPS]  # [num_tasks, episodes, steps]
+        for episode, color in ((0, "#e69f00"), (progress.shape[1] - 1, "#0072b2")):
+            mean, se = progress[:, episode].mean(0), progress[:, episode].std(0) / len(progress) ** 0.5
+            steps = range(1, len(mean) + 1)
+            axes.plot(steps, mean, color=color, label=f"episode {episode + 1}")
+            axes.fill_between(steps, mean - 2 * se, mean + 2 * se, color=color, alpha=0.2, lw=0)
+        what = "|velocity - goal| (m/s)" if self.is_speed else "velocity in the task's direction (m/s)"
+        axes.set(xlabel="step of the episode", ylabel=f"mean {what}")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25)
+
+    def progress(self) -> torch.Tensor:
+        """``|v - task|`` in every step, or ``v · task`` for directions, ``[num_tasks, episodes, steps]`` in m/s."""
+        tasks = self.tasks.unsqueeze(-1)
+        progress = (self.velocities - tasks).abs() if self.is_speed else self.velocities * tasks
+        return progress.reshape(len(progress), -1, self.horizon)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,8 @@ class AdaptationReport:
             ylabel=f"mean reward of the {self.episode_name}",
             title="Adaptation: within a trial, weights fixed",
         )
-        axes.legend(loc="upper left", fontsize=9, frameon=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(loc="best", fontsize=9, frameon=False)
         _tidy(axes)
 
 
