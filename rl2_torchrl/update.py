@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -17,6 +18,7 @@ from torchrl.objectives import ClipPPOLoss
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.plain import NotPlainError
 from rl2_torchrl.objectives.advantages import TrialAdvantage
+from rl2_torchrl.objectives.compiled_pass import CompiledPass
 from rl2_torchrl.objectives.direct import DirectGradients
 
 __all__ = ["PPOUpdate", "linear_decay"]
@@ -113,12 +115,11 @@ class PPOUpdate:
         chunks = self.chunks(self.advantage(batch))
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
         self._fill(chunks)
-        direct = self._direct_gradients()
+        one_pass = self._choose_pass()
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         for epoch in range(self.epochs):
             kls = []
-            for number, minibatch in enumerate(self._buffer if direct is None else self._plain_minibatches()):
-                metrics = self._step(minibatch, direct, f"epoch {epoch}, minibatch {number}")
+            for metrics in one_pass(f"epoch {epoch}"):
                 if from_zeros and not totals:
                     _require_replay(metrics["max_ratio"])
                 kls.append(metrics["kl_approx"])
@@ -205,18 +206,52 @@ class PPOUpdate:
         self._buffer.empty()
         self._buffer.extend(chunks)
 
-    def _plain_minibatches(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
-        """One pass over the buffer, as iterating over it makes, without a TensorDict a minibatch."""
+    def _choose_pass(self) -> Callable[[str], Iterator[dict[str, float | torch.Tensor]]]:
+        """The fastest way that loss, networks and optimizer allow; chosen anew for every batch, as their options may change."""
+        direct = self._direct_gradients()
+        if direct is None:
+            return self._autograd_pass
+        try:
+            return partial(self._compiled_pass, self._compile(direct))
+        except NotPlainError:
+            return partial(self._direct_pass, direct)
+
+    def _autograd_pass(self, where: str) -> Iterator[dict[str, torch.Tensor]]:
+        for number, minibatch in enumerate(self._buffer):
+            yield self._step(minibatch, None, f"{where}, minibatch {number}")
+
+    def _direct_pass(self, direct: DirectGradients, where: str) -> Iterator[dict[str, float]]:
+        for number, minibatch in enumerate(self._plain_minibatches()):
+            yield self._step(minibatch, direct, f"{where}, minibatch {number}")
+
+    def _compiled_pass(self, compiled: CompiledPass, where: str) -> Iterator[dict[str, float]]:
+        for number, metrics in enumerate(compiled.run(torch.cat(list(self._indices())))):
+            if not math.isfinite(metrics["grad_norm"]):
+                terms = {name: value for name, value in metrics.items() if name.startswith("loss_")}
+                _raise_not_finite(terms, metrics["loss"], f"{where}, minibatch {number}")
+            yield metrics
+
+    def _compile(self, direct: DirectGradients) -> CompiledPass:
         chunks = self._buffer.storage[:]
-        names, entries = zip(*((key, chunks.get(key)) for key in chunks.keys(True, True)), strict=True)
+        entries = {key: chunks.get(key) for key in chunks.keys(True, True)}
+        return CompiledPass(direct, self.optimizer, entries, self._buffer.batch_size, self.max_grad_norm)
+
+    def _indices(self) -> Iterator[torch.Tensor]:
+        """One pass over the buffer, as iterating over it makes: the chunks of each minibatch."""
         sampler, size = self._buffer.sampler, self._buffer.batch_size
         sampler.ran_out = False
         while not sampler.ran_out:
-            index, _ = sampler.sample(self._buffer.storage, size)
+            yield sampler.sample(self._buffer.storage, size)[0]
+
+    def _plain_minibatches(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
+        """One pass over the buffer, without a TensorDict a minibatch."""
+        chunks = self._buffer.storage[:]
+        names, entries = zip(*((key, chunks.get(key)) for key in chunks.keys(True, True)), strict=True)
+        for index in self._indices():
             yield dict(zip(names, (entry.index_select(0, index) for entry in entries), strict=True))
 
     def _direct_gradients(self) -> DirectGradients | None:
-        """Gradients without autograd, where loss and networks allow it. Made anew for every batch: options may change."""
+        """Gradients without autograd, where loss and networks allow it."""
         try:
             return DirectGradients(self.loss)
         except NotPlainError:

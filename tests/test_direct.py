@@ -15,10 +15,12 @@ from rl2_torchrl import (
     kernels,
 )
 from rl2_torchrl.modules.plain import NotPlainError
+from rl2_torchrl.objectives.compiled_pass import CompiledPass
 from rl2_torchrl.objectives.direct import DirectGradients
 
 ROWS, STEPS, INPUTS, ACTIONS, UNITS = 9, 6, 5, 3, 20
 CRITICS = {
+    "none": lambda **_: None,
     "separate": lambda **options: GRUValueHead(INPUTS, hidden_size=12, **options),
     "extra": lambda **options: GRUValueHead(INPUTS + 3, hidden_size=12, extra_keys=["time_left", "task"], **options),
     "shared": lambda **options: MemoryValueHead(UNITS, detach=False, **options),
@@ -186,23 +188,109 @@ def test_missing_entries_are_left_to_the_loss(key):
             direct(data)
 
 
-def test_an_update_trains_alike_either_way(monkeypatch):
-    """Ten epochs, clipped gradients, entropy: the same parameters as with autograd."""
-    ends = []
-    for direct in (True, False):
-        loss = loss_of("gaussian", "extra", torch.float64, entropy_bonus=True, entropy_coeff=0.05)
-        update = PPOUpdate(
-            loss, bptt=2, minibatches=3, max_grad_norm=0.1, lr=1e-2, generator=torch.Generator().manual_seed(0)
-        )
-        batch = TensorDict(data_of("gaussian", torch.float64), [ROWS, STEPS])
-        batch["state_value"] = batch["value_target"].clone()
-        done = torch.zeros(ROWS, STEPS, 1, dtype=torch.bool)
-        done[:, -1] = True
-        batch["next"] = TensorDict({"reward": batch["time_left"], "done": done, "terminated": done}, [ROWS, STEPS])
-        if not direct:
-            monkeypatch.setattr(update, "_direct_gradients", lambda: None)
-        ends.append((update(batch), [p.detach().clone() for p in loss.parameters()]))
-    (metrics, ours), (expected, theirs) = ends
-    assert metrics == pytest.approx(expected, rel=1e-9)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+# ------------------------------------------------------------------------ updates
+
+
+def batch_of(kind, dtype):
+    """A batch of whole trials with values, rewards and ends."""
+    batch = TensorDict(data_of(kind, dtype), [ROWS, STEPS])
+    batch["state_value"] = batch["value_target"].clone()
+    done = torch.zeros(ROWS, STEPS, 1, dtype=torch.bool)
+    done[:, -1] = True
+    batch["next"] = TensorDict({"reward": batch["time_left"], "done": done, "terminated": done}, [ROWS, STEPS])
+    return batch
+
+
+def trained(way, kind, critic, monkeypatch, dtype=torch.float64, **options):
+    """Metrics, parameters and Adam's state after two updates, by the way named."""
+    monkeypatch.undo()
+    loss = loss_of(kind, critic, dtype, entropy_bonus=True, entropy_coeff=0.05)
+    sizes = {"bptt": 2, "minibatches": 5, "max_grad_norm": 0.1, "lr": 1e-2, "epochs": 3}
+    update = PPOUpdate(loss, generator=torch.Generator().manual_seed(0), **{**sizes, **options})
+    runs = []
+    if COMPILED:
+        run = CompiledPass.run
+        monkeypatch.setattr(CompiledPass, "run", lambda self, order: runs.append(1) or run(self, order))
+    if way != "compiled":
+        monkeypatch.setattr(update, "_compile", _refuse)
+    if way == "autograd":
+        monkeypatch.setattr(update, "_direct_gradients", lambda: None)
+    metrics = [update(batch_of(kind, dtype)) for _ in range(2)]
+    assert len(runs) == (6 if way == "compiled" and COMPILED else 0)
+    state = [value for p in loss.parameters() for value in update.optimizer.state[p].values()]
+    return metrics, [p.detach().clone() for p in loss.parameters()], state
+
+
+def _refuse(*_):
+    raise NotPlainError("not here")
+
+
+@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+@pytest.mark.parametrize("critic", ["separate", "extra"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bptt": 1, "shuffle": False, "max_grad_norm": None}, {"bptt": 6, "minibatches": 2}]
+)
+def test_updates_train_alike_all_ways(kind, critic, options, monkeypatch):
+    """Clipped gradients, entropy, chunks in any order, a short last minibatch: the same numbers, Adam's averages too."""
+    expected, parameters, state = trained("autograd", kind, critic, monkeypatch, **options)
+    for way in ("direct", "compiled"):
+        metrics, ours, our_state = trained(way, kind, critic, monkeypatch, **options)
+        for one, other in zip(metrics, expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-9)
+        for a, b in zip([*ours, *our_state], [*parameters, *state], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_updates_without_a_critic_train_alike(monkeypatch):
+    expected, parameters, _ = trained("autograd", "gaussian", "none", monkeypatch)
+    for way in ("direct", "compiled"):
+        metrics, ours, _ = trained(way, "gaussian", "none", monkeypatch)
+        assert "loss_critic" not in metrics[0]
+        for one, other in zip(metrics, expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-9)
+        for a, b in zip(ours, parameters, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_updates_in_single_precision(monkeypatch):
+    _, parameters, _ = trained("autograd", "gaussian", "extra", monkeypatch, torch.float32)
+    _, ours, _ = trained("compiled", "gaussian", "extra", monkeypatch, torch.float32)
+    for a, b in zip(ours, parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("critic", "change", "message"),
+    [
+        ("shared", {}, "one GRU and one head each"),
+        ("separate", {"minibatches": 1, "rows": 100}, "one by one"),
+        ("separate", {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimizer"),
+        ("separate", {"optimizer": lambda p: torch.optim.Adam(p, weight_decay=0.1)}, "optimizer"),
+        ("separate", {"optimizer": lambda p: torch.optim.Adam(p, amsgrad=True)}, "optimizer"),
+        ("separate", {"optimizer": lambda p: torch.optim.Adam([{"params": [q]} for q in p])}, "optimizer"),
+    ],
+)
+def test_what_is_no_pass_of_small_minibatches_is_refused(critic, change, message):
+    direct = direct_of(loss_of("categorical", critic, torch.float32))
+    if direct is not None:
+        optimizer = change.get("optimizer", torch.optim.Adam)(list(direct.loss.parameters()))
+        with pytest.raises(NotPlainError, match=message):
+            CompiledPass(direct, optimizer, data_of("categorical", torch.float32), change.get("rows", 2), None)
+
+
+def test_an_action_that_is_no_choice_is_an_error_in_a_compiled_pass(monkeypatch):
+    update = PPOUpdate(loss_of("categorical", "separate", torch.float32), bptt=1)
+    batch = batch_of("categorical", torch.float32)
+    batch["action"][3, 2] = ACTIONS
+    with pytest.raises((IndexError, RuntimeError), match="3 choices|out of bounds"):
+        update(batch)
+
+
+def test_an_entry_of_another_dtype_is_left_to_the_loss():
+    direct = direct_of(loss_of("categorical", "separate", torch.float32))
+    for key in ("advantage", "action_log_prob", "value_target"):
+        data = data_of("categorical", torch.float32)
+        data[key] = data[key].double()
+        if direct is not None:
+            with pytest.raises(NotPlainError, match="dtype"):
+                direct(data)

@@ -20,11 +20,11 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    kernels,
     linear_decay,
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.modules.plain import NotPlainError
+from rl2_torchrl.objectives.compiled_pass import CompiledPass
 from rl2_torchrl.objectives.direct import DirectGradients
 
 
@@ -57,20 +57,18 @@ def make_batch(rows=4, steps=6):
     return TensorDict(entries, [rows, steps])
 
 
-@pytest.fixture(autouse=True, params=["direct", "autograd"])
+@pytest.fixture(autouse=True, params=["compiled", "direct", "autograd"])
 def gradients(request, monkeypatch):
-    """Every test with gradients of the kernels, where there are any, and with autograd's; which of them was taken is checked."""
-    taken, init = [], DirectGradients.__init__
+    """Every test with compiled passes and with gradients of the kernels, where there are any, and with autograd's."""
 
-    def counted(self, loss):
-        if request.param == "autograd":
-            raise NotPlainError("not here")
-        init(self, loss)
-        taken.append(self)
+    def refuse(*_):
+        raise NotPlainError("not here")
 
-    monkeypatch.setattr(DirectGradients, "__init__", counted)
-    yield
-    assert not taken or (request.param == "direct" and kernels.load(torch.float32) is not None)
+    if request.param == "direct":
+        monkeypatch.setattr(CompiledPass, "__init__", refuse)
+    if request.param == "autograd":
+        monkeypatch.setattr(DirectGradients, "__init__", refuse)
+    return request.param
 
 
 class Seen:
@@ -80,6 +78,10 @@ class Seen:
         self.minibatches, self.lrs, self.coeffs = [], [], []
         self.update, self.step = update, update._step
         update._step = self
+        update._compile = self.refuse  # in one call there are no minibatches to be seen
+
+    def refuse(self, direct):
+        raise NotPlainError("not here")
 
     def __call__(self, minibatch, direct, where):
         shape = minibatch["value_target"].shape[:2]

@@ -25,7 +25,7 @@ __all__ = ["address", "covers", "load", "threads_for"]
 _SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _DEFINES = {torch.float32: (), torch.float64: ("-DDOUBLE",)}
 # -ffast-math stays out: it would let a NaN pass for a number.
-_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 
 _int, _long, _double, _pointer = ctypes.c_int, ctypes.c_long, ctypes.c_double, ctypes.c_void_p
 _STRIDED = (_pointer, _long, _long)
@@ -43,6 +43,7 @@ _SIGNATURES = {
     "categorical_backward": (None, (*(_int,) * 2, *(_pointer,) * 7, _int)),
     "gaussian_forward": (None, (*(_int,) * 2, *(_pointer,) * 4)),
     "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 6)),
+    "ppo_pass": (_int, (_pointer,)),
     "clipped_objective": (None, (_int, _int, *(_pointer,) * 3, _double, _double, *(_pointer,) * 4)),
 }
 

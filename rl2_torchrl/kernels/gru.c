@@ -11,6 +11,7 @@
  * first four by the gradients of (r's, z's, W_hn h + b_hn's, n's) pre-activations. The gradients of weights and biases
  * then are two matrix products over all B T steps, of those gradients with (h, x, 1), which the caller takes.
  */
+#include "functions.h"
 #include "vector.h"
 
 #define COLUMNS 2 /* vectors that a block of backward's product is wide */

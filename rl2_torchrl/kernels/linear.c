@@ -3,6 +3,7 @@
  * Matrix libraries are made for wide products: on one of 64 x 10 a call, and the passes over x for the activation and for
  * its gradient, cost several times the arithmetic. Here x is read once each way and max(x, 0) is never written.
  */
+#include "functions.h"
 #include "vector.h"
 
 /* max(x, 0); NaN stays NaN, as everywhere. */

@@ -2,6 +2,7 @@
  * numbers a step. LANES steps are taken at once, a lane each, so that no sum goes across a vector. */
 #include <math.h>
 
+#include "functions.h"
 #include "vector.h"
 
 /* Entry `column` of LANES rows of [rows, columns], of which the first n exist. */

@@ -12,6 +12,7 @@ typedef int64_t bits;
 #define EXPONENT_SHIFT 52
 #define EXPONENT_BIAS 1023
 #define LARGEST 700
+#define ROOT sqrt
 #define TERMS 13 /* of e^x's series for |x| < 0.35: what follows is below rounding */
 #else
 typedef float real;
@@ -19,6 +20,7 @@ typedef int32_t bits;
 #define EXPONENT_SHIFT 23
 #define EXPONENT_BIAS 127
 #define LARGEST 87
+#define ROOT sqrtf
 #define TERMS 7
 #endif
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from rl2_torchrl import kernels
 
-__all__ = ["categorical_gradient", "categorical_terms", "log_prob_and_entropy"]
+__all__ = ["categorical_gradient", "categorical_terms", "log_prob_and_entropy", "raise_strangers"]
 
 
 def log_prob_and_entropy(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,11 +64,17 @@ def categorical_terms(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch
         *_sizes(logits), *map(kernels.address, (logits, action, log_prob, entropy, log_total)), _threads(logits)
     )
     if strangers:
-        raise IndexError(
-            f"{strangers} actions are none of the policy's {logits.shape[-1]} choices, which count from 0; there are "
-            f"{int(action.min())} to {int(action.max())}. Was the policy built for this env's action_spec?"
-        )
+        raise_strangers(action, logits.shape[-1])
     return log_prob, entropy, log_total
+
+
+def raise_strangers(action: torch.Tensor, num_actions: int) -> NoReturn:
+    """Raises the IndexError that says which of ``action`` are none of the ``num_actions`` choices."""
+    strangers = int(((action < 0) | (action >= num_actions)).sum())
+    raise IndexError(
+        f"{strangers} actions are none of the policy's {num_actions} choices, which count from 0; there are "
+        f"{int(action.min())} to {int(action.max())}. Was the policy built for this env's action_spec?"
+    )
 
 
 def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> torch.Tensor:

@@ -16,8 +16,9 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from torch import nn
 
 from rl2_torchrl import kernels
+from rl2_torchrl.modules import body
 from rl2_torchrl.modules.actor import Gaussian
-from rl2_torchrl.modules.body import Concat, Head, are_relu_linear
+from rl2_torchrl.modules.body import Head, are_relu_linear
 from rl2_torchrl.modules.categorical import categorical_gradient, categorical_terms
 from rl2_torchrl.modules.gru import (
     FastGRUModule,
@@ -33,7 +34,7 @@ from rl2_torchrl.modules.value import OnMemory
 from rl2_torchrl.objectives.clipped import clipped_terms
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
 
-__all__ = ["DirectGradients"]
+__all__ = ["Concat", "DirectGradients", "GRUPart", "GaussianTerms", "HeadPart"]
 
 
 class DirectGradients:
@@ -83,8 +84,18 @@ class DirectGradients:
         self._gradient = torch.empty(sum(sizes), dtype=parameters[0].dtype)
         views = [part.view_as(p) for part, p in zip(self._gradient.split(sizes), parameters, strict=True)]
         self._owned = list(zip(parameters, views, strict=True))
+        self._views = {id(p): view for p, view in self._owned}
         for part in (*self.parts, self.policy):
-            part.write_to({id(p): view for p, view in self._owned})
+            part.write_to(self._views)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and gradients."""
+        return self._gradient.dtype
+
+    def gradient_of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Where the gradient of ``parameter`` is written."""
+        return self._views[id(parameter)]
 
     def norm(self) -> float:
         """The norm of the whole gradient."""
@@ -110,6 +121,8 @@ class DirectGradients:
             part.forward(state)
         log_prob, entropy = self.policy.forward(state[keys.action], state)
         inputs = (log_prob, state[keys.sample_log_prob], state[keys.advantage].squeeze(-1))
+        if {(entry.shape, entry.dtype) for entry in inputs} != {(log_prob.shape, log_prob.dtype)}:
+            raise NotPlainError("log-probabilities or advantages of another shape or dtype")
         active, _, totals = clipped_terms(*inputs, *self._clip_bounds)
         size = log_prob.numel()
         objective, clipped, kl, _, largest = totals
@@ -121,7 +134,10 @@ class DirectGradients:
         if loss.entropy_bonus:
             out |= {"entropy": entropy, "loss_entropy": -coefficient * entropy}
         if loss.has_critic:
-            error = state[keys.value] - state[keys.value_target]
+            value, target = state[keys.value], state[keys.value_target]
+            if (value.shape, value.dtype) != (target.shape, target.dtype):
+                raise NotPlainError("value targets of another shape or dtype than the values")
+            error = value - target
             coefficient = float(loss.critic_coeff)
             out["loss_critic"] = coefficient * torch.dot(error.view(-1), error.view(-1)).item() / size
             gradients[keys.value] = error.mul_(2 * coefficient / size)
@@ -155,15 +171,17 @@ class _Part:
         """Takes the gradients by what `forward` wrote, and adds to those by what it read."""
 
 
-class _Concat(_Part):
+class Concat(_Part):
+    """`body.Concat`, of data."""
+
     def __init__(self, in_keys: Sequence[NestedKey], out_key: NestedKey):
-        self.in_keys, self.out_key, self.concat = in_keys, out_key, Concat()
+        self.in_keys, self.out_key, self.concat = in_keys, out_key, body.Concat()
 
     def forward(self, state: State) -> None:
         state[self.out_key] = self.concat(*_entries(state, self.in_keys))
 
 
-class _GRU(_Part):
+class GRUPart(_Part):
     """`gru_sequence`; its inputs are data, which get no gradient."""
 
     def __init__(self, module: FastGRUModule):
@@ -212,7 +230,7 @@ class _GRU(_Part):
         Workspace.give(self._saved)
 
 
-class _Head(_Part):
+class HeadPart(_Part):
     """`Head`, with ``extra_keys`` beside the features."""
 
     def __init__(self, head: Head, key: NestedKey, out_key: NestedKey, extra_keys=(), *, detach: bool = False):
@@ -278,7 +296,9 @@ class _CategoricalTerms(_Part):
         gradients[self.key] = categorical_gradient(*terms, d_log_prob, d_entropy)
 
 
-class _GaussianTerms(_Part):
+class GaussianTerms(_Part):
+    """Log-probability and entropy of a normal distribution with mean ``key`` and a scale of its own."""
+
     def __init__(self, key: NestedKey, log_std: nn.Parameter):
         self.key, self.log_std = key, log_std
 
@@ -319,23 +339,23 @@ def _parts_of(module: TensorDictModuleBase) -> list[_Part]:
     if isinstance(module, ProbabilisticTensorDictModule):
         return []
     if isinstance(module, FastGRUModule):
-        return [_GRU(module)]
+        return [GRUPart(module)]
     function, (key, *others), out_key = module.module, module.in_keys, module.out_keys[0]
-    if isinstance(function, Concat):
-        return [_Concat(module.in_keys, out_key)]
+    if isinstance(function, body.Concat):
+        return [Concat(module.in_keys, out_key)]
     if isinstance(function, Head):
-        return [_Head(function, key, out_key)]
+        return [HeadPart(function, key, out_key)]
     if isinstance(function, Gaussian):
-        return [_Head(function.mean, key, out_key)]
+        return [HeadPart(function.mean, key, out_key)]
     if isinstance(function, OnMemory):
-        return [_Head(function.head, key, out_key, others, detach=function.detach)]
+        return [HeadPart(function.head, key, out_key, others, detach=function.detach)]
     raise NotPlainError(f"{type(function).__name__} is a function whose gradient is not known here")
 
 
 def _policy_terms(actor: Sequence[TensorDictModuleBase], sample: ProbabilisticTensorDictModule) -> _Part:
     *_, head = (module for module in actor if not isinstance(module, ProbabilisticTensorDictModule))
     if isinstance(head.module, Gaussian):
-        return _GaussianTerms(head.out_keys[0], head.module.log_std)
+        return GaussianTerms(head.out_keys[0], head.module.log_std)
     if sample.distribution_class is not torch.distributions.Categorical:
         raise NotPlainError(f"{sample.distribution_class.__name__} is a distribution whose gradient is not known here")
     return _CategoricalTerms(head.out_keys[0])
