@@ -346,6 +346,18 @@ class CheetahReport(AdaptationReport):
         starts = self.progress()[:, :, :START_STEPS].mean(0)  # [episodes, steps]
         return {**entries, "speed_error_at_start" if self.is_speed else "progress_at_start": starts.tolist()}
 
+    def summary(self) -> dict[str, float | str]:
+        """First and last episode: the errors of speed, or the return in each direction; and what the ablations make of the last."""
+        if self.is_speed:
+            errors = {name: _first_and_last(curve.per_episode) for name, curve in self.speed_errors.items()}
+            return {f"sum of abs(v - goal), {name.replace('_', ' ')}": cell for name, cell in errors.items()}
+        curves = {"agent": self.agent, "greedy": self.greedy, **self.ablations}
+        return {
+            f"{way}, {name.replace('_', ' ')}": _first_and_last(curve.returns[rows].mean(0))
+            for way, rows in (("forward", self.tasks > 0), ("backward", self.tasks < 0))
+            for name, curve in curves.items()
+        }
+
     def _speed_entries(self) -> dict[str, Any]:
         per_episode = {
             name: {"per_episode": curve.per_episode.tolist(), "per_episode_se": curve.per_episode_se.tolist()}
@@ -412,6 +424,10 @@ class CheetahReport(AdaptationReport):
         tasks = self.tasks.unsqueeze(-1)
         progress = (self.velocities - tasks).abs() if self.is_speed else self.velocities * tasks
         return progress.reshape(len(progress), -1, self.horizon)
+
+
+def _first_and_last(episodes: torch.Tensor) -> str:
+    return f"{episodes[0].item():.1f} → {episodes[-1].item():.1f}"
 
 
 if __name__ == "__main__":

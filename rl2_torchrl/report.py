@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -58,6 +60,8 @@ class AdaptationReport:
         JSON knows no NaN, as the standard error of a single task is: None stands for numbers that are not finite.
         """
         report = {
+            "title": self.title,
+            "summary": self.summary(),
             "agent": {**_summary(self.agent), "greedy_mean": self.greedy.mean, "greedy_se": self.greedy.se},
             "baselines": {name: _summary(curve) for name, curve in self.baselines.items()},
             "ablations": {name: _summary(curve) for name, curve in self.ablations.items()},
@@ -69,7 +73,8 @@ class AdaptationReport:
                 "history": self.train.history,
             },
             "seed": self.seed,
-            "command": " ".join(sys.argv),
+            "command": _command(),
+            "commit": _commit(),
             "versions": {
                 "python": platform.python_version(),
                 **{
@@ -83,6 +88,12 @@ class AdaptationReport:
     def entries(self) -> dict[str, Any]:
         """What a report of further figures adds to `to_dict`; none here."""
         return {}
+
+    def summary(self) -> dict[str, float | str]:
+        """The few figures that a page of results shows of a run, in its order: the agent, its ablations, classical agents."""
+        curves = {"RL²": self.agent, "greedy": self.greedy, **self.ablations, **self.baselines}
+        figures: dict[str, float | str] = {_label(name): f"{c.mean:.3f} ± {c.se:.3f}" for name, c in curves.items()}
+        return figures if self.optimum is None else {**figures, "optimum": round(self.optimum, 3)}
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``report.json`` and ``report.png`` into ``folder`` and returns the path of the first.
@@ -177,6 +188,25 @@ class AdaptationReport:
 
 _AGENT = "#c1272d"
 _COLORS: Sequence[str] = ("#8a8a8a", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#5e3c99")
+
+
+def _command() -> str:
+    """What was typed: a module by its name, where Python was called with -m."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name}" if spec is not None else sys.argv[0]
+    return " ".join((program, *sys.argv[1:]))
+
+
+def _commit() -> str | None:
+    """The commit that this package's files are from, "+" behind it where they were changed since; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        git = partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True)
+        commit = git(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changed)
 
 
 def _label(name: str) -> str:

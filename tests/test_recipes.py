@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import bandit, half_cheetah
+from recipes import bandit, half_cheetah, results
 from rl2_torchrl import TaskSampler
 
 ROOT = Path(__file__).parent.parent
@@ -280,3 +280,24 @@ def test_numbers_are_saved_before_the_plot(finished, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="matplotlib"):
         report.save(tmp_path)
     assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
+
+
+def test_page_of_results_holds_figures_plots_and_commands(finished, tmp_path):
+    name, report, folder = finished
+    page = tmp_path / "pages" / "my_page.md"
+    results.main(runs=(folder, folder), page=page, intro="An introduction.")
+    text, stored = page.read_text(), report.to_dict()
+    assert text.startswith("# my page\n\nAn introduction.\n\n## " + stored["title"])
+    for figure, value in stored["summary"].items():
+        assert f"| {figure} | {value} | {value} |" in text
+    assert text.count(f"# commit {stored['commit']}") == 2
+    plots = sorted(path.name for path in page.parent.glob("*.png"))
+    assert plots == [f"my_page_{folder.name}_{path.name}" for path in sorted(folder.glob("*.png"))]
+    assert all(f"]({plot})" in text for plot in plots)
+    # Two updates, the last one evaluated: its row stands in the learning curve.
+    assert f"| {2 * RECIPES[name].batch / 1e6:.2f} | " in text
+
+
+def test_a_page_of_no_runs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="runs is empty"):
+        results.main(runs=(), page=tmp_path / "page.md")

@@ -1,0 +1,88 @@
+"""A page of results from the reports of finished runs: figures by seed, learning curves, plots, and the commands that made them."""
+
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import tyro
+
+
+def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
+    """Writes a page in Markdown, and beside it the plots of the first run of each title.
+
+    Args:
+        runs: folders of finished runs, each with its report.json.
+        page: the file to write, its heading is the file's name.
+        intro: a paragraph under the heading.
+    """
+    reports = defaultdict(list)
+    for run in runs:
+        report = json.loads((run / "report.json").read_text())
+        reports[report["title"]].append((run, report))
+    if not reports:
+        raise ValueError("runs is empty: name the folders of finished runs, as --runs runs/half_cheetah.")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"# {page.stem.replace('_', ' ')}", *([intro] if intro else [])]
+    for title, entries in reports.items():
+        lines += section(title, entries, page)
+    page.write_text("\n\n".join(lines) + "\n")
+
+
+def section(title: str, entries: list[tuple[Path, dict]], page: Path) -> list[str]:
+    """Paragraphs about the runs ``entries``: what came out by seed, how it was learnt, and how to make it again."""
+    reports = [report for _, report in entries]
+    first_run, first = entries[0]
+    return [
+        f"## {title}",
+        figures(reports),
+        *pictures(first_run, page),
+        f"Held-out trials while it was learnt, seed {first['seed']}:",
+        learning_curve(first),
+        "Made by:",
+        "\n".join(["```", *(f"{report['command']}  # commit {report['commit']}" for report in reports), "```"]),
+        "With " + ", ".join(f"{name} {number}" for name, number in first["versions"].items()) + ".",
+    ]
+
+
+def figures(reports: list[dict]) -> str:
+    """A row for each figure, a column for each seed."""
+    head = ["", *(f"seed {report['seed']}" for report in reports)]
+    tasks = ["held-out tasks", *(f"{report['agent']['num_tasks']:,}" for report in reports)]
+    steps = ["env steps", *(f"{report['train']['env_steps']:,}" for report in reports)]
+    minutes = ["minutes of training", *(f"{report['train']['seconds'] / 60:.1f}" for report in reports)]
+    rows = [[name, *(str(report["summary"][name]) for report in reports)] for name in reports[0]["summary"]]
+    return table(head, [*rows, tasks, steps, minutes])
+
+
+def learning_curve(report: dict, rows: int = 12) -> str:
+    """What evaluations during the training said, at most ``rows`` of them, the first and the last among them."""
+    evaluated = [row for row in report["train"]["history"] if "eval/trial_return" in row]
+    names = [name for name in evaluated[0] if name.startswith("eval/")]
+    count = min(rows, len(evaluated))
+    shown = sorted({round(i * (len(evaluated) - 1) / max(1, count - 1)) for i in range(count)})
+    cells = [
+        [f"{row['env_steps'] / 1e6:.2f}", f"{row['time/seconds'] / 60:.1f}", *(f"{row[name]:.2f}" for name in names)]
+        for row in map(evaluated.__getitem__, shown)
+    ]
+    return table(["million env steps", "minutes", *(name[5:].replace("_", " ") for name in names)], cells)
+
+
+def pictures(run: Path, page: Path) -> list[str]:
+    """Copies a run's plots beside the page and shows them."""
+    shown = []
+    for picture in sorted(run.glob("*.png")):
+        copy = page.with_name(f"{page.stem}_{run.name}_{picture.name}")
+        shutil.copyfile(picture, copy)
+        shown.append(f"![{picture.stem}]({copy.name})")
+    return shown
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
