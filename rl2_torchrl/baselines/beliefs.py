@@ -64,10 +64,11 @@ def posterior_mean(
 
 def sample_posterior(experience: Experience, prior_mean: float, generator: Generator | None) -> tuple[Tensor, Tensor]:
     """One sample of mean rewards ``[N, S, A]`` and transitions ``[N, S, A, S]``, from N(prior_mean, 1) and Dirichlet(1) priors."""
-    mean, _ = posterior_mean(experience, prior_mean, 1.0, 1.0)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    precision = 1 + experience.visits
+    noise = torch.randn(precision.shape, generator=generator, device=precision.device)
+    rewards = (prior_mean + experience.reward_sum) / precision + noise * precision.rsqrt()
     weights = _sample_gamma(experience.successors, generator)
-    return mean + noise * (1 + experience.visits).rsqrt(), weights.div_(weights.sum(-1, keepdim=True))
+    return rewards, weights.div_(weights.sum(-1, keepdim=True))
 
 
 def _sample_gamma(counts: Tensor, generator: Generator | None) -> Tensor:

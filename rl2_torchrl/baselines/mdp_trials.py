@@ -17,7 +17,7 @@ MakePlan = Callable[[Experience, int], Tensor]
 """``(experience, episode) -> plan``: the value of every action,
 ``[episode_steps, num_tasks, num_states, num_actions]``; ``episode`` is 1 in the first episode."""
 
-_TASKS_AT_ONCE = 1024  # what a plan is made from then stays in the processor's cache
+_TASKS_AT_ONCE = 512  # what a plan is made from then stays in the processor's cache
 _TIE = 1e-4  # actions whose values are nearer than this are a tie
 
 

@@ -71,24 +71,24 @@ def extended_value_iteration(
         >>> extended_value_iteration(rewards, transitions, slack, 2, carry_over=False)[0].flatten()
         tensor([0.2500, 1.7500])
     """
-    transitions, half = transitions.flatten(1, 2), slack.flatten(1) / 2
+    transitions, half = transitions.flatten(1, 2), slack.flatten(1).unsqueeze(-1) / 2
     plan = rewards.new_empty(num_steps, *rewards.shape)
     values = rewards.new_zeros(rewards.shape[:2])
+    places = torch.arange(rewards.shape[1], device=rewards.device)
     for step in reversed(range(num_steps)):
         # Stable, since before the last step all states are worth the same and the order counts for what is carried over.
-        order = values.sort(dim=-1, stable=True).indices.flip(-1)  # best first
-        order_of_pairs = order.unsqueeze(1).expand_as(transitions)
-        nearby = transitions.gather(-1, order_of_pairs)
-        certain = nearby[..., 0] + half > 1
-        # Filled up from the best state on until it sums to 1: what is cut off is taken from the worst.
-        filled = (nearby.cumsum(-1) + half.unsqueeze(-1)).clamp(max=1)
-        filled = torch.where(certain.unsqueeze(-1), torch.ones_like(filled), filled)
-        optimistic = torch.cat([filled[..., :1], filled.diff(dim=-1)], -1)
+        best_first = values.sort(dim=-1, stable=True).indices.flip(-1)
+        rank = best_first.argsort(-1).unsqueeze(-1)  # [num_tasks, num_states, 1], 0 for the best state
+        # Filled up from the best state on until the sum is 1: what is cut off is taken from the worst. Sorting, summing up
+        # and their inverse are products with matrices of 0 and 1, which are faster than gather, cumsum and scatter.
+        filled = torch.bmm(transitions, (rank <= places).to(half.dtype)) + half  # [.., k]: the k + 1 best states
+        certain = (filled[..., :1] > 1).to(half.dtype)
+        filled = filled.add_(certain).clamp_(max=1)
+        apart = (rank == places).to(half.dtype) - (rank == places + 1).to(half.dtype)
+        optimistic = torch.bmm(filled, apart.transpose(1, 2))
         if carry_over:
-            kept = torch.where(certain.unsqueeze(-1), nearby, optimistic)
-            transitions = transitions.scatter(-1, order_of_pairs, kept)
-        best_first = values.gather(-1, order).unsqueeze(-1)
-        torch.add(rewards, torch.bmm(optimistic, best_first).view_as(rewards), out=plan[step])
+            transitions = optimistic.lerp(transitions, certain)
+        torch.add(rewards, torch.bmm(optimistic, values.unsqueeze(-1)).view_as(rewards), out=plan[step])
         values = plan[step].amax(-1)
     return plan
 
