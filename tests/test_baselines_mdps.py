@@ -293,16 +293,17 @@ def test_ucrl2_plan_by_hand(monkeypatch, carry_over):
     assert plan[0, 0].flatten()[:3].tolist() == pytest.approx(first, abs=1e-3)
 
 
-# One state, two actions, one step an episode; means 0 and 2. After a reward r the sample of the action is N(r/2, 1/2) and of
+# One state, two actions, one step an episode; means 0 and 4. After a reward r the sample of the action is N(r/2, 1/2) and of
 # the other N(0, 1); r is N(mean, 1), so that their difference is N(mean / 2, 1/4 + 1/2 + 1). The action is taken again
-# with probability 1/2 for mean 0 and Phi(1 / sqrt(1.75)) = 0.77515 for mean 2: 1/2 * (1/2 * 2 + 0.77515 * 2) = 1.27515.
-# With a prior mean of 1 they are Phi(-0.5 / sqrt(1.75)) = 0.35273 and 0.64727, 1/2 * (0.64727 * 2 + 0.64727 * 2).
-@pytest.mark.parametrize(("prior_mean", "expected"), [(0.0, 1.27515), (1.0, 1.29454)])
+# with probability 1/2 for mean 0 and Phi(2 / sqrt(1.75)) = 0.93471 for mean 4: 1/2 * (1/2 * 4 + 0.93471 * 4) = 2.8694.
+# With a prior mean of 1 they are Phi(-0.5 / sqrt(1.75)) = 0.35273 and Phi(1.5 / sqrt(1.75)) = 0.87158:
+# 1/2 * (0.64727 * 4 + 0.87158 * 4) = 3.0377.
+@pytest.mark.parametrize(("prior_mean", "expected"), [(0.0, 2.8694), (1.0, 3.0377)])
 def test_psrl_samples_its_posterior(prior_mean, expected):
     number = 100_000
-    returns = psrl(bandit(0.0, 2.0, number=number), 2, seeded(), prior_mean=prior_mean, episode_steps=1)
-    assert returns[:, 0].mean().item() == pytest.approx(1, abs=3 * (2 / number) ** 0.5)
-    assert returns[:, 1].mean().item() == pytest.approx(expected, abs=3 * (2 / number) ** 0.5)
+    returns = psrl(bandit(0.0, 4.0, number=number), 2, seeded(), prior_mean=prior_mean, episode_steps=1)
+    # A return has the variance 1 of its noise and at most 4 of its mean.
+    assert returns.mean(0).tolist() == pytest.approx([2, expected], abs=3 * (5 / number) ** 0.5)
 
 
 def test_opsrl_takes_each_actions_best_sample(monkeypatch):

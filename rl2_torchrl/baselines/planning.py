@@ -83,9 +83,8 @@ def extended_value_iteration(
         # and their inverse are products with matrices of 0 and 1, which are faster than gather, cumsum and scatter.
         filled = torch.bmm(transitions, (rank <= places).to(half.dtype)) + half  # [.., k]: the k + 1 best states
         certain = (filled[..., :1] > 1).to(half.dtype)
-        filled = filled.add_(certain).clamp_(max=1)
         apart = (rank == places).to(half.dtype) - (rank == places + 1).to(half.dtype)
-        optimistic = torch.bmm(filled, apart.transpose(1, 2))
+        optimistic = torch.bmm(filled.clamp_(max=1), apart.transpose(1, 2))
         if carry_over:
             transitions = optimistic.lerp(transitions, certain)
         torch.add(rewards, torch.bmm(optimistic, values.unsqueeze(-1)).view_as(rewards), out=plan[step])
