@@ -3,6 +3,10 @@
 Every bandit agent is a function ``agent(means, num_pulls, generator=None) -> rewards``:
 ``means`` of shape ``[num_tasks, num_arms]`` in, ``rewards`` of shape ``[num_tasks, num_pulls]``
 out.
+
+Every agent for tabular MDPs is a function ``agent(mdps, num_episodes, generator=None) -> returns``:
+mean rewards ``[num_tasks, num_states, num_actions]`` and transition probabilities in, the returns of the episodes
+``[num_tasks, num_episodes]`` out. Those that bandits have too are found in their module, ``mdps.greedy``.
 """
 
 from rl2_torchrl.baselines.bandits import (
@@ -13,13 +17,24 @@ from rl2_torchrl.baselines.bandits import (
     ucb1,
 )
 from rl2_torchrl.baselines.bayes import bayes_optimal, bayes_optimal_return
+from rl2_torchrl.baselines.mdp_tuning import tune_beb, tune_opsrl, tune_ucrl2
+from rl2_torchrl.baselines.mdps import beb, opsrl, psrl, ucrl2
+from rl2_torchrl.baselines.planning import optimal_return
 
 __all__ = [
     "bayes_optimal",
     "bayes_optimal_return",
+    "beb",
     "greedy",
+    "opsrl",
+    "optimal_return",
+    "psrl",
     "random_agent",
     "thompson_sampling",
+    "tune_beb",
+    "tune_opsrl",
     "tune_ucb1",
+    "tune_ucrl2",
     "ucb1",
+    "ucrl2",
 ]

@@ -1,6 +1,7 @@
-"""Environments whose task is a tensor: bandits, locomotion in MuJoCo (extra ``mujoco``), and the bridge to Gymnasium."""
+"""Environments whose task is a tensor: bandits, tabular MDPs, a grid, MuJoCo (extra ``mujoco``), the bridge to Gymnasium."""
 
 from rl2_torchrl.envs.bandits import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.envs.gridnavi import GridNavi, grid_goals
 from rl2_torchrl.envs.gymnasium import GymTaskEnv
 from rl2_torchrl.envs.locomotion import (
     AntDirection,
@@ -12,19 +13,26 @@ from rl2_torchrl.envs.locomotion import (
     signs,
     velocities,
 )
+from rl2_torchrl.envs.tabular import TabularMDP, pack_mdps, random_mdps, unpack_mdps
 
 __all__ = [
     "AntDirection",
     "AntGoal",
     "BernoulliBandit",
+    "GridNavi",
     "GymTaskEnv",
     "HalfCheetahDirection",
     "HalfCheetahVelocity",
     "QuadraticBandit",
+    "TabularMDP",
     "directions",
     "goals_in_disc",
+    "grid_goals",
+    "pack_mdps",
+    "random_mdps",
     "signs",
     "uniform_means",
     "uniform_targets",
+    "unpack_mdps",
     "velocities",
 ]

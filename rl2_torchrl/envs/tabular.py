@@ -1,0 +1,149 @@
+"""Tabular MDPs as a batched TorchRL env: the task is the whole MDP, its mean rewards and transition probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rl2_torchrl.envs.discrete import DiscreteEnv
+from rl2_torchrl.tasks import TaskDistribution
+
+__all__ = ["TabularMDP", "pack_mdps", "random_mdps", "unpack_mdps"]
+
+
+class TabularMDP(DiscreteEnv):
+    """MDPs of a few states and actions, a whole batch at once (Duan et al. 2016, section 3.2).
+
+    Every episode begins in state 0. Action ``a`` in state ``s`` pays ``R(s, a)`` plus normal noise and leads to a state
+    drawn from ``P(. | s, a)``. Observation and action are indices, ``[*B]`` int64; `PreviousStep` writes both one-hot. The
+    reward is ``[*B, 1]``.
+
+    The task is one flat tensor ``[*B, num_states * num_actions * (num_states + 1)]``: a row for every pair of state and
+    action, its mean reward first and then its probabilities (`pack_mdps`, `unpack_mdps`). Flat, because a critic can read
+    it as it is, and by rows, because one gather then finds all that a step needs. The probabilities are not stored as
+    cumulative sums: summing up the one row that is read costs little, and whoever reads the task wants probabilities.
+
+    Args:
+        num_states: number of states.
+        num_actions: number of actions.
+        episode_steps: steps of an episode.
+        noise: standard deviation of the reward's normal noise.
+        batch_size: batch size ``B`` of the env.
+        seed: seed of the env's own generator; None takes fresh entropy.
+        device: device of all tensors. Defaults to the CPU.
+
+    Raises:
+        ValueError: a size below 1, or negative ``noise``.
+        KeyError: at a reset without a task.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> env = TabularMDP(num_states=2, num_actions=2, noise=0.0, batch_size=(1,))
+        >>> stay, go = [1.0, 0.0], [0.0, 1.0]
+        >>> task = pack_mdps(torch.tensor([[[0.0, 0.5], [2.0, 3.0]]]), torch.tensor([[[stay, go], [stay, go]]]))
+        >>> td = env.reset(TensorDict({"task": task}, [1])).set("task", task)
+        >>> td = env.step(td.set("action", torch.tensor([1])))
+        >>> td["observation"], td["next", "reward"], td["next", "observation"]
+        (tensor([0]), tensor([[0.5000]]), tensor([1]))
+    """
+
+    def __init__(
+        self,
+        num_states: int = 10,
+        num_actions: int = 5,
+        *,
+        episode_steps: int = 10,
+        noise: float = 1.0,
+        batch_size: Sequence[int] = (),
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+    ):
+        if not noise >= 0:
+            raise ValueError(f"noise={noise} is a standard deviation: it must be at least 0.")
+        task_size = num_states * num_actions * (num_states + 1)
+        super().__init__(num_states, num_actions, task_size, episode_steps, batch_size, seed, device)
+        self.noise = noise
+
+    def transition(
+        self, task: torch.Tensor, observation: torch.Tensor, action: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reward ``[*B, 1]`` and next state ``[*B]`` of ``action`` ``[*B]`` in the state ``observation`` ``[*B]``."""
+        rows = task.unflatten(-1, (self.num_states * self.num_actions, self.num_states + 1))
+        pair = (observation * self.num_actions + action)[..., None, None]
+        row = rows.gather(-2, pair.expand(*pair.shape[:-1], self.num_states + 1)).squeeze(-2)
+        mean, probabilities = row[..., :1], row[..., 1:]
+        factory = {"generator": self.generator, "device": self.device}
+        reward = mean + self.noise * torch.randn(mean.shape, **factory)
+        # The last sum would be 1: left out, no rounding of it can lead beyond the last state.
+        passed = probabilities[..., :-1].cumsum(-1) <= torch.rand(mean.shape, **factory)
+        return reward, passed.sum(-1)
+
+
+def pack_mdps(rewards: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
+    """Tasks of `TabularMDP` from mean rewards and transition probabilities.
+
+    Args:
+        rewards: mean reward of each state and action, ``[*B, S, A]``.
+        transitions: probability of each next state, ``[*B, S, A, S]``.
+
+    Returns:
+        Tasks ``[*B, S * A * (S + 1)]``.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+
+    Examples:
+        >>> pack_mdps(torch.tensor([[5.0], [6.0]]), torch.tensor([[[0.25, 0.75]], [[1.0, 0.0]]]))
+        tensor([5.0000, 0.2500, 0.7500, 6.0000, 1.0000, 0.0000])
+    """
+    if rewards.ndim < 2 or transitions.shape != (*rewards.shape, rewards.shape[-2]):
+        raise ValueError(
+            f"rewards {list(rewards.shape)} and transitions {list(transitions.shape)} are no MDPs: their shapes must be "
+            "[*B, S, A] and [*B, S, A, S]."
+        )
+    return torch.cat([rewards.unsqueeze(-1), transitions], -1).flatten(-3)
+
+
+def unpack_mdps(task: torch.Tensor, num_states: int = 10, num_actions: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean rewards ``[*B, S, A]`` and transition probabilities ``[*B, S, A, S]``: views of the parts of ``task``.
+
+    Args:
+        task: tasks of `TabularMDP`, ``[*B, S * A * (S + 1)]``.
+        num_states: number of states ``S``.
+        num_actions: number of actions ``A``.
+
+    Raises:
+        ValueError: the task has another size.
+
+    Examples:
+        >>> task = random_mdps()(torch.Size([3]), torch.Generator())
+        >>> rewards, transitions = unpack_mdps(task)
+        >>> rewards.shape, transitions.shape
+        (torch.Size([3, 10, 5]), torch.Size([3, 10, 5, 10]))
+    """
+    size = num_states * num_actions * (num_states + 1)
+    if task.ndim < 1 or task.shape[-1] != size:
+        raise ValueError(
+            f"task has shape {list(task.shape)}; with {num_states} states and {num_actions} actions it must be [*B, {size}]."
+        )
+    rows = task.unflatten(-1, (num_states, num_actions, num_states + 1))
+    return rows[..., 0], rows[..., 1:]
+
+
+def random_mdps(num_states: int = 10, num_actions: int = 5) -> TaskDistribution:
+    """MDPs with mean rewards from N(1, 1) and transitions from Dirichlet(1, ..., 1) (Duan et al. 2016, section 3.2).
+
+    Examples:
+        >>> random_mdps(4, 2)(torch.Size([3]), torch.Generator()).shape  # 4 * 2 * (1 + 4)
+        torch.Size([3, 40])
+    """
+
+    def draw(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        rewards = 1 + torch.randn(*batch_size, num_states, num_actions, generator=generator)
+        # Dirichlet(1, ..., 1) is exponential draws over their sum.
+        uniform = torch.rand(*batch_size, num_states, num_actions, num_states, generator=generator)
+        exponential = -torch.log1p(-uniform)
+        return pack_mdps(rewards, exponential / exponential.sum(-1, keepdim=True))
+
+    return draw
