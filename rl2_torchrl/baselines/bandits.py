@@ -1,7 +1,7 @@
 """Classical agents for Bernoulli bandits, played on a batch of tasks at once.
 
 The definitions are those behind table 1 of Duan et al. 2016 (arXiv:1611.02779): greedy, ε-greedy and UCB1
-start from a prior of one pull with half a success per arm. Constants are chosen by ``tune``.
+start from a prior of two pulls with one success per arm (the posterior mean under Beta(1, 1)). Constants are chosen by ``tune``.
 The mean total reward of an agent is ``agent(means, num_pulls).sum(-1).mean()``.
 """
 
@@ -109,7 +109,7 @@ def random_agent(means: Tensor, num_pulls: int, generator: Generator | None = No
 def greedy(means: Tensor, num_pulls: int, generator: Generator | None = None) -> Tensor:
     """Pull the arm of the best empirical mean (Duan et al. 2016, "Greedy").
 
-    The mean counts the prior pull with its half success; ties go to the lowest arm index.
+    The mean counts the two prior pulls with their one success; ties go to the lowest arm index.
 
     Args:
         means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
@@ -136,11 +136,12 @@ def ucb1(
 ) -> Tensor:
     """Pull the arm of the highest upper confidence bound (UCB1: Auer et al. 2002).
 
-    The score at pull ``t``, counted from 1, is ``s / m + c * sqrt(2 * ln(t) / m)``, with ``m``
-    pulls and ``s`` successes of the arm, the prior pull with its half success among them; ties go
-    to the lowest arm index.
-    Auer et al. have ``c = 1`` and pull every arm once first; Duan et al. 2016 take the best ``c``
-    of 0, 0.1, ..., 1 (``tune``) and have the prior in place of the first round.
+    The score after ``t`` pulls is ``s / m + c * sqrt(2 * ln(t) / m)``, with ``m`` pulls and ``s`` successes of the arm, the two
+    prior pulls with their one success among them; ties go to the lowest arm index. The first pull, where ``ln(0)`` is none, has
+    no bonus.
+    Auer et al. have ``c = 1`` and pull every arm once first; Duan et al. 2016 take the best ``c`` of 0, 0.1, ..., 1 (``tune``)
+    and have the prior in place of the first round. (With one prior pull and half a success, 500 pulls of 50 arms would earn
+    451 in place of their 457.6.)
 
     Args:
         means: success probability of each arm, must have shape ``[num_tasks, num_arms]``.
@@ -153,8 +154,8 @@ def ucb1(
 
     Example:
         >>> import torch
-        >>> ucb1(torch.tensor([[1.0, 0.0]]), 3, exploration=1.0)
-        tensor([[1., 0., 1.]])
+        >>> ucb1(torch.tensor([[1.0, 0.0]]), 4, exploration=2.0)
+        tensor([[1., 1., 0., 1.]])
     """
     if not 0 <= exploration < math.inf:
         raise ValueError(
@@ -164,8 +165,8 @@ def ucb1(
         )
 
     def choose(successes: Tensor, failures: Tensor, pull: int) -> Tensor:
-        pulls = successes + failures + 1
-        bonus = exploration * (2 * math.log(pull) / pulls).sqrt()
+        pulls = successes + failures + 2
+        bonus = exploration * (2 * math.log(max(1, pull - 1)) / pulls).sqrt()
         return (_posterior_mean(successes, failures) + bonus).argmax(-1)
 
     return play(means, num_pulls, choose, generator)
@@ -214,8 +215,8 @@ def epsilon_greedy(
 
 
 def _posterior_mean(successes: Tensor, failures: Tensor) -> Tensor:
-    """Empirical mean with the prior pull's half success, of Beta(1/2, 1/2): shapes as in :func:`play`."""
-    return (successes + 0.5) / (successes + failures + 1)
+    """Mean of Beta(s + 1, f + 1), shapes as in :func:`play`."""
+    return (successes + 1) / (successes + failures + 2)
 
 
 def _reward(probability: Tensor, generator: Generator | None) -> Tensor:

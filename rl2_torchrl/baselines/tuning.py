@@ -50,11 +50,11 @@ def tune(
         >>> from rl2_torchrl.baselines import ucb1
         >>> generator = torch.Generator().manual_seed(0)
         >>> tuning, reporting = torch.rand(2, 1000, 5, generator=generator)
-        >>> best = tune(ucb1, tuning, 20, generator, exploration=(0.0, 0.3, 3.0))
+        >>> best = tune(ucb1, tuning, 100, generator, exploration=(0.0, 0.2, 3.0))
         >>> best
-        {'exploration': 0.3}
-        >>> ucb1(reporting, 20, generator, **best).shape
-        torch.Size([1000, 20])
+        {'exploration': 0.2}
+        >>> ucb1(reporting, 100, generator, **best).shape
+        torch.Size([1000, 100])
     """
     grid = grid or dict(PAPER_GRIDS.get(agent, {}))
     for option, values in grid.items():
