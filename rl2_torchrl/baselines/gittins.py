@@ -16,7 +16,7 @@ induction serves all arms at once, and many rates side by side; an arm's index i
 
 Far from the rate there is nothing to compute: an arm of much lower mean is left at once, one of much higher mean never. So
 beyond the counts asked for, the induction keeps a band around the rate, sqrt(horizon) successes to either side or two standard
-deviations of the mean, which makes a horizon of 20,000 pulls a matter of seconds (and moves no index by more than 2e-6).
+deviations of the mean, which makes a horizon of 20,000 pulls a matter of seconds (and moves no index by more than 1e-8).
 """
 
 import hashlib
