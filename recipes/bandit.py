@@ -25,10 +25,10 @@ from rl2_torchrl import (
     TrialAdvantage,
     TrialCollector,
     adaptation_curve,
+    baselines,
     linear_decay,
     train,
 )
-from rl2_torchrl.baselines import bandits, bayes
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
 
@@ -140,7 +140,7 @@ def make_report(
             "memory_zeroed": play(means, ablation=with_zeroed_memory(actor)),
             "rewards_shuffled": play(means, ablation=with_shuffled_rewards()),
         },
-        optimum=bayes.bayes_optimal_return(arms, pulls) if pulls <= 10 else None,
+        optimum=baselines.bayes_optimal_return(arms, pulls) if pulls <= 10 else None,
         train=result,
         seed=seed,
         title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls",
@@ -157,12 +157,13 @@ def make_env(sampler: TaskSampler, arms: int, pulls: int, rows: int, seed: int) 
 def classical_agents(means: torch.Tensor, pulls: int, seed: int) -> dict[str, AdaptationCurve]:
     """The algorithms that humans designed, on the very tasks ``means`` [num_tasks, arms]; UCB1 tuned on others."""
     generator = torch.Generator().manual_seed(stream(seed, 10))
-    exploration = bandits.tune_ucb1(tasks(seed, TUNING_TASKS, 20_000, means.shape[1]), pulls, generator=generator)
+    tuning = tasks(seed, TUNING_TASKS, 20_000, means.shape[1])
+    best = baselines.tune(baselines.ucb1, tuning, pulls, generator)
     return {
-        "random": AdaptationCurve(bandits.random_agent(means, pulls, generator)),
-        "greedy": AdaptationCurve(bandits.greedy(means, pulls, generator)),
-        "ucb1": AdaptationCurve(bandits.ucb1(means, pulls, generator, exploration=exploration)),
-        "thompson_sampling": AdaptationCurve(bandits.thompson_sampling(means, pulls, generator)),
+        "random": AdaptationCurve(baselines.random_agent(means, pulls, generator)),
+        "greedy": AdaptationCurve(baselines.greedy(means, pulls, generator)),
+        "ucb1": AdaptationCurve(baselines.ucb1(means, pulls, generator, **best)),
+        "thompson_sampling": AdaptationCurve(baselines.thompson_sampling(means, pulls, generator)),
     }
 
 

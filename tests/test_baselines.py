@@ -1,17 +1,38 @@
+from functools import partial
+from itertools import pairwise
+
 import pytest
 import torch
 
 from rl2_torchrl.baselines import (
+    bandits,
     bayes_optimal,
     bayes_optimal_return,
+    epsilon_greedy,
+    gittins_agent,
     greedy,
+    optimistic_thompson_sampling,
     random_agent,
+    thompson,
     thompson_sampling,
-    tune_ucb1,
+    tune,
     ucb1,
 )
 
-AGENTS = [random_agent, greedy, ucb1, thompson_sampling, bayes_optimal]
+AGENTS = [
+    random_agent,
+    greedy,
+    epsilon_greedy,
+    ucb1,
+    thompson_sampling,
+    optimistic_thompson_sampling,
+    gittins_agent,
+    bayes_optimal,
+]
+
+
+def tune_ucb1(means, num_pulls, generator=None):
+    return tune(ucb1, means, num_pulls, generator)["exploration"]
 
 
 def seeded(seed=0):
@@ -84,12 +105,12 @@ def test_bayes_optimal_explores_an_untouched_arm_after_failures():
 @pytest.mark.parametrize(
     ("means", "expected"),
     [
-        # All arms score 1/2, so arm 0; a failure makes it (0 + 1/2) / 2 = 1/4, and arm 1 is next.
+        # All arms score 1/2, so arm 0; a failure makes it (0 + 1) / (1 + 2) = 1/3, and arm 1 is next.
         ([0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]),
         ([0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0]),
         # The lowest index wins the tie at 1/2, the worse arm is never seen.
         ([1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]),
-        # All arms failed once: back to arm 0 (1/4 each).
+        # All arms failed once: back to arm 0 (1/3 each).
         ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]),
     ],
 )
@@ -110,18 +131,29 @@ def test_random_agent_pulls_every_arm_alike(paying_arm):
 @pytest.mark.parametrize(
     ("exploration", "expected"),
     [
-        # Pull 1: ln 1 = 0, a tie, arm 0 succeeds: s/m = 1.5 / 2.
-        # Pull 2: 0.75 + c * sqrt(2 ln 2 / 2) = 0.75 + 0.833 c for arm 0,
-        # 0.5 + c * sqrt(2 ln 2 / 1) = 0.5 + 1.177 c for arm 1: arm 1 from c = 0.725 on. It fails.
-        # Pull 3: both pulled once and the bonus is equal, 0.75 against 0.25: arm 0.
-        (0.7, [1.0, 1.0]),
-        (0.75, [1.0, 0.0]),
-        (1.0, [1.0, 0.0, 1.0]),
+        # Pulls 1 and 2: no bonus (ln 1 = 0); a tie, then 2/3 against 1/2: arm 0 succeeds twice.
+        # Pull 3: 3/4 + c * sqrt(2 ln 2 / 4) = 0.75 + 0.589 c for arm 0,
+        # 1/2 + c * sqrt(2 ln 2 / 2) = 0.5 + 0.833 c for arm 1: arm 1 from c = 1.025 on. It fails.
+        # Pull 4 then: 3/4 + 0.741 c against 1/3 + c * sqrt(2 ln 3 / 3) = 0.333 + 0.856 c: arm 0 below c = 3.6.
+        # Pull 4 else, after three successes: 4/5 + c * sqrt(2 ln 3 / 5) = 0.8 + 0.663 c
+        # against 0.5 + c * sqrt(2 ln 3 / 2) = 0.5 + 1.048 c: arm 1 from c = 0.779 on.
+        (0.75, [1.0, 1.0, 1.0, 1.0]),
+        (0.80, [1.0, 1.0, 1.0, 0.0]),
+        (1.00, [1.0, 1.0, 1.0, 0.0]),
+        (1.05, [1.0, 1.0, 0.0, 1.0]),
+        (3.50, [1.0, 1.0, 0.0, 1.0]),
+        (3.80, [1.0, 1.0, 0.0, 0.0]),
     ],
 )
 def test_ucb1_by_hand(exploration, expected):
     rewards = ucb1(torch.tensor([[1.0, 0.0]]), len(expected), exploration=exploration)
     assert rewards[0].tolist() == expected
+
+
+def test_prior_of_greedy():
+    # Two pulls with one success: 3 of 4 is 4/6, like 1 of 1, 2/3. (With one pull and half a success 3.5/5 against 1.5/2.)
+    mean = bandits._posterior_mean(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    assert mean[0].tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 2])
 
 
 def test_ucb1_without_exploration_is_greedy():
@@ -159,28 +191,129 @@ def test_thompson_sampling_samples_the_posterior_not_its_mean():
     assert abs(stayed.mean().item() - 2 / 3) < 3 * (2 / 9 / stayed.numel()) ** 0.5
 
 
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        # One pull in two is random, one in two of those goes to the other arm: the greedy arm has 3/4.
+        # Arm 0 pays and is greedy from the tie at the start on: 3/4 a pull.
+        ([1.0, 0.0], [3 / 4, 3 / 4]),
+        # Pull 1: arm 1 by chance only, 1/4. It paid and is greedy, or arm 0 failed and arm 1 is greedy: 3/4.
+        ([0.0, 1.0], [1 / 4, 3 / 4]),
+    ],
+)
+def test_epsilon_greedy_by_hand(means, expected):
+    rewards = epsilon_greedy(torch.tensor([means]).expand(50_000, 2), 2, seeded(), epsilon=0.5)
+    assert rewards.double().mean(0).tolist() == pytest.approx(expected, abs=3 * (3 / 16 / 50_000) ** 0.5)
+
+
+def test_epsilon_greedy_between_greedy_and_random():
+    certain = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    assert torch.equal(epsilon_greedy(certain, 6, epsilon=0.0), greedy(certain, 6))
+    rewards = epsilon_greedy(torch.eye(4)[2].expand(20_000, 4), 4, seeded(), epsilon=1.0).double()
+    assert rewards.mean(0).tolist() == pytest.approx([0.25] * 4, abs=3 * (3 / 16 / 20_000) ** 0.5)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 10])
+def test_optimistic_thompson_sampling_by_hand(num_samples):
+    # A trial that starts with a success pulled arm 0: Beta(2, 1), of density 2x, against U[0, 1]. The likeliest of m samples
+    # has the largest x, of distribution x^2m and mean 2m / (2m + 1): the probability that U[0, 1] is below. Arm 0 pays.
+    # (The larger of sample and mean, the other algorithm of the name, would be 0.765 on average.)
+    m = num_samples
+    means = torch.tensor([[1.0, 0.0]]).expand(50_000, 2)
+    rewards = optimistic_thompson_sampling(means, 2, seeded(), num_samples=m)
+    stayed = rewards[rewards[:, 0] == 1, 1].double()
+    expected = 2 * m / (2 * m + 1)
+    assert abs(stayed.mean().item() - expected) < 3 * (expected * (1 - expected) / stayed.numel()) ** 0.5
+    # After a failure Beta(1, 2), of density 2 (1 - x): the smallest x, of mean 1 / (2m + 1). Here arm 0 always fails, arm 1 pays.
+    rewards = optimistic_thompson_sampling(means.flip(-1), 2, seeded(), num_samples=m)
+    moved = rewards[rewards[:, 0] == 0, 1].double()
+    assert abs(moved.mean().item() - expected) < 3 * (expected * (1 - expected) / moved.numel()) ** 0.5
+
+
+def test_blocks_of_samples_belong_to_their_tasks(monkeypatch):
+    # Each task pays on another arm: 100 pulls find it, unless a block decided for other tasks.
+    means = torch.eye(4).repeat(16, 1)
+    for size in (40, 10_000):
+        monkeypatch.setattr(thompson, "BLOCK_SIZE", size)
+        rewards = optimistic_thompson_sampling(means, 60, seeded(), num_samples=3)
+        assert rewards[:, 40:].mean(-1).min() > 0.7
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 7.0, 300.0])
+def test_log_gamma_variates(alpha):
+    samples = thompson._sample_log_gamma(torch.full((400_000,), alpha), seeded()).double()
+    # log X has mean digamma(alpha) and variance trigamma(alpha); X has mean and variance alpha.
+    exact = torch.tensor(alpha, dtype=torch.float64)
+    error = samples.mean() - torch.digamma(exact)
+    assert abs(error) < 3 * samples.std() / 400_000**0.5
+    assert samples.var().item() == pytest.approx(torch.polygamma(1, exact).item(), rel=0.02)
+    assert samples.exp().mean().item() == pytest.approx(alpha, rel=3 * (alpha * 400_000) ** -0.5)
+    assert samples.exp().var().item() == pytest.approx(alpha, rel=0.02)
+    # The probability of a sample below alpha is the regularised incomplete gamma function.
+    below = (samples.exp() < alpha).double().mean().item()
+    assert below == pytest.approx(torch.special.gammainc(exact, exact).item(), abs=3 * 0.5 / 400_000**0.5)
+
+
 # ---- Agents: table 1 of Duan et al. 2016.
 
 # (pulls, arms) -> the table's cells, and the standard error of its 1,000 tasks.
+AGENTS_OF_TABLE = (
+    random_agent,
+    gittins_agent,
+    thompson_sampling,
+    optimistic_thompson_sampling,
+    ucb1,
+    epsilon_greedy,
+    greedy,
+)
 TABLE = {
-    (10, 5): ({"random": 5.0, "greedy": 6.6, "ucb1": 6.7, "thompson": 5.7}, 0.07),
-    (100, 5): ({"random": 49.9, "greedy": 74.8, "ucb1": 78.0, "thompson": 74.7}, 0.52),
+    (10, 5): ((5.0, 6.6, 5.7, 6.5, 6.7, 6.6, 6.6), 0.07),
+    (100, 5): ((49.9, 78.3, 74.7, 77.9, 78.0, 75.4, 74.8), 0.52),
 }
-PLAYERS = {"random": random_agent, "greedy": greedy, "ucb1": ucb1, "thompson": thompson_sampling}
+# Chosen by tune where the grid is cheap, and where it is not as tune chose on more tasks than a test has time for.
+TUNED = {
+    (10, gittins_agent): {"gamma": 0.9},
+    (10, optimistic_thompson_sampling): {"num_samples": 50},
+    (100, gittins_agent): {"gamma": 0.99},
+    (100, optimistic_thompson_sampling): {"num_samples": 10},
+}
 
 
 @pytest.mark.parametrize("cell", TABLE, ids=str)
-@pytest.mark.parametrize("name", PLAYERS)
-def test_mean_total_reward_of_the_paper(cell, name):
-    (num_pulls, num_arms), (expected, paper_se) = cell, TABLE[cell]
+@pytest.mark.parametrize("agent", AGENTS_OF_TABLE)
+def test_mean_total_reward_of_the_paper(cell, agent):
+    (num_pulls, num_arms), (row, paper_se) = cell, TABLE[cell]
+    expected = row[AGENTS_OF_TABLE.index(agent)]
     generator = seeded()
-    options = {}
-    if name == "ucb1":
-        tuning = torch.rand(2_000, num_arms, generator=generator)
-        options["exploration"] = tune_ucb1(tuning, num_pulls, generator)
-    means = torch.rand(10_000, num_arms, generator=generator)
-    mean, se = mean_and_se(PLAYERS[name](means, num_pulls, generator, **options))
-    assert abs(mean - expected[name]) < 3 * (se**2 + paper_se**2) ** 0.5
+    options = TUNED.get((num_pulls, agent))
+    if options is None:
+        options = tune(agent, torch.rand(2_000, num_arms, generator=generator), num_pulls, generator)
+    num_tasks = 10_000 if "num_samples" not in options else 2_000
+    means = torch.rand(num_tasks, num_arms, generator=generator)
+    mean, se = mean_and_se(agent(means, num_pulls, generator, **options))
+    assert abs(mean - expected) < 3 * (se**2 + paper_se**2) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("agent", "options", "expected"),
+    [(ucb1, {"exploration": 0.2}, 457.6), (epsilon_greedy, {"epsilon": 0.1}, 413.6)],
+)
+def test_the_cell_that_tells_priors_apart(agent, options, expected):
+    # 500 pulls of 50 arms, SE 1.9: a prior of one pull with half a success would give 435.6 (451 with 0.1) and 424.
+    generator = seeded()
+    mean, se = mean_and_se(agent(torch.rand(1_000, 50, generator=generator), 500, generator, **options))
+    assert abs(mean - expected) < 3 * (se**2 + 1.9**2) ** 0.5
+
+
+def test_order_of_the_agents():
+    # The table at 500 pulls of 50 arms: 249.6, 402.8, 427.2, 457.6, 463.7. Here on the same tasks, far beyond their noise.
+    generator = seeded()
+    means = torch.rand(500, 50, generator=generator)
+    agents = (random_agent, greedy, thompson_sampling, ucb1, partial(gittins_agent, gamma=0.999))
+    totals = [agent(means, 500, generator).double().sum(-1) for agent in agents]
+    for worse, better in pairwise(totals):
+        difference = better - worse
+        assert difference.mean() > 3 * difference.std() / 500**0.5
 
 
 def test_tuned_constant_of_the_paper():
@@ -190,6 +323,29 @@ def test_tuned_constant_of_the_paper():
     assert best in (0.1, 0.2, 0.3)
     # On certain arms the lowest constant that earns all is as good as any.
     assert tune_ucb1(torch.ones(3, 2), 5) == 0.0
+
+
+def quadratic(tasks, length, generator, *, x=0, y=0):
+    """Earns most at x = 2, y = -1."""
+    return torch.full((tasks, length), -float((x - 2) ** 2 + (y + 1) ** 2))
+
+
+def test_tuning_takes_the_best_of_the_grid():
+    assert tune(quadratic, 3, 4, x=(0, 2, 5)) == {"x": 2}
+    assert tune(quadratic, 3, 4, x=(0, 2, 5), y=(-3, -1, 0)) == {"x": 2, "y": -1}
+    # 1 and 3 earn the same: the first.
+    assert tune(quadratic, 3, 4, x=(3, 1)) == {"x": 3}
+    assert tune(quadratic, 3, 4, x=(1, 3)) == {"x": 1}
+
+
+def test_tuning_an_agent_without_options():
+    assert tune(greedy, torch.rand(2, 2), 3) == {}
+    assert tune(thompson_sampling, torch.rand(2, 2), 3) == {}
+
+
+def test_tuning_needs_values():
+    with pytest.raises(ValueError, match=r"x=\(\) holds no value.*Pass one or more"):
+        tune(quadratic, 3, 4, x=())
 
 
 # ---- Contract.
@@ -254,8 +410,20 @@ def test_bad_tasks(agent, means, num_pulls, message):
 
 @pytest.mark.parametrize("exploration", [-0.1, float("nan"), float("inf")])
 def test_bad_exploration(exploration):
-    with pytest.raises(ValueError, match=r"exploration=.*tune_ucb1"):
+    with pytest.raises(ValueError, match=r"exploration=.*tune\(ucb1"):
         ucb1(torch.rand(2, 2), 3, exploration=exploration)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, 1.1, float("nan")])
+def test_bad_epsilon(epsilon):
+    with pytest.raises(ValueError, match=r"epsilon=.*is no probability.*tune\(epsilon_greedy"):
+        epsilon_greedy(torch.rand(2, 2), 3, epsilon=epsilon)
+
+
+@pytest.mark.parametrize("num_samples", [0, -1])
+def test_bad_number_of_samples(num_samples):
+    with pytest.raises(ValueError, match=r"num_samples=.*leaves no sample.*tune\(optimistic"):
+        optimistic_thompson_sampling(torch.rand(2, 2), 3, num_samples=num_samples)
 
 
 @pytest.mark.parametrize(("num_arms", "num_pulls"), [(0, 5), (5, 0), (-1, 5), (5, -1)])

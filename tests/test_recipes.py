@@ -163,10 +163,10 @@ def test_bandits_of_training_agent_and_classical_agents(tmp_path, monkeypatch):
         modes.append(deterministic)
         return adaptation_curve(*args, deterministic=deterministic, **options)
 
-    modes, adaptation_curve, greedy = [], bandit.adaptation_curve, bandit.bandits.greedy
+    modes, adaptation_curve, greedy = [], bandit.adaptation_curve, bandit.baselines.greedy
     monkeypatch.setattr(bandit, "adaptation_curve", recorded_curve)
     monkeypatch.setattr(bandit, "TaskSampler", Recorded)
-    monkeypatch.setattr(bandit.bandits, "greedy", lambda means, *args: greedy(record("classical", means), *args))
+    monkeypatch.setattr(bandit.baselines, "greedy", lambda means, *args: greedy(record("classical", means), *args))
     run("bandit", tmp_path)
     assert len(seen["training"]) >= 2 * 32
     assert not seen["training"] & seen["held out"]

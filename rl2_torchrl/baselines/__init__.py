@@ -2,7 +2,7 @@
 
 Every bandit agent is a function ``agent(means, num_pulls, generator=None) -> rewards``:
 ``means`` of shape ``[num_tasks, num_arms]`` in, ``rewards`` of shape ``[num_tasks, num_pulls]``
-out.
+out. ``tune`` chooses the constants of those that have any.
 
 Every agent for tabular MDPs is a function ``agent(mdps, num_episodes, generator=None) -> returns``:
 mean rewards ``[num_tasks, num_states, num_actions]`` and transition probabilities in, the returns of the episodes
@@ -10,30 +10,36 @@ mean rewards ``[num_tasks, num_states, num_actions]`` and transition probabiliti
 """
 
 from rl2_torchrl.baselines.bandits import (
+    epsilon_greedy,
     greedy,
     random_agent,
-    thompson_sampling,
-    tune_ucb1,
     ucb1,
 )
 from rl2_torchrl.baselines.bayes import bayes_optimal, bayes_optimal_return
+from rl2_torchrl.baselines.gittins import gittins_agent, gittins_indices
 from rl2_torchrl.baselines.mdp_tuning import tune_beb, tune_opsrl, tune_ucrl2
 from rl2_torchrl.baselines.mdps import beb, opsrl, psrl, ucrl2
 from rl2_torchrl.baselines.planning import optimal_return
+from rl2_torchrl.baselines.thompson import optimistic_thompson_sampling, thompson_sampling
+from rl2_torchrl.baselines.tuning import tune
 
 __all__ = [
     "bayes_optimal",
     "bayes_optimal_return",
     "beb",
+    "epsilon_greedy",
+    "gittins_agent",
+    "gittins_indices",
     "greedy",
     "opsrl",
     "optimal_return",
+    "optimistic_thompson_sampling",
     "psrl",
     "random_agent",
     "thompson_sampling",
+    "tune",
     "tune_beb",
     "tune_opsrl",
-    "tune_ucb1",
     "tune_ucrl2",
     "ucb1",
     "ucrl2",

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torchrl import torchrl_logger
 
-__all__ = ["address", "covers", "load", "threads_for"]
+__all__ = ["address", "cache_folder", "covers", "load", "threads_for"]
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _DEFINES = {torch.float32: (), torch.float64: ("-DDOUBLE",)}
@@ -106,11 +106,21 @@ def threads_for(multiplications: int) -> int:
     return torch.get_num_threads() if multiplications > 100_000 else 1
 
 
+def cache_folder() -> Path:
+    """Where the package keeps what it computes once for all programs; it may not exist yet.
+
+    Examples:
+        >>> cache_folder().name
+        'rl2_torchrl'
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rl2_torchrl"
+
+
 def _compiled(defines: tuple[str, ...]) -> Path:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise OSError("There is no C compiler on the path; set CC, or install gcc or clang.")
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rl2_torchrl"
+    folder = cache_folder()
     path = folder / f"kernels-{_fingerprint(compiler, defines)}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
