@@ -114,8 +114,8 @@ _ORIGINAL = {
     "shuffle": False,
 }
 MODES = {
-    ("trial", "direction"): Mode(trials=64, episodes=2, env_steps=24_000_000),
-    ("trial", "velocity"): Mode(trials=64, episodes=2, env_steps=80_000_000),
+    ("trial", "direction"): Mode(trials=64, episodes=2, env_steps=8_000_000),
+    ("trial", "velocity"): Mode(trials=64, episodes=2, env_steps=30_000_000),
     ("original", "direction"): Mode(trials=4, episodes=4, env_steps=4_000_000, **_ORIGINAL),
     ("original", "velocity"): Mode(trials=10, episodes=6, env_steps=4_000_000, **_ORIGINAL),
 }

@@ -34,7 +34,7 @@ class _Locomotion(LockstepEnv):
         horizon: steps of an episode. Default 200, the original's.
         backend: ``"rollout"``, MuJoCo on all cores (default), or one of TorchRL's: ``"mujoco"`` (a loop over
             one env), ``"mujoco-torch"``, ``"mjx"``, of which the last two run on a GPU too.
-        num_threads: threads of the physics, with ``"rollout"``. Default: one a core.
+        num_threads: threads of the physics, with ``"rollout"``. Default: as many as PyTorch has.
         seed: seed of the env's own generator, which draws where an episode begins; None takes fresh entropy.
         dtype: of observations and rewards. The physics is in float64. Default `torch.float32`.
         device: device of all tensors. Defaults to the CPU.

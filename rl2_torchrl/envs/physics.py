@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -73,7 +72,7 @@ class RolloutBackend:
         model: a `mujoco.MjModel`.
         num_envs: simulations in the batch, B.
         frame_skip: steps of the simulation in one of the env.
-        num_threads: threads of the pool. Default: one a core.
+        num_threads: threads of the pool. Default: as many as PyTorch has.
 
     Attributes:
         qpos: generalised positions ``[B, nq]``, float64; a view, which `step` writes over.
@@ -90,7 +89,7 @@ class RolloutBackend:
 
     def __init__(self, model: Any, num_envs: int, frame_skip: int, num_threads: int | None = None):
         mujoco = import_mujoco()
-        threads = min(num_envs, num_threads or os.cpu_count() or 1)
+        threads = min(num_envs, num_threads or torch.get_num_threads())
         size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
         self.mj_model, self.frame_skip = model, frame_skip
         self._models, self._data = [model] * num_envs, [mujoco.MjData(model) for _ in range(threads)]
