@@ -11,6 +11,7 @@ from rich.console import Console
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import get_logger
 
+from recipes.weights import load_actor, save_actor
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -50,6 +51,7 @@ def main(
     entropy: float = 0.02,
     seed: int = 0,
     report_tasks: int = 50_000,
+    weights: Path | None = None,
     logger: Literal["csv", "tensorboard", "wandb"] = "csv",
     log_dir: Path = Path("runs/bandit"),
     resume: bool = False,
@@ -71,8 +73,9 @@ def main(
         entropy: weight of the entropy bonus, decayed to 0 over the training.
         seed: seed of networks, envs and tasks.
         report_tasks: held-out bandits in the final report.
+        weights: file of an actor's weights, as a run leaves it in actor.pt: to evaluate in place of training.
         logger: where scalars go; tensorboard and wandb are extras of the package.
-        log_dir: folder of the run: report.json, report.png, scalars and checkpoints.
+        log_dir: folder of the run: report.json, report.png, actor.pt, scalars and checkpoints.
         resume: go on from the newest checkpoint in log_dir.
         progress: show a progress bar.
     """
@@ -105,15 +108,20 @@ def main(
         held_out_env = make_env(TaskSampler.fixed(held_out), arms, pulls, rows, seed)
         return adaptation_curve(held_out_env, actor, len(held_out), **how)
 
-    result = train(
-        collector,
-        update,
-        evaluate=evaluate,
-        logger=get_logger(logger, str(log_dir), "scalars"),
-        checkpoints=log_dir / "checkpoints",
-        resume=resume,
-        progress=progress,
-    )
+    if weights is not None:
+        load_actor(actor, weights)
+        result = TrainResult()
+    else:
+        result = train(
+            collector,
+            update,
+            evaluate=evaluate,
+            logger=get_logger(logger, str(log_dir), "scalars"),
+            checkpoints=log_dir / "checkpoints",
+            resume=resume,
+            progress=progress,
+        )
+        save_actor(actor, log_dir / "actor.pt")
     report = make_report(play, tasks(seed, REPORT_TASKS, report_tasks, arms), actor, pulls, seed, result)
     path = report.save(log_dir)
     console = Console()

@@ -1,0 +1,185 @@
+"""RL² on tabular MDPs (Duan et al. 2016, table 2): a GRU learns to explore an unknown MDP and to plan in it."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from torchrl.envs import Compose, TransformedEnv
+from torchrl.record.loggers import get_logger
+
+from recipes.weights import load_actor, save_actor
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationReport,
+    GRUCategoricalActor,
+    MemoryValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    TrainResult,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    adaptation_curve,
+    linear_decay,
+    train,
+)
+from rl2_torchrl.baselines import mdps
+from rl2_torchrl.envs import TabularMDP, random_mdps, unpack_mdps
+from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+
+TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS = range(3)  # streams of tasks that never meet
+EPISODE_STEPS = 10
+
+
+def main(
+    *,
+    episodes: int = 10,
+    trials: int = 1024,
+    env_steps: int = 60_000_000,
+    units: int = 128,
+    lr: float = 1e-3,
+    gamma: float = 0.99,
+    lmbda: float = 0.7,
+    epochs: int = 4,
+    minibatches: int = 8,
+    entropy: float = 0.01,
+    seed: int = 0,
+    report_tasks: int = 10_000,
+    initial_weights: Path | None = None,
+    weights: Path | None = None,
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv",
+    log_dir: Path = Path("runs/tabular_mdp"),
+    resume: bool = False,
+    progress: bool = True,
+) -> AdaptationReport:
+    """Trains RL² on MDPs of 10 states, 5 actions and 10-step episodes, and reports how it adapts to held-out ones.
+
+    Args:
+        episodes: episodes of a trial, n in the paper's table.
+        trials: trials in a batch, each on an MDP of its own.
+        env_steps: env steps to train on, rounded up to whole batches.
+        units: GRU units.
+        lr: learning rate, decayed to 0 over the training.
+        gamma: discount per step.
+        lmbda: GAE's lambda.
+        epochs: passes over a batch.
+        minibatches: minibatches a pass.
+        entropy: weight of the entropy bonus, decayed to 0 over the training.
+        seed: seed of networks, envs and tasks.
+        report_tasks: held-out MDPs in the final report.
+        initial_weights: file of an actor's weights to start from, such as those for shorter trials.
+        weights: file of an actor's weights, as a run leaves it in actor.pt: to evaluate in place of training.
+        logger: where scalars go; tensorboard and wandb are extras of the package.
+        log_dir: folder of the run: report.json, report.png, actor.pt, scalars and checkpoints.
+        resume: go on from the newest checkpoint in log_dir.
+        progress: show a progress bar.
+    """
+    torch.manual_seed(seed)
+    env = make_env(TaskSampler(random_mdps(), seed=stream(seed, TRAIN_TASKS)), episodes, trials, seed)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=units)
+    if initial_weights is not None:
+        load_actor(actor, initial_weights)
+    critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
+    policy = ActorCritic(actor, critic)
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=entropy),
+        TrialAdvantage(gamma=gamma, lmbda=lmbda, value_target="gae"),
+        lr=lr,
+        epochs=epochs,
+        minibatches=minibatches,
+        max_grad_norm=0.5,
+        lr_schedule=linear_decay,
+        entropy_schedule=linear_decay,
+    )
+    batch = trials * episodes * EPISODE_STEPS
+    total = math.ceil(env_steps / batch) * batch
+    collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=update.in_keys)
+
+    def evaluate() -> dict[str, float]:
+        curve = play(tasks(seed, HELD_OUT_TASKS, 1024))
+        first, last = curve.per_episode[[0, -1]].tolist()
+        return {"trial_return": curve.mean, "first_episode": first, "last_episode": last}
+
+    def play(held_out: torch.Tensor, **how) -> AdaptationCurve:
+        rows = min(len(held_out), 2048)
+        held_out_env = make_env(TaskSampler.fixed(held_out), episodes, rows, seed)
+        return adaptation_curve(held_out_env, actor, len(held_out), **how)
+
+    if weights is not None:
+        load_actor(actor, weights)
+        result = TrainResult()
+    else:
+        result = train(
+            collector,
+            update,
+            evaluate=evaluate,
+            logger=get_logger(logger, str(log_dir), "scalars"),
+            checkpoints=log_dir / "checkpoints",
+            resume=resume,
+            progress=progress,
+        )
+        save_actor(actor, log_dir / "actor.pt")
+    report = make_report(play, tasks(seed, REPORT_TASKS, report_tasks), actor, episodes, seed, result)
+    path = report.save(log_dir)
+    console = Console()
+    console.print(report.table())
+    console.print(f"{result.env_steps:,} steps in {result.seconds:.0f} s; report and plot: {path.parent}")
+    return report
+
+
+def make_report(
+    play: Callable[..., AdaptationCurve],
+    held_out: torch.Tensor,
+    actor: GRUCategoricalActor,
+    episodes: int,
+    seed: int,
+    result: TrainResult,
+) -> AdaptationReport:
+    """The agent, without its memory, without its rewards, and classical agents, all on the MDPs ``held_out`` [num_tasks, size]."""
+    return AdaptationReport(
+        agent=play(held_out),
+        greedy=play(held_out, deterministic=True),
+        baselines=classical_agents(held_out, episodes, seed),
+        ablations={
+            "memory_zeroed": play(held_out, ablation=with_zeroed_memory(actor)),
+            "rewards_shuffled": play(held_out, ablation=with_shuffled_rewards()),
+        },
+        train=result,
+        seed=seed,
+        title=f"RL² on tabular MDPs, {episodes} episodes",
+    )
+
+
+def make_env(sampler: TaskSampler, episodes: int, rows: int, seed: int) -> TransformedEnv:
+    """``rows`` MDPs side by side, each played for trials of ``episodes`` episodes."""
+    mdps = TabularMDP(episode_steps=EPISODE_STEPS, batch_size=(rows,), seed=stream(seed, 9))
+    return TransformedEnv(mdps, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
+
+
+def classical_agents(held_out: torch.Tensor, episodes: int, seed: int) -> dict[str, AdaptationCurve]:
+    """Three that humans designed, at the settings that tuning finds best, on the very tasks ``held_out`` [num_tasks, size]."""
+    generator = torch.Generator().manual_seed(stream(seed, 10))
+    agents = {"random": mdps.random_agent, "psrl": mdps.psrl, "beb": partial(mdps.beb, scaling=10**-2.8)}
+    worlds = unpack_mdps(held_out)
+    return {name: AdaptationCurve(agent(worlds, episodes, generator)) for name, agent in agents.items()}
+
+
+def tasks(seed: int, kind: int, number: int) -> torch.Tensor:
+    """``number`` MDPs from the stream ``kind``, [number, size]."""
+    return random_mdps()(torch.Size([number]), torch.Generator().manual_seed(stream(seed, kind)))
+
+
+def stream(seed: int, kind: int) -> int:
+    """A seed for each purpose, so that no two draw the same numbers."""
+    return 1000 * seed + kind
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
