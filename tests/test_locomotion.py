@@ -264,8 +264,7 @@ def test_checkpoints_go_on_as_the_run_would_have():
 
 
 @pytest.mark.parametrize("backend", ["mujoco"])
-def test_torchrls_backends_are_a_switch(backend, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings there
+def test_torchrls_backends_are_a_switch(backend):
     steps = {}
     for name in ("rollout", backend):
         env = HalfCheetahVelocity(batch_size=(1,), seed=0, backend=name, dtype=torch.float64)
@@ -336,10 +335,12 @@ def test_missing_mujoco_names_the_extra(monkeypatch):
         HalfCheetahVelocity()
 
 
-def test_nothing_is_written_into_the_working_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("backend", ["rollout", "mujoco"])
+def test_a_model_is_loaded_in_silence(backend, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    HalfCheetahVelocity()
+    HalfCheetahVelocity(backend=backend)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

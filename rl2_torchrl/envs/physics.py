@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ __all__ = [
     "import_mujoco",
     "load_model",
     "make_backend",
+    "warnings_to_log",
 ]
 
 BackendName = Literal["rollout", "mujoco", "mujoco-torch", "mjx"]
@@ -78,20 +80,32 @@ def gymnasium_model(name: str) -> Path:
     return Path(find_spec("gymnasium").origin).parent / "envs" / "mujoco" / "assets" / name
 
 
+@contextmanager
+def warnings_to_log(name: str) -> Iterator[None]:
+    """Sends MuJoCo's warnings to TorchRL's log, with ``name`` before them, not to stderr and a file in the working folder.
+
+    Examples:
+        >>> with warnings_to_log("half_cheetah.xml"):
+        ...     model = load_model(gymnasium_model("half_cheetah.xml"))
+    """
+    mujoco = import_mujoco()
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: torchrl_logger.debug(f"{name}: {message}"))
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
 def load_model(path: Path) -> Any:
-    """The `mujoco.MjModel` of an XML file; warnings about it go to TorchRL's log, not to a file in the working folder.
+    """The `mujoco.MjModel` of an XML file.
 
     Examples:
         >>> load_model(gymnasium_model("half_cheetah.xml")).nu
         6
     """
-    mujoco = import_mujoco()
-    before = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda message: torchrl_logger.debug(f"{path.name}: {message}"))
-    try:
-        return mujoco.MjModel.from_xml_path(str(path))
-    finally:
-        mujoco.set_mju_user_warning(before)
+    with warnings_to_log(path.name):
+        return import_mujoco().MjModel.from_xml_path(str(path))
 
 
 class RolloutBackend:
@@ -179,7 +193,8 @@ class _TorchRLBackend:
     def __init__(self, name: str, path: Path, num_envs: int, frame_skip: int, device: torch.device):
         from torchrl.envs.custom.mujoco import _backends
 
-        self._backend = _backends.make_backend(name, path, num_envs=num_envs, device=device)
+        with warnings_to_log(path.name):
+            self._backend = _backends.make_backend(name, path, num_envs=num_envs, device=device)
         self.mj_model, self.frame_skip = self._backend.mj_model, frame_skip
         self.earlier_qpos = self.start_qpos = self.qpos
 
@@ -234,7 +249,6 @@ def make_backend(
             f"num_threads={num_threads} with backend={name!r}: at least 1, and only 'rollout' has threads of its own."
         )
     if name != "rollout":
-        import_mujoco()
         return _TorchRLBackend(name, path, num_envs, frame_skip, device)
     if device.type != "cpu":
         raise ValueError(
