@@ -3,6 +3,7 @@
 import builtins
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import gymnasium
 import numpy as np
@@ -263,16 +264,22 @@ def test_checkpoints_go_on_as_the_run_would_have():
         assert (ours == theirs).all()
 
 
-@pytest.mark.parametrize("backend", ["mujoco"])
+#: TorchRL's backends that are installed here: mjx takes minutes to compile and is no part of the extra `test`.
+BACKENDS = ["mujoco"]
+BACKENDS += ["mujoco-torch"] if find_spec("mujoco_torch") else []
+BACKENDS += ["mjx"] if find_spec("jax") and find_spec("mujoco.mjx") else []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_torchrls_backends_are_a_switch(backend):
     steps = {}
     for name in ("rollout", backend):
         env = HalfCheetahVelocity(batch_size=(1,), seed=0, backend=name, dtype=torch.float64)
         td = reset(env)
-        for step in range(10):
+        for step in range(5):
             td = env.step(act(env, td, seed=step))["next"].set("task", td["task"])
         steps[name] = td
-    # TorchRL's backend rounds to float32, and contacts make such differences grow.
+    # TorchRL's backends round to float32, and contacts make such differences grow.
     for key in ("observation", "reward", "velocity"):
         torch.testing.assert_close(steps[backend][key], steps["rollout"][key], rtol=0, atol=1e-4)
 

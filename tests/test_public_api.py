@@ -17,7 +17,7 @@ from rl2_torchrl import envs
 from rl2_torchrl.envs import LocomotionEnv
 
 PACKAGE = Path(rl2_torchrl.__file__).parent
-PUBLIC = ["rl2_torchrl", "rl2_torchrl.envs", "rl2_torchrl.baselines", "rl2_torchrl.testing"]
+PUBLIC = ["rl2_torchrl", "rl2_torchrl.envs", "rl2_torchrl.baselines", "rl2_torchrl.testing", "rl2_torchrl.video"]
 NAMES = [(module, name) for module in PUBLIC for name in importlib.import_module(module).__all__]
 
 # Names without an example of their own, and why.
@@ -34,7 +34,7 @@ LAYERS = [
     {"modules"},
     {"objectives"},
     {"collector", "evaluation", "lockstep", "testing", "update"},
-    {"training"},
+    {"training", "video"},
     {"report"},
 ]
 

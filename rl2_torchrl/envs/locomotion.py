@@ -11,8 +11,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 
+from rl2_torchrl.envs.camera import Camera
 from rl2_torchrl.envs.lockstep import LockstepEnv
-from rl2_torchrl.envs.physics import Array, BackendName, Bodies, gymnasium_model, import_mujoco, make_backend
+from rl2_torchrl.envs.physics import Array, BackendName, Bodies, gymnasium_model, make_backend
 from rl2_torchrl.tasks import TaskDistribution
 
 __all__ = [
@@ -40,8 +41,8 @@ class LocomotionEnv(LockstepEnv):
     Args:
         batch_size: batch size ``B`` of the env.
         horizon: steps of an episode. Default 200, the original's.
-        backend: ``"rollout"``, MuJoCo on all cores (default), or one of TorchRL's: ``"mujoco"`` (a single env),
-            ``"mujoco-torch"``, ``"mjx"``, of which the last two run on a GPU too.
+        backend: ``"rollout"``, MuJoCo on all cores (default), or one of TorchRL's: ``"mujoco"``, a single env; ``"mjx"``, on
+            JAX; ``"mujoco-torch"``, of which release 0.2.0 wants a MuJoCo before 4 and, with PyTorch 2.13, a single env.
         num_threads: threads of the physics, with ``"rollout"``. Default: one a core.
         seed: seed of the env's own generator, which draws where an episode begins; None takes fresh entropy.
         dtype: of observations and rewards, `torch.float32` (default) or `torch.float64`. The physics of "rollout" is in
@@ -105,6 +106,7 @@ class LocomotionEnv(LockstepEnv):
         self.generator = torch.Generator(self.device)
         self._set_seed(seed)
         self._steps = torch.zeros(*batch_size, 1, dtype=torch.int64, device=self.device)
+        self._camera: Camera | None = None
         self._make_specs()
 
     def _make_specs(self) -> None:
@@ -227,14 +229,15 @@ class LocomotionEnv(LockstepEnv):
 
     # -------------------------------------------------------------- pictures
     def render(self, row: int = 0, *, width: int = 480, height: int = 320, camera: str | int = "track") -> torch.Tensor:
-        """A picture of one row of the batch, ``[height, width, 3]`` uint8; without a display set ``MUJOCO_GL=egl``."""
-        mujoco = import_mujoco()
-        data = mujoco.MjData(self.model)
-        data.qpos[:], data.qvel[:] = self.physics.qpos[row].cpu().numpy(), self.physics.qvel[row].cpu().numpy()
-        mujoco.mj_forward(self.model, data)
-        with mujoco.Renderer(self.model, height, width) as renderer:
-            renderer.update_scene(data, camera)
-            return torch.from_numpy(renderer.render().copy())
+        """A picture of one row of the batch, ``[height, width, 3]`` uint8; without a display set ``MUJOCO_GL=egl``.
+
+        Its `Camera` is kept for the next picture of the same size. `rl2_torchrl.video` makes videos of whole trials.
+        """
+        if self._camera is None or self._camera.size != (width, height):
+            if self._camera is not None:
+                self._camera.close()
+            self._camera = Camera(self.model, width, height)
+        return self._camera.picture(self.physics.qpos[row].cpu().numpy(), self.physics.qvel[row].cpu().numpy(), camera)
 
 
 class _HalfCheetah(LocomotionEnv):
