@@ -34,6 +34,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import HalfCheetahDirection, HalfCheetahVelocity, signs, velocities
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.video import record_trial, video_suffix
 
 # Streams of random numbers that never meet.
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TRAIN_STARTS, HELD_OUT_STARTS = range(5)
@@ -136,6 +137,7 @@ def main(
     logger: Literal["csv", "tensorboard", "wandb"] = "csv",
     log_dir: Path = Path("runs/half_cheetah"),
     resume: bool = False,
+    video: bool = False,
     progress: bool = True,
 ) -> "CheetahReport":
     """Trains RL² on HalfCheetah with a goal that only its rewards tell of, and reports how it adapts to held-out goals.
@@ -155,6 +157,8 @@ def main(
         logger: where scalars go; tensorboard and wandb are extras of the package.
         log_dir: folder of the run: report.json, report.png, velocity.png, scalars and checkpoints.
         resume: go on from the newest checkpoint in log_dir.
+        video: film a held-out trial before and after the training: untrained.mp4 and trial.mp4, or .gif without ffmpeg
+            (extra video). Without a display set MUJOCO_GL=egl.
         progress: show a progress bar.
     """
     if report_tasks < 2:
@@ -166,6 +170,8 @@ def main(
     game = Game(task, settings.episodes, settings.horizon, max_velocity, seed)
     collector, update = compose(game, settings)
     actor = update.loss.actor_network
+    if video:  # before the training, so that what is missing is missed now
+        game.film(actor, log_dir / "untrained")
     result = train(
         collector,
         update,
@@ -179,6 +185,8 @@ def main(
     )
     report = make_report(game, actor, game.tasks(REPORT_TASKS, report_tasks), result)
     path = report.save(log_dir)
+    if video:
+        game.film(actor, log_dir / "trial")
     console = Console()
     console.print(report.table())
     console.print(f"{result.env_steps:,} steps in {result.seconds:.0f} s; report and plots: {path.parent}")
@@ -243,6 +251,13 @@ class Game:
         """One trial on each of ``tasks`` [num_tasks, 1]; ``how`` goes to `adaptation_curve`."""
         env = self.env(TaskSampler.fixed(tasks), len(tasks), HELD_OUT_STARTS)
         return adaptation_curve(env, actor, len(tasks), **how)
+
+    def film(self, actor: GRUGaussianActor, path: Path) -> Path:
+        """Writes a video of one trial on the report's first task; random numbers elsewhere stay what they are without it."""
+        env = self.env(TaskSampler.fixed(self.tasks(REPORT_TASKS, 1)), 1, HELD_OUT_STARTS)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return record_trial(env, actor, path.with_suffix(video_suffix()))
 
     def scalars(self, actor: GRUGaussianActor, tasks: torch.Tensor) -> dict[str, float]:
         """What a held-out evaluation logs: returns of first and last episode, and how near the last one came to the task."""

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from recipes import benchmark, gru_benchmark
+from recipes import benchmark, gru_benchmark, locomotion_benchmark
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +65,24 @@ def test_gru_table_compares_every_backend():
 def test_a_device_that_did_nothing_was_not_busy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert benchmark.device_busy(lambda: torch.ones(10).sum()) == 0
+
+
+def test_cheetahs_are_timed_on_the_same_work(tmp_path):
+    file = tmp_path / "cheetahs.json"
+    locomotion_benchmark.main(rows=(1, 3), threads=2, steps=4, repeats=2, json=file)
+    stored = json.loads(file.read_text())
+    assert set(stored) == {"1", "3"}
+    for rows, figure in stored.items():
+        assert figure["difference"] == 0  # the env leaves its cheetahs where bare MuJoCo does
+        names = {"mujoco.rollout", "env.transition", "env.rollout", "backend mujoco"}
+        assert names == set(figure["share"]) == set(figure["steps_per_second"]) == set(figure["seconds_per_step"])
+        assert figure["share"]["mujoco.rollout"] == 1
+        for name, seconds in figure["seconds_per_step"].items():
+            assert len(seconds) == 2
+            speeds = sorted(int(rows) / own for own in seconds)
+            assert speeds[0] <= figure["steps_per_second"][name] <= speeds[1]
+
+
+def test_no_cheetahs_to_time():
+    with pytest.raises(ValueError, match="steps=0"):
+        locomotion_benchmark.main(steps=0)

@@ -1,8 +1,12 @@
 """The batched MuJoCo envs are Gymnasium's, step by step, and their rows do not touch one another."""
 
 import builtins
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -42,30 +46,59 @@ def act(env, td, seed=0):
     return td.set("action", 2 * torch.rand(env.action_spec.shape, dtype=env.dtype) - 1)
 
 
-@pytest.mark.parametrize(
-    ("env_class", "name", "steps"), [(HalfCheetahVelocity, "HalfCheetah-v5", 1000), (AntGoal, "Ant-v5", 100)]
-)
-def test_every_step_is_gymnasiums(env_class, name, steps):
-    rows = 4
+def cheetahs_observation(theirs):
+    return np.concatenate((theirs.state_vector()[1:], theirs.get_body_com("torso")))
+
+
+@dataclass
+class Twin:
+    """Gymnasium's env of the same body; what ours observes and pays, from the state that Gymnasium's is in."""
+
+    name: str
+    observation: Callable
+    reward: Callable  # of task, velocity, data and the action's squared norm
+
+
+TWINS = {
+    HalfCheetahDirection: Twin("HalfCheetah-v5", cheetahs_observation, lambda d, v, _, a: d * v - 0.05 * a),
+    HalfCheetahVelocity: Twin("HalfCheetah-v5", cheetahs_observation, lambda u, v, _, a: -abs(v - u) - 0.05 * a),
+    AntDirection: Twin(
+        "Ant-v5",
+        lambda theirs: theirs.state_vector()[2:],
+        lambda d, v, data, a: d @ v + (0.2 <= data.qpos[2] <= 1.0) - 0.5 * a,
+    ),
+    AntGoal: Twin(
+        "Ant-v5",
+        lambda theirs: theirs.state_vector(),
+        lambda goal, _, data, a: -abs(data.qpos[:2] - goal).sum() - 0.1 * a,
+    ),
+}
+
+
+@pytest.mark.parametrize("env_class", TWINS)
+def test_every_step_is_gymnasiums(env_class):
+    rows, steps, twin, near = 4, 1000, TWINS[env_class], {"rtol": 0, "atol": 1e-10}
     env = env_class(batch_size=(rows,), horizon=steps, seed=0, dtype=torch.float64)
-    theirs = gymnasium.make(name).unwrapped
+    theirs = gymnasium.make(twin.name).unwrapped
     theirs.reset(seed=0)
-    td, n = reset(env), theirs.model.nq + theirs.model.nv
+    td = reset(env)
     for step in range(steps // rows):
         start = env.get_extra_state()
         td = act(env, td, seed=step)
         following = env.step(td)["next"]
         for row in range(rows):
-            theirs.set_state(start["qpos"][row].numpy(), start["qvel"][row].numpy())
-            *_, info = theirs.step(td["action"][row].numpy())
-            state = torch.from_numpy(theirs.state_vector())
-            ours = torch.cat((env.physics.qpos[row], env.physics.qvel[row]))
-            torch.testing.assert_close(ours, state, rtol=0, atol=1e-10)
-            if env_class is HalfCheetahVelocity:  # Ant-v5 measures its torso's velocity a step of the simulation before
-                assert following["velocity"][row, 0].item() == pytest.approx(info["x_velocity"], abs=1e-10)
-                torso = torch.from_numpy(theirs.get_body_com("torso").copy())
-                expected = torch.cat((state[1:n], torso))
-                torch.testing.assert_close(following["observation"][row], expected, rtol=0, atol=1e-10)
+            qpos, action, task = start["qpos"][row].numpy(), td["action"][row].numpy(), td["task"][row].numpy()
+            theirs.set_state(qpos, start["qvel"][row].numpy())
+            *_, info = theirs.step(action)
+            state = np.concatenate((env.physics.qpos[row], env.physics.qvel[row]))
+            np.testing.assert_allclose(state, theirs.state_vector(), **near)
+            np.testing.assert_allclose(following["observation"][row], twin.observation(theirs), **near)
+            velocity = (theirs.data.qpos - qpos)[: env.axes] / theirs.dt
+            np.testing.assert_allclose(following["velocity"][row], velocity, **near)
+            if twin.name == "HalfCheetah-v5":  # Ant-v5 measures its torso's a step of the simulation before
+                np.testing.assert_allclose(velocity, info["x_velocity"], **near)
+            reward = twin.reward(task, velocity, theirs.data, action @ action)
+            np.testing.assert_allclose(following["reward"][row], np.atleast_1d(reward), **near)
         td = following.set("task", td["task"])
 
 
@@ -107,14 +140,14 @@ def test_cheetahs_rewards(env_class, task, expected):
 
 
 def test_ants_rewards():
-    ones, velocity = torch.ones(2, 8), torch.tensor([[2.0, 1.0], [-3.0, 0.0]])
+    ones, velocity = np.ones((2, 8)), np.array([[2.0, 1.0], [-3.0, 0.0]])
     runner = AntDirection(batch_size=(2,), seed=0)
     reset(runner)
     runner.physics.qpos[1, 2] = 1.5  # not upright
-    reward = runner.reward(torch.tensor([[0.6, 0.8], [1.0, 0.0]]), velocity, velocity, ones)
-    torch.testing.assert_close(reward, torch.tensor([[2.0 + 1 - 4], [-3.0 - 4]]).double())
-    reward = AntGoal(batch_size=(2,)).reward(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), velocity, velocity, ones)
-    torch.testing.assert_close(reward, torch.tensor([[-1.0 - 0.8], [-6.0 - 0.8]]))
+    reward = runner.reward(np.array([[0.6, 0.8], [1.0, 0.0]]), velocity, velocity, ones)
+    np.testing.assert_allclose(reward, [[2.0 + 1 - 4], [-3.0 - 4]])
+    reward = AntGoal(batch_size=(2,)).reward(np.array([[1.0, 1.0], [0.0, 3.0]]), velocity, velocity, ones)
+    np.testing.assert_allclose(reward, [[-1.0 - 0.8], [-6.0 - 0.8]])
 
 
 @pytest.mark.parametrize("env_class", TASKS)
@@ -126,7 +159,7 @@ def test_masked_resets_touch_only_their_rows(env_class):
     mask = torch.tensor([[False], [True], [False]])
     after = env.reset(TensorDict({"task": td["task"], "_reset": mask}, [3]))
     state = env.get_extra_state()
-    for key in ("qpos", "qvel", "earlier_qpos", "steps", "velocity"):
+    for key in ("qpos", "qvel", "earlier_qpos", "start_qpos", "steps"):
         assert torch.equal(state[key][[0, 2]], before[key][[0, 2]]), key
         assert not torch.equal(state[key][1], before[key][1]), key
     assert state["steps"][1] == 0
@@ -166,6 +199,19 @@ def test_keeps_the_trial_contract(env_class):
         return TransformedEnv(env_class(batch_size=(2,), horizon=4, seed=0), transforms)
 
     check_trial_env(make())
+
+
+def test_what_a_step_returned_is_not_written_over():
+    env = HalfCheetahVelocity(batch_size=(3,), seed=0)
+    td = reset(env)
+    returned = [env.transition(td["task"], None, torch.full((3, 6), level)) for level in (0.5, -0.5)]
+    td = act(env, td)
+    returned += [[env.step(td.clone())["next", key] for key in ("observation", "reward", "velocity")]]
+    as_they_were = [[tensor.clone() for tensor in tensors] for tensors in returned]
+    env.step(td), reset(env, seed=1)
+    for tensors, earlier in zip(returned, as_they_were, strict=True):
+        assert all(map(torch.equal, tensors, earlier))
+    assert not torch.equal(returned[0][1], returned[1][1])
 
 
 def trial_env(rows=4, episodes=2, horizon=3):
@@ -218,17 +264,22 @@ def test_checkpoints_go_on_as_the_run_would_have():
         assert (ours == theirs).all()
 
 
-@pytest.mark.parametrize("backend", ["mujoco"])
-def test_torchrls_backends_are_a_switch(backend, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings there
+#: TorchRL's backends that are installed here: mjx takes minutes to compile and is no part of the extra `test`.
+BACKENDS = ["mujoco"]
+BACKENDS += ["mujoco-torch"] if find_spec("mujoco_torch") else []
+BACKENDS += ["mjx"] if find_spec("jax") and find_spec("mujoco.mjx") else []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torchrls_backends_are_a_switch(backend):
     steps = {}
     for name in ("rollout", backend):
         env = HalfCheetahVelocity(batch_size=(1,), seed=0, backend=name, dtype=torch.float64)
         td = reset(env)
-        for step in range(10):
+        for step in range(5):
             td = env.step(act(env, td, seed=step))["next"].set("task", td["task"])
         steps[name] = td
-    # TorchRL's backend rounds to float32, and contacts make such differences grow.
+    # TorchRL's backends round to float32, and contacts make such differences grow.
     for key in ("observation", "reward", "velocity"):
         torch.testing.assert_close(steps[backend][key], steps["rollout"][key], rtol=0, atol=1e-4)
 
@@ -243,9 +294,14 @@ def test_nan_actions_are_an_error():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"), [({"batch_size": (0,)}, "at least one env"), ({"horizon": 0}, "one step")]
+    ("kwargs", "message"),
+    [
+        ({"batch_size": (0,)}, "at least one env"),
+        ({"horizon": 0}, "one step"),
+        ({"dtype": torch.bfloat16}, "float32 or torch.float64"),
+    ],
 )
-def test_impossible_sizes(kwargs, message):
+def test_impossible_sizes_and_types(kwargs, message):
     with pytest.raises(ValueError, match=message):
         HalfCheetahVelocity(**kwargs)
 
@@ -286,10 +342,12 @@ def test_missing_mujoco_names_the_extra(monkeypatch):
         HalfCheetahVelocity()
 
 
-def test_nothing_is_written_into_the_working_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("backend", ["rollout", "mujoco"])
+def test_a_model_is_loaded_in_silence(backend, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    HalfCheetahVelocity()
+    HalfCheetahVelocity(backend=backend)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -13,9 +13,11 @@ from torch import nn
 from torchrl.envs import EnvBase
 
 import rl2_torchrl
+from rl2_torchrl import envs
+from rl2_torchrl.envs import LocomotionEnv
 
 PACKAGE = Path(rl2_torchrl.__file__).parent
-PUBLIC = ["rl2_torchrl", "rl2_torchrl.envs", "rl2_torchrl.baselines", "rl2_torchrl.testing"]
+PUBLIC = ["rl2_torchrl", "rl2_torchrl.envs", "rl2_torchrl.baselines", "rl2_torchrl.testing", "rl2_torchrl.video"]
 NAMES = [(module, name) for module in PUBLIC for name in importlib.import_module(module).__all__]
 
 # Names without an example of their own, and why.
@@ -32,7 +34,7 @@ LAYERS = [
     {"modules"},
     {"objectives"},
     {"collector", "evaluation", "lockstep", "testing", "update"},
-    {"training"},
+    {"training", "video"},
     {"report"},
 ]
 
@@ -134,6 +136,17 @@ def test_shapes_are_said_where_tensors_go_in(module, name):
     is_network = inspect.isclass(entry) and issubclass(entry, nn.Module) and not issubclass(entry, EnvBase)
     if is_network or re.search(r"\bTensor(Dict|DictBase)?\b", types):
         assert re.search(r"``\[[\w*., -]*\]``|\bshape\b", doc)
+
+
+def test_arguments_of_the_bodies_in_mujoco_are_described_once():
+    arguments = inspect.getdoc(LocomotionEnv).partition("Args:")[2].partition("Raises:")[0]
+    described = re.findall(r"^    (\w+): ", arguments, re.MULTILINE)
+    assert ["self", *described] == list(inspect.signature(LocomotionEnv.__init__).parameters)
+    bodies = [cls for _, cls in inspect.getmembers(envs, inspect.isclass) if issubclass(cls, LocomotionEnv)]
+    assert len(bodies) == 5
+    for cls in set(bodies) - {LocomotionEnv}:
+        assert cls.__init__ is LocomotionEnv.__init__
+        assert "Arguments: those of `LocomotionEnv`." in re.sub(r"\s+", " ", inspect.getdoc(cls)), cls
 
 
 # -------------------------------------------------------------------- imports

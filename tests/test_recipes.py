@@ -199,6 +199,18 @@ def test_a_report_without_one_of_the_directions_is_saved(tmp_path, monkeypatch):
     assert all(map(math.isfinite, stored["forward"]["agent"]))
 
 
+def test_filming_changes_nothing_else(tmp_path, monkeypatch):
+    def drawn(env, row, *, width, height):  # a stand-in, which needs no OpenGL
+        return torch.zeros(height, width, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(half_cheetah.HalfCheetahDirection, "render", drawn)
+    filmed = run("half_cheetah", tmp_path / "filmed", seed=3, video=True)
+    assert result_of(filmed) == result_of(run("half_cheetah", tmp_path / "not", seed=3))
+    for name in ("untrained.mp4", "trial.mp4"):
+        assert (tmp_path / "filmed" / name).stat().st_size > 0
+    assert not list((tmp_path / "not").glob("*.mp4"))
+
+
 def test_errors_of_speed_are_made_positive_before_any_mean():
     record = half_cheetah.VelocityRecord()
     for velocity in ([1.0, 3.0], [3.0, 2.0], [2.0, 0.0], [2.0, 2.0]):

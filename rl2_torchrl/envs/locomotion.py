@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,8 +11,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 
+from rl2_torchrl.envs.camera import Camera
 from rl2_torchrl.envs.lockstep import LockstepEnv
-from rl2_torchrl.envs.physics import BackendName, gymnasium_model, import_mujoco, make_backend
+from rl2_torchrl.envs.physics import Array, BackendName, Bodies, gymnasium_model, make_backend
 from rl2_torchrl.tasks import TaskDistribution
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "AntGoal",
     "HalfCheetahDirection",
     "HalfCheetahVelocity",
+    "LocomotionEnv",
     "directions",
     "goals_in_disc",
     "signs",
@@ -26,24 +29,40 @@ __all__ = [
 ]
 
 
-class _Locomotion(LockstepEnv):
-    """A body of Gymnasium's MuJoCo models in episodes of ``horizon`` steps that never end early.
+class LocomotionEnv(LockstepEnv):
+    """A body of Gymnasium's MuJoCo models in episodes of ``horizon`` steps that never end early: what all envs here share.
+
+    A reset takes the entry ``"task"`` ``[*B, task_size]``. Every step gives ``"observation"`` ``[*B, ...]``, ``"velocity"``
+    ``[*B, axes]``, the torso's mean velocity over the step in m/s, and ``"reward"`` ``[*B, 1]``. An action ``[*B, nu]`` is the
+    motors' control in [-1, 1], held for 5 steps of the simulation: 0.05 s. An episode begins near the model's initial pose.
+
+    To pay for something else, derive from one of its envs and write a `reward`.
 
     Args:
         batch_size: batch size ``B`` of the env.
         horizon: steps of an episode. Default 200, the original's.
-        backend: ``"rollout"``, MuJoCo on all cores (default), or one of TorchRL's: ``"mujoco"`` (a loop over
-            one env), ``"mujoco-torch"``, ``"mjx"``, of which the last two run on a GPU too.
+        backend: ``"rollout"``, MuJoCo on all cores (default), or one of TorchRL's: ``"mujoco"``, a single env; ``"mjx"``, on
+            JAX; ``"mujoco-torch"``, of which release 0.2.0 wants a MuJoCo before 4 and, with PyTorch 2.13, a single env.
         num_threads: threads of the physics, with ``"rollout"``. Default: as many as PyTorch has.
         seed: seed of the env's own generator, which draws where an episode begins; None takes fresh entropy.
-        dtype: of observations and rewards. The physics is in float64. Default `torch.float32`.
+        dtype: of observations and rewards, `torch.float32` (default) or `torch.float64`. The physics of "rollout" is in
+            float64.
         device: device of all tensors. Defaults to the CPU.
 
     Raises:
         ImportError: MuJoCo is not installed (extra ``mujoco``).
-        ValueError: an empty ``batch_size``, or ``horizon`` below 1.
+        ValueError: an empty ``batch_size``, ``horizon`` below 1, another ``dtype``.
         KeyError: at a reset without a task.
         FloatingPointError: an action is not finite, or the simulation blew up.
+
+    Examples:
+        >>> class HalfCheetahHeight(HalfCheetahVelocity):
+        ...     def reward(self, task, velocity, place, action):
+        ...         return -abs(self.physics.bodies.qpos[:, 1:2] - task)  # hold the torso at that height (m)
+        >>> env = HalfCheetahHeight(batch_size=(2,), horizon=50, seed=0)
+        >>> td = env.reset(TensorDict({"task": torch.tensor([[0.0], [0.2]])}, [2]))
+        >>> env.rollout(50, auto_reset=False, tensordict=td.set("task", torch.zeros(2, 1)))["next", "reward"].shape
+        torch.Size([2, 50, 1])
     """
 
     batch_locked = True
@@ -72,6 +91,10 @@ class _Locomotion(LockstepEnv):
             raise ValueError(
                 f"batch_size={tuple(batch_size)}, horizon={horizon}: there must be at least one env and one step."
             )
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"dtype={dtype}: the physics hands over torch.float32 or torch.float64; convert afterwards."
+            )
         super().__init__(device=device or "cpu", batch_size=batch_size)
         self.episode_steps, self.dtype = horizon, dtype
         self.physics = make_backend(
@@ -83,7 +106,7 @@ class _Locomotion(LockstepEnv):
         self.generator = torch.Generator(self.device)
         self._set_seed(seed)
         self._steps = torch.zeros(*batch_size, 1, dtype=torch.int64, device=self.device)
-        self._velocity = torch.zeros(*batch_size, self.axes, dtype=dtype, device=self.device)
+        self._camera: Camera | None = None
         self._make_specs()
 
     def _make_specs(self) -> None:
@@ -95,7 +118,7 @@ class _Locomotion(LockstepEnv):
         within = {"shape": self.batch_size, "device": self.device}
         self.state_spec = Composite(task=Unbounded((*self.batch_size, self.task_size), **factory), **within)
         observation = Unbounded(self._observe().shape, **factory)
-        velocity = Unbounded(self._velocity.shape, **factory)
+        velocity = Unbounded((*self.batch_size, self.axes), **factory)
         self.observation_spec = Composite(observation=observation, velocity=velocity, **within)
         self.reward_spec = Unbounded((*self.batch_size, 1), **factory)
         flag = Binary(1, (*self.batch_size, 1), device=self.device, dtype=torch.bool)
@@ -103,16 +126,21 @@ class _Locomotion(LockstepEnv):
 
     # ------------------------------------------------------------- the task
     @abstractmethod
-    def reward(
-        self, task: torch.Tensor, velocity: torch.Tensor, place: torch.Tensor, action: torch.Tensor
-    ) -> torch.Tensor:
-        """Reward ``[*B, 1]`` of a step with ``action`` ``[*B, nu]`` at mean ``velocity`` ``[*B, axes]`` (m/s) to ``place``.
+    def reward(self, task: Array, velocity: Array, place: Array, action: Array) -> Array:
+        """Reward ``[N, 1]`` of a step of all N rows of the batch.
 
-        ``place`` ``[*B, axes]`` (m) is the torso's; all are float64.
+        All arguments are NumPy arrays in float64 with the backend "rollout", tensors with TorchRL's: calculate with what
+        both have, such as operators, ``abs``, indices and ``.sum(-1)``.
+
+        Args:
+            task: ``[N, task_size]``.
+            velocity: the torso's mean velocity over the step, ``[N, axes]``, in m/s.
+            place: where the torso is after it, ``[N, axes]``, in m.
+            action: ``[N, nu]``, as the policy gave it.
         """
 
     @abstractmethod
-    def _features(self, qpos: torch.Tensor, qvel: torch.Tensor, earlier_qpos: torch.Tensor) -> list[torch.Tensor]:
+    def _features(self, bodies: Bodies) -> list[Array]:
         """Parts of the observation, each ``[N, size]``."""
 
     # ------------------------------------------------------ plain tensors
@@ -125,16 +153,18 @@ class _Locomotion(LockstepEnv):
         self, task: torch.Tensor, observation: torch.Tensor, action: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Reward and next observation; the simulation itself holds where the bodies are, not ``observation``."""
-        before = self.physics.qpos[:, : self.axes].clone()
-        self.physics.step(action.reshape(self.batch_size.numel(), -1))
-        place = self.physics.qpos[:, : self.axes]
-        velocity = ((place - before) / self.dt).reshape(*self.batch_size, self.axes)
-        self._velocity = velocity.to(self.dtype)
-        inputs = (task.to(velocity), velocity, place.reshape(velocity.shape), action.to(velocity))
-        reward = self.reward(*inputs).to(self.dtype)
-        if not torch.isfinite(reward).all():
-            _raise_not_finite(action)
-        return reward, self._observe()
+        physics = self.physics
+        action = physics.array(action)
+        physics.step(action)
+        place = physics.bodies.qpos[:, : self.axes]
+        reward = self.reward(physics.array(task), self._velocity(), place, action)
+        _check_finite(reward, action)
+        return self._tensor(reward), self._observe()
+
+    def _velocity(self) -> Array:
+        """Mean velocity ``[N, axes]`` over the last step, in m/s; 0 where an episode has just begun."""
+        bodies = self.physics.bodies
+        return (bodies.qpos[:, : self.axes] - bodies.start_qpos[:, : self.axes]) / self.dt
 
     def _begin(self, rows: torch.Tensor) -> None:
         """Puts ``rows`` (bool ``[N]``) near the model's initial pose, at rest but for noise, as Gymnasium does."""
@@ -143,12 +173,13 @@ class _Locomotion(LockstepEnv):
         qvel = 0.1 * torch.randn(len(rows), self.model.nv, generator=self.generator, **factory)
         qpos = torch.from_numpy(self.model.qpos0).to(noise) + noise
         self.physics.reset_mask(rows, qpos, qvel)
-        self._velocity = self._velocity.masked_fill(rows.reshape(*self.batch_size, 1), 0.0)
 
     def _observe(self) -> torch.Tensor:
-        physics = self.physics
-        features = torch.cat(self._features(physics.qpos, physics.qvel, physics.earlier_qpos), -1)
-        return features.to(self.dtype).reshape(*self.batch_size, -1)
+        return self._tensor(*self._features(self.physics.bodies))
+
+    def _tensor(self, *parts: Array) -> torch.Tensor:
+        """``parts``, each ``[N, size]``, side by side as a new tensor ``[*B, sum of sizes]`` of the env's dtype."""
+        return self.physics.join(parts, self.dtype).reshape(*self.batch_size, -1)
 
     # ---------------------------------------------------------- TensorDicts
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
@@ -171,7 +202,7 @@ class _Locomotion(LockstepEnv):
     def _entries(self, observation: torch.Tensor) -> TensorDict:
         done = self._steps >= self.episode_steps
         ends = {"done": done, "terminated": torch.zeros_like(done), "truncated": done.clone()}
-        entries = {"observation": observation, "velocity": self._velocity.clone(), **ends}
+        entries = {"observation": observation, "velocity": self._tensor(self._velocity()), **ends}
         return TensorDict(entries, batch_size=self.batch_size, device=self.device)
 
     # ---------------------------------------------------- seeds, checkpoints
@@ -184,9 +215,8 @@ class _Locomotion(LockstepEnv):
 
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """Bodies, step counts and generator, so that a checkpoint goes on as the run would have."""
-        physics = self.physics
-        places = {"qpos": physics.qpos, "qvel": physics.qvel, "earlier_qpos": physics.earlier_qpos}
-        places |= {"steps": self._steps, "velocity": self._velocity}
+        places = {name: getattr(self.physics, name) for name in Bodies._fields}
+        places["steps"] = self._steps
         return {"generator": self.generator.get_state(), **{key: value.clone() for key, value in places.items()}}
 
     def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -194,34 +224,30 @@ class _Locomotion(LockstepEnv):
         self.generator.set_state(state["generator"].cpu())
         everywhere = torch.ones(self.batch_size.numel(), dtype=torch.bool, device=self.device)
         self.physics.reset_mask(everywhere, state["qpos"], state["qvel"])
-        self.physics.earlier_qpos[:] = state["earlier_qpos"]
-        self._steps, self._velocity = state["steps"].clone(), state["velocity"].clone()
+        self.physics.earlier_qpos[:], self.physics.start_qpos[:] = state["earlier_qpos"], state["start_qpos"]
+        self._steps = state["steps"].clone()
 
     # -------------------------------------------------------------- pictures
     def render(self, row: int = 0, *, width: int = 480, height: int = 320, camera: str | int = "track") -> torch.Tensor:
-        """A picture of one row of the batch, ``[height, width, 3]`` uint8; without a display set ``MUJOCO_GL=egl``."""
-        mujoco = import_mujoco()
-        data = mujoco.MjData(self.model)
-        data.qpos[:], data.qvel[:] = self.physics.qpos[row].cpu().numpy(), self.physics.qvel[row].cpu().numpy()
-        mujoco.mj_forward(self.model, data)
-        with mujoco.Renderer(self.model, height, width) as renderer:
-            renderer.update_scene(data, camera)
-            return torch.from_numpy(renderer.render().copy())
+        """A picture of one row of the batch, ``[height, width, 3]`` uint8; without a display set ``MUJOCO_GL=egl``.
+
+        Its `Camera` is kept for the next picture of the same size. `rl2_torchrl.video` makes videos of whole trials.
+        """
+        if self._camera is None or self._camera.size != (width, height):
+            if self._camera is not None:
+                self._camera.close()
+            self._camera = Camera(self.model, width, height)
+        return self._camera.picture(self.physics.qpos[row].cpu().numpy(), self.physics.qvel[row].cpu().numpy(), camera)
 
 
-class _HalfCheetah(_Locomotion):
-    """Observation ``[*B, 20]``: ``qpos`` without the place along the track, ``qvel``, and the torso's place (x, y, z).
-
-    The last is what MuJoCo holds after a step, the torso's place one step of the simulation (10 ms) before.
-    """
-
+class _HalfCheetah(LocomotionEnv):
     model_file = "half_cheetah.xml"
     task_size = axes = 1
 
-    def _features(self, qpos: torch.Tensor, qvel: torch.Tensor, earlier_qpos: torch.Tensor) -> list[torch.Tensor]:
+    def _features(self, bodies: Bodies) -> list[Array]:
         # The root slides along x and z from where the model puts the torso.
-        x, z = earlier_qpos[:, :1], earlier_qpos[:, 1:2] + self._torso_height
-        return [qpos[:, 1:], qvel, x, torch.zeros_like(x), z]
+        x, z = bodies.earlier_qpos[:, :1], bodies.earlier_qpos[:, 1:2]
+        return [bodies.qpos[:, 1:], bodies.qvel, x, 0 * x, z + self._torso_height]
 
     @cached_property
     def _torso_height(self) -> float:
@@ -229,7 +255,11 @@ class _HalfCheetah(_Locomotion):
 
 
 class HalfCheetahDirection(_HalfCheetah):
-    """HalfCheetah that shall run forward or backward: ``task · v_x - 0.05 |action|²`` (task ±1, m/s); 200 steps an episode.
+    """HalfCheetah that shall run forward or backward: ``task · v_x - 0.05 |action|²`` (task ±1, m/s).
+
+    Observation ``[*B, 20]``: ``qpos`` without the place along the track, ``qvel``, and the torso's place (x, y, z), which MuJoCo
+    leaves as it was one step of the simulation (10 ms) before. Task ``[*B, 1]``, action ``[*B, 6]``.
+    Arguments: those of `LocomotionEnv`.
 
     Examples:
         >>> env = HalfCheetahDirection(batch_size=(2,), seed=0)
@@ -243,7 +273,11 @@ class HalfCheetahDirection(_HalfCheetah):
 
 
 class HalfCheetahVelocity(_HalfCheetah):
-    """HalfCheetah that shall run at the task's velocity: ``-|v_x - task| - 0.05 |action|²`` (m/s); 200 steps an episode.
+    """HalfCheetah that shall run at the task's velocity: ``-|v_x - task| - 0.05 |action|²`` (m/s).
+
+    Observation ``[*B, 20]``: ``qpos`` without the place along the track, ``qvel``, and the torso's place (x, y, z), which MuJoCo
+    leaves as it was one step of the simulation (10 ms) before. Task ``[*B, 1]``, action ``[*B, 6]``.
+    Arguments: those of `LocomotionEnv`.
 
     Examples:
         >>> env = HalfCheetahVelocity(batch_size=(2,), seed=0)
@@ -253,29 +287,30 @@ class HalfCheetahVelocity(_HalfCheetah):
     """
 
     def reward(self, task, velocity, place, action):
-        return -(velocity - task).abs() - 0.05 * _squared(action)
+        return -abs(velocity - task) - 0.05 * _squared(action)
 
 
-class _Ant(_Locomotion):
+class _Ant(LocomotionEnv):
     """An ant; it is not stopped when it falls over, so that all trials have the same number of steps."""
 
     model_file = "ant.xml"
     task_size = axes = 2
 
-    def _features(self, qpos: torch.Tensor, qvel: torch.Tensor, earlier_qpos: torch.Tensor) -> list[torch.Tensor]:
-        return [qpos[:, 2:], qvel]
+    def _features(self, bodies: Bodies) -> list[Array]:
+        return [bodies.qpos[:, 2:], bodies.qvel]
 
-    def _upright(self) -> torch.Tensor:
-        """1 where the torso is between 0.2 and 1 m high, 0 elsewhere, ``[*B, 1]``."""
-        height = self.physics.qpos[:, 2].reshape(*self.batch_size, 1)
-        return ((height >= 0.2) & (height <= 1.0)).to(height.dtype)
+    def _upright(self) -> Array:
+        """1 where the torso is between 0.2 and 1 m high, 0 elsewhere, ``[N, 1]``."""
+        height = self.physics.bodies.qpos[:, 2:3]
+        return 1.0 * ((height >= 0.2) & (height <= 1.0))
 
 
 class AntDirection(_Ant):
     """Ant that shall run along the task, a unit vector: ``task · v + upright - 0.5 |action|²``; observation ``[*B, 27]``.
 
     ``upright`` is 1 while the torso is between 0.2 and 1 m high (VariBAD's AntDir, Zintgraf et al. 2020, without its end
-    of an episode at a fall and without its cost of contacts).
+    of an episode at a fall and without its cost of contacts). Observation: ``qpos`` without x and y, and ``qvel``. Task
+    ``[*B, 2]``, action ``[*B, 8]``. Arguments: those of `LocomotionEnv`.
 
     Examples:
         >>> env = AntDirection(batch_size=(2,), seed=0)
@@ -284,13 +319,14 @@ class AntDirection(_Ant):
     """
 
     def reward(self, task, velocity, place, action):
-        return (task * velocity).sum(-1, keepdim=True) + self._upright() - 0.5 * _squared(action)
+        return (task * velocity).sum(-1)[..., None] + self._upright() - 0.5 * _squared(action)
 
 
 class AntGoal(_Ant):
     """Ant that shall reach the task, a place (x, y) in metres: ``-|place - task|₁ - 0.1 |action|²``; observation ``[*B, 29]``.
 
-    As VariBAD's AntGoal (Zintgraf et al. 2020), without its cost of contacts.
+    As VariBAD's AntGoal (Zintgraf et al. 2020), without its cost of contacts. Observation: ``qpos`` and ``qvel``. Task
+    ``[*B, 2]``, action ``[*B, 8]``. Arguments: those of `LocomotionEnv`.
 
     Examples:
         >>> env = AntGoal(batch_size=(2,), seed=0)
@@ -298,21 +334,24 @@ class AntGoal(_Ant):
         torch.Size([2, 29])
     """
 
-    def _features(self, qpos, qvel, earlier_qpos):
-        return [qpos, qvel]
+    def _features(self, bodies):
+        return [bodies.qpos, bodies.qvel]
 
     def reward(self, task, velocity, place, action):
-        return -(place - task).abs().sum(-1, keepdim=True) - 0.1 * _squared(action)
+        return -abs(place - task).sum(-1)[..., None] - 0.1 * _squared(action)
 
 
-def _raise_not_finite(action: torch.Tensor) -> None:
-    if not torch.isfinite(action).all():
+def _check_finite(reward: Array, action: Array) -> None:
+    # NaN and infinity spread into the sum, and a sum is quicker than a look at each.
+    if math.isfinite(reward.sum()):
+        return
+    if not math.isfinite(action.sum()):
         raise FloatingPointError("an action is NaN or infinite: the policy has broken down, look at its losses.")
     raise FloatingPointError("the reward is not finite: MuJoCo could not solve a step, or the task is NaN or infinite.")
 
 
-def _squared(action: torch.Tensor) -> torch.Tensor:
-    return action.square().sum(-1, keepdim=True)
+def _squared(action: Array) -> Array:
+    return (action * action).sum(-1)[..., None]
 
 
 # ---------------------------------------------------------------- tasks

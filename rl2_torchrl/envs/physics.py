@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torchrl import torchrl_logger
 
-__all__ = ["BackendName", "RolloutBackend", "gymnasium_model", "import_mujoco", "load_model", "make_backend"]
+__all__ = [
+    "Array",
+    "BackendName",
+    "Bodies",
+    "RolloutBackend",
+    "gymnasium_model",
+    "import_mujoco",
+    "load_model",
+    "make_backend",
+    "warnings_to_log",
+]
 
 BackendName = Literal["rollout", "mujoco", "mujoco-torch", "mjx"]
+#: What a backend calculates with: NumPy arrays or tensors. They share operators, ``abs``, indexing and methods like ``sum``.
+Array = np.ndarray | torch.Tensor
+#: What `RolloutBackend` can hand over without a conversion by PyTorch.
+_NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class Bodies(NamedTuple):
+    """Where all bodies are.
+
+    Attributes:
+        qpos: generalised positions ``[N, nq]``.
+        qvel: generalised velocities ``[N, nv]``.
+        earlier_qpos: positions one step of the simulation before, of which ``mj_step`` leaves body positions behind.
+        start_qpos: positions one step of the env before.
+    """
+
+    qpos: Array
+    qvel: Array
+    earlier_qpos: Array
+    start_qpos: Array
 
 
 def import_mujoco() -> ModuleType:
@@ -46,20 +79,32 @@ def gymnasium_model(name: str) -> Path:
     return Path(find_spec("gymnasium").origin).parent / "envs" / "mujoco" / "assets" / name
 
 
+@contextmanager
+def warnings_to_log(name: str) -> Iterator[None]:
+    """Sends MuJoCo's warnings to TorchRL's log, with ``name`` before them, not to stderr and a file in the working folder.
+
+    Examples:
+        >>> with warnings_to_log("half_cheetah.xml"):
+        ...     model = load_model(gymnasium_model("half_cheetah.xml"))
+    """
+    mujoco = import_mujoco()
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: torchrl_logger.debug(f"{name}: {message}"))
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
+
+
 def load_model(path: Path) -> Any:
-    """The `mujoco.MjModel` of an XML file; warnings about it go to TorchRL's log, not to a file in the working folder.
+    """The `mujoco.MjModel` of an XML file.
 
     Examples:
         >>> load_model(gymnasium_model("half_cheetah.xml")).nu
         6
     """
-    mujoco = import_mujoco()
-    before = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda message: torchrl_logger.debug(f"{path.name}: {message}"))
-    try:
-        return mujoco.MjModel.from_xml_path(str(path))
-    finally:
-        mujoco.set_mju_user_warning(before)
+    with warnings_to_log(path.name):
+        return import_mujoco().MjModel.from_xml_path(str(path))
 
 
 class RolloutBackend:
@@ -77,12 +122,15 @@ class RolloutBackend:
     Attributes:
         qpos: generalised positions ``[B, nq]``, float64; a view, which `step` writes over.
         qvel: generalised velocities ``[B, nv]``, likewise.
-        earlier_qpos: positions one step of the simulation before, of which ``mj_step`` leaves body positions behind.
+        earlier_qpos: positions one step of the simulation before, likewise.
+        start_qpos: positions one step of the env before, likewise.
+        bodies: the same as NumPy arrays. A small operation of PyTorch takes longer than NumPy's, and between two steps
+            MuJoCo empties the caches that it would run in.
 
     Examples:
         >>> model = load_model(gymnasium_model("half_cheetah.xml"))
         >>> backend = RolloutBackend(model, num_envs=2, frame_skip=5)
-        >>> backend.step(torch.ones(2, 6))
+        >>> backend.step(backend.array(torch.ones(2, 6)))
         >>> backend.qpos.shape
         torch.Size([2, 9])
     """
@@ -96,34 +144,46 @@ class RolloutBackend:
         # A pool of one would only hand the work over: 0 is the calling thread.
         self._pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
         # A state is (time, qpos, qvel, ...). States before and after each step of the simulation are written here.
-        self._states = torch.zeros(num_envs, frame_skip, size, dtype=torch.float64)
-        self._start = torch.zeros(num_envs, size, dtype=torch.float64)
-        self._ctrl = torch.zeros(num_envs, frame_skip, model.nu, dtype=torch.float64)
-        last, earlier = self._states[:, -1], self._states[:, -2] if frame_skip > 1 else self._start
-        self.qpos, self.qvel = last[:, 1 : 1 + model.nq], last[:, 1 + model.nq : 1 + model.nq + model.nv]
-        self.earlier_qpos = earlier[:, 1 : 1 + model.nq]
+        self._states, self._start = np.zeros((num_envs, frame_skip, size)), np.zeros((num_envs, size))
+        self._ctrl = np.zeros((num_envs, frame_skip, model.nu))
+        self._last, earlier = self._states[:, -1], self._states[:, -2] if frame_skip > 1 else self._start
+        positions, velocities = slice(1, 1 + model.nq), slice(1 + model.nq, 1 + model.nq + model.nv)
+        self.bodies = Bodies(
+            self._last[:, positions], self._last[:, velocities], earlier[:, positions], self._start[:, positions]
+        )
+        self._views = [torch.from_numpy(part) for part in self.bodies]
+        self.qpos, self.qvel, self.earlier_qpos, self.start_qpos = self._views
         everywhere = torch.ones(num_envs, dtype=torch.bool)
         self.reset_mask(everywhere, torch.from_numpy(model.qpos0).expand(num_envs, -1), torch.zeros(num_envs, model.nv))
 
     def reset_mask(self, mask: torch.Tensor, qpos: torch.Tensor, qvel: torch.Tensor) -> None:
         """Puts the rows of ``qpos`` and ``qvel`` in place that ``mask`` (bool ``[B]``) marks; time goes back to 0 there."""
-        self._states[mask] = 0
-        for view, value in ((self.qpos, qpos), (self.qvel, qvel), (self.earlier_qpos, qpos)):
+        self._states[mask.numpy()] = 0
+        for view, value in zip(self._views, (qpos, qvel, qpos, qpos), strict=True):
             view[mask] = value[mask].to(view)
 
-    def step(self, ctrl: torch.Tensor) -> None:
+    def step(self, ctrl: Array) -> None:
         """``frame_skip`` steps of the simulation with ``ctrl`` ``[B, nu]``, which MuJoCo clamps to the actuators' range."""
-        self._start.copy_(self._states[:, -1])
-        self._ctrl.copy_(ctrl.unsqueeze(1))
+        np.copyto(self._start, self._last)
+        np.copyto(self._ctrl, ctrl[:, None])
         self._pool.rollout(
             self._models,
             self._data,
-            self._start.numpy(),
-            self._ctrl.numpy(),
+            self._start,
+            self._ctrl,
             skip_checks=True,
             nstep=self.frame_skip,
-            state=self._states.numpy(),
+            state=self._states,
         )
+
+    def array(self, values: torch.Tensor) -> np.ndarray:
+        """``values`` ``[*B, size]`` as a float64 array ``[B, size]`` to calculate with."""
+        return values.numpy(force=True).astype(np.float64).reshape(len(self._models), -1)
+
+    @staticmethod
+    def join(parts: Sequence[Array], dtype: torch.dtype) -> torch.Tensor:
+        """Arrays ``[B, size]`` side by side as a new tensor ``[B, sum of sizes]``."""
+        return torch.from_numpy(np.concatenate(parts, 1, dtype=_NUMPY_TYPES[dtype], casting="same_kind"))
 
 
 class _TorchRLBackend:
@@ -132,9 +192,14 @@ class _TorchRLBackend:
     def __init__(self, name: str, path: Path, num_envs: int, frame_skip: int, device: torch.device):
         from torchrl.envs.custom.mujoco import _backends
 
-        self._backend = _backends.make_backend(name, path, num_envs=num_envs, device=device)
+        with warnings_to_log(path.name):
+            self._backend = _backends.make_backend(name, path, num_envs=num_envs, device=device)
         self.mj_model, self.frame_skip = self._backend.mj_model, frame_skip
-        self.earlier_qpos = self.qpos
+        self.earlier_qpos = self.start_qpos = self.qpos
+
+    @property
+    def bodies(self) -> Bodies:
+        return Bodies(self.qpos, self.qvel, self.earlier_qpos, self.start_qpos)
 
     @property
     def qpos(self) -> torch.Tensor:
@@ -146,14 +211,22 @@ class _TorchRLBackend:
 
     def reset_mask(self, mask: torch.Tensor, qpos: torch.Tensor, qvel: torch.Tensor) -> None:
         self._backend.reset_mask(mask, qpos.to(self.qpos), qvel.to(self.qvel))
-        self.earlier_qpos = torch.where(mask.unsqueeze(-1), self.qpos, self.earlier_qpos)
+        for name in ("earlier_qpos", "start_qpos"):
+            setattr(self, name, torch.where(mask.unsqueeze(-1), self.qpos, getattr(self, name)))
 
     def step(self, ctrl: torch.Tensor) -> None:
-        ctrl = ctrl.to(self.qpos)
+        self.start_qpos = self.qpos.clone()
         if self.frame_skip > 1:
             self._backend.step(ctrl, self.frame_skip - 1)
         self.earlier_qpos = self.qpos.clone()
         self._backend.step(ctrl, 1)
+
+    def array(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self.start_qpos).reshape(len(self.start_qpos), -1)
+
+    @staticmethod
+    def join(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return torch.cat(parts, -1).to(dtype)
 
 
 def make_backend(
@@ -175,7 +248,6 @@ def make_backend(
             f"num_threads={num_threads} with backend={name!r}: at least 1, and only 'rollout' has threads of its own."
         )
     if name != "rollout":
-        import_mujoco()
         return _TorchRLBackend(name, path, num_envs, frame_skip, device)
     if device.type != "cpu":
         raise ValueError(

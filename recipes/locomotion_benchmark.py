@@ -1,0 +1,169 @@
+"""What the cheetah's env costs beside MuJoCo: steps/s of a bare `mujoco.rollout`, of the env around it, and of other ways."""
+
+import statistics
+import time
+from collections.abc import Callable
+from json import dumps
+from pathlib import Path
+
+import mujoco
+import mujoco.rollout
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torchrl.envs import Compose, TransformedEnv
+
+from rl2_torchrl import PreviousStep, TaskSampler, Trial
+from rl2_torchrl.envs import HalfCheetahVelocity, velocities
+
+#: Names of what is timed; a share is that of the first's steps/s.
+BARE, TRANSITION, ROLLOUT, LOOP = "mujoco.rollout", "env.transition", "env.rollout", "backend mujoco"
+
+
+def main(
+    *,
+    rows: tuple[int, ...] = (16, 64, 256),
+    threads: int = 2,
+    steps: int = 200,
+    repeats: int = 7,
+    json: Path | None = None,
+) -> dict[str, dict]:
+    """Times the same cheetahs with the same actions from the same start, in turns, and prints steps/s and shares.
+
+    "mujoco.rollout" is MuJoCo's thread pool alone; "env.transition" the env on plain tensors, as `TrialCollector` calls it;
+    "env.rollout" TorchRL's loop over the env with all transforms of a trial; "backend mujoco" one env a cheetah, in a loop.
+    Shares are medians over pairs of runs that followed one another.
+
+    Args:
+        rows: cheetahs side by side.
+        threads: threads of MuJoCo's pool.
+        steps: env steps of a run, of 5 steps of the simulation each.
+        repeats: runs of each, taken in turns.
+        json: file to write all figures to.
+    """
+    if repeats < 1 or steps < 1:
+        raise ValueError(f"repeats={repeats}, steps={steps}: at least one run of one step must be timed.")
+    figures = {str(n): measure(n, threads, steps, repeats) for n in rows}
+    Console().print(table(figures, f"{threads} threads, medians of {repeats}"))
+    if json is not None:
+        json.write_text(dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def measure(rows: int, threads: int, steps: int, repeats: int) -> dict:
+    """Steps/s of each way, its share of the first's, all runs, and how far the env's last state is from bare MuJoCo's."""
+    env = HalfCheetahVelocity(batch_size=(rows,), horizon=steps, seed=0, num_threads=threads)
+    generator = torch.Generator().manual_seed(0)
+    tasks = velocities()(env.batch_size, generator)
+    actions = 2 * torch.rand(steps, rows, 6, generator=generator) - 1
+    env.first(tasks)
+    start = env.get_extra_state()
+    bare, last = bare_rollout(env.model, start, actions, threads)
+    few = actions[: max(1, steps // 10)]  # the last way is slow
+    ways = {
+        BARE: (bare, steps),
+        TRANSITION: (transitions(env, start, tasks, actions), steps),
+        ROLLOUT: (torchrl_rollout(env, start, tasks, actions), steps),
+        LOOP: (loop(start, tasks, few), len(few)),
+    }
+    seconds = in_turns(ways, repeats)
+    ways[TRANSITION][0]()
+    shares = {name: [base / own for base, own in zip(seconds[BARE], seconds[name], strict=True)] for name in ways}
+    return {
+        "steps_per_second": {name: rows / statistics.median(times) for name, times in seconds.items()},
+        "share": {name: statistics.median(values) for name, values in shares.items()},
+        "seconds_per_step": seconds,
+        "difference": float(np.abs(last[:, 1 : 1 + env.model.nq] - env.physics.bodies.qpos).max()),
+    }
+
+
+def bare_rollout(
+    model: mujoco.MjModel, start: dict, actions: torch.Tensor, threads: int
+) -> tuple[Callable, np.ndarray]:
+    """A run of MuJoCo's pool alone, and where it leaves its last states ``[rows, size]``: (time, qpos, qvel)."""
+    rows, substeps = actions.shape[1], HalfCheetahVelocity.frame_skip
+    begin = np.concatenate((np.zeros((rows, 1)), start["qpos"], start["qvel"]), 1)
+    states = np.zeros((rows, substeps, begin.shape[1]))
+    ctrls = [np.repeat(action.double().numpy()[:, None], substeps, 1) for action in actions]
+    models, data = [model] * rows, [mujoco.MjData(model) for _ in range(threads)]
+    pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
+
+    def run() -> None:
+        state = begin.copy()
+        for ctrl in ctrls:
+            pool.rollout(models, data, state, ctrl, skip_checks=True, nstep=substeps, state=states)
+            state[:] = states[:, -1]
+
+    return run, states[:, -1]
+
+
+def transitions(
+    env: HalfCheetahVelocity, start: dict, tasks: torch.Tensor, actions: torch.Tensor
+) -> Callable[[], None]:
+    """A run of the env on plain tensors."""
+
+    def run() -> None:
+        env.set_extra_state(start)
+        for action in actions:
+            env.transition(tasks, None, action)
+
+    return run
+
+
+def torchrl_rollout(
+    env: HalfCheetahVelocity, start: dict, tasks: torch.Tensor, actions: torch.Tensor
+) -> Callable[[], None]:
+    """A run of the env in TorchRL's loop, with the transforms of a trial."""
+    transforms = Compose(Trial(episodes=1), TaskSampler.fixed(tasks), PreviousStep(["observation"]))
+    trial = TransformedEnv(env, transforms)
+
+    def run() -> None:
+        first, remaining = trial.reset(), iter(actions)
+        env.set_extra_state(start)
+        trial.rollout(len(actions), lambda td: td.set("action", next(remaining)), auto_reset=False, tensordict=first)
+
+    return run
+
+
+def loop(start: dict, tasks: torch.Tensor, actions: torch.Tensor) -> Callable[[], None]:
+    """A run of as many envs as there are cheetahs, each MuJoCo's ``mj_step`` through TorchRL's backend."""
+    envs = [HalfCheetahVelocity(backend="mujoco") for _ in range(len(tasks))]
+    everyone = torch.ones(1, dtype=torch.bool)
+
+    def run() -> None:
+        for row, own in enumerate(envs):
+            own.physics.reset_mask(everyone, start["qpos"][row : row + 1], start["qvel"][row : row + 1])
+        for action in actions:
+            for row, own in enumerate(envs):
+                own.transition(tasks[row], None, action[row])
+
+    return run
+
+
+def in_turns(ways: dict[str, tuple[Callable[[], None], int]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of an env step in each run of each way; a first run, not timed, warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, (run, steps) in ways.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append((time.perf_counter() - start) / steps)
+    return seconds
+
+
+def table(figures: dict[str, dict], title: str) -> Table:
+    """One row a number of cheetahs; narrow enough for 80 columns."""
+    out = Table(title=f"Thousand env steps/s and share of MuJoCo's ({title})")
+    for column in ("cheetahs", BARE, TRANSITION, ROLLOUT, LOOP):
+        out.add_column(column, justify="right")
+    for rows, figure in figures.items():
+        speeds, shares = figure["steps_per_second"], figure["share"]
+        out.add_row(rows, *(f"{speeds[name] / 1e3:.1f} {shares[name]:.0%}" for name in speeds))
+    return out
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

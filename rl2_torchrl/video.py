@@ -1,0 +1,186 @@
+"""Videos of trials: `record_trial` plays one and writes it, a picture a step, with what happens written on it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import EnvBase
+
+from rl2_torchrl.evaluation import adaptation_curve
+from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP
+
+__all__ = ["VideoWriter", "record_trial", "video_suffix"]
+
+
+def record_trial(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    path: str | Path,
+    *,
+    fps: int = 20,
+    deterministic: bool = False,
+    width: int = 480,
+    height: int = 320,
+) -> Path:
+    """Plays one trial in the env's first row and writes it as a video: one picture after every step.
+
+    On each picture stand the episode, the step of the trial and, where the env has such entries, task and velocity.
+
+    Args:
+        env: trial env over an env with ``render(row, width=, height=)``, such as those in MuJoCo; one row is enough.
+        policy: recurrent policy, e.g. an actor.
+        path: file to write, ``.mp4`` or ``.gif``.
+        fps: pictures, hence env steps, a second. Default 20, at which `LocomotionEnv` plays at its true speed.
+        deterministic: act with the distribution's mode or mean. Default False, as RL² plays.
+        width: of a picture, in pixels.
+        height: of a picture, in pixels.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: the env has no ``render``.
+        ImportError: a package for the file's format is missing (extra ``video``).
+        ValueError: another format.
+        RuntimeError: there is no OpenGL to render with; the message says what to install and to set.
+
+    Examples:
+        >>> from torchrl.envs import Compose, TransformedEnv
+        >>> from rl2_torchrl import GRUGaussianActor, PreviousStep, TaskSampler, Trial
+        >>> from rl2_torchrl.envs import HalfCheetahVelocity, velocities
+        >>> trial = Compose(Trial(episodes=2), TaskSampler(velocities()), PreviousStep(["observation"]))
+        >>> env = TransformedEnv(HalfCheetahVelocity(batch_size=(1,)), trial)
+        >>> actor = GRUGaussianActor.from_env(env)
+        >>> def film():  # needs OpenGL
+        ...     return record_trial(env, actor, "trial.mp4")
+    """
+    base = getattr(env, "base_env", env)
+    if not callable(getattr(type(base), "render", None)):
+        raise TypeError(f"{type(base).__name__} has no render(row, width=, height=), so there is nothing to film.")
+    with VideoWriter(path, fps) as video:
+
+        def film(tensordict: TensorDictBase) -> None:
+            video.append(base.render(0, width=width, height=height), _caption(tensordict))
+
+        adaptation_curve(env, policy, num_trials=1, deterministic=deterministic, on_step=film)
+    return video.path
+
+
+def video_suffix() -> str:
+    """The better format that can be written here: ``".mp4"``, or ``".gif"`` without ffmpeg.
+
+    Examples:
+        >>> video_suffix() in (".mp4", ".gif")
+        True
+    """
+    return ".mp4" if find_spec("imageio_ffmpeg") else ".gif"
+
+
+class VideoWriter:
+    """A video file that pictures are appended to; it is whole at the end of its ``with`` block.
+
+    Args:
+        path: file to write. ``.mp4`` needs imageio-ffmpeg, which brings ffmpeg; ``.gif`` and captions need Pillow.
+        fps: pictures a second.
+
+    Raises:
+        ImportError: a package is missing (extra ``video``).
+        ValueError: another format.
+
+    Examples:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "grey.gif"
+        >>> with VideoWriter(file, fps=20) as video:
+        ...     for level in (0, 128, 255):
+        ...         video.append(torch.full((32, 48, 3), level, dtype=torch.uint8), "a caption")
+        >>> file.read_bytes()[:3]
+        b'GIF'
+    """
+
+    def __init__(self, path: str | Path, fps: int = 20):
+        self.path = Path(path)
+        if self.path.suffix not in _FORMATS:
+            raise ValueError(f"{self.path.name}: a video is written as {' or '.join(_FORMATS)}.")
+        self._draw = _pillow("ImageDraw")
+        self._image = _pillow("Image")
+        self._file = _FORMATS[self.path.suffix](self.path, fps)
+
+    def append(self, picture: torch.Tensor, caption: str = "") -> None:
+        """Adds a ``picture``, ``[height, width, 3]`` uint8, all of one size, with ``caption`` in its upper left corner."""
+        image = self._image.fromarray(picture.cpu().numpy())
+        if caption:
+            self._draw.Draw(image).text(
+                (8, 6), caption, fill="white", font_size=16, stroke_width=1, stroke_fill="black"
+            )
+        self._file.append(image)
+
+    def __enter__(self) -> VideoWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+class _Mp4:
+    def __init__(self, path: Path, fps: int):
+        try:
+            import imageio_ffmpeg
+        except ImportError as error:
+            raise ImportError(
+                'an .mp4 is written by imageio-ffmpeg, which is an extra: pip install "rl2_torchrl[video]"; or write a .gif.'
+            ) from error
+        self._path, self._fps, self._write = str(path), fps, imageio_ffmpeg.write_frames
+        self._frames = None
+
+    def append(self, image) -> None:
+        if self._frames is None:
+            self._frames = self._write(self._path, image.size, fps=self._fps, macro_block_size=2)
+            self._frames.send(None)
+        self._frames.send(image.tobytes())
+
+    def close(self) -> None:
+        if self._frames is not None:
+            self._frames.close()
+
+
+class _Gif:
+    def __init__(self, path: Path, fps: int):
+        self._path, self._fps, self._images = path, fps, []
+
+    def append(self, image) -> None:
+        self._images.append(image.quantize(128))
+
+    def close(self) -> None:
+        if self._images:
+            first, *others = self._images
+            first.save(self._path, save_all=True, append_images=others, duration=1000 / self._fps, loop=0)
+
+
+_FORMATS = {".mp4": _Mp4, ".gif": _Gif}
+
+
+def _pillow(module: str):
+    try:
+        return __import__(f"PIL.{module}", fromlist=[module])
+    except ImportError as error:
+        raise ImportError('videos need Pillow, which is an extra: pip install "rl2_torchrl[video]".') from error
+
+
+def _caption(tensordict: TensorDictBase) -> str:
+    """Where the first row stands after a step. Past an episode's end it shows the next one, past the trial's the last."""
+    following = tensordict["next"]
+    counted = tensordict if following["done"].flatten()[0] else following
+    words = [
+        f"episode {int(counted[EPISODE_INDEX].flatten()[0]) + 1}",
+        f"step {int(following[TRIAL_STEP].flatten()[0])}",
+    ]
+    for key, entries in (("task", tensordict), ("velocity", following)):
+        if key in entries.keys():
+            numbers = entries[key].reshape(tensordict.numel(), -1)[0].tolist()
+            words.append(f"{key} " + " ".join(f"{number:+.2f}" for number in numbers))
+    return "  ".join(words)

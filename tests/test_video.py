@@ -1,0 +1,158 @@
+"""Videos of trials: what stands in the file, frame by frame, and pictures wherever there is an OpenGL."""
+
+import os
+import subprocess
+import sys
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from torchrl.envs import Compose, TransformedEnv
+
+from rl2_torchrl import GRUCategoricalActor, GRUGaussianActor, PreviousStep, TaskSampler, Trial
+from rl2_torchrl.envs import BernoulliBandit, HalfCheetahVelocity, uniform_means, velocities
+from rl2_torchrl.video import VideoWriter, _caption, record_trial, video_suffix
+
+GREYS = (0, 60, 120, 180, 240)
+
+
+class DrawnCheetah(HalfCheetahVelocity):
+    """Its picture is one shade of grey, the brighter the further the step, so that no OpenGL is needed."""
+
+    def render(self, row, *, width, height):
+        return torch.full((height, width, 3), 30 * int(self._steps[row]), dtype=torch.uint8)
+
+
+def cheetahs(env_class=DrawnCheetah):
+    torch.manual_seed(0)
+    transforms = Compose(Trial(episodes=2), TaskSampler(velocities(), seed=1), PreviousStep(["observation"]))
+    env = TransformedEnv(env_class(batch_size=(2,), horizon=3, seed=0), transforms)
+    return env, GRUGaussianActor.from_env(env, hidden_size=4)
+
+
+def pictures(path):
+    """Pictures of a file, ``[frames, height, width, 3]``, and frames a second."""
+    if path.suffix == ".gif":
+        with Image.open(path) as gif:
+            images = [np.array(image.convert("RGB")) for image in ImageSequence.Iterator(gif)]
+            return np.stack(images), 1000 / gif.info["duration"]
+    frames = imageio_ffmpeg.read_frames(str(path))
+    about = next(frames)
+    width, height = about["size"]
+    return np.stack([np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in frames]), about["fps"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_a_file_holds_the_pictures_in_their_order(suffix, tmp_path):
+    path = tmp_path / "new" / f"greys{suffix}"
+    with VideoWriter(path, fps=10) as video:
+        for grey in GREYS:
+            video.append(torch.full((48, 64, 3), grey, dtype=torch.uint8))
+    seen, fps = pictures(path)
+    assert seen.shape == (5, 48, 64, 3)
+    assert fps == 10
+    np.testing.assert_allclose(seen.mean((1, 2, 3)), GREYS, atol=3)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_a_trial_is_filmed_a_picture_a_step(suffix, tmp_path):
+    env, actor = cheetahs()
+    path = record_trial(env, actor, tmp_path / f"trial{suffix}", width=320, height=64)
+    seen, fps = pictures(path)
+    assert seen.shape == (2 * 3, 64, 320, 3)
+    assert fps == 20
+    # Below the caption: steps 1 and 2 of an episode, then the next episode's start; the last picture is the trial's end.
+    np.testing.assert_allclose(seen[:, 40:].mean((1, 2, 3)), [30, 60, 0, 30, 60, 90], atol=3)
+    assert (seen[:, :30].max((1, 2, 3)) > 200).all()  # the caption is white
+
+
+def test_captions_say_where_the_picture_stands():
+    env, actor = cheetahs()
+    captions, td = [], env.reset()
+    for action in (0.0, 0.5, 0.0, 0.5, 0.0, 0.5):
+        td = env.step(td.set("action", torch.full((2, 6), action)))
+        captions.append((_caption(td), td["task"][0].item(), td["next", "velocity"][0].item()))
+        td = env.step_mdp(td)
+    for step, (caption, task, velocity) in enumerate(captions, 1):
+        episode = 1 if step < 3 else 2  # the third step's picture is the second episode's start
+        assert caption == f"episode {episode}  step {step}  task {task:+.2f}  velocity {velocity:+.2f}"
+    assert captions[2][2] == 0
+    assert captions[1][2] != 0
+
+
+def test_best_format(monkeypatch):
+    assert video_suffix() == ".mp4"
+    monkeypatch.setattr("rl2_torchrl.video.find_spec", lambda name: None)
+    assert video_suffix() == ".gif"
+
+
+# ------------------------------------------------------------------ OpenGL
+
+SCRIPT = """
+import mujoco, torch
+from tensordict import TensorDict
+from rl2_torchrl.envs import HalfCheetahVelocity
+
+try:
+    mujoco.Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 16, 16).render()
+    print("OpenGL works")
+except Exception:
+    print("no OpenGL")
+env = HalfCheetahVelocity(batch_size=(2,), seed=0)
+env.reset(TensorDict({"task": torch.zeros(2, 1)}, [2]))
+first = env.render(1, width=96, height=64)
+camera = env._camera
+env.transition(torch.zeros(2, 1), None, torch.ones(2, 6))
+second = env.render(1, width=96, height=64)
+assert first.shape == (64, 96, 3) and first.dtype == torch.uint8
+assert first.float().std() > 10, "an empty picture"
+assert not torch.equal(first, second), "the cheetah did not move"
+assert not torch.equal(env.render(0, width=96, height=64), second), "both rows look alike"
+assert env._camera is camera, "a renderer of its own for each picture"
+assert env.render(0).shape == (320, 480, 3)
+print("pictures taken")
+"""
+
+
+@pytest.mark.parametrize("library", ["egl", "disable"])
+def test_pictures_where_there_is_an_opengl_and_an_error_where_not(library):
+    environment = {**os.environ, "MUJOCO_GL": library}  # MuJoCo reads it once, so in a process of its own
+    command = [sys.executable, "-c", SCRIPT]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=os.getcwd())
+    # Bare MuJoCo says whether there is one: then ours must take pictures, and else say what to do.
+    if "OpenGL works" in result.stdout:
+        assert library != "disable"
+        assert "pictures taken" in result.stdout, result.stderr
+    else:
+        assert "RuntimeError: MuJoCo found no OpenGL" in result.stderr
+        assert "set MUJOCO_GL=egl before Python starts" in result.stderr
+
+
+# ------------------------------------------------------------------- bad input
+
+
+def test_missing_ffmpeg_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    env, actor = cheetahs()
+    with pytest.raises(ImportError, match=r"rl2_torchrl\[video\]\"; or write a .gif"):
+        record_trial(env, actor, tmp_path / "trial.mp4")
+
+
+def test_missing_pillow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.ImageDraw", None)
+    with pytest.raises(ImportError, match=r"rl2_torchrl\[video\]"):
+        VideoWriter(tmp_path / "trial.gif")
+
+
+def test_unknown_format(tmp_path):
+    with pytest.raises(ValueError, match=r"trial.avi: a video is written as .mp4 or .gif"):
+        VideoWriter(tmp_path / "trial.avi")
+
+
+def test_an_env_without_pictures(tmp_path):
+    transforms = Compose(Trial(episodes=2), TaskSampler(uniform_means(3)), PreviousStep())
+    env = TransformedEnv(BernoulliBandit(3, batch_size=(1,)), transforms)
+    with pytest.raises(TypeError, match="BernoulliBandit has no render"):
+        record_trial(env, GRUCategoricalActor.from_env(env), tmp_path / "trial.gif")
