@@ -43,7 +43,7 @@ STOP_RETURN, STOP_ERROR, STOP_EVALUATIONS = 180.0, 25.0, 3
 
 
 #: Steps of an episode that the report looks at closely: in the first episode the agent has yet to find out what to do.
-START_STEPS = 40
+START_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -358,8 +358,8 @@ class CheetahReport(AdaptationReport):
     def entries(self) -> dict[str, Any]:
         """The episodes' returns in each direction, or their errors of speed; and how the agent runs at their starts."""
         entries = self._speed_entries() if self.is_speed else self._direction_entries()
-        starts = self.progress()[:, :, :START_STEPS].mean(0)  # [episodes, steps]
-        return {**entries, "speed_error_at_start" if self.is_speed else "progress_at_start": starts.tolist()}
+        starts = {f"{name}_at_start": values.mean(0).tolist() for name, values in self.starts().items()}
+        return {**entries, **starts}
 
     def summary(self) -> dict[str, float | str]:
         """First and last episode: the errors of speed, or the return in each direction; and what the ablations make of the last."""
@@ -422,23 +422,27 @@ class CheetahReport(AdaptationReport):
         axes.grid(alpha=0.25)
 
     def _plot_starts(self, axes) -> None:
-        """Mean over tasks ± 2 SE of the error of speed, or of the velocity in the right direction, without smoothing."""
-        progress = self.progress()[:, :, :START_STEPS]  # [num_tasks, episodes, steps]
-        for episode, color in ((0, "#e69f00"), (progress.shape[1] - 1, "#0072b2")):
-            mean, se = progress[:, episode].mean(0), progress[:, episode].std(0) / len(progress) ** 0.5
-            steps = range(1, len(mean) + 1)
-            axes.plot(steps, mean, color=color, label=f"episode {episode + 1}")
-            axes.fill_between(steps, mean - 2 * se, mean + 2 * se, color=color, alpha=0.2, lw=0)
-        what = "|velocity - goal| (m/s)" if self.is_speed else "velocity in the task's direction (m/s)"
-        axes.set(xlabel="step of the episode", ylabel=f"mean {what}")
+        """Mean over tasks ± 2 SE, without smoothing: in its first episode the agent has to find out, in the last it knows."""
+        for name, values in self.starts().items():
+            for episode, style in ((0, "-"), (values.shape[1] - 1, "--")):
+                mean, se = values[:, episode].mean(0), values[:, episode].std(0) / len(values) ** 0.5
+                steps = range(1, len(mean) + 1)
+                color = "#0072b2" if name == "backward" else "#e69f00"
+                label = f"{name.replace('_', ' ')}, episode {episode + 1}"
+                axes.plot(steps, mean, color=color, ls=style, label=label)
+                axes.fill_between(steps, mean - 2 * se, mean + 2 * se, color=color, alpha=0.2, lw=0)
+        what = "|velocity - goal|" if self.is_speed else "velocity"
+        axes.set(xlabel="step of the episode", ylabel=f"mean {what} (m/s)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
 
-    def progress(self) -> torch.Tensor:
-        """``|v - task|`` in every step, or ``v · task`` for directions, ``[num_tasks, episodes, steps]`` in m/s."""
-        tasks = self.tasks.unsqueeze(-1)
-        progress = (self.velocities - tasks).abs() if self.is_speed else self.velocities * tasks
-        return progress.reshape(len(progress), -1, self.horizon)
+    def starts(self) -> dict[str, torch.Tensor]:
+        """The first steps of every episode, ``[num_tasks, episodes, steps]`` in m/s: velocities by direction, or ``|v - task|``."""
+        episodes = self.velocities.reshape(len(self.tasks), -1, self.horizon)[..., :START_STEPS]
+        if self.is_speed:
+            return {"speed_error": (episodes - self.tasks[:, None, None]).abs()}
+        return {"forward": episodes[self.tasks > 0], "backward": episodes[self.tasks < 0]}
 
 
 def _first_and_last(episodes: torch.Tensor) -> str:
