@@ -29,6 +29,7 @@ from rl2_torchrl import (
     TrialCollector,
     adaptation_curve,
     linear_decay,
+    orthogonal_init_,
     train,
 )
 from rl2_torchrl.envs import GridNavi, grid_goals
@@ -81,7 +82,7 @@ def main(
     """
     torch.manual_seed(seed)
     env = make_env(TaskSampler(grid_goals(), seed=stream(seed, TRAIN_TASKS)), episodes, trials)
-    actor = GRUCategoricalActor.from_env(env, hidden_size=units)
+    actor = orthogonal_init_(GRUCategoricalActor.from_env(env, hidden_size=units))
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
     policy = ActorCritic(actor, critic)
     update = PPOUpdate(

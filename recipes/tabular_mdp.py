@@ -28,6 +28,7 @@ from rl2_torchrl import (
     TrialCollector,
     adaptation_curve,
     linear_decay,
+    orthogonal_init_,
     train,
 )
 from rl2_torchrl.baselines import mdps
@@ -83,7 +84,7 @@ def main(
     """
     torch.manual_seed(seed)
     env = make_env(TaskSampler(random_mdps(), seed=stream(seed, TRAIN_TASKS)), episodes, trials, seed)
-    actor = GRUCategoricalActor.from_env(env, hidden_size=units)
+    actor = orthogonal_init_(GRUCategoricalActor.from_env(env, hidden_size=units))
     if initial_weights is not None:
         load_actor(actor, initial_weights)
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])

@@ -19,6 +19,7 @@ from rl2_torchrl.modules import (
     GRUGaussianActor,
     GRUValueHead,
     MemoryValueHead,
+    orthogonal_init_,
 )
 from rl2_torchrl.objectives import RL2PPOLoss, TrialAdvantage
 from rl2_torchrl.report import AdaptationReport
@@ -48,6 +49,7 @@ __all__ = [
     "TrialCollector",
     "adaptation_curve",
     "linear_decay",
+    "orthogonal_init_",
     "train",
     "with_shuffled_rewards",
     "with_zeroed_memory",

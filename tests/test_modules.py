@@ -22,6 +22,7 @@ from rl2_torchrl import (
     PreviousStep,
     TaskSampler,
     Trial,
+    orthogonal_init_,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 from rl2_torchrl.modules.actor_critic import hidden_keys
@@ -397,3 +398,29 @@ def test_primers_register_themselves_around_a_batched_env():
     with set_recurrent_mode(True):
         again = actor.get_dist(batch.clone(False).select(*policy.in_keys)).log_prob(batch["action"])
     assert torch.allclose(again, batch["action_log_prob"], atol=1e-6)
+
+
+def test_orthogonal_init_draws_gates_apart_and_leaves_other_layers():
+    torch.manual_seed(0)
+    actor = GRUGaussianActor(5, 2, hidden_size=8, num_layers=2)
+    heads = [p.clone() for name, p in actor.named_parameters() if "gru" not in name]
+    assert orthogonal_init_(actor) is actor
+    [gru] = [part for part in actor.modules() if isinstance(part, torch.nn.GRU)]
+    for layer in (0, 1):
+        gates = getattr(gru, f"weight_hh_l{layer}").chunk(3)
+        for gate in gates:
+            torch.testing.assert_close(gate @ gate.T, torch.eye(8), rtol=0, atol=1e-5)
+        assert not torch.equal(gates[0], gates[1])
+        assert not getattr(gru, f"bias_hh_l{layer}").any()
+        assert not getattr(gru, f"bias_ih_l{layer}").any()
+    # Xavier's bound is sqrt(6 / (8 + 5)) for a gate of 8 units and 5 inputs.
+    bound = (6 / 13) ** 0.5
+    largest = gru.weight_ih_l0.abs().max()
+    assert 0.9 * bound < largest <= bound
+    for before, after in zip(heads, [p for name, p in actor.named_parameters() if "gru" not in name], strict=True):
+        assert torch.equal(before, after)
+
+
+def test_orthogonal_init_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no torch.nn.GRU in this Linear"):
+        orthogonal_init_(torch.nn.Linear(2, 2))

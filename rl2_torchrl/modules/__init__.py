@@ -3,6 +3,15 @@
 from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor
 from rl2_torchrl.modules.actor_critic import ActorCritic
 from rl2_torchrl.modules.gru import FastGRUModule
+from rl2_torchrl.modules.init import orthogonal_init_
 from rl2_torchrl.modules.value import GRUValueHead, MemoryValueHead
 
-__all__ = ["ActorCritic", "FastGRUModule", "GRUCategoricalActor", "GRUGaussianActor", "GRUValueHead", "MemoryValueHead"]
+__all__ = [
+    "ActorCritic",
+    "FastGRUModule",
+    "GRUCategoricalActor",
+    "GRUGaussianActor",
+    "GRUValueHead",
+    "MemoryValueHead",
+    "orthogonal_init_",
+]
