@@ -18,7 +18,7 @@ from typing import Any
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.training import TrainResult
 
-__all__ = ["AdaptationReport"]
+__all__ = ["AdaptationReport", "made_by"]
 
 
 @dataclass
@@ -73,15 +73,7 @@ class AdaptationReport:
                 "history": self.train.history,
             },
             "seed": self.seed,
-            "command": _command(),
-            "commit": _commit(),
-            "versions": {
-                "python": platform.python_version(),
-                **{
-                    name: version(name)
-                    for name in ("rl2_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "numpy")
-                },
-            },
+            **made_by(),
         }
         return _finite_or_none({**report, **self.entries()})
 
@@ -188,6 +180,16 @@ class AdaptationReport:
 
 _AGENT = "#c1272d"
 _COLORS: Sequence[str] = ("#8a8a8a", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#5e3c99")
+
+
+def made_by() -> dict[str, Any]:
+    """Command, commit and versions that figures come from, as JSON-compatible values."""
+    packages = ("rl2_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "numpy")
+    return {
+        "command": _command(),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
 
 
 def _command() -> str:
