@@ -20,6 +20,14 @@ TITLES = {
     "mdps": "Table 2: tabular MDPs, total reward of n episodes of 10 steps",
 }
 OPTIMUM = {"bandits": "Bayes optimum", "mdps": "known-task optimum"}
+LABELS = {
+    "ucb1": "UCB1",
+    "ucrl2": "UCRL2",
+    "psrl": "PSRL",
+    "opsrl": "OPSRL",
+    "beb": "BEB",
+    "epsilon_greedy": "ε-greedy",
+}
 INTRO = """\
 Ours ± standard error over held-out tasks, the published number in brackets, and how ours stands to it: **within** where they
 differ by no more than 3 standard errors of the difference, else **above** or **below**. A published number is a mean over 1,000
@@ -36,17 +44,12 @@ def write_page(folder: Path, page: Path) -> None:
     """Writes ``page`` from the files in ``folder``, with ``paper_notes.md`` beside the page, if it is there, word for word."""
     figures = load(folder)
     notes = page.with_name("paper_notes.md")
-    lines = ["# The tables of the RL² paper", INTRO, *([notes.read_text().strip()] if notes.exists() else [])]
+    lines = ["# The tables of the RL² paper", INTRO, ABOUT_RL2]
+    lines += [notes.read_text().strip()] if notes.exists() else []
     for table, title in TITLES.items():
         lines += [f"## {title}", classical_table(figures, table), *fewer_tasks(figures, table)]
-        lines += [
-            "### RL²",
-            ABOUT_RL2,
-            rl2_table(figures, table),
-            "### What tuning chose",
-            tuning_table(figures, table),
-        ]
-        lines += ["### Made by", *commands(figures, table)]
+        lines += ["### RL²", rl2_table(figures, table)]
+        lines += ["### What tuning chose", tuning_table(figures, table), "### Made by", *commands(figures, table)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(lines) + "\n")
 
@@ -105,10 +108,10 @@ def classical_table(figures: Figures, table: str) -> str:
     def entry(cell: str, agent: str) -> str:
         figure = figures.get((table, cell, agent))
         if figure is None:
-            return "-"
+            return f"- ({PAPER[table][cell][agent]})" if agent in PAPER[table][cell] else "-"
         return beside(figure["mean"], figure["se"], table, cell, agent)
 
-    head = [head_of(table), *(name.replace("_", " ") for name in columns[:-1]), OPTIMUM[table]]
+    head = [head_of(table), *map(label, columns[:-1]), OPTIMUM[table]]
     return markdown(head, [[row_of(table, cell), *(entry(cell, name) for name in columns)] for cell in PAPER[table]])
 
 
@@ -149,14 +152,21 @@ def seeds_of(figures: Figures, table: str, cell: str) -> list[Figure]:
 
 def tuning_table(figures: Figures, table: str) -> str:
     """A row for each cell, a column for each agent that has something to tune."""
-    tuned = list(dict.fromkeys(key[2] for key, figure in figures.items() if key[0] == table and figure.get("options")))
+    tuned = sorted({key[2] for key, figure in figures.items() if key[0] == table and figure.get("options")})
+    if not tuned:
+        return "-"
 
     def entry(cell: str, agent: str) -> str:
         options = figures.get((table, cell, agent), {}).get("options", {})
         return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in options.items()) or "-"
 
-    head = [head_of(table), *(name.replace("_", " ") for name in tuned)]
+    head = [head_of(table), *map(label, tuned)]
     return markdown(head, [[row_of(table, cell), *(entry(cell, name) for name in tuned)] for cell in PAPER[table]])
+
+
+def label(agent: str) -> str:
+    """What an agent is called on the page."""
+    return LABELS.get(agent, agent.replace("_", " ").capitalize())
 
 
 def head_of(table: str) -> str:
@@ -176,7 +186,7 @@ def fewer_tasks(figures: Figures, table: str) -> list[str]:
     if not numbers:
         return []
     most = max(numbers.values())
-    few = [f"{n:,} for {key[2].replace('_', ' ')} in cell {key[1]}" for key, n in numbers.items() if n < most]
+    few = [f"{n:,} for {label(key[2])} in cell {key[1]}" for key, n in numbers.items() if n < most]
     return [f"Tasks in a cell: {most:,}{''.join(f'; {text}' for text in few)}."]
 
 

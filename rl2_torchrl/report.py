@@ -200,12 +200,14 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """The commit that this package's files are from, "+" behind it where they were changed since; None outside a checkout."""
+    """The commit that the code is from, "+" behind it where it was changed since; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         git = partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True)
         commit = git(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        changed = git(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.c", ":/*.h"]
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+" * bool(changed)
