@@ -128,8 +128,7 @@ def main(
         )
         save_actor(actor, log_dir / "actor.pt")
     reported = tasks(test_seed, REPORT_TASKS, report_tasks, arms)
-    others = classical_agents(reported, pulls, seed) if classical else {}
-    report = make_report(play, reported, actor, pulls, seed, result, others)
+    report = make_report(play, reported, actor, pulls, seed, result, classical)
     path = report.save(log_dir)
     console = Console()
     console.print(report.table())
@@ -144,14 +143,14 @@ def make_report(
     pulls: int,
     seed: int,
     result: TrainResult,
-    classical: dict[str, AdaptationCurve],
+    classical: bool,
 ) -> AdaptationReport:
-    """The agent, with and without its memory and its rewards, on the bandits ``means`` [num_tasks, arms], beside ``classical``."""
+    """The agent, without its memory, without its rewards, and classical agents, all on the bandits ``means`` [num_tasks, arms]."""
     arms = means.shape[1]
     return AdaptationReport(
         agent=play(means),
         greedy=play(means, deterministic=True),
-        baselines=classical,
+        baselines=classical_agents(means, pulls, seed) if classical else {},
         ablations={
             "memory_zeroed": play(means, ablation=with_zeroed_memory(actor)),
             "rewards_shuffled": play(means, ablation=with_shuffled_rewards()),

@@ -89,7 +89,7 @@ def main(
     test_seed = seed if held_out_seed is None else held_out_seed
     env = make_env(TaskSampler(random_mdps(), seed=stream(seed, TRAIN_TASKS)), episodes, trials, seed)
     actor = GRUCategoricalActor.from_env(env, hidden_size=units)
-    if initial_weights is not None:
+    if initial_weights is not None and weights is None:
         load_actor(actor, initial_weights)
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
     policy = ActorCritic(actor, critic)
@@ -132,8 +132,7 @@ def main(
         )
         save_actor(actor, log_dir / "actor.pt")
     reported = tasks(test_seed, REPORT_TASKS, report_tasks)
-    others = classical_agents(reported, episodes, seed) if classical else {}
-    report = make_report(play, reported, actor, episodes, seed, result, others)
+    report = make_report(play, reported, actor, episodes, seed, result, classical)
     path = report.save(log_dir)
     console = Console()
     console.print(report.table())
@@ -148,13 +147,13 @@ def make_report(
     episodes: int,
     seed: int,
     result: TrainResult,
-    classical: dict[str, AdaptationCurve],
+    classical: bool,
 ) -> AdaptationReport:
-    """The agent, with and without its memory and its rewards, on the MDPs ``held_out`` [num_tasks, size], beside ``classical``."""
+    """The agent, without its memory, without its rewards, and classical agents, all on the MDPs ``held_out`` [num_tasks, size]."""
     return AdaptationReport(
         agent=play(held_out),
         greedy=play(held_out, deterministic=True),
-        baselines=classical,
+        baselines=classical_agents(held_out, episodes, seed) if classical else {},
         ablations={
             "memory_zeroed": play(held_out, ablation=with_zeroed_memory(actor)),
             "rewards_shuffled": play(held_out, ablation=with_shuffled_rewards()),

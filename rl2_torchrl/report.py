@@ -18,7 +18,7 @@ from typing import Any
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.training import TrainResult
 
-__all__ = ["AdaptationReport", "made_by"]
+__all__ = ["AdaptationReport"]
 
 
 @dataclass
