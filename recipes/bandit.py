@@ -52,6 +52,8 @@ def main(
     entropy: float = 0.02,
     seed: int = 0,
     report_tasks: int = 50_000,
+    held_out_seed: int | None = None,
+    classical: bool = True,
     weights: Path | None = None,
     logger: Literal["csv", "tensorboard", "wandb"] = "csv",
     log_dir: Path = Path("runs/bandit"),
@@ -74,6 +76,8 @@ def main(
         entropy: weight of the entropy bonus, decayed to 0 over the training.
         seed: seed of networks, envs and tasks.
         report_tasks: held-out bandits in the final report.
+        held_out_seed: seed of the bandits of evaluations and report, for runs to share them; the run's own by default.
+        classical: whether classical agents play in the report too.
         weights: file of an actor's weights, as a run leaves it in actor.pt: to evaluate in place of training.
         logger: where scalars go; tensorboard and wandb are extras of the package.
         log_dir: folder of the run: report.json, report.png, actor.pt, scalars and checkpoints.
@@ -81,6 +85,7 @@ def main(
         progress: show a progress bar.
     """
     torch.manual_seed(seed)
+    test_seed = seed if held_out_seed is None else held_out_seed
     env = make_env(TaskSampler(uniform_means(arms), seed=stream(seed, TRAIN_TASKS)), arms, pulls, trials, seed)
     actor = orthogonal_init_(GRUCategoricalActor.from_env(env, hidden_size=units))
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
@@ -100,7 +105,7 @@ def main(
     collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=update.in_keys)
 
     def evaluate() -> dict[str, float]:
-        curve = play(tasks(seed, HELD_OUT_TASKS, 2048, arms))
+        curve = play(tasks(test_seed, HELD_OUT_TASKS, 2048, arms))
         first, last = curve.per_episode[[0, -1]].tolist()
         return {"trial_return": curve.mean, "first_pull": first, "last_pull": last}
 
@@ -123,7 +128,8 @@ def main(
             progress=progress,
         )
         save_actor(actor, log_dir / "actor.pt")
-    report = make_report(play, tasks(seed, REPORT_TASKS, report_tasks, arms), actor, pulls, seed, result)
+    reported = tasks(test_seed, REPORT_TASKS, report_tasks, arms)
+    report = make_report(play, reported, actor, pulls, seed, result, classical)
     path = report.save(log_dir)
     console = Console()
     console.print(report.table())
@@ -138,13 +144,14 @@ def make_report(
     pulls: int,
     seed: int,
     result: TrainResult,
+    classical: bool,
 ) -> AdaptationReport:
     """The agent, without its memory, without its rewards, and classical agents, all on the bandits ``means`` [num_tasks, arms]."""
     arms = means.shape[1]
     return AdaptationReport(
         agent=play(means),
         greedy=play(means, deterministic=True),
-        baselines=classical_agents(means, pulls, seed),
+        baselines=classical_agents(means, pulls, seed) if classical else {},
         ablations={
             "memory_zeroed": play(means, ablation=with_zeroed_memory(actor)),
             "rewards_shuffled": play(means, ablation=with_shuffled_rewards()),

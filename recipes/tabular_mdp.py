@@ -35,7 +35,7 @@ from rl2_torchrl.baselines import mdps
 from rl2_torchrl.envs import TabularMDP, random_mdps, unpack_mdps
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
 
-TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS = range(3)  # streams of tasks that never meet
+TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS = range(4)  # streams of tasks that never meet
 EPISODE_STEPS = 10
 
 
@@ -53,6 +53,8 @@ def main(
     entropy: float = 0.01,
     seed: int = 0,
     report_tasks: int = 10_000,
+    held_out_seed: int | None = None,
+    classical: bool = True,
     initial_weights: Path | None = None,
     weights: Path | None = None,
     logger: Literal["csv", "tensorboard", "wandb"] = "csv",
@@ -75,6 +77,8 @@ def main(
         entropy: weight of the entropy bonus, decayed to 0 over the training.
         seed: seed of networks, envs and tasks.
         report_tasks: held-out MDPs in the final report.
+        held_out_seed: seed of the MDPs of evaluations and report, for runs to share them; the run's own by default.
+        classical: whether classical agents play in the report too.
         initial_weights: file of an actor's weights to start from, such as those for shorter trials.
         weights: file of an actor's weights, as a run leaves it in actor.pt: to evaluate in place of training.
         logger: where scalars go; tensorboard and wandb are extras of the package.
@@ -83,9 +87,10 @@ def main(
         progress: show a progress bar.
     """
     torch.manual_seed(seed)
+    test_seed = seed if held_out_seed is None else held_out_seed
     env = make_env(TaskSampler(random_mdps(), seed=stream(seed, TRAIN_TASKS)), episodes, trials, seed)
     actor = orthogonal_init_(GRUCategoricalActor.from_env(env, hidden_size=units))
-    if initial_weights is not None:
+    if initial_weights is not None and weights is None:
         load_actor(actor, initial_weights)
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
     policy = ActorCritic(actor, critic)
@@ -104,7 +109,7 @@ def main(
     collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=update.in_keys)
 
     def evaluate() -> dict[str, float]:
-        curve = play(tasks(seed, HELD_OUT_TASKS, 1024))
+        curve = play(tasks(test_seed, HELD_OUT_TASKS, 1024))
         first, last = curve.per_episode[[0, -1]].tolist()
         return {"trial_return": curve.mean, "first_episode": first, "last_episode": last}
 
@@ -127,7 +132,8 @@ def main(
             progress=progress,
         )
         save_actor(actor, log_dir / "actor.pt")
-    report = make_report(play, tasks(seed, REPORT_TASKS, report_tasks), actor, episodes, seed, result)
+    reported = tasks(test_seed, REPORT_TASKS, report_tasks)
+    report = make_report(play, reported, actor, episodes, seed, result, classical)
     path = report.save(log_dir)
     console = Console()
     console.print(report.table())
@@ -142,12 +148,13 @@ def make_report(
     episodes: int,
     seed: int,
     result: TrainResult,
+    classical: bool,
 ) -> AdaptationReport:
     """The agent, without its memory, without its rewards, and classical agents, all on the MDPs ``held_out`` [num_tasks, size]."""
     return AdaptationReport(
         agent=play(held_out),
         greedy=play(held_out, deterministic=True),
-        baselines=classical_agents(held_out, episodes, seed),
+        baselines=classical_agents(held_out, episodes, seed) if classical else {},
         ablations={
             "memory_zeroed": play(held_out, ablation=with_zeroed_memory(actor)),
             "rewards_shuffled": play(held_out, ablation=with_shuffled_rewards()),

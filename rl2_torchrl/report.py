@@ -73,15 +73,7 @@ class AdaptationReport:
                 "history": self.train.history,
             },
             "seed": self.seed,
-            "command": _command(),
-            "commit": _commit(),
-            "versions": {
-                "python": platform.python_version(),
-                **{
-                    name: version(name)
-                    for name in ("rl2_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "numpy")
-                },
-            },
+            **made_by(),
         }
         return _finite_or_none({**report, **self.entries()})
 
@@ -190,6 +182,16 @@ _AGENT = "#c1272d"
 _COLORS: Sequence[str] = ("#8a8a8a", "#0072b2", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#5e3c99")
 
 
+def made_by() -> dict[str, Any]:
+    """Command, commit and versions that figures come from, as JSON-compatible values."""
+    packages = ("rl2_torchrl", "torch", "torchrl", "tensordict", "gymnasium", "numpy")
+    return {
+        "command": _command(),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
 def _command() -> str:
     """What was typed: a module by its name, where Python was called with -m."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -198,12 +200,14 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """The commit that this package's files are from, "+" behind it where they were changed since; None outside a checkout."""
+    """The commit that the code is from, "+" behind it where it was changed since; None outside a checkout."""
     folder = Path(__file__).parent
     try:
         git = partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True)
         commit = git(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        changed = git(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.c", ":/*.h"]
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+" * bool(changed)

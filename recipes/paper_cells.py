@@ -1,0 +1,154 @@
+"""The cells of the paper's tables: the tasks, the classical agents that play them, and the recipe that trains RL² on them.
+
+Tasks for tuning, for evaluations during training and for the report are the same whatever the training's seed, and come from
+streams that never meet: all agents of a cell are reported on the same tasks.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator
+
+from recipes import bandit, tabular_mdp
+from recipes.paper_numbers import PAPER
+from recipes.paper_settings import RL2_SETTINGS
+from rl2_torchrl import AdaptationReport, baselines
+from rl2_torchrl.baselines import mdp_tuning, mdps
+from rl2_torchrl.envs import unpack_mdps
+from rl2_torchrl.evaluation import AdaptationCurve
+
+__all__ = ["CELLS", "BanditCell", "Cell", "Classical", "MDPCell"]
+
+TASK_SEED = 2016  # of all tasks but those of the trainings
+AGENT_STREAM = 10  # beside the streams of tasks in the recipes: what classical agents draw
+
+
+@dataclass(frozen=True)
+class Classical:
+    """What a classical agent earned, the options that tuning chose for it, and on how many tasks."""
+
+    curve: AdaptationCurve
+    options: Mapping[str, float]
+    tuning_tasks: int
+
+
+@dataclass(frozen=True)
+class BanditCell:
+    """A cell of table 1: ``pulls`` pulls of a bandit of ``arms`` arms."""
+
+    pulls: int
+    arms: int
+    table: ClassVar[str] = "bandits"
+    agents: ClassVar[Mapping[str, Callable[..., torch.Tensor]]] = {
+        "random": baselines.random_agent,
+        "gittins": baselines.gittins_agent,
+        "thompson_sampling": baselines.thompson_sampling,
+        "optimistic_thompson_sampling": baselines.optimistic_thompson_sampling,
+        "ucb1": baselines.ucb1,
+        "epsilon_greedy": baselines.epsilon_greedy,
+        "greedy": baselines.greedy,
+    }
+
+    @property
+    def name(self) -> str:
+        return f"{self.pulls},{self.arms}"
+
+    @property
+    def classical_agents(self) -> list[str]:
+        """The table's agents, and the Bayes optimum where it can be computed."""
+        return [*self.agents, *(["optimum"] if self.pulls <= 10 else [])]
+
+    def num_tasks(self, agent: str, asked: int) -> int:
+        """Reporting tasks for an agent: optimistic Thompson sampling would take 10 minutes for 10,000 of the largest cell."""
+        slow = agent == "optimistic_thompson_sampling" and self.pulls * self.arms > 10_000
+        return min(asked, 2000) if slow else asked
+
+    def play(self, agent: str, num_tasks: int) -> Classical:
+        """Tunes a classical agent on tasks of its own and plays it on the reporting tasks."""
+        if agent == "optimum":
+            exact = baselines.bayes_optimal_return(self.arms, self.pulls)  # over all tasks: no standard error
+            return Classical(AdaptationCurve(torch.full((num_tasks, 1), exact, dtype=torch.float64)), {}, 0)
+        generator = Generator().manual_seed(bandit.stream(TASK_SEED, AGENT_STREAM))
+        function, number = self.agents[agent], min(2 * num_tasks, self._most_tuning_tasks(agent))
+        tuning = bandit.tasks(TASK_SEED, bandit.TUNING_TASKS, number, self.arms)
+        options = baselines.tune(function, tuning, self.pulls, generator)
+        tasks = bandit.tasks(TASK_SEED, bandit.REPORT_TASKS, num_tasks, self.arms)
+        returns = function(tasks, self.pulls, generator, **options)
+        return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
+
+    def train(self, **options: Any) -> AdaptationReport:
+        """Trains RL² as the cell's settings say, or evaluates it where ``options`` name weights."""
+        settings = {"arms": self.arms, "pulls": self.pulls, **RL2_SETTINGS[self.table][self.name]}
+        return bandit.main(**settings, held_out_seed=TASK_SEED, classical=False, **options)
+
+    def _most_tuning_tasks(self, agent: str) -> int:
+        if agent == "optimistic_thompson_sampling":
+            return 4000 if self.pulls <= 10 else 1000
+        return 20_000 if self.pulls <= 100 else 5000
+
+
+@dataclass(frozen=True)
+class MDPCell:
+    """A cell of table 2: ``episodes`` episodes of a tabular MDP."""
+
+    episodes: int
+    table: ClassVar[str] = "mdps"
+    agents: ClassVar[Mapping[str, Callable[..., torch.Tensor]]] = {
+        "random": mdps.random_agent,
+        "psrl": mdps.psrl,
+        "opsrl": mdps.opsrl,
+        "ucrl2": mdps.ucrl2,
+        "beb": mdps.beb,
+        "epsilon_greedy": mdps.epsilon_greedy,
+        "greedy": mdps.greedy,
+    }
+    tuned: ClassVar[Mapping[str, tuple[str, Callable[..., dict[int, float]]]]] = {
+        "opsrl": ("num_samples", mdp_tuning.tune_opsrl),
+        "ucrl2": ("scaling", mdp_tuning.tune_ucrl2),
+        "beb": ("scaling", mdp_tuning.tune_beb),
+        "epsilon_greedy": ("epsilon", mdp_tuning.tune_epsilon_greedy),
+    }
+
+    @property
+    def name(self) -> str:
+        return str(self.episodes)
+
+    @property
+    def classical_agents(self) -> list[str]:
+        """The table's agents, and the optimum of one who knows the task from the start."""
+        return [*self.agents, "optimum"]
+
+    def num_tasks(self, agent: str, asked: int) -> int:
+        """Reporting tasks for an agent: as many as are asked for."""
+        return asked
+
+    def play(self, agent: str, num_tasks: int) -> Classical:
+        """Tunes a classical agent on tasks of its own and plays it on the reporting tasks."""
+        worlds = unpack_mdps(tabular_mdp.tasks(TASK_SEED, tabular_mdp.REPORT_TASKS, num_tasks))
+        if agent == "optimum":
+            returns = baselines.optimal_return(worlds).double() * self.episodes
+            return Classical(AdaptationCurve(returns.unsqueeze(-1)), {}, 0)
+        generator, number = Generator().manual_seed(tabular_mdp.stream(TASK_SEED, AGENT_STREAM)), min(300, num_tasks)
+        options = {}
+        if agent in self.tuned:
+            option, tune = self.tuned[agent]
+            tuning = unpack_mdps(tabular_mdp.tasks(TASK_SEED, tabular_mdp.TUNING_TASKS, number))
+            options = {option: tune(tuning, [self.episodes], generator)[self.episodes]}
+        returns = self.agents[agent](worlds, self.episodes, generator, **options)
+        return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
+
+    def train(self, **options: Any) -> AdaptationReport:
+        """Trains RL² as the cell's settings say, or evaluates it where ``options`` name weights."""
+        settings = {"episodes": self.episodes, **RL2_SETTINGS[self.table][self.name]}
+        return tabular_mdp.main(**settings, held_out_seed=TASK_SEED, classical=False, **options)
+
+
+Cell = BanditCell | MDPCell
+
+CELLS: dict[str, dict[str, Cell]] = {
+    "bandits": {name: BanditCell(*map(int, name.split(","))) for name in PAPER["bandits"]},
+    "mdps": {name: MDPCell(int(name)) for name in PAPER["mdps"]},
+}
+"""``CELLS[table][cell]``, with the names of `recipes.paper_numbers`."""

@@ -1,0 +1,228 @@
+"""The two tables of the RL² paper (Duan et al. 2016), cell by cell: classical agents, RL², and a page of ours beside theirs.
+
+All cells take hours. Every figure is a small file in ``folder``, and what is there is not computed again.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from recipes.paper_cells import CELLS, Cell
+from recipes.paper_numbers import PAPER
+from recipes.paper_page import beside, best_seed, load, seeds_of, write_page
+from recipes.paper_settings import RL2_SETTINGS
+from rl2_torchrl import AdaptationReport
+from rl2_torchrl.report import made_by
+
+
+def main(
+    *,
+    table: Literal["bandits", "mdps", "all"] = "all",
+    part: Literal["classical", "rl2", "page", "all"] = "all",
+    cells: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    tasks: int = 10_000,
+    from_pretrained: bool = False,
+    fresh: bool = False,
+    folder: Path = Path("recipes/results/paper_tables"),
+    runs: Path = Path("runs/paper_tables"),
+    pretrained: Path = Path("recipes/pretrained"),
+) -> Path:
+    """Computes figures of the paper's tables that are not there yet, and writes the page of all that are.
+
+    Args:
+        table: which table.
+        part: classical agents, RL², or only the page, which is written at the end of the others too.
+        cells: which cells, as 100,10 for 100 pulls of 10 arms (table bandits) or 25 for 25 episodes (table mdps); all by default.
+        seeds: seeds of the trainings of RL².
+        tasks: held-out tasks that an agent is reported on.
+        from_pretrained: evaluate RL² with the weights in ``pretrained`` in place of training it.
+        fresh: compute what is there already once more, and train from the start.
+        folder: where the figures are; the page is beside it, under the folder's name.
+        runs: where trainings keep their checkpoints: what was interrupted goes on from there.
+        pretrained: folder of weights, <table>_<cell>.pt; after its trainings a cell's best seed is put there.
+    """
+    if tasks < 2:
+        raise ValueError(f"tasks={tasks}: a standard error needs two tasks at least. Pass 10000 for figures to report.")
+    if part in ("rl2", "all") and not seeds:
+        raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
+    chosen = choose(table, cells)
+    book = Figures(folder, tasks, fresh)
+    if from_pretrained:
+        check_weights(chosen, pretrained)
+    for cell in chosen if part in ("classical", "all") else []:
+        classical(cell, book)
+    for cell in chosen if part in ("rl2", "all") else []:
+        if from_pretrained:
+            evaluate(cell, book, runs, pretrained)
+        else:
+            for seed in seeds:
+                train(cell, seed, book, runs)
+            keep_best(cell, book, runs, pretrained)
+    page = folder.with_name(f"{folder.name}.md")
+    write_page(folder, page)
+    Console().print(f"page: {page}")
+    return page
+
+
+def choose(table: str, cells: tuple[str, ...]) -> list[Cell]:
+    """The cells that are named, or all of the table.
+
+    Raises:
+        ValueError: there is no such cell.
+    """
+    there = {name: cell for key, row in CELLS.items() if table in (key, "all") for name, cell in row.items()}
+    unknown = [name for name in cells if name not in there]
+    if unknown:
+        raise ValueError(f"cells={unknown}: there is no such cell in table={table!r}. It has {' '.join(there)}.")
+    return [there[name] for name in cells or there]
+
+
+class Figures:
+    """The folder of figures, one small file for each.
+
+    Args:
+        folder: the folder.
+        tasks: held-out tasks that are asked for.
+        fresh: whether figures that are there are computed once more.
+    """
+
+    def __init__(self, folder: Path, tasks: int, fresh: bool):
+        self.folder, self.tasks, self.fresh = folder, tasks, fresh
+
+    def path(self, cell: Cell, agent: str) -> Path:
+        """The file of a figure."""
+        return self.folder / f"{stem(cell)}_{agent}.json"
+
+    def has(self, cell: Cell, agent: str) -> bool:
+        """Whether the figure need not be computed: it is there, on as many tasks as are asked for."""
+        path = self.path(cell, agent)
+        if self.fresh or not path.exists():
+            return False
+        return json.loads(path.read_text())["num_tasks"] >= cell.num_tasks(agent, self.tasks)
+
+    def add(self, cell: Cell, agent: str, arguments: str, figure: dict[str, Any]) -> None:
+        """Writes a figure, with the command that computes it again, and prints it beside the published one."""
+        command = (
+            f"python -m recipes.paper_tables --table {cell.table} --cells {cell.name} --tasks {self.tasks} {arguments}"
+        )
+        whole = {"table": cell.table, "cell": cell.name, "agent": agent, **figure, **made_by(), "command": command}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Moved into place at once: no half a file is left where the command is stopped.
+        scratch = self.path(cell, agent).with_suffix(".part")
+        scratch.write_text(json.dumps(whole, indent=1, default=str) + "\n")
+        scratch.replace(self.path(cell, agent))
+        name = agent if agent in PAPER[cell.table][cell.name] else agent.partition("_")[0]
+        shown = beside(figure["mean"], figure["se"], cell.table, cell.name, name)
+        Console().print(f"{cell.table} {cell.name} {agent}: {shown}", highlight=False)
+
+
+def stem(cell: Cell) -> str:
+    """What the names of a cell's files begin with."""
+    return f"{cell.table}_{cell.name.replace(',', '_')}"
+
+
+# ------------------------------------------------------------------ the parts
+def classical(cell: Cell, book: Figures) -> None:
+    """Tunes and plays the classical agents whose figures are missing."""
+    for agent in cell.classical_agents:
+        if book.has(cell, agent):
+            continue
+        started = time.perf_counter()
+        played = cell.play(agent, cell.num_tasks(agent, book.tasks))
+        figure = {
+            "mean": played.curve.mean,
+            "se": played.curve.se,
+            "num_tasks": played.curve.num_tasks,
+            "options": dict(played.options),
+            "tuning_tasks": played.tuning_tasks,
+            "seconds": time.perf_counter() - started,
+        }
+        book.add(cell, agent, "--part classical --fresh", figure)
+
+
+def train(cell: Cell, seed: int, book: Figures, runs: Path) -> None:
+    """Trains RL² with a seed, or goes on where that was interrupted, unless its figure is there."""
+    agent = f"rl2_seed{seed}"
+    if book.has(cell, agent):
+        return
+    run = runs / f"{stem(cell)}_seed{seed}"
+    resume = same_settings(run, RL2_SETTINGS[cell.table][cell.name]) and not book.fresh
+    report = cell.train(seed=seed, report_tasks=book.tasks, log_dir=run, resume=resume)
+    if report.train.interrupted:
+        raise KeyboardInterrupt(f"the training in {run} is not finished: the same command goes on with it.")
+    figure = {
+        **rl2_figure(cell, report),
+        "held_out": report.train.history[-1]["eval/trial_return"],
+        "env_steps": report.train.env_steps,
+        "seconds": report.train.seconds,
+    }
+    book.add(cell, agent, f"--part rl2 --seeds {seed} --fresh", figure)
+
+
+def same_settings(run: Path, settings: dict[str, Any]) -> bool:
+    """Whether a run was begun with these settings, so that it can go on; they are kept in its folder."""
+    note, text = run / "settings.json", json.dumps(settings, indent=1, default=str)
+    same = note.exists() and note.read_text() == text
+    run.mkdir(parents=True, exist_ok=True)
+    note.write_text(text)
+    return same
+
+
+def evaluate(cell: Cell, book: Figures, runs: Path, pretrained: Path) -> None:
+    """Plays a cell's pretrained weights on the reporting tasks, whether or not that was done before."""
+    weights, started = pretrained / f"{stem(cell)}.pt", time.perf_counter()
+    report = cell.train(report_tasks=book.tasks, log_dir=runs / f"{stem(cell)}_pretrained", weights=weights)
+    figure = {**rl2_figure(cell, report), "seconds": time.perf_counter() - started}
+    book.add(cell, "rl2_pretrained", "--part rl2 --from-pretrained", figure)
+
+
+def rl2_figure(cell: Cell, report: AdaptationReport) -> dict[str, Any]:
+    """What is kept of a report."""
+    return {
+        "mean": report.agent.mean,
+        "se": report.agent.se,
+        "num_tasks": report.agent.num_tasks,
+        "greedy_mean": report.greedy.mean,
+        "greedy_se": report.greedy.se,
+        "memory_zeroed": report.ablations["memory_zeroed"].mean,
+        "rewards_shuffled": report.ablations["rewards_shuffled"].mean,
+        "settings": RL2_SETTINGS[cell.table][cell.name],
+    }
+
+
+# -------------------------------------------------------------------- weights
+def check_weights(chosen: list[Cell], pretrained: Path) -> None:
+    """Raises FileNotFoundError where a cell has no weights."""
+    missing = [cell.name for cell in chosen if not (pretrained / f"{stem(cell)}.pt").exists()]
+    if missing:
+        there = [cell.name for cell in chosen if cell.name not in missing]
+        raise FileNotFoundError(
+            f"no weights in {pretrained} for the cells {' '.join(missing)}. "
+            + (f"Name only those that have some: --cells {' '.join(there)}; or train" if there else "Train")
+            + f" the others: python -m recipes.paper_tables --part rl2 --cells {' '.join(missing)}"
+        )
+
+
+def keep_best(cell: Cell, book: Figures, runs: Path, pretrained: Path) -> None:
+    """Puts the actor of the best seed, by held-out tasks that are not reported, among the pretrained weights."""
+    seeds = seeds_of(load(book.folder), cell.table, cell.name)
+    best = best_seed(seeds)
+    actor, weights = (
+        runs / f"{stem(cell)}_{best['agent'].removeprefix('rl2_')}" / "actor.pt",
+        pretrained / f"{stem(cell)}.pt",
+    )
+    if not actor.exists() or (weights.exists() and weights.read_bytes() == actor.read_bytes()):
+        return
+    pretrained.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(actor, weights)
+    book.path(cell, "rl2_pretrained").unlink(missing_ok=True)  # the figure of other weights
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

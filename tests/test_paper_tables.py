@@ -1,0 +1,338 @@
+"""The paper's tables at a tiny size: the page, marks worked out by hand, resuming, weights, and tasks that never meet."""
+
+import json
+from dataclasses import replace
+from math import sqrt
+
+import pytest
+import torch
+import tyro
+
+from recipes import bandit, paper_cells, paper_page, paper_tables, tabular_mdp
+from recipes.paper_cells import CELLS, TASK_SEED, BanditCell, MDPCell
+from recipes.paper_numbers import PAPER, PAPER_SE
+from recipes.paper_settings import RL2_SETTINGS
+from rl2_torchrl import TaskSampler, baselines
+from rl2_torchrl.envs import unpack_mdps
+
+TINY = {"bandits": BanditCell(pulls=3, arms=2), "mdps": MDPCell(episodes=2)}
+BATCH = {"bandits": 16 * 3, "mdps": 16 * 20}
+FEW_AGENTS = (
+    "random",
+    "optimistic_thompson_sampling",
+    "ucb1",
+    "greedy",
+)  # Gittins indices take long where none are stored
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A tiny cell in each table."""
+    for table, cell in TINY.items():
+        settings = {"trials": 16, "units": 4, "epochs": 1, "minibatches": 1, "env_steps": BATCH[table]}
+        monkeypatch.setitem(CELLS[table], cell.name, cell)
+        monkeypatch.setitem(PAPER[table], cell.name, dict.fromkeys(next(iter(PAPER[table].values())), 1.5))
+        monkeypatch.setitem(PAPER_SE[table], cell.name, 0.4)
+        monkeypatch.setitem(RL2_SETTINGS[table], cell.name, settings)
+    monkeypatch.setattr(BanditCell, "agents", {name: BanditCell.agents[name] for name in FEW_AGENTS})
+
+
+def run(path, table="bandits", **options):
+    """The command on the tiny cell of a table, with everything that it writes under ``path``."""
+    places = {"folder": path / "results" / "figures", "runs": path / "runs", "pretrained": path / "pretrained"}
+    return paper_tables.main(**{"table": table, "cells": (TINY[table].name,), "tasks": 40, **places, **options})
+
+
+def figures(path):
+    """What is in the files, by their names."""
+    return {file.stem: json.loads(file.read_text()) for file in (path / "results" / "figures").iterdir()}
+
+
+# ---- Published numbers, marks and means over seeds.
+
+
+def test_published_numbers():
+    assert {table: len(rows) - 1 for table, rows in PAPER.items()} == {"bandits": 9, "mdps": 5}
+    assert PAPER["bandits"]["500,10"]["optimistic_thompson_sampling"] == 438.9
+    assert PAPER["bandits"]["100,50"]["snail"] == 85.1
+    assert PAPER["bandits"]["100,10"]["rl2"] == 83.5
+    assert PAPER["mdps"]["75"]["opsrl"] == 1449.2
+    for table, rows in PAPER.items():
+        assert rows.keys() == PAPER_SE[table].keys() == RL2_SETTINGS[table].keys() == CELLS[table].keys()
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"), [(78.0, "within"), (78.01, "above"), (75.0, "within"), (74.99, "below"), (76.5, "within")]
+)
+def test_mark(ours, expected):
+    # The standard error of the difference is sqrt(0.3² + 0.4²) = 0.5, three of them are 1.5.
+    assert paper_page.mark(ours, 0.3, 76.5, 0.4) == expected
+
+
+def test_mean_over_seeds():
+    # 1, 2, 3: standard deviation 1, so 1/sqrt(3) for their mean; 0.3 over the tasks, which are the same for all.
+    seeds = [{"mean": mean, "se": 0.3} for mean in (1.0, 2.0, 3.0)]
+    assert paper_page.over_seeds(seeds) == pytest.approx((2.0, sqrt(0.09 + 1 / 3)))
+    assert paper_page.over_seeds(seeds[:1]) == pytest.approx((1.0, 0.3))
+
+
+# ---- The page.
+
+
+def figure(agent, mean, **more):
+    whole = {"table": "bandits", "cell": "100,10", "agent": agent, "mean": mean, "se": 0.1, "num_tasks": 10_000}
+    return {**whole, "command": f"command of {agent}", "commit": "abc", "versions": {"torch": "2"}, **more}
+
+
+def trained(seed, mean, held_out):
+    sizes = {"env_steps": 60_000_000, "seconds": 1800.0 + 1200 * seed}
+    more = {"held_out": held_out, "greedy_mean": 82.0, "greedy_se": 0.2, "memory_zeroed": 50.0}
+    return figure(f"rl2_seed{seed}", mean, cell="100,5", **more, **sizes)
+
+
+def test_page_is_made_of_the_files(tmp_path):
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (tmp_path / "paper_notes.md").write_text("## What differs\n\nA note, *word for word*.\n")
+    entries = [
+        figure("ucb1", 82.45, options={"exploration": 0.2}),
+        figure("random", 60.0, num_tasks=2000),
+        trained(0, 77.4, held_out=83.0),  # above the other on the tasks that are reported, which must not choose
+        trained(1, 77.2, held_out=83.1),
+        figure("rl2_pretrained", 77.25, cell="100,5"),
+    ]
+    for number, entry in enumerate(entries):
+        (folder / f"{number}.json").write_text(json.dumps(entry))
+    page = paper_tables.main(part="page", folder=folder)
+    assert page == tmp_path / "tables.md"
+    text = page.read_text()
+    assert "\n\n## What differs\n\nA note, *word for word*.\n\n" in text
+    # 0.05 from 82.4 and 10.1 from 49.9, with SE sqrt(0.1² + 0.41²) = 0.42.
+    row = "| 60.00 ± 0.10 (49.9: above) | - (82.8) | - (76.7) | - (81.4) | 82.45 ± 0.10 (82.4: within) |"
+    assert f"| 100, 10 (0.41) {row}" in text
+    # Mean 77.3, SE over tasks 0.1, over seeds 0.141/sqrt(2) = 0.1: 0.141. Three SE of the difference, with 0.52, are 1.6; it is
+    # 1.4 from 78.7 and 1.8 from 79.1. Minutes: 30 and 50.
+    row = "| 2 | 77.30 ± 0.14 (78.7: within) | (79.1: below) | 77.20 ± 0.10 (78.7: within) | 82.00 ± 0.20 | 50.00 |"
+    assert f"| 100, 5 (0.52) {row} 77.25 ± 0.10 | 60.0 | 40.0 |" in text
+    assert "exploration 0.2" in text
+    assert "Tasks in a cell: 10,000; 2,000 for Random in cell 100,10." in text
+    for entry in entries:
+        assert f"{entry['command']}  # commit abc" in text
+    # Another cell has no file.
+    assert "| 500, 50 (1.9) | - (249.6) | - (463.7) |" in text
+    assert "| 500, 50 (1.9) | - | - (438.9) | (442.6) | - | - | - | - | - | - |" in text
+
+
+# ---- Classical agents.
+
+
+def test_classical_agents_and_what_is_kept_of_them(tmp_path):
+    run(tmp_path, part="classical")
+    stored = figures(tmp_path)
+    assert set(stored) == {f"bandits_3_2_{name}" for name in (*FEW_AGENTS, "optimum")}
+    means = bandit.tasks(TASK_SEED, bandit.REPORT_TASKS, 40, 2)
+    earned = baselines.greedy(means, 3, torch.Generator().manual_seed(1000 * TASK_SEED + 10)).double().sum(-1)
+    greedy = stored["bandits_3_2_greedy"]
+    assert greedy["mean"] == pytest.approx(earned.mean().item())
+    assert greedy["se"] == pytest.approx(earned.std().item() / sqrt(40))
+    assert (greedy["num_tasks"], greedy["options"], greedy["tuning_tasks"]) == (40, {}, 0)
+    assert stored["bandits_3_2_optimum"]["mean"] == pytest.approx(5 / 3)  # worked out by hand in test_baselines.py
+    ucb1 = stored["bandits_3_2_ucb1"]
+    assert 0 <= ucb1["options"]["exploration"] <= 1
+    assert ucb1["tuning_tasks"] == 80
+    assert ucb1["command"].endswith("--table bandits --cells 3,2 --tasks 40 --part classical --fresh")
+    assert "torch" in ucb1["versions"]
+
+
+def test_classical_agents_for_mdps(tmp_path):
+    run(tmp_path, "mdps", part="classical", tasks=10)
+    stored = figures(tmp_path)
+    assert set(stored) == {f"mdps_2_{name}" for name in (*MDPCell.agents, "optimum")}
+    best = baselines.optimal_return(unpack_mdps(tabular_mdp.tasks(TASK_SEED, tabular_mdp.REPORT_TASKS, 10)))
+    assert stored["mdps_2_optimum"]["mean"] == pytest.approx(2 * best.mean().item(), rel=1e-5)
+    options = {name: next(iter(stored[f"mdps_2_{name}"]["options"]), None) for name in MDPCell.agents}
+    scalings = {"beb": "scaling", "ucrl2": "scaling", "opsrl": "num_samples", "epsilon_greedy": "epsilon"}
+    assert options == {**dict.fromkeys(MDPCell.agents), **scalings}
+
+
+def test_nothing_is_computed_twice(tmp_path, monkeypatch):
+    played, play = [], BanditCell.play
+    monkeypatch.setattr(BanditCell, "play", lambda cell, agent, n: played.append(agent) or play(cell, agent, n))
+    everyone = [*FEW_AGENTS, "optimum"]
+    run(tmp_path, part="classical")
+    assert played == everyone
+    run(tmp_path, part="classical", tasks=30)
+    assert played == everyone
+    (tmp_path / "results" / "figures" / "bandits_3_2_ucb1.json").unlink()
+    run(tmp_path, part="classical")
+    assert played == [*everyone, "ucb1"]
+    run(tmp_path, part="classical", tasks=50)  # fewer are there than are asked for
+    assert played == [*everyone, "ucb1", *everyone]
+    run(tmp_path, part="classical", tasks=50, fresh=True)
+    assert played == [*everyone, "ucb1", *everyone, *everyone]
+
+
+def test_the_slow_agent_plays_fewer_tasks():
+    asked = [BanditCell(500, 50).num_tasks(name, 10_000) for name in ("optimistic_thompson_sampling", "ucb1")]
+    assert asked == [2000, 10_000]
+    assert BanditCell(500, 10).num_tasks("optimistic_thompson_sampling", 10_000) == 10_000
+    # They are the first of those of the others.
+    many, few = (bandit.tasks(TASK_SEED, bandit.REPORT_TASKS, number, 50) for number in (10_000, 2000))
+    assert torch.equal(many[:2000], few)
+
+
+# ---- Tasks.
+
+
+@pytest.mark.parametrize("table", TINY)
+def test_all_agents_are_reported_on_the_same_tasks_which_none_was_tuned_or_trained_on(table, tmp_path, monkeypatch):
+    module = {"bandits": bandit, "mdps": tabular_mdp}[table]
+    drawn = {kind: [] for kind in range(4)}
+    trained_on, tasks = [], module.tasks
+
+    def recorded_tasks(seed, kind, *size):
+        drawn[kind].append(tasks(seed, kind, *size))
+        return drawn[kind][-1]
+
+    class Recorded(TaskSampler):
+        def __init__(self, distribution, **options):
+            super().__init__(lambda *args: trained_on.append(distribution(*args)) or trained_on[-1], **options)
+
+        @classmethod
+        def fixed(cls, tasks, **options):
+            return TaskSampler.fixed(tasks, **options)
+
+    monkeypatch.setattr(module, "tasks", recorded_tasks)
+    monkeypatch.setattr(module, "TaskSampler", Recorded)
+    run(tmp_path, table, seeds=(0, 7))
+    reported = drawn[module.REPORT_TASKS]
+    assert len(reported) == {"bandits": 4, "mdps": 8}[table] + 2  # classical agents and two trainings
+    assert len(drawn[module.TUNING_TASKS]) == 4
+    assert all(torch.equal(each, reported[0]) for each in reported)
+    assert all(torch.equal(each, drawn[module.HELD_OUT_TASKS][0]) for each in drawn[module.HELD_OUT_TASKS])
+    others = [*trained_on, *drawn[module.TUNING_TASKS], *drawn[module.HELD_OUT_TASKS]]
+    others = {tuple(task) for each in others for task in each.tolist()}
+    assert len(others) > 100
+    assert not {tuple(task) for task in reported[0].tolist()} & others
+
+
+# ---- RL².
+
+
+@pytest.mark.parametrize("table", TINY)
+def test_trainings_figures_and_weights(table, tmp_path, monkeypatch):
+    run(tmp_path, table, part="rl2", seeds=(0, 1))
+    stem = f"{table}_{TINY[table].name.replace(',', '_')}"
+    stored = figures(tmp_path)
+    assert set(stored) == {f"{stem}_rl2_seed0", f"{stem}_rl2_seed1"}
+    for seed in (0, 1):
+        report = json.loads((tmp_path / "runs" / f"{stem}_seed{seed}" / "report.json").read_text())
+        kept = stored[f"{stem}_rl2_seed{seed}"]
+        assert (report["seed"], report["baselines"]) == (seed, {})
+        assert kept["mean"] == report["agent"]["mean"]
+        assert kept["held_out"] == report["train"]["history"][-1]["eval/trial_return"]
+        assert kept["memory_zeroed"] == report["ablations"]["memory_zeroed"]["mean"]
+        assert kept["env_steps"] == BATCH[table]
+        assert kept["settings"] == RL2_SETTINGS[table][TINY[table].name]
+        assert f"--part rl2 --seeds {seed} --fresh" in kept["command"]
+    best = max((0, 1), key=lambda seed: stored[f"{stem}_rl2_seed{seed}"]["held_out"])
+    actor = (tmp_path / "runs" / f"{stem}_seed{best}" / "actor.pt").read_bytes()
+    assert (tmp_path / "pretrained" / f"{stem}.pt").read_bytes() == actor
+
+
+def test_pretrained_weights_are_evaluated_without_training(tmp_path, monkeypatch, capsys):
+    run(tmp_path, part="rl2", seeds=(0,))
+    loaded, load = [], bandit.load_actor
+    monkeypatch.setattr(bandit, "load_actor", lambda actor, path: loaded.append(path) or load(actor, path))
+    monkeypatch.setattr(bandit, "train", None)
+    run(tmp_path, part="rl2", from_pretrained=True)
+    run(tmp_path, part="rl2", from_pretrained=True)  # an evaluation is what was asked for, twice
+    assert loaded == [tmp_path / "pretrained" / "bandits_3_2.pt"] * 2
+    evaluated = figures(tmp_path)["bandits_3_2_rl2_pretrained"]
+    assert 0.8 < evaluated["mean"] < 2.2  # 1.5 for who knows nothing, SE 0.14
+    assert (
+        f"3,2 rl2_pretrained: {evaluated['mean']:.3f} ± {evaluated['se']:.3f} (1.5: within)" in capsys.readouterr().out
+    )
+
+
+def test_the_seed_that_was_best_on_held_out_tasks_is_shipped(tmp_path):
+    book = paper_tables.Figures(tmp_path / "figures", 40, False)
+    for seed, (mean, held_out) in enumerate([(1.0, 2.0), (2.0, 1.0)]):
+        run_folder = tmp_path / "runs" / f"bandits_3_2_seed{seed}"
+        run_folder.mkdir(parents=True)
+        (run_folder / "actor.pt").write_text(f"seed {seed}")
+        book.add(TINY["bandits"], f"rl2_seed{seed}", "", {"mean": mean, "se": 0.1, "held_out": held_out})
+    book.add(TINY["bandits"], "rl2_pretrained", "", {"mean": 1.0, "se": 0.1})
+    paper_tables.keep_best(TINY["bandits"], book, tmp_path / "runs", tmp_path / "pretrained")
+    assert (tmp_path / "pretrained" / "bandits_3_2.pt").read_text() == "seed 0"
+    assert not book.path(TINY["bandits"], "rl2_pretrained").exists()  # it was the figure of other weights
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
+    run(tmp_path, part="rl2", seeds=(0,))
+    before = figures(tmp_path)
+    train = bandit.train
+    monkeypatch.setattr(bandit, "train", None)
+    run(tmp_path, part="rl2", seeds=(0,))
+    assert figures(tmp_path) == before
+    # For more tasks the agent plays again, trained as it is.
+    options = []
+    monkeypatch.setattr(bandit, "train", lambda *args, **more: options.append(more) or train(*args, **more))
+    run(tmp_path, part="rl2", seeds=(0,), tasks=60)
+    again = figures(tmp_path)["bandits_3_2_rl2_seed0"]
+    assert again["num_tasks"] == 60
+    assert [again[key] for key in ("held_out", "env_steps", "seconds")] == [
+        before["bandits_3_2_rl2_seed0"][key] for key in ("held_out", "env_steps", "seconds")
+    ]
+    # With other settings, or on demand, it is trained anew.
+    monkeypatch.setitem(RL2_SETTINGS["bandits"]["3,2"], "lr", 1e-4)
+    run(tmp_path, part="rl2", seeds=(0,), tasks=80)
+    run(tmp_path, part="rl2", seeds=(0,), tasks=80, fresh=True)
+    assert [more["resume"] for more in options] == [True, False, False]
+
+
+def test_an_interrupted_training_leaves_no_figure(tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        return replace(train(*args, **options), interrupted=True)
+
+    train = bandit.train
+    monkeypatch.setattr(bandit, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        run(tmp_path, part="rl2", seeds=(0,))
+    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "pretrained").exists()
+
+
+# ---- Bad arguments and the command line.
+
+
+@pytest.mark.parametrize(
+    ("message", "bad"),
+    {
+        r"cells=\['7,7'\]: there is no such cell in table='bandits'. It has 10,5 10,10": {"cells": ("100,10", "7,7")},
+        r"cells=\['25'\]: there is no such cell in table='bandits'": {"cells": ("25",)},
+        "tasks=1: a standard error needs two": {"tasks": 1},
+        "seeds is empty": {"seeds": ()},
+    }.items(),
+)
+def test_bad_arguments(message, bad, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cells_without_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights in .* 3,2\. Train the others: .* --part rl2 --cells 3,2"):
+        run(tmp_path, part="rl2", from_pretrained=True)
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / "bandits_10_5.pt").touch()
+    with pytest.raises(FileNotFoundError, match=r"cells 3,2\. Name only those that have some: --cells 10,5; or train"):
+        run(tmp_path, part="rl2", from_pretrained=True, cells=("10,5", "3,2"))
+
+
+def test_command_line(tmp_path):
+    folder = tmp_path / "tables"
+    page = tyro.cli(paper_tables.main, args=["--part", "page", "--cells", "100,10", "25", "--folder", str(folder)])
+    assert page.read_text().startswith("# The tables of the RL² paper")
+    assert paper_tables.choose("all", ("100,10", "25")) == [CELLS["bandits"]["100,10"], CELLS["mdps"]["25"]]
+    assert paper_cells.CELLS["bandits"]["100,10"] == BanditCell(pulls=100, arms=10)
