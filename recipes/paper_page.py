@@ -21,12 +21,11 @@ TITLES = {
 }
 OPTIMUM = {"bandits": "Bayes optimum", "mdps": "known-task optimum"}
 LABELS = {
-    "ucb1": "UCB1",
-    "ucrl2": "UCRL2",
-    "psrl": "PSRL",
-    "opsrl": "OPSRL",
-    "beb": "BEB",
+    "thompson_sampling": "Thompson sampling (TS)",
+    "optimistic_thompson_sampling": "optimistic TS",
     "epsilon_greedy": "ε-greedy",
+    "gittins": "Gittins",
+    **{name: name.upper() for name in ("ucb1", "psrl", "opsrl", "ucrl2", "beb")},
 }
 INTRO = """\
 Ours ± standard error over held-out tasks, the published number in brackets, and how ours stands to it: **within** where they
@@ -166,7 +165,7 @@ def tuning_table(figures: Figures, table: str) -> str:
 
 def label(agent: str) -> str:
     """What an agent is called on the page."""
-    return LABELS.get(agent, agent.replace("_", " ").capitalize())
+    return LABELS.get(agent, agent.replace("_", " "))
 
 
 def head_of(table: str) -> str:
@@ -186,7 +185,7 @@ def fewer_tasks(figures: Figures, table: str) -> list[str]:
     if not numbers:
         return []
     most = max(numbers.values())
-    few = [f"{n:,} for {label(key[2])} in cell {key[1]}" for key, n in numbers.items() if n < most]
+    few = [f"{n:,} for {label(key[2])} in cell {key[1]}, which takes long" for key, n in numbers.items() if n < most]
     return [f"Tasks in a cell: {most:,}{''.join(f'; {text}' for text in few)}."]
 
 

@@ -115,7 +115,7 @@ def test_page_is_made_of_the_files(tmp_path):
     row = "| 2 | 77.30 ± 0.14 (78.7: within) | (79.1: below) | 77.20 ± 0.10 (78.7: within) | 82.00 ± 0.20 | 50.00 |"
     assert f"| 100, 5 (0.52) {row} 77.25 ± 0.10 | 60.0 | 40.0 |" in text
     assert "exploration 0.2" in text
-    assert "Tasks in a cell: 10,000; 2,000 for Random in cell 100,10." in text
+    assert "Tasks in a cell: 10,000; 2,000 for random in cell 100,10, which takes long." in text
     for entry in entries:
         assert f"{entry['command']}  # commit abc" in text
     # Another cell has no file.
