@@ -233,11 +233,11 @@ def _pack(w_ih, w_hh, b_ih=None, b_hh=None) -> torch.Tensor:
     return packed
 
 
-def _forward(x, hidden, is_init, packed, units: int, saved: torch.Tensor | None) -> torch.Tensor:
+def _forward(x, hidden, is_init, packed, units: int, saved: torch.Tensor | None, y=None) -> torch.Tensor:
     library = kernels.load(x.dtype)
     rows, steps, inputs = x.shape
     x, hidden = _unit_stride(x), _unit_stride(hidden)
-    y = x.new_empty(rows, steps, units)
+    y = x.new_empty(rows, steps, units) if y is None else y
     library.gru_forward(
         *(rows, steps, inputs, units, *_strided(x), *_strided(hidden), kernels.address(is_init), packed.data_ptr()),
         *(y.data_ptr(), kernels.address(saved), kernels.threads_for(rows * steps * units * (units + inputs))),
@@ -275,11 +275,11 @@ class _GRUSequence(torch.autograd.Function):
         return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
 
 
-def forward_saving(x, hidden, is_init, weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """``h`` ``[N, T, H]``, and what `backward_in_place` needs; ``is_init`` as `as_bytes` gives it."""
+def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``h`` ``[N, T, H]``, in ``y`` if that is given, and what `backward_in_place` needs; ``is_init`` as `as_bytes` gives it."""
     inputs, units = x.shape[-1], weights[1].shape[1]
     saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(inputs, units)))
-    return _forward(x, hidden, is_init, _pack(*weights), units, saved), saved
+    return _forward(x, hidden, is_init, _pack(*weights), units, saved, y), saved
 
 
 def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
@@ -318,10 +318,10 @@ def _input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor
 
 
 class Workspace:
-    """What forward saves, handed back by backward: first touch of fresh memory costs more than the arithmetic on it."""
+    """Memory of one minibatch that the next one uses again: first touch of fresh memory costs more than the arithmetic on it."""
 
     _free: list[torch.Tensor] = []
-    _KEPT = 4  # two networks in one loss, and a little more
+    _KEPT = 8  # two networks in one loss: states, gradients and what forward saves of each, and a little more
 
     @classmethod
     def take(cls, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

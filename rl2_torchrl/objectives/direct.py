@@ -220,14 +220,17 @@ class GRUPart(_Part):
             raise NotPlainError(f"{in_key} or {hidden_key} does not fit the GRU")
         self._is_init = as_bytes(is_init.squeeze(-1))
         hidden = None if hidden is None else hidden[:, :, 0]
-        state[self.module.out_keys[0]], self._saved = forward_saving(x, hidden, self._is_init, self.weights)
+        y = Workspace.take(x, (*x.shape[:2], self.units))
+        state[self.module.out_keys[0]], self._saved = forward_saving(x, hidden, self._is_init, self.weights, y)
 
     def backward(self, state: State, gradients: State) -> None:
-        dy = gradients.pop(self.module.out_keys[0])
+        key = self.module.out_keys[0]
+        dy = gradients.pop(key)
         backward_in_place(dy, self._is_init, self.inputs, self.weights[1], self._saved, None)
         weight_products(self._saved, self.units, self._products)
         torch._foreach_copy_(self._to, self._of)
-        Workspace.give(self._saved)
+        for memory in (self._saved, dy, state.pop(key)):  # the heads that read the features have gone back already
+            Workspace.give(memory)
 
 
 class HeadPart(_Part):
@@ -267,7 +270,7 @@ class HeadPart(_Part):
         dy = gradients.pop(self.out_key)
         for number in reversed(range(len(self.linears))):
             x, needed = self._inputs[number], number > 0 or not self.detach
-            dx = torch.empty_like(x) if needed else None
+            dx = Workspace.take(x, x.shape) if needed else None
             _linear_gradients(x, self.linears[number].weight, dy, dx, *self._gradients[number], self._has_relu(number))
             dy = dx
         if self.detach:
@@ -275,7 +278,11 @@ class HeadPart(_Part):
         if self.extra_keys:
             features = state[self.key]
             dy = torch.where(features > 0, dy[..., : features.shape[-1]], 0.0)
-        gradients[self.key] = gradients[self.key].add_(dy) if self.key in gradients else dy
+        if self.key in gradients:
+            gradients[self.key].add_(dy)
+            Workspace.give(dy)
+        else:
+            gradients[self.key] = dy
 
 
 class _CategoricalTerms(_Part):
