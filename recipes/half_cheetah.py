@@ -228,8 +228,9 @@ class Game:
         """``rows`` cheetahs side by side, each on a task of its own; the stream ``starts`` says where episodes begin."""
         env_class = HalfCheetahDirection if self.task == "direction" else HalfCheetahVelocity
         cheetahs = env_class(batch_size=(rows,), horizon=self.horizon, seed=self.stream(starts))
+        trial = Trial(episodes=self.episodes, step_keys=["velocity"])
         # Without "velocity", so that the agent sees what the original's did; it can tell its speed from the observation.
-        transforms = Compose(Trial(episodes=self.episodes), sampler, PreviousStep(["observation"]))
+        transforms = Compose(trial, sampler, PreviousStep(["observation"]))
         return TransformedEnv(cheetahs, transforms)
 
     def tasks(self, kind: int, number: int) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import expand_as_right
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
@@ -46,6 +48,8 @@ class Trial(Transform):
         steps: number of steps in a trial, or None for no such bound. A trial ends at whichever bound comes first.
         truncate: mark the trial's end as ``truncated`` in place of ``terminated``, so that the value of the last
             observation is bootstrapped. Default False: a trial's end is terminal.
+        step_keys: entries that tell of the step that was taken rather than of the state that it led to, such as a velocity or
+            whether a goal was reached. An inner reset leaves them; all others are those of the new episode then. Default none.
 
     Raises:
         ValueError: neither bound is given, or one is below 1.
@@ -61,7 +65,14 @@ class Trial(Transform):
         (2, 1)
     """
 
-    def __init__(self, episodes: int | None = None, steps: int | None = None, *, truncate: bool = False):
+    def __init__(
+        self,
+        episodes: int | None = None,
+        steps: int | None = None,
+        *,
+        truncate: bool = False,
+        step_keys: Sequence[NestedKey] = (),
+    ):
         super().__init__()
         if episodes is None and steps is None:
             raise ValueError("Trial needs a bound, or no trial ever ends: give episodes=, steps= or both.")
@@ -71,6 +82,7 @@ class Trial(Transform):
         self.episodes = episodes
         self.steps = steps
         self.truncate = truncate
+        self.step_keys = [step_keys] if isinstance(step_keys, str) else list(step_keys)
 
     # ---------------------------------------------------------------- step
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -106,7 +118,7 @@ class Trial(Transform):
         reset_input.set("_reset", rows)
         first = env._reset(reset_input)
         for key in first.keys(True, True):
-            if key in env.done_keys or key in env.reset_keys:
+            if key in env.done_keys or key in env.reset_keys or key in self.step_keys:
                 continue
             old, new = next_tensordict.get(key, None), first.get(key)
             mask = expand_as_right(rows.reshape(env.batch_size), new)

@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDict
 
 from recipes import bandit, half_cheetah, results
-from rl2_torchrl import TaskSampler
+from rl2_torchrl import GRUGaussianActor, TaskSampler
 
 ROOT = Path(__file__).parent.parent
 
@@ -218,6 +218,16 @@ def test_errors_of_speed_are_made_positive_before_any_mean():
         record(TensorDict(step, [2]))
     assert record.errors(episodes=2).returns.tolist() == [[2.0, 0.0], [1.0, 2.0]]
     assert record.velocities.tolist() == [[1.0, 3.0, 2.0, 2.0], [3.0, 2.0, 0.0, 2.0]]
+
+
+def test_the_last_velocity_of_an_episode_is_recorded():
+    """An inner reset puts the cheetah to rest; the velocity of the step before it must not be lost."""
+    game = half_cheetah.Game("velocity", episodes=2, horizon=4, max_velocity=2.0, seed=0)
+    actor = GRUGaussianActor.from_env(game.env(TaskSampler.fixed(torch.ones(3, 1)), 3, 0), hidden_size=4)
+    record = half_cheetah.VelocityRecord()
+    game.play(actor, torch.ones(3, 1), on_step=record)
+    assert record.velocities.shape == (3, 8)
+    assert (record.velocities != 0).all()
 
 
 def test_cheetahs_stop_goals():

@@ -321,3 +321,10 @@ def test_several_done_entries_are_refused():
 def test_trial_works_in_envs_only():
     with pytest.raises(RuntimeError, match="no meaning in a replay buffer"):
         Trial(episodes=2)(TensorDict())
+
+
+@pytest.mark.parametrize(("step_keys", "expected"), [((), [[0, 1], [1, 0]]), (["count"], [[1, 1], [1, 2]])])
+def test_inner_resets_leave_what_tells_of_the_step(step_keys, expected):
+    # Row 0 plays two episodes of one step, row 1 the first of two: what is reset counts from 0 again.
+    env = counting((2,), (1, 2), trial=Trial(episodes=2, step_keys=step_keys))
+    assert table(play(env, 2), "count") == expected
