@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from json import dumps
@@ -13,6 +13,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from tensordict import TensorDictBase
 from torch.autograd import DeviceType
 from torchrl.envs import Compose, TransformedEnv
 
@@ -132,11 +133,30 @@ def measure(workload: Workload, repeats: int, peak: float, device: str = "cpu") 
     """Steps/s of each phase: all runs and their medians."""
     torch.manual_seed(0)
     collector, update = compose(workload, device)
+    batches = iter(collector)
+    runs = time_phases(batches, update, workload.steps, repeats, device)
+    busy = {} if device == "cpu" else {"device_busy": device_busy(lambda: update(next(batches)))}
+    collector.shutdown()
+    medians = medians_of(runs)
+    flops = medians["total_steps_per_second"] * workload.step_flops
+    return {
+        **asdict(workload),
+        **medians,
+        "gflops": flops / 1e9,
+        "fraction_of_peak": flops / peak,
+        **busy,
+        "runs": runs,
+    }
+
+
+def time_phases(
+    batches: Iterator[TensorDictBase], update: PPOUpdate, steps: int, repeats: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Steps/s of each phase in each of ``repeats`` iterations on batches of ``steps`` env steps."""
     advantage, now = _Stopwatch(device), partial(_now, device)
     update.advantage.register_forward_pre_hook(lambda *_: advantage.start())
     update.advantage.register_forward_hook(lambda *_: advantage.stop())
     runs: dict[str, list[float]] = {"collect": [], "advantage": [], "update": [], "total": []}
-    batches = iter(collector)
     warmup = 1 if device == "cpu" else 3
     for repeat in range(repeats + warmup):
         start = now()
@@ -147,19 +167,13 @@ def measure(workload: Workload, repeats: int, peak: float, device: str = "cpu") 
         seconds = (collected - start, advantage.seconds, end - collected - advantage.seconds, end - start)
         if repeat >= warmup:  # what comes before compiles, allocates and records
             for phase, duration in zip(runs, seconds, strict=True):
-                runs[phase].append(workload.steps / duration)
-    busy = {} if device == "cpu" else {"device_busy": device_busy(lambda: update(next(batches)))}
-    collector.shutdown()
-    medians = {f"{phase}_steps_per_second": statistics.median(values) for phase, values in runs.items()}
-    flops = medians["total_steps_per_second"] * workload.step_flops
-    return {
-        **asdict(workload),
-        **medians,
-        "gflops": flops / 1e9,
-        "fraction_of_peak": flops / peak,
-        **busy,
-        "runs": runs,
-    }
+                runs[phase].append(steps / duration)
+    return runs
+
+
+def medians_of(runs: dict[str, list[float]]) -> dict[str, float]:
+    """Median steps/s of each phase, under ``<phase>_steps_per_second``."""
+    return {f"{phase}_steps_per_second": statistics.median(values) for phase, values in runs.items()}
 
 
 class _Stopwatch:

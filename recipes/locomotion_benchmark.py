@@ -1,4 +1,4 @@
-"""What the cheetah's env costs beside MuJoCo: steps/s of a bare `mujoco.rollout`, of the env around it, and of other ways."""
+"""How fast cheetahs run and learn: the env beside a bare `mujoco.rollout`, and whole trainings in both modes, phase by phase."""
 
 import statistics
 import time
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
+from recipes import half_cheetah
+from recipes.benchmark import medians_of, time_phases
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import HalfCheetahVelocity, velocities
 
@@ -28,9 +30,10 @@ def main(
     threads: int = 2,
     steps: int = 200,
     repeats: int = 7,
+    training: bool = True,
     json: Path | None = None,
 ) -> dict[str, dict]:
-    """Times the same cheetahs with the same actions from the same start, in turns, and prints steps/s and shares.
+    """Times the same cheetahs with the same actions from the same start, in turns, and whole iterations of training.
 
     "mujoco.rollout" is MuJoCo's thread pool alone; "env.transition" the env on plain tensors, as `TrialCollector` calls it;
     "env.rollout" TorchRL's loop over the env with all transforms of a trial; "backend mujoco" one env a cheetah, in a loop.
@@ -38,15 +41,20 @@ def main(
 
     Args:
         rows: cheetahs side by side.
-        threads: threads of MuJoCo's pool.
+        threads: threads of MuJoCo's pool, and of PyTorch in trainings.
         steps: env steps of a run, of 5 steps of the simulation each.
         repeats: runs of each, taken in turns.
+        training: time iterations of `recipes.half_cheetah` on velocities too, in both modes.
         json: file to write all figures to.
     """
     if repeats < 1 or steps < 1:
         raise ValueError(f"repeats={repeats}, steps={steps}: at least one run of one step must be timed.")
     figures = {str(n): measure(n, threads, steps, repeats) for n in rows}
     Console().print(table(figures, f"{threads} threads, medians of {repeats}"))
+    if training:
+        torch.set_num_threads(threads)
+        figures["training"] = {mode: measure_training(mode, min(repeats, 5)) for mode in ("original", "trial")}
+        Console().print(training_table(figures["training"], f"{threads} threads"))
     if json is not None:
         json.write_text(dumps(figures, indent=1) + "\n")
     return figures
@@ -77,6 +85,18 @@ def measure(rows: int, threads: int, steps: int, repeats: int) -> dict:
         "seconds_per_step": seconds,
         "difference": float(np.abs(last[:, 1 : 1 + env.model.nq] - env.physics.bodies.qpos).max()),
     }
+
+
+def measure_training(mode: str, repeats: int) -> dict:
+    """Steps/s of collection, advantages, update and all of it, for a mode of the recipe on velocities."""
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    settings = half_cheetah.MODES[mode, "velocity"]
+    game = half_cheetah.Game("velocity", settings.episodes, settings.horizon, max_velocity=2.0, seed=0)
+    collector, update = half_cheetah.compose(game, settings)
+    runs = time_phases(iter(collector), update, settings.batch_steps, repeats)
+    collector.shutdown()
+    return {**medians_of(runs), "runs": runs}
 
 
 def bare_rollout(
@@ -162,6 +182,18 @@ def table(figures: dict[str, dict], title: str) -> Table:
     for rows, figure in figures.items():
         speeds, shares = figure["steps_per_second"], figure["share"]
         out.add_row(rows, *(f"{speeds[name] / 1e3:.1f} {shares[name]:.0%}" for name in speeds))
+    return out
+
+
+def training_table(figures: dict[str, dict], title: str) -> Table:
+    """One row a mode: steps/s of each phase, and its share of the time."""
+    out = Table(title=f"Training: thousand env steps/s and share of the time ({title})")
+    for column in ("mode", "collect", "advantage", "update", "total"):
+        out.add_column(column, justify="right")
+    for mode, figure in figures.items():
+        speeds = {phase: figure[f"{phase}_steps_per_second"] for phase in figure["runs"]}
+        shares = (f"{speed / 1e3:,.1f} {speeds['total'] / speed:.0%}" for speed in speeds.values())
+        out.add_row(mode, *shares)
     return out
 
 

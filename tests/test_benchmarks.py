@@ -1,11 +1,12 @@
 """The benchmark recipes at tiny sizes: what they promise to write, never how fast they are."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from recipes import benchmark, gru_benchmark, locomotion_benchmark
+from recipes import benchmark, gru_benchmark, half_cheetah, locomotion_benchmark
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_a_device_that_did_nothing_was_not_busy(monkeypatch):
 
 def test_cheetahs_are_timed_on_the_same_work(tmp_path):
     file = tmp_path / "cheetahs.json"
-    locomotion_benchmark.main(rows=(1, 3), threads=2, steps=4, repeats=2, json=file)
+    locomotion_benchmark.main(rows=(1, 3), threads=2, steps=4, repeats=2, training=False, json=file)
     stored = json.loads(file.read_text())
     assert set(stored) == {"1", "3"}
     for rows, figure in stored.items():
@@ -81,6 +82,19 @@ def test_cheetahs_are_timed_on_the_same_work(tmp_path):
             assert len(seconds) == 2
             speeds = sorted(int(rows) / own for own in seconds)
             assert speeds[0] <= figure["steps_per_second"][name] <= speeds[1]
+
+
+def test_cheetahs_trainings_are_timed_phase_by_phase(monkeypatch):
+    tiny = {key: replace(mode, trials=2, horizon=4, epochs=1) for key, mode in half_cheetah.MODES.items()}
+    monkeypatch.setattr(half_cheetah, "MODES", tiny)
+    figures = locomotion_benchmark.main(rows=(1,), threads=1, steps=2, repeats=2)["training"]
+    assert set(figures) == {"original", "trial"}
+    for figure in figures.values():
+        for phase in ("collect", "advantage", "update", "total"):
+            assert len(figure["runs"][phase]) == 2
+            assert min(figure["runs"][phase]) <= figure[f"{phase}_steps_per_second"] <= max(figure["runs"][phase])
+        # A phase alone is faster than all of them together.
+        assert min(figure["runs"]["collect"]) > min(figure["runs"]["total"])
 
 
 def test_no_cheetahs_to_time():
