@@ -16,8 +16,9 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "bandits": {
         "10,5": {**SHORT, "units": 64, "lr": 3e-3, "env_steps": 3_000_000},
         "10,10": {**SHORT, "units": 64, "lr": 3e-3, "env_steps": 3_000_000},
-        # Fifty arms to tell apart: 97 % of the optimum after 3 M steps.
-        "10,50": {**SHORT, "units": 64, "lr": 3e-3, "env_steps": 12_000_000},
+        # Fifty arms: the entropy of choosing among them is large, and its bonus with it. 98.2 % of the optimum with 0.02 after
+        # 12 M steps, 99.2 % with 0.005 after 8 M.
+        "10,50": {**SHORT, "units": 64, "lr": 3e-3, "env_steps": 12_000_000, "entropy": 0.005},
         "100,5": {**LONG, "units": 64, "lr": 3e-3, "env_steps": 25_000_000},
         "100,10": {**LONG, "units": 64, "lr": 3e-3, "env_steps": 25_000_000},
         "100,50": {**LONG, "units": 64, "lr": 3e-3, "env_steps": 40_000_000},
