@@ -130,8 +130,9 @@ class LockstepRollout:
             self._replays[deterministic] = GraphReplay(play, self.env.device, [self.env.generator])
         with _one_thread() if self.env.has_threads else nullcontext():
             self._replays[deterministic]()
-        if self._kept is None:
-            self._kept = self.batch.select(*self.keep)
+        kept = self.batch.select(*self.keep)
+        # What others have added stays, to be written over by them; what they have put in place of ours does not.
+        self._kept = kept if self._kept is None else self._kept.update(kept)
         return self._kept
 
     def _play(self, noise: Sequence[torch.Tensor | None]) -> None:

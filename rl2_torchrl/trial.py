@@ -82,7 +82,7 @@ class Trial(Transform):
         self.episodes = episodes
         self.steps = steps
         self.truncate = truncate
-        self.step_keys = [step_keys] if isinstance(step_keys, str) else list(step_keys)
+        self.step_keys = list(step_keys)
 
     # ---------------------------------------------------------------- step
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -164,6 +164,11 @@ class Trial(Transform):
     # --------------------------------------------------------------- specs
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         env = self._base_env
+        unknown = [key for key in self.step_keys if key not in observation_spec.keys(True, True)]
+        if unknown:
+            raise KeyError(
+                f"Trial(step_keys=...): the env has no entry {unknown}, only {list(observation_spec.keys(True, True))}."
+            )
         shape, device = env.full_done_spec["done"].shape, env.device
         observation_spec[EPISODE_DONE] = Binary(1, shape=shape, dtype=torch.bool, device=device)
         observation_spec[EPISODE_INDEX] = Unbounded(shape, dtype=torch.int64, device=device)

@@ -115,7 +115,7 @@ class PPOUpdate:
         chunks = self.chunks(self.advantage(batch))
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
         self._fill(chunks)
-        one_pass = self._choose_pass()
+        one_pass = self._choose_pass(from_zeros)
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         for epoch in range(self.epochs):
             kls = []
@@ -206,15 +206,18 @@ class PPOUpdate:
         self._buffer.empty()
         self._buffer.extend(chunks)
 
-    def _choose_pass(self) -> Callable[[str], Iterator[dict[str, float | torch.Tensor]]]:
+    def _choose_pass(self, from_zeros: bool) -> Callable[[str], Iterator[dict[str, float | torch.Tensor]]]:
         """The fastest way that loss, networks and optimizer allow; chosen anew for every batch, as their options may change."""
         direct = self._direct_gradients()
         if direct is None:
             return self._autograd_pass
         try:
-            return partial(self._compiled_pass, self._compile(direct))
+            compiled = self._compile(direct)
         except NotPlainError:
             return partial(self._direct_pass, direct)
+        if from_zeros:
+            _require_replay(compiled.max_ratio)
+        return partial(self._compiled_pass, compiled)
 
     def _autograd_pass(self, where: str) -> Iterator[dict[str, torch.Tensor]]:
         for number, minibatch in enumerate(self._buffer):

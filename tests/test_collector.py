@@ -263,3 +263,18 @@ def test_unknown_entry_is_named():
     collector = TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=30, keep=["nonsense"])
     with pytest.raises(KeyError, match="nonsense.*not collected"):
         next(iter(collector))
+
+
+def test_an_entry_that_was_replaced_is_the_collectors_own_again():
+    env = bandit_env()
+    collector = TrialCollector(
+        env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=["action", ("next", "reward")]
+    )
+    assert collector.lockstep is not None
+    iterator = iter(collector)
+    for _ in range(3):
+        batch = next(iterator)
+        assert set(batch["next", "reward"].unique().tolist()) <= {0.0, 1.0}
+        batch["mine"] = batch["action"].clone()
+        batch["next", "reward"] = 0.1 * batch["next", "reward"]
+    assert "mine" in next(iterator).keys()

@@ -14,6 +14,7 @@ from rl2_torchrl import (
     RL2PPOLoss,
     kernels,
 )
+from rl2_torchrl.modules.body import Head
 from rl2_torchrl.modules.plain import NotPlainError
 from rl2_torchrl.objectives.compiled_pass import CompiledPass
 from rl2_torchrl.objectives.direct import DirectGradients
@@ -154,9 +155,56 @@ def _changed(change):
     return loss
 
 
+def _critic_on_features(**options):
+    actor = GRUCategoricalActor(INPUTS, ACTIONS, hidden_size=UNITS)
+    return RL2PPOLoss(actor, GRUValueHead(UNITS, in_key="actor_features", **options))
+
+
+def _critic_on_logits():
+    actor = GRUCategoricalActor(INPUTS, ACTIONS, hidden_size=UNITS)
+    return RL2PPOLoss(actor, MemoryValueHead(UNITS, detach=False, extra_keys=["logits"], extra_size=ACTIONS))
+
+
+def _same_features_key():
+    actor = GRUCategoricalActor(INPUTS, ACTIONS, hidden_size=UNITS)
+    return RL2PPOLoss(actor, GRUValueHead(INPUTS, hidden_size=UNITS, features_key="actor_features"))
+
+
+def _gru(network):
+    return next(part for part in network.modules() if isinstance(part, nn.GRU))
+
+
+def _tied():
+    actor, critic = GRUCategoricalActor(INPUTS, ACTIONS), GRUValueHead(INPUTS)
+    _gru(critic).weight_hh_l0 = _gru(actor).weight_hh_l0
+    return RL2PPOLoss(actor, critic)
+
+
+def _hook_on(kind):
+    def change(loss):
+        part = next(module for module in loss.modules() if type(module) is kind)
+        part.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+    return _changed(change)
+
+
+def _transposed(loss):
+    weight = _gru(loss.actor_network).weight_hh_l0
+    weight.data = weight.data.t().contiguous().t()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (_critic_on_features, "has a gradient"),
+        (lambda: _critic_on_features(features_key="actor_features"), "has a gradient|twice"),
+        (_critic_on_logits, "has a gradient"),
+        (_same_features_key, "twice"),
+        (_tied, "share"),
+        (lambda: _hook_on(Head), "hooks"),
+        (lambda: _hook_on(nn.GRU), "hooks"),
+        (lambda: _changed(_transposed), "contiguous"),
+        (lambda: loss_of("categorical", "separate", torch.float32, critic_coeff=0.0), "beside"),
         (lambda: OwnLoss(GRUCategoricalActor(INPUTS, ACTIONS), GRUValueHead(INPUTS)), "own options"),
         (
             lambda: RL2PPOLoss(GRUCategoricalActor(INPUTS, ACTIONS), GRUValueHead(INPUTS), clip_value=True),
@@ -268,6 +316,10 @@ def test_updates_in_single_precision(monkeypatch):
         ("separate", {"optimizer": lambda p: torch.optim.Adam(p, weight_decay=0.1)}, "optimizer"),
         ("separate", {"optimizer": lambda p: torch.optim.Adam(p, amsgrad=True)}, "optimizer"),
         ("separate", {"optimizer": lambda p: torch.optim.Adam([{"params": [q]} for q in p])}, "optimizer"),
+        ("separate", {"optimizer": lambda p: torch.optim.Adam(p[1:])}, "does not hold"),
+        ("separate", {"optimizer": lambda p: torch.optim.Adam([*p, nn.Parameter(torch.ones(1))])}, "does not hold"),
+        ("separate", {"optimizer": lambda p: _stepped(torch.optim.Adam(p), p[:1])}, "different numbers of steps"),
+        ("separate", {"optimizer": lambda p: _scheduled(torch.optim.Adam(p))}, "more than"),
     ],
 )
 def test_what_is_no_pass_of_small_minibatches_is_refused(critic, change, message):
@@ -278,12 +330,56 @@ def test_what_is_no_pass_of_small_minibatches_is_refused(critic, change, message
             CompiledPass(direct, optimizer, data_of("categorical", torch.float32), change.get("rows", 2), None)
 
 
-def test_an_action_that_is_no_choice_is_an_error_in_a_compiled_pass(monkeypatch):
-    update = PPOUpdate(loss_of("categorical", "separate", torch.float32), bptt=1)
+def _stepped(optimizer, parameters):
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def _scheduled(optimizer):
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return optimizer
+
+
+def test_an_action_that_is_no_choice_is_an_error_in_a_compiled_pass():
+    update = PPOUpdate(loss_of("categorical", "separate", torch.float32), bptt=1, minibatches=6, shuffle=False)
     batch = batch_of("categorical", torch.float32)
     batch["action"][3, 2] = ACTIONS
     with pytest.raises((IndexError, RuntimeError), match="3 choices|out of bounds"):
         update(batch)
+    # 9 chunks a minibatch, and this one is the 21st: two steps were taken before it.
+    assert {float(state["step"]) for state in update.optimizer.state.values()} == {2.0}
+
+
+def test_a_pass_in_an_order_that_lies_scattered_in_memory():
+    direct = direct_of(loss_of("gaussian", "separate", torch.float64))
+    if direct is None:
+        return
+    ends = []
+    for order in (torch.arange(ROWS), torch.stack([torch.arange(ROWS), torch.full((ROWS,), -1)], 1)[:, 0]):
+        direct = DirectGradients(loss_of("gaussian", "separate", torch.float64))
+        optimizer = torch.optim.Adam(list(direct.loss.parameters()), lr=1e-2)
+        CompiledPass(direct, optimizer, data_of("gaussian", torch.float64), 2, None).run(order)
+        ends.append([p.detach().clone() for p in direct.loss.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("way", ["compiled", "direct", "autograd"])
+def test_memory_that_was_lost_is_noticed_before_a_compiled_pass_takes_a_step(way, monkeypatch):
+    update = PPOUpdate(loss_of("categorical", "separate", torch.float32), minibatches=3)
+    if way != "compiled":
+        monkeypatch.setattr(update, "_compile", _refuse)
+    if way == "autograd":
+        monkeypatch.setattr(update, "_direct_gradients", lambda: None)
+    batch = batch_of("categorical", torch.float32).exclude("actor_hidden", "critic_hidden")
+    batch["is_init"][:] = False
+    batch["is_init"][:, 0] = True
+    before = [p.detach().clone() for p in update.loss.parameters()]
+    with pytest.raises(ValueError, match="memory was lost"):
+        update(batch)
+    same = all(torch.equal(a, b) for a, b in zip(before, update.loss.parameters(), strict=True))
+    assert same == (way == "compiled" and COMPILED)
 
 
 def test_an_entry_of_another_dtype_is_left_to_the_loss():

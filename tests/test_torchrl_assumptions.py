@@ -336,6 +336,19 @@ def test_trial_advantages_are_those_of_torchrls_gae(lmbda):
         torch.testing.assert_close(data["value_target"], target, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_trial_advantages_of_a_lazy_stack(dim):
+    """A lazy stack hands out copies of its entries: what is written into one of them is lost."""
+    done = torch.zeros(2, 3, 1, dtype=torch.bool)
+    done[:, -1] = True
+    ends = {"reward": torch.ones(2, 3, 1), "done": done, "terminated": done}
+    data = TensorDict({"state_value": torch.zeros(2, 3, 1), "next": TensorDict(ends, [2, 3])}, [2, 3])
+    stack = TensorDict.lazy_stack(list(data.unbind(dim)), dim)
+    for _ in range(2):
+        TrialAdvantage(gamma=0.5, lmbda=1.0, normalize=False)(stack)
+        assert stack["advantage"].squeeze(-1).tolist() == 2 * [[1.75, 1.5, 1.0]]
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_one_pass_over_the_buffer_is_every_chunk_once(shuffle):
     """`PPOUpdate` makes a pass by iterating; unshuffled it is the original's order, with the short minibatch last."""

@@ -328,3 +328,8 @@ def test_inner_resets_leave_what_tells_of_the_step(step_keys, expected):
     # Row 0 plays two episodes of one step, row 1 the first of two: what is reset counts from 0 again.
     env = counting((2,), (1, 2), trial=Trial(episodes=2, step_keys=step_keys))
     assert table(play(env, 2), "count") == expected
+
+
+def test_unknown_step_keys_are_refused():
+    with pytest.raises(KeyError, match="no entry .*speed"):
+        counting((2,), (1, 2), trial=Trial(episodes=2, step_keys=["speed"])).reset()

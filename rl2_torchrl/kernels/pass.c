@@ -145,7 +145,7 @@ static int collect(pass *of, parameter *all) {
 }
 
 /* Returns the number of the first minibatch whose gradient is not finite, which changes nothing any more; -1 if there is none,
- * -2 where an action is none of the choices. */
+ * -2 - the number of the minibatch in which an action is none of the choices. */
 int ppo_pass(pass *of) {
     int rows = of->rows, steps = of->steps, outputs = of->actor.outputs, has_critic = of->critic.hidden > 0, broken = -1;
     size_t n = (size_t)rows * steps, one = steps * sizeof(real);
@@ -178,7 +178,7 @@ int ppo_pass(pass *of) {
             strangers = categorical_forward(size, outputs, of->actor.out, action, a[LOG_PROB], a[H], a[TOTAL], 1);
             for (int i = 0; i < size; i++) entropy += a[H][i] / size;
         }
-        if (strangers) { broken = -2; break; }
+        if (strangers) { broken = -2 - first / rows; break; }
         clipped_objective(count, steps, a[LOG_PROB], a[OLD], a[ADVANTAGE], of->low, of->high, a[ACTIVE], a[RATIO], a[ESS], totals);
         for (int i = 0; i < size; i++) {
             a[ACTIVE][i] *= (real)(-1.0 / size);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import dispatch
@@ -320,20 +322,28 @@ def _input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor
 class Workspace:
     """Memory of one minibatch that the next one uses again: first touch of fresh memory costs more than the arithmetic on it."""
 
-    _free: list[torch.Tensor] = []
+    _local = threading.local()  # a tensor that two threads took would be written by both
     _KEPT = 8  # two networks in one loss: states, gradients and what forward saves of each, and a little more
 
     @classmethod
     def take(cls, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        for i, tensor in enumerate(cls._free):
+        free = cls._tensors()
+        for i, tensor in enumerate(free):
             if tensor.shape == shape and tensor.dtype == like.dtype:
-                return cls._free.pop(i)
+                return free.pop(i)
         return like.new_empty(shape)
 
     @classmethod
     def give(cls, tensor: torch.Tensor) -> None:
-        cls._free.append(tensor)
-        del cls._free[: -cls._KEPT]
+        free = cls._tensors()
+        free.append(tensor)
+        del free[: -cls._KEPT]
+
+    @classmethod
+    def _tensors(cls) -> list[torch.Tensor]:
+        if not hasattr(cls._local, "free"):
+            cls._local.free = []
+        return cls._local.free
 
 
 def _unit_stride(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -348,7 +358,7 @@ def as_bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
     """``is_init`` as contiguous bytes, or None where nothing starts anew after the first step."""
     if is_init is None or is_init.shape[1] == 1:
         return None
-    return is_init.contiguous() if is_init[:, 1:].any() else None
+    return is_init.bool().contiguous() if is_init[:, 1:].any() else None
 
 
 def _strided(tensor: torch.Tensor | None) -> tuple:

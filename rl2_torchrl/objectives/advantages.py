@@ -95,6 +95,9 @@ class TrialAdvantage(nn.Module):
         if self.normalize:
             std = advantage.std().clamp_min(1e-8)
             advantage.sub_(advantage.mean()).div_(std)
+        for key, entry in (("advantage", advantage), ("value_target", target)):
+            if tensordict.get(key, None) is not entry:
+                tensordict.set(key, entry)
         return tensordict
 
     def _temporal_differences(self, tensordict: TensorDictBase, value, reward, out: torch.Tensor) -> None:
@@ -129,8 +132,7 @@ def _entry(tensordict: TensorDictBase, key: str, like: torch.Tensor) -> torch.Te
     """The entry ``key`` to write into: the one that is there, if a collector hands its batches out in the same memory."""
     entry = tensordict.get(key, None)
     if entry is None or (entry.shape, entry.dtype, entry.device) != (like.shape, like.dtype, like.device):
-        tensordict.set(key, torch.empty_like(like))
-        entry = tensordict.get(key)
+        return torch.empty_like(like)
     return entry
 
 

@@ -71,12 +71,13 @@ class CompiledPass:
     ):
         self.direct, self.optimizer, self.chunks, self.rows = direct, optimizer, dict(chunks), rows
         self.max_grad_norm = max_grad_norm
-        self._group = _plain_adam(optimizer)
+        self._group = _plain_adam(optimizer, direct)
         self._networks = _networks(direct)
         steps = self.chunks[direct.loss.tensor_keys.advantage].shape[1]
         if rows * steps > MOST_STEPS:
             raise NotPlainError(f"minibatches of {rows * steps} steps are faster one by one")
-        direct({key: entry[:1] for key, entry in self.chunks.items()})  # refuses entries that do not fit
+        #: Largest ratio in the chunks of a first minibatch, before any step. The look at them refuses entries that do not fit.
+        self.max_ratio = direct({key: entry[:rows] for key, entry in self.chunks.items()})["max_ratio"]
         for part in direct.parts:
             if isinstance(part, Concat):
                 part.forward(self.chunks)
@@ -90,14 +91,15 @@ class CompiledPass:
         Raises:
             IndexError: an action is none of the policy's choices.
         """
-        loss, count = self.direct.loss, -(-len(order) // self.rows)
+        order, count = order.long().contiguous(), -(-len(order) // self.rows)  # kept while the kernel reads it
         metrics = torch.zeros(count, len(self._METRICS), dtype=torch.float64)
-        broken = kernels.load(self.direct.dtype).ppo_pass(ctypes.byref(self._arguments(order.contiguous(), metrics)))
-        if broken == -2:
-            raise_strangers(self.chunks[loss.tensor_keys.action], self._networks[0][1].linears[-1].out_features)
-        taken = count if broken == -1 else broken
+        end = kernels.load(self.direct.dtype).ppo_pass(ctypes.byref(self._arguments(order, metrics)))
+        has_stranger, taken = end <= -2, count if end == -1 else end if end >= 0 else -2 - end
         torch._foreach_add_([self.optimizer.state[p]["step"] for p in self._group["params"]], taken)
-        return [self._named(row) for row in metrics[: taken + (broken >= 0)].tolist()]
+        if has_stranger:
+            action = self.chunks[self.direct.loss.tensor_keys.action]
+            raise_strangers(action, self._networks[0][1].linears[-1].out_features)
+        return [self._named(row) for row in metrics[: taken + (end >= 0)].tolist()]
 
     def _named(self, row: list[float]) -> dict[str, float]:
         loss, out = self.direct.loss, dict(zip(self._METRICS, row, strict=True))
@@ -117,7 +119,7 @@ class CompiledPass:
         target = chunks[keys.value_target] if loss.has_critic else None
         read = (
             order,
-            chunks["is_init"],
+            chunks[self._networks[0][0].module.in_keys[2]],
             chunks[keys.action],
             chunks[keys.sample_log_prob],
             chunks[keys.advantage],
@@ -141,20 +143,32 @@ class CompiledPass:
 
     def _parameter(self, parameter: nn.Parameter) -> _Parameter:
         state = self.optimizer.state[parameter]
-        if not state:  # as Adam does before its first step
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         tensors = (parameter, self.direct.gradient_of(parameter), state["exp_avg"], state["exp_avg_sq"])
         return _Parameter(*map(kernels.address, tensors), parameter.numel())
 
 
-def _plain_adam(optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer's one group of parameters."""
+def _plain_adam(optimizer: torch.optim.Optimizer, direct: DirectGradients) -> dict:
+    """The optimizer's one group of parameters, each with its state."""
     group, *others = optimizer.param_groups
     options = ("amsgrad", "maximize", "weight_decay", "differentiable", "capturable")
-    hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
+    # A learning-rate scheduler puts a function of its own in the place of step, as users may.
+    hooks = (
+        *optimizer._optimizer_step_pre_hooks,
+        *optimizer._optimizer_step_post_hooks,
+        *{"step"} & set(vars(optimizer)),
+    )
     if type(optimizer) is not torch.optim.Adam or others or hooks or any(group[option] for option in options):
         raise NotPlainError("the optimizer is more than torch.optim.Adam with lr, betas and eps")
+    if not direct.has_all(group["params"]):
+        raise NotPlainError("the optimizer does not hold the loss's parameters, all and no others")
+    states = [optimizer.state[parameter] for parameter in group["params"]]
+    for parameter, state in zip(group["params"], states, strict=True):
+        if not state:  # as Adam does before its first step
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    is_dense = all(state[name].is_contiguous() for state in states for name in ("exp_avg", "exp_avg_sq"))
+    if not is_dense or len({float(state["step"]) for state in states}) > 1:
+        raise NotPlainError("parameters have made different numbers of steps, or their averages are not contiguous")
     return group
 
 
@@ -169,4 +183,6 @@ def _networks(direct: DirectGradients) -> list[tuple[GRUPart, HeadPart]]:
         is_simple = len(head.linears) == 1 and not head.extra_keys and head.key == gru.module.out_keys[0]
         if not is_simple or len(gru.weights) < 4 or head.linears[0].bias is None:
             raise NotPlainError("a GRU without biases, or a head of several layers")
+    if len({gru.module.in_keys[2] for gru, _ in networks}) > 1:
+        raise NotPlainError("actor and critic start anew by different entries")
     return networks

@@ -68,16 +68,19 @@ class DirectGradients:
             raise NotPlainError("there are no kernels for the networks' device and dtype")
         actor = flat_modules(loss.actor_network)
         sample, _ = family_of(actor)
-        critic = [] if loss.critic_network is None else flat_modules(loss.critic_network)
+        critic = flat_modules(loss.critic_network) if loss.has_critic else []
         self.parts = [part for module in (*actor, *critic) for part in _parts_of(module)]
         self.policy = _policy_terms(actor, sample)
+        _require_chains(self.parts)
         self._own(parameters)
 
     def _own(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gradients of all parameters side by side, so that their norm is one operation."""
-        known = {id(p) for part in (*self.parts, self.policy) for p in part.parameters()}
-        if known != {id(p) for p in parameters}:
-            raise NotPlainError("the loss has parameters beside those of GRUs and heads")
+        known = [id(p) for part in (*self.parts, self.policy) for p in part.parameters()]
+        if len(known) != len(parameters) or set(known) != {id(p) for p in parameters}:
+            raise NotPlainError("the loss has parameters beside those of GRUs and heads, or parts share them")
+        if not all(p.is_contiguous() for p in parameters):
+            raise NotPlainError("a parameter is not contiguous")  # the kernels read them as they lie
         if any(not p.requires_grad or p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters):
             raise NotPlainError("a parameter is frozen or has hooks on its gradient")
         sizes = [p.numel() for p in parameters]
@@ -92,6 +95,10 @@ class DirectGradients:
     def dtype(self) -> torch.dtype:
         """Of parameters and gradients."""
         return self._gradient.dtype
+
+    def has_all(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether ``parameters`` are the loss's, all and no others."""
+        return {id(p) for p in parameters} == set(self._views)
 
     def gradient_of(self, parameter: nn.Parameter) -> torch.Tensor:
         """Where the gradient of ``parameter`` is written."""
@@ -155,8 +162,35 @@ def _has_hooks(loss: RL2PPOLoss) -> bool:
     return any(not hook.__module__.startswith("torchrl.") for hook in hooks)  # TorchRL's asks for target networks
 
 
+def _require_chains(parts: Sequence[_Part]) -> None:
+    """Each part backward knows one gradient: that by what a GRU gives, or a head. None may be lost, or taken for another's."""
+    made, with_gradient = set(), set()
+    for part in parts:
+        if with_gradient.intersection(part.data_keys) or part.out_key in made:
+            raise NotPlainError(f"{part.out_key} is made of what has a gradient, or twice")
+        if isinstance(part, HeadPart) and part.key not in with_gradient:
+            raise NotPlainError(f"the head on {part.key} is not on a GRU")
+        made.add(part.out_key)
+        if not isinstance(part, Concat):
+            with_gradient.add(part.out_key)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether nobody has hung anything on ``module`` or put another function in its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)
+
+
 class _Part:
-    """One function of a network, with parameters and a gradient."""
+    """One function of a network, with parameters and a gradient.
+
+    Attributes:
+        data_keys: entries that it reads as data: they get no gradient.
+        out_key: the entry that it writes.
+    """
+
+    data_keys: Sequence[NestedKey] = ()
+    out_key: NestedKey | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         return []
@@ -176,6 +210,7 @@ class Concat(_Part):
 
     def __init__(self, in_keys: Sequence[NestedKey], out_key: NestedKey):
         self.in_keys, self.out_key, self.concat = in_keys, out_key, body.Concat()
+        self.data_keys = in_keys
 
     def forward(self, state: State) -> None:
         state[self.out_key] = self.concat(*_entries(state, self.in_keys))
@@ -185,9 +220,10 @@ class GRUPart(_Part):
     """`gru_sequence`; its inputs are data, which get no gradient."""
 
     def __init__(self, module: FastGRUModule):
-        if module.gru.num_layers > 1 or not module.has_kernels():
-            raise NotPlainError("a GRU of several layers, or without kernels")
+        if module.gru.num_layers > 1 or not module.has_kernels() or not _is_bare(module.gru):
+            raise NotPlainError("a GRU of several layers, with hooks, or without kernels")
         self.module, gru = module, module.gru
+        self.data_keys, self.out_key = module.in_keys, module.out_keys[0]
         self.weights = [getattr(gru, name) for name in gru._all_weights[0]]
         self.inputs, self.units = gru.input_size, gru.hidden_size
         factory = {"dtype": self.weights[0].dtype}
@@ -224,12 +260,15 @@ class GRUPart(_Part):
         state[self.module.out_keys[0]], self._saved = forward_saving(x, hidden, self._is_init, self.weights, y)
 
     def backward(self, state: State, gradients: State) -> None:
-        key = self.module.out_keys[0]
-        dy = gradients.pop(key)
+        dy = gradients.pop(self.out_key)
         backward_in_place(dy, self._is_init, self.inputs, self.weights[1], self._saved, None)
         weight_products(self._saved, self.units, self._products)
         torch._foreach_copy_(self._to, self._of)
-        for memory in (self._saved, dy, state.pop(key)):  # the heads that read the features have gone back already
+        for memory in (
+            self._saved,
+            dy,
+            state.pop(self.out_key),
+        ):  # the heads that read the features have gone back already
             Workspace.give(memory)
 
 
@@ -237,9 +276,12 @@ class HeadPart(_Part):
     """`Head`, with ``extra_keys`` beside the features."""
 
     def __init__(self, head: Head, key: NestedKey, out_key: NestedKey, extra_keys=(), *, detach: bool = False):
-        if not are_relu_linear(list(head.layers)):
-            raise NotPlainError("a head that is not made of ReLU and linear layers")
+        if not are_relu_linear(list(head.layers)) or type(head) is not Head or not _is_bare(head):
+            raise NotPlainError("a head that is not made of ReLU and linear layers alone")
+        if bool(extra_keys) != (head.skip_size > 0):
+            raise NotPlainError("a head whose further inputs do not go past its first activation")
         self.head, self.key, self.out_key, self.extra_keys, self.detach = head, key, out_key, list(extra_keys), detach
+        self.data_keys = self.extra_keys
         self.linears = list(head.layers)[1::2]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -348,19 +390,22 @@ def _parts_of(module: TensorDictModuleBase) -> list[_Part]:
     if isinstance(module, FastGRUModule):
         return [GRUPart(module)]
     function, (key, *others), out_key = module.module, module.in_keys, module.out_keys[0]
-    if isinstance(function, body.Concat):
+    kind = type(function) if isinstance(function, nn.Module) and _is_bare(function) else None
+    if kind is body.Concat:
         return [Concat(module.in_keys, out_key)]
-    if isinstance(function, Head):
+    if kind is Head:
         return [HeadPart(function, key, out_key)]
-    if isinstance(function, Gaussian):
+    if kind is Gaussian:
         return [HeadPart(function.mean, key, out_key)]
-    if isinstance(function, OnMemory):
+    if kind is OnMemory and _is_bare(function.concat):
         return [HeadPart(function.head, key, out_key, others, detach=function.detach)]
-    raise NotPlainError(f"{type(function).__name__} is a function whose gradient is not known here")
+    raise NotPlainError(f"{type(function).__name__} is a function whose gradient is not known here, or has hooks")
 
 
 def _policy_terms(actor: Sequence[TensorDictModuleBase], sample: ProbabilisticTensorDictModule) -> _Part:
     *_, head = (module for module in actor if not isinstance(module, ProbabilisticTensorDictModule))
+    if isinstance(head, FastGRUModule):
+        raise NotPlainError("the distribution's parameters are a GRU's output")
     if isinstance(head.module, Gaussian):
         return GaussianTerms(head.out_keys[0], head.module.log_std)
     if sample.distribution_class is not torch.distributions.Categorical:
