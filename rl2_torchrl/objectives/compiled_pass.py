@@ -16,7 +16,8 @@ from torch import nn
 from rl2_torchrl import kernels
 from rl2_torchrl.modules.categorical import raise_strangers
 from rl2_torchrl.modules.plain import NotPlainError
-from rl2_torchrl.objectives.direct import Concat, DirectGradients, GaussianTerms, GRUPart, HeadPart
+from rl2_torchrl.objectives.direct import DirectGradients
+from rl2_torchrl.objectives.parts import Concat, GaussianTerms, GRUPart, HeadPart
 
 __all__ = ["CompiledPass"]
 
