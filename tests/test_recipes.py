@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import bandit, half_cheetah, results
+from recipes import bandit, grid_navi, half_cheetah, results, tabular_mdp
 from rl2_torchrl import GRUGaussianActor, TaskSampler
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +54,35 @@ RECIPES = {
             "gamma=1.5": {"gamma": 1.5},
             "lmbda=-0.1": {"lmbda": -0.1},
             "learning rate: -1.0": {"lr": -1.0},
+        },
+    ),
+    "grid_navi": Recipe(
+        grid_navi,
+        {"trials": 8, "units": 4, "report_tasks": 21, "epochs": 1, "minibatches": 2},
+        batch=8 * 4 * 15,
+        baselines={"goal_known"},
+        optimum=None,
+        first_episode=None,
+        bad={
+            r"batch_size=\(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
+            "lmbda=-0.1": {"lmbda": -0.1},
+        },
+    ),
+    "tabular_mdp": Recipe(
+        tabular_mdp,
+        {"episodes": 2, "trials": 8, "units": 4, "report_tasks": 200, "epochs": 1, "minibatches": 2},
+        batch=8 * 2 * 10,
+        baselines={"random", "psrl", "beb"},
+        optimum=None,
+        first_episode=None,
+        bad={
+            r"Trial\(episodes=0\)": {"episodes": 0},
+            r"batch_size=\(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
+            "gamma=1.5": {"gamma": 1.5},
         },
     ),
     "half_cheetah": Recipe(
