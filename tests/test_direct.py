@@ -390,3 +390,17 @@ def test_an_entry_of_another_dtype_is_left_to_the_loss():
         if direct is not None:
             with pytest.raises(NotPlainError, match="dtype"):
                 direct(data)
+
+
+def test_starts_marked_by_integers_are_read_as_what_they_mean():
+    ends = []
+    for dtype in (torch.bool, torch.int64):
+        direct = direct_of(loss_of("gaussian", "separate", torch.float64))
+        if direct is None:
+            return
+        data = data_of("gaussian", torch.float64)
+        data["is_init"] = data["is_init"].to(dtype)
+        optimizer = torch.optim.Adam(list(direct.loss.parameters()), lr=1e-2)
+        CompiledPass(direct, optimizer, data, 3, None).run(torch.arange(ROWS))
+        ends.append([p.detach().clone() for p in direct.loss.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -83,6 +83,8 @@ class CompiledPass:
             if isinstance(part, Concat):
                 part.forward(self.chunks)
         self.chunks = {key: entry.contiguous() for key, entry in self.chunks.items()}
+        init_key = self._networks[0][0].module.in_keys[2]
+        self.chunks[init_key] = self.chunks[init_key].bool()  # the kernel reads bytes
 
     def run(self, order: torch.Tensor) -> list[dict[str, float]]:
         """One pass over the chunks in the ``order`` ``[num_chunks]``; metrics of each minibatch, as `RL2PPOLoss` names them.
