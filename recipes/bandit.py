@@ -44,6 +44,10 @@ def main(
     trials: int = 1024,
     env_steps: int = 3_000_000,
     units: int = 64,
+    num_cells: tuple[int, ...] = (),
+    memory_steps: int | None = None,
+    input_gain: float = 1.0,
+    critic_keys: tuple[str, ...] = ("time_left",),
     lr: float = 3e-3,
     gamma: float = 1.0,
     lmbda: float = 0.3,
@@ -55,6 +59,7 @@ def main(
     report_tasks: int = 50_000,
     held_out_seed: int | None = None,
     classical: bool = True,
+    initial_weights: Path | None = None,
     weights: Path | None = None,
     logger: Literal["csv", "tensorboard", "wandb"] = "csv",
     log_dir: Path = Path("runs/bandit"),
@@ -69,6 +74,11 @@ def main(
         trials: trials in a batch, each on a bandit of its own.
         env_steps: pulls to train on, rounded up to whole batches.
         units: GRU units.
+        num_cells: hidden layers of actor and critic after the GRU; empty leaves the actor none and the critic one of ``units``.
+        memory_steps: steps over which the slowest units remember at first (`orthogonal_init_`); None: all forget at once.
+        input_gain: factor on the GRU's first input weights (`orthogonal_init_`).
+        critic_keys: what the critic reads beside the actor's memory; the task among it makes advantages less noisy, and the
+            actor never sees it.
         lr: learning rate, decayed to 0 over the training.
         gamma: discount per pull; 1 optimises the plain sum that is reported.
         lmbda: GAE's lambda.
@@ -81,17 +91,22 @@ def main(
         report_tasks: held-out bandits in the final report.
         held_out_seed: seed of the bandits of evaluations and report, for runs to share them; the run's own by default.
         classical: whether classical agents play in the report too.
+        initial_weights: file of an actor's weights to start from, such as those for fewer pulls.
         weights: file of an actor's weights, as a run leaves it in actor.pt: to evaluate in place of training.
         logger: where scalars go; tensorboard and wandb are extras of the package.
         log_dir: folder of the run: report.json, report.png, actor.pt, scalars and checkpoints.
         resume: go on from the newest checkpoint in log_dir.
         progress: show a progress bar.
     """
+    torch.set_flush_denormal(True)  # gradients that fade over a trial would cost a hundred times the time
     torch.manual_seed(seed)
     test_seed = seed if held_out_seed is None else held_out_seed
     env = make_env(TaskSampler(uniform_means(arms), seed=stream(seed, TRAIN_TASKS)), arms, pulls, trials, seed)
-    actor = orthogonal_init_(GRUCategoricalActor.from_env(env, hidden_size=units))
-    critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
+    actor = GRUCategoricalActor.from_env(env, hidden_size=units, num_cells=num_cells)
+    orthogonal_init_(actor, memory_steps=memory_steps, input_gain=input_gain)
+    if initial_weights is not None and weights is None:
+        load_actor(actor, initial_weights)
+    critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=critic_keys, num_cells=num_cells or [units])
     policy = ActorCritic(actor, critic)
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=entropy),

@@ -45,6 +45,10 @@ def main(
     trials: int = 1024,
     env_steps: int = 60_000_000,
     units: int = 128,
+    num_cells: tuple[int, ...] = (128,),
+    memory_steps: int | None = 300,
+    input_gain: float = 3.0,
+    critic_keys: tuple[str, ...] = ("time_left",),
     lr: float = 1e-3,
     gamma: float = 0.99,
     lmbda: float = 0.7,
@@ -70,6 +74,11 @@ def main(
         trials: trials in a batch, each on an MDP of its own.
         env_steps: env steps to train on, rounded up to whole batches.
         units: GRU units.
+        num_cells: hidden layers of actor and critic after the GRU; empty leaves the actor none and the critic one of ``units``.
+        memory_steps: steps over which the slowest units remember at first (`orthogonal_init_`); None: all forget at once.
+        input_gain: factor on the GRU's first input weights (`orthogonal_init_`).
+        critic_keys: what the critic reads beside the actor's memory; the task among it makes advantages less noisy, and the
+            actor never sees it.
         lr: learning rate, decayed to 0 over the training.
         gamma: discount per step.
         lmbda: GAE's lambda.
@@ -89,13 +98,15 @@ def main(
         resume: go on from the newest checkpoint in log_dir.
         progress: show a progress bar.
     """
+    torch.set_flush_denormal(True)  # gradients that fade over a trial would cost a hundred times the time
     torch.manual_seed(seed)
     test_seed = seed if held_out_seed is None else held_out_seed
     env = make_env(TaskSampler(random_mdps(), seed=stream(seed, TRAIN_TASKS)), episodes, trials, seed)
-    actor = orthogonal_init_(GRUCategoricalActor.from_env(env, hidden_size=units))
+    actor = GRUCategoricalActor.from_env(env, hidden_size=units, num_cells=num_cells)
+    orthogonal_init_(actor, memory_steps=memory_steps, input_gain=input_gain)
     if initial_weights is not None and weights is None:
         load_actor(actor, initial_weights)
-    critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
+    critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=critic_keys, num_cells=num_cells or [units])
     policy = ActorCritic(actor, critic)
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=entropy),

@@ -424,3 +424,51 @@ def test_orthogonal_init_draws_gates_apart_and_leaves_other_layers():
 def test_orthogonal_init_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no torch.nn.GRU in this Linear"):
         orthogonal_init_(torch.nn.Linear(2, 2))
+
+
+def test_units_remember_over_memory_steps():
+    torch.manual_seed(0)
+    gru = torch.nn.GRU(3, 400, num_layers=2)
+    orthogonal_init_(gru, memory_steps=50)
+    for layer in (0, 1):
+        reset, update, new = getattr(gru, f"bias_ih_l{layer}").detach().chunk(3)
+        assert not reset.any() and not new.any() and not getattr(gru, f"bias_hh_l{layer}").any()
+        # U(1, 50) has mean 25.5 and standard deviation 14.1, of 400 units' mean 0.7.
+        steps = update.exp()
+        assert steps.min() >= 1 and steps.max() <= 50
+        assert steps.mean().item() == pytest.approx(25.5, abs=2.8)
+    # Nothing comes in, and each unit's state is a constant: with each step it loses 1 of 1 + u, as an update gate's bias of
+    # log(u) says. Eight steps of a unit with u = 50 leave (50 / 51)^8.
+    for parameter in gru.parameters():
+        parameter.data.zero_()
+    gru.bias_ih_l0.data[400:800] = torch.log(torch.tensor(50.0))
+    _, hidden = gru(torch.zeros(8, 1, 3), torch.ones(2, 1, 400))
+    torch.testing.assert_close(hidden[0], torch.full((1, 400), (50 / 51) ** 8), rtol=1e-5, atol=0)
+
+
+def test_input_gain_scales_the_input_matrices_alone():
+    torch.manual_seed(0)
+    gru = orthogonal_init_(torch.nn.GRU(5, 8), input_gain=3.0)
+    bound = 3 * (6 / 13) ** 0.5
+    largest = gru.weight_ih_l0.abs().max()
+    assert 0.9 * bound < largest <= bound
+    torch.testing.assert_close(gru.weight_hh_l0[:8] @ gru.weight_hh_l0[:8].T, torch.eye(8), rtol=0, atol=1e-5)
+
+
+def test_memory_needs_steps_and_biases():
+    with pytest.raises(ValueError, match="memory_steps=0 must be at least 1"):
+        orthogonal_init_(torch.nn.GRU(2, 2), memory_steps=0)
+    with pytest.raises(ValueError, match="bias=False"):
+        orthogonal_init_(torch.nn.GRU(2, 2, bias=False), memory_steps=10)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
+def test_actors_may_have_hidden_layers_after_the_gru(kind):
+    actor = build(kind, num_cells=[7, 6])
+    linears = [layer for layer in actor.modules() if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linears] == [(4, 7), (7, 6), (6, KINDS[kind][2])]
+    features = actor(inputs(3))["actor_features"]
+    hidden = features.relu()
+    for layer in linears[:-1]:
+        hidden = layer(hidden).relu()
+    torch.testing.assert_close(actor(inputs(3))[KINDS[kind][1]], linears[-1](hidden))

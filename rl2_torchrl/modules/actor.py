@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import NestedKey
@@ -32,6 +32,8 @@ class GRUGaussianActor(ProbabilisticActor):
         action_dim: dimensions of the action.
         hidden_size: GRU units. Default 64.
         num_layers: GRU layers. Default 1.
+        num_cells: sizes of further hidden layers between GRU and last layer: what to do is often no linear function of what is
+            remembered. Default none.
         activation: module class between GRU and linear layer. Default `torch.nn.ReLU`.
         init_range: the last layer is drawn from U(-init_range, init_range). Default 1e-3.
         init_log_std: first value of every component of ``log_std``. Default -0.5.
@@ -57,6 +59,7 @@ class GRUGaussianActor(ProbabilisticActor):
         *,
         hidden_size: int = 64,
         num_layers: int = 1,
+        num_cells: Sequence[int] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
         init_range: float = 1e-3,
         init_log_std: float = -0.5,
@@ -69,8 +72,9 @@ class GRUGaussianActor(ProbabilisticActor):
     ):
         factory = {"device": device, "dtype": dtype}
         keys = {"hidden_key": hidden_key, "features_key": features_key}
+        layers = {"num_cells": num_cells, "init_range": init_range, "activation": activation}
         body = gru_body([in_key], input_size, hidden_size, num_layers=num_layers, **keys, **factory)
-        mean = Head(hidden_size, action_dim, init_range=init_range, activation=activation, **factory)
+        mean = Head(hidden_size, action_dim, **layers, **factory)
         head = TensorDictModule(Gaussian(mean, action_dim, init_log_std, **factory), [features_key], ["loc", "scale"])
         super().__init__(
             TensorDictSequential(*body, head),
@@ -114,6 +118,8 @@ class GRUCategoricalActor(ProbabilisticActor):
             index ``[*B]``. Default False.
         hidden_size: GRU units. Default 64.
         num_layers: GRU layers. Default 1.
+        num_cells: sizes of further hidden layers between GRU and last layer: what to do is often no linear function of what is
+            remembered. Default none.
         activation: module class between GRU and linear layer. Default `torch.nn.ReLU`.
         init_range: the last layer is drawn from U(-init_range, init_range). Default 1e-3.
         in_key: transition input. Default ``"trans"``.
@@ -139,6 +145,7 @@ class GRUCategoricalActor(ProbabilisticActor):
         one_hot: bool = False,
         hidden_size: int = 64,
         num_layers: int = 1,
+        num_cells: Sequence[int] = (),
         activation: Callable[[], nn.Module] = nn.ReLU,
         init_range: float = 1e-3,
         in_key: NestedKey = "trans",
@@ -150,8 +157,9 @@ class GRUCategoricalActor(ProbabilisticActor):
     ):
         factory = {"device": device, "dtype": dtype}
         keys = {"hidden_key": hidden_key, "features_key": features_key}
+        layers = {"num_cells": num_cells, "init_range": init_range, "activation": activation}
         body = gru_body([in_key], input_size, hidden_size, num_layers=num_layers, **keys, **factory)
-        logits = Head(hidden_size, num_actions, init_range=init_range, activation=activation, **factory)
+        logits = Head(hidden_size, num_actions, **layers, **factory)
         head = TensorDictModule(logits, [features_key], ["logits"])
         super().__init__(
             TensorDictSequential(*body, head),
