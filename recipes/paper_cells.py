@@ -79,9 +79,9 @@ class BanditCell:
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
 
     def train(self, **options: Any) -> AdaptationReport:
-        """Trains RL² as the cell's settings say, or evaluates it where ``options`` name weights."""
-        settings = {"arms": self.arms, "pulls": self.pulls, **RL2_SETTINGS[self.table][self.name]}
-        return bandit.main(**settings, held_out_seed=TASK_SEED, classical=False, **options)
+        """Trains RL² as the cell's settings and ``options`` say, or evaluates it where ``options`` name weights."""
+        settings = {"arms": self.arms, "pulls": self.pulls, **RL2_SETTINGS[self.table][self.name], **options}
+        return bandit.main(**settings, held_out_seed=TASK_SEED, classical=False)
 
     def _most_tuning_tasks(self, agent: str) -> int:
         if agent == "optimistic_thompson_sampling":
@@ -140,9 +140,9 @@ class MDPCell:
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
 
     def train(self, **options: Any) -> AdaptationReport:
-        """Trains RL² as the cell's settings say, or evaluates it where ``options`` name weights."""
-        settings = {"episodes": self.episodes, **RL2_SETTINGS[self.table][self.name]}
-        return tabular_mdp.main(**settings, held_out_seed=TASK_SEED, classical=False, **options)
+        """Trains RL² as the cell's settings and ``options`` say, or evaluates it where ``options`` name weights."""
+        settings = {"episodes": self.episodes, **RL2_SETTINGS[self.table][self.name], **options}
+        return tabular_mdp.main(**settings, held_out_seed=TASK_SEED, classical=False)
 
 
 Cell = BanditCell | MDPCell

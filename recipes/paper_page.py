@@ -10,7 +10,9 @@ from typing import Any, Literal
 from recipes.paper_numbers import PAPER, PAPER_SE
 from recipes.results import table as markdown
 
-__all__ = ["mark", "over_seeds", "short", "write_page"]
+__all__ = ["LONGER", "mark", "over_seeds", "short", "write_page"]
+
+LONGER = "_steps"  # in the name of a training's figure, before its env steps where they are not those of the settings
 
 Figure = dict[str, Any]
 Figures = dict[tuple[str, str, str], Figure]  # by table, cell and agent
@@ -47,7 +49,7 @@ def write_page(folder: Path, page: Path) -> None:
     lines += [notes.read_text().strip()] if notes.exists() else []
     for table, title in TITLES.items():
         lines += [f"## {title}", classical_table(figures, table), *fewer_tasks(figures, table)]
-        lines += ["### RL²", rl2_table(figures, table)]
+        lines += ["### RL²", rl2_table(figures, table), *longer_table(figures, table)]
         lines += ["### What tuning chose", tuning_table(figures, table), "### Made by", *commands(figures, table)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(lines) + "\n")
@@ -144,8 +146,39 @@ def rl2_row(figures: Figures, table: str, cell: str) -> list[str]:
     ]
 
 
+def longer_table(figures: Figures, table: str) -> list[str]:
+    """A row for each training that took other than the settings' env steps, if there are any."""
+    longer = [
+        figure for cell in PAPER[table] for figure in trainings_of(figures, table, cell) if LONGER in figure["agent"]
+    ]
+    if not longer:
+        return []
+    head = [head_of(table), "seed (RL²)", "(SNAIL)", "greedily", "without memory", "million env steps", "minutes"]
+    return ["Single seeds, trained for longer:", markdown(head, [longer_row(figure) for figure in longer])]
+
+
+def longer_row(figure: Figure) -> list[str]:
+    """What `longer_table` shows of a training."""
+    table, cell = figure["table"], figure["cell"]
+    snail = PAPER[table][cell]["snail"]
+    return [
+        row_of(table, cell),
+        beside(figure["mean"], figure["se"], table, cell, "rl2"),
+        f"({snail}: {mark(figure['mean'], figure['se'], snail, PAPER_SE[table][cell])})",
+        short(figure["greedy_mean"], figure["greedy_se"]),
+        short(figure["memory_zeroed"]),
+        f"{figure['env_steps'] / 1e6:.1f}",
+        f"{figure['seconds'] / 60:.1f}",
+    ]
+
+
 def seeds_of(figures: Figures, table: str, cell: str) -> list[Figure]:
     """The figures of RL² in a cell, one for each training seed."""
+    return [figure for figure in trainings_of(figures, table, cell) if LONGER not in figure["agent"]]
+
+
+def trainings_of(figures: Figures, table: str, cell: str) -> list[Figure]:
+    """The figures of all trainings of RL² in a cell, those for longer among them."""
     return [figure for key, figure in figures.items() if key[:2] == (table, cell) and "held_out" in figure]
 
 

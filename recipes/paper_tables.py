@@ -14,7 +14,7 @@ from rich.console import Console
 
 from recipes.paper_cells import CELLS, Cell
 from recipes.paper_numbers import PAPER
-from recipes.paper_page import beside, best_seed, load, seeds_of, write_page
+from recipes.paper_page import LONGER, beside, best_seed, load, trainings_of, write_page
 from recipes.paper_settings import RL2_SETTINGS
 from rl2_torchrl import AdaptationReport
 from rl2_torchrl.report import made_by
@@ -26,6 +26,7 @@ def main(
     part: Literal["classical", "rl2", "page", "all"] = "all",
     cells: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (0, 1, 2),
+    env_steps: int | None = None,
     tasks: int = 10_000,
     from_pretrained: bool = False,
     fresh: bool = False,
@@ -40,6 +41,7 @@ def main(
         part: classical agents, RL², or only the page, which is written at the end of the others too.
         cells: which cells, as 100,10 for 100 pulls of 10 arms (table bandits) or 25 for 25 episodes (table mdps); all by default.
         seeds: seeds of the trainings of RL².
+        env_steps: train RL² for so many env steps, in place of those of the cell's settings; figures of their own on the page.
         tasks: held-out tasks that an agent is reported on.
         from_pretrained: evaluate RL² with the weights in ``pretrained`` in place of training it.
         fresh: compute what is there already once more, and train from the start.
@@ -62,7 +64,7 @@ def main(
             evaluate(cell, book, runs, pretrained)
         else:
             for seed in seeds:
-                train(cell, seed, book, runs)
+                train(cell, seed, book, runs, env_steps)
             keep_best(cell, book, runs, pretrained)
     page = folder.with_name(f"{folder.name}.md")
     write_page(folder, page)
@@ -146,23 +148,33 @@ def classical(cell: Cell, book: Figures) -> None:
         book.add(cell, agent, "--part classical --fresh", figure)
 
 
-def train(cell: Cell, seed: int, book: Figures, runs: Path) -> None:
+def train(cell: Cell, seed: int, book: Figures, runs: Path, env_steps: int | None) -> None:
     """Trains RL² with a seed, or goes on where that was interrupted, unless its figure is there."""
-    agent = f"rl2_seed{seed}"
+    longer, arguments = "", f"--part rl2 --seeds {seed} --fresh"
+    settings = RL2_SETTINGS[cell.table][cell.name]
+    if env_steps is not None:
+        longer, arguments = f"{LONGER}{env_steps}", f"{arguments} --env-steps {env_steps}"
+        settings = {**settings, "env_steps": env_steps}
+    agent = f"rl2_seed{seed}{longer}"
     if book.has(cell, agent):
         return
-    run = runs / f"{stem(cell)}_seed{seed}"
-    resume = same_settings(run, RL2_SETTINGS[cell.table][cell.name]) and not book.fresh
-    report = cell.train(seed=seed, report_tasks=book.tasks, log_dir=run, resume=resume)
+    run = run_folder(runs, cell, agent)
+    resume = same_settings(run, settings) and not book.fresh
+    report = cell.train(seed=seed, report_tasks=book.tasks, log_dir=run, resume=resume, env_steps=settings["env_steps"])
     if report.train.interrupted:
         raise KeyboardInterrupt(f"the training in {run} is not finished: the same command goes on with it.")
     figure = {
-        **rl2_figure(cell, report),
+        **rl2_figure(report, settings),
         "held_out": report.train.history[-1]["eval/trial_return"],
         "env_steps": report.train.env_steps,
         "seconds": report.train.seconds,
     }
-    book.add(cell, agent, f"--part rl2 --seeds {seed} --fresh", figure)
+    book.add(cell, agent, arguments, figure)
+
+
+def run_folder(runs: Path, cell: Cell, agent: str) -> Path:
+    """Where a training keeps its checkpoints and leaves its actor."""
+    return runs / f"{stem(cell)}_{agent.removeprefix('rl2_')}"
 
 
 def same_settings(run: Path, settings: dict[str, Any]) -> bool:
@@ -178,11 +190,11 @@ def evaluate(cell: Cell, book: Figures, runs: Path, pretrained: Path) -> None:
     """Plays a cell's pretrained weights on the reporting tasks, whether or not that was done before."""
     weights, started = pretrained / f"{stem(cell)}.pt", time.perf_counter()
     report = cell.train(report_tasks=book.tasks, log_dir=runs / f"{stem(cell)}_pretrained", weights=weights)
-    figure = {**rl2_figure(cell, report), "seconds": time.perf_counter() - started}
+    figure = {**rl2_figure(report, RL2_SETTINGS[cell.table][cell.name]), "seconds": time.perf_counter() - started}
     book.add(cell, "rl2_pretrained", "--part rl2 --from-pretrained", figure)
 
 
-def rl2_figure(cell: Cell, report: AdaptationReport) -> dict[str, Any]:
+def rl2_figure(report: AdaptationReport, settings: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a report."""
     return {
         "mean": report.agent.mean,
@@ -192,7 +204,7 @@ def rl2_figure(cell: Cell, report: AdaptationReport) -> dict[str, Any]:
         "greedy_se": report.greedy.se,
         "memory_zeroed": report.ablations["memory_zeroed"].mean,
         "rewards_shuffled": report.ablations["rewards_shuffled"].mean,
-        "settings": RL2_SETTINGS[cell.table][cell.name],
+        "settings": settings,
     }
 
 
@@ -210,13 +222,9 @@ def check_weights(chosen: list[Cell], pretrained: Path) -> None:
 
 
 def keep_best(cell: Cell, book: Figures, runs: Path, pretrained: Path) -> None:
-    """Puts the actor of the best seed, by held-out tasks that are not reported, among the pretrained weights."""
-    seeds = seeds_of(load(book.folder), cell.table, cell.name)
-    best = best_seed(seeds)
-    actor, weights = (
-        runs / f"{stem(cell)}_{best['agent'].removeprefix('rl2_')}" / "actor.pt",
-        pretrained / f"{stem(cell)}.pt",
-    )
+    """Puts the actor of the best training, by held-out tasks that are not reported, among the pretrained weights."""
+    best = best_seed(trainings_of(load(book.folder), cell.table, cell.name))
+    actor, weights = run_folder(runs, cell, best["agent"]) / "actor.pt", pretrained / f"{stem(cell)}.pt"
     if not actor.exists() or (weights.exists() and weights.read_bytes() == actor.read_bytes()):
         return
     pretrained.mkdir(parents=True, exist_ok=True)

@@ -432,10 +432,12 @@ def test_units_remember_over_memory_steps():
     orthogonal_init_(gru, memory_steps=50)
     for layer in (0, 1):
         reset, update, new = getattr(gru, f"bias_ih_l{layer}").detach().chunk(3)
-        assert not reset.any() and not new.any() and not getattr(gru, f"bias_hh_l{layer}").any()
+        for zero in (reset, new, getattr(gru, f"bias_hh_l{layer}")):
+            assert not zero.any()
         # U(1, 50) has mean 25.5 and standard deviation 14.1, of 400 units' mean 0.7.
         steps = update.exp()
-        assert steps.min() >= 1 and steps.max() <= 50
+        assert steps.min() >= 1
+        assert steps.max() <= 50
         assert steps.mean().item() == pytest.approx(25.5, abs=2.8)
     # Nothing comes in, and each unit's state is a constant: with each step it loses 1 of 1 + u, as an update gate's bias of
     # log(u) says. Eight steps of a unit with u = 50 leave (50 / 51)^8.
