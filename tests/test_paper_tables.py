@@ -291,6 +291,25 @@ def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
     assert [more["resume"] for more in options] == [True, False, False]
 
 
+def test_a_longer_training_is_a_figure_of_its_own(tmp_path):
+    run(tmp_path, part="rl2", seeds=(0,))
+    before = figures(tmp_path)["bandits_3_2_rl2_seed0"]
+    page = run(tmp_path, part="rl2", seeds=(0,), env_steps=3 * BATCH["bandits"])
+    longer = figures(tmp_path)["bandits_3_2_rl2_seed0_steps144"]
+    assert longer["env_steps"] == 3 * before["env_steps"] == longer["settings"]["env_steps"] == 144
+    assert longer["command"].endswith("--part rl2 --seeds 0 --fresh --env-steps 144")
+    assert figures(tmp_path)["bandits_3_2_rl2_seed0"] == before
+    # It is shown in a table of its own, not as one more seed, and shipped where it is the better one.
+    text = page.read_text()
+    assert text.count("Single seeds, trained for longer:") == 1
+    row = f"| 3, 2 (0.4) | {longer['mean']:.3f} ± {longer['se']:.3f} (1.5: "
+    assert row in text.partition("trained for longer:")[2]
+    assert "| 3, 2 (0.4) | 1 |" in text
+    best = "seed0_steps144" if longer["held_out"] > before["held_out"] else "seed0"
+    actor = (tmp_path / "runs" / f"bandits_3_2_{best}" / "actor.pt").read_bytes()
+    assert (tmp_path / "pretrained" / "bandits_3_2.pt").read_bytes() == actor
+
+
 def test_an_interrupted_training_leaves_no_figure(tmp_path, monkeypatch):
     def interrupted(*args, **options):
         return replace(train(*args, **options), interrupted=True)

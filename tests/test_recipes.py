@@ -288,6 +288,30 @@ def test_bad_arguments(name, message, bad, tmp_path):
         run(name, tmp_path, **bad)
 
 
+@pytest.mark.parametrize("name", ["bandit", "tabular_mdp"])
+def test_training_begins_with_weights_of_shorter_trials(name, tmp_path):
+    short, long = ({"pulls": 2}, {"pulls": 3}) if name == "bandit" else ({"episodes": 1}, {"episodes": 2})
+    run(name, tmp_path / "short", **short)
+    begin = torch.load(tmp_path / "short" / "actor.pt", weights_only=True)
+    # A learning rate of 1e-12 moves nothing: what is left is what it began with.
+    run(name, tmp_path / "long", **long, lr=1e-12, initial_weights=tmp_path / "short" / "actor.pt")
+    end = torch.load(tmp_path / "long" / "actor.pt", weights_only=True)
+    for key, value in begin.items():
+        torch.testing.assert_close(end[key], value, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["bandit", "tabular_mdp"])
+def test_networks_of_a_recipe_are_as_its_arguments_say(name, tmp_path):
+    options = {"num_cells": (6,), "memory_steps": 1, "input_gain": 0.0, "critic_keys": ("time_left", "task")}
+    run(name, tmp_path, updates=1, lr=1e-12, **options)
+    weights = torch.load(tmp_path / "actor.pt", weights_only=True)
+    hidden, last = [value for key, value in weights.items() if "gru" not in key and value.ndim == 2]
+    assert hidden.shape == (6, 4)
+    assert last.shape[1] == 6
+    inputs = next(value for key, value in weights.items() if key.endswith("weight_ih_l0"))
+    assert inputs.abs().max() < 1e-8  # a gain of 0
+
+
 # ---- The command line.
 
 
