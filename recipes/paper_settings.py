@@ -24,7 +24,24 @@ LONG: dict[str, Any] = {
     "critic_keys": ("time_left", "task"),
     "lr": 3e-3,
 }
-MDPS: dict[str, Any] = {"trials": 1024, "gamma": 0.99, "lmbda": 0.7, "epochs": 4, "minibatches": 8, "entropy": 0.01}
+#: Who remembers all rewards and always takes the best action for the state at hand earns 158 at n = 10, above all classical agents:
+#: what is hard to learn is the memory, not the plan. A short horizon leaves the advantages little noise. The entropy bonus is
+#: large, because memories of actions that are never tried are worth nothing; with 0.01 learning stopped at 107.
+MDPS: dict[str, Any] = {
+    "trials": 1024,
+    "gamma": 0.5,
+    "lmbda": 0.0,
+    "epochs": 2,
+    "minibatches": 32,
+    "entropy": 0.12,
+    "units": 64,
+    "num_cells": (128,),
+    "memory_steps": 30,
+    "input_gain": 2.0,
+    "gate_gain": 6.0,
+    "critic_keys": ("time_left",),
+    "lr": 2e-3,
+}
 
 RL2_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "bandits": {
@@ -37,18 +54,18 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "100,10": {**LONG, "env_steps": 34_000_000},
         "100,50": {**LONG, "env_steps": 20_000_000, "entropy": 0.02},
         # Placeholders from here on, to be replaced by what a search finds.
-        "500,5": {**LONG, "units": 128, "lr": 1e-3, "env_steps": 100_000_000, "trials": 512},
-        "500,10": {**LONG, "units": 128, "lr": 1e-3, "env_steps": 150_000_000, "trials": 512},
-        "500,50": {**LONG, "units": 128, "lr": 1e-3, "env_steps": 200_000_000, "trials": 512},
+        "500,5": {**LONG, "env_steps": 100_000_000, "trials": 512},
+        "500,10": {**LONG, "env_steps": 150_000_000, "trials": 512},
+        "500,50": {**LONG, "env_steps": 200_000_000, "trials": 512},
     },
     "mdps": {
         # The defaults of recipes.tabular_mdp.
-        "10": {**MDPS, "units": 128, "lr": 1e-3, "env_steps": 60_000_000},
+        "10": {**MDPS, "env_steps": 170_000_000},
         # Placeholders: longer trials, more steps; smaller batches of trials, so that there are as many updates.
-        "25": {**MDPS, "units": 128, "lr": 1e-3, "env_steps": 80_000_000},
-        "50": {**MDPS, "units": 128, "lr": 1e-3, "env_steps": 100_000_000, "trials": 512},
-        "75": {**MDPS, "units": 128, "lr": 1e-3, "env_steps": 120_000_000, "trials": 512},
-        "100": {**MDPS, "units": 128, "lr": 1e-3, "env_steps": 150_000_000, "trials": 512},
+        "25": {**MDPS, "env_steps": 80_000_000},
+        "50": {**MDPS, "env_steps": 100_000_000, "trials": 512},
+        "75": {**MDPS, "env_steps": 120_000_000, "trials": 512},
+        "100": {**MDPS, "env_steps": 150_000_000, "trials": 512},
     },
 }
 """``RL2_SETTINGS[table][cell]``, with the reason above each that is not a recipe's default."""

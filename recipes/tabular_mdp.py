@@ -43,19 +43,20 @@ def main(
     *,
     episodes: int = 10,
     trials: int = 1024,
-    env_steps: int = 60_000_000,
-    units: int = 128,
+    env_steps: int = 170_000_000,
+    units: int = 64,
     num_cells: tuple[int, ...] = (128,),
-    memory_steps: int | None = 300,
-    input_gain: float = 3.0,
+    memory_steps: int | None = 30,
+    input_gain: float = 2.0,
+    gate_gain: float = 6.0,
     critic_keys: tuple[str, ...] = ("time_left",),
-    lr: float = 1e-3,
-    gamma: float = 0.99,
-    lmbda: float = 0.7,
-    epochs: int = 4,
-    minibatches: int = 8,
+    lr: float = 2e-3,
+    gamma: float = 0.5,
+    lmbda: float = 0.0,
+    epochs: int = 2,
+    minibatches: int = 32,
     max_grad_norm: float | None = None,
-    entropy: float = 0.01,
+    entropy: float = 0.12,
     seed: int = 0,
     report_tasks: int = 10_000,
     held_out_seed: int | None = None,
@@ -77,6 +78,8 @@ def main(
         num_cells: hidden layers of actor and critic after the GRU; empty leaves the actor none and the critic one of ``units``.
         memory_steps: steps over which the slowest units remember at first (`orthogonal_init_`); None: all forget at once.
         input_gain: factor on the GRU's first input weights (`orthogonal_init_`).
+        gate_gain: further factor on those of its update gates (`orthogonal_init_`): without it learning stood still for long where
+            the agent had a memory for the first state alone.
         critic_keys: what the critic reads beside the actor's memory; the task among it makes advantages less noisy, and the
             actor never sees it.
         lr: learning rate, decayed to 0 over the training.
@@ -102,8 +105,8 @@ def main(
     torch.manual_seed(seed)
     test_seed = seed if held_out_seed is None else held_out_seed
     env = make_env(TaskSampler(random_mdps(), seed=stream(seed, TRAIN_TASKS)), episodes, trials, seed)
-    actor = GRUCategoricalActor.from_env(env, hidden_size=units, num_cells=num_cells)
-    orthogonal_init_(actor, memory_steps=memory_steps, input_gain=input_gain)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=units, num_cells=num_cells, skip=True)
+    orthogonal_init_(actor, memory_steps=memory_steps, input_gain=input_gain, gate_gain=gate_gain)
     if initial_weights is not None and weights is None:
         load_actor(actor, initial_weights)
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=critic_keys, num_cells=num_cells or [units])

@@ -12,7 +12,7 @@ from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor
 
-from rl2_torchrl.modules.body import Head, gru_body
+from rl2_torchrl.modules.body import Head, OnMemory, gru_body
 
 __all__ = ["GRUCategoricalActor", "GRUGaussianActor"]
 
@@ -120,6 +120,9 @@ class GRUCategoricalActor(ProbabilisticActor):
         num_layers: GRU layers. Default 1.
         num_cells: sizes of further hidden layers between GRU and last layer: what to do is often no linear function of what is
             remembered. Default none.
+        skip: whether these layers read the transition input beside the memory, so that what is seen now need not pass through
+            units that change slowly. Their weights are drawn for these inputs alone (He et al. 2015). Needs ``num_cells``.
+            Default False.
         activation: module class between GRU and linear layer. Default `torch.nn.ReLU`.
         init_range: the last layer is drawn from U(-init_range, init_range). Default 1e-3.
         in_key: transition input. Default ``"trans"``.
@@ -146,6 +149,7 @@ class GRUCategoricalActor(ProbabilisticActor):
         hidden_size: int = 64,
         num_layers: int = 1,
         num_cells: Sequence[int] = (),
+        skip: bool = False,
         activation: Callable[[], nn.Module] = nn.ReLU,
         init_range: float = 1e-3,
         in_key: NestedKey = "trans",
@@ -159,8 +163,11 @@ class GRUCategoricalActor(ProbabilisticActor):
         keys = {"hidden_key": hidden_key, "features_key": features_key}
         layers = {"num_cells": num_cells, "init_range": init_range, "activation": activation}
         body = gru_body([in_key], input_size, hidden_size, num_layers=num_layers, **keys, **factory)
-        logits = Head(hidden_size, num_actions, **layers, **factory)
-        head = TensorDictModule(logits, [features_key], ["logits"])
+        if skip:
+            logits = _head_with_skip(hidden_size, input_size, num_actions, **layers, **factory)
+            head = TensorDictModule(logits, [features_key, in_key], ["logits"])
+        else:
+            head = TensorDictModule(Head(hidden_size, num_actions, **layers, **factory), [features_key], ["logits"])
         super().__init__(
             TensorDictSequential(*body, head),
             in_keys=["logits"],
@@ -185,6 +192,20 @@ class GRUCategoricalActor(ProbabilisticActor):
             )
         sizes = _sizes_from_env(env, kwargs)
         return cls(num_actions=spec.space.n, one_hot=isinstance(spec, OneHot), **sizes, **kwargs)
+
+
+def _head_with_skip(
+    hidden_size: int, input_size: int, num_actions: int, *, num_cells: Sequence[int], **kwargs
+) -> OnMemory:
+    """A head that reads the transition input too."""
+    if not num_cells:
+        raise ValueError(
+            "skip=True without num_cells: one layer can only add up what is seen and what is remembered, not choose by both. "
+            "Give it a hidden layer, such as num_cells=[64]."
+        )
+    head = Head(hidden_size + input_size, num_actions, num_cells=num_cells, skip_size=input_size, **kwargs)
+    nn.init.kaiming_uniform_(head.layers[1].weight.detach()[:, hidden_size:], nonlinearity="relu")
+    return OnMemory(head, detach=False)
 
 
 class Gaussian(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 from rl2_torchrl.modules.gru import FastGRUModule
 from rl2_torchrl.modules.linear import relu_linear
 
-__all__ = ["Concat", "Head", "are_relu_linear", "as_keys", "gru_body", "sub_key"]
+__all__ = ["Concat", "Head", "OnMemory", "are_relu_linear", "as_keys", "gru_body", "sub_key"]
 
 
 class Head(nn.Module):
@@ -93,6 +93,24 @@ class Concat(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Concatenates along the last dimension."""
         return torch.cat([x.to(inputs[0].dtype) for x in inputs], -1) if len(inputs) > 1 else inputs[0]
+
+
+class OnMemory(nn.Module):
+    """A head that reads a GRU's features ``[*B, hidden_size]`` and, past its first activation, further inputs.
+
+    Args:
+        head: the head; its ``skip_size`` is the size of the further inputs.
+        detach: whether to stop the gradient into the features.
+    """
+
+    def __init__(self, head: Head, detach: bool):
+        super().__init__()
+        self.head, self.detach = head, detach
+        self.concat = Concat()
+
+    def forward(self, features: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
+        features = features.detach() if self.detach else features
+        return self.head(self.concat(features, *extra))
 
 
 class _CheckedGRU(FastGRUModule):

@@ -11,7 +11,9 @@ __all__ = ["orthogonal_init_"]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def orthogonal_init_(module: Module, *, memory_steps: int | None = None, input_gain: float = 1.0) -> Module:
+def orthogonal_init_(
+    module: Module, *, memory_steps: int | None = None, input_gain: float = 1.0, gate_gain: float = 1.0
+) -> Module:
     """Draws the weights of every GRU in ``module`` anew, the recurrent ones orthogonal, and returns it.
 
     Each gate's recurrent matrix is orthogonal (Saxe et al. 2014), its input matrix is Xavier's (Glorot & Bengio 2010), biases
@@ -25,6 +27,8 @@ def orthogonal_init_(module: Module, *, memory_steps: int | None = None, input_g
             initialisation, Tallec & Ollivier 2018, section 2). None leaves it 0: all units forget half with every step.
         input_gain: factor on the input matrices, as ``gain`` in `torch.nn.init`. Above 1 the gates answer to their inputs less
             linearly: units that respond to one state and action together are there from the start.
+        gate_gain: a further factor on the update gate's input matrix. Well above 1 a unit writes at some inputs and keeps its
+            state at others from the start, so that there are memories of single states and actions to build on.
 
     Raises:
         ValueError: there is no GRU in ``module``, or ``memory_steps`` is below 1 or there are no biases.
@@ -48,12 +52,12 @@ def orthogonal_init_(module: Module, *, memory_steps: int | None = None, input_g
             if name.startswith("bias"):
                 nn.init.zeros_(parameter)
                 continue
-            recurrent = name.startswith("weight_hh")
-            for gate in parameter.detach().chunk(3):
-                if recurrent:
+            gains = (input_gain, input_gain * gate_gain, input_gain)
+            for gate, gain in zip(parameter.detach().chunk(3), gains, strict=True):
+                if name.startswith("weight_hh"):
                     nn.init.orthogonal_(gate)
                 else:
-                    nn.init.xavier_uniform_(gate, gain=input_gain)
+                    nn.init.xavier_uniform_(gate, gain=gain)
         if memory_steps is not None:
             _remember(gru, memory_steps)
     return module

@@ -11,7 +11,7 @@ from torch import nn
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor, input_size
-from rl2_torchrl.modules.body import Concat, Head, as_keys, gru_body
+from rl2_torchrl.modules.body import Head, OnMemory, as_keys, gru_body
 
 __all__ = ["GRUValueHead", "MemoryValueHead"]
 
@@ -160,14 +160,3 @@ class MemoryValueHead(TensorDictSequential):
         kwargs.setdefault("device", env.device)
         extra_size = input_size(env, as_keys(kwargs.get("extra_keys", ())))
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
-
-
-class OnMemory(nn.Module):
-    def __init__(self, head: Head, detach: bool):
-        super().__init__()
-        self.head, self.detach = head, detach
-        self.concat = Concat()
-
-    def forward(self, features: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
-        features = features.detach() if self.detach else features
-        return self.head(self.concat(features, *extra))

@@ -12,7 +12,7 @@ from torch import nn
 from rl2_torchrl import kernels
 from rl2_torchrl.modules import body
 from rl2_torchrl.modules.actor import Gaussian
-from rl2_torchrl.modules.body import Head, are_relu_linear
+from rl2_torchrl.modules.body import Head, OnMemory, are_relu_linear
 from rl2_torchrl.modules.categorical import categorical_gradient, categorical_terms
 from rl2_torchrl.modules.gru import (
     FastGRUModule,
@@ -24,7 +24,6 @@ from rl2_torchrl.modules.gru import (
 )
 from rl2_torchrl.modules.linear import MOST_OUTPUTS, relu_linear, relu_linear_gradients
 from rl2_torchrl.modules.plain import NotPlainError, State
-from rl2_torchrl.modules.value import OnMemory
 
 __all__ = ["CategoricalTerms", "Concat", "GRUPart", "GaussianTerms", "HeadPart", "Part", "parts_of", "policy_terms"]
 
