@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
+from tensordict import TensorDictBase
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import get_logger
 
@@ -43,7 +44,7 @@ def main(
     *,
     episodes: int = 10,
     trials: int = 1024,
-    env_steps: int = 170_000_000,
+    env_steps: int = 100_000_000,
     units: int = 64,
     num_cells: tuple[int, ...] = (128,),
     memory_steps: int | None = 30,
@@ -57,6 +58,7 @@ def main(
     minibatches: int = 32,
     max_grad_norm: float | None = None,
     entropy: float = 0.12,
+    noiseless: float = 0.4,
     seed: int = 0,
     report_tasks: int = 10_000,
     held_out_seed: int | None = None,
@@ -90,6 +92,8 @@ def main(
         max_grad_norm: clip the gradient's norm at this; None does not, which learns faster: the critic's gradient is by far the
             larger part of the norm.
         entropy: weight of the entropy bonus, decayed to 0 over the training.
+        noiseless: share of the training, from its start, in which rewards are without noise: what a memory of single states and
+            actions is worth then shows several times as clearly. Evaluations and report are always with noise.
         seed: seed of networks, envs and tasks.
         report_tasks: held-out MDPs in the final report.
         held_out_seed: seed of the MDPs of evaluations and report, for runs to share them; the run's own by default.
@@ -121,6 +125,7 @@ def main(
         lr_schedule=linear_decay,
         entropy_schedule=linear_decay,
     )
+    curriculum = NoiseCurriculum(update, env.base_env, noiseless)
     batch = trials * episodes * EPISODE_STEPS
     total = math.ceil(env_steps / batch) * batch
     collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=update.in_keys)
@@ -141,7 +146,7 @@ def main(
     else:
         result = train(
             collector,
-            update,
+            curriculum,
             evaluate=evaluate,
             logger=get_logger(logger, str(log_dir), "scalars"),
             checkpoints=log_dir / "checkpoints",
@@ -156,6 +161,33 @@ def main(
     console.print(report.table())
     console.print(f"{result.env_steps:,} steps in {result.seconds:.0f} s; report and plot: {path.parent}")
     return report
+
+
+class NoiseCurriculum:
+    """`PPOUpdate` on the batches of ``mdps``, whose rewards get their noise after the share ``noiseless`` of the training."""
+
+    def __init__(self, update: PPOUpdate, mdps: TabularMDP, noiseless: float):
+        if not 0 <= noiseless < 1:
+            raise ValueError(
+                f"noiseless={noiseless} is a share of the training, at least 0 and below 1: the task has noise."
+            )
+        self.update, self.mdps, self.noiseless, self.noise = update, mdps, noiseless, mdps.noise
+        self._set_noise(0.0)
+
+    def __call__(self, batch: TensorDictBase, progress: float) -> dict[str, float]:
+        metrics = self.update(batch, progress)
+        self._set_noise(progress)
+        return {**metrics, "noise": self.mdps.noise}
+
+    def _set_noise(self, progress: float) -> None:
+        self.mdps.noise = self.noise if progress >= self.noiseless else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"update": self.update.state_dict(), "noise": self.mdps.noise}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.update.load_state_dict(state["update"])
+        self.mdps.noise = state["noise"]
 
 
 def make_report(
