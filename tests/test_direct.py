@@ -39,6 +39,14 @@ CRITICS = {
 COMPILED = kernels.load(torch.float32) is not None
 
 
+# What stands after the GRU of an actor.
+HEADS = {
+    "": {},
+    ", cells": {"num_cells": [7, 9]},
+    ", skip": {"num_cells": [7], "skip": True},
+}
+
+
 def direct_of(loss):
     """`DirectGradients`, or None without a C compiler, where every loss must be refused."""
     if COMPILED:
@@ -50,8 +58,9 @@ def direct_of(loss):
 
 def loss_of(kind, critic, dtype, **options):
     torch.manual_seed(0)
-    actor_class = GRUGaussianActor if kind == "gaussian" else GRUCategoricalActor
-    actor = actor_class(INPUTS, ACTIONS, hidden_size=UNITS, init_range=1.0, dtype=dtype)
+    family, comma, head = kind.partition(",")
+    actor_class = GRUGaussianActor if family == "gaussian" else GRUCategoricalActor
+    actor = actor_class(INPUTS, ACTIONS, hidden_size=UNITS, init_range=1.0, dtype=dtype, **HEADS[comma + head])
     return RL2PPOLoss(actor, CRITICS[critic](init_range=1.0, dtype=dtype), **options)
 
 
@@ -61,7 +70,7 @@ def data_of(kind, dtype, steps=STEPS):
     def normal(*shape):
         return torch.randn(ROWS, steps, *shape, generator=draw, dtype=dtype)
 
-    is_gaussian = kind == "gaussian"
+    is_gaussian = kind.startswith("gaussian")
     return {
         "trans": normal(INPUTS),
         "is_init": torch.rand(ROWS, steps, 1, generator=draw) < 0.2,
@@ -87,7 +96,9 @@ def by_autograd(loss, data):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+@pytest.mark.parametrize(
+    "kind", ["categorical", "gaussian", "categorical, cells", "categorical, skip", "gaussian, cells"]
+)
 @pytest.mark.parametrize("critic", CRITICS)
 @pytest.mark.parametrize("entropy", [None, 0.1])
 @pytest.mark.parametrize("steps", [1, STEPS])

@@ -464,6 +464,33 @@ def test_memory_needs_steps_and_biases():
         orthogonal_init_(torch.nn.GRU(2, 2, bias=False), memory_steps=10)
 
 
+def test_gate_gain_is_of_the_update_gate_alone():
+    torch.manual_seed(0)
+    gru = orthogonal_init_(torch.nn.GRU(5, 8), input_gain=2.0, gate_gain=6.0)
+    bound = (6 / 13) ** 0.5
+    for gate, gain in zip(gru.weight_ih_l0.chunk(3), (2, 12, 2), strict=True):
+        largest = gate.abs().max()
+        assert 0.9 * gain * bound < largest <= gain * bound
+
+
+def test_actor_whose_head_sees_what_the_gru_sees():
+    actor = build("categorical", num_cells=[7], skip=True)
+    first, last = (layer for layer in actor.modules() if isinstance(layer, nn.Linear))
+    assert (first.in_features, first.out_features, last.in_features) == (4 + 5, 7, 7)
+    # He's bound for 5 inputs, which a bound for all 9 would fall short of.
+    largest = first.weight[:, 4:].abs().max()
+    assert (6 / 9) ** 0.5 < largest <= (6 / 5) ** 0.5
+    td = actor(inputs(3))
+    # What is seen goes past the ReLU, as it is.
+    hidden = first(torch.cat([td["actor_features"].relu(), td["trans"]], -1)).relu()
+    torch.testing.assert_close(td["logits"], last(hidden))
+
+
+def test_a_head_of_one_layer_cannot_choose_by_both():
+    with pytest.raises(ValueError, match="skip=True without num_cells"):
+        build("categorical", skip=True)
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "categorical"])
 def test_actors_may_have_hidden_layers_after_the_gru(kind):
     actor = build(kind, num_cells=[7, 6])

@@ -16,6 +16,7 @@ from tensordict import TensorDict
 
 from recipes import bandit, grid_navi, half_cheetah, results, tabular_mdp
 from rl2_torchrl import GRUGaussianActor, TaskSampler
+from rl2_torchrl.envs import TabularMDP
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,6 +84,7 @@ RECIPES = {
             "total_frames=0": {"env_steps": 0},
             "hidden_size=0": {"units": 0},
             "gamma=1.5": {"gamma": 1.5},
+            "noiseless=1.0": {"noiseless": 1.0},
         },
     ),
     "half_cheetah": Recipe(
@@ -310,6 +312,49 @@ def test_networks_of_a_recipe_are_as_its_arguments_say(name, tmp_path):
     assert last.shape[1] == 6
     inputs = next(value for key, value in weights.items() if key.endswith("weight_ih_l0"))
     assert inputs.abs().max() < 1e-8  # a gain of 0
+
+
+def test_noise_comes_after_its_share_of_the_training():
+    class Update:
+        loaded = None
+
+        def __call__(self, batch, progress):
+            return {"loss": progress}
+
+        def state_dict(self):
+            return {"step": 7}
+
+        def load_state_dict(self, state):
+            self.loaded = state
+
+    mdps = TabularMDP(noise=0.5, batch_size=(1,))
+    curriculum = tabular_mdp.NoiseCurriculum(Update(), mdps, 0.4)
+    assert mdps.noise == 0  # of the first batch, which is collected before the first update
+    rows = [curriculum(None, progress) for progress in (0.2, 0.39, 0.4, 0.6)]
+    assert [row["noise"] for row in rows] == [0, 0, 0.5, 0.5]
+    assert [row["loss"] for row in rows] == [0.2, 0.39, 0.4, 0.6]
+    # A resumed training goes on with the noise that it stopped at.
+    other = tabular_mdp.NoiseCurriculum(Update(), TabularMDP(noise=0.5, batch_size=(1,)), 0.4)
+    other.load_state_dict(curriculum.state_dict())
+    assert (other.mdps.noise, other.update.loaded) == (0.5, {"step": 7})
+    # Without a share there is noise in the first batch already.
+    tabular_mdp.NoiseCurriculum(Update(), mdps, 0.0)
+    assert mdps.noise == 0.5
+
+
+def test_rewards_are_noisy_in_evaluations_of_a_training_without_noise(tmp_path, monkeypatch):
+    noises = []
+
+    class Recorded(TabularMDP):
+        def transition(self, *args):
+            noises.append((self.batch_size[0], self.noise))
+            return super().transition(*args)
+
+    monkeypatch.setattr(tabular_mdp, "TabularMDP", Recorded)
+    run("tabular_mdp", tmp_path, noiseless=0.75)
+    # Two updates: the first batch and the one after half of the training, in 8 rows.
+    assert {noise for rows, noise in noises if rows == 8} == {0.0}
+    assert {noise for rows, noise in noises if rows > 8} == {1.0}
 
 
 # ---- The command line.
