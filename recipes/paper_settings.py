@@ -35,7 +35,7 @@ MDPS: dict[str, Any] = {
     "epochs": 2,
     "minibatches": 32,
     "entropy": 0.12,
-    "noiseless": 0.4,
+    "noiseless": 0.6,
     "units": 64,
     "num_cells": (128,),
     "memory_steps": 30,
@@ -62,7 +62,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "mdps": {
         # The defaults of recipes.tabular_mdp.
-        "10": {**MDPS, "env_steps": 100_000_000},
+        "10": {**MDPS, "env_steps": 150_000_000},
         # Placeholders: longer trials, more steps; smaller batches of trials, so that there are as many updates.
         "25": {**MDPS, "env_steps": 80_000_000},
         "50": {**MDPS, "env_steps": 100_000_000, "trials": 512},
