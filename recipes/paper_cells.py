@@ -130,7 +130,10 @@ class MDPCell:
         if agent == "optimum":
             returns = baselines.optimal_return(worlds).double() * self.episodes
             return Classical(AdaptationCurve(returns.unsqueeze(-1)), {}, 0)
-        generator, number = Generator().manual_seed(tabular_mdp.stream(TASK_SEED, AGENT_STREAM)), min(300, num_tasks)
+        generator = Generator().manual_seed(tabular_mdp.stream(TASK_SEED, AGENT_STREAM))
+        number = min(
+            num_tasks, 300 if agent == "opsrl" else 2000
+        )  # of UCRL2's scalings 300 tasks chose one that cost 3 at n = 10
         options = {}
         if agent in self.tuned:
             option, tune = self.tuned[agent]

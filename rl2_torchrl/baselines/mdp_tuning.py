@@ -1,7 +1,7 @@
 """Settings with which the agents for tabular MDPs earn most, of the grids behind table 2 of Duan et al. 2016.
 
 Tune on other tasks than those reported, or the choice fits the luck of the reported ones. A few hundred tasks are
-enough: near its best value no setting matters much.
+enough for OPSRL; between UCRL2's scalings, over trials of ten episodes, 300 chose one that cost 3 of 147.
 """
 
 from collections.abc import Callable, Sequence
