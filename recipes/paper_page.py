@@ -49,6 +49,7 @@ def write_page(folder: Path, page: Path) -> None:
     lines += [notes.read_text().strip()] if notes.exists() else []
     for table, title in TITLES.items():
         lines += [f"## {title}", classical_table(figures, table), *fewer_tasks(figures, table)]
+        lines += time_taken(figures, table)
         lines += ["### RL²", rl2_table(figures, table), *longer_table(figures, table)]
         lines += ["### What tuning chose", tuning_table(figures, table), "### Made by", *commands(figures, table)]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -220,6 +221,16 @@ def fewer_tasks(figures: Figures, table: str) -> list[str]:
     most = max(numbers.values())
     few = [f"{n:,} for {label(key[2])} in cell {key[1]}, which takes long" for key, n in numbers.items() if n < most]
     return [f"Tasks in a cell: {most:,}{''.join(f'; {text}' for text in few)}."]
+
+
+def time_taken(figures: Figures, table: str) -> list[str]:
+    """How long the table's classical agents took, tuning included."""
+    seconds = [figure["seconds"] for key, figure in figures.items() if key[0] == table and "tuning_tasks" in figure]
+    if not seconds:
+        return []
+    return [
+        f"The {len(seconds)} figures took {sum(seconds) / 60:.0f} minutes together, one after the other, tuning included."
+    ]
 
 
 def commands(figures: Figures, table: str) -> Iterable[str]:

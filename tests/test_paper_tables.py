@@ -95,8 +95,8 @@ def test_page_is_made_of_the_files(tmp_path):
     folder.mkdir()
     (tmp_path / "paper_notes.md").write_text("## What differs\n\nA note, *word for word*.\n")
     entries = [
-        figure("ucb1", 82.45, options={"exploration": 0.2}),
-        figure("random", 60.0, num_tasks=2000),
+        figure("ucb1", 82.45, options={"exploration": 0.2}, tuning_tasks=5, seconds=100.0),
+        figure("random", 60.0, num_tasks=2000, tuning_tasks=0, seconds=260.0),
         trained(0, 77.4, held_out=83.0),  # above the other on the tasks that are reported, which must not choose
         trained(1, 77.2, held_out=83.1),
         figure("rl2_pretrained", 77.25, cell="100,5"),
@@ -115,6 +115,7 @@ def test_page_is_made_of_the_files(tmp_path):
     row = "| 2 | 77.30 ± 0.14 (78.7: within) | (79.1: below) | 77.20 ± 0.10 (78.7: within) | 82.00 ± 0.20 | 50.00 |"
     assert f"| 100, 5 (0.52) {row} 77.25 ± 0.10 | 60.0 | 40.0 |" in text
     assert "exploration 0.2" in text
+    assert "The 2 figures took 6 minutes together" in text
     assert "Tasks in a cell: 10,000; 2,000 for random in cell 100,10, which takes long." in text
     for entry in entries:
         assert f"{entry['command']}  # commit abc" in text
