@@ -98,7 +98,7 @@ def main(
         resume: go on from the newest checkpoint in log_dir.
         progress: show a progress bar.
     """
-    torch.set_flush_denormal(True)  # gradients that fade over a trial would cost a hundred times the time
+    torch.set_flush_denormal(True)  # gradients that fade over a long trial become such numbers, which are slow
     torch.manual_seed(seed)
     test_seed = seed if held_out_seed is None else held_out_seed
     env = make_env(TaskSampler(uniform_means(arms), seed=stream(seed, TRAIN_TASKS)), arms, pulls, trials, seed)

@@ -53,6 +53,10 @@ def main(
         raise ValueError(f"tasks={tasks}: a standard error needs two tasks at least. Pass 10000 for figures to report.")
     if part in ("rl2", "all") and not seeds:
         raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
+    if from_pretrained and env_steps is not None:
+        raise ValueError(
+            f"env_steps={env_steps} with from_pretrained: weights are evaluated as they are. Leave one out."
+        )
     chosen = choose(table, cells)
     book = Figures(folder, tasks, fresh)
     if from_pretrained:

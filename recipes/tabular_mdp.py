@@ -80,7 +80,7 @@ def main(
         num_cells: hidden layers of actor and critic after the GRU; empty leaves the actor none and the critic one of ``units``.
         memory_steps: steps over which the slowest units remember at first (`orthogonal_init_`); None: all forget at once.
         input_gain: factor on the GRU's first input weights (`orthogonal_init_`).
-        gate_gain: further factor on those of its update gates (`orthogonal_init_`): without it learning stood still for long where
+        gate_gain: further factor on those of its update gates (`orthogonal_init_`): with 1, and a head that saw the memory alone, learning stood still where
             the agent had a memory for the first state alone.
         critic_keys: what the critic reads beside the actor's memory; the task among it makes advantages less noisy, and the
             actor never sees it.
@@ -105,7 +105,7 @@ def main(
         resume: go on from the newest checkpoint in log_dir.
         progress: show a progress bar.
     """
-    torch.set_flush_denormal(True)  # gradients that fade over a trial would cost a hundred times the time
+    torch.set_flush_denormal(True)  # gradients that fade over a long trial become such numbers, which are slow
     torch.manual_seed(seed)
     test_seed = seed if held_out_seed is None else held_out_seed
     env = make_env(TaskSampler(random_mdps(), seed=stream(seed, TRAIN_TASKS)), episodes, trials, seed)

@@ -311,6 +311,11 @@ def test_a_longer_training_is_a_figure_of_its_own(tmp_path):
     assert (tmp_path / "pretrained" / "bandits_3_2.pt").read_bytes() == actor
 
 
+def test_pretrained_weights_are_not_trained_for_longer(tmp_path):
+    with pytest.raises(ValueError, match="env_steps=144 with from_pretrained"):
+        run(tmp_path, from_pretrained=True, env_steps=144)
+
+
 def test_an_interrupted_training_leaves_no_figure(tmp_path, monkeypatch):
     def interrupted(*args, **options):
         return replace(train(*args, **options), interrupted=True)
