@@ -80,8 +80,8 @@ def main(
         num_cells: hidden layers of actor and critic after the GRU; empty leaves the actor none and the critic one of ``units``.
         memory_steps: steps over which the slowest units remember at first (`orthogonal_init_`); None: all forget at once.
         input_gain: factor on the GRU's first input weights (`orthogonal_init_`).
-        gate_gain: further factor on those of its update gates (`orthogonal_init_`): with 1, and a head that saw the memory alone, learning stood still where
-            the agent had a memory for the first state alone.
+        gate_gain: further factor on those of its update gates (`orthogonal_init_`): with 1, and a head that saw the memory alone,
+            learning stood still where the agent had a memory for the first state alone.
         critic_keys: what the critic reads beside the actor's memory; the task among it makes advantages less noisy, and the
             actor never sees it.
         lr: learning rate, decayed to 0 over the training.
