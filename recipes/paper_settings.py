@@ -49,6 +49,17 @@ MDPS: dict[str, Any] = {
     "critic_keys": ("time_left",),
     "lr": 2e-3,
 }
+#: More episodes, from the weights for ten, which know how to remember: what an exploring action finds pays for longer.
+LONGER_MDPS: dict[str, Any] = {
+    **MDPS,
+    "trials": 512,
+    "gamma": 0.95,
+    "lmbda": 0.5,
+    "entropy": 0.06,
+    "noiseless": 0.0,
+    "lr": 1.5e-3,
+    "initial_weights": PRETRAINED / "mdps_10.pt",
+}
 
 RL2_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "bandits": {
@@ -60,19 +71,19 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "100,5": {**LONG, "env_steps": 16_000_000},
         "100,10": {**LONG, "env_steps": 34_000_000},
         "100,50": {**LONG, "env_steps": 24_000_000, "trials": 2048, "minibatches": 16, "entropy": 0.01},
-        # Placeholders from here on, to be replaced by what a search finds.
-        "500,5": {**LONG, "env_steps": 100_000_000, "trials": 512},
+        # Not tried yet but for ten arms.
+        "500,5": {**LONGEST, "env_steps": 220_000_000, "initial_weights": PRETRAINED / "bandits_100_5.pt"},
         "500,10": {**LONGEST, "env_steps": 220_000_000, "initial_weights": PRETRAINED / "bandits_100_10.pt"},
-        "500,50": {**LONG, "env_steps": 200_000_000, "trials": 512},
+        "500,50": {**LONGEST, "env_steps": 220_000_000, "initial_weights": PRETRAINED / "bandits_100_50.pt"},
     },
     "mdps": {
         # The defaults of recipes.tabular_mdp.
         "10": {**MDPS, "env_steps": 150_000_000},
-        # Placeholders: longer trials, more steps; smaller batches of trials, so that there are as many updates.
-        "25": {**MDPS, "env_steps": 80_000_000},
-        "50": {**MDPS, "env_steps": 100_000_000, "trials": 512},
-        "75": {**MDPS, "env_steps": 120_000_000, "trials": 512},
-        "100": {**MDPS, "env_steps": 150_000_000, "trials": 512},
+        "25": {**LONGER_MDPS, "env_steps": 400_000_000},
+        # Not tried yet from here on.
+        "50": {**LONGER_MDPS, "env_steps": 400_000_000},
+        "75": {**LONGER_MDPS, "env_steps": 400_000_000},
+        "100": {**LONGER_MDPS, "env_steps": 400_000_000},
     },
 }
 """``RL2_SETTINGS[table][cell]``, with the reason above each that is not a recipe's default."""
