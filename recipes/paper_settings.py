@@ -57,7 +57,7 @@ LONGER_MDPS: dict[str, Any] = {
     "lmbda": 0.5,
     "entropy": 0.06,
     "noiseless": 0.0,
-    "lr": 1.5e-3,
+    "lr": 1e-3,
     "initial_weights": PRETRAINED / "mdps_10.pt",
 }
 
@@ -79,7 +79,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "mdps": {
         # The defaults of recipes.tabular_mdp.
         "10": {**MDPS, "env_steps": 150_000_000},
-        "25": {**LONGER_MDPS, "env_steps": 400_000_000},
+        "25": {**LONGER_MDPS, "env_steps": 380_000_000},
         # Not tried yet from here on.
         "50": {**LONGER_MDPS, "env_steps": 400_000_000},
         "75": {**LONGER_MDPS, "env_steps": 400_000_000},
