@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from math import sqrt
+from pathlib import Path
 
 import pytest
 import torch
@@ -361,3 +362,10 @@ def test_command_line(tmp_path):
     assert page.read_text().startswith("# The tables of the RL² paper")
     assert paper_tables.choose("all", ("100,10", "25")) == [CELLS["bandits"]["100,10"], CELLS["mdps"]["25"]]
     assert paper_cells.CELLS["bandits"]["100,10"] == BanditCell(pulls=100, arms=10)
+
+
+def test_weights_that_settings_start_from_are_in_the_repository():
+    starts = [s["initial_weights"] for table in RL2_SETTINGS.values() for s in table.values() if "initial_weights" in s]
+    root = Path(__file__).parents[1]
+    assert starts
+    assert not [str(path) for path in starts if not (root / path).exists()]
