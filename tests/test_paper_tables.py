@@ -251,6 +251,7 @@ def test_pretrained_weights_are_evaluated_without_training(tmp_path, monkeypatch
     run(tmp_path, part="rl2", from_pretrained=True)  # an evaluation is what was asked for, twice
     assert loaded == [tmp_path / "pretrained" / "bandits_3_2.pt"] * 2
     evaluated = figures(tmp_path)["bandits_3_2_rl2_pretrained"]
+    assert "settings" not in evaluated  # weights do not say which training left them
     assert 0.8 < evaluated["mean"] < 2.2  # 1.5 for who knows nothing, SE 0.14
     assert (
         f"3,2 rl2_pretrained: {evaluated['mean']:.3f} ± {evaluated['se']:.3f} (1.5: within)" in capsys.readouterr().out
