@@ -13,6 +13,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import get_logger
 
+from recipes.regret import RegretAdvantage
 from recipes.weights import load_actor, save_actor
 from rl2_torchrl import (
     ActorCritic,
@@ -59,6 +60,7 @@ def main(
     max_grad_norm: float | None = None,
     entropy: float = 0.12,
     noiseless: float = 0.6,
+    regret: bool = False,
     seed: int = 0,
     report_tasks: int = 10_000,
     held_out_seed: int | None = None,
@@ -94,6 +96,7 @@ def main(
         entropy: weight of the entropy bonus, decayed to 0 over the training.
         noiseless: share of the training, from its start, in which rewards are without noise: what a memory of single states and
             actions is worth then shows several times as clearly. Evaluations and report are always with noise.
+        regret: whether regrets, which the task tells without noise, stand for rewards in the advantages (`RegretAdvantage`).
         seed: seed of networks, envs and tasks.
         report_tasks: held-out MDPs in the final report.
         held_out_seed: seed of the MDPs of evaluations and report, for runs to share them; the run's own by default.
@@ -115,9 +118,10 @@ def main(
         load_actor(actor, initial_weights)
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=critic_keys, num_cells=num_cells or [units])
     policy = ActorCritic(actor, critic)
+    horizon = {"gamma": gamma, "lmbda": lmbda, "value_target": "gae"}
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=entropy),
-        TrialAdvantage(gamma=gamma, lmbda=lmbda, value_target="gae"),
+        RegretAdvantage(env.base_env, **horizon) if regret else TrialAdvantage(**horizon),
         lr=lr,
         epochs=epochs,
         minibatches=minibatches,
@@ -128,7 +132,8 @@ def main(
     curriculum = NoiseCurriculum(update, env.base_env, noiseless)
     batch = trials * episodes * EPISODE_STEPS
     total = math.ceil(env_steps / batch) * batch
-    collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=update.in_keys)
+    keep = [*update.in_keys, *(RegretAdvantage.extra_keys if regret else ())]
+    collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=keep)
 
     def evaluate() -> dict[str, float]:
         curve = play(tasks(test_seed, HELD_OUT_TASKS, 1024))

@@ -1,0 +1,106 @@
+"""Advantages from regrets: by hand, against rewards that have no noise, and in a batch of whole trials of the recipe's env."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from recipes import tabular_mdp
+from recipes.regret import RegretAdvantage
+from rl2_torchrl import ActorCritic, GRUCategoricalActor, MemoryValueHead, TaskSampler, TrialCollector
+from rl2_torchrl.baselines import optimal_return
+from rl2_torchrl.envs import TabularMDP, pack_mdps, random_mdps, unpack_mdps
+
+STAY, GO = [1.0, 0.0], [0.0, 1.0]
+# State 0: stay for 1 or go for 0; state 1: stay for 3 or go back for 5.
+TASK = pack_mdps(torch.tensor([[1.0, 0.0], [3.0, 5.0]]), torch.tensor([[STAY, GO], [GO, STAY]]))
+
+
+def batch_of(observation, action, task=TASK):
+    shape = torch.tensor(action).shape
+    done = torch.zeros(*shape, 1, dtype=torch.bool)
+    done[:, -1] = True
+    return TensorDict(
+        {
+            "task": task.expand(*shape, -1),
+            "observation": torch.tensor(observation),
+            "action": torch.tensor(action),
+            "state_value": torch.zeros(*shape, 1),
+            "next": {"reward": torch.full((*shape, 1), 7.0), "done": done, "terminated": done.clone()},
+        },
+        shape,
+    )
+
+
+def small(**options):
+    return RegretAdvantage(
+        TabularMDP(2, 2, episode_steps=2), **{"gamma": 1.0, "lmbda": 1.0, "normalize": False, **options}
+    )
+
+
+def test_regrets_by_hand():
+    # With two steps left: staying earns 1 + 1, going 0 + 5. With one left, in state 0: 1 or 0; in state 1: 3 or 5.
+    batch = batch_of([[0, 0, 0, 1], [0, 0, 0, 1]], [[0, 1, 1, 1], [0, 0, 1, 0]])
+    expected = torch.tensor([[3.0, 1.0, 0.0, 0.0], [3.0, 0.0, 0.0, 2.0]])
+    torch.testing.assert_close(small().regrets(batch).squeeze(-1), expected)
+
+
+def test_each_row_has_the_regrets_of_its_own_task():
+    other = pack_mdps(torch.zeros(2, 2), torch.tensor([[STAY, GO], [GO, STAY]]))
+    tasks = torch.stack([other, TASK]).unsqueeze(1).expand(2, 2, -1)
+    batch = batch_of([[0, 0], [0, 0]], [[0, 1], [0, 1]], tasks)
+    assert small().regrets(batch).squeeze(-1).tolist() == [[0, 0], [3, 1]]
+
+
+def test_advantages_are_of_regrets_and_the_rewards_stay():
+    batch = batch_of([[0, 0, 0, 1]], [[0, 1, 1, 1]])
+    assert small()(batch)["advantage"].squeeze().tolist() == [-4, -1, 0, 0]  # across the episode's end after two steps
+    assert batch["value_target"].squeeze().tolist() == [-4, -1, 0, 0]
+    assert (batch["next", "reward"] == 7).all()
+    with pytest.raises(FloatingPointError, match="state_value"):
+        small()(batch.set("state_value", batch["state_value"] * torch.nan))
+    assert (batch["next", "reward"] == 7).all()
+
+
+def test_no_whole_episodes():
+    with pytest.raises(ValueError, match="3 steps .* of 2 steps"):
+        small()(batch_of([[0, 0, 0]], [[0, 0, 0]]))
+
+
+def test_a_trial_earns_the_optimum_less_its_regrets():
+    """Where nothing is left to chance; elsewhere on average (Kakade & Langford 2002, lemma 6.1)."""
+
+    def sure(batch_size, generator):
+        tasks = random_mdps()(batch_size, generator).unflatten(-1, (10, 5, 11))
+        successors = torch.nn.functional.one_hot(tasks[..., 1:].argmax(-1), 10).float()
+        return pack_mdps(tasks[..., 0], successors)
+
+    env = tabular_mdp.make_env(TaskSampler(sure, seed=0), 3, 16, 0)
+    env.base_env.noise = 0.0
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4)
+    policy = ActorCritic(actor, MemoryValueHead.from_env(env, actor, detach=True))
+    keep = ["state_value", ("next", "reward"), ("next", "done"), ("next", "terminated"), *RegretAdvantage.extra_keys]
+    batch = next(iter(TrialCollector(env, policy, frames_per_batch=16 * 30, total_frames=16 * 30, keep=keep)))
+    earned = batch["next", "reward"].sum(1)
+    regrets = RegretAdvantage(env.base_env).regrets(batch)
+    assert regrets.min() >= 0
+    optimum = 3 * optimal_return(unpack_mdps(batch["task"][:, 0]), episode_steps=10)
+    torch.testing.assert_close(earned.squeeze(-1) + regrets.sum(1).squeeze(-1), optimum, rtol=0, atol=1e-3)
+
+
+def test_the_recipe_takes_regrets_where_asked(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        RegretAdvantage, "regrets", lambda self, batch: asked.append(batch.shape) or torch.zeros(*batch.shape, 1)
+    )
+    options = {
+        "episodes": 2,
+        "trials": 4,
+        "units": 4,
+        "epochs": 1,
+        "minibatches": 2,
+        "env_steps": 80,
+        "report_tasks": 20,
+    }
+    for regret in (False, True):
+        tabular_mdp.main(**options, regret=regret, classical=False, progress=False, log_dir=tmp_path / str(regret))
+        assert asked == [(4, 20)] * regret
