@@ -50,9 +50,9 @@ MDPS: dict[str, Any] = {
     "critic_keys": ("time_left",),
     "lr": 2e-3,
 }
-#: More episodes, from the weights for ten, which know how to remember. What is missing is exploration: a state comes about every ten
-#: steps, so that what an action teaches pays tens of steps later. Looking that far (gamma 0.99, lambda 0.9) without the noise of
-#: that many rewards takes regrets in their place; with gamma 0.95, lambda 0.5 learning stood still at 421 to 425.
+#: More episodes, from the weights for ten, which know how to remember. What is missing is exploration: a state comes about every
+#: ten steps, so that what an action teaches pays tens of steps later. To look that far (gamma 0.99, lambda 0.9) without the
+#: noise of as many rewards, regrets stand for them; with gamma 0.95, lambda 0.5 learning stood still at 421 to 425.
 LONGER_MDPS: dict[str, Any] = {
     **MDPS,
     "trials": 1024,
