@@ -11,6 +11,7 @@ from rich.console import Console
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import get_logger
 
+from recipes.regret import RegretAdvantage, bandit_values
 from recipes.weights import load_actor, save_actor
 from rl2_torchrl import (
     ActorCritic,
@@ -55,6 +56,7 @@ def main(
     minibatches: int = 8,
     max_grad_norm: float | None = None,
     entropy: float = 0.02,
+    regret: bool = False,
     seed: int = 0,
     report_tasks: int = 50_000,
     held_out_seed: int | None = None,
@@ -87,6 +89,7 @@ def main(
         max_grad_norm: clip the gradient's norm at this; None does not, which learns faster: the critic's gradient is by far the
             larger part of the norm.
         entropy: weight of the entropy bonus, decayed to 0 over the training.
+        regret: whether regrets, which the task tells without noise, stand for rewards in the advantages (`RegretAdvantage`).
         seed: seed of networks, envs and tasks.
         report_tasks: held-out bandits in the final report.
         held_out_seed: seed of the bandits of evaluations and report, for runs to share them; the run's own by default.
@@ -108,9 +111,10 @@ def main(
         load_actor(actor, initial_weights)
     critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=critic_keys, num_cells=num_cells or [units])
     policy = ActorCritic(actor, critic)
+    horizon = {"gamma": gamma, "lmbda": lmbda, "value_target": "gae"}
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=entropy),
-        TrialAdvantage(gamma=gamma, lmbda=lmbda, value_target="gae"),
+        RegretAdvantage(bandit_values, **horizon) if regret else TrialAdvantage(**horizon),
         lr=lr,
         epochs=epochs,
         minibatches=minibatches,
@@ -120,7 +124,8 @@ def main(
     )
     batch = trials * pulls
     total = math.ceil(env_steps / batch) * batch
-    collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=update.in_keys)
+    keep = [*update.in_keys, *(("task",) if regret else ())]
+    collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=keep)
 
     def evaluate() -> dict[str, float]:
         curve = play(tasks(test_seed, HELD_OUT_TASKS, 2048, arms))

@@ -1,5 +1,7 @@
 """`RegretAdvantage`: advantages from what the known task says about each action, in place of noisy rewards."""
 
+from collections.abc import Callable
+
 import torch
 from tensordict import TensorDictBase
 
@@ -7,47 +9,38 @@ from rl2_torchrl import TrialAdvantage
 from rl2_torchrl.baselines.planning import value_iteration
 from rl2_torchrl.envs import TabularMDP, unpack_mdps
 
-__all__ = ["RegretAdvantage"]
+__all__ = ["MDPValues", "RegretAdvantage", "bandit_values"]
 
 
 class RegretAdvantage(TrialAdvantage):
-    """`TrialAdvantage` in which minus the regret of an action stands for its reward; for `TabularMDP`.
+    """`TrialAdvantage` in which minus the regret of an action stands for its reward.
 
-    The regret is what the best action would have been worth beyond the one taken, ``V*_t(s_t) - Q*_t(s_t, a_t)``, by value
-    iteration in the task. The rewards of an episode sum in expectation to ``V*_0(s_0)``, which no agent can change, less the
-    regrets (Kakade & Langford 2002, lemma 6.1): the same to be gained, without the noise of rewards and the luck of transitions,
+    The regret is what the best action would have been worth beyond the one taken, ``max_a Q*(s_t, a) - Q*(s_t, a_t)``, in the
+    task as it is. The rewards of an episode sum in expectation to ``V*(s_0)``, which no agent can change, less the regrets
+    (Kakade & Langford 2002, lemma 6.1): the same to be gained, without the noise of rewards and the luck of transitions,
     so that an advantage can look over many steps. The critic then learns minus the regret to come. As a critic that reads
     the task, it is of use in training alone: the agent sees rewards and nothing of this.
 
-    Reads, beside what `TrialAdvantage` reads, ``"task"`` ``[B, T, task_size]``, ``"observation"`` and ``"action"`` ``[B, T]``: for
-    ``TrialCollector(keep=[*update.in_keys, *RegretAdvantage.extra_keys])``. A row must be one whole trial.
+    Reads ``"action"`` ``[B, T]`` and what ``action_values`` reads, beside what `TrialAdvantage` reads: they must be kept
+    (``TrialCollector(keep=[*update.in_keys, "task"])``).
 
     Args:
-        mdps: the env that is played, for its numbers of states, actions and steps of an episode.
+        action_values: the values of all actions ``[B, T, num_actions]`` for a batch ``[B, T]``: `bandit_values`, `MDPValues`.
         **kwargs: as for `TrialAdvantage`.
-
-    Raises:
-        ValueError: a row is no whole number of episodes.
 
     Examples:
         >>> from tensordict import TensorDict
-        >>> from rl2_torchrl.envs import TabularMDP, pack_mdps
-        >>> stay, go = [1.0, 0.0], [0.0, 1.0]  # state 0 pays 1 for staying, 0 for going to state 1, which pays 3
-        >>> task = pack_mdps(torch.tensor([[1.0, 0.0], [3.0, 3.0]]), torch.tensor([[stay, go], [go, go]]))
         >>> done = torch.tensor([[False, True]]).unsqueeze(-1)
-        >>> batch = TensorDict({"task": task.expand(1, 2, -1), "observation": torch.tensor([[0, 0]]),
-        ...     "action": torch.tensor([[0, 0]]), "state_value": torch.zeros(1, 2, 1),
+        >>> batch = TensorDict({"task": torch.tensor([[[0.25, 0.75], [0.25, 0.75]]]), "action": torch.tensor([[0, 1]]),
+        ...     "state_value": torch.zeros(1, 2, 1),
         ...     "next": {"reward": torch.ones(1, 2, 1), "done": done, "terminated": done}}, [1, 2])
-        >>> advantage = RegretAdvantage(TabularMDP(2, 2, episode_steps=2), gamma=1.0, lmbda=0.0, normalize=False)
-        >>> advantage(batch)["advantage"].squeeze()  # 1 + 1 in place of 0 + 3, then the best of what is left
-        tensor([-1., 0.])
+        >>> RegretAdvantage(bandit_values, gamma=1.0, lmbda=1.0, normalize=False)(batch)["advantage"].squeeze()
+        tensor([-0.5000,  0.0000])
     """
 
-    extra_keys = ("task", "observation", "action")
-
-    def __init__(self, mdps: TabularMDP, **kwargs):
+    def __init__(self, action_values: Callable[[TensorDictBase], torch.Tensor], **kwargs):
         super().__init__(**kwargs)
-        self.num_states, self.num_actions, self.episode_steps = mdps.num_states, mdps.num_actions, mdps.episode_steps
+        self.action_values = action_values
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -61,12 +54,53 @@ class RegretAdvantage(TrialAdvantage):
 
     def regrets(self, tensordict: TensorDictBase) -> torch.Tensor:
         """``[B, T, 1]``, at least 0."""
-        rows, steps = tensordict.shape
+        values = self.action_values(tensordict)
+        return values.amax(-1, keepdim=True) - values.gather(-1, tensordict["action"].unsqueeze(-1))
+
+
+def bandit_values(batch: TensorDictBase) -> torch.Tensor:
+    """The means of all arms: the task itself.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> bandit_values(TensorDict({"task": torch.tensor([[[0.25, 0.75]]])}, [1, 1]))
+        tensor([[[0.2500, 0.7500]]])
+    """
+    return batch["task"]
+
+
+class MDPValues:
+    """Values of all actions in trials of `TabularMDP`, by value iteration in each trial's MDP.
+
+    Reads ``"task"`` ``[B, T, task_size]`` and ``"observation"`` ``[B, T]``. A row must be one whole trial.
+
+    Args:
+        mdps: the env that is played, for its numbers of states, actions and steps of an episode.
+
+    Raises:
+        ValueError: a row is no whole number of episodes.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from rl2_torchrl.envs import TabularMDP, pack_mdps
+        >>> stay, go = [1.0, 0.0], [0.0, 1.0]  # state 0 pays 1 for staying, 0 for going to state 1, which pays 3
+        >>> task = pack_mdps(torch.tensor([[1.0, 0.0], [3.0, 3.0]]), torch.tensor([[stay, go], [go, go]]))
+        >>> batch = TensorDict({"task": task.expand(1, 2, -1), "observation": torch.tensor([[0, 0]])}, [1, 2])
+        >>> MDPValues(TabularMDP(2, 2, episode_steps=2))(batch)[0]  # with two steps to go, then with one
+        tensor([[2., 3.],
+                [1., 0.]])
+    """
+
+    def __init__(self, mdps: TabularMDP):
+        self.num_states, self.num_actions, self.episode_steps = mdps.num_states, mdps.num_actions, mdps.episode_steps
+
+    def __call__(self, batch: TensorDictBase) -> torch.Tensor:
+        """Values ``[B, T, num_actions]`` at the steps of ``batch`` ``[B, T]``."""
+        rows, steps = batch.shape
         if steps % self.episode_steps:
             raise ValueError(f"a row of {steps} steps is no whole number of episodes of {self.episode_steps} steps.")
-        rewards, transitions = unpack_mdps(tensordict["task"][:, 0], self.num_states, self.num_actions)
+        rewards, transitions = unpack_mdps(batch["task"][:, 0], self.num_states, self.num_actions)
         plan = value_iteration(rewards, transitions, self.episode_steps)
         step = torch.arange(steps, device=plan.device) % self.episode_steps
         row = torch.arange(rows, device=plan.device).unsqueeze(-1)
-        values = plan[step, row, tensordict["observation"]]  # [B, T, num_actions]
-        return values.amax(-1, keepdim=True) - values.gather(-1, tensordict["action"].unsqueeze(-1))
+        return plan[step, row, batch["observation"]]

@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import get_logger
 
-from recipes.regret import RegretAdvantage
+from recipes.regret import MDPValues, RegretAdvantage
 from recipes.weights import load_actor, save_actor
 from rl2_torchrl import (
     ActorCritic,
@@ -121,7 +121,7 @@ def main(
     horizon = {"gamma": gamma, "lmbda": lmbda, "value_target": "gae"}
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=entropy),
-        RegretAdvantage(env.base_env, **horizon) if regret else TrialAdvantage(**horizon),
+        RegretAdvantage(MDPValues(env.base_env), **horizon) if regret else TrialAdvantage(**horizon),
         lr=lr,
         epochs=epochs,
         minibatches=minibatches,
@@ -132,7 +132,7 @@ def main(
     curriculum = NoiseCurriculum(update, env.base_env, noiseless)
     batch = trials * episodes * EPISODE_STEPS
     total = math.ceil(env_steps / batch) * batch
-    keep = [*update.in_keys, *(RegretAdvantage.extra_keys if regret else ())]
+    keep = [*update.in_keys, *(("task", "observation") if regret else ())]
     collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=keep)
 
     def evaluate() -> dict[str, float]:

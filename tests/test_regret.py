@@ -4,8 +4,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import tabular_mdp
-from recipes.regret import RegretAdvantage
+from recipes import bandit, tabular_mdp
+from recipes.regret import MDPValues, RegretAdvantage, bandit_values
 from rl2_torchrl import ActorCritic, GRUCategoricalActor, MemoryValueHead, TaskSampler, TrialCollector
 from rl2_torchrl.baselines import optimal_return
 from rl2_torchrl.envs import TabularMDP, pack_mdps, random_mdps, unpack_mdps
@@ -33,7 +33,7 @@ def batch_of(observation, action, task=TASK):
 
 def small(**options):
     return RegretAdvantage(
-        TabularMDP(2, 2, episode_steps=2), **{"gamma": 1.0, "lmbda": 1.0, "normalize": False, **options}
+        MDPValues(TabularMDP(2, 2, episode_steps=2)), **{"gamma": 1.0, "lmbda": 1.0, "normalize": False, **options}
     )
 
 
@@ -42,6 +42,12 @@ def test_regrets_by_hand():
     batch = batch_of([[0, 0, 0, 1], [0, 0, 0, 1]], [[0, 1, 1, 1], [0, 0, 1, 0]])
     expected = torch.tensor([[3.0, 1.0, 0.0, 0.0], [3.0, 0.0, 0.0, 2.0]])
     torch.testing.assert_close(small().regrets(batch).squeeze(-1), expected)
+
+
+def test_bandits_by_hand():
+    batch = batch_of([[0, 0, 0]], [[0, 1, 2]], torch.tensor([0.5, 0.25, 0.75]))
+    regrets = RegretAdvantage(bandit_values).regrets(batch)
+    assert regrets.squeeze(-1).tolist() == [[0.25, 0.5, 0.0]]
 
 
 def test_each_row_has_the_regrets_of_its_own_task():
@@ -78,29 +84,43 @@ def test_a_trial_earns_the_optimum_less_its_regrets():
     env.base_env.noise = 0.0
     actor = GRUCategoricalActor.from_env(env, hidden_size=4)
     policy = ActorCritic(actor, MemoryValueHead.from_env(env, actor, detach=True))
-    keep = ["state_value", ("next", "reward"), ("next", "done"), ("next", "terminated"), *RegretAdvantage.extra_keys]
+    keep = [
+        "state_value",
+        ("next", "reward"),
+        ("next", "done"),
+        ("next", "terminated"),
+        "task",
+        "observation",
+        "action",
+    ]
     batch = next(iter(TrialCollector(env, policy, frames_per_batch=16 * 30, total_frames=16 * 30, keep=keep)))
     earned = batch["next", "reward"].sum(1)
-    regrets = RegretAdvantage(env.base_env).regrets(batch)
+    regrets = RegretAdvantage(MDPValues(env.base_env)).regrets(batch)
     assert regrets.min() >= 0
     optimum = 3 * optimal_return(unpack_mdps(batch["task"][:, 0]), episode_steps=10)
     torch.testing.assert_close(earned.squeeze(-1) + regrets.sum(1).squeeze(-1), optimum, rtol=0, atol=1e-3)
 
 
-def test_the_recipe_takes_regrets_where_asked(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        RegretAdvantage, "regrets", lambda self, batch: asked.append(batch.shape) or torch.zeros(*batch.shape, 1)
-    )
-    options = {
-        "episodes": 2,
+@pytest.mark.parametrize(
+    ("recipe", "trial", "steps"), [(bandit, {"pulls": 4}, 4), (tabular_mdp, {"episodes": 2}, 20)], ids=["bandit", "mdp"]
+)
+def test_recipes_take_regrets_where_asked(recipe, trial, steps, tmp_path, monkeypatch):
+    asked, regrets_of = [], RegretAdvantage.regrets
+
+    def recorded(self, batch):
+        asked.append(batch.shape)
+        return regrets_of(self, batch)
+
+    monkeypatch.setattr(RegretAdvantage, "regrets", recorded)
+    sizes = {
+        **trial,
         "trials": 4,
+        "env_steps": 4 * steps,
         "units": 4,
         "epochs": 1,
         "minibatches": 2,
-        "env_steps": 80,
         "report_tasks": 20,
     }
     for regret in (False, True):
-        tabular_mdp.main(**options, regret=regret, classical=False, progress=False, log_dir=tmp_path / str(regret))
-        assert asked == [(4, 20)] * regret
+        recipe.main(**sizes, regret=regret, classical=False, progress=False, log_dir=tmp_path / str(regret))
+        assert asked == [(4, steps)] * regret
