@@ -141,6 +141,8 @@ class LockstepRollout:
         inputs = [key for key in self.policy.in_keys if key in self.known and key != "is_init"]
         judged = {key for judge in self.judges for key in judge.out_keys}
         late = {*self.known, *judged, ("next", "reward"), self.transition.out_key}
+        if self._one_trial_a_row:
+            late.add(self.sampler.task_key)
         recorded = [key for key in self.keep if key not in late]
         kept_of_judged = judged.intersection(self.keep)
         memory = [(key, _next_key(key)) for key in self.hidden_keys]
@@ -221,8 +223,15 @@ class LockstepRollout:
         tasks = [self.sampler.draw() for _ in range(self.steps // self.trial_steps)]
         if not self._tasks:
             self._tasks = [task.clone() for task in tasks]
+            if self._one_trial_a_row and self.sampler.task_key in self.keep:
+                self.batch.set(self.sampler.task_key, _at_all_steps(self._tasks[0], self.batch.shape))
         for task, drawn in zip(self._tasks, tasks, strict=True):
             task.copy_(drawn)
+
+    @property
+    def _one_trial_a_row(self) -> bool:
+        """Whether a row has one task, which then need not be written step by step."""
+        return self.steps == self.trial_steps
 
     # ----------------------------------------------------------------- storage
     def _record(self, key: NestedKey, t: int, value: torch.Tensor) -> None:
@@ -297,6 +306,11 @@ def _trial_transforms(env: EnvBase) -> list:
 def _trial_steps(trial: Trial, episode_steps: int) -> int:
     by_episodes = None if trial.episodes is None else trial.episodes * episode_steps
     return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
+
+
+def _at_all_steps(task: torch.Tensor | TensorDict, shape: torch.Size) -> torch.Tensor | TensorDict:
+    """A view of ``task`` ``[B, ...]`` as ``[B, T, ...]``: written out, the task of an MDP is most of a batch's memory."""
+    return task.unsqueeze(1).expand(*shape, *task.shape[1:])
 
 
 def _is_next(key: NestedKey) -> bool:

@@ -170,6 +170,21 @@ def test_tasks_are_constant_in_a_trial_and_new_in_the_next():
     assert (following["task"][:, 0] != batch["task"][:, -1]).all()
 
 
+def test_the_task_of_a_row_that_is_one_trial_is_in_memory_once():
+    env = bandit_env()
+    collector = TrialCollector(
+        env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=2 * ROWS * PULLS, keep=["task"]
+    )
+    seen = []
+    for batch in collector:
+        task = batch["task"]
+        assert task.shape == (ROWS, PULLS, ARMS)
+        assert (task == collector.lockstep._tasks[0].unsqueeze(1)).all()
+        assert task.untyped_storage().nbytes() == ROWS * ARMS * task.element_size()
+        seen.append(task[:, 0].clone())
+    assert (seen[0] != seen[1]).all()
+
+
 @pytest.mark.parametrize(
     ("trial", "ends", "terminated"),
     [(Trial(steps=2), 2, True), (Trial(episodes=5, steps=10), 5, True), (Trial(episodes=5, truncate=True), 5, False)],
