@@ -55,13 +55,14 @@ MDPS: dict[str, Any] = {
 #: noise of as many rewards, regrets stand for them; with gamma 0.95, lambda 0.5 learning stood still at 421 to 425.
 LONGER_MDPS: dict[str, Any] = {
     **MDPS,
-    "trials": 1024,
+    "trials": 512,
     "gamma": 0.99,
     "lmbda": 0.9,
-    "entropy": 0.1,
+    "entropy": 0.06,
     "noiseless": 0.0,
     "regret": True,
     "critic_keys": ("time_left", "trans"),
+    "lr": 1.5e-3,
     "initial_weights": PRETRAINED / "mdps_10.pt",
 }
 
@@ -83,11 +84,11 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "mdps": {
         # The defaults of recipes.tabular_mdp.
         "10": {**MDPS, "env_steps": 150_000_000},
-        "25": {**LONGER_MDPS, "env_steps": 180_000_000},
+        "25": {**LONGER_MDPS, "env_steps": 370_000_000},
         # Not tried yet from here on.
-        "50": {**LONGER_MDPS, "env_steps": 200_000_000},
-        "75": {**LONGER_MDPS, "env_steps": 200_000_000},
-        "100": {**LONGER_MDPS, "env_steps": 200_000_000},
+        "50": {**LONGER_MDPS, "env_steps": 370_000_000},
+        "75": {**LONGER_MDPS, "env_steps": 370_000_000},
+        "100": {**LONGER_MDPS, "env_steps": 370_000_000},
     },
 }
 """``RL2_SETTINGS[table][cell]``, with the reason above each that is not a recipe's default."""
