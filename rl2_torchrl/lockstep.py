@@ -80,7 +80,8 @@ class LockstepRollout:
         self._kept: TensorDict | None = None
 
     def _entries(self) -> set[NestedKey]:
-        made = {self.transition.out_key, self.sampler.task_key, ("next", "reward"), *self.known}
+        observed = self.transition.layout().observations
+        made = {self.transition.out_key, self.sampler.task_key, ("next", "reward"), *self.known, *observed}
         return made.union(k for k in (*self.policy.out_keys, *self.hidden_keys) if not _is_next(k))
 
     def _known_entries(self) -> State:
@@ -155,6 +156,8 @@ class LockstepRollout:
             if t % self.trial_steps % self.env.episode_steps == 0:
                 observation = self.env.first(task)
             state[self.transition.out_key] = self.trans.observe(t, observation)
+            if observation is not None:
+                state["observation"] = observation
             for key in inputs:
                 state[key] = self.known[key][:, t]
             for run in runs:
