@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl import torchrl_logger
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -21,7 +22,8 @@ class TrialCollector(Collector):
 
     On any env and policy it is `Collector`. Where the env is a `LockstepEnv` under `Trial`, `TaskSampler` and `PreviousStep`,
     the policy is made of this package's modules or plain ones, and a batch is a whole number of trials, steps run on plain
-    tensors (`LockstepRollout`): the same batches in distribution, several times faster for small networks.
+    tensors (`LockstepRollout`): the same batches in distribution, several times faster for small networks. Otherwise
+    ``lockstep`` is None, and TorchRL's logger says why (level DEBUG).
 
     Args:
         create_env_fn: as for `Collector`.
@@ -72,8 +74,9 @@ class TrialCollector(Collector):
             return None
         try:
             return LockstepRollout(self.env, self._wrapped_policy, self.frames_per_batch, self.keep)
-        except NotPlainError:
+        except NotPlainError as reason:
             # Collector's own loop takes every env, policy and entry.
+            torchrl_logger.debug(f"TrialCollector steps as Collector does: {reason}.")
             return None
 
     def rollout(self) -> TensorDictBase:

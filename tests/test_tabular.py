@@ -177,7 +177,7 @@ def test_partial_reset_leaves_other_rows_where_they_are():
 
 # ---- Collectors.
 
-KEEP = ["trans", "is_init", "action", "task", "state_value", "action_log_prob"]
+KEEP = ["trans", "is_init", "observation", "action", "task", "state_value", "action_log_prob"]
 KEEP += [("next", key) for key in ("reward", "done", "episode_done")]
 
 
@@ -218,6 +218,7 @@ def test_rewards_and_states_follow_the_task_on_the_fast_path():
     assert (batch["task"][:, 0] != batch["task"][:, -1]).any(-1).all()
     state = batch["trans"][..., :STATES].argmax(-1)
     assert (state[:, ::STEPS] == 0).all()
+    assert torch.equal(batch["observation"], state)
     rewards, transitions = unpack_mdps(batch["task"], STATES, ACTIONS)
     pair = state * ACTIONS + batch["action"]
     mean = rewards.flatten(-2).gather(-1, pair.unsqueeze(-1))
