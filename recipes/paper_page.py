@@ -39,7 +39,7 @@ RL² with PPO and a GRU: the mean over training seeds, whose standard error hold
 seed that was best on held-out tasks (not on those reported). The paper's RL² is the best of 5 seeds. Acting is by sampling, as in
 training, but in the column that says greedy; without memory the same agent has its hidden state zeroed before every step. The
 shipped weights are those of the best training, longer ones among them, evaluated once more. Minutes are the training's own: where
-it starts from the weights of a shorter cell, theirs come on top."""
+it starts from the weights of another, that one's come on top."""
 
 
 def write_page(folder: Path, page: Path) -> None:

@@ -78,7 +78,7 @@ class MDPValues:
         mdps: the env that is played, for its numbers of states, actions and steps of an episode.
 
     Raises:
-        ValueError: a row is no whole number of episodes.
+        ValueError: a row is no whole number of episodes, or ends with another task than it began with.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -99,7 +99,10 @@ class MDPValues:
         rows, steps = batch.shape
         if steps % self.episode_steps:
             raise ValueError(f"a row of {steps} steps is no whole number of episodes of {self.episode_steps} steps.")
-        rewards, transitions = unpack_mdps(batch["task"][:, 0], self.num_states, self.num_actions)
+        task = batch["task"][:, 0]
+        if not torch.equal(task, batch["task"][:, -1]):
+            raise ValueError("a row holds trials of several tasks: make frames_per_batch one trial of each row.")
+        rewards, transitions = unpack_mdps(task, self.num_states, self.num_actions)
         plan = value_iteration(rewards, transitions, self.episode_steps)
         step = torch.arange(steps, device=plan.device) % self.episode_steps
         row = torch.arange(rows, device=plan.device).unsqueeze(-1)

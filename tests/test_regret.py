@@ -72,6 +72,12 @@ def test_no_whole_episodes():
         small()(batch_of([[0, 0, 0]], [[0, 0, 0]]))
 
 
+def test_several_trials_in_a_row():
+    tasks = torch.stack([TASK, TASK, TASK + 1, TASK + 1]).unsqueeze(0)
+    with pytest.raises(ValueError, match="several tasks"):
+        small()(batch_of([[0, 0, 0, 0]], [[0, 0, 0, 0]], tasks))
+
+
 def test_a_trial_earns_the_optimum_less_its_regrets():
     """Where nothing is left to chance; elsewhere on average (Kakade & Langford 2002, lemma 6.1)."""
 
