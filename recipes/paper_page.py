@@ -39,7 +39,7 @@ RL² with PPO and a GRU: the mean over training seeds, whose standard error hold
 seed that was best on held-out tasks (not on those reported). The paper's RL² is the best of 5 seeds. Acting is by sampling, as in
 training, but in the column that says greedy; without memory the same agent has its hidden state zeroed before every step. The
 shipped weights are those of the best training, longer ones among them, evaluated once more. Minutes are the training's own: where
-it starts from the weights of another, that one's come on top."""
+it goes on from the weights of another, that one's come on top."""
 
 
 def write_page(folder: Path, page: Path) -> None:
@@ -144,8 +144,14 @@ def rl2_row(figures: Figures, table: str, cell: str) -> list[str]:
         short(best["memory_zeroed"]),
         again,
         f"{fmean(seed['env_steps'] for seed in seeds) / 1e6:.1f}",
-        f"{fmean(seed['seconds'] for seed in seeds) / 60:.1f}",
+        f"{fmean(seed['seconds'] for seed in seeds) / 60:.1f}{start_of(best)}",
     ]
+
+
+def start_of(figure: Figure) -> str:
+    """Whose weights a training started from, in words; empty for none."""
+    weights = figure.get("settings", {}).get("initial_weights")
+    return "" if weights is None else f", on from {Path(weights).stem}"
 
 
 def longer_table(figures: Figures, table: str) -> list[str]:

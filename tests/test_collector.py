@@ -253,7 +253,9 @@ def test_batches_are_written_over_one_another():
 
 
 @pytest.mark.parametrize("reason", ["no keep", "part of a trial", "unknown entry", "gymnasium"])
-def test_other_cases_take_collectors_own_loop(reason):
+def test_other_cases_take_collectors_own_loop(reason, monkeypatch):
+    said = []
+    monkeypatch.setattr("rl2_torchrl.collector.torchrl_logger.debug", said.append)
     env = bandit_env()
     keep, frames = KEEP, ROWS * PULLS
     if reason == "no keep":
@@ -268,6 +270,12 @@ def test_other_cases_take_collectors_own_loop(reason):
     policy = policy_for(env) if reason != "gymnasium" else GRUCategoricalActor.from_env(env)
     collector = TrialCollector(env, policy, frames_per_batch=frames, total_frames=frames, keep=keep)
     assert collector.lockstep is None
+    told = {
+        "part of a trial": "whole number of trials",
+        "unknown entry": "'trans'",
+        "gymnasium": "no TransformedEnv over",
+    }
+    assert keep is None or any(told[reason] in line for line in said)
     batch = next(iter(collector))
     assert batch.numel() == frames
     assert keep is None or set(batch.keys(True, True)) == set(keep)

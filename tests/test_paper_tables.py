@@ -99,7 +99,7 @@ def test_page_is_made_of_the_files(tmp_path):
         figure("ucb1", 82.45, options={"exploration": 0.2}, tuning_tasks=5, seconds=100.0),
         figure("random", 60.0, num_tasks=2000, tuning_tasks=0, seconds=260.0),
         trained(0, 77.4, held_out=83.0),  # above the other on the tasks that are reported, which must not choose
-        trained(1, 77.2, held_out=83.1),
+        {**trained(1, 77.2, held_out=83.1), "settings": {"initial_weights": "weights/bandits_10_5.pt"}},
         figure("rl2_pretrained", 77.25, cell="100,5"),
     ]
     for number, entry in enumerate(entries):
@@ -114,7 +114,7 @@ def test_page_is_made_of_the_files(tmp_path):
     # Mean 77.3, SE over tasks 0.1, over seeds 0.141/sqrt(2) = 0.1: 0.141. Three SE of the difference, with 0.52, are 1.6; it is
     # 1.4 from 78.7 and 1.8 from 79.1. Minutes: 30 and 50.
     row = "| 2 | 77.30 ± 0.14 (78.7: within) | (79.1: below) | 77.20 ± 0.10 (78.7: within) | 82.00 ± 0.20 | 50.00 |"
-    assert f"| 100, 5 (0.52) {row} 77.25 ± 0.10 | 60.0 | 40.0 |" in text
+    assert f"| 100, 5 (0.52) {row} 77.25 ± 0.10 | 60.0 | 40.0, on from bandits_10_5 |" in text
     assert "exploration 0.2" in text
     assert "The 2 figures took 6 minutes together" in text
     assert "Tasks in a cell: 10,000; 2,000 for random in cell 100,10, which takes long." in text
