@@ -11,7 +11,6 @@ from rich.console import Console
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import get_logger
 
-from recipes.regret import RegretAdvantage, bandit_values
 from recipes.weights import load_actor, save_actor
 from rl2_torchrl import (
     ActorCritic,
@@ -34,6 +33,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.objectives import RegretAdvantage, bandit_values
 
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS = range(4)  # streams of tasks that never meet
 

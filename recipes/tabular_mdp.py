@@ -13,7 +13,6 @@ from tensordict import TensorDictBase
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import get_logger
 
-from recipes.regret import MDPValues, RegretAdvantage
 from recipes.weights import load_actor, save_actor
 from rl2_torchrl import (
     ActorCritic,
@@ -36,6 +35,7 @@ from rl2_torchrl import (
 from rl2_torchrl.baselines import mdps
 from rl2_torchrl.envs import TabularMDP, random_mdps, unpack_mdps
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.objectives import MDPValues, RegretAdvantage
 
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS = range(4)  # streams of tasks that never meet
 EPISODE_STEPS = 10

@@ -5,10 +5,10 @@ import torch
 from tensordict import TensorDict
 
 from recipes import bandit, tabular_mdp
-from recipes.regret import MDPValues, RegretAdvantage, bandit_values
 from rl2_torchrl import ActorCritic, GRUCategoricalActor, MemoryValueHead, TaskSampler, TrialCollector
 from rl2_torchrl.baselines import optimal_return
 from rl2_torchrl.envs import TabularMDP, pack_mdps, random_mdps, unpack_mdps
+from rl2_torchrl.objectives.regret import MDPValues, RegretAdvantage, bandit_values
 
 STAY, GO = [1.0, 0.0], [0.0, 1.0]
 # State 0: stay for 1 or go for 0; state 1: stay for 3 or go back for 5.

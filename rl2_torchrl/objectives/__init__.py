@@ -2,5 +2,6 @@
 
 from rl2_torchrl.objectives.advantages import TrialAdvantage
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
+from rl2_torchrl.objectives.regret import MDPValues, RegretAdvantage, bandit_values
 
-__all__ = ["RL2PPOLoss", "TrialAdvantage"]
+__all__ = ["MDPValues", "RL2PPOLoss", "RegretAdvantage", "TrialAdvantage", "bandit_values"]

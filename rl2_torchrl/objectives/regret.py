@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from tensordict import TensorDictBase
 
-from rl2_torchrl import TrialAdvantage
 from rl2_torchrl.baselines.planning import value_iteration
 from rl2_torchrl.envs import TabularMDP, unpack_mdps
+from rl2_torchrl.objectives.advantages import TrialAdvantage
 
 __all__ = ["MDPValues", "RegretAdvantage", "bandit_values"]
 
