@@ -1,40 +1,61 @@
-"""`TrialCollector`: TorchRL's `Collector`, with a fast path for whole trials of native envs."""
+"""`TrialCollector`: TorchRL's `Collector`, whose batches are played by the rollout of this package."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
 from torchrl import torchrl_logger
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.envs.utils import set_exploration_type
 
-from rl2_torchrl.lockstep import LockstepRollout
-from rl2_torchrl.modules.plain import NotPlainError
+from rl2_torchrl.rollout import Rollout
 
 __all__ = ["TrialCollector"]
 
+#: Options of `Collector` that its own loop alone serves, with what they are when they are not asked for.
+_OF_COLLECTOR = {
+    "reset_at_each_iter": False,
+    "init_random_frames": (0, None),
+    "replay_buffer": None,
+    "compiled_policy": (False, None),
+    "cudagraphed_policy": (False, None),
+    "interruptor": None,
+    "track_traj_ids": False,
+    "split_trajs": (False, None),
+    "trajs_per_batch": None,
+}
+
 
 class TrialCollector(Collector):
-    """A `torchrl.collectors.Collector` that stores only what is asked for, and is fast on this package's native envs.
+    """A `torchrl.collectors.Collector` that stores only what is asked for, and steps on plain tensors.
 
-    On any env and policy it is `Collector`. Where the env is a `LockstepEnv` under `Trial`, `TaskSampler` and `PreviousStep`,
-    the policy is made of this package's modules or plain ones, and a batch is a whole number of trials, steps run on plain
-    tensors (`LockstepRollout`): the same batches in distribution, several times faster for small networks. Otherwise
-    ``lockstep`` is None, and TorchRL's logger says why (level DEBUG).
+    It is `Collector` in its options, its hooks and its batches: with the same ``torch.manual_seed`` flags, tasks and transition
+    inputs are those of `Collector` bit for bit, and what networks give is the same to rounding. But its steps are those of
+    `Rollout`: a policy is a list of functions on tensors, trials run on tensors too, and a TensorDict is made where an env or a module
+    wants one. Options that only `Collector`'s own loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
 
     Args:
         create_env_fn: as for `Collector`.
         policy: as for `Collector`.
         keep: entries of the batch, such as ``PPOUpdate.in_keys``; what is not kept takes no memory, and the hidden states of
-            every step take the most. None keeps all, by `Collector`'s own loop.
+            every step take the most. None keeps all.
+        rollout: ``"tensors"``, `Rollout`'s steps, or ``"tensordicts"``, `Collector`'s own loop. Default ``"auto"``: tensors where that
+            can serve.
         **kwargs: as for `Collector`; ``auto_register_policy_transforms`` and ``return_same_td`` default to True here (memory is
             never lost; each batch is written over the last one), ``track_traj_ids`` to False: ``"is_init"`` marks trials.
 
+    Attributes:
+        backend: ``"tensors"`` or ``"tensordicts"``, what plays.
+        reason: why that, where it is not the fastest; None where it is.
+
     Raises:
         KeyError: an entry of ``keep`` is not collected.
+        ValueError: ``rollout="tensors"`` with an option that it cannot serve.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -46,8 +67,8 @@ class TrialCollector(Collector):
         ... )
         >>> policy = ActorCritic(GRUCategoricalActor.from_env(env), GRUValueHead.from_env(env))
         >>> collector = TrialCollector(env, policy, frames_per_batch=40, total_frames=80, keep=["trans", "action"])
-        >>> [batch["action"].shape for batch in collector]
-        [torch.Size([4, 10]), torch.Size([4, 10])]
+        >>> [batch["action"].shape for batch in collector], collector.backend
+        ([torch.Size([4, 10]), torch.Size([4, 10])], 'tensors')
     """
 
     def __init__(
@@ -56,34 +77,53 @@ class TrialCollector(Collector):
         policy: TensorDictModuleBase,
         *,
         keep: Sequence[NestedKey] | None = None,
+        rollout: Literal["auto", "tensors", "tensordicts"] = "auto",
         **kwargs,
     ):
+        if rollout not in ("auto", "tensors", "tensordicts"):
+            raise ValueError(f"rollout={rollout!r}: choose 'auto', 'tensors' or 'tensordicts'.")
         defaults = {"auto_register_policy_transforms": True, "return_same_td": True, "track_traj_ids": False}
         if keep is not None:
             defaults["use_buffers"] = False  # they hold all entries of all steps, those that are not kept too
         super().__init__(create_env_fn, policy, **{**defaults, **kwargs})
         self.keep = None if keep is None else list(dict.fromkeys(keep))
-        self.lockstep = self._plan()
+        self.reason = "rollout='tensordicts' was asked for" if rollout == "tensordicts" else self._refusal(kwargs)
+        if self.reason is not None and rollout == "tensors":
+            raise ValueError(f"rollout='tensors' cannot serve: {self.reason}. Leave that out, or take rollout='auto'.")
+        self._player = None if self.reason is not None else self._make_player()
+        if self._player is not None and not self._player.is_on_tensors:
+            self.reason = self._player.trials.reason
+        if self.reason is not None:
+            torchrl_logger.info(f"TrialCollector, backend {self.backend!r}: {self.reason}.")
 
-    def _plan(self) -> LockstepRollout | None:
-        options = (self.track_traj_ids, self.reset_at_each_iter, self.init_random_frames, self.replay_buffer)
-        options += (self.compiled_policy, self.cudagraphed_policy, self.interruptor, self.pre_collect_hook)
-        devices = {self.policy_device, self.env_device, self.storing_device, self.env.device} - {None}
-        exploring = self.exploration_type in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC)
-        if self.keep is None or any(options) or len(devices) > 1 or not exploring:
-            return None
-        try:
-            return LockstepRollout(self.env, self._wrapped_policy, self.frames_per_batch, self.keep)
-        except NotPlainError as reason:
-            # Collector's own loop takes every env, policy and entry.
-            torchrl_logger.debug(f"TrialCollector steps as Collector does: {reason}.")
-            return None
+    @property
+    def backend(self) -> str:
+        """What plays: ``"tensors"``, `Rollout`, or ``"tensordicts"``, `Collector`'s own loop."""
+        return "tensordicts" if self._player is None else "tensors"
+
+    def _refusal(self, kwargs: dict) -> str | None:
+        """Why `Collector`'s own loop must play, or None."""
+        for name, plain in _OF_COLLECTOR.items():
+            value = getattr(self, name, kwargs.get(name))
+            if not any(value is each or value == each for each in (plain if isinstance(plain, tuple) else (plain,))):
+                return f"{name}={value!r} is an option of TorchRL's own loop"
+        if not isinstance(self._wrapped_policy, TensorDictModuleBase):
+            return "the policy is no TensorDictModule"
+        devices = {str(device) for device in (self.policy_device, self.env_device, self.storing_device, self.env.device) if device}
+        if len(devices) > 1:
+            return f"policy, env and storage are on several devices {sorted(devices)}"
+        return None
+
+    def _make_player(self) -> Rollout:
+        return Rollout(self.env, self._wrapped_policy, self.frames_per_batch, self.keep)
 
     def rollout(self) -> TensorDictBase:
         """One batch ``[*B, T]`` of the entries ``keep``."""
-        if self.lockstep is not None:
+        if self._player is not None:
+            if self.pre_collect_hook is not None:
+                self.pre_collect_hook()
             with set_exploration_type(self.exploration_type):
-                return self.lockstep()
+                return self._player()
         batch = super().rollout()
         if self.keep is None:
             return batch
@@ -93,3 +133,29 @@ class TrialCollector(Collector):
                 f"keep holds {missing}, which is not collected; there is {sorted(map(str, batch.keys(True, True)))}."
             )
         return batch.select(*self.keep)
+
+    # ------------------------------------------------------------- checkpoints
+    def rollout_state(self) -> dict[str, Any]:
+        """Where the rollout stands, its env's state among it; empty for envs that do not hand their state out."""
+        base = self._stateful_env()
+        if base is None:
+            return {}
+        if self._player is not None and self._player.is_on_tensors:
+            return {"player": self._player.state_dict(), "env": base.state_dict()}
+        if self._player is not None:
+            return {}
+        return {"carrier": self._carrier.exclude("next").to_dict(), "env": base.state_dict()}
+
+    def load_rollout_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `rollout_state` returned."""
+        if not state:
+            return
+        self._stateful_env().load_state_dict(state["env"])
+        if "player" in state:
+            self._player.load_state_dict(state["player"])
+        else:
+            self._carrier.update(TensorDict(state["carrier"], batch_size=self._carrier.batch_size))
+
+    def _stateful_env(self) -> nn.Module | None:
+        base = getattr(self.env, "base_env", self.env)
+        return base if type(base).get_extra_state is not nn.Module.get_extra_state else None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
-from torchrl.envs import Compose, EnvBase, ExplorationType, InitTracker, TransformedEnv, set_exploration_type
-from torchrl.modules import set_recurrent_mode
-from torchrl.modules.utils import get_primers_from_module
+from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
+from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP
 
 __all__ = ["AdaptationCurve", "adaptation_curve", "with_shuffled_rewards", "with_zeroed_memory"]
@@ -90,8 +91,8 @@ def adaptation_curve(
     num_trials: int,
     *,
     deterministic: bool = False,
-    ablation: Callable[[TensorDictBase], TensorDictBase] | None = None,
-    on_step: Callable[[TensorDictBase], None] | None = None,
+    ablation: Callable[[State], State] | None = None,
+    on_step: Callable[[State], None] | None = None,
     max_trial_steps: int = 1_000_000,
 ) -> AdaptationCurve:
     """Plays ``num_trials`` whole trials and returns the return of every episode separately.
@@ -99,14 +100,16 @@ def adaptation_curve(
     Row i of the result is the i-th trial that began: with ``TaskSampler.fixed(tasks)`` and ``num_trials=len(tasks)`` it is
     the trial on task i. Give the env held-out tasks: fixed ones, or a sampler with a seed that training does not use.
 
+    Trials are played by the `Rollout` that training plays by: the memory begins anew with every trial.
+
     Args:
-        env: trial env: a `TransformedEnv` with `Trial`. ``InitTracker`` and the policy's primers are added when missing.
+        env: trial env: a `TransformedEnv` with `Trial`.
         policy: recurrent policy, e.g. an actor or `ActorCritic`.
         num_trials: number of trials, hence of tasks.
         deterministic: act with the distribution's mode or mean. Default False: RL² explores by sampling.
-        ablation: function applied to the TensorDict before the policy sees it: `with_zeroed_memory(policy)` or
-            `with_shuffled_rewards()`.
-        on_step: called with the TensorDict of every step, its results under ``"next"``, to record what returns do not tell.
+        ablation: function applied to the named tensors ``[num_rows, ...]`` of a step before the policy reads them:
+            `with_zeroed_memory(policy)` or `with_shuffled_rewards()`.
+        on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not tell.
         max_trial_steps: raise when a trial does not end within so many steps.
 
     Returns:
@@ -118,6 +121,7 @@ def adaptation_curve(
         FloatingPointError: a reward is not finite.
 
     Examples:
+        >>> from torchrl.envs import Compose, TransformedEnv
         >>> from rl2_torchrl import PreviousStep, TaskSampler, Trial
         >>> from rl2_torchrl.envs import BernoulliBandit, uniform_means
         >>> from rl2_torchrl.modules import GRUCategoricalActor
@@ -128,69 +132,78 @@ def adaptation_curve(
         >>> adaptation_curve(env, GRUCategoricalActor.from_env(env), num_trials=100).returns.shape
         torch.Size([100, 10])
     """
-    if not isinstance(num_trials, int) or num_trials < 1:
+    if isinstance(num_trials, bool) or not isinstance(num_trials, Integral) or num_trials < 1:
         raise ValueError(f"num_trials={num_trials!r}: an evaluation over nothing would report NaN. Give at least 1.")
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
-    env = _with_memory(env, policy)
+    rollout = Rollout(env, policy, 1 if on_step else _STEPS_AT_ONCE, _KEPT, ablation=ablation, on_step=on_step)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    with set_exploration_type(kind), set_recurrent_mode(False):
-        return AdaptationCurve(_play(env, policy, _Returns(num_trials), ablation, on_step, max_trial_steps))
+    returns = _Returns(int(num_trials))
+    with set_exploration_type(kind):
+        while returns.open:
+            batch = rollout()
+            returns.add(*(batch[key].reshape(-1, batch.shape[-1]).cpu() for key in _KEPT))
+            _require_end(batch["next", TRIAL_STEP][~batch["next", "done"]], max_trial_steps)
+    return AdaptationCurve(returns.table())
 
 
-def _play(env, policy, returns: _Returns, ablation, on_step, max_trial_steps: int) -> torch.Tensor:
-    """Plays until ``returns`` has all its trials, and gives its table ``[num_trials, num_episodes]``."""
-    tensordict = env.reset()
-    trial = torch.arange(env.batch_size.numel())  # which trial each row plays, in the order in which they begin
-    while True:
-        episode = tensordict[EPISODE_INDEX].reshape(-1).cpu()
-        tensordict = env.step(policy(tensordict if ablation is None else ablation(tensordict)))
-        returns.add(trial, episode, tensordict["next", "reward"].reshape(-1).cpu())
-        if on_step is not None:
-            on_step(tensordict)
-        done = tensordict["next", "done"].reshape(-1).cpu()
-        _require_end(tensordict["next", TRIAL_STEP].reshape(-1).cpu()[~done], max_trial_steps)
-        if returns.finish(trial[done]):
-            return returns.table()
-        # A new trial and a new task wherever one has ended: no row waits for the slowest.
-        tensordict = env.maybe_reset(env.step_mdp(tensordict))
-        trial[done] = trial.max() + 1 + torch.arange(int(done.sum()))
+#: Steps between two looks at whether all trials have ended.
+_STEPS_AT_ONCE = 10
+_KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next", TRIAL_STEP))
 
 
 class _Returns:
-    """Sums the rewards of ``num_trials`` trials by episode; those of further trials are left out."""
+    """Sums the rewards of the first ``num_trials`` trials by episode; those of further trials are left out."""
 
     def __init__(self, num_trials: int):
         # In float64: returns of long episodes lose digits in float32.
         self._sums = torch.zeros(num_trials, 0, dtype=torch.float64)
         self._begun = torch.zeros(num_trials, 0, dtype=torch.bool)
-        self._open = torch.ones(num_trials, dtype=torch.bool)
+        self._unfinished = torch.ones(num_trials, dtype=torch.bool)
+        self._number, self._trial = 0, None
 
-    def add(self, trial: torch.Tensor, episode: torch.Tensor, reward: torch.Tensor) -> None:
-        """Adds one step's ``reward`` to the ``episode`` of the ``trial``, all ``[num_rows]``."""
-        if not reward.isfinite().all():
-            row = int((~reward.isfinite()).nonzero()[0])
-            raise FloatingPointError(
-                f"the reward is {reward[row].item()} in row {row}, episode {int(episode[row])} of trial {int(trial[row])}: its "
-                "return would be NaN. Mend the env before evaluating on it."
-            )
-        counted = trial < len(self._open)
-        index = (trial[counted], episode[counted])
-        missing = max(0, int(episode.max()) + 1 - self._sums.shape[1])
+    @property
+    def open(self) -> bool:
+        """Whether a trial has not ended yet."""
+        return bool(self._unfinished.any())
+
+    def add(self, episode, is_init, reward, done, _) -> None:
+        """Adds the steps of a batch, ``[num_rows, T]`` each."""
+        trial = self._trials(is_init)
+        counted = trial < len(self._unfinished)
+        _require_finite(torch.where(counted, reward, 0.0), trial, episode)
+        missing = max(0, (int(episode[counted].max()) if counted.any() else 0) + 1 - self._sums.shape[1])
         self._sums = nn.functional.pad(self._sums, (0, missing))
         self._begun = nn.functional.pad(self._begun, (0, missing))
+        index = (trial[counted], episode[counted])
         self._sums.index_put_(index, reward[counted].double(), accumulate=True)
         self._begun[index] = True
+        self._unfinished[trial[counted & done]] = False
 
-    def finish(self, trial: torch.Tensor) -> bool:
-        """Marks trials as ended; whether all of them now are."""
-        self._open[trial[trial < len(self._open)]] = False
-        return not self._open.any()
+    def _trials(self, is_init: torch.Tensor) -> torch.Tensor:
+        """Which trial each step ``[num_rows, T]`` is of, counted in the order in which trials begin."""
+        number = self._number - 1 + is_init.t().flatten().cumsum(0).view(is_init.shape[1], -1).t()
+        self._number += int(is_init.sum())
+        trial = torch.where(is_init, number, -1)
+        if self._trial is not None:
+            trial[:, 0] = torch.where(is_init[:, 0], trial[:, 0], self._trial)
+        trial = trial.cummax(1).values
+        self._trial = trial[:, -1]
+        return trial
 
     def table(self) -> torch.Tensor:
         """Returns ``[num_trials, num_episodes]``, NaN where a trial had no such episode."""
         played = self._begun.any(0)
         return torch.where(self._begun, self._sums, torch.nan)[:, played]
+
+
+def _require_finite(reward: torch.Tensor, trial: torch.Tensor, episode: torch.Tensor) -> None:
+    if not reward.isfinite().all():
+        row, step = (~reward.isfinite()).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"the reward is {reward[row, step].item()} in row {row}, episode {int(episode[row, step])} of trial "
+            f"{int(trial[row, step])}: its return would be NaN. Mend the env before evaluating on it."
+        )
 
 
 def _require_end(trial_steps: torch.Tensor, max_trial_steps: int) -> None:
@@ -201,77 +214,61 @@ def _require_end(trial_steps: torch.Tensor, max_trial_steps: int) -> None:
         )
 
 
-def _with_memory(env: EnvBase, policy: TensorDictModuleBase) -> EnvBase:
-    """``env`` with `InitTracker` and the policy's primers, without which the memory would silently be lost."""
-    missing = []
-    if "is_init" not in env.observation_spec.keys():
-        missing.append(InitTracker())
-    absent = [key for key in hidden_keys(policy) if key not in env.full_observation_spec.keys(True, True)]
-    if absent:
-        missing.append(get_primers_from_module(policy, warn=False))
-    return TransformedEnv(env, Compose(*missing), auto_unwrap=False) if missing else env
-
-
-def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[TensorDictBase], TensorDictBase]:
+def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[State], State]:
     """An ablation that zeroes the hidden state at every step: what is left is what the agent does without memory.
 
-    All hidden states of ``policy``, ``[*B, num_layers, hidden_size]`` each, are zeroed before it reads them.
+    All hidden states of ``policy``, ``[num_rows, num_layers, hidden_size]`` each, are zeroed before it reads them.
 
     Raises:
         ValueError: the policy has no memory.
 
     Examples:
-        >>> from tensordict import TensorDict
         >>> from rl2_torchrl.modules import GRUValueHead
         >>> zero = with_zeroed_memory(GRUValueHead(5, hidden_size=8))
-        >>> float(zero(TensorDict({"critic_hidden": torch.ones(4, 1, 8)}, [4]))["critic_hidden"].sum())
+        >>> float(zero({"critic_hidden": torch.ones(4, 1, 8)})["critic_hidden"].sum())
         0.0
     """
     keys: list[NestedKey] = hidden_keys(policy)
     if not keys:
         raise ValueError(f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}.")
 
-    def zero(tensordict: TensorDictBase) -> TensorDictBase:
-        for key in keys:
-            tensordict.set(key, torch.zeros_like(tensordict.get(key)))
-        return tensordict
+    def zero(state: State) -> State:
+        return {**state, **{key: torch.zeros_like(state[key]) for key in keys}}
 
     return zero
 
 
 def with_shuffled_rewards(
     generator: torch.Generator | None = None, *, in_key: NestedKey = "trans"
-) -> Callable[[TensorDictBase], TensorDictBase]:
+) -> Callable[[State], State]:
     """An ablation that permutes the rewards of the transition input among the rows of the batch.
 
     Each row then sees another task's rewards, of the same distribution: an agent that still improves does not learn from
-    its rewards. The reward is the last but one entry of ``in_key`` ``[*B, n]``, as `PreviousStep` writes it.
+    its rewards. The reward is the last but one entry of ``in_key`` ``[num_rows, n]``, as `PreviousStep` writes it.
 
     Args:
         generator: generator of the permutations. None takes PyTorch's own.
         in_key: transition input. Default ``"trans"``.
 
     Examples:
-        >>> from tensordict import TensorDict
         >>> trans = torch.tensor([[0.0, 7.0, 1.0], [0.0, 8.0, 1.0]])  # observation, reward, done
-        >>> shuffled = with_shuffled_rewards()(TensorDict({"trans": trans}, [2]))["trans"]
+        >>> shuffled = with_shuffled_rewards()({"trans": trans})["trans"]
         >>> sorted(shuffled[:, 1].tolist()), shuffled[:, 2].tolist()
         ([7.0, 8.0], [1.0, 1.0])
     """
 
-    def shuffle(tensordict: TensorDictBase) -> TensorDictBase:
-        trans = tensordict.get(in_key, None)
-        if trans is None:
+    def shuffle(state: State) -> State:
+        if in_key not in state:
             raise KeyError(
                 f"no {in_key!r} to shuffle rewards in: name PreviousStep's out_key, with_shuffled_rewards(in_key=...)."
             )
-        flat = trans.reshape(-1, trans.shape[-1]).clone()
-        if len(flat) < 2:
+        trans = state[in_key].clone()
+        if len(trans) < 2:
             raise ValueError(
                 "rewards can only be shuffled among several rows: use an env with a batch size of 2 or more."
             )
-        order = torch.randperm(len(flat), generator=generator, device=generator.device if generator else None)
-        flat[:, -2] = flat[order.to(flat.device), -2]
-        return tensordict.set(in_key, flat.reshape(trans.shape))
+        order = torch.randperm(len(trans), generator=generator, device=generator.device if generator else None)
+        trans[:, -2] = trans[order.to(trans.device), -2]
+        return {**state, in_key: trans}
 
     return shuffle

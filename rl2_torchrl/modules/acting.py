@@ -1,0 +1,145 @@
+"""A policy as a list of functions on named tensors, for acting step by step: no TensorDict but for a module that wants one.
+
+`acting_parts` takes a `TensorDictSequential` apart into its modules. What each of them does at one step is asked of itself: a
+module with a ``step_function`` brings it (our cores), a distribution whose `Family` is known is sampled on its parameters, a plain
+`TensorDictModule` is called on its tensors; every other module is called with a TensorDict, as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn.probabilistic import InteractionType, interaction_type
+
+from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.distributions import Family, family_of
+
+__all__ = ["ActingPart", "State", "acting_parts"]
+
+#: Named tensors: entries ``[N, ...]`` of one step.
+State = dict[NestedKey, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ActingPart:
+    """What one module does at a step.
+
+    Args:
+        module: the module.
+        in_keys: entries that it reads.
+        out_keys: entries that it writes.
+        make: gives the function on a `State`, made anew for each batch: it may hold on to the weights as they are.
+        way: how the module is called.
+        log_prob: for a distribution: the same for the log-probability, which can wait until it is asked for.
+        log_prob_key: where that stands.
+    """
+
+    module: TensorDictModuleBase
+    in_keys: list[NestedKey]
+    out_keys: list[NestedKey]
+    make: Callable[[], Callable[[State], None]]
+    way: str
+    log_prob: Callable[[State], None] | None = None
+    log_prob_key: NestedKey | None = None
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether many steps can be looked at together, as rows of one call: the module hands nothing on."""
+        return self.way == "tensors" and not hidden_keys(self.module)
+
+
+def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
+    """The parts of ``module``, in order."""
+    if isinstance(module, TensorDictSequential) and not _has_hooks(module):
+        return [part for child in module.module for part in acting_parts(child)]
+    if _has_hooks(module):
+        return [_with_tensordict(module)]
+    if hasattr(module, "step_function"):
+        return [_core(module)]
+    if isinstance(module, ProbabilisticTensorDictModule):
+        family = family_of(module)
+        return [_with_tensordict(module) if family is None or len(module.out_keys) > 2 else _distribution(module, family)]
+    if _is_function_of_tensors(module):
+        return [ActingPart(module, module.in_keys, module.out_keys, lambda: _on_tensors(module), "tensors")]
+    return [_with_tensordict(module)]
+
+
+def _has_hooks(module: TensorDictModuleBase) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:
+    """Whether ``module`` is a function from entries to entries and nothing more."""
+    is_plain = isinstance(module, TensorDictModule) and type(module).forward is TensorDictModule.forward
+    return is_plain and module._kwargs is None and not module.method_kwargs and module.method is None
+
+
+def _on_tensors(module: TensorDictModule) -> Callable[[State], None]:
+    function, in_keys, out_keys = module.module, module.in_keys, module.out_keys
+
+    def run(state: State) -> None:
+        out = function(*[state[key] for key in in_keys])
+        if len(out_keys) == 1:
+            state[out_keys[0]] = out if isinstance(out, torch.Tensor) else out[0]
+        else:
+            state.update(zip(out_keys, out, strict=True))
+
+    return run
+
+
+def _core(module: TensorDictModuleBase) -> ActingPart:
+    in_key, *memory_keys, _ = module.in_keys
+    out_key, *next_keys = module.out_keys
+
+    def make() -> Callable[[State], None]:
+        step = module.step_function()
+
+        def run(state: State) -> None:
+            state[out_key], *handed_on = step(state[in_key], *[state.get(key) for key in memory_keys])
+            state.update(zip(next_keys, handed_on, strict=True))
+
+        return run
+
+    # A rollout resets the memory itself: the core need not see where trials begin.
+    return ActingPart(module, [in_key, *memory_keys], module.out_keys, make, "core")
+
+
+def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> ActingPart:
+    in_keys, action_key, log_prob_key = module.in_keys, module.out_keys[0], module.log_prob_key
+
+    def make() -> Callable[[State], None]:
+        kind = interaction_type() or module.default_interaction_type
+        if kind not in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
+            return _tensordict_function(module)
+        act = family.act if kind is InteractionType.RANDOM else family.mode
+
+        def run(state: State) -> None:
+            state[action_key] = act(*[state[key] for key in in_keys])
+
+        return run
+
+    def log_prob(state: State) -> None:
+        parameters = [state[key] for key in in_keys]
+        state[log_prob_key], _ = family.log_prob_and_entropy(state[action_key], *parameters)
+
+    return ActingPart(module, in_keys, [action_key], make, "distribution", log_prob, log_prob_key)
+
+
+def _with_tensordict(module: TensorDictModuleBase) -> ActingPart:
+    return ActingPart(module, module.in_keys, module.out_keys, lambda: _tensordict_function(module), "tensordict")
+
+
+def _tensordict_function(module: TensorDictModuleBase) -> Callable[[State], None]:
+    in_keys, out_keys = module.in_keys, module.out_keys
+
+    def run(state: State) -> None:
+        read = {key: state[key] for key in in_keys if key in state}
+        rows = len(next(iter(read.values())))
+        written = module(TensorDict(read, batch_size=[rows]))
+        state.update((key, written.get(key)) for key in out_keys if written.get(key, None) is not None)
+
+    return run

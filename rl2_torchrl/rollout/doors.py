@@ -1,0 +1,132 @@
+"""Doors: the one interface through which a rollout resets and steps an env, on plain tensors of N flat rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.utils import expand_as_right
+from torchrl.envs import EnvBase
+
+from rl2_torchrl.envs.tensor_env import TensorEnv
+from rl2_torchrl.rollout.clock import Rows
+
+__all__ = ["Door", "Played", "TensorDoor", "TorchRLDoor", "door_to"]
+
+Observations = dict[NestedKey, torch.Tensor]
+
+
+class Played(NamedTuple):
+    """What a step gave: entries ``[N, ...]``, the reward ``[N, 1]``, and which episodes ended, bool ``[N]`` (None: it is known)."""
+
+    observations: Observations
+    reward: torch.Tensor
+    done: torch.Tensor | None
+
+
+class Door(Protocol):
+    """How a rollout plays an env whose rows all hold a task."""
+
+    #: Length of every episode where it is known ahead, else None.
+    episode_steps: int | None
+
+    def start(self, task: torch.Tensor | TensorDictBase | None, rows: Rows) -> Observations:
+        """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
+
+    def play(self, action: torch.Tensor, task: torch.Tensor | TensorDictBase | None) -> Played:
+        """One step of all rows."""
+
+
+def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> Door:
+    """The door to ``env``; of its observations those in ``observed`` are asked for."""
+    if isinstance(env, TensorEnv):
+        return TensorDoor(env, observed)
+    return TorchRLDoor(env, observed, task_key)
+
+
+class TensorDoor:
+    """A `TensorEnv`: no TensorDict anywhere."""
+
+    def __init__(self, env: TensorEnv, observed: set[NestedKey]):
+        self.env, self.observed = env, observed
+        self.episode_steps = env.max_episode_steps if env.fixed_length else None
+        self._flat = len(env.batch_size) == 1
+
+    def start(self, task, rows: Rows) -> Observations:
+        rows = None if rows is True else rows.reshape(self.env.batch_size)
+        return self._rows(self.env.start(task, rows))
+
+    def play(self, action: torch.Tensor, task) -> Played:
+        if not self._flat:
+            action = action.reshape(*self.env.batch_size, *action.shape[1:])
+        observations, reward, terminated, truncated = self.env.play(action)
+        if self.episode_steps is not None:
+            return Played(self._rows(observations), reward.reshape(-1, 1), None)
+        ends = [flag for flag in (terminated, truncated) if flag is not None]
+        done = ends[0] if len(ends) == 1 else ends[0] | ends[1] if ends else torch.zeros_like(reward, dtype=torch.bool)
+        return Played(self._rows(observations), reward.reshape(-1, 1), done.reshape(-1))
+
+    def _rows(self, observations: Observations) -> Observations:
+        if self._flat:
+            return observations
+        dims = len(self.env.batch_size)
+        return {key: value.reshape(-1, *value.shape[dims:]) for key, value in observations.items()}
+
+
+class TorchRLDoor:
+    """Any other TorchRL env: a TensorDict goes in and one comes out, and that is all that is made of them."""
+
+    episode_steps = None
+
+    def __init__(self, env: EnvBase, observed: set[NestedKey], task_key: NestedKey):
+        self.env, self.observed, self.task_key = env, observed, task_key
+        self._action_key, self._reward_key = env.action_key, env.reward_key
+        self._done_spec = env.full_done_spec
+        self._state_keys = list(env.full_state_spec.keys(True, True))
+        self._keys = list(env.full_observation_spec.keys(True, True))
+        self._root: TensorDictBase | None = None
+
+    def start(self, task, rows: Rows) -> Observations:
+        env = self.env
+        given = TensorDict({}, batch_size=env.batch_size, device=env.device)
+        if self._root is not None:
+            given.update(self._root.select(*self._state_keys, *env.done_keys, strict=False))
+        if task is not None:
+            given.set(self.task_key, task)
+        if rows is not True:
+            given.set("_reset", rows.reshape(*env.batch_size, 1))
+        first = env._reset(given)
+        if self._root is None or rows is True:
+            root = first if self._root is None else self._root.clone(False).update(first)
+        else:
+            root = self._merged(first, rows.reshape(env.batch_size))
+        env._complete_done(self._done_spec, root)
+        self._root = root
+        if task is not None:
+            root.set(self.task_key, task)
+        return self._observations(root)
+
+    def _merged(self, first: TensorDictBase, rows: torch.Tensor) -> TensorDictBase:
+        root = self._root.clone(False)
+        for key in first.keys(True, True):
+            if key in self.env.reset_keys:
+                continue
+            old, new = root.get(key, None), first.get(key)
+            root.set(key, new if old is None else torch.where(expand_as_right(rows, new), new, old))
+        return root
+
+    def play(self, action: torch.Tensor, task) -> Played:
+        env, root = self.env, self._root
+        root.set(self._action_key, action.reshape(*env.batch_size, *action.shape[1:]))
+        after = env._step(root)
+        env._complete_done(self._done_spec, after)
+        reward, done = after.get(self._reward_key), after.get("done")
+        root = root.clone(False).update(after.exclude(self._reward_key))
+        self._root = root
+        return Played(self._observations(root), reward.reshape(-1, 1), done.reshape(-1))
+
+    def _observations(self, root: TensorDictBase) -> Observations:
+        dims = len(self.env.batch_size)
+        values = {key: root.get(key) for key in self._keys if key in self.observed}
+        return {key: value.reshape(-1, *value.shape[dims:]) for key, value in values.items()}

@@ -1,0 +1,94 @@
+"""`Memory`: what a policy hands on from step to step, and what it is at a trial's first step."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import Compose, EnvBase, TensorDictPrimer, TransformedEnv
+from torchrl.modules.utils import get_primers_from_module
+
+from rl2_torchrl.modules.acting import State
+from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.rollout.clock import Rows
+
+__all__ = ["Memory", "next_key", "own_transforms"]
+
+
+class Memory:
+    """The hidden states of ``policy`` for N rows, by the primers of the env, or else those of the policy's modules.
+
+    Args:
+        policy: recurrent or not.
+        env: the env that it plays.
+        rows: N.
+
+    Raises:
+        KeyError: the policy hands an entry on that neither has a primer for.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, env: EnvBase, rows: int):
+        self.keys = hidden_keys(policy)
+        #: The entries of each key, and those of the next step.
+        self.handed_on = [(key, next_key(key)) for key in self.keys]
+        self._rows, self._primers = rows, _primers(policy, env) if self.keys else {}
+        missing = [key for key in self.keys if key not in self._primers]
+        if missing:
+            raise KeyError(
+                f"the policy hands {missing} on to its next step, but nothing says what they are at a trial's first: give the "
+                "module a make_tensordict_primer(), as torchrl.modules.GRUModule has, or the env a TensorDictPrimer."
+            )
+        self._constant = {key: self._draw(key) for key in self.keys if not _varies(self._primers[key][0], key)}
+
+    def initial(self) -> State:
+        """Values ``[N, ...]`` at a trial's first step."""
+        return {key: self._constant[key] if key in self._constant else self._draw(key) for key in self.keys}
+
+    def next(self, state: State, reset: Rows) -> State:
+        """What the next step reads, with the ``reset`` rows at a trial's first step."""
+        if reset is True:
+            return self.initial()
+        memory = {key: state[following] for key, following in self.handed_on}
+        if reset is not False:
+            for key, first in self.initial().items():
+                memory[key] = torch.where(reset.view(-1, *[1] * (first.ndim - 1)), first, memory[key])
+        return memory
+
+    def _draw(self, key: NestedKey) -> torch.Tensor:
+        primer, features = self._primers[key]
+        spec, shape = primer.primers[key], (self._rows, *features)
+        if primer.random:
+            return spec.expand(shape).rand() if spec.shape == features else spec.rand().reshape(shape)
+        value = primer.default_value[key]
+        value = value() if callable(value) else value
+        return torch.as_tensor(value, dtype=spec.dtype, device=spec.device).expand(shape).contiguous()
+
+
+def _varies(primer: TensorDictPrimer, key: NestedKey) -> bool:
+    return bool(primer.random) or callable(primer.default_value[key])
+
+
+def _primers(policy: TensorDictModuleBase, env: EnvBase) -> dict[NestedKey, tuple[TensorDictPrimer, torch.Size]]:
+    """Primer and feature shape by entry; an env's own come before those that the policy's modules would bring."""
+    made = get_primers_from_module(policy, warn=False)
+    primers = made if isinstance(made, Compose) else [] if made is None else [made]
+    found = {key: (primer, spec.shape) for primer in primers for key, spec in primer.primers.items(True, True)}
+    while isinstance(env, TransformedEnv):
+        dims = len(env.batch_size)
+        for primer in (t for t in own_transforms(env) if isinstance(t, TensorDictPrimer)):
+            _ = env.output_spec  # expands the primer's specs by the env's batch size
+            found |= {key: (primer, spec.shape[dims:]) for key, spec in primer.primers.items(True, True)}
+        env = env.base_env
+    return found
+
+
+def own_transforms(env: EnvBase) -> list:
+    """The transforms of ``env`` itself, not those of an env inside it."""
+    if not isinstance(env, TransformedEnv):
+        return []
+    return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
+
+
+def next_key(key: NestedKey) -> NestedKey:
+    """``("next", key)``, flat."""
+    return ("next", key) if isinstance(key, str) else ("next", *key)

@@ -1,0 +1,60 @@
+"""`TransitionInputs`: the transition inputs of a batch, as `PreviousStep` makes them, written in place."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey
+
+from rl2_torchrl.rollout.clock import Rows
+from rl2_torchrl.transition import PreviousStep
+
+__all__ = ["TransitionInputs"]
+
+
+class TransitionInputs:
+    """The inputs ``[T + 1, N, size]`` of T steps, and of the step that the next batch begins with."""
+
+    def __init__(self, transition: PreviousStep, steps: int, rows: int, device: torch.device):
+        self.layout, self.done_at_start = transition.layout(), transition.done_at_start
+        self.data = torch.zeros(steps + 1, rows, self.layout.size, device=device)
+        *observations, action, reward, done = self.layout.split(self.data)
+        # Views of all steps at once: an index in each step costs as much as the copy.
+        self.steps = self.data.unbind()
+        self._observations = {
+            key: (encoding, part.unbind())
+            for (key, encoding), part in zip(self.layout.observations.items(), observations, strict=True)
+        }
+        self._actions, self._rewards, self._dones = action.unbind(), reward.unbind(), done.unbind()
+
+    def start_batch(self) -> None:
+        """The last batch's last row becomes the first; all others are empty."""
+        self.data[0].copy_(self.data[-1])
+        self.data[1:].zero_()
+
+    def observe(self, t: int, observations: dict[NestedKey, torch.Tensor], rows: Rows = True) -> None:
+        """Writes the observations ``[N, ...]`` of ``rows`` into the input of step ``t``."""
+        for key, (encoding, parts) in self._observations.items():
+            if rows is True:
+                encoding.write(parts[t], observations[key])
+            else:
+                encoded = encoding.encode(observations[key], observations[key].shape[:1])
+                parts[t].copy_(torch.where(rows.unsqueeze(-1), encoded, parts[t]))
+
+    def tell(self, t: int, action: torch.Tensor, reward: torch.Tensor, done: Rows) -> None:
+        """Writes the action ``[N, ...]``, the reward ``[N, 1]`` and the episode's end of the step before ``t`` into its input."""
+        self.layout.action.write(self._actions[t], action)
+        self._rewards[t].copy_(reward)
+        if done is True:
+            self._dones[t].fill_(1.0)
+        elif done is not False:
+            self._dones[t].copy_(done.unsqueeze(-1))
+
+    def begin(self, t: int, rows: Rows) -> None:
+        """Step ``t`` is the first of a trial in ``rows``: there is no step before it."""
+        if rows is True:
+            self.data[t].zero_()
+            self._dones[t].fill_(self.done_at_start)
+        else:
+            mask = rows.unsqueeze(-1)
+            self.data[t].masked_fill_(mask, 0.0)
+            self._dones[t].masked_fill_(mask, self.done_at_start)

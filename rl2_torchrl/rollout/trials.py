@@ -1,0 +1,327 @@
+"""What a rollout plays: trials on plain tensors (`TensorTrials`), or those of an env with further transforms (`TransformedTrials`).
+
+Both say what `Trial`, `TaskSampler` and `PreviousStep` say of the same env: the transforms are the reference. Both have N flat
+rows, entries ``[N, ...]``, and these methods: ``start_batch()``; ``start()``, the entries of a batch's first step and the rows in
+which it begins a trial; ``step(t, state)``, a `Turn`; ``entries()``, what holds for a whole batch ``[N, T, ...]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer
+
+from rl2_torchrl.modules.acting import State
+from rl2_torchrl.rollout.clock import Ends, Rows, TrialClock
+from rl2_torchrl.rollout.doors import door_to
+from rl2_torchrl.rollout.memory import next_key, own_transforms
+from rl2_torchrl.rollout.transitions import TransitionInputs
+from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.transition import PreviousStep
+from rl2_torchrl.trial import Trial
+
+__all__ = ["TensorTrials", "TransformedTrials", "Turn", "trials_of"]
+
+Task = torch.Tensor | TensorDictBase | None
+REWARD = ("next", "reward")
+
+
+class Turn(NamedTuple):
+    """What a step led to: entries under ``"next"``, entries of the step after it, and the rows in which that begins a trial."""
+
+    after: State
+    root: State
+    begun: Rows
+
+
+def trials_of(env: EnvBase, steps: int, read: Collection[NestedKey], keep: Collection[NestedKey] | None):
+    """The trials of ``env`` in batches of ``steps`` steps.
+
+    Args:
+        env: the env, transforms and all.
+        steps: T.
+        read: entries that the policy reads.
+        keep: entries of the batch; None for all.
+    """
+    below = env
+    while own_transforms(below) and all(isinstance(t, _OF_COLLECTORS) for t in own_transforms(below)):
+        below = below.base_env
+    parts = [t for t in own_transforms(below) if not isinstance(t, _OF_COLLECTORS)]
+    found = [next((t for t in parts if _is_as_written(t, kind)), None) for kind in (Trial, TaskSampler, PreviousStep)]
+    in_order = [t for t in found if t is not None]
+    if found[0] is not None and list(map(id, parts)) == list(map(id, in_order)):
+        return TensorTrials(below, *found, steps, read, keep)
+    others = [type(t).__name__ for t in parts if not any(t is each for each in in_order)]
+    reason = f"of the env's transforms {others or 'their order'} is not ours, so a TensorDict goes through all of them at each step"
+    return TransformedTrials(env, reason if found[0] is not None else "the env has no Trial", read, keep)
+
+
+#: What a collector adds by itself; rollouts know of trial starts and memory without them.
+_OF_COLLECTORS = (InitTracker, TensorDictPrimer)
+
+
+def _is_as_written(transform, kind: type) -> bool:
+    """Whether what ``transform`` does in an env is what ``kind`` says: a class below it may step or reset otherwise."""
+    methods = ("_step", "_reset", "_call", "_reset_env_preprocess")
+    return isinstance(transform, kind) and all(getattr(type(transform), m) is getattr(kind, m) for m in methods)
+
+
+class TensorTrials:
+    """Trials as `Trial`, `TaskSampler` and `PreviousStep` make them, on plain tensors.
+
+    Args:
+        env: the env with these transforms.
+        trial: bounds of a trial.
+        sampler: draws tasks; None in an env without.
+        transition: writes the transition input; None for a policy that reads observations alone.
+        steps: T.
+        read: entries that the policy reads.
+        keep: entries of the batch; None for all.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        trial: Trial,
+        sampler: TaskSampler | None,
+        transition: PreviousStep | None,
+        steps: int,
+        read: Collection[NestedKey],
+        keep: Collection[NestedKey] | None,
+    ):
+        base, self.trial, self.sampler, self.steps = env.base_env, trial, sampler, steps
+        self.env, self.batch_size, self.rows = base, base.batch_size, base.batch_size.numel()
+        self.device = base.device or torch.device("cpu")
+        self.action_key = env.action_key
+        self.task_key = "task" if sampler is None else sampler.task_key
+        self.out_key = None if transition is None else transition.out_key
+        #: Entries that a batch can have.
+        self.keys = _keys_of(env)
+        wanted = {*read, *(self.keys if keep is None else keep)}
+        observed = list(base.full_observation_spec.keys(True, True))
+        self._root_keys = [key for key in observed if key in wanted]
+        self._after_keys = [key for key in observed if next_key(key) in wanted]
+        encoded = [] if transition is None else transition.layout().observations
+        self.door = door_to(base, {*encoded, *self._root_keys, *self._after_keys}, self.task_key)
+        self.clock = TrialClock(trial, self.rows, steps, self.door.episode_steps, self.device)
+        self._flags_read = [key for key in read if key in self.clock.names]
+        self.inputs = None if transition is None else TransitionInputs(transition, steps, self.rows, self.device)
+        keeps_next_input = self.inputs is not None and next_key(self.out_key) in wanted
+        self._next_inputs = torch.zeros_like(self.inputs.data[1:]) if keeps_next_input else None
+        self._rewards: torch.Tensor | None = None  # [T, N, 1], made with the first reward
+        self._task: Task = None
+        self._tasks: list[Task] = []  # of the trials that begin in a batch, where that is known ahead
+        self._pending: Rows = True  # rows that begin a trial with the next batch
+        self._observations: State = {}
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the next batch begins with new trials and does the same operations whatever the numbers are."""
+        return self.clock.is_shared and self._pending is True
+
+    # ------------------------------------------------------------------- steps
+    def start_batch(self) -> None:
+        """Goes on where the last batch ended. Tasks are drawn here where it is known how many."""
+        self.clock.start_batch()
+        if self.sampler is None or not self.clock.is_shared:
+            return
+        tasks = [self.sampler.draw() for _ in range(self.clock.trials_begun + (self._pending is True))]
+        if self.device.type == "cuda" and self.is_repeatable and len(self._tasks) == len(tasks):
+            for task, drawn in zip(self._tasks, tasks, strict=True):
+                task.copy_(drawn)  # a CUDA graph reads them where they were when it was recorded
+        else:
+            self._tasks = tasks
+
+    def start(self) -> tuple[State, Rows]:
+        """The entries of a batch's first step, and the rows in which it begins a trial."""
+        self._undealt: Iterator[Task] = iter(self._tasks)
+        begun, self._pending = self._pending, False
+        if self.inputs is not None:
+            self.inputs.start_batch()
+        if begun is not False:
+            self._begin(0, begun)
+        return self._root(0), begun
+
+    def step(self, t: int, state: State) -> Turn:
+        """Step ``t`` of all rows, with the action in ``state``."""
+        action, is_last = state[self.action_key], t + 1 == self.steps
+        observations, reward, done = self.door.play(action, self._task)
+        if self._rewards is None:
+            self._rewards = reward.new_empty(self.steps, *reward.shape)
+        self._rewards[t].copy_(reward)
+        ends = self.clock.tick(t, done)
+        if ends.inner is not False:
+            observations = self._next_episode(ends.inner, observations)
+        self._observations = observations
+        if self.inputs is not None and (is_last or ends.trial is not True or self._next_inputs is not None):
+            self._write_input(t + 1, action, reward)
+        after = {REWARD: reward, **{next_key(key): observations[key] for key in self._after_keys}}
+        if self._task is not None:
+            after[next_key(self.task_key)] = self._flat(self._task)
+        if is_last:
+            self._pending = ends.trial
+            return Turn(after, {}, False)
+        if ends.trial is not False:
+            self._begin(t + 1, ends.trial)
+        return Turn(after, self._root(t + 1), ends.trial)
+
+    def _next_episode(self, rows: Rows, observations: State) -> State:
+        first = self.door.start(self._task, rows)
+        # What tells of the step that was taken stays; see Trial(step_keys=...).
+        return {**first, **{key: observations[key] for key in self.trial.step_keys if key in observations}}
+
+    def _write_input(self, t: int, action: torch.Tensor, reward: torch.Tensor) -> None:
+        self.inputs.tell(t, action, reward, self.clock.episode_done(t - 1))
+        self.inputs.observe(t, self._observations)
+        if self._next_inputs is not None:
+            self._next_inputs[t - 1].copy_(self.inputs.steps[t])
+
+    def _begin(self, t: int, rows: Rows) -> None:
+        """A trial of a new task begins in ``rows`` at step ``t``."""
+        if self.sampler is not None:
+            self._task = next(self._undealt) if self.clock.is_shared else self._drawn(rows)
+        self._observations = self.door.start(self._task, rows)
+        if self.inputs is not None:
+            self.inputs.begin(t, rows)
+            self.inputs.observe(t, self._observations, rows)
+
+    def _drawn(self, rows: Rows) -> Task:
+        if rows is True:
+            return self.sampler.draw()
+        rows = rows.reshape(self.batch_size)
+        drawn = self.sampler.draw(rows)
+        if isinstance(drawn, torch.Tensor):
+            rows = rows.reshape(*rows.shape, *[1] * (drawn.ndim - rows.ndim))
+        return torch.where(rows, drawn, self._task)
+
+    # ----------------------------------------------------------------- entries
+    def _root(self, t: int) -> State:
+        root = {key: self._observations[key] for key in self._root_keys}
+        if self.inputs is not None:
+            root[self.out_key] = self.inputs.steps[t]
+        if self._task is not None:
+            root[self.task_key] = self._flat(self._task)
+        if self._flags_read:
+            flags = self.clock.at(t)
+            root |= {key: flags[key] for key in self._flags_read}
+        return root
+
+    def _flat(self, task: Task) -> Task:
+        return task if len(self.batch_size) == 1 else task.reshape(self.rows, *task.shape[len(self.batch_size) :])
+
+    @property
+    def keys_at_once(self) -> set[NestedKey]:
+        """Keys of `entries`: nobody need record them step by step."""
+        keys = {REWARD, *self.clock.names, *map(next_key, self.clock.names)}
+        if self.inputs is not None:
+            keys |= {self.out_key, next_key(self.out_key)}
+        if self.sampler is not None and self.clock.is_shared and not self.clock.trials_begun:
+            keys |= {self.task_key, next_key(self.task_key)}
+        return keys
+
+    def entries(self) -> State:
+        """What a whole batch has, ``[N, T, ...]``: flags and counters, rewards, transition inputs, and a row's one task."""
+        made = {**self.clock.entries(), REWARD: self._rewards.transpose(0, 1)}
+        if self.inputs is not None:
+            made[self.out_key] = self.inputs.data[:-1].transpose(0, 1)
+        if self._next_inputs is not None:
+            made[next_key(self.out_key)] = self._next_inputs.transpose(0, 1)
+        if self.task_key in self.keys_at_once:
+            # A view: written out, the task of an MDP would be most of a batch's memory.
+            task = self._flat(self._task).unsqueeze(1)
+            made[self.task_key] = made[next_key(self.task_key)] = task.expand(self.rows, self.steps, *task.shape[2:])
+        return made
+
+    # ------------------------------------------------------------- checkpoints
+    def state_dict(self) -> dict:
+        """Where the trials stand between two batches; the env's own state is the env's."""
+        everywhere = torch.full((self.rows,), bool(self._pending)) if isinstance(self._pending, bool) else self._pending
+        state = {"clock": self.clock.state_dict(), "pending": everywhere.clone(), "task": self._task}
+        state["observations"] = list(self._observations.values())
+        if self.inputs is not None:
+            state["input"] = self.inputs.data[-1].clone()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from what `state_dict` returned, with an env whose own state has been restored too."""
+        self.clock.load_state_dict(state["clock"])
+        pending = state["pending"]
+        self._pending = bool(pending[0]) if (pending == pending[0]).all() else pending.to(self.device)
+        self._task = state["task"]
+        self._observations = self.door.resume(self._task)
+        if self.inputs is not None:
+            self.inputs.data[-1].copy_(state["input"])
+
+
+class TransformedTrials:
+    """Trials of an env with further transforms, or with others in place of ours: a TensorDict at each of its steps.
+
+    Args:
+        env: the env, transforms and all.
+        reason: why it is not played on tensors.
+        read: entries that the policy reads.
+        keep: entries of the batch; None for all.
+    """
+
+    is_repeatable = False
+    keys_at_once: frozenset = frozenset()
+
+    def __init__(self, env: EnvBase, reason: str, read: Collection[NestedKey], keep: Collection[NestedKey] | None):
+        self.env, self.batch_size, self.rows = env, env.batch_size, env.batch_size.numel()
+        self.device, self.action_key = env.device or torch.device("cpu"), env.action_key
+        self.keys = _keys_of(env)
+        wanted = {*read, *(self.keys if keep is None else keep)}
+        self._root_keys = [key for key in self.keys if not _is_next(key) and key in wanted]
+        self._after_keys = [key for key in self.keys if _is_next(key) and key in {*wanted, REWARD, ("next", "done")}]
+        self._stepped: TensorDictBase | None = None
+        self.reason = reason
+
+    def start_batch(self) -> None:
+        """Nothing is known ahead."""
+
+    def start(self) -> tuple[State, Rows]:
+        """The entries of a batch's first step, and the rows in which it begins a trial."""
+        if self._stepped is not None:
+            return self._go_on()
+        self._tensordict = self.env.reset()
+        return self._entries(self._tensordict, self._root_keys), True
+
+    def step(self, t: int, state: State) -> Turn:
+        """Step ``t`` of all rows, with what the policy has written into ``state``."""
+        root = self._tensordict
+        for key, value in state.items():
+            if key not in root.keys(True):
+                root.set(key, value if isinstance(value, TensorDictBase) else value.reshape(*self.batch_size, *value.shape[1:]))
+        self._stepped = self.env.step(root)
+        after = self._entries(self._stepped, self._after_keys)
+        return Turn(after, *self._go_on())
+
+    def _go_on(self) -> tuple[State, Rows]:
+        done = self._stepped["next", "done"].reshape(-1)
+        begun: Rows = True if done.all() else done.clone() if done.any() else False
+        self._tensordict = self.env.maybe_reset(self.env.step_mdp(self._stepped))
+        return self._entries(self._tensordict, self._root_keys), begun
+
+    def _entries(self, tensordict: TensorDictBase, keys: Collection[NestedKey]) -> State:
+        dims, state = len(self.batch_size), {}
+        for key in keys:
+            value = tensordict.get(key)
+            state[key] = value if dims == 1 else value.reshape(self.rows, *value.shape[dims:])
+        return state
+
+    def entries(self) -> State:
+        """None: all is recorded step by step."""
+        return {}
+
+
+def _keys_of(env: EnvBase) -> list[NestedKey]:
+    """Entries of a batch that ``env`` makes."""
+    root = [*env.full_observation_spec.keys(True, True), *env.full_done_spec.keys(True, True)]
+    return [*root, *map(next_key, (*root, *env.full_reward_spec.keys(True, True)))]
+
+
+def _is_next(key: NestedKey) -> bool:
+    return isinstance(key, tuple) and key[0] == "next"
