@@ -20,7 +20,7 @@ __all__ = ["TrialCollector"]
 class TrialCollector(Collector):
     """A `torchrl.collectors.Collector` that stores only what is asked for, and is fast on this package's native envs.
 
-    On any env and policy it is `Collector`. Where the env is a `LockstepEnv` under `Trial`, `TaskSampler` and `PreviousStep`,
+    On any env and policy it is `Collector`. Where the env is a `TensorEnv` of fixed length under the transforms of trials,
     the policy is made of this package's modules or plain ones, and a batch is a whole number of trials, steps run on plain
     tensors (`LockstepRollout`): the same batches in distribution, several times faster for small networks. Otherwise
     ``lockstep`` is None, and TorchRL's logger says why (level DEBUG).

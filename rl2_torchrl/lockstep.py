@@ -1,4 +1,4 @@
-"""`LockstepRollout`: whole trials of a `LockstepEnv` on plain tensors, for `TrialCollector`.
+"""`LockstepRollout`: whole trials of a `TensorEnv` on plain tensors, for `TrialCollector`.
 
 In such an env all rows begin and end their episodes and trials together, so that ``done``, ``is_init`` and the counters
 are known before the first step. What is left to do in each step is the policy, the env's transition and the
@@ -20,7 +20,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from rl2_torchrl.envs.lockstep import LockstepEnv
+from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.gru import FastGRUModule, StepGRU
 from rl2_torchrl.modules.plain import NotPlainError, State, family_of, flat_modules, module_function
@@ -38,7 +38,7 @@ class LockstepRollout:
     """Collects batches of ``steps`` steps of whole trials; the module's page says how.
 
     Args:
-        env: `TransformedEnv` over a `LockstepEnv`, with `Trial`, `TaskSampler` and `PreviousStep`.
+        env: `TransformedEnv` over a `TensorEnv`, with `Trial`, `TaskSampler` and `PreviousStep`.
         policy: `TensorDictSequential` of `TensorDictModule`, `FastGRUModule` and one probabilistic module.
         steps: steps of a batch, a whole number of trials.
         keep: entries of the batch.
@@ -49,16 +49,14 @@ class LockstepRollout:
 
     def __init__(self, env: EnvBase, policy: TensorDictModuleBase, steps: int, keep: Sequence[NestedKey]):
         self.trial, self.sampler, self.transition = _trial_transforms(env)
-        self.env: LockstepEnv = env.base_env
+        self.env: TensorEnv = env.base_env
         self.policy, self.steps, self.keep = policy, steps, list(keep)
-        self.trial_steps = _trial_steps(self.trial, self.env.episode_steps)
+        self.trial_steps = _trial_steps(self.trial, self.env.max_episode_steps)
         if steps % self.trial_steps:
             raise NotPlainError(f"a batch of {steps} steps is no whole number of trials of {self.trial_steps} steps")
         observed = set(self.transition.layout().observations)
         if observed - {"observation"}:
-            raise NotPlainError(
-                f"the transition input is made of {observed}, where a LockstepEnv tells of 'observation'"
-            )
+            raise NotPlainError(f"the transition input is made of {observed}, where a TensorEnv tells of 'observation'")
         self.modules = flat_modules(policy)
         self.hidden_keys = hidden_keys(policy)
         self.sample, self.family = family_of(self.modules)
@@ -87,7 +85,7 @@ class LockstepRollout:
     def _known_entries(self) -> State:
         """Entries ``[B, steps, 1]`` that are the same in every batch."""
         step = torch.arange(self.steps) % self.trial_steps
-        episode_steps = self.env.episode_steps
+        episode_steps = self.env.max_episode_steps
         trial_done = step + 1 == self.trial_steps
         never = torch.zeros_like(trial_done)
         entries = {"is_init": step == 0, "done": never, "terminated": never}
@@ -153,8 +151,8 @@ class LockstepRollout:
             if t % self.trial_steps == 0:
                 task = self._tasks[t // self.trial_steps]
                 state = {self.sampler.task_key: task}
-            if t % self.trial_steps % self.env.episode_steps == 0:
-                observation = self.env.first(task)
+            if t % self.trial_steps % self.env.max_episode_steps == 0:
+                observation = self.env.start(task).get("observation")
             state[self.transition.out_key] = self.trans.observe(t, observation)
             if observation is not None:
                 state["observation"] = observation
@@ -169,7 +167,8 @@ class LockstepRollout:
                 self._judge(unjudged, kept_of_judged, t + 1)
                 unjudged = []
             action = state[self.env.action_key]
-            reward, observation = self.env.transition(task, observation, action)
+            entries, reward, _, _ = self.env.play(action)
+            observation = entries.get("observation")
             self._record(("next", "reward"), t, reward)
             if (t + 1) % self.trial_steps:
                 self.trans.tell(t + 1, action, reward)
@@ -297,8 +296,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def _trial_transforms(env: EnvBase) -> list:
-    if not (type(env) is TransformedEnv and isinstance(env.base_env, LockstepEnv) and len(env.batch_size) == 1):
-        raise NotPlainError("the env is no TransformedEnv over a LockstepEnv of one batch dimension")
+    if not (
+        type(env) is TransformedEnv
+        and isinstance(env.base_env, TensorEnv)
+        and env.base_env.fixed_length
+        and len(env.batch_size) == 1
+    ):
+        raise NotPlainError("the env is no TransformedEnv over a TensorEnv of one batch dimension")
     transforms = list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
     others = [type(t) for t in transforms[3:] if type(t) not in (InitTracker, TensorDictPrimer)]
     if [type(t) for t in transforms[:3]] != [Trial, TaskSampler, PreviousStep] or others:
