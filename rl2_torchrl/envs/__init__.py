@@ -1,4 +1,5 @@
-"""Environments whose task is a tensor: bandits, tabular MDPs, a grid, MuJoCo (extra ``mujoco``), the bridge to Gymnasium."""
+"""Environments whose task is a tensor: bandits, tabular MDPs, a grid, a point robot, MuJoCo (extra ``mujoco``), the bridge to
+Gymnasium; and `TensorEnv`, which one of your own derives from."""
 
 from rl2_torchrl.envs.bandits import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 from rl2_torchrl.envs.gridnavi import GridNavi, grid_goals
@@ -15,6 +16,7 @@ from rl2_torchrl.envs.locomotion import (
     velocities,
 )
 from rl2_torchrl.envs.tabular import TabularMDP, pack_mdps, random_mdps, unpack_mdps
+from rl2_torchrl.envs.tensor_env import TensorEnv
 
 __all__ = [
     "AntDirection",
@@ -27,6 +29,7 @@ __all__ = [
     "LocomotionEnv",
     "QuadraticBandit",
     "TabularMDP",
+    "TensorEnv",
     "directions",
     "goals_in_disc",
     "grid_goals",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from operator import index
 
 import torch
+from torch import Tensor
 
-from rl2_torchrl.envs.discrete import DiscreteEnv
+from rl2_torchrl.envs.discrete import DiscreteEnv, DiscreteState
 from rl2_torchrl.tasks import TaskDistribution
 
 __all__ = ["GridNavi", "grid_goals"]
@@ -37,13 +40,12 @@ class GridNavi(DiscreteEnv):
 
     Raises:
         ValueError: a size below 1.
-        KeyError: at a reset without a task.
 
     Examples:
         >>> from tensordict import TensorDict
         >>> env = GridNavi(batch_size=(2,))
         >>> goals = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
-        >>> td = env.reset(TensorDict({"task": goals}, [2])).set("task", goals)
+        >>> td = env.reset(TensorDict({"task": goals}, [2]))
         >>> td = env.step(td.set("action", torch.tensor([1, 2])))  # up, right
         >>> td["next", "observation"], td["next", "reward"].squeeze(-1)
         (tensor([5, 1]), tensor([-0.1000,  1.0000]))
@@ -58,11 +60,12 @@ class GridNavi(DiscreteEnv):
         device: torch.device | str | None = None,
     ):
         # Nothing is drawn in this env; the seed is of no consequence.
+        size = index(size)
         super().__init__(size * size, len(_MOVES), 2, episode_steps, batch_size, 0, device)
         self.size = size
         self._next_cell = self._make_next_cell().to(self.device)
 
-    def _make_next_cell(self) -> torch.Tensor:
+    def _make_next_cell(self) -> Tensor:
         """Cell after each action in each cell, ``[size * size * 5]``."""
         cell = torch.arange(self.size**2).unsqueeze(-1)
         dx, dy = torch.tensor(_MOVES).unbind(-1)
@@ -70,14 +73,13 @@ class GridNavi(DiscreteEnv):
         y = (cell // self.size + dy).clamp(0, self.size - 1)
         return (y * self.size + x).flatten()
 
-    def transition(
-        self, task: torch.Tensor, observation: torch.Tensor, action: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reward ``[*B, 1]`` and next cell ``[*B]`` of ``action`` ``[*B]`` in the cell ``observation`` ``[*B]``."""
-        cell = self._next_cell[observation * self.num_actions + action]
+    def advance(self, state: DiscreteState, action: Tensor) -> tuple[DiscreteState, Tensor, Tensor, None, None]:
+        """The next cell, and whether it is the goal."""
+        task, place = state
+        cell = self._next_cell[place * self.num_actions + action]
         goal = (task[..., 1] * self.size + task[..., 0]).long()
         on_goal = (cell == goal).unsqueeze(-1).to(task.dtype)
-        return 1.1 * on_goal - 0.1, cell
+        return DiscreteState(task, cell), cell, 1.1 * on_goal - 0.1, None, None
 
 
 def grid_goals(size: int = 5) -> TaskDistribution:
@@ -96,4 +98,8 @@ def grid_goals(size: int = 5) -> TaskDistribution:
     cell = torch.arange(size * size)
     goals = torch.stack([cell % size, cell // size], -1).float()
     goals = goals[(goals > 1).any(-1)]
-    return lambda batch_size, generator: goals[torch.randint(len(goals), batch_size, generator=generator)]
+    return partial(_one_of, goals=goals)
+
+
+def _one_of(batch_size: torch.Size, generator: torch.Generator, *, goals: Tensor) -> Tensor:
+    return goals[torch.randint(len(goals), batch_size, generator=generator)]

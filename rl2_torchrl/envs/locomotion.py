@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torch import Tensor
+from torchrl.data import Bounded, Composite, Unbounded
 
 from rl2_torchrl.envs.camera import Camera
-from rl2_torchrl.envs.lockstep import LockstepEnv
 from rl2_torchrl.envs.physics import Array, BackendName, Bodies, gymnasium_model, make_backend
+from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.tasks import TaskDistribution
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-class LocomotionEnv(LockstepEnv):
+class LocomotionEnv(TensorEnv):
     """A body of Gymnasium's MuJoCo models in episodes of ``horizon`` steps that never end early: what all envs here share.
 
     A reset takes the entry ``"task"`` ``[*B, task_size]``. Every step gives ``"observation"`` ``[*B, ...]``, ``"velocity"``
@@ -44,7 +44,7 @@ class LocomotionEnv(LockstepEnv):
         backend: ``"rollout"``, MuJoCo on all cores (default), or one of TorchRL's: ``"mujoco"``, a single env; ``"mjx"``, on
             JAX; ``"mujoco-torch"``, of which release 0.2.0 wants a MuJoCo before 4 and, with PyTorch 2.13, a single env.
         num_threads: threads of the physics, with ``"rollout"``. Default: as many as PyTorch has.
-        seed: seed of the env's own generator, which draws where an episode begins; None takes fresh entropy.
+        seed: seed of the env's own generator, which draws where an episode begins; None draws one from PyTorch's default generator.
         dtype: of observations and rewards, `torch.float32` (default) or `torch.float64`. The physics of "rollout" is in
             float64.
         device: device of all tensors. Defaults to the CPU.
@@ -52,20 +52,19 @@ class LocomotionEnv(LockstepEnv):
     Raises:
         ImportError: MuJoCo is not installed (extra ``mujoco``).
         ValueError: an empty ``batch_size``, ``horizon`` below 1, another ``dtype``.
-        KeyError: at a reset without a task.
         FloatingPointError: an action is not finite, or the simulation blew up.
 
     Examples:
+        >>> from tensordict import TensorDict
         >>> class HalfCheetahHeight(HalfCheetahVelocity):
         ...     def reward(self, task, velocity, place, action):
         ...         return -abs(self.physics.bodies.qpos[:, 1:2] - task)  # hold the torso at that height (m)
         >>> env = HalfCheetahHeight(batch_size=(2,), horizon=50, seed=0)
         >>> td = env.reset(TensorDict({"task": torch.tensor([[0.0], [0.2]])}, [2]))
-        >>> env.rollout(50, auto_reset=False, tensordict=td.set("task", torch.zeros(2, 1)))["next", "reward"].shape
+        >>> env.rollout(50, auto_reset=False, tensordict=td)["next", "reward"].shape
         torch.Size([2, 50, 1])
     """
 
-    batch_locked = True
     has_threads = True
     frame_skip = 5
     #: File among Gymnasium's MuJoCo models.
@@ -95,34 +94,29 @@ class LocomotionEnv(LockstepEnv):
             raise ValueError(
                 f"dtype={dtype}: the physics hands over torch.float32 or torch.float64; convert afterwards."
             )
-        super().__init__(device=device or "cpu", batch_size=batch_size)
-        self.episode_steps, self.dtype = horizon, dtype
+        device = torch.device(device or "cpu")
         self.physics = make_backend(
-            backend, gymnasium_model(self.model_file), batch_size.numel(), self.frame_skip, num_threads, self.device
+            backend, gymnasium_model(self.model_file), batch_size.numel(), self.frame_skip, num_threads, device
         )
         self.model = self.physics.mj_model
         #: Seconds of a step.
         self.dt = self.frame_skip * self.model.opt.timestep
-        self.generator = torch.Generator(self.device)
-        self._set_seed(seed)
-        self._steps = torch.zeros(*batch_size, 1, dtype=torch.int64, device=self.device)
+        self.dtype = dtype
         self._camera: Camera | None = None
-        self._make_specs()
-
-    def _make_specs(self) -> None:
-        factory = {"dtype": self.dtype, "device": self.device}
-        limits = torch.from_numpy(self.model.actuator_ctrlrange.copy()).to(**factory).expand(*self.batch_size, -1, 2)
-        self.action_spec = Bounded(
-            limits[..., 0].contiguous(), limits[..., 1].contiguous(), limits.shape[:-1], **factory
+        low, high = torch.from_numpy(self.model.actuator_ctrlrange).to(dtype).unbind(-1)
+        observation_size = sum(part.shape[-1] for part in self._features(self.physics.bodies))
+        super().__init__(
+            task_spec=Unbounded(self.task_size, dtype=dtype),
+            observation_spec=Unbounded(observation_size, dtype=dtype),
+            action_spec=Bounded(low.contiguous(), high.contiguous(), dtype=dtype),
+            reward_spec=Unbounded(1, dtype=dtype),
+            more_spec=Composite(velocity=Unbounded(self.axes, dtype=dtype)),
+            batch_size=batch_size,
+            max_episode_steps=horizon,
+            fixed_length=True,
+            seed=seed,
+            device=device,
         )
-        within = {"shape": self.batch_size, "device": self.device}
-        self.state_spec = Composite(task=Unbounded((*self.batch_size, self.task_size), **factory), **within)
-        observation = Unbounded(self._observe().shape, **factory)
-        velocity = Unbounded((*self.batch_size, self.axes), **factory)
-        self.observation_spec = Composite(observation=observation, velocity=velocity, **within)
-        self.reward_spec = Unbounded((*self.batch_size, 1), **factory)
-        flag = Binary(1, (*self.batch_size, 1), device=self.device, dtype=torch.bool)
-        self.full_done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), **within)
 
     # ------------------------------------------------------------- the task
     @abstractmethod
@@ -143,92 +137,55 @@ class LocomotionEnv(LockstepEnv):
     def _features(self, bodies: Bodies) -> list[Array]:
         """Parts of the observation, each ``[N, size]``."""
 
-    # ------------------------------------------------------ plain tensors
-    def first(self, task: torch.Tensor) -> torch.Tensor:
-        """The first observation of an episode in every row."""
-        self._begin(torch.ones(self.batch_size.numel(), dtype=torch.bool, device=self.device))
-        return self._observe()
+    # ---------------------------------------------------------------- steps
+    def begin(self, task: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts ``rows`` near the model's initial pose, at rest but for noise, as Gymnasium does; the state is the task."""
+        number, factory = rows.numel(), {"dtype": torch.float64, "device": self.device}
+        noise = torch.empty(number, self.model.nq, **factory).uniform_(-0.1, 0.1, generator=self.generator)
+        qvel = 0.1 * torch.randn(number, self.model.nv, generator=self.generator, **factory)
+        qpos = torch.from_numpy(self.model.qpos0).to(noise) + noise
+        self.physics.reset_mask(rows.flatten(), qpos, qvel)
+        return task, self._observe()
 
-    def transition(
-        self, task: torch.Tensor, observation: torch.Tensor, action: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reward and next observation; the simulation itself holds where the bodies are, not ``observation``."""
+    def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """A step of the simulation, which itself holds where the bodies are."""
         physics = self.physics
-        action = physics.array(action)
-        physics.step(action)
+        control = physics.array(action)
+        physics.step(control)
         place = physics.bodies.qpos[:, : self.axes]
-        reward = self.reward(physics.array(task), self._velocity(), place, action)
-        _check_finite(reward, action)
-        return self._tensor(reward), self._observe()
+        reward = self.reward(physics.array(state), self._velocity(), place, control)
+        _check_finite(reward, control)
+        return state, self._observe(), self._tensor(reward), None, None
+
+    def observe_more(self, state: Tensor) -> dict[str, Tensor]:
+        """The torso's mean velocity over the last step."""
+        return {"velocity": self._tensor(self._velocity())}
 
     def _velocity(self) -> Array:
         """Mean velocity ``[N, axes]`` over the last step, in m/s; 0 where an episode has just begun."""
         bodies = self.physics.bodies
         return (bodies.qpos[:, : self.axes] - bodies.start_qpos[:, : self.axes]) / self.dt
 
-    def _begin(self, rows: torch.Tensor) -> None:
-        """Puts ``rows`` (bool ``[N]``) near the model's initial pose, at rest but for noise, as Gymnasium does."""
-        shape, factory = (len(rows), self.model.nq), {"dtype": torch.float64, "device": self.device}
-        noise = torch.empty(shape, **factory).uniform_(-0.1, 0.1, generator=self.generator)
-        qvel = 0.1 * torch.randn(len(rows), self.model.nv, generator=self.generator, **factory)
-        qpos = torch.from_numpy(self.model.qpos0).to(noise) + noise
-        self.physics.reset_mask(rows, qpos, qvel)
-
-    def _observe(self) -> torch.Tensor:
+    def _observe(self) -> Tensor:
         return self._tensor(*self._features(self.physics.bodies))
 
-    def _tensor(self, *parts: Array) -> torch.Tensor:
+    def _tensor(self, *parts: Array) -> Tensor:
         """``parts``, each ``[N, size]``, side by side as a new tensor ``[*B, sum of sizes]`` of the env's dtype."""
         return self.physics.join(parts, self.dtype).reshape(*self.batch_size, -1)
 
-    # ---------------------------------------------------------- TensorDicts
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
-        if tensordict is None or "task" not in tensordict.keys():
-            raise KeyError(
-                f"{type(self).__name__}.reset() needs a 'task' [*B, {self.task_size}]: what shall be done? Add a TaskSampler "
-                "(TransformedEnv(env, Compose(Trial(...), TaskSampler(...)))) or pass TensorDict({'task': ...})."
-            )
-        rows = tensordict.get("_reset", None)
-        rows = torch.ones_like(self._steps, dtype=torch.bool) if rows is None else rows.reshape(self._steps.shape)
-        self._begin(rows.flatten())
-        self._steps = self._steps.masked_fill(rows, 0)
-        return self._entries(self._observe())
+    # ----------------------------------------------------------- checkpoints
+    def get_outside_state(self) -> list[Tensor]:
+        """Where the bodies are."""
+        return [getattr(self.physics, name) for name in Bodies._fields]
 
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        reward, observation = self.transition(tensordict["task"], None, tensordict["action"])
-        self._steps = self._steps + 1
-        return self._entries(observation).set("reward", reward)
-
-    def _entries(self, observation: torch.Tensor) -> TensorDict:
-        done = self._steps >= self.episode_steps
-        ends = {"done": done, "terminated": torch.zeros_like(done), "truncated": done.clone()}
-        entries = {"observation": observation, "velocity": self._tensor(self._velocity()), **ends}
-        return TensorDict(entries, batch_size=self.batch_size, device=self.device)
-
-    # ---------------------------------------------------- seeds, checkpoints
-    def _set_seed(self, seed: int | None) -> None:
-        # The generator is the env's own: the draws of tasks, policy and env must not depend on one another.
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
-
-    def get_extra_state(self) -> dict[str, torch.Tensor]:
-        """Bodies, step counts and generator, so that a checkpoint goes on as the run would have."""
-        places = {name: getattr(self.physics, name) for name in Bodies._fields}
-        places["steps"] = self._steps
-        return {"generator": self.generator.get_state(), **{key: value.clone() for key, value in places.items()}}
-
-    def set_extra_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restores what `get_extra_state` returned."""
-        self.generator.set_state(state["generator"].cpu())
-        everywhere = torch.ones(self.batch_size.numel(), dtype=torch.bool, device=self.device)
-        self.physics.reset_mask(everywhere, state["qpos"], state["qvel"])
-        self.physics.earlier_qpos[:], self.physics.start_qpos[:] = state["earlier_qpos"], state["start_qpos"]
-        self._steps = state["steps"].clone()
+    def set_outside_state(self, tensors: Sequence[Tensor]) -> None:
+        """Puts the bodies back."""
+        bodies = Bodies(*tensors)
+        self.physics.reset_mask(self._every_row.flatten(), bodies.qpos, bodies.qvel)
+        self.physics.earlier_qpos[:], self.physics.start_qpos[:] = bodies.earlier_qpos, bodies.start_qpos
 
     # -------------------------------------------------------------- pictures
-    def render(self, row: int = 0, *, width: int = 480, height: int = 320, camera: str | int = "track") -> torch.Tensor:
+    def render(self, row: int = 0, *, width: int = 480, height: int = 320, camera: str | int = "track") -> Tensor:
         """A picture of one row of the batch, ``[height, width, 3]`` uint8; without a display set ``MUJOCO_GL=egl``.
 
         Its `Camera` is kept for the next picture of the same size. `rl2_torchrl.video` makes videos of whole trials.
@@ -262,6 +219,7 @@ class HalfCheetahDirection(_HalfCheetah):
     Arguments: those of `LocomotionEnv`.
 
     Examples:
+        >>> from tensordict import TensorDict
         >>> env = HalfCheetahDirection(batch_size=(2,), seed=0)
         >>> td = env.reset(TensorDict({"task": torch.tensor([[1.0], [-1.0]])}, [2]))
         >>> td["observation"].shape, env.action_spec.shape
@@ -280,9 +238,10 @@ class HalfCheetahVelocity(_HalfCheetah):
     Arguments: those of `LocomotionEnv`.
 
     Examples:
+        >>> from tensordict import TensorDict
         >>> env = HalfCheetahVelocity(batch_size=(2,), seed=0)
         >>> td = env.reset(TensorDict({"task": torch.tensor([[0.0], [1.5]])}, [2]))
-        >>> env.step(td.set("action", torch.zeros(2, 6)).set("task", torch.tensor([[0.0], [1.5]])))["next", "velocity"].shape
+        >>> env.step(td.set("action", torch.zeros(2, 6)))["next", "velocity"].shape
         torch.Size([2, 1])
     """
 
@@ -313,6 +272,7 @@ class AntDirection(_Ant):
     ``[*B, 2]``, action ``[*B, 8]``. Arguments: those of `LocomotionEnv`.
 
     Examples:
+        >>> from tensordict import TensorDict
         >>> env = AntDirection(batch_size=(2,), seed=0)
         >>> env.reset(TensorDict({"task": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}, [2]))["observation"].shape
         torch.Size([2, 27])
@@ -329,6 +289,7 @@ class AntGoal(_Ant):
     ``[*B, 2]``, action ``[*B, 8]``. Arguments: those of `LocomotionEnv`.
 
     Examples:
+        >>> from tensordict import TensorDict
         >>> env = AntGoal(batch_size=(2,), seed=0)
         >>> env.reset(TensorDict({"task": torch.tensor([[1.0, 0.0], [0.0, 3.0]])}, [2]))["observation"].shape
         torch.Size([2, 29])
@@ -362,7 +323,11 @@ def signs() -> TaskDistribution:
         >>> signs()(torch.Size([5]), torch.Generator()).abs().unique()
         tensor([1.])
     """
-    return lambda batch_size, generator: 2.0 * torch.randint(2, (*batch_size, 1), generator=generator) - 1.0
+    return _signs
+
+
+def _signs(batch_size: torch.Size, generator: torch.Generator) -> Tensor:
+    return 2.0 * torch.randint(2, (*batch_size, 1), generator=generator) - 1.0
 
 
 def velocities(low: float = 0.0, high: float = 2.0) -> TaskDistribution:
@@ -377,7 +342,11 @@ def velocities(low: float = 0.0, high: float = 2.0) -> TaskDistribution:
     """
     if not low < high:
         raise ValueError(f"velocities({low}, {high}): the second must be above the first.")
-    return lambda batch_size, generator: low + (high - low) * torch.rand(*batch_size, 1, generator=generator)
+    return partial(_velocities, low=low, high=high)
+
+
+def _velocities(batch_size: torch.Size, generator: torch.Generator, *, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(*batch_size, 1, generator=generator)
 
 
 def directions() -> TaskDistribution:
@@ -387,12 +356,12 @@ def directions() -> TaskDistribution:
         >>> directions()(torch.Size([4]), torch.Generator()).norm(dim=-1).round(decimals=4)
         tensor([1., 1., 1., 1.])
     """
+    return _directions
 
-    def draw(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        angle = 2 * torch.pi * torch.rand(batch_size, generator=generator)
-        return torch.stack((angle.cos(), angle.sin()), -1)
 
-    return draw
+def _directions(batch_size: torch.Size, generator: torch.Generator) -> Tensor:
+    angle = 2 * torch.pi * torch.rand(batch_size, generator=generator)
+    return torch.stack((angle.cos(), angle.sin()), -1)
 
 
 def goals_in_disc(radius: float = 3.0) -> TaskDistribution:
@@ -402,9 +371,9 @@ def goals_in_disc(radius: float = 3.0) -> TaskDistribution:
         >>> bool((goals_in_disc(3.0)(torch.Size([100]), torch.Generator()).norm(dim=-1) <= 3).all())
         True
     """
+    return partial(_in_disc, radius=radius)
 
-    def draw(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        distance = radius * torch.rand(batch_size, generator=generator).sqrt()
-        return distance.unsqueeze(-1) * directions()(batch_size, generator)
 
-    return draw
+def _in_disc(batch_size: torch.Size, generator: torch.Generator, *, radius: float) -> Tensor:
+    distance = radius * torch.rand(batch_size, generator=generator).sqrt()
+    return distance.unsqueeze(-1) * _directions(batch_size, generator)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from operator import index
 
 import torch
+from torch import Tensor
 
-from rl2_torchrl.envs.discrete import DiscreteEnv
+from rl2_torchrl.envs.discrete import DiscreteEnv, DiscreteState
 from rl2_torchrl.tasks import TaskDistribution
 
 __all__ = ["TabularMDP", "pack_mdps", "random_mdps", "unpack_mdps"]
@@ -30,19 +33,18 @@ class TabularMDP(DiscreteEnv):
         episode_steps: steps of an episode.
         noise: standard deviation of the reward's normal noise.
         batch_size: batch size ``B`` of the env.
-        seed: seed of the env's own generator; None takes fresh entropy.
+        seed: seed of the env's own generator; None draws one from PyTorch's default generator.
         device: device of all tensors. Defaults to the CPU.
 
     Raises:
         ValueError: a size below 1, or negative ``noise``.
-        KeyError: at a reset without a task.
 
     Examples:
         >>> from tensordict import TensorDict
         >>> env = TabularMDP(num_states=2, num_actions=2, noise=0.0, batch_size=(1,))
         >>> stay, go = [1.0, 0.0], [0.0, 1.0]
         >>> task = pack_mdps(torch.tensor([[[0.0, 0.5], [2.0, 3.0]]]), torch.tensor([[[stay, go], [stay, go]]]))
-        >>> td = env.reset(TensorDict({"task": task}, [1])).set("task", task)
+        >>> td = env.reset(TensorDict({"task": task}, [1]))
         >>> td = env.step(td.set("action", torch.tensor([1])))
         >>> td["observation"], td["next", "reward"], td["next", "observation"]
         (tensor([0]), tensor([[0.5000]]), tensor([1]))
@@ -59,28 +61,39 @@ class TabularMDP(DiscreteEnv):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ):
-        if not noise >= 0:
-            raise ValueError(f"noise={noise} is a standard deviation: it must be at least 0.")
         task_size = num_states * num_actions * (num_states + 1)
         super().__init__(num_states, num_actions, task_size, episode_steps, batch_size, seed, device)
+        # A tensor too: what a CUDA graph has recorded reads a new value from the same memory.
+        self._noise_scale = torch.zeros((), device=self.device)
         self.noise = noise
 
-    def transition(
-        self, task: torch.Tensor, observation: torch.Tensor, action: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reward ``[*B, 1]`` and next state ``[*B]`` of ``action`` ``[*B]`` in the state ``observation`` ``[*B]``."""
-        rows = task.unflatten(-1, (self.num_states * self.num_actions, self.num_states + 1))
-        pair = (observation * self.num_actions + action)[..., None, None]
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the reward's normal noise; it may be set at any time, as a curriculum does."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, noise: float) -> None:
+        if not noise >= 0:
+            raise ValueError(f"noise={noise} is a standard deviation: it must be at least 0.")
+        self._noise = float(noise)
+        self._noise_scale.fill_(self._noise)
+
+    def advance(self, state: DiscreteState, action: Tensor) -> tuple[DiscreteState, Tensor, Tensor, None, None]:
+        """A draw of the reward and of the next state."""
+        rows = state.task.unflatten(-1, (self.num_states * self.num_actions, self.num_states + 1))
+        pair = (state.place * self.num_actions + action)[..., None, None]
         row = rows.gather(-2, pair.expand(*pair.shape[:-1], self.num_states + 1)).squeeze(-2)
         mean, probabilities = row[..., :1], row[..., 1:]
         factory = {"generator": self.generator, "device": self.device}
-        reward = mean + self.noise * torch.randn(mean.shape, **factory)
+        reward = mean + self._noise_scale * torch.randn(mean.shape, **factory)
         # The last sum would be 1: left out, no rounding of it can lead beyond the last state.
         passed = probabilities[..., :-1].cumsum(-1) <= torch.rand(mean.shape, **factory)
-        return reward, passed.sum(-1)
+        place = passed.sum(-1)
+        return DiscreteState(state.task, place), place, reward, None, None
 
 
-def pack_mdps(rewards: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
+def pack_mdps(rewards: Tensor, transitions: Tensor) -> Tensor:
     """Tasks of `TabularMDP` from mean rewards and transition probabilities.
 
     Args:
@@ -105,7 +118,7 @@ def pack_mdps(rewards: torch.Tensor, transitions: torch.Tensor) -> torch.Tensor:
     return torch.cat([rewards.unsqueeze(-1), transitions], -1).flatten(-3)
 
 
-def unpack_mdps(task: torch.Tensor, num_states: int = 10, num_actions: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_mdps(task: Tensor, num_states: int = 10, num_actions: int = 5) -> tuple[Tensor, Tensor]:
     """Mean rewards ``[*B, S, A]`` and transition probabilities ``[*B, S, A, S]``: views of the parts of ``task``.
 
     Args:
@@ -138,12 +151,12 @@ def random_mdps(num_states: int = 10, num_actions: int = 5) -> TaskDistribution:
         >>> random_mdps(4, 2)(torch.Size([3]), torch.Generator()).shape  # 4 * 2 * (1 + 4)
         torch.Size([3, 40])
     """
+    return partial(_random_mdps, num_states=index(num_states), num_actions=index(num_actions))
 
-    def draw(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
-        rewards = 1 + torch.randn(*batch_size, num_states, num_actions, generator=generator)
-        # Dirichlet(1, ..., 1) is exponential draws over their sum.
-        uniform = torch.rand(*batch_size, num_states, num_actions, num_states, generator=generator)
-        exponential = -torch.log1p(-uniform)
-        return pack_mdps(rewards, exponential / exponential.sum(-1, keepdim=True))
 
-    return draw
+def _random_mdps(batch_size: torch.Size, generator: torch.Generator, *, num_states: int, num_actions: int) -> Tensor:
+    rewards = 1 + torch.randn(*batch_size, num_states, num_actions, generator=generator)
+    # Dirichlet(1, ..., 1) is exponential draws over their sum.
+    uniform = torch.rand(*batch_size, num_states, num_actions, num_states, generator=generator)
+    exponential = -torch.log1p(-uniform)
+    return pack_mdps(rewards, exponential / exponential.sum(-1, keepdim=True))

@@ -92,7 +92,11 @@ class MDPValues:
     """
 
     def __init__(self, mdps: TabularMDP):
-        self.num_states, self.num_actions, self.episode_steps = mdps.num_states, mdps.num_actions, mdps.episode_steps
+        self.num_states, self.num_actions, self.episode_steps = (
+            mdps.num_states,
+            mdps.num_actions,
+            mdps.max_episode_steps,
+        )
 
     def __call__(self, batch: TensorDictBase) -> torch.Tensor:
         """Values ``[B, T, num_actions]`` at the steps of ``batch`` ``[B, T]``."""

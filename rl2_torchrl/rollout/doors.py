@@ -10,17 +10,16 @@ from tensordict.utils import expand_as_right
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.envs.tensor_env import TensorEnv
+from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 
 __all__ = ["Door", "Played", "TensorDoor", "TorchRLDoor", "door_to"]
-
-Observations = dict[NestedKey, torch.Tensor]
 
 
 class Played(NamedTuple):
     """What a step gave: entries ``[N, ...]``, the reward ``[N, 1]``, and which episodes ended, bool ``[N]`` (None: it is known)."""
 
-    observations: Observations
+    observations: State
     reward: torch.Tensor
     done: torch.Tensor | None
 
@@ -31,7 +30,7 @@ class Door(Protocol):
     #: Length of every episode where it is known ahead, else None.
     episode_steps: int | None
 
-    def start(self, task: torch.Tensor | TensorDictBase | None, rows: Rows) -> Observations:
+    def start(self, task: torch.Tensor | TensorDictBase | None, rows: Rows) -> State:
         """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
 
     def play(self, action: torch.Tensor, task: torch.Tensor | TensorDictBase | None) -> Played:
@@ -49,26 +48,37 @@ class TensorDoor:
     """A `TensorEnv`: no TensorDict anywhere."""
 
     def __init__(self, env: TensorEnv, observed: set[NestedKey]):
-        self.env, self.observed = env, observed
+        self.env = env
         self.episode_steps = env.max_episode_steps if env.fixed_length else None
-        self._flat = len(env.batch_size) == 1
+        self._asks_for_more = not observed.isdisjoint(env.more_keys)
+        self._is_flat = len(env.batch_size) == 1
 
-    def start(self, task, rows: Rows) -> Observations:
-        rows = None if rows is True else rows.reshape(self.env.batch_size)
-        return self._rows(self.env.start(task, rows))
+    def start(self, task, rows: Rows) -> State:
+        task = self.env.full_state_spec["task"].zero() if task is None else task
+        return self._entries(self.env.start(task, None if rows is True else rows))
 
     def play(self, action: torch.Tensor, task) -> Played:
-        if not self._flat:
+        if not self._is_flat:
             action = action.reshape(*self.env.batch_size, *action.shape[1:])
         observations, reward, terminated, truncated = self.env.play(action)
-        if self.episode_steps is not None:
-            return Played(self._rows(observations), reward.reshape(-1, 1), None)
-        ends = [flag for flag in (terminated, truncated) if flag is not None]
-        done = ends[0] if len(ends) == 1 else ends[0] | ends[1] if ends else torch.zeros_like(reward, dtype=torch.bool)
-        return Played(self._rows(observations), reward.reshape(-1, 1), done.reshape(-1))
+        return Played(self._entries(observations), reward.reshape(-1, 1), self._done(reward, terminated, truncated))
 
-    def _rows(self, observations: Observations) -> Observations:
-        if self._flat:
+    def _done(self, reward, terminated: torch.Tensor | None, truncated: torch.Tensor | None) -> torch.Tensor | None:
+        if self.episode_steps is not None:
+            return None
+        if terminated is None or truncated is None:
+            done = truncated if terminated is None else terminated
+            return torch.zeros_like(reward, dtype=torch.bool).flatten() if done is None else done.reshape(-1)
+        return (terminated | truncated).reshape(-1)
+
+    def resume(self, task) -> State:
+        """The observations of an env whose state has been restored."""
+        return self._entries(self.env.observation)
+
+    def _entries(self, observations: State) -> State:
+        if self._asks_for_more:
+            observations = {**observations, **self.env.observe_more(self.env.state)}
+        if self._is_flat:
             return observations
         dims = len(self.env.batch_size)
         return {key: value.reshape(-1, *value.shape[dims:]) for key, value in observations.items()}
@@ -87,7 +97,7 @@ class TorchRLDoor:
         self._keys = list(env.full_observation_spec.keys(True, True))
         self._root: TensorDictBase | None = None
 
-    def start(self, task, rows: Rows) -> Observations:
+    def start(self, task, rows: Rows) -> State:
         env = self.env
         given = TensorDict({}, batch_size=env.batch_size, device=env.device)
         if self._root is not None:
@@ -126,7 +136,11 @@ class TorchRLDoor:
         self._root = root
         return Played(self._observations(root), reward.reshape(-1, 1), done.reshape(-1))
 
-    def _observations(self, root: TensorDictBase) -> Observations:
+    def _observations(self, root: TensorDictBase) -> State:
         dims = len(self.env.batch_size)
         values = {key: root.get(key) for key in self._keys if key in self.observed}
         return {key: value.reshape(-1, *value.shape[dims:]) for key, value in values.items()}
+
+    def resume(self, task) -> State:
+        """The observations of an env whose state has been restored."""
+        raise NotImplementedError(f"{type(self.env).__name__} does not hand out its state, so that no rollout goes on in it.")

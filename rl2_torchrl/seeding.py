@@ -1,0 +1,46 @@
+"""Seeds: what has none of its own takes one from PyTorch's generator, so that `torch.manual_seed` repeats a program."""
+
+from __future__ import annotations
+
+import multiprocessing
+from operator import index
+from zlib import crc32
+
+import numpy as np
+import torch
+
+__all__ = ["derived_seed", "seed_generator"]
+
+_ROOM = 2**63  # of PyTorch's seeds
+
+
+def seed_generator(generator: torch.Generator, seed: int | None) -> None:
+    """Seeds ``generator``; None draws the seed from PyTorch's default generator.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> one, other = torch.Generator(), torch.Generator()
+        >>> seed_generator(one, None), seed_generator(other, None)
+        (None, None)
+        >>> bool(torch.rand((), generator=one) == torch.rand((), generator=other))
+        False
+    """
+    if seed is None:
+        drawn = int(torch.randint(_ROOM - 1, ()))
+        # Forked workers hold copies of one default generator: what they draw is told apart by the process's name.
+        worker = multiprocessing.parent_process() is not None
+        seed = derived_seed(drawn, multiprocessing.current_process().name) if worker else drawn
+    generator.manual_seed(index(seed))
+
+
+def derived_seed(*parts: int | str | None) -> int:
+    """A seed that follows from all ``parts`` and has nothing to do with that of other parts, or with a part itself.
+
+    Examples:
+        >>> derived_seed(0, "task") == derived_seed(0, "task"), derived_seed(0, "task") == derived_seed(0, "goal")
+        (True, False)
+    """
+    numbers = [
+        crc32(str(part).encode()) if part is None or isinstance(part, str) else index(part) % _ROOM for part in parts
+    ]
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
