@@ -2,7 +2,8 @@
 
 from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor
 from rl2_torchrl.modules.actor_critic import ActorCritic
-from rl2_torchrl.modules.gru import FastGRUModule
+from rl2_torchrl.modules.cores import LSTMCore, RecurrentCore
+from rl2_torchrl.modules.gru import FastGRUModule, GRUCore
 from rl2_torchrl.modules.init import orthogonal_init_
 from rl2_torchrl.modules.value import GRUValueHead, MemoryValueHead
 
@@ -10,8 +11,11 @@ __all__ = [
     "ActorCritic",
     "FastGRUModule",
     "GRUCategoricalActor",
+    "GRUCore",
     "GRUGaussianActor",
     "GRUValueHead",
+    "LSTMCore",
     "MemoryValueHead",
+    "RecurrentCore",
     "orthogonal_init_",
 ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
-from tensordict.utils import unravel_key
 from torch import nn
 
-from rl2_torchrl.modules.gru import FastGRUModule
+from rl2_torchrl.modules.cores import sub_key
+from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.linear import relu_linear
 
 __all__ = ["Concat", "Head", "OnMemory", "are_relu_linear", "as_keys", "gru_body", "sub_key"]
@@ -113,34 +113,6 @@ class OnMemory(nn.Module):
         return self.head(self.concat(features, *extra))
 
 
-class _CheckedGRU(FastGRUModule):
-    """TorchRL's `GRUModule`, which says in the user's terms what is wrong with its input."""
-
-    # torch.compile breaks the graph at a GRU in any case; stopping here saves tracing the code around it.
-    @torch.compiler.disable
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        in_key, hidden_key, _ = self.in_keys
-        value, hidden = tensordict.get(in_key, None), tensordict.get(hidden_key, None)
-        if value is None or tensordict.get("is_init", None) is None:
-            raise KeyError(
-                f"the GRU reads {in_key!r} and 'is_init', one of which is missing; there is {list(tensordict.keys(True))}. "
-                "PreviousStep() writes the transition input; InitTracker(), which a Collector with "
-                "auto_register_policy_transforms=True adds by itself, marks where a trial starts."
-            )
-        if value.shape[-1] != self.gru.input_size:
-            raise ValueError(
-                f"{in_key!r} has {value.shape[-1]} entries, but the GRU was built with input_size={self.gru.input_size} "
-                "(the sum of all its inputs). Build the network with from_env(env, ...)."
-            )
-        memory = (self.gru.num_layers, self.gru.hidden_size)
-        if hidden is not None and hidden.shape[tensordict.ndim :] != memory:
-            raise ValueError(
-                f"{hidden_key!r} has shape {tuple(hidden.shape)}; it must be [*B, num_layers, hidden_size] with {memory} at "
-                "its end. Take the primers from this network: get_primers_from_module(policy)."
-            )
-        return super().forward(tensordict)
-
-
 def gru_body(
     in_keys: Sequence[NestedKey],
     input_size: int,
@@ -156,22 +128,13 @@ def gru_body(
 
     The hidden state ``[*B, num_layers, hidden_size]`` is read from ``hidden_key`` and written to ``("next", hidden_key)``.
     """
-    if hidden_size < 1 or input_size < 1:
-        raise ValueError(f"input_size={input_size} and hidden_size={hidden_size} must be at least 1.")
     modules = []
     in_key = in_keys[0]
     if len(in_keys) > 1:
         in_key = sub_key(features_key, "input")
         modules.append(TensorDictModule(Concat(), in_keys=list(in_keys), out_keys=[in_key]))
-    gru = _CheckedGRU(
-        input_size=input_size,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        in_keys=[in_key, hidden_key, "is_init"],
-        out_keys=[features_key, unravel_key(("next", hidden_key))],
-        device=device,
-    )
-    return [*modules, gru.to(dtype) if dtype is not None else gru]
+    keys = {"in_key": in_key, "hidden_key": hidden_key, "features_key": features_key}
+    return [*modules, GRUCore(input_size, hidden_size, num_layers, **keys, device=device, dtype=dtype)]
 
 
 def as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
@@ -179,8 +142,3 @@ def as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
     if isinstance(extra_keys, str):
         raise TypeError(f"extra_keys={extra_keys!r} is a single key; give a list: extra_keys=[{extra_keys!r}].")
     return list(extra_keys)
-
-
-def sub_key(key: NestedKey, suffix: str) -> NestedKey:
-    """``key`` with ``suffix`` on its last part: ``("a", "b"), "c"`` gives ``("a", "b_c")``."""
-    return f"{key}_{suffix}" if isinstance(key, str) else (*key[:-1], f"{key[-1]}_{suffix}")

@@ -14,8 +14,8 @@ from rl2_torchrl.modules import body
 from rl2_torchrl.modules.actor import Gaussian
 from rl2_torchrl.modules.body import Head, OnMemory, are_relu_linear
 from rl2_torchrl.modules.categorical import categorical_gradient, categorical_terms
-from rl2_torchrl.modules.gru import (
-    FastGRUModule,
+from rl2_torchrl.modules.gru import FastGRUModule
+from rl2_torchrl.modules.gru_sequence import (
     Workspace,
     as_bytes,
     backward_in_place,
@@ -23,7 +23,7 @@ from rl2_torchrl.modules.gru import (
     weight_products,
 )
 from rl2_torchrl.modules.linear import MOST_OUTPUTS, relu_linear, relu_linear_gradients
-from rl2_torchrl.modules.plain import NotPlainError, State
+from rl2_torchrl.modules.plain import NotPlainError, State, fits
 
 __all__ = ["CategoricalTerms", "Concat", "GRUPart", "GaussianTerms", "HeadPart", "Part", "parts_of", "policy_terms"]
 
@@ -105,7 +105,7 @@ class GRUPart(Part):
         in_key, hidden_key, init_key = self.module.in_keys
         x, is_init = _entries(state, (in_key, init_key))
         hidden = state.get(hidden_key)
-        if not self.module.fits(x, hidden):
+        if not fits(self.module, x, hidden):
             raise NotPlainError(f"{in_key} or {hidden_key} does not fit the GRU")
         self._is_init = as_bytes(is_init.squeeze(-1))
         hidden = None if hidden is None else hidden[:, :, 0]
