@@ -115,7 +115,9 @@ class TrialCollector(Collector):
         return None
 
     def _make_player(self) -> Rollout:
-        return Rollout(self.env, self._wrapped_policy, self.frames_per_batch, self.keep)
+        player = Rollout(self.env, self._wrapped_policy, self.frames_per_batch, self.keep)
+        player.adopt(self._carrier)  # Collector has reset the env already, and begins there
+        return player
 
     def rollout(self) -> TensorDictBase:
         """One batch ``[*B, T]`` of the entries ``keep``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.data import Binary, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.data import Binary, Categorical, Composite, NonTensor, TensorSpec, Unbounded
 from torchrl.envs import Transform
 
 from rl2_torchrl.trial import EPISODE_DONE, TRIAL_KEYS
@@ -27,7 +27,8 @@ class PreviousStep(Transform):
     concatenated in the order of ``obs_keys``. The last entry is done, the last but one the reward.
 
     Args:
-        obs_keys: observations to include. Defaults to all of the env's, less the task and the trial's counters.
+        obs_keys: observations to include. Defaults to all numbers and vectors among the env's, less the task and the trial's
+            counters: images (two dimensions and more) are for an encoder that reads them whole, text is for nobody here.
             An empty list leaves none, as in bandits.
         out_key: entry to write. Defaults to ``"trans"``.
         task_key: the task's entry, which must not be among the inputs. Defaults to ``"task"``.
@@ -141,8 +142,9 @@ class PreviousStep(Transform):
                 "every episode. Use Compose(Trial(...), TaskSampler(...), PreviousStep())."
             )
         hidden = {*TRIAL_KEYS, self.out_key, "is_init"}
-        keys = observation_spec.keys(True, True)
-        return [key for key in keys if key not in hidden and not _is_within(key, self.task_key)]
+        keys = [key for key in observation_spec.keys(True, True) if key not in hidden and not _is_within(key, self.task_key)]
+        batch_dims = len(self.container.base_env.batch_size)
+        return [key for key in keys if _is_vector(observation_spec[key], batch_dims)]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("PreviousStep is a transform of environments; it has no meaning in a replay buffer.")
@@ -195,6 +197,10 @@ class _Layout:
     def encode(self, observations: Sequence[torch.Tensor], batch_size: torch.Size) -> list[torch.Tensor]:
         parts = zip(self.observations.values(), observations, strict=True)
         return [encoding.encode(value, batch_size) for encoding, value in parts]
+
+
+def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:
+    return not isinstance(spec, NonTensor) and len(spec.shape) - batch_dims < 2
 
 
 def _is_within(key: NestedKey, root: NestedKey) -> bool:

@@ -59,7 +59,7 @@ class TensorDoor:
 
     def play(self, action: torch.Tensor, task) -> Played:
         if not self._is_flat:
-            action = action.reshape(*self.env.batch_size, *action.shape[1:])
+            action = action.reshape((*self.env.batch_size, *action.shape[1:]))
         observations, reward, terminated, truncated = self.env.play(action)
         return Played(self._entries(observations), reward.reshape(-1, 1), self._done(reward, terminated, truncated))
 
@@ -71,7 +71,11 @@ class TensorDoor:
             return torch.zeros_like(reward, dtype=torch.bool).flatten() if done is None else done.reshape(-1)
         return (terminated | truncated).reshape(-1)
 
-    def resume(self, task) -> State:
+    def adopt(self, reset: TensorDictBase) -> State:
+        """The observations of a ``reset()`` that somebody has made."""
+        return self._entries(self.env.observation)
+
+    def resume(self) -> State:
         """The observations of an env whose state has been restored."""
         return self._entries(self.env.observation)
 
@@ -128,7 +132,7 @@ class TorchRLDoor:
 
     def play(self, action: torch.Tensor, task) -> Played:
         env, root = self.env, self._root
-        root.set(self._action_key, action.reshape(*env.batch_size, *action.shape[1:]))
+        root.set(self._action_key, action.reshape((*env.batch_size, *action.shape[1:])))
         after = env._step(root)
         env._complete_done(self._done_spec, after)
         reward, done = after.get(self._reward_key), after.get("done")
@@ -138,9 +142,16 @@ class TorchRLDoor:
 
     def _observations(self, root: TensorDictBase) -> State:
         dims = len(self.env.batch_size)
-        values = {key: root.get(key) for key in self._keys if key in self.observed}
+        # Copies: many envs write their next step into the same memory.
+        values = {key: root.get(key).clone() for key in self._keys if key in self.observed}
         return {key: value.reshape(-1, *value.shape[dims:]) for key, value in values.items()}
 
-    def resume(self, task) -> State:
+    def adopt(self, reset: TensorDictBase) -> State:
+        """The observations of a ``reset()`` that somebody has made."""
+        keys = {*self._keys, *self._state_keys, *self.env.done_keys}
+        self._root = reset.select(*keys, strict=False)
+        return self._observations(self._root)
+
+    def resume(self) -> State:
         """The observations of an env whose state has been restored."""
         raise NotImplementedError(f"{type(self.env).__name__} does not hand out its state, so that no rollout goes on in it.")

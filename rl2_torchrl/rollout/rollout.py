@@ -67,6 +67,10 @@ class Rollout:
         self._replays: dict[object, GraphReplay] = {}
         self._kept: TensorDict | None = None
 
+    def adopt(self, reset: TensorDictBase) -> None:
+        """Takes a ``env.reset()`` that somebody has just made as the beginning of the first batch, in place of one of its own."""
+        self.trials.adopt(reset)
+
     @property
     def is_on_tensors(self) -> bool:
         """Whether trials are played on tensors, or through the env's own TensorDicts."""

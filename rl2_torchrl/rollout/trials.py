@@ -116,6 +116,7 @@ class TensorTrials:
         self._tasks: list[Task] = []  # of the trials that begin in a batch, where that is known ahead
         self._pending: Rows = True  # rows that begin a trial with the next batch
         self._observations: State = {}
+        self._is_adopted = False
 
     @property
     def is_repeatable(self) -> bool:
@@ -135,13 +136,21 @@ class TensorTrials:
         else:
             self._tasks = tasks
 
+    def adopt(self, reset: TensorDictBase) -> None:
+        """Takes a ``reset()`` of the env that somebody has just made as the first step of the first trials."""
+        self._task = reset.get(self.task_key, None)
+        self._observations, self._pending, self._is_adopted = self.door.adopt(reset), False, True
+
     def start(self) -> tuple[State, Rows]:
         """The entries of a batch's first step, and the rows in which it begins a trial."""
         self._undealt: Iterator[Task] = iter(self._tasks)
         begun, self._pending = self._pending, False
         if self.inputs is not None:
             self.inputs.start_batch()
-        if begun is not False:
+        if self._is_adopted:
+            self._is_adopted, begun = False, True
+            self._show(0, begun)
+        elif begun is not False:
             self._begin(0, begun)
         return self._root(0), begun
 
@@ -184,6 +193,10 @@ class TensorTrials:
         if self.sampler is not None:
             self._task = next(self._undealt) if self.clock.is_shared else self._drawn(rows)
         self._observations = self.door.start(self._task, rows)
+        self._show(t, rows)
+
+    def _show(self, t: int, rows: Rows) -> None:
+        """Writes the transition input of a trial's first step."""
         if self.inputs is not None:
             self.inputs.begin(t, rows)
             self.inputs.observe(t, self._observations, rows)
@@ -251,7 +264,7 @@ class TensorTrials:
         pending = state["pending"]
         self._pending = bool(pending[0]) if (pending == pending[0]).all() else pending.to(self.device)
         self._task = state["task"]
-        self._observations = self.door.resume(self._task)
+        self._observations, self._is_adopted = self.door.resume(), False
         if self.inputs is not None:
             self.inputs.data[-1].copy_(state["input"])
 
@@ -276,8 +289,13 @@ class TransformedTrials:
         wanted = {*read, *(self.keys if keep is None else keep)}
         self._root_keys = [key for key in self.keys if not _is_next(key) and key in wanted]
         self._after_keys = [key for key in self.keys if _is_next(key) and key in {*wanted, REWARD, ("next", "done")}]
+        self._tensordict: TensorDictBase | None = None
         self._stepped: TensorDictBase | None = None
         self.reason = reason
+
+    def adopt(self, reset: TensorDictBase) -> None:
+        """Takes a ``reset()`` of the env that somebody has just made as the first step of the first trials."""
+        self._tensordict = reset.copy()
 
     def start_batch(self) -> None:
         """Nothing is known ahead."""
@@ -286,15 +304,15 @@ class TransformedTrials:
         """The entries of a batch's first step, and the rows in which it begins a trial."""
         if self._stepped is not None:
             return self._go_on()
-        self._tensordict = self.env.reset()
+        self._tensordict = self.env.reset() if self._tensordict is None else self._tensordict
         return self._entries(self._tensordict, self._root_keys), True
 
     def step(self, t: int, state: State) -> Turn:
         """Step ``t`` of all rows, with what the policy has written into ``state``."""
         root = self._tensordict
         for key, value in state.items():
-            if key not in root.keys(True):
-                root.set(key, value if isinstance(value, TensorDictBase) else value.reshape(*self.batch_size, *value.shape[1:]))
+            if key not in self._root_keys:
+                root.set(key, value if isinstance(value, TensorDictBase) else value.reshape((*self.batch_size, *value.shape[1:])))
         self._stepped = self.env.step(root)
         after = self._entries(self._stepped, self._after_keys)
         return Turn(after, *self._go_on())
@@ -308,7 +326,7 @@ class TransformedTrials:
     def _entries(self, tensordict: TensorDictBase, keys: Collection[NestedKey]) -> State:
         dims, state = len(self.batch_size), {}
         for key in keys:
-            value = tensordict.get(key)
+            value = tensordict.get(key).clone()  # many envs write their next step into the same memory
             state[key] = value if dims == 1 else value.reshape(self.rows, *value.shape[dims:])
         return state
 
