@@ -22,7 +22,7 @@ class DrawnCheetah(HalfCheetahVelocity):
     """Its picture is one shade of grey, the brighter the further the step, so that no OpenGL is needed."""
 
     def render(self, row, *, width, height):
-        return torch.full((height, width, 3), 30 * int(self._steps[row]), dtype=torch.uint8)
+        return torch.full((height, width, 3), 30 * int(self._row_steps()[row]), dtype=torch.uint8)
 
 
 def cheetahs(env_class=DrawnCheetah):
