@@ -21,7 +21,7 @@ from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import HalfCheetahVelocity, velocities
 
 #: Names of what is timed; a share is that of the first's steps/s.
-BARE, TRANSITION, ROLLOUT, LOOP = "mujoco.rollout", "env.transition", "env.rollout", "backend mujoco"
+BARE, TRANSITION, ROLLOUT, LOOP = "mujoco.rollout", "env.play", "env.rollout", "backend mujoco"
 
 
 def main(
@@ -35,7 +35,7 @@ def main(
 ) -> dict[str, dict]:
     """Times the same cheetahs with the same actions from the same start, in turns, and whole iterations of training.
 
-    "mujoco.rollout" is MuJoCo's thread pool alone; "env.transition" the env on plain tensors, as `TrialCollector` calls it;
+    "mujoco.rollout" is MuJoCo's thread pool alone; "env.play" the env on plain tensors, as `TrialCollector` calls it;
     "env.rollout" TorchRL's loop over the env with all transforms of a trial; "backend mujoco" one env a cheetah, in a loop.
     Shares are medians over pairs of runs that followed one another.
 
@@ -66,15 +66,16 @@ def measure(rows: int, threads: int, steps: int, repeats: int) -> dict:
     generator = torch.Generator().manual_seed(0)
     tasks = velocities()(env.batch_size, generator)
     actions = 2 * torch.rand(steps, rows, 6, generator=generator) - 1
-    env.first(tasks)
+    env.start(tasks)
     start = env.get_extra_state()
-    bare, last = bare_rollout(env.model, start, actions, threads)
+    bodies = [part.clone() for part in env.get_outside_state()]
+    bare, last = bare_rollout(env.model, *bodies[:2], actions, threads)
     few = actions[: max(1, steps // 10)]  # the last way is slow
     ways = {
         BARE: (bare, steps),
-        TRANSITION: (transitions(env, start, tasks, actions), steps),
+        TRANSITION: (transitions(env, start, actions), steps),
         ROLLOUT: (torchrl_rollout(env, start, tasks, actions), steps),
-        LOOP: (loop(start, tasks, few), len(few)),
+        LOOP: (loop(*bodies[:2], tasks, few), len(few)),
     }
     seconds = in_turns(ways, repeats)
     ways[TRANSITION][0]()
@@ -100,11 +101,11 @@ def measure_training(mode: str, repeats: int) -> dict:
 
 
 def bare_rollout(
-    model: mujoco.MjModel, start: dict, actions: torch.Tensor, threads: int
+    model: mujoco.MjModel, qpos: torch.Tensor, qvel: torch.Tensor, actions: torch.Tensor, threads: int
 ) -> tuple[Callable, np.ndarray]:
     """A run of MuJoCo's pool alone, and where it leaves its last states ``[rows, size]``: (time, qpos, qvel)."""
     rows, substeps = actions.shape[1], HalfCheetahVelocity.frame_skip
-    begin = np.concatenate((np.zeros((rows, 1)), start["qpos"], start["qvel"]), 1)
+    begin = np.concatenate((np.zeros((rows, 1)), qpos, qvel), 1)
     states = np.zeros((rows, substeps, begin.shape[1]))
     ctrls = [np.repeat(action.double().numpy()[:, None], substeps, 1) for action in actions]
     models, data = [model] * rows, [mujoco.MjData(model) for _ in range(threads)]
@@ -119,21 +120,19 @@ def bare_rollout(
     return run, states[:, -1]
 
 
-def transitions(
-    env: HalfCheetahVelocity, start: dict, tasks: torch.Tensor, actions: torch.Tensor
-) -> Callable[[], None]:
+def transitions(env: HalfCheetahVelocity, start: torch.Tensor, actions: torch.Tensor) -> Callable[[], None]:
     """A run of the env on plain tensors."""
 
     def run() -> None:
         env.set_extra_state(start)
         for action in actions:
-            env.transition(tasks, None, action)
+            env.play(action)
 
     return run
 
 
 def torchrl_rollout(
-    env: HalfCheetahVelocity, start: dict, tasks: torch.Tensor, actions: torch.Tensor
+    env: HalfCheetahVelocity, start: torch.Tensor, tasks: torch.Tensor, actions: torch.Tensor
 ) -> Callable[[], None]:
     """A run of the env in TorchRL's loop, with the transforms of a trial."""
     transforms = Compose(Trial(episodes=1), TaskSampler.fixed(tasks), PreviousStep(["observation"]))
@@ -147,17 +146,18 @@ def torchrl_rollout(
     return run
 
 
-def loop(start: dict, tasks: torch.Tensor, actions: torch.Tensor) -> Callable[[], None]:
+def loop(qpos: torch.Tensor, qvel: torch.Tensor, tasks: torch.Tensor, actions: torch.Tensor) -> Callable[[], None]:
     """A run of as many envs as there are cheetahs, each MuJoCo's ``mj_step`` through TorchRL's backend."""
     envs = [HalfCheetahVelocity(backend="mujoco") for _ in range(len(tasks))]
     everyone = torch.ones(1, dtype=torch.bool)
 
     def run() -> None:
         for row, own in enumerate(envs):
-            own.physics.reset_mask(everyone, start["qpos"][row : row + 1], start["qvel"][row : row + 1])
+            own.start(tasks[row])
+            own.physics.reset_mask(everyone, qpos[row : row + 1], qvel[row : row + 1])
         for action in actions:
             for row, own in enumerate(envs):
-                own.transition(tasks[row], None, action[row])
+                own.play(action[row])
 
     return run
 

@@ -41,6 +41,11 @@ def sampler():
     return TaskSampler(uniform_means(3), seed=0)
 
 
+def started(env):
+    env.reset()
+    return env
+
+
 def wrap(*transforms, base=None):
     return TransformedEnv(bandit() if base is None else base, Compose(*transforms))
 
@@ -117,7 +122,12 @@ CASES = [
     row("no trial", lambda: wrap(PreviousStep()).observation_spec, ValueError, "no Trial before.*Use Compose"),
     row("batch size 0", lambda: bandit(0), ValueError, r"\(0,\) holds no env.*at least 1"),
     row("no arms", lambda: BernoulliBandit(0), ValueError, "num_arms=0.*at least one"),
-    row("reset without task", lambda: bandit().reset(), KeyError, "needs a 'task'.*Add a TaskSampler"),
+    row(
+        "step before reset",
+        lambda: bandit().step(TensorDict({"action": torch.zeros(2).long()}, [2])),
+        RuntimeError,
+        "before reset.*Call reset.*TaskSampler",
+    ),
     row(
         "task not in state_spec",
         lambda: wrap(Trial(steps=4), sampler(), base=GymEnv("CartPole-v1")).reset(),
@@ -142,7 +152,7 @@ CASES = [
     row("no such observation", lambda: env(obs_keys=["pixels"]).observation_spec, KeyError, "pixels.*it has"),
     row(
         "step without counters",
-        lambda: env().step(TensorDict({"action": torch.zeros(2).long(), "task": torch.zeros(2, 3)}, [2])),
+        lambda: started(env()).step(TensorDict({"action": torch.zeros(2).long(), "task": torch.zeros(2, 3)}, [2])),
         KeyError,
         "no 'trial_step'.*pass on what reset",
     ),

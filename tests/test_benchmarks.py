@@ -75,7 +75,7 @@ def test_cheetahs_are_timed_on_the_same_work(tmp_path):
     assert set(stored) == {"1", "3"}
     for rows, figure in stored.items():
         assert figure["difference"] == 0  # the env leaves its cheetahs where bare MuJoCo does
-        names = {"mujoco.rollout", "env.transition", "env.rollout", "backend mujoco"}
+        names = {"mujoco.rollout", "env.play", "env.rollout", "backend mujoco"}
         assert names == set(figure["share"]) == set(figure["steps_per_second"]) == set(figure["seconds_per_step"])
         assert figure["share"]["mujoco.rollout"] == 1
         for name, seconds in figure["seconds_per_step"].items():

@@ -124,7 +124,7 @@ def test_a_checkpoint_goes_on_in_the_middle_of_an_episode():
     resumed.load_state_dict(env.state_dict())
     after = resumed.step(tensordict.set("action", torch.full((3,), UP)))["next", "observation"]
     assert after.tolist() == [10, 6, 5]
-    assert resumed._steps.flatten().tolist() == [2, 2, 2]
+    assert resumed._row_steps().flatten().tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,3 @@ def test_a_checkpoint_goes_on_in_the_middle_of_an_episode():
 def test_bad_sizes(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def test_reset_asks_for_a_goal():
-    with pytest.raises(KeyError, match="GridNavi.reset.. needs a 'task'"):
-        GridNavi(batch_size=(2,)).reset()

@@ -25,7 +25,7 @@ from rl2_torchrl.envs import (
     signs,
     velocities,
 )
-from rl2_torchrl.envs.physics import RolloutBackend
+from rl2_torchrl.envs.physics import Bodies, RolloutBackend
 from rl2_torchrl.testing import check_trial_env
 
 TASKS = {
@@ -83,7 +83,7 @@ def test_every_step_is_gymnasiums(env_class):
     theirs.reset(seed=0)
     td = reset(env)
     for step in range(steps // rows):
-        start = env.get_extra_state()
+        start = {name: part.clone() for name, part in zip(Bodies._fields, env.get_outside_state(), strict=True)}
         td = act(env, td, seed=step)
         following = env.step(td)["next"]
         for row in range(rows):
@@ -106,8 +106,7 @@ def test_first_observation_is_gymnasiums():
     env = HalfCheetahVelocity(batch_size=(2,), seed=0, dtype=torch.float64)
     td, theirs = reset(env), gymnasium.make("HalfCheetah-v5").unwrapped
     theirs.reset(seed=0)
-    state = env.get_extra_state()
-    theirs.set_state(state["qpos"][1].numpy(), state["qvel"][1].numpy())
+    theirs.set_state(env.physics.qpos[1].numpy(), env.physics.qvel[1].numpy())
     torso = torch.from_numpy(theirs.get_body_com("torso").copy())
     expected = torch.cat((torch.from_numpy(theirs.state_vector())[1:], torso))
     torch.testing.assert_close(td["observation"][1], expected, rtol=0, atol=1e-12)
@@ -155,20 +154,21 @@ def test_masked_resets_touch_only_their_rows(env_class):
     env = env_class(batch_size=(3,), seed=0)
     td = act(env, reset(env))
     env.step(td)
-    before = env.get_extra_state()
+    before = [part.clone() for part in (*env.get_outside_state(), env._row_steps())]
     mask = torch.tensor([[False], [True], [False]])
     after = env.reset(TensorDict({"task": td["task"], "_reset": mask}, [3]))
-    state = env.get_extra_state()
-    for key in ("qpos", "qvel", "earlier_qpos", "start_qpos", "steps"):
-        assert torch.equal(state[key][[0, 2]], before[key][[0, 2]]), key
-        assert not torch.equal(state[key][1], before[key][1]), key
-    assert state["steps"][1] == 0
+    for now, then in zip((*env.get_outside_state(), env._row_steps()), before, strict=True):
+        assert torch.equal(now[[0, 2]], then[[0, 2]])
+        assert not torch.equal(now[1], then[1])
+    assert env._row_steps().flatten().tolist() == [1, 0, 1]
     assert after["velocity"][1].abs().sum() == 0
 
 
 def test_rows_do_not_depend_on_one_another():
     batch, alone = HalfCheetahVelocity(batch_size=(5,), seed=0), HalfCheetahVelocity(batch_size=(), seed=0)
     td = reset(batch)
+    reset(alone)
+    alone.start(td["task"][3])
     alone.physics.reset_mask(torch.ones(1, dtype=torch.bool), batch.physics.qpos[3:4], batch.physics.qvel[3:4])
     single = TensorDict({"task": td["task"][3]})
     for step in range(20):
@@ -204,14 +204,15 @@ def test_keeps_the_trial_contract(env_class):
 def test_what_a_step_returned_is_not_written_over():
     env = HalfCheetahVelocity(batch_size=(3,), seed=0)
     td = reset(env)
-    returned = [env.transition(td["task"], None, torch.full((3, 6), level)) for level in (0.5, -0.5)]
+    returned = [env.play(torch.full((3, 6), level)) for level in (0.5, -0.5)]
+    returned = [(entries["observation"], reward) for entries, reward, _, _ in returned]
     td = act(env, td)
     returned += [[env.step(td.clone())["next", key] for key in ("observation", "reward", "velocity")]]
     as_they_were = [[tensor.clone() for tensor in tensors] for tensors in returned]
     env.step(td), reset(env, seed=1)
     for tensors, earlier in zip(returned, as_they_were, strict=True):
         assert all(map(torch.equal, tensors, earlier))
-    assert not torch.equal(returned[0][1], returned[1][1])
+    assert not torch.equal(returned[0][0], returned[1][0])
 
 
 def trial_env(rows=4, episodes=2, horizon=3):
@@ -231,7 +232,9 @@ def test_fast_collection_equals_collectors():
         collector = cls(env, policy, **how, **kwargs)
         env.base_env.set_seed(0), env.transform[1].seed(0)
         if cls is TrialCollector:
-            env.base_env.first(None)  # draws what Collector draws for the second episode of its first trial
+            env.base_env.start(
+                torch.zeros(4, 1)
+            )  # draws what Collector draws for the second episode of its first trial
         batches.append(next(iter(collector)).clone())
     assert collector.lockstep is not None
     # The fast path does not use the env's first reset: compare its first trial with Collector's second.
@@ -304,11 +307,6 @@ def test_nan_actions_are_an_error():
 def test_impossible_sizes_and_types(kwargs, message):
     with pytest.raises(ValueError, match=message):
         HalfCheetahVelocity(**kwargs)
-
-
-def test_reset_without_task_says_what_to_do():
-    with pytest.raises(KeyError, match="Add a TaskSampler"):
-        AntGoal(batch_size=(2,)).reset()
 
 
 @pytest.mark.parametrize("kwargs", [{"num_threads": 0}, {"num_threads": 2, "backend": "mujoco"}])

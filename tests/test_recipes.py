@@ -346,9 +346,9 @@ def test_rewards_are_noisy_in_evaluations_of_a_training_without_noise(tmp_path, 
     noises = []
 
     class Recorded(TabularMDP):
-        def transition(self, *args):
+        def advance(self, *args):
             noises.append((self.batch_size[0], self.noise))
-            return super().transition(*args)
+            return super().advance(*args)
 
     monkeypatch.setattr(tabular_mdp, "TabularMDP", Recorded)
     run("tabular_mdp", tmp_path, noiseless=0.75)

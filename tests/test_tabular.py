@@ -18,6 +18,7 @@ from rl2_torchrl import (
     TrialCollector,
 )
 from rl2_torchrl.envs import TabularMDP, pack_mdps, random_mdps, unpack_mdps
+from rl2_torchrl.envs.discrete import DiscreteState
 from rl2_torchrl.testing import check_trial_env
 
 STATES, ACTIONS, STEPS, EPISODES = 4, 3, 5, 2
@@ -74,9 +75,8 @@ def test_every_row_plays_its_own_task(batch_size):
     number = torch.arange(math.prod(batch_size)).float().reshape(batch_size)
     rewards = number[..., None, None].expand(*batch_size, STATES, ACTIONS)
     transitions = torch.full((*rewards.shape, STATES), 1 / STATES)
-    reward, state = env.transition(
-        pack_mdps(rewards, transitions), torch.ones(batch_size).long(), torch.ones(batch_size).long()
-    )
+    state = DiscreteState(pack_mdps(rewards, transitions), torch.ones(batch_size).long())
+    _, state, reward, _, _ = env.advance(state, torch.ones(batch_size).long())
     assert torch.equal(reward.squeeze(-1), number)
     assert state.shape == batch_size
 
@@ -87,7 +87,7 @@ def test_next_states_and_rewards_have_their_distribution():
     rewards, transitions = (part.clone() for part in unpack_mdps(ring().expand(rows, -1), STATES, ACTIONS))
     transitions[:, 2, 1] = probabilities
     task = pack_mdps(rewards, transitions)
-    reward, state = env.transition(task, torch.full((rows,), 2), torch.full((rows,), 1))
+    _, state, reward, _, _ = env.advance(DiscreteState(task, torch.full((rows,), 2)), torch.full((rows,), 1))
     share = torch.bincount(state, minlength=STATES) / rows
     assert share[1] == 0
     assert ((share - probabilities).abs() <= 3 * (probabilities * (1 - probabilities) / rows).sqrt()).all()
@@ -102,7 +102,7 @@ def test_sums_that_rounding_leaves_below_one_lead_to_no_state_beyond_the_last():
     transitions = torch.full((STATES, ACTIONS, STATES), 0.2)  # sums to 0.8: rounding, exaggerated
     task = pack_mdps(torch.zeros(STATES, ACTIONS), transitions).expand(100_000, -1)
     zeros = torch.zeros(100_000, dtype=torch.int64)
-    assert env.transition(task, zeros, zeros)[1].unique().tolist() == [0, 1, 2, 3]
+    assert env.advance(DiscreteState(task, zeros), zeros)[1].unique().tolist() == [0, 1, 2, 3]
 
 
 # ---- Tasks.
@@ -266,9 +266,19 @@ def test_a_checkpoint_goes_on_in_the_middle_of_an_episode():
 # ---- Bad input.
 
 
-def test_reset_asks_for_a_task():
-    with pytest.raises(KeyError, match=r"needs a 'task' \[6, 60\].*Add a TaskSampler"):
-        make().reset()
+def test_noise_can_be_set_at_any_time():
+    env = make((4000,), noise=0.0)
+    env.start(ring().expand(4000, -1))
+    action = torch.ones(4000, dtype=torch.int64)
+    deviations = []
+    for noise in (0.0, 0.3, 2.0):
+        env.noise = noise
+        assert env.noise == noise
+        deviations.append(env.play(action)[1].std().item())
+    # The standard error of a deviation is sigma / sqrt(2 n).
+    assert deviations == pytest.approx([0, 0.3, 2.0], rel=3 / 8000**0.5)
+    with pytest.raises(ValueError, match="noise=-1"):
+        env.noise = -1
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,10 @@ def test_tasks_and_the_rest_draw_from_separate_streams():
     torch.manual_seed(0)
     state = torch.get_rng_state()
     env = bandits(uniform(0))
-    rewards = env.base_env.get_extra_state()
+    rewards = env.base_env.generator.get_state()
     first = env.reset()["task"]
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(env.base_env.get_extra_state(), rewards)
+    assert torch.equal(env.base_env.generator.get_state(), rewards)
     torch.manual_seed(1)
     env = bandits(uniform(0))
     env.set_seed(5)

@@ -22,7 +22,7 @@ class DrawnCheetah(HalfCheetahVelocity):
     """Its picture is one shade of grey, the brighter the further the step, so that no OpenGL is needed."""
 
     def render(self, row, *, width, height):
-        return torch.full((height, width, 3), 30 * int(self._steps[row]), dtype=torch.uint8)
+        return torch.full((height, width, 3), 30 * int(self._row_steps()[row]), dtype=torch.uint8)
 
 
 def cheetahs(env_class=DrawnCheetah):
@@ -104,7 +104,7 @@ env = HalfCheetahVelocity(batch_size=(2,), seed=0)
 env.reset(TensorDict({"task": torch.zeros(2, 1)}, [2]))
 first = env.render(1, width=96, height=64)
 camera = env._camera
-env.transition(torch.zeros(2, 1), None, torch.ones(2, 6))
+env.play(torch.ones(2, 6))
 second = env.render(1, width=96, height=64)
 assert first.shape == (64, 96, 3) and first.dtype == torch.uint8
 assert first.float().std() > 10, "an empty picture"

@@ -15,6 +15,7 @@ from rl2_torchrl.envs.locomotion import (
     signs,
     velocities,
 )
+from rl2_torchrl.envs.point_robot import PointRobot, goals_on_half_circle
 from rl2_torchrl.envs.tabular import TabularMDP, pack_mdps, random_mdps, unpack_mdps
 from rl2_torchrl.envs.tensor_env import TensorEnv
 
@@ -27,11 +28,13 @@ __all__ = [
     "HalfCheetahDirection",
     "HalfCheetahVelocity",
     "LocomotionEnv",
+    "PointRobot",
     "QuadraticBandit",
     "TabularMDP",
     "TensorEnv",
     "directions",
     "goals_in_disc",
+    "goals_on_half_circle",
     "grid_goals",
     "pack_mdps",
     "random_mdps",

@@ -2,45 +2,7 @@
 
 An author says how episodes begin and what a step does, for ``B`` rows side by side. Everything else follows: reset of some
 rows, bounds on an episode's steps, seeds, TorchRL's ``_reset`` and ``_step``, an exact resume. Episodes may be ragged: end
-when they like, each row at its own step.
-
-Examples:
-    A hidden number is to be guessed; an episode ends at the right guess, and after 10 guesses at the latest.
-
-    >>> from torchrl.data import Categorical, Unbounded
-    >>> class Guess(TensorEnv):
-    ...     def __init__(self, numbers: int = 5, **kwargs):
-    ...         super().__init__(  # specs of one row
-    ...             task_spec=Unbounded(1),
-    ...             observation_spec=Categorical(3),  # too low, right, too high
-    ...             action_spec=Categorical(numbers),
-    ...             max_episode_steps=10,
-    ...             **kwargs,
-    ...         )
-    ...
-    ...     def begin(self, task, rows):  # task [*B, 1]
-    ...         state = task.squeeze(-1).long()
-    ...         return state, torch.ones_like(state)
-    ...
-    ...     def advance(self, state, action):  # [*B], [*B]
-    ...         observation = 1 + torch.sign(action - state)
-    ...         right = (action == state).unsqueeze(-1)
-    ...         return state, observation, -1.0 + right, right, None
-    >>> env = Guess(batch_size=(2,), seed=0)
-    >>> observation = env.start(torch.tensor([[3.0], [1.0]]), None)
-    >>> observation, reward, terminated, truncated = env.play(torch.tensor([1, 1]))
-    >>> observation["observation"].tolist(), reward.squeeze(-1).tolist(), terminated.squeeze(-1).tolist()
-    ([0, 1], [-1.0, 0.0], [False, True])
-
-    It is a TorchRL env, and `rl2_torchrl.testing.check_tensor_env` tells whether it is a sound one.
-
-    >>> from torchrl.envs import Compose, TransformedEnv
-    >>> from rl2_torchrl import PreviousStep, TaskSampler, Trial
-    >>> def numbers(batch_size, generator):
-    ...     return torch.randint(5, (*batch_size, 1), generator=generator).float()
-    >>> env = TransformedEnv(env, Compose(Trial(episodes=3), TaskSampler(numbers, seed=0), PreviousStep()))
-    >>> env.rollout(30)["next", "episode_done"].shape[0]
-    2
+when they like, each row at its own step. `TensorEnv`'s own page has a whole env as an example.
 """
 
 from __future__ import annotations
@@ -48,7 +10,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from operator import index
-from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -57,17 +18,14 @@ from torchrl import torchrl_logger
 from torchrl.data import Binary, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
+from rl2_torchrl.envs.rows import Entries, EnvState, Rows, entries_of, merge, rebuilt, tensors_of
 from rl2_torchrl.seeding import seed_generator
 
 __all__ = ["TensorEnv"]
 
-#: What an env remembers from step to step: a tensor, tuples or dictionaries of them, or None. Every tensor is ``[*B, ...]``.
-EnvState = Any
-Entries = dict[NestedKey, Tensor]
-
 
 class TensorEnv(EnvBase):
-    """A batched env whose author writes `begin` and `advance` on plain tensors; the module's page shows one.
+    """A batched env whose author writes `begin` and `advance` on plain tensors; the example is a whole one.
 
     All specs are those of **one row**; the batch's dimensions are put before them. What `advance` is given it must leave as
     it is: observations and states of earlier steps are not copied, and are still read.
@@ -99,6 +57,44 @@ class TensorEnv(EnvBase):
     Raises:
         ValueError: an empty ``batch_size``, ``max_episode_steps`` below 1, or none with ``fixed_length``.
         RuntimeError: a step before the first reset; an episode that ends early in spite of ``fixed_length``.
+
+    Examples:
+        A hidden number is to be guessed; an episode ends at the right guess, and after 10 guesses at the latest.
+
+        >>> from torchrl.data import Categorical, Unbounded
+        >>> class Guess(TensorEnv):
+        ...     def __init__(self, numbers: int = 5, **kwargs):
+        ...         super().__init__(  # specs of one row
+        ...             task_spec=Unbounded(1),
+        ...             observation_spec=Categorical(3),  # too low, right, too high
+        ...             action_spec=Categorical(numbers),
+        ...             max_episode_steps=10,
+        ...             **kwargs,
+        ...         )
+        ...
+        ...     def begin(self, task, rows):  # task [*B, 1]
+        ...         state = task.squeeze(-1).long()
+        ...         return state, torch.ones_like(state)
+        ...
+        ...     def advance(self, state, action):  # [*B], [*B]
+        ...         observation = 1 + torch.sign(action - state)
+        ...         right = (action == state).unsqueeze(-1)
+        ...         return state, observation, -1.0 + right, right, None
+        >>> env = Guess(batch_size=(2,), seed=0)
+        >>> observation = env.start(torch.tensor([[3.0], [1.0]]), None)
+        >>> observation, reward, terminated, truncated = env.play(torch.tensor([1, 1]))
+        >>> observation["observation"].tolist(), reward.squeeze(-1).tolist(), terminated.squeeze(-1).tolist()
+        ([0, 1], [-1.0, 0.0], [False, True])
+
+        It is a TorchRL env, and `rl2_torchrl.testing.check_tensor_env` tells whether it is a sound one.
+
+        >>> from torchrl.envs import Compose, TransformedEnv
+        >>> from rl2_torchrl import PreviousStep, TaskSampler, Trial
+        >>> def numbers(batch_size, generator):
+        ...     return torch.randint(5, (*batch_size, 1), generator=generator).float()
+        >>> env = TransformedEnv(env, Compose(Trial(episodes=3), TaskSampler(numbers, seed=0), PreviousStep()))
+        >>> env.rollout(30)["next", "episode_done"].shape[0]
+        2
     """
 
     batch_locked = True
@@ -132,7 +128,7 @@ class TensorEnv(EnvBase):
         self.fixed_length = fixed_length
         self.generator = torch.Generator(self.device)
         self._set_seed(seed)
-        self._now = _Now()
+        self._now = Rows()
         self._every_row = torch.ones(batch_size, dtype=torch.bool, device=self.device)
         self._has_task = self._warned = False
         if not isinstance(observation_spec, Composite):
@@ -216,15 +212,15 @@ class TensorEnv(EnvBase):
         now = self._now
         if rows is None or not now.started:
             now.state, observation = self.begin(task, self._every_row)
-            now.observation, now.started = _entries(observation), True
+            now.observation, now.started = entries_of(observation), True
             now.episode_step, now.steps, now.terminated, now.truncated = 0, None, None, None
             if not self.fixed_length:
                 now.steps = self._row_steps()
             return now.observation
         rows = rows.reshape(self.batch_size)
         state, observation = self.begin(task, rows)
-        now.state = _merge(rows, state, now.state)
-        now.observation = _merge(rows, _entries(observation), now.observation)
+        now.state = merge(rows, state, now.state)
+        now.observation = merge(rows, entries_of(observation), now.observation)
         flags = rows.unsqueeze(-1)
         now.steps = self._row_steps().masked_fill(flags, 0)
         now.terminated, now.truncated = (
@@ -245,7 +241,7 @@ class TensorEnv(EnvBase):
         """
         now = self._now
         now.state, observation, reward, terminated, truncated = self.advance(now.state, action)
-        now.observation = entries = _entries(observation)
+        now.observation = entries = entries_of(observation)
         if self.fixed_length:
             if terminated is not None or truncated is not None:
                 raise RuntimeError(
@@ -385,83 +381,23 @@ class TensorEnv(EnvBase):
                 for part, leaf in zip(parts, leaves, strict=True)
             )
         else:
-            self._now = _Now()
+            self._now = Rows()
         self.generator.set_state(generator)
 
     def _leaves(self) -> Iterator[Tensor]:
         now = self._now
         yield self._row_steps()
-        yield from _tensors(now.state)
-        yield from _tensors(now.observation)
+        yield from tensors_of(now.state)
+        yield from tensors_of(now.observation)
         yield from self.get_outside_state()
 
     def _put(self, leaves: Iterator[Tensor]) -> None:
         """Takes the values of `_leaves` back."""
         now, leaves = self._now, iter(leaves)
         steps = next(leaves)
-        now.state = _rebuilt(now.state, leaves)
-        now.observation = _rebuilt(now.observation, leaves)
+        now.state = rebuilt(now.state, leaves)
+        now.observation = rebuilt(now.observation, leaves)
         self.set_outside_state(list(leaves))
         together = self.fixed_length and bool((steps == steps.flatten()[0]).all())
         now.steps, now.episode_step = (None, int(steps.flatten()[0])) if together else (steps, 0)
         now.terminated, now.truncated = None, None
-
-
-class _Now:
-    """Where an env's rows stand. A plain object, since a `Module` takes longer to set an attribute than a step may last.
-
-    Attributes:
-        started: whether the rows have ever begun.
-        state: the state.
-        observation: observation entries.
-        steps: steps of the current episode ``[*B, 1]``; None where all rows have taken ``episode_step``.
-        episode_step: see ``steps``.
-        terminated: of the last step, ``[*B, 1]`` or None.
-        truncated: likewise.
-    """
-
-    __slots__ = ("episode_step", "observation", "started", "state", "steps", "terminated", "truncated")
-
-    def __init__(self):
-        self.started, self.state, self.observation, self.episode_step = False, None, {}, 0
-        self.steps = self.terminated = self.truncated = None
-
-
-def _entries(observation: Tensor | Entries | None) -> Entries:
-    if isinstance(observation, Tensor):
-        return {"observation": observation}
-    return {} if observation is None else observation
-
-
-def _merge(rows: Tensor, new: EnvState, old: EnvState) -> EnvState:
-    """``new`` in ``rows`` (bool ``[*B]``), ``old`` elsewhere."""
-    if isinstance(new, Tensor):
-        return torch.where(rows.reshape(*rows.shape, *[1] * (new.ndim - rows.ndim)), new, old)
-    if new is None:
-        return None
-    if isinstance(new, dict):
-        return {key: _merge(rows, value, old[key]) for key, value in new.items()}
-    return _tuple_like(new, [_merge(rows, *values) for values in zip(new, old, strict=True)])
-
-
-def _tensors(state: EnvState) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif state is not None:
-        for value in state.values() if isinstance(state, dict) else state:
-            yield from _tensors(value)
-
-
-def _rebuilt(state: EnvState, leaves: Iterator[Tensor]) -> EnvState:
-    """``state`` with its tensors replaced by ``leaves``."""
-    if isinstance(state, Tensor):
-        return next(leaves)
-    if state is None:
-        return None
-    if isinstance(state, dict):
-        return {key: _rebuilt(value, leaves) for key, value in state.items()}
-    return _tuple_like(state, [_rebuilt(value, leaves) for value in state])
-
-
-def _tuple_like(example: Sequence, values: list) -> Sequence:
-    return type(example)(*values) if hasattr(example, "_fields") else type(example)(values)

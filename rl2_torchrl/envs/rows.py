@@ -1,0 +1,98 @@
+"""Where the rows of a `TensorEnv` stand: the state that its author returned, put together from rows old and new, and taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+
+__all__ = ["Entries", "EnvState", "Rows", "entries_of", "merge", "rebuilt", "tensors_of"]
+
+#: What an env remembers from step to step: a tensor, tuples or dictionaries of them, or None. Every tensor is ``[*B, ...]``.
+EnvState = Any
+Entries = dict[NestedKey, Tensor]
+
+
+class Rows:
+    """Where an env's rows stand. A plain object, since a `Module` takes longer to set an attribute than a step may last.
+
+    Attributes:
+        started: whether the rows have ever begun.
+        state: the state.
+        observation: observation entries.
+        steps: steps of the current episode ``[*B, 1]``; None where all rows have taken ``episode_step``.
+        episode_step: see ``steps``.
+        terminated: of the last step, ``[*B, 1]`` or None.
+        truncated: likewise.
+    """
+
+    __slots__ = ("episode_step", "observation", "started", "state", "steps", "terminated", "truncated")
+
+    def __init__(self):
+        self.started, self.state, self.observation, self.episode_step = False, None, {}, 0
+        self.steps = self.terminated = self.truncated = None
+
+
+def entries_of(observation: Tensor | Entries | None) -> Entries:
+    """Entries of what an author returns as the observation.
+
+    Examples:
+        >>> entries_of(torch.ones(2)), entries_of(None)
+        ({'observation': tensor([1., 1.])}, {})
+    """
+    if isinstance(observation, Tensor):
+        return {"observation": observation}
+    return {} if observation is None else observation
+
+
+def merge(rows: Tensor, new: EnvState, old: EnvState) -> EnvState:
+    """``new`` in ``rows`` (bool ``[*B]``), ``old`` elsewhere.
+
+    Examples:
+        >>> merge(torch.tensor([True, False]), {"place": torch.ones(2, 1)}, {"place": torch.zeros(2, 1)})["place"].tolist()
+        [[1.0], [0.0]]
+    """
+    if isinstance(new, Tensor):
+        return torch.where(rows.reshape(*rows.shape, *[1] * (new.ndim - rows.ndim)), new, old)
+    if new is None:
+        return None
+    if isinstance(new, dict):
+        return {key: merge(rows, value, old[key]) for key, value in new.items()}
+    return _tuple_like(new, [merge(rows, *values) for values in zip(new, old, strict=True)])
+
+
+def tensors_of(state: EnvState) -> Iterator[Tensor]:
+    """All tensors of a state, in order.
+
+    Examples:
+        >>> list(tensors_of((torch.tensor(1), {"place": torch.tensor(2)})))
+        [tensor(1), tensor(2)]
+    """
+    if isinstance(state, Tensor):
+        yield state
+    elif state is not None:
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from tensors_of(value)
+
+
+def rebuilt(state: EnvState, leaves: Iterator[Tensor]) -> EnvState:
+    """``state`` with its tensors replaced by ``leaves``, which `tensors_of` would give.
+
+    Examples:
+        >>> rebuilt((torch.tensor(1), None), iter([torch.tensor(5)]))
+        (tensor(5), None)
+    """
+    if isinstance(state, Tensor):
+        return next(leaves)
+    if state is None:
+        return None
+    if isinstance(state, dict):
+        return {key: rebuilt(value, leaves) for key, value in state.items()}
+    return _tuple_like(state, [rebuilt(value, leaves) for value in state])
+
+
+def _tuple_like(example: Sequence, values: list) -> Sequence:
+    return type(example)(*values) if hasattr(example, "_fields") else type(example)(values)
