@@ -22,6 +22,7 @@ from torchrl.record.loggers import Logger
 
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
+from rl2_torchrl.checks import check_training
 from rl2_torchrl.progress import progress_bar
 from rl2_torchrl.update import PPOUpdate
 
@@ -69,6 +70,7 @@ def train(
     checkpoint_interval: int = 50,
     resume: bool = False,
     stop: Callable[[dict[str, float]], bool] | None = None,
+    check: bool = True,
     progress: bool = True,
 ) -> TrainResult:
     """Trains until the collector's ``total_frames``, Ctrl-C, or ``stop``.
@@ -93,6 +95,8 @@ def train(
             the TensorDict and in ``get_extra_state`` (as `rl2_torchrl.envs.BernoulliBandit`) the run goes on as if
             it had never stopped; other envs, such as Gymnasium's, begin new trials.
         stop: called with each update's scalars, those of an evaluation among them; True ends the training early.
+        check: look for what goes wrong without a word (`check_training`) on the first batch, before the first update; it
+            costs less than an iteration. An ``update`` that is no `PPOUpdate` cannot be checked.
         progress: show a progress bar.
 
     Returns:
@@ -107,6 +111,7 @@ def train(
             ``stop``), or a schedule without a length (neither ``total_frames`` nor ``schedule_frames``).
         TypeError: ``evaluate`` returns no scalars, or a callback is none.
         OSError: nothing can be written to ``checkpoints``.
+        TrainingCheckError: ``check`` found something, and says what to do.
 
     Ctrl-C once lets the running update finish, saves a checkpoint and returns; twice stops at once.
     """
@@ -122,7 +127,8 @@ def train(
     else:
         saved.set_aside()
     total = collector.total_frames
-    loop = _Loop(**parts, evaluate=evaluate, logger=logger, schedule_frames=schedule_frames or total)
+    check = check and isinstance(update, PPOUpdate)
+    loop = _Loop(**parts, evaluate=evaluate, logger=logger, check=check, schedule_frames=schedule_frames or total)
     with progress_bar(total, result.env_steps, progress) as bar, _deferred_interrupt() as interrupted:
         for batch in _batches(collector, result):
             row = loop.learn(batch)
@@ -148,10 +154,10 @@ def train(
 class _Loop:
     """What happens to one batch after the other; `TrainResult` keeps count."""
 
-    def __init__(self, *, update, collector, callbacks, result, returns, evaluate, logger, schedule_frames):
+    def __init__(self, *, update, collector, callbacks, result, returns, evaluate, logger, check, schedule_frames):
         self._update, self._collector, self._callbacks = update, collector, callbacks
         self._result, self._returns, self._evaluate, self._logger = result, returns, evaluate, logger
-        self._schedule_frames = schedule_frames
+        self._check, self._schedule_frames = check, schedule_frames
         self._clock = _Clock(result)
         self._progress = 0.0
         self._first = True
@@ -161,6 +167,9 @@ class _Loop:
         result = self._result
         self._progress = min(1.0, result.env_steps / self._schedule_frames)
         trial_return = self._returns(batch)
+        if self._first and self._check:
+            with _random_numbers_put_back():
+                check_training(self._collector, self._update, batch)
         for callback in self._callbacks:
             callback.after_batch(batch, self._progress)
         try:
@@ -184,14 +193,11 @@ class _Loop:
         """Adds the scalars of a held-out evaluation to ``row``; random numbers are put back."""
         if self._evaluate is None:
             return
-        before = GlobalRNGState().state_dict()
-        try:
+        with _random_numbers_put_back():
             row |= _scalars("eval/", self._evaluate(), "evaluate")
             for callback in self._callbacks:
                 more = callback.after_evaluation(row, self._progress) or {}
                 row |= _scalars("", more, "a callback's after_evaluation")
-        finally:
-            GlobalRNGState().load_state_dict(before)
 
     def record(self, row: dict[str, float]) -> dict[str, float]:
         """Writes the finished ``row`` into history and log, and returns it."""
@@ -344,6 +350,16 @@ class _TrialReturns:
 
     def _add(self, rewards: torch.Tensor) -> None:
         self.carry += rewards.sum(-1, dtype=torch.float64)
+
+
+@contextmanager
+def _random_numbers_put_back() -> Iterator[None]:
+    """What is drawn inside does not change what is drawn afterwards."""
+    before = GlobalRNGState().state_dict()
+    try:
+        yield
+    finally:
+        GlobalRNGState().load_state_dict(before)
 
 
 @contextmanager

@@ -117,6 +117,25 @@ def test_evaluations_leave_training_as_it_is():
     torch.testing.assert_close(watched.everything(), blind.everything(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("options", "checks"), [({}, 1), ({"check": False}, 0)])
+def test_the_first_batch_is_checked_before_the_first_update(options, checks, monkeypatch):
+    run, seen = Run(updates=2), []
+    before = [parameter.clone() for parameter in run.update.loss.parameters()]
+
+    def check_training(collector, update, batch):
+        assert (collector, update) == (run.collector, run.update)
+        torch.testing.assert_close(list(update.loss.parameters()), before, rtol=0, atol=0)
+        torch.rand(7)  # what a check draws is put back
+        seen.append(batch.numel())
+
+    monkeypatch.setattr("rl2_torchrl.training.check_training", check_training)
+    run.train(**options)
+    assert seen == [BATCH] * checks
+    unchecked = Run(updates=2)
+    unchecked.train(check=False)
+    torch.testing.assert_close(run.everything(), unchecked.everything(), rtol=0, atol=0)
+
+
 # ---- Checkpoints.
 
 

@@ -33,7 +33,7 @@ LAYERS = [
     {"baselines", "callbacks", "checkpoints", "envs", "kernels", "progress", "replay", "tasks", "transition", "trial"},
     {"modules"},
     {"objectives"},
-    {"collector", "evaluation", "lockstep", "testing", "update"},
+    {"checks", "collector", "evaluation", "lockstep", "testing", "update"},
     {"training", "video"},
     {"report"},
 ]
