@@ -5,6 +5,7 @@ The data flows: env -> `Trial`, `TaskSampler`, `PreviousStep` -> `ActorCritic` i
 `rl2_torchrl.envs`, classical agents in `rl2_torchrl.baselines`, contract checks in `rl2_torchrl.testing`.
 """
 
+from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.collector import TrialCollector
 from rl2_torchrl.evaluation import (
     AdaptationCurve,
@@ -33,6 +34,7 @@ __all__ = [
     "ActorCritic",
     "AdaptationCurve",
     "AdaptationReport",
+    "Callback",
     "FastGRUModule",
     "GRUCategoricalActor",
     "GRUGaussianActor",

@@ -8,20 +8,22 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torch import nn
-from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
+from tensordict import TensorDictBase
+from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 from torchrl.record.loggers import Logger
 
+from rl2_torchrl.callbacks import Callback
+from rl2_torchrl.checkpoints import RunCheckpoints
+from rl2_torchrl.checks import check_training
+from rl2_torchrl.progress import progress_bar
 from rl2_torchrl.update import PPOUpdate
 
 __all__ = ["TrainResult", "train"]
@@ -34,7 +36,7 @@ class TrainResult:
     """What a training run did, the parts before a resume included.
 
     Args:
-        env_steps: env steps taken.
+        env_steps: env steps that the collector has taken.
         seconds: wall-clock seconds, evaluations included.
         interrupted: whether Ctrl-C ended it.
         history: one row of scalars for each update, ``env_steps`` among them.
@@ -45,30 +47,46 @@ class TrainResult:
     interrupted: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The result as a component of a checkpoint."""
+        return {"env_steps": self.env_steps, "seconds": self.seconds, "history": json.dumps(self.history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.env_steps, self.seconds = state["env_steps"], state["seconds"]
+        self.history[:] = json.loads(state["history"])
+
 
 def train(
     collector: BaseCollector,
     update: PPOUpdate,
     *,
-    evaluate: Callable[[], dict[str, float]] | None,
+    evaluate: Callable[[], Mapping[str, float]] | None,
     eval_interval: int = 20,
+    callbacks: Sequence[Callback] = (),
+    schedule_frames: int | None = None,
     logger: Logger | None = None,
     checkpoints: str | Path | None = None,
     checkpoint_interval: int = 50,
     resume: bool = False,
     stop: Callable[[dict[str, float]], bool] | None = None,
+    check: bool = True,
     progress: bool = True,
 ) -> TrainResult:
     """Trains until the collector's ``total_frames``, Ctrl-C, or ``stop``.
 
     Args:
-        collector: TorchRL collector over a trial env, with the policy (e.g. `ActorCritic`) that ``update`` trains.
+        collector: TorchRL collector over a trial env, with the policy (e.g. `ActorCritic`) that ``update`` trains. It counts
+            the env steps: after a Ctrl-C or a ``stop`` a further call goes on where the last one ended, schedules too.
         update: `PPOUpdate`, or any ``(batch, progress) -> metrics``; for checkpoints it needs ``state_dict`` and
             ``load_state_dict``.
         evaluate: held-out evaluation, returning scalars such as ``{"trial_return": 6.6}``; logged under ``eval/``. The
             random numbers that it draws are put back: training goes the same way however often it is evaluated. None
             trains blind.
         eval_interval: updates between evaluations, from the first update on; one more follows the last update.
+        callbacks: what else is done after each batch, update and evaluation, in this order.
+        schedule_frames: env steps over which ``progress`` goes from 0 to 1 for schedules and callbacks. Default the collector's
+            ``total_frames``. An endless collector (``total_frames=-1``) has none: without this argument progress stays 0 there.
         logger: TorchRL logger, e.g. `torchrl.record.loggers.CSVLogger`.
         checkpoints: folder for checkpoints; the newest two are kept. What an earlier run left there is moved aside
             unless ``resume``. None saves none.
@@ -77,7 +95,9 @@ def train(
             the TensorDict and in ``get_extra_state`` (as `rl2_torchrl.envs.BernoulliBandit`) the run goes on as if
             it had never stopped; other envs, such as Gymnasium's, begin new trials.
         stop: called with each update's scalars, those of an evaluation among them; True ends the training early.
-        progress: show a progress bar (needs ``tqdm``, extra ``recipes``).
+        check: look for what goes wrong without a word (`check_training`) on the first batch, before the first update; it
+            costs less than an iteration. An ``update`` that is no `PPOUpdate` cannot be checked.
+        progress: show a progress bar.
 
     Returns:
         Steps, seconds and the history of scalars.
@@ -87,58 +107,180 @@ def train(
             newest checkpoint is from before it.
         Exception: whatever env or policy raise in a rollout, with a note that says in which update.
         ValueError: ``resume`` without ``checkpoints``, a checkpoint that does not fit, an interval below 1, fewer
-            frames than one batch, or no end in sight: neither ``total_frames`` nor ``stop``.
+            frames than one batch, a collector that has spent its frames, no end in sight (neither ``total_frames`` nor
+            ``stop``), or a schedule without a length (neither ``total_frames`` nor ``schedule_frames``).
+        TypeError: ``evaluate`` returns no scalars, or a callback is none.
+        OSError: nothing can be written to ``checkpoints``.
+        TrainingCheckError: ``check`` found something, and says what to do.
 
     Ctrl-C once lets the running update finish, saves a checkpoint and returns; twice stops at once.
     """
     if resume and checkpoints is None:
         raise ValueError("resume=True needs the folder to resume from: checkpoints=...")
-    if eval_interval < 1 or checkpoint_interval < 1:
-        raise ValueError(
-            f"eval_interval={eval_interval} and checkpoint_interval={checkpoint_interval} must be at least 1."
-        )
-    _require_an_end(collector, stop)
-    result, returns = TrainResult(), _TrialReturns()
-    saver = _Saver(collector, update, result, returns, checkpoints)
+    _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames)
+    _check_frames(collector, update, stop, schedule_frames)
+    result, returns = TrainResult(env_steps=_frames(collector, 0)), _TrialReturns()
+    parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
+    saved = RunCheckpoints(checkpoints, **parts)
     if resume:
-        saver.load_latest()
+        saved.load_latest()
     else:
-        saver.set_aside()
-    total, clock = collector.total_frames, _Clock(result)
-    with _progress_bar(total, result.env_steps, progress) as bar, _deferred_interrupt() as interrupted:
+        saved.set_aside()
+    total = collector.total_frames
+    check = check and isinstance(update, PPOUpdate)
+    loop = _Loop(**parts, evaluate=evaluate, logger=logger, check=check, schedule_frames=schedule_frames or total)
+    with progress_bar(total, result.env_steps, progress) as bar, _deferred_interrupt() as interrupted:
         for batch in _batches(collector, result):
-            row = _one_update(update, batch, result, total)
-            row["train/trial_return"] = returns(batch)
-            collector.update_policy_weights_()
+            row = loop.learn(batch)
             due = len(result.history) % eval_interval == 0 and not interrupted.is_set()
-            row.update(_evaluated(evaluate if due else None))
+            if due:
+                loop.evaluate(row)
             last = (stop is not None and stop(row)) or result.env_steps >= total
             if last and not due:
-                row.update(_evaluated(evaluate))
+                loop.evaluate(row)
             last = last or interrupted.is_set()
-            row.update(clock())
-            result.history.append(row)
-            _log(logger, row)
-            bar(row, batch.numel())
+            bar(loop.record(row))
             if last or len(result.history) % checkpoint_interval == 0:
-                saver.save()
+                saved.save(result.env_steps)
             if last:
                 break
+        else:
+            loop.finish()
+            saved.save(result.env_steps)
     result.interrupted = interrupted.is_set()
     return result
 
 
-def _require_an_end(collector: BaseCollector, stop: Callable[[dict[str, float]], bool] | None) -> None:
+class _Loop:
+    """What happens to one batch after the other; `TrainResult` keeps count."""
+
+    def __init__(self, *, update, collector, callbacks, result, returns, evaluate, logger, check, schedule_frames):
+        self._update, self._collector, self._callbacks = update, collector, callbacks
+        self._result, self._returns, self._evaluate, self._logger = result, returns, evaluate, logger
+        self._check, self._schedule_frames = check, schedule_frames
+        self._clock = _Clock(result)
+        self._progress = 0.0
+        self._first = True
+
+    def learn(self, batch: TensorDictBase) -> dict[str, float]:
+        """One update on ``batch`` ``[*B, T]``: its row of scalars."""
+        result = self._result
+        self._progress = min(1.0, result.env_steps / self._schedule_frames)
+        trial_return = self._returns(batch)
+        if self._first and self._check:
+            with _random_numbers_put_back():
+                check_training(self._collector, self._update, batch)
+        for callback in self._callbacks:
+            callback.after_batch(batch, self._progress)
+        try:
+            metrics = self._update(batch, self._progress)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"training stopped in update {len(result.history)}, at {result.env_steps} env steps: {error}"
+            ) from error
+        if self._first:
+            self._first = False
+            _say_which_way(self._collector, self._update)
+        result.env_steps = _frames(self._collector, result.env_steps + batch.numel())
+        self._collector.update_policy_weights_()
+        row = {"env_steps": float(result.env_steps), **_scalars("train/", metrics, "update")}
+        row["train/trial_return"] = trial_return
+        for callback in self._callbacks:
+            row |= _scalars("", callback.after_update(row, self._progress) or {}, "a callback's after_update")
+        return row
+
+    def evaluate(self, row: dict[str, float]) -> None:
+        """Adds the scalars of a held-out evaluation to ``row``; random numbers are put back."""
+        if self._evaluate is None:
+            return
+        with _random_numbers_put_back():
+            row |= _scalars("eval/", self._evaluate(), "evaluate")
+            for callback in self._callbacks:
+                more = callback.after_evaluation(row, self._progress) or {}
+                row |= _scalars("", more, "a callback's after_evaluation")
+
+    def record(self, row: dict[str, float]) -> dict[str, float]:
+        """Writes the finished ``row`` into history and log, and returns it."""
+        row.update(self._clock())
+        self._result.history.append(row)
+        self._log(row, row)
+        return row
+
+    def finish(self) -> None:
+        """What is still due where the collector itself has ended the loop."""
+        history = self._result.history
+        if not history:
+            raise RuntimeError(
+                "the collector gave no batch to train on: has something iterated over it before? Make a new one."
+            )
+        if self._first:
+            log.warning(
+                "the resumed training had reached its %s env steps: nothing is left to do.", self._result.env_steps
+            )
+        elif not any(name.startswith("eval/") for name in history[-1]):
+            before = dict(history[-1])
+            self.evaluate(history[-1])
+            self._log({name: value for name, value in history[-1].items() if name not in before}, history[-1])
+
+    def _log(self, scalars: dict[str, float], row: dict[str, float]) -> None:
+        if self._logger is not None:
+            for name, value in scalars.items():
+                if name != "env_steps":
+                    self._logger.log_scalar(name, value, step=int(row["env_steps"]))
+
+
+def _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames) -> None:
+    if eval_interval < 1 or checkpoint_interval < 1:
+        raise ValueError(
+            f"eval_interval={eval_interval} and checkpoint_interval={checkpoint_interval} must be at least 1."
+        )
+    if schedule_frames is not None and not schedule_frames >= 1:
+        raise ValueError(f"schedule_frames={schedule_frames}: schedules need a length, of at least 1 env step.")
+    if isinstance(callbacks, Callback) or not all(isinstance(callback, Callback) for callback in callbacks):
+        raise TypeError(
+            f"callbacks={callbacks!r} must be a list of Callback objects: class Mine(Callback) with the methods that you "
+            "need, then callbacks=[Mine()]."
+        )
+
+
+def _check_frames(collector: BaseCollector, update, stop, schedule_frames: int | None) -> None:
     total, batch = collector.total_frames, getattr(collector, "requested_frames_per_batch", 1)
     if total < batch:
         raise ValueError(
             f"total_frames={total} is less than one batch of {batch} env steps: there is nothing to train on."
+        )
+    if _frames(collector, 0) >= total:
+        raise ValueError(
+            f"this collector has collected its total_frames={total} already, perhaps in an earlier call: nothing is left to "
+            "train on. Make a new env and collector to go on: networks and update may stay."
         )
     if total == math.inf and stop is None:
         raise ValueError(
             "the collector's total_frames is negative or None, so it never ends: give it a number of env steps, or "
             "pass a stop=, be it `lambda row: False` to train until Ctrl-C."
         )
+    schedules = [name for name in ("lr_schedule", "entropy_schedule") if getattr(update, name, None) is not None]
+    if total == math.inf and schedule_frames is None and schedules:
+        raise ValueError(
+            f"the update's {' and '.join(schedules)} would never move: the collector's total_frames is negative or None, so "
+            "there is no end to count towards. Say over how many env steps they run, train(schedule_frames=...)."
+        )
+
+
+def _frames(collector: BaseCollector, counted: int) -> int:
+    """Env steps that the collector has taken, by its own count; ``counted`` where it keeps none."""
+    return getattr(collector, "_frames", counted)
+
+
+def _say_which_way(collector: BaseCollector, update: PPOUpdate) -> None:
+    """One line that says which way batches are collected and networks updated, and why; after the first of each."""
+    ways = [
+        f"{name}: {part.backend}" + (f" ({part.reason})" if getattr(part, "reason", None) else "")
+        for name, part in (("collector", collector), ("update", update))
+        if hasattr(part, "backend")
+    ]
+    if ways:
+        log.info("training with %s", "; ".join(ways))
 
 
 def _batches(collector: BaseCollector, result: TrainResult) -> Iterator[TensorDictBase]:
@@ -157,28 +299,18 @@ def _batches(collector: BaseCollector, result: TrainResult) -> Iterator[TensorDi
         yield batch
 
 
-def _one_update(update: PPOUpdate, batch: TensorDictBase, result: TrainResult, total: float) -> dict[str, float]:
+def _scalars(prefix: str, values: Mapping[str, Any], source: str) -> dict[str, float]:
+    """``values`` as numbers under ``prefix``; a tensor of one element is a number too."""
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"{source} returned a {type(values).__name__}; it must return scalars by name, such as {{'trial_return': 6.6}}, "
+            "for history and logger."
+        )
     try:
-        metrics = update(batch, min(1.0, result.env_steps / total))
-    except FloatingPointError as error:
-        raise FloatingPointError(
-            f"training stopped in update {len(result.history)}, at {result.env_steps} env steps: {error}"
-        ) from error
-    result.env_steps += batch.numel()
-    return {
-        "env_steps": float(result.env_steps),
-        **{f"train/{name}": value for name, value in metrics.items()},
-    }
-
-
-def _evaluated(evaluate: Callable[[], dict[str, float]] | None) -> dict[str, float]:
-    if evaluate is None:
-        return {}
-    before = GlobalRNGState().state_dict()
-    try:
-        return {f"eval/{name}": value for name, value in evaluate().items()}
-    finally:
-        GlobalRNGState().load_state_dict(before)
+        return {f"{prefix}{name}": float(value) for name, value in values.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        kinds = {name: getattr(value, "shape", type(value).__name__) for name, value in values.items()}
+        raise TypeError(f"{source} must return one number for each name: {error}. It returned {kinds}.") from error
 
 
 class _Clock:
@@ -193,13 +325,6 @@ class _Clock:
         self._result.seconds = self._seconds_before + seconds
         speed = (self._result.env_steps - self._steps_before) / seconds
         return {"time/seconds": self._result.seconds, "time/steps_per_second": speed}
-
-
-def _log(logger: Logger | None, row: dict[str, float]) -> None:
-    if logger is not None:
-        for name, value in row.items():
-            if name != "env_steps":
-                logger.log_scalar(name, value, step=int(row["env_steps"]))
 
 
 class _TrialReturns:
@@ -227,99 +352,14 @@ class _TrialReturns:
         self.carry += rewards.sum(-1, dtype=torch.float64)
 
 
-class _Saver:
-    """Saves and restores all that a run goes on from: networks, optimizer, tasks, envs, random numbers, history."""
-
-    def __init__(self, collector, update, result: TrainResult, returns: _TrialReturns, folder: str | Path | None):
-        self._rotation = None if folder is None else CheckpointRotation(folder, keep_last=2)
-        self._result = result
-        self._checkpoint = Checkpoint(
-            update=update,
-            collector=collector,
-            rollout=_RolloutState(collector, returns),
-            result=_ResultState(result),
-            rng=GlobalRNGState(),
-        )
-
-    def save(self) -> None:
-        if self._rotation is not None:
-            self._rotation.save(self._checkpoint, step=self._result.env_steps)
-
-    def load_latest(self) -> None:
-        latest = self._rotation.latest()
-        if latest is None:
-            log.warning("resume=True, but %s holds no checkpoint: starting anew.", self._rotation.directory)
-            return
-        try:
-            self._checkpoint.load(latest)
-        except CheckpointError as error:
-            raise ValueError(
-                f"cannot resume from {latest}: it was made with other networks, envs or tasks. Give them the sizes "
-                f"they had, or start anew without resume. {error}"
-            ) from error
-
-    def set_aside(self) -> None:
-        """Moves an earlier run's checkpoints away: the rotation would delete those with fewer steps, new or not."""
-        if self._rotation is None or self._rotation.latest() is None:
-            return
-        folder = self._rotation.directory
-        aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}-old{n}")).exists())
-        folder.rename(aside)
-        log.warning("%s held the checkpoints of an earlier run (resume=False): moved to %s.", folder, aside)
-
-
-class _ResultState:
-    """`TrainResult` as a component of a checkpoint."""
-
-    def __init__(self, result: TrainResult):
-        self._result = result
-
-    def state_dict(self) -> dict[str, Any]:
-        result = self._result
-        return {
-            "env_steps": result.env_steps,
-            "seconds": result.seconds,
-            "history": json.dumps(result.history),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._result.env_steps, self._result.seconds = state["env_steps"], state["seconds"]
-        self._result.history[:] = json.loads(state["history"])
-
-
-class _RolloutState:
-    """The step at which the collector stands, what its trials have earned so far, and the base env's generators.
-
-    `Collector.state_dict` leaves them out, so that a resumed run would begin with other tasks than the unbroken one.
-    Only for envs that hand out all of their state: a Gymnasium env does not, and put back in the middle of a trial
-    it would play another task than the TensorDict says.
-    """
-
-    def __init__(self, collector: BaseCollector, returns: _TrialReturns):
-        self._collector, self._returns = collector, returns
-
-    @property
-    def _base_env(self) -> nn.Module | None:
-        env = getattr(self._collector, "env", None)
-        env = getattr(env, "base_env", env)
-        whole = env is not None and type(env).get_extra_state is not nn.Module.get_extra_state
-        return env if whole else None
-
-    def state_dict(self) -> dict[str, Any]:
-        if self._base_env is None:
-            return {}
-        return {
-            "carrier": self._collector._carrier.exclude("next").to_dict(),
-            "env": self._base_env.state_dict(),
-            "earned": self._returns.carry,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            carrier = self._collector._carrier
-            carrier.update(TensorDict(state["carrier"], batch_size=carrier.batch_size))
-            self._base_env.load_state_dict(state["env"])
-            self._returns.carry = state["earned"]
+@contextmanager
+def _random_numbers_put_back() -> Iterator[None]:
+    """What is drawn inside does not change what is drawn afterwards."""
+    before = GlobalRNGState().state_dict()
+    try:
+        yield
+    finally:
+        GlobalRNGState().load_state_dict(before)
 
 
 @contextmanager
@@ -341,26 +381,3 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _progress_bar(total: int, done: int, show: bool) -> Iterator[Callable[[dict[str, float], int], None]]:
-    if not show:
-        yield lambda row, frames: None
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError(
-            'the progress bar needs tqdm: pip install "rl2_torchrl[recipes]", or train(progress=False).'
-        ) from error
-    shown = {"train/trial_return": "trial return", "eval/trial_return": "held-out"}
-    latest: dict[str, str] = {}
-    with tqdm(total=total, initial=done, unit=" steps", unit_scale=True, smoothing=0.1) as bar:
-
-        def advance(row: dict[str, float], frames: int) -> None:
-            latest.update({label: f"{row[name]:.3f}" for name, label in shown.items() if name in row})
-            bar.set_postfix(latest, refresh=False)
-            bar.update(frames)
-
-        yield advance

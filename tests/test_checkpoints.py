@@ -14,6 +14,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from rl2_torchrl import (
     ActorCritic,
+    Callback,
     GRUCategoricalActor,
     GRUGaussianActor,
     GRUValueHead,
@@ -116,6 +117,25 @@ def test_evaluations_leave_training_as_it_is():
     torch.testing.assert_close(watched.everything(), blind.everything(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("options", "checks"), [({}, 1), ({"check": False}, 0)])
+def test_the_first_batch_is_checked_before_the_first_update(options, checks, monkeypatch):
+    run, seen = Run(updates=2), []
+    before = [parameter.clone() for parameter in run.update.loss.parameters()]
+
+    def check_training(collector, update, batch):
+        assert (collector, update) == (run.collector, run.update)
+        torch.testing.assert_close(list(update.loss.parameters()), before, rtol=0, atol=0)
+        torch.rand(7)  # what a check draws is put back
+        seen.append(batch.numel())
+
+    monkeypatch.setattr("rl2_torchrl.training.check_training", check_training)
+    run.train(**options)
+    assert seen == [BATCH] * checks
+    unchecked = Run(updates=2)
+    unchecked.train(check=False)
+    torch.testing.assert_close(run.everything(), unchecked.everything(), rtol=0, atol=0)
+
+
 # ---- Checkpoints.
 
 
@@ -161,10 +181,11 @@ def test_a_resumed_progress_bar_goes_on(tmp_path, capsys):
     assert f"{3 * BATCH:.1f}/{3 * BATCH:.1f}" in capsys.readouterr().err
 
 
-def test_resuming_a_finished_run_trains_no_more(tmp_path):
+def test_resuming_a_finished_run_trains_no_more_and_says_so(tmp_path, caplog):
     done = Run(updates=2).train(checkpoints=tmp_path)
     result = Run(updates=2).train(checkpoints=tmp_path, resume=True)
     assert result.history == done.history
+    assert f"had reached its {2 * BATCH} env steps" in caplog.text
 
 
 def test_a_resumed_gymnasium_env_plays_the_task_it_is_told(tmp_path):
@@ -188,6 +209,51 @@ def test_resume_with_other_sizes(tmp_path, changed):
     Run(updates=1).train(checkpoints=tmp_path)
     with pytest.raises(ValueError, match=r"cannot resume from .*checkpoint-0.*sizes.*start anew"):
         Run(updates=2, **changed).train(checkpoints=tmp_path, resume=True)
+
+
+class Counter(Callback):
+    """Counts updates over the whole of a run."""
+
+    updates = 0
+
+    def after_update(self, row, progress):
+        self.updates += 1
+        return {"updates": self.updates}
+
+    def state_dict(self):
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.updates = state["updates"]
+
+
+def test_callbacks_go_on_too(tmp_path):
+    Run(updates=2).train(checkpoints=tmp_path, callbacks=[Callback(), Counter()])
+    result = Run(updates=3).train(checkpoints=tmp_path, callbacks=[Callback(), Counter()], resume=True)
+    assert [row["updates"] for row in result.history] == [1.0, 2.0, 3.0]
+
+
+def test_a_second_call_on_one_collector(tmp_path):
+    unbroken = Run(updates=4)
+    unbroken.train()
+    run = Run(updates=4)
+    run.train(stop=lambda row: row["env_steps"] >= 2 * BATCH)
+    result = run.train(evaluate=lambda: {"score": 1.0}, checkpoints=tmp_path)
+    assert result.env_steps == 4 * BATCH
+    assert "eval/score" in result.history[-1]
+    assert saved_steps(tmp_path) == [4 * BATCH]
+    torch.testing.assert_close(run.everything(), unbroken.everything(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=f"total_frames={4 * BATCH} already"):
+        run.train(checkpoints=tmp_path)
+    assert saved_steps(tmp_path) == [4 * BATCH]
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    run = Run(updates=1)
+    with pytest.raises(OSError, match=r"checkpoints='.*file/checkpoints' cannot be written to"):
+        run.train(checkpoints=tmp_path / "file" / "checkpoints")
+    assert run.collector._frames == 0
 
 
 def test_resume_without_a_checkpoint_starts_anew(tmp_path, caplog):

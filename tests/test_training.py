@@ -3,7 +3,6 @@
 import csv
 import math
 import signal
-import sys
 import threading
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
-from rl2_torchrl import train
+from rl2_torchrl import Callback, train
 
 
 class Batches:
@@ -192,11 +191,185 @@ def test_progress_bar_shows_frames_and_returns(capsys):
     assert "held-out=0.125" in shown
 
 
-def test_progress_bar_without_tqdm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with pytest.raises(ImportError, match=r"rl2_torchrl\[recipes\].*progress=False"):
-        train(Batches(*ones(1)), no_update, evaluate=None)
-    assert train_on(ones(1)).env_steps == 2
+def test_progress_of_an_endless_training_shows_steps_alone(capsys):
+    collector = Batches(*ones(2), total_frames=math.inf)
+    train(collector, no_update, evaluate=None, stop=lambda row: row["env_steps"] >= 4, progress=True)
+    assert "4.00 steps" in capsys.readouterr().err
+
+
+def test_one_line_says_which_way_was_taken(caplog):
+    class Collector(Batches):
+        backend, reason = "tensordicts", "the env is no TensorEnv"
+
+    class Update:
+        backend = "parts"
+
+        def __call__(self, batch, progress):
+            return {"loss": 0.0}
+
+    with caplog.at_level("INFO", logger="rl2_torchrl"):
+        train(Collector(*ones(3)), Update(), evaluate=None, progress=False)
+        train(Batches(*ones(3)), no_update, evaluate=None, progress=False)  # these do not say
+    lines = [record.message for record in caplog.records if record.name == "rl2_torchrl.training"]
+    assert lines == ["training with collector: tensordicts (the env is no TensorEnv); update: parts"]
+
+
+# ---- Callbacks.
+
+
+class Recorder(Callback):
+    """Writes down what it is called with, and says something of its own."""
+
+    def __init__(self):
+        self.calls = []
+
+    def after_batch(self, batch, progress):
+        self.calls.append(("batch", batch["next", "reward"].sum().item(), progress))
+        batch["next", "reward"] += 1
+
+    def after_update(self, row, progress):
+        self.calls.append(("update", row["train/loss"], progress))
+        return {"updates": len(self.calls)}
+
+    def after_evaluation(self, row, progress):
+        self.calls.append(("evaluation", row["eval/score"], progress))
+        return {"eval/twice": 2 * row["eval/score"]}
+
+
+def test_callbacks_are_called_in_order_and_add_to_the_row(tmp_path):
+    recorder = Recorder()
+
+    def update(batch, progress):
+        return {"loss": batch["next", "reward"].sum()}  # a tensor of one element is a number
+
+    options = {"evaluate": lambda: {"score": torch.tensor(0.5)}, "eval_interval": 2, "callbacks": [recorder]}
+    logger = CSVLogger("scalars", str(tmp_path))
+    result = train(Batches(*ones(2)), update, logger=logger, progress=False, **options)
+    # Rewards of 1 + 1; after_batch makes them 2 + 2, which the update sees and the trial's return does not.
+    assert recorder.calls == [
+        ("batch", 2.0, 0.0),
+        ("update", 4.0, 0.0),
+        ("evaluation", 0.5, 0.0),
+        ("batch", 2.0, 0.5),
+        ("update", 4.0, 0.5),
+        ("evaluation", 0.5, 0.5),
+    ]
+    assert [row["updates"] for row in result.history] == [2.0, 5.0]
+    assert [row["eval/twice"] for row in result.history] == [1.0, 1.0]
+    assert [row["train/trial_return"] for row in result.history] == [2.0, 2.0]
+    assert all(type(value) is float for row in result.history for value in row.values())
+    assert (tmp_path / "scalars" / "scalars" / "updates.csv").read_text().split() == ["2,2.0", "4,5.0"]
+
+
+@pytest.mark.parametrize("callbacks", [Recorder(), [print]])
+def test_callbacks_that_are_none(callbacks):
+    with pytest.raises(TypeError, match=r"must be a list of Callback objects"):
+        train_on(ones(1), callbacks=callbacks)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.tensor(0.5), "evaluate returned a Tensor"),
+        ({"a": 1.0, "per_episode": torch.ones(2)}, "one number for each"),
+    ],
+)
+def test_evaluations_that_are_no_scalars(returned, message):
+    with pytest.raises(TypeError, match=message):
+        train_on(ones(1), evaluate=lambda: returned)
+
+
+# ---- The collector counts.
+
+
+class Counting(Batches):
+    """A collector that counts its frames, as TorchRL's do, and can be iterated over again."""
+
+    _frames = 0
+
+    def __iter__(self):
+        while self._frames < self.total_frames:
+            batch = self.batches[0]
+            self._frames += batch.numel()
+            yield batch
+
+
+def test_a_second_call_goes_on_where_the_first_ended():
+    progress, evaluations = [], []
+
+    def update(batch, at):
+        progress.append(at)
+        return {"loss": at}
+
+    def evaluate():
+        evaluations.append(None)
+        return {"score": 1.0}
+
+    collector = Counting(*ones(1), total_frames=8)
+    options = {"evaluate": evaluate, "eval_interval": 10, "progress": False}
+    first = train(collector, update, stop=lambda row: row["env_steps"] >= 4, **options)
+    second = train(collector, update, **options)
+    assert progress == [0.0, 0.25, 0.5, 0.75]
+    assert [row["env_steps"] for row in first.history] == [2, 4]
+    assert [row["env_steps"] for row in second.history] == [6, 8]
+    assert (first.env_steps, second.env_steps) == (4, 8)
+    assert len(evaluations) == 4  # after the first and the last update of each call
+    with pytest.raises(ValueError, match=r"has collected its total_frames=8 already.*Make a new env and collector"):
+        train(collector, update, **options)
+
+
+def test_a_spent_collector_touches_no_checkpoints(tmp_path):
+    collector = Counting(*ones(1), total_frames=2)
+    collector._frames = 2
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match="already"):
+        train(collector, no_update, evaluate=None, progress=False, checkpoints=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_a_collector_that_ends_early_ends_the_training(tmp_path):
+    scores = iter([1.0, 2.0])
+    collector = Batches(*ones(3), total_frames=100)
+    logger = CSVLogger("scalars", str(tmp_path))
+    options = {"evaluate": lambda: {"score": next(scores)}, "logger": logger, "progress": False}
+    result = train(collector, no_update, **options)
+    assert [row.get("eval/score") for row in result.history] == [1.0, None, 2.0]
+    assert (tmp_path / "scalars" / "scalars" / "eval" / "score.csv").read_text().split() == ["2,1.0", "6,2.0"]
+
+
+def test_a_collector_without_a_batch():
+    with pytest.raises(RuntimeError, match="gave no batch"):
+        train(Batches(total_frames=4), no_update, evaluate=None, progress=False)
+
+
+# ---- Schedules of an endless training.
+
+
+def test_schedules_of_an_endless_collector_run_over_their_own_length():
+    progress = []
+    collector = Batches(*ones(4), total_frames=math.inf)
+    options = {"evaluate": None, "progress": False, "schedule_frames": 4}
+    train(collector, lambda _, at: progress.append(at) or {}, stop=lambda row: len(progress) == 4, **options)
+    assert progress == [0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["lr_schedule", "entropy_schedule"])
+def test_a_schedule_without_a_length(name):
+    class Update:
+        def __call__(self, batch, progress):
+            return {}
+
+    update = Update()
+    setattr(update, name, lambda progress: 1.0)
+    collector = Batches(*ones(1), total_frames=math.inf)
+    with pytest.raises(ValueError, match=rf"{name} would never move.*schedule_frames"):
+        train(collector, update, evaluate=None, progress=False, stop=lambda row: True)
+    train(collector, update, evaluate=None, progress=False, stop=lambda row: True, schedule_frames=10)
+
+
+def test_schedules_have_a_length_of_at_least_one():
+    with pytest.raises(ValueError, match="schedule_frames=0"):
+        train_on(ones(1), schedule_frames=0)
 
 
 # ---- Ctrl-C.
