@@ -136,7 +136,8 @@ def adaptation_curve(
         raise ValueError(f"num_trials={num_trials!r}: an evaluation over nothing would report NaN. Give at least 1.")
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
-    rollout = Rollout(env, policy, 1 if on_step else _STEPS_AT_ONCE, _KEPT, ablation=ablation, on_step=on_step)
+    watched = ablation is not None or on_step is not None  # who looks at each step shall see none beyond the last trial
+    rollout = Rollout(env, policy, 1 if watched else _STEPS_AT_ONCE, _KEPT, ablation=ablation, on_step=on_step)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     returns = _Returns(int(num_trials))
     with set_exploration_type(kind):

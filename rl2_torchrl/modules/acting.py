@@ -7,7 +7,7 @@ module with a ``step_function`` brings it (our cores), a distribution whose `Fam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,8 @@ class ActingPart:
         module: the module.
         in_keys: entries that it reads.
         out_keys: entries that it writes.
-        make: gives the function on a `State`, made anew for each batch: it may hold on to the weights as they are.
+        make: from the number of steps of a batch, the function on a `State`. It is made anew for each batch: it may hold on to
+            the weights as they are, and to the noise of all steps.
         way: how the module is called.
         log_prob: for a distribution: the same for the log-probability, which can wait until it is asked for.
         log_prob_key: where that stands.
@@ -41,7 +42,7 @@ class ActingPart:
     module: TensorDictModuleBase
     in_keys: list[NestedKey]
     out_keys: list[NestedKey]
-    make: Callable[[], Callable[[State], None]]
+    make: Callable[[int], Callable[[State], None]]
     way: str
     log_prob: Callable[[State], None] | None = None
     log_prob_key: NestedKey | None = None
@@ -64,7 +65,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
         family = family_of(module)
         return [_with_tensordict(module) if family is None or len(module.out_keys) > 2 else _distribution(module, family)]
     if _is_function_of_tensors(module):
-        return [ActingPart(module, module.in_keys, module.out_keys, lambda: _on_tensors(module), "tensors")]
+        return [ActingPart(module, module.in_keys, module.out_keys, lambda _: _on_tensors(module), "tensors")]
     return [_with_tensordict(module)]
 
 
@@ -95,7 +96,7 @@ def _core(module: TensorDictModuleBase) -> ActingPart:
     in_key, *memory_keys, _ = module.in_keys
     out_key, *next_keys = module.out_keys
 
-    def make() -> Callable[[State], None]:
+    def make(_: int) -> Callable[[State], None]:
         step = module.step_function()
 
         def run(state: State) -> None:
@@ -111,14 +112,15 @@ def _core(module: TensorDictModuleBase) -> ActingPart:
 def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> ActingPart:
     in_keys, action_key, log_prob_key = module.in_keys, module.out_keys[0], module.log_prob_key
 
-    def make() -> Callable[[State], None]:
+    def make(steps: int) -> Callable[[State], None]:
         kind = interaction_type() or module.default_interaction_type
-        if kind not in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
+        if kind is InteractionType.RANDOM:
+            return _sampler(family, in_keys, action_key, steps)
+        if kind is not InteractionType.DETERMINISTIC:
             return _tensordict_function(module)
-        act = family.act if kind is InteractionType.RANDOM else family.mode
 
         def run(state: State) -> None:
-            state[action_key] = act(*[state[key] for key in in_keys])
+            state[action_key] = family.mode(*[state[key] for key in in_keys])
 
         return run
 
@@ -129,8 +131,23 @@ def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> Acti
     return ActingPart(module, in_keys, [action_key], make, "distribution", log_prob, log_prob_key)
 
 
+def _sampler(family: Family, in_keys: list[NestedKey], action_key: NestedKey, steps: int) -> Callable[[State], None]:
+    noise: Iterator[torch.Tensor] = iter(())
+
+    def run(state: State) -> None:
+        nonlocal noise
+        parameters = [state[key] for key in in_keys]
+        drawn = next(noise, None)
+        if drawn is None:
+            noise = iter(family.noise(steps, *parameters))
+            drawn = next(noise)
+        state[action_key] = family.act(drawn, *parameters)
+
+    return run
+
+
 def _with_tensordict(module: TensorDictModuleBase) -> ActingPart:
-    return ActingPart(module, module.in_keys, module.out_keys, lambda: _tensordict_function(module), "tensordict")
+    return ActingPart(module, module.in_keys, module.out_keys, lambda _: _tensordict_function(module), "tensordict")
 
 
 def _tensordict_function(module: TensorDictModuleBase) -> Callable[[State], None]:

@@ -16,10 +16,11 @@ Rows = bool | torch.Tensor
 
 
 class Ends(NamedTuple):
-    """Which rows a step has ended: an episode inside a trial, which the next episode follows, or a trial."""
+    """Which rows a step has ended: an episode inside a trial, which the next episode follows; a trial; either."""
 
     inner: Rows
     trial: Rows
+    episode: Rows
 
 
 class TrialClock:
@@ -87,10 +88,6 @@ class TrialClock:
         """How many times all rows of a shared clock begin a trial within a batch, after its first step."""
         return sum(ends.trial is True for ends in self._plan[:-1])
 
-    def episode_done(self, t: int) -> Rows:
-        """Rows whose episode step ``t`` has ended, be it inside a trial or with one."""
-        return self._rows(self._episode_done[t])
-
     def _count(self, t: int, done: torch.Tensor | None) -> Ends:
         index, step, begun, ended, episode_done, trial_done = self._arrays
         over, trial = trial_done[t], self.trial
@@ -109,9 +106,9 @@ class TrialClock:
             index[t + 1][over] = 0
             step[t + 1][over] = 0
         elif not ended[t + 1].any():
-            return Ends(False, False)
+            return Ends(False, False, False)
         self._episode_step *= not self.is_shared or not (episode_done[t, 0] or over[0])
-        return Ends(self._rows(self._ended[t + 1]), self._rows(self._trial_done[t]))
+        return Ends(*map(self._rows, (self._ended[t + 1], self._trial_done[t], self._episode_done[t])))
 
     def _rows(self, mask: torch.Tensor) -> Rows:
         if not mask.any():

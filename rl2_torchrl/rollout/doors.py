@@ -61,7 +61,9 @@ class TensorDoor:
         if not self._is_flat:
             action = action.reshape((*self.env.batch_size, *action.shape[1:]))
         observations, reward, terminated, truncated = self.env.play(action)
-        return Played(self._entries(observations), reward.reshape(-1, 1), self._done(reward, terminated, truncated))
+        if not self._is_flat:
+            reward = reward.reshape(-1, 1)
+        return Played(self._entries(observations), reward, self._done(reward, terminated, truncated))
 
     def _done(self, reward, terminated: torch.Tensor | None, truncated: torch.Tensor | None) -> torch.Tensor | None:
         if self.episode_steps is not None:

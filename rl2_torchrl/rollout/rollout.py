@@ -120,7 +120,7 @@ class Rollout:
 
     def _play(self) -> None:
         """All steps of a batch."""
-        acting, recorded = [part.make() for part in self._acting], self._recorded()
+        acting, recorded = [part.make(self.steps) for part in self._acting], self._recorded()
         entries, begun = self.trials.start()
         state = {**entries, **self._remembered(begun)}
         waiting: list[State] = []
@@ -175,7 +175,7 @@ class Rollout:
         made = []
         for part in self._waiting:
             read(part.in_keys)
-            part.make()(late)
+            part.make(1)(late)
             made += part.out_keys
         for part in self._acting:
             if part.log_prob_key in self._log_prob_keys():

@@ -15,7 +15,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer
 
 from rl2_torchrl.modules.acting import State
-from rl2_torchrl.rollout.clock import Ends, Rows, TrialClock
+from rl2_torchrl.rollout.clock import Rows, TrialClock
 from rl2_torchrl.rollout.doors import door_to
 from rl2_torchrl.rollout.memory import next_key, own_transforms
 from rl2_torchrl.rollout.transitions import TransitionInputs
@@ -160,13 +160,14 @@ class TensorTrials:
         observations, reward, done = self.door.play(action, self._task)
         if self._rewards is None:
             self._rewards = reward.new_empty(self.steps, *reward.shape)
-        self._rewards[t].copy_(reward)
+            self._reward_at = self._rewards.unbind()
+        self._reward_at[t].copy_(reward)
         ends = self.clock.tick(t, done)
         if ends.inner is not False:
             observations = self._next_episode(ends.inner, observations)
         self._observations = observations
         if self.inputs is not None and (is_last or ends.trial is not True or self._next_inputs is not None):
-            self._write_input(t + 1, action, reward)
+            self._write_input(t + 1, action, reward, ends.episode)
         after = {REWARD: reward, **{next_key(key): observations[key] for key in self._after_keys}}
         if self._task is not None:
             after[next_key(self.task_key)] = self._flat(self._task)
@@ -182,8 +183,8 @@ class TensorTrials:
         # What tells of the step that was taken stays; see Trial(step_keys=...).
         return {**first, **{key: observations[key] for key in self.trial.step_keys if key in observations}}
 
-    def _write_input(self, t: int, action: torch.Tensor, reward: torch.Tensor) -> None:
-        self.inputs.tell(t, action, reward, self.clock.episode_done(t - 1))
+    def _write_input(self, t: int, action: torch.Tensor, reward: torch.Tensor, done: Rows) -> None:
+        self.inputs.tell(t, action, reward, done)
         self.inputs.observe(t, self._observations)
         if self._next_inputs is not None:
             self._next_inputs[t - 1].copy_(self.inputs.steps[t])

@@ -1,0 +1,2 @@
+"""stand-in"""
+def check_training(*a, **k): return None
