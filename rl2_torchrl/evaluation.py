@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.rollout import Rollout
+from rl2_torchrl.rollout import Rollout, trial_steps
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP
 
 __all__ = ["AdaptationCurve", "adaptation_curve", "with_shuffled_rewards", "with_zeroed_memory"]
@@ -136,8 +136,8 @@ def adaptation_curve(
         raise ValueError(f"num_trials={num_trials!r}: an evaluation over nothing would report NaN. Give at least 1.")
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
-    watched = ablation is not None or on_step is not None  # who looks at each step shall see none beyond the last trial
-    rollout = Rollout(env, policy, 1 if watched else _STEPS_AT_ONCE, _KEPT, ablation=ablation, on_step=on_step)
+    # No step is taken beyond the last trial's end.
+    rollout = Rollout(env, policy, trial_steps(env) or 1, _KEPT, ablation=ablation, on_step=on_step)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     returns = _Returns(int(num_trials))
     with set_exploration_type(kind):
@@ -148,8 +148,6 @@ def adaptation_curve(
     return AdaptationCurve(returns.table())
 
 
-#: Steps between two looks at whether all trials have ended.
-_STEPS_AT_ONCE = 10
 _KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next", TRIAL_STEP))
 
 

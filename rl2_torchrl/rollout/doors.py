@@ -13,7 +13,7 @@ from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 
-__all__ = ["Door", "Played", "TensorDoor", "TorchRLDoor", "door_to"]
+__all__ = ["Door", "Played", "TensorDoor", "TorchRLDoor", "door_to", "is_tensor_env"]
 
 
 class Played(NamedTuple):
@@ -29,6 +29,8 @@ class Door(Protocol):
 
     #: Length of every episode where it is known ahead, else None.
     episode_steps: int | None
+    #: Whether a step works on threads of its own.
+    has_threads: bool
 
     def start(self, task: torch.Tensor | TensorDictBase | None, rows: Rows) -> State:
         """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
@@ -39,16 +41,20 @@ class Door(Protocol):
 
 def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> Door:
     """The door to ``env``; of its observations those in ``observed`` are asked for."""
-    if isinstance(env, TensorEnv):
-        return TensorDoor(env, observed)
-    return TorchRLDoor(env, observed, task_key)
+    return TensorDoor(env, observed) if is_tensor_env(env) else TorchRLDoor(env, observed, task_key)
+
+
+def is_tensor_env(env: EnvBase) -> bool:
+    """Whether ``env`` is a `TensorEnv` that steps as such: a class below it may have TorchRL's methods of its own."""
+    derived = ("_reset", "_step", "start", "play")
+    return isinstance(env, TensorEnv) and all(getattr(type(env), m) is getattr(TensorEnv, m) for m in derived)
 
 
 class TensorDoor:
     """A `TensorEnv`: no TensorDict anywhere."""
 
     def __init__(self, env: TensorEnv, observed: set[NestedKey]):
-        self.env = env
+        self.env, self.has_threads = env, env.has_threads
         self.episode_steps = env.max_episode_steps if env.fixed_length else None
         self._asks_for_more = not observed.isdisjoint(env.more_keys)
         self._is_flat = len(env.batch_size) == 1
@@ -93,7 +99,7 @@ class TensorDoor:
 class TorchRLDoor:
     """Any other TorchRL env: a TensorDict goes in and one comes out, and that is all that is made of them."""
 
-    episode_steps = None
+    episode_steps, has_threads = None, False
 
     def __init__(self, env: EnvBase, observed: set[NestedKey], task_key: NestedKey):
         self.env, self.observed, self.task_key = env, observed, task_key

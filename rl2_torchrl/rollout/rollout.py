@@ -101,7 +101,7 @@ class Rollout:
     def __call__(self) -> TensorDict:
         """The next batch ``[*B, T]``: the same TensorDict each time, with what others have added to it left in place."""
         self.trials.start_batch()
-        with _one_thread() if getattr(self.env, "has_threads", False) else nullcontext(), set_recurrent_mode(False):
+        with _one_thread() if self.trials.has_threads else nullcontext(), set_recurrent_mode(False):
             self._replay()() if self.trials.is_repeatable and self.trials.device.type == "cuda" else self._play()
         self._batch.update({key: value for key, value in self.trials.entries().items() if key in self.keep})
         kept = self._batch.select(*self.keep)
@@ -114,7 +114,7 @@ class Rollout:
     def _replay(self) -> GraphReplay:
         kind = exploration_type()
         if kind not in self._replays:
-            generators = [self.trials.env.generator] if hasattr(self.trials.env, "generator") else []
+            generators = [self.trials.env.generator]
             self._replays[kind] = GraphReplay(self._play, self.trials.device, generators)
         return self._replays[kind]
 

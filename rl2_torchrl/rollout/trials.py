@@ -16,14 +16,14 @@ from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer
 
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows, TrialClock
-from rl2_torchrl.rollout.doors import door_to
+from rl2_torchrl.rollout.doors import door_to, is_tensor_env
 from rl2_torchrl.rollout.memory import next_key, own_transforms
 from rl2_torchrl.rollout.transitions import TransitionInputs
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
 
-__all__ = ["TensorTrials", "TransformedTrials", "Turn", "trials_of"]
+__all__ = ["TensorTrials", "TransformedTrials", "Turn", "trial_steps", "trials_of"]
 
 Task = torch.Tensor | TensorDictBase | None
 REWARD = ("next", "reward")
@@ -46,17 +46,34 @@ def trials_of(env: EnvBase, steps: int, read: Collection[NestedKey], keep: Colle
         read: entries that the policy reads.
         keep: entries of the batch; None for all.
     """
-    below = env
-    while own_transforms(below) and all(isinstance(t, _OF_COLLECTORS) for t in own_transforms(below)):
-        below = below.base_env
-    parts = [t for t in own_transforms(below) if not isinstance(t, _OF_COLLECTORS)]
-    found = [next((t for t in parts if _is_as_written(t, kind)), None) for kind in (Trial, TaskSampler, PreviousStep)]
-    in_order = [t for t in found if t is not None]
-    if found[0] is not None and list(map(id, parts)) == list(map(id, in_order)):
-        return TensorTrials(below, *found, steps, read, keep)
-    others = [type(t).__name__ for t in parts if not any(t is each for each in in_order)]
-    reason = f"of the env's transforms {others or 'their order'} is not ours, so a TensorDict goes through all of them at each step"
-    return TransformedTrials(env, reason if found[0] is not None else "the env has no Trial", read, keep)
+    below, ours, others = _taken_apart(env)
+    if ours[0] is None:
+        return TransformedTrials(env, "the env has no Trial", read, keep)
+    if others:
+        reason = f"{', '.join(others)} beside our transforms: a TensorDict goes through all of them at each step"
+        return TransformedTrials(env, reason, read, keep)
+    return TensorTrials(below, *ours, steps, read, keep)
+
+
+def trial_steps(env: EnvBase) -> int | None:
+    """Steps of every trial of ``env``, where all are of one length, which is known ahead; else None."""
+    below, (trial, *_), others = _taken_apart(env)
+    base = getattr(below, "base_env", None)
+    if trial is None or others or not is_tensor_env(base) or not base.fixed_length:
+        return None
+    by_episodes = None if trial.episodes is None else trial.episodes * base.max_episode_steps
+    return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
+
+
+def _taken_apart(env: EnvBase) -> tuple[EnvBase, list, list[str]]:
+    """The env with our transforms, these (Trial, TaskSampler, PreviousStep, or None), and the names of others, or of one displaced."""
+    while own_transforms(env) and all(isinstance(t, _OF_COLLECTORS) for t in own_transforms(env)):
+        env = env.base_env
+    parts = [t for t in own_transforms(env) if not isinstance(t, _OF_COLLECTORS)]
+    ours = [next((t for t in parts if _is_as_written(t, kind)), None) for kind in (Trial, TaskSampler, PreviousStep)]
+    in_order = [t for t in ours if t is not None]
+    others = [t for n, t in enumerate(parts) if n >= len(in_order) or t is not in_order[n]]
+    return env, ours, [type(t).__name__ for t in others]
 
 
 #: What a collector adds by itself; rollouts know of trial starts and memory without them.
@@ -117,6 +134,11 @@ class TensorTrials:
         self._pending: Rows = True  # rows that begin a trial with the next batch
         self._observations: State = {}
         self._is_adopted = False
+
+    @property
+    def has_threads(self) -> bool:
+        """Whether the env works on threads of its own."""
+        return self.door.has_threads
 
     @property
     def is_repeatable(self) -> bool:
@@ -280,7 +302,7 @@ class TransformedTrials:
         keep: entries of the batch; None for all.
     """
 
-    is_repeatable = False
+    is_repeatable = has_threads = False
     keys_at_once: frozenset = frozenset()
 
     def __init__(self, env: EnvBase, reason: str, read: Collection[NestedKey], keep: Collection[NestedKey] | None):
