@@ -30,7 +30,19 @@ NO_EXAMPLE = {
 
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
-    {"baselines", "callbacks", "checkpoints", "envs", "kernels", "progress", "replay", "tasks", "transition", "trial"},
+    {
+        "baselines",
+        "callbacks",
+        "checkpoints",
+        "envs",
+        "kernels",
+        "progress",
+        "replay",
+        "tasks",
+        "transition",
+        "trial",
+        "weights",
+    },
     {"modules"},
     {"objectives"},
     {"checks", "collector", "evaluation", "lockstep", "testing", "update"},
