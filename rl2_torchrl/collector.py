@@ -9,7 +9,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl import torchrl_logger
-from torchrl.collectors import Collector
+from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import set_exploration_type
 
@@ -52,6 +52,7 @@ class TrialCollector(Collector):
     Attributes:
         backend: ``"tensors"`` or ``"tensordicts"``, what plays.
         reason: why that, where it is not the fastest; None where it is.
+        player: the `Rollout` that plays, or None with `Collector`'s own loop.
 
     Raises:
         KeyError: an entry of ``keep`` is not collected.
@@ -90,16 +91,16 @@ class TrialCollector(Collector):
         self.reason = "rollout='tensordicts' was asked for" if rollout == "tensordicts" else self._refusal(kwargs)
         if self.reason is not None and rollout == "tensors":
             raise ValueError(f"rollout='tensors' cannot serve: {self.reason}. Leave that out, or take rollout='auto'.")
-        self._player = None if self.reason is not None else self._make_player()
-        if self._player is not None and not self._player.is_on_tensors:
-            self.reason = self._player.trials.reason
+        self.player = None if self.reason is not None else self._make_player()
+        if self.player is not None and not self.player.is_on_tensors:
+            self.reason = self.player.trials.reason
         if self.reason is not None:
             torchrl_logger.info(f"TrialCollector, backend {self.backend!r}: {self.reason}.")
 
     @property
     def backend(self) -> str:
         """What plays: ``"tensors"``, `Rollout`, or ``"tensordicts"``, `Collector`'s own loop."""
-        return "tensordicts" if self._player is None else "tensors"
+        return "tensordicts" if self.player is None else "tensors"
 
     def _refusal(self, kwargs: dict) -> str | None:
         """Why `Collector`'s own loop must play, or None."""
@@ -121,11 +122,11 @@ class TrialCollector(Collector):
 
     def rollout(self) -> TensorDictBase:
         """One batch ``[*B, T]`` of the entries ``keep``."""
-        if self._player is not None:
+        if self.player is not None:
             if self.pre_collect_hook is not None:
                 self.pre_collect_hook()
             with set_exploration_type(self.exploration_type):
-                return self._player()
+                return self.player()
         batch = super().rollout()
         if self.keep is None:
             return batch
@@ -136,28 +137,33 @@ class TrialCollector(Collector):
             )
         return batch.select(*self.keep)
 
-    # ------------------------------------------------------------- checkpoints
-    def rollout_state(self) -> dict[str, Any]:
-        """Where the rollout stands, its env's state among it; empty for envs that do not hand their state out."""
-        base = self._stateful_env()
-        if base is None:
-            return {}
-        if self._player is not None and self._player.is_on_tensors:
-            return {"player": self._player.state_dict(), "env": base.state_dict()}
-        if self._player is not None:
-            return {}
-        return {"carrier": self._carrier.exclude("next").to_dict(), "env": base.state_dict()}
 
-    def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `rollout_state` returned."""
-        if not state:
-            return
-        self._stateful_env().load_state_dict(state["env"])
-        if "player" in state:
-            self._player.load_state_dict(state["player"])
-        else:
-            self._carrier.update(TensorDict(state["carrier"], batch_size=self._carrier.batch_size))
+def rollout_state(collector: BaseCollector) -> dict[str, Any]:
+    """Where the collector stands in its trials, the env's state among it, for a checkpoint; what `Collector.state_dict` leaves out.
 
-    def _stateful_env(self) -> nn.Module | None:
-        base = getattr(self.env, "base_env", self.env)
-        return base if type(base).get_extra_state is not nn.Module.get_extra_state else None
+    Empty where the env does not hand out its state, as a Gymnasium env: put back in the middle of a trial it would play another
+    task than the data says.
+    """
+    env, player = _stateful_env(collector), getattr(collector, "player", None)
+    if env is None or (player is not None and not player.is_on_tensors):
+        return {}
+    if player is not None:
+        return {"player": player.state_dict(), "env": env.state_dict()}
+    return {"carrier": collector._carrier.exclude("next").to_dict(), "env": env.state_dict()}
+
+
+def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> None:
+    """Goes on from what `rollout_state` returned."""
+    if not state:
+        return
+    _stateful_env(collector).load_state_dict(state["env"])
+    if "player" in state:
+        collector.player.load_state_dict(state["player"])
+    else:
+        collector._carrier.update(TensorDict(state["carrier"], batch_size=collector._carrier.batch_size))
+
+
+def _stateful_env(collector: BaseCollector) -> nn.Module | None:
+    env = getattr(collector, "env", None)
+    base = getattr(env, "base_env", env)
+    return base if base is not None and type(base).get_extra_state is not nn.Module.get_extra_state else None
