@@ -7,7 +7,7 @@ module with a ``step_function`` brings it (our cores), a distribution whose `Fam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
         return [_core(module)]
     if isinstance(module, ProbabilisticTensorDictModule):
         family = family_of(module)
-        return [_with_tensordict(module) if family is None or len(module.out_keys) > 2 else _distribution(module, family)]
+        return [_with_tensordict(module) if family is None else _distribution(module, family)]
     if _is_function_of_tensors(module):
         return [ActingPart(module, module.in_keys, module.out_keys, lambda _: _on_tensors(module), "tensors")]
     return [_with_tensordict(module)]
@@ -110,17 +110,17 @@ def _core(module: TensorDictModuleBase) -> ActingPart:
 
 
 def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> ActingPart:
-    in_keys, action_key, log_prob_key = module.in_keys, module.out_keys[0], module.log_prob_key
+    in_keys, log_prob_key = module.in_keys, module.log_prob_key if module.return_log_prob else None
+    action_key = next(key for key in module.out_keys if key not in module.log_prob_keys)
 
     def make(steps: int) -> Callable[[State], None]:
         kind = interaction_type() or module.default_interaction_type
-        if kind is InteractionType.RANDOM:
-            return _sampler(family, in_keys, action_key, steps)
-        if kind is not InteractionType.DETERMINISTIC:
+        if kind not in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
             return _tensordict_function(module)
+        act = family.sampler(steps) if kind is InteractionType.RANDOM else family.mode
 
         def run(state: State) -> None:
-            state[action_key] = family.mode(*[state[key] for key in in_keys])
+            state[action_key] = act(*[state[key] for key in in_keys])
 
         return run
 
@@ -129,21 +129,6 @@ def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> Acti
         state[log_prob_key], _ = family.log_prob_and_entropy(state[action_key], *parameters)
 
     return ActingPart(module, in_keys, [action_key], make, "distribution", log_prob, log_prob_key)
-
-
-def _sampler(family: Family, in_keys: list[NestedKey], action_key: NestedKey, steps: int) -> Callable[[State], None]:
-    noise: Iterator[torch.Tensor] = iter(())
-
-    def run(state: State) -> None:
-        nonlocal noise
-        parameters = [state[key] for key in in_keys]
-        drawn = next(noise, None)
-        if drawn is None:
-            noise = iter(family.noise(steps, *parameters))
-            drawn = next(noise)
-        state[action_key] = family.act(drawn, *parameters)
-
-    return run
 
 
 def _with_tensordict(module: TensorDictModuleBase) -> ActingPart:

@@ -1,8 +1,8 @@
 """The core of a network, which carries its memory: `RecurrentCore` for one of your own, and `LSTMCore`.
 
-A core is a TensorDictModule with ``in_keys = [x, *memory_keys, "is_init"]`` and ``out_keys = [features, *("next", memory_key)]``
-that does one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``, as TorchRL's `GRUModule` does. Rollouts and updates call it
-on plain tensors: `step_function`, `sequence` and `initial_memory`, which ours all have (`FastGRUModule` too).
+A core is a TensorDictModule that reads ``[x, *memory_keys, "is_init"]``, writes ``[features, *("next", memory_key)]``, and does
+one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``, as TorchRL's `GRUModule` does. Rollouts and updates call it on
+plain tensors, by `step_function`, `sequence` and `initial_memory`, which all of ours have (`FastGRUModule` too).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class RecurrentCore(TensorDictModuleBase):
         memory: name and shape (of one row) of each tensor that is carried from step to step, such as ``{"hidden": (64,)}``.
         input_size: size of what it reads, to be checked; None for any.
         in_key: the entry that it reads. Default ``"trans"``.
-        hidden_key: the entry of the first memory; further ones have their name appended, as ``"hidden_cell"``. Default ``"hidden"``.
+        hidden_key: the entry of the first memory; further ones have their name appended, as in ``"hidden_cell"``. Default
+            ``"hidden"``.
         features_key: the entry that it writes. Default ``"features"``.
 
     Put into a network (``RecurrentActor(core=...)``) its entries are named by the network's own ``in_key``, ``hidden_key`` and
@@ -148,7 +149,8 @@ class LSTMCore(RecurrentCore):
         hidden_size: units. Default 64.
         num_layers: Default 1.
         in_key: Default ``"trans"``.
-        hidden_key: entry of the outputs ``[*B, num_layers, hidden_size]``; the cell's is the same with ``_cell``. Default ``"hidden"``.
+        hidden_key: entry of the outputs ``[*B, num_layers, hidden_size]``; the cell's is this with ``_cell`` appended. Default
+            ``"hidden"``.
         features_key: Default ``"features"``.
         device: device of the parameters.
         dtype: dtype of the parameters.
@@ -197,7 +199,7 @@ class LSTMCore(RecurrentCore):
 
 
 def run_segments(rnn: nn.RNNBase, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
-    """`RecurrentCore.unroll` of a `torch.nn.GRU` or `torch.nn.LSTM` (``batch_first``), from reset to reset in one call of its own."""
+    """`RecurrentCore.unroll` by a `torch.nn.GRU` or `torch.nn.LSTM` (``batch_first``): one call for all segments between resets."""
     rows, steps = x.shape[:2]
     starts = torch.zeros(rows, steps, dtype=torch.bool, device=x.device) if is_init is None else is_init.bool().clone()
     starts[:, 0] = True
@@ -214,7 +216,7 @@ def run_segments(rnn: nn.RNNBase, x: torch.Tensor, memory: Tensors | None, is_in
 
 
 def _run_segments_of(rnn, x, memory, starts, first, lengths):
-    """What ``rnn`` gives for the segments that lie end to end in ``x`` ``[N * T, input_size]``: ``[N * T, ...]`` and its last states."""
+    """Outputs ``[N * T, ...]`` and last states of the segments that lie end to end in ``x`` ``[N * T, input_size]``."""
     longest = int(lengths.max())
     if len(first) * longest == len(x):  # all of one length
         y, state = rnn(x.unflatten(0, (len(first), longest)), memory)

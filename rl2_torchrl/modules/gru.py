@@ -1,4 +1,4 @@
-"""`FastGRUModule`: TorchRL's `GRUModule`, the same numbers several times faster on the CPU; `GRUCore` is it with an actor's keys."""
+"""`FastGRUModule`: TorchRL's `GRUModule`, the same numbers several times faster on the CPU; `GRUCore`, the same as a core."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class FastGRUModule(GRUModule):
     dtypes than float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``, another
     ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine without a C compiler.
 
-    Inputs of another dtype than the weights' are converted. It is a core: ``step_function``, ``sequence`` and ``initial_memory`` are
-    those of `RecurrentCore`, with one memory, ``[*B, num_layers, hidden_size]``.
+    Inputs of another dtype than the weights' are converted. It is a core: ``step_function``, ``sequence`` and
+    ``initial_memory`` are those of `RecurrentCore`, with one memory, ``[*B, num_layers, hidden_size]``.
 
     Args:
         *args: as for `GRUModule`.

@@ -14,7 +14,7 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules.categorical import raise_strangers
+from rl2_torchrl.modules.categorical import raise_unknown_actions
 from rl2_torchrl.modules.plain import NotPlainError
 from rl2_torchrl.objectives.direct import DirectGradients
 from rl2_torchrl.objectives.parts import Concat, GaussianTerms, GRUPart, HeadPart
@@ -101,7 +101,7 @@ class CompiledPass:
         torch._foreach_add_([self.optimizer.state[p]["step"] for p in self._group["params"]], taken)
         if has_stranger:
             action = self.chunks[self.direct.loss.tensor_keys.action]
-            raise_strangers(action, self._networks[0][1].linears[-1].out_features)
+            raise_unknown_actions(action, self._networks[0][1].linears[-1].out_features)
         return [self._named(row) for row in metrics[: taken + (end >= 0)].tolist()]
 
     def _named(self, row: list[float]) -> dict[str, float]:

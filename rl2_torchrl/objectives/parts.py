@@ -10,10 +10,9 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules import body
-from rl2_torchrl.modules.actor import Gaussian
-from rl2_torchrl.modules.body import Head, OnMemory, are_relu_linear
+from rl2_torchrl.modules import encoders
 from rl2_torchrl.modules.categorical import categorical_gradient, categorical_terms
+from rl2_torchrl.modules.distributions import Gaussian
 from rl2_torchrl.modules.gru import FastGRUModule
 from rl2_torchrl.modules.gru_sequence import (
     Workspace,
@@ -22,6 +21,7 @@ from rl2_torchrl.modules.gru_sequence import (
     forward_saving,
     weight_products,
 )
+from rl2_torchrl.modules.heads import Head, SkipHead, are_relu_linear
 from rl2_torchrl.modules.linear import MOST_OUTPUTS, relu_linear, relu_linear_gradients
 from rl2_torchrl.modules.plain import NotPlainError, State, fits
 
@@ -59,10 +59,10 @@ class Part:
 
 
 class Concat(Part):
-    """`body.Concat`, of data."""
+    """`encoders.Concat`, of data."""
 
     def __init__(self, in_keys: Sequence[NestedKey], out_key: NestedKey):
-        self.in_keys, self.out_key, self.concat = in_keys, out_key, body.Concat()
+        self.in_keys, self.out_key, self.concat = in_keys, out_key, encoders.Concat()
         self.data_keys = in_keys
 
     def forward(self, state: State) -> None:
@@ -251,13 +251,13 @@ def parts_of(module: TensorDictModuleBase) -> list[Part]:
         return [GRUPart(module)]
     function, (key, *others), out_key = module.module, module.in_keys, module.out_keys[0]
     kind = type(function) if isinstance(function, nn.Module) and _is_bare(function) else None
-    if kind is body.Concat:
+    if kind is encoders.Concat:
         return [Concat(module.in_keys, out_key)]
     if kind is Head:
         return [HeadPart(function, key, out_key)]
     if kind is Gaussian:
         return [HeadPart(function.mean, key, out_key)]
-    if kind is OnMemory and _is_bare(function.concat):
+    if kind is SkipHead and _is_bare(function.concat):
         return [HeadPart(function.head, key, out_key, others, detach=function.detach)]
     raise NotPlainError(f"{type(function).__name__} is a function whose gradient is not known here, or has hooks")
 

@@ -1,26 +1,35 @@
-"""The body that actor and critic share in kind: inputs -> GRU -> activation -> one linear layer."""
+"""The head of a network: what it makes of its core's features."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 
 import torch
-from tensordict import NestedKey
-from tensordict.nn import TensorDictModule
 from torch import nn
 
-from rl2_torchrl.modules.cores import sub_key
-from rl2_torchrl.modules.gru import GRUCore
+from rl2_torchrl.modules.encoders import Concat
 from rl2_torchrl.modules.linear import relu_linear
 
-__all__ = ["Concat", "Head", "OnMemory", "are_relu_linear", "as_keys", "gru_body", "sub_key"]
+__all__ = ["Head", "SkipHead", "are_relu_linear", "head_with_skip"]
 
 
 class Head(nn.Module):
-    """``W f(h) + b``: an activation and one linear layer whose weights and bias are drawn from U(-init_range, init_range).
+    """``W f(h) + b``: an activation and one linear layer, with hidden layers before it if you like.
 
-    With ``num_cells`` further hidden layers of those sizes stand before the last. The last ``skip_size`` inputs go past the
-    first activation, which would cut off their sign.
+    Args:
+        in_features: size of what it reads.
+        out_features: size of what it gives.
+        init_range: weights and bias of the last layer are drawn from U(-init_range, init_range).
+        activation: module class before each linear layer. Default `torch.nn.ReLU`.
+        num_cells: sizes of further hidden layers before the last. Default none.
+        skip_size: the last so many inputs go past the first activation, which would cut off their sign. Default 0.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Examples:
+        >>> Head(8, 3, init_range=1e-3, num_cells=[16])(torch.zeros(4, 8)).shape
+        torch.Size([4, 3])
     """
 
     def __init__(
@@ -36,6 +45,7 @@ class Head(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        in_features, out_features, num_cells = index(in_features), index(out_features), [index(n) for n in num_cells]
         self.in_features, self.skip_size = in_features, skip_size
         if out_features < 1:
             raise ValueError(f"{out_features} outputs: an actor needs at least one action, or action dimension.")
@@ -87,58 +97,34 @@ def are_relu_linear(layers: list[nn.Module]) -> bool:
     return True
 
 
-class Concat(nn.Module):
-    """Concatenates its inputs ``[*B, n_i]`` in the first one's dtype, to ``[*B, sum n_i]``."""
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Concatenates along the last dimension."""
-        return torch.cat([x.to(inputs[0].dtype) for x in inputs], -1) if len(inputs) > 1 else inputs[0]
-
-
-class OnMemory(nn.Module):
-    """A head that reads a GRU's features ``[*B, hidden_size]`` and, past its first activation, further inputs.
+class SkipHead(nn.Module):
+    """A head that reads a core's features ``[*B, features_size]`` and, past its first activation, further inputs.
 
     Args:
         head: the head; its ``skip_size`` is the size of the further inputs.
-        detach: whether to stop the gradient into the features.
+        detach: whether to stop the gradient into the features. Default False.
     """
 
-    def __init__(self, head: Head, detach: bool):
+    def __init__(self, head: Head, detach: bool = False):
         super().__init__()
         self.head, self.detach = head, detach
         self.concat = Concat()
 
     def forward(self, features: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
+        """Maps ``features`` and ``extra`` ``[*B, n]`` to ``[*B, out_features]``."""
         features = features.detach() if self.detach else features
         return self.head(self.concat(features, *extra))
 
 
-def gru_body(
-    in_keys: Sequence[NestedKey],
-    input_size: int,
-    hidden_size: int,
-    *,
-    hidden_key: NestedKey,
-    features_key: NestedKey,
-    num_layers: int = 1,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> list[TensorDictModule]:
-    """Modules from ``in_keys`` to the GRU's output under ``features_key`` ``[*B, hidden_size]``.
-
-    The hidden state ``[*B, num_layers, hidden_size]`` is read from ``hidden_key`` and written to ``("next", hidden_key)``.
-    """
-    modules = []
-    in_key = in_keys[0]
-    if len(in_keys) > 1:
-        in_key = sub_key(features_key, "input")
-        modules.append(TensorDictModule(Concat(), in_keys=list(in_keys), out_keys=[in_key]))
-    keys = {"in_key": in_key, "hidden_key": hidden_key, "features_key": features_key}
-    return [*modules, GRUCore(input_size, hidden_size, num_layers, **keys, device=device, dtype=dtype)]
-
-
-def as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
-    """``extra_keys`` as a list. A single string is an error: its letters would be taken for keys."""
-    if isinstance(extra_keys, str):
-        raise TypeError(f"extra_keys={extra_keys!r} is a single key; give a list: extra_keys=[{extra_keys!r}].")
-    return list(extra_keys)
+def head_with_skip(
+    features_size: int, input_size: int, out_features: int, *, num_cells: Sequence[int], **kwargs
+) -> SkipHead:
+    """A `SkipHead` on features and the core's input, whose weights are drawn for that input alone (He et al. 2015)."""
+    if not num_cells:
+        raise ValueError(
+            "skip=True without num_cells: one layer can only add up what is seen and what is remembered, not choose by both. "
+            "Give it a hidden layer, such as num_cells=[64]."
+        )
+    head = Head(features_size + input_size, out_features, num_cells=num_cells, skip_size=input_size, **kwargs)
+    nn.init.kaiming_uniform_(head.layers[1].weight.detach()[:, features_size:], nonlinearity="relu")
+    return SkipHead(head)
