@@ -25,6 +25,7 @@ NO_EXAMPLE = {
     "TaskDistribution": "an alias of a type, which cannot have a docstring; a comment and TaskSampler say what it is",
     "TrainResult": "plain data, returned by train",
     "train": "the README's recipe by hand is its example, and a test runs it",
+    "TensorEnvError": "raised by check_tensor_env, whose example shows it",
     "TrialContractError": "raised by check_trial_env, whose example shows it",
 }
 
@@ -33,7 +34,7 @@ LAYERS = [
     {"baselines", "envs", "kernels", "replay", "seeding", "tasks", "transition", "trial"},
     {"modules"},
     {"objectives"},
-    {"collector", "evaluation", "lockstep", "testing", "update"},
+    {"collector", "evaluation", "lockstep", "tensor_env_check", "testing", "update"},
     {"training", "video"},
     {"report"},
 ]
