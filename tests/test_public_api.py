@@ -25,27 +25,16 @@ NO_EXAMPLE = {
     "TaskDistribution": "an alias of a type, which cannot have a docstring; a comment and TaskSampler say what it is",
     "TrainResult": "plain data, returned by train",
     "train": "the README's recipe by hand is its example, and a test runs it",
+    "TensorEnvError": "raised by check_tensor_env, whose example shows it",
     "TrialContractError": "raised by check_trial_env, whose example shows it",
 }
 
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
-    {
-        "baselines",
-        "callbacks",
-        "checkpoints",
-        "envs",
-        "kernels",
-        "progress",
-        "replay",
-        "tasks",
-        "transition",
-        "trial",
-        "weights",
-    },
+    {"baselines", "envs", "kernels", "replay", "seeding", "tasks", "transition", "trial"},
     {"modules"},
     {"objectives"},
-    {"checks", "collector", "evaluation", "lockstep", "testing", "update"},
+    {"collector", "evaluation", "lockstep", "tensor_env_check", "testing", "update"},
     {"training", "video"},
     {"report"},
 ]

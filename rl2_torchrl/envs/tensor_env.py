@@ -296,7 +296,7 @@ class TensorEnv(EnvBase):
         rows = None if tensordict is None else tensordict.get("_reset", None)
         self._has_task = tensordict is not None and "task" in tensordict.keys()
         # A TensorDict's owner may write over it, and what is begun keeps its task.
-        task = tensordict["task"].clone() if self._has_task else self.full_state_spec["task"].zero()
+        task = tensordict["task"].clone() if self._has_task else self._zero_task()
         entries = self.start(task, None if rows is None or rows.all() else rows)
         output = self._tensordict(entries)
         return output if self._has_task else output.set("task", task.clone())
@@ -327,6 +327,10 @@ class TensorEnv(EnvBase):
             output.set(key, value.clone())
         return output.update(self.observe_more(self._now.state)) if self.more_keys else output
 
+    def _zero_task(self) -> Tensor | TensorDictBase:
+        spec = self.full_state_spec["task"]
+        return spec.project(spec.zero())
+
     def _ends(self) -> tuple[Tensor, Tensor]:
         """``terminated`` and ``truncated`` of all rows, ``[*B, 1]`` bool."""
         now = self._now
@@ -355,7 +359,7 @@ class TensorEnv(EnvBase):
         # the same numbers.
         parts = [self.generator.get_state()]
         if self._now.started:
-            parts += [leaf.detach().cpu().reshape(-1).view(torch.uint8) for leaf in self._leaves()]
+            parts += [leaf.detach().cpu().flatten().contiguous().view(torch.uint8) for leaf in self._leaves()]
         return torch.cat(parts)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -368,7 +372,7 @@ class TensorEnv(EnvBase):
         generator = state[:start].clone()
         if len(state) > start:
             if not self._now.started:
-                self.start(self.full_state_spec["task"].zero())  # for the state's shapes; all its values are replaced
+                self.start(self._zero_task())  # for the state's shapes; all its values are replaced
             leaves = list(self._leaves())
             sizes = [leaf.numel() * leaf.element_size() for leaf in leaves]
             if start + sum(sizes) != len(state):
