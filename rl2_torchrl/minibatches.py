@@ -134,7 +134,7 @@ def require_trials(batch: TensorDictBase) -> None:
     if bool(wrong.any()):
         *row, step = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"row {row}: a trial ends at step {step} and none begins at step {step + 1}, or the other way round, {int(wrong.sum())} "
-            "times in this batch. Rows must be steps of one env in the order in which they were played, or memory and advantages "
+            f"row {row}: a trial ends at step {step} and none begins at step {step + 1}, or the reverse ({int(wrong.sum())} "
+            "times in this batch). Rows must be steps of one env in the order in which they were played, or memory and advantages "
             "flow from one trial into another: no cat_results=-1 (workers end to end), no split_trajs=True, no shuffled steps."
         )

@@ -75,7 +75,7 @@ class _Layer:
 
     def __init__(self, weights: list[nn.Parameter]):
         self.weights = weights
-        (gates, self.inputs), self.units = weights[0].shape, weights[1].shape[1]
+        self.inputs, self.units = weights[0].shape[1], weights[1].shape[1]
 
     def bind(self, gradients: Mapping[int, torch.Tensor]) -> None:
         units, inputs = self.units, self.inputs
