@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rl2_torchrl.objectives.clipped import clipped_objective
 from torch import nn
 from torch.distributions import Categorical
 
@@ -9,7 +10,6 @@ from rl2_torchrl import kernels
 from rl2_torchrl.modules.categorical import log_prob_and_entropy
 from rl2_torchrl.modules.heads import Head
 from rl2_torchrl.modules.linear import relu_linear
-from rl2_torchrl.objectives.clipped import clipped_objective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 

@@ -10,12 +10,15 @@ from operator import index
 from typing import Any
 
 import torch
+from tensordict import NestedKey
 from torch import nn
 from torch.distributions import Categorical, Distribution, constraints
 from torchrl.data import Binary, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
+from rl2_torchrl.gradients.gaussian import GaussianHeadPart
+from rl2_torchrl.gradients.part import runs
 from rl2_torchrl.modules.families import CategoricalFamily, Family, family_of, register_family
 
 __all__ = [
@@ -217,6 +220,11 @@ class Gaussian(nn.Module):
     def forward(self, *features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = self.mean(*features)
         return mean, self.log_std.exp().expand_as(mean)
+
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> GaussianHeadPart | None:
+        """The part of a PPO step that this is, with its own gradient; None where the mean is no chain of ReLU and linear."""
+        chain = self.mean.gradient_part(in_keys, out_keys[:1]) if hasattr(self.mean, "gradient_part") else None
+        return GaussianHeadPart(self, chain, self.log_std, out_keys) if runs(self, Gaussian) and chain else None
 
 
 # ---------------------------------------------------------- several categoricals

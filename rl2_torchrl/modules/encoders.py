@@ -10,6 +10,9 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
+from rl2_torchrl import kernels
+from rl2_torchrl.gradients.chain import ChainPart, ConcatPart, are_relu_and_linear
+from rl2_torchrl.gradients.part import runs
 from rl2_torchrl.modules.cores import sub_key
 
 __all__ = ["Concat", "ConvEncoder", "Encoder", "ImageEncoder", "MLPEncoder", "encoding"]
@@ -57,6 +60,12 @@ class MLPEncoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``x`` ``[*B, *shape]`` to ``[*B, num_cells[-1]]``."""
         return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
+
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
+        """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`); None for other activations."""
+        layers = list(self.layers)
+        known = runs(self, MLPEncoder) and are_relu_and_linear(layers) and kernels.covers(*self.parameters())
+        return ChainPart(self, layers, in_keys, out_keys) if known and len(self.shape) == 1 else None
 
 
 class ImageEncoder(nn.Module):
@@ -136,6 +145,10 @@ class Concat(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Concatenates along the last dimension."""
         return torch.cat([x.to(inputs[0].dtype) for x in inputs], -1) if len(inputs) > 1 else inputs[0]
+
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ConcatPart | None:
+        """The part of a PPO step that this is, with its own gradient."""
+        return ConcatPart(self, in_keys, out_keys) if runs(self, Concat) else None
 
 
 def encoding(
