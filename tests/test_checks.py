@@ -30,7 +30,6 @@ from rl2_torchrl.checks import TrainingCheckError, check_training, memory
 from rl2_torchrl.checks.evidence import Evidence
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, TabularMDP, random_mdps, uniform_means, uniform_targets
 
-
 ROWS, ARMS, STATES, ACTIONS, EPISODE, EPISODES = 16, 3, 3, 2, 4, 3
 TRIAL = EPISODE * EPISODES
 
