@@ -44,6 +44,7 @@ _SIGNATURES = {
     "gaussian_forward": (None, (*(_int,) * 2, *(_pointer,) * 4)),
     "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 6)),
     "ppo_pass": (_int, (_pointer,)),
+    "ppo_pass_layout": (_int, (_int,)),
     "clipped_objective": (None, (_int, _int, *(_pointer,) * 3, _double, _double, *(_pointer,) * 4)),
 }
 

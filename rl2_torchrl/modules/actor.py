@@ -12,6 +12,8 @@ from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor
 
+from rl2_torchrl.gradients.gaussian import GaussianHeadPart
+from rl2_torchrl.gradients.part import runs
 from rl2_torchrl.modules.body import Head, OnMemory, gru_body
 
 __all__ = ["GRUCategoricalActor", "GRUGaussianActor"]
@@ -219,6 +221,11 @@ class Gaussian(nn.Module):
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = self.mean(features)
         return mean, self.log_std.exp().expand_as(mean)
+
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> GaussianHeadPart | None:
+        """The part of a PPO step that this is, with its own gradient; None where the mean is no chain of ReLU and linear."""
+        is_ours = runs(self, Gaussian) and runs(self.mean, Head) and self.mean.chain_part(self, in_keys, out_keys)
+        return GaussianHeadPart(self, list(self.mean.layers), self.log_std, in_keys, out_keys) if is_ours else None
 
 
 def _action_spec(env: EnvBase) -> TensorSpec:

@@ -10,6 +10,9 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import unravel_key
 from torch import nn
 
+from rl2_torchrl import kernels
+from rl2_torchrl.gradients.chain import ChainPart, ConcatPart, are_relu_and_linear
+from rl2_torchrl.gradients.part import runs
 from rl2_torchrl.modules.gru import FastGRUModule
 from rl2_torchrl.modules.linear import relu_linear
 
@@ -61,6 +64,15 @@ class Head(nn.Module):
             features = first(self.activated(features))
         return _chain(layers, features)
 
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
+        """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`); None for other activations."""
+        return self.chain_part(self, in_keys, out_keys) if runs(self, Head) and not self.skip_size else None
+
+    def chain_part(self, module: nn.Module, in_keys, out_keys, *, detach: bool = False) -> ChainPart | None:
+        """As `gradient_part`, of a ``module`` that is this head and what it reads beside the features."""
+        known = are_relu_and_linear(list(self.layers)) and kernels.covers(*self.parameters())
+        return ChainPart(module, list(self.layers), in_keys, out_keys, detach=detach) if known else None
+
     def activated(self, features: torch.Tensor) -> torch.Tensor:
         """``features`` after the first activation, which the last ``skip_size`` of them go past."""
         features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
@@ -94,6 +106,10 @@ class Concat(nn.Module):
         """Concatenates along the last dimension."""
         return torch.cat([x.to(inputs[0].dtype) for x in inputs], -1) if len(inputs) > 1 else inputs[0]
 
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ConcatPart | None:
+        """The part of a PPO step that this is, with its own gradient."""
+        return ConcatPart(self, in_keys, out_keys) if runs(self, Concat) else None
+
 
 class OnMemory(nn.Module):
     """A head that reads a GRU's features ``[*B, hidden_size]`` and, past its first activation, further inputs.
@@ -111,6 +127,11 @@ class OnMemory(nn.Module):
     def forward(self, features: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
         features = features.detach() if self.detach else features
         return self.head(self.concat(features, *extra))
+
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
+        """The part of a PPO step that this is, with its own gradient."""
+        is_ours = runs(self, OnMemory) and runs(self.head, Head) and (self.head.skip_size > 0) == (len(in_keys) > 1)
+        return self.head.chain_part(self, in_keys, out_keys, detach=self.detach) if is_ours else None
 
 
 class _CheckedGRU(FastGRUModule):

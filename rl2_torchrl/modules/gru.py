@@ -68,6 +68,18 @@ class FastGRUModule(GRUModule):
         tensordict.set(self.out_keys[0], layers[-1].reshape(*batch, -1))
         return tensordict.set(self.out_keys[1], last.reshape(*batch, *last.shape[-2:]))
 
+    def gradient_part(self):
+        """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`), or None without kernels."""
+        from rl2_torchrl.gradients.recurrent import GRUPart
+
+        if not (self.is_plain() and self.has_kernels()):
+            return None
+
+        def features(x, hidden, is_init):
+            return self.sequence(x, hidden, is_init.squeeze(-1))[-1]
+
+        return GRUPart(self.gru, features, self.in_keys, self.out_keys[0])
+
     def is_plain(self) -> bool:
         """Whether this is `gru_sequence`, layer by layer, and nothing more."""
         gru = self.gru
