@@ -33,7 +33,7 @@ LAYERS = [
     {"baselines", "envs", "kernels", "replay", "tasks", "transition", "trial"},
     {"modules"},
     {"objectives"},
-    {"collector", "evaluation", "lockstep", "testing", "update"},
+    {"checks", "collector", "describe", "evaluation", "lockstep", "testing", "update"},
     {"training", "video"},
     {"report"},
 ]

@@ -62,7 +62,9 @@ def replay(seen: Evidence) -> str | None:
         if name in replayed and seen.has(key):
             off = _difference(replayed[name], chunks.get(key))
             if off is not None:
-                return f"the networks do not give the collected {key!r} back, but numbers that are off by up to {off:.2g}"
+                return (
+                    f"the networks do not give the collected {key!r} back, but numbers that are off by up to {off:.2g}"
+                )
 
 
 def _difference(replayed: torch.Tensor, collected: torch.Tensor) -> float | None:

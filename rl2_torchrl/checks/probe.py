@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
+from torchrl.checkpoint import GlobalRNGState
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.modules.actor_critic import hidden_keys
@@ -66,6 +67,17 @@ class NetworkProbe:
         }
         entries = {key: data.get(key, None) for key in written}
         return out | {k: v for k, v in entries.items() if v is not None and v.is_floating_point()}
+
+    @torch.no_grad()
+    def step(self, data: TensorDictBase) -> TensorDictBase:
+        """Writes into ``data`` ``[*B]`` all that the networks write in one step; random numbers are put back."""
+        before = GlobalRNGState().state_dict()
+        with set_recurrent_mode(False):
+            for name, network in (("actor", self.actor), ("critic", self.critic)):
+                with self._weights(name):
+                    data = data if network is None else network(data)
+        GlobalRNGState().load_state_dict(before)
+        return data
 
     def windows(self, rows: TensorDictBase, row: torch.Tensor, step: torch.Tensor) -> TensorDictBase:
         """Steps ``step`` and ``step + 1`` of the rows ``row`` (both ``[N]``) of ``rows`` ``[R, T]``, as ``[N, 2]``."""
