@@ -25,16 +25,15 @@ NO_EXAMPLE = {
     "TaskDistribution": "an alias of a type, which cannot have a docstring; a comment and TaskSampler say what it is",
     "TrainResult": "plain data, returned by train",
     "train": "the README's recipe by hand is its example, and a test runs it",
-    "TensorEnvError": "raised by check_tensor_env, whose example shows it",
     "TrialContractError": "raised by check_trial_env, whose example shows it",
 }
 
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
-    {"baselines", "envs", "kernels", "replay", "seeding", "tasks", "transition", "trial"},
+    {"baselines", "envs", "kernels", "replay", "tasks", "transition", "trial"},
     {"modules"},
     {"objectives"},
-    {"collector", "evaluation", "lockstep", "tensor_env_check", "testing", "update"},
+    {"checks", "collector", "describe", "evaluation", "lockstep", "testing", "update"},
     {"training", "video"},
     {"report"},
 ]
