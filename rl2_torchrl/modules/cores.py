@@ -83,7 +83,7 @@ class RecurrentCore(TensorDictModuleBase):
         raise NotImplementedError(f"{type(self).__name__} must define step(x, *memory) -> features, *memory.")
 
     def initial_memory(self, num_rows: int) -> Tensors:
-        """The memories ``[num_rows, *shape]`` with which a trial starts: zeros, unless you say otherwise."""
+        """The memories ``[num_rows, *shape]`` with which a trial starts: zeros, unless you say otherwise, say parameters."""
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         return tuple(like.new_zeros(num_rows, *shape) for shape in self.memory_shapes.values())
 
@@ -106,21 +106,19 @@ class RecurrentCore(TensorDictModuleBase):
 
         Args:
             x: ``[N, T, input_size]``.
-            memory: ``[N, T, *shape]`` each. The core starts from those at step 0, and from those at every step where ``is_init`` is
-                set. None: it starts from `initial_memory`.
-            is_init: bool ``[N, T]``, or None where nothing starts anew after step 0.
+            memory: ``[N, T, *shape]`` each, of which those at step 0 are gone on from; or None for `initial_memory`.
+            is_init: bool ``[N, T]``: where a trial starts, and with it `initial_memory`; or None where none does.
         """
         return self.unroll(*as_dtype_of(self, x, memory), is_init)[0]
 
     def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
         """`sequence`, and the memories ``[N, T, *shape]`` after each trial's last step in its row, 0 elsewhere."""
-        initial = None if memory else self.initial_memory(len(x))
-        state = initial or tuple(m[:, 0] for m in memory)
-        outputs = []
+        initial, outputs = self.initial_memory(len(x)), []
+        state = tuple(m[:, 0] for m in memory) if memory else initial
         for t in range(x.shape[1]):
-            if t and is_init is not None:
-                first = initial or tuple(m[:, t] for m in memory)
-                state = tuple(torch.where(_rows(is_init[:, t], m), m, old) for m, old in zip(first, state, strict=True))
+            if is_init is not None:
+                pairs = zip(initial, state, strict=True)
+                state = tuple(torch.where(_rows(is_init[:, t], m), m, old) for m, old in pairs)
             features, *state = self.step(x[:, t], *state)
             outputs.append((features, *state))
         features, *states = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
@@ -137,7 +135,7 @@ class RecurrentCore(TensorDictModuleBase):
         return run_core(self, tensordict, *read_entries(self, tensordict))
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that writes the memories into an env's reset; `get_primers_from_module` finds it."""
+        """The transform that makes room for the memories in an env; `get_primers_from_module` finds it."""
         return make_primer(self)
 
 
@@ -296,15 +294,15 @@ def read_entries(core: TensorDictModuleBase, tensordict: TensorDictBase):
     if is_init.numel() != batch.numel():
         raise ValueError(f"{init_key!r} has shape {tuple(is_init.shape)}; it must be {(*batch, 1)}: one flag a step.")
     memory = [tensordict.get(key, None) for key in memory_keys]
-    missing = [key for key, m in zip(memory_keys, memory, strict=True) if m is None]
-    if missing and len(missing) < len(memory):
-        raise KeyError(f"the core's memory {missing} is missing, while other parts of it are there.")
     for key, m, shape in zip(memory_keys, memory, core.memory_shapes.values(), strict=True):
         if m is not None and m.shape != (*batch, *shape):
             raise ValueError(
                 f"{key!r} has shape {tuple(m.shape)}; it must be [*B, {', '.join(map(str, shape))}], here {(*batch, *shape)}. "
                 "Take the primers from this network: get_primers_from_module(policy)."
             )
+    missing = [key for key, m in zip(memory_keys, memory, strict=True) if m is None]
+    if missing and len(missing) < len(memory):
+        raise KeyError(f"the core's memory {missing} is missing, while other parts of it are there.")
     x, memory = as_dtype_of(core, x, memory)
     return x, memory, is_init.reshape(batch)
 
@@ -338,12 +336,9 @@ def run_core(
 
 
 def make_primer(core: TensorDictModuleBase) -> TensorDictPrimer:
-    """The transform that writes the memories of ``core`` into an env's reset, in their own dtype."""
-    memory = dict(zip(core.in_keys[1:-1], core.initial_memory(1), strict=True))
-    specs = {key: Unbounded(shape=m.shape[1:], dtype=m.dtype) for key, m in memory.items()}
-    start = {key: m[0].detach().cpu() for key, m in memory.items()}
-    default = start if any(m.any() for m in start.values()) else 0.0
-    return TensorDictPrimer(specs, default_value=default, expand_specs=True)
+    """The transform that writes zeros for the memories of ``core`` into an env's reset, in their own dtype."""
+    memory = zip(core.in_keys[1:-1], core.initial_memory(1), strict=True)
+    return TensorDictPrimer({key: Unbounded(m.shape[1:], dtype=m.dtype) for key, m in memory}, expand_specs=True)
 
 
 def at_ends(states: torch.Tensor, is_init: torch.Tensor | None) -> torch.Tensor:
