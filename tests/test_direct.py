@@ -14,7 +14,7 @@ from rl2_torchrl import (
     RL2PPOLoss,
     kernels,
 )
-from rl2_torchrl.modules.body import Head
+from rl2_torchrl.modules.heads import Head
 from rl2_torchrl.modules.plain import NotPlainError
 from rl2_torchrl.objectives.compiled_pass import CompiledPass
 from rl2_torchrl.objectives.direct import DirectGradients

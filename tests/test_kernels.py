@@ -6,8 +6,8 @@ from torch import nn
 from torch.distributions import Categorical
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules.body import Head
 from rl2_torchrl.modules.categorical import log_prob_and_entropy
+from rl2_torchrl.modules.heads import Head
 from rl2_torchrl.modules.linear import relu_linear
 from rl2_torchrl.objectives.clipped import clipped_objective
 

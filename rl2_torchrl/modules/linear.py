@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rl2_torchrl import kernels
+from rl2_torchrl.modules.kernel_tensors import require_plain, require_tensor
 
 __all__ = ["MOST_OUTPUTS", "relu_linear", "relu_linear_gradients"]
 
@@ -73,8 +74,14 @@ class _ReLULinear(torch.autograd.Function):
 
 def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:
     """Writes the gradients of `relu_linear` into ``dx`` (None: it is not needed), ``d_weight`` and ``d_bias``, by the kernels."""
-    dy = dy.contiguous()
-    (outputs, inputs), rows = weight.shape, dy.numel() // dy.shape[-1]
+    (outputs, inputs), dy = weight.shape, dy.contiguous()
+    rows = dy.numel() // outputs
+    require_tensor("dy", dy, (*x.shape[:-1], outputs), x)
+    for name, tensor, shape in (("x", x, (*x.shape[:-1], inputs)), ("weight", weight, weight.shape)):
+        require_plain(name, tensor, shape, x)
+    for name, out, like in (("dx", dx, x), ("d_weight", d_weight, weight), ("d_bias", d_bias, weight[:, 0])):
+        if out is not None:
+            require_plain(name, out, like.shape, x)
     kernels.load(x.dtype).linear_backward(
         *(rows, inputs, outputs, x.data_ptr(), weight.data_ptr(), dy.data_ptr(), kernels.address(dx)),
         *(d_weight.data_ptr(), d_bias.data_ptr(), kernels.threads_for(2 * rows * inputs * outputs)),

@@ -101,13 +101,22 @@ def run_sequences(modules: list[TensorDictModuleBase], data: TensorDictBase, sta
                 state[key] = value
         if isinstance(module, FastGRUModule):
             x, hidden, is_init = (state.get(key) for key in module.in_keys)
-            if is_init is None or not module.fits(x, hidden) or not module.has_kernels():
+            if is_init is None or not fits(module, x, hidden) or not module.has_kernels():
                 raise NotPlainError(f"the input of {type(module).__name__} does not fit it, or TorchRL's GRU is faster")
-            state[module.out_keys[0]] = module.sequence(x, hidden, is_init.squeeze(-1))[-1]
+            state[module.out_keys[0]] = module.sequence(x, None if hidden is None else (hidden,), is_init.squeeze(-1))
         elif not set(module.in_keys) <= state.keys():
             raise NotPlainError(f"{type(module).__name__} reads {module.in_keys}, not all of which are there")
         else:
             module_function(module)(state)
+
+
+def fits(module: FastGRUModule, x: torch.Tensor | None, hidden: torch.Tensor | None) -> bool:
+    """Whether ``x`` and ``hidden`` ``[..., num_layers, hidden_size]`` have the sizes and dtype of ``module``."""
+    gru, weight = module.gru, module.gru.weight_hh_l0
+    if x is None or (x.device, x.dtype, x.shape[-1]) != (weight.device, weight.dtype, gru.input_size):
+        return False
+    sizes = (weight.dtype, gru.num_layers, gru.hidden_size)
+    return hidden is None or (hidden.dtype, *hidden.shape[-2:]) == sizes
 
 
 # ------------------------------------------------------------------ families

@@ -1,0 +1,295 @@
+"""`gru_sequence`: a GRU layer over sequences with resets, compiled, and its gradient."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from rl2_torchrl import kernels
+from rl2_torchrl.modules.kernel_tensors import require_plain, require_tensor, unit_stride
+
+__all__ = [
+    "Workspace",
+    "as_bytes",
+    "backward_in_place",
+    "forward_saving",
+    "gru_sequence",
+    "input_gradient",
+    "pack_weights",
+    "weight_products",
+]
+
+
+def gru_sequence(
+    x: torch.Tensor,
+    hidden: torch.Tensor | None,
+    is_init: torch.Tensor | None,
+    w_ih: torch.Tensor,
+    w_hh: torch.Tensor,
+    b_ih: torch.Tensor | None = None,
+    b_hh: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One GRU layer over sequences (Cho et al. 2014; equations and parameters as in `torch.nn.GRU`).
+
+    ``h_t = GRU(x_t, h_{t-1})``; ``h_{t-1}`` is ``hidden[:, t]`` at the first step and wherever ``is_init`` is set. The gradient is
+    back-propagation through time in one pass; the weights' gradients are single matrix products over all steps.
+    Without compiled kernels (`rl2_torchrl.kernels`) for the device and dtype, and for one step of few rows of many units, it is
+    a loop of PyTorch's operations.
+
+    Args:
+        x: ``[N, T, input_size]``, converted to the weights' dtype.
+        hidden: ``[N, T, hidden_size]``, converted likewise, or None for zeros.
+        is_init: bool ``[N, T]``, or None when no sequence starts anew after its first step.
+        w_ih: ``[3 * hidden_size, input_size]``.
+        w_hh: ``[3 * hidden_size, hidden_size]``.
+        b_ih: ``[3 * hidden_size]``, or None, and then ``b_hh`` too.
+        b_hh: ``[3 * hidden_size]`` or None.
+
+    Returns:
+        ``h`` ``[N, T, hidden_size]``, of the weights' dtype.
+
+    Raises:
+        ValueError: sizes or devices do not fit each other.
+        TypeError: the weights are of several dtypes.
+
+    Examples:
+        >>> gru = torch.nn.GRU(3, 8, batch_first=True)
+        >>> x = torch.randn(2, 5, 3)
+        >>> torch.allclose(gru_sequence(x, None, None, *gru.parameters()), gru(x)[0], atol=1e-6)
+        True
+    """
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    require_weights(*weights)
+    x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
+    if not kernels.covers(w_hh) or not len(x) or _is_too_little_to_pack_for(*x.shape[:2], w_hh.shape[1]):
+        return _loop(x, hidden, is_init, *weights)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, *weights)):
+        return _GRUSequence.apply(x, hidden, is_init, *weights)
+    return _forward(x, hidden, as_bytes(is_init), pack_weights(*weights), w_hh.shape[1], None)
+
+
+def require_weights(w_ih, w_hh, b_ih, b_hh) -> None:
+    """Raises unless these are the weights of one GRU layer, on one device and of one dtype."""
+    gates, units = w_hh.shape
+    if gates != 3 * units:
+        raise ValueError(f"w_hh has shape {tuple(w_hh.shape)}; it must be [3 * hidden_size, hidden_size].")
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError("a GRU layer has two biases, b_ih and b_hh, or none; only one of them is given.")
+    require_tensor("w_ih", w_ih, (gates, w_ih.shape[-1]), w_hh)
+    for name, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
+        if bias is not None:
+            require_tensor(name, bias, (gates,), w_hh)
+
+
+def _as_inputs(x, hidden, is_init, w_ih, w_hh) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``x`` and ``hidden`` in the weights' dtype, once their sizes and devices fit."""
+    if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != w_ih.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [N, T, {w_ih.shape[1]}] with T at least 1.")
+    x = x.to(w_hh.dtype)
+    require_tensor("x", x, x.shape, w_hh)
+    if hidden is not None:
+        hidden = hidden.to(w_hh.dtype)
+        require_tensor("hidden", hidden, (*x.shape[:2], w_hh.shape[1]), w_hh)
+    if is_init is not None and (is_init.shape, is_init.device) != (x.shape[:2], x.device):
+        raise ValueError(
+            f"is_init has shape {tuple(is_init.shape)} on {is_init.device}; it must be {tuple(x.shape[:2])} on {x.device}."
+        )
+    return x, hidden
+
+
+def _is_too_little_to_pack_for(rows: int, steps: int, units: int) -> bool:
+    # The kernels read packed weights. For one step of few rows, packing large ones costs more than the step.
+    return steps == 1 and rows < 48 and units >= 128
+
+
+def _loop(x, hidden, is_init, w_ih, w_hh, b_ih, b_hh) -> torch.Tensor:
+    h = x.new_zeros(len(x), w_hh.shape[1]) if hidden is None else hidden[:, 0]
+    outputs = []
+    for t in range(x.shape[1]):
+        if t and is_init is not None:
+            first = torch.zeros_like(h) if hidden is None else hidden[:, t]
+            h = torch.where(is_init[:, t].bool().unsqueeze(-1), first, h)
+        h = torch.gru_cell(x[:, t], h, w_ih, w_hh, b_ih, b_hh)
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+# ------------------------------------------------------------------ kernels
+def pack_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> torch.Tensor:
+    """The weights in the order in which the kernels read them; they are those of `require_weights`, on the CPU."""
+    library = kernels.load(w_hh.dtype)
+    inputs, units = w_ih.shape[1], w_hh.shape[1]
+    weights = [None if w is None else w.detach().contiguous() for w in (w_ih, w_hh, b_ih, b_hh)]
+    packed = w_hh.new_empty(library.forward_size(inputs, units))
+    library.pack_forward(inputs, units, *map(kernels.address, weights), packed.data_ptr())
+    return packed
+
+
+def _forward(x, hidden, is_init, packed, units: int, saved: torch.Tensor | None, y=None) -> torch.Tensor:
+    library = kernels.load(x.dtype)
+    rows, steps, inputs = x.shape
+    x, hidden = unit_stride(x), None if hidden is None else unit_stride(hidden)
+    y = x.new_empty(rows, steps, units) if y is None else y
+    library.gru_forward(
+        *(rows, steps, inputs, units, *_strided(x), *_strided(hidden), kernels.address(is_init), packed.data_ptr()),
+        *(y.data_ptr(), kernels.address(saved), kernels.threads_for(rows * steps * units * (units + inputs))),
+    )
+    return y
+
+
+class _GRUSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
+        is_init = as_bytes(is_init)
+        y, saved = forward_saving(x, hidden, is_init, (w_ih, w_hh, b_ih, b_hh))
+        ctx.save_for_backward(is_init, w_ih, w_hh)
+        ctx.saved, ctx.has_bias = saved, b_ih is not None
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        is_init, w_ih, w_hh = ctx.saved_tensors
+        if ctx.saved is None:
+            raise RuntimeError("this graph was freed by an earlier backward(); keep it with retain_graph=True.")
+        # The gradients replace what forward saved, unless the graph is to be walked again.
+        gradients = ctx.saved
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            gradients = gradients.clone()
+        else:
+            ctx.saved = None
+        needs_x, needs_hidden = ctx.needs_input_grad[:2]
+        d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if needs_hidden else None
+        backward_in_place(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
+        d_x = input_gradient(gradients, w_ih) if needs_x else None
+        d_weights = _weight_gradients(gradients, *w_ih.shape)
+        Workspace.give(gradients)
+        return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
+
+
+def forward_saving(
+    x: torch.Tensor,
+    hidden: torch.Tensor | None,
+    is_init: torch.Tensor | None,
+    weights: Sequence[torch.Tensor | None],
+    y: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gru_sequence` by the kernels, without autograd.
+
+    Args:
+        x: as in `gru_sequence`.
+        hidden: as there.
+        is_init: what `as_bytes` makes of it.
+        weights: ``w_ih, w_hh`` and, if it has them, ``b_ih, b_hh``.
+        y: contiguous memory for the result ``[N, T, H]``, or None for fresh memory.
+
+    Returns:
+        ``h`` ``[N, T, H]``, and what `backward_in_place` needs, ``[N, T, ...]``.
+    """
+    w_ih, w_hh, *biases = weights
+    require_weights(w_ih, w_hh, *(biases or (None, None)))
+    x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
+    units = w_hh.shape[1]
+    if y is not None:
+        require_plain("y", y, (*x.shape[:2], units), w_hh)
+    _require_bytes(is_init)
+    saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(x.shape[-1], units)))
+    return _forward(x, hidden, is_init, pack_weights(*weights), units, saved, y), saved
+
+
+def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
+    """Back-propagation through time: turns what forward saved into the gradients of the gates' pre-activations.
+
+    Args:
+        dy: gradient by what forward gave, ``[N, T, H]``.
+        is_init: what `as_bytes` makes of it.
+        inputs: input_size.
+        w_hh: as in `gru_sequence`.
+        gradients: what forward saved; overwritten with ``(dr, dz, dhn, dn, h, x, 1, 0, ...)`` ``[N, T, ...]``.
+        d_hidden: contiguous zeros ``[N, T, H]`` for the gradient by the memory, or None.
+    """
+    library = kernels.load(w_hh.dtype)
+    rows, steps, units = dy.shape
+    require_tensor("dy", dy, (*gradients.shape[:2], w_hh.shape[1]), w_hh)
+    require_plain("gradients", gradients, (rows, steps, library.saved_size(inputs, units)), w_hh)
+    if d_hidden is not None:
+        require_plain("d_hidden", d_hidden, dy.shape, w_hh)
+    if is_init is not None and is_init.shape != dy.shape[:2]:
+        raise ValueError(f"is_init has shape {tuple(is_init.shape)}; it must be {tuple(dy.shape[:2])}.")
+    _require_bytes(is_init)
+    dy, packed = unit_stride(dy), None
+    if steps > 1 or d_hidden is not None:  # else nothing goes back through the weights
+        w_hh, packed = w_hh.detach().contiguous(), dy.new_empty(library.backward_size(units))
+        library.pack_backward(units, w_hh.data_ptr(), packed.data_ptr())
+    library.gru_backward(
+        *(rows, steps, inputs, units, *_strided(dy), kernels.address(is_init), kernels.address(packed)),
+        *(gradients.data_ptr(), kernels.address(d_hidden), kernels.threads_for(rows * steps * units * units)),
+    )
+
+
+def _weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
+    """Gradients of w_ih, w_hh, b_ih and b_hh from what `backward_in_place` gives."""
+    units = gates // 3
+    d_rzh, d_n = weight_products(gradients, units)
+    d_w_hh, d_b_hh = d_rzh[:, :units].contiguous(), d_rzh[:, units + inputs].contiguous()
+    d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
+    return d_input[:, :inputs].contiguous(), d_w_hh, d_input[:, inputs].contiguous(), d_b_hh
+
+
+def weight_products(gradients: torch.Tensor, units: int, out=(None, None)) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dr, dz, dhn) by (h, x, 1, …) ``[3 H, H + I + 1 + …]`` and dn by (x, 1, …) ``[H, I + 1 + …]``, sums over all steps."""
+    flat = gradients.view(-1, gradients.shape[-1])
+    d_rzh = torch.mm(flat[:, : 3 * units].t(), flat[:, 4 * units :], out=out[0])
+    return d_rzh, torch.mm(flat[:, 3 * units : 4 * units].t(), flat[:, 5 * units :], out=out[1])
+
+
+def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
+    """The gradient by ``x`` ``[N, T, input_size]`` from what `backward_in_place` gives."""
+    units = len(w_ih) // 3
+    return torch.cat((gradients[..., : 2 * units], gradients[..., 3 * units : 4 * units]), -1) @ w_ih
+
+
+class Workspace:
+    """Memory of one minibatch that the next one uses again: first touch of fresh memory costs more than the arithmetic on it."""
+
+    _local = threading.local()  # a tensor that two threads took would be written by both
+    _KEPT = 8  # two networks in one loss: states, gradients and what forward saves of each, and a little more
+
+    @classmethod
+    def take(cls, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        free = cls._tensors()
+        for i, tensor in enumerate(free):
+            if tensor.shape == shape and tensor.dtype == like.dtype:
+                return free.pop(i)
+        return like.new_empty(shape)
+
+    @classmethod
+    def give(cls, tensor: torch.Tensor) -> None:
+        free = cls._tensors()
+        free.append(tensor)
+        del free[: -cls._KEPT]
+
+    @classmethod
+    def _tensors(cls) -> list[torch.Tensor]:
+        if not hasattr(cls._local, "free"):
+            cls._local.free = []
+        return cls._local.free
+
+
+def as_bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
+    """``is_init`` as contiguous bytes, or None where nothing starts anew after the first step."""
+    if is_init is None or is_init.shape[1] == 1:
+        return None
+    return is_init.bool().contiguous() if is_init[:, 1:].any() else None
+
+
+def _require_bytes(is_init: torch.Tensor | None) -> None:
+    if is_init is not None and not (is_init.dtype == torch.bool and is_init.is_contiguous()):
+        raise ValueError("is_init must be contiguous and bool here: what as_bytes(is_init) gives.")
+
+
+def _strided(tensor: torch.Tensor | None) -> tuple:
+    """Address and strides of row and step, as the kernels take them."""
+    return (None, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride()[:2])
