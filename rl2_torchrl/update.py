@@ -237,17 +237,16 @@ class PPOUpdate:
         if self._named == "parts":
             return self._parts_pass(program)
         chunks = self._chunks.chunks
-        steps = self._chunks.rows * chunks.shape[1]
-        refusal = why_not_compiled(program, self.optimizer, steps)
+        entries = {key: chunks.get(key) for key in chunks.keys(True, True)}
+        refusal = why_not_compiled(program, self.optimizer, entries, self._chunks.rows)
         if refusal is not None:
             if self._named == "compiled":
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
             return self._parts_pass(program)
-        entries = {key: chunks.get(key) for key in chunks.keys(True, True)}
         compiled = CompiledPass(program, self.optimizer, entries, self._chunks.rows, self.max_grad_norm)
         self.backend, self.reason = (
             "compiled",
-            f"minibatches of {steps} steps, one GRU and one layer in each network, Adam",
+            f"minibatches of {self._chunks.rows * chunks.shape[1]} steps, one GRU and one layer in each network, Adam",
         )
         if from_zeros:
             _require_replay(compiled.max_ratio)

@@ -91,27 +91,16 @@ class CompiledPass:
         self.max_grad_norm = max_grad_norm
         self._group = _with_state(optimizer)
         self._networks = _networks(program.parts)
-        #: Largest ratio in the chunks of a first minibatch, before any step. The look at them refuses entries that do not fit.
+        #: Largest ratio in the chunks of a first minibatch, before any step. The look at them refuses sizes that do not fit.
         self.max_ratio = program({key: entry[:rows] for key, entry in self.chunks.items()})["max_ratio"]
         for part in program.parts:
             if isinstance(part, ConcatPart):
                 part.forward(self.chunks)
+            if isinstance(part, GRUPart):
+                part.convert(self.chunks)
         self.chunks = {key: entry.contiguous() for key, entry in self.chunks.items()}
         init_key = self._networks[0][0].in_keys[2]
         self.chunks[init_key] = self.chunks[init_key].bool()  # the kernel reads bytes
-        self._require_dtypes()
-
-    def _require_dtypes(self) -> None:
-        loss, dtype = self.program.loss, self._networks[0][0].layers[0].weights[0].dtype
-        keys, policy = loss.tensor_keys, _policy(self.program.parts)
-        action = dtype if isinstance(policy, GaussianPart) else torch.int64
-        self.chunks[keys.action] = self.chunks[keys.action].to(action)
-        read = [keys.sample_log_prob, keys.advantage, *([keys.value_target] if loss.has_critic else [])]
-        for gru, _ in self._networks:
-            read += [key for key in gru.in_keys[:2] if key in self.chunks]
-        others = {key: self.chunks[key].dtype for key in read if self.chunks[key].dtype != dtype}
-        if others:
-            raise TypeError(f"{others} for networks of {dtype}: entries and networks must be of one dtype.")
 
     def run(self, order: torch.Tensor) -> list[dict[str, float]]:
         """One pass over the chunks in the ``order`` ``[num_chunks]``; metrics of each minibatch, as `RL2PPOLoss` names them.
@@ -146,15 +135,16 @@ class CompiledPass:
     def _arguments(self, order: torch.Tensor, metrics: torch.Tensor) -> _Pass:
         loss, keys, chunks = self.program.loss, self.program.loss.tensor_keys, self.chunks
         actor, *critic = (self._network(*network) for network in self._networks)
-        head, (low, high), (beta1, beta2) = self._networks[0][1], loss.clip_bounds, self._group["betas"]
-        is_gaussian = isinstance(head, GaussianHeadPart)
+        (low, high), (beta1, beta2) = loss.clip_bounds, self._group["betas"]
+        gaussian = next((part for part in self.program.parts if isinstance(part, GaussianHeadPart)), None)
+        is_gaussian = gaussian is not None
         target = chunks[keys.value_target] if loss.has_critic else None
         init = chunks[self._networks[0][0].in_keys[2]]
         read = (order, init, chunks[keys.action], chunks[keys.sample_log_prob], chunks[keys.advantage], target)
         return _Pass(
             *(len(order), chunks[keys.advantage].shape[1], self.rows, is_gaussian, *map(kernels.address, read), actor),
             critic[0] if critic else _Network(),
-            self._parameter(head.log_std) if is_gaussian else _Parameter(),
+            self._parameter(gaussian.log_std) if is_gaussian else _Parameter(),
             *(low, high, float(loss.critic_coeff) if loss.has_critic else 0.0),
             *(float(loss.entropy_coeff) if loss.entropy_bonus else 0.0, self.max_grad_norm or 0.0),
             *(float(self._group["lr"]), beta1, beta2, self._group["eps"]),
@@ -173,11 +163,23 @@ class CompiledPass:
         return _Parameter(*map(kernels.address, tensors), parameter.numel())
 
 
-def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, steps: int) -> str | None:
-    """Why a pass of minibatches of ``steps`` env steps is not run by `CompiledPass`, in words; None if it can be."""
+def why_not_compiled(
+    program: Program, optimizer: torch.optim.Optimizer, chunks: Mapping[NestedKey, torch.Tensor], rows: int
+) -> str | None:
+    """Why a pass over minibatches of ``rows`` of ``chunks`` is not run by `CompiledPass`, in words; None if it can be."""
+    loss, keys = program.loss, program.loss.tensor_keys
+    steps = rows * chunks[keys.advantage].shape[1]
     if steps > MOST_STEPS:
         return f"minibatches of {steps} steps are faster one by one (up to {MOST_STEPS} are compiled)"
-    return _why_not_these_parts(program) or _why_not_this_optimizer(optimizer, program)
+    refusal = _why_not_these_parts(program) or _why_not_this_optimizer(optimizer, program)
+    if refusal is not None:
+        return refusal
+    read = [keys.sample_log_prob, keys.advantage, *([keys.value_target] if loss.has_critic else [])]
+    expected = dict.fromkeys(read, program.parameters[0].dtype)
+    is_gaussian = isinstance(_policy(program.parts), GaussianPart)
+    expected[keys.action] = program.parameters[0].dtype if is_gaussian else torch.int64
+    others = {key: chunks[key].dtype for key, dtype in expected.items() if chunks[key].dtype != dtype}
+    return f"{others} are of another dtype than the kernel reads" if others else None
 
 
 def _why_not_these_parts(program: Program) -> str | None:
@@ -185,7 +187,7 @@ def _why_not_these_parts(program: Program) -> str | None:
     policy = _policy(parts)
     if len(loss.terms) or not isinstance(policy, (CategoricalPart, GaussianPart)):
         return "the loss has further terms, or a policy that is neither categorical nor Gaussian"
-    networks = [part for part in parts if part is not policy]
+    networks = [_chain(part) for part in parts if part is not policy]
     kinds = [GRUPart, ChainPart] * (1 + loss.has_critic)
     if len(networks) != len(kinds) or not all(map(isinstance, networks, kinds)):
         return "actor and critic have not one GRU and one head each"
@@ -197,7 +199,7 @@ def _why_not_these_parts(program: Program) -> str | None:
     reads = [policy.in_keys[1], *([loss.tensor_keys.value] if loss.has_critic else [])]
     if [head.out_keys[0] for _, head in pairs] != reads:
         return "policy or value is not what its network's head gives"
-    if isinstance(policy, GaussianPart) != isinstance(pairs[0][1], GaussianHeadPart) or isinstance(policy, OneHotPart):
+    if isinstance(policy, GaussianPart) != isinstance(parts[1], GaussianHeadPart) or isinstance(policy, OneHotPart):
         return "the policy's distribution is not the kernel's"
     if len({(p.device.type, p.dtype) for p in program.parameters}) > 1:
         return "parameters of several dtypes"
@@ -206,8 +208,13 @@ def _why_not_these_parts(program: Program) -> str | None:
 
 def _is_one_layer_each(gru: GRUPart, head: ChainPart) -> bool:
     has_biases = len(gru.layers[0].weights) == 4 and head.linears[0].bias is not None
-    is_chain = len(head.linears) == 1 and head.relus == [True] and not head.ends_in_relu and not head.detach
+    is_chain = len(head.linears) == 1 and head.before == ["relu"] and head.after is None and not head.detach
     return len(gru.layers) == 1 and not gru.wanted and has_biases and is_chain and head.in_keys == gru.out_keys
+
+
+def _chain(part: Part) -> Part:
+    """The layers of a head: those of the mean, for a Gaussian."""
+    return part.mean if isinstance(part, GaussianHeadPart) else part
 
 
 def _why_not_this_optimizer(optimizer: torch.optim.Optimizer, program: Program) -> str | None:
@@ -251,5 +258,5 @@ def _policy(parts: list[Part]) -> Part | None:
 def _networks(parts: list[Part]) -> list[tuple[GRUPart, ChainPart]]:
     """GRU and head of the actor, and those of the critic."""
     policy = _policy(parts)
-    networks = [part for part in parts if part is not policy and not isinstance(part, ConcatPart)]
+    networks = [_chain(part) for part in parts if part is not policy and not isinstance(part, ConcatPart)]
     return list(zip(networks[::2], networks[1::2], strict=True))

@@ -8,8 +8,9 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, Tenso
 from torch import nn
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.gradients.part import AutogradPart, Part, is_bare
+from rl2_torchrl.gradients.part import AutogradPart, Part, is_bare, on_entries
 from rl2_torchrl.gradients.policy import policy_part
+from rl2_torchrl.modules.families import family_of
 
 __all__ = ["actor_parts", "parts_of", "why_no_parts"]
 
@@ -21,7 +22,7 @@ def why_no_parts(actor: TensorDictModuleBase) -> str | None:
     *others, last = _leaves(actor, is_policy=True)
     if not isinstance(last, ProbabilisticTensorDictModule) or len(last.dist_keys) != len(last.in_keys):
         return f"{type(actor).__name__} does not end in a distribution"
-    if any(isinstance(module, ProbabilisticTensorDictModule) for module in others) or len(last.out_keys) > 2:
+    if any(isinstance(module, ProbabilisticTensorDictModule) for module in others) or family_of(last) is None:
         return f"{type(actor).__name__} has several distributions"
     return None
 
@@ -78,22 +79,10 @@ def _is_function(module: TensorDictModuleBase) -> bool:
 
 
 def _core(module: TensorDictModuleBase) -> AutogradPart:
-    *inputs, init_key = module.in_keys
     features = [key for key in module.out_keys if not _is_next(key)]
-
-    def sequence(x: torch.Tensor, *memory_and_init: torch.Tensor | None) -> torch.Tensor:
-        return run_core(module, x, memory_and_init[:-1], memory_and_init[-1])
-
-    options = {"parameters": module.parameters(), "optional": inputs[1:]}
-    return AutogradPart(
-        sequence, module.in_keys, features, **options, reason=f"{_name(module)} brings no gradient of its own"
-    )
-
-
-def run_core(module: TensorDictModuleBase, x: torch.Tensor, memory, is_init: torch.Tensor) -> torch.Tensor:
-    """The features ``[N, T, H]`` of a core's whole sequences; missing memory is the initial state."""
-    known = None if any(m is None for m in memory) else tuple(memory)
-    return module.sequence(x, known, is_init.squeeze(-1))
+    options = {"parameters": module.parameters(), "optional": module.in_keys[1:-1]}
+    reason = f"{_name(module)} brings no gradient of its own"
+    return AutogradPart(on_entries(module.sequence), module.in_keys, features, **options, reason=reason)
 
 
 def _on_tensordict(module: TensorDictModuleBase) -> AutogradPart:

@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 
-__all__ = ["AutogradPart", "Part", "State", "accumulate", "entries_of", "is_bare", "runs"]
+__all__ = ["AutogradPart", "Part", "State", "accumulate", "entries_of", "is_bare", "on_entries", "runs"]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, what networks make of them, or gradients by them.
 State = dict[NestedKey, torch.Tensor]
@@ -166,6 +166,17 @@ def entries_of(state: State, keys: Sequence[NestedKey], optional: frozenset[Nest
             f"{sorted(map(str, state))}. What the collector keeps must hold it: TrialCollector(keep=update.in_keys)."
         )
     return [state.get(key) for key in keys]
+
+
+def on_entries(sequence: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A core's ``sequence(x, memory, is_init)`` as a function of its entries ``x, *memory, is_init`` ``[N, T, ...]``."""
+
+    def run(x: torch.Tensor, *memory_and_init: torch.Tensor | None) -> torch.Tensor:
+        *memory, is_init = memory_and_init
+        given = tuple(memory) if all(m is not None for m in memory) else None
+        return sequence(x, given, is_init.squeeze(-1))
+
+    return run
 
 
 def is_bare(module: nn.Module) -> bool:

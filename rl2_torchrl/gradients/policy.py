@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictModule
-from torch.distributions import Categorical, Distribution
-from torchrl.modules import IndependentNormal, OneHotCategorical
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import AutogradPart, State, accumulate, entries_of
 from rl2_torchrl.modules.categorical import categorical_gradient, categorical_terms
-from rl2_torchrl.modules.families import family_of
+from rl2_torchrl.modules.families import CategoricalFamily, Family, NormalFamily, OneHotFamily, family_of
 
 __all__ = [
     "ENTROPY",
@@ -31,12 +29,12 @@ LOG_PROB, ENTROPY = ("policy", "log_prob"), ("policy", "entropy")
 #: Entropy of a normal distribution of standard deviation 1.
 _NORMAL_ENTROPY = 1.4189385332046727
 
-_PARTS: dict[type[Distribution], type[AutogradPart]] = {}
+_PARTS: dict[type[Family], type[AutogradPart]] = {}
 
 
-def register_policy_part(distribution: type[Distribution], part: type[AutogradPart]) -> None:
-    """Lets ``part`` take the policies of ``distribution``: it is made as `AutogradPart` is, of the action and the parameters."""
-    _PARTS[distribution] = part
+def register_policy_part(family: type[Family], part: type[AutogradPart]) -> None:
+    """Lets ``part`` take the policies of ``family``, exactly: it is made as `AutogradPart` is, of the action and the parameters."""
+    _PARTS[family] = part
 
 
 def policy_part(sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool) -> AutogradPart:
@@ -47,24 +45,23 @@ def policy_part(sample: ProbabilisticTensorDictModule, action_key: NestedKey, *,
         action_key: entry of the collected actions.
         entropy: whether anybody reads the entropy.
     """
-    in_keys, out_keys = [action_key, *sample.in_keys], [LOG_PROB, ENTROPY] if entropy else [LOG_PROB]
-    function = _terms_of(sample, entropy)
-    own = None if sample.distribution_kwargs else _PARTS.get(sample.distribution_class)
-    if own is None:
-        name = sample.distribution_class.__name__
-        return AutogradPart(function, in_keys, out_keys, reason=f"{name} brings no gradient of its own")
-    return own(function, in_keys, out_keys)
-
-
-def _terms_of(sample: ProbabilisticTensorDictModule, entropy: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Log-probability and entropy ``[N, T]`` under autograd, as the distribution's own methods give them."""
     family = family_of(sample)
+    part = _PARTS.get(type(family), AutogradPart)
+    in_keys, out_keys = [action_key, *sample.in_keys], [LOG_PROB, ENTROPY] if entropy else [LOG_PROB]
+    made = part(_terms_of(family, entropy), in_keys, out_keys)
+    if part is AutogradPart:
+        made.reason = f"{sample.distribution_class.__name__} brings no gradient of its own"
+    return made
+
+
+def _terms_of(family: Family, entropy: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Log-probability and, where it is asked for, entropy ``[N, T]`` under autograd."""
 
     def terms(action: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         log_prob, its_entropy = family.log_prob_and_entropy(action, *parameters)
         if not entropy:
             return (log_prob,)
-        if its_entropy is None:  # no closed form: from one sample, as `ClipPPOLoss` takes it
+        if its_entropy is None:  # no closed form: from one draw, as ClipPPOLoss takes it
             its_entropy = -family.log_prob_and_entropy(family.act(*parameters), *parameters)[0]
         return log_prob, its_entropy
 
@@ -162,6 +159,6 @@ def _sizes(loc: torch.Tensor) -> tuple[int, int]:
     return loc.numel() // loc.shape[-1], loc.shape[-1]
 
 
-register_policy_part(Categorical, CategoricalPart)
-register_policy_part(OneHotCategorical, OneHotPart)
-register_policy_part(IndependentNormal, GaussianPart)
+register_policy_part(CategoricalFamily, CategoricalPart)
+register_policy_part(OneHotFamily, OneHotPart)
+register_policy_part(NormalFamily, GaussianPart)

@@ -9,7 +9,7 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.part import AutogradPart, State, accumulate, entries_of
+from rl2_torchrl.gradients.part import AutogradPart, State, accumulate, entries_of, on_entries
 from rl2_torchrl.modules.gru_sequence import Workspace, as_bytes, backward_in_place, forward_saving, weight_products
 
 __all__ = ["GRUPart"]
@@ -20,7 +20,7 @@ class GRUPart(AutogradPart):
 
     Args:
         gru: the layers.
-        function: the same under autograd, ``(x, hidden, is_init) -> features``, which takes data that the kernels do not.
+        sequence: the same under autograd, ``(x, memory, is_init) -> features``, which takes data that the kernels do not.
         in_keys: entries of the input ``[N, T, input_size]``, of the hidden state ``[N, T, num_layers, hidden_size]``, which may
             be missing, and of ``is_init`` ``[N, T, 1]``.
         out_key: entry of the last layer's output ``[N, T, hidden_size]``.
@@ -28,8 +28,8 @@ class GRUPart(AutogradPart):
 
     kind = "kernel"
 
-    def __init__(self, gru: nn.GRU, function: Callable[..., torch.Tensor], in_keys: Sequence[NestedKey], out_key):
-        super().__init__(function, in_keys, [out_key], parameters=gru.parameters(), optional=[in_keys[1]])
+    def __init__(self, gru: nn.GRU, sequence: Callable[..., torch.Tensor], in_keys: Sequence[NestedKey], out_key):
+        super().__init__(on_entries(sequence), in_keys, [out_key], parameters=gru.parameters(), optional=[in_keys[1]])
         self.layers = [_Layer([getattr(gru, name) for name in names]) for names in gru._all_weights]
         self.inputs, self.units = gru.input_size, gru.hidden_size
 
@@ -40,6 +40,7 @@ class GRUPart(AutogradPart):
 
     @torch.no_grad()
     def forward(self, state: State) -> None:
+        self.convert(state)
         x, hidden, is_init = entries_of(state, self.in_keys, self.optional)
         self._by_kernels = self._covers(x, hidden)
         if not self._by_kernels:
@@ -49,6 +50,12 @@ class GRUPart(AutogradPart):
         for number, layer in enumerate(self.layers):
             x = layer.forward(x, None if hidden is None else hidden[:, :, number], self._is_init)
         state[self.out_keys[0]] = x
+
+    def convert(self, state: State) -> None:
+        """Input and hidden state to the weights' dtype, as the module itself does it."""
+        for key in self.in_keys[:2]:
+            if key in state and key not in self.wanted:
+                state[key] = state[key].to(self.layers[0].weights[0].dtype)
 
     def _covers(self, x: torch.Tensor, hidden: torch.Tensor | None) -> bool:
         weight = self.layers[0].weights[0]

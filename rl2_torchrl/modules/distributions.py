@@ -222,9 +222,11 @@ class Gaussian(nn.Module):
         return mean, self.log_std.exp().expand_as(mean)
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> GaussianHeadPart | None:
-        """The part of a PPO step that this is, with its own gradient; None where the mean is no chain of ReLU and linear."""
-        chain = self.mean.gradient_part(in_keys, out_keys[:1]) if hasattr(self.mean, "gradient_part") else None
-        return GaussianHeadPart(self, chain, self.log_std, out_keys) if runs(self, Gaussian) and chain else None
+        """The part of a PPO step that this is, with its own gradient; None where the mean has none."""
+        mean = self.mean.gradient_part(in_keys, out_keys[:1]) if hasattr(self.mean, "gradient_part") else None
+        return (
+            GaussianHeadPart(self, mean, self.log_std, out_keys) if mean is not None and runs(self, Gaussian) else None
+        )
 
 
 # ---------------------------------------------------------- several categoricals

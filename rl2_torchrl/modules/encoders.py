@@ -10,8 +10,7 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
-from rl2_torchrl import kernels
-from rl2_torchrl.gradients.chain import ChainPart, ConcatPart, are_relu_and_linear
+from rl2_torchrl.gradients.chain import ChainPart, ConcatPart
 from rl2_torchrl.gradients.part import runs
 from rl2_torchrl.modules.cores import sub_key
 
@@ -62,10 +61,9 @@ class MLPEncoder(nn.Module):
         return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`); None for other activations."""
-        layers = list(self.layers)
-        known = runs(self, MLPEncoder) and are_relu_and_linear(layers) and kernels.covers(*self.parameters())
-        return ChainPart(self, layers, in_keys, out_keys) if known and len(self.shape) == 1 else None
+        """The part of a PPO step that this is, with its own gradient; None for other activations."""
+        is_chain = runs(self, MLPEncoder) and len(self.shape) == 1
+        return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
 
 
 class ImageEncoder(nn.Module):

@@ -13,6 +13,7 @@ from torchrl.envs import TensorDictPrimer
 from torchrl.modules import GRUModule, set_recurrent_mode
 
 from rl2_torchrl import kernels
+from rl2_torchrl.gradients.recurrent import GRUPart
 from rl2_torchrl.modules.cores import (
     Tensors,
     as_dtype_of,
@@ -69,17 +70,9 @@ class FastGRUModule(GRUModule):
             tensordict.set(key, out.get(key))
         return tensordict
 
-    def gradient_part(self):
+    def gradient_part(self) -> GRUPart | None:
         """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`), or None without kernels."""
-        from rl2_torchrl.gradients.recurrent import GRUPart
-
-        if not (self.is_plain() and self.has_kernels()):
-            return None
-
-        def features(x, hidden, is_init):
-            return self.sequence(x, None if hidden is None else (hidden,), is_init.squeeze(-1))
-
-        return GRUPart(self.gru, features, self.in_keys, self.out_keys[0])
+        return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if self._is_covered() else None
 
     def is_plain(self) -> bool:
         """Whether this is `gru_sequence`, layer by layer, and nothing more."""

@@ -9,8 +9,7 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 
-from rl2_torchrl import kernels
-from rl2_torchrl.gradients.chain import ChainPart, are_relu_and_linear
+from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import runs
 from rl2_torchrl.modules.encoders import Concat
 from rl2_torchrl.modules.linear import relu_linear
@@ -77,12 +76,8 @@ class Head(nn.Module):
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`); None for other activations."""
-        return self.chain_part(self, in_keys, out_keys) if runs(self, Head) and not self.skip_size else None
-
-    def chain_part(self, module: nn.Module, in_keys, out_keys, *, detach: bool = False) -> ChainPart | None:
-        """As `gradient_part`, of a ``module`` that is this head and what it reads beside the features."""
-        known = are_relu_and_linear(list(self.layers)) and kernels.covers(*self.parameters())
-        return ChainPart(module, list(self.layers), in_keys, out_keys, detach=detach) if known else None
+        is_chain = runs(self, Head) and not self.skip_size
+        return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
 
     def activated(self, features: torch.Tensor) -> torch.Tensor:
         """``features`` after the first activation, which the last ``skip_size`` of them go past."""
@@ -129,9 +124,9 @@ class SkipHead(nn.Module):
         return self.head(self.concat(features, *extra))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        """The part of a PPO step that this is, with its own gradient."""
-        is_ours = runs(self, SkipHead) and runs(self.head, Head) and (self.head.skip_size > 0) == (len(in_keys) > 1)
-        return self.head.chain_part(self, in_keys, out_keys, detach=self.detach) if is_ours else None
+        """As `Head.gradient_part`."""
+        is_chain = runs(self, SkipHead) and runs(self.head, Head) and (self.head.skip_size > 0) == (len(in_keys) > 1)
+        return ChainPart.of(self, self.head.layers, in_keys, out_keys, detach=self.detach) if is_chain else None
 
 
 def head_with_skip(
