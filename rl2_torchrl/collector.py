@@ -35,17 +35,17 @@ class TrialCollector(Collector):
     """A `torchrl.collectors.Collector` that stores only what is asked for, and steps on plain tensors.
 
     It is `Collector` in its options, its hooks and its batches: with the same ``torch.manual_seed`` flags, tasks and transition
-    inputs are those of `Collector` bit for bit, and what networks give is the same to rounding. But its steps are those of
-    `Rollout`: a policy is a list of functions on tensors, trials run on tensors too, and a TensorDict is made where an env or a module
-    wants one. Options that only `Collector`'s own loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
+    inputs are those of `Collector` bit for bit (but for the noise of categorical actions, which is drawn faster), and what networks
+    give is the same to rounding. But its steps are those of `Rollout`: a policy is a list of functions on tensors, trials run on
+    tensors too, and a TensorDict is made where an env or a module wants one. Options that only `Collector`'s own loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
 
     Args:
         create_env_fn: as for `Collector`.
         policy: as for `Collector`.
         keep: entries of the batch, such as ``PPOUpdate.in_keys``; what is not kept takes no memory, and the hidden states of
             every step take the most. None keeps all.
-        rollout: ``"tensors"``, `Rollout`'s steps, or ``"tensordicts"``, `Collector`'s own loop. Default ``"auto"``: tensors where that
-            can serve.
+        rollout: ``"tensors"``, `Rollout`'s steps, or ``"tensordicts"``, `Collector`'s own loop. Default ``"auto"``: tensors where
+            that can serve.
         **kwargs: as for `Collector`; ``auto_register_policy_transforms`` and ``return_same_td`` default to True here (memory is
             never lost; each batch is written over the last one), ``track_traj_ids`` to False: ``"is_init"`` marks trials.
 
@@ -110,7 +110,11 @@ class TrialCollector(Collector):
                 return f"{name}={value!r} is an option of TorchRL's own loop"
         if not isinstance(self._wrapped_policy, TensorDictModuleBase):
             return "the policy is no TensorDictModule"
-        devices = {str(device) for device in (self.policy_device, self.env_device, self.storing_device, self.env.device) if device}
+        devices = {
+            str(device)
+            for device in (self.policy_device, self.env_device, self.storing_device, self.env.device)
+            if device
+        }
         if len(devices) > 1:
             return f"policy, env and storage are on several devices {sorted(devices)}"
         return None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rl2_torchrl.modules.plain import NotPlainError
 from rl2_torchrl.objectives.compiled_pass import CompiledPass
 from rl2_torchrl.objectives.direct import DirectGradients
 from tensordict import TensorDict
@@ -17,7 +18,6 @@ from rl2_torchrl import (
     kernels,
 )
 from rl2_torchrl.modules.heads import Head
-from rl2_torchrl.modules.plain import NotPlainError
 
 ROWS, STEPS, INPUTS, ACTIONS, UNITS = 9, 6, 5, 3, 20
 CRITICS = {

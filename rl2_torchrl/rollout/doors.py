@@ -162,4 +162,6 @@ class TorchRLDoor:
 
     def resume(self) -> State:
         """The observations of an env whose state has been restored."""
-        raise NotImplementedError(f"{type(self.env).__name__} does not hand out its state, so that no rollout goes on in it.")
+        raise NotImplementedError(
+            f"{type(self.env).__name__} does not hand out its state, so that no rollout goes on in it."
+        )

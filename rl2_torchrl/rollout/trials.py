@@ -66,7 +66,7 @@ def trial_steps(env: EnvBase) -> int | None:
 
 
 def _taken_apart(env: EnvBase) -> tuple[EnvBase, list, list[str]]:
-    """The env with our transforms, these (Trial, TaskSampler, PreviousStep, or None), and the names of others, or of one displaced."""
+    """The env with our transforms; these (Trial, TaskSampler, PreviousStep, or None); the names of others, or of one displaced."""
     while own_transforms(env) and all(isinstance(t, _OF_COLLECTORS) for t in own_transforms(env)):
         env = env.base_env
     parts = [t for t in own_transforms(env) if not isinstance(t, _OF_COLLECTORS)]
@@ -335,7 +335,10 @@ class TransformedTrials:
         root = self._tensordict
         for key, value in state.items():
             if key not in self._root_keys:
-                root.set(key, value if isinstance(value, TensorDictBase) else value.reshape((*self.batch_size, *value.shape[1:])))
+                root.set(
+                    key,
+                    value if isinstance(value, TensorDictBase) else value.reshape((*self.batch_size, *value.shape[1:])),
+                )
         self._stepped = self.env.step(root)
         after = self._entries(self._stepped, self._after_keys)
         return Turn(after, *self._go_on())
