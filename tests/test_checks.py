@@ -7,8 +7,9 @@ import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.data import Unbounded
 from torchrl.envs import Compose, InitTracker, SerialEnv, Transform, TransformedEnv
-from torchrl.modules import GRUModule, ProbabilisticActor, recurrent_mode
+from torchrl.modules import GRUModule, ProbabilisticActor, recurrent_mode, set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import (
@@ -26,7 +27,7 @@ from rl2_torchrl import (
     TrialCollector,
     orthogonal_init_,
 )
-from rl2_torchrl.checks import TrainingCheckError, check_training, memory
+from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, memory, rows
 from rl2_torchrl.checks.evidence import Evidence
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, TabularMDP, random_mdps, uniform_means, uniform_targets
 
@@ -34,11 +35,11 @@ ROWS, ARMS, STATES, ACTIONS, EPISODE, EPISODES = 16, 3, 3, 2, 4, 3
 TRIAL = EPISODE * EPISODES
 
 
-def mdp_env(transition=None, tasks=None, rows=ROWS, seed=0, extra=()):
+def mdp_env(transition=None, tasks=None, rows=ROWS, seed=0):
     """Trials of 3 episodes of 4 steps in small MDPs."""
     base = TabularMDP(STATES, ACTIONS, episode_steps=EPISODE, batch_size=(rows,), seed=seed)
     sampler = TaskSampler(tasks or random_mdps(STATES, ACTIONS), seed=seed + 1)
-    return TransformedEnv(base, Compose(Trial(episodes=EPISODES), sampler, *extra, transition or PreviousStep()))
+    return TransformedEnv(base, Compose(Trial(episodes=EPISODES), sampler, transition or PreviousStep()))
 
 
 def bandit_env(tasks=None, seed=1):
@@ -201,6 +202,25 @@ def test_training_goes_the_same_way_with_and_without(cls):
     assert recurrent_mode() in (None, False)
 
 
+def test_random_numbers_are_put_back():
+    env = bandit_env(tasks=lambda batch_size, generator: torch.rand(*batch_size, ARMS))
+    collector, update = pipeline(env, steps=10)
+    batch, sampler = first_batch(collector), env.transform[1]
+    state, tasks = torch.get_rng_state(), sampler.get_extra_state().clone()
+    check_training(collector, update, batch, held_out=bandit_env())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(sampler.get_extra_state(), tasks)
+
+
+def test_rewards_that_are_all_the_same_are_noted():
+    collector, update = pipeline(mdp_env())
+    batch = first_batch(collector)
+    batch["next", "reward"].fill_(0.5)
+    report = TrainingReport()
+    assert rows.finite(Evidence(batch, collector, update, None, report)) is None
+    assert report.notes == ["all rewards of the batch are 0.5"]
+
+
 # ---- Faults of the field.
 
 
@@ -263,8 +283,6 @@ class OwnInput(Transform):
         return tensordict_reset.set("trans", torch.cat([zeros, zeros], -1))
 
     def transform_observation_spec(self, observation_spec):
-        from torchrl.data import Unbounded
-
         observation_spec["trans"] = Unbounded((ROWS, 2))
         return observation_spec
 
@@ -355,24 +373,42 @@ def test_held_out_tasks_of_the_same_seed():
 
 
 class Hint(Transform):
-    """Tells a number of the task."""
+    """Tells the first numbers of the task."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
 
     def _step(self, tensordict, next_tensordict):
-        return next_tensordict.set("hint", next_tensordict["task"][..., 1:2].clone())
+        return next_tensordict.set("hint", next_tensordict["task"][..., : self.size].clone())
 
     def _reset(self, tensordict, tensordict_reset):
-        return tensordict_reset.set("hint", tensordict_reset["task"][..., 1:2].clone())
+        return tensordict_reset.set("hint", tensordict_reset["task"][..., : self.size].clone())
 
     def transform_observation_spec(self, observation_spec):
-        from torchrl.data import Unbounded
-
-        observation_spec["hint"] = Unbounded((ROWS, 1))
+        observation_spec["hint"] = Unbounded((ROWS, self.size))
         return observation_spec
 
 
+def hinted_env(size):
+    transforms = Compose(Trial(episodes=5), TaskSampler(uniform_means(ARMS), seed=1), Hint(size), PreviousStep())
+    return TransformedEnv(BernoulliBandit(ARMS, batch_size=(ROWS,), seed=0), transforms)
+
+
 def test_task_in_the_observation():
-    collector, update = pipeline(mdp_env(extra=[Hint()]))
-    with pytest.raises(TrainingCheckError, match="task_hidden.*number 1 of the task stands in 'trans'"):
+    collector, update = pipeline(hinted_env(ARMS), steps=10)
+    with pytest.raises(TrainingCheckError, match=r"task_hidden.*all of the task: number 0 of the task is 'trans'\[0\]"):
+        check_training(collector, update, first_batch(collector))
+    collector, update = pipeline(hinted_env(1), steps=10)
+    assert check_training(collector, update, first_batch(collector)).notes == ["number 0 of the task is 'trans'[0]"]
+
+
+def test_task_that_the_actor_is_given():
+    env = bandit_env()
+    actor, critic = networks(env)
+    seeing = GRUCategoricalActor(ARMS, ARMS, hidden_size=8, in_key="task")
+    collector, update = pipeline(env, seeing, critic, steps=10)
+    with pytest.raises(TrainingCheckError, match="task_hidden.*the actor reads 'task'"):
         check_training(collector, update, first_batch(collector))
 
 
@@ -443,8 +479,6 @@ class Detached(GRUModule):
     def forward(self, tensordict):
         if not recurrent_mode():
             return super().forward(tensordict)
-        from torchrl.modules import set_recurrent_mode
-
         hidden, steps = tensordict["actor_hidden"][:, 0], []
         for step in tensordict.unbind(1):
             init = step["is_init"].unsqueeze(-1)

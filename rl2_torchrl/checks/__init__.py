@@ -48,19 +48,21 @@ class TrainingReport:
         unchecked: the rules that could not be checked, with the reason.
         frozen: parameters that take no gradient (``requires_grad=False``).
         zero_gradient: trainable parameters whose gradient was exactly 0.
+        notes: what is no fault, and worth knowing.
     """
 
     checked: list[str] = field(default_factory=list)
     unchecked: dict[str, str] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
     zero_gradient: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"checked: {', '.join(self.checked) or 'nothing'}"]
         lines += [f"not checked: {rule}, as {reason}" for rule, reason in self.unchecked.items()]
         lines += [f"frozen: {', '.join(self.frozen)}"] * bool(self.frozen)
         lines += [f"gradient 0: {', '.join(self.zero_gradient)}"] * bool(self.zero_gradient)
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def check_training(

@@ -57,10 +57,11 @@ def _advantage(seen: Evidence, rows: TensorDictBase) -> TensorDictBase:
 
 
 def _is_affine(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether ``after`` is ``a * before + b``."""
+    """Whether ``after`` is ``a * before + b``, to rounding."""
     x, y = (entry.double() - entry.double().mean() for entry in (before, after))
     slope = (x * y).sum() / x.square().sum().clamp_min(1e-30)
-    return bool((y - slope * x).abs().max() <= 1e-3 * torch.maximum(x.abs().max(), y.abs().max()))
+    spread, size = (max(one.abs().max(), other.abs().max()) for one, other in ((x, y), (before, after)))
+    return bool((y - slope * x).abs().max() <= 1e-3 * spread + 1e-6 * size)
 
 
 def gradients(seen: Evidence) -> str | None:
@@ -96,6 +97,6 @@ def policy_is_trained(seen: Evidence) -> str | None:
 RULES: dict[Rule, str] = {
     advantages_apart: "One task's rewards are credited to another task's actions: stop sums and bootstraps at 'done'.",
     gradients: "They never learn: connect them to a loss, or freeze them with requires_grad_(False).",
-    optimizer: "They get gradients, but no step: build the optimizer over loss.parameters().",
+    optimizer: "They get gradients, but no step: build it over loss.parameters(), or freeze them (requires_grad_(False)).",
     policy_is_trained: "It would act with its first weights for ever: give it the networks that the loss holds.",
 }

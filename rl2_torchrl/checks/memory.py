@@ -38,14 +38,17 @@ def memory_carried(seen: Evidence) -> str | None:
         raise NotChecked("no trial starts in the batch")
     # A step whose inputs are all 0 may leave a memory as it is.
     told = torch.stack([flat(rows.get(key), 2).any(-1) for key in seen.probe.inputs if seen.has(key)]).any(0)
-    for key in memory:
-        hidden = flat(rows.get(key), 2)
-        initial = hidden[starts][0]
-        if (hidden[starts] != initial).any():
+    initial = {key: flat(rows.get(key), 2)[starts] for key in memory}
+    for key, first in initial.items():
+        if (first != first[0]).any():
             return f"trials start with different {key!r}: the memory of the trial before is still there"
-        lost = (hidden[:, 1:] == initial).all(-1) & ~starts[:, 1:] & told[:, :-1]
-        if lost.any():
-            return f"{key!r} is back at its initial state inside a trial, behind step {lost.nonzero()[0, 1]}"
+    for network in seen.probe.networks:
+        # Some of a network's memory may start anew with every episode, but not all of it.
+        keys = [key for key in hidden_keys(network) if key in memory]
+        again = [(flat(rows.get(key), 2)[:, 1:] == initial[key][0]).all(-1) for key in keys]
+        lost = torch.stack([*again, ~starts[:, 1:], told[:, :-1]]).all(0)
+        if keys and lost.any():
+            return f"{keys} is back at its initial state inside a trial, behind step {lost.nonzero()[0, 1]}"
 
 
 def replay(seen: Evidence) -> str | None:

@@ -37,6 +37,9 @@ def finite(seen: Evidence) -> str | None:
             broken = ~entry.isfinite().reshape(*seen.batch.shape, -1).all(-1)
             if broken.any():
                 return f"{key!r} is not finite at {seen.place(broken)}"
+    reward = seen.batch.get(("next", "reward"), None)
+    if reward is not None and (reward == reward.flatten()[0]).all():
+        seen.report.notes.append(f"all rewards of the batch are {reward.flatten()[0].item():g}")
 
 
 RULES: dict[Rule, str] = {

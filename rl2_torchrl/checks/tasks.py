@@ -81,13 +81,17 @@ def task_hidden(seen: Evidence) -> str | None:
         return f"the actor reads {seen.task_key!r}"
     task = seen.task[:64]
     differs = (task[:, 0] != task[:1, 0]).any(0)
+    told: dict[int, str] = {}
     for key in seen.probe.observed:
         entry = flat(seen.need(key)[:64], 2)
-        # What equals a component of the task at every row's first step, then at all steps.
+        # What equals a number of the task at every row's first step, then at all steps.
         alike = (entry[:, 0, :, None] == task[:, 0, None, :]).all(0) & differs
-        for column, component in alike.nonzero().tolist():
-            if _bits(task[:, 0, component]) >= _BITS and torch.equal(entry[..., column], task[..., component]):
-                return f"number {component} of the task stands in {key!r} as number {column}"
+        for column, number in alike.nonzero().tolist():
+            if _bits(task[:, 0, number]) >= _BITS and torch.equal(entry[..., column], task[..., number]):
+                told[number] = f"number {number} of the task is {key!r}[{column}]"
+    if len(told) == differs.sum() > 0:
+        return f"the actor reads all of the task: {', '.join(told.values())}"
+    seen.report.notes += told.values()
 
 
 def _bits(values: torch.Tensor) -> float:
