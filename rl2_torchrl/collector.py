@@ -34,10 +34,11 @@ _OF_COLLECTOR = {
 class TrialCollector(Collector):
     """A `torchrl.collectors.Collector` that stores only what is asked for, and steps on plain tensors.
 
-    It is `Collector` in its options, its hooks and its batches: with the same ``torch.manual_seed`` flags, tasks and transition
-    inputs are those of `Collector` bit for bit (but for the noise of categorical actions, which is drawn faster), and what networks
-    give is the same to rounding. But its steps are those of `Rollout`: a policy is a list of functions on tensors, trials run on
-    tensors too, and a TensorDict is made where an env or a module wants one. Options that only `Collector`'s own loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
+    It is `Collector` in its options, its hooks and its batches: under the same ``torch.manual_seed`` flags, tasks and transition
+    inputs are those of `Collector` bit for bit (but for the noise of categorical actions, which is drawn faster), and what
+    networks give is the same to rounding. But its steps are those of `Rollout`: a policy is a list of functions on tensors,
+    trials run on tensors too, and a TensorDict is made where an env or a module wants one. Options that only `Collector`'s own
+    loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
 
     Args:
         create_env_fn: as for `Collector`.
