@@ -48,10 +48,10 @@ def trials_of(env: EnvBase, steps: int, read: Collection[NestedKey], keep: Colle
     """
     below, ours, others = _taken_apart(env)
     if ours[0] is None:
-        return TransformedTrials(env, "the env has no Trial", read, keep)
+        return TransformedTrials(env, "the env has no Trial", steps, read, keep)
     if others:
         reason = f"{', '.join(others)} beside our transforms: a TensorDict goes through all of them at each step"
-        return TransformedTrials(env, reason, read, keep)
+        return TransformedTrials(env, reason, steps, read, keep)
     return TensorTrials(below, *ours, steps, read, keep)
 
 
@@ -298,6 +298,7 @@ class TransformedTrials:
     Args:
         env: the env, transforms and all.
         reason: why it is not played on tensors.
+        steps: T.
         read: entries that the policy reads.
         keep: entries of the batch; None for all.
     """
@@ -305,7 +306,10 @@ class TransformedTrials:
     is_repeatable = has_threads = False
     keys_at_once: frozenset = frozenset()
 
-    def __init__(self, env: EnvBase, reason: str, read: Collection[NestedKey], keep: Collection[NestedKey] | None):
+    def __init__(
+        self, env: EnvBase, reason: str, steps: int, read: Collection[NestedKey], keep: Collection[NestedKey] | None
+    ):
+        self.reason, self.steps = reason, steps
         self.env, self.batch_size, self.rows = env, env.batch_size, env.batch_size.numel()
         self.device, self.action_key = env.device or torch.device("cpu"), env.action_key
         self.keys = _keys_of(env)
@@ -314,7 +318,6 @@ class TransformedTrials:
         self._after_keys = [key for key in self.keys if _is_next(key) and key in {*wanted, REWARD, ("next", "done")}]
         self._tensordict: TensorDictBase | None = None
         self._stepped: TensorDictBase | None = None
-        self.reason = reason
 
     def adopt(self, reset: TensorDictBase) -> None:
         """Takes a ``reset()`` of the env that somebody has just made as the first step of the first trials."""
@@ -341,7 +344,8 @@ class TransformedTrials:
                 )
         self._stepped = self.env.step(root)
         after = self._entries(self._stepped, self._after_keys)
-        return Turn(after, *self._go_on())
+        # A trial that a batch's last step ends is followed by one when the next batch asks for it.
+        return Turn(after, {}, False) if t + 1 == self.steps else Turn(after, *self._go_on())
 
     def _go_on(self) -> tuple[State, Rows]:
         done = self._stepped["next", "done"].reshape(-1)

@@ -1,0 +1,286 @@
+"""`Rollout`: with the same noise its batches are those of TorchRL's `Collector` over the transforms, whatever it plays."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.envs import Compose, EnvBase, ParallelEnv, RewardSum, SerialEnv, StepCounter, TransformedEnv
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+    PreviousStep,
+    TaskSampler,
+    Trial,
+    TrialCollector,
+)
+from rl2_torchrl.envs import (
+    BernoulliBandit,
+    GridNavi,
+    GymTaskEnv,
+    HalfCheetahVelocity,
+    PointRobot,
+    QuadraticBandit,
+    TabularMDP,
+    TensorEnv,
+    grid_goals,
+    random_mdps,
+    uniform_means,
+    uniform_targets,
+    velocities,
+)
+
+#: Entries that networks give; with continuous actions all that follows from these is as near, no nearer.
+OF_NETWORKS = {"action", "action_log_prob", "logits", "loc", "scale", "state_value"}
+OF_NETWORKS |= {f"{network}_{entry}" for network in ("actor", "critic") for entry in ("hidden", "features")}
+
+
+@pytest.fixture(autouse=True)
+def several_looks_at_a_batch(monkeypatch):
+    """What can wait looks at a few steps at once, so that a batch of these sizes takes several looks."""
+    monkeypatch.setattr("rl2_torchrl.rollout.rollout._ROWS_AT_ONCE", 16)
+
+
+@pytest.fixture(autouse=True)
+def gumbel_noise(monkeypatch):
+    """TorchRL's categorical draws by Gumbel noise, as a rollout does; the default is another of the same distribution."""
+
+    def sample(self, sample_shape=()):
+        noise = torch.empty((*sample_shape, *self.logits.shape)).uniform_().log_().neg_().log_().neg_()
+        return (self.logits + noise).argmax(-1)
+
+    monkeypatch.setattr(torch.distributions.Categorical, "sample", sample)
+
+
+# ------------------------------------------------------------------- what is played
+
+
+class Guess(TensorEnv):
+    """A hidden number is to be guessed; the episode ends at the right guess, and after 6 guesses at the latest."""
+
+    def __init__(self, numbers=5, **kwargs):
+        spaces = {"observation_spec": Categorical(3), "action_spec": Categorical(numbers)}
+        super().__init__(task_spec=Unbounded(1), **spaces, max_episode_steps=6, seed=0, **kwargs)
+
+    def begin(self, task, rows):
+        number = task.squeeze(-1).long()
+        return number, torch.ones_like(number)
+
+    def advance(self, state, action):
+        right = (action == state).unsqueeze(-1)
+        return state, 1 + torch.sign(action - state), -1.0 + right, right, None
+
+
+class Walk(EnvBase):
+    """A user's env: where a row stands is kept in the TensorDict alone, in "place", which it shows, and "steps", which it hides.
+
+    An episode ends at ``task``, or after 6 steps.
+    """
+
+    def __init__(self, rows=4):
+        super().__init__(batch_size=(rows,))
+        number = Unbounded((rows, 1), dtype=torch.int64)
+        self.state_spec = Composite(task=number.clone(), steps=number.clone(), shape=(rows,))
+        self.observation_spec = Composite(place=number.clone(), steps=number.clone(), shape=(rows,))
+        self.action_spec, self.reward_spec = Categorical(2, shape=(rows,)), Unbounded((rows, 1))
+
+    def _reset(self, tensordict=None, **kwargs):
+        zeros = torch.zeros(*self.batch_size, 1, dtype=torch.int64)
+        return TensorDict({"place": zeros, "steps": zeros.clone()}, self.batch_size)
+
+    def _step(self, tensordict):
+        place, steps = tensordict["place"] + tensordict["action"].unsqueeze(-1), tensordict["steps"] + 1
+        terminated, late = place >= tensordict["task"], steps >= 6
+        ends = {"done": terminated | late, "terminated": terminated}
+        return TensorDict({"place": place, "steps": steps, "reward": 0.5 * place, **ends}, self.batch_size)
+
+    def _set_seed(self, seed):
+        pass
+
+
+def numbers(batch_size, generator):
+    return torch.randint(1, 5, (*batch_size, 1), generator=generator).float()
+
+
+def whole_numbers(batch_size, generator):
+    return numbers(batch_size, generator).long()
+
+
+def gravities(batch_size, generator):
+    return 5 + 10 * torch.rand(*batch_size, 1, generator=generator)
+
+
+def set_gravity(env, task):
+    env.g = task.item()
+
+
+def set_length(env, task):
+    env.length = task.item()
+
+
+def pendulum():
+    return GymTaskEnv("Pendulum-v1", set_task=set_gravity, task_spec=Unbounded((1,)), max_episode_steps=5)
+
+
+def cart_pole():
+    return GymTaskEnv("CartPole-v1", set_task=set_length, task_spec=Unbounded((1,)))
+
+
+def seeded(env):
+    env.set_seed(0)
+    return env
+
+
+ENVS = {
+    "bandit": (lambda: BernoulliBandit(3, batch_size=(4,), seed=0), uniform_means(3)),
+    "quadratic": (lambda: QuadraticBandit(2, batch_size=(4,), seed=0), uniform_targets(2)),
+    "mdp": (lambda: TabularMDP(4, 2, episode_steps=5, batch_size=(4,), seed=0), random_mdps(4, 2)),
+    "grid": (lambda: GridNavi(3, episode_steps=4, batch_size=(4,)), grid_goals(3)),
+    "point": (lambda: PointRobot(step_size=0.5, goal_radius=0.6, max_episode_steps=6, batch_size=(5,)), uniform_targets(2)),
+    "guess": (lambda: Guess(batch_size=(4,)), numbers),
+    "guess alone": (lambda: Guess(), numbers),
+    "guess 2x3": (lambda: Guess(batch_size=(2, 3)), numbers),
+    "mdp 2x3": (lambda: TabularMDP(4, 2, episode_steps=5, batch_size=(2, 3), seed=0), random_mdps(4, 2)),
+    "cheetah": (lambda: HalfCheetahVelocity(horizon=4, batch_size=(2,), seed=0), velocities()),
+    "pendulum": (lambda: seeded(SerialEnv(3, pendulum)), gravities),
+    "cart pole": (lambda: seeded(SerialEnv(3, cart_pole)), gravities),
+    "pendulum alone": (lambda: seeded(pendulum()), gravities),
+    "workers": (lambda: seeded(ParallelEnv(3, pendulum, mp_start_method="fork")), gravities),
+    "walk": (Walk, whole_numbers),
+}
+
+
+def make_env(name, *transforms, sampled=True, **trial):
+    make, tasks = ENVS[name]
+    sampler = [TaskSampler(tasks, seed=1)] if sampled else []
+    previous = PreviousStep(done_at_start=trial.pop("done_at_start", 0.0))
+    return TransformedEnv(make(), Compose(Trial(**trial), *sampler, previous, *transforms))
+
+
+def make_policy(env, wiring="own", still=False):
+    """Actor and critic; ``still``: the actions are noise alone, of which the networks do not change a bit."""
+    torch.manual_seed(3)
+    actor_class = GRUGaussianActor if env.action_spec.dtype.is_floating_point else GRUCategoricalActor
+    actor = actor_class.from_env(env, hidden_size=8, init_range=0.0 if still else 0.5)
+    if wiring == "own":
+        critic = GRUValueHead.from_env(env, hidden_size=6, extra_keys=["time_left"])
+    else:
+        critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], init_range=1.0)
+    return ActorCritic(actor, critic)
+
+
+def batches_of(env, policy, steps, rollout, batches=3, keep=None, **kwargs):
+    frames = steps * env.batch_size.numel()
+    collector = TrialCollector(
+        env, policy, frames_per_batch=frames, total_frames=-1, rollout=rollout, keep=keep, **kwargs
+    )
+    torch.manual_seed(7)
+    iterator = iter(collector)
+    collected = [next(iterator).clone() for _ in range(batches)]
+    collector.shutdown()
+    return collector, collected
+
+
+def both(make, steps, policy=make_policy, **kwargs):
+    """Batches of the rollout and of `Collector`, of the same env, policy and noise."""
+    results = []
+    for rollout in ("tensors", "tensordicts"):
+        env = make()
+        collector, collected = batches_of(env, policy(env), steps, rollout, **kwargs)
+        assert collector.backend == rollout
+        results.append((collector, collected))
+    return results
+
+
+def assert_same(fast, slow, is_exact=True):
+    for number, (batch, expected) in enumerate(zip(fast, slow, strict=True)):
+        assert batch.batch_size == expected.batch_size
+        assert set(batch.keys(True, True)) == set(expected.keys(True, True))
+        for key in expected.keys(True, True):
+            one, other = batch[key], expected[key]
+            where = f"batch {number}, {key}"
+            assert (one.shape, one.dtype) == (other.shape, other.dtype), where
+            of_networks = (key[-1] if isinstance(key, tuple) else key) in OF_NETWORKS
+            if one.is_floating_point() and (of_networks or not (is_exact or key == "task")):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, msg=lambda text, at=where: f"{at}: {text}")
+            else:
+                assert torch.equal(one, other), f"{where}: {(one != other).nonzero()[:3].tolist()}"
+
+
+CASES = [
+    # Native envs of one length: whole trials, several trials, and batches that cut them.
+    ("bandit", {"episodes": 10}, 10),
+    ("bandit", {"episodes": 4, "done_at_start": 1.0}, 8),
+    ("bandit", {"episodes": 10}, 7),
+    ("bandit", {"episodes": 4, "truncate": True}, 6),
+    ("bandit", {"steps": 3}, 7),
+    ("mdp", {"episodes": 3}, 15),
+    ("mdp", {"episodes": 3, "steps": 8}, 20),
+    ("mdp", {"steps": 8}, 7),
+    ("mdp", {"episodes": 2, "truncate": True}, 7),
+    ("mdp 2x3", {"episodes": 2}, 7),
+    ("grid", {"episodes": 2}, 8),
+    ("grid", {"episodes": 3, "steps": 10}, 7),
+    # Ragged ones.
+    ("guess", {"episodes": 3}, 9),
+    ("guess", {"episodes": 1, "done_at_start": 1.0}, 9),
+    ("guess", {"steps": 7}, 9),
+    ("guess", {"episodes": 3, "steps": 7}, 9),
+    ("guess", {"episodes": 2, "truncate": True}, 9),
+    ("guess alone", {"episodes": 3}, 9),
+    ("guess 2x3", {"episodes": 3, "steps": 9}, 9),
+    ("walk", {"episodes": 2}, 9),
+    ("walk", {"episodes": 3, "steps": 7, "truncate": True}, 9),
+    # Gymnasium's, one by one.
+    ("cart pole", {"episodes": 2}, 25),
+    ("cart pole", {"episodes": 2, "steps": 17}, 20),
+]
+
+
+@pytest.mark.parametrize("wiring", ["own", "memory"])
+@pytest.mark.parametrize(("name", "trial", "steps"), CASES, ids=str)
+def test_batches_of_discrete_actions_are_collectors(name, trial, steps, wiring):
+    (fast, ours), (_, theirs) = both(lambda: make_env(name, **trial), steps, lambda env: make_policy(env, wiring))
+    assert fast.reason is None
+    assert_same(ours, theirs)
+
+
+CONTINUOUS = [
+    ("quadratic", {"episodes": 4}, 8),
+    ("quadratic", {"steps": 4, "done_at_start": 1.0}, 6),
+    ("point", {"episodes": 2}, 9),
+    ("point", {"episodes": 3, "steps": 8, "truncate": True}, 7),
+    ("cheetah", {"episodes": 2}, 6),
+    ("pendulum", {"episodes": 2}, 7),
+    ("pendulum", {"steps": 7}, 9),
+    ("pendulum alone", {"episodes": 2}, 7),
+]
+
+
+@pytest.mark.parametrize("still", [True, False], ids=["noise alone", "networks"])
+@pytest.mark.parametrize(("name", "trial", "steps"), CONTINUOUS, ids=str)
+def test_batches_of_continuous_actions_are_collectors(name, trial, steps, still):
+    (fast, ours), (_, theirs) = both(lambda: make_env(name, **trial), steps, lambda env: make_policy(env, still=still))
+    assert fast.reason is None
+    assert_same(ours, theirs, is_exact=still)
+
+
+@pytest.mark.parametrize("name", ["guess", "walk", "cart pole", "mdp"])
+def test_further_transforms_play_on_tensordicts_and_say_so(name):
+    def make():
+        return make_env(name, StepCounter(), RewardSum(), episodes=2)
+
+    (fast, ours), (_, theirs) = both(make, 9)
+    assert "StepCounter, RewardSum beside our transforms" in fast.reason
+    assert_same(ours, theirs)
+
+
+def test_batches_over_workers_are_those_of_envs_one_by_one():
+    results = []
+    for name, rollout in (("workers", "tensors"), ("pendulum", "tensordicts")):
+        env = make_env(name, episodes=2)
+        results.append(batches_of(env, make_policy(env, still=True), 7, rollout)[1])
+    assert_same(*results)
