@@ -59,7 +59,7 @@ def _is_plain_sequence(module: TensorDictSequential) -> bool:
 
 def _part(module: TensorDictModuleBase) -> Part:
     """Whatever a module is: one that knows its gradient, a core, a function of tensors, or one that wants a TensorDict."""
-    if hasattr(module, "sequence"):
+    if hasattr(type(module), "sequence"):
         part = module.gradient_part() if hasattr(module, "gradient_part") and is_bare(module) else None
         return part or _core(module)
     if not _is_function(module):

@@ -15,6 +15,7 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.nn.probabilistic import InteractionType, interaction_type
 
+from rl2_torchrl.gradients.part import is_bare
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import Family, family_of
 
@@ -59,7 +60,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
         return [part for child in module.module for part in acting_parts(child)]
     if _has_hooks(module):
         return [_with_tensordict(module)]
-    if hasattr(module, "step_function"):
+    if hasattr(type(module), "step_function"):  # of the class: a TensorDictModule passes on what its inner module has
         return [_core(module)]
     if isinstance(module, ProbabilisticTensorDictModule):
         family = family_of(module)
@@ -81,6 +82,8 @@ def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:
 
 def _on_tensors(module: TensorDictModule) -> Callable[[State], None]:
     function, in_keys, out_keys = module.module, module.in_keys, module.out_keys
+    if hasattr(function, "step_function") and is_bare(function):
+        function = function.step_function()
 
     def run(state: State) -> None:
         out = function(*[state[key] for key in in_keys])

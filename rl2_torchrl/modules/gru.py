@@ -229,29 +229,40 @@ class StepGRU:
             require_tensor("a layer's w_hh", layer[1], self.weight.shape, self.weight)
         self.library = kernels.load(self.weight.dtype) if self.weight.device.type == "cpu" else None
         self.packed = [] if self.library is None else [pack_weights(*layer) for layer in self.layers]
+        self._fitting: tuple | None = None
 
     def __call__(self, x: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Features ``[N, H]`` and next hidden ``[N, num_layers, H]`` of ``x`` ``[N, I]`` and ``hidden``, None for zeros."""
-        x = x.to(self.weight.dtype)
-        require_tensor("x", x, (len(x), self.layers[0][0].shape[1]), self.weight)
-        if hidden is None:
-            hidden = x.new_zeros(len(x), len(self.layers), self.units)
-        else:
-            hidden = hidden.to(self.weight.dtype)
-            require_tensor("the memory", hidden, (len(x), len(self.layers), self.units), self.weight)
+        if hidden is None or (_layout(x), _layout(hidden)) != self._fitting:
+            x, hidden = self._fitted(x, hidden)
+            # What has the same layout as these in the next step need not be looked at again: a look costs half a step.
+            self._fitting = (_layout(x), _layout(hidden))
         states = []
         for layer in range(len(self.layers)):
             x = self._layer(layer, x, hidden[:, layer])
             states.append(x)
         return x, (x.unsqueeze(1) if len(states) == 1 else torch.stack(states, 1))
 
+    def _fitted(self, x: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        x = unit_stride(x.to(self.weight.dtype))
+        require_tensor("x", x, (len(x), self.layers[0][0].shape[1]), self.weight)
+        if hidden is None:
+            return x, x.new_zeros(len(x), len(self.layers), self.units)
+        hidden = unit_stride(hidden.to(self.weight.dtype))
+        require_tensor("the memory", hidden, (len(x), len(self.layers), self.units), self.weight)
+        return x, hidden
+
     def _layer(self, layer: int, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         if self.library is None:
             return torch.gru_cell(x, hidden, *self.layers[layer])
         (rows, inputs), units = x.shape, self.units
-        x, hidden, y = unit_stride(x), unit_stride(hidden), x.new_empty(rows, units)
+        y = x.new_empty(rows, units)
         self.library.gru_forward(
             *(rows, 1, inputs, units, x.data_ptr(), x.stride(0), 0, hidden.data_ptr(), hidden.stride(0), 0, None),
             *(self.packed[layer].data_ptr(), y.data_ptr(), None, kernels.threads_for(rows * units * (units + inputs))),
         )
         return y
+
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -12,7 +12,7 @@ from torch import nn
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import runs
 from rl2_torchrl.modules.encoders import Concat
-from rl2_torchrl.modules.linear import relu_linear
+from rl2_torchrl.modules.linear import relu_linear, relu_linear_step
 
 __all__ = ["Head", "SkipHead", "are_relu_linear", "head_with_skip"]
 
@@ -73,6 +73,21 @@ class Head(nn.Module):
             _, first, *layers = layers
             features = first(self.activated(features))
         return _chain(layers, features)
+
+    def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
+        layers = list(self.layers)
+        if self.skip_size or not are_relu_linear(layers) or not runs(self, Head):
+            return self
+        first, *others = [relu_linear_step(linear) for linear in layers[1::2]]
+
+        def step(features: torch.Tensor) -> torch.Tensor:
+            out = first(features)
+            for layer in others:
+                out = layer(out)
+            return out
+
+        return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`); None for other activations."""
