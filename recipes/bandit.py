@@ -90,8 +90,7 @@ def main(
     )
     batch = learning.trials * pulls
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    keep = [*update.in_keys, *(("task",) if regret else ())]
-    collector = TrialCollector(env, ActorCritic(actor, critic), keep=keep, **frames)
+    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
 
     held_out = {"held_out_tasks": 2048, "rows": 4096, "episode_name": "pull"}
     bandits = Experiment(actor, make_env, tasks, run, **held_out)

@@ -95,8 +95,7 @@ def main(
     )
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    keep = [*update.in_keys, *(("task", "observation") if regret else ())]
-    collector = TrialCollector(env, ActorCritic(actor, critic), keep=keep, **frames)
+    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
 
     trials = Experiment(actor, make_env, random_mdps(), run)
     report = trials.report(

@@ -55,7 +55,7 @@ RECIPES = {
             "epochs=0": {"epochs": 0},
             "gamma=1.5": {"gamma": 1.5},
             "lmbda=-0.1": {"lmbda": -0.1},
-            "learning rate: -1.0": {"lr": -1.0},
+            "learning rate": {"lr": -1.0},
         },
     ),
     "grid_navi": Recipe(
@@ -333,14 +333,17 @@ def test_training_begins_with_weights_of_shorter_trials(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["bandit", "tabular_mdp"])
 def test_networks_of_a_recipe_are_as_its_arguments_say(name, tmp_path):
-    options = {"num_cells": (6,), "memory_steps": 1, "input_gain": 0.0, "critic_keys": ("time_left", "task")}
+    options = {"num_cells": (6,), "memory_steps": 1, "critic_keys": ("time_left", "task")}
+    options |= {"input_gain": 0.01, "gate_gain": 1.0}
     run(name, tmp_path, updates=1, lr=1e-12, **options)
     weights = torch.load(tmp_path / "actor.pt", weights_only=True)
     hidden, last = [value for key, value in weights.items() if "gru" not in key and value.ndim == 2]
     assert hidden.shape == (6, 4 if name == "bandit" else 4 + 10 + 5 + 2)  # MDPs: what is seen now goes past the GRU
     assert last.shape[1] == 6
     inputs = next(value for key, value in weights.items() if key.endswith("weight_ih_l0"))
-    assert inputs.abs().max() < 1e-8  # a gain of 0
+    # Xavier's bound for 4 units, times the gain.
+    bound = 0.01 * math.sqrt(6 / (4 + inputs.shape[1]))
+    assert 0.5 * bound < inputs.abs().max() <= bound + 1e-8
 
 
 def test_noise_comes_after_its_share_of_the_training():
