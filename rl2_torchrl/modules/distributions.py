@@ -188,11 +188,7 @@ class TanhGaussianActions(GaussianActions):
     @classmethod
     def from_spec(cls, spec: TensorSpec, **kwargs) -> TanhGaussianActions:
         """Of the bounds of ``spec``."""
-        space = getattr(_real_vector(spec), "space", None)
-        if space is None or not hasattr(space, "low"):
-            raise ValueError(
-                f"the env's actions have no bounds ({spec}) into which tanh could squash: use GaussianActions."
-            )
+        space = _real_vector(spec).space
         return cls(space.low, space.high, **kwargs)
 
 

@@ -150,7 +150,11 @@ class Concat(nn.Module):
 
 
 def encoding(
-    encoder: Encoder | None, entries: Mapping[NestedKey, Sequence[int]], in_key: NestedKey, out_key: NestedKey
+    encoder: Encoder | None,
+    entries: Mapping[NestedKey, Sequence[int]],
+    in_key: NestedKey,
+    out_key: NestedKey,
+    **factory,
 ) -> tuple[list[TensorDictModuleBase], NestedKey, int]:
     """Modules that make one vector of ``entries``, its key and its size.
 
@@ -160,6 +164,7 @@ def encoding(
         entries: shape of each entry that is read, batch dimensions aside.
         in_key: the entry that a single encoder reads.
         out_key: encoded entries and the whole vector are named after it.
+        **factory: device and dtype for the modules that functions make.
 
     Examples:
         >>> shapes = {"trans": (5,), "pixels": (3, 16, 16)}
@@ -176,7 +181,7 @@ def encoding(
     _require_entries(encoders, entries)
     for key, shape in entries.items():
         if key in encoders:
-            module = _built(encoders[key], torch.Size(shape))
+            module = _built(encoders[key], torch.Size(shape), factory)
             encoded = sub_key(out_key, key if isinstance(key, str) else key[-1])
             modules.append(TensorDictModule(module, [key], [encoded]))
             sizes[encoded] = _output_size(module, (1, *shape))
@@ -200,8 +205,8 @@ def _require_entries(encoders: Mapping, entries: Mapping) -> None:
         )
 
 
-def _built(encoder: EntryEncoder, shape: torch.Size) -> nn.Module:
-    module = encoder if isinstance(encoder, nn.Module) else encoder(shape)
+def _built(encoder: EntryEncoder, shape: torch.Size, factory: Mapping) -> nn.Module:
+    module = encoder if isinstance(encoder, nn.Module) else encoder(shape).to(**factory)
     folds_batch = len(shape) == 1 or isinstance(module, ImageEncoder | MLPEncoder)
     return module if folds_batch else ImageEncoder(module, shape)
 

@@ -7,11 +7,12 @@ without a family of its own has the general one, `Family`, which makes the objec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict import TensorDict
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch.distributions import Categorical, Distribution
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
@@ -33,7 +34,7 @@ class Family:
 
     Args:
         distribution_class: a `torch.distributions.Distribution`.
-        names: the keywords by which its parameters are given.
+        names: the keywords of its parameters.
         kwargs: further keywords.
 
     Examples:
@@ -42,17 +43,18 @@ class Family:
         tensor([0., 1.])
     """
 
-    def __init__(self, distribution_class: type[Distribution], names: list[str], kwargs: Mapping[str, Any]):
-        self.distribution_class, self.names, self.kwargs = distribution_class, names, dict(kwargs)
-
-    def distribution(self, *parameters: torch.Tensor) -> Distribution:
-        """The object."""
-        return self.distribution_class(**dict(zip(self.names, parameters, strict=True)), **self.kwargs)
+    def __init__(self, distribution_class: type[Distribution], names: Sequence[str], kwargs: Mapping[str, Any]):
+        self.kwargs = dict(kwargs)
+        self._module = ProbabilisticTensorDictModule(
+            dict(zip(names, names, strict=True)),
+            ["action"],
+            distribution_class=distribution_class,
+            distribution_kwargs=self.kwargs,
+        )
 
     def act(self, *parameters: torch.Tensor) -> torch.Tensor:
         """A draw, by torch's default generator."""
-        distribution = self.distribution(*parameters)
-        return distribution.rsample() if distribution.has_rsample else distribution.sample()
+        return self._sample(InteractionType.RANDOM, parameters)
 
     def sampler(self, steps: int) -> Callable[..., torch.Tensor]:
         """`act` for ``steps`` steps in a row, all of one shape; the noise of all of them may be drawn at once."""
@@ -60,25 +62,25 @@ class Family:
 
     def mode(self, *parameters: torch.Tensor) -> torch.Tensor:
         """What deterministic interaction gives."""
-        distribution = self.distribution(*parameters)
-        if hasattr(distribution, "deterministic_sample"):
-            return distribution.deterministic_sample
-        return distribution.mode
+        return self._sample(InteractionType.DETERMINISTIC, parameters)
 
     def log_prob_and_entropy(
         self, action: torch.Tensor, *parameters: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Both ``[*B]``, differentiable; the entropy is None where the class has none in closed form."""
-        distribution = self.distribution(*parameters)
-        has_entropy = type(distribution).entropy is not Distribution.entropy
-        return distribution.log_prob(action), self._entropy(distribution) if has_entropy else None
-
-    @staticmethod
-    def _entropy(distribution: Distribution) -> torch.Tensor | None:
+        distribution = self._module.get_dist(self._entries(parameters))
         try:
-            return distribution.entropy()
+            entropy = distribution.entropy()
         except NotImplementedError:
-            return None
+            entropy = None
+        return distribution.log_prob(action), entropy
+
+    def _sample(self, interaction: InteractionType, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with set_interaction_type(interaction):
+            return self._module(self._entries(parameters)).get("action")
+
+    def _entries(self, parameters: tuple[torch.Tensor, ...]) -> TensorDict:
+        return TensorDict(dict(zip(self._module.in_keys, parameters, strict=True)))
 
 
 class CategoricalFamily(Family):

@@ -92,7 +92,7 @@ class RecurrentActor(ProbabilisticActor):
         dtype: torch.dtype | None = None,
     ):
         factory = {"device": device, "dtype": dtype}
-        body = _Body(_entries(input_size, in_key, (), encoder), encoder, in_key, features_key)
+        body = _Body(_entries(input_size, in_key, (), encoder), encoder, in_key, features_key, **factory)
         body.add_core(core, hidden_size, num_layers, hidden_key, **factory)
         layers = {"num_cells": num_cells, "skip": skip, "activation": activation, "init_range": init_range}
         outputs, head_keys = body.head(head, distribution.num_outputs, **layers, **factory)
@@ -191,7 +191,9 @@ class RecurrentCritic(TensorDictSequential):
         dtype: torch.dtype | None = None,
     ):
         factory = {"device": device, "dtype": dtype}
-        body = _Body(_entries(input_size, in_key, as_keys(extra_keys), encoder), encoder, in_key, features_key)
+        body = _Body(
+            _entries(input_size, in_key, as_keys(extra_keys), encoder), encoder, in_key, features_key, **factory
+        )
         body.add_core(core, hidden_size, num_layers, hidden_key, **factory)
         layers = {"num_cells": num_cells, "skip": skip, "activation": activation, "init_range": init_range}
         value, head_keys = body.head(head, 1, **layers, **factory)
@@ -213,8 +215,11 @@ class RecurrentCritic(TensorDictSequential):
 class _Body:
     """What actor and critic have in common, in the order in which data flows."""
 
-    def __init__(self, entries: Mapping[NestedKey, Sequence[int]], encoder: Encoder | None, in_key, features_key):
-        self.modules, self.input_key, self.input_size = encoding(encoder, entries, in_key, features_key)
+    def __init__(
+        self, entries: Mapping[NestedKey, Sequence[int]], encoder: Encoder | None, in_key, features_key, **factory
+    ):
+        made = encoding(encoder, entries, in_key, features_key, **factory)
+        self.modules, self.input_key, self.input_size = made
         self.features_key = features_key
 
     def add_core(self, core: Core | None, hidden_size, num_layers, hidden_key, *, device, dtype) -> None:
