@@ -3,8 +3,21 @@
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Categorical, Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, ParallelEnv, RewardSum, SerialEnv, StepCounter, TransformedEnv
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.data import Categorical, Composite, OneHot, Unbounded
+from torchrl.envs import (
+    Compose,
+    DoubleToFloat,
+    EnvBase,
+    GymEnv,
+    ParallelEnv,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+)
+from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor
 
 from rl2_torchrl import (
     ActorCritic,
@@ -32,6 +45,7 @@ from rl2_torchrl.envs import (
     uniform_targets,
     velocities,
 )
+from rl2_torchrl.modules.gru import FastGRUModule
 
 #: Entries that networks give; with continuous actions all that follows from these is as near, no nearer.
 OF_NETWORKS = {"action", "action_log_prob", "logits", "loc", "scale", "state_value"}
@@ -284,3 +298,278 @@ def test_batches_over_workers_are_those_of_envs_one_by_one():
         env = make_env(name, episodes=2)
         results.append(batches_of(env, make_policy(env, still=True), 7, rollout)[1])
     assert_same(*results)
+
+
+# ------------------------------------------------------- envs of other kinds
+
+
+class Rooms(TensorEnv):
+    """Entries of all kinds: an index, a nested vector, a picture, and the last move, which tells of the step itself."""
+
+    def __init__(self, rows=3, one_hot=False, **kwargs):
+        self.one_hot = one_hot
+        spec = {"room": Categorical(4), "inside": {"light": Unbounded(2)}, "picture": Unbounded((2, 2))}
+        move = Composite(move=Unbounded(1, dtype=torch.int64))
+        action = OneHot(3) if one_hot else Categorical(3)
+        spaces = {"observation_spec": Composite(spec), "action_spec": action, "more_spec": move}
+        task = Composite(home=Unbounded(1, dtype=torch.int64), cost=Unbounded(1))
+        super().__init__(task_spec=task, **spaces, max_episode_steps=5, batch_size=(rows,), seed=0, **kwargs)
+
+    def begin(self, task, rows):
+        home = task["home"].squeeze(-1)
+        state = {"room": torch.zeros_like(home), "home": home, "cost": task["cost"], "move": torch.zeros_like(home)}
+        return state, self.look(state)
+
+    def advance(self, state, action):
+        move = action.long().argmax(-1) if self.one_hot else action
+        state = {**state, "room": (state["room"] + move) % 4, "move": move}
+        at_home = (state["room"] == state["home"]).unsqueeze(-1)
+        noise = torch.rand(state["cost"].shape, generator=self.generator)
+        return state, self.look(state), at_home.float() - noise * state["cost"], None, at_home
+
+    def look(self, state):
+        room = state["room"]
+        light = torch.stack((room.float(), -room.float()), -1)
+        return {"room": room, ("inside", "light"): light, "picture": light.unsqueeze(-1).expand(-1, 2, 2) / 2}
+
+    def observe_more(self, state):
+        return {"move": state["move"].unsqueeze(-1)}
+
+
+def homes(batch_size, generator):
+    home = torch.randint(1, 4, (*batch_size, 1), generator=generator)
+    return TensorDict({"home": home, "cost": torch.rand(home.shape, generator=generator)}, batch_size)
+
+
+def no_tasks(name):
+    return {
+        "gym": lambda: seeded(GymEnv("CartPole-v1")),
+        "guess": lambda: Guess(batch_size=(3,)),
+            }[name]()
+
+
+ENVS["rooms"] = (Rooms, homes)
+ENVS["one-hot rooms"] = (lambda: Rooms(one_hot=True), homes)
+ENVS["inner transforms"] = (
+    lambda: TransformedEnv(Walk(), Compose(StepCounter(), RewardSum(), DoubleToFloat())),
+    whole_numbers,
+)
+
+
+@pytest.mark.parametrize("name", ["rooms", "one-hot rooms"])
+@pytest.mark.parametrize("trial", [{"episodes": 3}, {"episodes": 2, "steps": 7, "step_keys": ["move"]}], ids=str)
+def test_entries_of_all_kinds_and_tasks_of_several_entries(name, trial):
+    (fast, ours), (_, theirs) = both(lambda: make_env(name, **trial), 11)
+    assert fast.reason is None
+    assert_same(ours, theirs)
+    assert "picture" in ours[0].keys()
+    assert ours[0]["trans"].shape[-1] == 4 + 2 + 3 + 2
+
+
+def test_velocity_is_kept_when_asked_for():
+    def make():
+        return make_env("cheetah", episodes=2, step_keys=["velocity"])
+
+    keep = ["velocity", ("next", "velocity"), "action"]
+    (_, ours), (_, theirs) = both(make, 6, lambda env: make_policy(env, still=True), keep=keep)
+    assert_same(ours, theirs)
+    assert set(ours[0].keys(True, True)) == set(keep)
+
+
+def test_transforms_inside_are_the_envs_own():
+    def make():
+        make_inner, tasks = ENVS["inner transforms"]
+        ours = Compose(Trial(episodes=2), TaskSampler(tasks, seed=1), PreviousStep())
+        return TransformedEnv(make_inner(), ours, auto_unwrap=False)
+
+    (fast, ours), (_, theirs) = both(make, 9)
+    assert fast.reason is None
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["gym", "guess"])
+def test_envs_without_a_task(name):
+    def make():
+        return TransformedEnv(no_tasks(name), Compose(Trial(episodes=2), PreviousStep()))
+
+    (fast, ours), (_, theirs) = both(make, 15)
+    assert fast.reason is None
+    assert_same(ours, theirs)
+
+
+# ------------------------------------------------------------- what is asked of itself
+
+
+class Doubled(Guess):
+    """Pays twice as much, by a step of its own."""
+
+    def _step(self, tensordict):
+        after = super()._step(tensordict)
+        return after.set("reward", 2 * after["reward"])
+
+
+class NoBadNews(PreviousStep):
+    """Shows no reward below 0, by a step of its own."""
+
+    def _step(self, tensordict, next_tensordict):
+        after = super()._step(tensordict, next_tensordict)
+        after["trans"][..., -2].clamp_(min=0)
+        return after
+
+
+class NoNews(PreviousStep):
+    """Shows no reward at all: a method that its step calls."""
+
+    def combine(self, observations, action, reward, done):
+        return super().combine(observations, action, torch.zeros_like(reward), done)
+
+
+class Lucky(Trial):
+    """Ends at a reward of 0, by a step of its own."""
+
+    def _step(self, tensordict, next_tensordict):
+        after = super()._step(tensordict, next_tensordict)
+        self._set_done(after, after["done"] | (after["reward"] == 0))
+        return after
+
+
+class Short(Trial):
+    """Ends at the second step: a method that its step calls."""
+
+    def _is_over(self, episode_index, trial_step):
+        return trial_step >= 2
+
+
+class Worthless(TaskSampler):
+    """Draws the same task always, by a reset of its own."""
+
+    def _reset_env_preprocess(self, tensordict):
+        tensordict = super()._reset_env_preprocess(tensordict)
+        return tensordict.set("task", torch.full_like(tensordict["task"], 3.0))
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"base": Doubled}, None),
+        ({"previous": NoBadNews}, "NoBadNews"),
+        ({"previous": NoNews}, "NoNews"),
+        ({"trial": Lucky}, "Lucky beside"),
+        ({"trial": Short}, "Short beside"),
+        ({"sampler": Worthless}, "Worthless"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, dict) else next(iter(value.values())).__name__,
+)
+def test_a_class_below_ours_that_does_otherwise(parts, reason):
+    def make():
+        kinds = {"base": Guess, "trial": Trial, "sampler": TaskSampler, "previous": PreviousStep, **parts}
+        trial, sampler = kinds["trial"](episodes=2), kinds["sampler"](numbers, seed=1)
+        return TransformedEnv(kinds["base"](batch_size=(4,)), Compose(trial, sampler, kinds["previous"]()))
+
+    (fast, ours), (_, theirs) = both(make, 9)
+    assert_same(ours, theirs)
+    assert (fast.reason is None) if reason is None else reason in fast.reason
+
+
+def categorical(network):
+    options = {"in_keys": ["logits"], "distribution_class": torch.distributions.Categorical, "return_log_prob": True}
+    return ProbabilisticActor(network, **options)
+
+
+def torchrls(core_class, **keys):
+    """A policy of TorchRL's own modules."""
+    core = core_class(input_size=10, hidden_size=8, in_key="trans", out_key="features", python_based=False, **keys)
+    return categorical(TensorDictSequential(core, TensorDictModule(nn.Linear(8, 5), ["features"], ["logits"])))
+
+
+class Reversed(TensorDictSequential):
+    """Modules in an order of its own."""
+
+    def forward(self, tensordict):
+        for module in reversed(self.module):
+            tensordict = module(tensordict)
+        return tensordict
+
+
+class Negative(FastGRUModule):
+    """A core with a forward of its own."""
+
+    def forward(self, tensordict):
+        tensordict = super().forward(tensordict)
+        return tensordict.set("features", -tensordict["features"])
+
+
+class Timid(ProbabilisticTensorDictModule):
+    """Takes no action but the first two."""
+
+    def forward(self, *args, **kwargs):
+        tensordict = super().forward(*args, **kwargs)
+        return tensordict.set("action", tensordict["action"] % 2)
+
+
+def with_hook(policy, find):
+    find(policy).register_forward_hook(lambda module, args, out: shifted(out))
+    return policy
+
+
+def shifted(out):
+    """Makes what follows from ``out`` another one, whatever it is."""
+    if isinstance(out, torch.Tensor):
+        return out.roll(1, -1) + 0.3
+    return out.set("trans", out["trans"] * 0.5) if "logits" not in out.keys() else out.set("logits", out["logits"].roll(1, -1))
+
+
+def memoryless(network):
+    return categorical(TensorDictModule(network, ["trans"], ["logits"]))
+
+
+def linear():
+    return nn.Linear(10, 5)
+
+
+POLICIES = {
+    "TorchRL's GRU": lambda env: torchrls(GRUModule),
+    "TorchRL's LSTM": lambda env: torchrls(LSTMModule, in_keys=None),
+    "our GRU by hand": lambda env: torchrls_core(FastGRUModule(10, 8, in_key="trans", out_key="features")),
+    "one module": lambda env: TensorDictModule(lambda trans: trans[..., :5].argmax(-1), ["trans"], ["action"]),
+    "one module, two entries": lambda env: TensorDictModule(
+        lambda trans, left: (trans[..., 3:8].argmax(-1), 2 * left), ["trans", "time_left"], ["action", "twice"]
+    ),
+    "without memory": lambda env: memoryless(linear()),
+    "several layers in one module": lambda env: memoryless(nn.Sequential(nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 5))),
+    "hook on all": lambda env: with_hook(make_policy(env), lambda policy: policy),
+    "hook on the actor": lambda env: with_hook(make_policy(env), lambda policy: policy.actor),
+    "hook on a linear layer": lambda env: with_hook(memoryless(linear()), lambda policy: policy.module[0].module),
+    "a sequence with its own forward": lambda env: Reversed(
+        TensorDictModule(lambda logits: logits.argmax(-1), ["logits"], ["action"]),
+        TensorDictModule(linear(), ["trans"], ["logits"]),
+    ),
+    "a core with its own forward": lambda env: torchrls_core(Negative(10, 8, in_key="trans", out_key="features")),
+    "a distribution with its own forward": lambda env: TensorDictSequential(
+        TensorDictModule(linear(), ["trans"], ["logits"]),
+        Timid(["logits"], ["action"], distribution_class=torch.distributions.Categorical, default_interaction_type="random"),
+    ),
+    "reads whether a trial begins": lambda env: TensorDictModule(
+        lambda trans, first, ended: first.long().squeeze(-1) + 2 * ended.long().squeeze(-1),
+        ["trans", "is_init", "episode_done"],
+        ["action"],
+    ),
+}
+
+
+def torchrls_core(core):
+    return categorical(TensorDictSequential(core, TensorDictModule(nn.Linear(8, 5), ["features"], ["logits"])))
+
+
+@pytest.mark.parametrize("transforms", [[], [StepCounter]], ids=["tensors", "tensordicts"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_any_policy_plays_as_it_is(name, transforms):
+    def make():
+        return make_env("guess", *[kind() for kind in transforms], episodes=2)
+
+    def policy(env):
+        torch.manual_seed(3)
+        return POLICIES[name](env)
+
+    (_, ours), (_, theirs) = both(make, 9, policy, batches=2)
+    assert_same(ours, theirs)

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from tensordict.nn.probabilistic import InteractionType, interaction_type
 
 from rl2_torchrl.gradients.part import is_bare
@@ -56,13 +62,14 @@ class ActingPart:
 
 def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     """The parts of ``module``, in order."""
-    if isinstance(module, TensorDictSequential) and not _has_hooks(module):
-        return [part for child in module.module for part in acting_parts(child)]
     if _has_hooks(module):
         return [_with_tensordict(module)]
-    if hasattr(type(module), "step_function"):  # of the class: a TensorDictModule passes on what its inner module has
+    if type(module).forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward):
+        return [part for child in module.module for part in acting_parts(child)]
+    # Of the class: a TensorDictModule passes on what its inner module has.
+    if hasattr(type(module), "step_function") and _steps_as_forward(module):
         return [_core(module)]
-    if isinstance(module, ProbabilisticTensorDictModule):
+    if type(module).forward is ProbabilisticTensorDictModule.forward:
         family = family_of(module)
         return [_with_tensordict(module) if family is None else _distribution(module, family)]
     if _is_function_of_tensors(module):
@@ -72,6 +79,12 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
 
 def _has_hooks(module: TensorDictModuleBase) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _steps_as_forward(module: TensorDictModuleBase) -> bool:
+    """Whether ``step_function`` speaks of the same ``forward``: a class below may have one of its own."""
+    brings = [next(n for n, cls in enumerate(type(module).__mro__) if name in vars(cls)) for name in ("step_function", "forward")]
+    return brings[0] <= brings[1]
 
 
 def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:

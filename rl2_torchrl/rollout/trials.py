@@ -47,11 +47,11 @@ def trials_of(env: EnvBase, steps: int, read: Collection[NestedKey], keep: Colle
         keep: entries of the batch; None for all.
     """
     below, ours, others = _taken_apart(env)
-    if ours[0] is None:
-        return TransformedTrials(env, "the env has no Trial", steps, read, keep)
     if others:
         reason = f"{', '.join(others)} beside our transforms: a TensorDict goes through all of them at each step"
         return TransformedTrials(env, reason, steps, read, keep)
+    if ours[0] is None:
+        return TransformedTrials(env, "the env has no Trial", steps, read, keep)
     return TensorTrials(below, *ours, steps, read, keep)
 
 
@@ -72,7 +72,8 @@ def _taken_apart(env: EnvBase) -> tuple[EnvBase, list, list[str]]:
     parts = [t for t in own_transforms(env) if not isinstance(t, _OF_COLLECTORS)]
     ours = [next((t for t in parts if _is_as_written(t, kind)), None) for kind in (Trial, TaskSampler, PreviousStep)]
     in_order = [t for t in ours if t is not None]
-    others = [t for n, t in enumerate(parts) if n >= len(in_order) or t is not in_order[n]]
+    strangers = [t for t in parts if all(t is not other for other in in_order)]
+    others = strangers or [t for t, other in zip(parts, in_order, strict=True) if t is not other]
     return env, ours, [type(t).__name__ for t in others]
 
 
@@ -80,10 +81,14 @@ def _taken_apart(env: EnvBase) -> tuple[EnvBase, list, list[str]]:
 _OF_COLLECTORS = (InitTracker, TensorDictPrimer)
 
 
+#: The methods of which a rollout does the work itself.
+_REPLACED = ("_step", "_reset", "_call", "_reset_env_preprocess", "_is_over", "_set_done", "_reset_rows", "combine", "begin")
+
+
 def _is_as_written(transform, kind: type) -> bool:
     """Whether what ``transform`` does in an env is what ``kind`` says: a class below it may step or reset otherwise."""
-    methods = ("_step", "_reset", "_call", "_reset_env_preprocess")
-    return isinstance(transform, kind) and all(getattr(type(transform), m) is getattr(kind, m) for m in methods)
+    below = type(transform)
+    return isinstance(transform, kind) and all(getattr(below, m, None) is getattr(kind, m, None) for m in _REPLACED)
 
 
 class TensorTrials:
@@ -316,6 +321,7 @@ class TransformedTrials:
         wanted = {*read, *(self.keys if keep is None else keep)}
         self._root_keys = [key for key in self.keys if not _is_next(key) and key in wanted]
         self._after_keys = [key for key in self.keys if _is_next(key) and key in {*wanted, REWARD, ("next", "done")}]
+        self._never = torch.zeros(self.rows, 1, dtype=torch.bool, device=self.device)
         self._tensordict: TensorDictBase | None = None
         self._stepped: TensorDictBase | None = None
 
@@ -331,7 +337,7 @@ class TransformedTrials:
         if self._stepped is not None:
             return self._go_on()
         self._tensordict = self.env.reset() if self._tensordict is None else self._tensordict
-        return self._entries(self._tensordict, self._root_keys), True
+        return self._root(True), True
 
     def step(self, t: int, state: State) -> Turn:
         """Step ``t`` of all rows, with what the policy has written into ``state``."""
@@ -343,7 +349,7 @@ class TransformedTrials:
                     value if isinstance(value, TensorDictBase) else value.reshape((*self.batch_size, *value.shape[1:])),
                 )
         self._stepped = self.env.step(root)
-        after = self._entries(self._stepped, self._after_keys)
+        after = {("next", "is_init"): self._never, **self._entries(self._stepped, self._after_keys)}
         # A trial that a batch's last step ends is followed by one when the next batch asks for it.
         return Turn(after, {}, False) if t + 1 == self.steps else Turn(after, *self._go_on())
 
@@ -351,7 +357,13 @@ class TransformedTrials:
         done = self._stepped["next", "done"].reshape(-1)
         begun: Rows = True if done.all() else done.clone() if done.any() else False
         self._tensordict = self.env.maybe_reset(self.env.step_mdp(self._stepped))
-        return self._entries(self._tensordict, self._root_keys), begun
+        return self._root(begun), begun
+
+    def _root(self, begun: Rows) -> State:
+        root = self._entries(self._tensordict, self._root_keys)
+        if "is_init" not in self.keys:  # no InitTracker, as a collector adds
+            root["is_init"] = self._never | (begun if isinstance(begun, bool) else begun.unsqueeze(-1))
+        return root
 
     def _entries(self, tensordict: TensorDictBase, keys: Collection[NestedKey]) -> State:
         dims, state = len(self.batch_size), {}
