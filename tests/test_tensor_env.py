@@ -219,7 +219,7 @@ def test_what_is_written_into_a_tensordict_does_not_reach_the_env():
     assert tensordict["seen"].tolist() == [2, 2]
     assert flat(tensordict["terminated"]) == [False, False]
     tensordict["seen"].zero_()
-    reset = env.reset(TensorDict({"task": column(3, 9), "_reset": torch.tensor([[True], [False]])}, [2]))
+    reset = env._reset(TensorDict({"task": column(3, 9), "_reset": torch.tensor([[True], [False]])}, [2]))
     assert reset["seen"].tolist() == [0, 2]
 
 
