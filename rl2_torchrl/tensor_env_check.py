@@ -82,9 +82,11 @@ class _Checked:
         self.env, self.num_steps = env, num_steps
         generator = torch.Generator().manual_seed(0)
         spec = env.full_state_spec["task"]
-        draws = [spec.rand() if tasks is None else tasks(env.batch_size, generator) for _ in range(_NUM_TASKS)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # specs draw from PyTorch's default generator; a check finds the same each time
+            draws = [spec.rand() if tasks is None else tasks(env.batch_size, generator) for _ in range(_NUM_TASKS)]
+            self.actions = [env.action_spec.rand() for _ in range(num_steps)]
         self.tasks = [task.to(env.device) for task in draws]
-        self.actions = [env.action_spec.rand() for _ in range(num_steps)]
         self.every_row = torch.ones(env.batch_size, dtype=torch.bool, device=env.device)
 
     # ---------------------------------------------------------------- playing
