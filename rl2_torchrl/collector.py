@@ -125,6 +125,14 @@ class TrialCollector(Collector):
         player.adopt(self._carrier)  # Collector has reset the env already, and begins there
         return player
 
+    def set_seed(self, seed: int, static_seed: bool = False) -> int:
+        """As `Collector.set_seed`; the first trials, which `Collector` has begun before, follow the seed too."""
+        seed = super().set_seed(seed, static_seed)
+        self._carrier.update(self.env.reset())
+        if self.player is not None:
+            self.player.adopt(self._carrier)
+        return seed
+
     def rollout(self) -> TensorDictBase:
         """One batch ``[*B, T]`` of the entries ``keep``."""
         if self.player is not None:
