@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -161,7 +162,7 @@ def _shapes(env: EnvBase | None, loss: nn.Module) -> dict[NestedKey, list[int]]:
         return {}
     data = env.observation_spec.zero()
     data["is_init"] = torch.ones(*env.batch_size, 1, dtype=torch.bool, device=env.device)
-    NetworkProbe(loss).step(data)
+    NetworkProbe(copy.deepcopy(loss)).step(data)
     return {key: list(entry.shape[len(env.batch_size) :]) for key, entry in data.items(True, True)}
 
 

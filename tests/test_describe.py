@@ -77,8 +77,15 @@ def test_shapes_and_parameters_of_networks():
     assert [part.name for part in loss] == ["RL2PPOLoss", "ClippedObjective", "SquaredError"]
 
 
+class Cube(nn.Module):
+    """An activation that nobody knows."""
+
+    def forward(self, x):
+        return x**3
+
+
 def test_which_way_each_part_takes_and_why():
-    description, update = described(*networks(activation=nn.Tanh))
+    description, update = described(*networks(activation=Cube))
     gru, head, policy = rows_of(description, "actor")
     assert (gru.backend, gru.reason) == ("kernel", None)
     assert head.backend == "autograd"

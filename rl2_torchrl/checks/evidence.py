@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torch import nn
 from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
 
 from rl2_torchrl.checks.probe import NetworkProbe
@@ -103,10 +105,19 @@ class Evidence:
             raise NotChecked("the update has no loss")
         if not self.has("is_init"):
             raise NotChecked("the batch has no 'is_init'")
-        try:
-            return NetworkProbe(self.loss)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise NotChecked(f"the loss cannot be copied ({error})") from error
+        return NetworkProbe(_copy(self.loss, "loss"))
+
+    @cached_property
+    def advantage(self) -> Callable[[TensorDictBase], TensorDictBase]:
+        """The update's advantage, copied."""
+        if getattr(self.update, "advantage", None) is None:
+            raise NotChecked("the update has no advantage")
+        return _copy(self.update.advantage, "advantage")
+
+    @cached_property
+    def learnt_from(self) -> TensorDictBase:
+        """`sample`, with advantages and returns."""
+        return self.advantage(self.sample.clone())
 
     @cached_property
     def sample(self) -> TensorDictBase:
@@ -130,6 +141,13 @@ class Evidence:
         if not self.probe.real_inputs(windows):
             raise NotChecked("the actor reads no real numbers that could be changed")
         return windows
+
+
+def _copy(thing: nn.Module, name: str) -> nn.Module:
+    try:
+        return copy.deepcopy(thing)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NotChecked(f"the {name} cannot be copied ({error})") from error
 
 
 def transforms_of(env: EnvBase | None) -> list[Transform]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from tensordict import TensorDictBase
 from torch import nn
 from torchrl.collectors import Collector
 
@@ -27,7 +24,7 @@ def advantages_apart(seen: Evidence) -> str | None:
         entry = rows.get(key)
         noise = scale * torch.randn(entry.shape, generator=generator).to(entry)
         changed.set(key, entry + noise * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
-    before, after = _advantage(seen, rows), _advantage(seen, changed)
+    before, after = seen.learnt_from, seen.advantage(changed)
     for key in (keys.advantage, keys.value_target):
         # Where all are normalised together, what nothing was done to is moved and scaled, by the same for all.
         if not _is_affine(before.get(key)[~mine], after.get(key)[~mine]):
@@ -45,17 +42,6 @@ def _one_trial(starts: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
     return mine
 
 
-def _advantage(seen: Evidence, rows: TensorDictBase) -> TensorDictBase:
-    advantage = getattr(seen.update, "advantage", None)
-    if advantage is None:
-        raise NotChecked("the update has no advantage")
-    try:
-        advantage = copy.deepcopy(advantage)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise NotChecked(f"the advantage cannot be copied ({error})") from error
-    return advantage(rows.clone())
-
-
 def _is_affine(before: torch.Tensor, after: torch.Tensor) -> bool:
     """Whether ``after`` is ``a * before + b``, to rounding."""
     x, y = (entry.double() - entry.double().mean() for entry in (before, after))
@@ -66,7 +52,7 @@ def _is_affine(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 def gradients(seen: Evidence) -> str | None:
     """Every trainable parameter of the loss gets a gradient."""
-    made = seen.probe.gradients(seen.chunks(_advantage(seen, seen.sample)))
+    made = seen.probe.gradients(seen.chunks(seen.learnt_from))
     seen.report.frozen = [name for name, parameter in seen.loss.named_parameters() if not parameter.requires_grad]
     seen.report.zero_gradient = [name for name, g in made.items() if g is not None and g.numel() and not g.any()]
     missing = [name for name, gradient in made.items() if gradient is None]

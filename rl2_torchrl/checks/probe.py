@@ -1,8 +1,7 @@
-"""`NetworkProbe`: what a loss's networks give on parts of a batch, and on what that depends; on copies, so without a trace."""
+"""`NetworkProbe`: what a loss's networks give on parts of a batch, and on what that depends."""
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 
 import torch
@@ -19,13 +18,11 @@ LOG_PROB, VALUE = ("probe", "log_prob"), ("probe", "value")
 
 
 class NetworkProbe:
-    """Copies of a loss and its networks, run in recurrent mode as an update runs them.
+    """A loss and its networks, run in recurrent mode as an update runs them.
 
     Args:
-        loss: a loss with ``actor_network``, ``critic_network`` (or None) and ``tensor_keys``, as `RL2PPOLoss`.
-
-    Raises:
-        TypeError: the loss cannot be copied; ValueError and RuntimeError say so, too.
+        loss: a loss with ``actor_network``, ``critic_network`` (or None) and ``tensor_keys``, as `RL2PPOLoss`; a copy, where no
+            trace may be left in buffers.
 
     Examples:
         >>> from rl2_torchrl import GRUCategoricalActor, GRUValueHead, RL2PPOLoss
@@ -35,8 +32,8 @@ class NetworkProbe:
     """
 
     def __init__(self, loss: nn.Module):
-        self.loss = copy.deepcopy(loss)
-        self.actor, self.critic = self.loss.actor_network, getattr(self.loss, "critic_network", None)
+        self.loss = loss
+        self.actor, self.critic = loss.actor_network, getattr(loss, "critic_network", None)
         self.networks = [network for network in (self.actor, self.critic) if network is not None]
         #: Entries of the memory, and what the networks read beside it, of which the actor's own.
         self.memory = list(dict.fromkeys(key for network in self.networks for key in hidden_keys(network)))
