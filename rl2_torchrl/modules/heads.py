@@ -11,7 +11,7 @@ from torch import nn
 from rl2_torchrl.modules.encoders import Concat
 from rl2_torchrl.modules.linear import relu_linear
 
-__all__ = ["Head", "SkipHead", "are_relu_linear", "head_with_skip"]
+__all__ = ["Head", "SkipHead", "are_relu_linear"]
 
 
 class Head(nn.Module):
@@ -115,16 +115,16 @@ class SkipHead(nn.Module):
         features = features.detach() if self.detach else features
         return self.head(self.concat(features, *extra))
 
-
-def head_with_skip(
-    features_size: int, input_size: int, out_features: int, *, num_cells: Sequence[int], **kwargs
-) -> SkipHead:
-    """A `SkipHead` on features and the core's input, whose weights are drawn for that input alone (He et al. 2015)."""
-    if not num_cells:
-        raise ValueError(
-            "skip=True without num_cells: one layer can only add up what is seen and what is remembered, not choose by both. "
-            "Give it a hidden layer, such as num_cells=[64]."
-        )
-    head = Head(features_size + input_size, out_features, num_cells=num_cells, skip_size=input_size, **kwargs)
-    nn.init.kaiming_uniform_(head.layers[1].weight.detach()[:, features_size:], nonlinearity="relu")
-    return SkipHead(head)
+    @classmethod
+    def built(
+        cls, features_size: int, input_size: int, out_features: int, *, num_cells: Sequence[int], **kwargs
+    ) -> SkipHead:
+        """One on features and the core's input, whose weights are drawn for that input alone (He et al. 2015)."""
+        if not num_cells:
+            raise ValueError(
+                "skip=True without num_cells: one layer can only add up what is seen and what is remembered, not choose by "
+                "both. Give it a hidden layer, such as num_cells=[64]."
+            )
+        head = Head(features_size + input_size, out_features, num_cells=num_cells, skip_size=input_size, **kwargs)
+        nn.init.kaiming_uniform_(head.layers[1].weight.detach()[:, features_size:], nonlinearity="relu")
+        return cls(head)
