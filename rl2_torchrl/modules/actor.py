@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.modules.distributions import CategoricalActions, GaussianActions
-from rl2_torchrl.modules.recurrent import RecurrentActor, Shapes, action_spec, shapes_from_env
+from rl2_torchrl.modules.recurrent import RecurrentActor, Shapes, action_spec, read_shapes
 
 __all__ = ["GRUCategoricalActor", "GRUGaussianActor"]
 
@@ -48,11 +48,11 @@ class GRUGaussianActor(RecurrentActor):
         """
         action_dim = GaussianActions.from_spec(action_spec(env)).num_outputs
         kwargs = {"action_key": env.action_key, **kwargs}
-        return cls(shapes_from_env(env, kwargs), action_dim, **kwargs)
+        return cls(read_shapes(env, kwargs), action_dim, **kwargs)
 
 
 class GRUCategoricalActor(RecurrentActor):
-    """Categorical GRU policy with the body of `GRUGaussianActor`: ``logits_t = W relu(GRU(trans_t, h_{t-1})) + b``.
+    """Categorical GRU policy: ``logits_t = W relu(GRU(trans_t, h_{t-1})) + b``.
 
     Reads and writes the entries of `GRUGaussianActor`, with ``"logits"`` ``[*B, num_actions]`` in place of ``"loc"`` and
     ``"scale"``. In deterministic mode the action is the most probable one.
@@ -86,4 +86,4 @@ class GRUCategoricalActor(RecurrentActor):
         """
         actions = CategoricalActions.from_spec(action_spec(env))
         kwargs = {"action_key": env.action_key, "one_hot": actions.one_hot, **kwargs}
-        return cls(shapes_from_env(env, kwargs), actions.num_outputs, **kwargs)
+        return cls(read_shapes(env, kwargs), actions.num_outputs, **kwargs)

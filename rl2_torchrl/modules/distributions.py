@@ -272,6 +272,8 @@ class IndependentCategoricals(Distribution):
 class MultiCategoricalFamily(CategoricalFamily):
     """`IndependentCategoricals` with logits ``[*B, sum(nvec)]``."""
 
+    keywords = ("nvec", "one_hot", "dtype")
+
     def __init__(self, nvec: Sequence[int], one_hot: bool = False, dtype: torch.dtype = torch.int64):
         self.nvec, self.one_hot, self.dtype = list(nvec), one_hot, dtype
 
@@ -295,7 +297,4 @@ class MultiCategoricalFamily(CategoricalFamily):
         return torch.stack(choices, -1).to(self.dtype)
 
 
-register_family(
-    IndependentCategoricals,
-    lambda distribution_class, names, kwargs: MultiCategoricalFamily(**kwargs) if names == ["logits"] else None,
-)
+register_family(IndependentCategoricals, MultiCategoricalFamily)
