@@ -189,7 +189,7 @@ class StepGRU:
 
     def __init__(self, gru: nn.GRU):
         self.layers = [[getattr(gru, name).detach() for name in layer] for layer in gru._all_weights]
-        self.units, self.weight = gru.hidden_size, self.layers[0][1]
+        self.inputs, self.units, self.weight = gru.input_size, gru.hidden_size, self.layers[0][1]
         for layer in self.layers:
             require_weights(*layer[:2], *(layer[2:] or (None, None)))
             require_tensor("a layer's w_hh", layer[1], self.weight.shape, self.weight)
@@ -198,24 +198,36 @@ class StepGRU:
 
     def __call__(self, x: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Features ``[N, H]`` and next hidden ``[N, num_layers, H]`` of ``x`` ``[N, I]`` and ``hidden``, None for zeros."""
-        x = x.to(self.weight.dtype)
-        require_tensor("x", x, (len(x), self.layers[0][0].shape[1]), self.weight)
         if hidden is None:
-            hidden = x.new_zeros(len(x), len(self.layers), self.units)
-        else:
-            hidden = hidden.to(self.weight.dtype)
-            require_tensor("the memory", hidden, (len(x), len(self.layers), self.units), self.weight)
+            hidden = self.weight.new_zeros(len(x), len(self.layers), self.units)
+        if not (
+            self._can_be_read(x, len(x), self.inputs)
+            and self._can_be_read(hidden, len(x), len(self.layers), self.units)
+        ):
+            x, hidden = self._made_readable(x, hidden)
         states = []
         for layer in range(len(self.layers)):
             x = self._layer(layer, x, hidden[:, layer])
             states.append(x)
         return x, (x.unsqueeze(1) if len(states) == 1 else torch.stack(states, 1))
 
+    def _can_be_read(self, tensor: torch.Tensor, *shape: int) -> bool:
+        # What each step asks, without an operation of PyTorch's.
+        is_kind = tensor.dtype is self.weight.dtype and tensor.is_cpu and not tensor.requires_grad
+        return is_kind and tensor.shape == shape and tensor.stride()[-1] == 1
+
+    def _made_readable(self, x: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both in the weights' dtype and with a unit stride, once their sizes and devices fit."""
+        x, hidden = x.detach().to(self.weight.dtype), hidden.detach().to(self.weight.dtype)
+        require_tensor("x", x, (len(x), self.inputs), self.weight)
+        require_tensor("the memory", hidden, (len(x), len(self.layers), self.units), self.weight)
+        return unit_stride(x), unit_stride(hidden)
+
     def _layer(self, layer: int, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         if self.library is None:
             return torch.gru_cell(x, hidden, *self.layers[layer])
         (rows, inputs), units = x.shape, self.units
-        x, hidden, y = unit_stride(x), unit_stride(hidden), x.new_empty(rows, units)
+        y = x.new_empty(rows, units)
         self.library.gru_forward(
             *(rows, 1, inputs, units, x.data_ptr(), x.stride(0), 0, hidden.data_ptr(), hidden.stride(0), 0, None),
             *(self.packed[layer].data_ptr(), y.data_ptr(), None, kernels.threads_for(rows * units * (units + inputs))),
