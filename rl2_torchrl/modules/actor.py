@@ -40,12 +40,7 @@ class GRUGaussianActor(RecurrentActor):
 
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> GRUGaussianActor:
-        """An actor of the sizes, device and action key of ``env``; further keywords as in the constructor.
-
-        Raises:
-            TypeError: the env's actions are discrete.
-            KeyError: the env has no transition input.
-        """
+        """An actor of the sizes, device and action key of ``env``; TypeError where its actions are discrete."""
         action_dim = GaussianActions.from_spec(action_spec(env)).num_outputs
         kwargs = {"action_key": env.action_key, **kwargs}
         return cls(read_shapes(env, kwargs), action_dim, **kwargs)
@@ -78,12 +73,7 @@ class GRUCategoricalActor(RecurrentActor):
 
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> GRUCategoricalActor:
-        """An actor of the sizes, device, action key and action encoding of ``env``; further keywords as in the constructor.
-
-        Raises:
-            TypeError: the env's actions are not one categorical choice.
-            KeyError: the env has no transition input.
-        """
+        """An actor of the sizes, device, action key and encoding of ``env``; TypeError where its actions are not one choice."""
         actions = CategoricalActions.from_spec(action_spec(env))
         kwargs = {"action_key": env.action_key, "one_hot": actions.one_hot, **kwargs}
         return cls(read_shapes(env, kwargs), actions.num_outputs, **kwargs)
