@@ -31,9 +31,9 @@ NO_EXAMPLE = {
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
     {"baselines", "envs", "kernels", "replay", "tasks", "transition", "trial"},
-    {"modules"},
-    {"objectives"},
-    {"checks", "collector", "describe", "evaluation", "lockstep", "testing", "update"},
+    {"gradients", "modules"},
+    {"minibatches", "objectives"},
+    {"collector", "evaluation", "lockstep", "testing", "update"},
     {"training", "video"},
     {"report"},
 ]

@@ -38,7 +38,7 @@ def parts_of(network: TensorDictModuleBase) -> list[Part]:
 
     Examples:
         >>> from rl2_torchrl import GRUValueHead
-        >>> [type(part).__name__ for part in parts_of(GRUValueHead(5, activation=nn.Tanh))]
+        >>> [type(part).__name__ for part in parts_of(GRUValueHead(5, activation=nn.ELU))]
         ['GRUPart', 'AutogradPart']
     """
     return [_part(module) for module in _leaves(network)]
