@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
@@ -12,7 +14,7 @@ from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.rollout.clock import Rows
 
-__all__ = ["Memory", "next_key", "own_transforms"]
+__all__ = ["Memory", "leaves", "next_key", "own_transforms", "where_rows"]
 
 
 class Memory:
@@ -51,7 +53,7 @@ class Memory:
         memory = {key: state[following] for key, following in self.handed_on}
         if reset is not False:
             for key, first in self.initial().items():
-                memory[key] = torch.where(reset.view(-1, *[1] * (first.ndim - 1)), first, memory[key])
+                memory[key] = where_rows(reset, first, memory[key])
         return memory
 
     def _draw(self, key: NestedKey) -> torch.Tensor:
@@ -92,3 +94,20 @@ def own_transforms(env: EnvBase) -> list:
 def next_key(key: NestedKey) -> NestedKey:
     """``("next", key)``, flat."""
     return ("next", key) if isinstance(key, str) else ("next", *key)
+
+
+def leaves(keys: Iterable[NestedKey], entries: Iterable[NestedKey]) -> list[NestedKey]:
+    """Those of ``entries`` that are among ``keys`` or lie within one of these.
+
+    Examples:
+        >>> leaves(["a", ("b", "c")], ["a", ("b", "c", "d"), ("b", "e")])
+        ['a', ('b', 'c', 'd')]
+    """
+    roots = {key if isinstance(key, tuple) else (key,) for key in keys}
+    paths = [(entry, entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
+    return [entry for entry, path in paths if any(path[:n] in roots for n in range(1, len(path) + 1))]
+
+
+def where_rows(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``one`` ``[N, ...]`` in ``rows``, bool ``[N]``, and ``other`` elsewhere."""
+    return torch.where(rows.view(-1, *[1] * (one.ndim - 1)), one, other)

@@ -20,7 +20,11 @@ from torchrl.modules import set_recurrent_mode
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.graph import GraphReplay
+<<<<<<< HEAD
 from rl2_torchrl.rollout.memory import Memory
+=======
+from rl2_torchrl.rollout.memory import Memory, leaves, next_key
+>>>>>>> rollout-tests
 from rl2_torchrl.rollout.trials import TensorTrials, trials_of
 
 __all__ = ["Rollout"]
@@ -58,8 +62,9 @@ class Rollout:
         read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
         self.trials = trials_of(env, steps, read, keep)
         self.memory = Memory(policy, env, self.trials.rows)
-        self.keep = self._all_keys() if keep is None else list(dict.fromkeys(keep))
-        self._check_entries(read)
+        made = self._all_keys()
+        _check_entries(read, keep or (), {*made, *self.trials.keys_at_once})
+        self.keep = made if keep is None else leaves(keep, made)
         self._acting, self._waiting = self._split()
         self._carry: State = {}
         self._batch = TensorDict({}, [self.trials.rows, steps], device=self.trials.device)
@@ -80,13 +85,6 @@ class Rollout:
         written = [key for part in self.parts for key in (*part.out_keys, part.log_prob_key) if key is not None]
         memory = [key for pair in self.memory.handed_on for key in pair]
         return list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
-
-    def _check_entries(self, read: Collection[NestedKey]) -> None:
-        made = {*self._all_keys(), *self.trials.keys_at_once}
-        for what, keys in (("keep holds", self.keep), ("the policy reads", read)):
-            missing = [key for key in keys if key not in made]
-            if missing:
-                raise KeyError(f"{what} {missing}, which nobody makes; there is {sorted(map(str, made))}.")
 
     def _split(self) -> tuple[list[ActingPart], list[ActingPart]]:
         """Parts that each step needs, and those behind the action that can look at many steps at once."""
@@ -215,6 +213,13 @@ class Rollout:
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
         self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
+
+
+def _check_entries(read: Collection[NestedKey], keep: Collection[NestedKey], made: Collection[NestedKey]) -> None:
+    for what, keys in (("keep holds", keep), ("the policy reads", read)):
+        missing = [key for key in keys if not leaves([key], made)]
+        if missing:
+            raise KeyError(f"{what} {missing}, which nobody makes; there is {sorted(map(str, made))}.")
 
 
 @contextmanager

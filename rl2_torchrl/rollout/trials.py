@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer
 
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows, TrialClock
 from rl2_torchrl.rollout.doors import door_to, is_tensor_env
-from rl2_torchrl.rollout.memory import next_key, own_transforms
+from rl2_torchrl.rollout.memory import leaves, next_key, own_transforms, where_rows
 from rl2_torchrl.rollout.transitions import TransitionInputs
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
@@ -122,7 +122,7 @@ class TensorTrials:
         self.out_key = None if transition is None else transition.out_key
         #: Entries that a batch can have.
         self.keys = _keys_of(env)
-        wanted = {*read, *(self.keys if keep is None else keep)}
+        wanted = {*read, *(self.keys if keep is None else leaves(keep, self.keys))}
         observed = list(base.full_observation_spec.keys(True, True))
         self._root_keys = [key for key in observed if key in wanted]
         self._after_keys = [key for key in observed if next_key(key) in wanted]
@@ -135,6 +135,9 @@ class TensorTrials:
         self._next_inputs = torch.zeros_like(self.inputs.data[1:]) if keeps_next_input else None
         self._rewards: torch.Tensor | None = None  # [T, N, 1], made with the first reward
         self._task: Task = None
+        self._task_keys = [] if sampler is None else leaves([self.task_key], base.full_state_spec.keys(True, True))
+        self._shown_task: State = {}  # its entries [N, ...]
+        self._shown_task_after: State = {}  # the same under "next"
         self._tasks: list[Task] = []  # of the trials that begin in a batch, where that is known ahead
         self._pending: Rows = True  # rows that begin a trial with the next batch
         self._observations: State = {}
@@ -165,7 +168,9 @@ class TensorTrials:
 
     def adopt(self, reset: TensorDictBase) -> None:
         """Takes a ``reset()`` of the env that somebody has just made as the first step of the first trials."""
-        self._task = reset.get(self.task_key, None)
+        task = reset.get(self.task_key, None)
+        if task is not None:
+            self._deal(task)
         self._observations, self._pending, self._is_adopted = self.door.adopt(reset), False, True
 
     def start(self) -> tuple[State, Rows]:
@@ -196,8 +201,7 @@ class TensorTrials:
         if self.inputs is not None and (is_last or ends.trial is not True or self._next_inputs is not None):
             self._write_input(t + 1, action, reward, ends.episode)
         after = {REWARD: reward, **{next_key(key): observations[key] for key in self._after_keys}}
-        if self._task is not None:
-            after[next_key(self.task_key)] = self._flat(self._task)
+        after.update(self._shown_task_after)
         if is_last:
             self._pending = ends.trial
             return Turn(after, {}, False)
@@ -219,8 +223,12 @@ class TensorTrials:
     def _begin(self, t: int, rows: Rows) -> None:
         """A trial of a new task begins in ``rows`` at step ``t``."""
         if self.sampler is not None:
-            self._task = next(self._undealt) if self.clock.is_shared else self._drawn(rows)
-        self._observations = self.door.start(self._task, rows)
+            self._deal(next(self._undealt) if self.clock.is_shared else self._drawn(rows))
+        first = self.door.start(self._task, rows)
+        if rows is not True:  # other rows may have begun an episode just now, and go on telling of the step before it
+            told = [key for key in self.trial.step_keys if key in first]
+            first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
+        self._observations = first
         self._show(t, rows)
 
     def _show(self, t: int, rows: Rows) -> None:
@@ -240,18 +248,20 @@ class TensorTrials:
 
     # ----------------------------------------------------------------- entries
     def _root(self, t: int) -> State:
-        root = {key: self._observations[key] for key in self._root_keys}
+        root = {**self._shown_task, **{key: self._observations[key] for key in self._root_keys}}
         if self.inputs is not None:
             root[self.out_key] = self.inputs.steps[t]
-        if self._task is not None:
-            root[self.task_key] = self._flat(self._task)
         if self._flags_read:
             flags = self.clock.at(t)
             root |= {key: flags[key] for key in self._flags_read}
         return root
 
-    def _flat(self, task: Task) -> Task:
-        return task if len(self.batch_size) == 1 else task.reshape(self.rows, *task.shape[len(self.batch_size) :])
+    def _deal(self, task: Task) -> None:
+        """The rows are given ``task``, all of its entries."""
+        self._task, dims = task, len(self.batch_size)
+        whole = {self.task_key: task} if isinstance(task, torch.Tensor) else TensorDict({self.task_key: task}, self.batch_size)
+        self._shown_task = {key: whole[key].reshape(self.rows, *whole[key].shape[dims:]) for key in self._task_keys}
+        self._shown_task_after = {next_key(key): value for key, value in self._shown_task.items()}
 
     @property
     def keys_at_once(self) -> set[NestedKey]:
@@ -259,8 +269,8 @@ class TensorTrials:
         keys = {REWARD, *self.clock.names, *map(next_key, self.clock.names)}
         if self.inputs is not None:
             keys |= {self.out_key, next_key(self.out_key)}
-        if self.sampler is not None and self.clock.is_shared and not self.clock.trials_begun:
-            keys |= {self.task_key, next_key(self.task_key)}
+        if self.clock.is_shared and not self.clock.trials_begun:
+            keys |= {*self._task_keys, *map(next_key, self._task_keys)}
         return keys
 
     def entries(self) -> State:
@@ -270,10 +280,11 @@ class TensorTrials:
             made[self.out_key] = self.inputs.data[:-1].transpose(0, 1)
         if self._next_inputs is not None:
             made[next_key(self.out_key)] = self._next_inputs.transpose(0, 1)
-        if self.task_key in self.keys_at_once:
-            # A view: written out, the task of an MDP would be most of a batch's memory.
-            task = self._flat(self._task).unsqueeze(1)
-            made[self.task_key] = made[next_key(self.task_key)] = task.expand(self.rows, self.steps, *task.shape[2:])
+        if not self.keys_at_once.isdisjoint(self._task_keys):
+            for key, task in self._shown_task.items():
+                # A view: written out, the task of an MDP would be most of a batch's memory.
+                whole = task.unsqueeze(1).expand(self.rows, self.steps, *task.shape[1:])
+                made[key] = made[next_key(key)] = whole
         return made
 
     # ------------------------------------------------------------- checkpoints
@@ -291,8 +302,10 @@ class TensorTrials:
         self.clock.load_state_dict(state["clock"])
         pending = state["pending"]
         self._pending = bool(pending[0]) if (pending == pending[0]).all() else pending.to(self.device)
-        self._task = state["task"]
-        self._observations, self._is_adopted = self.door.resume(), False
+        if state["task"] is not None:
+            self._deal(state["task"])
+        self._observations = dict(zip(self.door.resume(), state["observations"], strict=True))
+        self._is_adopted = False
         if self.inputs is not None:
             self.inputs.data[-1].copy_(state["input"])
 
@@ -318,7 +331,7 @@ class TransformedTrials:
         self.env, self.batch_size, self.rows = env, env.batch_size, env.batch_size.numel()
         self.device, self.action_key = env.device or torch.device("cpu"), env.action_key
         self.keys = _keys_of(env)
-        wanted = {*read, *(self.keys if keep is None else keep)}
+        wanted = {*read, *(self.keys if keep is None else leaves(keep, self.keys))}
         self._root_keys = [key for key in self.keys if not _is_next(key) and key in wanted]
         self._after_keys = [key for key in self.keys if _is_next(key) and key in {*wanted, REWARD, ("next", "done")}]
         self._never = torch.zeros(self.rows, 1, dtype=torch.bool, device=self.device)
