@@ -133,6 +133,17 @@ class TrialCollector(Collector):
             self.player.adopt(self._carrier)
         return seed
 
+    def reset(self, index=None, **kwargs) -> None:
+        """Begins new trials in all rows, or in those of ``index``; the latter only by `Collector`'s own loop."""
+        if index is not None and self.player is not None:
+            raise NotImplementedError(
+                "TrialCollector.reset(index=...) cannot begin trials in some rows of a rollout on tensors: reset all rows, or make "
+                "the collector with rollout='tensordicts'."
+            )
+        super().reset(index, **kwargs)
+        if self.player is not None:
+            self.player.adopt(self._carrier)
+
     def rollout(self) -> TensorDictBase:
         """One batch ``[*B, T]`` of the entries ``keep``."""
         if self.player is not None:
