@@ -276,7 +276,9 @@ def test_adam_by_default_and_a_custom_optimizer():
     # An optimizer over the critic alone leaves the actor as it is.
     loss = make_loss()
     critic = torch.optim.SGD(loss.critic_network.parameters(), lr=0.1)
-    update = PPOUpdate(loss, lr=5.0, optimizer=critic)
+    with pytest.raises(ValueError, match="lr=5.0 is Adam's"):
+        PPOUpdate(loss, lr=5.0, optimizer=critic)
+    update = PPOUpdate(loss, optimizer=critic)
     actor = [p.clone() for p in loss.actor_network.parameters()]
     assert update(make_batch())["lr"] == 0.1
     assert same(actor, loss.actor_network.parameters())
