@@ -71,6 +71,5 @@ def test_the_memory_comes_to_hold_the_posterior_mean():
     wins = (pulled * batch["next", "reward"]).cumsum(1)[:, :-1]
     posterior = (wins + 1) / (pulled.cumsum(1)[:, :-1] + 2)
     away = (told[:, 1:] - posterior).abs().mean()
-    print(errors[0], errors[-1], away, (0.5 - posterior).abs().mean())
     assert away < 0.08
     assert away < 0.6 * (0.5 - posterior).abs().mean()
