@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.modules.distributions import CategoricalActions, GaussianActions
-from rl2_torchrl.modules.recurrent import RecurrentActor, Shapes, action_spec, shapes_from_env
+from rl2_torchrl.modules.recurrent import RecurrentActor, Shapes, action_spec, read_shapes
 
 __all__ = ["GRUCategoricalActor", "GRUGaussianActor"]
 
@@ -40,19 +40,14 @@ class GRUGaussianActor(RecurrentActor):
 
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> GRUGaussianActor:
-        """An actor of the sizes, device and action key of ``env``; further keywords as in the constructor.
-
-        Raises:
-            TypeError: the env's actions are discrete.
-            KeyError: the env has no transition input.
-        """
+        """An actor of the sizes, device and action key of ``env``; TypeError where its actions are discrete."""
         action_dim = GaussianActions.from_spec(action_spec(env)).num_outputs
         kwargs = {"action_key": env.action_key, **kwargs}
-        return cls(shapes_from_env(env, kwargs), action_dim, **kwargs)
+        return cls(read_shapes(env, kwargs), action_dim, **kwargs)
 
 
 class GRUCategoricalActor(RecurrentActor):
-    """Categorical GRU policy with the body of `GRUGaussianActor`: ``logits_t = W relu(GRU(trans_t, h_{t-1})) + b``.
+    """Categorical GRU policy: ``logits_t = W relu(GRU(trans_t, h_{t-1})) + b``.
 
     Reads and writes the entries of `GRUGaussianActor`, with ``"logits"`` ``[*B, num_actions]`` in place of ``"loc"`` and
     ``"scale"``. In deterministic mode the action is the most probable one.
@@ -78,12 +73,7 @@ class GRUCategoricalActor(RecurrentActor):
 
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> GRUCategoricalActor:
-        """An actor of the sizes, device, action key and action encoding of ``env``; further keywords as in the constructor.
-
-        Raises:
-            TypeError: the env's actions are not one categorical choice.
-            KeyError: the env has no transition input.
-        """
+        """An actor of the sizes, device, action key and encoding of ``env``; TypeError where its actions are not one choice."""
         actions = CategoricalActions.from_spec(action_spec(env))
         kwargs = {"action_key": env.action_key, "one_hot": actions.one_hot, **kwargs}
-        return cls(shapes_from_env(env, kwargs), actions.num_outputs, **kwargs)
+        return cls(read_shapes(env, kwargs), actions.num_outputs, **kwargs)

@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules.kernel_tensors import require_tensor
+from rl2_torchrl.modules.kernel_tensors import require_plain
 
 __all__ = ["categorical_gradient", "categorical_terms", "log_prob_and_entropy", "raise_unknown_actions"]
 
@@ -60,7 +60,7 @@ class _CategoricalTerms(torch.autograd.Function):
 
 def categorical_terms(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log p(action), entropy and log sum exp(logits), ``[*B]`` each, by the kernels; ``action`` int64, both contiguous."""
-    _require_contiguous(logits, action, torch.int64)
+    _require_rows(logits, action)
     log_prob, entropy, log_total = (logits.new_empty(logits.shape[:-1]) for _ in range(3))
     unknown = kernels.load(logits.dtype).categorical_forward(
         *_sizes(logits), *map(kernels.address, (logits, action, log_prob, entropy, log_total)), _threads(logits)
@@ -82,21 +82,18 @@ def raise_unknown_actions(action: torch.Tensor, num_actions: int) -> NoReturn:
 def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> torch.Tensor:
     """The gradient by ``logits`` ``[*B, num_actions]``, from those by log-probability and entropy ``[*B]``."""
     d_logits = torch.empty_like(logits)
-    _require_contiguous(logits, action, torch.int64)
-    for tensor in (entropy, log_total, d_log_prob, d_entropy):
-        _require_contiguous(logits, tensor, logits.dtype)
+    _require_rows(logits, action, entropy=entropy, log_total=log_total, d_log_prob=d_log_prob, d_entropy=d_entropy)
     tensors = (logits, action, entropy, log_total, d_log_prob, d_entropy, d_logits)
     kernels.load(logits.dtype).categorical_backward(*_sizes(logits), *map(kernels.address, tensors), _threads(logits))
     return d_logits
 
 
-def _require_contiguous(logits: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """The kernels read one contiguous number of ``tensor`` for each row of ``logits``."""
-    require_tensor(
-        "an entry of a categorical distribution", tensor, logits.shape[:-1], logits.new_empty(0, dtype=dtype)
-    )
-    if not (tensor.is_contiguous() and logits.is_contiguous()):
-        raise ValueError("the kernels read contiguous tensors: call contiguous() first.")
+def _require_rows(logits: torch.Tensor, action: torch.Tensor, **entries: torch.Tensor) -> None:
+    """The kernels read one number of each entry for each row of ``logits``."""
+    require_plain("logits", logits, logits.shape, logits)
+    require_plain("action", action, logits.shape[:-1], logits.new_empty(0, dtype=torch.int64))
+    for name, entry in entries.items():
+        require_plain(name, entry, logits.shape[:-1], logits)
 
 
 def _sizes(logits: torch.Tensor) -> tuple[int, int]:

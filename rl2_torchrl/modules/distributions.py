@@ -188,11 +188,7 @@ class TanhGaussianActions(GaussianActions):
     @classmethod
     def from_spec(cls, spec: TensorSpec, **kwargs) -> TanhGaussianActions:
         """Of the bounds of ``spec``."""
-        space = getattr(_real_vector(spec), "space", None)
-        if space is None or not hasattr(space, "low"):
-            raise ValueError(
-                f"the env's actions have no bounds ({spec}) into which tanh could squash: use GaussianActions."
-            )
+        space = _real_vector(spec).space
         return cls(space.low, space.high, **kwargs)
 
 
@@ -276,6 +272,8 @@ class IndependentCategoricals(Distribution):
 class MultiCategoricalFamily(CategoricalFamily):
     """`IndependentCategoricals` with logits ``[*B, sum(nvec)]``."""
 
+    keywords = ("nvec", "one_hot", "dtype")
+
     def __init__(self, nvec: Sequence[int], one_hot: bool = False, dtype: torch.dtype = torch.int64):
         self.nvec, self.one_hot, self.dtype = list(nvec), one_hot, dtype
 
@@ -299,7 +297,4 @@ class MultiCategoricalFamily(CategoricalFamily):
         return torch.stack(choices, -1).to(self.dtype)
 
 
-register_family(
-    IndependentCategoricals,
-    lambda distribution_class, names, kwargs: MultiCategoricalFamily(**kwargs) if names == ["logits"] else None,
-)
+register_family(IndependentCategoricals, MultiCategoricalFamily)

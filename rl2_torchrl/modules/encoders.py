@@ -54,7 +54,7 @@ class MLPEncoder(nn.Module):
         layers = []
         for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
             layers += [nn.Linear(inputs, outputs, device=device, dtype=dtype), activation()]
-        self.layers, self.out_features = nn.Sequential(*layers), sizes[-1]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``x`` ``[*B, *shape]`` to ``[*B, num_cells[-1]]``."""
@@ -82,13 +82,12 @@ class ImageEncoder(nn.Module):
     def __init__(self, net: nn.Module, shape: Sequence[int]):
         super().__init__()
         self.net, self.shape = net, torch.Size(shape)
-        self.out_features = _output_size(net, (1, *self.shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``x`` ``[*B, *shape]`` to ``[*B, n]``."""
         batch = x.shape[: x.ndim - len(self.shape)]
         out = self.net(_as_reals(x, next(self.net.parameters(), torch.empty(0))).reshape(-1, *self.shape))
-        return out.reshape(*batch, out.shape[-1])
+        return out.reshape(*batch, *out.shape[1:])
 
 
 class ConvEncoder(ImageEncoder):
@@ -150,7 +149,11 @@ class Concat(nn.Module):
 
 
 def encoding(
-    encoder: Encoder | None, entries: Mapping[NestedKey, Sequence[int]], in_key: NestedKey, out_key: NestedKey
+    encoder: Encoder | None,
+    entries: Mapping[NestedKey, Sequence[int]],
+    in_key: NestedKey,
+    out_key: NestedKey,
+    **factory,
 ) -> tuple[list[TensorDictModuleBase], NestedKey, int]:
     """Modules that make one vector of ``entries``, its key and its size.
 
@@ -160,6 +163,7 @@ def encoding(
         entries: shape of each entry that is read, batch dimensions aside.
         in_key: the entry that a single encoder reads.
         out_key: encoded entries and the whole vector are named after it.
+        **factory: device and dtype for the modules that functions make.
 
     Examples:
         >>> shapes = {"trans": (5,), "pixels": (3, 16, 16)}
@@ -167,65 +171,49 @@ def encoding(
         >>> [module.out_keys for module in modules], key, size
         ([['features_pixels'], ['features_input']], 'features_input', 69)
     """
-    if isinstance(encoder, TensorDictModuleBase):
-        modules, sizes = [encoder], {encoder.out_keys[0]: _size_of_entry(encoder, entries)}
-        entries, encoders = {key: shape for key, shape in entries.items() if key not in encoder.in_keys}, {}
-    else:
-        modules, sizes = [], {}
-        encoders = encoder if isinstance(encoder, Mapping) else {} if encoder is None else {in_key: encoder}
-    _require_entries(encoders, entries)
+    encoders = encoder if isinstance(encoder, Mapping) else {in_key: encoder} if encoder is not None else {}
+    is_whole = isinstance(encoder, TensorDictModuleBase)
+    encoded = encoder.in_keys if is_whole else list(encoders)
+    unknown = [key for key in encoded if key not in entries]
+    if unknown:
+        raise KeyError(
+            f"there are encoders for {unknown}, but the network reads {list(entries)}; from_env(env, ...) adds them."
+        )
+    modules = (
+        [encoder] if is_whole else [_module_of(key, encoders[key], entries[key], out_key, factory) for key in encoders]
+    )
+    sizes = {}
     for key, shape in entries.items():
-        if key in encoders:
-            module = _built(encoders[key], torch.Size(shape))
-            encoded = sub_key(out_key, key if isinstance(key, str) else key[-1])
-            modules.append(TensorDictModule(module, [key], [encoded]))
-            sizes[encoded] = _output_size(module, (1, *shape))
-        elif len(shape) != 1:
-            raise ValueError(
-                f"{key!r} has shape {tuple(shape)} and no encoder: give it one, encoder={{{key!r}: ConvEncoder}}."
-            )
-        else:
+        if key not in encoded:
+            if len(shape) != 1:
+                raise ValueError(
+                    f"{key!r} has shape {tuple(shape)} and no encoder: give it one, encoder={{{key!r}: ConvEncoder}}."
+                )
             sizes[key] = shape[0]
+    sizes |= {module.out_keys[0]: _output_size(module, entries) for module in modules}
     if len(sizes) == 1:
         return modules, *sizes.popitem()
     whole = sub_key(out_key, "input")
     return [*modules, TensorDictModule(Concat(), list(sizes), [whole])], whole, sum(sizes.values())
 
 
-def _require_entries(encoders: Mapping, entries: Mapping) -> None:
-    unknown = [key for key in encoders if key not in entries]
-    if unknown:
-        raise KeyError(
-            f"there are encoders for {unknown}, but the network reads {list(entries)}; from_env(env, ...) adds them."
-        )
+def _module_of(key: NestedKey, encoder: EntryEncoder, shape: Sequence[int], out_key: NestedKey, factory: Mapping):
+    """The TensorDictModule that encodes ``key``."""
+    module = encoder if isinstance(encoder, nn.Module) else encoder(torch.Size(shape)).to(**factory)
+    if len(shape) > 1 and not isinstance(module, ImageEncoder | MLPEncoder):
+        module = ImageEncoder(module, shape)
+    return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else key[-1])])
 
 
-def _built(encoder: EntryEncoder, shape: torch.Size) -> nn.Module:
-    module = encoder if isinstance(encoder, nn.Module) else encoder(shape)
-    folds_batch = len(shape) == 1 or isinstance(module, ImageEncoder | MLPEncoder)
-    return module if folds_batch else ImageEncoder(module, shape)
-
-
-def _output_size(module: nn.Module, shape: Sequence[int]) -> int:
-    """Size of what ``module`` gives for ``shape`` ``[1, ...]``: what it says itself, or what it does with zeros."""
-    if isinstance(getattr(module, "out_features", None), int):
-        return module.out_features
+def _output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
+    """Size of what ``module`` gives, found by trying it on zeros."""
     like = next(module.parameters(), torch.empty(0))
+    zeros = {key: torch.zeros(1, *entries[key], device=like.device, dtype=like.dtype) for key in module.in_keys}
     with torch.no_grad():
-        out = module(torch.zeros(shape, device=like.device, dtype=like.dtype))
-    if out.ndim != 2 or len(out) != 1:
-        raise ValueError(
-            f"{type(module).__name__} makes {tuple(out.shape)} of {tuple(shape)}; an encoder must give [*B, n]."
-        )
+        out = module(TensorDict(zeros, [1])).get(module.out_keys[0])
+    if out.ndim != 2:
+        raise ValueError(f"the encoder of {module.in_keys} makes {tuple(out.shape)} of one row; it must give [*B, n].")
     return out.shape[-1]
-
-
-def _size_of_entry(encoder: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
-    _require_entries(dict.fromkeys(encoder.in_keys), entries)
-    like = next(encoder.parameters(), torch.empty(0))
-    zeros = {key: torch.zeros(1, *entries[key], device=like.device, dtype=like.dtype) for key in encoder.in_keys}
-    with torch.no_grad():
-        return encoder(TensorDict(zeros, [1])).get(encoder.out_keys[0]).shape[-1]
 
 
 def _channels_first(shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,84 +1,83 @@
 """Families of distributions as functions of their parameters, for rollouts and losses: no object is made at every step.
 
 Each gives the numbers of its class, and draws what the class would draw under the same `torch.manual_seed`. A distribution
-without a family of its own has the general one, `Family`, which makes the object.
+without a family of its own has `GeneralFamily`, which calls the module itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict import TensorDict
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch.distributions import Categorical, Distribution
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
 from rl2_torchrl.modules.categorical import log_prob_and_entropy
 
-__all__ = [
-    "CategoricalFamily",
-    "Family",
-    "NormalFamily",
-    "OneHotFamily",
-    "TanhNormalFamily",
-    "family_of",
-    "register_family",
-]
+__all__ = ["CategoricalFamily", "Family", "family_of", "register_family"]
 
 
 class Family:
-    """A distribution class as functions of its parameters.
+    """A distribution class as functions of its parameters; derive yours from it and `register_family` it.
 
-    Args:
-        distribution_class: a `torch.distributions.Distribution`.
-        names: the keywords by which its parameters are given.
-        kwargs: further keywords.
-
-    Examples:
-        >>> family = Family(torch.distributions.Bernoulli, ["logits"], {})
-        >>> family.mode(torch.tensor([-1.0, 1.0]))
-        tensor([0., 1.])
+    Attributes:
+        names: the keywords of the class's parameters, in the order in which the functions take them.
+        keywords: further keywords of the class that the family's constructor takes.
     """
 
-    def __init__(self, distribution_class: type[Distribution], names: list[str], kwargs: Mapping[str, Any]):
-        self.distribution_class, self.names, self.kwargs = distribution_class, names, dict(kwargs)
-
-    def distribution(self, *parameters: torch.Tensor) -> Distribution:
-        """The object."""
-        return self.distribution_class(**dict(zip(self.names, parameters, strict=True)), **self.kwargs)
+    names: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
 
     def act(self, *parameters: torch.Tensor) -> torch.Tensor:
         """A draw, by torch's default generator."""
-        distribution = self.distribution(*parameters)
-        return distribution.rsample() if distribution.has_rsample else distribution.sample()
+        raise NotImplementedError
 
     def mode(self, *parameters: torch.Tensor) -> torch.Tensor:
         """What deterministic interaction gives."""
-        distribution = self.distribution(*parameters)
-        if hasattr(distribution, "deterministic_sample"):
-            return distribution.deterministic_sample
-        return distribution.mode
+        raise NotImplementedError
 
     def log_prob_and_entropy(
         self, action: torch.Tensor, *parameters: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Both ``[*B]``, differentiable; the entropy is None where the class has none in closed form."""
-        distribution = self.distribution(*parameters)
-        has_entropy = type(distribution).entropy is not Distribution.entropy
-        return distribution.log_prob(action), self._entropy(distribution) if has_entropy else None
+        raise NotImplementedError
 
-    @staticmethod
-    def _entropy(distribution: Distribution) -> torch.Tensor | None:
+
+class GeneralFamily(Family):
+    """Whatever distribution a probabilistic module makes."""
+
+    def __init__(self, module: ProbabilisticTensorDictModule):
+        self.module = module
+
+    def act(self, *parameters: torch.Tensor) -> torch.Tensor:
+        return self._sample(InteractionType.RANDOM, parameters)
+
+    def mode(self, *parameters: torch.Tensor) -> torch.Tensor:
+        return self._sample(InteractionType.DETERMINISTIC, parameters)
+
+    def log_prob_and_entropy(self, action, *parameters):
+        distribution = self.module.get_dist(self._entries(parameters))
         try:
-            return distribution.entropy()
+            entropy = distribution.entropy()
         except NotImplementedError:
-            return None
+            entropy = None
+        return distribution.log_prob(action), entropy
+
+    def _sample(self, interaction: InteractionType, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with set_interaction_type(interaction):
+            return self.module(self._entries(parameters)).get(self.module.out_keys[0])
+
+    def _entries(self, parameters: tuple[torch.Tensor, ...]) -> TensorDict:
+        return TensorDict(dict(zip(self.module.in_keys, parameters, strict=True)))
 
 
 class CategoricalFamily(Family):
     """`torch.distributions.Categorical` with logits ``[*B, num_actions]``."""
+
+    names = ("logits",)
 
     def act(self, logits: torch.Tensor) -> torch.Tensor:
         # As torch.multinomial draws one: probabilities over exponential noise, the largest wins.
@@ -108,6 +107,8 @@ class OneHotFamily(CategoricalFamily):
 class NormalFamily(Family):
     """`torchrl.modules.IndependentNormal` with loc and scale ``[*B, action_dim]``."""
 
+    names = ("loc", "scale")
+
     def act(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(loc, memory_format=torch.contiguous_format).normal_().mul_(scale).add_(loc)
 
@@ -122,53 +123,52 @@ class NormalFamily(Family):
 class TanhNormalFamily(NormalFamily):
     """`torchrl.modules.TanhNormal` with loc and scale ``[*B, action_dim]``, between ``low`` and ``high``."""
 
+    keywords = ("low", "high")
+
+    def __init__(self, low: Any = -1.0, high: Any = 1.0):
+        low, high = torch.as_tensor(low), torch.as_tensor(high)
+        self.middle, self.half = (high + low) / 2, (high - low) / 2
+
     def act(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return self._squashed(super().act(loc, scale))
+        return self.mode(super().act(loc, scale), scale)
 
     def mode(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return self._squashed(loc)
+        limit = self._limit(loc)
+        return self.middle + self.half * loc.tanh().clamp(-limit, limit)
 
     def log_prob_and_entropy(self, action, loc, scale):
-        middle, half = self._bounds(loc)
-        limit = 1 - torch.finfo(loc.dtype).resolution
-        before = ((action - middle) / half).clamp(-limit, limit).atanh()
+        limit = self._limit(loc)
+        before = ((action - self.middle) / self.half).clamp(-limit, limit).atanh()
         log_prob, _ = super().log_prob_and_entropy(before, loc, scale)
         # log |d tanh(x) / dx| = 2 (log 2 - x - softplus(-2 x))
         log_slope = 2 * (math.log(2) - before - torch.nn.functional.softplus(-2 * before))
-        return log_prob - (log_slope + half.abs().log()).sum(-1), None
+        return log_prob - (log_slope + self.half.log()).sum(-1), None
 
-    def _squashed(self, x: torch.Tensor) -> torch.Tensor:
-        middle, half = self._bounds(x)
-        limit = 1 - torch.finfo(x.dtype).resolution
-        return middle + half * x.tanh().clamp(-limit, limit)
-
-    def _bounds(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Middle and half width of the range, made once for a device and dtype."""
-        kind, bounds = getattr(self, "_made", (None, None))
-        if kind != (like.device, like.dtype):
-            low, high = (torch.as_tensor(self.kwargs.get(k, v)).to(like) for k, v in (("low", -1.0), ("high", 1.0)))
-            kind, bounds = (like.device, like.dtype), ((high + low) / 2, (high - low) / 2)
-            self._made = kind, bounds
-        return bounds
+    def _limit(self, like: torch.Tensor) -> float:
+        # Kept on the device of what comes: a copy at every step would wait for the device.
+        if self.middle.device != like.device:
+            self.middle, self.half = self.middle.to(like.device), self.half.to(like.device)
+        return 1 - torch.finfo(like.dtype).resolution
 
 
 # ------------------------------------------------------------------ registry
-FamilyFactory = Callable[[type[Distribution], list[str], Mapping[str, Any]], Family | None]
-_FACTORIES: dict[type[Distribution], FamilyFactory] = {}
+_FAMILIES: dict[type[Distribution], type[Family]] = {
+    Categorical: CategoricalFamily,
+    OneHotCategorical: OneHotFamily,
+    IndependentNormal: NormalFamily,
+    TanhNormal: TanhNormalFamily,
+}
 
 
-def register_family(distribution_class: type[Distribution], factory: FamilyFactory) -> None:
-    """Gives a distribution class a family of its own.
-
-    Args:
-        distribution_class: the class, exactly: what is derived from it may be another distribution.
-        factory: ``(distribution_class, parameter names, further keywords)`` to a `Family`, or to None where these names or keywords
-            ask for more than it knows; the general family serves then.
+def register_family(distribution_class: type[Distribution], family: type[Family]) -> None:
+    """Gives ``distribution_class`` (exactly: what is derived from it may be another distribution) a family of its own.
 
     Examples:
-        >>> register_family(torch.distributions.Normal, lambda *args: Family(*args))
+        >>> class Constant(Family):
+        ...     names = ("loc",)
+        >>> register_family(torch.distributions.HalfCauchy, Constant)
     """
-    _FACTORIES[distribution_class] = factory
+    _FAMILIES[distribution_class] = family
 
 
 def family_of(module: ProbabilisticTensorDictModule) -> Family | None:
@@ -179,26 +179,11 @@ def family_of(module: ProbabilisticTensorDictModule) -> Family | None:
         >>> type(family_of(module)).__name__
         'CategoricalFamily'
     """
-    distribution_class, kwargs = module.distribution_class, module.distribution_kwargs or {}
     actions = [key for key in module.out_keys if key not in module.log_prob_keys]
-    is_class = isinstance(distribution_class, type) and issubclass(distribution_class, Distribution)
-    if not is_class or len(actions) != 1 or module.num_samples is not None:
+    if len(actions) != 1 or module.num_samples is not None:
         return None
-    names = [key if isinstance(key, str) else key[-1] for key in module.dist_keys]
-    factory = _FACTORIES.get(distribution_class)
-    family = factory(distribution_class, names, kwargs) if factory is not None else None
-    return Family(distribution_class, names, kwargs) if family is None else family
-
-
-def _factory(family: type[Family], names: list[str], known: set[str] = frozenset()) -> FamilyFactory:
-    def make(distribution_class, its_names, kwargs):
-        knows_all = its_names == names and known >= kwargs.keys()
-        return family(distribution_class, its_names, kwargs) if knows_all else None
-
-    return make
-
-
-register_family(Categorical, _factory(CategoricalFamily, ["logits"]))
-register_family(OneHotCategorical, _factory(OneHotFamily, ["logits"]))
-register_family(IndependentNormal, _factory(NormalFamily, ["loc", "scale"]))
-register_family(TanhNormal, _factory(TanhNormalFamily, ["loc", "scale"], {"low", "high"}))
+    family, kwargs = _FAMILIES.get(module.distribution_class), module.distribution_kwargs or {}
+    names = tuple(key if isinstance(key, str) else key[-1] for key in module.dist_keys)
+    if family is None or names != family.names or not kwargs.keys() <= {*family.keywords}:
+        return GeneralFamily(module)
+    return family(**kwargs)

@@ -14,7 +14,7 @@ from rl2_torchrl.gradients.part import runs
 from rl2_torchrl.modules.encoders import Concat
 from rl2_torchrl.modules.linear import relu_linear
 
-__all__ = ["Head", "SkipHead", "are_relu_linear", "head_with_skip"]
+__all__ = ["Head", "SkipHead", "are_relu_linear"]
 
 
 class Head(nn.Module):
@@ -128,16 +128,16 @@ class SkipHead(nn.Module):
         is_chain = runs(self, SkipHead) and runs(self.head, Head) and (self.head.skip_size > 0) == (len(in_keys) > 1)
         return ChainPart.of(self, self.head.layers, in_keys, out_keys, detach=self.detach) if is_chain else None
 
-
-def head_with_skip(
-    features_size: int, input_size: int, out_features: int, *, num_cells: Sequence[int], **kwargs
-) -> SkipHead:
-    """A `SkipHead` on features and the core's input, whose weights are drawn for that input alone (He et al. 2015)."""
-    if not num_cells:
-        raise ValueError(
-            "skip=True without num_cells: one layer can only add up what is seen and what is remembered, not choose by both. "
-            "Give it a hidden layer, such as num_cells=[64]."
-        )
-    head = Head(features_size + input_size, out_features, num_cells=num_cells, skip_size=input_size, **kwargs)
-    nn.init.kaiming_uniform_(head.layers[1].weight.detach()[:, features_size:], nonlinearity="relu")
-    return SkipHead(head)
+    @classmethod
+    def built(
+        cls, features_size: int, input_size: int, out_features: int, *, num_cells: Sequence[int], **kwargs
+    ) -> SkipHead:
+        """One on features and the core's input, whose weights are drawn for that input alone (He et al. 2015)."""
+        if not num_cells:
+            raise ValueError(
+                "skip=True without num_cells: one layer can only add up what is seen and what is remembered, not choose by "
+                "both. Give it a hidden layer, such as num_cells=[64]."
+            )
+        head = Head(features_size + input_size, out_features, num_cells=num_cells, skip_size=input_size, **kwargs)
+        nn.init.kaiming_uniform_(head.layers[1].weight.detach()[:, features_size:], nonlinearity="relu")
+        return cls(head)

@@ -77,11 +77,11 @@ def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:
     (outputs, inputs), dy = weight.shape, dy.contiguous()
     rows = dy.numel() // outputs
     require_tensor("dy", dy, (*x.shape[:-1], outputs), x)
-    for name, tensor, shape in (("x", x, (*x.shape[:-1], inputs)), ("weight", weight, weight.shape)):
-        require_plain(name, tensor, shape, x)
-    for name, out, like in (("dx", dx, x), ("d_weight", d_weight, weight), ("d_bias", d_bias, weight[:, 0])):
+    require_plain("x", x, (*x.shape[:-1], inputs), x)
+    require_plain("weight", weight, weight.shape, x)
+    for name, out, shape in (("dx", dx, x.shape), ("d_weight", d_weight, weight.shape), ("d_bias", d_bias, (outputs,))):
         if out is not None:
-            require_plain(name, out, like.shape, x)
+            require_plain(name, out, shape, x)
     kernels.load(x.dtype).linear_backward(
         *(rows, inputs, outputs, x.data_ptr(), weight.data_ptr(), dy.data_ptr(), kernels.address(dx)),
         *(d_weight.data_ptr(), d_bias.data_ptr(), kernels.threads_for(2 * rows * inputs * outputs)),

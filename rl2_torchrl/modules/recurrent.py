@@ -11,39 +11,42 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import nn
 from torchrl.data import TensorSpec
 from torchrl.envs import Compose, EnvBase, TransformedEnv
-from torchrl.modules import ProbabilisticActor, set_recurrent_mode
+from torchrl.modules import ProbabilisticActor
 
-from rl2_torchrl.modules.cores import name_entries
 from rl2_torchrl.modules.distributions import ActionDistribution
 from rl2_torchrl.modules.encoders import Encoder, encoding
 from rl2_torchrl.modules.gru import GRUCore
-from rl2_torchrl.modules.heads import Head, head_with_skip
+from rl2_torchrl.modules.heads import Head, SkipHead
 from rl2_torchrl.transition import PreviousStep
 
-__all__ = ["RecurrentActor", "RecurrentCritic", "action_spec", "as_keys", "shapes_from_env"]
+__all__ = ["RecurrentActor", "RecurrentCritic", "action_spec", "as_keys", "entry_shapes", "read_shapes"]
 
 #: Shape of each entry that a network reads, batch dimensions aside; a number is the size of the transition input.
 Shapes = int | Mapping[NestedKey, Sequence[int]]
-#: A core, or a function of the size of its input that makes one.
-Core = TensorDictModuleBase | Callable[[int], TensorDictModuleBase]
 
 
 class RecurrentActor(ProbabilisticActor):
     """A policy with memory: encoder, core, head and distribution, each yours or ours.
 
-    Reads ``in_key`` ``[*B, input_size]`` and what else has an encoder, the core's memory, and ``"is_init"`` ``[*B, 1]``; writes the
-    action, its log-probability ``[*B]``, the distribution's parameters, the core's output under ``features_key``
+    Reads ``in_key`` ``[*B, input_size]`` and whatever else has an encoder, the core's memory, and ``"is_init"`` ``[*B, 1]``;
+    writes the action, its log-probability ``[*B]``, the distribution's parameters, the core's output under ``features_key``
     ``[*B, features_size]`` and ``("next", memory)``.
 
     Args:
         input_size: size of the transition input; with encoders by entry, the shape of each entry that is read, such as
             ``{"trans": [7], "pixels": [3, 64, 64]}``.
         distribution: how the head's outputs become an action, such as ``CategoricalActions(5)``.
+        action_key: Default ``"action"``.
+        hidden_key: the core's (first) memory. Default ``"actor_hidden"``.
+        features_key: Default ``"actor_features"``.
+        init_range: the default head's last layer is drawn from U(-init_range, init_range). Default 1e-3.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         encoder: reads ``in_key`` ``[*B, input_size]`` and gives ``[*B, n]``: a module or a function of the entry's shape, such as
             `MLPEncoder`; or a mapping of entries to such, whose outputs are concatenated with the entries that have none; or a
             TensorDictModule. Default none.
         core: carries the memory: a core, or a function of the size of its input, such as `LSTMCore` or
-            ``partial(LSTMCore, hidden_size=128)``. Default `GRUCore`.
+            ``partial(LSTMCore, hidden_size=128)``; its entries are named by this network. Default `GRUCore`.
         head: makes ``distribution.num_outputs`` numbers of the features: a module, or a function of both sizes. Default `Head`.
         hidden_size: units of the default core. Default 64.
         num_layers: layers of the default core. Default 1.
@@ -53,16 +56,9 @@ class RecurrentActor(ProbabilisticActor):
             units that change slowly. Their weights are drawn for these inputs alone (He et al. 2015). Needs ``num_cells``.
             Default False.
         activation: module class before each linear layer of the default head. Default `torch.nn.ReLU`.
-        init_range: the default head's last layer is drawn from U(-init_range, init_range). Default 1e-3.
         in_key: transition input. Default ``"trans"``.
-        action_key: Default ``"action"``.
-        hidden_key: the core's (first) memory. Default ``"actor_hidden"``.
-        features_key: Default ``"actor_features"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Examples:
-        >>> from tensordict import TensorDict
         >>> from rl2_torchrl.modules import CategoricalActions, LSTMCore, MLPEncoder
         >>> actor = RecurrentActor(5, CategoricalActions(3), encoder=MLPEncoder, core=LSTMCore, num_cells=[32])
         >>> td = actor(TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4]))
@@ -75,37 +71,27 @@ class RecurrentActor(ProbabilisticActor):
         input_size: Shapes,
         distribution: ActionDistribution,
         *,
-        encoder: Encoder | None = None,
-        core: Core | None = None,
-        head: nn.Module | Callable[[int, int], nn.Module] | None = None,
-        hidden_size: int | None = None,
-        num_layers: int | None = None,
-        num_cells: Sequence[int] = (),
-        skip: bool = False,
-        activation: Callable[[], nn.Module] = nn.ReLU,
-        init_range: float = 1e-3,
-        in_key: NestedKey = "trans",
         action_key: NestedKey = "action",
         hidden_key: NestedKey = "actor_hidden",
         features_key: NestedKey = "actor_features",
+        init_range: float = 1e-3,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        **slots,
     ):
         factory = {"device": device, "dtype": dtype}
-        body = _Body(_entries(input_size, in_key, (), encoder), encoder, in_key, features_key)
-        body.add_core(core, hidden_size, num_layers, hidden_key, **factory)
-        layers = {"num_cells": num_cells, "skip": skip, "activation": activation, "init_range": init_range}
-        outputs, head_keys = body.head(head, distribution.num_outputs, **layers, **factory)
-        outputs = distribution.parameters_of(outputs, **factory)
+        keys = {"hidden_key": hidden_key, "features_key": features_key}
+        slots = _Slots(input_size, distribution.num_outputs, init_range=init_range, **keys, **factory, **slots)
+        head = distribution.parameters_of(slots.head, **factory)
         super().__init__(
-            TensorDictSequential(*body.modules, TensorDictModule(outputs, head_keys, distribution.parameter_keys)),
+            TensorDictSequential(*slots.body, TensorDictModule(head, slots.head_keys, distribution.parameter_keys)),
             in_keys=distribution.parameter_keys,
             out_keys=[action_key],
             distribution_class=distribution.distribution_class,
             distribution_kwargs=distribution.distribution_kwargs,
             return_log_prob=True,
         )
-        self.hidden_key, self.features_key, self.hidden_size = body.hidden_key, body.features_key, body.features_size
+        self.hidden_key, self.features_key, self.hidden_size = slots.names
 
     @classmethod
     def from_env(
@@ -119,9 +105,9 @@ class RecurrentActor(ProbabilisticActor):
 
         Args:
             env: with `PreviousStep` among its transforms.
-            distribution: one, or a function of the action spec of one row, such as ``TanhGaussianActions.from_spec``. By default it
-                is chosen by the spec: categorical for one choice, several categoricals for MultiDiscrete and MultiBinary,
-                Gaussian for reals.
+            distribution: one, or a function of the action spec of one row, such as ``TanhGaussianActions.from_spec``. By default
+                the spec decides: categorical for one choice, several categoricals for MultiDiscrete and MultiBinary, Gaussian
+                for reals.
             **kwargs: as in the constructor.
 
         Raises:
@@ -132,34 +118,24 @@ class RecurrentActor(ProbabilisticActor):
         if not isinstance(distribution, ActionDistribution):
             distribution = distribution(action_spec(env))
         kwargs = {"action_key": env.action_key, **kwargs}
-        return cls(shapes_from_env(env, kwargs), distribution, **kwargs)
+        return cls(read_shapes(env, kwargs), distribution, **kwargs)
 
 
 class RecurrentCritic(TensorDictSequential):
     """A value function with a memory of its own: encoder, core and head, each yours or ours.
 
-    Reads ``in_key`` and ``extra_keys`` and what else has an encoder, the core's memory, and ``"is_init"`` ``[*B, 1]``; writes
+    Reads ``in_key``, ``extra_keys`` and whatever else has an encoder, the core's memory, and ``"is_init"`` ``[*B, 1]``; writes
     ``value_key`` ``[*B, 1]``, the core's output under ``features_key`` and ``("next", memory)``.
 
     Args:
         input_size: summed size of ``in_key`` and ``extra_keys``; or the shape of each entry that is read.
-        encoder: as in `RecurrentActor`.
-        core: as there.
-        head: as there; it gives one number.
-        hidden_size: units of the default core. Default 64.
-        num_layers: layers of the default core. Default 1.
-        num_cells: sizes of hidden layers in the default head. Default none.
-        skip: whether these layers read the core's input beside the memory. Default False.
-        activation: module class before each linear layer of the default head. Default `torch.nn.ReLU`.
-        init_range: the default head's last layer is drawn from U(-init_range, init_range). Default 3e-3.
-        in_key: transition input. Default ``"trans"``.
-        extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each
-            ``[*B, n]``. They are concatenated to the core's input.
         value_key: Default ``"state_value"``.
         hidden_key: the core's (first) memory. Default ``"critic_hidden"``.
         features_key: Default ``"critic_features"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        init_range: the default head's last layer is drawn from U(-init_range, init_range). Default 3e-3.
+        extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each
+            ``[*B, n]``. They are concatenated to the core's input.
+        **slots: as in `RecurrentActor`, from ``device`` on.
 
     Examples:
         >>> from rl2_torchrl.modules import LSTMCore
@@ -173,30 +149,17 @@ class RecurrentCritic(TensorDictSequential):
         self,
         input_size: Shapes,
         *,
-        encoder: Encoder | None = None,
-        core: Core | None = None,
-        head: nn.Module | Callable[[int, int], nn.Module] | None = None,
-        hidden_size: int | None = None,
-        num_layers: int | None = None,
-        num_cells: Sequence[int] = (),
-        skip: bool = False,
-        activation: Callable[[], nn.Module] = nn.ReLU,
-        init_range: float = 3e-3,
-        in_key: NestedKey = "trans",
-        extra_keys: Sequence[NestedKey] = (),
         value_key: NestedKey = "state_value",
         hidden_key: NestedKey = "critic_hidden",
         features_key: NestedKey = "critic_features",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        init_range: float = 3e-3,
+        extra_keys: Sequence[NestedKey] = (),
+        **slots,
     ):
-        factory = {"device": device, "dtype": dtype}
-        body = _Body(_entries(input_size, in_key, as_keys(extra_keys), encoder), encoder, in_key, features_key)
-        body.add_core(core, hidden_size, num_layers, hidden_key, **factory)
-        layers = {"num_cells": num_cells, "skip": skip, "activation": activation, "init_range": init_range}
-        value, head_keys = body.head(head, 1, **layers, **factory)
-        super().__init__(*body.modules, TensorDictModule(value, head_keys, [value_key]))
-        self.hidden_key, self.features_key, self.hidden_size = body.hidden_key, body.features_key, body.features_size
+        keys = {"hidden_key": hidden_key, "features_key": features_key, "extra_keys": extra_keys}
+        slots = _Slots(input_size, 1, init_range=init_range, **keys, **slots)
+        super().__init__(*slots.body, TensorDictModule(slots.head, slots.head_keys, [value_key]))
+        self.hidden_key, self.features_key, self.hidden_size = slots.names
         self.value_key = value_key
 
     @classmethod
@@ -207,60 +170,76 @@ class RecurrentCritic(TensorDictSequential):
             KeyError: the env lacks the transition input or one of ``extra_keys``.
             ValueError: an image of the env is neither in the transition input nor has an encoder.
         """
-        return cls(shapes_from_env(env, kwargs), **kwargs)
+        return cls(read_shapes(env, kwargs), **kwargs)
 
 
-class _Body:
-    """What actor and critic have in common, in the order in which data flows."""
+class _Slots:
+    """Encoder, core and head of a network, by the keywords of `RecurrentActor`.
 
-    def __init__(self, entries: Mapping[NestedKey, Sequence[int]], encoder: Encoder | None, in_key, features_key):
-        self.modules, self.input_key, self.input_size = encoding(encoder, entries, in_key, features_key)
-        self.features_key = features_key
+    Attributes:
+        body: encoder and core, TensorDictModules in the order in which data flows.
+        head: maps the entries ``head_keys`` to ``num_outputs`` numbers.
+        names: hidden_key and features_key as the core has them, and the size of its features.
+    """
 
-    def add_core(self, core: Core | None, hidden_size, num_layers, hidden_key, *, device, dtype) -> None:
+    def __init__(
+        self,
+        input_size: Shapes,
+        num_outputs: int,
+        *,
+        init_range: float,
+        hidden_key: NestedKey,
+        features_key: NestedKey,
+        encoder: Encoder | None = None,
+        core: TensorDictModuleBase | Callable[[int], TensorDictModuleBase] | None = None,
+        head: nn.Module | Callable[[int, int], nn.Module] | None = None,
+        hidden_size: int | None = None,
+        num_layers: int | None = None,
+        num_cells: Sequence[int] = (),
+        skip: bool = False,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        in_key: NestedKey = "trans",
+        extra_keys: Sequence[NestedKey] = (),
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        entries = _entries(input_size, in_key, as_keys(extra_keys), encoder)
+        encoders, key, size = encoding(encoder, entries, in_key, features_key, **factory)
         if core is None:
             sizes = (64 if hidden_size is None else hidden_size, 1 if num_layers is None else num_layers)
-            core = GRUCore(self.input_size, *sizes, device=device, dtype=dtype)
+            core = GRUCore(size, *sizes, **factory)
         elif hidden_size is not None or num_layers is not None:
             raise ValueError(
                 "hidden_size and num_layers are those of the default core; say them to your own, such as "
                 "core=partial(LSTMCore, hidden_size=128)."
             )
         elif not isinstance(core, nn.Module):
-            core = core(self.input_size).to(device=device, dtype=dtype)
-        if hasattr(core, "memory_shapes"):
-            name_entries(core, self.input_key, hidden_key, self.features_key)
-        elif core.in_keys[0] != self.input_key:  # TorchRL's own modules keep their keys
-            raise ValueError(
-                f"the core reads {core.in_keys[0]!r}, but its input is {self.input_key!r}: build it with that key."
-            )
-        self.hidden_key, self.features_key = core.in_keys[1], core.out_keys[0]
-        self.features_size = self._features_size(core)
-        self.modules.append(core)
+            core = core(size).to(**factory)
+        features_size = _name_core(core, key, size, hidden_key, features_key)
+        self.body, self.names = [*encoders, core], (core.in_keys[1], core.out_keys[0], features_size)
+        self.head_keys = [core.out_keys[0], key] if skip else [core.out_keys[0]]
+        if head is None:
+            layers = {"num_cells": num_cells, "activation": activation, "init_range": init_range, **factory}
+            sizes = (features_size, size, num_outputs)
+            self.head = SkipHead.built(*sizes, **layers) if skip else Head(features_size, num_outputs, **layers)
+        elif num_cells or skip:
+            raise ValueError("num_cells and skip are those of the default head; build your own with its hidden layers.")
+        else:
+            self.head = head if isinstance(head, nn.Module) else head(features_size, num_outputs).to(**factory)
 
-    def _features_size(self, core: TensorDictModuleBase) -> int:
-        if hasattr(core, "features_size"):
-            return core.features_size
-        like = next(core.parameters(), torch.empty(0))
-        zeros = torch.zeros(1, self.input_size, dtype=like.dtype, device=like.device)
-        start = TensorDict(
-            {self.input_key: zeros, "is_init": torch.ones(1, 1, dtype=torch.bool, device=like.device)}, [1]
-        )
-        with torch.no_grad(), set_recurrent_mode(False):
-            return core(start).get(self.features_key).shape[-1]
 
-    def head(self, head, num_outputs: int, *, num_cells, skip: bool, **layers) -> tuple[nn.Module, list[NestedKey]]:
-        """The head and the entries that it reads."""
-        if head is not None:
-            if num_cells or skip:
-                raise ValueError(
-                    "num_cells and skip are those of the default head; build your own with its hidden layers."
-                )
-            return (head if isinstance(head, nn.Module) else head(self.features_size, num_outputs)), [self.features_key]
-        if skip:
-            sizes = (self.features_size, self.input_size, num_outputs)
-            return head_with_skip(*sizes, num_cells=num_cells, **layers), [self.features_key, self.input_key]
-        return Head(self.features_size, num_outputs, num_cells=num_cells, **layers), [self.features_key]
+def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, features_key) -> int:
+    """Names the entries of ``core`` and returns the size of its features; TorchRL's own modules keep their names."""
+    if hasattr(core, "name_entries"):
+        core.name_entries(in_key, hidden_key, features_key)
+        return core.features_size
+    if core.in_keys[0] != in_key:
+        raise ValueError(f"the core reads {core.in_keys[0]!r}, but its input is {in_key!r}: build it with that key.")
+    like = next(core.parameters())
+    start = {in_key: like.new_zeros(1, size), "is_init": torch.ones(1, 1, dtype=torch.bool, device=like.device)}
+    with torch.no_grad():
+        return core(TensorDict(start, [1])).get(core.out_keys[0]).shape[-1]
 
 
 # ------------------------------------------------------------------- entries
@@ -292,24 +271,21 @@ def action_spec(env: EnvBase) -> TensorSpec:
     return env.full_action_spec_unbatched[env.action_key]
 
 
-def shapes_from_env(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.Size]:
+def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.Size]:
     """Shape of each entry that a network with these keywords reads; puts the env's device among them.
 
     An entry whose encoder is None is one that the network shall not see.
     """
     kwargs.setdefault("device", env.device)
-    keys, unseen, encoder = (
-        [kwargs.get("in_key", "trans"), *as_keys(kwargs.get("extra_keys", ()))],
-        [],
-        kwargs.get("encoder"),
-    )
+    keys, encoder = [kwargs.get("in_key", "trans"), *as_keys(kwargs.get("extra_keys", ()))], kwargs.get("encoder")
+    known = {*keys}
     if isinstance(encoder, Mapping):
-        unseen = [key for key, module in encoder.items() if module is None]
+        known |= encoder.keys()
         kwargs["encoder"] = {key: module for key, module in encoder.items() if module is not None}
-        keys += kwargs["encoder"]
+        keys += [key for key in kwargs["encoder"] if key not in keys]
     elif isinstance(encoder, TensorDictModuleBase):
-        keys += encoder.in_keys
-    _require_sight_of_images(env, {*keys, *unseen})
+        keys += [key for key in encoder.in_keys if key not in keys]
+    _require_sight_of_images(env, known.union(keys))
     return entry_shapes(env, keys)
 
 

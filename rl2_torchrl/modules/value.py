@@ -81,16 +81,14 @@ class MemoryValueHead(TensorDictSequential):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
-        head = Head(
-            features_size + extra_size,
-            1,
-            init_range=init_range,
-            activation=activation,
-            num_cells=num_cells,
-            skip_size=extra_size,
-            device=device,
-            dtype=dtype,
-        )
+        layers = {
+            "num_cells": num_cells,
+            "activation": activation,
+            "init_range": init_range,
+            "device": device,
+            "dtype": dtype,
+        }
+        head = Head(features_size + extra_size, 1, skip_size=extra_size, **layers)
         in_keys = [features_key, *as_keys(extra_keys)]
         super().__init__(TensorDictModule(SkipHead(head, detach), in_keys, [value_key]))
         self.detach, self.value_key = detach, value_key

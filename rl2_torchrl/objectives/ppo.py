@@ -96,6 +96,7 @@ class RL2PPOLoss(ClipPPOLoss):
         if terms and self.functional:
             raise ValueError("terms read what the networks write, which functional=True hides: leave it False.")
         self.terms = nn.ModuleList(_checked_terms(terms))
+        self._set_in_keys()
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
         self._is_recurrent = bool(hidden_keys(actor_network))
         self._beyond = self._options_beyond(kwargs)
@@ -187,7 +188,8 @@ class RL2PPOLoss(ClipPPOLoss):
         keys = self.tensor_keys
         own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
         written = {*self.actor_network.out_keys, *(self.critic_network.out_keys if self.critic_network else ())}
-        own += [key for term in self.terms for key in term.in_keys if key not in written and key[0] != "policy"]
+        terms = self._modules.get("terms", ())  # ClipPPOLoss asks before there are any
+        own += [key for term in terms for key in term.in_keys if key not in written and key[0] != "policy"]
         self._in_keys = list(dict.fromkeys([*self._in_keys, *own]))
 
     # --------------------------------------------------------------- numbers
