@@ -1,4 +1,4 @@
-"""`TrialCollector`: on native envs its fast path must give the batches that TorchRL's `Collector` gives."""
+"""`TrialCollector`: its batches are those of TorchRL's `Collector`, made without waiting and in memory that stays."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.collectors import Collector
+from torchrl.data import ReplayBuffer
 from torchrl.envs import Compose, GymEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -23,6 +24,7 @@ from rl2_torchrl import (
     kernels,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.modules.families import CategoricalFamily
 
 ROWS, PULLS, ARMS = 6, 5, 3
 KEEP = ["trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "action"]
@@ -33,7 +35,7 @@ KEEP += [("next", key) for key in ("reward", "done", "terminated", "episode_done
 @pytest.fixture(autouse=True)
 def several_blocks_of_steps(monkeypatch):
     """The critic looks at three steps at once, so that a batch of these sizes takes several looks."""
-    monkeypatch.setattr("rl2_torchrl.lockstep._ROWS_AT_ONCE", 3 * ROWS)
+    monkeypatch.setattr("rl2_torchrl.rollout.rollout._ROWS_AT_ONCE", 3 * ROWS)
 
 
 def bandit_env(kind="bernoulli", trial=None, seed=0):
@@ -79,15 +81,11 @@ def test_deterministic_batches_equal_collectors(kind, wiring):
         kwargs["exploration_type"] = ExplorationType.DETERMINISTIC
         collector, collected = batches(cls, env, policy_for(env, wiring), number=1, **kwargs)
         results.append(collected[0])
-    assert collector.lockstep is not None
-    # The fast path draws the first trial's tasks anew, as the env's first reset is not used: compare trial 2 with trial 1.
-    slow, fast = results[0][:, PULLS:], results[1][:, :PULLS]
-    for key in ("trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "actor_hidden"):
+    assert (collector.backend, collector.reason) == ("tensors", None)
+    slow, fast = results
+    for key in KEEP:
         assert slow[key].shape == fast[key].shape, key
         assert slow[key].dtype == fast[key].dtype, key
-    torch.testing.assert_close(fast["task"], slow["task"])
-    same = ("is_init", "time_left", "episode_index", "episode_done", "trial_step", "done", "terminated")
-    for key in (*same, *KEEP[-5:]):
         torch.testing.assert_close(fast[key], slow[key], msg=str(key))
 
 
@@ -98,7 +96,7 @@ def test_batches_replay_in_recurrent_mode(kind, wiring, layers):
     env = bandit_env(kind)
     policy = policy_for(env, wiring, layers)
     collector, collected = batches(TrialCollector, env, policy, keep=KEEP)
-    assert collector.lockstep is not None
+    assert (collector.backend, collector.reason) == ("tensors", None)
     for batch in collected:
         replayed = batch.clone()
         with set_recurrent_mode(True), torch.no_grad():
@@ -106,6 +104,15 @@ def test_batches_replay_in_recurrent_mode(kind, wiring, layers):
             value = policy.critic(replayed)["state_value"]
         torch.testing.assert_close(log_prob, batch["action_log_prob"], rtol=0, atol=1e-6)
         torch.testing.assert_close(value, batch["state_value"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
+@pytest.mark.parametrize("wiring", ["separate", "shared", "detached"])
+def test_no_tensordict_is_made_for_the_policies_of_this_package(kind, wiring):
+    env = bandit_env(kind)
+    collector = TrialCollector(env, policy_for(env, wiring), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=KEEP)
+    ways = {type(part.module).__name__: part.way for part in collector.player.parts}
+    assert set(ways.values()) == {"core", "tensors", "distribution"}, ways
 
 
 def test_transition_input_tells_of_the_step_before():
@@ -138,12 +145,20 @@ def test_actions_follow_the_policys_distribution():
     [("bernoulli", 0.57722, math.pi / 6**0.5), ("quadratic", 0.0, 1.0)],
     ids=["Gumbel", "normal"],
 )
-def test_noise_of_the_actions(kind, mean, std):
+def test_noise_of_the_actions(kind, mean, std, monkeypatch):
     env, steps = bandit_env(kind), 1000 * PULLS
     torch.manual_seed(0)
-    collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * steps, total_frames=-1, keep=["action"])
-    next(iter(collector))
-    noise = collector.lockstep._noise
+    noises = []
+    if kind == "bernoulli":  # the largest of logits and noise wins
+        monkeypatch.setattr(
+            CategoricalFamily, "mode", lambda self, noisy: (noises.append(noisy.clone()), noisy.argmax(-1))[1]
+        )
+    keep = ["action", "logits"] if kind == "bernoulli" else ["action", "loc", "scale"]
+    collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * steps, total_frames=-1, keep=keep)
+    batch = next(iter(collector))
+    noise = batch["action"] - batch["loc"] if kind == "quadratic" else torch.stack(noises, 1) - batch["logits"]
+    noise = noise / batch["scale"] if kind == "quadratic" else noise
+    assert noise.shape[:2] == (ROWS, steps)
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(mean, abs=4 * std / noise.numel() ** 0.5)
     assert noise.std().item() == pytest.approx(std, rel=0.02)
@@ -170,6 +185,18 @@ def test_tasks_are_constant_in_a_trial_and_new_in_the_next():
     assert (following["task"][:, 0] != batch["task"][:, -1]).all()
 
 
+@pytest.mark.parametrize("steps", [PULLS - 1, PULLS + 1])
+def test_tasks_of_trials_that_batches_cut(steps):
+    """A batch may hold one task in each row or several, in turn."""
+    keep, results = ["task", ("next", "task"), "trial_step"], []
+    for rollout in ("tensors", "tensordicts"):
+        env = bandit_env()
+        _, collected = batches(TrialCollector, env, policy_for(env), 4 * PULLS, steps, keep=keep, rollout=rollout)
+        results.append(torch.cat(collected, 1))
+    for key in keep:
+        assert torch.equal(results[0][key], results[1][key]), key
+
+
 def test_the_task_of_a_row_that_is_one_trial_is_in_memory_once():
     env = bandit_env()
     collector = TrialCollector(
@@ -179,7 +206,7 @@ def test_the_task_of_a_row_that_is_one_trial_is_in_memory_once():
     for batch in collector:
         task = batch["task"]
         assert task.shape == (ROWS, PULLS, ARMS)
-        assert (task == collector.lockstep._tasks[0].unsqueeze(1)).all()
+        assert (task == env.base_env.state.unsqueeze(1)).all()
         assert task.untyped_storage().nbytes() == ROWS * ARMS * task.element_size()
         seen.append(task[:, 0].clone())
     assert (seen[0] != seen[1]).all()
@@ -193,21 +220,25 @@ def test_trials_end_at_their_bound(trial, ends, terminated):
     env = bandit_env(trial=trial)
     keep = ["is_init", ("next", "done"), ("next", "terminated")]
     collector, (batch, _) = batches(TrialCollector, env, policy_for(env), keep=keep)
-    assert collector.lockstep is not None
+    assert (collector.backend, collector.reason) == ("tensors", None)
     done = torch.arange(1, 2 * PULLS + 1) % ends == 0
     assert (batch["next", "done"].squeeze(-1) == done).all()
     assert (batch["next", "terminated"].squeeze(-1) == (done & terminated)).all()
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
-def test_deterministic_rollouts_read_no_noise(kind):
+def test_deterministic_rollouts_draw_no_noise(kind):
     env = bandit_env(kind)
-    rollout = TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=-1, keep=["action"]).lockstep
-    rollout._noise.fill_(torch.nan)
+    player = TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=-1, keep=["action"]).player
+    before = torch.get_rng_state()
     with set_exploration_type(ExplorationType.DETERMINISTIC):
-        actions = rollout()["action"].float()
+        actions = player()["action"].float()
+    assert torch.equal(torch.get_rng_state(), before)  # the env's and the tasks' numbers are of generators of their own
     assert actions.isfinite().all()
     assert (actions[:, 0] == actions[0, 0]).all()
+    with set_exploration_type(ExplorationType.RANDOM):
+        player()
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 class NoHostReads(TorchDispatchMode):
@@ -226,64 +257,123 @@ def test_rollout_never_waits_for_the_device(kind, compiled, monkeypatch):
         monkeypatch.setattr(kernels, "load", lambda dtype: None)
     env = bandit_env(kind)
     collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=KEEP[:9])
-    rollout = collector.lockstep
-    rollout()
+    player = collector.player
+    player()
+    assert player.trials.is_repeatable
+    player.trials.start_batch()
     with NoHostReads(), torch.no_grad():
-        rollout._play(rollout._noise)
+        player._play()
 
 
-def test_rollout_always_works_in_the_same_memory():
+@pytest.mark.parametrize("pulls", [2 * PULLS, PULLS - 1], ids=["whole trials", "part of a trial"])
+def test_rollout_always_works_in_the_same_memory(pulls):
     env = bandit_env()
-    collector = TrialCollector(env, policy_for(env), frames_per_batch=2 * ROWS * PULLS, total_frames=-1, keep=KEEP[:9])
-    rollout = collector.lockstep
+    keep = [*KEEP[:9], ("next", "reward")]
+    player = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * pulls, total_frames=-1, keep=keep).player
 
     def addresses():
-        kept = {key: value.data_ptr() for key, value in rollout().items(True, True)}
-        return kept, [task.data_ptr() for task in rollout._tasks], rollout._noise.data_ptr()
+        kept = player()
+        # Where batches cut trials, flags and counters change, and a row has one task or two.
+        changing = () if pulls == 2 * PULLS else (*player.trials.clock.names, "task")
+        same = [key for key in keep if key not in changing]
+        return {key: kept[key].data_ptr() for key in same}
 
-    assert addresses() == addresses()
+    assert addresses() == addresses() == addresses()
 
 
 def test_batches_are_written_over_one_another():
     env = bandit_env()
     collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=KEEP)
     iterator = iter(collector)
-    addresses = [{key: next(iterator)[key].data_ptr() for key in KEEP if key != "action_log_prob"} for _ in range(3)]
+    # But for the tasks, which are a view of what was drawn.
+    addresses = [
+        {key: value.data_ptr() for key, value in next(iterator).items(True, True) if key != "task"} for _ in range(3)
+    ]
+    assert set(addresses[0]) == set(KEEP) - {"task"}
     assert addresses[0] == addresses[1] == addresses[2]
 
 
-@pytest.mark.parametrize("reason", ["no keep", "part of a trial", "unknown entry", "gymnasium"])
-def test_other_cases_take_collectors_own_loop(reason, monkeypatch):
+@pytest.mark.parametrize("case", ["no keep", "part of a trial", "transition input of the next step", "gymnasium"])
+def test_whatever_is_kept_and_played_is_played_on_tensors(case, monkeypatch):
     said = []
-    monkeypatch.setattr("rl2_torchrl.collector.torchrl_logger.debug", said.append)
+    monkeypatch.setattr("rl2_torchrl.collector.torchrl_logger.info", said.append)
     env = bandit_env()
     keep, frames = KEEP, ROWS * PULLS
-    if reason == "no keep":
+    if case == "no keep":
         keep = None
-    if reason == "part of a trial":
+    if case == "part of a trial":
         frames = ROWS * 4
-    if reason == "unknown entry":
+    if case == "transition input of the next step":
         keep = [*KEEP, ("next", "trans")]
-    if reason == "gymnasium":
+    if case == "gymnasium":
         env = TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), PreviousStep()))
         keep, frames = ["trans", "action"], 20
-    policy = policy_for(env) if reason != "gymnasium" else GRUCategoricalActor.from_env(env)
-    collector = TrialCollector(env, policy, frames_per_batch=frames, total_frames=frames, keep=keep)
-    assert collector.lockstep is None
-    told = {
-        "part of a trial": "whole number of trials",
-        "unknown entry": "'trans'",
-        "gymnasium": "no TransformedEnv over",
-    }
-    assert keep is None or any(told[reason] in line for line in said)
-    batch = next(iter(collector))
-    assert batch.numel() == frames
-    assert keep is None or set(batch.keys(True, True)) == set(keep)
+    policy = policy_for(env) if case != "gymnasium" else GRUCategoricalActor.from_env(env)
+    collector = TrialCollector(env, policy, frames_per_batch=frames, total_frames=2 * frames, keep=keep)
+    assert (collector.backend, collector.reason) == ("tensors", None)
+    assert collector.player.is_on_tensors
+    assert not any("TrialCollector" in line for line in said)
+    for batch in collector:
+        assert batch.numel() == frames
+        names = set(batch.keys(True, True))
+        assert names == set(keep) if keep is not None else names >= {*KEEP, ("next", "trans"), ("next", "actor_hidden")}
+
+
+OF_COLLECTOR = {
+    "split_trajs": {"track_traj_ids": True, "split_trajs": True},
+    "track_traj_ids": {"track_traj_ids": True},
+    "init_random_frames": {"init_random_frames": ROWS * PULLS},
+    "reset_at_each_iter": {"reset_at_each_iter": True},
+    "replay_buffer": {"replay_buffer": ReplayBuffer()},
+}
+
+
+@pytest.mark.parametrize("options", OF_COLLECTOR.values(), ids=OF_COLLECTOR)
+def test_options_of_collectors_own_loop_take_it_and_say_so(options, monkeypatch):
+    said = []
+    monkeypatch.setattr("rl2_torchrl.collector.torchrl_logger.info", said.append)
+    env, buffer = bandit_env(), options.get("replay_buffer")
+    frames = {"frames_per_batch": ROWS * PULLS, "total_frames": ROWS * PULLS}
+    keep = ["trans", "action"]
+    if "split_trajs" in options:
+        keep += [("collector", "traj_ids")]  # by which TorchRL splits
+    if buffer is not None:
+        keep = None  # a buffer is filled step by step, with all that there is
+    collector = TrialCollector(env, policy_for(env), keep=keep, **frames, **options)
+    assert (collector.backend, collector.player) == ("tensordicts", None)
+    assert any(collector.reason.startswith(f"{option}=") for option in options)
+    assert any("'tensordicts'" in line and collector.reason in line for line in said)
+    (batch,) = list(collector)
+    if buffer is None:
+        assert set(batch.keys(True, True)) - {("collector", "mask")} == set(keep)
+    else:
+        assert len(buffer) > 0
+    with pytest.raises(ValueError, match=f"rollout='tensors' cannot serve: ({'|'.join(options)})="):
+        TrialCollector(bandit_env(), policy_for(env), rollout="tensors", **frames, **options)
+
+
+def test_collectors_own_loop_when_it_is_asked_for():
+    env, frames = bandit_env(), {"frames_per_batch": ROWS * PULLS, "total_frames": ROWS * PULLS}
+    collector = TrialCollector(env, policy_for(env), rollout="tensordicts", keep=KEEP, **frames)
+    assert (collector.backend, collector.player) == ("tensordicts", None)
+    assert collector.reason == "rollout='tensordicts' was asked for"
+    (batch,) = list(collector)
+    assert set(batch.keys(True, True)) == set(KEEP)
+    with pytest.raises(ValueError, match="rollout='fast': choose 'auto', 'tensors' or 'tensordicts'"):
+        TrialCollector(env, policy_for(env), rollout="fast", **frames)
 
 
 def test_unknown_entry_is_named():
     env = bandit_env()
-    collector = TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=30, keep=["nonsense"])
+    with pytest.raises(KeyError, match="keep holds .*nonsense.*nobody makes"):
+        TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=30, keep=["nonsense"])
+
+
+def test_unknown_entry_of_collectors_own_loop_is_named():
+    env = bandit_env()
+    collector = TrialCollector(
+        env, policy_for(env), rollout="tensordicts", frames_per_batch=30, total_frames=30, keep=["nonsense"]
+    )
     with pytest.raises(KeyError, match="nonsense.*not collected"):
         next(iter(collector))
 
@@ -293,7 +383,7 @@ def test_an_entry_that_was_replaced_is_the_collectors_own_again():
     collector = TrialCollector(
         env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=["action", ("next", "reward")]
     )
-    assert collector.lockstep is not None
+    assert (collector.backend, collector.reason) == ("tensors", None)
     iterator = iter(collector)
     for _ in range(3):
         batch = next(iterator)

@@ -1,4 +1,4 @@
-"""GridNavi: moves and rewards by hand, the ceiling of a known goal, the goals, the trial contract, the fast path."""
+"""GridNavi: moves and rewards by hand, the ceiling of a known goal, the goals, the trial contract, rollouts."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_contract(batch_size):
     check_trial_env(TransformedEnv(GridNavi(batch_size=batch_size), trial))
 
 
-def test_fast_path_plays_the_same_steps():
+def test_rollout_plays_the_same_steps():
     rows, episodes = 50, 2
     trial = Compose(Trial(episodes=episodes), TaskSampler(grid_goals(), seed=0), PreviousStep())
     env = TransformedEnv(GridNavi(batch_size=(rows,)), trial)
@@ -104,7 +104,7 @@ def test_fast_path_plays_the_same_steps():
     policy = ActorCritic(actor, MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["task"]))
     keep = ["trans", "action", "task", "state_value", ("next", "reward")]
     collector = TrialCollector(env, policy, frames_per_batch=rows * 30, total_frames=-1, keep=keep)
-    assert collector.lockstep is not None
+    assert (collector.backend, collector.reason) == ("tensors", None)
     batch = next(iter(collector))
     assert len(batch["task"][:, 0].unique(dim=0)) > 10
     for episode in range(episodes):

@@ -221,7 +221,7 @@ def trial_env(rows=4, episodes=2, horizon=3):
     return TransformedEnv(env, transforms)
 
 
-def test_fast_collection_equals_collectors():
+def test_collection_equals_collectors():
     batches = []
     keep = ["trans", "action", "action_log_prob", "state_value", ("next", "reward"), ("next", "done"), "is_init"]
     for cls, kwargs in ((Collector, {"auto_register_policy_transforms": True}), (TrialCollector, {"keep": keep})):
@@ -230,25 +230,19 @@ def test_fast_collection_equals_collectors():
         policy = ActorCritic(GRUGaussianActor.from_env(env, init_range=1.0), GRUValueHead.from_env(env))
         how = {"frames_per_batch": 2 * 24, "total_frames": 48, "exploration_type": ExplorationType.DETERMINISTIC}
         collector = cls(env, policy, **how, **kwargs)
-        env.base_env.set_seed(0), env.transform[1].seed(0)
-        if cls is TrialCollector:
-            env.base_env.start(
-                torch.zeros(4, 1)
-            )  # draws what Collector draws for the second episode of its first trial
         batches.append(next(iter(collector)).clone())
-    assert collector.lockstep is not None
-    # The fast path does not use the env's first reset: compare its first trial with Collector's second.
-    slow, fast = batches[0][:, 6:], batches[1][:, :6]
+    assert (collector.backend, collector.reason) == ("tensors", None)
+    slow, fast = batches
     for key in keep:
         torch.testing.assert_close(fast[key], slow[key], msg=str(key))
 
 
-def test_several_observations_are_left_to_collector():
+def test_further_observations_are_played_on_tensors():
     transforms = Compose(Trial(episodes=2), TaskSampler(velocities(), seed=1), PreviousStep())
     env = TransformedEnv(HalfCheetahVelocity(batch_size=(2,), horizon=3, seed=0), transforms)
     actor = GRUGaussianActor.from_env(env)
     collector = TrialCollector(env, actor, frames_per_batch=12, total_frames=12, keep=["trans"])
-    assert collector.lockstep is None
+    assert (collector.backend, collector.reason) == ("tensors", None)
     (batch,) = list(collector)
     assert batch["trans"].shape == (2, 6, 20 + 1 + 6 + 2)
 

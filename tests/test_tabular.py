@@ -192,11 +192,11 @@ def collected(cls, base, distribution, rows, *, trials=1, batches=1):
     kwargs = {"keep": KEEP} if cls is TrialCollector else {"auto_register_policy_transforms": True}
     collector = cls(env, policy, frames_per_batch=frames, total_frames=batches * frames, **kwargs)
     if cls is TrialCollector:
-        assert collector.lockstep is not None
+        assert (collector.backend, collector.reason) == ("tensors", None)
     return [batch.select(*KEEP).clone() for batch in collector]
 
 
-def test_fast_path_gives_collectors_batches_in_distribution():
+def test_rollout_gives_collectors_batches_in_distribution():
     # One task, so that all rows can be compared: in every step the mean of reward, state and action, and of their
     # products with the step before, which only the right order of the entries keeps.
     rows, one = 8000, random_mdps(STATES, ACTIONS)(torch.Size([]), torch.Generator().manual_seed(3))
@@ -212,7 +212,7 @@ def test_fast_path_gives_collectors_batches_in_distribution():
         assert torch.equal(one_batch[key], other_batch[key])
 
 
-def test_rewards_and_states_follow_the_task_on_the_fast_path():
+def test_rewards_and_states_follow_the_task_in_a_rollout():
     rows = 2000
     (batch,) = collected(TrialCollector, make((rows,)), None, rows, trials=2)
     assert (batch["task"][:, 0] != batch["task"][:, -1]).any(-1).all()
