@@ -28,6 +28,8 @@ _OF_COLLECTOR = {
     "track_traj_ids": False,
     "split_trajs": (False, None),
     "trajs_per_batch": None,
+    "set_truncated": (False, None),
+    "compact_obs": (False, None),
 }
 
 
@@ -136,16 +138,25 @@ class TrialCollector(Collector):
             )
         return batch.select(*self.keep)
 
+    def reset(self, index=None, **kwargs) -> None:
+        """Begins new trials in all rows, or in those of ``index``; the latter only by `Collector`'s own loop."""
+        if index is not None and self._player is not None:
+            raise NotImplementedError(
+                "TrialCollector.reset(index=...) cannot begin trials in some rows of a rollout on tensors: reset all rows, or make "
+                "the collector with rollout='tensordicts'."
+            )
+        super().reset(index, **kwargs)
+        if self._player is not None:
+            self._player.adopt(self._carrier)
+
     # ------------------------------------------------------------- checkpoints
     def rollout_state(self) -> dict[str, Any]:
         """Where the rollout stands, its env's state among it; empty for envs that do not hand their state out."""
         base = self._stateful_env()
         if base is None:
             return {}
-        if self._player is not None and self._player.is_on_tensors:
-            return {"player": self._player.state_dict(), "env": base.state_dict()}
         if self._player is not None:
-            return {}
+            return {"player": self._player.state_dict(), "env": base.state_dict()}
         return {"carrier": self._carrier.exclude("next").to_dict(), "env": base.state_dict()}
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
