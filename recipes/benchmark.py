@@ -2,12 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from tensordict import TensorDictBase
 from torch.autograd import DeviceType
-from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs import Compose, EnvBase, TransformedEnv
 
 from rl2_torchrl import (
     ActorCritic,
@@ -109,24 +109,32 @@ def main(
     return figures
 
 
-def compose(workload: Workload, device: str = "cpu") -> tuple[TrialCollector, PPOUpdate]:
-    """The parts of `recipes.bandit`, of the workload's sizes."""
+def compose(
+    workload: Workload,
+    device: str = "cpu",
+    *,
+    bandit: Callable[..., EnvBase] = BernoulliBandit,
+    actor: Mapping[str, Any] | None = None,
+    critic: Mapping[str, Any] | None = None,
+    loss: Callable[..., RL2PPOLoss] = RL2PPOLoss,
+) -> tuple[TrialCollector, PPOUpdate]:
+    """The parts of `recipes.bandit`, of the workload's sizes; another bandit or loss, or further options of actor and critic."""
     env = TransformedEnv(
-        BernoulliBandit(workload.arms, batch_size=(workload.trials,), seed=0, device=device),
+        bandit(workload.arms, batch_size=(workload.trials,), seed=0, device=device),
         Compose(Trial(episodes=workload.pulls), TaskSampler(uniform_means(workload.arms), seed=1), PreviousStep()),
     )
-    actor = GRUCategoricalActor.from_env(env, hidden_size=workload.units)
-    critic = MemoryValueHead.from_env(env, actor, detach=False)
+    policy = GRUCategoricalActor.from_env(env, **{"hidden_size": workload.units, **(actor or {})})
+    value = MemoryValueHead.from_env(env, policy, detach=False, **(critic or {}))
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True),
+        loss(policy, value, clip_epsilon=0.2, entropy_bonus=True),
         TrialAdvantage(gamma=0.99, lmbda=0.3, value_target="gae"),
         lr=1e-3,
         epochs=workload.epochs,
         minibatches=workload.minibatches,
         max_grad_norm=0.5,
     )
-    policy = ActorCritic(actor, critic)
-    return TrialCollector(env, policy, frames_per_batch=workload.steps, total_frames=-1, keep=update.in_keys), update
+    frames = {"frames_per_batch": workload.steps, "total_frames": -1}
+    return TrialCollector(env, ActorCritic(policy, value), keep=update.in_keys, **frames), update
 
 
 def measure(workload: Workload, repeats: int, peak: float, device: str = "cpu") -> dict:

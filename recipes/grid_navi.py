@@ -1,19 +1,14 @@
 """RL² on GridNavi (VariBAD, Zintgraf et al. 2020): a GRU learns to search a grid for a hidden goal, and to go back to it."""
 
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from rich.console import Console
 from torchrl.envs import Compose, TransformedEnv
-from torchrl.record.loggers import get_logger
 
-from recipes.weights import load_actor, save_actor
+from recipes import experiment
+from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -23,136 +18,64 @@ from rl2_torchrl import (
     PreviousStep,
     RL2PPOLoss,
     TaskSampler,
-    TrainResult,
     Trial,
     TrialAdvantage,
     TrialCollector,
-    adaptation_curve,
     linear_decay,
     orthogonal_init_,
-    train,
 )
 from rl2_torchrl.envs import GridNavi, grid_goals
-from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.evaluation import AdaptationCurve
 
-TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS = range(3)  # streams of tasks that never meet
 EPISODE_STEPS = 15
+NETWORK = Network()
+LEARNING = Learning(trials=512, lr=2e-3, max_grad_norm=0.5, entropy=0.03)
+RUN = Run(Path("runs/grid_navi"), report_tasks=2_000)
 
 
 def main(
-    *,
-    episodes: int = 4,
-    trials: int = 512,
-    env_steps: int = 10_000_000,
-    units: int = 64,
-    lr: float = 2e-3,
-    gamma: float = 0.99,
-    lmbda: float = 0.9,
-    epochs: int = 4,
-    minibatches: int = 8,
-    entropy: float = 0.03,
-    seed: int = 0,
-    report_tasks: int = 2_000,
-    weights: Path | None = None,
-    logger: Literal["csv", "tensorboard", "wandb"] = "csv",
-    log_dir: Path = Path("runs/grid_navi"),
-    resume: bool = False,
-    progress: bool = True,
+    *, episodes: int = 4, network: Network = NETWORK, learning: Learning = LEARNING, run: Run = RUN
 ) -> AdaptationReport:
     """Trains RL² on a 5x5 grid with one of 21 goals, 15 steps an episode, and reports how it searches and goes back.
 
     Args:
         episodes: episodes of a trial.
-        trials: trials in a batch, each with a goal of its own.
-        env_steps: env steps to train on, rounded up to whole batches.
-        units: GRU units.
-        lr: learning rate, decayed to 0 over the training.
-        gamma: discount per step.
-        lmbda: GAE's lambda.
-        epochs: passes over a batch.
-        minibatches: minibatches a pass.
-        entropy: weight of the entropy bonus, decayed to 0 over the training.
-        seed: seed of networks and goals.
-        report_tasks: trials in the final report; there are 21 goals in all, so that goals are seen in training too.
-        weights: file of an actor's weights, as a run leaves it in actor.pt: to evaluate in place of training.
-        logger: where scalars go; tensorboard and wandb are extras of the package.
-        log_dir: folder of the run: report.json, report.png, path.png, actor.pt, scalars and checkpoints.
-        resume: go on from the newest checkpoint in log_dir.
-        progress: show a progress bar.
+        network: actor and critic.
+        learning: batches, and PPO on them.
+        run: seeds, where the run begins, and what it leaves; there are 21 goals in all, so that goals are seen in training too.
     """
-    torch.manual_seed(seed)
-    env = make_env(TaskSampler(grid_goals(), seed=stream(seed, TRAIN_TASKS)), episodes, trials)
-    actor = orthogonal_init_(GRUCategoricalActor.from_env(env, hidden_size=units))
-    critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], num_cells=[units])
-    policy = ActorCritic(actor, critic)
+    torch.manual_seed(run.seed)
+
+    def make_env(sampler: TaskSampler, rows: int) -> TransformedEnv:
+        grids = GridNavi(episode_steps=EPISODE_STEPS, batch_size=(rows,))
+        return TransformedEnv(grids, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
+
+    env = make_env(TaskSampler(grid_goals(), seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=network.units, num_cells=network.num_cells)
+    orthogonal_init_(actor, **network.initial)
+    heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
+    critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=entropy),
-        TrialAdvantage(gamma=gamma, lmbda=lmbda, value_target="gae"),
-        lr=lr,
-        epochs=epochs,
-        minibatches=minibatches,
-        max_grad_norm=0.5,
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
+        TrialAdvantage(gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
+        lr=learning.lr,
+        epochs=learning.epochs,
+        minibatches=learning.minibatches,
+        max_grad_norm=learning.max_grad_norm,
         lr_schedule=linear_decay,
         entropy_schedule=linear_decay,
     )
-    batch = trials * episodes * EPISODE_STEPS
-    total = math.ceil(env_steps / batch) * batch
-    collector = TrialCollector(env, policy, frames_per_batch=batch, total_frames=total, keep=update.in_keys)
+    batch = learning.trials * episodes * EPISODE_STEPS
+    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
+    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
 
-    def evaluate() -> dict[str, float]:
-        curve = play(tasks(seed, HELD_OUT_TASKS, 512))
-        first, last = curve.per_episode[[0, -1]].tolist()
-        return {"trial_return": curve.mean, "first_episode": first, "last_episode": last}
-
-    def play(goals: torch.Tensor, **how) -> AdaptationCurve:
-        rows = min(len(goals), 2048)
-        return adaptation_curve(make_env(TaskSampler.fixed(goals), episodes, rows), actor, len(goals), **how)
-
-    if weights is not None:
-        load_actor(actor, weights)
-        result = TrainResult()
-    else:
-        result = train(
-            collector,
-            update,
-            evaluate=evaluate,
-            logger=get_logger(logger, str(log_dir), "scalars"),
-            checkpoints=log_dir / "checkpoints",
-            resume=resume,
-            progress=progress,
-        )
-        save_actor(actor, log_dir / "actor.pt")
-    report = make_report(play, tasks(seed, REPORT_TASKS, report_tasks), actor, seed, result)
-    path = report.save(log_dir)
-    plot_path(play, torch.tensor([[3.0, 4.0], [4.0, 2.0]]), episodes).savefig(log_dir / "path.png", dpi=130)
-    console = Console()
-    console.print(report.table())
-    console.print(f"{result.env_steps:,} steps in {result.seconds:.0f} s; report and plots: {path.parent}")
+    grids = Experiment(actor, make_env, grid_goals(), run, held_out_tasks=512)
+    result = grids.train(collector, update)
+    known = known_goal_return(grids.reported).unsqueeze(-1).expand(-1, episodes)
+    report = grids.report(result, baselines={"goal_known": AdaptationCurve(known)}, title="RL² on GridNavi")
+    experiment.publish(report, run)
+    plot_path(grids, torch.tensor([[3.0, 4.0], [4.0, 2.0]]), episodes).savefig(run.log_dir / "path.png", dpi=130)
     return report
-
-
-def make_report(
-    play: Callable[..., AdaptationCurve],
-    goals: torch.Tensor,
-    actor: GRUCategoricalActor,
-    seed: int,
-    result: TrainResult,
-) -> AdaptationReport:
-    """The agent, and without its memory and its rewards, on ``goals`` [num_tasks, 2], beside one that knows the goal."""
-    agent = play(goals)
-    known = known_goal_return(goals).unsqueeze(-1).expand_as(agent.returns)
-    return AdaptationReport(
-        agent=agent,
-        greedy=play(goals, deterministic=True),
-        baselines={"goal_known": AdaptationCurve(known)},
-        ablations={
-            "memory_zeroed": play(goals, ablation=with_zeroed_memory(actor)),
-            "rewards_shuffled": play(goals, ablation=with_shuffled_rewards()),
-        },
-        train=result,
-        seed=seed,
-        title="RL² on GridNavi",
-    )
 
 
 def known_goal_return(goals: torch.Tensor) -> torch.Tensor:
@@ -161,16 +84,10 @@ def known_goal_return(goals: torch.Tensor) -> torch.Tensor:
     return EPISODE_STEPS - (distance - 1) - 0.1 * (distance - 1)
 
 
-def make_env(sampler: TaskSampler, episodes: int, rows: int) -> TransformedEnv:
-    """``rows`` grids side by side, each played for trials of ``episodes`` episodes."""
-    grids = GridNavi(episode_steps=EPISODE_STEPS, batch_size=(rows,))
-    return TransformedEnv(grids, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
-
-
-def plot_path(play: Callable[..., AdaptationCurve], goals: torch.Tensor, episodes: int) -> Figure:
+def plot_path(grids: Experiment, goals: torch.Tensor, episodes: int) -> Figure:
     """The agent's path over the episodes of a trial with each of ``goals`` [n, 2]: a row a trial, a panel an episode."""
     cells: list[torch.Tensor] = []
-    play(goals, on_step=lambda step: cells.append(step["observation"].clone()))
+    grids.play(goals, on_step=lambda step: cells.append(step["observation"].clone()))
     paths = torch.stack(cells, -1)[:, : episodes * EPISODE_STEPS].unflatten(-1, (episodes, EPISODE_STEPS))
     figure = Figure(figsize=(3 * episodes, 3.1 * len(goals)), layout="constrained")
     grid = figure.subplots(len(goals), episodes, squeeze=False)
@@ -190,15 +107,5 @@ def plot_path(play: Callable[..., AdaptationCurve], goals: torch.Tensor, episode
     return figure
 
 
-def tasks(seed: int, kind: int, number: int) -> torch.Tensor:
-    """``number`` goals from the stream ``kind``, [number, 2]."""
-    return grid_goals()(torch.Size([number]), torch.Generator().manual_seed(stream(seed, kind)))
-
-
-def stream(seed: int, kind: int) -> int:
-    """A seed for each purpose, so that no two draw the same numbers."""
-    return 1000 * seed + kind
-
-
 if __name__ == "__main__":
-    tyro.cli(main)
+    experiment.command(main)

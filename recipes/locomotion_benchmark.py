@@ -93,8 +93,8 @@ def measure_training(mode: str, repeats: int) -> dict:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     settings = half_cheetah.MODES[mode, "velocity"]
-    game = half_cheetah.Game("velocity", settings.episodes, settings.horizon, max_velocity=2.0, seed=0)
-    collector, update = half_cheetah.compose(game, settings)
+    trials = half_cheetah.CheetahTrials("velocity", settings.episodes, settings.horizon, max_velocity=2.0, seed=0)
+    collector, update = half_cheetah.compose(trials, settings)
     runs = time_phases(iter(collector), update, settings.batch_steps, repeats)
     collector.shutdown()
     return {**medians_of(runs), "runs": runs}

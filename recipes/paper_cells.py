@@ -11,18 +11,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator
 
-from recipes import bandit, tabular_mdp
+from recipes import bandit, experiment, tabular_mdp
+from recipes.experiment import CLASSICAL_AGENTS, REPORT_TASKS, TUNING_TASKS, arguments, stream_seed
 from recipes.paper_numbers import PAPER
 from recipes.paper_settings import RL2_SETTINGS
 from rl2_torchrl import AdaptationReport, baselines
 from rl2_torchrl.baselines import mdp_tuning, mdps
-from rl2_torchrl.envs import unpack_mdps
+from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
 from rl2_torchrl.evaluation import AdaptationCurve
 
 __all__ = ["CELLS", "BanditCell", "Cell", "Classical", "MDPCell"]
 
 TASK_SEED = 2016  # of all tasks but those of the trainings
-AGENT_STREAM = 10  # beside the streams of tasks in the recipes: what classical agents draw
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,19 @@ class BanditCell:
         if agent == "optimum":
             exact = baselines.bayes_optimal_return(self.arms, self.pulls)  # over all tasks: no standard error
             return Classical(AdaptationCurve(torch.full((num_tasks, 1), exact, dtype=torch.float64)), {}, 0)
-        generator = Generator().manual_seed(bandit.stream(TASK_SEED, AGENT_STREAM))
+        generator = Generator().manual_seed(stream_seed(TASK_SEED, CLASSICAL_AGENTS))
         function, number = self.agents[agent], min(2 * num_tasks, self._most_tuning_tasks(agent))
-        tuning = bandit.tasks(TASK_SEED, bandit.TUNING_TASKS, number, self.arms)
+        tuning = experiment.draw_tasks(uniform_means(self.arms), TASK_SEED, TUNING_TASKS, number)
         options = baselines.tune(function, tuning, self.pulls, generator)
-        tasks = bandit.tasks(TASK_SEED, bandit.REPORT_TASKS, num_tasks, self.arms)
+        tasks = experiment.draw_tasks(uniform_means(self.arms), TASK_SEED, REPORT_TASKS, num_tasks)
         returns = function(tasks, self.pulls, generator, **options)
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
 
     def train(self, **options: Any) -> AdaptationReport:
         """Trains RL² as the cell's settings and ``options`` say, or evaluates it where ``options`` name weights."""
         settings = {"arms": self.arms, "pulls": self.pulls, **RL2_SETTINGS[self.table][self.name], **options}
-        return bandit.main(**settings, held_out_seed=TASK_SEED, classical=False)
+        settings |= {"held_out_seed": TASK_SEED, "classical": False}
+        return bandit.main(**arguments(bandit.main, settings))
 
     def _most_tuning_tasks(self, agent: str) -> int:
         if agent == "optimistic_thompson_sampling":
@@ -126,17 +127,17 @@ class MDPCell:
 
     def play(self, agent: str, num_tasks: int) -> Classical:
         """Tunes a classical agent on tasks of its own and plays it on the reporting tasks."""
-        worlds = unpack_mdps(tabular_mdp.tasks(TASK_SEED, tabular_mdp.REPORT_TASKS, num_tasks))
+        worlds = unpack_mdps(experiment.draw_tasks(random_mdps(), TASK_SEED, REPORT_TASKS, num_tasks))
         if agent == "optimum":
             returns = baselines.optimal_return(worlds).double() * self.episodes
             return Classical(AdaptationCurve(returns.unsqueeze(-1)), {}, 0)
-        generator = Generator().manual_seed(tabular_mdp.stream(TASK_SEED, AGENT_STREAM))
+        generator = Generator().manual_seed(stream_seed(TASK_SEED, CLASSICAL_AGENTS))
         # Of UCRL2's scalings 300 tasks chose one that cost 3 at n = 10; OPSRL is slow, and its choice matters little.
         number = min(num_tasks, 300 if agent == "opsrl" else 2000)
         options = {}
         if agent in self.tuned:
             option, tune = self.tuned[agent]
-            tuning = unpack_mdps(tabular_mdp.tasks(TASK_SEED, tabular_mdp.TUNING_TASKS, number))
+            tuning = unpack_mdps(experiment.draw_tasks(random_mdps(), TASK_SEED, TUNING_TASKS, number))
             options = {option: tune(tuning, [self.episodes], generator)[self.episodes]}
         returns = self.agents[agent](worlds, self.episodes, generator, **options)
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
@@ -144,7 +145,8 @@ class MDPCell:
     def train(self, **options: Any) -> AdaptationReport:
         """Trains RL² as the cell's settings and ``options`` say, or evaluates it where ``options`` name weights."""
         settings = {"episodes": self.episodes, **RL2_SETTINGS[self.table][self.name], **options}
-        return tabular_mdp.main(**settings, held_out_seed=TASK_SEED, classical=False)
+        settings |= {"held_out_seed": TASK_SEED, "classical": False}
+        return tabular_mdp.main(**arguments(tabular_mdp.main, settings))
 
 
 Cell = BanditCell | MDPCell

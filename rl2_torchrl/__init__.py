@@ -29,6 +29,7 @@ from rl2_torchrl.training import TrainResult, train
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
 from rl2_torchrl.update import PPOUpdate, linear_decay
+from rl2_torchrl.weights import load_weights, save_weights
 
 __all__ = [
     "ActorCritic",
@@ -51,7 +52,9 @@ __all__ = [
     "TrialCollector",
     "adaptation_curve",
     "linear_decay",
+    "load_weights",
     "orthogonal_init_",
+    "save_weights",
     "train",
     "with_shuffled_rewards",
     "with_zeroed_memory",

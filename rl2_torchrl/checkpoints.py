@@ -9,10 +9,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensordict import TensorDict
-from torch import nn
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
 from torchrl.collectors import BaseCollector
+
+from rl2_torchrl.collector import load_rollout_state, rollout_state
 
 __all__ = ["RunCheckpoints", "Stateful"]
 
@@ -124,35 +124,16 @@ class _States:
 
 
 class _RolloutState:
-    """The step at which the collector stands, what its trials have earned so far, and the base env's generators.
-
-    `Collector.state_dict` leaves them out, so that a resumed run would begin with other tasks than the unbroken one.
-    Only for envs that hand out all of their state: a Gymnasium env does not, and put back in the middle of a trial
-    it would play another task than the TensorDict says.
-    """
+    """Where the collector stands in its trials, and what these have earned so far."""
 
     def __init__(self, collector: BaseCollector, returns: Any):
         self._collector, self._returns = collector, returns
 
-    @property
-    def _base_env(self) -> nn.Module | None:
-        env = getattr(self._collector, "env", None)
-        env = getattr(env, "base_env", env)
-        whole = env is not None and type(env).get_extra_state is not nn.Module.get_extra_state
-        return env if whole else None
-
     def state_dict(self) -> dict[str, Any]:
-        if self._base_env is None:
-            return {}
-        return {
-            "carrier": self._collector._carrier.exclude("next").to_dict(),
-            "env": self._base_env.state_dict(),
-            "earned": self._returns.carry,
-        }
+        state = rollout_state(self._collector)
+        return {**state, "earned": self._returns.carry} if state else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            carrier = self._collector._carrier
-            carrier.update(TensorDict(state["carrier"], batch_size=carrier.batch_size))
-            self._base_env.load_state_dict(state["env"])
+            load_rollout_state(self._collector, state)
             self._returns.carry = state["earned"]

@@ -9,7 +9,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl import torchrl_logger
-from torchrl.collectors import Collector
+from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import set_exploration_type
 
@@ -36,24 +36,26 @@ _OF_COLLECTOR = {
 class TrialCollector(Collector):
     """A `torchrl.collectors.Collector` that stores only what is asked for, and steps on plain tensors.
 
-    It is `Collector` in its options, its hooks and its batches: with the same ``torch.manual_seed`` flags, tasks and transition
-    inputs are those of `Collector` bit for bit, and what networks give is the same to rounding. But its steps are those of
-    `Rollout`: a policy is a list of functions on tensors, trials run on tensors too, and a TensorDict is made where an env or a module
-    wants one. Options that only `Collector`'s own loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
+    It is `Collector` in its options, its hooks and its batches: under the same ``torch.manual_seed`` flags, tasks and transition
+    inputs are those of `Collector` bit for bit (but for the noise of categorical actions, which is drawn faster), and what
+    networks give is the same to rounding. But its steps are those of `Rollout`: a policy is a list of functions on tensors,
+    trials run on tensors too, and a TensorDict is made where an env or a module wants one. Options that only `Collector`'s own
+    loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
 
     Args:
         create_env_fn: as for `Collector`.
         policy: as for `Collector`.
         keep: entries of the batch, such as ``PPOUpdate.in_keys``; what is not kept takes no memory, and the hidden states of
             every step take the most. None keeps all.
-        rollout: ``"tensors"``, `Rollout`'s steps, or ``"tensordicts"``, `Collector`'s own loop. Default ``"auto"``: tensors where that
-            can serve.
+        rollout: ``"tensors"``, `Rollout`'s steps, or ``"tensordicts"``, `Collector`'s own loop. Default ``"auto"``: tensors where
+            that can serve.
         **kwargs: as for `Collector`; ``auto_register_policy_transforms`` and ``return_same_td`` default to True here (memory is
             never lost; each batch is written over the last one), ``track_traj_ids`` to False: ``"is_init"`` marks trials.
 
     Attributes:
         backend: ``"tensors"`` or ``"tensordicts"``, what plays.
         reason: why that, where it is not the fastest; None where it is.
+        player: the `Rollout` that plays, or None with `Collector`'s own loop.
 
     Raises:
         KeyError: an entry of ``keep`` is not collected.
@@ -92,16 +94,16 @@ class TrialCollector(Collector):
         self.reason = "rollout='tensordicts' was asked for" if rollout == "tensordicts" else self._refusal(kwargs)
         if self.reason is not None and rollout == "tensors":
             raise ValueError(f"rollout='tensors' cannot serve: {self.reason}. Leave that out, or take rollout='auto'.")
-        self._player = None if self.reason is not None else self._make_player()
-        if self._player is not None and not self._player.is_on_tensors:
-            self.reason = self._player.trials.reason
+        self.player = None if self.reason is not None else self._make_player()
+        if self.player is not None and not self.player.is_on_tensors:
+            self.reason = self.player.trials.reason
         if self.reason is not None:
             torchrl_logger.info(f"TrialCollector, backend {self.backend!r}: {self.reason}.")
 
     @property
     def backend(self) -> str:
         """What plays: ``"tensors"``, `Rollout`, or ``"tensordicts"``, `Collector`'s own loop."""
-        return "tensordicts" if self._player is None else "tensors"
+        return "tensordicts" if self.player is None else "tensors"
 
     def _refusal(self, kwargs: dict) -> str | None:
         """Why `Collector`'s own loop must play, or None."""
@@ -111,7 +113,11 @@ class TrialCollector(Collector):
                 return f"{name}={value!r} is an option of TorchRL's own loop"
         if not isinstance(self._wrapped_policy, TensorDictModuleBase):
             return "the policy is no TensorDictModule"
-        devices = {str(device) for device in (self.policy_device, self.env_device, self.storing_device, self.env.device) if device}
+        devices = {
+            str(device)
+            for device in (self.policy_device, self.env_device, self.storing_device, self.env.device)
+            if device
+        }
         if len(devices) > 1:
             return f"policy, env and storage are on several devices {sorted(devices)}"
         return None
@@ -121,13 +127,32 @@ class TrialCollector(Collector):
         player.adopt(self._carrier)  # Collector has reset the env already, and begins there
         return player
 
+    def set_seed(self, seed: int, static_seed: bool = False) -> int:
+        """As `Collector.set_seed`; the first trials, which `Collector` has begun before, follow the seed too."""
+        seed = super().set_seed(seed, static_seed)
+        self._carrier.update(self.env.reset())
+        if self.player is not None:
+            self.player.adopt(self._carrier)
+        return seed
+
+    def reset(self, index=None, **kwargs) -> None:
+        """Begins new trials in all rows, or in those of ``index``; the latter only by `Collector`'s own loop."""
+        if index is not None and self.player is not None:
+            raise NotImplementedError(
+                "TrialCollector.reset(index=...) cannot begin trials in some rows of a rollout on tensors: reset all rows, or make "
+                "the collector with rollout='tensordicts'."
+            )
+        super().reset(index, **kwargs)
+        if self.player is not None:
+            self.player.adopt(self._carrier)
+
     def rollout(self) -> TensorDictBase:
         """One batch ``[*B, T]`` of the entries ``keep``."""
-        if self._player is not None:
+        if self.player is not None:
             if self.pre_collect_hook is not None:
                 self.pre_collect_hook()
             with set_exploration_type(self.exploration_type):
-                return self._player()
+                return self.player()
         batch = super().rollout()
         if self.keep is None:
             return batch
@@ -138,37 +163,33 @@ class TrialCollector(Collector):
             )
         return batch.select(*self.keep)
 
-    def reset(self, index=None, **kwargs) -> None:
-        """Begins new trials in all rows, or in those of ``index``; the latter only by `Collector`'s own loop."""
-        if index is not None and self._player is not None:
-            raise NotImplementedError(
-                "TrialCollector.reset(index=...) cannot begin trials in some rows of a rollout on tensors: reset all rows, or make "
-                "the collector with rollout='tensordicts'."
-            )
-        super().reset(index, **kwargs)
-        if self._player is not None:
-            self._player.adopt(self._carrier)
 
-    # ------------------------------------------------------------- checkpoints
-    def rollout_state(self) -> dict[str, Any]:
-        """Where the rollout stands, its env's state among it; empty for envs that do not hand their state out."""
-        base = self._stateful_env()
-        if base is None:
-            return {}
-        if self._player is not None:
-            return {"player": self._player.state_dict(), "env": base.state_dict()}
-        return {"carrier": self._carrier.exclude("next").to_dict(), "env": base.state_dict()}
+def rollout_state(collector: BaseCollector) -> dict[str, Any]:
+    """Where the collector stands in its trials, the env's state among it, for a checkpoint; what `Collector.state_dict` leaves out.
 
-    def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `rollout_state` returned."""
-        if not state:
-            return
-        self._stateful_env().load_state_dict(state["env"])
-        if "player" in state:
-            self._player.load_state_dict(state["player"])
-        else:
-            self._carrier.update(TensorDict(state["carrier"], batch_size=self._carrier.batch_size))
+    Empty where the env does not hand out its state, as a Gymnasium env: put back in the middle of a trial it would play another
+    task than the data says.
+    """
+    env, player = _stateful_env(collector), getattr(collector, "player", None)
+    if env is None:
+        return {}
+    if player is not None:
+        return {"player": player.state_dict(), "env": env.state_dict()}
+    return {"carrier": collector._carrier.exclude("next").to_dict(), "env": env.state_dict()}
 
-    def _stateful_env(self) -> nn.Module | None:
-        base = getattr(self.env, "base_env", self.env)
-        return base if type(base).get_extra_state is not nn.Module.get_extra_state else None
+
+def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> None:
+    """Goes on from what `rollout_state` returned."""
+    if not state:
+        return
+    _stateful_env(collector).load_state_dict(state["env"])
+    if "player" in state:
+        collector.player.load_state_dict(state["player"])
+    else:
+        collector._carrier.update(TensorDict(state["carrier"], batch_size=collector._carrier.batch_size))
+
+
+def _stateful_env(collector: BaseCollector) -> nn.Module | None:
+    env = getattr(collector, "env", None)
+    base = getattr(env, "base_env", env)
+    return base if base is not None and type(base).get_extra_state is not nn.Module.get_extra_state else None

@@ -109,7 +109,8 @@ def adaptation_curve(
         deterministic: act with the distribution's mode or mean. Default False: RL² explores by sampling.
         ablation: function applied to the named tensors ``[num_rows, ...]`` of a step before the policy reads them:
             `with_zeroed_memory(policy)` or `with_shuffled_rewards()`.
-        on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not tell.
+        on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not
+            tell.
         max_trial_steps: raise when a trial does not end within so many steps.
 
     Returns:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import Composite, TensorSpec
-from torchrl.envs import Transform
+from torchrl.envs import Compose, EnvBase, Transform
+
+from rl2_torchrl.seeding import derived_seed, seed_generator
 
 __all__ = ["TaskDistribution", "TaskSampler"]
 
@@ -26,9 +28,10 @@ class TaskSampler(Transform):
 
     Args:
         distribution: callable ``(batch_size, generator) -> task`` with a task of shape ``[*batch_size, ...]``.
-        seed: seed of the sampler's own generator. ``TransformedEnv.set_seed`` reaches only the base env, and
-            a training set and a held-out set of tasks must come from different seeds. None takes fresh entropy.
-            Inside the workers of a ``SerialEnv`` or ``ParallelEnv`` each worker needs a seed of its own
+        seed: seed of the sampler's own generator; None draws one from PyTorch's default generator. A training set and a
+            held-out set of tasks must come from different seeds; they stay different when ``env.set_seed`` or
+            ``collector.set_seed`` give both envs one seed, which is joined with this one.
+            Inside the workers of a ``SerialEnv`` or ``ParallelEnv`` each worker needs a seed of its own, or none
             (``create_env_kwargs=[{"seed": 0}, {"seed": 1}, ...]``), or all workers draw the same tasks; better, put
             the sampler around the batched env: ``TransformedEnv(ParallelEnv(...), Compose(Trial(...), TaskSampler(...)))``.
         task_key: entry that the task is written to. Defaults to ``"task"``.
@@ -58,7 +61,7 @@ class TaskSampler(Transform):
             )
         self.distribution = distribution
         self.task_key = task_key
-        self.generator = torch.Generator()
+        self._stream = _Stream(task_key)
         self.seed(seed)
 
     @classmethod
@@ -81,12 +84,24 @@ class TaskSampler(Transform):
         """
         return cls(_InOrder(tasks), seed=0, task_key=task_key)
 
+    @property
+    def generator(self) -> torch.Generator:
+        """What all tasks are drawn from."""
+        return self._stream.generator
+
     def seed(self, seed: int | None) -> None:
-        """Seeds the sampler's own generator; None takes fresh entropy."""
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
+        """Seeds the sampler's own generator; None draws a seed from PyTorch's default generator."""
+        self._stream.seed = seed
+        seed_generator(self.generator, seed)
+
+    def set_container(self, container: Transform | EnvBase) -> None:
+        """Called by TorchRL when the sampler is put around an env, whose ``set_seed`` reaches it from then on."""
+        super().set_container(container)
+        while isinstance(container, Compose):  # which may not stand in an env yet
+            within = container.__dict__.get("_container")
+            container = None if within is None else within()
+        if container is not None:
+            _SeedRelay.of(container.base_env).add(self._stream)
 
     # --------------------------------------------------------------- resets
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase:
@@ -168,6 +183,48 @@ class TaskSampler(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("TaskSampler is a transform of environments; it has no meaning in a replay buffer.")
+
+
+class _Stream:
+    """Where a sampler's tasks are drawn from; the clones that TorchRL makes of a sampler share it.
+
+    Attributes:
+        generator: the generator.
+        seed: its own seed, or None.
+        task_key: entry of the tasks; samplers of one env draw different numbers.
+    """
+
+    def __init__(self, task_key: NestedKey):
+        self.generator, self.seed, self.task_key = torch.Generator(), None, task_key
+
+    def join(self, seed: int | None) -> None:
+        """Seeds the generator as ``seed`` and its own seed say."""
+        joined = None if seed is None else derived_seed(seed, self.seed, str(self.task_key))
+        seed_generator(self.generator, joined)
+
+
+class _SeedRelay:
+    """An env's ``set_seed``, which reaches the samplers around it too: `TransformedEnv` hands a seed to its base env alone."""
+
+    def __init__(self, env: EnvBase):
+        self.env, self.streams = env, []
+
+    @classmethod
+    def of(cls, env: EnvBase) -> _SeedRelay:
+        """The relay of ``env``, put in place of its ``set_seed`` where there is none yet."""
+        return env.__dict__.setdefault("set_seed", cls(env))
+
+    def add(self, stream: _Stream) -> None:
+        """Seeds ``stream`` whenever the env is seeded."""
+        if not any(known is stream for known in self.streams):
+            self.streams.append(stream)
+
+    def __call__(self, seed: int | None = None, static_seed: bool = False) -> int | None:
+        """`EnvBase.set_seed`."""
+        following = type(self.env).set_seed(self.env, seed, static_seed=static_seed)
+        for stream in self.streams:
+            stream.join(seed)
+        return following
 
 
 class _InOrder:

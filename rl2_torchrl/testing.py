@@ -1,4 +1,4 @@
-"""`check_trial_env`: the contract of a trial env as a test that users run; it names the rule that breaks."""
+"""Contracts as tests that users run, and that name the rule that breaks: `check_trial_env`, and `check_tensor_env`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torchrl.data import Categorical
 from torchrl.envs import Compose, EnvBase, TransformedEnv, check_env_specs
 
 from rl2_torchrl.tasks import TaskSampler, _InOrder
+from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
 from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial
 
-__all__ = ["TrialContractError", "check_trial_env"]
+__all__ = ["TensorEnvError", "TrialContractError", "check_tensor_env", "check_trial_env"]
 
 #: The rules in the order of the checks, with why it matters and what to do. `_Played` has a method for each; those of
 #: names that start with "task" and "trans" are left out where the env has no such entry.

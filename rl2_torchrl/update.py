@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
 from statistics import fmean
+from typing import Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
-from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.objectives import ClipPPOLoss
 
+from rl2_torchrl.gradients import Program
+from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
+from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.modules.plain import NotPlainError
 from rl2_torchrl.objectives.advantages import TrialAdvantage
-from rl2_torchrl.objectives.compiled_pass import CompiledPass
-from rl2_torchrl.objectives.direct import DirectGradients
+from rl2_torchrl.objectives.ppo import RL2PPOLoss
 
 __all__ = ["PPOUpdate", "linear_decay"]
 
 #: A schedule: progress of the training, from 0 to 1, to a factor on the initial value.
 Schedule = Callable[[float], float]
+
+Metrics = dict[str, float | torch.Tensor]
 
 
 def linear_decay(progress: float) -> float:
@@ -46,63 +49,75 @@ class PPOUpdate:
 
     Args:
         loss: `RL2PPOLoss`, or any loss with `ClipPPOLoss`'s entries. All entries of its output whose name begins
-            with ``loss_`` are summed.
+            with ``loss_`` are summed, all scalars reach the log.
         advantage: computes advantages and returns of a batch. Default ``TrialAdvantage()``.
         bptt: steps of a chunk; must divide ``T``. None takes the whole of ``T``. Default None.
         epochs: passes over a batch. Default 10.
         minibatches: minibatches a pass. Default 4.
         shuffle: draw chunks in random order; False takes them in order, as the original does. Default True.
-        lr: Adam's learning rate, with ``optimizer=None``. Default 1e-4.
+        lr: learning rate of Adam. Default 1e-4. An ``optimizer`` has its own.
         max_grad_norm: clip the gradient's norm at this; None does not. Default None.
         target_kl: stop the passes over a batch once one pass's mean of ``log pi_old - log pi`` exceeds this. Default None.
         lr_schedule: factor on the learning rate by the progress of training. Default constant.
         entropy_schedule: factor on the loss's ``entropy_coeff`` by the progress of training. Default constant.
-        optimizer: an optimizer in place of Adam, over the loss's parameters.
+        optimizer: an optimizer in place of Adam, over parameters of the loss.
         generator: generator of the shuffling.
+        backend: how gradients are made. ``"parts"``: part by part, by kernels where a part brings its own gradient
+            (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for tiny minibatches of small
+            networks under Adam. ``"autograd"``: by PyTorch through ``loss.forward``. ``"auto"``, the default, takes the fastest
+            that serves; one that is named raises where it cannot.
 
     Raises:
-        ValueError: ``bptt`` does not divide the batch's steps, an argument is out of range, there is no memory entry, or a
-            batch without hidden states does not replay.
-        TypeError: ``loss`` is no such loss.
+        ValueError: ``bptt`` does not divide the batch's steps, an argument is out of range, there is no memory entry, a batch
+            without hidden states does not replay, rows are no trials, or the ``backend`` named cannot serve.
+        TypeError: an argument is of another kind than it must be.
         FloatingPointError: a loss or gradient is not finite.
 
     Examples:
         >>> from rl2_torchrl.modules import GRUCategoricalActor, GRUValueHead
         >>> from rl2_torchrl.objectives import RL2PPOLoss
         >>> update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3), GRUValueHead(5)), lr=1e-3, epochs=4, bptt=10)
+        >>> update.backend, update.reason
+        ('parts', 'each part of the networks brings its own gradient')
     """
 
     def __init__(
         self,
         loss: ClipPPOLoss,
-        advantage: TrialAdvantage | None = None,
+        advantage: Callable[[TensorDictBase], TensorDictBase] | None = None,
         *,
         bptt: int | None = None,
         epochs: int = 10,
         minibatches: int = 4,
         shuffle: bool = True,
-        lr: float = 1e-4,
+        lr: float | None = None,
         max_grad_norm: float | None = None,
         target_kl: float | None = None,
         lr_schedule: Schedule | None = None,
         entropy_schedule: Schedule | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         generator: torch.Generator | None = None,
+        backend: Literal["auto", "compiled", "parts", "autograd"] = "auto",
     ):
-        _check_arguments(loss, bptt, epochs, minibatches, max_grad_norm, target_kl, entropy_schedule)
+        _check_loss(loss, entropy_schedule)
+        _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator, backend)
         self.loss = loss
         self.advantage = TrialAdvantage() if advantage is None else advantage
-        self.bptt, self.epochs, self.minibatches, self.shuffle = bptt, epochs, minibatches, shuffle
-        self.max_grad_norm, self.target_kl = max_grad_norm, target_kl
+        self.bptt = None if bptt is None else _count("bptt", bptt)
+        self.epochs, self.minibatches = _count("epochs", epochs), _count("minibatches", minibatches)
+        self.shuffle = shuffle
+        self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
         # One list: walking through the loss's modules for them costs more than Adam's step.
-        self._parameters = list(loss.parameters())
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in self._parameters)
-        self.optimizer = torch.optim.Adam(self._parameters, lr=lr, fused=fused) if optimizer is None else optimizer
+        self._parameters = [p for p in loss.parameters() if p.requires_grad]
+        self.optimizer = _adam(self._parameters, lr) if optimizer is None else _checked(optimizer, lr, loss)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
         self._initial_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._initial_entropy_coeff = float(loss.entropy_coeff)
         self._generator = generator
-        self._buffer: TensorDictReplayBuffer | None = None
+        device = self._parameters[0].device if self._parameters else None
+        self._chunks = Minibatches(self.minibatches, shuffle=shuffle, device=device, generator=generator)
+        self._named = backend
+        self.backend, self.reason = self._choose()
 
     def __call__(self, batch: TensorDictBase, progress: float = 0.0) -> dict[str, float]:
         """Updates the networks on ``batch`` ``[B, T]``; ``progress`` in [0, 1] drives the schedules.
@@ -111,18 +126,18 @@ class PPOUpdate:
             Means over all minibatches of the loss's entries, of ``loss`` (their sum) and of ``grad_norm``, and the number
             of ``epochs`` made.
         """
+        require_trials(batch)
         self._apply_schedules(progress)
-        chunks = self.chunks(self.advantage(batch))
+        self._chunks.fill(self.chunks(self.advantage(batch)))
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
-        self._fill(chunks)
-        one_pass = self._choose_pass(from_zeros)
+        one_pass = self._pass(from_zeros)
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         for epoch in range(self.epochs):
             kls = []
             for metrics in one_pass(f"epoch {epoch}"):
                 if from_zeros and not totals:
                     _require_replay(metrics["max_ratio"])
-                kls.append(metrics["kl_approx"])
+                kls.append(metrics.get("kl_approx", math.nan))
                 for name, value in metrics.items():
                     totals[name].append(value)
             if self.target_kl is not None and _mean(kls) > self.target_kl:
@@ -130,6 +145,7 @@ class PPOUpdate:
         means = {name: _mean(values) for name, values in totals.items()}
         return {**means, "epochs": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
 
+    # ---------------------------------------------------------------- entries
     def chunks(self, batch: TensorDictBase) -> TensorDictBase:
         """Cuts ``batch`` ``[*B, T]`` into ``[num_chunks, bptt]``, with no more than the entries that the loss reads.
 
@@ -137,15 +153,8 @@ class PPOUpdate:
             ValueError: ``bptt`` does not divide ``T``.
             KeyError: the batch lacks an entry that the loss reads.
         """
-        steps = batch.shape[-1]
-        bptt = steps if self.bptt is None else self.bptt
-        if steps % bptt:
-            raise ValueError(
-                f"bptt={bptt} does not divide the {steps} steps of a row: the last chunk would be short. Divisors of {steps}: "
-                f"{[n for n in range(1, steps + 1) if steps % n == 0]}."
-            )
-        starts = batch["is_init"].reshape(-1, steps // bptt, bptt)[..., 0] if "is_init" in batch.keys() else None
-        memory = self._memory_keys() if starts is None or not starts.all() else []
+        starts = split_rows(batch.select("is_init", strict=False), self.bptt).get("is_init", None)
+        memory = [] if starts is not None and bool(starts[:, 0].all()) else self._memory_keys()
         keys = [*self._keys_read(), *memory]
         missing = [key for key in keys if key not in batch.keys(True, True)]
         if missing:
@@ -154,19 +163,20 @@ class PPOUpdate:
                 "Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that begin inside a trial "
                 "start from their hidden state: keep it (TrialCollector(keep=...)), or collect and update whole trials."
             )
-        return batch.select(*keys).reshape(-1, steps // bptt, bptt).flatten(0, 1)
+        return split_rows(batch.select(*keys), self.bptt)
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Entries of a collected batch that an update reads, for ``TrialCollector(keep=...)``.
+        """Entries of a collected batch that an update reads, for ``TrialCollector(keep=...)``: loss, terms and advantage.
 
         Hidden states are among them only with ``bptt``: without, rows are whole trials, which start from zeros.
         """
         keys, made = self.loss.tensor_keys, (self.loss.tensor_keys.advantage, self.loss.tensor_keys.value_target)
         read = [key for key in self._keys_read() if key not in made]
         ends = [("next", key) for key in ("reward", "done", "terminated")]
+        by_advantage = getattr(self.advantage, "in_keys", [keys.value])
         memory = [] if self.bptt is None else self._memory_keys()
-        return list(dict.fromkeys((*read, keys.value, *ends, *memory)))
+        return list(dict.fromkeys((*read, *by_advantage, *ends, *memory)))
 
     def _networks(self) -> list[TensorDictModuleBase]:
         return [n for n in (self.loss.actor_network, self.loss.critic_network) if n is not None]
@@ -175,130 +185,112 @@ class PPOUpdate:
         return list(dict.fromkeys(key for network in self._networks() for key in hidden_keys(network)))
 
     def _keys_read(self) -> list[NestedKey]:
-        keys = self.loss.tensor_keys
+        keys, networks = self.loss.tensor_keys, self._networks()
         read, written = {}, set(self._memory_keys())
-        for network in self._networks():
+        for network in networks:
             # A critic on the actor's memory reads what the actor has just written.
             read.update(dict.fromkeys(key for key in network.in_keys if key not in written))
             written.update(network.out_keys)
+        # What a term, or a loss of the user's, names beyond ClipPPOLoss: as it was collected, where no network writes it.
+        named = [*self.loss.in_keys, *(key for term in getattr(self.loss, "terms", ()) for key in term.in_keys)]
+        known = {*self._estimators_keys(), *written, *(key for n in networks for key in n.in_keys)}
+        read.update(dict.fromkeys(key for key in named if key not in known and key[0] != "policy"))
         read.update(dict.fromkeys((keys.action, keys.sample_log_prob, keys.advantage, keys.value_target)))
         if self.loss.clip_value:
             read[keys.value] = None
         return list(read)
 
-    def _fill(self, chunks: TensorDictBase) -> None:
-        if len(chunks) < self.minibatches:
-            raise ValueError(
-                f"{self.minibatches} minibatches cannot be made of {len(chunks)} chunks of {chunks.shape[1]} steps: collect more "
-                "trials in a batch, or ask for fewer minibatches."
-            )
-        # One buffer for the whole training: first touch of fresh memory costs more than the copy.
-        layout = (len(chunks), set(chunks.keys(True, True)))
-        if self._buffer is None or self._layout != layout:
-            self._layout = layout
-            self._buffer = TensorDictReplayBuffer(
-                storage=LazyTensorStorage(len(chunks), device=self._parameters[0].device),
-                sampler=SamplerWithoutReplacement(shuffle=self.shuffle),
-                batch_size=math.ceil(len(chunks) / self.minibatches),
-                generator=self._generator,
-            )
-        # The sampler's permutation of the last batch must not reach into this one.
-        self._buffer.empty()
-        self._buffer.extend(chunks)
+    def _estimators_keys(self) -> set[NestedKey]:
+        """What `ClipPPOLoss` lists for its value estimator, whose work the advantage does here."""
+        ends = {
+            ("next", key)
+            for key in (self.loss.tensor_keys.reward, self.loss.tensor_keys.done, self.loss.tensor_keys.terminated)
+        }
+        inputs = self.loss.actor_network.in_keys
+        return ends | {("next", key) if isinstance(key, str) else ("next", *key) for key in inputs}
 
-    def _choose_pass(self, from_zeros: bool) -> Callable[[str], Iterator[dict[str, float | torch.Tensor]]]:
-        """The fastest way that loss, networks and optimizer allow; chosen anew for every batch, as their options may change."""
-        direct = self._direct_gradients()
-        if direct is None:
+    # ---------------------------------------------------------------- backends
+    def _choose(self) -> tuple[str, str]:
+        """Backend and reason, as far as they are known before a batch."""
+        refusal = _why_not_parts(self.loss)
+        if self._named in ("parts", "compiled") and refusal is not None:
+            raise ValueError(f"backend={self._named!r} cannot serve: {refusal}. backend='auto' takes 'autograd'.")
+        if self._named == "autograd":
+            return "autograd", "it was asked for"
+        if refusal is not None:
+            return "autograd", refusal
+        slow = [part for part in self.loss.network_parts() if part.kind == "autograd"]
+        if self._named != "parts" and self._parameters and self._parameters[0].device.type != "cpu":
+            return "autograd", f"there are no kernels on {self._parameters[0].device}"
+        if self._named == "compiled":
+            return "compiled", "it was asked for"
+        reasons = "; ".join(dict.fromkeys(str(part.reason) for part in slow))
+        whole = "each part of the networks brings its own gradient"
+        return "parts", f"autograd for {len(slow)} parts alone: {reasons}" if slow else whole
+
+    def _pass(self, from_zeros: bool) -> Callable[[str], Iterator[Metrics]]:
+        """The way that is taken, chosen anew for every batch, as loss and optimizer may change."""
+        self.backend, self.reason = self._choose()
+        if self.backend == "autograd":
             return self._autograd_pass
-        try:
-            compiled = self._compile(direct)
-        except NotPlainError:
-            return partial(self._direct_pass, direct)
+        program = Program(self.loss)
+        if self._named == "parts":
+            return self._parts_pass(program)
+        chunks = self._chunks.chunks
+        entries = {key: chunks.get(key) for key in chunks.keys(True, True)}
+        refusal = why_not_compiled(program, self.optimizer, entries, self._chunks.rows)
+        if refusal is not None:
+            if self._named == "compiled":
+                raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
+            return self._parts_pass(program)
+        compiled = CompiledPass(program, self.optimizer, entries, self._chunks.rows, self.max_grad_norm)
+        self.backend, self.reason = (
+            "compiled",
+            f"minibatches of {self._chunks.rows * chunks.shape[1]} steps, one GRU and one layer in each network, Adam",
+        )
         if from_zeros:
             _require_replay(compiled.max_ratio)
-        return partial(self._compiled_pass, compiled)
+        return self._compiled_pass(compiled)
 
-    def _autograd_pass(self, where: str) -> Iterator[dict[str, torch.Tensor]]:
-        for number, minibatch in enumerate(self._buffer):
-            yield self._step(minibatch, None, f"{where}, minibatch {number}")
+    def _autograd_pass(self, where: str) -> Iterator[Metrics]:
+        for number, minibatch in enumerate(self._chunks.tensordicts()):
+            losses = self.loss(minibatch)
+            terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
+            total = sum(terms.values())
+            for parameter in self._parameters:
+                parameter.grad = None
+            total.backward()
+            norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or math.inf)
+            if not torch.isfinite(norm):
+                terms = {name: value.item() for name, value in terms.items()}
+                _raise_not_finite(terms, total.item(), f"{where}, minibatch {number}")
+            self.optimizer.step()
+            scalars = {name: value.detach() for name, value in losses.items() if value.ndim == 0}
+            yield {"loss": total.detach(), **scalars, "grad_norm": norm}
 
-    def _direct_pass(self, direct: DirectGradients, where: str) -> Iterator[dict[str, float]]:
-        for number, minibatch in enumerate(self._plain_minibatches()):
-            yield self._step(minibatch, direct, f"{where}, minibatch {number}")
+    def _parts_pass(self, program: Program) -> Callable[[str], Iterator[Metrics]]:
+        def run(where: str) -> Iterator[Metrics]:
+            for number, entries in enumerate(self._chunks.entries()):
+                losses = program(entries)
+                total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+                norm = program.norm()
+                if not math.isfinite(norm):
+                    _raise_not_finite(losses, total, f"{where}, minibatch {number}")
+                if self.max_grad_norm is not None and norm > self.max_grad_norm:
+                    program.scale(self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does
+                self.optimizer.step()
+                yield {"loss": total, **losses, "grad_norm": norm}
 
-    def _compiled_pass(self, compiled: CompiledPass, where: str) -> Iterator[dict[str, float]]:
-        for number, metrics in enumerate(compiled.run(torch.cat(list(self._indices())))):
-            if not math.isfinite(metrics["grad_norm"]):
-                terms = {name: value for name, value in metrics.items() if name.startswith("loss_")}
-                _raise_not_finite(terms, metrics["loss"], f"{where}, minibatch {number}")
-            yield metrics
+        return run
 
-    def _compile(self, direct: DirectGradients) -> CompiledPass:
-        chunks = self._buffer.storage[:]
-        entries = {key: chunks.get(key) for key in chunks.keys(True, True)}
-        return CompiledPass(direct, self.optimizer, entries, self._buffer.batch_size, self.max_grad_norm)
+    def _compiled_pass(self, compiled: CompiledPass) -> Callable[[str], Iterator[Metrics]]:
+        def run(where: str) -> Iterator[Metrics]:
+            for number, metrics in enumerate(compiled.run(torch.cat(list(self._chunks.indices())))):
+                if not math.isfinite(metrics["grad_norm"]):
+                    _raise_not_finite(metrics, metrics["loss"], f"{where}, minibatch {number}")
+                yield metrics
 
-    def _indices(self) -> Iterator[torch.Tensor]:
-        """One pass over the buffer, as iterating over it makes: the chunks of each minibatch."""
-        sampler, size = self._buffer.sampler, self._buffer.batch_size
-        sampler.ran_out = False
-        while not sampler.ran_out:
-            yield sampler.sample(self._buffer.storage, size)[0]
-
-    def _plain_minibatches(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
-        """One pass over the buffer, without a TensorDict a minibatch."""
-        chunks = self._buffer.storage[:]
-        names, entries = zip(*((key, chunks.get(key)) for key in chunks.keys(True, True)), strict=True)
-        for index in self._indices():
-            yield dict(zip(names, (entry.index_select(0, index) for entry in entries), strict=True))
-
-    def _direct_gradients(self) -> DirectGradients | None:
-        """Gradients without autograd, where loss and networks allow it."""
-        try:
-            return DirectGradients(self.loss)
-        except NotPlainError:
-            return None
-
-    def _step(self, minibatch, direct: DirectGradients | None, where: str) -> dict[str, float | torch.Tensor]:
-        """One optimizer step; ``minibatch`` is a TensorDict ``[N, T]``, or with ``direct`` its entries."""
-        if direct is not None:
-            try:
-                return self._direct_step(minibatch, direct, where)
-            except NotPlainError:
-                minibatch = TensorDict(minibatch, next(iter(minibatch.values())).shape[:2])
-        return self._autograd_step(minibatch, where)
-
-    def _direct_step(self, minibatch: dict, direct: DirectGradients, where: str) -> dict[str, float]:
-        losses = direct(minibatch)
-        terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
-        total, norm = sum(terms.values()), direct.norm()
-        if not math.isfinite(norm):
-            _raise_not_finite(terms, total, where)
-        if self.max_grad_norm is not None and norm > self.max_grad_norm:
-            direct.scale(self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does
-        self.optimizer.step()
-        return {"loss": total, **losses, "grad_norm": norm}
-
-    def _autograd_step(self, minibatch: TensorDictBase, where: str) -> dict[str, torch.Tensor]:
-        losses = self.loss(minibatch)
-        terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
-        total = sum(terms.values())
-        for parameter in self._parameters:
-            parameter.grad = None
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or math.inf)
-        if not torch.isfinite(norm):
-            _raise_not_finite({name: value.item() for name, value in terms.items()}, total.item(), where)
-        self.optimizer.step()
-        diagnostics = {
-            name: losses[name]
-            for name in ("clip_fraction", "kl_approx", "max_ratio", "entropy")
-            if name in losses.keys()
-        }
-        return {
-            name: value.detach() for name, value in {"loss": total, **terms, **diagnostics, "grad_norm": norm}.items()
-        }
+        return run
 
     def _apply_schedules(self, progress: float) -> None:
         if self.lr_schedule is not None:
@@ -314,22 +306,65 @@ class PPOUpdate:
         return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": generator}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores what `state_dict` returned.
+
+        Raises:
+            ValueError: it was made with another kind of optimizer.
+        """
+        own, other = (set(s["param_groups"][0]) for s in (self.optimizer.state_dict(), state["optimizer"]))
+        if own != other:
+            raise ValueError(
+                f"the state is that of another optimizer than this {type(self.optimizer).__name__}: options {sorted(own ^ other)} "
+                "are only in one of them. Go on with the optimizer that the run began with."
+            )
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self._generator is not None:
+        if self._generator is not None and state["generator"] is not None:
             self._generator.set_state(state["generator"])
 
 
-def _check_arguments(loss, bptt, epochs, minibatches, max_grad_norm, target_kl, entropy_schedule) -> None:
+def _why_not_parts(loss: ClipPPOLoss) -> str | None:
+    """Why the loss is not run part by part, in words; None if it can be."""
+    name = type(loss).__name__
+    if not isinstance(loss, RL2PPOLoss):
+        return f"{name} is no RL2PPOLoss"
+    methods = ("forward", "network_parts", "loss_terms")
+    if any(getattr(type(loss), method) is not getattr(RL2PPOLoss, method) for method in ("forward", "_losses")):
+        return f"{name} has a forward of its own: what it adds as a term (RL2PPOLoss(terms=[...])) is faster"
+    if set(methods) & set(vars(loss)):
+        return f"another function stands in the place of this {name}'s forward"
+    hooks = (*loss._forward_hooks.values(), *loss._forward_pre_hooks.values())
+    if any(not hook.__module__.startswith("torchrl.") for hook in hooks):  # TorchRL's asks for target networks
+        return f"there are hooks on the {name}"
+    return loss.why_not_parts()
+
+
+def _adam(parameters: list[nn.Parameter], lr: float | None) -> torch.optim.Adam:
+    lr = 1e-4 if lr is None else lr
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr={lr}: a learning rate is a number, at least 0, such as 1e-3.")
+    if not parameters:
+        raise ValueError("the loss has no parameters to train: are all of them frozen (requires_grad=False)?")
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    return torch.optim.Adam(parameters, lr=lr, fused=fused)
+
+
+def _checked(optimizer: torch.optim.Optimizer, lr: float | None, loss: ClipPPOLoss) -> torch.optim.Optimizer:
+    if lr is not None:
+        raise ValueError(f"lr={lr} is Adam's, and the optimizer that you give has its own: give one of the two.")
+    known = {id(p) for p in loss.parameters()}
+    strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+    if strangers:
+        raise ValueError(
+            f"{len(strangers)} of the optimizer's parameters are not the loss's, so no update would train them: make it of "
+            "loss.parameters(), after the networks have their final form and device."
+        )
+    return optimizer
+
+
+def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
     if not hasattr(loss, "actor_network"):
         raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not a {type(loss).__name__}.")
-    for name, count in (("epochs", epochs), ("minibatches", minibatches), ("bptt", 1 if bptt is None else bptt)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name}={count!r} must be a whole number, at least 1.")
-    for name, bound in (("max_grad_norm", max_grad_norm), ("target_kl", target_kl)):
-        if bound is not None and bound <= 0:
-            raise ValueError(f"{name}={bound} would stop all learning: it must be positive, or None for no bound.")
     if entropy_schedule is not None and not loss.entropy_bonus:
         raise ValueError("entropy_schedule has nothing to schedule: build the loss with entropy_bonus=True.")
     if not hidden_keys(loss.actor_network):
@@ -339,11 +374,50 @@ def _check_arguments(loss, bptt, epochs, minibatches, max_grad_norm, target_kl, 
         )
 
 
+def _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator, backend) -> None:
+    functions = {"advantage": advantage, "lr_schedule": lr_schedule, "entropy_schedule": entropy_schedule}
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}={function!r} is no function: " + _EXAMPLES[name])
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r} is no optimizer: give torch.optim.SGD(loss.parameters(), lr=0.1), say."
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator={generator!r} is no generator: give torch.Generator().manual_seed(3), say.")
+    if backend not in ("auto", "compiled", "parts", "autograd"):
+        raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts' or 'autograd'.")
+
+
+_EXAMPLES = {
+    "advantage": "give TrialAdvantage(value_target='gae'), say, which writes advantages into a batch.",
+    "lr_schedule": "a schedule maps progress from 0 to 1 to a factor, as linear_decay does.",
+    "entropy_schedule": "a schedule maps progress from 0 to 1 to a factor, as linear_decay does.",
+}
+
+
+def _count(name: str, value: int) -> int:
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
+    return count
+
+
+def _bound(name: str, value: float | None) -> float | None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name}={value} would stop all learning: it must be positive, or None for no bound.")
+    return value
+
+
 def _mean(values: list[float | torch.Tensor]) -> float:
     return torch.stack(values).mean().item() if isinstance(values[0], torch.Tensor) else fmean(values)
 
 
-def _raise_not_finite(terms: dict[str, float], total: float, where: str) -> None:
+def _raise_not_finite(losses: dict[str, float], total: float, where: str) -> None:
+    terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
     if math.isfinite(total):
         raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total}).")
     raise FloatingPointError(f"the loss is not finite in {where}: {terms}. The networks were not changed by it.")

@@ -191,7 +191,7 @@ CASES = [
         "wrong memory shape",
         lambda: actor()(inputs(actor_hidden=torch.zeros(2, 4))),
         ValueError,
-        r"\(2, 4\).*num_layers, hidden_size.*primers",
+        r"\(2, 4\).*\[\*B, 1, 4\].*primers",
     ),
     row("no is_init", lambda: actor()(inputs().exclude("is_init")), KeyError, r"'is_init'.*InitTracker\(\)"),
     row("no input", lambda: critic()(inputs().exclude("trans")), KeyError, r"'trans'.*PreviousStep\(\)"),

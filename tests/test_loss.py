@@ -6,10 +6,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl import GRUCategoricalActor, GRUGaussianActor, GRUValueHead, MemoryValueHead, RL2PPOLoss
+from rl2_torchrl import GRUCategoricalActor, GRUGaussianActor, GRUValueHead, RL2PPOLoss
 
 PROBS = (0.5, 0.25, 0.25)
 VALUE = 2.0
@@ -194,39 +193,3 @@ def test_compiled_loss_gives_the_same_numbers_and_gradients():
     for plain, fast in zip(*results, strict=True):
         assert plain.abs().sum() > 0
         assert torch.allclose(plain, fast, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("wiring", ["separate", "shared", "detached"])
-@pytest.mark.parametrize("kind", ["index", "one-hot", "gaussian"])
-def test_plain_path_gives_what_clipppoloss_gives(kind, wiring, monkeypatch):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 4, "dtype": torch.float64, "init_range": 1.0}
-    one_hot = {"one_hot": kind == "one-hot"}
-    actor = GRUGaussianActor(5, 3, **sizes) if kind == "gaussian" else GRUCategoricalActor(5, 3, **one_hot, **sizes)
-    critic = GRUValueHead(5, **sizes)
-    if wiring != "separate":
-        critic = MemoryValueHead(4, detach=wiring == "detached", num_cells=[3], init_range=1.0, dtype=torch.float64)
-    loss = RL2PPOLoss(actor, critic, entropy_bonus=True, entropy_coeff=0.1)
-    is_init = torch.rand(6, 7, 1) < 0.2
-    batch = TensorDict({"trans": torch.randn(6, 7, 5), "is_init": is_init}, [6, 7]).double()
-    batch["is_init"] = is_init
-    with torch.no_grad(), set_recurrent_mode(True):
-        batch["action"] = actor.get_dist(batch.copy()).sample()
-    batch["action_log_prob"] = torch.randn(6, 7).double() - 3
-    batch["advantage"], batch["value_target"] = torch.randn(2, 6, 7, 1).double()
-    calls = []
-    plain = RL2PPOLoss._plain_losses
-    monkeypatch.setattr(RL2PPOLoss, "_plain_losses", lambda self, *args: calls.append(1) or plain(self, *args))
-    ours = loss(batch)
-    gradients = torch.autograd.grad(total(ours), list(loss.parameters()))
-    # Without a C compiler, PyTorch's own GRU is taken.
-    assert calls == [1]
-    loss.is_plain = False
-    theirs = loss(batch)
-    assert calls == [1]
-    expected = torch.autograd.grad(total(theirs), list(loss.parameters()))
-    assert set(ours.keys()) == set(theirs.keys())
-    for key in ours.keys():
-        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-10, atol=1e-10, msg=key)
-    for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

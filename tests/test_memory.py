@@ -275,7 +275,7 @@ def trained():
         env,
         ActorCritic(actor, critic),
         frames_per_batch=256 * 8,
-        total_frames=40 * 256 * 8,
+        total_frames=60 * 256 * 8,
         auto_register_policy_transforms=True,
     )
     for batch in collector:

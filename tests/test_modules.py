@@ -1,7 +1,9 @@
 """GRU actors and value heads: shapes, first weights, hand-worked steps, keys, primers, and steps against sequences."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -25,6 +27,7 @@ from rl2_torchrl import (
     orthogonal_init_,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.modules import LSTMCore
 from rl2_torchrl.modules.actor_critic import hidden_keys
 
 # Each kind of network: how to build it, the entry that its head writes, and that entry's size.
@@ -421,8 +424,21 @@ def test_orthogonal_init_draws_gates_apart_and_leaves_other_layers():
         assert torch.equal(before, after)
 
 
+def test_an_lstm_remembers_over_memory_steps():
+    torch.manual_seed(0)
+    core = orthogonal_init_(LSTMCore(5, 400), memory_steps=50)
+    for gate in core.lstm.weight_hh_l0.chunk(4):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(400), rtol=0, atol=1e-4)
+    write, forget, new, show = core.lstm.bias_ih_l0.detach().chunk(4)
+    assert not any(zero.any() for zero in (new, show, core.lstm.bias_hh_l0))
+    # A cell keeps u / (1 + u) of itself in each step and adds 1 / (1 + u) of what is new, with u from U(1, 50).
+    torch.testing.assert_close(write, -forget)
+    assert 1 <= forget.exp().min() <= forget.exp().max() <= 50
+    assert forget.exp().mean().item() == pytest.approx(25.5, abs=2.8)
+
+
 def test_orthogonal_init_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no torch.nn.GRU in this Linear"):
+    with pytest.raises(ValueError, match="no torch.nn.GRU or torch.nn.LSTM in this Linear"):
         orthogonal_init_(torch.nn.Linear(2, 2))
 
 
@@ -501,3 +517,47 @@ def test_actors_may_have_hidden_layers_after_the_gru(kind):
     for layer in linears[:-1]:
         hidden = layer(hidden).relu()
     torch.testing.assert_close(actor(inputs(3))[KINDS[kind][1]], linears[-1](hidden))
+
+
+PRETRAINED = sorted((Path(__file__).parents[1] / "recipes" / "pretrained").glob("*.pt"))
+
+
+@pytest.mark.parametrize("path", PRETRAINED, ids=lambda path: path.stem)
+def test_shipped_weights_load(path):
+    weights = torch.load(path, weights_only=True)
+    units, input_size = (
+        weights["module.0.module.0.gru.weight_hh_l0"].shape[1],
+        weights["module.0.module.0.gru.weight_ih_l0"].shape[1],
+    )
+    *hidden, last = [weight for name, weight in weights.items() if "layers" in name and weight.ndim == 2]
+    sizes = {"hidden_size": units, "num_cells": [len(weight) for weight in hidden]}
+    skip = any(weight.shape[1] == units + input_size for weight in hidden)
+    actor = GRUCategoricalActor(input_size, len(last), **sizes, skip=skip)
+    actor.load_state_dict(weights, strict=True)
+    logits = actor(inputs(3, size=input_size))["logits"]
+    assert logits.std() > 0.1  # first weights give some 1e-3
+
+
+@each_kind
+def test_numpys_integers_are_sizes(kind):
+    module = build(kind, hidden_size=np.int64(4), num_layers=np.int64(2), num_cells=[np.int64(6)])
+    assert module(inputs(3))["next", module.hidden_key].shape == (3, 2, 4)
+
+
+@each_kind
+def test_networks_of_float64_read_float32_in_a_collector(kind):
+    env = quadratic_env() if kind == "gaussian" else bernoulli_env()
+    actor = {"gaussian": GRUGaussianActor}.get(kind, GRUCategoricalActor).from_env(
+        env, hidden_size=4, dtype=torch.float64
+    )
+    critic = GRUValueHead.from_env(env, hidden_size=4, extra_keys=["time_left"], dtype=torch.float64)
+    policy = ActorCritic(actor, critic)
+    (batch,) = Collector(env, policy, frames_per_batch=24, total_frames=24, auto_register_policy_transforms=True)
+    assert batch["trans"].dtype == torch.float32
+    assert batch["actor_hidden"].dtype == batch["state_value"].dtype == batch["action_log_prob"].dtype == torch.float64
+    with set_recurrent_mode(True):
+        again = batch.select(*policy.in_keys).clone()
+        log_prob = actor.get_dist(again).log_prob(batch["action"])
+        value = critic(again)["state_value"]
+    torch.testing.assert_close(log_prob, batch["action_log_prob"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(value, batch["state_value"], rtol=0, atol=1e-12)

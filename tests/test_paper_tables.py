@@ -9,12 +9,12 @@ import pytest
 import torch
 import tyro
 
-from recipes import bandit, paper_cells, paper_page, paper_tables, tabular_mdp
+from recipes import bandit, experiment, paper_cells, paper_page, paper_tables, tabular_mdp
 from recipes.paper_cells import CELLS, TASK_SEED, BanditCell, MDPCell
 from recipes.paper_numbers import PAPER, PAPER_SE
 from recipes.paper_settings import RL2_SETTINGS
 from rl2_torchrl import TaskSampler, baselines
-from rl2_torchrl.envs import unpack_mdps
+from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
 
 TINY = {"bandits": BanditCell(pulls=3, arms=2), "mdps": MDPCell(episodes=2)}
 BATCH = {"bandits": 16 * 3, "mdps": 16 * 20}
@@ -132,7 +132,7 @@ def test_classical_agents_and_what_is_kept_of_them(tmp_path):
     run(tmp_path, part="classical")
     stored = figures(tmp_path)
     assert set(stored) == {f"bandits_3_2_{name}" for name in (*FEW_AGENTS, "optimum")}
-    means = bandit.tasks(TASK_SEED, bandit.REPORT_TASKS, 40, 2)
+    means = experiment.draw_tasks(uniform_means(2), TASK_SEED, experiment.REPORT_TASKS, 40)
     earned = baselines.greedy(means, 3, torch.Generator().manual_seed(1000 * TASK_SEED + 10)).double().sum(-1)
     greedy = stored["bandits_3_2_greedy"]
     assert greedy["mean"] == pytest.approx(earned.mean().item())
@@ -150,7 +150,9 @@ def test_classical_agents_for_mdps(tmp_path):
     run(tmp_path, "mdps", part="classical", tasks=10)
     stored = figures(tmp_path)
     assert set(stored) == {f"mdps_2_{name}" for name in (*MDPCell.agents, "optimum")}
-    best = baselines.optimal_return(unpack_mdps(tabular_mdp.tasks(TASK_SEED, tabular_mdp.REPORT_TASKS, 10)))
+    best = baselines.optimal_return(
+        unpack_mdps(experiment.draw_tasks(random_mdps(), TASK_SEED, experiment.REPORT_TASKS, 10))
+    )
     assert stored["mdps_2_optimum"]["mean"] == pytest.approx(2 * best.mean().item(), rel=1e-5)
     options = {name: next(iter(stored[f"mdps_2_{name}"]["options"]), None) for name in MDPCell.agents}
     scalings = {"beb": "scaling", "ucrl2": "scaling", "opsrl": "num_samples", "epsilon_greedy": "epsilon"}
@@ -179,7 +181,9 @@ def test_the_slow_agent_plays_fewer_tasks():
     assert asked == [2000, 10_000]
     assert BanditCell(500, 10).num_tasks("optimistic_thompson_sampling", 10_000) == 10_000
     # They are the first of those of the others.
-    many, few = (bandit.tasks(TASK_SEED, bandit.REPORT_TASKS, number, 50) for number in (10_000, 2000))
+    many, few = (
+        experiment.draw_tasks(uniform_means(50), TASK_SEED, experiment.REPORT_TASKS, n) for n in (10_000, 2000)
+    )
     assert torch.equal(many[:2000], few)
 
 
@@ -190,11 +194,11 @@ def test_the_slow_agent_plays_fewer_tasks():
 def test_all_agents_are_reported_on_the_same_tasks_which_none_was_tuned_or_trained_on(table, tmp_path, monkeypatch):
     module = {"bandits": bandit, "mdps": tabular_mdp}[table]
     drawn = {kind: [] for kind in range(4)}
-    trained_on, tasks = [], module.tasks
+    trained_on, draw_tasks = [], experiment.draw_tasks
 
-    def recorded_tasks(seed, kind, *size):
-        drawn[kind].append(tasks(seed, kind, *size))
-        return drawn[kind][-1]
+    def recorded_tasks(distribution, seed, stream, number):
+        drawn[stream].append(draw_tasks(distribution, seed, stream, number))
+        return drawn[stream][-1]
 
     class Recorded(TaskSampler):
         def __init__(self, distribution, **options):
@@ -204,15 +208,15 @@ def test_all_agents_are_reported_on_the_same_tasks_which_none_was_tuned_or_train
         def fixed(cls, tasks, **options):
             return TaskSampler.fixed(tasks, **options)
 
-    monkeypatch.setattr(module, "tasks", recorded_tasks)
+    monkeypatch.setattr(experiment, "draw_tasks", recorded_tasks)
     monkeypatch.setattr(module, "TaskSampler", Recorded)
     run(tmp_path, table, seeds=(0, 7))
-    reported = drawn[module.REPORT_TASKS]
+    reported = drawn[experiment.REPORT_TASKS]
     assert len(reported) == {"bandits": 4, "mdps": 8}[table] + 2  # classical agents and two trainings
-    assert len(drawn[module.TUNING_TASKS]) == 4
+    assert len(drawn[experiment.TUNING_TASKS]) == 4
     assert all(torch.equal(each, reported[0]) for each in reported)
-    assert all(torch.equal(each, drawn[module.HELD_OUT_TASKS][0]) for each in drawn[module.HELD_OUT_TASKS])
-    others = [*trained_on, *drawn[module.TUNING_TASKS], *drawn[module.HELD_OUT_TASKS]]
+    assert all(torch.equal(each, drawn[experiment.HELD_OUT_TASKS][0]) for each in drawn[experiment.HELD_OUT_TASKS])
+    others = [*trained_on, *drawn[experiment.TUNING_TASKS], *drawn[experiment.HELD_OUT_TASKS]]
     others = {tuple(task) for each in others for task in each.tolist()}
     assert len(others) > 100
     assert not {tuple(task) for task in reported[0].tolist()} & others
@@ -244,9 +248,9 @@ def test_trainings_figures_and_weights(table, tmp_path, monkeypatch):
 
 def test_pretrained_weights_are_evaluated_without_training(tmp_path, monkeypatch, capsys):
     run(tmp_path, part="rl2", seeds=(0,))
-    loaded, load = [], bandit.load_actor
-    monkeypatch.setattr(bandit, "load_actor", lambda actor, path: loaded.append(path) or load(actor, path))
-    monkeypatch.setattr(bandit, "train", None)
+    loaded, load = [], experiment.load_weights
+    monkeypatch.setattr(experiment, "load_weights", lambda actor, path: loaded.append(path) or load(actor, path))
+    monkeypatch.setattr(experiment, "train", None)
     run(tmp_path, part="rl2", from_pretrained=True)
     run(tmp_path, part="rl2", from_pretrained=True)  # an evaluation is what was asked for, twice
     assert loaded == [tmp_path / "pretrained" / "bandits_3_2.pt"] * 2
@@ -274,13 +278,13 @@ def test_the_seed_that_was_best_on_held_out_tasks_is_shipped(tmp_path):
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
     run(tmp_path, part="rl2", seeds=(0,))
     before = figures(tmp_path)
-    train = bandit.train
-    monkeypatch.setattr(bandit, "train", None)
+    train = experiment.train
+    monkeypatch.setattr(experiment, "train", None)
     run(tmp_path, part="rl2", seeds=(0,))
     assert figures(tmp_path) == before
     # For more tasks the agent plays again, trained as it is.
     options = []
-    monkeypatch.setattr(bandit, "train", lambda *args, **more: options.append(more) or train(*args, **more))
+    monkeypatch.setattr(experiment, "train", lambda *args, **more: options.append(more) or train(*args, **more))
     run(tmp_path, part="rl2", seeds=(0,), tasks=60)
     again = figures(tmp_path)["bandits_3_2_rl2_seed0"]
     assert again["num_tasks"] == 60
@@ -322,8 +326,8 @@ def test_an_interrupted_training_leaves_no_figure(tmp_path, monkeypatch):
     def interrupted(*args, **options):
         return replace(train(*args, **options), interrupted=True)
 
-    train = bandit.train
-    monkeypatch.setattr(bandit, "train", interrupted)
+    train = experiment.train
+    monkeypatch.setattr(experiment, "train", interrupted)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         run(tmp_path, part="rl2", seeds=(0,))
     assert not (tmp_path / "results").exists()

@@ -30,10 +30,10 @@ NO_EXAMPLE = {
 
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
-    {"baselines", "callbacks", "checkpoints", "envs", "kernels", "progress", "replay", "tasks", "transition", "trial"},
-    {"modules"},
-    {"objectives"},
-    {"checks", "collector", "evaluation", "lockstep", "testing", "update"},
+    {"baselines", "envs", "kernels", "replay", "tasks", "transition", "trial"},
+    {"gradients", "modules"},
+    {"minibatches", "objectives"},
+    {"collector", "evaluation", "lockstep", "testing", "update"},
     {"training", "video"},
     {"report"},
 ]

@@ -6,7 +6,7 @@ import math
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import bandit, grid_navi, half_cheetah, results, tabular_mdp
+from recipes import bandit, experiment, grid_navi, half_cheetah, results, tabular_mdp
+from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
 from rl2_torchrl import GRUGaussianActor, TaskSampler
-from rl2_torchrl.envs import TabularMDP
+from rl2_torchrl.envs import TabularMDP, uniform_means
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,13 +49,13 @@ RECIPES = {
             r"batch_size \(0,\)": {"trials": 0},
             "total_frames=0": {"env_steps": 0},
             "never ends": {"env_steps": -1000},
-            "got no task": {"report_tasks": 0},
+            "report_tasks=1: rewards": {"report_tasks": 1},
             "hidden_size=0": {"units": 0},
             "minibatches=0": {"minibatches": 0},
             "epochs=0": {"epochs": 0},
             "gamma=1.5": {"gamma": 1.5},
             "lmbda=-0.1": {"lmbda": -0.1},
-            "learning rate: -1.0": {"lr": -1.0},
+            "learning rate": {"lr": -1.0},
         },
     ),
     "grid_navi": Recipe(
@@ -109,7 +110,8 @@ RECIPES = {
 def run(name, folder, *, updates=2, **options):
     recipe = RECIPES[name]
     sizes = {**recipe.tiny, "env_steps": updates * recipe.batch}
-    return recipe.module.main(**{**sizes, "log_dir": folder, "progress": False, **options})
+    options = {**sizes, "log_dir": folder, "progress": False, **options}
+    return recipe.module.main(**arguments(recipe.module.main, options))
 
 
 def result_of(report):
@@ -194,8 +196,9 @@ def test_bandits_of_training_agent_and_classical_agents(tmp_path, monkeypatch):
         modes.append(deterministic)
         return adaptation_curve(*args, deterministic=deterministic, **options)
 
-    modes, adaptation_curve, greedy = [], bandit.adaptation_curve, bandit.baselines.greedy
-    monkeypatch.setattr(bandit, "adaptation_curve", recorded_curve)
+    modes, adaptation_curve, greedy = [], experiment.adaptation_curve, bandit.baselines.greedy
+    monkeypatch.setattr(experiment, "adaptation_curve", recorded_curve)
+    monkeypatch.setattr(experiment, "TaskSampler", Recorded)
     monkeypatch.setattr(bandit, "TaskSampler", Recorded)
     monkeypatch.setattr(bandit.baselines, "greedy", lambda means, *args: greedy(record("classical", means), *args))
     run("bandit", tmp_path)
@@ -223,7 +226,7 @@ def test_cheetahs_modes_and_tasks(mode, task, tmp_path):
 
 
 def test_a_report_without_one_of_the_directions_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(half_cheetah.Game, "tasks", lambda game, kind, number: torch.ones(number, 1))
+    monkeypatch.setattr(half_cheetah.Cheetahs, "tasks", lambda cheetahs, stream, number: torch.ones(number, 1))
     run("half_cheetah", tmp_path, updates=1)
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["backward"]["agent"] == [None, None]
@@ -253,10 +256,10 @@ def test_errors_of_speed_are_made_positive_before_any_mean():
 
 def test_the_last_velocity_of_an_episode_is_recorded():
     """An inner reset puts the cheetah to rest; the velocity of the step before it must not be lost."""
-    game = half_cheetah.Game("velocity", episodes=2, horizon=4, max_velocity=2.0, seed=0)
-    actor = GRUGaussianActor.from_env(game.env(TaskSampler.fixed(torch.ones(3, 1)), 3, 0), hidden_size=4)
+    trials = half_cheetah.CheetahTrials("velocity", episodes=2, horizon=4, max_velocity=2.0, seed=0)
+    actor = GRUGaussianActor.from_env(trials.env(TaskSampler.fixed(torch.ones(3, 1)), 3), hidden_size=4)
     record = half_cheetah.VelocityRecord()
-    game.play(actor, torch.ones(3, 1), on_step=record)
+    half_cheetah.Cheetahs(actor, trials, Run(Path(), report_tasks=3)).play(torch.ones(3, 1), on_step=record)
     assert record.velocities.shape == (3, 8)
     assert (record.velocities != 0).all()
 
@@ -270,15 +273,41 @@ def test_cheetahs_stop_goals():
     assert [stop(r) for r in [row, row, {**row, "eval/last_speed_error": 25.1}, row, row, row]] == [False] * 5 + [True]
 
 
-def test_cheetah_is_never_tested_on_a_goal_of_its_training():
-    games = [half_cheetah.Game("velocity", 2, 4, 2.0, seed) for seed in range(3)]
-    streams = [set(game.tasks(kind, 500).flatten().tolist()) for game in games for kind in range(3)]
-    assert len(set.union(*streams)) == sum(map(len, streams))
-
-
-def test_streams_of_bandits_never_meet():
-    streams = [set(map(tuple, bandit.tasks(seed, kind, 500, 2).tolist())) for seed in range(3) for kind in range(4)]
+@pytest.mark.parametrize("distribution", [uniform_means(2), half_cheetah.velocities()], ids=["bandits", "cheetahs"])
+def test_streams_of_tasks_never_meet(distribution):
+    drawn = [draw_tasks(distribution, seed, stream, 500) for seed in range(3) for stream in range(4)]
+    streams = [set(map(tuple, tasks.tolist())) for tasks in drawn]
     assert len(set.union(*streams)) == 12 * 500
+    # The streams of a seed end before those of the next begin.
+    assert stream_seed(1, 0) > stream_seed(0, max(experiment.CLASSICAL_AGENTS, experiment.ENVS))
+
+
+def test_held_out_tasks_are_those_of_their_own_seed(tmp_path):
+    def tasks(**options):
+        trials = Experiment(None, None, uniform_means(2), Run(tmp_path, **options))
+        return trials.tasks(experiment.HELD_OUT_TASKS, 5), trials.reported
+
+    for ours, others in zip(tasks(seed=3, held_out_seed=7), tasks(seed=7), strict=True):
+        assert torch.equal(ours, others)
+    assert not torch.equal(tasks(seed=3)[0], tasks(seed=7)[0])
+
+
+def test_options_find_their_place():
+    filled = arguments(bandit.main, {"arms": 3, "units": 7, "lr": 0.5, "seed": 4})
+    assert (filled["arms"], filled["network"].units, filled["learning"].lr, filled["run"].seed) == (3, 7, 0.5, 4)
+    assert filled["learning"].lmbda == 0.3  # the recipe's own, where nothing is said
+    with pytest.raises(TypeError, match=r"recipes.bandit has no options \['unit'\]; see its --help"):
+        arguments(bandit.main, {"unit": 7})
+
+
+def test_weights_are_played_without_training(tmp_path, monkeypatch):
+    trained = run("grid_navi", tmp_path / "trained", seed=3)
+    monkeypatch.setattr(experiment, "train", None)
+    played = run("grid_navi", tmp_path / "played", seed=3, weights=tmp_path / "trained" / "actor.pt")
+    assert played.train.env_steps == 0
+    assert (tmp_path / "played" / "path.png").exists()
+    difference = abs(played.agent.mean - trained.agent.mean)
+    assert difference < 5 * (played.agent.se + trained.agent.se)
 
 
 @pytest.mark.parametrize(
@@ -304,42 +333,31 @@ def test_training_begins_with_weights_of_shorter_trials(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["bandit", "tabular_mdp"])
 def test_networks_of_a_recipe_are_as_its_arguments_say(name, tmp_path):
-    options = {"num_cells": (6,), "memory_steps": 1, "input_gain": 0.0, "critic_keys": ("time_left", "task")}
+    options = {"num_cells": (6,), "memory_steps": 1, "critic_keys": ("time_left", "task")}
+    options |= {"input_gain": 0.01, "gate_gain": 1.0}
     run(name, tmp_path, updates=1, lr=1e-12, **options)
     weights = torch.load(tmp_path / "actor.pt", weights_only=True)
     hidden, last = [value for key, value in weights.items() if "gru" not in key and value.ndim == 2]
     assert hidden.shape == (6, 4 if name == "bandit" else 4 + 10 + 5 + 2)  # MDPs: what is seen now goes past the GRU
     assert last.shape[1] == 6
     inputs = next(value for key, value in weights.items() if key.endswith("weight_ih_l0"))
-    assert inputs.abs().max() < 1e-8  # a gain of 0
+    # Xavier's bound for 4 units, times the gain.
+    bound = 0.01 * math.sqrt(6 / (4 + inputs.shape[1]))
+    assert 0.5 * bound < inputs.abs().max() <= bound + 1e-8
 
 
 def test_noise_comes_after_its_share_of_the_training():
-    class Update:
-        loaded = None
-
-        def __call__(self, batch, progress):
-            return {"loss": progress}
-
-        def state_dict(self):
-            return {"step": 7}
-
-        def load_state_dict(self, state):
-            self.loaded = state
-
-    mdps = TabularMDP(noise=0.5, batch_size=(1,))
-    curriculum = tabular_mdp.NoiseCurriculum(Update(), mdps, 0.4)
-    assert mdps.noise == 0  # of the first batch, which is collected before the first update
-    rows = [curriculum(None, progress) for progress in (0.2, 0.39, 0.4, 0.6)]
-    assert [row["noise"] for row in rows] == [0, 0, 0.5, 0.5]
-    assert [row["loss"] for row in rows] == [0.2, 0.39, 0.4, 0.6]
+    worlds = TabularMDP(noise=0.5, batch_size=(1,))
+    curriculum = tabular_mdp.NoiseCurriculum(worlds, 0.4)
+    assert worlds.noise == 0  # of the first batch, which is collected before the first update
+    rows = [curriculum.after_update({}, progress) for progress in (0.2, 0.39, 0.4, 0.6)]
+    assert [row["train/noise"] for row in rows] == [0, 0, 0.5, 0.5]
     # A resumed training goes on with the noise that it stopped at.
-    other = tabular_mdp.NoiseCurriculum(Update(), TabularMDP(noise=0.5, batch_size=(1,)), 0.4)
+    other = tabular_mdp.NoiseCurriculum(TabularMDP(noise=0.5, batch_size=(1,)), 0.4)
     other.load_state_dict(curriculum.state_dict())
-    assert (other.mdps.noise, other.update.loaded) == (0.5, {"step": 7})
+    assert other.worlds.noise == 0.5
     # Without a share there is noise in the first batch already.
-    tabular_mdp.NoiseCurriculum(Update(), mdps, 0.0)
-    assert mdps.noise == 0.5
+    assert tabular_mdp.NoiseCurriculum(TabularMDP(noise=0.5, batch_size=(1,)), 0.0).worlds.noise == 0.5
 
 
 def test_rewards_are_noisy_in_evaluations_of_a_training_without_noise(tmp_path, monkeypatch):
@@ -365,17 +383,21 @@ def test_help_documents_every_argument(name):
     command = [sys.executable, "-m", f"recipes.{name}", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     main = RECIPES[name].module.main
-    arguments = [argument.replace("_", "-") for argument in inspect.signature(main).parameters]
-    assert {"seed", "log-dir", "resume"} <= set(arguments)
-    assert [argument for argument in arguments if f"--{argument}" not in shown] == []
+    parameters = inspect.signature(main).parameters.items()
+    groups = [parameter.default for _, parameter in parameters if is_dataclass(parameter.default)]
+    flat = [name for name, parameter in parameters if not is_dataclass(parameter.default)]
+    flags = [name.replace("_", "-") for name in (*flat, *(each.name for group in groups for each in fields(group)))]
+    assert {"seed", "log-dir", "resume", "units", "env-steps", "weights", "logger"} <= set(flags)
+    assert len(flags) == len(set(flags))
+    assert [flag for flag in flags if f"--{flag} " not in shown and f"--{flag}," not in shown] == []
     assert inspect.getdoc(main).splitlines()[0][:40] in shown
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_command_line(name, tmp_path, monkeypatch):
     options = {**RECIPES[name].tiny, "env_steps": RECIPES[name].batch, "seed": 5, "log_dir": tmp_path}
-    arguments = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    monkeypatch.setattr(sys, "argv", [name, *arguments, "--no-progress"])
+    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "argv", [name, *words, "--no-progress"])
     monkeypatch.delitem(sys.modules, f"recipes.{name}")
     runpy.run_module(f"recipes.{name}", run_name="__main__")
     stored = json.loads((tmp_path / "report.json").read_text())

@@ -3,9 +3,19 @@
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs import Compose, TransformedEnv
 
 from recipes import bandit, tabular_mdp
-from rl2_torchrl import ActorCritic, GRUCategoricalActor, MemoryValueHead, TaskSampler, TrialCollector
+from recipes.experiment import arguments
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    MemoryValueHead,
+    PreviousStep,
+    TaskSampler,
+    Trial,
+    TrialCollector,
+)
 from rl2_torchrl.baselines import optimal_return
 from rl2_torchrl.envs import TabularMDP, pack_mdps, random_mdps, unpack_mdps
 from rl2_torchrl.objectives.regret import MDPValues, RegretAdvantage, bandit_values
@@ -86,8 +96,8 @@ def test_a_trial_earns_the_optimum_less_its_regrets():
         successors = torch.nn.functional.one_hot(tasks[..., 1:].argmax(-1), 10).float()
         return pack_mdps(tasks[..., 0], successors)
 
-    env = tabular_mdp.make_env(TaskSampler(sure, seed=0), 3, 16, 0)
-    env.base_env.noise = 0.0
+    mdps = TabularMDP(episode_steps=10, noise=0.0, batch_size=(16,), seed=0)
+    env = TransformedEnv(mdps, Compose(Trial(episodes=3), TaskSampler(sure, seed=0), PreviousStep()))
     actor = GRUCategoricalActor.from_env(env, hidden_size=4)
     policy = ActorCritic(actor, MemoryValueHead.from_env(env, actor, detach=True))
     keep = [
@@ -128,5 +138,6 @@ def test_recipes_take_regrets_where_asked(recipe, trial, steps, tmp_path, monkey
         "report_tasks": 20,
     }
     for regret in (False, True):
-        recipe.main(**sizes, regret=regret, classical=False, progress=False, log_dir=tmp_path / str(regret))
-        assert asked == [(4, steps)] * regret
+        options = {**sizes, "regret": regret, "classical": False, "progress": False, "log_dir": tmp_path / str(regret)}
+        recipe.main(**arguments(recipe.main, options))
+        assert set(asked) == ({(4, steps)} if regret else set())

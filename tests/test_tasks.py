@@ -1,14 +1,30 @@
 """`TaskSampler`: which task each trial is given, and that a stopped run resumes with the next one."""
 
+import copy
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, EnvCreator, GymEnv, SerialEnv, TransformedEnv
+from torchrl.envs import Compose, EnvBase, EnvCreator, GymEnv, RewardSum, SerialEnv, TransformedEnv
 
 from rl2_torchrl import TaskSampler, Trial
-from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.envs import (
+    BernoulliBandit,
+    GymTaskEnv,
+    directions,
+    goals_in_disc,
+    goals_on_half_circle,
+    grid_goals,
+    random_mdps,
+    signs,
+    uniform_means,
+    uniform_targets,
+    velocities,
+)
 
 
 class EchoEnv(EnvBase):
@@ -97,9 +113,103 @@ def test_tasks_and_the_rest_draw_from_separate_streams():
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(env.base_env.generator.get_state(), rewards)
     torch.manual_seed(1)
-    env = bandits(uniform(0))
+    assert torch.equal(bandits(uniform(0)).reset()["task"], first)
+
+
+def test_what_has_no_seed_follows_pytorchs():
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        env = TransformedEnv(BernoulliBandit(2, batch_size=(3,)), Compose(Trial(episodes=8), uniform(None)))
+        data = env.rollout(8, policy=lambda td: td.set("action", torch.zeros(3, dtype=torch.int64)))
+        drawn.append((data["task"], data["next", "reward"]))
+    for first, again, other in zip(*drawn, strict=True):
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+BASES = {
+    "one env": lambda: BernoulliBandit(2, batch_size=(2,)),
+    "gymnasium": lambda: GymTaskEnv("Pendulum-v1", set_task=lambda env, task: None, task_spec=Unbounded((2,))),
+    "workers": lambda: SerialEnv(2, lambda: BernoulliBandit(2)),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("how", ["env", "around it", "collector"])
+def test_an_envs_seed_reaches_its_tasks(base, how):
+    def seeded(seed, own):
+        env = TransformedEnv(BASES[base](), Compose(Trial(episodes=2), uniform(own)))
+        around = TransformedEnv(env, RewardSum()) if how == "around it" else env
+        (Collector(around, frames_per_batch=4, total_frames=4) if how == "collector" else around).set_seed(seed)
+        return around.reset()["task"]
+
+    assert torch.equal(seeded(5, None), seeded(5, None))
+    assert torch.equal(seeded(5, 1), seeded(5, 1))
+    # Training and held-out tasks stay different ones when their envs are given the same seed.
+    tasks = [seeded(5, None), seeded(5, 1), seeded(5, 2), seeded(6, None), seeded(6, 1)]
+    assert len({tuple(task.flatten().tolist()) for task in tasks}) == 5
+
+
+def test_tasks_and_rewards_of_one_seed_have_nothing_to_do_with_one_another():
+    env = bandits(uniform(None), (3,))
+    env.set_seed(5)
+    rewards = torch.rand(3, 2, generator=env.base_env.generator)
+    assert not (env.reset()["task"] == rewards).any()
+
+
+def test_workers_of_one_seed_draw_tasks_of_their_own():
+    env = SerialEnv(2, lambda: bandits(uniform(None), ()))
+    env.set_seed(5)
+    first = env.reset()["task"]
+    assert not (first[0] == first[1]).any()
     env.set_seed(5)
     assert torch.equal(env.reset()["task"], first)
+
+
+def test_numpys_integers_are_seeds():
+    for own in (0, np.int64(0), np.uint32(0)):
+        assert torch.equal(bandits(uniform(own)).reset()["task"], bandits(uniform(0)).reset()["task"])
+    one, other = bandits(uniform(0)), bandits(uniform(0))
+    one.set_seed(5), other.set_seed(np.int64(5))
+    assert torch.equal(one.reset()["task"], other.reset()["task"])
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        uniform_means(2),
+        uniform_targets(2),
+        random_mdps(),
+        grid_goals(),
+        goals_on_half_circle(),
+        velocities(),
+        signs(),
+        directions(),
+        goals_in_disc(),
+        TaskSampler.fixed(numbered(3)).distribution,
+    ],
+)
+def test_samplers_can_be_pickled(distribution):
+    sampler = TaskSampler(distribution, seed=0)
+    one, other = pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)
+    for each in (one, other):
+        generator = torch.Generator().manual_seed(0)
+        expected = copy.deepcopy(distribution)(torch.Size([2]), generator)
+        assert torch.equal(each.distribution(torch.Size([2]), each.generator), expected)
+    assert one.generator is not sampler.generator
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copied_env_is_seeded_by_itself(duplicate):
+    env = bandits(uniform(None))
+    other = duplicate(env)
+    other.set_seed(5)
+    first = other.reset()["task"]
+    env.set_seed(6)
+    other.set_seed(5)
+    assert torch.equal(other.reset()["task"], first)
+    assert not torch.equal(env.reset()["task"], first)
 
 
 # ---- When a task is drawn.

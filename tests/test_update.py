@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -23,9 +24,6 @@ from rl2_torchrl import (
     linear_decay,
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
-from rl2_torchrl.modules.plain import NotPlainError
-from rl2_torchrl.objectives.compiled_pass import CompiledPass
-from rl2_torchrl.objectives.direct import DirectGradients
 
 
 def make_loss(**kwargs):
@@ -57,18 +55,13 @@ def make_batch(rows=4, steps=6):
     return TensorDict(entries, [rows, steps])
 
 
-@pytest.fixture(autouse=True, params=["compiled", "direct", "autograd"])
-def gradients(request, monkeypatch):
-    """Every test with compiled passes and with gradients of the kernels, where there are any, and with autograd's."""
-
-    def refuse(*_):
-        raise NotPlainError("not here")
-
-    if request.param == "direct":
-        monkeypatch.setattr(CompiledPass, "__init__", refuse)
+@pytest.fixture(autouse=True, params=["compiled", "parts", "autograd"])
+def _way(request, monkeypatch):
+    """Every test with compiled passes and with gradients part by part, where they serve, and with autograd's."""
+    if request.param == "parts":
+        monkeypatch.setattr("rl2_torchrl.update.why_not_compiled", lambda *_: "not here")
     if request.param == "autograd":
-        monkeypatch.setattr(DirectGradients, "__init__", refuse)
-    return request.param
+        monkeypatch.setattr("rl2_torchrl.update._why_not_parts", lambda _: "not here")
 
 
 class Seen:
@@ -76,19 +69,19 @@ class Seen:
 
     def __init__(self, update):
         self.minibatches, self.lrs, self.coeffs = [], [], []
-        self.update, self.step = update, update._step
-        update._step = self
-        update._compile = self.refuse  # in one call there are no minibatches to be seen
+        self.update, chunks = update, update._chunks
+        if update.backend != "autograd":
+            update._named = "parts"  # in one call there are no minibatches to be seen
+        for name in ("entries", "tensordicts"):
+            setattr(chunks, name, partial(self.record, getattr(chunks, name)))
 
-    def refuse(self, direct):
-        raise NotPlainError("not here")
-
-    def __call__(self, minibatch, direct, where):
-        shape = minibatch["value_target"].shape[:2]
-        self.minibatches.append(TensorDict(dict(minibatch.items()), shape).clone())
-        self.lrs.append(self.update.optimizer.param_groups[0]["lr"])
-        self.coeffs.append(float(self.update.loss.entropy_coeff))
-        return self.step(minibatch, direct, where)
+    def record(self, one_pass):
+        for minibatch in one_pass():
+            shape = minibatch["value_target"].shape[:2]
+            self.minibatches.append(TensorDict(dict(minibatch.items()), shape).clone())
+            self.lrs.append(self.update.optimizer.param_groups[0]["lr"])
+            self.coeffs.append(float(self.update.loss.entropy_coeff))
+            yield minibatch
 
     def order(self, entry="value_target"):
         return [minibatch[entry].flatten() for minibatch in self.minibatches]

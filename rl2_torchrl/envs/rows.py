@@ -1,4 +1,4 @@
-"""Where the rows of a `TensorEnv` stand: the state that its author returned, put together from rows old and new, and taken apart."""
+"""Where the rows of a `TensorEnv` stand: the state that its author returned, merged from rows old and new, and taken apart."""
 
 from __future__ import annotations
 

@@ -23,6 +23,8 @@ from rl2_torchrl.seeding import seed_generator
 
 __all__ = ["TensorEnv"]
 
+_STEPS_OF_A_LOOK = 3  # that TorchRL takes without a task to look at an env
+
 
 class TensorEnv(EnvBase):
     """A batched env whose author writes `begin` and `advance` on plain tensors; the example is a whole one.
@@ -30,8 +32,8 @@ class TensorEnv(EnvBase):
     All specs are those of **one row**; the batch's dimensions are put before them. What `advance` is given it must leave as
     it is: observations and states of earlier steps are not copied, and are still read.
 
-    A reset takes the entry ``"task"``. After one without it, as TorchRL makes to look at an env, the task of zeros is played,
-    and a warning is logged.
+    A reset takes the entry ``"task"``. After one without it, as TorchRL makes to look at an env, the task of zeros is played;
+    for more than a few steps, and a warning is logged, once.
 
     Args:
         task_spec: spec of a task.
@@ -130,7 +132,7 @@ class TensorEnv(EnvBase):
         self._set_seed(seed)
         self._now = Rows()
         self._every_row = torch.ones(batch_size, dtype=torch.bool, device=self.device)
-        self._has_task = self._warned = False
+        self._has_task, self._steps_without_task = False, 0
         if not isinstance(observation_spec, Composite):
             observation_spec = Composite({} if observation_spec is None else {"observation": observation_spec})
         self._make_specs(task_spec, observation_spec, action_spec, reward_spec or Unbounded(1), more_spec)
@@ -294,7 +296,7 @@ class TensorEnv(EnvBase):
         rows = None if tensordict is None else tensordict.get("_reset", None)
         self._has_task = tensordict is not None and "task" in tensordict.keys()
         # A TensorDict's owner may write over it, and what is begun keeps its task.
-        task = tensordict["task"].clone() if self._has_task else self.full_state_spec["task"].zero()
+        task = tensordict["task"].clone() if self._has_task else self._zero_task()
         entries = self.start(task, None if rows is None or rows.all() else rows)
         output = self._tensordict(entries)
         return output if self._has_task else output.set("task", task.clone())
@@ -305,12 +307,12 @@ class TensorEnv(EnvBase):
                 f"{type(self).__name__}.step() before reset(): no row has a task yet. Call reset(TensorDict({{'task': ...}})), "
                 "or let a TaskSampler draw the task."
             )
-        if not (self._has_task or self._warned):
-            self._warned = True
+        self._steps_without_task += not self._has_task
+        if not self._has_task and self._steps_without_task == _STEPS_OF_A_LOOK + 1:
             torchrl_logger.warning(
-                f"{type(self).__name__} was reset without a 'task' and plays the task of zeros. That is right where TorchRL "
-                "looks at an env; to play, add a TaskSampler (TransformedEnv(env, Compose(Trial(...), TaskSampler(...)))) or "
-                "pass TensorDict({'task': ...})."
+                f"{type(self).__name__} was reset without a 'task' and plays the task of zeros, so that there is nothing to "
+                "adapt to. Add a TaskSampler (TransformedEnv(env, Compose(Trial(...), TaskSampler(...)))) or pass "
+                "TensorDict({'task': ...}) to reset()."
             )
         entries, reward, _, _ = self.play(tensordict.get(self.action_key))
         return self._tensordict(entries).set("reward", reward)
@@ -324,6 +326,10 @@ class TensorEnv(EnvBase):
         for key, value in entries.items():
             output.set(key, value.clone())
         return output.update(self.observe_more(self._now.state)) if self.more_keys else output
+
+    def _zero_task(self) -> Tensor | TensorDictBase:
+        spec = self.full_state_spec["task"]
+        return spec.project(spec.zero())
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         """``terminated`` and ``truncated`` of all rows, ``[*B, 1]`` bool."""
@@ -353,7 +359,7 @@ class TensorEnv(EnvBase):
         # the same numbers.
         parts = [self.generator.get_state()]
         if self._now.started:
-            parts += [leaf.detach().cpu().reshape(-1).view(torch.uint8) for leaf in self._leaves()]
+            parts += [leaf.detach().cpu().flatten().contiguous().view(torch.uint8) for leaf in self._leaves()]
         return torch.cat(parts)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -366,7 +372,7 @@ class TensorEnv(EnvBase):
         generator = state[:start].clone()
         if len(state) > start:
             if not self._now.started:
-                self.start(self.full_state_spec["task"].zero())  # for the state's shapes; all its values are replaced
+                self.start(self._zero_task())  # for the state's shapes; all its values are replaced
             leaves = list(self._leaves())
             sizes = [leaf.numel() * leaf.element_size() for leaf in leaves]
             if start + sum(sizes) != len(state):

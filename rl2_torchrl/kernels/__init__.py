@@ -39,11 +39,13 @@ _SIGNATURES = {
     "gru_backward": (None, (*(_int,) * 4, *_STRIDED, *(_pointer,) * 4, _int)),
     "linear_forward": (None, (*(_int,) * 3, *(_pointer,) * 4, _int)),
     "linear_backward": (None, (*(_int,) * 3, *(_pointer,) * 6, _int)),
+    "tanh_forward": (None, (_long, _pointer, _pointer, _int)),
     "categorical_forward": (_int, (*(_int,) * 2, *(_pointer,) * 5, _int)),
     "categorical_backward": (None, (*(_int,) * 2, *(_pointer,) * 7, _int)),
     "gaussian_forward": (None, (*(_int,) * 2, *(_pointer,) * 4)),
     "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 6)),
     "ppo_pass": (_int, (_pointer,)),
+    "ppo_pass_layout": (_int, (_int,)),
     "clipped_objective": (None, (_int, _int, *(_pointer,) * 3, _double, _double, *(_pointer,) * 4)),
 }
 

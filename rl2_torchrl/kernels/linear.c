@@ -112,3 +112,8 @@ void linear_backward(int rows, int inputs, int outputs, const real *x, const rea
     memcpy(db, sums + weights, outputs * sizeof(real));
     free(sums);
 }
+
+void tanh_forward(long size, const real *x, real *y, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < size; i += LANES) store(y + i, tanh_(load(x + i, lesser(LANES, size - i))), lesser(LANES, size - i));
+}

@@ -9,7 +9,7 @@
 #include "vector.h"
 
 enum { W_IH, W_HH, B_IH, B_HH, W_OUT, B_OUT, PARAMETERS };
-enum { OBJECTIVE, CRITIC, ENTROPY, CLIPPED, KL, LARGEST_RATIO, NORM, METRICS };
+enum { OBJECTIVE, CRITIC, ENTROPY, CLIPPED, KL, MEAN_RATIO, LARGEST_RATIO, NORM, METRICS };
 
 /* A parameter, its gradient, and Adam's two averages. */
 typedef struct { real *value, *gradient, *mean, *square; long size; } parameter;
@@ -34,6 +34,12 @@ typedef struct {
     long adam_step;
     double *metrics; /* [minibatches, METRICS] */
 } pass;
+
+/* Bytes of the structures and the number of metrics: what the caller's must be. */
+int ppo_pass_layout(int which) {
+    int sizes[] = {sizeof(parameter), sizeof(network), sizeof(pass), METRICS};
+    return sizes[which];
+}
 
 /* The chunks that `order` names, of `size` bytes each. */
 static void gather(const void *from, const int64_t *order, int rows, size_t size, void *to) {
@@ -212,6 +218,7 @@ int ppo_pass(pass *of) {
         metrics[ENTROPY] = entropy;
         metrics[CLIPPED] = totals[1] / size;
         metrics[KL] = totals[2] / size;
+        metrics[MEAN_RATIO] = totals[3] / size;
         metrics[LARGEST_RATIO] = totals[4];
         metrics[NORM] = norm;
         if (!isfinite(norm)) { broken = first / rows; break; }

@@ -1,21 +1,50 @@
-"""GRU actors and value heads: TensorDictModules that go wherever TorchRL's own go."""
+"""Networks with memory, in four slots: encoder -> core -> head -> distribution. They go wherever TorchRL's own modules go."""
 
 from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor
 from rl2_torchrl.modules.actor_critic import ActorCritic
 from rl2_torchrl.modules.cores import LSTMCore, RecurrentCore
+from rl2_torchrl.modules.distributions import (
+    ActionDistribution,
+    CategoricalActions,
+    Family,
+    GaussianActions,
+    IndependentCategoricals,
+    MultiCategoricalActions,
+    TanhGaussianActions,
+    family_of,
+    register_family,
+)
+from rl2_torchrl.modules.encoders import ConvEncoder, ImageEncoder, MLPEncoder
 from rl2_torchrl.modules.gru import FastGRUModule, GRUCore
+from rl2_torchrl.modules.heads import Head
 from rl2_torchrl.modules.init import orthogonal_init_
+from rl2_torchrl.modules.recurrent import RecurrentActor, RecurrentCritic
 from rl2_torchrl.modules.value import GRUValueHead, MemoryValueHead
 
 __all__ = [
+    "ActionDistribution",
     "ActorCritic",
+    "CategoricalActions",
+    "ConvEncoder",
+    "Family",
     "FastGRUModule",
     "GRUCategoricalActor",
     "GRUCore",
     "GRUGaussianActor",
     "GRUValueHead",
+    "GaussianActions",
+    "Head",
+    "ImageEncoder",
+    "IndependentCategoricals",
     "LSTMCore",
+    "MLPEncoder",
     "MemoryValueHead",
+    "MultiCategoricalActions",
+    "RecurrentActor",
     "RecurrentCore",
+    "RecurrentCritic",
+    "TanhGaussianActions",
+    "family_of",
     "orthogonal_init_",
+    "register_family",
 ]

@@ -7,8 +7,9 @@ module with a ``step_function`` brings it (our cores), a distribution whose `Fam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import unwrap
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -20,7 +21,9 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from tensordict.nn.probabilistic import InteractionType, interaction_type
+from torchrl.modules import SafeProbabilisticModule
 
+from rl2_torchrl.gradients.part import is_bare
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import Family, family_of
 
@@ -65,11 +68,12 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
         return [_with_tensordict(module)]
     if type(module).forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward):
         return [part for child in module.module for part in acting_parts(child)]
-    if hasattr(module, "step_function") and _steps_as_forward(module):
+    # Of the class: a TensorDictModule passes on what its inner module has.
+    if hasattr(type(module), "step_function") and _steps_as_forward(module):
         return [_core(module)]
-    if type(module).forward is ProbabilisticTensorDictModule.forward:
+    if type(module).forward in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward):
         family = family_of(module)
-        return [_with_tensordict(module) if family is None or len(module.out_keys) > 2 else _distribution(module, family)]
+        return [_with_tensordict(module) if family is None else _distribution(module, family)]
     if _is_function_of_tensors(module):
         return [ActingPart(module, module.in_keys, module.out_keys, lambda _: _on_tensors(module), "tensors")]
     return [_with_tensordict(module)]
@@ -81,8 +85,9 @@ def _has_hooks(module: TensorDictModuleBase) -> bool:
 
 def _steps_as_forward(module: TensorDictModuleBase) -> bool:
     """Whether ``step_function`` speaks of the same ``forward``: a class below may have one of its own."""
-    brings = [next(n for n, cls in enumerate(type(module).__mro__) if name in vars(cls)) for name in ("step_function", "forward")]
-    return brings[0] <= brings[1]
+    brought_by = next(cls for cls in type(module).__mro__ if "step_function" in vars(cls))
+    # TorchRL wraps the forward of each class below its GRUModule anew.
+    return unwrap(type(module).forward) is unwrap(brought_by.forward)
 
 
 def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:
@@ -93,6 +98,8 @@ def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:
 
 def _on_tensors(module: TensorDictModule) -> Callable[[State], None]:
     function, in_keys, out_keys = module.module, module.in_keys, module.out_keys
+    if hasattr(function, "step_function") and is_bare(function):
+        function = function.step_function()
 
     def run(state: State) -> None:
         out = function(*[state[key] for key in in_keys])
@@ -122,17 +129,17 @@ def _core(module: TensorDictModuleBase) -> ActingPart:
 
 
 def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> ActingPart:
-    in_keys, action_key, log_prob_key = module.in_keys, module.out_keys[0], module.log_prob_key
+    in_keys, log_prob_key = module.in_keys, module.log_prob_key if module.return_log_prob else None
+    action_key = next(key for key in module.out_keys if key not in module.log_prob_keys)
 
     def make(steps: int) -> Callable[[State], None]:
         kind = interaction_type() or module.default_interaction_type
-        if kind is InteractionType.RANDOM:
-            return _sampler(family, in_keys, action_key, steps)
-        if kind is not InteractionType.DETERMINISTIC:
+        if kind not in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
             return _tensordict_function(module)
+        act = family.sampler(steps) if kind is InteractionType.RANDOM else family.mode
 
         def run(state: State) -> None:
-            state[action_key] = family.mode(*[state[key] for key in in_keys])
+            state[action_key] = act(*[state[key] for key in in_keys])
 
         return run
 
@@ -141,21 +148,6 @@ def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> Acti
         state[log_prob_key], _ = family.log_prob_and_entropy(state[action_key], *parameters)
 
     return ActingPart(module, in_keys, [action_key], make, "distribution", log_prob, log_prob_key)
-
-
-def _sampler(family: Family, in_keys: list[NestedKey], action_key: NestedKey, steps: int) -> Callable[[State], None]:
-    noise: Iterator[torch.Tensor] = iter(())
-
-    def run(state: State) -> None:
-        nonlocal noise
-        parameters = [state[key] for key in in_keys]
-        drawn = next(noise, None)
-        if drawn is None:
-            noise = iter(family.noise(steps, *parameters))
-            drawn = next(noise)
-        state[action_key] = family.act(drawn, *parameters)
-
-    return run
 
 
 def _with_tensordict(module: TensorDictModuleBase) -> ActingPart:

@@ -33,6 +33,12 @@ class ActorCritic(TensorDictSequential):
                 f"ActorCritic(actor, critic): {type(actor).__name__} has no action distribution. The actor comes first, and "
                 "it is a ProbabilisticActor such as GRUGaussianActor."
             )
+        shared = [key for key in hidden_keys(actor) if key in hidden_keys(critic)]
+        if shared:
+            raise ValueError(
+                f"actor and critic both keep their memory under {shared}: each would go on from the other's. Give one another "
+                "hidden_key=, or build the critic on the actor's memory (MemoryValueHead)."
+            )
         super().__init__(actor, critic)
 
     @property

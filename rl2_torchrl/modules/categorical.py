@@ -7,8 +7,9 @@ from typing import NoReturn
 import torch
 
 from rl2_torchrl import kernels
+from rl2_torchrl.modules.kernel_tensors import require_plain
 
-__all__ = ["categorical_gradient", "categorical_terms", "log_prob_and_entropy", "raise_strangers"]
+__all__ = ["categorical_gradient", "categorical_terms", "log_prob_and_entropy", "raise_unknown_actions"]
 
 
 def log_prob_and_entropy(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,21 +59,22 @@ class _CategoricalTerms(torch.autograd.Function):
 
 
 def categorical_terms(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log p(action), entropy and log sum exp(logits), ``[*B]`` each, by the kernels."""
+    """log p(action), entropy and log sum exp(logits), ``[*B]`` each, by the kernels; ``action`` int64, both contiguous."""
+    _require_rows(logits, action)
     log_prob, entropy, log_total = (logits.new_empty(logits.shape[:-1]) for _ in range(3))
-    strangers = kernels.load(logits.dtype).categorical_forward(
+    unknown = kernels.load(logits.dtype).categorical_forward(
         *_sizes(logits), *map(kernels.address, (logits, action, log_prob, entropy, log_total)), _threads(logits)
     )
-    if strangers:
-        raise_strangers(action, logits.shape[-1])
+    if unknown:
+        raise_unknown_actions(action, logits.shape[-1])
     return log_prob, entropy, log_total
 
 
-def raise_strangers(action: torch.Tensor, num_actions: int) -> NoReturn:
+def raise_unknown_actions(action: torch.Tensor, num_actions: int) -> NoReturn:
     """Raises the IndexError that says which of ``action`` are none of the ``num_actions`` choices."""
-    strangers = int(((action < 0) | (action >= num_actions)).sum())
+    unknown = int(((action < 0) | (action >= num_actions)).sum())
     raise IndexError(
-        f"{strangers} actions are none of the policy's {num_actions} choices, which count from 0; there are "
+        f"{unknown} actions are none of the policy's {num_actions} choices, which count from 0; there are "
         f"{int(action.min())} to {int(action.max())}. Was the policy built for this env's action_spec?"
     )
 
@@ -80,9 +82,18 @@ def raise_strangers(action: torch.Tensor, num_actions: int) -> NoReturn:
 def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> torch.Tensor:
     """The gradient by ``logits`` ``[*B, num_actions]``, from those by log-probability and entropy ``[*B]``."""
     d_logits = torch.empty_like(logits)
+    _require_rows(logits, action, entropy=entropy, log_total=log_total, d_log_prob=d_log_prob, d_entropy=d_entropy)
     tensors = (logits, action, entropy, log_total, d_log_prob, d_entropy, d_logits)
     kernels.load(logits.dtype).categorical_backward(*_sizes(logits), *map(kernels.address, tensors), _threads(logits))
     return d_logits
+
+
+def _require_rows(logits: torch.Tensor, action: torch.Tensor, **entries: torch.Tensor) -> None:
+    """The kernels read one number of each entry for each row of ``logits``."""
+    require_plain("logits", logits, logits.shape, logits)
+    require_plain("action", action, logits.shape[:-1], logits.new_empty(0, dtype=torch.int64))
+    for name, entry in entries.items():
+        require_plain(name, entry, logits.shape[:-1], logits)
 
 
 def _sizes(logits: torch.Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`FastGRUModule`: TorchRL's `GRUModule`, the same numbers several times faster on the CPU; `GRUCore` is it with an actor's keys."""
+"""`FastGRUModule`: TorchRL's `GRUModule`, the same numbers several times faster on the CPU; `GRUCore`, the same as a core."""
 
 from __future__ import annotations
 
@@ -9,28 +9,18 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import nn
 from torch.compiler import is_compiling
-from torchrl.envs import TensorDictPrimer
 from torchrl.modules import GRUModule, set_recurrent_mode
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules.cores import (
-    Tensors,
-    as_dtype_of,
-    at_ends,
-    make_primer,
-    name_entries,
-    read_entries,
-    require_sizes,
-    run_core,
-    run_segments,
-)
+from rl2_torchrl.gradients.recurrent import GRUPart
+from rl2_torchrl.modules.cores import CoreMixin, Tensors, as_sizes, at_ends, run_segments
 from rl2_torchrl.modules.gru_sequence import gru_sequence, pack_weights, require_weights
 from rl2_torchrl.modules.kernel_tensors import require_tensor, unit_stride
 
 __all__ = ["FastGRUModule", "GRUCore", "StepGRU"]
 
 
-class FastGRUModule(GRUModule):
+class FastGRUModule(CoreMixin, GRUModule):
     """A drop-in for `torchrl.modules.GRUModule`: same arguments, keys, primer, ``state_dict`` and numbers, faster on the CPU.
 
     Recurrent mode runs the whole sequence, resets included, in one compiled function with one back-propagation through
@@ -39,15 +29,14 @@ class FastGRUModule(GRUModule):
     dtypes than float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``, another
     ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine without a C compiler.
 
-    Inputs of another dtype than the weights' are converted. It is a core: ``step_function``, ``sequence`` and ``initial_memory`` are
-    those of `RecurrentCore`, with one memory, ``[*B, num_layers, hidden_size]``.
+    Inputs of another dtype than the weights' are converted. It is a core (`rl2_torchrl.modules.cores`) with one memory,
+    ``[*B, num_layers, hidden_size]``.
 
     Args:
         *args: as for `GRUModule`.
         **kwargs: as for `GRUModule`.
 
     Examples:
-        >>> from tensordict import TensorDict
         >>> from torchrl.modules import set_recurrent_mode
         >>> gru = FastGRUModule(input_size=3, hidden_size=8, in_key="observation", out_key="features")
         >>> data = TensorDict({"observation": torch.randn(4, 5, 3), "is_init": torch.zeros(4, 5, 1, dtype=torch.bool)}, [4, 5])
@@ -61,13 +50,17 @@ class FastGRUModule(GRUModule):
         """Reads and writes what `GRUModule` does, for one step ``[*B]`` or, in recurrent mode, ``[*B, T]``."""
         if is_compiling():
             return super().forward(tensordict)
-        x, memory, is_init = read_entries(self, tensordict)
+        x, memory, is_init = self._read(tensordict)
         if self._is_covered() and x.numel():
-            return run_core(self, tensordict, x, memory, is_init)
-        out = self._torchrls(x, memory, is_init, self.recurrent_mode)
+            return self._run(tensordict, x, memory, is_init)
+        out = self._by_torchrl(x, memory, is_init, self.recurrent_mode)
         for key in self.out_keys:
             tensordict.set(key, out.get(key))
         return tensordict
+
+    def gradient_part(self) -> GRUPart | None:
+        """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`), or None without kernels."""
+        return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if self._is_covered() else None
 
     def is_plain(self) -> bool:
         """Whether this is `gru_sequence`, layer by layer, and nothing more."""
@@ -82,6 +75,13 @@ class FastGRUModule(GRUModule):
 
     def _is_covered(self) -> bool:
         return self.is_plain() and self.has_kernels() and torch._C._functorch.maybe_current_level() is None
+
+    def _by_torchrl(self, x, memory, is_init, is_sequence: bool) -> TensorDictBase:
+        entries = {self.in_keys[0]: x, "is_init": is_init.unsqueeze(-1)}
+        if memory is not None:
+            entries[self.in_keys[1]] = memory[0]
+        with set_recurrent_mode(is_sequence):
+            return super().forward(TensorDict(entries, x.shape[:-1]))
 
     # ------------------------------------------------------------------- core
     @property
@@ -100,83 +100,59 @@ class FastGRUModule(GRUModule):
         directions = 2 if self.gru.bidirectional else 1
         return {"hidden": (self.gru.num_layers * directions, self.gru.hidden_size)}
 
-    def initial_memory(self, num_rows: int) -> Tensors:
-        """Zeros ``[num_rows, num_layers, hidden_size]``."""
-        return (self.gru.weight_hh_l0.new_zeros(num_rows, *self.memory_shapes["hidden"]),)
-
     def step_function(self) -> Callable[..., Tensors]:
         """As `RecurrentCore.step_function`, on weights that are packed once."""
-        if self.is_plain():
-            return StepGRU(self.gru)
-
-        @torch.no_grad()
-        def step(x: torch.Tensor, hidden: torch.Tensor | None) -> Tensors:
-            x, memory = as_dtype_of(self, x, (hidden,))
-            features, hidden = self.gru(x.unsqueeze(1), memory and memory[0].transpose(0, 1).contiguous())
-            return features.squeeze(1), hidden.transpose(0, 1)
-
-        return step
+        return StepGRU(self.gru) if self.is_plain() else super().step_function()
 
     def step(self, x: torch.Tensor, hidden: torch.Tensor) -> Tensors:
         """One step of N rows, as `RecurrentCore.step`."""
-        states = []
-        for layer in range(self.gru.num_layers):
-            x = gru_sequence(x.unsqueeze(1), hidden[:, None, layer], None, *self._weights(layer)).squeeze(1)
-            states.append(x)
-        return x, torch.stack(states, 1) if len(states) > 1 else x.unsqueeze(1)
-
-    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
-        """The features ``[N, T, hidden_size]`` of sequences, as `RecurrentCore.sequence`."""
-        x, memory = as_dtype_of(self, x, memory)
-        if self._is_covered():
-            return self._layers(x, memory, is_init)[-1]
-        if type(self.gru) is nn.GRU and self.recurrent_backend == "pad":
-            return run_segments(self.gru, x, memory, is_init)[0]
-        flags = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if is_init is None else is_init
-        return self._torchrls(x, memory, flags, is_sequence=True).get(self.out_keys[0])
+        x, hidden = x.unsqueeze(1), hidden.unsqueeze(1)
+        if self.is_plain():
+            layers = [layer.squeeze(1) for layer in self._layers(x, hidden, None)]
+            return layers[-1], torch.stack(layers, 1)
+        x, hidden = self.gru(x, hidden.squeeze(1).transpose(0, 1).contiguous())
+        return x.squeeze(1), hidden.transpose(0, 1)
 
     def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
-        """`sequence`, and the memory where a trial ends, as `RecurrentCore.unroll`."""
-        layers = self._layers(x, memory, is_init)
-        return layers[-1], at_ends(torch.stack(layers, -2), is_init)
+        """Features and, where a trial ends, the memory, as `RecurrentCore.unroll`."""
+        if self._is_covered():
+            layers = self._layers(x, None if memory is None else memory[0], is_init)
+            return layers[-1], at_ends(torch.stack(layers, -2), is_init)
+        if isinstance(self.gru, nn.GRU) and self.recurrent_backend == "pad":
+            return run_segments(self.gru, x, memory, is_init)
+        flags = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if is_init is None else is_init
+        out = self._by_torchrl(x, memory, flags, is_sequence=True)
+        return tuple(out.get(key) for key in self.out_keys)
 
-    def _layers(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> list[torch.Tensor]:
-        """Each layer's output ``[N, T, hidden_size]``."""
+    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
+        """The features ``[N, T, features_size]`` of sequences, as `RecurrentCore.sequence`."""
+        x, memory = self._converted(x, memory)
+        if self._is_covered():
+            return self._layers(x, None if memory is None else memory[0], is_init)[-1]
+        return self.unroll(x, memory, is_init)[0]
+
+    def _layers(self, x, hidden: torch.Tensor | None, is_init: torch.Tensor | None) -> list[torch.Tensor]:
+        """Each layer's output ``[N, T, hidden_size]``, from ``hidden`` ``[N, T, num_layers, hidden_size]``."""
         outputs = []
-        for layer in range(self.gru.num_layers):
-            initial = None if memory is None else memory[0][:, :, layer]
-            x = gru_sequence(x, initial, is_init, *self._weights(layer))
+        for layer, names in enumerate(self.gru._all_weights):
+            weights = [getattr(self.gru, name) for name in names]
+            x = gru_sequence(x, None if hidden is None else hidden[:, :, layer], is_init, *weights)
             outputs.append(x)
         return outputs
 
-    def _weights(self, layer: int) -> list[torch.Tensor]:
-        return [getattr(self.gru, name) for name in self.gru._all_weights[layer]]
-
-    def _torchrls(self, x, memory, is_init, is_sequence: bool) -> TensorDictBase:
-        """What TorchRL's own module makes of the entries."""
-        entries = {self.in_keys[0]: x, "is_init": is_init.unsqueeze(-1)}
-        if memory is not None:
-            entries[self.in_keys[1]] = memory[0]
-        with set_recurrent_mode(is_sequence):
-            return super().forward(TensorDict(entries, x.shape[:-1]))
-
-    def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that writes the memory into an env's reset, in the weights' dtype."""
-        return make_primer(self)
-
 
 class GRUCore(FastGRUModule):
-    """`FastGRUModule` as a core: the keys of an agent by default.
+    """`FastGRUModule` with the arguments of a core.
 
     Args:
         input_size: size of what it reads.
         hidden_size: units. Default 64.
         num_layers: Default 1.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         in_key: Default ``"trans"``.
         hidden_key: entry of the memory ``[*B, num_layers, hidden_size]``. Default ``"hidden"``.
         features_key: Default ``"features"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
 
     Examples:
         >>> core = GRUCore(input_size=5, hidden_size=8, num_layers=2)
@@ -191,15 +167,15 @@ class GRUCore(FastGRUModule):
         hidden_size: int = 64,
         num_layers: int = 1,
         *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
         in_key: NestedKey = "trans",
         hidden_key: NestedKey = "hidden",
         features_key: NestedKey = "features",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
     ):
-        sizes = require_sizes(input_size, hidden_size, num_layers)
+        sizes = as_sizes(input_size, hidden_size, num_layers)
         super().__init__(*sizes, device=device, in_key=in_key, out_key=features_key)
-        name_entries(self, in_key, hidden_key, features_key)
+        self.name_entries(in_key, hidden_key, features_key)
         self.to(dtype)
 
     # torch.compile breaks the graph at a GRU in any case; stopping here saves tracing the code around it.
@@ -224,29 +200,40 @@ class StepGRU:
             require_tensor("a layer's w_hh", layer[1], self.weight.shape, self.weight)
         self.library = kernels.load(self.weight.dtype) if self.weight.device.type == "cpu" else None
         self.packed = [] if self.library is None else [pack_weights(*layer) for layer in self.layers]
+        self._fitting: tuple | None = None
 
     def __call__(self, x: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Features ``[N, H]`` and next hidden ``[N, num_layers, H]`` of ``x`` ``[N, I]`` and ``hidden``, None for zeros."""
-        x = x.to(self.weight.dtype)
-        require_tensor("x", x, (len(x), self.layers[0][0].shape[1]), self.weight)
-        if hidden is None:
-            hidden = x.new_zeros(len(x), len(self.layers), self.units)
-        else:
-            hidden = hidden.to(self.weight.dtype)
-            require_tensor("the memory", hidden, (len(x), len(self.layers), self.units), self.weight)
+        if hidden is None or (_layout(x), _layout(hidden)) != self._fitting:
+            x, hidden = self._fitted(x, hidden)
+            # What has the same layout as these in the next step need not be looked at again: a look costs half a step.
+            self._fitting = (_layout(x), _layout(hidden))
         states = []
         for layer in range(len(self.layers)):
             x = self._layer(layer, x, hidden[:, layer])
             states.append(x)
         return x, (x.unsqueeze(1) if len(states) == 1 else torch.stack(states, 1))
 
+    def _fitted(self, x: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        x = unit_stride(x.to(self.weight.dtype))
+        require_tensor("x", x, (len(x), self.layers[0][0].shape[1]), self.weight)
+        if hidden is None:
+            return x, x.new_zeros(len(x), len(self.layers), self.units)
+        hidden = unit_stride(hidden.to(self.weight.dtype))
+        require_tensor("the memory", hidden, (len(x), len(self.layers), self.units), self.weight)
+        return x, hidden
+
     def _layer(self, layer: int, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         if self.library is None:
             return torch.gru_cell(x, hidden, *self.layers[layer])
         (rows, inputs), units = x.shape, self.units
-        x, hidden, y = unit_stride(x), unit_stride(hidden), x.new_empty(rows, units)
+        y = x.new_empty(rows, units)
         self.library.gru_forward(
             *(rows, 1, inputs, units, x.data_ptr(), x.stride(0), 0, hidden.data_ptr(), hidden.stride(0), 0, None),
             *(self.packed[layer].data_ptr(), y.data_ptr(), None, kernels.threads_for(rows * units * (units + inputs))),
         )
         return y
+
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
 import torch
 
@@ -169,21 +168,8 @@ class _GRUSequence(torch.autograd.Function):
         return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
 
 
-def forward_saving(
-    x: torch.Tensor,
-    hidden: torch.Tensor | None,
-    is_init: torch.Tensor | None,
-    weights: Sequence[torch.Tensor | None],
-    y: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gru_sequence` by the kernels, without autograd.
-
-    Args:
-        x: as in `gru_sequence`.
-        hidden: as there.
-        is_init: what `as_bytes` makes of it.
-        weights: ``w_ih, w_hh`` and, if it has them, ``b_ih, b_hh``.
-        y: contiguous memory for the result ``[N, T, H]``, or None for fresh memory.
+def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gru_sequence` by the kernels, without autograd, into contiguous ``y`` if it is given; ``is_init`` as `as_bytes` makes it.
 
     Returns:
         ``h`` ``[N, T, H]``, and what `backward_in_place` needs, ``[N, T, ...]``.
@@ -194,7 +180,7 @@ def forward_saving(
     units = w_hh.shape[1]
     if y is not None:
         require_plain("y", y, (*x.shape[:2], units), w_hh)
-    _require_bytes(is_init)
+    _require_bytes(is_init, x)
     saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(x.shape[-1], units)))
     return _forward(x, hidden, is_init, pack_weights(*weights), units, saved, y), saved
 
@@ -202,13 +188,8 @@ def forward_saving(
 def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
     """Back-propagation through time: turns what forward saved into the gradients of the gates' pre-activations.
 
-    Args:
-        dy: gradient by what forward gave, ``[N, T, H]``.
-        is_init: what `as_bytes` makes of it.
-        inputs: input_size.
-        w_hh: as in `gru_sequence`.
-        gradients: what forward saved; overwritten with ``(dr, dz, dhn, dn, h, x, 1, 0, ...)`` ``[N, T, ...]``.
-        d_hidden: contiguous zeros ``[N, T, H]`` for the gradient by the memory, or None.
+    ``dy`` is the gradient by ``h``; ``gradients``, what forward saved, becomes ``(dr, dz, dhn, dn, h, x, 1, 0, ...)``
+    ``[N, T, ...]``; ``d_hidden``, contiguous zeros ``[N, T, H]``, the gradient by the memory, or None where nobody asks for it.
     """
     library = kernels.load(w_hh.dtype)
     rows, steps, units = dy.shape
@@ -216,9 +197,7 @@ def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> No
     require_plain("gradients", gradients, (rows, steps, library.saved_size(inputs, units)), w_hh)
     if d_hidden is not None:
         require_plain("d_hidden", d_hidden, dy.shape, w_hh)
-    if is_init is not None and is_init.shape != dy.shape[:2]:
-        raise ValueError(f"is_init has shape {tuple(is_init.shape)}; it must be {tuple(dy.shape[:2])}.")
-    _require_bytes(is_init)
+    _require_bytes(is_init, dy)
     dy, packed = unit_stride(dy), None
     if steps > 1 or d_hidden is not None:  # else nothing goes back through the weights
         w_hh, packed = w_hh.detach().contiguous(), dy.new_empty(library.backward_size(units))
@@ -285,9 +264,11 @@ def as_bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
     return is_init.bool().contiguous() if is_init[:, 1:].any() else None
 
 
-def _require_bytes(is_init: torch.Tensor | None) -> None:
-    if is_init is not None and not (is_init.dtype == torch.bool and is_init.is_contiguous()):
-        raise ValueError("is_init must be contiguous and bool here: what as_bytes(is_init) gives.")
+def _require_bytes(is_init: torch.Tensor | None, x: torch.Tensor) -> None:
+    if is_init is not None and not (
+        is_init.dtype == torch.bool and is_init.shape == x.shape[:2] and is_init.is_contiguous()
+    ):
+        raise ValueError(f"is_init must be contiguous bool {tuple(x.shape[:2])} here: what as_bytes(is_init) gives.")
 
 
 def _strided(tensor: torch.Tensor | None) -> tuple:

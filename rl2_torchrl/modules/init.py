@@ -1,4 +1,4 @@
-"""`orthogonal_init_`: an initialisation with which a GRU remembers over long trials from the start."""
+"""`orthogonal_init_`: an initialisation with which a GRU or LSTM remembers over long trials from the start."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ Module = TypeVar("Module", bound=nn.Module)
 def orthogonal_init_(
     module: Module, *, memory_steps: int | None = None, input_gain: float = 1.0, gate_gain: float = 1.0
 ) -> Module:
-    """Draws the weights of every GRU in ``module`` anew, the recurrent ones orthogonal, and returns it.
+    """Draws the weights of every GRU and LSTM in ``module`` anew, the recurrent ones orthogonal, and returns it.
 
     Each gate's recurrent matrix is orthogonal (Saxe et al. 2014), its input matrix is Xavier's (Glorot & Bengio 2010), biases
     are 0. `torch.nn.GRU` draws all from U(-1/sqrt(H), 1/sqrt(H)), with which a state fades within a few steps: on long trials the
     agent then learns more slowly at first. Other layers stay as they are.
 
     Args:
-        module: an actor, a critic, or any module with a `torch.nn.GRU` in it.
+        module: an actor, a critic, or any module with a `torch.nn.GRU` or `torch.nn.LSTM` in it.
         memory_steps: steps over which the slowest units shall remember at first, such as a trial's. The bias of a unit's update
-            gate is then log(u) with u from U(1, memory_steps), so that it forgets over about u steps ("chrono"
-            initialisation, Tallec & Ollivier 2018, section 2). None leaves it 0: all units forget half with every step.
+            gate (an LSTM's forget gate, and with opposite sign its input gate) is then log(u) with u from U(1, memory_steps), so
+            that it forgets over about u steps ("chrono" initialisation, Tallec & Ollivier 2018, section 2). None leaves it 0: all
+            units forget half with every step.
         input_gain: factor on the input matrices, as ``gain`` in `torch.nn.init`. Above 1 the gates answer to their inputs less
             linearly: units that respond to one state and action together are there from the start.
-        gate_gain: a further factor on the update gate's input matrix. Well above 1 a unit writes at some inputs and keeps its
-            state at others from the start, so that there are memories of single states and actions to build on.
+        gate_gain: a further factor on the input matrix of the update gate (an LSTM's input and forget gates). Well above 1 a unit
+            writes at some inputs and keeps its state at others from the start, so that there are memories of single states and
+            actions to build on.
 
     Raises:
-        ValueError: there is no GRU in ``module``, or ``memory_steps`` is below 1 or there are no biases.
+        ValueError: there is no GRU or LSTM in ``module``, or ``memory_steps`` is below 1 or there are no biases.
 
     Examples:
         >>> import torch
@@ -42,33 +44,34 @@ def orthogonal_init_(
         >>> torch.allclose(reset_gate @ reset_gate.T, torch.eye(8), atol=1e-5)
         True
     """
-    grus = [part for part in module.modules() if isinstance(part, nn.GRU)]
-    if not grus:
-        raise ValueError(f"there is no torch.nn.GRU in this {type(module).__name__}, so nothing would be drawn anew.")
+    networks = [part for part in module.modules() if isinstance(part, nn.GRU | nn.LSTM)]
+    if not networks:
+        raise ValueError(f"there is no torch.nn.GRU or torch.nn.LSTM in this {type(module).__name__} to be drawn anew.")
     if memory_steps is not None and memory_steps < 1:
         raise ValueError(f"memory_steps={memory_steps} must be at least 1: a number of steps, such as a trial's.")
-    for gru in grus:
-        for name, parameter in gru.named_parameters():
+    for network in networks:
+        gate_gains = (1, gate_gain, 1) if isinstance(network, nn.GRU) else (gate_gain, gate_gain, 1, 1)
+        for name, parameter in network.named_parameters():
             if name.startswith("bias"):
                 nn.init.zeros_(parameter)
                 continue
-            gains = (input_gain, input_gain * gate_gain, input_gain)
-            for gate, gain in zip(parameter.detach().chunk(3), gains, strict=True):
+            for gate, gain in zip(parameter.detach().chunk(len(gate_gains)), gate_gains, strict=True):
                 if name.startswith("weight_hh"):
                     nn.init.orthogonal_(gate)
                 else:
-                    nn.init.xavier_uniform_(gate, gain=gain)
+                    nn.init.xavier_uniform_(gate, gain=input_gain * gain)
         if memory_steps is not None:
-            _remember(gru, memory_steps)
+            _remember(network, memory_steps)
     return module
 
 
-def _remember(gru: nn.GRU, steps: int) -> None:
+def _remember(network: nn.GRU | nn.LSTM, steps: int) -> None:
     """Lets each unit forget over a time of its own, up to ``steps`` steps."""
-    if not gru.bias:
-        raise ValueError(
-            "memory_steps is a matter of the update gates' biases, and this torch.nn.GRU has none (bias=False)."
-        )
-    for layer in range(gru.num_layers):
-        _, update_gate, _ = getattr(gru, f"bias_ih_l{layer}").detach().chunk(3)
-        nn.init.uniform_(update_gate, 1.0, float(steps)).log_()
+    if not network.bias:
+        raise ValueError("memory_steps is a matter of the gates' biases, and this network has none (bias=False).")
+    is_gru = isinstance(network, nn.GRU)
+    for layer in range(network.num_layers):
+        write, keep, *_ = getattr(network, f"bias_ih_l{layer}").detach().chunk(3 if is_gru else 4)
+        nn.init.uniform_(keep, 1.0, float(steps)).log_()
+        if not is_gru:
+            write.copy_(-keep)

@@ -12,12 +12,10 @@ __all__ = ["require_plain", "require_tensor", "unit_stride"]
 def require_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int], like: torch.Tensor) -> None:
     """Raises unless ``tensor`` has ``shape`` and the device and dtype of ``like``.
 
-    Raises:
-        ValueError: it has another shape, lies on another device or has no memory (device "meta").
-        TypeError: it has another dtype.
-
     Examples:
-        >>> require_tensor("bias", torch.zeros(3), (3,), like=torch.zeros(2))
+        >>> require_tensor("bias", torch.zeros(3), (4,), like=torch.zeros(2))
+        Traceback (most recent call last):
+        ValueError: bias has shape (3,); it must be (4,).
     """
     if tensor.shape != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}.")
@@ -28,24 +26,13 @@ def require_tensor(name: str, tensor: torch.Tensor, shape: Sequence[int], like: 
 
 
 def require_plain(name: str, tensor: torch.Tensor, shape: Sequence[int], like: torch.Tensor) -> None:
-    """As `require_tensor`, for memory that a kernel writes to: ``tensor`` must be contiguous too.
-
-    Examples:
-        >>> require_plain("out", torch.zeros(3, 2).t(), (2, 3), like=torch.zeros(2))
-        Traceback (most recent call last):
-        ValueError: out has strides (1, 2): what a kernel writes to must be contiguous.
-    """
+    """As `require_tensor`, for what a kernel writes to or reads as it lies: it must be contiguous too."""
     require_tensor(name, tensor, shape, like)
     if not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()}: what a kernel writes to must be contiguous.")
+        raise ValueError(f"{name} has strides {tensor.stride()}; here it must be contiguous.")
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` detached, with its last dimension contiguous.
-
-    Examples:
-        >>> unit_stride(torch.zeros(3, 4)[:, ::2]).stride()
-        (2, 1)
-    """
+    """``tensor`` detached, with its last dimension contiguous."""
     tensor = tensor.detach()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

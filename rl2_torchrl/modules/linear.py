@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 
 from rl2_torchrl import kernels
+from rl2_torchrl.modules.kernel_tensors import require_plain, require_tensor
 
-__all__ = ["MOST_OUTPUTS", "relu_linear", "relu_linear_gradients"]
+__all__ = ["MOST_OUTPUTS", "relu_linear", "relu_linear_gradients", "relu_linear_step"]
 
 #: More outputs than this are a matrix library's own field.
 MOST_OUTPUTS = 64
@@ -34,6 +38,31 @@ def relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _ReLULinear.apply(x, weight, bias)
     return _forward(x.detach(), weight.detach(), bias)
+
+
+def relu_linear_step(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`relu_linear` of a layer without gradient, for rollouts: all that is the same in every step is looked at once, here.
+
+    Examples:
+        >>> relu_linear_step(nn.Linear(3, 2))(torch.zeros(4, 3)).shape
+        torch.Size([4, 2])
+    """
+    weight, bias = linear.weight.detach().contiguous(), None if linear.bias is None else linear.bias.detach().contiguous()
+    if not kernels.covers(weight, bias) or len(weight) > MOST_OUTPUTS:
+        return lambda x: relu_linear(x, weight, bias)
+    outputs, inputs = weight.shape
+    forward, addresses = kernels.load(weight.dtype).linear_forward, (weight.data_ptr(), kernels.address(bias))
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 2 or x.shape[1] != inputs or x.dtype != weight.dtype or not x.is_contiguous() or x.requires_grad:
+            return relu_linear(x, weight, bias)
+        rows = len(x)
+        y = x.new_empty(rows, outputs)
+        threads = kernels.threads_for(rows * inputs * outputs)
+        forward(rows, inputs, outputs, x.data_ptr(), *addresses, y.data_ptr(), threads)
+        return y
+
+    return step
 
 
 def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -73,8 +102,14 @@ class _ReLULinear(torch.autograd.Function):
 
 def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:
     """Writes the gradients of `relu_linear` into ``dx`` (None: it is not needed), ``d_weight`` and ``d_bias``, by the kernels."""
-    dy = dy.contiguous()
-    (outputs, inputs), rows = weight.shape, dy.numel() // dy.shape[-1]
+    (outputs, inputs), dy = weight.shape, dy.contiguous()
+    rows = dy.numel() // outputs
+    require_tensor("dy", dy, (*x.shape[:-1], outputs), x)
+    require_plain("x", x, (*x.shape[:-1], inputs), x)
+    require_plain("weight", weight, weight.shape, x)
+    for name, out, shape in (("dx", dx, x.shape), ("d_weight", d_weight, weight.shape), ("d_bias", d_bias, (outputs,))):
+        if out is not None:
+            require_plain(name, out, shape, x)
     kernels.load(x.dtype).linear_backward(
         *(rows, inputs, outputs, x.data_ptr(), weight.data_ptr(), dy.data_ptr(), kernels.address(dx)),
         *(d_weight.data_ptr(), d_bias.data_ptr(), kernels.threads_for(2 * rows * inputs * outputs)),

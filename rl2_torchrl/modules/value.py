@@ -10,32 +10,18 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor, input_size
-from rl2_torchrl.modules.body import Head, OnMemory, as_keys, gru_body
+from rl2_torchrl.modules.heads import Head, SkipHead
+from rl2_torchrl.modules.recurrent import RecurrentActor, RecurrentCritic, as_keys, entry_shapes
 
 __all__ = ["GRUValueHead", "MemoryValueHead"]
 
 
-class GRUValueHead(TensorDictSequential):
+class GRUValueHead(RecurrentCritic):
     """Value function with a GRU of its own: ``v_t = W relu(GRU(trans_t, h_{t-1})) + b``.
 
     Reads ``in_key`` and ``extra_keys``, ``hidden_key`` ``[*B, num_layers, hidden_size]`` and ``"is_init"`` ``[*B, 1]``;
-    writes ``value_key`` ``[*B, 1]``, ``features_key`` and ``("next", hidden_key)``.
-
-    Args:
-        input_size: summed size of all inputs.
-        hidden_size: GRU units. Default 64.
-        num_layers: GRU layers. Default 1.
-        activation: module class between GRU and linear layer. Default `torch.nn.ReLU`.
-        init_range: the last layer is drawn from U(-init_range, init_range). Default 3e-3.
-        in_key: transition input. Default ``"trans"``.
-        extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each
-            ``[*B, n]``. They are concatenated to the GRU's input.
-        value_key: Default ``"state_value"``.
-        hidden_key: Default ``"critic_hidden"``.
-        features_key: Default ``"critic_features"``.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+    writes ``value_key`` ``[*B, 1]``, ``features_key`` and ``("next", hidden_key)``. Arguments are those of `RecurrentCritic`,
+    whose default core is a GRU.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -44,42 +30,6 @@ class GRUValueHead(TensorDictSequential):
         >>> value(td.set("is_init", torch.ones(4, 1, dtype=torch.bool)))["state_value"].shape
         torch.Size([4, 1])
     """
-
-    def __init__(
-        self,
-        input_size: int,
-        *,
-        hidden_size: int = 64,
-        num_layers: int = 1,
-        activation: Callable[[], nn.Module] = nn.ReLU,
-        init_range: float = 3e-3,
-        in_key: NestedKey = "trans",
-        extra_keys: Sequence[NestedKey] = (),
-        value_key: NestedKey = "state_value",
-        hidden_key: NestedKey = "critic_hidden",
-        features_key: NestedKey = "critic_features",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        factory = {"device": device, "dtype": dtype}
-        keys = {"hidden_key": hidden_key, "features_key": features_key}
-        body = gru_body(
-            [in_key, *as_keys(extra_keys)], input_size, hidden_size, num_layers=num_layers, **keys, **factory
-        )
-        head = Head(hidden_size, 1, init_range=init_range, activation=activation, **factory)
-        super().__init__(*body, TensorDictModule(head, [features_key], [value_key]))
-        self.hidden_key, self.value_key = hidden_key, value_key
-
-    @classmethod
-    def from_env(cls, env: EnvBase, **kwargs) -> GRUValueHead:
-        """A value head of the input sizes and device of ``env``; further keywords as in the constructor.
-
-        Raises:
-            KeyError: the env lacks the transition input or one of ``extra_keys``.
-        """
-        kwargs.setdefault("device", env.device)
-        in_keys = [kwargs.get("in_key", "trans"), *as_keys(kwargs.get("extra_keys", ()))]
-        return cls(input_size(env, in_keys), **kwargs)
 
 
 class MemoryValueHead(TensorDictSequential):
@@ -108,6 +58,7 @@ class MemoryValueHead(TensorDictSequential):
 
     Examples:
         >>> from tensordict import TensorDict
+        >>> from rl2_torchrl.modules import GRUCategoricalActor
         >>> actor = GRUCategoricalActor(input_size=5, num_actions=3, hidden_size=8)
         >>> value = MemoryValueHead(features_size=8, detach=True)
         >>> td = TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
@@ -130,22 +81,20 @@ class MemoryValueHead(TensorDictSequential):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
-        head = Head(
-            features_size + extra_size,
-            1,
-            init_range=init_range,
-            activation=activation,
-            num_cells=num_cells,
-            skip_size=extra_size,
-            device=device,
-            dtype=dtype,
-        )
+        layers = {
+            "num_cells": num_cells,
+            "activation": activation,
+            "init_range": init_range,
+            "device": device,
+            "dtype": dtype,
+        }
+        head = Head(features_size + extra_size, 1, skip_size=extra_size, **layers)
         in_keys = [features_key, *as_keys(extra_keys)]
-        super().__init__(TensorDictModule(OnMemory(head, detach), in_keys, [value_key]))
+        super().__init__(TensorDictModule(SkipHead(head, detach), in_keys, [value_key]))
         self.detach, self.value_key = detach, value_key
 
     @classmethod
-    def from_env(cls, env: EnvBase, actor: GRUCategoricalActor | GRUGaussianActor, **kwargs) -> MemoryValueHead:
+    def from_env(cls, env: EnvBase, actor: RecurrentActor, **kwargs) -> MemoryValueHead:
         """A value head on ``actor``'s memory, with the device and extra inputs of ``env``.
 
         Raises:
@@ -154,9 +103,10 @@ class MemoryValueHead(TensorDictSequential):
         """
         if not hasattr(actor, "hidden_size"):
             raise TypeError(
-                f"from_env knows the features of a GRUCategoricalActor or GRUGaussianActor, not of {type(actor).__name__}: "
+                f"from_env knows the features of a RecurrentActor such as GRUCategoricalActor, not of {type(actor).__name__}: "
                 "say them, MemoryValueHead(features_size=..., features_key=..., detach=...)."
             )
         kwargs.setdefault("device", env.device)
-        extra_size = input_size(env, as_keys(kwargs.get("extra_keys", ())))
+        shapes = entry_shapes(env, as_keys(kwargs.get("extra_keys", ())))
+        extra_size = sum(shape[-1] for shape in shapes.values())
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.modules import set_recurrent_mode
@@ -58,7 +58,7 @@ class TrialAdvantage(nn.Module):
     ):
         super().__init__()
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
-            if not 0 <= value <= 1:
+            if not 0 <= value <= 1:  # NaN is no such number either
                 raise ValueError(f"{name}={value} must lie in [0, 1]: beyond 1 sums over a trial grow without bound.")
         if value_target not in ("return", "gae"):
             raise ValueError(
@@ -70,6 +70,13 @@ class TrialAdvantage(nn.Module):
         # Kept out of the module tree: its parameters belong to the loss.
         self.__dict__["critic"] = critic
 
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries that are read from a collected batch: with a critic, also those that it reads beyond the batch's last step."""
+        ends = [("next", key) for key in ("reward", "done", "terminated")]
+        beyond = [] if self.critic is None else [_next(key) for key in self.critic.in_keys if key != "is_init"]
+        return [self.value_key, *ends, *beyond]
+
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes ``"advantage"`` and ``"value_target"`` into ``tensordict`` ``[*B, T]`` and returns it."""
@@ -79,7 +86,7 @@ class TrialAdvantage(nn.Module):
                 "ActorCritic(actor, critic) as the policy."
             )
         value = tensordict[self.value_key]
-        reward = tensordict["next", "reward"].to(value.dtype)
+        reward = self.rewards(tensordict).to(value.dtype)
         require_finite(reward, "reward")
         require_finite(value, self.value_key)
         done = tensordict["next", "done"]
@@ -99,6 +106,10 @@ class TrialAdvantage(nn.Module):
             if tensordict.get(key, None) is not entry:
                 tensordict.set(key, entry)
         return tensordict
+
+    def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
+        """What the advantages are of, ``[*B, T, 1]``: the collected rewards. A subclass may have others."""
+        return tensordict["next", "reward"]
 
     def _temporal_differences(self, tensordict: TensorDictBase, value, reward, out: torch.Tensor) -> None:
         """Writes ``r_t + gamma v_{t+1} - v_t`` into ``out`` ``[*B, T, 1]``, where v is 0 beyond a trial's end."""
@@ -126,6 +137,10 @@ class TrialAdvantage(nn.Module):
         successors["is_init"] = torch.zeros(*successors.batch_size, 1, dtype=torch.bool, device=rows.device)
         with set_recurrent_mode(False):
             return self.critic(successors)[self.value_key].reshape(-1)
+
+
+def _next(key: NestedKey) -> NestedKey:
+    return ("next", key) if isinstance(key, str) else ("next", *key)
 
 
 def _entry(tensordict: TensorDictBase, key: str, like: torch.Tensor) -> torch.Tensor:

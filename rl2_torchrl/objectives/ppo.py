@@ -1,16 +1,19 @@
-"""`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients."""
+"""`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients, and with further terms."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
+from torch import nn
 from torch.compiler import is_compiling
-from torch.nn.functional import mse_loss
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.modules.plain import Family, NotPlainError, family_of, flat_modules, run_sequences
-from rl2_torchrl.objectives.clipped import clipped_objective
+from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
+from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError
 
 __all__ = ["RL2PPOLoss"]
 
@@ -23,11 +26,13 @@ class RL2PPOLoss(ClipPPOLoss):
     at its first step, and the GRU starts anew, from the state stored there, wherever ``"is_init"`` says so.
 
     Entries written: ``loss_objective``, ``loss_critic`` (the coefficient included), ``loss_entropy`` when there is a
-    bonus, and `ClipPPOLoss`'s diagnostics.
+    bonus, `ClipPPOLoss`'s diagnostics, and what ``terms`` give.
 
     Args:
         actor_network: policy, e.g. `GRUGaussianActor`.
         critic_network: value function, e.g. `GRUValueHead`.
+        terms: further loss terms, e.g. `TaskBelief`: modules with ``in_keys``, which map those entries to named losses and
+            diagnostics (`rl2_torchrl.objectives.terms` says how to write one). Their parameters are the loss's.
         clip_epsilon: clipping of the ratio. Default 0.3, the original's.
         critic_coeff: weight of the value loss. Default 0.5.
         loss_critic_type: distance of value and return. Default ``"l2"``, the plain squared error.
@@ -39,9 +44,10 @@ class RL2PPOLoss(ClipPPOLoss):
         **kwargs: passed on to `ClipPPOLoss`: ``clip_value``, ``normalize_advantage``, ``reduction``, …
 
     Raises:
-        ValueError: ``clip_epsilon`` lies outside (0, 1], ``critic_coeff`` is negative, or the advantage is not ``[*B, T, 1]``.
-        TypeError: the actor has no distribution.
-        KeyError: the data holds no advantage.
+        ValueError: ``clip_epsilon`` lies outside (0, 1], a coefficient is negative or no number, the data are single steps
+            though the actor has a memory, or the advantage is not ``[*B, T, 1]``.
+        TypeError: the actor has no distribution, or one of ``terms`` is no term.
+        KeyError: the data hold no advantage, and the networks cannot be asked for it.
 
     Examples:
         >>> from rl2_torchrl.modules import GRUCategoricalActor, GRUValueHead
@@ -52,35 +58,27 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def __init__(
         self,
-        actor_network: ProbabilisticTensorDictSequential,
+        actor_network: ProbabilisticTensorDictSequential | None = None,
         critic_network: TensorDictModuleBase | None = None,
         *,
+        terms: Sequence[nn.Module] = (),
         clip_epsilon: float | tuple[float, float] = 0.3,
         critic_coeff: float | None = 0.5,
         loss_critic_type: str = "l2",
         entropy_bonus: bool = False,
-        entropy_coeff: float | None = None,
+        entropy_coeff: float | Mapping[NestedKey, float] | None = None,
         log_explained_variance: bool = False,
         functional: bool = False,
         **kwargs,
     ):
-        epsilons = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon,)
-        if min(epsilons) <= 0 or epsilons[0] > 1:
-            raise ValueError(
-                f"clip_epsilon={clip_epsilon}: at 0 or below no policy change is allowed at all, and 1 - clip_epsilon, the "
-                "lowest ratio, cannot be negative. Usual are 0.1 to 0.3."
-            )
+        # ClipPPOLoss's other names for the two.
+        actor_network, critic_network = kwargs.pop("actor", actor_network), kwargs.pop("critic", critic_network)
+        _check_numbers(clip_epsilon, critic_coeff, entropy_coeff)
         if not hasattr(actor_network, "get_dist"):
             raise TypeError(
                 f"RL2PPOLoss(actor, critic): {type(actor_network).__name__} has no action distribution. The actor comes "
                 "first, and it is a ProbabilisticActor such as GRUGaussianActor."
             )
-        if critic_coeff is not None and critic_coeff < 0:
-            raise ValueError(
-                f"critic_coeff={critic_coeff}: a negative weight would drive the values away from the returns."
-            )
-        if entropy_coeff is not None and not isinstance(entropy_coeff, dict) and entropy_coeff < 0:
-            raise ValueError(f"entropy_coeff={entropy_coeff}: a negative weight would make the policy stop exploring.")
         super().__init__(
             actor_network,
             critic_network,
@@ -93,57 +91,105 @@ class RL2PPOLoss(ClipPPOLoss):
             functional=functional or kwargs.get("delay_actor", False),
             **kwargs,
         )
-        self._set_clip_precision(clip_epsilon)
-        #: Whether nothing but this class's own options is asked for: anything else is left to ClipPPOLoss.
-        self.is_plain = (
-            not (self.functional or kwargs or log_explained_variance)
-            and loss_critic_type == "l2"
-            and self._entropy_coeff_map is None
-        )
+        self.terms = nn.ModuleList(_checked_terms(terms))
+        self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
+        self._is_recurrent = bool(hidden_keys(actor_network))
+        self._beyond = self._options_beyond(kwargs)
 
+    def _options_beyond(self, kwargs: dict) -> str | None:
+        options = {
+            **kwargs,
+            "functional": self.functional,
+            "log_explained_variance": self.log_explained_variance,
+            "loss_critic_type": self.loss_critic_type != "l2",
+            "entropy_coeff for several heads": self._entropy_coeff_map is not None,
+        }
+        asked = [name for name, value in options.items() if value not in (False, None)]
+        return f"the options {asked} are ClipPPOLoss's" if asked else None
+
+    # ------------------------------------------------------------- the parts
+    def why_not_parts(self) -> str | None:
+        """Why `ClipPPOLoss`'s own forward computes this loss, in words; None where parts and terms do."""
+        return self._beyond or why_no_parts(self.actor_network)
+
+    def network_parts(self) -> list[Part]:
+        """The parts of actor and critic, in order."""
+        reads_entropy = any(ENTROPY in term.in_keys for term in self.loss_terms())
+        parts = actor_parts(self.actor_network, self.tensor_keys.action, entropy=reads_entropy)
+        return [*parts, *parts_of(self.critic_network)] if self._runs_critic() else parts
+
+    def _runs_critic(self) -> bool:
+        if self.critic_network is None:
+            return False
+        written = set(self.critic_network.out_keys)
+        return self.has_critic or any(written.intersection(term.in_keys) for term in self.terms)
+
+    def loss_terms(self) -> list[nn.Module]:
+        """PPO's terms with the coefficients as they are now, then the further ones."""
+        keys = self.tensor_keys
+        terms: list[nn.Module] = [ClippedObjective(*self.clip_bounds, keys.sample_log_prob, keys.advantage)]
+        if self.entropy_bonus:
+            terms.append(EntropyBonus(float(self.entropy_coeff)))
+        if self.has_critic:
+            terms.append(SquaredError(float(self.critic_coeff), keys.value, keys.value_target))
+        return [*terms, *self.terms]
+
+    # --------------------------------------------------------------- forward
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
+        self._check_data(tensordict)
+        has_advantage = tensordict.get(self.tensor_keys.advantage, None) is not None
+        if not has_advantage or tensordict.ndim != 2 or is_compiling() or self.why_not_parts() is not None:
+            losses = super().forward(tensordict)
+            return losses.update(self._losses(tensordict, self.terms)) if self.terms else losses
+        return TensorDict(self._losses(tensordict, self.loss_terms()))
+
+    def _losses(self, tensordict: TensorDictBase, terms: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+        data = tensordict if tensordict.ndim == 2 else tensordict.flatten(0, tensordict.ndim - 2)
+        parts, state = self.network_parts(), {}
+        for part in parts:
+            _read(data, part.in_keys, state)
+            part.run(state)
+        out: dict[str, torch.Tensor] = {}
+        for term in terms:
+            _read(data, term.in_keys, state)
+            missing = [key for key in term.in_keys if key not in state]
+            if missing:
+                raise KeyError(f"{missing}, which {type(term).__name__} reads, is missing in the data {data}.")
+            out.update(term(*[state[key] for key in term.in_keys]))
+        return out
+
+    def _check_data(self, tensordict: TensorDictBase) -> None:
+        if self._is_recurrent and tensordict.ndim < 2:
+            raise ValueError(
+                f"the data are single steps {list(tensordict.shape)}, but the actor has a memory: it is trained on sequences "
+                "[*B, T], in the order in which they were played. A replay buffer of shuffled steps loses that order: fill it "
+                "with rows, buffer.extend(batch) with a batch [B, T], as PPOUpdate does."
+            )
         key = self.tensor_keys.advantage
         advantage = tensordict.get(key, None)
-        if advantage is None and self._value_estimator is None:
+        if advantage is None and self._is_recurrent and self._value_estimator is None:
             raise KeyError(
                 f"no {key!r} in the data: call TrialAdvantage(...)(batch) before the loss, on the whole batch [B, T] (a GRU "
                 "critic cannot be asked for it step by step)."
             )
-        if advantage is not None and advantage.shape != (*tensordict.shape, 1):
+        if self._is_recurrent and advantage is not None and advantage.shape != (*tensordict.shape, 1):
             raise ValueError(
                 f"{key!r} has shape {tuple(advantage.shape)} in data of shape {tuple(tensordict.shape)}: it must be "
                 "[*B, T, 1], as TrialAdvantage writes it; mind the last dimension."
             )
-        if self.is_plain and advantage is not None and tensordict.ndim == 2 and not is_compiling():
-            try:
-                networks = [flat_modules(n) for n in (self.actor_network, self.critic_network) if n is not None]
-                return self._plain_losses(tensordict, advantage, networks, *family_of(networks[0]))
-            except NotPlainError:
-                pass
-        return super().forward(tensordict)
 
-    def _plain_losses(self, data, advantage, networks, sample, family: Family) -> TensorDictBase:
-        """What `ClipPPOLoss` gives for these options, without its TensorDicts."""
-        keys, state = self.tensor_keys, {}
-        read = [keys.action, keys.sample_log_prob, *([keys.value_target] if self.has_critic else [])]
-        if any(data.get(key, None) is None for key in read):
-            raise NotPlainError(f"one of {read} is missing; ClipPPOLoss says which")
-        for modules in networks:
-            run_sequences(modules, data, state)
-        parameters = [state[key] for key in sample.in_keys]
-        log_prob, entropy = family.log_prob_and_entropy(data.get(keys.action), *parameters)
-        inputs = (log_prob, data.get(keys.sample_log_prob), advantage.squeeze(-1))
-        out = clipped_objective(*inputs, *self.clip_bounds)._asdict()
-        out["loss_objective"] = out.pop("loss")
-        if self.entropy_bonus:
-            entropy = entropy.mean()
-            out |= {"entropy": entropy.detach(), "loss_entropy": -self.entropy_coeff * entropy}
-        if self.has_critic:
-            out["loss_critic"] = self.critic_coeff * mse_loss(state[keys.value], data.get(keys.value_target))
-        return TensorDict(out)
+    def _set_in_keys(self) -> None:
+        # For calls by keyword; ClipPPOLoss lists what its value estimator reads, and not what an advantage is in.
+        super()._set_in_keys()
+        keys = self.tensor_keys
+        own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
+        written = {*self.actor_network.out_keys, *(self.critic_network.out_keys if self.critic_network else ())}
+        own += [key for term in self.terms for key in term.in_keys if key not in written and key[0] != "policy"]
+        self._in_keys = list(dict.fromkeys([*self._in_keys, *own]))
 
+    # --------------------------------------------------------------- numbers
     @property
     def has_critic(self) -> bool:
         """Whether there is a value loss."""
@@ -155,11 +201,44 @@ class RL2PPOLoss(ClipPPOLoss):
         low, high = map(float, self._clip_bounds)
         return low, high
 
-    def _set_clip_precision(self, clip_epsilon: float | tuple[float, float]) -> None:
-        # ClipPPOLoss stores the threshold as float32, which in float64 networks moves the clip by 1e-8.
-        dtype = next(self.parameters()).dtype
-        if self._asymmetric_clip:
-            self.clip_epsilon_low = torch.as_tensor(clip_epsilon[0], dtype=dtype, device=self.clip_epsilon_low.device)
-            self.clip_epsilon_high = torch.as_tensor(clip_epsilon[1], dtype=dtype, device=self.clip_epsilon_high.device)
-        else:
-            self.clip_epsilon = torch.as_tensor(clip_epsilon, dtype=dtype, device=self.clip_epsilon.device)
+    def _set_precision(self, clip_epsilon, critic_coeff, entropy_coeff) -> None:
+        # ClipPPOLoss stores these as float32, which in float64 networks moves the clip by 1e-8.
+        dtype = next((p.dtype for p in self.parameters()), torch.float32)
+        low, high = clip_epsilon if self._asymmetric_clip else (clip_epsilon, clip_epsilon)
+        exact = {"clip_epsilon": low, "clip_epsilon_low": low, "clip_epsilon_high": high, "critic_coeff": critic_coeff}
+        exact["entropy_coeff"] = 0.01 if entropy_coeff is None else entropy_coeff
+        for name, value in exact.items():
+            if isinstance(self._buffers.get(name), torch.Tensor) and not isinstance(value, Mapping):
+                self._buffers[name] = torch.as_tensor(value, dtype=dtype, device=self._buffers[name].device)
+
+
+def _read(data: TensorDictBase, keys: Sequence[NestedKey], state: State) -> None:
+    for key in keys:
+        if key not in state and (value := data.get(key, None)) is not None:
+            state[key] = value
+
+
+def _checked_terms(terms: Sequence[nn.Module]) -> list[nn.Module]:
+    for term in terms:
+        if not isinstance(term, nn.Module) or isinstance(getattr(term, "in_keys", ""), str):
+            raise TypeError(
+                f"{type(term).__name__} is no loss term: an nn.Module with in_keys, a list of the entries that its forward takes, "
+                "which returns a dictionary such as {'loss_belief': ...} (rl2_torchrl.objectives.terms)."
+            )
+    return list(terms)
+
+
+def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff) -> None:
+    epsilons = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon,)
+    if not (min(epsilons) > 0 and epsilons[0] <= 1 and epsilons[-1] > 0):
+        raise ValueError(
+            f"clip_epsilon={clip_epsilon}: at 0 or below no policy change is allowed at all, and 1 - clip_epsilon, the "
+            "lowest ratio, cannot be negative. Usual are 0.1 to 0.3."
+        )
+    if critic_coeff is not None and not critic_coeff >= 0:
+        raise ValueError(
+            f"critic_coeff={critic_coeff}: a negative weight would drive the values away from the returns."
+        )
+    coefficients = entropy_coeff.values() if isinstance(entropy_coeff, Mapping) else [entropy_coeff]
+    if any(coefficient is not None and not coefficient >= 0 for coefficient in coefficients):
+        raise ValueError(f"entropy_coeff={entropy_coeff}: a negative weight would make the policy stop exploring.")

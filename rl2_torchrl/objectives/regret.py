@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 
 from rl2_torchrl.baselines.planning import value_iteration
 from rl2_torchrl.envs import TabularMDP, unpack_mdps
@@ -21,11 +21,11 @@ class RegretAdvantage(TrialAdvantage):
     so that an advantage can look over many steps. The critic then learns minus the regret to come. As a critic that reads
     the task, it is of use in training alone: the agent sees rewards and nothing of this.
 
-    Reads ``"action"`` ``[B, T]`` and what ``action_values`` reads, beside what `TrialAdvantage` reads: they must be kept
-    (``TrialCollector(keep=[*update.in_keys, "task"])``).
+    Reads ``"action"`` ``[B, T]`` and what ``action_values`` reads, beside what `TrialAdvantage` reads.
 
     Args:
-        action_values: the values of all actions ``[B, T, num_actions]`` for a batch ``[B, T]``: `bandit_values`, `MDPValues`.
+        action_values: the values of all actions ``[B, T, num_actions]`` for a batch ``[B, T]``: `bandit_values`, `MDPValues`. Its
+            ``in_keys`` say what it reads; without them that is ``"task"``.
         **kwargs: as for `TrialAdvantage`.
 
     Examples:
@@ -42,15 +42,15 @@ class RegretAdvantage(TrialAdvantage):
         super().__init__(**kwargs)
         self.action_values = action_values
 
-    @torch.no_grad()
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """As `TrialAdvantage`'s; the reward in ``tensordict`` ``[B, T]`` is the env's again afterwards."""
-        reward = tensordict["next", "reward"]
-        tensordict.set(("next", "reward"), -self.regrets(tensordict))
-        try:
-            return super().forward(tensordict)
-        finally:
-            tensordict.set(("next", "reward"), reward)
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """As `TrialAdvantage`'s, with what the regrets are made of."""
+        of_values = getattr(self.action_values, "in_keys", ["task"])
+        return list(dict.fromkeys([*super().in_keys, "action", *of_values]))
+
+    def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
+        """Minus the regrets, ``[B, T, 1]``."""
+        return -self.regrets(tensordict)
 
     def regrets(self, tensordict: TensorDictBase) -> torch.Tensor:
         """``[B, T, 1]``, at least 0."""
@@ -90,6 +90,8 @@ class MDPValues:
         tensor([[2., 3.],
                 [1., 0.]])
     """
+
+    in_keys = ("task", "observation")
 
     def __init__(self, mdps: TabularMDP):
         self.num_states, self.num_actions, self.episode_steps = (

@@ -1,8 +1,8 @@
 """`Rollout`: the one loop over steps, for training, evaluation, reports and checks.
 
-What plays is a policy as a list of functions on named tensors (`acting_parts`); what is played are trials (`trials_of`). In each step
-the policy acts, the trials go on, and what a batch keeps is written into memory that serves every batch. On a CUDA device, where all
-rows begin and end their trials together, a whole batch is one CUDA graph.
+What plays is a policy as a list of functions on named tensors (`acting_parts`); what is played are trials (`trials_of`). In each
+step the policy acts, the trials go on, and what a batch keeps is written into memory that serves every batch. On a CUDA device,
+where all rows begin and end their trials together, a whole batch is one CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchrl.modules import set_recurrent_mode
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.graph import GraphReplay
-from rl2_torchrl.rollout.memory import Memory, leaves, next_key
+from rl2_torchrl.rollout.memory import Memory, leaves
 from rl2_torchrl.rollout.trials import TensorTrials, trials_of
 
 __all__ = ["Rollout"]
@@ -86,7 +86,9 @@ class Rollout:
         """Parts that each step needs, and those behind the action that can look at many steps at once."""
         acts = [n for n, part in enumerate(self.parts) if self.trials.action_key in part.out_keys]
         if not acts:
-            raise KeyError(f"the policy writes no {self.trials.action_key!r}, which the env takes: {self.policy.out_keys}.")
+            raise KeyError(
+                f"the policy writes no {self.trials.action_key!r}, which the env takes: {self.policy.out_keys}."
+            )
         behind = self.parts[acts[0] + 1 :]
         return (self.parts[: acts[0] + 1], behind) if all(part.can_wait for part in behind) else (self.parts, [])
 
@@ -150,11 +152,17 @@ class Rollout:
     # ------------------------------------------------ what can wait, and storage
     def _recorded(self) -> list[NestedKey]:
         """Entries to write down in each step."""
-        late = {key for part in self._waiting for key in part.out_keys} | self._log_prob_keys() | {*self.trials.keys_at_once}
+        late = (
+            {key for part in self._waiting for key in part.out_keys}
+            | self._log_prob_keys()
+            | {*self.trials.keys_at_once}
+        )
         return [key for key in self.keep if key not in late]
 
     def _log_prob_keys(self) -> set[NestedKey]:
-        return {part.log_prob_key for part in self._acting if part.log_prob is not None and part.log_prob_key in self.keep}
+        return {
+            part.log_prob_key for part in self._acting if part.log_prob is not None and part.log_prob_key in self.keep
+        }
 
     def _look_back(self, states: list[State], end: int) -> None:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""

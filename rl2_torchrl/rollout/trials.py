@@ -66,7 +66,7 @@ def trial_steps(env: EnvBase) -> int | None:
 
 
 def _taken_apart(env: EnvBase) -> tuple[EnvBase, list, list[str]]:
-    """The env with our transforms, these (Trial, TaskSampler, PreviousStep, or None), and the names of others, or of one displaced."""
+    """The env with our transforms; these (Trial, TaskSampler, PreviousStep, or None); the names of others, or of one displaced."""
     while own_transforms(env) and all(isinstance(t, _OF_COLLECTORS) for t in own_transforms(env)):
         env = env.base_env
     parts = [t for t in own_transforms(env) if not isinstance(t, _OF_COLLECTORS)]
@@ -82,7 +82,17 @@ _OF_COLLECTORS = (InitTracker, TensorDictPrimer)
 
 
 #: The methods of which a rollout does the work itself.
-_REPLACED = ("_step", "_reset", "_call", "_reset_env_preprocess", "_is_over", "_set_done", "_reset_rows", "combine", "begin")
+_REPLACED = (
+    "_step",
+    "_reset",
+    "_call",
+    "_reset_env_preprocess",
+    "_is_over",
+    "_set_done",
+    "_reset_rows",
+    "combine",
+    "begin",
+)
 
 
 def _is_as_written(transform, kind: type) -> bool:
@@ -260,7 +270,11 @@ class TensorTrials:
     def _deal(self, task: Task) -> None:
         """The rows are given ``task``, all of its entries."""
         self._task, dims = task, len(self.batch_size)
-        whole = {self.task_key: task} if isinstance(task, torch.Tensor) else TensorDict({self.task_key: task}, self.batch_size)
+        whole = (
+            {self.task_key: task}
+            if isinstance(task, torch.Tensor)
+            else TensorDict({self.task_key: task}, self.batch_size)
+        )
         self._shown_task = {key: whole[key].reshape(self.rows, *whole[key].shape[dims:]) for key in self._task_keys}
         self._shown_task_after = {next_key(key): value for key, value in self._shown_task.items()}
 
@@ -360,7 +374,10 @@ class TransformedTrials:
         root = self._tensordict
         for key, value in state.items():
             if key not in self._root_keys:
-                root.set(key, value if isinstance(value, TensorDictBase) else value.reshape((*self.batch_size, *value.shape[1:])))
+                root.set(
+                    key,
+                    value if isinstance(value, TensorDictBase) else value.reshape((*self.batch_size, *value.shape[1:])),
+                )
         self._stepped = self.env.step(root)
         after = {("next", "is_init"): self._never, **self._entries(self._stepped, self._after_keys)}
         # A trial that a batch's last step ends is followed by one when the next batch asks for it.

@@ -1,0 +1,264 @@
+"""What recipes share: settings, streams of random numbers, training or loading an actor, held-out evaluation, and the report."""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from torchrl.envs import TransformedEnv
+from torchrl.modules import ProbabilisticActor
+from torchrl.record.loggers import get_logger
+
+from rl2_torchrl import (
+    AdaptationReport,
+    PPOUpdate,
+    TaskDistribution,
+    TaskSampler,
+    TrainResult,
+    TrialCollector,
+    adaptation_curve,
+    load_weights,
+    save_weights,
+    train,
+)
+from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+
+#: Streams of random numbers that never meet, for `stream_seed`: tasks first, then what envs and classical agents draw.
+TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS, ENVS, CLASSICAL_AGENTS = 0, 1, 2, 3, 9, 10
+
+
+# ------------------------------------------------------------------- settings
+@dataclass(frozen=True)
+class Network:
+    """Actor and critic: their sizes, and the weights that they begin with.
+
+    Args:
+        units: GRU units.
+        num_cells: hidden layers of actor and critic after the GRU; empty leaves the actor none and the critic one of ``units``.
+        memory_steps: steps over which the slowest units remember at first (`orthogonal_init_`); None: all forget at once.
+        input_gain: factor on the GRU's first input weights (`orthogonal_init_`).
+        gate_gain: further factor on those of its update gates (`orthogonal_init_`).
+        critic_keys: what the critic reads beside the actor's memory; the task among it makes advantages less noisy, and the
+            actor never sees it.
+    """
+
+    units: int = 64
+    num_cells: tuple[int, ...] = ()
+    memory_steps: int | None = None
+    input_gain: float = 1.0
+    gate_gain: float = 1.0
+    critic_keys: tuple[str, ...] = ("time_left",)
+
+    @property
+    def initial(self) -> dict[str, Any]:
+        """Options of `orthogonal_init_`."""
+        return {"memory_steps": self.memory_steps, "input_gain": self.input_gain, "gate_gain": self.gate_gain}
+
+    @property
+    def critic_cells(self) -> tuple[int, ...]:
+        """Hidden layers of the critic, which has one at least."""
+        return self.num_cells or (self.units,)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Batches, and PPO on them.
+
+    Args:
+        trials: trials in a batch, each on a task of its own.
+        env_steps: env steps to train on, rounded up to whole batches.
+        lr: learning rate, decayed to 0 over the training.
+        gamma: discount per step.
+        lmbda: GAE's lambda.
+        epochs: passes over a batch.
+        minibatches: minibatches a pass.
+        max_grad_norm: clip the gradient's norm at this; None does not, which learns faster where the critic's gradient is by
+            far the larger part of the norm.
+        entropy: weight of the entropy bonus, decayed to 0 over the training.
+    """
+
+    trials: int = 1024
+    env_steps: int = 10_000_000
+    lr: float = 3e-3
+    gamma: float = 0.99
+    lmbda: float = 0.9
+    epochs: int = 4
+    minibatches: int = 8
+    max_grad_norm: float | None = None
+    entropy: float = 0.02
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seeds, where a run begins, and what it leaves.
+
+    Args:
+        log_dir: folder of the run: report.json, report.png and other plots, actor.pt, scalars and checkpoints.
+        seed: seed of networks, envs and tasks.
+        report_tasks: held-out tasks in the final report.
+        held_out_seed: seed of the tasks of evaluations and report, for runs to share them; the run's own by default.
+        initial_weights: file of an actor's weights to start from, such as those for shorter trials.
+        weights: file of an actor's weights, as a run leaves it in actor.pt: to evaluate in place of training.
+        logger: where scalars go; tensorboard and wandb are extras of the package.
+        resume: go on from the newest checkpoint in log_dir.
+        progress: show a progress bar.
+    """
+
+    log_dir: Path
+    seed: int = 0
+    report_tasks: int = 10_000
+    held_out_seed: int | None = None
+    initial_weights: Path | None = None
+    weights: Path | None = None
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv"
+    resume: bool = False
+    progress: bool = True
+
+
+def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a recipe's ``main`` from flat ``options``, as its command line takes them: ``units=8`` goes to its network.
+
+    Raises:
+        TypeError: ``main`` has no such option.
+    """
+    filled, unknown = {}, dict(options)
+    for name, parameter in inspect.signature(main).parameters.items():
+        if is_dataclass(parameter.default):
+            names = [each.name for each in fields(parameter.default) if each.name in unknown]
+            filled[name] = replace(parameter.default, **{key: unknown.pop(key) for key in names})
+        elif name in unknown:
+            filled[name] = unknown.pop(name)
+    if unknown:
+        raise TypeError(f"{main.__module__} has no options {sorted(unknown)}; see its --help.")
+    return filled
+
+
+def command(main: Callable) -> Any:
+    """Runs a recipe's ``main`` as a command; this package's INFO lines are shown, TorchRL's are not."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rl2_torchrl").setLevel(logging.INFO)
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    return tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
+
+
+# -------------------------------------------------------------- random numbers
+def stream_seed(seed: int, stream: int) -> int:
+    """A seed for each purpose, so that no two draw the same numbers."""
+    return 1000 * seed + stream
+
+
+def draw_tasks(distribution: TaskDistribution, seed: int, stream: int, number: int) -> torch.Tensor:
+    """``number`` tasks of a ``stream``, [number, task_size]; fewer are the first of more."""
+    return distribution(torch.Size([number]), torch.Generator().manual_seed(stream_seed(seed, stream)))
+
+
+def whole_batches(env_steps: int, batch: int) -> int:
+    """``env_steps`` rounded up to whole batches of ``batch`` steps."""
+    return -(-env_steps // batch) * batch
+
+
+# ----------------------------------------------------------------- experiment
+class Experiment:
+    """An actor and the tasks that it shall adapt to: trained on some, evaluated and reported on others.
+
+    Args:
+        actor: the policy.
+        make_env: ``(sampler, rows)`` to a trial env of ``rows`` rows, for evaluations.
+        distribution: where tasks come from.
+        run: seeds and places.
+        held_out_tasks: tasks of an evaluation during the training.
+        rows: most trials that are played side by side; None plays all of them so.
+        episode_name: what an episode is called, e.g. "pull".
+
+    Raises:
+        ValueError: fewer than two tasks to report on.
+    """
+
+    def __init__(
+        self,
+        actor: ProbabilisticActor,
+        make_env: Callable[[TaskSampler, int], TransformedEnv],
+        distribution: TaskDistribution,
+        run: Run,
+        *,
+        held_out_tasks: int = 1024,
+        rows: int | None = 2048,
+        episode_name: str = "episode",
+    ):
+        if run.report_tasks < 2:
+            raise ValueError(f"report_tasks={run.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
+        self.actor, self.make_env, self.distribution, self.run = actor, make_env, distribution, run
+        self.held_out_tasks, self.rows, self.episode_name = held_out_tasks, rows, episode_name
+
+    def train(self, collector: TrialCollector, update: PPOUpdate, **options: Any) -> TrainResult:
+        """Trains the actor and saves it, or loads the weights that the run names; ``options`` go to `train`."""
+        run = self.run
+        if run.weights is not None:
+            load_weights(self.actor, run.weights)
+            return TrainResult()
+        if run.initial_weights is not None:
+            load_weights(self.actor, run.initial_weights)
+        result = train(
+            collector,
+            update,
+            **{"evaluate": self.evaluate, **options},
+            logger=get_logger(run.logger, str(run.log_dir), "scalars"),
+            checkpoints=run.log_dir / "checkpoints",
+            resume=run.resume,
+            progress=run.progress,
+        )
+        save_weights(self.actor, run.log_dir / "actor.pt")
+        return result
+
+    def tasks(self, stream: int, number: int) -> torch.Tensor:
+        """``number`` held-out tasks, [number, task_size]."""
+        run = self.run
+        seed = run.seed if run.held_out_seed is None else run.held_out_seed
+        return draw_tasks(self.distribution, seed, stream, number)
+
+    def play(self, tasks: torch.Tensor, **how: Any) -> AdaptationCurve:
+        """One trial on each of ``tasks`` [num_tasks, task_size]; ``how`` goes to `adaptation_curve`."""
+        env = self.make_env(TaskSampler.fixed(tasks), min(len(tasks), self.rows or len(tasks)))
+        return adaptation_curve(env, self.actor, len(tasks), **how)
+
+    def evaluate(self) -> dict[str, float]:
+        """What `train` logs of held-out trials."""
+        curve = self.play(self.tasks(HELD_OUT_TASKS, self.held_out_tasks))
+        first, last = curve.per_episode[[0, -1]].tolist()
+        return {"trial_return": curve.mean, f"first_{self.episode_name}": first, f"last_{self.episode_name}": last}
+
+    @cached_property
+    def reported(self) -> torch.Tensor:
+        """The tasks of the report, [report_tasks, task_size], on which nothing was tuned or trained."""
+        return self.tasks(REPORT_TASKS, self.run.report_tasks)
+
+    def ways(self) -> dict[str, dict[str, Any]]:
+        """How the agent plays for the report: options of `play` by name, as it was trained, greedily, and its ablations."""
+        return {
+            "agent": {},
+            "greedy": {"deterministic": True},
+            "memory_zeroed": {"ablation": with_zeroed_memory(self.actor)},
+            "rewards_shuffled": {"ablation": with_shuffled_rewards()},
+        }
+
+    def report(self, result: TrainResult, **entries: Any) -> AdaptationReport:
+        """The agent and its ablations on the tasks ``reported``; ``entries`` go to `AdaptationReport`."""
+        curves = {name: self.play(self.reported, **how) for name, how in self.ways().items()}
+        agent, greedy = curves.pop("agent"), curves.pop("greedy")
+        whose = {"train": result, "seed": self.run.seed, "episode_name": self.episode_name}
+        return AdaptationReport(agent, greedy, ablations=curves, **whose, **entries)
+
+
+def publish(report: AdaptationReport, run: Run) -> AdaptationReport:
+    """Writes the report into the run's folder, shows its table, and returns it."""
+    path, console = report.save(run.log_dir), Console()
+    console.print(report.table())
+    trained = f"{report.train.env_steps:,} steps in {report.train.seconds:.0f} s"
+    console.print(f"{trained}; report and plots: {path.parent}")
+    return report

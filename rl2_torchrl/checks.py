@@ -1,2 +1,0 @@
-"""stand-in"""
-def check_training(*a, **k): return None

@@ -1,0 +1,165 @@
+"""`Evidence`: a batch as rows, and what collected it and learns from it, for the rules of `check_training`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import nn
+from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
+
+from rl2_torchrl.checks.probe import NetworkProbe
+from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.trial import EPISODE_DONE
+
+__all__ = ["Evidence", "NotChecked", "Rule", "flat", "transforms_of"]
+
+#: A rule: what breaks it in words, or None.
+Rule = Callable[["Evidence"], str | None]
+_MAX_STEPS = 2048  # steps that the networks look at
+
+
+class NotChecked(Exception):
+    """A rule cannot be checked, and why."""
+
+
+class Evidence:
+    """A batch as rows ``[R, T]`` and what made it.
+
+    Args:
+        batch: the batch ``[*B, T]``; it is not written to.
+        collector: its collector.
+        update: what is going to be updated with it.
+        held_out: tasks of the evaluation, or where they come from; None if not given.
+        report: the report, for what is told without being raised.
+    """
+
+    def __init__(self, batch: TensorDictBase, collector, update, held_out, report):
+        self.batch = batch.copy().reshape(-1, batch.shape[-1])
+        self.update, self.held_out, self.report = update, held_out, report
+        self.collector, self.env = collector, getattr(collector, "env", None)
+        self.loss = getattr(update, "loss", None)
+        self.transforms = transforms_of(self.env)
+        self.sampler = self.transform(TaskSampler)
+
+    def transform(self, kind: type[Transform]) -> Transform | None:
+        """The innermost transform of ``kind`` around the env; None where there is none, or workers hide it."""
+        return next((t for t in self.transforms if isinstance(t, kind)), None)
+
+    # ---------------------------------------------------------------- entries
+    def has(self, key: NestedKey) -> bool:
+        """Whether the batch has the entry ``key``."""
+        return key in self.batch.keys(True)
+
+    def need(self, key: NestedKey) -> torch.Tensor | TensorDictBase:
+        """The entry ``key``, ``[R, T, ...]``."""
+        if not self.has(key):
+            raise NotChecked(f"the batch has no {key!r}")
+        return self.batch.get(key)
+
+    def flag(self, key: NestedKey) -> torch.Tensor:
+        """The entry ``key``, bool ``[R, T]``."""
+        return self.need(key).reshape(self.batch.shape)
+
+    @property
+    def task_key(self) -> NestedKey:
+        """Entry of the task."""
+        return "task" if self.sampler is None else self.sampler.task_key
+
+    @cached_property
+    def task(self) -> torch.Tensor:
+        """The tasks, ``[R, T, n]``."""
+        return flat(self.need(self.task_key), 2)
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """Steps that begin a trial, bool ``[R, T]``; without ``"is_init"`` the first step of a row counts as none."""
+        if self.has("is_init"):
+            return self.flag("is_init")
+        done = self.flag(("next", "done"))
+        return torch.cat([torch.zeros_like(done[:, :1]), done[:, :-1]], 1)
+
+    @cached_property
+    def inner(self) -> torch.Tensor:
+        """Steps from the second on that go on with the trial of the step before, bool ``[R, T - 1]``."""
+        return ~self.starts[:, 1:]
+
+    @cached_property
+    def episode_ends(self) -> torch.Tensor:
+        """Steps that end an episode, bool ``[R, T]``; those that end a trial, where the batch tells no more."""
+        return self.flag(("next", EPISODE_DONE if self.has(("next", EPISODE_DONE)) else "done"))
+
+    def place(self, mask: torch.Tensor) -> str:
+        """The first place of ``mask`` ``[R, T]`` in words."""
+        row, step = mask.nonzero()[0].tolist()
+        return f"row {row}, step {step}"
+
+    # --------------------------------------------------------------- networks
+    @cached_property
+    def probe(self) -> NetworkProbe:
+        """The update's networks, copied."""
+        if self.loss is None:
+            raise NotChecked("the update has no loss")
+        if not self.has("is_init"):
+            raise NotChecked("the batch has no 'is_init'")
+        return NetworkProbe(_copy(self.loss, "loss"))
+
+    @cached_property
+    def advantage(self) -> Callable[[TensorDictBase], TensorDictBase]:
+        """The update's advantage, copied."""
+        if getattr(self.update, "advantage", None) is None:
+            raise NotChecked("the update has no advantage")
+        return _copy(self.update.advantage, "advantage")
+
+    @cached_property
+    def learnt_from(self) -> TensorDictBase:
+        """`sample`, with advantages and returns."""
+        return self.advantage(self.sample.clone())
+
+    @cached_property
+    def sample(self) -> TensorDictBase:
+        """Up to 8 whole rows, those among them within which a trial begins."""
+        inner = self.starts[:, 1:].any(1).nonzero().flatten()[:4].tolist()
+        spread = torch.linspace(0, len(self.batch) - 1, 4 if inner else 8).long().tolist()
+        return self.batch[sorted({*inner, *spread})]
+
+    def chunks(self, rows: TensorDictBase) -> TensorDictBase:
+        """``rows`` ``[R, T]`` as the update cuts them, ``[N, bptt]``; no more than it takes to see a fault."""
+        length = min(getattr(self.update, "bptt", None) or rows.shape[1], rows.shape[1])
+        return self.probe.chunks(rows, length, _MAX_STEPS)
+
+    def windows(self, second: torch.Tensor) -> TensorDictBase:
+        """Up to 16 windows of two steps ``[N, 2]``, the second of them one of ``second``, bool ``[R, T - 1]`` from step 1 on."""
+        places = second.nonzero()
+        if not len(places):
+            raise NotChecked("the batch has no such boundary")
+        places = places[torch.linspace(0, len(places) - 1, min(16, len(places))).long().to(places.device)]
+        windows = self.probe.windows(self.batch, *places.unbind(1))
+        if not self.probe.real_inputs(windows):
+            raise NotChecked("the actor reads no real numbers that could be changed")
+        return windows
+
+
+def _copy(thing: nn.Module, name: str) -> nn.Module:
+    try:
+        return copy.deepcopy(thing)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NotChecked(f"the {name} cannot be copied ({error})") from error
+
+
+def transforms_of(env: EnvBase | None) -> list[Transform]:
+    """The transforms around ``env``, from the inside out."""
+    found: list[Transform] = []
+    while isinstance(env, TransformedEnv):
+        found = [*(env.transform if isinstance(env.transform, Compose) else [env.transform]), *found]
+        env = env.base_env
+    return found
+
+
+def flat(entry: torch.Tensor | TensorDictBase, lead: int) -> torch.Tensor:
+    """``entry``, nested or not, in float64: its first ``lead`` dimensions kept, all others made one."""
+    leaves = [entry] if isinstance(entry, torch.Tensor) else list(entry.values(True, True))
+    return torch.cat([leaf.reshape(*leaf.shape[:lead], -1).double() for leaf in leaves], -1)

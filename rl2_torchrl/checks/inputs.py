@@ -1,0 +1,80 @@
+"""The rule on the transition input: action, reward and the episode's done of step t stand in it at t + 1, and nowhere else."""
+
+from __future__ import annotations
+
+import torch
+
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
+from rl2_torchrl.transition import PreviousStep
+from rl2_torchrl.trial import EPISODE_DONE, Trial
+
+__all__ = ["RULES"]
+
+
+def transition_input(seen: Evidence) -> str | None:
+    """What was done and earned is told at the next step: within episodes, at their ends, and not at a trial's start."""
+    previous = seen.transform(PreviousStep)
+    if previous is None:
+        return _reward_column(seen)
+    key, later = previous.out_key, seen.transforms[seen.transforms.index(previous) + 1 :]
+    changing = [type(t).__name__ for t in later if key in (*(t.in_keys or ()), *(t.out_keys or ()))]
+    if changing:
+        raise NotChecked(f"{changing} changes {key!r} after PreviousStep")
+    trans, size = seen.need(key), previous.layout().action.size
+    for name, (told, happened) in _told(seen, previous, trans).items():
+        broken = (told != happened).any(-1) & seen.inner
+        if broken.any():
+            only_at_ends = not (broken & ~seen.episode_ends[:, :-1]).any()
+            which = "where an episode has ended" if only_at_ends else f"behind {seen.place(broken)}"
+            return f"the {name} of a step does not stand in the next step's {key!r}, {which}"
+    first = trans[seen.starts][..., -2 - size :]
+    if (first[..., :-1] != 0).any() or (first[..., -1] != previous.done_at_start).any():
+        return f"at a trial's first step {key!r} tells of the trial before: action and reward must be 0 there"
+    return _number_of_ends(seen, trans[..., -1] != 0)
+
+
+def _told(seen: Evidence, previous: PreviousStep, trans: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Parts of the input and what they should be, both ``[R, T - 1, n]``, as far as the batch has it."""
+    told, layout = trans[:, 1:], previous.layout()
+    pairs = {"reward": (told[..., -2:-1], seen.need(("next", "reward")))}
+    if seen.has(("next", EPISODE_DONE)):
+        pairs["done"] = (told[..., -1:], seen.need(("next", EPISODE_DONE)))
+    # Where a transform changes actions on their way to the env, the input tells of the env's, the batch of the policy's.
+    if not any({"action", layout.action_key} & {*(t.in_keys_inv or ())} for t in seen.transforms):
+        action = layout.action.encode(seen.need(layout.action_key), seen.batch.shape)
+        pairs["action"] = (told[..., -2 - layout.action.size : -2], action)
+    return {name: (part, happened[:, :-1].to(trans)) for name, (part, happened) in pairs.items()}
+
+
+def _number_of_ends(seen: Evidence, told: torch.Tensor) -> str | None:
+    """A trial of so many episodes is told of one end less: the last has no step behind it. ``told`` is bool ``[R, T]``."""
+    trial = seen.transform(Trial)
+    if trial is None or trial.episodes is None or trial.steps is not None:
+        return None
+    count, done = (told & ~seen.starts).cumsum(1), seen.flag(("next", "done"))
+    step = torch.arange(count.shape[1], device=count.device).expand_as(count)
+    start = torch.where(seen.starts, step, -1).cummax(1).values
+    number = (count - count.gather(1, start.clamp_min(0)))[done & (start >= 0)]
+    broken = number[number != trial.episodes - 1]
+    if len(broken):
+        return f"the input told {broken[0]} times of an episode's end inside a trial of {trial.episodes} episodes"
+
+
+def _reward_column(seen: Evidence) -> str | None:
+    """Without `PreviousStep`: a number among the inputs that is the last reward, but not where an episode has ended."""
+    reward = seen.need(("next", "reward")).reshape(*seen.batch.shape, 1)[:, :-1].double()
+    ends = seen.episode_ends[:, :-1] & seen.inner
+    varies = len(reward[seen.inner & ~ends].unique()) > 1
+    for key in seen.probe.observed:
+        differs = (flat(seen.need(key), 2)[:, 1:] != reward) & seen.inner.unsqueeze(-1)
+        if not differs.flatten(0, 1).any(0).all():
+            return None
+        if varies and not (differs & ~ends.unsqueeze(-1)).flatten(0, 1).any(0).all():
+            return f"the reward of a step stands in the next step's {key!r}, but not where an episode has ended"
+    raise NotChecked("the env shows no PreviousStep, and no input is the reward as it is")
+
+
+RULES: dict[Rule, str] = {
+    transition_input: "An agent that does not see what it did and earned, an episode's last reward included, cannot adapt: let "
+    "PreviousStep write its input, behind all transforms that change the reward.",
+}

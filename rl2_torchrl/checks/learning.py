@@ -1,0 +1,88 @@
+"""Rules on what learns: advantages that stay in their trial, a gradient and a step for every parameter, in the policy that acts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torchrl.collectors import Collector
+
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
+
+__all__ = ["RULES"]
+
+
+def advantages_apart(seen: Evidence) -> str | None:
+    """Other rewards and values in one trial leave advantages and returns of all others as they are."""
+    rows, keys = seen.sample, seen.probe.loss.tensor_keys
+    mine = _one_trial(*(rows[key].reshape(rows.shape) for key in ("is_init", ("next", "done"))))
+    if mine.all():
+        raise NotChecked("the batch is a single trial")
+    changed, generator = rows.clone(), torch.Generator().manual_seed(0)
+    entries = [key for key in (("next", "reward"), keys.value) if seen.has(key)]
+    scale = sum(rows.get(key).std().item() for key in entries) or 1.0
+    for key in entries:
+        entry = rows.get(key)
+        noise = scale * torch.randn(entry.shape, generator=generator).to(entry)
+        changed.set(key, entry + noise * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
+    before, after = seen.learnt_from, seen.advantage(changed)
+    for key in (keys.advantage, keys.value_target):
+        # Where all are normalised together, what nothing was done to is moved and scaled, by the same for all.
+        if not _is_affine(before.get(key)[~mine], after.get(key)[~mine]):
+            return f"{key!r} changes where only rewards and values of another trial were changed"
+
+
+def _one_trial(starts: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+    """The steps of one trial, bool like ``starts`` and ``done`` ``[R, T]``: if possible one that begins within a row."""
+    begins = torch.nn.functional.pad(starts[:, 1:], (1, 0)).nonzero()
+    row, first = begins[0].tolist() if len(begins) else (0, 0)
+    ends = done[row, first:].nonzero()
+    last = first + ends[0].item() if len(ends) else done.shape[1] - 1
+    mine = torch.zeros_like(done)
+    mine[row, first : last + 1] = True
+    return mine
+
+
+def _is_affine(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether ``after`` is ``a * before + b``, to rounding."""
+    x, y = (entry.double() - entry.double().mean() for entry in (before, after))
+    slope = (x * y).sum() / x.square().sum().clamp_min(1e-30)
+    spread, size = (max(one.abs().max(), other.abs().max()) for one, other in ((x, y), (before, after)))
+    return bool((y - slope * x).abs().max() <= 1e-3 * spread + 1e-6 * size)
+
+
+def gradients(seen: Evidence) -> str | None:
+    """Every trainable parameter of the loss gets a gradient."""
+    made = seen.probe.gradients(seen.chunks(seen.learnt_from))
+    seen.report.frozen = [name for name, parameter in seen.loss.named_parameters() if not parameter.requires_grad]
+    seen.report.zero_gradient = [name for name, g in made.items() if g is not None and g.numel() and not g.any()]
+    missing = [name for name, gradient in made.items() if gradient is None]
+    return f"no gradient reaches {missing}" if missing else None
+
+
+def optimizer(seen: Evidence) -> str | None:
+    """Every trainable parameter of the loss is the optimizer's."""
+    if seen.loss is None or getattr(seen.update, "optimizer", None) is None:
+        raise NotChecked("the update shows no optimizer and loss")
+    held = {id(parameter) for group in seen.update.optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, p in seen.loss.named_parameters() if p.requires_grad and id(p) not in held]
+    return f"the optimizer does not hold {missing}" if missing else None
+
+
+def policy_is_trained(seen: Evidence) -> str | None:
+    """The policy that acts holds the actor's parameters."""
+    policy = getattr(seen.collector, "policy", None)
+    if not (isinstance(seen.collector, Collector) and isinstance(policy, nn.Module)) or seen.loss is None:
+        raise NotChecked("the policy that acts is in other processes, or there is no loss")
+    acting, trained = ({(p.device, p.data_ptr()) for p in module.parameters()} for module in (policy, seen.loss))
+    if {device for device, _ in acting} != {device for device, _ in trained}:
+        raise NotChecked("the policy acts on another device")
+    if not acting & trained:
+        return "the collector's policy shares no parameter with the loss"
+
+
+RULES: dict[Rule, str] = {
+    advantages_apart: "One task's rewards are credited to another task's actions: stop sums and bootstraps at 'done'.",
+    gradients: "They never learn: connect them to a loss, or freeze them with requires_grad_(False).",
+    optimizer: "They get gradients, but no step: build it over loss.parameters(), or freeze them (requires_grad_(False)).",
+    policy_is_trained: "It would act with its first weights for ever: give it the networks that the loss holds.",
+}

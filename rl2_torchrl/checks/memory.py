@@ -1,0 +1,116 @@
+"""Rules on the memory: carried through a trial and no longer, the same again in the update, used, and learnt."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey
+from torch import nn
+
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
+from rl2_torchrl.checks.probe import LOG_PROB, VALUE
+from rl2_torchrl.modules.actor_critic import hidden_keys
+
+__all__ = ["RULES"]
+
+
+def hidden_keys_differ(seen: Evidence) -> str | None:
+    """Actor and critic keep their memory under different keys, unless one module keeps it for both."""
+    networks = seen.probe.networks
+    shared = set.intersection(*(set(hidden_keys(network)) for network in networks)) if len(networks) > 1 else set()
+    for key in shared:
+        writers = [{id(module) for module in network.modules() if key in _written(module)} for network in networks]
+        if not set.intersection(*writers):
+            return f"actor and critic both keep their memory under {key!r}"
+
+
+def _written(module: nn.Module) -> list[NestedKey]:
+    """Memory that ``module`` itself writes, rather than one below it."""
+    return hidden_keys(module) if hasattr(module, "out_keys") and not hasattr(module, "module") else []
+
+
+def memory_carried(seen: Evidence) -> str | None:
+    """All trials start from the same memory, and no later step does."""
+    rows, memory = seen.sample, [key for key in seen.probe.memory if seen.has(key)]
+    starts = rows["is_init"].reshape(rows.shape)
+    if not memory:
+        raise NotChecked("the batch holds no hidden states")
+    if not starts.any():
+        raise NotChecked("no trial starts in the batch")
+    # A step whose inputs are all 0 may leave a memory as it is.
+    told = torch.stack([flat(rows.get(key), 2).any(-1) for key in seen.probe.inputs if seen.has(key)]).any(0)
+    initial = {key: flat(rows.get(key), 2)[starts] for key in memory}
+    for key, first in initial.items():
+        if (first != first[0]).any():
+            return f"trials start with different {key!r}: the memory of the trial before is still there"
+    for network in seen.probe.networks:
+        # Some of a network's memory may start anew with every episode, but not all of it.
+        keys = [key for key in hidden_keys(network) if key in memory]
+        again = [(flat(rows.get(key), 2)[:, 1:] == initial[key][0]).all(-1) for key in keys]
+        lost = torch.stack([*again, ~starts[:, 1:], told[:, :-1]]).all(0)
+        if keys and lost.any():
+            return f"{keys} is back at its initial state inside a trial, behind step {lost.nonzero()[0, 1]}"
+
+
+def replay(seen: Evidence) -> str | None:
+    """Log-probabilities and values that the update computes are the collected ones."""
+    chunks, keys = seen.chunks(seen.sample), seen.probe.loss.tensor_keys
+    missing = [key for key in seen.probe.memory if not seen.has(key)]
+    if missing and not chunks["is_init"][:, 0].all():
+        return f"chunks begin inside trials, and the batch has no {missing} for them to begin with"
+    with torch.no_grad():
+        replayed = seen.probe.run(chunks)
+    collected = {LOG_PROB: keys.sample_log_prob, VALUE: keys.value}
+    # What else the batch has of the networks, such as features, tells of a fault that new networks hardly show in what they do.
+    for name, key in {**{key: key for key in replayed}, **collected}.items():
+        if name in replayed and seen.has(key):
+            off = _difference(replayed[name], chunks.get(key))
+            if off is not None:
+                return (
+                    f"the networks do not give the collected {key!r} back, but numbers that are off by up to {off:.2g}"
+                )
+
+
+def _difference(replayed: torch.Tensor, collected: torch.Tensor) -> float | None:
+    """The largest difference, None where it is one of rounding (on a GPU of TF32, which recurrent layers may use)."""
+    precision = max(torch.finfo(dtype).eps for dtype in (replayed.dtype, collected.dtype, torch.float32))
+    allowed = min(0.05, precision * (200 if collected.device.type == "cpu" else 1e5))
+    off = (replayed.reshape(collected.shape) - collected).abs().max()
+    return off.item() if off > allowed * (1 + collected.abs().max()) else None
+
+
+def memory_used(seen: Evidence) -> str | None:
+    """What was seen before an episode's end changes what the actor writes after it."""
+    ends = seen.episode_ends[:, :-1] & seen.inner
+    changed = seen.probe.influence(seen.windows(ends if ends.any() else seen.inner))
+    of_actor = [entry for key, entry in changed.items() if key in seen.probe.actor.out_keys]
+    if of_actor and not torch.stack(of_actor).any():
+        where = "the end of an episode" if ends.any() else "a step"
+        return f"what the actor writes after {where} does not depend on what it saw before"
+
+
+def trials_apart(seen: Evidence) -> str | None:
+    """No input of one trial changes what is written in the next, so that no gradient can cross either."""
+    changed = seen.probe.influence(seen.windows(seen.starts[:, 1:]))
+    crossing = [key for key, entry in changed.items() if entry.any() and key not in (LOG_PROB, VALUE)]
+    if crossing:
+        return f"at a trial's first step {crossing} depend on the trial before"
+
+
+def gradient_through_time(seen: Evidence) -> str | None:
+    """What the actor writes has a gradient by the inputs of the step before."""
+    if getattr(seen.update, "bptt", None) == 1:
+        raise NotChecked("bptt=1 asks for no gradient through time")
+    if not seen.probe.reaches_back(seen.windows(seen.inner)):
+        return "what the actor writes has no gradient by its inputs of the step before"
+
+
+RULES: dict[Rule, str] = {
+    hidden_keys_differ: "Each network writes over the other's memory: give them different hidden_key.",
+    memory_carried: "Memory lives through a trial and no longer: collect with auto_register_policy_transforms=True "
+    "(TrialCollector's default), and reset memory where 'is_init' says so, not where an episode ends.",
+    replay: "PPO's first ratios are 1, or it improves another policy than the one that acted: the memory was lost, inputs or "
+    "statistics have moved since, dropout is on, or the collector acts with other weights.",
+    memory_used: "The agent cannot use what it learnt in an earlier episode: carry the memory on.",
+    trials_apart: "Another task's steps change this trial's outputs: start anew wherever 'is_init' is True.",
+    gradient_through_time: "Nothing is learnt about what to remember: do not detach the memory between steps, or say bptt=1.",
+}

@@ -1,0 +1,50 @@
+"""Rules on the rows of a batch: trials in time, whole numbers, no padding."""
+
+from __future__ import annotations
+
+from rl2_torchrl.checks.evidence import Evidence, Rule
+
+__all__ = ["RULES"]
+
+
+def no_padding(seen: Evidence) -> str | None:
+    """All steps were taken."""
+    mask = seen.batch.get(("collector", "mask"), None)
+    if mask is not None and not mask.all():
+        return f"{int((~mask).sum())} of {mask.numel()} steps are padding by ('collector', 'mask')"
+
+
+def trial_bounds(seen: Evidence) -> str | None:
+    """``"is_init"`` at t + 1 and ``done`` at t agree, and nothing terminates inside a trial."""
+    done = seen.flag(("next", "done"))
+    if seen.has(("next", "terminated")):
+        early = seen.flag(("next", "terminated")) & ~done
+        if early.any():
+            return f"'terminated' without 'done' at {seen.place(early)}"
+    broken = seen.flag("is_init")[:, 1:] != done[:, :-1]
+    if broken.any():
+        row, step = broken.nonzero()[0].tolist()
+        begins = "begins" if seen.starts[row, step + 1] else "does not begin"
+        return f"a trial {begins} at row {row}, step {step + 1}, where 'done' was {bool(done[row, step])} at the step before"
+
+
+def finite(seen: Evidence) -> str | None:
+    """Nothing is NaN or infinite."""
+    for key in seen.batch.keys(True, True):
+        entry = seen.batch.get(key)
+        # The sum of finite numbers can overflow, but that of others is never finite: it spares a tensor of this size.
+        if entry.is_floating_point() and not entry.sum().isfinite():
+            broken = ~entry.isfinite().reshape(*seen.batch.shape, -1).all(-1)
+            if broken.any():
+                return f"{key!r} is not finite at {seen.place(broken)}"
+    reward = seen.batch.get(("next", "reward"), None)
+    if reward is not None and (reward == reward.flatten()[0]).all():
+        seen.report.notes.append(f"all rewards of the batch are {reward.flatten()[0].item():g}")
+
+
+RULES: dict[Rule, str] = {
+    no_padding: "Padding would be trained on as steps: leave split_trajs at False, 'is_init' marks trials.",
+    trial_bounds: "These rows are no trials in time, so that memory and advantages run from one into another: keep the steps in "
+    "order and one env a row (cat_results='stack' for workers), with 'done' as Trial writes it.",
+    finite: "One such number spreads over the whole batch: mend the env or the networks.",
+}

@@ -1,0 +1,135 @@
+"""Rules on tasks: constant in a trial, different elsewhere, held out, and hidden from the agent."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat, transforms_of
+from rl2_torchrl.tasks import TaskSampler, _InOrder
+
+__all__ = ["RULES"]
+
+_DRAWS = 32  # tasks in a draw: two possible ones fall the same way all through once in 2^31
+_BITS = 14.0  # evidence, in coin tosses, from which on equal tasks are no coincidence
+_BITS_OF_A_NUMBER = 20.0  # evidence in a task's number that is not round: it was hardly drawn from a few
+
+
+def task_constant(seen: Evidence) -> str | None:
+    """A trial has one task."""
+    moved = (seen.task[:, 1:] != seen.task[:, :-1]).any(-1) & seen.inner
+    if moved.any():
+        return f"the task changes inside a trial, behind {seen.place(moved)}"
+
+
+def tasks_drawn(seen: Evidence) -> str | None:
+    """Draws differ, within one and from one to the next."""
+    if seen.sampler is None:
+        raise NotChecked("the env shows no TaskSampler")
+    if isinstance(seen.sampler.distribution, _InOrder):
+        raise NotChecked("TaskSampler.fixed hands out a list on purpose")
+    first, second = _draw(seen.sampler, _DRAWS, 2)
+    if (first == first[0]).all():
+        return f"a draw of {_DRAWS} tasks gave {_DRAWS} times the same"
+    if (first == second).all():
+        return f"two draws in a row gave the same {_DRAWS} tasks"
+
+
+def tasks_differ(seen: Evidence) -> str | None:
+    """Rows have tasks of their own, and workers too."""
+    if seen.sampler is not None and isinstance(seen.sampler.distribution, _InOrder):
+        raise NotChecked("TaskSampler.fixed hands out a list on purpose")
+    # Two trials tell more than one, where every row has them.
+    task = seen.task[:, [0, -1]] if seen.starts[:, 1:].any(1).all() else seen.task[:, :1]
+    workers, rows = _num_workers(seen), len(task)
+    parts = {"rows have the same task": rows, "workers draw the same tasks": workers}
+    alike = False
+    for what, number in parts.items():
+        if number < 2 or rows % number:
+            continue
+        blocks = task.reshape(number, -1, task.shape[-1])
+        if (blocks == blocks[:1]).all():
+            alike = True
+            kinds = max(2, len(blocks[0].unique(dim=0)))
+            if (number - 1) * blocks.shape[1] * math.log2(kinds) >= _BITS:
+                return f"all {number} {what}"
+    if alike or rows == 1:
+        raise NotChecked(f"{rows} rows are too few to tell equal tasks from chance")
+
+
+def tasks_held_out(seen: Evidence) -> str | None:
+    """Held-out tasks are no training tasks."""
+    if seen.held_out is None:
+        raise NotChecked("no held_out tasks were given")
+    sizes = min(len(seen.batch), 1024)
+    train, held_out = ([tuple(t) for t in _tasks_of(s, sizes).tolist()] for s in (seen.sampler, seen.held_out))
+    if len(set(train)) < 0.98 * len(train):
+        raise NotChecked("there are so few tasks that training plays all of them")
+    known = set(train)
+    again = sum(task in known for task in held_out)
+    if again > len(held_out) / 10:
+        return f"{again} of {len(held_out)} held-out tasks are training tasks"
+
+
+def task_hidden(seen: Evidence) -> str | None:
+    """The task does not stand in what the actor reads."""
+    if seen.task_key in seen.probe.actor.in_keys:
+        return f"the actor reads {seen.task_key!r}"
+    task = seen.task[:64]
+    differs = (task[:, 0] != task[:1, 0]).any(0)
+    told: dict[int, str] = {}
+    for key in seen.probe.observed:
+        entry = flat(seen.need(key)[:64], 2)
+        # What equals a number of the task at every row's first step, then at all steps.
+        alike = (entry[:, 0, :, None] == task[:, 0, None, :]).all(0) & differs
+        for column, number in alike.nonzero().tolist():
+            if _bits(task[:, 0, number]) >= _BITS and torch.equal(entry[..., column], task[..., number]):
+                told[number] = f"number {number} of the task is {key!r}[{column}]"
+    if len(told) == differs.sum() > 0:
+        return f"the actor reads all of the task: {', '.join(told.values())}"
+    seen.report.notes += told.values()
+
+
+def _bits(values: torch.Tensor) -> float:
+    """How much it says, in coin tosses, that something equals ``values`` ``[R]`` of as many rows."""
+    round_numbers = bool((8 * values == (8 * values).round()).all())
+    return (len(values) - 1) * (math.log2(len(values.unique())) if round_numbers else _BITS_OF_A_NUMBER)
+
+
+def _num_workers(seen: Evidence) -> int:
+    env = getattr(seen.env, "base_env", seen.env)
+    return getattr(env, "num_workers", getattr(seen.collector, "num_workers", 1))
+
+
+def _draw(sampler: TaskSampler, size: int, number: int) -> list[torch.Tensor]:
+    """The first tasks of ``sampler``, ``number`` times ``[size, n]``, drawn by a copy from its seed."""
+    distribution = copy.deepcopy(sampler.distribution)
+    generator = torch.Generator().manual_seed(sampler.generator.initial_seed())
+    return [flat(distribution(torch.Size([size]), generator), 1) for _ in range(number)]
+
+
+def _tasks_of(source: EnvBase | TaskSampler | torch.Tensor | TensorDictBase | None, size: int) -> torch.Tensor:
+    """About a thousand tasks ``[N, n]``, drawn ``size`` at a time."""
+    if isinstance(source, EnvBase):
+        source = next((t for t in transforms_of(source) if isinstance(t, TaskSampler)), None)
+    if source is None:
+        raise NotChecked("the env shows no TaskSampler")
+    if isinstance(source, TaskSampler):
+        if not isinstance(source.distribution, _InOrder):
+            return torch.cat(_draw(source, size, 1024 // size + 1))
+        source = source.distribution.tasks
+    return flat(source[:4096], 1)
+
+
+RULES: dict[Rule, str] = {
+    task_constant: "A trial is one task, or there is nothing to adapt to: draw tasks at trial starts only.",
+    tasks_drawn: "A few tasks are learnt by heart: draw with the generator that is passed, batch_size tasks at a time.",
+    tasks_differ: "They are one row's data again: give each worker's TaskSampler a seed of its own, or wrap one around all.",
+    tasks_held_out: "What is measured is not adaptation to new tasks: draw held-out tasks with another seed.",
+    task_hidden: "An agent that sees its task has nothing to find out: leave it out of the observations; a critic may read it "
+    "(extra_keys).",
+}

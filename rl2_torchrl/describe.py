@@ -1,0 +1,202 @@
+"""`describe`: the pipeline part by part, in the order in which data flows: shapes, parameters, what is fast and why not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import nn
+from torchrl.collectors import BaseCollector
+from torchrl.envs import EnvBase
+
+from rl2_torchrl.checks.evidence import transforms_of
+from rl2_torchrl.checks.probe import NetworkProbe
+from rl2_torchrl.gradients import LOG_PROB, Part
+from rl2_torchrl.transition import PreviousStep
+from rl2_torchrl.trial import Trial
+from rl2_torchrl.update import PPOUpdate
+
+__all__ = ["Described", "Description", "describe"]
+
+
+@dataclass(frozen=True)
+class Described:
+    """One part of the pipeline.
+
+    Args:
+        section: where it stands: ``"env"``, ``"collector"``, ``"actor"``, ``"critic"``, ``"update"`` or ``"loss"``.
+        name: its class, or what it is.
+        what: what goes in and out, with the shape ``[...]`` of a single step of a single row, or its settings.
+        parameters: number of its parameters; None where it can have none.
+        backend: the way it is run: of a network's part ``"kernel"`` or ``"autograd"``; None where there is but one.
+        reason: why that way; None where there is no more to say.
+    """
+
+    section: str
+    name: str
+    what: str = ""
+    parameters: int | None = None
+    backend: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """The parts of a pipeline in the order in which data flows; as a string, a table."""
+
+    parts: Sequence[Described]
+
+    def __str__(self) -> str:
+        lines, section = [], None
+        counts = ["" if part.parameters is None else f"{part.parameters:,}" for part in self.parts]
+        names, ways = [part.name for part in self.parts], [part.backend or "" for part in self.parts]
+        widths = [max(map(len, column)) for column in (names, ways, counts)]
+        for part, *cells in zip(self.parts, names, ways, counts, strict=True):
+            lines += [part.section] * (part.section != section)
+            section = part.section
+            name, way, count = (f"{cell:{side}{width}}" for cell, side, width in zip(cells, "<<>", widths, strict=True))
+            lines.append(f"  {name}  {way}  {count}  {part.what}".rstrip() + f" ({part.reason})" * bool(part.reason))
+        return "\n".join(lines)
+
+
+def describe(collector: BaseCollector, update: PPOUpdate) -> Description:
+    """What a training is made of, part by part, and which way each part takes; `print` it.
+
+    Parameters of a module that two networks share are counted in both.
+
+    Args:
+        collector: TorchRL's collector or `TrialCollector`; of envs inside other processes nothing is known.
+        update: `PPOUpdate`.
+
+    Examples:
+        >>> from torchrl.envs import Compose, TransformedEnv
+        >>> from rl2_torchrl import ActorCritic, GRUCategoricalActor, GRUValueHead, RL2PPOLoss, TaskSampler, TrialCollector
+        >>> from rl2_torchrl.envs import BernoulliBandit, uniform_means
+        >>> transforms = Compose(Trial(episodes=10), TaskSampler(uniform_means(3)), PreviousStep())
+        >>> env = TransformedEnv(BernoulliBandit(num_arms=3, batch_size=(4,)), transforms)
+        >>> actor, critic = GRUCategoricalActor.from_env(env), GRUValueHead.from_env(env)
+        >>> collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=40)
+        >>> description = describe(collector, PPOUpdate(RL2PPOLoss(actor, critic)))
+        >>> [(part.name, part.what, part.parameters) for part in description.parts if part.name == "Head"]
+        [('Head', 'actor_features [64] -> logits [3]', 195), ('Head', 'critic_features [64] -> state_value [1]', 65)]
+    """
+    env = getattr(collector, "env", None)
+    parts = [*_env(env), *_collector(collector, env)]
+    shapes = _shapes(env, update.loss)
+    ways = _ways(update)
+    for section in ("actor", "critic"):
+        network = getattr(update.loss, f"{section}_network")
+        parts += [_module(section, leaf, shapes, ways, update) for leaf in _leaves(network)]
+    return Description([*parts, *_update(update), *_loss(update)])
+
+
+# ------------------------------------------------------------- what plays
+def _env(env: EnvBase | None) -> list[Described]:
+    if env is None:
+        return [Described("env", "in other processes")]
+    base = env
+    while hasattr(base, "base_env") and base.base_env is not base:
+        base = base.base_env
+    rows = f"{env.batch_size.numel()} rows" + f" on {env.device}" * (env.device is not None)
+    transforms = [Described("env", type(t).__name__, _transform(t, env)) for t in transforms_of(env)]
+    return [Described("env", type(base).__name__, rows), *transforms]
+
+
+def _transform(transform: nn.Module, env: EnvBase) -> str:
+    if isinstance(transform, Trial):
+        bounds = {"episodes": transform.episodes, "steps": transform.steps}
+        return "a trial is " + " or ".join(f"{bound} {name}" for name, bound in bounds.items() if bound)
+    if isinstance(transform, PreviousStep):
+        layout = transform.layout()
+        sizes = {**{_name(key): part.size for key, part in layout.observations.items()}, "action": layout.action.size}
+        told = ", ".join(f"{key} {size}" for key, size in {**sizes, "reward": 1, "done": 1}.items())
+        return f"{_name(transform.out_key)} [{layout.size}] = {told}"
+    keys = [getattr(transform, "task_key", None), *(getattr(transform, "primers", transform.out_keys) or ())]
+    shapes = {key: list(spec.shape[len(env.batch_size) :]) for key, spec in env.observation_spec.items(True)}
+    return ", ".join(_entry(key, shapes) for key in keys if key in shapes)
+
+
+def _collector(collector: BaseCollector, env: EnvBase | None) -> list[Described]:
+    frames, keep = collector.requested_frames_per_batch, getattr(collector, "keep", None)
+    batch = f"{frames:,} steps a batch" + (
+        f", {frames // env.batch_size.numel():,} of each row" if env is not None else ""
+    )
+    # TorchRL's own collectors have one way, and no name for it.
+    way = {"backend": getattr(collector, "backend", "tensordicts"), "reason": getattr(collector, "reason", None)}
+    kept = "all entries" if keep is None else ", ".join(map(_name, keep))
+    return [Described("collector", type(collector).__name__, batch, **way), Described("collector", "keeps", kept)]
+
+
+# -------------------------------------------------------------- networks
+def _leaves(network: TensorDictModuleBase | None) -> list[TensorDictModuleBase]:
+    if isinstance(network, TensorDictSequential):
+        return [leaf for module in network.module for leaf in _leaves(module)]
+    return [] if network is None else [network]
+
+
+def _module(
+    section: str, leaf: TensorDictModuleBase, shapes, ways: dict[NestedKey, Part], update: PPOUpdate
+) -> Described:
+    is_policy = isinstance(leaf, ProbabilisticTensorDictModule)
+    flow = " -> ".join(", ".join(_entry(key, shapes) for key in keys) for keys in (leaf.in_keys, leaf.out_keys))
+    name = (leaf.distribution_class if is_policy else type(getattr(leaf, "module", leaf))).__name__
+    # The part of a policy judges actions: it writes their log-probability.
+    part = next((ways[key] for key in ([LOG_PROB] if is_policy else leaf.out_keys) if key in ways), None)
+    backend, reason = ("autograd", update.reason) if part is None else (part.kind, part.reason)
+    return Described(section, name, flow, sum(p.numel() for p in leaf.parameters()), backend, reason)
+
+
+def _ways(update: PPOUpdate) -> dict[NestedKey, Part]:
+    """The parts that the update runs, by what they write; none where it runs the loss whole."""
+    parts = [] if update.backend == "autograd" else update.loss.network_parts()
+    return {key: part for part in parts for key in part.out_keys}
+
+
+def _shapes(env: EnvBase | None, loss: nn.Module) -> dict[NestedKey, list[int]]:
+    """Shapes of a single step of a single row, of the env's entries and of what the networks write for them."""
+    if env is None:
+        return {}
+    data = env.observation_spec.zero()
+    data["is_init"] = torch.ones(*env.batch_size, 1, dtype=torch.bool, device=env.device)
+    NetworkProbe(copy.deepcopy(loss)).step(data)
+    return {key: list(entry.shape[len(env.batch_size) :]) for key, entry in data.items(True, True)}
+
+
+def _entry(key: NestedKey, shapes: dict[NestedKey, list[int]]) -> str:
+    return _name(key) + (f" {shapes[key]}" if key in shapes else "")
+
+
+# ---------------------------------------------------------- what learns
+def _update(update: PPOUpdate) -> Iterable[Described]:
+    bptt = "whole rows" if update.bptt is None else f"chunks of {update.bptt} steps"
+    order = "drawn at random" if update.shuffle else "in order"
+    passes = f"{update.epochs} epochs of {update.minibatches} minibatches of {bptt}, {order}"
+    yield Described("update", type(update).__name__, passes, backend=update.backend, reason=update.reason)
+    numbers = {name: getattr(update.advantage, name, None) for name in ("gamma", "lmbda", "value_target", "normalize")}
+    yield Described("update", type(update.advantage).__name__, _settings(numbers))
+    numbers = {"lr": update.optimizer.param_groups[0]["lr"], "max_grad_norm": update.max_grad_norm}
+    yield Described("update", type(update.optimizer).__name__, _settings(numbers))
+
+
+def _loss(update: PPOUpdate) -> Iterable[Described]:
+    loss = update.loss
+    trained = sum(p.numel() for p in loss.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in loss.parameters()) - trained
+    yield Described("loss", type(loss).__name__, f"{frozen:,} parameters frozen" if frozen else "", trained)
+    # Other losses than RL2PPOLoss do not tell what they are made of.
+    for term in loss.loss_terms() if hasattr(loss, "loss_terms") else ():
+        backend = "kernel" if hasattr(term, "with_gradients") and update.backend != "autograd" else "autograd"
+        reads = "reads " + ", ".join(map(_name, term.in_keys))
+        yield Described("loss", type(term).__name__, reads, sum(p.numel() for p in term.parameters()), backend)
+
+
+def _settings(numbers: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in numbers.items() if value is not None)
+
+
+def _name(key: NestedKey) -> str:
+    return key if isinstance(key, str) else ".".join(key)

@@ -1,0 +1,169 @@
+"""`ChainPart`: linear layers, ReLU and tanh, as in heads and encoders; `ConcatPart`: inputs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from tensordict import NestedKey
+from torch import nn
+
+from rl2_torchrl import kernels
+from rl2_torchrl.gradients.part import AutogradPart, State, accumulate, entries_of, runs
+from rl2_torchrl.modules.gru_sequence import Workspace
+from rl2_torchrl.modules.linear import MOST_OUTPUTS, relu_linear, relu_linear_gradients
+
+__all__ = ["ChainPart", "ConcatPart"]
+
+_ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+class ChainPart(AutogradPart):
+    """Linear layers and activations by turns: ReLU or tanh.
+
+    Args:
+        module: the whole as a module, which takes data that the kernels do not.
+        layers: the layers that it is made of.
+        in_keys: entries of the input ``[N, T, n]``; if there are several, all but the first go past the first layer, an
+            activation.
+        out_keys: entry of the output ``[N, T, m]``.
+        detach: whether the gradient stops at the first of ``in_keys``.
+    """
+
+    kind = "kernel"
+
+    @classmethod
+    def of(cls, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys, *, detach=False) -> ChainPart | None:
+        """The part, or None where ``layers`` are something else, or there are no kernels for them."""
+        layers, names = list(layers), [_name_of(layer) for layer in layers]
+        by_turns = all((one is None) != (other is None) for one, other in pairwise(names))
+        known = by_turns and all(name or runs(layer, nn.Linear) for name, layer in zip(names, layers, strict=True))
+        has_kernels = known and any(p.numel() for layer in layers for p in layer.parameters())
+        has_kernels = has_kernels and kernels.covers(*(p for layer in layers for p in layer.parameters()))
+        return cls(module, layers, in_keys, out_keys, detach=detach) if has_kernels else None
+
+    def __init__(self, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys, *, detach: bool = False):
+        super().__init__(module, in_keys, out_keys)
+        self.detach = detach
+        names = [_name_of(layer) for layer in layers]
+        self.linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        #: What stands before each linear layer, and after the last.
+        self.before = [names[n - 1] if n else None for n, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+        self.after = names[-1]
+        self._joins = len(self.in_keys) > 1
+
+    def bind(self, gradients: Mapping[int, torch.Tensor]) -> None:
+        super().bind(gradients)
+        self._memory = []
+        for layer in self.linears:
+            bias = layer.weight.new_empty(len(layer.weight)) if layer.bias is None else gradients[id(layer.bias)]
+            self._memory.append((gradients[id(layer.weight)], bias))
+
+    @torch.no_grad()
+    def forward(self, state: State) -> None:
+        x, *more = entries_of(state, self.in_keys)
+        self._by_kernels = self._covers(x, more)
+        if not self._by_kernels:
+            super().forward(state)
+            return
+        self._sizes = [x.shape[-1], *(other.shape[-1] for other in more)]
+        if more:
+            self._joined = _activated(x, self.before[0])
+            x = torch.cat((self._joined, *(other.to(x.dtype) for other in more)), -1)
+        self._inputs = []
+        for number, layer in enumerate(self.linears):
+            before = self._before(number)
+            x = _activated(x, "tanh") if before == "tanh" else x.contiguous()
+            self._inputs.append(x)
+            # relu_linear makes the activation itself, and forgets it.
+            run = relu_linear if before == "relu" else nn.functional.linear
+            x = run(x, layer.weight, layer.bias)
+        self._out = state[self.out_keys[0]] = _activated(x, self.after)
+
+    def _covers(self, x: torch.Tensor, more: Sequence[torch.Tensor]) -> bool:
+        size = x.shape[-1] + sum(other.shape[-1] for other in more)
+        return x.dtype == self.linears[0].weight.dtype and size == self.linears[0].in_features and x.numel() > 0
+
+    def _before(self, number: int) -> str | None:
+        # Where inputs are joined, the first activation has been made already.
+        return None if number == 0 and self._joins else self.before[number]
+
+    def backward(self, state: State, gradients: State) -> None:
+        if not self._by_kernels:
+            super().backward(state, gradients)
+            return
+        slope = _before_activation(gradients.pop(self.out_keys[0]), self._out, self.after)
+        wanted = self.wanted - {self.in_keys[0]} if self.detach else self.wanted
+        for number in reversed(range(len(self.linears))):
+            x, before = self._inputs.pop(), self._before(number)
+            d_x = Workspace.take(x, x.shape) if number or wanted else None
+            linear_gradients(x, self.linears[number].weight, slope, d_x, *self._memory[number], before == "relu")
+            slope = _before_activation(d_x, x, before) if before == "tanh" and d_x is not None else d_x
+        if wanted:
+            self._hand_on(slope, gradients, wanted)
+
+    def _hand_on(self, slope: torch.Tensor, gradients: State, wanted: set[NestedKey]) -> None:
+        if not self._joins:
+            known = self.in_keys[0] in gradients
+            accumulate(gradients, self.in_keys[0], slope)
+            if known:
+                Workspace.give(slope)
+            return
+        for key, part in zip(self.in_keys, slope.split(self._sizes, -1), strict=True):
+            if key in wanted:
+                part = part.contiguous()
+                first = key == self.in_keys[0]
+                accumulate(gradients, key, _before_activation(part, self._joined, self.before[0]) if first else part)
+
+
+class ConcatPart(AutogradPart):
+    """Inputs side by side, in the first one's dtype."""
+
+    kind = "kernel"
+
+    @torch.no_grad()
+    def forward(self, state: State) -> None:
+        inputs = entries_of(state, self.in_keys)
+        self._kinds = [(x.shape[-1], x.dtype) for x in inputs]
+        state[self.out_keys[0]] = self.module(*inputs)
+
+    def backward(self, state: State, gradients: State) -> None:
+        slopes = gradients.pop(self.out_keys[0]).split([size for size, _ in self._kinds], -1)
+        for key, slope, (_, dtype) in zip(self.in_keys, slopes, self._kinds, strict=True):
+            if key in self.wanted:
+                accumulate(gradients, key, slope.to(dtype, copy=True))
+
+
+def linear_gradients(x, weight, slope, d_x, d_weight, d_bias, has_relu: bool) -> None:
+    """Writes the gradients of `relu_linear`, or without ReLU of a linear layer, into the last three (``d_x`` may be None)."""
+    weight = weight.detach().contiguous()
+    if has_relu and len(weight) <= MOST_OUTPUTS:
+        relu_linear_gradients(x, weight, slope, d_x, d_weight, d_bias)
+        return
+    flat, slopes = x.view(-1, x.shape[-1]), slope.reshape(-1, len(weight))
+    torch.mm(slopes.t(), flat.relu() if has_relu else flat, out=d_weight)
+    torch.sum(slopes, 0, out=d_bias)
+    if d_x is not None:
+        torch.mm(slopes, weight, out=d_x.view(flat.shape))
+        if has_relu:
+            d_x.masked_fill_(x <= 0, 0.0)
+
+
+def _name_of(layer: nn.Module) -> str | None:
+    return next((name for name, cls in _ACTIVATIONS.items() if runs(layer, cls)), None)
+
+
+def _activated(x: torch.Tensor, name: str | None) -> torch.Tensor:
+    if name == "tanh":
+        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        kernels.load(x.dtype).tanh_forward(x.numel(), x.data_ptr(), y.data_ptr(), kernels.threads_for(20 * x.numel()))
+        return y
+    return x.relu() if name == "relu" else x
+
+
+def _before_activation(slope: torch.Tensor, y: torch.Tensor, name: str | None) -> torch.Tensor:
+    """The gradient by what an activation reads, from that by what it gives, ``y``; in the memory of ``slope``."""
+    if name == "tanh":
+        return torch.ops.aten.tanh_backward.grad_input(slope, y, grad_input=slope)
+    return slope.masked_fill_(y <= 0, 0.0) if name == "relu" else slope

@@ -1,0 +1,233 @@
+"""The encoder of a network: what stands between the env's entries and the core. `MLPEncoder`, `ConvEncoder`, or your own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import index
+
+import torch
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import nn
+
+from rl2_torchrl.gradients.chain import ChainPart, ConcatPart
+from rl2_torchrl.gradients.part import runs
+from rl2_torchrl.modules.cores import sub_key
+
+__all__ = ["Concat", "ConvEncoder", "Encoder", "ImageEncoder", "MLPEncoder", "encoding"]
+
+#: A module of ``[*B, *shape]`` to ``[*B, n]``, or a function of that shape that makes one.
+EntryEncoder = nn.Module | Callable[[torch.Size], nn.Module]
+#: What a network takes: one for its transition input, or one for each entry.
+Encoder = EntryEncoder | Mapping[NestedKey, EntryEncoder | None]
+
+
+class MLPEncoder(nn.Module):
+    """Linear layers, each with an activation: ``[*B, *shape]`` to ``[*B, num_cells[-1]]``.
+
+    Args:
+        shape: shape of the entry, flattened, or its size. The transition input's is ``[input_size]``.
+        num_cells: sizes of the layers. Default one of 64.
+        activation: Default `torch.nn.ReLU`.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Examples:
+        >>> MLPEncoder(5, num_cells=[32, 16])(torch.zeros(4, 10, 5)).shape
+        torch.Size([4, 10, 16])
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        num_cells: Sequence[int] = (64,),
+        *,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.shape = torch.Size(shape if isinstance(shape, Sequence) else (index(shape),))
+        sizes = [self.shape.numel(), *map(index, num_cells)]
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ValueError(f"shape={shape!r} and num_cells={num_cells!r} must be at least one layer of at least 1.")
+        layers = []
+        for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Linear(inputs, outputs, device=device, dtype=dtype), activation()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``x`` ``[*B, *shape]`` to ``[*B, num_cells[-1]]``."""
+        return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
+
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
+        """The part of a PPO step that this is, with its own gradient; None for other activations."""
+        is_chain = runs(self, MLPEncoder) and len(self.shape) == 1
+        return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
+
+
+class ImageEncoder(nn.Module):
+    """Lets a module of images ``[N, *shape]`` read ``[*B, *shape]``; uint8 is scaled to [0, 1].
+
+    Args:
+        net: maps ``[N, *shape]`` to ``[N, n]``.
+        shape: shape of one image, such as ``[channels, height, width]``.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten())
+        >>> ImageEncoder(net, [3, 5, 5])(torch.zeros(2, 7, 3, 5, 5, dtype=torch.uint8)).shape
+        torch.Size([2, 7, 4])
+    """
+
+    def __init__(self, net: nn.Module, shape: Sequence[int]):
+        super().__init__()
+        self.net, self.shape = net, torch.Size(shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``x`` ``[*B, *shape]`` to ``[*B, n]``."""
+        batch = x.shape[: x.ndim - len(self.shape)]
+        out = self.net(_as_reals(x, next(self.net.parameters(), torch.empty(0))).reshape(-1, *self.shape))
+        return out.reshape(*batch, *out.shape[1:])
+
+
+class ConvEncoder(ImageEncoder):
+    """Convolutions and one linear layer: images ``[*B, channels, height, width]`` to ``[*B, out_features]``.
+
+    Args:
+        shape: ``[channels, height, width]``.
+        out_features: size of what it gives. Default 64.
+        num_channels: of each convolution. Default 16 and 32.
+        kernel_size: of each convolution. Default 3.
+        stride: of each convolution. Default 2.
+        activation: after each layer. Default `torch.nn.ReLU`.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        ValueError: the channels come last, or the image is too small for these convolutions.
+
+    Examples:
+        >>> ConvEncoder([3, 16, 16])(torch.zeros(2, 7, 3, 16, 16, dtype=torch.uint8)).shape
+        torch.Size([2, 7, 64])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        out_features: int = 64,
+        *,
+        num_channels: Sequence[int] = (16, 32),
+        kernel_size: int = 3,
+        stride: int = 2,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        channels, *size = _channels_first(shape)
+        factory, layers = {"device": device, "dtype": dtype}, []
+        for outputs in map(index, num_channels):
+            layers += [nn.Conv2d(channels, outputs, kernel_size, stride, **factory), activation()]
+            channels, size = outputs, [(n - kernel_size) // stride + 1 for n in size]
+            if min(size) < 1:
+                raise ValueError(
+                    f"images of shape {tuple(shape)} are too small for {len(num_channels)} such convolutions."
+                )
+        layers += [nn.Flatten(), nn.Linear(channels * size[0] * size[1], index(out_features), **factory), activation()]
+        super().__init__(nn.Sequential(*layers), shape)
+
+
+class Concat(nn.Module):
+    """Concatenates its inputs ``[*B, n_i]`` in the first one's dtype, to ``[*B, sum n_i]``."""
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Concatenates along the last dimension."""
+        return torch.cat([x.to(inputs[0].dtype) for x in inputs], -1) if len(inputs) > 1 else inputs[0]
+
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ConcatPart | None:
+        """The part of a PPO step that this is, with its own gradient."""
+        return ConcatPart(self, in_keys, out_keys) if runs(self, Concat) else None
+
+
+def encoding(
+    encoder: Encoder | None,
+    entries: Mapping[NestedKey, Sequence[int]],
+    in_key: NestedKey,
+    out_key: NestedKey,
+    **factory,
+) -> tuple[list[TensorDictModuleBase], NestedKey, int]:
+    """Modules that make one vector of ``entries``, its key and its size.
+
+    Args:
+        encoder: a module or function for ``in_key``, a mapping of entries to such, or a TensorDictModule. Entries without an
+            encoder are taken as they are.
+        entries: shape of each entry that is read, batch dimensions aside.
+        in_key: the entry that a single encoder reads.
+        out_key: encoded entries and the whole vector are named after it.
+        **factory: device and dtype for the modules that functions make.
+
+    Examples:
+        >>> shapes = {"trans": (5,), "pixels": (3, 16, 16)}
+        >>> modules, key, size = encoding({"pixels": ConvEncoder}, shapes, "trans", "features")
+        >>> [module.out_keys for module in modules], key, size
+        ([['features_pixels'], ['features_input']], 'features_input', 69)
+    """
+    encoders = encoder if isinstance(encoder, Mapping) else {in_key: encoder} if encoder is not None else {}
+    is_whole = isinstance(encoder, TensorDictModuleBase)
+    encoded = encoder.in_keys if is_whole else list(encoders)
+    unknown = [key for key in encoded if key not in entries]
+    if unknown:
+        raise KeyError(
+            f"there are encoders for {unknown}, but the network reads {list(entries)}; from_env(env, ...) adds them."
+        )
+    modules = (
+        [encoder] if is_whole else [_module_of(key, encoders[key], entries[key], out_key, factory) for key in encoders]
+    )
+    sizes = {}
+    for key, shape in entries.items():
+        if key not in encoded:
+            if len(shape) != 1:
+                raise ValueError(
+                    f"{key!r} has shape {tuple(shape)} and no encoder: give it one, encoder={{{key!r}: ConvEncoder}}."
+                )
+            sizes[key] = shape[0]
+    sizes |= {module.out_keys[0]: _output_size(module, entries) for module in modules}
+    if len(sizes) == 1:
+        return modules, *sizes.popitem()
+    whole = sub_key(out_key, "input")
+    return [*modules, TensorDictModule(Concat(), list(sizes), [whole])], whole, sum(sizes.values())
+
+
+def _module_of(key: NestedKey, encoder: EntryEncoder, shape: Sequence[int], out_key: NestedKey, factory: Mapping):
+    """The TensorDictModule that encodes ``key``."""
+    module = encoder if isinstance(encoder, nn.Module) else encoder(torch.Size(shape)).to(**factory)
+    if len(shape) > 1 and not isinstance(module, ImageEncoder | MLPEncoder):
+        module = ImageEncoder(module, shape)
+    return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else key[-1])])
+
+
+def _output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
+    """Size of what ``module`` gives, found by trying it on zeros."""
+    like = next(module.parameters(), torch.empty(0))
+    zeros = {key: torch.zeros(1, *entries[key], device=like.device, dtype=like.dtype) for key in module.in_keys}
+    with torch.no_grad():
+        out = module(TensorDict(zeros, [1])).get(module.out_keys[0])
+    if out.ndim != 2:
+        raise ValueError(f"the encoder of {module.in_keys} makes {tuple(out.shape)} of one row; it must give [*B, n].")
+    return out.shape[-1]
+
+
+def _channels_first(shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(map(index, shape))
+    if len(shape) != 3:
+        raise ValueError(f"images have shape [channels, height, width], not {shape}.")
+    if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4):
+        raise ValueError(
+            f"images of shape {shape} seem to have their channels last, where [channels, height, width] is convolved: append "
+            "ToTensorImage() or PermuteTransform() to the env's transforms."
+        )
+    return shape
+
+
+def _as_reals(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype of ``like``; uint8, as in images, is scaled to [0, 1]."""
+    return x.to(like.dtype) / 255 if x.dtype == torch.uint8 else x.to(like.dtype)

@@ -1,0 +1,76 @@
+"""`TaskBelief`: the actor's memory learns to tell the task, which only training sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import NestedKey
+from torch import nn
+from torch.nn.functional import mse_loss
+
+__all__ = ["TaskBelief"]
+
+
+class TaskBelief(nn.Module):
+    """A loss term: a linear layer tells the task, or a function of it, from the actor's features (Humplik et al. 2019).
+
+    ``coefficient * mean((W features + b - target)²)``. The features minimise it where they hold the posterior mean of the target
+    given all that was seen, which is what an agent must know to act well. The task is the env's, and read in training alone:
+    the agent acts as before, and the layer is not part of it (arXiv:1905.06424, section 3; there a stochastic belief of its own
+    is trained, here the memory that acts).
+
+    Gives ``loss_belief`` and ``belief_error``, the mean squared error without the coefficient.
+
+    Args:
+        features_size: size of the actor's features, its ``hidden_size``.
+        target_size: size of what is told.
+        coefficient: weight in the loss. Default 1.
+        target: from the task ``[N, T, ...]`` to what is told ``[N, T, target_size]``. By default the task itself.
+        features_key: Default ``"actor_features"``.
+        task_key: Default ``"task"``.
+        device: device of the layer.
+        dtype: dtype of the layer.
+
+    Raises:
+        ValueError: the coefficient is not positive, or the target has another size.
+
+    Examples:
+        >>> from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss
+        >>> belief = TaskBelief(64, 3, coefficient=10.0)  # the means of a bandit's three arms
+        >>> update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3), GRUValueHead(5), terms=[belief]))
+        >>> "task" in update.in_keys
+        True
+    """
+
+    def __init__(
+        self,
+        features_size: int,
+        target_size: int,
+        *,
+        coefficient: float = 1.0,
+        target: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        features_key: NestedKey = "actor_features",
+        task_key: NestedKey = "task",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not coefficient > 0:
+            raise ValueError(f"coefficient={coefficient}: without a positive weight nothing learns to tell the task.")
+        self.layer = nn.Linear(features_size, target_size, device=device, dtype=dtype)
+        self.coefficient, self.target = coefficient, target
+        self.in_keys = [features_key, task_key]
+
+    def forward(self, features: torch.Tensor, task: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Loss and error, from features ``[N, T, features_size]`` and tasks ``[N, T, ...]``."""
+        told = self.layer(features)
+        with torch.no_grad():
+            target = (task if self.target is None else self.target(task)).to(told.dtype)
+        if target.shape != told.shape:
+            raise ValueError(
+                f"what is to be told has shape {tuple(target.shape)}, but the layer gives {tuple(told.shape)}: target_size is the "
+                "size of target(task), or of the task itself."
+            )
+        error = mse_loss(told, target)
+        return {"loss_belief": self.coefficient * error, "belief_error": error.detach()}

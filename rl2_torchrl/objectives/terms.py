@@ -1,0 +1,201 @@
+"""Loss terms: PPO's own three, each with its gradient, and what a further one is.
+
+A term is an `nn.Module` that reads named entries and returns named numbers:
+
+    class FeatureNorm(nn.Module):
+        in_keys = ["actor_features"]
+
+        def forward(self, features):  # [N, T, hidden_size]
+            size = features.square().mean()
+            return {"loss_norm": 1e-3 * size, "feature_norm": size.detach()}
+
+    loss = RL2PPOLoss(actor, critic, terms=[FeatureNorm()])
+
+``in_keys`` are entries of the collected batch (also those that only training sees, such as ``"task"``: `PPOUpdate.in_keys`
+holds them), of what the networks write (``"logits"``, ``"actor_features"``, ``"state_value"``), and ``("policy", "log_prob")`` and
+``("policy", "entropy")``, those of the collected actions under the policy as it is now. ``forward`` takes them in that order,
+``[N, T, ...]``. What it returns under a name that begins with ``loss_`` is added to the loss, coefficient included; every
+scalar reaches the log. Parameters of a term are the loss's, and trained with it.
+
+Autograd makes a term's gradient, for that term alone. A term without parameters that knows it better derives from `OwnGradient`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+
+import torch
+from tensordict import NestedKey
+from torch import nn
+
+from rl2_torchrl import kernels
+from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB
+
+__all__ = ["ClippedObjective", "EntropyBonus", "OwnGradient", "SquaredError"]
+
+_Totals = ctypes.c_double * 5
+
+
+class OwnGradient(nn.Module, ABC):
+    """A term that gives one loss and its gradient by hand.
+
+    Args:
+        in_keys: entries that it reads.
+    """
+
+    def __init__(self, in_keys: list[NestedKey]):
+        super().__init__()
+        self.in_keys = in_keys
+
+    @abstractmethod
+    def with_gradients(self, *entries: torch.Tensor) -> tuple[dict[str, float | torch.Tensor], tuple]:
+        """Its one ``loss_...`` and diagnostics; and the loss's gradient by each of ``entries``, or None for one that has none."""
+
+    def forward(self, *entries: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Loss and diagnostics, the loss with its gradient as autograd takes it."""
+        with torch.no_grad():
+            values, slopes = self.with_gradients(*entries)
+        like = entries[0]
+        values = {name: torch.as_tensor(value, dtype=like.dtype, device=like.device) for name, value in values.items()}
+        name = next(name for name in values if name.startswith("loss_"))
+        values[name] = _WithGradients.apply(values[name], slopes, *entries)
+        return values
+
+
+class _WithGradients(torch.autograd.Function):
+    """The number that is given, with the gradients that are given."""
+
+    @staticmethod
+    def forward(ctx, value, slopes, *entries):
+        ctx.slopes = slopes
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return None, None, *(None if own is None else own * slope for own in ctx.slopes)
+
+
+class ClippedObjective(OwnGradient):
+    """``-mean(min(r A, clip(r) A))`` with r = p / p_old (Schulman et al. 2017, eq. 7), and how far the policy has moved.
+
+    Its gradient by log p is ``-r A / N`` where ``r A`` is the smaller (within the clip both are the same), 0 elsewhere. The
+    diagnostics are `ClipPPOLoss`'s: ``clip_fraction``, ``kl_approx``, ``mean_ratio``, ``max_ratio`` and ``ESS`` ``[T]``.
+
+    Args:
+        log_low: logarithm of the lowest ratio, log(1 - clip_epsilon).
+        log_high: logarithm of the highest ratio, log(1 + clip_epsilon).
+        old_log_prob_key: log p_old ``[N, T]``.
+        advantage_key: A ``[N, T, 1]``.
+
+    Raises:
+        ValueError: log-probabilities, old ones and advantages are not of one shape.
+
+    Examples:
+        >>> twice, one = torch.tensor([[2.0]]).log(), torch.ones(1, 1)
+        >>> losses = ClippedObjective(-0.2, 0.0)(twice, 0 * one, one.unsqueeze(-1))
+        >>> round(float(losses["loss_objective"]), 3)
+        -1.0
+    """
+
+    def __init__(
+        self,
+        log_low: float,
+        log_high: float,
+        old_log_prob_key: NestedKey = "action_log_prob",
+        advantage_key: NestedKey = "advantage",
+    ):
+        super().__init__([LOG_PROB, old_log_prob_key, advantage_key])
+        self.log_low, self.log_high = log_low, log_high
+
+    def with_gradients(self, log_prob, old_log_prob, advantage):
+        advantage = advantage.squeeze(-1)
+        shapes = [tuple(entry.shape) for entry in (log_prob, old_log_prob, advantage)]
+        if len(shapes[0]) != 2 or len(set(shapes)) > 1:
+            raise ValueError(
+                f"log-probabilities, old ones and advantages must be of one shape [N, T]; they are {shapes}. A policy of several "
+                "actions must sum their log-probabilities."
+            )
+        by_kernels = kernels.covers(log_prob, old_log_prob, advantage)
+        active, figures = (self._by_kernels if by_kernels else self._by_torch)(log_prob, old_log_prob, advantage)
+        return figures, (active.mul_(-1 / log_prob.numel()), None, None)
+
+    def _by_torch(self, log_prob, old_log_prob, advantage):
+        log_ratio = log_prob - old_log_prob
+        clipped, ratio = log_ratio.clamp(self.log_low, self.log_high), log_ratio.exp()
+        gain, bound = ratio * advantage, clipped.exp() * advantage
+        objective = torch.minimum(gain, bound)
+        figures = {
+            "loss_objective": -objective.mean(),
+            "clip_fraction": (clipped != log_ratio).to(ratio.dtype).mean(),
+            "kl_approx": -log_ratio.mean(),
+            "mean_ratio": ratio.mean(),
+            "max_ratio": ratio.max(),
+            "ESS": ratio.sum(0).square() / ratio.square().sum(0) / len(ratio),
+        }
+        return torch.where(gain > bound, 0.0, gain), figures
+
+    def _by_kernels(self, log_prob, old_log_prob, advantage):
+        inputs = [entry.contiguous() for entry in (log_prob, old_log_prob, advantage)]
+        active, ratio, totals = torch.empty_like(inputs[0]), torch.empty_like(inputs[0]), _Totals()
+        ess = active.new_empty(active.shape[1])
+        outputs = (*map(kernels.address, (active, ratio, ess)), ctypes.addressof(totals))
+        kernels.load(log_prob.dtype).clipped_objective(
+            *log_prob.shape, *map(kernels.address, inputs), self.log_low, self.log_high, *outputs
+        )
+        size, (objective, clipped, kl, ratios, largest) = log_prob.numel(), totals
+        figures = {"loss_objective": -objective / size, "clip_fraction": clipped / size, "kl_approx": kl / size}
+        return active, figures | {"mean_ratio": ratios / size, "max_ratio": largest, "ESS": ess}
+
+
+class SquaredError(OwnGradient):
+    """``coefficient * mean((v - R)²)``.
+
+    Args:
+        coefficient: weight in the loss.
+        value_key: v ``[N, T, 1]``.
+        target_key: R ``[N, T, 1]``.
+
+    Examples:
+        >>> float(SquaredError(0.5)(torch.full((1, 1, 1), 3.0), torch.ones(1, 1, 1))["loss_critic"])
+        2.0
+    """
+
+    def __init__(
+        self, coefficient: float, value_key: NestedKey = "state_value", target_key: NestedKey = "value_target"
+    ):
+        super().__init__([value_key, target_key])
+        self.coefficient = coefficient
+
+    def with_gradients(self, value, target):
+        if value.shape != target.shape:
+            raise ValueError(
+                f"values {tuple(value.shape)} and their targets {tuple(target.shape)} must be of one shape [N, T, 1]: others "
+                "would be compared step by step with all steps."
+            )
+        error, factor = value - target, self.coefficient / value.numel()
+        flat = error.flatten()
+        return {"loss_critic": torch.dot(flat, flat) * factor}, (error.mul_(2 * factor), None)
+
+
+class EntropyBonus(OwnGradient):
+    """``-coefficient * mean(H)``, H the policy's entropy ``[N, T]``.
+
+    Args:
+        coefficient: weight in the loss.
+
+    Examples:
+        >>> losses = EntropyBonus(0.5)(torch.full((1, 2), 3.0))
+        >>> float(losses["loss_entropy"]), float(losses["entropy"])
+        (-1.5, 3.0)
+    """
+
+    def __init__(self, coefficient: float):
+        super().__init__([ENTROPY])
+        self.coefficient = coefficient
+
+    def with_gradients(self, entropy):
+        mean = entropy.mean()
+        slope = torch.full_like(entropy, -self.coefficient / entropy.numel(), memory_format=torch.contiguous_format)
+        return {"loss_entropy": -self.coefficient * mean, "entropy": mean}, (slope,)

@@ -1,0 +1,337 @@
+"""`check_tensor_env`: what a `TensorEnv` promises to those who play it, as a test that its author runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import TensorSpec
+from torchrl.envs import check_env_specs
+
+from rl2_torchrl.envs.rows import EnvState, entries_of, merge, tensors_of
+from rl2_torchrl.envs.tensor_env import TensorEnv
+from rl2_torchrl.tasks import TaskDistribution
+
+__all__ = ["TensorEnvError", "check_tensor_env"]
+
+#: The rules in the order of the checks, with why it matters and what to do. `_Checked` has a method for each.
+_RULES = {
+    "returns": "Nobody else can tell what they mean: return what `TensorEnv.begin` and `TensorEnv.advance` say.",
+    "state": "Rows are merged and checkpoints read by it: return tensors [*B, ...], after a step as after a begin.",
+    "fixed_length": "Early ends would be missed: return None for terminated and truncated, or pass fixed_length=False.",
+    "specs": "Networks and memory are made by the specs: mend them, or what the env returns.",
+    "finite": "One NaN spreads over the whole batch through the advantages: mend the env, or bound what leads there.",
+    "in_place": "Steps that were collected before would change afterwards: make new tensors, not `state += ...`.",
+    "repeatable": "No run could be repeated: draw from `self.generator` alone, and keep all that changes in the state.",
+    "round_trip": "A checkpoint would go on as another run: keep all that changes in the state or in `get_outside_state`.",
+    "rows_independent": "Rows are separate trials: calculate along no batch dimension, and draw for all rows, always.",
+    "partial_reset": "Episodes end at different steps: begin what `rows` marks, and leave all else where it is.",
+    "torchrl": "Other TorchRL code could not play it: see `torchrl.envs.check_env_specs`.",
+}
+_NUM_TASKS = 8
+Step = dict[str, Tensor]
+
+
+class TensorEnvError(AssertionError):
+    """A promise of `TensorEnv` is broken; ``rule`` is its short name."""
+
+    def __init__(self, rule: str, seen: str):
+        super().__init__(f"rule {rule!r} is broken: {seen}. {_RULES[rule]}")
+        self.rule = rule
+
+
+def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, num_steps: int = 50) -> None:
+    """Plays random actions and checks what a `TensorEnv` promises; the first rule that breaks is raised, by name.
+
+    Checked are types, shapes and specs; that rows do not touch one another, that a reset of some rows leaves the others where
+    they are, that a seed repeats a run and a checkpoint goes on with it, and that ``fixed_length`` is true. The env is
+    seeded, reset and stepped.
+
+    Args:
+        env: the env, of two rows or more. Hand over some more, so that random actions see ends of episodes.
+        tasks: distribution of the tasks to play, ``(batch_size, generator) -> task`` ``[*B, ...]``. None draws them from the
+            env's ``task_spec``.
+        num_steps: steps to play, each time; those of several episodes.
+
+    Raises:
+        TensorEnvError: a rule is broken. The message says which, what was seen, why it matters and what to do.
+        ValueError: the env has one row only, or ``num_steps`` is below 2.
+
+    Examples:
+        >>> from rl2_torchrl.envs import PointRobot, goals_on_half_circle
+        >>> check_tensor_env(PointRobot(batch_size=(8,)), goals_on_half_circle())
+    """
+    if env.batch_size.numel() < 2 or num_steps < 2:
+        raise ValueError(
+            f"batch_size={tuple(env.batch_size)}, num_steps={num_steps}: whether rows touch one another shows with two rows or "
+            "more, and whether a run goes on with two steps or more."
+        )
+    checked = _Checked(env, tasks, num_steps)
+    for rule in _RULES:
+        seen = getattr(checked, rule)()
+        if seen is not None:
+            raise TensorEnvError(rule, seen)
+
+
+class _Checked:
+    """An env, and actions and tasks to play. A rule returns what breaks it, or None."""
+
+    def __init__(self, env: TensorEnv, tasks: TaskDistribution | None, num_steps: int):
+        self.env, self.num_steps = env, num_steps
+        generator = torch.Generator().manual_seed(0)
+        spec = env.full_state_spec["task"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # specs draw from PyTorch's default generator; a check finds the same each time
+            draws = [spec.rand() if tasks is None else tasks(env.batch_size, generator) for _ in range(_NUM_TASKS)]
+            self.actions = [env.action_spec.rand() for _ in range(num_steps)]
+        self.tasks = [task.to(env.device) for task in draws]
+        self.every_row = torch.ones(env.batch_size, dtype=torch.bool, device=env.device)
+
+    # ---------------------------------------------------------------- playing
+    def task(self, number: int = 0) -> Tensor | TensorDictBase:
+        return self.tasks[number % len(self.tasks)].clone()
+
+    def start(self, number: int = 0, rows: Tensor | None = None) -> Step:
+        return self.with_more(self.env.start(self.task(number), rows))
+
+    def with_more(self, entries: Step) -> Step:
+        more = self.env.observe_more(self.env.state) if self.env.more_keys else {}
+        return {str(key): value.clone() for key, value in {**entries, **more}.items()}
+
+    def play(self, action: Tensor) -> Step:
+        """One step, with ends of a fixed length too."""
+        entries, reward, *_ = self.env.play(action.clone())
+        terminated, truncated = self.env._ends()
+        return {**self.with_more(entries), "reward": reward.clone(), "terminated": terminated, "truncated": truncated}
+
+    def run(self, actions: list[Tensor]) -> Iterator[Step]:
+        """Steps, and the first observations of the episodes that begin in rows whose last has ended."""
+        for number, action in enumerate(actions):
+            yield self.play(action)
+            yield from self.begin_ended(number)
+
+    def begin_ended(self, number: int = 0) -> Iterator[Step]:
+        terminated, truncated = self.env._ends()
+        ended = (terminated | truncated).squeeze(-1)
+        if ended.any():
+            yield self.start(number + 1, ended)
+
+    def go_to(self, number: int) -> Step:
+        """Plays ``number`` steps from the start, and returns what was observed last."""
+        return [self.start(), *self.run(self.actions[:number])][-1]
+
+    def row(self, number: int) -> Tensor:
+        """Which row is that of ``number``, counted round and round: bool ``[*B]``."""
+        row = torch.zeros_like(self.every_row)
+        row.view(-1)[number % row.numel()] = True
+        return row
+
+    def mixed(
+        self, rows: Tensor, new: Tensor | TensorDictBase, old: Tensor | TensorDictBase
+    ) -> Tensor | TensorDictBase:
+        """``new`` in ``rows``, ``old`` elsewhere."""
+        return new.where(rows, old) if isinstance(new, TensorDictBase) else merge(rows, new, old)
+
+    def save(self) -> Tensor:
+        return self.env.get_extra_state().clone()
+
+    # -------------------------------------------------------------- the rules
+    def returns(self) -> str | None:
+        begun = self.env.begin(self.task(), self.every_row)
+        if type(begun) is not tuple or len(begun) != 2:
+            return f"begin returned {_kind(begun)}, not (state, observation)"
+        advanced = self.env.advance(begun[0], self.actions[0].clone())
+        if type(advanced) is not tuple or len(advanced) != 5:
+            return f"advance returned {_kind(advanced)}, not (state, observation, reward, terminated, truncated)"
+        for name, observation in (("begin", begun[1]), ("advance", advanced[1])):
+            if not isinstance(observation, Tensor | dict | None):
+                return f"{name} returned {_kind(observation)} as the observation, not a tensor, a dictionary or None"
+        for name, value in zip(("reward", "terminated", "truncated"), advanced[2:], strict=True):
+            if not isinstance(value, Tensor) and (name == "reward" or value is not None):
+                return f"advance returned {_kind(value)} as {name}, not a tensor"
+
+    def state(self) -> str | None:
+        state, _ = self.env.begin(self.task(), self.every_row)
+        before, after = _layout(state), _layout(self.env.advance(state, self.actions[0].clone())[0])
+        for shape, _, device in before:
+            if shape[: self.env.batch_dims] != self.env.batch_size or device.type != self.env.device.type:
+                return (
+                    f"the state holds a tensor {list(shape)} on {device}, with a batch of {list(self.env.batch_size)}"
+                )
+        if before != after:
+            return f"the state is made of {_told(before)} after a begin, of {_told(after)} after a step"
+
+    def fixed_length(self) -> str | None:
+        if not self.env.fixed_length:
+            return None
+        state, _ = self.env.begin(self.task(), self.every_row)
+        for number, action in enumerate(self.actions[: self.env.max_episode_steps]):
+            state, *_, terminated, truncated = self.env.advance(state, action.clone())
+            for name, end in (("terminated", terminated), ("truncated", truncated)):
+                if end is not None:
+                    ended = f", which is True in {int(end.sum())} rows" if end.any() else ""
+                    return f"fixed_length=True, but step {number} returned {name}{ended}"
+
+    def specs(self) -> str | None:
+        env = self.env
+        begun, observed = env.begin(self.task(), self.every_row)
+        _, following, reward, *ends = env.advance(begun, self.actions[0].clone())
+        more = set(map(str, env.more_keys))
+        own = {str(key): env.observation_spec[key] for key in env.observation_spec.keys(True, True)}
+        for name, values in (("begin", observed), ("advance", following)):
+            values = {str(key): value for key, value in entries_of(values).items()}
+            if set(values) != set(own) - more:
+                return f"{name} observes {sorted(values)}, observation_spec says {sorted(set(own) - more)}"
+            for key, value in values.items():
+                if wrong := _misfit(value, own[key]):
+                    return f"{name}'s observation {key!r} {wrong}"
+        self.start()
+        for key, value in (env.observe_more(env.state) if more else {}).items():
+            if str(key) not in more or (wrong := _misfit(value, own[str(key)])):
+                return f"observe_more's {key!r} {'is not in more_spec' if str(key) not in more else wrong}"
+        if wrong := _misfit(reward, env.reward_spec):
+            return f"the reward {wrong}"
+        for name, end in zip(("terminated", "truncated"), ends, strict=True):
+            if end is not None and (end.shape != (*env.batch_size, 1) or end.dtype != torch.bool):
+                return f"{name} is {end.dtype} {list(end.shape)}, not bool {[*env.batch_size, 1]}"
+
+    def finite(self) -> str | None:
+        for number, step in enumerate([self.start(), *self.run(self.actions)]):
+            for key, value in step.items():
+                if value.is_floating_point() and not value.isfinite().all():
+                    return f"{key!r} is NaN or infinite in step {number} of random actions"
+
+    def in_place(self) -> str | None:
+        task = self.task()
+        self.env.begin(task, self.every_row)
+        if not bool((task == self.tasks[0]).all()):
+            return "a begin wrote over the task"
+        self.start()
+        for action in self.actions:
+            held = {"the action": action.clone()}
+            held |= {f"the state's tensor {i}": leaf for i, leaf in enumerate(tensors_of(self.env.state))}
+            held |= {f"the last {key!r}": value for key, value in self.env._now.observation.items()}
+            copies = {name: value.clone() for name, value in held.items()}
+            self.env.play(held["the action"])
+            list(self.begin_ended())
+            for name, value in held.items():
+                if not _same(value, copies[name]):
+                    return f"a step wrote over {name}"
+
+    def repeatable(self) -> str | None:
+        runs = []
+        with torch.random.fork_rng(devices=[]):
+            for other in (0, 1):
+                torch.manual_seed(other)
+                self.env.set_seed(0)
+                before = torch.get_rng_state()
+                runs.append([self.start(), *self.run(self.actions)])
+                if not torch.equal(torch.get_rng_state(), before):
+                    return "the env draws from PyTorch's default generator"
+        return _difference(*runs, self.every_row, "two runs of one seed with the same actions")
+
+    def round_trip(self) -> str | None:
+        for played in (0, 1, self.num_steps // 2):
+            self.go_to(played)
+            saved = self.save()
+            going_on = list(self.run(self.actions[played:]))
+            self.env.set_extra_state(saved)
+            resumed = list(self.run(self.actions[played:]))
+            what = f"a run, and the one resumed from its state after {played} steps,"
+            if seen := _difference(going_on, resumed, self.every_row, what):
+                return seen
+
+    def rows_independent(self) -> str | None:
+        self.start()
+        for number, action in enumerate(self.actions):
+            row, before = self.row(number), self.save()
+            steps = [self.play(self.mixed(row, self.actions[number - 1], action))]
+            self.env.set_extra_state(before)
+            steps.append(self.play(action))
+            if seen := _difference(steps[:1], steps[1:], ~row, "steps that differ in one row's action alone"):
+                return seen
+            list(self.begin_ended())
+        for number in range(len(self.tasks)):
+            row, task = self.row(number), self.tasks[number]
+            one, other = self.first_episode(task), self.first_episode(self.mixed(row, self.tasks[number - 1], task))
+            both = min(len(one), len(other))
+            if seen := _difference(one[:both], other[:both], ~row, "episodes that differ in one row's task alone"):
+                return seen
+
+    def first_episode(self, task: Tensor | TensorDictBase) -> list[Step]:
+        """Steps of ``task``, with the same draws each time, until an episode ends."""
+        self.env.set_seed(0)
+        steps = [self.with_more(self.env.start(task.clone()))]
+        for action in self.actions:
+            steps.append(self.play(action))
+            if (steps[-1]["terminated"] | steps[-1]["truncated"]).any():
+                break
+        return steps
+
+    def partial_reset(self) -> str | None:
+        env = self.env
+        for played in range(self.num_steps // 2):
+            row, first = self.row(played), self.go_to(played)
+            saved, generator = self.save(), env.generator.get_state()
+            going_on = [self.play(self.actions[played])]
+            env.set_extra_state(saved)
+            begun = self.start(1, row)
+            what = f"a reset of one row after {played} steps"
+            if seen := _difference([{key: first[key] for key in begun}], [begun], ~row, what):
+                return seen
+            env.generator.set_state(generator)
+            if seen := _difference(going_on, [self.play(self.actions[played])], ~row, what + ", one step on,"):
+                return seen
+        return self._begun_anew()
+
+    def _begun_anew(self) -> str | None:
+        """Whether a row that begins among others is where it is when all begin."""
+        steps = []
+        for rows in (None, self.row(0)):
+            self.go_to(self.num_steps // 2)
+            self.env.set_seed(0)
+            steps.append([self.start(1, rows), self.play(self.actions[0])])
+        return _difference(*steps, self.row(0), "an episode begun alone and one begun with all others")
+
+    def torchrl(self) -> str | None:
+        try:
+            check_env_specs(self.env)
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def _difference(one: list[Step], other: list[Step], rows: Tensor, what: str) -> str | None:
+    """Where ``rows`` of the steps are not the same."""
+    for number, (step, again) in enumerate(zip(one, other, strict=False)):
+        for key in step:
+            if key not in again or not _same(step[key][rows], again[key][rows]):
+                return f"{what} differ in {key!r} of step {number}"
+    return None if len(one) == len(other) else f"{what} differ in when episodes end"
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _misfit(value: Tensor, spec: TensorSpec) -> str | None:
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (spec.shape, spec.dtype):
+        return f"is {_kind(value)}, its spec says {spec.dtype} {list(spec.shape)}"
+    if value.device != spec.device:
+        return f"is on {value.device}, its spec on {spec.device}"
+    return None if spec.is_in(value) else f"is outside its spec, {spec.space}: {value.flatten()[:8].tolist()} ..."
+
+
+def _layout(state: EnvState) -> list[tuple]:
+    return [(leaf.shape, leaf.dtype, leaf.device) for leaf in tensors_of(state)]
+
+
+def _told(layout: list[tuple]) -> str:
+    return ", ".join(f"{dtype} {list(shape)}" for shape, dtype, _ in layout) or "nothing"
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"{len(value)} values" if isinstance(value, tuple) else type(value).__name__

@@ -1,0 +1,168 @@
+"""`describe`: all parts of a pipeline in the order of data, with shapes, numbers of parameters and the way that each takes."""
+
+import pytest
+import torch
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.envs import Compose, TransformedEnv
+from torchrl.modules import GRUModule, ProbabilisticActor
+from torchrl.objectives import ClipPPOLoss
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialCollector,
+)
+from rl2_torchrl.describe import describe
+from rl2_torchrl.envs import TabularMDP, random_mdps
+
+SIZE = 3 + 2 + 2  # a state of 3, an action of 2, reward, done
+
+
+def mdp_env():
+    base = TabularMDP(3, 2, episode_steps=4, batch_size=(6,), seed=0)
+    transforms = Compose(Trial(episodes=3, steps=10), TaskSampler(random_mdps(3, 2), seed=1), PreviousStep())
+    return TransformedEnv(base, transforms)
+
+
+def described(actor, critic, *, loss=None, collector_class=TrialCollector, env=None, keep=False, **options):
+    env = env or mdp_env()
+    update = PPOUpdate(loss or RL2PPOLoss(actor, critic), epochs=3, minibatches=2, **options)
+    kwargs = {"keep": update.in_keys} if keep else {}
+    policy = ActorCritic(actor, critic)
+    collector = collector_class(env, policy, frames_per_batch=60, auto_register_policy_transforms=True, **kwargs)
+    return describe(collector, update), update
+
+
+def networks(**kwargs):
+    actor = GRUCategoricalActor(SIZE, 2, hidden_size=4, **kwargs)
+    return actor, GRUValueHead(SIZE + 1, hidden_size=4, extra_keys=["time_left"])
+
+
+def rows_of(description, section):
+    return [part for part in description.parts if part.section == section]
+
+
+def test_parts_stand_in_the_order_in_which_data_flows():
+    description, _ = described(*networks())
+    sections = list(dict.fromkeys(part.section for part in description.parts))
+    assert sections == ["env", "collector", "actor", "critic", "update", "loss"]
+    env = {part.name: part.what for part in rows_of(description, "env")}
+    assert env["TabularMDP"] == "6 rows on cpu"
+    assert env["Trial"] == "a trial is 3 episodes or 10 steps"
+    # 3 x 2 mean rewards, 3 x 2 x 3 transition probabilities.
+    assert env["TaskSampler"] == "task [24]"
+    assert env["PreviousStep"] == "trans [7] = observation 3, action 2, reward 1, done 1"
+
+
+def test_shapes_and_parameters_of_networks():
+    description, update = described(*networks())
+    gru, head, policy = rows_of(description, "actor")
+    # GRU: 3 gates of 4 units, over 7 inputs and 4 units, with two biases each.
+    assert gru.parameters == 3 * 4 * (7 + 4 + 2)
+    assert gru.what == ("trans [7], actor_hidden [1, 4], is_init [1] -> actor_features [4], next.actor_hidden [1, 4]")
+    assert (head.what, head.parameters) == ("actor_features [4] -> logits [2]", 4 * 2 + 2)
+    assert (policy.name, policy.what) == ("Categorical", "logits [2] -> action [], action_log_prob []")
+    value = rows_of(description, "critic")[-1]
+    assert (value.what, value.parameters) == ("critic_features [4] -> state_value [1]", 4 + 1)
+    loss = rows_of(description, "loss")
+    assert loss[0].parameters == sum(p.numel() for p in update.loss.parameters())
+    assert [part.name for part in loss] == ["RL2PPOLoss", "ClippedObjective", "SquaredError"]
+
+
+class Cube(nn.Module):
+    """An activation that nobody knows."""
+
+    def forward(self, x):
+        return x**3
+
+
+def test_which_way_each_part_takes_and_why():
+    description, update = described(*networks(activation=Cube))
+    gru, head, policy = rows_of(description, "actor")
+    assert (gru.backend, gru.reason) == ("kernel", None)
+    assert head.backend == "autograd"
+    assert "brings no gradient of its own" in head.reason
+    assert policy.backend == "kernel"
+    assert (rows_of(description, "update")[0].backend, update.backend) == ("parts", "parts")
+    assert head.reason in rows_of(description, "update")[0].reason
+
+
+def test_a_module_of_the_users_and_a_policy_of_torchrls_parts():
+    keys = {"in_keys": ["trans", "actor_hidden", "is_init"], "out_keys": ["features", ("next", "actor_hidden")]}
+    gru = GRUModule(input_size=SIZE, hidden_size=4, **keys)
+    head = TensorDictModule(nn.Sequential(nn.Linear(4, 2, bias=False)), ["features"], ["logits"])
+    options = {"distribution_class": torch.distributions.Categorical, "return_log_prob": True}
+    actor = ProbabilisticActor(TensorDictSequential(gru, head), in_keys=["logits"], **options)
+    description, _ = described(actor, networks()[1])
+    rows = [(part.name, part.parameters, part.backend) for part in rows_of(description, "actor")]
+    assert rows == [("GRUModule", 156, "autograd"), ("Sequential", 8, "autograd"), ("Categorical", 0, "kernel")]
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_another_loss_runs_whole(functional):
+    actor, critic = networks()
+    description, update = described(actor, critic, loss=ClipPPOLoss(actor, critic, functional=functional))
+    for part in (*rows_of(description, "actor"), *rows_of(description, "critic")):
+        assert (part.backend, part.reason) == ("autograd", update.reason)
+    assert "[4] -> logits [2]" in rows_of(description, "actor")[1].what
+
+
+def test_settings_of_the_update():
+    description, _ = described(*networks(), bptt=5, lr=0.25, max_grad_norm=2.0, shuffle=False)
+    whats = {part.name: part.what for part in rows_of(description, "update")}
+    assert whats["PPOUpdate"] == "3 epochs of 2 minibatches of chunks of 5 steps, in order"
+    assert whats["Adam"] == "lr=0.25, max_grad_norm=2.0"
+    assert whats["TrialAdvantage"] == "gamma=0.99, lmbda=0.97, value_target=return, normalize=True"
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_the_collector_keeps(keep):
+    description, update = described(*networks(), keep=keep)
+    collector, kept = rows_of(description, "collector")
+    assert collector.what == "60 steps a batch, 10 of each row"
+    if keep:
+        assert kept.what.split(", ") == [".".join([k] if isinstance(k, str) else k) for k in update.in_keys]
+    else:
+        assert kept.what == "all entries"
+
+
+def test_torchrls_collector():
+    description, _ = described(*networks(), collector_class=Collector)
+    assert rows_of(description, "collector")[0].backend == "tensordicts"
+
+
+def test_the_table():
+    actor, critic = networks()
+    next(actor.parameters()).requires_grad_(False)
+    lines = str(described(actor, critic)[0]).splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == [
+        *("env", "collector", "actor", "critic", "update", "loss")
+    ]
+    # 3 gates x 4 units x 7 inputs are frozen.
+    assert any("84 parameters frozen" in line for line in lines)
+    assert not any(line.endswith(" ") for line in lines)
+    columns = {line.index("->") for line in lines if "logits [2]" in line and "features" in line}
+    assert len(columns) == 1
+
+
+def test_it_leaves_no_trace(capsys):
+    actor, critic = networks()
+    state = torch.get_rng_state()
+    env = mdp_env()
+    update = PPOUpdate(RL2PPOLoss(actor, critic))
+    collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=60)
+    torch.set_rng_state(state)
+    tasks = env.transform[1].get_extra_state().clone()
+    capsys.readouterr()
+    describe(collector, update)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(env.transform[1].get_extra_state(), tasks)
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,262 @@
+"""Distributions: families give their classes' numbers and draws, actors find theirs by the env's action space."""
+
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
+from torch import distributions as D
+from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded
+from torchrl.envs import Compose, GymEnv, GymWrapper, TransformedEnv
+from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
+
+from rl2_torchrl import PreviousStep, Trial
+from rl2_torchrl.modules import (
+    ActionDistribution,
+    CategoricalActions,
+    Family,
+    GaussianActions,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    IndependentCategoricals,
+    MultiCategoricalActions,
+    RecurrentActor,
+    TanhGaussianActions,
+    family_of,
+    register_family,
+)
+from rl2_torchrl.modules.families import GeneralFamily
+
+LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
+# Class, names and sizes of its parameters, further keywords, whether the family is one of its own.
+KINDS = {
+    "categorical": (D.Categorical, {"logits": 5}, {}, True),
+    "one-hot": (OneHotCategorical, {"logits": 5}, {}, True),
+    "two categoricals": (IndependentCategoricals, {"logits": 5}, {"nvec": (3, 2)}, True),
+    "two one-hot": (
+        IndependentCategoricals,
+        {"logits": 5},
+        {"nvec": (3, 2), "one_hot": True, "dtype": torch.bool},
+        True,
+    ),
+    "normal": (IndependentNormal, {"loc": 2, "scale": 2}, {}, True),
+    "tanh normal": (TanhNormal, {"loc": 2, "scale": 2}, {"low": LOW, "high": HIGH}, True),
+    "tanh normal of -1 to 1": (TanhNormal, {"loc": 2, "scale": 2}, {}, True),
+    "tanh normal, bounded loc": (TanhNormal, {"loc": 2, "scale": 2}, {"tanh_loc": True}, False),
+    "probabilities": (D.Categorical, {"probs": 5}, {}, False),
+    "beta": (D.Beta, {"concentration1": 1, "concentration0": 1}, {}, False),
+}
+
+
+def build(kind, rows=64, dtype=torch.float32):
+    distribution_class, sizes, kwargs, _ = KINDS[kind]
+    generator = torch.Generator().manual_seed(1)
+    parameters = {key: 2 * torch.randn(rows, size, generator=generator, dtype=dtype) for key, size in sizes.items()}
+    for key in parameters:
+        if key not in ("logits", "loc"):
+            parameters[key] = 0.2 + parameters[key].abs()
+    module = ProbabilisticTensorDictModule(
+        list(sizes), ["action"], distribution_class=distribution_class, distribution_kwargs=kwargs, return_log_prob=True
+    )
+    return module, family_of(module), parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_and_numbers_are_the_classes(kind):
+    module, family, parameters = build(kind)
+    assert (type(family) is not GeneralFamily) == KINDS[kind][3]
+    for seed in range(20):
+        torch.manual_seed(seed)
+        with set_interaction_type(InteractionType.RANDOM):
+            td = module(TensorDict(parameters, [64]))
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        action = family.act(*parameters.values())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert action.dtype == td["action"].dtype or kind == "one-hot"
+        assert torch.equal(action, td["action"])
+        log_prob, _ = family.log_prob_and_entropy(td["action"], *parameters.values())
+        torch.testing.assert_close(log_prob, td["action_log_prob"], rtol=1e-5, atol=2e-6)
+    with set_interaction_type(InteractionType.DETERMINISTIC):
+        assert torch.equal(family.mode(*parameters.values()), module(TensorDict(parameters, [64]))["action"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_and_entropies_are_the_classes(kind):
+    module, family, parameters = build(kind, dtype=torch.float64)
+    leaves = [p.requires_grad_() for p in parameters.values()]
+    distribution = module.get_dist(TensorDict(parameters, [64]))
+    action = distribution.sample()
+    log_prob, entropy = family.log_prob_and_entropy(action, *leaves)
+    expected = distribution.log_prob(action)
+    slope = torch.randn(log_prob.shape, dtype=torch.float64)
+    pairs = [(log_prob, expected)]
+    if distribution_has_entropy(distribution):
+        pairs.append((entropy, distribution.entropy()))
+    else:
+        assert entropy is None
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        grads = [
+            torch.autograd.grad(out, leaves, slope, retain_graph=True, allow_unused=True) for out in (ours, theirs)
+        ]
+        for a, b in zip(*grads, strict=True):
+            zero = torch.zeros(1, dtype=torch.float64)
+            torch.testing.assert_close(
+                *((zero if g is None else g).expand(64, -1) for g in (a, b)), rtol=1e-5, atol=1e-6
+            )
+
+
+def distribution_has_entropy(distribution):
+    return not isinstance(distribution, TanhNormal)
+
+
+def test_two_categoricals_by_hand():
+    logits = torch.tensor([[0.0, math.log(2.0), 0.0, math.log(3.0), 0.0]])  # 1/4 1/2 1/4, and 3/4 1/4
+    choices = IndependentCategoricals(logits, nvec=(3, 2))
+    assert choices.mode.tolist() == [[1, 0]]
+    torch.testing.assert_close(choices.log_prob(torch.tensor([[1, 1]])), torch.tensor([math.log(1 / 2 * 1 / 4)]))
+    entropy = 1.5 * math.log(2) - (0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    torch.testing.assert_close(choices.entropy(), torch.tensor([entropy]))
+    torch.manual_seed(0)
+    share = choices.sample((40_000,)).double().mean(0)[0]
+    # Standard errors 0.0035 and 0.0022.
+    assert share.tolist() == pytest.approx([1.0, 0.25], abs=0.015)
+
+
+def test_samples_spread_as_the_scale_says_and_unlike_in_each_row():
+    family = family_of(build("normal")[0])
+    loc, scale = torch.zeros(20_000, 2), torch.tensor([0.5, 3.0]).expand(20_000, 2)
+    torch.manual_seed(0)
+    action = family.act(loc, scale)
+    # The sample's standard deviation has a standard error of s / sqrt(2 n) = 0.005 s.
+    assert action.std(0).tolist() == pytest.approx([0.5, 3.0], rel=0.025)
+    assert len(action[:, 0].unique()) > 19_000
+
+
+def test_a_family_of_ones_own():
+    class Always(D.Laplace):
+        pass
+
+    class AlwaysFamily(Family):
+        names = ("loc", "scale")
+
+        def act(self, loc, scale):
+            return loc + 7
+
+    register_family(Always, AlwaysFamily)
+    module = ProbabilisticTensorDictModule(["loc", "scale"], ["action"], distribution_class=Always)
+    assert family_of(module).act(torch.zeros(2), torch.ones(2)).tolist() == [7, 7]
+
+
+def test_what_is_no_single_action_has_no_family():
+    module = ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=D.Categorical, num_samples=3)
+    assert family_of(module) is None
+
+
+# --------------------------------------------------------------------- from specs
+SPECS = {
+    "choice": (Categorical(3), CategoricalActions, 3),
+    "one-hot": (OneHot(3), CategoricalActions, 3),
+    "choices": (MultiCategorical([3, 2]), MultiCategoricalActions, 5),
+    "one-hot choices": (MultiOneHot([3, 2]), MultiCategoricalActions, 5),
+    "switches": (Binary(4), MultiCategoricalActions, 8),
+    "reals": (Unbounded(2), GaussianActions, 2),
+    "bounded reals": (Bounded(-1, 1, (2,)), GaussianActions, 2),
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_the_distribution_is_chosen_by_the_action_spec(kind):
+    spec, expected, size = SPECS[kind]
+    distribution = ActionDistribution.from_spec(spec)
+    assert type(distribution) is expected
+    assert distribution.num_outputs == size
+    actor = RecurrentActor(5, distribution, hidden_size=4)
+    td = TensorDict({"trans": torch.zeros(6, 5), "is_init": torch.ones(6, 1, dtype=torch.bool)}, [6])
+    for interaction in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
+        with set_interaction_type(interaction):
+            out = actor(td.clone())
+        assert out["action"].shape == (6, *spec.shape)
+        assert out["action_log_prob"].shape == (6,)
+        for action in out["action"]:
+            assert spec.is_in(action.to(spec.dtype))
+            assert action.dtype == spec.dtype or isinstance(spec, OneHot)
+
+
+def test_specs_without_a_distribution():
+    with pytest.raises(TypeError, match="whole numbers of a range"):
+        ActionDistribution.from_spec(Bounded(0, 3, (2,), dtype=torch.int64))
+    with pytest.raises(ValueError, match="all finite.*GaussianActions"):
+        TanhGaussianActions.from_spec(Unbounded(2))
+    with pytest.raises(ValueError, match="all finite"):
+        TanhGaussianActions([-math.inf], [1.0])
+    with pytest.raises(TypeError, match="not a vector of categorical choices"):
+        MultiCategoricalActions.from_spec(Categorical(3))
+
+
+class Choices(gymnasium.Env):
+    """Three steps of whatever the action space asks for."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+
+    def reset(self, seed=None, options=None):
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action, self.action_space.dtype)), action
+        self.steps += 1
+        return np.zeros(2, np.float32), 0.0, self.steps == 3, False, {}
+
+
+@pytest.mark.parametrize("categorical", [True, False])
+def test_several_choices_are_played_in_gymnasium(categorical):
+    base = GymWrapper(Choices(gymnasium.spaces.MultiDiscrete([3, 2])), categorical_action_encoding=categorical)
+    actor = RecurrentActor(4, ActionDistribution.from_spec(base.action_spec_unbatched), hidden_size=4)
+    td = base.reset().set("trans", torch.zeros(4)).set("is_init", torch.ones(1, dtype=torch.bool))
+    with set_interaction_type(InteractionType.RANDOM):
+        for _ in range(5):
+            base.step(actor(td))
+
+
+def test_a_squashed_gaussian_stays_within_the_actions_bounds():
+    env = TransformedEnv(GymEnv("Pendulum-v1"), Compose(Trial(steps=3), PreviousStep()))
+    torch.manual_seed(0)
+    actor = RecurrentActor.from_env(env, distribution=TanhGaussianActions.from_spec, hidden_size=4)
+    log_std = dict(actor.named_parameters())["module.0.module.1.module.log_std"]
+    log_std.data.fill_(2.0)
+    td = TensorDict({"trans": torch.randn(2000, 6), "is_init": torch.ones(2000, 1, dtype=torch.bool)}, [2000])
+    with set_interaction_type(InteractionType.RANDOM):
+        action = actor(td)["action"]
+    assert action.abs().max() <= 2
+    assert action.abs().max() > 1.9
+    with set_interaction_type(InteractionType.DETERMINISTIC):
+        td = actor(td)
+    torch.testing.assert_close(td["action"], 2 * td["loc"].tanh())
+
+
+def test_skip_in_a_gaussian_actor():
+    actor = GRUGaussianActor(5, 2, num_cells=[7], skip=True, hidden_size=4)
+    td = actor(TensorDict({"trans": torch.randn(3, 5), "is_init": torch.ones(3, 1, dtype=torch.bool)}, [3]))
+    head = actor.module[0].module[1].module.mean.head
+    read = torch.cat((td["actor_features"].relu(), td["trans"]), -1)
+    torch.testing.assert_close(td["loc"], head.layers[1:](read))
+
+
+def test_a_head_of_ones_own():
+    actor = RecurrentActor(5, CategoricalActions(3), head=torch.nn.Linear, hidden_size=4)
+    td = actor(TensorDict({"trans": torch.randn(3, 5), "is_init": torch.ones(3, 1, dtype=torch.bool)}, [3]))
+    torch.testing.assert_close(td["logits"], actor.module[0].module[1].module(td["actor_features"]))
+    with pytest.raises(ValueError, match="those of the default head"):
+        RecurrentActor(5, CategoricalActions(3), head=torch.nn.Linear, num_cells=[4])
+
+
+def test_an_actor_has_a_family():
+    assert type(family_of(GRUCategoricalActor(5, 3, one_hot=True).module[1])).__name__ == "OneHotFamily"

@@ -1,0 +1,198 @@
+"""Encoders: what they read and give, sizes that find each other, images and dicts from an env."""
+
+from functools import partial
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import Bounded, Composite
+from torchrl.envs import Compose, TransformedEnv
+from torchrl.modules import set_recurrent_mode
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    PreviousStep,
+    TaskSampler,
+    Trial,
+)
+from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.modules import (
+    CategoricalActions,
+    ConvEncoder,
+    ImageEncoder,
+    MLPEncoder,
+    RecurrentActor,
+    RecurrentCritic,
+)
+
+
+class SeenBandit(BernoulliBandit):
+    """A bandit that shows an image and two numbers."""
+
+    def __init__(self, **kwargs):
+        super().__init__(3, **kwargs)
+        rows = self.batch_size
+        self.observation_spec = Composite(
+            pixels=Bounded(0, 255, (*rows, 3, 9, 9), dtype=torch.uint8), place=Bounded(-1, 1, (*rows, 2)), shape=rows
+        )
+        self.state_spec["place"] = self.observation_spec["place"].clone()
+
+    def _shown(self, td):
+        shown = {"pixels": torch.randint(256, (*self.batch_size, 3, 9, 9), dtype=torch.uint8)}
+        return td.update({**shown, "place": torch.rand(*self.batch_size, 2)})
+
+    def _reset(self, tensordict=None, **kwargs):
+        return self._shown(super()._reset(tensordict, **kwargs))
+
+    def _step(self, tensordict):
+        return self._shown(super()._step(tensordict))
+
+
+def make_env():
+    tasks = TaskSampler(uniform_means(3), seed=0)
+    return TransformedEnv(
+        SeenBandit(batch_size=(2,), seed=0), Compose(Trial(episodes=4), tasks, PreviousStep(["place"]))
+    )
+
+
+def inputs(*shape, **entries):
+    return TensorDict({"is_init": torch.ones(*shape, 1, dtype=torch.bool), **entries}, shape)
+
+
+# -------------------------------------------------------------------- alone
+def test_mlp_by_hand():
+    mlp = MLPEncoder([2, 2], num_cells=[3, 2])
+    first, _, second, _ = mlp.layers
+    x = torch.randn(5, 7, 2, 2)
+    torch.testing.assert_close(mlp(x), second(first(x.flatten(-2)).relu()).relu())
+    with pytest.raises(ValueError, match="at least one layer"):
+        MLPEncoder(3, num_cells=[])
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (4, 7), (2, 4, 7)])
+def test_convolutions_of_any_batch_are_those_of_each_image(batch):
+    conv, x = ConvEncoder([3, 9, 11]), torch.randint(256, (*batch, 3, 9, 11), dtype=torch.uint8)
+    out = conv(x)
+    assert out.shape == (*batch, 64)
+    # uint8 is scaled to [0, 1].
+    each = torch.stack([conv.net(image.float().unsqueeze(0) / 255)[0] for image in x.reshape(-1, 3, 9, 11)])
+    torch.testing.assert_close(out, each.reshape(*batch, 64))
+    torch.testing.assert_close(conv(x.float() / 255), out)
+
+
+def test_images_that_cannot_be_convolved():
+    with pytest.raises(ValueError, match=r"channels last.*ToTensorImage"):
+        ConvEncoder([64, 64, 3])
+    with pytest.raises(ValueError, match="too small for 2"):
+        ConvEncoder([3, 4, 4])
+    with pytest.raises(ValueError, match=r"\[channels, height, width\], not \(64, 64\)"):
+        ConvEncoder([64, 64])
+
+
+# -------------------------------------------------------------- in a network
+ENCODERS = {
+    "class": MLPEncoder,
+    "function": lambda shape: nn.Sequential(nn.Linear(shape[0], 11), nn.Tanh()),
+    "module": nn.Sequential(nn.Linear(5, 11), nn.Tanh()),
+    "by entry": {"trans": MLPEncoder},
+    "tensordict module": TensorDictModule(nn.Linear(5, 11), ["trans"], ["encoded"]),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("make", [RecurrentActor, RecurrentCritic])
+def test_the_core_reads_what_the_encoder_gives(kind, make):
+    sizes = (5, CategoricalActions(3)) if make is RecurrentActor else (5,)
+    network = make(*sizes, encoder=ENCODERS[kind], hidden_size=4)
+    modules = (network.module[0] if make is RecurrentActor else network).module
+    encoder, core, _ = modules
+    assert core.in_keys[0] == encoder.out_keys[0] != "trans"
+    assert core.input_size == (64 if kind in ("class", "by entry") else 11)
+    td = network(inputs(3, trans=torch.randn(3, 5)))
+    torch.testing.assert_close(td[core.in_keys[0]], encoder.module(td["trans"]))
+    with set_recurrent_mode(True):
+        network(inputs(3, 6, trans=torch.randn(3, 6, 5)))
+
+
+def test_skip_goes_from_what_the_core_reads():
+    actor = GRUGaussianActor(5, 2, encoder=partial(MLPEncoder, num_cells=[7]), num_cells=[8], skip=True, hidden_size=4)
+    first = next(layer for layer in actor.module[0].module[-1].module.modules() if isinstance(layer, nn.Linear))
+    assert first.in_features == 4 + 7
+    td = actor(inputs(3, trans=torch.randn(3, 5)))
+    head = actor.module[0].module[-1].module.mean.head
+    read = torch.cat((td["actor_features"].relu(), td["actor_features_trans"]), -1)
+    torch.testing.assert_close(td["loc"], head.layers[1:](read))
+
+
+def test_value_head_with_hidden_layers_and_skip():
+    critic = GRUValueHead(5, num_cells=[8], skip=True, hidden_size=4)
+    first, last = (layer for layer in critic.modules() if isinstance(layer, nn.Linear))
+    td = critic(inputs(3, trans=torch.randn(3, 5)))
+    read = torch.cat((td["critic_features"].relu(), td["trans"]), -1)
+    torch.testing.assert_close(td["state_value"], last(first(read).relu()))
+
+
+def test_image_and_dict_from_an_env():
+    env = make_env()
+    encoder = {"pixels": partial(ConvEncoder, out_features=6), "place": partial(MLPEncoder, num_cells=[5])}
+    torch.manual_seed(0)
+    actor = GRUCategoricalActor.from_env(env, encoder=encoder, hidden_size=4, init_range=0.5)
+    critic = GRUValueHead.from_env(env, encoder={"pixels": ConvEncoder}, extra_keys=["time_left"], init_range=0.5)
+    # 2 numbers, 3 actions, reward and done stand in "trans"; beside it 6 features of the image and 5 of the place.
+    assert actor.module[0].module[-2].input_size == 7 + 6 + 5
+    assert critic.module[-2].input_size == 7 + 1 + 64
+    policy = ActorCritic(actor, critic)
+    (batch,) = Collector(env, policy, frames_per_batch=16, total_frames=16, auto_register_policy_transforms=True)
+    with set_recurrent_mode(True):
+        again = batch.select(*policy.in_keys).clone()
+        torch.testing.assert_close(actor.get_dist(again).log_prob(batch["action"]), batch["action_log_prob"])
+        torch.testing.assert_close(critic(again)["state_value"], batch["state_value"])
+    other = batch.select(*policy.in_keys).clone()
+    other["pixels"] = 255 - other["pixels"]
+    with set_recurrent_mode(True):
+        assert not torch.equal(critic(other)["state_value"], batch["state_value"])
+
+
+def test_a_users_convolution_need_not_know_of_time():
+    env = make_env()
+    net = nn.Sequential(nn.Conv2d(3, 4, 9), nn.Flatten())
+    actor = GRUCategoricalActor.from_env(env, encoder={"pixels": net}, hidden_size=4)
+    assert isinstance(actor.module[0].module[0].module, ImageEncoder)
+    assert actor.module[0].module[-2].input_size == 7 + 4
+
+
+def test_an_image_that_nobody_reads_is_named():
+    env = make_env()
+    for network in (GRUCategoricalActor, GRUValueHead):
+        with pytest.raises(ValueError, match=r"'pixels' \(3, 9, 9\), which is not in.*ConvEncoder.*None"):
+            network.from_env(env)
+        network.from_env(env, encoder={"pixels": None})
+    told = TransformedEnv(SeenBandit(batch_size=(2,)), Compose(Trial(episodes=4), PreviousStep(["pixels"])))
+    GRUCategoricalActor.from_env(told)
+
+
+def test_encoders_that_do_not_fit():
+    with pytest.raises(KeyError, match=r"encoders for \['pixels'\].*\['trans'\]"):
+        RecurrentActor(5, CategoricalActions(3), encoder={"pixels": ConvEncoder})
+    with pytest.raises(ValueError, match=r"'pixels' has shape \(3, 9, 9\) and no encoder"):
+        RecurrentActor({"trans": [5], "pixels": [3, 9, 9]}, CategoricalActions(3))
+    with pytest.raises(ValueError, match=r"encoder of \['x'\] makes .*must give \[\*B, n\]"):
+        RecurrentActor({"trans": [5], "x": [4, 9]}, CategoricalActions(3), encoder={"x": nn.Conv1d(4, 4, 3)})
+    with pytest.raises(KeyError, match=r"reads \['time_left'\], whose shape"):
+        RecurrentCritic({"trans": [5]}, extra_keys=["time_left"])
+    with pytest.raises(ValueError, match="say each entry's shape"):
+        RecurrentCritic(6, extra_keys=["time_left"], encoder=MLPEncoder)
+    with pytest.raises(KeyError, match="goal"):
+        GRUCategoricalActor.from_env(make_env(), encoder={"goal": MLPEncoder, "pixels": None})
+
+
+def test_encoders_take_the_networks_dtype():
+    actor = RecurrentActor(5, CategoricalActions(3), encoder=MLPEncoder, dtype=torch.float64)
+    assert {p.dtype for p in actor.parameters()} == {torch.float64}
+    assert actor(inputs(3, trans=torch.randn(3, 5)))["logits"].dtype == torch.float64
