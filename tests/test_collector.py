@@ -1,12 +1,13 @@
-"""`TrialCollector`: on native envs its fast path must give the batches that TorchRL's `Collector` gives."""
+"""`TrialCollector`: what plays and why, what a batch holds and where it lies. That batches are `Collector`'s: test_rollout.py."""
 
-import math
+import re
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchrl.collectors import Collector
-from torchrl.envs import Compose, GymEnv, TransformedEnv
+from torchrl.data import LazyTensorStorage, ReplayBuffer, Unbounded
+from torchrl.envs import Compose, StepCounter, TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
@@ -23,6 +24,7 @@ from rl2_torchrl import (
     kernels,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.rollout import Rollout
 
 ROWS, PULLS, ARMS = 6, 5, 3
 KEEP = ["trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "action"]
@@ -33,7 +35,7 @@ KEEP += [("next", key) for key in ("reward", "done", "terminated", "episode_done
 @pytest.fixture(autouse=True)
 def several_blocks_of_steps(monkeypatch):
     """The critic looks at three steps at once, so that a batch of these sizes takes several looks."""
-    monkeypatch.setattr("rl2_torchrl.lockstep._ROWS_AT_ONCE", 3 * ROWS)
+    monkeypatch.setattr("rl2_torchrl.rollout.rollout._ROWS_AT_ONCE", 3 * ROWS)
 
 
 def bandit_env(kind="bernoulli", trial=None, seed=0):
@@ -71,34 +73,12 @@ def batches(cls, env, policy, number=2, steps=2 * PULLS, **kwargs):
 
 @pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
 @pytest.mark.parametrize("wiring", ["separate", "shared", "detached"])
-def test_deterministic_batches_equal_collectors(kind, wiring):
-    results = []
-    for cls in (Collector, TrialCollector):
-        env = bandit_env(kind)
-        kwargs = {"keep": KEEP} if cls is TrialCollector else {}
-        kwargs["exploration_type"] = ExplorationType.DETERMINISTIC
-        collector, collected = batches(cls, env, policy_for(env, wiring), number=1, **kwargs)
-        results.append(collected[0])
-    assert collector.lockstep is not None
-    # The fast path draws the first trial's tasks anew, as the env's first reset is not used: compare trial 2 with trial 1.
-    slow, fast = results[0][:, PULLS:], results[1][:, :PULLS]
-    for key in ("trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "actor_hidden"):
-        assert slow[key].shape == fast[key].shape, key
-        assert slow[key].dtype == fast[key].dtype, key
-    torch.testing.assert_close(fast["task"], slow["task"])
-    same = ("is_init", "time_left", "episode_index", "episode_done", "trial_step", "done", "terminated")
-    for key in (*same, *KEEP[-5:]):
-        torch.testing.assert_close(fast[key], slow[key], msg=str(key))
-
-
-@pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
-@pytest.mark.parametrize("wiring", ["separate", "shared", "detached"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_batches_replay_in_recurrent_mode(kind, wiring, layers):
     env = bandit_env(kind)
     policy = policy_for(env, wiring, layers)
     collector, collected = batches(TrialCollector, env, policy, keep=KEEP)
-    assert collector.lockstep is not None
+    assert (collector.backend, collector.reason) == ("tensors", None)
     for batch in collected:
         replayed = batch.clone()
         with set_recurrent_mode(True), torch.no_grad():
@@ -120,33 +100,6 @@ def test_transition_input_tells_of_the_step_before():
     torch.testing.assert_close(trans[:, 1:, :ARMS][later], one_hot[:, :-1][later])
     torch.testing.assert_close(trans[:, 1:, -2:-1][later], batch["next", "reward"][:, :-1][later])
     assert (trans[:, 1:, -1][later] == 1).all()
-
-
-def test_actions_follow_the_policys_distribution():
-    env = bandit_env()
-    policy = policy_for(env)
-    _, collected = batches(TrialCollector, env, policy, number=200, steps=PULLS, keep=["is_init", "action"])
-    first = torch.stack([batch["action"][:, 0] for batch in collected]).flatten()
-    with torch.no_grad():
-        probs = policy.actor.get_dist(env.reset()).probs[0]
-    observed = torch.bincount(first, minlength=ARMS) / len(first)
-    assert ((observed - probs).abs() < 4 * (probs * (1 - probs) / len(first)).sqrt()).all()
-
-
-@pytest.mark.parametrize(
-    ("kind", "mean", "std"),
-    [("bernoulli", 0.57722, math.pi / 6**0.5), ("quadratic", 0.0, 1.0)],
-    ids=["Gumbel", "normal"],
-)
-def test_noise_of_the_actions(kind, mean, std):
-    env, steps = bandit_env(kind), 1000 * PULLS
-    torch.manual_seed(0)
-    collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * steps, total_frames=-1, keep=["action"])
-    next(iter(collector))
-    noise = collector.lockstep._noise
-    assert noise.isfinite().all()
-    assert noise.mean().item() == pytest.approx(mean, abs=4 * std / noise.numel() ** 0.5)
-    assert noise.std().item() == pytest.approx(std, rel=0.02)
 
 
 def test_rewards_follow_the_task():
@@ -179,7 +132,7 @@ def test_the_task_of_a_row_that_is_one_trial_is_in_memory_once():
     for batch in collector:
         task = batch["task"]
         assert task.shape == (ROWS, PULLS, ARMS)
-        assert (task == collector.lockstep._tasks[0].unsqueeze(1)).all()
+        assert (task == task[:, :1]).all()
         assert task.untyped_storage().nbytes() == ROWS * ARMS * task.element_size()
         seen.append(task[:, 0].clone())
     assert (seen[0] != seen[1]).all()
@@ -193,21 +146,10 @@ def test_trials_end_at_their_bound(trial, ends, terminated):
     env = bandit_env(trial=trial)
     keep = ["is_init", ("next", "done"), ("next", "terminated")]
     collector, (batch, _) = batches(TrialCollector, env, policy_for(env), keep=keep)
-    assert collector.lockstep is not None
+    assert (collector.backend, collector.reason) == ("tensors", None)
     done = torch.arange(1, 2 * PULLS + 1) % ends == 0
     assert (batch["next", "done"].squeeze(-1) == done).all()
     assert (batch["next", "terminated"].squeeze(-1) == (done & terminated)).all()
-
-
-@pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
-def test_deterministic_rollouts_read_no_noise(kind):
-    env = bandit_env(kind)
-    rollout = TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=-1, keep=["action"]).lockstep
-    rollout._noise.fill_(torch.nan)
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
-        actions = rollout()["action"].float()
-    assert actions.isfinite().all()
-    assert (actions[:, 0] == actions[0, 0]).all()
 
 
 class NoHostReads(TorchDispatchMode):
@@ -219,73 +161,155 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("steps", [PULLS, 2 * PULLS - 1], ids=["whole trials", "parts of trials"])
 @pytest.mark.parametrize("kind", ["bernoulli", "quadratic"])
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
-def test_rollout_never_waits_for_the_device(kind, compiled, monkeypatch):
+def test_a_rollout_never_waits_for_the_device(kind, compiled, steps, monkeypatch):
     if not compiled:  # as on a CUDA device
         monkeypatch.setattr(kernels, "load", lambda dtype: None)
     env = bandit_env(kind)
-    collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=KEEP[:9])
-    rollout = collector.lockstep
+    collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * steps, total_frames=-1, keep=KEEP[:9])
+    rollout = collector.player
     rollout()
-    with NoHostReads(), torch.no_grad():
-        rollout._play(rollout._noise)
-
-
-def test_rollout_always_works_in_the_same_memory():
-    env = bandit_env()
-    collector = TrialCollector(env, policy_for(env), frames_per_batch=2 * ROWS * PULLS, total_frames=-1, keep=KEEP[:9])
-    rollout = collector.lockstep
-
-    def addresses():
-        kept = {key: value.data_ptr() for key, value in rollout().items(True, True)}
-        return kept, [task.data_ptr() for task in rollout._tasks], rollout._noise.data_ptr()
-
-    assert addresses() == addresses()
+    for _ in range(3):
+        rollout.trials.start_batch()
+        with NoHostReads(), torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+            rollout._play()
 
 
 def test_batches_are_written_over_one_another():
     env = bandit_env()
     collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=KEEP)
     iterator = iter(collector)
-    addresses = [{key: next(iterator)[key].data_ptr() for key in KEEP if key != "action_log_prob"} for _ in range(3)]
+    addresses = [{key: next(iterator)[key].data_ptr() for key in KEEP if key != "task"} for _ in range(3)]
     assert addresses[0] == addresses[1] == addresses[2]
 
 
-@pytest.mark.parametrize("reason", ["no keep", "part of a trial", "unknown entry", "gymnasium"])
-def test_other_cases_take_collectors_own_loop(reason, monkeypatch):
+def test_what_is_not_on_tensors_plays_on_tensordicts_in_the_same_rollout():
+    env = bandit_env()
+    env.append_transform(StepCounter())
+    collector, (batch, _) = batches(TrialCollector, env, policy_for(env), keep=[*KEEP, "step_count"])
+    assert collector.backend == "tensors"
+    assert "StepCounter beside our transforms" in collector.reason
+    assert set(batch.keys(True, True)) == {*KEEP, "step_count"}
+
+
+def test_the_reason_is_said_once(monkeypatch):
     said = []
-    monkeypatch.setattr("rl2_torchrl.collector.torchrl_logger.debug", said.append)
+    monkeypatch.setattr("rl2_torchrl.collector.torchrl_logger.info", said.append)
     env = bandit_env()
-    keep, frames = KEEP, ROWS * PULLS
-    if reason == "no keep":
-        keep = None
-    if reason == "part of a trial":
-        frames = ROWS * 4
-    if reason == "unknown entry":
-        keep = [*KEEP, ("next", "trans")]
-    if reason == "gymnasium":
-        env = TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), PreviousStep()))
-        keep, frames = ["trans", "action"], 20
-    policy = policy_for(env) if reason != "gymnasium" else GRUCategoricalActor.from_env(env)
-    collector = TrialCollector(env, policy, frames_per_batch=frames, total_frames=frames, keep=keep)
-    assert collector.lockstep is None
-    told = {
-        "part of a trial": "whole number of trials",
-        "unknown entry": "'trans'",
-        "gymnasium": "no TransformedEnv over",
-    }
-    assert keep is None or any(told[reason] in line for line in said)
-    batch = next(iter(collector))
-    assert batch.numel() == frames
-    assert keep is None or set(batch.keys(True, True)) == set(keep)
+    batches(TrialCollector, env, policy_for(env), keep=KEEP)
+    assert not said
+    env = bandit_env()
+    collector, _ = batches(TrialCollector, env, policy_for(env), keep=KEEP, reset_at_each_iter=True)
+    (line,) = said
+    assert "'tensordicts'" in line
+    assert collector.reason in line
 
 
-def test_unknown_entry_is_named():
+@pytest.mark.parametrize("keep", [None, ["action", ("next", "reward")]], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reset_at_each_iter": True},
+        {"init_random_frames": 10},
+        {"track_traj_ids": True},
+        {"split_trajs": True},
+        {"trajs_per_batch": 4},
+        {"set_truncated": True},
+        {"compact_obs": True},
+        {"replay_buffer": ReplayBuffer(storage=LazyTensorStorage(100)), "return_same_td": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_collectors_own_loop(options, keep):
+    env = bandit_env(trial=Trial(episodes=PULLS, truncate=True))
+    policy, options = policy_for(env), {"frames_per_batch": 30, "total_frames": 60, "keep": keep, **options}
+    reason = "(track_traj_ids|split_trajs|trajs_per_batch|" + list(options)[3] + ")= is an option of TorchRL's own loop"
+    with pytest.raises(ValueError, match=rf"rollout='tensors' cannot serve: {reason}.*rollout='auto'"):
+        TrialCollector(env, policy, rollout="tensors", **options)
+    collector = TrialCollector(env, policy, **options)
+    assert collector.backend == "tensordicts"
+    assert re.fullmatch(reason, collector.reason)
+    assert len(list(collector)) >= 2
+
+
+def test_a_policy_that_is_no_tensordict_module():
     env = bandit_env()
-    collector = TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=30, keep=["nonsense"])
-    with pytest.raises(KeyError, match="nonsense.*not collected"):
+    options = {"frames_per_batch": 30, "total_frames": 30}
+    with pytest.raises(ValueError, match="the policy is no TensorDictModule"):
+        TrialCollector(env, env.rand_action, rollout="tensors", **options)
+    collector = TrialCollector(env, env.rand_action, **options)
+    assert collector.backend == "tensordicts"
+    assert next(iter(collector))["action"].shape == (ROWS, PULLS)
+
+
+def test_the_last_step_is_truncated_when_asked_for():
+    env = bandit_env(trial=Trial(episodes=10, truncate=True))
+    _, (batch, _) = batches(TrialCollector, env, policy_for(env), steps=3, set_truncated=True)
+    assert batch["next", "truncated"].squeeze(-1).tolist() == [[False, False, True]] * ROWS
+
+
+@pytest.mark.parametrize("rollout", ["fast", None, True])
+def test_unknown_rollouts_are_named(rollout):
+    env = bandit_env()
+    with pytest.raises(ValueError, match=rf"rollout={rollout!r}: choose 'auto', 'tensors' or 'tensordicts'"):
+        TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=30, rollout=rollout)
+
+
+def test_asked_for_tensordicts():
+    env = bandit_env()
+    collector, (batch, _) = batches(TrialCollector, env, policy_for(env), keep=KEEP, rollout="tensordicts")
+    assert (collector.backend, collector.reason) == ("tensordicts", "rollout='tensordicts' was asked for")
+    assert set(batch.keys(True, True)) == set(KEEP)
+
+
+def test_without_keep_all_is_kept():
+    env = bandit_env()
+    collector, (batch, _) = batches(TrialCollector, env, policy_for(env))
+    assert collector.backend == "tensors"
+    assert {*KEEP, ("next", "trans"), ("next", "actor_hidden"), "actor_features", "logits"} <= set(
+        batch.keys(True, True)
+    )
+
+
+@pytest.mark.parametrize("rollout", ["tensors", "tensordicts"])
+def test_unknown_entry_is_named(rollout):
+    env = bandit_env()
+    with pytest.raises(KeyError, match="keep holds .*nonsense.*next.*nonsense.*there is.*action"):  # noqa: PT012
+        collector = TrialCollector(
+            env,
+            policy_for(env),
+            frames_per_batch=30,
+            total_frames=30,
+            rollout=rollout,
+            keep=["action", "nonsense", ("next", "nonsense")],
+        )
         next(iter(collector))
+
+
+def test_what_the_policy_reads_and_nobody_makes_is_named():
+    env = bandit_env()
+    policy = TensorDictModule(lambda trans, map: trans[..., :ARMS].argmax(-1) + map, ["trans", "map"], ["action"])
+    with pytest.raises(KeyError, match="the policy reads .*map.*, which nobody makes; there is.*trans"):
+        Rollout(env, policy, 5)
+    policy = TensorDictModule(lambda trans: trans[..., :ARMS].argmax(-1), ["trans"], ["act"])
+    with pytest.raises(KeyError, match="the policy writes no .*action.*which the env takes.*act"):
+        Rollout(env, policy, 5)
+
+
+def test_a_memory_that_nobody_begins_is_named():
+    env = bandit_env()
+    policy = TensorDictModule(
+        lambda trans, memory: (trans[..., :ARMS].argmax(-1), memory),
+        ["trans", "memory"],
+        ["action", ("next", "memory")],
+    )
+    with pytest.raises(KeyError, match="hands .*memory.* on.*make_tensordict_primer"):
+        Rollout(env, policy, 5)
+    primed = TransformedEnv(env, TensorDictPrimer(memory=Unbounded((2,)), default_value=7.0, expand_specs=True))
+    batch = Rollout(primed, policy, 2 * PULLS, ["memory"])()
+    assert (batch["memory"] == 7.0).all()
 
 
 def test_an_entry_that_was_replaced_is_the_collectors_own_again():
@@ -293,7 +317,7 @@ def test_an_entry_that_was_replaced_is_the_collectors_own_again():
     collector = TrialCollector(
         env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=["action", ("next", "reward")]
     )
-    assert collector.lockstep is not None
+    assert (collector.backend, collector.reason) == ("tensors", None)
     iterator = iter(collector)
     for _ in range(3):
         batch = next(iterator)
