@@ -6,23 +6,38 @@ The data flows: env -> `Trial`, `TaskSampler`, `PreviousStep` -> `ActorCritic` i
 """
 
 from rl2_torchrl.callbacks import Callback
+from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training
 from rl2_torchrl.collector import TrialCollector
-from rl2_torchrl.evaluation import (
-    AdaptationCurve,
-    adaptation_curve,
-    with_shuffled_rewards,
-    with_zeroed_memory,
-)
+from rl2_torchrl.describe import Description, describe
+from rl2_torchrl.evaluation import AdaptationCurve, adaptation_curve, with_shuffled_rewards, with_zeroed_memory
 from rl2_torchrl.modules import (
+    ActionDistribution,
     ActorCritic,
+    CategoricalActions,
+    ConvEncoder,
+    Family,
     FastGRUModule,
+    GaussianActions,
     GRUCategoricalActor,
+    GRUCore,
     GRUGaussianActor,
     GRUValueHead,
+    Head,
+    ImageEncoder,
+    IndependentCategoricals,
+    LSTMCore,
     MemoryValueHead,
+    MLPEncoder,
+    MultiCategoricalActions,
+    RecurrentActor,
+    RecurrentCore,
+    RecurrentCritic,
+    TanhGaussianActions,
+    family_of,
     orthogonal_init_,
+    register_family,
 )
-from rl2_torchrl.objectives import RL2PPOLoss, TrialAdvantage
+from rl2_torchrl.objectives import MDPValues, RegretAdvantage, RL2PPOLoss, TaskBelief, TrialAdvantage, bandit_values
 from rl2_torchrl.report import AdaptationReport
 from rl2_torchrl.tasks import TaskDistribution, TaskSampler
 from rl2_torchrl.training import TrainResult, train
@@ -32,28 +47,55 @@ from rl2_torchrl.update import PPOUpdate, linear_decay
 from rl2_torchrl.weights import load_weights, save_weights
 
 __all__ = [
+    "ActionDistribution",
     "ActorCritic",
     "AdaptationCurve",
     "AdaptationReport",
     "Callback",
+    "CategoricalActions",
+    "ConvEncoder",
+    "Description",
+    "Family",
     "FastGRUModule",
     "GRUCategoricalActor",
+    "GRUCore",
     "GRUGaussianActor",
     "GRUValueHead",
+    "GaussianActions",
+    "Head",
+    "ImageEncoder",
+    "IndependentCategoricals",
+    "LSTMCore",
+    "MDPValues",
+    "MLPEncoder",
     "MemoryValueHead",
+    "MultiCategoricalActions",
     "PPOUpdate",
     "PreviousStep",
     "RL2PPOLoss",
+    "RecurrentActor",
+    "RecurrentCore",
+    "RecurrentCritic",
+    "RegretAdvantage",
+    "TanhGaussianActions",
+    "TaskBelief",
     "TaskDistribution",
     "TaskSampler",
     "TrainResult",
+    "TrainingCheckError",
+    "TrainingReport",
     "Trial",
     "TrialAdvantage",
     "TrialCollector",
     "adaptation_curve",
+    "bandit_values",
+    "check_training",
+    "describe",
+    "family_of",
     "linear_decay",
     "load_weights",
     "orthogonal_init_",
+    "register_family",
     "save_weights",
     "train",
     "with_shuffled_rewards",

@@ -20,7 +20,7 @@ from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
 from rl2_torchrl.update import PPOUpdate
 
-__all__ = ["Described", "Description", "describe"]
+__all__ = ["Description", "describe"]
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.evaluation import adaptation_curve
+from rl2_torchrl.modules.acting import State
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP
 
 __all__ = ["VideoWriter", "record_trial", "video_suffix"]
@@ -63,8 +63,8 @@ def record_trial(
         raise TypeError(f"{type(base).__name__} has no render(row, width=, height=), so there is nothing to film.")
     with VideoWriter(path, fps) as video:
 
-        def film(tensordict: TensorDictBase) -> None:
-            video.append(base.render(0, width=width, height=height), _caption(tensordict))
+        def film(state: State) -> None:
+            video.append(base.render(0, width=width, height=height), _caption(state))
 
         adaptation_curve(env, policy, num_trials=1, deterministic=deterministic, on_step=film)
     return video.path
@@ -171,16 +171,13 @@ def _pillow(module: str):
         raise ImportError('videos need Pillow, which is an extra: pip install "rl2_torchrl[video]".') from error
 
 
-def _caption(tensordict: TensorDictBase) -> str:
+def _caption(state: State) -> str:
     """Where the first row stands after a step. Past an episode's end it shows the next one, past the trial's the last."""
-    following = tensordict["next"]
-    counted = tensordict if following["done"].flatten()[0] else following
-    words = [
-        f"episode {int(counted[EPISODE_INDEX].flatten()[0]) + 1}",
-        f"step {int(following[TRIAL_STEP].flatten()[0])}",
-    ]
-    for key, entries in (("task", tensordict), ("velocity", following)):
-        if key in entries.keys():
-            numbers = entries[key].reshape(tensordict.numel(), -1)[0].tolist()
-            words.append(f"{key} " + " ".join(f"{number:+.2f}" for number in numbers))
+    is_last = bool(state["next", "done"][0])
+    episode = state[EPISODE_INDEX if is_last else ("next", EPISODE_INDEX)]
+    words = [f"episode {int(episode[0]) + 1}", f"step {int(state['next', TRIAL_STEP][0])}"]
+    for name, key in (("task", "task"), ("velocity", ("next", "velocity"))):
+        if key in state:
+            numbers = state[key][0].reshape(-1).tolist()
+            words.append(f"{name} " + " ".join(f"{number:+.2f}" for number in numbers))
     return "  ".join(words)

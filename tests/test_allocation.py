@@ -35,7 +35,7 @@ def _tensors(tree):
 
 @pytest.mark.parametrize("value_target", ["gae", "return"])
 def test_nothing_of_the_batchs_size_is_made_anew(value_target, monkeypatch):
-    monkeypatch.setattr("rl2_torchrl.lockstep._ROWS_AT_ONCE", 2 * WORKLOAD.trials)
+    monkeypatch.setattr("rl2_torchrl.rollout.rollout._ROWS_AT_ONCE", 2 * WORKLOAD.trials)
     collector, update = compose(WORKLOAD)
     update.advantage.value_target = value_target
     batches, returns = iter(collector), _TrialReturns()

@@ -36,10 +36,10 @@ def test_json_holds_every_phase_and_all_runs(tmp_path):
         assert row["fraction_of_peak"] == pytest.approx(row["gflops"])  # of a peak of 1 GFLOP/s
 
 
-def test_workloads_take_the_fast_path():
+def test_workloads_play_on_tensors():
     workload = benchmark.Workload(arms=3, pulls=4, trials=8, units=4, minibatches=2)
     collector, update = benchmark.compose(workload)
-    assert collector.lockstep is not None
+    assert (collector.backend, collector.reason) == ("tensors", None)
     assert "actor_hidden" not in update.in_keys
     # By hand: inputs 3 + 2; gates 3 * 4 * (5 + 4), heads 4 * (3 + 1); twice that forward, and 3 passes' worth in 4 epochs.
     assert workload.step_flops == 2 * (108 + 16) * 13

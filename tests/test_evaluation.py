@@ -251,10 +251,11 @@ def test_a_policy_with_zeroed_memory_forgets():
     actor, seen = remembering_actor(), []
     zero = with_zeroed_memory(actor)
 
-    def record(tensordict):
-        tensordict = zero(tensordict)
-        seen.append((tensordict["trans"], actor.get_dist(tensordict.clone()).logits))
-        return tensordict
+    def record(state):
+        state = zero(state)
+        start = {"is_init": torch.zeros(10, 1, dtype=torch.bool)}
+        seen.append((state["trans"].clone(), actor.get_dist(TensorDict({**state, **start}, [10])).logits))
+        return state
 
     adaptation_curve(bandit_env(rows=10), actor, 10, ablation=record)
     trans, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -266,14 +267,16 @@ def test_a_policy_with_zeroed_memory_forgets():
 
 
 def test_shuffled_rewards_permutes_the_last_but_one_entry_and_nothing_else():
-    trans = torch.arange(24.0).reshape(2, 3, 4)
-    td = TensorDict({"trans": trans.clone(), "other": torch.ones(2, 3)}, [2, 3])
-    out = with_shuffled_rewards(torch.Generator().manual_seed(0))(td)
+    trans = torch.arange(24.0).reshape(6, 4)
+    state = {"trans": trans.clone(), "other": torch.ones(6)}
+    out = with_shuffled_rewards(torch.Generator().manual_seed(0))(state)
+    assert torch.equal(state["trans"], trans)  # the batch's own memory is left as it is
+    assert out["other"] is state["other"]
     assert torch.equal(out["trans"][..., [0, 1, 3]], trans[..., [0, 1, 3]])
     assert sorted(out["trans"][..., 2].flatten().tolist()) == trans[..., 2].flatten().tolist()
     assert not torch.equal(out["trans"][..., 2], trans[..., 2])
     # The generator decides; a nested key works as well.
-    nested = TensorDict({"a": {"trans": trans.clone()}}, [2, 3])
+    nested = {("a", "trans"): trans.clone()}
     again = with_shuffled_rewards(torch.Generator().manual_seed(0), in_key=("a", "trans"))(nested)
     assert torch.equal(again["a", "trans"], out["trans"])
 

@@ -6,9 +6,9 @@ from torch import nn
 from torch.distributions import Categorical
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules.categorical import log_prob_and_entropy
+from rl2_torchrl.modules.categorical import categorical_gradient, categorical_terms, log_prob_and_entropy
 from rl2_torchrl.modules.heads import Head
-from rl2_torchrl.modules.linear import relu_linear
+from rl2_torchrl.modules.linear import relu_linear, relu_linear_gradients
 from rl2_torchrl.objectives.terms import ClippedObjective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -230,3 +230,26 @@ def test_strided_inputs_of_the_clipped_objective(path):
     )
     for name, theirs in contiguous.items():
         close(strided[name], theirs)
+
+
+# ------------------------------------------------------------------ what they refuse
+def test_kernels_refuse_what_they_cannot_read():
+    logits, action = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    for wrong, error in (
+        ((action.int(), logits), TypeError),
+        ((action[:3], logits), ValueError),
+        ((action.repeat(2)[::2], logits), ValueError),
+        ((action, torch.zeros(3, 4).t()), ValueError),
+    ):
+        with pytest.raises(error, match="action|logits"):
+            categorical_terms(*wrong)
+    terms = categorical_terms(action, logits)[1:]
+    with pytest.raises(ValueError, match="d_entropy has strides"):
+        categorical_gradient(logits, action, *terms, torch.zeros(4), torch.zeros(1).expand(4))
+    x, w, dy = torch.zeros(5, 4), torch.zeros(2, 4), torch.zeros(5, 2)
+    with pytest.raises(ValueError, match=r"dx has shape \(4, 4\)"):
+        relu_linear_gradients(x, w, dy, torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(2))
+    with pytest.raises(TypeError, match="weight is torch.float64"):
+        relu_linear_gradients(x, w.double(), dy, None, torch.zeros(2, 4), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"x has shape \(5, 4\); it must be \(5, 3\)"):
+        relu_linear_gradients(x, w[:, :3].contiguous(), dy, None, torch.zeros(2, 3), torch.zeros(2))

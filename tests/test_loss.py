@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import GRUCategoricalActor, GRUGaussianActor, GRUValueHead, RL2PPOLoss
@@ -193,3 +195,118 @@ def test_compiled_loss_gives_the_same_numbers_and_gradients():
     for plain, fast in zip(*results, strict=True):
         assert plain.abs().sum() > 0
         assert torch.allclose(plain, fast, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------ as ClipPPOLoss is used
+
+
+def test_called_by_keyword():
+    loss, td = RL2PPOLoss(*networks(), entropy_bonus=True), data()
+    expected = loss(td)
+    out = loss(**{key: td[key] for key in td.keys()})
+    assert len(out) == len(loss.out_keys)
+    for name, value in zip(loss.out_keys, out, strict=True):
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_keywords_hold_what_terms_read():
+    class Term(nn.Module):
+        in_keys = ("task", "actor_features", ("policy", "entropy"))
+
+        def forward(self, task, features, entropy):
+            return {"loss_term": (task * features.sum(-1, keepdim=True)).mean()}
+
+    loss = RL2PPOLoss(*networks(), terms=[Term()])
+    assert {"task", "advantage", "value_target", "trans", "is_init"} <= set(loss.in_keys)
+    assert not {"actor_features", ("policy", "entropy")} & set(loss.in_keys)
+    loss.set_keys(advantage="adv")
+    assert {"task", "adv"} <= set(loss.in_keys)
+
+
+def memoryless(action=3):
+    actor = ProbabilisticActor(
+        TensorDictModule(nn.Linear(5, action), ["trans"], ["logits"]),
+        in_keys=["logits"],
+        distribution_class=torch.distributions.Categorical,
+        return_log_prob=True,
+    )
+    return actor, TensorDictModule(nn.Linear(5, 1), ["trans"], ["state_value"])
+
+
+def test_an_estimator_is_made_where_there_is_no_advantage():
+    """Of networks that can be asked step by step, as `ClipPPOLoss` does it."""
+    torch.manual_seed(0)
+    actor, critic = memoryless()
+    td = data(RATIOS).exclude("advantage", "value_target")
+    ends = torch.zeros(1, 6, 1, dtype=torch.bool)
+    td["next"] = {"reward": torch.ones(1, 6, 1), "done": ends, "terminated": ends, "trans": torch.randn(1, 6, 5)}
+    options = {"clip_epsilon": 0.3, "entropy_bonus": False, "critic_coeff": 0.5, "loss_critic_type": "l2"}
+    ours, theirs = RL2PPOLoss(actor, critic)(td.clone()), ClipPPOLoss(actor, critic, **options)(td.clone())
+    for name in ("loss_objective", "loss_critic"):
+        torch.testing.assert_close(ours[name], theirs[name])
+    # With a memory that would be wrong, and raises.
+    with pytest.raises(KeyError, match="no 'advantage'.*call TrialAdvantage"):
+        RL2PPOLoss(*networks())(td)
+
+
+def test_networks_without_parameters():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x[..., :3]
+
+    actor = ProbabilisticActor(
+        TensorDictModule(Fixed(), ["trans"], ["logits"]),
+        in_keys=["logits"],
+        distribution_class=torch.distributions.Categorical,
+    )
+    loss = RL2PPOLoss(actor)
+    assert list(loss.parameters()) == []
+    assert torch.isfinite(loss(data().exclude("value_target"))["loss_objective"])
+
+
+def test_single_steps_are_refused_where_there_is_a_memory():
+    loss = RL2PPOLoss(*networks())
+    with pytest.raises(ValueError, match=r"single steps \[6\].*\[\*B, T\]"):
+        loss(data()[0])
+    # Without a memory steps are steps.
+    actor, critic = memoryless()
+    RL2PPOLoss(actor, critic)(data()[0])
+
+
+def test_several_batch_dimensions():
+    loss = RL2PPOLoss(*networks())
+    flat = torch.cat([data(), data()])
+    for name, value in loss(flat.reshape(2, 1, 6)).items():
+        if name.startswith("loss_"):
+            torch.testing.assert_close(value, loss(flat)[name])
+
+
+def test_coefficients_in_the_networks_precision():
+    torch.manual_seed(0)
+    factory = {"hidden_size": 4, "dtype": torch.float64}
+    loss = RL2PPOLoss(
+        GRUCategoricalActor(5, 3, **factory),
+        GRUValueHead(5, **factory),
+        entropy_bonus=True,
+        entropy_coeff=0.1,
+        critic_coeff=0.3,
+    )
+    # float32's 0.1 is 0.1 + 1.5e-9.
+    assert float(loss.entropy_coeff) == 0.1
+    assert float(loss.critic_coeff) == 0.3
+    assert float(RL2PPOLoss(*networks(), entropy_bonus=True).entropy_coeff) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("clip_epsilon", math.nan),
+        ("clip_epsilon", (0.2, math.nan)),
+        ("critic_coeff", math.nan),
+        ("entropy_coeff", math.nan),
+        ("entropy_coeff", -0.1),
+    ],
+)
+def test_numbers_that_are_none(name, value):
+    with pytest.raises(ValueError, match=name):
+        RL2PPOLoss(*networks(), **{name: value})

@@ -26,15 +26,20 @@ NO_EXAMPLE = {
     "TrainResult": "plain data, returned by train",
     "train": "the README's recipe by hand is its example, and a test runs it",
     "TrialContractError": "raised by check_trial_env, whose example shows it",
+    "TensorEnvError": "raised by check_tensor_env, whose example shows it",
+    "TrainingCheckError": "raised by check_training, whose example shows it",
+    "TrainingReport": "plain data, returned by check_training",
+    "Description": "returned by describe, whose example shows it",
 }
 
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
-    {"baselines", "envs", "kernels", "replay", "tasks", "transition", "trial"},
+    {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial", "weights"},
     {"gradients", "modules"},
-    {"minibatches", "objectives"},
-    {"collector", "evaluation", "lockstep", "testing", "update"},
-    {"training", "video"},
+    {"minibatches", "objectives", "rollout"},
+    {"collector", "evaluation", "tensor_env_check", "testing", "update"},
+    {"checkpoints", "checks", "describe", "video"},
+    {"training"},
     {"report"},
 ]
 

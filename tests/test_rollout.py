@@ -185,10 +185,10 @@ def make_policy(env, wiring="own", still=False):
     """Actor and critic; ``still``: the actions are noise alone, of which the networks do not change a bit."""
     torch.manual_seed(3)
     actor_class = GRUGaussianActor if env.action_spec.dtype.is_floating_point else GRUCategoricalActor
-    eyes = {"encoder": {"picture": None}} if "picture" in env.observation_spec.keys() else {}
-    actor = actor_class.from_env(env, hidden_size=8, init_range=0.0 if still else 0.5, **eyes)
+    unseen = {"encoder": {"picture": None}} if "picture" in env.observation_spec.keys() else {}
+    actor = actor_class.from_env(env, hidden_size=8, init_range=0.0 if still else 0.5, **unseen)
     if wiring == "own":
-        critic = GRUValueHead.from_env(env, hidden_size=6, extra_keys=["time_left"], **eyes)
+        critic = GRUValueHead.from_env(env, hidden_size=6, extra_keys=["time_left"], **unseen)
     else:
         critic = MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["time_left"], init_range=1.0)
     return ActorCritic(actor, critic)
@@ -377,7 +377,7 @@ def test_entries_of_all_kinds_and_tasks_of_several_entries(name, trial):
     assert fast.reason is None
     assert_same(ours, theirs)
     assert "picture" in ours[0].keys()
-    assert ours[0]["trans"].shape[-1] == 4 + 2 + 1 + 3 + 2
+    assert ours[0]["trans"].shape[-1] == 4 + 2 + 1 + 3 + 2  # without the picture
 
 
 def test_velocity_is_kept_when_asked_for():

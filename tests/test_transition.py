@@ -106,8 +106,16 @@ def test_layout_by_hand(action_spec, actions, encoded):
 )
 def test_observations_by_hand(spec, values, encoded):
     values = [{"x": torch.tensor(value, dtype=spec.dtype)} for value in values]
-    env = scripted({"x": spec}, values, Unbounded((1,)))
+    # Named: an observation of several dimensions is left to an encoder otherwise.
+    env = scripted({"x": spec}, values, Unbounded((1,)), ["x"])
     assert see(env, [torch.tensor([0.5])]) == [[*encoded[0], 0, 0, 0], [*encoded[1], 0.5, 10, 0]]
+
+
+def test_images_are_left_out_unless_they_are_named():
+    values = [{"x": torch.tensor([7.0]), "image": torch.ones(2, 2)}, {"x": torch.tensor([8.0]), "image": torch.ones(2, 2)}]
+    specs = {"x": Unbounded((1,)), "image": Unbounded((2, 2))}
+    assert see(scripted(specs, values, Unbounded((1,))), [torch.tensor([0.5])])[0] == [7, 0, 0, 0]
+    assert see(scripted(specs, values, Unbounded((1,)), ["image"]), [torch.tensor([0.5])])[0] == [1, 1, 1, 1, 0, 0, 0]
 
 
 def test_batches_keep_their_rows():

@@ -4,10 +4,13 @@ import copy
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
+from torchrl.collectors.utils import split_trajectories
 from torchrl.envs import Compose, InitTracker, TransformedEnv
 
 from rl2_torchrl import (
@@ -21,6 +24,7 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
+    kernels,
     linear_decay,
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
@@ -56,12 +60,13 @@ def make_batch(rows=4, steps=6):
 
 
 @pytest.fixture(autouse=True, params=["compiled", "parts", "autograd"])
-def _way(request, monkeypatch):
+def way(request, monkeypatch):
     """Every test with compiled passes and with gradients part by part, where they serve, and with autograd's."""
     if request.param == "parts":
         monkeypatch.setattr("rl2_torchrl.update.why_not_compiled", lambda *_: "not here")
     if request.param == "autograd":
         monkeypatch.setattr("rl2_torchrl.update._why_not_parts", lambda _: "not here")
+    return request.param
 
 
 class Seen:
@@ -276,7 +281,7 @@ def test_adam_by_default_and_a_custom_optimizer():
     # An optimizer over the critic alone leaves the actor as it is.
     loss = make_loss()
     critic = torch.optim.SGD(loss.critic_network.parameters(), lr=0.1)
-    update = PPOUpdate(loss, lr=5.0, optimizer=critic)
+    update = PPOUpdate(loss, optimizer=critic)
     actor = [p.clone() for p in loss.actor_network.parameters()]
     assert update(make_batch())["lr"] == 0.1
     assert same(actor, loss.actor_network.parameters())
@@ -332,7 +337,240 @@ def test_a_gradient_that_is_not_finite_says_where_and_changes_nothing():
     assert same(calls[1], parameters(update))
 
 
+# --------------------------------------------------------------- wrong arguments
+
+NUMBERS = {
+    "epochs": (0, -1, 2.0, True, "4", math.nan),
+    "minibatches": (0, 1.5, False),
+    "bptt": (0, 0.5),
+    "max_grad_norm": (0.0, -1.0, math.nan),
+    "target_kl": (0.0, math.nan),
+    "lr": (-1e-3, math.nan, math.inf),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values])
+def test_numbers_out_of_range(name, value):
+    with pytest.raises(ValueError, match=name):
+        PPOUpdate(make_loss(), **{name: value})
+
+
+def test_numpys_integers_are_whole_numbers():
+    update = PPOUpdate(make_loss(), bptt=np.int64(2), epochs=np.int32(1), minibatches=np.int64(3))
+    assert (update.bptt, update.epochs, update.minibatches) == (2, 1, 3)
+    assert update(make_batch())["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("advantage", "gae", "no function.*TrialAdvantage"),
+        ("lr_schedule", 0.5, "no function.*linear_decay"),
+        ("entropy_schedule", 0.5, "no function.*linear_decay"),
+        ("generator", 3, "no generator"),
+        ("optimizer", torch.optim.SGD, "no optimizer"),
+    ],
+)
+def test_arguments_of_another_kind(name, value, message):
+    with pytest.raises(TypeError, match=message):
+        PPOUpdate(make_loss(entropy_bonus=True), **{name: value})
+
+
+def test_an_optimizer_of_other_parameters_or_with_a_learning_rate_beside_it():
+    loss, other = make_loss(), make_loss()
+    with pytest.raises(ValueError, match="are not the loss's"):
+        PPOUpdate(loss, optimizer=torch.optim.Adam(other.parameters()))
+    stranger = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="1 of the optimizer's"):
+        PPOUpdate(loss, optimizer=torch.optim.Adam([*loss.parameters(), stranger]))
+    with pytest.raises(ValueError, match="lr=0.1 is Adam's"):
+        PPOUpdate(loss, lr=0.1, optimizer=torch.optim.Adam(loss.parameters()))
+
+
+def test_a_loss_in_which_everything_is_frozen():
+    with pytest.raises(ValueError, match="no parameters to train"):
+        PPOUpdate(make_loss().requires_grad_(False))
+
+
+# --------------------------------------------------------------- rows that are no trials
+
+
+def test_padding_is_refused():
+    batch = make_batch()
+    batch["collector", "mask"] = torch.ones(4, 6, dtype=torch.bool)
+    PPOUpdate(make_loss(), epochs=1)(batch.clone())
+    batch["collector", "mask"][1, 4:] = False
+    with pytest.raises(ValueError, match="2 steps of the batch are padding.*split_trajs=False"):
+        PPOUpdate(make_loss())(batch)
+
+
+def test_workers_end_to_end_are_refused():
+    # Two rows of three steps each behind one another: a trial begins at step 3, where none has ended.
+    batch = make_batch()
+    batch["is_init"][2, 3] = True
+    with pytest.raises(ValueError, match=r"row \[2\]: .* step 2 .* step 3.*cat_results=-1"):
+        PPOUpdate(make_loss())(batch)
+    # Both in the middle of a trial: only their numbers tell them apart.
+    batch = make_batch()
+    batch["collector", "traj_ids"] = torch.arange(4).unsqueeze(-1).expand(4, 6).clone()
+    PPOUpdate(make_loss(), epochs=1)(batch.clone())
+    batch["collector", "traj_ids"][0, 3:] = 9
+    with pytest.raises(ValueError, match=r"row \[0\]: .* step 2"):
+        PPOUpdate(make_loss())(batch)
+
+
+@pytest.mark.parametrize("of", [{"split_trajs": True}, {"cat_results": -1}])
+def test_what_torchrl_makes_of_them_is_refused(of):
+    """Trials of several lengths padded by TorchRL, and the batches of two workers as it puts them end to end."""
+    batch = make_batch(rows=2, steps=6)
+    batch["next", "done"][0, 2] = batch["next", "terminated"][0, 2] = batch["is_init"][0, 3] = True
+    PPOUpdate(make_loss(), minibatches=1, epochs=1)(batch.clone())
+    if "split_trajs" in of:
+        batch["collector", "traj_ids"] = torch.tensor([[0, 0, 0, 1, 1, 1], [2] * 6])
+        batch = split_trajectories(batch)
+        assert ("collector", "mask") in batch.keys(True)
+    else:
+        cut = make_batch(rows=2, steps=3)
+        cut["next", "done"][:] = cut["next", "terminated"][:] = False
+        batch = torch.cat([cut, make_batch(rows=2, steps=3)], -1)
+    with pytest.raises(ValueError, match="padding|trial"):
+        PPOUpdate(make_loss(), TrialAdvantage(critic=None), minibatches=1)(batch)
+
+
+# ------------------------------------------------------------------ what is read
+
+
+def test_entries_that_losses_and_terms_read_are_kept():
+    class Term(torch.nn.Module):
+        in_keys = ("actor_features", "task", ("policy", "log_prob"))
+
+        def forward(self, features, task, log_prob):
+            return {"loss_term": features.mean() + task.mean() + log_prob.mean()}
+
+    class Own(RL2PPOLoss):
+        def forward(self, tensordict):
+            return super().forward(tensordict).set("loss_own", 0.0 * tensordict["seen"].mean())
+
+    networks = make_loss()
+    update = PPOUpdate(RL2PPOLoss(networks.actor_network, networks.critic_network, terms=[Term()]))
+    assert "task" in update.in_keys
+    assert not {"actor_features", ("policy", "log_prob")} & set(update.in_keys)
+    own = Own(networks.actor_network, networks.critic_network)
+    own.in_keys = [*own.in_keys, "seen"]
+    assert "seen" in PPOUpdate(own).in_keys
+    metrics = PPOUpdate(own, epochs=1)(make_batch().set("seen", torch.ones(4, 6, 1)))
+    assert metrics["loss_own"] == 0
+    with pytest.raises(KeyError, match="seen"):
+        PPOUpdate(own)(make_batch())
+
+
+def test_with_a_critic_for_cut_trials_its_inputs_beyond_are_kept():
+    loss = make_loss()
+    policy = ActorCritic(loss.actor_network, loss.critic_network)
+    beyond = {("next", key) for key in ("trans", "actor_hidden", "critic_hidden")}
+    assert beyond <= set(PPOUpdate(loss, TrialAdvantage(critic=policy)).in_keys)
+    assert not beyond & set(PPOUpdate(loss).in_keys)
+
+
+def test_the_batchs_last_step_is_bootstrapped_by_terminated_not_by_done():
+    """r = 1, v = 2, gamma = 1: a truncated trial's last step earns 1 + v' - 2 with v' = 7, a terminated one's 1 - 2."""
+    done = torch.ones(2, 1, 1, dtype=torch.bool)
+    terminated = torch.tensor([[[False]], [[True]]])
+    following = {
+        "reward": torch.ones(2, 1, 1),
+        "done": done,
+        "terminated": terminated,
+        "seen": torch.full((2, 1, 1), 7.0),
+    }
+    batch = TensorDict({"state_value": torch.full((2, 1, 1), 2.0), "next": following}, [2, 1])
+    critic = TensorDictModule(torch.nn.Identity(), ["seen"], ["state_value"])
+    out = TrialAdvantage(gamma=1.0, normalize=False, critic=critic)(batch)
+    assert out["advantage"].flatten().tolist() == [6.0, -1.0]
+
+
+# ---------------------------------------------------------------------- backends
+
+
+def test_the_way_that_is_taken_is_said(way):
+    update = PPOUpdate(make_loss(), epochs=1, minibatches=2)
+    assert update.backend == ("autograd" if way == "autograd" else "parts")
+    update(make_batch())
+    assert update.backend == (way if kernels.load(torch.float32) is not None else update.backend)
+    assert update.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loss: loss.register_forward_hook(lambda *_: None), "hooks on the RL2PPOLoss"),
+        (lambda loss: setattr(loss, "forward", loss.forward), "another function"),
+    ],
+)
+def test_a_named_backend_that_cannot_serve_raises(change, message, way):
+    if way == "autograd":
+        pytest.skip("it always serves")
+    loss = make_loss()
+    change(loss)
+    assert PPOUpdate(loss).backend == "autograd"
+    for backend in ("parts", "compiled"):
+        with pytest.raises(ValueError, match=f"backend='{backend}' cannot serve.*{message}"):
+            PPOUpdate(loss, backend=backend)
+    with pytest.raises(ValueError, match="choose 'auto'"):
+        PPOUpdate(loss, backend="fast")
+
+
+def test_the_compiled_backend_says_why_it_cannot_serve(way):
+    if way != "compiled" or kernels.load(torch.float32) is None:
+        pytest.skip("without compiled passes")
+    update = PPOUpdate(make_loss(), backend="compiled", optimizer=None, minibatches=1)
+    update(make_batch())
+    assert update.backend == "compiled"
+    for loss, options, message in (
+        (make_loss(), {"minibatches": 1, "bptt": 6}, "faster one by one"),
+        (RL2PPOLoss(GRUCategoricalActor(5, 3, num_layers=2)), {}, "several layers"),
+    ):
+        update = PPOUpdate(loss, backend="compiled", **options)
+        with pytest.raises(ValueError, match=f"'compiled' cannot serve.*{message}"):
+            update(make_batch(rows=60).exclude("actor_hidden"))
+
+
+def test_options_beyond_ours_are_left_to_torchrl():
+    for options in (
+        {"clip_value": 0.2},
+        {"reduction": "mean"},
+        {"loss_critic_type": "smooth_l1"},
+        {"functional": True},
+    ):
+        update = PPOUpdate(make_loss(**options), epochs=1)
+        assert update.backend == "autograd"
+        update(make_batch())
+
+
 # ------------------------------------------------------------------------ state
+
+
+def test_the_shufflings_generator_is_part_of_the_state():
+    """Resumed, the third update takes the chunks in the order in which the unbroken run's third takes them."""
+    orders = []
+    for resumed in (False, True):
+        update = PPOUpdate(make_loss(), bptt=1, epochs=1, lr=0.0, generator=torch.Generator().manual_seed(3))
+        for _ in range(2):
+            update(make_batch())
+        if resumed:
+            state = copy.deepcopy(update.state_dict())
+            update = PPOUpdate(make_loss(), bptt=1, epochs=1, lr=0.0, generator=torch.Generator().manual_seed(99))
+            update.load_state_dict(state)
+        seen = Seen(update)
+        update(make_batch())
+        orders.append(torch.cat(seen.order()))
+    assert torch.equal(*orders)
+
+
+def test_going_on_with_another_optimizer_is_refused():
+    loss = make_loss()
+    update, other = PPOUpdate(loss), PPOUpdate(loss, optimizer=torch.optim.SGD(loss.parameters(), lr=0.1, momentum=0.9))
+    with pytest.raises(ValueError, match="another optimizer than this SGD"):
+        other.load_state_dict(update.state_dict())
 
 
 def test_state_dict_round_trip_goes_on_alike():

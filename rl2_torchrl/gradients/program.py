@@ -17,7 +17,7 @@ from torch import nn
 
 from rl2_torchrl.gradients.part import Part, State, accumulate, entries_of
 
-__all__ = ["Program"]
+__all__ = ["Program", "merge_losses"]
 
 
 class _Loss(Protocol):
@@ -169,6 +169,18 @@ class Program:
         else:
             view.copy_(parameter.grad)
             parameter.grad = view
+
+
+def merge_losses(losses: dict, more: dict) -> None:
+    """Adds ``more`` to ``losses``.
+
+    Raises:
+        ValueError: two are of one name.
+    """
+    for name, value in more.items():
+        if name in losses:
+            raise ValueError(f"two loss terms give {name!r}: rename one, or it would be lost.")
+        losses[name] = value
 
 
 class _Term:

@@ -92,6 +92,10 @@ class CategoricalActions(ActionDistribution):
     Args:
         num_actions: number of choices.
         one_hot: whether the action is a one-hot vector, as TorchRL's `GymEnv` has it. Default False.
+
+    Examples:
+        >>> CategoricalActions(5).num_outputs
+        5
     """
 
     def __init__(self, num_actions: int, *, one_hot: bool = False):
@@ -122,6 +126,10 @@ class MultiCategoricalActions(ActionDistribution):
         one_hot: whether the action is the one-hot vectors end to end, ``[*B, sum(nvec)]``, in place of ``[*B, len(nvec)]``. Default
             False.
         dtype: of the action. Default `torch.int64`.
+
+    Examples:
+        >>> MultiCategoricalActions((3, 2)).num_outputs
+        5
     """
 
     def __init__(self, nvec: Sequence[int], *, one_hot: bool = False, dtype: torch.dtype = torch.int64):
@@ -145,6 +153,10 @@ class GaussianActions(ActionDistribution):
     Args:
         action_dim: dimensions of the action.
         init_log_std: first value of every component of the scale's logarithm. Default -0.5.
+
+    Examples:
+        >>> GaussianActions(2).parameter_keys
+        ['loc', 'scale']
     """
 
     def __init__(self, action_dim: int, *, init_log_std: float = -0.5):

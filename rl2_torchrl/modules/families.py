@@ -27,6 +27,14 @@ class Family:
     Attributes:
         names: the keywords of the class's parameters, in the order in which the functions take them.
         keywords: further keywords of the class that the family's constructor takes.
+
+    Examples:
+        >>> class PoissonFamily(Family):  # then register_family(torch.distributions.Poisson, PoissonFamily)
+        ...     names = ("rate",)
+        ...     def act(self, rate):
+        ...         return torch.poisson(rate)
+        >>> PoissonFamily().act(torch.zeros(3))
+        tensor([0., 0., 0.])
     """
 
     names: tuple[str, ...] = ()

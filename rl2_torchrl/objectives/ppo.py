@@ -12,6 +12,8 @@ from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
+from rl2_torchrl.gradients.part import entries_of
+from rl2_torchrl.gradients.program import merge_losses
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError
 
@@ -91,7 +93,10 @@ class RL2PPOLoss(ClipPPOLoss):
             functional=functional or kwargs.get("delay_actor", False),
             **kwargs,
         )
+        if terms and self.functional:
+            raise ValueError("terms read what the networks write, which functional=True hides: leave it False.")
         self.terms = nn.ModuleList(_checked_terms(terms))
+        self._set_in_keys()
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
         self._is_recurrent = bool(hidden_keys(actor_network))
         self._beyond = self._options_beyond(kwargs)
@@ -154,10 +159,7 @@ class RL2PPOLoss(ClipPPOLoss):
         out: dict[str, torch.Tensor] = {}
         for term in terms:
             _read(data, term.in_keys, state)
-            missing = [key for key in term.in_keys if key not in state]
-            if missing:
-                raise KeyError(f"{missing}, which {type(term).__name__} reads, is missing in the data {data}.")
-            out.update(term(*[state[key] for key in term.in_keys]))
+            merge_losses(out, term(*entries_of(state, term.in_keys)))
         return out
 
     def _check_data(self, tensordict: TensorDictBase) -> None:
@@ -186,7 +188,8 @@ class RL2PPOLoss(ClipPPOLoss):
         keys = self.tensor_keys
         own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
         written = {*self.actor_network.out_keys, *(self.critic_network.out_keys if self.critic_network else ())}
-        own += [key for term in self.terms for key in term.in_keys if key not in written and key[0] != "policy"]
+        terms = self._modules.get("terms", ())  # ClipPPOLoss asks before there are any
+        own += [key for term in terms for key in term.in_keys if key not in written and key[0] != "policy"]
         self._in_keys = list(dict.fromkeys([*self._in_keys, *own]))
 
     # --------------------------------------------------------------- numbers

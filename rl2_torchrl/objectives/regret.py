@@ -59,7 +59,7 @@ class RegretAdvantage(TrialAdvantage):
 
 
 def bandit_values(batch: TensorDictBase) -> torch.Tensor:
-    """The means of all arms: the task itself.
+    """The means of all arms ``[B, T, num_arms]``: the task itself.
 
     Examples:
         >>> from tensordict import TensorDict

@@ -127,6 +127,11 @@ class TrialClock:
         entries = self._entries_before(self._index[t], self._step[t], self._begun[t], self._ended[t])
         return {key: value.to(self.device).expand(self.rows).unsqueeze(-1) for key, value in entries.items()}
 
+    def around(self, t: int) -> dict[NestedKey, torch.Tensor]:
+        """Flags and counters ``[N, 1]`` of step ``t``, before it is taken and, under ``"next"``, after it."""
+        after = {("next", key): value[t] for key, value in self._entries_after().items()}
+        return self.at(t) | {key: value.to(self.device).expand(self.rows).unsqueeze(-1) for key, value in after.items()}
+
     def entries(self) -> dict[NestedKey, torch.Tensor]:
         """Flags and counters ``[N, T, 1]`` of the batch that has been played, those under ``"next"`` among them."""
         if self.is_shared and self._entries is not None:

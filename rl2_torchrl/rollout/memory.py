@@ -18,7 +18,7 @@ __all__ = ["Memory", "leaves", "next_key", "own_transforms", "where_rows"]
 
 
 class Memory:
-    """The hidden states of ``policy`` for N rows, by the primers of the env, or else those of the policy's modules.
+    """The hidden states of ``policy`` for N rows: at a trial's start what its cores say, or else the primers of env or modules.
 
     Args:
         policy: recurrent or not.
@@ -33,18 +33,27 @@ class Memory:
         self.keys = hidden_keys(policy)
         #: The entries of each key, and those of the next step.
         self.handed_on = [(key, next_key(key)) for key in self.keys]
-        self._rows, self._primers = rows, _primers(policy, env) if self.keys else {}
-        missing = [key for key in self.keys if key not in self._primers]
+        self._rows = rows
+        # Of the class: a TensorDictModule passes on what its inner module has.
+        self._cores = [module for module in policy.modules() if hasattr(type(module), "initial_memory")]
+        of_cores = {key for core in self._cores for key in core.in_keys}
+        by_primers = [key for key in self.keys if key not in of_cores]
+        primers = _primers(policy, env) if by_primers else {}
+        missing = [key for key in by_primers if key not in primers]
         if missing:
             raise KeyError(
                 f"the policy hands {missing} on to its next step, but nothing says what they are at a trial's first: give the "
                 "module a make_tensordict_primer(), as torchrl.modules.GRUModule has, or the env a TensorDictPrimer."
             )
-        self._constant = {key: self._draw(key) for key in self.keys if not _varies(self._primers[key][0], key)}
+        self._primers = {key: primers[key] for key in by_primers}
+        self._constant = {key: self._draw(key) for key in by_primers if not _varies(primers[key][0], key)}
 
     def initial(self) -> State:
         """Values ``[N, ...]`` at a trial's first step."""
-        return {key: self._constant[key] if key in self._constant else self._draw(key) for key in self.keys}
+        memory = {key: self._constant[key] if key in self._constant else self._draw(key) for key in self._primers}
+        for core in self._cores:
+            memory.update(zip(core.in_keys[1:-1], core.initial_memory(self._rows), strict=True))
+        return memory
 
     def next(self, state: State, reset: Rows) -> State:
         """What the next step reads, with the ``reset`` rows at a trial's first step."""

@@ -56,7 +56,8 @@ class Rollout:
         self.env, self.policy, self.steps, self.ablation, self.on_step = env, policy, steps, ablation, on_step
         self.parts = acting_parts(policy)
         read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
-        self.trials = trials_of(env, steps, read, keep)
+        # Who looks at each step is shown all that there is.
+        self.trials = trials_of(env, steps, read, keep if on_step is None else None)
         self.memory = Memory(policy, env, self.trials.rows)
         made = self._all_keys()
         _check_entries(read, keep or (), {*made, *self.trials.keys_at_once})
@@ -133,7 +134,7 @@ class Rollout:
                 self._look_back(waiting, t + 1)
                 waiting = []
             if self.on_step is not None:
-                self.on_step({**state, **turn.after})
+                self.on_step({**state, **turn.after, **self.trials.flags(t)})
             if t + 1 < self.steps:
                 state = {**turn.root, **self.memory.next(state, turn.begun)}
         self._carry_over(state)

@@ -278,6 +278,10 @@ class TensorTrials:
         self._shown_task = {key: whole[key].reshape(self.rows, *whole[key].shape[dims:]) for key in self._task_keys}
         self._shown_task_after = {next_key(key): value for key, value in self._shown_task.items()}
 
+    def flags(self, t: int) -> State:
+        """Flags and counters ``[N, 1]`` of step ``t``, those under ``"next"`` among them."""
+        return self.clock.around(t)
+
     @property
     def keys_at_once(self) -> set[NestedKey]:
         """Keys of `entries`: nobody need record them step by step."""
@@ -401,6 +405,10 @@ class TransformedTrials:
             value = tensordict.get(key).clone()  # many envs write their next step into the same memory
             state[key] = value if dims == 1 else value.reshape(self.rows, *value.shape[dims:])
         return state
+
+    def flags(self, t: int) -> State:
+        """None: they are among the entries."""
+        return {}
 
     def entries(self) -> State:
         """None: all is recorded step by step."""

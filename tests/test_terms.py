@@ -1,0 +1,215 @@
+"""Loss terms: PPO's own by hand, what a user adds, and how both reach loss, gradients, parameters and log."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.modules import set_recurrent_mode
+from torchrl.objectives import ClipPPOLoss
+
+from rl2_torchrl import GRUCategoricalActor, GRUValueHead, MemoryValueHead, PPOUpdate, RL2PPOLoss
+from rl2_torchrl.gradients import Program
+from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, OwnGradient, SquaredError
+
+F64 = {"dtype": torch.float64}
+
+
+class Told(nn.Module):
+    """What somebody writes: a layer that tells an entry from the features, and how far the policy is from certain."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 2, **F64)
+        self.in_keys = ["actor_features", "task", ("policy", "log_prob"), ("policy", "entropy"), "state_value"]
+
+    def forward(self, features, task, log_prob, entropy, value):
+        error = (self.layer(features) - task).square().mean()
+        return {
+            "loss_told": 0.5 * error + 0.1 * (log_prob * entropy).mean() + value.mean(),
+            "told_error": error.detach(),
+            "each": entropy.detach(),
+        }
+
+
+def loss_with(*terms, critic="shared", **options):
+    torch.manual_seed(0)
+    actor = GRUCategoricalActor(5, 3, hidden_size=8, init_range=1.0, **F64)
+    head = MemoryValueHead(8, detach=False, init_range=1.0, **F64) if critic == "shared" else GRUValueHead(5, **F64)
+    return RL2PPOLoss(actor, head, terms=terms, **options)
+
+
+def data_of(rows=4, steps=6):
+    draw = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(rows, steps, *shape, generator=draw, **F64)
+
+    is_init = torch.zeros(rows, steps, 1, dtype=torch.bool)
+    is_init[:, 0] = True
+    entries = {
+        "trans": normal(5),
+        "is_init": is_init,
+        "task": normal(2),
+        "advantage": normal(1),
+        "value_target": normal(1),
+    }
+    entries |= {"action": torch.randint(3, (rows, steps), generator=draw), "action_log_prob": 0.1 * normal() - 1}
+    return TensorDict(entries, [rows, steps])
+
+
+def total(losses):
+    return sum(value for name, value in losses.items() if name.startswith("loss_"))
+
+
+# ------------------------------------------------------------------ PPO's own
+
+
+def differentiated(term, *entries):
+    """Gradients of a term's loss by its entries as it gives them, and by finite differences."""
+    values, slopes = term.with_gradients(*entries)
+    name = next(name for name in values if name.startswith("loss_"))
+    for number, (entry, slope) in enumerate(zip(entries, slopes, strict=True)):
+        if slope is None:
+            continue
+        expected = torch.empty_like(entry)
+        for i in range(entry.numel()):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = entry.clone()
+                moved.view(-1)[i] += step
+                shifted = [*entries[:number], moved, *entries[number + 1 :]]
+                ends.append(float(term.with_gradients(*shifted)[0][name]))
+            expected.view(-1)[i] = (ends[0] - ends[1]) / 2e-6
+        torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_gradients_of_ppos_terms_are_those_of_their_numbers(by_kernels, monkeypatch):
+    if not by_kernels:
+        monkeypatch.setattr("rl2_torchrl.kernels.load", lambda dtype: None)
+    torch.manual_seed(0)
+    log_prob, old = 0.5 * torch.randn(2, 3, 4, **F64)
+    advantage, value, target = torch.randn(3, 3, 4, 1, **F64)
+    differentiated(ClippedObjective(math.log(0.8), math.log(1.2)), log_prob, old, advantage)
+    differentiated(SquaredError(0.7), value, target)
+    differentiated(EntropyBonus(0.3), log_prob)
+
+
+def test_a_term_under_autograd_hands_on_the_gradient_that_it_gives():
+    value, target = torch.randn(2, 3, 4, 1, **F64)
+    value.requires_grad_()
+    losses = SquaredError(0.5)(value, target)
+    [gradient] = torch.autograd.grad(3 * losses["loss_critic"], value)
+    torch.testing.assert_close(gradient, 3 * (value - target).detach() / 12)
+
+
+# ---------------------------------------------------------------- a user's own
+
+
+def test_a_users_term_is_right_everywhere():
+    loss, data = loss_with(Told(), entropy_bonus=True, entropy_coeff=0.1), data_of()
+    out = loss(data)
+    # By hand, through TorchRL's loss and the networks themselves.
+    base = ClipPPOLoss.forward(loss, data)
+    with set_recurrent_mode(True):
+        dist = loss.actor_network.get_dist(td := data.clone())
+        value = loss.critic_network(td)["state_value"]
+    entries = (td["actor_features"], data["task"], dist.log_prob(data["action"]), dist.entropy(), value)
+    theirs = loss.terms[0](*entries)
+    expected = total(base) + theirs["loss_told"]
+    torch.testing.assert_close(total(out), expected)
+    gradients = torch.autograd.grad(expected, list(loss.parameters()))
+    assert len(gradients) == len(list(loss.actor_network.parameters())) + 2 + 2  # critic's layer and the term's
+    for one, other in zip(torch.autograd.grad(total(out), list(loss.parameters())), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    losses = Program(loss)(dict(data.items()))
+    assert losses["told_error"] == pytest.approx(float(theirs["told_error"]))
+    assert "each" not in losses  # no scalar
+    for parameter, gradient in zip(loss.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"clip_value": 0.2}, {"functional": True}])
+def test_terms_beside_options_that_are_torchrls(options):
+    data = data_of().set("state_value", torch.zeros(4, 6, 1, **F64))
+    if "functional" in options:
+        with pytest.raises(ValueError, match="functional"):
+            loss_with(Told(), **options)
+        return
+    with_term, without = loss_with(Told(), **options)(data), loss_with(**options)(data)
+    term = loss_with(Told())(data)
+    assert set(with_term.keys()) == {*without.keys(), "loss_told", "told_error", "each"}
+    torch.testing.assert_close(total(with_term), total(without) + term["loss_told"])
+
+
+def test_a_terms_parameters_are_trained_saved_and_in_the_log():
+    loss = loss_with(Told(), critic="shared")
+    update = PPOUpdate(loss, lr=1e-2, epochs=1, minibatches=2)
+    assert "task" in update.in_keys
+    batch = data_of().set("state_value", torch.zeros(4, 6, 1, **F64))
+    done = torch.zeros(4, 6, 1, dtype=torch.bool)
+    done[:, -1] = True
+    batch["next"] = TensorDict({"reward": torch.ones(4, 6, 1, **F64), "done": done, "terminated": done}, [4, 6])
+    del batch["advantage"], batch["value_target"]
+    with torch.no_grad(), set_recurrent_mode(True):
+        batch["action_log_prob"] = loss.actor_network.get_dist(batch.clone()).log_prob(batch["action"])
+    before = loss.terms[0].layer.weight.detach().clone()
+    saved = copy.deepcopy(loss.state_dict())
+    metrics = update(batch)
+    assert update.backend == "parts"
+    assert {"loss_told", "told_error"} <= metrics.keys()
+    assert metrics["loss"] == pytest.approx(sum(v for name, v in metrics.items() if name.startswith("loss_")))
+    assert (loss.terms[0].layer.weight - before).abs().min() > 1e-3
+    loss.load_state_dict(saved)
+    assert torch.equal(loss.terms[0].layer.weight, before)
+
+
+def test_a_term_reads_the_critics_values_even_without_a_value_loss():
+    loss, data = loss_with(Told(), critic_coeff=0.0), data_of()
+    assert "loss_critic" not in loss(data).keys()
+    Program(loss)(dict(data.items()))
+    head = next(m for m in loss.critic_network.modules() if isinstance(m, nn.Linear))
+    torch.testing.assert_close(head.bias.grad, torch.ones(1, **F64))  # of the mean value by its bias
+
+
+def test_what_is_no_term():
+    for term in (lambda features: {}, nn.Linear(2, 2), "entropy"):
+        with pytest.raises(TypeError, match="is no loss term.*in_keys"):
+            loss_with(term)
+    misnamed = Told()
+    misnamed.in_keys = "actor_features"
+    with pytest.raises(TypeError, match="is no loss term"):
+        loss_with(misnamed)
+
+
+def test_two_terms_of_one_name_and_one_that_reads_what_is_not_there():
+    with pytest.raises(ValueError, match="two loss terms give 'loss_told'"):
+        Program(loss_with(Told(), Told()))(dict(data_of().items()))
+    with pytest.raises(ValueError, match="two loss terms give 'loss_told'"):
+        loss_with(Told(), Told())(data_of())
+    for run in (lambda loss, data: loss(data), lambda loss, data: Program(loss)(dict(data.items()))):
+        with pytest.raises(KeyError, match="task"):
+            run(loss_with(Told()), data_of().exclude("task"))
+
+
+def test_a_term_with_a_gradient_of_its_own():
+    class Pull(OwnGradient):
+        def __init__(self):
+            super().__init__(["logits"])
+
+        def with_gradients(self, logits):
+            return {"loss_pull": 0.5 * logits.square().sum()}, (logits.clone(),)
+
+    loss, data = loss_with(Pull()), data_of()
+    gradients = torch.autograd.grad(total(loss(data)), list(loss.parameters()))
+    Program(loss)(dict(data.items()))
+    with set_recurrent_mode(True):
+        logits = loss.actor_network.get_dist_params(data.clone())["logits"]
+    reference = total(ClipPPOLoss.forward(loss, data)) + 0.5 * logits.square().sum()
+    expected = torch.autograd.grad(reference, list(loss.parameters()))
+    for parameter, one, other in zip(loss.parameters(), gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(parameter.grad, other, rtol=1e-12, atol=1e-12)
