@@ -380,6 +380,14 @@ def test_entries_of_all_kinds_and_tasks_of_several_entries(name, trial):
     assert ours[0]["trans"].shape[-1] == 4 + 2 + 1 + 3 + 2  # without the picture
 
 
+def test_an_entry_that_is_kept_is_kept_with_all_that_it_holds():
+    kept = ["task", "inside", ("next", "inside", "light"), ("next", "task")]
+    (_, ours), (_, theirs) = both(lambda: make_env("rooms", episodes=2), 6, keep=kept)
+    assert_same(ours, theirs)
+    inner = {("inside", "light"), ("task", "home"), ("task", "cost")}
+    assert set(ours[0].keys(True, True)) == inner | {("next", *key) for key in inner}
+
+
 def test_velocity_is_kept_when_asked_for():
     def make():
         return make_env("cheetah", episodes=2, step_keys=["velocity"])
