@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import set_exploration_type
 
 from rl2_torchrl.rollout import Rollout
+from rl2_torchrl.rollout.memory import leaves
 
 __all__ = ["TrialCollector"]
 
@@ -28,6 +29,8 @@ _OF_COLLECTOR = {
     "track_traj_ids": False,
     "split_trajs": (False, None),
     "trajs_per_batch": None,
+    "set_truncated": (False, None),
+    "compact_obs": (False, None),
 }
 
 
@@ -48,7 +51,8 @@ class TrialCollector(Collector):
         rollout: ``"tensors"``, `Rollout`'s steps, or ``"tensordicts"``, `Collector`'s own loop. Default ``"auto"``: tensors where
             that can serve.
         **kwargs: as for `Collector`; ``auto_register_policy_transforms`` and ``return_same_td`` default to True here (memory is
-            never lost; each batch is written over the last one), ``track_traj_ids`` to False: ``"is_init"`` marks trials.
+            never lost; each batch is written over the last one), ``track_traj_ids`` to False, since ``"is_init"`` marks
+            trials, but for ``split_trajs`` and ``trajs_per_batch``, which need the ids.
 
     Attributes:
         backend: ``"tensors"`` or ``"tensordicts"``, what plays.
@@ -84,11 +88,14 @@ class TrialCollector(Collector):
     ):
         if rollout not in ("auto", "tensors", "tensordicts"):
             raise ValueError(f"rollout={rollout!r}: choose 'auto', 'tensors' or 'tensordicts'.")
-        defaults = {"auto_register_policy_transforms": True, "return_same_td": True, "track_traj_ids": False}
+        defaults = {"auto_register_policy_transforms": True, "return_same_td": True}
         if keep is not None:
             defaults["use_buffers"] = False  # they hold all entries of all steps, those that are not kept too
+        by_trial = bool(kwargs.get("split_trajs") or kwargs.get("trajs_per_batch"))
+        defaults["track_traj_ids"] = by_trial
         super().__init__(create_env_fn, policy, **{**defaults, **kwargs})
-        self.keep = None if keep is None else list(dict.fromkeys(keep))
+        needed = [("collector", "traj_ids"), ("next", "done")] if by_trial else []
+        self.keep = None if keep is None else list(dict.fromkeys((*keep, *needed)))
         self.reason = "rollout='tensordicts' was asked for" if rollout == "tensordicts" else self._refusal(kwargs)
         if self.reason is not None and rollout == "tensors":
             raise ValueError(f"rollout='tensors' cannot serve: {self.reason}. Leave that out, or take rollout='auto'.")
@@ -108,7 +115,7 @@ class TrialCollector(Collector):
         for name, plain in _OF_COLLECTOR.items():
             value = getattr(self, name, kwargs.get(name))
             if not any(value is each or value == each for each in (plain if isinstance(plain, tuple) else (plain,))):
-                return f"{name}={value!r} is an option of TorchRL's own loop"
+                return f"{name}= is an option of TorchRL's own loop"
         if not isinstance(self._wrapped_policy, TensorDictModuleBase):
             return "the policy is no TensorDictModule"
         devices = {
@@ -152,13 +159,12 @@ class TrialCollector(Collector):
             with set_exploration_type(self.exploration_type):
                 return self.player()
         batch = super().rollout()
-        if self.keep is None:
+        if self.keep is None or batch is None:  # None: it has gone into the replay buffer, step by step
             return batch
-        missing = [key for key in self.keep if key not in batch.keys(True, True)]
+        made = list(batch.keys(True, True))  # a lazy stack's own keys() finds no nested one
+        missing = [key for key in self.keep if not leaves([key], made)]
         if missing:
-            raise KeyError(
-                f"keep holds {missing}, which is not collected; there is {sorted(map(str, batch.keys(True, True)))}."
-            )
+            raise KeyError(f"keep holds {missing}, which is not collected; there is {sorted(map(str, made))}.")
         return batch.select(*self.keep)
 
 
@@ -169,7 +175,7 @@ def rollout_state(collector: BaseCollector) -> dict[str, Any]:
     task than the data says.
     """
     env, player = _stateful_env(collector), getattr(collector, "player", None)
-    if env is None or (player is not None and not player.is_on_tensors):
+    if env is None:
         return {}
     if player is not None:
         return {"player": player.state_dict(), "env": env.state_dict()}

@@ -17,7 +17,8 @@ from torchrl.envs import (
     StepCounter,
     TransformedEnv,
 )
-from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import GRUModule, IndependentNormal, LSTMModule, OneHotCategorical, ProbabilisticActor
 
 from rl2_torchrl import (
     ActorCritic,
@@ -30,6 +31,7 @@ from rl2_torchrl import (
     Trial,
     TrialCollector,
 )
+from rl2_torchrl.collector import load_rollout_state, rollout_state
 from rl2_torchrl.envs import (
     BernoulliBandit,
     GridNavi,
@@ -45,7 +47,9 @@ from rl2_torchrl.envs import (
     uniform_targets,
     velocities,
 )
+from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.gru import FastGRUModule
+from rl2_torchrl.rollout import Rollout
 
 #: Entries that networks give; with continuous actions all that follows from these is as near, no nearer.
 OF_NETWORKS = {"action", "action_log_prob", "logits", "loc", "scale", "state_value"}
@@ -153,7 +157,10 @@ ENVS = {
     "quadratic": (lambda: QuadraticBandit(2, batch_size=(4,), seed=0), uniform_targets(2)),
     "mdp": (lambda: TabularMDP(4, 2, episode_steps=5, batch_size=(4,), seed=0), random_mdps(4, 2)),
     "grid": (lambda: GridNavi(3, episode_steps=4, batch_size=(4,)), grid_goals(3)),
-    "point": (lambda: PointRobot(step_size=0.5, goal_radius=0.6, max_episode_steps=6, batch_size=(5,)), uniform_targets(2)),
+    "point": (
+        lambda: PointRobot(step_size=0.5, goal_radius=0.6, max_episode_steps=6, batch_size=(5,)),
+        uniform_targets(2),
+    ),
     "guess": (lambda: Guess(batch_size=(4,)), numbers),
     "guess alone": (lambda: Guess(), numbers),
     "guess 2x3": (lambda: Guess(batch_size=(2, 3)), numbers),
@@ -255,9 +262,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("wiring", ["own", "memory"])
 @pytest.mark.parametrize(("name", "trial", "steps"), CASES, ids=str)
-def test_batches_of_discrete_actions_are_collectors(name, trial, steps, wiring):
+def test_batches_of_discrete_actions_are_collectors(name, trial, steps):
+    wiring = "memory" if "steps" in trial else "own"
     (fast, ours), (_, theirs) = both(lambda: make_env(name, **trial), steps, lambda env: make_policy(env, wiring))
     assert fast.reason is None
     assert_same(ours, theirs)
@@ -281,6 +288,12 @@ def test_batches_of_continuous_actions_are_collectors(name, trial, steps, still)
     (fast, ours), (_, theirs) = both(lambda: make_env(name, **trial), steps, lambda env: make_policy(env, still=still))
     assert fast.reason is None
     assert_same(ours, theirs, is_exact=still)
+
+
+def test_batches_in_which_trials_begin_and_others_in_which_none_does():
+    # Trials of 8 steps in batches of 3: the task of a batch is now one, now two.
+    (_, ours), (_, theirs) = both(lambda: make_env("bandit", episodes=8), 3, batches=9, keep=["task", ("next", "task")])
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["guess", "walk", "cart pole", "mdp"])
@@ -346,7 +359,7 @@ def no_tasks(name):
     return {
         "gym": lambda: seeded(GymEnv("CartPole-v1")),
         "guess": lambda: Guess(batch_size=(3,)),
-            }[name]()
+    }[name]()
 
 
 ENVS["rooms"] = (Rooms, homes)
@@ -365,6 +378,14 @@ def test_entries_of_all_kinds_and_tasks_of_several_entries(name, trial):
     assert_same(ours, theirs)
     assert "picture" in ours[0].keys()
     assert ours[0]["trans"].shape[-1] == 4 + 2 + 1 + 3 + 2  # without the picture
+
+
+def test_an_entry_that_is_kept_is_kept_with_all_that_it_holds():
+    kept = ["task", "inside", ("next", "inside", "light"), ("next", "task")]
+    (_, ours), (_, theirs) = both(lambda: make_env("rooms", episodes=2), 6, keep=kept)
+    assert_same(ours, theirs)
+    inner = {("inside", "light"), ("task", "home"), ("task", "cost")}
+    assert set(ours[0].keys(True, True)) == inner | {("next", *key) for key in inner}
 
 
 def test_velocity_is_kept_when_asked_for():
@@ -450,6 +471,9 @@ class Worthless(TaskSampler):
         return tensordict.set("task", torch.full_like(tensordict["task"], 3.0))
 
 
+ENVS["doubled"] = (lambda: Doubled(batch_size=(4,)), numbers)
+
+
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
@@ -518,7 +542,11 @@ def shifted(out):
     """Makes what follows from ``out`` another one, whatever it is."""
     if isinstance(out, torch.Tensor):
         return out.roll(1, -1) + 0.3
-    return out.set("trans", out["trans"] * 0.5) if "logits" not in out.keys() else out.set("logits", out["logits"].roll(1, -1))
+    return (
+        out.set("trans", out["trans"] * 0.5)
+        if "logits" not in out.keys()
+        else out.set("logits", out["logits"].roll(1, -1))
+    )
 
 
 def memoryless(network):
@@ -549,7 +577,12 @@ POLICIES = {
     "a core with its own forward": lambda env: torchrls_core(Negative(10, 8, in_key="trans", out_key="features")),
     "a distribution with its own forward": lambda env: TensorDictSequential(
         TensorDictModule(linear(), ["trans"], ["logits"]),
-        Timid(["logits"], ["action"], distribution_class=torch.distributions.Categorical, default_interaction_type="random"),
+        Timid(
+            ["logits"],
+            ["action"],
+            distribution_class=torch.distributions.Categorical,
+            default_interaction_type="random",
+        ),
     ),
     "reads whether a trial begins": lambda env: TensorDictModule(
         lambda trans, first, ended: first.long().squeeze(-1) + 2 * ended.long().squeeze(-1),
@@ -563,8 +596,10 @@ def torchrls_core(core):
     return categorical(TensorDictSequential(core, TensorDictModule(nn.Linear(8, 5), ["features"], ["logits"])))
 
 
-@pytest.mark.parametrize("transforms", [[], [StepCounter]], ids=["tensors", "tensordicts"])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    ("name", "transforms"),
+    [*((name, []) for name in POLICIES), ("TorchRL's LSTM", [StepCounter]), ("one module", [StepCounter])],
+)
 def test_any_policy_plays_as_it_is(name, transforms):
     def make():
         return make_env("guess", *[kind() for kind in transforms], episodes=2)
@@ -575,3 +610,145 @@ def test_any_policy_plays_as_it_is(name, transforms):
 
     (_, ours), (_, theirs) = both(make, 9, policy, batches=2)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("guess", "DETERMINISTIC"),
+        ("cart pole", "DETERMINISTIC"),
+        ("point", "DETERMINISTIC"),
+        ("guess", "MODE"),
+        ("point", "MEAN"),
+    ],
+)
+def test_actions_without_noise_are_collectors(name, kind):
+    (_, ours), (_, theirs) = both(lambda: make_env(name, episodes=2), 7, exploration_type=ExplorationType[kind])
+    assert_same(ours, theirs, is_exact=name != "point")
+
+
+def test_our_policies_need_no_tensordict():
+    for name in ("guess", "point", "cart pole"):
+        env = make_env(name, episodes=2)
+        for wiring in ("own", "memory"):
+            assert {part.way for part in acting_parts(make_policy(env, wiring))} <= {"tensors", "core", "distribution"}
+
+
+# ------------------------------------------------------------ what is sampled
+
+STEPS = 1500
+
+
+def draws(base, tasks, policy):
+    """Actions ``[rows, STEPS]`` of trials of one step."""
+    env = TransformedEnv(base, Compose(Trial(steps=1), TaskSampler(tasks, seed=1), PreviousStep()))
+    torch.manual_seed(0)
+    with set_exploration_type(ExplorationType.RANDOM):
+        return Rollout(env, policy, STEPS, ["action"])()["action"]
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_choices_are_as_frequent_as_their_probabilities(one_hot):
+    # The first two rows have the same probabilities, and still draws of their own.
+    logits = torch.tensor([[0.0, 1.0, -1.0], [0.0, 1.0, -1.0], [2.0, 0.0, 0.5], [-9.0, -9.0, 0.0]])
+    policy = ProbabilisticActor(
+        TensorDictModule(lambda trans: logits + 0 * trans[..., :1], ["trans"], ["logits"]),
+        in_keys=["logits"],
+        distribution_class=OneHotCategorical if one_hot else torch.distributions.Categorical,
+        return_log_prob=True,
+    )
+    base = Rooms(4, one_hot=True) if one_hot else BernoulliBandit(3, batch_size=(4,), seed=0)
+    action = draws(base, homes if one_hot else uniform_means(3), policy)
+    action = action if one_hot else nn.functional.one_hot(action, 3)
+    probs = logits.softmax(-1)
+    assert ((action.float().mean(1) - probs).abs() <= 4 * (probs * (1 - probs) / STEPS).sqrt() + 1e-9).all()
+    # Two rows, or two steps, agree as often as independent draws do.
+    agree = probs[0].square().sum()
+    for one, other in ((action[0], action[1]), (action[0, 1:], action[0, :-1])):
+        frequency = (one == other).all(-1).float().mean()
+        assert abs(frequency - agree) < 4 * (agree * (1 - agree) / len(one)) ** 0.5
+
+
+def test_gaussian_actions_have_mean_and_scale_of_their_row():
+    loc = torch.tensor([[0.0, 5.0], [0.0, 5.0], [-1.0, 0.5]])
+    scale = torch.tensor([[0.3, 2.0], [0.3, 2.0], [1.0, 0.1]])
+    policy = ProbabilisticActor(
+        TensorDictModule(lambda trans: (loc + 0 * trans[..., :1], scale), ["trans"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=IndependentNormal,
+        return_log_prob=True,
+    )
+    action = draws(QuadraticBandit(2, batch_size=(3,), seed=0), uniform_targets(2), policy)
+    assert ((action.mean(1) - loc).abs() < 4 * scale / STEPS**0.5).all()
+    assert ((action.std(1) / scale - 1).abs() < 4 / (2 * STEPS) ** 0.5).all()
+    # Rows, dimensions and steps have noise of their own.
+    noise = (action - loc.unsqueeze(1)) / scale.unsqueeze(1)
+    flat = noise.transpose(0, 1).flatten(1)  # [STEPS, 6]
+    correlation = torch.corrcoef(torch.cat((flat[1:], flat[:-1]), -1).T) - torch.eye(12)
+    assert correlation.abs().max() < 5 / STEPS**0.5
+
+
+# ------------------------------------------------------------ going on
+
+
+@pytest.mark.parametrize(
+    ("name", "trial", "transforms"),
+    [
+        ("guess", {"episodes": 3}, []),
+        ("guess", {"episodes": 2, "steps": 7, "truncate": True}, []),
+        ("guess 2x3", {"steps": 7}, []),
+        ("rooms", {"episodes": 3, "step_keys": ["move"]}, []),
+        ("rooms", {"episodes": 3, "step_keys": ["move"]}, [StepCounter]),
+        ("mdp", {"episodes": 3}, []),
+        ("mdp", {"episodes": 3}, [StepCounter]),
+        ("cheetah", {"episodes": 2}, []),
+        ("doubled", {"episodes": 3}, []),
+    ],
+    ids=str,
+)
+def test_a_rollout_goes_on_where_it_was_saved(name, trial, transforms, tmp_path):
+    def make(seed):
+        env = make_env(name, *[kind() for kind in transforms], **trial)
+        policy = make_policy(env)
+        torch.manual_seed(seed)
+        frames = 5 * env.batch_size.numel()
+        return env, TrialCollector(env, policy, frames_per_batch=frames, total_frames=-1, rollout="tensors")
+
+    env, collector = make(0)
+    unbroken = iter(collector)
+    for _ in range(2):
+        next(unbroken)
+    torch.save(
+        (rollout_state(collector), env.transform[1].get_extra_state(), torch.get_rng_state()), tmp_path / "state"
+    )
+    expected = [next(unbroken).clone() for _ in range(3)]
+    assert not expected[0]["is_init"][:, 0].all()  # in the middle of a trial
+
+    env, collector = make(1)
+    next(iter(collector))  # stands elsewhere
+    state, tasks, random = torch.load(tmp_path / "state")
+    load_rollout_state(collector, state)
+    env.transform[1].set_extra_state(tasks)
+    torch.set_rng_state(random)
+    resumed = iter(collector)
+    for batch in expected:
+        found = next(resumed)
+        for key, value in batch.items(True, True):
+            assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(("name", "transforms"), [("guess", []), ("mdp", []), ("walk", []), ("walk", [StepCounter])])
+def test_a_collector_can_be_reset(name, transforms):
+    results = []
+    for rollout in ("tensors", "tensordicts"):
+        env = make_env(name, *[kind() for kind in transforms], episodes=3)
+        frames = 5 * env.batch_size.numel()
+        collector = TrialCollector(env, make_policy(env), frames_per_batch=frames, total_frames=-1, rollout=rollout)
+        torch.manual_seed(7)
+        iterator = iter(collector)
+        results.append([])
+        for _ in range(2):
+            results[-1].append(next(iterator).clone())
+            collector.reset()
+    assert_same(*results)
+    assert results[0][1]["is_init"][:, 0].all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import unwrap
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -20,6 +21,7 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from tensordict.nn.probabilistic import InteractionType, interaction_type
+from torchrl.modules import SafeProbabilisticModule
 
 from rl2_torchrl.gradients.part import is_bare
 from rl2_torchrl.modules.actor_critic import hidden_keys
@@ -69,7 +71,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     # Of the class: a TensorDictModule passes on what its inner module has.
     if hasattr(type(module), "step_function") and _steps_as_forward(module):
         return [_core(module)]
-    if type(module).forward is ProbabilisticTensorDictModule.forward:
+    if type(module).forward in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward):
         family = family_of(module)
         return [_with_tensordict(module) if family is None else _distribution(module, family)]
     if _is_function_of_tensors(module):
@@ -83,8 +85,9 @@ def _has_hooks(module: TensorDictModuleBase) -> bool:
 
 def _steps_as_forward(module: TensorDictModuleBase) -> bool:
     """Whether ``step_function`` speaks of the same ``forward``: a class below may have one of its own."""
-    brings = [next(n for n, cls in enumerate(type(module).__mro__) if name in vars(cls)) for name in ("step_function", "forward")]
-    return brings[0] <= brings[1]
+    brought_by = next(cls for cls in type(module).__mro__ if "step_function" in vars(cls))
+    # TorchRL wraps the forward of each class below its GRUModule anew.
+    return unwrap(type(module).forward) is unwrap(brought_by.forward)
 
 
 def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:

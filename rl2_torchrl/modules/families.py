@@ -94,6 +94,9 @@ class CategoricalFamily(Family):
     numbers, at a sixth of the time, since its noise can be drawn for many steps at once.
     """
 
+    names = ("logits",)
+    _noise: torch.Tensor | None = None
+
     def sampler(self, steps: int) -> Callable[..., torch.Tensor]:
         noise: Iterator[torch.Tensor] = iter(())
 
@@ -101,14 +104,18 @@ class CategoricalFamily(Family):
             nonlocal noise
             drawn = next(noise, None)
             if drawn is None:
-                uniform = torch.empty(steps, *logits.shape, dtype=logits.dtype, device=logits.device).uniform_()
-                noise = iter(uniform.log_().neg_().log_().neg_())
+                noise = iter(self._noise_like(steps, logits).uniform_().log_().neg_().log_().neg_())
                 drawn = next(noise)
             return self.mode(logits + drawn)
 
         return act
 
-    names = ("logits",)
+    def _noise_like(self, steps: int, logits: torch.Tensor) -> torch.Tensor:
+        """Memory ``[steps, *B, num_actions]``, the same for every batch."""
+        shape, kept = (steps, *logits.shape), self._noise
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, logits.dtype, logits.device):
+            self._noise = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+        return self._noise
 
     def act(self, logits: torch.Tensor) -> torch.Tensor:
         # As torch.multinomial draws one: probabilities over exponential noise, the largest wins.

@@ -48,11 +48,17 @@ class TrialClock:
         self._carried = (self._index, self._step, self._begun, self._ended)
         # The same memory for NumPy, whose calls on a few numbers cost a third of PyTorch's.
         self._arrays = [array.numpy() for array in (*self._carried, self._episode_done, self._trial_done)]
-        self._begun[-1] = True
-        self._episode_step = 0
+        self.restart()
         self._start: tuple[int, ...] | None = None
         self._plan: list[Ends] = []  # with a shared clock: of the batches that begin at `_start`
         self._entries: dict[NestedKey, torch.Tensor] | None = None
+
+    def restart(self) -> None:
+        """The next batch begins with new trials in all rows."""
+        for array in self._carried:
+            array[-1] = 0
+        self._begun[-1] = True
+        self._episode_step = 0
 
     @property
     def names(self) -> tuple[str, ...]:

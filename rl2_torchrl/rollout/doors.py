@@ -38,6 +38,15 @@ class Door(Protocol):
     def play(self, action: torch.Tensor, task: torch.Tensor | TensorDictBase | None) -> Played:
         """One step of all rows."""
 
+    def adopt(self, reset: TensorDictBase) -> State:
+        """The observations of a ``reset()`` that somebody has made."""
+
+    def state_dict(self) -> dict:
+        """What is needed beside the env's own state to go on."""
+
+    def resume(self, state: dict) -> State:
+        """Goes on in an env whose own state has been restored; its observations then."""
+
 
 def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> Door:
     """The door to ``env``; of its observations those in ``observed`` are asked for."""
@@ -83,8 +92,12 @@ class TensorDoor:
         """The observations of a ``reset()`` that somebody has made."""
         return self._entries(self.env.observation)
 
-    def resume(self) -> State:
-        """The observations of an env whose state has been restored."""
+    def state_dict(self) -> dict:
+        """What is needed beside the env's own state to go on: nothing."""
+        return {}
+
+    def resume(self, state: dict) -> State:
+        """Goes on in an env whose own state has been restored; its observations then."""
         return self._entries(self.env.observation)
 
     def _entries(self, observations: State) -> State:
@@ -160,8 +173,11 @@ class TorchRLDoor:
         self._root = reset.select(*keys, strict=False)
         return self._observations(self._root)
 
-    def resume(self) -> State:
-        """The observations of an env whose state has been restored."""
-        raise NotImplementedError(
-            f"{type(self.env).__name__} does not hand out its state, so that no rollout goes on in it."
-        )
+    def state_dict(self) -> dict:
+        """What is needed beside the env's own state to go on: the entries that it is stepped with."""
+        return self._root.to_dict()
+
+    def resume(self, state: dict) -> State:
+        """Goes on in an env whose own state has been restored; its observations then."""
+        self._root = TensorDict(state, self.env.batch_size, self.env.device)
+        return self._observations(self._root)

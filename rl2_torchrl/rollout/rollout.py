@@ -64,8 +64,8 @@ class Rollout:
         self.keep = made if keep is None else leaves(keep, made)
         self._acting, self._waiting = self._split()
         self._carry: State = {}
-        self._batch = TensorDict({}, [self.trials.rows, steps], device=self.trials.device)
-        self._buffers: dict[NestedKey, Sequence[torch.Tensor | TensorDictBase]] = {}
+        #: Memory of the entries that steps write, ``[N, T, ...]``, and its T steps.
+        self._buffers: dict[NestedKey, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
         self._replays: dict[object, GraphReplay] = {}
         self._kept: TensorDict | None = None
 
@@ -100,8 +100,8 @@ class Rollout:
         self.trials.start_batch()
         with _one_thread() if self.trials.has_threads else nullcontext(), set_recurrent_mode(False):
             self._replay()() if self.trials.is_repeatable and self.trials.device.type == "cuda" else self._play()
-        self._batch.update({key: value for key, value in self.trials.entries().items() if key in self.keep})
-        kept = self._batch.select(*self.keep)
+        made = {key: buffer for key, (buffer, _) in self._buffers.items()} | self.trials.entries()
+        kept = TensorDict({key: made[key] for key in self.keep}, [self.trials.rows, self.steps], self.trials.device)
         if len(self.trials.batch_size) != 1:
             kept = kept.reshape(*self.trials.batch_size, self.steps)
         # What others have added stays, to be written over by them; what they have put in place of ours does not.
@@ -191,18 +191,16 @@ class Rollout:
                 for t, at_step in enumerate(value.unbind(), end - len(states)):
                     self._record(key, t, at_step)
 
-    def _record(self, key: NestedKey, t: int, value: torch.Tensor | TensorDictBase) -> None:
+    def _record(self, key: NestedKey, t: int, value: torch.Tensor) -> None:
         """Writes into the last batch's memory: steps that live until the batch is whole would scatter the heap."""
-        rows = self._buffers.get(key)
-        if rows is None:
+        if key not in self._buffers:
             buffer = torch.stack([torch.empty_like(value)] * self.steps)
-            self._batch.set(key, buffer.transpose(0, 1))
-            rows = self._buffers[key] = buffer.unbind()
-        rows[t].copy_(value)
+            self._buffers[key] = buffer.transpose(0, 1), buffer.unbind()
+        self._buffers[key][1][t].copy_(value)
 
     # -------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict:
-        """Where the rollout stands between two batches, but for the env's own state. Only for trials on tensors."""
+        """Where the rollout stands between two batches, but for the env's own state."""
         return {"trials": self.trials.state_dict(), "memory": {i: v for i, v in enumerate(self._carry.values())}}
 
     def load_state_dict(self, state: dict) -> None:

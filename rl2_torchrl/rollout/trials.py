@@ -82,7 +82,17 @@ _OF_COLLECTORS = (InitTracker, TensorDictPrimer)
 
 
 #: The methods of which a rollout does the work itself.
-_REPLACED = ("_step", "_reset", "_call", "_reset_env_preprocess", "_is_over", "_set_done", "_reset_rows", "combine", "begin")
+_REPLACED = (
+    "_step",
+    "_reset",
+    "_call",
+    "_reset_env_preprocess",
+    "_is_over",
+    "_set_done",
+    "_reset_rows",
+    "combine",
+    "begin",
+)
 
 
 def _is_as_written(transform, kind: type) -> bool:
@@ -171,6 +181,7 @@ class TensorTrials:
         task = reset.get(self.task_key, None)
         if task is not None:
             self._deal(task)
+        self.clock.restart()
         self._observations, self._pending, self._is_adopted = self.door.adopt(reset), False, True
 
     def start(self) -> tuple[State, Rows]:
@@ -259,7 +270,11 @@ class TensorTrials:
     def _deal(self, task: Task) -> None:
         """The rows are given ``task``, all of its entries."""
         self._task, dims = task, len(self.batch_size)
-        whole = {self.task_key: task} if isinstance(task, torch.Tensor) else TensorDict({self.task_key: task}, self.batch_size)
+        whole = (
+            {self.task_key: task}
+            if isinstance(task, torch.Tensor)
+            else TensorDict({self.task_key: task}, self.batch_size)
+        )
         self._shown_task = {key: whole[key].reshape(self.rows, *whole[key].shape[dims:]) for key in self._task_keys}
         self._shown_task_after = {next_key(key): value for key, value in self._shown_task.items()}
 
@@ -295,8 +310,9 @@ class TensorTrials:
     def state_dict(self) -> dict:
         """Where the trials stand between two batches; the env's own state is the env's."""
         everywhere = torch.full((self.rows,), bool(self._pending)) if isinstance(self._pending, bool) else self._pending
-        state = {"clock": self.clock.state_dict(), "pending": everywhere.clone(), "task": self._task}
-        state["observations"] = list(self._observations.values())
+        state = {"clock": self.clock.state_dict(), "pending": everywhere.clone()}
+        state["task"] = self._task.to_dict() if isinstance(self._task, TensorDictBase) else self._task
+        state["observations"], state["door"] = list(self._observations.values()), self.door.state_dict()
         if self.inputs is not None:
             state["input"] = self.inputs.data[-1].clone()
         return state
@@ -306,9 +322,10 @@ class TensorTrials:
         self.clock.load_state_dict(state["clock"])
         pending = state["pending"]
         self._pending = bool(pending[0]) if (pending == pending[0]).all() else pending.to(self.device)
-        if state["task"] is not None:
-            self._deal(state["task"])
-        self._observations = dict(zip(self.door.resume(), state["observations"], strict=True))
+        task = state["task"]
+        if task is not None:
+            self._deal(TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task)
+        self._observations = dict(zip(self.door.resume(state["door"]), state["observations"], strict=True))
         self._is_adopted = False
         if self.inputs is not None:
             self.inputs.data[-1].copy_(state["input"])
@@ -344,7 +361,7 @@ class TransformedTrials:
 
     def adopt(self, reset: TensorDictBase) -> None:
         """Takes a ``reset()`` of the env that somebody has just made as the first step of the first trials."""
-        self._tensordict = reset.copy()
+        self._tensordict, self._stepped = reset.copy(), None
 
     def start_batch(self) -> None:
         """Nothing is known ahead."""
@@ -396,6 +413,15 @@ class TransformedTrials:
     def entries(self) -> State:
         """None: all is recorded step by step."""
         return {}
+
+    def state_dict(self) -> dict:
+        """Where the trials stand between two batches; the env's own state is the env's."""
+        return {"stepped": None if self._stepped is None else self._stepped.to_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from what `state_dict` returned, with an env whose own state has been restored too."""
+        if state["stepped"] is not None:
+            self._stepped = TensorDict(state["stepped"], self.batch_size, self.env.device)
 
 
 def _keys_of(env: EnvBase) -> list[NestedKey]:
