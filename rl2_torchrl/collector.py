@@ -88,7 +88,8 @@ class TrialCollector(Collector):
     ):
         if rollout not in ("auto", "tensors", "tensordicts"):
             raise ValueError(f"rollout={rollout!r}: choose 'auto', 'tensors' or 'tensordicts'.")
-        defaults = {"auto_register_policy_transforms": True, "return_same_td": True}
+        # A replay buffer takes batches one by one: TorchRL forbids one in the memory of another.
+        defaults = {"auto_register_policy_transforms": True, "return_same_td": kwargs.get("replay_buffer") is None}
         if keep is not None:
             defaults["use_buffers"] = False  # they hold all entries of all steps, those that are not kept too
         by_trial = bool(kwargs.get("split_trajs") or kwargs.get("trajs_per_batch"))

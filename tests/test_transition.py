@@ -112,7 +112,10 @@ def test_observations_by_hand(spec, values, encoded):
 
 
 def test_images_are_left_out_unless_they_are_named():
-    values = [{"x": torch.tensor([7.0]), "image": torch.ones(2, 2)}, {"x": torch.tensor([8.0]), "image": torch.ones(2, 2)}]
+    values = [
+        {"x": torch.tensor([7.0]), "image": torch.ones(2, 2)},
+        {"x": torch.tensor([8.0]), "image": torch.ones(2, 2)},
+    ]
     specs = {"x": Unbounded((1,)), "image": Unbounded((2, 2))}
     assert see(scripted(specs, values, Unbounded((1,))), [torch.tensor([0.5])])[0] == [7, 0, 0, 0]
     assert see(scripted(specs, values, Unbounded((1,)), ["image"]), [torch.tensor([0.5])])[0] == [1, 1, 1, 1, 0, 0, 0]

@@ -1,0 +1,179 @@
+"""`TrialCollector`: options, reasons and errors; which loop plays."""
+
+import re
+
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+from torchrl.data import LazyTensorStorage, ReplayBuffer, Unbounded
+from torchrl.envs import Compose, StepCounter, TensorDictPrimer, TransformedEnv
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+    PreviousStep,
+    TaskSampler,
+    Trial,
+    TrialCollector,
+)
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.rollout import Rollout
+
+ROWS, PULLS, ARMS = 6, 5, 3
+KEEP = ["trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "action"]
+KEEP += ["action_log_prob", "state_value", "actor_hidden", "done", "terminated"]
+KEEP += [("next", key) for key in ("reward", "done", "terminated", "episode_done", "episode_index", "time_left")]
+
+
+@pytest.fixture(autouse=True)
+def several_blocks_of_steps(monkeypatch):
+    """The critic looks at three steps at once, so that a batch of these sizes takes several looks."""
+    monkeypatch.setattr("rl2_torchrl.rollout.rollout._ROWS_AT_ONCE", 3 * ROWS)
+
+
+def bandit_env(kind="bernoulli", trial=None, seed=0):
+    if kind == "bernoulli":
+        base, tasks = BernoulliBandit(ARMS, batch_size=(ROWS,), seed=seed), uniform_means(ARMS)
+    else:
+        base, tasks = QuadraticBandit(2, batch_size=(ROWS,), seed=seed), uniform_targets(2)
+    return TransformedEnv(
+        base, Compose(trial or Trial(episodes=PULLS), TaskSampler(tasks, seed=seed + 1), PreviousStep())
+    )
+
+
+def policy_for(env, wiring="detached", layers=1):
+    torch.manual_seed(0)
+    continuous = isinstance(env.base_env, QuadraticBandit)
+    actor_class = GRUGaussianActor if continuous else GRUCategoricalActor
+    actor = actor_class.from_env(env, hidden_size=8, num_layers=layers, init_range=1.0)
+    extra = {"extra_keys": ["time_left"], "init_range": 1.0}
+    if wiring == "separate":
+        return ActorCritic(actor, GRUValueHead.from_env(env, hidden_size=8, num_layers=layers, **extra))
+    return ActorCritic(actor, MemoryValueHead.from_env(env, actor, detach=wiring == "detached", **extra))
+
+
+def batches(cls, env, policy, number=2, steps=2 * PULLS, **kwargs):
+    collector = cls(
+        env,
+        policy,
+        frames_per_batch=ROWS * steps,
+        total_frames=number * ROWS * steps,
+        auto_register_policy_transforms=True,
+        **kwargs,
+    )
+    return collector, [batch.clone() for batch in collector]
+
+
+def test_what_is_not_on_tensors_plays_on_tensordicts_in_the_same_rollout():
+    env = bandit_env()
+    env.append_transform(StepCounter())
+    collector, (batch, _) = batches(TrialCollector, env, policy_for(env), keep=[*KEEP, "step_count"])
+    assert collector.backend == "tensors"
+    assert "StepCounter beside our transforms" in collector.reason
+    assert set(batch.keys(True, True)) == {*KEEP, "step_count"}
+
+
+def test_the_reason_is_said_once(monkeypatch):
+    said = []
+    monkeypatch.setattr("rl2_torchrl.collector.torchrl_logger.info", said.append)
+    env = bandit_env()
+    batches(TrialCollector, env, policy_for(env), keep=KEEP)
+    assert not said
+    env = bandit_env()
+    collector, _ = batches(TrialCollector, env, policy_for(env), keep=KEEP, reset_at_each_iter=True)
+    (line,) = said
+    assert "'tensordicts'" in line
+    assert collector.reason in line
+
+
+@pytest.mark.parametrize("keep", [None, ["action", ("next", "reward")]], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reset_at_each_iter": True},
+        {"init_random_frames": 10},
+        {"track_traj_ids": True},
+        {"split_trajs": True},
+        {"trajs_per_batch": 4},
+        {"set_truncated": True},
+        {"compact_obs": True},
+        {"replay_buffer": ReplayBuffer(storage=LazyTensorStorage(100))},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_collectors_own_loop(options, keep):
+    env = bandit_env(trial=Trial(episodes=PULLS, truncate=True))
+    policy, options = policy_for(env), {"frames_per_batch": 30, "total_frames": 60, "keep": keep, **options}
+    reason = "(track_traj_ids|split_trajs|trajs_per_batch|" + list(options)[3] + ")= is an option of TorchRL's own loop"
+    with pytest.raises(ValueError, match=rf"rollout='tensors' cannot serve: {reason}.*rollout='auto'"):
+        TrialCollector(env, policy, rollout="tensors", **options)
+    collector = TrialCollector(env, policy, **options)
+    assert collector.backend == "tensordicts"
+    assert re.fullmatch(reason, collector.reason)
+    assert len(list(collector)) >= 2
+
+
+def test_a_policy_that_is_no_tensordict_module():
+    env = bandit_env()
+    options = {"frames_per_batch": 30, "total_frames": 30}
+    with pytest.raises(ValueError, match="the policy is no TensorDictModule"):
+        TrialCollector(env, env.rand_action, rollout="tensors", **options)
+    collector = TrialCollector(env, env.rand_action, **options)
+    assert collector.backend == "tensordicts"
+    assert next(iter(collector))["action"].shape == (ROWS, PULLS)
+
+
+def test_the_last_step_is_truncated_when_asked_for():
+    env = bandit_env(trial=Trial(episodes=10, truncate=True))
+    _, (batch, _) = batches(TrialCollector, env, policy_for(env), steps=3, set_truncated=True)
+    assert batch["next", "truncated"].squeeze(-1).tolist() == [[False, False, True]] * ROWS
+
+
+@pytest.mark.parametrize("rollout", ["fast", None, True])
+def test_unknown_rollouts_are_named(rollout):
+    env = bandit_env()
+    with pytest.raises(ValueError, match=rf"rollout={rollout!r}: choose 'auto', 'tensors' or 'tensordicts'"):
+        TrialCollector(env, policy_for(env), frames_per_batch=30, total_frames=30, rollout=rollout)
+
+
+def test_asked_for_tensordicts():
+    env = bandit_env()
+    collector, (batch, _) = batches(TrialCollector, env, policy_for(env), keep=KEEP, rollout="tensordicts")
+    assert (collector.backend, collector.reason) == ("tensordicts", "rollout='tensordicts' was asked for")
+    assert set(batch.keys(True, True)) == set(KEEP)
+
+
+def test_without_keep_all_is_kept():
+    env = bandit_env()
+    collector, (batch, _) = batches(TrialCollector, env, policy_for(env))
+    assert collector.backend == "tensors"
+    assert {*KEEP, ("next", "trans"), ("next", "actor_hidden"), "actor_features", "logits"} <= set(
+        batch.keys(True, True)
+    )
+
+
+def test_what_the_policy_reads_and_nobody_makes_is_named():
+    env = bandit_env()
+    policy = TensorDictModule(lambda trans, map: trans[..., :ARMS].argmax(-1) + map, ["trans", "map"], ["action"])
+    with pytest.raises(KeyError, match="the policy reads .*map.*, which nobody makes; there is.*trans"):
+        Rollout(env, policy, 5)
+    policy = TensorDictModule(lambda trans: trans[..., :ARMS].argmax(-1), ["trans"], ["act"])
+    with pytest.raises(KeyError, match="the policy writes no .*action.*which the env takes.*act"):
+        Rollout(env, policy, 5)
+
+
+def test_a_memory_that_nobody_begins_is_named():
+    env = bandit_env()
+    policy = TensorDictModule(
+        lambda trans, memory: (trans[..., :ARMS].argmax(-1), memory),
+        ["trans", "memory"],
+        ["action", ("next", "memory")],
+    )
+    with pytest.raises(KeyError, match="hands .*memory.* on.*make_tensordict_primer"):
+        Rollout(env, policy, 5)
+    primed = TransformedEnv(env, TensorDictPrimer(memory=Unbounded((2,)), default_value=7.0, expand_specs=True))
+    batch = Rollout(primed, policy, 2 * PULLS, ["memory"])()
+    assert (batch["memory"] == 7.0).all()
