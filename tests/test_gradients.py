@@ -418,8 +418,9 @@ def _run(part, state, wanted, slopes):
     part.bind(memory)
     gradients = {key: slope.clone() for key, slope in slopes.items()}
     entries = dict(state)
-    part.forward(entries)
-    part.backward(entries, gradients)
+    with torch.no_grad():
+        part.forward(entries)
+        part.backward(entries, gradients)
     leaves = {key: state[key].clone().requires_grad_() for key in wanted}
     entries = {**state, **leaves}
     part.run(entries)

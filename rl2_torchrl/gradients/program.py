@@ -75,6 +75,7 @@ class Program:
             views = self._flat[-1].split(sizes)
             self._views.update({id(p): view.view(p.shape) for p, view in zip(owned, views, strict=True)})
         self._owned = [p for owned in kinds.values() for p in owned]
+        self._pairs = [(p, self._views[id(p)]) for p in self._owned]
         self._unused = [p for p in parameters if id(p) not in used]
         self._hooked = [p for p in self._owned if p._backward_hooks or p._post_accumulate_grad_hooks]
         self._shared: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -133,14 +134,14 @@ class Program:
         gradients: State = {}
         values = self._losses(state, gradients)
         for part in reversed(self.parts):
-            if any(key in gradients for key in part.out_keys):
+            if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(state, gradients)
             elif self._memory[id(part)]:  # no loss depends on what it gives
                 torch._foreach_zero_(self._memory[id(part)])
         for view, memory in self._shared:
             view.add_(memory)
-        for parameter in self._owned:
-            parameter.grad = self._views[id(parameter)]
+        for parameter, view in self._pairs:
+            parameter.grad = view
         for parameter in self._unused:
             parameter.grad = None
         for parameter in self._hooked:
@@ -208,7 +209,11 @@ class _Term:
             for key, slope in zip(self.term.in_keys, slopes, strict=True):
                 if slope is not None and key in carrying:
                     accumulate(gradients, key, slope)
-        return {name: _as_number(value) for name, value in values.items() if not getattr(value, "ndim", 0)}
+        return {
+            name: value.item() if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
+            if not isinstance(value, torch.Tensor) or value.ndim == 0
+        }
 
     @torch.enable_grad()
     def _by_autograd(self, entries: Sequence[torch.Tensor], gradients: State, carrying: set[NestedKey]) -> dict:
@@ -225,8 +230,3 @@ class _Term:
         for memory, gradient in zip(self._memory, found[len(leaves) :], strict=True):
             memory.zero_() if gradient is None else memory.copy_(gradient)
         return values
-
-
-def _as_number(value: float | torch.Tensor) -> float:
-    """``value`` as Python's float."""
-    return value.item() if isinstance(value, torch.Tensor) else value

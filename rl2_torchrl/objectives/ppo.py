@@ -119,7 +119,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def network_parts(self) -> list[Part]:
         """The parts of actor and critic, in order."""
-        reads_entropy = any(ENTROPY in term.in_keys for term in self.loss_terms())
+        reads_entropy = self.entropy_bonus or any(ENTROPY in term.in_keys for term in self.terms)
         parts = actor_parts(self.actor_network, self.tensor_keys.action, entropy=reads_entropy)
         return [*parts, *parts_of(self.critic_network)] if self._runs_critic() else parts
 
