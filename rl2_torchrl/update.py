@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import fmean
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.objectives import ClipPPOLoss
 
@@ -108,13 +109,13 @@ class PPOUpdate:
         self.shuffle = shuffle
         self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
         # One list: walking through the loss's modules for them costs more than Adam's step.
-        self._parameters = [p for p in loss.parameters() if p.requires_grad]
+        self._parameters = list(loss.parameters())
         self.optimizer = _adam(self._parameters, lr) if optimizer is None else _checked(optimizer, lr, loss)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
         self._initial_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._initial_entropy_coeff = float(loss.entropy_coeff)
         self._generator = generator
-        device = self._parameters[0].device if self._parameters else None
+        device = self._parameters[0].device
         self._chunks = Minibatches(self.minibatches, shuffle=shuffle, device=device, generator=generator)
         self._named = backend
         self.backend, self.reason = self._choose()
@@ -171,8 +172,8 @@ class PPOUpdate:
 
         Hidden states are among them only with ``bptt``: without, rows are whole trials, which start from zeros.
         """
-        keys, made = self.loss.tensor_keys, (self.loss.tensor_keys.advantage, self.loss.tensor_keys.value_target)
-        read = [key for key in self._keys_read() if key not in made]
+        keys = self.loss.tensor_keys
+        read = [key for key in self._keys_read() if key not in (keys.advantage, keys.value_target)]
         ends = [("next", key) for key in ("reward", "done", "terminated")]
         by_advantage = getattr(self.advantage, "in_keys", [keys.value])
         memory = [] if self.bptt is None else self._memory_keys()
@@ -192,41 +193,34 @@ class PPOUpdate:
             read.update(dict.fromkeys(key for key in network.in_keys if key not in written))
             written.update(network.out_keys)
         # What a term, or a loss of the user's, names beyond ClipPPOLoss: as it was collected, where no network writes it.
+        known = {*self._estimators_keys(), *written, *(key for network in networks for key in network.in_keys)}
         named = [*self.loss.in_keys, *(key for term in getattr(self.loss, "terms", ()) for key in term.in_keys)]
-        known = {*self._estimators_keys(), *written, *(key for n in networks for key in n.in_keys)}
         read.update(dict.fromkeys(key for key in named if key not in known and key[0] != "policy"))
         read.update(dict.fromkeys((keys.action, keys.sample_log_prob, keys.advantage, keys.value_target)))
-        if self.loss.clip_value:
-            read[keys.value] = None
-        return list(read)
+        return [*read, keys.value] if self.loss.clip_value else list(read)
 
     def _estimators_keys(self) -> set[NestedKey]:
         """What `ClipPPOLoss` lists for its value estimator, whose work the advantage does here."""
-        ends = {
-            ("next", key)
-            for key in (self.loss.tensor_keys.reward, self.loss.tensor_keys.done, self.loss.tensor_keys.terminated)
-        }
-        inputs = self.loss.actor_network.in_keys
-        return ends | {("next", key) if isinstance(key, str) else ("next", *key) for key in inputs}
+        keys, inputs = self.loss.tensor_keys, self.loss.actor_network.in_keys
+        return {unravel_key(("next", key)) for key in (keys.reward, keys.done, keys.terminated, *inputs)}
 
     # ---------------------------------------------------------------- backends
     def _choose(self) -> tuple[str, str]:
         """Backend and reason, as far as they are known before a batch."""
-        refusal = _why_not_parts(self.loss)
-        if self._named in ("parts", "compiled") and refusal is not None:
-            raise ValueError(f"backend={self._named!r} cannot serve: {refusal}. backend='auto' takes 'autograd'.")
         if self._named == "autograd":
             return "autograd", "it was asked for"
+        refusal, device = _why_not_parts(self.loss), self._parameters[0].device
+        if refusal is None and self._named != "parts" and device.type != "cpu":
+            refusal = f"there are no kernels on {device}"
         if refusal is not None:
+            if self._named != "auto":
+                raise ValueError(f"backend={self._named!r} cannot serve: {refusal}. backend='auto' takes 'autograd'.")
             return "autograd", refusal
-        slow = [part for part in self.loss.network_parts() if part.kind == "autograd"]
-        if self._named != "parts" and self._parameters and self._parameters[0].device.type != "cpu":
-            return "autograd", f"there are no kernels on {self._parameters[0].device}"
         if self._named == "compiled":
             return "compiled", "it was asked for"
-        reasons = "; ".join(dict.fromkeys(str(part.reason) for part in slow))
-        whole = "each part of the networks brings its own gradient"
-        return "parts", f"autograd for {len(slow)} parts alone: {reasons}" if slow else whole
+        slow = [part for part in self.loss.network_parts() if part.kind == "autograd"]
+        reasons = "; ".join(dict.fromkeys(f"autograd for one part alone, {part.reason}" for part in slow))
+        return "parts", reasons or "each part of the networks brings its own gradient"
 
     def _pass(self, from_zeros: bool) -> Callable[[str], Iterator[Metrics]]:
         """The way that is taken, chosen anew for every batch, as loss and optimizer may change."""
@@ -235,22 +229,20 @@ class PPOUpdate:
             return self._autograd_pass
         program = Program(self.loss)
         if self._named == "parts":
-            return self._parts_pass(program)
+            return partial(self._parts_pass, program)
         chunks = self._chunks.chunks
         entries = {key: chunks.get(key) for key in chunks.keys(True, True)}
         refusal = why_not_compiled(program, self.optimizer, entries, self._chunks.rows)
         if refusal is not None:
             if self._named == "compiled":
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
-            return self._parts_pass(program)
+            return partial(self._parts_pass, program)
         compiled = CompiledPass(program, self.optimizer, entries, self._chunks.rows, self.max_grad_norm)
-        self.backend, self.reason = (
-            "compiled",
-            f"minibatches of {self._chunks.rows * chunks.shape[1]} steps, one GRU and one layer in each network, Adam",
-        )
+        steps = self._chunks.rows * chunks.shape[1]
+        self.backend, self.reason = "compiled", f"minibatches of {steps} steps, one GRU and one layer a network, Adam"
         if from_zeros:
             _require_replay(compiled.max_ratio)
-        return self._compiled_pass(compiled)
+        return partial(self._compiled_pass, compiled)
 
     def _autograd_pass(self, where: str) -> Iterator[Metrics]:
         for number, minibatch in enumerate(self._chunks.tensordicts()):
@@ -268,29 +260,23 @@ class PPOUpdate:
             scalars = {name: value.detach() for name, value in losses.items() if value.ndim == 0}
             yield {"loss": total.detach(), **scalars, "grad_norm": norm}
 
-    def _parts_pass(self, program: Program) -> Callable[[str], Iterator[Metrics]]:
-        def run(where: str) -> Iterator[Metrics]:
-            for number, entries in enumerate(self._chunks.entries()):
-                losses = program(entries)
-                total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-                norm = program.norm()
-                if not math.isfinite(norm):
-                    _raise_not_finite(losses, total, f"{where}, minibatch {number}")
-                if self.max_grad_norm is not None and norm > self.max_grad_norm:
-                    program.scale(self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does
-                self.optimizer.step()
-                yield {"loss": total, **losses, "grad_norm": norm}
+    def _parts_pass(self, program: Program, where: str) -> Iterator[Metrics]:
+        for number, entries in enumerate(self._chunks.entries()):
+            losses = program(entries)
+            total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+            norm = program.norm()
+            if not math.isfinite(norm):
+                _raise_not_finite(losses, total, f"{where}, minibatch {number}")
+            if self.max_grad_norm is not None and norm > self.max_grad_norm:
+                program.scale(self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does
+            self.optimizer.step()
+            yield {"loss": total, **losses, "grad_norm": norm}
 
-        return run
-
-    def _compiled_pass(self, compiled: CompiledPass) -> Callable[[str], Iterator[Metrics]]:
-        def run(where: str) -> Iterator[Metrics]:
-            for number, metrics in enumerate(compiled.run(torch.cat(list(self._chunks.indices())))):
-                if not math.isfinite(metrics["grad_norm"]):
-                    _raise_not_finite(metrics, metrics["loss"], f"{where}, minibatch {number}")
-                yield metrics
-
-        return run
+    def _compiled_pass(self, compiled: CompiledPass, where: str) -> Iterator[Metrics]:
+        for number, metrics in enumerate(compiled.run(torch.cat(list(self._chunks.indices())))):
+            if not math.isfinite(metrics["grad_norm"]):
+                _raise_not_finite(metrics, metrics["loss"], f"{where}, minibatch {number}")
+            yield metrics
 
     def _apply_schedules(self, progress: float) -> None:
         if self.lr_schedule is not None:
@@ -325,26 +311,13 @@ class PPOUpdate:
 
 def _why_not_parts(loss: ClipPPOLoss) -> str | None:
     """Why the loss is not run part by part, in words; None if it can be."""
-    name = type(loss).__name__
-    if not isinstance(loss, RL2PPOLoss):
-        return f"{name} is no RL2PPOLoss"
-    methods = ("forward", "network_parts", "loss_terms")
-    if any(getattr(type(loss), method) is not getattr(RL2PPOLoss, method) for method in ("forward", "_losses")):
-        return f"{name} has a forward of its own: what it adds as a term (RL2PPOLoss(terms=[...])) is faster"
-    if set(methods) & set(vars(loss)):
-        return f"another function stands in the place of this {name}'s forward"
-    hooks = (*loss._forward_hooks.values(), *loss._forward_pre_hooks.values())
-    if any(not hook.__module__.startswith("torchrl.") for hook in hooks):  # TorchRL's asks for target networks
-        return f"there are hooks on the {name}"
-    return loss.why_not_parts()
+    return loss.why_not_parts() if isinstance(loss, RL2PPOLoss) else f"{type(loss).__name__} is no RL2PPOLoss"
 
 
 def _adam(parameters: list[nn.Parameter], lr: float | None) -> torch.optim.Adam:
     lr = 1e-4 if lr is None else lr
     if not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr={lr}: a learning rate is a number, at least 0, such as 1e-3.")
-    if not parameters:
-        raise ValueError("the loss has no parameters to train: are all of them frozen (requires_grad=False)?")
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return torch.optim.Adam(parameters, lr=lr, fused=fused)
 
@@ -365,6 +338,8 @@ def _checked(optimizer: torch.optim.Optimizer, lr: float | None, loss: ClipPPOLo
 def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
     if not hasattr(loss, "actor_network"):
         raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not a {type(loss).__name__}.")
+    if not any(parameter.requires_grad for parameter in loss.parameters()):
+        raise ValueError("the loss has no parameters to train: are all of them frozen (requires_grad=False)?")
     if entropy_schedule is not None and not loss.entropy_bonus:
         raise ValueError("entropy_schedule has nothing to schedule: build the loss with entropy_bonus=True.")
     if not hidden_keys(loss.actor_network):
@@ -378,7 +353,10 @@ def _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator,
     functions = {"advantage": advantage, "lr_schedule": lr_schedule, "entropy_schedule": entropy_schedule}
     for name, function in functions.items():
         if function is not None and not callable(function):
-            raise TypeError(f"{name}={function!r} is no function: " + _EXAMPLES[name])
+            example = (
+                "TrialAdvantage(value_target='gae')" if name == "advantage" else "linear_decay, a factor by progress"
+            )
+            raise TypeError(f"{name}={function!r} is no function: give {example}, say.")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer={optimizer!r} is no optimizer: give torch.optim.SGD(loss.parameters(), lr=0.1), say."
@@ -389,21 +367,10 @@ def _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator,
         raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts' or 'autograd'.")
 
 
-_EXAMPLES = {
-    "advantage": "give TrialAdvantage(value_target='gae'), say, which writes advantages into a batch.",
-    "lr_schedule": "a schedule maps progress from 0 to 1 to a factor, as linear_decay does.",
-    "entropy_schedule": "a schedule maps progress from 0 to 1 to a factor, as linear_decay does.",
-}
-
-
 def _count(name: str, value: int) -> int:
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or value.__index__() < 1:
         raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
-    return count
+    return value.__index__()
 
 
 def _bound(name: str, value: float | None) -> float | None:

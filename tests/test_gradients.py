@@ -364,6 +364,17 @@ def test_entropy_without_a_closed_form_is_estimated_as_torchrl_does():
     assert sum(values) / 50 == pytest.approx(sum(theirs) / 50, abs=0.1)
 
 
+def test_parameters_frozen_after_a_step_lose_their_gradient():
+    """A stale one would be stepped along for ever."""
+    loss, data = loss_of("categorical", "separate", torch.float64), data_of("categorical", torch.float64)
+    Program(loss)(data)
+    weight = _gru(loss).weight_hh_l0
+    assert weight.grad is not None
+    weight.requires_grad_(False)
+    Program(loss)(data)
+    assert weight.grad is None
+
+
 def test_hooks_on_gradients_are_honoured():
     loss = loss_of("categorical", "shared", torch.float64)
     data, seen = data_of("categorical", torch.float64), []
@@ -418,8 +429,9 @@ def _run(part, state, wanted, slopes):
     part.bind(memory)
     gradients = {key: slope.clone() for key, slope in slopes.items()}
     entries = dict(state)
-    part.forward(entries)
-    part.backward(entries, gradients)
+    with torch.no_grad():
+        part.forward(entries)
+        part.backward(entries, gradients)
     leaves = {key: state[key].clone().requires_grad_() for key in wanted}
     entries = {**state, **leaves}
     part.run(entries)

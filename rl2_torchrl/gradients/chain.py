@@ -60,15 +60,14 @@ class ChainPart(AutogradPart):
             bias = layer.weight.new_empty(len(layer.weight)) if layer.bias is None else gradients[id(layer.bias)]
             self._memory.append((gradients[id(layer.weight)], bias))
 
-    @torch.no_grad()
     def forward(self, state: State) -> None:
         x, *more = entries_of(state, self.in_keys)
         self._by_kernels = self._covers(x, more)
         if not self._by_kernels:
             super().forward(state)
             return
-        self._sizes = [x.shape[-1], *(other.shape[-1] for other in more)]
         if more:
+            self._sizes = [x.shape[-1], *(other.shape[-1] for other in more)]
             self._joined = _activated(x, self.before[0])
             x = torch.cat((self._joined, *(other.to(x.dtype) for other in more)), -1)
         self._inputs = []
@@ -122,7 +121,6 @@ class ConcatPart(AutogradPart):
 
     kind = "kernel"
 
-    @torch.no_grad()
     def forward(self, state: State) -> None:
         inputs = entries_of(state, self.in_keys)
         self._kinds = [(x.shape[-1], x.dtype) for x in inputs]

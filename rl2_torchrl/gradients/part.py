@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import torch
 from tensordict import NestedKey
@@ -46,7 +46,10 @@ class Part:
         raise NotImplementedError
 
     def forward(self, state: State) -> None:
-        """Reads entries ``[N, T, ...]`` of ``state`` and writes others, without autograd; keeps what `backward` needs."""
+        """Reads entries ``[N, T, ...]`` of ``state`` and writes others; keeps what `backward` needs.
+
+        It is called where autograd is off, as is `backward`.
+        """
         raise NotImplementedError
 
     def backward(self, state: State, gradients: State) -> None:
@@ -153,19 +156,20 @@ def accumulate(gradients: State, key: NestedKey, gradient: torch.Tensor) -> None
         gradients[key] = gradient
 
 
-def entries_of(state: State, keys: Sequence[NestedKey], optional: frozenset[NestedKey] = frozenset()) -> list:
+def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[NestedKey] = ()) -> list:
     """The entries ``keys`` of ``state``, None for an optional one that is missing.
 
     Raises:
         KeyError: another one is missing.
     """
-    missing = [key for key in keys if key not in state and key not in optional]
+    entries = list(map(state.get, keys))
+    missing = [key for key, entry in zip(keys, entries, strict=True) if entry is None and key not in optional]
     if missing:
         raise KeyError(
             f"{missing} is read by the networks or the loss, but neither in the data nor made by what runs before; there is "
             f"{sorted(map(str, state))}. What the collector keeps must hold it: TrialCollector(keep=update.in_keys)."
         )
-    return [state.get(key) for key in keys]
+    return entries
 
 
 def on_entries(sequence: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -18,6 +18,7 @@ __all__ = [
     "LOG_PROB",
     "CategoricalPart",
     "GaussianPart",
+    "has_kernels",
     "log_scale_key",
     "policy_part",
     "register_policy_part",
@@ -73,11 +74,10 @@ class CategoricalPart(AutogradPart):
 
     kind = "kernel"
 
-    @torch.no_grad()
     def forward(self, state: State) -> None:
         action, logits = entries_of(state, self.in_keys)
         action = self.index_of(action)
-        self._by_kernels = action.shape == logits.shape[:-1] and kernels.covers(logits)
+        self._by_kernels = action.shape == logits.shape[:-1] and has_kernels(logits)
         if not self._by_kernels:
             super().forward(state)
             return
@@ -123,12 +123,11 @@ class GaussianPart(AutogradPart):
         super().__init__(function, in_keys, out_keys)
         self._log_key = log_scale_key(in_keys[2])
 
-    @torch.no_grad()
     def forward(self, state: State) -> None:
         action, loc, scale = entries_of(state, self.in_keys)
         log_scale = state.get(self._log_key)
         fits = (action.shape, action.dtype) == (loc.shape, loc.dtype) == (scale.shape, scale.dtype)
-        self._by_kernels = log_scale is not None and fits and kernels.covers(loc, log_scale)
+        self._by_kernels = log_scale is not None and fits and has_kernels(loc)
         if not self._by_kernels:
             super().forward(state)
             return
@@ -153,6 +152,12 @@ class GaussianPart(AutogradPart):
             d_log_scale.add_(by_entropy.sum())
         accumulate(gradients, self.in_keys[1], d_loc)
         accumulate(gradients, self._log_key, d_log_scale)
+
+
+def has_kernels(*entries: torch.Tensor) -> bool:
+    """Whether the kernels read ``entries``: all of one dtype that they know, on the CPU."""
+    dtype = entries[0].dtype
+    return all(entry.dtype is dtype and entry.is_cpu for entry in entries) and kernels.load(dtype) is not None
 
 
 def _sizes(loc: torch.Tensor) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 
-from rl2_torchrl.gradients.part import Part, State, accumulate, entries_of
+from rl2_torchrl.gradients.part import AutogradPart, Part, State, accumulate, entries_of
 
 __all__ = ["Program", "merge_losses"]
 
@@ -47,18 +47,17 @@ class Program:
     def __init__(self, loss: _Loss):
         self.loss, self.parts = loss, loss.network_parts()
         self.terms = [_Term(term) for term in loss.loss_terms()]
-        self.carrying = self._mark_what_carries_a_gradient()
-        self._own([p for p in loss.parameters() if p.requires_grad and p.numel()])
+        self._mark_what_carries_a_gradient()
+        self._own([p for p in loss.parameters() if p.numel()])
 
-    def _mark_what_carries_a_gradient(self) -> set[NestedKey]:
+    def _mark_what_carries_a_gradient(self) -> None:
         carrying: set[NestedKey] = set()
-        for part in self.parts:
+        for part in [*self.parts, *self.terms]:
             part.wanted = carrying.intersection(part.in_keys)
             if part.wanted or any(p.requires_grad for p in part.parameters()):
                 carrying.update(part.out_keys)
             else:
                 carrying.difference_update(part.out_keys)
-        return carrying
 
     def _own(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gradients side by side, so that their norm is one operation; where parts share a parameter they are added up."""
@@ -66,7 +65,7 @@ class Program:
         used = {id(p) for user in users for p in user.parameters()}
         kinds: dict[tuple, list[nn.Parameter]] = {}
         for parameter in parameters:
-            if id(parameter) in used:
+            if id(parameter) in used and parameter.requires_grad:
                 kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
         self._flat, self._views = [], {}
         for owned in kinds.values():
@@ -75,7 +74,8 @@ class Program:
             views = self._flat[-1].split(sizes)
             self._views.update({id(p): view.view(p.shape) for p, view in zip(owned, views, strict=True)})
         self._owned = [p for owned in kinds.values() for p in owned]
-        self._unused = [p for p in parameters if id(p) not in used]
+        self._pairs = [(p, self._views[id(p)]) for p in self._owned]
+        self._unused = [p for p in parameters if id(p) not in self._views]
         self._hooked = [p for p in self._owned if p._backward_hooks or p._post_accumulate_grad_hooks]
         self._shared: list[tuple[torch.Tensor, torch.Tensor]] = []
         taken: set[int] = set()
@@ -131,31 +131,22 @@ class Program:
         for part in self.parts:
             part.forward(state)
         gradients: State = {}
-        values = self._losses(state, gradients)
+        values: dict[str, float] = {}
+        for term in self.terms:
+            merge_losses(values, term.losses(state, gradients))
         for part in reversed(self.parts):
-            if any(key in gradients for key in part.out_keys):
+            if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(state, gradients)
             elif self._memory[id(part)]:  # no loss depends on what it gives
                 torch._foreach_zero_(self._memory[id(part)])
         for view, memory in self._shared:
             view.add_(memory)
-        for parameter in self._owned:
-            parameter.grad = self._views[id(parameter)]
+        for parameter, view in self._pairs:
+            parameter.grad = view
         for parameter in self._unused:
             parameter.grad = None
         for parameter in self._hooked:
             self._run_hooks(parameter)
-        return values
-
-    def _losses(self, state: State, gradients: State) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for term in self.terms:
-            for name, value in term(state, gradients, self.carrying).items():
-                if name in values:
-                    raise ValueError(
-                        f"two loss terms give {name!r}: rename one, or its losses would be lost in the log."
-                    )
-                values[name] = value
         return values
 
     def _run_hooks(self, parameter: nn.Parameter) -> None:
@@ -183,50 +174,31 @@ def merge_losses(losses: dict, more: dict) -> None:
         losses[name] = value
 
 
-class _Term:
-    """A loss term with its gradients by the entries that it reads, and by parameters of its own."""
+class _Term(AutogradPart):
+    """A loss term as a part, which gives the sum of its losses."""
 
     def __init__(self, term: nn.Module):
-        self.term = term
-        self._parameters = list(term.parameters())
-        self._by_hand = getattr(term, "with_gradients", None)
+        super().__init__(self._total, term.in_keys, [("loss", str(id(term)))], parameters=term.parameters())
+        self.term, self._by_hand = term, getattr(term, "with_gradients", None)
 
-    def parameters(self) -> list[nn.Parameter]:
-        return self._parameters
+    def _total(self, *entries: torch.Tensor) -> torch.Tensor:
+        self._values = self.term(*entries)
+        losses = [value for name, value in self._values.items() if name.startswith("loss_")]
+        return torch.stack(losses).sum() if losses else entries[0].new_zeros(())
 
-    def bind(self, gradients: Mapping[int, torch.Tensor]) -> None:
-        self._trained = [p for p in self._parameters if p.requires_grad]
-        self._memory = [gradients[id(p)] for p in self._trained]
-
-    def __call__(self, state: State, gradients: State, carrying: set[NestedKey]) -> dict[str, float]:
-        """Losses and scalar diagnostics; adds the losses' gradients by those of its entries that are ``carrying`` one."""
-        entries = entries_of(state, self.term.in_keys)
+    def losses(self, state: State, gradients: State) -> dict[str, float]:
+        """Losses and scalar diagnostics; the losses' gradients by the entries that are wanted are added to ``gradients``."""
         if self._by_hand is None:
-            values = self._by_autograd(entries, gradients, carrying)
+            self.forward(state)
+            gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
+            self.backward(state, gradients)
         else:
-            values, slopes = self._by_hand(*entries)
-            for key, slope in zip(self.term.in_keys, slopes, strict=True):
-                if slope is not None and key in carrying:
+            self._values, slopes = self._by_hand(*entries_of(state, self.in_keys))
+            for key, slope in zip(self.in_keys, slopes, strict=True):
+                if slope is not None and key in self.wanted:
                     accumulate(gradients, key, slope)
-        return {name: _as_number(value) for name, value in values.items() if not getattr(value, "ndim", 0)}
-
-    @torch.enable_grad()
-    def _by_autograd(self, entries: Sequence[torch.Tensor], gradients: State, carrying: set[NestedKey]) -> dict:
-        keyed = dict(zip(self.term.in_keys, entries, strict=True))
-        leaves = {key: keyed[key].detach().requires_grad_() for key in keyed.keys() & carrying}
-        values = self.term(*[leaves.get(key, keyed[key]) for key in self.term.in_keys])
-        total = sum(value for name, value in values.items() if name.startswith("loss_"))
-        sources, found = [*leaves.values(), *self._trained], [None] * (len(leaves) + len(self._trained))
-        if sources and isinstance(total, torch.Tensor) and total.requires_grad:
-            found = torch.autograd.grad(total, sources, allow_unused=True)
-        for key, gradient in zip(leaves, found, strict=False):
-            if gradient is not None:
-                accumulate(gradients, key, gradient.clone() if len(leaves) > 1 else gradient.contiguous())
-        for memory, gradient in zip(self._memory, found[len(leaves) :], strict=True):
-            memory.zero_() if gradient is None else memory.copy_(gradient)
-        return values
-
-
-def _as_number(value: float | torch.Tensor) -> float:
-    """``value`` as Python's float."""
-    return value.item() if isinstance(value, torch.Tensor) else value
+        return {
+            name: value.item() if isinstance(value, torch.Tensor) else value
+            for name, value in self._values.items()
+            if not isinstance(value, torch.Tensor) or value.ndim == 0
+        }

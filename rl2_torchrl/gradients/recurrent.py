@@ -38,7 +38,6 @@ class GRUPart(AutogradPart):
         for layer in self.layers:
             layer.bind(gradients)
 
-    @torch.no_grad()
     def forward(self, state: State) -> None:
         self.convert(state)
         x, hidden, is_init = entries_of(state, self.in_keys, self.optional)
@@ -53,9 +52,10 @@ class GRUPart(AutogradPart):
 
     def convert(self, state: State) -> None:
         """Input and hidden state to the weights' dtype, as the module itself does it."""
+        dtype = self.layers[0].weights[0].dtype
         for key in self.in_keys[:2]:
-            if key in state and key not in self.wanted:
-                state[key] = state[key].to(self.layers[0].weights[0].dtype)
+            if key in state and state[key].dtype != dtype and key not in self.wanted:
+                state[key] = state[key].to(dtype)
 
     def _covers(self, x: torch.Tensor, hidden: torch.Tensor | None) -> bool:
         weight = self.layers[0].weights[0]

@@ -114,12 +114,22 @@ class RL2PPOLoss(ClipPPOLoss):
 
     # ------------------------------------------------------------- the parts
     def why_not_parts(self) -> str | None:
-        """Why `ClipPPOLoss`'s own forward computes this loss, in words; None where parts and terms do."""
+        """Why this loss is computed by a forward, `ClipPPOLoss`'s or another, in words; None where parts and terms do it."""
+        name, hooks = type(self).__name__, (*self._forward_hooks.values(), *self._forward_pre_hooks.values())
+        if type(self).forward is not RL2PPOLoss.forward:
+            return f"{name} has a forward of its own: what it adds as a term (RL2PPOLoss(terms=[...])) is faster"
+        if "forward" in vars(self):
+            return f"another function stands in the place of this {name}'s forward"
+        if any(not hook.__module__.startswith("torchrl.") for hook in hooks):  # TorchRL's asks for target networks
+            return f"there are hooks on the {name}"
+        return self._why_torchrls()
+
+    def _why_torchrls(self) -> str | None:
         return self._beyond or why_no_parts(self.actor_network)
 
     def network_parts(self) -> list[Part]:
         """The parts of actor and critic, in order."""
-        reads_entropy = any(ENTROPY in term.in_keys for term in self.loss_terms())
+        reads_entropy = self.entropy_bonus or any(ENTROPY in term.in_keys for term in self.terms)
         parts = actor_parts(self.actor_network, self.tensor_keys.action, entropy=reads_entropy)
         return [*parts, *parts_of(self.critic_network)] if self._runs_critic() else parts
 
@@ -145,7 +155,7 @@ class RL2PPOLoss(ClipPPOLoss):
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
         self._check_data(tensordict)
         has_advantage = tensordict.get(self.tensor_keys.advantage, None) is not None
-        if not has_advantage or tensordict.ndim != 2 or is_compiling() or self.why_not_parts() is not None:
+        if not has_advantage or tensordict.ndim != 2 or is_compiling() or self._why_torchrls():
             losses = super().forward(tensordict)
             return losses.update(self._losses(tensordict, self.terms)) if self.terms else losses
         return TensorDict(self._losses(tensordict, self.loss_terms()))

@@ -30,11 +30,16 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB
+from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, has_kernels
 
 __all__ = ["ClippedObjective", "EntropyBonus", "OwnGradient", "SquaredError"]
 
 _Totals = ctypes.c_double * 5
+
+
+def as_number(value: torch.Tensor) -> float | torch.Tensor:
+    """``value`` as Python's float; on a device that would have to be waited for, as it is."""
+    return value.item() if value.is_cpu else value
 
 
 class OwnGradient(nn.Module, ABC):
@@ -111,13 +116,13 @@ class ClippedObjective(OwnGradient):
 
     def with_gradients(self, log_prob, old_log_prob, advantage):
         advantage = advantage.squeeze(-1)
-        shapes = [tuple(entry.shape) for entry in (log_prob, old_log_prob, advantage)]
-        if len(shapes[0]) != 2 or len(set(shapes)) > 1:
+        if log_prob.ndim != 2 or not log_prob.shape == old_log_prob.shape == advantage.shape:
+            shapes = [tuple(entry.shape) for entry in (log_prob, old_log_prob, advantage)]
             raise ValueError(
                 f"log-probabilities, old ones and advantages must be of one shape [N, T]; they are {shapes}. A policy of several "
                 "actions must sum their log-probabilities."
             )
-        by_kernels = kernels.covers(log_prob, old_log_prob, advantage)
+        by_kernels = has_kernels(log_prob, old_log_prob, advantage)
         active, figures = (self._by_kernels if by_kernels else self._by_torch)(log_prob, old_log_prob, advantage)
         return figures, (active.mul_(-1 / log_prob.numel()), None, None)
 
@@ -176,7 +181,7 @@ class SquaredError(OwnGradient):
             )
         error, factor = value - target, self.coefficient / value.numel()
         flat = error.flatten()
-        return {"loss_critic": torch.dot(flat, flat) * factor}, (error.mul_(2 * factor), None)
+        return {"loss_critic": as_number(torch.dot(flat, flat)) * factor}, (error.mul_(2 * factor), None)
 
 
 class EntropyBonus(OwnGradient):
@@ -196,6 +201,6 @@ class EntropyBonus(OwnGradient):
         self.coefficient = coefficient
 
     def with_gradients(self, entropy):
-        mean = entropy.mean()
+        mean = as_number(entropy.mean())
         slope = torch.full_like(entropy, -self.coefficient / entropy.numel(), memory_format=torch.contiguous_format)
         return {"loss_entropy": -self.coefficient * mean, "entropy": mean}, (slope,)
