@@ -84,10 +84,10 @@ def _has_hooks(module: TensorDictModuleBase) -> bool:
 
 
 def _steps_as_forward(module: TensorDictModuleBase) -> bool:
-    """Whether ``step_function`` speaks of the same ``forward``: a class below may have one of its own."""
-    brought_by = next(cls for cls in type(module).__mro__ if "step_function" in vars(cls))
-    # TorchRL wraps the forward of each class below its GRUModule anew.
-    return unwrap(type(module).forward) is unwrap(brought_by.forward)
+    """Whether ``step_function`` speaks of the ``forward`` that is called: a class below the one that brings it may have its own."""
+    brings = next(n for n, cls in enumerate(type(module).__mro__) if "step_function" in vars(cls))
+    written = next(cls for cls in type(module).__mro__[brings:] if "forward" in vars(cls))
+    return unwrap(type(module).forward) is unwrap(vars(written)["forward"])
 
 
 def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:

@@ -199,6 +199,9 @@ class RecurrentCore(CoreMixin, TensorDictModuleBase):
         """Whether ``forward`` takes sequences; see `torchrl.modules.set_recurrent_mode`."""
         return bool(recurrent_mode())
 
+    # Beside the forward that it speaks of: a class below with a forward of its own has to bring its own.
+    step_function = CoreMixin.step_function
+
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """One step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
