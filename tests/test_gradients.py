@@ -315,6 +315,8 @@ COMPOSED = {
 @pytest.mark.parametrize("name", COMPOSED)
 def test_whatever_is_put_together_is_right_and_only_the_unknown_runs_under_autograd(name):
     make, unknown = COMPOSED[name]
+    if name == "hook on a GRU" and not COMPILED:
+        pytest.skip("the hook then sees packed sequences")
     torch.manual_seed(0)
     loss = make()
     data = data_of("categorical", torch.float64)
@@ -348,7 +350,7 @@ def test_distributions(name):
     data = data_of("gaussian", torch.float64)
     data["action"] = action(3 * data["action"])
     program = assert_same(loss, data, tolerance=1e-8 if name == "squashed" else 1e-12)
-    assert sum(part.kind == "autograd" for part in program.parts) == (unknown if COMPILED else len(program.parts) - 1)
+    assert sum(part.kind == "autograd" for part in program.parts) == (unknown if COMPILED else len(program.parts))
 
 
 def test_entropy_without_a_closed_form_is_estimated_as_torchrl_does():
@@ -375,10 +377,15 @@ def test_parameters_frozen_after_a_step_lose_their_gradient():
     assert weight.grad is None
 
 
-def test_hooks_on_gradients_are_honoured():
+@pytest.mark.parametrize("unknown", [False, True])
+def test_hooks_on_gradients_are_honoured(unknown):
     loss = loss_of("categorical", "shared", torch.float64)
     data, seen = data_of("categorical", torch.float64), []
     weight, bias = _gru(loss).weight_hh_l0, _gru(loss).bias_hh_l0
+    if unknown:  # its part runs under autograd, which has eyes for hooks of its own
+        head = next(module for module in loss.actor_network.modules() if isinstance(module, Head))
+        head.layers[0] = nn.ELU()
+        weight, bias = head.layers[1].weight, head.layers[1].bias
     weight.register_hook(lambda gradient: 3 * gradient)
     bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     _, expected = by_torchrl(loss, data)  # torch.autograd.grad runs the first kind too
@@ -513,6 +520,8 @@ def test_the_gradients_of_inputs_side_by_side(wanted):
 @pytest.mark.parametrize("reads", [(LOG_PROB,), (ENTROPY,), (LOG_PROB, ENTROPY)])
 @pytest.mark.parametrize("kind", ["categorical", "gaussian"])
 def test_the_gradients_of_policies(kind, reads):
+    if not COMPILED:
+        pytest.skip("autograd's")
     loss = loss_of(kind, "none", torch.float64, entropy_bonus=True)
     part = loss.network_parts()[-1]
     data = data_of(kind, torch.float64)

@@ -30,7 +30,8 @@ def why_no_parts(actor: TensorDictModuleBase) -> str | None:
 def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: bool) -> list[Part]:
     """The parts of the policy ``actor``, the last of which writes log-probability and entropy (`policy_part`)."""
     *modules, sample = _leaves(actor, is_policy=True)
-    return [*map(_part, modules), policy_part(sample, action_key, entropy=entropy)]
+    like = next(actor.parameters(), None)
+    return [*map(_part, modules), policy_part(sample, action_key, entropy=entropy, like=like)]
 
 
 def parts_of(network: TensorDictModuleBase) -> list[Part]:
@@ -38,8 +39,8 @@ def parts_of(network: TensorDictModuleBase) -> list[Part]:
 
     Examples:
         >>> from rl2_torchrl import GRUValueHead
-        >>> [type(part).__name__ for part in parts_of(GRUValueHead(5, activation=nn.ELU))]
-        ['GRUPart', 'AutogradPart']
+        >>> [part.out_keys for part in parts_of(GRUValueHead(5, activation=nn.ELU))]
+        [['critic_features'], ['state_value']]
     """
     return [_part(module) for module in _leaves(network)]
 
@@ -68,7 +69,7 @@ def _part(module: TensorDictModuleBase) -> Part:
     part = None
     if hasattr(function, "gradient_part") and is_bare(function):
         part = function.gradient_part(*keys)
-    return part or AutogradPart(function, *keys, reason=f"{_name(function)} brings no gradient of its own")
+    return part or AutogradPart(function, *keys, reason=f"{_name(function)} brings no gradient of its own here")
 
 
 def _is_function(module: TensorDictModuleBase) -> bool:

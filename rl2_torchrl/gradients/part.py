@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from tensordict import NestedKey
@@ -132,7 +133,9 @@ class AutogradPart(Part):
         sources = [*self._leaves.values(), *self._trained]
         found = [None] * len(sources)
         if pairs and sources:
-            found = torch.autograd.grad([p[0] for p in pairs], sources, [p[1] for p in pairs], allow_unused=True)
+            outs, slopes = zip(*pairs, strict=True)
+            with _without_hooks(self._trained):
+                found = torch.autograd.grad(outs, sources, slopes, allow_unused=True)
         for key, gradient in zip(self._leaves, found, strict=False):
             if gradient is not None:
                 # Others add to it in place: it may be no view of another's.
@@ -146,6 +149,19 @@ class AutogradPart(Part):
             torch._foreach_zero_(memory)
         if known:
             torch._foreach_copy_([to for to, _ in known], [gradient for _, gradient in known])
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Hooks on a parameter's gradient wait for the whole of it, which other parts may add to."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for kept, _ in hooks:
+        kept.clear()
+    try:
+        yield
+    finally:
+        for kept, content in hooks:
+            kept.update(content)
 
 
 def accumulate(gradients: State, key: NestedKey, gradient: torch.Tensor) -> None:

@@ -38,20 +38,25 @@ def register_policy_part(family: type[Family], part: type[AutogradPart]) -> None
     _PARTS[family] = part
 
 
-def policy_part(sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool) -> AutogradPart:
+def policy_part(
+    sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: torch.Tensor | None
+) -> AutogradPart:
     """The part that writes ``("policy", "log_prob")`` and, where ``entropy`` is asked for, ``("policy", "entropy")``.
 
     Args:
         sample: the policy's last module, which has the distribution.
         action_key: entry of the collected actions.
         entropy: whether anybody reads the entropy.
+        like: one of the policy's parameters, if it has any: of the device and dtype that its distribution will have.
     """
     family = family_of(sample)
-    part = _PARTS.get(type(family), AutogradPart)
+    known = like is not None and has_kernels(like)
+    part = _PARTS.get(type(family), AutogradPart) if known else AutogradPart
     in_keys, out_keys = [action_key, *sample.in_keys], [LOG_PROB, ENTROPY] if entropy else [LOG_PROB]
     made = part(_terms_of(family, entropy), in_keys, out_keys)
     if part is AutogradPart:
-        made.reason = f"{sample.distribution_class.__name__} brings no gradient of its own"
+        missing = "brings no gradient of its own" if known else "has no kernels here"
+        made.reason = f"{sample.distribution_class.__name__} {missing}"
     return made
 
 
