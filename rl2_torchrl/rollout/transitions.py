@@ -31,14 +31,10 @@ class TransitionInputs:
         self.data[0].copy_(self.data[-1])
         self.data[1:].zero_()
 
-    def observe(self, t: int, observations: dict[NestedKey, torch.Tensor], rows: Rows = True) -> None:
-        """Writes the observations ``[N, ...]`` of ``rows`` into the input of step ``t``."""
+    def observe(self, t: int, observations: dict[NestedKey, torch.Tensor]) -> None:
+        """Writes the observations ``[N, ...]`` into the input of step ``t``: again for rows that have not begun a trial."""
         for key, (encoding, parts) in self._observations.items():
-            if rows is True:
-                encoding.write(parts[t], observations[key])
-            else:
-                encoded = encoding.encode(observations[key], observations[key].shape[:1])
-                parts[t].copy_(torch.where(rows.unsqueeze(-1), encoded, parts[t]))
+            encoding.write(parts[t], observations[key])
 
     def tell(self, t: int, action: torch.Tensor, reward: torch.Tensor, done: Rows) -> None:
         """Writes the action ``[N, ...]``, the reward ``[N, 1]`` and the episode's end of the step before ``t`` into its input."""

@@ -246,7 +246,7 @@ class TensorTrials:
         """Writes the transition input of a trial's first step."""
         if self.inputs is not None:
             self.inputs.begin(t, rows)
-            self.inputs.observe(t, self._observations, rows)
+            self.inputs.observe(t, self._observations)
 
     def _drawn(self, rows: Rows) -> Task:
         if rows is True:

@@ -1,0 +1,284 @@
+"""Policies and transforms of all kinds are called as they are, in a rollout too; and what distribution actions are drawn from."""
+
+import pytest
+import torch
+from rollouts import Doubled, Guess, Rooms, assert_same, both, homes, make_env, make_policy, named, numbers
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.envs import (
+    Compose,
+    StepCounter,
+    TransformedEnv,
+)
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import GRUModule, IndependentNormal, LSTMModule, OneHotCategorical, ProbabilisticActor
+
+from rl2_torchrl import (
+    PreviousStep,
+    TaskSampler,
+    Trial,
+)
+from rl2_torchrl.envs import (
+    BernoulliBandit,
+    QuadraticBandit,
+    uniform_means,
+    uniform_targets,
+)
+from rl2_torchrl.modules.acting import acting_parts
+from rl2_torchrl.modules.gru import FastGRUModule
+from rl2_torchrl.rollout import Rollout
+
+
+class NoBadNews(PreviousStep):
+    """Shows no reward below 0, by a step of its own."""
+
+    def _step(self, tensordict, next_tensordict):
+        after = super()._step(tensordict, next_tensordict)
+        after["trans"][..., -2].clamp_(min=0)
+        return after
+
+
+class NoNews(PreviousStep):
+    """Shows no reward at all: a method that its step calls."""
+
+    def combine(self, observations, action, reward, done):
+        return super().combine(observations, action, torch.zeros_like(reward), done)
+
+
+class Lucky(Trial):
+    """Ends at a reward of 0, by a step of its own."""
+
+    def _step(self, tensordict, next_tensordict):
+        after = super()._step(tensordict, next_tensordict)
+        self._set_done(after, after["done"] | (after["reward"] == 0))
+        return after
+
+
+class Short(Trial):
+    """Ends at the second step: a method that its step calls."""
+
+    def _is_over(self, episode_index, trial_step):
+        return trial_step >= 2
+
+
+class Worthless(TaskSampler):
+    """Draws the same task always, by a reset of its own."""
+
+    def _reset_env_preprocess(self, tensordict):
+        tensordict = super()._reset_env_preprocess(tensordict)
+        return tensordict.set("task", torch.full_like(tensordict["task"], 3.0))
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("base", Doubled),
+        ("previous", NoBadNews),
+        ("previous", NoNews),
+        ("trial", Lucky),
+        ("trial", Short),
+        ("sampler", Worthless),
+    ],
+    ids=named,
+)
+def test_a_class_below_ours_that_does_otherwise(part, kind):
+    def make():
+        kinds = {"base": Guess, "trial": Trial, "sampler": TaskSampler, "previous": PreviousStep, part: kind}
+        trial, sampler = kinds["trial"](episodes=2), kinds["sampler"](numbers, seed=1)
+        return TransformedEnv(kinds["base"](batch_size=(4,)), Compose(trial, sampler, kinds["previous"]()))
+
+    (fast, ours), (_, theirs) = both(make, 9)
+    assert_same(ours, theirs)
+    # The env is called as it is; among transforms, a TensorDict goes through all of them.
+    assert (fast.reason is None) if part == "base" else f"{kind.__name__} beside our transforms" in fast.reason
+
+
+def categorical(network):
+    options = {"in_keys": ["logits"], "distribution_class": torch.distributions.Categorical, "return_log_prob": True}
+    return ProbabilisticActor(network, **options)
+
+
+def torchrls(core_class, **keys):
+    """A policy of TorchRL's own modules."""
+    core = core_class(input_size=10, hidden_size=8, in_key="trans", out_key="features", python_based=False, **keys)
+    return categorical(TensorDictSequential(core, TensorDictModule(nn.Linear(8, 5), ["features"], ["logits"])))
+
+
+class Reversed(TensorDictSequential):
+    """Modules in an order of its own."""
+
+    def forward(self, tensordict):
+        for module in reversed(self.module):
+            tensordict = module(tensordict)
+        return tensordict
+
+
+class Negative(FastGRUModule):
+    """A core with a forward of its own."""
+
+    def forward(self, tensordict):
+        tensordict = super().forward(tensordict)
+        return tensordict.set("features", -tensordict["features"])
+
+
+class Timid(ProbabilisticTensorDictModule):
+    """Takes no action but the first two."""
+
+    def forward(self, *args, **kwargs):
+        tensordict = super().forward(*args, **kwargs)
+        return tensordict.set("action", tensordict["action"] % 2)
+
+
+def with_hook(policy, find):
+    find(policy).register_forward_hook(lambda module, args, out: shifted(out))
+    return policy
+
+
+def shifted(out):
+    """Makes what follows from ``out`` another one, whatever it is."""
+    if isinstance(out, torch.Tensor):
+        return out.roll(1, -1) + 0.3
+    return (
+        out.set("trans", out["trans"] * 0.5)
+        if "logits" not in out.keys()
+        else out.set("logits", out["logits"].roll(1, -1))
+    )
+
+
+def memoryless(network):
+    return categorical(TensorDictModule(network, ["trans"], ["logits"]))
+
+
+def linear():
+    return nn.Linear(10, 5)
+
+
+POLICIES = {
+    "TorchRL's GRU": lambda env: torchrls(GRUModule),
+    "TorchRL's LSTM": lambda env: torchrls(LSTMModule, in_keys=None),
+    "our GRU by hand": lambda env: torchrls_core(FastGRUModule(10, 8, in_key="trans", out_key="features")),
+    "one module": lambda env: TensorDictModule(lambda trans: trans[..., :5].argmax(-1), ["trans"], ["action"]),
+    "one module, two entries": lambda env: TensorDictModule(
+        lambda trans, left: (trans[..., 3:8].argmax(-1), 2 * left), ["trans", "time_left"], ["action", "twice"]
+    ),
+    "without memory": lambda env: memoryless(linear()),
+    "several layers in one module": lambda env: memoryless(nn.Sequential(nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 5))),
+    "hook on all": lambda env: with_hook(make_policy(env), lambda policy: policy),
+    "hook on the actor": lambda env: with_hook(make_policy(env), lambda policy: policy.actor),
+    "hook on a linear layer": lambda env: with_hook(memoryless(linear()), lambda policy: policy.module[0].module),
+    "a sequence with its own forward": lambda env: Reversed(
+        TensorDictModule(lambda logits: logits.argmax(-1), ["logits"], ["action"]),
+        TensorDictModule(linear(), ["trans"], ["logits"]),
+    ),
+    "a core with its own forward": lambda env: torchrls_core(Negative(10, 8, in_key="trans", out_key="features")),
+    "a distribution with its own forward": lambda env: TensorDictSequential(
+        TensorDictModule(linear(), ["trans"], ["logits"]),
+        Timid(
+            ["logits"],
+            ["action"],
+            distribution_class=torch.distributions.Categorical,
+            default_interaction_type="random",
+        ),
+    ),
+    "reads whether a trial begins": lambda env: TensorDictModule(
+        lambda trans, first, ended: first.long().squeeze(-1) + 2 * ended.long().squeeze(-1),
+        ["trans", "is_init", "episode_done"],
+        ["action"],
+    ),
+}
+
+
+def torchrls_core(core):
+    return categorical(TensorDictSequential(core, TensorDictModule(nn.Linear(8, 5), ["features"], ["logits"])))
+
+
+@pytest.mark.parametrize(
+    ("name", "transforms"),
+    [*((name, []) for name in POLICIES), ("TorchRL's LSTM", [StepCounter]), ("one module", [StepCounter])],
+)
+def test_any_policy_plays_as_it_is(name, transforms):
+    def make():
+        return make_env("guess", *[kind() for kind in transforms], episodes=2)
+
+    def policy(env):
+        torch.manual_seed(3)
+        return POLICIES[name](env)
+
+    (_, ours), (_, theirs) = both(make, 9, policy, batches=2)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("guess", "DETERMINISTIC"),
+        ("cart pole", "DETERMINISTIC"),
+        ("point", "DETERMINISTIC"),
+        ("guess", "MODE"),
+        ("point", "MEAN"),
+    ],
+)
+def test_actions_without_noise_are_collectors(name, kind):
+    (_, ours), (_, theirs) = both(lambda: make_env(name, episodes=2), 7, exploration_type=ExplorationType[kind])
+    assert_same(ours, theirs, is_exact=name != "point")
+
+
+def test_our_policies_need_no_tensordict():
+    for name in ("guess", "point", "cart pole"):
+        env = make_env(name, episodes=2)
+        for wiring in ("own", "memory"):
+            assert {part.way for part in acting_parts(make_policy(env, wiring))} <= {"tensors", "core", "distribution"}
+
+
+# ------------------------------------------------------------ what is sampled
+
+STEPS = 1500
+
+
+def draws(base, tasks, policy):
+    """Actions ``[rows, STEPS]`` of trials of one step."""
+    env = TransformedEnv(base, Compose(Trial(steps=1), TaskSampler(tasks, seed=1), PreviousStep()))
+    torch.manual_seed(0)
+    with set_exploration_type(ExplorationType.RANDOM):
+        return Rollout(env, policy, STEPS, ["action"])()["action"]
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_choices_are_as_frequent_as_their_probabilities(one_hot):
+    # The first two rows have the same probabilities, and still draws of their own.
+    logits = torch.tensor([[0.0, 1.0, -1.0], [0.0, 1.0, -1.0], [2.0, 0.0, 0.5], [-9.0, -9.0, 0.0]])
+    policy = ProbabilisticActor(
+        TensorDictModule(lambda trans: logits + 0 * trans[..., :1], ["trans"], ["logits"]),
+        in_keys=["logits"],
+        distribution_class=OneHotCategorical if one_hot else torch.distributions.Categorical,
+        return_log_prob=True,
+    )
+    base = Rooms(4, one_hot=True) if one_hot else BernoulliBandit(3, batch_size=(4,), seed=0)
+    action = draws(base, homes if one_hot else uniform_means(3), policy)
+    action = action if one_hot else nn.functional.one_hot(action, 3)
+    probs = logits.softmax(-1)
+    assert ((action.float().mean(1) - probs).abs() <= 4 * (probs * (1 - probs) / STEPS).sqrt() + 1e-9).all()
+    # Two rows, or two steps, agree as often as independent draws do.
+    agree = probs[0].square().sum()
+    for one, other in ((action[0], action[1]), (action[0, 1:], action[0, :-1])):
+        frequency = (one == other).all(-1).float().mean()
+        assert abs(frequency - agree) < 4 * (agree * (1 - agree) / len(one)) ** 0.5
+
+
+def test_gaussian_actions_have_mean_and_scale_of_their_row():
+    loc = torch.tensor([[0.0, 5.0], [0.0, 5.0], [-1.0, 0.5]])
+    scale = torch.tensor([[0.3, 2.0], [0.3, 2.0], [1.0, 0.1]])
+    policy = ProbabilisticActor(
+        TensorDictModule(lambda trans: (loc + 0 * trans[..., :1], scale), ["trans"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=IndependentNormal,
+        return_log_prob=True,
+    )
+    action = draws(QuadraticBandit(2, batch_size=(3,), seed=0), uniform_targets(2), policy)
+    assert ((action.mean(1) - loc).abs() < 4 * scale / STEPS**0.5).all()
+    assert ((action.std(1) / scale - 1).abs() < 4 / (2 * STEPS) ** 0.5).all()
+    # Rows, dimensions and steps have noise of their own.
+    noise = (action - loc.unsqueeze(1)) / scale.unsqueeze(1)
+    flat = noise.transpose(0, 1).flatten(1)  # [STEPS, 6]
+    correlation = torch.corrcoef(torch.cat((flat[1:], flat[:-1]), -1).T) - torch.eye(12)
+    assert correlation.abs().max() < 5 / STEPS**0.5
