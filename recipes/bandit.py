@@ -73,7 +73,7 @@ def main(
 
     tasks = uniform_means(arms)
     env = make_env(TaskSampler(tasks, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUCategoricalActor.from_env(env, hidden_size=network.units, num_cells=network.num_cells)
+    actor = GRUCategoricalActor.from_env(env, **network.slots, num_cells=network.num_cells)
     orthogonal_init_(actor, **network.initial)
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)

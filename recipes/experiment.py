@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,9 @@ from torchrl.record.loggers import get_logger
 
 from rl2_torchrl import (
     AdaptationReport,
+    GRUCore,
+    LSTMCore,
+    MLPEncoder,
     PPOUpdate,
     TaskDistribution,
     TaskSampler,
@@ -39,7 +42,9 @@ class Network:
     """Actor and critic: their sizes, and the weights that they begin with.
 
     Args:
-        units: GRU units.
+        units: units of the core.
+        core: what carries the memory.
+        encoder_cells: sizes of the layers of an MLP before the core; empty: none.
         num_cells: hidden layers of actor and critic after the GRU; empty leaves the actor none and the critic one of ``units``.
         memory_steps: steps over which the slowest units remember at first (`orthogonal_init_`); None: all forget at once.
         input_gain: factor on the GRU's first input weights (`orthogonal_init_`).
@@ -49,11 +54,20 @@ class Network:
     """
 
     units: int = 64
+    core: Literal["gru", "lstm"] = "gru"
+    encoder_cells: tuple[int, ...] = ()
     num_cells: tuple[int, ...] = ()
     memory_steps: int | None = None
     input_gain: float = 1.0
     gate_gain: float = 1.0
     critic_keys: tuple[str, ...] = ("time_left",)
+
+    @property
+    def slots(self) -> dict[str, Any]:
+        """Encoder and core, as `RecurrentActor` takes them."""
+        encoder = partial(MLPEncoder, num_cells=self.encoder_cells) if self.encoder_cells else None
+        core = {"gru": GRUCore, "lstm": LSTMCore}[self.core]
+        return {"encoder": encoder, "core": partial(core, hidden_size=self.units)}
 
     @property
     def initial(self) -> dict[str, Any]:

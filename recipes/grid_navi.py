@@ -51,7 +51,7 @@ def main(
         return TransformedEnv(grids, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
 
     env = make_env(TaskSampler(grid_goals(), seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUCategoricalActor.from_env(env, hidden_size=network.units, num_cells=network.num_cells)
+    actor = GRUCategoricalActor.from_env(env, **network.slots, num_cells=network.num_cells)
     orthogonal_init_(actor, **network.initial)
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)

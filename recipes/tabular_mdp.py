@@ -78,7 +78,7 @@ def main(
         return TransformedEnv(worlds, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
 
     env = make_env(TaskSampler(random_mdps(), seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUCategoricalActor.from_env(env, hidden_size=network.units, num_cells=network.num_cells, skip=True)
+    actor = GRUCategoricalActor.from_env(env, **network.slots, num_cells=network.num_cells, skip=True)
     orthogonal_init_(actor, **network.initial)
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)

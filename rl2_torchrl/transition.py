@@ -142,7 +142,9 @@ class PreviousStep(Transform):
                 "every episode. Use Compose(Trial(...), TaskSampler(...), PreviousStep())."
             )
         hidden = {*TRIAL_KEYS, self.out_key, "is_init"}
-        keys = [key for key in observation_spec.keys(True, True) if key not in hidden and not _is_within(key, self.task_key)]
+        keys = [
+            key for key in observation_spec.keys(True, True) if key not in hidden and not _is_within(key, self.task_key)
+        ]
         batch_dims = len(self.container.base_env.batch_size)
         return [key for key in keys if _is_vector(observation_spec[key], batch_dims)]
 

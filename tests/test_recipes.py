@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import bandit, experiment, grid_navi, half_cheetah, results, tabular_mdp
+from recipes import bandit, experiment, grid_navi, half_cheetah, point_robot, results, tabular_mdp
 from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
 from rl2_torchrl import GRUGaussianActor, TaskSampler
 from rl2_torchrl.envs import TabularMDP, uniform_means
@@ -70,6 +70,20 @@ RECIPES = {
             "total_frames=0": {"env_steps": 0},
             "hidden_size=0": {"units": 0},
             "lmbda=-0.1": {"lmbda": -0.1},
+        },
+    ),
+    "point_robot": Recipe(
+        point_robot,
+        {"trials": 8, "units": 4, "report_tasks": 21, "epochs": 1, "minibatches": 2},
+        batch=8 * point_robot.BATCH_STEPS,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            r"Trial\(episodes=0\)": {"episodes": 0},
+            r"batch_size \(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
         },
     ),
     "tabular_mdp": Recipe(
@@ -443,3 +457,33 @@ def test_page_of_results_holds_figures_plots_and_commands(finished, tmp_path):
 def test_a_page_of_no_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="runs is empty"):
         results.main(runs=(), page=tmp_path / "page.md")
+
+
+@pytest.mark.parametrize("options", [{"core": "lstm"}, {"encoder_cells": (8,)}], ids=["lstm", "mlp"])
+def test_another_core_or_encoder_is_an_option(options, tmp_path):
+    tiny = RECIPES["bandit"].tiny | {"env_steps": 192, "classical": False, "progress": False, "log_dir": tmp_path}
+    bandit.main(**arguments(bandit.main, tiny | options))
+    names = torch.load(tmp_path / "actor.pt", weights_only=True)
+    assert any(("lstm" if "core" in options else "module.0.module.0.module.layers.0") in name for name in names), (
+        names.keys()
+    )
+
+
+def test_steps_to_the_goal_are_those_of_first_trials():
+    goals = torch.tensor([[0.6, 0.0], [0.0, 0.6]])
+
+    class Points:
+        run = Run(Path("unused"), report_tasks=2)
+
+        def tasks(self, stream, number):
+            return goals
+
+        def play(self, tasks, on_step):
+            # Row 0: episodes of 2 and 1 steps, then another trial; row 1: episodes of 1 and 3 steps.
+            index = [[0, 0], [0, 1], [1, 1], [0, 1]]
+            done = [[False, False], [False, False], [True, False], [False, True]]
+            for of_step, ends in zip(index, done, strict=True):
+                columns = {"episode_index": torch.tensor(of_step).unsqueeze(-1)}
+                on_step({**columns, ("next", "done"): torch.tensor(ends).unsqueeze(-1)})
+
+    assert point_robot.steps_to_goal(Points(), 2).tolist() == [1.5, 2.0]

@@ -47,7 +47,10 @@ def relu_linear_step(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor
         >>> relu_linear_step(nn.Linear(3, 2))(torch.zeros(4, 3)).shape
         torch.Size([4, 2])
     """
-    weight, bias = linear.weight.detach().contiguous(), None if linear.bias is None else linear.bias.detach().contiguous()
+    weight, bias = (
+        linear.weight.detach().contiguous(),
+        None if linear.bias is None else linear.bias.detach().contiguous(),
+    )
     if not kernels.covers(weight, bias) or len(weight) > MOST_OUTPUTS:
         return lambda x: relu_linear(x, weight, bias)
     outputs, inputs = weight.shape
