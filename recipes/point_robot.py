@@ -1,4 +1,4 @@
-"""RL² on PointRobot: a point finds a hidden goal in its first episode, and goes straight to it from then on; episodes are ragged."""
+"""RL² on PointRobot: a point finds a hidden goal in its first episode and goes straight to it from then on; ragged episodes."""
 
 from dataclasses import dataclass
 from pathlib import Path
