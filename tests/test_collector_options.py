@@ -3,68 +3,13 @@
 import re
 
 import pytest
-import torch
 from tensordict.nn import TensorDictModule
+from test_collector import ARMS, KEEP, PULLS, ROWS, bandit_env, batches, policy_for, several_blocks_of_steps  # noqa: F401
 from torchrl.data import LazyTensorStorage, ReplayBuffer, Unbounded
-from torchrl.envs import Compose, StepCounter, TensorDictPrimer, TransformedEnv
+from torchrl.envs import StepCounter, TensorDictPrimer, TransformedEnv
 
-from rl2_torchrl import (
-    ActorCritic,
-    GRUCategoricalActor,
-    GRUGaussianActor,
-    GRUValueHead,
-    MemoryValueHead,
-    PreviousStep,
-    TaskSampler,
-    Trial,
-    TrialCollector,
-)
-from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl import Trial, TrialCollector
 from rl2_torchrl.rollout import Rollout
-
-ROWS, PULLS, ARMS = 6, 5, 3
-KEEP = ["trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "action"]
-KEEP += ["action_log_prob", "state_value", "actor_hidden", "done", "terminated"]
-KEEP += [("next", key) for key in ("reward", "done", "terminated", "episode_done", "episode_index", "time_left")]
-
-
-@pytest.fixture(autouse=True)
-def several_blocks_of_steps(monkeypatch):
-    """The critic looks at three steps at once, so that a batch of these sizes takes several looks."""
-    monkeypatch.setattr("rl2_torchrl.rollout.rollout._ROWS_AT_ONCE", 3 * ROWS)
-
-
-def bandit_env(kind="bernoulli", trial=None, seed=0):
-    if kind == "bernoulli":
-        base, tasks = BernoulliBandit(ARMS, batch_size=(ROWS,), seed=seed), uniform_means(ARMS)
-    else:
-        base, tasks = QuadraticBandit(2, batch_size=(ROWS,), seed=seed), uniform_targets(2)
-    return TransformedEnv(
-        base, Compose(trial or Trial(episodes=PULLS), TaskSampler(tasks, seed=seed + 1), PreviousStep())
-    )
-
-
-def policy_for(env, wiring="detached", layers=1):
-    torch.manual_seed(0)
-    continuous = isinstance(env.base_env, QuadraticBandit)
-    actor_class = GRUGaussianActor if continuous else GRUCategoricalActor
-    actor = actor_class.from_env(env, hidden_size=8, num_layers=layers, init_range=1.0)
-    extra = {"extra_keys": ["time_left"], "init_range": 1.0}
-    if wiring == "separate":
-        return ActorCritic(actor, GRUValueHead.from_env(env, hidden_size=8, num_layers=layers, **extra))
-    return ActorCritic(actor, MemoryValueHead.from_env(env, actor, detach=wiring == "detached", **extra))
-
-
-def batches(cls, env, policy, number=2, steps=2 * PULLS, **kwargs):
-    collector = cls(
-        env,
-        policy,
-        frames_per_batch=ROWS * steps,
-        total_frames=number * ROWS * steps,
-        auto_register_policy_transforms=True,
-        **kwargs,
-    )
-    return collector, [batch.clone() for batch in collector]
 
 
 def test_what_is_not_on_tensors_plays_on_tensordicts_in_the_same_rollout():
