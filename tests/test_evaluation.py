@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Categorical, Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, InitTracker, SerialEnv, TransformedEnv
+from torchrl.envs import Compose, EnvBase, InitTracker, SerialEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import exploration_type
 from torchrl.modules.utils import get_primers_from_module
 
@@ -148,6 +148,14 @@ def test_any_batch_size(shape):
     base = BernoulliBandit(2, batch_size=shape)
     env = TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler.fixed(TASKS), PreviousStep()))
     assert adaptation_curve(env, act(first_arm), 10).returns[:, 1].tolist() == FIRST_PAYS
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_further_transforms_change_no_curve(rows):
+    env = countdown_env([1, 6, 2, 3, 4], rows, episodes=2)
+    env.append_transform(StepCounter())
+    expected = [[1.0, 1.0], [21.0, 21.0], [3.0, 3.0], [6.0, 6.0], [10.0, 10.0]]
+    assert adaptation_curve(env, act(first_arm), 5).returns.tolist() == expected
 
 
 def test_batched_workers():

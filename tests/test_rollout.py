@@ -15,6 +15,7 @@ from rollouts import (
     seeded,
     whole_numbers,
 )
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -31,6 +32,7 @@ from rl2_torchrl import (
     TrialCollector,
 )
 from rl2_torchrl.collector import load_rollout_state, rollout_state
+from rl2_torchrl.rollout import Rollout
 
 CASES = [
     # Native envs of one length: whole trials, several trials, and batches that cut them.
@@ -163,6 +165,33 @@ def test_transforms_inside_are_the_envs_own():
     assert_same(ours, theirs)
 
 
+class InPlace(Walk):
+    """Shows where it is in the same memory at every step."""
+
+    def _reset(self, tensordict=None, **kwargs):
+        return self._shown(super()._reset(tensordict, **kwargs))
+
+    def _step(self, tensordict):
+        return self._shown(super()._step(tensordict))
+
+    def _shown(self, after):
+        self.memory = self.__dict__.get("memory", after["place"])
+        return after.set("place", self.memory.copy_(after["place"]))
+
+
+def test_an_env_may_write_over_its_observations():
+    far = TaskSampler.fixed(torch.tensor([[9]]))
+    env = TransformedEnv(InPlace(), Compose(Trial(steps=6), far, PreviousStep()))
+    policy = TensorDictSequential(
+        TensorDictModule(lambda trans: torch.ones(len(trans), dtype=torch.int64), ["trans"], ["action"]),
+        TensorDictModule(lambda place: 2 * place, ["place"], ["seen"]),
+    )
+    batch = Rollout(env, policy, 6, ["place", "seen", "trans"])()
+    assert batch["place"].squeeze(-1).tolist() == [[0, 1, 2, 3, 4, 5]] * 4
+    assert torch.equal(batch["seen"], 2 * batch["place"])
+    assert torch.equal(batch["trans"][..., :1], batch["place"].float())
+
+
 @pytest.mark.parametrize("name", ["gym", "guess"])
 def test_envs_without_a_task(name):
     def make():
@@ -183,8 +212,8 @@ def test_envs_without_a_task(name):
         ("guess", {"episodes": 3}, []),
         ("guess", {"episodes": 2, "steps": 7, "truncate": True}, []),
         ("guess 2x3", {"steps": 7}, []),
-        ("rooms", {"episodes": 3, "step_keys": ["move"]}, []),
-        ("rooms", {"episodes": 3, "step_keys": ["move"]}, [StepCounter]),
+        ("rooms", {"steps": 12, "step_keys": ["move"]}, []),
+        ("rooms", {"steps": 12, "step_keys": ["move"]}, [StepCounter]),
         ("mdp", {"episodes": 3}, []),
         ("mdp", {"episodes": 3}, [StepCounter]),
         ("cheetah", {"episodes": 2}, []),
