@@ -76,10 +76,6 @@ class Minibatches:
         """All chunks ``[num_chunks, bptt]``, as they were filled in."""
         return self._buffer.storage[:]
 
-    def tensordicts(self) -> Iterator[TensorDictBase]:
-        """One pass, minibatches as TensorDicts ``[rows, bptt]``."""
-        yield from self._buffer
-
     def indices(self) -> Iterator[torch.Tensor]:
         """One pass, as iterating over the buffer makes it: the numbers of each minibatch's chunks."""
         sampler, size = self._buffer.sampler, self._buffer.batch_size

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Literal, SupportsIndex
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import nn
@@ -245,8 +245,8 @@ class PPOUpdate:
         return partial(self._compiled_pass, compiled)
 
     def _autograd_pass(self, where: str) -> Iterator[Metrics]:
-        for number, minibatch in enumerate(self._chunks.tensordicts()):
-            losses = self.loss(minibatch)
+        for number, minibatch in enumerate(self._chunks.entries()):
+            losses = self.loss(TensorDict(minibatch, next(iter(minibatch.values())).shape[:2]))
             terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
             total = sum(terms.values())
             for parameter in self._parameters:

@@ -77,13 +77,12 @@ class Seen:
         self.update, chunks = update, update._chunks
         if update.backend != "autograd":
             update._named = "parts"  # in one call there are no minibatches to be seen
-        for name in ("entries", "tensordicts"):
-            setattr(chunks, name, partial(self.record, getattr(chunks, name)))
+        chunks.entries = partial(self.record, chunks.entries)
 
     def record(self, one_pass):
         for minibatch in one_pass():
             shape = minibatch["value_target"].shape[:2]
-            self.minibatches.append(TensorDict(dict(minibatch.items()), shape).clone())
+            self.minibatches.append(TensorDict(minibatch, shape).clone())
             self.lrs.append(self.update.optimizer.param_groups[0]["lr"])
             self.coeffs.append(float(self.update.loss.entropy_coeff))
             yield minibatch

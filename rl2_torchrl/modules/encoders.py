@@ -60,6 +60,21 @@ class MLPEncoder(nn.Module):
         """Maps ``x`` ``[*B, *shape]`` to ``[*B, num_cells[-1]]``."""
         return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
 
+    def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
+        linears, activations = self.layers[::2], self.layers[1::2]
+        if not runs(self, MLPEncoder) or len(self.shape) != 1 or not all(runs(layer, nn.Linear) for layer in linears):
+            return self
+        layers = [(layer.weight.detach(), layer.bias.detach(), f) for layer, f in zip(linears, activations, strict=True)]
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            x = _as_reals(x, layers[0][0])
+            for weight, bias, activation in layers:
+                x = activation(nn.functional.linear(x, weight, bias))
+            return x
+
+        return step
+
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         """The part of a PPO step that this is, with its own gradient; None for other activations."""
         is_chain = runs(self, MLPEncoder) and len(self.shape) == 1

@@ -133,13 +133,18 @@ class OneHotFamily(CategoricalFamily):
     """`torchrl.modules.OneHotCategorical` with logits ``[*B, num_actions]``."""
 
     def act(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(super().act(logits), logits.shape[-1])
+        return _one_hot(super().act(logits), logits)
 
     def mode(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(super().mode(logits), logits.shape[-1])
+        return _one_hot(super().mode(logits), logits)
 
     def log_prob_and_entropy(self, action, logits):
         return log_prob_and_entropy(action.to(torch.uint8).argmax(-1), logits)
+
+
+def _one_hot(index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    # `torch.nn.functional.one_hot` looks for choices that are none first, which costs more than the rest.
+    return torch.zeros_like(logits, dtype=torch.int64).scatter_(-1, index.unsqueeze(-1), 1)
 
 
 class NormalFamily(Family):

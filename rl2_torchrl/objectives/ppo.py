@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -18,6 +19,9 @@ from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError
 
 __all__ = ["RL2PPOLoss"]
+
+#: Parts of losses, by loss: beside it, since they are made of functions, which cannot be pickled.
+_PARTS: WeakKeyDictionary = WeakKeyDictionary()
 
 
 class RL2PPOLoss(ClipPPOLoss):
@@ -133,6 +137,16 @@ class RL2PPOLoss(ClipPPOLoss):
         parts = actor_parts(self.actor_network, self.tensor_keys.action, entropy=reads_entropy)
         return [*parts, *parts_of(self.critic_network)] if self._runs_critic() else parts
 
+    def _known_parts(self) -> list[Part]:
+        """`network_parts`, made anew where a module, a hook or an option has changed: making them costs as much as running some."""
+        modules = list(self.modules())
+        hooks = [bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)) for m in modules]
+        layout = (self._runs_critic(), self.entropy_bonus, self.training, list(map(id, modules)), hooks)
+        known = _PARTS.get(self)
+        if known is None or known[0] != layout:
+            _PARTS[self] = known = (layout, self.network_parts())
+        return known[1]
+
     def _runs_critic(self) -> bool:
         if self.critic_network is None:
             return False
@@ -162,7 +176,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _losses(self, tensordict: TensorDictBase, terms: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
         data = tensordict if tensordict.ndim == 2 else tensordict.flatten(0, tensordict.ndim - 2)
-        parts, state = self.network_parts(), {}
+        parts, state = self._known_parts(), {}
         for part in parts:
             _read(data, part.in_keys, state)
             part.run(state)

@@ -121,6 +121,7 @@ class TorchRLDoor:
         self._state_keys = list(env.full_state_spec.keys(True, True))
         self._keys = list(env.full_observation_spec.keys(True, True))
         self._root: TensorDictBase | None = None
+        self._carried: list[NestedKey] | None = None
 
     def start(self, task, rows: Rows) -> State:
         env = self.env
@@ -154,12 +155,19 @@ class TorchRLDoor:
     def play(self, action: torch.Tensor, task) -> Played:
         env, root = self.env, self._root
         root.set(self._action_key, action.reshape((*env.batch_size, *action.shape[1:])))
-        after = env._step(root)
-        env._complete_done(self._done_spec, after)
-        reward, done = after.get(self._reward_key), after.get("done")
-        root = root.clone(False).update(after.exclude(self._reward_key))
-        self._root = root
-        return Played(self._observations(root), reward.reshape(-1, 1), done.reshape(-1))
+        after = env._step(root).copy()
+        if self._carried is None:
+            # What a step leaves as it is, such as the task; and whether the env says all its flags itself: looked at once.
+            gone = {self._action_key, *after.keys(True, True)}
+            self._carried = [key for key in root.keys(True, True) if key not in gone]
+            self._says_all = set(env.done_keys) <= gone
+        if not self._says_all:
+            env._complete_done(self._done_spec, after)
+        reward, done = after.pop(self._reward_key), after.get("done")
+        for key in self._carried:
+            after.set(key, root.get(key))
+        self._root = after
+        return Played(self._observations(after), reward.reshape(-1, 1), done.reshape(-1))
 
     def _observations(self, root: TensorDictBase) -> State:
         dims = len(self.env.batch_size)
