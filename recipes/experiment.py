@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
@@ -238,7 +239,8 @@ class Experiment:
 
     def play(self, tasks: torch.Tensor, **how: Any) -> AdaptationCurve:
         """One trial on each of ``tasks`` [num_tasks, task_size]; ``how`` goes to `adaptation_curve`."""
-        env = self.make_env(TaskSampler.fixed(tasks), min(len(tasks), self.rows or len(tasks)))
+        rounds = math.ceil(len(tasks) / (self.rows or len(tasks)))
+        env = self.make_env(TaskSampler.fixed(tasks), math.ceil(len(tasks) / rounds))  # rows that have a task in each round
         return adaptation_curve(env, self.actor, len(tasks), **how)
 
     def evaluate(self) -> dict[str, float]:
