@@ -10,7 +10,7 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import runs
+from rl2_torchrl.gradients.part import is_bare, runs
 from rl2_torchrl.modules.encoders import Concat
 from rl2_torchrl.modules.linear import relu_linear, relu_linear_step
 
@@ -112,12 +112,8 @@ def _chain(layers: list[nn.Module], features: torch.Tensor) -> torch.Tensor:
 
 def are_relu_linear(layers: list[nn.Module]) -> bool:
     """Whether ``layers`` are ReLU and linear by turns and nothing more: no parametrizations, no hooks."""
-    for number, layer in enumerate(layers):
-        if type(layer) is not (nn.Linear if number % 2 else nn.ReLU):
-            return False
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-            return False
-    return True
+    kinds = (nn.ReLU, nn.Linear)
+    return all(runs(layer, kinds[number % 2]) and is_bare(layer) for number, layer in enumerate(layers))
 
 
 class SkipHead(nn.Module):

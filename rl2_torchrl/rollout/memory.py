@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
@@ -13,8 +11,9 @@ from torchrl.modules.utils import get_primers_from_module
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.rollout.clock import Rows
+from rl2_torchrl.rollout.entries import next_key, where_rows
 
-__all__ = ["Memory", "leaves", "next_key", "own_transforms", "where_rows"]
+__all__ = ["Memory", "own_transforms"]
 
 
 class Memory:
@@ -98,25 +97,3 @@ def own_transforms(env: EnvBase) -> list:
     if not isinstance(env, TransformedEnv):
         return []
     return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
-
-
-def next_key(key: NestedKey) -> NestedKey:
-    """``("next", key)``, flat."""
-    return ("next", key) if isinstance(key, str) else ("next", *key)
-
-
-def leaves(keys: Iterable[NestedKey], entries: Iterable[NestedKey]) -> list[NestedKey]:
-    """Those of ``entries`` that are among ``keys`` or lie within one of these.
-
-    Examples:
-        >>> leaves(["a", ("b", "c")], ["a", ("b", "c", "d"), ("b", "e")])
-        ['a', ('b', 'c', 'd')]
-    """
-    roots = {key if isinstance(key, tuple) else (key,) for key in keys}
-    paths = [(entry, entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
-    return [entry for entry, path in paths if any(path[:n] in roots for n in range(1, len(path) + 1))]
-
-
-def where_rows(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``one`` ``[N, ...]`` in ``rows``, bool ``[N]``, and ``other`` elsewhere."""
-    return torch.where(rows.view(-1, *[1] * (one.ndim - 1)), one, other)

@@ -19,8 +19,9 @@ from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.rollout.clock import Rows
+from rl2_torchrl.rollout.entries import leaves
 from rl2_torchrl.rollout.graph import GraphReplay
-from rl2_torchrl.rollout.memory import Memory, leaves
+from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.trials import TensorTrials, trials_of
 
 __all__ = ["Rollout"]
