@@ -84,17 +84,19 @@ class Layer:
         sequence: maps ``[N, T, input_size]`` to a tensor to differentiate; None where a batch's steps alone play it.
         step: maps ``[N, input_size]``; None where it is not played.
         input_size: size of its input.
+        reads_data: whether its input is data, by which nobody asks for a gradient.
     """
 
     sequence: Callable[[torch.Tensor], torch.Tensor] | None
     step: Callable[[torch.Tensor], object] | None
     input_size: int
+    reads_data: bool = False
 
     def seconds(self, workload: Workload) -> float:
         """Seconds of what an iteration of ``workload`` asks of it."""
         rows = -(-workload.trials // workload.minibatches)
         one = torch.randn(workload.trials, self.input_size)
-        many = torch.randn(rows, workload.pulls, self.input_size, requires_grad=True)
+        many = torch.randn(rows, workload.pulls, self.input_size, requires_grad=not self.reads_data)
         start = time.perf_counter()
         if self.step is not None:
             with torch.no_grad():
@@ -106,9 +108,9 @@ class Layer:
         return time.perf_counter() - start
 
 
-def feed_forward(module: nn.Module, input_size: int) -> Layer:
+def feed_forward(module: nn.Module, input_size: int, *, reads_data: bool = False) -> Layer:
     """A module that is called in the same way in collection and update."""
-    return Layer(module, module, input_size)
+    return Layer(module, module, input_size, reads_data)
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,8 @@ def lstm_arithmetic(workload: Workload) -> Arithmetic:
     core = GRUCore(inputs, units)
     hidden = core.initial_memory(workload.trials)
     step = core.step_function()
-    ours = Layer(lambda x: core.sequence(x, None, None), lambda x: step(x, *hidden), inputs)
-    return Arithmetic(workload, [Layer(lambda x: plain(x)[0], cell, inputs)], [ours])
+    ours = Layer(lambda x: core.sequence(x, None, None), lambda x: step(x, *hidden), inputs, reads_data=True)
+    return Arithmetic(workload, [Layer(lambda x: plain(x)[0], cell, inputs, reads_data=True)], [ours])
 
 
 def mlp_encoder(workload: Workload) -> Training:
@@ -223,8 +225,9 @@ def mlp_encoder(workload: Workload) -> Training:
 def mlp_encoder_arithmetic(workload: Workload) -> Arithmetic:
     """The MLP, and the GRU's product with a wider input in place of a narrower one."""
     inputs, units = workload.arms + 2, workload.units
-    mlp = feed_forward(nn.Sequential(nn.Linear(inputs, units), nn.ReLU()), inputs)
-    wide, narrow = (feed_forward(nn.Linear(size, 3 * units), size) for size in (units, inputs))
+    mlp = feed_forward(nn.Sequential(nn.Linear(inputs, units), nn.ReLU()), inputs, reads_data=True)
+    wide = feed_forward(nn.Linear(units, 3 * units), units)
+    narrow = feed_forward(nn.Linear(inputs, 3 * units), inputs, reads_data=True)
     return Arithmetic(workload, [mlp, wide], [narrow])
 
 

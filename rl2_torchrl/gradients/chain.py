@@ -145,7 +145,7 @@ def linear_gradients(x, weight, slope, d_x, d_weight, d_bias, has_relu: bool) ->
     if d_x is not None:
         torch.mm(slopes, weight, out=d_x.view(flat.shape))
         if has_relu:
-            d_x.masked_fill_(x <= 0, 0.0)
+            _before_relu(d_x, x)
 
 
 def _name_of(layer: nn.Module) -> str | None:
@@ -164,4 +164,8 @@ def _before_activation(slope: torch.Tensor, y: torch.Tensor, name: str | None) -
     """The gradient by what an activation reads, from that by what it gives, ``y``; in the memory of ``slope``."""
     if name == "tanh":
         return torch.ops.aten.tanh_backward.grad_input(slope, y, grad_input=slope)
-    return slope.masked_fill_(y <= 0, 0.0) if name == "relu" else slope
+    return _before_relu(slope, y) if name == "relu" else slope
+
+
+def _before_relu(slope: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.threshold_backward.grad_input(slope, x, 0, grad_input=slope)

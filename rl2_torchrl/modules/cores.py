@@ -242,6 +242,9 @@ class LSTMCore(RecurrentCore):
             return x, *(state.unsqueeze(1) for state in states[0])
         return x, *(torch.stack(each, 1) for each in zip(*states, strict=True))
 
+    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
+        return run_segments(self.lstm, *self._converted(x, memory), is_init, with_memory=False)[0]
+
     def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
         return run_segments(self.lstm, x, memory, is_init)
 
@@ -249,7 +252,9 @@ class LSTMCore(RecurrentCore):
     forward = torch.compiler.disable(RecurrentCore.forward)
 
 
-def run_segments(rnn: nn.RNNBase, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
+def run_segments(
+    rnn: nn.RNNBase, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None, *, with_memory: bool = True
+) -> Tensors:
     """`RecurrentCore.unroll` by a `torch.nn.GRU` or `torch.nn.LSTM` (``batch_first``): one call for all segments between resets."""
     rows, steps = x.shape[:2]
     starts = torch.zeros(rows, steps, dtype=torch.bool, device=x.device) if is_init is None else is_init.bool().clone()
@@ -272,7 +277,7 @@ def run_segments(rnn: nn.RNNBase, x: torch.Tensor, memory: Tensors | None, is_in
         y, state = rnn(packed, memory)
         y = nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0][at]
     outputs, last = [y], (first + lengths - 1,)
-    for s in state if isinstance(state, tuple) else (state,):
+    for s in (state if isinstance(state, tuple) else (state,)) if with_memory else ():
         s = s.transpose(0, 1)
         outputs.append(s.new_zeros(len(x), *s.shape[1:]).index_put(last, s))
     return tuple(each.unflatten(0, (rows, steps)) for each in outputs)
