@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -228,6 +228,19 @@ class Gaussian(nn.Module):
     def forward(self, *features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = self.mean(*features)
         return mean, self.log_std.exp().expand_as(mean)
+
+    def step_function(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+        """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
+        if not runs(self, Gaussian):
+            return self
+        mean_of = self.mean.step_function() if hasattr(self.mean, "step_function") else self.mean
+        scale = self.log_std.detach().exp()
+
+        def step(*features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mean = mean_of(*features)
+            return mean, scale.expand_as(mean)
+
+        return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> GaussianHeadPart | None:
         """The part of a PPO step that this is, with its own gradient; None where the mean has none."""
