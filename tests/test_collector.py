@@ -196,6 +196,19 @@ def test_tasks_of_trials_that_batches_cut(steps):
         assert torch.equal(results[0][key], results[1][key]), key
 
 
+@pytest.mark.parametrize("batches_before", [0, 1, 2])
+def test_trials_begin_anew_with_a_reset_and_then_at_their_ends_alone(batches_before):
+    # Batches of 3 steps cut trials of 5, so that a reset comes in the middle of one.
+    env = bandit_env()
+    collector = TrialCollector(env, policy_for(env), frames_per_batch=3 * ROWS, total_frames=-1, keep=["is_init"])
+    iterator = iter(collector)
+    for _ in range(batches_before):
+        next(iterator)
+    collector.reset()
+    begun = torch.cat([next(iterator)["is_init"].squeeze(-1).clone() for _ in range(5)], 1)
+    assert (begun == (torch.arange(15) % PULLS == 0)).all()
+
+
 def test_the_task_of_a_row_that_is_one_trial_is_in_memory_once():
     env = bandit_env()
     collector = TrialCollector(

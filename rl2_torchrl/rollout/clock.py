@@ -48,8 +48,8 @@ class TrialClock:
         self._carried = (self._index, self._step, self._begun, self._ended)
         # The same memory for NumPy, whose calls on a few numbers cost a third of PyTorch's.
         self._arrays = [array.numpy() for array in (*self._carried, self._episode_done, self._trial_done)]
-        self.restart()
         self._start: tuple[int, ...] | None = None
+        self.restart()
         self._plan: list[Ends] = []  # with a shared clock: of the batches that begin at `_start`
         self._entries: dict[NestedKey, torch.Tensor] | None = None
 
@@ -58,7 +58,7 @@ class TrialClock:
         for array in self._carried:
             array[-1] = 0
         self._begun[-1] = True
-        self._episode_step = 0
+        self._episode_step, self._start = 0, None  # the last batch's plan no longer leads to where its last row stands
 
     @property
     def names(self) -> tuple[str, ...]:
