@@ -9,11 +9,11 @@ from unittest.mock import patch
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.data import Categorical
 from torchrl.envs import Compose, EnvBase, TransformedEnv, check_env_specs
 
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
+from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial
 
 __all__ = ["TensorEnvError", "TrialContractError", "check_tensor_env", "check_trial_env"]
@@ -140,7 +140,10 @@ class _Played:
         if (ended != reset).any():
             self.reset_faults.append(f"{ended.sum()} rows ended an episode inside a trial, {reset.sum()} were reset")
         changed = {key for transform in self.transforms for key in transform.out_keys}
+        trials = [transform for transform in self.transforms if isinstance(transform, Trial)]
         for key in set(self.below_trial.observation_spec.keys(True, True)) - changed if first is not None else ():
+            if any(trial.tells_of_step(key) for trial in trials):
+                continue
             rows = (ended & reset).reshape(self.env.batch_size)
             if not torch.equal(first.get(key)[rows], stepped["next"].get(key)[rows]):
                 self.reset_faults.append(f"{key!r} after an inner episode's end is not what the env's reset gave")
@@ -250,9 +253,8 @@ class _Played:
         return broken
 
     def trans_at_trial_start(self):
-        spec = self.base.full_action_spec[self.base.action_key]
-        choices = spec.space.n if type(spec) is Categorical and spec.dtype != torch.bool else 1
-        size = prod(spec.shape) // self.num_rows * choices + 1  # action and reward
+        previous = next((t for t in self.transforms if isinstance(t, PreviousStep)), None)
+        size = 1 if previous is None else previous.action_size + 1  # action and reward
         return (self.steps[self.in_key][..., -1 - size : -1] != 0) & self.starts
 
     def partial_reset(self):

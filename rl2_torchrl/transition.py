@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.data import Binary, Categorical, Composite, NonTensor, TensorSpec, Unbounded
+from torchrl.data import Binary, Categorical, Composite, MultiCategorical, NonTensor, TensorSpec, Unbounded
 from torchrl.envs import Transform
 
-from rl2_torchrl.trial import EPISODE_DONE, TRIAL_KEYS
+from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, is_within
 
 __all__ = ["PreviousStep"]
 
@@ -27,8 +27,8 @@ class PreviousStep(Transform):
     concatenated in the order of ``obs_keys``. The last entry is done, the last but one the reward.
 
     Args:
-        obs_keys: observations to include. Defaults to all numbers and vectors among the env's, less the task and the trial's
-            counters: images (two dimensions and more) are for an encoder that reads them whole, text is for nobody here.
+        obs_keys: observations to include. Defaults to all numbers and vectors among the env's, less the task, ``"info"`` and the
+            trial's counters: images (two dimensions and more) are for an encoder that reads them whole, text is for nobody here.
             An empty list leaves none, as in bandits.
         out_key: entry to write. Defaults to ``"trans"``.
         task_key: the task's entry, which must not be among the inputs. Defaults to ``"task"``.
@@ -142,9 +142,8 @@ class PreviousStep(Transform):
                 "every episode. Use Compose(Trial(...), TaskSampler(...), PreviousStep())."
             )
         hidden = {*TRIAL_KEYS, self.out_key, "is_init"}
-        keys = [
-            key for key in observation_spec.keys(True, True) if key not in hidden and not _is_within(key, self.task_key)
-        ]
+        keys = [key for key in observation_spec.keys(True, True) if key not in hidden]
+        keys = [key for key in keys if not is_within(key, self.task_key) and not is_within(key, INFO)]
         batch_dims = len(self.container.base_env.batch_size)
         return [key for key in keys if _is_vector(observation_spec[key], batch_dims)]
 
@@ -154,30 +153,34 @@ class PreviousStep(Transform):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """How one entry becomes a float32 vector: one-hot where it is an index among ``choices``, flattened otherwise."""
+    """How one entry becomes a float32 vector: one-hot where it is made of choices, flattened otherwise."""
 
     size: int
-    choices: int | None
+    #: Where the one-hot vector of each choice begins, or None.
+    offsets: torch.Tensor | None
 
     @classmethod
     def of(cls, spec: TensorSpec, batch_dims: int) -> _Encoding:
         size = spec.shape[batch_dims:].numel()
         # OneHot is a class beside Categorical. Binary is one below it, and a vector already.
-        if isinstance(spec, Categorical) and not isinstance(spec, Binary) and spec.dtype != torch.bool:
-            return cls(size * spec.space.n, spec.space.n)
-        return cls(size, None)
+        if not isinstance(spec, Categorical) or isinstance(spec, Binary) or spec.dtype == torch.bool:
+            return cls(size, None)
+        choices = spec.nvec.view(-1)[-size:].cpu() if isinstance(spec, MultiCategorical) else torch.tensor([spec.space.n] * size)
+        return cls(int(choices.sum()), (choices.cumsum(0) - choices).to(spec.device))
 
     def encode(self, value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
-        if self.choices is not None:
-            value = torch.nn.functional.one_hot(value.long(), self.choices)
-        return value.to(torch.float32).reshape(*batch_size, -1)
+        """The vector ``[*B, size]`` of ``value``."""
+        out = torch.zeros(*batch_size, self.size, device=value.device)
+        self.write(out, value)
+        return out
 
     def write(self, out: torch.Tensor, value: torch.Tensor) -> None:
         """Writes the encoded ``value`` into ``out`` ``[*B, size]``, which holds zeros."""
-        if self.choices == self.size:
-            out.scatter_(-1, value.long().unsqueeze(-1), 1.0)
+        if self.offsets is None:
+            out.copy_(value.reshape(out.shape))
         else:
-            out.copy_(self.encode(value, out.shape[:-1]))
+            choices = value.long().reshape(*out.shape[:-1], len(self.offsets))
+            out.scatter_(-1, choices if len(self.offsets) == 1 else choices + self.offsets, 1.0)
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,3 @@ class _Layout:
 def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:
     return not isinstance(spec, NonTensor) and len(spec.shape) - batch_dims < 2
 
-
-def _is_within(key: NestedKey, root: NestedKey) -> bool:
-    key, root = (k if isinstance(k, tuple) else (k,) for k in (key, root))
-    return key[: len(root)] == root

@@ -18,6 +18,9 @@ TRIAL_STEP = "trial_step"
 TIME_LEFT = "time_left"
 #: Entries that `Trial` adds beside the env's own observations; never policy inputs by default.
 TRIAL_KEYS = (EPISODE_DONE, EPISODE_INDEX, TRIAL_STEP, TIME_LEFT)
+#: Where an env puts what it says beside observation and reward, such as whether a goal was reached: recorded, and never read by a
+#: policy.
+INFO = "info"
 
 
 class Trial(Transform):
@@ -49,7 +52,8 @@ class Trial(Transform):
         truncate: mark the trial's end as ``truncated`` in place of ``terminated``, so that the value of the last
             observation is bootstrapped. Default False: a trial's end is terminal.
         step_keys: entries that tell of the step that was taken rather than of the state that it led to, such as a velocity or
-            whether a goal was reached. An inner reset leaves them; all others are those of the new episode then. Default none.
+            whether a goal was reached. An inner reset leaves them; all others are those of the new episode then. Those within
+            ``"info"`` always are. Default none more.
 
     Raises:
         ValueError: neither bound is given, or one is below 1.
@@ -118,11 +122,15 @@ class Trial(Transform):
         reset_input.set("_reset", rows)
         first = env._reset(reset_input)
         for key in first.keys(True, True):
-            if key in env.done_keys or key in env.reset_keys or key in self.step_keys:
+            if key in env.done_keys or key in env.reset_keys or self.tells_of_step(key):
                 continue
             old, new = next_tensordict.get(key, None), first.get(key)
             mask = expand_as_right(rows.reshape(env.batch_size), new)
             next_tensordict.set(key, new if old is None else torch.where(mask, new, old))
+
+    def tells_of_step(self, key: NestedKey) -> bool:
+        """Whether the entry ``key`` tells of the step that was taken, so that an inner reset leaves it."""
+        return key in self.step_keys or is_within(key, INFO)
 
     def _set_done(self, next_tensordict: TensorDictBase, trial_done: torch.Tensor) -> None:
         next_tensordict.set("done", trial_done)
@@ -214,3 +222,9 @@ class Trial(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("Trial is a transform of environments; it has no meaning in a replay buffer.")
+
+
+def is_within(key: NestedKey, root: NestedKey) -> bool:
+    """Whether the entry ``key`` is ``root``, or lies within it."""
+    key, root = (k if isinstance(k, tuple) else (k,) for k in (key, root))
+    return key[: len(root)] == root

@@ -3,6 +3,7 @@ Gymnasium; and `TensorEnv`, which one of your own derives from."""
 
 from rl2_torchrl.envs.bandits import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 from rl2_torchrl.envs.gridnavi import GridNavi, grid_goals
+from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.gymnasium import GymTaskEnv
 from rl2_torchrl.envs.locomotion import (
     AntDirection,
@@ -25,6 +26,7 @@ __all__ = [
     "BernoulliBandit",
     "GridNavi",
     "GymTaskEnv",
+    "GymVectorEnv",
     "HalfCheetahDirection",
     "HalfCheetahVelocity",
     "LocomotionEnv",

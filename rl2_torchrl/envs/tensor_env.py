@@ -36,7 +36,7 @@ class TensorEnv(EnvBase):
     for more than a few steps, and a warning is logged, once.
 
     Args:
-        task_spec: spec of a task.
+        task_spec: spec of a task; None for an env without, to which `begin` is given None.
         observation_spec: spec of ``"observation"``, a `Composite` of several entries, or None for an env that shows nothing.
         action_spec: spec of an action.
         reward_spec: spec of a reward, ``[1]``. Default: float32, unbounded.
@@ -106,7 +106,7 @@ class TensorEnv(EnvBase):
     def __init__(
         self,
         *,
-        task_spec: TensorSpec,
+        task_spec: TensorSpec | None,
         action_spec: TensorSpec,
         observation_spec: TensorSpec | None = None,
         reward_spec: TensorSpec | None = None,
@@ -139,7 +139,7 @@ class TensorEnv(EnvBase):
 
     def _make_specs(
         self,
-        task: TensorSpec,
+        task: TensorSpec | None,
         observation: Composite,
         action: TensorSpec,
         reward: TensorSpec,
@@ -154,7 +154,7 @@ class TensorEnv(EnvBase):
         # Where the limit terminates and nothing else ends an episode, none is ever truncated.
         never_truncated = self.fixed_length and self.time_limit_terminates
         names = ("done", "terminated") if never_truncated else ("done", "terminated", "truncated")
-        self.state_spec = self._batched(Composite(task=task))
+        self.state_spec = self._batched(Composite({} if task is None else {"task": task}))
         self.observation_spec = self._batched(observation)
         self.action_spec, self.reward_spec = self._batched(action), self._batched(reward)
         self.full_done_spec = self._batched(Composite({name: flag.clone() for name in names}))
@@ -164,7 +164,7 @@ class TensorEnv(EnvBase):
 
     # --------------------------------------------------- written by an author
     @abstractmethod
-    def begin(self, task: Tensor | TensorDictBase, rows: Tensor) -> tuple[EnvState, Tensor | Entries | None]:
+    def begin(self, task: Tensor | TensorDictBase | None, rows: Tensor) -> tuple[EnvState, Tensor | Entries | None]:
         """State and first observation of an episode.
 
         Values are returned for all rows; of those that do not begin the returned ones are dropped. An env that keeps its
@@ -201,7 +201,7 @@ class TensorEnv(EnvBase):
         return {}
 
     # ------------------------------------------- derived, on plain tensors
-    def start(self, task: Tensor | TensorDictBase, rows: Tensor | None = None) -> Entries:
+    def start(self, task: Tensor | TensorDictBase | None, rows: Tensor | None = None) -> Entries:
         """Begins an episode in ``rows``, and leaves the others where they are.
 
         Args:
@@ -294,9 +294,10 @@ class TensorEnv(EnvBase):
     # ------------------------------------------------ derived, on TensorDicts
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
         rows = None if tensordict is None else tensordict.get("_reset", None)
-        self._has_task = tensordict is not None and "task" in tensordict.keys()
+        is_given = tensordict is not None and "task" in tensordict.keys()
         # A TensorDict's owner may write over it, and what is begun keeps its task.
-        task = tensordict["task"].clone() if self._has_task else self._zero_task()
+        task = tensordict["task"].clone() if is_given else self.zero_task()
+        self._has_task = is_given or task is None
         entries = self.start(task, None if rows is None or rows.all() else rows)
         output = self._tensordict(entries)
         return output if self._has_task else output.set("task", task.clone())
@@ -327,9 +328,10 @@ class TensorEnv(EnvBase):
             output.set(key, value.clone())
         return output.update(self.observe_more(self._now.state)) if self.more_keys else output
 
-    def _zero_task(self) -> Tensor | TensorDictBase:
-        spec = self.full_state_spec["task"]
-        return spec.project(spec.zero())
+    def zero_task(self) -> Tensor | TensorDictBase | None:
+        """What is played where nobody gives a task; None in an env without."""
+        spec = self.full_state_spec.get("task", None)
+        return None if spec is None else spec.project(spec.zero())
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         """``terminated`` and ``truncated`` of all rows, ``[*B, 1]`` bool."""
@@ -372,7 +374,7 @@ class TensorEnv(EnvBase):
         generator = state[:start].clone()
         if len(state) > start:
             if not self._now.started:
-                self.start(self._zero_task())  # for the state's shapes; all its values are replaced
+                self.start(self.zero_task())  # for the state's shapes; all its values are replaced
             leaves = list(self._leaves())
             sizes = [leaf.numel() * leaf.element_size() for leaf in leaves]
             if start + sum(sizes) != len(state):

@@ -69,7 +69,7 @@ class TensorDoor:
         self._is_flat = len(env.batch_size) == 1
 
     def start(self, task, rows: Rows) -> State:
-        task = self.env.full_state_spec["task"].zero() if task is None else task
+        task = self.env.zero_task() if task is None else task
         return self._entries(self.env.start(task, None if rows is True else rows))
 
     def play(self, action: torch.Tensor, task) -> Played:

@@ -142,7 +142,7 @@ class TensorTrials:
     def _next_episode(self, rows: Rows, observations: State) -> State:
         first = self.door.start(self._task, rows)
         # What tells of the step that was taken stays; see Trial(step_keys=...).
-        return {**first, **{key: observations[key] for key in self.trial.step_keys if key in observations}}
+        return {**first, **{key: told for key, told in observations.items() if self.trial.tells_of_step(key)}}
 
     def _write_input(self, t: int, action: torch.Tensor, reward: torch.Tensor, done: Rows) -> None:
         self.inputs.tell(t, action, reward, done)
@@ -156,7 +156,7 @@ class TensorTrials:
             self._deal(next(self._undealt) if self.clock.is_shared else self._drawn(rows))
         first = self.door.start(self._task, rows)
         if rows is not True:  # other rows may have begun an episode just now, and go on telling of the step before it
-            told = [key for key in self.trial.step_keys if key in first]
+            told = [key for key in first if self.trial.tells_of_step(key)]
             first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
         self._observations = first
         self._show(t, rows)

@@ -1,0 +1,152 @@
+"""Gymnasium's spaces as TorchRL's specs of one row, and what is handed over between them: arrays of rows and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from tensordict import NestedKey
+from torch import Tensor
+from torchrl import torchrl_logger
+from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
+
+__all__ = ["ActionSpace", "ObservationSpace"]
+
+#: Entries that an env has beside its observations.
+_TAKEN = {"task", "info", "action", "reward", "done", "terminated", "truncated", "next", "_reset"}
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One entry of an observation: where it lies in what Gymnasium gives, and what it becomes."""
+
+    key: NestedKey
+    path: tuple[str | int, ...]
+    spec: TensorSpec
+    #: The number from which its choices count, where that is not 0.
+    start: Tensor | None
+
+    def tensor(self, rows: Any, *, is_one: bool = False) -> Tensor:
+        for step in self.path:
+            rows = rows[step]
+        # A copy: vector envs write their next step over this one.
+        value = torch.from_numpy(np.asarray(rows)[None] if is_one else np.asarray(rows)).to(self.spec.dtype, copy=True)
+        value = value.reshape(len(value), *self.spec.shape)
+        return value if self.start is None else value.sub_(self.start)
+
+
+class ObservationSpace:
+    """The entries of a Gymnasium observation: a `Dict`'s and a `Tuple`'s own ones, or ``"observation"``.
+
+    Reals are handed over as float32, whole numbers and bytes as they are, choices counted from 0. Text is left out, which the
+    log says.
+
+    Args:
+        space: of one row.
+
+    Raises:
+        TypeError: a space that is no tensor of a fixed size, such as a `Sequence` or a `Graph`.
+        ValueError: an entry has a name that an env uses itself.
+    """
+
+    def __init__(self, space: spaces.Space):
+        is_nested = isinstance(space, spaces.Dict | spaces.Tuple)
+        self.leaves = list(_leaves(space, () if isinstance(space, spaces.Dict) else ("observation",), ()))
+        taken = {leaf.key for leaf in self.leaves if is_nested} & _TAKEN
+        if taken:
+            raise ValueError(f"the observation's entries {taken} would stand in the place of the env's own: rename them.")
+        self.spec = Composite({})
+        for leaf in self.leaves:
+            self.spec[leaf.key] = leaf.spec
+
+    def tensors(self, rows: Any) -> dict[NestedKey, Tensor]:
+        """All entries ``[N, ...]`` of what a vector env gives for N rows."""
+        return {leaf.key: leaf.tensor(rows) for leaf in self.leaves}
+
+    def one(self, row: Any) -> dict[NestedKey, Tensor]:
+        """All entries ``[...]`` of what an env gives for one row."""
+        return {leaf.key: leaf.tensor(row, is_one=True)[0] for leaf in self.leaves}
+
+
+def _leaves(space: spaces.Space, key: tuple[str, ...], path: tuple[str | int, ...]) -> Iterator[_Leaf]:
+    if isinstance(space, spaces.Dict):
+        for name, part in space.spaces.items():
+            yield from _leaves(part, (*key, name), (*path, name))
+    elif isinstance(space, spaces.Tuple):
+        for number, part in enumerate(space.spaces):
+            yield from _leaves(part, (*key, str(number)), (*path, number))
+    elif isinstance(space, spaces.Text) or space.dtype in (str, np.str_):
+        torchrl_logger.info(f"The observation's entry {'.'.join(key)!r} is text, which no network here reads: left out.")
+    else:
+        spec, start = _observed(space, ".".join(key))
+        yield _Leaf(key[0] if len(key) == 1 else key, path, spec, start)
+
+
+def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, Tensor | None]:
+    """Spec of one row of ``space``, and the number from which its choices count."""
+    if isinstance(space, spaces.Discrete):
+        return Categorical(int(space.n)), _start(space)
+    if isinstance(space, spaces.MultiDiscrete):
+        return MultiCategorical(space.nvec.flatten().tolist()), _start(space)
+    if isinstance(space, spaces.MultiBinary):
+        return Binary(int(np.prod(space.shape))), None
+    if isinstance(space, spaces.Box):
+        dtype = torch.float32 if np.issubdtype(space.dtype, np.floating) else _dtype(space.dtype)
+        return Unbounded(space.shape or (1,), dtype=dtype), None
+    raise TypeError(
+        f"the observation {name!r} is a {type(space).__name__}, which has no fixed size: make a Box, Discrete, MultiDiscrete, "
+        "MultiBinary, or a Dict or Tuple of these of it, by one of gymnasium.wrappers."
+    )
+
+
+def _start(space: spaces.Discrete | spaces.MultiDiscrete) -> Tensor | None:
+    start = np.asarray(space.start)
+    return torch.as_tensor(start.flatten() if start.ndim else start, dtype=torch.int64) if start.any() else None
+
+
+def _dtype(dtype: np.dtype) -> torch.dtype:
+    # PyTorch knows no arithmetic of unsigned numbers wider than a byte.
+    return torch.from_numpy(np.zeros(1, dtype)).dtype if dtype in (np.uint8, np.bool_, np.int8) else torch.int64
+
+
+class ActionSpace:
+    """A Gymnasium action space, with its spec and the way from actions to what a vector env takes.
+
+    Actions beyond the bounds of a `Box` are clipped to them, as they reach the env; their log-probability stays that of the
+    action as it was drawn (so that the ratio of PPO's loss is that of the policy), and the agent is shown that action too.
+
+    Args:
+        space: of one row.
+
+    Raises:
+        TypeError: there is no such spec: a `Dict`, a `Tuple`, text.
+    """
+
+    def __init__(self, space: spaces.Space):
+        self.space, self._start, self._bounds = space, None, None
+        if isinstance(space, spaces.Discrete):
+            self.spec, self._start = Categorical(int(space.n)), _start(space)
+        elif isinstance(space, spaces.MultiDiscrete):
+            self.spec, self._start = MultiCategorical(space.nvec.flatten().tolist()), _start(space)
+        elif isinstance(space, spaces.MultiBinary):
+            self.spec = Binary(int(np.prod(space.shape)))
+        elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+            low, high = (torch.as_tensor(np.atleast_1d(bound), dtype=torch.float32) for bound in (space.low, space.high))
+            self.spec = Bounded(low, high) if space.is_bounded() else Unbounded(low.shape)
+            self._bounds = (space.low, space.high)
+        else:
+            raise TypeError(
+                f"actions are a {space}, for which no policy here has a distribution: make a Box of reals, Discrete, MultiDiscrete "
+                "or MultiBinary of it by a gymnasium.ActionWrapper."
+            )
+
+    def array(self, action: Tensor) -> np.ndarray:
+        """Actions ``[N, ...]`` as a vector env takes them."""
+        action = action if self._start is None else action + self._start
+        array = action.detach().cpu().numpy().reshape(len(action), *self.space.shape)
+        array = array if self._bounds is None else array.clip(*self._bounds)
+        return array.astype(self.space.dtype, copy=False)
