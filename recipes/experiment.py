@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from rich.console import Console
+from tensordict import NestedKey
 from torchrl.envs import TransformedEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
@@ -190,6 +191,7 @@ class Experiment:
         held_out_tasks: tasks of an evaluation during the training.
         rows: most trials that are played side by side; None plays all of them so.
         episode_name: what an episode is called, e.g. "pull".
+        measures: what else is reported of each episode, as `adaptation_curve` takes it.
 
     Raises:
         ValueError: fewer than two tasks to report on.
@@ -205,11 +207,12 @@ class Experiment:
         held_out_tasks: int = 1024,
         rows: int | None = 2048,
         episode_name: str = "episode",
+        measures: Mapping[NestedKey, str] | None = None,
     ):
         if run.report_tasks < 2:
             raise ValueError(f"report_tasks={run.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
         self.actor, self.make_env, self.distribution, self.run = actor, make_env, distribution, run
-        self.held_out_tasks, self.rows, self.episode_name = held_out_tasks, rows, episode_name
+        self.held_out_tasks, self.rows, self.episode_name, self.measures = held_out_tasks, rows, episode_name, measures
 
     def train(self, collector: TrialCollector, update: PPOUpdate, **options: Any) -> TrainResult:
         """Trains the actor and saves it, or loads the weights that the run names; ``options`` go to `train`."""
@@ -240,14 +243,24 @@ class Experiment:
     def play(self, tasks: torch.Tensor, **how: Any) -> AdaptationCurve:
         """One trial on each of ``tasks`` [num_tasks, task_size]; ``how`` goes to `adaptation_curve`."""
         rounds = math.ceil(len(tasks) / (self.rows or len(tasks)))
-        env = self.make_env(TaskSampler.fixed(tasks), math.ceil(len(tasks) / rounds))  # rows that have a task in each round
-        return adaptation_curve(env, self.actor, len(tasks), **how)
+        env = self.make_env(
+            TaskSampler.fixed(tasks), math.ceil(len(tasks) / rounds)
+        )  # rows that have a task in each round
+        curve = adaptation_curve(env, self.actor, len(tasks), measures=self.measures, **how)
+        env.close()
+        return curve
 
     def evaluate(self) -> dict[str, float]:
         """What `train` logs of held-out trials."""
         curve = self.play(self.tasks(HELD_OUT_TASKS, self.held_out_tasks))
         first, last = curve.per_episode[[0, -1]].tolist()
-        return {"trial_return": curve.mean, f"first_{self.episode_name}": first, f"last_{self.episode_name}": last}
+        figures = {"trial_return": curve.mean, f"first_{self.episode_name}": first, f"last_{self.episode_name}": last}
+        for name, measured in curve.measures.items():
+            figures |= {
+                f"first_{name}": measured.per_episode[0].item(),
+                f"last_{name}": measured.per_episode[-1].item(),
+            }
+        return figures
 
     @cached_property
     def reported(self) -> torch.Tensor:

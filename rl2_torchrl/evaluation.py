@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral
+from typing import Literal, get_args
 
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
@@ -19,6 +21,9 @@ from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP
 
 __all__ = ["AdaptationCurve", "adaptation_curve", "with_shuffled_rewards", "with_zeroed_memory"]
 
+#: How the numbers of an episode's steps become the episode's.
+Measure = Literal["max", "sum", "mean", "last"]
+
 
 @dataclass(frozen=True)
 class AdaptationCurve:
@@ -27,6 +32,7 @@ class AdaptationCurve:
     Args:
         returns: return of each episode, ``[num_trials, num_episodes]``; NaN where a trial had no such episode. A trial that
             is bounded by steps can end within an episode, which then counts with the rewards it had so far.
+        measures: by name, the curve of another number of each episode, such as whether it was a success.
 
     Raises:
         ValueError: ``returns`` is not a floating-point table of at least one trial and one episode, or holds infinities.
@@ -38,6 +44,7 @@ class AdaptationCurve:
     """
 
     returns: torch.Tensor
+    measures: Mapping[str, AdaptationCurve] = field(default_factory=dict)
 
     def __post_init__(self):
         returns = self.returns
@@ -93,6 +100,7 @@ def adaptation_curve(
     deterministic: bool = False,
     ablation: Callable[[State], State] | None = None,
     on_step: Callable[[State], None] | None = None,
+    measures: Mapping[NestedKey, Measure] | None = None,
     max_trial_steps: int = 1_000_000,
 ) -> AdaptationCurve:
     """Plays ``num_trials`` whole trials and returns the return of every episode separately.
@@ -111,6 +119,9 @@ def adaptation_curve(
             `with_zeroed_memory(policy)` or `with_shuffled_rewards()`.
         on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not
             tell.
+        measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and how the steps' numbers make one: their
+            ``"max"`` (as a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
+            ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes.
         max_trial_steps: raise when a trial does not end within so many steps.
 
     Returns:
@@ -137,53 +148,64 @@ def adaptation_curve(
         raise ValueError(f"num_trials={num_trials!r}: an evaluation over nothing would report NaN. Give at least 1.")
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
+    measured = {unravel_key(("next", key)): how for key, how in (measures or {}).items()}
+    _require_measures(env, measures or {})
     # No step is taken beyond the last trial's end.
-    rollout = Rollout(env, policy, trial_steps(env) or 1, _KEPT, ablation=ablation, on_step=on_step)
+    kept = [*_KEPT, *(key for key in measured if key not in _KEPT)]
+    rollout = Rollout(env, policy, trial_steps(env) or 1, kept, ablation=ablation, on_step=on_step)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    returns = _Returns(int(num_trials))
+    trials, returns = _Trials(int(num_trials)), _Table("sum")
+    tables = {key: _Table(how) for key, how in measured.items()}
     with set_exploration_type(kind):
-        while returns.open:
+        while trials.open:
             batch = rollout()
-            returns.add(*(batch[key].reshape(-1, batch.shape[-1]).cpu() for key in _KEPT))
+            steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}
+            index, counted = trials.add(steps)
+            returns.add(index, steps["next", "reward"][counted])
+            for key, table in tables.items():
+                table.add(index, steps[key][counted])
             _require_end(batch["next", TRIAL_STEP][~batch["next", "done"]], max_trial_steps)
-    return AdaptationCurve(returns.table())
+    return AdaptationCurve(returns.table(), {key[-1]: AdaptationCurve(table.table()) for key, table in tables.items()})
 
 
 _KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next", TRIAL_STEP))
 
 
-class _Returns:
-    """Sums the rewards of the first ``num_trials`` trials by episode; those of further trials are left out."""
+def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> None:
+    known = list(env.observation_spec.keys(True, True))
+    missing = [key for key in measures if key not in known and key != "reward"]
+    if missing:
+        raise KeyError(f"measures asks for {missing}, which the env does not say; it has {known}.")
+    unknown = set(measures.values()) - set(get_args(Measure))
+    if unknown:
+        raise ValueError(f"measures asks for the {unknown} of an episode's steps: choose of {get_args(Measure)}.")
+
+
+class _Trials:
+    """Of which of the first ``num_trials`` trials, and of which episode in it, each step is; those of further trials are left out."""
 
     def __init__(self, num_trials: int):
-        # In float64: returns of long episodes lose digits in float32.
-        self._sums = torch.zeros(num_trials, 0, dtype=torch.float64)
-        self._begun = torch.zeros(num_trials, 0, dtype=torch.bool)
+        self.number = num_trials
         self._unfinished = torch.ones(num_trials, dtype=torch.bool)
-        self._number, self._trial = 0, None
+        self._begun, self._trial = 0, None
 
     @property
     def open(self) -> bool:
         """Whether a trial has not ended yet."""
         return bool(self._unfinished.any())
 
-    def add(self, episode, is_init, reward, done, _) -> None:
-        """Adds the steps of a batch, ``[num_rows, T]`` each."""
-        trial = self._trials(is_init)
-        counted = trial < len(self._unfinished)
+    def add(self, steps: Mapping[NestedKey, torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Trial and episode of each step of a batch that counts, and which do, bool ``[num_rows, T]``."""
+        trial, episode, reward = self._trials(steps["is_init"]), steps[EPISODE_INDEX], steps["next", "reward"]
+        counted = trial < self.number
         _require_finite(torch.where(counted, reward, 0.0), trial, episode)
-        missing = max(0, (int(episode[counted].max()) if counted.any() else 0) + 1 - self._sums.shape[1])
-        self._sums = nn.functional.pad(self._sums, (0, missing))
-        self._begun = nn.functional.pad(self._begun, (0, missing))
-        index = (trial[counted], episode[counted])
-        self._sums.index_put_(index, reward[counted].double(), accumulate=True)
-        self._begun[index] = True
-        self._unfinished[trial[counted & done]] = False
+        self._unfinished[trial[counted & steps["next", "done"]]] = False
+        return (trial[counted], episode[counted]), counted
 
     def _trials(self, is_init: torch.Tensor) -> torch.Tensor:
         """Which trial each step ``[num_rows, T]`` is of, counted in the order in which trials begin."""
-        number = self._number - 1 + is_init.t().flatten().cumsum(0).view(is_init.shape[1], -1).t()
-        self._number += int(is_init.sum())
+        number = self._begun - 1 + is_init.t().flatten().cumsum(0).view(is_init.shape[1], -1).t()
+        self._begun += int(is_init.sum())
         trial = torch.where(is_init, number, -1)
         if self._trial is not None:
             trial[:, 0] = torch.where(is_init[:, 0], trial[:, 0], self._trial)
@@ -191,10 +213,39 @@ class _Returns:
         self._trial = trial[:, -1]
         return trial
 
+
+class _Table:
+    """A number of each episode, made of those of its steps."""
+
+    def __init__(self, how: Measure):
+        self.how = how
+        # In float64: returns of long episodes lose digits in float32.
+        self._numbers, self._steps = (torch.zeros(0, 0, dtype=torch.float64) for _ in range(2))
+
+    def add(self, index: tuple[torch.Tensor, torch.Tensor], values: torch.Tensor) -> None:
+        """Adds the ``values`` ``[n]`` of steps, in the order in which they were played, of the trials and episodes ``index``."""
+        if not len(values):
+            return
+        missing = [max(0, int(at.max()) + 1 - size) for at, size in zip(index, self._numbers.shape, strict=True)]
+        padding = (0, missing[1], 0, missing[0])
+        self._numbers, self._steps = (nn.functional.pad(t, padding) for t in (self._numbers, self._steps))
+        numbers, steps, values = self._numbers.view(-1), self._steps.view(-1), values.double()
+        at = index[0] * self._steps.shape[1] + index[1]
+        if self.how == "max":
+            highest = torch.full_like(numbers, -torch.inf).index_reduce_(0, at, values, "amax")
+            numbers.copy_(torch.where(steps > 0, numbers.maximum(highest), highest))
+        elif self.how == "last":
+            last = torch.full(numbers.shape, -1).index_reduce_(0, at, torch.arange(len(at)), "amax")
+            numbers[last >= 0] = values[last[last >= 0]]
+        else:
+            numbers.index_add_(0, at, values)
+        steps.index_add_(0, at, torch.ones_like(values))
+
     def table(self) -> torch.Tensor:
-        """Returns ``[num_trials, num_episodes]``, NaN where a trial had no such episode."""
-        played = self._begun.any(0)
-        return torch.where(self._begun, self._sums, torch.nan)[:, played]
+        """The table ``[num_trials, num_episodes]``, NaN where a trial had no such episode."""
+        numbers = self._numbers / self._steps if self.how == "mean" else self._numbers
+        played = self._steps > 0
+        return torch.where(played, numbers, torch.nan)[:, played.any(0)]
 
 
 def _require_finite(reward: torch.Tensor, trial: torch.Tensor, episode: torch.Tensor) -> None:

@@ -85,6 +85,9 @@ class AdaptationReport:
         """The few figures that a page of results shows of a run, in its order: the agent, its ablations, classical agents."""
         curves = {"RL²": self.agent, "greedy": self.greedy, **self.ablations, **self.baselines}
         figures: dict[str, float | str] = {_label(name): f"{c.mean:.3f} ± {c.se:.3f}" for name, c in curves.items()}
+        for name, curve in self.agent.measures.items():
+            first, last = curve.per_episode[[0, -1]].tolist()
+            figures[f"{_label(name)}, first and last {self.episode_name}"] = f"{first:.3f}, {last:.3f}"
         return figures if self.optimum is None else {**figures, "optimum": round(self.optimum, 3)}
 
     def save(self, folder: str | Path) -> Path:
@@ -112,6 +115,8 @@ class AdaptationReport:
         table.add_column("agent")
         for column in ("mean", "± SE", f"first {self.episode_name}", f"last {self.episode_name}"):
             table.add_column(column, justify="right")
+        for name in self.agent.measures:
+            table.add_column(f"{_label(name)}, last", justify="right")
         if self.optimum is not None:
             table.add_row("Bayes optimum (exact)", f"{self.optimum:.3f}", "", "", "", style="dim")
         rows = {"[bold]RL²": self.agent, "[bold]RL², greedy": self.greedy, **self.baselines}
@@ -130,10 +135,13 @@ class AdaptationReport:
         except ImportError as error:
             raise ImportError('the plot needs matplotlib: pip install "rl2_torchrl[recipes]".') from error
 
-        figure = Figure(figsize=(12, 5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        self._plot_learning(left)
-        self._plot_adaptation(right)
+        measures = list(self.agent.measures)
+        figure = Figure(figsize=(12 + 5 * len(measures), 5), layout="constrained")
+        learning, adaptation, *others = figure.subplots(1, 2 + len(measures))
+        self._plot_learning(learning)
+        self._plot_adaptation(adaptation)
+        for axes, name in zip(others, measures, strict=True):
+            self._plot_adaptation(axes, name)
         figure.suptitle(self.title, fontsize=14)
         return figure
 
@@ -162,15 +170,16 @@ class AdaptationReport:
         for color, (name, curve) in zip(cycle(_COLORS), self.baselines.items(), strict=False):
             axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{_label(name)} {curve.mean:.2f}")
 
-    def _plot_adaptation(self, axes) -> None:
+    def _plot_adaptation(self, axes, measure: str | None = None) -> None:
+        """The mean reward of each episode, or the mean of a measure, which classical agents may lack."""
         for color, (name, curve) in zip(cycle(_COLORS), self.baselines.items(), strict=False):
-            _band(axes, curve, _label(name), color=color, lw=1.5)
+            _band(axes, curve, measure, _label(name), color=color, lw=1.5)
         for style, (name, curve) in zip(cycle(("--", ":", "-.")), self.ablations.items(), strict=False):
-            _band(axes, curve, f"RL², {_label(name)}", color="grey", lw=1.5, ls=style)
-        _band(axes, self.agent, "RL²", color=_AGENT, lw=2.5)
+            _band(axes, curve, measure, f"RL², {_label(name)}", color="grey", lw=1.5, ls=style)
+        _band(axes, self.agent, measure, "RL²", color=_AGENT, lw=2.5)
         axes.set(
             xlabel=f"{self.episode_name} of the trial",
-            ylabel=f"mean reward of the {self.episode_name}",
+            ylabel=f"mean {_label(measure or 'reward')} of the {self.episode_name}",
             title="Adaptation: within a trial, weights fixed",
         )
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -227,6 +236,7 @@ def _summary(curve: AdaptationCurve) -> dict[str, Any]:
         "num_tasks": curve.num_tasks,
         "per_episode": curve.per_episode.tolist(),
         "per_episode_se": curve.per_episode_se.tolist(),
+        **({"measures": {name: _summary(each) for name, each in curve.measures.items()}} if curve.measures else {}),
     }
 
 
@@ -240,10 +250,15 @@ def _finite_or_none(value: Any) -> Any:
 
 def _cells(curve: AdaptationCurve) -> list[str]:
     first, last = curve.per_episode[0].item(), curve.per_episode[-1].item()
-    return [f"{curve.mean:.3f}", f"{curve.se:.3f}", f"{first:.3f}", f"{last:.3f}"]
+    figures = [curve.mean, curve.se, first, last, *(c.per_episode[-1].item() for c in curve.measures.values())]
+    return [f"{figure:.3f}" for figure in figures]
 
 
-def _band(axes, curve: AdaptationCurve, label: str, **style) -> None:
+def _band(axes, curve: AdaptationCurve, measure: str | None, label: str, **style) -> None:
+    if measure is not None:
+        if measure not in curve.measures:
+            return
+        curve = curve.measures[measure]
     mean, se = curve.per_episode.numpy(), curve.per_episode_se.numpy()
     episodes = range(1, len(mean) + 1)
     axes.plot(episodes, mean, label=label, **style)

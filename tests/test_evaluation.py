@@ -27,7 +27,7 @@ from rl2_torchrl import (
     with_shuffled_rewards,
     with_zeroed_memory,
 )
-from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, TensorEnv
 
 NAN = math.nan
 # Ten bandits of two certain arms: the first arm of task i pays in the tasks 0, 3, 4, 7, 9.
@@ -389,3 +389,39 @@ def test_an_empty_report_can_be_drawn():
     report = make_report(baselines={}, ablations={}, optimum=None, train=TrainResult())
     assert len(report.plot().axes) == 2
     assert report.table().row_count >= 2
+
+
+def test_measures_are_made_of_an_episodes_steps():
+    class Said(
+        TensorEnv
+    ):  # episodes of three steps, in which step t of episode e of row n says 10 e + (1, 3, 2)[t] + 100 n
+        def __init__(self, **kwargs):
+            specs = {"observation_spec": Unbounded(1), "action_spec": Categorical(2), "task_spec": None}
+            more = Composite(info=Composite(said=Unbounded(1)))
+            super().__init__(**specs, more_spec=more, max_episode_steps=3, fixed_length=True, **kwargs)
+            self.episode = -1
+
+        def begin(self, task, rows):
+            self.episode += 1
+            return torch.zeros(*self.batch_size, 1), torch.zeros(*self.batch_size, 1)
+
+        def advance(self, state, action):
+            return state + 1, state, torch.zeros_like(state), None, None
+
+        def observe_more(self, state):
+            said = torch.tensor([0.0, 1.0, 3.0, 2.0])[state.long()]
+            return {("info", "said"): said + 10 * self.episode + 100 * torch.arange(2).unsqueeze(-1)}
+
+    expected = {"max": 3.0, "last": 2.0, "mean": 2.0, "sum": 6.0}
+    for how, first in expected.items():
+        env = TransformedEnv(Said(batch_size=(2,)), Compose(Trial(episodes=2), PreviousStep()))
+        actor = GRUCategoricalActor.from_env(env, hidden_size=4)
+        curve = adaptation_curve(env, actor, 2, measures={("info", "said"): how})
+        steps = 3 if how == "sum" else 1
+        rows = [[first, first + 10 * steps], [first + 100 * steps, first + 110 * steps]]
+        assert curve.measures["said"].returns.tolist() == rows, how
+        assert torch.equal(curve.returns, torch.zeros(2, 2, dtype=torch.float64))
+    with pytest.raises(KeyError, match="which the env does not say"):
+        adaptation_curve(env, actor, 2, measures={("info", "other"): "max"})
+    with pytest.raises(ValueError, match="choose of"):
+        adaptation_curve(env, actor, 2, measures={("info", "said"): "best"})

@@ -122,13 +122,17 @@ class GymVectorEnv(TensorEnv):
         if isinstance(env, str):
             env = partial(gymnasium.make, env, **kwargs)
         elif kwargs:
-            raise TypeError(f"{sorted(kwargs)} are gymnasium.make's, which is called for an id alone; here env is {env}.")
+            raise TypeError(
+                f"{sorted(kwargs)} are gymnasium.make's, which is called for an id alone; here env is {env}."
+            )
         if callable(env) and (num_envs is None or num_envs < 1):
             raise ValueError(f"num_envs={num_envs}: say how many envs shall stand side by side, such as num_envs=16.")
         makers = [env] * num_envs if callable(env) else list(env)
         if not makers or num_envs not in (None, len(makers)):
             raise ValueError(f"{len(makers)} functions and num_envs={num_envs}: one function makes one row.")
-        makers = [partial(_Row, make, n, self._set_task, self._tasks, self._task_option) for n, make in enumerate(makers)]
+        makers = [
+            partial(_Row, make, n, self._set_task, self._tasks, self._task_option) for n, make in enumerate(makers)
+        ]
         # What they return is copied here, with a change of dtype where there is one.
         options = {"copy": False, "autoreset_mode": AutoresetMode.DISABLED}
         if vectorization == "sync":

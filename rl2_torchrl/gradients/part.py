@@ -9,7 +9,7 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 
-__all__ = ["AutogradPart", "Part", "State", "accumulate", "entries_of", "is_bare", "on_entries", "runs"]
+__all__ = ["AutogradPart", "DataPart", "Part", "State", "accumulate", "entries_of", "is_bare", "on_entries", "runs"]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, what networks make of them, or gradients by them.
 State = dict[NestedKey, torch.Tensor]
@@ -149,6 +149,12 @@ class AutogradPart(Part):
             torch._foreach_zero_(memory)
         if known:
             torch._foreach_copy_([to for to, _ in known], [gradient for _, gradient in known])
+
+
+class DataPart(AutogradPart):
+    """A function of data that has no parameters, such as a normalisation: nothing is differentiated, unless a gradient is wanted."""
+
+    kind = "kernel"
 
 
 @contextmanager

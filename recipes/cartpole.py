@@ -1,0 +1,108 @@
+"""RL² on CartPole without its velocities, its pole's length and gravity unknown: a Gymnasium env through `GymVectorEnv`."""
+
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from torchrl.data import Unbounded
+from torchrl.envs import Compose, TransformedEnv
+
+from recipes import experiment
+from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationReport,
+    GRUCategoricalActor,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    linear_decay,
+)
+from rl2_torchrl.envs import GymVectorEnv
+
+NETWORK = Network(critic_keys=())
+LEARNING = Learning(trials=64, env_steps=5_000_000, lr=1e-3, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.01)
+RUN = Run(Path("runs/cartpole"), report_tasks=256)
+#: Steps of a batch in each row, and of a chunk that gradients go through: episodes last up to 500.
+BATCH_STEPS, CHUNK_STEPS = 128, 64
+
+
+def main(
+    *,
+    episodes: int = 2,
+    observation_scale: float = 1.0,
+    network: Network = NETWORK,
+    learning: Learning = LEARNING,
+    run: Run = RUN,
+) -> AdaptationReport:
+    """Trains RL² to balance poles of unknown length under unknown gravity, seen without velocities, and reports how long it does.
+
+    Args:
+        episodes: episodes of a trial.
+        observation_scale: factor on the observations; far from 1 nothing is learnt without ``--normalize``.
+        network: actor and critic.
+        learning: batches, and PPO on them.
+        run: seeds, where the run begins, and what it leaves.
+    """
+    torch.manual_seed(run.seed)
+
+    def make_env(sampler: TaskSampler, rows: int) -> TransformedEnv:
+        poles = GymVectorEnv(
+            partial(masked_cartpole, observation_scale), rows, set_task=set_physics, task_spec=Unbounded(2)
+        )
+        return TransformedEnv(poles, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
+
+    env = make_env(TaskSampler(physics, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
+    actor = GRUCategoricalActor.from_env(env, **network.slots, num_cells=network.num_cells)
+    critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
+    policy = ActorCritic(actor, critic)
+    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
+        TrialAdvantage(
+            **horizon, critic=policy, scale_rewards=True
+        ),  # returns of up to a hundred, and the critic learns in units
+        bptt=CHUNK_STEPS,
+        lr=learning.lr,
+        epochs=learning.epochs,
+        minibatches=learning.minibatches,
+        max_grad_norm=learning.max_grad_norm,
+        lr_schedule=linear_decay,
+        entropy_schedule=linear_decay,
+    )
+    batch = learning.trials * BATCH_STEPS
+    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
+    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    poles = Experiment(actor, make_env, physics, run, held_out_tasks=64, rows=64)
+    result = poles.train(collector, update)
+    return experiment.publish(poles.report(result, title="RL² on CartPole without velocities"), run)
+
+
+def masked_cartpole(scale: float = 1.0) -> gymnasium.Env:
+    """CartPole that shows where cart and pole are, times ``scale``, and not how fast they move."""
+    space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+    return gymnasium.wrappers.TransformObservation(
+        gymnasium.make("CartPole-v1"), lambda seen: scale * seen[[0, 2]], space
+    )
+
+
+def set_physics(cartpole: gymnasium.Env, task: torch.Tensor) -> None:
+    """Half the pole's length (m) and gravity (m/s²)."""
+    cartpole.length, cartpole.gravity = task.tolist()
+    cartpole.polemass_length = cartpole.masspole * cartpole.length
+
+
+def physics(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Half lengths from 0.25 to 1 m (Gymnasium's is 0.5), gravity from 5 to 15 m/s², ``[*batch_size, 2]``."""
+    return torch.tensor([0.25, 5.0]) + torch.tensor([0.75, 10.0]) * torch.rand(*batch_size, 2, generator=generator)
+
+
+if __name__ == "__main__":
+    experiment.command(main)

@@ -1,0 +1,97 @@
+"""`RunningNorm`: inputs brought to mean 0 and standard deviation 1 by statistics that move between updates, and at no other time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tensordict import NestedKey
+from torch import nn
+
+from rl2_torchrl.gradients.part import DataPart, runs
+
+__all__ = ["RunningNorm"]
+
+
+class RunningNorm(nn.Module):
+    """``clip((x - mean) / std)`` by the mean and standard deviation of all data seen so far, entry by entry.
+
+    `PPOUpdate` hands each batch to `update_statistics` once its passes are over: within a rollout and the update on it the
+    statistics are fixed, so that the first ratio of an update is exactly 1. They are buffers: weights that are saved, exported or sent
+    to workers have them, and an evaluation leaves them alone. Before the first batch nothing is changed.
+
+    Args:
+        size: size of the input.
+        columns: which of its entries are normalised, bool ``[size]``; all by default. The others, such as one-hot vectors, pass
+            as they are.
+        clip: what is normalised is kept within ± this. Default 10.
+        device: device of the buffers.
+
+    Raises:
+        ValueError: ``columns`` has another size, or ``clip`` is not positive.
+        FloatingPointError: the data are not finite.
+
+    Examples:
+        >>> norm = RunningNorm(2, columns=[True, False])
+        >>> norm.update_statistics(torch.tensor([[1000.0, 1.0], [3000.0, 0.0]]))
+        >>> norm(torch.tensor([3000.0, 1.0]))
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self,
+        size: int,
+        columns: Sequence[bool] | torch.Tensor | None = None,
+        *,
+        clip: float = 10.0,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        columns = torch.ones(size, dtype=torch.bool) if columns is None else torch.as_tensor(columns, dtype=torch.bool)
+        if columns.shape != (size,) or not clip > 0:
+            raise ValueError(
+                f"columns of shape {tuple(columns.shape)} for size={size}, clip={clip}: give one flag an entry, and a bound."
+            )
+        # In float64, as the sums of long runs; what `forward` reads is made of them.
+        double = {"dtype": torch.float64, "device": device}
+        self.register_buffer("columns", columns.to(device))
+        self.register_buffer("count", torch.zeros((), **double))
+        self.register_buffer("mean", torch.zeros(size, **double))
+        self.register_buffer("squares", torch.zeros(size, **double))
+        self.clip = clip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``x`` ``[*B, size]`` to ``[*B, size]``."""
+        return self.step_function()(x)
+
+    def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`forward` of one step, for a rollout: made anew whenever the statistics have changed."""
+        known = self.columns & (self.squares > 0)  # what has not varied is not divided by nothing
+        std = (self.squares / self.count.clamp_min(1)).sqrt()
+        shift = torch.where(self.columns, self.mean, 0.0).float()
+        scale = torch.where(known, 1 / std, 1.0).float()
+        bound = torch.where(self.columns & (self.count > 0), self.clip, torch.inf).float()
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            return ((x - shift) * scale).clamp(-bound, bound)
+
+        return step
+
+    @torch.no_grad()
+    def update_statistics(self, x: torch.Tensor) -> None:
+        """Adds the data ``x`` ``[*B, size]`` (Chan, Golub & LeVeque 1983, eq. 2.1)."""
+        x = x.reshape(-1, x.shape[-1])
+        # The mean of one column first: float32 sums of large numbers would lose what varies.
+        mean = x.mean(0, dtype=torch.float64)
+        squares = (x - mean).square().sum(0)
+        if not squares.sum().isfinite():
+            raise FloatingPointError("the data to normalise by are not finite: mend the env's observations or rewards.")
+        count = self.count + len(x)
+        delta = mean - self.mean
+        self.squares += squares + delta.square() * (self.count * len(x) / count)
+        self.mean += delta * (len(x) / count)
+        self.count.copy_(count)
+
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> DataPart | None:
+        """The part of a PPO step that this is (`rl2_torchrl.gradients`): there is nothing to differentiate by."""
+        return DataPart(self, in_keys, out_keys) if runs(self, RunningNorm) else None
