@@ -6,13 +6,11 @@ from rl2_torchrl.modules.cores import LSTMCore, RecurrentCore
 from rl2_torchrl.modules.distributions import (
     ActionDistribution,
     CategoricalActions,
-    Family,
     GaussianActions,
     IndependentCategoricals,
     MultiCategoricalActions,
     TanhGaussianActions,
-    family_of,
-    register_family,
+    register_distribution,
 )
 from rl2_torchrl.modules.encoders import ConvEncoder, ImageEncoder, MLPEncoder
 from rl2_torchrl.modules.gru import FastGRUModule, GRUCore
@@ -26,7 +24,6 @@ __all__ = [
     "ActorCritic",
     "CategoricalActions",
     "ConvEncoder",
-    "Family",
     "FastGRUModule",
     "GRUCategoricalActor",
     "GRUCore",
@@ -44,7 +41,6 @@ __all__ = [
     "RecurrentCore",
     "RecurrentCritic",
     "TanhGaussianActions",
-    "family_of",
     "orthogonal_init_",
-    "register_family",
+    "register_distribution",
 ]

@@ -1,7 +1,7 @@
 """A policy as a list of functions on named tensors, for acting step by step: no TensorDict but for a module that wants one.
 
 `acting_parts` takes a `TensorDictSequential` apart into its modules. What each of them does at one step is asked of itself: a
-module with a ``step_function`` brings it (our cores), a distribution whose `Family` is known is sampled on its parameters, a plain
+module with a ``step_function`` brings it (our cores), a distribution acts by the functions of its `ActionDistribution`, a plain
 `TensorDictModule` is called on its tensors; every other module is called with a TensorDict, as it is.
 """
 
@@ -25,7 +25,7 @@ from torchrl.modules import SafeProbabilisticModule
 
 from rl2_torchrl.gradients.part import is_bare
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.modules.distributions import Family, family_of
+from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 
 __all__ = ["ActingPart", "State", "acting_parts"]
 
@@ -72,8 +72,8 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     if hasattr(type(module), "step_function") and _steps_as_forward(module):
         return [_core(module)]
     if type(module).forward in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward):
-        family = family_of(module)
-        return [_with_tensordict(module) if family is None else _distribution(module, family)]
+        distribution = distribution_of(module)
+        return [_with_tensordict(module) if distribution is None else _distribution(module, distribution)]
     if _is_function_of_tensors(module):
         return [ActingPart(module, module.in_keys, module.out_keys, lambda _: _on_tensors(module), "tensors")]
     return [_with_tensordict(module)]
@@ -128,7 +128,7 @@ def _core(module: TensorDictModuleBase) -> ActingPart:
     return ActingPart(module, [in_key, *memory_keys], module.out_keys, make, "core")
 
 
-def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> ActingPart:
+def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDistribution) -> ActingPart:
     in_keys, log_prob_key = module.in_keys, module.log_prob_key if module.return_log_prob else None
     action_key = next(key for key in module.out_keys if key not in module.log_prob_keys)
 
@@ -136,7 +136,7 @@ def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> Acti
         kind = interaction_type() or module.default_interaction_type
         if kind not in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
             return _tensordict_function(module)
-        act = family.sampler(steps) if kind is InteractionType.RANDOM else family.mode
+        act = distribution.sampler(steps) if kind is InteractionType.RANDOM else distribution.mode
 
         def run(state: State) -> None:
             state[action_key] = act(*[state[key] for key in in_keys])
@@ -145,7 +145,7 @@ def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> Acti
 
     def log_prob(state: State) -> None:
         parameters = [state[key] for key in in_keys]
-        state[log_prob_key], _ = family.log_prob_and_entropy(state[action_key], *parameters)
+        state[log_prob_key], _ = distribution.log_prob_and_entropy(state[action_key], *parameters)
 
     return ActingPart(module, in_keys, [action_key], make, "distribution", log_prob, log_prob_key)
 

@@ -65,7 +65,9 @@ class MLPEncoder(nn.Module):
         linears, activations = self.layers[::2], self.layers[1::2]
         if not runs(self, MLPEncoder) or len(self.shape) != 1 or not all(runs(layer, nn.Linear) for layer in linears):
             return self
-        layers = [(layer.weight.detach(), layer.bias.detach(), f) for layer, f in zip(linears, activations, strict=True)]
+        layers = [
+            (layer.weight.detach(), layer.bias.detach(), f) for layer, f in zip(linears, activations, strict=True)
+        ]
 
         def step(x: torch.Tensor) -> torch.Tensor:
             x = _as_reals(x, layers[0][0])
