@@ -13,14 +13,14 @@ from torchrl.modules import GRUModule, set_recurrent_mode
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.recurrent import GRUPart
-from rl2_torchrl.modules.cores import CoreMixin, Tensors, as_sizes, at_ends, run_segments
+from rl2_torchrl.modules.cores import RecurrentCore, Tensors, as_sizes, at_ends, run_segments
 from rl2_torchrl.modules.gru_sequence import gru_sequence, pack_weights, require_weights
 from rl2_torchrl.modules.kernel_tensors import require_tensor, unit_stride
 
 __all__ = ["FastGRUModule", "GRUCore", "StepGRU"]
 
 
-class FastGRUModule(CoreMixin, GRUModule):
+class FastGRUModule(RecurrentCore, GRUModule):
     """A drop-in for `torchrl.modules.GRUModule`: same arguments, keys, primer, ``state_dict`` and numbers, faster on the CPU.
 
     Recurrent mode runs the whole sequence, resets included, in one compiled function with one back-propagation through
@@ -29,7 +29,7 @@ class FastGRUModule(CoreMixin, GRUModule):
     dtypes than float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``, another
     ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine without a C compiler.
 
-    Inputs of another dtype than the weights' are converted. It is a core (`rl2_torchrl.modules.cores`) with one memory,
+    Inputs of another dtype than the weights' are converted. It is a `RecurrentCore` with one memory,
     ``[*B, num_layers, hidden_size]``.
 
     Args:
@@ -45,43 +45,28 @@ class FastGRUModule(CoreMixin, GRUModule):
         torch.Size([4, 5, 8])
     """
 
+    recurrent_mode = GRUModule.recurrent_mode
+
+    def __init__(self, *args, **kwargs):
+        GRUModule.__init__(self, *args, **kwargs)
+
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads and writes what `GRUModule` does, for one step ``[*B]`` or, in recurrent mode, ``[*B, T]``."""
-        if is_compiling():
-            return super().forward(tensordict)
-        x, memory, is_init = self._read(tensordict)
-        if self._is_covered() and x.numel():
-            return self._run(tensordict, x, memory, is_init)
-        out = self._by_torchrl(x, memory, is_init, self.recurrent_mode)
-        for key in self.out_keys:
-            tensordict.set(key, out.get(key))
-        return tensordict
+        return (GRUModule if is_compiling() else RecurrentCore).forward(self, tensordict)
 
     def gradient_part(self) -> GRUPart | None:
         """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`), or None without kernels."""
         return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if self._is_covered() else None
 
-    def is_plain(self) -> bool:
+    def _is_plain(self) -> bool:
         """Whether this is `gru_sequence`, layer by layer, and nothing more."""
         gru = self.gru
         dropout = gru.dropout and gru.training and gru.num_layers > 1
         return type(gru) is nn.GRU and not gru.bidirectional and not dropout and self.recurrent_backend == "pad"
 
-    def has_kernels(self) -> bool:
-        """Whether `gru_sequence` is compiled for this module's device and dtype."""
-        weight = self.gru.weight_hh_l0
-        return weight.device.type == "cpu" and kernels.load(weight.dtype) is not None
-
     def _is_covered(self) -> bool:
-        return self.is_plain() and self.has_kernels() and torch._C._functorch.maybe_current_level() is None
-
-    def _by_torchrl(self, x, memory, is_init, is_sequence: bool) -> TensorDictBase:
-        entries = {self.in_keys[0]: x, "is_init": is_init.unsqueeze(-1)}
-        if memory is not None:
-            entries[self.in_keys[1]] = memory[0]
-        with set_recurrent_mode(is_sequence):
-            return super().forward(TensorDict(entries, x.shape[:-1]))
+        return self._is_plain() and kernels.covers(self.gru.weight_hh_l0)
 
     # ------------------------------------------------------------------- core
     @property
@@ -97,39 +82,36 @@ class FastGRUModule(CoreMixin, GRUModule):
     @property
     def memory_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of the memory, as in `RecurrentCore`."""
-        directions = 2 if self.gru.bidirectional else 1
-        return {"hidden": (self.gru.num_layers * directions, self.gru.hidden_size)}
+        return {"hidden": (self.gru.num_layers * (2 if self.gru.bidirectional else 1), self.gru.hidden_size)}
 
     def step_function(self) -> Callable[..., Tensors]:
         """As `RecurrentCore.step_function`, on weights that are packed once."""
-        return StepGRU(self.gru) if self.is_plain() else super().step_function()
+        return StepGRU(self.gru) if self._is_plain() else super().step_function()
 
     def step(self, x: torch.Tensor, hidden: torch.Tensor) -> Tensors:
-        """One step of N rows, as `RecurrentCore.step`."""
-        x, hidden = x.unsqueeze(1), hidden.unsqueeze(1)
-        if self.is_plain():
-            layers = [layer.squeeze(1) for layer in self._layers(x, hidden, None)]
+        if self._is_plain():
+            layers = [layer.squeeze(1) for layer in self._layers(x.unsqueeze(1), hidden.unsqueeze(1), None)]
             return layers[-1], torch.stack(layers, 1)
-        x, hidden = self.gru(x, hidden.squeeze(1).transpose(0, 1).contiguous())
+        x, hidden = self.gru(x.unsqueeze(1), hidden.transpose(0, 1).contiguous())
         return x.squeeze(1), hidden.transpose(0, 1)
 
     def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
-        """Features and, where a trial ends, the memory, as `RecurrentCore.unroll`."""
         if self._is_covered():
-            layers = self._layers(x, None if memory is None else memory[0], is_init)
+            layers = self._layers(x, memory and memory[0], is_init)
             return layers[-1], at_ends(torch.stack(layers, -2), is_init)
         if isinstance(self.gru, nn.GRU) and self.recurrent_backend == "pad":
             return run_segments(self.gru, x, memory, is_init)
         flags = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if is_init is None else is_init
-        out = self._by_torchrl(x, memory, flags, is_sequence=True)
-        return tuple(out.get(key) for key in self.out_keys)
+        entries = zip(self.in_keys, (x, memory and memory[0], flags.unsqueeze(-1)), strict=True)
+        out = TensorDict({key: entry for key, entry in entries if entry is not None}, x.shape[:2])
+        with set_recurrent_mode(True):
+            return tuple(map(GRUModule.forward(self, out).get, self.out_keys))
 
     def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
-        """The features ``[N, T, features_size]`` of sequences, as `RecurrentCore.sequence`."""
-        x, memory = self._converted(x, memory)
         if self._is_covered():
-            return self._layers(x, None if memory is None else memory[0], is_init)[-1]
-        return self.unroll(x, memory, is_init)[0]
+            x, memory = self._converted(x, memory)
+            return self._layers(x, memory and memory[0], is_init)[-1]
+        return super().sequence(x, memory, is_init)
 
     def _layers(self, x, hidden: torch.Tensor | None, is_init: torch.Tensor | None) -> list[torch.Tensor]:
         """Each layer's output ``[N, T, hidden_size]``, from ``hidden`` ``[N, T, num_layers, hidden_size]``."""
