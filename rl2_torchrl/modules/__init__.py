@@ -1,6 +1,5 @@
 """Networks with memory, in four slots: encoder -> core -> head -> distribution. They go wherever TorchRL's own modules go."""
 
-from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor
 from rl2_torchrl.modules.actor_critic import ActorCritic
 from rl2_torchrl.modules.cores import LSTMCore, RecurrentCore
 from rl2_torchrl.modules.distributions import (
@@ -16,8 +15,14 @@ from rl2_torchrl.modules.encoders import ConvEncoder, ImageEncoder, MLPEncoder
 from rl2_torchrl.modules.gru import FastGRUModule, GRUCore
 from rl2_torchrl.modules.heads import Head
 from rl2_torchrl.modules.init import orthogonal_init_
-from rl2_torchrl.modules.recurrent import RecurrentActor, RecurrentCritic
-from rl2_torchrl.modules.value import GRUValueHead, MemoryValueHead
+from rl2_torchrl.modules.recurrent import (
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+    RecurrentActor,
+    RecurrentCritic,
+)
 
 __all__ = [
     "ActionDistribution",

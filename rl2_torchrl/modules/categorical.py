@@ -15,21 +15,8 @@ __all__ = ["categorical_gradient", "categorical_terms", "log_prob_and_entropy", 
 def log_prob_and_entropy(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``log p(action)`` and ``H = -sum p log p``, ``[*B]``, with p = softmax(logits); an impossible choice adds 0 to H.
 
-    Their gradients by the logits are ``1_action - p`` and ``-p (log p + H)``. Without compiled kernels
-    (`rl2_torchrl.kernels`) for the device and dtype, both are made of PyTorch's operations.
-
-    Args:
-        action: whole numbers ``[*B]``.
-        logits: ``[*B, num_actions]``, not necessarily normalised.
-
-    Raises:
-        IndexError: an action is none of the choices.
-        ValueError: there is not one action for each row of logits.
-
-    Examples:
-        >>> log_prob, entropy = log_prob_and_entropy(torch.tensor(1), torch.zeros(4))
-        >>> torch.allclose(-log_prob, entropy)
-        True
+    Their gradients by the logits are ``1_action - p`` and ``-p (log p + H)``. Without compiled kernels for the device and dtype,
+    both are made of PyTorch's operations.
     """
     # The kernels read as many actions as there are rows.
     if action.shape != logits.shape[:-1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import nn
 from torch.compiler import is_compiling
@@ -24,10 +24,9 @@ class FastGRUModule(RecurrentCore, GRUModule):
     """A drop-in for `torchrl.modules.GRUModule`: same arguments, keys, primer, ``state_dict`` and numbers, faster on the CPU.
 
     Recurrent mode runs the whole sequence, resets included, in one compiled function with one back-propagation through
-    time of its own (`gru_sequence`), in place of splitting and padding trajectories for `torch.nn.GRU`; a single step is the
-    same function on a sequence of length one. What that does not cover takes TorchRL's path: other devices and
-    dtypes than float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``, another
-    ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine without a C compiler.
+    time of its own, in place of splitting and padding trajectories for `torch.nn.GRU`. What that does not cover is left to PyTorch or
+    TorchRL: other devices and dtypes than float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``,
+    another ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine without a C compiler.
 
     Inputs of another dtype than the weights' are converted. It is a `RecurrentCore` with one memory,
     ``[*B, num_layers, hidden_size]``.
@@ -132,9 +131,7 @@ class GRUCore(FastGRUModule):
         num_layers: Default 1.
         device: device of the parameters.
         dtype: dtype of the parameters.
-        in_key: Default ``"trans"``.
-        hidden_key: entry of the memory ``[*B, num_layers, hidden_size]``. Default ``"hidden"``.
-        features_key: Default ``"features"``.
+        **keys: as in `RecurrentCore`; the memory is ``[*B, num_layers, hidden_size]``.
 
     Examples:
         >>> core = GRUCore(input_size=5, hidden_size=8, num_layers=2)
@@ -143,21 +140,10 @@ class GRUCore(FastGRUModule):
         (torch.Size([4, 8]), torch.Size([4, 2, 8]))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int = 64,
-        num_layers: int = 1,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        in_key: NestedKey = "trans",
-        hidden_key: NestedKey = "hidden",
-        features_key: NestedKey = "features",
-    ):
+    def __init__(self, input_size: int, hidden_size: int = 64, num_layers: int = 1, *, device=None, dtype=None, **keys):
         sizes = as_sizes(input_size, hidden_size, num_layers)
-        super().__init__(*sizes, device=device, in_key=in_key, out_key=features_key)
-        self.name_entries(in_key, hidden_key, features_key)
+        super().__init__(*sizes, device=device, in_key="trans", out_key="features")
+        self.name_entries(**{"in_key": "trans", "hidden_key": "hidden", "features_key": "features", **keys})
         self.to(dtype)
 
     # torch.compile breaks the graph at a GRU in any case; stopping here saves tracing the code around it.
@@ -165,20 +151,13 @@ class GRUCore(FastGRUModule):
 
 
 class StepGRU:
-    """One step of a `torch.nn.GRU` without gradient, for rollouts: the weights are packed once, here.
-
-    Examples:
-        >>> gru = nn.GRU(3, 8)
-        >>> features, hidden = StepGRU(gru)(torch.randn(4, 3), None)
-        >>> features.shape, hidden.shape
-        (torch.Size([4, 8]), torch.Size([4, 1, 8]))
-    """
+    """One step of a `torch.nn.GRU` without gradient, for rollouts: the weights are packed once, here."""
 
     def __init__(self, gru: nn.GRU):
         self.layers = [[getattr(gru, name).detach() for name in layer] for layer in gru._all_weights]
         self.units, self.weight = gru.hidden_size, self.layers[0][1]
         for layer in self.layers:
-            require_weights(*layer[:2], *(layer[2:] or (None, None)))
+            require_weights(*layer)
             require_tensor("a layer's w_hh", layer[1], self.weight.shape, self.weight)
         self.library = kernels.load(self.weight.dtype) if self.weight.device.type == "cpu" else None
         self.packed = [] if self.library is None else [pack_weights(*layer) for layer in self.layers]

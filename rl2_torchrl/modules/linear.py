@@ -19,38 +19,21 @@ MOST_OUTPUTS = 64
 def relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``max(x, 0) W^T + b``: `torch.relu` and `torch.nn.functional.linear` in one pass each way, for few outputs.
 
-    Without compiled kernels (`rl2_torchrl.kernels`) for the device and dtype, it is these two calls.
-
-    Args:
-        x: ``[*B, in_features]``.
-        weight: ``[out_features, in_features]``.
-        bias: ``[out_features]`` or None.
-
-    Returns:
-        ``[*B, out_features]``.
-
-    Examples:
-        >>> relu_linear(torch.tensor([2.0, -5.0]), torch.tensor([[3.0, 7.0]]), torch.tensor([1.0]))
-        tensor([7.])
+    Without compiled kernels for the device and dtype, it is these two calls.
     """
-    if not _fits(x, weight, bias) or not kernels.covers(x, weight, bias):
-        return torch.nn.functional.linear(torch.relu(x), weight, bias)
+    # The kernels read as many numbers as the weight's sizes say. What does not fit gets PyTorch's error.
+    outputs, inputs = weight.shape
+    fits = x.shape[-1] == inputs and (bias is None or bias.shape == (outputs,))
+    if not fits or outputs > MOST_OUTPUTS or not outputs or not x.numel() or not kernels.covers(x, weight, bias):
+        return nn.functional.linear(torch.relu(x), weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _ReLULinear.apply(x, weight, bias)
     return _forward(x.detach(), weight.detach(), bias)
 
 
 def relu_linear_step(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`relu_linear` of a layer without gradient, for rollouts: all that is the same in every step is looked at once, here.
-
-    Examples:
-        >>> relu_linear_step(nn.Linear(3, 2))(torch.zeros(4, 3)).shape
-        torch.Size([4, 2])
-    """
-    weight, bias = (
-        linear.weight.detach().contiguous(),
-        None if linear.bias is None else linear.bias.detach().contiguous(),
-    )
+    """`relu_linear` of a layer without gradient, for rollouts: all that is the same in every step is looked at once, here."""
+    weight, bias = (p if p is None else p.detach().contiguous() for p in (linear.weight, linear.bias))
     if not kernels.covers(weight, bias) or len(weight) > MOST_OUTPUTS:
         return lambda x: relu_linear(x, weight, bias)
     outputs, inputs = weight.shape
@@ -68,16 +51,9 @@ def relu_linear_step(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor
     return step
 
 
-def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    # The kernels read as many numbers as these sizes say. What does not fit gets PyTorch's error.
-    outputs, inputs = weight.shape
-    same = x.shape[-1] == inputs and (bias is None or bias.shape == (outputs,))
-    return same and outputs <= MOST_OUTPUTS and min(x.numel(), outputs) > 0
-
-
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     (outputs, inputs), rows = weight.shape, x.numel() // x.shape[-1]
-    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    x, weight, bias = (t if t is None else t.contiguous() for t in (x, weight, bias))
     y = x.new_empty(*x.shape[:-1], outputs)
     kernels.load(x.dtype).linear_forward(
         *(rows, inputs, outputs, x.data_ptr(), weight.data_ptr(), kernels.address(bias), y.data_ptr()),
