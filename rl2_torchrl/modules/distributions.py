@@ -19,7 +19,7 @@ from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.part import AutogradPart, runs
-from rl2_torchrl.modules.categorical import log_prob_and_entropy
+from rl2_torchrl.modules.functions import log_prob_and_entropy
 
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),

@@ -14,8 +14,8 @@ from torchrl.modules import GRUModule, set_recurrent_mode
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.recurrent import GRUPart
 from rl2_torchrl.modules.cores import RecurrentCore, Tensors, as_sizes, at_ends, run_segments
+from rl2_torchrl.modules.functions import require_tensor, unit_stride
 from rl2_torchrl.modules.gru_sequence import gru_sequence, pack_weights, require_weights
-from rl2_torchrl.modules.kernel_tensors import require_tensor, unit_stride
 
 __all__ = ["FastGRUModule", "GRUCore", "StepGRU"]
 
@@ -23,17 +23,14 @@ __all__ = ["FastGRUModule", "GRUCore", "StepGRU"]
 class FastGRUModule(RecurrentCore, GRUModule):
     """A drop-in for `torchrl.modules.GRUModule`: same arguments, keys, primer, ``state_dict`` and numbers, faster on the CPU.
 
-    Recurrent mode runs the whole sequence, resets included, in one compiled function with one back-propagation through
-    time of its own, in place of splitting and padding trajectories for `torch.nn.GRU`. What that does not cover is left to PyTorch or
-    TorchRL: other devices and dtypes than float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``,
-    another ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine without a C compiler.
-
-    Inputs of another dtype than the weights' are converted. It is a `RecurrentCore` with one memory,
-    ``[*B, num_layers, hidden_size]``.
+    Whole sequences, resets included, run in one compiled function with one back-propagation through time of its own, in place of
+    splitting and padding trajectories. What that does not cover is left to PyTorch or TorchRL: other devices and dtypes than
+    float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``,
+    ``torch.compile`` and ``vmap``, or a machine without a C compiler. It is a `RecurrentCore`, whose memory is
+    ``[*B, num_layers, hidden_size]``; inputs of another dtype than the weights' are converted.
 
     Args:
-        *args: as for `GRUModule`.
-        **kwargs: as for `GRUModule`.
+        *args, **kwargs: as for `GRUModule`.
 
     Examples:
         >>> from torchrl.modules import set_recurrent_mode
@@ -48,10 +45,13 @@ class FastGRUModule(RecurrentCore, GRUModule):
 
     def __init__(self, *args, **kwargs):
         GRUModule.__init__(self, *args, **kwargs)
+        units, directions = self.gru.hidden_size, 2 if self.gru.bidirectional else 1
+        self.input_size, self.features_size = self.gru.input_size, directions * units
+        self.memory_shapes = {"hidden": (directions * self.gru.num_layers, units)}
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Reads and writes what `GRUModule` does, for one step ``[*B]`` or, in recurrent mode, ``[*B, T]``."""
+        """Reads and writes what `GRUModule` does: one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
         return (GRUModule if is_compiling() else RecurrentCore).forward(self, tensordict)
 
     def gradient_part(self) -> GRUPart | None:
@@ -60,31 +60,14 @@ class FastGRUModule(RecurrentCore, GRUModule):
 
     def _is_plain(self) -> bool:
         """Whether this is `gru_sequence`, layer by layer, and nothing more."""
-        gru = self.gru
+        gru, is_pad = self.gru, self.recurrent_backend == "pad"
         dropout = gru.dropout and gru.training and gru.num_layers > 1
-        return type(gru) is nn.GRU and not gru.bidirectional and not dropout and self.recurrent_backend == "pad"
+        return type(gru) is nn.GRU and is_pad and not gru.bidirectional and not dropout
 
     def _is_covered(self) -> bool:
         return self._is_plain() and kernels.covers(self.gru.weight_hh_l0)
 
-    # ------------------------------------------------------------------- core
-    @property
-    def input_size(self) -> int:
-        """Size of what it reads."""
-        return self.gru.input_size
-
-    @property
-    def features_size(self) -> int:
-        """Size of what it gives."""
-        return self.gru.hidden_size * (2 if self.gru.bidirectional else 1)
-
-    @property
-    def memory_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the memory, as in `RecurrentCore`."""
-        return {"hidden": (self.gru.num_layers * (2 if self.gru.bidirectional else 1), self.gru.hidden_size)}
-
     def step_function(self) -> Callable[..., Tensors]:
-        """As `RecurrentCore.step_function`, on weights that are packed once."""
         return StepGRU(self.gru) if self._is_plain() else super().step_function()
 
     def step(self, x: torch.Tensor, hidden: torch.Tensor) -> Tensors:
@@ -114,24 +97,17 @@ class FastGRUModule(RecurrentCore, GRUModule):
 
     def _layers(self, x, hidden: torch.Tensor | None, is_init: torch.Tensor | None) -> list[torch.Tensor]:
         """Each layer's output ``[N, T, hidden_size]``, from ``hidden`` ``[N, T, num_layers, hidden_size]``."""
-        outputs = []
+        outputs = [x]
         for layer, names in enumerate(self.gru._all_weights):
             weights = [getattr(self.gru, name) for name in names]
-            x = gru_sequence(x, None if hidden is None else hidden[:, :, layer], is_init, *weights)
-            outputs.append(x)
-        return outputs
+            outputs.append(
+                gru_sequence(outputs[-1], None if hidden is None else hidden[:, :, layer], is_init, *weights)
+            )
+        return outputs[1:]
 
 
 class GRUCore(FastGRUModule):
-    """`FastGRUModule` with the arguments of a core.
-
-    Args:
-        input_size: size of what it reads.
-        hidden_size: units. Default 64.
-        num_layers: Default 1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        **keys: as in `RecurrentCore`; the memory is ``[*B, num_layers, hidden_size]``.
+    """`FastGRUModule` with the arguments of `LSTMCore`; its memory is ``[*B, num_layers, hidden_size]``.
 
     Examples:
         >>> core = GRUCore(input_size=5, hidden_size=8, num_layers=2)
@@ -159,7 +135,7 @@ class StepGRU:
         for layer in self.layers:
             require_weights(*layer)
             require_tensor("a layer's w_hh", layer[1], self.weight.shape, self.weight)
-        self.library = kernels.load(self.weight.dtype) if self.weight.device.type == "cpu" else None
+        self.library = kernels.load(self.weight.dtype) if self.weight.is_cpu else None
         self.packed = [] if self.library is None else [pack_weights(*layer) for layer in self.layers]
         self._fitting: tuple | None = None
 

@@ -7,7 +7,7 @@ import threading
 import torch
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules.kernel_tensors import require_plain, require_tensor, unit_stride
+from rl2_torchrl.modules.functions import require_tensor, unit_stride
 
 __all__ = [
     *("Workspace", "as_bytes", "backward_in_place", "forward_saving", "gru_sequence", "input_gradient", "pack_weights"),
@@ -147,24 +147,24 @@ def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[torch.Tensor, t
     x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
     units = w_hh.shape[1]
     if y is not None:
-        require_plain("y", y, (*x.shape[:2], units), w_hh)
+        require_tensor("y", y, (*x.shape[:2], units), w_hh, plain=True)
     _require_bytes(is_init, x)
     saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(x.shape[-1], units)))
     return _forward(x, hidden, is_init, pack_weights(*weights), units, saved, y), saved
 
 
 def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
-    """Back-propagation through time: turns what forward saved into the gradients of the gates' pre-activations.
+    """Back-propagation through time of ``dy``, the gradient by ``h``.
 
-    ``dy`` is the gradient by ``h``; ``gradients``, what forward saved, becomes ``(dr, dz, dhn, dn, h, x, 1, 0, ...)``
-    ``[N, T, ...]``; ``d_hidden``, contiguous zeros ``[N, T, H]``, the gradient by the memory, or None where nobody asks for it.
+    ``gradients``, what forward saved, becomes ``(dr, dz, dhn, dn, h, x, 1, 0, ...)`` ``[N, T, ...]``, the first four by the gates'
+    pre-activations; ``d_hidden``, contiguous zeros ``[N, T, H]`` or None, the gradient by the memory.
     """
     library = kernels.load(w_hh.dtype)
     rows, steps, units = dy.shape
     require_tensor("dy", dy, (*gradients.shape[:2], w_hh.shape[1]), w_hh)
-    require_plain("gradients", gradients, (rows, steps, library.saved_size(inputs, units)), w_hh)
+    require_tensor("gradients", gradients, (rows, steps, library.saved_size(inputs, units)), w_hh, plain=True)
     if d_hidden is not None:
-        require_plain("d_hidden", d_hidden, dy.shape, w_hh)
+        require_tensor("d_hidden", d_hidden, dy.shape, w_hh, plain=True)
     _require_bytes(is_init, dy)
     dy, packed = unit_stride(dy), None
     if steps > 1 or d_hidden is not None:  # else nothing goes back through the weights

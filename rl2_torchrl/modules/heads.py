@@ -13,7 +13,7 @@ from torch import nn
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import is_bare, runs
 from rl2_torchrl.modules.encoders import Concat
-from rl2_torchrl.modules.linear import relu_linear, relu_linear_step
+from rl2_torchrl.modules.functions import relu_linear, relu_linear_step
 
 __all__ = ["Head", "SkipHead"]
 
