@@ -13,8 +13,14 @@ from inspect import unwrap
 
 import torch
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from tensordict.nn.probabilistic import interaction_type
 from torchrl.modules import SafeProbabilisticModule
 
@@ -31,9 +37,9 @@ Run = Callable[[State], None]
 class ActingPart:
     """What one module does at a step, on entries ``[N, ...]``.
 
-    ``make`` gives, from the number of steps of a batch, the function on a `State`. It is made anew for each batch: it may hold on to
-    the weights as they are, and to the noise of all steps. ``way`` says how the module is called. A distribution has ``log_prob``
-    too, which writes ``log_prob_key`` and can wait until it is asked for.
+    ``make`` gives, from the number of steps of a batch, the function on a `State`. It is made anew for each batch: it may hold on
+    to the weights as they are, and to the noise of all steps. ``way`` says how the module is called. A distribution has
+    ``log_prob`` too, which writes ``log_prob_key`` and can wait until it is asked for.
     """
 
     module: TensorDictModuleBase
@@ -70,7 +76,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
 
 
 def _steps_as_forward(cls: type) -> bool:
-    """Whether ``step_function`` speaks of the ``forward`` that is called: a class below the one that brings it may have its own."""
+    """Whether ``step_function`` speaks of the ``forward`` that is called: a class below the one that brings it may have another."""
     brings = next(n for n, base in enumerate(cls.__mro__) if "step_function" in vars(base))
     written = next(base for base in cls.__mro__[brings:] if "forward" in vars(base))
     return unwrap(cls.forward) is unwrap(vars(written)["forward"])

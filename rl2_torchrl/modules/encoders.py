@@ -30,8 +30,7 @@ class MLPEncoder(nn.Module):
         shape: shape of the entry, flattened, or its size. The transition input's is ``[input_size]``.
         num_cells: sizes of the layers. Default one of 64.
         activation: Default `torch.nn.ReLU`.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        **factory: device and dtype of the parameters.
 
     Examples:
         >>> MLPEncoder(5, num_cells=[32, 16])(torch.zeros(4, 10, 5)).shape
@@ -44,8 +43,7 @@ class MLPEncoder(nn.Module):
         num_cells: Sequence[int] = (64,),
         *,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
         super().__init__()
         self.shape = torch.Size(shape if isinstance(shape, Sequence) else (index(shape),))
@@ -54,7 +52,7 @@ class MLPEncoder(nn.Module):
             raise ValueError(f"shape={shape!r} and num_cells={num_cells!r} must be at least one layer of at least 1.")
         layers = []
         for inputs, outputs in pairwise(sizes):
-            layers += [nn.Linear(inputs, outputs, device=device, dtype=dtype), activation()]
+            layers += [nn.Linear(inputs, outputs, **factory), activation()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,11 +110,9 @@ class ConvEncoder(ImageEncoder):
         shape: ``[channels, height, width]``.
         out_features: size of what it gives. Default 64.
         num_channels: of each convolution. Default 16 and 32.
-        kernel_size: of each convolution. Default 3.
-        stride: of each convolution. Default 2.
+        kernel_size, stride: of all convolutions. Default 3 and 2.
         activation: after each layer. Default `torch.nn.ReLU`.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        **factory: device and dtype of the parameters.
 
     Raises:
         ValueError: the channels come last, or the image is too small for these convolutions.
@@ -135,18 +131,14 @@ class ConvEncoder(ImageEncoder):
         kernel_size: int = 3,
         stride: int = 2,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
-        channels, *size = _channels_first(shape)
-        factory, layers = {"device": device, "dtype": dtype}, []
+        (channels, *size), layers = _channels_first(shape), []
         for outputs in map(index, num_channels):
             layers += [nn.Conv2d(channels, outputs, kernel_size, stride, **factory), activation()]
             channels, size = outputs, [(n - kernel_size) // stride + 1 for n in size]
             if min(size) < 1:
-                raise ValueError(
-                    f"images of shape {tuple(shape)} are too small for {len(num_channels)} such convolutions."
-                )
+                raise ValueError(f"images {tuple(shape)} are too small for {len(num_channels)} such convolutions.")
         layers += [nn.Flatten(), nn.Linear(channels * size[0] * size[1], index(out_features), **factory), activation()]
         super().__init__(nn.Sequential(*layers), shape)
 
@@ -205,7 +197,6 @@ def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key:
 
 
 def _output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
-    """Size of what ``module`` gives, found by trying it on zeros."""
     like = next(module.parameters(), torch.empty(0))
     zeros = {key: torch.zeros(1, *entries[key], device=like.device, dtype=like.dtype) for key in module.in_keys}
     with torch.no_grad():

@@ -28,8 +28,7 @@ class Head(nn.Module):
         activation: module class before each linear layer. Default `torch.nn.ReLU`.
         num_cells: sizes of further hidden layers before the last. Default none.
         skip_size: the last so many inputs go past the first activation, which would cut off their sign. Default 0.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        **factory: device and dtype of the parameters.
 
     Examples:
         >>> Head(8, 3, init_range=1e-3, num_cells=[16])(torch.zeros(4, 8)).shape
@@ -45,8 +44,7 @@ class Head(nn.Module):
         activation: Callable[[], nn.Module] = nn.ReLU,
         num_cells: Sequence[int] = (),
         skip_size: int = 0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
         super().__init__()
         self.in_features, *sizes = map(index, (in_features, *num_cells, out_features))
@@ -55,7 +53,7 @@ class Head(nn.Module):
             raise ValueError(f"{out_features} outputs: an actor needs at least one action, or action dimension.")
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise((self.in_features, *sizes)):
-            layers += [activation(), nn.Linear(inputs, outputs, device=device, dtype=dtype)]
+            layers += [activation(), nn.Linear(inputs, outputs, **factory)]
         for parameter in layers[-1].parameters():
             nn.init.uniform_(parameter, -init_range, init_range)
         self.layers = nn.Sequential(*layers)

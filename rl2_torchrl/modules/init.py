@@ -12,9 +12,9 @@ def orthogonal_init_(
 ) -> nn.Module:
     """Draws the weights of every GRU and LSTM in ``module`` anew, the recurrent ones orthogonal, and returns it.
 
-    Each gate's recurrent matrix is orthogonal (Saxe et al. 2014), its input matrix is Xavier's (Glorot & Bengio 2010), biases are
-    0; other layers stay. `torch.nn.GRU` draws all from U(-1/sqrt(H), 1/sqrt(H)), with which a state fades within a few steps: on long
-    trials the agent then learns more slowly at first.
+    Each gate's recurrent matrix is orthogonal (Saxe et al. 2014), its input matrix is Xavier's (Glorot & Bengio 2010), biases
+    are 0; other layers stay. `torch.nn.GRU` draws all from U(-1/sqrt(H), 1/sqrt(H)), with which a state fades within a few steps:
+    on long trials the agent then learns more slowly at first.
 
     Args:
         module: an actor, a critic, or any module with a `torch.nn.GRU` or `torch.nn.LSTM` in it.
