@@ -23,7 +23,7 @@ from rl2_torchrl import (
     kernels,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
-from rl2_torchrl.modules.families import CategoricalFamily
+from rl2_torchrl.modules import CategoricalActions
 
 ROWS, PULLS, ARMS = 6, 5, 3
 KEEP = ["trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "action"]
@@ -150,7 +150,7 @@ def test_noise_of_the_actions(kind, mean, std, monkeypatch):
     noises = []
     if kind == "bernoulli":  # the largest of logits and noise wins
         monkeypatch.setattr(
-            CategoricalFamily, "mode", lambda self, noisy: (noises.append(noisy.clone()), noisy.argmax(-1))[1]
+            CategoricalActions, "mode", lambda self, noisy: (noises.append(noisy.clone()), noisy.argmax(-1))[1]
         )
     keep = ["action", "logits"] if kind == "bernoulli" else ["action", "loc", "scale"]
     collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * steps, total_frames=-1, keep=keep)

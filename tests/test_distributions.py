@@ -1,4 +1,4 @@
-"""Distributions: families give their classes' numbers and draws, actors find theirs by the env's action space."""
+"""Distributions: ours give their classes' numbers and draws, actors find theirs by the env's action space."""
 
 import math
 
@@ -17,7 +17,6 @@ from rl2_torchrl import PreviousStep, Trial
 from rl2_torchrl.modules import (
     ActionDistribution,
     CategoricalActions,
-    Family,
     GaussianActions,
     GRUCategoricalActor,
     GRUGaussianActor,
@@ -25,13 +24,12 @@ from rl2_torchrl.modules import (
     MultiCategoricalActions,
     RecurrentActor,
     TanhGaussianActions,
-    family_of,
-    register_family,
+    register_distribution,
 )
-from rl2_torchrl.modules.families import GeneralFamily
+from rl2_torchrl.modules.distributions import distribution_of
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
-# Class, names and sizes of its parameters, further keywords, whether the family is one of its own.
+# Class, names and sizes of its parameters, further keywords, whether there are functions of our own for it.
 KINDS = {
     "categorical": (D.Categorical, {"logits": 5}, {}, True),
     "one-hot": (OneHotCategorical, {"logits": 5}, {}, True),
@@ -61,36 +59,36 @@ def build(kind, rows=64, dtype=torch.float32):
     module = ProbabilisticTensorDictModule(
         list(sizes), ["action"], distribution_class=distribution_class, distribution_kwargs=kwargs, return_log_prob=True
     )
-    return module, family_of(module), parameters
+    return module, distribution_of(module), parameters
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_and_numbers_are_the_classes(kind):
-    module, family, parameters = build(kind)
-    assert (type(family) is not GeneralFamily) == KINDS[kind][3]
+    module, ours, parameters = build(kind)
+    assert (type(ours) is not ActionDistribution) == KINDS[kind][3]
     for seed in range(20):
         torch.manual_seed(seed)
         with set_interaction_type(InteractionType.RANDOM):
             td = module(TensorDict(parameters, [64]))
         state = torch.get_rng_state()
         torch.manual_seed(seed)
-        action = family.act(*parameters.values())
+        action = ours.act(*parameters.values())
         assert torch.equal(torch.get_rng_state(), state)
         assert action.dtype == td["action"].dtype or kind == "one-hot"
         assert torch.equal(action, td["action"])
-        log_prob, _ = family.log_prob_and_entropy(td["action"], *parameters.values())
+        log_prob, _ = ours.log_prob_and_entropy(td["action"], *parameters.values())
         torch.testing.assert_close(log_prob, td["action_log_prob"], rtol=1e-5, atol=2e-6)
     with set_interaction_type(InteractionType.DETERMINISTIC):
-        assert torch.equal(family.mode(*parameters.values()), module(TensorDict(parameters, [64]))["action"])
+        assert torch.equal(ours.mode(*parameters.values()), module(TensorDict(parameters, [64]))["action"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_and_entropies_are_the_classes(kind):
-    module, family, parameters = build(kind, dtype=torch.float64)
+    module, ours, parameters = build(kind, dtype=torch.float64)
     leaves = [p.requires_grad_() for p in parameters.values()]
     distribution = module.get_dist(TensorDict(parameters, [64]))
     action = distribution.sample()
-    log_prob, entropy = family.log_prob_and_entropy(action, *leaves)
+    log_prob, entropy = ours.log_prob_and_entropy(action, *leaves)
     expected = distribution.log_prob(action)
     slope = torch.randn(log_prob.shape, dtype=torch.float64)
     pairs = [(log_prob, expected)]
@@ -128,33 +126,34 @@ def test_two_categoricals_by_hand():
 
 
 def test_samples_spread_as_the_scale_says_and_unlike_in_each_row():
-    family = family_of(build("normal")[0])
+    ours = distribution_of(build("normal")[0])
     loc, scale = torch.zeros(20_000, 2), torch.tensor([0.5, 3.0]).expand(20_000, 2)
     torch.manual_seed(0)
-    action = family.act(loc, scale)
+    action = ours.act(loc, scale)
     # The sample's standard deviation has a standard error of s / sqrt(2 n) = 0.005 s.
     assert action.std(0).tolist() == pytest.approx([0.5, 3.0], rel=0.025)
     assert len(action[:, 0].unique()) > 19_000
 
 
-def test_a_family_of_ones_own():
+def test_a_distribution_of_ones_own():
     class Always(D.Laplace):
         pass
 
-    class AlwaysFamily(Family):
-        names = ("loc", "scale")
+    class AlwaysSeven(ActionDistribution):
+        def __init__(self):
+            super().__init__(1, ["loc", "scale"], Always)
 
         def act(self, loc, scale):
             return loc + 7
 
-    register_family(Always, AlwaysFamily)
+    register_distribution(Always, AlwaysSeven)
     module = ProbabilisticTensorDictModule(["loc", "scale"], ["action"], distribution_class=Always)
-    assert family_of(module).act(torch.zeros(2), torch.ones(2)).tolist() == [7, 7]
+    assert distribution_of(module).act(torch.zeros(2), torch.ones(2)).tolist() == [7, 7]
 
 
-def test_what_is_no_single_action_has_no_family():
+def test_what_is_no_single_action_has_no_functions():
     module = ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=D.Categorical, num_samples=3)
-    assert family_of(module) is None
+    assert distribution_of(module) is None
 
 
 # --------------------------------------------------------------------- from specs
@@ -258,5 +257,7 @@ def test_a_head_of_ones_own():
         RecurrentActor(5, CategoricalActions(3), head=torch.nn.Linear, num_cells=[4])
 
 
-def test_an_actor_has_a_family():
-    assert type(family_of(GRUCategoricalActor(5, 3, one_hot=True).module[1])).__name__ == "OneHotFamily"
+def test_an_actors_module_finds_its_distribution():
+    found = distribution_of(GRUCategoricalActor(5, 3, one_hot=True).module[1])
+    assert type(found) is CategoricalActions
+    assert found.one_hot

@@ -6,9 +6,14 @@ from torch import nn
 from torch.distributions import Categorical
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules.categorical import categorical_gradient, categorical_terms, log_prob_and_entropy
+from rl2_torchrl.modules.functions import (
+    categorical_gradient,
+    categorical_terms,
+    log_prob_and_entropy,
+    relu_linear,
+    relu_linear_gradients,
+)
 from rl2_torchrl.modules.heads import Head
-from rl2_torchrl.modules.linear import relu_linear, relu_linear_gradients
 from rl2_torchrl.objectives.terms import ClippedObjective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -2,7 +2,7 @@
 
 from rl2_torchrl.gradients.networks import actor_parts, parts_of, why_no_parts
 from rl2_torchrl.gradients.part import AutogradPart, Part, State
-from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, register_policy_part
+from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB
 from rl2_torchrl.gradients.program import Program
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "State",
     "actor_parts",
     "parts_of",
-    "register_policy_part",
     "why_no_parts",
 ]

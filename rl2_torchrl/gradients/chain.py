@@ -11,8 +11,8 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import AutogradPart, State, accumulate, entries_of, runs
+from rl2_torchrl.modules.functions import MOST_OUTPUTS, relu_linear, relu_linear_gradients
 from rl2_torchrl.modules.gru_sequence import Workspace
-from rl2_torchrl.modules.linear import MOST_OUTPUTS, relu_linear, relu_linear_gradients
 
 __all__ = ["ChainPart", "ConcatPart"]
 

@@ -17,12 +17,11 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.chain import ChainPart, ConcatPart
-from rl2_torchrl.gradients.gaussian import GaussianHeadPart
 from rl2_torchrl.gradients.part import Part
-from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianPart, OneHotPart
+from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianHeadPart, GaussianPart, OneHotPart
 from rl2_torchrl.gradients.program import Program
 from rl2_torchrl.gradients.recurrent import GRUPart
-from rl2_torchrl.modules.categorical import raise_unknown_actions
+from rl2_torchrl.modules.functions import raise_unknown_actions
 
 __all__ = ["CompiledPass", "why_not_compiled"]
 

@@ -9,8 +9,7 @@ from torch import nn
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.gradients.part import AutogradPart, Part, is_bare, on_entries
-from rl2_torchrl.gradients.policy import policy_part
-from rl2_torchrl.modules.families import family_of
+from rl2_torchrl.modules import distributions
 
 __all__ = ["actor_parts", "parts_of", "why_no_parts"]
 
@@ -22,7 +21,7 @@ def why_no_parts(actor: TensorDictModuleBase) -> str | None:
     *others, last = _leaves(actor, is_policy=True)
     if not isinstance(last, ProbabilisticTensorDictModule) or len(last.dist_keys) != len(last.in_keys):
         return f"{type(actor).__name__} does not end in a distribution"
-    if any(isinstance(module, ProbabilisticTensorDictModule) for module in others) or family_of(last) is None:
+    if distributions.distribution_of(last) is None or any(isinstance(m, ProbabilisticTensorDictModule) for m in others):
         return f"{type(actor).__name__} has several distributions"
     return None
 
@@ -31,7 +30,7 @@ def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: 
     """The parts of the policy ``actor``, the last of which writes log-probability and entropy (`policy_part`)."""
     *modules, sample = _leaves(actor, is_policy=True)
     like = next(actor.parameters(), None)
-    return [*map(_part, modules), policy_part(sample, action_key, entropy=entropy, like=like)]
+    return [*map(_part, modules), distributions.policy_part(sample, action_key, entropy=entropy, like=like)]
 
 
 def parts_of(network: TensorDictModuleBase) -> list[Part]:

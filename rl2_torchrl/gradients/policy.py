@@ -1,27 +1,20 @@
-"""Parts that make log-probability and entropy of the actions from a distribution's parameters."""
+"""Parts that make log-probability and entropy of the actions from a distribution's parameters, and a Gaussian's parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import NestedKey
-from tensordict.nn import ProbabilisticTensorDictModule
+from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.part import AutogradPart, State, accumulate, entries_of
-from rl2_torchrl.modules.categorical import categorical_gradient, categorical_terms
-from rl2_torchrl.modules.families import CategoricalFamily, Family, NormalFamily, OneHotFamily, family_of
+from rl2_torchrl.gradients.part import AutogradPart, Part, State, accumulate, entries_of
+from rl2_torchrl.modules.functions import categorical_gradient, categorical_terms
 
 __all__ = [
-    "ENTROPY",
-    "LOG_PROB",
-    "CategoricalPart",
-    "GaussianPart",
-    "has_kernels",
-    "log_scale_key",
-    "policy_part",
-    "register_policy_part",
+    *("ENTROPY", "LOG_PROB", "CategoricalPart", "GaussianHeadPart", "GaussianPart", "OneHotPart"),
+    *("has_kernels", "log_scale_key"),
 ]
 
 #: Entries ``[N, T]`` that loss terms read: log-probability of the collected actions, and entropy.
@@ -30,48 +23,16 @@ LOG_PROB, ENTROPY = ("policy", "log_prob"), ("policy", "entropy")
 #: Entropy of a normal distribution of standard deviation 1.
 _NORMAL_ENTROPY = 1.4189385332046727
 
-_PARTS: dict[type[Family], type[AutogradPart]] = {}
+
+def has_kernels(*entries: torch.Tensor) -> bool:
+    """Whether the kernels read ``entries``: all of one dtype that they know, on the CPU."""
+    dtype = entries[0].dtype
+    return all(entry.dtype is dtype and entry.is_cpu for entry in entries) and kernels.load(dtype) is not None
 
 
-def register_policy_part(family: type[Family], part: type[AutogradPart]) -> None:
-    """Lets ``part`` take the policies of ``family``, exactly: it is made as `AutogradPart` is, of the action and the parameters."""
-    _PARTS[family] = part
-
-
-def policy_part(
-    sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: torch.Tensor | None
-) -> AutogradPart:
-    """The part that writes ``("policy", "log_prob")`` and, where ``entropy`` is asked for, ``("policy", "entropy")``.
-
-    Args:
-        sample: the policy's last module, which has the distribution.
-        action_key: entry of the collected actions.
-        entropy: whether anybody reads the entropy.
-        like: one of the policy's parameters, if it has any: of the device and dtype that its distribution will have.
-    """
-    family = family_of(sample)
-    known = like is not None and has_kernels(like)
-    part = _PARTS.get(type(family), AutogradPart) if known else AutogradPart
-    in_keys, out_keys = [action_key, *sample.in_keys], [LOG_PROB, ENTROPY] if entropy else [LOG_PROB]
-    made = part(_terms_of(family, entropy), in_keys, out_keys)
-    if part is AutogradPart:
-        missing = "brings no gradient of its own" if known else "has no kernels here"
-        made.reason = f"{sample.distribution_class.__name__} {missing}"
-    return made
-
-
-def _terms_of(family: Family, entropy: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Log-probability and, where it is asked for, entropy ``[N, T]`` under autograd."""
-
-    def terms(action: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        log_prob, its_entropy = family.log_prob_and_entropy(action, *parameters)
-        if not entropy:
-            return (log_prob,)
-        if its_entropy is None:  # no closed form: from one draw, as ClipPPOLoss takes it
-            its_entropy = -family.log_prob_and_entropy(family.act(*parameters), *parameters)[0]
-        return log_prob, its_entropy
-
-    return terms
+def log_scale_key(scale_key: NestedKey) -> NestedKey:
+    """Entry of the logarithm ``[action_dim]`` of a scale that is the same in all steps, beside the scale ``[N, T, action_dim]``."""
+    return ("policy", "log_scale", *(scale_key if isinstance(scale_key, tuple) else (scale_key,)))
 
 
 class CategoricalPart(AutogradPart):
@@ -110,11 +71,6 @@ class OneHotPart(CategoricalPart):
         return (action.view(torch.uint8) if action.dtype == torch.bool else action).argmax(-1)
 
 
-def log_scale_key(scale_key: NestedKey) -> NestedKey:
-    """Entry of the logarithm ``[action_dim]`` of a scale that is the same in all steps, beside the scale ``[N, T, action_dim]``."""
-    return ("policy", "log_scale", *(scale_key if isinstance(scale_key, tuple) else (scale_key,)))
-
-
 class GaussianPart(AutogradPart):
     """Of independent normal distributions with mean and scale ``[N, T, action_dim]``.
 
@@ -124,13 +80,9 @@ class GaussianPart(AutogradPart):
 
     kind = "kernel"
 
-    def __init__(self, function: Callable, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]):
-        super().__init__(function, in_keys, out_keys)
-        self._log_key = log_scale_key(in_keys[2])
-
     def forward(self, state: State) -> None:
         action, loc, scale = entries_of(state, self.in_keys)
-        log_scale = state.get(self._log_key)
+        log_scale = state.get(log_scale_key(self.in_keys[2]))
         fits = (action.shape, action.dtype) == (loc.shape, loc.dtype) == (scale.shape, scale.dtype)
         self._by_kernels = log_scale is not None and fits and has_kernels(loc)
         if not self._by_kernels:
@@ -138,8 +90,7 @@ class GaussianPart(AutogradPart):
             return
         self._tensors = (action.contiguous(), loc.contiguous(), log_scale.contiguous())
         state[LOG_PROB] = loc.new_empty(loc.shape[:-1])
-        tensors = map(kernels.address, (*self._tensors, state[LOG_PROB]))
-        kernels.load(loc.dtype).gaussian_forward(*_sizes(loc), *tensors)
+        kernels.load(loc.dtype).gaussian_forward(*_addresses(*self._tensors, state[LOG_PROB]))
         if ENTROPY in self.out_keys:
             state[ENTROPY] = (log_scale + _NORMAL_ENTROPY).sum().expand(loc.shape[:-1])
 
@@ -151,24 +102,59 @@ class GaussianPart(AutogradPart):
         action, loc, log_scale = self._tensors
         slope = loc.new_zeros(loc.shape[:-1]) if slope is None else slope.contiguous()
         d_loc, d_log_scale = torch.empty_like(loc), torch.empty_like(log_scale)
-        tensors = map(kernels.address, (action, loc, log_scale, slope, d_loc, d_log_scale))
-        kernels.load(loc.dtype).gaussian_backward(*_sizes(loc), *tensors)
+        kernels.load(loc.dtype).gaussian_backward(*_addresses(action, loc, log_scale, slope, d_loc, d_log_scale))
         if by_entropy is not None:
             d_log_scale.add_(by_entropy.sum())
         accumulate(gradients, self.in_keys[1], d_loc)
-        accumulate(gradients, self._log_key, d_log_scale)
+        accumulate(gradients, log_scale_key(self.in_keys[2]), d_log_scale)
 
 
-def has_kernels(*entries: torch.Tensor) -> bool:
-    """Whether the kernels read ``entries``: all of one dtype that they know, on the CPU."""
-    dtype = entries[0].dtype
-    return all(entry.dtype is dtype and entry.is_cpu for entry in entries) and kernels.load(dtype) is not None
+def _addresses(action: torch.Tensor, *others: torch.Tensor) -> tuple[int, ...]:
+    """Number of actions, their dimensions, and where all of these lie, as the Gaussian kernels take them."""
+    size = action.shape[-1]
+    return action.numel() // size, size, action.data_ptr(), *(other.data_ptr() for other in others)
 
 
-def _sizes(loc: torch.Tensor) -> tuple[int, int]:
-    return loc.numel() // loc.shape[-1], loc.shape[-1]
+class GaussianHeadPart(Part):
+    """``features -> (mean, exp(log_std))``.
 
+    Args:
+        module: both as a module.
+        mean: the part that gives the mean.
+        log_std: the scale's logarithm ``[action_dim]``.
+        out_keys: entries of mean and scale ``[N, T, action_dim]``.
+    """
 
-register_policy_part(CategoricalFamily, CategoricalPart)
-register_policy_part(OneHotFamily, OneHotPart)
-register_policy_part(NormalFamily, GaussianPart)
+    def __init__(self, module: nn.Module, mean: Part, log_std: nn.Parameter, out_keys: Sequence[NestedKey]):
+        super().__init__(mean.in_keys, [*out_keys, log_scale_key(out_keys[1])])
+        self.module, self.mean, self.log_std = module, mean, log_std
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.mean.parameters(), self.log_std]
+
+    def bind(self, gradients: Mapping[int, torch.Tensor]) -> None:
+        self.mean.bind(gradients)
+        self._gradient = gradients[id(self.log_std)]
+
+    def run(self, state: State) -> None:
+        loc, scale, _ = self.out_keys
+        state[loc], state[scale] = self.module(*[state[key] for key in self.in_keys])
+
+    def forward(self, state: State) -> None:
+        self.mean.wanted = self.wanted
+        self.mean.forward(state)
+        loc, scale, log_scale = self.out_keys
+        state[log_scale] = self.log_std.detach()
+        state[scale] = state[log_scale].exp().expand_as(state[loc])
+
+    def backward(self, state: State, gradients: State) -> None:
+        loc, scale, log_scale = self.out_keys
+        by_scale, by_log = gradients.pop(scale, None), gradients.pop(log_scale, None)
+        self._gradient.zero_()
+        if by_log is not None:
+            self._gradient.add_(by_log)
+        if by_scale is not None:
+            self._gradient.addcmul_(by_scale.flatten(0, -2).sum(0), self.log_std.detach().exp())
+        if loc not in gradients:
+            gradients[loc] = by_scale.new_zeros(by_scale.shape)
+        self.mean.backward(state, gradients)

@@ -1,32 +1,34 @@
 """Networks with memory, in four slots: encoder -> core -> head -> distribution. They go wherever TorchRL's own modules go."""
 
-from rl2_torchrl.modules.actor import GRUCategoricalActor, GRUGaussianActor
 from rl2_torchrl.modules.actor_critic import ActorCritic
 from rl2_torchrl.modules.cores import LSTMCore, RecurrentCore
 from rl2_torchrl.modules.distributions import (
     ActionDistribution,
     CategoricalActions,
-    Family,
     GaussianActions,
     IndependentCategoricals,
     MultiCategoricalActions,
     TanhGaussianActions,
-    family_of,
-    register_family,
+    register_distribution,
 )
 from rl2_torchrl.modules.encoders import ConvEncoder, ImageEncoder, MLPEncoder
 from rl2_torchrl.modules.gru import FastGRUModule, GRUCore
 from rl2_torchrl.modules.heads import Head
 from rl2_torchrl.modules.init import orthogonal_init_
-from rl2_torchrl.modules.recurrent import RecurrentActor, RecurrentCritic
-from rl2_torchrl.modules.value import GRUValueHead, MemoryValueHead
+from rl2_torchrl.modules.recurrent import (
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+    RecurrentActor,
+    RecurrentCritic,
+)
 
 __all__ = [
     "ActionDistribution",
     "ActorCritic",
     "CategoricalActions",
     "ConvEncoder",
-    "Family",
     "FastGRUModule",
     "GRUCategoricalActor",
     "GRUCore",
@@ -44,7 +46,6 @@ __all__ = [
     "RecurrentCore",
     "RecurrentCritic",
     "TanhGaussianActions",
-    "family_of",
     "orthogonal_init_",
-    "register_family",
+    "register_distribution",
 ]

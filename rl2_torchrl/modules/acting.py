@@ -1,7 +1,7 @@
 """A policy as a list of functions on named tensors, for acting step by step: no TensorDict but for a module that wants one.
 
 `acting_parts` takes a `TensorDictSequential` apart into its modules. What each of them does at one step is asked of itself: a
-module with a ``step_function`` brings it (our cores), a distribution whose `Family` is known is sampled on its parameters, a plain
+module with a ``step_function`` brings it (our cores), a distribution acts by the functions of its `ActionDistribution`, a plain
 `TensorDictModule` is called on its tensors; every other module is called with a TensorDict, as it is.
 """
 
@@ -14,46 +14,40 @@ from inspect import unwrap
 import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import (
+    InteractionType,
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
     TensorDictSequential,
 )
-from tensordict.nn.probabilistic import InteractionType, interaction_type
+from tensordict.nn.probabilistic import interaction_type
 from torchrl.modules import SafeProbabilisticModule
 
-from rl2_torchrl.gradients.part import is_bare
+from rl2_torchrl.gradients.part import State, is_bare
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.modules.distributions import Family, family_of
+from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 
 __all__ = ["ActingPart", "State", "acting_parts"]
 
-#: Named tensors: entries ``[N, ...]`` of one step.
-State = dict[NestedKey, torch.Tensor]
+Run = Callable[[State], None]
 
 
 @dataclass(frozen=True)
 class ActingPart:
-    """What one module does at a step.
+    """What one module does at a step, on entries ``[N, ...]``.
 
-    Args:
-        module: the module.
-        in_keys: entries that it reads.
-        out_keys: entries that it writes.
-        make: from the number of steps of a batch, the function on a `State`. It is made anew for each batch: it may hold on to
-            the weights as they are, and to the noise of all steps.
-        way: how the module is called.
-        log_prob: for a distribution: the same for the log-probability, which can wait until it is asked for.
-        log_prob_key: where that stands.
+    ``make`` gives, from the number of steps of a batch, the function on a `State`. It is made anew for each batch: it may hold on
+    to the weights as they are, and to the noise of all steps. ``way`` says how the module is called. A distribution has
+    ``log_prob`` too, which writes ``log_prob_key`` and can wait until it is asked for.
     """
 
     module: TensorDictModuleBase
     in_keys: list[NestedKey]
     out_keys: list[NestedKey]
-    make: Callable[[int], Callable[[State], None]]
+    make: Callable[[int], Run]
     way: str
-    log_prob: Callable[[State], None] | None = None
+    log_prob: Run | None = None
     log_prob_key: NestedKey | None = None
 
     @property
@@ -64,30 +58,28 @@ class ActingPart:
 
 def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     """The parts of ``module``, in order."""
-    if _has_hooks(module):
-        return [_with_tensordict(module)]
-    if type(module).forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward):
-        return [part for child in module.module for part in acting_parts(child)]
-    # Of the class: a TensorDictModule passes on what its inner module has.
-    if hasattr(type(module), "step_function") and _steps_as_forward(module):
-        return [_core(module)]
-    if type(module).forward in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward):
-        family = family_of(module)
-        return [_with_tensordict(module) if family is None else _distribution(module, family)]
-    if _is_function_of_tensors(module):
-        return [ActingPart(module, module.in_keys, module.out_keys, lambda _: _on_tensors(module), "tensors")]
-    return [_with_tensordict(module)]
+    cls, keys = type(module), (module.in_keys, module.out_keys)
+    has_hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    if not has_hooks:
+        if cls.forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward):
+            return [part for child in module.module for part in acting_parts(child)]
+        # Of the class: a TensorDictModule passes on what its inner module has.
+        if hasattr(cls, "step_function") and _steps_as_forward(cls):
+            # A rollout resets the memory itself: the core need not see where trials begin.
+            return [ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")]
+        if cls.forward in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward):
+            if (distribution := distribution_of(module)) is not None:
+                return [_distribution(module, distribution)]
+        elif _is_function_of_tensors(module):
+            return [ActingPart(module, *keys, lambda _: _on_tensors(module), "tensors")]
+    return [ActingPart(module, *keys, lambda _: _on_tensordict(module), "tensordict")]
 
 
-def _has_hooks(module: TensorDictModuleBase) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _steps_as_forward(module: TensorDictModuleBase) -> bool:
-    """Whether ``step_function`` speaks of the ``forward`` that is called: a class below the one that brings it may have its own."""
-    brings = next(n for n, cls in enumerate(type(module).__mro__) if "step_function" in vars(cls))
-    written = next(cls for cls in type(module).__mro__[brings:] if "forward" in vars(cls))
-    return unwrap(type(module).forward) is unwrap(vars(written)["forward"])
+def _steps_as_forward(cls: type) -> bool:
+    """Whether ``step_function`` speaks of the ``forward`` that is called: a class below the one that brings it may have another."""
+    brings = next(n for n, base in enumerate(cls.__mro__) if "step_function" in vars(base))
+    written = next(base for base in cls.__mro__[brings:] if "forward" in vars(base))
+    return unwrap(cls.forward) is unwrap(vars(written)["forward"])
 
 
 def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:
@@ -96,7 +88,7 @@ def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:
     return is_plain and module._kwargs is None and not module.method_kwargs and module.method is None
 
 
-def _on_tensors(module: TensorDictModule) -> Callable[[State], None]:
+def _on_tensors(module: TensorDictModule) -> Run:
     function, in_keys, out_keys = module.module, module.in_keys, module.out_keys
     if hasattr(function, "step_function") and is_bare(function):
         function = function.step_function()
@@ -111,32 +103,27 @@ def _on_tensors(module: TensorDictModule) -> Callable[[State], None]:
     return run
 
 
-def _core(module: TensorDictModuleBase) -> ActingPart:
+def _core(module: TensorDictModuleBase) -> Run:
     in_key, *memory_keys, _ = module.in_keys
     out_key, *next_keys = module.out_keys
+    step = module.step_function()
 
-    def make(_: int) -> Callable[[State], None]:
-        step = module.step_function()
+    def run(state: State) -> None:
+        state[out_key], *handed_on = step(state[in_key], *[state.get(key) for key in memory_keys])
+        state.update(zip(next_keys, handed_on, strict=True))
 
-        def run(state: State) -> None:
-            state[out_key], *handed_on = step(state[in_key], *[state.get(key) for key in memory_keys])
-            state.update(zip(next_keys, handed_on, strict=True))
-
-        return run
-
-    # A rollout resets the memory itself: the core need not see where trials begin.
-    return ActingPart(module, [in_key, *memory_keys], module.out_keys, make, "core")
+    return run
 
 
-def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> ActingPart:
+def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDistribution) -> ActingPart:
     in_keys, log_prob_key = module.in_keys, module.log_prob_key if module.return_log_prob else None
     action_key = next(key for key in module.out_keys if key not in module.log_prob_keys)
 
-    def make(steps: int) -> Callable[[State], None]:
+    def make(steps: int) -> Run:
         kind = interaction_type() or module.default_interaction_type
         if kind not in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
-            return _tensordict_function(module)
-        act = family.sampler(steps) if kind is InteractionType.RANDOM else family.mode
+            return _on_tensordict(module)
+        act = distribution.sampler(steps) if kind is InteractionType.RANDOM else distribution.mode
 
         def run(state: State) -> None:
             state[action_key] = act(*[state[key] for key in in_keys])
@@ -145,22 +132,17 @@ def _distribution(module: ProbabilisticTensorDictModule, family: Family) -> Acti
 
     def log_prob(state: State) -> None:
         parameters = [state[key] for key in in_keys]
-        state[log_prob_key], _ = family.log_prob_and_entropy(state[action_key], *parameters)
+        state[log_prob_key], _ = distribution.log_prob_and_entropy(state[action_key], *parameters)
 
     return ActingPart(module, in_keys, [action_key], make, "distribution", log_prob, log_prob_key)
 
 
-def _with_tensordict(module: TensorDictModuleBase) -> ActingPart:
-    return ActingPart(module, module.in_keys, module.out_keys, lambda _: _tensordict_function(module), "tensordict")
-
-
-def _tensordict_function(module: TensorDictModuleBase) -> Callable[[State], None]:
+def _on_tensordict(module: TensorDictModuleBase) -> Run:
     in_keys, out_keys = module.in_keys, module.out_keys
 
     def run(state: State) -> None:
         read = {key: state[key] for key in in_keys if key in state}
-        rows = len(next(iter(read.values())))
-        written = module(TensorDict(read, batch_size=[rows]))
+        written = module(TensorDict(read, batch_size=[len(next(iter(read.values())))]))
         state.update((key, written.get(key)) for key in out_keys if written.get(key, None) is not None)
 
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import unravel_key
 
 __all__ = ["ActorCritic"]
 
@@ -11,10 +12,8 @@ __all__ = ["ActorCritic"]
 class ActorCritic(TensorDictSequential):
     """Actor, then critic: the policy to collect with, so that values are stored at collection and never computed twice.
 
-    The critic's memory then is part of the collected data as the actor's is; a critic outside the collector's
-    policy gets no primer, and its memory would silently be lost.
-
-    Reads and writes the entries of both, for one step ``[*B]`` or, in recurrent mode, for sequences ``[*B, T]``.
+    The critic's memory then is collected as the actor's is; a critic outside the collector's policy gets no primer, and its memory
+    would silently be lost. Reads and writes the entries of both, ``[*B]`` or, in recurrent mode, ``[*B, T]``.
 
     Args:
         actor: e.g. `GRUGaussianActor` or `GRUCategoricalActor`.
@@ -58,14 +57,6 @@ class ActorCritic(TensorDictSequential):
 
 
 def hidden_keys(module: TensorDictModuleBase) -> list[NestedKey]:
-    """Entries that ``module`` reads and hands on to the next step: ``k`` among its inputs and ``("next", k)`` written.
-
-    Examples:
-        >>> from rl2_torchrl.modules import GRUValueHead
-        >>> hidden_keys(GRUValueHead(5))
-        ['critic_hidden']
-    """
-    handed_on = {
-        key[1:] if len(key) > 2 else key[1] for key in module.out_keys if isinstance(key, tuple) and key[0] == "next"
-    }
-    return [key for key in module.in_keys if key in handed_on]
+    """Entries that ``module`` reads and hands on to the next step: ``k`` among its inputs and ``("next", k)`` written."""
+    written = {unravel_key(key) for key in module.out_keys}
+    return [key for key in module.in_keys if unravel_key(("next", key)) in written]

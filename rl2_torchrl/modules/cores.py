@@ -19,117 +19,12 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules import recurrent_mode
 
-__all__ = ["CoreMixin", "LSTMCore", "RecurrentCore", "Tensors", "as_sizes", "at_ends", "run_segments", "sub_key"]
+__all__ = ["LSTMCore", "RecurrentCore", "Tensors", "as_sizes", "at_ends", "run_segments", "sub_key"]
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-class CoreMixin:
-    """What is derived from a core's ``step``, ``unroll``, ``initial_memory``, ``input_size`` and ``memory_shapes``."""
-
-    def name_entries(self, in_key: NestedKey, hidden_key: NestedKey, features_key: NestedKey) -> None:
-        """Names what the core reads and writes; memories after the first are ``hidden_key`` with their name appended."""
-        _, *others = self.memory_shapes
-        memory_keys = [unravel_key(hidden_key), *(sub_key(hidden_key, name) for name in others)]
-        self.in_keys = [unravel_key(in_key), *memory_keys, "is_init"]
-        self.out_keys = [unravel_key(features_key), *(unravel_key(("next", key)) for key in memory_keys)]
-
-    def initial_memory(self, num_rows: int) -> Tensors:
-        """The memories ``[num_rows, *shape]`` with which a trial starts: zeros, unless you say otherwise, say parameters."""
-        return tuple(self._like(torch.empty(0)).new_zeros(num_rows, *shape) for shape in self.memory_shapes.values())
-
-    def step_function(self) -> Callable[..., Tensors]:
-        """``(x, *memory) -> (features, *memory)``: one step of a rollout, without gradient; memories of None start anew.
-
-        It may keep a copy of the weights, so that it is made anew whenever they have changed.
-        """
-
-        @torch.no_grad()
-        def step(x: torch.Tensor, *memory: torch.Tensor | None) -> Tensors:
-            x, memory = self._converted(x, memory)
-            return self.step(x, *(memory or self.initial_memory(len(x))))
-
-        return step
-
-    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
-        """The features ``[N, T, features_size]`` of sequences, differentiable.
-
-        Args:
-            x: ``[N, T, input_size]``.
-            memory: ``[N, T, *shape]`` each, as they were before each step; or None for `initial_memory`.
-            is_init: bool ``[N, T]``, where a trial starts, and its memory with it; or None where none does.
-        """
-        return self.unroll(*self._converted(x, memory), is_init)[0]
-
-    def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that makes room for the memories in an env; `get_primers_from_module` finds it."""
-        memory = zip(self.in_keys[1:-1], self.initial_memory(1), strict=True)
-        return TensorDictPrimer({key: Unbounded(m.shape[1:], dtype=m.dtype) for key, m in memory}, expand_specs=True)
-
-    def _like(self, default: torch.Tensor) -> torch.Tensor:
-        return next((p for p in self.parameters() if p.is_floating_point()), default)
-
-    def _converted(
-        self, x: torch.Tensor, memory: Sequence[torch.Tensor | None] | None
-    ) -> tuple[torch.Tensor, Tensors | None]:
-        """``x`` and the memories in the parameters' dtype; None for memories of which one is None."""
-        dtype = self._like(x).dtype
-        given = bool(memory) and all(m is not None for m in memory)
-        return x.to(dtype), tuple(m.to(dtype) for m in memory) if given else None
-
-    def _read(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, Tensors | None, torch.Tensor]:
-        """``x`` ``[*B, (T), input_size]``, the memories, None where there are none, and ``is_init`` ``[*B, (T)]``."""
-        in_key, *memory_keys, init_key = self.in_keys
-        x, is_init = tensordict.get(in_key, None), tensordict.get(init_key, None)
-        if x is None or is_init is None:
-            raise KeyError(
-                f"the core reads {in_key!r} and {init_key!r}, one of which is missing; there is {list(tensordict.keys(True))}. "
-                "PreviousStep() writes the transition input; InitTracker(), which a Collector with "
-                "auto_register_policy_transforms=True adds by itself, marks where a trial starts."
-            )
-        if x.ndim < 1 or self.input_size not in (None, x.shape[-1]):
-            raise ValueError(
-                f"{in_key!r} has {x.shape[-1] if x.ndim else 0} entries, but the core was built with "
-                f"input_size={self.input_size} (the sum of all its inputs). Build the network with from_env(env, ...)."
-            )
-        batch, memory = x.shape[:-1], [tensordict.get(key, None) for key in memory_keys]
-        if is_init.numel() != batch.numel():
-            raise ValueError(
-                f"{init_key!r} has shape {tuple(is_init.shape)}; it must be {(*batch, 1)}: one flag a step."
-            )
-        for key, m, shape in zip(memory_keys, memory, self.memory_shapes.values(), strict=True):
-            if m is None and any(other is not None for other in memory):
-                raise KeyError(f"the core's memory {key!r} is missing, while another part of it is there.")
-            if m is not None and m.shape != (*batch, *shape):
-                raise ValueError(
-                    f"{key!r} has shape {tuple(m.shape)}; it must be [*B, {', '.join(map(str, shape))}], here {(*batch, *shape)}. "
-                    "Take the primers from this network: get_primers_from_module(policy)."
-                )
-        return *self._converted(x, memory), is_init.reshape(batch)
-
-    def _run(
-        self, tensordict: TensorDictBase, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor
-    ) -> TensorDictBase:
-        """``step``, or in recurrent mode ``unroll``, of what `_read` gave, written into ``tensordict``."""
-        batch, is_sequence = x.shape[:-1], self.recurrent_mode
-        if is_sequence and not batch:
-            raise ValueError(
-                f"in recurrent mode {self.in_keys[0]!r} must be [*B, T, input_size], not {tuple(x.shape)}."
-            )
-        lead = (batch[:-1].numel(), batch[-1]) if is_sequence else (batch.numel(),)
-        x, is_init = x.reshape(*lead, x.shape[-1]), is_init.reshape(lead)
-        memory = memory and tuple(m.reshape(*lead, *m.shape[len(batch) :]) for m in memory)
-        if is_sequence:
-            outputs = self.unroll(x, memory, is_init)
-        else:
-            initial = self.initial_memory(len(x))
-            outputs = self.step(x, *(choose_rows(is_init, initial, memory) if memory else initial))
-        for key, value in zip(self.out_keys, outputs, strict=True):
-            tensordict.set(key, value.reshape(*batch, *value.shape[len(lead) :]))
-        return tensordict
-
-
-class RecurrentCore(CoreMixin, TensorDictModuleBase):
+class RecurrentCore(TensorDictModuleBase):
     """A core of your own: write `step`, and sequences with resets, primers and TensorDicts are derived from it.
 
     Args:
@@ -170,6 +65,13 @@ class RecurrentCore(CoreMixin, TensorDictModuleBase):
         self.memory_shapes = {name: tuple(map(index, shape)) for name, shape in memory.items()}
         self.name_entries(in_key, hidden_key, features_key)
 
+    def name_entries(self, in_key: NestedKey, hidden_key: NestedKey, features_key: NestedKey) -> None:
+        """Names what the core reads and writes; memories after the first are ``hidden_key`` with their name appended."""
+        _, *others = self.memory_shapes
+        memory_keys = [unravel_key(hidden_key), *(sub_key(hidden_key, name) for name in others)]
+        self.in_keys = [unravel_key(in_key), *memory_keys, "is_init"]
+        self.out_keys = [unravel_key(features_key), *(unravel_key(("next", key)) for key in memory_keys)]
+
     def step(self, x: torch.Tensor, *memory: torch.Tensor) -> Tensors:
         """One step of N rows, each independent of the others, differentiable.
 
@@ -181,6 +83,33 @@ class RecurrentCore(CoreMixin, TensorDictModuleBase):
             features ``[N, features_size]``, then the memories after the step.
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(x, *memory) -> features, *memory.")
+
+    def initial_memory(self, num_rows: int) -> Tensors:
+        """The memories ``[num_rows, *shape]`` with which a trial starts: zeros, unless you say otherwise, say parameters."""
+        return tuple(self._like(torch.empty(0)).new_zeros(num_rows, *shape) for shape in self.memory_shapes.values())
+
+    def step_function(self) -> Callable[..., Tensors]:
+        """``(x, *memory) -> (features, *memory)``: one step of a rollout, without gradient; memories of None start anew.
+
+        It may keep a copy of the weights, so that it is made anew whenever they have changed.
+        """
+
+        @torch.no_grad()
+        def step(x: torch.Tensor, *memory: torch.Tensor | None) -> Tensors:
+            x, memory = self._converted(x, memory)
+            return self.step(x, *(memory or self.initial_memory(len(x))))
+
+        return step
+
+    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
+        """The features ``[N, T, features_size]`` of sequences, differentiable.
+
+        Args:
+            x: ``[N, T, input_size]``.
+            memory: ``[N, T, *shape]`` each, as they were before each step; or None for `initial_memory`.
+            is_init: bool ``[N, T]``, where a trial starts, and its memory with it; or None where none does.
+        """
+        return self.unroll(*self._converted(x, memory), is_init)[0]
 
     def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
         """`sequence`, and the memories ``[N, T, *shape]`` after each trial's last step in its row, 0 elsewhere."""
@@ -199,13 +128,67 @@ class RecurrentCore(CoreMixin, TensorDictModuleBase):
         """Whether ``forward`` takes sequences; see `torchrl.modules.set_recurrent_mode`."""
         return bool(recurrent_mode())
 
-    # Beside the forward that it speaks of: a class below with a forward of its own has to bring its own.
-    step_function = CoreMixin.step_function
-
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """One step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
-        return self._run(tensordict, *self._read(tensordict))
+        x, memory, is_init = self._read(tensordict)
+        batch = x.shape[:-1]
+        lead = (batch[:-1].numel(), batch[-1]) if self.recurrent_mode else (batch.numel(),)
+        x, is_init = x.reshape(*lead, x.shape[-1]), is_init.reshape(lead)
+        memory = memory and tuple(m.reshape(*lead, *m.shape[len(batch) :]) for m in memory)
+        if self.recurrent_mode:
+            outputs = self.unroll(x, memory, is_init)
+        else:
+            initial = self.initial_memory(len(x))
+            outputs = self.step(x, *(choose_rows(is_init, initial, memory) if memory else initial))
+        for key, value in zip(self.out_keys, outputs, strict=True):
+            tensordict.set(key, value.reshape(*batch, *value.shape[len(lead) :]))
+        return tensordict
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """The transform that makes room for the memories in an env; `get_primers_from_module` finds it."""
+        memory = zip(self.in_keys[1:-1], self.initial_memory(1), strict=True)
+        return TensorDictPrimer({key: Unbounded(m.shape[1:], dtype=m.dtype) for key, m in memory}, expand_specs=True)
+
+    def _like(self, default: torch.Tensor) -> torch.Tensor:
+        return next((p for p in self.parameters() if p.is_floating_point()), default)
+
+    def _converted(self, x: torch.Tensor, memory: Sequence[torch.Tensor | None] | None) -> tuple:
+        """``x`` and the memories in the parameters' dtype; None for memories of which one is None."""
+        dtype = self._like(x).dtype
+        given = bool(memory) and all(m is not None for m in memory)
+        return x.to(dtype), tuple(m.to(dtype) for m in memory) if given else None
+
+    def _read(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, Tensors | None, torch.Tensor]:
+        """``x`` ``[*B, (T), input_size]``, the memories, None where there are none, and ``is_init``, once they fit."""
+        in_key, *memory_keys, init_key = self.in_keys
+        x, *memory, is_init = (tensordict.get(key, None) for key in self.in_keys)
+        if x is None or is_init is None:
+            raise KeyError(
+                f"the core reads {in_key!r} and {init_key!r}, one of which is missing; there is {list(tensordict.keys(True))}. "
+                "PreviousStep() writes the transition input; InitTracker(), which a Collector with "
+                "auto_register_policy_transforms=True adds by itself, marks where a trial starts."
+            )
+        if x.ndim < 1 + self.recurrent_mode or self.input_size not in (None, x.shape[-1]):
+            raise ValueError(
+                f"{in_key!r} has {x.shape[-1] if x.ndim else 0} entries and shape {tuple(x.shape)}, but the core was built with "
+                f"input_size={self.input_size} (the sum of all its inputs) for [*B, input_size], in recurrent mode "
+                "[*B, T, input_size]. Build the network with from_env(env, ...)."
+            )
+        batch = x.shape[:-1]
+        if is_init.numel() != batch.numel():
+            raise ValueError(
+                f"{init_key!r} has shape {tuple(is_init.shape)}; it must be {(*batch, 1)}: one flag a step."
+            )
+        for key, m, shape in zip(memory_keys, memory, self.memory_shapes.values(), strict=True):
+            if m is None and any(other is not None for other in memory):
+                raise KeyError(f"the core's memory {key!r} is missing, while another part of it is there.")
+            if m is not None and m.shape != (*batch, *shape):
+                raise ValueError(
+                    f"{key!r} has shape {tuple(m.shape)}; it must be [*B, {', '.join(map(str, shape))}], here {(*batch, *shape)}. "
+                    "Take the primers from this network: get_primers_from_module(policy)."
+                )
+        return *self._converted(x, memory), is_init
 
 
 class LSTMCore(RecurrentCore):
@@ -242,10 +225,10 @@ class LSTMCore(RecurrentCore):
             return x, *(state.unsqueeze(1) for state in states[0])
         return x, *(torch.stack(each, 1) for each in zip(*states, strict=True))
 
-    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
+    def sequence(self, x, memory, is_init):
         return run_segments(self.lstm, *self._converted(x, memory), is_init, with_memory=False)[0]
 
-    def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
+    def unroll(self, x, memory, is_init):
         return run_segments(self.lstm, x, memory, is_init)
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.

@@ -1,42 +1,37 @@
-"""The distribution of a policy, its last slot: `ActionDistribution` says how a head's outputs become an action.
-
-`Family`, `family_of` and `register_family` (file `families.py`) are what rollouts and losses call.
-"""
+"""The distribution of a policy, its last slot: how a head's outputs become an action, and what rollouts and losses ask of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from operator import index
 from typing import Any
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch import nn
 from torch.distributions import Categorical, Distribution, constraints
 from torchrl.data import Binary, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
-from rl2_torchrl.gradients.gaussian import GaussianHeadPart
-from rl2_torchrl.gradients.part import runs
-from rl2_torchrl.modules.families import CategoricalFamily, Family, family_of, register_family
+from rl2_torchrl.gradients import policy
+from rl2_torchrl.gradients.part import AutogradPart, runs
+from rl2_torchrl.modules.functions import log_prob_and_entropy
 
 __all__ = [
-    "ActionDistribution",
-    "CategoricalActions",
-    "Family",
-    "Gaussian",
-    "GaussianActions",
-    "IndependentCategoricals",
-    "MultiCategoricalActions",
-    "TanhGaussianActions",
-    "family_of",
-    "register_family",
+    *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
+    *("MultiCategoricalActions", "TanhGaussianActions", "distribution_of", "policy_part", "register_distribution"),
 ]
 
 
 class ActionDistribution:
-    """How a head's outputs become an action.
+    """How a head's outputs become an action, and a distribution class as functions of its parameters ``[*B, n]``.
+
+    Rollouts and losses call these functions, so that no object is made at every step. Here they ask the class; what is derived
+    gives the class's numbers, and under the same `torch.manual_seed` its draws, in less time (`register_distribution`).
 
     Args:
         num_outputs: outputs of the head.
@@ -44,10 +39,16 @@ class ActionDistribution:
         distribution_class: a `torch.distributions.Distribution`.
         distribution_kwargs: further keywords of the class.
 
+    Attributes:
+        part: the `rl2_torchrl.gradients.AutogradPart` that brings the gradient of `log_prob_and_entropy`; None: autograd's.
+
     Examples:
-        >>> from torch.distributions import Bernoulli, Independent
         >>> laplace = ActionDistribution(1, ["loc"], torch.distributions.Laplace, {"scale": 0.1})
+        >>> laplace.mode(torch.ones(1))
+        tensor([1.])
     """
+
+    part: type[AutogradPart] | None = None
 
     def __init__(
         self,
@@ -59,20 +60,12 @@ class ActionDistribution:
         self.num_outputs, self.parameter_keys = index(num_outputs), list(parameter_keys)
         self.distribution_class, self.distribution_kwargs = distribution_class, dict(distribution_kwargs or {})
 
-    def parameters_of(self, head: nn.Module, **factory) -> nn.Module:
-        """``head`` with what makes the distribution's parameters of its outputs; ``factory`` is device and dtype."""
-        return head
-
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> ActionDistribution:
         """What fits the actions ``spec`` of one row: categorical choices, several of them, or a Gaussian for reals.
 
         Raises:
             TypeError: there is none.
-
-        Examples:
-            >>> ActionDistribution.from_spec(MultiCategorical([3, 2])).num_outputs
-            5
         """
         if isinstance(spec, MultiCategorical | MultiOneHot | Binary):
             return MultiCategoricalActions.from_spec(spec)
@@ -85,40 +78,113 @@ class ActionDistribution:
             "Discrete or MultiDiscrete action space, or the actor a distribution=."
         )
 
+    def parameters_of(self, head: nn.Module, **factory) -> nn.Module:
+        """``head`` with what makes the distribution's parameters of its outputs; ``factory`` is device and dtype."""
+        return head
 
+    def act(self, *parameters: torch.Tensor) -> torch.Tensor:
+        """A draw, by torch's default generator."""
+        return self._sample(InteractionType.RANDOM, parameters)
+
+    def sampler(self, steps: int) -> Callable[..., torch.Tensor]:
+        """`act` for ``steps`` steps in a row, all of one shape; the noise of all of them may be drawn at once."""
+        return self.act
+
+    def mode(self, *parameters: torch.Tensor) -> torch.Tensor:
+        """What deterministic interaction gives."""
+        return self._sample(InteractionType.DETERMINISTIC, parameters)
+
+    def log_prob_and_entropy(
+        self, action: torch.Tensor, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both ``[*B]``, differentiable; the entropy is None where the class has none in closed form."""
+        distribution = self.module.get_dist(self._entries(parameters))
+        try:
+            entropy = distribution.entropy()
+        except NotImplementedError:
+            entropy = None
+        return distribution.log_prob(action), entropy
+
+    @cached_property
+    def module(self) -> ProbabilisticTensorDictModule:
+        """What makes the class's objects, as a policy has it."""
+        options = {"distribution_class": self.distribution_class, "distribution_kwargs": self.distribution_kwargs}
+        return ProbabilisticTensorDictModule(self.parameter_keys, ["action"], **options)
+
+    def _sample(self, interaction: InteractionType, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with set_interaction_type(interaction):
+            return self.module(self._entries(parameters)).get(self.module.out_keys[0])
+
+    def _entries(self, parameters: tuple[torch.Tensor, ...]) -> TensorDict:
+        return TensorDict(dict(zip(self.module.in_keys, parameters, strict=True)))
+
+
+# ------------------------------------------------------------------- choices
 class CategoricalActions(ActionDistribution):
     """One of ``num_actions`` choices, ``[*B]``, or as a one-hot vector ``[*B, num_actions]``.
+
+    `act` draws what the class would. `sampler` adds Gumbel noise, of which the largest sum wins: the same distribution from other
+    numbers, at a sixth of the time, since its noise can be drawn for many steps at once.
 
     Args:
         num_actions: number of choices.
         one_hot: whether the action is a one-hot vector, as TorchRL's `GymEnv` has it. Default False.
 
     Examples:
-        >>> CategoricalActions(5).num_outputs
-        5
+        >>> CategoricalActions(5).mode(torch.tensor([0.0, 1.0, 0.0, 3.0, 2.0]))
+        tensor(3)
     """
 
+    _noise: torch.Tensor | None = None
+
     def __init__(self, num_actions: int, *, one_hot: bool = False):
-        self.one_hot = one_hot
         super().__init__(num_actions, ["logits"], OneHotCategorical if one_hot else Categorical)
+        self.one_hot, self.part = one_hot, policy.OneHotPart if one_hot else policy.CategoricalPart
 
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> CategoricalActions:
         """Of the number of choices and the encoding of ``spec``."""
-        is_one = isinstance(spec, CategoricalSpec | OneHot)
-        if (
-            not is_one
-            or isinstance(spec, MultiCategorical | MultiOneHot | Binary)
-            or spec.ndim > isinstance(spec, OneHot)
-        ):
+        is_several = isinstance(spec, MultiCategorical | MultiOneHot | Binary) or spec.ndim > isinstance(spec, OneHot)
+        if is_several or not isinstance(spec, CategoricalSpec | OneHot):
             raise TypeError(
                 f"the env's actions are not one categorical choice ({spec}): use GRUGaussianActor for reals, and "
                 "RecurrentActor for several choices at once."
             )
         return cls(spec.space.n, one_hot=isinstance(spec, OneHot))
 
+    def act(self, logits: torch.Tensor) -> torch.Tensor:
+        choice = _draw(logits)
+        return _one_hot(choice, logits) if self.one_hot else choice
 
-class MultiCategoricalActions(ActionDistribution):
+    def mode(self, logits: torch.Tensor) -> torch.Tensor:
+        choice = logits.argmax(-1)
+        return _one_hot(choice, logits) if self.one_hot else choice
+
+    def log_prob_and_entropy(self, action, logits):
+        return log_prob_and_entropy(action.to(torch.uint8).argmax(-1) if self.one_hot else action, logits)
+
+    def sampler(self, steps: int) -> Callable[..., torch.Tensor]:
+        noise: Iterator[torch.Tensor] = iter(())
+
+        def act(logits: torch.Tensor) -> torch.Tensor:
+            nonlocal noise
+            drawn = next(noise, None)
+            if drawn is None:
+                noise = iter(self._noise_like(steps, logits).uniform_().log_().neg_().log_().neg_())
+                drawn = next(noise)
+            return self.mode(logits + drawn)
+
+        return act
+
+    def _noise_like(self, steps: int, logits: torch.Tensor) -> torch.Tensor:
+        """Memory ``[steps, *B, num_actions]``, the same for every batch."""
+        shape, kept = (steps, *logits.shape), self._noise
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, logits.dtype, logits.device):
+            self._noise = logits.new_empty(shape)
+        return self._noise
+
+
+class MultiCategoricalActions(CategoricalActions):
     """Several choices at once, each from its own number, independent given the memory.
 
     Args:
@@ -128,14 +194,15 @@ class MultiCategoricalActions(ActionDistribution):
         dtype: of the action. Default `torch.int64`.
 
     Examples:
-        >>> MultiCategoricalActions((3, 2)).num_outputs
-        5
+        >>> MultiCategoricalActions((3, 2)).mode(torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0]))
+        tensor([1, 0])
     """
 
     def __init__(self, nvec: Sequence[int], *, one_hot: bool = False, dtype: torch.dtype = torch.int64):
-        nvec = tuple(map(index, nvec))
-        kwargs = {"nvec": nvec, "one_hot": one_hot, "dtype": dtype}
-        super().__init__(sum(nvec), ["logits"], IndependentCategoricals, kwargs)
+        self.nvec, self.dtype = list(map(index, nvec)), dtype
+        super().__init__(sum(self.nvec), one_hot=one_hot)
+        self.distribution_class, self.part = IndependentCategoricals, None
+        self.distribution_kwargs = {"nvec": tuple(self.nvec), "one_hot": one_hot, "dtype": dtype}
 
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> MultiCategoricalActions:
@@ -146,7 +213,75 @@ class MultiCategoricalActions(ActionDistribution):
             raise TypeError(f"the env's actions are not a vector of categorical choices ({spec}).")
         return cls([int(n) for n in spec.nvec], one_hot=isinstance(spec, MultiOneHot), dtype=spec.dtype)
 
+    def act(self, logits: torch.Tensor) -> torch.Tensor:
+        return self._each(_draw, logits)
 
+    def mode(self, logits: torch.Tensor) -> torch.Tensor:
+        return self._each(lambda part: part.argmax(-1), logits)
+
+    def log_prob_and_entropy(self, action, logits):
+        if self.one_hot:
+            action = torch.stack([part.to(torch.uint8).argmax(-1) for part in action.split(self.nvec, -1)], -1)
+        pairs = zip(action.unbind(-1), logits.split(self.nvec, -1), strict=True)
+        log_probs, entropies = zip(*(log_prob_and_entropy(*pair) for pair in pairs), strict=True)
+        return sum(log_probs), sum(entropies)
+
+    def _each(self, choose: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        parts = logits.split(self.nvec, -1)
+        if self.one_hot:
+            return torch.cat([_one_hot(choose(part), part) for part in parts], -1).to(self.dtype)
+        return torch.stack([choose(part) for part in parts], -1).to(self.dtype)
+
+
+def _draw(logits: torch.Tensor) -> torch.Tensor:
+    # As torch.multinomial draws one: probabilities over exponential noise, the largest wins.
+    noise = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_()
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+def _one_hot(choice: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    # `torch.nn.functional.one_hot` looks for choices that are none first, which costs more than the rest.
+    return torch.zeros_like(logits, dtype=torch.int64).scatter_(-1, choice.unsqueeze(-1), 1)
+
+
+class IndependentCategoricals(Distribution):
+    """Several categorical choices, ``[*B, len(nvec)]``, whose log-probabilities and entropies add up.
+
+    Args:
+        logits: ``[*B, sum(nvec)]``, one place's after the other's.
+        **kwargs: ``nvec``, ``one_hot`` and ``dtype``, as in `MultiCategoricalActions`.
+
+    Examples:
+        >>> choices = IndependentCategoricals(torch.zeros(4, 5), nvec=(3, 2))
+        >>> choices.sample().shape, choices.log_prob(choices.mode).shape
+        (torch.Size([4, 2]), torch.Size([4]))
+    """
+
+    arg_constraints = {"logits": constraints.independent(constraints.real, 1)}
+
+    def __init__(self, logits: torch.Tensor, **kwargs):
+        self.logits, self._actions = logits, MultiCategoricalActions(**kwargs)
+        size = self._actions.num_outputs if self._actions.one_hot else len(self._actions.nvec)
+        super().__init__(logits.shape[:-1], torch.Size([size]), validate_args=False)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
+        return self._actions.act(self.logits.detach().expand(*sample_shape, *self.logits.shape))
+
+    @property
+    def mode(self) -> torch.Tensor:
+        """The most probable choice in each place."""
+        return self._actions.mode(self.logits)
+
+    deterministic_sample = mode  # what TorchRL's deterministic interaction asks for
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return self._actions.log_prob_and_entropy(value, self.logits)[0]
+
+    def entropy(self) -> torch.Tensor:
+        return self._actions.log_prob_and_entropy(self.mode, self.logits)[1]
+
+
+# --------------------------------------------------------------------- reals
 class GaussianActions(ActionDistribution):
     """Reals ``[*B, action_dim]`` around the head's output, with a learnable scale that does not depend on the state.
 
@@ -159,17 +294,29 @@ class GaussianActions(ActionDistribution):
         ['loc', 'scale']
     """
 
-    def __init__(self, action_dim: int, *, init_log_std: float = -0.5):
-        self.init_log_std = float(init_log_std)
-        super().__init__(action_dim, ["loc", "scale"], IndependentNormal)
+    part = policy.GaussianPart
 
-    def parameters_of(self, head: nn.Module, **factory) -> nn.Module:
-        return Gaussian(head, self.num_outputs, self.init_log_std, **factory)
+    def __init__(self, action_dim: int, *, init_log_std: float = -0.5):
+        super().__init__(action_dim, ["loc", "scale"], IndependentNormal)
+        self.init_log_std = float(init_log_std)
 
     @classmethod
     def from_spec(cls, spec: TensorSpec, **kwargs) -> GaussianActions:
         """Of the size of ``spec``."""
         return cls(_real_vector(spec).shape[0], **kwargs)
+
+    def parameters_of(self, head: nn.Module, **factory) -> nn.Module:
+        return Gaussian(head, self.num_outputs, self.init_log_std, **factory)
+
+    def act(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(loc, memory_format=torch.contiguous_format).normal_().mul_(scale).add_(loc)
+
+    def mode(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return loc
+
+    def log_prob_and_entropy(self, action, loc, scale):
+        log_scale = scale.log() + 0.5 * math.log(2 * math.pi)
+        return (-0.5 * ((action - loc) / scale).square() - log_scale).sum(-1), (log_scale + 0.5).sum(-1)
 
 
 class TanhGaussianActions(GaussianActions):
@@ -185,6 +332,8 @@ class TanhGaussianActions(GaussianActions):
         >>> actor = RecurrentActor(5, TanhGaussianActions([-2.0], [2.0]))
     """
 
+    part = None
+
     def __init__(
         self, low: torch.Tensor | Sequence[float], high: torch.Tensor | Sequence[float], *, init_log_std: float = -0.5
     ):
@@ -196,12 +345,34 @@ class TanhGaussianActions(GaussianActions):
             )
         super().__init__(len(low), init_log_std=init_log_std)
         self.distribution_class, self.distribution_kwargs = TanhNormal, {"low": low, "high": high}
+        self._middle, self._half = (high + low) / 2, (high - low) / 2
 
     @classmethod
     def from_spec(cls, spec: TensorSpec, **kwargs) -> TanhGaussianActions:
         """Of the bounds of ``spec``."""
         space = _real_vector(spec).space
         return cls(space.low, space.high, **kwargs)
+
+    def act(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.mode(super().act(loc, scale), scale)
+
+    def mode(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        limit = self._limit(loc)
+        return self._middle + self._half * loc.tanh().clamp(-limit, limit)
+
+    def log_prob_and_entropy(self, action, loc, scale):
+        limit = self._limit(loc)
+        before = ((action - self._middle) / self._half).clamp(-limit, limit).atanh()
+        log_prob, _ = super().log_prob_and_entropy(before, loc, scale)
+        # log |d tanh(x) / dx| = 2 (log 2 - x - softplus(-2 x))
+        log_slope = 2 * (math.log(2) - before - nn.functional.softplus(-2 * before))
+        return log_prob - (log_slope + self._half.log()).sum(-1), None
+
+    def _limit(self, like: torch.Tensor) -> float:
+        # Kept on the device of what comes: a copy at every step would wait for the device.
+        if self._middle.device != like.device:
+            self._middle, self._half = self._middle.to(like.device), self._half.to(like.device)
+        return 1 - torch.finfo(like.dtype).resolution
 
 
 def _real_vector(spec: TensorSpec) -> TensorSpec:
@@ -242,84 +413,89 @@ class Gaussian(nn.Module):
 
         return step
 
-    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> GaussianHeadPart | None:
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]):
         """The part of a PPO step that this is, with its own gradient; None where the mean has none."""
-        mean = self.mean.gradient_part(in_keys, out_keys[:1]) if hasattr(self.mean, "gradient_part") else None
-        return (
-            GaussianHeadPart(self, mean, self.log_std, out_keys) if mean is not None and runs(self, Gaussian) else None
-        )
+        known = hasattr(self.mean, "gradient_part") and runs(self, Gaussian)
+        mean = self.mean.gradient_part(in_keys, out_keys[:1]) if known else None
+        return mean and policy.GaussianHeadPart(self, mean, self.log_std, out_keys)
 
 
-# ---------------------------------------------------------- several categoricals
-class IndependentCategoricals(Distribution):
-    """Several categorical choices, ``[*B, len(nvec)]``, whose log-probabilities and entropies add up.
+# ------------------------------------------------------------ of a policy's module
+def _tanh_normal(low: Any = -1.0, high: Any = 1.0) -> TanhGaussianActions:
+    return TanhGaussianActions(*(torch.as_tensor(bound).reshape(-1) for bound in (low, high)))
+
+
+#: What has its own functions, of the class's further keywords. The head's size matters to nobody here: it is given as 1.
+_KNOWN: dict[type[Distribution], Callable[..., ActionDistribution]] = {
+    Categorical: lambda: CategoricalActions(1),
+    OneHotCategorical: lambda: CategoricalActions(1, one_hot=True),
+    IndependentCategoricals: MultiCategoricalActions,
+    IndependentNormal: lambda: GaussianActions(1),
+    TanhNormal: _tanh_normal,
+}
+
+
+def register_distribution(distribution_class: type[Distribution], make: Callable[..., ActionDistribution]) -> None:
+    """Lets policies of ``distribution_class`` (exactly: what is derived from it may be another one) act by your functions.
 
     Args:
-        logits: ``[*B, sum(nvec)]``, one place's after the other's.
-        nvec: number of choices in each place.
-        one_hot: whether a value is the one-hot vectors end to end, ``[*B, sum(nvec)]``. Default False.
-        dtype: of values. Default `torch.int64`.
+        distribution_class: a `torch.distributions.Distribution`.
+        make: from the class's keywords (a policy's ``distribution_kwargs``) what has the functions.
 
     Examples:
-        >>> choices = IndependentCategoricals(torch.zeros(4, 5), nvec=(3, 2))
-        >>> choices.sample().shape, choices.log_prob(choices.mode).shape
-        (torch.Size([4, 2]), torch.Size([4]))
+        >>> class PoissonActions(ActionDistribution):
+        ...     def __init__(self):
+        ...         super().__init__(1, ["rate"], torch.distributions.Poisson)
+        ...     def act(self, rate):
+        ...         return torch.poisson(rate)
+        >>> register_distribution(torch.distributions.Poisson, PoissonActions)
     """
-
-    arg_constraints = {"logits": constraints.independent(constraints.real, 1)}
-
-    def __init__(
-        self, logits: torch.Tensor, nvec: Sequence[int], one_hot: bool = False, dtype: torch.dtype = torch.int64
-    ):
-        self.logits, self.family = logits, MultiCategoricalFamily(nvec, one_hot, dtype)
-        super().__init__(logits.shape[:-1], torch.Size([sum(nvec) if one_hot else len(nvec)]), validate_args=False)
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
-        return self.family.act(self.logits.detach().expand(*sample_shape, *self.logits.shape))
-
-    @property
-    def mode(self) -> torch.Tensor:
-        """The most probable choice in each place."""
-        return self.family.mode(self.logits)
-
-    @property
-    def deterministic_sample(self) -> torch.Tensor:
-        """What TorchRL's deterministic interaction gives: `mode`."""
-        return self.mode
-
-    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
-        return self.family.log_prob_and_entropy(value, self.logits)[0]
-
-    def entropy(self) -> torch.Tensor:
-        return self.family.log_prob_and_entropy(self.mode, self.logits)[1]
+    _KNOWN[distribution_class] = make
 
 
-class MultiCategoricalFamily(CategoricalFamily):
-    """`IndependentCategoricals` with logits ``[*B, sum(nvec)]``."""
-
-    keywords = ("nvec", "one_hot", "dtype")
-
-    def __init__(self, nvec: Sequence[int], one_hot: bool = False, dtype: torch.dtype = torch.int64):
-        self.nvec, self.one_hot, self.dtype = list(nvec), one_hot, dtype
-
-    def act(self, logits: torch.Tensor) -> torch.Tensor:
-        return self._encoded([super(MultiCategoricalFamily, self).act(part) for part in logits.split(self.nvec, -1)])
-
-    def mode(self, logits: torch.Tensor) -> torch.Tensor:
-        return self._encoded([super(MultiCategoricalFamily, self).mode(part) for part in logits.split(self.nvec, -1)])
-
-    def log_prob_and_entropy(self, action, logits):
-        if self.one_hot:
-            action = torch.stack([part.to(torch.uint8).argmax(-1) for part in action.split(self.nvec, -1)], -1)
-        base, parts = super(), zip(action.unbind(-1), logits.split(self.nvec, -1), strict=True)
-        terms = [base.log_prob_and_entropy(choice, part) for choice, part in parts]
-        return sum(log_prob for log_prob, _ in terms), sum(entropy for _, entropy in terms)
-
-    def _encoded(self, choices: list[torch.Tensor]) -> torch.Tensor:
-        if self.one_hot:
-            parts = zip(choices, self.nvec, strict=True)
-            return torch.cat([nn.functional.one_hot(choice, n) for choice, n in parts], -1).to(self.dtype)
-        return torch.stack(choices, -1).to(self.dtype)
+def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution | None:
+    """What acts in the place of a policy's probabilistic module; None for actions that are more than one tensor each."""
+    actions = [key for key in module.out_keys if key not in module.log_prob_keys]
+    if len(actions) != 1 or module.num_samples is not None:
+        return None
+    names = [key if isinstance(key, str) else key[-1] for key in module.dist_keys]
+    kwargs = module.distribution_kwargs or {}
+    try:
+        known = _KNOWN[module.distribution_class](**kwargs)
+    except (KeyError, TypeError, ValueError):  # another class, or keywords that ours does not have
+        known = None
+    if known is None or names != known.parameter_keys:
+        known = ActionDistribution(1, names, module.distribution_class, kwargs)
+        known.module = module
+    return known
 
 
-register_family(IndependentCategoricals, MultiCategoricalFamily)
+def policy_part(
+    sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: torch.Tensor | None
+) -> AutogradPart:
+    """The part that writes ``("policy", "log_prob")`` and, where ``entropy`` is asked for, ``("policy", "entropy")``.
+
+    Args:
+        sample: the policy's last module, which has the distribution.
+        action_key: entry of the collected actions.
+        entropy: whether anybody reads the entropy.
+        like: one of the policy's parameters, if it has any: of the device and dtype that its distribution will have.
+    """
+    distribution = distribution_of(sample)
+
+    def terms(action: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        log_prob, its_entropy = distribution.log_prob_and_entropy(action, *parameters)
+        if not entropy:
+            return (log_prob,)
+        if its_entropy is None:  # no closed form: from one draw, as ClipPPOLoss takes it
+            its_entropy = -distribution.log_prob_and_entropy(distribution.act(*parameters), *parameters)[0]
+        return log_prob, its_entropy
+
+    known = like is not None and policy.has_kernels(like)
+    kind = distribution.part if known and distribution.part else AutogradPart
+    out_keys = [policy.LOG_PROB, policy.ENTROPY] if entropy else [policy.LOG_PROB]
+    part = kind(terms, [action_key, *sample.in_keys], out_keys)
+    if kind is AutogradPart:
+        missing = "brings no gradient of its own" if known else "has no kernels here"
+        part.reason = f"{sample.distribution_class.__name__} {missing}"
+    return part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from operator import index
 
 import torch
@@ -29,8 +30,7 @@ class MLPEncoder(nn.Module):
         shape: shape of the entry, flattened, or its size. The transition input's is ``[input_size]``.
         num_cells: sizes of the layers. Default one of 64.
         activation: Default `torch.nn.ReLU`.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        **factory: device and dtype of the parameters.
 
     Examples:
         >>> MLPEncoder(5, num_cells=[32, 16])(torch.zeros(4, 10, 5)).shape
@@ -43,8 +43,7 @@ class MLPEncoder(nn.Module):
         num_cells: Sequence[int] = (64,),
         *,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
         super().__init__()
         self.shape = torch.Size(shape if isinstance(shape, Sequence) else (index(shape),))
@@ -52,27 +51,25 @@ class MLPEncoder(nn.Module):
         if len(sizes) < 2 or min(sizes) < 1:
             raise ValueError(f"shape={shape!r} and num_cells={num_cells!r} must be at least one layer of at least 1.")
         layers = []
-        for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
-            layers += [nn.Linear(inputs, outputs, device=device, dtype=dtype), activation()]
+        for inputs, outputs in pairwise(sizes):
+            layers += [nn.Linear(inputs, outputs, **factory), activation()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``x`` ``[*B, *shape]`` to ``[*B, num_cells[-1]]``."""
         return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
 
     def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
-        linears, activations = self.layers[::2], self.layers[1::2]
+        linears = self.layers[::2]
         if not runs(self, MLPEncoder) or len(self.shape) != 1 or not all(runs(layer, nn.Linear) for layer in linears):
             return self
-        layers = [
-            (layer.weight.detach(), layer.bias.detach(), f) for layer, f in zip(linears, activations, strict=True)
-        ]
+        weights = [(layer.weight.detach(), layer.bias.detach()) for layer in linears]
+        layers = list(zip(weights, self.layers[1::2], strict=True))
 
         def step(x: torch.Tensor) -> torch.Tensor:
-            x = _as_reals(x, layers[0][0])
-            for weight, bias, activation in layers:
-                x = activation(nn.functional.linear(x, weight, bias))
+            x = _as_reals(x, weights[0][0])
+            for layer, activation in layers:
+                x = activation(nn.functional.linear(x, *layer))
             return x
 
         return step
@@ -101,7 +98,6 @@ class ImageEncoder(nn.Module):
         self.net, self.shape = net, torch.Size(shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``x`` ``[*B, *shape]`` to ``[*B, n]``."""
         batch = x.shape[: x.ndim - len(self.shape)]
         out = self.net(_as_reals(x, next(self.net.parameters(), torch.empty(0))).reshape(-1, *self.shape))
         return out.reshape(*batch, *out.shape[1:])
@@ -114,11 +110,9 @@ class ConvEncoder(ImageEncoder):
         shape: ``[channels, height, width]``.
         out_features: size of what it gives. Default 64.
         num_channels: of each convolution. Default 16 and 32.
-        kernel_size: of each convolution. Default 3.
-        stride: of each convolution. Default 2.
+        kernel_size, stride: of all convolutions. Default 3 and 2.
         activation: after each layer. Default `torch.nn.ReLU`.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        **factory: device and dtype of the parameters.
 
     Raises:
         ValueError: the channels come last, or the image is too small for these convolutions.
@@ -137,18 +131,14 @@ class ConvEncoder(ImageEncoder):
         kernel_size: int = 3,
         stride: int = 2,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
-        channels, *size = _channels_first(shape)
-        factory, layers = {"device": device, "dtype": dtype}, []
+        (channels, *size), layers = _channels_first(shape), []
         for outputs in map(index, num_channels):
             layers += [nn.Conv2d(channels, outputs, kernel_size, stride, **factory), activation()]
             channels, size = outputs, [(n - kernel_size) // stride + 1 for n in size]
             if min(size) < 1:
-                raise ValueError(
-                    f"images of shape {tuple(shape)} are too small for {len(num_channels)} such convolutions."
-                )
+                raise ValueError(f"images {tuple(shape)} are too small for {len(num_channels)} such convolutions.")
         layers += [nn.Flatten(), nn.Linear(channels * size[0] * size[1], index(out_features), **factory), activation()]
         super().__init__(nn.Sequential(*layers), shape)
 
@@ -157,11 +147,9 @@ class Concat(nn.Module):
     """Concatenates its inputs ``[*B, n_i]`` in the first one's dtype, to ``[*B, sum n_i]``."""
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Concatenates along the last dimension."""
         return torch.cat([x.to(inputs[0].dtype) for x in inputs], -1) if len(inputs) > 1 else inputs[0]
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ConcatPart | None:
-        """The part of a PPO step that this is, with its own gradient."""
         return ConcatPart(self, in_keys, out_keys) if runs(self, Concat) else None
 
 
@@ -172,21 +160,10 @@ def encoding(
     out_key: NestedKey,
     **factory,
 ) -> tuple[list[TensorDictModuleBase], NestedKey, int]:
-    """Modules that make one vector of ``entries``, its key and its size.
+    """Modules that make one vector of ``entries`` (their shapes, batch dimensions aside), its key and its size.
 
-    Args:
-        encoder: a module or function for ``in_key``, a mapping of entries to such, or a TensorDictModule. Entries without an
-            encoder are taken as they are.
-        entries: shape of each entry that is read, batch dimensions aside.
-        in_key: the entry that a single encoder reads.
-        out_key: encoded entries and the whole vector are named after it.
-        **factory: device and dtype for the modules that functions make.
-
-    Examples:
-        >>> shapes = {"trans": (5,), "pixels": (3, 16, 16)}
-        >>> modules, key, size = encoding({"pixels": ConvEncoder}, shapes, "trans", "features")
-        >>> [module.out_keys for module in modules], key, size
-        ([['features_pixels'], ['features_input']], 'features_input', 69)
+    A single ``encoder`` reads ``in_key``; entries without one are taken as they are. What is made is named after ``out_key``;
+    ``factory`` is device and dtype for modules that functions make.
     """
     encoders = encoder if isinstance(encoder, Mapping) else {in_key: encoder} if encoder is not None else {}
     is_whole = isinstance(encoder, TensorDictModuleBase)
@@ -196,17 +173,14 @@ def encoding(
         raise KeyError(
             f"there are encoders for {unknown}, but the network reads {list(entries)}; from_env(env, ...) adds them."
         )
-    modules = (
-        [encoder] if is_whole else [_module_of(key, encoders[key], entries[key], out_key, factory) for key in encoders]
-    )
-    sizes = {}
-    for key, shape in entries.items():
-        if key not in encoded:
-            if len(shape) != 1:
-                raise ValueError(
-                    f"{key!r} has shape {tuple(shape)} and no encoder: give it one, encoder={{{key!r}: ConvEncoder}}."
-                )
-            sizes[key] = shape[0]
+    modules = [encoder] if is_whole else [_module_of(*item, entries, out_key, factory) for item in encoders.items()]
+    plain = {key: shape for key, shape in entries.items() if key not in encoded}
+    for key, shape in plain.items():
+        if len(shape) != 1:
+            raise ValueError(
+                f"{key!r} has shape {tuple(shape)} and no encoder: give it one, encoder={{{key!r}: ConvEncoder}}."
+            )
+    sizes = {key: shape[0] for key, shape in plain.items()}
     sizes |= {module.out_keys[0]: _output_size(module, entries) for module in modules}
     if len(sizes) == 1:
         return modules, *sizes.popitem()
@@ -214,16 +188,15 @@ def encoding(
     return [*modules, TensorDictModule(Concat(), list(sizes), [whole])], whole, sum(sizes.values())
 
 
-def _module_of(key: NestedKey, encoder: EntryEncoder, shape: Sequence[int], out_key: NestedKey, factory: Mapping):
-    """The TensorDictModule that encodes ``key``."""
-    module = encoder if isinstance(encoder, nn.Module) else encoder(torch.Size(shape)).to(**factory)
+def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key: NestedKey, factory: Mapping):
+    shape = torch.Size(entries[key])
+    module = encoder if isinstance(encoder, nn.Module) else encoder(shape).to(**factory)
     if len(shape) > 1 and not isinstance(module, ImageEncoder | MLPEncoder):
         module = ImageEncoder(module, shape)
     return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else key[-1])])
 
 
 def _output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
-    """Size of what ``module`` gives, found by trying it on zeros."""
     like = next(module.parameters(), torch.empty(0))
     zeros = {key: torch.zeros(1, *entries[key], device=like.device, dtype=like.dtype) for key in module.in_keys}
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import nn
 from torch.compiler import is_compiling
@@ -13,28 +13,24 @@ from torchrl.modules import GRUModule, set_recurrent_mode
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.recurrent import GRUPart
-from rl2_torchrl.modules.cores import CoreMixin, Tensors, as_sizes, at_ends, run_segments
+from rl2_torchrl.modules.cores import RecurrentCore, Tensors, as_sizes, at_ends, run_segments
+from rl2_torchrl.modules.functions import require_tensor, unit_stride
 from rl2_torchrl.modules.gru_sequence import gru_sequence, pack_weights, require_weights
-from rl2_torchrl.modules.kernel_tensors import require_tensor, unit_stride
 
 __all__ = ["FastGRUModule", "GRUCore", "StepGRU"]
 
 
-class FastGRUModule(CoreMixin, GRUModule):
+class FastGRUModule(RecurrentCore, GRUModule):
     """A drop-in for `torchrl.modules.GRUModule`: same arguments, keys, primer, ``state_dict`` and numbers, faster on the CPU.
 
-    Recurrent mode runs the whole sequence, resets included, in one compiled function with one back-propagation through
-    time of its own (`gru_sequence`), in place of splitting and padding trajectories for `torch.nn.GRU`; a single step is the
-    same function on a sequence of length one. What that does not cover takes TorchRL's path: other devices and
-    dtypes than float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``, another
-    ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine without a C compiler.
-
-    Inputs of another dtype than the weights' are converted. It is a core (`rl2_torchrl.modules.cores`) with one memory,
-    ``[*B, num_layers, hidden_size]``.
+    Whole sequences, resets included, run in one compiled function with one back-propagation through time of its own, in place of
+    splitting and padding trajectories. What that does not cover is left to PyTorch or TorchRL: other devices and dtypes than
+    float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``,
+    ``torch.compile`` and ``vmap``, or a machine without a C compiler. It is a `RecurrentCore`, whose memory is
+    ``[*B, num_layers, hidden_size]``; inputs of another dtype than the weights' are converted.
 
     Args:
-        *args: as for `GRUModule`.
-        **kwargs: as for `GRUModule`.
+        *args, **kwargs: as for `GRUModule`.
 
     Examples:
         >>> from torchrl.modules import set_recurrent_mode
@@ -45,114 +41,73 @@ class FastGRUModule(CoreMixin, GRUModule):
         torch.Size([4, 5, 8])
     """
 
+    recurrent_mode = GRUModule.recurrent_mode
+
+    def __init__(self, *args, **kwargs):
+        GRUModule.__init__(self, *args, **kwargs)
+        units, directions = self.gru.hidden_size, 2 if self.gru.bidirectional else 1
+        self.input_size, self.features_size = self.gru.input_size, directions * units
+        self.memory_shapes = {"hidden": (directions * self.gru.num_layers, units)}
+
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Reads and writes what `GRUModule` does, for one step ``[*B]`` or, in recurrent mode, ``[*B, T]``."""
-        if is_compiling():
-            return super().forward(tensordict)
-        x, memory, is_init = self._read(tensordict)
-        if self._is_covered() and x.numel():
-            return self._run(tensordict, x, memory, is_init)
-        out = self._by_torchrl(x, memory, is_init, self.recurrent_mode)
-        for key in self.out_keys:
-            tensordict.set(key, out.get(key))
-        return tensordict
+        """Reads and writes what `GRUModule` does: one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
+        return (GRUModule if is_compiling() else RecurrentCore).forward(self, tensordict)
 
     def gradient_part(self) -> GRUPart | None:
         """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`), or None without kernels."""
         return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if self._is_covered() else None
 
-    def is_plain(self) -> bool:
+    def _is_plain(self) -> bool:
         """Whether this is `gru_sequence`, layer by layer, and nothing more."""
-        gru = self.gru
+        gru, is_pad = self.gru, self.recurrent_backend == "pad"
         dropout = gru.dropout and gru.training and gru.num_layers > 1
-        return type(gru) is nn.GRU and not gru.bidirectional and not dropout and self.recurrent_backend == "pad"
-
-    def has_kernels(self) -> bool:
-        """Whether `gru_sequence` is compiled for this module's device and dtype."""
-        weight = self.gru.weight_hh_l0
-        return weight.device.type == "cpu" and kernels.load(weight.dtype) is not None
+        return type(gru) is nn.GRU and is_pad and not gru.bidirectional and not dropout
 
     def _is_covered(self) -> bool:
-        return self.is_plain() and self.has_kernels() and torch._C._functorch.maybe_current_level() is None
-
-    def _by_torchrl(self, x, memory, is_init, is_sequence: bool) -> TensorDictBase:
-        entries = {self.in_keys[0]: x, "is_init": is_init.unsqueeze(-1)}
-        if memory is not None:
-            entries[self.in_keys[1]] = memory[0]
-        with set_recurrent_mode(is_sequence):
-            return super().forward(TensorDict(entries, x.shape[:-1]))
-
-    # ------------------------------------------------------------------- core
-    @property
-    def input_size(self) -> int:
-        """Size of what it reads."""
-        return self.gru.input_size
-
-    @property
-    def features_size(self) -> int:
-        """Size of what it gives."""
-        return self.gru.hidden_size * (2 if self.gru.bidirectional else 1)
-
-    @property
-    def memory_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the memory, as in `RecurrentCore`."""
-        directions = 2 if self.gru.bidirectional else 1
-        return {"hidden": (self.gru.num_layers * directions, self.gru.hidden_size)}
+        return self._is_plain() and kernels.covers(self.gru.weight_hh_l0)
 
     def step_function(self) -> Callable[..., Tensors]:
-        """As `RecurrentCore.step_function`, on weights that are packed once."""
-        return StepGRU(self.gru) if self.is_plain() else super().step_function()
+        return StepGRU(self.gru) if self._is_plain() else super().step_function()
 
     def step(self, x: torch.Tensor, hidden: torch.Tensor) -> Tensors:
-        """One step of N rows, as `RecurrentCore.step`."""
-        x, hidden = x.unsqueeze(1), hidden.unsqueeze(1)
-        if self.is_plain():
-            layers = [layer.squeeze(1) for layer in self._layers(x, hidden, None)]
+        if self._is_plain():
+            layers = [layer.squeeze(1) for layer in self._layers(x.unsqueeze(1), hidden.unsqueeze(1), None)]
             return layers[-1], torch.stack(layers, 1)
-        x, hidden = self.gru(x, hidden.squeeze(1).transpose(0, 1).contiguous())
+        x, hidden = self.gru(x.unsqueeze(1), hidden.transpose(0, 1).contiguous())
         return x.squeeze(1), hidden.transpose(0, 1)
 
     def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
-        """Features and, where a trial ends, the memory, as `RecurrentCore.unroll`."""
         if self._is_covered():
-            layers = self._layers(x, None if memory is None else memory[0], is_init)
+            layers = self._layers(x, memory and memory[0], is_init)
             return layers[-1], at_ends(torch.stack(layers, -2), is_init)
         if isinstance(self.gru, nn.GRU) and self.recurrent_backend == "pad":
             return run_segments(self.gru, x, memory, is_init)
         flags = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if is_init is None else is_init
-        out = self._by_torchrl(x, memory, flags, is_sequence=True)
-        return tuple(out.get(key) for key in self.out_keys)
+        entries = zip(self.in_keys, (x, memory and memory[0], flags.unsqueeze(-1)), strict=True)
+        out = TensorDict({key: entry for key, entry in entries if entry is not None}, x.shape[:2])
+        with set_recurrent_mode(True):
+            return tuple(map(GRUModule.forward(self, out).get, self.out_keys))
 
     def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
-        """The features ``[N, T, features_size]`` of sequences, as `RecurrentCore.sequence`."""
-        x, memory = self._converted(x, memory)
         if self._is_covered():
-            return self._layers(x, None if memory is None else memory[0], is_init)[-1]
-        return self.unroll(x, memory, is_init)[0]
+            x, memory = self._converted(x, memory)
+            return self._layers(x, memory and memory[0], is_init)[-1]
+        return super().sequence(x, memory, is_init)
 
     def _layers(self, x, hidden: torch.Tensor | None, is_init: torch.Tensor | None) -> list[torch.Tensor]:
         """Each layer's output ``[N, T, hidden_size]``, from ``hidden`` ``[N, T, num_layers, hidden_size]``."""
-        outputs = []
+        outputs = [x]
         for layer, names in enumerate(self.gru._all_weights):
             weights = [getattr(self.gru, name) for name in names]
-            x = gru_sequence(x, None if hidden is None else hidden[:, :, layer], is_init, *weights)
-            outputs.append(x)
-        return outputs
+            outputs.append(
+                gru_sequence(outputs[-1], None if hidden is None else hidden[:, :, layer], is_init, *weights)
+            )
+        return outputs[1:]
 
 
 class GRUCore(FastGRUModule):
-    """`FastGRUModule` with the arguments of a core.
-
-    Args:
-        input_size: size of what it reads.
-        hidden_size: units. Default 64.
-        num_layers: Default 1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        in_key: Default ``"trans"``.
-        hidden_key: entry of the memory ``[*B, num_layers, hidden_size]``. Default ``"hidden"``.
-        features_key: Default ``"features"``.
+    """`FastGRUModule` with the arguments of `LSTMCore`; its memory is ``[*B, num_layers, hidden_size]``.
 
     Examples:
         >>> core = GRUCore(input_size=5, hidden_size=8, num_layers=2)
@@ -161,21 +116,10 @@ class GRUCore(FastGRUModule):
         (torch.Size([4, 8]), torch.Size([4, 2, 8]))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int = 64,
-        num_layers: int = 1,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        in_key: NestedKey = "trans",
-        hidden_key: NestedKey = "hidden",
-        features_key: NestedKey = "features",
-    ):
+    def __init__(self, input_size: int, hidden_size: int = 64, num_layers: int = 1, *, device=None, dtype=None, **keys):
         sizes = as_sizes(input_size, hidden_size, num_layers)
-        super().__init__(*sizes, device=device, in_key=in_key, out_key=features_key)
-        self.name_entries(in_key, hidden_key, features_key)
+        super().__init__(*sizes, device=device, in_key="trans", out_key="features")
+        self.name_entries(**{"in_key": "trans", "hidden_key": "hidden", "features_key": "features", **keys})
         self.to(dtype)
 
     # torch.compile breaks the graph at a GRU in any case; stopping here saves tracing the code around it.
@@ -183,22 +127,15 @@ class GRUCore(FastGRUModule):
 
 
 class StepGRU:
-    """One step of a `torch.nn.GRU` without gradient, for rollouts: the weights are packed once, here.
-
-    Examples:
-        >>> gru = nn.GRU(3, 8)
-        >>> features, hidden = StepGRU(gru)(torch.randn(4, 3), None)
-        >>> features.shape, hidden.shape
-        (torch.Size([4, 8]), torch.Size([4, 1, 8]))
-    """
+    """One step of a `torch.nn.GRU` without gradient, for rollouts: the weights are packed once, here."""
 
     def __init__(self, gru: nn.GRU):
         self.layers = [[getattr(gru, name).detach() for name in layer] for layer in gru._all_weights]
         self.units, self.weight = gru.hidden_size, self.layers[0][1]
         for layer in self.layers:
-            require_weights(*layer[:2], *(layer[2:] or (None, None)))
+            require_weights(*layer)
             require_tensor("a layer's w_hh", layer[1], self.weight.shape, self.weight)
-        self.library = kernels.load(self.weight.dtype) if self.weight.device.type == "cpu" else None
+        self.library = kernels.load(self.weight.dtype) if self.weight.is_cpu else None
         self.packed = [] if self.library is None else [pack_weights(*layer) for layer in self.layers]
         self._fitting: tuple | None = None
 

@@ -7,17 +7,11 @@ import threading
 import torch
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules.kernel_tensors import require_plain, require_tensor, unit_stride
+from rl2_torchrl.modules.functions import require_tensor, unit_stride
 
 __all__ = [
-    "Workspace",
-    "as_bytes",
-    "backward_in_place",
-    "forward_saving",
-    "gru_sequence",
-    "input_gradient",
-    "pack_weights",
-    "weight_products",
+    *("Workspace", "as_bytes", "backward_in_place", "forward_saving", "gru_sequence", "input_gradient", "pack_weights"),
+    *("require_weights", "weight_products"),
 ]
 
 
@@ -30,46 +24,27 @@ def gru_sequence(
     b_ih: torch.Tensor | None = None,
     b_hh: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One GRU layer over sequences (Cho et al. 2014; equations and parameters as in `torch.nn.GRU`).
+    """One GRU layer over sequences (Cho et al. 2014; equations and parameters as in `torch.nn.GRU`): ``h`` ``[N, T, H]``.
 
-    ``h_t = GRU(x_t, h_{t-1})``; ``h_{t-1}`` is ``hidden[:, t]`` at the first step and wherever ``is_init`` is set. The gradient is
+    ``h_t = GRU(x_t, h_{t-1})``; ``h_{t-1}`` is ``hidden[:, t]`` (None: 0) at the first step and where ``is_init`` ``[N, T]`` is set
+    (None: nowhere else). ``x`` ``[N, T, I]`` and ``hidden`` ``[N, T, H]`` are converted to the weights' dtype. The gradient is
     back-propagation through time in one pass; the weights' gradients are single matrix products over all steps.
-    Without compiled kernels (`rl2_torchrl.kernels`) for the device and dtype, and for one step of few rows of many units, it is
-    a loop of PyTorch's operations.
-
-    Args:
-        x: ``[N, T, input_size]``, converted to the weights' dtype.
-        hidden: ``[N, T, hidden_size]``, converted likewise, or None for zeros.
-        is_init: bool ``[N, T]``, or None when no sequence starts anew after its first step.
-        w_ih: ``[3 * hidden_size, input_size]``.
-        w_hh: ``[3 * hidden_size, hidden_size]``.
-        b_ih: ``[3 * hidden_size]``, or None, and then ``b_hh`` too.
-        b_hh: ``[3 * hidden_size]`` or None.
-
-    Returns:
-        ``h`` ``[N, T, hidden_size]``, of the weights' dtype.
-
-    Raises:
-        ValueError: sizes or devices do not fit each other.
-        TypeError: the weights are of several dtypes.
-
-    Examples:
-        >>> gru = torch.nn.GRU(3, 8, batch_first=True)
-        >>> x = torch.randn(2, 5, 3)
-        >>> torch.allclose(gru_sequence(x, None, None, *gru.parameters()), gru(x)[0], atol=1e-6)
-        True
+    Without compiled kernels for the device and dtype, and for one step of few rows of many units, it is a loop of PyTorch's
+    operations.
     """
     weights = (w_ih, w_hh, b_ih, b_hh)
     require_weights(*weights)
     x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
-    if not kernels.covers(w_hh) or not len(x) or _is_too_little_to_pack_for(*x.shape[:2], w_hh.shape[1]):
+    # The kernels read packed weights. For one step of few rows, packing large ones costs more than the step.
+    is_too_little = x.shape[1] == 1 and len(x) < 48 and w_hh.shape[1] >= 128
+    if is_too_little or not len(x) or not kernels.covers(w_hh):
         return _loop(x, hidden, is_init, *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, *weights)):
         return _GRUSequence.apply(x, hidden, is_init, *weights)
     return _forward(x, hidden, as_bytes(is_init), pack_weights(*weights), w_hh.shape[1], None)
 
 
-def require_weights(w_ih, w_hh, b_ih, b_hh) -> None:
+def require_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> None:
     """Raises unless these are the weights of one GRU layer, on one device and of one dtype."""
     gates, units = w_hh.shape
     if gates != 3 * units:
@@ -96,11 +71,6 @@ def _as_inputs(x, hidden, is_init, w_ih, w_hh) -> tuple[torch.Tensor, torch.Tens
             f"is_init has shape {tuple(is_init.shape)} on {is_init.device}; it must be {tuple(x.shape[:2])} on {x.device}."
         )
     return x, hidden
-
-
-def _is_too_little_to_pack_for(rows: int, steps: int, units: int) -> bool:
-    # The kernels read packed weights. For one step of few rows, packing large ones costs more than the step.
-    return steps == 1 and rows < 48 and units >= 128
 
 
 def _loop(x, hidden, is_init, w_ih, w_hh, b_ih, b_hh) -> torch.Tensor:
@@ -140,11 +110,11 @@ def _forward(x, hidden, is_init, packed, units: int, saved: torch.Tensor | None,
 
 class _GRUSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
+    def forward(ctx, x, hidden, is_init, *weights):
         is_init = as_bytes(is_init)
-        y, saved = forward_saving(x, hidden, is_init, (w_ih, w_hh, b_ih, b_hh))
-        ctx.save_for_backward(is_init, w_ih, w_hh)
-        ctx.saved, ctx.has_bias = saved, b_ih is not None
+        y, ctx.saved = forward_saving(x, hidden, is_init, weights)
+        ctx.save_for_backward(is_init, *weights[:2])
+        ctx.has_bias = weights[2] is not None
         return y
 
     @staticmethod
@@ -159,44 +129,42 @@ class _GRUSequence(torch.autograd.Function):
             gradients = gradients.clone()
         else:
             ctx.saved = None
-        needs_x, needs_hidden = ctx.needs_input_grad[:2]
-        d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if needs_hidden else None
+        d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         backward_in_place(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
-        d_x = input_gradient(gradients, w_ih) if needs_x else None
+        d_x = input_gradient(gradients, w_ih) if ctx.needs_input_grad[0] else None
         d_weights = _weight_gradients(gradients, *w_ih.shape)
         Workspace.give(gradients)
         return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
 
 
 def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gru_sequence` by the kernels, without autograd, into contiguous ``y`` if it is given; ``is_init`` as `as_bytes` makes it.
+    """`gru_sequence` by the kernels, into contiguous ``y`` if it is given, and what `backward_in_place` needs ``[N, T, ...]``.
 
-    Returns:
-        ``h`` ``[N, T, H]``, and what `backward_in_place` needs, ``[N, T, ...]``.
+    It makes no graph; ``is_init`` is what `as_bytes` makes.
     """
-    w_ih, w_hh, *biases = weights
-    require_weights(w_ih, w_hh, *(biases or (None, None)))
+    w_ih, w_hh, *_ = weights
+    require_weights(*weights)
     x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
     units = w_hh.shape[1]
     if y is not None:
-        require_plain("y", y, (*x.shape[:2], units), w_hh)
+        require_tensor("y", y, (*x.shape[:2], units), w_hh, plain=True)
     _require_bytes(is_init, x)
     saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(x.shape[-1], units)))
     return _forward(x, hidden, is_init, pack_weights(*weights), units, saved, y), saved
 
 
 def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
-    """Back-propagation through time: turns what forward saved into the gradients of the gates' pre-activations.
+    """Back-propagation through time of ``dy``, the gradient by ``h``.
 
-    ``dy`` is the gradient by ``h``; ``gradients``, what forward saved, becomes ``(dr, dz, dhn, dn, h, x, 1, 0, ...)``
-    ``[N, T, ...]``; ``d_hidden``, contiguous zeros ``[N, T, H]``, the gradient by the memory, or None where nobody asks for it.
+    ``gradients``, what forward saved, becomes ``(dr, dz, dhn, dn, h, x, 1, 0, ...)`` ``[N, T, ...]``, the first four by the gates'
+    pre-activations; ``d_hidden``, contiguous zeros ``[N, T, H]`` or None, the gradient by the memory.
     """
     library = kernels.load(w_hh.dtype)
     rows, steps, units = dy.shape
     require_tensor("dy", dy, (*gradients.shape[:2], w_hh.shape[1]), w_hh)
-    require_plain("gradients", gradients, (rows, steps, library.saved_size(inputs, units)), w_hh)
+    require_tensor("gradients", gradients, (rows, steps, library.saved_size(inputs, units)), w_hh, plain=True)
     if d_hidden is not None:
-        require_plain("d_hidden", d_hidden, dy.shape, w_hh)
+        require_tensor("d_hidden", d_hidden, dy.shape, w_hh, plain=True)
     _require_bytes(is_init, dy)
     dy, packed = unit_stride(dy), None
     if steps > 1 or d_hidden is not None:  # else nothing goes back through the weights
@@ -233,12 +201,16 @@ def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
 class Workspace:
     """Memory of one minibatch that the next one uses again: first touch of fresh memory costs more than the arithmetic on it."""
 
-    _local = threading.local()  # a tensor that two threads took would be written by both
+    class _Free(threading.local):  # a tensor that two threads took would be written by both
+        def __init__(self):
+            self.tensors: list[torch.Tensor] = []
+
+    _free = _Free()
     _KEPT = 8  # two networks in one loss: states, gradients and what forward saves of each, and a little more
 
     @classmethod
     def take(cls, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        free = cls._tensors()
+        free = cls._free.tensors
         for i, tensor in enumerate(free):
             if tensor.shape == shape and tensor.dtype == like.dtype:
                 return free.pop(i)
@@ -246,15 +218,8 @@ class Workspace:
 
     @classmethod
     def give(cls, tensor: torch.Tensor) -> None:
-        free = cls._tensors()
-        free.append(tensor)
-        del free[: -cls._KEPT]
-
-    @classmethod
-    def _tensors(cls) -> list[torch.Tensor]:
-        if not hasattr(cls._local, "free"):
-            cls._local.free = []
-        return cls._local.free
+        cls._free.tensors.append(tensor)
+        del cls._free.tensors[: -cls._KEPT]
 
 
 def as_bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
@@ -265,9 +230,8 @@ def as_bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _require_bytes(is_init: torch.Tensor | None, x: torch.Tensor) -> None:
-    if is_init is not None and not (
-        is_init.dtype == torch.bool and is_init.shape == x.shape[:2] and is_init.is_contiguous()
-    ):
+    layout = (torch.bool, x.shape[:2], True)
+    if is_init is not None and (is_init.dtype, is_init.shape, is_init.is_contiguous()) != layout:
         raise ValueError(f"is_init must be contiguous bool {tuple(x.shape[:2])} here: what as_bytes(is_init) gives.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from operator import index
 
 import torch
@@ -12,9 +13,9 @@ from torch import nn
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import is_bare, runs
 from rl2_torchrl.modules.encoders import Concat
-from rl2_torchrl.modules.linear import relu_linear, relu_linear_step
+from rl2_torchrl.modules.functions import relu_linear, relu_linear_step
 
-__all__ = ["Head", "SkipHead", "are_relu_linear"]
+__all__ = ["Head", "SkipHead"]
 
 
 class Head(nn.Module):
@@ -27,8 +28,7 @@ class Head(nn.Module):
         activation: module class before each linear layer. Default `torch.nn.ReLU`.
         num_cells: sizes of further hidden layers before the last. Default none.
         skip_size: the last so many inputs go past the first activation, which would cut off their sign. Default 0.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        **factory: device and dtype of the parameters.
 
     Examples:
         >>> Head(8, 3, init_range=1e-3, num_cells=[16])(torch.zeros(4, 8)).shape
@@ -44,22 +44,19 @@ class Head(nn.Module):
         activation: Callable[[], nn.Module] = nn.ReLU,
         num_cells: Sequence[int] = (),
         skip_size: int = 0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory,
     ):
         super().__init__()
-        in_features, out_features, num_cells = index(in_features), index(out_features), [index(n) for n in num_cells]
-        self.in_features, self.skip_size = in_features, skip_size
+        self.in_features, *sizes = map(index, (in_features, *num_cells, out_features))
+        self.skip_size = skip_size
         if out_features < 1:
             raise ValueError(f"{out_features} outputs: an actor needs at least one action, or action dimension.")
-        layers: list[nn.Module] = [activation()]
-        for size in num_cells:
-            layers += [nn.Linear(in_features, size, device=device, dtype=dtype), activation()]
-            in_features = size
-        last = nn.Linear(in_features, out_features, device=device, dtype=dtype)
-        nn.init.uniform_(last.weight, -init_range, init_range)
-        nn.init.uniform_(last.bias, -init_range, init_range)
-        self.layers = nn.Sequential(*layers, last)
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((self.in_features, *sizes)):
+            layers += [activation(), nn.Linear(inputs, outputs, **factory)]
+        for parameter in layers[-1].parameters():
+            nn.init.uniform_(parameter, -init_range, init_range)
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Maps ``features`` ``[*B, in_features]`` to ``[*B, out_features]``."""
@@ -70,59 +67,45 @@ class Head(nn.Module):
             )
         layers = list(self.layers)
         if self.skip_size:
-            _, first, *layers = layers
-            features = first(self.activated(features))
-        return _chain(layers, features)
+            activation, first, *layers = layers
+            features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
+            features = first(torch.cat((activation(features), skipped), -1))
+        if _are_relu_linear(layers):
+            for linear in layers[1::2]:
+                features = relu_linear(features, linear.weight, linear.bias)
+            return features
+        for layer in layers:
+            features = layer(features)
+        return features
 
     def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
         layers = list(self.layers)
-        if self.skip_size or not are_relu_linear(layers) or not runs(self, Head):
+        if self.skip_size or not _are_relu_linear(layers) or not runs(self, Head):
             return self
-        first, *others = [relu_linear_step(linear) for linear in layers[1::2]]
+        steps = [relu_linear_step(linear) for linear in layers[1::2]]
 
         def step(features: torch.Tensor) -> torch.Tensor:
-            out = first(features)
-            for layer in others:
-                out = layer(out)
-            return out
+            for layer in steps:
+                features = layer(features)
+            return features
 
         return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`); None for other activations."""
+        """The part of a PPO step that this is, with its own gradient; None for other activations."""
         is_chain = runs(self, Head) and not self.skip_size
         return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
 
-    def activated(self, features: torch.Tensor) -> torch.Tensor:
-        """``features`` after the first activation, which the last ``skip_size`` of them go past."""
-        features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
-        return torch.cat((self.layers[0](features), skipped), -1)
 
-
-def _chain(layers: list[nn.Module], features: torch.Tensor) -> torch.Tensor:
-    if are_relu_linear(layers):
-        for linear in layers[1::2]:
-            features = relu_linear(features, linear.weight, linear.bias)
-        return features
-    for layer in layers:
-        features = layer(features)
-    return features
-
-
-def are_relu_linear(layers: list[nn.Module]) -> bool:
+def _are_relu_linear(layers: list[nn.Module]) -> bool:
     """Whether ``layers`` are ReLU and linear by turns and nothing more: no parametrizations, no hooks."""
     kinds = (nn.ReLU, nn.Linear)
     return all(runs(layer, kinds[number % 2]) and is_bare(layer) for number, layer in enumerate(layers))
 
 
 class SkipHead(nn.Module):
-    """A head that reads a core's features ``[*B, features_size]`` and, past its first activation, further inputs.
-
-    Args:
-        head: the head; its ``skip_size`` is the size of the further inputs.
-        detach: whether to stop the gradient into the features. Default False.
-    """
+    """A head that reads a core's features, detached or not, and further inputs, ``skip_size`` of which go past its activation."""
 
     def __init__(self, head: Head, detach: bool = False):
         super().__init__()
@@ -130,19 +113,14 @@ class SkipHead(nn.Module):
         self.concat = Concat()
 
     def forward(self, features: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
-        """Maps ``features`` and ``extra`` ``[*B, n]`` to ``[*B, out_features]``."""
-        features = features.detach() if self.detach else features
-        return self.head(self.concat(features, *extra))
+        return self.head(self.concat(features.detach() if self.detach else features, *extra))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        """As `Head.gradient_part`."""
         is_chain = runs(self, SkipHead) and runs(self.head, Head) and (self.head.skip_size > 0) == (len(in_keys) > 1)
         return ChainPart.of(self, self.head.layers, in_keys, out_keys, detach=self.detach) if is_chain else None
 
     @classmethod
-    def built(
-        cls, features_size: int, input_size: int, out_features: int, *, num_cells: Sequence[int], **kwargs
-    ) -> SkipHead:
+    def built(cls, features_size: int, input_size: int, out_features: int, *, num_cells, **kwargs) -> SkipHead:
         """One on features and the core's input, whose weights are drawn for that input alone (He et al. 2015)."""
         if not num_cells:
             raise ValueError(

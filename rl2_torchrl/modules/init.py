@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from torch import nn
 
 __all__ = ["orthogonal_init_"]
 
-Module = TypeVar("Module", bound=nn.Module)
-
 
 def orthogonal_init_(
-    module: Module, *, memory_steps: int | None = None, input_gain: float = 1.0, gate_gain: float = 1.0
-) -> Module:
+    module: nn.Module, *, memory_steps: int | None = None, input_gain: float = 1.0, gate_gain: float = 1.0
+) -> nn.Module:
     """Draws the weights of every GRU and LSTM in ``module`` anew, the recurrent ones orthogonal, and returns it.
 
     Each gate's recurrent matrix is orthogonal (Saxe et al. 2014), its input matrix is Xavier's (Glorot & Bengio 2010), biases
-    are 0. `torch.nn.GRU` draws all from U(-1/sqrt(H), 1/sqrt(H)), with which a state fades within a few steps: on long trials the
-    agent then learns more slowly at first. Other layers stay as they are.
+    are 0; other layers stay. `torch.nn.GRU` draws all from U(-1/sqrt(H), 1/sqrt(H)), with which a state fades within a few steps:
+    on long trials the agent then learns more slowly at first.
 
     Args:
         module: an actor, a critic, or any module with a `torch.nn.GRU` or `torch.nn.LSTM` in it.
         memory_steps: steps over which the slowest units shall remember at first, such as a trial's. The bias of a unit's update
             gate (an LSTM's forget gate, and with opposite sign its input gate) is then log(u) with u from U(1, memory_steps), so
-            that it forgets over about u steps ("chrono" initialisation, Tallec & Ollivier 2018, section 2). None leaves it 0: all
-            units forget half with every step.
-        input_gain: factor on the input matrices, as ``gain`` in `torch.nn.init`. Above 1 the gates answer to their inputs less
-            linearly: units that respond to one state and action together are there from the start.
+            that it forgets over about u steps ("chrono" initialisation, Tallec & Ollivier 2018). None leaves it 0: all units
+            forget half with every step.
+        input_gain: factor on the input matrices. Above 1 the gates answer less linearly: units that respond to one state and action
+            together are there from the start.
         gate_gain: a further factor on the input matrix of the update gate (an LSTM's input and forget gates). Well above 1 a unit
-            writes at some inputs and keeps its state at others from the start, so that there are memories of single states and
-            actions to build on.
+            writes at some inputs and keeps its state at others: memories of single states and actions to build on.
 
     Raises:
         ValueError: there is no GRU or LSTM in ``module``, or ``memory_steps`` is below 1 or there are no biases.
 
     Examples:
         >>> import torch
-        >>> from rl2_torchrl.modules import GRUCategoricalActor
-        >>> actor = orthogonal_init_(GRUCategoricalActor(5, 3, hidden_size=8))
-        >>> [gru] = [part for part in actor.modules() if isinstance(part, nn.GRU)]
-        >>> reset_gate = gru.weight_hh_l0[:8]
+        >>> reset_gate = orthogonal_init_(nn.GRU(5, 8)).weight_hh_l0[:8]
         >>> torch.allclose(reset_gate @ reset_gate.T, torch.eye(8), atol=1e-5)
         True
     """
@@ -69,9 +61,8 @@ def _remember(network: nn.GRU | nn.LSTM, steps: int) -> None:
     """Lets each unit forget over a time of its own, up to ``steps`` steps."""
     if not network.bias:
         raise ValueError("memory_steps is a matter of the gates' biases, and this network has none (bias=False).")
-    is_gru = isinstance(network, nn.GRU)
     for layer in range(network.num_layers):
-        write, keep, *_ = getattr(network, f"bias_ih_l{layer}").detach().chunk(3 if is_gru else 4)
+        write, keep, *_ = getattr(network, f"bias_ih_l{layer}").detach().view(-1, network.hidden_size)
         nn.init.uniform_(keep, 1.0, float(steps)).log_()
-        if not is_gru:
+        if isinstance(network, nn.LSTM):
             write.copy_(-keep)

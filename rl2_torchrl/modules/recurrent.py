@@ -1,4 +1,4 @@
-"""`RecurrentActor` and `RecurrentCritic`: encoder -> core -> head (-> distribution), put together by keyword."""
+"""Networks put together by keyword: encoder -> core -> head (-> distribution). The usual ones have names of their own."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from torchrl.data import TensorSpec
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 from torchrl.modules import ProbabilisticActor
 
-from rl2_torchrl.modules.distributions import ActionDistribution
+from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.encoders import Encoder, encoding
 from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.heads import Head, SkipHead
 from rl2_torchrl.transition import PreviousStep
 
-__all__ = ["RecurrentActor", "RecurrentCritic", "action_spec", "as_keys", "entry_shapes", "read_shapes"]
+__all__ = [
+    "GRUCategoricalActor",
+    "GRUGaussianActor",
+    "GRUValueHead",
+    "MemoryValueHead",
+    "RecurrentActor",
+    "RecurrentCritic",
+]
 
 #: Shape of each entry that a network reads, batch dimensions aside; a number is the size of the transition input.
 Shapes = int | Mapping[NestedKey, Sequence[int]]
 
 
+# -------------------------------------------------------------------- actors
 class RecurrentActor(ProbabilisticActor):
     """A policy with memory: encoder, core, head and distribution, each yours or ours.
 
@@ -73,25 +81,25 @@ class RecurrentActor(ProbabilisticActor):
         *,
         action_key: NestedKey = "action",
         hidden_key: NestedKey = "actor_hidden",
-        features_key: NestedKey = "actor_features",
         init_range: float = 1e-3,
+        features_key: NestedKey = "actor_features",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         **slots,
     ):
         factory = {"device": device, "dtype": dtype}
-        keys = {"hidden_key": hidden_key, "features_key": features_key}
-        slots = _Slots(input_size, distribution.num_outputs, init_range=init_range, **keys, **factory, **slots)
-        head = distribution.parameters_of(slots.head, **factory)
+        slots |= {"hidden_key": hidden_key, "features_key": features_key, "init_range": init_range, **factory}
+        body, head, head_keys, names = _slots(input_size, distribution.num_outputs, **slots)
+        head = distribution.parameters_of(head, **factory)
         super().__init__(
-            TensorDictSequential(*slots.body, TensorDictModule(head, slots.head_keys, distribution.parameter_keys)),
+            TensorDictSequential(*body, TensorDictModule(head, head_keys, distribution.parameter_keys)),
             in_keys=distribution.parameter_keys,
             out_keys=[action_key],
             distribution_class=distribution.distribution_class,
             distribution_kwargs=distribution.distribution_kwargs,
             return_log_prob=True,
         )
-        self.hidden_key, self.features_key, self.hidden_size = slots.names
+        self.hidden_key, self.features_key, self.hidden_size = names
 
     @classmethod
     def from_env(
@@ -116,11 +124,73 @@ class RecurrentActor(ProbabilisticActor):
             ValueError: an image of the env is neither in the transition input nor has an encoder.
         """
         if not isinstance(distribution, ActionDistribution):
-            distribution = distribution(action_spec(env))
+            distribution = distribution(_action_spec(env))
         kwargs = {"action_key": env.action_key, **kwargs}
-        return cls(read_shapes(env, kwargs), distribution, **kwargs)
+        return cls(_read_shapes(env, kwargs), distribution, **kwargs)
 
 
+class GRUGaussianActor(RecurrentActor):
+    """Gaussian GRU policy: ``mean_t = W relu(GRU(trans_t, h_{t-1})) + b``, ``a_t ~ Normal(mean_t, exp(log_std))``.
+
+    A `RecurrentActor` with `GaussianActions`: the action ``[*B, action_dim]`` comes with ``"loc"`` and ``"scale"``, and its
+    log-probability is summed over the components. In deterministic mode the action is the mean.
+
+    Args:
+        input_size: size of the transition input.
+        action_dim: dimensions of the action.
+        init_log_std: first value of every component of ``log_std``. Default -0.5.
+        **kwargs: as in `RecurrentActor`: ``hidden_size``, ``num_cells``, ``skip``, ``encoder``, ``core``, ...
+
+    Examples:
+        >>> actor = GRUGaussianActor(input_size=5, action_dim=2, hidden_size=8)
+        >>> td = TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
+        >>> actor(td)["action"].shape, td["next", "actor_hidden"].shape
+        (torch.Size([4, 2]), torch.Size([4, 1, 8]))
+    """
+
+    def __init__(self, input_size: Shapes, action_dim: int, *, init_log_std: float = -0.5, **kwargs):
+        super().__init__(input_size, GaussianActions(action_dim, init_log_std=init_log_std), **kwargs)
+
+    @classmethod
+    def from_env(cls, env: EnvBase, **kwargs) -> GRUGaussianActor:
+        """An actor of the sizes, device and action key of ``env``; TypeError where its actions are discrete."""
+        action_dim = GaussianActions.from_spec(_action_spec(env)).num_outputs
+        kwargs = {"action_key": env.action_key, **kwargs}
+        return cls(_read_shapes(env, kwargs), action_dim, **kwargs)
+
+
+class GRUCategoricalActor(RecurrentActor):
+    """Categorical GRU policy: ``logits_t = W relu(GRU(trans_t, h_{t-1})) + b``.
+
+    A `RecurrentActor` with `CategoricalActions`: the action comes with ``"logits"`` ``[*B, num_actions]``. In deterministic mode
+    it is the most probable one.
+
+    Args:
+        input_size: size of the transition input.
+        num_actions: number of actions.
+        one_hot: the action is a one-hot vector ``[*B, num_actions]``, as TorchRL's `GymEnv` has it, in place of an
+            index ``[*B]``. Default False.
+        **kwargs: as in `RecurrentActor`: ``hidden_size``, ``num_cells``, ``skip``, ``encoder``, ``core``, ...
+
+    Examples:
+        >>> actor = GRUCategoricalActor(input_size=5, num_actions=3, hidden_size=8)
+        >>> td = TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
+        >>> actor(td)["action"].shape, td["logits"].shape
+        (torch.Size([4]), torch.Size([4, 3]))
+    """
+
+    def __init__(self, input_size: Shapes, num_actions: int, *, one_hot: bool = False, **kwargs):
+        super().__init__(input_size, CategoricalActions(num_actions, one_hot=one_hot), **kwargs)
+
+    @classmethod
+    def from_env(cls, env: EnvBase, **kwargs) -> GRUCategoricalActor:
+        """An actor of the sizes, device, action key and encoding of ``env``; TypeError where its actions are not one choice."""
+        actions = CategoricalActions.from_spec(_action_spec(env))
+        kwargs = {"action_key": env.action_key, "one_hot": actions.one_hot, **kwargs}
+        return cls(_read_shapes(env, kwargs), actions.num_outputs, **kwargs)
+
+
+# ------------------------------------------------------------------- critics
 class RecurrentCritic(TensorDictSequential):
     """A value function with a memory of its own: encoder, core and head, each yours or ours.
 
@@ -153,13 +223,12 @@ class RecurrentCritic(TensorDictSequential):
         hidden_key: NestedKey = "critic_hidden",
         features_key: NestedKey = "critic_features",
         init_range: float = 3e-3,
-        extra_keys: Sequence[NestedKey] = (),
         **slots,
     ):
-        keys = {"hidden_key": hidden_key, "features_key": features_key, "extra_keys": extra_keys}
-        slots = _Slots(input_size, 1, init_range=init_range, **keys, **slots)
-        super().__init__(*slots.body, TensorDictModule(slots.head, slots.head_keys, [value_key]))
-        self.hidden_key, self.features_key, self.hidden_size = slots.names
+        slots |= {"hidden_key": hidden_key, "features_key": features_key, "init_range": init_range}
+        body, head, head_keys, names = _slots(input_size, 1, **slots)
+        super().__init__(*body, TensorDictModule(head, head_keys, [value_key]))
+        self.hidden_key, self.features_key, self.hidden_size = names
         self.value_key = value_key
 
     @classmethod
@@ -170,63 +239,137 @@ class RecurrentCritic(TensorDictSequential):
             KeyError: the env lacks the transition input or one of ``extra_keys``.
             ValueError: an image of the env is neither in the transition input nor has an encoder.
         """
-        return cls(read_shapes(env, kwargs), **kwargs)
+        return cls(_read_shapes(env, kwargs), **kwargs)
 
 
-class _Slots:
-    """Encoder, core and head of a network, by the keywords of `RecurrentActor`.
+class GRUValueHead(RecurrentCritic):
+    """Value function with a GRU of its own, ``v_t = W relu(GRU(trans_t, h_{t-1})) + b``: a `RecurrentCritic` by its usual name.
 
-    Attributes:
-        body: encoder and core, TensorDictModules in the order in which data flows.
-        head: maps the entries ``head_keys`` to ``num_outputs`` numbers.
-        names: hidden_key and features_key as the core has them, and the size of its features.
+    Shapes and arguments are those of `RecurrentCritic`, whose default core is a GRU.
+
+    Examples:
+        >>> value = GRUValueHead(input_size=6, hidden_size=8, extra_keys=["time_left"])
+        >>> td = TensorDict({"trans": torch.zeros(4, 5), "time_left": torch.ones(4, 1)}, [4])
+        >>> value(td.set("is_init", torch.ones(4, 1, dtype=torch.bool)))["state_value"].shape
+        torch.Size([4, 1])
+    """
+
+
+class MemoryValueHead(TensorDictSequential):
+    """Value function on the *actor's* memory: no GRU of its own, so half the work of two separate networks.
+
+    With ``detach=True`` it sends no gradient into the actor's memory: the actor's GRU is trained by the policy loss
+    alone ("detached" wiring). With ``detach=False`` both losses train one trunk ("shared" wiring); on long trials the
+    value loss then tends to crowd out the policy's.
+
+    In a loss the actor must run first, as it does in `ClipPPOLoss` and `A2CLoss`: the head reads the features that the
+    actor has just computed.
+
+    Args:
+        features_size: size of the actor's features, its ``hidden_size``.
+        detach: whether to stop the gradient into the actor's memory.
+        extra_size: summed size of ``extra_keys``.
+        extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each ``[*B, n]``.
+        init_range: the last layer is drawn from U(-init_range, init_range). Default 3e-3.
+        features_key: the actor's features. Default ``"actor_features"``.
+        value_key: Default ``"state_value"``.
+        **layers: ``num_cells``, ``activation``, ``device`` and ``dtype``, as in `Head`. A detached critic cannot shape its
+            features, so that one hidden layer of its own helps.
+
+    Examples:
+        >>> actor = GRUCategoricalActor(input_size=5, num_actions=3, hidden_size=8)
+        >>> value = MemoryValueHead(features_size=8, detach=True)
+        >>> td = TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
+        >>> value(actor(td))["state_value"].shape
+        torch.Size([4, 1])
     """
 
     def __init__(
         self,
-        input_size: Shapes,
-        num_outputs: int,
+        features_size: int,
         *,
-        init_range: float,
-        hidden_key: NestedKey,
-        features_key: NestedKey,
-        encoder: Encoder | None = None,
-        core: TensorDictModuleBase | Callable[[int], TensorDictModuleBase] | None = None,
-        head: nn.Module | Callable[[int, int], nn.Module] | None = None,
-        hidden_size: int | None = None,
-        num_layers: int | None = None,
-        num_cells: Sequence[int] = (),
-        skip: bool = False,
-        activation: Callable[[], nn.Module] = nn.ReLU,
-        in_key: NestedKey = "trans",
+        detach: bool,
+        extra_size: int = 0,
         extra_keys: Sequence[NestedKey] = (),
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        init_range: float = 3e-3,
+        features_key: NestedKey = "actor_features",
+        value_key: NestedKey = "state_value",
+        **layers,
     ):
-        factory = {"device": device, "dtype": dtype}
-        entries = _entries(input_size, in_key, as_keys(extra_keys), encoder)
-        encoders, key, size = encoding(encoder, entries, in_key, features_key, **factory)
-        if core is None:
-            sizes = (64 if hidden_size is None else hidden_size, 1 if num_layers is None else num_layers)
-            core = GRUCore(size, *sizes, **factory)
-        elif hidden_size is not None or num_layers is not None:
-            raise ValueError(
-                "hidden_size and num_layers are those of the default core; say them to your own, such as "
-                "core=partial(LSTMCore, hidden_size=128)."
+        head = Head(features_size + extra_size, 1, skip_size=extra_size, init_range=init_range, **layers)
+        in_keys = [features_key, *_as_keys(extra_keys)]
+        super().__init__(TensorDictModule(SkipHead(head, detach), in_keys, [value_key]))
+        self.detach, self.value_key = detach, value_key
+
+    @classmethod
+    def from_env(cls, env: EnvBase, actor: RecurrentActor, **kwargs) -> MemoryValueHead:
+        """A value head on ``actor``'s memory, with the device and extra inputs of ``env``.
+
+        Raises:
+            KeyError: the env lacks one of ``extra_keys``.
+            TypeError: ``actor`` is none of this package's.
+        """
+        if not hasattr(actor, "hidden_size"):
+            raise TypeError(
+                f"from_env knows the features of a RecurrentActor such as GRUCategoricalActor, not of {type(actor).__name__}: "
+                "say them, MemoryValueHead(features_size=..., features_key=..., detach=...)."
             )
-        elif not isinstance(core, nn.Module):
-            core = core(size).to(**factory)
-        features_size = _name_core(core, key, size, hidden_key, features_key)
-        self.body, self.names = [*encoders, core], (core.in_keys[1], core.out_keys[0], features_size)
-        self.head_keys = [core.out_keys[0], key] if skip else [core.out_keys[0]]
-        if head is None:
-            layers = {"num_cells": num_cells, "activation": activation, "init_range": init_range, **factory}
-            sizes = (features_size, size, num_outputs)
-            self.head = SkipHead.built(*sizes, **layers) if skip else Head(features_size, num_outputs, **layers)
-        elif num_cells or skip:
-            raise ValueError("num_cells and skip are those of the default head; build your own with its hidden layers.")
-        else:
-            self.head = head if isinstance(head, nn.Module) else head(features_size, num_outputs).to(**factory)
+        kwargs.setdefault("device", env.device)
+        extra_size = sum(shape[-1] for shape in _shapes_of(env, _as_keys(kwargs.get("extra_keys", ()))).values())
+        return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
+
+
+# --------------------------------------------------------------------- slots
+def _slots(
+    input_size: Shapes,
+    num_outputs: int,
+    *,
+    init_range: float,
+    hidden_key: NestedKey,
+    features_key: NestedKey,
+    encoder: Encoder | None = None,
+    core: TensorDictModuleBase | Callable[[int], TensorDictModuleBase] | None = None,
+    head: nn.Module | Callable[[int, int], nn.Module] | None = None,
+    hidden_size: int | None = None,
+    num_layers: int | None = None,
+    num_cells: Sequence[int] = (),
+    skip: bool = False,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    in_key: NestedKey = "trans",
+    extra_keys: Sequence[NestedKey] = (),
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[TensorDictModuleBase], nn.Module, list[NestedKey], tuple[NestedKey, NestedKey, int]]:
+    """A network by the keywords of `RecurrentActor`.
+
+    Returns:
+        Encoders and core, in the order in which data flows; the head, and the entries that it reads; hidden_key and features_key
+        as the core has them, and the size of its features.
+    """
+    factory = {"device": device, "dtype": dtype}
+    entries = _entries(input_size, in_key, _as_keys(extra_keys), encoder)
+    encoders, key, size = encoding(encoder, entries, in_key, features_key, **factory)
+    if core is None:
+        sizes = (64 if hidden_size is None else hidden_size, 1 if num_layers is None else num_layers)
+        core = GRUCore(size, *sizes, **factory)
+    elif hidden_size is not None or num_layers is not None:
+        raise ValueError(
+            "hidden_size and num_layers are those of the default core; say them to your own, such as "
+            "core=partial(LSTMCore, hidden_size=128)."
+        )
+    elif not isinstance(core, nn.Module):
+        core = core(size).to(**factory)
+    features_size = _name_core(core, key, size, hidden_key, features_key)
+    if head is None:
+        layers = {"num_cells": num_cells, "activation": activation, "init_range": init_range, **factory}
+        sizes = (features_size, size, num_outputs)
+        head = SkipHead.built(*sizes, **layers) if skip else Head(features_size, num_outputs, **layers)
+    elif num_cells or skip:
+        raise ValueError("num_cells and skip are those of the default head; build your own with its hidden layers.")
+    elif not isinstance(head, nn.Module):
+        head = head(features_size, num_outputs).to(**factory)
+    names = (core.in_keys[1], core.out_keys[0], features_size)
+    return [*encoders, core], head, [names[1], key] if skip else [names[1]], names
 
 
 def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, features_key) -> int:
@@ -258,43 +401,36 @@ def _entries(input_size: Shapes, in_key: NestedKey, extra_keys: Sequence[NestedK
     return {in_key: (input_size,), **dict.fromkeys(extra_keys, (0,))}
 
 
-def as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
+def _as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
     """``extra_keys`` as a list. A single string is an error: its letters would be taken for keys."""
     if isinstance(extra_keys, str):
         raise TypeError(f"extra_keys={extra_keys!r} is a single key; give a list: extra_keys=[{extra_keys!r}].")
     return list(extra_keys)
 
 
-def action_spec(env: EnvBase) -> TensorSpec:
+def _action_spec(env: EnvBase) -> TensorSpec:
     """The env's action spec of one row."""
     # With a nested action key a transformed env's `action_spec_unbatched` is the whole Composite.
     return env.full_action_spec_unbatched[env.action_key]
 
 
-def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.Size]:
-    """Shape of each entry that a network with these keywords reads; puts the env's device among them.
-
-    An entry whose encoder is None is one that the network shall not see.
-    """
+def _read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.Size]:
+    """Shape of each entry that a network with these keywords reads; puts the env's device among them."""
     kwargs.setdefault("device", env.device)
-    keys, encoder = [kwargs.get("in_key", "trans"), *as_keys(kwargs.get("extra_keys", ()))], kwargs.get("encoder")
+    keys, encoder = [kwargs.get("in_key", "trans"), *_as_keys(kwargs.get("extra_keys", ()))], kwargs.get("encoder")
     known = {*keys}
     if isinstance(encoder, Mapping):
-        known |= encoder.keys()
+        known |= encoder.keys()  # an entry whose encoder is None is one that the network shall not see
         kwargs["encoder"] = {key: module for key, module in encoder.items() if module is not None}
         keys += [key for key in kwargs["encoder"] if key not in keys]
     elif isinstance(encoder, TensorDictModuleBase):
         keys += [key for key in encoder.in_keys if key not in keys]
     _require_sight_of_images(env, known.union(keys))
-    return entry_shapes(env, keys)
+    return _shapes_of(env, keys)
 
 
-def entry_shapes(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.Size]:
-    """Shapes of the env's observations ``keys``, batch dimensions aside.
-
-    Raises:
-        KeyError: the env has no such observation.
-    """
+def _shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.Size]:
+    """Shapes of the env's observations ``keys``, batch dimensions aside."""
     spec = env.observation_spec
     missing = [key for key in keys if key not in spec.keys(True, True)]
     if missing:

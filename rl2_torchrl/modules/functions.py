@@ -1,0 +1,193 @@
+"""`relu_linear` and `log_prob_and_entropy`, of which heads and policies are made, by kernels in one pass each way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from rl2_torchrl import kernels
+
+__all__ = [
+    *("MOST_OUTPUTS", "categorical_gradient", "categorical_terms", "log_prob_and_entropy", "raise_unknown_actions"),
+    *("relu_linear", "relu_linear_gradients", "relu_linear_step", "require_tensor", "unit_stride"),
+]
+
+
+# --------------------------------------------------------------------- doors
+def require_tensor(
+    name: str, tensor: torch.Tensor, shape: Sequence[int], like: torch.Tensor, *, plain: bool = False
+) -> None:
+    """Raises unless ``tensor`` has ``shape`` and the device and dtype of ``like``, and is contiguous if it must be ``plain``.
+
+    A kernel reads as many numbers of one dtype as it is told, and asks nothing.
+    """
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}.")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, and what it is used with on {like.device}: move one of them.")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, and what it is used with {like.dtype}: convert one of them.")
+    if plain and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}; here it must be contiguous.")
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` detached, with its last dimension contiguous."""
+    tensor = tensor.detach()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+# --------------------------------------------------------------- relu_linear
+#: More outputs than this are a matrix library's own field.
+MOST_OUTPUTS = 64
+
+
+def relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``max(x, 0) W^T + b`` in one pass each way, for few outputs; without kernels `torch.relu` and `nn.functional.linear`."""
+    # The kernels read as many numbers as the weight's sizes say. What does not fit gets PyTorch's error.
+    outputs, inputs = weight.shape
+    fits = x.shape[-1] == inputs and (bias is None or bias.shape == (outputs,))
+    if not fits or outputs > MOST_OUTPUTS or not outputs or not x.numel() or not kernels.covers(x, weight, bias):
+        return nn.functional.linear(torch.relu(x), weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _ReLULinear.apply(x, weight, bias)
+    return _relu_linear(x, weight, bias)
+
+
+def relu_linear_step(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`relu_linear` of a layer without gradient, for rollouts: all that is the same in every step is looked at once, here."""
+    weight, bias = _contiguous(linear.weight.detach(), linear.bias if linear.bias is None else linear.bias.detach())
+    if not kernels.covers(weight, bias) or len(weight) > MOST_OUTPUTS:
+        return lambda x: relu_linear(x, weight, bias)
+    outputs, inputs = weight.shape
+    forward, addresses = kernels.load(weight.dtype).linear_forward, (weight.data_ptr(), kernels.address(bias))
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 2 or x.shape[1] != inputs or x.dtype != weight.dtype or not x.is_contiguous() or x.requires_grad:
+            return relu_linear(x, weight, bias)
+        rows = len(x)
+        y = x.new_empty(rows, outputs)
+        threads = kernels.threads_for(rows * inputs * outputs)
+        forward(rows, inputs, outputs, x.data_ptr(), *addresses, y.data_ptr(), threads)
+        return y
+
+    return step
+
+
+def _relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    (outputs, inputs), rows = weight.shape, x.numel() // x.shape[-1]
+    tensors = *_contiguous(x.detach(), weight.detach(), bias), x.new_empty(*x.shape[:-1], outputs)
+    threads = kernels.threads_for(rows * inputs * outputs)
+    kernels.load(x.dtype).linear_forward(rows, inputs, outputs, *map(kernels.address, tensors), threads)
+    return tensors[-1]
+
+
+class _ReLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _relu_linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = _contiguous(*ctx.saved_tensors)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        d_weight, d_bias = torch.empty_like(weight), weight.new_empty(len(weight))
+        relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias)
+        return dx, d_weight, d_bias if ctx.has_bias else None
+
+
+def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:
+    """Writes the gradients of `relu_linear` into ``dx`` (None: it is not needed), ``d_weight`` and ``d_bias``, by the kernels."""
+    (outputs, inputs), dy = weight.shape, dy.contiguous()
+    rows, read = dy.numel() // outputs, (*x.shape[:-1], inputs)
+    require_tensor("dy", dy, (*x.shape[:-1], outputs), x)
+    shapes = {"x": read, "weight": weight.shape, "dx": read, "d_weight": weight.shape, "d_bias": (outputs,)}
+    for (name, shape), tensor in zip(shapes.items(), (x, weight, dx, d_weight, d_bias), strict=True):
+        if tensor is not None:
+            require_tensor(name, tensor, shape, x, plain=True)
+    addresses = map(kernels.address, (x, weight, dy, dx, d_weight, d_bias))
+    threads = kernels.threads_for(2 * rows * inputs * outputs)
+    kernels.load(x.dtype).linear_backward(rows, inputs, outputs, *addresses, threads)
+
+
+# --------------------------------------------------------------- categorical
+def log_prob_and_entropy(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``log p(action)`` and ``H = -sum p log p``, ``[*B]``, with p = softmax(logits); an impossible choice adds 0 to H.
+
+    Their gradients by the logits ``[*B, num_actions]`` are ``1_action - p`` and ``-p (log p + H)``.
+    """
+    # The kernels read as many actions as there are rows.
+    if action.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"actions {tuple(action.shape)} for logits {tuple(logits.shape)}: there must be one a row, [*B]."
+        )
+    action = action.long()
+    if not kernels.covers(logits):
+        log_probs = logits.log_softmax(-1)
+        finite = log_probs.clamp_min(torch.finfo(logits.dtype).min)
+        return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), -(log_probs.exp() * finite).sum(-1)
+    return _CategoricalTerms.apply(action, logits)
+
+
+class _CategoricalTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, action, logits):
+        action, logits = _contiguous(action, logits)
+        log_prob, entropy, log_total = categorical_terms(action, logits)
+        ctx.save_for_backward(logits, action, entropy, log_total)
+        return log_prob, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_log_prob, d_entropy):
+        return None, categorical_gradient(*ctx.saved_tensors, *_contiguous(d_log_prob, d_entropy))
+
+
+def categorical_terms(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log p(action), entropy and log sum exp(logits), ``[*B]`` each, by the kernels; ``action`` int64, both contiguous."""
+    terms = tuple(logits.new_empty(logits.shape[:-1]) for _ in range(3))
+    if kernels.load(logits.dtype).categorical_forward(*_rows(logits, action, *terms)):
+        raise_unknown_actions(action, logits.shape[-1])
+    return terms
+
+
+def raise_unknown_actions(action: torch.Tensor, num_actions: int) -> NoReturn:
+    """Raises the IndexError that says which of ``action`` are none of the ``num_actions`` choices."""
+    unknown = int(((action < 0) | (action >= num_actions)).sum())
+    raise IndexError(
+        f"{unknown} actions are none of the policy's {num_actions} choices, which count from 0; there are "
+        f"{int(action.min())} to {int(action.max())}. Was the policy built for this env's action_spec?"
+    )
+
+
+def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> torch.Tensor:
+    """The gradient by ``logits`` ``[*B, num_actions]``, from those by log-probability and entropy ``[*B]``."""
+    d_logits = torch.empty_like(logits)
+    rows = _rows(logits, action, entropy, log_total, d_log_prob, d_entropy, more=(d_logits,))
+    kernels.load(logits.dtype).categorical_backward(*rows)
+    return d_logits
+
+
+def _rows(
+    logits: torch.Tensor, action: torch.Tensor, *entries: torch.Tensor, more: Sequence[torch.Tensor] = ()
+) -> tuple:
+    """Sizes, addresses and threads as the categorical kernels take them, which read one number of each entry for each row."""
+    require_tensor("logits", logits, logits.shape, logits, plain=True)
+    require_tensor("action", action, logits.shape[:-1], logits.new_empty(0, dtype=torch.int64), plain=True)
+    for name, entry in zip(("entropy", "log_total", "d_log_prob", "d_entropy"), entries, strict=False):
+        require_tensor(name, entry, logits.shape[:-1], logits, plain=True)
+    addresses = map(kernels.address, (logits, action, *entries, *more))
+    # An exponential and its sums are about 20 multiplications.
+    threads = kernels.threads_for(20 * logits.numel())
+    return logits.numel() // logits.shape[-1], logits.shape[-1], *addresses, threads
