@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
