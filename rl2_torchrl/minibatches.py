@@ -1,4 +1,4 @@
-"""`Minibatches`: one batch's chunks in a TorchRL replay buffer, and passes over them."""
+"""`split_rows`: a batch as chunks; `Minibatches`: passes over them; `require_trials`: what is cut must be trials."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 
 __all__ = ["Minibatches", "require_trials", "split_rows"]
 
@@ -15,11 +14,8 @@ __all__ = ["Minibatches", "require_trials", "split_rows"]
 class Minibatches:
     """Draws the chunks ``[num_chunks, bptt]`` of a batch without replacement, ``count`` minibatches a pass.
 
-    Args:
-        count: minibatches a pass; of ``ceil(num_chunks / count)`` chunks each, the last may be smaller.
-        shuffle: in random order; False takes them as they come.
-        device: where they are kept.
-        generator: generator of the order.
+    A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller. They come in the order in which TorchRL's
+    `SamplerWithoutReplacement` draws them.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -38,65 +34,48 @@ class Minibatches:
         generator: torch.Generator | None = None,
     ):
         self.count, self.shuffle, self.device, self.generator = count, shuffle, device, generator
-        self._buffer: TensorDictReplayBuffer | None = None
-        self._layout: tuple | None = None
+        #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
+        self.chunks: dict[NestedKey, torch.Tensor] = {}
 
     def fill(self, chunks: TensorDictBase) -> None:
-        """Takes the ``chunks`` ``[num_chunks, bptt]`` of a new batch in the place of the last one's.
-
-        Raises:
-            ValueError: there are fewer chunks than minibatches.
-        """
+        """Takes the ``chunks`` ``[num_chunks, bptt]`` of a new batch; ValueError where there are fewer than minibatches."""
         if len(chunks) < self.count:
             raise ValueError(
                 f"{self.count} minibatches cannot be made of {len(chunks)} chunks of {chunks.shape[1]} steps: collect more "
                 "trials in a batch, or ask for fewer minibatches."
             )
-        # One buffer for the whole training: first touch of fresh memory costs more than the copy.
-        layout = (len(chunks), set(chunks.keys(True, True)))
-        if self._buffer is None or self._layout != layout:
-            self._layout = layout
-            self._buffer = TensorDictReplayBuffer(
-                storage=LazyTensorStorage(len(chunks), device=self.device or chunks.device or torch.device("cpu")),
-                sampler=SamplerWithoutReplacement(shuffle=self.shuffle),
-                batch_size=math.ceil(len(chunks) / self.count),
-                generator=self.generator,
-            )
-        # The sampler's permutation of the last batch must not reach into this one.
-        self._buffer.empty()
-        self._buffer.extend(chunks)
+        self.rows, self.steps = math.ceil(len(chunks) / self.count), chunks.shape[1]
+        self.chunks = {key: self._kept(key, chunks.get(key)) for key in chunks.keys(True, True)}
+        self._order = self._drawn(len(chunks))
 
-    @property
-    def rows(self) -> int:
-        """Chunks of a minibatch."""
-        return self._buffer.batch_size
+    def _kept(self, key: NestedKey, entry: torch.Tensor) -> torch.Tensor:
+        """``entry``, row by row, in the last batch's memory: first touch of fresh memory costs more than the copy."""
+        kept = self.chunks.get(key)
+        if kept is None or (kept.shape, kept.dtype) != (entry.shape, entry.dtype):
+            kept = torch.empty(entry.shape, dtype=entry.dtype, device=self.device or entry.device)
+        return kept.copy_(entry)
 
-    @property
-    def chunks(self) -> TensorDictBase:
-        """All chunks ``[num_chunks, bptt]``, as they were filled in."""
-        return self._buffer.storage[:]
+    def _drawn(self, number: int) -> torch.Tensor:
+        if not self.shuffle:
+            return torch.arange(number, device=self.device)
+        return torch.randperm(number, device=self.device, generator=self.generator)
 
-    def indices(self) -> Iterator[torch.Tensor]:
-        """One pass, as iterating over the buffer makes it: the numbers of each minibatch's chunks."""
-        sampler, size = self._buffer.sampler, self._buffer.batch_size
-        sampler.ran_out = False
-        while not sampler.ran_out:
-            yield sampler.sample(self._buffer.storage, size)[0]
+    def order(self) -> torch.Tensor:
+        """The numbers ``[num_chunks]`` of the chunks in the order of the next pass."""
+        order, self._order = (
+            self._order,
+            self._drawn(len(self._order)),
+        )  # TorchRL's sampler has drawn the next by a pass's end
+        return order
 
     def entries(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
-        """One pass, minibatches as entries ``[rows, bptt, ...]``, without a TensorDict for each."""
-        chunks = self.chunks
-        names, entries = zip(*((key, chunks.get(key)) for key in chunks.keys(True, True)), strict=True)
-        for index in self.indices():
-            yield dict(zip(names, (entry.index_select(0, index) for entry in entries), strict=True))
+        """One pass, minibatches as entries ``[rows, bptt, ...]``."""
+        for index in self.order().split(self.rows):
+            yield {key: entry.index_select(0, index) for key, entry in self.chunks.items()}
 
 
 def split_rows(batch: TensorDictBase, bptt: int | None) -> TensorDictBase:
-    """Cuts the rows of ``batch`` ``[*B, T]`` into chunks ``[num_chunks, bptt]``; None takes whole rows.
-
-    Raises:
-        ValueError: ``bptt`` does not divide ``T``.
-    """
+    """Cuts the rows of ``batch`` ``[*B, T]`` into chunks ``[num_chunks, bptt]``, whole rows for None; ValueError for a rest."""
     steps = batch.shape[-1]
     bptt = steps if bptt is None else bptt
     if steps % bptt:
@@ -104,15 +83,11 @@ def split_rows(batch: TensorDictBase, bptt: int | None) -> TensorDictBase:
             f"bptt={bptt} does not divide the {steps} steps of a row: the last chunk would be short. Divisors of {steps}: "
             f"{[n for n in range(1, steps + 1) if steps % n == 0]}."
         )
-    return batch.reshape(-1, steps // bptt, bptt).flatten(0, 1)
+    return batch.reshape(-1, bptt)
 
 
 def require_trials(batch: TensorDictBase) -> None:
-    """Refuses rows of ``batch`` ``[*B, T]`` that are no trials, one after the other, of one env row each.
-
-    Raises:
-        ValueError: a row is padded, or a trial begins where none has ended, or the other way round.
-    """
+    """ValueError where a row of ``batch`` ``[*B, T]`` is padded, or is not trials of one env row, one after the other."""
     mask = batch.get(("collector", "mask"), None)
     if mask is not None and not bool(mask.all()):
         raise ValueError(

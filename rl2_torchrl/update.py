@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import fmean
 from typing import Literal, SupportsIndex
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.objectives import ClipPPOLoss
@@ -30,6 +29,15 @@ Schedule = Callable[[float], float]
 
 Metrics = dict[str, float | torch.Tensor]
 
+#: Of which type an argument is, and an example.
+_KINDS = {
+    "advantage": (Callable, "function", "TrialAdvantage(value_target='gae')"),
+    "lr_schedule": (Callable, "function", "linear_decay, a factor by progress"),
+    "entropy_schedule": (Callable, "function", "linear_decay, a factor by progress"),
+    "optimizer": (torch.optim.Optimizer, "optimizer", "torch.optim.SGD(loss.parameters(), lr=0.1)"),
+    "generator": (torch.Generator, "generator", "torch.Generator().manual_seed(3)"),
+}
+
 
 def linear_decay(progress: float) -> float:
     """From 1 at the start of training to 0 at its end.
@@ -46,18 +54,18 @@ class PPOUpdate:
 
     A batch ``[B, T]`` is cut into chunks of ``bptt`` steps, each starting from the hidden state stored at its first step.
     ``bptt = 1`` is the original (no gradient through time); ``bptt = T`` with whole trials is the paper's full
-    back-propagation. Chunks are drawn from TorchRL's replay buffer without replacement, ``minibatches`` a pass.
+    back-propagation. Chunks are drawn without replacement, ``minibatches`` a pass.
 
     Args:
         loss: `RL2PPOLoss`, or any loss with `ClipPPOLoss`'s entries. All entries of its output whose name begins
             with ``loss_`` are summed, all scalars reach the log.
         advantage: computes advantages and returns of a batch. Default ``TrialAdvantage()``.
-        bptt: steps of a chunk; must divide ``T``. None takes the whole of ``T``. Default None.
+        bptt: steps of a chunk; must divide ``T``. None, the default, takes the whole of ``T``.
         epochs: passes over a batch. Default 10.
         minibatches: minibatches a pass. Default 4.
         shuffle: draw chunks in random order; False takes them in order, as the original does. Default True.
         lr: learning rate of Adam. Default 1e-4. An ``optimizer`` has its own.
-        max_grad_norm: clip the gradient's norm at this; None does not. Default None.
+        max_grad_norm: clip the gradient's norm at this. Default None.
         target_kl: stop the passes over a batch once one pass's mean of ``log pi_old - log pi`` exceeds this. Default None.
         lr_schedule: factor on the learning rate by the progress of training. Default constant.
         entropy_schedule: factor on the loss's ``entropy_coeff`` by the progress of training. Default constant.
@@ -75,8 +83,7 @@ class PPOUpdate:
         FloatingPointError: a loss or gradient is not finite.
 
     Examples:
-        >>> from rl2_torchrl.modules import GRUCategoricalActor, GRUValueHead
-        >>> from rl2_torchrl.objectives import RL2PPOLoss
+        >>> from rl2_torchrl import GRUCategoricalActor, GRUValueHead, RL2PPOLoss
         >>> update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3), GRUValueHead(5)), lr=1e-3, epochs=4, bptt=10)
         >>> update.backend  # and update.reason says why
         'parts'
@@ -101,12 +108,13 @@ class PPOUpdate:
         backend: Literal["auto", "compiled", "parts", "autograd"] = "auto",
     ):
         _check_loss(loss, entropy_schedule)
-        _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator, backend)
+        _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator)
+        if backend not in ("auto", "compiled", "parts", "autograd"):
+            raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts' or 'autograd'.")
         self.loss = loss
         self.advantage = TrialAdvantage() if advantage is None else advantage
-        self.bptt = None if bptt is None else _count("bptt", bptt)
+        self.bptt, self.shuffle = None if bptt is None else _count("bptt", bptt), shuffle
         self.epochs, self.minibatches = _count("epochs", epochs), _count("minibatches", minibatches)
-        self.shuffle = shuffle
         self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
         # One list: walking through the loss's modules for them costs more than Adam's step.
         self._parameters = list(loss.parameters())
@@ -115,9 +123,8 @@ class PPOUpdate:
         self._initial_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._initial_entropy_coeff = float(loss.entropy_coeff)
         self._generator = generator
-        device = self._parameters[0].device
-        self._chunks = Minibatches(self.minibatches, shuffle=shuffle, device=device, generator=generator)
-        self._named = backend
+        self._device, self._named = self._parameters[0].device, backend
+        self._chunks = Minibatches(self.minibatches, shuffle=shuffle, device=self._device, generator=generator)
         self.backend, self.reason = self._choose()
 
     def __call__(self, batch: TensorDictBase, progress: float = 0.0) -> dict[str, float]:
@@ -131,13 +138,16 @@ class PPOUpdate:
         self._apply_schedules(progress)
         self._chunks.fill(self.chunks(self.advantage(batch)))
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
-        one_pass = self._pass(from_zeros)
+        one_pass = self._way(from_zeros)
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         for epoch in range(self.epochs):
             kls = []
-            for metrics in one_pass(f"epoch {epoch}"):
+            for number, metrics in enumerate(one_pass()):
+                _require_finite(metrics, f"epoch {epoch}, minibatch {number}")
                 if from_zeros and not totals:
                     _require_replay(metrics["max_ratio"])
+                if self.backend != "compiled":  # whose steps have been taken
+                    self.optimizer.step()
                 kls.append(metrics.get("kl_approx", math.nan))
                 for name, value in metrics.items():
                     totals[name].append(value)
@@ -179,39 +189,32 @@ class PPOUpdate:
         memory = [] if self.bptt is None else self._memory_keys()
         return list(dict.fromkeys((*read, *by_advantage, *ends, *memory)))
 
-    def _networks(self) -> list[TensorDictModuleBase]:
-        return [n for n in (self.loss.actor_network, self.loss.critic_network) if n is not None]
-
     def _memory_keys(self) -> list[NestedKey]:
         return list(dict.fromkeys(key for network in self._networks() for key in hidden_keys(network)))
 
-    def _keys_read(self) -> list[NestedKey]:
-        keys, networks = self.loss.tensor_keys, self._networks()
-        read, written = {}, set(self._memory_keys())
-        for network in networks:
-            # A critic on the actor's memory reads what the actor has just written.
-            read.update(dict.fromkeys(key for key in network.in_keys if key not in written))
-            written.update(network.out_keys)
-        # What a term, or a loss of the user's, names beyond ClipPPOLoss: as it was collected, where no network writes it.
-        known = {*self._estimators_keys(), *written, *(key for network in networks for key in network.in_keys)}
-        named = [*self.loss.in_keys, *(key for term in getattr(self.loss, "terms", ()) for key in term.in_keys)]
-        read.update(dict.fromkeys(key for key in named if key not in known and key[0] != "policy"))
-        read.update(dict.fromkeys((keys.action, keys.sample_log_prob, keys.advantage, keys.value_target)))
-        return [*read, keys.value] if self.loss.clip_value else list(read)
+    def _networks(self) -> list[nn.Module]:
+        return [n for n in (self.loss.actor_network, self.loss.critic_network) if n is not None]
 
-    def _estimators_keys(self) -> set[NestedKey]:
-        """What `ClipPPOLoss` lists for its value estimator, whose work the advantage does here."""
-        keys, inputs = self.loss.tensor_keys, self.loss.actor_network.in_keys
-        return {unravel_key(("next", key)) for key in (keys.reward, keys.done, keys.terminated, *inputs)}
+    def _keys_read(self) -> list[NestedKey]:
+        loss, keys = self.loss, self.loss.tensor_keys
+        read = [keys.action, keys.sample_log_prob, keys.advantage, keys.value_target]
+        # ClipPPOLoss lists what its value estimator reads, too, whose work the advantage does here.
+        following = (keys.reward, keys.done, keys.terminated, *loss.actor_network.in_keys)
+        made = {*self._memory_keys(), *(unravel_key(("next", key)) for key in following)}
+        for reader in (*self._networks(), *getattr(loss, "terms", ()), loss):
+            # A critic on the actor's memory reads what the actor has just written.
+            read += [key for key in reader.in_keys if key not in made and key[0] != "policy"]
+            made.update(getattr(reader, "out_keys", ()))
+        return list(dict.fromkeys([*read, keys.value] if loss.clip_value else read))
 
     # ---------------------------------------------------------------- backends
     def _choose(self) -> tuple[str, str]:
         """Backend and reason, as far as they are known before a batch."""
         if self._named == "autograd":
             return "autograd", "it was asked for"
-        refusal, device = _why_not_parts(self.loss), self._parameters[0].device
-        if refusal is None and self._named != "parts" and device.type != "cpu":
-            refusal = f"there are no kernels on {device}"
+        refusal = _why_not_parts(self.loss)
+        if refusal is None and self._named != "parts" and self._device.type != "cpu":
+            refusal = f"there are no kernels on {self._device}"
         if refusal is not None:
             if self._named != "auto":
                 raise ValueError(f"backend={self._named!r} cannot serve: {refusal}. backend='auto' takes 'autograd'.")
@@ -222,61 +225,41 @@ class PPOUpdate:
         reasons = "; ".join(dict.fromkeys(f"autograd for one part alone, {part.reason}" for part in slow))
         return "parts", reasons or "each part of the networks brings its own gradient"
 
-    def _pass(self, from_zeros: bool) -> Callable[[str], Iterator[Metrics]]:
-        """The way that is taken, chosen anew for every batch, as loss and optimizer may change."""
+    def _way(self, from_zeros: bool) -> Callable[[], Iterable[Metrics]]:
+        """One pass's gradients and metrics of each minibatch, by a way chosen anew for every batch: the loss may have changed."""
         self.backend, self.reason = self._choose()
         if self.backend == "autograd":
-            return self._autograd_pass
+            return lambda: map(self._by_autograd, self._chunks.entries())
         program = Program(self.loss)
-        if self._named == "parts":
-            return partial(self._parts_pass, program)
-        chunks = self._chunks.chunks
-        entries = {key: chunks.get(key) for key in chunks.keys(True, True)}
-        refusal = why_not_compiled(program, self.optimizer, entries, self._chunks.rows)
+        given = (program, self.optimizer, self._chunks.chunks, self._chunks.rows)
+        refusal = "it was asked for" if self._named == "parts" else why_not_compiled(*given)
         if refusal is not None:
             if self._named == "compiled":
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
-            return partial(self._parts_pass, program)
-        compiled = CompiledPass(program, self.optimizer, entries, self._chunks.rows, self.max_grad_norm)
-        steps = self._chunks.rows * chunks.shape[1]
-        self.backend, self.reason = "compiled", f"minibatches of {steps} steps, one GRU and one layer a network, Adam"
+            return lambda: map(partial(self._by_parts, program), self._chunks.entries())
+        compiled, steps = CompiledPass(*given, self.max_grad_norm), self._chunks.rows * self._chunks.steps
         if from_zeros:
             _require_replay(compiled.max_ratio)
-        return partial(self._compiled_pass, compiled)
+        self.backend, self.reason = "compiled", f"minibatches of {steps} steps, one GRU and one layer a network, Adam"
+        return lambda: compiled.run(self._chunks.order())
 
-    def _autograd_pass(self, where: str) -> Iterator[Metrics]:
-        for number, minibatch in enumerate(self._chunks.entries()):
-            losses = self.loss(TensorDict(minibatch, next(iter(minibatch.values())).shape[:2]))
-            terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
-            total = sum(terms.values())
-            for parameter in self._parameters:
-                parameter.grad = None
-            total.backward()
-            norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or math.inf)
-            if not torch.isfinite(norm):
-                terms = {name: value.item() for name, value in terms.items()}
-                _raise_not_finite(terms, total.item(), f"{where}, minibatch {number}")
-            self.optimizer.step()
-            scalars = {name: value.detach() for name, value in losses.items() if value.ndim == 0}
-            yield {"loss": total.detach(), **scalars, "grad_norm": norm}
+    def _by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
+        losses = self.loss(TensorDict(entries, next(iter(entries.values())).shape[:2]))
+        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        for parameter in self._parameters:
+            parameter.grad = None
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or math.inf)
+        scalars = {name: value.detach() for name, value in losses.items() if value.ndim == 0}
+        return {"loss": total.detach(), **scalars, "grad_norm": norm}
 
-    def _parts_pass(self, program: Program, where: str) -> Iterator[Metrics]:
-        for number, entries in enumerate(self._chunks.entries()):
-            losses = program(entries)
-            total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-            norm = program.norm()
-            if not math.isfinite(norm):
-                _raise_not_finite(losses, total, f"{where}, minibatch {number}")
-            if self.max_grad_norm is not None and norm > self.max_grad_norm:
-                program.scale(self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does
-            self.optimizer.step()
-            yield {"loss": total, **losses, "grad_norm": norm}
-
-    def _compiled_pass(self, compiled: CompiledPass, where: str) -> Iterator[Metrics]:
-        for number, metrics in enumerate(compiled.run(torch.cat(list(self._chunks.indices())))):
-            if not math.isfinite(metrics["grad_norm"]):
-                _raise_not_finite(metrics, metrics["loss"], f"{where}, minibatch {number}")
-            yield metrics
+    def _by_parts(self, program: Program, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
+        losses = program(entries)
+        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        norm = program.norm()
+        if self.max_grad_norm is not None and norm > self.max_grad_norm:
+            program.scale(self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does
+        return {"loss": total, **losses, "grad_norm": norm}
 
     def _apply_schedules(self, progress: float) -> None:
         if self.lr_schedule is not None:
@@ -292,11 +275,7 @@ class PPOUpdate:
         return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": generator}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned.
-
-        Raises:
-            ValueError: it was made with another kind of optimizer.
-        """
+        """Restores what `state_dict` returned; ValueError where it is that of another kind of optimizer."""
         own, other = (set(s["param_groups"][0]) for s in (self.optimizer.state_dict(), state["optimizer"]))
         if own != other:
             raise ValueError(
@@ -316,7 +295,7 @@ def _why_not_parts(loss: ClipPPOLoss) -> str | None:
 
 def _adam(parameters: list[nn.Parameter], lr: float | None) -> torch.optim.Adam:
     lr = 1e-4 if lr is None else lr
-    if not (math.isfinite(lr) and lr >= 0):
+    if not 0 <= lr < math.inf:
         raise ValueError(f"lr={lr}: a learning rate is a number, at least 0, such as 1e-3.")
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return torch.optim.Adam(parameters, lr=lr, fused=fused)
@@ -325,8 +304,7 @@ def _adam(parameters: list[nn.Parameter], lr: float | None) -> torch.optim.Adam:
 def _checked(optimizer: torch.optim.Optimizer, lr: float | None, loss: ClipPPOLoss) -> torch.optim.Optimizer:
     if lr is not None:
         raise ValueError(f"lr={lr} is Adam's, and the optimizer that you give has its own: give one of the two.")
-    known = {id(p) for p in loss.parameters()}
-    strangers = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+    strangers = {p for group in optimizer.param_groups for p in group["params"]} - set(loss.parameters())
     if strangers:
         raise ValueError(
             f"{len(strangers)} of the optimizer's parameters are not the loss's, so no update would train them: make it of "
@@ -349,22 +327,10 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
         )
 
 
-def _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator, backend) -> None:
-    functions = {"advantage": advantage, "lr_schedule": lr_schedule, "entropy_schedule": entropy_schedule}
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            example = (
-                "TrialAdvantage(value_target='gae')" if name == "advantage" else "linear_decay, a factor by progress"
-            )
-            raise TypeError(f"{name}={function!r} is no function: give {example}, say.")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer={optimizer!r} is no optimizer: give torch.optim.SGD(loss.parameters(), lr=0.1), say."
-        )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator={generator!r} is no generator: give torch.Generator().manual_seed(3), say.")
-    if backend not in ("auto", "compiled", "parts", "autograd"):
-        raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts' or 'autograd'.")
+def _check_kinds(*arguments: object) -> None:
+    for (name, (kind, word, example)), value in zip(_KINDS.items(), arguments, strict=True):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}={value!r} is no {word}: give {example}, say.")
 
 
 def _count(name: str, value: int) -> int:
@@ -383,10 +349,12 @@ def _mean(values: list[float | torch.Tensor]) -> float:
     return torch.stack(values).mean().item() if isinstance(values[0], torch.Tensor) else fmean(values)
 
 
-def _raise_not_finite(losses: dict[str, float], total: float, where: str) -> None:
-    terms = {name: value for name, value in losses.items() if name.startswith("loss_")}
-    if math.isfinite(total):
+def _require_finite(metrics: Metrics, where: str) -> None:
+    if math.isfinite(metrics["grad_norm"]):
+        return
+    if math.isfinite(total := float(metrics["loss"])):
         raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total}).")
+    terms = {name: float(value) for name, value in metrics.items() if name.startswith("loss_")}
     raise FloatingPointError(f"the loss is not finite in {where}: {terms}. The networks were not changed by it.")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
@@ -15,8 +14,6 @@ from rl2_torchrl.modules.functions import MOST_OUTPUTS, relu_linear, relu_linear
 from rl2_torchrl.modules.gru_sequence import Workspace
 
 __all__ = ["ChainPart", "ConcatPart"]
-
-_ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 class ChainPart(AutogradPart):
@@ -31,34 +28,31 @@ class ChainPart(AutogradPart):
         detach: whether the gradient stops at the first of ``in_keys``.
     """
 
-    kind = "kernel"
-
     @classmethod
     def of(cls, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys, *, detach=False) -> ChainPart | None:
         """The part, or None where ``layers`` are something else, or there are no kernels for them."""
-        layers, names = list(layers), [_name_of(layer) for layer in layers]
-        by_turns = all((one is None) != (other is None) for one, other in pairwise(names))
-        known = by_turns and all(name or runs(layer, nn.Linear) for name, layer in zip(names, layers, strict=True))
-        has_kernels = known and any(p.numel() for layer in layers for p in layer.parameters())
-        has_kernels = has_kernels and kernels.covers(*(p for layer in layers for p in layer.parameters()))
+        layers = list(layers)
+        parameters = [p for layer in layers for p in layer.parameters()]
+        by_turns = all((_name_of(one) is None) != (_name_of(other) is None) for one, other in pairwise(layers))
+        known = by_turns and all(_name_of(layer) or runs(layer, nn.Linear) for layer in layers)
+        has_kernels = known and any(p.numel() for p in parameters) and kernels.covers(*parameters)
         return cls(module, layers, in_keys, out_keys, detach=detach) if has_kernels else None
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys, *, detach: bool = False):
         super().__init__(module, in_keys, out_keys)
-        self.detach = detach
-        names = [_name_of(layer) for layer in layers]
+        self.detach, self._joins = detach, len(self.in_keys) > 1
+        names = [None, *map(_name_of, layers)]
+        #: The linear layers, what stands before each of them, and after the last.
         self.linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        #: What stands before each linear layer, and after the last.
-        self.before = [names[n - 1] if n else None for n, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+        self.before = [name for name, layer in zip(names, layers, strict=False) if isinstance(layer, nn.Linear)]
         self.after = names[-1]
-        self._joins = len(self.in_keys) > 1
 
     def bind(self, gradients: Mapping[int, torch.Tensor]) -> None:
         super().bind(gradients)
-        self._memory = []
-        for layer in self.linears:
-            bias = layer.weight.new_empty(len(layer.weight)) if layer.bias is None else gradients[id(layer.bias)]
-            self._memory.append((gradients[id(layer.weight)], bias))
+        self._products = [
+            (gradients[id(w)], w.new_empty(len(w)) if bias is None else gradients[id(bias)])
+            for w, bias in ((layer.weight, layer.bias) for layer in self.linears)
+        ]
 
     def forward(self, state: State) -> None:
         x, *more = entries_of(state, self.in_keys)
@@ -97,34 +91,26 @@ class ChainPart(AutogradPart):
         for number in reversed(range(len(self.linears))):
             x, before = self._inputs.pop(), self._before(number)
             d_x = Workspace.take(x, x.shape) if number or wanted else None
-            linear_gradients(x, self.linears[number].weight, slope, d_x, *self._memory[number], before == "relu")
-            slope = _before_activation(d_x, x, before) if before == "tanh" and d_x is not None else d_x
-        if wanted:
-            self._hand_on(slope, gradients, wanted)
-
-    def _hand_on(self, slope: torch.Tensor, gradients: State, wanted: set[NestedKey]) -> None:
-        if not self._joins:
+            linear_gradients(x, self.linears[number].weight, slope, d_x, *self._products[number], before == "relu")
+            slope = _before_activation(d_x, x, "tanh") if before == "tanh" and d_x is not None else d_x
+        if wanted and not self._joins:
             known = self.in_keys[0] in gradients
             accumulate(gradients, self.in_keys[0], slope)
             if known:
                 Workspace.give(slope)
-            return
-        for key, part in zip(self.in_keys, slope.split(self._sizes, -1), strict=True):
-            if key in wanted:
-                part = part.contiguous()
-                first = key == self.in_keys[0]
-                accumulate(gradients, key, _before_activation(part, self._joined, self.before[0]) if first else part)
+        elif wanted:
+            for key, part in zip(self.in_keys, slope.split(self._sizes, -1), strict=True):
+                before = self.before[0] if key == self.in_keys[0] else None
+                if key in wanted:
+                    accumulate(gradients, key, _before_activation(part.contiguous(), self._joined, before))
 
 
 class ConcatPart(AutogradPart):
     """Inputs side by side, in the first one's dtype."""
 
-    kind = "kernel"
-
     def forward(self, state: State) -> None:
-        inputs = entries_of(state, self.in_keys)
-        self._kinds = [(x.shape[-1], x.dtype) for x in inputs]
-        state[self.out_keys[0]] = self.module(*inputs)
+        self._kinds = [(x.shape[-1], x.dtype) for x in entries_of(state, self.in_keys)]
+        self.run(state)
 
     def backward(self, state: State, gradients: State) -> None:
         slopes = gradients.pop(self.out_keys[0]).split([size for size, _ in self._kinds], -1)
@@ -134,7 +120,7 @@ class ConcatPart(AutogradPart):
 
 
 def linear_gradients(x, weight, slope, d_x, d_weight, d_bias, has_relu: bool) -> None:
-    """Writes the gradients of `relu_linear`, or without ReLU of a linear layer, into the last three (``d_x`` may be None)."""
+    """Writes the gradients of `relu_linear`, or without ReLU of a linear layer, into ``d_x`` (may be None) and the last two."""
     weight = weight.detach().contiguous()
     if has_relu and len(weight) <= MOST_OUTPUTS:
         relu_linear_gradients(x, weight, slope, d_x, d_weight, d_bias)
@@ -144,12 +130,11 @@ def linear_gradients(x, weight, slope, d_x, d_weight, d_bias, has_relu: bool) ->
     torch.sum(slopes, 0, out=d_bias)
     if d_x is not None:
         torch.mm(slopes, weight, out=d_x.view(flat.shape))
-        if has_relu:
-            _before_relu(d_x, x)
+        _before_activation(d_x, x, "relu" if has_relu else None)
 
 
 def _name_of(layer: nn.Module) -> str | None:
-    return next((name for name, cls in _ACTIVATIONS.items() if runs(layer, cls)), None)
+    return next((name for name, cls in (("relu", nn.ReLU), ("tanh", nn.Tanh)) if runs(layer, cls)), None)
 
 
 def _activated(x: torch.Tensor, name: str | None) -> torch.Tensor:
@@ -164,8 +149,4 @@ def _before_activation(slope: torch.Tensor, y: torch.Tensor, name: str | None) -
     """The gradient by what an activation reads, from that by what it gives, ``y``; in the memory of ``slope``."""
     if name == "tanh":
         return torch.ops.aten.tanh_backward.grad_input(slope, y, grad_input=slope)
-    return _before_relu(slope, y) if name == "relu" else slope
-
-
-def _before_relu(slope: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.threshold_backward.grad_input(slope, x, 0, grad_input=slope)
+    return torch.ops.aten.threshold_backward.grad_input(slope, y, 0, grad_input=slope) if name == "relu" else slope

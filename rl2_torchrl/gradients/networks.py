@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torch import nn
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.gradients.part import AutogradPart, Part, is_bare, on_entries
+from rl2_torchrl.gradients.part import AutogradPart, Part, has_hooks, is_bare, is_function, on_entries
 from rl2_torchrl.modules import distributions
 
 __all__ = ["actor_parts", "parts_of", "why_no_parts"]
@@ -16,13 +22,14 @@ __all__ = ["actor_parts", "parts_of", "why_no_parts"]
 
 def why_no_parts(actor: TensorDictModuleBase) -> str | None:
     """Why the policy ``actor`` is no list of parts that ends in one distribution, in words; None if it is."""
+    name = type(actor).__name__
     if not isinstance(actor, TensorDictSequential) or getattr(actor, "return_composite", False):
-        return f"{type(actor).__name__} is no sequence of modules with one distribution"
+        return f"{name} is no sequence of modules with one distribution"
     *others, last = _leaves(actor, is_policy=True)
     if not isinstance(last, ProbabilisticTensorDictModule) or len(last.dist_keys) != len(last.in_keys):
-        return f"{type(actor).__name__} does not end in a distribution"
+        return f"{name} does not end in a distribution"
     if distributions.distribution_of(last) is None or any(isinstance(m, ProbabilisticTensorDictModule) for m in others):
-        return f"{type(actor).__name__} has several distributions"
+        return f"{name} has several distributions"
     return None
 
 
@@ -34,72 +41,51 @@ def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: 
 
 
 def parts_of(network: TensorDictModuleBase) -> list[Part]:
-    """The parts of ``network``, in the order in which it runs them.
-
-    Examples:
-        >>> from rl2_torchrl import GRUValueHead
-        >>> [part.out_keys for part in parts_of(GRUValueHead(5, activation=nn.ELU))]
-        [['critic_features'], ['state_value']]
-    """
-    return [_part(module) for module in _leaves(network)]
+    """The parts of ``network``, in the order in which it runs them."""
+    return list(map(_part, _leaves(network)))
 
 
 def _leaves(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[TensorDictModuleBase]:
     # Of a policy the loss asks its distribution, past its own forward and the hooks on that.
-    if isinstance(module, TensorDictSequential) and (is_policy or _is_plain_sequence(module)):
+    is_plain = type(module).forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward)
+    if is_policy or (is_plain and not has_hooks(module)):
         return [leaf for part in module.module for leaf in _leaves(part)]
     return [module]
 
 
-def _is_plain_sequence(module: TensorDictSequential) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    return not hooks and owner.__module__.startswith("tensordict.")
-
-
 def _part(module: TensorDictModuleBase) -> Part:
-    """Whatever a module is: one that knows its gradient, a core, a function of tensors, or one that wants a TensorDict."""
+    """Whatever a module is: a core, a function of tensors, or one that wants a TensorDict; with its own gradient, if it has one."""
+    in_keys, out_keys = module.in_keys, [key for key in module.out_keys if not _is_next(key)]
+    own, speaker = None, module
+    # Of the class: a TensorDictModule passes on what its inner module has.
     if hasattr(type(module), "sequence"):
-        part = module.gradient_part() if hasattr(module, "gradient_part") and is_bare(module) else None
-        return part or _core(module)
-    if not _is_function(module):
-        return _on_tensordict(module)
-    function, keys = module.module, (module.in_keys, module.out_keys)
-    part = None
-    if hasattr(function, "gradient_part") and is_bare(function):
-        part = function.gradient_part(*keys)
-    return part or AutogradPart(function, *keys, reason=f"{_name(function)} brings no gradient of its own here")
+        own = _own_gradient(module)
+        function, optional, why = on_entries(module.sequence), in_keys[1:-1], "brings no gradient of its own"
+    elif is_function(module):
+        function = speaker = module.module
+        own = _own_gradient(function, in_keys, out_keys)
+        optional, why = (), "brings no gradient of its own here"
+    else:
+        function, optional, why = _on_tensordict(module), in_keys, "is called with a TensorDict"
+    name = getattr(speaker, "__name__", type(speaker).__name__)
+    options = {"parameters": module.parameters(), "optional": optional}
+    return own or AutogradPart(function, in_keys, out_keys, **options, reason=f"{name} {why}")
 
 
-def _is_function(module: TensorDictModuleBase) -> bool:
-    """Whether ``module`` is its inner one on the entries that it reads, and nothing more."""
-    is_plain = isinstance(module, TensorDictModule) and type(module).forward is TensorDictModule.forward
-    more = is_plain and (module._kwargs is not None or module.method_kwargs or module.method or module._get_kwargs)
-    return is_plain and not more and not module._forward_hooks and not module._forward_pre_hooks
+def _own_gradient(module: Callable, *keys: list[NestedKey]) -> Part | None:
+    return module.gradient_part(*keys) if hasattr(module, "gradient_part") and is_bare(module) else None
 
 
-def _core(module: TensorDictModuleBase) -> AutogradPart:
-    features = [key for key in module.out_keys if not _is_next(key)]
-    options = {"parameters": module.parameters(), "optional": module.in_keys[1:-1]}
-    reason = f"{_name(module)} brings no gradient of its own"
-    return AutogradPart(on_entries(module.sequence), module.in_keys, features, **options, reason=reason)
-
-
-def _on_tensordict(module: TensorDictModuleBase) -> AutogradPart:
-    in_keys, out_keys = list(module.in_keys), [key for key in module.out_keys if not _is_next(key)]
+def _on_tensordict(module: TensorDictModuleBase) -> Callable[..., tuple[torch.Tensor, ...]]:
+    out_keys = [key for key in module.out_keys if not _is_next(key)]
 
     def call(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        known = {key: x for key, x in zip(in_keys, inputs, strict=True) if x is not None}
+        known = {key: x for key, x in zip(module.in_keys, inputs, strict=True) if x is not None}
         with set_recurrent_mode(True):
             out = module(TensorDict(known, next(iter(known.values())).shape[:2]))
         return tuple(out[key] for key in out_keys)
 
-    options = {"parameters": module.parameters(), "optional": in_keys}
-    return AutogradPart(call, in_keys, out_keys, **options, reason=f"{_name(module)} is called with a TensorDict")
-
-
-def _name(module: nn.Module) -> str:
-    return type(module).__name__ if isinstance(module, nn.Module) else getattr(module, "__name__", str(module))
+    return call
 
 
 def _is_next(key: NestedKey) -> bool:

@@ -8,24 +8,19 @@ brings it; any other runs under autograd, for itself alone, so that it costs wha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from tensordict import NestedKey
 from torch import nn
 
-from rl2_torchrl.gradients.part import AutogradPart, Part, State, accumulate, entries_of
+from rl2_torchrl.gradients.part import Part, State, accumulate, entries_of
+
+if TYPE_CHECKING:
+    from rl2_torchrl.objectives.ppo import RL2PPOLoss
 
 __all__ = ["Program", "merge_losses"]
-
-
-class _Loss(Protocol):
-    """What a program runs: `RL2PPOLoss` is one."""
-
-    def network_parts(self) -> list[Part]: ...
-    def loss_terms(self) -> list[nn.Module]: ...
-    def parameters(self) -> list[nn.Parameter]: ...
 
 
 class Program:
@@ -34,8 +29,9 @@ class Program:
     The same as ``sum of losses . backward()`` to rounding. It holds for one state of the loss: when a coefficient, a hook or a
     parameter's ``requires_grad`` changes, make a new one.
 
-    Args:
-        loss: gives the parts of its networks, its terms and its parameters.
+    Attributes:
+        parameters: those that get a gradient.
+        has_hooks_or_shares: whether some of them have hooks on their gradients, or stand in several parts.
 
     Examples:
         >>> from rl2_torchrl import GRUGaussianActor, GRUValueHead, RL2PPOLoss
@@ -44,75 +40,61 @@ class Program:
         5
     """
 
-    def __init__(self, loss: _Loss):
+    def __init__(self, loss: RL2PPOLoss):
         self.loss, self.parts = loss, loss.network_parts()
         self.terms = [_Term(term) for term in loss.loss_terms()]
         self._mark_what_carries_a_gradient()
-        self._own([p for p in loss.parameters() if p.numel()])
+        used = {p for part in (*self.parts, *self.terms) for p in part.parameters()}
+        parameters = [p for p in loss.parameters() if p.numel()]
+        self._own([p for p in parameters if p.requires_grad and p in used])
+        self._unused = [p for p in parameters if p not in self._views]
+        self._bind()
 
     def _mark_what_carries_a_gradient(self) -> None:
         carrying: set[NestedKey] = set()
-        for part in [*self.parts, *self.terms]:
+        for part in (*self.parts, *self.terms):
             part.wanted = carrying.intersection(part.in_keys)
             if part.wanted or any(p.requires_grad for p in part.parameters()):
                 carrying.update(part.out_keys)
             else:
                 carrying.difference_update(part.out_keys)
 
-    def _own(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Gradients side by side, so that their norm is one operation; where parts share a parameter they are added up."""
-        users = [*self.parts, *self.terms]
-        used = {id(p) for user in users for p in user.parameters()}
-        kinds: dict[tuple, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            if id(parameter) in used and parameter.requires_grad:
-                kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-        self._flat, self._views = [], {}
-        for owned in kinds.values():
+    def _own(self, parameters: list[nn.Parameter]) -> None:
+        """Gradients side by side, so that their norm is one operation."""
+        self._flat: list[torch.Tensor] = []
+        self._views: dict[nn.Parameter, torch.Tensor] = {}
+        for kind in dict.fromkeys((p.device, p.dtype) for p in parameters):
+            owned = [p for p in parameters if (p.device, p.dtype) == kind]
             sizes = [p.numel() for p in owned]
             self._flat.append(owned[0].new_zeros(sum(sizes)).detach())
-            views = self._flat[-1].split(sizes)
-            self._views.update({id(p): view.view(p.shape) for p, view in zip(owned, views, strict=True)})
-        self._owned = [p for owned in kinds.values() for p in owned]
-        self._pairs = [(p, self._views[id(p)]) for p in self._owned]
-        self._unused = [p for p in parameters if id(p) not in self._views]
-        self._hooked = [p for p in self._owned if p._backward_hooks or p._post_accumulate_grad_hooks]
+            views = zip(owned, self._flat[-1].split(sizes), strict=True)
+            self._views.update((p, view.view(p.shape)) for p, view in views)
+        self.parameters = list(self._views)
+
+    def _bind(self) -> None:
+        """Each part writes to the gradients themselves; what several share, all but the first write elsewhere, to be added."""
+        self._hooked = [p for p in self.parameters if p._backward_hooks or p._post_accumulate_grad_hooks]
         self._shared: list[tuple[torch.Tensor, torch.Tensor]] = []
-        taken: set[int] = set()
-        self._memory: dict[int, list[torch.Tensor]] = {}
-        for user in users:
-            memory = {id(p): self._memory_for(p, taken) for p in user.parameters()}
-            user.bind(memory)
-            self._memory[id(user)] = list(memory.values())
-
-    def _memory_for(self, parameter: nn.Parameter, taken: set[int]) -> torch.Tensor:
-        view = self._views.get(id(parameter))
-        if view is not None and id(parameter) not in taken:
-            taken.add(id(parameter))
-            return view
-        memory = torch.zeros_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
-        if view is not None:
-            self._shared.append((view, memory))
-        return memory  # of a frozen parameter: written, and read by nobody
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Those that get a gradient."""
-        return self._owned
-
-    @property
-    def has_hooks_or_shares(self) -> bool:
-        """Whether parameters have hooks on their gradients, or stand in several parts."""
-        return bool(self._hooked or self._shared)
+        self._memory: dict[Part, list[torch.Tensor]] = {}
+        free = dict(self._views)
+        for part in (*self.parts, *self.terms):
+            memory = {}
+            for p in part.parameters():
+                memory[id(p)] = free.pop(p, None)
+                if memory[id(p)] is None:  # of a frozen one: written, and read by nobody
+                    memory[id(p)] = torch.zeros_like(p, requires_grad=False, memory_format=torch.contiguous_format)
+                    self._shared += [(self._views[p], memory[id(p)])] if p in self._views else []
+            part.bind(memory)
+            self._memory[part] = list(memory.values())
+        self.has_hooks_or_shares = bool(self._hooked or self._shared)
 
     def gradient_of(self, parameter: nn.Parameter) -> torch.Tensor:
         """Where the gradient of ``parameter`` is written."""
-        return self._views[id(parameter)]
+        return self._views[parameter]
 
     def norm(self) -> float:
         """The norm of the whole gradient."""
-        norms = [flat.norm().item() for flat in self._flat]
-        return norms[0] if len(norms) == 1 else math.hypot(*norms)
+        return math.hypot(*(flat.norm().item() for flat in self._flat))
 
     def scale(self, factor: float) -> None:
         """Multiplies the whole gradient by ``factor``."""
@@ -127,21 +109,19 @@ class Program:
             KeyError: an entry is missing.
             ValueError: two terms give a loss or diagnostic of one name.
         """
-        state: State = dict(data)
+        state, gradients, values = dict(data), {}, {}
         for part in self.parts:
             part.forward(state)
-        gradients: State = {}
-        values: dict[str, float] = {}
         for term in self.terms:
             merge_losses(values, term.losses(state, gradients))
         for part in reversed(self.parts):
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(state, gradients)
-            elif self._memory[id(part)]:  # no loss depends on what it gives
-                torch._foreach_zero_(self._memory[id(part)])
+            elif self._memory[part]:  # no loss depends on what it gives
+                torch._foreach_zero_(self._memory[part])
         for view, memory in self._shared:
             view.add_(memory)
-        for parameter, view in self._pairs:
+        for parameter, view in self._views.items():
             parameter.grad = view
         for parameter in self._unused:
             parameter.grad = None
@@ -151,8 +131,7 @@ class Program:
 
     def _run_hooks(self, parameter: nn.Parameter) -> None:
         """As autograd runs them when it has the whole gradient of a parameter."""
-        view = self._views[id(parameter)]
-        parameter.grad = None
+        view, parameter.grad = self._views[parameter], None
         with torch.enable_grad():
             torch.autograd.backward([parameter], [view.clone()])
         if parameter.grad is None:
@@ -163,28 +142,25 @@ class Program:
 
 
 def merge_losses(losses: dict, more: dict) -> None:
-    """Adds ``more`` to ``losses``.
-
-    Raises:
-        ValueError: two are of one name.
-    """
+    """Adds ``more`` to ``losses``; ValueError where two are of one name."""
     for name, value in more.items():
         if name in losses:
             raise ValueError(f"two loss terms give {name!r}: rename one, or it would be lost.")
         losses[name] = value
 
 
-class _Term(AutogradPart):
+class _Term(Part):
     """A loss term as a part, which gives the sum of its losses."""
 
     def __init__(self, term: nn.Module):
-        super().__init__(self._total, term.in_keys, [("loss", str(id(term)))], parameters=term.parameters())
+        super().__init__(term.in_keys, [("loss", "sum")], term.parameters())
         self.term, self._by_hand = term, getattr(term, "with_gradients", None)
 
-    def _total(self, *entries: torch.Tensor) -> torch.Tensor:
+    def run(self, state: State) -> None:
+        entries = entries_of(state, self.in_keys)
         self._values = self.term(*entries)
         losses = [value for name, value in self._values.items() if name.startswith("loss_")]
-        return torch.stack(losses).sum() if losses else entries[0].new_zeros(())
+        state[self.out_keys[0]] = torch.stack(losses).sum() if losses else entries[0].new_zeros(())
 
     def losses(self, state: State, gradients: State) -> dict[str, float]:
         """Losses and scalar diagnostics; the losses' gradients by the entries that are wanted are added to ``gradients``."""
@@ -197,8 +173,5 @@ class _Term(AutogradPart):
             for key, slope in zip(self.in_keys, slopes, strict=True):
                 if slope is not None and key in self.wanted:
                     accumulate(gradients, key, slope)
-        return {
-            name: value.item() if isinstance(value, torch.Tensor) else value
-            for name, value in self._values.items()
-            if not isinstance(value, torch.Tensor) or value.ndim == 0
-        }
+        scalars = {name: v for name, v in self._values.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
+        return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in scalars.items()}

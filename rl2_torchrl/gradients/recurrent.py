@@ -26,8 +26,6 @@ class GRUPart(AutogradPart):
         out_key: entry of the last layer's output ``[N, T, hidden_size]``.
     """
 
-    kind = "kernel"
-
     def __init__(self, gru: nn.GRU, sequence: Callable[..., torch.Tensor], in_keys: Sequence[NestedKey], out_key):
         super().__init__(on_entries(sequence), in_keys, [out_key], parameters=gru.parameters(), optional=[in_keys[1]])
         self.layers = [_Layer([getattr(gru, name) for name in names]) for names in gru._all_weights]
@@ -54,7 +52,7 @@ class GRUPart(AutogradPart):
         """Input and hidden state to the weights' dtype, as the module itself does it."""
         dtype = self.layers[0].weights[0].dtype
         for key in self.in_keys[:2]:
-            if key in state and state[key].dtype != dtype and key not in self.wanted:
+            if key in state and key not in self.wanted:
                 state[key] = state[key].to(dtype)
 
     def _covers(self, x: torch.Tensor, hidden: torch.Tensor | None) -> bool:
@@ -69,10 +67,9 @@ class GRUPart(AutogradPart):
         if not self._by_kernels:
             super().backward(state, gradients)
             return
-        slope = gradients.pop(self.out_keys[0])
-        wants_x = self.in_keys[0] in self.wanted
-        for number in reversed(range(len(self.layers))):
-            slope = self.layers[number].backward(slope, self._is_init, wants_x=wants_x or number > 0)
+        slope, wants_x = gradients.pop(self.out_keys[0]), self.in_keys[0] in self.wanted
+        for layer in reversed(self.layers):
+            slope = layer.backward(slope, self._is_init, wants_x=wants_x or layer is not self.layers[0])
         if wants_x:
             accumulate(gradients, self.in_keys[0], slope)
 
@@ -92,13 +89,12 @@ class _Layer:
         d_n = self.weights[0].new_empty(units, columns - units)
         self._products = (d_rzh, d_n)
         w_ih, w_hh, *biases = (gradients[id(weight)] for weight in self.weights)
-        to = [w_hh, w_ih[: 2 * units], w_ih[2 * units :]]
-        of = [d_rzh[:, :units], d_rzh[: 2 * units, units : units + inputs], d_n[:, :inputs]]
+        self._to = [w_hh, w_ih[: 2 * units], w_ih[2 * units :]]
+        self._of = [d_rzh[:, :units], d_rzh[: 2 * units, units : units + inputs], d_n[:, :inputs]]
         if biases:
             b_ih, b_hh = biases
-            to += [b_hh, b_ih[: 2 * units], b_ih[2 * units :]]
-            of += [d_rzh[:, units + inputs], d_rzh[: 2 * units, units + inputs], d_n[:, inputs]]
-        self._to, self._of = to, of
+            self._to += [b_hh, b_ih[: 2 * units], b_ih[2 * units :]]
+            self._of += [d_rzh[:, units + inputs], d_rzh[: 2 * units, units + inputs], d_n[:, inputs]]
 
     def forward(self, x: torch.Tensor, hidden: torch.Tensor | None, is_init: torch.Tensor | None) -> torch.Tensor:
         y = Workspace.take(x, (*x.shape[:2], self.units))

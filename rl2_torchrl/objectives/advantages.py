@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.modules import set_recurrent_mode
 
@@ -14,14 +15,12 @@ __all__ = ["TrialAdvantage"]
 
 
 class TrialAdvantage(nn.Module):
-    """Advantages that flow across the episodes of one trial, and never across trials.
+    """Advantages that flow across the episodes of one trial, and never across trials: GAE (Schulman et al. 2016).
 
-    Reads ``value_key`` ``[*B, T, 1]`` as it was stored at collection, and ``("next", ...)`` reward, done and terminated;
-    writes ``"advantage"`` and ``"value_target"``, both ``[*B, T, 1]``. ``done`` must be the trial's, as `Trial` sets it.
-
-    The advantage is GAE (Schulman et al. 2016); where there are entries of an earlier call, they are written over. The value
-    of the next step is the stored one, shifted by one; only where a batch ends inside a trial, or a trial was truncated, is
-    the critic asked for one value more.
+    Reads ``value_key`` ``[*B, T, 1]`` as it was stored at collection, and ``("next", ...)`` reward, done (the trial's, as `Trial`
+    sets it) and terminated; writes ``"advantage"`` and ``"value_target"``, both ``[*B, T, 1]``, over those of an earlier call. The
+    value of the next step is the stored one, shifted by one; only where a batch ends inside a trial, or a trial was truncated,
+    is the critic asked for one value more.
 
     Args:
         gamma: discount per step. Default 0.99.
@@ -61,21 +60,18 @@ class TrialAdvantage(nn.Module):
             if not 0 <= value <= 1:  # NaN is no such number either
                 raise ValueError(f"{name}={value} must lie in [0, 1]: beyond 1 sums over a trial grow without bound.")
         if value_target not in ("return", "gae"):
-            raise ValueError(
-                f"value_target={value_target!r}: choose 'return' (return-to-go) or 'gae' (advantage + value)."
-            )
-        self.gamma, self.lmbda = gamma, lmbda
+            raise ValueError(f"value_target={value_target!r}: choose 'return' (to go) or 'gae' (advantage + value).")
+        self.gamma, self.lmbda, self.value_key = gamma, lmbda, value_key
         self.value_target, self.normalize = value_target, normalize
-        self.value_key = value_key
         # Kept out of the module tree: its parameters belong to the loss.
         self.__dict__["critic"] = critic
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries that are read from a collected batch: with a critic, also those that it reads beyond the batch's last step."""
-        ends = [("next", key) for key in ("reward", "done", "terminated")]
-        beyond = [] if self.critic is None else [_next(key) for key in self.critic.in_keys if key != "is_init"]
-        return [self.value_key, *ends, *beyond]
+        beyond = [] if self.critic is None else [key for key in self.critic.in_keys if key != "is_init"]
+        following = [unravel_key(("next", key)) for key in ("reward", "done", "terminated", *beyond)]
+        return [self.value_key, *following]
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -85,11 +81,10 @@ class TrialAdvantage(nn.Module):
                 f"no {self.value_key!r} in the data: TrialAdvantage reads the values stored at collection. Collect with "
                 "ActorCritic(actor, critic) as the policy."
             )
-        value = tensordict[self.value_key]
+        value, done = tensordict[self.value_key], tensordict["next", "done"]
         reward = self.rewards(tensordict).to(value.dtype)
-        require_finite(reward, "reward")
-        require_finite(value, self.value_key)
-        done = tensordict["next", "done"]
+        _require_finite(reward, "reward")
+        _require_finite(value, self.value_key)
         advantage, target = (_entry(tensordict, key, value) for key in ("advantage", "value_target"))
         self._temporal_differences(tensordict, value, reward, advantage)
         if self.value_target == "return":
@@ -113,12 +108,15 @@ class TrialAdvantage(nn.Module):
 
     def _temporal_differences(self, tensordict: TensorDictBase, value, reward, out: torch.Tensor) -> None:
         """Writes ``r_t + gamma v_{t+1} - v_t`` into ``out`` ``[*B, T, 1]``, where v is 0 beyond a trial's end."""
+        done, terminated = tensordict["next", "done"], tensordict["next", "terminated"]
         out[..., :-1, :] = value[..., 1:, :]
         out[..., -1, :] = 0
-        out.masked_fill_(tensordict["next", "done"], 0.0)
-        open_end = _open_ends(tensordict["next", "done"], tensordict["next", "terminated"])
-        if open_end is not None:
-            out[open_end] = self._bootstrap(tensordict, open_end.squeeze(-1)).to(out.dtype)
+        out.masked_fill_(done, 0.0)
+        if not (torch.equal(done, terminated) and bool(terminated[..., -1, :].all())):
+            # The value beyond the last step counts at truncations, and where the batch cuts a trial.
+            is_open = done & ~terminated
+            is_open[..., -1, :] = ~terminated[..., -1, :]
+            out[is_open] = self._bootstrap(tensordict, is_open.squeeze(-1)).to(out.dtype)
         out.mul_(self.gamma).add_(reward).sub_(value)
 
     def _bootstrap(self, tensordict: TensorDictBase, rows: torch.Tensor) -> torch.Tensor:
@@ -139,10 +137,6 @@ class TrialAdvantage(nn.Module):
             return self.critic(successors)[self.value_key].reshape(-1)
 
 
-def _next(key: NestedKey) -> NestedKey:
-    return ("next", key) if isinstance(key, str) else ("next", *key)
-
-
 def _entry(tensordict: TensorDictBase, key: str, like: torch.Tensor) -> torch.Tensor:
     """The entry ``key`` to write into: the one that is there, if a collector hands its batches out in the same memory."""
     entry = tensordict.get(key, None)
@@ -154,25 +148,14 @@ def _entry(tensordict: TensorDictBase, key: str, like: torch.Tensor) -> torch.Te
 def _accumulate(out: torch.Tensor, done: torch.Tensor, discount: float) -> None:
     """``out_t += discount * out_{t+1}`` from back to front, over the steps of one trial (Schulman et al. 2016, eq. 16).
 
-    As TorchRL's `generalized_advantage_estimate`, but in the memory of ``out`` ``[*B, T, 1]``: that one makes ten tensors
-    of the batch's size in every call.
+    As TorchRL's `generalized_advantage_estimate`, which makes ten tensors of the batch's size, in the memory of ``out``.
     """
     steps, ends = out.unbind(-2), done.unbind(-2)
     for t in range(len(steps) - 2, -1, -1):
         steps[t].add_(steps[t + 1].masked_fill(ends[t], 0.0), alpha=discount)
 
 
-def _open_ends(done: torch.Tensor, terminated: torch.Tensor) -> torch.Tensor | None:
-    """Where the value beyond the last step counts: at truncations and where the batch cuts a trial; None if nowhere."""
-    if torch.equal(done, terminated) and bool(terminated[..., -1, :].all()):
-        return None
-    open_end = done & ~terminated
-    open_end[..., -1, :] = ~terminated[..., -1, :]
-    return open_end
-
-
-def require_finite(value: torch.Tensor, name: str) -> None:
-    """Raises a FloatingPointError that says where ``value`` ``[*B, T, 1]`` first is NaN or infinite."""
+def _require_finite(value: torch.Tensor, name: str) -> None:
     # The sum of finite numbers can overflow, but that of others is never finite: it spares four tensors of this size.
     if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
         *row, step, _ = (~torch.isfinite(value)).nonzero()[0].tolist()

@@ -17,10 +17,8 @@ class TaskBelief(nn.Module):
 
     ``coefficient * mean((W features + b - target)²)``. The features minimise it where they hold the posterior mean of the target
     given all that was seen, which is what an agent must know to act well. The task is the env's, and read in training alone:
-    the agent acts as before, and the layer is not part of it (arXiv:1905.06424, section 3; there a stochastic belief of its own
-    is trained, here the memory that acts).
-
-    Gives ``loss_belief`` and ``belief_error``, the mean squared error without the coefficient.
+    the layer is not part of the agent (arXiv:1905.06424, section 3; there a stochastic belief of its own is trained, here the
+    memory that acts). Gives ``loss_belief`` and ``belief_error``, the mean squared error without the coefficient.
 
     Args:
         features_size: size of the actor's features, its ``hidden_size``.

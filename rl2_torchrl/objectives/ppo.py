@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
-from rl2_torchrl.gradients.part import entries_of
+from rl2_torchrl.gradients.part import entries_of, has_hooks
 from rl2_torchrl.gradients.program import merge_losses
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError
@@ -99,22 +99,16 @@ class RL2PPOLoss(ClipPPOLoss):
         )
         if terms and self.functional:
             raise ValueError("terms read what the networks write, which functional=True hides: leave it False.")
-        self.terms = nn.ModuleList(_checked_terms(terms))
+        _check_terms(terms)
+        self.terms = nn.ModuleList(terms)
         self._set_in_keys()
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
         self._is_recurrent = bool(hidden_keys(actor_network))
-        self._beyond = self._options_beyond(kwargs)
-
-    def _options_beyond(self, kwargs: dict) -> str | None:
-        options = {
-            **kwargs,
-            "functional": self.functional,
-            "log_explained_variance": self.log_explained_variance,
-            "loss_critic_type": self.loss_critic_type != "l2",
-            "entropy_coeff for several heads": self._entropy_coeff_map is not None,
-        }
+        options = {**kwargs, "functional": self.functional, "log_explained_variance": log_explained_variance}
+        options["loss_critic_type"] = loss_critic_type != "l2"
+        options["entropy_coeff for several heads"] = self._entropy_coeff_map is not None
         asked = [name for name, value in options.items() if value not in (False, None)]
-        return f"the options {asked} are ClipPPOLoss's" if asked else None
+        self._beyond = f"the options {asked} are ClipPPOLoss's" if asked else None
 
     # ------------------------------------------------------------- the parts
     def why_not_parts(self) -> str | None:
@@ -140,18 +134,15 @@ class RL2PPOLoss(ClipPPOLoss):
     def _known_parts(self) -> list[Part]:
         """`network_parts`, made anew where a module, a hook or an option has changed: making them costs as much as running some."""
         modules = list(self.modules())
-        hooks = [bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)) for m in modules]
-        layout = (self._runs_critic(), self.entropy_bonus, self.training, list(map(id, modules)), hooks)
-        known = _PARTS.get(self)
-        if known is None or known[0] != layout:
-            _PARTS[self] = known = (layout, self.network_parts())
-        return known[1]
+        options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus, self.training)
+        layout = (options, list(map(id, modules)), list(map(has_hooks, modules)))
+        if self not in _PARTS or _PARTS[self][0] != layout:
+            _PARTS[self] = (layout, self.network_parts())
+        return _PARTS[self][1]
 
     def _runs_critic(self) -> bool:
-        if self.critic_network is None:
-            return False
-        written = set(self.critic_network.out_keys)
-        return self.has_critic or any(written.intersection(term.in_keys) for term in self.terms)
+        written = () if self.critic_network is None else self.critic_network.out_keys
+        return self.has_critic or any(key in written for term in self.terms for key in term.in_keys)
 
     def loss_terms(self) -> list[nn.Module]:
         """PPO's terms with the coefficients as they are now, then the further ones."""
@@ -176,31 +167,31 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _losses(self, tensordict: TensorDictBase, terms: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
         data = tensordict if tensordict.ndim == 2 else tensordict.flatten(0, tensordict.ndim - 2)
-        parts, state = self._known_parts(), {}
+        parts, out = self._known_parts(), {}
+        read = {key for reader in (*parts, *terms) for key in reader.in_keys}
+        state: State = {key: entry for key in read if (entry := data.get(key, None)) is not None}
         for part in parts:
-            _read(data, part.in_keys, state)
             part.run(state)
-        out: dict[str, torch.Tensor] = {}
         for term in terms:
-            _read(data, term.in_keys, state)
             merge_losses(out, term(*entries_of(state, term.in_keys)))
         return out
 
     def _check_data(self, tensordict: TensorDictBase) -> None:
-        if self._is_recurrent and tensordict.ndim < 2:
+        if not self._is_recurrent:
+            return
+        if tensordict.ndim < 2:
             raise ValueError(
                 f"the data are single steps {list(tensordict.shape)}, but the actor has a memory: it is trained on sequences "
                 "[*B, T], in the order in which they were played. A replay buffer of shuffled steps loses that order: fill it "
-                "with rows, buffer.extend(batch) with a batch [B, T], as PPOUpdate does."
+                "with rows, buffer.extend(batch) with a batch [B, T]."
             )
-        key = self.tensor_keys.advantage
-        advantage = tensordict.get(key, None)
-        if advantage is None and self._is_recurrent and self._value_estimator is None:
+        advantage = tensordict.get(key := self.tensor_keys.advantage, None)
+        if advantage is None and self._value_estimator is None:
             raise KeyError(
                 f"no {key!r} in the data: call TrialAdvantage(...)(batch) before the loss, on the whole batch [B, T] (a GRU "
                 "critic cannot be asked for it step by step)."
             )
-        if self._is_recurrent and advantage is not None and advantage.shape != (*tensordict.shape, 1):
+        if advantage is not None and advantage.shape != (*tensordict.shape, 1):
             raise ValueError(
                 f"{key!r} has shape {tuple(advantage.shape)} in data of shape {tuple(tensordict.shape)}: it must be "
                 "[*B, T, 1], as TrialAdvantage writes it; mind the last dimension."
@@ -239,25 +230,18 @@ class RL2PPOLoss(ClipPPOLoss):
                 self._buffers[name] = torch.as_tensor(value, dtype=dtype, device=self._buffers[name].device)
 
 
-def _read(data: TensorDictBase, keys: Sequence[NestedKey], state: State) -> None:
-    for key in keys:
-        if key not in state and (value := data.get(key, None)) is not None:
-            state[key] = value
-
-
-def _checked_terms(terms: Sequence[nn.Module]) -> list[nn.Module]:
+def _check_terms(terms: Sequence[nn.Module]) -> None:
     for term in terms:
         if not isinstance(term, nn.Module) or isinstance(getattr(term, "in_keys", ""), str):
             raise TypeError(
                 f"{type(term).__name__} is no loss term: an nn.Module with in_keys, a list of the entries that its forward takes, "
                 "which returns a dictionary such as {'loss_belief': ...} (rl2_torchrl.objectives.terms)."
             )
-    return list(terms)
 
 
 def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff) -> None:
-    epsilons = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon,)
-    if not (min(epsilons) > 0 and epsilons[0] <= 1 and epsilons[-1] > 0):
+    low, high = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
+    if not (0 < low <= 1 and high > 0):
         raise ValueError(
             f"clip_epsilon={clip_epsilon}: at 0 or below no policy change is allowed at all, and 1 - clip_epsilon, the "
             "lowest ratio, cannot be negative. Usual are 0.1 to 0.3."

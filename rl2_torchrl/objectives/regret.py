@@ -17,9 +17,8 @@ class RegretAdvantage(TrialAdvantage):
 
     The regret is what the best action would have been worth beyond the one taken, ``max_a Q*(s_t, a) - Q*(s_t, a_t)``, in the
     task as it is. The rewards of an episode sum in expectation to ``V*(s_0)``, which no agent can change, less the regrets
-    (Kakade & Langford 2002, lemma 6.1): the same to be gained, without the noise of rewards and the luck of transitions,
-    so that an advantage can look over many steps. The critic then learns minus the regret to come. As a critic that reads
-    the task, it is of use in training alone: the agent sees rewards and nothing of this.
+    (Kakade & Langford 2002, lemma 6.1): the same to be gained, without the noise of rewards and the luck of transitions.
+    It reads the task, so it is of use in training alone: the agent sees rewards and nothing of this.
 
     Reads ``"action"`` ``[B, T]`` and what ``action_values`` reads, beside what `TrialAdvantage` reads.
 

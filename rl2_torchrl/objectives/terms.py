@@ -43,11 +43,7 @@ def as_number(value: torch.Tensor) -> float | torch.Tensor:
 
 
 class OwnGradient(nn.Module, ABC):
-    """A term that gives one loss and its gradient by hand.
-
-    Args:
-        in_keys: entries that it reads.
-    """
+    """A term that gives one loss and its gradient by hand, from the entries ``in_keys``."""
 
     def __init__(self, in_keys: list[NestedKey]):
         super().__init__()
@@ -85,23 +81,9 @@ class _WithGradients(torch.autograd.Function):
 class ClippedObjective(OwnGradient):
     """``-mean(min(r A, clip(r) A))`` with r = p / p_old (Schulman et al. 2017, eq. 7), and how far the policy has moved.
 
-    Its gradient by log p is ``-r A / N`` where ``r A`` is the smaller (within the clip both are the same), 0 elsewhere. The
-    diagnostics are `ClipPPOLoss`'s: ``clip_fraction``, ``kl_approx``, ``mean_ratio``, ``max_ratio`` and ``ESS`` ``[T]``.
-
-    Args:
-        log_low: logarithm of the lowest ratio, log(1 - clip_epsilon).
-        log_high: logarithm of the highest ratio, log(1 + clip_epsilon).
-        old_log_prob_key: log p_old ``[N, T]``.
-        advantage_key: A ``[N, T, 1]``.
-
-    Raises:
-        ValueError: log-probabilities, old ones and advantages are not of one shape.
-
-    Examples:
-        >>> twice, one = torch.tensor([[2.0]]).log(), torch.ones(1, 1)
-        >>> losses = ClippedObjective(-0.2, 0.0)(twice, 0 * one, one.unsqueeze(-1))
-        >>> round(float(losses["loss_objective"]), 3)
-        -1.0
+    ``log_low`` and ``log_high`` are the logarithms of the lowest and the highest ratio. The gradient by log p is ``-r A / N`` where
+    ``r A`` is the smaller (within the clip both are the same), 0 elsewhere. The diagnostics are `ClipPPOLoss`'s:
+    ``clip_fraction``, ``kl_approx``, ``mean_ratio``, ``max_ratio`` and ``ESS`` ``[T]``.
     """
 
     def __init__(
@@ -155,17 +137,7 @@ class ClippedObjective(OwnGradient):
 
 
 class SquaredError(OwnGradient):
-    """``coefficient * mean((v - R)²)``.
-
-    Args:
-        coefficient: weight in the loss.
-        value_key: v ``[N, T, 1]``.
-        target_key: R ``[N, T, 1]``.
-
-    Examples:
-        >>> float(SquaredError(0.5)(torch.full((1, 1, 1), 3.0), torch.ones(1, 1, 1))["loss_critic"])
-        2.0
-    """
+    """``coefficient * mean((v - R)²)``, of values and targets ``[N, T, 1]``."""
 
     def __init__(
         self, coefficient: float, value_key: NestedKey = "state_value", target_key: NestedKey = "value_target"
@@ -185,16 +157,7 @@ class SquaredError(OwnGradient):
 
 
 class EntropyBonus(OwnGradient):
-    """``-coefficient * mean(H)``, H the policy's entropy ``[N, T]``.
-
-    Args:
-        coefficient: weight in the loss.
-
-    Examples:
-        >>> losses = EntropyBonus(0.5)(torch.full((1, 2), 3.0))
-        >>> float(losses["loss_entropy"]), float(losses["entropy"])
-        (-1.5, 3.0)
-    """
+    """``-coefficient * mean(H)``, H the policy's entropy ``[N, T]``."""
 
     def __init__(self, coefficient: float):
         super().__init__([ENTROPY])
