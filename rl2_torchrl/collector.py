@@ -101,7 +101,7 @@ class TrialCollector(Collector):
         if self.reason is not None and rollout == "tensors":
             raise ValueError(f"rollout='tensors' cannot serve: {self.reason}. Leave that out, or take rollout='auto'.")
         self.player = None if self.reason is not None else self._make_player()
-        if self.player is not None and not self.player.is_on_tensors:
+        if self.player is not None:
             self.reason = self.player.trials.reason
         if self.reason is not None:
             torchrl_logger.info(f"TrialCollector, backend {self.backend!r}: {self.reason}.")

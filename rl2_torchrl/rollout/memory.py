@@ -19,33 +19,31 @@ __all__ = ["Memory", "own_transforms"]
 class Memory:
     """The hidden states of ``policy`` for N rows: at a trial's start what its cores say, or else the primers of env or modules.
 
-    Args:
-        policy: recurrent or not.
-        env: the env that it plays.
-        rows: N.
-
     Raises:
         KeyError: the policy hands an entry on that neither has a primer for.
     """
 
     def __init__(self, policy: TensorDictModuleBase, env: EnvBase, rows: int):
-        self.keys = hidden_keys(policy)
-        #: The entries of each key, and those of the next step.
-        self.handed_on = [(key, next_key(key)) for key in self.keys]
         self._rows = rows
+        #: The entries that are handed on, and where they stand after a step.
+        self.handed_on = [(key, next_key(key)) for key in hidden_keys(policy)]
         # Of the class: a TensorDictModule passes on what its inner module has.
         self._cores = [module for module in policy.modules() if hasattr(type(module), "initial_memory")]
         of_cores = {key for core in self._cores for key in core.in_keys}
-        by_primers = [key for key in self.keys if key not in of_cores]
-        primers = _primers(policy, env) if by_primers else {}
-        missing = [key for key in by_primers if key not in primers]
+        others = [key for key, _ in self.handed_on if key not in of_cores]
+        primers = _primers(policy, env) if others else {}
+        missing = [key for key in others if key not in primers]
         if missing:
             raise KeyError(
                 f"the policy hands {missing} on to its next step, but nothing says what they are at a trial's first: give the "
                 "module a make_tensordict_primer(), as torchrl.modules.GRUModule has, or the env a TensorDictPrimer."
             )
-        self._primers = {key: primers[key] for key in by_primers}
-        self._constant = {key: self._draw(key) for key in by_primers if not _varies(primers[key][0], key)}
+        self._primers = {key: primers[key] for key in others}
+        self._constant = {
+            key: self._draw(key)
+            for key, (p, _) in self._primers.items()
+            if not (p.random or callable(p.default_value[key]))
+        }
 
     def initial(self) -> State:
         """Values ``[N, ...]`` at a trial's first step."""
@@ -72,10 +70,6 @@ class Memory:
         value = primer.default_value[key]
         value = value() if callable(value) else value
         return torch.as_tensor(value, dtype=spec.dtype, device=spec.device).expand(shape).contiguous()
-
-
-def _varies(primer: TensorDictPrimer, key: NestedKey) -> bool:
-    return bool(primer.random) or callable(primer.default_value[key])
 
 
 def _primers(policy: TensorDictModuleBase, env: EnvBase) -> dict[NestedKey, tuple[TensorDictPrimer, torch.Size]]:
