@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import set_exploration_type
 
 from rl2_torchrl.rollout import Rollout
-from rl2_torchrl.rollout.entries import leaves
+from rl2_torchrl.rollout.trials import leaves
 
 __all__ = ["TrialCollector"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
@@ -11,44 +9,15 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
-from rl2_torchrl.rollout.entries import Task, flat, unflat, where_rows
+from rl2_torchrl.rollout.trials import Task, flat, unflat, where_rows
 
-__all__ = ["Door", "Played", "TensorDoor", "TorchRLDoor", "door_to", "is_tensor_env"]
+__all__ = ["TensorDoor", "TorchRLDoor", "door_to", "is_tensor_env"]
 
-
-class Played(NamedTuple):
-    """What a step gave: entries ``[N, ...]``, the reward ``[N, 1]``, and which episodes ended, bool ``[N]`` (None: it is known)."""
-
-    observations: State
-    reward: torch.Tensor
-    done: torch.Tensor | None
+#: What a step gave: entries ``[N, ...]``, the reward ``[N, 1]``, and which episodes ended, bool ``[N]`` (None: it is known).
+Played = tuple[State, torch.Tensor, torch.Tensor | None]
 
 
-class Door(Protocol):
-    """How a rollout plays an env whose rows all hold a task."""
-
-    #: Length of every episode where it is known ahead, else None.
-    episode_steps: int | None
-    #: Whether a step works on threads of its own.
-    has_threads: bool
-
-    def start(self, task: Task, rows: Rows) -> State:
-        """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
-
-    def play(self, action: torch.Tensor) -> Played:
-        """One step of all rows."""
-
-    def adopt(self, reset: TensorDictBase) -> State:
-        """The observations of a ``reset()`` that somebody has made."""
-
-    def state_dict(self) -> dict:
-        """What is needed beside the env's own state to go on."""
-
-    def resume(self, state: dict) -> State:
-        """Goes on in an env whose own state has been restored; its observations then."""
-
-
-def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> Door:
+def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> TensorDoor | TorchRLDoor:
     """The door to ``env``; of its observations those in ``observed`` are asked for."""
     return TensorDoor(env, observed) if is_tensor_env(env) else TorchRLDoor(env, observed, task_key)
 
@@ -60,7 +29,12 @@ def is_tensor_env(env: EnvBase) -> bool:
 
 
 class TensorDoor:
-    """A `TensorEnv`: no TensorDict anywhere."""
+    """A `TensorEnv`: no TensorDict anywhere. All doors have the methods that are described here.
+
+    Attributes:
+        episode_steps: length of every episode where it is known ahead, else None.
+        has_threads: whether a step works on threads of its own.
+    """
 
     def __init__(self, env: TensorEnv, observed: set[NestedKey]):
         self.env, self.has_threads = env, env.has_threads
@@ -69,16 +43,18 @@ class TensorDoor:
         self._is_flat = len(env.batch_size) == 1
 
     def start(self, task: Task, rows: Rows) -> State:
+        """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
         task = self.env.full_state_spec["task"].zero() if task is None else task
         return self._entries(self.env.start(task, None if rows is True else rows))
 
     def play(self, action: torch.Tensor) -> Played:
+        """One step of all rows."""
         if not self._is_flat:
             action = unflat(action, self.env.batch_size)
         observations, reward, terminated, truncated = self.env.play(action)
         if not self._is_flat:
             reward = reward.reshape(-1, 1)
-        return Played(self._entries(observations), reward, self._done(reward, terminated, truncated))
+        return self._entries(observations), reward, self._done(reward, terminated, truncated)
 
     def _done(self, reward, terminated: torch.Tensor | None, truncated: torch.Tensor | None) -> torch.Tensor | None:
         if self.episode_steps is not None:
@@ -89,12 +65,15 @@ class TensorDoor:
         return (terminated | truncated).reshape(-1)
 
     def adopt(self, reset: TensorDictBase) -> State:
+        """The observations of a ``reset()`` that somebody has made."""
         return self._entries(self.env.observation)
 
     def state_dict(self) -> dict:
+        """What is needed beside the env's own state to go on."""
         return {}
 
     def resume(self, state: dict) -> State:
+        """Goes on in an env whose own state has been restored; its observations then."""
         return self._entries(self.env.observation)
 
     def _entries(self, observations: State) -> State:
@@ -146,7 +125,7 @@ class TorchRLDoor:
         after = root.exclude(self._action_key, *self.env.done_keys).update(self.env._step(root))
         reward = after.pop(self._reward_key)
         self._root = self.env._complete_done(self._done_spec, after)
-        return Played(self._observations(), reward.reshape(-1, 1), after.get("done").reshape(-1))
+        return self._observations(), reward.reshape(-1, 1), after.get("done").reshape(-1)
 
     def _observations(self) -> State:
         # Copies: many envs write their next step into the same memory.

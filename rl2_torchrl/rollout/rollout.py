@@ -18,10 +18,10 @@ from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
-from rl2_torchrl.rollout.entries import leaves
 from rl2_torchrl.rollout.graph import GraphReplay
 from rl2_torchrl.rollout.memory import Memory
-from rl2_torchrl.rollout.trials import trials_of
+from rl2_torchrl.rollout.transforms import trials_of
+from rl2_torchrl.rollout.trials import leaves
 
 __all__ = ["Rollout"]
 
@@ -131,17 +131,17 @@ class Rollout:
                 state = self.ablation(state)
             for act in acting:
                 act(state)
-            turn = self.trials.step(t, state)
+            after, root, begun = self.trials.step(t, state)
             for key in recorded:
-                self._record(key, t, turn.after[key] if key in turn.after else state[key])
+                self._record(key, t, after[key] if key in after else state[key])
             waiting.append(state)
             if len(waiting) * self.trials.rows >= _ROWS_AT_ONCE or t + 1 == self.steps:
                 self._look_back(waiting, t + 1)
                 waiting = []
             if self.on_step is not None:
-                self.on_step({**state, **turn.after, **self.trials.flags(t)})
+                self.on_step({**state, **after, **self.trials.flags(t)})
             if t + 1 < self.steps:
-                state = {**turn.root, **self.memory.next(state, turn.begun)}
+                state = {**root, **self.memory.next(state, begun)}
         for _, key in self.memory.handed_on:
             self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
 

@@ -11,8 +11,8 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows, TrialClock
 from rl2_torchrl.rollout.doors import door_to
-from rl2_torchrl.rollout.entries import REWARD, Task, Trials, Turn, flat, leaves, next_key, where_rows
 from rl2_torchrl.rollout.transitions import TransitionInputs
+from rl2_torchrl.rollout.trials import REWARD, Task, Trials, flat, leaves, next_key, where_rows
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
@@ -94,12 +94,12 @@ class TensorTrials(Trials):
         if self.inputs is not None:
             self.inputs.start_batch()
         if is_adopted:
-            self._show(0, begun)
+            self._tell(0, begun)
         elif begun is not False:
             self._begin(0, begun)
-        return self._root(0), begun
+        return self._at(0), begun
 
-    def step(self, t: int, state: State) -> Turn:
+    def step(self, t: int, state: State) -> tuple[State, State, Rows]:
         action = state[self.action_key]
         observations, reward, done = self.door.play(action)
         ends = self.clock.tick(t, done)
@@ -116,11 +116,11 @@ class TensorTrials(Trials):
             self.inputs.observe(t + 1, observations)
             if self._next_out_key is not None:
                 after[self._next_out_key] = self.inputs.steps[t + 1].clone()
-        if t + 1 == self.steps:  # a trial that it ends is followed by one when the next batch asks for it
-            return Turn(after, {}, False)
+        if t + 1 == self.steps:
+            return after, {}, False
         if ends.trial is not False:
             self._begin(t + 1, ends.trial)
-        return Turn(after, self._root(t + 1), ends.trial)
+        return after, self._at(t + 1), ends.trial
 
     def _begin(self, t: int, rows: Rows) -> None:
         """A trial of a new task begins in ``rows`` at step ``t``."""
@@ -131,9 +131,9 @@ class TensorTrials(Trials):
             told = [key for key in self.trial.step_keys if key in first]
             first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
         self._observations = first
-        self._show(t, rows)
+        self._tell(t, rows)
 
-    def _show(self, t: int, rows: Rows) -> None:
+    def _tell(self, t: int, rows: Rows) -> None:
         """Writes the transition input of a trial's first step."""
         if self.inputs is not None:
             self.inputs.begin(t, rows)
@@ -151,7 +151,7 @@ class TensorTrials(Trials):
         self._shown_task = {key: flat(task[path] if path else task, self.batch_size) for key, path in paths}
         self._shown_task_after = {next_key(key): value for key, value in self._shown_task.items()}
 
-    def _root(self, t: int) -> State:
+    def _at(self, t: int) -> State:
         root = {**self._shown_task, **{key: self._observations[key] for key in self._root_keys}}
         if self.inputs is not None:
             root[self.out_key] = self.inputs.steps[t]
