@@ -14,45 +14,33 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import set_exploration_type
 
 from rl2_torchrl.rollout import Rollout
-from rl2_torchrl.rollout.entries import leaves
+from rl2_torchrl.rollout.trials import leaves
 
 __all__ = ["TrialCollector"]
 
-#: Options of `Collector` that its own loop alone serves, with what they are when they are not asked for.
-_OF_COLLECTOR = {
-    "reset_at_each_iter": False,
-    "init_random_frames": (0, None),
-    "replay_buffer": None,
-    "compiled_policy": (False, None),
-    "cudagraphed_policy": (False, None),
-    "interruptor": None,
-    "track_traj_ids": False,
-    "split_trajs": (False, None),
-    "trajs_per_batch": None,
-    "set_truncated": (False, None),
-    "compact_obs": (False, None),
-}
+#: Options of `Collector` that its own loop alone serves.
+_OF_COLLECTOR = ("reset_at_each_iter", "init_random_frames", "replay_buffer", "compile_policy", "cudagraph_policy")
+_OF_COLLECTOR += ("interruptor", "track_traj_ids", "split_trajs", "trajs_per_batch", "set_truncated", "compact_obs")
 
 
 class TrialCollector(Collector):
     """A `torchrl.collectors.Collector` that stores only what is asked for, and steps on plain tensors.
 
-    It is `Collector` in its options, its hooks and its batches: under the same ``torch.manual_seed`` flags, tasks and transition
-    inputs are those of `Collector` bit for bit (but for the noise of categorical actions, which is drawn faster), and what
-    networks give is the same to rounding. But its steps are those of `Rollout`: a policy is a list of functions on tensors,
-    trials run on tensors too, and a TensorDict is made where an env or a module wants one. Options that only `Collector`'s own
-    loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
+    It has `Collector`'s options, hooks and batches: under the same ``torch.manual_seed`` flags, tasks and transition inputs are
+    those of `Collector` bit for bit (but for the noise of categorical actions, which is drawn faster), and what networks give is
+    the same to rounding. But its steps are those of `Rollout`, which makes a TensorDict only where an env or a module wants one;
+    options that only `Collector`'s own loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
 
     Args:
         create_env_fn: as for `Collector`.
         policy: as for `Collector`.
         keep: entries of the batch, such as ``PPOUpdate.in_keys``; what is not kept takes no memory, and the hidden states of
             every step take the most. None keeps all.
-        rollout: ``"tensors"``, `Rollout`'s steps, or ``"tensordicts"``, `Collector`'s own loop. Default ``"auto"``: tensors where
-            that can serve.
-        **kwargs: as for `Collector`; ``auto_register_policy_transforms`` and ``return_same_td`` default to True here (memory is
-            never lost; each batch is written over the last one), ``track_traj_ids`` to False, since ``"is_init"`` marks
-            trials, but for ``split_trajs`` and ``trajs_per_batch``, which need the ids.
+        rollout: ``"tensors"``, `Rollout`'s steps; ``"tensordicts"``, `Collector`'s own loop; ``"auto"``, the first where it can
+            serve.
+        **kwargs: as for `Collector`. Other defaults: ``auto_register_policy_transforms=True`` (memory is never lost),
+            ``return_same_td=True`` (a batch is written over the last one, but not with a ``replay_buffer``), and
+            ``track_traj_ids=False`` but for ``split_trajs`` and ``trajs_per_batch``: ``"is_init"`` marks trials.
 
     Attributes:
         backend: ``"tensors"`` or ``"tensordicts"``, what plays.
@@ -88,20 +76,21 @@ class TrialCollector(Collector):
     ):
         if rollout not in ("auto", "tensors", "tensordicts"):
             raise ValueError(f"rollout={rollout!r}: choose 'auto', 'tensors' or 'tensordicts'.")
-        # A replay buffer takes batches one by one: TorchRL forbids one in the memory of another.
-        defaults = {"auto_register_policy_transforms": True, "return_same_td": kwargs.get("replay_buffer") is None}
-        if keep is not None:
-            defaults["use_buffers"] = False  # they hold all entries of all steps, those that are not kept too
         by_trial = bool(kwargs.get("split_trajs") or kwargs.get("trajs_per_batch"))
-        defaults["track_traj_ids"] = by_trial
-        super().__init__(create_env_fn, policy, **{**defaults, **kwargs})
+        options = {"auto_register_policy_transforms": True, "track_traj_ids": by_trial}
+        # A replay buffer takes batches one by one: TorchRL forbids one in the memory of another.
+        options["return_same_td"] = kwargs.get("replay_buffer") is None
+        # Buffers hold all entries of all steps, those that are not kept too.
+        options |= kwargs if keep is None else {"use_buffers": False, **kwargs}
+        super().__init__(create_env_fn, policy, **options)
         needed = [("collector", "traj_ids"), ("next", "done")] if by_trial else []
         self.keep = None if keep is None else list(dict.fromkeys((*keep, *needed)))
-        self.reason = "rollout='tensordicts' was asked for" if rollout == "tensordicts" else self._refusal(kwargs)
+        self.reason = "rollout='tensordicts' was asked for" if rollout == "tensordicts" else self._refusal(options)
         if self.reason is not None and rollout == "tensors":
             raise ValueError(f"rollout='tensors' cannot serve: {self.reason}. Leave that out, or take rollout='auto'.")
-        self.player = None if self.reason is not None else self._make_player()
-        if self.player is not None and not self.player.is_on_tensors:
+        self.player = None if self.reason else Rollout(self.env, self._wrapped_policy, self.frames_per_batch, self.keep)
+        if self.player is not None:
+            self.player.adopt(self._carrier)  # Collector has reset the env already, and begins there
             self.reason = self.player.trials.reason
         if self.reason is not None:
             torchrl_logger.info(f"TrialCollector, backend {self.backend!r}: {self.reason}.")
@@ -111,34 +100,23 @@ class TrialCollector(Collector):
         """What plays: ``"tensors"``, `Rollout`, or ``"tensordicts"``, `Collector`'s own loop."""
         return "tensordicts" if self.player is None else "tensors"
 
-    def _refusal(self, kwargs: dict) -> str | None:
+    def _refusal(self, options: dict) -> str | None:
         """Why `Collector`'s own loop must play, or None."""
-        for name, plain in _OF_COLLECTOR.items():
-            value = getattr(self, name, kwargs.get(name))
-            if not any(value is each or value == each for each in (plain if isinstance(plain, tuple) else (plain,))):
+        for name in _OF_COLLECTOR:
+            if options.get(name) not in (None, False, 0, -1):
                 return f"{name}= is an option of TorchRL's own loop"
         if not isinstance(self._wrapped_policy, TensorDictModuleBase):
             return "the policy is no TensorDictModule"
-        devices = {
-            str(device)
-            for device in (self.policy_device, self.env_device, self.storing_device, self.env.device)
-            if device
-        }
+        devices = (self.policy_device, self.env_device, self.storing_device, self.env.device)
+        devices = {str(device) for device in devices if device}
         if len(devices) > 1:
             return f"policy, env and storage are on several devices {sorted(devices)}"
         return None
 
-    def _make_player(self) -> Rollout:
-        player = Rollout(self.env, self._wrapped_policy, self.frames_per_batch, self.keep)
-        player.adopt(self._carrier)  # Collector has reset the env already, and begins there
-        return player
-
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
         """As `Collector.set_seed`; the first trials, which `Collector` has begun before, follow the seed too."""
         seed = super().set_seed(seed, static_seed)
-        self._carrier.update(self.env.reset())
-        if self.player is not None:
-            self.player.adopt(self._carrier)
+        self.reset()
         return seed
 
     def reset(self, index=None, **kwargs) -> None:

@@ -95,7 +95,7 @@ class Trial(Transform):
         # The index says which episode an observation belongs to, so it moves on with the reset below.
         episode_index = tensordict[EPISODE_INDEX] + episode_done
         trial_step = tensordict[TRIAL_STEP] + 1
-        trial_done = self._is_over(episode_index, trial_step)
+        trial_done = self.is_over(episode_index, trial_step)
 
         inner_reset = episode_done & ~trial_done
         if inner_reset.any():
@@ -104,13 +104,11 @@ class Trial(Transform):
         next_tensordict.set(EPISODE_DONE, episode_done.clone())
         return next_tensordict.update(self.counters(episode_index, trial_step))
 
-    def _is_over(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> torch.Tensor:
-        over = torch.zeros_like(episode_index, dtype=torch.bool)
-        if self.episodes is not None:
-            over = over | (episode_index >= self.episodes)
-        if self.steps is not None:
-            over = over | (trial_step >= self.steps)
-        return over
+    def is_over(self, episode_index, trial_step):
+        """Whether a trial has ended after so many episodes and steps; of tensors, NumPy's arrays or numbers."""
+        bounds = ((episode_index, self.episodes), (trial_step, self.steps))
+        reached = [count >= bound for count, bound in bounds if bound is not None]
+        return reached[0] if len(reached) == 1 else reached[0] | reached[1]
 
     def _reset_rows(self, rows: torch.Tensor, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> None:
         """Starts the next episode in ``rows`` [*B, 1] and writes its first observation; other rows stay as they are."""

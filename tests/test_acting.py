@@ -57,7 +57,7 @@ class Lucky(Trial):
 class Short(Trial):
     """Ends at the second step: a method that its step calls."""
 
-    def _is_over(self, episode_index, trial_step):
+    def is_over(self, episode_index, trial_step):
         return trial_step >= 2
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tensordict import NestedKey
 
@@ -26,143 +28,117 @@ class Ends(NamedTuple):
 class TrialClock:
     """Counts the episodes and steps of N trials, and says when they end, by the bounds of `Trial`.
 
-    Where no row can part from the others (all begin together, and ``episode_steps`` is known) one count serves all rows, and
-    nothing is read back from a device.
-
-    Args:
-        trial: the bounds.
-        rows: N.
-        steps: steps T of a batch.
-        episode_steps: length of every episode, where all have the same; None where the env says when one ends.
-        device: of the entries.
+    Where no row can part from the others (all begin together, and ``episode_steps`` is the length of every episode) it is shared:
+    one count serves all rows, a batch is counted ahead, and nothing is read back from a device.
     """
+
+    #: Entries that a clock gives.
+    names = ("is_init", "done", "terminated", "truncated", *TRIAL_KEYS)
 
     def __init__(self, trial: Trial, rows: int, steps: int, episode_steps: int | None, device: torch.device):
         self.trial, self.rows, self.steps, self.episode_steps, self.device = trial, rows, steps, episode_steps, device
-        width = 1 if self.is_shared else rows
-        # What holds at step t, before it is taken, and one row more: where the next batch goes on.
-        self._index, self._step = (torch.zeros(steps + 1, width, dtype=torch.int64) for _ in range(2))
-        self._begun, self._ended = (torch.zeros(steps + 1, width, dtype=torch.bool) for _ in range(2))
-        # What step t does: ends an episode, ends a trial.
-        self._episode_done, self._trial_done = (torch.zeros(steps, width, dtype=torch.bool) for _ in range(2))
-        self._carried = (self._index, self._step, self._begun, self._ended)
-        # The same memory for NumPy, whose calls on a few numbers cost a third of PyTorch's.
-        self._arrays = [array.numpy() for array in (*self._carried, self._episode_done, self._trial_done)]
-        self._start: tuple[int, ...] | None = None
+        self.is_shared = episode_steps is not None
+        # In row t + 1: episodes and steps of the trial after step t, and whether this has ended the trial, and an episode; in
+        # row 0 where the last batch has ended. NumPy's calls on a few numbers cost a third of PyTorch's.
+        shape = (steps + 1, 1 if self.is_shared else rows)
+        self._arrays = [torch.zeros(shape, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool, torch.bool)]
+        self._numbers = [array.numpy() for array in self._arrays]
+        self._plan: list[Ends] = []  # of a shared clock: of the batches that begin at `_planned`
+        self._entries: dict[NestedKey, torch.Tensor] = {}
         self.restart()
-        self._plan: list[Ends] = []  # with a shared clock: of the batches that begin at `_start`
-        self._entries: dict[NestedKey, torch.Tensor] | None = None
 
     def restart(self) -> None:
         """The next batch begins with new trials in all rows."""
-        for array in self._carried:
-            array[-1] = 0
-        self._begun[-1] = True
-        self._episode_step, self._start = 0, None  # the last batch's plan no longer leads to where its last row stands
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Entries that a clock gives."""
-        return ("is_init", "done", "terminated", "truncated", *TRIAL_KEYS)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether all rows have one count."""
-        return self.episode_steps is not None
-
-    @property
-    def position(self) -> tuple[int, ...]:
-        """Where a batch of a shared clock begins; batches that begin at the same place have the same entries."""
-        return self._episode_step, *(int(array[-1, 0]) for array in self._carried)
+        self.load_state_dict({"counts": torch.tensor([0, 0, 1, 0]), "episode_step": 0})
 
     def start_batch(self) -> None:
         """Goes on where the last batch ended."""
-        if self.is_shared and self.position == self._start:
-            return  # all is as it was in the last batch
-        self._start, self._entries = self.position, None
-        for array in self._carried:
+        if self.is_shared:
+            position = self._episode_step, *(int(array[-1, 0]) for array in self._numbers)
+            if position == self._planned:
+                return  # all is as it was in the last batch
+            self._planned = position
+        for array in self._numbers:
             array[0] = array[-1]
         if self.is_shared:
             self._plan = [self._count(t, None) for t in range(self.steps)]
+            for key, value in self._made(slice(0, -1), slice(1, None)).items():
+                self._entries.setdefault(key, value).copy_(value)  # in the memory that a CUDA graph knows
 
     def tick(self, t: int, done: torch.Tensor | None) -> Ends:
         """Counts step ``t``, at which the episodes of the rows ``done`` (bool ``[N]``) end; None with a shared clock."""
-        return self._plan[t] if self.is_shared else self._count(t, done)
+        return self._plan[t] if self.is_shared else self._count(t, done.cpu().numpy())
+
+    @property
+    def begins(self) -> Rows:
+        """The rows in which the batch's first step begins a trial."""
+        return self._rows(self._numbers[2][0])
 
     @property
     def trials_begun(self) -> int:
         """How many times all rows of a shared clock begin a trial within a batch, after its first step."""
         return sum(ends.trial is True for ends in self._plan[:-1])
 
-    def _count(self, t: int, done: torch.Tensor | None) -> Ends:
-        index, step, begun, ended, episode_done, trial_done = self._arrays
-        over, trial = trial_done[t], self.trial
-        if self.is_shared:
+    def _count(self, t: int, done: np.ndarray | None) -> Ends:
+        index, step, over, ended = self._numbers
+        if done is None:
             self._episode_step += 1
-            episode_done[t] = self._episode_step == self.episode_steps
-        else:
-            episode_done[t] = done.cpu().numpy()
-        index[t + 1] = index[t] + episode_done[t]
-        step[t + 1] = step[t] + 1
-        over[:] = False if trial.episodes is None else index[t + 1] >= trial.episodes
-        if trial.steps is not None:
-            over |= step[t + 1] >= trial.steps
-        begun[t + 1], ended[t + 1] = over, episode_done[t] & ~over
-        if over.any():
-            index[t + 1][over] = 0
-            step[t + 1][over] = 0
-        elif not ended[t + 1].any():
+            done = self._episode_step == self.episode_steps
+        goes_on = ~over[t]
+        index[t + 1], step[t + 1], ended[t + 1] = index[t] * goes_on + done, step[t] * goes_on + 1, done
+        over[t + 1] = self.trial.is_over(index[t + 1], step[t + 1])
+        trial, episode = over[t + 1], ended[t + 1]
+        if not (trial.any() or episode.any()):
             return Ends(False, False, False)
-        self._episode_step *= not self.is_shared or not (episode_done[t, 0] or over[0])
-        return Ends(*map(self._rows, (self._ended[t + 1], self._trial_done[t], self._episode_done[t])))
+        self._episode_step = 0
+        return Ends(*map(self._rows, (episode & ~trial, trial, episode)))
 
-    def _rows(self, mask: torch.Tensor) -> Rows:
+    def _rows(self, mask: np.ndarray) -> Rows:
         if not mask.any():
             return False
-        return True if mask.all() else mask.to(self.device)
-
-    # ---------------------------------------------------------------- entries
-    def at(self, t: int) -> dict[NestedKey, torch.Tensor]:
-        """Flags and counters ``[N, 1]`` of step ``t``, before it is taken."""
-        entries = self._entries_before(self._index[t], self._step[t], self._begun[t], self._ended[t])
-        return {key: value.to(self.device).expand(self.rows).unsqueeze(-1) for key, value in entries.items()}
-
-    def around(self, t: int) -> dict[NestedKey, torch.Tensor]:
-        """Flags and counters ``[N, 1]`` of step ``t``, before it is taken and, under ``"next"``, after it."""
-        after = {("next", key): value[t] for key, value in self._entries_after().items()}
-        return self.at(t) | {key: value.to(self.device).expand(self.rows).unsqueeze(-1) for key, value in after.items()}
+        return True if mask.all() else torch.from_numpy(mask).to(self.device)
 
     def entries(self) -> dict[NestedKey, torch.Tensor]:
-        """Flags and counters ``[N, T, 1]`` of the batch that has been played, those under ``"next"`` among them."""
-        if self.is_shared and self._entries is not None:
-            return self._entries
-        before = self._entries_before(*(array[:-1] for array in self._carried))
-        after = self._entries_after()
-        named = {**before, **{("next", key): value for key, value in after.items()}}
-        shape = (self.rows, self.steps, 1)
-        self._entries = {k: v.to(self.device).t().unsqueeze(-1).expand(shape).contiguous() for k, v in named.items()}
-        return self._entries
+        """Flags and counters ``[N, T, 1]`` of the batch that has been played, before its steps and, under ``"next"``, after."""
+        return self._entries if self.is_shared else self._made(slice(0, -1), slice(1, None))
 
-    def _entries_before(self, index, step, begun, ended) -> dict[str, torch.Tensor]:
-        never = torch.zeros_like(begun)
-        flags = {"is_init": begun, "done": never, "terminated": never, "truncated": never, EPISODE_DONE: ended}
+    def at(self, t: int, keys: Collection[NestedKey] | None = None) -> dict[NestedKey, torch.Tensor]:
+        """Those of `entries` for step ``t``, ``[N, 1]``: some ``keys`` before it is taken, or all when it has been."""
+        if self.is_shared:
+            return {key: self._entries[key][:, t] for key in (self._entries if keys is None else keys)}
+        if keys is None:
+            return self._made(t, t + 1)
+        before = self._before(t)
+        return self._shown({key: before[key] for key in keys})
+
+    def _made(self, before: int | slice, after: int | slice) -> dict[NestedKey, torch.Tensor]:
+        return self._shown({**self._before(before), **{("next", k): v for k, v in self._after(after).items()}})
+
+    def _before(self, at: int | slice) -> dict[str, torch.Tensor]:
+        index, step, over, ended = (array[at] for array in self._arrays)
+        goes_on, never = ~over, torch.zeros_like(over)
+        flags = {"is_init": over, "done": never, "terminated": never, "truncated": never, EPISODE_DONE: ended & goes_on}
+        return {**flags, **self.trial.counters(index * goes_on, step * goes_on)}
+
+    def _after(self, at: int | slice) -> dict[str, torch.Tensor]:
+        index, step, over, ended = (array[at] for array in self._arrays)
+        never = torch.zeros_like(over)
+        terminated, truncated = (never, over) if self.trial.truncate else (over, never)
+        flags = {"is_init": never, "done": over, "terminated": terminated, "truncated": truncated, EPISODE_DONE: ended}
         return {**flags, **self.trial.counters(index, step)}
 
-    def _entries_after(self) -> dict[str, torch.Tensor]:
-        done, never = self._trial_done, torch.zeros_like(self._trial_done)
-        terminated, truncated = (never, done) if self.trial.truncate else (done, never)
-        flags = {"is_init": never, "done": done, "terminated": terminated, "truncated": truncated}
-        flags[EPISODE_DONE] = self._episode_done
-        return {**flags, **self.trial.counters(self._index[:-1] + self._episode_done, self._step[:-1] + 1)}
+    def _shown(self, made: dict[NestedKey, torch.Tensor]) -> dict[NestedKey, torch.Tensor]:
+        made = {key: value.to(self.device).t().unsqueeze(-1) for key, value in made.items()}
+        return {key: value.expand(self.rows, *value.shape[1:]).contiguous() for key, value in made.items()}
 
-    # ------------------------------------------------------------ checkpoints
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Where the rows stand after the last batch."""
-        counts = torch.stack([array[-1].long() for array in self._carried])
+        counts = torch.stack([array[-1].long() for array in self._arrays])
         return {"counts": counts, "episode_step": torch.tensor(self._episode_step)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from what `state_dict` returned."""
-        for array, counts in zip(self._carried, state["counts"], strict=True):
+        for array, counts in zip(self._arrays, state["counts"], strict=True):
             array[-1] = counts
-        self._episode_step, self._start = int(state["episode_step"]), None
+        # The last batch's plan no longer leads to where its last row stands.
+        self._episode_step, self._planned = int(state["episode_step"]), None

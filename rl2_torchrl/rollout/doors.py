@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.utils import expand_as_right
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
+from rl2_torchrl.rollout.trials import Task, flat, unflat, where_rows
 
-__all__ = ["Door", "Played", "TensorDoor", "TorchRLDoor", "door_to", "is_tensor_env"]
+__all__ = ["TensorDoor", "TorchRLDoor", "door_to", "is_tensor_env"]
 
-
-class Played(NamedTuple):
-    """What a step gave: entries ``[N, ...]``, the reward ``[N, 1]``, and which episodes ended, bool ``[N]`` (None: it is known)."""
-
-    observations: State
-    reward: torch.Tensor
-    done: torch.Tensor | None
+#: What a step gave: entries ``[N, ...]``, the reward ``[N, 1]``, and which episodes ended, bool ``[N]`` (None: it is known).
+Played = tuple[State, torch.Tensor, torch.Tensor | None]
 
 
-class Door(Protocol):
-    """How a rollout plays an env whose rows all hold a task."""
-
-    #: Length of every episode where it is known ahead, else None.
-    episode_steps: int | None
-    #: Whether a step works on threads of its own.
-    has_threads: bool
-
-    def start(self, task: torch.Tensor | TensorDictBase | None, rows: Rows) -> State:
-        """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
-
-    def play(self, action: torch.Tensor, task: torch.Tensor | TensorDictBase | None) -> Played:
-        """One step of all rows."""
-
-    def adopt(self, reset: TensorDictBase) -> State:
-        """The observations of a ``reset()`` that somebody has made."""
-
-    def state_dict(self) -> dict:
-        """What is needed beside the env's own state to go on."""
-
-    def resume(self, state: dict) -> State:
-        """Goes on in an env whose own state has been restored; its observations then."""
-
-
-def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> Door:
+def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> TensorDoor | TorchRLDoor:
     """The door to ``env``; of its observations those in ``observed`` are asked for."""
     return TensorDoor(env, observed) if is_tensor_env(env) else TorchRLDoor(env, observed, task_key)
 
@@ -60,7 +29,12 @@ def is_tensor_env(env: EnvBase) -> bool:
 
 
 class TensorDoor:
-    """A `TensorEnv`: no TensorDict anywhere."""
+    """A `TensorEnv`: no TensorDict anywhere. All doors have the methods that are described here.
+
+    Attributes:
+        episode_steps: length of every episode where it is known ahead, else None.
+        has_threads: whether a step works on threads of its own.
+    """
 
     def __init__(self, env: TensorEnv, observed: set[NestedKey]):
         self.env, self.has_threads = env, env.has_threads
@@ -68,17 +42,19 @@ class TensorDoor:
         self._asks_for_more = not observed.isdisjoint(env.more_keys)
         self._is_flat = len(env.batch_size) == 1
 
-    def start(self, task, rows: Rows) -> State:
+    def start(self, task: Task, rows: Rows) -> State:
+        """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
         task = self.env.zero_task() if task is None else task
         return self._entries(self.env.start(task, None if rows is True else rows))
 
-    def play(self, action: torch.Tensor, task) -> Played:
+    def play(self, action: torch.Tensor) -> Played:
+        """One step of all rows."""
         if not self._is_flat:
-            action = action.reshape((*self.env.batch_size, *action.shape[1:]))
+            action = unflat(action, self.env.batch_size)
         observations, reward, terminated, truncated = self.env.play(action)
         if not self._is_flat:
             reward = reward.reshape(-1, 1)
-        return Played(self._entries(observations), reward, self._done(reward, terminated, truncated))
+        return self._entries(observations), reward, self._done(reward, terminated, truncated)
 
     def _done(self, reward, terminated: torch.Tensor | None, truncated: torch.Tensor | None) -> torch.Tensor | None:
         if self.episode_steps is not None:
@@ -93,7 +69,7 @@ class TensorDoor:
         return self._entries(self.env.observation)
 
     def state_dict(self) -> dict:
-        """What is needed beside the env's own state to go on: nothing."""
+        """What is needed beside the env's own state to go on."""
         return {}
 
     def resume(self, state: dict) -> State:
@@ -105,8 +81,7 @@ class TensorDoor:
             observations = {**observations, **self.env.observe_more(self.env.state)}
         if self._is_flat:
             return observations
-        dims = len(self.env.batch_size)
-        return {key: value.reshape(-1, *value.shape[dims:]) for key, value in observations.items()}
+        return {key: flat(value, self.env.batch_size) for key, value in observations.items()}
 
 
 class TorchRLDoor:
@@ -115,77 +90,54 @@ class TorchRLDoor:
     episode_steps, has_threads = None, False
 
     def __init__(self, env: EnvBase, observed: set[NestedKey], task_key: NestedKey):
-        self.env, self.observed, self.task_key = env, observed, task_key
-        self._action_key, self._reward_key = env.action_key, env.reward_key
-        self._done_spec = env.full_done_spec
-        self._state_keys = list(env.full_state_spec.keys(True, True))
-        self._keys = list(env.full_observation_spec.keys(True, True))
-        self._root: TensorDictBase | None = None
-        self._carried: list[NestedKey] | None = None
+        self.env, self._task_key = env, task_key
+        self._action_key, self._reward_key, self._done_spec = env.action_key, env.reward_key, env.full_done_spec
+        self._given = [*env.full_state_spec.keys(True, True), *env.done_keys]
+        keys = list(env.full_observation_spec.keys(True, True))
+        self._observed, self._adopted = [key for key in keys if key in observed], {*keys, *self._given}
+        self._root: TensorDictBase | None = None  # what the env is stepped with
 
-    def start(self, task, rows: Rows) -> State:
-        env = self.env
-        given = TensorDict({}, batch_size=env.batch_size, device=env.device)
-        if self._root is not None:
-            given.update(self._root.select(*self._state_keys, *env.done_keys, strict=False))
+    def start(self, task: Task, rows: Rows) -> State:
+        env, old = self.env, self._root
+        given = TensorDict({}, env.batch_size, env.device) if old is None else old.select(*self._given, strict=False)
         if task is not None:
-            given.set(self.task_key, task)
+            given.set(self._task_key, task)
         if rows is not True:
             given.set("_reset", rows.reshape(*env.batch_size, 1))
-        first = env._reset(given)
-        if self._root is None or rows is True:
-            root = first if self._root is None else self._root.clone(False).update(first)
-        else:
-            root = self._merged(first, rows.reshape(env.batch_size))
-        env._complete_done(self._done_spec, root)
-        self._root = root
+        root = env._reset(given)
+        if old is not None:
+            root = old.clone(False).update(root if rows is True else self._merged(root, rows.reshape(env.batch_size)))
+        self._root = env._complete_done(self._done_spec, root)
         if task is not None:
-            root.set(self.task_key, task)
-        return self._observations(root)
+            root.set(self._task_key, task)
+        return self._observations()
 
     def _merged(self, first: TensorDictBase, rows: torch.Tensor) -> TensorDictBase:
-        root = self._root.clone(False)
-        for key in first.keys(True, True):
-            if key in self.env.reset_keys:
-                continue
-            old, new = root.get(key, None), first.get(key)
-            root.set(key, new if old is None else torch.where(expand_as_right(rows, new), new, old))
-        return root
+        """``first`` in ``rows``, and elsewhere what was there before."""
+        first = first.exclude(*self.env.reset_keys)
+        return first.apply(
+            lambda new, old: new if old is None else where_rows(rows, new, old), self._root, default=None
+        )
 
-    def play(self, action: torch.Tensor, task) -> Played:
-        env, root = self.env, self._root
-        root.set(self._action_key, action.reshape((*env.batch_size, *action.shape[1:])))
-        after = env._step(root).copy()
-        if self._carried is None:
-            # What a step leaves as it is, such as the task; and whether the env says all its flags itself: looked at once.
-            gone = {self._action_key, *after.keys(True, True)}
-            self._carried = [key for key in root.keys(True, True) if key not in gone]
-            self._says_all = set(env.done_keys) <= gone
-        if not self._says_all:
-            env._complete_done(self._done_spec, after)
-        reward, done = after.pop(self._reward_key), after.get("done")
-        for key in self._carried:
-            after.set(key, root.get(key))
-        self._root = after
-        return Played(self._observations(after), reward.reshape(-1, 1), done.reshape(-1))
+    def play(self, action: torch.Tensor) -> Played:
+        root = self._root.set(self._action_key, unflat(action, self.env.batch_size))
+        # What a step leaves as it is, such as the task, stays.
+        after = root.exclude(self._action_key, *self.env.done_keys).update(self.env._step(root))
+        reward = after.pop(self._reward_key)
+        self._root = self.env._complete_done(self._done_spec, after)
+        return self._observations(), reward.reshape(-1, 1), after.get("done").reshape(-1)
 
-    def _observations(self, root: TensorDictBase) -> State:
-        dims = len(self.env.batch_size)
+    def _observations(self) -> State:
         # Copies: many envs write their next step into the same memory.
-        values = {key: root.get(key).clone() for key in self._keys if key in self.observed}
-        return {key: value.reshape(-1, *value.shape[dims:]) for key, value in values.items()}
+        return {key: flat(self._root.get(key).clone(), self.env.batch_size) for key in self._observed}
 
     def adopt(self, reset: TensorDictBase) -> State:
-        """The observations of a ``reset()`` that somebody has made."""
-        keys = {*self._keys, *self._state_keys, *self.env.done_keys}
-        self._root = reset.select(*keys, strict=False)
-        return self._observations(self._root)
+        self._root = reset.select(*self._adopted, strict=False)
+        return self._observations()
 
     def state_dict(self) -> dict:
-        """What is needed beside the env's own state to go on: the entries that it is stepped with."""
         return self._root.to_dict()
 
     def resume(self, state: dict) -> State:
-        """Goes on in an env whose own state has been restored; its observations then."""
         self._root = TensorDict(state, self.env.batch_size, self.env.device)
-        return self._observations(self._root)
+        return self._observations()

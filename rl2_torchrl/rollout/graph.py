@@ -20,37 +20,26 @@ class GraphReplay:
             the same operations whatever the numbers are.
         device: the device that it works on.
         generators: random generators that it draws from, beside PyTorch's own.
-
-    Examples:
-        >>> total = torch.zeros(())
-        >>> add = GraphReplay(lambda: total.add_(1), torch.device("cpu"))
-        >>> add(), add(), total.item()
-        (None, None, 2.0)
     """
 
     def __init__(
         self, function: Callable[[], object], device: torch.device, generators: Sequence[torch.Generator] = ()
     ):
-        self.function, self.device, self.generators = function, device, list(generators)
-        self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.function, self.device, self.generators = function, device, generators
+        self._is_warm, self._graph = False, None
 
     def __call__(self) -> None:
-        """The work, once."""
         if self.device.type != "cuda":
             self.function()
-            return
-        self._calls += 1
-        if self._calls == 1:
+        elif not self._is_warm:
             self._warm_up()
-            return
-        if self._graph is None:
-            self._graph = self._record()
-        self._graph.replay()
+        else:
+            self._graph = self._graph or self._record()
+            self._graph.replay()
 
     def _warm_up(self) -> None:
         # On a stream of its own, as recording asks for: memory set up on the main stream could not be recorded.
-        stream = torch.cuda.Stream(self.device)
+        stream, self._is_warm = torch.cuda.Stream(self.device), True
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.function()

@@ -18,15 +18,16 @@ from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
-from rl2_torchrl.rollout.clock import Rows
-from rl2_torchrl.rollout.entries import leaves
 from rl2_torchrl.rollout.graph import GraphReplay
 from rl2_torchrl.rollout.memory import Memory
-from rl2_torchrl.rollout.trials import TensorTrials, trials_of
+from rl2_torchrl.rollout.transforms import trials_of
+from rl2_torchrl.rollout.trials import leaves
 
 __all__ = ["Rollout"]
 
 _ROWS_AT_ONCE = 2048
+#: What can wait: the entries that it reads and writes, and what makes the function on a `State`, as `ActingPart.make`.
+_Late = tuple[list[NestedKey], list[NestedKey], Callable[[int], Callable[[State], None]]]
 
 
 class Rollout:
@@ -63,9 +64,11 @@ class Rollout:
         made = self._all_keys()
         _check_entries(read, keep or (), {*made, *self.trials.keys_at_once})
         self.keep = made if keep is None else leaves(keep, made)
-        self._acting, self._waiting = self._split()
+        self._acting, self._late = self._split()
+        late = {key for _, writes, _ in self._late for key in writes}
+        self._early = [key for key in self.keep if key not in late]
         self._carry: State = {}
-        #: Memory of the entries that steps write, ``[N, T, ...]``, and its T steps.
+        #: Memory of the entries that steps write, ``[T, N, ...]``, and its T steps.
         self._buffers: dict[NestedKey, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
         self._replays: dict[object, GraphReplay] = {}
         self._kept: TensorDict | None = None
@@ -74,135 +77,99 @@ class Rollout:
         """Takes a ``env.reset()`` that somebody has just made as the beginning of the first batch, in place of one of its own."""
         self.trials.adopt(reset)
 
-    @property
-    def is_on_tensors(self) -> bool:
-        """Whether trials are played on tensors, or through the env's own TensorDicts."""
-        return isinstance(self.trials, TensorTrials)
-
     def _all_keys(self) -> list[NestedKey]:
         written = [key for part in self.parts for key in (*part.out_keys, part.log_prob_key) if key is not None]
         memory = [key for pair in self.memory.handed_on for key in pair]
         return list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
 
-    def _split(self) -> tuple[list[ActingPart], list[ActingPart]]:
-        """Parts that each step needs, and those behind the action that can look at many steps at once."""
-        acts = [n for n, part in enumerate(self.parts) if self.trials.action_key in part.out_keys]
+    def _split(self) -> tuple[list[ActingPart], list[_Late]]:
+        """Parts that each step needs; what can look at many steps at once: all behind the action, and log-probabilities."""
+        acts = [n + 1 for n, part in enumerate(self.parts) if self.trials.action_key in part.out_keys]
         if not acts:
             raise KeyError(
                 f"the policy writes no {self.trials.action_key!r}, which the env takes: {self.policy.out_keys}."
             )
-        behind = self.parts[acts[0] + 1 :]
-        return (self.parts[: acts[0] + 1], behind) if all(part.can_wait for part in behind) else (self.parts, [])
+        can_wait = all(part.can_wait for part in self.parts[acts[0] :])
+        acting, waiting = (self.parts[: acts[0]], self.parts[acts[0] :]) if can_wait else (self.parts, [])
+        late = [(part.in_keys, part.out_keys, part.make) for part in waiting]
+        for part in acting:
+            if part.log_prob is not None and part.log_prob_key in self.keep:
+                late.append(([*part.in_keys, *part.out_keys], [part.log_prob_key], lambda _, part=part: part.log_prob))
+        return acting, late
 
     # ----------------------------------------------------------------- a batch
     @torch.no_grad()
     def __call__(self) -> TensorDict:
         """The next batch ``[*B, T]``: the same TensorDict each time, with what others have added to it left in place."""
-        self.trials.start_batch()
-        with _one_thread() if self.trials.has_threads else nullcontext(), set_recurrent_mode(False):
-            self._replay()() if self.trials.is_repeatable and self.trials.device.type == "cuda" else self._play()
-        made = {key: buffer for key, (buffer, _) in self._buffers.items()} | self.trials.entries()
-        kept = TensorDict({key: made[key] for key in self.keep}, [self.trials.rows, self.steps], self.trials.device)
-        if len(self.trials.batch_size) != 1:
-            kept = kept.reshape(*self.trials.batch_size, self.steps)
+        trials, play = self.trials, self._play
+        trials.start_batch()
+        if trials.is_repeatable:
+            replay = GraphReplay(self._play, trials.device, [trials.env.generator])
+            play = self._replays.setdefault(exploration_type(), replay)
+        with _one_thread() if trials.has_threads else nullcontext(), set_recurrent_mode(False):
+            play()
+        made = {key: buffer.transpose(0, 1) for key, (buffer, _) in self._buffers.items()} | trials.entries()
+        kept = TensorDict({key: made[key] for key in self.keep}, [trials.rows, self.steps], trials.device)
+        if len(trials.batch_size) != 1:
+            kept = kept.reshape(*trials.batch_size, self.steps)
         # What others have added stays, to be written over by them; what they have put in place of ours does not.
         self._kept = kept if self._kept is None else self._kept.update(kept)
         return self._kept
 
-    def _replay(self) -> GraphReplay:
-        kind = exploration_type()
-        if kind not in self._replays:
-            generators = [self.trials.env.generator]
-            self._replays[kind] = GraphReplay(self._play, self.trials.device, generators)
-        return self._replays[kind]
-
     def _play(self) -> None:
         """All steps of a batch."""
-        acting, recorded = [part.make(self.steps) for part in self._acting], self._recorded()
+        at_once = self.trials.keys_at_once
+        acting, recorded = (
+            [part.make(self.steps) for part in self._acting],
+            [k for k in self._early if k not in at_once],
+        )
         entries, begun = self.trials.start()
-        state = {**entries, **self._remembered(begun)}
+        state = {**entries, **(self.memory.initial() if begun is True else self.memory.next(self._carry, begun))}
         waiting: list[State] = []
         for t in range(self.steps):
             if self.ablation is not None:
                 state = self.ablation(state)
             for act in acting:
                 act(state)
-            turn = self.trials.step(t, state)
+            after, root, begun = self.trials.step(t, state)
             for key in recorded:
-                self._record(key, t, turn.after[key] if key in turn.after else state[key])
+                self._record(key, t, after[key] if key in after else state[key])
             waiting.append(state)
             if len(waiting) * self.trials.rows >= _ROWS_AT_ONCE or t + 1 == self.steps:
                 self._look_back(waiting, t + 1)
                 waiting = []
             if self.on_step is not None:
-                self.on_step({**state, **turn.after, **self.trials.flags(t)})
+                self.on_step({**state, **after, **self.trials.flags(t)})
             if t + 1 < self.steps:
-                state = {**turn.root, **self.memory.next(state, turn.begun)}
-        self._carry_over(state)
-
-    def _remembered(self, begun: Rows) -> State:
-        """The memory that a batch begins with."""
-        return self.memory.initial() if begun is True else self.memory.next(self._carry, begun)
-
-    def _carry_over(self, state: State) -> None:
+                state = {**root, **self.memory.next(state, begun)}
         for _, key in self.memory.handed_on:
-            if key in self._carry:
-                self._carry[key].copy_(state[key])
-            else:
-                self._carry[key] = state[key].clone()
-
-    # ------------------------------------------------ what can wait, and storage
-    def _recorded(self) -> list[NestedKey]:
-        """Entries to write down in each step."""
-        late = (
-            {key for part in self._waiting for key in part.out_keys}
-            | self._log_prob_keys()
-            | {*self.trials.keys_at_once}
-        )
-        return [key for key in self.keep if key not in late]
-
-    def _log_prob_keys(self) -> set[NestedKey]:
-        return {
-            part.log_prob_key for part in self._acting if part.log_prob is not None and part.log_prob_key in self.keep
-        }
+            self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
 
     def _look_back(self, states: list[State], end: int) -> None:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""
-        late: State = {}
-        rows = len(states) * self.trials.rows
-
-        def read(keys: Sequence[NestedKey]) -> None:
-            for key in keys:
-                if key not in late:
-                    late[key] = torch.stack([state[key] for state in states]).flatten(0, 1)
-
-        made = []
-        for part in self._waiting:
-            read(part.in_keys)
-            part.make(1)(late)
-            made += part.out_keys
-        for part in self._acting:
-            if part.log_prob_key in self._log_prob_keys():
-                read([*part.in_keys, *part.out_keys])
-                part.log_prob(late)
-                made.append(part.log_prob_key)
-        for key in made:
-            if key in self.keep:
-                value = late[key].unflatten(0, (rows // self.trials.rows, self.trials.rows))
-                for t, at_step in enumerate(value.unbind(), end - len(states)):
-                    self._record(key, t, at_step)
+        seen: State = {}
+        for reads, writes, make in self._late:
+            for key in reads:
+                if key not in seen:
+                    seen[key] = torch.stack([state[key] for state in states]).flatten(0, 1)
+            make(1)(seen)
+            for key in writes:
+                if key in self.keep:
+                    values = seen[key].unflatten(0, (len(states), self.trials.rows)).unbind()
+                    for t, value in enumerate(values, end - len(states)):
+                        self._record(key, t, value)
 
     def _record(self, key: NestedKey, t: int, value: torch.Tensor) -> None:
         """Writes into the last batch's memory: steps that live until the batch is whole would scatter the heap."""
         if key not in self._buffers:
             buffer = torch.stack([torch.empty_like(value)] * self.steps)
-            self._buffers[key] = buffer.transpose(0, 1), buffer.unbind()
+            self._buffers[key] = buffer, buffer.unbind()
         self._buffers[key][1][t].copy_(value)
 
     # -------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict:
         """Where the rollout stands between two batches, but for the env's own state."""
-        return {"trials": self.trials.state_dict(), "memory": {i: v for i, v in enumerate(self._carry.values())}}
+        return {"trials": self.trials.state_dict(), "memory": dict(enumerate(self._carry.values()))}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from what `state_dict` returned."""

@@ -15,16 +15,12 @@ class TransitionInputs:
     """The inputs ``[T + 1, N, size]`` of T steps, and of the step that the next batch begins with."""
 
     def __init__(self, transition: PreviousStep, steps: int, rows: int, device: torch.device):
-        self.layout, self.done_at_start = transition.layout(), transition.done_at_start
-        self.data = torch.zeros(steps + 1, rows, self.layout.size, device=device)
-        *observations, action, reward, done = self.layout.split(self.data)
+        self._layout, self._done_at_start = transition.layout(), transition.done_at_start
+        self.data = torch.zeros(steps + 1, rows, self._layout.size, device=device)
         # Views of all steps at once: an index in each step costs as much as the copy.
         self.steps = self.data.unbind()
-        self._observations = {
-            key: (encoding, part.unbind())
-            for (key, encoding), part in zip(self.layout.observations.items(), observations, strict=True)
-        }
-        self._actions, self._rewards, self._dones = action.unbind(), reward.unbind(), done.unbind()
+        *parts, self._actions, self._rewards, self._dones = (part.unbind() for part in self._layout.split(self.data))
+        self._observations = list(zip(self._layout.observations.items(), parts, strict=True))
 
     def start_batch(self) -> None:
         """The last batch's last row becomes the first; all others are empty."""
@@ -33,12 +29,12 @@ class TransitionInputs:
 
     def observe(self, t: int, observations: dict[NestedKey, torch.Tensor]) -> None:
         """Writes the observations ``[N, ...]`` into the input of step ``t``: again for rows that have not begun a trial."""
-        for key, (encoding, parts) in self._observations.items():
+        for (key, encoding), parts in self._observations:
             encoding.write(parts[t], observations[key])
 
     def tell(self, t: int, action: torch.Tensor, reward: torch.Tensor, done: Rows) -> None:
         """Writes the action ``[N, ...]``, the reward ``[N, 1]`` and the episode's end of the step before ``t`` into its input."""
-        self.layout.action.write(self._actions[t], action)
+        self._layout.action.write(self._actions[t], action)
         self._rewards[t].copy_(reward)
         if done is True:
             self._dones[t].fill_(1.0)
@@ -49,8 +45,8 @@ class TransitionInputs:
         """Step ``t`` is the first of a trial in ``rows``: there is no step before it."""
         if rows is True:
             self.data[t].zero_()
-            self._dones[t].fill_(self.done_at_start)
+            self._dones[t].fill_(self._done_at_start)
         else:
             mask = rows.unsqueeze(-1)
             self.data[t].masked_fill_(mask, 0.0)
-            self._dones[t].masked_fill_(mask, self.done_at_start)
+            self._dones[t].masked_fill_(mask, self._done_at_start)

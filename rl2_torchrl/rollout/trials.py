@@ -1,87 +1,152 @@
-"""What a rollout plays: trials on plain tensors (`TensorTrials`), or those of an env with further transforms (`TransformedTrials`).
-
-Both say what `Trial`, `TaskSampler` and `PreviousStep` say of the same env: the transforms are the reference. Both have N flat
-rows, entries ``[N, ...]``, and these methods: ``start_batch()``; ``start()``, the entries of a batch's first step and the rows in
-which it begins a trial; ``step(t, state)``, a `Turn`; ``entries()``, what holds for a whole batch ``[N, T, ...]``.
-"""
+"""What a rollout plays (`Trials`), and entries by their keys and rows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-from tensordict import NestedKey
-from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torchrl.envs import Compose, EnvBase, TransformedEnv
 
-from rl2_torchrl.rollout.doors import is_tensor_env
-from rl2_torchrl.rollout.memory import own_transforms
-from rl2_torchrl.rollout.tensor_trials import TensorTrials
-from rl2_torchrl.rollout.transformed_trials import TransformedTrials
-from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import Trial
+from rl2_torchrl.modules.acting import State
+from rl2_torchrl.rollout.clock import Rows
 
-__all__ = ["trial_steps", "trials_of"]
+__all__ = ["REWARD", "Task", "Trials", "flat", "leaves", "next_key", "own_transforms", "unflat", "where_rows"]
+
+REWARD = ("next", "reward")
+Task = torch.Tensor | TensorDictBase | None
 
 
-def trials_of(env: EnvBase, steps: int, read: Collection[NestedKey], keep: Collection[NestedKey] | None):
-    """The trials of ``env`` in batches of ``steps`` steps.
+class Trials:
+    """Trials of ``env`` in N flat rows, entries ``[N, ...]``: of any env, with a TensorDict at each of its steps.
 
     Args:
-        env: the env, transforms and all.
+        env: the env; its transforms say what trials are, whoever does their work.
         steps: T.
         read: entries that the policy reads.
         keep: entries of the batch; None for all.
+        reason: why this is not the fastest way; None where it is.
     """
-    below, ours, others = _taken_apart(env)
-    if others:
-        reason = f"{', '.join(others)} beside our transforms: a TensorDict goes through all of them at each step"
-        return TransformedTrials(env, reason, steps, read, keep)
-    if ours[0] is None:
-        return TransformedTrials(env, "the env has no Trial", steps, read, keep)
-    return TensorTrials(below, *ours, steps, read, keep)
+
+    #: Whether a batch does the same operations whatever the numbers are; whether the env works on threads of its own.
+    is_repeatable = has_threads = False
+    #: Keys of `entries`: nobody need record them step by step.
+    keys_at_once: Collection[NestedKey] = ()
+
+    def __init__(
+        self,
+        env: EnvBase,
+        steps: int,
+        read: Collection[NestedKey],
+        keep: Collection[NestedKey] | None,
+        reason: str | None = None,
+    ):
+        self.env, self.steps, self.batch_size, self.rows = env, steps, env.batch_size, env.batch_size.numel()
+        self.device, self.action_key, self.reason = env.device or torch.device("cpu"), env.action_key, reason
+        root = [*env.full_observation_spec.keys(True, True), *env.full_done_spec.keys(True, True)]
+        #: Entries that a batch can have, and those that somebody wants.
+        self.keys = [*root, *map(next_key, (*root, *env.full_reward_spec.keys(True, True)))]
+        self.wanted = {*read, *(self.keys if keep is None else leaves(keep, self.keys))}
+        self._root_keys = [key for key in root if key in self.wanted]
+        self._after_keys = [key for key in self.keys if key[0] == "next" and key in {*self.wanted, REWARD}]
+        self._never = torch.zeros(self.rows, 1, dtype=torch.bool, device=self.device)
+        self._root: TensorDictBase | None = None
+        self._stepped: TensorDictBase | None = None
+
+    def adopt(self, reset: TensorDictBase) -> None:
+        """Takes a ``reset()`` that somebody has just made as the first step of the first trials."""
+        self._root, self._stepped = reset.copy(), None
+
+    def start_batch(self) -> None:
+        """What the host does before a batch, once for each: `start` and `step` may be replayed on a device."""
+
+    def start(self) -> tuple[State, Rows]:
+        """The entries of a batch's first step, and the rows in which it begins a trial."""
+        if self._stepped is not None:
+            return self._go_on()
+        self._root = self.env.reset() if self._root is None else self._root
+        return self._shown(True)
+
+    def step(self, t: int, state: State) -> tuple[State, State, Rows]:
+        """Step ``t`` with what is in ``state``: entries under ``"next"``, and those of the next step as `start` gives them.
+
+        A trial that a batch's last step ends is followed by one when the next batch asks for it.
+        """
+        for key, value in state.items():
+            if key not in self._root_keys:
+                self._root.set(key, unflat(value, self.batch_size))
+        self._stepped = self.env.step(self._root)
+        after = {("next", "is_init"): self._never, **self._entries(self._stepped, self._after_keys)}
+        return (after, {}, False) if t + 1 == self.steps else (after, *self._go_on())
+
+    def _go_on(self) -> tuple[State, Rows]:
+        done = self._stepped["next", "done"].reshape(-1)
+        self._root = self.env.maybe_reset(self.env.step_mdp(self._stepped))
+        return self._shown(True if done.all() else done.clone() if done.any() else False)
+
+    def _shown(self, begun: Rows) -> tuple[State, Rows]:
+        root = self._entries(self._root, self._root_keys)
+        if "is_init" not in self.keys:  # no InitTracker, as a collector adds
+            root["is_init"] = self._never | (begun if isinstance(begun, bool) else begun.unsqueeze(-1))
+        return root, begun
+
+    def _entries(self, tensordict: TensorDictBase, keys: Collection[NestedKey]) -> State:
+        # Copies: many envs write their next step into the same memory.
+        return {key: flat(tensordict.get(key).clone(), self.batch_size) for key in keys}
+
+    def flags(self, t: int) -> State:
+        """Flags and counters of step ``t``, those under ``"next"`` among them, that `step` has not given."""
+        return {}
+
+    def entries(self) -> State:
+        """What a whole batch has, ``[N, T, ...]``."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """Where the trials stand between two batches; the env's own state is the env's."""
+        return {"stepped": None if self._stepped is None else self._stepped.to_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from what `state_dict` returned, with an env whose own state has been restored too."""
+        if state["stepped"] is not None:
+            self._stepped = TensorDict(state["stepped"], self.batch_size, self.env.device)
 
 
-def trial_steps(env: EnvBase) -> int | None:
-    """Steps of every trial of ``env``, where all are of one length, which is known ahead; else None."""
-    below, (trial, *_), others = _taken_apart(env)
-    base = getattr(below, "base_env", None)
-    if trial is None or others or not is_tensor_env(base) or not base.fixed_length:
-        return None
-    by_episodes = None if trial.episodes is None else trial.episodes * base.max_episode_steps
-    return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
+def next_key(key: NestedKey) -> NestedKey:
+    """``("next", key)``, flat."""
+    return ("next", key) if isinstance(key, str) else ("next", *key)
 
 
-def _taken_apart(env: EnvBase) -> tuple[EnvBase, list, list[str]]:
-    """The env with our transforms; these (Trial, TaskSampler, PreviousStep, or None); the names of others, or of one displaced."""
-    while own_transforms(env) and all(isinstance(t, _OF_COLLECTORS) for t in own_transforms(env)):
-        env = env.base_env
-    parts = [t for t in own_transforms(env) if not isinstance(t, _OF_COLLECTORS)]
-    ours = [next((t for t in parts if _is_as_written(t, kind)), None) for kind in (Trial, TaskSampler, PreviousStep)]
-    in_order = [t for t in ours if t is not None]
-    strangers = [t for t in parts if all(t is not other for other in in_order)]
-    others = strangers or [t for t, other in zip(parts, in_order, strict=True) if t is not other]
-    return env, ours, [type(t).__name__ for t in others]
+def leaves(keys: Iterable[NestedKey], entries: Iterable[NestedKey]) -> list[NestedKey]:
+    """Those of ``entries`` that are among ``keys`` or lie within one of these.
+
+    Examples:
+        >>> leaves(["a", ("b", "c")], ["a", ("b", "c", "d"), ("b", "e")])
+        ['a', ('b', 'c', 'd')]
+    """
+    roots = {key if isinstance(key, tuple) else (key,) for key in keys}
+    paths = [(entry, entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
+    return [entry for entry, path in paths if any(path[:n] in roots for n in range(1, len(path) + 1))]
 
 
-#: What a collector adds by itself; rollouts know of trial starts and memory without them.
-_OF_COLLECTORS = (InitTracker, TensorDictPrimer)
+def where_rows(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``one`` ``[*B, ...]`` in ``rows``, bool ``[*B]``, and ``other`` elsewhere."""
+    return torch.where(rows.view(*rows.shape, *[1] * (one.ndim - rows.ndim)), one, other)
 
 
-#: The methods of which a rollout does the work itself.
-_REPLACED = (
-    "_step",
-    "_reset",
-    "_call",
-    "_reset_env_preprocess",
-    "_is_over",
-    "_set_done",
-    "_reset_rows",
-    "combine",
-    "begin",
-)
+def flat(value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
+    """``value`` ``[*B, ...]`` as ``[N, ...]``."""
+    dims = len(batch_size)
+    return value if dims == 1 else value.reshape(batch_size.numel(), *value.shape[dims:])
 
 
-def _is_as_written(transform, kind: type) -> bool:
-    """Whether what ``transform`` does in an env is what ``kind`` says: a class below it may step or reset otherwise."""
-    below = type(transform)
-    return isinstance(transform, kind) and all(getattr(below, m, None) is getattr(kind, m, None) for m in _REPLACED)
+def unflat(value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
+    """``value`` ``[N, ...]`` as ``[*B, ...]``."""
+    return value if len(batch_size) == 1 else value.reshape((*batch_size, *value.shape[1:]))
+
+
+def own_transforms(env: EnvBase) -> list:
+    """The transforms of ``env`` itself, not those of an env inside it."""
+    if not isinstance(env, TransformedEnv):
+        return []
+    return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]

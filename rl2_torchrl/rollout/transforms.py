@@ -1,0 +1,72 @@
+"""From an env's transforms to its trials: those on plain tensors where the transforms are ours and nothing stands between them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from tensordict import NestedKey
+from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer
+
+from rl2_torchrl.rollout.doors import is_tensor_env
+from rl2_torchrl.rollout.tensor_trials import TensorTrials
+from rl2_torchrl.rollout.trials import Trials, own_transforms
+from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.transition import PreviousStep
+from rl2_torchrl.trial import Trial
+
+__all__ = ["trial_steps", "trials_of"]
+
+
+def trials_of(env: EnvBase, steps: int, read: Collection[NestedKey], keep: Collection[NestedKey] | None) -> Trials:
+    """The trials of ``env``; arguments as for `Trials`."""
+    below, ours, others = _taken_apart(env)
+    if others:
+        reason = f"{', '.join(others)} beside our transforms: a TensorDict goes through all of them at each step"
+        return Trials(env, steps, read, keep, reason)
+    if ours[0] is None:
+        return Trials(env, steps, read, keep, "the env has no Trial")
+    return TensorTrials(below, *ours, steps, read, keep)
+
+
+def trial_steps(env: EnvBase) -> int | None:
+    """Steps of every trial of ``env``, where all are of one length, which is known ahead; else None."""
+    below, (trial, *_), others = _taken_apart(env)
+    base = getattr(below, "base_env", None)
+    if trial is None or others or not is_tensor_env(base) or not base.fixed_length:
+        return None
+    by_episodes = None if trial.episodes is None else trial.episodes * base.max_episode_steps
+    return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
+
+
+#: What a collector adds by itself; rollouts know of trial starts and memory without them.
+_OF_COLLECTORS = (InitTracker, TensorDictPrimer)
+#: The methods of our transforms of which a rollout does the work itself.
+_REPLACED = (
+    "_step",
+    "_reset",
+    "_call",
+    "_reset_env_preprocess",
+    "is_over",
+    "_set_done",
+    "_reset_rows",
+    "combine",
+    "begin",
+)
+
+
+def _taken_apart(env: EnvBase) -> tuple[EnvBase, list, list[str]]:
+    """The env with our transforms; these (Trial, TaskSampler, PreviousStep, or None); the names of others, or of one displaced."""
+    while own_transforms(env) and all(isinstance(t, _OF_COLLECTORS) for t in own_transforms(env)):
+        env = env.base_env
+    parts = [t for t in own_transforms(env) if not isinstance(t, _OF_COLLECTORS)]
+    ours = [next((t for t in parts if _is_as_written(t, kind)), None) for kind in (Trial, TaskSampler, PreviousStep)]
+    in_order = [t for t in ours if t is not None]
+    strangers = [t for t in parts if all(t is not other for other in in_order)]
+    others = strangers or [t for t, other in zip(parts, in_order, strict=True) if t is not other]
+    return env, ours, [type(t).__name__ for t in others]
+
+
+def _is_as_written(transform, kind: type) -> bool:
+    """Whether what ``transform`` does in an env is what ``kind`` says: a class below it may step or reset otherwise."""
+    below = type(transform)
+    return isinstance(transform, kind) and all(getattr(below, m, None) is getattr(kind, m, None) for m in _REPLACED)
