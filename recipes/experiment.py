@@ -51,6 +51,7 @@ class Network:
         memory_steps: steps over which the slowest units remember at first (`orthogonal_init_`); None: all forget at once.
         input_gain: factor on the GRU's first input weights (`orthogonal_init_`).
         gate_gain: further factor on those of its update gates (`orthogonal_init_`).
+        normalize: bring observed numbers and rewards to mean 0 and standard deviation 1 before the networks (`RunningNorm`).
         critic_keys: what the critic reads beside the actor's memory; the task among it makes advantages less noisy, and the
             actor never sees it.
     """
@@ -62,14 +63,15 @@ class Network:
     memory_steps: int | None = None
     input_gain: float = 1.0
     gate_gain: float = 1.0
+    normalize: bool = False
     critic_keys: tuple[str, ...] = ("time_left",)
 
     @property
     def slots(self) -> dict[str, Any]:
-        """Encoder and core, as `RecurrentActor` takes them."""
+        """Normalisation, encoder and core, as `RecurrentActor` takes them."""
         encoder = partial(MLPEncoder, num_cells=self.encoder_cells) if self.encoder_cells else None
         core = {"gru": GRUCore, "lstm": LSTMCore}[self.core]
-        return {"encoder": encoder, "core": partial(core, hidden_size=self.units)}
+        return {"normalize": self.normalize, "encoder": encoder, "core": partial(core, hidden_size=self.units)}
 
     @property
     def initial(self) -> dict[str, Any]:

@@ -119,8 +119,8 @@ def adaptation_curve(
             `with_zeroed_memory(policy)` or `with_shuffled_rewards()`.
         on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not
             tell.
-        measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and how the steps' numbers make one: their
-            ``"max"`` (as a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
+        measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and what is taken of its steps' numbers:
+            their ``"max"`` (as for a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
             ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes.
         max_trial_steps: raise when a trial does not end within so many steps.
 
@@ -182,7 +182,7 @@ def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> No
 
 
 class _Trials:
-    """Of which of the first ``num_trials`` trials, and of which episode in it, each step is; those of further trials are left out."""
+    """Of which trial, and of which episode in it, each step is; those beyond the first ``num_trials`` trials are left out."""
 
     def __init__(self, num_trials: int):
         self.number = num_trials

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.data import Binary, Categorical, Composite, MultiCategorical, NonTensor, TensorSpec, Unbounded
+from torchrl.data import Binary, Categorical, Composite, MultiCategorical, NonTensor, OneHot, TensorSpec, Unbounded
 from torchrl.envs import Transform
 
 from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, is_within
@@ -103,6 +103,13 @@ class PreviousStep(Transform):
         """Size of the action's part: its dimensions, or the number of choices."""
         return self.layout().action.size
 
+    def reals(self) -> torch.Tensor:
+        """Which entries of the transition input can be of any size, bool ``[size]``: observed numbers and the reward."""
+        layout = self.layout()
+        observed = [(part.size, part.is_real) for part in layout.observations.values()]
+        parts = [*observed, (layout.action.size, False), (1, True), (1, False)]
+        return torch.cat([torch.full((size,), is_real) for size, is_real in parts])
+
     # ------------------------------------------------------------------ specs
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         env = self.container.base_env
@@ -158,19 +165,21 @@ class _Encoding:
     size: int
     #: Where the one-hot vector of each choice begins, or None.
     offsets: torch.Tensor | None
+    #: Whether it can be of any size: neither choices nor flags.
+    is_real: bool
 
     @classmethod
     def of(cls, spec: TensorSpec, batch_dims: int) -> _Encoding:
         size = spec.shape[batch_dims:].numel()
         # OneHot is a class beside Categorical. Binary is one below it, and a vector already.
         if not isinstance(spec, Categorical) or isinstance(spec, Binary) or spec.dtype == torch.bool:
-            return cls(size, None)
+            return cls(size, None, not isinstance(spec, Binary | OneHot) and spec.dtype != torch.bool)
         choices = (
             spec.nvec.view(-1)[-size:].cpu()
             if isinstance(spec, MultiCategorical)
             else torch.tensor([spec.space.n] * size)
         )
-        return cls(int(choices.sum()), (choices.cumsum(0) - choices).to(spec.device))
+        return cls(int(choices.sum()), (choices.cumsum(0) - choices).to(spec.device), False)
 
     def encode(self, value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
         """The vector ``[*B, size]`` of ``value``."""

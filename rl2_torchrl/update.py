@@ -11,6 +11,7 @@ from typing import Literal, SupportsIndex
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
 from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.objectives import ClipPPOLoss
@@ -19,6 +20,7 @@ from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
 from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.objectives.advantages import TrialAdvantage
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
 
@@ -75,6 +77,9 @@ class PPOUpdate:
             (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for tiny minibatches of small
             networks under Adam. ``"autograd"``: by PyTorch through ``loss.forward``. ``"auto"``, the default, takes the fastest
             that serves; one that is named raises where it cannot.
+
+    Networks that normalise their inputs (`RunningNorm`) are told of each batch when its update is over; of the first one, before
+    which they know nothing, nothing else is learnt.
 
     Raises:
         ValueError: ``bptt`` does not divide the batch's steps, an argument is out of range, there is no memory entry, a batch
@@ -136,6 +141,9 @@ class PPOUpdate:
         """
         require_trials(batch)
         self._apply_schedules(progress)
+        norms = _norms(self._networks())
+        if any(norm.count == 0 for norm, _ in norms):
+            return self._measure(norms, batch)
         self._chunks.fill(self.chunks(self.advantage(batch)))
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
         one_pass = self._way(from_zeros)
@@ -153,8 +161,15 @@ class PPOUpdate:
                     totals[name].append(value)
             if self.target_kl is not None and _mean(kls) > self.target_kl:
                 break
+        self._measure(norms, batch)
         means = {name: _mean(values) for name, values in totals.items()}
         return {**means, "epochs": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _measure(self, norms: list[tuple[RunningNorm, NestedKey]], batch: TensorDictBase) -> dict[str, float]:
+        """Tells the networks' normalisations of ``batch``: only now, so that the ratios of its update begin at 1."""
+        for norm, key in norms:
+            norm.update_statistics(batch[key])
+        return {"epochs": 0, "lr": self.optimizer.param_groups[0]["lr"]}
 
     # ---------------------------------------------------------------- entries
     def chunks(self, batch: TensorDictBase) -> TensorDictBase:
@@ -272,7 +287,9 @@ class PPOUpdate:
     def state_dict(self) -> dict:
         """State of networks, optimizer and, if there is one, the shuffling's generator."""
         generator = None if self._generator is None else self._generator.get_state()
-        return {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": generator}
+        state = {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": generator}
+        own = self.advantage.state_dict() if isinstance(self.advantage, nn.Module) else {}
+        return {**state, "advantage": own} if own else state
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what `state_dict` returned; ValueError where it is that of another kind of optimizer."""
@@ -284,8 +301,19 @@ class PPOUpdate:
             )
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if "advantage" in state:
+            self.advantage.load_state_dict(state["advantage"])
         if self._generator is not None and state["generator"] is not None:
             self._generator.set_state(state["generator"])
+
+
+def _norms(networks: list[nn.Module]) -> list[tuple[RunningNorm, NestedKey]]:
+    """The normalisations in ``networks``, each once, and the entries that they read."""
+    found = {}
+    for module in (module for network in networks for module in network.modules()):
+        if isinstance(module, TensorDictModule) and isinstance(module.module, RunningNorm):
+            found[id(module.module)] = (module.module, module.in_keys[0])
+    return list(found.values())
 
 
 def _why_not_parts(loss: ClipPPOLoss) -> str | None:

@@ -109,10 +109,11 @@ class Evidence:
 
     @cached_property
     def advantage(self) -> Callable[[TensorDictBase], TensorDictBase]:
-        """The update's advantage, copied."""
+        """The update's advantage, copied, with what it has measured as it stands."""
         if getattr(self.update, "advantage", None) is None:
             raise NotChecked("the update has no advantage")
-        return _copy(self.update.advantage, "advantage")
+        advantage = _copy(self.update.advantage, "advantage")
+        return advantage.eval() if isinstance(advantage, nn.Module) else advantage
 
     @cached_property
     def learnt_from(self) -> TensorDictBase:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.part import AutogradPart, State, accumulate, entries_of, runs
+from rl2_torchrl.gradients.part import AutogradPart, DataPart, State, accumulate, entries_of, runs
 from rl2_torchrl.modules.functions import MOST_OUTPUTS, relu_linear, relu_linear_gradients
 from rl2_torchrl.modules.gru_sequence import Workspace
 
@@ -105,7 +105,7 @@ class ChainPart(AutogradPart):
                     accumulate(gradients, key, _before_activation(part.contiguous(), self._joined, before))
 
 
-class ConcatPart(AutogradPart):
+class ConcatPart(DataPart):
     """Inputs side by side, in the first one's dtype."""
 
     def forward(self, state: State) -> None:

@@ -17,8 +17,8 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.chain import ChainPart, ConcatPart
-from rl2_torchrl.gradients.part import Part
+from rl2_torchrl.gradients.chain import ChainPart
+from rl2_torchrl.gradients.part import DataPart, Part
 from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianHeadPart, GaussianPart, OneHotPart
 from rl2_torchrl.gradients.program import Program
 from rl2_torchrl.gradients.recurrent import GRUPart
@@ -95,7 +95,7 @@ class CompiledPass:
         #: Largest ratio in the chunks of a first minibatch, before any step. The look at them refuses sizes that do not fit.
         self.max_ratio = program({key: entry[:rows] for key, entry in chunks.items()})["max_ratio"]
         for part in program.parts:
-            if isinstance(part, ConcatPart):
+            if isinstance(part, DataPart):
                 part.forward(chunks)
             if isinstance(part, GRUPart):
                 part.convert(chunks)
@@ -166,7 +166,7 @@ class CompiledPass:
 def _policy_and_networks(parts: list[Part]) -> tuple[Part, list[Part]]:
     """The policy's part, and those before and after it, where all is known GRU and head of the actor, and of the critic."""
     policy = next(part for part in parts if LOG_PROB in part.out_keys)
-    others = [part for part in parts if part is not policy and not isinstance(part, ConcatPart)]
+    others = [part for part in parts if part is not policy and not isinstance(part, DataPart)]
     return policy, [part.mean if isinstance(part, GaussianHeadPart) else part for part in others]
 
 

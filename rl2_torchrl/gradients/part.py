@@ -121,7 +121,7 @@ class AutogradPart(Part):
 
 
 class DataPart(AutogradPart):
-    """A function of data that has no parameters, such as a normalisation: nothing is differentiated, unless a gradient is wanted."""
+    """A function without parameters that mostly reads data, so that there is nothing to differentiate."""
 
     kind = "kernel"
 

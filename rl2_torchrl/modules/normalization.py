@@ -1,4 +1,4 @@
-"""`RunningNorm`: inputs brought to mean 0 and standard deviation 1 by statistics that move between updates, and at no other time."""
+"""`RunningNorm`: inputs at mean 0 and standard deviation 1, by statistics that move between updates and at no other time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class RunningNorm(nn.Module):
     """``clip((x - mean) / std)`` by the mean and standard deviation of all data seen so far, entry by entry.
 
     `PPOUpdate` hands each batch to `update_statistics` once its passes are over: within a rollout and the update on it the
-    statistics are fixed, so that the first ratio of an update is exactly 1. They are buffers: weights that are saved, exported or sent
-    to workers have them, and an evaluation leaves them alone. Before the first batch nothing is changed.
+    statistics are fixed, so that the first ratio of an update is exactly 1. They are buffers: weights that are saved, exported or
+    sent to workers have them, and an evaluation leaves them alone. Before the first batch nothing is changed.
 
     Args:
         size: size of the input.
@@ -60,16 +60,20 @@ class RunningNorm(nn.Module):
         self.register_buffer("squares", torch.zeros(size, **double))
         self.clip = clip
 
+    @property
+    def std(self) -> torch.Tensor:
+        """Standard deviations ``[size]``, 1 where nothing has varied."""
+        std = (self.squares / self.count.clamp_min(1)).sqrt()
+        return torch.where(std > 0, std, 1.0)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps ``x`` ``[*B, size]`` to ``[*B, size]``."""
         return self.step_function()(x)
 
     def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """`forward` of one step, for a rollout: made anew whenever the statistics have changed."""
-        known = self.columns & (self.squares > 0)  # what has not varied is not divided by nothing
-        std = (self.squares / self.count.clamp_min(1)).sqrt()
         shift = torch.where(self.columns, self.mean, 0.0).float()
-        scale = torch.where(known, 1 / std, 1.0).float()
+        scale = torch.where(self.columns, 1 / self.std, 1.0).float()
         bound = torch.where(self.columns & (self.count > 0), self.clip, torch.inf).float()
 
         def step(x: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,15 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.data import TensorSpec
-from torchrl.envs import Compose, EnvBase, TransformedEnv
+from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
 from torchrl.modules import ProbabilisticActor
 
+from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.encoders import Encoder, encoding
 from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.heads import Head, SkipHead
+from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import PreviousStep
 
 __all__ = [
@@ -65,6 +67,8 @@ class RecurrentActor(ProbabilisticActor):
             Default False.
         activation: module class before each linear layer of the default head. Default `torch.nn.ReLU`.
         in_key: transition input. Default ``"trans"``.
+        normalize: bring the transition input to mean 0 and standard deviation 1 by a `RunningNorm`: all of its entries, or those
+            that a bool tensor ``[input_size]`` marks. `from_env` marks observed numbers, no choices, and the reward. Default False.
 
     Examples:
         >>> from rl2_torchrl.modules import CategoricalActions, LSTMCore, MLPEncoder
@@ -337,6 +341,7 @@ def _slots(
     activation: Callable[[], nn.Module] = nn.ReLU,
     in_key: NestedKey = "trans",
     extra_keys: Sequence[NestedKey] = (),
+    normalize: bool | torch.Tensor = False,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[list[TensorDictModuleBase], nn.Module, list[NestedKey], tuple[NestedKey, NestedKey, int]]:
@@ -348,6 +353,10 @@ def _slots(
     """
     factory = {"device": device, "dtype": dtype}
     entries = _entries(input_size, in_key, _as_keys(extra_keys), encoder)
+    norms = []
+    if normalize is not False:
+        norm, in_key, entries, encoder = _normalized(normalize, in_key, entries, encoder, features_key, device)
+        norms.append(norm)
     encoders, key, size = encoding(encoder, entries, in_key, features_key, **factory)
     if core is None:
         sizes = (64 if hidden_size is None else hidden_size, 1 if num_layers is None else num_layers)
@@ -369,7 +378,26 @@ def _slots(
     elif not isinstance(head, nn.Module):
         head = head(features_size, num_outputs).to(**factory)
     names = (core.in_keys[1], core.out_keys[0], features_size)
-    return [*encoders, core], head, [names[1], key] if skip else [names[1]], names
+    return [*norms, *encoders, core], head, [names[1], key] if skip else [names[1]], names
+
+
+def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder: Encoder | None, features_key, device):
+    """The module that normalises ``in_key``; then key, entries and encoder for what it gives in the place of that."""
+    [size] = entries[in_key]
+    if isinstance(encoder, TensorDictModuleBase):
+        raise ValueError(
+            "normalize=True and an encoder that is a TensorDictModule: put a RunningNorm at the head of that."
+        )
+    if 0 in [shape[0] for shape in entries.values()]:
+        raise ValueError(
+            "normalize=True and extra_keys: say each entry's shape, input_size={'trans': [5], 'time_left': [1]}."
+        )
+    key = sub_key(features_key, "normalized")
+    norm = RunningNorm(size, None if normalize is True else normalize, device=device)
+    entries = {key if k == in_key else k: shape for k, shape in entries.items()}
+    if isinstance(encoder, Mapping):
+        encoder = {key if k == in_key else k: module for k, module in encoder.items()}
+    return TensorDictModule(norm, [in_key], [key]), key, entries, encoder
 
 
 def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, features_key) -> int:
@@ -417,6 +445,8 @@ def _action_spec(env: EnvBase) -> TensorSpec:
 def _read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.Size]:
     """Shape of each entry that a network with these keywords reads; puts the env's device among them."""
     kwargs.setdefault("device", env.device)
+    if kwargs.get("normalize") is True:
+        kwargs["normalize"] = _reals_of(env, kwargs.get("in_key", "trans"))
     keys, encoder = [kwargs.get("in_key", "trans"), *_as_keys(kwargs.get("extra_keys", ()))], kwargs.get("encoder")
     known = {*keys}
     if isinstance(encoder, Mapping):
@@ -441,11 +471,23 @@ def _shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch
     return {key: spec[key].shape[len(env.batch_size) :] for key in keys}
 
 
+def _reals_of(env: EnvBase, in_key: NestedKey) -> torch.Tensor | bool:
+    """Which entries of the transition input are to be normalised, bool ``[size]``; True, all, for one that nobody here makes."""
+    writer = next(
+        (each for each in _transforms(env) if isinstance(each, PreviousStep) and each.out_key == in_key), None
+    )
+    return True if writer is None else writer.reals()
+
+
+def _transforms(env: EnvBase) -> list[Transform]:
+    if not isinstance(env, TransformedEnv):
+        return []
+    return [*(env.transform if isinstance(env.transform, Compose) else [env.transform]), *_transforms(env.base_env)]
+
+
 def _require_sight_of_images(env: EnvBase, known: set[NestedKey]) -> None:
     """Raises where an observation of several dimensions is in no input: `PreviousStep` leaves those out unless it is told."""
-    transform = env.transform if isinstance(env, TransformedEnv) else None
-    transforms = transform if isinstance(transform, Compose) else [transform]
-    told = [key for each in transforms if isinstance(each, PreviousStep) for key in each.obs_keys or ()]
+    told = [key for each in _transforms(env) if isinstance(each, PreviousStep) for key in each.obs_keys or ()]
     # What is an input of the env too, such as the task or a memory, is nothing that it shows.
     hidden = {*known, *told, *env.full_state_spec.keys(True, True)}
     for key, spec in env.observation_spec.items(True, True):

@@ -11,6 +11,8 @@ from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.modules import set_recurrent_mode
 
+from rl2_torchrl.modules.normalization import RunningNorm
+
 __all__ = ["TrialAdvantage"]
 
 
@@ -29,6 +31,8 @@ class TrialAdvantage(nn.Module):
         normalize: normalise the advantage over the whole batch to mean 0 and standard deviation 1. Default True.
         critic: module that writes ``value_key`` from one step's entries, e.g. the collector's `ActorCritic`. Needed
             only for batches that end inside a trial.
+        scale_rewards: divide rewards by the standard deviation of the returns of all batches before, so that the critic learns
+            numbers around 1 whatever the env pays. It is part of the ``state_dict``; in ``eval()`` mode it stays. Default False.
         value_key: Default ``"state_value"``.
 
     Raises:
@@ -53,6 +57,7 @@ class TrialAdvantage(nn.Module):
         value_target: Literal["return", "gae"] = "return",
         normalize: bool = True,
         critic: TensorDictModuleBase | None = None,
+        scale_rewards: bool = False,
         value_key: str = "state_value",
     ):
         super().__init__()
@@ -62,7 +67,8 @@ class TrialAdvantage(nn.Module):
         if value_target not in ("return", "gae"):
             raise ValueError(f"value_target={value_target!r}: choose 'return' (to go) or 'gae' (advantage + value).")
         self.gamma, self.lmbda, self.value_key = gamma, lmbda, value_key
-        self.value_target, self.normalize = value_target, normalize
+        self.value_target, self.normalize, self.scale_rewards = value_target, normalize, scale_rewards
+        self._returns = RunningNorm(1) if scale_rewards else None
         # Kept out of the module tree: its parameters belong to the loss.
         self.__dict__["critic"] = critic
 
@@ -84,6 +90,7 @@ class TrialAdvantage(nn.Module):
         value, done = tensordict[self.value_key], tensordict["next", "done"]
         reward = self.rewards(tensordict).to(value.dtype)
         _require_finite(reward, "reward")
+        reward = self._scaled(reward, done) if self.scale_rewards else reward
         _require_finite(value, self.value_key)
         advantage, target = (_entry(tensordict, key, value) for key in ("advantage", "value_target"))
         self._temporal_differences(tensordict, value, reward, advantage)
@@ -105,6 +112,14 @@ class TrialAdvantage(nn.Module):
     def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
         """What the advantages are of, ``[*B, T, 1]``: the collected rewards. A subclass may have others."""
         return tensordict["next", "reward"]
+
+    def _scaled(self, reward: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+        """``reward`` over the standard deviation of the returns of all batches before, or of a first one's own."""
+        returns = _accumulate(reward.clone(), done, self.gamma)
+        is_first, std = self._returns.count == 0, self._returns.std
+        if self.training:
+            self._returns.update_statistics(returns)
+        return reward / (self._returns.std if is_first else std).to(reward)
 
     def _temporal_differences(self, tensordict: TensorDictBase, value, reward, out: torch.Tensor) -> None:
         """Writes ``r_t + gamma v_{t+1} - v_t`` into ``out`` ``[*B, T, 1]``, where v is 0 beyond a trial's end."""
@@ -145,7 +160,7 @@ def _entry(tensordict: TensorDictBase, key: str, like: torch.Tensor) -> torch.Te
     return entry
 
 
-def _accumulate(out: torch.Tensor, done: torch.Tensor, discount: float) -> None:
+def _accumulate(out: torch.Tensor, done: torch.Tensor, discount: float) -> torch.Tensor:
     """``out_t += discount * out_{t+1}`` from back to front, over the steps of one trial (Schulman et al. 2016, eq. 16).
 
     As TorchRL's `generalized_advantage_estimate`, which makes ten tensors of the batch's size, in the memory of ``out``.
@@ -153,6 +168,7 @@ def _accumulate(out: torch.Tensor, done: torch.Tensor, discount: float) -> None:
     steps, ends = out.unbind(-2), done.unbind(-2)
     for t in range(len(steps) - 2, -1, -1):
         steps[t].add_(steps[t + 1].masked_fill(ends[t], 0.0), alpha=discount)
+    return out
 
 
 def _require_finite(value: torch.Tensor, name: str) -> None:
