@@ -232,10 +232,10 @@ class _Table:
         numbers, steps, values = self._numbers.view(-1), self._steps.view(-1), values.double()
         at = index[0] * self._steps.shape[1] + index[1]
         if self.how == "max":
-            highest = torch.full_like(numbers, -torch.inf).index_reduce_(0, at, values, "amax")
+            highest = torch.full_like(numbers, -torch.inf).scatter_reduce_(0, at, values, "amax")
             numbers.copy_(torch.where(steps > 0, numbers.maximum(highest), highest))
         elif self.how == "last":
-            last = torch.full(numbers.shape, -1).index_reduce_(0, at, torch.arange(len(at)), "amax")
+            last = torch.full(numbers.shape, -1).scatter_reduce_(0, at, torch.arange(len(at)), "amax")
             numbers[last >= 0] = values[last[last >= 0]]
         else:
             numbers.index_add_(0, at, values)
