@@ -25,14 +25,7 @@ class Minibatches:
         [[[0, 1], [2, 3]], [[4, 5]]]
     """
 
-    def __init__(
-        self,
-        count: int,
-        *,
-        shuffle: bool = True,
-        device: torch.device | None = None,
-        generator: torch.Generator | None = None,
-    ):
+    def __init__(self, count: int, *, shuffle: bool = True, device=None, generator: torch.Generator | None = None):
         self.count, self.shuffle, self.device, self.generator = count, shuffle, device, generator
         #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
         self.chunks: dict[NestedKey, torch.Tensor] = {}

@@ -200,6 +200,57 @@ def test_compiled_loss_gives_the_same_numbers_and_gradients():
 # ------------------------------------------------------------ as ClipPPOLoss is used
 
 
+class Entropy(nn.Module):
+    in_keys = (("policy", "entropy"),)
+
+    def forward(self, entropy):
+        return {"loss_entropy_term": entropy.mean()}
+
+
+class Value(nn.Module):
+    in_keys = ("state_value",)
+
+    def forward(self, value):
+        return {"loss_value": value.mean()}
+
+
+def _other_bias(loss):
+    layer = TensorDictModule(nn.Linear(4, 3), ["actor_features"], ["logits"])
+    body = loss.actor_network.module[0]
+    body.module[-1] = head(layer, [0.0, 0.0, 1.0])
+
+
+CHANGES = {
+    "a module in another's place": _other_bias,
+    "a hook on a module": lambda loss: (
+        loss.actor_network.module[0]
+        .module[-1]
+        .register_forward_hook(lambda module, inputs, out: out.set("logits", out["logits"] * 3))
+    ),
+    "a bonus": lambda loss: setattr(loss, "entropy_bonus", True),
+    "a term that reads the entropy": lambda loss: loss.terms.append(Entropy()),
+    "a term that reads the values": lambda loss: loss.terms.append(Value()),
+    "another name of the action": lambda loss: loss.set_keys(action="chosen"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_after_a_first_call_counts(name):
+    """The loss keeps the parts of its networks from call to call: they must be those of the networks as they are now."""
+    td = data().set("chosen", torch.full((1, 6), 2))
+    used, fresh = (RL2PPOLoss(*networks(), critic_coeff=0.0) for _ in range(2))
+    before = used(td)
+    torch.manual_seed(3)
+    CHANGES[name](used)
+    torch.manual_seed(3)
+    CHANGES[name](fresh)
+    after, expected = used(td), fresh(td)
+    assert set(after.keys()) == set(expected.keys())
+    for key, value in expected.items():
+        torch.testing.assert_close(after[key], value)
+    assert set(before.keys()) != set(after.keys()) or not torch.equal(before["max_ratio"], after["max_ratio"])
+
+
 def test_called_by_keyword():
     loss, td = RL2PPOLoss(*networks(), entropy_bonus=True), data()
     expected = loss(td)

@@ -175,6 +175,20 @@ def test_a_term_reads_the_critics_values_even_without_a_value_loss():
     torch.testing.assert_close(head.bias.grad, torch.ones(1, **F64))  # of the mean value by its bias
 
 
+def test_a_part_that_no_loss_depends_on_in_this_minibatch_has_no_gradient_left_of_the_last():
+    class Sometimes(nn.Module):
+        in_keys = ("state_value", "task")
+
+        def forward(self, value, task):
+            return {"loss_sometimes": value.mean() if bool(task.any()) else task.sum()}
+
+    loss, data = loss_with(Sometimes(), critic="separate", critic_coeff=0.0), dict(data_of().items())
+    program = Program(loss)
+    for task, counts in ((data["task"], True), (torch.zeros_like(data["task"]), False), (data["task"], True)):
+        program({**data, "task": task})
+        assert any(bool(parameter.grad.any()) for parameter in loss.critic_network.parameters()) == counts
+
+
 def test_what_is_no_term():
     for term in (lambda features: {}, nn.Linear(2, 2), "entropy"):
         with pytest.raises(TypeError, match="is no loss term.*in_keys"):

@@ -8,17 +8,16 @@ one layer; sizes, weights and coefficients are taken from the program.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from itertools import chain
 
 import torch
-from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import DataPart, Part
+from rl2_torchrl.gradients.part import DataPart, Part, State
 from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianHeadPart, GaussianPart, OneHotPart
 from rl2_torchrl.gradients.program import Program
 from rl2_torchrl.gradients.recurrent import GRUPart
@@ -67,23 +66,13 @@ def _require_layout(library: ctypes.CDLL) -> None:
 
 
 class CompiledPass:
-    """Passes over ``chunks`` with the loss of a `Program` and the steps of a `torch.optim.Adam`.
+    """Passes over minibatches of ``rows`` of ``chunks``, entries ``[num_chunks, T, ...]``, as `why_not_compiled` lets them pass.
 
-    Args:
-        program: the loss, for which `why_not_compiled` has no reason.
-        optimizer: plain `torch.optim.Adam` over its parameters. Its state is what the steps change, as its own would.
-        chunks: entries ``[num_chunks, T, ...]``, by key.
-        rows: chunks in a minibatch.
-        max_grad_norm: clip the gradient's norm at this; None does not.
+    The state of ``optimizer``, a `torch.optim.Adam`, is what the steps change, as its own would.
     """
 
     def __init__(
-        self,
-        program: Program,
-        optimizer: torch.optim.Optimizer,
-        chunks: Mapping[NestedKey, torch.Tensor],
-        rows: int,
-        max_grad_norm: float | None,
+        self, program: Program, optimizer: torch.optim.Adam, chunks: State, rows: int, max_grad_norm: float | None
     ):
         self.program, self.loss, self.optimizer, chunks = program, program.loss, optimizer, dict(chunks)
         self.rows, self.max_grad_norm = rows, max_grad_norm
@@ -170,22 +159,19 @@ def _policy_and_networks(parts: list[Part]) -> tuple[Part, list[Part]]:
     return policy, [part.mean if isinstance(part, GaussianHeadPart) else part for part in others]
 
 
-def why_not_compiled(
-    program: Program, optimizer: torch.optim.Optimizer, chunks: Mapping[NestedKey, torch.Tensor], rows: int
-) -> str | None:
+def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, chunks: State, rows: int) -> str | None:
     """Why a pass over minibatches of ``rows`` of ``chunks`` is not run by `CompiledPass`, in words; None if it can be."""
     steps = rows * chunks[program.loss.tensor_keys.advantage].shape[1]
     if steps > MOST_STEPS:
         return f"minibatches of {steps} steps are faster one by one (up to {MOST_STEPS} are compiled)"
-    conditions = chain(_of_parts(program, chunks), _of_optimizer(optimizer, program))
+    conditions = chain(_of_networks(program), _of_data(program, chunks), _of_optimizer(optimizer, program))
     return next((reason for holds, reason in conditions if not holds), None)
 
 
 # Each condition is looked at only where those before it hold.
-def _of_parts(program: Program, chunks: Mapping[NestedKey, torch.Tensor]) -> Iterator[tuple[bool, str]]:
-    loss, keys, dtype = program.loss, program.loss.tensor_keys, program.parameters[0].dtype
-    policy, networks = _policy_and_networks(program.parts)
-    is_gaussian, is_known = isinstance(policy, GaussianPart), isinstance(policy, (CategoricalPart, GaussianPart))
+def _of_networks(program: Program) -> Iterator[tuple[bool, str]]:
+    loss, (policy, networks) = program.loss, _policy_and_networks(program.parts)
+    is_known = isinstance(policy, (CategoricalPart, GaussianPart)) and not isinstance(policy, OneHotPart)
     yield is_known and not len(loss.terms), "further loss terms, or a policy that is neither categorical nor Gaussian"
     kinds = [GRUPart, ChainPart] * (1 + loss.has_critic)
     fits = len(networks) == len(kinds) and all(map(isinstance, networks, kinds))
@@ -193,17 +179,21 @@ def _of_parts(program: Program, chunks: Mapping[NestedKey, torch.Tensor]) -> Ite
     grus, heads = networks[::2], networks[1::2]
     is_small = all(map(_are_one_layer_each, grus, heads))
     yield is_small, "a GRU of several layers or without biases, or a head of several layers"
-    reads = [policy.in_keys[1], *([keys.value] if loss.has_critic else [])]
+    reads = [policy.in_keys[1], *([loss.tensor_keys.value] if loss.has_critic else [])]
     is_wired = [head.out_keys[0] for head in heads] == reads and len({gru.in_keys[2] for gru in grus}) == 1
-    yield is_wired, "policy or value is not what its network's head gives, or they start anew by different entries"
     has_scale = any(isinstance(part, GaussianHeadPart) for part in program.parts)
-    is_the_kernels = has_scale == is_gaussian and not isinstance(policy, OneHotPart)
-    yield is_the_kernels, "the policy's distribution is not the kernel's"
+    is_wired = is_wired and has_scale == isinstance(policy, GaussianPart)
+    yield is_wired, "policy or value is not what its network's head gives, or they start anew by different entries"
+
+
+def _of_data(program: Program, chunks: State) -> Iterator[tuple[bool, str]]:
+    loss, keys, dtype = program.loss, program.loss.tensor_keys, program.parameters[0].dtype
     read = [keys.sample_log_prob, keys.advantage, *([keys.value_target] if loss.has_critic else [])]
+    is_gaussian = isinstance(_policy_and_networks(program.parts)[0], GaussianPart)
     expected = {**dict.fromkeys(read, dtype), keys.action: dtype if is_gaussian else torch.int64}
     others = {key: chunks[key].dtype for key in expected if chunks[key].dtype != expected[key]}
-    alike = not others and len({(p.device.type, p.dtype) for p in program.parameters}) == 1
-    yield alike, f"parameters are of several dtypes, or the data {others} of another than the kernel reads"
+    yield not others, f"{others} are of another dtype than the kernel reads"
+    yield len({(p.device.type, p.dtype) for p in program.parameters}) == 1, "parameters are of several dtypes"
 
 
 def _are_one_layer_each(gru: GRUPart, head: ChainPart) -> bool:
@@ -222,8 +212,8 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, program: Program) -> Iterato
     yield is_adam, "the optimizer is more than torch.optim.Adam with lr, betas and eps"
     holds_all = set(group["params"]) == set(program.parameters)
     yield holds_all, "the optimizer does not hold the loss's parameters, all and no others"
-    is_own = not program.has_hooks_or_shares and all(p.is_contiguous() for p in program.parameters)
-    yield is_own, "parameters are shared, have hooks on their gradients, or are not contiguous"
+    is_own = not program.shares and all(p.is_contiguous() for p in program.parameters)
+    yield is_own, "parameters are shared, or not contiguous"
     states = [optimizer.state[parameter] for parameter in group["params"]]
     alike = len({float(state["step"]) if state else 0.0 for state in states}) == 1
     is_dense = all(state[n].is_contiguous() for state in states if state for n in ("exp_avg", "exp_avg_sq"))

@@ -22,15 +22,16 @@ __all__ = ["actor_parts", "parts_of", "why_no_parts"]
 
 def why_no_parts(actor: TensorDictModuleBase) -> str | None:
     """Why the policy ``actor`` is no list of parts that ends in one distribution, in words; None if it is."""
-    name = type(actor).__name__
-    if not isinstance(actor, TensorDictSequential) or getattr(actor, "return_composite", False):
-        return f"{name} is no sequence of modules with one distribution"
-    *others, last = _leaves(actor, is_policy=True)
-    if not isinstance(last, ProbabilisticTensorDictModule) or len(last.dist_keys) != len(last.in_keys):
-        return f"{name} does not end in a distribution"
-    if distributions.distribution_of(last) is None or any(isinstance(m, ProbabilisticTensorDictModule) for m in others):
-        return f"{name} has several distributions"
-    return None
+    if isinstance(actor, TensorDictSequential) and not getattr(actor, "return_composite", False):
+        *others, last = _leaves(actor, is_policy=True)
+        is_sample = isinstance(last, ProbabilisticTensorDictModule) and len(last.dist_keys) == len(last.in_keys)
+        if (
+            is_sample
+            and not any(isinstance(m, ProbabilisticTensorDictModule) for m in others)
+            and distributions.distribution_of(last)
+        ):
+            return None
+    return f"{type(actor).__name__} is no sequence of modules that ends in one distribution, its only one"
 
 
 def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: bool) -> list[Part]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import torch
 from tensordict import NestedKey
@@ -73,9 +72,8 @@ class Part:
         sources, self._outputs = [*self._leaves.values(), *self._trained], []
         found: Sequence[torch.Tensor | None] = [None] * len(sources)
         if ends and sources:
-            with _without_hooks(self._trained):
-                outs, slopes = zip(*ends, strict=True)
-                found = torch.autograd.grad(outs, sources, slopes, allow_unused=True)
+            outs, slopes = zip(*ends, strict=True)
+            found = torch.autograd.grad(outs, sources, slopes, allow_unused=True)
         for key, gradient in zip(self._leaves, found, strict=False):
             if gradient is not None:
                 # Others add to it in place: it may be no view of another's.
@@ -89,27 +87,9 @@ class Part:
 
 
 class AutogradPart(Part):
-    """Any function of tensors, from the entries ``in_keys`` (None for one of ``optional`` that is missing) to ``out_keys``.
+    """Any function of tensors, from the entries ``in_keys`` (None for one of ``optional`` that is missing) to ``out_keys``."""
 
-    Examples:
-        >>> part = AutogradPart(nn.Linear(2, 1), ["x"], ["y"])
-        >>> part.bind(gradients := {id(p): torch.empty_like(p) for p in part.parameters()})
-        >>> part.forward(state := {"x": torch.ones(1, 1, 2)})
-        >>> part.backward(state, {"y": torch.ones(1, 1, 1)})
-        >>> gradients[id(part.parameters()[0])]  # of y = w x + b by w
-        tensor([[1., 1.]])
-    """
-
-    def __init__(
-        self,
-        module: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
-        in_keys: Sequence[NestedKey],
-        out_keys: Sequence[NestedKey],
-        *,
-        parameters: Iterable[nn.Parameter] | None = None,
-        optional: Sequence[NestedKey] = (),
-        reason: str | None = None,
-    ):
+    def __init__(self, module: Callable, in_keys, out_keys, *, parameters=None, optional=(), reason: str | None = None):
         if parameters is None:
             parameters = module.parameters() if isinstance(module, nn.Module) else ()
         super().__init__(in_keys, out_keys, parameters)
@@ -124,19 +104,6 @@ class DataPart(AutogradPart):
     """A function without parameters that mostly reads data, so that there is nothing to differentiate."""
 
     kind = "kernel"
-
-
-@contextmanager
-def _without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Hooks on a parameter's gradient wait for the whole of it, which other parts may add to."""
-    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
-    for kept, _ in hooks:
-        kept.clear()
-    try:
-        yield
-    finally:
-        for kept, content in hooks:
-            kept.update(content)
 
 
 def accumulate(gradients: State, key: NestedKey, gradient: torch.Tensor) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from tensordict import NestedKey
@@ -17,21 +16,18 @@ from torch import nn
 
 from rl2_torchrl.gradients.part import Part, State, accumulate, entries_of
 
-if TYPE_CHECKING:
-    from rl2_torchrl.objectives.ppo import RL2PPOLoss
-
 __all__ = ["Program", "merge_losses"]
 
 
 class Program:
-    """The losses of ``loss`` as numbers, and their gradients written into ``parameter.grad``.
+    """The losses of an `RL2PPOLoss` as numbers, and their gradients written into ``parameter.grad``.
 
     The same as ``sum of losses . backward()`` to rounding. It holds for one state of the loss: when a coefficient, a hook or a
     parameter's ``requires_grad`` changes, make a new one.
 
     Attributes:
         parameters: those that get a gradient.
-        has_hooks_or_shares: whether some of them have hooks on their gradients, or stand in several parts.
+        shares: whether some of them stand in several parts.
 
     Examples:
         >>> from rl2_torchrl import GRUGaussianActor, GRUValueHead, RL2PPOLoss
@@ -40,7 +36,7 @@ class Program:
         5
     """
 
-    def __init__(self, loss: RL2PPOLoss):
+    def __init__(self, loss: nn.Module):
         self.loss, self.parts = loss, loss.network_parts()
         self.terms = [_Term(term) for term in loss.loss_terms()]
         self._mark_what_carries_a_gradient()
@@ -73,7 +69,6 @@ class Program:
 
     def _bind(self) -> None:
         """Each part writes to the gradients themselves; what several share, all but the first write elsewhere, to be added."""
-        self._hooked = [p for p in self.parameters if p._backward_hooks or p._post_accumulate_grad_hooks]
         self._shared: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._memory: dict[Part, list[torch.Tensor]] = {}
         free = dict(self._views)
@@ -86,7 +81,7 @@ class Program:
                     self._shared += [(self._views[p], memory[id(p)])] if p in self._views else []
             part.bind(memory)
             self._memory[part] = list(memory.values())
-        self.has_hooks_or_shares = bool(self._hooked or self._shared)
+        self.shares = bool(self._shared)
 
     def gradient_of(self, parameter: nn.Parameter) -> torch.Tensor:
         """Where the gradient of ``parameter`` is written."""
@@ -125,20 +120,7 @@ class Program:
             parameter.grad = view
         for parameter in self._unused:
             parameter.grad = None
-        for parameter in self._hooked:
-            self._run_hooks(parameter)
         return values
-
-    def _run_hooks(self, parameter: nn.Parameter) -> None:
-        """As autograd runs them when it has the whole gradient of a parameter."""
-        view, parameter.grad = self._views[parameter], None
-        with torch.enable_grad():
-            torch.autograd.backward([parameter], [view.clone()])
-        if parameter.grad is None:
-            view.zero_()
-        else:
-            view.copy_(parameter.grad)
-            parameter.grad = view
 
 
 def merge_losses(losses: dict, more: dict) -> None:

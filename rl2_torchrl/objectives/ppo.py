@@ -24,6 +24,10 @@ __all__ = ["RL2PPOLoss"]
 _PARTS: WeakKeyDictionary = WeakKeyDictionary()
 
 
+#: What `ClipPPOLoss` has otherwise by default.
+_DEFAULTS = {"loss_critic_type": "l2", "entropy_bonus": False, "log_explained_variance": False, "functional": False}
+
+
 class RL2PPOLoss(ClipPPOLoss):
     """``L = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) + 0.5 mean((v - R)²)``, without entropy term.
 
@@ -41,13 +45,10 @@ class RL2PPOLoss(ClipPPOLoss):
             diagnostics (`rl2_torchrl.objectives.terms` says how to write one). Their parameters are the loss's.
         clip_epsilon: clipping of the ratio. Default 0.3, the original's.
         critic_coeff: weight of the value loss. Default 0.5.
-        loss_critic_type: distance of value and return. Default ``"l2"``, the plain squared error.
-        entropy_bonus: add ``-entropy_coeff * entropy``. Default False.
         entropy_coeff: weight of the entropy; only read with ``entropy_bonus=True``. Default 0.01.
-        log_explained_variance: Default False: over minibatches of unlike trials it says little and costs a pass.
-        functional: copy the parameters in and out of the networks at every call, as `ClipPPOLoss` does. Default False: the
-            networks themselves are called, a millisecond faster.
-        **kwargs: passed on to `ClipPPOLoss`: ``clip_value``, ``normalize_advantage``, ``reduction``, …
+        **kwargs: as for `ClipPPOLoss`: ``clip_value``, ``normalize_advantage``, …; by default ``entropy_bonus=False``,
+            ``loss_critic_type="l2"`` (the squared error), ``log_explained_variance=False`` (over minibatches of unlike trials
+            it says little and costs a pass) and ``functional=False`` (the networks themselves are called, a millisecond faster).
 
     Raises:
         ValueError: ``clip_epsilon`` lies outside (0, 1], a coefficient is negative or no number, the data are single steps
@@ -70,11 +71,7 @@ class RL2PPOLoss(ClipPPOLoss):
         terms: Sequence[nn.Module] = (),
         clip_epsilon: float | tuple[float, float] = 0.3,
         critic_coeff: float | None = 0.5,
-        loss_critic_type: str = "l2",
-        entropy_bonus: bool = False,
         entropy_coeff: float | Mapping[NestedKey, float] | None = None,
-        log_explained_variance: bool = False,
-        functional: bool = False,
         **kwargs,
     ):
         # ClipPPOLoss's other names for the two.
@@ -85,18 +82,11 @@ class RL2PPOLoss(ClipPPOLoss):
                 f"RL2PPOLoss(actor, critic): {type(actor_network).__name__} has no action distribution. The actor comes "
                 "first, and it is a ProbabilisticActor such as GRUGaussianActor."
             )
-        super().__init__(
-            actor_network,
-            critic_network,
-            clip_epsilon=clip_epsilon,
-            critic_coeff=critic_coeff if critic_network is not None else None,
-            loss_critic_type=loss_critic_type,
-            entropy_bonus=entropy_bonus,
-            entropy_coeff=entropy_coeff,
-            log_explained_variance=log_explained_variance,
-            functional=functional or kwargs.get("delay_actor", False),
-            **kwargs,
-        )
+        options = {**_DEFAULTS, **kwargs}
+        options["functional"] |= options.get("delay_actor", False)
+        weights = {"clip_epsilon": clip_epsilon, "entropy_coeff": entropy_coeff}
+        weights["critic_coeff"] = None if critic_network is None else critic_coeff
+        super().__init__(actor_network, critic_network, **weights, **options)
         if terms and self.functional:
             raise ValueError("terms read what the networks write, which functional=True hides: leave it False.")
         _check_terms(terms)
@@ -104,10 +94,8 @@ class RL2PPOLoss(ClipPPOLoss):
         self._set_in_keys()
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
         self._is_recurrent = bool(hidden_keys(actor_network))
-        options = {**kwargs, "functional": self.functional, "log_explained_variance": log_explained_variance}
-        options["loss_critic_type"] = loss_critic_type != "l2"
-        options["entropy_coeff for several heads"] = self._entropy_coeff_map is not None
-        asked = [name for name, value in options.items() if value not in (False, None)]
+        others = {"entropy_coeff for several heads": self._entropy_coeff_map, **options, "entropy_bonus": None}
+        asked = [name for name, value in others.items() if value not in (_DEFAULTS.get(name), False, None)]
         self._beyond = f"the options {asked} are ClipPPOLoss's" if asked else None
 
     # ------------------------------------------------------------- the parts
@@ -120,6 +108,8 @@ class RL2PPOLoss(ClipPPOLoss):
             return f"another function stands in the place of this {name}'s forward"
         if any(not hook.__module__.startswith("torchrl.") for hook in hooks):  # TorchRL's asks for target networks
             return f"there are hooks on the {name}"
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters()):
+            return "parameters have hooks on their gradients, which autograd runs"
         return self._why_torchrls()
 
     def _why_torchrls(self) -> str | None:

@@ -61,15 +61,14 @@ def bandit_values(batch: TensorDictBase) -> torch.Tensor:
     """The means of all arms ``[B, T, num_arms]``: the task itself.
 
     Examples:
-        >>> from tensordict import TensorDict
-        >>> bandit_values(TensorDict({"task": torch.tensor([[[0.25, 0.75]]])}, [1, 1]))
+        >>> bandit_values({"task": torch.tensor([[[0.25, 0.75]]])})
         tensor([[[0.2500, 0.7500]]])
     """
     return batch["task"]
 
 
 class MDPValues:
-    """Values of all actions in trials of `TabularMDP`, by value iteration in each trial's MDP.
+    """Values of all actions ``[B, T, num_actions]`` in trials of `TabularMDP`, by value iteration in each trial's MDP.
 
     Reads ``"task"`` ``[B, T, task_size]`` and ``"observation"`` ``[B, T]``. A row must be one whole trial.
 
@@ -85,30 +84,23 @@ class MDPValues:
         >>> stay, go = [1.0, 0.0], [0.0, 1.0]  # state 0 pays 1 for staying, 0 for going to state 1, which pays 3
         >>> task = pack_mdps(torch.tensor([[1.0, 0.0], [3.0, 3.0]]), torch.tensor([[stay, go], [go, go]]))
         >>> batch = TensorDict({"task": task.expand(1, 2, -1), "observation": torch.tensor([[0, 0]])}, [1, 2])
-        >>> MDPValues(TabularMDP(2, 2, episode_steps=2))(batch)[0]  # with two steps to go, then with one
-        tensor([[2., 3.],
-                [1., 0.]])
+        >>> MDPValues(TabularMDP(2, 2, episode_steps=2))(batch)[0].tolist()  # with two steps to go, then with one
+        [[2.0, 3.0], [1.0, 0.0]]
     """
 
     in_keys = ("task", "observation")
 
     def __init__(self, mdps: TabularMDP):
-        self.num_states, self.num_actions, self.episode_steps = (
-            mdps.num_states,
-            mdps.num_actions,
-            mdps.max_episode_steps,
-        )
+        self.sizes, self.episode_steps = (mdps.num_states, mdps.num_actions), mdps.max_episode_steps
 
     def __call__(self, batch: TensorDictBase) -> torch.Tensor:
         """Values ``[B, T, num_actions]`` at the steps of ``batch`` ``[B, T]``."""
-        rows, steps = batch.shape
+        (rows, steps), task = batch.shape, batch["task"][:, 0]
         if steps % self.episode_steps:
             raise ValueError(f"a row of {steps} steps is no whole number of episodes of {self.episode_steps} steps.")
-        task = batch["task"][:, 0]
         if not torch.equal(task, batch["task"][:, -1]):
             raise ValueError("a row holds trials of several tasks: make frames_per_batch one trial of each row.")
-        rewards, transitions = unpack_mdps(task, self.num_states, self.num_actions)
-        plan = value_iteration(rewards, transitions, self.episode_steps)
+        plan = value_iteration(*unpack_mdps(task, *self.sizes), self.episode_steps)
         step = torch.arange(steps, device=plan.device) % self.episode_steps
         row = torch.arange(rows, device=plan.device).unsqueeze(-1)
         return plan[step, row, batch["observation"]]

@@ -86,13 +86,7 @@ class ClippedObjective(OwnGradient):
     ``clip_fraction``, ``kl_approx``, ``mean_ratio``, ``max_ratio`` and ``ESS`` ``[T]``.
     """
 
-    def __init__(
-        self,
-        log_low: float,
-        log_high: float,
-        old_log_prob_key: NestedKey = "action_log_prob",
-        advantage_key: NestedKey = "advantage",
-    ):
+    def __init__(self, log_low: float, log_high: float, old_log_prob_key="action_log_prob", advantage_key="advantage"):
         super().__init__([LOG_PROB, old_log_prob_key, advantage_key])
         self.log_low, self.log_high = log_low, log_high
 
@@ -139,9 +133,7 @@ class ClippedObjective(OwnGradient):
 class SquaredError(OwnGradient):
     """``coefficient * mean((v - R)²)``, of values and targets ``[N, T, 1]``."""
 
-    def __init__(
-        self, coefficient: float, value_key: NestedKey = "state_value", target_key: NestedKey = "value_target"
-    ):
+    def __init__(self, coefficient: float, value_key="state_value", target_key="value_target"):
         super().__init__([value_key, target_key])
         self.coefficient = coefficient
 

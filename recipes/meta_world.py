@@ -1,0 +1,154 @@
+"""RL² on Meta-World (Yu et al. 2019): a robot arm finds out within a trial where the hidden goal of its task lies."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import torch
+from torchrl.envs import Compose, TransformedEnv
+
+from recipes import experiment
+from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationReport,
+    GRUGaussianActor,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    linear_decay,
+)
+from rl2_torchrl.envs import GymVectorEnv
+
+NETWORK = Network(units=128, normalize=True, critic_keys=())
+LEARNING = Learning(
+    trials=32, env_steps=6_000_000, lr=5e-4, lmbda=0.95, epochs=8, minibatches=4, max_grad_norm=0.5, entropy=0.0
+)
+RUN = Run(Path("runs/meta_world"), report_tasks=50)
+#: Steps of a chunk that gradients go through.
+CHUNK_STEPS = 50
+
+
+def main(
+    *,
+    benchmark: Literal["ML1", "ML10", "ML45"] = "ML1",
+    task: str = "reach-v3",
+    episodes: int = 3,
+    horizon: int = 100,
+    vectorization: Literal["sync", "async"] = "sync",
+    network: Network = NETWORK,
+    learning: Learning = LEARNING,
+    run: Run = RUN,
+) -> AdaptationReport:
+    """Trains RL² on the training goals of a Meta-World benchmark, and reports successes on its test goals, episode by episode.
+
+    An episode is a success if any of its steps is, as the benchmark counts. Goals are hidden from the observation, as it asks.
+
+    Args:
+        benchmark: goals of one task, or ten or 45 tasks to train on and five others to test on.
+        task: the task of ML1.
+        episodes: episodes of a trial.
+        horizon: steps of an episode, up to Meta-World's 500.
+        vectorization: of the envs, one after the other or each in a process.
+        network: actor and critic.
+        learning: batches, and PPO on them.
+        run: seeds, where the run begins, and what it leaves.
+    """
+    torch.manual_seed(run.seed)
+    goals = load_benchmark(benchmark, task, run.seed)
+
+    def make_env(tasks: Sequence[Any], sampler: TaskSampler, rows: int) -> TransformedEnv:
+        classes = {**goals.train_classes, **goals.test_classes}
+        arms = GymVectorEnv(
+            partial(Arm, classes, horizon), rows, set_task=Arm.set_task, tasks=tasks, info_keys=["success"],
+            vectorization=vectorization,
+        )  # fmt: skip
+        return TransformedEnv(arms, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
+
+    draw = partial(indices, len(goals.train_tasks))
+    env = make_env(goals.train_tasks, TaskSampler(draw, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
+    actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells)
+    critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
+    policy = ActorCritic(actor, critic)
+    horizons = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=learning.entropy > 0, entropy_coeff=learning.entropy),
+        TrialAdvantage(**horizons, scale_rewards=True),
+        bptt=CHUNK_STEPS,
+        lr=learning.lr,
+        epochs=learning.epochs,
+        minibatches=learning.minibatches,
+        max_grad_norm=learning.max_grad_norm,
+        lr_schedule=linear_decay,
+    )
+    batch = learning.trials * episodes * horizon
+    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
+    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    test, each = partial(make_env, goals.test_tasks), partial(in_order, len(goals.test_tasks))
+    measures = {"held_out_tasks": 50, "rows": 50, "measures": {("info", "success"): "max"}}
+    arms = Experiment(actor, test, each, run, **measures)
+    result = arms.train(collector, update, eval_interval=25)
+    return experiment.publish(arms.report(result, title=f"RL² on Meta-World {benchmark}"), run)
+
+
+class Arm(gymnasium.Env):
+    """The env of whichever task it is given, cut at ``horizon`` steps."""
+
+    def __init__(self, classes: dict[str, Callable[[], gymnasium.Env]], horizon: int):
+        self._classes, self._made, self._horizon = classes, {}, horizon
+        self._env = self._of(next(iter(classes)))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, self._env.observation_space.shape)
+        self.action_space = self._env.action_space
+
+    def _of(self, name: str) -> gymnasium.Env:
+        if name not in self._made:
+            self._made[name] = self._classes[name]()
+        return self._made[name]
+
+    def set_task(self, task: Any) -> None:
+        """Takes one of the benchmark's tasks, env and goal."""
+        self._env = self._of(task.env_name)
+        self._env.set_task(task)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._env.reset(seed=seed)
+
+    def step(self, action: np.ndarray):
+        observation, reward, terminated, truncated, info = self._env.step(action)
+        self._steps += 1
+        return observation, reward, terminated, truncated or self._steps >= self._horizon, info
+
+
+def load_benchmark(benchmark: str, task: str, seed: int):
+    """Meta-World's object with tasks to train and to test on."""
+    try:
+        import metaworld
+    except ImportError as error:
+        raise ImportError('Meta-World is an extra: pip install "rl2_torchrl[metaworld]".') from error
+    if benchmark == "ML1":
+        return metaworld.ML1(task, seed=seed)
+    return getattr(metaworld, benchmark)(seed=seed)
+
+
+def indices(number: int, batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Which task to train on, ``[*batch_size]``: each of ``number`` as often."""
+    return torch.randint(number, batch_size, generator=generator)
+
+
+def in_order(number: int, batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """All test tasks in turn, ``[*batch_size]``."""
+    return torch.arange(batch_size.numel()).reshape(batch_size) % number
+
+
+if __name__ == "__main__":
+    experiment.command(main)
