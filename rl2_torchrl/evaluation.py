@@ -119,7 +119,7 @@ def adaptation_curve(
             `with_zeroed_memory(policy)` or `with_shuffled_rewards()`.
         on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not
             tell.
-        measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and what is taken of its steps' numbers:
+        measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and what is taken of its steps:
             their ``"max"`` (as for a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
             ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes.
         max_trial_steps: raise when a trial does not end within so many steps.

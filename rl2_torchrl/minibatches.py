@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 
 __all__ = ["Minibatches", "require_trials", "split_rows"]
 
 
 class Minibatches:
-    """Draws the chunks ``[num_chunks, bptt]`` of a batch without replacement, ``count`` minibatches a pass.
+    """Draws the chunks ``[num_chunks, bptt]`` of a batch without replacement, ``count`` minibatches a pass, in a TorchRL buffer.
 
-    A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller. They come in the order in which TorchRL's
-    `SamplerWithoutReplacement` draws them.
+    A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -27,43 +27,47 @@ class Minibatches:
 
     def __init__(self, count: int, *, shuffle: bool = True, device=None, generator: torch.Generator | None = None):
         self.count, self.shuffle, self.device, self.generator = count, shuffle, device, generator
+        self._buffer: TensorDictReplayBuffer | None = None
         #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
         self.chunks: dict[NestedKey, torch.Tensor] = {}
 
     def fill(self, chunks: TensorDictBase) -> None:
         """Takes the ``chunks`` ``[num_chunks, bptt]`` of a new batch; ValueError where there are fewer than minibatches."""
-        if len(chunks) < self.count:
+        number, self.steps = chunks.shape[:2]
+        if number < self.count:
             raise ValueError(
-                f"{self.count} minibatches cannot be made of {len(chunks)} chunks of {chunks.shape[1]} steps: collect more "
-                "trials in a batch, or ask for fewer minibatches."
+                f"{self.count} minibatches cannot be made of {number} chunks of {self.steps} steps: collect more trials in a batch, "
+                "or ask for fewer minibatches."
             )
-        self.rows, self.steps = math.ceil(len(chunks) / self.count), chunks.shape[1]
-        self.chunks = {key: self._kept(key, chunks.get(key)) for key in chunks.keys(True, True)}
-        self._order = self._drawn(len(chunks))
+        self.rows, keys = math.ceil(number / self.count), set(chunks.keys(True, True))
+        # One buffer for the whole training: first touch of fresh memory costs more than the copy.
+        if self._buffer is None or (keys, number) != (self.chunks.keys(), len(self._buffer)):
+            self._buffer = TensorDictReplayBuffer(
+                storage=LazyTensorStorage(number, device=self.device or chunks.device or torch.device("cpu")),
+                sampler=SamplerWithoutReplacement(shuffle=self.shuffle),
+                batch_size=self.rows,
+                generator=self.generator,
+            )
+        # The sampler's permutation of the last batch must not reach into this one.
+        self._buffer.empty()
+        self._buffer.extend(chunks)
+        stored = self._buffer.storage[:]
+        self.chunks = {key: stored.get(key) for key in keys}
 
-    def _kept(self, key: NestedKey, entry: torch.Tensor) -> torch.Tensor:
-        """``entry``, row by row, in the last batch's memory: first touch of fresh memory costs more than the copy."""
-        kept = self.chunks.get(key)
-        if kept is None or (kept.shape, kept.dtype) != (entry.shape, entry.dtype):
-            kept = torch.empty(entry.shape, dtype=entry.dtype, device=self.device or entry.device)
-        return kept.copy_(entry)
-
-    def _drawn(self, number: int) -> torch.Tensor:
-        if not self.shuffle:
-            return torch.arange(number, device=self.device)
-        return torch.randperm(number, device=self.device, generator=self.generator)
+    def _indices(self) -> Iterator[torch.Tensor]:
+        """One pass as iterating over the buffer makes it, the numbers of each minibatch's chunks; no TensorDict for each."""
+        sampler = self._buffer.sampler
+        sampler.ran_out = False
+        while not sampler.ran_out:
+            yield sampler.sample(self._buffer.storage, self.rows)[0]
 
     def order(self) -> torch.Tensor:
         """The numbers ``[num_chunks]`` of the chunks in the order of the next pass."""
-        order, self._order = (
-            self._order,
-            self._drawn(len(self._order)),
-        )  # TorchRL's sampler has drawn the next by a pass's end
-        return order
+        return torch.cat(list(self._indices()))
 
     def entries(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
         """One pass, minibatches as entries ``[rows, bptt, ...]``."""
-        for index in self.order().split(self.rows):
+        for index in self._indices():
             yield {key: entry.index_select(0, index) for key, entry in self.chunks.items()}
 
 
