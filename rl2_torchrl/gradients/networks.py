@@ -25,11 +25,8 @@ def why_no_parts(actor: TensorDictModuleBase) -> str | None:
     if isinstance(actor, TensorDictSequential) and not getattr(actor, "return_composite", False):
         *others, last = _leaves(actor, is_policy=True)
         is_sample = isinstance(last, ProbabilisticTensorDictModule) and len(last.dist_keys) == len(last.in_keys)
-        if (
-            is_sample
-            and not any(isinstance(m, ProbabilisticTensorDictModule) for m in others)
-            and distributions.distribution_of(last)
-        ):
+        is_only = not any(isinstance(module, ProbabilisticTensorDictModule) for module in others)
+        if is_sample and is_only and distributions.distribution_of(last):
             return None
     return f"{type(actor).__name__} is no sequence of modules that ends in one distribution, its only one"
 
