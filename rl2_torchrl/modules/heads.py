@@ -120,7 +120,7 @@ class SkipHead(nn.Module):
         return ChainPart.of(self, self.head.layers, in_keys, out_keys, detach=self.detach) if is_chain else None
 
     @classmethod
-    def built(cls, features_size: int, input_size: int, out_features: int, *, num_cells, **kwargs) -> SkipHead:
+    def built(cls, input_size: int, features_size: int, out_features: int, *, num_cells, **kwargs) -> SkipHead:
         """One on features and the core's input, whose weights are drawn for that input alone (He et al. 2015)."""
         if not num_cells:
             raise ValueError(
