@@ -15,9 +15,8 @@ from torchrl.envs import Compose, EnvBase, TransformedEnv
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
-from rl2_torchrl.modules.encoders import Encoder, encoding
 from rl2_torchrl.modules.gru import GRUCore
-from rl2_torchrl.modules.heads import Head, SkipHead
+from rl2_torchrl.modules.layers import Encoder, Head, SkipHead, encoding
 from rl2_torchrl.transition import PreviousStep
 
 __all__ = [
@@ -45,8 +44,8 @@ class RecurrentActor(ProbabilisticActor):
         input_size: size of the transition input; with encoders by entry, the shape of each entry that is read, such as
             ``{"trans": [7], "pixels": [3, 64, 64]}``.
         distribution: how the head's outputs become an action, such as ``CategoricalActions(5)``.
-        action_key, hidden_key, features_key: what is written, and the core's (first) memory. Default ``"action"``, ``"actor_hidden"``
-            and ``"actor_features"``.
+        action_key, hidden_key, features_key: what is written, and the core's (first) memory. Default ``"action"``,
+            ``"actor_hidden"`` and ``"actor_features"``.
         init_range: the default head's last layer is drawn from U(-init_range, init_range). Default 1e-3.
         device, dtype: of the parameters.
         encoder: reads ``in_key`` ``[*B, input_size]`` and gives ``[*B, n]``: a module or a function of the entry's shape, such as
