@@ -1,5 +1,6 @@
 """RL² on Meta-World (Yu et al. 2019): a robot arm finds out within a trial where the hidden goal of its task lies."""
 
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from rl2_torchrl import (
     PPOUpdate,
     PreviousStep,
     RL2PPOLoss,
+    TaskBelief,
     TaskSampler,
     Trial,
     TrialAdvantage,
@@ -30,7 +32,7 @@ from rl2_torchrl.envs import GymVectorEnv
 
 NETWORK = Network(units=128, normalize=True, critic_keys=())
 LEARNING = Learning(
-    trials=32, env_steps=6_000_000, lr=5e-4, lmbda=0.95, epochs=8, minibatches=4, max_grad_norm=0.5, entropy=0.0
+    trials=32, env_steps=3_000_000, lr=1e-3, lmbda=0.95, epochs=5, minibatches=4, max_grad_norm=0.5, entropy=0.0
 )
 RUN = Run(Path("runs/meta_world"), report_tasks=50)
 #: Steps of a chunk that gradients go through.
@@ -43,6 +45,7 @@ def main(
     task: str = "reach-v3",
     episodes: int = 3,
     horizon: int = 100,
+    belief: float = 1.0,
     vectorization: Literal["sync", "async"] = "sync",
     network: Network = NETWORK,
     learning: Learning = LEARNING,
@@ -57,6 +60,7 @@ def main(
         task: the task of ML1.
         episodes: episodes of a trial.
         horizon: steps of an episode, up to Meta-World's 500.
+        belief: weight of a loss that the memory tells the task by (`TaskBelief`), which only training sees; 0 for none.
         vectorization: of the envs, one after the other or each in a process.
         network: actor and critic.
         learning: batches, and PPO on them.
@@ -79,8 +83,12 @@ def main(
     critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
     policy = ActorCritic(actor, critic)
     horizons = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    told = told_tasks(goals.train_tasks)
+    target = {"coefficient": belief, "target": lambda number: told[number]}
+    terms = [TaskBelief(network.units, told.shape[1], **target)] if belief else []
+    loss = {"entropy_bonus": learning.entropy > 0, "entropy_coeff": learning.entropy, "terms": terms}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=learning.entropy > 0, entropy_coeff=learning.entropy),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **loss),
         TrialAdvantage(**horizons, scale_rewards=True),
         bptt=CHUNK_STEPS,
         lr=learning.lr,
@@ -138,6 +146,16 @@ def load_benchmark(benchmark: str, task: str, seed: int):
     if benchmark == "ML1":
         return metaworld.ML1(task, seed=seed)
     return getattr(metaworld, benchmark)(seed=seed)
+
+
+def told_tasks(tasks: Sequence[Any]) -> torch.Tensor:
+    """What training may know of the tasks: where goal and objects are, at unit scale, and which env, ``[num_tasks, n]``."""
+    places = [torch.as_tensor(pickle.loads(task.data)["rand_vec"], dtype=torch.float32) for task in tasks]  # noqa: S301
+    places = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
+    places = (places - places.mean(0)) / places.std(0).clamp_min(1e-6)
+    names = sorted({task.env_name for task in tasks})
+    which = torch.nn.functional.one_hot(torch.tensor([names.index(task.env_name) for task in tasks])).float()
+    return torch.cat([places, which], 1) if len(names) > 1 else places
 
 
 def indices(number: int, batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:

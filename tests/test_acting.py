@@ -24,6 +24,7 @@ from rl2_torchrl.envs import (
     uniform_means,
     uniform_targets,
 )
+from rl2_torchrl.modules import GaussianActions, Head, LSTMCore, MLPEncoder
 from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.gru import FastGRUModule
 from rl2_torchrl.rollout import Rollout
@@ -282,3 +283,26 @@ def test_gaussian_actions_have_mean_and_scale_of_their_row():
     flat = noise.transpose(0, 1).flatten(1)  # [STEPS, 6]
     correlation = torch.corrcoef(torch.cat((flat[1:], flat[:-1]), -1).T) - torch.eye(12)
     assert correlation.abs().max() < 5 / STEPS**0.5
+
+
+LAYERS = {
+    "head": lambda: Head(4, 3, init_range=0.5),
+    "head, two hidden layers": lambda: Head(4, 3, init_range=0.5, num_cells=[4, 4]),
+    "encoder": lambda: MLPEncoder(4, num_cells=[4]),
+    "encoder of two layers, tanh": lambda: MLPEncoder(4, num_cells=[4, 4], activation=nn.Tanh),
+    "Gaussian": lambda: GaussianActions(3).parameters_of(Head(4, 3, init_range=0.5, num_cells=[4])),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_step_of_a_layer_is_its_forward(kind):
+    layer = LAYERS[kind]()
+    step, x = layer.step_function(), torch.randn(6, 4)
+    assert step is not layer
+    torch.testing.assert_close(step(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_core_is_not_asked_where_trials_begin():
+    # A rollout resets the memory itself.
+    [core] = acting_parts(LSTMCore(5, 4))
+    assert core.in_keys == ["trans", "hidden", "hidden_cell"]

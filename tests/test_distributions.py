@@ -13,7 +13,8 @@ from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOn
 from torchrl.envs import Compose, GymEnv, GymWrapper, TransformedEnv
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
-from rl2_torchrl import PreviousStep, Trial
+from rl2_torchrl import PreviousStep, Trial, kernels
+from rl2_torchrl.gradients import actor_parts
 from rl2_torchrl.modules import (
     ActionDistribution,
     CategoricalActions,
@@ -261,3 +262,7 @@ def test_an_actors_module_finds_its_distribution():
     found = distribution_of(GRUCategoricalActor(5, 3, one_hot=True).module[1])
     assert type(found) is CategoricalActions
     assert found.one_hot
+    [*_, part] = actor_parts(GRUCategoricalActor(5, 3, one_hot=True), "action", entropy=True)
+    action = torch.eye(3, dtype=torch.int64).expand(2, 3, 3)
+    part.forward({"action": action, "logits": torch.randn(2, 3, 3)})
+    assert part._by_kernels == (kernels.load(torch.float32) is not None)

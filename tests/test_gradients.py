@@ -23,7 +23,7 @@ from rl2_torchrl.gradients.networks import parts_of
 from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, log_scale_key
 from rl2_torchrl.modules import CategoricalActions, LSTMCore, MLPEncoder, RecurrentActor, RecurrentCritic
 from rl2_torchrl.modules.distributions import MultiCategoricalActions, TanhGaussianActions
-from rl2_torchrl.modules.heads import Head
+from rl2_torchrl.modules.layers import Head
 
 ROWS, STEPS, INPUTS, ACTIONS, UNITS = 9, 6, 5, 3, 20
 CRITICS = {
@@ -497,7 +497,7 @@ def test_the_gradients_of_heads_with_further_inputs(activation, wanted):
 
 @pytest.mark.parametrize("wanted", [(), ("x",), ("y", "x")])
 def test_the_gradients_of_inputs_side_by_side(wanted):
-    from rl2_torchrl.modules.encoders import Concat
+    from rl2_torchrl.modules.layers import Concat
 
     [part] = parts_of(TensorDictModule(Concat(), ["x", "y"], ["z"]))
     state = {"x": torch.randn(ROWS, STEPS, 2, **F64), "y": torch.randn(ROWS, STEPS, 1, **F64)}

@@ -13,7 +13,7 @@ from rl2_torchrl.modules.functions import (
     relu_linear,
     relu_linear_gradients,
 )
-from rl2_torchrl.modules.heads import Head
+from rl2_torchrl.modules.layers import Head
 from rl2_torchrl.objectives.terms import ClippedObjective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -11,10 +11,9 @@ from rl2_torchrl.modules.distributions import (
     TanhGaussianActions,
     register_distribution,
 )
-from rl2_torchrl.modules.encoders import ConvEncoder, ImageEncoder, MLPEncoder
 from rl2_torchrl.modules.gru import FastGRUModule, GRUCore
-from rl2_torchrl.modules.heads import Head
 from rl2_torchrl.modules.init import orthogonal_init_
+from rl2_torchrl.modules.layers import ConvEncoder, Head, ImageEncoder, MLPEncoder
 from rl2_torchrl.modules.recurrent import (
     GRUCategoricalActor,
     GRUGaussianActor,

@@ -132,11 +132,11 @@ class RecurrentCore(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """One step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
         x, memory, is_init = self._read(tensordict)
-        batch = x.shape[:-1]
-        lead = (batch[:-1].numel(), batch[-1]) if self.recurrent_mode else (batch.numel(),)
+        batch, is_sequence = x.shape[:-1], self.recurrent_mode
+        lead = (batch[:-1].numel(), batch[-1]) if is_sequence else (batch.numel(),)
         x, is_init = x.reshape(*lead, x.shape[-1]), is_init.reshape(lead)
         memory = memory and tuple(m.reshape(*lead, *m.shape[len(batch) :]) for m in memory)
-        if self.recurrent_mode:
+        if is_sequence:
             outputs = self.unroll(x, memory, is_init)
         else:
             initial = self.initial_memory(len(x))

@@ -98,7 +98,7 @@ class ActionDistribution:
         self, action: torch.Tensor, *parameters: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Both ``[*B]``, differentiable; the entropy is None where the class has none in closed form."""
-        distribution = self.module.get_dist(self._entries(parameters))
+        distribution = self._module.get_dist(self._entries(parameters))
         try:
             entropy = distribution.entropy()
         except NotImplementedError:
@@ -106,17 +106,16 @@ class ActionDistribution:
         return distribution.log_prob(action), entropy
 
     @cached_property
-    def module(self) -> ProbabilisticTensorDictModule:
-        """What makes the class's objects, as a policy has it."""
+    def _module(self) -> ProbabilisticTensorDictModule:
         options = {"distribution_class": self.distribution_class, "distribution_kwargs": self.distribution_kwargs}
         return ProbabilisticTensorDictModule(self.parameter_keys, ["action"], **options)
 
     def _sample(self, interaction: InteractionType, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
         with set_interaction_type(interaction):
-            return self.module(self._entries(parameters)).get(self.module.out_keys[0])
+            return self._module(self._entries(parameters)).get(self._module.out_keys[0])
 
     def _entries(self, parameters: tuple[torch.Tensor, ...]) -> TensorDict:
-        return TensorDict(dict(zip(self.module.in_keys, parameters, strict=True)))
+        return TensorDict(dict(zip(self._module.in_keys, parameters, strict=True)))
 
 
 # ------------------------------------------------------------------- choices
@@ -170,18 +169,14 @@ class CategoricalActions(ActionDistribution):
             nonlocal noise
             drawn = next(noise, None)
             if drawn is None:
-                noise = iter(self._noise_like(steps, logits).uniform_().log_().neg_().log_().neg_())
+                shape, kept = (steps, *logits.shape), self._noise
+                if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, logits.dtype, logits.device):
+                    self._noise = logits.new_empty(shape)  # the same memory for every batch
+                noise = iter(self._noise.uniform_().log_().neg_().log_().neg_())
                 drawn = next(noise)
             return self.mode(logits + drawn)
 
         return act
-
-    def _noise_like(self, steps: int, logits: torch.Tensor) -> torch.Tensor:
-        """Memory ``[steps, *B, num_actions]``, the same for every batch."""
-        shape, kept = (steps, *logits.shape), self._noise
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, logits.dtype, logits.device):
-            self._noise = logits.new_empty(shape)
-        return self._noise
 
 
 class MultiCategoricalActions(CategoricalActions):
@@ -323,8 +318,7 @@ class TanhGaussianActions(GaussianActions):
     """A Gaussian squashed by tanh into the range of the actions, so that none lies outside it.
 
     Args:
-        low: lower bounds ``[action_dim]``.
-        high: upper bounds ``[action_dim]``.
+        low, high: bounds ``[action_dim]``.
         init_log_std: as in `GaussianActions`. Default -0.5.
 
     Examples:
@@ -421,26 +415,22 @@ class Gaussian(nn.Module):
 
 
 # ------------------------------------------------------------ of a policy's module
-def _tanh_normal(low: Any = -1.0, high: Any = 1.0) -> TanhGaussianActions:
-    return TanhGaussianActions(*(torch.as_tensor(bound).reshape(-1) for bound in (low, high)))
-
-
 #: What has its own functions, of the class's further keywords. The head's size matters to nobody here: it is given as 1.
 _KNOWN: dict[type[Distribution], Callable[..., ActionDistribution]] = {
     Categorical: lambda: CategoricalActions(1),
     OneHotCategorical: lambda: CategoricalActions(1, one_hot=True),
     IndependentCategoricals: MultiCategoricalActions,
     IndependentNormal: lambda: GaussianActions(1),
-    TanhNormal: _tanh_normal,
+    TanhNormal: lambda low=-1.0, high=1.0: TanhGaussianActions(
+        *map(torch.atleast_1d, map(torch.as_tensor, (low, high)))
+    ),
 }
 
 
 def register_distribution(distribution_class: type[Distribution], make: Callable[..., ActionDistribution]) -> None:
     """Lets policies of ``distribution_class`` (exactly: what is derived from it may be another one) act by your functions.
 
-    Args:
-        distribution_class: a `torch.distributions.Distribution`.
-        make: from the class's keywords (a policy's ``distribution_kwargs``) what has the functions.
+    ``make`` gives what has them, from the class's further keywords (a policy's ``distribution_kwargs``).
 
     Examples:
         >>> class PoissonActions(ActionDistribution):
@@ -466,20 +456,16 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
         known = None
     if known is None or names != known.parameter_keys:
         known = ActionDistribution(1, names, module.distribution_class, kwargs)
-        known.module = module
+        known._module = module
     return known
 
 
 def policy_part(
     sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: torch.Tensor | None
 ) -> AutogradPart:
-    """The part that writes ``("policy", "log_prob")`` and, where ``entropy`` is asked for, ``("policy", "entropy")``.
+    """The part that writes ``LOG_PROB`` and, where ``entropy`` is asked for, ``ENTROPY``, in the place of a policy's last module.
 
-    Args:
-        sample: the policy's last module, which has the distribution.
-        action_key: entry of the collected actions.
-        entropy: whether anybody reads the entropy.
-        like: one of the policy's parameters, if it has any: of the device and dtype that its distribution will have.
+    ``like`` is one of the policy's parameters, if it has any: of the device and dtype that its distribution will have.
     """
     distribution = distribution_of(sample)
 
@@ -491,11 +477,9 @@ def policy_part(
             its_entropy = -distribution.log_prob_and_entropy(distribution.act(*parameters), *parameters)[0]
         return log_prob, its_entropy
 
-    known = like is not None and policy.has_kernels(like)
-    kind = distribution.part if known and distribution.part else AutogradPart
-    out_keys = [policy.LOG_PROB, policy.ENTROPY] if entropy else [policy.LOG_PROB]
-    part = kind(terms, [action_key, *sample.in_keys], out_keys)
-    if kind is AutogradPart:
-        missing = "brings no gradient of its own" if known else "has no kernels here"
-        part.reason = f"{sample.distribution_class.__name__} {missing}"
-    return part
+    has_kernels = like is not None and policy.has_kernels(like)
+    keys = ([action_key, *sample.in_keys], [policy.LOG_PROB, policy.ENTROPY] if entropy else [policy.LOG_PROB])
+    if has_kernels and distribution.part:
+        return distribution.part(terms, *keys)
+    missing = "brings no gradient of its own" if has_kernels else "has no kernels here"
+    return AutogradPart(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")

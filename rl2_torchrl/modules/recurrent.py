@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,8 @@ from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
-from rl2_torchrl.modules.encoders import Encoder, encoding
 from rl2_torchrl.modules.gru import GRUCore
-from rl2_torchrl.modules.heads import Head, SkipHead
+from rl2_torchrl.modules.layers import Encoder, Head, SkipHead, encoding
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import PreviousStep
 
@@ -46,25 +46,20 @@ class RecurrentActor(ProbabilisticActor):
         input_size: size of the transition input; with encoders by entry, the shape of each entry that is read, such as
             ``{"trans": [7], "pixels": [3, 64, 64]}``.
         distribution: how the head's outputs become an action, such as ``CategoricalActions(5)``.
-        action_key: Default ``"action"``.
-        hidden_key: the core's (first) memory. Default ``"actor_hidden"``.
-        features_key: Default ``"actor_features"``.
+        action_key, hidden_key, features_key: what is written, and the core's (first) memory. Default ``"action"``,
+            ``"actor_hidden"`` and ``"actor_features"``.
         init_range: the default head's last layer is drawn from U(-init_range, init_range). Default 1e-3.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        device, dtype: of the parameters.
         encoder: reads ``in_key`` ``[*B, input_size]`` and gives ``[*B, n]``: a module or a function of the entry's shape, such as
             `MLPEncoder`; or a mapping of entries to such, whose outputs are concatenated with the entries that have none; or a
             TensorDictModule. Default none.
         core: carries the memory: a core, or a function of the size of its input, such as `LSTMCore` or
             ``partial(LSTMCore, hidden_size=128)``; its entries are named by this network. Default `GRUCore`.
         head: makes ``distribution.num_outputs`` numbers of the features: a module, or a function of both sizes. Default `Head`.
-        hidden_size: units of the default core. Default 64.
-        num_layers: layers of the default core. Default 1.
-        num_cells: sizes of hidden layers in the default head: what to do is often no linear function of what is remembered.
-            Default none.
-        skip: whether these layers read the core's input beside the memory, so that what is seen now need not pass through
-            units that change slowly. Their weights are drawn for these inputs alone (He et al. 2015). Needs ``num_cells``.
-            Default False.
+        hidden_size, num_layers: of the default core. Default 64 and 1.
+        num_cells: hidden layers of the default head: what to do is often no linear function of what is remembered. Default none.
+        skip: whether these layers read the core's input too, so that what is seen now need not pass through units that change
+            slowly. Their weights are drawn for these inputs alone (He et al. 2015). Needs ``num_cells``. Default False.
         activation: module class before each linear layer of the default head. Default `torch.nn.ReLU`.
         in_key: transition input. Default ``"trans"``.
         normalize: bring the transition input to mean 0 and standard deviation 1 by a `RunningNorm`: all of its entries, or those
@@ -118,8 +113,7 @@ class RecurrentActor(ProbabilisticActor):
         Args:
             env: with `PreviousStep` among its transforms.
             distribution: one, or a function of the action spec of one row, such as ``TanhGaussianActions.from_spec``. By default
-                the spec decides: categorical for one choice, several categoricals for MultiDiscrete and MultiBinary, Gaussian
-                for reals.
+                the spec decides: categorical for one or several choices, Gaussian for reals.
             **kwargs: as in the constructor.
 
         Raises:
@@ -203,12 +197,10 @@ class RecurrentCritic(TensorDictSequential):
 
     Args:
         input_size: summed size of ``in_key`` and ``extra_keys``; or the shape of each entry that is read.
-        value_key: Default ``"state_value"``.
-        hidden_key: the core's (first) memory. Default ``"critic_hidden"``.
-        features_key: Default ``"critic_features"``.
-        init_range: the default head's last layer is drawn from U(-init_range, init_range). Default 3e-3.
-        extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each
-            ``[*B, n]``. They are concatenated to the core's input.
+        value_key, hidden_key, features_key: Default ``"state_value"``, ``"critic_hidden"`` and ``"critic_features"``.
+        init_range: as in `RecurrentActor`. Default 3e-3.
+        extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each ``[*B, n]``. They are
+            concatenated to the core's input.
         **slots: as in `RecurrentActor`, from ``device`` on.
 
     Examples:
@@ -262,12 +254,9 @@ class GRUValueHead(RecurrentCritic):
 class MemoryValueHead(TensorDictSequential):
     """Value function on the *actor's* memory: no GRU of its own, so half the work of two separate networks.
 
-    With ``detach=True`` it sends no gradient into the actor's memory: the actor's GRU is trained by the policy loss
-    alone ("detached" wiring). With ``detach=False`` both losses train one trunk ("shared" wiring); on long trials the
-    value loss then tends to crowd out the policy's.
-
-    In a loss the actor must run first, as it does in `ClipPPOLoss` and `A2CLoss`: the head reads the features that the
-    actor has just computed.
+    With ``detach=True`` it sends no gradient into the actor's memory, which the policy loss alone trains ("detached" wiring). With
+    ``detach=False`` both losses train one trunk ("shared" wiring); on long trials the value loss then tends to crowd out the
+    policy's. In a loss the actor must run first, as it does in `ClipPPOLoss` and `A2CLoss`.
 
     Args:
         features_size: size of the actor's features, its ``hidden_size``.
@@ -275,8 +264,7 @@ class MemoryValueHead(TensorDictSequential):
         extra_size: summed size of ``extra_keys``.
         extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each ``[*B, n]``.
         init_range: the last layer is drawn from U(-init_range, init_range). Default 3e-3.
-        features_key: the actor's features. Default ``"actor_features"``.
-        value_key: Default ``"state_value"``.
+        features_key, value_key: the actor's features, and what is written. Default ``"actor_features"`` and ``"state_value"``.
         **layers: ``num_cells``, ``activation``, ``device`` and ``dtype``, as in `Head`. A detached critic cannot shape its
             features, so that one hidden layer of its own helps.
 
@@ -345,13 +333,9 @@ def _slots(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[list[TensorDictModuleBase], nn.Module, list[NestedKey], tuple[NestedKey, NestedKey, int]]:
-    """A network by the keywords of `RecurrentActor`.
-
-    Returns:
-        Encoders and core, in the order in which data flows; the head, and the entries that it reads; hidden_key and features_key
-        as the core has them, and the size of its features.
-    """
-    factory = {"device": device, "dtype": dtype}
+    """Encoders and core, the head, the entries that it reads, and (hidden_key, features_key, features_size) of the core."""
+    factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}
+    units = {name: number for name, number in units.items() if number is not None}
     entries = _entries(input_size, in_key, _as_keys(extra_keys), encoder)
     norms = []
     if normalize is not False:
@@ -359,11 +343,10 @@ def _slots(
         norms.append(norm)
     encoders, key, size = encoding(encoder, entries, in_key, features_key, **factory)
     if core is None:
-        sizes = (64 if hidden_size is None else hidden_size, 1 if num_layers is None else num_layers)
-        core = GRUCore(size, *sizes, **factory)
-    elif hidden_size is not None or num_layers is not None:
+        core = GRUCore(size, **units, **factory)
+    elif units:
         raise ValueError(
-            "hidden_size and num_layers are those of the default core; say them to your own, such as "
+            "hidden_size and num_layers are those of the default core; say them to your own: "
             "core=partial(LSTMCore, hidden_size=128)."
         )
     elif not isinstance(core, nn.Module):
@@ -371,8 +354,8 @@ def _slots(
     features_size = _name_core(core, key, size, hidden_key, features_key)
     if head is None:
         layers = {"num_cells": num_cells, "activation": activation, "init_range": init_range, **factory}
-        sizes = (features_size, size, num_outputs)
-        head = SkipHead.built(*sizes, **layers) if skip else Head(features_size, num_outputs, **layers)
+        make = partial(SkipHead.built, size) if skip else Head
+        head = make(features_size, num_outputs, **layers)
     elif num_cells or skip:
         raise ValueError("num_cells and skip are those of the default head; build your own with its hidden layers.")
     elif not isinstance(head, nn.Module):
@@ -401,7 +384,7 @@ def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder: Encoder
 
 
 def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, features_key) -> int:
-    """Names the entries of ``core`` and returns the size of its features; TorchRL's own modules keep their names."""
+    """Names the entries of ``core``, unless it is TorchRL's own module, and returns the size of its features."""
     if hasattr(core, "name_entries"):
         core.name_entries(in_key, hidden_key, features_key)
         return core.features_size
@@ -430,7 +413,7 @@ def _entries(input_size: Shapes, in_key: NestedKey, extra_keys: Sequence[NestedK
 
 
 def _as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
-    """``extra_keys`` as a list. A single string is an error: its letters would be taken for keys."""
+    """``extra_keys`` as a list, and no single string, whose letters would be taken for keys."""
     if isinstance(extra_keys, str):
         raise TypeError(f"extra_keys={extra_keys!r} is a single key; give a list: extra_keys=[{extra_keys!r}].")
     return list(extra_keys)
@@ -448,15 +431,15 @@ def _read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.
     if kwargs.get("normalize") is True:
         kwargs["normalize"] = _reals_of(env, kwargs.get("in_key", "trans"))
     keys, encoder = [kwargs.get("in_key", "trans"), *_as_keys(kwargs.get("extra_keys", ()))], kwargs.get("encoder")
-    known = {*keys}
-    if isinstance(encoder, Mapping):
-        known |= encoder.keys()  # an entry whose encoder is None is one that the network shall not see
+    unseen = []
+    if isinstance(encoder, TensorDictModuleBase):
+        keys += encoder.in_keys
+    elif isinstance(encoder, Mapping):
+        unseen = [key for key, module in encoder.items() if module is None]
         kwargs["encoder"] = {key: module for key, module in encoder.items() if module is not None}
-        keys += [key for key in kwargs["encoder"] if key not in keys]
-    elif isinstance(encoder, TensorDictModuleBase):
-        keys += [key for key in encoder.in_keys if key not in keys]
-    _require_sight_of_images(env, known.union(keys))
-    return _shapes_of(env, keys)
+        keys += kwargs["encoder"]
+    _require_sight_of_images(env, {*keys, *unseen})
+    return _shapes_of(env, list(dict.fromkeys(keys)))
 
 
 def _shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.Size]:
