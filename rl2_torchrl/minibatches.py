@@ -36,8 +36,8 @@ class Minibatches:
         number, self.steps = chunks.shape[:2]
         if number < self.count:
             raise ValueError(
-                f"{self.count} minibatches cannot be made of {number} chunks of {self.steps} steps: collect more trials in a batch, "
-                "or ask for fewer minibatches."
+                f"{self.count} minibatches cannot be made of {number} chunks of {self.steps} steps: collect more trials in a "
+                "batch, or ask for fewer minibatches."
             )
         self.rows, keys = math.ceil(number / self.count), set(chunks.keys(True, True))
         # One buffer for the whole training: first touch of fresh memory costs more than the copy.

@@ -52,7 +52,7 @@ class GymVectorEnv(TensorEnv):
         task_spec: spec of one task. Not with ``tasks``.
         tasks: see above.
         task_option: see above.
-        vectorization: ``"sync"``: one after the other, here (default); ``"async"``: each in a process of its own, with observations in
+        vectorization: ``"sync"``: one after the other, here (default); ``"async"``: each in a process of its own, observations in
             shared memory, for envs of a millisecond a step and more.
         info_keys: numbers in Gymnasium's ``info`` to record, such as ``["success"]``; 0 where a step does not say.
         seed: seed of the rows' seeds; None draws one from PyTorch's default generator.
@@ -222,8 +222,8 @@ class GymVectorEnv(TensorEnv):
             not torch.equal(entries[key][others], value[others]) for key, value in self.observation.items()
         ):
             raise RuntimeError(
-                f"the {type(self.envs).__name__} has reset rows that were to go on: reset(options={{'reset_mask': mask}}) must reset "
-                "those of the mask alone, as gymnasium.vector's own do, or trials of other tasks end in the middle."
+                f"the {type(self.envs).__name__} has reset rows that were to go on: reset(options={{'reset_mask': mask}}) must "
+                "reset those of the mask alone, as gymnasium.vector's own do, or trials of other tasks end in the middle."
             )
 
     def _call(self, function: Callable[..., tuple], *args, **kwargs) -> tuple:
@@ -337,6 +337,6 @@ def require_finite(key: NestedKey, value: Tensor) -> None:
     if value.is_floating_point() and not math.isfinite(value.sum()) and not value.isfinite().all():
         rows = (~value.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise FloatingPointError(
-            f"the env gives {key!r} that is NaN or infinite, in rows {rows[:8]}: one such number spreads over the whole batch through "
-            "the advantages. Mend the env, or bound what leads there."
+            f"the env gives {key!r} that is NaN or infinite, in rows {rows[:8]}: one such number spreads over the whole batch "
+            "through the advantages. Mend the env, or bound what leads there."
         )
