@@ -7,7 +7,7 @@ where all rows begin and end their trials together, a whole batch is one CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -62,7 +62,10 @@ class Rollout:
         self.trials = trials_of(env, steps, read, keep if on_step is None else None)
         self.memory = Memory(policy, env, self.trials.rows)
         made = self._all_keys()
-        _check_entries(read, keep or (), {*made, *self.trials.keys_at_once})
+        for what, keys in (("keep holds", keep or ()), ("the policy reads", read)):
+            missing = [key for key in keys if not leaves([key], made)]
+            if missing:
+                raise KeyError(f"{what} {missing}, which nobody makes; there is {sorted(map(str, made))}.")
         self.keep = made if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
         late = {key for _, writes, _ in self._late for key in writes}
@@ -176,13 +179,6 @@ class Rollout:
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
         self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
-
-
-def _check_entries(read: Collection[NestedKey], keep: Collection[NestedKey], made: Collection[NestedKey]) -> None:
-    for what, keys in (("keep holds", keep), ("the policy reads", read)):
-        missing = [key for key in keys if not leaves([key], made)]
-        if missing:
-            raise KeyError(f"{what} {missing}, which nobody makes; there is {sorted(map(str, made))}.")
 
 
 @contextmanager
