@@ -185,7 +185,7 @@ class TensorTrials(Trials):
 
     def load_state_dict(self, state: dict) -> None:
         self.clock.load_state_dict(state["clock"])
-        self._is_adopted, task = bool(state["adopted"]), state["task"]
+        self._is_adopted, task = bool(state.get("adopted", False)), state["task"]
         if task is not None:
             self._deal(TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task)
         self._observations = dict(zip(self.door.resume(state["door"]), state["observations"], strict=True))

@@ -104,12 +104,13 @@ class Trials:
 
     def state_dict(self) -> dict:
         """Where the trials stand between two batches; the env's own state is the env's."""
-        return {"stepped": None if self._stepped is None else self._stepped.to_dict()}
+        state = {"root": self._root, "stepped": self._stepped}
+        return {name: None if entries is None else entries.to_dict() for name, entries in state.items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from what `state_dict` returned, with an env whose own state has been restored too."""
-        if state["stepped"] is not None:
-            self._stepped = TensorDict(state["stepped"], self.batch_size, self.env.device)
+        entries = (state.get(name) for name in ("root", "stepped"))
+        self._root, self._stepped = (e and TensorDict(e, self.batch_size, self.env.device) for e in entries)
 
 
 def next_key(key: NestedKey) -> NestedKey:
