@@ -207,9 +207,9 @@ def test_envs_without_a_task(name):
 class Terse(Walk):
     """Says when an episode ends in one of its flags alone, and keeps what the flags are when it is reset."""
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.told = []
+    def __init__(self, left_out):
+        super().__init__()
+        self.left_out, self.told = left_out, []
 
     def _reset(self, tensordict=None, **kwargs):
         if tensordict is not None and "terminated" in tensordict.keys():
@@ -217,11 +217,14 @@ class Terse(Walk):
         return super()._reset(tensordict, **kwargs)
 
     def _step(self, tensordict):
-        return super()._step(tensordict).exclude("terminated")
+        return super()._step(tensordict).exclude(self.left_out)
 
 
-def test_flags_that_an_env_leaves_out_are_those_of_the_step():
-    env = TransformedEnv(Terse(), Compose(Trial(episodes=3), TaskSampler(whole_numbers, seed=1), PreviousStep()))
+@pytest.mark.parametrize("left_out", ["done", "terminated"])
+def test_flags_that_an_env_leaves_out_are_those_of_the_step(left_out):
+    env = TransformedEnv(
+        Terse(left_out), Compose(Trial(episodes=3), TaskSampler(whole_numbers, seed=1), PreviousStep())
+    )
     batches_of(env, make_policy(env), 30, "tensors")
     done, terminated = map(torch.stack, zip(*env.base_env.told, strict=True))
     assert torch.equal(done, terminated)
