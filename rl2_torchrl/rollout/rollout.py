@@ -7,8 +7,7 @@ where all rows begin and end their trials together, a whole batch is one CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -109,8 +108,14 @@ class Rollout:
         if trials.is_repeatable:
             replay = GraphReplay(self._play, trials.device, [trials.env.generator])
             play = self._replays.setdefault(exploration_type(), replay)
-        with _one_thread() if trials.has_threads else nullcontext(), set_recurrent_mode(False):
-            play()
+        threads = torch.get_num_threads()
+        if trials.has_threads:  # PyTorch's spin while they wait, and would hold the cores that the env needs
+            torch.set_num_threads(1)
+        try:
+            with set_recurrent_mode(False):
+                play()
+        finally:
+            torch.set_num_threads(threads)
         made = {key: buffer.transpose(0, 1) for key, (buffer, _) in self._buffers.items()} | trials.entries()
         kept = TensorDict({key: made[key] for key in self.keep}, [trials.rows, self.steps], trials.device)
         if len(trials.batch_size) != 1:
@@ -121,11 +126,8 @@ class Rollout:
 
     def _play(self) -> None:
         """All steps of a batch."""
-        at_once = self.trials.keys_at_once
-        acting, recorded = (
-            [part.make(self.steps) for part in self._acting],
-            [k for k in self._early if k not in at_once],
-        )
+        acting, at_once = [part.make(self.steps) for part in self._acting], self.trials.keys_at_once
+        recorded = [key for key in self._early if key not in at_once]
         entries, begun = self.trials.start()
         state = {**entries, **(self.memory.initial() if begun is True else self.memory.next(self._carry, begun))}
         waiting: list[State] = []
@@ -179,14 +181,3 @@ class Rollout:
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
         self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread: threads that wait for its next operation spin, and would hold the cores that an env needs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

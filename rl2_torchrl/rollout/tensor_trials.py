@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -12,30 +12,18 @@ from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows, TrialClock
 from rl2_torchrl.rollout.doors import door_to
 from rl2_torchrl.rollout.transitions import TransitionInputs
-from rl2_torchrl.rollout.trials import REWARD, Task, Trials, flat, leaves, next_key, where_rows
-from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import Trial
+from rl2_torchrl.rollout.trials import REWARD, Keys, Task, Trials, flat, leaves, next_key, where_rows
 
 __all__ = ["TensorTrials"]
 
 
 class TensorTrials(Trials):
-    """Trials of the env below ``trial``, ``sampler`` and ``transition`` (None where ``env`` has none), on plain tensors."""
+    """Trials on plain tensors, of the env below ``ours``: its `Trial`, and its `TaskSampler` and `PreviousStep`, or None each."""
 
-    def __init__(
-        self,
-        env: EnvBase,
-        trial: Trial,
-        sampler: TaskSampler | None,
-        transition: PreviousStep | None,
-        steps: int,
-        read: Collection[NestedKey],
-        keep: Collection[NestedKey] | None,
-    ):
+    def __init__(self, env: EnvBase, ours: Sequence, steps: int, read: Keys, keep: Keys | None):
         super().__init__(env, steps, read, keep)
+        self.trial, self.sampler, transition = ours
         self.env = base = env.base_env
-        self.trial, self.sampler = trial, sampler
         observed = list(base.full_observation_spec.keys(True, True))
         self._root_keys = [key for key in observed if key in self.wanted]
         self._after_keys = [(key, next_key(key)) for key in observed if next_key(key) in self.wanted]
@@ -43,8 +31,8 @@ class TensorTrials(Trials):
         self._is_adopted = False
 
         self._task: Task = None
-        self._task_key = "task" if sampler is None else sampler.task_key
-        task_keys = [] if sampler is None else leaves([self._task_key], base.full_state_spec.keys(True, True))
+        self._task_key = "task" if self.sampler is None else self.sampler.task_key
+        task_keys = [] if self.sampler is None else leaves([self._task_key], base.full_state_spec.keys(True, True))
         depth = 1 if isinstance(self._task_key, str) else len(self._task_key)
         self._task_paths = {key: () if isinstance(key, str) else key[depth:] for key in task_keys}
         self._shown_task: State = {}  # its entries [N, ...]
@@ -57,7 +45,7 @@ class TensorTrials(Trials):
         self._shows_next_input = transition is not None and next_key(self.out_key) in self.wanted
         self.door = door_to(base, {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}, self._task_key)
         self.has_threads = self.door.has_threads
-        self.clock = TrialClock(trial, self.rows, steps, self.door.episode_steps, self.device)
+        self.clock = TrialClock(self.trial, self.rows, steps, self.door.episode_steps, self.device)
         self._flags_read = [key for key in read if key in self.clock.names]
 
     @property

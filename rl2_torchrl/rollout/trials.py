@@ -11,9 +11,10 @@ from torchrl.envs import Compose, EnvBase, TransformedEnv
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 
-__all__ = ["REWARD", "Task", "Trials", "flat", "leaves", "next_key", "own_transforms", "unflat", "where_rows"]
+__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "own_transforms", "unflat", "where_rows"]
 
 REWARD = ("next", "reward")
+Keys = Collection[NestedKey]
 Task = torch.Tensor | TensorDictBase | None
 
 
@@ -31,16 +32,9 @@ class Trials:
     #: Whether a batch does the same operations whatever the numbers are; whether the env works on threads of its own.
     is_repeatable = has_threads = False
     #: Keys of `entries`: nobody need record them step by step.
-    keys_at_once: Collection[NestedKey] = ()
+    keys_at_once: Keys = ()
 
-    def __init__(
-        self,
-        env: EnvBase,
-        steps: int,
-        read: Collection[NestedKey],
-        keep: Collection[NestedKey] | None,
-        reason: str | None = None,
-    ):
+    def __init__(self, env: EnvBase, steps: int, read: Keys, keep: Keys | None, reason: str | None = None):
         self.env, self.steps, self.batch_size, self.rows = env, steps, env.batch_size, env.batch_size.numel()
         self.device, self.action_key, self.reason = env.device or torch.device("cpu"), env.action_key, reason
         root = [*env.full_observation_spec.keys(True, True), *env.full_done_spec.keys(True, True)]
@@ -90,7 +84,7 @@ class Trials:
             root["is_init"] = self._never | (begun if isinstance(begun, bool) else begun.unsqueeze(-1))
         return root, begun
 
-    def _entries(self, tensordict: TensorDictBase, keys: Collection[NestedKey]) -> State:
+    def _entries(self, tensordict: TensorDictBase, keys: Keys) -> State:
         # Copies: many envs write their next step into the same memory.
         return {key: flat(tensordict.get(key).clone(), self.batch_size) for key in keys}
 
