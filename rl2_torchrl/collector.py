@@ -123,8 +123,8 @@ class TrialCollector(Collector):
         """Begins new trials in all rows, or in those of ``index``; the latter only by `Collector`'s own loop."""
         if index is not None and self.player is not None:
             raise NotImplementedError(
-                "TrialCollector.reset(index=...) cannot begin trials in some rows of a rollout on tensors: reset all rows, or make "
-                "the collector with rollout='tensordicts'."
+                "a rollout on tensors begins trials in all rows: reset() without an index, or make the collector with "
+                "rollout='tensordicts'."
             )
         super().reset(index, **kwargs)
         if self.player is not None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recipes import benchmark, gru_benchmark, half_cheetah, locomotion_benchmark
+from recipes import benchmark, evaluation_benchmark, gru_benchmark, half_cheetah, locomotion_benchmark
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,20 @@ def test_gru_table_compares_every_backend():
     figures = gru_benchmark.main(rows=(2,), units=(4,), steps=3, inputs=2, repeats=1, threads=1)
     assert set(figures) == {"2x4 one step", "2x4 forward", "2x4 forward + backward"}
     assert all(set(times) == {"pad", "scan", "python", "fast"} for times in figures.values())
+
+
+def test_evaluations_are_timed_by_rows(tmp_path):
+    file = tmp_path / "evaluation.json"
+    evaluation_benchmark.main(rows=(2, 3), tasks=7, arms=2, pulls=3, units=4, repeats=3, threads=1, json=file)
+    stored = json.loads(file.read_text())
+    assert set(stored) == {"2", "3"}
+    for rows, figure in stored.items():
+        assert len(figure["runs"]) == 3
+        assert figure["seconds"] == sorted(figure["runs"])[1]
+        steps = {"2": 4 * 3, "3": 3 * 3}[rows]  # the last round has rows to spare
+        assert figure["microseconds_per_step"] == pytest.approx(1e6 * figure["seconds"] / steps)
+    with pytest.raises(ValueError, match="repeats=0"):
+        evaluation_benchmark.main(repeats=0)
 
 
 def test_a_device_that_did_nothing_was_not_busy(monkeypatch):

@@ -305,6 +305,21 @@ def test_batches_are_written_over_one_another():
     assert addresses[0] == addresses[1] == addresses[2]
 
 
+def test_batches_may_be_kept_where_that_is_asked_for():
+    """As in a replay buffer that a user fills: without ``return_same_td`` a batch is not written over."""
+    env = bandit_env()
+    frames = {"frames_per_batch": ROWS * PULLS, "total_frames": 3 * ROWS * PULLS}
+    collector = TrialCollector(env, policy_for(env), keep=KEEP, return_same_td=False, **frames)
+    kept, copies = [], []
+    for batch in collector:
+        kept.append(batch)
+        copies.append(batch.clone())
+    assert collector.backend == "tensors"
+    for batch, copy in zip(kept, copies, strict=True):
+        assert (batch == copy).all()
+    assert (kept[0]["task"] != kept[1]["task"]).any()
+
+
 @pytest.mark.parametrize("case", ["no keep", "part of a trial", "transition input of the next step", "gymnasium"])
 def test_whatever_is_kept_and_played_is_played_on_tensors(case, monkeypatch):
     said = []

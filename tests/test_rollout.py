@@ -32,6 +32,7 @@ from rl2_torchrl import (
     TrialCollector,
 )
 from rl2_torchrl.collector import load_rollout_state, rollout_state
+from rl2_torchrl.modules import RecurrentCore
 from rl2_torchrl.rollout import Rollout
 
 CASES = [
@@ -203,6 +204,71 @@ def test_envs_without_a_task(name):
     assert_same(ours, [batch.exclude("task") for batch in theirs])
 
 
+class Terse(Walk):
+    """Says when an episode ends in one of its flags alone, and keeps what the flags are when it is reset."""
+
+    def __init__(self, left_out):
+        super().__init__()
+        self.left_out, self.told = left_out, []
+
+    def _reset(self, tensordict=None, **kwargs):
+        if tensordict is not None and "terminated" in tensordict.keys():
+            self.told.append((tensordict["done"].clone(), tensordict["terminated"].clone()))
+        return super()._reset(tensordict, **kwargs)
+
+    def _step(self, tensordict):
+        return super()._step(tensordict).exclude(self.left_out)
+
+
+@pytest.mark.parametrize("left_out", ["done", "terminated"])
+def test_flags_that_an_env_leaves_out_are_those_of_the_step(left_out):
+    env = TransformedEnv(
+        Terse(left_out), Compose(Trial(episodes=3), TaskSampler(whole_numbers, seed=1), PreviousStep())
+    )
+    batches_of(env, make_policy(env), 30, "tensors")
+    done, terminated = map(torch.stack, zip(*env.base_env.told, strict=True))
+    assert torch.equal(done, terminated)
+    assert set(done.flatten().tolist()) == {True, False}
+
+
+class StartsWarm(RecurrentCore):
+    """A core whose memories are neither 0 nor the same at a trial's start."""
+
+    def __init__(self, input_size, **keys):
+        super().__init__(4, {"sum": (4,), "count": (1,)}, input_size=input_size, **keys)
+        self.linear = torch.nn.Linear(input_size, 4)
+
+    def initial_memory(self, num_rows):
+        return torch.full((num_rows, 4), 3.0), torch.full((num_rows, 1), -7.0)
+
+    def step(self, x, total, count):
+        total, count = total + self.linear(x), count + 1
+        return total / 9 + count, total, count
+
+
+@pytest.mark.parametrize("transforms", [[], [StepCounter]], ids=named)
+@pytest.mark.parametrize("name", ["guess", "mdp", "walk"])
+def test_a_trial_starts_with_the_memory_that_the_core_says(name, transforms):
+    env = make_env(name, *[kind() for kind in transforms], episodes=2)
+    torch.manual_seed(0)
+    core = StartsWarm(env.observation_spec["trans"].shape[-1], hidden_key="warm")
+    choices = env.action_spec.space.n
+    act = TensorDictModule(lambda features: (100 * features.sum(-1)).long() % choices, ["features"], ["action"])
+    rollout = Rollout(env, TensorDictSequential(core, act), 25)
+    keys, begun = core.in_keys[1:-1], 0
+    for _ in range(2):
+        batch = rollout()
+        first = batch["is_init"].squeeze(-1)
+        begun += int(first[:, 1:].sum())
+        initial = core.initial_memory(int(first.sum()))
+        assert all(torch.equal(batch[key][first], value) for key, value in zip(keys, initial, strict=True))
+        for key in keys:
+            assert torch.equal(batch[key][:, 1:][~first[:, 1:]], batch["next", key][:, :-1][~first[:, 1:]])
+        features, *_ = core.step(batch["trans"][first], *initial)
+        torch.testing.assert_close(batch["features"][first], features)
+    assert begun
+
+
 # ------------------------------------------------------------ going on
 
 
@@ -221,7 +287,8 @@ def test_envs_without_a_task(name):
     ],
     ids=named,
 )
-def test_a_rollout_goes_on_where_it_was_saved(name, trial, transforms, tmp_path):
+@pytest.mark.parametrize("batches_before", [0, 2])
+def test_a_rollout_goes_on_where_it_was_saved(name, trial, transforms, batches_before, tmp_path):
     def make(seed):
         env = make_env(name, *[kind() for kind in transforms], **trial)
         policy = make_policy(env)
@@ -231,13 +298,13 @@ def test_a_rollout_goes_on_where_it_was_saved(name, trial, transforms, tmp_path)
 
     env, collector = make(0)
     unbroken = iter(collector)
-    for _ in range(2):
+    for _ in range(batches_before):
         next(unbroken)
     torch.save(
         (rollout_state(collector), env.transform[1].get_extra_state(), torch.get_rng_state()), tmp_path / "state"
     )
     expected = [next(unbroken).clone() for _ in range(3)]
-    assert not expected[0]["is_init"][:, 0].all()  # in the middle of a trial
+    assert expected[0]["is_init"][..., 0, 0].all() == (batches_before == 0)  # else in the middle of a trial
 
     env, collector = make(1)
     next(iter(collector))  # stands elsewhere
@@ -270,3 +337,22 @@ def test_a_collector_can_be_reset(name, transforms):
             collector.reset()
     assert_same(*results)
     assert results[0][1]["is_init"][:, 0].all()
+
+
+@pytest.mark.parametrize(("name", "transforms"), [("guess", []), ("mdp", []), ("walk", [StepCounter])], ids=named)
+def test_the_first_trials_follow_a_seed_too(name, transforms):
+    def make():
+        return make_env(name, *[kind() for kind in transforms], episodes=3)
+
+    results = []
+    for rollout, seed in (("tensors", 5), ("tensordicts", 5), ("tensors", 6)):
+        env = make()
+        frames = 5 * env.batch_size.numel()
+        collector = TrialCollector(env, make_policy(env), frames_per_batch=frames, total_frames=-1, rollout=rollout)
+        collector.set_seed(seed)
+        torch.manual_seed(7)
+        iterator = iter(collector)
+        with same_noise():
+            results.append([next(iterator).clone() for _ in range(3)])
+    assert_same(*results[:2])
+    assert not torch.equal(results[0][0]["task"], results[2][0]["task"])

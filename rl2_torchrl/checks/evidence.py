@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
-from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
+from torchrl.envs import EnvBase, Transform, TransformedEnv
 
 from rl2_torchrl.checks.probe import NetworkProbe
+from rl2_torchrl.rollout.trials import own_transforms
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE
 
@@ -153,11 +154,7 @@ def _copy(thing: nn.Module, name: str) -> nn.Module:
 
 def transforms_of(env: EnvBase | None) -> list[Transform]:
     """The transforms around ``env``, from the inside out."""
-    found: list[Transform] = []
-    while isinstance(env, TransformedEnv):
-        found = [*(env.transform if isinstance(env.transform, Compose) else [env.transform]), *found]
-        env = env.base_env
-    return found
+    return [*transforms_of(env.base_env), *own_transforms(env)] if isinstance(env, TransformedEnv) else []
 
 
 def flat(entry: torch.Tensor | TensorDictBase, lead: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +14,8 @@ __all__ = ["Ends", "Rows", "TrialClock"]
 
 #: Some rows of a batch: True is all of them, False none, otherwise a mask ``[N]``.
 Rows = bool | torch.Tensor
-
-
-class Ends(NamedTuple):
-    """Which rows a step has ended: an episode inside a trial, which the next episode follows; a trial; either."""
-
-    inner: Rows
-    trial: Rows
-    episode: Rows
+#: Which rows a step has ended: an episode inside a trial, which the next episode follows; a trial; either.
+Ends = tuple[Rows, Rows, Rows]
 
 
 class TrialClock:
@@ -53,14 +46,13 @@ class TrialClock:
 
     def start_batch(self) -> None:
         """Goes on where the last batch ended."""
-        if self.is_shared:
-            position = self._episode_step, *(int(array[-1, 0]) for array in self._numbers)
-            if position == self._planned:
-                return  # all is as it was in the last batch
-            self._planned = position
+        position = self._episode_step, *(int(array[-1, 0]) for array in self._numbers)
+        if self.is_shared and position == self._planned:
+            return  # all is as it was in the last batch
         for array in self._numbers:
             array[0] = array[-1]
         if self.is_shared:
+            self._planned = position
             self._plan = [self._count(t, None) for t in range(self.steps)]
             for key, value in self._made(slice(0, -1), slice(1, None)).items():
                 self._entries.setdefault(key, value).copy_(value)  # in the memory that a CUDA graph knows
@@ -77,7 +69,7 @@ class TrialClock:
     @property
     def trials_begun(self) -> int:
         """How many times all rows of a shared clock begin a trial within a batch, after its first step."""
-        return sum(ends.trial is True for ends in self._plan[:-1])
+        return sum(trial is True for _, trial, _ in self._plan[:-1])
 
     def _count(self, t: int, done: np.ndarray | None) -> Ends:
         index, step, over, ended = self._numbers
@@ -89,9 +81,9 @@ class TrialClock:
         over[t + 1] = self.trial.is_over(index[t + 1], step[t + 1])
         trial, episode = over[t + 1], ended[t + 1]
         if not (trial.any() or episode.any()):
-            return Ends(False, False, False)
+            return False, False, False
         self._episode_step = 0
-        return Ends(*map(self._rows, (episode & ~trial, trial, episode)))
+        return self._rows(episode & ~trial), self._rows(trial), self._rows(episode)
 
     def _rows(self, mask: np.ndarray) -> Rows:
         if not mask.any():
@@ -105,31 +97,28 @@ class TrialClock:
     def at(self, t: int, keys: Collection[NestedKey] | None = None) -> dict[NestedKey, torch.Tensor]:
         """Those of `entries` for step ``t``, ``[N, 1]``: some ``keys`` before it is taken, or all when it has been."""
         if self.is_shared:
-            return {key: self._entries[key][:, t] for key in (self._entries if keys is None else keys)}
-        if keys is None:
-            return self._made(t, t + 1)
-        before = self._before(t)
-        return self._shown({key: before[key] for key in keys})
+            return {key: self._entries[key][:, t] for key in keys or self._entries}
+        return self._made(t, t + 1) if keys is None else self._shown(self._named(t, False), keys)
 
     def _made(self, before: int | slice, after: int | slice) -> dict[NestedKey, torch.Tensor]:
-        return self._shown({**self._before(before), **{("next", k): v for k, v in self._after(after).items()}})
+        named = {("next", key): value for key, value in self._named(after, True).items()}
+        return self._shown({**self._named(before, False), **named})
 
-    def _before(self, at: int | slice) -> dict[str, torch.Tensor]:
+    def _named(self, at: int | slice, is_after: bool) -> dict[str, torch.Tensor]:
         index, step, over, ended = (array[at] for array in self._arrays)
-        goes_on, never = ~over, torch.zeros_like(over)
-        flags = {"is_init": over, "done": never, "terminated": never, "truncated": never, EPISODE_DONE: ended & goes_on}
-        return {**flags, **self.trial.counters(index * goes_on, step * goes_on)}
-
-    def _after(self, at: int | slice) -> dict[str, torch.Tensor]:
-        index, step, over, ended = (array[at] for array in self._arrays)
-        never = torch.zeros_like(over)
+        begun = never = torch.zeros_like(over)
+        if not is_after:  # a trial that has ended is followed by one that begins
+            goes_on = ~over
+            index, step, ended, begun, over = index * goes_on, step * goes_on, ended & goes_on, over, never
         terminated, truncated = (never, over) if self.trial.truncate else (over, never)
-        flags = {"is_init": never, "done": over, "terminated": terminated, "truncated": truncated, EPISODE_DONE: ended}
+        flags = {"is_init": begun, "done": over, "terminated": terminated, "truncated": truncated, EPISODE_DONE: ended}
         return {**flags, **self.trial.counters(index, step)}
 
-    def _shown(self, made: dict[NestedKey, torch.Tensor]) -> dict[NestedKey, torch.Tensor]:
-        made = {key: value.to(self.device).t().unsqueeze(-1) for key, value in made.items()}
-        return {key: value.expand(self.rows, *value.shape[1:]).contiguous() for key, value in made.items()}
+    def _shown(self, named, keys: Collection[NestedKey] | None = None) -> dict[NestedKey, torch.Tensor]:
+        shown = {key: named[key].to(self.device).t().unsqueeze(-1) for key in keys or named}
+        # Copies, since what others do to a batch must not reach the counts.
+        form = torch.contiguous_format
+        return {k: v.expand(self.rows, *v.shape[1:]).clone(memory_format=form) for k, v in shown.items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Where the rows stand after the last batch."""

@@ -15,11 +15,8 @@ class GraphReplay:
     The first call runs as it is, so that libraries and buffers are set up; the second is recorded, and from then on the
     recording is replayed. On other devices each call is a plain one.
 
-    Args:
-        function: works in place on the same memory in every call, returns nothing, reads no number back to the host, and does
-            the same operations whatever the numbers are.
-        device: the device that it works on.
-        generators: random generators that it draws from, beside PyTorch's own.
+    ``function`` works in place on the same memory in every call, returns nothing, reads no number back to the host, and does the
+    same operations whatever the numbers are; it draws from PyTorch's own generator and from ``generators``.
     """
 
     def __init__(

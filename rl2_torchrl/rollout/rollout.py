@@ -7,8 +7,7 @@ where all rows begin and end their trials together, a whole batch is one CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -62,7 +61,10 @@ class Rollout:
         self.trials = trials_of(env, steps, read, keep if on_step is None else None)
         self.memory = Memory(policy, env, self.trials.rows)
         made = self._all_keys()
-        _check_entries(read, keep or (), {*made, *self.trials.keys_at_once})
+        for what, keys in (("keep holds", keep or ()), ("the policy reads", read)):
+            missing = [key for key in keys if not leaves([key], made)]
+            if missing:
+                raise KeyError(f"{what} {missing}, which nobody makes; there is {sorted(map(str, made))}.")
         self.keep = made if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
         late = {key for _, writes, _ in self._late for key in writes}
@@ -106,8 +108,14 @@ class Rollout:
         if trials.is_repeatable:
             replay = GraphReplay(self._play, trials.device, [trials.env.generator])
             play = self._replays.setdefault(exploration_type(), replay)
-        with _one_thread() if trials.has_threads else nullcontext(), set_recurrent_mode(False):
-            play()
+        threads = torch.get_num_threads()
+        if trials.has_threads:  # PyTorch's spin while they wait, and would hold the cores that the env needs
+            torch.set_num_threads(1)
+        try:
+            with set_recurrent_mode(False):
+                play()
+        finally:
+            torch.set_num_threads(threads)
         made = {key: buffer.transpose(0, 1) for key, (buffer, _) in self._buffers.items()} | trials.entries()
         kept = TensorDict({key: made[key] for key in self.keep}, [trials.rows, self.steps], trials.device)
         if len(trials.batch_size) != 1:
@@ -118,11 +126,8 @@ class Rollout:
 
     def _play(self) -> None:
         """All steps of a batch."""
-        at_once = self.trials.keys_at_once
-        acting, recorded = (
-            [part.make(self.steps) for part in self._acting],
-            [k for k in self._early if k not in at_once],
-        )
+        acting, at_once = [part.make(self.steps) for part in self._acting], self.trials.keys_at_once
+        recorded = [key for key in self._early if key not in at_once]
         entries, begun = self.trials.start()
         state = {**entries, **(self.memory.initial() if begun is True else self.memory.next(self._carry, begun))}
         waiting: list[State] = []
@@ -176,21 +181,3 @@ class Rollout:
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
         self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
-
-
-def _check_entries(read: Collection[NestedKey], keep: Collection[NestedKey], made: Collection[NestedKey]) -> None:
-    for what, keys in (("keep holds", keep), ("the policy reads", read)):
-        missing = [key for key in keys if not leaves([key], made)]
-        if missing:
-            raise KeyError(f"{what} {missing}, which nobody makes; there is {sorted(map(str, made))}.")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread: threads that wait for its next operation spin, and would hold the cores that an env needs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -12,30 +12,18 @@ from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows, TrialClock
 from rl2_torchrl.rollout.doors import door_to
 from rl2_torchrl.rollout.transitions import TransitionInputs
-from rl2_torchrl.rollout.trials import REWARD, Task, Trials, flat, leaves, next_key, where_rows
-from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import Trial
+from rl2_torchrl.rollout.trials import REWARD, Keys, Task, Trials, flat, leaves, next_key, where_rows
 
 __all__ = ["TensorTrials"]
 
 
 class TensorTrials(Trials):
-    """Trials of the env below ``trial``, ``sampler`` and ``transition`` (None where ``env`` has none), on plain tensors."""
+    """Trials on plain tensors, of the env below ``ours``: its `Trial`, and its `TaskSampler` and `PreviousStep`, or None each."""
 
-    def __init__(
-        self,
-        env: EnvBase,
-        trial: Trial,
-        sampler: TaskSampler | None,
-        transition: PreviousStep | None,
-        steps: int,
-        read: Collection[NestedKey],
-        keep: Collection[NestedKey] | None,
-    ):
+    def __init__(self, env: EnvBase, ours: Sequence, steps: int, read: Keys, keep: Keys | None):
         super().__init__(env, steps, read, keep)
-        base, self.trial, self.sampler = env.base_env, trial, sampler
-        self.env = base
+        self.trial, self.sampler, transition = ours
+        self.env = base = env.base_env
         observed = list(base.full_observation_spec.keys(True, True))
         self._root_keys = [key for key in observed if key in self.wanted]
         self._after_keys = [(key, next_key(key)) for key in observed if next_key(key) in self.wanted]
@@ -43,25 +31,21 @@ class TensorTrials(Trials):
         self._is_adopted = False
 
         self._task: Task = None
-        self._task_key = "task" if sampler is None else sampler.task_key
-        task_keys = [] if sampler is None else leaves([self._task_key], base.full_state_spec.keys(True, True))
+        self._task_key = "task" if self.sampler is None else self.sampler.task_key
+        task_keys = [] if self.sampler is None else leaves([self._task_key], base.full_state_spec.keys(True, True))
         depth = 1 if isinstance(self._task_key, str) else len(self._task_key)
         self._task_paths = {key: () if isinstance(key, str) else key[depth:] for key in task_keys}
         self._shown_task: State = {}  # its entries [N, ...]
         self._shown_task_after: State = {}  # the same under "next"
         self._tasks: list[Task] = []  # of the trials that begin in a batch, where that is known ahead
 
-        self.inputs, encoded, self.out_key, self._next_out_key = None, [], None, None
-        if transition is not None:
-            self.inputs, encoded = (
-                TransitionInputs(transition, steps, self.rows, self.device),
-                transition.layout().observations,
-            )
-            self.out_key, after = transition.out_key, next_key(transition.out_key)
-            self._next_out_key = after if after in self.wanted else None
+        encoded = [] if transition is None else transition.layout().observations
+        self.inputs = None if transition is None else TransitionInputs(transition, steps, self.rows, self.device)
+        self.out_key = None if transition is None else transition.out_key
+        self._shows_next_input = transition is not None and next_key(self.out_key) in self.wanted
         self.door = door_to(base, {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}, self._task_key)
         self.has_threads = self.door.has_threads
-        self.clock = TrialClock(trial, self.rows, steps, self.door.episode_steps, self.device)
+        self.clock = TrialClock(self.trial, self.rows, steps, self.door.episode_steps, self.device)
         self._flags_read = [key for key in read if key in self.clock.names]
 
     @property
@@ -93,48 +77,45 @@ class TensorTrials(Trials):
         begun, is_adopted, self._is_adopted = self.clock.begins, self._is_adopted, False
         if self.inputs is not None:
             self.inputs.start_batch()
-        if is_adopted:
-            self._tell(0, begun)
-        elif begun is not False:
-            self._begin(0, begun)
+        if begun is not False:
+            self._begin(0, begun, is_adopted)
         return self._at(0), begun
 
     def step(self, t: int, state: State) -> tuple[State, State, Rows]:
         action = state[self.action_key]
         observations, reward, done = self.door.play(action)
-        ends = self.clock.tick(t, done)
-        if ends.inner is not False:
+        inner, trial, episode = self.clock.tick(t, done)
+        if inner is not False:
             # What tells of the step that was taken stays; see Trial(step_keys=...).
             told = {key: value for key, value in observations.items() if self.trial.tells_of_step(key)}
-            observations = {**self.door.start(self._task, ends.inner), **told}
+            observations = {**self.door.start(self._task, inner), **told}
         self._observations = observations
         after = {following: observations[key] for key, following in self._after_keys}
         after.update(self._shown_task_after)
         after[REWARD] = reward
-        if self.inputs is not None and (ends.trial is not True or self._next_out_key is not None):
-            self.inputs.tell(t + 1, action, reward, ends.episode)
+        if self.inputs is not None and (trial is not True or self._shows_next_input):
+            self.inputs.tell(t + 1, action, reward, episode)
             self.inputs.observe(t + 1, observations)
-            if self._next_out_key is not None:
-                after[self._next_out_key] = self.inputs.steps[t + 1].clone()
+            if self._shows_next_input:
+                after[next_key(self.out_key)] = self.inputs.steps[t + 1].clone()
         if t + 1 == self.steps:
             return after, {}, False
-        if ends.trial is not False:
-            self._begin(t + 1, ends.trial)
-        return after, self._at(t + 1), ends.trial
+        if trial is not False:
+            self._begin(t + 1, trial)
+        return after, self._at(t + 1), trial
 
-    def _begin(self, t: int, rows: Rows) -> None:
-        """A trial of a new task begins in ``rows`` at step ``t``."""
-        if self.sampler is not None:
-            self._deal(next(self._undealt) if self.clock.is_shared else self._drawn(rows))
-        first = self.door.start(self._task, rows)
-        if rows is not True:  # other rows may have begun an episode just now, and go on telling of the step before it
-            told = [key for key in first if self.trial.tells_of_step(key)]
-            first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
-        self._observations = first
-        self._tell(t, rows)
-
-    def _tell(self, t: int, rows: Rows) -> None:
-        """Writes the transition input of a trial's first step."""
+    def _begin(self, t: int, rows: Rows, is_adopted: bool = False) -> None:
+        """A trial of a new task begins in ``rows`` at step ``t``; with ``is_adopted`` it has begun, and is not written down yet."""
+        if not is_adopted:
+            if self.sampler is not None:
+                self._deal(next(self._undealt) if self.clock.is_shared else self._drawn(rows))
+            first = self.door.start(self._task, rows)
+            if (
+                rows is not True
+            ):  # other rows may have begun an episode just now, and go on telling of the step before it
+                told = [key for key in first if self.trial.tells_of_step(key)]
+                first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
+            self._observations = first
         if self.inputs is not None:
             self.inputs.begin(t, rows)
             self.inputs.observe(t, self._observations)
@@ -192,7 +173,7 @@ class TensorTrials(Trials):
 
     def load_state_dict(self, state: dict) -> None:
         self.clock.load_state_dict(state["clock"])
-        self._is_adopted, task = bool(state["adopted"]), state["task"]
+        self._is_adopted, task = bool(state.get("adopted", False)), state["task"]
         if task is not None:
             self._deal(TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task)
         self._observations = dict(zip(self.door.resume(state["door"]), state["observations"], strict=True))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
-from tensordict import NestedKey
 from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer
 
 from rl2_torchrl.rollout.doors import is_tensor_env
 from rl2_torchrl.rollout.tensor_trials import TensorTrials
-from rl2_torchrl.rollout.trials import Trials, own_transforms
+from rl2_torchrl.rollout.trials import Keys, Trials, own_transforms
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
@@ -17,7 +14,7 @@ from rl2_torchrl.trial import Trial
 __all__ = ["trial_steps", "trials_of"]
 
 
-def trials_of(env: EnvBase, steps: int, read: Collection[NestedKey], keep: Collection[NestedKey] | None) -> Trials:
+def trials_of(env: EnvBase, steps: int, read: Keys, keep: Keys | None) -> Trials:
     """The trials of ``env``; arguments as for `Trials`."""
     below, ours, others = _taken_apart(env)
     if others:
@@ -25,7 +22,7 @@ def trials_of(env: EnvBase, steps: int, read: Collection[NestedKey], keep: Colle
         return Trials(env, steps, read, keep, reason)
     if ours[0] is None:
         return Trials(env, steps, read, keep, "the env has no Trial")
-    return TensorTrials(below, *ours, steps, read, keep)
+    return TensorTrials(below, ours, steps, read, keep)
 
 
 def trial_steps(env: EnvBase) -> int | None:

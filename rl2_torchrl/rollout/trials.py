@@ -11,9 +11,10 @@ from torchrl.envs import Compose, EnvBase, TransformedEnv
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 
-__all__ = ["REWARD", "Task", "Trials", "flat", "leaves", "next_key", "own_transforms", "unflat", "where_rows"]
+__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "own_transforms", "unflat", "where_rows"]
 
 REWARD = ("next", "reward")
+Keys = Collection[NestedKey]
 Task = torch.Tensor | TensorDictBase | None
 
 
@@ -31,16 +32,9 @@ class Trials:
     #: Whether a batch does the same operations whatever the numbers are; whether the env works on threads of its own.
     is_repeatable = has_threads = False
     #: Keys of `entries`: nobody need record them step by step.
-    keys_at_once: Collection[NestedKey] = ()
+    keys_at_once: Keys = ()
 
-    def __init__(
-        self,
-        env: EnvBase,
-        steps: int,
-        read: Collection[NestedKey],
-        keep: Collection[NestedKey] | None,
-        reason: str | None = None,
-    ):
+    def __init__(self, env: EnvBase, steps: int, read: Keys, keep: Keys | None, reason: str | None = None):
         self.env, self.steps, self.batch_size, self.rows = env, steps, env.batch_size, env.batch_size.numel()
         self.device, self.action_key, self.reason = env.device or torch.device("cpu"), env.action_key, reason
         root = [*env.full_observation_spec.keys(True, True), *env.full_done_spec.keys(True, True)]
@@ -90,7 +84,7 @@ class Trials:
             root["is_init"] = self._never | (begun if isinstance(begun, bool) else begun.unsqueeze(-1))
         return root, begun
 
-    def _entries(self, tensordict: TensorDictBase, keys: Collection[NestedKey]) -> State:
+    def _entries(self, tensordict: TensorDictBase, keys: Keys) -> State:
         # Copies: many envs write their next step into the same memory.
         return {key: flat(tensordict.get(key).clone(), self.batch_size) for key in keys}
 
@@ -104,12 +98,13 @@ class Trials:
 
     def state_dict(self) -> dict:
         """Where the trials stand between two batches; the env's own state is the env's."""
-        return {"stepped": None if self._stepped is None else self._stepped.to_dict()}
+        state = {"root": self._root, "stepped": self._stepped}
+        return {name: None if entries is None else entries.to_dict() for name, entries in state.items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from what `state_dict` returned, with an env whose own state has been restored too."""
-        if state["stepped"] is not None:
-            self._stepped = TensorDict(state["stepped"], self.batch_size, self.env.device)
+        entries = (state.get(name) for name in ("root", "stepped"))
+        self._root, self._stepped = (e and TensorDict(e, self.batch_size, self.env.device) for e in entries)
 
 
 def next_key(key: NestedKey) -> NestedKey:

@@ -1,0 +1,84 @@
+"""How long an evaluation takes: adaptation curves over held-out bandits, played side by side in few rows or in many."""
+
+import statistics
+import time
+from json import dumps
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torchrl.envs import Compose, TransformedEnv
+
+from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, adaptation_curve
+from rl2_torchrl.envs import BernoulliBandit, uniform_means
+
+
+def main(
+    *,
+    rows: tuple[int, ...] = (64, 512, 3334),
+    tasks: int = 10_000,
+    arms: int = 5,
+    pulls: int = 10,
+    units: int = 64,
+    repeats: int = 7,
+    threads: int | None = None,
+    json: Path | None = None,
+) -> dict[str, dict]:
+    """Times `adaptation_curve` over the same bandits with the same agent, the numbers of rows in turns.
+
+    Args:
+        rows: trials that are played side by side.
+        tasks: held-out bandits, a trial each.
+        arms: arms of a bandit.
+        pulls: pulls of a trial.
+        units: GRU units of the agent, which is not trained.
+        repeats: evaluations of each, after one that is not timed.
+        threads: threads that PyTorch uses; all cores by default.
+        json: file to write all figures to.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least one evaluation must be timed.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    held_out = uniform_means(arms)(torch.Size([tasks]), torch.Generator().manual_seed(0))
+    envs = {n: bandits(held_out, n, pulls) for n in rows}
+    agent = GRUCategoricalActor.from_env(next(iter(envs.values())), hidden_size=units)
+    seconds: dict[int, list[float]] = {n: [] for n in rows}
+    for repeat in range(repeats + 1):
+        for n, env in envs.items():
+            start = time.perf_counter()
+            adaptation_curve(env, agent, tasks)
+            if repeat:
+                seconds[n].append(time.perf_counter() - start)
+    figures = {str(n): figures_of(runs, n, tasks, pulls) for n, runs in seconds.items()}
+    title = f"{tasks} bandits of {arms} arms, {pulls} pulls; medians of {repeats}, {torch.get_num_threads()} threads"
+    Console().print(table(figures, title))
+    if json is not None:
+        json.write_text(dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def bandits(tasks: torch.Tensor, rows: int, pulls: int) -> TransformedEnv:
+    """Trials on ``tasks`` ``[num_tasks, arms]``, one after another in ``rows`` rows."""
+    base = BernoulliBandit(tasks.shape[1], batch_size=(rows,), seed=0)
+    return TransformedEnv(base, Compose(Trial(episodes=pulls), TaskSampler.fixed(tasks), PreviousStep()))
+
+
+def figures_of(runs: list[float], rows: int, tasks: int, pulls: int) -> dict:
+    """Median seconds of an evaluation, what that is for each step of all rows in microseconds, and all runs."""
+    seconds, steps = statistics.median(runs), -(-tasks // rows) * pulls
+    return {"seconds": seconds, "microseconds_per_step": 1e6 * seconds / steps, "runs": runs}
+
+
+def table(figures: dict[str, dict], title: str) -> Table:
+    shown = Table("rows", "milliseconds", "microseconds a step of all rows", title=title)
+    for rows, figure in figures.items():
+        shown.add_row(rows, f"{1e3 * figure['seconds']:.1f}", f"{figure['microseconds_per_step']:.0f}")
+    return shown
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
