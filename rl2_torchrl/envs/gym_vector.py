@@ -115,6 +115,7 @@ class GymVectorEnv(TensorEnv):
             seed=seed,
             device=device,
         )
+        self.is_closed = False  # there is something to be closed; TorchRL takes an env for closed otherwise
 
     def _make(self, env, num_envs: int | None, vectorization: str, kwargs: dict) -> VectorEnv:
         if vectorization not in ("sync", "async"):
@@ -145,10 +146,15 @@ class GymVectorEnv(TensorEnv):
     def begin(self, task: Tensor | TensorDictBase | None, rows: Tensor) -> tuple[None, Entries]:
         """Resets ``rows`` with their tasks, but for those that a vector env has begun itself, with the task that they had."""
         mask = rows.cpu().numpy()
-        begun = self._begun & mask & _same_rows(task, self._task, len(mask))
+        to_reset = mask & ~(self._begun & _same_rows(task, self._task, len(mask)))
+        goes_on = ~(mask | self._begun)
         self._task, self._begun = task, self._begun & ~mask
-        to_reset = mask & ~begun
-        return None, self._begin_rows(to_reset, task) if to_reset.any() else self._following
+        if not to_reset.any():
+            return None, self._following
+        entries = self._begin_rows(to_reset, task)
+        if self._is_theirs and self._now.started:
+            self._require_untouched(torch.from_numpy(goes_on), entries)
+        return None, entries
 
     def _begin_rows(self, mask: np.ndarray, task: Tensor | TensorDictBase | None) -> Entries:
         """The entries of all rows once those in ``mask`` have been reset."""
@@ -159,8 +165,6 @@ class GymVectorEnv(TensorEnv):
             options[self._task_option if self._is_theirs else _TASKS] = _as_arrays(task)
         observations, infos = self._call(self.envs.reset, seed=self._seeds(mask), options=options)
         entries = self._tensors(observations)
-        if self._is_theirs:
-            self._require_others_went_on(mask | self._begun, entries)
         self._tell(infos, begun=mask)
         return entries
 
@@ -216,11 +220,9 @@ class GymVectorEnv(TensorEnv):
                 entries[key][row] = value.to(self.device)
         return entries
 
-    def _require_others_went_on(self, mask: np.ndarray, entries: Entries) -> None:
-        others = torch.from_numpy(~mask).to(self.device)
-        if self._now.started and any(
-            not torch.equal(entries[key][others], value[others]) for key, value in self.observation.items()
-        ):
+    def _require_untouched(self, rows: Tensor, entries: Entries) -> None:
+        rows = rows.to(self.device)
+        if any(not torch.equal(entries[key][rows], value[rows]) for key, value in self.observation.items()):
             raise RuntimeError(
                 f"the {type(self.envs).__name__} has reset rows that were to go on: reset(options={{'reset_mask': mask}}) must "
                 "reset those of the mask alone, as gymnasium.vector's own do, or trials of other tasks end in the middle."
