@@ -183,7 +183,7 @@ class GymVectorEnv(TensorEnv):
         if self._resets_itself and (ended := terminated | truncated).any():
             self._following, self._begun = entries, ended
             entries = self._last_observations(entries, ended, infos)
-            self._tell(infos.get("final_info", {}))
+            self._tell(infos.get("final_info", {}), begun=ended)
         flags = (torch.from_numpy(end).to(self.device).unsqueeze(-1) for end in (terminated, truncated))
         return None, entries, reward, *flags
 
