@@ -150,7 +150,7 @@ class PreviousStep(Transform):
             )
         hidden = {*TRIAL_KEYS, self.out_key, "is_init"}
         keys = [key for key in observation_spec.keys(True, True) if key not in hidden]
-        keys = [key for key in keys if not is_within(key, self.task_key) and not is_within(key, INFO)]
+        keys = [key for key in keys if not is_within(key, self.task_key) and not is_info(key)]
         batch_dims = len(self.container.base_env.batch_size)
         return [key for key in keys if _is_vector(observation_spec[key], batch_dims)]
 
@@ -219,3 +219,8 @@ class _Layout:
 
 def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:
     return not isinstance(spec, NonTensor) and len(spec.shape) - batch_dims < 2
+
+
+def is_info(key: NestedKey) -> bool:
+    """Whether the entry ``key`` is what an env says beside its observation, which no policy reads."""
+    return is_within(key, INFO)

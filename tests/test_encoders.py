@@ -86,9 +86,18 @@ def test_convolutions_of_any_batch_are_those_of_each_image(batch):
     torch.testing.assert_close(conv(x.float() / 255), out)
 
 
+def test_images_with_channels_last_are_turned():
+    torch.manual_seed(0)
+    last = ConvEncoder([9, 11, 3])
+    first = ConvEncoder([3, 9, 11])
+    first.net.load_state_dict(
+        {f"{int(k.split('.')[0]) - 1}.{k.split('.')[1]}": v for k, v in last.net.state_dict().items()}
+    )
+    x = torch.randint(256, (2, 3, 9, 11), dtype=torch.uint8)
+    torch.testing.assert_close(last(x.movedim(-3, -1)), first(x))
+
+
 def test_images_that_cannot_be_convolved():
-    with pytest.raises(ValueError, match=r"channels last.*ToTensorImage"):
-        ConvEncoder([64, 64, 3])
     with pytest.raises(ValueError, match="too small for 2"):
         ConvEncoder([3, 4, 4])
     with pytest.raises(ValueError, match=r"\[channels, height, width\], not \(64, 64\)"):
@@ -167,12 +176,20 @@ def test_a_users_convolution_need_not_know_of_time():
     assert actor.module[0].module[-2].input_size == 7 + 4
 
 
-def test_an_image_that_nobody_reads_is_named():
+_ENCODED = {f"{net}_features_{key}" for net in ("actor", "critic") for key in ("trans", "pixels")}
+
+
+def test_an_image_that_nobody_reads_is_convolved():
     env = make_env()
     for network in (GRUCategoricalActor, GRUValueHead):
-        with pytest.raises(ValueError, match=r"'pixels' \(3, 9, 9\), which is not in.*ConvEncoder.*None"):
-            network.from_env(env)
-        network.from_env(env, encoder={"pixels": None})
+        assert any(isinstance(module, ConvEncoder) for module in network.from_env(env).modules())
+        blind = network.from_env(env, encoder={"pixels": None})
+        assert not any(isinstance(module, ConvEncoder) for module in blind.modules())
+        both = network.from_env(env, encoder=MLPEncoder)
+        assert [m.in_keys for m in both.modules() if getattr(m, "out_keys", [""])[0] in _ENCODED] == [
+            ["trans"],
+            ["pixels"],
+        ]
     told = TransformedEnv(SeenBandit(batch_size=(2,)), Compose(Trial(episodes=4), PreviousStep(["pixels"])))
     GRUCategoricalActor.from_env(told)
 

@@ -63,7 +63,13 @@ def lengths(batch_size, generator):
 
 
 def counters(rows=3, seed=0, **kwargs):
-    options = {"set_task": set_length, "task_spec": Unbounded(1), "seed": seed, "info_keys": ["success", "steps"], **kwargs}
+    options = {
+        "set_task": set_length,
+        "task_spec": Unbounded(1),
+        "seed": seed,
+        "info_keys": ["success", "steps"],
+        **kwargs,
+    }
     return GymVectorEnv(Counter, rows, **options)
 
 
@@ -142,7 +148,14 @@ def test_batches_are_those_of_torchrls_collector(bounds):
     ours = batches_of(make(), TrialCollector)
     theirs = batches_of(make(), Collector, auto_register_policy_transforms=True)
     for one, other in zip(ours, theirs, strict=True):
-        for key in [("next", "done"), "is_init", "task", "observation", ("next", "observation"), ("next", "info", "steps")]:
+        for key in [
+            ("next", "done"),
+            "is_init",
+            "task",
+            "observation",
+            ("next", "observation"),
+            ("next", "info", "steps"),
+        ]:
             assert torch.equal(one[key], other[key]), key
         torch.testing.assert_close(one["trans"], other["trans"])
         torch.testing.assert_close(one["state_value"], other["state_value"], atol=1e-6, rtol=0)

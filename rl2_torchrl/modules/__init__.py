@@ -14,6 +14,7 @@ from rl2_torchrl.modules.distributions import (
 from rl2_torchrl.modules.gru import FastGRUModule, GRUCore
 from rl2_torchrl.modules.init import orthogonal_init_
 from rl2_torchrl.modules.layers import ConvEncoder, Head, ImageEncoder, MLPEncoder
+from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.modules.recurrent import (
     GRUCategoricalActor,
     GRUGaussianActor,
@@ -44,6 +45,7 @@ __all__ = [
     "RecurrentActor",
     "RecurrentCore",
     "RecurrentCritic",
+    "RunningNorm",
     "TanhGaussianActions",
     "orthogonal_init_",
     "register_distribution",

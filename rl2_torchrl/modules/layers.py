@@ -107,8 +107,10 @@ class ImageEncoder(nn.Module):
 class ConvEncoder(ImageEncoder):
     """Convolutions and one linear layer: images ``[*B, channels, height, width]`` to ``[*B, out_features]``.
 
+    Images with their channels last, as Gymnasium's envs have them, are turned: those whose last size alone is 1, 3 or 4.
+
     Args:
-        shape: ``[channels, height, width]``.
+        shape: ``[channels, height, width]`` or ``[height, width, channels]``.
         out_features: size of what it gives. Default 64.
         num_channels: of each convolution. Default 16 and 32.
         kernel_size, stride: of all convolutions. Default 3 and 2.
@@ -116,7 +118,7 @@ class ConvEncoder(ImageEncoder):
         **factory: device and dtype of the parameters.
 
     Raises:
-        ValueError: the channels come last, or the image is too small for these convolutions.
+        ValueError: no image, or one that is too small for these convolutions.
 
     Examples:
         >>> ConvEncoder([3, 16, 16])(torch.zeros(2, 7, 3, 16, 16, dtype=torch.uint8)).shape
@@ -134,7 +136,12 @@ class ConvEncoder(ImageEncoder):
         activation: Callable[[], nn.Module] = nn.ReLU,
         **factory,
     ):
-        (channels, *size), layers = _channels_first(shape), []
+        shape = tuple(map(index, shape))
+        if len(shape) != 3:
+            raise ValueError(f"images have shape [channels, height, width], not {shape}.")
+        is_last = shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4)
+        channels, *size = (shape[2], *shape[:2]) if is_last else shape
+        layers: list[nn.Module] = [_ChannelsFirst()] if is_last else []
         for outputs in map(index, num_channels):
             layers += [nn.Conv2d(channels, outputs, kernel_size, stride, **factory), activation()]
             channels, size = outputs, [(n - kernel_size) // stride + 1 for n in size]
@@ -142,6 +149,11 @@ class ConvEncoder(ImageEncoder):
                 raise ValueError(f"images {tuple(shape)} are too small for {len(num_channels)} such convolutions.")
         layers += [nn.Flatten(), nn.Linear(channels * size[0] * size[1], index(out_features), **factory), activation()]
         super().__init__(nn.Sequential(*layers), shape)
+
+
+class _ChannelsFirst(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.movedim(-1, -3)
 
 
 class Concat(nn.Module):
@@ -205,18 +217,6 @@ def _output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Seque
     if out.ndim != 2:
         raise ValueError(f"the encoder of {module.in_keys} makes {tuple(out.shape)} of one row; it must give [*B, n].")
     return out.shape[-1]
-
-
-def _channels_first(shape: Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(map(index, shape))
-    if len(shape) != 3:
-        raise ValueError(f"images have shape [channels, height, width], not {shape}.")
-    if shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4):
-        raise ValueError(
-            f"images of shape {shape} seem to have their channels last, where [channels, height, width] is convolved: append "
-            "ToTensorImage() or PermuteTransform() to the env's transforms."
-        )
-    return shape
 
 
 def _as_reals(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -72,12 +72,16 @@ class RunningNorm(nn.Module):
 
     def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """`forward` of one step, for a rollout: made anew whenever the statistics have changed."""
-        shift = torch.where(self.columns, self.mean, 0.0).float()
-        scale = torch.where(self.columns, 1 / self.std, 1.0).float()
-        bound = torch.where(self.columns & (self.count > 0), self.clip, torch.inf).float()
+        shift = torch.where(self.columns, self.mean, 0.0)
+        scale = torch.where(self.columns, 1 / self.std, 1.0)
+        bound = torch.where(self.columns & (self.count > 0), self.clip, torch.inf)
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
 
         def step(x: torch.Tensor) -> torch.Tensor:
-            return ((x - shift) * scale).clamp(-bound, bound)
+            if x.dtype not in by_dtype:
+                by_dtype[x.dtype] = [each.to(x.dtype) for each in (shift, scale, bound, -bound)]
+            less, times, most, least = by_dtype[x.dtype]
+            return ((x - less) * times).clamp(least, most)
 
         return step
 

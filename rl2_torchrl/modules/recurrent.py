@@ -17,9 +17,9 @@ from torchrl.modules import ProbabilisticActor
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.gru import GRUCore
-from rl2_torchrl.modules.layers import Encoder, Head, SkipHead, encoding
+from rl2_torchrl.modules.layers import ConvEncoder, Encoder, Head, SkipHead, encoding
 from rl2_torchrl.modules.normalization import RunningNorm
-from rl2_torchrl.transition import PreviousStep
+from rl2_torchrl.transition import PreviousStep, is_info
 
 __all__ = [
     "GRUCategoricalActor",
@@ -52,7 +52,7 @@ class RecurrentActor(ProbabilisticActor):
         device, dtype: of the parameters.
         encoder: reads ``in_key`` ``[*B, input_size]`` and gives ``[*B, n]``: a module or a function of the entry's shape, such as
             `MLPEncoder`; or a mapping of entries to such, whose outputs are concatenated with the entries that have none; or a
-            TensorDictModule. Default none.
+            TensorDictModule. Default none; `from_env` gives images that the transition input leaves out a `ConvEncoder`.
         core: carries the memory: a core, or a function of the size of its input, such as `LSTMCore` or
             ``partial(LSTMCore, hidden_size=128)``; its entries are named by this network. Default `GRUCore`.
         head: makes ``distribution.num_outputs`` numbers of the features: a module, or a function of both sizes. Default `Head`.
@@ -119,7 +119,7 @@ class RecurrentActor(ProbabilisticActor):
         Raises:
             TypeError: there is no distribution for the env's actions.
             KeyError: the env has no transition input.
-            ValueError: an image of the env is neither in the transition input nor has an encoder.
+            ValueError: an observation of two dimensions, or of more than an image's three, has no encoder.
         """
         if not isinstance(distribution, ActionDistribution):
             distribution = distribution(_action_spec(env))
@@ -233,7 +233,7 @@ class RecurrentCritic(TensorDictSequential):
 
         Raises:
             KeyError: the env lacks the transition input or one of ``extra_keys``.
-            ValueError: an image of the env is neither in the transition input nor has an encoder.
+            ValueError: an observation of two dimensions, or of more than an image's three, has no encoder.
         """
         return cls(_read_shapes(env, kwargs), **kwargs)
 
@@ -431,14 +431,12 @@ def _read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.
     if kwargs.get("normalize") is True:
         kwargs["normalize"] = _reals_of(env, kwargs.get("in_key", "trans"))
     keys, encoder = [kwargs.get("in_key", "trans"), *_as_keys(kwargs.get("extra_keys", ()))], kwargs.get("encoder")
-    unseen = []
     if isinstance(encoder, TensorDictModuleBase):
-        keys += encoder.in_keys
-    elif isinstance(encoder, Mapping):
-        unseen = [key for key, module in encoder.items() if module is None]
-        kwargs["encoder"] = {key: module for key, module in encoder.items() if module is not None}
-        keys += kwargs["encoder"]
-    _require_sight_of_images(env, {*keys, *unseen})
+        return _shapes_of(env, list(dict.fromkeys([*keys, *encoder.in_keys])))
+    encoders = encoder if isinstance(encoder, Mapping) else {} if encoder is None else {keys[0]: encoder}
+    encoders = {**encoders, **dict.fromkeys(_images(env, {*keys, *encoders}), ConvEncoder)}
+    kwargs["encoder"] = {key: module for key, module in encoders.items() if module is not None} or None
+    keys += kwargs["encoder"] or ()
     return _shapes_of(env, list(dict.fromkeys(keys)))
 
 
@@ -468,15 +466,17 @@ def _transforms(env: EnvBase) -> list[Transform]:
     return [*(env.transform if isinstance(env.transform, Compose) else [env.transform]), *_transforms(env.base_env)]
 
 
-def _require_sight_of_images(env: EnvBase, known: set[NestedKey]) -> None:
-    """Raises where an observation of several dimensions is in no input: `PreviousStep` leaves those out unless it is told."""
+def _images(env: EnvBase, known: set[NestedKey]) -> list[NestedKey]:
+    """Observations of several dimensions that are in no input: `PreviousStep` leaves those out unless it is told."""
     told = [key for each in _transforms(env) if isinstance(each, PreviousStep) for key in each.obs_keys or ()]
     # What is an input of the env too, such as the task or a memory, is nothing that it shows.
     hidden = {*known, *told, *env.full_state_spec.keys(True, True)}
-    for key, spec in env.observation_spec.items(True, True):
-        shape = spec.shape[len(env.batch_size) :]
-        if len(shape) > 1 and key not in hidden:
+    shown = {key: spec.shape[len(env.batch_size) :] for key, spec in env.observation_spec.items(True, True)}
+    unseen = {key: shape for key, shape in shown.items() if len(shape) > 1 and key not in hidden and not is_info(key)}
+    for key, shape in unseen.items():
+        if len(shape) != 3:
             raise ValueError(
-                f"the env shows {key!r} {tuple(shape)}, which is not in the transition input and has no encoder: give it one, "
-                f"encoder={{{key!r}: ConvEncoder}}, or encoder={{{key!r}: None}} for a network that shall not see it."
+                f"the env shows {key!r} {tuple(shape)}, which is neither in the transition input nor an image, and has no encoder: "
+                f"give it one, encoder={{{key!r}: MLPEncoder}}, or encoder={{{key!r}: None}} for a network that shall not see it."
             )
+    return list(unseen)

@@ -1,0 +1,195 @@
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.envs import Compose, TransformedEnv
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RecurrentActor,
+    RL2PPOLoss,
+    TaskSampler,
+    TrainingCheckError,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    adaptation_curve,
+    check_training,
+)
+from rl2_torchrl.envs import PointRobot, TensorEnv, goals_on_half_circle
+from rl2_torchrl.modules import RunningNorm
+
+
+def points(rows=8, seed=0):
+    transforms = Compose(Trial(episodes=2), TaskSampler(goals_on_half_circle(), seed=seed), PreviousStep())
+    return TransformedEnv(PointRobot(batch_size=(rows,)), transforms)
+
+
+def training(backend="auto", bptt=20, **options):
+    torch.manual_seed(0)
+    env = points()
+    networks = {"hidden_size": 8, "normalize": True, **options}
+    actor, critic = RecurrentActor.from_env(env, **networks), GRUValueHead.from_env(env, **networks)
+    policy = ActorCritic(actor, critic)
+    advantage = TrialAdvantage(critic=policy, value_target="gae", scale_rewards=True)
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic), advantage, bptt=bptt, epochs=1, minibatches=1, lr=1e-2, backend=backend
+    )
+    return TrialCollector(env, policy, frames_per_batch=8 * 40, total_frames=-1, keep=update.in_keys), update
+
+
+def norms(module):
+    return [each for each in module.modules() if isinstance(each, RunningNorm)]
+
+
+# ----------------------------------------------------------------- the module
+def test_statistics_are_those_of_all_data():
+    torch.manual_seed(0)
+    data = torch.randn(5, 7, 4, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 1e3, 2.0]) + 1e4
+    norm = RunningNorm(4, [True, True, True, False])
+    for part in data.split([1, 3, 1]):
+        norm.update_statistics(part)
+    flat = data.flatten(0, 1)
+    torch.testing.assert_close(norm.mean, flat.mean(0))
+    torch.testing.assert_close(norm.std, flat.std(0, correction=0))
+    expected = (flat - flat.mean(0)) / flat.std(0, correction=0)
+    expected[:, 3] = flat[:, 3]
+    torch.testing.assert_close(norm(flat), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_before_the_first_data_nothing_changes():
+    x = torch.randn(3, 2) * 100
+    assert torch.equal(RunningNorm(2)(x), x)
+
+
+def test_bounds_and_what_does_not_vary():
+    norm = RunningNorm(3, [True, True, False], clip=2.0)
+    norm.update_statistics(torch.tensor([[0.0, 5.0, 1.0], [2.0, 5.0, 1.0]]))
+    assert norm(torch.tensor([9.0, 6.0, 99.0])).tolist() == [2.0, 1.0, 99.0]
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="one flag an entry"):
+        RunningNorm(3, [True])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        RunningNorm(1).update_statistics(torch.tensor([[math.nan]]))
+    with pytest.raises(ValueError, match="say each entry's shape"):
+        GRUValueHead(6, extra_keys=["time_left"], normalize=True)
+
+
+def test_what_is_normalised_of_an_env():
+    class Seen(TensorEnv):
+        def __init__(self):
+            seen = Composite(choice=Categorical(3), number=Unbounded(2))
+            super().__init__(task_spec=None, observation_spec=seen, action_spec=Categorical(2), batch_size=(2,))
+
+        def begin(self, task, rows): ...
+        def advance(self, state, action): ...
+
+    env = TransformedEnv(Seen(), Compose(Trial(steps=3), PreviousStep()))
+    [norm] = norms(RecurrentActor.from_env(env, normalize=True))
+    # One-hot choice, numbers, one-hot action, reward, done.
+    assert norm.columns.tolist() == [False] * 3 + [True] * 2 + [False] * 2 + [True, False]
+
+
+# ----------------------------------------------------------------- in training
+@pytest.mark.parametrize(("backend", "bptt"), [("parts", 20), ("autograd", 20), ("compiled", 20)])
+def test_the_first_ratio_is_1_and_statistics_move_between_updates(backend, bptt):
+    collector, update = training(backend, bptt)
+    if backend == "compiled":
+        update.minibatches = update._chunks.count = 2  # of 160 steps each
+    batches = iter(collector)
+    first = next(batches)
+    assert update(first)["epochs"] == 0  # it is only measured
+    one, other = norms(update.loss)
+    torch.testing.assert_close(one.mean, first["trans"].double().mean((0, 1)))
+    assert torch.equal(one.mean, other.mean)
+    for _ in range(2):
+        batch, before = next(batches), one.mean.clone()
+        metrics = update(batch)
+        assert update.backend == backend
+        if backend != "compiled":  # whose later minibatches come after a step
+            assert metrics["max_ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert not torch.equal(one.mean, before)
+    assert one.count == 3 * 8 * 40
+
+
+def test_an_evaluation_moves_nothing_and_a_checkpoint_holds_all():
+    collector, update = training()
+    batches = iter(collector)
+    for _ in range(3):
+        update(next(batches))
+    state = {key: value.clone() for key, value in update.loss.state_dict().items()}
+    adaptation_curve(points(4, seed=1), update.loss.actor_network, 8)
+    assert all(torch.equal(value, state[key]) for key, value in update.loss.state_dict().items())
+    _, other = training()
+    other.load_state_dict(update.state_dict())
+    for mine, theirs in zip(norms(update.loss), norms(other.loss), strict=True):
+        assert torch.equal(mine.mean, theirs.mean)
+        assert torch.equal(mine.std, theirs.std)
+    batch = next(batches)
+    mine, theirs = (each.advantage(batch.clone())["value_target"] for each in (update, other))
+    assert torch.equal(mine, theirs)
+
+
+def test_check_training_passes_and_sees_statistics_that_move_within_a_rollout():
+    collector, update = training()
+    batches = iter(collector)
+    for _ in range(2):
+        update(next(batches))
+    check_training(collector, update)
+
+    class Moving(RunningNorm):
+        def step_function(self):
+            step = super().step_function()
+
+            def moving(x):
+                self.update_statistics(x + 1.0)
+                return step(x)
+
+            return moving
+
+    for norm in norms(update.loss):
+        norm.__class__ = Moving
+    with pytest.raises(TrainingCheckError):
+        check_training(collector, update)
+
+
+# -------------------------------------------------------------- scaled rewards
+def test_rewards_are_scaled_by_the_returns_of_batches_before():
+    def batch(reward):
+        done = torch.tensor([[False, True], [False, True]]).unsqueeze(-1)
+        reward = torch.tensor(reward).unsqueeze(-1)
+        following = {"reward": reward, "done": done, "terminated": done}
+        return TensorDict({"state_value": torch.zeros(2, 2, 1), "next": following}, [2, 2])
+
+    options = {"gamma": 0.5, "lmbda": 1.0, "normalize": False}
+    scaled, plain = TrialAdvantage(scale_rewards=True, **options), TrialAdvantage(**options)
+    first, second = batch([[0.0, 4.0], [8.0, 0.0]]), batch([[1.0, 1.0], [1.0, 1.0]])
+    # Returns to go [[2, 4], [8, 0]]: mean 3.5, variance (4 + 16 + 64 + 0) / 4 - 3.5² = 8.75.
+    std = math.sqrt(8.75)
+    torch.testing.assert_close(scaled(first.clone())["advantage"], plain(first.clone())["advantage"] / std)
+    torch.testing.assert_close(
+        scaled.eval()(second.clone())["value_target"], plain(second.clone())["value_target"] / std
+    )
+    torch.testing.assert_close(scaled.train()(second.clone())["advantage"], plain(second.clone())["advantage"] / std)
+    # Now those of both: [2, 4, 8, 0, 1.5, 1, 1.5, 1].
+    both = torch.tensor([2, 4, 8, 0, 1.5, 1, 1.5, 1]).std(correction=0)
+    torch.testing.assert_close(scaled.eval()(second.clone())["advantage"], plain(second.clone())["advantage"] / both)
+
+
+def test_a_policy_that_normalises_is_the_same_policy_as_a_module():
+    collector, update = training()
+    batches = iter(collector)
+    update(next(batches))
+    batch = next(batches)
+    with torch.no_grad():
+        losses = update.loss(update.advantage(batch.clone()))
+    assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-5)
+    assert isinstance(norms(update.loss.actor_network)[0], nn.Module)
