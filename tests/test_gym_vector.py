@@ -400,9 +400,8 @@ def test_observations_by_space(space, spec, expected):
 
 
 def test_nested_observations_and_text():
-    space = spaces.Dict(
-        place=spaces.Tuple((spaces.Discrete(3), spaces.Box(-1, 1, (2,)))), deep=spaces.Dict(a=spaces.Discrete(2)), said=spaces.Text(4)
-    )  # fmt: skip
+    place = spaces.Tuple((spaces.Discrete(3), spaces.Box(-1, 1, (2,))))
+    space = spaces.Dict(place=place, deep=spaces.Dict(a=spaces.Discrete(2)), said=spaces.Text(4))
     env = GymVectorEnv(lambda: Seen(space), 2)
     seen = env.reset()
     assert seen["place", "1"].shape == (2, 2)
