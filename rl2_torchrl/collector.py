@@ -103,7 +103,7 @@ class TrialCollector(Collector):
     def _refusal(self, options: dict) -> str | None:
         """Why `Collector`'s own loop must play, or None."""
         for name in _OF_COLLECTOR:
-            if options.get(name) not in (None, False, 0, -1):
+            if options.get(name) not in (None, False, -1):
                 return f"{name}= is an option of TorchRL's own loop"
         if not isinstance(self._wrapped_policy, TensorDictModuleBase):
             return "the policy is no TensorDictModule"

@@ -61,6 +61,13 @@ def test_options_of_collectors_own_loop(options, keep):
     assert len(list(collector)) >= 2
 
 
+@pytest.mark.parametrize("frames", [None, 0, -1])
+def test_no_random_frames_are_none(frames):
+    env = bandit_env()
+    options = {"frames_per_batch": 30, "total_frames": 30, "init_random_frames": frames, "compile_policy": False}
+    assert TrialCollector(env, policy_for(env), **options).backend == "tensors"
+
+
 def test_a_policy_that_is_no_tensordict_module():
     env = bandit_env()
     options = {"frames_per_batch": 30, "total_frames": 30}

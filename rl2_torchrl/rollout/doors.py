@@ -92,7 +92,8 @@ class TorchRLDoor:
     def __init__(self, env: EnvBase, observed: set[NestedKey], task_key: NestedKey):
         self.env, self._task_key = env, task_key
         self._action_key, self._reward_key, self._done_spec = env.action_key, env.reward_key, env.full_done_spec
-        self._given = [*env.full_state_spec.keys(True, True), *env.done_keys]
+        self._done_keys = env.done_keys
+        self._given = [*env.full_state_spec.keys(True, True), *self._done_keys]
         keys = list(env.full_observation_spec.keys(True, True))
         self._observed, self._adopted = [key for key in keys if key in observed], {*keys, *self._given}
         self._root: TensorDictBase | None = None  # what the env is stepped with
@@ -122,9 +123,10 @@ class TorchRLDoor:
     def play(self, action: torch.Tensor) -> Played:
         root = self._root.set(self._action_key, unflat(action, self.env.batch_size))
         # What a step leaves as it is, such as the task, stays.
-        after = root.exclude(self._action_key, *self.env.done_keys).update(self.env._step(root))
-        reward = after.pop(self._reward_key)
-        self._root = self.env._complete_done(self._done_spec, after)
+        after = root.exclude(self._action_key, *self._done_keys).update(self.env._step(root))
+        if any(after.get(key, None) is None for key in self._done_keys):
+            self.env._complete_done(self._done_spec, after)
+        self._root, reward = after, after.pop(self._reward_key)
         return self._observations(), reward.reshape(-1, 1), after.get("done").reshape(-1)
 
     def _observations(self) -> State:

@@ -110,9 +110,8 @@ class TensorTrials(Trials):
             if self.sampler is not None:
                 self._deal(next(self._undealt) if self.clock.is_shared else self._drawn(rows))
             first = self.door.start(self._task, rows)
-            if (
-                rows is not True
-            ):  # other rows may have begun an episode just now, and go on telling of the step before it
+            if rows is not True:
+                # Other rows may have begun an episode just now, and go on telling of the step before it.
                 told = [key for key in first if self.trial.tells_of_step(key)]
                 first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
             self._observations = first
