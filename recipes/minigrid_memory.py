@@ -1,0 +1,114 @@
+"""RL² on MiniGrid's memory corridors: what is seen at the start says which way to turn at the end; a grid read by convolutions."""
+
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from torchrl.envs import Compose, TransformedEnv
+
+from recipes import experiment
+from recipes.experiment import Experiment, Learning, Network, Run, whole_batches
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationReport,
+    GRUCategoricalActor,
+    MemoryValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    linear_decay,
+)
+from rl2_torchrl.envs import GymVectorEnv
+
+NETWORK = Network(units=128)
+LEARNING = Learning(
+    trials=32, env_steps=2_500_000, lr=5e-4, lmbda=0.95, epochs=4, minibatches=4, max_grad_norm=0.5, entropy=0.05
+)
+RUN = Run(Path("runs/minigrid_memory"), report_tasks=512)
+#: Steps of a batch in each row, and of a chunk that gradients go through.
+BATCH_STEPS = 64
+
+
+def main(
+    *,
+    env_id: str = "MiniGrid-MemoryS7-v0",
+    network: Network = NETWORK,
+    learning: Learning = LEARNING,
+    run: Run = RUN,
+) -> AdaptationReport:
+    """Trains a GRU that remembers an object until the corridor's end, and reports how often it goes to the same one there.
+
+    Each episode is a corridor of its own, and a trial: what is to be remembered is within it.
+
+    Args:
+        env_id: one of MiniGrid's memory envs.
+        network: actor and critic, which share the core.
+        learning: batches, and PPO on them.
+        run: seeds, where the run begins, and what it leaves.
+    """
+    torch.manual_seed(run.seed)
+
+    def make_env(_: TaskSampler | None, rows: int) -> TransformedEnv:
+        corridors = GymVectorEnv(partial(Corridor, env_id), rows, info_keys=["success"])
+        return TransformedEnv(corridors, Compose(Trial(episodes=1), PreviousStep()))
+
+    env = make_env(None, learning.trials)
+    actor = GRUCategoricalActor.from_env(env, **network.slots)  # the image gets a ConvEncoder
+    critic = MemoryValueHead.from_env(env, actor, detach=False)
+    policy = ActorCritic(actor, critic)
+    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
+        TrialAdvantage(**horizon, critic=policy),
+        bptt=BATCH_STEPS,
+        lr=learning.lr,
+        epochs=learning.epochs,
+        minibatches=learning.minibatches,
+        max_grad_norm=learning.max_grad_norm,
+        lr_schedule=linear_decay,
+        entropy_schedule=linear_decay,
+    )
+    batch = learning.trials * BATCH_STEPS
+    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
+    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    measured = {"rows": 64, "held_out_tasks": 128, "measures": {("info", "success"): "max"}}
+    corridors = Experiment(actor, make_env, no_tasks, run, **measured)
+    result = corridors.train(collector, update, eval_interval=100)
+    return experiment.publish(corridors.report(result, title=f"RL² on {env_id}"), run)
+
+
+class Corridor(gymnasium.ObservationWrapper):
+    """A MiniGrid env that shows its view one-hot ``[20, height, width]``, and says whether its end was the right one."""
+
+    def __init__(self, env_id: str):
+        try:
+            from minigrid.wrappers import OneHotPartialObsWrapper
+        except ImportError as error:
+            raise ImportError('MiniGrid is an extra: pip install "rl2_torchrl[minigrid]".') from error
+        super().__init__(OneHotPartialObsWrapper(gymnasium.make(env_id)))
+        height, width, kinds = self.env.observation_space["image"].shape
+        view = gymnasium.spaces.Box(0.0, 1.0, (kinds, height, width), np.float32)
+        self.observation_space = gymnasium.spaces.Dict(direction=self.env.observation_space["direction"], view=view)
+
+    def observation(self, observation: dict) -> dict:
+        view = np.moveaxis(observation["image"], -1, 0).astype(np.float32)
+        return {"direction": observation["direction"], "view": view}
+
+    def step(self, action: int):
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, terminated, truncated, {**info, "success": reward > 0}
+
+
+def no_tasks(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Stand-ins for tasks, ``[*batch_size, 1]``: every episode is a corridor of its own."""
+    return torch.zeros(*batch_size, 1)
+
+
+if __name__ == "__main__":
+    experiment.command(main)
