@@ -27,8 +27,8 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import GymVectorEnv
 
-NETWORK = Network(critic_keys=())
-LEARNING = Learning(trials=64, env_steps=5_000_000, lr=1e-3, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.01)
+NETWORK = Network(normalize=True, critic_keys=())
+LEARNING = Learning(trials=64, env_steps=2_000_000, lr=1e-3, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.01)
 RUN = Run(Path("runs/cartpole"), report_tasks=256)
 #: Steps of a batch in each row, and of a chunk that gradients go through: episodes last up to 500.
 BATCH_STEPS, CHUNK_STEPS = 128, 64
@@ -46,7 +46,7 @@ def main(
 
     Args:
         episodes: episodes of a trial.
-        observation_scale: factor on the observations; far from 1 nothing is learnt without ``--normalize``.
+        observation_scale: factor on the observations, to see what normalising them is worth.
         network: actor and critic.
         learning: batches, and PPO on them.
         run: seeds, where the run begins, and what it leaves.

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recipes import benchmark, evaluation_benchmark, gru_benchmark, half_cheetah, locomotion_benchmark
+from recipes import benchmark, evaluation_benchmark, gru_benchmark, gym_benchmark, half_cheetah, locomotion_benchmark
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +114,13 @@ def test_cheetahs_trainings_are_timed_phase_by_phase(monkeypatch):
 def test_no_cheetahs_to_time():
     with pytest.raises(ValueError, match="steps=0"):
         locomotion_benchmark.main(steps=0)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Acrobot-v1"])  # with a task and without
+def test_gym_benchmark_times_every_phase_and_the_env_alone(env, tmp_path):
+    file = tmp_path / "gym.json"
+    gym_benchmark.main(env=env, num_envs=4, steps=8, units=4, repeats=2, json=file)
+    stored = json.loads(file.read_text())
+    for phase in ("collect", "update", "total", "env"):
+        assert stored[f"{phase}_steps_per_second"] > 0
+    assert len(stored["runs"]["total"]) == 2

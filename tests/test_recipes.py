@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import bandit, experiment, grid_navi, half_cheetah, point_robot, results, tabular_mdp
+from recipes import bandit, cartpole, experiment, grid_navi, half_cheetah, point_robot, results, tabular_mdp
 from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
 from rl2_torchrl import GRUGaussianActor, TaskSampler
 from rl2_torchrl.envs import TabularMDP, uniform_means
@@ -83,6 +83,19 @@ RECIPES = {
             r"Trial\(episodes=0\)": {"episodes": 0},
             r"batch_size \(0,\)": {"trials": 0},
             "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
+        },
+    ),
+    "cartpole": Recipe(
+        cartpole,
+        {"trials": 4, "units": 4, "report_tasks": 6, "epochs": 1},
+        batch=4 * cartpole.BATCH_STEPS,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            r"Trial\(episodes=0\)": {"episodes": 0},
+            "num_envs=0": {"trials": 0},
             "hidden_size=0": {"units": 0},
         },
     ),
@@ -487,3 +500,24 @@ def test_steps_to_the_goal_are_those_of_first_trials():
                 on_step({**columns, ("next", "done"): torch.tensor(ends).unsqueeze(-1)})
 
     assert point_robot.steps_to_goal(Points(), 2).tolist() == [1.5, 2.0]
+
+
+def test_a_memory_corridor(tmp_path):
+    pytest.importorskip("minigrid")
+    from recipes import minigrid_memory
+
+    tiny = {"trials": 4, "units": 4, "report_tasks": 8, "epochs": 1, "env_steps": 4 * minigrid_memory.BATCH_STEPS}
+    report = minigrid_memory.main(**arguments(minigrid_memory.main, {**tiny, "log_dir": tmp_path, "progress": False}))
+    assert report.agent.measures["success"].returns.shape == (8, 1)
+    assert ((report.agent.measures["success"].returns > 0) == (report.agent.returns > 0)).all()
+
+
+@pytest.mark.parametrize("benchmark", ["ML1", "ML10"])
+def test_a_robot_arm(benchmark, tmp_path):
+    pytest.importorskip("metaworld")
+    from recipes import meta_world
+
+    tiny = {"trials": 2, "units": 4, "horizon": 50, "episodes": 2, "report_tasks": 4, "epochs": 1, "minibatches": 2}
+    options = {**tiny, "benchmark": benchmark, "env_steps": 2 * 2 * 50, "log_dir": tmp_path, "progress": False}
+    report = meta_world.main(**arguments(meta_world.main, options))
+    assert report.agent.measures["success"].returns.shape == (4, 2)
