@@ -1,4 +1,4 @@
-"""How fast RL² trains on a Gymnasium env through `GymVectorEnv`: collection and update, and what the vector env alone would allow."""
+"""How fast RL² trains on a Gymnasium env by `GymVectorEnv`: collection and update, and what the vector env alone would allow."""
 
 import time
 from json import dumps
@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 import tyro
-from recipes.benchmark import medians_of, time_phases
 from rich.console import Console
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
+from recipes.benchmark import medians_of, time_phases
 from rl2_torchrl import (
     ActorCritic,
     MemoryValueHead,

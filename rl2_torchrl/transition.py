@@ -165,7 +165,11 @@ class _Encoding:
         # OneHot is a class beside Categorical. Binary is one below it, and a vector already.
         if not isinstance(spec, Categorical) or isinstance(spec, Binary) or spec.dtype == torch.bool:
             return cls(size, None)
-        choices = spec.nvec.view(-1)[-size:].cpu() if isinstance(spec, MultiCategorical) else torch.tensor([spec.space.n] * size)
+        choices = (
+            spec.nvec.view(-1)[-size:].cpu()
+            if isinstance(spec, MultiCategorical)
+            else torch.tensor([spec.space.n] * size)
+        )
         return cls(int(choices.sum()), (choices.cumsum(0) - choices).to(spec.device))
 
     def encode(self, value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
@@ -206,4 +210,3 @@ class _Layout:
 
 def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:
     return not isinstance(spec, NonTensor) and len(spec.shape) - batch_dims < 2
-

@@ -14,10 +14,25 @@ from torch import Tensor
 from torchrl import torchrl_logger
 from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
 
+from rl2_torchrl.trial import INFO, TRIAL_KEYS
+
 __all__ = ["ActionSpace", "ObservationSpace"]
 
-#: Entries that an env has beside its observations.
-_TAKEN = {"task", "info", "action", "reward", "done", "terminated", "truncated", "next", "_reset"}
+#: Entries that an env has beside its observations, and those that trials add.
+_TAKEN = {
+    "task",
+    INFO,
+    "action",
+    "reward",
+    "done",
+    "terminated",
+    "truncated",
+    "next",
+    "_reset",
+    "trans",
+    "is_init",
+    *TRIAL_KEYS,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,10 @@ class _Leaf:
     spec: TensorSpec
     #: The number from which its choices count, where that is not 0.
     start: Tensor | None
+
+    @property
+    def root(self) -> str:
+        return self.key if isinstance(self.key, str) else self.key[0]
 
     def tensor(self, rows: Any, *, is_one: bool = False) -> Tensor:
         for step in self.path:
@@ -56,9 +75,11 @@ class ObservationSpace:
     def __init__(self, space: spaces.Space):
         is_nested = isinstance(space, spaces.Dict | spaces.Tuple)
         self.leaves = list(_leaves(space, () if isinstance(space, spaces.Dict) else ("observation",), ()))
-        taken = {leaf.key for leaf in self.leaves if is_nested} & _TAKEN
+        taken = {leaf.root for leaf in self.leaves if is_nested} & _TAKEN
         if taken:
-            raise ValueError(f"the observation's entries {taken} would stand in the place of the env's own: rename them.")
+            raise ValueError(
+                f"the observation's entries {taken} would stand in the place of the env's own: rename them."
+            )
         self.spec = Composite({})
         for leaf in self.leaves:
             self.spec[leaf.key] = leaf.spec
@@ -80,7 +101,9 @@ def _leaves(space: spaces.Space, key: tuple[str, ...], path: tuple[str | int, ..
         for number, part in enumerate(space.spaces):
             yield from _leaves(part, (*key, str(number)), (*path, number))
     elif isinstance(space, spaces.Text) or space.dtype in (str, np.str_):
-        torchrl_logger.info(f"The observation's entry {'.'.join(key)!r} is text, which no network here reads: left out.")
+        torchrl_logger.info(
+            f"The observation's entry {'.'.join(key)!r} is text, which no network here reads: left out."
+        )
     else:
         spec, start = _observed(space, ".".join(key))
         yield _Leaf(key[0] if len(key) == 1 else key, path, spec, start)
@@ -135,7 +158,9 @@ class ActionSpace:
         elif isinstance(space, spaces.MultiBinary):
             self.spec = Binary(int(np.prod(space.shape)))
         elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
-            low, high = (torch.as_tensor(np.atleast_1d(bound), dtype=torch.float32) for bound in (space.low, space.high))
+            low, high = (
+                torch.as_tensor(np.atleast_1d(bound), dtype=torch.float32) for bound in (space.low, space.high)
+            )
             self.spec = Bounded(low, high) if space.is_bounded() else Unbounded(low.shape)
             self._bounds = (space.low, space.high)
         else:
