@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
-from rl2_torchrl.envs.tensor_env import Entries, TensorEnv
+from rl2_torchrl.envs.rows import Entries, merge
+from rl2_torchrl.envs.tensor_env import TensorEnv
 
 __all__ = ["GymVectorEnv"]
 
@@ -167,7 +168,9 @@ class GymVectorEnv(TensorEnv):
         """Resets ``rows`` with their tasks, but for those that a vector env has begun itself, with the task that they had."""
         mask = rows.cpu().numpy()
         begun = self._begun & mask & ~self._unseeded & _same_rows(task, self._task, len(mask))
-        self._task, self._begun = task, self._begun & ~mask
+        # Of rows that do not begin, TorchRL's resets bring whatever task was drawn for all.
+        self._task = task if task is None or self._task is None else _where(rows, task, self._task)
+        self._begun = self._begun & ~mask
         entries = self._following
         if (to_reset := mask & ~begun).any():
             entries = self._begin_rows(to_reset, task, others=begun | self._begun)
@@ -244,7 +247,7 @@ class GymVectorEnv(TensorEnv):
         """``entries`` with the last observations of the rows that have ``ended``, in the place of the next episode's first."""
         if "final_obs" not in infos:
             raise KeyError(
-                "episodes have ended, but the vector env's info has no 'final_obs', without which their last observation is lost: "
+                "episodes have ended, but the vector env's info has no 'final_obs', so that their last observation is lost: "
                 "make it with AutoresetMode.DISABLED, or let its info say it."
             )
         entries = {key: value.clone() for key, value in entries.items()}
@@ -260,8 +263,8 @@ class GymVectorEnv(TensorEnv):
             not torch.equal(entries[key][others], value[others]) for key, value in self.observation.items()
         ):
             raise RuntimeError(
-                f"the {type(self.envs).__name__} has reset rows that were to go on: reset(options={{'reset_mask': mask}}) must reset "
-                "those of the mask alone, as gymnasium.vector's own do, or trials of other tasks end in the middle."
+                f"the {type(self.envs).__name__} has reset rows that were to go on: reset(options={{'reset_mask': mask}}) must "
+                "reset those of the mask alone, as gymnasium.vector's own do, or trials of other tasks end in the middle."
             )
 
     def _call(self, function: Callable[..., tuple], *args, **kwargs) -> tuple:
@@ -273,7 +276,9 @@ class GymVectorEnv(TensorEnv):
             if envs is None:
                 raise
             # A process that has just died needs a moment to be seen as dead.
-            multiprocessing.connection.wait([process.sentinel for process in envs.processes], timeout=1)
+            ended = multiprocessing.connection.wait([process.sentinel for process in envs.processes], timeout=1)
+            for process in envs.processes:
+                process.join(1 if process.sentinel in ended else 0)
             dead = [n for n, process in enumerate(envs.processes) if process.exitcode not in (None, 0)]
             _end(envs)
             if not isinstance(error, EOFError | OSError) or not dead:
@@ -386,6 +391,10 @@ def _same_rows(task, other, rows: int) -> np.ndarray:
     if isinstance(task, Tensor):
         return (task == other).reshape(rows, -1).all(-1).cpu().numpy()
     return np.logical_and.reduce([_same_rows(task[key], other[key], rows) for key in task.keys(True, True)])
+
+
+def _where(rows: Tensor, new, old):
+    return merge(rows, new, old) if isinstance(new, Tensor) else new.where(rows, old)
 
 
 def _as_arrays(task: Tensor | TensorDictBase) -> np.ndarray | dict:
