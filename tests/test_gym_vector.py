@@ -379,6 +379,34 @@ def test_an_inner_reset_of_a_vector_env_that_resets_itself_is_not_made_twice():
     assert not tensordict["info", "says"].any()
 
 
+def test_a_nested_task_that_stays_the_same_is_not_begun_twice():
+    def set_task(envs, task, rows):
+        set_goals(envs, task["goal"], rows)
+
+    spec = Composite(goal=Unbounded(1), other=Unbounded(1))
+    env = GymVectorEnv(vector(AutoresetMode.SAME_STEP), set_task=set_task, task_spec=spec, seed=0)
+    task = TensorDict({"goal": torch.ones(3, 1), "other": torch.zeros(3, 1)}, [3])
+    after = env.step(env.reset(TensorDict({"task": task}, [3])).set("action", right(env)))["next"]
+    assert after["done"].all()
+    # The same entries in another order; in one row another task.
+    task = TensorDict({"other": torch.tensor([[0.0], [0.0], [1.0]]), "goal": torch.ones(3, 1)}, [3])
+    env.reset(TensorDict({"task": task}, [3]))
+    assert [line.resets for line in env.envs.envs] == [2, 2, 3]
+
+
+def test_info_that_a_vector_env_does_not_say_of_a_row_is_nought():
+    def says(*stepped):
+        return *stepped[:4], {"x": np.array([5.0, 6.0, 7.0]), "_x": np.array([True, False, True]), "y": np.arange(3)}
+
+    env = GymVectorEnv(Numbers(spoil=says), info_keys=["x", "y", "z"], seed=0)
+    info = env.rollout(1)["next", "info"]
+    assert {key: value.flatten().tolist() for key, value in info.items()} == {
+        "x": [5, 0, 7],
+        "y": [0, 1, 2],
+        "z": [0] * 3,
+    }
+
+
 def test_a_vector_env_that_resets_in_the_next_step_is_refused_with_the_mend():
     for envs in (SyncVectorEnv([Line]), vector(AutoresetMode.NEXT_STEP), gymnasium.make_vec("CartPole-v1", 2)):
         with pytest.raises(ValueError, match="autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED"):
