@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from statistics import fmean
 from typing import Literal, SupportsIndex
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.objectives import ClipPPOLoss
@@ -103,7 +104,7 @@ class PPOUpdate:
         _check_loss(loss, entropy_schedule)
         _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator, backend)
         self.loss = loss
-        self.advantage = TrialAdvantage() if advantage is None else advantage
+        self.advantage = _with_stand_in(TrialAdvantage() if advantage is None else advantage, loss)
         self.bptt = None if bptt is None else _count("bptt", bptt)
         self.epochs, self.minibatches = _count("epochs", epochs), _count("minibatches", minibatches)
         self.shuffle = shuffle
@@ -170,14 +171,20 @@ class PPOUpdate:
     def in_keys(self) -> list[NestedKey]:
         """Entries of a collected batch that an update reads, for ``TrialCollector(keep=...)``: loss, terms and advantage.
 
-        Hidden states are among them only with ``bptt``: without, rows are whole trials, which start from zeros.
+        Hidden states are among them only with ``bptt``, and so is what the critic reads beyond a trial that the batch cuts:
+        without, rows are whole trials, which start from zeros and end with the batch.
         """
         keys = self.loss.tensor_keys
         read = [key for key in self._keys_read() if key not in (keys.advantage, keys.value_target)]
         ends = [("next", key) for key in ("reward", "done", "terminated")]
         by_advantage = getattr(self.advantage, "in_keys", [keys.value])
-        memory = [] if self.bptt is None else self._memory_keys()
+        memory = [] if self.bptt is None else [*self._memory_keys(), *self._keys_beyond()]
         return list(dict.fromkeys((*read, *by_advantage, *ends, *memory)))
+
+    def _keys_beyond(self) -> list[NestedKey]:
+        """What the advantage's stand-in for a critic reads beyond a batch's last step."""
+        critic = getattr(self.advantage, "stand_in", None)
+        return [] if critic is None else [unravel_key(("next", key)) for key in critic.in_keys if key != "is_init"]
 
     def _networks(self) -> list[TensorDictModuleBase]:
         return [n for n in (self.loss.actor_network, self.loss.critic_network) if n is not None]
@@ -307,6 +314,18 @@ class PPOUpdate:
         self.optimizer.load_state_dict(state["optimizer"])
         if self._generator is not None and state["generator"] is not None:
             self._generator.set_state(state["generator"])
+
+
+def _with_stand_in(advantage: Callable, loss: ClipPPOLoss) -> Callable:
+    """``advantage``, or a copy that asks the loss's networks for the value beyond trials that are cut, if it has no critic."""
+    critic = getattr(loss, "critic_network", None)
+    if not isinstance(advantage, TrialAdvantage) or advantage.critic is not None or critic is None or loss.functional:
+        return advantage
+    both = TensorDictSequential(loss.actor_network, critic)
+    advantage = copy(advantage)  # another update has other networks
+    # Of the actor what the critic reads. Not in the module tree: the parameters belong to the loss.
+    advantage.__dict__["stand_in"] = both.select_subsequence(out_keys=[advantage.value_key])
+    return advantage
 
 
 def _why_not_parts(loss: ClipPPOLoss) -> str | None:
