@@ -185,13 +185,13 @@ class _Checked:
             if set(values) != set(own) - more:
                 return f"{name} observes {sorted(values)}, observation_spec says {sorted(set(own) - more)}"
             for key, value in values.items():
-                if wrong := _misfit(value, own[key]):
+                if wrong := misfit(value, own[key]):
                     return f"{name}'s observation {key!r} {wrong}"
         self.start()
         for key, value in (env.observe_more(env.state) if more else {}).items():
-            if str(key) not in more or (wrong := _misfit(value, own[str(key)])):
+            if str(key) not in more or (wrong := misfit(value, own[str(key)])):
                 return f"observe_more's {key!r} {'is not in more_spec' if str(key) not in more else wrong}"
-        if wrong := _misfit(reward, env.reward_spec):
+        if wrong := misfit(reward, env.reward_spec):
             return f"the reward {wrong}"
         for name, end in zip(("terminated", "truncated"), ends, strict=True):
             if end is not None and (end.shape != (*env.batch_size, 1) or end.dtype != torch.bool):
@@ -315,7 +315,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
 
 
-def _misfit(value: Tensor, spec: TensorSpec) -> str | None:
+def misfit(value: Tensor, spec: TensorSpec) -> str | None:
+    """In what ``value`` is not what ``spec`` says, in words; None where it is."""
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (spec.shape, spec.dtype):
         return f"is {_kind(value)}, its spec says {spec.dtype} {list(spec.shape)}"
     if value.device != spec.device:

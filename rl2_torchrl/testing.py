@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 from math import prod
@@ -11,6 +12,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import Compose, EnvBase, TransformedEnv, check_env_specs
 
+from rl2_torchrl.env_check import EnvBelow
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
 from rl2_torchrl.transition import PreviousStep
@@ -19,15 +21,22 @@ from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP
 __all__ = ["TensorEnvError", "TrialContractError", "check_tensor_env", "check_trial_env"]
 
 #: The rules in the order of the checks, with why it matters and what to do. `_Played` has a method for each; those of
-#: names that start with "task" and "trans" are left out where the env has no such entry.
+#: names that start with "task" and "trans" are left out where the env has no such entry, those of `EnvBelow` where workers hide
+#: what `Trial` plays.
 _RULES = {
     "trial_counters": "Without them nobody knows where a trial stands: Compose(Trial(...), ...).",
     "task_present": "What is learnt cannot be told apart by task: add TaskSampler, or pass task_key=None.",
     "task_in_state_spec": "The drawn task never reaches the env: declare it there and read it in _reset.",
     "trans_present": "A policy that does not see its last reward cannot adapt: add PreviousStep, or pass in_key=None.",
+    "rows_draw_apart": "They are one row's data again: seed each row, or each worker, by a number of its own.",
+    "step_specs": "Networks and memory are made by the specs, and sums of [B] and [B, 1] are [B, B]: mend them, or what the env "
+    "returns.",
     "specs": "Collectors and workers allocate memory by the specs: mend them, or what the env returns.",
+    "float32": "Networks are float32, and memory is doubled: make it so in the env, or append DoubleToFloat.",
+    "kept_tensors": "Steps that were collected before change afterwards: return new tensors, or copies of the env's own.",
     "trials_end": "A trial without end has no return: bound it with Trial(steps=...), or raise max_steps.",
     "rewards_finite": "One NaN spreads over the whole batch through the advantages: mend the env's reward.",
+    "observations_finite": "One NaN spreads over all that the networks make: mend the env, or bound what leads there.",
     "done_at_trial_end": "Memory is reset at done, here too early or too late: let Trial write it.",
     "terminated_at_done": "Another task's value leaks into this trial's advantages: let Trial write it.",
     "trial_step": "Trials end at the wrong step: leave Trial's entries as they are.",
@@ -40,8 +49,14 @@ _RULES = {
     "task_hidden": "An agent that sees its task has nothing to find out: leave it out of the observations.",
     "trans_previous_step": "An episode's last reward must reach the policy: put PreviousStep behind reward changes.",
     "trans_at_trial_start": "The last trial leaks into this one: let PreviousStep write the entry at resets.",
+    "seed_repeats": "No run can be repeated: let _set_seed seed all that the env draws from.",
+    "task_heard": "All tasks are one, and there is nothing to adapt to: set the task in each reset, for the rows that begin. Where "
+    "tasks are told apart too rarely for random actions, pass task_of=, which reads them back.",
+    "action_heard": "A step is lost between episodes, as where a vector env resets at the next step: use "
+    "AutoresetMode.DISABLED, or reset at once when asked to.",
     "partial_reset": "Rows end trials at different steps: reset what _reset says, keep counters in the TensorDict.",
 }
+_NUM_TASKS = 8  # of whole batches, given to the env below `Trial` one after another
 _NUM_DRAWS = 16  # resets whose tasks are compared: two rows with two possible tasks agree by chance in 1 of 65,536
 
 
@@ -60,12 +75,17 @@ def check_trial_env(
     max_steps: int = 10_000,
     task_key: NestedKey | None = "task",
     in_key: NestedKey | None = "trans",
+    task_of: Callable[[EnvBase], torch.Tensor | TensorDictBase] | None = None,
 ) -> None:
     """Plays random trials and checks that ``env`` is a trial env; the first rule that breaks is raised, by name.
 
     Made for ``TransformedEnv(your_env, Compose(Trial(...), TaskSampler(...), PreviousStep()))``. What the workers of a
-    ``SerialEnv`` or ``ParallelEnv`` do inside is hidden: ``first_observation`` and ``task_follows_seed`` are left out
-    there. The env is reset and stepped, and uses up tasks and random numbers.
+    ``SerialEnv`` or ``ParallelEnv`` do inside is hidden: ``first_observation``, ``task_follows_seed``, and what is asked of the
+    env below `Trial` itself, are left out there. The env is seeded, reset and stepped, and uses up tasks and random numbers.
+
+    Whether a task reaches the env (``task_heard``) is seen from outside: after one seed and the same actions, another task must
+    show in something, from the start and in episodes that begin in some rows. An env in which random actions hardly ever meet
+    the task, such as a far goal that alone is paid, cannot be told so from one that forgets it: give ``task_of``.
 
     Args:
         env: the trial env.
@@ -73,6 +93,7 @@ def check_trial_env(
         max_steps: steps within which every row must have ended ``num_trials`` trials.
         task_key: the task's entry; None for an env that has no tasks on purpose.
         in_key: the transition input's entry, as `PreviousStep` writes it; None for an env without it.
+        task_of: reads the tasks ``[*B, ...]`` that the rows have back from the env below `Trial`.
 
     Raises:
         TrialContractError: a rule is broken. The message says which, what was seen, why it matters and what to do.
@@ -87,10 +108,10 @@ def check_trial_env(
     """
     if num_trials < 1 or max_steps < 1:
         raise ValueError(f"num_trials={num_trials} and max_steps={max_steps} must be at least 1.")
-    played = _Played(env, num_trials, max_steps, task_key, in_key)
+    played = _Played(env, num_trials, max_steps, task_key, in_key, task_of)
     left_out = tuple(prefix for prefix, key in (("task", task_key), ("trans", in_key)) if key is None)
     for rule in _RULES:
-        seen = None if rule.startswith(left_out) else getattr(played, rule)()
+        seen = None if rule.startswith(left_out) else played.look(rule)
         if isinstance(seen, torch.Tensor):  # a mask of broken places, [num_rows, T, n]
             places = seen.flatten(2).any(-1).nonzero().tolist()
             seen = "at row {}, step {} of the trials played".format(*places[0]) if places else None
@@ -101,15 +122,35 @@ def check_trial_env(
 class _Played:
     """Trials of ``env``, played when the first rule asks for them. A rule returns what breaks it, or where, or None."""
 
-    def __init__(self, env: EnvBase, num_trials: int, max_steps: int, task_key, in_key):
+    def __init__(self, env: EnvBase, num_trials: int, max_steps: int, task_key, in_key, task_of=None):
         self.env, self.num_trials, self.max_steps = env, num_trials, max_steps
         self.task_key, self.in_key, self.num_rows = task_key, in_key, prod(env.batch_size)
+        self.task_of = task_of
         self.base, self.below_trial, self.transforms, self.reset_faults = env, None, [], []
         while isinstance(self.base, TransformedEnv):
             here = list(self.base.transform) if isinstance(self.base.transform, Compose) else [self.base.transform]
             self.base, self.transforms = self.base.base_env, self.transforms + here
             if any(isinstance(transform, Trial) for transform in here):
                 self.below_trial = self.base  # what Trial resets; None where workers hide it
+
+    def look(self, rule: str) -> str | torch.Tensor | None:
+        """What breaks ``rule``."""
+        if hasattr(type(self), rule):
+            return getattr(self, rule)()
+        try:
+            return None if self.below is None else getattr(self.below, rule)()
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # What TorchRL cannot play is told by the rule "specs".
+            return None if rule in ("rows_draw_apart", "step_specs") else f"{type(error).__name__}: {error}"
+
+    @cached_property
+    def below(self) -> EnvBelow | None:
+        """The env that `Trial` plays, and the tasks that it is given; None where workers hide it."""
+        if self.below_trial is None:
+            return None
+        has_task = self.task_key is not None and self.task_key in self.below_trial.full_state_spec.keys(True)
+        tasks = [self.env.reset().get(self.task_key).clone() for _ in range(_NUM_TASKS)] if has_task else []
+        return EnvBelow(self.below_trial, tasks, self.task_key, self.task_of)
 
     @cached_property
     def steps(self) -> TensorDictBase:
@@ -198,6 +239,20 @@ class _Played:
 
     def rewards_finite(self):
         return ~self.steps["next", "reward"].isfinite()
+
+    def observations_finite(self):
+        keys = [key for key in self.env.observation_spec.keys(True, True) if key in self.steps["next"].keys(True, True)]
+        broken = torch.zeros_like(self.steps["next", "done"])
+        for key in keys:
+            value = self.steps["next"].get(key)
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                broken |= ~value.isfinite().flatten(2).all(-1, keepdim=True)
+        return broken
+
+    def float32(self):
+        specs = {**dict(self.env.observation_spec.items(True, True)), "reward": self.env.reward_spec}
+        wide = [key for key, spec in specs.items() if spec.dtype == torch.float64]
+        return f"{wide} are float64" if wide else None
 
     def done_at_trial_end(self):
         return self.steps["next", "done"] != (self.steps["next", TIME_LEFT] == 0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from copy import copy
 from functools import partial
 from statistics import fmean
 from typing import Literal, SupportsIndex
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.objectives import ClipPPOLoss
@@ -117,7 +118,7 @@ class PPOUpdate:
         if backend not in ("auto", "compiled", "parts", "autograd"):
             raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts' or 'autograd'.")
         self.loss = loss
-        self.advantage = TrialAdvantage() if advantage is None else advantage
+        self.advantage = _with_stand_in(TrialAdvantage() if advantage is None else advantage, loss)
         self.bptt, self.shuffle = None if bptt is None else _count("bptt", bptt), shuffle
         self.epochs, self.minibatches = _count("epochs", epochs), _count("minibatches", minibatches)
         self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
@@ -195,14 +196,20 @@ class PPOUpdate:
     def in_keys(self) -> list[NestedKey]:
         """Entries of a collected batch that an update reads, for ``TrialCollector(keep=...)``: loss, terms and advantage.
 
-        Hidden states are among them only with ``bptt``: without, rows are whole trials, which start from zeros.
+        Hidden states are among them only with ``bptt``, and so is what the critic reads beyond a trial that the batch cuts:
+        without, rows are whole trials, which start from zeros and end with the batch.
         """
         keys = self.loss.tensor_keys
         read = [key for key in self._keys_read() if key not in (keys.advantage, keys.value_target)]
         ends = [("next", key) for key in ("reward", "done", "terminated")]
         by_advantage = getattr(self.advantage, "in_keys", [keys.value])
-        memory = [] if self.bptt is None else self._memory_keys()
+        memory = [] if self.bptt is None else [*self._memory_keys(), *self._keys_beyond()]
         return list(dict.fromkeys((*read, *by_advantage, *ends, *memory)))
+
+    def _keys_beyond(self) -> list[NestedKey]:
+        """What the advantage's stand-in for a critic reads beyond a batch's last step."""
+        critic = getattr(self.advantage, "stand_in", None)
+        return [] if critic is None else [unravel_key(("next", key)) for key in critic.in_keys if key != "is_init"]
 
     def _memory_keys(self) -> list[NestedKey]:
         return list(dict.fromkeys(key for network in self._networks() for key in hidden_keys(network)))
@@ -314,6 +321,18 @@ def _norms(networks: list[nn.Module]) -> list[tuple[RunningNorm, NestedKey]]:
         if isinstance(module, TensorDictModule) and isinstance(module.module, RunningNorm):
             found[id(module.module)] = (module.module, module.in_keys[0])
     return list(found.values())
+
+
+def _with_stand_in(advantage: Callable, loss: ClipPPOLoss) -> Callable:
+    """``advantage``, or a copy that asks the loss's networks for the value beyond trials that are cut, if it has no critic."""
+    critic = getattr(loss, "critic_network", None)
+    if not isinstance(advantage, TrialAdvantage) or advantage.critic is not None or critic is None or loss.functional:
+        return advantage
+    both = TensorDictSequential(loss.actor_network, critic)
+    advantage = copy(advantage)  # another update has other networks
+    # Of the actor what the critic reads. Not in the module tree: the parameters belong to the loss.
+    advantage.__dict__["stand_in"] = both.select_subsequence(out_keys=[advantage.value_key])
+    return advantage
 
 
 def _why_not_parts(loss: ClipPPOLoss) -> str | None:

@@ -251,7 +251,12 @@ CASES = [
         KeyError,
         "'actor_hidden', 'critic_hidden'.*auto_register_policy_transforms=True",
     ),
-    row("batch cuts trials", lambda: update(collect(6)), ValueError, "2 trials are cut.*critic="),
+    row(
+        "batch cuts trials, and nothing is kept beyond",
+        lambda: update(collect(6).exclude(("next", "trans"))),
+        KeyError,
+        "2 trials are cut.*lacks.*'trans'.*critic=",
+    ),
     row(
         "NaN reward",
         lambda: update(spoil(collect(), ("next", "reward"), math.nan)),

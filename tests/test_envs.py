@@ -2,14 +2,18 @@
 
 import math
 
+import gymnasium
 import pytest
 import torch
+from gymnasium.envs.classic_control import PendulumEnv
+from gymnasium.wrappers import TimeLimit, TransformReward
 from tensordict import TensorDict
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, SerialEnv, TransformedEnv, check_env_specs
+from torchrl.envs import Compose, ParallelEnv, SerialEnv, TransformedEnv, check_env_specs
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.testing import check_trial_env
 
 
 def pull(env, task, action):
@@ -169,6 +173,62 @@ def test_gym_env_is_given_its_task_at_every_reset():
     # Two trials of two episodes: the inner resets bring the same task.
     assert spy.given == [[9.0], [9.0], [1.0], [1.0]]
     assert data["task"].squeeze(-1).tolist() == [9.0] * 6 + [1.0] * 6
+
+
+FORMS = {
+    "id": lambda **kwargs: GymTaskEnv("Pendulum-v1", max_episode_steps=3, **kwargs),
+    "env": lambda **kwargs: GymTaskEnv(gymnasium.make("Pendulum-v1", max_episode_steps=3), **kwargs),
+    "function": lambda **kwargs: GymTaskEnv(lambda: gymnasium.make("Pendulum-v1", max_episode_steps=3), **kwargs),
+    "wrapped": lambda **kwargs: GymTaskEnv(
+        TransformReward(gymnasium.make("Pendulum-v1", max_episode_steps=3), lambda reward: reward), **kwargs
+    ),
+    "class": lambda **kwargs: GymTaskEnv(Limited, **kwargs),
+}
+
+
+class Limited(TimeLimit):
+    def __init__(self):
+        super().__init__(PendulumEnv(), 3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gym_env_by_id_as_an_env_and_by_a_function(form):
+    spy = Spied()
+    base = FORMS[form](set_task=spy, task_spec=Unbounded((1,)))
+    base.set_seed(0)
+    env = TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler(uniform_means(1), seed=0), PreviousStep()))
+    check_trial_env(env)
+    tensordict, played = env.reset(), len(spy.given)
+    assert base.unwrapped.g == tensordict["task"].item()
+    data = env.rollout(6, auto_reset=False, tensordict=tensordict)
+    assert data["next", "episode_done"].squeeze(-1).tolist() == [False, False, True] * 2
+    assert spy.given[played:] == [tensordict["task"].tolist()]
+
+
+def test_gym_env_in_workers_by_a_function():
+    env = ParallelEnv(
+        2, lambda: FORMS["function"](set_task=set_gravity, task_spec=Unbounded((1,))), mp_start_method="fork"
+    )
+    first = env.reset(TensorDict({"task": torch.tensor([[1.0], [2.0]])}, [2]))
+    assert first["task"].tolist() == [[1.0], [2.0]]
+    env.close()
+
+
+def set_gravity(env, task):
+    env.g = float(task)
+
+
+@pytest.mark.parametrize(
+    ("env", "options", "message"),
+    [
+        (None, {}, "None is no gymnasium.Env"),
+        (lambda: "Pendulum-v1", {}, "Pendulum-v1 is no gymnasium.Env"),
+        (PendulumEnv, {"max_episode_steps": 3}, r"\['max_episode_steps'\] are options of gymnasium.make"),
+    ],
+)
+def test_gym_env_of_what_is_no_env(env, options, message):
+    with pytest.raises(TypeError, match=message):
+        GymTaskEnv(env, set_task=set_gravity, task_spec=Unbounded((1,)), **options)
 
 
 def test_gym_tasks_change_the_dynamics():

@@ -1,453 +1,776 @@
-import multiprocessing
+"""`GymVectorEnv`: batches are `Collector`'s, tasks reach their rows, ends and resets are right, and what breaks ends clearly."""
+
 import os
 import signal
+import time
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
+from rollouts import assert_same, batches_of, both, gravities, make_policy, set_gravity, set_length
 from tensordict import TensorDict
-from torchrl.collectors import Collector
-from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Unbounded
+from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, TransformedEnv
 
-from rl2_torchrl import (
-    ActorCritic,
-    GRUValueHead,
-    PreviousStep,
-    RecurrentActor,
-    TaskSampler,
-    Trial,
-    TrialCollector,
-    adaptation_curve,
-)
+from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialCollector, adaptation_curve
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.testing import check_trial_env
 
+SYNC_AND_ASYNC = pytest.mark.parametrize("vectorization", ["sync", "async"])
 
-class Counter(gymnasium.Env):
-    """Shows (task, steps, noise); an episode ends after ``task`` steps, or is truncated after 5."""
 
-    def __init__(self, action_space=None):
-        self.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
-        self.action_space = action_space or spaces.Discrete(2)
-        self.task, self.actions, self.fails_at = 2, [], None
+class Line(gymnasium.Env):
+    """A walk to the right, as far as ``goal``, in 5 steps at the most; observes place, goal and a random number."""
+
+    metadata = {"render_modes": []}
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, goal=3.0, at_step=None):
+        self.goal, self.at_step, self.resets = goal, at_step or (lambda env: None), 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.task, self.steps = (options or {}).get("length", self.task), 0
-        self.task = int(np.asarray(self.task).item())
-        return self._seen(), {"resets": 1}
+        if options:
+            self.goal = float(options["goal"][0])
+        self.place, self.steps, self.resets = 0, 0, self.resets + 1
+        return self.observed(), {"resets": self.resets}
 
     def step(self, action):
-        assert self.action_space.contains(action), action
-        self.actions.append(action)
-        self.steps += 1
-        if self.steps == self.fails_at:
-            raise ArithmeticError("the env is broken")
-        info = {"success": self.steps == 2, "steps": self.steps}
-        return self._seen(), float(self.steps), self.steps >= self.task, self.steps >= 5, info
+        self.place, self.steps = self.place + int(action), self.steps + 1
+        there = self.place >= self.goal
+        info = {"steps": self.steps, "says": 1.0} if there else {"steps": self.steps}
+        found = self.at_step(self)
+        return self.observed(), 1.0 if found is None else found, there, self.steps >= 5, info
 
-    def _seen(self):
-        return np.array([self.task, self.steps, self.np_random.random()])
+    def observed(self):
+        return np.array([self.place, self.goal, self.np_random.random()])
 
 
-def set_length(env, task):
-    env.task = int(task.item())
+class Hidden(Line):
+    """Shows no goal."""
+
+    def observed(self):
+        return super().observed() * [1, 0, 1]
+
+
+def set_goal(env, task):
+    env.goal = float(task[0])
+
+
+def set_goals(envs, task, rows):
+    for env, goal, begins in zip(envs.unwrapped.envs, task, rows, strict=True):
+        if begins:
+            env.unwrapped.goal = float(goal[0])
+
+
+def goals(batch_size, generator):
+    return torch.randint(1, 6, (*batch_size, 1), generator=generator).float()
+
+
+def lines(rows=3, make=Line, **kwargs):
+    return GymVectorEnv(make, rows, set_task=set_goal, task_spec=Unbounded(1), seed=0, **kwargs)
+
+
+def trials(env, tasks=goals, **trial):
+    sampler = [] if tasks is None else [TaskSampler(tasks, seed=1)]
+    return TransformedEnv(env, Compose(Trial(**trial or {"episodes": 2}), *sampler, PreviousStep()))
+
+
+def right(env):
+    return torch.ones(env.batch_size, dtype=torch.int64)
+
+
+def with_task(env, *tasks):
+    return TensorDict({"task": torch.tensor(tasks).unsqueeze(-1)}, env.batch_size)
+
+
+def vector(mode, rows=3, kind=SyncVectorEnv, make=Line, **kwargs):
+    return kind([make] * rows, autoreset_mode=mode, **kwargs)
+
+
+def gone(processes):
+    deadline = time.time() + 5
+    while any(process.is_alive() for process in processes) and time.time() < deadline:
+        time.sleep(0.01)
+    return not any(process.is_alive() for process in processes)
+
+
+# ---- Batches are those of TorchRL's Collector over the same transforms.
+
+
+def cart_poles(**kwargs):
+    return GymVectorEnv("CartPole-v1", 3, set_task=set_length, task_spec=Unbounded(1), seed=0, **kwargs)
+
+
+def pendulums(**kwargs):
+    kwargs = {"max_episode_steps": 4, **kwargs}
+    return GymVectorEnv("Pendulum-v1", 3, set_task=set_gravity, task_spec=Unbounded(1), seed=0, **kwargs)
 
 
 def lengths(batch_size, generator):
-    return torch.randint(1, 9, (*batch_size, 1), generator=generator).float()
+    return 0.25 + torch.rand(*batch_size, 1, generator=generator)
 
 
-def counters(rows=3, seed=0, **kwargs):
-    options = {
-        "set_task": set_length,
-        "task_spec": Unbounded(1),
-        "seed": seed,
-        "info_keys": ["success", "steps"],
-        **kwargs,
-    }
-    return GymVectorEnv(Counter, rows, **options)
+FORMS = {
+    "cart pole": lambda: trials(cart_poles(), lengths, episodes=2),
+    "cart pole, cut": lambda: trials(cart_poles(), lengths, episodes=3, steps=17),
+    "cart pole, truncated": lambda: trials(cart_poles(), lengths, steps=23, truncate=True),
+    "cart pole without tasks": lambda: trials(GymVectorEnv("CartPole-v1", 3, seed=0), None, episodes=2),
+    "pendulum": lambda: trials(pendulums(), gravities, episodes=2),
+    "pendulum in processes": lambda: trials(pendulums(vectorization="async"), gravities, episodes=2),
+    "lines": lambda: trials(lines(info_keys=["steps", "says", "resets"]), episodes=3),
+    "lines, same step": lambda: trials(theirs(AutoresetMode.SAME_STEP), episodes=3),
+    "lines, few tasks, same step": lambda: trials(theirs(AutoresetMode.SAME_STEP), one_or_two, episodes=2),
+    "lines, disabled": lambda: trials(theirs(AutoresetMode.DISABLED), episodes=3),
+}
 
 
-def trials(env, *tasks, **bounds):
-    sampler = TaskSampler.fixed(torch.tensor(tasks).float().unsqueeze(-1)) if tasks else TaskSampler(lengths, seed=0)
-    return TransformedEnv(env, Compose(Trial(**(bounds or {"episodes": 2})), sampler, PreviousStep()))
+def theirs(mode, **kwargs):
+    keys = {"info_keys": ["steps", "says", "resets"]}
+    return GymVectorEnv(vector(mode, **kwargs), set_task=set_goals, task_spec=Unbounded(1), seed=0, **keys)
 
 
-def vector_of(mode, kind=SyncVectorEnv, rows=3, make=Counter):
-    return kind([make] * rows, autoreset_mode=mode)
+def one_or_two(batch_size, generator):
+    return torch.randint(1, 3, (*batch_size, 1), generator=generator).float()
 
 
-def set_lengths(envs, task, rows):
-    for n in rows.nonzero()[0]:
-        envs.envs[n].task = int(task[n].item())
+@pytest.mark.parametrize("name", FORMS)
+def test_batches_are_collectors(name):
+    (fast, ours), (_, expected) = both(FORMS[name], 25, lambda env: make_policy(env, still=True))
+    assert fast.reason is None
+    assert_same(ours, expected)
+    assert ours[0]["next", "episode_done"].any()
+    assert not ours[-1]["is_init"][:, 0].all()  # a batch goes on in the middle of trials
 
 
-def batches_of(env, kind, number=3, **kwargs):
-    torch.manual_seed(0)
-    policy = ActorCritic(RecurrentActor.from_env(env, hidden_size=4), GRUValueHead.from_env(env, hidden_size=4))
-    env.set_seed(3)
-    torch.manual_seed(1)
-    frames = {"frames_per_batch": 7 * env.batch_size.numel(), "total_frames": -1}
-    collector = kind(env, policy, **frames, **kwargs)
-    batches = [batch.clone() for batch, _ in zip(collector, range(number), strict=False)]
-    collector.shutdown()
+def collected(make, **kwargs):
+    env = make()
+    _, batches = batches_of(env, make_policy(env, still=True), 25, "tensors", **kwargs)
     return batches
 
 
-# -------------------------------------------------------------------- episodes
-def test_episodes_and_trials_by_hand():
-    env = trials(counters(2), 2, 7)
-    steps = env.rollout(10, break_when_any_done=False)
-    shown, after = steps["observation"][..., :2], steps["next", "observation"][..., :2]
-    # Row 0: episodes of two steps, row 1: truncated after five. Inside a trial the next observation is the new episode's first ...
-    assert shown[0, :4].tolist() == [[2, 0], [2, 1], [2, 0], [2, 1]]
-    assert after[0, 1].tolist() == [2, 0]
-    # ... and at its end the episode's last.
-    assert after[0, 3].tolist() == [2, 2]
-    assert shown[1, :, 1].tolist() == [0, 1, 2, 3, 4] * 2
-    assert after[1, 9].tolist() == [7, 5]
-    assert steps["next", "reward"][1, :, 0].tolist() == [1, 2, 3, 4, 5] * 2
-    assert steps["next", "episode_done"][0, :4, 0].tolist() == [False, True, False, True]
-    assert steps["next", "done"][0, :4, 0].tolist() == [False, False, False, True]
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: trials(lines(info_keys=["says"])), lambda: trials(lines(info_keys=["says"], vectorization="async"))),
+        (FORMS["pendulum"], FORMS["pendulum in processes"]),
+        (FORMS["lines, disabled"], FORMS["lines"]),
+    ],
+    ids=["lines in processes", "pendulum in processes", "their vector env"],
+)
+def test_all_forms_play_the_same(one, other):
+    assert_same(collected(one), collected(other))
 
 
-def test_truncation_is_told_from_termination():
-    env = counters(2)
-    env.reset(TensorDict({"task": torch.tensor([[5.0], [9.0]])}, [2]))
-    for _ in range(5):
-        _, _, terminated, truncated = env.play(torch.zeros(2, dtype=torch.int64))
-    assert terminated.flatten().tolist() == [True, False]
-    assert truncated.flatten().tolist() == [True, True]
-
-
-def test_what_an_env_says_beside_is_recorded_and_never_read():
-    env = trials(counters(1), 3)
-    steps = env.rollout(6, break_when_any_done=False)
-    # At an episode's end the info is that of the step that ended it, not of the reset.
-    assert steps["next", "info", "steps"].flatten().tolist() == [1, 2, 3, 1, 2, 3]
-    assert steps["next", "info", "success"].flatten().tolist() == [0, 1, 0, 0, 1, 0]
-    assert steps["trans"].shape[-1] == 3 + 2 + 2
-    actor = RecurrentActor.from_env(env, hidden_size=4)
-    curve = adaptation_curve(trials(counters(2), 1, 3), actor, 2, measures={("info", "success"): "max"})
-    assert curve.measures["success"].returns.tolist() == [[0, 0], [1, 1]]
-    assert curve.returns.tolist() == [[1, 1], [6, 6]]
-
-
-@pytest.mark.parametrize("bounds", [{"episodes": 2}, {"steps": 4}, {"episodes": 2, "steps": 5}])
-def test_batches_are_those_of_torchrls_collector(bounds):
-    # Actions are a Gaussian's: categorical noise is drawn otherwise.
-    def make():
-        return trials(GymVectorEnv(lambda: Counter(spaces.Box(-1, 1, (2,))), 3, **options), **bounds)
-
-    options = {"set_task": set_length, "task_spec": Unbounded(1), "seed": 0, "info_keys": ["steps"]}
-    ours = batches_of(make(), TrialCollector)
-    theirs = batches_of(make(), Collector, auto_register_policy_transforms=True)
-    for one, other in zip(ours, theirs, strict=True):
-        for key in [
-            ("next", "done"),
-            "is_init",
+def test_a_vector_env_that_resets_itself_plays_the_same():
+    def told(make):
+        # It draws in resets that a new task makes void: the random number is another.
+        keys = [
+            "action",
             "task",
-            "observation",
-            ("next", "observation"),
-            ("next", "info", "steps"),
-        ]:
-            assert torch.equal(one[key], other[key]), key
-        torch.testing.assert_close(one["trans"], other["trans"])
-        torch.testing.assert_close(one["state_value"], other["state_value"], atol=1e-6, rtol=0)
+            "is_init",
+            "episode_index",
+            ("next", "reward"),
+            ("next", "done"),
+            ("next", "truncated"),
+        ]
+        keys += [("info", "steps"), ("next", "info", "steps"), ("next", "info", "says")]
+        return [b.select(*keys).set("place", b["next", "observation"][..., :2].clone()) for b in collected(make)]
+
+    assert_same(told(FORMS["lines, disabled"]), told(FORMS["lines, same step"]))
 
 
-def test_processes_play_what_one_process_plays():
-    sync, processes = (batches_of(trials(counters(vectorization=how)), TrialCollector) for how in ("sync", "async"))
-    for one, other in zip(sync, processes, strict=True):
-        assert (one == other).all()
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_contract(vectorization):
-    def set_task(cartpole, task):
-        cartpole.length = task.item()
-
-    poles = GymVectorEnv("CartPole-v1", 3, set_task=set_task, task_spec=Unbounded(1), vectorization=vectorization)
-    env = trials(poles)
+def test_a_curve_of_adaptation_and_the_check_work_on_it():
+    env = trials(lines(4, make=Hidden), episodes=2)
     check_trial_env(env)
+    curve = adaptation_curve(env, make_policy(env), num_trials=10)
+    assert curve.returns.shape == (10, 2)
+    assert (curve.returns >= 1).all()
+
+
+# ---- Tasks.
+
+
+@SYNC_AND_ASYNC
+def test_each_row_gets_its_own_task(vectorization):
+    env = lines(vectorization=vectorization)
+    first = env.reset(with_task(env, 2.0, 3.0, 4.0))
+    assert first["observation"][:, :2].tolist() == [[0, 2], [0, 3], [0, 4]]
+    # A row alone, with another task; the others stay where they are.
+    after = env.step(first.set("action", right(env)))["next"]
+    rows = torch.tensor([[False], [True], [False]])
+    again = env.reset(with_task(env, 9.0, 5.0, 9.0).update(after.exclude("reward")).set("_reset", rows))
+    assert again["observation"][:, :2].tolist() == [[1, 2], [0, 5], [1, 4]]
     env.close()
 
 
-# ----------------------------------------------------------------------- tasks
-def test_tasks_by_option_and_by_list_of_objects():
-    by_option = GymVectorEnv(Counter, 2, task_option="length", task_spec=Unbounded(1))
-    by_option.reset(TensorDict({"task": torch.tensor([[3.0], [4.0]])}, [2]))
-    assert by_option.observation["observation"][:, 0].tolist() == [3, 4]
-    objects = GymVectorEnv(
-        Counter, 2, set_task=lambda env, task: setattr(env, "task", task["n"]), tasks=[{"n": 5}, {"n": 6}, {"n": 7}]
-    )
-    assert isinstance(objects.full_state_spec["task"], Categorical)
-    for vectorization in ("sync", "async"):
-        objects = GymVectorEnv(
-            Counter,
-            2,
-            set_task=lambda env, task: setattr(env, "task", task["n"]),
-            tasks=[{"n": 5}, {"n": 6}, {"n": 7}],
-            vectorization=vectorization,
-        )
-        objects.reset(TensorDict({"task": torch.tensor([2, 0])}, [2]))
-        assert objects.observation["observation"][:, 0].tolist() == [7, 5]
-        objects.close()
+@SYNC_AND_ASYNC
+def test_a_task_can_be_one_of_a_list_of_objects(vectorization):
+    objects = [{"goal": 2.0}, {"goal": 4.0}]
 
-
-def test_nested_tasks():
     def set_task(env, task):
-        env.task = int(task["length"].item())
+        assert env is env.unwrapped
+        env.goal = task["goal"]
 
-    spec = Composite(length=Unbounded(1), other=Unbounded(2))
-    env = GymVectorEnv(Counter, 2, set_task=set_task, task_spec=spec)
-    task = TensorDict({"length": torch.tensor([[3.0], [4.0]]), "other": torch.zeros(2, 2)}, [2])
-    env.reset(TensorDict({"task": task}, [2]))
-    assert env.observation["observation"][:, 0].tolist() == [3, 4]
+    env = GymVectorEnv(Line, 3, set_task=set_task, tasks=objects, seed=0, vectorization=vectorization)
+    assert (env.full_state_spec["task"].shape, env.full_state_spec["task"].space.n) == ((3,), 2)
+    first = env.reset(TensorDict({"task": torch.tensor([1, 0, 1])}, [3]))
+    assert first["observation"][:, 1].tolist() == [4, 2, 4]
+    env.close()
 
 
-def test_an_env_without_a_task():
-    env = TransformedEnv(GymVectorEnv("CartPole-v1", 4), Compose(Trial(episodes=2), PreviousStep()))
-    check_trial_env(env, task_key=None)
-    assert all("task" not in batch.keys() for batch in batches_of(env, TrialCollector))
+@SYNC_AND_ASYNC
+def test_a_task_can_be_an_option_of_reset(vectorization):
+    seen = {"vectorization": vectorization, "task_option": "goal", "task_spec": Unbounded(1)}
+    env = GymVectorEnv(Line, 3, seed=0, **seen)
+    assert env.reset(with_task(env, 2.0, 3.0, 4.0))["observation"][:, 1].tolist() == [2, 3, 4]
+    env.close()
+
+
+@SYNC_AND_ASYNC
+def test_a_task_can_have_several_entries(vectorization):
+    def set_task(env, task):
+        assert isinstance(task, TensorDict)
+        assert task.batch_size == ()
+        env.goal = float(task["far"] + task["by", "much"])
+
+    spec = Composite(far=Unbounded(1), by=Composite(much=Unbounded(1)))
+    env = GymVectorEnv(Line, 3, set_task=set_task, task_spec=spec, seed=0, vectorization=vectorization)
+    far, much = torch.tensor([[1.0], [2], [3]]), torch.tensor([[0.5], [0], [0.5]])
+    task = TensorDict({"far": far, "by": {"much": much}}, [3])
+    assert env.reset(TensorDict({"task": task}, [3]))["observation"][:, 1].tolist() == [1.5, 2, 3.5]
+    env.close()
+
+    def drawn(batch_size, generator):
+        return TensorDict(
+            {"by": {"much": goals(batch_size, generator)}, "far": goals(batch_size, generator)}, batch_size
+        )
+
+    env = GymVectorEnv(Hidden, 3, set_task=set_task, task_spec=spec, seed=0, vectorization=vectorization)
+    check_trial_env(trials(env, drawn))
+    env.close()
+
+
+def test_an_option_of_several_entries_is_a_dictionary():
+    class Option(Line):
+        def reset(self, *, seed=None, options=None):
+            assert set(options["task"]) == {"a", "b"}
+            return super().reset(seed=seed, options={"goal": options["task"]["a"] + options["task"]["b"]})
+
+    spec = Composite(a=Unbounded(1), b=Unbounded(1))
+    env = GymVectorEnv(Option, 2, task_option="task", task_spec=spec)
+    task = TensorDict({"a": torch.tensor([[1.0], [2.0]]), "b": torch.ones(2, 1)}, [2])
+    assert env.reset(TensorDict({"task": task}, [2]))["observation"][:, 1].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.DISABLED, AutoresetMode.SAME_STEP])
+def test_a_vector_env_of_ones_own_is_told_which_rows_begin_with_which_tasks(mode):
+    calls = []
+
+    def set_task(envs, tasks, rows):
+        calls.append((tasks, rows.tolist()))
+        set_goals(envs, [[task["goal"]] for task in tasks], rows)
+
+    objects = [{"goal": 1.0}, {"goal": 2.0}]
+    env = GymVectorEnv(vector(mode), set_task=set_task, tasks=objects, seed=0)
+    first = env.reset(TensorDict({"task": torch.tensor([1, 0, 1])}, [3]))
+    assert first["observation"][:, 1].tolist() == [2, 1, 2]
+    after = env.step(first.set("action", right(env)))["next"]
+    given = TensorDict({"task": torch.tensor([0, 1, 0])}, [3]).update(after.exclude("reward"))
+    assert env.reset(given.set("_reset", after["done"]))["observation"][:, :2].tolist() == [[1, 2], [0, 2], [1, 2]]
+    assert calls[0][0] == [objects[1], objects[0], objects[1]]
+    assert [rows for _, rows in calls] == [[True] * 3, [False, True, False]]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("kwargs", "message"),
     [
+        ({"set_task": set_goal}, "what is a task"),
+        ({"set_task": set_goal, "task_spec": Unbounded(1), "tasks": [1]}, "what is a task"),
         ({"task_spec": Unbounded(1)}, "how does a task reach the env"),
-        ({"set_task": set_length, "task_option": "length", "task_spec": Unbounded(1)}, "how does a task reach the env"),
-        ({"set_task": set_length}, "what is a task"),
-        ({"task_option": "length", "tasks": [1, 2]}, "what is a task"),
-        ({"num_envs": None}, "how many envs"),
-        ({"vectorization": "threads"}, "choose 'sync' or 'async'"),
+        ({"tasks": [1]}, "how does a task reach the env"),
+        ({"task_option": "goal", "tasks": [1]}, "what is a task"),
+        ({"set_task": set_goal, "task_option": "goal", "task_spec": Unbounded(1)}, "how does a task reach the env"),
     ],
+    ids=str,
 )
-def test_half_of_a_task_is_refused(options, message):
+def test_half_a_way_for_the_task_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        GymVectorEnv(Counter, **{"num_envs": 2, **options})
+        GymVectorEnv(Line, 2, **kwargs)
 
 
-def test_options_of_make_are_for_ids_alone():
-    with pytest.raises(TypeError, match="gymnasium.make's"):
-        GymVectorEnv(Counter, 2, max_episode_steps=3)
-    with pytest.raises(ValueError, match="one function makes one row"):
-        GymVectorEnv([Counter, Counter], 3)
-    assert GymVectorEnv([Counter, Counter]).batch_size == (2,)
+def test_no_task_at_all():
+    env = GymVectorEnv(Line, 3, seed=0)
+    assert "task" not in env.full_state_spec.keys()
+    check_trial_env(trials(env, None), task_key=None)
+    assert env.rollout(3)["next", "observation"].shape == (3, 3, 3)
 
 
-# ----------------------------------------------------------------------- seeds
-def test_seeds_repeat_a_run_and_rows_differ():
-    def noise(seed):
-        env = counters(3, seed=None)
-        env.set_seed(seed)
-        return trials(env).rollout(12, break_when_any_done=False)["observation"][..., 2]
+# ---- Ends of episodes, and resets.
 
-    assert torch.equal(noise(1), noise(1))
-    assert not torch.equal(noise(1), noise(2))
-    assert noise(1).unique().numel() == 36  # no row repeats another's, nor an episode the one before
+ENDS = [
+    lambda: lines(info_keys=["steps", "says", "resets"]),
+    lambda: lines(info_keys=["steps", "says", "resets"], vectorization="async"),
+    lambda: theirs(AutoresetMode.DISABLED),
+    lambda: theirs(AutoresetMode.SAME_STEP),
+    lambda: theirs(AutoresetMode.SAME_STEP, copy=False),
+]
 
 
-# ------------------------------------------------------------- user's vector envs
+@pytest.mark.parametrize("make", ENDS)
+def test_the_last_observation_of_a_trial_and_the_first_of_an_episode_by_hand(make):
+    base = make()
+    fixed = TaskSampler.fixed(torch.tensor([[1.0], [2.0], [9.0], [3.0], [3.0], [3.0]]))
+    env = TransformedEnv(base, Compose(Trial(episodes=2), fixed, PreviousStep()))
+    tensordict, steps = env.reset(), []
+    for _ in range(4):
+        stepped, tensordict = env.step_and_maybe_reset(tensordict.set("action", right(env)))
+        steps.append(stepped.clone())
+    batch = torch.stack(steps, 1)
+    place = {key: batch[key][..., 0].tolist() for key in ("observation", ("next", "observation"))}
+    # Goals 1 and 2 are reached at steps 1 and 2; the trial of goal 1 ends at its second step, that of goal 2 at its fourth.
+    assert place["observation"] == [[0, 0, 0, 1], [0, 1, 0, 1], [0, 1, 2, 3]]
+    assert place["next", "observation"] == [[0, 1, 1, 2], [1, 0, 1, 2], [1, 2, 3, 4]]
+    assert batch["next", "done"].squeeze(-1).int().tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    assert batch["observation"][0, :, 1].tolist() == [1, 1, 3, 3]
+    # What info says is told of the step that was taken; a trial's first step tells what the reset said.
+    told = {key: batch[key].squeeze(-1) for key in batch.keys(True, True) if "info" in key}
+    assert told["next", "info", "steps"].tolist() == [[1, 1, 1, 2], [1, 2, 1, 2], [1, 2, 3, 4]]
+    assert told["next", "info", "says"].tolist() == [[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+    assert told["info", "steps"].tolist() == [[0, 1, 0, 1], [0, 1, 2, 1], [0, 1, 2, 3]]
+    assert told["info", "resets"][:, 0].tolist() == [1, 1, 1]
+    assert (told["info", "resets"][0] > 0).tolist() == [True, False, True, False]
+    assert not told["next", "info", "resets"].any()
+    # Observation, action, reward and done are the agent's, nothing else.
+    assert batch["trans"].shape[-1] == 3 + 2 + 2
+    base.close()
+
+
+@pytest.mark.parametrize("make", ENDS)
+def test_a_truncated_episode_is_truncated_and_not_terminated(make):
+    env = make()
+    tensordict = env.reset(with_task(env, 9.0, 5.0, 9.0))
+    for _ in range(5):
+        after = env.step(tensordict.set("action", right(env)))["next"]
+        tensordict = after.exclude("reward")
+    assert after["truncated"].flatten().tolist() == [True] * 3
+    assert after["terminated"].flatten().tolist() == [False, True, False]
+    assert after["observation"][:, 0].tolist() == [5, 5, 5]
+    env.close()
+
+
+def test_an_inner_reset_of_a_vector_env_that_resets_itself_is_not_made_twice():
+    base = theirs(AutoresetMode.SAME_STEP)
+    fixed = TaskSampler.fixed(torch.tensor([[1.0], [1.0], [1.0], [1.0], [1.0], [2.0]]))
+    env = TransformedEnv(base, Compose(Trial(episodes=2), fixed, PreviousStep()))
+    tensordict = env.reset()
+    resets = [[line.resets for line in base.envs.envs]]
+    for _ in range(2):
+        _, tensordict = env.step_and_maybe_reset(tensordict.set("action", right(env)))
+        resets.append([line.resets for line in base.envs.envs])
+    # Then a trial begins: by the vector env itself with the same task, again with a new one.
+    assert resets == [[1, 1, 1], [2, 2, 2], [3, 3, 4]]
+    assert tensordict["observation"][:, 1].tolist() == [1, 1, 2]
+    assert tensordict["info", "resets"].flatten().tolist() == [3, 3, 4]
+    assert not tensordict["info", "says"].any()
+
+
+def test_a_nested_task_that_stays_the_same_is_not_begun_twice():
+    def set_task(envs, task, rows):
+        set_goals(envs, task["goal"], rows)
+
+    spec = Composite(goal=Unbounded(1), other=Unbounded(1))
+    env = GymVectorEnv(vector(AutoresetMode.SAME_STEP), set_task=set_task, task_spec=spec, seed=0)
+    task = TensorDict({"goal": torch.ones(3, 1), "other": torch.zeros(3, 1)}, [3])
+    after = env.step(env.reset(TensorDict({"task": task}, [3])).set("action", right(env)))["next"]
+    assert after["done"].all()
+    # The same entries in another order; in one row another task.
+    task = TensorDict({"other": torch.tensor([[0.0], [0.0], [1.0]]), "goal": torch.ones(3, 1)}, [3])
+    env.reset(TensorDict({"task": task}, [3]))
+    assert [line.resets for line in env.envs.envs] == [2, 2, 3]
+
+
+def test_info_that_a_vector_env_does_not_say_of_a_row_is_nought():
+    def says(*stepped):
+        return *stepped[:4], {"x": np.array([5.0, 6.0, 7.0]), "_x": np.array([True, False, True]), "y": np.arange(3)}
+
+    env = GymVectorEnv(Numbers(spoil=says), info_keys=["x", "y", "z"], seed=0)
+    info = env.rollout(1)["next", "info"]
+    assert {key: value.flatten().tolist() for key, value in info.items()} == {
+        "x": [5, 0, 7],
+        "y": [0, 1, 2],
+        "z": [0] * 3,
+    }
+
+
+def test_a_vector_env_that_resets_in_the_next_step_is_refused_with_the_mend():
+    for envs in (SyncVectorEnv([Line]), vector(AutoresetMode.NEXT_STEP), gymnasium.make_vec("CartPole-v1", 2)):
+        with pytest.raises(ValueError, match="autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED"):
+            GymVectorEnv(envs)
+
+
+def test_a_vector_env_without_last_observations_is_refused():
+    class Forgets(VectorWrapper):
+        def step(self, actions):
+            *stepped, infos = super().step(actions)
+            return *stepped, {key: value for key, value in infos.items() if "final" not in key}
+
+    env = GymVectorEnv(Forgets(vector(AutoresetMode.SAME_STEP)), set_task=set_goals, task_spec=Unbounded(1))
+    first = env.reset(with_task(env, 1.0, 2.0, 2.0))
+    with pytest.raises(KeyError, match="has no 'final_obs'"):
+        env.step(first.set("action", right(env)))
+
+
 @pytest.mark.parametrize("mode", [AutoresetMode.DISABLED, AutoresetMode.SAME_STEP])
-def test_a_vector_env_of_the_users(mode):
-    env = GymVectorEnv(vector_of(mode), set_task=set_lengths, task_spec=Unbounded(1), info_keys=["steps"])
-    ours, own = (trials(each, 2, 7, 3, 4).rollout(14, break_when_any_done=False) for each in (env, counters(3)))
-    keys = [("next", "done"), ("next", "episode_done"), ("next", "reward"), ("next", "info", "steps"), "task"]
-    for key in keys:
-        assert torch.equal(ours[key], own[key]), key
-    for key in ("observation", ("next", "observation")):
-        assert torch.equal(ours[key][..., :2], own[key][..., :2])
-
-
-def test_a_vector_env_that_resets_itself_is_not_reset_twice_inside_a_trial():
-    resets = []
-
-    class Told(Counter):
-        def reset(self, **kwargs):
-            resets.append(self)
-            return super().reset(**kwargs)
-
-    vector = vector_of(AutoresetMode.SAME_STEP, rows=1, make=Told)
-    env = trials(GymVectorEnv(vector, set_task=set_lengths, task_spec=Unbounded(1)), 2, episodes=3)
-    env.reset()
-    resets.clear()
-    env.rollout(4, auto_reset=False, tensordict=env.reset(), break_when_any_done=False)
-    assert len(resets) == 1 + 2  # the first, and one after each of two episodes
-
-
-def test_a_vector_env_that_resets_in_the_next_step_is_refused():
-    with pytest.raises(ValueError, match="AutoresetMode.DISABLED"):
-        GymVectorEnv(vector_of(AutoresetMode.NEXT_STEP))
-
-
-def test_a_vector_env_that_resets_all_rows_is_refused():
-    class Careless(SyncVectorEnv):
+def test_a_vector_env_that_resets_all_rows_is_refused(mode):
+    class IgnoresMask(VectorWrapper):
         def reset(self, *, seed=None, options=None):
             return super().reset(seed=seed)
 
-    env = GymVectorEnv(vector_of(AutoresetMode.DISABLED, Careless), set_task=set_lengths, task_spec=Unbounded(1))
+    env = GymVectorEnv(IgnoresMask(vector(mode)), set_task=set_goals, task_spec=Unbounded(1), seed=0)
+    first = env.reset(with_task(env, 1.0, 2.0, 2.0))
+    after = env.step(first.set("action", right(env)))["next"]
     with pytest.raises(RuntimeError, match="has reset rows that were to go on"):
-        trials(env, 2, 7, 4).rollout(14, break_when_any_done=False)
+        env.reset(with_task(env, 2.0, 2.0, 2.0).update(after.select("done")).set("_reset", after["done"]))
 
 
-def test_rewards_of_another_shape_are_refused():
-    class Column(SyncVectorEnv):
-        def step(self, actions):
-            observation, reward, *rest = super().step(actions)
-            return observation, reward[:, None], *rest
+class Numbers(gymnasium.vector.VectorEnv):
+    """A vector env of its own kind: one seed for all rows; ``spoil`` changes what a step returns."""
 
-    env = GymVectorEnv(vector_of(AutoresetMode.DISABLED, Column))
-    env.reset()
-    with pytest.raises(ValueError, match="one number a row"):
-        env.play(torch.zeros(3, dtype=torch.int64))
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}
 
+    def __init__(self, num_envs=3, spoil=lambda *stepped: stepped):
+        self.num_envs, self.spoil, self.seeds = num_envs, spoil, []
+        self.single_observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+        self.single_action_space = spaces.Discrete(2)
 
-# ---------------------------------------------------------------------- faults
-def test_numbers_that_are_not_finite_are_refused():
-    class Broken(Counter):
-        def step(self, action):
-            observation, reward, *rest = super().step(action)
-            return observation, np.nan if self.task == 4 else reward, *rest
+    def reset(self, *, seed: int | None = None, options=None):
+        super().reset(seed=seed)
+        self.seeds.append(seed)
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        begun = self.np_random.random((self.num_envs, 1)).astype(np.float32)
+        self.numbers = np.where(mask[:, None], begun, getattr(self, "numbers", begun))
+        return self.numbers, {}
 
-    env = GymVectorEnv(Broken, 3, set_task=set_length, task_spec=Unbounded(1))
-    env.reset(TensorDict({"task": torch.tensor([[2.0], [4.0], [3.0]])}, [3]))
-    with pytest.raises(FloatingPointError, match=r"'reward' that is NaN or infinite, in rows \[1\]"):
-        env.play(torch.zeros(3, dtype=torch.int64))
-
-
-def test_a_dead_process_is_told_and_leaves_none_behind():
-    env = counters(3, vectorization="async")
-    env.reset(TensorDict({"task": torch.ones(3, 1)}, [3]))
-    os.kill(env.envs.processes[1].pid, signal.SIGKILL)
-    env.envs.processes[1].join()
-    with pytest.raises(RuntimeError, match=r"the envs \[1\] have died"):
-        env.play(torch.zeros(3, dtype=torch.int64))
-    assert not multiprocessing.active_children()
+    def step(self, actions):
+        self.numbers += actions[:, None]  # in place, and handed out
+        ends = self.numbers[:, 0] > 2
+        return self.spoil(self.numbers, np.ones(self.num_envs), ends, np.zeros_like(ends), {})
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_an_env_that_fails_says_so_itself(vectorization):
-    class Failing(Counter):
-        def __init__(self):
-            super().__init__()
-            self.fails_at = 2
-
-    env = GymVectorEnv(Failing, 2, vectorization=vectorization)
-    env.reset()
-    env.play(torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ArithmeticError, match="the env is broken"):
-        env.play(torch.zeros(2, dtype=torch.int64))
-    assert not multiprocessing.active_children()
+def test_a_vector_env_of_another_kind_has_one_seed():
+    env = GymVectorEnv(Numbers(), seed=0)
+    (fast, ours), (_, expected) = both(
+        lambda: trials(GymVectorEnv(Numbers(), seed=0), None), 9, lambda env: make_policy(env, still=True)
+    )
+    assert_same(ours, expected)
+    check_trial_env(trials(env, None), task_key=None)
+    assert isinstance(env.envs.seeds[0], int)
+    assert env.envs.seeds.count(None) > 2
 
 
-def test_closing_ends_the_processes():
-    env = counters(2, vectorization="async")
-    assert isinstance(env.envs, AsyncVectorEnv)
-    assert len(multiprocessing.active_children()) == 2
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("rewards", lambda obs, reward, *rest: (obs, reward[:, None], *rest)),
+        ("terminations", lambda obs, reward, terminated, *rest: (obs, reward, terminated[:, None], *rest)),
+        ("truncations", lambda *stepped: (*stepped[:3], stepped[3][:1], stepped[4])),
+        ("rewards", lambda obs, reward, *rest: (obs, 1.0, *rest)),
+    ],
+)
+def test_rewards_and_ends_of_other_shapes_are_refused(name, spoil):
+    env = GymVectorEnv(Numbers(spoil=spoil))
+    with pytest.raises(ValueError, match=rf"gives {name} of shape \(.*; they must be \(3,\), one a row"):
+        env.rollout(1)
+
+
+# ---- Seeds.
+
+
+@SYNC_AND_ASYNC
+def test_a_seed_repeats_a_run_and_rows_differ(vectorization):
+    def noise(env, seed):
+        env.set_seed(seed)
+        return torch.stack([env.reset(with_task(env, 3.0, 3.0, 3.0))["observation"][:, 2] for _ in range(2)])
+
+    env, other = lines(vectorization=vectorization), lines(vectorization=vectorization)
+    before = torch.get_rng_state()
+    first = noise(env, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(first.unique()) == first.numel()
+    assert torch.equal(noise(env, 5), first)
+    assert torch.equal(noise(other, 5), first)
+    assert not torch.equal(noise(env, 6), first)
     env.close()
-    assert not multiprocessing.active_children()
+    other.close()
 
 
-# ---------------------------------------------------------------------- spaces
-class Seen(gymnasium.Env):
-    """Shows samples of a space."""
-
-    def __init__(self, space, action_space=None):
-        self.observation_space, self.action_space = space, action_space or spaces.Discrete(2)
-        self.sampled, self.taken = [], []
-
-    def reset(self, *, seed=None, options=None):
-        self.observation_space.seed(0)
-        return self._sample(), {}
-
-    def step(self, action):
-        assert self.action_space.contains(action), action
-        self.taken.append(action)
-        return self._sample(), 0.0, False, False, {}
-
-    def _sample(self):
-        self.sampled.append(self.observation_space.sample())
-        return self.sampled[-1]
+def test_a_seed_repeats_a_run_of_a_vector_env_that_resets_itself():
+    env = theirs(AutoresetMode.SAME_STEP)
+    found = []
+    for _ in range(2):
+        env.set_seed(3)
+        first = env.reset(with_task(env, 1.0, 1.0, 1.0))
+        found.append(first["observation"].clone())
+        env.step(first.set("action", right(env)))  # all rows end, and have begun again with the same task
+    assert torch.equal(*found)
 
 
-@pytest.mark.parametrize(
-    ("space", "spec", "expected"),
-    [
-        (spaces.Box(-1, 1, (2, 3), np.float64), Unbounded((2, 3)), lambda x: x),
-        (spaces.Box(-1, 1, ()), Unbounded(1), lambda x: [x]),
-        (spaces.Box(0, 255, (4, 4, 3), np.uint8), Unbounded((4, 4, 3), dtype=torch.uint8), lambda x: x),
-        (spaces.Box(0, 9, (2,), np.uint16), Unbounded((2,), dtype=torch.int64), lambda x: x),
-        (spaces.Discrete(3, start=5), Categorical(3), lambda x: x - 5),
-        (spaces.MultiDiscrete([3, 2], start=[1, 4]), MultiCategorical([3, 2]), lambda x: x - np.array([1, 4])),
-        (spaces.MultiDiscrete([[3], [2]]), MultiCategorical([3, 2]), lambda x: x.flatten()),
-        (spaces.MultiBinary([2, 2]), None, lambda x: x.flatten()),
-    ],
-)
-def test_observations_by_space(space, spec, expected):
-    env = GymVectorEnv(lambda: Seen(space), 1)
-    seen = env.reset()["observation"]
-    [row] = env.envs.envs
-    assert spec is None or env.full_observation_spec_unbatched["observation"] == spec
-    torch.testing.assert_close(seen[0], torch.as_tensor(np.array(expected(row.unwrapped.sampled[-1]))).to(seen.dtype))
-    assert env.observation_spec["observation"].is_in(seen)
+def test_without_a_seed_pytorchs_generator_seeds():
+    def first(seed):
+        torch.manual_seed(seed)
+        env = GymVectorEnv(Line, 2)
+        return env.reset()["observation"]
+
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
 
 
-def test_nested_observations_and_text():
-    place = spaces.Tuple((spaces.Discrete(3), spaces.Box(-1, 1, (2,))))
-    space = spaces.Dict(place=place, deep=spaces.Dict(a=spaces.Discrete(2)), said=spaces.Text(4))
-    env = GymVectorEnv(lambda: Seen(space), 2)
-    seen = env.reset()
-    assert seen["place", "1"].shape == (2, 2)
-    assert seen["deep", "a"].shape == (2,)
-    assert "said" not in seen.keys()
-    whole = TransformedEnv(env, Compose(Trial(steps=4), PreviousStep()))
-    assert whole.reset()["trans"].shape == (2, 3 + 2 + 2 + 2 + 2)
+# ---- Info.
 
 
-def test_spaces_that_cannot_be_are_refused():
-    with pytest.raises(TypeError, match="no fixed size"):
-        GymVectorEnv(lambda: Seen(spaces.Sequence(spaces.Discrete(2), stack=True)), 1)
-    with pytest.raises(TypeError, match="no policy here has a distribution"):
-        GymVectorEnv(lambda: Seen(spaces.Discrete(2), spaces.Tuple((spaces.Discrete(2),))), 1)
-    with pytest.raises(ValueError, match="rename them"):
-        GymVectorEnv(lambda: Seen(spaces.Dict(reward=spaces.Discrete(2))), 1)
+def test_info_is_recorded_in_batches_and_hidden_from_networks():
+    env = trials(lines(info_keys=["says"]), episodes=2)
+    policy = make_policy(env)
+    assert not any("info" in key for key in policy.in_keys)
+    keep = [("info", "says"), ("next", "info", "says"), ("next", "episode_done"), "trans"]
+    collector = TrialCollector(env, policy, frames_per_batch=30, total_frames=30, keep=keep)
+    (batch,) = collector
+    says = batch["next", "info", "says"].bool()
+    assert says.any()
+    assert (batch["next", "episode_done"] | ~says).all()
+    collector.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("space", "action", "taken"),
-    [
-        (spaces.Discrete(3, start=4), torch.tensor([2]), 6),
-        (spaces.MultiDiscrete([3, 2], start=[1, 4]), torch.tensor([[2, 0]]), [3, 4]),
-        (spaces.MultiBinary(2), torch.tensor([[1, 0]], dtype=torch.int8), [1, 0]),
-        (spaces.Box(-2, 2, (2,)), torch.tensor([[5.0, 1.0]]), [2.0, 1.0]),
-        (spaces.Box(np.float32([-1, -np.inf]), np.float32([np.inf, 1])), torch.tensor([[-9.0, 9.0]]), [-1.0, 1.0]),
-        (spaces.Box(-2, 2, ()), torch.tensor([[5.0]]), 2.0),
-    ],
-)
-def test_actions_by_space(space, action, taken):
-    env = GymVectorEnv(lambda: Seen(spaces.Discrete(2), space), 1)
-    env.reset()
-    env.play(action)
-    [row] = env.envs.envs
-    assert np.array_equal(row.unwrapped.taken[-1], taken)
-    trial = TransformedEnv(env, Compose(Trial(steps=3), PreviousStep()))
-    for batch in batches_of(trial, TrialCollector, number=2):
-        assert batch["action_log_prob"].isfinite().all()
+@pytest.mark.parametrize("value", ["text", np.zeros(2), None], ids=str)
+def test_info_that_is_no_number_is_refused(value):
+    class Says(Line):
+        def step(self, action):
+            return *super().step(action)[:4], {"says": value}
+
+    env = GymVectorEnv(Says, 2, info_keys=["says"])
+    with pytest.raises(TypeError, match="info_keys holds 'says'"):
+        env.rollout(1)
 
 
-def test_a_clipped_action_keeps_its_own_log_probability():
-    env = GymVectorEnv(lambda: Seen(spaces.Discrete(2), spaces.Box(-1e-3, 1e-3, (1,))), 2)
-    assert isinstance(env.full_action_spec_unbatched["action"], Bounded)
-    trial = TransformedEnv(env, Compose(Trial(steps=3), PreviousStep()))
-    [batch] = batches_of(trial, TrialCollector, number=1)
-    assert (batch["action"].abs() > 1e-3).any()  # as drawn, in the data
+# ---- Actions beyond the bounds.
+
+
+def test_actions_are_clipped_on_their_way_and_their_log_probability_is_that_of_the_drawn_one():
+    taken = []
+
+    class Bounded(gymnasium.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (1,)), spaces.Box(-0.1, 0.2, (2,))
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            assert self.action_space.contains(action)
+            taken.append(action.tolist())
+            return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    env = trials(GymVectorEnv(Bounded, 2, seed=0), None, steps=4)
+    policy = make_policy(env)
+    collector = TrialCollector(env, policy, frames_per_batch=8, total_frames=8)
+    (batch,) = collector
+    drawn = batch["action"]
+    assert (drawn.abs() > 0.2).any()
+    clipped = drawn.transpose(0, 1).flatten(0, 1).clamp(torch.tensor(-0.1), torch.tensor(0.2))
+    assert torch.equal(torch.tensor(taken), clipped)
     normal = torch.distributions.Normal(batch["loc"], batch["scale"])
-    torch.testing.assert_close(batch["action_log_prob"], normal.log_prob(batch["action"]).sum(-1))
-    assert np.abs([row.unwrapped.taken for row in env.envs.envs]).max() <= 1e-3
+    torch.testing.assert_close(batch["action_log_prob"], normal.log_prob(drawn).sum(-1))
+    assert torch.equal(batch["trans"][:, 1:, 1:3], drawn[:, :-1])
+    collector.shutdown()
+
+
+# ---- What breaks.
+
+
+def test_a_process_that_dies_is_told_and_leaves_none_behind():
+    base = lines(vectorization="async")
+    env = trials(base)
+    collector = TrialCollector(env, make_policy(env), frames_per_batch=15, total_frames=-1)
+    iterator = iter(collector)
+    next(iterator)
+    processes = base.envs.processes
+    os.kill(processes[1].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"the processes of the envs \[1\] have died .* newest checkpoint"):
+        next(iterator)
+    assert gone(processes)
+    collector.shutdown()  # has nothing more to end
+
+
+def test_a_process_that_dies_between_resets_is_told():
+    env = lines(vectorization="async")
+    env.reset(with_task(env, 1.0, 2.0, 3.0))
+    processes = env.envs.processes
+    for number in (0, 2):
+        os.kill(processes[number].pid, signal.SIGKILL)
+    assert not gone(processes)
+    with pytest.raises(RuntimeError, match=r"the processes of the envs \[0, 2\] have died"):
+        env.reset(with_task(env, 1.0, 2.0, 3.0))
+    assert gone(processes)
+    env.close()
+
+
+class OutOfFuelError(Exception):
+    pass
+
+
+def breaks(env):
+    if env.steps == 2 and env.goal == 4:
+        raise OutOfFuelError("at step 2")
+
+
+@SYNC_AND_ASYNC
+def test_an_env_that_raises_ends_with_its_own_error(vectorization):
+    env = lines(make=lambda: Line(at_step=breaks), vectorization=vectorization)
+    processes = getattr(env.envs, "processes", [])
+    tensordict = env.reset(with_task(env, 3.0, 4.0, 5.0))
+    tensordict = env.step(tensordict.set("action", right(env)))["next"]
+    with pytest.raises(OutOfFuelError, match="at step 2"):
+        env.step(tensordict.exclude("reward").set("action", right(env)))
+    assert gone(processes)
+    env.close()
+
+
+@SYNC_AND_ASYNC
+def test_a_task_that_cannot_be_set_ends_with_its_own_error(vectorization):
+    def set_task(env, task):
+        if task == 2:
+            raise OutOfFuelError("no such task")
+
+    env = GymVectorEnv(Line, 2, set_task=set_task, task_spec=Unbounded(1), vectorization=vectorization)
+    processes = getattr(env.envs, "processes", [])
+    with pytest.raises(OutOfFuelError, match="no such task"):
+        env.reset(with_task(env, 1.0, 2.0))
+    assert gone(processes)
+    env.close()
+
+
+@SYNC_AND_ASYNC
+def test_close_ends_the_processes(vectorization):
+    closed = []
+
+    class Closes(Line):
+        def close(self):
+            closed.append(self)
+
+    env = trials(lines(make=Closes, vectorization=vectorization))
+    env.reset()
+    processes = getattr(env.base_env.envs, "processes", [])
+    assert all(process.is_alive() for process in processes)
+    env.close()
+    assert gone(processes)
+    assert len(closed) >= (3 if vectorization == "sync" else 0)
+    assert env.is_closed
+
+
+def test_no_process_is_left_of_an_env_that_cannot_be_made(monkeypatch):
+    class Graphs(Line):
+        observation_space = spaces.Dict(a=spaces.Sequence(spaces.Discrete(2)))
+
+    made = []
+
+    def remember(*args, **kwargs):
+        made.append(AsyncVectorEnv(*args, shared_memory=False, **kwargs))
+        return made[0]
+
+    monkeypatch.setattr("rl2_torchrl.envs.gym_vector.AsyncVectorEnv", remember)
+    with pytest.raises(TypeError, match="no fixed size"):
+        GymVectorEnv(Graphs, 2, vectorization="async")
+    assert gone(made[0].processes)
+
+
+def same_step(make):
+    return theirs(AutoresetMode.SAME_STEP, make=make)
+
+
+@pytest.mark.parametrize("make", [lambda make: lines(make=make), same_step])
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_a_reward_that_is_no_number_is_refused_with_its_row(make, number):
+    env = make(lambda: Line(at_step=lambda line: number if line.goal == 4 else None))
+    first = env.reset(with_task(env, 3.0, 4.0, 4.0))
+    with pytest.raises(FloatingPointError, match=r"'reward' that is NaN or infinite, in rows \[1, 2\]"):
+        env.step(first.set("action", right(env)))
+
+
+class Spoilt(Line):
+    """What it observes at goals from 4 on is no number, from step ``first`` on."""
+
+    first = 1
+
+    def observed(self):
+        observed = super().observed()
+        observed[2] = np.nan if self.goal >= 4 and self.steps >= self.first else observed[2]
+        return observed
+
+
+@pytest.mark.parametrize("make", [lambda make: lines(make=make), same_step])
+@pytest.mark.parametrize("first", [0, 1, 5])
+def test_an_observation_that_is_no_number_is_refused_with_its_row(make, first):
+    # At a reset, at a step, and in the last observation of an episode.
+    env = make(type("SpoiltFrom", (Spoilt,), {"first": first}))
+
+    def play():
+        tensordict = env.reset(with_task(env, 3.0, 3.0, 9.0))
+        for _ in range(5):
+            tensordict = env.step(tensordict.set("action", 0 * right(env)))["next"].exclude("reward")
+
+    with pytest.raises(FloatingPointError, match=r"'observation' that is NaN or infinite, in rows \[2\]"):
+        play()
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        (("CartPole-v1",), {}, ValueError, "num_envs=None: say how many"),
+        (("CartPole-v1", 0), {}, ValueError, "num_envs=0: say how many"),
+        ((Line, 2), {"vectorization": "threads"}, ValueError, "choose 'sync' or 'async'"),
+        ((Line, 2), {"max_episode_steps": 3}, TypeError, "are gymnasium.make's"),
+        (([Line, Line], 3), {}, ValueError, "2 functions and num_envs=3"),
+        (([],), {}, ValueError, "0 functions"),
+        ((Line(), 2), {}, TypeError, "is one env, and each row needs its own"),
+        ((lambda line=Line(): line, 2), {}, ValueError, "several rows got the same env"),  # noqa: B008
+        ((vector(AutoresetMode.DISABLED), 4), {}, TypeError, "has 3 rows, and is made already"),
+        ((vector(AutoresetMode.DISABLED),), {"max_episode_steps": 3}, TypeError, "is made already"),
+    ],
+)
+def test_arguments_that_make_no_env(args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        GymVectorEnv(*args, **kwargs)
+
+
+def test_functions_one_a_row():
+    env = GymVectorEnv([lambda: Line(goal=1.0), lambda: Line(goal=2.0)])
+    assert env.reset()["observation"][:, 1].tolist() == [1, 2]
+
+
+def test_a_wrapper_around_processes_is_known_for_what_it_is():
+    env = GymVectorEnv(VectorWrapper(vector(AutoresetMode.DISABLED, kind=AsyncVectorEnv, context="fork")), seed=0)
+    assert env.has_threads
+    env.reset()
+    processes = env.envs.unwrapped.processes
+    os.kill(processes[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"of the envs \[0\] have died"):
+        env.rollout(2)
+    assert gone(processes)
+
+
+def test_tasks_of_choices_are_categorical():
+    env = GymVectorEnv(Line, 2, set_task=lambda env, task: None, tasks=["a", "b", "c"])
+    assert isinstance(env.full_state_spec["task"], Categorical)
+
+
+def test_a_collector_that_is_shut_down_ends_the_processes():
+    env = TransformedEnv(GymVectorEnv("CartPole-v1", 2, vectorization="async"), Compose(Trial(steps=4), PreviousStep()))
+    policy = ActorCritic(GRUCategoricalActor.from_env(env, hidden_size=4), GRUValueHead.from_env(env, hidden_size=4))
+    collector = TrialCollector(env, policy, frames_per_batch=8, total_frames=8)
+    assert len(list(collector)) == 1
+    collector.shutdown()
+    assert not multiprocessing.active_children()

@@ -14,10 +14,25 @@ from torch import Tensor
 from torchrl import torchrl_logger
 from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
 
+from rl2_torchrl.trial import INFO, TRIAL_KEYS
+
 __all__ = ["ActionSpace", "ObservationSpace"]
 
-#: Entries that an env has beside its observations.
-_TAKEN = {"task", "info", "action", "reward", "done", "terminated", "truncated", "next", "_reset"}
+#: Entries that an env has beside its observations, and those that trials add.
+_TAKEN = {
+    "task",
+    INFO,
+    "action",
+    "reward",
+    "done",
+    "terminated",
+    "truncated",
+    "next",
+    "_reset",
+    "trans",
+    "is_init",
+    *TRIAL_KEYS,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,10 @@ class _Leaf:
     spec: TensorSpec
     #: The number from which its choices count, where that is not 0.
     start: Tensor | None
+
+    @property
+    def root(self) -> str:
+        return self.key if isinstance(self.key, str) else self.key[0]
 
     def tensor(self, rows: Any, *, is_one: bool = False) -> Tensor:
         for step in self.path:
@@ -56,7 +75,7 @@ class ObservationSpace:
     def __init__(self, space: spaces.Space):
         is_nested = isinstance(space, spaces.Dict | spaces.Tuple)
         self.leaves = list(_leaves(space, () if isinstance(space, spaces.Dict) else ("observation",), ()))
-        taken = {leaf.key for leaf in self.leaves if is_nested} & _TAKEN
+        taken = {leaf.root for leaf in self.leaves if is_nested} & _TAKEN
         if taken:
             raise ValueError(
                 f"the observation's entries {taken} would stand in the place of the env's own: rename them."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import multiprocessing.connection
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -12,12 +13,13 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
-from rl2_torchrl.envs.tensor_env import Entries, TensorEnv
+from rl2_torchrl.envs.rows import Entries, merge
+from rl2_torchrl.envs.tensor_env import TensorEnv
 
 __all__ = ["GymVectorEnv"]
 
@@ -32,7 +34,8 @@ class GymVectorEnv(TensorEnv):
 
     - ``set_task(env, task)`` changes the row's *unwrapped* env before the reset; ``task`` is a tensor, of one row;
     - with ``tasks``, a list of objects, the task is an index into it, and ``set_task`` gets the object;
-    - ``task_option``: the task is one of the options of Gymnasium's ``reset(options={task_option: task})``, as a NumPy array.
+    - ``task_option``: the task is one of the options of Gymnasium's ``reset(options={task_option: task})``, as a
+      NumPy array; of a nested task as a dictionary of them.
 
     Without any, the env has no task: an episode is then as good as a trial, and what changes is the env's own affair.
 
@@ -45,23 +48,26 @@ class GymVectorEnv(TensorEnv):
     Args:
         env: a Gymnasium id, a function that makes one env, a list of such functions (one a row), or a
             `gymnasium.vector.VectorEnv` of your own. The last must leave resets to its caller (``AutoresetMode.DISABLED``) or
-            reset in the same step (``SAME_STEP``), and heed ``reset(options={"reset_mask": ...})``; ``set_task`` is then called
-            with it, the tasks ``[N, ...]`` of all rows, and which rows begin, bool ``[N]``.
+            reset in the same step (``SAME_STEP``), and heed ``reset(options={"reset_mask": ...})``. It is told the tasks of all
+            rows ``[N, ...]`` at once (with ``tasks`` a list of N objects): ``set_task`` is called with it, the tasks, and which
+            rows begin, bool ``[N]``; ``task_option`` holds all of them.
         num_envs: rows N. Not for lists and vector envs, which have a number of their own.
         set_task: see above.
         task_spec: spec of one task. Not with ``tasks``.
         tasks: see above.
         task_option: see above.
-        vectorization: ``"sync"``: one after the other, here (default); ``"async"``: each in a process of its own, observations in
-            shared memory, for envs of a millisecond a step and more.
+        vectorization: ``"sync"``: one after the other, here (default); ``"async"``: each in a process of its own, with observations
+            in shared memory, for envs of a millisecond a step and more.
         info_keys: numbers in Gymnasium's ``info`` to record, such as ``["success"]``; 0 where a step does not say.
         seed: seed of the rows' seeds; None draws one from PyTorch's default generator.
         device: device of all tensors. Defaults to the CPU.
         **kwargs: of `gymnasium.make`, with an id.
 
     Raises:
-        ValueError: a vector env that resets in the next step, several ways for the task at once or half of one, or no ``num_envs``.
-        TypeError: a space that is no tensor of a fixed size.
+        ValueError: a vector env that resets in the next step, several ways for the task at once or half of one, no ``num_envs``,
+            or functions that hand out the same env twice.
+        TypeError: a space that is no tensor of a fixed size, or an env where a function that makes one is needed.
+        KeyError: episodes of a vector env that resets itself end without a ``final_obs``.
         FloatingPointError: an observation or reward is not finite.
         RuntimeError: a process of an env has died, or a vector env resets rows that were to go on.
 
@@ -96,16 +102,25 @@ class GymVectorEnv(TensorEnv):
         task_spec = _task_spec(set_task, task_spec, tasks, task_option)
         self._set_task, self._tasks, self._task_option = set_task, tasks, task_option
         self._is_theirs = isinstance(env, VectorEnv)
-        self.envs = env if self._is_theirs else self._make(env, num_envs, vectorization, kwargs)
-        self._resets_itself = _autoreset(self.envs) is AutoresetMode.SAME_STEP
-        self.has_threads = isinstance(self.envs, AsyncVectorEnv)
-        self._observations = ObservationSpace(self.envs.single_observation_space)
-        self._actions = ActionSpace(self.envs.single_action_space)
+        self.envs = (
+            _theirs(env, num_envs, kwargs) if self._is_theirs else self._make(env, num_envs, vectorization, kwargs)
+        )
+        try:
+            self._resets_itself = _autoreset(self.envs) is AutoresetMode.SAME_STEP
+            self._observations = ObservationSpace(self.envs.single_observation_space)
+            self._actions = ActionSpace(self.envs.single_action_space)
+        except (TypeError, ValueError):
+            if not self._is_theirs:
+                self.envs.close()  # or its processes would wait for ever
+            raise
+        self.has_threads = self._processes_of() is not None
         self._info: Entries = {("info", key): torch.zeros(self.envs.num_envs, 1, device=device) for key in info_keys}
         self._unseeded = np.ones(self.envs.num_envs, dtype=bool)
         self._task: Tensor | TensorDictBase | None = None
-        # Of a vector env that resets itself: which rows it has begun at the last step, and the observations then.
-        self._begun, self._following = np.zeros(self.envs.num_envs, dtype=bool), {}
+        # Of a vector env that resets itself: which rows it has begun at the last step, and what it observed and said then.
+        self._begun = np.zeros(self.envs.num_envs, dtype=bool)
+        self._following: Entries = {}
+        self._info_following: Entries = {}
         super().__init__(
             task_spec=task_spec,
             observation_spec=self._observations.spec,
@@ -115,7 +130,7 @@ class GymVectorEnv(TensorEnv):
             seed=seed,
             device=device,
         )
-        self.is_closed = False  # there is something to be closed; TorchRL takes an env for closed otherwise
+        self.is_closed = False  # there is something to close: TorchRL takes an env for closed otherwise
 
     def _make(self, env, num_envs: int | None, vectorization: str, kwargs: dict) -> VectorEnv:
         if vectorization not in ("sync", "async"):
@@ -125,6 +140,10 @@ class GymVectorEnv(TensorEnv):
         elif kwargs:
             raise TypeError(
                 f"{sorted(kwargs)} are gymnasium.make's, which is called for an id alone; here env is {env}."
+            )
+        if isinstance(env, gymnasium.Env):
+            raise TypeError(
+                f"{env} is one env, and each row needs its own: give a function that makes one, lambda: ... ."
             )
         if callable(env) and (num_envs is None or num_envs < 1):
             raise ValueError(f"num_envs={num_envs}: say how many envs shall stand side by side, such as num_envs=16.")
@@ -137,7 +156,10 @@ class GymVectorEnv(TensorEnv):
         # What they return is copied here, with a change of dtype where there is one.
         options = {"copy": False, "autoreset_mode": AutoresetMode.DISABLED}
         if vectorization == "sync":
-            return SyncVectorEnv(makers, **options)
+            envs = SyncVectorEnv(makers, **options)
+            if len({id(row.unwrapped) for row in envs.envs}) < len(makers):
+                raise ValueError("several rows got the same env: the functions must each make a new one at every call.")
+            return envs
         # TorchRL makes "spawn" the default of the whole program, with which each env would import PyTorch for seconds.
         context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         return AsyncVectorEnv(makers, context=context, **options)
@@ -146,44 +168,54 @@ class GymVectorEnv(TensorEnv):
     def begin(self, task: Tensor | TensorDictBase | None, rows: Tensor) -> tuple[None, Entries]:
         """Resets ``rows`` with their tasks, but for those that a vector env has begun itself, with the task that they had."""
         mask = rows.cpu().numpy()
-        to_reset = mask & ~(self._begun & _same_rows(task, self._task, len(mask)))
-        goes_on = ~(mask | self._begun)
-        self._task, self._begun = task, self._begun & ~mask
-        if not to_reset.any():
-            return None, self._following
-        entries = self._begin_rows(to_reset, task)
-        if self._is_theirs and self._now.started:
-            self._require_untouched(torch.from_numpy(goes_on), entries)
+        begun = self._begun & mask & ~self._unseeded & _same_rows(task, self._task, len(mask))
+        # Of rows that do not begin, TorchRL's resets bring whatever task was drawn for all.
+        self._task = task if task is None or self._task is None else _where(rows, task, self._task)
+        self._begun = self._begun & ~mask
+        entries = self._following
+        if (to_reset := mask & ~begun).any():
+            entries = self._begin_rows(to_reset, task, others=begun | self._begun)
+        if begun.any():
+            for key, told in self._info_following.items():
+                self._info[key] = torch.where(_column(begun, told), told, self._info[key])
         return None, entries
 
-    def _begin_rows(self, mask: np.ndarray, task: Tensor | TensorDictBase | None) -> Entries:
-        """The entries of all rows once those in ``mask`` have been reset."""
-        options: dict[str, Any] = {"reset_mask": mask}
+    def _begin_rows(self, mask: np.ndarray, task: Tensor | TensorDictBase | None, others: np.ndarray) -> Entries:
+        """The entries of all rows once those in ``mask`` have been reset; ``others`` have begun an episode by themselves."""
+        options: dict[str, Any] = {"reset_mask": mask.copy()}
         if self._is_theirs and self._set_task is not None:
-            self._set_task(self.envs, task, mask)
+            objects = None if self._tasks is None else [self._tasks[int(number)] for number in task]
+            self._set_task(self.envs, task if objects is None else objects, mask.copy())
         elif task is not None:
             options[self._task_option if self._is_theirs else _TASKS] = _as_arrays(task)
         observations, infos = self._call(self.envs.reset, seed=self._seeds(mask), options=options)
         entries = self._tensors(observations)
-        self._tell(infos, begun=mask)
+        if self._is_theirs:
+            self._require_others_went_on(mask | others, entries)
+        self._tell(infos, mask)
         return entries
 
     def advance(self, state: None, action: Tensor) -> tuple[None, Entries, Tensor, Tensor, Tensor]:
         """One step of Gymnasium's `VectorEnv`."""
         observations, reward, *ends, infos = self._call(self.envs.step, self._actions.array(action))
-        if np.shape(reward) != (self.envs.num_envs,):
-            raise ValueError(
-                f"the vector env gives rewards of shape {np.shape(reward)}; they must be ({self.envs.num_envs},), one number a row."
-            )
+        for name, given in zip(("rewards", "terminations", "truncations"), (reward, *ends), strict=True):
+            if np.shape(given) != (self.envs.num_envs,):
+                raise ValueError(
+                    f"the vector env gives {name} of shape {np.shape(given)}; they must be ({self.envs.num_envs},), one a row."
+                )
         entries = self._tensors(observations)
         reward = torch.from_numpy(np.asarray(reward)).to(self.device, torch.float32, copy=True).unsqueeze(-1)
         require_finite("reward", reward)
-        self._tell(infos)
+        everywhere = np.ones(self.envs.num_envs, dtype=bool)
+        self._tell(infos, everywhere)
         terminated, truncated = (np.array(end, dtype=bool) for end in ends)
-        if self._resets_itself and (ended := terminated | truncated).any():
-            self._following, self._begun = entries, ended
-            entries = self._last_observations(entries, ended, infos)
-            self._tell(infos.get("final_info", {}), begun=ended)
+        if self._resets_itself:
+            # What is there of rows that have ended is of the next episode; of this one it lies under "final_...".
+            self._begun = terminated | truncated
+            self._following, self._info_following = entries, dict(self._info)
+            if self._begun.any():
+                entries = self._last_observations(entries, self._begun, infos)
+                self._tell(infos.get("final_info", {}), self._begun)
         flags = (torch.from_numpy(end).to(self.device).unsqueeze(-1) for end in (terminated, truncated))
         return None, entries, reward, *flags
 
@@ -197,32 +229,40 @@ class GymVectorEnv(TensorEnv):
             require_finite(key, value)
         return entries if self.device.type == "cpu" else {key: value.to(self.device) for key, value in entries.items()}
 
-    def _tell(self, infos: dict[str, Any], begun: np.ndarray | None = None) -> None:
-        """Takes down what ``infos`` say of ``info_keys``: 0 in the rows ``begun``, or after a step in all, that say nothing."""
+    def _tell(self, infos: dict[str, Any], rows: np.ndarray) -> None:
+        """Takes down what ``infos`` say of ``info_keys`` in ``rows``: 0 where they say nothing."""
         for (root, name), value in self._info.items():
-            value = torch.zeros_like(value) if begun is None else value.masked_fill(_column(begun, value), 0.0)
+            value = value.masked_fill(_column(rows, value), 0.0)
             if name in infos:
-                says = np.asarray(infos.get(f"_{name}", True)) & np.ones(len(value), dtype=bool)
-                said = _column(np.where(says, infos[name], 0).astype(np.float32), value)
-                value = torch.where(_column(says, value), said, value)
+                said = np.asarray(infos[name])
+                if said.shape != rows.shape or said.dtype == object:
+                    raise TypeError(
+                        f"info_keys holds {name!r}, which is {said.dtype} {list(said.shape)} in the env's info; a number a row can "
+                        "be recorded, nothing else."
+                    )
+                says = np.asarray(infos.get(f"_{name}", True)) & rows
+                value = torch.where(_column(says, value), _column(said.astype(np.float32), value), value)
             self._info[root, name] = value
 
     def _last_observations(self, entries: Entries, ended: np.ndarray, infos: dict[str, Any]) -> Entries:
         """``entries`` with the last observations of the rows that have ``ended``, in the place of the next episode's first."""
         if "final_obs" not in infos:
             raise KeyError(
-                "episodes have ended, but the vector env's info has no 'final_obs', without which their last observation is lost: "
+                "episodes have ended, but the vector env's info has no 'final_obs', so that their last observation is lost: "
                 "make it with AutoresetMode.DISABLED, or let its info say it."
             )
         entries = {key: value.clone() for key, value in entries.items()}
         for row in ended.nonzero()[0]:
             for key, value in self._observations.one(infos["final_obs"][row]).items():
+                require_finite(key, value.unsqueeze(0), row)
                 entries[key][row] = value.to(self.device)
         return entries
 
-    def _require_untouched(self, rows: Tensor, entries: Entries) -> None:
-        rows = rows.to(self.device)
-        if any(not torch.equal(entries[key][rows], value[rows]) for key, value in self.observation.items()):
+    def _require_others_went_on(self, mask: np.ndarray, entries: Entries) -> None:
+        others = torch.from_numpy(~mask).to(self.device)
+        if self._now.started and any(
+            not torch.equal(entries[key][others], value[others]) for key, value in self.observation.items()
+        ):
             raise RuntimeError(
                 f"the {type(self.envs).__name__} has reset rows that were to go on: reset(options={{'reset_mask': mask}}) must "
                 "reset those of the mask alone, as gymnasium.vector's own do, or trials of other tasks end in the middle."
@@ -233,26 +273,36 @@ class GymVectorEnv(TensorEnv):
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if not isinstance(self.envs, AsyncVectorEnv):
+            envs = self._processes_of()
+            if envs is None:
                 raise
-            dead = [n for n, process in enumerate(self.envs.processes) if not process.is_alive()]
-            self.envs.close_extras(terminate=True)
-            self.envs.closed = True
-            if not isinstance(error, EOFError | OSError):
+            # A process that has just died needs a moment to be seen as dead.
+            ended = multiprocessing.connection.wait([process.sentinel for process in envs.processes], timeout=1)
+            for process in envs.processes:
+                process.join(1 if process.sentinel in ended else 0)
+            dead = [n for n, process in enumerate(envs.processes) if process.exitcode not in (None, 0)]
+            _end(envs)
+            if not isinstance(error, EOFError | OSError) or not dead:
                 raise
             raise RuntimeError(
-                f"the processes of the envs {dead} have died (out of memory, or killed?), and with them their trials. Nothing that "
-                "was checkpointed is lost: start again from the newest checkpoint."
+                f"the processes of the envs {dead} have died (out of memory, or killed?), and with them their trials. Nothing "
+                "that was checkpointed is lost: start again from the newest checkpoint."
             ) from error
 
+    def _processes_of(self) -> AsyncVectorEnv | None:
+        """The vector env that has processes, maybe below wrappers."""
+        return self.envs.unwrapped if isinstance(self.envs.unwrapped, AsyncVectorEnv) else None
+
     # ---------------------------------------------------------- seeds, closing
-    def _seeds(self, mask: np.ndarray) -> list[int | None]:
+    def _seeds(self, mask: np.ndarray) -> list[int | None] | int | None:
         """A seed for each row of ``mask`` that has had none since the env was seeded; None for all others."""
         fresh = (mask & self._unseeded).tolist()
         if not any(fresh):
-            return [None] * len(fresh)
+            return None
         self._unseeded &= ~mask
         drawn = torch.randint(2**31 - 1, (len(fresh),), generator=self.generator, device=self.device).tolist()
+        if not isinstance(self.envs.unwrapped, SyncVectorEnv | AsyncVectorEnv):
+            return drawn[0]  # others know one seed for all rows
         return [seed if is_fresh else None for seed, is_fresh in zip(drawn, fresh, strict=True)]
 
     def _set_seed(self, seed: int | None) -> None:
@@ -280,12 +330,11 @@ class _Row(gymnasium.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         options = dict(options or {})
         if _TASKS in options:
-            task = options.pop(_TASKS)[self._row]
+            task = _row_of(options.pop(_TASKS), self._row)
             if self._task_option is not None:
                 options[self._task_option] = task
             else:
-                task = torch.from_numpy(np.array(task)) if isinstance(task, np.ndarray | np.generic) else task
-                self._set_task(self.env.unwrapped, task if self._tasks is None else self._tasks[int(task)])
+                self._set_task(self.env.unwrapped, _as_tensors(task) if self._tasks is None else self._tasks[int(task)])
         return self.env.reset(seed=seed, options=options or None)
 
 
@@ -316,28 +365,66 @@ def _autoreset(envs: VectorEnv) -> AutoresetMode:
     return mode
 
 
+def _theirs(envs: VectorEnv, num_envs: int | None, kwargs: dict) -> VectorEnv:
+    if kwargs or num_envs not in (None, envs.num_envs):
+        raise TypeError(
+            f"num_envs={num_envs}, {sorted(kwargs)}: a vector env of your own has {envs.num_envs} rows, and is made already."
+        )
+    return envs
+
+
+def _end(envs: AsyncVectorEnv) -> None:
+    """Ends all processes. Gymnasium's own way waits for the answer of one that has died, and fails."""
+    for process in envs.processes:
+        process.kill()
+    for process in envs.processes:
+        process.join()
+    for pipe in envs.parent_pipes:
+        if pipe is not None:
+            pipe.close()
+    envs.closed = True
+
+
 def _same_rows(task, other, rows: int) -> np.ndarray:
     """In which rows two tasks are the same, bool ``[N]``."""
     if task is None or other is None:
         return np.full(rows, task is other)
-    leaves = zip(*([t] if isinstance(t, Tensor) else t.values(True, True) for t in (task, other)), strict=True)
-    return np.logical_and.reduce([(one == two).reshape(rows, -1).all(-1).cpu().numpy() for one, two in leaves])
+    if isinstance(task, Tensor):
+        return (task == other).reshape(rows, -1).all(-1).cpu().numpy()
+    return np.logical_and.reduce([_same_rows(task[key], other[key], rows) for key in task.keys(True, True)])
 
 
-def _as_arrays(task: Tensor | TensorDictBase) -> np.ndarray | TensorDictBase:
+def _where(rows: Tensor, new, old):
+    return merge(rows, new, old) if isinstance(new, Tensor) else new.where(rows, old)
+
+
+def _as_arrays(task: Tensor | TensorDictBase) -> np.ndarray | dict:
     """Tasks as they go to other processes: PyTorch would open a file for each tensor on its way."""
-    return task.cpu().numpy() if isinstance(task, Tensor) else task.cpu()
+    if isinstance(task, Tensor):
+        return task.detach().cpu().numpy()
+    return {key: _as_arrays(value) for key, value in task.items()}
+
+
+def _row_of(task: np.ndarray | dict, row: int) -> np.ndarray | dict:
+    return {key: _row_of(value, row) for key, value in task.items()} if isinstance(task, dict) else task[row]
+
+
+def _as_tensors(task: np.ndarray | dict) -> Tensor | TensorDictBase:
+    """The task of one row, with memory of its own."""
+    if isinstance(task, dict):
+        return TensorDict({key: _as_tensors(value) for key, value in task.items()}, [])
+    return torch.from_numpy(np.array(task))
 
 
 def _column(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device).unsqueeze(-1)
 
 
-def require_finite(key: NestedKey, value: Tensor) -> None:
+def require_finite(key: NestedKey, value: Tensor, first_row: int = 0) -> None:
     """Raises a FloatingPointError that says which row's ``value`` ``[N, ...]`` is NaN or infinite."""
     # The sum of finite numbers can overflow, but that of others is never finite.
     if value.is_floating_point() and not math.isfinite(value.sum()) and not value.isfinite().all():
-        rows = (~value.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        rows = (first_row + (~value.isfinite()).flatten(1).any(1).nonzero().flatten()).tolist()
         raise FloatingPointError(
             f"the env gives {key!r} that is NaN or infinite, in rows {rows[:8]}: one such number spreads over the whole batch "
             "through the advantages. Mend the env, or bound what leads there."

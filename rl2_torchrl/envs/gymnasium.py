@@ -5,23 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import Composite, TensorSpec
-from torchrl.envs import GymEnv
+from torchrl.envs import GymEnv, GymWrapper
 
 __all__ = ["GymTaskEnv"]
+
+#: What `GymEnv` adds, or reads itself, on the way to an env.
+_OF_WRAPPERS = {"disable_env_checker", "from_pixels", "pixels_only"}
 
 
 class GymTaskEnv(GymEnv):
     """A Gymnasium env with a task: at each reset ``set_task(env, task)`` changes the env, as `TaskSampler` asks.
 
     Args:
-        env_name: Gymnasium id, as for `torchrl.envs.GymEnv`.
+        env: a Gymnasium id, as for `torchrl.envs.GymEnv`; an env, wrapped or not; or a function that makes one, which worker
+            processes need.
         set_task: ``(gymnasium_env, task) -> None``, called with the *unwrapped* env and the task, a tensor without
             batch dimensions, before every reset that brings a task.
         task_spec: TorchRL spec of one task.
-        **kwargs: passed on to `GymEnv`.
+        **kwargs: passed on to `GymEnv`; those of `gymnasium.make`, such as ``max_episode_steps``, with an id alone.
+
+    Raises:
+        TypeError: ``env`` is none of these, or options of `gymnasium.make` with an env that is made already.
 
     Examples:
         >>> from torchrl.data import Unbounded
@@ -39,11 +47,30 @@ class GymTaskEnv(GymEnv):
     """
 
     def __init__(
-        self, env_name: str, *, set_task: Callable[[Any, torch.Tensor], None], task_spec: TensorSpec, **kwargs
+        self,
+        env: str | gymnasium.Env | Callable[[], gymnasium.Env],
+        *,
+        set_task: Callable[[Any, torch.Tensor], None],
+        task_spec: TensorSpec,
+        **kwargs,
     ):
-        super().__init__(env_name, **kwargs)
+        super().__init__(env, **kwargs)
         self._set_task = set_task
         self.state_spec = Composite(task=task_spec.to(self.device), shape=self.batch_size, device=self.device)
+
+    def _build_env(self, env_name: str | gymnasium.Env | Callable[[], gymnasium.Env], **kwargs) -> gymnasium.Env:
+        if isinstance(env_name, str):
+            return super()._build_env(env_name, **kwargs)
+        env = env_name if isinstance(env_name, gymnasium.Env) or not callable(env_name) else env_name()
+        if not isinstance(env, gymnasium.Env):
+            raise TypeError(f"{env} is no gymnasium.Env: give an env, a function that makes one, or a Gymnasium id.")
+        options = {name: value for name, value in kwargs.items() if name not in _OF_WRAPPERS}
+        if options:
+            raise TypeError(
+                f"{sorted(options)} are options of gymnasium.make, which is called for an id alone: make {env} with them."
+            )
+        pixels = {name: kwargs[name] for name in ("from_pixels", "pixels_only") if name in kwargs}
+        return GymWrapper._build_env(self, env, **pixels)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
         if tensordict is not None and "task" in tensordict.keys():

@@ -29,8 +29,8 @@ class TrialAdvantage(nn.Module):
         lmbda: GAE's lambda. Default 0.97, the original's; the paper used 0.3 for γ = 0.99.
         value_target: ``"return"``: the trial's discounted return-to-go (the original's); ``"gae"``: advantage + value.
         normalize: normalise the advantage over the whole batch to mean 0 and standard deviation 1. Default True.
-        critic: module that writes ``value_key`` from one step's entries, e.g. the collector's `ActorCritic`. Needed
-            only for batches that end inside a trial.
+        critic: module that writes ``value_key`` from one step's entries, e.g. the collector's `ActorCritic`. Asked only where a
+            batch ends inside a trial or a trial is truncated. Default: in a `PPOUpdate` its loss's own networks.
         scale_rewards: divide rewards by the standard deviation of the returns of all batches before, so that the critic learns
             numbers around 1 whatever the env pays. It is part of the ``state_dict``; in ``eval()`` mode it stays. Default False.
         value_key: Default ``"state_value"``.
@@ -38,7 +38,8 @@ class TrialAdvantage(nn.Module):
     Raises:
         KeyError: no stored value in the data.
         FloatingPointError: reward or value is not finite.
-        ValueError: a batch ends inside a trial and there is no ``critic``.
+        ValueError: a batch ends inside a trial and there is no critic to ask.
+        KeyError: ``("next", ...)`` lacks what it reads.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -48,6 +49,9 @@ class TrialAdvantage(nn.Module):
         >>> TrialAdvantage(gamma=0.5, lmbda=1.0, normalize=False)(data)["advantage"].squeeze()
         tensor([1.7500, 1.5000, 1.0000])
     """
+
+    #: Asked where there is no ``critic``; a `PPOUpdate` puts its own here.
+    stand_in: TensorDictModuleBase | None = None
 
     def __init__(
         self,
@@ -135,21 +139,24 @@ class TrialAdvantage(nn.Module):
         out.mul_(self.gamma).add_(reward).sub_(value)
 
     def _bootstrap(self, tensordict: TensorDictBase, rows: torch.Tensor) -> torch.Tensor:
-        if self.critic is None:
+        critic = self.stand_in if self.critic is None else self.critic
+        if critic is None:
             raise ValueError(
                 f"{int(rows.sum())} trials are cut by the batch's end (or truncated), and without a critic their last value "
                 "cannot be known. Make frames_per_batch a whole number of trials, or pass "
                 "TrialAdvantage(critic=<the collector's policy>)."
             )
         successors = tensordict["next"][rows]
-        missing = [key for key in self.critic.in_keys if key != "is_init" and key not in successors.keys(True, True)]
+        missing = [key for key in critic.in_keys if key != "is_init" and key not in successors.keys(True, True)]
         if missing:
             raise KeyError(
-                f"the batch ends inside a trial, but ('next', ...) lacks {missing}, which the critic reads there."
+                f"{int(rows.sum())} trials are cut by the batch's end (or truncated), but ('next', ...) lacks {missing}, which the "
+                "critic reads there. Keep it: PPOUpdate(..., bptt=...).in_keys has it, as with TrialAdvantage(critic=...), and "
+                "TrialCollector(keep=None) keeps all. Or make frames_per_batch a whole number of trials."
             )
         successors["is_init"] = torch.zeros(*successors.batch_size, 1, dtype=torch.bool, device=rows.device)
         with set_recurrent_mode(False):
-            return self.critic(successors)[self.value_key].reshape(-1)
+            return critic(successors)[self.value_key].reshape(-1)
 
 
 def _entry(tensordict: TensorDictBase, key: str, like: torch.Tensor) -> torch.Tensor:

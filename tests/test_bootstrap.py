@@ -1,0 +1,129 @@
+"""Trials that are cut by a batch's end, or truncated, go on with the critic's value, by default: by hand, and end to end."""
+
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from test_gym_vector import lines, theirs, trials
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUValueHead,
+    MemoryValueHead,
+    PPOUpdate,
+    RL2PPOLoss,
+    TrialAdvantage,
+    TrialCollector,
+)
+
+
+def networks(env, wiring="own"):
+    torch.manual_seed(0)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4, init_range=1.0)
+    if wiring == "own":
+        return actor, GRUValueHead.from_env(env, hidden_size=4, init_range=1.0)
+    return actor, MemoryValueHead.from_env(env, actor, detach=False, init_range=1.0)
+
+
+def collected(env, actor, critic, steps, update, **kwargs):
+    frames = steps * env.batch_size.numel()
+    collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=frames, total_frames=-1, **kwargs)
+    torch.manual_seed(0)
+    batches = [batch.clone() for batch, _ in zip(collector, range(2), strict=False)]
+    collector.shutdown()
+    return batches
+
+
+@pytest.mark.parametrize("keeps_all", [True, False])
+@pytest.mark.parametrize("wiring", ["own", "memory"])
+def test_the_value_beyond_a_cut_is_that_of_the_next_batchs_first_step(wiring, keeps_all):
+    env = trials(lines(), steps=20)
+    actor, critic = networks(env, wiring)
+    update = PPOUpdate(RL2PPOLoss(actor, critic), TrialAdvantage(gamma=0.5, lmbda=1.0, normalize=False), bptt=4)
+    keep = None if keeps_all else update.in_keys
+    first, second = collected(env, actor, critic, 8, update, keep=keep)
+    state = torch.get_rng_state()
+    found = update.advantage(first)["value_target"]
+    assert torch.equal(torch.get_rng_state(), state)  # nobody acts beyond the end
+    # No trial ends in 8 of 20 steps: each step earns its rewards to come, and the value of the step that comes next.
+    target, expected = second["state_value"][:, 0], []
+    for reward in reversed(first["next", "reward"].unbind(1)):
+        target = reward + 0.5 * target
+        expected.append(target)
+    torch.testing.assert_close(found, torch.stack(expected[::-1], 1))
+    assert update(first)["epochs"] == 10
+
+
+@pytest.mark.parametrize(
+    "make", [lines, lambda: theirs(AutoresetMode.DISABLED), lambda: theirs(AutoresetMode.SAME_STEP)]
+)
+def test_a_truncated_trial_goes_on_from_its_last_observation(make):
+    env = trials(make(), lambda size, generator: torch.full((*size, 1), 9.0), steps=5, truncate=True)
+    actor, critic = networks(env)
+    update = PPOUpdate(RL2PPOLoss(actor, critic), TrialAdvantage(gamma=0.5, lmbda=0.0, normalize=False))
+    batch = collected(env, actor, critic, 10, update)[0]
+    ends = batch["next", "truncated"].squeeze(-1)
+    assert ends[:, 4::5].all()
+    assert not batch["next", "terminated"].any()
+    # The walker's place after 5 steps, as the number of steps to the right says; the next trial's first place is 0.
+    places = batch["action"].reshape(-1, 5).sum(1).float()
+    assert torch.equal(batch["next", "trans"][ends][:, 0], places)
+    assert torch.equal(batch["next", "observation"][ends][:, 0], places)
+    after = critic(batch["next"][ends].select("trans", "critic_hidden", "is_init"))["state_value"]
+    value, reward = batch["state_value"][ends], batch["next", "reward"][ends]
+    torch.testing.assert_close(update.advantage(batch)["advantage"][ends], reward + 0.5 * after.detach() - value)
+
+
+def by_hand():
+    """r = 1; two trials, of which one ends: v' = 3 beyond the other."""
+    false = torch.zeros(2, 2, 1, dtype=torch.bool)
+    ended = false.clone()
+    ended[0, 1] = True
+    following = {
+        "reward": torch.ones(2, 2, 1),
+        "done": ended,
+        "terminated": ended.clone(),
+        "seen": torch.full((2, 2, 1), 3.0),
+    }
+    return TensorDict({"state_value": torch.full((2, 2, 1), 2.0), "next": following}, [2, 2])
+
+
+def test_values_worked_by_hand():
+
+    advantage = TrialAdvantage(gamma=0.5, lmbda=1.0, value_target="gae", normalize=False)
+    advantage.__dict__["stand_in"] = TensorDictModule(torch.nn.Identity(), ["seen"], ["state_value"])
+    out = advantage(by_hand())
+    # Ended: 1 - 2 = -1, before 1 + 0.5 * 1 - 2 = -0.5. Cut: 1 + 0.5 * 3 - 2 = 0.5, before 1 + 0.5 (1 + 1.5) - 2 = 0.25.
+    assert out["advantage"].squeeze(-1).tolist() == [[-0.5, -1.0], [0.25, 0.5]]
+    assert out["value_target"].squeeze(-1).tolist() == [[1.5, 1.0], [2.25, 2.5]]
+    with pytest.raises(ValueError, match="1 trials are cut by the batch's end"):
+        TrialAdvantage()(by_hand())
+
+
+def test_a_critic_that_is_given_is_asked_and_an_advantage_serves_several_updates():
+    env = trials(lines(), steps=4)
+    one, other = RL2PPOLoss(*networks(env)), RL2PPOLoss(*networks(env))
+    shared = TrialAdvantage()
+    updates = [PPOUpdate(loss, shared) for loss in (one, other)]
+    assert shared.stand_in is None
+    for update, loss in zip(updates, (one, other), strict=True):
+        assert {id(p) for p in update.advantage.stand_in.parameters()} == {
+            id(p) for p in loss.critic_network.parameters()
+        }
+        assert not list(update.advantage.parameters())
+        assert not any(key[0] == "next" and "hidden" in str(key) for key in update.in_keys)
+    given = ActorCritic(one.actor_network, one.critic_network)
+    update = PPOUpdate(other, TrialAdvantage(critic=given))
+    assert update.advantage.stand_in is None
+    assert update.advantage.critic is given
+
+
+def test_what_is_not_kept_is_asked_for():
+    env = trials(lines(), steps=20)
+    actor, critic = networks(env)
+    update = PPOUpdate(RL2PPOLoss(actor, critic))
+    batch = collected(env, actor, critic, 8, update, keep=[*update.in_keys, "actor_hidden", "critic_hidden"])[0]
+    with pytest.raises(KeyError, match="3 trials are cut .*lacks .*'critic_hidden'.*whole number of trials"):
+        update(batch)

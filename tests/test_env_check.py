@@ -1,0 +1,356 @@
+"""`check_trial_env` on the env below `Trial`: sound ones pass in all forms, and a broken one is told by the rule that it breaks."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from rollouts import ENVS, make_env
+from tensordict import TensorDict
+from test_gym_vector import FORMS, Hidden, goals, set_goal, set_goals, theirs, trials
+from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.envs import Compose, DoubleToFloat, EnvBase, SerialEnv, TransformedEnv
+
+from rl2_torchrl import PreviousStep, TaskSampler, Trial
+from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.testing import TrialContractError, check_trial_env
+
+ROWS = 4
+
+
+class Sound(EnvBase):
+    """A walk with a drift, which is the task, and noise of each row's own; episodes last ``5`` steps."""
+
+    dtype, seeds = torch.float32, range(1, ROWS + 1)
+
+    def __init__(self, rows=ROWS):
+        super().__init__(batch_size=(rows,))
+        self.state_spec = Composite(task=Unbounded((rows, 1)), shape=(rows,))
+        self.observation_spec = Composite(place=Unbounded((rows, 1), dtype=self.dtype), shape=(rows,))
+        self.action_spec, self.reward_spec = Categorical(3, shape=(rows,)), Unbounded((rows, 1))
+        self.place, self.drift = torch.zeros(rows, 1, dtype=self.dtype), torch.zeros(rows, 1)
+        self.steps = torch.zeros(rows, 1, dtype=torch.int64)
+        self._set_seed(0)
+
+    def _reset(self, tensordict=None, **kwargs):
+        rows = tensordict.get("_reset", torch.ones(*self.batch_size, 1, dtype=torch.bool))
+        self.hear(rows, tensordict["task"] if "task" in tensordict.keys() else self.drift)
+        return self.begin(rows)
+
+    def hear(self, rows, task):
+        self.drift = torch.where(rows, task, self.drift)
+
+    def begin(self, rows):
+        self.place = torch.where(rows, self.noise(rows), self.place)
+        self.steps = torch.where(rows, 0, self.steps)
+        return self.shown(done=torch.zeros_like(rows), terminated=torch.zeros_like(rows))
+
+    def _step(self, tensordict):
+        every = torch.ones(*self.batch_size, 1, dtype=torch.bool)
+        self.place = self.place + tensordict["action"].unsqueeze(-1) - 1 + self.drift + self.noise(every)
+        self.steps = self.steps + 1
+        done = self.ended()
+        return self.shown(reward=self.paid(), done=done, terminated=done.clone())
+
+    def ended(self):
+        return self.steps >= 5
+
+    def paid(self):
+        return -self.place.abs().float()
+
+    def shown(self, **flags):
+        return TensorDict({"place": self.place.clone(), **flags}, self.batch_size)
+
+    def noise(self, rows):
+        pairs = zip(self.generators, rows.flatten().tolist(), strict=True)
+        return torch.tensor([[generator.random() if draws else 0.0] for generator, draws in pairs], dtype=self.dtype)
+
+    def _set_seed(self, seed):
+        self.generators = [np.random.default_rng([seed or 0, own]) for own in list(self.seeds)[: self.batch_size[0]]]
+
+
+class NextStep(Sound):
+    """As over a vector env that resets at the next step, whatever the action is."""
+
+    def begin(self, rows):
+        if rows.all():
+            return super().begin(rows)
+        return self.shown(done=torch.zeros_like(rows), terminated=torch.zeros_like(rows))
+
+    def ended(self):
+        return self.steps >= torch.arange(3, 3 + ROWS).unsqueeze(-1)
+
+    def _step(self, tensordict):
+        begins = self.ended()
+        before = self.place
+        after = super()._step(tensordict)
+        self.place = torch.where(begins, 0.0 * before, self.place)
+        self.steps = torch.where(begins, 0, self.steps)
+        after.update(self.shown(reward=torch.where(begins, 0.0, after["reward"]), done=self.ended()))
+        return after.set("terminated", after["done"].clone())
+
+
+class InPlace(Sound):
+    def shown(self, **flags):
+        self.buffer = self.__dict__.get("buffer", self.place.clone())
+        return super().shown(**flags).set("place", self.buffer.copy_(self.place))
+
+
+class ForgetsTask(Sound):
+    def hear(self, rows, task):
+        if rows.all():
+            super().hear(rows, task)
+
+
+class DrawsItsOwnTask(Sound):
+    def hear(self, rows, task):
+        self.drift = torch.where(rows, self.noise(rows), self.drift)
+
+
+class NeverHears(Sound):
+    def hear(self, rows, task):
+        pass
+
+
+class SameSeeds(Sound):
+    seeds = [7] * ROWS
+
+
+class FlatReward(Sound):
+    def paid(self):
+        return super().paid().squeeze(-1)
+
+
+class DeepReward(Sound):
+    def paid(self):
+        return super().paid().unsqueeze(-1)
+
+
+class Doubles(Sound):
+    dtype = torch.float64
+
+
+class DoublesUnsaid(Sound):
+    def shown(self, **flags):
+        shown = super().shown(**flags)
+        return shown.set("place", shown["place"].double())
+
+
+class NeverEnds(Sound):
+    def ended(self):
+        return self.steps < 0
+
+
+class NoNumbers(Sound):
+    def shown(self, **flags):
+        shown = super().shown(**flags)
+        shown["place"][2] = torch.where(self.steps[2] == 3, float("nan"), shown["place"][2])
+        return shown
+
+
+class Unseeded(Sound):
+    def _set_seed(self, seed):
+        self.generators = [np.random.default_rng() for _ in range(*self.batch_size)]
+
+
+class ShowsTask(Sound):
+    def __init__(self):
+        super().__init__()
+        self.observation_spec["hint"] = Unbounded((ROWS, 1))
+
+    def shown(self, **flags):
+        return super().shown(**flags).set("hint", self.drift.clone())
+
+
+class Choices(Sound):
+    """Counts its steps from 1, where its spec counts from 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_spec["steps"] = Categorical(5, shape=(ROWS, 1))
+
+    def shown(self, **flags):
+        return super().shown(**flags).set("steps", self.steps + 1)
+
+
+def drifts(batch_size, generator):
+    return torch.randn(*batch_size, 1, generator=generator)
+
+
+def trial_env(env, *behind):
+    return TransformedEnv(env, Compose(Trial(episodes=3), TaskSampler(drifts, seed=0), PreviousStep(), *behind))
+
+
+BROKEN = [
+    (NextStep, "action_heard", "AutoresetMode.DISABLED"),
+    (InPlace, "kept_tensors", "step 0 wrote over the 'place' of a reset. Steps that were collected"),
+    (ForgetsTask, "task_heard", "another task given at a reset of some rows made no difference"),
+    (DrawsItsOwnTask, "task_heard", "8 tasks made no difference .* set the task in each reset"),
+    (NeverHears, "task_heard", "8 tasks made no difference"),
+    (SameSeeds, "rows_draw_apart", "rows 0 and 1 drew the same random numbers.* seed each row"),
+    (
+        FlatReward,
+        "step_specs",
+        r"the 'reward' that step 0 returned is torch.float32 \[4\], its spec says torch.float32 \[4, 1\]",
+    ),
+    (
+        DeepReward,
+        "step_specs",
+        r"the 'reward' that step 0 returned is torch.float32 \[4, 1, 1\], its spec says .* \[4, 1\]",
+    ),
+    (Doubles, "float32", r"\['place'\] are float64. Networks are float32"),
+    (
+        DoublesUnsaid,
+        "step_specs",
+        r"the 'place' that step 0 returned is torch.float64 \[4, 1\], its spec says torch.float32",
+    ),
+    (NeverEnds, "trials_end", "a row ended 0 trials in 300 steps"),
+    (NoNumbers, "observations_finite", "at row 2, step 2 of the trials played"),
+    (Unseeded, "seed_repeats", "two runs of one seed, task and sequence of actions differ after 0 steps"),
+    (ShowsTask, "task_hidden", "the task stands in 'trans' from entry . on"),
+    (Choices, "step_specs", "the 'steps' that step 3 returned is outside its spec"),
+]
+
+
+@pytest.mark.parametrize(("make", "rule", "message"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_env_is_told_by_its_rule(make, rule, message):
+    with pytest.raises(TrialContractError, match=message) as raised:
+        check_trial_env(trial_env(make()), max_steps=300)
+    assert raised.value.rule == rule
+
+
+def test_the_env_that_the_broken_ones_are_made_of_is_sound():
+    check_trial_env(trial_env(Sound()))
+    check_trial_env(trial_env(Sound(1)))
+    check_trial_env(trial_env(Sound()), task_of=lambda env: env.drift)
+
+
+def test_doubles_are_mended_by_torchrls_transform():
+    check_trial_env(trial_env(Doubles(), DoubleToFloat(in_keys=["place"])))
+
+
+@pytest.mark.parametrize("make", [ForgetsTask, DrawsItsOwnTask, NeverHears])
+def test_a_task_that_is_read_back_tells_at_once(make):
+    with pytest.raises(TrialContractError, match="after a reset( of some rows)? row 0 has the task .*, not ") as raised:
+        check_trial_env(trial_env(make()), task_of=lambda env: env.drift)
+    assert raised.value.rule == "task_heard"
+
+
+class FarGoal(Sound):
+    """A task that random actions never meet."""
+
+    def paid(self):
+        return (self.place > 1000 + self.drift).float()
+
+    def _step(self, tensordict):
+        drift, self.drift = self.drift, 0 * self.drift
+        after = super()._step(tensordict)
+        self.drift = drift
+        return after
+
+
+def test_a_task_that_random_actions_never_meet_must_be_read_back():
+    with pytest.raises(TrialContractError, match="pass task_of=, which reads them back"):
+        check_trial_env(trial_env(FarGoal()))
+    check_trial_env(trial_env(FarGoal()), task_of=lambda env: env.drift)
+
+
+# ---- Envs of this package.
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if "lines" not in name])
+def test_all_forms_of_vector_envs_pass(name):
+    env = FORMS[name]()
+    check_trial_env(env, task_key=None if "without" in name else "task")
+    env.close()
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.DISABLED, AutoresetMode.SAME_STEP])
+def test_vector_envs_of_ones_own_pass(mode):
+    check_trial_env(trials(theirs(mode, make=Hidden)))
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    "way",
+    [{"set_task": set_goal, "task_spec": Unbounded(1)}, {"task_option": "goal", "task_spec": Unbounded(1)}],
+    ids=["set_task", "task_option"],
+)
+def test_all_ways_of_tasks_pass(vectorization, way):
+    env = trials(GymVectorEnv(Hidden, 4, seed=0, vectorization=vectorization, **way))
+    check_trial_env(env)
+    env.close()
+
+
+def test_a_list_of_tasks_passes():
+    def numbers(batch_size, generator):
+        return torch.randint(4, batch_size, generator=generator)
+
+    def set_task(env, task):
+        env.goal = task
+
+    check_trial_env(trials(GymVectorEnv(Hidden, 4, set_task=set_task, tasks=[1.0, 2.0, 3.0, 4.0], seed=0), numbers))
+
+
+@pytest.mark.parametrize("name", [name for name in ENVS if name != "workers"])
+def test_the_envs_of_other_tests_pass(name):
+    check_trial_env(make_env(name, steps=15))
+
+
+# ---- Vector envs and Gymnasium envs that are broken.
+
+
+def misspelt(env, task):
+    env.gaol = task.item()
+
+
+def first_only(env, task):
+    env.goal = task.item() if env.resets == 0 else env.goal
+
+
+@pytest.mark.parametrize("set_task", [misspelt, first_only])
+def test_a_function_that_sets_no_task_is_told(set_task):
+    env = GymVectorEnv(Hidden, 4, set_task=set_task, task_spec=Unbounded(1), seed=0)
+    with pytest.raises(TrialContractError, match="made no difference") as raised:
+        check_trial_env(trials(env))
+    assert raised.value.rule == "task_heard"
+
+
+class OwnSeed(Hidden):
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=3 if self.resets == 0 else None)
+        return self.observed(), {}
+
+
+def test_envs_that_seed_themselves_alike_are_told():
+    with pytest.raises(TrialContractError, match="drew the same random numbers") as raised:
+        check_trial_env(trials(GymVectorEnv(OwnSeed, 4, set_task=set_goal, task_spec=Unbounded(1))))
+    assert raised.value.rule == "rows_draw_apart"
+
+
+class Column(SyncVectorEnv):
+    def step(self, actions):
+        observations, reward, *rest = super().step(actions)
+        return observations, reward[:, None], *rest
+
+
+def test_a_vector_env_with_a_column_of_rewards_is_told():
+    envs = Column([Hidden] * 4, autoreset_mode=AutoresetMode.DISABLED)
+    env = GymVectorEnv(envs, set_task=set_goals, task_spec=Unbounded(1), seed=0)
+    with pytest.raises(TrialContractError, match=r"gives rewards of shape \(4, 1\); they must be \(4,\)") as raised:
+        check_trial_env(trials(env, goals))
+    assert raised.value.rule == "specs"
+
+
+class TwinWorkers(SerialEnv):
+    """Seeds its workers all alike."""
+
+    def set_seed(self, seed=None, static_seed=False):
+        return super().set_seed(seed, static_seed=True)
+
+
+def test_workers_with_the_same_seed_are_told():
+    workers = TwinWorkers(2, lambda: Sound(1))
+    workers.set_seed(0)
+    with pytest.raises(TrialContractError, match="rows 0 and 1 drew the same") as raised:
+        check_trial_env(trial_env(workers))
+    assert raised.value.rule == "rows_draw_apart"

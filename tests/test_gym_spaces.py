@@ -1,0 +1,168 @@
+"""Gymnasium's spaces as specs, and what is handed over between them, by hand."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
+from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, Unbounded
+from torchrl.envs import Compose, TransformedEnv
+
+from rl2_torchrl import ActorCritic, GRUValueHead, PreviousStep, RecurrentActor, Trial, TrialCollector
+from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
+from rl2_torchrl.testing import check_trial_env
+
+INF = np.inf
+OBSERVED = [
+    # space, spec, rows as a vector env gives them, and as tensors
+    (spaces.Box(-INF, INF, (2,), np.float64), Unbounded(2), [[1.5, 2], [3, 4]], [[1.5, 2], [3, 4]]),
+    (spaces.Box(-1, 1, ()), Unbounded(1), [0.5, -0.5], [[0.5], [-0.5]]),
+    (spaces.Box(0, 255, (1, 2), np.uint8), Unbounded((1, 2), dtype=torch.uint8), [[[255, 0]]] * 2, [[[255, 0]]] * 2),
+    (spaces.Box(0, 60_000, (1,), np.uint16), Unbounded(1, dtype=torch.int64), [[60_000], [1]], [[60_000], [1]]),
+    (spaces.Box(-(2**40), 2**40, (1,), np.int64), Unbounded(1, dtype=torch.int64), [[2**40], [1]], [[2**40], [1]]),
+    (spaces.Discrete(3), Categorical(3), [0, 2], [0, 2]),
+    (spaces.Discrete(3, start=-1), Categorical(3), [-1, 1], [0, 2]),
+    (spaces.MultiDiscrete([3, 2], start=[0, 5]), MultiCategorical([3, 2]), [[2, 6], [0, 5]], [[2, 1], [0, 0]]),
+    (spaces.MultiDiscrete([[3, 2]]), MultiCategorical([3, 2]), [[[2, 1]], [[0, 0]]], [[2, 1], [0, 0]]),
+    (spaces.MultiBinary((1, 2)), Binary(2), [[[1, 0]], [[0, 1]]], [[1, 0], [0, 1]]),
+]
+
+
+@pytest.mark.parametrize(("space", "spec", "rows", "expected"), OBSERVED, ids=str)
+def test_an_observation_by_hand(space, spec, rows, expected):
+    observations = ObservationSpace(space)
+    found = observations.spec["observation"]
+    assert (type(found), found.shape, found.dtype) == (type(spec), spec.shape, spec.dtype)
+    array = np.array(rows, dtype=space.dtype)
+    tensors = observations.tensors(array)["observation"]
+    assert (tensors.tolist(), tensors.dtype) == (expected, spec.dtype)
+    # One row, and a copy: vector envs write over their own arrays.
+    assert observations.one(array[1])["observation"].tolist() == expected[1]
+    array[:] = array[0]
+    assert tensors.tolist() == expected
+
+
+def test_entries_of_dicts_and_tuples():
+    inner = spaces.Tuple((spaces.Discrete(2), spaces.Dict(deep=spaces.Box(0, 1, (2,)))))
+    observations = ObservationSpace(spaces.Dict(pair=inner, said=spaces.Text(5), flags=spaces.MultiBinary(2)))
+    keys = {("pair", "0"), ("pair", "1", "deep"), "flags"}
+    assert set(observations.spec.keys(True, True)) == keys
+    rows = {"pair": (np.array([1, 0]), {"deep": np.ones((2, 2))}), "said": ["a", "b"], "flags": np.zeros((2, 2))}
+    tensors = observations.tensors(rows)
+    assert set(tensors) == keys
+    assert tensors["pair", "0"].tolist() == [1, 0]
+    # A tuple at the root lies under "observation".
+    assert set(ObservationSpace(inner).spec.keys(True, True)) == {("observation", "0"), ("observation", "1", "deep")}
+
+
+@pytest.mark.parametrize(
+    ("space", "error", "message"),
+    [
+        (spaces.Sequence(spaces.Discrete(2)), TypeError, "'observation' is a Sequence, which has no fixed size"),
+        (spaces.Dict(a=spaces.Graph(spaces.Discrete(2), None)), TypeError, "'a' is a Graph"),
+        (
+            spaces.Dict(task=spaces.Discrete(2)),
+            ValueError,
+            "{'task'} would stand in the place of the env's own: rename",
+        ),
+        (spaces.Dict(reward=spaces.Discrete(2), a=spaces.Discrete(2)), ValueError, "{'reward'}"),
+        (spaces.Dict(info=spaces.Dict(a=spaces.Discrete(2))), ValueError, "{'info'}"),
+        (spaces.Dict(trans=spaces.Discrete(2)), ValueError, "{'trans'}"),
+        (spaces.Dict(episode_done=spaces.Discrete(2)), ValueError, "{'episode_done'}"),
+        (spaces.Dict(said=spaces.Text(5)), None, None),
+    ],
+    ids=str,
+)
+def test_spaces_that_are_no_tensors_and_names_that_are_taken(space, error, message):
+    if error is None:
+        assert not list(ObservationSpace(space).spec.keys())
+        return
+    with pytest.raises(error, match=message):
+        ObservationSpace(space)
+
+
+ACTIONS = [
+    (spaces.Discrete(3), Categorical(3), [0, 2], [0, 2]),
+    (spaces.Discrete(3, start=4), Categorical(3), [0, 2], [4, 6]),
+    (spaces.MultiDiscrete([3, 2], start=[1, -2]), MultiCategorical([3, 2]), [[0, 1], [2, 0]], [[1, -1], [3, -2]]),
+    (spaces.MultiDiscrete([[3], [2]]), MultiCategorical([3, 2]), [[0, 1], [2, 0]], [[[0], [1]], [[2], [0]]]),
+    (spaces.MultiBinary(2), Binary(2), [[0, 1], [1, 1]], [[0, 1], [1, 1]]),
+    (spaces.Box(-1, 1, (2,)), Bounded(-1, 1, (2,)), [[0.5, 3], [-3, 1]], [[0.5, 1], [-1, 1]]),
+    (spaces.Box(-2, 2, (), np.float64), Bounded(-2, 2, (1,)), [[0.5], [3]], [0.5, 2]),
+    (spaces.Box(0, 1, (1, 2)), Bounded(0, 1, (1, 2)), [[[-1, 0.5]], [[2, 0]]], [[[0, 0.5]], [[1, 0]]]),
+    (
+        spaces.Box(np.float32([-1, -INF]), np.float32([INF, 1])),
+        Unbounded(2),
+        [[-5, -5], [5, 5]],
+        [[-1, -5], [5, 1]],
+    ),
+    (spaces.Box(-INF, INF, (1,)), Unbounded(1), [[-5], [5]], [[-5], [5]]),
+]
+
+
+@pytest.mark.parametrize(("space", "spec", "action", "expected"), ACTIONS, ids=str)
+def test_an_action_by_hand(space, spec, action, expected):
+    actions = ActionSpace(space)
+    assert (type(actions.spec), actions.spec.shape, actions.spec.dtype) == (type(spec), spec.shape, spec.dtype)
+    given = torch.tensor(action, dtype=spec.dtype)
+    before = given.clone()
+    array = actions.array(given)
+    assert (array.tolist(), array.dtype) == (expected, space.dtype)
+    assert torch.equal(given, before)
+    assert batch_space(space, 2).contains(array)
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Dict(a=spaces.Discrete(2)), spaces.Text(3), spaces.Box(0, 9, (1,), np.int64)], ids=str
+)
+def test_actions_for_which_there_is_no_distribution(space):
+    with pytest.raises(TypeError, match="for which no policy here has a distribution"):
+        ActionSpace(space)
+
+
+class Samples(gymnasium.Env):
+    """Observes samples of a space with all there is; insists on actions of its space."""
+
+    observation_space = spaces.Dict(
+        a=spaces.Discrete(3, start=2),
+        b=spaces.Tuple((spaces.MultiDiscrete([3, 2]), spaces.Box(-1, 1, (2,), np.float64))),
+        c=spaces.MultiBinary(3),
+        t=spaces.Text(5),
+        s=spaces.Box(0, 1, ()),
+    )
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        self.observation_space.seed(int(self.np_random.integers(1000)))
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.steps += 1
+        return self.observation_space.sample(), 1.0, self.np_random.random() < 0.2, self.steps >= 9, {}
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("space", [space for space, *_ in ACTIONS if space.shape != (1, 2)], ids=str)
+def test_from_env_makes_a_policy_for_each_action_space(space, vectorization):
+    if vectorization == "async" and space != ACTIONS[2][0]:
+        pytest.skip("processes are another matter: one space will do")
+    base = GymVectorEnv(lambda: Samples(space), 3, seed=0, vectorization=vectorization)
+    env = TransformedEnv(base, Compose(Trial(episodes=3), PreviousStep()))
+    check_trial_env(env, task_key=None)
+    policy = ActorCritic(RecurrentActor.from_env(env), GRUValueHead.from_env(env))
+    collector = TrialCollector(env, policy, frames_per_batch=60, total_frames=120)
+    batches = [batch.clone() for batch in collector]
+    assert collector.reason is None
+    assert all(batch["trans"].shape[-1] == 3 + 5 + 2 + 3 + 1 + base_action_size(env) + 2 for batch in batches)
+    collector.shutdown()
+
+
+def base_action_size(env):
+    return env.transform[1].action_size
