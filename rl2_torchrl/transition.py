@@ -26,6 +26,10 @@ class PreviousStep(Transform):
     ``trans`` has shape ``[*B, obs_dim + action_dim + 2]``, float32; several observations are flattened and
     concatenated in the order of ``obs_keys``. The last entry is done, the last but one the reward.
 
+    Transforms of observations and rewards stand before it, so that the agent sees what they make, and is shown the rewards that
+    it learns from; `rl2_torchrl.testing.check_trial_env` refuses rewards that change behind it. `CatFrames` and
+    `DoubleToFloat` may stand on either side.
+
     Args:
         obs_keys: observations to include. Defaults to all numbers and vectors among the env's, less the task, ``"info"`` and the
             trial's counters: images (two dimensions and more) are for an encoder that reads them whole, text is for nobody here.

@@ -37,7 +37,7 @@ LAYERS = [
     {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial", "weights"},
     {"gradients", "modules"},
     {"minibatches", "objectives", "rollout"},
-    {"collector", "evaluation", "tensor_env_check", "testing", "update"},
+    {"collector", "evaluation", "env_check", "tensor_env_check", "testing", "update"},
     {"checkpoints", "checks", "describe", "video"},
     {"training"},
     {"report"},
