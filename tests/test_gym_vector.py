@@ -1,5 +1,6 @@
 """`GymVectorEnv`: batches are `Collector`'s, tasks reach their rows, ends and resets are right, and what breaks ends clearly."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -15,7 +16,16 @@ from tensordict import TensorDict
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, TransformedEnv
 
-from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialCollector, adaptation_curve
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUValueHead,
+    PreviousStep,
+    TaskSampler,
+    Trial,
+    TrialCollector,
+    adaptation_curve,
+)
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.testing import check_trial_env
 
