@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -248,9 +249,8 @@ class Experiment:
         env = self.make_env(
             TaskSampler.fixed(tasks), math.ceil(len(tasks) / rounds)
         )  # rows that have a task in each round
-        curve = adaptation_curve(env, self.actor, len(tasks), measures=self.measures, **how)
-        env.close()
-        return curve
+        with closing(env):  # it may have processes
+            return adaptation_curve(env, self.actor, len(tasks), measures=self.measures, **how)
 
     def evaluate(self) -> dict[str, float]:
         """What `train` logs of held-out trials."""

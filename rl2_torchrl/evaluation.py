@@ -172,6 +172,9 @@ _KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next"
 
 
 def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> None:
+    names = [key if isinstance(key, str) else key[-1] for key in measures]
+    if len(set(names)) < len(names):
+        raise ValueError(f"measures are named {names}, after the last part of their keys: one of two would be lost.")
     known = list(env.observation_spec.keys(True, True))
     missing = [key for key in measures if key not in known and key != "reward"]
     if missing:

@@ -423,5 +423,7 @@ def test_measures_are_made_of_an_episodes_steps():
         assert torch.equal(curve.returns, torch.zeros(2, 2, dtype=torch.float64))
     with pytest.raises(KeyError, match="which the env does not say"):
         adaptation_curve(env, actor, 2, measures={("info", "other"): "max"})
+    with pytest.raises(ValueError, match="one of two would be lost"):
+        adaptation_curve(env, actor, 2, measures={("info", "said"): "max", ("other", "said"): "max"})
     with pytest.raises(ValueError, match="choose of"):
         adaptation_curve(env, actor, 2, measures={("info", "said"): "best"})
