@@ -4,7 +4,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -32,11 +32,11 @@ from rl2_torchrl.envs import GymVectorEnv
 
 NETWORK = Network(units=128, normalize=True, critic_keys=())
 LEARNING = Learning(
-    trials=32, env_steps=3_000_000, lr=1e-3, lmbda=0.95, epochs=5, minibatches=4, max_grad_norm=0.5, entropy=0.0
+    trials=32, env_steps=2_000_000, lr=1e-3, lmbda=0.95, epochs=5, minibatches=4, max_grad_norm=0.5, entropy=0.0
 )
 RUN = Run(Path("runs/meta_world"), report_tasks=50)
-#: Steps of a chunk that gradients go through.
-CHUNK_STEPS = 50
+#: Training tasks of an env after `recombine`.
+RECOMBINED = 2500
 
 
 def main(
@@ -44,7 +44,8 @@ def main(
     benchmark: Literal["ML1", "ML10", "ML45"] = "ML1",
     task: str = "reach-v3",
     episodes: int = 3,
-    horizon: int = 100,
+    horizon: int = 60,
+    recombined: bool = True,
     belief: float = 1.0,
     vectorization: Literal["sync", "async"] = "sync",
     network: Network = NETWORK,
@@ -60,6 +61,7 @@ def main(
         task: the task of ML1.
         episodes: episodes of a trial.
         horizon: steps of an episode, up to Meta-World's 500.
+        recombined: train on the goals of some training tasks with the objects of others, which the agent cannot learn by heart.
         belief: weight of a loss that the memory tells the task by (`TaskBelief`), which only training sees; 0 for none.
         vectorization: of the envs, one after the other or each in a process.
         network: actor and critic.
@@ -68,6 +70,7 @@ def main(
     """
     torch.manual_seed(run.seed)
     goals = load_benchmark(benchmark, task, run.seed)
+    train_tasks = recombine(goals.train_tasks, run.seed) if recombined else goals.train_tasks
 
     def make_env(tasks: Sequence[Any], sampler: TaskSampler, rows: int) -> TransformedEnv:
         classes = {**goals.train_classes, **goals.test_classes}
@@ -77,20 +80,19 @@ def main(
         )  # fmt: skip
         return TransformedEnv(arms, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
 
-    draw = partial(indices, len(goals.train_tasks))
-    env = make_env(goals.train_tasks, TaskSampler(draw, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
+    draw = partial(indices, len(train_tasks))
+    env = make_env(train_tasks, TaskSampler(draw, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
     actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells)
     critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
     policy = ActorCritic(actor, critic)
     horizons = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
-    told = told_tasks(goals.train_tasks)
+    told = told_tasks(train_tasks)
     target = {"coefficient": belief, "target": lambda number: told[number]}
     terms = [TaskBelief(network.units, told.shape[1], **target)] if belief else []
     loss = {"entropy_bonus": learning.entropy > 0, "entropy_coeff": learning.entropy, "terms": terms}
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, **loss),
         TrialAdvantage(**horizons, scale_rewards=True),
-        bptt=CHUNK_STEPS,
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
@@ -137,6 +139,13 @@ class Arm(gymnasium.Env):
         return observation, reward, terminated, truncated or self._steps >= self._horizon, info
 
 
+class Task(NamedTuple):
+    """A task as Meta-World's envs take it: an env's name, and pickled places and options."""
+
+    env_name: str
+    data: bytes
+
+
 def load_benchmark(benchmark: str, task: str, seed: int):
     """Meta-World's object with tasks to train and to test on."""
     try:
@@ -146,6 +155,32 @@ def load_benchmark(benchmark: str, task: str, seed: int):
     if benchmark == "ML1":
         return metaworld.ML1(task, seed=seed)
     return getattr(metaworld, benchmark)(seed=seed)
+
+
+def recombine(tasks: Sequence[Any], seed: int) -> list[Any]:
+    """`RECOMBINED` tasks of each env in ``tasks``: the goal of one of its tasks with the object of another.
+
+    Objects are seen: with fifty tasks an agent learns by heart which goal goes with which, adapts to nothing, and is lost on
+    other tasks. Meta-World draws both independently, but for pairs too close to each other: none is taken that is closer
+    than the closest in ``tasks``. Tasks that are not an object and a goal, ``[3 + 3]``, stay as they are.
+    """
+    generator = np.random.default_rng(seed)
+    chosen = []
+    for name in sorted({task.env_name for task in tasks}):
+        data = [pickle.loads(task.data) for task in tasks if task.env_name == name]  # noqa: S301
+        own = np.stack([each["rand_vec"] for each in data])
+        objects, goals = generator.integers(len(own), size=(2, 4 * RECOMBINED))
+        places = own[goals]
+        if own.shape[1] == 6:
+            places[:, :3] = own[objects, :3]
+            places = places[gaps(places) >= gaps(own).min()]
+        chosen += [Task(name, pickle.dumps({**data[0], "rand_vec": place})) for place in places[:RECOMBINED]]
+    return chosen
+
+
+def gaps(places: np.ndarray) -> np.ndarray:
+    """How far goals are from objects ``[n, 3 + 3]`` on the table (m), ``[n]``."""
+    return np.linalg.norm(places[:, :2] - places[:, 3:5], axis=1)
 
 
 def told_tasks(tasks: Sequence[Any]) -> torch.Tensor:

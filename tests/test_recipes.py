@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import pickle
 import runpy
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -521,3 +523,22 @@ def test_a_robot_arm(benchmark, tmp_path):
     options = {**tiny, "benchmark": benchmark, "env_steps": 2 * 2 * 50, "log_dir": tmp_path, "progress": False}
     report = meta_world.main(**arguments(meta_world.main, options))
     assert report.agent.measures["success"].returns.shape == (4, 2)
+
+
+def test_training_tasks_of_a_robot_arm_pair_goals_with_other_objects():
+    from recipes import meta_world
+
+    def task(name, *place):
+        return meta_world.Task(name, pickle.dumps({"rand_vec": np.array(place), "partially_observable": True}))
+
+    # Objects at x = 0, 0.1 and 0.2; the third goal lies nearer to the first and second object than any goal to its own.
+    places = [[0.0, 0, 0, 0.0, 0.5, 1], [0.1, 0, 0, 0.1, 0.5, 2], [0.2, 0, 0, 0.0, 0.46, 3]]
+    tasks = [task("reach", *place) for place in places] + [task("door", 0.1, 0.2, 0.3), task("door", 0.4, 0.5, 0.6)]
+    recombined = meta_world.recombine(tasks, seed=0)
+    assert len(recombined) == 2 * meta_world.RECOMBINED
+    reach = {tuple(pickle.loads(each.data)["rand_vec"]) for each in recombined if each.env_name == "reach"}
+    pairs = {(*one[:3], *other[3:]) for one in places for other in places}
+    assert reach == pairs - {(0.0, 0, 0, 0.0, 0.46, 3), (0.1, 0, 0, 0.0, 0.46, 3)}
+    doors = [pickle.loads(each.data) for each in recombined if each.env_name == "door"]
+    assert {tuple(each["rand_vec"]) for each in doors} == {(0.1, 0.2, 0.3), (0.4, 0.5, 0.6)}
+    assert all(each["partially_observable"] for each in doors)

@@ -143,7 +143,9 @@ class GymVectorEnv(TensorEnv):
             )
         if isinstance(env, gymnasium.Env):
             raise TypeError(
-                f"{env} is one env, and each row needs its own: give a function that makes one, lambda: ... ."
+                f"{env} is one env, and each row needs its own: give a function that makes one, lambda: ... . If it holds many "
+                "envs, as EnvPool's do, give it gymnasium.vector.VectorEnv's interface first: autoreset_mode DISABLED in its "
+                "metadata, and a reset that resets the rows of options['reset_mask'] alone."
             )
         if callable(env) and (num_envs is None or num_envs < 1):
             raise ValueError(f"num_envs={num_envs}: say how many envs shall stand side by side, such as num_envs=16.")
