@@ -29,14 +29,14 @@ LEARNING = Learning(trials=32, env_steps=300_000, lr=1e-3, lmbda=0.95, minibatch
 RUN = Run(Path("runs/point_mass"), report_tasks=128)
 #: The target's radius (m): at DMControl's own of 1.5 cm a hidden one is hardly ever met.
 TARGET_SIZE = 0.1
-#: Of a control step.
+#: Simulated seconds of a control step.
 CONTROL_SECONDS = 0.02
 
 
 def main(
     *,
     episodes: int = 2,
-    seconds: float = 4.0,
+    steps: int = 50,
     frame_skip: int = 4,
     network: Network = NETWORK,
     learning: Learning = LEARNING,
@@ -46,8 +46,8 @@ def main(
 
     Args:
         episodes: episodes of a trial.
-        seconds: simulated seconds of an episode.
-        frame_skip: control steps of 0.02 s, each of which pays up to 1, in an env step.
+        steps: env steps of an episode.
+        frame_skip: control steps in an env step, each of which pays up to 1.
         network: actor and critic.
         learning: batches, and PPO on them.
         run: seeds, where the run begins, and what it leaves.
@@ -56,7 +56,7 @@ def main(
 
     def make_env(sampler: TaskSampler, rows: int) -> TransformedEnv:
         # DMControl counts in float64; a transform that has no part in trials is cheapest within the workers.
-        masses = SerialEnv(rows, lambda: TransformedEnv(HiddenTarget(seconds, frame_skip), DoubleToFloat()))
+        masses = SerialEnv(rows, lambda: TransformedEnv(HiddenTarget(steps, frame_skip), DoubleToFloat()))
         return TransformedEnv(masses, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
 
     env = make_env(TaskSampler(targets, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
@@ -72,7 +72,7 @@ def main(
         max_grad_norm=learning.max_grad_norm,
         lr_schedule=linear_decay,
     )
-    batch = learning.trials * episodes * round(seconds / (CONTROL_SECONDS * frame_skip))  # whole trials
+    batch = learning.trials * episodes * steps
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
     masses = Experiment(actor, make_env, targets, run, held_out_tasks=32, rows=32)
@@ -83,7 +83,8 @@ def main(
 class HiddenTarget(DMControlEnv):
     """DMControl's point mass, whose target lies where the task says (m), and not in what is observed."""
 
-    def __init__(self, seconds: float, frame_skip: int):
+    def __init__(self, steps: int, frame_skip: int):
+        seconds = CONTROL_SECONDS * (steps * frame_skip - 0.5)  # where it is rounded, it is not to one step more
         super().__init__("point_mass", "easy", time_limit=seconds, frame_skip=frame_skip)
         self._model = self._env.physics.named.model
         self._model.geom_size["target", 0] = TARGET_SIZE
