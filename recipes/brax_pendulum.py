@@ -25,7 +25,7 @@ from rl2_torchrl import (
 )
 
 NETWORK = Network(units=32, normalize=True, critic_keys=("time_left",))
-LEARNING = Learning(trials=128, env_steps=400_000, lr=2e-3, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0)
+LEARNING = Learning(trials=128, env_steps=200_000, lr=2e-3, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0)
 RUN = Run(Path("runs/brax_pendulum"), report_tasks=128)
 #: Steps of a batch in each row, and of a chunk that gradients go through.
 BATCH_STEPS = 50
@@ -75,7 +75,7 @@ def main(
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
     pendulums = Experiment(actor, make_env, signs, run, held_out_tasks=learning.trials, rows=learning.trials)
-    result = pendulums.train(collector, update)
+    result = pendulums.train(collector, update, eval_interval=100)  # JAX compiles for each env anew
     return experiment.publish(pendulums.report(result, title="RL² on a pendulum with an unknown sign"), run)
 
 
