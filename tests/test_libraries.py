@@ -1,8 +1,10 @@
 """Recipes on other libraries' envs, at tiny sizes: the contracts hold for each, and what they report. Libraries may be missing."""
 
+import gc
 import json
 import math
 import sys
+import weakref
 from importlib import import_module
 from pathlib import Path
 
@@ -62,6 +64,25 @@ def test_contracts_hold(name, tmp_path, monkeypatch):
     # Where all trials are as long as a batch, none begins within one.
     assert set(check_training(collector, update, held_out=held_out).unchecked) - {"trials_apart"} == unknown
     check_trial_env(collector.env, task_key="task" if has_tasks else None)
+
+
+def test_what_has_been_played_leaves_the_memory(tmp_path, monkeypatch):
+    played, _, _ = stopped_before_training("cartpole", tmp_path, monkeypatch)
+    make_env, envs = played.make_env, []
+
+    def recorded(sampler, rows):
+        env = make_env(sampler, rows)
+        envs.append(weakref.ref(env.base_env.envs))
+        return env
+
+    monkeypatch.setattr(played, "make_env", recorded)
+    gc.disable()
+    try:
+        played.play(played.tasks(HELD_OUT_TASKS, 4))
+        alive = [env() is not None for env in envs]
+    finally:
+        gc.enable()
+    assert alive == [False]
 
 
 # ---- POPGym
