@@ -5,16 +5,18 @@ import json
 import math
 import sys
 import weakref
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs import Compose, DoubleToFloat, ParallelEnv, SerialEnv, TransformedEnv
 
 from recipes import pop_gym
 from recipes.experiment import HELD_OUT_TASKS, Experiment, arguments
-from rl2_torchrl import check_training
+from rl2_torchrl import PreviousStep, TaskSampler, Trial, check_training
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.testing import check_trial_env
 
@@ -161,6 +163,17 @@ def test_the_target_lies_where_the_task_says():
     # A reset that names no task keeps the one before: what is observed does not tell where the target is.
     assert env._model.geom_pos["target"][:2].tolist() == pytest.approx(there.tolist())
     assert set(env.observation_spec.keys()) == {"position", "velocity"}
+
+
+@pytest.mark.parametrize("kind", [SerialEnv, ParallelEnv])
+def test_workers_of_dmcontrol_are_sound(kind):
+    pytest.importorskip("dm_control")
+    from recipes.point_mass import HiddenTarget, targets
+
+    workers = kind(2, lambda: TransformedEnv(HiddenTarget(8, 1), DoubleToFloat()))
+    trials = Compose(Trial(episodes=2), TaskSampler(targets, seed=0), PreviousStep())
+    with closing(TransformedEnv(workers, trials)) as env:
+        check_trial_env(env)
 
 
 @pytest.mark.parametrize("frame_skip", [1, 3, 4])
