@@ -25,7 +25,7 @@ from rl2_torchrl import (
 )
 
 NETWORK = Network(normalize=True, critic_keys=("task", "time_left"))
-LEARNING = Learning(trials=32, env_steps=300_000, lr=1e-3, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0)
+LEARNING = Learning(trials=32, env_steps=700_000, lr=1e-3, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0)
 RUN = Run(Path("runs/point_mass"), report_tasks=128)
 #: The target's radius (m): at DMControl's own of 1.5 cm a hidden one is hardly ever met.
 TARGET_SIZE = 0.1
