@@ -1,5 +1,6 @@
 """What recipes share: settings, streams of random numbers, training or loading an actor, held-out evaluation, and the report."""
 
+import gc
 import inspect
 import logging
 import math
@@ -250,7 +251,11 @@ class Experiment:
             TaskSampler.fixed(tasks), math.ceil(len(tasks) / rounds)
         )  # rows that have a task in each round
         with closing(env):  # it may have processes
-            return adaptation_curve(env, self.actor, len(tasks), measures=self.measures, **how)
+            curve = adaptation_curve(env, self.actor, len(tasks), measures=self.measures, **how)
+        # An env refers to itself, and simulators hold memory that Python does not count: by itself it would go much later.
+        del env
+        gc.collect()
+        return curve
 
     def evaluate(self) -> dict[str, float]:
         """What `train` logs of held-out trials."""

@@ -246,7 +246,7 @@ class _Played:
         for key in keys:
             value = self.steps["next"].get(key)
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                broken |= ~value.isfinite().flatten(2).all(-1, keepdim=True)
+                broken |= ~value.isfinite().reshape(*broken.shape[:2], -1).all(-1, keepdim=True)
         return broken
 
     def float32(self):

@@ -147,6 +147,24 @@ class NoNumbers(Sound):
         return shown
 
 
+class Flat(Sound):
+    """Shows an entry ``[B]`` too, without a dimension of its own, as the state of a simulator may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_spec["counted"] = Unbounded((ROWS,))
+
+    def shown(self, **flags):
+        return super().shown(**flags).set("counted", self.steps.squeeze(-1).float())
+
+
+class FlatNoNumbers(Flat):
+    def shown(self, **flags):
+        shown = super().shown(**flags)
+        shown["counted"][1] = torch.where(self.steps[1, 0] == 4, float("inf"), shown["counted"][1])
+        return shown
+
+
 class Unseeded(Sound):
     def _set_seed(self, seed):
         self.generators = [np.random.default_rng() for _ in range(*self.batch_size)]
@@ -205,6 +223,7 @@ BROKEN = [
     ),
     (NeverEnds, "trials_end", "a row ended 0 trials in 300 steps"),
     (NoNumbers, "observations_finite", "at row 2, step 2 of the trials played"),
+    (FlatNoNumbers, "observations_finite", "at row 1, step 3 of the trials played"),
     (Unseeded, "seed_repeats", "two runs of one seed, task and sequence of actions differ after 0 steps"),
     (ShowsTask, "task_hidden", "the task stands in 'trans' from entry . on"),
     (Choices, "step_specs", "the 'steps' that step 3 returned is outside its spec"),
@@ -221,6 +240,9 @@ def test_a_broken_env_is_told_by_its_rule(make, rule, message):
 def test_the_env_that_the_broken_ones_are_made_of_is_sound():
     check_trial_env(trial_env(Sound()))
     check_trial_env(trial_env(Sound(1)))
+    check_trial_env(
+        TransformedEnv(Flat(), Compose(Trial(episodes=3), TaskSampler(drifts, seed=0), PreviousStep(["place"])))
+    )
     check_trial_env(trial_env(Sound()), task_of=lambda env: env.drift)
 
 

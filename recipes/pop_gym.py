@@ -1,0 +1,133 @@
+"""RL² on POPGym (Morad et al. 2023): games in which what was seen must be remembered; an episode is a trial."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrl.envs import Compose, TransformedEnv
+
+from recipes import experiment
+from recipes.experiment import Experiment, Learning, Network, Run, whole_batches
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationReport,
+    MemoryValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RecurrentActor,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    linear_decay,
+)
+from rl2_torchrl.envs import GymVectorEnv
+
+NETWORK = Network(units=128, num_cells=(128,), critic_keys=())
+LEARNING = Learning(
+    trials=64, env_steps=2_000_000, lr=1e-3, lmbda=0.95, epochs=4, minibatches=4, max_grad_norm=0.5, entropy=0.01
+)
+RUN = Run(Path("runs/pop_gym"), report_tasks=512)
+#: Steps of a batch in each row, and of a chunk that gradients go through: an Easy game lasts up to 200.
+BATCH_STEPS = 128
+#: Steps of a training epoch in POPGym's own training: four workers of 16 envs, 1,024 steps each.
+EPOCH_STEPS = 65_536
+
+
+def main(
+    *,
+    env_id: str = "popgym-RepeatPreviousEasy-v0",
+    network: Network = NETWORK,
+    learning: Learning = LEARNING,
+    run: Run = RUN,
+) -> AdaptationReport:
+    """Trains a GRU to play a game of memory, and reports what its episodes pay, during the training and held out.
+
+    Each episode is a game of its own, dealt anew, and a trial; it pays from -1 to 1.
+
+    Args:
+        env_id: one of POPGym's envs with one or several choices, or real actions.
+        network: actor and critic, which share the core.
+        learning: batches, and PPO on them.
+        run: seeds, where the run begins, and what it leaves.
+    """
+    torch.manual_seed(run.seed)
+    register_envs()
+
+    def make_env(_: TaskSampler | None, rows: int) -> TransformedEnv:
+        return TransformedEnv(GymVectorEnv(env_id, rows), Compose(Trial(episodes=1), PreviousStep()))
+
+    env = make_env(None, learning.trials)
+    actor = RecurrentActor.from_env(env, **network.slots, num_cells=network.num_cells)  # actions as the env's spec says
+    critic = MemoryValueHead.from_env(env, actor, detach=False, num_cells=network.critic_cells)
+    policy = ActorCritic(actor, critic)
+    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=learning.entropy > 0, entropy_coeff=learning.entropy),
+        TrialAdvantage(**horizon, critic=policy),  # batches cut episodes: the critic says what the rest is worth
+        bptt=BATCH_STEPS,
+        lr=learning.lr,
+        epochs=learning.epochs,
+        minibatches=learning.minibatches,
+        max_grad_norm=learning.max_grad_norm,
+        lr_schedule=linear_decay,
+        entropy_schedule=linear_decay,
+    )
+    batch = learning.trials * BATCH_STEPS
+    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
+    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    games = Experiment(actor, make_env, no_tasks, run, held_out_tasks=128, rows=64)
+    result = games.train(collector, update, eval_interval=100)
+    report = games.report(result, title=f"RL² on {env_id}")
+    return experiment.publish(EpochsReport(**vars(report), epochs=epoch_returns(result.history)), run)
+
+
+@dataclass
+class EpochsReport(AdaptationReport):
+    """An `AdaptationReport` with the mean return of the episodes of each training epoch: POPGym reports the best one (MMER)."""
+
+    epochs: list[float] = field(default_factory=list)
+
+    def entries(self) -> dict[str, Any]:
+        """The epochs' returns, the best of them, and their mean over the training."""
+        return {"epoch_returns": self.epochs, "mmer": max(self.epochs), "mean_over_training": mean(self.epochs)}
+
+    def summary(self) -> dict[str, float | str]:
+        """The figures of the training before those of held-out episodes."""
+        of_training = {"best epoch (MMER)": max(self.epochs), "mean over training": mean(self.epochs)}
+        return {**{name: f"{value:.3f}" for name, value in of_training.items()}, **super().summary()}
+
+
+def epoch_returns(history: list[dict[str, float]]) -> list[float]:
+    """Mean episodic return of each epoch of `EPOCH_STEPS` env steps, of what batches have paid; no batch is in two epochs.
+
+    Single batches would not do: the best of many small ones is good by luck.
+    """
+    epochs: dict[int, list[float]] = {}
+    for row in history:
+        epochs.setdefault(int((row["env_steps"] - 1) // EPOCH_STEPS), []).append(row["train/trial_return"])
+    return [mean(returns) for returns in epochs.values()]
+
+
+def mean(values: list[float]) -> float:
+    """Of all numbers; NaN, as of a batch in which no episode ended, does not count."""
+    return torch.tensor(values, dtype=torch.float64).nanmean().item()
+
+
+def register_envs() -> None:
+    """Makes POPGym's ids known to Gymnasium."""
+    try:
+        import popgym  # noqa: F401
+    except ImportError as error:
+        raise ImportError('POPGym is an extra: pip install "rl2_torchrl[popgym]".') from error
+
+
+def no_tasks(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Stand-ins for tasks, ``[*batch_size, 1]``: every episode is a game of its own."""
+    return torch.zeros(*batch_size, 1)
+
+
+if __name__ == "__main__":
+    experiment.command(main)
