@@ -23,6 +23,7 @@ from torchrl.record.loggers import Logger
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.checks import check_training
+from rl2_torchrl.kernels.threads import warn_of_spinning
 from rl2_torchrl.progress import progress_bar
 from rl2_torchrl.update import PPOUpdate
 
@@ -181,6 +182,7 @@ class _Loop:
         if self._first:
             self._first = False
             _say_which_way(self._collector, self._update)
+        warn_of_spinning()
         result.env_steps = _frames(self._collector, result.env_steps + batch.numel())
         self._collector.update_policy_weights_()
         row = {"env_steps": float(result.env_steps), **_scalars("train/", metrics, "update")}

@@ -130,9 +130,27 @@ def test_tables_are_computed_once(empty_cache, monkeypatch):
         gittins_agent(means, 6, gamma=0.9)
 
 
-def test_without_a_cache_folder_the_agent_plays_on(empty_cache):
-    empty_cache.write_text("a file where the folder should be")
+def test_without_a_cache_folder_the_agent_plays_on(empty_cache, monkeypatch):
+    def none_will_do():
+        raise PermissionError("nowhere")
+
+    messages = []
+    monkeypatch.setattr(gittins, "cache_folder", none_will_do)
+    monkeypatch.setattr(gittins.torchrl_logger, "warning", messages.append)
     assert gittins_agent(torch.tensor([[0.0, 1.0]]), 3, gamma=0.9).tolist() == [[0.0, 1.0, 1.0]]
+    assert "nowhere" in messages[0]
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_damaged_table_is_made_anew(empty_cache, share):
+    means = torch.tensor([[0.0, 1.0]])
+    expected = gittins_agent(means, 3, gamma=0.9)
+    [table] = empty_cache.iterdir()
+    whole = table.read_bytes()
+    table.write_bytes(whole[: int(share * len(whole))])
+    gittins._stored_table.cache_clear()
+    assert torch.equal(gittins_agent(means, 3, gamma=0.9), expected)
+    assert len(table.read_bytes()) == len(whole)
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.0, 0.99999, float("nan")])

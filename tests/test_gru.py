@@ -216,26 +216,3 @@ def test_nan_is_carried_to_the_output(sequence):
 def test_gates_saturate_without_overflow(sequence, scale):
     gru, x = nn.GRU(3, 8, batch_first=True).double(), scale * torch.randn(4, 5, 3, dtype=torch.float64)
     torch.testing.assert_close(sequence(x, None, None, *gru.parameters()), gru(x)[0], rtol=0, atol=1e-10)
-
-
-def test_environment_variable_turns_the_kernels_off(monkeypatch):
-    monkeypatch.setenv("RL2_TORCHRL_KERNELS", "0")
-    assert kernels.load.__wrapped__(torch.float32) is None
-
-
-def test_a_failing_compiler_is_announced_and_survived(monkeypatch, tmp_path):
-    messages = []
-    monkeypatch.setenv("CC", "false")
-    monkeypatch.delenv("RL2_TORCHRL_KERNELS", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels.torchrl_logger, "warning", messages.append)
-    assert kernels.load.__wrapped__(torch.float32) is None
-    assert "PyTorch's operations do the same" in messages[0]
-
-
-@pytest.mark.skipif(not COMPILED, reason="needs a C compiler")
-def test_kernels_are_compiled_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernels.load.__wrapped__(torch.float32) is not None
-    monkeypatch.setattr(kernels, "_compile", lambda *args: pytest.fail("compiled again"))
-    assert kernels.load.__wrapped__(torch.float32) is not None

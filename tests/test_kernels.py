@@ -1,11 +1,14 @@
 """The compiled functions of heads and loss give PyTorch's numbers and gradients, and so do their fallbacks."""
 
+import ctypes
+
 import pytest
 import torch
 from torch import nn
 from torch.distributions import Categorical
 
 from rl2_torchrl import kernels
+from rl2_torchrl.gradients.compiled import _Pass
 from rl2_torchrl.modules.functions import (
     categorical_gradient,
     categorical_terms,
@@ -17,6 +20,17 @@ from rl2_torchrl.modules.layers import Head
 from rl2_torchrl.objectives.terms import ClippedObjective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+needs_kernels = pytest.mark.skipif(kernels.load(torch.float32) is None, reason="no C compiler")
+HUGE = 2**26  # units; with as many threads no machine has the memory
+NOTHING = (None, 0, 0)
+MEMORYLESS = [
+    ("gru_forward", (1, 1, 1, HUGE, *NOTHING, *NOTHING, None, None, None, None, HUGE)),
+    ("gru_backward", (1, 1, 1, HUGE, *NOTHING, None, None, None, None, HUGE)),
+    ("linear_forward", (1, HUGE, HUGE, *(None,) * 4, HUGE)),
+    ("linear_backward", (1, HUGE, 1, *(None,) * 6, HUGE)),
+    ("ppo_pass", (ctypes.byref(_Pass(chunks=1, rows=HUGE, steps=HUGE)),)),
+]
 
 
 @pytest.fixture(params=["kernels", "fallback"])
@@ -235,6 +249,16 @@ def test_strided_inputs_of_the_clipped_objective(path):
     )
     for name, theirs in contiguous.items():
         close(strided[name], theirs)
+
+
+# ------------------------------------------------------------------ memory
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("call", MEMORYLESS)
+def test_a_kernel_without_memory_to_work_in_says_so(call, dtype):
+    name, arguments = call
+    with pytest.raises(MemoryError, match=f"no memory for {name}"):
+        getattr(kernels.load(dtype), name)(*arguments)
 
 
 # ------------------------------------------------------------------ what they refuse

@@ -22,8 +22,10 @@ deviations of the mean, which makes a horizon of 20,000 pulls a matter of second
 import hashlib
 import math
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Generator, Tensor
@@ -166,20 +168,22 @@ def _stored_table(num_pulls: int, gamma: float) -> Tensor:
     """:func:`gittins_indices`, from the cache folder if it is there."""
     # A new version of this file makes new tables.
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    path = cache_folder() / f"gittins-{num_pulls}-{gamma}-{version}.pt"
-    if path.exists():
-        return torch.load(path, weights_only=True)
-    torchrl_logger.info(f"rl2_torchrl: computing Gittins indices for gamma={gamma} once, into {path}")
+    name = f"gittins-{num_pulls}-{gamma}-{version}.pt"
+    # No table, a damaged one, or no folder: a new one is made; if it cannot be kept either, that is said.
+    with suppress(OSError, EOFError, RuntimeError, UnpicklingError):
+        return torch.load(cache_folder() / name, weights_only=True)
+    torchrl_logger.info(
+        f"rl2_torchrl: computing Gittins indices for gamma={gamma} once, into {name} of the cache folder"
+    )
     indices = gittins_indices(num_pulls, gamma)
     try:
-        _save(indices, path)
+        _save(indices, cache_folder() / name)
     except OSError as error:
         torchrl_logger.warning(f"rl2_torchrl: the Gittins indices could not be kept for the next time. {error}")
     return indices
 
 
 def _save(indices: Tensor, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Processes may compute the same table at the same time: each into a file of its own, then moved into place at once.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         file = Path(scratch) / path.name

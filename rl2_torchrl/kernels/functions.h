@@ -1,4 +1,5 @@
-/* The kernels that other files call; each is described where it is defined. */
+/* The kernels that other files call; each is described where it is defined. Those that return an int return NO_MEMORY where
+ * there is none. */
 #pragma once
 
 #include "vector.h"
@@ -8,13 +9,13 @@ long forward_size(int inputs, int hidden);
 long backward_size(int hidden);
 void pack_forward(int inputs, int hidden, const real *w_ih, const real *w_hh, const real *b_ih, const real *b_hh, real *out);
 void pack_backward(int hidden, const real *w_hh, real *out);
-void gru_forward(int batch, int steps, int inputs, int hidden, const real *x, long x_row, long x_step, const real *initial,
-                 long initial_row, long initial_step, const uint8_t *init, const real *packed, real *y, real *saved, int threads);
-void gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, long dy_row, long dy_step, const uint8_t *init,
-                  const real *packed, real *saved, real *d_initial, int threads);
-void linear_forward(int rows, int inputs, int outputs, const real *x, const real *w, const real *b, real *y, int threads);
-void linear_backward(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
-                     real *db, int threads);
+int gru_forward(int batch, int steps, int inputs, int hidden, const real *x, long x_row, long x_step, const real *initial,
+                long initial_row, long initial_step, const uint8_t *init, const real *packed, real *y, real *saved, int threads);
+int gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, long dy_row, long dy_step, const uint8_t *init,
+                 const real *packed, real *saved, real *d_initial, int threads);
+int linear_forward(int rows, int inputs, int outputs, const real *x, const real *w, const real *b, real *y, int threads);
+int linear_backward(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
+                    real *db, int threads);
 int categorical_forward(int rows, int choices, const real *logits, const int64_t *action, real *log_prob, real *entropy,
                         real *log_total, int threads);
 void categorical_backward(int rows, int choices, const real *logits, const int64_t *action, const real *entropy,

@@ -17,7 +17,7 @@
 #define COLUMNS 2 /* vectors that a block of backward's product is wide */
 
 /* S: 5 H + I + 1, up to whole cache lines, which vectors then do not straddle. */
-long saved_size(int inputs, int hidden) { return (5L * hidden + inputs + 1 + 15) / 16 * 16; }
+long saved_size(int inputs, int hidden) { return (long)whole_lines(5L * hidden + inputs + 1); }
 static inline int padded(int hidden) { return (hidden + COLUMNS * LANES - 1) / (COLUMNS * LANES) * (COLUMNS * LANES); }
 
 /* ------------------------------------------------------------------------------------------------ weights
@@ -136,20 +136,20 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
     }
 }
 
-void gru_forward(int batch, int steps, int inputs, int hidden, const real *x, long x_row, long x_step,
-                 const real *initial, long initial_row, long initial_step, const uint8_t *init, const real *packed,
-                 real *y, real *saved, int threads) {
-    #pragma omp parallel num_threads(threads)
-    {
-        real *scratch = aligned_alloc(64, 2L * ROWS * padded(hidden) * sizeof(real));
-        #pragma omp for schedule(static)
-        for (int b = 0; b < batch; b += ROWS)
-            forward_rows(lesser(ROWS, batch - b), steps, inputs, hidden, x + b * x_row, x_row, x_step,
-                         initial ? initial + b * initial_row : NULL, initial_row, initial_step,
-                         init ? init + (long)b * steps : NULL, packed, y + (long)b * steps * hidden,
-                         saved ? saved + (long)b * steps * saved_size(inputs, hidden) : NULL, scratch);
-        free(scratch);
-    }
+int gru_forward(int batch, int steps, int inputs, int hidden, const real *x, long x_row, long x_step,
+                const real *initial, long initial_row, long initial_step, const uint8_t *init, const real *packed,
+                real *y, real *saved, int threads) {
+    size_t size = whole_lines(2L * ROWS * padded(hidden));
+    real *scratch = memory(threads * size * sizeof(real));
+    if (!scratch) return NO_MEMORY;
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (int b = 0; b < batch; b += ROWS)
+        forward_rows(lesser(ROWS, batch - b), steps, inputs, hidden, x + b * x_row, x_row, x_step,
+                     initial ? initial + b * initial_row : NULL, initial_row, initial_step,
+                     init ? init + (long)b * steps : NULL, packed, y + (long)b * steps * hidden,
+                     saved ? saved + (long)b * steps * saved_size(inputs, hidden) : NULL, scratch + omp_get_thread_num() * size);
+    free(scratch);
+    return 0;
 }
 
 /* ----------------------------------------------------------------------------------------------- backward */
@@ -212,16 +212,16 @@ static void backward_rows(int rows, int steps, int inputs, int hidden, const rea
     }
 }
 
-void gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, long dy_row, long dy_step, const uint8_t *init,
-                  const real *packed, real *saved, real *d_initial, int threads) {
-    #pragma omp parallel num_threads(threads)
-    {
-        real *scratch = aligned_alloc(64, ROWS * (padded(hidden) + 3L * hidden) * sizeof(real));
-        #pragma omp for schedule(static)
-        for (int b = 0; b < batch; b += ROWS)
-            backward_rows(lesser(ROWS, batch - b), steps, inputs, hidden, dy + b * dy_row, dy_row, dy_step,
-                          init ? init + (long)b * steps : NULL, packed, saved + (long)b * steps * saved_size(inputs, hidden),
-                          d_initial ? d_initial + (long)b * steps * hidden : NULL, scratch);
-        free(scratch);
-    }
+int gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, long dy_row, long dy_step, const uint8_t *init,
+                 const real *packed, real *saved, real *d_initial, int threads) {
+    size_t size = whole_lines(ROWS * (padded(hidden) + 3L * hidden));
+    real *scratch = memory(threads * size * sizeof(real));
+    if (!scratch) return NO_MEMORY;
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (int b = 0; b < batch; b += ROWS)
+        backward_rows(lesser(ROWS, batch - b), steps, inputs, hidden, dy + b * dy_row, dy_row, dy_step,
+                      init ? init + (long)b * steps : NULL, packed, saved + (long)b * steps * saved_size(inputs, hidden),
+                      d_initial ? d_initial + (long)b * steps * hidden : NULL, scratch + omp_get_thread_num() * size);
+    free(scratch);
+    return 0;
 }

@@ -35,24 +35,23 @@ static void outputs_of(int rows, int inputs, int n, const real *active, const re
     for (int m = 0; m < rows; m++) store(y + m * pitch, sum[m], n);
 }
 
-void linear_forward(int rows, int inputs, int outputs, const real *x, const real *w, const real *b, real *y, int threads) {
-    int blocks = (outputs + LANES - 1) / LANES;
-    real *packed = malloc((size_t)blocks * LANES * inputs * sizeof(real));
+int linear_forward(int rows, int inputs, int outputs, const real *x, const real *w, const real *b, real *y, int threads) {
+    size_t blocks = (outputs + LANES - 1) / LANES, weights = whole_lines(blocks * LANES * inputs);
+    size_t size = whole_lines((size_t)ROWS * inputs); /* of a thread's rows */
+    real *packed = memory((weights + threads * size) * sizeof(real));
+    if (!packed) return NO_MEMORY;
     pack(inputs, outputs, w, packed);
-    #pragma omp parallel num_threads(threads)
-    {
-        real *active = malloc((size_t)ROWS * inputs * sizeof(real));
-        #pragma omp for schedule(static)
-        for (int row = 0; row < rows; row += ROWS) {
-            int count = lesser(ROWS, rows - row);
-            activate(count, inputs, x + (long)row * inputs, active);
-            for (int first = 0; first < outputs; first += LANES)
-                outputs_of(count, inputs, outputs - first, active, packed + (long)first * inputs,
-                           b ? load(b + first, outputs - first) : (vec){0}, y + (long)row * outputs + first, outputs);
-        }
-        free(active);
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (int row = 0; row < rows; row += ROWS) {
+        real *active = packed + weights + omp_get_thread_num() * size;
+        int count = lesser(ROWS, rows - row);
+        activate(count, inputs, x + (long)row * inputs, active);
+        for (int first = 0; first < outputs; first += LANES)
+            outputs_of(count, inputs, outputs - first, active, packed + (long)first * inputs,
+                       b ? load(b + first, outputs - first) : (vec){0}, y + (long)row * outputs + first, outputs);
     }
     free(packed);
+    return 0;
 }
 
 /* For n entries of ROWS rows' x, of which the first `rows` exist: adds to those columns of dW and writes those of dx. */
@@ -92,25 +91,28 @@ static void gradients_of(int rows, int inputs, int outputs, const real *x, const
 
 /* dx [rows, I] may be NULL; dw [O, I] and db [O] are written. Each thread sums over rows of its own, and the sums are added in
  * the threads' order: the same numbers in every run. */
-void linear_backward(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
-                     real *db, int threads) {
-    long weights = (long)outputs * inputs, size = weights + outputs;
-    real *sums = calloc((size_t)threads * size, sizeof(real));
+int linear_backward(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
+                    real *db, int threads) {
+    size_t weights = (size_t)outputs * inputs, slopes = whole_lines(weights + outputs); /* where a thread's slopes begin */
+    size_t size = slopes + whole_lines((size_t)ROWS * outputs);
+    real *sums = memory(threads * size * sizeof(real));
+    if (!sums) return NO_MEMORY;
     int blocks = (rows + ROWS - 1) / ROWS;
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
-        real *sum = sums + thread * size, *slopes = malloc((size_t)ROWS * outputs * sizeof(real));
+        real *sum = sums + thread * size;
+        memset(sum, 0, (weights + outputs) * sizeof(real));
         int end = (int)((long)blocks * (thread + 1) / threads) * ROWS;
         for (int row = (int)((long)blocks * thread / threads) * ROWS; row < end; row += ROWS)
             gradients_of(lesser(ROWS, rows - row), inputs, outputs, x + (long)row * inputs, w, dy + (long)row * outputs,
-                         dx ? dx + (long)row * inputs : NULL, sum, sum + weights, slopes);
-        free(slopes);
+                         dx ? dx + (long)row * inputs : NULL, sum, sum + weights, sum + slopes);
     }
     for (int thread = 1; thread < threads; thread++)
-        for (long i = 0; i < size; i++) sums[i] += sums[thread * size + i];
+        for (size_t i = 0; i < weights + outputs; i++) sums[i] += sums[thread * size + i];
     memcpy(dw, sums, weights * sizeof(real));
     memcpy(db, sums + weights, outputs * sizeof(real));
     free(sums);
+    return 0;
 }
 
 void tanh_forward(long size, const real *x, real *y, int threads) {

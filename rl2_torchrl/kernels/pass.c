@@ -46,36 +46,36 @@ static void gather(const void *from, const int64_t *order, int rows, size_t size
     for (int row = 0; row < rows; row++) memcpy((char *)to + row * size, (const char *)from + order[row] * size, size);
 }
 
-static void *memory(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+enum { MEMORIES = 9 };
+#define MEMORY_OF(net) {&net->in, &net->first, &net->packed, &net->packed_back, &net->saved, \
+                        &net->features, &net->d_features, &net->out, &net->d_out}
 
-static void allocate(network *net, int rows, int steps) {
-    size_t n = (size_t)rows * steps;
-    net->in = memory(n * net->inputs * sizeof(real));
-    net->first = memory(n * net->hidden * sizeof(real));
-    net->packed = memory(forward_size(net->inputs, net->hidden) * sizeof(real));
-    net->packed_back = memory(backward_size(net->hidden) * sizeof(real));
-    net->saved = memory(n * saved_size(net->inputs, net->hidden) * sizeof(real));
-    net->features = memory(n * net->hidden * sizeof(real));
-    net->d_features = memory(n * net->hidden * sizeof(real));
-    net->out = memory(n * net->outputs * sizeof(real));
-    net->d_out = memory(n * net->outputs * sizeof(real));
+/* Whether there was memory for all of it; what there was is to be released in any case. */
+static int allocate(network *net, int rows, int steps) {
+    size_t n = (size_t)rows * steps, inputs = net->inputs, hidden = net->hidden, outputs = net->outputs;
+    size_t sizes[MEMORIES] = {n * inputs, n * hidden, forward_size(inputs, hidden), backward_size(hidden),
+                              n * saved_size(inputs, hidden), n * hidden, n * hidden, n * outputs, n * outputs};
+    real **all[MEMORIES] = MEMORY_OF(net);
+    int found = 1;
+    for (int i = 0; i < MEMORIES; i++) found &= (*all[i] = memory(sizes[i] * sizeof(real))) != NULL;
+    return found;
 }
 
 static void release(network *net) {
-    void *all[] = {net->in, net->first, net->packed, net->packed_back, net->saved,
-                   net->features, net->d_features, net->out, net->d_out};
-    for (int i = 0; i < 9; i++) free(all[i]);
+    real **all[MEMORIES] = MEMORY_OF(net);
+    for (int i = 0; i < MEMORIES; i++) free(*all[i]);
 }
 
-static void forward(network *net, const int64_t *order, const uint8_t *init, int rows, int steps) {
+static int forward(network *net, const int64_t *order, const uint8_t *init, int rows, int steps) {
     parameter *p = net->of;
     int inputs = net->inputs, hidden = net->hidden;
     gather(net->x, order, rows, (size_t)steps * inputs * sizeof(real), net->in);
     if (net->initial) gather(net->initial, order, rows, (size_t)steps * hidden * sizeof(real), net->first);
     pack_forward(inputs, hidden, p[W_IH].value, p[W_HH].value, p[B_IH].value, p[B_HH].value, net->packed);
-    gru_forward(rows, steps, inputs, hidden, net->in, (long)steps * inputs, inputs, net->initial ? net->first : NULL,
-                (long)steps * hidden, hidden, init, net->packed, net->features, net->saved, 1);
-    linear_forward(rows * steps, hidden, net->outputs, net->features, p[W_OUT].value, p[B_OUT].value, net->out, 1);
+    int status = gru_forward(rows, steps, inputs, hidden, net->in, (long)steps * inputs, inputs, net->initial ? net->first : NULL,
+                             (long)steps * hidden, hidden, init, net->packed, net->features, net->saved, 1);
+    if (status) return status;
+    return linear_forward(rows * steps, hidden, net->outputs, net->features, p[W_OUT].value, p[B_OUT].value, net->out, 1);
 }
 
 /* gradient [outputs, columns] = sum over n of q[n, output] v[n, column]; q and v lie in rows of `pitch`. */
@@ -103,13 +103,15 @@ static void column_sums(int n, long pitch, const real *q, int outputs, real *gra
 }
 
 /* Gradients of all parameters, from d_out. See gru.c for what `saved` holds. */
-static void backward(network *net, const uint8_t *init, int rows, int steps) {
+static int backward(network *net, const uint8_t *init, int rows, int steps) {
     parameter *p = net->of;
     int inputs = net->inputs, h = net->hidden, n = rows * steps;
-    linear_backward(n, h, net->outputs, net->features, p[W_OUT].value, net->d_out, net->d_features, p[W_OUT].gradient,
-                    p[B_OUT].gradient, 1);
+    int status = linear_backward(n, h, net->outputs, net->features, p[W_OUT].value, net->d_out, net->d_features,
+                                 p[W_OUT].gradient, p[B_OUT].gradient, 1);
+    if (status) return status;
     if (steps > 1) pack_backward(h, p[W_HH].value, net->packed_back);
-    gru_backward(rows, steps, inputs, h, net->d_features, (long)steps * h, h, init, net->packed_back, net->saved, NULL, 1);
+    status = gru_backward(rows, steps, inputs, h, net->d_features, (long)steps * h, h, init, net->packed_back, net->saved, NULL, 1);
+    if (status) return status;
     long pitch = saved_size(inputs, h);
     const real *q = net->saved, *dn = q + 3 * h, *before = q + 4 * h, *x = q + 5 * h;
     outer_sums(n, pitch, q, 3 * h, before, h, p[W_HH].gradient);
@@ -118,6 +120,7 @@ static void backward(network *net, const uint8_t *init, int rows, int steps) {
     outer_sums(n, pitch, dn, h, x, inputs, p[W_IH].gradient + 2L * h * inputs);
     column_sums(n, pitch, q, 2 * h, p[B_IH].gradient);
     column_sums(n, pitch, dn, h, p[B_IH].gradient + 2 * h);
+    return 0;
 }
 
 static double squares(const parameter *p) {
@@ -151,23 +154,26 @@ static int collect(pass *of, parameter *all) {
 }
 
 /* Returns the number of the first minibatch whose gradient is not finite, which changes nothing any more; -1 if there is none,
- * -2 - the number of the minibatch in which an action is none of the choices. */
+ * -2 - the number of the minibatch in which an action is none of the choices, NO_MEMORY
+ * where memory ran out, be it after some steps. */
 int ppo_pass(pass *of) {
     int rows = of->rows, steps = of->steps, outputs = of->actor.outputs, has_critic = of->critic.hidden > 0, broken = -1;
     size_t n = (size_t)rows * steps, one = steps * sizeof(real);
     size_t action_size = of->is_gaussian ? outputs * sizeof(real) : sizeof(int64_t);
     enum { LOG_PROB, OLD, ADVANTAGE, TARGET, ACTIVE, RATIO, ESS, H, TOTAL, D_H, ARRAYS };
     real *a[ARRAYS];
-    for (int i = 0; i < ARRAYS; i++) a[i] = memory(n * sizeof(real));
     void *action = memory(n * action_size);
     uint8_t *init = memory(n);
+    int found = action && init;
+    for (int i = 0; i < ARRAYS; i++) found &= (a[i] = memory(n * sizeof(real))) != NULL;
     parameter all[2 * PARAMETERS + 1];
     int parameters = collect(of, all);
-    allocate(&of->actor, rows, steps);
-    if (has_critic) allocate(&of->critic, rows, steps);
+    found &= allocate(&of->actor, rows, steps);
+    if (has_critic) found &= allocate(&of->critic, rows, steps);
+    int status = found ? 0 : NO_MEMORY;
 
     double *metrics = of->metrics;
-    for (int first = 0; first < of->chunks; first += rows, metrics += METRICS) {
+    for (int first = 0; !status && first < of->chunks; first += rows, metrics += METRICS) {
         const int64_t *order = of->order + first;
         int count = lesser(rows, of->chunks - first), size = count * steps, strangers = 0;
         double entropy = 0, totals[5];
@@ -176,7 +182,7 @@ int ppo_pass(pass *of) {
         gather(of->old_log_prob, order, count, one, a[OLD]);
         gather(of->advantage, order, count, one, a[ADVANTAGE]);
 
-        forward(&of->actor, order, init, count, steps);
+        status |= forward(&of->actor, order, init, count, steps);
         if (of->is_gaussian) {
             gaussian_forward(size, outputs, action, of->actor.out, of->log_std.value, a[LOG_PROB]);
             for (int d = 0; d < outputs; d++) entropy += of->log_std.value[d] + 1.4189385332046727; /* log(2 pi e) / 2 */
@@ -196,19 +202,20 @@ int ppo_pass(pass *of) {
             for (int d = 0; d < outputs; d++) of->log_std.gradient[d] -= (real)of->entropy_coeff;
         } else
             categorical_backward(size, outputs, of->actor.out, action, a[H], a[TOTAL], a[ACTIVE], a[D_H], of->actor.d_out, 1);
-        backward(&of->actor, init, count, steps);
+        status |= backward(&of->actor, init, count, steps);
 
         double error = 0;
         if (has_critic) {
             gather(of->target, order, count, one, a[TARGET]);
-            forward(&of->critic, order, init, count, steps);
+            status |= forward(&of->critic, order, init, count, steps);
             for (int i = 0; i < size; i++) {
                 real e = of->critic.out[i] - a[TARGET][i];
                 error += (double)e * e / size;
                 of->critic.d_out[i] = e * (real)(2 * of->value_coeff / size);
             }
-            backward(&of->critic, init, count, steps);
+            status |= backward(&of->critic, init, count, steps);
         }
+        if (status) break;
 
         double sum = 0;
         for (int i = 0; i < parameters; i++) sum += squares(&all[i]);
@@ -231,5 +238,5 @@ int ppo_pass(pass *of) {
     free(init);
     release(&of->actor);
     if (has_critic) release(&of->critic);
-    return broken;
+    return status ? status : broken;
 }

@@ -1,9 +1,16 @@
 /* Vectors of the processor's width, and the functions on them that the kernels share. */
 #pragma once
 
+#include <limits.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
 
 /* Compiled once for float and once, with -DDOUBLE, for double. */
 #ifdef DOUBLE
@@ -41,6 +48,13 @@ typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_a
 typedef bits ivec __attribute__((vector_size(BYTES)));
 
 static inline int lesser(int a, int b) { return a < b ? a : b; }
+
+#define NO_MEMORY INT_MIN /* what a kernel returns that could not get the memory that it works in */
+
+/* Entries up to whole cache lines: what two threads write must not share one. */
+static inline size_t whole_lines(size_t entries) { return (entries + 15) / 16 * 16; }
+/* Memory that begins at a cache line, to be freed; NULL if there is none. aligned_alloc's sizes must be whole lines, too. */
+static inline void *memory(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 /* Loads and stores of the first n of a vector's entries; n beyond LANES means all of them. */
 static inline vec load(const real *from, int n) {

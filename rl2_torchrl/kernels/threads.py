@@ -1,0 +1,57 @@
+"""Threads: how many a kernel takes, and what other processes make of them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torchrl import torchrl_logger
+
+__all__ = ["threads_for", "warn_of_spinning"]
+
+#: Whether this process has run kernels on several threads, and whether it has been warned.
+_has_run = _is_warned = False
+
+
+def threads_for(multiplications: int) -> int:
+    """Threads for that much work: below 100,000 waking the others costs more than they save.
+
+    Examples:
+        >>> threads_for(1000)
+        1
+    """
+    global _has_run
+    threads = torch.get_num_threads() if multiplications > 100_000 else 1
+    _has_run |= threads > 1
+    return threads
+
+
+def _take_one_thread() -> None:
+    """In a forked process: the threads that GNU's OpenMP would wake there, for PyTorch's operations too, exist no more."""
+    if _has_run and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        torchrl_logger.warning(
+            "rl2_torchrl: this process was forked from one that ran several threads, which OpenMP does not survive: PyTorch takes "
+            "one thread here. Start processes by 'spawn' or 'forkserver' to have more."
+        )
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_take_one_thread)
+
+
+def warn_of_spinning() -> None:
+    """Says once that programs slow each other down: more threads want to run than there are cores, and those that wait spin.
+
+    OpenMP reads how its threads shall wait when PyTorch is loaded; nothing in the program can change it afterwards.
+    """
+    global _is_warned
+    if _is_warned or torch.get_num_threads() == 1 or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        return
+    load = os.getloadavg()[0]
+    if load > 1.5 * os.cpu_count():
+        _is_warned = True
+        torchrl_logger.warning(
+            f"rl2_torchrl: {load:.0f} threads want to run on {os.cpu_count()} cores. PyTorch's hold a core while they wait for "
+            "each other, so that several programs at once crawl: set OMP_WAIT_POLICY=passive in the environment before Python starts."
+        )

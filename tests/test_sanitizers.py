@@ -1,0 +1,70 @@
+"""The kernels' own tests, on kernels that look for reads and writes out of bounds and undefined behaviour (ASan, UBSan)."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rl2_torchrl.kernels import library
+
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
+TESTS = [
+    *("tests/test_kernels.py", "tests/test_gru.py", "tests/test_gradients.py"),
+    # With torch.compile, or what needs another process or the whole of TorchRL's machinery, the kernels take no part.
+    *("-k", "not compile_ and not compiled_program and not under_vmap_and_compile"),
+]
+
+
+def sanitized():
+    """The environment of a process whose kernels are sanitized, or the reason why there is none."""
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    if compiler is None or sys.platform != "linux":
+        return "needs a C compiler, and Linux"
+    # The runtime must be loaded before all else, and C++'s exceptions with it, which ASan looks for once, at its start.
+    runtimes = [library._run([compiler, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")]
+    if not all(map(os.path.isabs, runtimes)):
+        return f"{compiler} has no AddressSanitizer"
+    options = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return {**os.environ, "LD_PRELOAD": ":".join(runtimes), "CC": f"{compiler} {FLAGS}", "OMP_NUM_THREADS": "2", **options}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs Python with arguments on sanitized kernels: its exit status, and all that it has written."""
+    environment = sanitized()
+    if isinstance(environment, str):
+        pytest.skip(environment)
+    environment["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("sanitized"))
+
+    def run(*arguments):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        root = Path(__file__).parents[1]
+        process = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, text=True, **pipes)
+        return process.returncode, process.stdout
+
+    status, output = run("-c", "import torch; from rl2_torchrl import kernels; kernels.load(torch.float32).saved_size(1, 1)")
+    if status:
+        pytest.skip(f"PyTorch does not run under the sanitizers here: {output[-500:]}")
+    return run
+
+
+def test_the_kernels_are_clean(run):
+    status, output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *TESTS)
+    assert status == 0, output[-5000:]
+    assert " passed" in output
+    assert "runtime error" not in output
+
+
+def test_a_write_out_of_bounds_would_be_seen(run):
+    program = (
+        "import torch\n"
+        "from rl2_torchrl import kernels\n"
+        "x, y = torch.zeros(1000), torch.zeros(999)\n"
+        "kernels.load(torch.float32).tanh_forward(1000, x.data_ptr(), y.data_ptr(), 1)"
+    )
+    status, output = run("-c", program)
+    assert status
+    assert "heap-buffer-overflow" in output
