@@ -21,7 +21,6 @@ deviations of the mean, which makes a horizon of 20,000 pulls a matter of second
 
 import hashlib
 import math
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from torchrl import torchrl_logger
 
 from rl2_torchrl.baselines.bandits import check_tasks, play
 from rl2_torchrl.kernels import cache_folder
+from rl2_torchrl.storage import DamagedFileError, load_tree, save_tree
 
 __all__ = ["gittins_agent", "gittins_indices"]
 
@@ -166,25 +166,20 @@ def _stored_table(num_pulls: int, gamma: float) -> Tensor:
     """:func:`gittins_indices`, from the cache folder if it is there."""
     # A new version of this file makes new tables.
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    path = cache_folder() / f"gittins-{num_pulls}-{gamma}-{version}.pt"
+    path = cache_folder() / f"gittins-{num_pulls}-{gamma}-{version}.safetensors"
     if path.exists():
-        return torch.load(path, weights_only=True)
+        try:
+            return load_tree(path)
+        except DamagedFileError as error:
+            torchrl_logger.warning(f"rl2_torchrl: {error} It is made anew.")
     torchrl_logger.info(f"rl2_torchrl: computing Gittins indices for gamma={gamma} once, into {path}")
     indices = gittins_indices(num_pulls, gamma)
     try:
-        _save(indices, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tree(indices, path)
     except OSError as error:
         torchrl_logger.warning(f"rl2_torchrl: the Gittins indices could not be kept for the next time. {error}")
     return indices
-
-
-def _save(indices: Tensor, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes may compute the same table at the same time: each into a file of its own, then moved into place at once.
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        file = Path(scratch) / path.name
-        torch.save(indices, file)
-        file.replace(path)
 
 
 def _check_gamma(gamma: float) -> None:
