@@ -87,6 +87,7 @@ class RunCheckpoints:
             "rng": GlobalRNGState(),
         }
         self._held = ExitStack()
+        self._before: dict[str, Any] | None = None
 
     def __enter__(self) -> RunCheckpoints:
         """Takes the folder for this run; OSError where another one has it."""
@@ -109,6 +110,12 @@ class RunCheckpoints:
             self._held.close()
 
     # ----------------------------------------------------------------- saving
+    def before_rollout(self) -> None:
+        """To be called before each rollout: where one fails TorchRL's collector shuts itself down, and has no state any more."""
+        # Envs in other processes would have to be asked at each update.
+        if self._folder is not None and hasattr(self._collector, "env"):
+            self._before = self._collector.state_dict()
+
     def save(self, *, last: bool = False, rollout: bool = True) -> None:
         """Writes a checkpoint; the two newest are kept.
 
@@ -138,20 +145,23 @@ class RunCheckpoints:
         self.save(rollout=rollout)
 
     def _write(self, rollout: bool) -> None:
-        state = self._state()
-        if not rollout:
-            state["rollout"] = {"missing": "an error or a signal had cut the rollout short"}
+        state = self._state(rollout)
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
         about["history"] = self._history.write(self._result.history)
         save_tree({**about, "state": state}, self._path())
         for path in self._paths()[:-_KEPT]:
             path.unlink()
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, rollout: bool = True) -> dict[str, Any]:
         for name, part in self._parts.items():
             if not hasattr(part, "state_dict"):
                 raise TypeError(f"the {name} has no state_dict() and load_state_dict(state), which checkpoints need: add them.")
-        return {name: part.state_dict() for name, part in self._parts.items()}
+        if rollout:
+            return {name: part.state_dict() for name, part in self._parts.items()}
+        cut = {"rollout": {"missing": "an error or a signal has cut the rollout short"}}
+        if self._before is not None:
+            cut["collector"] = self._before
+        return {name: part.state_dict() for name, part in self._parts.items() if name not in cut} | cut
 
     def _path(self) -> Path:
         return self._folder / f"checkpoint-{self._result.env_steps}.safetensors"

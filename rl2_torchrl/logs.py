@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
@@ -12,9 +11,6 @@ from torchrl.record.loggers.common import Logger
 from rl2_torchrl.storage import write_durably
 
 __all__ = ["ScalarLog"]
-
-log = logging.getLogger(__name__)
-
 
 class ScalarLog:
     """Writes rows to ``logger``, or nowhere if that is None."""
@@ -32,13 +28,14 @@ class ScalarLog:
         if isinstance(self._logger, CSVLogger):
             self._logger.experiment.scalars.clear()  # it would keep all that it has written
 
-    def go_on_from(self, row: Mapping[str, float]) -> None:
-        """Takes back what was logged after ``row``, the last one of the run that is resumed, and logs the row once more.
+    def go_on_from(self, history: Sequence[Mapping[str, float]], env_steps: int) -> None:
+        """Takes back what was logged after ``env_steps``, where a run is resumed, and logs the last row once more.
 
         A run that was killed has gone on after its last checkpoint, and may have logged a row in part. W&B and other services
         take nothing back; they keep what came first or last, by their own rules.
         """
-        first = int(row["env_steps"])
+        again = [row for row in history[-1:] if row["env_steps"] == env_steps]  # none, where the history was damaged
+        first = env_steps if again else env_steps + 1
         if isinstance(self._logger, CSVLogger):
             for path in Path(self._logger.experiment.log_dir, "scalars").rglob("*.csv"):
                 _cut(path, first)
@@ -46,7 +43,8 @@ class ScalarLog:
             writer = self._logger.experiment
             writer.close()
             writer.purge_step = first  # read when the writer opens its next file
-        self.write(row, first)
+        for row in again:
+            self.write(row, env_steps)
 
 
 def _cut(path: Path, first: int) -> None:

@@ -140,13 +140,13 @@ def train(
         if not resume:
             saved.set_aside()
         elif saved.load_latest(resume_changes):
-            scalars.go_on_from(result.history[-1])
+            scalars.go_on_from(result.history, result.env_steps)
         _shut_down_at_exit(collector)
         check = check and isinstance(update, PPOUpdate)
         loop = _Loop(**parts, evaluate=evaluate, scalars=scalars, check=check, schedule_frames=schedule_frames or total)
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
             try:
-                for batch in loop.batches():
+                for batch in loop.batches(before_each=saved.before_rollout):
                     row = loop.learn(batch)
                     due = len(result.history) % eval_interval == 0 and not interrupts
                     if due:
@@ -192,10 +192,11 @@ class _Loop:
         self._in_update = False
         self._pending: dict[str, float] | None = None  # the row of an update that is made, until it is recorded
 
-    def batches(self) -> Iterator[TensorDictBase]:
+    def batches(self, before_each: Callable[[], None]) -> Iterator[TensorDictBase]:
         """The collector's batches; an error of env or policy gets a note of where it was raised."""
         batches = iter(self._collector)
         while True:
+            before_each()
             self.in_rollout = True
             try:
                 batch = next(batches, None)
