@@ -44,9 +44,9 @@ class Stateful(Protocol):
 class RunCheckpoints:
     """The newest checkpoints of a run: networks, optimizer, tasks, envs, random numbers, history and callbacks.
 
-    A checkpoint is one file, ``checkpoint-<env steps>.safetensors``, written durably and checked when it is read; nothing in it is
-    run. The history of scalars lies beside, in ``checkpoint-history.jsonl``. In a context (``with``) the folder is this run's alone. Only
-    these files are ever moved or removed.
+    A checkpoint is one file, ``checkpoint-<env steps>.safetensors``, written durably and checked when it is read; nothing in it
+    is run. The history of scalars lies beside, in ``checkpoint-history.jsonl``. In a context (``with``) the folder is this run's
+    alone. Only these files are ever moved or removed.
 
     Args:
         folder: where they are; None saves nothing.
@@ -155,7 +155,9 @@ class RunCheckpoints:
     def _state(self, rollout: bool = True) -> dict[str, Any]:
         for name, part in self._parts.items():
             if not hasattr(part, "state_dict"):
-                raise TypeError(f"the {name} has no state_dict() and load_state_dict(state), which checkpoints need: add them.")
+                raise TypeError(
+                    f"the {name} has no state_dict() and load_state_dict(state), which checkpoints need: add them."
+                )
         if rollout:
             return {name: part.state_dict() for name, part in self._parts.items()}
         cut = {"rollout": {"missing": "an error or a signal has cut the rollout short"}}
@@ -194,7 +196,9 @@ class RunCheckpoints:
             self._restore(path, tree, begin_trials=any(name.startswith("env.") for name in changed))
             self._move(damaged, _DAMAGED)
             if damaged:
-                log.warning("going on from %s, the newest checkpoint that is whole; damaged ones are in %s.", path, _DAMAGED)
+                log.warning(
+                    "going on from %s, the newest checkpoint that is whole; damaged ones are in %s.", path, _DAMAGED
+                )
             return True
         if damaged:
             raise DamagedFileError(
@@ -213,8 +217,9 @@ class RunCheckpoints:
         """Names of the settings that are among ``changes`` and have changed."""
         if tree["format"] != FORMAT:
             raise ValueError(
-                f"cannot resume from {path}: it is of another version of rl2_torchrl, {tree['versions']['rl2_torchrl']} with format "
-                f"{tree['format']}, and this one, {version('rl2_torchrl')}, reads format {FORMAT}. Finish the run with that version."
+                f"cannot resume from {path}: it is of another version of rl2_torchrl, {tree['versions']['rl2_torchrl']} with "
+                f"format {tree['format']}, and this one, {version('rl2_torchrl')}, reads format {FORMAT}. Finish the run with "
+                "that version."
             )
         unknown = set(changes) - {*tree["settings"], *self._settings}
         if unknown:
@@ -228,11 +233,13 @@ class RunCheckpoints:
         if refused:
             asked = ", ".join(map(repr, sorted({*refused, *changes})))
             wrong.append(
-                f"other settings ({'; '.join(settings[name] for name in refused)}): give those that it had, or go on with the new ones "
-                f"by resume_changes=[{asked}]"
+                f"other settings ({'; '.join(settings[name] for name in refused)}): give those that it had, or go on with "
+                f"the new ones by resume_changes=[{asked}]"
             )
         if wrong:
-            raise ValueError(f"cannot resume from {path}: it was made with {', and with '.join(wrong)}; or start anew without resume.")
+            raise ValueError(
+                f"cannot resume from {path}: it was made with {', and with '.join(wrong)}; or start anew without resume."
+            )
         for name in settings:
             log.warning("resuming with a changed setting: %s", settings[name])
         return list(settings)

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl import torchrl_logger
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
 from rl2_torchrl.rollout import Rollout
@@ -184,4 +184,4 @@ def why_no_rollout_state(collector: BaseCollector) -> str | None:
 
 def _base_env(collector: BaseCollector) -> EnvBase | None:
     env = getattr(collector, "env", None)
-    return getattr(env, "base_env", env)
+    return env.base_env if isinstance(env, TransformedEnv) else env

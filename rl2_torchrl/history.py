@@ -18,7 +18,7 @@ Row = dict[str, float]
 
 
 class History(Sequence):
-    """Rows of scalars, one an update, ``"env_steps"`` among them: dictionaries, in a tenth of their memory; `list` makes them plain.
+    """Rows of scalars, one an update, ``"env_steps"`` among them: dictionaries, in little memory; `list` makes them plain.
 
     Examples:
         >>> history = History([{"env_steps": 640.0, "train/loss": 0.5}])

@@ -56,7 +56,9 @@ def deferred_interrupts() -> Iterator[Interrupts]:
         restore()
         interrupts.signum = signum
         name = signal.Signals(signum).name
-        log.warning("%s: finishing this update and saving. Once more stops at once.", "Ctrl-C" if name == "SIGINT" else name)
+        log.warning(
+            "%s: finishing this update and saving. Once more stops at once.", "Ctrl-C" if name == "SIGINT" else name
+        )
 
     def restore() -> None:
         for signum, handler in before.items():

@@ -12,6 +12,7 @@ from rl2_torchrl.storage import write_durably
 
 __all__ = ["ScalarLog"]
 
+
 class ScalarLog:
     """Writes rows to ``logger``, or nowhere if that is None."""
 

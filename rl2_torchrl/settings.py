@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrl.collectors import BaseCollector
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 
 from rl2_torchrl.checks.evidence import transforms_of
 from rl2_torchrl.tasks import TaskSampler
@@ -48,7 +48,9 @@ def networks_of(update: Any) -> dict[str, list[int]]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What differs, in words by name."""
-    words = {name: [json.dumps(side[name]) if name in side else "none" for side in (then, now)] for name in {**then, **now}}
+    words = {
+        name: [json.dumps(side[name]) if name in side else "none" for side in (then, now)] for name in {**then, **now}
+    }
     return {name: f"{name}: {old} then, {new} now" for name, (old, new) in words.items() if old != new}
 
 
@@ -56,7 +58,7 @@ def _env(env: EnvBase | None) -> Settings:
     if env is None:
         return {}
     base = env
-    while hasattr(base, "base_env") and base.base_env is not base:
+    while isinstance(base, TransformedEnv):
         base = base.base_env
     settings = {**_part("env", base), **_gymnasium(base)}
     specs = {"observation": env.observation_spec, "action": env.full_action_spec, "state": env.full_state_spec}
@@ -74,7 +76,8 @@ def _env(env: EnvBase | None) -> Settings:
 
 def _gymnasium(base: EnvBase) -> Settings:
     """Id and options of a Gymnasium env, single or as a vector."""
-    inner = getattr(base, "envs", None) or getattr(base, "_env", None)
+    # Not getattr: envs in other processes are asked for each attribute that is not here.
+    inner = vars(base).get("envs") or vars(base).get("_env")
     spec = getattr(inner, "spec", None)
     kwargs = _plain(getattr(spec, "kwargs", {}))
     return {} if spec is None else {"env.id": getattr(spec, "id", None), "env.kwargs": kwargs}

@@ -25,7 +25,9 @@ __all__ = ["DamagedFileError", "load_tree", "require_tree", "save_tree", "write_
 #: How the name of a file ends until it is whole.
 SCRATCH = ".part"
 
-_DIGEST_FIELD = b'"sha256":"'  # a quotation mark within a JSON string has a backslash before it: this stands in the header once
+_DIGEST_FIELD = (
+    b'"sha256":"'  # a quotation mark within a JSON string has a backslash before it: this stands in the header once
+)
 _NO_DIGEST = "0" * 64
 
 #: Tensors by what makes them the same one: their numbers and themselves.
@@ -143,7 +145,9 @@ def _encoded(value: Any, tensors: Tensors, where: tuple[str, ...]) -> Any:
     if isinstance(value, (torch.device, torch.dtype)):
         return {type(value).__name__: str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):
-        return {"dict": [[_encoded(k, tensors, where), _encoded(v, tensors, (*where, str(k)))] for k, v in value.items()]}
+        return {
+            "dict": [[_encoded(k, tensors, where), _encoded(v, tensors, (*where, str(k)))] for k, v in value.items()]
+        }
     if isinstance(value, (list, tuple)):
         items = [_encoded(item, tensors, (*where, str(number))) for number, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items

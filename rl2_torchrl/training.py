@@ -122,10 +122,11 @@ def train(
         SystemExit: the program was asked to end (SIGTERM, SIGHUP), and is saved.
         TrainingCheckError: ``check`` found something, and says what to do.
 
-    Ctrl-C once lets the running update finish, saves a checkpoint and returns; SIGTERM and SIGHUP save likewise and end the program;
-    a second signal stops at once. An error after an update (``evaluate``, ``stop``, ``logger``, callbacks) leaves a checkpoint of that
-    update; one in a rollout leaves the networks and all else as the last update left them, and a resumed run begins new trials; one
-    within an update saves nothing, since the networks are then half changed: the newest checkpoint is from before.
+    Ctrl-C once lets the running update finish, saves a checkpoint and returns; SIGTERM and SIGHUP save likewise and end the
+    program; a second signal stops at once. An error after an update (``evaluate``, ``stop``, ``logger``, callbacks) leaves a
+    checkpoint of that update. One in a rollout leaves networks and all else as the last update left them, and a resumed run begins
+    new trials. One within an update (from ``after_batch`` on) saves nothing, since the networks may be half changed: the newest
+    checkpoint is from before.
 
     When the program ends the collector is shut down, so that its processes do not keep the program from ending.
     """

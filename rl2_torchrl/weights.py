@@ -67,8 +67,8 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         shapes = {name: tuple(value.shape) for name, value in weights.items()}
     except _UNREADABLE as error:
         raise ValueError(
-            f"{path} cannot be read as weights ({type(error).__name__}): it is cut short or damaged, or something else. Copy it once "
-            "more, or save it anew with save_weights."
+            f"{path} cannot be read as weights ({type(error).__name__}): it is cut short or damaged, or something else. Copy it "
+            "once more, or save it anew with save_weights."
         ) from error
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     if shapes != expected:

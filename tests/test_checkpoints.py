@@ -21,6 +21,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv
 
+
 class Swing(Run):
     """Pendulum with changing gravity, an env that keeps state of its own."""
 

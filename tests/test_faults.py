@@ -101,7 +101,9 @@ DAMAGE = {
     "last bit": lambda path: flip((path.stat().st_size - 1) / path.stat().st_size)(path),
     "text": lambda path: path.write_text("see attachment"),
     "a file of another program": lambda path: safetensors.torch.save_file({"w": torch.ones(2)}, path),
-    "a tree that is none": lambda path: path.write_bytes(safetensors.torch.save({}, {"tree": "{}", "sha256": "0" * 64})),
+    "a tree that is none": lambda path: path.write_bytes(
+        safetensors.torch.save({}, {"tree": "{}", "sha256": "0" * 64})
+    ),
 }
 
 
@@ -132,7 +134,10 @@ def test_every_byte_of_a_file_counts(tmp_path):
 HISTORY_DAMAGE = {
     "gone": (lambda path: path.unlink(), 0),
     "cut in a line": (lambda path: os.truncate(path, path.stat().st_size - 9), 2),
-    "a line overwritten": (lambda path: path.write_bytes(path.read_bytes().replace(b'{"env_steps": 56', b'{"env-steps":!56')), 2),
+    "a line overwritten": (
+        lambda path: path.write_bytes(path.read_bytes().replace(b'{"env_steps": 56', b'{"env-steps":!56')),
+        2,
+    ),
     "something else": (lambda path: path.write_text('[1, 2]\nnull\n{"a": 3}\n'), 0),
 }
 
@@ -200,7 +205,10 @@ class Slow(BernoulliBandit):
 REFUSED = {
     "lr": (other(lr=2e-2), r"other settings \(update.lr: 0.01 then, 0.02 now\).*resume_changes=\['update.lr'\]"),
     "episodes of a trial": (other(episodes=6), r"other settings \(env.Trial.episodes: 5 then, 6 now\)"),
-    "env": (lambda folder: Run(5, env=Slow(3, batch_size=(4,), seed=2)), "env.class: .BernoulliBandit. then, .Slow. now"),
+    "env": (
+        lambda folder: Run(5, env=Slow(3, batch_size=(4,), seed=2)),
+        "env.class: .BernoulliBandit. then, .Slow. now",
+    ),
     "seed of PyTorch": (other(seed=7), "torch.seed: 0 then, 7 now"),
     "seed of the tasks": (other(task_seed=7), "env.TaskSampler.seed: 1 then, 7 now"),
     "no seed of the tasks": (other(task_seed=None), "env.TaskSampler.seed: 1 then, null now"),
@@ -213,8 +221,14 @@ REFUSED = {
     "optimizer": (other(sgd=True), "update.optimizer: .Adam. then, .SGD. now"),
     "schedule": (other(lr_schedule=abs), "update.lr_schedule: null then, .builtins.abs. now"),
     "steps of a batch": (other(steps=14), "collector.frames_per_batch: 28 then, 56 now"),
-    "two at once": (other(lr=2e-2, epochs=3), "update.epochs: 2 then, 3 now; .*resume_changes=.'update.epochs', 'update.lr'."),
-    "units": (other(units=5), r"other networks \(.*gru.weight_hh_l0: \[12, 4\] then, \[15, 5\] now.*sizes that they had"),
+    "two at once": (
+        other(lr=2e-2, epochs=3),
+        "update.epochs: 2 then, 3 now; .*resume_changes=.'update.epochs', 'update.lr'.",
+    ),
+    "units": (
+        other(units=5),
+        r"other networks \(.*gru.weight_hh_l0: \[12, 4\] then, \[15, 5\] now.*sizes that they had",
+    ),
     "arms": (other(arms=4), "other networks .*, and with other settings .*env.num_arms: 3 then, 4 now"),
     "rows": (other(rows=3), r"env.state: .*\[4, 3\].* then, .*\[3, 3\].* now"),
     "all checkpoints damaged": (after(all_damaged), "all its 2 checkpoints are damaged.*start anew without resume"),
@@ -223,7 +237,10 @@ REFUSED = {
         "another version of rl2_torchrl, 9.9 with format 99, and this one, .* reads format 1",
     ),
     "an earlier version": (after(of_torchrl), "of another version of rl2_torchrl, whose format this one"),
-    "a state of something else": (after(rewritten(state={"update": 3})), "the state of the update does not fit, TypeError"),
+    "a state of something else": (
+        after(rewritten(state={"update": 3})),
+        "the state of the update does not fit, TypeError",
+    ),
 }
 
 
@@ -358,7 +375,9 @@ def test_an_env_that_fails_leaves_the_last_update(lean, tmp_path, caplog):
     run = Run(5, env=Breaks(3, batch_size=(ROWS,), seed=2), **kind)
     learnt = []
     with pytest.raises(ZeroDivisionError, match="on purpose"):
-        run.train(checkpoints=tmp_path, stop=lambda row: learnt.append([p.clone() for p in run.update.loss.parameters()]))
+        run.train(
+            checkpoints=tmp_path, stop=lambda row: learnt.append([p.clone() for p in run.update.loss.parameters()])
+        )
     assert saved_steps(tmp_path) == [2 * BATCH]
     state = load_tree(checkpoint(tmp_path, 2))["state"]["update"]
     parameters = [state["loss"][name] for name, _ in run.update.loss.named_parameters()]
@@ -571,7 +590,9 @@ def test_two_runs_in_one_folder(tmp_path):
         wait_for(holds)
         before = contents(tmp_path)
         for options in ({}, {"resume": True}):
-            with pytest.raises(OSError, match=r"is in use by another training .*Give each its own, such as one for each seed"):
+            with pytest.raises(
+                OSError, match=r"is in use by another training .*Give each its own, such as one for each seed"
+            ):
                 Run(5).train(checkpoints=tmp_path, **options)
         assert contents(tmp_path) == before
     finally:
@@ -614,7 +635,12 @@ def test_a_killed_run_is_not_held_by_its_envs_processes(tmp_path):
 
 def test_the_current_folder_may_hold_other_things(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    mine = {"thesis.tex": "text", "history.jsonl": "mine", "checkpoint-3": "mine", "checkpoint-best.safetensors": "mine"}
+    mine = {
+        "thesis.tex": "text",
+        "history.jsonl": "mine",
+        "checkpoint-3": "mine",
+        "checkpoint-best.safetensors": "mine",
+    }
     for name, text in mine.items():
         Path(name).write_text(text)
     for _ in range(3):
@@ -725,7 +751,15 @@ def test_no_module_reads_pickles():
     package = Path(sys.modules["rl2_torchrl"].__file__).parent
     for file in package.rglob("*.py"):
         text = file.read_text()
-        for reader in ("pickle.load", "tensordict.load", "TensorDict.load", "load_memmap", "Checkpoint(", "np.load", "marshal"):
+        for reader in (
+            "pickle.load",
+            "tensordict.load",
+            "TensorDict.load",
+            "load_memmap",
+            "Checkpoint(",
+            "np.load",
+            "marshal",
+        ):
             assert reader not in text, file
         assert len(re.findall(r"(?<!safetensors\.)torch\.load\(", text)) == text.count("weights_only=True)"), file
 
@@ -780,3 +814,47 @@ def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_weights(torch.nn.Linear(2, 3), path)
     assert contents(tmp_path) == {Path("actor.pt"): before}
+
+
+# ---- Envs in processes of their own.
+
+WORKERS = """
+    import os, signal, sys, threading
+    from torchrl.data import Unbounded
+    from torchrl.envs import ParallelEnv
+    from rl2_torchrl import GRUGaussianActor
+    from rl2_torchrl.envs import GymTaskEnv
+
+    class Parallel(Run):
+        def __init__(self):
+            make = lambda: GymTaskEnv("Pendulum-v1", set_task=lambda env, task: None, task_spec=Unbounded((1,)))
+            sampler = TaskSampler(lambda size, generator: torch.rand(*size, 1, generator=generator), seed=1)
+            parts = Compose(Trial(steps=STEPS), sampler, PreviousStep())
+            env = TransformedEnv(ParallelEnv(2, make, mp_start_method="fork"), parts)
+            self.update = self.networks(env, GRUGaussianActor, 4, minibatches=1)
+            sizes = {"frames_per_batch": 2 * STEPS, "total_frames": 10_000 * STEPS}
+            self.collector = Collector(env, self.policy, auto_register_policy_transforms=True, **sizes)
+
+    def stop(row):
+        if row["env_steps"] == 2 * STEPS * 3 and sys.argv[2] == "ctrl-c":  # as a terminal does: to every process, in a rollout
+            threading.Timer(0.05, os.killpg, (0, signal.SIGINT)).start()
+        return row["env_steps"] == 2 * STEPS * 3 and sys.argv[2] == "stop"
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    result = Parallel().train(checkpoints=sys.argv[1], stop=stop, check=False)
+    print("returned", result.env_steps, result.interrupted, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["stop", "ctrl-c"])
+def test_a_training_with_workers_is_saved_and_its_program_ends(how, tmp_path):
+    run = program(WORKERS, tmp_path, how, start_new_session=True)
+    try:
+        said, errors = run.communicate(timeout=300)  # or it would not end
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    (line,) = [line for line in said.splitlines() if line.startswith("returned")]
+    _, env_steps, interrupted = line.split()
+    assert interrupted == str(how == "ctrl-c"), errors
+    assert saved_steps(tmp_path) == [int(env_steps)]
