@@ -127,6 +127,7 @@ class Run:
         weights: file of an actor's weights, as a run leaves it in actor.pt: to evaluate in place of training.
         logger: where scalars go; tensorboard and wandb are extras of the package.
         resume: go on from the newest checkpoint in log_dir.
+        resume_changes: settings that may differ from those of the run that is resumed, by the names that the error gives.
         progress: show a progress bar.
     """
 
@@ -138,6 +139,7 @@ class Run:
     weights: Path | None = None
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     resume: bool = False
+    resume_changes: tuple[str, ...] = ()
     progress: bool = True
 
 
@@ -233,6 +235,7 @@ class Experiment:
             logger=get_logger(run.logger, str(run.log_dir), "scalars"),
             checkpoints=run.log_dir / "checkpoints",
             resume=run.resume,
+            resume_changes=run.resume_changes,
             progress=run.progress,
         )
         save_weights(self.actor, run.log_dir / "actor.pt")

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
+from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 
-from rl2_torchrl.collector import load_rollout_state, rollout_state
+from rl2_torchrl.collector import load_rollout_state, rollout_state, why_no_rollout_state
+from rl2_torchrl.history import HistoryFile
+from rl2_torchrl.locks import locked
+from rl2_torchrl.settings import differences, networks_of, settings_of
+from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 
 __all__ = ["RunCheckpoints", "Stateful"]
 
 log = logging.getLogger(__name__)
+
+#: Of what is in a checkpoint; another number is not read.
+FORMAT = 1
+_KEPT = 2
+_NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
+_HISTORY, _LOCK = "checkpoint-history.jsonl", "checkpoint.lock"
+_EARLIER, _DAMAGED = "earlier-checkpoints", "damaged-checkpoints"
+_PACKAGES = ("rl2_torchrl", "torch", "torchrl", "tensordict")
 
 
 class Stateful(Protocol):
@@ -30,6 +44,10 @@ class Stateful(Protocol):
 class RunCheckpoints:
     """The newest checkpoints of a run: networks, optimizer, tasks, envs, random numbers, history and callbacks.
 
+    A checkpoint is one file, ``checkpoint-<env steps>.safetensors``, written durably and checked when it is read; nothing in it
+    is run. The history of scalars lies beside, in ``checkpoint-history.jsonl``. In a context (``with``) the folder is this run's
+    alone. Only these files are ever moved or removed.
+
     Args:
         folder: where they are; None saves nothing.
         update: the `PPOUpdate`.
@@ -40,6 +58,7 @@ class RunCheckpoints:
 
     Raises:
         OSError: nothing can be written to ``folder``. Found here, before hours of training that could not be saved.
+        TypeError: a part has no state, or one that cannot be saved.
     """
 
     def __init__(
@@ -49,52 +68,229 @@ class RunCheckpoints:
         update: Stateful,
         collector: BaseCollector,
         callbacks: Sequence[Stateful],
-        result: Stateful,
+        result: Any,
         returns: Any,
     ):
-        self._rotation = None if folder is None else CheckpointRotation(folder, keep_last=2)
-        if self._rotation is not None:
-            _require_writable(self._rotation.directory)
-        self._checkpoint = Checkpoint(
-            update=update,
-            collector=collector,
-            rollout=_RolloutState(collector, returns),
-            callbacks=_States(callbacks),
-            result=result,
-            rng=GlobalRNGState(),
-        )
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is None:
+            return
+        _require_writable(self._folder)
+        self._collector, self._result = collector, result
+        self._history = HistoryFile(self._folder / _HISTORY)
+        self._settings, self._networks = settings_of(collector, update), networks_of(update)
+        self._parts = {
+            "update": update,
+            "collector": collector,
+            "rollout": _RolloutState(collector, returns),
+            "callbacks": _States(callbacks),
+            "result": result,
+            "rng": GlobalRNGState(),
+        }
+        self._held = ExitStack()
+        self._before: dict[str, Any] | None = None
 
-    def save(self, env_steps: int) -> None:
-        """Writes a checkpoint named after ``env_steps``; the two newest are kept."""
-        if self._rotation is not None:
-            self._rotation.save(self._checkpoint, step=env_steps)
+    def __enter__(self) -> RunCheckpoints:
+        """Takes the folder for this run; OSError where another one has it."""
+        if self._folder is not None:
+            try:
+                self._held.enter_context(locked(self._folder / _LOCK))
+            except BlockingIOError as error:
+                raise OSError(
+                    f"checkpoints={str(self._folder)!r} is in use by another training ({error}): two runs in one folder would "
+                    "remove each other's checkpoints. Give each its own, such as one for each seed, or wait for the other."
+                ) from error
+            for path in self._folder.iterdir():
+                if _is_ours(whole_name(path.name)):  # of a write that was killed
+                    path.unlink()
+            require_tree(self._state())  # what cannot be saved is found now
+        return self
 
-    def load_latest(self) -> None:
-        """Restores the newest checkpoint; where there is none a warning says so.
+    def __exit__(self, *error: object) -> None:
+        if self._folder is not None:
+            self._held.close()
+
+    # ----------------------------------------------------------------- saving
+    def before_rollout(self) -> None:
+        """To be called before each rollout: where one fails TorchRL's collector shuts itself down, and has no state any more."""
+        # Envs in other processes would have to be asked at each update.
+        if self._folder is not None and hasattr(self._collector, "env"):
+            self._before = self._collector.state_dict()
+
+    def save(self, *, last: bool = False, rollout: bool = True) -> None:
+        """Writes a checkpoint; the two newest are kept.
+
+        Args:
+            last: whether none follows. Where a checkpoint cannot be written the log says so and the run goes on; the last one is
+                an error.
+            rollout: whether envs and collector stand at the end of a batch; if not, a resumed run begins new trials.
 
         Raises:
-            ValueError: it was made with other networks, envs or tasks.
+            OSError: the ``last`` one cannot be written; the newest one before it is as it was.
         """
-        latest = self._rotation.latest()
-        if latest is None:
-            log.warning("resume=True, but %s holds no checkpoint: starting anew.", self._rotation.directory)
+        if self._folder is None:
             return
         try:
-            self._checkpoint.load(latest)
-        except CheckpointError as error:
-            raise ValueError(
-                f"cannot resume from {latest}: it was made with other networks, envs, tasks or callbacks. Give them the "
-                f"sizes they had, or start anew without resume. {error}"
-            ) from error
+            self._write(rollout)
+        except OSError as error:
+            newest = paths[-1] if (paths := self._paths()) else "none"
+            words = f"no checkpoint could be written at {self._result.env_steps} env steps ({error}); the newest one is {newest}"
+            if last:
+                raise OSError(f"{words}. The training is over; its networks are in memory alone.") from error
+            log.error("%s. The training goes on.", words)
 
-    def set_aside(self) -> None:
-        """Moves an earlier run's checkpoints away: the rotation would delete those with fewer steps, new or not."""
-        if self._rotation is None or self._rotation.latest() is None:
+    def save_on_the_way_out(self, *, rollout: bool) -> None:
+        """As `save`, after an error: unless there is one of these env steps already, which may hold more."""
+        if self._folder is None or not self._result.history or self._path() in self._paths():
             return
-        folder = self._rotation.directory
-        aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}-old{n}")).exists())
-        folder.rename(aside)
-        log.warning("%s held the checkpoints of an earlier run (resume=False): moved to %s.", folder, aside)
+        self.save(rollout=rollout)
+
+    def _write(self, rollout: bool) -> None:
+        state = self._state(rollout)
+        about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
+        about["history"] = self._history.write(self._result.history)
+        save_tree({**about, "state": state}, self._path())
+        for path in self._paths()[:-_KEPT]:
+            path.unlink()
+
+    def _state(self, rollout: bool = True) -> dict[str, Any]:
+        for name, part in self._parts.items():
+            if not hasattr(part, "state_dict"):
+                raise TypeError(
+                    f"the {name} has no state_dict() and load_state_dict(state), which checkpoints need: add them."
+                )
+        if rollout:
+            return {name: part.state_dict() for name, part in self._parts.items()}
+        cut = {"rollout": {"missing": "an error or a signal has cut the rollout short"}}
+        if self._before is not None:
+            cut["collector"] = self._before
+        return {name: part.state_dict() for name, part in self._parts.items() if name not in cut} | cut
+
+    def _path(self) -> Path:
+        return self._folder / f"checkpoint-{self._result.env_steps}.safetensors"
+
+    def _paths(self) -> list[Path]:
+        """The checkpoints in the folder, oldest first."""
+        named = [(int(match[1]), path) for path in self._folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(named)]
+
+    # --------------------------------------------------------------- resuming
+    def load_latest(self, changes: Collection[str]) -> bool:
+        """Restores the newest checkpoint that is whole; False, and a warning, where there is none at all.
+
+        Args:
+            changes: names of settings that may differ from the run's.
+
+        Raises:
+            DamagedFileError: none can be read.
+            ValueError: the run was made with other networks or settings, or by a version whose files this one does not read.
+        """
+        paths, damaged = self._paths(), []
+        for path in reversed(paths):
+            try:
+                tree = load_tree(path)
+            except DamagedFileError as error:
+                log.warning("%s It is not used.", error)
+                damaged.append(path)
+                continue
+            changed = self._require_fit(path, tree, changes)
+            self._restore(path, tree, begin_trials=any(name.startswith("env.") for name in changed))
+            self._move(damaged, _DAMAGED)
+            if damaged:
+                log.warning(
+                    "going on from %s, the newest checkpoint that is whole; damaged ones are in %s.", path, _DAMAGED
+                )
+            return True
+        if damaged:
+            raise DamagedFileError(
+                f"cannot resume from {self._folder}: all its {len(damaged)} checkpoints are damaged. Copy them once more, or start "
+                "anew without resume."
+            )
+        if any((path / "manifest.json").exists() for path in self._folder.glob("checkpoint-*")):
+            raise ValueError(
+                f"cannot resume from {self._folder}: its checkpoints are of another version of rl2_torchrl, whose format this one "
+                f"({version('rl2_torchrl')}) does not read. Finish the run with that version, or start anew without resume."
+            )
+        log.warning("resume=True, but %s holds no checkpoint: starting anew.", self._folder)
+        return False
+
+    def _require_fit(self, path: Path, tree: Mapping[str, Any], changes: Collection[str]) -> list[str]:
+        """Names of the settings that are among ``changes`` and have changed."""
+        if tree["format"] != FORMAT:
+            raise ValueError(
+                f"cannot resume from {path}: it is of another version of rl2_torchrl, {tree['versions']['rl2_torchrl']} with "
+                f"format {tree['format']}, and this one, {version('rl2_torchrl')}, reads format {FORMAT}. Finish the run with "
+                "that version."
+            )
+        unknown = set(changes) - {*tree["settings"], *self._settings}
+        if unknown:
+            raise ValueError(f"resume_changes={sorted(unknown)} are no settings; there are {sorted(self._settings)}.")
+        networks = differences(tree["networks"], self._networks)
+        settings = differences(tree["settings"], self._settings)
+        refused = [name for name in settings if name not in changes]
+        wrong = []
+        if networks:
+            wrong.append(f"other networks ({'; '.join(networks.values())}): give them the sizes that they had")
+        if refused:
+            asked = ", ".join(map(repr, sorted({*refused, *changes})))
+            wrong.append(
+                f"other settings ({'; '.join(settings[name] for name in refused)}): give those that it had, or go on with "
+                f"the new ones by resume_changes=[{asked}]"
+            )
+        if wrong:
+            raise ValueError(
+                f"cannot resume from {path}: it was made with {', and with '.join(wrong)}; or start anew without resume."
+            )
+        for name in settings:
+            log.warning("resuming with a changed setting: %s", settings[name])
+        return list(settings)
+
+    def _restore(self, path: Path, tree: Mapping[str, Any], begin_trials: bool) -> None:
+        state = tree["state"]
+        if begin_trials:
+            state["rollout"] = {"missing": "settings of the env have changed"}
+        try:
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:
+            then = differences(tree["versions"], _versions())
+            raise ValueError(
+                f"cannot resume from {path}: the state of the {name} does not fit, {error!r}."
+                + f" Versions have changed since: {'; '.join(then.values())}." * bool(then)
+                + " The objects given are half restored: make new ones."
+            ) from error
+        self._result.history, damage = self._history.read(tree["history"])
+        if damage is not None:
+            log.warning("%s. Networks and all else go on as they were.", damage)
+        if "missing" in state["rollout"]:
+            log.warning("the resumed run begins new trials: %s.", state["rollout"]["missing"])
+
+    # ------------------------------------------------------------- making room
+    def set_aside(self) -> None:
+        """Moves an earlier run's files to a subfolder, in the place of the run before it."""
+        if self._folder is None or not self._paths():
+            return
+        self._move([*self._paths(), self._folder / _HISTORY], _EARLIER)
+        log.warning("%s held the checkpoints of an earlier run (resume=False): moved to %s.", self._folder, _EARLIER)
+
+    def _move(self, paths: Sequence[Path], name: str) -> None:
+        """Moves ``paths`` to the subfolder ``name``, where only they and what is not ours are then."""
+        if not paths:
+            return
+        (folder := self._folder / name).mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if _is_ours(path.name):
+                path.unlink()
+        for path in paths:
+            if path.exists():
+                path.replace(folder / path.name)
+
+
+def _is_ours(name: str) -> bool:
+    return name == _HISTORY or _NAME.fullmatch(name) is not None
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
 
 
 def _require_writable(folder: Path) -> None:
@@ -124,16 +320,18 @@ class _States:
 
 
 class _RolloutState:
-    """Where the collector stands in its trials, and what these have earned so far."""
+    """Where the collector stands in its trials, and what these have earned so far; or why that is ``"missing"``."""
 
     def __init__(self, collector: BaseCollector, returns: Any):
         self._collector, self._returns = collector, returns
 
     def state_dict(self) -> dict[str, Any]:
-        state = rollout_state(self._collector)
-        return {**state, "earned": self._returns.carry} if state else {}
+        reason = why_no_rollout_state(self._collector)
+        if reason is not None:
+            return {"missing": reason}
+        return {**rollout_state(self._collector), "earned": self._returns.carry}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
+        if "missing" not in state:
             load_rollout_state(self._collector, state)
             self._returns.carry = state["earned"]

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl import torchrl_logger
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
 from rl2_torchrl.rollout import Rollout
@@ -150,29 +150,38 @@ class TrialCollector(Collector):
 def rollout_state(collector: BaseCollector) -> dict[str, Any]:
     """Where the collector stands in its trials, the env's state among it, for a checkpoint; what `Collector.state_dict` leaves out.
 
-    Empty where the env does not hand out its state, as a Gymnasium env: put back in the middle of a trial it would play another
-    task than the data says.
+    Empty where `why_no_rollout_state` has a reason: put back in the middle of a trial, an env would play another task than the
+    data says.
     """
-    env, player = _stateful_env(collector), getattr(collector, "player", None)
-    if env is None:
+    if why_no_rollout_state(collector) is not None:
         return {}
+    env, player = _base_env(collector), getattr(collector, "player", None)
     if player is not None:
         return {"player": player.state_dict(), "env": env.state_dict()}
     return {"carrier": collector._carrier.exclude("next").to_dict(), "env": env.state_dict()}
 
 
 def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> None:
-    """Goes on from what `rollout_state` returned."""
+    """Goes on from what `rollout_state` returned, if that was not empty."""
     if not state:
         return
-    _stateful_env(collector).load_state_dict(state["env"])
+    _base_env(collector).load_state_dict(state["env"])
     if "player" in state:
         collector.player.load_state_dict(state["player"])
     else:
         collector._carrier.update(TensorDict(state["carrier"], batch_size=collector._carrier.batch_size))
 
 
-def _stateful_env(collector: BaseCollector) -> nn.Module | None:
+def why_no_rollout_state(collector: BaseCollector) -> str | None:
+    """Why a resumed run cannot go on in the middle of its trials and begins new ones, in words; None where it can."""
+    base = _base_env(collector)
+    if base is None:
+        return "the collector's envs are in other processes"
+    if type(base).get_extra_state is nn.Module.get_extra_state:
+        return f"{type(base).__name__} does not hand out its state (get_extra_state)"
+    return None
+
+
+def _base_env(collector: BaseCollector) -> EnvBase | None:
     env = getattr(collector, "env", None)
-    base = getattr(env, "base_env", env)
-    return base if base is not None and type(base).get_extra_state is not nn.Module.get_extra_state else None
+    return env.base_env if isinstance(env, TransformedEnv) else env

@@ -11,7 +11,7 @@ from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.collectors import BaseCollector
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 
 from rl2_torchrl.checks.evidence import transforms_of
 from rl2_torchrl.checks.probe import NetworkProbe
@@ -99,7 +99,7 @@ def _env(env: EnvBase | None) -> list[Described]:
     if env is None:
         return [Described("env", "in other processes")]
     base = env
-    while hasattr(base, "base_env") and base.base_env is not base:
+    while isinstance(base, TransformedEnv):
         base = base.base_env
     rows = f"{env.batch_size.numel()} rows" + f" on {env.device}" * (env.device is not None)
     transforms = [Described("env", type(t).__name__, _transform(t, env)) for t in transforms_of(env)]

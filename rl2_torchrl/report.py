@@ -70,7 +70,7 @@ class AdaptationReport:
                 "env_steps": self.train.env_steps,
                 "seconds": self.train.seconds,
                 "interrupted": self.train.interrupted,
-                "history": self.train.history,
+                "history": list(self.train.history),
             },
             "seed": self.seed,
             **made_by(),

@@ -89,6 +89,11 @@ class TaskSampler(Transform):
         """What all tasks are drawn from."""
         return self._stream.generator
 
+    @property
+    def given_seed(self) -> int | None:
+        """The seed that the sampler was given, or None."""
+        return self._stream.seed
+
     def seed(self, seed: int | None) -> None:
         """Seeds the sampler's own generator; None draws a seed from PyTorch's default generator."""
         self._stream.seed = seed

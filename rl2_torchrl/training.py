@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import atexit
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,10 @@ from torchrl.record.loggers import Logger
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.checks import check_training
+from rl2_torchrl.history import History
+from rl2_torchrl.interrupts import deferred_interrupts
 from rl2_torchrl.kernels.threads import warn_of_spinning
+from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.progress import progress_bar
 from rl2_torchrl.update import PPOUpdate
 
@@ -46,16 +48,15 @@ class TrainResult:
     env_steps: int = 0
     seconds: float = 0.0
     interrupted: bool = False
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: Sequence[dict[str, float]] = field(default_factory=History)
 
     def state_dict(self) -> dict[str, Any]:
-        """The result as a component of a checkpoint."""
-        return {"env_steps": self.env_steps, "seconds": self.seconds, "history": json.dumps(self.history)}
+        """The result as a component of a checkpoint, but for the history, which has a file of its own."""
+        return {"env_steps": self.env_steps, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.env_steps, self.seconds = state["env_steps"], state["seconds"]
-        self.history[:] = json.loads(state["history"])
 
 
 def train(
@@ -70,6 +71,7 @@ def train(
     checkpoints: str | Path | None = None,
     checkpoint_interval: int = 50,
     resume: bool = False,
+    resume_changes: Collection[str] = (),
     stop: Callable[[dict[str, float]], bool] | None = None,
     check: bool = True,
     progress: bool = True,
@@ -89,12 +91,16 @@ def train(
         schedule_frames: env steps over which ``progress`` goes from 0 to 1 for schedules and callbacks. Default the collector's
             ``total_frames``. An endless collector (``total_frames=-1``) has none: without this argument progress stays 0 there.
         logger: TorchRL logger, e.g. `torchrl.record.loggers.CSVLogger`.
-        checkpoints: folder for checkpoints; the newest two are kept. What an earlier run left there is moved aside
-            unless ``resume``. None saves none.
-        checkpoint_interval: updates between checkpoints; one more follows the end or a Ctrl-C.
-        resume: go on from the newest checkpoint in ``checkpoints``, if there is one. On envs whose whole state is in
-            the TensorDict and in ``get_extra_state`` (as `rl2_torchrl.envs.BernoulliBandit`) the run goes on as if
-            it had never stopped; other envs, such as Gymnasium's, begin new trials.
+        checkpoints: folder for checkpoints, of one run at a time; the newest two are kept. What an earlier run left there is
+            moved to a subfolder unless ``resume``, in the place of the run before that. None saves none.
+        checkpoint_interval: updates between checkpoints; one more follows the end, a Ctrl-C or an error.
+        resume: go on from the newest checkpoint in ``checkpoints`` that is whole, if there is any. On envs whose whole state is
+            in the TensorDict and in ``get_extra_state`` (as `rl2_torchrl.envs.BernoulliBandit`) the run goes on as if
+            it had never stopped; with other envs, such as Gymnasium's, it begins new trials and the log says so. CSV files and
+            TensorBoard then hold each step once.
+        resume_changes: settings that may be others than the run's, by the names that the error gives, such as
+            ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
+            is (``total_frames``) may always change.
         stop: called with each update's scalars, those of an evaluation among them; True ends the training early.
         check: look for what goes wrong without a word (`check_training`) on the first batch, before the first update; it
             costs less than an iteration. An ``update`` that is no `PPOUpdate` cannot be checked.
@@ -106,66 +112,112 @@ def train(
     Raises:
         FloatingPointError: reward, loss or gradient is not finite; the message says in which update and where. The
             newest checkpoint is from before it.
-        Exception: whatever env or policy raise in a rollout, with a note that says in which update.
-        ValueError: ``resume`` without ``checkpoints``, a checkpoint that does not fit, an interval below 1, fewer
-            frames than one batch, a collector that has spent its frames, no end in sight (neither ``total_frames`` nor
-            ``stop``), or a schedule without a length (neither ``total_frames`` nor ``schedule_frames``).
-        TypeError: ``evaluate`` returns no scalars, or a callback is none.
-        OSError: nothing can be written to ``checkpoints``.
+        Exception: whatever env or policy raise in a rollout, with a note that says in which update; and whatever ``evaluate``,
+            ``stop``, ``logger`` or callbacks raise.
+        ValueError: ``resume`` without ``checkpoints``, a checkpoint of other networks, settings or of another version, an
+            interval below 1, fewer frames than one batch, a collector that has spent its frames, no end in sight (neither
+            ``total_frames`` nor ``stop``), or a schedule without a length (neither ``total_frames`` nor ``schedule_frames``).
+        DamagedFileError: a ValueError; no checkpoint can be read.
+        TypeError: ``evaluate`` returns no scalars, a callback is none, or a part has no state that can be saved.
+        OSError: nothing can be written to ``checkpoints``, or another training is using it.
+        SystemExit: the program was asked to end (SIGTERM, SIGHUP), and is saved.
         TrainingCheckError: ``check`` found something, and says what to do.
 
-    Ctrl-C once lets the running update finish, saves a checkpoint and returns; twice stops at once.
+    Ctrl-C once lets the running update finish, saves a checkpoint and returns; SIGTERM and SIGHUP save likewise and end the
+    program; a second signal stops at once. An error after an update (``evaluate``, ``stop``, ``logger``, callbacks) leaves a
+    checkpoint of that update. One in a rollout leaves networks and all else as the last update left them, and a resumed run begins
+    new trials. One within an update (from ``after_batch`` on) saves nothing, since the networks may be half changed: the newest
+    checkpoint is from before.
+
+    When the program ends the collector is shut down, so that its processes do not keep the program from ending.
     """
-    if resume and checkpoints is None:
-        raise ValueError("resume=True needs the folder to resume from: checkpoints=...")
+    if (resume or resume_changes) and not (resume and checkpoints is not None):
+        raise ValueError("resume=True needs the folder to resume from, checkpoints=...; resume_changes= needs both.")
     _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames)
     _check_frames(collector, update, stop, schedule_frames)
-    result, returns = TrainResult(env_steps=_frames(collector, 0)), _TrialReturns()
+    result, returns, scalars = TrainResult(env_steps=_frames(collector, 0)), _TrialReturns(), ScalarLog(logger)
     parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
-    saved = RunCheckpoints(checkpoints, **parts)
-    if resume:
-        saved.load_latest()
-    else:
-        saved.set_aside()
     total = collector.total_frames
-    check = check and isinstance(update, PPOUpdate)
-    loop = _Loop(**parts, evaluate=evaluate, logger=logger, check=check, schedule_frames=schedule_frames or total)
-    with progress_bar(total, result.env_steps, progress) as bar, _deferred_interrupt() as interrupted:
-        for batch in _batches(collector, result):
-            row = loop.learn(batch)
-            due = len(result.history) % eval_interval == 0 and not interrupted.is_set()
-            if due:
-                loop.evaluate(row)
-            last = (stop is not None and stop(row)) or result.env_steps >= total
-            if last and not due:
-                loop.evaluate(row)
-            last = last or interrupted.is_set()
-            bar(loop.record(row))
-            if last or len(result.history) % checkpoint_interval == 0:
-                saved.save(result.env_steps)
-            if last:
-                break
-        else:
-            loop.finish()
-            saved.save(result.env_steps)
-    result.interrupted = interrupted.is_set()
+    with RunCheckpoints(checkpoints, **parts) as saved:
+        if not resume:
+            saved.set_aside()
+        elif saved.load_latest(resume_changes):
+            scalars.go_on_from(result.history, result.env_steps)
+        _shut_down_at_exit(collector)
+        check = check and isinstance(update, PPOUpdate)
+        loop = _Loop(**parts, evaluate=evaluate, scalars=scalars, check=check, schedule_frames=schedule_frames or total)
+        with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
+            try:
+                for batch in loop.batches(before_each=saved.before_rollout):
+                    row = loop.learn(batch)
+                    due = len(result.history) % eval_interval == 0 and not interrupts
+                    if due:
+                        loop.evaluate(row)
+                    last = (stop is not None and stop(row)) or result.env_steps >= total
+                    if last and not due:
+                        loop.evaluate(row)
+                    last = last or bool(interrupts)
+                    bar(loop.record(row))
+                    if last or len(result.history) % checkpoint_interval == 0:
+                        saved.save(last=last)
+                    if last:
+                        break
+                else:
+                    loop.finish()
+                    saved.save(last=True)
+            except Exception as error:
+                if loop.keep_what_is_learnt():
+                    saved.save_on_the_way_out(rollout=not loop.in_rollout)
+                if not (interrupts and loop.in_rollout):
+                    raise
+                log.warning("the rollout was cut short, since the signal has ended its processes, too: %r", error)
+    result.interrupted = bool(interrupts)
+    interrupts.pass_on()
     return result
 
 
 class _Loop:
-    """What happens to one batch after the other; `TrainResult` keeps count."""
+    """What happens to one batch after the other; `TrainResult` keeps count.
 
-    def __init__(self, *, update, collector, callbacks, result, returns, evaluate, logger, check, schedule_frames):
+    Attributes:
+        in_rollout: whether the collector is at work: envs, and where it stands in their trials, are then of no moment.
+    """
+
+    def __init__(self, *, update, collector, callbacks, result, returns, evaluate, scalars, check, schedule_frames):
         self._update, self._collector, self._callbacks = update, collector, callbacks
-        self._result, self._returns, self._evaluate, self._logger = result, returns, evaluate, logger
+        self._result, self._returns, self._evaluate, self._scalars = result, returns, evaluate, scalars
         self._check, self._schedule_frames = check, schedule_frames
         self._clock = _Clock(result)
         self._progress = 0.0
         self._first = True
+        self.in_rollout = False
+        self._in_update = False
+        self._pending: dict[str, float] | None = None  # the row of an update that is made, until it is recorded
+
+    def batches(self, before_each: Callable[[], None]) -> Iterator[TensorDictBase]:
+        """The collector's batches; an error of env or policy gets a note of where it was raised."""
+        batches = iter(self._collector)
+        while True:
+            before_each()
+            self.in_rollout = True
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                where = (
+                    f"in the rollout of update {len(self._result.history)}, after {self._result.env_steps} env steps"
+                )
+                cause = "; most often the env paid a reward, or showed an observation, that is not finite"
+                error.add_note(where + cause * ("nan" in str(error).lower()))
+                raise
+            self.in_rollout = False
+            if batch is None:
+                return
+            yield batch
 
     def learn(self, batch: TensorDictBase) -> dict[str, float]:
         """One update on ``batch`` ``[*B, T]``: its row of scalars."""
         result = self._result
+        self._in_update = True
         self._progress = min(1.0, result.env_steps / self._schedule_frames)
         trial_return = self._returns(batch)
         if self._first and self._check:
@@ -185,8 +237,9 @@ class _Loop:
         warn_of_spinning()
         result.env_steps = _frames(self._collector, result.env_steps + batch.numel())
         self._collector.update_policy_weights_()
-        row = {"env_steps": float(result.env_steps), **_scalars("train/", metrics, "update")}
-        row["train/trial_return"] = trial_return
+        self._pending = row = {"env_steps": float(result.env_steps), "train/trial_return": trial_return}
+        self._in_update = False
+        row |= _scalars("train/", metrics, "update")
         for callback in self._callbacks:
             row |= _scalars("", callback.after_update(row, self._progress) or {}, "a callback's after_update")
         return row
@@ -203,10 +256,14 @@ class _Loop:
 
     def record(self, row: dict[str, float]) -> dict[str, float]:
         """Writes the finished ``row`` into history and log, and returns it."""
+        self._remember(row)
+        self._scalars.write(row, row["env_steps"])
+        return row
+
+    def _remember(self, row: dict[str, float]) -> None:
         row.update(self._clock())
         self._result.history.append(row)
-        self._log(row, row)
-        return row
+        self._pending = None
 
     def finish(self) -> None:
         """What is still due where the collector itself has ended the loop."""
@@ -215,20 +272,40 @@ class _Loop:
             raise RuntimeError(
                 "the collector gave no batch to train on: has something iterated over it before? Make a new one."
             )
+        row = history[-1]
         if self._first:
             log.warning(
                 "the resumed training had reached its %s env steps: nothing is left to do.", self._result.env_steps
             )
-        elif not any(name.startswith("eval/") for name in history[-1]):
-            before = dict(history[-1])
-            self.evaluate(history[-1])
-            self._log({name: value for name, value in history[-1].items() if name not in before}, history[-1])
+        elif not any(name.startswith("eval/") for name in row):
+            before = set(row)
+            self.evaluate(row)
+            history.append(row)
+            self._scalars.write({name: row[name] for name in row if name not in before}, row["env_steps"])
 
-    def _log(self, scalars: dict[str, float], row: dict[str, float]) -> None:
-        if self._logger is not None:
-            for name, value in scalars.items():
-                if name != "env_steps":
-                    self._logger.log_scalar(name, value, step=int(row["env_steps"]))
+    def keep_what_is_learnt(self) -> bool:
+        """After an error: records an update that was made; False where the networks are in the middle of one."""
+        if self._in_update:
+            return False
+        if self._pending is not None:
+            self._remember(self._pending)
+        return True
+
+
+#: Collectors that have trained, to be shut down with the program.
+_trained: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _shut_down() -> None:
+    # Python waits for processes that are no daemons, as envs' are; they wait for a word of the collector.
+    for collector in list(_trained):
+        collector.shutdown()
+
+
+def _shut_down_at_exit(collector: BaseCollector) -> None:
+    if hasattr(collector, "shutdown"):
+        _trained.add(collector)
 
 
 def _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames) -> None:
@@ -283,22 +360,6 @@ def _say_which_way(collector: BaseCollector, update: PPOUpdate) -> None:
     ]
     if ways:
         log.info("training with %s", "; ".join(ways))
-
-
-def _batches(collector: BaseCollector, result: TrainResult) -> Iterator[TensorDictBase]:
-    """The collector's batches; an error of env or policy gets a note of where it was raised."""
-    batches = iter(collector)
-    while True:
-        try:
-            batch = next(batches, None)
-        except Exception as error:
-            where = f"in the rollout of update {len(result.history)}, after {result.env_steps} env steps"
-            cause = "; most often the env paid a reward, or showed an observation, that is not finite"
-            error.add_note(where + cause * ("nan" in str(error).lower()))
-            raise
-        if batch is None:
-            return
-        yield batch
 
 
 def _scalars(prefix: str, values: Mapping[str, Any], source: str) -> dict[str, float]:
@@ -362,24 +423,3 @@ def _random_numbers_put_back() -> Iterator[None]:
         yield
     finally:
         GlobalRNGState().load_state_dict(before)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C only sets the event, so that no update is cut in the middle; the second raises as always."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def first(signum: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        log.warning("Ctrl-C: finishing this update and saving. Once more stops at once.")
-        event.set()
-
-    signal.signal(signal.SIGINT, first)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -126,8 +126,9 @@ class PPOUpdate:
         self._parameters = list(loss.parameters())
         self.optimizer = _adam(self._parameters, lr) if optimizer is None else _checked(optimizer, lr, loss)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
-        self._initial_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self._initial_entropy_coeff = float(loss.entropy_coeff)
+        # As they were given: schedules and users move them.
+        self.given_options = [{**group, "params": None} for group in self.optimizer.param_groups]
+        self.given_coefficients = {name: float(b) for name, b in loss.named_buffers(recurse=False) if b.numel() == 1}
         self._generator = generator
         self._device, self._named = self._parameters[0].device, backend
         self._chunks = Minibatches(self.minibatches, shuffle=shuffle, device=self._device, generator=generator)
@@ -285,21 +286,27 @@ class PPOUpdate:
 
     def _apply_schedules(self, progress: float) -> None:
         if self.lr_schedule is not None:
-            for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
-                group["lr"] = lr * self.lr_schedule(progress)
+            for group, given in zip(self.optimizer.param_groups, self.given_options, strict=True):
+                group["lr"] = given["lr"] * self.lr_schedule(progress)
         if self.entropy_schedule is not None:
-            self.loss.entropy_coeff.fill_(self._initial_entropy_coeff * self.entropy_schedule(progress))
+            coefficient = self.given_coefficients["entropy_coeff"] * self.entropy_schedule(progress)
+            self.loss.entropy_coeff.fill_(coefficient)
 
     # ----------------------------------------------------------- checkpoints
     def state_dict(self) -> dict:
-        """State of networks, optimizer and, if there is one, the shuffling's generator."""
+        """State of networks, optimizer and, if there is one, the shuffling's generator; and the numbers that were given."""
         generator = None if self._generator is None else self._generator.get_state()
         state = {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": generator}
+        state |= {"given_options": self.given_options, "given_coefficients": self.given_coefficients}
         own = self.advantage.state_dict() if isinstance(self.advantage, nn.Module) else {}
         return {**state, "advantage": own} if own else state
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned; ValueError where it is that of another kind of optimizer."""
+        """Restores what `state_dict` returned; ValueError where it is that of another kind of optimizer.
+
+        Learning rate and other options of the optimizer, and the loss's coefficients, are the saved ones, but for those that this
+        update was given another number for.
+        """
         own, other = (set(s["param_groups"][0]) for s in (self.optimizer.state_dict(), state["optimizer"]))
         if own != other:
             raise ValueError(
@@ -308,6 +315,12 @@ class PPOUpdate:
             )
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
+        groups = zip(self.optimizer.param_groups, self.given_options, state["given_options"], strict=True)
+        for group, given, then in groups:
+            group.update({name: value for name, value in given.items() if value != then[name]})
+        for name, value in self.given_coefficients.items():
+            if value != state["given_coefficients"][name]:
+                getattr(self.loss, name).fill_(value)
         if "advantage" in state:
             self.advantage.load_state_dict(state["advantage"])
         if self._generator is not None and state["generator"] is not None:

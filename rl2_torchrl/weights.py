@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from rl2_torchrl.storage import write_durably
+
 __all__ = ["load_weights", "save_weights"]
 
 #: What `torch.load` raises on files that are cut short, or no state_dict of tensors.
 _UNREADABLE = (EOFError, OSError, RuntimeError, AttributeError, LookupError, ValueError, pickle.UnpicklingError)
+_UNREADABLE += (zipfile.BadZipFile, NotImplementedError)
 
 
 def save_weights(module: nn.Module, path: str | Path) -> Path:
@@ -26,10 +31,10 @@ def save_weights(module: nn.Module, path: str | Path) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Moved into place at once: no half a file is left where the program is stopped.
-    scratch = path.with_name(f"{path.name}.part")
-    torch.save(module.state_dict(), scratch)
-    return scratch.replace(path)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    write_durably(path, buffer.getvalue())
+    return path
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
@@ -54,12 +59,16 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
             f"there are no weights in {path}: a recipe leaves them in its run's folder, as actor.pt."
         )
     try:
-        weights = torch.load(path, weights_only=True)
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if (part := archive.testzip()) is not None:  # torch.load looks at no checksum
+                raise zipfile.BadZipFile(f"{part} has changed")
+        weights = torch.load(io.BytesIO(data), weights_only=True)
         shapes = {name: tuple(value.shape) for name, value in weights.items()}
     except _UNREADABLE as error:
         raise ValueError(
-            f"{path} cannot be read as weights ({type(error).__name__}): it is cut short, or something else. Copy it once more, "
-            "or save it anew with save_weights."
+            f"{path} cannot be read as weights ({type(error).__name__}): it is cut short or damaged, or something else. Copy it "
+            "once more, or save it anew with save_weights."
         ) from error
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     if shapes != expected:

@@ -34,11 +34,12 @@ NO_EXAMPLE = {
 
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
+    {"history", "interrupts", "locks", "logs", "storage"},
     {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial", "weights"},
     {"gradients", "modules"},
     {"minibatches", "objectives", "rollout"},
     {"collector", "evaluation", "env_check", "tensor_env_check", "testing", "update"},
-    {"checkpoints", "checks", "describe", "video"},
+    {"checkpoints", "checks", "describe", "settings", "video"},
     {"training"},
     {"report"},
 ]

@@ -58,5 +58,7 @@ def cut_short(path):
 )
 def test_files_that_hold_no_weights(write, tmp_path):
     write(tmp_path / "actor.pt")
-    with pytest.raises(ValueError, match=r"actor.pt cannot be read as weights .*: it is cut short, or something else"):
+    with pytest.raises(
+        ValueError, match=r"actor.pt cannot be read as weights .*: it is cut short or damaged, or something else"
+    ):
         load_weights(nn.Linear(2, 3), tmp_path / "actor.pt")

@@ -21,11 +21,9 @@ deviations of the mean, which makes a horizon of 20,000 pulls a matter of second
 
 import hashlib
 import math
-import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Generator, Tensor
@@ -33,6 +31,7 @@ from torchrl import torchrl_logger
 
 from rl2_torchrl.baselines.bandits import check_tasks, play
 from rl2_torchrl.kernels import cache_folder
+from rl2_torchrl.storage import DamagedFileError, load_tree, save_tree
 
 __all__ = ["gittins_agent", "gittins_indices"]
 
@@ -168,27 +167,22 @@ def _stored_table(num_pulls: int, gamma: float) -> Tensor:
     """:func:`gittins_indices`, from the cache folder if it is there."""
     # A new version of this file makes new tables.
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    name = f"gittins-{num_pulls}-{gamma}-{version}.pt"
+    name = f"gittins-{num_pulls}-{gamma}-{version}.safetensors"
     # No table, a damaged one, or no folder: a new one is made; if it cannot be kept either, that is said.
-    with suppress(OSError, EOFError, RuntimeError, UnpicklingError):
-        return torch.load(cache_folder() / name, weights_only=True)
+    with suppress(OSError):
+        try:
+            return load_tree(cache_folder() / name)
+        except DamagedFileError as error:
+            torchrl_logger.warning(f"rl2_torchrl: {error} It is made anew.")
     torchrl_logger.info(
         f"rl2_torchrl: computing Gittins indices for gamma={gamma} once, into {name} of the cache folder"
     )
     indices = gittins_indices(num_pulls, gamma)
     try:
-        _save(indices, cache_folder() / name)
+        save_tree(indices, cache_folder() / name)
     except OSError as error:
         torchrl_logger.warning(f"rl2_torchrl: the Gittins indices could not be kept for the next time. {error}")
     return indices
-
-
-def _save(indices: Tensor, path: Path) -> None:
-    # Processes may compute the same table at the same time: each into a file of its own, then moved into place at once.
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        file = Path(scratch) / path.name
-        torch.save(indices, file)
-        file.replace(path)
 
 
 def _check_gamma(gamma: float) -> None:

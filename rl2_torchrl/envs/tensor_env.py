@@ -345,6 +345,8 @@ class TensorEnv(EnvBase):
 
     # ---------------------------------------------------- seeds, checkpoints
     def _set_seed(self, seed: int | None) -> None:
+        #: The seed that the env was given, or None.
+        self.given_seed = seed
         # The generator is the env's own: the draws of tasks, policy and env must not depend on one another.
         seed_generator(self.generator, seed)
 

@@ -1,0 +1,72 @@
+"""`deferred_interrupts`: Ctrl-C and requests to end wait until a training can be saved."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["Interrupts", "deferred_interrupts"]
+
+log = logging.getLogger(__name__)
+
+#: What asks a program to end: a schedulers' and containers' stop, and a terminal that is closed.
+_ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Interrupts:
+    """Whether a signal has come, and which.
+
+    Attributes:
+        signum: the first signal's number, or None.
+    """
+
+    signum: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    def pass_on(self) -> None:
+        """Ends the program, where a signal has asked for that: to be called once all is saved."""
+        if self.signum not in _ENDS:
+            return
+        if callable(signal.getsignal(self.signum)):
+            signal.raise_signal(self.signum)
+        else:
+            raise SystemExit(128 + self.signum)  # as a shell names it; an exit that lets envs' processes end, too
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Interrupts]:
+    """The first signal is only noted, so that no update is cut in the middle; the second does what it always does.
+
+    Only in the main thread, where Python handles signals. What is ignored, as SIGHUP under nohup, stays so.
+    """
+    interrupts = Interrupts()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts
+        return
+    ends = [signum for signum in _ENDS if signal.getsignal(signum) is not signal.SIG_IGN]
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, *ends)}
+
+    def first(signum: int, frame: Any) -> None:
+        restore()
+        interrupts.signum = signum
+        name = signal.Signals(signum).name
+        log.warning(
+            "%s: finishing this update and saving. Once more stops at once.", "Ctrl-C" if name == "SIGINT" else name
+        )
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)  # None: it was not set by Python
+
+    for signum in before:
+        signal.signal(signum, first)
+    try:
+        yield interrupts
+    finally:
+        restore()

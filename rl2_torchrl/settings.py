@@ -1,0 +1,122 @@
+"""`settings_of`: what decides how a training goes on, by name, so that a resumed run is told from another one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchrl.collectors import BaseCollector
+from torchrl.envs import EnvBase, TransformedEnv
+
+from rl2_torchrl.checks.evidence import transforms_of
+from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.update import PPOUpdate
+
+__all__ = ["differences", "networks_of", "settings_of"]
+
+Settings = dict[str, Any]
+
+#: Attributes that no user sets, or that say how a thing is done and not what.
+_INNER = {"training", "is_closed", "backend", "reason", "foreach", "fused", "capturable", "differentiable", "params"}
+_INNER |= {"given_options", "given_coefficients"}
+_NOT_PLAIN = object()
+
+
+def settings_of(collector: BaseCollector, update: Any) -> Settings:
+    """Settings of env, tasks, collector, update and loss, and the seed of PyTorch's generator, as plain values by dotted name.
+
+    Of a part, also of one of yours: its class, and its public attributes that are numbers, texts, functions, or lists of these.
+    Of envs in other processes nothing is known, nor is it of an ``update`` that is no `PPOUpdate`.
+    """
+    settings = {"torch.seed": torch.initial_seed(), **_env(getattr(collector, "env", None))}
+    settings |= {"collector.class": _name(collector)}
+    if hasattr(collector, "requested_frames_per_batch"):
+        settings["collector.frames_per_batch"] = collector.requested_frames_per_batch
+    return settings | (_update(update) if isinstance(update, PPOUpdate) else {"update.class": _name(update)})
+
+
+def networks_of(update: Any) -> dict[str, list[int]]:
+    """Shapes of all that the loss trains or keeps, by name."""
+    loss = getattr(update, "loss", None)
+    state = loss.state_dict() if isinstance(loss, nn.Module) else {}
+    return {name: list(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs, in words by name."""
+    words = {
+        name: [json.dumps(side[name]) if name in side else "none" for side in (then, now)] for name in {**then, **now}
+    }
+    return {name: f"{name}: {old} then, {new} now" for name, (old, new) in words.items() if old != new}
+
+
+def _env(env: EnvBase | None) -> Settings:
+    if env is None:
+        return {}
+    base = env
+    while isinstance(base, TransformedEnv):
+        base = base.base_env
+    settings = {**_part("env", base), **_gymnasium(base)}
+    specs = {"observation": env.observation_spec, "action": env.full_action_spec, "state": env.full_state_spec}
+    for name, spec in specs.items():
+        settings[f"env.{name}"] = {str(key): list(leaf.shape) for key, leaf in spec.items(True, True)}
+    for transform in transforms_of(env):
+        name, number = f"env.{_name(transform)}", 2
+        while f"{name}.class" in settings:  # several of one class
+            name, number = f"env.{_name(transform)}{number}", number + 1
+        settings |= _part(name, transform)
+        if isinstance(transform, TaskSampler):
+            settings[f"{name}.seed"] = transform.given_seed
+    return settings
+
+
+def _gymnasium(base: EnvBase) -> Settings:
+    """Id and options of a Gymnasium env, single or as a vector."""
+    # Not getattr: envs in other processes are asked for each attribute that is not here.
+    inner = vars(base).get("envs") or vars(base).get("_env")
+    spec = getattr(inner, "spec", None)
+    kwargs = _plain(getattr(spec, "kwargs", {}))
+    return {} if spec is None else {"env.id": getattr(spec, "id", None), "env.kwargs": kwargs}
+
+
+def _update(update: PPOUpdate) -> Settings:
+    settings = {**_part("update", update), **_part("loss", update.loss), **_part("advantage", update.advantage)}
+    settings["update.optimizer"] = _name(update.optimizer)
+    for number, options in enumerate(update.given_options):
+        group = "update" if number == 0 else f"update.group{number}"
+        settings |= {f"{group}.{name}": _plain(value) for name, value in options.items() if name not in _INNER}
+    settings |= {f"loss.{name}": value for name, value in update.given_coefficients.items()}
+    for term in getattr(update.loss, "terms", ()):
+        settings |= _part(f"loss.{_name(term)}", term)
+    return {name: value for name, value in settings.items() if value is not _NOT_PLAIN}
+
+
+def _part(prefix: str, part: Any) -> Settings:
+    values = {name: _plain(value) for name, value in vars(part).items() if name[0] != "_" and name not in _INNER}
+    settings = {f"{prefix}.{name.removeprefix('given_')}": v for name, v in values.items() if v is not _NOT_PLAIN}
+    return {f"{prefix}.class": _name(part), **settings}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it, a function by its name; else `_NOT_PLAIN`."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return _NOT_PLAIN if _NOT_PLAIN in items else items
+    if isinstance(value, dict):
+        items = {str(name): _plain(item) for name, item in value.items()}
+        return {name: item for name, item in items.items() if item is not _NOT_PLAIN}
+    if isinstance(value, partial):
+        given = [_plain(item) for item in (*value.args, *value.keywords.values())]
+        return [_plain(value.func), *(item for item in given if item is not _NOT_PLAIN)]
+    is_function = callable(value) and not isinstance(value, nn.Module) and hasattr(value, "__qualname__")
+    return f"{value.__module__}.{value.__qualname__}" if is_function else _NOT_PLAIN
+
+
+def _name(part: Any) -> str:
+    return type(part).__qualname__ if not hasattr(part, "__qualname__") else part.__qualname__
