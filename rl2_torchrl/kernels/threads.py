@@ -53,5 +53,5 @@ def warn_of_spinning() -> None:
         _is_warned = True
         torchrl_logger.warning(
             f"rl2_torchrl: {load:.0f} threads want to run on {os.cpu_count()} cores. PyTorch's hold a core while they wait for "
-            "each other, so that several programs at once crawl: set OMP_WAIT_POLICY=passive in the environment before Python starts."
+            "each other, so several programs at once crawl: set OMP_WAIT_POLICY=passive in the environment before Python starts."
         )
