@@ -23,13 +23,15 @@ def training(updates=2, workload=SMALL):
     return train(collector, update, evaluate=None, progress=False)
 
 
-def python(program, **environment):
+def python(program, *arguments, **environment):
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), **environment}
     environment = {name: value for name, value in environment.items() if value is not None}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     # The limit is for what would hang for ever, not for what is slow.
-    return subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, text=True, timeout=300, **pipes)
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=environment, cwd=root, text=True, timeout=300, **pipes
+    )
 
 
 # ----------------------------------------------------------------- one process
@@ -102,14 +104,17 @@ def test_a_fork_of_a_process_of_one_thread_changes_nothing(monkeypatch):
 
 
 # -------------------------------------------------------------- other programs
-@pytest.mark.parametrize("given", [None, "active"])
-def test_threads_of_recipes_sleep_while_they_wait(given):
+@pytest.mark.parametrize(
+    ("given", "argument", "expected"), [(None, "", "passive"), ("active", "", "active"), (None, "benchmark", "None")]
+)
+def test_threads_of_recipes_sleep_while_they_wait(given, argument, expected):
     # As `python -m recipes.bandit` does: recipes is imported before PyTorch, whose OpenMP then reads it.
     process = python(
-        "import os, recipes, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)",
+        "import os, recipes, sys; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)",
+        argument,
         OMP_WAIT_POLICY=given,
     )
-    assert process.stdout.split() == [given or "passive", "False"]
+    assert process.stdout.split() == [expected, "False"]
 
 
 @pytest.fixture
