@@ -11,11 +11,7 @@ import pytest
 from rl2_torchrl.kernels import library
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
-TESTS = [
-    *("tests/test_kernels.py", "tests/test_gru.py", "tests/test_gradients.py"),
-    # With torch.compile, or what needs another process or the whole of TorchRL's machinery, the kernels take no part.
-    *("-k", "not compile_ and not compiled_program and not under_vmap_and_compile"),
-]
+TESTS = ("tests/test_kernels.py", "tests/test_gru.py", "tests/test_gradients.py")
 
 
 def sanitized():
@@ -24,11 +20,19 @@ def sanitized():
     if compiler is None or sys.platform != "linux":
         return "needs a C compiler, and Linux"
     # The runtime must be loaded before all else, and C++'s exceptions with it, which ASan looks for once, at its start.
-    runtimes = [library._run([compiler, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")]
+    runtimes = [
+        library._run([compiler, f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so.6")
+    ]
     if not all(map(os.path.isabs, runtimes)):
         return f"{compiler} has no AddressSanitizer"
     options = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return {**os.environ, "LD_PRELOAD": ":".join(runtimes), "CC": f"{compiler} {FLAGS}", "OMP_NUM_THREADS": "2", **options}
+    return {
+        **os.environ,
+        "LD_PRELOAD": ":".join(runtimes),
+        "CC": f"{compiler} {FLAGS}",
+        "OMP_NUM_THREADS": "2",
+        **options,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +49,16 @@ def run(tmp_path_factory):
         process = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, text=True, **pipes)
         return process.returncode, process.stdout
 
-    status, output = run("-c", "import torch; from rl2_torchrl import kernels; kernels.load(torch.float32).saved_size(1, 1)")
+    status, output = run(
+        "-c", "import torch; from rl2_torchrl import kernels; kernels.load(torch.float32).saved_size(1, 1)"
+    )
     if status:
         pytest.skip(f"PyTorch does not run under the sanitizers here: {output[-500:]}")
     return run
 
 
 def test_the_kernels_are_clean(run):
-    status, output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *TESTS)
+    status, output = run("-m", "pytest", "-p", "no:cacheprovider", "-x", *TESTS)
     assert status == 0, output[-5000:]
     assert " passed" in output
     assert "runtime error" not in output

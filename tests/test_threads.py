@@ -1,0 +1,150 @@
+"""Several trainings: one after the other, in two threads, in a forked process, beside other programs."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.benchmark import Workload, compose
+from rl2_torchrl import kernels, train
+from rl2_torchrl.kernels import threads
+
+needs_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts what Linux lists in /proc")
+SMALL = Workload(arms=3, pulls=10, trials=64, units=32, minibatches=2, epochs=2)
+
+
+def training(updates=2, workload=SMALL):
+    collector, update = compose(workload)
+    collector.total_frames = updates * workload.steps
+    return train(collector, update, evaluate=None, progress=False)
+
+
+def python(program, *arguments, **environment):
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), **environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    # The limit is for what would hang for ever, not for what is slow.
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=environment, cwd=root, text=True, timeout=300, **pipes
+    )
+
+
+# ----------------------------------------------------------------- one process
+@needs_linux
+def test_fifty_trainings_leave_no_threads_files_or_number_of_threads_behind():
+    before, counts = torch.get_num_threads(), []
+    for _ in range(50):
+        training()
+        counts.append([len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd")])
+    assert counts[-1] == counts[4]  # the first ones start threads that the next ones use
+    assert torch.get_num_threads() == before
+
+
+def test_two_trainings_in_two_threads():
+    alone, results, errors = training(10), [], []
+
+    def run():
+        try:
+            results.append(training(10))
+        except BaseException as error:  # noqa: BLE001 (a thread's error is nobody's else)
+            errors.append(error)
+
+    both = [threading.Thread(target=run) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert not errors
+    for result in results:
+        assert result.env_steps == alone.env_steps
+        for row, row_alone in zip(result.history, alone.history, strict=True):
+            # Memory that both wrote to would show in the ratios, which begin at 1.
+            assert row["train/mean_ratio"] == pytest.approx(1, abs=0.05)
+            assert row.keys() == row_alone.keys()
+
+
+# -------------------------------------------------------------------- a fork
+FORK = """
+import os, sys, torch
+from tests.test_threads import Workload, training
+torch.set_num_threads(2)
+wide = Workload(arms=3, pulls=50, trials=64, units=64, minibatches=2, epochs=1)
+training(workload=wide)
+child = os.fork()
+if not child:
+    sys.stdout.flush()
+    result = training(workload=wide)
+    print("child has", torch.get_num_threads(), "thread and", len(result.history), "updates", flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("parent has", torch.get_num_threads(), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.skipif(kernels.load(torch.float32) is None, reason="no C compiler")
+def test_a_process_forked_after_the_kernels_threads_have_run_trains_on_one_and_says_so():
+    process = python(FORK, OMP_NUM_THREADS="2")
+    assert process.returncode == 0, process.stdout
+    assert "child has 1 thread and 2 updates" in process.stdout
+    assert "parent has 2" in process.stdout
+    assert process.stdout.count("PyTorch takes one thread here") == 1
+
+
+def test_a_fork_of_a_process_of_one_thread_changes_nothing(monkeypatch):
+    monkeypatch.setattr(threads, "_has_run", False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: pytest.fail("changed"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    threads._take_one_thread()
+
+
+# -------------------------------------------------------------- other programs
+@pytest.mark.parametrize(
+    ("given", "argument", "expected"), [(None, "", "passive"), ("active", "", "active"), (None, "benchmark", "None")]
+)
+def test_threads_of_recipes_sleep_while_they_wait(given, argument, expected):
+    # As `python -m recipes.bandit` does: recipes is imported before PyTorch, whose OpenMP then reads it.
+    process = python(
+        "import os, recipes, sys; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)",
+        argument,
+        OMP_WAIT_POLICY=given,
+    )
+    assert process.stdout.split() == [expected, "False"]
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "_is_warned", False)
+    monkeypatch.setattr(threads.torchrl_logger, "warning", messages.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (4.0, 0.0, 0.0))
+    return messages
+
+
+def test_a_training_among_others_says_once_what_to_set(warnings):
+    training()
+    training()
+    [message] = warnings
+    assert "4 threads want to run on 2 cores" in message
+    assert "OMP_WAIT_POLICY=passive" in message
+
+
+@pytest.mark.parametrize("quiet", ["one thread", "few want to run", "told how to wait"])
+def test_nothing_is_said_where_nobody_is_in_the_way(warnings, monkeypatch, quiet):
+    if quiet == "one thread":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    elif quiet == "few want to run":
+        monkeypatch.setattr(os, "getloadavg", lambda: (2.9, 9.0, 9.0))
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    threads.warn_of_spinning()
+    assert not warnings
