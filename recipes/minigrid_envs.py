@@ -9,12 +9,12 @@ try:
     from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
     from minigrid.core.grid import Grid
     from minigrid.core.mission import MissionSpace
-    from minigrid.core.world_object import Goal
+    from minigrid.core.world_object import Door, Goal
     from minigrid.minigrid_env import MiniGridEnv
 except ImportError as error:
     raise ImportError('MiniGrid is an extra: pip install "rl2_torchrl[minigrid]".') from error
 
-__all__ = ["Alcoves", "OneHotView", "all_mazes"]
+__all__ = ["Doors", "OneHotView", "all_mazes"]
 
 #: What MiniGrid says of a cell: object, colour, state; one-hot as by `OneHotPartialObsWrapper`, without its loop over cells.
 _KINDS = [np.eye(len(indices), dtype=np.float32) for indices in (OBJECT_TO_IDX, COLOR_TO_IDX, STATE_TO_IDX)]
@@ -40,42 +40,46 @@ class OneHotView(gymnasium.ObservationWrapper):
         return observation, reward, terminated, truncated, {**info, **said}
 
 
-class Alcoves(MiniGridEnv):
-    """A hall with alcoves on both sides, 11 × 9 cells; the goal lies at the end of one, out of view from along the hall.
+class Doors(MiniGridEnv):
+    """A hall with closed doors on both sides, 7 × 11 cells; behind one lies the goal, which is out of view until its door is open.
 
-    The agent starts in the middle of the hall and looks along it. An episode pays MiniGrid's ``1 - 0.9 steps / max_steps`` at the
-    goal, and ends there.
+    The agent starts in the middle of the hall and looks along it; it turns left or right, goes forward, or opens the door
+    before it. An episode pays MiniGrid's ``1 - 0.9 steps / max_steps`` at the goal and ends there; in the next one all doors
+    are closed again.
 
     Args:
         max_steps: steps until an episode is cut.
     """
 
     def __init__(self, max_steps: int = 60):
-        self.maze = np.array([[1, 1]])
-        super().__init__(MissionSpace(mission_func=lambda: "reach the goal"), width=11, height=9, max_steps=max_steps)
-        self.action_space = gymnasium.spaces.Discrete(3)  # turn left or right, go forward: nothing can be picked up
+        self.maze = np.array([[2, 5]])
+        super().__init__(MissionSpace(mission_func=lambda: "reach the goal"), width=7, height=11, max_steps=max_steps)
+        self._choices = (self.actions.left, self.actions.right, self.actions.forward, self.actions.toggle)
+        self.action_space = gymnasium.spaces.Discrete(len(self._choices))  # there is nothing to pick up
 
     def set_task(self, maze: np.ndarray) -> None:
-        """Takes a maze ``[alcoves, 2]``: x and y of the end of each alcove, the goal's first."""
+        """Takes a maze ``[num_doors, 2]``: x and y of each door, the goal's first."""
         self.maze = maze
+
+    def step(self, action: int):
+        return super().step(self._choices[action])
 
     def _gen_grid(self, width: int, height: int) -> None:
         self.grid = Grid(width, height)
         for x in range(width):
             self.grid.vert_wall(x, 0)
-        middle = width // 2
+        hall = width // 2
         for y in range(1, height - 1):
-            self.grid.set(middle, y, None)
-        for end, y in self.maze:
-            for x in range(min(end, middle), max(end, middle) + 1):
-                self.grid.set(x, y, None)
-        self.put_obj(Goal(), *self.maze[0])
-        self.agent_pos, self.agent_dir = (middle, height // 2), 3
+            self.grid.set(hall, y, None)
+        for number, (x, y) in enumerate(self.maze):
+            self.grid.set(x, y, Door("grey"))
+            self.grid.set(2 * x - hall, y, Goal() if number == 0 else None)  # what is behind it
+        self.agent_pos, self.agent_dir = (hall, height // 2), 3
 
 
-def all_mazes(seed: int, alcoves: int = 3) -> np.ndarray:
-    """All mazes with so many ``alcoves`` on each side, ``[num_mazes, 2 * alcoves, 2]``, in random order."""
-    sides = [[[(x, y) for y in rows] for rows in combinations(range(1, 8), alcoves)] for x in (1, 9)]
-    halls = [left + right for left, right in product(*sides)]
-    everywhere = [[ends[goal], *ends[:goal], *ends[goal + 1 :]] for ends in halls for goal in range(2 * alcoves)]
-    return np.random.default_rng(seed).permutation(np.array(everywhere))
+def all_mazes() -> np.ndarray:
+    """All mazes of three doors on each side, none next to another, ``[num_mazes, 6, 2]``, in an order that is mixed but fixed."""
+    rows = [rows for rows in combinations(range(1, 10), 3) if min(np.diff(rows)) > 1]
+    halls = [[*((2, y) for y in left), *((4, y) for y in right)] for left, right in product(rows, rows)]
+    mazes = [[doors[goal], *doors[:goal], *doors[goal + 1 :]] for doors in halls for goal in range(6)]
+    return np.random.default_rng(0).permutation(np.array(mazes))
