@@ -56,7 +56,7 @@ def main(
     learning: Learning = LEARNING,
     run: Run = RUN,
 ) -> AdaptationReport:
-    """Trains RL² to search a maze for its goal, and reports on mazes of others how many steps it takes, episode by episode.
+    """Trains RL² to search a maze for its goal, and reports its steps in mazes that it was not trained on, episode by episode.
 
     Args:
         episodes: episodes of a trial, all in the same maze with the same goal.
