@@ -4,12 +4,12 @@ from functools import partial
 from pathlib import Path
 
 import gymnasium
-import numpy as np
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import Experiment, Learning, Network, Run, whole_batches
+from recipes.minigrid_envs import OneHotView
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -55,7 +55,7 @@ def main(
     torch.manual_seed(run.seed)
 
     def make_env(_: TaskSampler | None, rows: int) -> TransformedEnv:
-        corridors = GymVectorEnv(partial(Corridor, env_id), rows, info_keys=["success"])
+        corridors = GymVectorEnv(partial(corridor, env_id), rows, info_keys=["success"])
         return TransformedEnv(corridors, Compose(Trial(episodes=1), PreviousStep()))
 
     env = make_env(None, learning.trials)
@@ -83,26 +83,9 @@ def main(
     return experiment.publish(corridors.report(result, title=f"RL² on {env_id}"), run)
 
 
-class Corridor(gymnasium.ObservationWrapper):
-    """A MiniGrid env that shows its view one-hot ``[20, height, width]``, and says whether its end was the right one."""
-
-    def __init__(self, env_id: str):
-        try:
-            from minigrid.wrappers import OneHotPartialObsWrapper
-        except ImportError as error:
-            raise ImportError('MiniGrid is an extra: pip install "rl2_torchrl[minigrid]".') from error
-        super().__init__(OneHotPartialObsWrapper(gymnasium.make(env_id)))
-        height, width, kinds = self.env.observation_space["image"].shape
-        view = gymnasium.spaces.Box(0.0, 1.0, (kinds, height, width), np.float32)
-        self.observation_space = gymnasium.spaces.Dict(direction=self.env.observation_space["direction"], view=view)
-
-    def observation(self, observation: dict) -> dict:
-        view = np.moveaxis(observation["image"], -1, 0).astype(np.float32)
-        return {"direction": observation["direction"], "view": view}
-
-    def step(self, action: int):
-        observation, reward, terminated, truncated, info = super().step(action)
-        return observation, reward, terminated, truncated, {**info, "success": reward > 0}
+def corridor(env_id: str) -> OneHotView:
+    """A corridor as the agent sees it; its episode is a success if it ends at the right one of two objects."""
+    return OneHotView(gymnasium.make(env_id))
 
 
 def no_tasks(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:

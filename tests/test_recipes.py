@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from recipes import bandit, cartpole, experiment, grid_navi, half_cheetah, point
 from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
 from rl2_torchrl import GRUGaussianActor, TaskSampler
 from rl2_torchrl.envs import TabularMDP, uniform_means
+from rl2_torchrl.testing import check_trial_env
 
 ROOT = Path(__file__).parent.parent
 
@@ -512,6 +514,61 @@ def test_a_memory_corridor(tmp_path):
     report = minigrid_memory.main(**arguments(minigrid_memory.main, {**tiny, "log_dir": tmp_path, "progress": False}))
     assert report.agent.measures["success"].returns.shape == (8, 1)
     assert ((report.agent.measures["success"].returns > 0) == (report.agent.returns > 0)).all()
+
+
+def test_goals_to_find_again(tmp_path):
+    pytest.importorskip("minigrid")
+    from recipes import minigrid_goals
+
+    tiny = {"trials": 4, "units": 4, "report_tasks": 8, "epochs": 1, "episodes": 2, "max_steps": 12}
+    options = {**tiny, "env_steps": 4 * minigrid_goals.BATCH_STEPS, "log_dir": tmp_path, "progress": False}
+    agent = minigrid_goals.main(**arguments(minigrid_goals.main, options)).agent
+    steps, success = agent.measures["steps"].returns, agent.measures["success"].returns
+    assert steps.shape == success.shape == (8, 2)
+    # What MiniGrid pays, and that an episode lasts until the goal is reached or time is up.
+    torch.testing.assert_close(agent.returns, success * (1 - 0.9 * steps / 12), rtol=0, atol=1e-6)
+    assert (steps[success == 0] == 12).all()
+
+
+def test_doors_and_goal_are_the_same_in_all_episodes_of_a_trial():
+    pytest.importorskip("minigrid")
+    from recipes import minigrid_goals
+    from recipes.minigrid_envs import all_mazes
+
+    mazes = all_mazes()
+    # 3 of 9 rows, none next to another: C(7, 3) = 35 ways on each side.
+    assert len({tuple(map(tuple, maze)) for maze in mazes.tolist()}) == len(mazes) == 35 * 35 * 6
+    sampler = TaskSampler(partial(minigrid_goals.numbers, 100), seed=0)
+    env = minigrid_goals.trial_env(mazes[:100], sampler, 3, episodes=2, max_steps=9)
+
+    def tasks(halls):
+        return torch.tensor([(mazes[:100] == row.unwrapped.maze).all((1, 2)).argmax() for row in halls.envs.envs])
+
+    check_trial_env(env, task_of=tasks)
+
+
+def test_a_goal_is_out_of_view_until_its_door_is_open():
+    pytest.importorskip("minigrid")
+    from minigrid.core.constants import OBJECT_TO_IDX
+
+    from recipes.minigrid_envs import Doors, OneHotView, all_mazes
+
+    hall, goal = OneHotView(Doors(max_steps=30)), OBJECT_TO_IDX["goal"]
+    left, right, forward, toggle = range(4)
+    for maze in all_mazes()[:50]:
+        hall.unwrapped.set_task(maze)
+        seen = [hall.reset()[0]["view"]]
+        x, y = maze[0]
+        down = [left, left] if y > 5 else []
+        walk = [*down, *[forward] * abs(y - 5), left if (x == 2) == (y <= 5) else right]
+        seen += [hall.step(action)[0]["view"] for action in walk]
+        assert not np.stack(seen)[:, goal].any()
+        assert hall.step(toggle)[0]["view"][goal].sum() == 1
+        hall.step(forward)
+        _, reward, terminated, _, info = hall.step(forward)
+        assert terminated
+        assert info == {"success": True, "steps": len(walk) + 3}
+        assert reward == pytest.approx(1 - 0.9 * info["steps"] / 30)
 
 
 @pytest.mark.parametrize("benchmark", ["ML1", "ML10"])
