@@ -83,6 +83,22 @@ def test_bad_input():
         GRUValueHead(6, extra_keys=["time_left"], normalize=True)
 
 
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+def test_a_cast_policy_has_the_statistics_of_one_that_is_not(cast):
+    torch.manual_seed(0)
+    plain, changed = RunningNorm(2), nn.Sequential(RunningNorm(2))
+    for _ in range(3):  # cast before any data, and in the middle; 90,000 is beyond float16's largest number
+        getattr(changed, cast)()
+        data = torch.randn(30_000, 2) * torch.tensor([1.0, 50.0]) + 300
+        plain.update_statistics(data)
+        changed[0].update_statistics(data)
+    assert all(torch.equal(*pair) for pair in zip(plain.buffers(), changed.buffers(), strict=True))
+    x = torch.tensor([[301.0, 350.0]], dtype={"half": torch.half, "bfloat16": torch.bfloat16}.get(cast))
+    assert changed(x).dtype == x.dtype
+    torch.testing.assert_close(changed(x), plain(x))
+    assert {buffer.device.type for buffer in changed.to("meta", torch.half).buffers()} == {"meta"}
+
+
 def test_what_is_normalised_of_an_env():
     class Seen(TensorEnv):
         def __init__(self):
