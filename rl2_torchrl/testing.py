@@ -34,7 +34,7 @@ _RULES = {
     "specs": "Collectors and workers allocate memory by the specs: mend them, or what the env returns.",
     "float32": "Networks are float32, and memory is doubled: make it so in the env, or append DoubleToFloat.",
     "kept_tensors": "Steps that were collected before change afterwards: return new tensors, or copies of the env's own.",
-    "trials_end": "A trial without end has no return: bound it with Trial(steps=...), or raise max_steps.",
+    "trials_end": "A trial without end has no return: give episodes a time limit, or trials Trial(steps=...), or raise max_steps.",
     "rewards_finite": "One NaN spreads over the whole batch through the advantages: mend the env's reward.",
     "observations_finite": "One NaN spreads over all that the networks make: mend the env, or bound what leads there.",
     "done_at_trial_end": "Memory is reset at done, here too early or too late: let Trial write it.",
