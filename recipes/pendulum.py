@@ -29,7 +29,7 @@ from rl2_torchrl.envs import GymVectorEnv
 
 NETWORK = Network(normalize=True, critic_keys=())
 LEARNING = Learning(
-    trials=64, env_steps=2_000_000, lr=1e-3, gamma=0.95, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0
+    trials=64, env_steps=1_000_000, lr=1e-3, gamma=0.95, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0
 )
 RUN = Run(Path("runs/pendulum"), report_tasks=256)
 #: Steps of a batch in each row, and of a chunk that gradients go through: episodes last 200.
