@@ -40,6 +40,7 @@ def main(
     *,
     episodes: int = 2,
     observation_scale: float = 1.0,
+    velocity_scale: float = 1.0,
     network: Network = NETWORK,
     learning: Learning = LEARNING,
     run: Run = RUN,
@@ -49,6 +50,7 @@ def main(
     Args:
         episodes: episodes of a trial.
         observation_scale: factor on the observations, to see what normalising them is worth.
+        velocity_scale: further factor on the angular velocity; 1000 shows it in mrad/s beside numbers below 1.
         network: actor and critic.
         learning: batches, and PPO on them.
         run: seeds, where the run begins, and what it leaves.
@@ -56,7 +58,7 @@ def main(
     torch.manual_seed(run.seed)
 
     def make_env(sampler: TaskSampler, rows: int) -> TransformedEnv:
-        make = partial(scaled_pendulum, observation_scale)
+        make = partial(scaled_pendulum, observation_scale, velocity_scale)
         pendulums = GymVectorEnv(make, rows, set_task=set_physics, task_spec=Unbounded(3))
         return TransformedEnv(pendulums, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
 
@@ -68,7 +70,8 @@ def main(
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
-        TrialAdvantage(**horizon, critic=policy, scale_rewards=True),  # a step costs up to 16, and the critic learns in units
+        # A step costs up to 16, and the critic learns in units.
+        TrialAdvantage(**horizon, critic=policy, scale_rewards=True),
         bptt=CHUNK_STEPS,
         lr=learning.lr,
         epochs=learning.epochs,
@@ -85,10 +88,11 @@ def main(
     return experiment.publish(pendulums.report(result, title="RL² on Pendulum"), run)
 
 
-def scaled_pendulum(scale: float = 1.0) -> gymnasium.Env:
+def scaled_pendulum(scale: float = 1.0, velocity_scale: float = 1.0) -> gymnasium.Env:
     """Pendulum that shows cosine and sine of its angle and its angular velocity (rad/s), times ``scale``."""
+    scales = scale * np.array([1.0, 1.0, velocity_scale])
     space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
-    return gymnasium.wrappers.TransformObservation(gymnasium.make("Pendulum-v1"), lambda seen: scale * seen, space)
+    return gymnasium.wrappers.TransformObservation(gymnasium.make("Pendulum-v1"), lambda seen: scales * seen, space)
 
 
 def set_physics(pendulum: gymnasium.Env, task: torch.Tensor) -> None:
