@@ -209,3 +209,48 @@ def test_a_policy_that_normalises_is_the_same_policy_as_a_module():
         losses = update.loss(update.advantage(batch.clone()))
     assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-5)
     assert isinstance(norms(update.loss.actor_network)[0], nn.Module)
+
+
+# ---------------------------------------------------------- what it is worth
+class Dial(TensorEnv):
+    """A dial of unknown gain is to be turned to a level from 0 to 1, which is shown beside another number, times ``scales``."""
+
+    def __init__(self, scales, **kwargs):
+        specs = {"task_spec": Unbounded(1), "observation_spec": Unbounded(2), "action_spec": Unbounded(1)}
+        super().__init__(**specs, batch_size=(32,), max_episode_steps=10, fixed_length=True, **kwargs)
+        self.scales = torch.tensor(scales)
+
+    def begin(self, task, rows):
+        numbers = torch.rand(32, 2, generator=self.generator)
+        return (task, numbers[:, :1]), numbers * self.scales
+
+    def advance(self, state, action):
+        gain, level = state
+        reward = 1 - 2 * (level - gain * action).abs()
+        return *self.begin(gain, None), reward, None, None
+
+
+def paid_after_training(scales, normalize):
+    """Per step of the second episode, in trials of other gains than those of the training."""
+
+    def gains(batch_size, generator):
+        return 0.5 + torch.rand(*batch_size, 1, generator=generator)
+
+    torch.manual_seed(0)
+    transforms = [Compose(Trial(episodes=2), TaskSampler(gains, seed=seed), PreviousStep()) for seed in (0, 1)]
+    env, held_out = (TransformedEnv(Dial(scales, seed=seed), each) for seed, each in enumerate(transforms))
+    slots = {"hidden_size": 32, "normalize": normalize}
+    actor, critic = RecurrentActor.from_env(env, **slots), GRUValueHead.from_env(env, **slots)
+    advantage = TrialAdvantage(gamma=0.0, lmbda=0.0, value_target="gae", scale_rewards=True)
+    update = PPOUpdate(RL2PPOLoss(actor, critic), advantage, bptt=20, lr=3e-3, epochs=4, minibatches=4)
+    frames = {"frames_per_batch": 32 * 40, "total_frames": 30 * 32 * 40}
+    for batch in TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames):
+        update(batch)
+    return adaptation_curve(held_out, actor, 256, deterministic=True).per_episode[1].item() / 10
+
+
+@pytest.mark.parametrize("scales", [[1e-3, 1e-3], [1.0, 1e3]], ids=["too small to see", "beside a large number"])
+def test_a_task_that_is_not_learnt_without_is_learnt_with(scales):
+    # Who does not see the level l turns the dial to x for 1 - 2 E|l - x| = 1 - x² - (1 - x)², which is 0.5 at best.
+    assert paid_after_training(scales, normalize=False) < 0.52
+    assert paid_after_training(scales, normalize=True) > 0.6
