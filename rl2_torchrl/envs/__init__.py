@@ -146,14 +146,14 @@ itself declares ``Composite(task=Unbounded((rows, 1)), shape=(rows,))``, and its
 ``tensordict["_reset"]``.
 
 >>> class TaskBoat(OldBoat):
-...     def __init__(self):
-...         super().__init__()
+...     def __init__(self, **kwargs):  # which TorchRL's own wrappers are given, at a reset too
+...         super().__init__(**kwargs)
 ...         self.state_spec = Composite(task=Unbounded(1))
 ...
-...     def _reset(self, tensordict):
+...     def _reset(self, tensordict=None, **kwargs):
 ...         if tensordict is not None and "task" in tensordict.keys():  # TorchRL resets without one to look at an env
 ...             self.current = tensordict["task"].clone()
-...         return super()._reset(tensordict)
+...         return super()._reset(tensordict, **kwargs)
 >>> def torchrl_boats(rows):
 ...     boats = SerialEnv(rows, TaskBoat)
 ...     boats.set_seed(0)
