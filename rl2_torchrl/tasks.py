@@ -159,7 +159,7 @@ class TaskSampler(Transform):
             raise KeyError(
                 f"{type(self._base_env).__name__} has no {self.task_key!r} in its state_spec, so a drawn task could not "
                 f"reach it and every trial would be the same. Its state_spec has {sorted(map(str, state_spec.keys(True)))}. "
-                f"Declare the task there and read it in _reset (for Gymnasium envs: rl2_torchrl.envs.GymTaskEnv)."
+                "Declare the task there and read it in _reset (help(rl2_torchrl.envs) shows how); for Gymnasium envs: GymVectorEnv."
             )
         return state_spec[self.task_key]
 

@@ -34,7 +34,7 @@ _RULES = {
     "specs": "Collectors and workers allocate memory by the specs: mend them, or what the env returns.",
     "float32": "Networks are float32, and memory is doubled: make it so in the env, or append DoubleToFloat.",
     "kept_tensors": "Steps that were collected before change afterwards: return new tensors, or copies of the env's own.",
-    "trials_end": "A trial without end has no return: bound it with Trial(steps=...), or raise max_steps.",
+    "trials_end": "A trial without end has no return: give episodes a time limit, or trials Trial(steps=...), or raise max_steps.",
     "rewards_finite": "One NaN spreads over the whole batch through the advantages: mend the env's reward.",
     "observations_finite": "One NaN spreads over all that the networks make: mend the env, or bound what leads there.",
     "done_at_trial_end": "Memory is reset at done, here too early or too late: let Trial write it.",
@@ -64,7 +64,7 @@ class TrialContractError(AssertionError):
     """A rule of the trial contract is broken; ``rule`` is its short name."""
 
     def __init__(self, rule: str, seen: str):
-        super().__init__(f"rule {rule!r} is broken: {seen}. {_RULES[rule]}")
+        super().__init__(f"rule {rule!r} is broken: {seen.removesuffix('.')}. {_RULES[rule]}")
         self.rule = rule
 
 
@@ -96,7 +96,8 @@ def check_trial_env(
         task_of: reads the tasks ``[*B, ...]`` that the rows have back from the env below `Trial`.
 
     Raises:
-        TrialContractError: a rule is broken. The message says which, what was seen, why it matters and what to do.
+        TrialContractError: a rule is broken. The message says which, what was seen, why it matters and what to do. What the env
+            itself has raised is its cause, with the line where.
         ValueError: ``num_trials`` or ``max_steps`` is below 1.
 
     Examples:
@@ -116,11 +117,13 @@ def check_trial_env(
             places = seen.flatten(2).any(-1).nonzero().tolist()
             seen = "at row {}, step {} of the trials played".format(*places[0]) if places else None
         if seen is not None:
-            raise TrialContractError(rule, seen)
+            raise TrialContractError(rule, seen) from played.raised
 
 
 class _Played:
     """Trials of ``env``, played when the first rule asks for them. A rule returns what breaks it, or where, or None."""
+
+    raised: Exception | None = None  #: by the env, where a rule tells of that: its traceback shows the line
 
     def __init__(self, env: EnvBase, num_trials: int, max_steps: int, task_key, in_key, task_of=None):
         self.env, self.num_trials, self.max_steps = env, num_trials, max_steps
@@ -141,7 +144,11 @@ class _Played:
             return None if self.below is None else getattr(self.below, rule)()
         except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             # What TorchRL cannot play is told by the rule "specs".
-            return None if rule in ("rows_draw_apart", "step_specs") else f"{type(error).__name__}: {error}"
+            return None if rule in ("rows_draw_apart", "step_specs") else self._told(error)
+
+    def _told(self, error: Exception) -> str:
+        self.raised = error
+        return f"{type(error).__name__}: {error}"
 
     @cached_property
     def below(self) -> EnvBelow | None:
@@ -231,7 +238,7 @@ class _Played:
         try:
             check_env_specs(self.env)
         except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
+            return self._told(error)
 
     def trials_end(self):
         ended = self.steps["next", "done"].sum(1).min().item()

@@ -237,6 +237,30 @@ def test_a_broken_env_is_told_by_its_rule(make, rule, message):
     assert raised.value.rule == rule
 
 
+class Misspelt(Sound):
+    """Raises from step ``at_step`` on."""
+
+    at_step = 1
+
+    def paid(self):
+        if (self.steps >= self.at_step).any():
+            raise ValueError("a line of the env's own.")
+        return super().paid()
+
+
+class MisspeltLater(Misspelt):
+    at_step = 4  # when `check_env_specs` is over
+
+
+@pytest.mark.parametrize(("make", "rule"), [(Misspelt, "specs"), (MisspeltLater, "kept_tensors")])
+def test_what_the_env_raises_is_the_cause_with_its_line(make, rule):
+    with pytest.raises(TrialContractError, match=r"ValueError: a line of the env's own\. \w") as raised:
+        check_trial_env(trial_env(make()))
+    assert raised.value.rule == rule
+    assert raised.value.__cause__.__traceback__ is not None
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
 def test_the_env_that_the_broken_ones_are_made_of_is_sound():
     check_trial_env(trial_env(Sound()))
     check_trial_env(trial_env(Sound(1)))

@@ -756,6 +756,43 @@ def test_arguments_that_make_no_env(args, kwargs, error, message):
         GymVectorEnv(*args, **kwargs)
 
 
+class ReturnsOtherwise(Line):
+    """A `Line` that returns what the functions make of it."""
+
+    def __init__(self, of_reset=lambda returned: returned, of_step=lambda returned: returned):
+        super().__init__()
+        self.of_reset, self.of_step = of_reset, of_step
+
+    def reset(self, **kwargs):
+        return self.of_reset(super().reset(**kwargs))
+
+    def step(self, action):
+        return self.of_step(super().step(action))
+
+
+@SYNC_AND_ASYNC
+@pytest.mark.parametrize(
+    ("of", "change", "error", "message"),
+    [
+        ("of_reset", lambda it: it[0], TypeError, r"reset\(\) returns ndarray; .* tuple \(observation, info\)"),
+        ("of_reset", lambda it: (it[0][:2], it[1]), ValueError, r"reset\(\) observes shape \(2,\), but .* is \(3,\)"),
+        ("of_reset", lambda it: (float(it[0][0]), {}), ValueError, r"reset\(\) observes shape \(\), but .* is \(3,\)"),
+        ("of_step", lambda it: it[:4], TypeError, r"step\(\) returns 4 values; .*, terminated, truncated, info\)"),
+        (
+            "of_step",
+            lambda it: (it[0], np.ones(1), *it[2:]),
+            TypeError,
+            r"step\(\) pays array\(\[1.\]\); .* is one number",
+        ),
+    ],
+)
+def test_what_is_no_gymnasium_env_is_told_by_what_it_returns(of, change, error, message, vectorization):
+    env = lines(2, make=lambda: ReturnsOtherwise(**{of: change}), vectorization=vectorization)
+    with pytest.raises(error, match=message):
+        env.rollout(2)
+    env.close()
+
+
 def test_functions_one_a_row():
     env = GymVectorEnv([lambda: Line(goal=1.0), lambda: Line(goal=2.0)])
     assert env.reset()["observation"][:, 1].tolist() == [1, 2]

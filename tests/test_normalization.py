@@ -83,6 +83,22 @@ def test_bad_input():
         GRUValueHead(6, extra_keys=["time_left"], normalize=True)
 
 
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+def test_a_cast_policy_has_the_statistics_of_one_that_is_not(cast):
+    torch.manual_seed(0)
+    plain, changed = RunningNorm(2), nn.Sequential(RunningNorm(2))
+    for _ in range(3):  # cast before any data, and in the middle; 90,000 is beyond float16's largest number
+        getattr(changed, cast)()
+        data = torch.randn(30_000, 2) * torch.tensor([1.0, 50.0]) + 300
+        plain.update_statistics(data)
+        changed[0].update_statistics(data)
+    assert all(torch.equal(*pair) for pair in zip(plain.buffers(), changed.buffers(), strict=True))
+    x = torch.tensor([[301.0, 350.0]], dtype={"half": torch.half, "bfloat16": torch.bfloat16}.get(cast))
+    assert changed(x).dtype == x.dtype
+    torch.testing.assert_close(changed(x), plain(x))
+    assert {buffer.device.type for buffer in changed.to("meta", torch.half).buffers()} == {"meta"}
+
+
 def test_what_is_normalised_of_an_env():
     class Seen(TensorEnv):
         def __init__(self):
@@ -193,3 +209,48 @@ def test_a_policy_that_normalises_is_the_same_policy_as_a_module():
         losses = update.loss(update.advantage(batch.clone()))
     assert losses["max_ratio"].item() == pytest.approx(1.0, abs=1e-5)
     assert isinstance(norms(update.loss.actor_network)[0], nn.Module)
+
+
+# ---------------------------------------------------------- what it is worth
+class Dial(TensorEnv):
+    """A dial of unknown gain is to be turned to a level from 0 to 1, which is shown beside another number, times ``scales``."""
+
+    def __init__(self, scales, **kwargs):
+        specs = {"task_spec": Unbounded(1), "observation_spec": Unbounded(2), "action_spec": Unbounded(1)}
+        super().__init__(**specs, batch_size=(32,), max_episode_steps=10, fixed_length=True, **kwargs)
+        self.scales = torch.tensor(scales)
+
+    def begin(self, task, rows):
+        numbers = torch.rand(32, 2, generator=self.generator)
+        return (task, numbers[:, :1]), numbers * self.scales
+
+    def advance(self, state, action):
+        gain, level = state
+        reward = 1 - 2 * (level - gain * action).abs()
+        return *self.begin(gain, None), reward, None, None
+
+
+def paid_after_training(scales, normalize):
+    """Per step of the second episode, in trials of other gains than those of the training."""
+
+    def gains(batch_size, generator):
+        return 0.5 + torch.rand(*batch_size, 1, generator=generator)
+
+    torch.manual_seed(0)
+    transforms = [Compose(Trial(episodes=2), TaskSampler(gains, seed=seed), PreviousStep()) for seed in (0, 1)]
+    env, held_out = (TransformedEnv(Dial(scales, seed=seed), each) for seed, each in enumerate(transforms))
+    slots = {"hidden_size": 32, "normalize": normalize}
+    actor, critic = RecurrentActor.from_env(env, **slots), GRUValueHead.from_env(env, **slots)
+    advantage = TrialAdvantage(gamma=0.0, lmbda=0.0, value_target="gae", scale_rewards=True)
+    update = PPOUpdate(RL2PPOLoss(actor, critic), advantage, bptt=20, lr=3e-3, epochs=4, minibatches=4)
+    frames = {"frames_per_batch": 32 * 40, "total_frames": 30 * 32 * 40}
+    for batch in TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames):
+        update(batch)
+    return adaptation_curve(held_out, actor, 256, deterministic=True).per_episode[1].item() / 10
+
+
+@pytest.mark.parametrize("scales", [[1e-3, 1e-3], [1.0, 1e3]], ids=["too small to see", "beside a large number"])
+def test_a_task_that_is_not_learnt_without_is_learnt_with(scales):
+    # Who does not see the level l turns the dial to x for 1 - 2 E|l - x| = 1 - x² - (1 - x)², which is 0.5 at best.
+    assert paid_after_training(scales, normalize=False) < 0.52
+    assert paid_after_training(scales, normalize=True) > 0.6

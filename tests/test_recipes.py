@@ -17,7 +17,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import bandit, cartpole, experiment, grid_navi, half_cheetah, point_robot, results, tabular_mdp
+from recipes import bandit, cartpole, experiment, grid_navi, half_cheetah, pendulum, point_robot, results, tabular_mdp
 from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
 from rl2_torchrl import GRUGaussianActor, TaskSampler
 from rl2_torchrl.envs import TabularMDP, uniform_means
@@ -94,6 +94,19 @@ RECIPES = {
         cartpole,
         {"trials": 4, "units": 4, "report_tasks": 6, "epochs": 1},
         batch=4 * cartpole.BATCH_STEPS,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            r"Trial\(episodes=0\)": {"episodes": 0},
+            "num_envs=0": {"trials": 0},
+            "hidden_size=0": {"units": 0},
+        },
+    ),
+    "pendulum": Recipe(
+        pendulum,
+        {"trials": 4, "units": 4, "report_tasks": 6, "epochs": 1},
+        batch=4 * pendulum.BATCH_STEPS,
         baselines=set(),
         optimum=None,
         first_episode=None,
@@ -504,6 +517,27 @@ def test_steps_to_the_goal_are_those_of_first_trials():
                 on_step({**columns, ("next", "done"): torch.tensor(ends).unsqueeze(-1)})
 
     assert point_robot.steps_to_goal(Points(), 2).tolist() == [1.5, 2.0]
+
+
+def test_a_pendulum_has_the_physics_of_its_task_and_is_seen_at_its_scales():
+    plain, scaled = pendulum.scaled_pendulum(), pendulum.scaled_pendulum(10.0, 100.0)
+    for each in (plain, scaled):
+        pendulum.set_physics(each.unwrapped, torch.tensor([0.5, 2.0, 8.0]))
+        each.reset(seed=0)
+        each.unwrapped.state = np.array([np.pi / 2, 1.0])  # level, rad/s
+    seen, cost, *_ = plain.step(np.array([2.0]))
+    # Angular acceleration 3 g / (2 l) sin(angle) + 3 torque / (m l²) = 6 + 3 rad/s², over 0.05 s.
+    speed, angle = 1.0 + 0.05 * 9.0, np.pi / 2 + 0.05 * 1.45
+    np.testing.assert_allclose(seen, [np.cos(angle), np.sin(angle), speed], rtol=1e-5)
+    assert cost == pytest.approx(-((np.pi / 2) ** 2 + 0.1 + 0.001 * 4))
+    np.testing.assert_allclose(scaled.step(np.array([2.0]))[0], seen * [10.0, 10.0, 1000.0], rtol=1e-5)
+
+
+def test_physics_of_pendulums_are_in_their_ranges():
+    tasks = pendulum.physics(torch.Size([1000]), torch.Generator().manual_seed(0))
+    least, most = tasks.min(0).values, tasks.max(0).values
+    torch.testing.assert_close(least, torch.tensor([0.6, 0.6, 6.0]), rtol=0.02, atol=0)
+    torch.testing.assert_close(most, torch.tensor([1.2, 1.2, 12.0]), rtol=0.02, atol=0)
 
 
 def test_a_memory_corridor(tmp_path):

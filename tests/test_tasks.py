@@ -383,5 +383,5 @@ def test_bad_arguments():
 
 
 def test_env_that_knows_no_tasks():
-    with pytest.raises(KeyError, match="GymEnv has no 'task' in its state_spec.*GymTaskEnv"):
+    with pytest.raises(KeyError, match="GymEnv has no 'task' in its state_spec.*GymVectorEnv"):
         TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), uniform())).reset()

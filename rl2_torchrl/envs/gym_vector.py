@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Number
 from typing import Any, Literal
 
 import gymnasium
@@ -66,7 +67,8 @@ class GymVectorEnv(TensorEnv):
     Raises:
         ValueError: a vector env that resets in the next step, several ways for the task at once or half of one, no ``num_envs``,
             or functions that hand out the same env twice.
-        TypeError: a space that is no tensor of a fixed size, or an env where a function that makes one is needed.
+        TypeError: a space that is no tensor of a fixed size, an env where a function that makes one is needed, or one whose
+            ``reset`` or ``step`` returns something else than Gymnasium asks for.
         KeyError: episodes of a vector env that resets itself end without a ``final_obs``.
         FloatingPointError: an observation or reward is not finite.
         RuntimeError: a process of an env has died, or a vector env resets rows that were to go on.
@@ -327,7 +329,16 @@ class _Row(gymnasium.Wrapper):
     def __init__(self, make: Callable[[], gymnasium.Env], row: int, set_task, tasks, task_option: str | None):
         super().__init__(make())
         self._row, self._set_task, self._tasks, self._task_option = row, set_task, tasks, task_option
-        self.step = self.env.step  # a call less in each step of each row
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        stepped = self.env.step(action)
+        _require_parts("step()", stepped, "observation, reward, terminated, truncated, info")
+        if np.ndim(stepped[1]):
+            raise TypeError(
+                f"step() pays {stepped[1]!r}; a reward is one number: float(...), or .item() of an array of one."
+            )
+        self.step = self.env.step  # one look is enough: a call less in each further step of each row
+        return stepped
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         options = dict(options or {})
@@ -337,7 +348,21 @@ class _Row(gymnasium.Wrapper):
                 options[self._task_option] = task
             else:
                 self._set_task(self.env.unwrapped, _as_tensors(task) if self._tasks is None else self._tasks[int(task)])
-        return self.env.reset(seed=seed, options=options or None)
+        begun = self.env.reset(seed=seed, options=options or None)
+        _require_parts("reset()", begun, "observation, info")
+        space, shape = self.observation_space, np.shape(begun[0]) if isinstance(begun[0], np.ndarray | Number) else None
+        if isinstance(space, gymnasium.spaces.Box) and shape not in (None, space.shape):
+            raise ValueError(
+                f"reset() observes shape {shape}, but the observation_space's is {space.shape}: mend one of them."
+            )
+        return begun
+
+
+def _require_parts(function: str, returned: Any, names: str) -> None:
+    """Raises a TypeError that says what a Gymnasium env must return; its vector envs would fail to unpack it."""
+    if not isinstance(returned, tuple) or len(returned) != names.count(",") + 1:
+        given = f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
+        raise TypeError(f"{function} returns {given}; Gymnasium's is a tuple ({names}).")
 
 
 def _task_spec(set_task, task_spec, tasks, task_option: str | None) -> TensorSpec | None:

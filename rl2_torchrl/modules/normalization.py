@@ -18,7 +18,8 @@ class RunningNorm(nn.Module):
 
     `PPOUpdate` hands each batch to `update_statistics` once its passes are over: within a rollout and the update on it the
     statistics are fixed, so that the first ratio of an update is exactly 1. They are buffers: weights that are saved, exported or
-    sent to workers have them, and an evaluation leaves them alone. Before the first batch nothing is changed.
+    sent to workers have them, and an evaluation leaves them alone; they stay float64 when a policy is cast (``policy.half()``).
+    Before the first batch nothing is changed.
 
     Args:
         size: size of the input.
@@ -59,6 +60,16 @@ class RunningNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(size, **double))
         self.register_buffer("squares", torch.zeros(size, **double))
         self.clip = clip
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RunningNorm:
+        # `Module.half()` and its like would cast the sums: 65,504 is float16's largest count, and float32's sums stand still in
+        # long runs. The device is followed.
+        sums = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in sums.items():
+            moved = self._buffers[name]
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
 
     @property
     def std(self) -> torch.Tensor:

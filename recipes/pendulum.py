@@ -1,0 +1,110 @@
+"""RL² on Pendulum with mass, length and gravity unknown: a Gymnasium env of bounded reals as actions, through `GymVectorEnv`."""
+
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from torchrl.data import Unbounded
+from torchrl.envs import Compose, TransformedEnv
+
+from recipes import experiment
+from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationReport,
+    GRUGaussianActor,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    linear_decay,
+)
+from rl2_torchrl.envs import GymVectorEnv
+
+NETWORK = Network(normalize=True, critic_keys=())
+LEARNING = Learning(
+    trials=64, env_steps=1_000_000, lr=1e-3, gamma=0.95, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0
+)
+RUN = Run(Path("runs/pendulum"), report_tasks=256)
+#: Steps of a batch in each row, and of a chunk that gradients go through: episodes last 200.
+BATCH_STEPS, CHUNK_STEPS = 100, 50
+
+
+def main(
+    *,
+    episodes: int = 2,
+    observation_scale: float = 1.0,
+    velocity_scale: float = 1.0,
+    network: Network = NETWORK,
+    learning: Learning = LEARNING,
+    run: Run = RUN,
+) -> AdaptationReport:
+    """Trains RL² to swing up pendulums of unknown mass, length and gravity, and reports what an episode of 200 steps costs it.
+
+    Args:
+        episodes: episodes of a trial.
+        observation_scale: factor on the observations, to see what normalising them is worth.
+        velocity_scale: further factor on the angular velocity; 1000 shows it in mrad/s beside numbers below 1.
+        network: actor and critic.
+        learning: batches, and PPO on them.
+        run: seeds, where the run begins, and what it leaves.
+    """
+    torch.manual_seed(run.seed)
+
+    def make_env(sampler: TaskSampler, rows: int) -> TransformedEnv:
+        make = partial(scaled_pendulum, observation_scale, velocity_scale)
+        pendulums = GymVectorEnv(make, rows, set_task=set_physics, task_spec=Unbounded(3))
+        return TransformedEnv(pendulums, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
+
+    env = make_env(TaskSampler(physics, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
+    # Torques of up to 2 Nm: what is drawn beyond the env clips, and its log-probability is that of the draw.
+    actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells, init_log_std=0.0)
+    critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
+    policy = ActorCritic(actor, critic)
+    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
+        # A step costs up to 16, and the critic learns in units.
+        TrialAdvantage(**horizon, critic=policy, scale_rewards=True),
+        bptt=CHUNK_STEPS,
+        lr=learning.lr,
+        epochs=learning.epochs,
+        minibatches=learning.minibatches,
+        max_grad_norm=learning.max_grad_norm,
+        lr_schedule=linear_decay,
+        entropy_schedule=linear_decay,
+    )
+    batch = learning.trials * BATCH_STEPS
+    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
+    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    pendulums = Experiment(actor, make_env, physics, run, held_out_tasks=64, rows=64)
+    result = pendulums.train(collector, update)
+    return experiment.publish(pendulums.report(result, title="RL² on Pendulum"), run)
+
+
+def scaled_pendulum(scale: float = 1.0, velocity_scale: float = 1.0) -> gymnasium.Env:
+    """Pendulum that shows cosine and sine of its angle and its angular velocity (rad/s), times ``scale``."""
+    scales = scale * np.array([1.0, 1.0, velocity_scale])
+    space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
+    return gymnasium.wrappers.TransformObservation(gymnasium.make("Pendulum-v1"), lambda seen: scales * seen, space)
+
+
+def set_physics(pendulum: gymnasium.Env, task: torch.Tensor) -> None:
+    """Mass (kg), length (m) and gravity (m/s²)."""
+    pendulum.m, pendulum.l, pendulum.g = task.tolist()
+
+
+def physics(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Masses and lengths from 0.6 to 1.2 (Gymnasium's are 1), gravity from 6 to 12 (10), ``[*batch_size, 3]``."""
+    least, range_ = torch.tensor([0.6, 0.6, 6.0]), torch.tensor([0.6, 0.6, 6.0])
+    return least + range_ * torch.rand(*batch_size, 3, generator=generator)
+
+
+if __name__ == "__main__":
+    experiment.command(main)
