@@ -28,7 +28,7 @@ from rl2_torchrl.envs import GymVectorEnv
 
 NETWORK = Network(units=128)
 LEARNING = Learning(
-    trials=32, env_steps=2_500_000, lr=5e-4, lmbda=0.95, epochs=4, minibatches=4, max_grad_norm=0.5, entropy=0.05
+    trials=32, env_steps=3_500_000, lr=5e-4, lmbda=0.95, epochs=4, minibatches=4, max_grad_norm=0.5, entropy=0.05
 )
 RUN = Run(Path("runs/minigrid_memory"), report_tasks=512)
 #: Steps of a batch in each row, and of a chunk that gradients go through.
