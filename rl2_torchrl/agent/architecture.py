@@ -180,8 +180,10 @@ def as_key(plain: str | list) -> NestedKey:
 # ------------------------------------------------------------ what is known here
 def _as_constructed(module: nn.Module) -> dict[str, Any]:
     """A module's constructor's arguments where it keeps them under their names, as those of PyTorch do."""
-    names = [name for name in inspect.signature(type(module)).parameters if name not in ("device", "dtype")]
-    return {name: getattr(module, name) if name != "bias" else module.bias is not None for name in names}
+    parameters = inspect.signature(type(module)).parameters.values()
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    arguments = {name: getattr(module, name) for name in names if name not in ("bias", "device", "dtype")}
+    return {**arguments, **({"bias": module.bias is not None} if "bias" in names else {})}
 
 
 def _of_layers(linears: list[nn.Linear], activation: nn.Module) -> dict[str, Any]:
