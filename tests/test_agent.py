@@ -90,7 +90,7 @@ def targets(*transforms, rows=ROWS):
     return trial_env(QuadraticBandit(2, batch_size=(rows,), seed=2), tasks(uniform_targets(2)), before=transforms)
 
 
-def decided(actor, gain=30.0):
+def decided(actor, gain=300.0):
     """First weights choose nearly at random: larger ones make actions differ by what is seen and remembered."""
     for name, parameter in actor.named_parameters():
         if "layers" in name:

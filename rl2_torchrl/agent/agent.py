@@ -40,7 +40,7 @@ class AdaptiveAgent:
         signature: what is handed over at a step, as `from_policy` reads it of an env.
 
     Attributes:
-        signature: likewise.
+        step, signature: likewise.
         policy: the actor, a copy, or None where ``step`` is another function.
 
     Examples:
@@ -59,7 +59,7 @@ class AdaptiveAgent:
     """
 
     def __init__(self, step: Step, signature: Signature):
-        self.signature, self._step = signature, step
+        self.step, self.signature = step, signature
         self.policy = step.policy if isinstance(step, PolicyStep) else None
         self._is_single, self._start = True, None
         self._is_waiting = False
@@ -184,7 +184,7 @@ class AdaptiveAgent:
         entries = [self._entry(name_of(key), each, observation) for key, each in self.signature.observations.items()]
         noise = self._noise(deterministic) if noise is None else noise
         told = (self._reward, self._done, self._start, noise)
-        outputs = self._step(*[entry for entry, _ in entries], *told, *self._memory)
+        outputs = self.step(*[entry for entry, _ in entries], *told, *self._memory)
         action, self._memory = outputs[0], list(outputs[-len(self._memory) :])
         self._start, self._is_waiting = torch.zeros_like(self._start), True
         action = action[0] if self._is_single else action
@@ -196,7 +196,8 @@ class AdaptiveAgent:
 
         Args:
             reward: its reward, a number or ``[num_rows]`` (or ``[num_rows, 1]``).
-            done: whether it ended an *episode*, likewise; the trial goes on in the next one until `new_trial`. Default False.
+            done: whether it ended an *episode*, likewise, or one bool for all; the trial goes on in the next one until `new_trial`.
+                Default False.
 
         Raises:
             RuntimeError: there was no action.
@@ -205,6 +206,7 @@ class AdaptiveAgent:
         """
         if not self._is_waiting:
             raise RuntimeError("there is no action of which this could be the reward: act() comes first.")
+        done = [done] * len(self._start) if isinstance(done, bool) else done
         reward, done = self._column("reward", reward, torch.float32), self._column("done", done, torch.bool)
         if not reward.isfinite().all():
             raise FloatingPointError(f"the reward {reward.tolist()} is not finite: the memory would be NaN from here on.")
