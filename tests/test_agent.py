@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.data import Unbounded
 from torchrl.envs import (
     ActionScaling,
     Compose,
@@ -26,7 +24,7 @@ from torchrl.envs import (
 import rl2_torchrl as rl2
 from rl2_torchrl import AdaptiveAgent
 from rl2_torchrl.agent.signature import Signature
-from rl2_torchrl.envs import BernoulliBandit, GridNavi, GymVectorEnv, QuadraticBandit, TensorEnv, uniform_means, uniform_targets
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, QuadraticBandit, uniform_means, uniform_targets
 from rl2_torchrl.rollout import Rollout
 
 ROWS, EPISODES = 6, 3
@@ -90,11 +88,11 @@ def targets(*transforms, rows=ROWS):
     return trial_env(QuadraticBandit(2, batch_size=(rows,), seed=2), tasks(uniform_targets(2)), before=transforms)
 
 
-def decided(actor, gain=300.0):
-    """First weights choose nearly at random: larger ones make actions differ by what is seen and remembered."""
-    for name, parameter in actor.named_parameters():
-        if "layers" in name:
-            parameter.data.mul_(gain)
+def decided(actor, gain=1000.0):
+    """First weights choose nearly at random: a larger last layer makes actions differ by what is seen and remembered."""
+    [head] = [module for module in actor.modules() if isinstance(module, rl2.Head)]
+    for parameter in head.layers[-1].parameters():
+        parameter.data.mul_(gain)
     return actor
 
 
@@ -201,3 +199,162 @@ def test_it_plays_gymnasiums_own_env(name, rows, tmp_path):
             observation, _ = env.reset()
         torch.testing.assert_close(torch.as_tensor(reward).reshape(-1).float(), rewards[t].squeeze(-1), rtol=0, atol=0)
     assert len(actions.reshape(steps, -1).unique(dim=0)) > 1
+
+
+# ------------------------------------------------------ what stands between env and policy
+def test_transforms_of_the_env_are_taken_along(tmp_path):
+    def env():
+        norm = ObservationNorm(loc=0.5, scale=2.0, in_keys=["observation"], standard_normal=True)
+        shift = ObservationNorm(loc=torch.tensor([1.0, -1.0]), scale=3.0, in_keys=["observation"])
+        base = GymVectorEnv(partial(Toy, *SPACES["box"]), 1)
+        pay = RewardScaling(loc=0.25, scale=4.0)
+        return trial_env(base, DoubleToFloat(), norm, shift, pay, ActionScaling(loc=0.1, scale=0.2))
+
+    actor = make(env(), hidden_size=8)
+    actions, rewards = trained(env(), actor, 12, seed=3)
+    agent = AdaptiveAgent.from_policy(actor, env())
+    agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.pt"))
+    raw = Toy(*SPACES["box"])
+    torch.manual_seed(3)
+    agent.new_trial()
+    observation, _ = raw.reset()
+    for t in range(12):
+        observation, reward, terminated, _, _ = raw.step(agent.act(observation))
+        agent.observe(reward, terminated)
+        if terminated:
+            observation, _ = raw.reset()
+        assert 4.0 * reward + 0.25 == pytest.approx(rewards[t].item(), abs=1e-5)
+    assert actions.std() > 0.1
+
+
+def test_transforms_that_cannot_be_taken_along():
+    env = targets(RewardClipping(-1.0, 1.0))
+    with pytest.raises(NotImplementedError, match="the env has a RewardClipping, which an agent cannot take along"):
+        AdaptiveAgent.from_policy(make(env), env)
+
+
+def test_one_hot_actions_are_numbers_outside():
+    env = trial_env(GymEnv("CartPole-v1"))
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    agent.new_trial()
+    action = agent.act(np.zeros(4), deterministic=True)
+    assert action in (0, 1)
+    # What the policy is told of it is the one-hot vector.
+    assert agent.memory[0].tolist() == [[float(action == 0), float(action == 1)]]
+
+
+def test_an_entry_that_the_trial_adds_is_asked_for():
+    env = bandits()
+    actor = make(env, extra_keys=["time_left"])
+    agent = AdaptiveAgent.from_policy(actor, env)
+    agent.new_trial()
+    assert 0 <= agent.act({"time_left": [1.0]}) < 4
+    with pytest.raises(RuntimeError, match="observe"):
+        agent.act({"time_left": [1.0]})
+
+
+# ------------------------------------------------------------------ how it is used
+def test_rows_that_begin_anew_remember_nothing():
+    env = bandits()
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    noise = torch.zeros(ROWS, 4)
+    agent.new_trial(ROWS)
+    fresh = agent.act(noise=noise)
+    for reward in (1.0, 0.0, 1.0):
+        agent.observe(torch.full((ROWS,), reward), True)
+        agent.act(noise=noise)
+    agent.observe(np.ones((ROWS, 1)), np.ones((ROWS, 1), dtype=bool))
+    anew = torch.arange(ROWS) % 2 == 0
+    agent.new_trial(rows=anew)
+    again = torch.as_tensor(agent.act(noise=noise))
+    assert torch.equal(again[anew], torch.as_tensor(fresh)[anew])
+    reference = AdaptiveAgent.from_policy(agent.policy, env)
+    reference.new_trial(ROWS)
+    reference.act(noise=noise)
+    hidden, first = agent.memory[1], reference.memory[1]
+    torch.testing.assert_close(hidden[anew], first[anew], rtol=0, atol=0)
+    assert (hidden[~anew] - first[~anew]).abs().amax(dim=(1, 2)).min() > 0.01
+
+
+def test_training_on_does_not_change_an_agent():
+    env = bandits()
+    actor = make(env)
+    agent = AdaptiveAgent.from_policy(actor, env)
+    expected = {name: value.clone() for name, value in agent.policy.state_dict().items()}
+    for parameter in actor.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(agent.policy.state_dict(), expected, rtol=0, atol=0)
+
+
+def test_tensors_for_tensors_and_numpy_for_the_rest():
+    env = toys("box", 1)
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    for observation, kind in [(torch.zeros(2), torch.Tensor), (np.zeros(2), np.ndarray), ([0.0, 0.0], np.ndarray)]:
+        agent.new_trial()
+        assert isinstance(agent.act(observation), kind)
+        agent.new_trial(3)
+        action = agent.act(torch.zeros(3, 2) if kind is torch.Tensor else [[0.0, 0.0]] * 3)
+        assert isinstance(action, kind)
+        assert action.shape == (3, 2)
+
+
+def test_an_actor_and_critic_is_its_actor():
+    env = bandits()
+    actor = make(env)
+    agent = AdaptiveAgent.from_policy(rl2.ActorCritic(actor, rl2.GRUValueHead.from_env(env)), env)
+    torch.testing.assert_close(agent.policy.state_dict(), actor.state_dict(), rtol=0, atol=0)
+
+
+def bad(call, error, match, name="box"):
+    env = toys(name, 1) if name else bandits()
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    with pytest.raises(error, match=match):
+        call(agent)
+
+
+def begun(call, rows=None):
+    def run(agent):
+        agent.new_trial(rows)
+        call(agent)
+
+    return run
+
+
+BAD = {
+    "no trial": (lambda agent: agent.act([0.0, 0.0]), RuntimeError, "no trial has begun"),
+    "no rows": (lambda agent: agent.new_trial(0), ValueError, "num_rows=0: at least one trial"),
+    "rows of nothing": (lambda agent: agent.new_trial(rows=[True]), ValueError, "begin one first"),
+    "more rows": (begun(lambda agent: agent.new_trial(rows=[True] * 3), 2), ValueError, "begin one first"),
+    "no action": (begun(lambda agent: agent.observe(1.0)), RuntimeError, "act\\(\\) comes first"),
+    "twice": (begun(lambda agent: (agent.act([0, 0]), agent.act([0, 0]))), RuntimeError, "the last action's reward is missing"),
+    "no observation": (begun(lambda agent: agent.act()), ValueError, "'observation', and there is no observation"),
+    "shape": (begun(lambda agent: agent.act([0.0] * 3)), ValueError, r"'observation' has shape \(3,\); it must be \(2,\)"),
+    "rows": (begun(lambda agent: agent.act([[0.0] * 2] * 3), 2), ValueError, r"shape \(3, 2\); it must be \(2, 2\)"),
+    "NaN": (begun(lambda agent: agent.act([0.0, np.nan])), FloatingPointError, "'observation' is not finite"),
+    "reward": (begun(lambda agent: (agent.act([0, 0]), agent.observe(np.inf))), FloatingPointError, "is not finite: the memory"),
+    "rewards": (begun(lambda agent: (agent.act([0, 0]), agent.observe([1.0, 2.0]))), ValueError, "reward has 2 numbers, .* 1 trials"),
+    "entry": (begun(lambda agent: agent.act({"seen": [0, 0], "at": 1})), KeyError, "the observation lacks 'sub.x'", "dict"),
+    "choice": (begun(lambda agent: agent.act(4)), ValueError, "'observation' is .*4.*: choices are fewer than 3", "discrete from 5"),
+    "image": (begun(lambda agent: agent.act(np.zeros((3, 12, 14), np.uint8))), ValueError, r"must be \(12, 14, 3\)", "image"),
+}
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
+def test_bad_use(case):
+    bad(*case)
+
+
+def test_policies_that_are_no_agents():
+    env = bandits()
+    laplace = rl2.ActionDistribution(1, ["loc"], torch.distributions.Laplace, {"scale": 0.1})
+    with pytest.raises(TypeError, match="one distribution that can act by noise from outside"):
+        AdaptiveAgent.from_policy(rl2.RecurrentActor(6, laplace), env)
+    with pytest.raises(ValueError, match="of which 0 are written by a PreviousStep"):
+        AdaptiveAgent.from_policy(make(env), TransformedEnv(BernoulliBandit(4, batch_size=(2,)), rl2.Trial(episodes=2)))
+
+
+def test_a_signature_comes_back_from_its_text():
+    for name in SPACES:
+        env = toys(name, 2)
+        text = AdaptiveAgent.from_policy(make(env), env).signature.as_json()
+        assert Signature.from_json(text).as_json() == text

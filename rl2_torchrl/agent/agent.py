@@ -41,6 +41,7 @@ class AdaptiveAgent:
 
     Attributes:
         step, signature: likewise.
+        memory: what is handed on to the next step, as ``signature.memory`` names it, ``[N, ...]``; the last action comes first.
         policy: the actor, a copy, or None where ``step`` is another function.
 
     Examples:
@@ -62,7 +63,7 @@ class AdaptiveAgent:
         self.step, self.signature = step, signature
         self.policy = step.policy if isinstance(step, PolicyStep) else None
         self._is_single, self._start = True, None
-        self._is_waiting = False
+        self._is_waiting, self.memory = False, []
 
     # ------------------------------------------------------------ where it comes from
     @classmethod
@@ -158,7 +159,7 @@ class AdaptiveAgent:
         self._start = torch.ones(count, dtype=torch.bool)
         self._reward, self._done = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
         shapes = [(count, *shape) for shape in signature.memory.values()]
-        self._memory = [torch.zeros(shape, dtype=signature.dtype) for shape in shapes]
+        self.memory = [torch.zeros(shape, dtype=signature.dtype) for shape in shapes]
 
     @torch.no_grad()
     def act(self, observation: Any = None, *, deterministic: bool = False, noise: Tensor | None = None) -> Any:
@@ -184,8 +185,8 @@ class AdaptiveAgent:
         entries = [self._entry(name_of(key), each, observation) for key, each in self.signature.observations.items()]
         noise = self._noise(deterministic) if noise is None else noise
         told = (self._reward, self._done, self._start, noise)
-        outputs = self.step(*[entry for entry, _ in entries], *told, *self._memory)
-        action, self._memory = outputs[0], list(outputs[-len(self._memory) :])
+        outputs = self.step(*[entry for entry, _ in entries], *told, *self.memory)
+        action, self.memory = outputs[0], list(outputs[-len(self.memory) :])
         self._start, self._is_waiting = torch.zeros_like(self._start), True
         action = action[0] if self._is_single else action
         as_tensor = bool(entries) and all(is_tensor for _, is_tensor in entries)
