@@ -47,6 +47,7 @@ def main(
     for name, each in {"agent": saved, **exported(saved, forms)}.items():
         torch.manual_seed(0)
         figures[name] = {"return": play(each, trials_of(agent, env, trials)).mean().item()}
+        figures[name]["difference"] = difference(AdaptiveAgent.load(agent), each, trials_of(agent, env, trials))
         if actions:
             figures[name]["microseconds"] = microseconds(acting(each, trials_of(agent, env, rows)), actions)
     if actions:
@@ -83,6 +84,27 @@ def trained(agent: AdaptiveAgent, env: TransformedEnv) -> float:
     """The mean return of the training's policy, as evaluations play it."""
     torch.manual_seed(0)
     return adaptation_curve(env, agent.policy, env.batch_size.numel()).mean
+
+
+def difference(agent: AdaptiveAgent, other: AdaptiveAgent, env: TransformedEnv) -> float:
+    """The largest difference of the actions of two agents that see the same trials under the same noise.
+
+    It is the first one that plays: where an env is chaotic, as a cheetah is, rounding alone would lead them apart.
+    """
+    td, largest, step, done = env.reset(), 0.0, 0, False
+    for each in (agent, other):
+        each.new_trial(env.batch_size.numel())
+    while not done:
+        actions = []
+        for each in (agent, other):
+            torch.manual_seed(step)
+            actions.append(torch.as_tensor(each.act(*[td[key] for key in agent.signature.observations])))
+        largest, step = max(largest, (actions[0] - actions[1]).abs().max().item()), step + 1
+        td = env.step(td.set("action", actions[0]))["next"]
+        for each in (agent, other):
+            each.observe(td["reward"], td["episode_done"])
+        done = td["done"].all()
+    return largest
 
 
 # ------------------------------------------------------------------------ time
@@ -122,10 +144,12 @@ def microseconds(act: Callable[[], object], actions: int) -> float:
 
 
 def table(figures: dict[str, dict[str, float]], title: str) -> Table:
-    shown = Table("form", "return of a trial", "microseconds an action", title=title)
+    columns = ("form", "return of a trial", "largest difference of an action, shown the same", "microseconds an action")
+    shown = Table(*columns, title=title)
     for name, figure in figures.items():
         time_of = f"{figure['microseconds']:.0f}" if "microseconds" in figure else "-"
-        shown.add_row(name, f"{figure['return']:.6f}", time_of)
+        apart = f"{figure['difference']:.1e}" if "difference" in figure else "-"
+        shown.add_row(name, f"{figure['return']:.6f}", apart, time_of)
     return shown
 
 

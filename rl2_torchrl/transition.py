@@ -12,7 +12,7 @@ from torchrl.envs import Transform
 
 from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, is_within
 
-__all__ = ["Encoding", "Layout", "PreviousStep"]
+__all__ = ["PreviousStep"]
 
 
 class PreviousStep(Transform):

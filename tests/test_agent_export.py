@@ -11,14 +11,14 @@ from torchrl.modules import set_recurrent_mode
 import rl2_torchrl as rl2
 from rl2_torchrl import AdaptiveAgent
 from rl2_torchrl.modules.distributions import distribution_of
-from test_agent import NETWORKS, SPACES, bandits, make, play, targets, toys
+from test_agent import NETWORKS, bandits, make, play, targets, toys
 
 FORMS = ["pt2", "onnx"]
 STEPS, ROWS = 1000, 2
 CASES = {
     **{f"categorical {name}": (bandits, slots) for name, slots in NETWORKS.items()},
     **{f"gaussian {name}": (targets, NETWORKS[name]) for name in ("gru", "lstm", "mlp", "norm")},
-    **{f"toy {name}": (partial(toys, name), {"hidden_size": 8}) for name in SPACES},
+    **{f"toy {name}": (partial(toys, name), {"hidden_size": 8}) for name in ("image", "several", "flags", "dict")},
     "tanh": (partial(toys, "box"), {"distribution": rl2.TanhGaussianActions.from_spec}),
 }
 #: An export to ONNX takes seconds.

@@ -51,6 +51,7 @@ def test_exported_agents_earn_what_the_training_policy_earns(form):
     figures = agent_benchmark.main(agent=path, trials=100, forms=(form,), actions=10, rows=2)
     returns = {name: figure["return"] for name, figure in figures.items()}
     assert set(returns) == {"training's policy", "agent", f".{form}"}
+    assert figures[f".{form}"]["difference"] == 0
     assert len(set(returns.values())) == 1  # whole pulls that paid: the same actions, or it would not be
     assert all(figure["microseconds"] > 0 for figure in figures.values())
 
@@ -60,6 +61,7 @@ def test_exported_cheetahs_run_as_the_training_policy_does(tmp_path):
     tiny = {"trials": 2, "units": 4, "horizon": 5, "env_steps": 20, "report_tasks": 2, "progress": False, "log_dir": tmp_path}
     half_cheetah.main(**arguments(half_cheetah.main, {"task": "velocity", **tiny}))
     figures = agent_benchmark.main(agent=tmp_path / "agent.pt", env="velocity", trials=2, forms=("pt2",), actions=0)
-    returns = [figure["return"] for figure in figures.values()]
-    assert returns == pytest.approx([returns[0]] * 3, rel=1e-4)
-    assert returns[0] < 0
+    assert figures["agent"] == {"return": figures["training's policy"]["return"], "difference": 0}
+    # What rounding does to one action leads a cheetah, which is chaotic, elsewhere in time: so, shown the same.
+    assert 0 < figures[".pt2"]["difference"] < 1e-5
+    assert figures[".pt2"]["return"] == pytest.approx(figures["agent"]["return"], rel=0.3)

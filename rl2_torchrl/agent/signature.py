@@ -141,6 +141,13 @@ class Signature:
         noise_size: numbers of noise of one row.
         memory: name and shape (of one row) of what is handed on from step to step.
         dtype: of noise and memory.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from rl2_torchrl import AdaptiveAgent, GRUCategoricalActor
+        >>> env = TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), PreviousStep()))
+        >>> AdaptiveAgent.from_policy(GRUCategoricalActor.from_env(env), env).signature.inputs
+        ['observation', 'reward', 'done', 'start', 'noise', 'last_action', 'actor_hidden']
     """
 
     observations: dict[NestedKey, Observed]

@@ -66,7 +66,8 @@ class PolicyStep(nn.Module):
         drawn = self._distribution.with_noise(noise, *parameters)
         acted = self.signature.action
         scaled = acted.scaled(drawn)
-        handed_on = [self._layout.action.encode(scaled, start.shape[:1]), *(state[key] for key in self._next_keys)]
+        last_action = self._layout.action.encode(scaled, start.shape[:1]).to(self.signature.dtype)
+        handed_on = [last_action, *(state[key] for key in self._next_keys)]
         return (acted.to_env(scaled), *parameters, *handed_on)
 
     def _state(self, observed, reward: Tensor, done: Tensor, start: Tensor, memory) -> State:
