@@ -1,4 +1,4 @@
-"""An agent in all its forms, beside the training's policy: the returns of the same trials under the same noise, and time per action."""
+"""An agent in all its forms beside the training's policy: returns of the same trials under the same noise, time of an action."""
 
 import statistics
 import tempfile
@@ -52,7 +52,9 @@ def main(
             figures[name]["microseconds"] = microseconds(acting(each, trials_of(agent, env, rows)), actions)
     if actions:
         figures["training's policy"]["microseconds"] = microseconds(policy(saved, trials_of(agent, env, rows)), actions)
-    Console().print(table(figures, f"{agent}: {trials} trials; {actions} actions of {rows} rows, {torch.get_num_threads()} threads"))
+    Console().print(
+        table(figures, f"{agent}: {trials} trials; {actions} actions of {rows} rows, {torch.get_num_threads()} threads")
+    )
     return figures
 
 

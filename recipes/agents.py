@@ -19,7 +19,9 @@ from rl2_torchrl.report import made_by
 FOLDER = Path("recipes/pretrained")
 
 
-def main(*, folder: Path = FOLDER, trials: int = 10_000, page: Path = FOLDER / "README.md") -> dict[str, AdaptationCurve]:
+def main(
+    *, folder: Path = FOLDER, trials: int = 10_000, page: Path = FOLDER / "README.md"
+) -> dict[str, AdaptationCurve]:
     """Plays every agent of a folder on the tasks of the paper's tables, and writes the page of their scores.
 
     Args:
@@ -33,8 +35,10 @@ def main(*, folder: Path = FOLDER, trials: int = 10_000, page: Path = FOLDER / "
     rows = [row_of(folder / name, curve) for name, curve in curves.items()]
     table = markdown(["file", "env", "network", "bytes", "return of a trial", "± standard error", "trials"], rows)
     command = f"`python -m recipes.agents --trials {trials}`, commit {made_by()['commit']}"
-    text = f"# Trained agents\nLoad one by `rl2_torchrl.AdaptiveAgent.load(file)`. Scores on held-out tasks, acting by sampling: {command}.\n"
-    page.write_text(f"{text}\n{table}\n")
+    text = (
+        f"Load one by `rl2_torchrl.AdaptiveAgent.load(file)`. Scores on held-out tasks, acting by sampling: {command}."
+    )
+    page.write_text(f"# Trained agents\n{text}\n\n{table}\n")
     Console().print(f"page: {page}")
     return curves
 

@@ -225,6 +225,9 @@ class Experiment:
             return TrainResult()
         if run.initial_weights is not None:
             load_weights(self.actor, run.initial_weights)
+        AdaptiveAgent.from_policy(
+            self.actor, collector.env
+        )  # what no agent can be made of is noticed before the training
         result = train(
             collector,
             update,

@@ -60,7 +60,13 @@ SPACES = {
     "float64": (spaces.Box(-1, 1, (3,), np.float64), spaces.Box(-1, 1, (), np.float64)),
     "image": (spaces.Box(0, 255, (12, 14, 3), np.uint8), spaces.Discrete(3)),
     "dict": (
-        spaces.Dict({"seen": spaces.Box(-1, 1, (2,)), "at": spaces.Discrete(4, start=1), "sub": spaces.Dict({"x": spaces.Box(-1, 1)})}),
+        spaces.Dict(
+            {
+                "seen": spaces.Box(-1, 1, (2,)),
+                "at": spaces.Discrete(4, start=1),
+                "sub": spaces.Dict({"x": spaces.Box(-1, 1)}),
+            }
+        ),
         spaces.Discrete(3),
     ),
     "tuple": (spaces.Tuple([spaces.Box(-1, 1, (2,)), spaces.Discrete(3)]), spaces.Discrete(3)),
@@ -326,16 +332,47 @@ BAD = {
     "rows of nothing": (lambda agent: agent.new_trial(rows=[True]), ValueError, "begin one first"),
     "more rows": (begun(lambda agent: agent.new_trial(rows=[True] * 3), 2), ValueError, "begin one first"),
     "no action": (begun(lambda agent: agent.observe(1.0)), RuntimeError, "act\\(\\) comes first"),
-    "twice": (begun(lambda agent: (agent.act([0, 0]), agent.act([0, 0]))), RuntimeError, "the last action's reward is missing"),
+    "twice": (
+        begun(lambda agent: (agent.act([0, 0]), agent.act([0, 0]))),
+        RuntimeError,
+        "the last action's reward is missing",
+    ),
     "no observation": (begun(lambda agent: agent.act()), ValueError, "'observation', and there is no observation"),
-    "shape": (begun(lambda agent: agent.act([0.0] * 3)), ValueError, r"'observation' has shape \(3,\); it must be \(2,\)"),
+    "shape": (
+        begun(lambda agent: agent.act([0.0] * 3)),
+        ValueError,
+        r"'observation' has shape \(3,\); it must be \(2,\)",
+    ),
     "rows": (begun(lambda agent: agent.act([[0.0] * 2] * 3), 2), ValueError, r"shape \(3, 2\); it must be \(2, 2\)"),
     "NaN": (begun(lambda agent: agent.act([0.0, np.nan])), FloatingPointError, "'observation' is not finite"),
-    "reward": (begun(lambda agent: (agent.act([0, 0]), agent.observe(np.inf))), FloatingPointError, "is not finite: the memory"),
-    "rewards": (begun(lambda agent: (agent.act([0, 0]), agent.observe([1.0, 2.0]))), ValueError, "reward has 2 numbers, .* 1 trials"),
-    "entry": (begun(lambda agent: agent.act({"seen": [0, 0], "at": 1})), KeyError, "the observation lacks 'sub.x'", "dict"),
-    "choice": (begun(lambda agent: agent.act(4)), ValueError, "'observation' is .*4.*: choices are fewer than 3", "discrete from 5"),
-    "image": (begun(lambda agent: agent.act(np.zeros((3, 12, 14), np.uint8))), ValueError, r"must be \(12, 14, 3\)", "image"),
+    "reward": (
+        begun(lambda agent: (agent.act([0, 0]), agent.observe(np.inf))),
+        FloatingPointError,
+        "is not finite: the memory",
+    ),
+    "rewards": (
+        begun(lambda agent: (agent.act([0, 0]), agent.observe([1.0, 2.0]))),
+        ValueError,
+        "reward has 2 numbers, .* 1 trials",
+    ),
+    "entry": (
+        begun(lambda agent: agent.act({"seen": [0, 0], "at": 1})),
+        KeyError,
+        "the observation lacks 'sub.x'",
+        "dict",
+    ),
+    "choice": (
+        begun(lambda agent: agent.act(4)),
+        ValueError,
+        "'observation' is .*4.*: choices are fewer than 3",
+        "discrete from 5",
+    ),
+    "image": (
+        begun(lambda agent: agent.act(np.zeros((3, 12, 14), np.uint8))),
+        ValueError,
+        r"must be \(12, 14, 3\)",
+        "image",
+    ),
 }
 
 

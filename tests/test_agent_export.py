@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from test_agent import NETWORKS, bandits, make, play, targets, toys
 from torchrl.modules import set_recurrent_mode
 
 import rl2_torchrl as rl2
 from rl2_torchrl import AdaptiveAgent
 from rl2_torchrl.modules.distributions import distribution_of
-from test_agent import NETWORKS, bandits, make, play, targets, toys
 
 FORMS = ["pt2", "onnx"]
 STEPS, ROWS = 1000, 2
@@ -34,7 +34,9 @@ def exported(agent, form, folder):
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     path = agent.export(folder / f"agent.{form}")
-    return AdaptiveAgent.load(path) if form == "onnx" else AdaptiveAgent(torch.export.load(path).module(), agent.signature)
+    return (
+        AdaptiveAgent.load(path) if form == "onnx" else AdaptiveAgent(torch.export.load(path).module(), agent.signature)
+    )
 
 
 def inputs(signature, steps, rows, seed=0):
@@ -45,7 +47,9 @@ def inputs(signature, steps, rows, seed=0):
             number = each.number_of_choices
             shape = (rows, *each.spec.shape)
             if number is not None:
-                value = (torch.rand(shape, generator=generator) * number).long() + (0 if each.start is None else each.start)
+                value = (torch.rand(shape, generator=generator) * number).long() + (
+                    0 if each.start is None else each.start
+                )
             elif each.spec.dtype == torch.uint8:
                 value = torch.randint(256, shape, generator=generator)
             else:
@@ -113,7 +117,18 @@ def test_inputs_and_outputs_of_an_onnx_model_have_names(tmp_path):
     # What another program does, which has neither this package nor PyTorch.
     session = runtime.InferenceSession(agent.export(tmp_path / "agent.onnx"))
     names = [each.name for each in session.get_inputs()]
-    assert names == ["at", "seen", "sub.x", "reward", "done", "start", "noise", "last_action", "actor_hidden", "actor_hidden_cell"]
+    assert names == [
+        "at",
+        "seen",
+        "sub.x",
+        "reward",
+        "done",
+        "start",
+        "noise",
+        "last_action",
+        "actor_hidden",
+        "actor_hidden_cell",
+    ]
     memory = {"last_action": (1, 3), "actor_hidden": (1, 1, 8), "actor_hidden_cell": (1, 1, 8)}
     memory = {name: np.zeros(shape, np.float32) for name, shape in memory.items()}
     seen = {"at": np.array([2]), "seen": np.float32([[0.5, -0.5]]), "sub.x": np.float32([[0.1]])}
@@ -148,6 +163,9 @@ def test_onnx_models_of_others(tmp_path):
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [value], [out])
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9), tmp_path / "other.onnx")
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9),
+        tmp_path / "other.onnx",
+    )
     with pytest.raises(ValueError, match="is an ONNX model, but no agent's"):
         AdaptiveAgent.load(tmp_path / "other.onnx")

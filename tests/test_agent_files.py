@@ -49,7 +49,9 @@ def test_loading_draws_no_random_numbers(tmp_path):
     assert torch.rand(1) == expected
 
 
-@pytest.mark.parametrize("load", [AdaptiveAgent.load, lambda path: load_weights(nn.Linear(2, 3), path)], ids=["agent", "weights"])
+@pytest.mark.parametrize(
+    "load", [AdaptiveAgent.load, lambda path: load_weights(nn.Linear(2, 3), path)], ids=["agent", "weights"]
+)
 def test_no_file(load, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no agent in .*agent.pt: a recipe leaves"):
         load(tmp_path / "agent.pt")
@@ -90,14 +92,20 @@ def planted(path):
         lambda path: path.write_bytes(pickle.dumps(Harmful())),
         lambda path: torch.save(torch.zeros(3), path),
         lambda path: torch.save(an_agent().policy.state_dict(), path),
-        lambda path: torch.save({"format": "rl2_torchrl.agent.1", "about": "{}", "weights": {"a": 3}, "digest": ""}, path),
+        lambda path: torch.save(
+            {"format": "rl2_torchrl.agent.1", "about": "{}", "weights": {"a": 3}, "digest": ""}, path
+        ),
     ],
     ids=["cut short", "planted", "empty", "text", "pickle", "tensor", "bare weights", "number"],
 )
-@pytest.mark.parametrize("load", [AdaptiveAgent.load, lambda path: load_weights(nn.Linear(2, 3), path)], ids=["agent", "weights"])
+@pytest.mark.parametrize(
+    "load", [AdaptiveAgent.load, lambda path: load_weights(nn.Linear(2, 3), path)], ids=["agent", "weights"]
+)
 def test_files_that_hold_no_agent(load, write, tmp_path):
     write(tmp_path / "agent.pt")
-    with pytest.raises(ValueError, match=r"agent.pt cannot be read as an agent's file .*: it is cut short, or something else"):
+    with pytest.raises(
+        ValueError, match=r"agent.pt cannot be read as an agent's file .*: it is cut short, or something else"
+    ):
         load(tmp_path / "agent.pt")
 
 

@@ -12,7 +12,10 @@ from rl2_torchrl import AdaptiveAgent
 PRETRAINED = Path(__file__).parents[1] / "recipes" / "pretrained"
 PAGE = (PRETRAINED / "README.md").read_text(encoding="utf-8")
 #: File: env, network, bytes, score, standard error, trials.
-ROWS = {cells[0].strip("`"): cells[1:] for cells in re.findall(r"^\| (`.*?`) \| " + r"(.*?) \| " * 5 + r"(.*?) \|$", PAGE, re.MULTILINE)}
+ROWS = {
+    cells[0].strip("`"): cells[1:]
+    for cells in re.findall(r"^\| (`.*?`) \| " + r"(.*?) \| " * 5 + r"(.*?) \|$", PAGE, re.MULTILINE)
+}
 
 
 def test_the_page_is_of_the_files_that_are_there():
@@ -58,7 +61,15 @@ def test_exported_agents_earn_what_the_training_policy_earns(form):
 
 def test_exported_cheetahs_run_as_the_training_policy_does(tmp_path):
     pytest.importorskip("mujoco")
-    tiny = {"trials": 2, "units": 4, "horizon": 5, "env_steps": 20, "report_tasks": 2, "progress": False, "log_dir": tmp_path}
+    tiny = {
+        "trials": 2,
+        "units": 4,
+        "horizon": 5,
+        "env_steps": 20,
+        "report_tasks": 2,
+        "progress": False,
+        "log_dir": tmp_path,
+    }
     half_cheetah.main(**arguments(half_cheetah.main, {"task": "velocity", **tiny}))
     figures = agent_benchmark.main(agent=tmp_path / "agent.pt", env="velocity", trials=2, forms=("pt2",), actions=0)
     assert figures["agent"] == {"return": figures["training's policy"]["return"], "difference": 0}

@@ -1,7 +1,6 @@
 """GRU actors and value heads: shapes, first weights, hand-worked steps, keys, primers, and steps against sequences."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -85,7 +85,7 @@ class AdaptiveAgent:
 
     @classmethod
     def load(cls, path: str | Path) -> AdaptiveAgent:
-        """The agent of a file: one that `save` wrote, or an ``.onnx`` one (extra ``onnx``) that `export` wrote. Nothing is unpickled.
+        """The agent of a file: one that `save` wrote, or an ``.onnx`` one (extra ``onnx``). Nothing is unpickled.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -97,7 +97,7 @@ class AdaptiveAgent:
             return cls(*onnx_step(path))
         if path.suffix == ".pt2":
             raise ValueError(
-                f"{path}: PyTorch reads .pt2 files by pickle, which runs what is planted in one. Load the agent.pt that it was exported "
+                f"{path}: PyTorch reads .pt2 files by pickle, which runs what is planted there. Load the agent.pt that it was made "
                 f"from, or where you trust it: AdaptiveAgent(torch.export.load({path.name!r}).module(), agent.signature)."
             )
         about, weights = read_agent(path)
@@ -132,7 +132,9 @@ class AdaptiveAgent:
 
     def _actor(self):
         if self.policy is None:
-            raise TypeError("this agent runs an exported graph, which has no policy to write: take the agent that it came from.")
+            raise TypeError(
+                "this agent runs an exported graph, which has no policy to write: take the agent that it came from."
+            )
         return self.policy
 
     # ----------------------------------------------------------------- a trial
@@ -149,7 +151,9 @@ class AdaptiveAgent:
         if rows is not None:
             rows = torch.as_tensor(rows, dtype=torch.bool)
             if self._start is None or num_rows is not None or rows.shape != self._start.shape:
-                raise ValueError(f"rows={rows} says which of a batch that runs begin anew: begin one first, new_trial(num_rows).")
+                raise ValueError(
+                    f"rows={rows} says which of a batch that runs begin anew: begin one first, new_trial(num_rows)."
+                )
             self._start = self._start | rows
             return
         if num_rows is not None and num_rows < 1:
@@ -181,7 +185,9 @@ class AdaptiveAgent:
         if self._start is None:
             raise RuntimeError("no trial has begun: call new_trial() before the first act().")
         if self._is_waiting and not self._start.all():
-            raise RuntimeError("the last action's reward is missing, from which the agent learns: observe(reward, done) comes first.")
+            raise RuntimeError(
+                "the last action's reward is missing, from which the agent learns: observe(reward, done) comes first."
+            )
         entries = [self._entry(name_of(key), each, observation) for key, each in self.signature.observations.items()]
         noise = self._noise(deterministic) if noise is None else noise
         told = (self._reward, self._done, self._start, noise)
@@ -210,7 +216,9 @@ class AdaptiveAgent:
         done = [done] * len(self._start) if isinstance(done, bool) else done
         reward, done = self._column("reward", reward, torch.float32), self._column("done", done, torch.bool)
         if not reward.isfinite().all():
-            raise FloatingPointError(f"the reward {reward.tolist()} is not finite: the memory would be NaN from here on.")
+            raise FloatingPointError(
+                f"the reward {reward.tolist()} is not finite: the memory would be NaN from here on."
+            )
         self._reward, self._done, self._is_waiting = reward, done, False
 
     def _column(self, name: str, value: Any, dtype: torch.dtype) -> Tensor:
@@ -227,7 +235,9 @@ class AdaptiveAgent:
         given = tuple(entry.shape) if not self._is_single else (1, *entry.shape)
         # A scalar may stand for [1], and a vector for what the env nests; an image must have its own order.
         if given != shape and not (given[:1] == shape[:1] and entry.numel() == np.prod(shape) and len(shape) < 3):
-            raise ValueError(f"the observation {name!r} has shape {tuple(entry.shape)}; it must be {shape[self._is_single :]}.")
+            raise ValueError(
+                f"the observation {name!r} has shape {tuple(entry.shape)}; it must be {shape[self._is_single :]}."
+            )
         entry = entry.reshape(shape)
         if entry.is_floating_point() and not entry.isfinite().all():
             raise FloatingPointError(f"the observation {name!r} is not finite: the memory would be NaN from here on.")
@@ -261,4 +271,6 @@ def _require_choices(name: str, entry: Tensor, observed: Observed) -> None:
         return
     choice = entry if observed.start is None else entry - observed.start
     if ((choice < 0) | (choice >= number)).any():
-        raise ValueError(f"the observation {name!r} is {entry.tolist()}: choices are fewer than {number.tolist()}, from the env's first.")
+        raise ValueError(
+            f"the observation {name!r} is {entry.tolist()}: choices are fewer than {number.tolist()}, from the env's first."
+        )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.modules import ProbabilisticActor
 

@@ -18,7 +18,16 @@ __all__ = ["load_weights", "read_agent", "write_agent"]
 #: The mark of these files; another number where what they hold means something else.
 _FORMAT = "rl2_torchrl.agent.1"
 #: What `torch.load` raises on files that are cut short, or hold anything but tensors, numbers and text.
-_UNREADABLE = (EOFError, OSError, RuntimeError, AttributeError, LookupError, TypeError, ValueError, pickle.UnpicklingError)
+_UNREADABLE = (
+    EOFError,
+    OSError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 def write_agent(path: str | Path, about: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Path:
@@ -44,7 +53,9 @@ def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no agent in {path}: a recipe leaves its own in its run's folder, as agent.pt.")
+        raise FileNotFoundError(
+            f"there is no agent in {path}: a recipe leaves its own in its run's folder, as agent.pt."
+        )
     try:
         held = torch.load(path, weights_only=True, map_location="cpu")
         form, text, weights, digest = (held[name] for name in ("format", "about", "weights", "digest"))

@@ -36,7 +36,7 @@ from rl2_torchrl.trial import Trial
 __all__ = ["Acted", "Affine", "Observed", "Signature", "name_of"]
 
 #: Transforms that leave observations, rewards and actions as they are.
-_NEUTRAL = (Trial, TaskSampler, PreviousStep, InitTracker, TensorDictPrimer, StepCounter, RewardSum, DoubleToFloat)
+_NEUTRAL = (Trial, TaskSampler, InitTracker, TensorDictPrimer, StepCounter, RewardSum, DoubleToFloat)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,9 @@ def observed_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, Obse
     specs, base = env.full_observation_spec_unbatched, base_of(env)
     missing = [key for key in keys if key not in specs.keys(True, True)]
     if missing:
-        raise KeyError(f"the policy reads {missing}, which the env does not show; it has {list(specs.keys(True, True))}.")
+        raise KeyError(
+            f"the policy reads {missing}, which the env does not show; it has {list(specs.keys(True, True))}."
+        )
     leaves = {leaf.key: leaf for leaf in base.observations.leaves} if isinstance(base, GymVectorEnv) else {}
     observed = {}
     for key in keys:
@@ -263,7 +265,7 @@ def transition_of(env: EnvBase, keys: Sequence[NestedKey]) -> PreviousStep:
     writers = [each for each in transforms_of(env) if isinstance(each, PreviousStep) and each.out_key in keys]
     if len(writers) != 1:
         raise ValueError(
-            f"the policy reads {list(keys)}, of which {len(writers)} are written by a PreviousStep of the env; it must be one: give "
+            f"the policy reads {list(keys)}, of which {len(writers)} are written by a PreviousStep; it must be one: give "
             "the env that the policy was trained on, with its Trial and PreviousStep."
         )
     return writers[0]
@@ -285,13 +287,14 @@ def _affine_of(env: EnvBase, key: NestedKey, *, actions: bool = False) -> tuple[
     """What the transforms do to ``key``, in the order in which they do it."""
     affine = []
     for each in transforms_of(env):
-        if type(each) in _NEUTRAL:
+        # What is derived from PreviousStep may write another transition input.
+        if isinstance(each, _NEUTRAL) or type(each) is PreviousStep:
             continue
         if type(each) not in (ObservationNorm, RewardScaling, ActionScaling):
             raise NotImplementedError(
-                f"the env has a {type(each).__name__}, which an agent cannot take along: what it reads or does would not be what it was "
-                f"trained on. It takes along {', '.join(cls.__name__ for cls in (*_NEUTRAL, ObservationNorm, RewardScaling, ActionScaling))}; "
-                "RecurrentActor(normalize=True) normalises within the networks."
+                f"the env has a {type(each).__name__}, which an agent cannot take along: what it is shown or does would not be what "
+                "it was trained on. It takes ObservationNorm, RewardScaling and ActionScaling; RecurrentActor(normalize=True) "
+                "normalises within the networks."
             )
         keys, written = (each.in_keys_inv, each.out_keys_inv) if actions else (each.in_keys, each.out_keys)
         if key in written and list(keys) != list(written):

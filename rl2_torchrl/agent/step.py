@@ -100,7 +100,7 @@ def _exportable(part: ActingPart) -> Callable[[State], None]:
     function = {"core": lambda: _core_step(module), "tensors": lambda: module.module}.get(part.way)
     if function is None:
         raise NotImplementedError(
-            f"{type(module).__name__} reads a TensorDict, which no exported graph has: write it as a TensorDictModule of a function of "
+            f"{type(module).__name__} reads a TensorDict, which no graph has: write it as a TensorDictModule of a function of "
             "tensors, or as a RecurrentCore."
         )
     function = function()
@@ -168,7 +168,10 @@ def signature_of(actor: ProbabilisticTensorDictSequential, env: EnvBase) -> Sign
         reward=reward_of(env),
         noise=distribution.noise,
         noise_size=_num_outputs(actor, {transition.out_key: Unbounded(layout.size), **specs}),
-        memory={LAST_ACTION: (layout.action.size,), **{name_of(key): tuple(firsts[key].shape[1:]) for key in remembered}},
+        memory={
+            LAST_ACTION: (layout.action.size,),
+            **{name_of(key): tuple(firsts[key].shape[1:]) for key in remembered},
+        },
         dtype=next(iter(firsts.values())).dtype,
     )
 
