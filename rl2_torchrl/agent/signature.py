@@ -292,9 +292,9 @@ def _affine_of(env: EnvBase, key: NestedKey, *, actions: bool = False) -> tuple[
             continue
         if type(each) not in (ObservationNorm, RewardScaling, ActionScaling):
             raise NotImplementedError(
-                f"the env has a {type(each).__name__}, which an agent cannot take along: what it is shown or does would not "
-                "be what it was trained on. It takes ObservationNorm, RewardScaling and ActionScaling; RecurrentActor(normalize=True) "
-                "normalises within the networks."
+                f"the env has a {type(each).__name__}, which an agent cannot take along: what it is shown or does would not be "
+                "what it was trained on. It takes ObservationNorm, RewardScaling and ActionScaling; "
+                "RecurrentActor(normalize=True) normalises within the networks."
             )
         keys, written = (each.in_keys_inv, each.out_keys_inv) if actions else (each.in_keys, each.out_keys)
         if key in written and list(keys) != list(written):
