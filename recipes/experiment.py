@@ -21,6 +21,7 @@ from torchrl.record.loggers import get_logger
 
 from rl2_torchrl import (
     AdaptationReport,
+    AdaptiveAgent,
     GRUCore,
     LSTMCore,
     MLPEncoder,
@@ -31,7 +32,6 @@ from rl2_torchrl import (
     TrialCollector,
     adaptation_curve,
     load_weights,
-    save_weights,
     train,
 )
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
@@ -119,12 +119,12 @@ class Run:
     """Seeds, where a run begins, and what it leaves.
 
     Args:
-        log_dir: folder of the run: report.json, report.png and other plots, actor.pt, scalars and checkpoints.
+        log_dir: folder of the run: report.json, report.png and other plots, agent.pt, scalars and checkpoints.
         seed: seed of networks, envs and tasks.
         report_tasks: held-out tasks in the final report.
         held_out_seed: seed of the tasks of evaluations and report, for runs to share them; the run's own by default.
-        initial_weights: file of an actor's weights to start from, such as those for shorter trials.
-        weights: file of an actor's weights, as a run leaves it in actor.pt: to evaluate in place of training.
+        initial_weights: file of an agent to start from, such as one for shorter trials.
+        weights: file of an agent, as a run leaves it in agent.pt: to evaluate in place of training.
         logger: where scalars go; tensorboard and wandb are extras of the package.
         resume: go on from the newest checkpoint in log_dir.
         resume_changes: settings that may differ from those of the run that is resumed, by the names that the error gives.
@@ -221,13 +221,16 @@ class Experiment:
         self.held_out_tasks, self.rows, self.episode_name, self.measures = held_out_tasks, rows, episode_name, measures
 
     def train(self, collector: TrialCollector, update: PPOUpdate, **options: Any) -> TrainResult:
-        """Trains the actor and saves it, or loads the weights that the run names; ``options`` go to `train`."""
+        """Trains the actor and saves its agent, or loads the weights that the run names; ``options`` go to `train`."""
         run = self.run
         if run.weights is not None:
             load_weights(self.actor, run.weights)
             return TrainResult()
         if run.initial_weights is not None:
             load_weights(self.actor, run.initial_weights)
+        AdaptiveAgent.from_policy(
+            self.actor, collector.env
+        )  # what no agent can be made of is noticed before the training
         result = train(
             collector,
             update,
@@ -238,7 +241,7 @@ class Experiment:
             resume_changes=run.resume_changes,
             progress=run.progress,
         )
-        save_weights(self.actor, run.log_dir / "actor.pt")
+        AdaptiveAgent.from_policy(self.actor, collector.env).save(run.log_dir / "agent.pt")
         return result
 
     def tasks(self, stream: int, number: int) -> torch.Tensor:

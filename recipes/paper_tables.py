@@ -47,7 +47,7 @@ def main(
         fresh: compute what is there already once more, and train from the start.
         folder: where the figures are; the page is beside it, under the folder's name.
         runs: where trainings keep their checkpoints: what was interrupted goes on from there.
-        pretrained: folder of weights, <table>_<cell>.pt; after its trainings a cell's best seed is put there.
+        pretrained: folder of agents, <table>_<cell>.pt; after its trainings a cell's best seed is put there.
     """
     if tasks < 2:
         raise ValueError(f"tasks={tasks}: a standard error needs two tasks at least. Pass 10000 for figures to report.")
@@ -178,7 +178,7 @@ def train(cell: Cell, seed: int, book: Figures, runs: Path, env_steps: int | Non
 
 
 def run_folder(runs: Path, cell: Cell, agent: str) -> Path:
-    """Where a training keeps its checkpoints and leaves its actor."""
+    """Where a training keeps its checkpoints and leaves its agent."""
     return runs / f"{stem(cell)}_{agent.removeprefix('rl2_')}"
 
 
@@ -227,13 +227,13 @@ def check_weights(chosen: list[Cell], pretrained: Path) -> None:
 
 
 def keep_best(cell: Cell, book: Figures, runs: Path, pretrained: Path) -> None:
-    """Puts the actor of the best training, by held-out tasks that are not reported, among the pretrained weights."""
+    """Puts the agent of the best training, by held-out tasks that are not reported, among the pretrained ones."""
     best = best_seed(trainings_of(load(book.folder), cell.table, cell.name))
-    actor, weights = run_folder(runs, cell, best["agent"]) / "actor.pt", pretrained / f"{stem(cell)}.pt"
-    if not actor.exists() or (weights.exists() and weights.read_bytes() == actor.read_bytes()):
+    agent, weights = run_folder(runs, cell, best["agent"]) / "agent.pt", pretrained / f"{stem(cell)}.pt"
+    if not agent.exists() or (weights.exists() and weights.read_bytes() == agent.read_bytes()):
         return
     pretrained.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(actor, weights)
+    shutil.copyfile(agent, weights)
     book.path(cell, "rl2_pretrained").unlink(missing_ok=True)  # the figure of other weights
 
 

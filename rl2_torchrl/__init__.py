@@ -5,6 +5,7 @@ The data flows: env -> `Trial`, `TaskSampler`, `PreviousStep` -> `ActorCritic` i
 `rl2_torchrl.envs`, classical agents in `rl2_torchrl.baselines`, contract checks in `rl2_torchrl.testing`.
 """
 
+from rl2_torchrl.agent import AdaptiveAgent, Signature, load_weights, register_part
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training
 from rl2_torchrl.collector import TrialCollector
@@ -43,13 +44,13 @@ from rl2_torchrl.training import TrainResult, train
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
 from rl2_torchrl.update import PPOUpdate, linear_decay
-from rl2_torchrl.weights import load_weights, save_weights
 
 __all__ = [
     "ActionDistribution",
     "ActorCritic",
     "AdaptationCurve",
     "AdaptationReport",
+    "AdaptiveAgent",
     "Callback",
     "CategoricalActions",
     "ConvEncoder",
@@ -76,6 +77,7 @@ __all__ = [
     "RecurrentCritic",
     "RegretAdvantage",
     "RunningNorm",
+    "Signature",
     "TanhGaussianActions",
     "TaskBelief",
     "TaskDistribution",
@@ -94,7 +96,7 @@ __all__ = [
     "load_weights",
     "orthogonal_init_",
     "register_distribution",
-    "save_weights",
+    "register_part",
     "train",
     "with_shuffled_rewards",
     "with_zeroed_memory",

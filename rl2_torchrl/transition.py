@@ -67,7 +67,7 @@ class PreviousStep(Transform):
         self.obs_keys = None if obs_keys is None else list(obs_keys)
         self.task_key = task_key
         self.done_at_start = float(done_at_start)
-        self._read_layout: _Layout | None = None
+        self._read_layout: Layout | None = None
 
     @property
     def out_key(self) -> NestedKey:
@@ -122,7 +122,7 @@ class PreviousStep(Transform):
         observation_spec[self.out_key] = Unbounded(shape, dtype=torch.float32, device=env.device)
         return observation_spec
 
-    def layout(self) -> _Layout:
+    def layout(self) -> Layout:
         """How the parts lie in the transition input."""
         # Read once: building specs costs more than a step. The env builds them from front to back, so that
         # `transform_observation_spec` sees no entry of a later transform; the finished spec holds those too.
@@ -130,7 +130,7 @@ class PreviousStep(Transform):
             _ = self.container.output_spec
         return self._read_layout
 
-    def _make_layout(self, observation_spec: Composite) -> _Layout:
+    def _make_layout(self, observation_spec: Composite) -> Layout:
         # The base env's action, since `_step` sees it after all inverse transforms.
         env = self.container.base_env
         keys = self._default_keys(observation_spec) if self.obs_keys is None else self.obs_keys
@@ -143,8 +143,8 @@ class PreviousStep(Transform):
         if missing:
             raise KeyError(f"the env has no observation {missing}; it has {list(observation_spec.keys(True, True))}.")
         batch_dims = len(env.batch_size)
-        observations = {key: _Encoding.of(observation_spec[key], batch_dims) for key in keys}
-        return _Layout(observations, _Encoding.of(env.full_action_spec[env.action_key], batch_dims), env.action_key)
+        observations = {key: Encoding.of(observation_spec[key], batch_dims) for key in keys}
+        return Layout(observations, Encoding.of(env.full_action_spec[env.action_key], batch_dims), env.action_key)
 
     def _default_keys(self, observation_spec: Composite) -> list[NestedKey]:
         if EPISODE_DONE not in observation_spec.keys():
@@ -163,7 +163,7 @@ class PreviousStep(Transform):
 
 
 @dataclass(frozen=True)
-class _Encoding:
+class Encoding:
     """How one entry becomes a float32 vector: one-hot where it is made of choices, flattened otherwise."""
 
     size: int
@@ -173,7 +173,7 @@ class _Encoding:
     is_real: bool
 
     @classmethod
-    def of(cls, spec: TensorSpec, batch_dims: int) -> _Encoding:
+    def of(cls, spec: TensorSpec, batch_dims: int) -> Encoding:
         size = spec.shape[batch_dims:].numel()
         # OneHot is a class beside Categorical. Binary is one below it, and a vector already.
         if not isinstance(spec, Categorical) or isinstance(spec, Binary) or spec.dtype == torch.bool:
@@ -201,11 +201,11 @@ class _Encoding:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """The parts of the transition input: observations by key, then action, reward and done."""
 
-    observations: dict[NestedKey, _Encoding]
-    action: _Encoding
+    observations: dict[NestedKey, Encoding]
+    action: Encoding
     action_key: NestedKey
 
     @property

@@ -23,7 +23,8 @@ from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
 from torchrl.checkpoint import Checkpoint
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
-from rl2_torchrl import Callback, load_weights, save_weights, train
+from rl2_torchrl import Callback, load_weights, train
+from rl2_torchrl.agent.files import write_agent
 from rl2_torchrl.baselines import gittins
 from rl2_torchrl.envs import BernoulliBandit
 from rl2_torchrl.history import History, HistoryFile
@@ -803,8 +804,8 @@ def test_what_is_added_to_a_row_that_was_written(tmp_path):
     assert [list(row) for row in rows] == [["env_steps", "loss", "score"], ["env_steps", "loss"]]
 
 
-def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = save_weights(torch.nn.Linear(2, 3), tmp_path / "actor.pt")
+def test_agents_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = write_agent(tmp_path / "agent.pt", {}, torch.nn.Linear(2, 3).state_dict())
     before = path.read_bytes()
 
     def full(descriptor):
@@ -812,8 +813,8 @@ def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_weights(torch.nn.Linear(2, 3), path)
-    assert contents(tmp_path) == {Path("actor.pt"): before}
+        write_agent(path, {}, torch.nn.Linear(2, 3).state_dict())
+    assert contents(tmp_path) == {Path("agent.pt"): before}
 
 
 # ---- Envs in processes of their own.

@@ -242,7 +242,7 @@ def test_trainings_figures_and_weights(table, tmp_path, monkeypatch):
         assert kept["settings"] == RL2_SETTINGS[table][TINY[table].name]
         assert f"--part rl2 --seeds {seed} --fresh" in kept["command"]
     best = max((0, 1), key=lambda seed: stored[f"{stem}_rl2_seed{seed}"]["held_out"])
-    actor = (tmp_path / "runs" / f"{stem}_seed{best}" / "actor.pt").read_bytes()
+    actor = (tmp_path / "runs" / f"{stem}_seed{best}" / "agent.pt").read_bytes()
     assert (tmp_path / "pretrained" / f"{stem}.pt").read_bytes() == actor
 
 
@@ -267,7 +267,7 @@ def test_the_seed_that_was_best_on_held_out_tasks_is_shipped(tmp_path):
     for seed, (mean, held_out) in enumerate([(1.0, 2.0), (2.0, 1.0)]):
         run_folder = tmp_path / "runs" / f"bandits_3_2_seed{seed}"
         run_folder.mkdir(parents=True)
-        (run_folder / "actor.pt").write_text(f"seed {seed}")
+        (run_folder / "agent.pt").write_text(f"seed {seed}")
         book.add(TINY["bandits"], f"rl2_seed{seed}", "", {"mean": mean, "se": 0.1, "held_out": held_out})
     book.add(TINY["bandits"], "rl2_pretrained", "", {"mean": 1.0, "se": 0.1})
     paper_tables.keep_best(TINY["bandits"], book, tmp_path / "runs", tmp_path / "pretrained")
@@ -313,7 +313,7 @@ def test_a_longer_training_is_a_figure_of_its_own(tmp_path):
     assert row in text.partition("trained for longer:")[2]
     assert "| 3, 2 (0.4) | 1 |" in text
     best = "seed0_steps144" if longer["held_out"] > before["held_out"] else "seed0"
-    actor = (tmp_path / "runs" / f"bandits_3_2_{best}" / "actor.pt").read_bytes()
+    actor = (tmp_path / "runs" / f"bandits_3_2_{best}" / "agent.pt").read_bytes()
     assert (tmp_path / "pretrained" / "bandits_3_2.pt").read_bytes() == actor
 
 

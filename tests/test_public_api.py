@@ -35,9 +35,9 @@ NO_EXAMPLE = {
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
     {"history", "interrupts", "locks", "logs", "storage"},
-    {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial", "weights"},
+    {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial"},
     {"gradients", "modules"},
-    {"minibatches", "objectives", "rollout"},
+    {"agent", "minibatches", "objectives", "rollout"},
     {"collector", "evaluation", "env_check", "tensor_env_check", "testing", "update"},
     {"checkpoints", "checks", "describe", "settings", "video"},
     {"training"},

@@ -150,11 +150,11 @@ class ActionSpace:
     """
 
     def __init__(self, space: spaces.Space):
-        self.space, self._start, self._bounds = space, None, None
+        self.space, self.start, self.bounds = space, None, None
         if isinstance(space, spaces.Discrete):
-            self.spec, self._start = Categorical(int(space.n)), _start(space)
+            self.spec, self.start = Categorical(int(space.n)), _start(space)
         elif isinstance(space, spaces.MultiDiscrete):
-            self.spec, self._start = MultiCategorical(space.nvec.flatten().tolist()), _start(space)
+            self.spec, self.start = MultiCategorical(space.nvec.flatten().tolist()), _start(space)
         elif isinstance(space, spaces.MultiBinary):
             self.spec = Binary(int(np.prod(space.shape)))
         elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
@@ -162,7 +162,7 @@ class ActionSpace:
                 torch.as_tensor(np.atleast_1d(bound), dtype=torch.float32) for bound in (space.low, space.high)
             )
             self.spec = Bounded(low, high) if space.is_bounded() else Unbounded(low.shape)
-            self._bounds = (space.low, space.high)
+            self.bounds = (space.low, space.high)
         else:
             raise TypeError(
                 f"actions are a {space}, for which no policy here has a distribution: make a Box of reals, Discrete, MultiDiscrete "
@@ -171,7 +171,7 @@ class ActionSpace:
 
     def array(self, action: Tensor) -> np.ndarray:
         """Actions ``[N, ...]`` as a vector env takes them."""
-        action = action if self._start is None else action + self._start
+        action = action if self.start is None else action + self.start
         array = action.detach().cpu().numpy().reshape(len(action), *self.space.shape)
-        array = array if self._bounds is None else array.clip(*self._bounds)
+        array = array if self.bounds is None else array.clip(*self.bounds)
         return array.astype(self.space.dtype, copy=False)

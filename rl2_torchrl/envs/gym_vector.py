@@ -109,8 +109,8 @@ class GymVectorEnv(TensorEnv):
         )
         try:
             self._resets_itself = _autoreset(self.envs) is AutoresetMode.SAME_STEP
-            self._observations = ObservationSpace(self.envs.single_observation_space)
-            self._actions = ActionSpace(self.envs.single_action_space)
+            self.observations = ObservationSpace(self.envs.single_observation_space)
+            self.actions = ActionSpace(self.envs.single_action_space)
         except (TypeError, ValueError):
             if not self._is_theirs:
                 self.envs.close()  # or its processes would wait for ever
@@ -125,8 +125,8 @@ class GymVectorEnv(TensorEnv):
         self._info_following: Entries = {}
         super().__init__(
             task_spec=task_spec,
-            observation_spec=self._observations.spec,
-            action_spec=self._actions.spec,
+            observation_spec=self.observations.spec,
+            action_spec=self.actions.spec,
             more_spec=Composite(info=Composite({key: Unbounded(1) for key in info_keys})) if info_keys else None,
             batch_size=(self.envs.num_envs,),
             seed=seed,
@@ -201,7 +201,7 @@ class GymVectorEnv(TensorEnv):
 
     def advance(self, state: None, action: Tensor) -> tuple[None, Entries, Tensor, Tensor, Tensor]:
         """One step of Gymnasium's `VectorEnv`."""
-        observations, reward, *ends, infos = self._call(self.envs.step, self._actions.array(action))
+        observations, reward, *ends, infos = self._call(self.envs.step, self.actions.array(action))
         for name, given in zip(("rewards", "terminations", "truncations"), (reward, *ends), strict=True):
             if np.shape(given) != (self.envs.num_envs,):
                 raise ValueError(
@@ -228,7 +228,7 @@ class GymVectorEnv(TensorEnv):
         return self._info
 
     def _tensors(self, observations: Any) -> Entries:
-        entries = self._observations.tensors(observations)
+        entries = self.observations.tensors(observations)
         for key, value in entries.items():
             require_finite(key, value)
         return entries if self.device.type == "cpu" else {key: value.to(self.device) for key, value in entries.items()}
@@ -257,7 +257,7 @@ class GymVectorEnv(TensorEnv):
             )
         entries = {key: value.clone() for key, value in entries.items()}
         for row in ended.nonzero()[0]:
-            for key, value in self._observations.one(infos["final_obs"][row]).items():
+            for key, value in self.observations.one(infos["final_obs"][row]).items():
                 require_finite(key, value.unsqueeze(0), row)
                 entries[key][row] = value.to(self.device)
         return entries

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -23,7 +23,8 @@ from rl2_torchrl.modules.functions import log_prob_and_entropy
 
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
-    *("MultiCategoricalActions", "TanhGaussianActions", "distribution_of", "policy_part", "register_distribution"),
+    *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of", "policy_part"),
+    "register_distribution",
 ]
 
 
@@ -41,6 +42,7 @@ class ActionDistribution:
 
     Attributes:
         part: the `rl2_torchrl.gradients.AutogradPart` that brings the gradient of `log_prob_and_entropy`; None: autograd's.
+        noise: what `with_noise` turns into a draw: ``"gumbel"`` or ``"normal"``, standard ones; None: it cannot.
 
     Examples:
         >>> laplace = ActionDistribution(1, ["loc"], torch.distributions.Laplace, {"scale": 0.1})
@@ -49,6 +51,7 @@ class ActionDistribution:
     """
 
     part: type[AutogradPart] | None = None
+    noise: Literal["gumbel", "normal"] | None = None
 
     def __init__(
         self,
@@ -89,6 +92,10 @@ class ActionDistribution:
     def sampler(self, steps: int) -> Callable[..., torch.Tensor]:
         """`act` for ``steps`` steps in a row, all of one shape; the noise of all of them may be drawn at once."""
         return self.act
+
+    def with_noise(self, noise: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        """The draw that ``noise`` ``[*B, num_outputs]``, of the kind ``noise``, makes; that of zeros is the `mode`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how noise becomes an action.")
 
     def mode(self, *parameters: torch.Tensor) -> torch.Tensor:
         """What deterministic interaction gives."""
@@ -134,6 +141,7 @@ class CategoricalActions(ActionDistribution):
         tensor(3)
     """
 
+    noise = "gumbel"
     _noise: torch.Tensor | None = None
 
     def __init__(self, num_actions: int, *, one_hot: bool = False):
@@ -159,6 +167,9 @@ class CategoricalActions(ActionDistribution):
         choice = logits.argmax(-1)
         return _one_hot(choice, logits) if self.one_hot else choice
 
+    def with_noise(self, noise: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return self.mode(logits + noise)
+
     def log_prob_and_entropy(self, action, logits):
         return log_prob_and_entropy(action.to(torch.uint8).argmax(-1) if self.one_hot else action, logits)
 
@@ -174,7 +185,7 @@ class CategoricalActions(ActionDistribution):
                     self._noise = logits.new_empty(shape)  # the same memory for every batch
                 noise = iter(self._noise.uniform_().log_().neg_().log_().neg_())
                 drawn = next(noise)
-            return self.mode(logits + drawn)
+            return self.with_noise(drawn, logits)
 
         return act
 
@@ -290,6 +301,7 @@ class GaussianActions(ActionDistribution):
     """
 
     part = policy.GaussianPart
+    noise = "normal"
 
     def __init__(self, action_dim: int, *, init_log_std: float = -0.5):
         super().__init__(action_dim, ["loc", "scale"], IndependentNormal)
@@ -305,6 +317,9 @@ class GaussianActions(ActionDistribution):
 
     def act(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(loc, memory_format=torch.contiguous_format).normal_().mul_(scale).add_(loc)
+
+    def with_noise(self, noise: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.mode(noise * scale + loc, scale)
 
     def mode(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return loc
@@ -441,6 +456,18 @@ def register_distribution(distribution_class: type[Distribution], make: Callable
         >>> register_distribution(torch.distributions.Poisson, PoissonActions)
     """
     _KNOWN[distribution_class] = make
+
+
+def distribution_named(name: str) -> type[Distribution]:
+    """The class of that name that has functions of its own here (`register_distribution`).
+
+    Raises:
+        ValueError: there is none.
+    """
+    known = {cls.__name__: cls for cls in _KNOWN}
+    if name not in known:
+        raise ValueError(f"there is no distribution {name!r}, only {sorted(known)}: call register_distribution for it.")
+    return known[name]
 
 
 def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution | None:

@@ -36,8 +36,8 @@ def gru_sequence(
     require_weights(*weights)
     x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
     # The kernels read packed weights. For one step of few rows, packing large ones costs more than the step.
-    is_too_little = x.shape[1] == 1 and len(x) < 48 and w_hh.shape[1] >= 128
-    if is_too_little or not len(x) or not kernels.covers(w_hh):
+    # Not asked of what is compiled or exported, which would keep to this number of rows.
+    if not kernels.covers(w_hh) or not len(x) or (x.shape[1] == 1 and len(x) < 48 and w_hh.shape[1] >= 128):
         return _loop(x, hidden, is_init, *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, *weights)):
         return _GRUSequence.apply(x, hidden, is_init, *weights)

@@ -1,0 +1,276 @@
+"""`AdaptiveAgent`: a trained policy to take away, which adapts to a task as it plays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+
+from rl2_torchrl.agent.architecture import build_policy, plan_of_policy
+from rl2_torchrl.agent.export import export_policy, onnx_step
+from rl2_torchrl.agent.files import read_agent, write_agent
+from rl2_torchrl.agent.signature import Observed, Signature, name_of
+from rl2_torchrl.agent.step import PolicyStep, actor_of, signature_of
+
+__all__ = ["AdaptiveAgent"]
+
+Step = Callable[..., Sequence[Tensor]]
+
+
+class AdaptiveAgent:
+    """A trained policy without its env: it is shown observations, acts, is told rewards, and adapts in its memory.
+
+    What training did around the policy is inside: the transition input with the last action, reward and done, normalisation, the
+    scaling of observations, rewards and actions, bounds, and the numbers from which the env counts its choices. Observations,
+    rewards and actions are those of the env itself (of Gymnasium's, under `GymVectorEnv`). It acts on the CPU.
+
+    A trial is `new_trial`, then `act` and `observe` by turns, over as many episodes of one task as you like: `observe` says where
+    one ends, and the next `act` is shown the new episode's first observation. Several trials run side by side in rows.
+
+    Args:
+        step: one step of N rows, such as a `PolicyStep`, or an exported graph of one:
+            ``torch.export.load("agent.pt2").module()``.
+        signature: what is handed over at a step, as `from_policy` reads it of an env.
+
+    Attributes:
+        step, signature: likewise.
+        memory: what is handed on to the next step, as ``signature.memory`` names it, ``[N, ...]``; the last action comes first.
+        policy: the actor, a copy, or None where ``step`` is another function.
+
+    Examples:
+        >>> from torchrl.envs import Compose, TransformedEnv
+        >>> from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial
+        >>> from rl2_torchrl.envs import BernoulliBandit, uniform_means
+        >>> trial = Compose(Trial(episodes=10), TaskSampler(uniform_means(3)), PreviousStep())
+        >>> env = TransformedEnv(BernoulliBandit(3, batch_size=(4,)), trial)
+        >>> agent = AdaptiveAgent.from_policy(GRUCategoricalActor.from_env(env), env)
+        >>> agent.new_trial()
+        >>> arm = agent.act()  # bandits show nothing; else agent.act(observation)
+        >>> agent.observe(reward=1.0, done=True)
+        >>> agent.new_trial(num_rows=8)  # eight bandits side by side
+        >>> agent.act(deterministic=True).shape
+        (8,)
+    """
+
+    def __init__(self, step: Step, signature: Signature):
+        self.step, self.signature = step, signature
+        self.policy = step.policy if isinstance(step, PolicyStep) else None
+        self._is_single, self._start = True, None
+        self._is_waiting, self.memory = False, []
+
+    # ------------------------------------------------------------ where it comes from
+    @classmethod
+    def from_policy(cls, policy: TensorDictModuleBase, env: EnvBase) -> AdaptiveAgent:
+        """The agent of ``policy`` as it is now, trained on ``env``.
+
+        Args:
+            policy: an actor such as `RecurrentActor`, or an `ActorCritic`. It is copied.
+            env: its trial env, with `PreviousStep`, of which specs and transforms are read.
+
+        Raises:
+            TypeError: the policy has no distribution that can act by noise, or a memory that is no core's.
+            NotImplementedError: the env has a transform that cannot be taken along.
+            KeyError: the policy reads what the env does not show.
+        """
+        # A copy: rollouts' functions hold on to the weights as they are, and a training may go on.
+        actor = deepcopy(actor_of(policy)).cpu()
+        return cls(PolicyStep(actor, signature_of(actor, env)), signature_of(actor, env))
+
+    @classmethod
+    def load(cls, path: str | Path) -> AdaptiveAgent:
+        """The agent of a file: one that `save` wrote, or an ``.onnx`` one (extra ``onnx``). Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no agent's, only a part of one, damaged, or has a part that is not known here.
+            ImportError: onnxruntime is missing.
+        """
+        path = Path(path)
+        if path.suffix == ".onnx":
+            return cls(*onnx_step(path))
+        if path.suffix == ".pt2":
+            raise ValueError(
+                f"{path}: PyTorch reads .pt2 files by pickle, which runs what is planted there. Load the agent.pt that it was made "
+                f"from, or where you trust it: AdaptiveAgent(torch.export.load({path.name!r}).module(), agent.signature)."
+            )
+        about, weights = read_agent(path)
+        signature = Signature.from_json(about["signature"])
+        return cls(PolicyStep(build_policy(about["policy"], weights), signature), signature)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes weights, architecture and the env's specs to one file, from which `load` needs nothing else; returns the path.
+
+        Raises:
+            TypeError: a part of the policy is not known by name (`rl2_torchrl.agent.register_part`), or there is no policy.
+        """
+        actor = self._actor()
+        plan, weights = plan_of_policy(actor), actor.state_dict()
+        build_policy(plan, weights)  # what cannot be loaded is noticed now
+        return write_agent(path, {"policy": plan, "signature": self.signature.as_json()}, weights)
+
+    def export(self, path: str | Path) -> Path:
+        """Writes one step as a graph for other programs, by the path's suffix: ``.pt2`` (`torch.export`) or ``.onnx``.
+
+        Inputs, each with any number of rows N first: the observations by name, ``reward`` and ``done`` of the last step, ``start``
+        (bool: a trial begins, and the memory given is not looked at), ``noise`` ``[N, signature.noise_size]`` (standard
+        ``signature.noise`` draws, zeros to act deterministically) and the memory. Outputs: ``action``, the distribution's
+        parameters, and the memory to be given at the next step, under its name with ``next_``. All else is in the graph.
+
+        Raises:
+            ValueError: another suffix.
+            NotImplementedError: a part of the policy reads TensorDicts.
+            ImportError: ``.onnx`` without the extra ``onnx``.
+        """
+        return export_policy(self._actor(), self.signature, Path(path))
+
+    def _actor(self):
+        if self.policy is None:
+            raise TypeError(
+                "this agent runs an exported graph, which has no policy to write: take the agent that it came from."
+            )
+        return self.policy
+
+    # ----------------------------------------------------------------- a trial
+    def new_trial(self, num_rows: int | None = None, *, rows: Any = None) -> None:
+        """A new task begins, with a fresh memory.
+
+        Args:
+            num_rows: so many trials side by side; all arguments then are ``[num_rows, ...]``. None: one, without that dimension.
+            rows: bool ``[num_rows]`` in a batch that runs: only these begin a new trial.
+
+        Raises:
+            ValueError: ``num_rows`` below 1, or ``rows`` of another size.
+        """
+        if rows is not None:
+            rows = torch.as_tensor(rows, dtype=torch.bool)
+            if self._start is None or num_rows is not None or rows.shape != self._start.shape:
+                raise ValueError(
+                    f"rows={rows} says which of a batch that runs begin anew: begin one first, new_trial(num_rows)."
+                )
+            self._start = self._start | rows
+            return
+        if num_rows is not None and num_rows < 1:
+            raise ValueError(f"num_rows={num_rows}: at least one trial, or None for one without a dimension of rows.")
+        count, signature = num_rows or 1, self.signature
+        self._is_single, self._is_waiting = num_rows is None, False
+        self._start = torch.ones(count, dtype=torch.bool)
+        self._reward, self._done = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+        shapes = [(count, *shape) for shape in signature.memory.values()]
+        self.memory = [torch.zeros(shape, dtype=signature.dtype) for shape in shapes]
+
+    @torch.no_grad()
+    def act(self, observation: Any = None, *, deterministic: bool = False, noise: Tensor | None = None) -> Any:
+        """The action for ``observation``, as the env takes it: a tensor where the observation is one, else of NumPy.
+
+        Args:
+            observation: what the env shows, ``[...]`` or ``[num_rows, ...]``: an array, tensor or number, a mapping or tuple where
+                the env has several entries, None where it shows nothing.
+            deterministic: act with the distribution's mode or mean. Default False: RL² explores by sampling, by PyTorch's
+                default generator.
+            noise: ``[num_rows, signature.noise_size]``, standard draws of ``signature.noise``, in place of the generator's.
+
+        Raises:
+            RuntimeError: no trial has begun, or the last action's reward was not told.
+            KeyError: an entry of the observation is missing.
+            ValueError: an entry has another shape, or choices that are none.
+            FloatingPointError: it is not finite.
+        """
+        if self._start is None:
+            raise RuntimeError("no trial has begun: call new_trial() before the first act().")
+        if self._is_waiting and not self._start.all():
+            raise RuntimeError(
+                "the last action's reward is missing, from which the agent learns: observe(reward, done) comes first."
+            )
+        entries = [self._entry(name_of(key), each, observation) for key, each in self.signature.observations.items()]
+        noise = self._noise(deterministic) if noise is None else noise
+        told = (self._reward, self._done, self._start, noise)
+        outputs = self.step(*[entry for entry, _ in entries], *told, *self.memory)
+        action, self.memory = outputs[0], list(outputs[-len(self.memory) :])
+        self._start, self._is_waiting = torch.zeros_like(self._start), True
+        action = action[0] if self._is_single else action
+        as_tensor = bool(entries) and all(is_tensor for _, is_tensor in entries)
+        return action if as_tensor else action.numpy()[()]
+
+    def observe(self, reward: Any, done: Any = False) -> None:
+        """What came of the last action.
+
+        Args:
+            reward: its reward, a number or ``[num_rows]`` (or ``[num_rows, 1]``).
+            done: whether it ended an *episode*, likewise, or one bool for all; the trial goes on in the next one until `new_trial`.
+                Default False.
+
+        Raises:
+            RuntimeError: there was no action.
+            ValueError: another number of rows.
+            FloatingPointError: the reward is not finite.
+        """
+        if not self._is_waiting:
+            raise RuntimeError("there is no action of which this could be the reward: act() comes first.")
+        done = [done] * len(self._start) if isinstance(done, bool) else done
+        reward, done = self._column("reward", reward, torch.float32), self._column("done", done, torch.bool)
+        if not reward.isfinite().all():
+            raise FloatingPointError(
+                f"the reward {reward.tolist()} is not finite: the memory would be NaN from here on."
+            )
+        self._reward, self._done, self._is_waiting = reward, done, False
+
+    def _column(self, name: str, value: Any, dtype: torch.dtype) -> Tensor:
+        column = torch.as_tensor(value, dtype=dtype, device="cpu").reshape(-1)
+        if column.shape != self._start.shape:
+            raise ValueError(f"{name} has {len(column)} numbers, but there are {len(self._start)} trials.")
+        return column
+
+    def _entry(self, name: str, observed: Observed, observation: Any) -> tuple[Tensor, bool]:
+        """An entry ``[N, *shape]`` of what the env shows, and whether it came as a tensor."""
+        value = _at(name, observation, observed.path, is_only=len(self.signature.observations) == 1)
+        is_tensor, shape = isinstance(value, Tensor), (len(self._start), *observed.spec.shape)
+        entry = torch.as_tensor(value if is_tensor else np.asarray(value), device="cpu")
+        given = tuple(entry.shape) if not self._is_single else (1, *entry.shape)
+        # A scalar may stand for [1], and a vector for what the env nests; an image must have its own order.
+        if given != shape and not (given[:1] == shape[:1] and entry.numel() == np.prod(shape) and len(shape) < 3):
+            raise ValueError(
+                f"the observation {name!r} has shape {tuple(entry.shape)}; it must be {shape[self._is_single :]}."
+            )
+        entry = entry.reshape(shape)
+        if entry.is_floating_point() and not entry.isfinite().all():
+            raise FloatingPointError(f"the observation {name!r} is not finite: the memory would be NaN from here on.")
+        _require_choices(name, entry, observed)
+        return entry.to(observed.spec.dtype), is_tensor
+
+    def _noise(self, deterministic: bool) -> Tensor:
+        noise = torch.zeros(len(self._start), self.signature.noise_size, dtype=self.signature.dtype)
+        if deterministic:
+            return noise
+        return noise.normal_() if self.signature.noise == "normal" else noise.uniform_().log_().neg_().log_().neg_()
+
+
+def _at(name: str, observation: Any, path: Sequence[str | int], *, is_only: bool) -> Any:
+    """What lies at ``path`` in an observation."""
+    if is_only and not isinstance(observation, Mapping | tuple):
+        path = ()
+    for place in path:
+        try:
+            observation = observation[place]
+        except (KeyError, IndexError, TypeError) as error:
+            raise KeyError(f"the observation lacks {name!r}, which the policy reads.") from error
+    if observation is None:
+        raise ValueError(f"the policy reads {name!r}, and there is no observation: act(observation).")
+    return observation
+
+
+def _require_choices(name: str, entry: Tensor, observed: Observed) -> None:
+    number = observed.number_of_choices
+    if number is None:
+        return
+    choice = entry if observed.start is None else entry - observed.start
+    if ((choice < 0) | (choice >= number)).any():
+        raise ValueError(
+            f"the observation {name!r} is {entry.tolist()}: choices are fewer than {number.tolist()}, from the env's first."
+        )

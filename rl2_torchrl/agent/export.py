@@ -1,0 +1,88 @@
+"""An agent's step as a graph for other programs: `torch.export` (``.pt2``) and ONNX, with the memory as inputs and outputs."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from tensordict.nn import ProbabilisticTensorDictSequential
+from torch import Tensor
+
+from rl2_torchrl.agent.signature import Signature, name_of
+from rl2_torchrl.agent.step import PolicyStep
+
+__all__ = ["export_policy", "onnx_step"]
+
+#: Where the signature lies in a file.
+_SIGNATURE = "rl2_torchrl.signature"
+
+
+def export_policy(policy: ProbabilisticTensorDictSequential, signature: Signature, path: Path) -> Path:
+    """Writes one step of ``policy`` to ``path``, as its suffix says; see `AdaptiveAgent.export`."""
+    if path.suffix not in (".pt2", ".onnx"):
+        raise ValueError(f"path={str(path)!r}: agents are exported to .pt2 (torch.export) or .onnx.")
+    step = PolicyStep(policy, signature, compiled=False).eval()
+    example = _example(signature)
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(step, example, dynamic_shapes={"tensors": tuple({0: rows} for _ in example)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt2":
+        torch.export.save(program, path, extra_files={_SIGNATURE: signature.as_json()})
+        return path
+    _require("onnx", "onnxscript")
+    outputs = ["action", *map(name_of, step.parameter_keys), *(f"next_{name}" for name in signature.memory)]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with redirect_stdout(io.StringIO()):  # it prints its progress
+        model = torch.onnx.export(program, input_names=signature.inputs, output_names=outputs, dynamo=True)
+    model.model.metadata_props[_SIGNATURE] = signature.as_json()
+    model.save(path)
+    return path
+
+
+def onnx_step(path: Path) -> tuple[Callable[..., list[Tensor]], Signature]:
+    """The step of an ``.onnx`` file by onnxruntime, on one thread of the CPU, and its signature."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no agent in {path}.")
+    runtime = _require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1  # a step is too little to be shared
+    try:
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001  (its errors have no class in common)
+        raise ValueError(f"{path} cannot be read as an ONNX model: {error}") from error
+    held = session.get_modelmeta().custom_metadata_map
+    if _SIGNATURE not in held:
+        raise ValueError(f"{path} is an ONNX model, but no agent's: AdaptiveAgent.export writes them.")
+    names = [each.name for each in session.get_inputs()]
+    signature = Signature.from_json(held[_SIGNATURE])
+
+    def step(*tensors: Tensor) -> list[Tensor]:
+        given = dict(zip(signature.inputs, (np.asarray(tensor) for tensor in tensors), strict=True))
+        return [torch.from_numpy(out) for out in session.run(None, {name: given[name] for name in names})]
+
+    return step, signature
+
+
+def _example(signature: Signature) -> tuple[Tensor, ...]:
+    """Inputs of a step, of a few rows: one would be taken for a size that never changes."""
+    rows = 3
+    observed = [torch.zeros(rows, *each.spec.shape, dtype=each.spec.dtype) for each in signature.observations.values()]
+    flag = torch.zeros(rows, dtype=torch.bool)
+    noise = torch.zeros(rows, signature.noise_size, dtype=signature.dtype)
+    memory = [torch.zeros(rows, *shape, dtype=signature.dtype) for shape in signature.memory.values()]
+    return (*observed, torch.zeros(rows), flag, ~flag, noise, *memory)
+
+
+def _require(*names: str) -> ModuleType:
+    """The last of these modules."""
+    try:
+        return [importlib.import_module(name) for name in names][-1]
+    except ImportError as error:
+        raise ImportError(f'ONNX needs {error.name}: pip install "rl2_torchrl[onnx]".') from error

@@ -1,0 +1,386 @@
+"""`Signature`: what an agent and the outside hand each other at a step, of one row, and how it becomes what the policy reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec, Unbounded
+from torchrl.envs import (
+    ActionScaling,
+    Compose,
+    DoubleToFloat,
+    EnvBase,
+    InitTracker,
+    ObservationNorm,
+    RewardScaling,
+    RewardSum,
+    StepCounter,
+    TensorDictPrimer,
+    Transform,
+    TransformedEnv,
+)
+
+from rl2_torchrl.agent.architecture import as_dtype, as_key
+from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.transition import Encoding, Layout, PreviousStep
+from rl2_torchrl.trial import Trial
+
+__all__ = ["Acted", "Affine", "Observed", "Signature", "name_of"]
+
+#: Transforms that leave observations, rewards and actions as they are.
+_NEUTRAL = (Trial, TaskSampler, InitTracker, TensorDictPrimer, StepCounter, RewardSum, DoubleToFloat)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """``x * scale + loc``, or ``(x - loc) / scale`` where it is ``inverse``, as TorchRL's transforms have it."""
+
+    loc: Tensor
+    scale: Tensor
+    inverse: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        loc, scale = self.loc.to(x.device), self.scale.to(x.device)
+        return (x - loc) / scale if self.inverse else x * scale + loc
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An entry that the policy reads of what the env shows.
+
+    Args:
+        spec: of one row, as the policy reads it.
+        path: where it lies in what the env shows, a mapping or tuple; a single entry may be handed over by itself.
+        start: the number from which the env counts choices, where that is not 0.
+        affine: what is done to it before the policy reads it, in order.
+    """
+
+    spec: TensorSpec
+    path: tuple[str | int, ...]
+    start: Tensor | None = None
+    affine: tuple[Affine, ...] = ()
+
+    @property
+    def number_of_choices(self) -> Tensor | None:
+        """Of how many it is one, in each of its places; None for numbers and one-hot vectors."""
+        if isinstance(self.spec, Binary) or not isinstance(self.spec, Categorical | MultiCategorical):
+            return None
+        return self.spec.nvec if isinstance(self.spec, MultiCategorical) else torch.tensor(self.spec.space.n)
+
+    def read(self, value: Tensor) -> Tensor:
+        """``value`` ``[N, ...]`` of the env as the policy reads it."""
+        value = value if self.start is None else value - self.start.to(value.device)
+        for affine in self.affine:
+            value = affine(value)
+        return value
+
+
+@dataclass(frozen=True)
+class Acted:
+    """The action: from what the policy draws to what the env takes.
+
+    Args:
+        key: the policy's entry.
+        spec: of one row, as the base env has it.
+        shape: of one row, as the env takes it.
+        dtype: likewise.
+        start: as in `Observed`.
+        bounds: the lowest and highest action, which the env's are clipped to; the policy goes on with what it drew.
+        affine: what becomes of the policy's action before the base env sees it.
+    """
+
+    key: NestedKey
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: Tensor | None = None
+    bounds: tuple[Tensor, Tensor] | None = None
+    affine: tuple[Affine, ...] = ()
+
+    def scaled(self, action: Tensor) -> Tensor:
+        """The policy's action ``[N, ...]`` as the base env sees it, and with it the policy at its next step."""
+        for affine in self.affine:
+            action = affine(action)
+        return action
+
+    def to_env(self, action: Tensor) -> Tensor:
+        """What `scaled` gave, ``[N, *shape]``, as the env takes it: choices by their number, reals within the bounds."""
+        if isinstance(self.spec, OneHot):
+            action = action.argmax(-1)
+        elif isinstance(self.spec, MultiOneHot):
+            places = action.split([int(n) for n in self.spec.nvec.flatten()], -1)
+            action = torch.stack([place.argmax(-1) for place in places], -1)
+        action = action.reshape(-1, *self.shape)
+        action = action if self.start is None else action + self.start.to(action.device)
+        if self.bounds is not None:
+            low, high = (bound.to(action.device, action.dtype) for bound in self.bounds)
+            action = action.clamp(low, high)
+        return action.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All that an agent knows of its env.
+
+    Args:
+        observations: by the policy's keys, those of the transition input first.
+        encoded: how many of them are in the transition input; the policy reads the others whole.
+        action: the action.
+        trans_key: the policy's entry of the transition input.
+        done_at_start: as in `PreviousStep`.
+        reward: what is done to rewards.
+        noise: of what kind a draw's noise is, ``"gumbel"`` or ``"normal"``.
+        noise_size: numbers of noise of one row.
+        memory: name and shape (of one row) of what is handed on from step to step.
+        dtype: of noise and memory.
+
+    Examples:
+        >>> from torchrl.envs import GymEnv
+        >>> from rl2_torchrl import AdaptiveAgent, GRUCategoricalActor
+        >>> env = TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), PreviousStep()))
+        >>> AdaptiveAgent.from_policy(GRUCategoricalActor.from_env(env), env).signature.inputs
+        ['observation', 'reward', 'done', 'start', 'noise', 'last_action', 'actor_hidden']
+    """
+
+    observations: dict[NestedKey, Observed]
+    encoded: int
+    action: Acted
+    trans_key: NestedKey
+    done_at_start: float
+    reward: tuple[Affine, ...]
+    noise: str
+    noise_size: int
+    memory: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    @property
+    def layout(self) -> Layout:
+        """Of the transition input."""
+        entries = list(self.observations.items())[: self.encoded]
+        encodings = {key: Encoding.of(observed.spec, 0) for key, observed in entries}
+        return Layout(encodings, Encoding.of(self.action.spec, 0), self.action.key)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of a step's inputs, in order."""
+        return [*map(name_of, self.observations), "reward", "done", "start", "noise", *self.memory]
+
+    def as_json(self) -> str:
+        """The signature as text, from which `from_json` makes it again."""
+        plain = {
+            "observations": [[key, _plain_observed(each)] for key, each in self.observations.items()],
+            "encoded": self.encoded,
+            "action": _plain_acted(self.action),
+            "trans_key": self.trans_key,
+            "done_at_start": self.done_at_start,
+            "reward": _plain_affine(self.reward),
+            "noise": [self.noise, self.noise_size],
+            "memory": self.memory,
+            "dtype": _name(self.dtype),
+        }
+        return json.dumps(plain)
+
+    @classmethod
+    def from_json(cls, text: str) -> Signature:
+        """The signature that gave this text."""
+        plain = json.loads(text)
+        noise, noise_size = plain["noise"]
+        return cls(
+            observations={as_key(key): _observed(each) for key, each in plain["observations"]},
+            encoded=plain["encoded"],
+            action=_acted(plain["action"]),
+            trans_key=as_key(plain["trans_key"]),
+            done_at_start=plain["done_at_start"],
+            reward=_affine(plain["reward"]),
+            noise=noise,
+            noise_size=noise_size,
+            memory={name: tuple(shape) for name, shape in plain["memory"].items()},
+            dtype=as_dtype(plain["dtype"]),
+        )
+
+
+def name_of(key: NestedKey) -> str:
+    """``("a", "b")`` as ``"a.b"``."""
+    return key if isinstance(key, str) else ".".join(key)
+
+
+# ------------------------------------------------------------------ of an env
+def observed_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, Observed]:
+    """The entries ``keys`` of what ``env`` shows.
+
+    Raises:
+        KeyError: the env has no such observation.
+        NotImplementedError: a transform of the env makes them, which an agent cannot take along.
+    """
+    specs, base = env.full_observation_spec_unbatched, base_of(env)
+    missing = [key for key in keys if key not in specs.keys(True, True)]
+    if missing:
+        raise KeyError(
+            f"the policy reads {missing}, which the env does not show; it has {list(specs.keys(True, True))}."
+        )
+    leaves = {leaf.key: leaf for leaf in base.observations.leaves} if isinstance(base, GymVectorEnv) else {}
+    observed = {}
+    for key in keys:
+        leaf = leaves.get(key)
+        path = ((key,) if isinstance(key, str) else key) if leaf is None else leaf.path
+        start = None if leaf is None else leaf.start
+        observed[key] = Observed(specs[key].cpu(), tuple(path), start, _affine_of(env, key))
+    return observed
+
+
+def acted_of(env: EnvBase) -> Acted:
+    """The action of ``env``."""
+    base, key = base_of(env), env.action_key
+    spec = base.full_action_spec_unbatched[base.action_key].cpu()
+    affine = _affine_of(env, key, actions=True)
+    if isinstance(base, GymVectorEnv):
+        actions = base.actions
+        bounds = None if actions.bounds is None else tuple(map(torch.as_tensor, actions.bounds))
+        dtype = torch.from_numpy(np.zeros(1, actions.space.dtype)).dtype
+        return Acted(key, spec, tuple(actions.space.shape), dtype, actions.start, bounds, affine)
+    is_one_hot = isinstance(spec, OneHot | MultiOneHot)
+    shape = (() if isinstance(spec, OneHot) else (len(spec.nvec),)) if is_one_hot else tuple(spec.shape)
+    return Acted(key, spec, shape, torch.int64 if is_one_hot else spec.dtype, affine=affine)
+
+
+def reward_of(env: EnvBase) -> tuple[Affine, ...]:
+    """What becomes of rewards."""
+    return _affine_of(env, env.reward_key)
+
+
+def transition_of(env: EnvBase, keys: Sequence[NestedKey]) -> PreviousStep:
+    """The transform of ``env`` that writes one of ``keys``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    writers = [each for each in transforms_of(env) if isinstance(each, PreviousStep) and each.out_key in keys]
+    if len(writers) != 1:
+        raise ValueError(
+            f"the policy reads {list(keys)}, of which {len(writers)} are written by a PreviousStep; it must be one: give "
+            "the env that the policy was trained on, with its Trial and PreviousStep."
+        )
+    return writers[0]
+
+
+def base_of(env: EnvBase) -> EnvBase:
+    """The env below all transforms."""
+    return base_of(env.base_env) if isinstance(env, TransformedEnv) else env
+
+
+def transforms_of(env: EnvBase) -> Iterator[Transform]:
+    """All transforms, those nearest to the base env first."""
+    if isinstance(env, TransformedEnv):
+        yield from transforms_of(env.base_env)
+        yield from env.transform if isinstance(env.transform, Compose) else [env.transform]
+
+
+def _affine_of(env: EnvBase, key: NestedKey, *, actions: bool = False) -> tuple[Affine, ...]:
+    """What the transforms do to ``key``, in the order in which they do it."""
+    affine = []
+    for each in transforms_of(env):
+        # What is derived from PreviousStep may write another transition input.
+        if isinstance(each, _NEUTRAL) or type(each) is PreviousStep:
+            continue
+        if type(each) not in (ObservationNorm, RewardScaling, ActionScaling):
+            raise NotImplementedError(
+                f"the env has a {type(each).__name__}, which an agent cannot take along: what it is shown or does would not be "
+                "what it was trained on. It takes ObservationNorm, RewardScaling and ActionScaling; "
+                "RecurrentActor(normalize=True) normalises within the networks."
+            )
+        keys, written = (each.in_keys_inv, each.out_keys_inv) if actions else (each.in_keys, each.out_keys)
+        if key in written and list(keys) != list(written):
+            raise NotImplementedError(f"{type(each).__name__} makes {key!r} of {keys}: let it write what it reads.")
+        if key in keys and not (isinstance(each, ActionScaling) and not actions):
+            inverse = not isinstance(each, ActionScaling) and bool(each.standard_normal)
+            affine.append(Affine(each.loc.detach().cpu(), each.scale.detach().cpu(), inverse))
+    return tuple(reversed(affine) if actions else affine)
+
+
+# -------------------------------------------------------------------- as JSON
+_KINDS = {cls.__name__: cls for cls in (Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded)}
+
+
+def _plain_spec(spec: TensorSpec) -> dict[str, Any]:
+    kind = next((name for name, cls in _KINDS.items() if type(spec) is cls), None)
+    if kind is None:
+        # Such as UnboundedDiscrete: what matters here is shape and dtype.
+        kind = "Unbounded"
+        if isinstance(spec, Categorical | OneHot | MultiOneHot | Binary):
+            raise NotImplementedError(f"a spec of {type(spec).__name__} cannot be written to an agent's file.")
+    plain = {"kind": kind, "shape": list(spec.shape), "dtype": _name(spec.dtype)}
+    if kind in ("Categorical", "OneHot"):
+        plain["n"] = spec.space.n
+    elif kind in ("MultiCategorical", "MultiOneHot"):
+        plain["nvec"] = spec.nvec.tolist()
+    elif kind == "Bounded":
+        plain |= {"low": _plain_tensor(spec.space.low), "high": _plain_tensor(spec.space.high)}
+    return plain
+
+
+def _spec(plain: dict[str, Any]) -> TensorSpec:
+    kind, shape, dtype = plain["kind"], torch.Size(plain["shape"]), as_dtype(plain["dtype"])
+    if kind in ("Categorical", "OneHot"):
+        return _KINDS[kind](plain["n"], shape=shape, dtype=dtype)
+    if kind in ("MultiCategorical", "MultiOneHot"):
+        return _KINDS[kind](plain["nvec"], shape=shape, dtype=dtype)
+    if kind == "Binary":
+        return Binary(shape=shape, dtype=dtype)
+    if kind == "Bounded":
+        return Bounded(_tensor(plain["low"]), _tensor(plain["high"]), shape=shape, dtype=dtype)
+    return Unbounded(shape, dtype=dtype)
+
+
+def _plain_observed(observed: Observed) -> dict[str, Any]:
+    plain = {"spec": _plain_spec(observed.spec), "path": list(observed.path), "affine": _plain_affine(observed.affine)}
+    return plain | {"start": _plain_tensor(observed.start)}
+
+
+def _observed(plain: dict[str, Any]) -> Observed:
+    return Observed(_spec(plain["spec"]), tuple(plain["path"]), _tensor(plain["start"]), _affine(plain["affine"]))
+
+
+def _plain_acted(acted: Acted) -> dict[str, Any]:
+    return {
+        "key": acted.key,
+        "spec": _plain_spec(acted.spec),
+        "shape": list(acted.shape),
+        "dtype": _name(acted.dtype),
+        "start": _plain_tensor(acted.start),
+        "bounds": acted.bounds and [_plain_tensor(bound) for bound in acted.bounds],
+        "affine": _plain_affine(acted.affine),
+    }
+
+
+def _acted(plain: dict[str, Any]) -> Acted:
+    bounds = plain["bounds"] and tuple(_tensor(bound) for bound in plain["bounds"])
+    sizes = (as_key(plain["key"]), _spec(plain["spec"]), tuple(plain["shape"]), as_dtype(plain["dtype"]))
+    return Acted(*sizes, _tensor(plain["start"]), bounds, _affine(plain["affine"]))
+
+
+def _plain_affine(affine: Sequence[Affine]) -> list:
+    return [[_plain_tensor(each.loc), _plain_tensor(each.scale), each.inverse] for each in affine]
+
+
+def _affine(plain: list) -> tuple[Affine, ...]:
+    return tuple(Affine(_tensor(loc), _tensor(scale), inverse) for loc, scale, inverse in plain)
+
+
+def _plain_tensor(tensor: Tensor | None) -> list | None:
+    return None if tensor is None else [tensor.tolist(), _name(tensor.dtype)]
+
+
+def _tensor(plain: list | None) -> Tensor | None:
+    return None if plain is None else torch.tensor(plain[0], dtype=as_dtype(plain[1]))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,397 @@
+"""`AdaptiveAgent`: it does what the training's policy does, step for step, and says what is wrong with what it is given."""
+
+from functools import partial
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import nn
+from torchrl.envs import (
+    ActionScaling,
+    Compose,
+    DoubleToFloat,
+    ExplorationType,
+    GymEnv,
+    ObservationNorm,
+    RewardClipping,
+    RewardScaling,
+    TransformedEnv,
+    set_exploration_type,
+)
+
+import rl2_torchrl as rl2
+from rl2_torchrl import AdaptiveAgent
+from rl2_torchrl.agent.signature import Signature
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.rollout import Rollout
+
+ROWS, EPISODES = 6, 3
+
+
+class Toy(gymnasium.Env):
+    """An env of any spaces, without chance: what it shows depends on what was done; episodes of 4 steps."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+        self.episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.steps, self.episodes, self.pay = 0, self.episodes + 1, 0.0
+        return self._observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        self.pay = float(np.sum(np.asarray(action, dtype=float))) + 0.1 * self.steps
+        return self._observe(), self.pay, self.steps == 4, False, {}
+
+    def _observe(self):
+        self.observation_space.seed(100 * self.episodes + 10 * self.steps + int(7 * self.pay) % 7)
+        return self.observation_space.sample()
+
+
+SPACES = {
+    "discrete from 5": (spaces.Discrete(3, start=5), spaces.Discrete(4, start=2)),
+    "several": (spaces.MultiDiscrete([3, 2], start=[1, 4]), spaces.MultiDiscrete([3, 4], start=[2, 0])),
+    "flags": (spaces.MultiBinary(3), spaces.MultiBinary(2)),
+    "box": (spaces.Box(-1, 1, (2,)), spaces.Box(np.float32([-0.3, -0.1]), np.float32([0.2, 0.4]))),
+    "float64": (spaces.Box(-1, 1, (3,), np.float64), spaces.Box(-1, 1, (), np.float64)),
+    "image": (spaces.Box(0, 255, (12, 14, 3), np.uint8), spaces.Discrete(3)),
+    "dict": (
+        spaces.Dict(
+            {
+                "seen": spaces.Box(-1, 1, (2,)),
+                "at": spaces.Discrete(4, start=1),
+                "sub": spaces.Dict({"x": spaces.Box(-1, 1)}),
+            }
+        ),
+        spaces.Discrete(3),
+    ),
+    "tuple": (spaces.Tuple([spaces.Box(-1, 1, (2,)), spaces.Discrete(3)]), spaces.Discrete(3)),
+}
+
+
+def toys(name, rows):
+    return trial_env(GymVectorEnv(partial(Toy, *SPACES[name]), rows))
+
+
+def trial_env(base, *transforms, episodes=EPISODES, before=(), **options):
+    trial = rl2.Trial(episodes=episodes)
+    return TransformedEnv(base, Compose(trial, *before, *transforms, rl2.PreviousStep(**options)))
+
+
+def tasks(distribution):
+    return rl2.TaskSampler(distribution, seed=1)
+
+
+def bandits(rows=ROWS):
+    return trial_env(BernoulliBandit(4, batch_size=(rows,), seed=2), tasks(uniform_means(4)))
+
+
+def targets(*transforms, rows=ROWS):
+    return trial_env(QuadraticBandit(2, batch_size=(rows,), seed=2), tasks(uniform_targets(2)), before=transforms)
+
+
+def decided(actor, gain=1000.0):
+    """First weights choose nearly at random: a larger last layer makes actions differ by what is seen and remembered."""
+    [head] = [module for module in actor.modules() if isinstance(module, rl2.Head)]
+    for parameter in head.layers[-1].parameters():
+        parameter.data.mul_(gain)
+    return actor
+
+
+def make(env, seed=0, *, kind=rl2.RecurrentActor, **slots):
+    torch.manual_seed(seed)
+    return decided(kind.from_env(env, **slots))
+
+
+NETWORKS = {
+    "gru": {},
+    "two layers": {"num_layers": 2, "hidden_size": 8},
+    "lstm": {"core": partial(rl2.LSTMCore, hidden_size=8)},
+    "mlp": {"encoder": partial(rl2.MLPEncoder, num_cells=[8, 6], activation=nn.Tanh)},
+    "skip": {"num_cells": [16], "skip": True, "hidden_size": 8},
+    "head": {"num_cells": [16, 8], "activation": partial(nn.LeakyReLU, 0.3)},
+    "double": {"dtype": torch.float64, "hidden_size": 8},
+    "norm": {"normalize": True},
+}
+
+
+def play(agent, env, steps, seed):
+    """The actions and rewards ``[steps, N]`` of an agent on the env that is below all transforms, and the trials' starts."""
+    torch.manual_seed(seed)
+    td, actions, rewards = env.reset(), [], []
+    agent.new_trial(ROWS)
+    for _ in range(steps):
+        shown = {key: td[key] for key in agent.signature.observations}
+        action = agent.act(nested(shown) if shown else None)
+        td, after = env.step_and_maybe_reset(td.set("action", as_policy(agent, torch.as_tensor(action))))
+        agent.observe(td["next", "reward"], td["next", "episode_done"])
+        if td["next", "done"].any():
+            agent.new_trial(rows=td["next", "done"].squeeze(-1))
+        actions.append(torch.as_tensor(action))
+        rewards.append(td["next", "reward"])
+        td = after
+    return torch.stack(actions), torch.stack(rewards)
+
+
+def nested(shown):
+    out = {}
+    for key, value in shown.items():
+        *folders, name = (key,) if isinstance(key, str) else key
+        place = out
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = value
+    return out
+
+
+def as_policy(agent, action):
+    acted = agent.signature.action
+    return action if acted.start is None else action - acted.start
+
+
+def trained(env, actor, steps, seed):
+    """Likewise by the training's own rollout."""
+    torch.manual_seed(seed)
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        batch = Rollout(env, actor, steps, ["action", ("next", "reward")])()
+    return batch["action"].movedim(1, 0), batch["next", "reward"].movedim(1, 0)
+
+
+# ------------------------------------------------------- the training's policy
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("make_env", [bandits, targets], ids=["categorical", "gaussian"])
+def test_it_plays_as_the_training_does(make_env, name, tmp_path):
+    actor = make(make_env(), **NETWORKS[name])
+    if name == "norm":
+        norm = next(module for module in actor.modules() if isinstance(module, rl2.RunningNorm))
+        norm.update_statistics(3 + 2 * torch.randn(500, len(norm.mean)))
+    steps = 40
+    expected = trained(make_env(), actor, steps, seed=5)
+    agent = AdaptiveAgent.from_policy(actor, make_env())
+    again = AdaptiveAgent.load(agent.save(tmp_path / "agent.pt"))
+    assert len(expected[0].reshape(len(expected[0]), -1).unique(dim=0)) > 5
+    for each in (agent, again):
+        actions, rewards = play(each, make_env(), steps, seed=5)
+        # An env of float32 takes actions so from an agent; in training it computes with a network's float64.
+        tolerance = {"rtol": 0, "atol": 1e-5 if name == "double" else 0}
+        torch.testing.assert_close(actions, expected[0].to(actions.dtype), **tolerance)
+        torch.testing.assert_close(rewards, expected[1].to(rewards.dtype), **tolerance)
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("rows", [None, ROWS], ids=["one", "rows"])
+def test_it_plays_gymnasiums_own_env(name, rows, tmp_path):
+    steps, count = 4 * EPISODES + 6, rows or 1
+    actor = make(toys(name, count), hidden_size=8)
+    actions, rewards = trained(toys(name, count), actor, steps, seed=3)
+    agent = AdaptiveAgent.from_policy(actor, toys(name, count))
+    agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.pt"))
+    makers, mode = [partial(Toy, *SPACES[name])] * count, gymnasium.vector.AutoresetMode.SAME_STEP
+    env = Toy(*SPACES[name]) if rows is None else gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=mode)
+    torch.manual_seed(3)
+    observation, _ = env.reset()
+    for t in range(steps):
+        if t % (4 * EPISODES) == 0:
+            agent.new_trial(rows)
+        action = agent.act(observation)
+        assert isinstance(action, np.ndarray | np.generic)
+        observation, reward, terminated, _, _ = env.step(action)
+        agent.observe(reward, terminated)
+        if rows is None and terminated:
+            observation, _ = env.reset()
+        torch.testing.assert_close(torch.as_tensor(reward).reshape(-1).float(), rewards[t].squeeze(-1), rtol=0, atol=0)
+    assert len(actions.reshape(steps, -1).unique(dim=0)) > 1
+
+
+# ------------------------------------------------------ what stands between env and policy
+def test_transforms_of_the_env_are_taken_along(tmp_path):
+    def env():
+        norm = ObservationNorm(loc=0.5, scale=2.0, in_keys=["observation"], standard_normal=True)
+        shift = ObservationNorm(loc=torch.tensor([1.0, -1.0]), scale=3.0, in_keys=["observation"])
+        base = GymVectorEnv(partial(Toy, *SPACES["box"]), 1)
+        pay = RewardScaling(loc=0.25, scale=4.0)
+        return trial_env(base, DoubleToFloat(), norm, shift, pay, ActionScaling(loc=0.1, scale=0.2))
+
+    actor = make(env(), hidden_size=8)
+    actions, rewards = trained(env(), actor, 12, seed=3)
+    agent = AdaptiveAgent.from_policy(actor, env())
+    agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.pt"))
+    raw = Toy(*SPACES["box"])
+    torch.manual_seed(3)
+    agent.new_trial()
+    observation, _ = raw.reset()
+    for t in range(12):
+        observation, reward, terminated, _, _ = raw.step(agent.act(observation))
+        agent.observe(reward, terminated)
+        if terminated:
+            observation, _ = raw.reset()
+        assert 4.0 * reward + 0.25 == pytest.approx(rewards[t].item(), abs=1e-5)
+    assert actions.std() > 0.1
+
+
+def test_transforms_that_cannot_be_taken_along():
+    env = targets(RewardClipping(-1.0, 1.0))
+    with pytest.raises(NotImplementedError, match="the env has a RewardClipping, which an agent cannot take along"):
+        AdaptiveAgent.from_policy(make(env), env)
+
+
+def test_one_hot_actions_are_numbers_outside():
+    env = trial_env(GymEnv("CartPole-v1"))
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    agent.new_trial()
+    action = agent.act(np.zeros(4), deterministic=True)
+    assert action in (0, 1)
+    # What the policy is told of it is the one-hot vector.
+    assert agent.memory[0].tolist() == [[float(action == 0), float(action == 1)]]
+
+
+def test_an_entry_that_the_trial_adds_is_asked_for():
+    env = bandits()
+    actor = make(env, extra_keys=["time_left"])
+    agent = AdaptiveAgent.from_policy(actor, env)
+    agent.new_trial()
+    assert 0 <= agent.act({"time_left": [1.0]}) < 4
+    with pytest.raises(RuntimeError, match="observe"):
+        agent.act({"time_left": [1.0]})
+
+
+# ------------------------------------------------------------------ how it is used
+def test_rows_that_begin_anew_remember_nothing():
+    env = bandits()
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    noise = torch.zeros(ROWS, 4)
+    agent.new_trial(ROWS)
+    fresh = agent.act(noise=noise)
+    for reward in (1.0, 0.0, 1.0):
+        agent.observe(torch.full((ROWS,), reward), True)
+        agent.act(noise=noise)
+    agent.observe(np.ones((ROWS, 1)), np.ones((ROWS, 1), dtype=bool))
+    anew = torch.arange(ROWS) % 2 == 0
+    agent.new_trial(rows=anew)
+    again = torch.as_tensor(agent.act(noise=noise))
+    assert torch.equal(again[anew], torch.as_tensor(fresh)[anew])
+    reference = AdaptiveAgent.from_policy(agent.policy, env)
+    reference.new_trial(ROWS)
+    reference.act(noise=noise)
+    hidden, first = agent.memory[1], reference.memory[1]
+    torch.testing.assert_close(hidden[anew], first[anew], rtol=0, atol=0)
+    assert (hidden[~anew] - first[~anew]).abs().amax(dim=(1, 2)).min() > 0.01
+
+
+def test_training_on_does_not_change_an_agent():
+    env = bandits()
+    actor = make(env)
+    agent = AdaptiveAgent.from_policy(actor, env)
+    expected = {name: value.clone() for name, value in agent.policy.state_dict().items()}
+    for parameter in actor.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(agent.policy.state_dict(), expected, rtol=0, atol=0)
+
+
+def test_tensors_for_tensors_and_numpy_for_the_rest():
+    env = toys("box", 1)
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    for observation, kind in [(torch.zeros(2), torch.Tensor), (np.zeros(2), np.ndarray), ([0.0, 0.0], np.ndarray)]:
+        agent.new_trial()
+        assert isinstance(agent.act(observation), kind)
+        agent.new_trial(3)
+        action = agent.act(torch.zeros(3, 2) if kind is torch.Tensor else [[0.0, 0.0]] * 3)
+        assert isinstance(action, kind)
+        assert action.shape == (3, 2)
+
+
+def test_an_actor_and_critic_is_its_actor():
+    env = bandits()
+    actor = make(env)
+    agent = AdaptiveAgent.from_policy(rl2.ActorCritic(actor, rl2.GRUValueHead.from_env(env)), env)
+    torch.testing.assert_close(agent.policy.state_dict(), actor.state_dict(), rtol=0, atol=0)
+
+
+def bad(call, error, match, name="box"):
+    env = toys(name, 1) if name else bandits()
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    with pytest.raises(error, match=match):
+        call(agent)
+
+
+def begun(call, rows=None):
+    def run(agent):
+        agent.new_trial(rows)
+        call(agent)
+
+    return run
+
+
+BAD = {
+    "no trial": (lambda agent: agent.act([0.0, 0.0]), RuntimeError, "no trial has begun"),
+    "no rows": (lambda agent: agent.new_trial(0), ValueError, "num_rows=0: at least one trial"),
+    "rows of nothing": (lambda agent: agent.new_trial(rows=[True]), ValueError, "begin one first"),
+    "more rows": (begun(lambda agent: agent.new_trial(rows=[True] * 3), 2), ValueError, "begin one first"),
+    "no action": (begun(lambda agent: agent.observe(1.0)), RuntimeError, "act\\(\\) comes first"),
+    "twice": (
+        begun(lambda agent: (agent.act([0, 0]), agent.act([0, 0]))),
+        RuntimeError,
+        "the last action's reward is missing",
+    ),
+    "no observation": (begun(lambda agent: agent.act()), ValueError, "'observation', and there is no observation"),
+    "shape": (
+        begun(lambda agent: agent.act([0.0] * 3)),
+        ValueError,
+        r"'observation' has shape \(3,\); it must be \(2,\)",
+    ),
+    "rows": (begun(lambda agent: agent.act([[0.0] * 2] * 3), 2), ValueError, r"shape \(3, 2\); it must be \(2, 2\)"),
+    "NaN": (begun(lambda agent: agent.act([0.0, np.nan])), FloatingPointError, "'observation' is not finite"),
+    "reward": (
+        begun(lambda agent: (agent.act([0, 0]), agent.observe(np.inf))),
+        FloatingPointError,
+        "is not finite: the memory",
+    ),
+    "rewards": (
+        begun(lambda agent: (agent.act([0, 0]), agent.observe([1.0, 2.0]))),
+        ValueError,
+        "reward has 2 numbers, .* 1 trials",
+    ),
+    "entry": (
+        begun(lambda agent: agent.act({"seen": [0, 0], "at": 1})),
+        KeyError,
+        "the observation lacks 'sub.x'",
+        "dict",
+    ),
+    "choice": (
+        begun(lambda agent: agent.act(4)),
+        ValueError,
+        "'observation' is .*4.*: choices are fewer than 3",
+        "discrete from 5",
+    ),
+    "image": (
+        begun(lambda agent: agent.act(np.zeros((3, 12, 14), np.uint8))),
+        ValueError,
+        r"must be \(12, 14, 3\)",
+        "image",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
+def test_bad_use(case):
+    bad(*case)
+
+
+def test_policies_that_are_no_agents():
+    env = bandits()
+    laplace = rl2.ActionDistribution(1, ["loc"], torch.distributions.Laplace, {"scale": 0.1})
+    with pytest.raises(TypeError, match="one distribution that can act by noise from outside"):
+        AdaptiveAgent.from_policy(rl2.RecurrentActor(6, laplace), env)
+    with pytest.raises(ValueError, match="of which 0 are written by a PreviousStep"):
+        AdaptiveAgent.from_policy(make(env), TransformedEnv(BernoulliBandit(4, batch_size=(2,)), rl2.Trial(episodes=2)))
+
+
+def test_a_signature_comes_back_from_its_text():
+    for name in SPACES:
+        env = toys(name, 2)
+        text = AdaptiveAgent.from_policy(make(env), env).signature.as_json()
+        assert Signature.from_json(text).as_json() == text

@@ -1,0 +1,171 @@
+"""Exported agents: `torch.export` and ONNX graphs are the training's policy, memory in and memory out, over steps of trials."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from test_agent import NETWORKS, bandits, make, play, targets, toys
+from torchrl.modules import set_recurrent_mode
+
+import rl2_torchrl as rl2
+from rl2_torchrl import AdaptiveAgent
+from rl2_torchrl.modules.distributions import distribution_of
+
+FORMS = ["pt2", "onnx"]
+STEPS, ROWS = 1000, 2
+CASES = {
+    **{f"categorical {name}": (bandits, slots) for name, slots in NETWORKS.items()},
+    **{f"gaussian {name}": (targets, NETWORKS[name]) for name in ("gru", "lstm", "mlp", "norm")},
+    **{f"toy {name}": (partial(toys, name), {"hidden_size": 8}) for name in ("image", "several", "flags", "dict")},
+    "tanh": (partial(toys, "box"), {"distribution": rl2.TanhGaussianActions.from_spec}),
+}
+#: An export to ONNX takes seconds.
+IN_ONNX = [
+    *(f"{kind} {name}" for kind in ("categorical", "gaussian") for name in ("gru", "lstm", "mlp")),
+    *("gaussian norm", "toy image", "toy several", "toy flags", "toy dict", "tanh"),
+]
+
+
+def exported(agent, form, folder):
+    """The agent of an exported file."""
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    path = agent.export(folder / f"agent.{form}")
+    return (
+        AdaptiveAgent.load(path) if form == "onnx" else AdaptiveAgent(torch.export.load(path).module(), agent.signature)
+    )
+
+
+def inputs(signature, steps, rows, seed=0):
+    """What a step reads beside its memory, at each of some steps: trials of 20 steps at most, each row's at its own time."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        for each in signature.observations.values():
+            number = each.number_of_choices
+            shape = (rows, *each.spec.shape)
+            if number is not None:
+                value = (torch.rand(shape, generator=generator) * number).long() + (
+                    0 if each.start is None else each.start
+                )
+            elif each.spec.dtype == torch.uint8:
+                value = torch.randint(256, shape, generator=generator)
+            else:
+                value = torch.randn(shape, generator=generator)
+            yield value.to(each.spec.dtype)
+        yield torch.randn(rows, generator=generator)
+        yield torch.rand(rows, generator=generator) < 0.3
+        yield torch.tensor([step % (20 - 3 * row) == 0 for row in range(rows)])
+        yield torch.randn(rows, signature.noise_size, generator=generator).to(signature.dtype)
+
+
+@pytest.mark.parametrize(("name", "form"), [*((name, "pt2") for name in CASES), *((name, "onnx") for name in IN_ONNX)])
+def test_a_thousand_steps_of_trials(name, form, tmp_path):
+    make_env, slots = CASES[name]
+    env = make_env(rows=ROWS)
+    actor = make(env, **slots)
+    agent = AdaptiveAgent.from_policy(actor, env)
+    step, signature, layout = exported(agent, form, tmp_path).step, agent.signature, agent.signature.layout
+    memory = [torch.zeros(ROWS, *shape, dtype=signature.dtype) for shape in signature.memory.values()]
+    fed, read, written, noises = inputs(signature, STEPS, ROWS), [], [], []
+    with torch.no_grad():
+        for _ in range(STEPS):
+            *observed, reward, done, start, noise = (next(fed) for _ in range(len(signature.observations) + 4))
+            # The transition input, put together here; the last action is what the graph has handed on.
+            entries = zip(signature.observations.items(), observed, strict=True)
+            values = {key: each.read(value) for (key, each), value in entries}
+            told = torch.cat([memory[0], reward[:, None], done[:, None].float()], -1)
+            seen = layout.encode([values[key] for key in layout.observations], (ROWS,))
+            trans = torch.cat([*seen, torch.where(start[:, None], 0.0, told)], -1)
+            read.append(TensorDict({**values, "trans": trans.float(), "is_init": start[:, None]}, [ROWS]))
+            written.append(step(*observed, reward, done, start, noise, *memory))
+            memory = list(written[-1][-len(memory) :])
+            noises.append(noise)
+        # The training's policy, over all steps at once, as an update runs it.
+        with set_recurrent_mode(True):
+            td = actor.module[0](torch.stack(read, 1))
+    action, *outputs = (torch.stack(each, 1) for each in zip(*written, strict=True))
+    parameters = [td[key] for key in actor.module[-1].in_keys]
+    assert parameters[0].std() > 0.1  # else anything would be near it
+    for given, expected in zip(outputs, parameters, strict=False):
+        torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+    # From the graph's own parameters: a tie within rounding is no difference.
+    drawn = distribution_of(actor.module[-1]).with_noise(torch.stack(noises, 1), *outputs[: len(parameters)])
+    drawn = signature.action.scaled(drawn)
+    expected = signature.action.to_env(drawn.flatten(0, 1)).unflatten(0, (ROWS, STEPS))
+    torch.testing.assert_close(action, expected, rtol=0, atol=1e-6)
+    handed_on = layout.action.encode(drawn, (ROWS, STEPS))
+    torch.testing.assert_close(outputs[len(parameters)], handed_on, rtol=0, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make_env", [bandits, targets], ids=["categorical", "gaussian"])
+def test_same_noise_same_actions(make_env, form, tmp_path):
+    agent = AdaptiveAgent.from_policy(make(make_env(), **NETWORKS["norm"]), make_env())
+    expected = play(agent, make_env(), 30, seed=1)
+    actions, rewards = play(exported(agent, form, tmp_path), make_env(), 30, seed=1)
+    torch.testing.assert_close(actions, expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(rewards, expected[1], rtol=0, atol=1e-4)
+
+
+def test_inputs_and_outputs_of_an_onnx_model_have_names(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    agent = AdaptiveAgent.from_policy(make(toys("dict", 2), **NETWORKS["lstm"]), toys("dict", 2))
+    # What another program does, which has neither this package nor PyTorch.
+    session = runtime.InferenceSession(agent.export(tmp_path / "agent.onnx"))
+    names = [each.name for each in session.get_inputs()]
+    assert names == [
+        "at",
+        "seen",
+        "sub.x",
+        "reward",
+        "done",
+        "start",
+        "noise",
+        "last_action",
+        "actor_hidden",
+        "actor_hidden_cell",
+    ]
+    memory = {"last_action": (1, 3), "actor_hidden": (1, 1, 8), "actor_hidden_cell": (1, 1, 8)}
+    memory = {name: np.zeros(shape, np.float32) for name, shape in memory.items()}
+    seen = {"at": np.array([2]), "seen": np.float32([[0.5, -0.5]]), "sub.x": np.float32([[0.1]])}
+    told = {"reward": np.float32([0.0]), "done": np.array([False]), "start": np.array([True])}
+    out = session.run(None, {**seen, **told, "noise": np.zeros((1, 3), np.float32), **memory})
+    results = dict(zip([each.name for each in session.get_outputs()], out, strict=True))
+    assert list(results) == ["action", "logits", *(f"next_{name}" for name in memory)]
+    agent.new_trial()
+    assert results["action"] == agent.act({"at": 2, "seen": [0.5, -0.5], "sub": {"x": [0.1]}}, deterministic=True)
+    assert results["next_last_action"][0, results["action"][0]] == 1
+
+
+def test_what_cannot_be_exported(tmp_path):
+    env = bandits()
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    with pytest.raises(ValueError, match=r"agent.pth'\: agents are exported to .pt2"):
+        agent.export(tmp_path / "agent.pth")
+    with pytest.raises(TypeError, match="exported graph, which has no policy"):
+        exported(agent, "pt2", tmp_path).save(tmp_path / "agent.pt")
+    with pytest.raises(ValueError, match="PyTorch reads .pt2 files by pickle"):
+        AdaptiveAgent.load(tmp_path / "agent.pt2")
+
+
+def test_onnx_models_of_others(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "agent.onnx").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="agent.onnx cannot be read as an ONNX model"):
+        AdaptiveAgent.load(tmp_path / "agent.onnx")
+    with pytest.raises(FileNotFoundError, match="no agent in .*other.onnx"):
+        AdaptiveAgent.load(tmp_path / "other.onnx")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [value], [out])
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9),
+        tmp_path / "other.onnx",
+    )
+    with pytest.raises(ValueError, match="is an ONNX model, but no agent's"):
+        AdaptiveAgent.load(tmp_path / "other.onnx")

@@ -1,0 +1,78 @@
+"""The shipped agents: the page of their scores is that of the files, they score so, and their exports play the same trials."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recipes import agent_benchmark, agents, half_cheetah
+from recipes.experiment import arguments
+from rl2_torchrl import AdaptiveAgent
+
+PRETRAINED = Path(__file__).parents[1] / "recipes" / "pretrained"
+PAGE = (PRETRAINED / "README.md").read_text(encoding="utf-8")
+#: File: env, network, bytes, score, standard error, trials.
+ROWS = {
+    cells[0].strip("`"): cells[1:]
+    for cells in re.findall(r"^\| (`.*?`) \| " + r"(.*?) \| " * 5 + r"(.*?) \|$", PAGE, re.MULTILINE)
+}
+
+
+def test_the_page_is_of_the_files_that_are_there():
+    assert sorted(ROWS) == sorted(path.name for path in PRETRAINED.glob("*.pt"))
+    for name, (_, network, size, *_) in ROWS.items():
+        assert int(size) == (PRETRAINED / name).stat().st_size
+        assert network == agents.network_of(AdaptiveAgent.load(PRETRAINED / name))
+
+
+@pytest.mark.parametrize("name", ["bandits_10_5.pt", "mdps_10.pt"])
+def test_agents_score_what_the_page_says(name):
+    curve = agents.score(PRETRAINED / name, 400)
+    *_, mean, se, trials = ROWS[name]
+    assert abs(curve.mean - float(mean)) < 4 * curve.se
+    # 400 trials are fewer than the page's by so much in the standard error.
+    assert curve.se == pytest.approx(float(se) * (int(trials) / 400) ** 0.5, rel=0.25)
+
+
+def test_a_page_is_written(tmp_path):
+    (tmp_path / "bandits_10_5.pt").write_bytes((PRETRAINED / "bandits_10_5.pt").read_bytes())
+    page = tmp_path / "page.md"
+    curves = agents.main(folder=tmp_path, trials=50, page=page)
+    assert f"| {curves['bandits_10_5.pt'].mean:.2f} | {curves['bandits_10_5.pt'].se:.2f} | 50 |" in page.read_text()
+    with pytest.raises(ValueError, match="trials=1: a standard error needs two"):
+        agents.main(folder=tmp_path, trials=1, page=page)
+    with pytest.raises(ValueError, match="'ponies_3' is named after no env"):
+        agents.held_out("ponies_3", 2)
+
+
+@pytest.mark.parametrize("form", ["pt2", "onnx"])
+def test_exported_agents_earn_what_the_training_policy_earns(form):
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    path = PRETRAINED / "bandits_10_5.pt"
+    figures = agent_benchmark.main(agent=path, trials=100, forms=(form,), actions=10, rows=2)
+    returns = {name: figure["return"] for name, figure in figures.items()}
+    assert set(returns) == {"training's policy", "agent", f".{form}"}
+    assert figures[f".{form}"]["difference"] == 0
+    assert len(set(returns.values())) == 1  # whole pulls that paid: the same actions, or it would not be
+    assert all(figure["microseconds"] > 0 for figure in figures.values())
+
+
+def test_exported_cheetahs_run_as_the_training_policy_does(tmp_path):
+    pytest.importorskip("mujoco")
+    tiny = {
+        "trials": 2,
+        "units": 4,
+        "horizon": 5,
+        "env_steps": 20,
+        "report_tasks": 2,
+        "progress": False,
+        "log_dir": tmp_path,
+    }
+    half_cheetah.main(**arguments(half_cheetah.main, {"task": "velocity", **tiny}))
+    figures = agent_benchmark.main(agent=tmp_path / "agent.pt", env="velocity", trials=2, forms=("pt2",), actions=0)
+    assert figures["agent"] == {"return": figures["training's policy"]["return"], "difference": 0}
+    # What rounding does to one action leads a cheetah, which is chaotic, elsewhere in time: so, shown the same.
+    assert 0 < figures[".pt2"]["difference"] < 1e-5
+    assert figures[".pt2"]["return"] == pytest.approx(figures["agent"]["return"], rel=0.3)
