@@ -56,7 +56,7 @@ def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
             f"there is no agent in {path}: a recipe leaves its own in its run's folder, as agent.pt."
         )
     try:
-        held = torch.load(path, weights_only=True, map_location="cpu")
+        held = torch.load(path, map_location="cpu", weights_only=True)
         form, text, weights, digest = (held[name] for name in ("format", "about", "weights", "digest"))
         is_whole = form == _FORMAT and digest == _digest(text, weights)
     except _UNREADABLE as error:
