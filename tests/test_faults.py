@@ -736,6 +736,7 @@ def test_code_planted_in_a_file_is_not_run(load, plant, tmp_path, evil):
 
 @pytest.mark.parametrize("plant", [by_pickle, by_torch, lambda evil, path: os.truncate(path, 100)])
 def test_a_table_in_the_cache_that_cannot_be_trusted_is_made_anew(plant, tmp_path, evil, monkeypatch):
+    (tmp_path / "cache").mkdir()
     monkeypatch.setattr(gittins, "cache_folder", lambda: tmp_path / "cache")
     gittins._stored_table.cache_clear()
     table = gittins._stored_table(3, 0.9)
