@@ -1,6 +1,5 @@
 """What recipes share: settings, streams of random numbers, training or loading an actor, held-out evaluation, and the report."""
 
-import gc
 import inspect
 import logging
 import math
@@ -257,11 +256,7 @@ class Experiment:
             TaskSampler.fixed(tasks), math.ceil(len(tasks) / rounds)
         )  # rows that have a task in each round
         with closing(env):  # it may have processes
-            curve = adaptation_curve(env, self.actor, len(tasks), measures=self.measures, **how)
-        # An env refers to itself, and simulators hold memory that Python does not count: by itself it would go much later.
-        del env
-        gc.collect()
-        return curve
+            return adaptation_curve(env, self.actor, len(tasks), measures=self.measures, **how)
 
     def evaluate(self) -> dict[str, float]:
         """What `train` logs of held-out trials."""

@@ -86,14 +86,15 @@ class RunCheckpoints:
             "result": result,
             "rng": GlobalRNGState(),
         }
-        self._held = ExitStack()
         self._before: dict[str, Any] | None = None
 
     def __enter__(self) -> RunCheckpoints:
         """Takes the folder for this run; OSError where another one has it."""
-        if self._folder is not None:
+        if self._folder is None:
+            return self
+        with ExitStack() as held:  # let go again, where this fails
             try:
-                self._held.enter_context(locked(self._folder / _LOCK))
+                held.enter_context(locked(self._folder / _LOCK))
             except BlockingIOError as error:
                 raise OSError(
                     f"checkpoints={str(self._folder)!r} is in use by another training ({error}): two runs in one folder would "
@@ -103,6 +104,7 @@ class RunCheckpoints:
                 if _is_ours(whole_name(path.name)):  # of a write that was killed
                     path.unlink()
             require_tree(self._state())  # what cannot be saved is found now
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -129,6 +130,9 @@ def train(
     new trials. One within an update (from ``after_batch`` on) saves nothing, since the networks may be half changed: the newest
     checkpoint is from before.
 
+    Trainings in several threads of one program take turns, since TorchRL's modes and PyTorch's random numbers are the program's:
+    for speed, and for numbers that do not depend on the other's, give each a process.
+
     When the program ends the collector is shut down, so that its processes do not keep the program from ending.
     """
     if (resume or resume_changes) and not (resume and checkpoints is not None):
@@ -149,7 +153,8 @@ def train(
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
             try:
                 for batch in loop.batches(before_each=saved.before_rollout):
-                    row = loop.learn(batch)
+                    with _turn:
+                        row = loop.learn(batch)
                     due = len(result.history) % eval_interval == 0 and not interrupts
                     if due:
                         loop.evaluate(row)
@@ -174,6 +179,11 @@ def train(
     result.interrupted = bool(interrupts)
     interrupts.pass_on()
     return result
+
+
+#: Trainings in several threads take turns, a rollout, an update or an evaluation each: TorchRL's modes (exploration, recurrence)
+#: and PyTorch's random numbers are the program's, and one's evaluation would make the other's rollout deterministic.
+_turn = threading.RLock()
 
 
 class _Loop:
@@ -201,7 +211,8 @@ class _Loop:
             before_each()
             self.in_rollout = True
             try:
-                batch = next(batches, None)
+                with _turn:
+                    batch = next(batches, None)
             except Exception as error:
                 where = (
                     f"in the rollout of update {len(self._result.history)}, after {self._result.env_steps} env steps"
@@ -248,7 +259,7 @@ class _Loop:
         """Adds the scalars of a held-out evaluation to ``row``; random numbers are put back."""
         if self._evaluate is None:
             return
-        with _random_numbers_put_back():
+        with _turn, _random_numbers_put_back():
             row |= _scalars("eval/", self._evaluate(), "evaluate")
             for callback in self._callbacks:
                 more = callback.after_evaluation(row, self._progress) or {}

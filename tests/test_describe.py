@@ -5,7 +5,7 @@ import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs import Compose, ParallelEnv, TransformedEnv
 from torchrl.modules import GRUModule, ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 
@@ -20,7 +20,7 @@ from rl2_torchrl import (
     Trial,
     TrialCollector,
 )
-from rl2_torchrl.describe import describe
+from rl2_torchrl.describe import _env, describe
 from rl2_torchrl.envs import TabularMDP, random_mdps
 
 SIZE = 3 + 2 + 2  # a state of 3, an action of 2, reward, done
@@ -166,3 +166,18 @@ def test_it_leaves_no_trace(capsys):
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(env.transform[1].get_extra_state(), tasks)
     assert capsys.readouterr() == ("", "")
+
+
+def base_mdp():
+    return TabularMDP(3, 2, episode_steps=4, batch_size=(6,), seed=0)
+
+
+def test_an_env_in_other_processes():
+    """Whatever it is asked for is looked up there: unwrapping must not ask it for a ``base_env``, for ever."""
+    transforms = Compose(Trial(episodes=3), TaskSampler(random_mdps(3, 2), seed=1), PreviousStep())
+    env = TransformedEnv(ParallelEnv(1, base_mdp), transforms)
+    try:
+        name, *_ = [part.name for part in _env(env)]
+    finally:
+        env.close(raise_if_closed=False)
+    assert name == "ParallelEnv"

@@ -1,9 +1,11 @@
 """`GymVectorEnv`: batches are `Collector`'s, tasks reach their rows, ends and resets are right, and what breaks ends clearly."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import time
+import weakref
 
 import gymnasium
 import numpy as np
@@ -821,3 +823,20 @@ def test_a_collector_that_is_shut_down_ends_the_processes():
     assert len(list(collector)) == 1
     collector.shutdown()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_closed_env_lets_its_envs_go_and_says_that_it_is_closed(vectorization):
+    env = GymVectorEnv("CartPole-v1", 2, vectorization=vectorization)
+    step = env.rand_action(env.reset())
+    envs = weakref.ref(env.envs)
+    gc.disable()
+    try:
+        env.close()
+        assert envs() is None
+    finally:
+        gc.enable()
+    for use in (env.reset, lambda: env.step(step)):
+        with pytest.raises(RuntimeError, match="has been closed"):
+            use()
+    env.close()  # once more, as __del__ may

@@ -104,6 +104,7 @@ def damaged(whole, how):
 def test_a_damaged_library_is_noticed_and_made_anew(cache, warnings, three, how):
     path = three()
     whole = path.read_bytes()
+    path.unlink()  # this process holds the whole one, and would end with a bus error if it changed under it
     path.write_bytes(damaged(whole, how))
     again = three()
     assert again.read_bytes() == whole  # to load a damaged one would end this process

@@ -26,7 +26,9 @@ NO_TASKS = {"task_constant", "tasks_drawn", "tasks_differ", "tasks_held_out", "t
 FEW_TASKS = {"tasks_held_out"}
 RECIPES = {
     "cartpole": ("gymnasium", {}, set()),
+    "pendulum": ("gymnasium", {}, set()),
     "minigrid_memory": ("minigrid", {}, NO_TASKS),
+    "minigrid_goals": ("minigrid", {}, FEW_TASKS),
     "meta_world": ("metaworld", {"horizon": 20}, FEW_TASKS),
     "pop_gym": ("popgym", {}, NO_TASKS),
     "point_mass": ("dm_control", {"steps": 13}, set()),
@@ -60,7 +62,8 @@ def stopped_before_training(name, folder, monkeypatch, **options):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_contracts_hold(name, tmp_path, monkeypatch):
-    played, collector, update = stopped_before_training(name, tmp_path, monkeypatch)
+    # Frames for several batches, as the checks collect some.
+    played, collector, update = stopped_before_training(name, tmp_path, monkeypatch, env_steps=1_000_000)
     has_tasks, unknown = RECIPES[name][2] is not NO_TASKS, RECIPES[name][2]
     held_out = played.tasks(HELD_OUT_TASKS, 8) if has_tasks else None
     # Where all trials are as long as a batch, none begins within one.

@@ -4,23 +4,26 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torchrl.envs import ExplorationType, set_exploration_type
+from torchrl.envs.utils import exploration_type
 
 from recipes.benchmark import Workload, compose
-from rl2_torchrl import kernels, train
+from rl2_torchrl import Callback, kernels, train
 from rl2_torchrl.kernels import threads
 
 needs_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts what Linux lists in /proc")
 SMALL = Workload(arms=3, pulls=10, trials=64, units=32, minibatches=2, epochs=2)
 
 
-def training(updates=2, workload=SMALL):
+def training(updates=2, workload=SMALL, **options):
     collector, update = compose(workload)
     collector.total_frames = updates * workload.steps
-    return train(collector, update, evaluate=None, progress=False)
+    return train(collector, update, **{"evaluate": None, "progress": False, **options})
 
 
 def python(program, *arguments, **environment):
@@ -66,6 +69,32 @@ def test_two_trainings_in_two_threads():
             # Memory that both wrote to would show in the ratios, which begin at 1.
             assert row["train/mean_ratio"] == pytest.approx(1, abs=0.05)
             assert row.keys() == row_alone.keys()
+
+
+def test_an_evaluation_in_one_thread_does_not_reach_into_another_s_rollout():
+    """TorchRL's modes and PyTorch's random numbers are the program's: trainings take turns."""
+    modes = {"evaluated": [], "rolled out": []}
+    evaluating = threading.Event()
+
+    class Watched(Callback):
+        def after_batch(self, batch, progress):
+            modes["rolled out"].append(exploration_type())
+
+    def evaluate():
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            evaluating.set()
+            time.sleep(0.5)  # time enough for many updates of the other
+            modes["evaluated"].append(exploration_type())
+        return {"score": 0.0}
+
+    other = threading.Thread(target=training, kwargs={"evaluate": evaluate, "eval_interval": 1})
+    other.start()
+    assert evaluating.wait(60)
+    training(30, callbacks=[Watched()])
+    other.join()
+    assert modes["rolled out"] == [None] * 30
+    assert modes["evaluated"] == [ExplorationType.DETERMINISTIC] * 2
+    assert exploration_type() is None
 
 
 # -------------------------------------------------------------------- a fork

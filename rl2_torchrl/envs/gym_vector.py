@@ -71,7 +71,7 @@ class GymVectorEnv(TensorEnv):
             ``reset`` or ``step`` returns something else than Gymnasium asks for.
         KeyError: episodes of a vector env that resets itself end without a ``final_obs``.
         FloatingPointError: an observation or reward is not finite.
-        RuntimeError: a process of an env has died, or a vector env resets rows that were to go on.
+        RuntimeError: a process of an env has died, the env has been closed, or a vector env resets rows that were to go on.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -171,6 +171,7 @@ class GymVectorEnv(TensorEnv):
     # ---------------------------------------------------------------- a step
     def begin(self, task: Tensor | TensorDictBase | None, rows: Tensor) -> tuple[None, Entries]:
         """Resets ``rows`` with their tasks, but for those that a vector env has begun itself, with the task that they had."""
+        self._require_open()
         mask = rows.cpu().numpy()
         begun = self._begun & mask & ~self._unseeded & _same_rows(task, self._task, len(mask))
         # Of rows that do not begin, TorchRL's resets bring whatever task was drawn for all.
@@ -201,6 +202,7 @@ class GymVectorEnv(TensorEnv):
 
     def advance(self, state: None, action: Tensor) -> tuple[None, Entries, Tensor, Tensor, Tensor]:
         """One step of Gymnasium's `VectorEnv`."""
+        self._require_open()
         observations, reward, *ends, infos = self._call(self.envs.step, self.actions.array(action))
         for name, given in zip(("rewards", "terminations", "truncations"), (reward, *ends), strict=True):
             if np.shape(given) != (self.envs.num_envs,):
@@ -316,7 +318,17 @@ class GymVectorEnv(TensorEnv):
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Closes the envs, and ends their processes."""
         super().close(raise_if_closed=raise_if_closed)
-        self.envs.close()
+        if self.envs is not None:
+            self.envs.close()
+        # TorchRL's envs refer to themselves, so that this one stays for a while; simulators are large, and go now.
+        self.envs = None
+
+    def _require_open(self) -> None:
+        if self.envs is None:
+            raise RuntimeError(
+                "this GymVectorEnv has been closed, as TorchRL's collectors do with theirs after the last batch, and its envs are "
+                "gone: make a new one."
+            )
 
     # Gymnasium's envs do not hand their state out: a resumed run begins new trials.
     get_extra_state = nn.Module.get_extra_state

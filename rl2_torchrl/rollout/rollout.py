@@ -7,7 +7,8 @@ where all rows begin and end their trials together, a whole batch is one CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -108,14 +109,8 @@ class Rollout:
         if trials.is_repeatable:
             replay = GraphReplay(self._play, trials.device, [trials.env.generator])
             play = self._replays.setdefault(exploration_type(), replay)
-        threads = torch.get_num_threads()
-        if trials.has_threads:  # PyTorch's spin while they wait, and would hold the cores that the env needs
-            torch.set_num_threads(1)
-        try:
-            with set_recurrent_mode(False):
-                play()
-        finally:
-            torch.set_num_threads(threads)
+        with _one_thread() if trials.has_threads else nullcontext(), set_recurrent_mode(False):
+            play()
         made = {key: buffer.transpose(0, 1) for key, (buffer, _) in self._buffers.items()} | trials.entries()
         kept = TensorDict({key: made[key] for key in self.keep}, [trials.rows, self.steps], trials.device)
         if len(trials.batch_size) != 1:
@@ -181,3 +176,14 @@ class Rollout:
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
         self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # PyTorch's own spin while they wait, and would hold the cores that the env's threads or processes need.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
