@@ -119,7 +119,7 @@ class TrialCollector(Collector):
         self.reset()
         return seed
 
-    def reset(self, index=None, **kwargs) -> None:
+    def reset(self, index: Any = None, **kwargs) -> None:
         """Begins new trials in all rows, or in those of ``index``; the latter only by `Collector`'s own loop."""
         if index is not None and self.player is not None:
             raise NotImplementedError(

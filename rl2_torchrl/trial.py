@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -104,7 +105,7 @@ class Trial(Transform):
         next_tensordict.set(EPISODE_DONE, episode_done.clone())
         return next_tensordict.update(self.counters(episode_index, trial_step))
 
-    def is_over(self, episode_index, trial_step):
+    def is_over(self, episode_index: Any, trial_step: Any) -> Any:
         """Whether a trial has ended after so many episodes and steps; of tensors, NumPy's arrays or numbers."""
         bounds = ((episode_index, self.episodes), (trial_step, self.steps))
         reached = [count >= bound for count, bound in bounds if bound is not None]
