@@ -120,6 +120,10 @@ def check_trial_env(
             raise TrialContractError(rule, seen) from played.raised
 
 
+#: What an env raises that breaks a contract, and what TorchRL raises of what it returns.
+_OF_ENVS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 class _Played:
     """Trials of ``env``, played when the first rule asks for them. A rule returns what breaks it, or where, or None."""
 
@@ -142,7 +146,7 @@ class _Played:
             return getattr(self, rule)()
         try:
             return None if self.below is None else getattr(self.below, rule)()
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _OF_ENVS as error:
             # What TorchRL cannot play is told by the rule "specs".
             return None if rule in ("rows_draw_apart", "step_specs") else self._told(error)
 
@@ -237,7 +241,7 @@ class _Played:
     def specs(self):
         try:
             check_env_specs(self.env)
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _OF_ENVS as error:
             return self._told(error)
 
     def trials_end(self):

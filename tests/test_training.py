@@ -80,6 +80,18 @@ def test_trial_returns_by_hand():
     assert [row["train/trial_return"] for row in rows] == [3.0, 22.0]
 
 
+@pytest.mark.parametrize(("ends", "said"), [([], [10]), ([9], []), ([12], [10])])
+def test_trials_that_do_not_end_are_said_once(ends, said, caplog):
+    batches = [batch_of([[1, 1]], [[0, number in ends]]) for number in range(25)]
+    seen = []
+    train_on(batches, stop=lambda row: seen.append(len(caplog.records)) and False)
+    assert [
+        number for number, (before, now) in enumerate(zip([0, *seen], seen, strict=False), 1) if now > before
+    ] == said
+    begin = "no trial has ended in 10 batches, 20 steps of each row: do the"
+    assert [record.getMessage()[: len(begin)] for record in caplog.records] == len(said) * [begin]
+
+
 def test_a_batch_in_which_no_trial_ends():
     rows = train_on([batch_of([[1, 2]], [[0, 0]]), batch_of([[4, 8]], [[0, 1]])]).history
     assert math.isnan(rows[0]["train/trial_return"])
