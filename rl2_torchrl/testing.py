@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import Compose, EnvBase, TransformedEnv, check_env_specs
 
 from rl2_torchrl.env_check import EnvBelow
+from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
 from rl2_torchrl.transition import PreviousStep
@@ -240,7 +241,8 @@ class _Played:
 
     def specs(self):
         try:
-            check_env_specs(self.env)
+            with quiet_torchrl():
+                check_env_specs(self.env)
         except _OF_ENVS as error:
             return self._told(error)
 
