@@ -200,7 +200,13 @@ def test_report_holds_what_is_promised(finished):
 
 
 def test_run_folder(finished):
-    _, _, folder = finished
+    _, report, folder = finished
+    about = (folder / "about.txt").read_text()
+    assert about.startswith(f"{report.to_dict()['command']}\ncommit ")
+    for told in ("torchrl 0.", "PreviousStep", "GRUCore", "TrialAdvantage", "lmbda=", "Adam", "lr="):
+        assert told in about
+    files = about.rpartition("\n\n")[2].splitlines()
+    assert [line.split()[0] for line in files if not (folder / line.split()[0]).exists()] == []
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "checkpoints").iterdir())
     assert list(folder.rglob("trial_return.csv"))
