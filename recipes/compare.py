@@ -110,8 +110,7 @@ def history(run: Path) -> list[dict[str, float]]:
     report, lines = (run / name for name in _HISTORIES)
     if report.is_file():
         return json.loads(report.read_text())["train"]["history"]
-    rows = {row["env_steps"]: row for row in map(json.loads, lines.read_text().splitlines())}
-    return list(rows.values())  # a row that was added to stands there twice
+    return list(map(json.loads, lines.read_text().splitlines()))
 
 
 def draw(curves: list[Curve], by: str, scalar: str) -> Figure:

@@ -327,7 +327,7 @@ _FILES = """\
 report.json     all figures, with the scalars of each update
 report.png      how it learnt, and how it adapts within a trial
 agent.pt        the agent: rl2_torchrl.AdaptiveAgent.load("agent.pt")
-scalars         what it logged as it learnt
+scalars         what it logged as it learnt (wandb, with --logger wandb)
 checkpoints     where --resume goes on
 """
 

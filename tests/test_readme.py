@@ -80,3 +80,10 @@ def test_names_in_the_text_are_public():
     homes = [vars(rl2_torchrl), vars(importlib.import_module("rl2_torchrl.envs"))]
     assert {name for name in names if not any(name in home for home in homes)} == set()
     assert "check_trial_env" in vars(importlib.import_module("rl2_torchrl.testing"))
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    releases = README.partition("\n## Releases\n")[2]
+    assert re.search(r"^- \*\*([\d.]+)\*\*", releases, re.MULTILINE)[1] == project["version"]
+    assert re.search(r"^  version = \{([\d.]+)\}", releases, re.MULTILINE)[1] == project["version"]
