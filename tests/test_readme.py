@@ -66,13 +66,6 @@ def test_extras_exist(extra):
     assert set(extra.split(",")) <= set(known)
 
 
-def test_files_of_the_map_exist():
-    table = README.partition("## Where the parts live")[2].partition("\n## ")[0]
-    files = re.findall(r"`([a-z_]+(?:\.py|/))`", table)
-    assert len(files) >= 10
-    assert [file for file in files if not ((ROOT / "rl2_torchrl" / file).exists() or (ROOT / file).exists())] == []
-
-
 def test_names_in_the_text_are_public():
     text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     torchrl_names = {"Collector", "SerialEnv", "ParallelEnv"}
