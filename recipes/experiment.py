@@ -128,7 +128,9 @@ class Told:
     regret: bool = False
     belief: float = 0.0
 
-    def terms(self, units: int, size: int, target: Callable[[torch.Tensor], torch.Tensor] | None = None) -> list[TaskBelief]:
+    def terms(
+        self, units: int, size: int, target: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> list[TaskBelief]:
         """Terms of the loss: ``size`` numbers to be told from ``units`` features, the task's own or ``target``'s."""
         return [TaskBelief(units, size, coefficient=self.belief, target=target)] if self.belief else []
 
