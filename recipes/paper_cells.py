@@ -104,12 +104,15 @@ class MDPCell:
         "beb": mdps.beb,
         "epsilon_greedy": mdps.epsilon_greedy,
         "greedy": mdps.greedy,
+        "perfect_memory": mdps.perfect_memory,
+        "optimistic_memory": mdps.perfect_memory,
     }
     tuned: ClassVar[Mapping[str, tuple[str, Callable[..., dict[int, float]]]]] = {
         "opsrl": ("num_samples", mdp_tuning.tune_opsrl),
         "ucrl2": ("scaling", mdp_tuning.tune_ucrl2),
         "beb": ("scaling", mdp_tuning.tune_beb),
         "epsilon_greedy": ("epsilon", mdp_tuning.tune_epsilon_greedy),
+        "optimistic_memory": ("optimism", mdp_tuning.tune_perfect_memory),
     }
 
     @property

@@ -21,12 +21,16 @@ TITLES = {
     "bandits": "Table 1: Bernoulli bandits, total reward of n pulls of k arms",
     "mdps": "Table 2: tabular MDPs, total reward of n episodes of 10 steps",
 }
+#: Agents that the paper has not, after its own.
+MORE_AGENTS = {"bandits": (), "mdps": ("perfect_memory", "optimistic_memory")}
 OPTIMUM = {"bandits": "Bayes optimum", "mdps": "known-task optimum"}
 LABELS = {
     "thompson_sampling": "Thompson sampling (TS)",
     "optimistic_thompson_sampling": "optimistic TS",
     "epsilon_greedy": "ε-greedy",
     "gittins": "Gittins",
+    "perfect_memory": "perfect memory, no plan",
+    "optimistic_memory": "the same, optimistic",
     **{name: name.upper() for name in ("ucb1", "psrl", "opsrl", "ucrl2", "beb")},
 }
 INTRO = """\
@@ -106,7 +110,8 @@ def beside(mean: float, se: float, table: str, cell: str, agent: str) -> str:
 # -------------------------------------------------------------------- tables
 def classical_table(figures: Figures, table: str) -> str:
     """A row for each cell, a column for each classical agent."""
-    columns = [*(name for name in next(iter(PAPER[table].values())) if name not in ("rl2", "snail")), "optimum"]
+    columns = [name for name in next(iter(PAPER[table].values())) if name not in ("rl2", "snail")]
+    columns += [*MORE_AGENTS[table], "optimum"]
 
     def entry(cell: str, agent: str) -> str:
         figure = figures.get((table, cell, agent))
