@@ -200,8 +200,8 @@ def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: ``main`` has no such option.
     """
     filled, unknown = {}, dict(options)
-    rule = getattr(main, "rule", dict)
-    by_rule = rule(**_asked(rule, options))
+    rule = getattr(main, "rule", None)
+    by_rule = rule(**_asked(rule, options)) if rule else {}
     for name, parameter in inspect.signature(main).parameters.items():
         default = by_rule.get(name, parameter.default)
         if is_dataclass(default):
