@@ -1,4 +1,7 @@
-"""How RL² is trained for each cell of the paper's tables: keyword arguments of `recipes.bandit` and `recipes.tabular_mdp`."""
+"""How RL² is trained for each cell of the paper's tables, on rewards alone and with the task told in training.
+
+Bandits: what differs from `recipes.rules`. MDPs: keyword arguments of `recipes.tabular_mdp`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -65,32 +68,42 @@ LONGER_MDPS: dict[str, Any] = {
     "lr": 1.5e-3,
 }
 
-RL2_SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+#: Agents that were trained before there was a rule, by these settings.
+BEFORE_THE_RULE: dict[str, Any] = {"units": 64, "lr": 3e-3, "memory_steps": None, "input_gain": 1.0, "num_cells": ()}
+
+Settings = dict[str, Any]
+
+RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
     "bandits": {
-        "10,5": {**SHORT, "units": 64, "lr": 3e-3, "env_steps": 3_000_000},
-        "10,10": {**SHORT, "units": 64, "lr": 3e-3, "env_steps": 3_000_000},
+        "10,5": {"rewards": {**BEFORE_THE_RULE, **SHORT, "env_steps": 3_000_000}, "task": {}},
+        "10,10": {"rewards": {**BEFORE_THE_RULE, **SHORT, "env_steps": 3_000_000}, "task": {}},
         # Fifty arms: the entropy of choosing among them is large, and its bonus with it. 98.2 % of the optimum with 0.02 after
         # 12 M steps, 99.2 % with 0.005 after 8 M.
-        "10,50": {**SHORT, "units": 64, "lr": 3e-3, "env_steps": 12_000_000, "entropy": 0.005},
-        "100,5": {**LONG, "env_steps": 16_000_000},
-        "100,10": {**LONG, "env_steps": 34_000_000},
-        # Regrets in place of rewards: 81.8 on held-out tasks, 80.1 without.
-        "100,50": {**LONG, "env_steps": 24_000_000, "trials": 2048, "minibatches": 16, "entropy": 0.01, "regret": True},
+        "10,50": {"rewards": {**BEFORE_THE_RULE, **SHORT, "env_steps": 12_000_000, "entropy": 0.005}, "task": {}},
+        "100,5": {"rewards": {}, "task": {}},
+        "100,10": {"rewards": {}, "task": {}},
+        "100,50": {"rewards": {}, "task": {}},
         # Five and fifty arms were not tried yet.
-        "500,5": {**LONGEST, "env_steps": 280_000_000, "initial_weights": PRETRAINED / "bandits_100_5.pt"},
-        "500,10": {**LONGEST, "env_steps": 280_000_000, "initial_weights": PRETRAINED / "bandits_100_10.pt"},
-        "500,50": {**LONGEST, "env_steps": 280_000_000, "initial_weights": PRETRAINED / "bandits_100_50.pt"},
+        "500,5": {
+            "task": {**LONGEST, "env_steps": 280_000_000, "initial_weights": PRETRAINED / "bandits_100_5_task.pt"}
+        },
+        "500,10": {
+            "task": {**LONGEST, "env_steps": 280_000_000, "initial_weights": PRETRAINED / "bandits_100_10_task.pt"}
+        },
+        "500,50": {
+            "task": {**LONGEST, "env_steps": 280_000_000, "initial_weights": PRETRAINED / "bandits_100_50_task.pt"}
+        },
     },
     "mdps": {
         # The defaults of recipes.tabular_mdp.
-        "10": {**MDPS, "env_steps": 150_000_000},
+        "10": {"rewards": {**MDPS, "env_steps": 150_000_000}},
         # From weights that remember over 25 episodes but explore too little (421.7): 380 M steps with rewards, gamma 0.95,
-        # lambda 0.5, entropy 0.06, 512 trials and lr 1e-3 on from mdps_10.pt. Straight from there regrets led to 424.
-        "25": {**LONGER_MDPS, "env_steps": 90_000_000, "initial_weights": PRETRAINED / "mdps_25_rewards.pt"},
+        # lambda 0.5, entropy 0.06, 512 trials and lr 1e-3 on from mdps_10_rewards.pt. Straight from there regrets led to 424.
+        "25": {"task": {**LONGER_MDPS, "env_steps": 90_000_000, "initial_weights": PRETRAINED / "mdps_25_rewards.pt"}},
         # Not tried yet from here on.
-        "50": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25.pt"},
-        "75": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25.pt"},
-        "100": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25.pt"},
+        "50": {"task": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25_task.pt"}},
+        "75": {"task": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25_task.pt"}},
+        "100": {"task": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25_task.pt"}},
     },
 }
-"""``RL2_SETTINGS[table][cell]``, with the reason above each that is not a recipe's default."""
+"""``RL2_SETTINGS[table][cell][learns_from]``, with the reason above each, where there is a training or a plan of one."""

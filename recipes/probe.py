@@ -23,7 +23,14 @@ from rl2_torchrl.agent.step import PolicyStep
 from rl2_torchrl.envs import TabularMDP
 from rl2_torchrl.report import made_by
 
-AGENTS = ("bandits_10_5", "bandits_100_5", "bandits_100_10", "bandits_100_50", "mdps_10", "mdps_25")
+AGENTS = (
+    "bandits_10_5_rewards",
+    "bandits_100_5_task",
+    "bandits_100_10_task",
+    "bandits_100_50_task",
+    "mdps_10_rewards",
+    "mdps_25_task",
+)
 
 
 def main(

@@ -11,7 +11,7 @@ from recipes.agents import held_out
 from rl2_torchrl import AdaptiveAgent
 
 PRETRAINED = Path(__file__).parents[1] / "recipes" / "pretrained"
-AGENT = PRETRAINED / "bandits_10_5.pt"
+AGENT = PRETRAINED / "bandits_10_5_rewards.pt"
 
 
 def test_what_is_read():
@@ -57,15 +57,18 @@ def test_the_control_is_shown_what_the_agent_does_and_earns():
 
 def test_trained_agents_know_more_than_untrained_ones(tmp_path):
     page = tmp_path / "pages" / "probe.md"
-    mdps = PRETRAINED / "mdps_10.pt"
+    mdps = PRETRAINED / "mdps_10_rewards.pt"
     scores = probe.main(agents=(AGENT, mdps), trials=400, page=page)
-    assert scores["bandits_10_5"].shape == (9, 2)
-    assert scores["bandits_10_5"][1, 0] > 0.98  # two pulls, remembered
-    assert scores["mdps_10"][-1, 0] > scores["mdps_10"][-1, 1] + 0.2
+    assert scores["bandits_10_5_rewards"].shape == (9, 2)
+    assert scores["bandits_10_5_rewards"][1, 0] > 0.98  # two pulls, remembered
+    assert scores["mdps_10_rewards"][-1, 0] > scores["mdps_10_rewards"][-1, 1] + 0.2
     lines = page.with_suffix(".csv").read_text().splitlines()
     assert lines[:1] == ["agent,step,r2,r2_untrained"]
-    assert lines[1] == f"bandits_10_5,2,{scores['bandits_10_5'][0, 0]:.4f},{scores['bandits_10_5'][0, 1]:.4f}"
-    assert f"{scores['mdps_10'][-1, 0]:.3f} | {scores['mdps_10'][-1, 1]:.3f} |" in page.read_text()
+    assert (
+        lines[1]
+        == f"bandits_10_5_rewards,2,{scores['bandits_10_5_rewards'][0, 0]:.4f},{scores['bandits_10_5_rewards'][0, 1]:.4f}"
+    )
+    assert f"{scores['mdps_10_rewards'][-1, 0]:.3f} | {scores['mdps_10_rewards'][-1, 1]:.3f} |" in page.read_text()
     assert page.with_suffix(".png").exists()
     with pytest.raises(ValueError, match="trials=50: a readout"):
         probe.main(trials=50)
