@@ -87,8 +87,8 @@ def text_of(rows: list[dict[str, float]]) -> str:
     commands = [f"python -m recipes.bandit --arms {row['arms']} --pulls {row['pulls']}" for row in rows]
     paragraphs = [
         "# rule check",
-        "Bandits that the rule of `recipes/rules.py` was not made from, chosen before it was; nothing but arms and pulls was said. Return "
-        f"of a held-out trial, RL² acting by sampling, one seed each; UCB1 on the same tasks, its constant tuned on others. "
+        "Bandits that the rule of `recipes/rules.py` was not made from, chosen before it was; nothing but arms and pulls was said. "
+        f"Return of a held-out trial, RL² acting by sampling, one seed each; UCB1 on the same tasks, its constant tuned on others. "
         f"{sum(row['share'] >= 0.985 for row in rows)} of {len(rows)} earn 98.5 % of UCB1 or more.",
         table(head, cells),
         "\n".join(["```", *commands, "```"]),
