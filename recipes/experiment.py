@@ -4,7 +4,8 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial, wraps
@@ -27,6 +28,7 @@ from rl2_torchrl import (
     LSTMCore,
     MLPEncoder,
     PPOUpdate,
+    TaskBelief,
     TaskDistribution,
     TaskSampler,
     TrainResult,
@@ -118,6 +120,32 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What the training is told of the task beside rewards; the agent is told of none of it. See also `Network.critic_keys`.
+
+    Args:
+        regret: whether regrets, which the task tells without noise, stand for rewards in the advantages (`RegretAdvantage`).
+        belief: weight of the loss by which the memory learns to tell the task (`TaskBelief`); 0: none.
+    """
+
+    regret: bool = False
+    belief: float = 0.0
+
+    def terms(
+        self, units: int, size: int, target: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> list[TaskBelief]:
+        """Terms of the loss: ``size`` numbers to be told from ``units`` features, the task's own or ``target``'s."""
+        return [TaskBelief(units, size, coefficient=self.belief, target=target)] if self.belief else []
+
+
+def told_of(network: Network, told: Told) -> str:
+    """What a title adds of what the training was told: nothing, where it learnt from rewards alone."""
+    means = {"critic": "task" in network.critic_keys, "regrets": told.regret, "belief": told.belief > 0}
+    used = [name for name, is_used in means.items() if is_used]
+    return f" (task told in training: {', '.join(used)})" if used else " (rewards only)"
+
+
+@dataclass(frozen=True)
 class Run:
     """Seeds, where a run begins, and what it leaves.
 
@@ -149,6 +177,28 @@ class Run:
     progress: bool = True
 
 
+def settings_by(rule: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
+    """Decorates a recipe's ``main``: the settings that a caller leaves out are those that ``rule`` gives for what was asked.
+
+    ``rule(**asked)`` has some of ``main``'s arguments, all with defaults, and returns settings for others.
+    """
+
+    def decorate(main: Callable) -> Callable:
+        @wraps(main)
+        def with_settings(**given: Any) -> Any:
+            return main(**{**rule(**_asked(rule, given)), **given})
+
+        with_settings.rule = rule
+        return with_settings
+
+    return decorate
+
+
+def _asked(rule: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments ``given`` that ``rule`` takes."""
+    return {name: given[name] for name in inspect.signature(rule).parameters if name in given}
+
+
 def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a recipe's ``main`` from flat ``options``, as its command line takes them: ``units=8`` goes to its network.
 
@@ -156,10 +206,13 @@ def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: ``main`` has no such option.
     """
     filled, unknown = {}, dict(options)
+    rule = getattr(main, "rule", None)
+    by_rule = rule(**_asked(rule, options)) if rule else {}
     for name, parameter in inspect.signature(main).parameters.items():
-        if is_dataclass(parameter.default):
-            names = [each.name for each in fields(parameter.default) if each.name in unknown]
-            filled[name] = replace(parameter.default, **{key: unknown.pop(key) for key in names})
+        default = by_rule.get(name, parameter.default)
+        if is_dataclass(default):
+            names = [each.name for each in fields(default) if each.name in unknown]
+            filled[name] = replace(default, **{key: unknown.pop(key) for key in names})
         elif name in unknown:
             filled[name] = unknown.pop(name)
     if unknown:
@@ -170,11 +223,13 @@ def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
 def command(main: Callable) -> Any:
     """Runs a recipe's ``main`` as a command, once or for each of its ``--seeds``.
 
-    This package's INFO lines are shown, TorchRL's are not.
+    This package's INFO lines are shown, TorchRL's are not. Where its settings follow from a rule, they are those for the
+    arguments on the command line, and ``--help`` shows them.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rl2_torchrl").setLevel(logging.INFO)
     logging.getLogger("torchrl").setLevel(logging.WARNING)
+    rule, main = getattr(main, "rule", None), inspect.unwrap(main)
 
     @wraps(main)
     def once_or_for_each_seed(*, run: Run, **others: Any) -> Any:
@@ -182,7 +237,16 @@ def command(main: Callable) -> Any:
             return run_seeds(f"recipes.{Path(sys.argv[0]).stem}", run.seeds, run.log_dir, sys.argv[1:])
         return main(run=run, **others)
 
-    return tyro.cli(once_or_for_each_seed, config=(tyro.conf.OmitArgPrefixes,))
+    settings = {} if rule is None else rule(**typed(rule, sys.argv[1:]))
+    return tyro.cli(partial(once_or_for_each_seed, **settings), config=(tyro.conf.OmitArgPrefixes,))
+
+
+def typed(rule: Callable, words: Sequence[str]) -> dict[str, Any]:
+    """The arguments of ``rule`` that stand among the ``words`` of a command line; what is wrong there is left to its parser."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    for name, parameter in inspect.signature(rule).parameters.items():
+        parser.add_argument(*dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"]), type=type(parameter.default))
+    return vars(parser.parse_known_args(words)[0])
 
 
 # -------------------------------------------------------------- random numbers
