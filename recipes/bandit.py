@@ -15,6 +15,7 @@ from recipes.experiment import (
     Learning,
     Network,
     Run,
+    Workers,
     stream_seed,
     whole_batches,
 )
@@ -29,7 +30,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     baselines,
     linear_decay,
     orthogonal_init_,
@@ -40,6 +40,7 @@ from rl2_torchrl.objectives import RegretAdvantage, bandit_values
 
 NETWORK = Network()
 LEARNING = Learning(env_steps=3_000_000, gamma=1.0, lmbda=0.3)
+WORKERS = Workers()
 RUN = Run(Path("runs/bandit"), report_tasks=50_000)
 
 
@@ -49,6 +50,7 @@ def main(
     pulls: int = 10,
     network: Network = NETWORK,
     learning: Learning = LEARNING,
+    workers: Workers = WORKERS,
     regret: bool = False,
     classical: bool = True,
     run: Run = RUN,
@@ -60,6 +62,7 @@ def main(
         pulls: pulls of a trial, n in the paper's table.
         network: actor and critic.
         learning: batches, and PPO on them; a discount of 1 optimises the plain sum that is reported.
+        workers: which processes play.
         regret: whether regrets, which the task tells without noise, stand for rewards in the advantages (`RegretAdvantage`).
         classical: whether classical agents play in the report too.
         run: seeds, where the run begins, and what it leaves.
@@ -90,10 +93,10 @@ def main(
     )
     batch = learning.trials * pulls
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
 
     held_out = {"held_out_tasks": 2048, "rows": 4096, "episode_name": "pull"}
     bandits = Experiment(actor, make_env, tasks, run, **held_out)
+    collector = bandits.collector(env, ActorCritic(actor, critic), update, workers, **frames)
     report = bandits.report(
         bandits.train(collector, update),
         baselines=classical_agents(bandits.reported, pulls, run.seed) if classical else {},

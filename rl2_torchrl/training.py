@@ -164,7 +164,7 @@ def train(
                     last = (stop is not None and stop(row)) or result.env_steps >= total
                     if last and not due:
                         loop.evaluate(row)
-                    last = last or bool(interrupts)
+                    last = loop.any_process(last or bool(interrupts))
                     bar(loop.record(row))
                     if last or len(result.history) % checkpoint_interval == 0:
                         saved.save(last=last)
@@ -260,6 +260,10 @@ class _Loop:
         for callback in self._callbacks:
             row |= _scalars("", callback.after_update(row, self._progress) or {}, "a callback's after_update")
         return row
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in this process, or in one of those that update together with it."""
+        return self._update.any_process(flag) if isinstance(self._update, PPOUpdate) else flag
 
     def evaluate(self, row: dict[str, float]) -> None:
         """Adds the scalars of a held-out evaluation to ``row``; random numbers are put back."""

@@ -38,8 +38,9 @@ class Host(ABC):
     collector: BaseCollector
 
     @abstractmethod
-    def __init__(self, create_env_fn: Callable[[], EnvBase], policy: nn.Module, frames: int, player: dict, options: dict):
-        ...
+    def __init__(
+        self, create_env_fn: Callable[[], EnvBase], policy: nn.Module, frames: int, player: dict, options: dict
+    ): ...
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What the player's ``method`` returns, or raises."""
