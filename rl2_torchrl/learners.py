@@ -82,8 +82,8 @@ class Learners:
         batches, weights = zip(*everyones, strict=True)
         if differing := sorted({str(entry) for one in batches for entry in set(one) ^ set(batches[0])}):
             raise ValueError(
-                f"the processes' batches are not alike in {', '.join(differing)}. Give their collectors envs with the same number of "
-                "rows, the same frames_per_batch and the same entries (keep=)."
+                f"the processes' batches are not alike in {', '.join(differing)}. Give their collectors envs with the same number "
+                "of rows, the same frames_per_batch and the same entries (keep=)."
             )
         if any(other != weights[0] for other in weights):
             raise ValueError(

@@ -15,10 +15,10 @@ __all__ = ["Minibatches", "require_trials", "split_rows"]
 
 
 class Minibatches:
-    """Draws the chunks ``[num_chunks, bptt]`` of a batch without replacement, ``count`` minibatches a pass, in a TorchRL buffer.
+    """Draws a batch's chunks ``[num_chunks, bptt]`` without replacement, ``count`` minibatches a pass, in a TorchRL buffer.
 
-    A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller. Of several ``learners`` each gets a part of it, and
-    ``weight`` is this part's size over the whole's.
+    A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller. Of several ``learners`` each gets a part of it,
+    and ``weight`` is this part's size over the whole's.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -54,8 +54,8 @@ class Minibatches:
         self.rows, keys = math.ceil(number / self.count), set(chunks.keys(True, True))
         if (smallest := (number - 1) % self.rows + 1) < self.learners.size:
             raise ValueError(
-                f"the {number} chunks of the joint batch make minibatches of {self.rows} and a last one of {smallest}, too few for each "
-                f"of {self.learners.size} processes to have one: collect more trials in a batch, or ask for fewer minibatches."
+                f"the {number} chunks of the joint batch make minibatches of {self.rows} and a last one of {smallest}, too few for "
+                f"each of {self.learners.size} processes to have one: collect more trials in a batch, or ask for fewer minibatches."
             )
         # One buffer for the whole training: first touch of fresh memory costs more than the copy.
         if self._buffer is None or (keys, number) != (self.chunks.keys(), len(self._buffer)):

@@ -93,9 +93,9 @@ class PPOUpdate:
 
     Raises:
         ValueError: ``bptt`` does not divide the batch's steps, an argument is out of range, there is no memory entry, a batch
-            without hidden states does not replay, rows are no trials, or the ``backend`` named cannot serve; with a
-            ``process_group``: batches or networks of its processes differ, a minibatch has fewer chunks than there are processes, or
-            the loss normalises advantages by minibatch.
+            without hidden states does not replay, rows are no trials, or the ``backend`` named cannot serve. With a
+            ``process_group``: batches or networks differ, a minibatch has fewer chunks than there are processes, or the loss
+            normalises advantages by minibatch.
         TypeError: an argument is of another kind than it must be.
         FloatingPointError: a loss or gradient is not finite.
 
@@ -128,8 +128,8 @@ class PPOUpdate:
         _check_loss(loss, entropy_schedule)
         if process_group is not None and loss.normalize_advantage:
             raise ValueError(
-                "the loss normalises advantages by what it sees of a minibatch (normalize_advantage=True), which with process_group= "
-                "is a part of it: leave that to TrialAdvantage(normalize=True), which sees the joint batch."
+                "the loss normalises advantages by what it sees of a minibatch (normalize_advantage=True), which with "
+                "process_group= is a part of it: leave that to TrialAdvantage(normalize=True), which sees the joint batch."
             )
         _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator)
         if backend not in ("auto", "compiled", "parts", "autograd"):

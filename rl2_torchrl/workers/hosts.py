@@ -1,4 +1,4 @@
-"""Where a `Player` runs: a process of this machine, or a Ray actor. TorchRL's collectors start it, pass calls on to it, and end it."""
+"""Where a `Player` runs: a process, or a Ray actor. TorchRL's collectors start it, pass calls on to it, and end it."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ class Host(ABC):
         self, create_env_fn: Callable[[], EnvBase], policy: nn.Module, frames: int, player: dict, options: dict
     ): ...
 
+    @staticmethod
+    @abstractmethod
+    def require() -> None:
+        """ImportError where what it takes is not installed."""
+
     def call(self, method: str, *arguments: Any) -> Any:
         """What the player's ``method`` returns, or raises."""
         return self.collector.map_fn(method, [arguments])[0]
@@ -63,6 +68,10 @@ class Host(ABC):
 class ProcessHost(Host):
     """A process."""
 
+    @staticmethod
+    def require():
+        return
+
     def __init__(self, create_env_fn, policy, frames, player, options):
         defaults = {"num_threads": torch.get_num_threads(), "init_fn": _leave_signals_to_parent, "cat_results": "stack"}
         self.collector = MultiSyncCollector(
@@ -83,9 +92,12 @@ class ProcessHost(Host):
 class ActorHost(Host):
     """A Ray actor."""
 
-    def __init__(self, create_env_fn, policy, frames, player, options):
+    @staticmethod
+    def require():
         if find_spec("ray") is None:
             raise ImportError('backend="ray" needs Ray, which is not installed: pip install "rl2_torchrl[ray]".')
+
+    def __init__(self, create_env_fn, policy, frames, player, options):
         from torchrl.collectors.distributed import RayCollector
 
         defaults = {"remote_configs": {"num_cpus": 1, "num_gpus": 0}, "ray_init_config": {"logging_level": "error"}}

@@ -63,6 +63,9 @@ class Player(TrialCollector):
     def __repr__(self) -> str:  # which Ray puts before each line that an actor prints
         return f"Player(worker {self._number})"
 
+    def __bool__(self) -> bool:  # Ray asks, and an endless collector's len() raises
+        return True
+
     def rows(self) -> int:
         """Trials that are played side by side."""
         return self.env.batch_size.numel()

@@ -27,20 +27,23 @@ log = logging.getLogger(__name__)
 
 _HOSTS = {"process": ProcessHost, "ray": ActorHost}
 #: How often in a row a worker may die: more is no accident.
-_MOST_DEATHS = 3
+MOST_DEATHS = 3
 
 
 class TrialWorkers(BaseCollector):
     """A `TrialCollector` in each of several processes; their rows, side by side, are a batch.
 
-    For each batch the workers are sent the policy's weights as they are then, and each plays ``frames_per_batch / workers`` steps, on
-    tasks of its own. A worker that dies (killed, out of memory, its machine lost) is started anew with other seeds and plays its
-    share of the batch again: its trials are lost, which the log says and `lost_trials` counts. An error that env or policy raise
-    in a worker is raised here.
+    For each batch the workers are sent the policy's weights as they are then, and each plays ``frames_per_batch / workers`` steps,
+    on tasks of its own. A worker that dies (killed, out of memory, its machine lost) is started anew with other seeds and plays its
+    share of the batch again: its trials are lost, which the log says and `lost_trials` counts. An error that env or policy raise in
+    a worker is raised here.
 
-    Each process is a `MultiSyncCollector` of TorchRL's with one worker, or a `RayCollector`. (With several workers, one that is killed
-    takes the others with it, or is waited for without end.) Processes are spawned, unless ``multiprocessing.set_start_method``
-    says otherwise: a program that makes this collector needs its ``if __name__ == "__main__":``.
+    Each process is a `MultiSyncCollector` of TorchRL's with one worker, or a `RayCollector`. (With several workers, one that is
+    killed takes the others with it, or is waited for without end.) A program that makes this collector needs its
+    ``if __name__ == "__main__":``, since TorchRL spawns processes; ``multiprocessing.set_start_method("forkserver", force=True)``
+    after ``set_forkserver_preload(["rl2_torchrl"])`` starts them without the seconds in which each imports PyTorch.
+
+    A signal to the program's whole group, as Ctrl-C is, does not end the workers; the end of the program does, also by a kill.
 
     Args:
         create_env_fn: makes the env of one worker, its rows alone. Seeds that it gives are replaced by the worker's.
@@ -57,6 +60,7 @@ class TrialWorkers(BaseCollector):
             or ``{"ray_init_config": {...}}``. An actor takes one CPU and no GPU by default.
 
     Attributes:
+        backend: what plays in a worker, and ``reason``: why; as of a `TrialCollector`.
         deaths: how many workers have died.
         lost_trials: the trials that they were playing, one a row.
 
@@ -104,6 +108,7 @@ class TrialWorkers(BaseCollector):
         self.deaths = self.lost_trials = self._frames = self._lives = 0
         self._seed = int(torch.randint(2**62, ())) if seed is None else seed
         self._host = _HOSTS[backend]
+        self._host.require()
         given = (create_env_fn, deepcopy(policy).cpu(), frames_per_batch // workers)
         self._start = partial(self._host, *given, options=dict(options or {}))
         self._hosts: list[Host | None] = [None] * workers
@@ -113,7 +118,7 @@ class TrialWorkers(BaseCollector):
         self._weights = TensorDict.from_module(policy).data
         try:
             self._each(self._begin, self._new_seeds())
-            self._rows = self._hosts[0].call("rows")
+            self._rows, self.backend, self.reason = map(self._hosts[0].call, ("rows", "backend", "reason"))
         except BaseException:
             self.shutdown()
             raise
@@ -143,7 +148,8 @@ class TrialWorkers(BaseCollector):
         return [future.result() for future in futures]
 
     def _play(self, number: int, weights: Any) -> TensorDictBase:
-        for _ in range(_MOST_DEATHS):
+        deaths = 0
+        while True:
             try:
                 return self._hosts[number].call("play", weights)
             except Exception as error:
@@ -151,23 +157,23 @@ class TrialWorkers(BaseCollector):
                 if how is None:
                     raise
                 self._bury(number, how)
-                cause = error
-        raise RuntimeError(
-            f"worker {number} has died {_MOST_DEATHS} times in a row ({how}): that is no accident. Is there memory for all workers, "
-            "and does the env end its process? A TrialCollector in this process would show what goes wrong."
-        ) from cause
+                deaths += 1
+                if deaths == MOST_DEATHS:
+                    raise RuntimeError(
+                        f"worker {number} has died {deaths} times in a row ({how}), which is no accident: is there memory for "
+                        "all workers, or does the env end its process? A TrialCollector in this process may show it."
+                    ) from error
+            log.warning("worker %s is started anew", number)
+            self._begin(number, self._new_seeds(1)[0])
 
     # ------------------------------------------------------------------ deaths
     def _bury(self, number: int, how: str) -> None:
-        """Counts the death of a worker, and starts another in its place."""
-        log.warning(
-            "worker %s has died (%s): the trials of its %s rows are lost. It is started anew.", number, how, self._rows
-        )
+        """Counts the death of a worker, and ends what is left of it."""
+        log.warning("worker %s has died (%s): the trials of its %s rows are lost", number, how, self._rows)
         with self._lock, threads_kept():
             self.deaths += 1
             self.lost_trials += self._rows
             self._hosts[number].shutdown()
-        self._begin(number, self._new_seeds(1)[0])
 
     def _begin(self, number: int, seed: int) -> None:
         self._hosts[number] = self._start({"keep": self.keep, "number": number, "seed": seed})
@@ -190,7 +196,7 @@ class TrialWorkers(BaseCollector):
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
         """Seeds the workers anew, each otherwise, and begins new trials."""
-        self._seed = seed
+        self._seed, self._lives = seed, 0
         self._reseed()
         return seed
 
@@ -234,9 +240,9 @@ def _check(create_env_fn: Any, workers: int, frames_per_batch: int, backend: str
         raise ValueError(f"backend={backend!r}: choose one of {list(_HOSTS)}.")
     if workers < 1 or frames_per_batch % workers:
         raise ValueError(
-            f"workers={workers} must be at least 1 and divide frames_per_batch={frames_per_batch}: each plays the same number of steps."
+            f"workers={workers} must be at least 1 and divide frames_per_batch={frames_per_batch}: all play as many steps."
         )
     if isinstance(create_env_fn, EnvBase) or not callable(create_env_fn):
         raise TypeError(
-            f"create_env_fn is a {type(create_env_fn).__name__}: each worker makes its own env, so give a function that returns one."
+            f"create_env_fn is a {type(create_env_fn).__name__}: each worker makes an env, so give a function that returns one."
         )
