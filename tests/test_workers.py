@@ -92,7 +92,7 @@ def test_a_worker_that_is_killed_is_started_anew_and_its_trials_are_counted(setu
     collector = setup.collector
     if when == "between batches" and setup.backend == "ray":
         pytest.skip("in the training below")
-    pids, deaths, lost = collector.pids, collector.deaths, collector.lost_trials
+    pids, deaths, lost = list(collector.pids), collector.deaths, collector.lost_trials
     before = collector.rollout()
     if when == "between batches":
         os.kill(pids[0], signal.SIGKILL)
@@ -231,7 +231,7 @@ def test_workers_leave_ctrl_c_to_the_training(tmp_path):
 
 def test_workers_end_when_the_training_is_killed(tmp_path):
     own = Setup(tmp_path)
-    pids = own.collector.pids
+    pids = list(own.collector.pids)
     for host in own.collector._hosts:
         host.collector.pipes[0].close()  # as the end of this process would
     assert all(map(has_ended, pids))

@@ -63,6 +63,7 @@ class TrialWorkers(BaseCollector):
         backend: what plays in a worker, and ``reason``: why; as of a `TrialCollector`.
         deaths: how many workers have died.
         lost_trials: the trials that they were playing, one a row.
+        pids: the workers' processes, by their numbers on their machines.
 
     A resumed training begins new trials, by seeds that no worker has had; all else goes on exactly.
 
@@ -112,6 +113,7 @@ class TrialWorkers(BaseCollector):
         given = (create_env_fn, deepcopy(policy).cpu(), frames_per_batch // workers)
         self._start = partial(self._host, *given, options=dict(options or {}))
         self._hosts: list[Host | None] = [None] * workers
+        self.pids = [0] * workers
         self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(workers, "TrialWorkers")
         # Also when the program ends, which would wait for its processes else.
         self._end = weakref.finalize(self, _shut_down, self._hosts, self._pool)
@@ -177,6 +179,7 @@ class TrialWorkers(BaseCollector):
 
     def _begin(self, number: int, seed: int) -> None:
         self._hosts[number] = self._start({"keep": self.keep, "number": number, "seed": seed})
+        self.pids[number] = self._hosts[number].call("pid")
 
     def _new_seeds(self, number: int | None = None) -> list[int]:
         """Seeds for as many workers, all by default, that none has had before."""
@@ -184,11 +187,6 @@ class TrialWorkers(BaseCollector):
             first = self._lives
             self._lives += self.workers if number is None else number
             return [derived_seed(self._seed, life) for life in range(first, self._lives)]
-
-    @property
-    def pids(self) -> list[int]:
-        """The workers' processes, by their numbers on their machines."""
-        return self._each(lambda number, _: self._hosts[number].call("pid"), [None] * self.workers)
 
     # ------------------------------------------------------- what TorchRL asks for
     def update_policy_weights_(self, *args: Any, **kwargs: Any) -> None:
