@@ -25,7 +25,7 @@ def main(
     """Plays every agent of a folder on the tasks of the paper's tables, and writes the page of their scores.
 
     Args:
-        folder: agents, bandits_<pulls>_<arms>.pt and mdps_<episodes>.pt.
+        folder: agents, bandits_<pulls>_<arms>_<learns from>.pt and mdps_<episodes>_<learns from>.pt.
         trials: held-out tasks, a trial each.
         page: where the table goes.
     """
@@ -33,7 +33,9 @@ def main(
         raise ValueError(f"trials={trials}: a standard error needs two at least. Pass 10000 for figures to report.")
     curves = {path.name: score(path, trials) for path in sorted(folder.glob("*.pt"))}
     rows = [row_of(folder / name, curve) for name, curve in curves.items()]
-    table = markdown(["file", "env", "network", "bytes", "return of a trial", "± standard error", "trials"], rows)
+    table = markdown(
+        ["file", "env", "trained with", "network", "bytes", "return of a trial", "± standard error", "trials"], rows
+    )
     command = f"`python -m recipes.agents --trials {trials}`, commit {made_by()['commit']}"
     text = (
         f"Load one by `rl2_torchrl.AdaptiveAgent.load(file)`. Scores on held-out tasks, acting by sampling: {command}."
@@ -58,7 +60,9 @@ def held_out(name: str, trials: int) -> TransformedEnv:
     elif kind == "mdps":
         env, tasks = TabularMDP(episode_steps=EPISODE_STEPS, batch_size=(trials,), seed=seed), random_mdps()
     else:
-        raise ValueError(f"{name!r} is named after no env: bandits_<pulls>_<arms> or mdps_<episodes>.")
+        raise ValueError(
+            f"{name!r} is named after no env: bandits_<pulls>_<arms>_<learns from> or mdps_<episodes>_<learns from>."
+        )
     sampler = TaskSampler.fixed(draw_tasks(tasks, TASK_SEED, REPORT_TASKS, trials))
     return TransformedEnv(env, Compose(Trial(episodes=int(episodes)), sampler, PreviousStep()))
 
@@ -82,7 +86,8 @@ def row_of(path: Path, curve: AdaptationCurve) -> list[str]:
     """What the page says of an agent."""
     kind, episodes, *more = path.stem.split("_")
     env = f"{episodes} pulls of {more[0]} arms" if kind == "bandits" else f"{episodes} episodes of a tabular MDP"
-    sizes = [env, network_of(AdaptiveAgent.load(path)), str(path.stat().st_size)]
+    told = {"rewards": "rewards only", "task": "the task told"}.get(more[-1] if more else "", "-")
+    sizes = [env, told, network_of(AdaptiveAgent.load(path)), str(path.stat().st_size)]
     return [f"`{path.name}`", *sizes, f"{curve.mean:.2f}", f"{curve.se:.2f}", str(curve.num_tasks)]
 
 

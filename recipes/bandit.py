@@ -15,10 +15,14 @@ from recipes.experiment import (
     Learning,
     Network,
     Run,
+    Told,
     Workers,
+    settings_by,
     stream_seed,
+    told_of,
     whole_batches,
 )
+from recipes.rules import LearnsFrom, bandit_settings
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -38,32 +42,35 @@ from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.objectives import RegretAdvantage, bandit_values
 
-NETWORK = Network()
-LEARNING = Learning(env_steps=3_000_000, gamma=1.0, lmbda=0.3)
 WORKERS = Workers()
 RUN = Run(Path("runs/bandit"), report_tasks=50_000)
 
 
+@settings_by(bandit_settings)
 def main(
     *,
     arms: int = 5,
     pulls: int = 10,
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    learns_from: LearnsFrom = "task",
+    network: Network,
+    learning: Learning,
+    told: Told,
     workers: Workers = WORKERS,
-    regret: bool = False,
     classical: bool = True,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains RL² on Bernoulli bandits with arm means ~ U[0, 1] and reports how it adapts to held-out ones.
 
+    Settings that are left out follow from arms and pulls (`recipes.rules`): add --help to these to see them.
+
     Args:
         arms: arms of a bandit, k in the paper's table.
         pulls: pulls of a trial, n in the paper's table.
+        learns_from: rewards alone, as the paper's agents, or what the task tells the training too; the agent sees rewards alone.
         network: actor and critic.
-        learning: batches, and PPO on them; a discount of 1 optimises the plain sum that is reported.
+        learning: batches, and PPO on them.
+        told: what training is told of the task beside rewards.
         workers: which processes play.
-        regret: whether regrets, which the task tells without noise, stand for rewards in the advantages (`RegretAdvantage`).
         classical: whether classical agents play in the report too.
         run: seeds, where the run begins, and what it leaves.
     """
@@ -82,8 +89,15 @@ def main(
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
-        RegretAdvantage(bandit_values, **horizon) if regret else TrialAdvantage(**horizon),
+        RL2PPOLoss(
+            actor,
+            critic,
+            clip_epsilon=0.2,
+            entropy_bonus=True,
+            entropy_coeff=learning.entropy,
+            terms=told.terms(network.units, arms),
+        ),
+        RegretAdvantage(bandit_values, **horizon) if told.regret else TrialAdvantage(**horizon),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
@@ -101,7 +115,7 @@ def main(
         bandits.train(collector, update),
         baselines=classical_agents(bandits.reported, pulls, run.seed) if classical else {},
         optimum=baselines.bayes_optimal_return(arms, pulls) if pulls <= 10 else None,
-        title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls",
+        title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls{told_of(network, told)}",
     )
     return experiment.publish(report, run)
 

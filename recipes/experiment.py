@@ -3,10 +3,12 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping
+import sys
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from torchrl.envs import TransformedEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
+from recipes.seeds import run_seeds
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -26,16 +29,19 @@ from rl2_torchrl import (
     LSTMCore,
     MLPEncoder,
     PPOUpdate,
+    TaskBelief,
     TaskDistribution,
     TaskSampler,
     TrainResult,
     TrialCollector,
     TrialWorkers,
     adaptation_curve,
+    describe,
     load_weights,
     train,
 )
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.report import made_by
 
 #: Streams of random numbers that never meet, for `stream_seed`: tasks first, then what envs and classical agents draw.
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS, ENVS, CLASSICAL_AGENTS = 0, 1, 2, 3, 9, 10
@@ -136,12 +142,40 @@ class Workers:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What the training is told of the task beside rewards; the agent is told of none of it. See also `Network.critic_keys`.
+
+    Args:
+        regret: whether regrets, which the task tells without noise, stand for rewards in the advantages (`RegretAdvantage`).
+        belief: weight of the loss by which the memory learns to tell the task (`TaskBelief`); 0: none.
+    """
+
+    regret: bool = False
+    belief: float = 0.0
+
+    def terms(
+        self, units: int, size: int, target: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> list[TaskBelief]:
+        """Terms of the loss: ``size`` numbers to be told from ``units`` features, the task's own or ``target``'s."""
+        return [TaskBelief(units, size, coefficient=self.belief, target=target)] if self.belief else []
+
+
+def told_of(network: Network, told: Told) -> str:
+    """What a title adds of what the training was told: nothing, where it learnt from rewards alone."""
+    means = {"critic": "task" in network.critic_keys, "regrets": told.regret, "belief": told.belief > 0}
+    used = [name for name, is_used in means.items() if is_used]
+    return f" (task told in training: {', '.join(used)})" if used else " (rewards only)"
+
+
+@dataclass(frozen=True)
 class Run:
     """Seeds, where a run begins, and what it leaves.
 
     Args:
         log_dir: folder of the run: report.json, report.png and other plots, agent.pt, scalars and checkpoints.
         seed: seed of networks, envs and tasks.
+        seeds: of several runs side by side instead, each a program of its own in log_dir/seed0 and so on; their mean and its band
+            are shown at the end. For the command line alone.
         report_tasks: held-out tasks in the final report.
         held_out_seed: seed of the tasks of evaluations and report, for runs to share them; the run's own by default.
         initial_weights: file of an agent to start from, such as one for shorter trials.
@@ -154,6 +188,7 @@ class Run:
 
     log_dir: Path
     seed: int = 0
+    seeds: tuple[int, ...] = ()
     report_tasks: int = 10_000
     held_out_seed: int | None = None
     initial_weights: Path | None = None
@@ -164,6 +199,28 @@ class Run:
     progress: bool = True
 
 
+def settings_by(rule: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
+    """Decorates a recipe's ``main``: the settings that a caller leaves out are those that ``rule`` gives for what was asked.
+
+    ``rule(**asked)`` has some of ``main``'s arguments, all with defaults, and returns settings for others.
+    """
+
+    def decorate(main: Callable) -> Callable:
+        @wraps(main)
+        def with_settings(**given: Any) -> Any:
+            return main(**{**rule(**_asked(rule, given)), **given})
+
+        with_settings.rule = rule
+        return with_settings
+
+    return decorate
+
+
+def _asked(rule: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments ``given`` that ``rule`` takes."""
+    return {name: given[name] for name in inspect.signature(rule).parameters if name in given}
+
+
 def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a recipe's ``main`` from flat ``options``, as its command line takes them: ``units=8`` goes to its network.
 
@@ -171,10 +228,13 @@ def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: ``main`` has no such option.
     """
     filled, unknown = {}, dict(options)
+    rule = getattr(main, "rule", None)
+    by_rule = rule(**_asked(rule, options)) if rule else {}
     for name, parameter in inspect.signature(main).parameters.items():
-        if is_dataclass(parameter.default):
-            names = [each.name for each in fields(parameter.default) if each.name in unknown]
-            filled[name] = replace(parameter.default, **{key: unknown.pop(key) for key in names})
+        default = by_rule.get(name, parameter.default)
+        if is_dataclass(default):
+            names = [each.name for each in fields(default) if each.name in unknown]
+            filled[name] = replace(default, **{key: unknown.pop(key) for key in names})
         elif name in unknown:
             filled[name] = unknown.pop(name)
     if unknown:
@@ -183,11 +243,32 @@ def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def command(main: Callable) -> Any:
-    """Runs a recipe's ``main`` as a command; this package's INFO lines are shown, TorchRL's are not."""
+    """Runs a recipe's ``main`` as a command, once or for each of its ``--seeds``.
+
+    This package's INFO lines are shown, TorchRL's are not. Where its settings follow from a rule, they are those for the
+    arguments on the command line, and ``--help`` shows them.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rl2_torchrl").setLevel(logging.INFO)
     logging.getLogger("torchrl").setLevel(logging.WARNING)
-    return tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
+    rule, main = getattr(main, "rule", None), inspect.unwrap(main)
+
+    @wraps(main)
+    def once_or_for_each_seed(*, run: Run, **others: Any) -> Any:
+        if run.seeds:
+            return run_seeds(f"recipes.{Path(sys.argv[0]).stem}", run.seeds, run.log_dir, sys.argv[1:])
+        return main(run=run, **others)
+
+    settings = {} if rule is None else rule(**typed(rule, sys.argv[1:]))
+    return tyro.cli(partial(once_or_for_each_seed, **settings), config=(tyro.conf.OmitArgPrefixes,))
+
+
+def typed(rule: Callable, words: Sequence[str]) -> dict[str, Any]:
+    """The arguments of ``rule`` that stand among the ``words`` of a command line; what is wrong there is left to its parser."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    for name, parameter in inspect.signature(rule).parameters.items():
+        parser.add_argument(*dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"]), type=type(parameter.default))
+    return vars(parser.parse_known_args(words)[0])
 
 
 # -------------------------------------------------------------- random numbers
@@ -221,7 +302,7 @@ class Experiment:
         measures: what else is reported of each episode, as `adaptation_curve` takes it.
 
     Raises:
-        ValueError: fewer than two tasks to report on.
+        ValueError: fewer than two tasks to report on, or several seeds, which only the command line runs.
     """
 
     def __init__(
@@ -238,6 +319,8 @@ class Experiment:
     ):
         if run.report_tasks < 2:
             raise ValueError(f"report_tasks={run.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
+        if run.seeds:
+            raise ValueError(f"seeds={run.seeds}: one call is one run; call main for each, with a log_dir of its own.")
         self.actor, self.make_env, self.distribution, self.run = actor, make_env, distribution, run
         self.held_out_tasks, self.rows, self.episode_name, self.measures = held_out_tasks, rows, episode_name, measures
 
@@ -269,6 +352,7 @@ class Experiment:
         if run.initial_weights is not None:
             load_weights(self.actor, run.initial_weights)
         self._agent(collector)  # what no agent can be made of is noticed before the training
+        write_about(run.log_dir, collector, update)
         result = train(
             collector,
             update,
@@ -341,6 +425,26 @@ class Experiment:
 def _share(make_env: Callable, distribution: TaskDistribution, rows: int) -> TransformedEnv:
     """A worker's env; the worker gives the sampler a seed."""
     return make_env(TaskSampler(distribution), rows)
+
+
+def write_about(folder: Path, collector: TrialCollector, update: PPOUpdate) -> None:
+    """Writes into a run's ``folder`` what it is: its command, versions, all parts with their settings, and its files."""
+    about, parts = made_by(), describe(collector, update)
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.txt").write_text(
+        f"{about['command']}\ncommit {about['commit']}; {versions}\n\n{parts}\n\n{_FILES}"
+    )
+
+
+#: What stands in a run's folder.
+_FILES = """\
+report.json     all figures, with the scalars of each update
+report.png      how it learnt, and how it adapts within a trial
+agent.pt        the agent: rl2_torchrl.AdaptiveAgent.load("agent.pt")
+scalars         what it logged as it learnt (wandb, with --logger wandb)
+checkpoints     where --resume goes on
+"""
 
 
 def publish(report: AdaptationReport, run: Run) -> AdaptationReport:

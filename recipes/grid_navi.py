@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torchrl.envs import Compose, TransformedEnv
@@ -24,19 +25,23 @@ from rl2_torchrl import (
     linear_decay,
     orthogonal_init_,
 )
+from rl2_torchrl.baselines import GridSearch, grid_search
 from rl2_torchrl.envs import GridNavi, grid_goals
 from rl2_torchrl.evaluation import AdaptationCurve
 
 EPISODE_STEPS = 15
+GOALS = torch.tensor([[x, y] for y in range(5) for x in range(5) if x > 1 or y > 1]).float()
 NETWORK = Network()
 LEARNING = Learning(trials=512, lr=2e-3, max_grad_norm=0.5, entropy=0.03)
-RUN = Run(Path("runs/grid_navi"), report_tasks=2_000)
+RUN = Run(Path("runs/grid_navi"), report_tasks=2_100)
 
 
 def main(
     *, episodes: int = 4, network: Network = NETWORK, learning: Learning = LEARNING, run: Run = RUN
 ) -> AdaptationReport:
     """Trains RL² on a 5x5 grid with one of 21 goals, 15 steps an episode, and reports how it searches and goes back.
+
+    It is reported on all goals alike, so that the return of the greedy agent is exact, as the Bayes optimum beside it.
 
     Args:
         episodes: episodes of a trial.
@@ -69,13 +74,26 @@ def main(
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
 
-    grids = Experiment(actor, make_env, grid_goals(), run, held_out_tasks=512)
+    grids = Experiment(actor, make_env, goals_in_turn, run, held_out_tasks=24 * len(GOALS))
     result = grids.train(collector, update)
     known = known_goal_return(grids.reported).unsqueeze(-1).expand(-1, episodes)
-    report = grids.report(result, baselines={"goal_known": AdaptationCurve(known)}, title="RL² on GridNavi")
+    best = grid_search(GOALS, episode_steps=EPISODE_STEPS, episodes=episodes)
+    report = grids.report(
+        result,
+        baselines={"goal_known": AdaptationCurve(known)},
+        optimum=best.trial_return,
+        title="RL² on GridNavi",
+    )
     experiment.publish(report, run)
-    plot_path(grids, torch.tensor([[3.0, 4.0], [4.0, 2.0]]), episodes).savefig(run.log_dir / "path.png", dpi=130)
+    goals = torch.tensor([[3.0, 4.0], [4.0, 2.0]])
+    rows = {"RL²": paths(grids, goals, episodes), "Bayes optimum": best_paths(best, goals, episodes)}
+    plot_paths(rows, goals).savefig(run.log_dir / "path.png", dpi=130)
     return report
+
+
+def goals_in_turn(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """All goals, one after the other, as often as there is room in ``batch_size``: [*B, 2]."""
+    return GOALS[torch.arange(batch_size.numel()) % len(GOALS)].view(*batch_size, 2)
 
 
 def known_goal_return(goals: torch.Tensor) -> torch.Tensor:
@@ -84,27 +102,54 @@ def known_goal_return(goals: torch.Tensor) -> torch.Tensor:
     return EPISODE_STEPS - (distance - 1) - 0.1 * (distance - 1)
 
 
-def plot_path(grids: Experiment, goals: torch.Tensor, episodes: int) -> Figure:
-    """The agent's path over the episodes of a trial with each of ``goals`` [n, 2]: a row a trial, a panel an episode."""
+def paths(grids: Experiment, goals: torch.Tensor, episodes: int) -> torch.Tensor:
+    """Cells in which the agent is before each step of a trial with each of ``goals`` [n, 2]: [n, episodes, EPISODE_STEPS]."""
     cells: list[torch.Tensor] = []
-    grids.play(goals, on_step=lambda step: cells.append(step["observation"].clone()))
-    paths = torch.stack(cells, -1)[:, : episodes * EPISODE_STEPS].unflatten(-1, (episodes, EPISODE_STEPS))
-    figure = Figure(figsize=(3 * episodes, 3.1 * len(goals)), layout="constrained")
-    grid = figure.subplots(len(goals), episodes, squeeze=False)
-    for row, goal, path in zip(grid, goals.tolist(), paths, strict=True):
-        for number, (axes, of_episode) in enumerate(zip(row, path, strict=True)):
-            x, y = of_episode % 5, of_episode // 5
-            # A little aside with every step, so that a path that comes back can be followed.
-            aside = torch.linspace(-0.2, 0.2, len(x))
-            axes.add_patch(Rectangle((goal[0] - 0.5, goal[1] - 0.5), 1, 1, color="#e69f00", alpha=0.4))
-            axes.plot(x + aside, y + aside, color="#0072b2", lw=1.2)
-            axes.scatter(x + aside, y + aside, c=range(len(x)), cmap="viridis", s=18, zorder=2)
-            axes.set(xlim=(-0.5, 4.5), ylim=(-0.5, 4.5), aspect="equal", title=f"episode {number + 1}")
-            axes.set_xticks([i + 0.5 for i in range(4)], [""] * 4)
-            axes.set_yticks([i + 0.5 for i in range(4)], [""] * 4)
-            axes.grid(alpha=0.4)
+    grids.play(goals, on_step=lambda step: cells.append(step["observation"].clone()), deterministic=True)
+    return torch.stack(cells, -1)[:, : episodes * EPISODE_STEPS].unflatten(-1, (episodes, EPISODE_STEPS))
+
+
+def best_paths(best: GridSearch, goals: torch.Tensor, episodes: int) -> torch.Tensor:
+    """`paths` of the Bayes optimum: its walk until the goal is found, from then on straight there."""
+    cells = torch.zeros(len(goals), episodes, EPISODE_STEPS, dtype=torch.long)
+    for row, (x, y) in enumerate(goals.long().tolist()):
+        straight = [min(step, x) + 5 * min(max(step - x, 0), y) for step in range(EPISODE_STEPS)]
+        found = int(best.found[(goals[row] == GOALS).all(-1)])
+        walk = best.cells[:found].tolist()
+        for episode in range(episodes):
+            begun = episode * EPISODE_STEPS
+            after = walk[begun : begun + EPISODE_STEPS - 1]
+            stays = [5 * y + x] * (EPISODE_STEPS - 1 - len(after))
+            cells[row, episode] = torch.tensor(straight if begun >= found else [0, *after, *stays])
+    return cells
+
+
+def plot_paths(rows: dict[str, torch.Tensor], goals: torch.Tensor) -> Figure:
+    """Paths over the episodes of a trial, by whose they are, with each of ``goals`` [n, 2]: a panel an episode."""
+    episodes = next(iter(rows.values())).shape[1]
+    figure = Figure(figsize=(3 * episodes, 3.1 * len(goals) * len(rows)), layout="constrained")
+    grid = iter(figure.subplots(len(goals) * len(rows), episodes, squeeze=False))
+    for number, goal in enumerate(goals.tolist()):
+        for name, cells in rows.items():
+            for episode, (axes, path) in enumerate(zip(next(grid), cells[number], strict=True)):
+                plot_path(axes, goal, path)
+                axes.set_title(f"{name}, episode {episode + 1}")
     figure.suptitle("Paths within a trial, dark to bright; the goal is orange and not shown to the agent")
     return figure
+
+
+def plot_path(axes: Axes, goal: list[float], path: torch.Tensor) -> None:
+    """The path of an episode, [EPISODE_STEPS] cells."""
+    # A little aside with every step, so that a path that comes back can be followed.
+    aside = torch.linspace(-0.2, 0.2, len(path))
+    x, y = path % 5 + aside, path // 5 + aside
+    axes.add_patch(Rectangle((goal[0] - 0.5, goal[1] - 0.5), 1, 1, color="#e69f00", alpha=0.4))
+    axes.plot(x, y, color="#0072b2", lw=1.2)
+    axes.scatter(x, y, c=range(len(x)), cmap="viridis", s=18, zorder=2)
+    axes.set(xlim=(-0.5, 4.5), ylim=(-0.5, 4.5), aspect="equal")
+    axes.set_xticks([i + 0.5 for i in range(4)], [""] * 4)
+    axes.set_yticks([i + 0.5 for i in range(4)], [""] * 4)
+    axes.grid(alpha=0.4)
 
 
 if __name__ == "__main__":

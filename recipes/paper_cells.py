@@ -5,16 +5,17 @@ streams that never meet: all agents of a cell are reported on the same tasks.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator
 
 from recipes import bandit, experiment, tabular_mdp
-from recipes.experiment import CLASSICAL_AGENTS, REPORT_TASKS, TUNING_TASKS, arguments, stream_seed
+from recipes.experiment import CLASSICAL_AGENTS, REPORT_TASKS, TUNING_TASKS, Run, arguments, stream_seed
 from recipes.paper_numbers import PAPER
 from recipes.paper_settings import RL2_SETTINGS
+from recipes.rules import LearnsFrom
 from rl2_torchrl import AdaptationReport, baselines
 from rl2_torchrl.baselines import mdp_tuning, mdps
 from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
@@ -78,11 +79,18 @@ class BanditCell:
         returns = function(tasks, self.pulls, generator, **options)
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
 
-    def train(self, **options: Any) -> AdaptationReport:
+    def train(self, learns_from: LearnsFrom, **options: Any) -> AdaptationReport:
         """Trains RL² as the cell's settings and ``options`` say, or evaluates it where ``options`` name weights."""
-        settings = {"arms": self.arms, "pulls": self.pulls, **RL2_SETTINGS[self.table][self.name], **options}
-        settings |= {"held_out_seed": TASK_SEED, "classical": False}
-        return bandit.main(**arguments(bandit.main, settings))
+        return bandit.main(**self._arguments(learns_from, options))
+
+    def settings(self, learns_from: LearnsFrom, **options: Any) -> dict[str, Any]:
+        """All settings of a training, those of the rule among them."""
+        return flat(self._arguments(learns_from, options))
+
+    def _arguments(self, learns_from: LearnsFrom, options: dict[str, Any]) -> dict[str, Any]:
+        chosen = RL2_SETTINGS[self.table][self.name].get(learns_from, {})
+        settings = {"arms": self.arms, "pulls": self.pulls, "learns_from": learns_from, **chosen, **options}
+        return arguments(bandit.main, {**settings, "held_out_seed": TASK_SEED, "classical": False})
 
     def _most_tuning_tasks(self, agent: str) -> int:
         if agent == "optimistic_thompson_sampling":
@@ -104,12 +112,15 @@ class MDPCell:
         "beb": mdps.beb,
         "epsilon_greedy": mdps.epsilon_greedy,
         "greedy": mdps.greedy,
+        "perfect_memory": mdps.perfect_memory,
+        "optimistic_memory": mdps.perfect_memory,
     }
     tuned: ClassVar[Mapping[str, tuple[str, Callable[..., dict[int, float]]]]] = {
         "opsrl": ("num_samples", mdp_tuning.tune_opsrl),
         "ucrl2": ("scaling", mdp_tuning.tune_ucrl2),
         "beb": ("scaling", mdp_tuning.tune_beb),
         "epsilon_greedy": ("epsilon", mdp_tuning.tune_epsilon_greedy),
+        "optimistic_memory": ("optimism", mdp_tuning.tune_perfect_memory),
     }
 
     @property
@@ -142,11 +153,18 @@ class MDPCell:
         returns = self.agents[agent](worlds, self.episodes, generator, **options)
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
 
-    def train(self, **options: Any) -> AdaptationReport:
+    def train(self, learns_from: LearnsFrom, **options: Any) -> AdaptationReport:
         """Trains RL² as the cell's settings and ``options`` say, or evaluates it where ``options`` name weights."""
-        settings = {"episodes": self.episodes, **RL2_SETTINGS[self.table][self.name], **options}
-        settings |= {"held_out_seed": TASK_SEED, "classical": False}
-        return tabular_mdp.main(**arguments(tabular_mdp.main, settings))
+        return tabular_mdp.main(**self._arguments(learns_from, options))
+
+    def settings(self, learns_from: LearnsFrom, **options: Any) -> dict[str, Any]:
+        """All settings of a training, those of the rule among them."""
+        return flat(self._arguments(learns_from, options))
+
+    def _arguments(self, learns_from: LearnsFrom, options: dict[str, Any]) -> dict[str, Any]:
+        chosen = RL2_SETTINGS[self.table][self.name].get(learns_from, {})
+        settings = {"episodes": self.episodes, **chosen, **options}
+        return arguments(tabular_mdp.main, {**settings, "held_out_seed": TASK_SEED, "classical": False})
 
 
 Cell = BanditCell | MDPCell
@@ -156,3 +174,12 @@ CELLS: dict[str, dict[str, Cell]] = {
     "mdps": {name: MDPCell(int(name)) for name in PAPER["mdps"]},
 }
 """``CELLS[table][cell]``, with the names of `recipes.paper_numbers`."""
+
+
+def flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Settings of network and learning, and what is told, of a recipe's ``arguments``, without what belongs to the single run."""
+    parts = [asdict(part) for part in arguments.values() if is_dataclass(part) and not isinstance(part, Run)]
+    others = {name: value for name, value in arguments.items() if not is_dataclass(value)}
+    start = arguments["run"].initial_weights
+    whole = {**others, **{name: value for part in parts for name, value in part.items()}}
+    return whole if start is None else {**whole, "initial_weights": start}

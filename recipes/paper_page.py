@@ -21,12 +21,17 @@ TITLES = {
     "bandits": "Table 1: Bernoulli bandits, total reward of n pulls of k arms",
     "mdps": "Table 2: tabular MDPs, total reward of n episodes of 10 steps",
 }
+#: Agents that the paper has not, after its own.
+MORE_AGENTS = {"bandits": (), "mdps": ("perfect_memory", "optimistic_memory")}
+WAYS = {"rewards": "trained on rewards only", "task": "task told in training"}
 OPTIMUM = {"bandits": "Bayes optimum", "mdps": "known-task optimum"}
 LABELS = {
     "thompson_sampling": "Thompson sampling (TS)",
     "optimistic_thompson_sampling": "optimistic TS",
     "epsilon_greedy": "ε-greedy",
     "gittins": "Gittins",
+    "perfect_memory": "perfect memory, no plan",
+    "optimistic_memory": "the same, optimistic",
     **{name: name.upper() for name in ("ucb1", "psrl", "opsrl", "ucrl2", "beb")},
 }
 INTRO = """\
@@ -35,6 +40,10 @@ differ by no more than 3 standard errors of the difference, else **above** or **
 tasks, whose standard error is in the first column. All agents of a cell play the same tasks, on which nothing was tuned or
 trained. `-`: not computed yet."""
 ABOUT_RL2 = """\
+Two kinds of RL² are kept apart. *Rewards only*, as the paper's: what training learns from at any time is rewards (of MDPs at n = 10
+without their noise in the first 60 % of it). *Task told in training*: advantages from regrets, a critic that sees the task, or a
+memory that is taught to tell it. When they play, neither is told anything but rewards.
+
 RL² with PPO and a GRU: the mean over training seeds, whose standard error holds both that over tasks and that over seeds, and the
 seed that was best on held-out tasks (not on those reported). The paper's RL² is the best of 5 seeds. Acting is by sampling, as in
 training, but in the column that says greedy; without memory the same agent has its hidden state zeroed before every step. The
@@ -51,7 +60,8 @@ def write_page(folder: Path, page: Path) -> None:
     for table, title in TITLES.items():
         lines += [f"## {title}", classical_table(figures, table), *fewer_tasks(figures, table)]
         lines += time_taken(figures, table)
-        lines += ["### RL²", rl2_table(figures, table), *longer_table(figures, table)]
+        for way, heading in WAYS.items():
+            lines += [f"### RL², {heading}", rl2_table(figures, table, way), *longer_table(figures, table, way)]
         lines += ["### What tuning chose", tuning_table(figures, table), "### Made by", *commands(figures, table)]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(lines) + "\n")
@@ -106,7 +116,8 @@ def beside(mean: float, se: float, table: str, cell: str, agent: str) -> str:
 # -------------------------------------------------------------------- tables
 def classical_table(figures: Figures, table: str) -> str:
     """A row for each cell, a column for each classical agent."""
-    columns = [*(name for name in next(iter(PAPER[table].values())) if name not in ("rl2", "snail")), "optimum"]
+    columns = [name for name in next(iter(PAPER[table].values())) if name not in ("rl2", "snail")]
+    columns += [*MORE_AGENTS[table], "optimum"]
 
     def entry(cell: str, agent: str) -> str:
         figure = figures.get((table, cell, agent))
@@ -118,18 +129,18 @@ def classical_table(figures: Figures, table: str) -> str:
     return markdown(head, [[row_of(table, cell), *(entry(cell, name) for name in columns)] for cell in PAPER[table]])
 
 
-def rl2_table(figures: Figures, table: str) -> str:
+def rl2_table(figures: Figures, table: str, way: str) -> str:
     """A row for each cell: seeds together, the best one, and what the training took."""
     head = [head_of(table), "seeds", "mean of seeds (RL²)", "(SNAIL)", "best seed (RL²)", "greedily", "without memory"]
     head += ["shipped weights", "million env steps", "minutes"]
-    return markdown(head, [[row_of(table, cell), *rl2_row(figures, table, cell)] for cell in PAPER[table]])
+    return markdown(head, [[row_of(table, cell), *rl2_row(figures, table, cell, way)] for cell in PAPER[table]])
 
 
-def rl2_row(figures: Figures, table: str, cell: str) -> list[str]:
+def rl2_row(figures: Figures, table: str, cell: str, way: str) -> list[str]:
     """What `rl2_table` shows of a cell."""
-    shipped = figures.get((table, cell, "rl2_pretrained"))
+    shipped = figures.get((table, cell, f"rl2_{way}_pretrained"))
     again = "-" if shipped is None else short(shipped["mean"], shipped["se"])
-    seeds = seeds_of(figures, table, cell)
+    seeds = seeds_of(figures, table, cell, way)
     paper = PAPER[table][cell]
     if not seeds:
         return ["-", f"- ({paper['rl2']})", f"({paper['snail']})", *["-"] * 3, again, "-", "-"]
@@ -154,10 +165,13 @@ def start_of(figure: Figure) -> str:
     return "" if weights is None else f", on from {Path(weights).stem}"
 
 
-def longer_table(figures: Figures, table: str) -> list[str]:
+def longer_table(figures: Figures, table: str, way: str) -> list[str]:
     """A row for each training that took other than the settings' env steps, if there are any."""
     longer = [
-        figure for cell in PAPER[table] for figure in trainings_of(figures, table, cell) if LONGER in figure["agent"]
+        figure
+        for cell in PAPER[table]
+        for figure in trainings_of(figures, table, cell, way)
+        if LONGER in figure["agent"]
     ]
     if not longer:
         return []
@@ -180,14 +194,15 @@ def longer_row(figure: Figure) -> list[str]:
     ]
 
 
-def seeds_of(figures: Figures, table: str, cell: str) -> list[Figure]:
+def seeds_of(figures: Figures, table: str, cell: str, way: str) -> list[Figure]:
     """The figures of RL² in a cell, one for each training seed."""
-    return [figure for figure in trainings_of(figures, table, cell) if LONGER not in figure["agent"]]
+    return [figure for figure in trainings_of(figures, table, cell, way) if LONGER not in figure["agent"]]
 
 
-def trainings_of(figures: Figures, table: str, cell: str) -> list[Figure]:
-    """The figures of all trainings of RL² in a cell, those for longer among them."""
-    return [figure for key, figure in figures.items() if key[:2] == (table, cell) and "held_out" in figure]
+def trainings_of(figures: Figures, table: str, cell: str, way: str) -> list[Figure]:
+    """The figures of all trainings of RL² in a cell that learnt from ``way``, those for longer among them."""
+    own = [(key[2], figure) for key, figure in figures.items() if key[:2] == (table, cell)]
+    return [figure for agent, figure in own if agent.startswith(f"rl2_{way}_seed")]
 
 
 def tuning_table(figures: Figures, table: str) -> str:

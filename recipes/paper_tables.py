@@ -16,6 +16,7 @@ from recipes.paper_cells import CELLS, Cell
 from recipes.paper_numbers import PAPER
 from recipes.paper_page import LONGER, beside, best_seed, load, trainings_of, write_page
 from recipes.paper_settings import RL2_SETTINGS
+from recipes.rules import LearnsFrom
 from rl2_torchrl import AdaptationReport
 from rl2_torchrl.report import made_by
 
@@ -25,6 +26,7 @@ def main(
     table: Literal["bandits", "mdps", "all"] = "all",
     part: Literal["classical", "rl2", "page", "all"] = "all",
     cells: tuple[str, ...] = (),
+    learns_from: Literal["rewards", "task", "both"] = "both",
     seeds: tuple[int, ...] = (0, 1, 2),
     env_steps: int | None = None,
     tasks: int = 10_000,
@@ -40,6 +42,8 @@ def main(
         table: which table.
         part: classical agents, RL², or only the page, which is written at the end of the others too.
         cells: which cells, as 100,10 for 100 pulls of 10 arms (table bandits) or 25 for 25 episodes (table mdps); all by default.
+        learns_from: RL² that is trained on rewards alone, as the paper's, or with the task told in training too; both by default,
+            where a cell has settings for both.
         seeds: seeds of the trainings of RL².
         env_steps: train RL² for so many env steps, in place of those of the cell's settings; figures of their own on the page.
         tasks: held-out tasks that an agent is reported on.
@@ -47,7 +51,7 @@ def main(
         fresh: compute what is there already once more, and train from the start.
         folder: where the figures are; the page is beside it, under the folder's name.
         runs: where trainings keep their checkpoints: what was interrupted goes on from there.
-        pretrained: folder of agents, <table>_<cell>.pt; after its trainings a cell's best seed is put there.
+        pretrained: folder of agents, <table>_<cell>_<learns from>.pt; after its trainings a cell's best seed is put there.
     """
     if tasks < 2:
         raise ValueError(f"tasks={tasks}: a standard error needs two tasks at least. Pass 10000 for figures to report.")
@@ -59,17 +63,18 @@ def main(
         )
     chosen = choose(table, cells)
     book = Figures(folder, tasks, fresh)
+    trained = [(cell, way) for cell in chosen for way in ways(cell, learns_from)]
     if from_pretrained:
-        check_weights(chosen, pretrained)
+        check_weights(trained, pretrained)
     for cell in chosen if part in ("classical", "all") else []:
         classical(cell, book)
-    for cell in chosen if part in ("rl2", "all") else []:
+    for cell, way in trained if part in ("rl2", "all") else []:
         if from_pretrained:
-            evaluate(cell, book, runs, pretrained)
+            evaluate(cell, way, book, runs, pretrained)
         else:
             for seed in seeds:
-                train(cell, seed, book, runs, env_steps)
-            keep_best(cell, book, runs, pretrained)
+                train(cell, way, seed, book, runs, env_steps)
+            keep_best(cell, way, book, runs, pretrained)
     page = folder.with_name(f"{folder.name}.md")
     write_page(folder, page)
     Console().print(f"page: {page}")
@@ -87,6 +92,11 @@ def choose(table: str, cells: tuple[str, ...]) -> list[Cell]:
     if unknown:
         raise ValueError(f"cells={unknown}: there is no such cell in table={table!r}. It has {' '.join(there)}.")
     return [there[name] for name in cells or there]
+
+
+def ways(cell: Cell, learns_from: str) -> list[LearnsFrom]:
+    """What RL² may learn from in a cell, of what is asked for: that of which there are settings."""
+    return [way for way in RL2_SETTINGS[cell.table][cell.name] if learns_from in (way, "both")]
 
 
 class Figures:
@@ -133,6 +143,11 @@ def stem(cell: Cell) -> str:
     return f"{cell.table}_{cell.name.replace(',', '_')}"
 
 
+def weights_of(cell: Cell, way: LearnsFrom, pretrained: Path) -> Path:
+    """The file of a cell's shipped agent."""
+    return pretrained / f"{stem(cell)}_{way}.pt"
+
+
 # ------------------------------------------------------------------ the parts
 def classical(cell: Cell, book: Figures) -> None:
     """Tunes and plays the classical agents whose figures are missing."""
@@ -152,19 +167,19 @@ def classical(cell: Cell, book: Figures) -> None:
         book.add(cell, agent, "--part classical --fresh", figure)
 
 
-def train(cell: Cell, seed: int, book: Figures, runs: Path, env_steps: int | None) -> None:
+def train(cell: Cell, way: LearnsFrom, seed: int, book: Figures, runs: Path, env_steps: int | None) -> None:
     """Trains RL² with a seed, or goes on where that was interrupted, unless its figure is there."""
-    longer, arguments = "", f"--part rl2 --seeds {seed} --fresh"
-    settings = RL2_SETTINGS[cell.table][cell.name]
+    longer, arguments, options = "", f"--part rl2 --learns-from {way} --seeds {seed} --fresh", {}
     if env_steps is not None:
         longer, arguments = f"{LONGER}{env_steps}", f"{arguments} --env-steps {env_steps}"
-        settings = {**settings, "env_steps": env_steps}
-    agent = f"rl2_seed{seed}{longer}"
+        options = {"env_steps": env_steps}
+    agent = f"rl2_{way}_seed{seed}{longer}"
     if book.has(cell, agent):
         return
+    settings = cell.settings(way, **options)
     run = run_folder(runs, cell, agent)
     resume = same_settings(run, settings) and not book.fresh
-    report = cell.train(seed=seed, report_tasks=book.tasks, log_dir=run, resume=resume, env_steps=settings["env_steps"])
+    report = cell.train(way, seed=seed, report_tasks=book.tasks, log_dir=run, resume=resume, **options)
     if report.train.interrupted:
         raise KeyboardInterrupt(f"the training in {run} is not finished: the same command goes on with it.")
     figure = {
@@ -191,13 +206,13 @@ def same_settings(run: Path, settings: dict[str, Any]) -> bool:
     return same
 
 
-def evaluate(cell: Cell, book: Figures, runs: Path, pretrained: Path) -> None:
+def evaluate(cell: Cell, way: LearnsFrom, book: Figures, runs: Path, pretrained: Path) -> None:
     """Plays a cell's pretrained weights on the reporting tasks, whether or not that was done before."""
-    weights, started = pretrained / f"{stem(cell)}.pt", time.perf_counter()
-    report = cell.train(report_tasks=book.tasks, log_dir=runs / f"{stem(cell)}_pretrained", weights=weights)
+    started, log_dir = time.perf_counter(), runs / f"{stem(cell)}_{way}_pretrained"
+    report = cell.train(way, report_tasks=book.tasks, log_dir=log_dir, weights=weights_of(cell, way, pretrained))
     # Without the cell's settings: a longer training may have left these weights.
     figure = {**rl2_figure(report), "seconds": time.perf_counter() - started}
-    book.add(cell, "rl2_pretrained", "--part rl2 --from-pretrained", figure)
+    book.add(cell, f"rl2_{way}_pretrained", f"--part rl2 --learns-from {way} --from-pretrained", figure)
 
 
 def rl2_figure(report: AdaptationReport) -> dict[str, Any]:
@@ -214,27 +229,32 @@ def rl2_figure(report: AdaptationReport) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------- weights
-def check_weights(chosen: list[Cell], pretrained: Path) -> None:
+def check_weights(chosen: list[tuple[Cell, LearnsFrom]], pretrained: Path) -> None:
     """Raises FileNotFoundError where a cell has no weights."""
-    missing = [cell.name for cell in chosen if not (pretrained / f"{stem(cell)}.pt").exists()]
+    there = [weights_of(cell, way, pretrained).exists() for cell, way in chosen]
+    missing = [f"{cell.name} ({way})" for (cell, way), is_there in zip(chosen, there, strict=True) if not is_there]
     if missing:
-        there = [cell.name for cell in chosen if cell.name not in missing]
+        others = [f"{cell.name} ({way})" for (cell, way), is_there in zip(chosen, there, strict=True) if is_there]
         raise FileNotFoundError(
-            f"no weights in {pretrained} for the cells {' '.join(missing)}. "
-            + (f"Name only those that have some: --cells {' '.join(there)}; or train" if there else "Train")
-            + f" the others: python -m recipes.paper_tables --part rl2 --cells {' '.join(missing)}"
+            f"no weights in {pretrained} for the cells {', '.join(missing)}. "
+            + (
+                f"Name only those that have some, by --cells and --learns-from: {', '.join(others)}; or train"
+                if others
+                else "Train"
+            )
+            + " the others: python -m recipes.paper_tables --part rl2, with the same --cells and --learns-from"
         )
 
 
-def keep_best(cell: Cell, book: Figures, runs: Path, pretrained: Path) -> None:
+def keep_best(cell: Cell, way: LearnsFrom, book: Figures, runs: Path, pretrained: Path) -> None:
     """Puts the agent of the best training, by held-out tasks that are not reported, among the pretrained ones."""
-    best = best_seed(trainings_of(load(book.folder), cell.table, cell.name))
-    agent, weights = run_folder(runs, cell, best["agent"]) / "agent.pt", pretrained / f"{stem(cell)}.pt"
+    best = best_seed(trainings_of(load(book.folder), cell.table, cell.name, way))
+    agent, weights = run_folder(runs, cell, best["agent"]) / "agent.pt", weights_of(cell, way, pretrained)
     if not agent.exists() or (weights.exists() and weights.read_bytes() == agent.read_bytes()):
         return
     pretrained.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(agent, weights)
-    book.path(cell, "rl2_pretrained").unlink(missing_ok=True)  # the figure of other weights
+    book.path(cell, f"rl2_{way}_pretrained").unlink(missing_ok=True)  # the figure of other weights
 
 
 if __name__ == "__main__":

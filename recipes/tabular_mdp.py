@@ -16,7 +16,9 @@ from recipes.experiment import (
     Learning,
     Network,
     Run,
+    Told,
     stream_seed,
+    told_of,
     whole_batches,
 )
 from rl2_torchrl import (
@@ -41,10 +43,12 @@ from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.objectives import MDPValues, RegretAdvantage
 
 EPISODE_STEPS = 10
+NUM_PAIRS = 10 * 5  # of states and actions
 #: With a gate_gain of 1, and a head that saw the memory alone, learning stood still where the agent had a memory for the first
 #: state alone.
 NETWORK = Network(num_cells=(128,), memory_steps=30, input_gain=2.0, gate_gain=6.0)
 LEARNING = Learning(env_steps=150_000_000, lr=2e-3, gamma=0.5, lmbda=0.0, epochs=2, minibatches=32, entropy=0.12)
+TOLD = Told()
 RUN = Run(Path("runs/tabular_mdp"))
 
 
@@ -53,8 +57,8 @@ def main(
     episodes: int = 10,
     network: Network = NETWORK,
     learning: Learning = LEARNING,
+    told: Told = TOLD,
     noiseless: float = 0.6,
-    regret: bool = False,
     classical: bool = True,
     run: Run = RUN,
 ) -> AdaptationReport:
@@ -64,9 +68,9 @@ def main(
         episodes: episodes of a trial, n in the paper's table.
         network: actor and critic.
         learning: batches, and PPO on them.
+        told: what training is told of the task beside rewards.
         noiseless: share of the training, from its start, in which rewards are without noise: what a memory of single states and
             actions is worth then shows several times as clearly. Evaluations and report are always with noise.
-        regret: whether regrets, which the task tells without noise, stand for rewards in the advantages (`RegretAdvantage`).
         classical: whether classical agents play in the report too.
         run: seeds, where the run begins, and what it leaves.
     """
@@ -84,8 +88,15 @@ def main(
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
-        RegretAdvantage(MDPValues(env.base_env), **horizon) if regret else TrialAdvantage(**horizon),
+        RL2PPOLoss(
+            actor,
+            critic,
+            clip_epsilon=0.2,
+            entropy_bonus=True,
+            entropy_coeff=learning.entropy,
+            terms=told.terms(network.units, NUM_PAIRS, mean_rewards),
+        ),
+        RegretAdvantage(MDPValues(env.base_env), **horizon) if told.regret else TrialAdvantage(**horizon),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
@@ -101,9 +112,14 @@ def main(
     report = trials.report(
         trials.train(collector, update, callbacks=[NoiseCurriculum(env.base_env, noiseless)]),
         baselines=classical_agents(trials.reported, episodes, run.seed) if classical else {},
-        title=f"RL² on tabular MDPs, {episodes} episodes",
+        title=f"RL² on tabular MDPs, {episodes} episodes{told_of(network, told)}",
     )
     return experiment.publish(report, run)
+
+
+def mean_rewards(tasks: torch.Tensor) -> torch.Tensor:
+    """Mean rewards of all states and actions, ``[..., 50]``, in the MDPs ``tasks`` ``[..., task_size]``."""
+    return unpack_mdps(tasks)[0].flatten(-2)
 
 
 class NoiseCurriculum(Callback):

@@ -25,7 +25,7 @@ def test_the_page_is_of_the_files_that_are_there():
         assert network == agents.network_of(AdaptiveAgent.load(PRETRAINED / name))
 
 
-@pytest.mark.parametrize("name", ["bandits_10_5.pt", "mdps_10.pt"])
+@pytest.mark.parametrize("name", ["bandits_10_5_rewards.pt", "mdps_10_rewards.pt"])
 def test_agents_score_what_the_page_says(name):
     curve = agents.score(PRETRAINED / name, 400)
     *_, mean, se, trials = ROWS[name]
@@ -35,10 +35,13 @@ def test_agents_score_what_the_page_says(name):
 
 
 def test_a_page_is_written(tmp_path):
-    (tmp_path / "bandits_10_5.pt").write_bytes((PRETRAINED / "bandits_10_5.pt").read_bytes())
+    (tmp_path / "bandits_10_5_rewards.pt").write_bytes((PRETRAINED / "bandits_10_5_rewards.pt").read_bytes())
     page = tmp_path / "page.md"
     curves = agents.main(folder=tmp_path, trials=50, page=page)
-    assert f"| {curves['bandits_10_5.pt'].mean:.2f} | {curves['bandits_10_5.pt'].se:.2f} | 50 |" in page.read_text()
+    assert (
+        f"| {curves['bandits_10_5_rewards.pt'].mean:.2f} | {curves['bandits_10_5_rewards.pt'].se:.2f} | 50 |"
+        in page.read_text()
+    )
     with pytest.raises(ValueError, match="trials=1: a standard error needs two"):
         agents.main(folder=tmp_path, trials=1, page=page)
     with pytest.raises(ValueError, match="'ponies_3' is named after no env"):
@@ -50,7 +53,7 @@ def test_exported_agents_earn_what_the_training_policy_earns(form):
     if form == "onnx":
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
-    path = PRETRAINED / "bandits_10_5.pt"
+    path = PRETRAINED / "bandits_10_5_rewards.pt"
     figures = agent_benchmark.main(agent=path, trials=100, forms=(form,), actions=10, rows=2)
     returns = {name: figure["return"] for name, figure in figures.items()}
     assert set(returns) == {"training's policy", "agent", f".{form}"}

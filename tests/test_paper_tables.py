@@ -17,6 +17,8 @@ from rl2_torchrl import TaskSampler, baselines
 from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
 
 TINY = {"bandits": BanditCell(pulls=3, arms=2), "mdps": MDPCell(episodes=2)}
+#: What makes it the task: bandits' rule says it.
+WAY = {"bandits": {}, "mdps": {"belief": 1.0}}
 BATCH = {"bandits": 16 * 3, "mdps": 16 * 20}
 FEW_AGENTS = (
     "random",
@@ -34,14 +36,15 @@ def tiny(monkeypatch):
         monkeypatch.setitem(CELLS[table], cell.name, cell)
         monkeypatch.setitem(PAPER[table], cell.name, dict.fromkeys(next(iter(PAPER[table].values())), 1.5))
         monkeypatch.setitem(PAPER_SE[table], cell.name, 0.4)
-        monkeypatch.setitem(RL2_SETTINGS[table], cell.name, settings)
+        monkeypatch.setitem(RL2_SETTINGS[table], cell.name, {"rewards": settings, "task": settings | WAY[table]})
     monkeypatch.setattr(BanditCell, "agents", {name: BanditCell.agents[name] for name in FEW_AGENTS})
 
 
 def run(path, table="bandits", **options):
     """The command on the tiny cell of a table, with everything that it writes under ``path``."""
     places = {"folder": path / "results" / "figures", "runs": path / "runs", "pretrained": path / "pretrained"}
-    return paper_tables.main(**{"table": table, "cells": (TINY[table].name,), "tasks": 40, **places, **options})
+    asked = {"table": table, "cells": (TINY[table].name,), "tasks": 40, "learns_from": "rewards"}
+    return paper_tables.main(**{**asked, **places, **options})
 
 
 def figures(path):
@@ -85,10 +88,10 @@ def figure(agent, mean, **more):
     return {**whole, "command": f"command of {agent}", "commit": "abc", "versions": {"torch": "2"}, **more}
 
 
-def trained(seed, mean, held_out):
+def trained(seed, mean, held_out, way="task"):
     sizes = {"env_steps": 60_000_000, "seconds": 1800.0 + 1200 * seed}
     more = {"held_out": held_out, "greedy_mean": 82.0, "greedy_se": 0.2, "memory_zeroed": 50.0}
-    return figure(f"rl2_seed{seed}", mean, cell="100,5", **more, **sizes)
+    return figure(f"rl2_{way}_seed{seed}", mean, cell="100,5", **more, **sizes)
 
 
 def test_page_is_made_of_the_files(tmp_path):
@@ -100,7 +103,8 @@ def test_page_is_made_of_the_files(tmp_path):
         figure("random", 60.0, num_tasks=2000, tuning_tasks=0, seconds=260.0),
         trained(0, 77.4, held_out=83.0),  # above the other on the tasks that are reported, which must not choose
         {**trained(1, 77.2, held_out=83.1), "settings": {"initial_weights": "weights/bandits_10_5.pt"}},
-        figure("rl2_pretrained", 77.25, cell="100,5"),
+        figure("rl2_task_pretrained", 77.25, cell="100,5"),
+        trained(0, 76.3, held_out=76.0, way="rewards"),
     ]
     for number, entry in enumerate(entries):
         (folder / f"{number}.json").write_text(json.dumps(entry))
@@ -115,6 +119,10 @@ def test_page_is_made_of_the_files(tmp_path):
     # 1.4 from 78.7 and 1.8 from 79.1. Minutes: 30 and 50.
     row = "| 2 | 77.30 ± 0.14 (78.7: within) | (79.1: below) | 77.20 ± 0.10 (78.7: within) | 82.00 ± 0.20 | 50.00 |"
     assert f"| 100, 5 (0.52) {row} 77.25 ± 0.10 | 60.0 | 40.0, on from bandits_10_5 |" in text
+    # The one that saw rewards alone is in a table of its own, before; 0.52 from 78.7 and from 79.1 as well, times 3: 1.6.
+    rewards, task = text.index("### RL², trained on rewards only"), text.index("### RL², task told in training")
+    alone = text.index("| 1 | 76.30 ± 0.10 (78.7: below) | (79.1: below) | 76.30 ± 0.10 (78.7: below) |")
+    assert rewards < alone < task < text.index("| 2 | 77.30 ±")
     assert "exploration 0.2" in text
     assert "The 2 figures took 6 minutes together" in text
     assert "Tasks in a cell: 10,000; 2,000 for random in cell 100,10, which takes long." in text
@@ -156,6 +164,7 @@ def test_classical_agents_for_mdps(tmp_path):
     assert stored["mdps_2_optimum"]["mean"] == pytest.approx(2 * best.mean().item(), rel=1e-5)
     options = {name: next(iter(stored[f"mdps_2_{name}"]["options"]), None) for name in MDPCell.agents}
     scalings = {"beb": "scaling", "ucrl2": "scaling", "opsrl": "num_samples", "epsilon_greedy": "epsilon"}
+    scalings["optimistic_memory"] = "optimism"
     assert options == {**dict.fromkeys(MDPCell.agents), **scalings}
 
 
@@ -212,8 +221,8 @@ def test_all_agents_are_reported_on_the_same_tasks_which_none_was_tuned_or_train
     monkeypatch.setattr(module, "TaskSampler", Recorded)
     run(tmp_path, table, seeds=(0, 7))
     reported = drawn[experiment.REPORT_TASKS]
-    assert len(reported) == {"bandits": 4, "mdps": 8}[table] + 2  # classical agents and two trainings
-    assert len(drawn[experiment.TUNING_TASKS]) == 4
+    assert len(reported) == {"bandits": 4, "mdps": 10}[table] + 2  # classical agents and two trainings
+    assert len(drawn[experiment.TUNING_TASKS]) == {"bandits": 4, "mdps": 5}[table]
     assert all(torch.equal(each, reported[0]) for each in reported)
     assert all(torch.equal(each, drawn[experiment.HELD_OUT_TASKS][0]) for each in drawn[experiment.HELD_OUT_TASKS])
     others = [*trained_on, *drawn[experiment.TUNING_TASKS], *drawn[experiment.HELD_OUT_TASKS]]
@@ -230,20 +239,20 @@ def test_trainings_figures_and_weights(table, tmp_path, monkeypatch):
     run(tmp_path, table, part="rl2", seeds=(0, 1))
     stem = f"{table}_{TINY[table].name.replace(',', '_')}"
     stored = figures(tmp_path)
-    assert set(stored) == {f"{stem}_rl2_seed0", f"{stem}_rl2_seed1"}
+    assert set(stored) == {f"{stem}_rl2_rewards_seed0", f"{stem}_rl2_rewards_seed1"}
     for seed in (0, 1):
-        report = json.loads((tmp_path / "runs" / f"{stem}_seed{seed}" / "report.json").read_text())
-        kept = stored[f"{stem}_rl2_seed{seed}"]
+        report = json.loads((tmp_path / "runs" / f"{stem}_rewards_seed{seed}" / "report.json").read_text())
+        kept = stored[f"{stem}_rl2_rewards_seed{seed}"]
         assert (report["seed"], report["baselines"]) == (seed, {})
         assert kept["mean"] == report["agent"]["mean"]
         assert kept["held_out"] == report["train"]["history"][-1]["eval/trial_return"]
         assert kept["memory_zeroed"] == report["ablations"]["memory_zeroed"]["mean"]
         assert kept["env_steps"] == BATCH[table]
-        assert kept["settings"] == RL2_SETTINGS[table][TINY[table].name]
-        assert f"--part rl2 --seeds {seed} --fresh" in kept["command"]
-    best = max((0, 1), key=lambda seed: stored[f"{stem}_rl2_seed{seed}"]["held_out"])
-    actor = (tmp_path / "runs" / f"{stem}_seed{best}" / "agent.pt").read_bytes()
-    assert (tmp_path / "pretrained" / f"{stem}.pt").read_bytes() == actor
+        assert kept["settings"].items() >= RL2_SETTINGS[table][TINY[table].name]["rewards"].items()
+        assert f"--part rl2 --learns-from rewards --seeds {seed} --fresh" in kept["command"]
+    best = max((0, 1), key=lambda seed: stored[f"{stem}_rl2_rewards_seed{seed}"]["held_out"])
+    actor = (tmp_path / "runs" / f"{stem}_rewards_seed{best}" / "agent.pt").read_bytes()
+    assert (tmp_path / "pretrained" / f"{stem}_rewards.pt").read_bytes() == actor
 
 
 def test_pretrained_weights_are_evaluated_without_training(tmp_path, monkeypatch, capsys):
@@ -253,26 +262,27 @@ def test_pretrained_weights_are_evaluated_without_training(tmp_path, monkeypatch
     monkeypatch.setattr(experiment, "train", None)
     run(tmp_path, part="rl2", from_pretrained=True)
     run(tmp_path, part="rl2", from_pretrained=True)  # an evaluation is what was asked for, twice
-    assert loaded == [tmp_path / "pretrained" / "bandits_3_2.pt"] * 2
-    evaluated = figures(tmp_path)["bandits_3_2_rl2_pretrained"]
+    assert loaded == [tmp_path / "pretrained" / "bandits_3_2_rewards.pt"] * 2
+    evaluated = figures(tmp_path)["bandits_3_2_rl2_rewards_pretrained"]
     assert "settings" not in evaluated  # weights do not say which training left them
     assert 0.8 < evaluated["mean"] < 2.2  # 1.5 for who knows nothing, SE 0.14
     assert (
-        f"3,2 rl2_pretrained: {evaluated['mean']:.3f} ± {evaluated['se']:.3f} (1.5: within)" in capsys.readouterr().out
+        f"3,2 rl2_rewards_pretrained: {evaluated['mean']:.3f} ± {evaluated['se']:.3f} (1.5: within)"
+        in capsys.readouterr().out
     )
 
 
 def test_the_seed_that_was_best_on_held_out_tasks_is_shipped(tmp_path):
     book = paper_tables.Figures(tmp_path / "figures", 40, False)
     for seed, (mean, held_out) in enumerate([(1.0, 2.0), (2.0, 1.0)]):
-        run_folder = tmp_path / "runs" / f"bandits_3_2_seed{seed}"
+        run_folder = tmp_path / "runs" / f"bandits_3_2_rewards_seed{seed}"
         run_folder.mkdir(parents=True)
         (run_folder / "agent.pt").write_text(f"seed {seed}")
-        book.add(TINY["bandits"], f"rl2_seed{seed}", "", {"mean": mean, "se": 0.1, "held_out": held_out})
-    book.add(TINY["bandits"], "rl2_pretrained", "", {"mean": 1.0, "se": 0.1})
-    paper_tables.keep_best(TINY["bandits"], book, tmp_path / "runs", tmp_path / "pretrained")
-    assert (tmp_path / "pretrained" / "bandits_3_2.pt").read_text() == "seed 0"
-    assert not book.path(TINY["bandits"], "rl2_pretrained").exists()  # it was the figure of other weights
+        book.add(TINY["bandits"], f"rl2_rewards_seed{seed}", "", {"mean": mean, "se": 0.1, "held_out": held_out})
+    book.add(TINY["bandits"], "rl2_rewards_pretrained", "", {"mean": 1.0, "se": 0.1})
+    paper_tables.keep_best(TINY["bandits"], "rewards", book, tmp_path / "runs", tmp_path / "pretrained")
+    assert (tmp_path / "pretrained" / "bandits_3_2_rewards.pt").read_text() == "seed 0"
+    assert not book.path(TINY["bandits"], "rl2_rewards_pretrained").exists()  # it was the figure of other weights
 
 
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
@@ -286,13 +296,13 @@ def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
     options = []
     monkeypatch.setattr(experiment, "train", lambda *args, **more: options.append(more) or train(*args, **more))
     run(tmp_path, part="rl2", seeds=(0,), tasks=60)
-    again = figures(tmp_path)["bandits_3_2_rl2_seed0"]
+    again = figures(tmp_path)["bandits_3_2_rl2_rewards_seed0"]
     assert again["num_tasks"] == 60
     assert [again[key] for key in ("held_out", "env_steps", "seconds")] == [
-        before["bandits_3_2_rl2_seed0"][key] for key in ("held_out", "env_steps", "seconds")
+        before["bandits_3_2_rl2_rewards_seed0"][key] for key in ("held_out", "env_steps", "seconds")
     ]
     # With other settings, or on demand, it is trained anew.
-    monkeypatch.setitem(RL2_SETTINGS["bandits"]["3,2"], "lr", 1e-4)
+    monkeypatch.setitem(RL2_SETTINGS["bandits"]["3,2"]["rewards"], "lr", 1e-4)
     run(tmp_path, part="rl2", seeds=(0,), tasks=80)
     run(tmp_path, part="rl2", seeds=(0,), tasks=80, fresh=True)
     assert [more["resume"] for more in options] == [True, False, False]
@@ -300,12 +310,12 @@ def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
 
 def test_a_longer_training_is_a_figure_of_its_own(tmp_path):
     run(tmp_path, part="rl2", seeds=(0,))
-    before = figures(tmp_path)["bandits_3_2_rl2_seed0"]
+    before = figures(tmp_path)["bandits_3_2_rl2_rewards_seed0"]
     page = run(tmp_path, part="rl2", seeds=(0,), env_steps=3 * BATCH["bandits"])
-    longer = figures(tmp_path)["bandits_3_2_rl2_seed0_steps144"]
+    longer = figures(tmp_path)["bandits_3_2_rl2_rewards_seed0_steps144"]
     assert longer["env_steps"] == 3 * before["env_steps"] == longer["settings"]["env_steps"] == 144
-    assert longer["command"].endswith("--part rl2 --seeds 0 --fresh --env-steps 144")
-    assert figures(tmp_path)["bandits_3_2_rl2_seed0"] == before
+    assert longer["command"].endswith("--part rl2 --learns-from rewards --seeds 0 --fresh --env-steps 144")
+    assert figures(tmp_path)["bandits_3_2_rl2_rewards_seed0"] == before
     # It is shown in a table of its own, not as one more seed, and shipped where it is the better one.
     text = page.read_text()
     assert text.count("Single seeds, trained for longer:") == 1
@@ -313,8 +323,8 @@ def test_a_longer_training_is_a_figure_of_its_own(tmp_path):
     assert row in text.partition("trained for longer:")[2]
     assert "| 3, 2 (0.4) | 1 |" in text
     best = "seed0_steps144" if longer["held_out"] > before["held_out"] else "seed0"
-    actor = (tmp_path / "runs" / f"bandits_3_2_{best}" / "agent.pt").read_bytes()
-    assert (tmp_path / "pretrained" / "bandits_3_2.pt").read_bytes() == actor
+    actor = (tmp_path / "runs" / f"bandits_3_2_rewards_{best}" / "agent.pt").read_bytes()
+    assert (tmp_path / "pretrained" / "bandits_3_2_rewards.pt").read_bytes() == actor
 
 
 def test_pretrained_weights_are_not_trained_for_longer(tmp_path):
@@ -353,11 +363,15 @@ def test_bad_arguments(message, bad, tmp_path):
 
 
 def test_cells_without_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no weights in .* 3,2\. Train the others: .* --part rl2 --cells 3,2"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no weights in .* 3,2 \(rewards\)\. Train the others: .* --part rl2, with"
+    ):
         run(tmp_path, part="rl2", from_pretrained=True)
     (tmp_path / "pretrained").mkdir()
-    (tmp_path / "pretrained" / "bandits_10_5.pt").touch()
-    with pytest.raises(FileNotFoundError, match=r"cells 3,2\. Name only those that have some: --cells 10,5; or train"):
+    (tmp_path / "pretrained" / "bandits_10_5_rewards.pt").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"cells 3,2 \(rewards\)\. Name only those .*: 10,5 \(rewards\); or train"
+    ):
         run(tmp_path, part="rl2", from_pretrained=True, cells=("10,5", "3,2"))
 
 
@@ -370,7 +384,44 @@ def test_command_line(tmp_path):
 
 
 def test_weights_that_settings_start_from_are_in_the_repository():
-    starts = [s["initial_weights"] for table in RL2_SETTINGS.values() for s in table.values() if "initial_weights" in s]
+    starts = [settings["initial_weights"] for _, settings in every_settings() if "initial_weights" in settings]
     root = Path(__file__).parents[1]
     assert starts
     assert not [str(path) for path in starts if not (root / path).exists()]
+
+
+def every_settings():
+    """What each training of the tables learns from, and all its settings."""
+    cells = [cell for table in CELLS.values() for cell in table.values() if cell not in TINY.values()]
+    return [(way, cell.settings(way)) for cell in cells for way in RL2_SETTINGS[cell.table][cell.name]]
+
+
+def test_rewards_only_is_told_nothing_of_the_task():
+    told = {"rewards": [], "task": []}
+    for way, settings in every_settings():
+        starts_told = str(settings.get("initial_weights", "")).endswith("_task.pt")
+        told[way].append(settings["regret"] or settings["belief"] or "task" in settings["critic_keys"] or starts_told)
+    assert len(told["rewards"]) >= 7
+    assert not any(told["rewards"])
+    assert all(told["task"])
+
+
+@pytest.mark.parametrize("table", TINY)
+def test_what_the_task_told_is_a_column_of_its_own(table, tmp_path):
+    page = run(tmp_path, table, part="rl2", seeds=(0,), learns_from="both")
+    stem = f"{table}_{TINY[table].name.replace(',', '_')}"
+    stored = figures(tmp_path)
+    assert set(stored) == {f"{stem}_rl2_rewards_seed0", f"{stem}_rl2_task_seed0"}
+    told = stored[f"{stem}_rl2_task_seed0"]["settings"]
+    assert told["regret"] or told["belief"]
+    titles = [
+        json.loads((tmp_path / "runs" / f"{stem}_{way}_seed0" / "report.json").read_text())["title"]
+        for way in ("rewards", "task")
+    ]
+    assert titles[0].endswith("(rewards only)")
+    assert "(task told in training: " in titles[1]
+    assert {path.name for path in (tmp_path / "pretrained").iterdir()} == {f"{stem}_rewards.pt", f"{stem}_task.pt"}
+    section = page.read_text().split({"bandits": "## Table 1", "mdps": "## Table 2"}[table])[1]
+    for way, part in zip(("rewards", "task"), section.split("### RL², ")[1:3], strict=True):
+        figure = stored[f"{stem}_rl2_{way}_seed0"]
+        assert f"| 1 | {paper_page.short(figure['mean'], figure['se'])} (1.5: " in part

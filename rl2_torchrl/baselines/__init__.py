@@ -17,6 +17,7 @@ from rl2_torchrl.baselines.bandits import (
 )
 from rl2_torchrl.baselines.bayes import bayes_optimal, bayes_optimal_return
 from rl2_torchrl.baselines.gittins import gittins_agent, gittins_indices
+from rl2_torchrl.baselines.grid_search import GridSearch, grid_search
 from rl2_torchrl.baselines.mdp_tuning import tune_beb, tune_opsrl, tune_ucrl2
 from rl2_torchrl.baselines.mdps import beb, opsrl, psrl, ucrl2
 from rl2_torchrl.baselines.planning import optimal_return
@@ -24,6 +25,7 @@ from rl2_torchrl.baselines.thompson import optimistic_thompson_sampling, thompso
 from rl2_torchrl.baselines.tuning import tune
 
 __all__ = [
+    "GridSearch",
     "bayes_optimal",
     "bayes_optimal_return",
     "beb",
@@ -31,6 +33,7 @@ __all__ = [
     "gittins_agent",
     "gittins_indices",
     "greedy",
+    "grid_search",
     "opsrl",
     "optimal_return",
     "optimistic_thompson_sampling",

@@ -29,6 +29,7 @@ def play(
     *,
     epsilon: float = 0.0,
     episode_steps: int = 10,
+    plan_each_step: bool = False,
 ) -> Tensor:
     """Play one trial on every task by the plans that ``make_plan`` makes before each episode.
 
@@ -41,6 +42,7 @@ def play(
         generator: the only source of randomness, on the device of ``mdps``; None for torch's own.
         epsilon: share of the actions that are taken uniformly at random in place of the plan's.
         episode_steps: steps of an episode.
+        plan_each_step: make a plan before every step, in place of once an episode: what was seen a step ago then counts.
 
     Returns:
         Returns of the episodes, float32, shape ``[num_tasks, num_episodes]``.
@@ -56,7 +58,9 @@ def play(
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon={epsilon} is a share of the actions: pass a number between 0 and 1.")
     parts = zip(*[part.float().split(_TASKS_AT_ONCE) for part in mdps], strict=True)
-    returns = [_play(part, num_episodes, make_plan, generator, epsilon, episode_steps) for part in parts]
+    returns = [
+        _play(part, num_episodes, make_plan, generator, epsilon, episode_steps, plan_each_step) for part in parts
+    ]
     return torch.cat(returns)
 
 
@@ -67,6 +71,7 @@ def _play(
     generator: Generator | None,
     epsilon: float,
     episode_steps: int,
+    plan_each_step: bool,
 ) -> Tensor:
     rewards, transitions = mdps
     num_tasks, _, num_actions = rewards.shape
@@ -78,6 +83,8 @@ def _play(
         plan = make_plan(experience, episode + 1)
         state = torch.zeros_like(tasks)
         for step in range(episode_steps):
+            if plan_each_step and step:
+                plan = make_plan(experience, episode + 1)
             action = _choose(plan[step][tasks, state], epsilon, generator)
             pair = state * num_actions + action
             reward = means[tasks, pair]

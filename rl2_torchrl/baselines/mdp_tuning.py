@@ -10,12 +10,15 @@ import torch
 from torch import Generator, Tensor
 
 from rl2_torchrl.baselines.mdp_trials import MDPs
-from rl2_torchrl.baselines.mdps import beb, epsilon_greedy, opsrl, ucrl2
+from rl2_torchrl.baselines.mdps import beb, epsilon_greedy, opsrl, perfect_memory, ucrl2
 
-__all__ = ["tune_beb", "tune_epsilon_greedy", "tune_opsrl", "tune_ucrl2"]
+__all__ = ["tune_beb", "tune_epsilon_greedy", "tune_opsrl", "tune_perfect_memory", "tune_ucrl2"]
 
 EPSILON_GRID = tuple(i / 10 for i in range(1, 11))
 """Shares of random actions that :func:`tune_epsilon_greedy` chooses from: 0.1, 0.2, ..., 1.0."""
+
+OPTIMISM_GRID = tuple(i / 10 for i in range(11))
+"""Standard deviations that :func:`tune_perfect_memory` chooses from: 0, 0.1, ..., 1.0."""
 
 SAMPLES_GRID = tuple(range(1, 21))
 """Numbers of samples that :func:`tune_opsrl` chooses from: 1 to 20."""
@@ -49,6 +52,34 @@ def tune_epsilon_greedy(
         return epsilon_greedy(mdps, episodes, generator, epsilon=epsilon, **kwargs)
 
     return _best(agent, EPSILON_GRID, num_episodes)
+
+
+def tune_perfect_memory(
+    mdps: MDPs, num_episodes: Sequence[int], generator: Generator | None = None, **kwargs
+) -> dict[int, float]:
+    """Optimism, of 0, 0.1, ..., 1.0 standard deviations, with which ``perfect_memory`` earns most.
+
+    Args:
+        mdps: mean rewards ``[num_tasks, num_states, num_actions]`` and transition probabilities, see ``play``.
+        num_episodes: lengths of trials, in episodes; a run of the longest serves all.
+        generator: the only source of randomness, on the device of ``mdps``; None for torch's own.
+        **kwargs: further arguments of the agent.
+
+    Returns:
+        The best value for each length of a trial; the lowest one of several that earn the same.
+
+    Example:
+        >>> import torch
+        >>> mdps = (torch.rand(50, 3, 2), torch.full((50, 3, 2, 3), 1 / 3))
+        >>> best = tune_perfect_memory(mdps, [2], torch.Generator().manual_seed(0), episode_steps=3)
+        >>> 0 <= best[2] <= 1
+        True
+    """
+
+    def agent(optimism: float, episodes: int) -> Tensor:
+        return perfect_memory(mdps, episodes, generator, optimism=optimism, **kwargs)
+
+    return _best(agent, OPTIMISM_GRID, num_episodes)
 
 
 def tune_opsrl(mdps: MDPs, num_episodes: Sequence[int], generator: Generator | None = None, **kwargs) -> dict[int, int]:

@@ -20,7 +20,7 @@ from rl2_torchrl.baselines.beliefs import Experience, posterior_mean, sample_pos
 from rl2_torchrl.baselines.mdp_trials import MDPs, play
 from rl2_torchrl.baselines.planning import extended_value_iteration, value_iteration
 
-__all__ = ["beb", "epsilon_greedy", "greedy", "opsrl", "psrl", "random_agent", "ucrl2"]
+__all__ = ["beb", "epsilon_greedy", "greedy", "opsrl", "perfect_memory", "psrl", "random_agent", "ucrl2"]
 
 
 # ---------------------------------------------------------------- undirected
@@ -106,6 +106,45 @@ def epsilon_greedy(
         return value_iteration(*posterior_mean(experience, 0.0, 1e-4, 1e-4), episode_steps)
 
     return play(mdps, num_episodes, make_plan, generator, epsilon=epsilon, episode_steps=episode_steps)
+
+
+def perfect_memory(
+    mdps: MDPs,
+    num_episodes: int,
+    generator: Generator | None = None,
+    *,
+    optimism: float = 0.0,
+    prior_mean: float = 1.0,
+    episode_steps: int = 10,
+) -> Tensor:
+    """Take the action of the highest posterior mean reward in the state at hand, and make no plan beyond it.
+
+    What an agent earns that remembers all rewards, and has learnt no more than to look up those of the state that it is in.
+
+    Args:
+        mdps: mean rewards ``[num_tasks, num_states, num_actions]`` and transition probabilities, see ``play``.
+        num_episodes: episodes a trial.
+        generator: the only source of randomness, on the device of ``mdps``; None for torch's own.
+        optimism: standard deviations of the posterior that are added to its mean.
+        prior_mean: mean of the normal prior of every mean reward, by default that of the tasks; its variance is 1.
+        episode_steps: steps of an episode.
+
+    Returns:
+        Returns of the episodes, shape ``[num_tasks, num_episodes]``.
+
+    Example:
+        >>> import torch
+        >>> rewards = torch.tensor([[[-1e3, 1e3]]])  # from the second step on it knows better
+        >>> perfect_memory((rewards, torch.ones(1, 1, 2, 1)), 2, episode_steps=3)[0, 1].round(decimals=-2)
+        tensor(3000.)
+    """
+
+    def make_plan(experience: Experience, episode: int) -> Tensor:
+        means, _ = posterior_mean(experience, prior_mean, 1.0, 1.0)
+        hoped = means + optimism * (1 + experience.visits).rsqrt()
+        return hoped.expand(episode_steps, *hoped.shape)
+
+    return play(mdps, num_episodes, make_plan, generator, episode_steps=episode_steps, plan_each_step=True)
 
 
 # -------------------------------------------------------- posterior sampling

@@ -1,0 +1,100 @@
+"""Seeds of RL² on GridNavi that come to the Bayes optimum (in VariBAD's appendix 0 of 20): a training each, and a page of them."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import tyro
+
+from recipes import grid_navi
+from recipes.experiment import arguments
+from recipes.results import table
+from rl2_torchrl.report import made_by
+
+COLUMNS = ("seed", "greedy", "share", "sampling", "first_episode", "env_steps", "minutes", "commit")
+
+
+def main(
+    *,
+    seeds: tuple[int, ...] = tuple(range(20)),
+    env_steps: int = grid_navi.LEARNING.env_steps,
+    runs: Path = Path("runs/grid_navi_seeds"),
+    page: Path = Path("recipes/results/grid_navi_seeds.md"),
+) -> list[dict[str, float]]:
+    """Trains the seeds that are not there yet, and writes a page and a CSV file of all that are asked for.
+
+    Args:
+        seeds: seeds of the trainings.
+        env_steps: env steps of each.
+        runs: where trainings are kept, a folder each: what is finished is not trained again.
+        page: the page; the table is beside it as CSV, with the paths of the first seed.
+    """
+    if not seeds:
+        raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
+    rows = [row_of(seed, report_of(seed, env_steps, runs)) for seed in seeds]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    with page.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    shutil.copyfile(folder_of(seeds[0], env_steps, runs) / "path.png", page.with_suffix(".png"))
+    page.write_text(text_of(rows, page))
+    return rows
+
+
+def folder_of(seed: int, env_steps: int, runs: Path) -> Path:
+    """Where a training is kept."""
+    return runs / f"{env_steps}_seed{seed}"
+
+
+def report_of(seed: int, env_steps: int, runs: Path) -> dict:
+    """The report of a training, which is run where there is none of its."""
+    folder = folder_of(seed, env_steps, runs)
+    if not (folder / "report.json").exists():
+        options = {"seed": seed, "env_steps": env_steps, "log_dir": folder, "progress": False}
+        grid_navi.main(**arguments(grid_navi.main, options))
+    return json.loads((folder / "report.json").read_text())
+
+
+def row_of(seed: int, report: dict) -> dict[str, float]:
+    """What the page says of a training."""
+    agent, optimum = report["agent"], report["optimum"]
+    figures = (agent["greedy_mean"], agent["greedy_mean"] / optimum, agent["mean"], agent["per_episode"][0])
+    figures = (round(figure, 5) for figure in figures)
+    effort = (report["train"]["env_steps"], round(report["train"]["seconds"] / 60, 2), report["commit"])
+    return dict(zip(COLUMNS, (seed, *figures, *effort), strict=True))
+
+
+def text_of(rows: list[dict[str, float]], page: Path) -> str:
+    """The page."""
+    near, exact = (sum(row["share"] >= share for row in rows) for share in (0.995, 0.99999))
+    optimum = rows[0]["greedy"] / rows[0]["share"]
+    head = ["seed", "greedy return", "of the Bayes optimum", "by sampling", "million env steps", "minutes"]
+    cells = [
+        [
+            str(row["seed"]),
+            f"{row['greedy']:.3f}",
+            f"{100 * row['share']:.2f} %",
+            f"{row['sampling']:.3f}",
+            f"{row['env_steps'] / 1e6:.1f}",
+            f"{row['minutes']:.1f}",
+        ]
+        for row in rows
+    ]
+    made = made_by()
+    paragraphs = [
+        "# grid navi seeds",
+        f"Return of 4 episodes, over all 21 goals alike; the Bayes optimum is {optimum:.3f}. Of {len(rows)} seeds {near} "
+        f"earn 99.5 % of it or more greedily, {exact} all of it. VariBAD's appendix: RL² in 0 of 20.",
+        table(head, cells),
+        f"![paths of seed {rows[0]['seed']}]({page.with_suffix('.png').name})",
+        f"Made by `{made['command']}`, trainings at commits {', '.join(dict.fromkeys(row['commit'] or '-' for row in rows))}, with "
+        + ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+        + ".",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

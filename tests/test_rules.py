@@ -1,0 +1,137 @@
+"""Settings by a rule: what it says, where it is heard, and its check on cells held apart, at a tiny size."""
+
+import csv
+import json
+
+import pytest
+
+from recipes import bandit, experiment, paper_cells, rule_check, rules
+from recipes.experiment import Learning, Network, Told, arguments, settings_by, typed
+from recipes.paper_settings import RL2_SETTINGS
+
+TINY = {"trials": 16, "units": 4, "epochs": 1, "minibatches": 1, "env_steps": 96, "report_tasks": 50, "progress": False}
+
+
+def test_the_rule_by_hand():
+    settings = rules.bandit_settings(16, 100)
+    # 3 M, 2 M for the pulls and 8 M for arms times pulls; a minibatch of 1,024 / 32 trials has 3,200 steps.
+    expected = {"env_steps": 13_000_000, "minibatches": 32, "gamma": 0.995, "lmbda": 0.9, "entropy": 0.025}
+    assert {name: getattr(settings["learning"], name) for name in expected} == pytest.approx(expected)
+    assert settings["network"].memory_steps == 100
+    assert rules.bandit_settings(2, 100)["learning"].entropy == 0.04
+
+
+@pytest.mark.parametrize(
+    ("pulls", "expected"), [(1, 8), (10, 8), (30, 16), (60, 32), (100, 32), (200, 64), (10_000, 64)]
+)
+def test_minibatches_are_some_thousand_steps(pulls, expected):
+    assert rules.minibatches(pulls) == expected
+    assert rules.TRIALS % expected == 0
+
+
+def test_rewards_alone_are_rewards_alone():
+    told, alone = (rules.bandit_settings(5, 50, way) for way in ("task", "rewards"))
+    assert told["told"].regret
+    assert "task" in told["network"].critic_keys
+    assert alone["told"] == Told()
+    assert alone["network"].critic_keys == ("time_left",)
+    assert alone["learning"].env_steps == 2 * told["learning"].env_steps
+
+
+def test_the_papers_cells_are_instances_of_the_rule():
+    cell = paper_cells.CELLS["bandits"]["100,10"]
+    by_rule = rules.bandit_settings(10, 100)["learning"]
+    assert list(RL2_SETTINGS["bandits"]["100,10"]["task"]) == ["env_steps"]
+    settings = cell.settings("task")
+    assert (settings["minibatches"], settings["entropy"]) == (by_rule.minibatches, by_rule.entropy)
+    # A stated exception, with the rest by the rule.
+    settings = paper_cells.CELLS["bandits"]["10,50"].settings("rewards")
+    assert (settings["entropy"], settings["memory_steps"]) == (0.005, None)
+
+
+# ---- Where it is heard.
+
+
+def test_settings_left_out_are_the_rules_for_what_was_asked():
+    seen = []
+
+    def rule(arms: int = 5, pulls: int = 10):
+        return {"network": Network(units=arms), "learning": Learning(env_steps=pulls)}
+
+    @settings_by(rule)
+    def main(*, arms: int = 5, pulls: int = 10, network: Network, learning: Learning):
+        """A recipe."""
+        seen.append((arms, network.units, learning.env_steps))
+
+    main(arms=7)
+    main(arms=7, pulls=3, network=Network(units=1))
+    main(**arguments(main, {"arms": 7, "pulls": 3, "lr": 0.5}))
+    assert seen == [(7, 7, 10), (7, 1, 3), (7, 7, 3)]
+    assert arguments(main, {"pulls": 3, "lr": 0.5})["learning"] == Learning(env_steps=3, lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--arms", "7", "--units", "3", "--pulls=30"], {"arms": 7, "pulls": 30}),
+        (["--help", "--learns_from", "rewards"], {"learns_from": "rewards"}),
+        (["--learns-from", "rewards"], {"learns_from": "rewards"}),
+        (["--arm", "7"], {}),
+        ([], {}),
+    ],
+)
+def test_what_is_typed(words, expected):
+    assert typed(rules.bandit_settings, words) == expected
+
+
+def test_help_says_what_the_rule_chose(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bandit", "--arms", "16", "--pulls", "100", "--help"])
+    with pytest.raises(SystemExit):
+        experiment.command(bandit.main)
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for default in ("13000000", "0.995", "0.025", "32", "100"):
+        assert f"(default: {default})" in said
+    monkeypatch.setattr("sys.argv", ["bandit", "--arms", "16", "--help"])
+    with pytest.raises(SystemExit):
+        experiment.command(bandit.main)
+    assert "(default: 13000000)" not in capsys.readouterr().out
+
+
+# ---- Its check.
+
+
+def test_cells_held_apart():
+    assert len(set(rule_check.HELD_OUT)) == 5
+    assert all(3 <= arms <= 30 and 15 <= pulls <= 200 for arms, pulls in rule_check.HELD_OUT)
+    tuned = {(20, 60), (10, 100), (7, 30)} | {(cell.arms, cell.pulls) for cell in paper_cells.CELLS["bandits"].values()}
+    assert not tuned & set(rule_check.HELD_OUT)
+
+
+def test_page_of_the_check(tmp_path, monkeypatch):
+    asked, main = [], bandit.main
+
+    def recorded(**given):
+        asked.append((given["arms"], given["pulls"], given["learning"], given["told"]))
+        tiny = arguments(
+            main, {**TINY, "arms": given["arms"], "pulls": given["pulls"], "log_dir": given["run"].log_dir}
+        )
+        return main(**tiny)
+
+    recorded.rule, recorded.__signature__ = main.rule, experiment.inspect.signature(main)
+    monkeypatch.setattr(bandit, "main", recorded)
+    options = {"cells": ((2, 3), (3, 4)), "runs": tmp_path / "runs", "page": tmp_path / "pages" / "check.md"}
+    rows = rule_check.main(**options)
+    by_rule = [rules.bandit_settings(*cell) for cell in options["cells"]]
+    assert asked == [(*cell, s["learning"], s["told"]) for cell, s in zip(options["cells"], by_rule, strict=True)]
+    report = json.loads((tmp_path / "runs" / "2_arms_3_pulls" / "report.json").read_text())
+    assert rows[0]["share"] == pytest.approx(report["agent"]["mean"] / report["baselines"]["ucb1"]["mean"], abs=1e-5)
+    enough = sum(row["share"] >= 0.985 for row in rows)
+    text = options["page"].read_text()
+    assert f"{enough} of 2 earn 98.5 % of UCB1 or more" in text
+    assert f"| 2, 3 | {report['agent']['mean']:.3f} ± {report['agent']['se']:.3f} |" in text
+    [first, _] = csv.DictReader(options["page"].with_suffix(".csv").open())
+    assert float(first["ucb1"]) == pytest.approx(report["baselines"]["ucb1"]["mean"], abs=1e-4)
+    assert rule_check.main(**options) == rows
+    assert len(asked) == 2  # what is trained is not trained again
+    with pytest.raises(ValueError, match="cells is empty"):
+        rule_check.main(cells=())
