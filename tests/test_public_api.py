@@ -37,9 +37,9 @@ LAYERS = [
     {"history", "interrupts", "locks", "logs", "quiet", "requirements", "storage"},
     {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial"},
     {"gradients", "modules"},
-    {"agent", "minibatches", "objectives", "rollout"},
+    {"agent", "learners", "minibatches", "objectives", "rollout"},
     {"collector", "evaluation", "env_check", "tensor_env_check", "testing", "update"},
-    {"checkpoints", "checks", "describe", "settings", "video"},
+    {"checkpoints", "checks", "describe", "settings", "video", "workers"},
     {"training"},
     {"report"},
 ]
