@@ -146,6 +146,24 @@ def test_threads_of_recipes_sleep_while_they_wait(given, argument, expected):
     assert process.stdout.split() == [expected, "False"]
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 2),
+        ({"OMP_WAIT_POLICY": "active"}, 2),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, 1),
+        ({"GOMP_SPINCOUNT": "0"}, 1),
+        ({"GOMP_SPINCOUNT": "1000"}, 2),
+    ],
+)
+def test_threads_that_sleep_are_woken_for_more_work_than_those_that_spin(monkeypatch, environment, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "_LEAST_WORK", threads._least_work(environment))
+    assert threads.threads_for(30_000) == 1
+    assert threads.threads_for(500_000) == expected
+    assert threads.threads_for(1_000_001) == 2
+
+
 @pytest.fixture
 def warnings(monkeypatch):
     messages = []

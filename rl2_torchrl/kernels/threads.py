@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torchrl import torchrl_logger
@@ -13,15 +14,25 @@ __all__ = ["threads_for", "warn_of_spinning"]
 _has_run = _is_warned = False
 
 
+def _least_work(environment: Mapping[str, str]) -> int:
+    """Multiplications from which on waking the others costs less than they save: threads that sleep take 0.1 ms to wake."""
+    sleep = environment.get("OMP_WAIT_POLICY", "").lower() == "passive" or environment.get("GOMP_SPINCOUNT") == "0"
+    return 1_000_000 if sleep else 30_000
+
+
+#: For the whole program: OpenMP, too, reads how its threads shall wait when it is loaded.
+_LEAST_WORK = _least_work(os.environ)
+
+
 def threads_for(multiplications: int) -> int:
-    """Threads for that much work: below a million, 0.1 ms, waking the others costs more than they save.
+    """Threads for that much work.
 
     Examples:
         >>> threads_for(1000)
         1
     """
     global _has_run
-    threads = torch.get_num_threads() if multiplications > 1_000_000 else 1
+    threads = torch.get_num_threads() if multiplications > _LEAST_WORK else 1
     _has_run |= threads > 1
     return threads
 
