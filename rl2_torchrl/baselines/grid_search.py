@@ -79,7 +79,7 @@ def _places(goals: Tensor, size: int) -> Tensor:
 
 
 def _next_cells(size: int) -> Tensor:
-    """The cell that each action of `GridNavi` leads to, ``[cells, actions]``: staying, up, right, down, left, not beyond the edge."""
+    """The cell that each action of `GridNavi` leads to, ``[cells, actions]``: staying, then up, right, down, left within the grid."""
     x, y = torch.arange(size * size) % size, torch.arange(size * size) // size
     moves = [(x, y), (x, y + 1), (x + 1, y), (x, y - 1), (x - 1, y)]
     return torch.stack([b.clamp(0, size - 1) * size + a.clamp(0, size - 1) for a, b in moves], -1)
