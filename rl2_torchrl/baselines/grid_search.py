@@ -79,7 +79,7 @@ def _places(goals: Tensor, size: int) -> Tensor:
 
 
 def _next_cells(size: int) -> Tensor:
-    """The cell that each action of `GridNavi` leads to, ``[cells, actions]``: staying, then up, right, down, left within the grid."""
+    """The cell that each action of `GridNavi` leads to, ``[cells, actions]``: none, then up, right, down, left."""
     x, y = torch.arange(size * size) % size, torch.arange(size * size) // size
     moves = [(x, y), (x, y + 1), (x + 1, y), (x, y - 1), (x - 1, y)]
     return torch.stack([b.clamp(0, size - 1) * size + a.clamp(0, size - 1) for a, b in moves], -1)
