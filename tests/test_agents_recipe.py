@@ -38,7 +38,10 @@ def test_a_page_is_written(tmp_path):
     (tmp_path / "bandits_10_5_rewards.pt").write_bytes((PRETRAINED / "bandits_10_5_rewards.pt").read_bytes())
     page = tmp_path / "page.md"
     curves = agents.main(folder=tmp_path, trials=50, page=page)
-    assert f"| {curves['bandits_10_5_rewards.pt'].mean:.2f} | {curves['bandits_10_5_rewards.pt'].se:.2f} | 50 |" in page.read_text()
+    assert (
+        f"| {curves['bandits_10_5_rewards.pt'].mean:.2f} | {curves['bandits_10_5_rewards.pt'].se:.2f} | 50 |"
+        in page.read_text()
+    )
     with pytest.raises(ValueError, match="trials=1: a standard error needs two"):
         agents.main(folder=tmp_path, trials=1, page=page)
     with pytest.raises(ValueError, match="'ponies_3' is named after no env"):
