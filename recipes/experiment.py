@@ -20,6 +20,7 @@ from torchrl.envs import TransformedEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
+from recipes.seeds import run_seeds
 from rl2_torchrl import (
     AdaptationReport,
     AdaptiveAgent,
@@ -33,10 +34,12 @@ from rl2_torchrl import (
     TrainResult,
     TrialCollector,
     adaptation_curve,
+    describe,
     load_weights,
     train,
 )
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.report import made_by
 
 #: Streams of random numbers that never meet, for `stream_seed`: tasks first, then what envs and classical agents draw.
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS, ENVS, CLASSICAL_AGENTS = 0, 1, 2, 3, 9, 10
@@ -149,6 +152,8 @@ class Run:
     Args:
         log_dir: folder of the run: report.json, report.png and other plots, agent.pt, scalars and checkpoints.
         seed: seed of networks, envs and tasks.
+        seeds: of several runs side by side instead, each a program of its own in log_dir/seed0 and so on; their mean and its band
+            are shown at the end. For the command line alone.
         report_tasks: held-out tasks in the final report.
         held_out_seed: seed of the tasks of evaluations and report, for runs to share them; the run's own by default.
         initial_weights: file of an agent to start from, such as one for shorter trials.
@@ -161,6 +166,7 @@ class Run:
 
     log_dir: Path
     seed: int = 0
+    seeds: tuple[int, ...] = ()
     report_tasks: int = 10_000
     held_out_seed: int | None = None
     initial_weights: Path | None = None
@@ -215,17 +221,24 @@ def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def command(main: Callable) -> Any:
-    """Runs a recipe's ``main`` as a command; this package's INFO lines are shown, TorchRL's are not.
+    """Runs a recipe's ``main`` as a command, once or for each of its ``--seeds``.
 
-    Where its settings follow from a rule, they are those for the arguments on the command line, and ``--help`` shows them.
+    This package's INFO lines are shown, TorchRL's are not. Where its settings follow from a rule, they are those for the
+    arguments on the command line, and ``--help`` shows them.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rl2_torchrl").setLevel(logging.INFO)
     logging.getLogger("torchrl").setLevel(logging.WARNING)
-    rule = getattr(main, "rule", None)
-    if rule is not None:
-        main = partial(inspect.unwrap(main), **rule(**typed(rule, sys.argv[1:])))
-    return tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
+    rule, main = getattr(main, "rule", None), inspect.unwrap(main)
+
+    @wraps(main)
+    def once_or_for_each_seed(*, run: Run, **others: Any) -> Any:
+        if run.seeds:
+            return run_seeds(f"recipes.{Path(sys.argv[0]).stem}", run.seeds, run.log_dir, sys.argv[1:])
+        return main(run=run, **others)
+
+    settings = {} if rule is None else rule(**typed(rule, sys.argv[1:]))
+    return tyro.cli(partial(once_or_for_each_seed, **settings), config=(tyro.conf.OmitArgPrefixes,))
 
 
 def typed(rule: Callable, words: Sequence[str]) -> dict[str, Any]:
@@ -267,7 +280,7 @@ class Experiment:
         measures: what else is reported of each episode, as `adaptation_curve` takes it.
 
     Raises:
-        ValueError: fewer than two tasks to report on.
+        ValueError: fewer than two tasks to report on, or several seeds, which only the command line runs.
     """
 
     def __init__(
@@ -284,6 +297,8 @@ class Experiment:
     ):
         if run.report_tasks < 2:
             raise ValueError(f"report_tasks={run.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
+        if run.seeds:
+            raise ValueError(f"seeds={run.seeds}: one call is one run; call main for each, with a log_dir of its own.")
         self.actor, self.make_env, self.distribution, self.run = actor, make_env, distribution, run
         self.held_out_tasks, self.rows, self.episode_name, self.measures = held_out_tasks, rows, episode_name, measures
 
@@ -298,6 +313,7 @@ class Experiment:
         AdaptiveAgent.from_policy(
             self.actor, collector.env
         )  # what no agent can be made of is noticed before the training
+        write_about(run.log_dir, collector, update)
         result = train(
             collector,
             update,
@@ -358,6 +374,26 @@ class Experiment:
         agent, greedy = curves.pop("agent"), curves.pop("greedy")
         whose = {"train": result, "seed": self.run.seed, "episode_name": self.episode_name}
         return AdaptationReport(agent, greedy, ablations=curves, **whose, **entries)
+
+
+def write_about(folder: Path, collector: TrialCollector, update: PPOUpdate) -> None:
+    """Writes into a run's ``folder`` what it is: its command, versions, all parts with their settings, and its files."""
+    about, parts = made_by(), describe(collector, update)
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.txt").write_text(
+        f"{about['command']}\ncommit {about['commit']}; {versions}\n\n{parts}\n\n{_FILES}"
+    )
+
+
+#: What stands in a run's folder.
+_FILES = """\
+report.json     all figures, with the scalars of each update
+report.png      how it learnt, and how it adapts within a trial
+agent.pt        the agent: rl2_torchrl.AdaptiveAgent.load("agent.pt")
+scalars         what it logged as it learnt (wandb, with --logger wandb)
+checkpoints     where --resume goes on
+"""
 
 
 def publish(report: AdaptationReport, run: Run) -> AdaptationReport:

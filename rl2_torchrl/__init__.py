@@ -5,6 +5,7 @@ The data flows: env -> `Trial`, `TaskSampler`, `PreviousStep` -> `ActorCritic` i
 `rl2_torchrl.envs`, classical agents in `rl2_torchrl.baselines`, contract checks in `rl2_torchrl.testing`.
 """
 
+import rl2_torchrl.requirements  # noqa: F401  (first of all: it says in one line what is too new)
 from rl2_torchrl.agent import AdaptiveAgent, Signature, load_weights, register_part
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training

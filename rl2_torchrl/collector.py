@@ -13,6 +13,7 @@ from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
+from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.rollout.trials import leaves
 
@@ -82,7 +83,8 @@ class TrialCollector(Collector):
         options["return_same_td"] = kwargs.get("replay_buffer") is None
         # Buffers hold all entries of all steps, those that are not kept too.
         options |= kwargs if keep is None else {"use_buffers": False, **kwargs}
-        super().__init__(create_env_fn, policy, **options)
+        with quiet_torchrl():
+            super().__init__(create_env_fn, policy, **options)
         needed = [("collector", "traj_ids"), ("next", "done")] if by_trial else []
         self.keep = None if keep is None else list(dict.fromkeys((*keep, *needed)))
         self.reason = "rollout='tensordicts' was asked for" if rollout == "tensordicts" else self._refusal(options)
@@ -119,7 +121,7 @@ class TrialCollector(Collector):
         self.reset()
         return seed
 
-    def reset(self, index=None, **kwargs) -> None:
+    def reset(self, index: Any = None, **kwargs) -> None:
         """Begins new trials in all rows, or in those of ``index``; the latter only by `Collector`'s own loop."""
         if index is not None and self.player is not None:
             raise NotImplementedError(

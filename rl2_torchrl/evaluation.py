@@ -12,7 +12,7 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import nn
-from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
+from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
 
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
@@ -128,7 +128,7 @@ def adaptation_curve(
         The adaptation curve.
 
     Raises:
-        ValueError: ``num_trials`` below 1, or the env has no `Trial`.
+        ValueError: ``num_trials`` below 1, the env has no `Trial`, or statistics of a `VecNorm` in it would move.
         RuntimeError: a trial does not end.
         FloatingPointError: a reward is not finite.
 
@@ -148,6 +148,7 @@ def adaptation_curve(
         raise ValueError(f"num_trials={num_trials!r}: an evaluation over nothing would report NaN. Give at least 1.")
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
+    _require_still_statistics(env)
     measured = {unravel_key(("next", key)): how for key, how in (measures or {}).items()}
     _require_measures(env, measures or {})
     # No step is taken beyond the last trial's end.
@@ -169,6 +170,17 @@ def adaptation_curve(
 
 
 _KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next", TRIAL_STEP))
+
+
+def _require_still_statistics(env: EnvBase) -> None:
+    moving = [
+        type(part).__name__ for part in env.modules() if isinstance(part, VecNorm | VecNormV2) and not part.frozen
+    ]
+    if moving:
+        raise ValueError(
+            f"the env's {moving[0]} is not frozen: its statistics would move as it is evaluated, and each trial be seen on another "
+            "scale. Give the evaluation the training's with .frozen_copy(), or let networks normalize: from_env(normalize=True)."
+        )
 
 
 def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> None:

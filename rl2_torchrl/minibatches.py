@@ -9,6 +9,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 
+from rl2_torchrl.quiet import quiet_torchrl
+
 __all__ = ["Minibatches", "require_trials", "split_rows"]
 
 
@@ -50,7 +52,8 @@ class Minibatches:
             )
         # The sampler's permutation of the last batch must not reach into this one.
         self._buffer.empty()
-        self._buffer.extend(chunks)
+        with quiet_torchrl():
+            self._buffer.extend(chunks)
         stored = self._buffer.storage[:]
         self.chunks = {key: stored.get(key) for key in keys}
 

@@ -13,10 +13,14 @@ from functools import partial
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.training import TrainResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 __all__ = ["AdaptationReport"]
 
@@ -104,7 +108,7 @@ class AdaptationReport:
         return path
 
     # ----------------------------------------------------------------- table
-    def table(self):
+    def table(self) -> Table:
         """The report as a `rich.table.Table` (needs ``rich``): mean ± standard error of a trial, best first."""
         try:
             from rich.table import Table
@@ -128,7 +132,7 @@ class AdaptationReport:
         return table
 
     # ------------------------------------------------------------------ plot
-    def plot(self):
+    def plot(self) -> Figure:
         """A `matplotlib.figure.Figure` (needs ``matplotlib``): learning and adaptation curves, bands of 2 SE."""
         try:
             from matplotlib.figure import Figure

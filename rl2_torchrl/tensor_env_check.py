@@ -12,6 +12,7 @@ from torchrl.envs import check_env_specs
 
 from rl2_torchrl.envs.rows import EnvState, entries_of, merge, tensors_of
 from rl2_torchrl.envs.tensor_env import TensorEnv
+from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskDistribution
 
 __all__ = ["TensorEnvError", "check_tensor_env"]
@@ -297,7 +298,8 @@ class _Checked:
 
     def torchrl(self) -> str | None:
         try:
-            check_env_specs(self.env)
+            with quiet_torchrl():
+                check_env_specs(self.env)
         except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 

@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import Compose, EnvBase, TransformedEnv, check_env_specs
 
 from rl2_torchrl.env_check import EnvBelow
+from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
 from rl2_torchrl.transition import PreviousStep
@@ -120,6 +121,10 @@ def check_trial_env(
             raise TrialContractError(rule, seen) from played.raised
 
 
+#: What an env raises that breaks a contract, and what TorchRL raises of what it returns.
+_OF_ENVS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 class _Played:
     """Trials of ``env``, played when the first rule asks for them. A rule returns what breaks it, or where, or None."""
 
@@ -142,7 +147,7 @@ class _Played:
             return getattr(self, rule)()
         try:
             return None if self.below is None else getattr(self.below, rule)()
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _OF_ENVS as error:
             # What TorchRL cannot play is told by the rule "specs".
             return None if rule in ("rows_draw_apart", "step_specs") else self._told(error)
 
@@ -236,8 +241,9 @@ class _Played:
 
     def specs(self):
         try:
-            check_env_specs(self.env)
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            with quiet_torchrl():
+                check_env_specs(self.env)
+        except _OF_ENVS as error:
             return self._told(error)
 
     def trials_end(self):

@@ -186,6 +186,10 @@ def train(
 _turn = threading.RLock()
 
 
+#: Batches without the end of a trial until that is said.
+_PATIENCE = 10
+
+
 class _Loop:
     """What happens to one batch after the other; `TrainResult` keeps count.
 
@@ -200,6 +204,7 @@ class _Loop:
         self._clock = _Clock(result)
         self._progress = 0.0
         self._first = True
+        self._batches_without_end = 0
         self.in_rollout = False
         self._in_update = False
         self._pending: dict[str, float] | None = None  # the row of an update that is made, until it is recorded
@@ -231,6 +236,7 @@ class _Loop:
         self._in_update = True
         self._progress = min(1.0, result.env_steps / self._schedule_frames)
         trial_return = self._returns(batch)
+        self._warn_of_endless_trials(trial_return, batch)
         if self._first and self._check:
             with _random_numbers_put_back():
                 check_training(self._collector, self._update, batch)
@@ -254,6 +260,19 @@ class _Loop:
         for callback in self._callbacks:
             row |= _scalars("", callback.after_update(row, self._progress) or {}, "a callback's after_update")
         return row
+
+    def _warn_of_endless_trials(self, trial_return: float, batch: TensorDictBase) -> None:
+        """Says once that no trial has ended, be it after long ones, or never since an env forgets to say so."""
+        if not math.isnan(trial_return):
+            self._batches_without_end = -math.inf
+        self._batches_without_end += 1
+        if self._batches_without_end == _PATIENCE:
+            log.warning(
+                "no trial has ended in %s batches, %s steps of each row: do the env's episodes ever end (terminated, truncated)? "
+                "Trial(steps=...) bounds trials however long episodes are.",
+                _PATIENCE,
+                _PATIENCE * batch.shape[-1],
+            )
 
     def evaluate(self, row: dict[str, float]) -> None:
         """Adds the scalars of a held-out evaluation to ``row``; random numbers are put back."""

@@ -33,6 +33,7 @@ class PreviousStep(Transform):
     Args:
         obs_keys: observations to include. Defaults to all numbers and vectors among the env's, less the task, ``"info"`` and the
             trial's counters: images (two dimensions and more) are for an encoder that reads them whole, text is for nobody here.
+            What TorchRL's info readers add is among them, unless it lies within ``"info"``: `rl2_torchrl.describe` lists all.
             An empty list leaves none, as in bandits.
         out_key: entry to write. Defaults to ``"trans"``.
         task_key: the task's entry, which must not be among the inputs. Defaults to ``"task"``.
@@ -78,7 +79,11 @@ class PreviousStep(Transform):
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         layout = self.layout()
         observations = [next_tensordict.get(key) for key in layout.observations]
-        reward, done = next_tensordict.get("reward"), next_tensordict.get(EPISODE_DONE)
+        reward, done = next_tensordict.get("reward", None), next_tensordict.get(EPISODE_DONE)
+        if reward is None:
+            raise KeyError(
+                "the env's step returned no 'reward', which the agent is shown and learns from: _step returns one a row, [*B, 1]."
+            )
         trans = self.combine(observations, tensordict.get(layout.action_key), reward, done)
         return next_tensordict.set(self.out_key, trans)
 
@@ -127,6 +132,12 @@ class PreviousStep(Transform):
         # Read once: building specs costs more than a step. The env builds them from front to back, so that
         # `transform_observation_spec` sees no entry of a later transform; the finished spec holds those too.
         if self._read_layout is None:
+            if self.container is None:
+                raise RuntimeError(
+                    "PreviousStep knows what the transition input is made of only within an env: "
+                    "TransformedEnv(env, Compose(Trial(...), ..., PreviousStep())). To feed a trained agent by hand take an "
+                    "AdaptiveAgent, which needs no env."
+                )
             _ = self.container.output_spec
         return self._read_layout
 
@@ -179,7 +190,7 @@ class Encoding:
         if not isinstance(spec, Categorical) or isinstance(spec, Binary) or spec.dtype == torch.bool:
             return cls(size, None, not isinstance(spec, Binary | OneHot) and spec.dtype != torch.bool)
         choices = (
-            spec.nvec.view(-1)[-size:].cpu()
+            spec.nvec.reshape(-1)[-size:].cpu()
             if isinstance(spec, MultiCategorical)
             else torch.tensor([spec.space.n] * size)
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import expand_as_right
 from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
+from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv, VecGymEnvTransform
 
 __all__ = ["Trial"]
 
@@ -57,6 +59,7 @@ class Trial(Transform):
 
     Raises:
         ValueError: neither bound is given, or one is below 1.
+        TypeError: ``step_keys`` is a single key, or the base env resets its rows by itself (`GymEnv` with ``num_envs``).
         RuntimeError: when attached anywhere but first in the `TransformedEnv`.
         NotImplementedError: the base env has nested or several done entries (multi-agent envs).
 
@@ -80,12 +83,13 @@ class Trial(Transform):
         super().__init__()
         if episodes is None and steps is None:
             raise ValueError("Trial needs a bound, or no trial ever ends: give episodes=, steps= or both.")
-        for name, bound in (("episodes", episodes), ("steps", steps)):
-            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
-                raise ValueError(f"Trial({name}={bound!r}): a trial has a whole number of {name}, at least 1.")
-        self.episodes = episodes
-        self.steps = steps
+        self.episodes = _bound("episodes", episodes)
+        self.steps = _bound("steps", steps)
         self.truncate = truncate
+        if isinstance(step_keys, str):
+            raise TypeError(
+                f"step_keys={step_keys!r} would be read as its letters: give a list, step_keys=[{step_keys!r}]."
+            )
         self.step_keys = list(step_keys)
 
     # ---------------------------------------------------------------- step
@@ -104,7 +108,7 @@ class Trial(Transform):
         next_tensordict.set(EPISODE_DONE, episode_done.clone())
         return next_tensordict.update(self.counters(episode_index, trial_step))
 
-    def is_over(self, episode_index, trial_step):
+    def is_over(self, episode_index: Any, trial_step: Any) -> Any:
         """Whether a trial has ended after so many episodes and steps; of tensors, NumPy's arrays or numbers."""
         bounds = ((episode_index, self.episodes), (trial_step, self.steps))
         reached = [count >= bound for count, bound in bounds if bound is not None]
@@ -170,6 +174,7 @@ class Trial(Transform):
     # --------------------------------------------------------------- specs
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         env = self._base_env
+        _require_plain_resets(env)
         unknown = [key for key in self.step_keys if key not in observation_spec.keys(True, True)]
         if unknown:
             raise KeyError(
@@ -211,6 +216,8 @@ class Trial(Transform):
         first = env.transform
         while isinstance(first, Compose) and len(first):
             first = first.transforms[0]
+        if isinstance(first, VecGymEnvTransform):
+            _require_plain_resets(env)
         if first is not self:
             raise RuntimeError(
                 f"Trial must be the first transform, but {type(first).__name__} comes before it: Trial resets the base "
@@ -220,6 +227,27 @@ class Trial(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("Trial is a transform of environments; it has no meaning in a replay buffer.")
+
+
+def _bound(name: str, bound: int | None) -> int | None:
+    """``bound``, once it is a number of ``name`` that a trial can have."""
+    if bound is None:
+        return None
+    if isinstance(bound, bool) or not hasattr(bound, "__index__") or index(bound) < 1:
+        raise ValueError(f"Trial({name}={bound!r}): a trial has a whole number of {name}, at least 1.")
+    return index(bound)
+
+
+def _require_plain_resets(env: EnvBase) -> None:
+    """Raises where a vector env below ``env`` resets its rows by itself: an agent would be shown how the last episode ended."""
+    while isinstance(env, TransformedEnv):
+        transforms = env.transform if isinstance(env.transform, Compose) else [env.transform]
+        if any(isinstance(transform, VecGymEnvTransform) for transform in transforms):
+            raise TypeError(
+                "a GymEnv with num_envs= resets its rows by itself, out of Trial's sight: each episode would begin with the last "
+                "one's final observation. Make it GymVectorEnv(id, num_envs, ...), which leaves resets to trials."
+            )
+        env = env.base_env
 
 
 def is_within(key: NestedKey, root: NestedKey) -> bool:

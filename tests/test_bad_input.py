@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, GymEnv, InitTracker, TransformedEnv
+from torchrl.envs import Compose, GymEnv, InitTracker, TransformedEnv, VecNormV2
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import (
@@ -115,6 +115,35 @@ CASES = [
     # Envs and transforms
     row("no bound", lambda: Trial(), ValueError, "needs a bound.*episodes="),
     row("no episodes", lambda: Trial(episodes=0), ValueError, "episodes=0.*at least 1"),
+    row("truth value", lambda: Trial(episodes=True), ValueError, "episodes=True.*whole number"),
+    row(
+        "one step key",
+        lambda: Trial(episodes=2, step_keys="success"),
+        TypeError,
+        r"read as its letters.*step_keys=\['success'\]",
+    ),
+    row(
+        "vector env of TorchRL's that resets itself",
+        lambda: wrap(Trial(episodes=2), PreviousStep(), base=GymEnv("CartPole-v1", num_envs=2)).reset(),
+        TypeError,
+        "resets its rows by itself.*GymVectorEnv",
+    ),
+    row(
+        "the same wrapped whole",
+        lambda: (
+            TransformedEnv(
+                GymEnv("CartPole-v1", num_envs=2), Compose(Trial(episodes=2), PreviousStep()), auto_unwrap=False
+            ).observation_spec
+        ),
+        TypeError,
+        "resets its rows by itself.*GymVectorEnv",
+    ),
+    row(
+        "transition input by hand",
+        lambda: PreviousStep().begin([torch.zeros(2)]),
+        RuntimeError,
+        "within an env.*AdaptiveAgent",
+    ),
     row("half a step", lambda: Trial(steps=2.5), ValueError, "steps=2.5.*whole number"),
     row(
         "trial not first", lambda: wrap(sampler(), Trial(steps=4)).reset(), RuntimeError, "TaskSampler comes.*Put Trial"
@@ -288,6 +317,12 @@ CASES = [
     ),
     # Evaluation
     row("no trials to play", lambda: adaptation_curve(env(), actor(), 0), ValueError, "num_trials=0.*at least 1"),
+    row(
+        "evaluation with moving statistics",
+        lambda: adaptation_curve(normalized(VecNormV2), actor(), 2),
+        ValueError,
+        r"VecNormV2 is not frozen.*frozen_copy\(\)",
+    ),
     row("half a trial to play", lambda: adaptation_curve(env(), actor(), 2.5), ValueError, "num_trials=2.5"),
     row(
         "evaluation without Trial", lambda: adaptation_curve(bandit(), actor(), 2), ValueError, "has no Trial.*Compose"
@@ -322,6 +357,10 @@ CASES = [
     row("curve of whole numbers", lambda: AdaptationCurve(torch.zeros(2, 3).long()), ValueError, "int64.*floats"),
     row("infinite returns", lambda: AdaptationCurve(torch.full((2, 3), math.inf)), ValueError, "infinities.*mend"),
 ]
+
+
+def normalized(norm):
+    return wrap(Trial(episodes=2), norm(in_keys=["observation"]), PreviousStep(), base=GymEnv("CartPole-v1"))
 
 
 def nan_env():

@@ -261,6 +261,17 @@ def test_what_the_env_raises_is_the_cause_with_its_line(make, rule):
     assert isinstance(raised.value.__cause__, ValueError)
 
 
+class PaysNothing(Sound):
+    def shown(self, **flags):
+        flags.pop("reward", None)
+        return super().shown(**flags)
+
+
+def test_an_env_that_pays_no_reward_is_told():
+    with pytest.raises(TrialContractError, match="'specs' is broken: .*the env's step returned no 'reward'"):
+        check_trial_env(trial_env(PaysNothing()))
+
+
 def test_the_env_that_the_broken_ones_are_made_of_is_sound():
     check_trial_env(trial_env(Sound()))
     check_trial_env(trial_env(Sound(1)))

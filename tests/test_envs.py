@@ -3,6 +3,7 @@
 import math
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from gymnasium.envs.classic_control import PendulumEnv
@@ -229,6 +230,54 @@ def set_gravity(env, task):
 def test_gym_env_of_what_is_no_env(env, options, message):
     with pytest.raises(TypeError, match=message):
         GymTaskEnv(env, set_task=set_gravity, task_spec=Unbounded((1,)), **options)
+
+
+class Heard(gymnasium.Env):
+    """Keeps the actions that it is given."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, action_space):
+        self.action_space, self.heard = action_space, []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.heard.append(action)
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+    ("space", "action", "expected"),
+    [
+        (gymnasium.spaces.Discrete(3, start=2), [0, 1, 0], 3),
+        (gymnasium.spaces.MultiDiscrete([2, 3], start=[5, 7]), [0, 1, 0, 0, 1], [6, 9]),
+        (gymnasium.spaces.Box(-0.1, 0.5, (2,)), [-0.3, 0.3], [-0.1, 0.3]),
+        (gymnasium.spaces.Box(-1, 1, ()), [0.25], 0.25),
+    ],
+    ids=str,
+)
+def test_gym_actions_reach_the_env_as_its_space_says(space, action, expected):
+    env = GymTaskEnv(lambda: Heard(space), set_task=lambda env, task: None, task_spec=Unbounded((1,)))
+    env.step(env.reset().set("action", torch.tensor(action, dtype=env.action_spec.dtype)))
+    (heard,) = env.unwrapped.heard
+    assert heard == pytest.approx(np.asarray(expected))
+
+
+def test_workers_with_several_choices_as_numbers():
+    space = gymnasium.spaces.MultiDiscrete([2, 3])
+    options = {"set_task": lambda env, task: None, "task_spec": Unbounded((1,)), "categorical_action_encoding": True}
+    workers = SerialEnv(2, lambda: GymTaskEnv(lambda: Heard(space), **options))
+    env = TransformedEnv(workers, Compose(Trial(steps=2), TaskSampler(uniform_means(1)), PreviousStep()))
+    first = env.reset()
+    seen = env.step(first.set("action", torch.tensor([[1, 2], [0, 1]])))["next", "trans"]
+    assert seen[:, 1:6].tolist() == [
+        [0, 1, 0, 0, 1],
+        [1, 0, 0, 1, 0],
+    ]  # one-hot; the observation is before, reward and done after
 
 
 def test_gym_tasks_change_the_dynamics():

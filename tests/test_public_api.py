@@ -34,7 +34,7 @@ NO_EXAMPLE = {
 
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
-    {"history", "interrupts", "locks", "logs", "storage"},
+    {"history", "interrupts", "locks", "logs", "quiet", "requirements", "storage"},
     {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial"},
     {"gradients", "modules"},
     {"agent", "minibatches", "objectives", "rollout"},
@@ -153,6 +153,36 @@ def test_arguments_of_the_bodies_in_mujoco_are_described_once():
     for cls in set(bodies) - {LocomotionEnv}:
         assert cls.__init__ is LocomotionEnv.__init__
         assert "Arguments: those of `LocomotionEnv`." in re.sub(r"\s+", " ", inspect.getdoc(cls)), cls
+
+
+def annotated_functions():
+    """What is called of the public names, as ``module.name`` and function: constructors, methods, functions of this package."""
+    for module, name in NAMES:
+        entry = public(module, name)
+        members = {name: entry} if inspect.isfunction(entry) else vars(entry) if inspect.isclass(entry) else {}
+        for member, value in members.items():
+            function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            if inspect.isfunction(function) and (not member.startswith("_") or member in ("__init__", "__call__")):
+                yield f"{module}.{name}, {member}", inspect.unwrap(function)
+
+
+def test_every_argument_and_return_of_public_names_has_a_type():
+    # What a user's type checker reads (py.typed). `tests/typed.py` lets mypy read the README's listings.
+    missing, seen = {}, 0
+    for where, function in annotated_functions():
+        if not Path(function.__code__.co_filename).is_relative_to(PACKAGE):
+            continue  # wrapped by TorchRL, or made by dataclass
+        seen += 1
+        signature = inspect.signature(function)
+        handed_on = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        arguments = [p for p in list(signature.parameters.values()) if p.kind not in handed_on]
+        names = [p.name for p in arguments if p.annotation is p.empty and p.name not in ("self", "cls")]
+        if signature.return_annotation is signature.empty and function.__name__ != "__init__":
+            names.append("return")
+        if names:
+            missing[where] = names
+    assert missing == {}
+    assert seen > 150
 
 
 # -------------------------------------------------------------------- imports

@@ -66,13 +66,6 @@ def test_extras_exist(extra):
     assert set(extra.split(",")) <= set(known)
 
 
-def test_files_of_the_map_exist():
-    table = README.partition("## Where the parts live")[2].partition("\n## ")[0]
-    files = re.findall(r"`([a-z_]+(?:\.py|/))`", table)
-    assert len(files) >= 10
-    assert [file for file in files if not ((ROOT / "rl2_torchrl" / file).exists() or (ROOT / file).exists())] == []
-
-
 def test_names_in_the_text_are_public():
     text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     torchrl_names = {"Collector", "SerialEnv", "ParallelEnv"}
@@ -80,3 +73,10 @@ def test_names_in_the_text_are_public():
     homes = [vars(rl2_torchrl), vars(importlib.import_module("rl2_torchrl.envs"))]
     assert {name for name in names if not any(name in home for home in homes)} == set()
     assert "check_trial_env" in vars(importlib.import_module("rl2_torchrl.testing"))
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    releases = README.partition("\n## Releases\n")[2]
+    assert re.search(r"^- \*\*([\d.]+)\*\*", releases, re.MULTILINE)[1] == project["version"]
+    assert re.search(r"^  version = \{([\d.]+)\}", releases, re.MULTILINE)[1] == project["version"]

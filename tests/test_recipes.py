@@ -19,7 +19,7 @@ from tensordict import TensorDict
 
 from recipes import bandit, cartpole, experiment, grid_navi, half_cheetah, pendulum, point_robot, results, tabular_mdp
 from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
-from rl2_torchrl import AdaptiveAgent, GRUGaussianActor, TaskSampler
+from rl2_torchrl import AdaptiveAgent, GRUGaussianActor, TaskSampler, Trial
 from rl2_torchrl.envs import TabularMDP, uniform_means
 from rl2_torchrl.testing import check_trial_env
 
@@ -200,7 +200,13 @@ def test_report_holds_what_is_promised(finished):
 
 
 def test_run_folder(finished):
-    _, _, folder = finished
+    _, report, folder = finished
+    about = (folder / "about.txt").read_text()
+    assert about.startswith(f"{report.to_dict()['command']}\ncommit ")
+    for told in ("torchrl 0.", "PreviousStep", "GRUCore", "Advantage(", "lmbda=", "Adam", "lr="):
+        assert told in about
+    files = about.rpartition("\n\n")[2].splitlines()
+    assert [line.split()[0] for line in files if not (folder / line.split()[0]).exists()] == []
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "checkpoints").iterdir())
     assert list(folder.rglob("trial_return.csv"))
@@ -222,7 +228,7 @@ def test_resume_goes_on(finished, tmp_path):
 
 
 def test_bandits_of_training_agent_and_classical_agents(tmp_path, monkeypatch):
-    seen = {"training": set(), "held out": set(), "classical": set()}
+    seen = {"training": set(), "held out": set(), "classical": set(), "tuning": set()}
 
     def record(what, tasks):
         seen[what].update(map(tuple, tasks.tolist()))
@@ -241,6 +247,10 @@ def test_bandits_of_training_agent_and_classical_agents(tmp_path, monkeypatch):
         return adaptation_curve(*args, deterministic=deterministic, **options)
 
     modes, adaptation_curve, greedy = [], experiment.adaptation_curve, bandit.baselines.greedy
+    tune = bandit.baselines.tune
+    monkeypatch.setattr(
+        bandit.baselines, "tune", lambda agent, means, *args: tune(agent, record("tuning", means), *args)
+    )
     monkeypatch.setattr(experiment, "adaptation_curve", recorded_curve)
     monkeypatch.setattr(experiment, "TaskSampler", Recorded)
     monkeypatch.setattr(bandit, "TaskSampler", Recorded)
@@ -248,6 +258,8 @@ def test_bandits_of_training_agent_and_classical_agents(tmp_path, monkeypatch):
     run("bandit", tmp_path)
     assert len(seen["training"]) >= 2 * 32
     assert not seen["training"] & seen["held out"]
+    assert len(seen["tuning"]) >= 1000
+    assert not seen["tuning"] & (seen["held out"] | seen["training"])
     assert len(seen["classical"]) == 200
     assert seen["classical"] < seen["held out"]  # the rest are the bandits of the evaluations during training
     assert modes == [False, False, False, True, False, False]  # 2 evaluations, sampling, greedy, 2 ablations
@@ -267,6 +279,32 @@ def test_cheetahs_modes_and_tasks(mode, task, tmp_path):
             assert len(per_episode) == episodes
             assert all(map(math.isfinite, per_episode))
     assert (tmp_path / "velocity.png").read_bytes().startswith(b"\x89PNG")
+
+
+class BeforeTraining(Exception):
+    """Raised in place of a training, with what was to be trained."""
+
+
+@pytest.mark.parametrize(("task", "tasks", "steps"), [("direction", 4, 800), ("velocity", 10, 1200)])
+def test_original_mode_is_the_first_implementation(task, tasks, steps, tmp_path, monkeypatch):
+    # Its defaults, and its meta-batches: 4 tasks of 800 steps and 10 of 1200, episodes of 200 steps.
+    def stop(self, collector, update, **_):
+        raise BeforeTraining(collector, update)
+
+    monkeypatch.setattr(Experiment, "train", stop)
+    with pytest.raises(BeforeTraining) as stopped:
+        half_cheetah.main(task=task, mode="original", run=Run(tmp_path))
+    collector, update = stopped.value.args
+    (trial,) = [transform for transform in collector.env.transform if isinstance(transform, Trial)]
+    assert (trial.episodes, collector.env.base_env.max_episode_steps) == (steps // 200, 200)
+    assert (collector.env.batch_size, collector.requested_frames_per_batch) == ((tasks,), tasks * steps)
+    loss, advantage, options = update.loss, update.advantage, update.optimizer.param_groups[0]
+    assert (update.epochs, update.bptt, update.shuffle, update.max_grad_norm) == (10, 1, False, None)
+    assert update.minibatches == tasks * steps // 32
+    assert (options["lr"], update.lr_schedule, update.entropy_schedule) == (1e-4, None, None)
+    assert (advantage.gamma, advantage.lmbda, advantage.value_target) == (0.99, 0.97, "return")
+    assert float(loss.clip_epsilon) == pytest.approx(0.3)
+    assert (float(loss.critic_coeff), loss.entropy_bonus) == (0.5, False)
 
 
 def test_a_report_without_one_of_the_directions_is_saved(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.record.loggers import CSVLogger, TensorboardLogger
+from torchrl.record.loggers import CSVLogger, TensorboardLogger, WandbLogger
 
 from rl2_torchrl import Callback, train
 
@@ -78,6 +78,18 @@ def test_trial_returns_by_hand():
     rows = train_on([first, second]).history
     # First batch: 3. Second: 28 and 32 in row 0, 6 in row 1.
     assert [row["train/trial_return"] for row in rows] == [3.0, 22.0]
+
+
+@pytest.mark.parametrize(("ends", "said"), [([], [10]), ([9], []), ([12], [10])])
+def test_trials_that_do_not_end_are_said_once(ends, said, caplog):
+    batches = [batch_of([[1, 1]], [[0, number in ends]]) for number in range(25)]
+    seen = []
+    train_on(batches, stop=lambda row: seen.append(len(caplog.records)) and False)
+    assert [
+        number for number, (before, now) in enumerate(zip([0, *seen], seen, strict=False), 1) if now > before
+    ] == said
+    begin = "no trial has ended in 10 batches, 20 steps of each row: do the"
+    assert [record.getMessage()[: len(begin)] for record in caplog.records] == len(said) * [begin]
 
 
 def test_a_batch_in_which_no_trial_ends():
@@ -181,6 +193,21 @@ def test_tensorboard_logger_gets_every_scalar(tmp_path):
     assert set(events.Tags()["scalars"]) == set(result.history[0]) - {"env_steps"}
     logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert logged == [(2, 0.0), (4, pytest.approx(1 / 3)), (6, pytest.approx(2 / 3))]
+
+
+def test_wandb_logger_gets_every_scalar_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger("scalars", offline=True, save_dir=str(tmp_path))
+    last = train_on(ones(3), lambda batch, progress: {"loss": progress}, logger=logger).history[-1]
+    summary = dict(logger.experiment.summary)  # the last value of each scalar
+    assert {name: summary[name] for name in last if name != "env_steps"} == {
+        n: last[n] for n in last if n != "env_steps"
+    }
+    assert 6 in [value for name, value in summary.items() if "step" in name]
+    logger.experiment.finish()
+    (file,) = tmp_path.rglob("run-*.wandb")
+    assert b"train/loss" in file.read_bytes()
 
 
 def test_progress_bar_shows_frames_and_returns(capsys):

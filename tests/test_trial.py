@@ -1,5 +1,6 @@
 """`Trial`: episodes of one task joined into one trial, on mock, Gymnasium and worker envs, single and batched."""
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -103,6 +104,12 @@ BATCHINGS = {
         ParallelEnv(3, CountingEnv, mp_start_method="fork"), Compose(Trial(episodes=2), lengths(1, 2, 3))
     ),
 }
+
+
+def test_numpys_integers_are_bounds():
+    trial = Trial(np.int64(2), np.int32(5))
+    assert (trial.episodes, trial.steps) == (2, 5)
+    assert type(trial.episodes) is int
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)

@@ -239,6 +239,17 @@ def test_schedules_follow_the_progress():
         assert metrics["lr"] == pytest.approx(1e-3 * (1 - progress))
 
 
+def test_steps_are_of_the_size_that_the_schedule_says():
+    begin, trained = [p.detach().clone() for p in make_loss().parameters()], []
+    for lr, schedule in ((1e-2, lambda progress: 0.5 * progress), (2.5e-3, None)):
+        update = PPOUpdate(loss := make_loss(), lr=lr, epochs=1, lr_schedule=schedule)
+        update(make_batch(), 0.5)
+        trained.append([p.detach() for p in loss.parameters()])
+    for before, scheduled, given in zip(begin, *trained, strict=True):
+        assert torch.equal(scheduled, given)
+        assert not torch.equal(scheduled, before)
+
+
 def test_without_schedules_progress_changes_nothing():
     update = PPOUpdate(make_loss(), lr=1e-3)
     assert update(make_batch(), 0.9)["lr"] == 1e-3

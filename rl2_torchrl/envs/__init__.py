@@ -140,10 +140,10 @@ One that exists without a task, such as this one, or one of TorchRL's wrappers:
 ...     def _set_seed(self, seed):
 ...         self.generator = torch.Generator().manual_seed(seed)
 
-gets one by a subclass that declares it in ``state_spec`` and takes it out of what ``_reset`` is given. Several of them are the rows
-of a ``SerialEnv`` (or a ``ParallelEnv``, in processes), whose ``set_seed`` gives each a seed of its own. An env that is batched
-itself declares ``Composite(task=Unbounded((rows, 1)), shape=(rows,))``, and its ``_reset`` begins only the rows of
-``tensordict["_reset"]``.
+gets one by a subclass that declares it in ``state_spec`` and takes it out of what ``_reset`` is given. Several of them are the
+rows of a ``SerialEnv`` (or, for a millisecond a step and more, of a ``ParallelEnv``, which in a script needs the ``__main__`` guard
+of multiprocessing), whose ``set_seed`` gives each a seed of its own. An env that is batched itself declares
+``Composite(task=Unbounded((rows, 1)), shape=(rows,))``, and its ``_reset`` begins only the rows of ``tensordict["_reset"]``.
 
 >>> class TaskBoat(OldBoat):
 ...     def __init__(self, **kwargs):  # which TorchRL's own wrappers are given, at a reset too

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
+from gymnasium import spaces
 from tensordict import TensorDictBase
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
@@ -19,6 +21,9 @@ _OF_WRAPPERS = {"disable_env_checker", "from_pixels", "pixels_only"}
 
 class GymTaskEnv(GymEnv):
     """A Gymnasium env with a task: at each reset ``set_task(env, task)`` changes the env, as `TaskSampler` asks.
+
+    Actions beyond a `Box`'s bounds are clipped to them on their way to the env, as by `GymVectorEnv`; log-probability and
+    transition input are those of the action as drawn.
 
     Args:
         env: a Gymnasium id, as for `torchrl.envs.GymEnv`; an env, wrapped or not; or a function that makes one, which worker
@@ -71,6 +76,15 @@ class GymTaskEnv(GymEnv):
             )
         pixels = {name: kwargs[name] for name in ("from_pixels", "pixels_only") if name in kwargs}
         return GymWrapper._build_env(self, env, **pixels)
+
+    def read_action(self, action: torch.Tensor) -> Any:
+        """What the env is given: choices counted from where its space begins, reals in the space's shape and within its bounds."""
+        given, space = super().read_action(action), self._env.action_space
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            return given + space.start
+        if isinstance(space, spaces.Box):
+            return np.reshape(given, space.shape).clip(space.low, space.high).astype(space.dtype, copy=False)
+        return given
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
         if tensordict is not None and "task" in tensordict.keys():

@@ -226,7 +226,7 @@ class HalfCheetahDirection(_HalfCheetah):
         (torch.Size([2, 20]), torch.Size([2, 6]))
     """
 
-    def reward(self, task, velocity, place, action):
+    def reward(self, task: Array, velocity: Array, place: Array, action: Array) -> Array:
         return task * velocity - 0.05 * _squared(action)
 
 
@@ -245,7 +245,7 @@ class HalfCheetahVelocity(_HalfCheetah):
         torch.Size([2, 1])
     """
 
-    def reward(self, task, velocity, place, action):
+    def reward(self, task: Array, velocity: Array, place: Array, action: Array) -> Array:
         return -abs(velocity - task) - 0.05 * _squared(action)
 
 
@@ -278,7 +278,7 @@ class AntDirection(_Ant):
         torch.Size([2, 27])
     """
 
-    def reward(self, task, velocity, place, action):
+    def reward(self, task: Array, velocity: Array, place: Array, action: Array) -> Array:
         return (task * velocity).sum(-1)[..., None] + self._upright() - 0.5 * _squared(action)
 
 
@@ -298,7 +298,7 @@ class AntGoal(_Ant):
     def _features(self, bodies):
         return [bodies.qpos, bodies.qvel]
 
-    def reward(self, task, velocity, place, action):
+    def reward(self, task: Array, velocity: Array, place: Array, action: Array) -> Array:
         return -abs(place - task).sum(-1)[..., None] - 0.1 * _squared(action)
 
 

@@ -15,6 +15,9 @@ class ActorCritic(TensorDictSequential):
     The critic's memory then is collected as the actor's is; a critic outside the collector's policy gets no primer, and its memory
     would silently be lost. Reads and writes the entries of both, ``[*B]`` or, in recurrent mode, ``[*B, T]``.
 
+    TorchRL's `PPOTrainer` hands its collector the actor's weights alone, which are not this module's, and shuffles single steps,
+    on which no memory is trained: `train`, or a loop of one's own, takes its place.
+
     Args:
         actor: e.g. `GRUGaussianActor` or `GRUCategoricalActor`.
         critic: e.g. `GRUValueHead` or `MemoryValueHead`.

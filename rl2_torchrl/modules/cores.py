@@ -210,7 +210,16 @@ class LSTMCore(RecurrentCore):
         torch.Size([4, 10, 8])
     """
 
-    def __init__(self, input_size: int, hidden_size: int = 64, num_layers: int = 1, *, device=None, dtype=None, **keys):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int = 64,
+        num_layers: int = 1,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **keys,
+    ):
         inputs, units, layers = as_sizes(input_size, hidden_size, num_layers)
         super().__init__(units, {"hidden": (layers, units), "cell": (layers, units)}, input_size=inputs, **keys)
         self.lstm = nn.LSTM(inputs, units, layers, batch_first=True, device=device, dtype=dtype)
@@ -225,10 +234,10 @@ class LSTMCore(RecurrentCore):
             return x, *(state.unsqueeze(1) for state in states[0])
         return x, *(torch.stack(each, 1) for each in zip(*states, strict=True))
 
-    def sequence(self, x, memory, is_init):
+    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
         return run_segments(self.lstm, *self._converted(x, memory), is_init, with_memory=False)[0]
 
-    def unroll(self, x, memory, is_init):
+    def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
         return run_segments(self.lstm, x, memory, is_init)
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.

@@ -170,7 +170,9 @@ class CategoricalActions(ActionDistribution):
     def with_noise(self, noise: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return self.mode(logits + noise)
 
-    def log_prob_and_entropy(self, action, logits):
+    def log_prob_and_entropy(
+        self, action: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return log_prob_and_entropy(action.to(torch.uint8).argmax(-1) if self.one_hot else action, logits)
 
     def sampler(self, steps: int) -> Callable[..., torch.Tensor]:
@@ -225,7 +227,9 @@ class MultiCategoricalActions(CategoricalActions):
     def mode(self, logits: torch.Tensor) -> torch.Tensor:
         return self._each(lambda part: part.argmax(-1), logits)
 
-    def log_prob_and_entropy(self, action, logits):
+    def log_prob_and_entropy(
+        self, action: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.one_hot:
             action = torch.stack([part.to(torch.uint8).argmax(-1) for part in action.split(self.nvec, -1)], -1)
         pairs = zip(action.unbind(-1), logits.split(self.nvec, -1), strict=True)
@@ -324,7 +328,9 @@ class GaussianActions(ActionDistribution):
     def mode(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return loc
 
-    def log_prob_and_entropy(self, action, loc, scale):
+    def log_prob_and_entropy(
+        self, action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         log_scale = scale.log() + 0.5 * math.log(2 * math.pi)
         return (-0.5 * ((action - loc) / scale).square() - log_scale).sum(-1), (log_scale + 0.5).sum(-1)
 
@@ -369,7 +375,9 @@ class TanhGaussianActions(GaussianActions):
         limit = self._limit(loc)
         return self._middle + self._half * loc.tanh().clamp(-limit, limit)
 
-    def log_prob_and_entropy(self, action, loc, scale):
+    def log_prob_and_entropy(
+        self, action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         limit = self._limit(loc)
         before = ((action - self._middle) / self._half).clamp(-limit, limit).atanh()
         log_prob, _ = super().log_prob_and_entropy(before, loc, scale)

@@ -116,7 +116,16 @@ class GRUCore(FastGRUModule):
         (torch.Size([4, 8]), torch.Size([4, 2, 8]))
     """
 
-    def __init__(self, input_size: int, hidden_size: int = 64, num_layers: int = 1, *, device=None, dtype=None, **keys):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int = 64,
+        num_layers: int = 1,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **keys,
+    ):
         sizes = as_sizes(input_size, hidden_size, num_layers)
         super().__init__(*sizes, device=device, in_key="trans", out_key="features")
         self.name_entries(**{"in_key": "trans", "hidden_key": "hidden", "features_key": "features", **keys})

@@ -1,0 +1,153 @@
+"""Compares runs: ``python -m recipes.compare runs/a runs/b``. The seeds of a run are one curve, their mean, in a band."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+#: What a run is asked for: its scalars by update, env steps and seconds among them.
+_HISTORIES = ("report.json", "checkpoints/checkpoint-history.jsonl")
+_X = {"steps": ("env_steps", 1e6, "env steps (millions)"), "minutes": ("time/seconds", 60.0, "minutes")}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean of several runs over what ``x`` counts, and its standard error; NaN of a single run.
+
+    Args:
+        name: what is compared.
+        runs: number of runs.
+        x: env steps (millions) or minutes ``[n]``, as far as all runs go.
+        mean: mean over runs ``[n]``.
+        se: standard error over runs ``[n]``.
+        reported: mean trial return in the report of each run that has ended.
+    """
+
+    name: str
+    runs: int
+    x: np.ndarray
+    mean: np.ndarray
+    se: np.ndarray
+    reported: list[float]
+
+
+def main(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    *,
+    by: Literal["steps", "minutes"] = "steps",
+    scalar: str = "eval/trial_return",
+    plot: Path = Path("compare.png"),
+) -> list[Curve]:
+    """Shows how far runs have come, and draws their curves: the mean of several seeds, with a band of 2 standard errors.
+
+    Args:
+        runs: folders of runs, running ones too; or folders of such folders, one a seed.
+        by: what is compared at equal numbers of.
+        scalar: which scalar, by its name in the log.
+        plot: file of the plot.
+    """
+    if not runs:
+        raise ValueError(
+            "there is nothing to compare: name folders of runs, as in `python -m recipes.compare runs/a runs/b`."
+        )
+    curves = [curve(folder, by, scalar) for folder in runs]
+    draw(curves, by, scalar).savefig(plot, dpi=130)
+    console = Console()
+    console.print(table(curves, by, scalar))
+    console.print(f"plot: {plot}")
+    return curves
+
+
+def curve(folder: Path, by: str, scalar: str) -> Curve:
+    """The curve of a run, or the mean of the runs within ``folder``.
+
+    Raises:
+        ValueError: there is no run, or one has not logged ``scalar`` yet.
+    """
+    runs = seeds(folder)
+    each = [points(run, by, scalar) for run in runs]
+    end = min(x[-1] for x, _ in each)
+    # Each run's own points, as far as all go; between its own a run is taken to be on the line.
+    x = np.unique(np.concatenate([x[x <= end] for x, _ in each]))
+    values = np.stack([np.interp(x, *run) for run in each])
+    reports = [json.loads(path.read_text()) for run in runs if (path := run / _HISTORIES[0]).is_file()]
+    reported = [report["agent"]["mean"] for report in reports]
+    return Curve(folder.name, len(each), x, values.mean(0), standard_error(values), reported)
+
+
+def standard_error(values: np.ndarray) -> np.ndarray:
+    """That of the mean over runs, the first dimension; NaN of a single run."""
+    return values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.full(values.shape[1:], np.nan)
+
+
+def seeds(folder: Path) -> list[Path]:
+    """``folder`` itself, where it is a run; the runs within it otherwise."""
+    found = [run for run in (folder, *sorted(folder.glob("*"))) if any((run / name).is_file() for name in _HISTORIES)]
+    if not found:
+        raise ValueError(f"{folder} holds no run: neither it nor a folder in it has a {' or a '.join(_HISTORIES)}.")
+    return [folder] if folder in found else found
+
+
+def points(run: Path, by: str, scalar: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where ``run`` has logged ``scalar``, ``[n]``, and its values there."""
+    key, unit, _ = _X[by]
+    rows = history(run)
+    found = [(row[key] / unit, row[scalar]) for row in rows if row.get(scalar) is not None]
+    if not found:
+        known = sorted({name for row in rows for name in row} - {key})
+        raise ValueError(f"{run} has no {scalar!r}: --scalar may be one of {known}.")
+    return tuple(np.array(column) for column in zip(*found, strict=True))
+
+
+def history(run: Path) -> list[dict[str, float]]:
+    """A run's rows of scalars: its report's, and of one that is running what its last checkpoint has."""
+    report, lines = (run / name for name in _HISTORIES)
+    if report.is_file():
+        return json.loads(report.read_text())["train"]["history"]
+    return list(map(json.loads, lines.read_text().splitlines()))
+
+
+def draw(curves: list[Curve], by: str, scalar: str) -> Figure:
+    """All curves in one plot."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for each in curves:
+        (line,) = axes.plot(each.x, each.mean, label=f"{each.name} ({each.runs} runs)" if each.runs > 1 else each.name)
+        axes.fill_between(
+            each.x, each.mean - 2 * each.se, each.mean + 2 * each.se, color=line.get_color(), alpha=0.2, lw=0
+        )
+    axes.set(xlabel=_X[by][2], ylabel=scalar)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def table(curves: list[Curve], by: str, scalar: str) -> Table:
+    """Where each curve ends, where all were when the first ended, and trial returns reported: ``mean ± standard error``."""
+    end = min(each.x[-1] for each in curves)
+    shown = Table(title=scalar)
+    shown.add_column("run")
+    for column in ("runs", _X[by][2], "last", f"at {end:.3g}", "in the report"):
+        shown.add_column(column, justify="right")
+    for each in curves:
+        at_end = np.interp(end, each.x, each.mean), np.interp(end, each.x, each.se)
+        reported = np.array(each.reported)
+        final = _figure(reported.mean(), standard_error(reported)) if len(reported) == each.runs else ""
+        last = _figure(each.mean[-1], each.se[-1])
+        shown.add_row(each.name, str(each.runs), f"{each.x[-1]:.3g}", last, _figure(*at_end), final)
+    return shown
+
+
+def _figure(mean: float, se: float) -> str:
+    return f"{mean:.3f}" if np.isnan(se) else f"{mean:.3f} ± {se:.3f}"
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

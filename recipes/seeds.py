@@ -1,0 +1,57 @@
+"""Several seeds of a recipe side by side, each a program of its own on one thread; then their mean and its band."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from recipes import compare
+
+
+def run_seeds(module: str, seeds: Sequence[int], log_dir: Path, words: Sequence[str]) -> None:
+    """Runs ``python -m module`` for each seed, as many at once as there are cores, in ``log_dir/seed0`` and so on.
+
+    What a run says goes to ``output.txt`` in its folder. A seed that fails leaves the others alone.
+
+    Args:
+        module: the recipe, such as ``"recipes.bandit"``.
+        seeds: one run each.
+        log_dir: folder of the runs' folders, and of the comparison.
+        words: the command's further words; ``--seeds`` among them is left out.
+
+    Raises:
+        SystemExit: some of them have failed, or Ctrl-C has ended them, which each run saves.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={tuple(seeds)}: each seed once, or one would be weighed twice.")
+    words = without_seeds(words)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        ended = list(pool.map(lambda seed: _run(module, seed, log_dir / f"seed{seed}", words), seeds))
+    failed = [str(log_dir / f"seed{seed}" / "output.txt") for seed, status in zip(seeds, ended, strict=True) if status]
+    if failed:
+        sys.exit(f"{len(failed)} of {len(seeds)} seeds have not come to their end: see {', '.join(failed)}.")
+    compare.main((log_dir,), plot=log_dir / "compare.png")
+
+
+def without_seeds(words: Sequence[str]) -> list[str]:
+    """``words`` of a command line without ``--seeds 0 1 2``."""
+    kept, within = [], False
+    for word in words:
+        within = word == "--seeds" or (within and not word.startswith("--"))
+        if not within:
+            kept.append(word)
+    return kept
+
+
+def _run(module: str, seed: int, folder: Path, words: Sequence[str]) -> int:
+    """Exit status of the run of one seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Networks of a recipe's size are fastest on one thread, and several runs of one thread each do not wait for each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *words, "--seed", str(seed), "--log-dir", str(folder), "--no-progress"]
+    with (folder / "output.txt").open("w") as output:
+        status = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
+    sys.stdout.write(f"seed {seed}: {'ended' if status == 0 else f'status {status}'}\n")
+    return status

@@ -1,0 +1,148 @@
+"""`recipes.compare` and `recipes.seeds`: curves of several runs by hand, and programs side by side."""
+
+import io
+import json
+import math
+import sys
+
+import pytest
+from rich.console import Console
+
+from recipes import bandit, compare, experiment
+from recipes.compare import curve, seeds, table
+from recipes.experiment import Run
+from recipes.seeds import run_seeds, without_seeds
+
+
+def write_run(folder, rows, mean=0.0):
+    """A run's folder with ``rows`` of env steps, seconds and a held-out return, None where there was no evaluation."""
+    history = [
+        {"env_steps": steps, "time/seconds": seconds} | ({} if value is None else {"eval/trial_return": value})
+        for steps, seconds, value in rows
+    ]
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps({"train": {"history": history}, "agent": {"mean": mean}}))
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two seeds of a run: one evaluated at 1, 2 and 3 million steps, the other at 2 and 4, from 1 on."""
+    write_run(tmp_path / "a" / "seed0", [(1e6, 60, 1.0), (2e6, 120, 2.0), (3e6, 180, 4.0)], mean=5.0)
+    write_run(tmp_path / "a" / "seed1", [(1e6, 30, 3.0), (1.5e6, 45, None), (2e6, 60, 4.0), (4e6, 120, 6.0)], mean=7.0)
+    return tmp_path / "a"
+
+
+def test_the_mean_of_two_seeds_as_far_as_both_go(two):
+    both = curve(two, "steps", "eval/trial_return")
+    assert both.runs == 2
+    assert both.x.tolist() == [1, 2, 3]
+    assert both.mean.tolist() == [2, 3, 4.5]  # the second is half-way between 4 and 6 at 3 million
+    # Of two values that differ by d: standard deviation d / sqrt(2), standard error d / 2.
+    assert both.se.tolist() == pytest.approx([1, 1, 0.5])
+    assert both.reported == [5, 7]
+
+
+def test_by_minutes(two):
+    both = curve(two, "minutes", "eval/trial_return")
+    assert both.x.tolist() == [0.5, 1, 2]
+    assert both.mean.tolist() == [2, 2.5, 4]  # before its first evaluation a run is where that found it
+
+
+def test_a_single_run_has_no_band(two):
+    one = curve(two / "seed0", "steps", "eval/trial_return")
+    assert (one.runs, one.mean.tolist()) == (1, [1, 2, 4])
+    assert all(map(math.isnan, one.se))
+
+
+def test_a_run_that_is_not_over(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    rows = [{"env_steps": 1e6, "x": 1.0}, {"env_steps": 2e6, "x": 2.0}, {"env_steps": 2e6, "x": 2.0, "later": 3.0}]
+    (tmp_path / "checkpoints" / "checkpoint-history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert curve(tmp_path, "steps", "x").mean.tolist() == [1, 2]
+    assert curve(tmp_path, "steps", "later").x.tolist() == [2]
+    assert curve(tmp_path, "steps", "x").reported == []
+
+
+def test_figures_and_plot(two, tmp_path):
+    other = write_run(tmp_path / "b", [(1e6, 60, 0.0), (2e6, 120, 1.0)])
+    curves = compare.main((two, other), plot=tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table(curves, "steps", "eval/trial_return"))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()]
+    # The last column is of the reports: 5 and 7.
+    assert ["a", "2", "3", "4.500 ± 0.500", "3.000 ± 1.000", "6.000 ± 1.000"] in rows
+    assert ["b", "1", "2", "1.000", "1.000", "0.000"] in rows
+
+
+def test_what_cannot_be_compared(two, tmp_path):
+    with pytest.raises(ValueError, match="nothing to compare: name folders"):
+        compare.main(())
+    with pytest.raises(ValueError, match=r"holds no run: .*report.json or a checkpoints/"):
+        seeds(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"seed0 has no 'eval/x': --scalar may be one of \['eval/trial_return'"):
+        curve(two, "steps", "eval/x")
+
+
+# ---- Several seeds.
+
+STUB = """
+import json, os, pathlib, sys
+folder, seed = pathlib.Path(sys.argv[-2]), int(sys.argv[sys.argv.index("--seed") + 1])
+print("words", *sys.argv[1:], "threads", os.environ["OMP_NUM_THREADS"])
+if seed == 7:
+    sys.exit("a fault")
+history = [{"env_steps": 1e6, "time/seconds": 60, "eval/trial_return": float(seed)}]
+(folder / "report.json").write_text(json.dumps({"train": {"history": history}, "agent": {"mean": seed}}))
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """A module in place of a recipe."""
+    (tmp_path / "stub_recipe.py").write_text(STUB)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    return "stub_recipe"
+
+
+def test_each_seed_is_a_program_on_one_thread(stub, tmp_path, capsys):
+    run_seeds(stub, (3, 0, 1), tmp_path / "runs", ["--lr", "0.1", "--seeds", "3", "0", "1", "--units", "8"])
+    for seed in (0, 1, 3):
+        folder = tmp_path / "runs" / f"seed{seed}"
+        words = f"--lr 0.1 --units 8 --seed {seed} --log-dir {folder} --no-progress"
+        assert (folder / "output.txt").read_text() == f"words {words} threads 1\n"
+    assert (
+        "1.333 ± 0.882" in capsys.readouterr().out
+    )  # of 0, 1 and 3: standard deviation 1.53, divided by the root of 3
+    assert (tmp_path / "runs" / "compare.png").exists()
+
+
+def test_a_seed_that_fails_leaves_the_others_alone(stub, tmp_path):
+    with pytest.raises(SystemExit, match=r"1 of 3 seeds have not come to their end: see .*seed7/output.txt\.") as ended:
+        run_seeds(stub, (0, 7, 1), tmp_path / "runs", [])
+    assert ended.value.code != 0
+    assert "a fault" in (tmp_path / "runs" / "seed7" / "output.txt").read_text()
+    assert [(tmp_path / "runs" / f"seed{seed}" / "report.json").exists() for seed in (0, 1)] == [True, True]
+
+
+def test_seeds_of_a_command(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(experiment, "run_seeds", lambda *args: called.append(args))
+    words = ["--arms", "3", "--seeds", "0", "2", "--log-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["somewhere/recipes/bandit.py", *words])
+    experiment.command(bandit.main)
+    assert called == [("recipes.bandit", (0, 2), tmp_path, words)]
+
+
+def test_seeds_are_left_out_wherever_they_stand():
+    assert without_seeds(["--seeds", "0", "1"]) == []
+    assert without_seeds(["--a", "1", "--seeds", "0", "1", "--seed", "2"]) == ["--a", "1", "--seed", "2"]
+
+
+def test_seeds_that_make_no_sense(tmp_path):
+    with pytest.raises(ValueError, match="each seed once"):
+        run_seeds("stub", (1, 1), tmp_path, [])
+    with pytest.raises(ValueError, match=r"seeds=\(0, 1\): one call is one run"):
+        bandit.main(run=Run(tmp_path, seeds=(0, 1)))

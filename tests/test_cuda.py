@@ -1,0 +1,171 @@
+"""On a CUDA device: the same numbers as on the CPU, batches as one graph, checkpoints that go on bitwise. Skipped without one."""
+
+import copy
+
+import pytest
+import torch
+from torchrl.collectors import Collector
+from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs.utils import ExplorationType
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUCore,
+    GRUGaussianActor,
+    GRUValueHead,
+    LSTMCore,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    adaptation_curve,
+    check_training,
+    train,
+)
+from rl2_torchrl.envs import BernoulliBandit, PointRobot, goals_on_half_circle, uniform_means
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+CUDA = "cuda:0"
+ROWS, PULLS, ARMS = 16, 12, 4
+
+
+def bandit_env(device, rows=ROWS, pulls=PULLS, *, task_seed=1):
+    return TransformedEnv(
+        BernoulliBandit(ARMS, batch_size=(rows,), seed=2, device=device),
+        Compose(Trial(episodes=pulls), TaskSampler(uniform_means(ARMS), seed=task_seed), PreviousStep()),
+    )
+
+
+def composed(device, *, core=None, keep=True, total_frames=-1, exploration_type=ExplorationType.RANDOM, **options):
+    """Collector and update of a small bandit agent, networks the same on every device."""
+    torch.manual_seed(0)
+    env = bandit_env("cpu")
+    slots = {"hidden_size": 8} if core is None else {"core": copy.deepcopy(core)}
+    actor = GRUCategoricalActor.from_env(env, **slots)
+    critic = GRUValueHead.from_env(env, hidden_size=8)
+    policy = ActorCritic(actor, critic).to(device)
+    loss = RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True).to(device)
+    advantage = TrialAdvantage(gamma=0.99, lmbda=0.9, value_target="gae")
+    update = PPOUpdate(loss, advantage, lr=1e-2, **{"epochs": 2, "minibatches": 2, "shuffle": False, **options})
+    collector = TrialCollector(
+        bandit_env(device),
+        policy,
+        keep=update.in_keys if keep else None,
+        frames_per_batch=ROWS * PULLS,
+        total_frames=total_frames,
+        exploration_type=exploration_type,
+    )
+    return collector, update
+
+
+class Stop:
+    """True at the update of that number."""
+
+    def __init__(self, number):
+        self.left = number
+
+    def __call__(self, scalars):
+        self.left -= 1
+        return self.left == 0
+
+
+def parameters_of(update):
+    return torch.cat([p.detach().flatten().cpu().double() for p in update.loss.parameters()])
+
+
+@pytest.mark.parametrize("core", [None, GRUCore(ARMS + 2, 8, num_layers=2), LSTMCore(ARMS + 2, 8)])
+def test_an_update_is_that_of_the_cpu(core):
+    collector, update = composed("cpu", core=core)
+    on_cuda = copy.deepcopy(update.loss).to(CUDA)
+    other = PPOUpdate(
+        on_cuda,
+        TrialAdvantage(gamma=0.99, lmbda=0.9, value_target="gae"),
+        lr=1e-2,
+        epochs=2,
+        minibatches=2,
+        shuffle=False,
+    )
+    before = parameters_of(update)
+    for batch, _ in zip(collector, range(3), strict=False):
+        metrics = update(batch.clone()), other(batch.clone().to(CUDA))
+        assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-4)
+    torch.testing.assert_close(parameters_of(update), parameters_of(other), atol=2e-4, rtol=0)
+    assert (parameters_of(update) - before).abs().max() > 1e-2
+
+
+def test_trials_replay_and_every_check_holds():
+    collector, update = composed(CUDA)
+    check_training(collector, update)
+
+
+def test_graphs_play_what_single_steps_play():
+    """Batches 1 (warm-up), 2 (recorded) and later (replayed) against TorchRL's collector: the same generator, so the same steps."""
+    collector, _ = composed(CUDA, keep=False, exploration_type=ExplorationType.DETERMINISTIC)
+    plain = Collector(
+        bandit_env(CUDA),
+        collector.policy,
+        frames_per_batch=ROWS * PULLS,
+        total_frames=-1,
+        auto_register_policy_transforms=True,
+        exploration_type=ExplorationType.DETERMINISTIC,
+    )
+    for batch, other, _ in zip(collector, plain, range(5), strict=False):
+        for key in ("action", ("next", "reward"), "trans", "task", "is_init", ("next", "done")):
+            assert torch.equal(batch[key].cpu(), other[key].cpu()), key
+        torch.testing.assert_close(batch["action_log_prob"], other["action_log_prob"], atol=1e-5, rtol=0)
+
+
+def test_replayed_batches_differ_and_play_the_tasks_that_they_show():
+    collector, _ = composed(CUDA, keep=False)
+    seen = []
+    for batch, _ in zip(collector, range(6), strict=False):
+        seen.append(batch.select("action", "task", ("next", "reward")).clone())
+    actions = torch.stack([batch["action"] for batch in seen]).float()
+    assert len({tuple(row.flatten().tolist()) for row in actions.cpu()}) == len(seen)
+    assert len({tuple(batch["task"].flatten().tolist()) for batch in seen}) == len(seen)
+    # With these few steps a mean is rough; rewards of graphs that kept their first tasks would not follow the shown ones at all.
+    means = torch.cat(
+        [batch["task"].gather(-1, batch["action"].long().reshape(ROWS, PULLS, 1)).flatten() for batch in seen]
+    )
+    rewards = torch.cat([batch["next", "reward"].flatten() for batch in seen])
+    assert torch.corrcoef(torch.stack([means, rewards]))[0, 1] > 0.4
+
+
+def test_a_gaussian_agent_trains_on_cuda():
+    env = TransformedEnv(
+        PointRobot(batch_size=(8,), device=CUDA),
+        Compose(Trial(episodes=2), TaskSampler(goals_on_half_circle(), seed=1), PreviousStep()),
+    )
+    actor = GRUGaussianActor.from_env(env, hidden_size=8)
+    critic = GRUValueHead.from_env(env, hidden_size=8)
+    update = PPOUpdate(RL2PPOLoss(actor, critic), bptt=10, epochs=1, minibatches=2)
+    collector = TrialCollector(
+        env, ActorCritic(actor, critic), keep=update.in_keys, frames_per_batch=320, total_frames=960
+    )
+    for batch in collector:
+        metrics = update(batch)
+    assert metrics["epochs"] == 1
+    assert next(actor.parameters()).device.type == "cuda"
+
+
+def test_a_run_goes_on_bitwise(tmp_path):
+    def run(frames, **options):
+        collector, update = composed(CUDA, total_frames=frames)
+        train(collector, update, evaluate=None, progress=False, **options)
+        return parameters_of(update)
+
+    frames = ROWS * PULLS
+    whole = run(8 * frames)
+    run(8 * frames, checkpoints=tmp_path / "c", checkpoint_interval=2, stop=Stop(4))
+    torch.testing.assert_close(run(8 * frames, checkpoints=tmp_path / "c", resume=True), whole, atol=0, rtol=0)
+
+
+def test_evaluation_plays_there():
+    collector, _ = composed(CUDA)
+    curve = adaptation_curve(bandit_env(CUDA), collector.policy, num_trials=64)
+    assert curve.returns.shape == (64, PULLS)
