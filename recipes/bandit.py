@@ -16,6 +16,7 @@ from recipes.experiment import (
     Network,
     Run,
     Told,
+    Workers,
     settings_by,
     stream_seed,
     told_of,
@@ -33,7 +34,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     baselines,
     linear_decay,
     orthogonal_init_,
@@ -42,6 +42,7 @@ from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.objectives import RegretAdvantage, bandit_values
 
+WORKERS = Workers()
 RUN = Run(Path("runs/bandit"), report_tasks=50_000)
 
 
@@ -54,6 +55,7 @@ def main(
     network: Network,
     learning: Learning,
     told: Told,
+    workers: Workers = WORKERS,
     classical: bool = True,
     run: Run = RUN,
 ) -> AdaptationReport:
@@ -68,6 +70,7 @@ def main(
         network: actor and critic.
         learning: batches, and PPO on them.
         told: what training is told of the task beside rewards.
+        workers: which processes play.
         classical: whether classical agents play in the report too.
         run: seeds, where the run begins, and what it leaves.
     """
@@ -104,10 +107,10 @@ def main(
     )
     batch = learning.trials * pulls
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
 
     held_out = {"held_out_tasks": 2048, "rows": 4096, "episode_name": "pull"}
     bandits = Experiment(actor, make_env, tasks, run, **held_out)
+    collector = bandits.collector(env, ActorCritic(actor, critic), update, workers, **frames)
     report = bandits.report(
         bandits.train(collector, update),
         baselines=classical_agents(bandits.reported, pulls, run.seed) if classical else {},

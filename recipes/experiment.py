@@ -22,6 +22,7 @@ from torchrl.record.loggers import get_logger
 
 from recipes.seeds import run_seeds
 from rl2_torchrl import (
+    ActorCritic,
     AdaptationReport,
     AdaptiveAgent,
     GRUCore,
@@ -33,6 +34,7 @@ from rl2_torchrl import (
     TaskSampler,
     TrainResult,
     TrialCollector,
+    TrialWorkers,
     adaptation_curve,
     describe,
     load_weights,
@@ -43,6 +45,7 @@ from rl2_torchrl.report import made_by
 
 #: Streams of random numbers that never meet, for `stream_seed`: tasks first, then what envs and classical agents draw.
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS, ENVS, CLASSICAL_AGENTS = 0, 1, 2, 3, 9, 10
+WORKERS = 11
 
 
 # ------------------------------------------------------------------- settings
@@ -117,6 +120,25 @@ class Learning:
     minibatches: int = 8
     max_grad_norm: float | None = None
     entropy: float = 0.02
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Which processes play the trials that are trained on.
+
+    Args:
+        workers: processes that play a batch, its trials in equal shares; 0: this one does. With backend ray 0 stands for 2.
+        backend: processes of this machine, or actors of a Ray cluster (extra ray): of the one that RAY_ADDRESS in the environment
+            names, or of a new one here.
+    """
+
+    workers: int = 0
+    backend: Literal["process", "ray"] = "process"
+
+    @property
+    def number(self) -> int:
+        """Number of processes beside this one."""
+        return self.workers or (2 if self.backend == "ray" else 0)
 
 
 @dataclass(frozen=True)
@@ -302,7 +324,26 @@ class Experiment:
         self.actor, self.make_env, self.distribution, self.run = actor, make_env, distribution, run
         self.held_out_tasks, self.rows, self.episode_name, self.measures = held_out_tasks, rows, episode_name, measures
 
-    def train(self, collector: TrialCollector, update: PPOUpdate, **options: Any) -> TrainResult:
+    def collector(
+        self, env: TransformedEnv, policy: ActorCritic, update: PPOUpdate, workers: Workers, **frames: int
+    ) -> TrialCollector | TrialWorkers:
+        """What plays the trials of ``env`` that are trained on: this process, or others, a share of its rows each.
+
+        Raises:
+            ValueError: the rows cannot be shared out among the workers.
+        """
+        if not workers.number or self.run.weights is not None:
+            return TrialCollector(env, policy, keep=update.in_keys, **frames)
+        share, rest = divmod(env.batch_size.numel(), workers.number)
+        if rest:
+            raise ValueError(
+                f"trials={env.batch_size.numel()} cannot be shared out evenly among workers={workers.number}: choose a multiple."
+            )
+        create_env = partial(_share, self.make_env, self.distribution, share)
+        options = {"workers": workers.number, "backend": workers.backend, "seed": stream_seed(self.run.seed, WORKERS)}
+        return TrialWorkers(create_env, policy, keep=update.in_keys, **options, **frames)
+
+    def train(self, collector: TrialCollector | TrialWorkers, update: PPOUpdate, **options: Any) -> TrainResult:
         """Trains the actor and saves its agent, or loads the weights that the run names; ``options`` go to `train`."""
         run = self.run
         if run.weights is not None:
@@ -310,9 +351,7 @@ class Experiment:
             return TrainResult()
         if run.initial_weights is not None:
             load_weights(self.actor, run.initial_weights)
-        AdaptiveAgent.from_policy(
-            self.actor, collector.env
-        )  # what no agent can be made of is noticed before the training
+        self._agent(collector)  # what no agent can be made of is noticed before the training
         write_about(run.log_dir, collector, update)
         result = train(
             collector,
@@ -324,8 +363,15 @@ class Experiment:
             resume_changes=run.resume_changes,
             progress=run.progress,
         )
-        AdaptiveAgent.from_policy(self.actor, collector.env).save(run.log_dir / "agent.pt")
+        self._agent(collector).save(run.log_dir / "agent.pt")
+        if isinstance(collector, TrialWorkers):
+            collector.shutdown()  # their cores are for the report
         return result
+
+    def _agent(self, collector: TrialCollector | TrialWorkers) -> AdaptiveAgent:
+        is_here = isinstance(collector, TrialCollector)
+        env = collector.env if is_here else self.make_env(TaskSampler(self.distribution, seed=0), 1)
+        return AdaptiveAgent.from_policy(self.actor, env)
 
     def tasks(self, stream: int, number: int) -> torch.Tensor:
         """``number`` held-out tasks, [number, task_size]."""
@@ -374,6 +420,11 @@ class Experiment:
         agent, greedy = curves.pop("agent"), curves.pop("greedy")
         whose = {"train": result, "seed": self.run.seed, "episode_name": self.episode_name}
         return AdaptationReport(agent, greedy, ablations=curves, **whose, **entries)
+
+
+def _share(make_env: Callable, distribution: TaskDistribution, rows: int) -> TransformedEnv:
+    """A worker's env; the worker gives the sampler a seed."""
+    return make_env(TaskSampler(distribution), rows)
 
 
 def write_about(folder: Path, collector: TrialCollector, update: PPOUpdate) -> None:

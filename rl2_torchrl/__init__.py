@@ -45,6 +45,7 @@ from rl2_torchrl.training import TrainResult, train
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
 from rl2_torchrl.update import PPOUpdate, linear_decay
+from rl2_torchrl.workers import TrialWorkers
 
 __all__ = [
     "ActionDistribution",
@@ -89,6 +90,7 @@ __all__ = [
     "Trial",
     "TrialAdvantage",
     "TrialCollector",
+    "TrialWorkers",
     "adaptation_curve",
     "bandit_values",
     "check_training",

@@ -9,15 +9,17 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 
+from rl2_torchrl.learners import Learners
 from rl2_torchrl.quiet import quiet_torchrl
 
 __all__ = ["Minibatches", "require_trials", "split_rows"]
 
 
 class Minibatches:
-    """Draws the chunks ``[num_chunks, bptt]`` of a batch without replacement, ``count`` minibatches a pass, in a TorchRL buffer.
+    """Draws a batch's chunks ``[num_chunks, bptt]`` without replacement, ``count`` minibatches a pass, in a TorchRL buffer.
 
-    A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller.
+    A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller. Of several ``learners`` each gets a part of it,
+    and ``weight`` is this part's size over the whole's.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -27,8 +29,17 @@ class Minibatches:
         [[[0, 1], [2, 3]], [[4, 5]]]
     """
 
-    def __init__(self, count: int, *, shuffle: bool = True, device=None, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        count: int,
+        *,
+        shuffle: bool = True,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+        learners: Learners | None = None,
+    ):
         self.count, self.shuffle, self.device, self.generator = count, shuffle, device, generator
+        self.learners, self.weight = Learners(None) if learners is None else learners, 1.0
         self._buffer: TensorDictReplayBuffer | None = None
         #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
         self.chunks: dict[NestedKey, torch.Tensor] = {}
@@ -42,6 +53,11 @@ class Minibatches:
                 "batch, or ask for fewer minibatches."
             )
         self.rows, keys = math.ceil(number / self.count), set(chunks.keys(True, True))
+        if (smallest := (number - 1) % self.rows + 1) < self.learners.size:
+            raise ValueError(
+                f"the {number} chunks of the joint batch make minibatches of {self.rows} and a last one of {smallest}, too few for "
+                f"each of {self.learners.size} processes to have one: collect more trials in a batch, or ask for fewer minibatches."
+            )
         # One buffer for the whole training: first touch of fresh memory costs more than the copy.
         if self._buffer is None or (keys, number) != (self.chunks.keys(), len(self._buffer)):
             self._buffer = TensorDictReplayBuffer(
@@ -69,9 +85,11 @@ class Minibatches:
         return torch.cat(list(self._indices()))
 
     def entries(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
-        """One pass, minibatches as entries ``[rows, bptt, ...]``."""
+        """One pass, minibatches, or this process's part of them, as entries ``[rows, bptt, ...]``."""
         for index in self._indices():
-            yield {key: entry.index_select(0, index) for key, entry in self.chunks.items()}
+            own = self.learners.share(index)
+            self.weight = len(own) / len(index)
+            yield {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
 
 
 def split_rows(batch: TensorDictBase, bptt: int | None) -> TensorDictBase:

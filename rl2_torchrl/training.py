@@ -29,6 +29,7 @@ from rl2_torchrl.kernels.threads import warn_of_spinning
 from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.progress import progress_bar
 from rl2_torchrl.update import PPOUpdate
+from rl2_torchrl.workers import TrialWorkers
 
 __all__ = ["TrainResult", "train"]
 
@@ -43,12 +44,14 @@ class TrainResult:
         env_steps: env steps that the collector has taken.
         seconds: wall-clock seconds, evaluations included.
         interrupted: whether Ctrl-C ended it.
+        lost_trials: trials that were lost with workers that died (`TrialWorkers`).
         history: one row of scalars for each update, ``env_steps`` among them.
     """
 
     env_steps: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    lost_trials: int = 0
     history: Sequence[dict[str, float]] = field(default_factory=History)
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def train(
                     last = (stop is not None and stop(row)) or result.env_steps >= total
                     if last and not due:
                         loop.evaluate(row)
-                    last = last or bool(interrupts)
+                    last = loop.any_process(last or bool(interrupts))
                     bar(loop.record(row))
                     if last or len(result.history) % checkpoint_interval == 0:
                         saved.save(last=last)
@@ -255,11 +258,18 @@ class _Loop:
         result.env_steps = _frames(self._collector, result.env_steps + batch.numel())
         self._collector.update_policy_weights_()
         self._pending = row = {"env_steps": float(result.env_steps), "train/trial_return": trial_return}
+        if isinstance(self._collector, TrialWorkers):
+            result.lost_trials = self._collector.lost_trials
+            row["train/lost_trials"] = float(result.lost_trials)
         self._in_update = False
         row |= _scalars("train/", metrics, "update")
         for callback in self._callbacks:
             row |= _scalars("", callback.after_update(row, self._progress) or {}, "a callback's after_update")
         return row
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in this process, or in one of those that update together with it."""
+        return self._update.any_process(flag) if isinstance(self._update, PPOUpdate) else flag
 
     def _warn_of_endless_trials(self, trial_return: float, batch: TensorDictBase) -> None:
         """Says once that no trial has ended, be it after long ones, or never since an env forgets to say so."""
@@ -431,6 +441,8 @@ class _TrialReturns:
         done = batch["next", "done"].reshape(reward.shape)
         if self.carry is None:
             self.carry = reward.new_zeros(len(reward), dtype=torch.float64)
+        if "is_init" in batch.keys():  # the running trial may be lost, with a worker that has died
+            self.carry[batch["is_init"][..., 0, :].reshape(-1)] = 0.0
         finished, begin = [], 0
         for last in done.any(0).nonzero().flatten().tolist():
             self._add(reward[:, begin : last + 1])

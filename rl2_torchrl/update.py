@@ -15,10 +15,12 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from tensordict.utils import unravel_key
 from torch import nn
+from torch.distributed import ProcessGroup
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
+from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.normalization import RunningNorm
@@ -78,13 +80,22 @@ class PPOUpdate:
             (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for tiny minibatches of small
             networks under Adam. ``"autograd"``: by PyTorch through ``loss.forward``. ``"auto"``, the default, takes the fastest
             that serves; one that is named raises where it cannot.
+        process_group: processes that update together (data parallel), such as ``torch.distributed.group.WORLD``, each with a
+            collector of its own. See below. Default: this process alone.
+
+    With a ``process_group`` each process's batch is a part of the joint one, and all do what one process would with that: the same
+    minibatches, each process a part of each, of the same normalised advantages, the same clipping, early stops and statistics. All
+    begin with the networks of the first and keep the same. The joint batch must fit into each process's memory, and terms of the
+    loss must be means over a minibatch. `rl2_torchrl.learners` says more.
 
     Networks that normalise their inputs (`RunningNorm`) are told of each batch when its update is over; of the first one, before
     which they know nothing, nothing else is learnt.
 
     Raises:
         ValueError: ``bptt`` does not divide the batch's steps, an argument is out of range, there is no memory entry, a batch
-            without hidden states does not replay, rows are no trials, or the ``backend`` named cannot serve.
+            without hidden states does not replay, rows are no trials, or the ``backend`` named cannot serve. With a
+            ``process_group``: batches or networks differ, a minibatch has fewer chunks than there are processes, or the loss
+            normalises advantages by minibatch.
         TypeError: an argument is of another kind than it must be.
         FloatingPointError: a loss or gradient is not finite.
 
@@ -112,8 +123,14 @@ class PPOUpdate:
         optimizer: torch.optim.Optimizer | None = None,
         generator: torch.Generator | None = None,
         backend: Literal["auto", "compiled", "parts", "autograd"] = "auto",
+        process_group: ProcessGroup | None = None,
     ):
         _check_loss(loss, entropy_schedule)
+        if process_group is not None and loss.normalize_advantage:
+            raise ValueError(
+                "the loss normalises advantages by what it sees of a minibatch (normalize_advantage=True), which with "
+                "process_group= is a part of it: leave that to TrialAdvantage(normalize=True), which sees the joint batch."
+            )
         _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator)
         if backend not in ("auto", "compiled", "parts", "autograd"):
             raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts' or 'autograd'.")
@@ -129,9 +146,11 @@ class PPOUpdate:
         # As they were given: schedules and users move them.
         self.given_options = [{**group, "params": None} for group in self.optimizer.param_groups]
         self.given_coefficients = {name: float(b) for name, b in loss.named_buffers(recurse=False) if b.numel() == 1}
-        self._generator = generator
+        self._learners = Learners(process_group)
+        self._generator = generator = self._learners.begin_alike(loss, generator)
         self._device, self._named = self._parameters[0].device, backend
-        self._chunks = Minibatches(self.minibatches, shuffle=shuffle, device=self._device, generator=generator)
+        how = {"shuffle": shuffle, "device": self._device, "generator": generator, "learners": self._learners}
+        self._chunks = Minibatches(self.minibatches, **how)
         self.backend, self.reason = self._choose()
 
     def __call__(self, batch: TensorDictBase, progress: float = 0.0) -> dict[str, float]:
@@ -142,6 +161,7 @@ class PPOUpdate:
             of ``epochs`` made.
         """
         require_trials(batch)
+        batch = self._learners.gather(batch, self._parameters)
         self._apply_schedules(progress)
         norms = _norms(self._networks())
         if any(norm.count == 0 for norm, _ in norms):
@@ -255,7 +275,7 @@ class PPOUpdate:
             return lambda: map(self._by_autograd, self._chunks.entries())
         program = Program(self.loss)
         given = (program, self.optimizer, self._chunks.chunks, self._chunks.rows)
-        refusal = "it was asked for" if self._named == "parts" else why_not_compiled(*given)
+        refusal = "it was asked for" if self._named == "parts" else self._why_not_compiled(given)
         if refusal is not None:
             if self._named == "compiled":
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
@@ -266,23 +286,34 @@ class PPOUpdate:
         self.backend, self.reason = "compiled", f"minibatches of {steps} steps, one GRU and one layer a network, Adam"
         return lambda: compiled.run(self._chunks.order())
 
+    def _why_not_compiled(self, given: tuple) -> str | None:
+        if self._learners.size > 1:
+            return "several processes join their gradients after each minibatch"
+        return why_not_compiled(*given)
+
     def _by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
         losses = self.loss(TensorDict(entries, next(iter(entries.values())).shape[:2]))
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
         for parameter in self._parameters:
             parameter.grad = None
         total.backward()
+        self._learners.join_gradients([p.grad for p in self._parameters if p.grad is not None], self._chunks.weight)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or math.inf)
         scalars = {name: value.detach() for name, value in losses.items() if value.ndim == 0}
-        return {"loss": total.detach(), **scalars, "grad_norm": norm}
+        return self._learners.join_metrics({"loss": total.detach(), **scalars, "grad_norm": norm}, self._chunks.weight)
 
     def _by_parts(self, program: Program, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
         losses = program(entries)
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        self._learners.join_gradients(program.gradients, self._chunks.weight)
         norm = program.norm()
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
             program.scale(self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does
-        return {"loss": total, **losses, "grad_norm": norm}
+        return self._learners.join_metrics({"loss": total, **losses, "grad_norm": norm}, self._chunks.weight)
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process of the group; all of them must ask at the same time."""
+        return self._learners.any(flag)
 
     def _apply_schedules(self, progress: float) -> None:
         if self.lr_schedule is not None:

@@ -24,6 +24,7 @@ NAMES = [(module, name) for module in PUBLIC for name in importlib.import_module
 NO_EXAMPLE = {
     "TaskDistribution": "an alias of a type, which cannot have a docstring; a comment and TaskSampler say what it is",
     "TrainResult": "plain data, returned by train",
+    "GridSearch": "plain data, returned by grid_search, whose example shows it",
     "train": "the README's recipe by hand is its example, and a test runs it",
     "TrialContractError": "raised by check_trial_env, whose example shows it",
     "TensorEnvError": "raised by check_tensor_env, whose example shows it",
@@ -37,9 +38,9 @@ LAYERS = [
     {"history", "interrupts", "locks", "logs", "quiet", "requirements", "storage"},
     {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial"},
     {"gradients", "modules"},
-    {"agent", "minibatches", "objectives", "rollout"},
+    {"agent", "learners", "minibatches", "objectives", "rollout"},
     {"collector", "evaluation", "env_check", "tensor_env_check", "testing", "update"},
-    {"checkpoints", "checks", "describe", "settings", "video"},
+    {"checkpoints", "checks", "describe", "settings", "video", "workers"},
     {"training"},
     {"report"},
 ]

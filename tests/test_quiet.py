@@ -26,11 +26,13 @@ from rl2_torchrl.testing import check_tensor_env, check_trial_env
 
 @pytest.fixture
 def said():
-    """What a user sees of TorchRL's logger."""
-    lines, handler = [], logging.Handler(torchrl_logger.level)
+    """What a user sees of TorchRL's logger at its default level, which another test, or a recipe's command, may have changed."""
+    lines, handler, level = [], logging.Handler(), torchrl_logger.level
     handler.emit = lambda record: lines.append(record.getMessage())
     torchrl_logger.addHandler(handler)
+    torchrl_logger.setLevel(logging.INFO)
     yield lines
+    torchrl_logger.setLevel(level)
     torchrl_logger.removeHandler(handler)
 
 
@@ -61,10 +63,8 @@ def test_warnings_and_our_own_lines_are_heard(said):
     assert said == ["of this file", "a warning"]
 
 
-def test_who_asks_for_more_gets_all(said, monkeypatch):
-    monkeypatch.setattr(torchrl_logger, "level", logging.DEBUG)
-    torchrl_logger.manager._clear_cache()
+def test_who_asks_for_more_gets_all(said):
+    torchrl_logger.setLevel(logging.DEBUG)
     with quiet_torchrl():
         store()
-    torchrl_logger.manager._clear_cache()
     assert any(line.startswith("Initialized LazyTensorStorage") for line in said)

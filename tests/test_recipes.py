@@ -203,7 +203,7 @@ def test_run_folder(finished):
     _, report, folder = finished
     about = (folder / "about.txt").read_text()
     assert about.startswith(f"{report.to_dict()['command']}\ncommit ")
-    for told in ("torchrl 0.", "PreviousStep", "GRUCore", "Advantage(", "lmbda=", "Adam", "lr="):
+    for told in ("torchrl 0.", "PreviousStep", "GRUCore", "Advantage", "lmbda=", "Adam", "lr="):
         assert told in about
     files = about.rpartition("\n\n")[2].splitlines()
     assert [line.split()[0] for line in files if not (folder / line.split()[0]).exists()] == []

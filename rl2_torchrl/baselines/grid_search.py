@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rl2_torchrl.envs import GridNavi
-
 __all__ = ["GridSearch", "grid_search"]
 
 _NARROW = 200  # states a step of the search that gives the bound
@@ -80,6 +78,13 @@ def _places(goals: Tensor, size: int) -> Tensor:
     return place
 
 
+def _next_cells(size: int) -> Tensor:
+    """The cell that each action of `GridNavi` leads to, ``[cells, actions]``: staying, up, right, down, left, not beyond the edge."""
+    x, y = torch.arange(size * size) % size, torch.arange(size * size) // size
+    moves = [(x, y), (x, y + 1), (x + 1, y), (x, y - 1), (x - 1, y)]
+    return torch.stack([b.clamp(0, size - 1) * size + a.clamp(0, size - 1) for a, b in moves], -1)
+
+
 class _Search:
     """Walks through a grid, merged where they are in the same cell and have seen the same cells.
 
@@ -88,7 +93,7 @@ class _Search:
 
     def __init__(self, place: Tensor, size: int, episode_steps: int, episodes: int):
         self.steps, self.episode_steps, self.place = episodes * episode_steps, episode_steps, place
-        self.next_cell = GridNavi(size)._next_cell.view(size * size, -1)
+        self.next_cell = _next_cells(size)
         self.bit = torch.zeros(size * size, dtype=torch.int64)
         self.bit[place] = 1 << torch.arange(len(place))
         x, y = torch.arange(size * size) % size, torch.arange(size * size) // size

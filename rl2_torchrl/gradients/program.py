@@ -87,6 +87,11 @@ class Program:
         """Where the gradient of ``parameter`` is written."""
         return self._views[parameter]
 
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """The whole gradient, flat, a tensor for each device and type."""
+        return self._flat
+
     def norm(self) -> float:
         """The norm of the whole gradient."""
         return math.hypot(*(flat.norm().item() for flat in self._flat))

@@ -1,0 +1,128 @@
+"""`Learners`: the processes of a data-parallel update, which together take the steps of one process on all their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import distributed as dist
+from torch import nn
+
+from rl2_torchrl.objectives.terms import as_number
+
+__all__ = ["Learners"]
+
+Metrics = Mapping[str, float | torch.Tensor]
+
+
+class Learners:
+    """The processes of ``group`` as one learner; without a group this process alone, for which nothing is to be done.
+
+    Every process holds the joint batch, so that all that looks at a batch as a whole (advantages and their normalisation,
+    statistics, what a user writes) is what it is in one process. Minibatches are drawn from the joint batch, the same on all, and
+    each process makes the gradient of its part of each. Gradients are joined before anything else is done with them, and so are
+    the scalars: clipping, early stops and checks decide the same everywhere.
+
+    Args:
+        group: a group of `torch.distributed`, such as ``torch.distributed.group.WORLD``.
+
+    Attributes:
+        size: number of processes.
+        rank: this one's number.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self._group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self._layout: object = None
+
+    # ------------------------------------------------------------ the beginning
+    def begin_alike(self, loss: nn.Module, generator: torch.Generator | None) -> torch.Generator | None:
+        """Gives all processes the networks of the first, and a generator that draws the same in all."""
+        if self._group is None:
+            return generator
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator
+        networks = {name: value.cpu() for name, value in loss.state_dict().items()}
+        of_first = [networks, generator.get_state()]
+        dist.broadcast_object_list(of_first, group=self._group, group_src=0)
+        loss.load_state_dict(of_first[0])
+        generator.set_state(of_first[1])
+        return generator
+
+    # ----------------------------------------------------------------- a batch
+    def gather(self, batch: TensorDictBase, parameters: Sequence[nn.Parameter]) -> TensorDictBase:
+        """The rows of all processes' batches, ``[*B, T]`` each, one process after the other.
+
+        Raises:
+            ValueError: before the first batch: the batches are not alike, or the networks are not the same.
+        """
+        if self._group is None:
+            return batch
+        rows = batch.reshape(-1, batch.shape[-1])
+        leaves = sorted(rows.items(True, True), key=lambda item: str(item[0]))
+        self._require_alike(leaves, parameters)
+        return TensorDict({key: self._gathered(leaf) for key, leaf in leaves}, [self.size * len(rows), rows.shape[1]])
+
+    def _gathered(self, leaf: torch.Tensor) -> torch.Tensor:
+        out = leaf.new_empty(self.size * len(leaf), *leaf.shape[1:])
+        # Bytes, since not all backends know all types.
+        send, receive = (tensor.reshape(len(tensor), -1).view(torch.uint8) for tensor in (leaf.contiguous(), out))
+        dist.all_gather(list(receive.chunk(self.size)), send, group=self._group)
+        return out
+
+    def _require_alike(self, leaves: list[tuple], parameters: Sequence[nn.Parameter]) -> None:
+        layout = [(key, tuple(leaf.shape), leaf.dtype) for key, leaf in leaves]
+        if layout == self._layout:
+            return
+        weight = sum(float(p.detach().double().sum()) for p in parameters)
+        everyones: list = [None] * self.size
+        dist.all_gather_object(everyones, (layout, weight), group=self._group)
+        batches, weights = zip(*everyones, strict=True)
+        if differing := sorted({str(entry) for one in batches for entry in set(one) ^ set(batches[0])}):
+            raise ValueError(
+                f"the processes' batches are not alike in {', '.join(differing)}. Give their collectors envs with the same number "
+                "of rows, the same frames_per_batch and the same entries (keep=)."
+            )
+        if any(other != weights[0] for other in weights):
+            raise ValueError(
+                f"the processes' networks differ (sums of their parameters: {weights}): were they resumed from checkpoints of "
+                "different updates? Leave the newest that all of them have."
+            )
+        self._layout = layout
+
+    def share(self, index: torch.Tensor) -> torch.Tensor:
+        """This process's part of a minibatch, whose chunks are ``index`` ``[rows]``."""
+        return index.tensor_split(self.size)[self.rank]
+
+    # --------------------------------------------------------------- a minibatch
+    @torch.no_grad()
+    def join_gradients(self, gradients: Sequence[torch.Tensor], weight: float) -> None:
+        """Puts the sum of all processes' ``gradients``, this one's times ``weight``, in their place."""
+        if self._group is None:
+            return
+        for gradient in gradients:
+            gradient.mul_(weight)
+            dist.all_reduce(gradient, group=self._group)
+
+    def join_metrics(self, metrics: Metrics, weight: float) -> Metrics:
+        """Means over all processes by their ``weight``; of ``max_...`` the largest."""
+        if self._group is None:
+            return metrics
+        device = next((value.device for value in metrics.values() if isinstance(value, torch.Tensor)), None)
+        kind = {"dtype": torch.float64, "device": device}
+        own = torch.stack([torch.as_tensor(value, **kind).detach() for value in (*metrics.values(), weight)])
+        everyones = self._gathered(own.unsqueeze(0))
+        *values, weights = everyones.unbind(1)
+        means = {name: (value * weights).sum() for name, value in zip(metrics, values, strict=True)}
+        largest = {name: value.max() for name, value in zip(metrics, values, strict=True) if name.startswith("max_")}
+        return {name: as_number(value) for name, value in (means | largest).items()}
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+        if self._group is None:
+            return flag
+        flags: list = [None] * self.size
+        dist.all_gather_object(flags, flag, group=self._group)
+        return any(flags)

@@ -1,0 +1,71 @@
+"""Data-parallel updates: two processes (gloo) take the steps of one process on both batches. They run tests/data_parallel.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data_parallel import CASES
+
+FOLDER = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes has found."""
+    folder = tmp_path_factory.mktemp("learners")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)}
+    command = [sys.executable, "-m", "tests.data_parallel"]
+    options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen([*command, str(rank), "2", str(folder)], **options) for rank in range(2)]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return [json.loads(Path(folder, f"found-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_update_as_one_does_on_the_joint_batch(found, name):
+    one, other = (each[name] for each in found)
+    bound = 1e-12 if name == "float64" else 1e-5
+    assert one["apart"] < bound
+    assert other["apart"] < bound
+    assert one["moved"] > 0.1
+    assert max(one["metrics apart"].values()) < 1e-4
+
+
+def test_gradients_are_clipped_and_passes_stopped_by_what_is_joint(found):
+    clipped, early = found[0]["clipped gradients"], found[0]["early stop"]
+    assert min(clipped["gradient"]) > 0.05  # before clipping: it was at work in the comparison above
+    assert max(early["epochs"]) < 20
+    assert found[1]["early stop"]["epochs"] == early["epochs"]
+
+
+def test_gradients_are_made_part_by_part_in_several_processes_too(found):
+    assert (found[0]["parts"]["backend"], found[0]["autograd"]["backend"]) == ("parts", "autograd")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("other rows", "batches are not alike in .*same number of rows"),
+        ("other networks", "networks differ .*different updates"),
+        ("few chunks", "2 chunks of the joint batch .* too few for each of 2 processes"),
+        ("normalised by minibatch", "normalize_advantage=True"),
+        ("compiled", "join their gradients after each minibatch"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused_in_all_processes(found, name, words):
+    for each in found:
+        assert re.search(words, each["refused"][name])
+
+
+def test_a_training_that_one_process_stops_ends_in_all_with_the_same_networks(found):
+    assert [each["trained"] for each in found] == [{"updates": 3, "same": True}] * 2
