@@ -57,6 +57,16 @@ LONGER_MDPS: dict[str, Any] = {
     "lr": 1.5e-3,
 }
 
+LONGER_REWARDS: dict[str, Any] = {
+    **MDPS,
+    "trials": 512,
+    "gamma": 0.95,
+    "lmbda": 0.5,
+    "entropy": 0.06,
+    "noiseless": 0.0,
+    "lr": 1e-3,
+}
+
 #: Agents that were trained before there was a rule, by these settings.
 BEFORE_THE_RULE: dict[str, Any] = {"units": 64, "lr": 3e-3, "memory_steps": None, "input_gain": 1.0, "num_cells": ()}
 
@@ -87,9 +97,16 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
     "mdps": {
         # The defaults of recipes.tabular_mdp.
         "10": {"rewards": {**MDPS, "env_steps": 150_000_000}},
-        # From weights that remember over 25 episodes but explore too little (421.7): 380 M steps with rewards, gamma 0.95,
-        # lambda 0.5, entropy 0.06, 512 trials and lr 1e-3 on from mdps_10_rewards.pt. Straight from there regrets led to 424.
-        "25": {"task": {**LONGER_MDPS, "env_steps": 90_000_000, "initial_weights": PRETRAINED / "mdps_25_rewards.pt"}},
+        # Rewards lead to a memory over 25 episodes, but to too little exploring; from there regrets lead on. Straight from the
+        # weights of n = 10 regrets led to 424.
+        "25": {
+            "rewards": {
+                **LONGER_REWARDS,
+                "env_steps": 380_000_000,
+                "initial_weights": PRETRAINED / "mdps_10_rewards.pt",
+            },
+            "task": {**LONGER_MDPS, "env_steps": 90_000_000, "initial_weights": PRETRAINED / "mdps_25_rewards.pt"},
+        },
         # Not tried yet from here on.
         "50": {"task": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25_task.pt"}},
         "75": {"task": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25_task.pt"}},

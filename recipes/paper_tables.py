@@ -47,7 +47,7 @@ def main(
         seeds: seeds of the trainings of RL².
         env_steps: train RL² for so many env steps, in place of those of the cell's settings; figures of their own on the page.
         tasks: held-out tasks that an agent is reported on.
-        from_pretrained: evaluate RL² with the weights in ``pretrained`` in place of training it.
+        from_pretrained: evaluate RL² with the weights in ``pretrained``, all where no cells are named, in place of training it.
         fresh: compute what is there already once more, and train from the start.
         folder: where the figures are; the page is beside it, under the folder's name.
         runs: where trainings keep their checkpoints: what was interrupted goes on from there.
@@ -65,6 +65,8 @@ def main(
     book = Figures(folder, tasks, fresh)
     trained = [(cell, way) for cell in chosen for way in ways(cell, learns_from)]
     if from_pretrained:
+        if not cells:  # all that are shipped
+            trained = [(cell, way) for cell, way in trained if weights_of(cell, way, pretrained).exists()]
         check_weights(trained, pretrained)
     for cell in chosen if part in ("classical", "all") else []:
         classical(cell, book)

@@ -11,16 +11,17 @@ from rl2_torchrl import AdaptiveAgent
 
 PRETRAINED = Path(__file__).parents[1] / "recipes" / "pretrained"
 PAGE = (PRETRAINED / "README.md").read_text(encoding="utf-8")
-#: File: env, network, bytes, score, standard error, trials.
+#: File: env, what it was trained with, network, bytes, score, standard error, trials.
 ROWS = {
     cells[0].strip("`"): cells[1:]
-    for cells in re.findall(r"^\| (`.*?`) \| " + r"(.*?) \| " * 5 + r"(.*?) \|$", PAGE, re.MULTILINE)
+    for cells in re.findall(r"^\| (`.*?`) \| " + r"(.*?) \| " * 6 + r"(.*?) \|$", PAGE, re.MULTILINE)
 }
 
 
 def test_the_page_is_of_the_files_that_are_there():
     assert sorted(ROWS) == sorted(path.name for path in PRETRAINED.glob("*.pt"))
-    for name, (_, network, size, *_) in ROWS.items():
+    for name, (_, told, network, size, *_) in ROWS.items():
+        assert told == ("the task told" if name.endswith("_task.pt") else "rewards only")
         assert int(size) == (PRETRAINED / name).stat().st_size
         assert network == agents.network_of(AdaptiveAgent.load(PRETRAINED / name))
 

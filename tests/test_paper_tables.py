@@ -43,7 +43,12 @@ def tiny(monkeypatch):
 def run(path, table="bandits", **options):
     """The command on the tiny cell of a table, with everything that it writes under ``path``."""
     places = {"folder": path / "results" / "figures", "runs": path / "runs", "pretrained": path / "pretrained"}
-    asked = {"table": table, "cells": (TINY[table].name,), "tasks": 40, "learns_from": "rewards"}
+    asked = {
+        "table": table,
+        "cells": (TINY[table].name,) if table in TINY else (),
+        "tasks": 40,
+        "learns_from": "rewards",
+    }
     return paper_tables.main(**{**asked, **places, **options})
 
 
@@ -270,6 +275,15 @@ def test_pretrained_weights_are_evaluated_without_training(tmp_path, monkeypatch
         f"3,2 rl2_rewards_pretrained: {evaluated['mean']:.3f} ± {evaluated['se']:.3f} (1.5: within)"
         in capsys.readouterr().out
     )
+
+
+def test_all_weights_that_are_shipped_are_evaluated_in_one_command(tmp_path):
+    run(tmp_path, part="rl2", seeds=(0,), learns_from="task")
+    run(tmp_path, "mdps", part="rl2", seeds=(0,))
+    assert not [name for name in figures(tmp_path) if name.endswith("_pretrained")]
+    run(tmp_path, "all", cells=(), part="rl2", from_pretrained=True, learns_from="both")
+    evaluated = {name for name in figures(tmp_path) if name.endswith("_pretrained")}
+    assert evaluated == {"bandits_3_2_rl2_task_pretrained", "mdps_2_rl2_rewards_pretrained"}
 
 
 def test_the_seed_that_was_best_on_held_out_tasks_is_shipped(tmp_path):

@@ -4,10 +4,12 @@ import csv
 import json
 
 import pytest
+import torch
 
-from recipes import bandit, experiment, paper_cells, rule_check, rules
-from recipes.experiment import Learning, Network, Told, arguments, settings_by, typed
+from recipes import bandit, experiment, paper_cells, rule_check, rules, tabular_mdp
+from recipes.experiment import Learning, Network, Told, arguments, settings_by, told_of, typed
 from recipes.paper_settings import RL2_SETTINGS
+from rl2_torchrl.envs import pack_mdps
 
 TINY = {"trials": 16, "units": 4, "epochs": 1, "minibatches": 1, "env_steps": 96, "report_tasks": 50, "progress": False}
 
@@ -135,3 +137,31 @@ def test_page_of_the_check(tmp_path, monkeypatch):
     assert len(asked) == 2  # what is trained is not trained again
     with pytest.raises(ValueError, match="cells is empty"):
         rule_check.main(cells=())
+
+
+# ---- What training is told.
+
+
+@pytest.mark.parametrize(
+    ("critic_keys", "told", "expected"),
+    [
+        (("time_left",), Told(), " (rewards only)"),
+        (("time_left", "task"), Told(), " (task told in training: critic)"),
+        (("time_left",), Told(regret=True, belief=2.0), " (task told in training: regrets, belief)"),
+    ],
+)
+def test_a_title_says_what_training_was_told(critic_keys, told, expected):
+    assert told_of(Network(critic_keys=critic_keys), told) == expected
+
+
+def test_a_belief_is_of_the_mean_rewards():
+    rewards, transitions = torch.arange(50.0).view(1, 10, 5), torch.full((1, 10, 5, 10), 0.1)
+    task = pack_mdps(rewards, transitions).expand(3, 1, -1)  # [N, T, task_size]
+    assert tabular_mdp.mean_rewards(task).tolist() == [[[float(n) for n in range(50)]]] * 3
+    [belief] = Told(belief=3.0).terms(4, 50, tabular_mdp.mean_rewards)
+    torch.nn.init.zeros_(belief.layer.weight)
+    torch.nn.init.zeros_(belief.layer.bias)
+    told = belief(torch.zeros(3, 1, 4), task)
+    # Told nothing, it says 0: the error is the mean of the squares of 0 ... 49.
+    assert told["loss_belief"].item() == pytest.approx(3 * 49 * 99 / 6, rel=1e-5)
+    assert Told().terms(4, 50) == []
