@@ -21,7 +21,7 @@ from rl2_torchrl import AdaptiveAgent, TaskSampler, adaptation_curve
 
 def main(
     *,
-    agent: Path = Path("recipes/pretrained/bandits_10_5_rewards.pt"),
+    agent: Path = Path("recipes/pretrained/bandits_10_5_rewards.safetensors"),
     env: Literal["held_out", "direction", "velocity"] = "held_out",
     trials: int = 1000,
     forms: tuple[Literal["pt2", "onnx"], ...] = ("pt2", "onnx"),

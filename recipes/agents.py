@@ -25,13 +25,13 @@ def main(
     """Plays every agent of a folder on the tasks of the paper's tables, and writes the page of their scores.
 
     Args:
-        folder: agents, bandits_<pulls>_<arms>_<learns from>.pt and mdps_<episodes>_<learns from>.pt.
+        folder: agents, bandits_<pulls>_<arms>_<learns from>.safetensors and mdps_<episodes>_<learns from>.safetensors.
         trials: held-out tasks, a trial each.
         page: where the table goes.
     """
     if trials < 2:
         raise ValueError(f"trials={trials}: a standard error needs two at least. Pass 10000 for figures to report.")
-    curves = {path.name: score(path, trials) for path in sorted(folder.glob("*.pt"))}
+    curves = {path.name: score(path, trials) for path in sorted(folder.glob("*.safetensors"))}
     rows = [row_of(folder / name, curve) for name, curve in curves.items()]
     table = markdown(
         ["file", "env", "trained with", "network", "bytes", "return of a trial", "± standard error", "trials"], rows

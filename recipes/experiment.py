@@ -172,14 +172,14 @@ class Run:
     """Seeds, where a run begins, and what it leaves.
 
     Args:
-        log_dir: folder of the run: report.json, report.png and other plots, agent.pt, scalars and checkpoints.
+        log_dir: folder of the run: report.json, report.png and other plots, agent.safetensors, scalars and checkpoints.
         seed: seed of networks, envs and tasks.
         seeds: of several runs side by side instead, each a program of its own in log_dir/seed0 and so on; their mean and its band
             are shown at the end. For the command line alone.
         report_tasks: held-out tasks in the final report.
         held_out_seed: seed of the tasks of evaluations and report, for runs to share them; the run's own by default.
         initial_weights: file of an agent to start from, such as one for shorter trials.
-        weights: file of an agent, as a run leaves it in agent.pt: to evaluate in place of training.
+        weights: file of an agent, as a run leaves it in agent.safetensors: to evaluate in place of training.
         logger: where scalars go; tensorboard and wandb are extras of the package.
         resume: go on from the newest checkpoint in log_dir.
         resume_changes: settings that may differ from those of the run that is resumed, by the names that the error gives.
@@ -363,7 +363,7 @@ class Experiment:
             resume_changes=run.resume_changes,
             progress=run.progress,
         )
-        self._agent(collector).save(run.log_dir / "agent.pt")
+        self._agent(collector).save(run.log_dir / "agent.safetensors")
         if isinstance(collector, TrialWorkers):
             collector.shutdown()  # their cores are for the report
         return result
@@ -441,7 +441,7 @@ def write_about(folder: Path, collector: TrialCollector, update: PPOUpdate) -> N
 _FILES = """\
 report.json     all figures, with the scalars of each update
 report.png      how it learnt, and how it adapts within a trial
-agent.pt        the agent: rl2_torchrl.AdaptiveAgent.load("agent.pt")
+agent.safetensors        the agent: rl2_torchrl.AdaptiveAgent.load("agent.safetensors")
 scalars         what it logged as it learnt (wandb, with --logger wandb)
 checkpoints     where --resume goes on
 """

@@ -85,13 +85,25 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
         "100,50": {"rewards": {}, "task": {"env_steps": 60_000_000}},
         # Five and fifty arms were not tried yet.
         "500,5": {
-            "task": {**LONGEST, "env_steps": 280_000_000, "initial_weights": PRETRAINED / "bandits_100_5_task.pt"}
+            "task": {
+                **LONGEST,
+                "env_steps": 280_000_000,
+                "initial_weights": PRETRAINED / "bandits_100_5_task.safetensors",
+            }
         },
         "500,10": {
-            "task": {**LONGEST, "env_steps": 280_000_000, "initial_weights": PRETRAINED / "bandits_100_10_task.pt"}
+            "task": {
+                **LONGEST,
+                "env_steps": 280_000_000,
+                "initial_weights": PRETRAINED / "bandits_100_10_task.safetensors",
+            }
         },
         "500,50": {
-            "task": {**LONGEST, "env_steps": 280_000_000, "initial_weights": PRETRAINED / "bandits_100_50_task.pt"}
+            "task": {
+                **LONGEST,
+                "env_steps": 280_000_000,
+                "initial_weights": PRETRAINED / "bandits_100_50_task.safetensors",
+            }
         },
     },
     "mdps": {
@@ -103,14 +115,36 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
             "rewards": {
                 **LONGER_REWARDS,
                 "env_steps": 380_000_000,
-                "initial_weights": PRETRAINED / "mdps_10_rewards.pt",
+                "initial_weights": PRETRAINED / "mdps_10_rewards.safetensors",
             },
-            "task": {**LONGER_MDPS, "env_steps": 90_000_000, "initial_weights": PRETRAINED / "mdps_25_rewards.pt"},
+            "task": {
+                **LONGER_MDPS,
+                "env_steps": 90_000_000,
+                "initial_weights": PRETRAINED / "mdps_25_rewards.safetensors",
+            },
         },
         # Not tried yet from here on.
-        "50": {"task": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25_task.pt"}},
-        "75": {"task": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25_task.pt"}},
-        "100": {"task": {**LONGER_MDPS, "env_steps": 400_000_000, "initial_weights": PRETRAINED / "mdps_25_task.pt"}},
+        "50": {
+            "task": {
+                **LONGER_MDPS,
+                "env_steps": 400_000_000,
+                "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
+            }
+        },
+        "75": {
+            "task": {
+                **LONGER_MDPS,
+                "env_steps": 400_000_000,
+                "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
+            }
+        },
+        "100": {
+            "task": {
+                **LONGER_MDPS,
+                "env_steps": 400_000_000,
+                "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
+            }
+        },
     },
 }
 """``RL2_SETTINGS[table][cell][learns_from]``, with the reason above each, where there is a training or a plan of one."""

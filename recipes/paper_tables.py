@@ -51,7 +51,7 @@ def main(
         fresh: compute what is there already once more, and train from the start.
         folder: where the figures are; the page is beside it, under the folder's name.
         runs: where trainings keep their checkpoints: what was interrupted goes on from there.
-        pretrained: folder of agents, <table>_<cell>_<learns from>.pt; after its trainings a cell's best seed is put there.
+        pretrained: folder of agents, <table>_<cell>_<learns from>.safetensors; after its trainings a cell's best seed is put there.
     """
     if tasks < 2:
         raise ValueError(f"tasks={tasks}: a standard error needs two tasks at least. Pass 10000 for figures to report.")
@@ -147,7 +147,7 @@ def stem(cell: Cell) -> str:
 
 def weights_of(cell: Cell, way: LearnsFrom, pretrained: Path) -> Path:
     """The file of a cell's shipped agent."""
-    return pretrained / f"{stem(cell)}_{way}.pt"
+    return pretrained / f"{stem(cell)}_{way}.safetensors"
 
 
 # ------------------------------------------------------------------ the parts
@@ -251,7 +251,7 @@ def check_weights(chosen: list[tuple[Cell, LearnsFrom]], pretrained: Path) -> No
 def keep_best(cell: Cell, way: LearnsFrom, book: Figures, runs: Path, pretrained: Path) -> None:
     """Puts the agent of the best training, by held-out tasks that are not reported, among the pretrained ones."""
     best = best_seed(trainings_of(load(book.folder), cell.table, cell.name, way))
-    agent, weights = run_folder(runs, cell, best["agent"]) / "agent.pt", weights_of(cell, way, pretrained)
+    agent, weights = run_folder(runs, cell, best["agent"]) / "agent.safetensors", weights_of(cell, way, pretrained)
     if not agent.exists() or (weights.exists() and weights.read_bytes() == agent.read_bytes()):
         return
     pretrained.mkdir(parents=True, exist_ok=True)

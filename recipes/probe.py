@@ -35,7 +35,7 @@ AGENTS = (
 
 def main(
     *,
-    agents: tuple[Path, ...] = tuple(FOLDER / f"{name}.pt" for name in AGENTS),
+    agents: tuple[Path, ...] = tuple(FOLDER / f"{name}.safetensors" for name in AGENTS),
     trials: int = 4000,
     ridge: float = 1e-3,
     page: Path = Path("recipes/results/probe.md"),
@@ -43,7 +43,7 @@ def main(
     """Probes agents, and writes a page, a plot and a CSV file of R² by step.
 
     Args:
-        agents: files of agents, named after their envs: bandits_<pulls>_<arms>.pt and mdps_<episodes>.pt.
+        agents: files of agents, named after their envs: bandits_<pulls>_<arms>.safetensors and mdps_<episodes>.safetensors.
         trials: held-out tasks, a trial each; the readout is fitted on one half of them.
         ridge: weight of the readout's squared weights, per trial; hidden states are brought to unit scale first.
         page: the page; plot and CSV are beside it.

@@ -172,7 +172,7 @@ def test_it_plays_as_the_training_does(make_env, name, tmp_path):
     steps = 40
     expected = trained(make_env(), actor, steps, seed=5)
     agent = AdaptiveAgent.from_policy(actor, make_env())
-    again = AdaptiveAgent.load(agent.save(tmp_path / "agent.pt"))
+    again = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
     assert len(expected[0].reshape(len(expected[0]), -1).unique(dim=0)) > 5
     for each in (agent, again):
         actions, rewards = play(each, make_env(), steps, seed=5)
@@ -189,7 +189,7 @@ def test_it_plays_gymnasiums_own_env(name, rows, tmp_path):
     actor = make(toys(name, count), hidden_size=8)
     actions, rewards = trained(toys(name, count), actor, steps, seed=3)
     agent = AdaptiveAgent.from_policy(actor, toys(name, count))
-    agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.pt"))
+    agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
     makers, mode = [partial(Toy, *SPACES[name])] * count, gymnasium.vector.AutoresetMode.SAME_STEP
     env = Toy(*SPACES[name]) if rows is None else gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=mode)
     torch.manual_seed(3)
@@ -219,7 +219,7 @@ def test_transforms_of_the_env_are_taken_along(tmp_path):
     actor = make(env(), hidden_size=8)
     actions, rewards = trained(env(), actor, 12, seed=3)
     agent = AdaptiveAgent.from_policy(actor, env())
-    agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.pt"))
+    agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
     raw = Toy(*SPACES["box"])
     torch.manual_seed(3)
     agent.new_trial()

@@ -147,7 +147,7 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(ValueError, match=r"agent.pth'\: agents are exported to .pt2"):
         agent.export(tmp_path / "agent.pth")
     with pytest.raises(TypeError, match="exported graph, which has no policy"):
-        exported(agent, "pt2", tmp_path).save(tmp_path / "agent.pt")
+        exported(agent, "pt2", tmp_path).save(tmp_path / "agent.safetensors")
     with pytest.raises(ValueError, match="PyTorch reads .pt2 files by pickle"):
         AdaptiveAgent.load(tmp_path / "agent.pt2")
 

@@ -19,14 +19,14 @@ ROWS = {
 
 
 def test_the_page_is_of_the_files_that_are_there():
-    assert sorted(ROWS) == sorted(path.name for path in PRETRAINED.glob("*.pt"))
+    assert sorted(ROWS) == sorted(path.name for path in PRETRAINED.glob("*.safetensors"))
     for name, (_, told, network, size, *_) in ROWS.items():
-        assert told == ("the task told" if name.endswith("_task.pt") else "rewards only")
+        assert told == ("the task told" if name.endswith("_task.safetensors") else "rewards only")
         assert int(size) == (PRETRAINED / name).stat().st_size
         assert network == agents.network_of(AdaptiveAgent.load(PRETRAINED / name))
 
 
-@pytest.mark.parametrize("name", ["bandits_10_5_rewards.pt", "mdps_10_rewards.pt"])
+@pytest.mark.parametrize("name", ["bandits_10_5_rewards.safetensors", "mdps_10_rewards.safetensors"])
 def test_agents_score_what_the_page_says(name):
     curve = agents.score(PRETRAINED / name, 400)
     *_, mean, se, trials = ROWS[name]
@@ -36,11 +36,13 @@ def test_agents_score_what_the_page_says(name):
 
 
 def test_a_page_is_written(tmp_path):
-    (tmp_path / "bandits_10_5_rewards.pt").write_bytes((PRETRAINED / "bandits_10_5_rewards.pt").read_bytes())
+    (tmp_path / "bandits_10_5_rewards.safetensors").write_bytes(
+        (PRETRAINED / "bandits_10_5_rewards.safetensors").read_bytes()
+    )
     page = tmp_path / "page.md"
     curves = agents.main(folder=tmp_path, trials=50, page=page)
     assert (
-        f"| {curves['bandits_10_5_rewards.pt'].mean:.2f} | {curves['bandits_10_5_rewards.pt'].se:.2f} | 50 |"
+        f"| {curves['bandits_10_5_rewards.safetensors'].mean:.2f} | {curves['bandits_10_5_rewards.safetensors'].se:.2f} | 50 |"
         in page.read_text()
     )
     with pytest.raises(ValueError, match="trials=1: a standard error needs two"):
@@ -54,7 +56,7 @@ def test_exported_agents_earn_what_the_training_policy_earns(form):
     if form == "onnx":
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
-    path = PRETRAINED / "bandits_10_5_rewards.pt"
+    path = PRETRAINED / "bandits_10_5_rewards.safetensors"
     figures = agent_benchmark.main(agent=path, trials=100, forms=(form,), actions=10, rows=2)
     returns = {name: figure["return"] for name, figure in figures.items()}
     assert set(returns) == {"training's policy", "agent", f".{form}"}
@@ -75,7 +77,9 @@ def test_exported_cheetahs_run_as_the_training_policy_does(tmp_path):
         "log_dir": tmp_path,
     }
     half_cheetah.main(**arguments(half_cheetah.main, {"task": "velocity", **tiny}))
-    figures = agent_benchmark.main(agent=tmp_path / "agent.pt", env="velocity", trials=2, forms=("pt2",), actions=0)
+    figures = agent_benchmark.main(
+        agent=tmp_path / "agent.safetensors", env="velocity", trials=2, forms=("pt2",), actions=0
+    )
     assert figures["agent"] == {"return": figures["training's policy"]["return"], "difference": 0}
     # What rounding does to one action leads a cheetah, which is chaotic, elsewhere in time: so, shown the same.
     assert 0 < figures[".pt2"]["difference"] < 1e-5

@@ -807,7 +807,7 @@ def test_what_is_added_to_a_row_that_was_written(tmp_path):
 
 
 def test_agents_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = write_agent(tmp_path / "agent.pt", {}, torch.nn.Linear(2, 3).state_dict())
+    path = write_agent(tmp_path / "agent.safetensors", {}, torch.nn.Linear(2, 3).state_dict())
     before = path.read_bytes()
 
     def full(descriptor):
@@ -816,7 +816,7 @@ def test_agents_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_agent(path, {}, torch.nn.Linear(2, 3).state_dict())
-    assert contents(tmp_path) == {Path("agent.pt"): before}
+    assert contents(tmp_path) == {Path("agent.safetensors"): before}
 
 
 # ---- Envs in processes of their own.

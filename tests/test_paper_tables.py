@@ -256,8 +256,8 @@ def test_trainings_figures_and_weights(table, tmp_path, monkeypatch):
         assert kept["settings"].items() >= RL2_SETTINGS[table][TINY[table].name]["rewards"].items()
         assert f"--part rl2 --learns-from rewards --seeds {seed} --fresh" in kept["command"]
     best = max((0, 1), key=lambda seed: stored[f"{stem}_rl2_rewards_seed{seed}"]["held_out"])
-    actor = (tmp_path / "runs" / f"{stem}_rewards_seed{best}" / "agent.pt").read_bytes()
-    assert (tmp_path / "pretrained" / f"{stem}_rewards.pt").read_bytes() == actor
+    actor = (tmp_path / "runs" / f"{stem}_rewards_seed{best}" / "agent.safetensors").read_bytes()
+    assert (tmp_path / "pretrained" / f"{stem}_rewards.safetensors").read_bytes() == actor
 
 
 def test_pretrained_weights_are_evaluated_without_training(tmp_path, monkeypatch, capsys):
@@ -267,7 +267,7 @@ def test_pretrained_weights_are_evaluated_without_training(tmp_path, monkeypatch
     monkeypatch.setattr(experiment, "train", None)
     run(tmp_path, part="rl2", from_pretrained=True)
     run(tmp_path, part="rl2", from_pretrained=True)  # an evaluation is what was asked for, twice
-    assert loaded == [tmp_path / "pretrained" / "bandits_3_2_rewards.pt"] * 2
+    assert loaded == [tmp_path / "pretrained" / "bandits_3_2_rewards.safetensors"] * 2
     evaluated = figures(tmp_path)["bandits_3_2_rl2_rewards_pretrained"]
     assert "settings" not in evaluated  # weights do not say which training left them
     assert 0.8 < evaluated["mean"] < 2.2  # 1.5 for who knows nothing, SE 0.14
@@ -291,11 +291,11 @@ def test_the_seed_that_was_best_on_held_out_tasks_is_shipped(tmp_path):
     for seed, (mean, held_out) in enumerate([(1.0, 2.0), (2.0, 1.0)]):
         run_folder = tmp_path / "runs" / f"bandits_3_2_rewards_seed{seed}"
         run_folder.mkdir(parents=True)
-        (run_folder / "agent.pt").write_text(f"seed {seed}")
+        (run_folder / "agent.safetensors").write_text(f"seed {seed}")
         book.add(TINY["bandits"], f"rl2_rewards_seed{seed}", "", {"mean": mean, "se": 0.1, "held_out": held_out})
     book.add(TINY["bandits"], "rl2_rewards_pretrained", "", {"mean": 1.0, "se": 0.1})
     paper_tables.keep_best(TINY["bandits"], "rewards", book, tmp_path / "runs", tmp_path / "pretrained")
-    assert (tmp_path / "pretrained" / "bandits_3_2_rewards.pt").read_text() == "seed 0"
+    assert (tmp_path / "pretrained" / "bandits_3_2_rewards.safetensors").read_text() == "seed 0"
     assert not book.path(TINY["bandits"], "rl2_rewards_pretrained").exists()  # it was the figure of other weights
 
 
@@ -337,8 +337,8 @@ def test_a_longer_training_is_a_figure_of_its_own(tmp_path):
     assert row in text.partition("trained for longer:")[2]
     assert "| 3, 2 (0.4) | 1 |" in text
     best = "seed0_steps144" if longer["held_out"] > before["held_out"] else "seed0"
-    actor = (tmp_path / "runs" / f"bandits_3_2_rewards_{best}" / "agent.pt").read_bytes()
-    assert (tmp_path / "pretrained" / "bandits_3_2_rewards.pt").read_bytes() == actor
+    actor = (tmp_path / "runs" / f"bandits_3_2_rewards_{best}" / "agent.safetensors").read_bytes()
+    assert (tmp_path / "pretrained" / "bandits_3_2_rewards.safetensors").read_bytes() == actor
 
 
 def test_pretrained_weights_are_not_trained_for_longer(tmp_path):
@@ -382,7 +382,7 @@ def test_cells_without_weights(tmp_path):
     ):
         run(tmp_path, part="rl2", from_pretrained=True)
     (tmp_path / "pretrained").mkdir()
-    (tmp_path / "pretrained" / "bandits_10_5_rewards.pt").touch()
+    (tmp_path / "pretrained" / "bandits_10_5_rewards.safetensors").touch()
     with pytest.raises(
         FileNotFoundError, match=r"cells 3,2 \(rewards\)\. Name only those .*: 10,5 \(rewards\); or train"
     ):
@@ -413,7 +413,7 @@ def every_settings():
 def test_rewards_only_is_told_nothing_of_the_task():
     told = {"rewards": [], "task": []}
     for way, settings in every_settings():
-        starts_told = str(settings.get("initial_weights", "")).endswith("_task.pt")
+        starts_told = str(settings.get("initial_weights", "")).endswith("_task.safetensors")
         told[way].append(settings["regret"] or settings["belief"] or "task" in settings["critic_keys"] or starts_told)
     assert len(told["rewards"]) >= 7
     assert not any(told["rewards"])
@@ -434,7 +434,10 @@ def test_what_the_task_told_is_a_column_of_its_own(table, tmp_path):
     ]
     assert titles[0].endswith("(rewards only)")
     assert "(task told in training: " in titles[1]
-    assert {path.name for path in (tmp_path / "pretrained").iterdir()} == {f"{stem}_rewards.pt", f"{stem}_task.pt"}
+    assert {path.name for path in (tmp_path / "pretrained").iterdir()} == {
+        f"{stem}_rewards.safetensors",
+        f"{stem}_task.safetensors",
+    }
     section = page.read_text().split({"bandits": "## Table 1", "mdps": "## Table 2"}[table])[1]
     for way, part in zip(("rewards", "task"), section.split("### RL², ")[1:3], strict=True):
         figure = stored[f"{stem}_rl2_{way}_seed0"]

@@ -11,7 +11,7 @@ from recipes.agents import held_out
 from rl2_torchrl import AdaptiveAgent
 
 PRETRAINED = Path(__file__).parents[1] / "recipes" / "pretrained"
-AGENT = PRETRAINED / "bandits_10_5_rewards.pt"
+AGENT = PRETRAINED / "bandits_10_5_rewards.safetensors"
 
 
 def test_what_is_read():
@@ -57,7 +57,7 @@ def test_the_control_is_shown_what_the_agent_does_and_earns():
 
 def test_trained_agents_know_more_than_untrained_ones(tmp_path):
     page = tmp_path / "pages" / "probe.md"
-    mdps = PRETRAINED / "mdps_10_rewards.pt"
+    mdps = PRETRAINED / "mdps_10_rewards.safetensors"
     scores = probe.main(agents=(AGENT, mdps), trials=400, page=page)
     assert scores["bandits_10_5_rewards"].shape == (9, 2)
     assert scores["bandits_10_5_rewards"][1, 0] > 0.98  # two pulls, remembered

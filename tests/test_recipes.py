@@ -385,7 +385,7 @@ def test_options_find_their_place():
 def test_weights_are_played_without_training(tmp_path, monkeypatch):
     trained = run("grid_navi", tmp_path / "trained", seed=3)
     monkeypatch.setattr(experiment, "train", None)
-    played = run("grid_navi", tmp_path / "played", seed=3, weights=tmp_path / "trained" / "agent.pt")
+    played = run("grid_navi", tmp_path / "played", seed=3, weights=tmp_path / "trained" / "agent.safetensors")
     assert played.train.env_steps == 0
     assert (tmp_path / "played" / "path.png").exists()
     difference = abs(played.agent.mean - trained.agent.mean)
@@ -405,10 +405,10 @@ def test_bad_arguments(name, message, bad, tmp_path):
 def test_training_begins_with_weights_of_shorter_trials(name, tmp_path):
     short, long = ({"pulls": 2}, {"pulls": 3}) if name == "bandit" else ({"episodes": 1}, {"episodes": 2})
     run(name, tmp_path / "short", **short)
-    begin = AdaptiveAgent.load(tmp_path / "short" / "agent.pt").policy.state_dict()
+    begin = AdaptiveAgent.load(tmp_path / "short" / "agent.safetensors").policy.state_dict()
     # A learning rate of 1e-12 moves nothing: what is left is what it began with.
-    run(name, tmp_path / "long", **long, lr=1e-12, initial_weights=tmp_path / "short" / "agent.pt")
-    end = AdaptiveAgent.load(tmp_path / "long" / "agent.pt").policy.state_dict()
+    run(name, tmp_path / "long", **long, lr=1e-12, initial_weights=tmp_path / "short" / "agent.safetensors")
+    end = AdaptiveAgent.load(tmp_path / "long" / "agent.safetensors").policy.state_dict()
     for key, value in begin.items():
         torch.testing.assert_close(end[key], value, rtol=0, atol=1e-8)
 
@@ -418,7 +418,7 @@ def test_networks_of_a_recipe_are_as_its_arguments_say(name, tmp_path):
     options = {"num_cells": (6,), "memory_steps": 1, "critic_keys": ("time_left", "task")}
     options |= {"input_gain": 0.01, "gate_gain": 1.0}
     run(name, tmp_path, updates=1, lr=1e-12, **options)
-    weights = AdaptiveAgent.load(tmp_path / "agent.pt").policy.state_dict()
+    weights = AdaptiveAgent.load(tmp_path / "agent.safetensors").policy.state_dict()
     hidden, last = [value for key, value in weights.items() if "gru" not in key and value.ndim == 2]
     assert hidden.shape == (6, 4 if name == "bandit" else 4 + 10 + 5 + 2)  # MDPs: what is seen now goes past the GRU
     assert last.shape[1] == 6
@@ -532,7 +532,7 @@ def test_a_page_of_no_runs_is_refused(tmp_path):
 def test_another_core_or_encoder_is_an_option(options, tmp_path):
     tiny = RECIPES["bandit"].tiny | {"env_steps": 192, "classical": False, "progress": False, "log_dir": tmp_path}
     bandit.main(**arguments(bandit.main, tiny | options))
-    names = AdaptiveAgent.load(tmp_path / "agent.pt").policy.state_dict()
+    names = AdaptiveAgent.load(tmp_path / "agent.safetensors").policy.state_dict()
     assert any(("lstm" if "core" in options else "module.0.module.0.module.layers.0") in name for name in names), (
         names.keys()
     )

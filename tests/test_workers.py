@@ -276,6 +276,6 @@ def test_the_bandit_recipe_trains_with_workers(tmp_path):
     options = arguments(bandit.main, {**tiny, "workers": 2, "classical": False, "log_dir": tmp_path, "pulls": 5})
     report = bandit.main(**options)
     assert len(report.train.history) == 4
-    assert (tmp_path / "agent.pt").exists()
+    assert (tmp_path / "agent.safetensors").exists()
     with pytest.raises(ValueError, match="trials=8 cannot be shared out evenly among workers=3"):
         bandit.main(**arguments(bandit.main, {**tiny, "workers": 3, "log_dir": tmp_path}))

@@ -97,8 +97,8 @@ class AdaptiveAgent:
             return cls(*onnx_step(path))
         if path.suffix == ".pt2":
             raise ValueError(
-                f"{path}: PyTorch reads .pt2 files by pickle, which runs what is planted there. Load the agent.pt that it was made "
-                f"from, or where you trust it: AdaptiveAgent(torch.export.load({path.name!r}).module(), agent.signature)."
+                f"{path}: PyTorch reads .pt2 files by pickle, which runs what is planted there. Load the agent.safetensors that it "
+                f"was made from, or where you trust it: AdaptiveAgent(torch.export.load({path.name!r}).module(), agent.signature)."
             )
         about, weights = read_agent(path)
         signature = Signature.from_json(about["signature"])

@@ -1,11 +1,7 @@
-"""An agent's file: its weights, and as text its architecture and its env's specs. Nothing runs when it is read."""
+"""An agent's file: weights, architecture and the env's specs, written by `rl2_torchrl.storage`. Nothing runs when it is read."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,33 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from rl2_torchrl.storage import write_durably
+from rl2_torchrl.storage import DamagedFileError, load_tree, save_tree
 
 __all__ = ["load_weights", "read_agent", "write_agent"]
 
 #: The mark of these files; another number where what they hold means something else.
 _FORMAT = "rl2_torchrl.agent.1"
-#: What `torch.load` raises on files that are cut short, or hold anything but tensors, numbers and text.
-_UNREADABLE = (
-    EOFError,
-    OSError,
-    RuntimeError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
 
 
 def write_agent(path: str | Path, about: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Path:
     """Writes ``about``, in JSON's types, and ``weights`` to ``path``, whose folder is made, and returns it."""
-    path, text = Path(path), json.dumps(about)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    written = io.BytesIO()
-    torch.save({"format": _FORMAT, "about": text, "weights": weights, "digest": _digest(text, weights)}, written)
-    write_durably(path, written.getvalue())
+    weights = {name: weight.detach().cpu() for name, weight in weights.items()}
+    save_tree({"format": _FORMAT, "about": about, "weights": weights}, path)
     return path
 
 
@@ -53,22 +36,21 @@ def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no agent in {path}: a recipe leaves its own in its run's folder, as agent.pt."
+            f"there is no agent in {path}: a recipe leaves its own in its run's folder, as agent.safetensors."
         )
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-        form, text, weights, digest = (held[name] for name in ("format", "about", "weights", "digest"))
-        is_whole = form == _FORMAT and digest == _digest(text, weights)
-    except _UNREADABLE as error:
+        held = load_tree(path)
+    except DamagedFileError as error:
         raise ValueError(
-            f"{path} cannot be read as an agent's file ({type(error).__name__}): it is cut short, or something else. Copy it once "
-            "more, or save it anew: AdaptiveAgent.from_policy(policy, env).save(path)."
+            f"{error} An agent was to be read from it: copy it once more, or save it anew: "
+            "AdaptiveAgent.from_policy(policy, env).save(path)."
         ) from error
+    form = held.get("format") if isinstance(held, dict) else None
     if form != _FORMAT:
-        raise ValueError(f"{path} is of the format {form!r}, and this version of the package reads {_FORMAT!r}.")
-    if not is_whole:
-        raise ValueError(f"{path} is damaged: what it holds is not what was saved. Copy it once more.")
-    return json.loads(text), weights
+        raise ValueError(
+            f"{path} is of the format {form!r}; an agent's, for this version of the package, is {_FORMAT!r}."
+        )
+    return held["about"], held["weights"]
 
 
 def load_weights(policy: nn.Module, path: str | Path) -> None:
@@ -87,7 +69,7 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
         >>> env = TransformedEnv(BernoulliBandit(3, batch_size=(4,)), trial)
         >>> trained, fresh = (GRUCategoricalActor.from_env(env) for _ in range(2))
         >>> with TemporaryDirectory() as folder:
-        ...     load_weights(fresh, AdaptiveAgent.from_policy(trained, env).save(f"{folder}/agent.pt"))
+        ...     load_weights(fresh, AdaptiveAgent.from_policy(trained, env).save(f"{folder}/agent.safetensors"))
         >>> all(torch.equal(a, b) for a, b in zip(trained.parameters(), fresh.parameters(), strict=True))
         True
     """
@@ -100,11 +82,3 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
             "that were saved, such as the same number of units."
         )
     policy.load_state_dict(weights)
-
-
-def _digest(text: str, weights: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, weight in weights.items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
