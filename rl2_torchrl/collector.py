@@ -181,7 +181,8 @@ def why_no_rollout_state(collector: BaseCollector) -> str | None:
         return "the collector's envs are in other processes"
     if type(base).get_extra_state is nn.Module.get_extra_state:
         return f"{type(base).__name__} does not hand out its state (get_extra_state)"
-    return None
+    why_no_state = getattr(base, "why_no_state", None)
+    return None if why_no_state is None else why_no_state()
 
 
 def _base_env(collector: BaseCollector) -> EnvBase | None:

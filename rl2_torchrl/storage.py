@@ -90,12 +90,7 @@ def save_tree(tree: Any, path: Path) -> None:
         ...     load_tree(path)
         {'weights': tensor([1., 1.]), 'betas': (0.9, 0.999), 3: None}
     """
-    tensors: Tensors = {}
-    tree = _encoded(tree, tensors, ())
-    # Copies: safetensors takes no views of one another.
-    named = {str(number): tensor.cpu().contiguous().clone() for number, tensor in tensors.values()}
-    data = safetensors.torch.save(named, {"tree": json.dumps(tree), "sha256": _NO_DIGEST})
-    write_durably(path, _with_digest(data, hashlib.sha256(data).hexdigest()))
+    write_durably(path, to_bytes(tree))
 
 
 def load_tree(path: Path) -> Any:
@@ -104,16 +99,32 @@ def load_tree(path: Path) -> Any:
     Raises:
         DamagedFileError: the file is not what was written.
     """
-    data = path.read_bytes()
+    return from_bytes(path.read_bytes(), path)
+
+
+def to_bytes(tree: Any) -> bytes:
+    """What `save_tree` writes."""
+    tensors: Tensors = {}
+    tree = _encoded(tree, tensors, ())
+    # Copies: safetensors takes no views of one another.
+    named = {str(number): tensor.cpu().contiguous().clone() for number, tensor in tensors.values()}
+    data = safetensors.torch.save(named, {"tree": json.dumps(tree), "sha256": _NO_DIGEST})
+    return _with_digest(data, hashlib.sha256(data).hexdigest())
+
+
+def from_bytes(data: bytes, source: object) -> Any:
+    """The tree of `to_bytes`; ``source`` is where they come from, for the error's message."""
     try:
         header = _header(data)
         if hashlib.sha256(_with_digest(data, _NO_DIGEST)).hexdigest() != header["sha256"]:
-            raise DamagedFileError(f"{path} is cut short or has changed since it was written: its digest is another.")
+            raise DamagedFileError(f"{source} is cut short or has changed since it was written: its digest is another.")
         return _decoded(json.loads(header["tree"]), safetensors.torch.load(data))
     except DamagedFileError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
-        raise DamagedFileError(f"{path} is cut short, or no file of this package ({type(error).__name__}).") from error
+        raise DamagedFileError(
+            f"{source} is cut short, or no file of this package ({type(error).__name__})."
+        ) from error
 
 
 def require_tree(tree: Any) -> None:

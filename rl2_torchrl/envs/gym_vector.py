@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
+from rl2_torchrl.envs.gym_state import NoStateError, put_state, state_of
 from rl2_torchrl.envs.rows import Entries, merge
 from rl2_torchrl.envs.tensor_env import TensorEnv
+from rl2_torchrl.storage import from_bytes, to_bytes
 
 __all__ = ["GymVectorEnv"]
 
@@ -132,6 +134,7 @@ class GymVectorEnv(TensorEnv):
             seed=seed,
             device=device,
         )
+        self._left: Sequence[Any] = ()  # states of the rows, once they are closed
         self.is_closed = False  # there is something to close: TorchRL takes an env for closed otherwise
 
     def _make(self, env, num_envs: int | None, vectorization: str, kwargs: dict) -> VectorEnv:
@@ -319,9 +322,23 @@ class GymVectorEnv(TensorEnv):
         """Closes the envs, and ends their processes."""
         super().close(raise_if_closed=raise_if_closed)
         if self.envs is not None:
+            self._left = self._rows_at_the_end()
             self.envs.close()
         # TorchRL's envs refer to themselves, so that this one stays for a while; simulators are large, and go now.
         self.envs = None
+
+    def _rows_at_the_end(self) -> Sequence[Any]:
+        """As `_row_states`, for the checkpoint that follows the last batch, after which TorchRL's collectors close their envs."""
+        if self._is_theirs or not self._now.started:
+            return ()
+        try:
+            envs = self._processes_of()
+            if envs is None:
+                return self.envs.get_attr("row_state")
+            envs.call_async("row_state")
+            return envs.call_wait(timeout=10)
+        except (gymnasium.error.Error, EOFError, OSError, multiprocessing.TimeoutError) as error:
+            return [f"the envs were closed in the middle of a step ({type(error).__name__})"]
 
     def _require_open(self) -> None:
         if self.envs is None:
@@ -330,9 +347,50 @@ class GymVectorEnv(TensorEnv):
                 "gone: make a new one."
             )
 
-    # Gymnasium's envs do not hand their state out: a resumed run begins new trials.
-    get_extra_state = nn.Module.get_extra_state
-    set_extra_state = nn.Module.set_extra_state
+    # ------------------------------------------------------------- checkpoints
+    def why_no_state(self) -> str | None:
+        """Why a resumed run begins new trials, in words; None where the envs hand out their state (`gym_state`)."""
+        if self._is_theirs:
+            return "a vector env that was made elsewhere does not hand out its rows' state"
+        missing = [state for state in self._row_states() if isinstance(state, str)]
+        return missing[0] if missing else None
+
+    def _row_states(self) -> Sequence[Any]:
+        """The state of each row, or in words why it has none; none at all before the first reset."""
+        if self.envs is None:
+            return self._left
+        return self._call(self.envs.get_attr, "row_state") if self._now.started else ()
+
+    def get_extra_state(self) -> Tensor:
+        """Generator, rows, and the envs themselves where they hand out their state; see `why_no_state`."""
+        rows = () if self._is_theirs else tuple(self._row_states())
+        task = self._task.to_dict() if isinstance(self._task, TensorDictBase) else self._task
+        info = [[list(key), value] for key, value in self._info.items()]
+        own = {"unseeded": self._unseeded, "task": task, "info": info, "rows": rows, "rest": super().get_extra_state()}
+        return torch.frombuffer(bytearray(to_bytes(own)), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restores what `get_extra_state` returned.
+
+        Raises:
+            ValueError: it is the state of another env, or of another number of rows.
+        """
+        own = from_bytes(state.cpu().numpy().tobytes(), f"the state of {type(self).__name__}")
+        rows, task = own["rows"], own["task"]
+        task = TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task
+        if rows and len(rows) != self.envs.num_envs:
+            raise ValueError(
+                f"the state is one of {len(rows)} rows, and this env has {self.envs.num_envs}: make it as it was."
+            )
+        if rows and not self._now.started:
+            self.start(
+                self.zero_task() if task is None else task
+            )  # the vector env knows its rows from their first reset on
+        super().set_extra_state(own["rest"])
+        if rows and not any(isinstance(row, str) for row in rows):
+            self._call(self.envs.set_attr, "row_state", list(rows))
+        self._unseeded, self._task = own["unseeded"], task
+        self._info = {tuple(key): value.to(self.device) for key, value in own["info"]}
 
 
 class _Row(gymnasium.Wrapper):
@@ -341,6 +399,7 @@ class _Row(gymnasium.Wrapper):
     def __init__(self, make: Callable[[], gymnasium.Env], row: int, set_task, tasks, task_option: str | None):
         super().__init__(make())
         self._row, self._set_task, self._tasks, self._task_option = row, set_task, tasks, task_option
+        self._task: Any = None  # the last one that `set_task` was given, as a row of arrays
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         stepped = self.env.step(action)
@@ -359,7 +418,7 @@ class _Row(gymnasium.Wrapper):
             if self._task_option is not None:
                 options[self._task_option] = task
             else:
-                self._set_task(self.env.unwrapped, _as_tensors(task) if self._tasks is None else self._tasks[int(task)])
+                self._hear(task)
         begun = self.env.reset(seed=seed, options=options or None)
         _require_parts("reset()", begun, "observation, info")
         space, shape = self.observation_space, np.shape(begun[0]) if isinstance(begun[0], np.ndarray | Number) else None
@@ -368,6 +427,25 @@ class _Row(gymnasium.Wrapper):
                 f"reset() observes shape {shape}, but the observation_space's is {space.shape}: mend one of them."
             )
         return begun
+
+    def _hear(self, task: Any) -> None:
+        self._task = task
+        self._set_task(self.env.unwrapped, _as_tensors(task) if self._tasks is None else self._tasks[int(task)])
+
+    @property
+    def row_state(self) -> Any:
+        """The state of this row as plain data, or in words why it has none."""
+        try:
+            return {"task": self._task, "env": state_of(self.env)}
+        except NoStateError as error:
+            return str(error)
+
+    @row_state.setter
+    def row_state(self, state: dict[str, Any]) -> None:
+        # A task may have changed what is no part of the state, such as masses in MuJoCo's model.
+        if state["task"] is not None:
+            self._hear(state["task"])
+        put_state(self.env, state["env"])
 
 
 def _require_parts(function: str, returned: Any, names: str) -> None:
@@ -445,7 +523,7 @@ def _as_arrays(task: Tensor | TensorDictBase) -> np.ndarray | dict:
 
 
 def _row_of(task: np.ndarray | dict, row: int) -> np.ndarray | dict:
-    return {key: _row_of(value, row) for key, value in task.items()} if isinstance(task, dict) else task[row]
+    return {key: _row_of(value, row) for key, value in task.items()} if isinstance(task, dict) else np.array(task[row])
 
 
 def _as_tensors(task: np.ndarray | dict) -> Tensor | TensorDictBase:

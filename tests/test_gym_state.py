@@ -1,0 +1,162 @@
+"""Gymnasium's envs in checkpoints: in the middle of a trial a resumed run goes on as the unbroken one, or says why it cannot."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from runs import Run
+from torchrl.data import Unbounded
+from torchrl.envs import Compose, TransformedEnv
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUGaussianActor,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialCollector,
+)
+from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs.gym_state import NoStateError, put_state, state_of
+
+
+@pytest.mark.parametrize(
+    "env_id", ["CartPole-v1", "Pendulum-v1", "MountainCar-v0", "Acrobot-v1", "HalfCheetah-v5", "Ant-v5", "Reacher-v5"]
+)
+def test_an_env_goes_on_from_its_state_as_it_would_have(env_id):
+    pytest.importorskip("mujoco")
+    env, other = gymnasium.make(env_id), gymnasium.make(env_id)
+    env.reset(seed=1), other.reset(seed=5)
+    env.action_space.seed(0)
+    for _ in range(17):
+        env.step(env.action_space.sample())
+    put_state(other, state_of(env))
+    for _ in range(40):
+        action = env.action_space.sample()
+        ours, theirs = env.step(action), other.step(action)
+        assert np.array_equal(ours[0], theirs[0])
+        assert ours[1:4] == theirs[1:4]
+        if ours[2] or ours[3]:
+            assert np.array_equal(env.reset()[0], other.reset()[0])
+    assert np.array_equal(env.reset()[0], other.reset()[0])  # the random numbers, too
+
+
+class Counting(gymnasium.Env):
+    """Counts, in numbers of many types."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-9, 9, (1,)), gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self):
+        self.small, self.steps, self.seen = np.float32(0.1), [0], {"a": (1, np.zeros(2))}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.small = self.small * np.float32(1.5)
+        self.steps.append(self.steps[-1] + 1)
+        return np.array([self.np_random.normal()], np.float32), float(self.small), False, False, {}
+
+
+def test_values_come_back_with_their_types():
+    env, other = Counting(), Counting()
+    env.reset(seed=0), env.step(None)
+    put_state(other, state_of(env))
+    assert type(other.small) is np.float32
+    assert other.steps == [0, 1]
+    assert other.steps is not env.steps
+    assert other.seen["a"][1] is not env.seen["a"][1]
+    assert env.step(None)[0] == other.step(None)[0]
+
+
+class Remembering(Counting):
+    def get_state(self):
+        return {"small": float(self.small)}
+
+    def set_state(self, state):
+        self.small = np.float32(2 * state["small"])
+
+
+def test_an_env_may_say_its_state_itself():
+    env, other = Remembering(), Remembering()
+    env.engine = object()  # which nobody could save
+    put_state(other, state_of(env))
+    assert other.small == pytest.approx(0.2)
+
+
+def test_what_is_no_plain_data_is_named():
+    env = Counting()
+    env.seen["engine"] = object()
+    with pytest.raises(NoStateError, match=r"Counting.seen\['engine'\] is a object, which is no plain data"):
+        state_of(env)
+
+
+# ----------------------------------------------------------------- trainings
+def set_gravity(pendulum, task):
+    pendulum.g = task.item()
+
+
+def gravities(batch_size, generator):
+    return 5 + 10 * torch.rand(*batch_size, 1, generator=generator)
+
+
+class PendulumRun(Run):
+    """Batches of 9 steps of trials of 14: most end in the middle of an episode."""
+
+    def __init__(self, *, updates=6, vectorization="sync", engine=False, elsewhere=False):
+        torch.manual_seed(0)
+        torch.rand(99 * elsewhere)
+        self.sampler = TaskSampler(gravities, seed=1)
+        options = {"max_episode_steps": 7, "vectorization": vectorization}
+        env = with_engine if engine else "Pendulum-v1"
+        options = {"vectorization": vectorization} if engine else options
+        self.bandit = GymVectorEnv(env, 3, set_task=set_gravity, task_spec=Unbounded(1), seed=2, **options)
+        trials = TransformedEnv(self.bandit, Compose(Trial(episodes=2), self.sampler, PreviousStep()))
+        actor = GRUGaussianActor.from_env(trials, hidden_size=4)
+        critic = GRUValueHead.from_env(trials, hidden_size=4)
+        self.policy = ActorCritic(actor, critic)
+        self.update = PPOUpdate(RL2PPOLoss(actor, critic), bptt=3, epochs=2, minibatches=2, lr=1e-2)
+        sizes = {"frames_per_batch": 27, "total_frames": 27 * updates}
+        self.collector = TrialCollector(trials, self.policy, keep=self.update.in_keys, **sizes)
+
+
+def with_engine():
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=7)
+    env.unwrapped.engine = object()
+    return env
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_resumed_training_goes_on_in_mid_trial(vectorization, at_the_end, tmp_path):
+    whole = PendulumRun(vectorization=vectorization)
+    expected = whole.train()
+    folder, broken = tmp_path / "checkpoints", PendulumRun(vectorization=vectorization)
+    left = iter(range(2, -1, -1))
+    if at_the_end:  # TorchRL closes the envs after the last batch, and the checkpoint comes after that
+        broken = PendulumRun(vectorization=vectorization, updates=3)
+        broken.train(checkpoints=folder, checkpoint_interval=9)
+    else:
+        broken.train(checkpoints=folder, checkpoint_interval=1, stop=lambda _: next(left) == 0)
+    broken.collector.shutdown()
+    resumed = PendulumRun(vectorization=vectorization, elsewhere=True)
+    result = resumed.train(checkpoints=folder, checkpoint_interval=1, resume=True)
+    torch.testing.assert_close(
+        dict(resumed.update.loss.named_parameters()), dict(whole.update.loss.named_parameters()), rtol=0, atol=0
+    )
+    returns = [[row["train/trial_return"] for row in each.history] for each in (result, expected)]
+    assert returns[0] == pytest.approx(returns[1], abs=0, nan_ok=True)
+    for run in (whole, resumed):
+        run.collector.shutdown()
+
+
+def test_envs_that_cannot_be_saved_begin_new_trials_and_that_is_said(tmp_path, caplog):
+    run = PendulumRun(engine=True, updates=2)
+    run.train(checkpoints=tmp_path / "c", checkpoint_interval=1)
+    caplog.clear()
+    PendulumRun(engine=True, updates=3).train(checkpoints=tmp_path / "c", resume=True)
+    assert "PendulumEnv.engine is a object, which is no plain data" in caplog.text
