@@ -98,10 +98,10 @@ def train(
         checkpoints: folder for checkpoints, of one run at a time; the newest two are kept. What an earlier run left there is
             moved to a subfolder unless ``resume``, in the place of the run before that. None saves none.
         checkpoint_interval: updates between checkpoints; one more follows the end, a Ctrl-C or an error.
-        resume: go on from the newest checkpoint in ``checkpoints`` that is whole, if there is any. On envs whose whole state is
-            in the TensorDict and in ``get_extra_state`` (as `rl2_torchrl.envs.BernoulliBandit`) the run goes on as if
-            it had never stopped; with other envs, such as Gymnasium's, it begins new trials and the log says so. CSV files and
-            TensorBoard then hold each step once.
+        resume: go on from the newest checkpoint in ``checkpoints`` that is whole, if there is any. Where the env hands out its
+            state (a `TensorEnv`, a `GymVectorEnv` over envs of plain data) the run goes on as if it had never stopped, in the
+            middle of its trials; with other envs it begins new trials and the log says why. CSV files and TensorBoard then hold
+            each step once.
         resume_changes: settings that may be others than the run's, by the names that the error gives, such as
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
@@ -65,6 +66,10 @@ class GymVectorEnv(TensorEnv):
         seed: seed of the rows' seeds; None draws one from PyTorch's default generator.
         device: device of all tensors. Defaults to the CPU.
         **kwargs: of `gymnasium.make`, with an id.
+
+    A checkpoint holds the rows too, so that a resumed run goes on in the middle of an episode: their attributes, as far as these are
+    plain data, their random numbers, MuJoCo's simulation, or what an env's own ``get_state()`` returns and ``set_state(state)``
+    takes. An env that holds anything else begins new trials, and the log names it.
 
     Raises:
         ValueError: a vector env that resets in the next step, several ways for the task at once or half of one, no ``num_envs``,
@@ -337,7 +342,7 @@ class GymVectorEnv(TensorEnv):
                 return self.envs.get_attr("row_state")
             envs.call_async("row_state")
             return envs.call_wait(timeout=10)
-        except (gymnasium.error.Error, EOFError, OSError, multiprocessing.TimeoutError) as error:
+        except (ClosedEnvironmentError, AlreadyPendingCallError, EOFError, OSError, multiprocessing.TimeoutError) as error:
             return [f"the envs were closed in the middle of a step ({type(error).__name__})"]
 
     def _require_open(self) -> None:
