@@ -67,7 +67,6 @@ class GymVectorEnv(TensorEnv):
         device: device of all tensors. Defaults to the CPU.
         **kwargs: of `gymnasium.make`, with an id.
 
-
     A checkpoint holds the rows too, so that a resumed run goes on in the middle of an episode: their attributes, as far as these
     are plain data, their random numbers, MuJoCo's simulation, or what an env's own ``get_state()`` returns and
     ``set_state(state)`` takes. An env that holds anything else begins new trials, and the log names it.
@@ -343,7 +342,13 @@ class GymVectorEnv(TensorEnv):
                 return self.envs.get_attr("row_state")
             envs.call_async("row_state")
             return envs.call_wait(timeout=10)
-        except (ClosedEnvironmentError, AlreadyPendingCallError, EOFError, OSError, multiprocessing.TimeoutError) as error:
+        except (
+            ClosedEnvironmentError,
+            AlreadyPendingCallError,
+            EOFError,
+            OSError,
+            multiprocessing.TimeoutError,
+        ) as error:
             return [f"the envs were closed in the middle of a step ({type(error).__name__})"]
 
     def _require_open(self) -> None:
