@@ -1,16 +1,10 @@
 """`GraphedPass` and `gru_steps`, what they compute: on the CPU, where nothing is recorded (tests/test_cuda.py records)."""
 
-import copy
-import math
-
 import pytest
 import torch
 
-from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss, linear_decay
 from rl2_torchrl.modules.gru_sequence import _loop
 from rl2_torchrl.modules.gru_steps import gru_steps
-from rl2_torchrl.rollout.graph import GraphReplay
-from tests.test_update import collected
 
 ROWS, STEPS = 6, 5
 
@@ -20,7 +14,10 @@ def fused_cell(monkeypatch):
     """What PyTorch has for CUDA alone, by equations (3)-(7) of `torch.nn.GRU`'s page."""
 
     def cell(by_x, by_h, h, b_x, b_h):
-        (r, z, n), (by_r, by_z, by_n) = (by_x + (0 if b_x is None else b_x)).chunk(3, -1), (by_h + (0 if b_h is None else b_h)).chunk(3, -1)
+        (r, z, n), (by_r, by_z, by_n) = (
+            (by_x + (0 if b_x is None else b_x)).chunk(3, -1),
+            (by_h + (0 if b_h is None else b_h)).chunk(3, -1),
+        )
         r, z = (r + by_r).sigmoid(), (z + by_z).sigmoid()
         n = (n + r * by_n).tanh()
         return n + z * (h - n), torch.cat((r, z, n, h, by_n), -1)
@@ -31,8 +28,8 @@ def fused_cell(monkeypatch):
         d_r = d_n * by_n * r * (1 - r)
         return torch.cat((d_r, d_z, d_n), -1), torch.cat((d_r, d_z, d_n * r), -1), slope * z, None, None
 
-    monkeypatch.setattr(torch, "_thnn_fused_gru_cell", cell)
-    monkeypatch.setattr(torch, "_thnn_fused_gru_cell_backward", backward)
+    monkeypatch.setattr(torch.ops.aten, "_thnn_fused_gru_cell", cell)
+    monkeypatch.setattr(torch.ops.aten, "_thnn_fused_gru_cell_backward", backward)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -51,11 +48,3 @@ def test_steps_equal_the_loop(fused_cell, with_hidden, with_resets, with_bias):
         found.append([y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], slope)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
-
-
-def updates(**options):
-    """The same update by autograd and as a graph, on its own copies of the networks."""
-    torch.manual_seed(0)
-    loss = RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=8), GRUValueHead(5, hidden_size=8), entropy_bonus=True)
-    options = {"lr": 1e-2, "epochs": 3, "minibatches": 2, "shuffle": False, "max_grad_norm": 0.5, **options}
-    return [PPOUpdate(copy.deepcopy(loss), backend=backend, **options) for backend in ("autograd", "graph")]
