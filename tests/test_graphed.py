@@ -5,6 +5,7 @@ import torch
 
 from rl2_torchrl.modules.gru_sequence import _loop
 from rl2_torchrl.modules.gru_steps import gru_steps
+from rl2_torchrl.objectives.advantages import _accumulate, _accumulate_by_doubling
 
 ROWS, STEPS = 6, 5
 
@@ -48,3 +49,11 @@ def test_steps_equal_the_loop(fused_cell, with_hidden, with_resets, with_bias):
         found.append([y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], slope)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+def test_doubling_accumulates_what_steps_do(steps):
+    torch.manual_seed(0)
+    out, done = torch.randn(3, 2, steps, 1).double(), torch.rand(3, 2, steps, 1) < 0.1
+    expected = _accumulate(out.clone(), done, 0.9)
+    torch.testing.assert_close(_accumulate_by_doubling(out, done, 0.9), expected)

@@ -36,7 +36,7 @@ class _GRUSteps(torch.autograd.Function):
             saved.append(kept)
         ctx.save_for_backward(x, torch.stack(before), resets, w_ih, w_hh, *saved)
         ctx.has_bias = b_ih is not None
-        return torch.stack(after).transpose(0, 1)
+        return torch.stack(after, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -45,7 +45,9 @@ class _GRUSteps(torch.autograd.Function):
         d_hidden = torch.zeros_like(dy) if ctx.needs_input_grad[1] else None
         d_h, by_x, by_h = torch.zeros_like(before[0]), [], []
         for t in reversed(range(len(saved))):
-            d_x_gates, d_h_gates, d_h, *_ = torch.ops.aten._thnn_fused_gru_cell_backward(d_h + dy[:, t], saved[t], False)
+            d_x_gates, d_h_gates, d_h, *_ = torch.ops.aten._thnn_fused_gru_cell_backward(
+                d_h + dy[:, t], saved[t], False
+            )
             by_x.append(d_x_gates)
             by_h.append(d_h_gates)
             d_h.addmm_(d_h_gates, w_hh)
