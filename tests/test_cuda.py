@@ -28,6 +28,7 @@ from rl2_torchrl import (
     train,
 )
 from rl2_torchrl.envs import BernoulliBandit, PointRobot, goals_on_half_circle, uniform_means
+from rl2_torchrl.modules.gru_sequence import gru_sequence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -110,6 +111,23 @@ def test_an_update_is_that_of_the_cpu(core):
     assert (parameters_of(update) - before).abs().max() > 1e-2
     assert other.backend == "graph"
     assert ("one CUDA graph" in other.reason) == (not isinstance(core, LSTMCore)), other.reason
+
+
+@pytest.mark.parametrize(("rows", "units"), [(5, 20), (33, 70), (128, 256)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gru_steps_are_those_of_the_cpu(rows, units, with_bias):
+    torch.manual_seed(0)
+    gru = torch.nn.GRU(6, units, bias=with_bias)
+    weights = [*gru.parameters(), *([] if with_bias else [None, None])]
+    x, hidden, is_init = torch.randn(rows, 9, 6), torch.randn(rows, 9, units), torch.rand(rows, 9) < 0.2
+    slope, found = torch.randn(rows, 9, units), []
+    for device in ("cpu", CUDA):
+        leaves = [None if t is None else t.detach().to(device).requires_grad_() for t in (x, hidden, *weights)]
+        y = gru_sequence(*leaves[:2], is_init.to(device), *leaves[2:])
+        gradients = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], slope.to(device))
+        found.append([y, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other.cpu(), atol=2e-4, rtol=1e-4)
 
 
 def test_trials_that_begin_inside_chunks_are_recorded_too():

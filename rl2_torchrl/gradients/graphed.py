@@ -9,11 +9,11 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 
-from rl2_torchrl.gradients.part import State, entries_of
+from rl2_torchrl.gradients.part import State, entries_of, is_bare
 from rl2_torchrl.gradients.program import merge_losses
 from rl2_torchrl.rollout.graph import GraphReplay
 
-__all__ = ["GraphedPass", "why_not_graphed"]
+__all__ = ["GraphedPass", "why_not_graphed", "without_resets"]
 
 #: Whose modules do the same operations in every call, whatever Python's variables say.
 _KNOWN = ("rl2_torchrl.", "tensordict.", "torch.", "torchrl.")
@@ -129,6 +129,8 @@ def why_not_graphed(loss: nn.Module, optimizer: torch.optim.Optimizer) -> str | 
         return (
             f"what {', '.join(sorted(strangers))} does may depend on more than tensors, which a recording does not see"
         )
+    if not all(map(is_bare, loss.children())):
+        return "a recording would not run the hooks on modules of the loss"
     whole = [part.reason for part in loss.network_parts() if (part.reason or "").endswith("TensorDict")]
     if whole:
         return whole[0]

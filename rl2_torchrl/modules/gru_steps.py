@@ -18,11 +18,17 @@ def gru_steps(
     return _GRUSteps.apply(x, hidden, is_init, *weights)
 
 
+def _cell(gates: torch.Tensor, h: torch.Tensor, w_hh: torch.Tensor, b_hh: torch.Tensor | None):
+    """The next ``h`` ``[N, H]``, and what its gradient needs ``[N, 5 H]``; ``gates`` ``[N, 3 H]`` is ``x W_ih^T + b_ih``."""
+    by_h = h @ w_hh.t() if b_hh is None else torch.addmm(b_hh, h, w_hh.t())
+    return torch.ops.aten._thnn_fused_gru_cell(gates, by_h, h)
+
+
 class _GRUSteps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
         x = x.transpose(0, 1).contiguous()  # a step's rows side by side
-        gates = x @ w_ih.t()
+        gates = x @ w_ih.t() if b_ih is None else torch.addmm(b_ih, x.flatten(0, 1), w_ih.t()).unflatten(0, x.shape[:2])
         resets = None if is_init is None else is_init.bool().t().unsqueeze(-1)
         zeros = x.new_zeros(x.shape[1], w_hh.shape[1])
         h = zeros if hidden is None else hidden[:, 0].contiguous()
@@ -31,7 +37,7 @@ class _GRUSteps(torch.autograd.Function):
             if t and resets is not None:
                 h = torch.where(resets[t], zeros if hidden is None else hidden[:, t], h)
             before.append(h)
-            h, kept = torch.ops.aten._thnn_fused_gru_cell(gates[t], h @ w_hh.t(), h, b_ih, b_hh)
+            h, kept = _cell(gates[t], h, w_hh, b_hh)
             after.append(h)
             saved.append(kept)
         ctx.save_for_backward(x, torch.stack(before), resets, w_ih, w_hh, *saved)
@@ -43,11 +49,9 @@ class _GRUSteps(torch.autograd.Function):
     def backward(ctx, dy):
         x, before, resets, w_ih, w_hh, *saved = ctx.saved_tensors
         d_hidden = torch.zeros_like(dy) if ctx.needs_input_grad[1] else None
-        d_h, by_x, by_h = torch.zeros_like(before[0]), [], []
+        dy, d_h, by_x, by_h = dy.transpose(0, 1).contiguous(), torch.zeros_like(before[0]), [], []
         for t in reversed(range(len(saved))):
-            d_x_gates, d_h_gates, d_h, *_ = torch.ops.aten._thnn_fused_gru_cell_backward(
-                d_h + dy[:, t], saved[t], False
-            )
+            d_x_gates, d_h_gates, d_h, *_ = torch.ops.aten._thnn_fused_gru_cell_backward(d_h + dy[t], saved[t], False)
             by_x.append(d_x_gates)
             by_h.append(d_h_gates)
             d_h.addmm_(d_h_gates, w_hh)
