@@ -212,7 +212,7 @@ def device_busy(iteration: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     # The operations that launched a kernel count its time too.
-    kernels = [event for event in profile.key_averages() if event.device_type is DeviceType.CUDA]
+    kernels = [event for event in profile.key_averages() if event.device_type == DeviceType.CUDA]
     return sum(kernel.self_device_time_total for kernel in kernels) / 1e6 / seconds
 
 

@@ -152,7 +152,7 @@ def _module(
 
 def _ways(update: PPOUpdate) -> dict[NestedKey, Part]:
     """The parts that the update runs, by what they write; none where it runs the loss whole."""
-    parts = [] if update.backend == "autograd" else update.loss.network_parts()
+    parts = [] if update.backend in ("autograd", "graph") else update.loss.network_parts()
     return {key: part for part in parts for key in part.out_keys}
 
 
@@ -189,7 +189,9 @@ def _loss(update: PPOUpdate) -> Iterable[Described]:
     yield Described("loss", type(loss).__name__, f"{frozen:,} parameters frozen" if frozen else "", trained)
     # Other losses than RL2PPOLoss do not tell what they are made of.
     for term in loss.loss_terms() if hasattr(loss, "loss_terms") else ():
-        backend = "kernel" if hasattr(term, "with_gradients") and update.backend != "autograd" else "autograd"
+        backend = (
+            "kernel" if hasattr(term, "with_gradients") and update.backend not in ("autograd", "graph") else "autograd"
+        )
         reads = "reads " + ", ".join(map(_name, term.in_keys))
         yield Described("loss", type(term).__name__, reads, sum(p.numel() for p in term.parameters()), backend)
 

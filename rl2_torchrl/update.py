@@ -20,6 +20,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
+from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed, without_resets
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
@@ -78,8 +79,9 @@ class PPOUpdate:
         generator: generator of the shuffling.
         backend: how gradients are made. ``"parts"``: part by part, by kernels where a part brings its own gradient
             (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for tiny minibatches of small
-            networks under Adam. ``"autograd"``: by PyTorch through ``loss.forward``. ``"auto"``, the default, takes the fastest
-            that serves; one that is named raises where it cannot.
+            networks under Adam. ``"autograd"``: by PyTorch through ``loss.forward``. ``"graph"``: the same, recorded once as a CUDA
+            graph, and read back once a pass. ``"auto"``, the default, takes the fastest that serves; one that is named raises
+            where it cannot.
         process_group: processes that update together (data parallel), such as ``torch.distributed.group.WORLD``, each with a
             collector of its own. See below. Default: this process alone.
 
@@ -122,7 +124,7 @@ class PPOUpdate:
         entropy_schedule: Schedule | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         generator: torch.Generator | None = None,
-        backend: Literal["auto", "compiled", "parts", "autograd"] = "auto",
+        backend: Literal["auto", "compiled", "parts", "autograd", "graph"] = "auto",
         process_group: ProcessGroup | None = None,
     ):
         _check_loss(loss, entropy_schedule)
@@ -132,8 +134,8 @@ class PPOUpdate:
                 "process_group= is a part of it: leave that to TrialAdvantage(normalize=True), which sees the joint batch."
             )
         _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator)
-        if backend not in ("auto", "compiled", "parts", "autograd"):
-            raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts' or 'autograd'.")
+        if backend not in ("auto", "compiled", "parts", "autograd", "graph"):
+            raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts', 'autograd' or 'graph'.")
         self.loss = loss
         self.advantage = _with_stand_in(TrialAdvantage() if advantage is None else advantage, loss)
         self.bptt, self.shuffle = None if bptt is None else _count("bptt", bptt), shuffle
@@ -151,6 +153,7 @@ class PPOUpdate:
         self._device, self._named = self._parameters[0].device, backend
         how = {"shuffle": shuffle, "device": self._device, "generator": generator, "learners": self._learners}
         self._chunks = Minibatches(self.minibatches, **how)
+        self._graphed = GraphedPass(loss, self.optimizer)
         self.backend, self.reason = self._choose()
 
     def __call__(self, batch: TensorDictBase, progress: float = 0.0) -> dict[str, float]:
@@ -176,7 +179,7 @@ class PPOUpdate:
                 _require_finite(metrics, f"epoch {epoch}, minibatch {number}")
                 if from_zeros and not totals:
                     _require_replay(metrics["max_ratio"])
-                if self.backend != "compiled":  # whose steps have been taken
+                if self.backend not in ("compiled", "graph"):  # whose steps have been taken
                     self.optimizer.step()
                 kls.append(metrics.get("kl_approx", math.nan))
                 for name, value in metrics.items():
@@ -256,7 +259,11 @@ class PPOUpdate:
         if self._named == "autograd":
             return "autograd", "it was asked for"
         refusal = _why_not_parts(self.loss)
-        if refusal is None and self._named != "parts" and self._device.type != "cpu":
+        if refusal is None and (self._named == "graph" or (self._named == "auto" and self._device.type == "cuda")):
+            refusal = self._joins() or why_not_graphed(self.loss, self.optimizer)
+            if refusal is None:
+                return "graph", self._how_graphed()
+        elif refusal is None and self._named != "parts" and self._device.type != "cpu":
             refusal = f"there are no kernels on {self._device}"
         if refusal is not None:
             if self._named != "auto":
@@ -273,9 +280,11 @@ class PPOUpdate:
         self.backend, self.reason = self._choose()
         if self.backend == "autograd":
             return lambda: map(self._by_autograd, self._chunks.entries())
+        if self.backend == "graph":
+            return self._graph_pass(from_zeros)
         program = Program(self.loss)
         given = (program, self.optimizer, self._chunks.chunks, self._chunks.rows)
-        refusal = "it was asked for" if self._named == "parts" else self._why_not_compiled(given)
+        refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
         if refusal is not None:
             if self._named == "compiled":
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
@@ -286,10 +295,28 @@ class PPOUpdate:
         self.backend, self.reason = "compiled", f"minibatches of {steps} steps, one GRU and one layer a network, Adam"
         return lambda: compiled.run(self._chunks.order())
 
-    def _why_not_compiled(self, given: tuple) -> str | None:
-        if self._learners.size > 1:
-            return "several processes join their gradients after each minibatch"
-        return why_not_compiled(*given)
+    def _joins(self) -> str | None:
+        """Why a pass cannot run by itself, in words; None where it can."""
+        return "several processes join their gradients after each minibatch" if self._learners.size > 1 else None
+
+    def _graph_pass(self, from_zeros: bool) -> Callable[[], Iterable[Metrics]]:
+        """What `_way` gives for the backend of that name; the ratios are looked at before the first step."""
+        checks, silent = iter([_require_replay] if from_zeros else []), without_resets(self._chunks.chunks)
+
+        def one_pass() -> Iterable[Metrics]:
+            minibatches = ({k: e for k, e in entries.items() if k not in silent} for entries in self._chunks.entries())
+            yield from self._graphed.run(minibatches, self.max_grad_norm, next(checks, None))
+            self.reason = self._how_graphed()
+
+        return one_pass
+
+    def _how_graphed(self) -> str:
+        if self._device.type != "cuda":
+            return f"it was asked for, though there is nothing to record on {self._device}"
+        refusal = self._graphed.refusal
+        return (
+            "a minibatch's gradients are one CUDA graph" if refusal is None else f"launched kernel by kernel: {refusal}"
+        )
 
     def _by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
         losses = self.loss(TensorDict(entries, next(iter(entries.values())).shape[:2]))

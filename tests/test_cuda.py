@@ -24,9 +24,11 @@ from rl2_torchrl import (
     TrialCollector,
     adaptation_curve,
     check_training,
+    linear_decay,
     train,
 )
 from rl2_torchrl.envs import BernoulliBandit, PointRobot, goals_on_half_circle, uniform_means
+from rl2_torchrl.modules.gru_sequence import gru_sequence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -41,19 +43,29 @@ def bandit_env(device, rows=ROWS, pulls=PULLS, *, task_seed=1):
     )
 
 
-def composed(device, *, core=None, keep=True, total_frames=-1, exploration_type=ExplorationType.RANDOM, **options):
+def composed(
+    device,
+    *,
+    core=None,
+    pulls=PULLS,
+    dtype=None,
+    keep=True,
+    total_frames=-1,
+    exploration_type=ExplorationType.RANDOM,
+    **options,
+):
     """Collector and update of a small bandit agent, networks the same on every device."""
     torch.manual_seed(0)
-    env = bandit_env("cpu")
+    env = bandit_env("cpu", pulls=pulls)
     slots = {"hidden_size": 8} if core is None else {"core": copy.deepcopy(core)}
     actor = GRUCategoricalActor.from_env(env, **slots)
     critic = GRUValueHead.from_env(env, hidden_size=8)
-    policy = ActorCritic(actor, critic).to(device)
-    loss = RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True).to(device)
+    policy = ActorCritic(actor, critic).to(device).to(dtype)
+    loss = RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True).to(device).to(dtype)
     advantage = TrialAdvantage(gamma=0.99, lmbda=0.9, value_target="gae")
     update = PPOUpdate(loss, advantage, lr=1e-2, **{"epochs": 2, "minibatches": 2, "shuffle": False, **options})
     collector = TrialCollector(
-        bandit_env(device),
+        bandit_env(device, pulls=pulls),
         policy,
         keep=update.in_keys if keep else None,
         frames_per_batch=ROWS * PULLS,
@@ -61,6 +73,13 @@ def composed(device, *, core=None, keep=True, total_frames=-1, exploration_type=
         exploration_type=exploration_type,
     )
     return collector, update
+
+
+def moved(update, **options):
+    """The same update on a CUDA device, of its own copy of the networks."""
+    advantage = TrialAdvantage(gamma=0.99, lmbda=0.9, value_target="gae")
+    options = {"lr": 1e-2, "epochs": 2, "minibatches": 2, "shuffle": False, **options}
+    return PPOUpdate(copy.deepcopy(update.loss).to(CUDA), advantage, **options)
 
 
 class Stop:
@@ -80,22 +99,59 @@ def parameters_of(update):
 
 @pytest.mark.parametrize("core", [None, GRUCore(ARMS + 2, 8, num_layers=2), LSTMCore(ARMS + 2, 8)])
 def test_an_update_is_that_of_the_cpu(core):
-    collector, update = composed("cpu", core=core)
-    on_cuda = copy.deepcopy(update.loss).to(CUDA)
-    other = PPOUpdate(
-        on_cuda,
-        TrialAdvantage(gamma=0.99, lmbda=0.9, value_target="gae"),
-        lr=1e-2,
-        epochs=2,
-        minibatches=2,
-        shuffle=False,
-    )
+    """In float64: Adam makes large steps of what float32 rounds off."""
+    options = {"entropy_schedule": linear_decay, "lr_schedule": linear_decay, "max_grad_norm": 0.5}
+    collector, update = composed("cpu", core=core, dtype=torch.float64, **options)
+    other = moved(update, **options)
     before = parameters_of(update)
-    for batch, _ in zip(collector, range(3), strict=False):
-        metrics = update(batch.clone()), other(batch.clone().to(CUDA))
-        assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-4)
-    torch.testing.assert_close(parameters_of(update), parameters_of(other), atol=2e-4, rtol=0)
+    for number, batch in zip(range(4), collector, strict=False):
+        metrics = [u(b, number / 4) for u, b in ((update, batch.clone()), (other, batch.clone().to(CUDA)))]
+        assert metrics[0] == pytest.approx(metrics[1], abs=1e-9)
+    torch.testing.assert_close(parameters_of(update), parameters_of(other), atol=1e-8, rtol=0)
     assert (parameters_of(update) - before).abs().max() > 1e-2
+    assert other.backend == "graph"
+    assert ("one CUDA graph" in other.reason) == (not isinstance(core, LSTMCore)), other.reason
+
+
+@pytest.mark.parametrize(("rows", "units"), [(5, 20), (33, 70), (128, 256)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gru_steps_are_those_of_the_cpu(rows, units, with_bias):
+    torch.manual_seed(0)
+    gru = torch.nn.GRU(6, units, bias=with_bias)
+    weights = [*gru.parameters(), *([] if with_bias else [None, None])]
+    x, hidden, is_init = torch.randn(rows, 9, 6), torch.randn(rows, 9, units), torch.rand(rows, 9) < 0.2
+    slope, found = torch.randn(rows, 9, units), []
+    for device in ("cpu", CUDA):
+        leaves = [None if t is None else t.detach().to(device).requires_grad_() for t in (x, hidden, *weights)]
+        y = gru_sequence(*leaves[:2], is_init.to(device), *leaves[2:])
+        gradients = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], slope.to(device))
+        found.append([y, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other.cpu(), atol=2e-4, rtol=1e-4)
+
+
+def test_trials_that_begin_inside_chunks_are_recorded_too():
+    collector, update = composed("cpu", dtype=torch.float64, pulls=PULLS // 3)
+    other = moved(update)
+    for batch, _ in zip(collector, range(3), strict=False):
+        assert batch["is_init"][:, 1:].any()
+        update(batch.clone()), other(batch.clone().to(CUDA))
+    torch.testing.assert_close(parameters_of(update), parameters_of(other), atol=1e-8, rtol=0)
+    assert "one CUDA graph" in other.reason
+
+
+def test_a_replayed_minibatch_that_is_not_finite_changes_nothing():
+    collector, update = composed("cpu", dtype=torch.float64)
+    other = moved(update)
+    for number, batch in zip(range(3), collector, strict=False):
+        if number == 2:
+            batch["action_log_prob"][ROWS - 1] = torch.nan
+            for u, b in ((update, batch), (other, batch.to(CUDA))):
+                with pytest.raises(FloatingPointError, match="epoch 0, minibatch 1"):
+                    u(b)
+        else:
+            update(batch.clone()), other(batch.clone().to(CUDA))
+    torch.testing.assert_close(parameters_of(update), parameters_of(other), atol=1e-8, rtol=0)
 
 
 def test_trials_replay_and_every_check_holds():

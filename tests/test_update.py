@@ -2,7 +2,7 @@
 
 import copy
 import math
-from functools import partial
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from rl2_torchrl import (
     linear_decay,
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.gradients.graphed import why_not_graphed
 
 
 def make_loss(**kwargs):
@@ -59,14 +60,22 @@ def make_batch(rows=4, steps=6):
     return TensorDict(entries, [rows, steps])
 
 
-@pytest.fixture(autouse=True, params=["compiled", "parts", "autograd"])
+@pytest.fixture(autouse=True, params=["compiled", "parts", "autograd", "graph"])
 def way(request, monkeypatch):
-    """Every test with compiled passes and with gradients part by part, where they serve, and with autograd's."""
+    """Every test with compiled passes, with gradients part by part and as on a CUDA device, where they serve; with autograd's."""
+    if request.param == "graph":
+        monkeypatch.setattr(PPOUpdate, "_choose", partialmethod(_choose_graph, PPOUpdate._choose))
     if request.param == "parts":
         monkeypatch.setattr("rl2_torchrl.update.why_not_compiled", lambda *_: "not here")
     if request.param == "autograd":
         monkeypatch.setattr("rl2_torchrl.update._why_not_parts", lambda _: "not here")
     return request.param
+
+
+def _choose_graph(update, choose):
+    backend, reason = choose(update)
+    serves = update._named == "auto" and backend == "parts" and why_not_graphed(update.loss, update.optimizer) is None
+    return ("graph", "as on a device") if serves else (backend, reason)
 
 
 class Seen:
@@ -508,7 +517,7 @@ def test_the_batchs_last_step_is_bootstrapped_by_terminated_not_by_done():
 
 def test_the_way_that_is_taken_is_said(way):
     update = PPOUpdate(make_loss(), epochs=1, minibatches=2)
-    assert update.backend == ("autograd" if way == "autograd" else "parts")
+    assert update.backend == (way if way in ("autograd", "graph") else "parts")
     update(make_batch())
     assert update.backend == (way if kernels.load(torch.float32) is not None else update.backend)
     assert update.reason

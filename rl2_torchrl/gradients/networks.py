@@ -58,7 +58,7 @@ def _part(module: TensorDictModuleBase) -> Part:
     # Of the class: a TensorDictModule passes on what its inner module has.
     if hasattr(type(module), "sequence"):
         own = _own_gradient(module)
-        function, optional, why = on_entries(module.sequence), in_keys[1:-1], "brings no gradient of its own"
+        function, optional, why = on_entries(module.sequence), in_keys[1:], "brings no gradient of its own"
     elif is_function(module):
         function = speaker = module.module
         own = _own_gradient(function, in_keys, out_keys)

@@ -126,11 +126,15 @@ def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[Nest
 
 
 def on_entries(sequence: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A core's ``sequence(x, memory, is_init)`` as a function of its entries ``x, *memory, is_init`` ``[N, T, ...]``."""
+    """A core's ``sequence(x, memory, is_init)`` as a function of its entries ``x, *memory, is_init`` ``[N, T, ...]``.
+
+    An ``is_init`` of None says that no trial starts after the first step.
+    """
 
     def run(x: torch.Tensor, *memory_and_init: torch.Tensor | None) -> torch.Tensor:
         *memory, is_init = memory_and_init
-        return sequence(x, None if any(m is None for m in memory) else tuple(memory), is_init.squeeze(-1))
+        is_init = None if is_init is None else is_init.squeeze(-1)
+        return sequence(x, None if any(m is None for m in memory) else tuple(memory), is_init)
 
     return run
 

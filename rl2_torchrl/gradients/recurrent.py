@@ -22,12 +22,12 @@ class GRUPart(AutogradPart):
         gru: the layers.
         sequence: the same under autograd, ``(x, memory, is_init) -> features``, which takes data that the kernels do not.
         in_keys: entries of the input ``[N, T, input_size]``, of the hidden state ``[N, T, num_layers, hidden_size]``, which may
-            be missing, and of ``is_init`` ``[N, T, 1]``.
+            be missing, and of ``is_init`` ``[N, T, 1]``, without which no trial starts after the first step.
         out_key: entry of the last layer's output ``[N, T, hidden_size]``.
     """
 
     def __init__(self, gru: nn.GRU, sequence: Callable[..., torch.Tensor], in_keys: Sequence[NestedKey], out_key):
-        super().__init__(on_entries(sequence), in_keys, [out_key], parameters=gru.parameters(), optional=[in_keys[1]])
+        super().__init__(on_entries(sequence), in_keys, [out_key], parameters=gru.parameters(), optional=in_keys[1:])
         self.layers = [_Layer([getattr(gru, name) for name in names]) for names in gru._all_weights]
         self.inputs, self.units = gru.input_size, gru.hidden_size
 
@@ -43,7 +43,7 @@ class GRUPart(AutogradPart):
         if not self._by_kernels:
             super().forward(state)
             return
-        self._is_init = as_bytes(is_init.squeeze(-1))
+        self._is_init = None if is_init is None else as_bytes(is_init.squeeze(-1))
         for number, layer in enumerate(self.layers):
             x = layer.forward(x, None if hidden is None else hidden[:, :, number], self._is_init)
         state[self.out_keys[0]] = x

@@ -24,9 +24,10 @@ class FastGRUModule(RecurrentCore, GRUModule):
     """A drop-in for `torchrl.modules.GRUModule`: same arguments, keys, primer, ``state_dict`` and numbers, faster on the CPU.
 
     Whole sequences, resets included, run in one compiled function with one back-propagation through time of its own, in place of
-    splitting and padding trajectories. What that does not cover is left to PyTorch or TorchRL: other devices and dtypes than
-    float32 and float64 on the CPU, ``dropout``, ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``,
-    ``torch.compile`` and ``vmap``, or a machine without a C compiler. It is a `RecurrentCore`, whose memory is
+    splitting and padding trajectories. On a CUDA device they are launched step by step, and need no host. What that does not cover
+    is left to PyTorch or TorchRL: other devices, and other dtypes than float32 and float64 on the CPU, ``dropout``,
+    ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine
+    without a C compiler. It is a `RecurrentCore`, whose memory is
     ``[*B, num_layers, hidden_size]``; inputs of another dtype than the weights' are converted.
 
     Args:
@@ -90,7 +91,7 @@ class FastGRUModule(RecurrentCore, GRUModule):
             return tuple(map(GRUModule.forward(self, out).get, self.out_keys))
 
     def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
-        if self._is_covered():
+        if self._is_covered() or (self._is_plain() and x.is_cuda and len(x)):
             x, memory = self._converted(x, memory)
             return self._layers(x, memory and memory[0], is_init)[-1]
         return super().sequence(x, memory, is_init)

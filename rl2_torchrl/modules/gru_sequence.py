@@ -8,6 +8,7 @@ import torch
 
 from rl2_torchrl import kernels
 from rl2_torchrl.modules.functions import require_tensor, unit_stride
+from rl2_torchrl.modules.gru_steps import gru_steps
 
 __all__ = [
     *("Workspace", "as_bytes", "backward_in_place", "forward_saving", "gru_sequence", "input_gradient", "pack_weights"),
@@ -29,12 +30,14 @@ def gru_sequence(
     ``h_t = GRU(x_t, h_{t-1})``; ``h_{t-1}`` is ``hidden[:, t]`` (None: 0) at the first step and where ``is_init`` ``[N, T]`` is set
     (None: nowhere else). ``x`` ``[N, T, I]`` and ``hidden`` ``[N, T, H]`` are converted to the weights' dtype. The gradient is
     back-propagation through time in one pass; the weights' gradients are single matrix products over all steps.
-    Without compiled kernels for the device and dtype, and for one step of few rows of many units, it is a loop of PyTorch's
-    operations.
+    On a CUDA device it goes step by step (`gru_steps`). Elsewhere, without compiled kernels for the device and dtype, and for one
+    step of few rows of many units, it is a loop of PyTorch's operations.
     """
     weights = (w_ih, w_hh, b_ih, b_hh)
     require_weights(*weights)
     x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
+    if w_hh.is_cuda:
+        return gru_steps(x, hidden, is_init, *weights)
     # The kernels read packed weights. For one step of few rows, packing large ones costs more than the step.
     # Not asked of what is compiled or exported, which would keep to this number of rows.
     if not kernels.covers(w_hh) or not len(x) or (x.shape[1] == 1 and len(x) < 48 and w_hh.shape[1] >= 128):

@@ -172,9 +172,22 @@ def _accumulate(out: torch.Tensor, done: torch.Tensor, discount: float) -> torch
 
     As TorchRL's `generalized_advantage_estimate`, which makes ten tensors of the batch's size, in the memory of ``out``.
     """
+    if not out.is_cpu:
+        return _accumulate_by_doubling(out, done, discount)
     steps, ends = out.unbind(-2), done.unbind(-2)
     for t in range(len(steps) - 2, -1, -1):
         steps[t].add_(steps[t + 1].masked_fill(ends[t], 0.0), alpha=discount)
+    return out
+
+
+def _accumulate_by_doubling(out: torch.Tensor, done: torch.Tensor, discount: float) -> torch.Tensor:
+    """`_accumulate` of all steps at once over 1, 2, 4, … steps (Hillis & Steele 1986): a device waits for launches."""
+    factor, steps, shift = torch.where(done, 0.0, torch.full_like(out, discount)), out.shape[-2], 1
+    while shift < steps:
+        near, far = slice(0, steps - shift), slice(shift, steps)
+        out[..., near, :] = torch.addcmul(out[..., near, :], factor[..., near, :], out[..., far, :])
+        factor[..., near, :] = factor[..., near, :] * factor[..., far, :]
+        shift *= 2
     return out
 
 

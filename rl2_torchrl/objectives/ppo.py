@@ -16,7 +16,7 @@ from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, w
 from rl2_torchrl.gradients.part import entries_of, has_hooks
 from rl2_torchrl.gradients.program import merge_losses
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError
+from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
 
@@ -139,9 +139,9 @@ class RL2PPOLoss(ClipPPOLoss):
         keys = self.tensor_keys
         terms: list[nn.Module] = [ClippedObjective(*self.clip_bounds, keys.sample_log_prob, keys.advantage)]
         if self.entropy_bonus:
-            terms.append(EntropyBonus(float(self.entropy_coeff)))
+            terms.append(EntropyBonus(as_number(self.entropy_coeff)))
         if self.has_critic:
-            terms.append(SquaredError(float(self.critic_coeff), keys.value, keys.value_target))
+            terms.append(SquaredError(as_number(self.critic_coeff), keys.value, keys.value_target))
         return [*terms, *self.terms]
 
     # --------------------------------------------------------------- forward
@@ -169,6 +169,8 @@ class RL2PPOLoss(ClipPPOLoss):
     def _check_data(self, tensordict: TensorDictBase) -> None:
         if not self._is_recurrent:
             return
+        if "is_init" in self.actor_network.in_keys and "is_init" not in tensordict.keys():
+            raise KeyError("no 'is_init' in the data, which says where a trial, and the memory with it, starts anew.")
         if tensordict.ndim < 2:
             raise ValueError(
                 f"the data are single steps {list(tensordict.shape)}, but the actor has a memory: it is trained on sequences "
@@ -204,9 +206,9 @@ class RL2PPOLoss(ClipPPOLoss):
         return self._has_critic
 
     @property
-    def clip_bounds(self) -> tuple[float, float]:
-        """Logarithms of the lowest and the highest ratio."""
-        low, high = map(float, self._clip_bounds)
+    def clip_bounds(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+        """Logarithms of the lowest and the highest ratio; on a device as they are, for a recording that follows them."""
+        low, high = map(as_number, self._clip_bounds)
         return low, high
 
     def _set_precision(self, clip_epsilon, critic_coeff, entropy_coeff) -> None:

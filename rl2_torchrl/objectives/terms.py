@@ -157,5 +157,6 @@ class EntropyBonus(OwnGradient):
 
     def with_gradients(self, entropy):
         mean = as_number(entropy.mean())
-        slope = torch.full_like(entropy, -self.coefficient / entropy.numel(), memory_format=torch.contiguous_format)
+        slope = torch.empty_like(entropy, memory_format=torch.contiguous_format)
+        slope.fill_(-self.coefficient / entropy.numel())
         return {"loss_entropy": -self.coefficient * mean, "entropy": mean}, (slope,)

@@ -1,0 +1,145 @@
+"""`GraphedPass`: on a CUDA device a minibatch's losses, gradients and clipping as one CUDA graph, read back once a pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from tensordict import NestedKey
+from torch import nn
+
+from rl2_torchrl.gradients.part import State, entries_of, is_bare
+from rl2_torchrl.gradients.program import merge_losses
+from rl2_torchrl.rollout.graph import GraphReplay
+
+__all__ = ["GraphedPass", "why_not_graphed", "without_resets"]
+
+#: Whose modules do the same operations in every call, whatever Python's variables say.
+_KNOWN = ("rl2_torchrl.", "tensordict.", "torch.", "torchrl.")
+
+
+class GraphedPass:
+    """A pass of minibatch steps for which the host only launches: what it reads of them, it reads when all are on their way.
+
+    Where a gradient is not finite, the optimizer takes no step on that minibatch nor on any later one of the pass.
+
+    Args:
+        loss: what is minimised; `why_not_graphed` finds nothing against it.
+        optimizer: a fused one, which skips a step when a number on the device says so.
+    """
+
+    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
+        self.loss, self.optimizer = loss, optimizer
+        self._minibatches: dict[object, _Minibatch] = {}
+        self._layout: object = None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why a minibatch could not be recorded, so that each is launched kernel by kernel; None where all are graphs."""
+        return next((m.refusal for m in self._minibatches.values() if m.refusal), None)
+
+    def run(
+        self,
+        minibatches: Iterable[State],
+        max_grad_norm: float | None,
+        check: Callable[[torch.Tensor], None] | None = None,
+    ) -> Iterator[dict[str, float]]:
+        """Takes a step on each of ``minibatches``, then gives the metrics of each.
+
+        ``check`` is called with the largest ratio of the first minibatch, before its step.
+        """
+        self._forget_what_changed(max_grad_norm)
+        figures, finite = [], None
+        try:
+            for entries in minibatches:
+                minibatch = self._minibatch(entries, max_grad_norm)
+                minibatch(entries)
+                if check is not None and not figures:
+                    check(minibatch.figures["max_ratio"])
+                is_finite = minibatch.figures["grad_norm"].isfinite()
+                finite = is_finite if finite is None else finite & is_finite
+                self.optimizer.found_inf = (~finite).float()
+                self.optimizer.step()
+                figures.append((list(minibatch.figures), torch.stack(list(minibatch.figures.values()))))
+        finally:
+            vars(self.optimizer).pop("found_inf", None)
+        rows = torch.stack([values for _, values in figures]).tolist()
+        yield from (dict(zip(names, row, strict=True)) for (names, _), row in zip(figures, rows, strict=True))
+
+    def _minibatch(self, entries: State, max_grad_norm: float | None) -> _Minibatch:
+        layout = tuple((key, entry.shape, entry.dtype) for key, entry in entries.items())
+        if layout not in self._minibatches:
+            self._minibatches[layout] = _Minibatch(self.loss, entries, max_grad_norm)
+        return self._minibatches[layout]
+
+    def _forget_what_changed(self, max_grad_norm: float | None) -> None:
+        """Recordings know the memory of tensors, not what else Python has changed since."""
+        loss, modules = self.loss, list(self.loss.modules())
+        tensors = [(t.data_ptr(), t.dtype, t.requires_grad) for t in (*loss.parameters(), *loss.buffers())]
+        state = [(id(module), module.training) for module in modules]
+        settings = (loss.entropy_bonus, repr(loss.tensor_keys), max_grad_norm, torch.get_float32_matmul_precision())
+        layout = (tensors, state, settings)
+        if layout != self._layout:
+            self._layout, self._minibatches = layout, {}
+
+
+class _Minibatch:
+    """Losses, gradients and clipping of minibatches of one layout; the gradients become the parameters' ``grad``."""
+
+    def __init__(self, loss: nn.Module, entries: State, max_grad_norm: float | None):
+        self.loss, self.max_norm = loss, max_grad_norm or math.inf
+        self.parameters = [p for p in loss.parameters() if p.requires_grad]
+        self.entries = {key: entry.clone() for key, entry in entries.items()}
+        self.figures: dict[str, torch.Tensor] = {}
+        self.refusal: str | None = None
+        self._run: Callable[[], object] = GraphReplay(self._work, self.parameters[0].device)
+        self._run()  # the first call sets libraries up, and what is wrong with the data is said
+        try:
+            self._run()
+        except RuntimeError as error:
+            self.refusal, self._run = str(error).partition("\n")[0], self._work
+
+    def __call__(self, entries: State) -> None:
+        for key, entry in entries.items():
+            self.entries[key].copy_(entry)
+        self._run()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+
+    def _work(self) -> None:
+        state, losses = dict(self.entries), {}
+        for part in self.loss.network_parts():
+            part.run(state)
+        for term in self.loss.loss_terms():
+            merge_losses(losses, term(*entries_of(state, term.in_keys)))
+        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        self.gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        scalars = {name: value.detach() for name, value in losses.items() if value.ndim == 0}
+        self.figures = {"loss": total.detach(), **scalars, "grad_norm": norm}
+
+
+def why_not_graphed(loss: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """Why minibatches of ``loss``, which is made of parts, are no CUDA graph, in words; None if they are worth a try."""
+    strangers = {type(m).__name__ for m in loss.modules() if not type(m).__module__.startswith(_KNOWN)}
+    if strangers:
+        return (
+            f"what {', '.join(sorted(strangers))} does may depend on more than tensors, which a recording does not see"
+        )
+    if not all(map(is_bare, loss.children())):
+        return "a recording would not run the hooks on modules of the loss"
+    whole = [part.reason for part in loss.network_parts() if (part.reason or "").endswith("TensorDict")]
+    if whole:
+        return whole[0]
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return f"{type(optimizer).__name__} cannot skip a step on a broken gradient: its fused=True can"
+    return None
+
+
+def without_resets(chunks: dict[NestedKey, torch.Tensor]) -> set[NestedKey]:
+    """``is_init``, if it says nothing: no chunk of ``[num_chunks, bptt]`` has a trial that starts after its first step."""
+    starts = chunks.get("is_init")
+    return {"is_init"} if starts is not None and not bool(starts[:, 1:].any()) else set()
