@@ -95,6 +95,25 @@ def test_what_is_no_plain_data_is_named():
         state_of(env)
 
 
+def set_mass(pendulum, task):
+    pendulum.model.body_mass[-1] = task.item()  # of MuJoCo's model, which is no part of the state
+
+
+def test_what_a_task_has_changed_in_the_model_is_changed_again():
+    pytest.importorskip("mujoco")
+    envs = [
+        GymVectorEnv("InvertedPendulum-v5", 2, set_task=set_mass, task_spec=Unbounded(1), seed=seed) for seed in (0, 1)
+    ]
+    masses = torch.tensor([[1.0], [40.0]])
+    envs[0].start(masses)
+    envs[1].set_extra_state(envs[0].get_extra_state())
+    envs[1].envs.envs[0].unwrapped.model.body_mass[-1] = 7.0  # as in an env that has played something else since
+    envs[1].set_extra_state(envs[0].get_extra_state())
+    for env in envs:
+        assert [row.unwrapped.model.body_mass[-1] for row in env.envs.envs] == masses.flatten().tolist()
+        env.close()
+
+
 # ----------------------------------------------------------------- trainings
 def set_gravity(pendulum, task):
     pendulum.g = task.item()
