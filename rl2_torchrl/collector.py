@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl import torchrl_logger
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
 from rl2_torchrl.quiet import quiet_torchrl
@@ -179,9 +179,21 @@ def why_no_rollout_state(collector: BaseCollector) -> str | None:
     base = _base_env(collector)
     if base is None:
         return "the collector's envs are in other processes"
-    if type(base).get_extra_state is nn.Module.get_extra_state:
-        return f"{type(base).__name__} does not hand out its state (get_extra_state)"
-    why_no_state = getattr(base, "why_no_state", None)
+    return _why_no_state(base)
+
+
+def _why_no_state(env: EnvBase) -> str | None:
+    """As `why_no_rollout_state`, of an env without its transforms."""
+    if isinstance(env, SerialEnv):
+        if env.is_closed:
+            return "the SerialEnv has closed its envs, as it does after the last batch"
+        reasons = (_why_no_state(each) for each in env._envs)
+        return next((reason for reason in reasons if reason is not None), None)
+    if isinstance(env, TransformedEnv):
+        return "a TransformedEnv hands out its transforms' state alone: put the transforms around the SerialEnv"
+    if type(env).get_extra_state is nn.Module.get_extra_state:
+        return f"{type(env).__name__} does not hand out its state (get_extra_state)"
+    why_no_state = getattr(env, "why_no_state", None)
     return None if why_no_state is None else why_no_state()
 
 

@@ -9,9 +9,12 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
+
+from rl2_torchrl.envs.gym_state import NoStateError, put_state, state_of
+from rl2_torchrl.storage import from_bytes, to_bytes
 
 __all__ = ["GymTaskEnv"]
 
@@ -32,6 +35,9 @@ class GymTaskEnv(GymEnv):
             batch dimensions, before every reset that brings a task.
         task_spec: TorchRL spec of one task.
         **kwargs: passed on to `GymEnv`; those of `gymnasium.make`, such as ``max_episode_steps``, with an id alone.
+
+    A checkpoint holds the env as it holds those of `GymVectorEnv`, alone or several in a `torchrl.envs.SerialEnv`: a resumed run
+    goes on in the middle of an episode, unless the env holds what is no plain data, which the log names.
 
     Raises:
         TypeError: ``env`` is none of these, or options of `gymnasium.make` with an env that is made already.
@@ -61,6 +67,7 @@ class GymTaskEnv(GymEnv):
     ):
         super().__init__(env, **kwargs)
         self._set_task = set_task
+        self._task: torch.Tensor | TensorDictBase | None = None  # the last one that `set_task` was given
         self.state_spec = Composite(task=task_spec.to(self.device), shape=self.batch_size, device=self.device)
 
     def _build_env(self, env_name: str | gymnasium.Env | Callable[[], gymnasium.Env], **kwargs) -> gymnasium.Env:
@@ -88,5 +95,38 @@ class GymTaskEnv(GymEnv):
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
         if tensordict is not None and "task" in tensordict.keys():
-            self._set_task(self._env.unwrapped, tensordict["task"])
+            self._hear(tensordict["task"].clone())
         return super()._reset(tensordict, **kwargs)
+
+    def _hear(self, task: torch.Tensor | TensorDictBase) -> None:
+        self._task = task
+        self._set_task(self._env.unwrapped, task)
+
+    # ------------------------------------------------------------- checkpoints
+    def why_no_state(self) -> str | None:
+        """Why a resumed run begins new trials, in words; None where the env hands out its state (`gym_state`)."""
+        state = self._env_state()
+        return state if isinstance(state, str) else None
+
+    def _env_state(self) -> list[dict[str, Any]] | str:
+        """The env as plain data, or in words why it has no state."""
+        try:
+            return state_of(self._env)
+        except NoStateError as error:
+            return str(error)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The task, and the env itself where it hands out its state; see `why_no_state`."""
+        task = self._task.to_dict() if isinstance(self._task, TensorDictBase) else self._task
+        # One plain tensor, as TensorEnv's: all else TorchRL's EnvCreator would copy into every worker.
+        return torch.frombuffer(bytearray(to_bytes({"task": task, "env": self._env_state()})), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Restores what `get_extra_state` returned."""
+        own = from_bytes(state.cpu().numpy().tobytes(), f"the state of {type(self).__name__}")
+        task = own["task"]
+        # A task may have changed what is no part of the state, such as masses in MuJoCo's model.
+        if task is not None:
+            self._hear(TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task)
+        if not isinstance(own["env"], str):
+            put_state(self._env, own["env"])
