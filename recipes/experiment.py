@@ -453,4 +453,6 @@ def publish(report: AdaptationReport, run: Run) -> AdaptationReport:
     console.print(report.table())
     trained = f"{report.train.env_steps:,} steps in {report.train.seconds:.0f} s"
     console.print(f"{trained}; report and plots: {path.parent}")
+    for env_steps, reason in report.train.new_trials:
+        console.print(f"resumed at {env_steps:,} steps with new trials: {reason}")
     return report

@@ -103,7 +103,9 @@ class RunCheckpoints:
             for path in self._folder.iterdir():
                 if _is_ours(whole_name(path.name)):  # of a write that was killed
                     path.unlink()
-            require_tree(self._state())  # what cannot be saved is found now
+            require_tree(state := self._state())  # what cannot be saved is found now
+            if "missing" in state["rollout"]:
+                log.info("a resumed run will begin new trials: %s.", state["rollout"]["missing"])
             self._held = held.pop_all()
         return self
 
@@ -265,6 +267,7 @@ class RunCheckpoints:
             log.warning("%s. Networks and all else go on as they were.", damage)
         if "missing" in state["rollout"]:
             log.warning("the resumed run begins new trials: %s.", state["rollout"]["missing"])
+            self._result.new_trials.append((self._result.env_steps, state["rollout"]["missing"]))
 
     # ------------------------------------------------------------- making room
     def set_aside(self) -> None:

@@ -74,6 +74,7 @@ class AdaptationReport:
                 "env_steps": self.train.env_steps,
                 "seconds": self.train.seconds,
                 "interrupted": self.train.interrupted,
+                "new_trials": self.train.new_trials,
                 "history": list(self.train.history),
             },
             "seed": self.seed,

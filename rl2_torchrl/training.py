@@ -45,6 +45,8 @@ class TrainResult:
         seconds: wall-clock seconds, evaluations included.
         interrupted: whether Ctrl-C ended it.
         lost_trials: trials that were lost with workers that died (`TrialWorkers`).
+        new_trials: where a resumed run has begun new trials, as it does where the last ones could not be saved: the env steps of
+            each such resume, and why.
         history: one row of scalars for each update, ``env_steps`` among them.
     """
 
@@ -52,15 +54,16 @@ class TrainResult:
     seconds: float = 0.0
     interrupted: bool = False
     lost_trials: int = 0
+    new_trials: list[tuple[int, str]] = field(default_factory=list)
     history: Sequence[dict[str, float]] = field(default_factory=History)
 
     def state_dict(self) -> dict[str, Any]:
         """The result as a component of a checkpoint, but for the history, which has a file of its own."""
-        return {"env_steps": self.env_steps, "seconds": self.seconds}
+        return {"env_steps": self.env_steps, "seconds": self.seconds, "new_trials": self.new_trials}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
-        self.env_steps, self.seconds = state["env_steps"], state["seconds"]
+        self.env_steps, self.seconds, self.new_trials = state["env_steps"], state["seconds"], state["new_trials"]
 
 
 def train(

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 from runs import Run
+from tensordict import TensorDict
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs import Compose, SerialEnv, StepCounter, TransformedEnv
 
 from rl2_torchrl import (
     ActorCritic,
+    AdaptationCurve,
+    AdaptationReport,
     GRUGaussianActor,
     GRUValueHead,
     PPOUpdate,
@@ -19,7 +22,8 @@ from rl2_torchrl import (
     Trial,
     TrialCollector,
 )
-from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.collector import _why_no_state
+from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv
 from rl2_torchrl.envs.gym_state import NoStateError, put_state, state_of
 
 
@@ -174,8 +178,59 @@ def test_a_resumed_training_goes_on_in_mid_trial(vectorization, at_the_end, tmp_
 
 
 def test_envs_that_cannot_be_saved_begin_new_trials_and_that_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "rl2_torchrl")
     run = PendulumRun(engine=True, updates=2)
-    run.train(checkpoints=tmp_path / "c", checkpoint_interval=1)
+    assert not run.train(checkpoints=tmp_path / "c", checkpoint_interval=1).new_trials
+    assert "a resumed run will begin new trials: PendulumEnv.engine is a object" in caplog.text
     caplog.clear()
-    PendulumRun(engine=True, updates=3).train(checkpoints=tmp_path / "c", resume=True)
+    reason = "PendulumEnv.engine is a object, which is no plain data"
+    for updates, resumes in [(3, [(54, reason)]), (4, [(54, reason), (81, reason)])]:
+        result = PendulumRun(engine=True, updates=updates).train(checkpoints=tmp_path / "c", resume=True)
+        assert result.new_trials == resumes
+    curve = AdaptationCurve(torch.zeros(2, 2))
+    assert AdaptationReport(curve, curve, train=result).to_dict()["train"]["new_trials"] == resumes
     assert "PendulumEnv.engine is a object, which is no plain data" in caplog.text
+
+
+def alone(row=lambda: GymTaskEnv("InvertedPendulum-v5", set_task=set_mass, task_spec=Unbounded(1)), rows=2):
+    env = SerialEnv(rows, row)
+    env.set_seed(3)
+    return env
+
+
+def test_envs_in_a_serial_env_go_on_and_hear_their_tasks_again():
+    pytest.importorskip("mujoco")
+    ours, theirs = alone(), alone()
+    masses, action = torch.tensor([[1.0], [40.0]]), torch.tensor([[0.1], [-0.2]])
+    seen = ours.reset(TensorDict({"task": masses}, [2]))
+    theirs.reset(TensorDict({"task": masses.flip(0)}, [2]))
+    ours.step(seen.set("action", action))
+    theirs.load_state_dict(ours.state_dict())
+    assert [env.unwrapped.model.body_mass[-1] for env in theirs._envs] == masses.flatten().tolist()
+    for _ in range(5):
+        after = [env.step(seen.clone())["next", "observation"] for env in (ours, theirs)]
+        assert torch.equal(*after)
+    assert torch.equal(ours.reset()["observation"], theirs.reset()["observation"])  # the random numbers, too
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            lambda: GymTaskEnv(with_engine, set_task=set_gravity, task_spec=Unbounded(1)),
+            "PendulumEnv.engine is a object, which is no plain data",
+        ),
+        (lambda: TransformedEnv(BernoulliBandit(2), StepCounter()), "a TransformedEnv hands out its transforms' state"),
+        (lambda: BernoulliBandit(2), None),
+    ],
+)
+def test_rows_of_a_serial_env_say_why_they_have_no_state(row, reason):
+    why = _why_no_state(alone(row))
+    assert why == reason if reason is None else reason in why
+
+
+def test_a_closed_serial_env_is_not_opened_anew_for_its_state():
+    env = alone(lambda: BernoulliBandit(2))
+    env.close()
+    assert "has closed its envs" in _why_no_state(env)
+    assert env.is_closed
