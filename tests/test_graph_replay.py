@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rl2_torchrl.rollout.graph import GraphReplay
+from rl2_torchrl.kernels.graph import GraphReplay
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 
 from rl2_torchrl.gradients.part import State, entries_of, is_bare
 from rl2_torchrl.gradients.program import merge_losses
-from rl2_torchrl.rollout.graph import GraphReplay
+from rl2_torchrl.kernels.graph import GraphReplay
 
 __all__ = ["GraphedPass", "why_not_graphed", "without_resets"]
 

@@ -109,6 +109,7 @@ class Program:
             KeyError: an entry is missing.
             ValueError: two terms give a loss or diagnostic of one name.
         """
+        self.loss.require_starts(data)
         state, gradients, values = dict(data), {}, {}
         for part in self.parts:
             part.forward(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -169,8 +169,7 @@ class RL2PPOLoss(ClipPPOLoss):
     def _check_data(self, tensordict: TensorDictBase) -> None:
         if not self._is_recurrent:
             return
-        if "is_init" in self.actor_network.in_keys and "is_init" not in tensordict.keys():
-            raise KeyError("no 'is_init' in the data, which says where a trial, and the memory with it, starts anew.")
+        self.require_starts(tensordict.keys())
         if tensordict.ndim < 2:
             raise ValueError(
                 f"the data are single steps {list(tensordict.shape)}, but the actor has a memory: it is trained on sequences "
@@ -204,6 +203,11 @@ class RL2PPOLoss(ClipPPOLoss):
     def has_critic(self) -> bool:
         """Whether there is a value loss."""
         return self._has_critic
+
+    def require_starts(self, keys: Container[NestedKey]) -> None:
+        """KeyError unless ``keys`` hold what says where a trial starts, without which networks take it for nowhere."""
+        if "is_init" in self.actor_network.in_keys and "is_init" not in keys:
+            raise KeyError("no 'is_init' in the data, which says where a trial, and the memory with it, starts anew.")
 
     @property
     def clip_bounds(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:

@@ -17,8 +17,8 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
+from rl2_torchrl.kernels.graph import GraphReplay
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
-from rl2_torchrl.rollout.graph import GraphReplay
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
 from rl2_torchrl.rollout.trials import leaves
