@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 
-from rl2_torchrl.collector import load_rollout_state, rollout_state, why_no_rollout_state
+from rl2_torchrl.collector import load_rollout_state, rollout_state
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.locks import locked
 from rl2_torchrl.settings import differences, networks_of, settings_of
@@ -25,7 +25,7 @@ __all__ = ["RunCheckpoints", "Stateful"]
 log = logging.getLogger(__name__)
 
 #: Of what is in a checkpoint; another number is not read.
-FORMAT = 1
+FORMAT = 2
 _KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _HISTORY, _LOCK = "checkpoint-history.jsonl", "checkpoint.lock"
@@ -331,12 +331,9 @@ class _RolloutState:
         self._collector, self._returns = collector, returns
 
     def state_dict(self) -> dict[str, Any]:
-        reason = why_no_rollout_state(self._collector)
-        if reason is not None:
-            return {"missing": reason}
-        return {**rollout_state(self._collector), "earned": self._returns.carry}
+        state = rollout_state(self._collector)
+        return state if "missing" in state else {**state, "earned": self._returns.carry}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "missing" not in state:
-            load_rollout_state(self._collector, state)
-            self._returns.carry = state["earned"]
+        load_rollout_state(self._collector, state)
+        self._returns.carry = state.get("earned")

@@ -152,20 +152,22 @@ class TrialCollector(Collector):
 def rollout_state(collector: BaseCollector) -> dict[str, Any]:
     """Where the collector stands in its trials, the env's state among it, for a checkpoint; what `Collector.state_dict` leaves out.
 
-    Empty where `why_no_rollout_state` has a reason: put back in the middle of a trial, an env would play another task than the
-    data says.
+    Where the env cannot give its state it holds the reason alone, under ``"missing"``, and a resumed run begins new trials: put
+    back in the middle of one, an env would play another task than the data says.
     """
-    if why_no_rollout_state(collector) is not None:
-        return {}
-    env, player = _base_env(collector), getattr(collector, "player", None)
+    base = _base_env(collector)
+    reason = "the collector's envs are in other processes" if base is None else _why_no_state(base)
+    if reason is not None:
+        return {"missing": reason}
+    player = getattr(collector, "player", None)
     if player is not None:
-        return {"player": player.state_dict(), "env": env.state_dict()}
-    return {"carrier": collector._carrier.exclude("next").to_dict(), "env": env.state_dict()}
+        return {"player": player.state_dict(), "env": base.state_dict()}
+    return {"carrier": collector._carrier.exclude("next").to_dict(), "env": base.state_dict()}
 
 
 def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> None:
-    """Goes on from what `rollout_state` returned, if that was not empty."""
-    if not state:
+    """Goes on from what `rollout_state` returned, if nothing is missing."""
+    if "missing" in state:
         return
     _base_env(collector).load_state_dict(state["env"])
     if "player" in state:
@@ -174,16 +176,8 @@ def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> None:
         collector._carrier.update(TensorDict(state["carrier"], batch_size=collector._carrier.batch_size))
 
 
-def why_no_rollout_state(collector: BaseCollector) -> str | None:
-    """Why a resumed run cannot go on in the middle of its trials and begins new ones, in words; None where it can."""
-    base = _base_env(collector)
-    if base is None:
-        return "the collector's envs are in other processes"
-    return _why_no_state(base)
-
-
 def _why_no_state(env: EnvBase) -> str | None:
-    """As `why_no_rollout_state`, of an env without its transforms."""
+    """Why ``env``, without its transforms, cannot go on in the middle of its trials, in words; None where it can."""
     if isinstance(env, SerialEnv):
         if env.is_closed:
             return "the SerialEnv has closed its envs, as it does after the last batch"

@@ -118,6 +118,15 @@ def test_what_a_task_has_changed_in_the_model_is_changed_again():
         env.close()
 
 
+def test_rows_without_a_state_begin_when_it_is_put_back():
+    env = GymVectorEnv(with_engine, 2, seed=0)
+    env.rand_step(env.reset())
+    env.set_extra_state(env.get_extra_state())
+    with pytest.raises(RuntimeError, match="before reset"):  # it would go on where its rows are not
+        env.rand_step()
+    assert env.rollout(3).shape == (2, 3)
+
+
 # ----------------------------------------------------------------- trainings
 def set_gravity(pendulum, task):
     pendulum.g = task.item()

@@ -29,6 +29,8 @@ __all__ = ["GymVectorEnv"]
 
 #: Where the rows' tasks lie among the options of a reset, until each row has taken its own.
 _TASKS = "rl2_torchrl.tasks"
+#: What a vector env raises whose processes are gone, closed, or in the middle of a step.
+_NOT_ANSWERING = (ClosedEnvironmentError, AlreadyPendingCallError, EOFError, OSError)
 
 
 class GymVectorEnv(TensorEnv):
@@ -342,13 +344,7 @@ class GymVectorEnv(TensorEnv):
                 return self.envs.get_attr("row_state")
             envs.call_async("row_state")
             return envs.call_wait(timeout=10)
-        except (
-            ClosedEnvironmentError,
-            AlreadyPendingCallError,
-            EOFError,
-            OSError,
-            multiprocessing.TimeoutError,
-        ) as error:
+        except (*_NOT_ANSWERING, multiprocessing.TimeoutError) as error:
             return [f"the envs were closed in the middle of a step ({type(error).__name__})"]
 
     def _require_open(self) -> None:
@@ -389,16 +385,18 @@ class GymVectorEnv(TensorEnv):
         own = from_bytes(state.cpu().numpy().tobytes(), f"the state of {type(self).__name__}")
         rows, task = own["rows"], own["task"]
         task = TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task
+        if any(isinstance(row, str) for row in rows):  # there is no state: all rows begin
+            super().set_extra_state(own["rest"][: self.generator.get_state().numel()])
+            return
         if rows and len(rows) != self.envs.num_envs:
             raise ValueError(
                 f"the state is one of {len(rows)} rows, and this env has {self.envs.num_envs}: make it as it was."
             )
         if rows and not self._now.started:
-            self.start(
-                self.zero_task() if task is None else task
-            )  # the vector env knows its rows from their first reset on
+            # The vector env knows its rows from their first reset on.
+            self.start(self.zero_task() if task is None else task)
         super().set_extra_state(own["rest"])
-        if rows and not any(isinstance(row, str) for row in rows):
+        if rows:
             self._call(self.envs.set_attr, "row_state", list(rows))
         self._unseeded, self._task = own["unseeded"], task
         self._info = {tuple(key): value.to(self.device) for key, value in own["info"]}
