@@ -439,11 +439,11 @@ def write_about(folder: Path, collector: TrialCollector, update: PPOUpdate) -> N
 
 #: What stands in a run's folder.
 _FILES = """\
-report.json     all figures, with the scalars of each update
-report.png      how it learnt, and how it adapts within a trial
-agent.safetensors        the agent: rl2_torchrl.AdaptiveAgent.load("agent.safetensors")
-scalars         what it logged as it learnt (wandb, with --logger wandb)
-checkpoints     where --resume goes on
+report.json        all figures, with the scalars of each update
+report.png         how it learnt, and how it adapts within a trial
+agent.safetensors  the agent: rl2_torchrl.AdaptiveAgent.load("agent.safetensors")
+scalars            what it logged as it learnt (wandb, with --logger wandb)
+checkpoints        where --resume goes on
 """
 
 
