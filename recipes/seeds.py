@@ -27,7 +27,8 @@ def run_seeds(module: str, seeds: Sequence[int], log_dir: Path, words: Sequence[
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={tuple(seeds)}: each seed once, or one would be weighed twice.")
     words = without_seeds(words)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
         ended = list(pool.map(lambda seed: _run(module, seed, log_dir / f"seed{seed}", words), seeds))
     failed = [str(log_dir / f"seed{seed}" / "output.txt") for seed, status in zip(seeds, ended, strict=True) if status]
     if failed:
@@ -39,7 +40,7 @@ def without_seeds(words: Sequence[str]) -> list[str]:
     """``words`` of a command line without ``--seeds 0 1 2``."""
     kept, within = [], False
     for word in words:
-        within = word == "--seeds" or (within and not word.startswith("--"))
+        within = word.partition("=")[0] == "--seeds" or (within and not word.startswith("--"))
         if not within:
             kept.append(word)
     return kept

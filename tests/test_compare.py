@@ -138,6 +138,7 @@ def test_seeds_of_a_command(monkeypatch, tmp_path):
 
 def test_seeds_are_left_out_wherever_they_stand():
     assert without_seeds(["--seeds", "0", "1"]) == []
+    assert without_seeds(["--seeds=0", "--arms=3"]) == ["--arms=3"]  # kept, each program would start itself once more
     assert without_seeds(["--a", "1", "--seeds", "0", "1", "--seed", "2"]) == ["--a", "1", "--seed", "2"]
 
 
