@@ -26,6 +26,7 @@ from torchrl.record.loggers import CSVLogger, TensorboardLogger
 from rl2_torchrl import Callback, load_weights, train
 from rl2_torchrl.agent.files import write_agent
 from rl2_torchrl.baselines import gittins
+from rl2_torchrl.checkpoints import FORMAT
 from rl2_torchrl.envs import BernoulliBandit
 from rl2_torchrl.history import History, HistoryFile
 from rl2_torchrl.storage import DamagedFileError, load_tree, save_tree
@@ -235,7 +236,7 @@ REFUSED = {
     "all checkpoints damaged": (after(all_damaged), "all its 2 checkpoints are damaged.*start anew without resume"),
     "a later version": (
         after(rewritten(format=99, versions={"rl2_torchrl": "9.9"})),
-        "another version of rl2_torchrl, 9.9 with format 99, and this one, .* reads format 1",
+        f"another version of rl2_torchrl, 9.9 with format 99, and this one, .* reads format {FORMAT}",
     ),
     "an earlier version": (after(of_torchrl), "of another version of rl2_torchrl, whose format this one"),
     "a state of something else": (
