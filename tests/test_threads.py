@@ -132,6 +132,43 @@ def test_a_fork_of_a_process_of_one_thread_changes_nothing(monkeypatch):
     threads._take_one_thread()
 
 
+CHEETAHS = """
+import gc, os, signal, torch
+from tensordict import TensorDict
+from rl2_torchrl.envs import HalfCheetahVelocity
+
+def cheetah():
+    return HalfCheetahVelocity(batch_size=(4,), horizon=5, seed=0, num_threads=2)
+
+def play(env):
+    return env.rand_step(env.reset(TensorDict({"task": torch.ones(4, 1)}, [4])))["next", "reward"]
+
+gc.disable()
+kept, dropped = cheetah(), cheetah()
+expected = [play(kept) for _ in range(2)], play(dropped)
+dropped.itself = dropped
+del dropped  # and its pool of threads with it, as soon as there is time
+kept = cheetah()
+play(kept)
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    gc.collect()
+    assert torch.equal(play(kept), expected[0][1])
+    print("child has played", flush=True)
+    raise SystemExit
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_simulations_outlive_a_fork_and_end_in_it():
+    pytest.importorskip("mujoco")
+    process = python(CHEETAHS)
+    assert process.returncode == 0, process.stdout
+    assert "child has played" in process.stdout
+
+
 # -------------------------------------------------------------- other programs
 @pytest.mark.parametrize(
     ("given", "argument", "expected"), [(None, "", "passive"), ("active", "", "active"), (None, "benchmark", "None")]

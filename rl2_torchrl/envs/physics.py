@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -30,6 +33,8 @@ BackendName = Literal["rollout", "mujoco", "mujoco-torch", "mjx"]
 Array = np.ndarray | torch.Tensor
 #: What `RolloutBackend` can hand over without a conversion by PyTorch.
 _NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
+#: All that there are, for processes that are forked from this one.
+_BACKENDS: WeakSet[RolloutBackend] = WeakSet()
 
 
 class Bodies(NamedTuple):
@@ -142,7 +147,8 @@ class RolloutBackend:
         self.mj_model, self.frame_skip = model, frame_skip
         self._models, self._data = [model] * num_envs, [mujoco.MjData(model) for _ in range(threads)]
         # A pool of one would only hand the work over: 0 is the calling thread.
-        self._pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
+        self._threads, self._pool = threads if threads > 1 else 0, None
+        _BACKENDS.add(self)
         # A state is (time, qpos, qvel, ...). States before and after each step of the simulation are written here.
         self._states, self._start = np.zeros((num_envs, frame_skip, size)), np.zeros((num_envs, size))
         self._ctrl = np.zeros((num_envs, frame_skip, model.nu))
@@ -166,6 +172,8 @@ class RolloutBackend:
         """``frame_skip`` steps of the simulation with ``ctrl`` ``[B, nu]``, which MuJoCo clamps to the actuators' range."""
         np.copyto(self._start, self._last)
         np.copyto(self._ctrl, ctrl[:, None])
+        if self._pool is None:
+            self._pool = import_mujoco().rollout.Rollout(nthread=self._threads)
         self._pool.rollout(
             self._models,
             self._data,
@@ -175,6 +183,12 @@ class RolloutBackend:
             nstep=self.frame_skip,
             state=self._states,
         )
+
+    def leave_pool(self) -> None:
+        """In a forked process, where the pool's threads exist no more: to use it or to end it would wait for them for ever."""
+        if self._pool is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pool))  # so that it is never ended
+            self._pool = None
 
     def array(self, values: torch.Tensor) -> np.ndarray:
         """``values`` ``[*B, size]`` as a float64 array ``[B, size]`` to calculate with."""
@@ -255,3 +269,12 @@ def make_backend(
             "the CPU and the networks elsewhere (a Collector's env_device and policy_device)."
         )
     return RolloutBackend(load_model(path), num_envs, frame_skip, num_threads)
+
+
+def _leave_pools() -> None:
+    for backend in list(_BACKENDS):
+        backend.leave_pool()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_pools)
