@@ -5,7 +5,6 @@ import json
 import math
 import pickle
 import runpy
-import subprocess
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -461,9 +460,12 @@ def test_rewards_are_noisy_in_evaluations_of_a_training_without_noise(tmp_path, 
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_help_documents_every_argument(name):
-    command = [sys.executable, "-m", f"recipes.{name}", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_help_documents_every_argument(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, f"recipes.{name}")
+    with pytest.raises(SystemExit):
+        runpy.run_module(f"recipes.{name}", run_name="__main__")
+    shown = capsys.readouterr().out
     main = RECIPES[name].module.main
     by_rule = main.rule() if hasattr(main, "rule") else {}
     defaults = {name: by_rule.get(name, each.default) for name, each in inspect.signature(main).parameters.items()}
