@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -116,7 +117,12 @@ def history(run: Path) -> list[dict[str, float]]:
 def draw(curves: list[Curve], by: str, scalar: str) -> Figure:
     """All curves in one plot."""
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    draw_curves(figure.subplots(), curves, by, scalar)
+    return figure
+
+
+def draw_curves(axes: Axes, curves: list[Curve], by: str, scalar: str) -> None:
+    """The curves, with a band of 2 standard errors where there are several runs."""
     for each in curves:
         (line,) = axes.plot(each.x, each.mean, label=f"{each.name} ({each.runs} runs)" if each.runs > 1 else each.name)
         axes.fill_between(
@@ -126,7 +132,6 @@ def draw(curves: list[Curve], by: str, scalar: str) -> Figure:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return figure
 
 
 def table(curves: list[Curve], by: str, scalar: str) -> Table:

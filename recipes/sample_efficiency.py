@@ -1,0 +1,208 @@
+"""How fast our agent, RL² by hand in plain PyTorch and SB3-contrib's RecurrentPPO learn the same trials, by env steps and by minutes.
+
+What is there in ``folder`` is not trained again. Needs the extra sb3.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from recipes import bandit, grid_navi
+from recipes.compare import Curve, curve, draw_curves
+from recipes.experiment import ENVS, HELD_OUT_TASKS, TRAIN_TASKS, Learning, Run, draw_tasks, stream_seed, whole_batches
+from recipes.other_programs import PROGRAMS, Trials, trial_return
+from recipes.results import table
+from recipes.rules import bandit_settings
+from rl2_torchrl import TaskDistribution, baselines
+from rl2_torchrl.envs import BernoulliBandit, GridNavi, TensorEnv, grid_goals, uniform_means
+from rl2_torchrl.report import made_by
+
+NAMES = {"rl2_torchrl": "rl2_torchrl", "plain": "RL² by hand (plain PyTorch)", "sb3": "SB3-contrib RecurrentPPO"}
+EVALUATIONS = 20
+
+
+@dataclass(frozen=True)
+class World:
+    """Trials that all learn.
+
+    Args:
+        title: what they are.
+        episodes: episodes of a trial.
+        learning: of all programs: what the recipe has, from rewards alone.
+        make_env: ``(rows, seed)`` to an env.
+        tasks: tasks to train on.
+        held_out: tasks of the evaluations.
+        best: Bayes-optimal return of a trial.
+        recipe: trains our agent with ``learning`` and ``run``.
+    """
+
+    title: str
+    episodes: int
+    learning: Learning
+    make_env: Callable[[int, int], TensorEnv]
+    tasks: TaskDistribution
+    held_out: Callable[[int], torch.Tensor]
+    best: Callable[[], float]
+    recipe: Callable[..., object]
+
+    def trials(self, rows: int, seed: int, tasks: TaskDistribution | None = None) -> Trials:
+        """``rows`` trials, on tasks of their own or those of ``tasks``."""
+        env = self.make_env(rows, stream_seed(seed, ENVS))
+        return Trials(env, tasks or self.tasks, self.episodes, stream_seed(seed, TRAIN_TASKS))
+
+
+WORLDS = {
+    "bandit": World(
+        "Bernoulli bandits, 5 arms, 10 pulls",
+        10,
+        bandit_settings(learns_from="rewards")["learning"],
+        lambda rows, seed: BernoulliBandit(5, batch_size=(rows,), seed=seed),
+        uniform_means(5),
+        lambda seed: draw_tasks(uniform_means(5), seed, HELD_OUT_TASKS, 2048),
+        lambda: baselines.bayes_optimal_return(5, 10),
+        lambda **how: bandit.main(learns_from="rewards", classical=False, **how),
+    ),
+    "grid_navi": World(
+        "GridNavi, 4 episodes of 15 steps",
+        4,
+        grid_navi.LEARNING,
+        lambda rows, seed: GridNavi(episode_steps=grid_navi.EPISODE_STEPS, batch_size=(rows,)),
+        grid_goals(),
+        lambda seed: grid_navi.GOALS.repeat(24, 1),
+        lambda: baselines.grid_search(grid_navi.GOALS, episode_steps=grid_navi.EPISODE_STEPS, episodes=4).trial_return,
+        grid_navi.main,
+    ),
+}
+
+
+def main(
+    *,
+    worlds: tuple[Literal["bandit", "grid_navi"], ...] = ("bandit", "grid_navi"),
+    programs: tuple[Literal["rl2_torchrl", "plain", "sb3"], ...] = ("rl2_torchrl", "plain", "sb3"),
+    env_steps: int = 2_000_000,
+    seed: int = 0,
+    threads: int = 1,
+    trials: int | None = None,
+    folder: Path = Path("runs/sample_efficiency"),
+    page: Path = Path("recipes/results/sample_efficiency.md"),
+) -> Path:
+    """Trains all ``programs`` with the same settings on the same tasks, and writes a page with a plot and a table.
+
+    Args:
+        worlds: what is learnt.
+        programs: who learns it.
+        env_steps: env steps of each training, rounded up to whole batches.
+        seed: seed of networks, envs and tasks.
+        threads: threads of PyTorch.
+        trials: trials in a batch, in place of the recipe's.
+        folder: where each training leaves its report.json.
+        page: the page; its plot is beside it.
+    """
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    for name in worlds:
+        world = WORLDS[name]
+        batch = (trials or world.learning.trials) * world.trials(1, seed).steps
+        learning = replace(
+            world.learning, env_steps=whole_batches(env_steps, batch), trials=trials or world.learning.trials
+        )
+        for program in programs:
+            run = Run(folder / name / program, seed=seed, report_tasks=2_100, progress=False)
+            if not (run.log_dir / "report.json").is_file():
+                torch.manual_seed(seed)
+                world.recipe(learning=learning, run=run) if program == "rl2_torchrl" else learn(world, program, learning, run)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    draw(folder, worlds, programs).savefig(page.with_suffix(".png"), dpi=110)
+    page.write_text("\n\n".join(written(folder, worlds, programs, page)) + "\n")
+    return page
+
+
+def learn(world: World, program: str, learning: Learning, run: Run) -> None:
+    """Trains another program, and leaves what `recipes.compare` reads of a run."""
+    held_out = world.held_out(run.seed)
+    judged = world.trials(len(held_out), run.seed, lambda batch_size, generator: held_out)
+    trials = world.trials(learning.trials, run.seed)
+    learner = PROGRAMS[program](trials, learning, learning.env_steps)
+    interval = max(1, learning.env_steps // (trials.rows * trials.steps) // EVALUATIONS)
+    history, updates, start = [], 0, time.perf_counter()
+
+    def after_update(env_steps: int) -> None:
+        nonlocal updates
+        updates += 1
+        if updates % interval == 0 or env_steps == learning.env_steps:
+            row = {"env_steps": env_steps, "time/seconds": time.perf_counter() - start}
+            history.append(row | {"eval/trial_return": trial_return(judged, learner.act)})
+
+    learner.learn(after_update)
+    report = {"title": NAMES[program], "agent": {"mean": history[-1]["eval/trial_return"]}, "train": {"history": history}}
+    run.log_dir.mkdir(parents=True, exist_ok=True)
+    (run.log_dir / "report.json").write_text(json.dumps(report | made_by(), indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------ page
+def draw(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...]) -> Figure:
+    """A row for each world: held-out return over env steps, and over minutes."""
+    figure = Figure(figsize=(10, 3.6 * len(worlds)), layout="constrained")
+    for row, name in zip(figure.subplots(len(worlds), 2, squeeze=False), worlds, strict=True):
+        for axes, by in zip(row, ("steps", "minutes"), strict=True):
+            draw_curves(axes, curves(folder, name, programs, by), by, "held-out return of a trial")
+            axes.axhline(WORLDS[name].best(), color="0.4", ls=":", lw=1)
+            axes.set_title(f"{WORLDS[name].title}; dotted: Bayes optimum")
+        row[1].set_xscale("log")
+    return figure
+
+
+def curves(folder: Path, world: str, programs: tuple[str, ...], by: Literal["steps", "minutes"]) -> list[Curve]:
+    """The curve of each program."""
+    found = [curve(folder / world / program, by, "eval/trial_return") for program in programs]
+    return [replace(each, name=NAMES[program]) for program, each in zip(programs, found, strict=True)]
+
+
+def written(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...], page: Path) -> list[str]:
+    """The page's paragraphs."""
+    about = made_by()
+    parts = [
+        f"# {page.stem.replace('_', ' ')}",
+        "The same trials, tasks, batches, epochs, minibatches, discounts, entropy bonus and learning rate for all, from rewards alone: "
+        "those of our recipe; one seed. By hand: `torch.nn.GRU`, one network for policy and value, PPO over whole trials "
+        "(`recipes/other_programs.py`). RecurrentPPO: its LSTM, a trial is an episode, and its input the transition that RL² sees. "
+        "Evaluations, on the same held-out tasks by sampled actions, are part of the minutes.",
+        f"![held-out return]({page.with_suffix('.png').name})",
+    ]
+    for name in worlds:
+        parts += [f"## {WORLDS[name].title}: Bayes optimum {WORLDS[name].best():.3f}", figures(folder, name, programs)]
+    versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
+    return [*parts, f"Made by `{about['command']}` (commit {about['commit']}) with {versions}."]
+
+
+def figures(folder: Path, world: str, programs: tuple[str, ...]) -> str:
+    """A row for each program: at equal env steps, at equal minutes, and how long it took to come near the optimum."""
+    by_steps, by_minutes = (curves(folder, world, programs, by) for by in ("steps", "minutes"))
+    end, near = min(each.x[-1] for each in by_minutes), 0.95 * WORLDS[world].best()
+    rows = []
+    for steps, minutes in zip(by_steps, by_minutes, strict=True):
+        reached = np.flatnonzero(minutes.mean >= near)
+        rows.append(
+            [
+                steps.name,
+                f"{steps.mean[-1]:.3f}",
+                f"{np.interp(end, minutes.x, minutes.mean, left=np.nan):.3f}",
+                f"{minutes.x[reached[0]]:.2f}" if len(reached) else "-",
+                f"{minutes.x[-1]:.2f}",
+                f"{1e3 * steps.x[-1] / minutes.x[-1] / 60:.1f}",
+            ]
+        )
+    last = f"after {by_steps[0].x[-1]:.1f} M env steps"
+    return table(["", last, f"after {end:.2f} minutes", "minutes to 95 %", "minutes in all", "1,000 env steps/s"], rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
