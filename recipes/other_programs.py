@@ -1,4 +1,4 @@
-"""What one might take in place of this package, on the very same trials: RL² by hand in plain PyTorch, and SB3-contrib's RecurrentPPO.
+"""What one might take in place of this package, on the same trials: RL² by hand in PyTorch, and SB3-contrib's RecurrentPPO.
 
 Both see what our agent sees (`Trials`), and have the `recipes.experiment.Learning` of the recipe that they stand beside.
 """
@@ -51,7 +51,9 @@ class Trials:
             observation = self.env.start(self._task, None)
         return self._input(observation, action, reward, episode_ended), reward.squeeze(-1), self._step == self.steps
 
-    def _input(self, observation: dict, action: Tensor | None = None, reward: Tensor | None = None, done: bool = False) -> Tensor:
+    def _input(
+        self, observation: dict, action: Tensor | None = None, reward: Tensor | None = None, done: bool = False
+    ) -> Tensor:
         entries = torch.zeros(self.rows, self.input_size)
         if self.num_places:
             entries.scatter_(1, observation["observation"].unsqueeze(-1), 1.0)
@@ -117,7 +119,11 @@ class PlainRL2:
             rewards.append(reward)
         inputs, actions = torch.stack(inputs[:-1]), torch.stack(actions)
         log_prob, _, value = self._evaluate(inputs, actions)
-        advantage, ahead, following = torch.empty_like(value), torch.zeros(self.trials.rows), torch.zeros(self.trials.rows)
+        advantage, ahead, following = (
+            torch.empty_like(value),
+            torch.zeros(self.trials.rows),
+            torch.zeros(self.trials.rows),
+        )
         gamma, lmbda = self.learning.gamma, self.learning.lmbda
         for step in reversed(range(self.trials.steps)):  # the next episode is part of the trial, the next trial is not
             ahead = rewards[step] + gamma * following - value[step] + gamma * lmbda * ahead
@@ -154,12 +160,20 @@ def recurrent_ppo(trials: Trials, learning: Learning, env_steps: int):
     try:
         from sb3_contrib import RecurrentPPO
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("recurrent_ppo is SB3-contrib's: pip install -e '.[sb3]', or name other programs.") from error
+        raise ModuleNotFoundError(
+            "recurrent_ppo is SB3-contrib's: pip install -e '.[sb3]', or name other programs."
+        ) from error
     networks = {"lstm_hidden_size": 64, "shared_lstm": True, "enable_critic_lstm": False, "net_arch": []}
     horizon = {"gamma": learning.gamma, "gae_lambda": learning.lmbda, "ent_coef": learning.entropy}
-    batches = {"n_steps": trials.steps, "n_epochs": learning.epochs, "batch_size": trials.rows * trials.steps // learning.minibatches}
+    batches = {
+        "n_steps": trials.steps,
+        "n_epochs": learning.epochs,
+        "batch_size": trials.rows * trials.steps // learning.minibatches,
+    }
     steps = {"learning_rate": lambda left: learning.lr * left, "max_grad_norm": learning.max_grad_norm or float("inf")}
-    model = RecurrentPPO("MlpLstmPolicy", _vec_env(trials), policy_kwargs=networks, device="cpu", **batches, **horizon, **steps)
+    model = RecurrentPPO(
+        "MlpLstmPolicy", _vec_env(trials), policy_kwargs=networks, device="cpu", **batches, **horizon, **steps
+    )
     return _SB3(model, env_steps)
 
 

@@ -1,4 +1,4 @@
-"""How fast our agent, RL² by hand in plain PyTorch and SB3-contrib's RecurrentPPO learn the same trials, by env steps and by minutes.
+"""How fast our agent, RL² by hand in PyTorch and SB3-contrib's RecurrentPPO learn the same trials, by env steps and minutes.
 
 What is there in ``folder`` is not trained again. Needs the extra sb3.
 """
@@ -118,7 +118,9 @@ def main(
             run = Run(folder / name / program, seed=seed, report_tasks=2_100, progress=False)
             if not (run.log_dir / "report.json").is_file():
                 torch.manual_seed(seed)
-                world.recipe(learning=learning, run=run) if program == "rl2_torchrl" else learn(world, program, learning, run)
+                world.recipe(learning=learning, run=run) if program == "rl2_torchrl" else learn(
+                    world, program, learning, run
+                )
     page.parent.mkdir(parents=True, exist_ok=True)
     draw(folder, worlds, programs).savefig(page.with_suffix(".png"), dpi=110)
     page.write_text("\n\n".join(written(folder, worlds, programs, page)) + "\n")
@@ -142,7 +144,11 @@ def learn(world: World, program: str, learning: Learning, run: Run) -> None:
             history.append(row | {"eval/trial_return": trial_return(judged, learner.act)})
 
     learner.learn(after_update)
-    report = {"title": NAMES[program], "agent": {"mean": history[-1]["eval/trial_return"]}, "train": {"history": history}}
+    report = {
+        "title": NAMES[program],
+        "agent": {"mean": history[-1]["eval/trial_return"]},
+        "train": {"history": history},
+    }
     run.log_dir.mkdir(parents=True, exist_ok=True)
     (run.log_dir / "report.json").write_text(json.dumps(report | made_by(), indent=1) + "\n")
 
@@ -171,10 +177,10 @@ def written(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...], pa
     about = made_by()
     parts = [
         f"# {page.stem.replace('_', ' ')}",
-        "The same trials, tasks, batches, epochs, minibatches, discounts, entropy bonus and learning rate for all, from rewards alone: "
-        "those of our recipe; one seed. By hand: `torch.nn.GRU`, one network for policy and value, PPO over whole trials "
-        "(`recipes/other_programs.py`). RecurrentPPO: its LSTM, a trial is an episode, and its input the transition that RL² sees. "
-        "Evaluations, on the same held-out tasks by sampled actions, are part of the minutes.",
+        "The same trials, tasks, batches, epochs, minibatches, discounts, entropy bonus and learning rate for all, from rewards "
+        "alone: those of our recipe; one seed. By hand: `torch.nn.GRU`, one network for policy and value, PPO over whole trials "
+        "(`recipes/other_programs.py`). RecurrentPPO: its LSTM, a trial is an episode, and its input the transition that RL² "
+        "sees. Evaluations, on the same held-out tasks by sampled actions, are part of the minutes.",
         f"![held-out return]({page.with_suffix('.png').name})",
     ]
     for name in worlds:

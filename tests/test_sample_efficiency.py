@@ -1,0 +1,88 @@
+"""Other programs on our trials: they see and earn what our agent does, and the page holds what they learnt."""
+
+import json
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs import Compose, TransformedEnv
+
+from recipes import sample_efficiency
+from recipes.experiment import Learning
+from recipes.other_programs import PROGRAMS, PlainRL2, trial_return
+from recipes.sample_efficiency import WORLDS
+from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
+
+LEARNING = Learning(trials=8, env_steps=0, gamma=0.9, lmbda=0.7, epochs=2, minibatches=2)
+TINY = {"env_steps": 200, "trials": 8}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_they_see_and_earn_what_our_agent_does(name):
+    world = WORLDS[name]
+    tasks = world.tasks(torch.Size([4]), torch.Generator().manual_seed(0))
+    ours = world.make_env(4, 3)
+    ours = TransformedEnv(ours, Compose(Trial(episodes=world.episodes), TaskSampler.fixed(tasks), PreviousStep()))
+    theirs = world.trials(4, 0, lambda batch_size, generator: tasks)
+    theirs.env.set_seed(3)
+    td, entries, done = ours.reset(), theirs.begin(), False
+    for _ in range(theirs.steps):
+        assert not done
+        torch.testing.assert_close(entries, td["trans"])
+        action = ours.action_spec.rand()
+        td, after = ours.step_and_maybe_reset(td.set("action", action))[::-1]
+        entries, reward, done = theirs.step(action)
+        torch.testing.assert_close(reward, after["next", "reward"].squeeze(-1))
+    assert done
+    assert after["next", "done"].all()
+
+
+def test_advantages_by_hand_flow_across_episodes_as_ours_do():
+    torch.manual_seed(0)
+    trials = WORLDS["grid_navi"].trials(6, 0)
+    learner = PlainRL2(trials, LEARNING, 0)
+    rewards, step = [], trials.step
+    trials.step = lambda action: rewards.append(step(action)) or rewards[-1]
+    *_, advantage, target = learner._rollout()
+    value = (target - advantage).t().unsqueeze(-1)
+    ends = torch.zeros(6, trials.steps, 1, dtype=torch.bool)
+    ends[:, -1] = True
+    batch = {
+        "reward": torch.stack([reward for _, reward, _ in rewards], 1).unsqueeze(-1),
+        "done": ends,
+        "terminated": ends,
+    }
+    following = TensorDict(batch, [6, trials.steps])
+    data = TensorDict({"state_value": value, "next": following, "is_init": ends.roll(1, 1)}, [6, trials.steps])
+    expected = TrialAdvantage(gamma=0.9, lmbda=0.7, normalize=False)(data)["advantage"].squeeze(-1).t()
+    torch.testing.assert_close(advantage, expected)
+
+
+def always_pays(batch_size, generator):
+    """Bandits whose first arm always pays, and no other."""
+    return torch.eye(5)[0].expand(*batch_size, 5)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_they_learn(name):
+    if name == "sb3":
+        pytest.importorskip("sb3_contrib")
+    torch.manual_seed(0)
+    trials = WORLDS["bandit"].trials(32, 0, always_pays)
+    steps = 30 * 32 * trials.steps
+    learner = PROGRAMS[name](trials, Learning(lr=1e-2, gamma=0.5, lmbda=0.5, minibatches=2, entropy=0.0), steps)
+    seen = []
+    learner.learn(seen.append)
+    assert seen == list(range(320, steps + 1, 320))
+    assert trial_return(WORLDS["bandit"].trials(32, 1, always_pays), learner.act) > 9
+
+
+def test_the_page_holds_what_was_learnt_and_nothing_is_learnt_twice(tmp_path, monkeypatch):
+    where = {"programs": ("rl2_torchrl", "plain"), "folder": tmp_path / "runs", "page": tmp_path / "page.md"}
+    page = sample_efficiency.main(**where, **TINY).read_text()
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+    for world in WORLDS:
+        report = json.loads((tmp_path / "runs" / world / "plain" / "report.json").read_text())
+        assert f"| {sample_efficiency.NAMES['plain']} | {report['agent']['mean']:.3f} |" in page
+    monkeypatch.setattr(sample_efficiency, "learn", lambda *args: pytest.fail("learnt again"))
+    assert sample_efficiency.main(**where, **TINY).read_text() == page
