@@ -144,13 +144,14 @@ def table(curves: list[Curve], by: str, scalar: str) -> Table:
     for each in curves:
         at_end = np.interp(end, each.x, each.mean), np.interp(end, each.x, each.se)
         reported = np.array(each.reported)
-        final = _figure(reported.mean(), standard_error(reported)) if len(reported) == each.runs else ""
-        last = _figure(each.mean[-1], each.se[-1])
-        shown.add_row(each.name, str(each.runs), f"{each.x[-1]:.3g}", last, _figure(*at_end), final)
+        final = with_error(reported.mean(), standard_error(reported)) if len(reported) == each.runs else ""
+        last = with_error(each.mean[-1], each.se[-1])
+        shown.add_row(each.name, str(each.runs), f"{each.x[-1]:.3g}", last, with_error(*at_end), final)
     return shown
 
 
-def _figure(mean: float, se: float) -> str:
+def with_error(mean: float, se: float) -> str:
+    """``mean ± se``, or the mean alone of a single run."""
     return f"{mean:.3f}" if np.isnan(se) else f"{mean:.3f} ± {se:.3f}"
 
 

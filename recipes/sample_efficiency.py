@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from recipes import bandit, grid_navi
-from recipes.compare import Curve, curve, draw_curves
+from recipes.compare import Curve, curve, draw_curves, with_error
 from recipes.experiment import ENVS, HELD_OUT_TASKS, TRAIN_TASKS, Learning, Run, draw_tasks, stream_seed, whole_batches
 from recipes.other_programs import PROGRAMS, Trials, trial_return
 from recipes.results import table
@@ -36,6 +37,7 @@ class World:
     Args:
         title: what they are.
         episodes: episodes of a trial.
+        env_steps: env steps of a training.
         learning: of all programs: what the recipe has, from rewards alone.
         make_env: ``(rows, seed)`` to an env.
         tasks: tasks to train on.
@@ -46,6 +48,7 @@ class World:
 
     title: str
     episodes: int
+    env_steps: int
     learning: Learning
     make_env: Callable[[int, int], TensorEnv]
     tasks: TaskDistribution
@@ -63,6 +66,7 @@ WORLDS = {
     "bandit": World(
         "Bernoulli bandits, 5 arms, 10 pulls",
         10,
+        2_000_000,
         bandit_settings(learns_from="rewards")["learning"],
         lambda rows, seed: BernoulliBandit(5, batch_size=(rows,), seed=seed),
         uniform_means(5),
@@ -73,6 +77,7 @@ WORLDS = {
     "grid_navi": World(
         "GridNavi, 4 episodes of 15 steps",
         4,
+        6_000_000,
         grid_navi.LEARNING,
         lambda rows, seed: GridNavi(episode_steps=grid_navi.EPISODE_STEPS, batch_size=(rows,)),
         grid_goals(),
@@ -87,8 +92,8 @@ def main(
     *,
     worlds: tuple[Literal["bandit", "grid_navi"], ...] = ("bandit", "grid_navi"),
     programs: tuple[Literal["rl2_torchrl", "plain", "sb3"], ...] = ("rl2_torchrl", "plain", "sb3"),
-    env_steps: int = 2_000_000,
-    seed: int = 0,
+    env_steps: int | None = None,
+    seeds: tuple[int, ...] = (0, 1, 2),
     threads: int = 1,
     trials: int | None = None,
     folder: Path = Path("runs/sample_efficiency"),
@@ -99,8 +104,8 @@ def main(
     Args:
         worlds: what is learnt.
         programs: who learns it.
-        env_steps: env steps of each training, rounded up to whole batches.
-        seed: seed of networks, envs and tasks.
+        env_steps: env steps of each training, in place of 2 million (bandit) or 6 million, rounded up to whole batches.
+        seeds: seeds of networks, envs and tasks: a training each.
         threads: threads of PyTorch.
         trials: trials in a batch, in place of the recipe's.
         folder: where each training leaves its report.json.
@@ -108,23 +113,26 @@ def main(
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    for name in worlds:
-        world = WORLDS[name]
-        batch = (trials or world.learning.trials) * world.trials(1, seed).steps
-        learning = replace(
-            world.learning, env_steps=whole_batches(env_steps, batch), trials=trials or world.learning.trials
-        )
-        for program in programs:
-            run = Run(folder / name / program, seed=seed, report_tasks=2_100, progress=False)
-            if not (run.log_dir / "report.json").is_file():
-                torch.manual_seed(seed)
-                world.recipe(learning=learning, run=run) if program == "rl2_torchrl" else learn(
-                    world, program, learning, run
-                )
+    for name, program, seed in product(worlds, programs, seeds):
+        run = Run(folder / name / program / f"seed{seed}", seed=seed, report_tasks=2_100, progress=False)
+        if not (run.log_dir / "report.json").is_file():
+            train(WORLDS[name], program, env_steps, trials, run)
     page.parent.mkdir(parents=True, exist_ok=True)
     draw(folder, worlds, programs).savefig(page.with_suffix(".png"), dpi=110)
     page.write_text("\n\n".join(written(folder, worlds, programs, page)) + "\n")
     return page
+
+
+def train(world: World, program: str, env_steps: int | None, trials: int | None, run: Run) -> None:
+    """A training of ours, or of another program."""
+    torch.manual_seed(run.seed)
+    rows = trials or world.learning.trials
+    steps = whole_batches(env_steps or world.env_steps, rows * world.trials(1, run.seed).steps)
+    learning = replace(world.learning, env_steps=steps, trials=rows)
+    if program == "rl2_torchrl":
+        world.recipe(learning=learning, run=run)
+    else:
+        learn(world, program, learning, run)
 
 
 def learn(world: World, program: str, learning: Learning, run: Run) -> None:
@@ -159,9 +167,10 @@ def draw(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...]) -> Fi
     figure = Figure(figsize=(10, 3.6 * len(worlds)), layout="constrained")
     for row, name in zip(figure.subplots(len(worlds), 2, squeeze=False), worlds, strict=True):
         for axes, by in zip(row, ("steps", "minutes"), strict=True):
+            axes.axhline(WORLDS[name].best(), color="0.4", ls=":", lw=1, label="Bayes optimum")
             draw_curves(axes, curves(folder, name, programs, by), by, "held-out return of a trial")
-            axes.axhline(WORLDS[name].best(), color="0.4", ls=":", lw=1)
-            axes.set_title(f"{WORLDS[name].title}; dotted: Bayes optimum")
+            axes.set_title(WORLDS[name].title)
+        row[0].get_legend().remove()
         row[1].set_xscale("log")
     return figure
 
@@ -178,9 +187,9 @@ def written(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...], pa
     parts = [
         f"# {page.stem.replace('_', ' ')}",
         "The same trials, tasks, batches, epochs, minibatches, discounts, entropy bonus and learning rate for all, from rewards "
-        "alone: those of our recipe; one seed. By hand: `torch.nn.GRU`, one network for policy and value, PPO over whole trials "
-        "(`recipes/other_programs.py`). RecurrentPPO: its LSTM, a trial is an episode, and its input the transition that RL² "
-        "sees. Evaluations, on the same held-out tasks by sampled actions, are part of the minutes.",
+        "alone: those of our recipe; means of the seeds. By hand: `torch.nn.GRU`, shared by policy and value, PPO over whole "
+        "trials (`recipes/other_programs.py`). RecurrentPPO: its LSTM, a trial is an episode, and its input the transition "
+        "that RL² sees. Evaluations, on the same held-out tasks by sampled actions, are part of the minutes.",
         f"![held-out return]({page.with_suffix('.png').name})",
     ]
     for name in worlds:
@@ -199,8 +208,8 @@ def figures(folder: Path, world: str, programs: tuple[str, ...]) -> str:
         rows.append(
             [
                 steps.name,
-                f"{steps.mean[-1]:.3f}",
-                f"{np.interp(end, minutes.x, minutes.mean, left=np.nan):.3f}",
+                with_error(steps.mean[-1], steps.se[-1]),
+                with_error(np.interp(end, minutes.x, minutes.mean), np.interp(end, minutes.x, minutes.se)),
                 f"{minutes.x[reached[0]]:.2f}" if len(reached) else "-",
                 f"{minutes.x[-1]:.2f}",
                 f"{1e3 * steps.x[-1] / minutes.x[-1] / 60:.1f}",

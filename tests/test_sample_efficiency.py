@@ -14,7 +14,7 @@ from recipes.sample_efficiency import WORLDS
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 
 LEARNING = Learning(trials=8, env_steps=0, gamma=0.9, lmbda=0.7, epochs=2, minibatches=2)
-TINY = {"env_steps": 200, "trials": 8}
+TINY = {"env_steps": 200, "trials": 8, "seeds": (0,)}
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -82,7 +82,7 @@ def test_the_page_holds_what_was_learnt_and_nothing_is_learnt_twice(tmp_path, mo
     page = sample_efficiency.main(**where, **TINY).read_text()
     assert (tmp_path / "page.png").stat().st_size > 10_000
     for world in WORLDS:
-        report = json.loads((tmp_path / "runs" / world / "plain" / "report.json").read_text())
+        report = json.loads((tmp_path / "runs" / world / "plain" / "seed0" / "report.json").read_text())
         assert f"| {sample_efficiency.NAMES['plain']} | {report['agent']['mean']:.3f} |" in page
     monkeypatch.setattr(sample_efficiency, "learn", lambda *args: pytest.fail("learnt again"))
     assert sample_efficiency.main(**where, **TINY).read_text() == page
