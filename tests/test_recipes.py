@@ -16,7 +16,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import bandit, cartpole, experiment, grid_navi, half_cheetah, pendulum, point_robot, results, tabular_mdp
+from recipes import ant_direction, bandit, cartpole, experiment, grid_navi, half_cheetah, pendulum, point_robot, results, tabular_mdp
 from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
 from rl2_torchrl import AdaptiveAgent, GRUGaussianActor, TaskSampler, Trial
 from rl2_torchrl.envs import TabularMDP, uniform_means
@@ -129,6 +129,20 @@ RECIPES = {
             "hidden_size=0": {"units": 0},
             "gamma=1.5": {"gamma": 1.5},
             "noiseless=1.0": {"noiseless": 1.0},
+        },
+    ),
+    "ant_direction": Recipe(
+        ant_direction,
+        {"trials": 3, "units": 4, "horizon": 4, "report_tasks": 7, "epochs": 1, "minibatches": 2},
+        batch=3 * 2 * 4,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            "horizon=0": {"horizon": 0},
+            r"batch_size=\(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
         },
     ),
     "half_cheetah": Recipe(

@@ -1,0 +1,88 @@
+"""RL² on Ant: a Gaussian GRU policy finds out, within a trial, which way it shall run."""
+
+from pathlib import Path
+
+import torch
+from torchrl.envs import Compose, TransformedEnv
+
+from recipes import experiment
+from recipes.experiment import ENVS, TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptationReport,
+    GRUGaussianActor,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    linear_decay,
+)
+from rl2_torchrl.envs import AntDirection, directions, signs
+
+NETWORK = Network(critic_keys=("time_left", "task"))
+#: Those of the cheetah, nothing was tuned here.
+LEARNING = Learning(
+    trials=64, env_steps=8_000_000, lr=3e-3, gamma=0.97, lmbda=0.9, minibatches=8, max_grad_norm=0.5, entropy=0.0
+)
+RUN = Run(Path("runs/ant_direction"), report_tasks=200)
+
+
+def main(
+    *,
+    episodes: int = 2,
+    horizon: int = 200,
+    all_directions: bool = False,
+    network: Network = NETWORK,
+    learning: Learning = LEARNING,
+    run: Run = RUN,
+) -> AdaptationReport:
+    """Trains RL² on ants that shall run forward or backward, which only their rewards tell, and reports how they adapt.
+
+    Args:
+        episodes: episodes of a trial.
+        horizon: steps of an episode.
+        all_directions: whether an ant shall run in any direction, in place of forward or backward (as in VariBAD).
+        network: actor and critic.
+        learning: batches, and PPO on them.
+        run: seeds, where the run begins, and what it leaves.
+    """
+    torch.manual_seed(run.seed)
+    torch.set_flush_denormal(True)
+
+    def make_env(sampler: TaskSampler, rows: int) -> TransformedEnv:
+        ants = AntDirection(batch_size=(rows,), horizon=horizon, seed=stream_seed(run.seed, ENVS))
+        # Without "velocity", as the cheetah: the agent sees its speed in the observation, but not what is paid for.
+        return TransformedEnv(ants, Compose(Trial(episodes=episodes), sampler, PreviousStep(["observation"])))
+
+    tasks = directions() if all_directions else forward_or_backward
+    env = make_env(TaskSampler(tasks, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
+    actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells)
+    critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
+    update = PPOUpdate(
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=learning.entropy > 0, entropy_coeff=learning.entropy),
+        TrialAdvantage(gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
+        lr=learning.lr,
+        epochs=learning.epochs,
+        minibatches=learning.minibatches,
+        max_grad_norm=learning.max_grad_norm,
+        lr_schedule=linear_decay,
+    )
+    batch = learning.trials * episodes * horizon
+    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
+    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
+    ants = Experiment(actor, make_env, tasks, run, held_out_tasks=64, rows=64)
+    report = ants.report(ants.train(collector, update), title="RL² on Ant, direction")
+    return experiment.publish(report, run)
+
+
+def forward_or_backward(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Unit vectors along the x axis, ``[*batch_size, 2]``."""
+    return torch.nn.functional.pad(signs()(batch_size, generator), (0, 1))
+
+
+if __name__ == "__main__":
+    experiment.command(main)
