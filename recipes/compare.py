@@ -71,7 +71,11 @@ def curve(folder: Path, by: str, scalar: str) -> Curve:
     Raises:
         ValueError: there is no run, or one has not logged ``scalar`` yet.
     """
-    runs = seeds(folder)
+    return curve_of(folder.name, seeds(folder), by, scalar)
+
+
+def curve_of(name: str, runs: list[Path], by: str, scalar: str) -> Curve:
+    """The mean of ``runs``."""
     each = [points(run, by, scalar) for run in runs]
     end = min(x[-1] for x, _ in each)
     # Each run's own points, as far as all go; between its own a run is taken to be on the line.
@@ -79,7 +83,7 @@ def curve(folder: Path, by: str, scalar: str) -> Curve:
     values = np.stack([np.interp(x, *run) for run in each])
     reports = [json.loads(path.read_text()) for run in runs if (path := run / _HISTORIES[0]).is_file()]
     reported = [report["agent"]["mean"] for report in reports]
-    return Curve(folder.name, len(each), x, values.mean(0), standard_error(values), reported)
+    return Curve(name, len(each), x, values.mean(0), standard_error(values), reported)
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:

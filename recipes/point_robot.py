@@ -78,7 +78,8 @@ def main(
     points = Experiment(actor, make_env, goals, run, held_out_tasks=512)
     result = points.train(collector, update)
     report = StepsReport(
-        **vars(points.report(result, title="RL² on PointRobot")), steps=steps_to_goal(points, episodes)
+        **vars(points.report(result, title=f"RL² on PointRobot, {'sparse' if sparse else 'dense'} rewards")),
+        steps=steps_to_goal(points, episodes),
     )
     return experiment.publish(report, run)
 

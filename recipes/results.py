@@ -1,15 +1,19 @@
 """A page of results from the reports of finished runs: figures by seed, learning curves, plots, and the commands that made them."""
 
+import csv
 import json
 import shutil
 from collections import defaultdict
 from pathlib import Path
 
 import tyro
+from matplotlib.figure import Figure
+
+from recipes.compare import curve_of, draw_curves
 
 
 def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
-    """Writes a page in Markdown, and beside it the plots of the first run of each title.
+    """Writes a page in Markdown, and beside it the plots of the first run of each title, and all learning curves as plot and CSV.
 
     Args:
         runs: folders of finished runs, each with its report.json.
@@ -37,6 +41,7 @@ def section(title: str, entries: list[tuple[Path, dict]], page: Path) -> list[st
         f"## {title}",
         figures(reports),
         *pictures(first_run, page),
+        *curves(first["title"], [run for run, _ in entries], page),
         f"Held-out trials while it was learnt, seed {first['seed']}:",
         learning_curve(first),
         "Made by:",
@@ -57,7 +62,7 @@ def figures(reports: list[dict]) -> str:
 
 def learning_curve(report: dict, rows: int = 12) -> str:
     """What evaluations during the training said, at most ``rows`` of them, the first and the last among them."""
-    evaluated = [row for row in report["train"]["history"] if "eval/trial_return" in row]
+    evaluated = evaluations(report)
     names = [name for name in evaluated[0] if name.startswith("eval/")]
     count = min(rows, len(evaluated))
     shown = sorted({round(i * (len(evaluated) - 1) / max(1, count - 1)) for i in range(count)})
@@ -66,6 +71,32 @@ def learning_curve(report: dict, rows: int = 12) -> str:
         for row in map(evaluated.__getitem__, shown)
     ]
     return table(["million env steps", "minutes", *(name[5:].replace("_", " ") for name in names)], cells)
+
+
+def evaluations(report: dict) -> list[dict[str, float]]:
+    """The rows of a run's scalars that hold an evaluation."""
+    return [row for row in report["train"]["history"] if "eval/trial_return" in row]
+
+
+def curves(title: str, runs: list[Path], page: Path) -> list[str]:
+    """Evaluations of all ``runs`` as a file of numbers, and their mean as a plot, by env steps and by minutes; both are shown."""
+    slug = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in title.lower())
+    plot, numbers = (page.with_name(f"{page.stem}_{slug}_curves.{suffix}") for suffix in ("png", "csv"))
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axes, by in zip(figure.subplots(1, 2), ("steps", "minutes"), strict=True):
+        draw_curves(axes, [curve_of("mean", runs, by, "eval/trial_return")], by, "held-out return of a trial")
+    figure.savefig(plot, dpi=110)
+    with numbers.open("w", newline="") as file:
+        rows = [
+            {"run": run.name, **row}
+            for run in runs
+            for row in evaluations(json.loads((run / "report.json").read_text()))
+        ]
+        names = [name for name in rows[0] if name in ("run", "env_steps", "time/seconds") or name.startswith("eval/")]
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return [f"![curves]({plot.name})", f"All curves: [{numbers.name}]({numbers.name})."]
 
 
 def pictures(run: Path, page: Path) -> list[str]:

@@ -16,7 +16,18 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import ant_direction, bandit, cartpole, experiment, grid_navi, half_cheetah, pendulum, point_robot, results, tabular_mdp
+from recipes import (
+    ant_direction,
+    bandit,
+    cartpole,
+    experiment,
+    grid_navi,
+    half_cheetah,
+    pendulum,
+    point_robot,
+    results,
+    tabular_mdp,
+)
 from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
 from rl2_torchrl import AdaptiveAgent, GRUGaussianActor, TaskSampler, Trial
 from rl2_torchrl.envs import TabularMDP, uniform_means
@@ -533,7 +544,16 @@ def test_page_of_results_holds_figures_plots_and_commands(finished, tmp_path):
         assert f"| {figure} | {value} | {value} |" in text
     assert text.count(f"# commit {stored['commit']}") == 2
     plots = sorted(path.name for path in page.parent.glob("*.png"))
+    curves = [path for path in page.parent.glob("*_curves.*")]
+    assert sorted(path.suffix for path in curves) == [".csv", ".png"]
+    plots = [plot for plot in plots if not plot.endswith("_curves.png")]
     assert plots == [f"my_page_{folder.name}_{path.name}" for path in sorted(folder.glob("*.png"))]
+    assert all(f"]({path.name})" in text for path in curves)
+    numbers = next(path for path in curves if path.suffix == ".csv").read_text().splitlines()
+    history = [row for row in stored["train"]["history"] if "eval/trial_return" in row]
+    assert numbers[0].startswith("run,env_steps,")
+    assert len(numbers) == 1 + 2 * len(history)
+    assert str(history[-1]["eval/trial_return"]) in numbers[-1]
     assert all(f"]({plot})" in text for plot in plots)
     # Two updates, the last one evaluated: its row stands in the learning curve.
     assert f"| {2 * RECIPES[name].batch / 1e6:.2f} | " in text
