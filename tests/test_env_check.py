@@ -111,6 +111,35 @@ class NeverHears(Sound):
         pass
 
 
+class FirstRowAlone(Sound):
+    """Only row 0 hears."""
+
+    def hear(self, rows, task):
+        rows = rows & (torch.arange(len(rows)) == 0).unsqueeze(-1)
+        super().hear(rows, task)
+
+
+class OneForAll(Sound):
+    """Keeps a number where each row has its own."""
+
+    def hear(self, rows, task):
+        self.drift = task[0].expand(len(task), 1)
+
+
+class OneBefore(Sound):
+    """Hears a task when the next one is given."""
+
+    def hear(self, rows, task):
+        self.drift, self.next = self.__dict__.get("next", self.drift), torch.where(rows, task, self.drift)
+
+
+class TakesAllTasks(Sound):
+    """A reset of some rows brings the others a task that they are not to take."""
+
+    def hear(self, rows, task):
+        self.drift = task
+
+
 class SameSeeds(Sound):
     seeds = [7] * ROWS
 
@@ -204,6 +233,10 @@ BROKEN = [
     (ForgetsTask, "task_heard", "another task given at a reset of some rows made no difference"),
     (DrawsItsOwnTask, "task_heard", "8 tasks made no difference .* set the task in each reset"),
     (NeverHears, "task_heard", "8 tasks made no difference"),
+    (FirstRowAlone, "task_heard", r"another task made no difference in the rows \[1, 2, 3\], though it did in others"),
+    (OneForAll, "task_own", "twice given the same task, seed and actions, row . played something else"),
+    (OneBefore, "task_own", "keep tasks row by row, not on the class, not one for all, not the one before"),
+    (TakesAllTasks, "task_kept", "row 1 went another way in the middle of an episode"),
     (SameSeeds, "rows_draw_apart", "rows 0 and 1 drew the same random numbers.* seed each row"),
     (
         FlatReward,
@@ -285,9 +318,11 @@ def test_doubles_are_mended_by_torchrls_transform():
     check_trial_env(trial_env(Doubles(), DoubleToFloat(in_keys=["place"])))
 
 
-@pytest.mark.parametrize("make", [ForgetsTask, DrawsItsOwnTask, NeverHears])
+@pytest.mark.parametrize(
+    "make", [ForgetsTask, DrawsItsOwnTask, NeverHears, FirstRowAlone, OneForAll, OneBefore, TakesAllTasks]
+)
 def test_a_task_that_is_read_back_tells_at_once(make):
-    with pytest.raises(TrialContractError, match="after a reset( of some rows)? row 0 has the task .*, not ") as raised:
+    with pytest.raises(TrialContractError, match="after a reset( of some rows)? row . has the task .*, not ") as raised:
         check_trial_env(trial_env(make()), task_of=lambda env: env.drift)
     assert raised.value.rule == "task_heard"
 
@@ -364,12 +399,37 @@ def first_only(env, task):
     env.goal = task.item() if env.resets == 0 else env.goal
 
 
-@pytest.mark.parametrize("set_task", [misspelt, first_only])
-def test_a_function_that_sets_no_task_is_told(set_task):
-    env = GymVectorEnv(Hidden, 4, set_task=set_task, task_spec=Unbounded(1), seed=0)
-    with pytest.raises(TrialContractError, match="made no difference") as raised:
+def on_the_class(env, task):
+    env.__dict__.pop("goal", None)
+    type(env).goal = task.item()
+
+
+def one_before(env, task):
+    env.goal, env.following = vars(env).get("following", 3.0), task.item()
+
+
+class OwnGoal(Hidden):
+    def reset(self, **kwargs):
+        seen = super().reset(**kwargs)
+        self.goal = self.np_random.integers(1, 6)
+        return seen
+
+
+@pytest.mark.parametrize(
+    ("make", "set_task", "rule", "message"),
+    [
+        (Hidden, misspelt, "task_heard", r"made no difference .*; set_task gave the env \['gaol'\], .* misspelt\?"),
+        (Hidden, first_only, "task_heard", "8 tasks made no difference to anything in 30 steps of random actions. All"),
+        (OwnGoal, set_goal, "task_heard", "8 tasks made no difference .* set the task in each reset"),
+        (type("Fresh", (Hidden,), {}), on_the_class, "task_own", "not on the class"),
+        (Hidden, one_before, "task_own", "not the one before"),
+    ],
+)
+def test_a_task_that_does_not_reach_its_row_is_told(make, set_task, rule, message):
+    env = GymVectorEnv(make, 4, set_task=set_task, task_spec=Unbounded(1), seed=0)
+    with pytest.raises(TrialContractError, match=message) as raised:
         check_trial_env(trials(env))
-    assert raised.value.rule == "task_heard"
+    assert raised.value.rule == rule
 
 
 class OwnSeed(Hidden):
