@@ -6,12 +6,12 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rollouts import ENVS, make_env
 from tensordict import TensorDict
-from test_gym_vector import FORMS, Hidden, goals, set_goal, set_goals, theirs, trials
+from test_gym_vector import FORMS, Hidden, Line, goals, set_goal, set_goals, theirs, trials
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, SerialEnv, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
-from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs import GymVectorEnv, TensorEnv
 from rl2_torchrl.testing import TrialContractError, check_trial_env
 
 ROWS = 4
@@ -200,9 +200,9 @@ class Unseeded(Sound):
 
 
 class ShowsTask(Sound):
-    def __init__(self):
-        super().__init__()
-        self.observation_spec["hint"] = Unbounded((ROWS, 1))
+    def __init__(self, rows=ROWS):
+        super().__init__(rows)
+        self.observation_spec["hint"] = Unbounded((rows, 1))
 
     def shown(self, **flags):
         return super().shown(**flags).set("hint", self.drift.clone())
@@ -444,6 +444,32 @@ def test_envs_that_seed_themselves_alike_are_told():
     assert raised.value.rule == "rows_draw_apart"
 
 
+class Endless(Hidden):
+    def step(self, action):
+        observation, reward, *_, info = super().step(action)
+        return observation, reward, False, False, info
+
+
+@pytest.mark.parametrize(("make", "rule"), [(Endless, "trials_end"), (Line, "task_hidden")])
+def test_faults_of_a_gymnasium_env_are_told(make, rule):
+    with pytest.raises(TrialContractError) as raised:
+        check_trial_env(trials(GymVectorEnv(make, 4, set_task=set_goal, task_spec=Unbounded(1), seed=0)), max_steps=100)
+    assert raised.value.rule == rule
+
+
+class OneBuffer(Hidden):
+    """Observes in float64, in the same memory at every step."""
+
+    def observed(self):
+        self.buffer = vars(self).get("buffer", np.zeros(3))
+        self.buffer[:] = super().observed()
+        return self.buffer
+
+
+def test_what_gymnasium_envs_may_do_with_their_observations_is_mended_on_the_way():
+    check_trial_env(trials(GymVectorEnv(OneBuffer, 4, set_task=set_goal, task_spec=Unbounded(1), seed=0)))
+
+
 class Column(SyncVectorEnv):
     def step(self, actions):
         observations, reward, *rest = super().step(actions)
@@ -471,3 +497,134 @@ def test_workers_with_the_same_seed_are_told():
     with pytest.raises(TrialContractError, match="rows 0 and 1 drew the same") as raised:
         check_trial_env(trial_env(workers))
     assert raised.value.rule == "rows_draw_apart"
+
+
+class FirstOnly(Sound):
+    """Hears its first task alone, also as the only row of a worker."""
+
+    def hear(self, rows, task):
+        self.resets = self.__dict__.get("resets", 0) + 1
+        if self.resets <= 3:  # the first two are TorchRL's own, to look at the env
+            super().hear(rows, task)
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (NeverHears, "task_heard"),
+        (FirstOnly, "task_heard"),
+        (OneBefore, "task_own"),
+        (Doubles, "float32"),
+        (NeverEnds, "trials_end"),
+        (ShowsTask, "task_hidden"),
+    ],
+)
+def test_faults_within_workers_are_told(make, rule):
+    workers = SerialEnv(2, lambda: make(1))
+    workers.set_seed(0)
+    with pytest.raises(TrialContractError) as raised:
+        check_trial_env(trial_env(workers), max_steps=100)
+    assert raised.value.rule == rule
+
+
+# ---- A `TensorEnv` that is broken.
+
+
+class Drifts(TensorEnv):
+    """As `Sound`: the place and the drift are the state."""
+
+    dtype, limit = torch.float32, 5
+
+    def __init__(self):
+        specs = {"task_spec": Unbounded(1), "observation_spec": Unbounded(1, dtype=self.dtype)}
+        super().__init__(**specs, action_spec=Categorical(3), max_episode_steps=self.limit, batch_size=(ROWS,), seed=0)
+
+    def begin(self, task, rows):
+        place = self.noise()
+        return self.hear(place, task, rows), self.seen(place, task)
+
+    def advance(self, state, action):
+        place, drift = state
+        place = place + action.unsqueeze(-1) - 1 + drift + self.noise()
+        return (place, drift), self.seen(place, drift), self.paid(place), None, None
+
+    def hear(self, place, task, rows):
+        return place, task
+
+    def seen(self, place, drift):
+        return place.to(self.dtype)
+
+    def paid(self, place):
+        return -place.abs()
+
+    def noise(self):
+        return torch.rand(ROWS, 1, generator=self.generator)
+
+
+class OneDraw(Drifts):
+    def noise(self):
+        return super().noise()[:1].expand(ROWS, 1)
+
+
+class WideDrifts(Drifts):
+    dtype = torch.float64
+
+
+class EndlessDrifts(Drifts):
+    limit = None
+
+
+class SeenDrifts(Drifts):
+    def seen(self, place, drift):
+        return drift.clone()
+
+
+class BufferedDrifts(Drifts):
+    def seen(self, place, drift):
+        self.buffer = self.__dict__.get("buffer", place.clone())
+        return self.buffer.copy_(place)
+
+
+class DeafDrifts(Drifts):
+    def hear(self, place, task, rows):
+        return place, torch.zeros_like(task)
+
+
+class ForgetfulDrifts(Drifts):
+    def hear(self, place, task, rows):
+        return place, task if rows.all() else torch.zeros_like(task)
+
+
+class DriftsOnSelf(Drifts):
+    """Keeps the task beside the state, that of rows that go on among it."""
+
+    def hear(self, place, task, rows):
+        self.drift = task
+        return place, task
+
+    def advance(self, state, action):
+        return super().advance((state[0], self.drift), action)
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (OneDraw, "rows_draw_apart"),
+        (WideDrifts, "float32"),
+        (EndlessDrifts, "trials_end"),
+        (SeenDrifts, "task_hidden"),
+        (BufferedDrifts, "kept_tensors"),
+        (DeafDrifts, "task_heard"),
+        (ForgetfulDrifts, "task_heard"),
+        (DriftsOnSelf, "task_kept"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_faults_of_a_tensor_env_are_told(make, rule):
+    with pytest.raises(TrialContractError) as raised:
+        check_trial_env(trial_env(make()), max_steps=100)
+    assert raised.value.rule == rule
+
+
+def test_the_tensor_env_that_the_broken_ones_are_made_of_is_sound():
+    check_trial_env(trial_env(Drifts()))
