@@ -393,7 +393,8 @@ class Experiment:
         curve = self.play(self.tasks(HELD_OUT_TASKS, self.held_out_tasks))
         first, last = curve.per_episode[[0, -1]].tolist()
         figures = {"trial_return": curve.mean, f"first_{self.episode_name}": first, f"last_{self.episode_name}": last}
-        for name, measured in curve.measures.items():
+        for name in curve.shown:
+            measured = curve.shown_as(name)
             figures |= {
                 f"first_{name}": measured.per_episode[0].item(),
                 f"last_{name}": measured.per_episode[-1].item(),

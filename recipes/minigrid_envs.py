@@ -21,7 +21,7 @@ _KINDS = [np.eye(len(indices), dtype=np.float32) for indices in (OBJECT_TO_IDX, 
 
 
 class OneHotView(gymnasium.ObservationWrapper):
-    """A MiniGrid env that shows its view one-hot, ``[20, width, height]``; info says ``success`` and an episode's ``steps``."""
+    """A MiniGrid env that shows its view one-hot, ``[20, width, height]``; info says ``success``."""
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
@@ -36,8 +36,7 @@ class OneHotView(gymnasium.ObservationWrapper):
 
     def step(self, action: int):
         observation, reward, terminated, truncated, info = super().step(action)
-        said = {"success": reward > 0, "steps": self.unwrapped.step_count}
-        return observation, reward, terminated, truncated, {**info, **said}
+        return observation, reward, terminated, truncated, {**info, "success": reward > 0}
 
 
 class Doors(MiniGridEnv):

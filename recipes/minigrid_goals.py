@@ -92,7 +92,7 @@ def main(
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
-    measures = {("info", "steps"): "max", ("info", "success"): "max"}
+    measures = {("info", "success"): "max"}
     others, draw = partial(make_env, held_out), partial(numbers, len(held_out))
     searches = Experiment(actor, others, draw, run, rows=64, held_out_tasks=128, measures=measures)
     result = searches.train(collector, update, eval_interval=50)
@@ -104,7 +104,7 @@ def trial_env(
 ) -> TransformedEnv:
     """Trials of which each plays one of ``mazes``, that whose number the sampler draws."""
     halls = GymVectorEnv(
-        partial(seen_hall, max_steps), rows, set_task=Doors.set_task, tasks=mazes, info_keys=["steps", "success"]
+        partial(seen_hall, max_steps), rows, set_task=Doors.set_task, tasks=mazes, info_keys=["success"]
     )
     return TransformedEnv(halls, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
 

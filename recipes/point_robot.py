@@ -1,14 +1,12 @@
 """RL² on PointRobot: a point finds a hidden goal in its first episode and goes straight to it from then on; ragged episodes."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
-from recipes.experiment import REPORT_TASKS, TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -77,40 +75,8 @@ def main(
 
     points = Experiment(actor, make_env, goals, run, held_out_tasks=512)
     result = points.train(collector, update)
-    report = StepsReport(
-        **vars(points.report(result, title=f"RL² on PointRobot, {'sparse' if sparse else 'dense'} rewards")),
-        steps=steps_to_goal(points, episodes),
-    )
-    return experiment.publish(report, run)
-
-
-@dataclass
-class StepsReport(AdaptationReport):
-    """An `AdaptationReport` with the mean number of steps of each episode, ``[num_episodes]``, as ``steps_per_episode``."""
-
-    steps: torch.Tensor = None
-
-    def entries(self) -> dict[str, Any]:
-        """The steps, beside the returns."""
-        return {"steps_per_episode": self.steps.tolist()}
-
-    def summary(self) -> dict[str, float | str]:
-        """The steps before the returns."""
-        return {"steps, first and last episode": f"{self.steps[0]:.2f}, {self.steps[-1]:.2f}", **super().summary()}
-
-
-def steps_to_goal(points: Experiment, episodes: int) -> torch.Tensor:
-    """Mean steps of each episode ``[episodes]`` of the agent's trials on up to 2,000 held-out goals, played side by side."""
-    tasks = points.tasks(REPORT_TASKS, min(points.run.report_tasks, 2_000))
-    counts = torch.zeros(len(tasks), episodes)
-    first = torch.ones(len(tasks), 1, dtype=torch.bool)  # rows in their first trial
-
-    def count(step: dict) -> None:
-        counts.scatter_add_(1, step["episode_index"], first.float())
-        first.logical_and_(~step["next", "done"])
-
-    points.play(tasks, on_step=count)
-    return counts.mean(0)
+    title = f"RL² on PointRobot, {'sparse' if sparse else 'dense'} rewards"
+    return experiment.publish(points.report(result, title=title), run)
 
 
 if __name__ == "__main__":

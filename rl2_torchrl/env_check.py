@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -10,6 +13,7 @@ from tensordict.utils import expand_as_right
 from torch import Tensor
 from torchrl.envs import EnvBase
 
+from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.tensor_env_check import misfit
 from rl2_torchrl.trial import INFO, is_within
@@ -22,9 +26,26 @@ _RESETS, _STEPS, _STEPS_TO_AN_END = 16, 30, 300
 _PAIRS = 40
 #: Differences that must have been seen, had there been as many as in first episodes: none is then chance in 1 case of 400.
 _EXPECTED = 6
+#: How likely it may be that some rows see no difference by chance, and are called deaf nevertheless.
+_CHANCE = 1 / 400
 
 Task = Tensor | TensorDictBase | None
-Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64.
+Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; whether an episode ended comes first.
+
+
+class _Pair(NamedTuple):
+    """What two tasks have led to, from one seed on and by the same actions: what a reset and the steps after it have said."""
+
+    task: Sequence[Outcome]
+    other: Sequence[Outcome]
+    #: The other in the rows ``changed`` alone, bool ``[num_rows]``.
+    mixed: Sequence[Outcome]
+    changed: Tensor
+    #: The task, and an episode of it or of the other that begins after a step in every other row.
+    same_later: Sequence[Outcome]
+    other_later: Sequence[Outcome]
+    #: In which rows the tasks are not the same, bool ``[num_rows]``.
+    unlike: Tensor
 
 
 class EnvBelow:
@@ -46,7 +67,7 @@ class EnvBelow:
     ):
         self.env, self.task_key, self.task_of = env, task_key, task_of
         self.tasks: list[Task] = list(tasks) or [None]
-        self.num_rows = env.batch_size.numel()
+        self.num_rows, self._step_size = env.batch_size.numel(), 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a check finds the same each time
             self.actions = [env.full_action_spec[env.action_key].rand() for _ in range(_STEPS_TO_AN_END)]
@@ -66,12 +87,14 @@ class EnvBelow:
 
     def step(self, tensordict: TensorDictBase, action: Tensor) -> tuple[Outcome, TensorDictBase]:
         stepped = self.env.step(tensordict.clone().set(self.env.action_key, action.clone()))
-        return self._outcome(stepped["next"]), self.env.step_mdp(stepped)
+        outcome = self._outcome(stepped["next"])
+        self._step_size = outcome.shape[1]
+        return outcome, self.env.step_mdp(stepped)
 
-    def begin(self, tensordict: TensorDictBase, rows: Tensor, task: Task) -> TensorDictBase:
-        """An episode of ``task`` begins in ``rows`` ``[*B, 1]``, as `Trial` makes it begin."""
+    def begin(self, tensordict: TensorDictBase, rows: Tensor, task: Task, brought: Task = None) -> TensorDictBase:
+        """An episode of ``task`` begins in ``rows`` ``[*B, 1]``, as `Trial` makes it begin; the reset is given ``brought``."""
         given = self._given(tensordict.clone(), task)
-        first = self.env._reset(given.clone().set("_reset", rows.clone()))
+        first = self.env._reset(self._given(given.clone(), brought).set("_reset", rows.clone()))
         for key in first.keys(True, True):
             if key not in self.env.reset_keys and key not in self.env.done_keys:
                 old, new = given.get(key, None), first.get(key)
@@ -99,7 +122,7 @@ class EnvBelow:
 
     def _outcome(self, tensordict: TensorDictBase) -> Outcome:
         # What is said beside, such as the number of resets so far, may change as it likes.
-        keys = [*self.env.full_observation_spec.keys(True, True), *self.env.reward_keys, "done"]
+        keys = ["done", *self.env.full_observation_spec.keys(True, True), *self.env.reward_keys]
         left_out = [INFO] if self.task_key is None else [INFO, self.task_key]
         values = [tensordict.get(key, None) for key in keys if not any(is_within(key, root) for root in left_out)]
         values = [value.reshape(self.num_rows, -1).double().cpu() for value in values if isinstance(value, Tensor)]
@@ -183,6 +206,9 @@ class EnvBelow:
 
     def seed_repeats(self) -> str | None:
         runs = []
+        self.start(
+            self.tasks[0]
+        )  # so that both runs have the same task behind them: one that is heard late is told as such
         for _ in range(2):
             self.seed()
             runs.append(self.outcomes(self.start(self.tasks[0]), self.tasks[0], self.actions[:_STEPS]))
@@ -200,8 +226,9 @@ class EnvBelow:
         for task, other in self._pairs():
             tensordict = self.start(task)
             seen = self._unlike("a reset", task)
-            self.begin(tensordict, half, _where(half.reshape(self.env.batch_size), other, task))
-            seen = seen or self._unlike("a reset of some rows", _where(half.reshape(self.env.batch_size), other, task))
+            mixed = _where(half.reshape(self.env.batch_size), other, task)
+            self.begin(tensordict, half, mixed, self._as_drawn(half, mixed))
+            seen = seen or self._unlike("a reset of some rows", mixed)
             if seen is not None:
                 return seen
 
@@ -211,29 +238,79 @@ class EnvBelow:
             row = (found != expected).any(1).nonzero()[0].item()
             return f"after {what} row {row} has the task {found[row].tolist()}, not {expected[row].tolist()}"
 
-    def _task_seen(self) -> str | None:
-        """Whether another task shows in what follows: in episodes from the start, and in those that begin in some rows."""
-        at_start, later, half = [0, 0], [0, 0], self._half()
-        for seed, (task, other) in enumerate(self._pairs()):
-            unlike = (self._flat(task) != self._flat(other)).any(1)
-            runs = [self._episodes(seed, first, first, None) for first in (task, other)]
-            at_start = _counted(at_start, runs, unlike)
-            runs = [self._episodes(seed, task, then, half) for then in (task, other)]
-            later = _counted(later, runs, unlike & half.reshape(-1).cpu())
-        if at_start[1] and not at_start[0]:
-            return f"{len(self.tasks)} tasks made no difference to anything in {_STEPS} steps of random actions"
-        if _none_by_rule(at_start, later):
-            return "another task given at a reset of some rows made no difference, though it did at a reset of all"
+    def _as_drawn(self, rows: Tensor, task: Task) -> Task:
+        """``task`` as `TaskSampler` draws it where a trial begins in ``rows`` alone: zeros elsewhere."""
+        return _where(rows.reshape(self.env.batch_size), task, self.env.full_state_spec[self.task_key].zero())
 
-    def _episodes(self, seed: int, task: Task, then: Task, rows: Tensor | None) -> list[Outcome]:
+    @cached_property
+    def _played(self) -> list[_Pair]:
+        """Each pair of tasks, played from a seed of its own."""
+        return [self._play(seed, task, other) for seed, (task, other) in enumerate(self._pairs())]
+
+    def _play(self, seed: int, task: Task, other: Task) -> _Pair:
+        half = self._half()
+        changed = half if seed % 2 == 0 else ~half
+        mixed = _where(changed.reshape(self.env.batch_size), other, task)
+        runs = [self._episodes(seed, first) for first in (task, other, mixed)]
+        later = [self._episodes(seed, task, then, half) for then in (task, other)]
+        unlike = (self._flat(task) != self._flat(other)).any(1)
+        return _Pair(*runs, changed.reshape(-1).cpu(), *later, unlike)
+
+    def _episodes(self, seed: int, task: Task, then: Task = None, rows: Tensor | None = None) -> list[Outcome]:
         """Steps from one seed on; ``rows`` begin anew with ``then`` after the first."""
+        # Each row takes each sequence of actions in turn, or one that meets no task would pass for a deaf row.
+        actions = [action.flatten(0, len(self.env.batch_size) - 1).roll(seed, 0) for action in self.actions[:_STEPS]]
+        actions = [action.reshape(each.shape) for action, each in zip(actions, self.actions, strict=False)]
         self.seed(seed)
         tensordict = self.start(task)
         if rows is not None:
-            _, tensordict, _ = next(self.run(tensordict, task, self.actions[:1]))
-            then = _where(rows.reshape(self.env.batch_size), then, task)
-            tensordict = self.begin(tensordict, rows, then)
-        return self.outcomes(tensordict, then, self.actions[:_STEPS])
+            _, tensordict, _ = next(self.run(tensordict, task, actions[:1]))
+            mixed = _where(rows.reshape(self.env.batch_size), then, task)
+            # Within a trial a reset brings all rows' tasks; where trials begin, those of the rows that do.
+            tensordict = self.begin(tensordict, rows, mixed, mixed if then is task else self._as_drawn(rows, mixed))
+            task = mixed
+        return self.outcomes(tensordict, task, actions)
+
+    def _task_seen(self) -> str | None:
+        """Whether another task shows in what follows: in episodes from the start, and in those that begin in some rows."""
+        at_start, later, half = [0, 0], [0, 0], self._half().reshape(-1).cpu()
+        for pair in self._played:
+            at_start = _counted(at_start, [pair.task, pair.other], pair.unlike)
+            later = _counted(later, [pair.same_later, pair.other_later], pair.unlike & half)
+        if at_start[1] and not at_start[0]:
+            seen = f"{len(self.tasks)} tasks made no difference to anything in {_STEPS} steps of random actions"
+            added = self.env.attributes_added() if isinstance(self.env, GymVectorEnv) else ()
+            return f"{seen}; set_task gave the env {added}, which it did not have before: misspelt?" if added else seen
+        if _none_by_rule(at_start, later):
+            return "another task given at a reset of some rows made no difference, though it did at a reset of all"
+        unlike = torch.stack([pair.unlike for pair in self._played])
+        heard = torch.stack([_differ(pair.task, pair.other) for pair in self._played]) & unlike
+        deaf = ~heard.any(0)
+        if deaf.any() and _chance_of(heard, unlike, deaf) < _CHANCE:
+            return f"another task made no difference in the rows {_numbers(deaf)}, though it did in others"
+
+    def task_own(self) -> str | None:
+        """Rows follow from their own tasks, whatever the others were given, or they themselves before."""
+        for pair in self._played if self.tasks[0] is not None else ():
+            for rows, run in ((pair.changed, pair.other), (~pair.changed, pair.task)):
+                if (seen := self._parted(run, pair.mixed, rows)) is not None:
+                    return f"twice given the same task, seed and actions, row {seen} played something else when others were not"
+
+    def task_kept(self) -> str | None:
+        """Rows that go on are not touched by the tasks that a reset of others brings."""
+        going_on = ~self._half().reshape(-1).cpu()
+        for pair in self._played if self.tasks[0] is not None else ():
+            if (seen := self._parted(pair.same_later, pair.other_later, going_on)) is not None:
+                return f"row {seen} went another way in the middle of an episode, since other rows had begun with another task"
+
+    def _parted(self, run: Sequence[Outcome], other: Sequence[Outcome], rows: Tensor) -> int | None:
+        """The first of ``rows`` in which two runs differ before an episode ends, after which rows may draw in another order."""
+        for one, another in zip(run, other, strict=False):
+            differ = _unequal(one[:, : self._step_size], another[:, : self._step_size]).any(1) & rows
+            if differ.any():
+                return int(differ.nonzero()[0])
+            if one[:, 0].any() or another[:, 0].any():
+                return None
 
     def action_heard(self) -> str | None:
         """Whether the action of an episode's first step counts, in later episodes as in the first."""
@@ -265,7 +342,12 @@ class EnvBelow:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
+    return one.shape == other.shape and not _unequal(one, other).any()
+
+
+def _unequal(one: Tensor, other: Tensor) -> Tensor:
+    """Where the numbers are not the same; NaN is as NaN."""
+    return (one != other) & ((one == one) | (other == other))
 
 
 def _where(rows: Tensor, new, old):
@@ -282,10 +364,33 @@ def _same_in_all_rows(value: Tensor | TensorDictBase, batch_size: torch.Size):
 
 def _counted(count: Sequence[int], runs: Sequence[Sequence[Outcome]], rows: Tensor) -> list[int]:
     """``count``, of rows that differ and of all, with those of two more ``runs``, of which ``rows`` count."""
-    differ = torch.zeros_like(rows)
-    for one, other in zip(*runs, strict=True):
-        differ |= (one != other).any(1) if one.shape == other.shape else torch.ones_like(rows)
-    return [count[0] + int((differ & rows).sum()), count[1] + int(rows.sum())]
+    return [count[0] + int((_differ(*runs) & rows).sum()), count[1] + int(rows.sum())]
+
+
+def _differ(run: Sequence[Outcome], other: Sequence[Outcome]) -> Tensor:
+    """The rows in which two runs differ, bool ``[num_rows]``."""
+    differ = torch.zeros(len(run[0]), dtype=torch.bool)
+    for one, another in zip(run, other, strict=True):
+        differ |= (one != another).any(1) if one.shape == another.shape else True
+    return differ
+
+
+def _chance_of(heard: Tensor, asked: Tensor, deaf: Tensor) -> float:
+    """How likely the rows ``deaf``, or as many others, hear nothing where all rows hear alike; ``[num_pairs, num_rows]`` bool."""
+    chance = _log_choices(len(deaf), int(deaf.sum()))
+    for hits, rows in zip(heard.sum(1).tolist(), asked, strict=True):
+        chance += _log_choices(int((rows & ~deaf).sum()), hits) - _log_choices(int(rows.sum()), hits)
+    return math.exp(min(0.0, chance))
+
+
+def _log_choices(number: int, chosen: int) -> float:
+    return math.lgamma(number + 1) - math.lgamma(chosen + 1) - math.lgamma(number - chosen + 1)
+
+
+def _numbers(rows: Tensor) -> str:
+    """The first few of ``rows``, by number."""
+    numbers = rows.nonzero().flatten().tolist()
+    return f"{numbers[:8]}{' and more' if len(numbers) > 8 else ''}"
 
 
 def _none_by_rule(expected: Sequence[int], seen: Sequence[int]) -> bool:

@@ -33,6 +33,7 @@ class AdaptationCurve:
         returns: return of each episode, ``[num_trials, num_episodes]``; NaN where a trial had no such episode. A trial that
             is bounded by steps can end within an episode, which then counts with the rewards it had so far.
         measures: by name, the curve of another number of each episode, such as whether it was a success.
+        steps: the curve of how many steps each episode took; None where nobody has counted.
 
     Raises:
         ValueError: ``returns`` is not a floating-point table of at least one trial and one episode, or holds infinities.
@@ -45,6 +46,7 @@ class AdaptationCurve:
 
     returns: torch.Tensor
     measures: Mapping[str, AdaptationCurve] = field(default_factory=dict)
+    steps: AdaptationCurve | None = None
 
     def __post_init__(self):
         returns = self.returns
@@ -90,6 +92,17 @@ class AdaptationCurve:
         variance = (self.returns - self.per_episode).square().nansum(0) / (count - 1)
         return (variance / count).sqrt()
 
+    @property
+    def shown(self) -> list[str]:
+        """What reports show of each episode beside its return: ``"steps"``, where trials differ in them, and the `measures`."""
+        steps = torch.zeros(1, 1) if self.steps is None else self.steps.returns
+        is_ragged = bool((steps.nan_to_num(-torch.inf).amax(0) > steps.nan_to_num(torch.inf).amin(0)).any())
+        return list(dict.fromkeys([*["steps"] * is_ragged, *self.measures]))
+
+    def shown_as(self, name: str) -> AdaptationCurve | None:
+        """The curve of one of the names that are `shown`, or None."""
+        return self.measures.get(name, self.steps if name == "steps" else None)
+
 
 @torch.no_grad()
 def adaptation_curve(
@@ -103,7 +116,7 @@ def adaptation_curve(
     measures: Mapping[NestedKey, Measure] | None = None,
     max_trial_steps: int = 1_000_000,
 ) -> AdaptationCurve:
-    """Plays ``num_trials`` whole trials and returns the return of every episode separately.
+    """Plays ``num_trials`` whole trials and returns the return of every episode separately, and how many steps it took.
 
     Row i of the result is the i-th trial that began: with ``TaskSampler.fixed(tasks)`` and ``num_trials=len(tasks)`` it is
     the trial on task i. Give the env held-out tasks: fixed ones, or a sampler with a seed that training does not use.
@@ -125,7 +138,7 @@ def adaptation_curve(
         max_trial_steps: raise when a trial does not end within so many steps.
 
     Returns:
-        The adaptation curve.
+        The adaptation curve; ``curve.steps.per_episode`` says whether episodes get shorter.
 
     Raises:
         ValueError: ``num_trials`` below 1, the env has no `Trial`, or statistics of a `VecNorm` in it would move.
@@ -166,7 +179,8 @@ def adaptation_curve(
             for key, table in tables.items():
                 table.add(index, steps[key][counted])
             _require_end(batch["next", TRIAL_STEP][~batch["next", "done"]], max_trial_steps)
-    return AdaptationCurve(returns.table(), {key[-1]: AdaptationCurve(table.table()) for key, table in tables.items()})
+    measured = {key[-1]: AdaptationCurve(table.table()) for key, table in tables.items()}
+    return AdaptationCurve(returns.table(), measured, AdaptationCurve(returns.counts()))
 
 
 _KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next", TRIAL_STEP))
@@ -258,7 +272,13 @@ class _Table:
 
     def table(self) -> torch.Tensor:
         """The table ``[num_trials, num_episodes]``, NaN where a trial had no such episode."""
-        numbers = self._numbers / self._steps if self.how == "mean" else self._numbers
+        return self._of_played(self._numbers / self._steps if self.how == "mean" else self._numbers)
+
+    def counts(self) -> torch.Tensor:
+        """How many steps each episode took, as `table`."""
+        return self._of_played(self._steps)
+
+    def _of_played(self, numbers: torch.Tensor) -> torch.Tensor:
         played = self._steps > 0
         return torch.where(played, numbers, torch.nan)[:, played.any(0)]
 

@@ -29,6 +29,8 @@ __all__ = ["AdaptationReport"]
 class AdaptationReport:
     """Adaptation curves of an agent, its ablations and classical agents, all on the same held-out tasks.
 
+    Beside returns it shows the agent's measures, and the steps of episodes where these differ in them.
+
     Args:
         agent: the agent's curve, acting as it was trained (sampling).
         greedy: the agent's curve in deterministic mode.
@@ -90,8 +92,8 @@ class AdaptationReport:
         """The few figures that a page of results shows of a run, in its order: the agent, its ablations, classical agents."""
         curves = {"RL²": self.agent, "greedy": self.greedy, **self.ablations, **self.baselines}
         figures: dict[str, float | str] = {_label(name): f"{c.mean:.3f} ± {c.se:.3f}" for name, c in curves.items()}
-        for name, curve in self.agent.measures.items():
-            first, last = curve.per_episode[[0, -1]].tolist()
+        for name in self.agent.shown:
+            first, last = self.agent.shown_as(name).per_episode[[0, -1]].tolist()
             figures[f"{_label(name)}, first and last {self.episode_name}"] = f"{first:.3f}, {last:.3f}"
         return figures if self.optimum is None else {**figures, "optimum": round(self.optimum, 3)}
 
@@ -120,16 +122,16 @@ class AdaptationReport:
         table.add_column("agent")
         for column in ("mean", "± SE", f"first {self.episode_name}", f"last {self.episode_name}"):
             table.add_column(column, justify="right")
-        for name in self.agent.measures:
-            table.add_column(f"{_label(name)}, last", justify="right")
+        for name in self.agent.shown:
+            table.add_column(f"{_label(name)}, first → last", justify="right")
         if self.optimum is not None:
             table.add_row("Bayes optimum (exact)", f"{self.optimum:.3f}", "", "", "", style="dim")
         rows = {"[bold]RL²": self.agent, "[bold]RL², greedy": self.greedy, **self.baselines}
         for name, curve in sorted(rows.items(), key=lambda item: -item[1].mean):
-            table.add_row(_label(name), *_cells(curve))
+            table.add_row(_label(name), *_cells(curve, self.agent.shown))
         table.add_section()
         for name, curve in self.ablations.items():
-            table.add_row(f"RL², {_label(name)}", *_cells(curve))
+            table.add_row(f"RL², {_label(name)}", *_cells(curve, self.agent.shown))
         return table
 
     # ------------------------------------------------------------------ plot
@@ -140,7 +142,7 @@ class AdaptationReport:
         except ImportError as error:
             raise ImportError('the plot needs matplotlib: pip install "rl2_torchrl[recipes]".') from error
 
-        measures = list(self.agent.measures)
+        measures = self.agent.shown
         figure = Figure(figsize=(12 + 5 * len(measures), 5), layout="constrained")
         learning, adaptation, *others = figure.subplots(1, 2 + len(measures))
         self._plot_learning(learning)
@@ -241,7 +243,7 @@ def _summary(curve: AdaptationCurve) -> dict[str, Any]:
         "num_tasks": curve.num_tasks,
         "per_episode": curve.per_episode.tolist(),
         "per_episode_se": curve.per_episode_se.tolist(),
-        **({"measures": {name: _summary(each) for name, each in curve.measures.items()}} if curve.measures else {}),
+        **({"measures": {name: _summary(curve.shown_as(name)) for name in curve.shown}} if curve.shown else {}),
     }
 
 
@@ -253,17 +255,19 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cells(curve: AdaptationCurve) -> list[str]:
+def _cells(curve: AdaptationCurve, shown: Sequence[str]) -> list[str]:
     first, last = curve.per_episode[0].item(), curve.per_episode[-1].item()
-    figures = [curve.mean, curve.se, first, last, *(c.per_episode[-1].item() for c in curve.measures.values())]
-    return [f"{figure:.3f}" for figure in figures]
+    cells = [f"{figure:.3f}" for figure in (curve.mean, curve.se, first, last)]
+    for each in map(curve.shown_as, shown):  # which classical agents may lack
+        cells.append("" if each is None else "{:.3f} → {:.3f}".format(*each.per_episode[[0, -1]].tolist()))
+    return cells
 
 
 def _band(axes, curve: AdaptationCurve, measure: str | None, label: str, **style) -> None:
     if measure is not None:
-        if measure not in curve.measures:
+        curve = curve.shown_as(measure)
+        if curve is None:
             return
-        curve = curve.measures[measure]
     mean, se = curve.per_episode.numpy(), curve.per_episode_se.numpy()
     episodes = range(1, len(mean) + 1)
     axes.plot(episodes, mean, label=label, **style)

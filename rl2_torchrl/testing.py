@@ -53,6 +53,10 @@ _RULES = {
     "seed_repeats": "No run can be repeated: let _set_seed seed all that the env draws from.",
     "task_heard": "All tasks are one, and there is nothing to adapt to: set the task in each reset, for the rows that begin. Where "
     "tasks are told apart too rarely for random actions, pass task_of=, which reads them back.",
+    "task_own": "A row adapts to its own task: keep tasks row by row, not on the class, not one for all, not the one before; draw "
+    "random numbers by row, or as many whatever the task.",
+    "task_kept": "A trial is one task: change that of the rows that begin alone, torch.where(rows, task, self.task), or keep it in "
+    "the state.",
     "action_heard": "A step is lost between episodes, as where a vector env resets at the next step: use "
     "AutoresetMode.DISABLED, or reset at once when asked to.",
     "partial_reset": "Rows end trials at different steps: reset what _reset says, keep counters in the TensorDict.",

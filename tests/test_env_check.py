@@ -6,12 +6,12 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rollouts import ENVS, make_env
 from tensordict import TensorDict
-from test_gym_vector import FORMS, Hidden, goals, set_goal, set_goals, theirs, trials
+from test_gym_vector import FORMS, Hidden, Line, goals, set_goal, set_goals, theirs, trials
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, SerialEnv, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
-from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs import GymVectorEnv, TensorEnv
 from rl2_torchrl.testing import TrialContractError, check_trial_env
 
 ROWS = 4
@@ -111,6 +111,35 @@ class NeverHears(Sound):
         pass
 
 
+class FirstRowAlone(Sound):
+    """Only row 0 hears."""
+
+    def hear(self, rows, task):
+        rows = rows & (torch.arange(len(rows)) == 0).unsqueeze(-1)
+        super().hear(rows, task)
+
+
+class OneForAll(Sound):
+    """Keeps a number where each row has its own."""
+
+    def hear(self, rows, task):
+        self.drift = task[0].expand(len(task), 1)
+
+
+class OneBefore(Sound):
+    """Hears a task when the next one is given."""
+
+    def hear(self, rows, task):
+        self.drift, self.next = self.__dict__.get("next", self.drift), torch.where(rows, task, self.drift)
+
+
+class TakesAllTasks(Sound):
+    """A reset of some rows brings the others a task that they are not to take."""
+
+    def hear(self, rows, task):
+        self.drift = task
+
+
 class SameSeeds(Sound):
     seeds = [7] * ROWS
 
@@ -171,9 +200,9 @@ class Unseeded(Sound):
 
 
 class ShowsTask(Sound):
-    def __init__(self):
-        super().__init__()
-        self.observation_spec["hint"] = Unbounded((ROWS, 1))
+    def __init__(self, rows=ROWS):
+        super().__init__(rows)
+        self.observation_spec["hint"] = Unbounded((rows, 1))
 
     def shown(self, **flags):
         return super().shown(**flags).set("hint", self.drift.clone())
@@ -204,6 +233,10 @@ BROKEN = [
     (ForgetsTask, "task_heard", "another task given at a reset of some rows made no difference"),
     (DrawsItsOwnTask, "task_heard", "8 tasks made no difference .* set the task in each reset"),
     (NeverHears, "task_heard", "8 tasks made no difference"),
+    (FirstRowAlone, "task_heard", r"another task made no difference in the rows \[1, 2, 3\], though it did in others"),
+    (OneForAll, "task_own", "twice given the same task, seed and actions, row . played something else"),
+    (OneBefore, "task_own", "keep tasks row by row, not on the class, not one for all, not the one before"),
+    (TakesAllTasks, "task_kept", "row 1 went another way in the middle of an episode"),
     (SameSeeds, "rows_draw_apart", "rows 0 and 1 drew the same random numbers.* seed each row"),
     (
         FlatReward,
@@ -285,9 +318,11 @@ def test_doubles_are_mended_by_torchrls_transform():
     check_trial_env(trial_env(Doubles(), DoubleToFloat(in_keys=["place"])))
 
 
-@pytest.mark.parametrize("make", [ForgetsTask, DrawsItsOwnTask, NeverHears])
+@pytest.mark.parametrize(
+    "make", [ForgetsTask, DrawsItsOwnTask, NeverHears, FirstRowAlone, OneForAll, OneBefore, TakesAllTasks]
+)
 def test_a_task_that_is_read_back_tells_at_once(make):
-    with pytest.raises(TrialContractError, match="after a reset( of some rows)? row 0 has the task .*, not ") as raised:
+    with pytest.raises(TrialContractError, match="after a reset( of some rows)? row . has the task .*, not ") as raised:
         check_trial_env(trial_env(make()), task_of=lambda env: env.drift)
     assert raised.value.rule == "task_heard"
 
@@ -364,12 +399,37 @@ def first_only(env, task):
     env.goal = task.item() if env.resets == 0 else env.goal
 
 
-@pytest.mark.parametrize("set_task", [misspelt, first_only])
-def test_a_function_that_sets_no_task_is_told(set_task):
-    env = GymVectorEnv(Hidden, 4, set_task=set_task, task_spec=Unbounded(1), seed=0)
-    with pytest.raises(TrialContractError, match="made no difference") as raised:
+def on_the_class(env, task):
+    env.__dict__.pop("goal", None)
+    type(env).goal = task.item()
+
+
+def one_before(env, task):
+    env.goal, env.following = vars(env).get("following", 3.0), task.item()
+
+
+class OwnGoal(Hidden):
+    def reset(self, **kwargs):
+        seen = super().reset(**kwargs)
+        self.goal = self.np_random.integers(1, 6)
+        return seen
+
+
+@pytest.mark.parametrize(
+    ("make", "set_task", "rule", "message"),
+    [
+        (Hidden, misspelt, "task_heard", r"made no difference .*; set_task gave the env \['gaol'\], .* misspelt\?"),
+        (Hidden, first_only, "task_heard", "8 tasks made no difference to anything in 30 steps of random actions. All"),
+        (OwnGoal, set_goal, "task_heard", "8 tasks made no difference .* set the task in each reset"),
+        (type("Fresh", (Hidden,), {}), on_the_class, "task_own", "not on the class"),
+        (Hidden, one_before, "task_own", "not the one before"),
+    ],
+)
+def test_a_task_that_does_not_reach_its_row_is_told(make, set_task, rule, message):
+    env = GymVectorEnv(make, 4, set_task=set_task, task_spec=Unbounded(1), seed=0)
+    with pytest.raises(TrialContractError, match=message) as raised:
         check_trial_env(trials(env))
-    assert raised.value.rule == "task_heard"
+    assert raised.value.rule == rule
 
 
 class OwnSeed(Hidden):
@@ -382,6 +442,32 @@ def test_envs_that_seed_themselves_alike_are_told():
     with pytest.raises(TrialContractError, match="drew the same random numbers") as raised:
         check_trial_env(trials(GymVectorEnv(OwnSeed, 4, set_task=set_goal, task_spec=Unbounded(1))))
     assert raised.value.rule == "rows_draw_apart"
+
+
+class Endless(Hidden):
+    def step(self, action):
+        observation, reward, *_, info = super().step(action)
+        return observation, reward, False, False, info
+
+
+@pytest.mark.parametrize(("make", "rule"), [(Endless, "trials_end"), (Line, "task_hidden")])
+def test_faults_of_a_gymnasium_env_are_told(make, rule):
+    with pytest.raises(TrialContractError) as raised:
+        check_trial_env(trials(GymVectorEnv(make, 4, set_task=set_goal, task_spec=Unbounded(1), seed=0)), max_steps=100)
+    assert raised.value.rule == rule
+
+
+class OneBuffer(Hidden):
+    """Observes in float64, in the same memory at every step."""
+
+    def observed(self):
+        self.buffer = vars(self).get("buffer", np.zeros(3))
+        self.buffer[:] = super().observed()
+        return self.buffer
+
+
+def test_what_gymnasium_envs_may_do_with_their_observations_is_mended_on_the_way():
+    check_trial_env(trials(GymVectorEnv(OneBuffer, 4, set_task=set_goal, task_spec=Unbounded(1), seed=0)))
 
 
 class Column(SyncVectorEnv):
@@ -411,3 +497,134 @@ def test_workers_with_the_same_seed_are_told():
     with pytest.raises(TrialContractError, match="rows 0 and 1 drew the same") as raised:
         check_trial_env(trial_env(workers))
     assert raised.value.rule == "rows_draw_apart"
+
+
+class FirstOnly(Sound):
+    """Hears its first task alone, also as the only row of a worker."""
+
+    def hear(self, rows, task):
+        self.resets = self.__dict__.get("resets", 0) + 1
+        if self.resets <= 3:  # the first two are TorchRL's own, to look at the env
+            super().hear(rows, task)
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (NeverHears, "task_heard"),
+        (FirstOnly, "task_heard"),
+        (OneBefore, "task_own"),
+        (Doubles, "float32"),
+        (NeverEnds, "trials_end"),
+        (ShowsTask, "task_hidden"),
+    ],
+)
+def test_faults_within_workers_are_told(make, rule):
+    workers = SerialEnv(2, lambda: make(1))
+    workers.set_seed(0)
+    with pytest.raises(TrialContractError) as raised:
+        check_trial_env(trial_env(workers), max_steps=100)
+    assert raised.value.rule == rule
+
+
+# ---- A `TensorEnv` that is broken.
+
+
+class Drifts(TensorEnv):
+    """As `Sound`: the place and the drift are the state."""
+
+    dtype, limit = torch.float32, 5
+
+    def __init__(self):
+        specs = {"task_spec": Unbounded(1), "observation_spec": Unbounded(1, dtype=self.dtype)}
+        super().__init__(**specs, action_spec=Categorical(3), max_episode_steps=self.limit, batch_size=(ROWS,), seed=0)
+
+    def begin(self, task, rows):
+        place = self.noise()
+        return self.hear(place, task, rows), self.seen(place, task)
+
+    def advance(self, state, action):
+        place, drift = state
+        place = place + action.unsqueeze(-1) - 1 + drift + self.noise()
+        return (place, drift), self.seen(place, drift), self.paid(place), None, None
+
+    def hear(self, place, task, rows):
+        return place, task
+
+    def seen(self, place, drift):
+        return place.to(self.dtype)
+
+    def paid(self, place):
+        return -place.abs()
+
+    def noise(self):
+        return torch.rand(ROWS, 1, generator=self.generator)
+
+
+class OneDraw(Drifts):
+    def noise(self):
+        return super().noise()[:1].expand(ROWS, 1)
+
+
+class WideDrifts(Drifts):
+    dtype = torch.float64
+
+
+class EndlessDrifts(Drifts):
+    limit = None
+
+
+class SeenDrifts(Drifts):
+    def seen(self, place, drift):
+        return drift.clone()
+
+
+class BufferedDrifts(Drifts):
+    def seen(self, place, drift):
+        self.buffer = self.__dict__.get("buffer", place.clone())
+        return self.buffer.copy_(place)
+
+
+class DeafDrifts(Drifts):
+    def hear(self, place, task, rows):
+        return place, torch.zeros_like(task)
+
+
+class ForgetfulDrifts(Drifts):
+    def hear(self, place, task, rows):
+        return place, task if rows.all() else torch.zeros_like(task)
+
+
+class DriftsOnSelf(Drifts):
+    """Keeps the task beside the state, that of rows that go on among it."""
+
+    def hear(self, place, task, rows):
+        self.drift = task
+        return place, task
+
+    def advance(self, state, action):
+        return super().advance((state[0], self.drift), action)
+
+
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (OneDraw, "rows_draw_apart"),
+        (WideDrifts, "float32"),
+        (EndlessDrifts, "trials_end"),
+        (SeenDrifts, "task_hidden"),
+        (BufferedDrifts, "kept_tensors"),
+        (DeafDrifts, "task_heard"),
+        (ForgetfulDrifts, "task_heard"),
+        (DriftsOnSelf, "task_kept"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_faults_of_a_tensor_env_are_told(make, rule):
+    with pytest.raises(TrialContractError) as raised:
+        check_trial_env(trial_env(make()), max_steps=100)
+    assert raised.value.rule == rule
+
+
+def test_the_tensor_env_that_the_broken_ones_are_made_of_is_sound():
+    check_trial_env(trial_env(Drifts()))

@@ -130,7 +130,12 @@ def test_trials_of_different_lengths_in_order_and_padded(rows):
     # 1 + 2 + 3; 10 and then the 1 + 2 of an episode that the trial's end cuts.
     env = countdown_env([1, 6, 2, 3, 4], rows, steps=6)
     expected = [[1.0] * 6, [21.0] + [NAN] * 5, [3.0] * 3 + [NAN] * 3, [6.0] * 2 + [NAN] * 4, [10.0, 3.0] + [NAN] * 4]
-    assert same(adaptation_curve(env, act(first_arm), 5).returns, torch.tensor(expected, dtype=torch.float64))
+    curve = adaptation_curve(env, act(first_arm), 5)
+    assert same(curve.returns, torch.tensor(expected, dtype=torch.float64))
+    steps = [[1.0] * 6, [6.0], [2.0] * 3, [3.0] * 2, [4.0, 2.0]]
+    steps = torch.tensor([each + [NAN] * (6 - len(each)) for each in steps], dtype=torch.float64)
+    assert same(curve.steps.returns, steps)
+    assert curve.shown == ["steps"]
     # Trials of 2 episodes last 2, 12, 4, 6 and 8 steps: one row goes on to tasks 2 and 3 while another is on task 1.
     env = countdown_env([1, 6, 2, 3, 4], rows, episodes=2)
     expected = [[1.0, 1.0], [21.0, 21.0], [3.0, 3.0], [6.0, 6.0], [10.0, 10.0]]
@@ -383,6 +388,25 @@ def test_plot_shows_learning_and_adaptation():
     labels = {line.get_label() for line in adaptation.lines}
     assert {"random", "RL²"} <= labels
     assert any("memory zeroed" in label for label in labels)
+
+
+def test_steps_of_episodes_are_shown_where_these_are_ragged():
+    steps = AdaptationCurve(torch.tensor([[4.0, 2.0], [6.0, NAN]]))
+    returns = torch.tensor([[0.0, 1.0], [1.0, NAN]])
+    report = make_report(agent=AdaptationCurve(returns, steps=steps))
+    # 5 steps on the mean of the first episode, 2 in the only second one.
+    assert report.to_dict()["agent"]["measures"]["steps"]["per_episode"] == [5.0, 2.0]
+    assert report.summary()["steps, first and last episode"] == "5.000, 2.000"
+    table = report.table()
+    column = next(column for column in table.columns if column.header == "steps, first → last")
+    names = [str(cell) for cell in table.columns[0].cells]
+    assert {name: cell for name, cell in zip(names, column.cells, strict=False) if cell} == {
+        "[bold]RL²": "5.000 → 2.000"
+    }
+    agent = next(line for line in report.plot().axes[2].lines if line.get_label() == "RL²")
+    assert agent.get_xydata().tolist() == [[1.0, 5.0], [2.0, 2.0]]
+    for alike in ([[4.0, 2.0], [4.0, NAN]], [[3.0, 3.0]]):  # a trial's last episode may be cut in all trials
+        assert AdaptationCurve(torch.tensor(alike), steps=AdaptationCurve(torch.tensor(alike))).shown == []
 
 
 def test_an_empty_report_can_be_drawn():

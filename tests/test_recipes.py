@@ -574,26 +574,6 @@ def test_another_core_or_encoder_is_an_option(options, tmp_path):
     )
 
 
-def test_steps_to_the_goal_are_those_of_first_trials():
-    goals = torch.tensor([[0.6, 0.0], [0.0, 0.6]])
-
-    class Points:
-        run = Run(Path("unused"), report_tasks=2)
-
-        def tasks(self, stream, number):
-            return goals
-
-        def play(self, tasks, on_step):
-            # Row 0: episodes of 2 and 1 steps, then another trial; row 1: episodes of 1 and 3 steps.
-            index = [[0, 0], [0, 1], [1, 1], [0, 1]]
-            done = [[False, False], [False, False], [True, False], [False, True]]
-            for of_step, ends in zip(index, done, strict=True):
-                columns = {"episode_index": torch.tensor(of_step).unsqueeze(-1)}
-                on_step({**columns, ("next", "done"): torch.tensor(ends).unsqueeze(-1)})
-
-    assert point_robot.steps_to_goal(Points(), 2).tolist() == [1.5, 2.0]
-
-
 def test_a_pendulum_has_the_physics_of_its_task_and_is_seen_at_its_scales():
     plain, scaled = pendulum.scaled_pendulum(), pendulum.scaled_pendulum(10.0, 100.0)
     for each in (plain, scaled):
@@ -632,7 +612,7 @@ def test_goals_to_find_again(tmp_path):
     tiny = {"trials": 4, "units": 4, "report_tasks": 8, "epochs": 1, "episodes": 2, "max_steps": 12}
     options = {**tiny, "env_steps": 4 * minigrid_goals.BATCH_STEPS, "log_dir": tmp_path, "progress": False}
     agent = minigrid_goals.main(**arguments(minigrid_goals.main, options)).agent
-    steps, success = agent.measures["steps"].returns, agent.measures["success"].returns
+    steps, success = agent.steps.returns, agent.measures["success"].returns
     assert steps.shape == success.shape == (8, 2)
     # What MiniGrid pays, and that an episode lasts until the goal is reached or time is up.
     torch.testing.assert_close(agent.returns, success * (1 - 0.9 * steps / 12), rtol=0, atol=1e-6)
@@ -676,8 +656,8 @@ def test_a_goal_is_out_of_view_until_its_door_is_open():
         hall.step(forward)
         _, reward, terminated, _, info = hall.step(forward)
         assert terminated
-        assert info == {"success": True, "steps": len(walk) + 3}
-        assert reward == pytest.approx(1 - 0.9 * info["steps"] / 30)
+        assert info == {"success": True}
+        assert reward == pytest.approx(1 - 0.9 * (len(walk) + 3) / 30)
 
 
 @pytest.mark.parametrize("benchmark", ["ML1", "ML10"])

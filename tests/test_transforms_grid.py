@@ -1,13 +1,15 @@
 """TorchRL's transforms beside ours: each plays as in TorchRL's Collector and replays exactly, or is refused with a reason."""
 
+from itertools import product
+
 import pytest
 import torch
-from rollouts import assert_same, both, make_policy, set_length
+from rollouts import assert_same, batches_of, both, make_policy, same_noise, set_length
 from test_env_check import Doubles, drifts
 from torchrl.data import Unbounded
 from torchrl.envs import CatFrames, Compose, DoubleToFloat, ObservationNorm, RewardScaling, TransformedEnv, VecNormV2
 
-from rl2_torchrl import PPOUpdate, PreviousStep, RL2PPOLoss, TaskSampler, Trial, TrialCollector
+from rl2_torchrl import PPOUpdate, PreviousStep, RL2PPOLoss, TaskSampler, Trial, TrialCollector, adaptation_curve
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.testing import TrialContractError, check_trial_env
 
@@ -92,6 +94,29 @@ def test_the_first_ratio_is_one_though_statistics_run_on(name):
         assert metrics["max_ratio"] == pytest.approx(1, abs=1e-5)
         assert metrics["kl_approx"] == pytest.approx(0, abs=1e-6)
     collector.shutdown()
+
+
+@pytest.mark.parametrize("name", [name for name in GRID if GRID[name][1] is None])
+def test_it_is_evaluated_as_it_is_collected(name):
+    trained, envs = GRID[name][0](), [GRID[name][0]() for _ in range(2)]
+    trained.rollout(30, break_when_any_done=False)
+    policy = make_policy(trained, still=True)
+    statistics = [n for n, transform in enumerate(trained.transform) if isinstance(transform, VecNormV2)]
+    if statistics:
+        with pytest.raises(ValueError, match=r"VecNormV2 is not frozen.*frozen_copy\(\)"):
+            adaptation_curve(trained, policy, 3)
+    for env, n in product(envs, statistics):
+        env.transform[n].load_state_dict(trained.transform[n].state_dict())
+        env.transform[n].freeze()
+    _, (batch,) = batches_of(envs[0], policy, 20, "tensordicts", batches=1)  # one trial a row
+    inputs = []
+    torch.manual_seed(7)
+    with same_noise():
+        curve = adaptation_curve(envs[1], policy, len(batch), on_step=lambda step: inputs.append(step["trans"].clone()))
+    torch.testing.assert_close(torch.stack(inputs, 1), batch["trans"], rtol=0, atol=0)
+    torch.testing.assert_close(curve.trial_returns, batch["next", "reward"].double().sum((1, 2)), rtol=0, atol=1e-9)
+    for env, n in product(envs, statistics):
+        torch.testing.assert_close(env.transform[n].state_dict(), trained.transform[n].state_dict(), rtol=0, atol=0)
 
 
 def test_the_input_is_made_of_what_stands_before_it_by_hand():

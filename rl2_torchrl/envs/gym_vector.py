@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import multiprocessing.connection
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Number
 from typing import Any, Literal
 
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
+from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
+from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
-from rl2_torchrl.envs.gym_state import NoStateError, put_state, state_of
 from rl2_torchrl.envs.rows import Entries, merge
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.storage import from_bytes, to_bytes
 
 __all__ = ["GymVectorEnv"]
-
-#: Where the rows' tasks lie among the options of a reset, until each row has taken its own.
-_TASKS = "rl2_torchrl.tasks"
-#: What a vector env raises whose processes are gone, closed, or in the middle of a step.
-_NOT_ANSWERING = (ClosedEnvironmentError, AlreadyPendingCallError, EOFError, OSError)
 
 
 class GymVectorEnv(TensorEnv):
@@ -124,7 +117,7 @@ class GymVectorEnv(TensorEnv):
             if not self._is_theirs:
                 self.envs.close()  # or its processes would wait for ever
             raise
-        self.has_threads = self._processes_of() is not None
+        self.has_threads = processes_of(self.envs) is not None
         self._info: Entries = {("info", key): torch.zeros(self.envs.num_envs, 1, device=device) for key in info_keys}
         self._unseeded = np.ones(self.envs.num_envs, dtype=bool)
         self._task: Tensor | TensorDictBase | None = None
@@ -165,7 +158,7 @@ class GymVectorEnv(TensorEnv):
         if not makers or num_envs not in (None, len(makers)):
             raise ValueError(f"{len(makers)} functions and num_envs={num_envs}: one function makes one row.")
         makers = [
-            partial(_Row, make, n, self._set_task, self._tasks, self._task_option) for n, make in enumerate(makers)
+            partial(GymRow, make, n, self._set_task, self._tasks, self._task_option) for n, make in enumerate(makers)
         ]
         # What they return is copied here, with a change of dtype where there is one.
         options = {"copy": False, "autoreset_mode": AutoresetMode.DISABLED}
@@ -202,8 +195,8 @@ class GymVectorEnv(TensorEnv):
             objects = None if self._tasks is None else [self._tasks[int(number)] for number in task]
             self._set_task(self.envs, task if objects is None else objects, mask.copy())
         elif task is not None:
-            options[self._task_option if self._is_theirs else _TASKS] = _as_arrays(task)
-        observations, infos = self._call(self.envs.reset, seed=self._seeds(mask), options=options)
+            options[self._task_option if self._is_theirs else TASKS] = as_arrays(task)
+        observations, infos = call(self.envs, self.envs.reset, seed=self._seeds(mask), options=options)
         entries = self._tensors(observations)
         if self._is_theirs:
             self._require_others_went_on(mask | others, entries)
@@ -213,7 +206,7 @@ class GymVectorEnv(TensorEnv):
     def advance(self, state: None, action: Tensor) -> tuple[None, Entries, Tensor, Tensor, Tensor]:
         """One step of Gymnasium's `VectorEnv`."""
         self._require_open()
-        observations, reward, *ends, infos = self._call(self.envs.step, self.actions.array(action))
+        observations, reward, *ends, infos = call(self.envs, self.envs.step, self.actions.array(action))
         for name, given in zip(("rewards", "terminations", "truncations"), (reward, *ends), strict=True):
             if np.shape(given) != (self.envs.num_envs,):
                 raise ValueError(
@@ -284,31 +277,6 @@ class GymVectorEnv(TensorEnv):
                 "reset those of the mask alone, as gymnasium.vector's own do, or trials of other tasks end in the middle."
             )
 
-    def _call(self, function: Callable[..., tuple], *args, **kwargs) -> tuple:
-        """``function()`` of the vector env; where one of its processes fails, all are ended, so that none is left behind."""
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            envs = self._processes_of()
-            if envs is None:
-                raise
-            # A process that has just died needs a moment to be seen as dead.
-            ended = multiprocessing.connection.wait([process.sentinel for process in envs.processes], timeout=1)
-            for process in envs.processes:
-                process.join(1 if process.sentinel in ended else 0)
-            dead = [n for n, process in enumerate(envs.processes) if process.exitcode not in (None, 0)]
-            _end(envs)
-            if not isinstance(error, EOFError | OSError) or not dead:
-                raise
-            raise RuntimeError(
-                f"the processes of the envs {dead} have died (out of memory, or killed?), and with them their trials. Nothing "
-                "that was checkpointed is lost: start again from the newest checkpoint."
-            ) from error
-
-    def _processes_of(self) -> AsyncVectorEnv | None:
-        """The vector env that has processes, maybe below wrappers."""
-        return self.envs.unwrapped if isinstance(self.envs.unwrapped, AsyncVectorEnv) else None
-
     # ---------------------------------------------------------- seeds, closing
     def _seeds(self, mask: np.ndarray) -> list[int | None] | int | None:
         """A seed for each row of ``mask`` that has had none since the env was seeded; None for all others."""
@@ -325,27 +293,21 @@ class GymVectorEnv(TensorEnv):
         super()._set_seed(seed)
         self._unseeded[:] = True
 
+    def attributes_added(self) -> list[str]:
+        """Attributes that an env has by its first task alone, such as a misspelt one; none of a vector env of your own."""
+        if self._is_theirs or self.envs is None:
+            return []
+        return sorted({name for added in call(self.envs, self.envs.get_attr, "added") for name in added})
+
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Closes the envs, and ends their processes."""
         super().close(raise_if_closed=raise_if_closed)
         if self.envs is not None:
-            self._left = self._rows_at_the_end()
+            # For the checkpoint that follows the last batch, after which TorchRL's collectors close their envs.
+            self._left = () if self._is_theirs or not self._now.started else last_row_states(self.envs)
             self.envs.close()
         # TorchRL's envs refer to themselves, so that this one stays for a while; simulators are large, and go now.
         self.envs = None
-
-    def _rows_at_the_end(self) -> Sequence[Any]:
-        """As `_row_states`, for the checkpoint that follows the last batch, after which TorchRL's collectors close their envs."""
-        if self._is_theirs or not self._now.started:
-            return ()
-        try:
-            envs = self._processes_of()
-            if envs is None:
-                return self.envs.get_attr("row_state")
-            envs.call_async("row_state")
-            return envs.call_wait(timeout=10)
-        except (*_NOT_ANSWERING, multiprocessing.TimeoutError) as error:
-            return [f"the envs were closed in the middle of a step ({type(error).__name__})"]
 
     def _require_open(self) -> None:
         if self.envs is None:
@@ -366,7 +328,7 @@ class GymVectorEnv(TensorEnv):
         """The state of each row, or in words why it has none; none at all before the first reset."""
         if self.envs is None:
             return self._left
-        return self._call(self.envs.get_attr, "row_state") if self._now.started else ()
+        return call(self.envs, self.envs.get_attr, "row_state") if self._now.started else ()
 
     def get_extra_state(self) -> Tensor:
         """Generator, rows, and the envs themselves where they hand out their state; see `why_no_state`."""
@@ -397,71 +359,9 @@ class GymVectorEnv(TensorEnv):
             self.start(self.zero_task() if task is None else task)
         super().set_extra_state(own["rest"])
         if rows:
-            self._call(self.envs.set_attr, "row_state", list(rows))
+            call(self.envs, self.envs.set_attr, "row_state", list(rows))
         self._unseeded, self._task = own["unseeded"], task
         self._info = {tuple(key): value.to(self.device) for key, value in own["info"]}
-
-
-class _Row(gymnasium.Wrapper):
-    """One row, maybe in a process of its own: it takes its task out of the options of a reset."""
-
-    def __init__(self, make: Callable[[], gymnasium.Env], row: int, set_task, tasks, task_option: str | None):
-        super().__init__(make())
-        self._row, self._set_task, self._tasks, self._task_option = row, set_task, tasks, task_option
-        self._task: Any = None  # the last one that `set_task` was given, as a row of arrays
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        stepped = self.env.step(action)
-        _require_parts("step()", stepped, "observation, reward, terminated, truncated, info")
-        if np.ndim(stepped[1]):
-            raise TypeError(
-                f"step() pays {stepped[1]!r}; a reward is one number: float(...), or .item() of an array of one."
-            )
-        self.step = self.env.step  # one look is enough: a call less in each further step of each row
-        return stepped
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        options = dict(options or {})
-        if _TASKS in options:
-            task = _row_of(options.pop(_TASKS), self._row)
-            if self._task_option is not None:
-                options[self._task_option] = task
-            else:
-                self._hear(task)
-        begun = self.env.reset(seed=seed, options=options or None)
-        _require_parts("reset()", begun, "observation, info")
-        space, shape = self.observation_space, np.shape(begun[0]) if isinstance(begun[0], np.ndarray | Number) else None
-        if isinstance(space, gymnasium.spaces.Box) and shape not in (None, space.shape):
-            raise ValueError(
-                f"reset() observes shape {shape}, but the observation_space's is {space.shape}: mend one of them."
-            )
-        return begun
-
-    def _hear(self, task: Any) -> None:
-        self._task = task
-        self._set_task(self.env.unwrapped, _as_tensors(task) if self._tasks is None else self._tasks[int(task)])
-
-    @property
-    def row_state(self) -> Any:
-        """The state of this row as plain data, or in words why it has none."""
-        try:
-            return {"task": self._task, "env": state_of(self.env)}
-        except NoStateError as error:
-            return str(error)
-
-    @row_state.setter
-    def row_state(self, state: dict[str, Any]) -> None:
-        # A task may have changed what is no part of the state, such as masses in MuJoCo's model.
-        if state["task"] is not None:
-            self._hear(state["task"])
-        put_state(self.env, state["env"])
-
-
-def _require_parts(function: str, returned: Any, names: str) -> None:
-    """Raises a TypeError that says what a Gymnasium env must return; its vector envs would fail to unpack it."""
-    if not isinstance(returned, tuple) or len(returned) != names.count(",") + 1:
-        given = f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
-        raise TypeError(f"{function} returns {given}; Gymnasium's is a tuple ({names}).")
 
 
 def _task_spec(set_task, task_spec, tasks, task_option: str | None) -> TensorSpec | None:
@@ -499,18 +399,6 @@ def _theirs(envs: VectorEnv, num_envs: int | None, kwargs: dict) -> VectorEnv:
     return envs
 
 
-def _end(envs: AsyncVectorEnv) -> None:
-    """Ends all processes. Gymnasium's own way waits for the answer of one that has died, and fails."""
-    for process in envs.processes:
-        process.kill()
-    for process in envs.processes:
-        process.join()
-    for pipe in envs.parent_pipes:
-        if pipe is not None:
-            pipe.close()
-    envs.closed = True
-
-
 def _same_rows(task, other, rows: int) -> np.ndarray:
     """In which rows two tasks are the same, bool ``[N]``."""
     if task is None or other is None:
@@ -522,24 +410,6 @@ def _same_rows(task, other, rows: int) -> np.ndarray:
 
 def _where(rows: Tensor, new, old):
     return merge(rows, new, old) if isinstance(new, Tensor) else new.where(rows, old)
-
-
-def _as_arrays(task: Tensor | TensorDictBase) -> np.ndarray | dict:
-    """Tasks as they go to other processes: PyTorch would open a file for each tensor on its way."""
-    if isinstance(task, Tensor):
-        return task.detach().cpu().numpy()
-    return {key: _as_arrays(value) for key, value in task.items()}
-
-
-def _row_of(task: np.ndarray | dict, row: int) -> np.ndarray | dict:
-    return {key: _row_of(value, row) for key, value in task.items()} if isinstance(task, dict) else np.array(task[row])
-
-
-def _as_tensors(task: np.ndarray | dict) -> Tensor | TensorDictBase:
-    """The task of one row, with memory of its own."""
-    if isinstance(task, dict):
-        return TensorDict({key: _as_tensors(value) for key, value in task.items()}, [])
-    return torch.from_numpy(np.array(task))
 
 
 def _column(values: np.ndarray, like: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""`GymRow`: one row of a `GymVectorEnv`, maybe in a process of its own: its task, its state, and what its env returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Number
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from rl2_torchrl.envs.gym_state import NoStateError, put_state, state_of
+
+__all__ = ["TASKS", "GymRow", "as_arrays"]
+
+#: Where the rows' tasks lie among the options of a reset, until each row has taken its own.
+TASKS = "rl2_torchrl.tasks"
+
+
+def as_arrays(task: Tensor | TensorDictBase) -> np.ndarray | dict:
+    """Tasks as they go to other processes: PyTorch would open a file for each tensor on its way."""
+    if isinstance(task, Tensor):
+        return task.detach().cpu().numpy()
+    return {key: as_arrays(value) for key, value in task.items()}
+
+
+class GymRow(gymnasium.Wrapper):
+    """One row, maybe in a process of its own: it takes its task out of the options of a reset."""
+
+    def __init__(self, make: Callable[[], gymnasium.Env], row: int, set_task, tasks, task_option: str | None):
+        super().__init__(make())
+        self._row, self._set_task, self._tasks, self._task_option = row, set_task, tasks, task_option
+        self._task: Any = None  # the last one that `set_task` was given, as a row of arrays
+        #: Attributes that the env has by its first task alone.
+        self.added: list[str] = []
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        stepped = self.env.step(action)
+        _require_parts("step()", stepped, "observation, reward, terminated, truncated, info")
+        if np.ndim(stepped[1]):
+            raise TypeError(
+                f"step() pays {stepped[1]!r}; a reward is one number: float(...), or .item() of an array of one."
+            )
+        self.step = self.env.step  # one look is enough: a call less in each further step of each row
+        return stepped
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        options = dict(options or {})
+        if TASKS in options:
+            task = _row_of(options.pop(TASKS), self._row)
+            if self._task_option is not None:
+                options[self._task_option] = task
+            else:
+                self._hear(task)
+        begun = self.env.reset(seed=seed, options=options or None)
+        _require_parts("reset()", begun, "observation, info")
+        space, shape = self.observation_space, np.shape(begun[0]) if isinstance(begun[0], np.ndarray | Number) else None
+        if isinstance(space, gymnasium.spaces.Box) and shape not in (None, space.shape):
+            raise ValueError(
+                f"reset() observes shape {shape}, but the observation_space's is {space.shape}: mend one of them."
+            )
+        return begun
+
+    def _hear(self, task: Any) -> None:
+        env, is_first, self._task = self.env.unwrapped, self._task is None, task
+        known = set(dir(env)) if is_first else ()
+        self._set_task(env, _as_tensors(task) if self._tasks is None else self._tasks[int(task)])
+        if is_first:
+            self.added = sorted(set(dir(env)).difference(known))
+
+    @property
+    def row_state(self) -> Any:
+        """The state of this row as plain data, or in words why it has none."""
+        try:
+            return {"task": self._task, "env": state_of(self.env)}
+        except NoStateError as error:
+            return str(error)
+
+    @row_state.setter
+    def row_state(self, state: dict[str, Any]) -> None:
+        # A task may have changed what is no part of the state, such as masses in MuJoCo's model.
+        if state["task"] is not None:
+            self._hear(state["task"])
+        put_state(self.env, state["env"])
+
+
+def _require_parts(function: str, returned: Any, names: str) -> None:
+    """Raises a TypeError that says what a Gymnasium env must return; its vector envs would fail to unpack it."""
+    if not isinstance(returned, tuple) or len(returned) != names.count(",") + 1:
+        given = f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
+        raise TypeError(f"{function} returns {given}; Gymnasium's is a tuple ({names}).")
+
+
+def _row_of(task: np.ndarray | dict, row: int) -> np.ndarray | dict:
+    return {key: _row_of(value, row) for key, value in task.items()} if isinstance(task, dict) else np.array(task[row])
+
+
+def _as_tensors(task: np.ndarray | dict) -> Tensor | TensorDictBase:
+    """The task of one row, with memory of its own."""
+    if isinstance(task, dict):
+        return TensorDict({key: _as_tensors(value) for key, value in task.items()}, [])
+    return torch.from_numpy(np.array(task))
