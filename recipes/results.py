@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -80,7 +81,7 @@ def evaluations(report: dict) -> list[dict[str, float]]:
 
 def curves(title: str, runs: list[Path], page: Path) -> list[str]:
     """Evaluations of all ``runs`` as a file of numbers, and their mean as a plot, by env steps and by minutes; both are shown."""
-    slug = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in title.lower())
+    slug = re.sub("[^a-z0-9]+", "_", title.lower())
     plot, numbers = (page.with_name(f"{page.stem}_{slug}_curves.{suffix}") for suffix in ("png", "csv"))
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axes, by in zip(figure.subplots(1, 2), ("steps", "minutes"), strict=True):

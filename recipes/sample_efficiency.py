@@ -170,8 +170,9 @@ def draw(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...]) -> Fi
             axes.axhline(WORLDS[name].best(), color="0.4", ls=":", lw=1, label="Bayes optimum")
             draw_curves(axes, curves(folder, name, programs, by), by, "held-out return of a trial")
             axes.set_title(WORLDS[name].title)
-        row[0].get_legend().remove()
+            axes.get_legend().remove()
         row[1].set_xscale("log")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
