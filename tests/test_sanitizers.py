@@ -58,7 +58,7 @@ def run(tmp_path_factory):
 
 
 def test_the_kernels_are_clean(run):
-    status, output = run("-m", "pytest", "-p", "no:cacheprovider", "-x", *TESTS)
+    status, output = run("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-x", *TESTS)
     assert status == 0, output[-5000:]
     assert " passed" in output
     assert "runtime error" not in output

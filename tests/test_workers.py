@@ -49,7 +49,7 @@ def setup(request, tmp_path_factory):
 
 def has_ended(pid):
     """Whether there is no such process; a zombie is one."""
-    for _ in range(100):
+    for _ in range(600):  # on a busy machine Ray takes its time
         if not Path(f"/proc/{pid}").exists():
             return True
         time.sleep(0.05)
@@ -224,7 +224,7 @@ def test_workers_leave_ctrl_c_to_the_training(tmp_path):
     process = subprocess.Popen([sys.executable, script, tmp_path], **options)
     pids = next(line for line in process.stdout if line[:4] == "pids").split()[1:]
     os.killpg(process.pid, signal.SIGINT)
-    assert "interrupted True 0" in process.communicate(timeout=60)[0]
+    assert "interrupted True 0" in process.communicate(timeout=300)[0]
     assert process.returncode == 0
     assert all(map(has_ended, pids))
 
