@@ -13,9 +13,9 @@ from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase, TransformedEnv
 
-from rl2_torchrl.checks.evidence import transforms_of
 from rl2_torchrl.checks.probe import NetworkProbe
 from rl2_torchrl.gradients import LOG_PROB, Part
+from rl2_torchrl.rollout.trials import transforms_of
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial
 from rl2_torchrl.update import PPOUpdate

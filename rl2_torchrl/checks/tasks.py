@@ -9,7 +9,8 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat, transforms_of
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
+from rl2_torchrl.rollout.trials import transforms_of
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 
 __all__ = ["RULES"]
