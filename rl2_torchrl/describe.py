@@ -112,8 +112,10 @@ def _transform(transform: nn.Module, env: EnvBase) -> str:
         return "a trial is " + " or ".join(f"{bound} {name}" for name, bound in bounds.items() if bound)
     if isinstance(transform, PreviousStep):
         layout = transform.layout()
-        sizes = {**{_name(key): part.size for key, part in layout.observations.items()}, "action": layout.action.size}
-        told = ", ".join(f"{key} {size}" for key, size in {**sizes, "reward": 1, "done": 1}.items())
+        told = [
+            f"{_name(key)} {part.size}" + " (uint8 / 255)" * part.is_bytes for key, part in layout.observations.items()
+        ]
+        told = ", ".join([*told, f"action {layout.action.size}", "reward 1", "done 1"])
         return f"{_name(transform.out_key)} [{layout.size}] = {told}"
     keys = [getattr(transform, "task_key", None), *(getattr(transform, "primers", transform.out_keys) or ())]
     shapes = {key: list(spec.shape[len(env.batch_size) :]) for key, spec in env.observation_spec.items(True)}

@@ -24,7 +24,8 @@ class PreviousStep(Transform):
     section 2.2).
 
     ``trans`` has shape ``[*B, obs_dim + action_dim + 2]``, float32; several observations are flattened and
-    concatenated in the order of ``obs_keys``. The last entry is done, the last but one the reward.
+    concatenated in the order of ``obs_keys``, and bytes (uint8) scaled to [0, 1]. The last entry is done, the last but one the
+    reward.
 
     Transforms of observations and rewards stand before it, so that the agent sees what they make, and is shown the rewards that
     it learns from; `rl2_torchrl.testing.check_trial_env` refuses rewards that change behind it. `CatFrames` and
@@ -182,13 +183,16 @@ class Encoding:
     offsets: torch.Tensor | None
     #: Whether it can be of any size: neither choices nor flags.
     is_real: bool
+    #: Whether it is declared as bytes: what is of that kind (a transform may have changed it) is scaled to [0, 1].
+    is_bytes: bool = False
 
     @classmethod
     def of(cls, spec: TensorSpec, batch_dims: int) -> Encoding:
         size = spec.shape[batch_dims:].numel()
         # OneHot is a class beside Categorical. Binary is one below it, and a vector already.
         if not isinstance(spec, Categorical) or isinstance(spec, Binary) or spec.dtype == torch.bool:
-            return cls(size, None, not isinstance(spec, Binary | OneHot) and spec.dtype != torch.bool)
+            is_real = not isinstance(spec, Binary | OneHot) and spec.dtype != torch.bool
+            return cls(size, None, is_real, is_real and spec.dtype == torch.uint8)
         choices = (
             spec.nvec.reshape(-1)[-size:].cpu()
             if isinstance(spec, MultiCategorical)
@@ -206,6 +210,8 @@ class Encoding:
         """Writes the encoded ``value`` into ``out`` ``[*B, size]``, which holds zeros."""
         if self.offsets is None:
             out.copy_(value.reshape(out.shape))
+            if self.is_bytes and value.dtype == torch.uint8:
+                out.div_(255)
         else:
             choices = value.long().reshape(*out.shape[:-1], len(self.offsets))
             out.scatter_(-1, choices if len(self.offsets) == 1 else choices + self.offsets, 1.0)

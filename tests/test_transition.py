@@ -1,5 +1,7 @@
 """`PreviousStep`: what an RL² agent sees, entry by entry, from values worked by hand."""
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -7,14 +9,19 @@ from torchrl.data import Binary, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import (
     Compose,
     EnvBase,
+    GymWrapper,
     InitTracker,
+    ObservationNorm,
     RewardSum,
+    SerialEnv,
     StepCounter,
     TensorDictPrimer,
     TransformedEnv,
 )
 
-from rl2_torchrl import PreviousStep, Trial
+from rl2_torchrl import AdaptiveAgent, GRUCategoricalActor, PreviousStep, Trial, TrialCollector
+from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.modules.layers import Concat
 
 
 class ScriptedEnv(EnvBase):
@@ -101,7 +108,8 @@ def test_layout_by_hand(action_spec, actions, encoded):
         (Unbounded((2, 2)), [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]], [[1, 2, 3, 4], [5, 6, 7, 8]]),
         (Categorical(2, shape=(2,)), [[0, 1], [1, 1]], [[1, 0, 0, 1], [0, 1, 0, 1]]),
         (Unbounded((1,), dtype=torch.float64), [[0.5], [1.5]], [[0.5], [1.5]]),
-        (Unbounded((1,), dtype=torch.uint8), [[200], [7]], [[200], [7]]),
+        (Unbounded((1,), dtype=torch.uint8), [[255], [0]], [[1], [0]]),
+        (Binary(2, dtype=torch.uint8), [[1, 0], [1, 1]], [[1, 0], [1, 1]]),
     ],
 )
 def test_observations_by_hand(spec, values, encoded):
@@ -227,3 +235,55 @@ def test_new_trial_begins_with_zeros_and_a_batch_may_hold_both():
 def test_bad_use(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+# ---- Bytes.
+
+
+class Memory(gymnasium.Env):
+    """Shows four bytes, as Atari's RAM: 0, 51, 102, 255, and after a step its reverse."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (4,), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.array([0, 51, 102, 255], np.uint8), {}
+
+    def step(self, action):
+        return np.array([255, 102, 51, 0], np.uint8), 1.0, False, False, {}
+
+
+def memories(*transforms, base=None):
+    base = GymVectorEnv(Memory, 2) if base is None else base
+    return TransformedEnv(base, Compose(Trial(steps=2), *transforms, PreviousStep()))
+
+
+@pytest.mark.parametrize("rollout", ["tensors", "tensordicts"])
+def test_bytes_are_scaled_to_one(rollout):
+    env = memories()
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4)
+    (batch,) = TrialCollector(env, actor, frames_per_batch=4, total_frames=4, rollout=rollout)
+    shown = torch.tensor([[0, 0.2, 0.4, 1.0], [1.0, 0.4, 0.2, 0]]).expand(2, 2, 4)
+    assert torch.equal(batch["trans"][..., :4], shown)
+    assert batch["observation"].dtype == torch.uint8
+
+
+def test_bytes_of_torchrls_wrapper_and_those_that_a_transform_has_made_reals_of():
+    base = SerialEnv(2, lambda: GymWrapper(Memory()))
+    assert memories(base=base).reset()["trans"][0, :4].tolist() == pytest.approx([0, 0.2, 0.4, 1.0])
+    halved = memories(ObservationNorm(0.0, 0.5, in_keys=["observation"]))
+    assert halved.reset()["trans"][0, :4].tolist() == [0, 25.5, 51, 127.5]
+
+
+def test_an_agent_and_a_critic_scale_bytes_too():
+    env = memories()
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4, init_range=1.0)
+    agent = AdaptiveAgent.from_policy(actor, env)
+    agent.new_trial(2)
+    shown = env.reset()["observation"]
+    agent.act(shown.numpy(), deterministic=True)
+    begun = {"is_init": torch.ones(2, 1, dtype=torch.bool)}
+    torch.testing.assert_close(agent.memory[-1], actor(env.reset().update(begun))["next", "actor_hidden"])
+    joined = Concat()(torch.zeros(2, 1), shown)
+    assert joined[0].tolist() == pytest.approx([0, 0, 0.2, 0.4, 1.0])
