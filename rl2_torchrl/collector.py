@@ -15,8 +15,8 @@ from torchrl.envs.utils import set_exploration_type
 
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
-from rl2_torchrl.rollout.trials import leaves, next_key, transforms_of
-from rl2_torchrl.trial import Trial
+from rl2_torchrl.rollout.trials import leaves, next_key
+from rl2_torchrl.trial import Trial, transforms_of
 
 __all__ = ["TrialCollector"]
 

@@ -15,9 +15,8 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from rl2_torchrl.checks.probe import NetworkProbe
 from rl2_torchrl.gradients import LOG_PROB, Part
-from rl2_torchrl.rollout.trials import transforms_of
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import Trial
+from rl2_torchrl.trial import Trial, transforms_of
 from rl2_torchrl.update import PPOUpdate
 
 __all__ = ["Description", "describe"]

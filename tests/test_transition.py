@@ -1,5 +1,7 @@
 """`PreviousStep`: what an RL² agent sees, entry by entry, from values worked by hand."""
 
+import ast
+
 import gymnasium
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import Binary, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import (
+    CatTensors,
     Compose,
     EnvBase,
     GymWrapper,
@@ -17,6 +20,7 @@ from torchrl.envs import (
     StepCounter,
     TensorDictPrimer,
     TransformedEnv,
+    default_info_dict_reader,
 )
 
 from rl2_torchrl import AdaptiveAgent, GRUCategoricalActor, PreviousStep, Trial, TrialCollector
@@ -180,6 +184,47 @@ def test_entries_of_later_transforms_are_no_inputs(specs_first):
     assert see(env, [torch.tensor([0.5])]) == [[7, 0, 0, 0], [8, 0.5, 10, 0]]
 
 
+def test_what_is_no_observation_is_left_out_and_said(caplog):
+    reader = default_info_dict_reader(["lives"], spec={"lives": Unbounded((1,))})
+    of_info = ObservationNorm(0.0, 2.0, in_keys=["lives"], out_keys=["lives_too"])
+    of_seen = CatTensors(in_keys=["observation"], out_key="seen", del_keys=False)
+    earlier = (
+        StepCounter(),
+        RewardSum(),
+        TensorDictPrimer(memory=Unbounded((3,)), default_value=0.0),
+        of_info,
+        of_seen,
+    )
+
+    def told(*args):
+        base = GymWrapper(Told()).set_info_dict_reader(reader)
+        return TransformedEnv(base, Compose(Trial(steps=5), *(t.clone() for t in earlier), PreviousStep(*args)))
+
+    env = told()
+    assert env.reset()["trans"].shape == (2 + 2 + 1 + 2,)
+    assert list(env.transform[-1].layout().observations) == ["observation", "seen"]
+    [said] = [record.message for record in caplog.records if "leaves out" in record.message]
+    assert said.startswith("PreviousStep leaves out ['lives', 'step_count', 'episode_reward', 'memory', 'lives_too']")
+    named = said[said.index("PreviousStep([") + len("PreviousStep(") : -2]
+    env = told(ast.literal_eval(named))
+    assert list(env.transform[-1].layout().observations) == ast.literal_eval(named)
+
+
+def test_info_readers_in_other_envs_are_hinted_at(caplog):
+    def told():
+        reader = default_info_dict_reader(["lives"], spec={"lives": Unbounded((1,))})
+        return GymWrapper(Told()).set_info_dict_reader(reader)
+
+    caplog.set_level("INFO", "torchrl")
+    env = memories(base=SerialEnv(2, told))
+    assert env.reset()["trans"].shape == (2, 2 + 1 + 1 + 2)
+    assert "shows the agent ['observation', 'lives']" in caplog.text
+    assert "PreviousStep(['observation', 'lives'])" in caplog.text
+    caplog.clear()
+    memories(base=SerialEnv(2, lambda: GymWrapper(Memory()))).reset()
+    assert "PreviousStep" not in caplog.text
+
+
 # ---- Options.
 
 
@@ -252,6 +297,20 @@ class Memory(gymnasium.Env):
 
     def step(self, action):
         return np.array([255, 102, 51, 0], np.uint8), 1.0, False, False, {}
+
+
+class Told(gymnasium.Env):
+    """Shows two numbers, and says something beside."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {"lives": np.ones(1, np.float32)}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 1.0, False, False, {"lives": np.ones(1, np.float32)}
 
 
 def memories(*transforms, base=None):

@@ -12,9 +12,8 @@ from torch import nn
 from torchrl.envs import Transform
 
 from rl2_torchrl.checks.probe import NetworkProbe
-from rl2_torchrl.rollout.trials import transforms_of
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import EPISODE_DONE
+from rl2_torchrl.trial import EPISODE_DONE, transforms_of
 
 __all__ = ["Evidence", "NotChecked", "Rule", "flat"]
 

@@ -6,14 +6,13 @@ from collections.abc import Collection, Iterable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
+from torchrl.envs import EnvBase
 
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 
 __all__ = [
-    *("REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "own_transforms", "transforms_of"),
-    *("unflat", "where_rows"),
+    *("REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "unflat", "where_rows"),
 ]
 
 REWARD = ("next", "reward")
@@ -141,15 +140,3 @@ def flat(value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
 def unflat(value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
     """``value`` ``[N, ...]`` as ``[*B, ...]``."""
     return value if len(batch_size) == 1 else value.reshape((*batch_size, *value.shape[1:]))
-
-
-def own_transforms(env: EnvBase) -> list[Transform]:
-    """The transforms of ``env`` itself, not those of an env inside it."""
-    if not isinstance(env, TransformedEnv):
-        return []
-    return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
-
-
-def transforms_of(env: EnvBase | None) -> list[Transform]:
-    """The transforms around ``env``, from the inside out."""
-    return [*transforms_of(env.base_env), *own_transforms(env)] if isinstance(env, TransformedEnv) else []
