@@ -7,6 +7,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import ENVS, TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -23,11 +24,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import AntDirection, directions, signs
 
-NETWORK = Network(critic_keys=("time_left", "task"))
-#: Those of the cheetah, nothing was tuned here.
-LEARNING = Learning(
-    trials=64, env_steps=8_000_000, lr=3e-3, gamma=0.97, lmbda=0.9, minibatches=8, max_grad_norm=0.5, entropy=0.0
-)
+PRESET = PRESETS["AntDirection"]
 RUN = Run(Path("runs/ant_direction"), report_tasks=200)
 
 
@@ -36,8 +33,8 @@ def main(
     episodes: int = 2,
     horizon: int = 200,
     all_directions: bool = False,
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains RL² on ants that shall run forward or backward, which only their rewards tell, and reports how they adapt.

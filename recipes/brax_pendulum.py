@@ -9,6 +9,7 @@ from torchrl.envs import BraxWrapper, Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -24,8 +25,7 @@ from rl2_torchrl import (
     linear_decay,
 )
 
-NETWORK = Network(units=32, normalize=True, critic_keys=("time_left",))
-LEARNING = Learning(trials=128, env_steps=200_000, lr=2e-3, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0)
+PRESET = PRESETS["Brax inverted pendulum"]
 RUN = Run(Path("runs/brax_pendulum"), report_tasks=128)
 #: Steps of a batch in each row, and of a chunk that gradients go through.
 BATCH_STEPS = 50
@@ -35,8 +35,8 @@ def main(
     *,
     falls: int = 3,
     steps: int = 100,
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains RL² to find out which way its pushes go before the pendulum has fallen too often; a step upright pays 1.

@@ -20,6 +20,7 @@ from torchrl.envs import TransformedEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
+from recipes.help import overview
 from recipes.seeds import run_seeds
 from rl2_torchrl import (
     ActorCritic,
@@ -246,7 +247,7 @@ def command(main: Callable) -> Any:
     """Runs a recipe's ``main`` as a command, once or for each of its ``--seeds``.
 
     This package's INFO lines are shown, TorchRL's are not. Where its settings follow from a rule, they are those for the
-    arguments on the command line, and ``--help`` shows them.
+    arguments on the command line, and ``--help`` shows them: all on one screen, ``--help-all`` each with what it is.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rl2_torchrl").setLevel(logging.INFO)
@@ -259,8 +260,13 @@ def command(main: Callable) -> Any:
             return run_seeds(f"recipes.{Path(sys.argv[0]).stem}", run.seeds, run.log_dir, sys.argv[1:])
         return main(run=run, **others)
 
-    settings = {} if rule is None else rule(**typed(rule, sys.argv[1:]))
-    return tyro.cli(partial(once_or_for_each_seed, **settings), config=(tyro.conf.OmitArgPrefixes,))
+    words = ["--help" if word == "--help-all" else word for word in sys.argv[1:]]
+    asked = {} if rule is None else typed(rule, words)
+    settings = {} if rule is None else rule(**asked)
+    if {"-h", "--help"}.intersection(sys.argv[1:]):
+        Console(highlight=False).print(overview(main, {**asked, **settings}), markup=False, soft_wrap=True)
+        sys.exit()
+    return tyro.cli(partial(once_or_for_each_seed, **settings), args=words, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def typed(rule: Callable, words: Sequence[str]) -> dict[str, Any]:

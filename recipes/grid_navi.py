@@ -10,6 +10,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -31,13 +32,12 @@ from rl2_torchrl.evaluation import AdaptationCurve
 
 EPISODE_STEPS = 15
 GOALS = torch.tensor([[x, y] for y in range(5) for x in range(5) if x > 1 or y > 1]).float()
-NETWORK = Network()
-LEARNING = Learning(trials=512, lr=2e-3, max_grad_norm=0.5, entropy=0.03)
+PRESET = PRESETS["GridNavi"]
 RUN = Run(Path("runs/grid_navi"), report_tasks=2_100)
 
 
 def main(
-    *, episodes: int = 4, network: Network = NETWORK, learning: Learning = LEARNING, run: Run = RUN
+    *, episodes: int = 4, network: Network = PRESET.network, learning: Learning = PRESET.learning, run: Run = RUN
 ) -> AdaptationReport:
     """Trains RL² on a 5x5 grid with one of 21 goals, 15 steps an episode, and reports how it searches and goes back.
 

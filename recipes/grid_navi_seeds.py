@@ -18,7 +18,7 @@ COLUMNS = ("seed", "greedy", "share", "sampling", "first_episode", "env_steps", 
 def main(
     *,
     seeds: tuple[int, ...] = tuple(range(20)),
-    env_steps: int = grid_navi.LEARNING.env_steps,
+    env_steps: int = grid_navi.PRESET.learning.env_steps,
     runs: Path = Path("runs/grid_navi_seeds"),
     page: Path = Path("recipes/results/grid_navi_seeds.md"),
 ) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -30,10 +31,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import GymVectorEnv
 
-NETWORK = Network(units=128, normalize=True, critic_keys=())
-LEARNING = Learning(
-    trials=32, env_steps=2_000_000, lr=1e-3, lmbda=0.95, epochs=5, minibatches=4, max_grad_norm=0.5, entropy=0.0
-)
+PRESET = PRESETS["Meta-World ML1"]
 RUN = Run(Path("runs/meta_world"), report_tasks=50)
 #: Training tasks of an env after `recombine`.
 RECOMBINED = 2500
@@ -48,8 +46,8 @@ def main(
     recombined: bool = True,
     belief: float = 1.0,
     vectorization: Literal["sync", "async"] = "sync",
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains RL² on the training goals of a Meta-World benchmark, and reports successes on its test goals, episode by episode.

@@ -11,6 +11,7 @@ from torchrl.envs import Compose, TransformedEnv
 from recipes import experiment
 from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
 from recipes.minigrid_envs import Doors, OneHotView, all_mazes
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -28,18 +29,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import GymVectorEnv
 
-NETWORK = Network(units=128)
-LEARNING = Learning(
-    trials=64,
-    env_steps=800_000,
-    lr=1e-3,
-    gamma=0.97,
-    lmbda=0.95,
-    epochs=6,
-    minibatches=4,
-    max_grad_norm=0.5,
-    entropy=0.02,
-)
+PRESET = PRESETS["MiniGrid doors"]
 RUN = Run(Path("runs/minigrid_goals"), report_tasks=512)
 #: Steps of a batch in each row, and of a chunk that gradients go through.
 BATCH_STEPS = 64
@@ -52,8 +42,8 @@ def main(
     episodes: int = 3,
     max_steps: int = 60,
     belief: float = 0.1,
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains RL² to search a maze for its goal, and reports its steps in mazes that it was not trained on, episode by episode.

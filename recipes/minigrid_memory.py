@@ -10,6 +10,7 @@ from torchrl.envs import Compose, TransformedEnv
 from recipes import experiment
 from recipes.experiment import Experiment, Learning, Network, Run, whole_batches
 from recipes.minigrid_envs import OneHotView
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -26,10 +27,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import GymVectorEnv
 
-NETWORK = Network(units=128)
-LEARNING = Learning(
-    trials=32, env_steps=3_500_000, lr=5e-4, lmbda=0.95, epochs=4, minibatches=4, max_grad_norm=0.5, entropy=0.05
-)
+PRESET = PRESETS["MiniGrid-MemoryS7-v0"]
 RUN = Run(Path("runs/minigrid_memory"), report_tasks=512)
 #: Steps of a batch in each row, and of a chunk that gradients go through.
 BATCH_STEPS = 64
@@ -38,8 +36,8 @@ BATCH_STEPS = 64
 def main(
     *,
     env_id: str = "MiniGrid-MemoryS7-v0",
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains a GRU that remembers an object until the corridor's end, and reports how often it goes to the same one there.

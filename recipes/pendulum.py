@@ -11,6 +11,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -27,10 +28,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import GymVectorEnv
 
-NETWORK = Network(normalize=True, critic_keys=())
-LEARNING = Learning(
-    trials=64, env_steps=1_000_000, lr=1e-3, gamma=0.95, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0
-)
+PRESET = PRESETS["Pendulum-v1"]
 RUN = Run(Path("runs/pendulum"), report_tasks=256)
 #: Steps of a batch in each row, and of a chunk that gradients go through: episodes last 200.
 BATCH_STEPS, CHUNK_STEPS = 100, 50
@@ -41,8 +39,8 @@ def main(
     episodes: int = 2,
     observation_scale: float = 1.0,
     velocity_scale: float = 1.0,
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains RL² to swing up pendulums of unknown mass, length and gravity, and reports what an episode of 200 steps costs it.

@@ -9,6 +9,7 @@ from torchrl.envs import Compose, DMControlEnv, DoubleToFloat, SerialEnv, Transf
 
 from recipes import experiment
 from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -24,8 +25,7 @@ from rl2_torchrl import (
     linear_decay,
 )
 
-NETWORK = Network(normalize=True, critic_keys=("task", "time_left"))
-LEARNING = Learning(trials=32, env_steps=700_000, lr=1e-3, lmbda=0.95, minibatches=4, max_grad_norm=0.5, entropy=0.0)
+PRESET = PRESETS["DMControl point mass"]
 RUN = Run(Path("runs/point_mass"), report_tasks=128)
 #: The target's radius (m): at DMControl's own of 1.5 cm a hidden one is hardly ever met.
 TARGET_SIZE = 0.1
@@ -38,8 +38,8 @@ def main(
     episodes: int = 2,
     steps: int = 50,
     frame_skip: int = 4,
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains RL² to find a hidden target with a mass that it pushes about, and reports how much longer it stays there from then on.

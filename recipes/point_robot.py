@@ -7,6 +7,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -23,8 +24,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import PointRobot, goals_on_half_circle
 
-NETWORK = Network()
-LEARNING = Learning(trials=128, env_steps=3_000_000, lr=1e-3, minibatches=4, max_grad_norm=0.5, entropy=0.0)
+PRESET = PRESETS["PointRobot"]
 RUN = Run(Path("runs/point_robot"), report_tasks=2_000)
 #: Steps of a batch in each row, and of a chunk that gradients go through. Trials end where they end, within batches too.
 BATCH_STEPS = 50
@@ -34,8 +34,8 @@ def main(
     *,
     episodes: int = 2,
     sparse: bool = False,
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains RL² on points whose goal lies somewhere on a half circle, and reports how soon they reach it, episode by episode.

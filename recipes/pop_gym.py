@@ -9,6 +9,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import Experiment, Learning, Network, Run, whole_batches
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -25,10 +26,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import GymVectorEnv
 
-NETWORK = Network(units=128, num_cells=(128,), critic_keys=())
-LEARNING = Learning(
-    trials=64, env_steps=2_000_000, lr=1e-3, lmbda=0.95, epochs=4, minibatches=4, max_grad_norm=0.5, entropy=0.01
-)
+PRESET = PRESETS["POPGym, Easy"]
 RUN = Run(Path("runs/pop_gym"), report_tasks=512)
 #: Steps of a batch in each row, and of a chunk that gradients go through: an Easy game lasts up to 200.
 BATCH_STEPS = 128
@@ -39,8 +37,8 @@ EPOCH_STEPS = 65_536
 def main(
     *,
     env_id: str = "popgym-RepeatPreviousEasy-v0",
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     run: Run = RUN,
 ) -> AdaptationReport:
     """Trains a GRU to play a game of memory, and reports what its episodes pay, during the training and held out.

@@ -20,6 +20,7 @@ from recipes import bandit, grid_navi
 from recipes.compare import Curve, curve, draw_curves, with_error
 from recipes.experiment import ENVS, HELD_OUT_TASKS, TRAIN_TASKS, Learning, Run, draw_tasks, stream_seed, whole_batches
 from recipes.other_programs import PROGRAMS, Trials, trial_return
+from recipes.presets import PRESETS
 from recipes.results import table
 from recipes.rules import bandit_settings
 from rl2_torchrl import TaskDistribution, baselines
@@ -78,7 +79,7 @@ WORLDS = {
         "GridNavi, 4 episodes of 15 steps",
         4,
         6_000_000,
-        grid_navi.LEARNING,
+        PRESETS["GridNavi"].learning,
         lambda rows, seed: GridNavi(episode_steps=grid_navi.EPISODE_STEPS, batch_size=(rows,)),
         grid_goals(),
         lambda seed: grid_navi.GOALS.repeat(24, 1),

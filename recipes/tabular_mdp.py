@@ -21,6 +21,7 @@ from recipes.experiment import (
     told_of,
     whole_batches,
 )
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -46,8 +47,7 @@ EPISODE_STEPS = 10
 NUM_PAIRS = 10 * 5  # of states and actions
 #: With a gate_gain of 1, and a head that saw the memory alone, learning stood still where the agent had a memory for the first
 #: state alone.
-NETWORK = Network(num_cells=(128,), memory_steps=30, input_gain=2.0, gate_gain=6.0)
-LEARNING = Learning(env_steps=150_000_000, lr=2e-3, gamma=0.5, lmbda=0.0, epochs=2, minibatches=32, entropy=0.12)
+PRESET = PRESETS["TabularMDP"]
 TOLD = Told()
 RUN = Run(Path("runs/tabular_mdp"))
 
@@ -55,8 +55,8 @@ RUN = Run(Path("runs/tabular_mdp"))
 def main(
     *,
     episodes: int = 10,
-    network: Network = NETWORK,
-    learning: Learning = LEARNING,
+    network: Network = PRESET.network,
+    learning: Learning = PRESET.learning,
     told: Told = TOLD,
     noiseless: float = 0.6,
     classical: bool = True,

@@ -15,7 +15,8 @@ from torchrl.envs.utils import set_exploration_type
 
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
-from rl2_torchrl.rollout.trials import leaves
+from rl2_torchrl.rollout.trials import leaves, next_key
+from rl2_torchrl.trial import Trial, transforms_of
 
 __all__ = ["TrialCollector"]
 
@@ -36,7 +37,8 @@ class TrialCollector(Collector):
         create_env_fn: as for `Collector`.
         policy: as for `Collector`.
         keep: entries of the batch, such as ``PPOUpdate.in_keys``; what is not kept takes no memory, and the hidden states of
-            every step take the most. None keeps all.
+            every step take the most. None keeps all. Of trials that are truncated what the policy reads beyond their ends is kept
+            too, since advantages go on with its value there.
         rollout: ``"tensors"``, `Rollout`'s steps; ``"tensordicts"``, `Collector`'s own loop; ``"auto"``, the first where it can
             serve.
         **kwargs: as for `Collector`. Other defaults: ``auto_register_policy_transforms=True`` (memory is never lost),
@@ -86,6 +88,9 @@ class TrialCollector(Collector):
         with quiet_torchrl():
             super().__init__(create_env_fn, policy, **options)
         needed = [("collector", "traj_ids"), ("next", "done")] if by_trial else []
+        is_truncated = any(isinstance(t, Trial) and t.truncate for t in transforms_of(self.env))
+        if (is_truncated or options.get("set_truncated")) and not options.get("compact_obs"):
+            needed += [next_key(key) for key in getattr(self.policy, "in_keys", ()) if key != "is_init"]
         self.keep = None if keep is None else list(dict.fromkeys((*keep, *needed)))
         self.reason = "rollout='tensordicts' was asked for" if rollout == "tensordicts" else self._refusal(options)
         if self.reason is not None and rollout == "tensors":

@@ -13,11 +13,10 @@ from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase, TransformedEnv
 
-from rl2_torchrl.checks.evidence import transforms_of
 from rl2_torchrl.checks.probe import NetworkProbe
 from rl2_torchrl.gradients import LOG_PROB, Part
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import Trial
+from rl2_torchrl.trial import Trial, transforms_of
 from rl2_torchrl.update import PPOUpdate
 
 __all__ = ["Description", "describe"]
@@ -112,8 +111,10 @@ def _transform(transform: nn.Module, env: EnvBase) -> str:
         return "a trial is " + " or ".join(f"{bound} {name}" for name, bound in bounds.items() if bound)
     if isinstance(transform, PreviousStep):
         layout = transform.layout()
-        sizes = {**{_name(key): part.size for key, part in layout.observations.items()}, "action": layout.action.size}
-        told = ", ".join(f"{key} {size}" for key, size in {**sizes, "reward": 1, "done": 1}.items())
+        told = [
+            f"{_name(key)} {part.size}" + " (uint8 / 255)" * part.is_bytes for key, part in layout.observations.items()
+        ]
+        told = ", ".join([*told, f"action {layout.action.size}", "reward 1", "done 1"])
         return f"{_name(transform.out_key)} [{layout.size}] = {told}"
     keys = [getattr(transform, "task_key", None), *(getattr(transform, "primers", transform.out_keys) or ())]
     shapes = {key: list(spec.shape[len(env.batch_size) :]) for key, spec in env.observation_spec.items(True)}

@@ -31,7 +31,7 @@ class Interrupts:
 
     def pass_on(self) -> None:
         """Ends the program, where a signal has asked for that: to be called once all is saved."""
-        if self.signum not in _ENDS:
+        if self.signum is None or self.signum not in _ENDS:
             return
         if callable(signal.getsignal(self.signum)):
             signal.raise_signal(self.signum)

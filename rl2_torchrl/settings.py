@@ -12,8 +12,8 @@ from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase, TransformedEnv
 
-from rl2_torchrl.checks.evidence import transforms_of
 from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.trial import transforms_of
 from rl2_torchrl.update import PPOUpdate
 
 __all__ = ["differences", "networks_of", "settings_of"]

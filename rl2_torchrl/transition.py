@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torchrl import torchrl_logger
 from torchrl.data import Binary, Categorical, Composite, MultiCategorical, NonTensor, OneHot, TensorSpec, Unbounded
-from torchrl.envs import Transform
+from torchrl.envs import EnvBase, Transform, TransformedEnv
+from torchrl.envs.batched_envs import BatchedEnvBase
 
-from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, is_within
+from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, is_within, transforms_of
 
 __all__ = ["PreviousStep"]
 
@@ -24,17 +26,18 @@ class PreviousStep(Transform):
     section 2.2).
 
     ``trans`` has shape ``[*B, obs_dim + action_dim + 2]``, float32; several observations are flattened and
-    concatenated in the order of ``obs_keys``. The last entry is done, the last but one the reward.
+    concatenated in the order of ``obs_keys``, and bytes (uint8) scaled to [0, 1]. The last entry is done, the last but one the
+    reward.
 
     Transforms of observations and rewards stand before it, so that the agent sees what they make, and is shown the rewards that
     it learns from; `rl2_torchrl.testing.check_trial_env` refuses rewards that change behind it. `CatFrames` and
     `DoubleToFloat` may stand on either side.
 
     Args:
-        obs_keys: observations to include. Defaults to all numbers and vectors among the env's, less the task, ``"info"`` and the
-            trial's counters: images (two dimensions and more) are for an encoder that reads them whole, text is for nobody here.
-            What TorchRL's info readers add is among them, unless it lies within ``"info"``: `rl2_torchrl.describe` lists all.
-            An empty list leaves none, as in bandits.
+        obs_keys: observations to include. Defaults to all numbers and vectors among the env's, and what transforms make of these,
+            less the task, ``"info"`` and the trial's counters: images (two dimensions and more) are for an encoder that reads them
+            whole, text is for nobody here. What info readers and other transforms (`StepCounter`, `RewardSum`) add is left out,
+            and a line of the log says so. `rl2_torchrl.describe` lists all. An empty list leaves none, as in bandits.
         out_key: entry to write. Defaults to ``"trans"``.
         task_key: the task's entry, which must not be among the inputs. Defaults to ``"task"``.
         done_at_start: the value of done at a trial's first step; the paper's authors set 1. Defaults to 0.
@@ -69,6 +72,7 @@ class PreviousStep(Transform):
         self.task_key = task_key
         self.done_at_start = float(done_at_start)
         self._read_layout: Layout | None = None
+        self._said: str | None = None
 
     @property
     def out_key(self) -> NestedKey:
@@ -167,7 +171,25 @@ class PreviousStep(Transform):
         keys = [key for key in observation_spec.keys(True, True) if key not in hidden]
         keys = [key for key in keys if not is_within(key, self.task_key) and not is_info(key)]
         batch_dims = len(self.container.base_env.batch_size)
-        return [key for key in keys if _is_vector(observation_spec[key], batch_dims)]
+        keys = [key for key in keys if _is_vector(observation_spec[key], batch_dims)]
+        shown = _observations(self.container, self)
+        self._say([key for key in keys if key in shown], [key for key in keys if key not in shown])
+        return [key for key in keys if key in shown]
+
+    def _say(self, shown: list[NestedKey], left_out: list[NestedKey]) -> None:
+        """Logs what is left out, or may be there by mistake; once."""
+        if left_out:
+            said = (
+                f"leaves out {left_out}, which are no observations of the env nor made of them. To show them name all"
+            )
+        elif len(shown) > 1 and isinstance(self.container.base_env, BatchedEnvBase):
+            said = f"shows the agent {shown}, of which it cannot see here what info readers have added. For fewer name them"
+        else:
+            return
+        said = f"PreviousStep {said}: PreviousStep({[*shown, *left_out]})."
+        if said != self._said:
+            self._said = said
+            (torchrl_logger.warning if left_out else torchrl_logger.info)(said)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("PreviousStep is a transform of environments; it has no meaning in a replay buffer.")
@@ -182,13 +204,16 @@ class Encoding:
     offsets: torch.Tensor | None
     #: Whether it can be of any size: neither choices nor flags.
     is_real: bool
+    #: Whether it is declared as bytes: what is of that kind (a transform may have changed it) is scaled to [0, 1].
+    is_bytes: bool = False
 
     @classmethod
     def of(cls, spec: TensorSpec, batch_dims: int) -> Encoding:
         size = spec.shape[batch_dims:].numel()
         # OneHot is a class beside Categorical. Binary is one below it, and a vector already.
         if not isinstance(spec, Categorical) or isinstance(spec, Binary) or spec.dtype == torch.bool:
-            return cls(size, None, not isinstance(spec, Binary | OneHot) and spec.dtype != torch.bool)
+            is_real = not isinstance(spec, Binary | OneHot) and spec.dtype != torch.bool
+            return cls(size, None, is_real, is_real and spec.dtype == torch.uint8)
         choices = (
             spec.nvec.reshape(-1)[-size:].cpu()
             if isinstance(spec, MultiCategorical)
@@ -206,6 +231,8 @@ class Encoding:
         """Writes the encoded ``value`` into ``out`` ``[*B, size]``, which holds zeros."""
         if self.offsets is None:
             out.copy_(value.reshape(out.shape))
+            if self.is_bytes and value.dtype == torch.uint8:
+                out.div_(255)
         else:
             choices = value.long().reshape(*out.shape[:-1], len(self.offsets))
             out.scatter_(-1, choices if len(self.offsets) == 1 else choices + self.offsets, 1.0)
@@ -230,6 +257,21 @@ class Layout:
     def encode(self, observations: Sequence[torch.Tensor], batch_size: torch.Size) -> list[torch.Tensor]:
         parts = zip(self.observations.values(), observations, strict=True)
         return [encoding.encode(value, batch_size) for encoding, value in parts]
+
+
+def _observations(env: EnvBase, before: Transform) -> set[NestedKey]:
+    """What the base env observes, without what info readers add, and what transforms ``before`` one make of that."""
+    base, transforms = env, transforms_of(env)
+    while isinstance(base, TransformedEnv):
+        base = base.base_env
+    readers = () if isinstance(base, BatchedEnvBase) else getattr(base, "info_dict_reader", ())
+    specs = [getattr(reader, "info_spec", None) for reader in readers]
+    told = {key for spec in specs if spec is not None for key in spec.keys(True, True)}
+    shown = set(base.observation_spec.keys(True, True)) - told
+    for transform in transforms[: transforms.index(before)]:
+        if shown.intersection(transform.in_keys or ()):
+            shown.update(transform.out_keys or ())
+    return shown
 
 
 def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:

@@ -254,3 +254,15 @@ def is_within(key: NestedKey, root: NestedKey) -> bool:
     """Whether the entry ``key`` is ``root``, or lies within it."""
     key, root = (k if isinstance(k, tuple) else (k,) for k in (key, root))
     return key[: len(root)] == root
+
+
+def own_transforms(env: EnvBase) -> list[Transform]:
+    """The transforms of ``env`` itself, not those of an env inside it."""
+    if not isinstance(env, TransformedEnv):
+        return []
+    return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
+
+
+def transforms_of(env: EnvBase | None) -> list[Transform]:
+    """The transforms around ``env``, from the inside out."""
+    return [*transforms_of(env.base_env), *own_transforms(env)] if isinstance(env, TransformedEnv) else []

@@ -76,6 +76,21 @@ def test_a_truncated_trial_goes_on_from_its_last_observation(make):
     torch.testing.assert_close(update.advantage(batch)["advantage"][ends], reward + 0.5 * after.detach() - value)
 
 
+@pytest.mark.parametrize("rollout", ["tensors", "tensordicts"])
+@pytest.mark.parametrize("wiring", ["own", "memory"])
+def test_what_truncated_trials_need_is_kept(wiring, rollout):
+    advantages = []
+    for keeps_all in (True, False):
+        env = trials(lines(), lambda size, generator: torch.full((*size, 1), 9.0), steps=5, truncate=True)
+        actor, critic = networks(env, wiring)
+        update = PPOUpdate(RL2PPOLoss(actor, critic), TrialAdvantage(gamma=0.5, normalize=False))
+        keep = None if keeps_all else update.in_keys
+        batch = collected(env, actor, critic, 10, update, keep=keep, rollout=rollout)[0]
+        assert ("observation" in batch.keys()) == keeps_all
+        advantages.append(update.advantage(batch)["advantage"])
+    torch.testing.assert_close(*advantages)
+
+
 def by_hand():
     """r = 1; two trials, of which one ends: v' = 3 beyond the other."""
     false = torch.zeros(2, 2, 1, dtype=torch.bool)

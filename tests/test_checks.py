@@ -391,7 +391,9 @@ class Hint(Transform):
 
 
 def hinted_env(size):
-    transforms = Compose(Trial(episodes=5), TaskSampler(uniform_means(ARMS), seed=1), Hint(size), PreviousStep())
+    transforms = Compose(
+        Trial(episodes=5), TaskSampler(uniform_means(ARMS), seed=1), Hint(size), PreviousStep(["hint"])
+    )
     return TransformedEnv(BernoulliBandit(ARMS, batch_size=(ROWS,), seed=0), transforms)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from test_transition import Memory
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, ParallelEnv, TransformedEnv
@@ -21,7 +22,7 @@ from rl2_torchrl import (
     TrialCollector,
 )
 from rl2_torchrl.describe import _env, describe
-from rl2_torchrl.envs import TabularMDP, random_mdps
+from rl2_torchrl.envs import GymVectorEnv, TabularMDP, random_mdps
 
 SIZE = 3 + 2 + 2  # a state of 3, an action of 2, reward, done
 
@@ -60,6 +61,12 @@ def test_parts_stand_in_the_order_in_which_data_flows():
     # 3 x 2 mean rewards, 3 x 2 x 3 transition probabilities.
     assert env["TaskSampler"] == "task [24]"
     assert env["PreviousStep"] == "trans [7] = observation 3, action 2, reward 1, done 1"
+
+
+def test_what_is_scaled_is_said():
+    env = TransformedEnv(GymVectorEnv(Memory, 2), Compose(Trial(steps=2), PreviousStep()))
+    [told] = [part.what for part in _env(env) if part.name == "PreviousStep"]
+    assert told == "trans [8] = observation 4 (uint8 / 255), action 2, reward 1, done 1"
 
 
 def test_shapes_and_parameters_of_networks():

@@ -58,8 +58,8 @@ def test_page_of_seeds(tmp_path):
 
 
 def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
-    tiny = replace(grid_navi.LEARNING, trials=8, epochs=1, minibatches=2)
-    monkeypatch.setattr(grid_navi, "LEARNING", tiny)
+    tiny = replace(grid_navi.PRESET.learning, trials=8, epochs=1, minibatches=2)
+    monkeypatch.setattr(grid_navi, "PRESET", replace(grid_navi.PRESET, learning=tiny))
     monkeypatch.setitem(grid_navi.main.__kwdefaults__, "learning", tiny)
     options = {"seeds": (1,), "env_steps": 480, "runs": tmp_path / "runs", "page": tmp_path / "page.md"}
     [row] = grid_navi_seeds.main(**options)

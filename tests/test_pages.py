@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import rl2_torchrl
+from recipes.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = {folder: (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in ("rl2_torchrl", "recipes")}
@@ -62,3 +63,14 @@ def test_names_on_the_page_of_the_package_are_public():
     drawing = re.search(r"```\n(.*?)```", page, re.DOTALL)[1]
     for file, name in re.findall(r"^ ([a-z]+\.py) +(\w+)", drawing, re.MULTILINE):
         assert name in importlib.import_module(f"rl2_torchrl.{file[:-3]}").__all__
+
+
+@pytest.mark.parametrize("env", PRESETS)
+def test_presets_are_their_recipes_and_reached_what_the_page_says(env):
+    preset = PRESETS[env]
+    [row] = [row for row in PAGES["recipes"].splitlines() if row.startswith(f"| `python -m recipes.{preset.recipe}")]
+    assert preset.reached in row.split("|")[4]
+    recipe = pytest.importorskip(f"recipes.{preset.recipe}", exc_type=ImportError)
+    parameters = inspect.signature(recipe.main).parameters
+    assert parameters["network"].default is preset.network
+    assert parameters["learning"].default is preset.learning

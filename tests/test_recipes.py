@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import pickle
+import re
 import runpy
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -484,13 +485,33 @@ def test_rewards_are_noisy_in_evaluations_of_a_training_without_noise(tmp_path, 
 # ---- The command line.
 
 
+def helped(name, word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, word])
+    monkeypatch.delitem(sys.modules, f"recipes.{name}", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"recipes.{name}", run_name="__main__")
+    assert not stopped.value.code
+    return capsys.readouterr().out
+
+
+def programs():
+    """The recipes that `recipes/README.md` lists, and all other commands there."""
+    return sorted(set(re.findall(r"python -m recipes\.(\w+)", (ROOT / "recipes" / "README.md").read_text())))
+
+
+@pytest.mark.parametrize("name", programs())
+def test_help_fits_one_screen(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    try:
+        lines = helped(name, "--help", monkeypatch, capsys).splitlines()
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert 5 < sum(max(1, math.ceil(len(line) / 100)) for line in lines) <= 45
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_help_documents_every_argument(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    monkeypatch.delitem(sys.modules, f"recipes.{name}")
-    with pytest.raises(SystemExit):
-        runpy.run_module(f"recipes.{name}", run_name="__main__")
-    shown = capsys.readouterr().out
+    short, shown = (helped(name, word, monkeypatch, capsys) for word in ("--help", "--help-all"))
     main = RECIPES[name].module.main
     by_rule = main.rule() if hasattr(main, "rule") else {}
     defaults = {name: by_rule.get(name, each.default) for name, each in inspect.signature(main).parameters.items()}
@@ -500,7 +521,9 @@ def test_help_documents_every_argument(name, monkeypatch, capsys):
     assert {"seed", "log-dir", "resume", "units", "env-steps", "weights", "logger"} <= set(flags)
     assert len(flags) == len(set(flags))
     assert [flag for flag in flags if f"--{flag} " not in shown and f"--{flag}," not in shown] == []
-    assert inspect.getdoc(main).splitlines()[0][:40] in shown
+    typed = [f"--no-{flag}" if f"--no-{flag}" in short else f"--{flag}" for flag in flags]
+    assert [word for word in typed if word not in short.split()] == []
+    assert all(inspect.getdoc(main).splitlines()[0][:40] in text for text in (short, shown))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -4,12 +4,14 @@ import io
 
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.envs import Compose, InitTracker, ParallelEnv, TransformedEnv
 from torchrl.modules import MLP, GRUModule, ProbabilisticActor, ValueOperator, set_recurrent_mode
 from torchrl.objectives import A2CLoss, ClipPPOLoss
+from torchrl.trainers.algorithms.ppo import PPOTrainer
 
 from rl2_torchrl import (
     ActorCritic,
@@ -233,3 +235,45 @@ def test_two_workers_in_two_iterations():
             collector.update_policy_weights_()
     finally:
         collector.shutdown()
+
+
+# ------------------------------------------------------- TorchRL's trainer
+
+
+def ratio_of(loss, batch):
+    zeros = {key: torch.zeros_like(batch["state_value"]) for key in ("advantage", "value_target")}
+    return loss(batch.clone().update(zeros))["max_ratio"].item()
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_torchrls_trainer(wiring):
+    env = make_env()
+    actor, critic = make_networks(env, wiring=wiring)
+    collector = collect(env, actor, critic, batches=2)
+    loss = RL2PPOLoss(actor, critic)
+    options = {"frame_skip": 1, "optim_steps_per_batch": 1, "num_epochs": 2, "progress_bar": False, "total_frames": 64}
+    optimizer = torch.optim.Adam(loss.parameters())
+    with pytest.warns(UserWarning, match="PPOTrainer is an experimental"):
+        trainer = PPOTrainer(
+            collector=collector, loss_module=loss, optimizer=optimizer, gae=TrialAdvantage(), **options
+        )
+    before, ratios = [p.clone() for p in loss.parameters()], []
+    trainer.register_op("batch_process", lambda batch: ratios.append(ratio_of(loss, batch)) or batch)
+    trainer.train()
+    assert ratios == pytest.approx([1.0, 1.0])  # each batch is played by the weights as they are
+    assert all(not torch.equal(p, then) for p, then in zip(loss.parameters(), before, strict=True))
+
+
+def test_a_collector_of_another_policy_takes_the_actors_weights_alone():
+    env = make_env()
+    collector = collect(env, *make_networks(env, seed=0))
+    actor, critic = make_networks(make_env(), seed=1)
+    before = [p.clone() for p in collector.policy.critic.parameters()]
+    collector.update_policy_weights_(TensorDict.from_module(actor))
+    pairs = zip(collector.policy.actor.parameters(), actor.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert all(torch.equal(*pair) for pair in zip(collector.policy.critic.parameters(), before, strict=True))
+    collector.update_policy_weights_(TensorDict.from_module(ActorCritic(actor, critic)))
+    assert all(
+        torch.equal(*pair) for pair in zip(collector.policy.critic.parameters(), critic.parameters(), strict=True)
+    )

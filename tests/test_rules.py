@@ -87,16 +87,18 @@ def test_what_is_typed(words, expected):
 
 
 def test_help_says_what_the_rule_chose(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bandit", "--arms", "16", "--pulls", "100", "--help"])
+    monkeypatch.setattr("sys.argv", ["bandit", "--arms", "16", "--pulls", "100", "--help-all"])
     with pytest.raises(SystemExit):
         experiment.command(bandit.main)
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for default in ("13000000", "0.995", "0.025", "32", "100"):
         assert f"(default: {default})" in said
-    monkeypatch.setattr("sys.argv", ["bandit", "--arms", "16", "--help"])
-    with pytest.raises(SystemExit):
-        experiment.command(bandit.main)
-    assert "(default: 13000000)" not in capsys.readouterr().out
+    for pulls, steps in ((100, 13_000_000), (10, 4_000_000)):
+        monkeypatch.setattr("sys.argv", ["bandit", "--arms", "16", "--pulls", str(pulls), "--help"])
+        with pytest.raises(SystemExit):
+            experiment.command(bandit.main)
+        assert f"--pulls {pulls} " in (said := capsys.readouterr().out)
+        assert f"--env-steps {steps} " in said
 
 
 # ---- Its check.

@@ -1,20 +1,31 @@
 """`PreviousStep`: what an RL² agent sees, entry by entry, from values worked by hand."""
 
+import ast
+
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.data import Binary, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import (
+    CatTensors,
     Compose,
     EnvBase,
+    GymWrapper,
     InitTracker,
+    ObservationNorm,
     RewardSum,
+    SerialEnv,
     StepCounter,
     TensorDictPrimer,
     TransformedEnv,
+    default_info_dict_reader,
 )
 
-from rl2_torchrl import PreviousStep, Trial
+from rl2_torchrl import AdaptiveAgent, GRUCategoricalActor, PreviousStep, Trial, TrialCollector
+from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.modules.layers import Concat
 
 
 class ScriptedEnv(EnvBase):
@@ -101,7 +112,8 @@ def test_layout_by_hand(action_spec, actions, encoded):
         (Unbounded((2, 2)), [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]], [[1, 2, 3, 4], [5, 6, 7, 8]]),
         (Categorical(2, shape=(2,)), [[0, 1], [1, 1]], [[1, 0, 0, 1], [0, 1, 0, 1]]),
         (Unbounded((1,), dtype=torch.float64), [[0.5], [1.5]], [[0.5], [1.5]]),
-        (Unbounded((1,), dtype=torch.uint8), [[200], [7]], [[200], [7]]),
+        (Unbounded((1,), dtype=torch.uint8), [[255], [0]], [[1], [0]]),
+        (Binary(2, dtype=torch.uint8), [[1, 0], [1, 1]], [[1, 0], [1, 1]]),
     ],
 )
 def test_observations_by_hand(spec, values, encoded):
@@ -172,6 +184,47 @@ def test_entries_of_later_transforms_are_no_inputs(specs_first):
     assert see(env, [torch.tensor([0.5])]) == [[7, 0, 0, 0], [8, 0.5, 10, 0]]
 
 
+def test_what_is_no_observation_is_left_out_and_said(caplog):
+    reader = default_info_dict_reader(["lives"], spec={"lives": Unbounded((1,))})
+    of_info = ObservationNorm(0.0, 2.0, in_keys=["lives"], out_keys=["lives_too"])
+    of_seen = CatTensors(in_keys=["observation"], out_key="seen", del_keys=False)
+    earlier = (
+        StepCounter(),
+        RewardSum(),
+        TensorDictPrimer(memory=Unbounded((3,)), default_value=0.0),
+        of_info,
+        of_seen,
+    )
+
+    def told(*args):
+        base = GymWrapper(Told()).set_info_dict_reader(reader)
+        return TransformedEnv(base, Compose(Trial(steps=5), *(t.clone() for t in earlier), PreviousStep(*args)))
+
+    env = told()
+    assert env.reset()["trans"].shape == (2 + 2 + 1 + 2,)
+    assert list(env.transform[-1].layout().observations) == ["observation", "seen"]
+    [said] = [record.message for record in caplog.records if "leaves out" in record.message]
+    assert said.startswith("PreviousStep leaves out ['lives', 'step_count', 'episode_reward', 'memory', 'lives_too']")
+    named = said[said.index("PreviousStep([") + len("PreviousStep(") : -2]
+    env = told(ast.literal_eval(named))
+    assert list(env.transform[-1].layout().observations) == ast.literal_eval(named)
+
+
+def test_info_readers_in_other_envs_are_hinted_at(caplog):
+    def told():
+        reader = default_info_dict_reader(["lives"], spec={"lives": Unbounded((1,))})
+        return GymWrapper(Told()).set_info_dict_reader(reader)
+
+    caplog.set_level("INFO", "torchrl")
+    env = memories(base=SerialEnv(2, told))
+    assert env.reset()["trans"].shape == (2, 2 + 1 + 1 + 2)
+    assert "shows the agent ['observation', 'lives']" in caplog.text
+    assert "PreviousStep(['observation', 'lives'])" in caplog.text
+    caplog.clear()
+    memories(base=SerialEnv(2, lambda: GymWrapper(Memory()))).reset()
+    assert "PreviousStep" not in caplog.text
+
+
 # ---- Options.
 
 
@@ -227,3 +280,69 @@ def test_new_trial_begins_with_zeros_and_a_batch_may_hold_both():
 def test_bad_use(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+# ---- Bytes.
+
+
+class Memory(gymnasium.Env):
+    """Shows four bytes, as Atari's RAM: 0, 51, 102, 255, and after a step its reverse."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (4,), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.array([0, 51, 102, 255], np.uint8), {}
+
+    def step(self, action):
+        return np.array([255, 102, 51, 0], np.uint8), 1.0, False, False, {}
+
+
+class Told(gymnasium.Env):
+    """Shows two numbers, and says something beside."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {"lives": np.ones(1, np.float32)}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 1.0, False, False, {"lives": np.ones(1, np.float32)}
+
+
+def memories(*transforms, base=None):
+    base = GymVectorEnv(Memory, 2) if base is None else base
+    return TransformedEnv(base, Compose(Trial(steps=2), *transforms, PreviousStep()))
+
+
+@pytest.mark.parametrize("rollout", ["tensors", "tensordicts"])
+def test_bytes_are_scaled_to_one(rollout):
+    env = memories()
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4)
+    (batch,) = TrialCollector(env, actor, frames_per_batch=4, total_frames=4, rollout=rollout)
+    shown = torch.tensor([[0, 0.2, 0.4, 1.0], [1.0, 0.4, 0.2, 0]]).expand(2, 2, 4)
+    assert torch.equal(batch["trans"][..., :4], shown)
+    assert batch["observation"].dtype == torch.uint8
+
+
+def test_bytes_of_torchrls_wrapper_and_those_that_a_transform_has_made_reals_of():
+    base = SerialEnv(2, lambda: GymWrapper(Memory()))
+    assert memories(base=base).reset()["trans"][0, :4].tolist() == pytest.approx([0, 0.2, 0.4, 1.0])
+    halved = memories(ObservationNorm(0.0, 0.5, in_keys=["observation"]))
+    assert halved.reset()["trans"][0, :4].tolist() == [0, 25.5, 51, 127.5]
+
+
+def test_an_agent_and_a_critic_scale_bytes_too():
+    env = memories()
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4, init_range=1.0)
+    agent = AdaptiveAgent.from_policy(actor, env)
+    agent.new_trial(2)
+    shown = env.reset()["observation"]
+    agent.act(shown.numpy(), deterministic=True)
+    begun = {"is_init": torch.ones(2, 1, dtype=torch.bool)}
+    torch.testing.assert_close(agent.memory[-1], actor(env.reset().update(begun))["next", "actor_hidden"])
+    joined = Concat()(torch.zeros(2, 1), shown)
+    assert joined[0].tolist() == pytest.approx([0, 0, 0.2, 0.4, 1.0])

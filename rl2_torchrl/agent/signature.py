@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec, Unbounded
 from torchrl.envs import (
     ActionScaling,
-    Compose,
     DoubleToFloat,
     EnvBase,
     InitTracker,
@@ -23,7 +22,6 @@ from torchrl.envs import (
     RewardSum,
     StepCounter,
     TensorDictPrimer,
-    Transform,
     TransformedEnv,
 )
 
@@ -31,7 +29,7 @@ from rl2_torchrl.agent.architecture import as_dtype, as_key
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import Encoding, Layout, PreviousStep
-from rl2_torchrl.trial import Trial
+from rl2_torchrl.trial import Trial, transforms_of
 
 __all__ = ["Acted", "Affine", "Observed", "Signature", "name_of"]
 
@@ -274,13 +272,6 @@ def transition_of(env: EnvBase, keys: Sequence[NestedKey]) -> PreviousStep:
 def base_of(env: EnvBase) -> EnvBase:
     """The env below all transforms."""
     return base_of(env.base_env) if isinstance(env, TransformedEnv) else env
-
-
-def transforms_of(env: EnvBase) -> Iterator[Transform]:
-    """All transforms, those nearest to the base env first."""
-    if isinstance(env, TransformedEnv):
-        yield from transforms_of(env.base_env)
-        yield from env.transform if isinstance(env.transform, Compose) else [env.transform]
 
 
 def _affine_of(env: EnvBase, key: NestedKey, *, actions: bool = False) -> tuple[Affine, ...]:

@@ -9,14 +9,13 @@ from functools import cached_property
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
-from torchrl.envs import EnvBase, Transform, TransformedEnv
+from torchrl.envs import Transform
 
 from rl2_torchrl.checks.probe import NetworkProbe
-from rl2_torchrl.rollout.trials import own_transforms
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import EPISODE_DONE
+from rl2_torchrl.trial import EPISODE_DONE, transforms_of
 
-__all__ = ["Evidence", "NotChecked", "Rule", "flat", "transforms_of"]
+__all__ = ["Evidence", "NotChecked", "Rule", "flat"]
 
 #: A rule: what breaks it in words, or None.
 Rule = Callable[["Evidence"], str | None]
@@ -150,11 +149,6 @@ def _copy(thing: nn.Module, name: str) -> nn.Module:
         return copy.deepcopy(thing)
     except (TypeError, ValueError, RuntimeError) as error:
         raise NotChecked(f"the {name} cannot be copied ({error})") from error
-
-
-def transforms_of(env: EnvBase | None) -> list[Transform]:
-    """The transforms around ``env``, from the inside out."""
-    return [*transforms_of(env.base_env), *own_transforms(env)] if isinstance(env, TransformedEnv) else []
 
 
 def flat(entry: torch.Tensor | TensorDictBase, lead: int) -> torch.Tensor:

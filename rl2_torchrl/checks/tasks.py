@@ -9,8 +9,9 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat, transforms_of
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
 from rl2_torchrl.tasks import TaskSampler, _InOrder
+from rl2_torchrl.trial import transforms_of
 
 __all__ = ["RULES"]
 

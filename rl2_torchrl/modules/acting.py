@@ -62,7 +62,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     has_hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     if not has_hooks:
         if cls.forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward):
-            return [part for child in module.module for part in acting_parts(child)]
+            return [part for child in module._module_iter() for part in acting_parts(child)]
         # Of the class: a TensorDictModule passes on what its inner module has.
         if hasattr(cls, "step_function") and _steps_as_forward(cls):
             # A rollout resets the memory itself: the core need not see where trials begin.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tensordict import NestedKey
-from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import unravel_key
+from torch import nn
 
 __all__ = ["ActorCritic"]
 
@@ -15,8 +18,8 @@ class ActorCritic(TensorDictSequential):
     The critic's memory then is collected as the actor's is; a critic outside the collector's policy gets no primer, and its memory
     would silently be lost. Reads and writes the entries of both, ``[*B]`` or, in recurrent mode, ``[*B, T]``.
 
-    TorchRL's `PPOTrainer` hands its collector the actor's weights alone, which are not this module's, and shuffles single steps,
-    on which no memory is trained: `train`, or a loop of one's own, takes its place.
+    The actor's weights have the names here that they have in the actor, so that a collector takes them alone too, as TorchRL's
+    `PPOTrainer` hands them over: give that ``gae=TrialAdvantage()``, and no replay buffer, which would shuffle single steps.
 
     Args:
         actor: e.g. `GRUGaussianActor` or `GRUCategoricalActor`.
@@ -41,17 +44,25 @@ class ActorCritic(TensorDictSequential):
                 f"actor and critic both keep their memory under {shared}: each would go on from the other's. Give one another "
                 "hidden_key=, or build the critic on the actor's memory (MemoryValueHead)."
             )
-        super().__init__(actor, critic)
+        super().__init__(*_named_parts(actor), critic)
+        self.__dict__["_actor"] = actor  # past the module tree, in which its parts stand
 
     @property
     def actor(self) -> TensorDictModuleBase:
         """The policy proper."""
-        return self.module[0]
+        return self._actor
 
     @property
     def critic(self) -> TensorDictModuleBase:
         """The value function."""
-        return self.module[1]
+        return self.module[-1]
+
+    # What TensorDictSequential runs: the actor as a whole, with the hooks that it may have.
+    def _module_iter(self) -> Iterator[TensorDictModuleBase]:
+        yield from (self.actor, self.critic)
+
+    def _get_module_num_or_key(self, mod: nn.Module) -> str:
+        return "critic" if mod is self.critic else "actor"
 
     @property
     def hidden_keys(self) -> list[NestedKey]:
@@ -63,3 +74,11 @@ def hidden_keys(module: TensorDictModuleBase) -> list[NestedKey]:
     """Entries that ``module`` reads and hands on to the next step: ``k`` among its inputs and ``("next", k)`` written."""
     written = {unravel_key(key) for key in module.out_keys}
     return [key for key in module.in_keys if unravel_key(("next", key)) in written]
+
+
+def _named_parts(actor: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    """Modules whose weights have the names, in a sequence of them, that they have in ``actor``; itself where there are none."""
+    is_sequence = type(actor).forward is ProbabilisticTensorDictSequential.forward and isinstance(
+        actor.module, nn.ModuleList
+    )
+    return list(actor.module) if is_sequence else [actor]

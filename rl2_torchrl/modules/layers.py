@@ -157,10 +157,11 @@ class _ChannelsFirst(nn.Module):
 
 
 class Concat(nn.Module):
-    """Concatenates its inputs ``[*B, n_i]`` in the first one's dtype, to ``[*B, sum n_i]``."""
+    """Concatenates its inputs ``[*B, n_i]`` in the first one's dtype, to ``[*B, sum n_i]``; uint8 is scaled to [0, 1]."""
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x.to(inputs[0].dtype) for x in inputs], -1) if len(inputs) > 1 else inputs[0]
+        first, *others = inputs
+        return torch.cat([first, *(_as_reals(x, first) for x in others)], -1) if others else first
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ConcatPart | None:
         return ConcatPart(self, in_keys, out_keys) if runs(self, Concat) else None

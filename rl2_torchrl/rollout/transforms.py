@@ -6,10 +6,10 @@ from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer
 
 from rl2_torchrl.rollout.doors import is_tensor_env
 from rl2_torchrl.rollout.tensor_trials import TensorTrials
-from rl2_torchrl.rollout.trials import Keys, Trials, own_transforms
+from rl2_torchrl.rollout.trials import Keys, Trials
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import Trial
+from rl2_torchrl.trial import Trial, own_transforms
 
 __all__ = ["trial_steps", "trials_of"]
 

@@ -6,12 +6,14 @@ from collections.abc import Collection, Iterable
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.envs import Compose, EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 
-__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "own_transforms", "unflat", "where_rows"]
+__all__ = [
+    *("REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "unflat", "where_rows"),
+]
 
 REWARD = ("next", "reward")
 Keys = Collection[NestedKey]
@@ -138,10 +140,3 @@ def flat(value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
 def unflat(value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
     """``value`` ``[N, ...]`` as ``[*B, ...]``."""
     return value if len(batch_size) == 1 else value.reshape((*batch_size, *value.shape[1:]))
-
-
-def own_transforms(env: EnvBase) -> list:
-    """The transforms of ``env`` itself, not those of an env inside it."""
-    if not isinstance(env, TransformedEnv):
-        return []
-    return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]

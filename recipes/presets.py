@@ -1,0 +1,130 @@
+"""Settings that are known to work, by env: a place to look up what to begin with in an env like one of these.
+
+Each is its recipe's default. `recipes/README.md` lists what they reach, with commands and minutes; `recipes/results` has the pages.
+Bandits of any size follow a rule instead (`recipes.rules`), HalfCheetah has its modes (`recipes.half_cheetah`).
+"""
+
+from dataclasses import dataclass
+
+from recipes.experiment import Learning, Network
+
+__all__ = ["PRESETS", "Preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one env.
+
+    Args:
+        recipe: the recipe whose defaults they are.
+        reached: what came out, as `recipes/README.md` says it.
+        reason: what in these settings is the env's own, and what it is meant for.
+        network: actor and critic.
+        learning: batches, and PPO on them.
+    """
+
+    recipe: str
+    reached: str
+    reason: str
+    network: Network
+    learning: Learning
+
+
+#: What steps of a batch of some thousand steps in few rows begin with.
+_SMALL = {"lr": 1e-3, "lmbda": 0.95, "minibatches": 4, "max_grad_norm": 0.5}
+
+PRESETS = {
+    "TabularMDP": Preset(
+        "tabular_mdp",
+        "150.6 ± 0.4",
+        "A trial has a hundred steps, so the memory is long at first; an action's worth shows in a few, so advantages are short.",
+        Network(num_cells=(128,), memory_steps=30, input_gain=2.0, gate_gain=6.0),
+        Learning(env_steps=150_000_000, lr=2e-3, gamma=0.5, lmbda=0.0, epochs=2, minibatches=32, entropy=0.12),
+    ),
+    "GridNavi": Preset(
+        "grid_navi",
+        "return 36.9 ± 0.2",
+        "A goal must be met before anything is learnt of it: more entropy at first.",
+        Network(),
+        Learning(trials=512, lr=2e-3, max_grad_norm=0.5, entropy=0.03),
+    ),
+    "PointRobot": Preset(
+        "point_robot",
+        "6.7 steps in the first episode, 4.0 in the last",
+        "The Gaussian's own spread explores: no entropy bonus.",
+        Network(),
+        Learning(trials=128, env_steps=3_000_000, lr=1e-3, minibatches=4, max_grad_norm=0.5, entropy=0.0),
+    ),
+    "AntDirection": Preset(
+        "ant_direction",
+        "REACHED",
+        "Those of the cheetah; nothing was tuned here.",
+        Network(critic_keys=("time_left", "task")),
+        Learning(
+            trials=64,
+            env_steps=8_000_000,
+            lr=3e-3,
+            gamma=0.97,
+            lmbda=0.9,
+            minibatches=8,
+            max_grad_norm=0.5,
+            entropy=0.0,
+        ),
+    ),
+    "CartPole-v1": Preset(
+        "cartpole",
+        "488 of 500 steps",
+        "What is seen is normalised, as of any env whose units one has not chosen.",
+        Network(normalize=True, critic_keys=()),
+        Learning(trials=64, env_steps=2_000_000, entropy=0.01, **_SMALL),
+    ),
+    "Pendulum-v1": Preset(
+        "pendulum",
+        "−130 an episode",
+        "Normalised as well, since rewards go down to -16 a step; a horizon of twenty steps, one second.",
+        Network(normalize=True, critic_keys=()),
+        Learning(trials=64, env_steps=1_000_000, gamma=0.95, entropy=0.0, **_SMALL),
+    ),
+    "MiniGrid-MemoryS7-v0": Preset(
+        "minigrid_memory",
+        "success 1.00",
+        "Nothing is paid until a corridor's right end is reached: much entropy, and small steps for a million frames.",
+        Network(units=128),
+        Learning(trials=32, env_steps=3_500_000, epochs=4, entropy=0.05, **{**_SMALL, "lr": 5e-4}),
+    ),
+    "MiniGrid doors": Preset(
+        "minigrid_goals",
+        "17.9 steps, from the second episode on 7.6",
+        "The goal's door is told to the memory by a loss of its own (--belief), without which the way back takes 15.7 steps.",
+        Network(units=128),
+        Learning(trials=64, env_steps=800_000, gamma=0.97, epochs=6, entropy=0.02, **_SMALL),
+    ),
+    "Meta-World ML1": Preset(
+        "meta_world",
+        "success 0.74, in the last episode 0.98",
+        "39 numbers of all sizes are normalised; goals are paired with other tasks' objects, or tasks are learnt by heart.",
+        Network(units=128, normalize=True, critic_keys=()),
+        Learning(trials=32, env_steps=2_000_000, epochs=5, entropy=0.0, **_SMALL),
+    ),
+    "POPGym, Easy": Preset(
+        "pop_gym",
+        "1.00 in the best epoch",
+        "A hidden layer reads what is asked for from the memory; actor and critic share one core.",
+        Network(units=128, num_cells=(128,), critic_keys=()),
+        Learning(trials=64, env_steps=2_000_000, epochs=4, entropy=0.01, **_SMALL),
+    ),
+    "DMControl point mass": Preset(
+        "point_mass",
+        "runs, and does not adapt yet",
+        "The critic sees the target, which makes advantages less noisy where few trials are paid at all.",
+        Network(normalize=True, critic_keys=("task", "time_left")),
+        Learning(trials=32, env_steps=700_000, entropy=0.0, **_SMALL),
+    ),
+    "Brax inverted pendulum": Preset(
+        "brax_pendulum",
+        "97.5 of 100 steps upright",
+        "A step costs much whatever the number of rows: many rows, few steps, a higher learning rate.",
+        Network(units=32, normalize=True, critic_keys=("time_left",)),
+        Learning(trials=128, env_steps=200_000, entropy=0.0, **{**_SMALL, "lr": 2e-3}),
+    ),
+}
