@@ -52,6 +52,7 @@ class TrialCollector(Collector):
 
     Raises:
         KeyError: an entry of ``keep`` is not collected.
+        TypeError: ``keep`` is a single key.
         ValueError: ``rollout="tensors"`` with an option that it cannot serve.
 
     Examples:
@@ -79,6 +80,8 @@ class TrialCollector(Collector):
     ):
         if rollout not in ("auto", "tensors", "tensordicts"):
             raise ValueError(f"rollout={rollout!r}: choose 'auto', 'tensors' or 'tensordicts'.")
+        if isinstance(keep, str):
+            raise TypeError(f"keep={keep!r} would be read as its letters: give a list, keep=[{keep!r}].")
         by_trial = bool(kwargs.get("split_trajs") or kwargs.get("trajs_per_batch"))
         options = {"auto_register_policy_transforms": True, "track_traj_ids": by_trial}
         # A replay buffer takes batches one by one: TorchRL forbids one in the memory of another.

@@ -129,7 +129,13 @@ class TaskSampler(Transform):
         return tasks
 
     def _sample(self, batch_size: torch.Size, spec: TensorSpec) -> torch.Tensor | TensorDictBase:
-        task = self.distribution(batch_size, self.generator).to(spec.device)
+        task = self.distribution(batch_size, self.generator)
+        if not isinstance(task, torch.Tensor | TensorDictBase):
+            raise TypeError(
+                f"the task distribution gave a {type(task).__name__}: it returns a tensor or TensorDict [*batch_size, ...], drawn "
+                "by the torch.Generator that it is given, so that tasks follow the seed."
+            )
+        task = task.to(spec.device)
         feature_shape = spec.shape[len(self._base_env.batch_size) :]
         if not isinstance(spec, Composite):
             expected = torch.Size([*batch_size, *feature_shape])

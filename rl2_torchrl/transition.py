@@ -43,6 +43,7 @@ class PreviousStep(Transform):
         done_at_start: the value of done at a trial's first step; the paper's authors set 1. Defaults to 0.
 
     Raises:
+        TypeError: ``obs_keys`` is a single key.
         ValueError: ``obs_keys`` holds the task, or no `Trial` comes before this transform.
         KeyError: the env has no such observation.
 
@@ -63,6 +64,10 @@ class PreviousStep(Transform):
         done_at_start: float = 0.0,
     ):
         super().__init__(out_keys=[out_key])
+        if isinstance(obs_keys, str):
+            raise TypeError(
+                f"obs_keys={obs_keys!r} would be read as its letters: give a list, PreviousStep([{obs_keys!r}])."
+            )
         if obs_keys is not None and task_key in obs_keys:
             raise ValueError(
                 f"obs_keys holds the task ({task_key!r}): an agent that sees its task has nothing to find out. Give it to "

@@ -413,8 +413,8 @@ def _why_not_parts(loss: ClipPPOLoss) -> str | None:
 
 def _adam(parameters: list[nn.Parameter], lr: float | None) -> torch.optim.Adam:
     lr = 1e-4 if lr is None else lr
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"lr={lr}: a learning rate is a number, at least 0, such as 1e-3.")
+    if isinstance(lr, str) or not 0 <= lr < math.inf:
+        raise ValueError(f"lr={lr!r}: a learning rate is a number, at least 0, such as 1e-3.")
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return torch.optim.Adam(parameters, lr=lr, fused=fused)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -25,6 +26,7 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
+    TrialCollector,
     adaptation_curve,
     linear_decay,
     with_shuffled_rewards,
@@ -116,6 +118,20 @@ CASES = [
     row("no bound", lambda: Trial(), ValueError, "needs a bound.*episodes="),
     row("no episodes", lambda: Trial(episodes=0), ValueError, "episodes=0.*at least 1"),
     row("truth value", lambda: Trial(episodes=True), ValueError, "episodes=True.*whole number"),
+    row("one observation", lambda: PreviousStep("seen"), TypeError, r"its letters.*PreviousStep\(\['seen'\]\)"),
+    row(
+        "one entry to keep",
+        lambda: TrialCollector(env(), ActorCritic(actor(), critic()), frames_per_batch=8, keep="trans"),
+        TypeError,
+        r"its letters.*keep=\['trans'\]",
+    ),
+    row(
+        "tasks of NumPy",
+        lambda: env(tasks=TaskSampler(lambda size, generator: np.zeros((*size, 3)))).reset(),
+        TypeError,
+        "gave a ndarray.*torch.Generator",
+    ),
+    row("learning rate in words", lambda: update(collect(), lr="1e-3"), ValueError, "lr='1e-3'.*such as 1e-3"),
     row(
         "one step key",
         lambda: Trial(episodes=2, step_keys="success"),
