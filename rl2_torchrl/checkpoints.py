@@ -25,7 +25,7 @@ __all__ = ["RunCheckpoints", "Stateful"]
 log = logging.getLogger(__name__)
 
 #: Of what is in a checkpoint; another number is not read.
-FORMAT = 2
+FORMAT = 3
 _KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _HISTORY, _LOCK = "checkpoint-history.jsonl", "checkpoint.lock"
