@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,10 @@ class _Leaf:
     #: The number from which its choices count, where that is not 0.
     start: Tensor | None
 
+    @cached_property
+    def dtype(self) -> np.dtype:
+        return torch.empty(0, dtype=self.spec.dtype).numpy().dtype
+
     @property
     def root(self) -> str:
         return self.key if isinstance(self.key, str) else self.key[0]
@@ -52,9 +57,9 @@ class _Leaf:
     def tensor(self, rows: Any, *, is_one: bool = False) -> Tensor:
         for step in self.path:
             rows = rows[step]
-        # A copy: vector envs write their next step over this one.
-        value = torch.from_numpy(np.asarray(rows)[None] if is_one else np.asarray(rows)).to(self.spec.dtype, copy=True)
-        value = value.reshape(len(value), *self.spec.shape)
+        # A copy: vector envs write their next step over this one. NumPy changes a type in a tenth of PyTorch's time.
+        array = np.array(rows, self.dtype)
+        value = torch.from_numpy(array.reshape(1 if is_one else len(array), *self.spec.shape))
         return value if self.start is None else value.sub_(self.start)
 
 
@@ -173,5 +178,7 @@ class ActionSpace:
         """Actions ``[N, ...]`` as a vector env takes them."""
         action = action if self.start is None else action + self.start
         array = action.detach().cpu().numpy().reshape(len(action), *self.space.shape)
-        array = array if self.bounds is None else array.clip(*self.bounds)
+        if self.bounds is not None:
+            low, high = self.bounds
+            array = np.minimum(np.maximum(array, low), high)
         return array.astype(self.space.dtype, copy=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -118,13 +119,9 @@ class GymVectorEnv(TensorEnv):
                 self.envs.close()  # or its processes would wait for ever
             raise
         self.has_threads = processes_of(self.envs) is not None
-        self._info: Entries = {("info", key): torch.zeros(self.envs.num_envs, 1, device=device) for key in info_keys}
-        self._unseeded = np.ones(self.envs.num_envs, dtype=bool)
-        self._task: Tensor | TensorDictBase | None = None
-        # Of a vector env that resets itself: which rows it has begun at the last step, and what it observed and said then.
-        self._begun = np.zeros(self.envs.num_envs, dtype=bool)
-        self._following: Entries = {}
-        self._info_following: Entries = {}
+        self._all_rows = np.ones(self.envs.num_envs, dtype=bool)
+        info = {("info", key): torch.zeros(self.envs.num_envs, 1, device=device) for key in info_keys}
+        self._told = _Told(info, self._all_rows.copy(), begun=~self._all_rows)
         super().__init__(
             task_spec=task_spec,
             observation_spec=self.observations.spec,
@@ -175,17 +172,19 @@ class GymVectorEnv(TensorEnv):
     def begin(self, task: Tensor | TensorDictBase | None, rows: Tensor) -> tuple[None, Entries]:
         """Resets ``rows`` with their tasks, but for those that a vector env has begun itself, with the task that they had."""
         self._require_open()
-        mask = rows.cpu().numpy()
-        begun = self._begun & mask & ~self._unseeded & _same_rows(task, self._task, len(mask))
-        # Of rows that do not begin, TorchRL's resets bring whatever task was drawn for all.
-        self._task = task if task is None or self._task is None else _where(rows, task, self._task)
-        self._begun = self._begun & ~mask
-        entries = self._following
-        if (to_reset := mask & ~begun).any():
-            entries = self._begin_rows(to_reset, task, others=begun | self._begun)
+        mask, told = rows.cpu().numpy(), self._told
+        begun = told.begun & mask
         if begun.any():
-            for key, told in self._info_following.items():
-                self._info[key] = torch.where(_column(begun, told), told, self._info[key])
+            begun = begun & ~told.unseeded & _same_rows(task, told.task, len(mask))
+        # Of rows that do not begin, TorchRL's resets bring whatever task was drawn for all.
+        told.task = task if task is None or told.task is None else _where(rows, task, told.task)
+        told.begun = told.begun & ~mask
+        entries = told.following
+        if (to_reset := mask & ~begun).any():
+            entries = self._begin_rows(to_reset, task, others=begun | told.begun)
+        if begun.any():
+            for key, said in told.info_following.items():
+                told.info[key] = torch.where(_column(begun, said), said, told.info[key])
         return None, entries
 
     def _begin_rows(self, mask: np.ndarray, task: Tensor | TensorDictBase | None, others: np.ndarray) -> Entries:
@@ -213,24 +212,23 @@ class GymVectorEnv(TensorEnv):
                     f"the vector env gives {name} of shape {np.shape(given)}; they must be ({self.envs.num_envs},), one a row."
                 )
         entries = self._tensors(observations)
-        reward = torch.from_numpy(np.asarray(reward)).to(self.device, torch.float32, copy=True).unsqueeze(-1)
+        reward = torch.from_numpy(np.array(reward, np.float32)).to(self.device).unsqueeze(-1)
         require_finite("reward", reward)
-        everywhere = np.ones(self.envs.num_envs, dtype=bool)
-        self._tell(infos, everywhere)
+        self._tell(infos, self._all_rows)
         terminated, truncated = (np.array(end, dtype=bool) for end in ends)
         if self._resets_itself:
             # What is there of rows that have ended is of the next episode; of this one it lies under "final_...".
-            self._begun = terminated | truncated
-            self._following, self._info_following = entries, dict(self._info)
-            if self._begun.any():
-                entries = self._last_observations(entries, self._begun, infos)
-                self._tell(infos.get("final_info", {}), self._begun)
+            ended = self._told.begun = terminated | truncated
+            self._told.following, self._told.info_following = entries, dict(self._told.info)
+            if ended.any():
+                entries = self._last_observations(entries, ended, infos)
+                self._tell(infos.get("final_info", {}), ended)
         flags = (torch.from_numpy(end).to(self.device).unsqueeze(-1) for end in (terminated, truncated))
         return None, entries, reward, *flags
 
     def observe_more(self, state: None) -> Entries:
         """What the last step said beside, as far as ``info_keys`` asks for it."""
-        return self._info
+        return self._told.info
 
     def _tensors(self, observations: Any) -> Entries:
         entries = self.observations.tensors(observations)
@@ -240,7 +238,7 @@ class GymVectorEnv(TensorEnv):
 
     def _tell(self, infos: dict[str, Any], rows: np.ndarray) -> None:
         """Takes down what ``infos`` say of ``info_keys`` in ``rows``: 0 where they say nothing."""
-        for (root, name), value in self._info.items():
+        for (root, name), value in self._told.info.items():
             value = value.masked_fill(_column(rows, value), 0.0)
             if name in infos:
                 said = np.asarray(infos[name])
@@ -251,7 +249,7 @@ class GymVectorEnv(TensorEnv):
                     )
                 says = np.asarray(infos.get(f"_{name}", True)) & rows
                 value = torch.where(_column(says, value), _column(said.astype(np.float32), value), value)
-            self._info[root, name] = value
+            self._told.info[root, name] = value
 
     def _last_observations(self, entries: Entries, ended: np.ndarray, infos: dict[str, Any]) -> Entries:
         """``entries`` with the last observations of the rows that have ``ended``, in the place of the next episode's first."""
@@ -280,10 +278,10 @@ class GymVectorEnv(TensorEnv):
     # ---------------------------------------------------------- seeds, closing
     def _seeds(self, mask: np.ndarray) -> list[int | None] | int | None:
         """A seed for each row of ``mask`` that has had none since the env was seeded; None for all others."""
-        fresh = (mask & self._unseeded).tolist()
-        if not any(fresh):
+        fresh = mask & self._told.unseeded
+        if not fresh.any():
             return None
-        self._unseeded &= ~mask
+        self._told.unseeded &= ~mask
         drawn = torch.randint(2**31 - 1, (len(fresh),), generator=self.generator, device=self.device).tolist()
         if not isinstance(self.envs.unwrapped, SyncVectorEnv | AsyncVectorEnv):
             return drawn[0]  # others know one seed for all rows
@@ -291,7 +289,7 @@ class GymVectorEnv(TensorEnv):
 
     def _set_seed(self, seed: int | None) -> None:
         super()._set_seed(seed)
-        self._unseeded[:] = True
+        self._told.unseeded[:] = True
 
     def attributes_added(self) -> list[str]:
         """Attributes that an env has by its first task alone, such as a misspelt one; none of a vector env of your own."""
@@ -333,9 +331,15 @@ class GymVectorEnv(TensorEnv):
     def get_extra_state(self) -> Tensor:
         """Generator, rows, and the envs themselves where they hand out their state; see `why_no_state`."""
         rows = () if self._is_theirs else tuple(self._row_states())
-        task = self._task.to_dict() if isinstance(self._task, TensorDictBase) else self._task
-        info = [[list(key), value] for key, value in self._info.items()]
-        own = {"unseeded": self._unseeded, "task": task, "info": info, "rows": rows, "rest": super().get_extra_state()}
+        task = self._told.task.to_dict() if isinstance(self._told.task, TensorDictBase) else self._told.task
+        info = [[list(key), value] for key, value in self._told.info.items()]
+        own = {
+            "unseeded": self._told.unseeded,
+            "task": task,
+            "info": info,
+            "rows": rows,
+            "rest": super().get_extra_state(),
+        }
         return torch.frombuffer(bytearray(to_bytes(own)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -360,8 +364,29 @@ class GymVectorEnv(TensorEnv):
         super().set_extra_state(own["rest"])
         if rows:
             call(self.envs, self.envs.set_attr, "row_state", list(rows))
-        self._unseeded, self._task = own["unseeded"], task
-        self._info = {tuple(key): value.to(self.device) for key, value in own["info"]}
+        self._told.unseeded, self._told.task = own["unseeded"], task
+        self._told.info = {tuple(key): value.to(self.device) for key, value in own["info"]}
+
+
+@dataclass
+class _Told:
+    """What the rows of a vector env were told and have said. A plain object: a `Module` takes long to set an attribute.
+
+    Attributes:
+        info: what was said beside the last observations, ``[N, 1]`` each.
+        unseeded: rows that have had no seed since the env was seeded, bool ``[N]``.
+        begun: of a vector env that resets itself, rows that it has begun at the last step, bool ``[N]``.
+        following: what it observed then.
+        info_following: what it said then.
+        task: the rows' tasks.
+    """
+
+    info: Entries
+    unseeded: np.ndarray
+    begun: np.ndarray
+    following: Entries = field(default_factory=dict)
+    info_following: Entries = field(default_factory=dict)
+    task: Tensor | TensorDictBase | None = None
 
 
 def _task_spec(set_task, task_spec, tasks, task_option: str | None) -> TensorSpec | None:

@@ -225,8 +225,9 @@ class TensorEnv(EnvBase):
         now.observation = merge(rows, entries_of(observation), now.observation)
         flags = rows.unsqueeze(-1)
         now.steps = self._row_steps().masked_fill(flags, 0)
+        others = ~flags
         now.terminated, now.truncated = (
-            end if end is None else end & ~flags for end in (now.terminated, now.truncated)
+            end if end is None else end & others for end in (now.terminated, now.truncated)
         )
         return now.observation
 
