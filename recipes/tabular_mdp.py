@@ -21,6 +21,7 @@ from recipes.experiment import (
     told_of,
     whole_batches,
 )
+from recipes.posterior import Posterior, normal_posterior
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -32,7 +33,6 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TaskSampler,
     Trial,
-    TrialAdvantage,
     TrialCollector,
     linear_decay,
     orthogonal_init_,
@@ -40,10 +40,12 @@ from rl2_torchrl import (
 from rl2_torchrl.baselines import mdps
 from rl2_torchrl.envs import TabularMDP, random_mdps, unpack_mdps
 from rl2_torchrl.evaluation import AdaptationCurve
-from rl2_torchrl.objectives import MDPValues, RegretAdvantage
+from rl2_torchrl.objectives import MDPValues
 
 EPISODE_STEPS = 10
-NUM_PAIRS = 10 * 5  # of states and actions
+NUM_STATES, NUM_ACTIONS = 10, 5
+NUM_PAIRS = NUM_STATES * NUM_ACTIONS
+POSTERIOR = Posterior(normal_posterior, NUM_ACTIONS, NUM_STATES)
 #: With a gate_gain of 1, and a head that saw the memory alone, learning stood still where the agent had a memory for the first
 #: state alone.
 NETWORK = Network(num_cells=(128,), memory_steps=30, input_gain=2.0, gate_gain=6.0)
@@ -94,9 +96,9 @@ def main(
             clip_epsilon=0.2,
             entropy_bonus=True,
             entropy_coeff=learning.entropy,
-            terms=told.terms(network.units, NUM_PAIRS, mean_rewards),
+            terms=told.terms(network.units, NUM_PAIRS, mean_rewards, POSTERIOR),
         ),
-        RegretAdvantage(MDPValues(env.base_env), **horizon) if told.regret else TrialAdvantage(**horizon),
+        told.advantage(MDPValues(env.base_env), POSTERIOR, **horizon),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,

@@ -414,7 +414,8 @@ def test_rewards_only_is_told_nothing_of_the_task():
     told = {"rewards": [], "task": []}
     for way, settings in every_settings():
         starts_told = str(settings.get("initial_weights", "")).endswith("_task.safetensors")
-        told[way].append(settings["regret"] or settings["belief"] or "task" in settings["critic_keys"] or starts_told)
+        by_loss = settings["regret"] or settings["belief"] or settings["posterior"]
+        told[way].append(by_loss or "task" in settings["critic_keys"] or starts_told)
     assert len(told["rewards"]) >= 7
     assert not any(told["rewards"])
     assert all(told["task"])
