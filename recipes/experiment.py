@@ -177,7 +177,7 @@ class Told:
         if not self.belief:
             return []
         if self.posterior:
-            return [TaskBelief(units, posterior.size, coefficient=self.belief, target=posterior, task_key="trans")]
+            return [TaskBelief(units, size, coefficient=self.belief, target=posterior, task_key="trans")]
         return [TaskBelief(units, size, coefficient=self.belief, target=target)]
 
     def advantage(

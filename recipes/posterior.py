@@ -1,6 +1,6 @@
-"""What a trial has shown of the task by each step, exactly: the posterior of what every action pays in every state.
+"""What a trial has shown of the task by each step, exactly: posterior means of what every action pays in every state.
 
-It stands for the task in training. What the task says of an action that was never tried is luck to the agent, and what a reward
+They stand for the task in training. What the task says of an action that was never tried is luck to the agent, and what a reward
 says beyond its posterior mean is too: without either, memory and policy are taught the same, with far less noise.
 """
 
@@ -11,46 +11,43 @@ from tensordict import NestedKey, TensorDictBase
 
 from rl2_torchrl import TrialAdvantage
 
-__all__ = ["Posterior", "PosteriorAdvantage", "beta_posterior", "normal_posterior"]
+__all__ = ["Posterior", "PosteriorAdvantage", "beta_mean", "normal_mean"]
 
-#: Means and standard deviations from the number of rewards seen and their sum, all of one shape.
-OfRewards = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+#: A posterior mean from the number of rewards seen and their sum, all of one shape.
+OfRewards = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def beta_posterior(number: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def beta_mean(number: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Of a bandit's arm, whose success has a probability drawn from U[0, 1].
 
     Examples:
-        >>> mean, deviation = beta_posterior(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
-        >>> mean.tolist(), (deviation**2 * 36).round().tolist()  # Beta(1, 1): variance 3 / 36; Beta(2, 1): 2 / 36
-        ([0.5, 0.6666666865348816], [3.0, 2.0])
+        >>> beta_mean(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 2.0])).tolist()
+        [0.5, 0.75]
     """
-    mean = (1 + total) / (2 + number)
-    return mean, (mean * (1 - mean) / (3 + number)).sqrt()
+    return (1 + total) / (2 + number)
 
 
-def normal_posterior(number: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normal_mean(number: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Of a mean reward drawn from N(1, 1), seen with noise N(0, 1), as `rl2_torchrl.envs.random_mdps` has them.
 
     Examples:
-        >>> mean, deviation = normal_posterior(torch.tensor([0.0, 3.0]), torch.tensor([0.0, 7.0]))
-        >>> mean.tolist(), deviation.tolist()
-        ([1.0, 2.0], [1.0, 0.5])
+        >>> normal_mean(torch.tensor([0.0, 3.0]), torch.tensor([0.0, 7.0])).tolist()
+        [1.0, 2.0]
     """
-    return (1 + total) / (1 + number), (1 + number).rsqrt()
+    return (1 + total) / (1 + number)
 
 
 class Posterior:
-    """The posterior of what every action pays in every state, from the transition input ``[N, T, input_size]`` of whole trials.
+    """Posterior means of what every action pays in every state, from the transition input ``[N, T, input_size]`` of whole trials.
 
     Args:
-        of_rewards: `beta_posterior` or `normal_posterior`.
+        of_rewards: `beta_mean` or `normal_mean`.
         num_actions: number of actions.
         num_states: number of states, which the transition input begins with, one-hot; 1: it has none.
 
     Examples:
         >>> trans = torch.tensor([[[0.0, 0, 0, 0], [0, 1, 1, 1]]])  # two arms; at the second step the second has paid 1
-        >>> Posterior(beta_posterior, num_actions=2).means(trans)[0].squeeze(-2)
+        >>> Posterior(beta_mean, num_actions=2)(trans)[0]
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.6667]])
     """
@@ -58,32 +55,18 @@ class Posterior:
     def __init__(self, of_rewards: OfRewards, num_actions: int, num_states: int = 1):
         self.of_rewards, self.num_actions, self.num_states = of_rewards, num_actions, num_states
 
-    @property
-    def size(self) -> int:
-        """How many numbers tell it: a mean and a standard deviation for each state and action."""
-        return 2 * self.num_states * self.num_actions
-
     def __call__(self, trans: torch.Tensor) -> torch.Tensor:
-        """All means, then all standard deviations, ``[N, T, size]``."""
-        return torch.cat([part.flatten(-2) for part in self._moments(trans)], -1)
-
-    def means(self, trans: torch.Tensor) -> torch.Tensor:
-        """Means ``[N, T, num_states, num_actions]`` before each step."""
-        return self._moments(trans)[0]
+        """Means before each step, ``[N, T, num_states * num_actions]``."""
+        *_, reward, _ = trans.unbind(-1)
+        action = trans[..., -2 - self.num_actions : -2]
+        taken = trans.new_zeros(*trans.shape[:-1], self.num_states, self.num_actions)
+        taken[:, 1:] = self._states(trans)[:, :-1, :, None] * action[:, 1:, None, :]
+        return self.of_rewards(taken.cumsum(1), (taken * reward[..., None, None]).cumsum(1)).flatten(-2)
 
     def of_actions(self, trans: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Means of the reward of each ``action`` ``[N, T]`` in the state where it is taken, ``[N, T, 1]``."""
-        here = (self.means(trans) * self._states(trans).unsqueeze(-1)).sum(-2)
-        return here.gather(-1, action.unsqueeze(-1))
-
-    def _moments(self, trans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        *_, reward, _ = trans.unbind(-1)
-        action = trans[..., -2 - self.num_actions : -2]
-        taken = torch.zeros(
-            *trans.shape[:-1], self.num_states, self.num_actions, dtype=trans.dtype, device=trans.device
-        )
-        taken[:, 1:] = self._states(trans)[:, :-1, :, None] * action[:, 1:, None, :]
-        return self.of_rewards(taken.cumsum(1), (taken * reward[..., None, None]).cumsum(1))
+        means = self(trans).unflatten(-1, (self.num_states, self.num_actions))
+        return (means * self._states(trans).unsqueeze(-1)).sum(-2).gather(-1, action.unsqueeze(-1))
 
     def _states(self, trans: torch.Tensor) -> torch.Tensor:
         return trans[..., : self.num_states] if self.num_states > 1 else torch.ones_like(trans[..., :1])

@@ -21,7 +21,7 @@ from recipes.experiment import (
     told_of,
     whole_batches,
 )
-from recipes.posterior import Posterior, normal_posterior
+from recipes.posterior import Posterior, normal_mean
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -45,7 +45,7 @@ from rl2_torchrl.objectives import MDPValues
 EPISODE_STEPS = 10
 NUM_STATES, NUM_ACTIONS = 10, 5
 NUM_PAIRS = NUM_STATES * NUM_ACTIONS
-POSTERIOR = Posterior(normal_posterior, NUM_ACTIONS, NUM_STATES)
+POSTERIOR = Posterior(normal_mean, NUM_ACTIONS, NUM_STATES)
 #: With a gate_gain of 1, and a head that saw the memory alone, learning stood still where the agent had a memory for the first
 #: state alone.
 NETWORK = Network(num_cells=(128,), memory_steps=30, input_gain=2.0, gate_gain=6.0)
