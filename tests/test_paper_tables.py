@@ -18,7 +18,7 @@ from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
 
 TINY = {"bandits": BanditCell(pulls=3, arms=2), "mdps": MDPCell(episodes=2)}
 #: What makes it the task: bandits' rule says it.
-WAY = {"bandits": {}, "mdps": {"belief": 1.0}}
+WAY = {"bandits": {}, "mdps": {"belief": 1.0, "posterior": True}}
 BATCH = {"bandits": 16 * 3, "mdps": 16 * 20}
 FEW_AGENTS = (
     "random",
