@@ -13,7 +13,7 @@ PRETRAINED = Path("recipes/pretrained")
 #: Ten pulls: the defaults of recipes.bandit. The plain sum of ten rewards needs no discount, and what a pull earns is seen at
 #: once: a short horizon for the advantages (lambda 0.3) has the least noise.
 SHORT: dict[str, Any] = {"trials": 1024, "gamma": 1.0, "lmbda": 0.3, "epochs": 4, "minibatches": 8, "entropy": 0.02}
-#: Five hundred pulls, from the weights for a hundred, which earned 415 here: what an exploring pull finds pays for longer.
+#: Five hundred pulls, from weights for a hundred, which earned 415 here: what an exploring pull finds pays for longer.
 LONGEST: dict[str, Any] = {
     "gamma": 0.998,
     "lmbda": 0.95,
@@ -57,8 +57,8 @@ LONGER_MDPS: dict[str, Any] = {
     "lr": 1.5e-3,
 }
 
-#: The posterior teaches the memory without the luck of tasks and rewards: after 4 M steps it is better than by the task after 40 M,
-#: with noise from the start. Twice the units, and a wider hidden layer to pick the actions of the state at hand from memory.
+#: The posterior teaches the memory without the luck of tasks and rewards, with noise from the start: 150 after 4 M steps, which the
+#: task itself taught in 14 M, and 155 after 8 M. Twice the units, and a wider hidden layer to pick the action for the state at hand.
 TOLD_MDPS: dict[str, Any] = {
     **MDPS,
     "noiseless": 0.0,
