@@ -58,7 +58,8 @@ LONGER_MDPS: dict[str, Any] = {
 }
 
 #: The posterior teaches the memory without the luck of tasks and rewards, with noise from the start: 150 after 4 M steps, which the
-#: task itself taught in 14 M, and 155 after 8 M. Twice the units, and a wider hidden layer to pick the action for the state at hand.
+#: task itself taught in 14 M, and 155 after 8 M. Twice the units, and a wider hidden layer to pick the action for the state that
+#: it is in.
 TOLD_MDPS: dict[str, Any] = {
     **MDPS,
     "noiseless": 0.0,
