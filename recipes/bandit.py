@@ -22,6 +22,7 @@ from recipes.experiment import (
     told_of,
     whole_batches,
 )
+from recipes.posterior import Posterior, beta_mean
 from recipes.rules import LearnsFrom, bandit_settings
 from rl2_torchrl import (
     ActorCritic,
@@ -33,14 +34,13 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TaskSampler,
     Trial,
-    TrialAdvantage,
     baselines,
     linear_decay,
     orthogonal_init_,
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.evaluation import AdaptationCurve
-from rl2_torchrl.objectives import RegretAdvantage, bandit_values
+from rl2_torchrl.objectives import bandit_values
 
 WORKERS = Workers()
 RUN = Run(Path("runs/bandit"), report_tasks=50_000)
@@ -88,6 +88,7 @@ def main(
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    posterior = Posterior(beta_mean, arms)
     update = PPOUpdate(
         RL2PPOLoss(
             actor,
@@ -95,9 +96,9 @@ def main(
             clip_epsilon=0.2,
             entropy_bonus=True,
             entropy_coeff=learning.entropy,
-            terms=told.terms(network.units, arms),
+            terms=told.terms(network.units, arms, posterior=posterior),
         ),
-        RegretAdvantage(bandit_values, **horizon) if told.regret else TrialAdvantage(**horizon),
+        told.advantage(bandit_values, posterior, **horizon),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,

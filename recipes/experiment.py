@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import TransformedEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
 from recipes.help import overview
+from recipes.posterior import Posterior, PosteriorAdvantage
 from recipes.seeds import run_seeds
 from rl2_torchrl import (
     ActorCritic,
@@ -34,6 +35,7 @@ from rl2_torchrl import (
     TaskDistribution,
     TaskSampler,
     TrainResult,
+    TrialAdvantage,
     TrialCollector,
     TrialWorkers,
     adaptation_curve,
@@ -42,6 +44,7 @@ from rl2_torchrl import (
     train,
 )
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.objectives import RegretAdvantage
 from rl2_torchrl.report import made_by
 
 #: Streams of random numbers that never meet, for `stream_seed`: tasks first, then what envs and classical agents draw.
@@ -149,21 +152,48 @@ class Told:
     Args:
         regret: whether regrets, which the task tells without noise, stand for rewards in the advantages (`RegretAdvantage`).
         belief: weight of the loss by which the memory learns to tell the task (`TaskBelief`); 0: none.
+        posterior: whether what a trial has shown of the task, exactly (`recipes.posterior`), stands for the task in that loss, and
+            for rewards in the advantages. Bandits and tabular MDPs have it.
+
+    Raises:
+        ValueError: regrets and posterior are both to stand for rewards.
     """
 
     regret: bool = False
     belief: float = 0.0
+    posterior: bool = False
+
+    def __post_init__(self):
+        if self.regret and self.posterior:
+            raise ValueError("regret and posterior cannot both stand for rewards in the advantages: leave one out.")
 
     def terms(
-        self, units: int, size: int, target: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self,
+        units: int,
+        size: int,
+        target: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        posterior: Posterior | None = None,
     ) -> list[TaskBelief]:
-        """Terms of the loss: ``size`` numbers to be told from ``units`` features, the task's own or ``target``'s."""
-        return [TaskBelief(units, size, coefficient=self.belief, target=target)] if self.belief else []
+        """Terms of the loss: from ``units`` features ``size`` numbers are told, the task's or ``target``'s, or ``posterior``'s."""
+        if not self.belief:
+            return []
+        if self.posterior:
+            return [TaskBelief(units, size, coefficient=self.belief, target=posterior, task_key="trans")]
+        return [TaskBelief(units, size, coefficient=self.belief, target=target)]
+
+    def advantage(
+        self, action_values: Callable[[TensorDictBase], torch.Tensor], posterior: Posterior, **horizon: Any
+    ) -> TrialAdvantage:
+        """Advantages of rewards, or of what stands for them."""
+        if self.posterior:
+            return PosteriorAdvantage(posterior, **horizon)
+        return RegretAdvantage(action_values, **horizon) if self.regret else TrialAdvantage(**horizon)
 
 
 def told_of(network: Network, told: Told) -> str:
     """What a title adds of what the training was told: nothing, where it learnt from rewards alone."""
-    means = {"critic": "task" in network.critic_keys, "regrets": told.regret, "belief": told.belief > 0}
+    means = {"critic": "task" in network.critic_keys, "regrets": told.regret}
+    means |= {"belief": told.belief > 0, "posterior": told.posterior}
     used = [name for name, is_used in means.items() if is_used]
     return f" (task told in training: {', '.join(used)})" if used else " (rewards only)"
 

@@ -22,6 +22,7 @@ from recipes.experiment import (
     whole_batches,
 )
 from recipes.presets import PRESETS
+from recipes.posterior import Posterior, normal_mean
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -33,7 +34,6 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TaskSampler,
     Trial,
-    TrialAdvantage,
     TrialCollector,
     linear_decay,
     orthogonal_init_,
@@ -41,10 +41,12 @@ from rl2_torchrl import (
 from rl2_torchrl.baselines import mdps
 from rl2_torchrl.envs import TabularMDP, random_mdps, unpack_mdps
 from rl2_torchrl.evaluation import AdaptationCurve
-from rl2_torchrl.objectives import MDPValues, RegretAdvantage
+from rl2_torchrl.objectives import MDPValues
 
 EPISODE_STEPS = 10
-NUM_PAIRS = 10 * 5  # of states and actions
+NUM_STATES, NUM_ACTIONS = 10, 5
+NUM_PAIRS = NUM_STATES * NUM_ACTIONS
+POSTERIOR = Posterior(normal_mean, NUM_ACTIONS, NUM_STATES)
 #: With a gate_gain of 1, and a head that saw the memory alone, learning stood still where the agent had a memory for the first
 #: state alone.
 PRESET = PRESETS["TabularMDP"]
@@ -94,9 +96,9 @@ def main(
             clip_epsilon=0.2,
             entropy_bonus=True,
             entropy_coeff=learning.entropy,
-            terms=told.terms(network.units, NUM_PAIRS, mean_rewards),
+            terms=told.terms(network.units, NUM_PAIRS, mean_rewards, POSTERIOR),
         ),
-        RegretAdvantage(MDPValues(env.base_env), **horizon) if told.regret else TrialAdvantage(**horizon),
+        told.advantage(MDPValues(env.base_env), POSTERIOR, **horizon),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,

@@ -18,7 +18,7 @@ from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
 
 TINY = {"bandits": BanditCell(pulls=3, arms=2), "mdps": MDPCell(episodes=2)}
 #: What makes it the task: bandits' rule says it.
-WAY = {"bandits": {}, "mdps": {"belief": 1.0}}
+WAY = {"bandits": {}, "mdps": {"belief": 1.0, "posterior": True}}
 BATCH = {"bandits": 16 * 3, "mdps": 16 * 20}
 FEW_AGENTS = (
     "random",
@@ -414,7 +414,8 @@ def test_rewards_only_is_told_nothing_of_the_task():
     told = {"rewards": [], "task": []}
     for way, settings in every_settings():
         starts_told = str(settings.get("initial_weights", "")).endswith("_task.safetensors")
-        told[way].append(settings["regret"] or settings["belief"] or "task" in settings["critic_keys"] or starts_told)
+        by_loss = settings["regret"] or settings["belief"] or settings["posterior"]
+        told[way].append(by_loss or "task" in settings["critic_keys"] or starts_told)
     assert len(told["rewards"]) >= 7
     assert not any(told["rewards"])
     assert all(told["task"])

@@ -453,6 +453,16 @@ def test_networks_of_a_recipe_are_as_its_arguments_say(name, tmp_path):
     assert 0.5 * bound < inputs.abs().max() <= bound + 1e-8
 
 
+@pytest.mark.parametrize("name", ["bandit", "tabular_mdp"])
+def test_training_by_the_posterior_says_so(name, tmp_path):
+    report = run(name, tmp_path, updates=1, regret=False, posterior=True, belief=1.0, critic_keys=("time_left",))
+    assert "(task told in training: belief, posterior)" in report.title
+    # An untrained layer tells little but 0: the error is near the mean square of what is to be told, 1/4 of arms and 1 of
+    # MDPs. The task's own mean rewards have 2.
+    error = report.train.history[0]["train/belief_error"]
+    assert 0.8 < error / {"bandit": 0.25, "tabular_mdp": 1.0}[name] < 1.6
+
+
 def test_noise_comes_after_its_share_of_the_training():
     worlds = TabularMDP(noise=0.5, batch_size=(1,))
     curriculum = tabular_mdp.NoiseCurriculum(worlds, 0.4)

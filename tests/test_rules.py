@@ -150,6 +150,7 @@ def test_page_of_the_check(tmp_path, monkeypatch):
         (("time_left",), Told(), " (rewards only)"),
         (("time_left", "task"), Told(), " (task told in training: critic)"),
         (("time_left",), Told(regret=True, belief=2.0), " (task told in training: regrets, belief)"),
+        (("time_left",), Told(posterior=True, belief=2.0), " (task told in training: belief, posterior)"),
     ],
 )
 def test_a_title_says_what_training_was_told(critic_keys, told, expected):

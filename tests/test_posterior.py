@@ -1,0 +1,123 @@
+"""What a trial has shown of the task: counted beside real trials, and what the advantages and the memory make of it."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs import Compose, TransformedEnv
+
+from recipes.experiment import Told
+from recipes.posterior import Posterior, PosteriorAdvantage, beta_mean, normal_mean
+from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
+from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means
+
+ROWS = 6
+
+
+def bandits(rows=ROWS, pulls=8):
+    sampler = TaskSampler(uniform_means(3), seed=1)
+    return TransformedEnv(
+        BernoulliBandit(3, batch_size=(rows,), seed=0), Compose(Trial(episodes=pulls), sampler, PreviousStep())
+    )
+
+
+def mdps(rows=ROWS):
+    sampler = TaskSampler(random_mdps(), seed=1)
+    worlds = TabularMDP(episode_steps=4, batch_size=(rows,), seed=0)
+    return TransformedEnv(worlds, Compose(Trial(episodes=5), sampler, PreviousStep()))
+
+
+KINDS = {
+    "bandits": (bandits, Posterior(beta_mean, num_actions=3)),
+    "mdps": (mdps, Posterior(normal_mean, num_actions=5, num_states=10)),
+}
+
+
+def played(env, num_actions, steps):
+    """A trial of random actions in each row, ``[N, T]``, and what had been seen of each action in each state before each step."""
+    td, rows, entries, seen = env.reset(), env.batch_size[0], [], [[{} for _ in range(env.batch_size[0])]]
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        action = torch.randint(num_actions, (rows,), generator=generator)
+        before, after = td.clone(), env.step(td.set("action", action))["next"]
+        reward = after["reward"].squeeze(-1).tolist()
+        place = before["observation"].tolist() if "observation" in before.keys() else [0] * rows
+        latest = [{key: list(rewards) for key, rewards in row.items()} for row in seen[-1]]
+        for row, key in enumerate(zip(place, action.tolist(), strict=True)):
+            latest[row].setdefault(key, []).append(reward[row])
+        seen.append(latest)
+        ends = {key: after[key] for key in ("reward", "done", "terminated")}
+        value = torch.zeros(rows, 1)
+        step = {
+            "trans": before["trans"],
+            "action": action,
+            "place": torch.tensor(place),
+            "state_value": value,
+            "next": ends,
+        }
+        entries.append(TensorDict(step, [rows]))
+        td = after
+    return torch.stack(entries, 1), seen[:-1]
+
+
+def by_hand(kind, rewards):
+    return (1 + sum(rewards)) / ((2 if kind == "bandits" else 1) + len(rewards))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_what_was_seen_before_each_step(kind):
+    make, posterior = KINDS[kind]
+    steps = 8 if kind == "bandits" else 20
+    batch, seen = played(make(), posterior.num_actions, steps)
+    means = posterior(batch["trans"])
+    assert means.shape == (ROWS, steps, posterior.num_states * posterior.num_actions)
+    for step, rows in enumerate(seen):
+        for row, known in enumerate(rows):
+            pairs = [divmod(pair, posterior.num_actions) for pair in range(means.shape[-1])]
+            assert means[row, step].tolist() == pytest.approx([by_hand(kind, known.get(pair, [])) for pair in pairs])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_advantages_are_of_the_means_of_the_actions_that_were_taken(kind):
+    make, posterior = KINDS[kind]
+    batch, seen = played(make(), posterior.num_actions, 8 if kind == "bandits" else 20)
+    advantage = PosteriorAdvantage(posterior, gamma=1.0, lmbda=1.0, normalize=False)
+    to_go = advantage(batch)["advantage"].squeeze(-1)
+    for row in range(ROWS):
+        places, actions = batch["place"][row].tolist(), batch["action"][row].tolist()
+        taken = [
+            by_hand(kind, known[row].get(pair, []))
+            for known, pair in zip(seen, zip(places, actions, strict=True), strict=True)
+        ]
+        for step in range(len(taken)):
+            assert to_go[row, step].item() == pytest.approx(sum(taken[step:]), abs=1e-3)
+
+
+def test_the_means_are_as_much_as_the_rewards():
+    """In expectation; of 4,000 trials of 8 pulls the rewards less the means sum to 0 with a standard error of 0.026."""
+    posterior = KINDS["bandits"][1]
+    batch, _ = played(bandits(rows=4000), 3, 8)
+    more = batch["next", "reward"] - posterior.of_actions(batch["trans"], batch["action"])
+    assert abs(more.sum(1).mean()) < 0.1
+    assert 0.4 < more.std() < 0.55  # the noise that is left out: of a success with chances from U[0, 1]
+
+
+def test_what_it_stands_for():
+    posterior = KINDS["mdps"][1]
+    [term] = Told(belief=3.0, posterior=True).terms(4, 50, posterior=posterior)
+    assert term.in_keys == ["actor_features", "trans"]
+    with torch.no_grad():
+        term.layer.weight.zero_()
+        term.layer.bias.fill_(1.0)  # at a trial's start all means are 1
+    trans = torch.zeros(2, 1, 17)
+    assert term(torch.zeros(2, 1, 4), trans)["loss_belief"].item() == pytest.approx(0.0)
+    assert Told(posterior=True).terms(4, 50, posterior=posterior) == []
+    ways = (Told(posterior=True), Told(regret=True), Told())
+    made = [type(told.advantage(len, posterior, gamma=1.0)) for told in ways]
+    assert made[0] is PosteriorAdvantage
+    assert made[2] is TrialAdvantage
+    assert len(set(made)) == 3
+
+
+def test_two_things_that_stand_for_rewards():
+    with pytest.raises(ValueError, match="regret and posterior"):
+        Told(regret=True, posterior=True)
