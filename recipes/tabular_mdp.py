@@ -21,8 +21,8 @@ from recipes.experiment import (
     told_of,
     whole_batches,
 )
-from recipes.presets import PRESETS
 from recipes.posterior import Posterior, normal_mean
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
