@@ -32,8 +32,8 @@ class ScalarLog:
     def go_on_from(self, history: Sequence[Mapping[str, float]], env_steps: int) -> None:
         """Takes back what was logged after ``env_steps``, where a run is resumed, and logs the last row once more.
 
-        A run that was killed has gone on after its last checkpoint, and may have logged a row in part. W&B and other services
-        take nothing back; they keep what came first or last, by their own rules.
+        A run that was killed has gone on after its last checkpoint, if it had one, and may have logged a row in part. W&B and
+        other services take nothing back; they keep what came first or last, by their own rules.
         """
         again = [row for row in history[-1:] if row["env_steps"] == env_steps]  # none, where the history was damaged
         first = env_steps if again else env_steps + 1

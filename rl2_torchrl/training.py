@@ -151,8 +151,11 @@ def train(
     with RunCheckpoints(checkpoints, **parts) as saved:
         if not resume:
             saved.set_aside()
-        elif saved.load_latest(resume_changes):
-            scalars.go_on_from(result.history, result.env_steps)
+        else:
+            saved.load_latest(resume_changes)
+            scalars.go_on_from(
+                result.history, result.env_steps
+            )  # from the start, after a kill before the first checkpoint
         _shut_down_at_exit(collector)
         check = check and isinstance(update, PPOUpdate)
         loop = _Loop(**parts, evaluate=evaluate, scalars=scalars, check=check, schedule_frames=schedule_frames or total)

@@ -46,7 +46,7 @@ from rl2_torchrl.storage import load_tree, save_tree
 ROWS, STEPS, EPISODE = 3, 9, 7
 #: Updates of a run for each kill.
 UPDATES_A_KILL = 12
-Name = Literal["bandit", "cheetah", "pendulum-serial", "pendulum-vector"]
+Name = Literal["bandit", "cheetah", "gym-cheetah", "pendulum-async", "pendulum-serial", "pendulum-vector"]
 
 
 def main(env: Name, *, kills: int = 20, seed: int = 0) -> Survival:
@@ -76,6 +76,7 @@ class Survival:
         env_steps: env steps of the whole run.
         other_parameters: names of parameters that differ from the unbroken run's, in any bit.
         other_scalars: names of CSV files whose lines differ.
+        orphans: processes of killed runs that went on living.
         seconds: how long it took, kills and all.
     """
 
@@ -84,17 +85,19 @@ class Survival:
     env_steps: int
     other_parameters: list[str]
     other_scalars: list[str]
+    orphans: list[int]
     seconds: float
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing differs."""
-        return not self.other_parameters and not self.other_scalars
+        """Whether nothing differs, and nobody is left."""
+        return not self.other_parameters and not self.other_scalars and not self.orphans
 
     def __str__(self) -> str:
         outcome = "bitwise the unbroken run" if self.is_exact else "DIFFERS from the unbroken run"
         if not self.is_exact:
             outcome += f" in {self.other_parameters or 'no parameter'} and {self.other_scalars or 'no scalar'}"
+            outcome += f", and leaves {self.orphans or 'no process'} behind"
         places = len(set(self.killed_at))
         return (
             f"{self.env}: {len(self.killed_at)} kills at {places} different checkpoints {self.killed_at} of {self.env_steps} env "
@@ -107,10 +110,10 @@ def survive(env: Name, kills: int, folder: Path, moments: random.Random) -> Surv
     updates, start = UPDATES_A_KILL * kills, time.perf_counter()
     whole, killed = folder / "whole", folder / "killed"
     seconds, _ = _child(env, updates, whole)
-    killed_at = []
+    killed_at, orphans = [], []
     for _ in range(kills):
         # On average the kills leave half of the run to its last process.
-        if _child(env, updates, killed, kill_after=moments.uniform(0, seconds / kills))[1]:
+        if _child(env, updates, killed, kill_after=moments.uniform(0, seconds / kills), orphans=orphans)[1]:
             raise RuntimeError(f"the run on {env} had ended before {kills} kills: give it more updates.")
         killed_at.append(max((int(path.stem.split("-")[1]) for path in _checkpoints(killed)), default=0))
     _child(env, updates, killed)
@@ -122,12 +125,18 @@ def survive(env: Name, kills: int, folder: Path, moments: random.Random) -> Surv
         updates * ROWS * STEPS,
         [name for name in ours if not torch.equal(ours[name], theirs[name])],
         sorted(name for name in {*scalars[0], *scalars[1]} if scalars[0].get(name) != scalars[1].get(name)),
+        orphans,
         time.perf_counter() - start,
     )
 
 
-def _child(env: Name, updates: int, folder: Path, kill_after: float | None = None) -> tuple[float, bool]:
-    """Trains in a process of its own; the seconds that it trained, and whether it came to its end."""
+def _child(
+    env: Name, updates: int, folder: Path, kill_after: float | None = None, orphans: list[int] | None = None
+) -> tuple[float, bool]:
+    """Trains in a process of its own; the seconds that it trained, and whether it came to its end.
+
+    Those that a killed one has started, and that outlive it, are added to ``orphans``.
+    """
     context = multiprocessing.get_context("fork")  # a fresh one would import PyTorch for seconds, at each kill
     is_ready = context.Event()
     process = context.Process(target=_train, args=(env, updates, folder, is_ready))
@@ -138,11 +147,26 @@ def _child(env: Name, updates: int, folder: Path, kill_after: float | None = Non
     start = time.perf_counter()
     process.join(kill_after)
     if process.is_alive():
+        started = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
         process.join()
+        orphans += [int(pid) for pid in started if not _has_ended(pid)]
     if process.exitcode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"the run on {env} failed, with exit code {process.exitcode}.")
     return time.perf_counter() - start, process.exitcode == 0
+
+
+def _has_ended(pid: str) -> bool:
+    """Whether a process ends within ten seconds; a zombie, which waits for a parent, has."""
+    status = Path(f"/proc/{pid}/stat")
+    for _ in range(1000):
+        try:
+            if status.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def _train(env: Name, updates: int, folder: Path, is_ready) -> None:
@@ -194,13 +218,32 @@ def gravities(batch_size: torch.Size, generator: torch.Generator) -> torch.Tenso
     return 5 + 10 * torch.rand(*batch_size, 1, generator=generator)
 
 
+def set_damping(cheetah, task: torch.Tensor) -> None:
+    """Damping of the joints (N m s), all alike."""
+    cheetah.model.dof_damping[3:] = task.item()
+
+
+def dampings(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """From 2 to 6, ``[*batch_size, 1]``."""
+    return 2 + 4 * torch.rand(*batch_size, 1, generator=generator)
+
+
+_SHORT = {"max_episode_steps": EPISODE, "seed": 2}
 _GRAVITY = {"set_task": set_gravity, "task_spec": Unbounded(1)}
 _ENVS: dict[str, tuple[Callable[[], EnvBase], Callable]] = {
     "bandit": (lambda: BernoulliBandit(3, batch_size=(ROWS,), seed=2), uniform_means(3)),
     "cheetah": (lambda: HalfCheetahDirection(batch_size=(ROWS,), horizon=EPISODE, seed=2), signs()),
+    "gym-cheetah": (
+        lambda: GymVectorEnv("HalfCheetah-v5", ROWS, set_task=set_damping, task_spec=Unbounded(1), **_SHORT),
+        dampings,
+    ),
+    "pendulum-async": (
+        lambda: GymVectorEnv("Pendulum-v1", ROWS, vectorization="async", **_SHORT, **_GRAVITY),
+        gravities,
+    ),
     "pendulum-serial": (_pendulums, gravities),
     "pendulum-vector": (
-        lambda: GymVectorEnv("Pendulum-v1", ROWS, max_episode_steps=EPISODE, seed=2, **_GRAVITY),
+        lambda: GymVectorEnv("Pendulum-v1", ROWS, **_SHORT, **_GRAVITY),
         gravities,
     ),
 }

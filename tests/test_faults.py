@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -508,6 +509,14 @@ def test_scalars_after_a_kill_hold_each_step_once(tmp_path, unbroken):
     for name in ("loss", "trial_return"):
         rows = [(float(step), float(value)) for step, value in csv.reader((scalars / f"{name}.csv").open())]
         assert rows == [(row["env_steps"], row[f"train/{name}"]) for row in unbroken.history]
+
+
+def test_scalars_after_a_kill_before_the_first_checkpoint_hold_each_step_once(tmp_path, unbroken):
+    logger = partial(CSVLogger, "scalars", str(tmp_path))
+    Run(2).train(logger=logger())  # which saves nothing, as a run that is killed early
+    Run(5).train(logger=logger(), checkpoints=tmp_path / "run", resume=True)
+    rows = [line.split(",")[0] for line in (tmp_path / "scalars/scalars/train/loss.csv").read_text().splitlines()]
+    assert [float(step) for step in rows] == [row["env_steps"] for row in unbroken.history]
 
 
 def test_tensorboard_after_a_kill_holds_each_step_once(tmp_path, unbroken):
