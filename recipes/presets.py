@@ -57,7 +57,7 @@ PRESETS = {
     ),
     "AntDirection": Preset(
         "ant_direction",
-        "REACHED",
+        "361 an episode",
         "Those of the cheetah; nothing was tuned here.",
         Network(critic_keys=("time_left", "task")),
         Learning(
