@@ -151,7 +151,8 @@ def train(
     with RunCheckpoints(checkpoints, **parts) as saved:
         if not resume:
             saved.set_aside()
-        elif saved.load_latest(resume_changes):
+        else:
+            saved.load_latest(resume_changes)  # if there is none, what was logged before the first one is taken back
             scalars.go_on_from(result.history, result.env_steps)
         _shut_down_at_exit(collector)
         check = check and isinstance(update, PPOUpdate)
