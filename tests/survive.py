@@ -2,13 +2,15 @@
 
     python -m tests.survive --env pendulum-vector --kills 20
 
-Parameters must be bitwise those of the unbroken run, and its CSV scalars the same, each step once. SIGKILL leaves no time to save.
+Parameters must be bitwise those of the unbroken run, its CSV scalars the same, each step once, and no process of an env may be
+left. SIGKILL leaves no time to save; Gymnasium's processes say at length that nobody listens any more.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -46,7 +48,7 @@ from rl2_torchrl.storage import load_tree, save_tree
 ROWS, STEPS, EPISODE = 3, 9, 7
 #: Updates of a run for each kill.
 UPDATES_A_KILL = 12
-Name = Literal["bandit", "cheetah", "gym-cheetah", "pendulum-async", "pendulum-serial", "pendulum-vector"]
+Name = Literal["bandit", "cheetah", "pendulum-serial", "pendulum-vector", "pendulum-async", "mujoco-vector"]
 
 
 def main(env: Name, *, kills: int = 20, seed: int = 0) -> Survival:
@@ -76,7 +78,7 @@ class Survival:
         env_steps: env steps of the whole run.
         other_parameters: names of parameters that differ from the unbroken run's, in any bit.
         other_scalars: names of CSV files whose lines differ.
-        orphans: processes of killed runs that went on living.
+        orphans: processes of its envs that outlived it.
         seconds: how long it took, kills and all.
     """
 
@@ -90,14 +92,14 @@ class Survival:
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing differs, and nobody is left."""
+        """Whether nothing differs, and nothing is left behind."""
         return not self.other_parameters and not self.other_scalars and not self.orphans
 
     def __str__(self) -> str:
         outcome = "bitwise the unbroken run" if self.is_exact else "DIFFERS from the unbroken run"
         if not self.is_exact:
             outcome += f" in {self.other_parameters or 'no parameter'} and {self.other_scalars or 'no scalar'}"
-            outcome += f", and leaves {self.orphans or 'no process'} behind"
+            outcome += f", processes left: {self.orphans or 'none'}"
         places = len(set(self.killed_at))
         return (
             f"{self.env}: {len(self.killed_at)} kills at {places} different checkpoints {self.killed_at} of {self.env_steps} env "
@@ -109,14 +111,15 @@ def survive(env: Name, kills: int, folder: Path, moments: random.Random) -> Surv
     """As `main`, in ``folder``."""
     updates, start = UPDATES_A_KILL * kills, time.perf_counter()
     whole, killed = folder / "whole", folder / "killed"
-    seconds, _ = _child(env, updates, whole)
-    killed_at, orphans = [], []
+    seconds, _ = _child(env, updates, whole, set())
+    killed_at, sessions = [], set()
     for _ in range(kills):
         # On average the kills leave half of the run to its last process.
-        if _child(env, updates, killed, kill_after=moments.uniform(0, seconds / kills), orphans=orphans)[1]:
+        if _child(env, updates, killed, sessions, kill_after=moments.uniform(0, seconds / kills))[1]:
             raise RuntimeError(f"the run on {env} had ended before {kills} kills: give it more updates.")
         killed_at.append(max((int(path.stem.split("-")[1]) for path in _checkpoints(killed)), default=0))
-    _child(env, updates, killed)
+    _child(env, updates, killed, sessions)
+    orphans = _left_of(sessions)
     ours, theirs = (load_tree(path / "parameters") for path in (whole, killed))
     scalars = [_scalars(path) for path in (whole, killed)]
     return Survival(
@@ -131,45 +134,52 @@ def survive(env: Name, kills: int, folder: Path, moments: random.Random) -> Surv
 
 
 def _child(
-    env: Name, updates: int, folder: Path, kill_after: float | None = None, orphans: list[int] | None = None
+    env: Name, updates: int, folder: Path, sessions: set[int], kill_after: float | None = None
 ) -> tuple[float, bool]:
-    """Trains in a process of its own; the seconds that it trained, and whether it came to its end.
-
-    Those that a killed one has started, and that outlive it, are added to ``orphans``.
-    """
+    """Trains in a process and session of its own; the seconds that it trained, and whether it came to its end."""
     context = multiprocessing.get_context("fork")  # a fresh one would import PyTorch for seconds, at each kill
     is_ready = context.Event()
     process = context.Process(target=_train, args=(env, updates, folder, is_ready))
     process.start()
+    sessions.add(process.pid)
     while not is_ready.wait(1):
         if not process.is_alive():
             raise RuntimeError(f"the run on {env} failed before its training, with exit code {process.exitcode}.")
     start = time.perf_counter()
     process.join(kill_after)
     if process.is_alive():
-        started = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
         process.join()
-        orphans += [int(pid) for pid in started if not _has_ended(pid)]
     if process.exitcode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"the run on {env} failed, with exit code {process.exitcode}.")
     return time.perf_counter() - start, process.exitcode == 0
 
 
-def _has_ended(pid: str) -> bool:
-    """Whether a process ends within ten seconds; a zombie, which waits for a parent, has."""
-    status = Path(f"/proc/{pid}/stat")
-    for _ in range(1000):
-        try:
-            if status.read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.01)
-    return False
+def _left_of(sessions: set[int], seconds: float = 10) -> list[int]:
+    """The processes of ``sessions`` that are there after so many seconds: an env's sees that its pipe is closed, and ends."""
+    end = time.monotonic() + seconds
+    while left := [pid for pid in _processes() if _session(pid) in sessions]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    return left
+
+
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _session(pid: int) -> int | None:
+    """Which session a process is of; None of one that has ended, be it not yet waited for."""
+    try:
+        state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+    except OSError:
+        return None
+    return None if state == "Z" else int(session)
 
 
 def _train(env: Name, updates: int, folder: Path, is_ready) -> None:
+    os.setsid()
     torch.manual_seed(0)
     collector, update = _run(env, updates)
     folder.mkdir(exist_ok=True)
@@ -218,34 +228,23 @@ def gravities(batch_size: torch.Size, generator: torch.Generator) -> torch.Tenso
     return 5 + 10 * torch.rand(*batch_size, 1, generator=generator)
 
 
-def set_damping(cheetah, task: torch.Tensor) -> None:
-    """Damping of the joints (N m s), all alike."""
-    cheetah.model.dof_damping[3:] = task.item()
+def set_weight(cheetah, task: torch.Tensor) -> None:
+    """As `set_gravity`, of MuJoCo's model."""
+    cheetah.model.opt.gravity[2] = -task.item()
 
 
-def dampings(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """From 2 to 6, ``[*batch_size, 1]``."""
-    return 2 + 4 * torch.rand(*batch_size, 1, generator=generator)
+def _vector(name: str, **options) -> GymVectorEnv:
+    return GymVectorEnv(name, ROWS, max_episode_steps=EPISODE, seed=2, **options)
 
 
-_SHORT = {"max_episode_steps": EPISODE, "seed": 2}
 _GRAVITY = {"set_task": set_gravity, "task_spec": Unbounded(1)}
 _ENVS: dict[str, tuple[Callable[[], EnvBase], Callable]] = {
     "bandit": (lambda: BernoulliBandit(3, batch_size=(ROWS,), seed=2), uniform_means(3)),
     "cheetah": (lambda: HalfCheetahDirection(batch_size=(ROWS,), horizon=EPISODE, seed=2), signs()),
-    "gym-cheetah": (
-        lambda: GymVectorEnv("HalfCheetah-v5", ROWS, set_task=set_damping, task_spec=Unbounded(1), **_SHORT),
-        dampings,
-    ),
-    "pendulum-async": (
-        lambda: GymVectorEnv("Pendulum-v1", ROWS, vectorization="async", **_SHORT, **_GRAVITY),
-        gravities,
-    ),
     "pendulum-serial": (_pendulums, gravities),
-    "pendulum-vector": (
-        lambda: GymVectorEnv("Pendulum-v1", ROWS, **_SHORT, **_GRAVITY),
-        gravities,
-    ),
+    "pendulum-vector": (partial(_vector, "Pendulum-v1", **_GRAVITY), gravities),
+    "pendulum-async": (partial(_vector, "Pendulum-v1", vectorization="async", **_GRAVITY), gravities),
+    "mujoco-vector": (partial(_vector, "HalfCheetah-v5", set_task=set_weight, task_spec=Unbounded(1)), gravities),
 }
 
 

@@ -507,8 +507,13 @@ def test_scalars_after_a_kill_hold_each_step_once(tmp_path, unbroken):
     resumed = program(KILLED, tmp_path, "resume")
     assert resumed.wait() == 0, resumed.stderr.read()
     for name in ("loss", "trial_return"):
-        rows = [(float(step), float(value)) for step, value in csv.reader((scalars / f"{name}.csv").open())]
-        assert rows == [(row["env_steps"], row[f"train/{name}"]) for row in unbroken.history]
+        assert csv_rows(scalars / f"{name}.csv") == [
+            (row["env_steps"], row[f"train/{name}"]) for row in unbroken.history
+        ]
+
+
+def csv_rows(path):
+    return [(float(step), float(value)) for step, value in csv.reader(path.open())]
 
 
 def test_scalars_after_a_kill_before_the_first_checkpoint_hold_each_step_once(tmp_path, unbroken):
