@@ -1,5 +1,6 @@
 """The tutorial: it runs from top to bottom, and what is saved in it came from such a run."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def figures_in(notebook):
 
 
 def names_set_by(source):
-    return set(re.findall(r"\w+", "".join(re.findall(r"^([\w, ]+) = ", source, re.MULTILINE))))
+    targets = [target for node in ast.parse(source).body for target in node.targets]
+    return {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
 def test_runs_from_top_to_bottom(monkeypatch):
