@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 PATH = Path(__file__).parent.parent / "recipes" / "tutorial.ipynb"
 TINY = "arms, pulls, units, trials, updates, lock_updates, test_trials = 3, 4, 8, 16, 2, 2, 64"
-FIGURES = 5
+FIGURES = 6
 
 
 def read():
