@@ -1,5 +1,6 @@
 """The tutorial: it runs from top to bottom, and what is saved in it came from such a run."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from nbclient import NotebookClient
 
 PATH = Path(__file__).parent.parent / "recipes" / "tutorial.ipynb"
 TINY = "arms, pulls, units, trials, updates, lock_updates, test_trials = 3, 4, 8, 16, 2, 2, 64"
-FIGURES = 5
+FIGURES = 6
 
 
 def read():
@@ -29,7 +30,8 @@ def figures_in(notebook):
 
 
 def names_set_by(source):
-    return set(re.findall(r"\w+", "".join(re.findall(r"^([\w, ]+) = ", source, re.MULTILINE))))
+    targets = [target for node in ast.parse(source).body for target in node.targets]
+    return {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
 
 
 def test_runs_from_top_to_bottom(monkeypatch):
