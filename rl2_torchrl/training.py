@@ -104,7 +104,8 @@ def train(
         resume: go on from the newest checkpoint in ``checkpoints`` that is whole, if there is any. Where the env hands out its
             state (a `TensorEnv`; `GymVectorEnv`, `GymTaskEnv` and a `SerialEnv` of them, over envs of plain data) the run goes on
             as if it had never stopped, in the middle of its trials; with other envs it begins new trials, and the log and
-            ``new_trials`` of the result say why. CSV files and TensorBoard then hold each step once.
+            ``new_trials`` of the result say why. CSV files and TensorBoard then hold each step once: what the logger has there of
+            later steps is taken back, all of it where there is no checkpoint yet.
         resume_changes: settings that may be others than the run's, by the names that the error gives, such as
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.

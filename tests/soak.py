@@ -27,8 +27,8 @@ from tests.runs import STEPS, Run
 
 #: Share by which resident memory may leave that of the first mark.
 BOUND = 0.05
-#: Updates of each of many trainings.
-UPDATES = 20
+#: Updates of each of many trainings, and trainings from mark to mark.
+UPDATES, EVERY = 20, 5
 
 
 @dataclass
@@ -68,7 +68,7 @@ def main(*, minutes: int = 25, trainings: int = 0) -> list[Usage]:
         if trainings:
             for number in range(trainings):
                 soak.train(number, lambda row: False, total=UPDATES)
-                if (number + 1) % 5 == 0:
+                if (number + 1) % EVERY == 0:
                     soak.note(number + 1)
         else:
             soak.train(0, lambda row: soak.is_over(minutes))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("env", ["pendulum-vector", "pendulum-serial"])
+@pytest.mark.parametrize("env", ["pendulum-async", "pendulum-serial"])
 def test_a_killed_run_becomes_what_it_would_have_been(env):
     command = [sys.executable, Path(__file__).with_name("survive.py"), "--env", env, "--kills", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
