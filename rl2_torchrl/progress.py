@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
+
+with warnings.catch_warnings():
+    warnings.simplefilter(
+        "ignore", TqdmWarning
+    )  # in a notebook without ipywidgets it falls back to text, which is fine
+    from tqdm.auto import tqdm
 
 __all__ = ["progress_bar"]
 

@@ -309,6 +309,18 @@ def test_memory_lost_in_every_step():
         check_training(collector, update, batch)
 
 
+def test_a_memory_that_has_been_told_nothing_may_stay_as_it_is():
+    """A trial's first input is all 0, and so is what a GRU without biases makes of it, though the critic sees the time left."""
+    env = bandit_env()
+    actor, critic = networks(env)[0], GRUValueHead.from_env(env, hidden_size=8, extra_keys=["time_left"])
+    orthogonal_init_(actor, memory_steps=5)
+    collector, update = pipeline(env, actor, critic, steps=5)
+    batch = first_batch(collector)
+    assert not batch["actor_hidden"][:, 1].any()
+    assert batch["time_left"].all()
+    check_training(collector, update, batch)
+
+
 def test_memory_of_the_trial_before():
     collector, update = pipeline(mdp_env(), bptt=1)
     batch = first_batch(collector)

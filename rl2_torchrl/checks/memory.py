@@ -36,8 +36,6 @@ def memory_carried(seen: Evidence) -> str | None:
         raise NotChecked("the batch holds no hidden states")
     if not starts.any():
         raise NotChecked("no trial starts in the batch")
-    # A step whose inputs are all 0 may leave a memory as it is.
-    told = torch.stack([flat(rows.get(key), 2).any(-1) for key in seen.probe.inputs if seen.has(key)]).any(0)
     initial = {key: flat(rows.get(key), 2)[starts] for key in memory}
     for key, first in initial.items():
         if (first != first[0]).any():
@@ -45,9 +43,14 @@ def memory_carried(seen: Evidence) -> str | None:
     for network in seen.probe.networks:
         # Some of a network's memory may start anew with every episode, but not all of it.
         keys = [key for key in hidden_keys(network) if key in memory]
+        if not keys:
+            continue
+        # A step whose inputs are all 0, as a trial's first may be, may leave a memory as it is.
+        read = [flat(rows.get(key), 2).any(-1) for key in network.in_keys if key in seen.probe.inputs and seen.has(key)]
+        told = torch.stack(read).any(0) if read else torch.ones_like(starts)
         again = [(flat(rows.get(key), 2)[:, 1:] == initial[key][0]).all(-1) for key in keys]
         lost = torch.stack([*again, ~starts[:, 1:], told[:, :-1]]).all(0)
-        if keys and lost.any():
+        if lost.any():
             return f"{keys} is back at its initial state inside a trial, behind step {lost.nonzero()[0, 1]}"
 
 
