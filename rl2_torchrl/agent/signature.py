@@ -141,8 +141,8 @@ class Signature:
         dtype: of noise and memory.
 
     Examples:
-        >>> from torchrl.envs import GymEnv
-        >>> from rl2_torchrl import AdaptiveAgent, GRUCategoricalActor
+        >>> from torchrl.envs import Compose, GymEnv, TransformedEnv
+        >>> from rl2_torchrl import AdaptiveAgent, GRUCategoricalActor, PreviousStep, Trial
         >>> env = TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), PreviousStep()))
         >>> AdaptiveAgent.from_policy(GRUCategoricalActor.from_env(env), env).signature.inputs
         ['observation', 'reward', 'done', 'start', 'noise', 'last_action', 'actor_hidden']
