@@ -206,9 +206,7 @@ class EnvBelow:
 
     def seed_repeats(self) -> str | None:
         runs = []
-        self.start(
-            self.tasks[0]
-        )  # so that both runs have the same task behind them: one that is heard late is told as such
+        self.start(self.tasks[0])  # both runs have the same task behind them: one that is heard late is told as such
         for _ in range(2):
             self.seed()
             runs.append(self.outcomes(self.start(self.tasks[0]), self.tasks[0], self.actions[:_STEPS]))

@@ -11,9 +11,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 
-__all__ = [
-    *("REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "unflat", "where_rows"),
-]
+__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "unflat", "where_rows"]
 
 REWARD = ("next", "reward")
 Keys = Collection[NestedKey]
