@@ -4,6 +4,7 @@ import csv
 import math
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -207,6 +208,10 @@ def test_wandb_logger_gets_every_scalar_offline(tmp_path, monkeypatch):
     assert 6 in [value for name, value in summary.items() if "step" in name]
     logger.experiment.finish()
     (file,) = tmp_path.rglob("run-*.wandb")
+    for _ in range(600):  # a process of W&B's own writes it
+        if b"train/loss" in file.read_bytes():
+            break
+        time.sleep(0.05)
     assert b"train/loss" in file.read_bytes()
 
 
