@@ -154,9 +154,8 @@ def train(
             saved.set_aside()
         else:
             saved.load_latest(resume_changes)
-            scalars.go_on_from(
-                result.history, result.env_steps
-            )  # from the start, after a kill before the first checkpoint
+            # From the start, where the run was killed before its first checkpoint.
+            scalars.go_on_from(result.history, result.env_steps)
         _shut_down_at_exit(collector)
         check = check and isinstance(update, PPOUpdate)
         loop = _Loop(**parts, evaluate=evaluate, scalars=scalars, check=check, schedule_frames=schedule_frames or total)
