@@ -152,7 +152,7 @@ def test_the_target_lies_where_the_task_says():
     pytest.importorskip("dm_control")
     from recipes.point_mass import HiddenTarget
 
-    env = HiddenTarget(steps=5, frame_skip=1)
+    env = HiddenTarget(steps=5)
     here, there = torch.tensor([0.1, 0.0]), torch.tensor([0.1, 0.29])
     for target in (here, there):
         env.reset(TensorDict(task=target))
@@ -173,19 +173,18 @@ def test_workers_of_dmcontrol_are_sound(kind):
     pytest.importorskip("dm_control")
     from recipes.point_mass import HiddenTarget, targets
 
-    workers = kind(2, lambda: TransformedEnv(HiddenTarget(8, 1), DoubleToFloat()))
-    trials = Compose(Trial(episodes=2), TaskSampler(targets, seed=0), PreviousStep())
+    workers = kind(2, lambda: HiddenTarget(8))
+    trials = Compose(Trial(episodes=2), TaskSampler(targets, seed=0), DoubleToFloat(), PreviousStep())
     with closing(TransformedEnv(workers, trials)) as env:
         check_trial_env(env)
 
 
-@pytest.mark.parametrize("frame_skip", [1, 3, 4])
 @pytest.mark.parametrize("steps", [1, 7, 50])
-def test_episodes_of_point_masses_last_as_long_as_they_shall(steps, frame_skip):
+def test_episodes_of_point_masses_last_as_long_as_they_shall(steps):
     pytest.importorskip("dm_control")
     from recipes.point_mass import HiddenTarget
 
-    rollout = HiddenTarget(steps, frame_skip).rollout(100)
+    rollout = HiddenTarget(steps).rollout(100)
     assert len(rollout) == steps
     assert rollout["next", "truncated"].flatten().tolist() == [False] * (steps - 1) + [True]
 
