@@ -503,10 +503,10 @@ def test_a_vector_env_with_a_column_of_rewards_is_told():
 
 
 class SharedDraws(Sound):
-    """Rows that draw in turn from one generator, so that what one draws depends on which others begin; it is seeded once."""
+    """Rows that draw in turn from one generator, so that where others begin a row goes on with other numbers."""
 
     def _set_seed(self, seed):
-        self.generator = self.__dict__.get("generator", np.random.default_rng(seed))
+        self.generator = np.random.default_rng(seed)
 
     def noise(self, rows):
         drawn = torch.zeros(rows.shape)
@@ -514,8 +514,9 @@ class SharedDraws(Sound):
         return drawn
 
 
-def test_rows_that_draw_from_one_generator_are_not_told_to_forget():
-    assert rows_go_on(EnvBelow(SharedDraws(), [drifts(torch.Size([ROWS]), None)] * 2, "task", None)) is None
+def test_rows_that_draw_from_one_generator_do_not_pass_for_begun():
+    below = EnvBelow(SharedDraws(), [drifts(torch.Size([ROWS]), None)] * 2, "task", None)
+    assert rows_go_on(below) is None
 
 
 class TwinWorkers(SerialEnv):

@@ -9,6 +9,7 @@ from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from tensordict import TensorDict
@@ -88,6 +89,35 @@ def test_what_has_been_played_leaves_the_memory(tmp_path, monkeypatch):
     finally:
         gc.enable()
     assert alive == [False]
+
+
+# ---- MiniGrid
+
+
+def kinds_in_view(observation):
+    """Keys and balls that are seen, as MiniGrid numbers them."""
+    kinds = observation["image"][..., 0]
+    return sorted(kinds[(kinds == 5) | (kinds == 6)].tolist())
+
+
+@pytest.mark.parametrize(("size", "seen"), [("S9", 3), ("S11", 2)])
+def test_what_is_seen_in_the_room_is_out_of_view_at_a_long_corridors_end(size, seen):
+    pytest.importorskip("minigrid")
+    from recipes.minigrid_envs import FromRoom
+
+    env = FromRoom(gymnasium.make(f"MiniGrid-Memory{size}-v0"))
+    left, forward = 0, 2
+    for seed in range(4):
+        observation, _ = env.reset(seed=seed)
+        grid = env.unwrapped
+        shown = {"key": 5, "ball": 6}[grid.grid.get(1, grid.height // 2 - 1).type]
+        assert shown in kinds_in_view(observation)
+        for action in [forward] * (grid.width - 3) + [left] * 2:  # to the corridor's end, and a look back
+            observation, _, terminated, _, _ = env.step(action)
+        assert tuple(grid.agent_pos) == (grid.width - 2, grid.height // 2)
+        assert not terminated
+        assert len(kinds_in_view(observation)) == seen  # two at the end, to choose from, and that of the room
+    assert env.action_space.n == 3
 
 
 # ---- POPGym
