@@ -9,6 +9,7 @@ from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from tensordict import TensorDict
@@ -90,6 +91,35 @@ def test_what_has_been_played_leaves_the_memory(tmp_path, monkeypatch):
     assert alive == [False]
 
 
+# ---- MiniGrid
+
+
+def kinds_in_view(observation):
+    """Keys and balls that are seen, as MiniGrid numbers them."""
+    kinds = observation["image"][..., 0]
+    return sorted(kinds[(kinds == 5) | (kinds == 6)].tolist())
+
+
+@pytest.mark.parametrize(("size", "seen"), [("S9", 3), ("S11", 2)])
+def test_what_is_seen_in_the_room_is_out_of_view_at_a_long_corridors_end(size, seen):
+    pytest.importorskip("minigrid")
+    from recipes.minigrid_envs import FromRoom
+
+    env = FromRoom(gymnasium.make(f"MiniGrid-Memory{size}-v0"))
+    left, forward = 0, 2
+    for seed in range(4):
+        observation, _ = env.reset(seed=seed)
+        grid = env.unwrapped
+        shown = {"key": 5, "ball": 6}[grid.grid.get(1, grid.height // 2 - 1).type]
+        assert shown in kinds_in_view(observation)
+        for action in [forward] * (grid.width - 3) + [left] * 2:  # to the corridor's end, and a look back
+            observation, _, terminated, _, _ = env.step(action)
+        assert tuple(grid.agent_pos) == (grid.width - 2, grid.height // 2)
+        assert not terminated
+        assert len(kinds_in_view(observation)) == seen  # two at the end, to choose from, and that of the room
+    assert env.action_space.n == 3
+
+
 # ---- POPGym
 
 
@@ -152,7 +182,7 @@ def test_the_target_lies_where_the_task_says():
     pytest.importorskip("dm_control")
     from recipes.point_mass import HiddenTarget
 
-    env = HiddenTarget(steps=5, frame_skip=1)
+    env = HiddenTarget(steps=5)
     here, there = torch.tensor([0.1, 0.0]), torch.tensor([0.1, 0.29])
     for target in (here, there):
         env.reset(TensorDict(task=target))
@@ -173,19 +203,18 @@ def test_workers_of_dmcontrol_are_sound(kind):
     pytest.importorskip("dm_control")
     from recipes.point_mass import HiddenTarget, targets
 
-    workers = kind(2, lambda: TransformedEnv(HiddenTarget(8, 1), DoubleToFloat()))
-    trials = Compose(Trial(episodes=2), TaskSampler(targets, seed=0), PreviousStep())
+    workers = kind(2, lambda: HiddenTarget(8))
+    trials = Compose(Trial(episodes=2), TaskSampler(targets, seed=0), DoubleToFloat(), PreviousStep())
     with closing(TransformedEnv(workers, trials)) as env:
         check_trial_env(env)
 
 
-@pytest.mark.parametrize("frame_skip", [1, 3, 4])
 @pytest.mark.parametrize("steps", [1, 7, 50])
-def test_episodes_of_point_masses_last_as_long_as_they_shall(steps, frame_skip):
+def test_episodes_of_point_masses_last_as_long_as_they_shall(steps):
     pytest.importorskip("dm_control")
     from recipes.point_mass import HiddenTarget
 
-    rollout = HiddenTarget(steps, frame_skip).rollout(100)
+    rollout = HiddenTarget(steps).rollout(100)
     assert len(rollout) == steps
     assert rollout["next", "truncated"].flatten().tolist() == [False] * (steps - 1) + [True]
 
