@@ -54,17 +54,19 @@ def state_of(env: Any) -> list[dict[str, Any]]:
         >>> bool((env.step(0)[0] == once).all())
         True
     """
-    saver = Saver(_packages(env))
+    layers = list(_layers(env))
+    saver = Saver(_packages(layers), layers)
     try:
-        return [_layer_state(layer, saver) for layer in _layers(env)]
+        return [_layer_state(layer, saver) for layer in layers]
     except RecursionError as error:
         raise NoStateError(f"what {type(env).__name__} holds is nested too deep to be saved") from error
 
 
 def put_state(env: Any, state: list[dict[str, Any]]) -> None:
     """Puts back what `state_of` returned, into the same env or one that was made alike."""
-    restorer = Restorer(_packages(env))
-    for layer, saved in zip(_layers(env), state, strict=True):
+    layers = list(_layers(env))
+    restorer = Restorer(_packages(layers), layers)
+    for layer, saved in zip(layers, state, strict=True):
         if "own" in saved:
             layer.set_state(saved["own"])
         for name, value in saved.get("attributes", {}).items():
@@ -132,9 +134,9 @@ def _is(layer: Any, module: str, name: str) -> bool:
     return module in sys.modules and isinstance(layer, getattr(sys.modules[module], name))
 
 
-def _packages(env: Any) -> set[str]:
-    """The packages of the classes of all layers, but for libraries of no envs."""
-    classes = (kind for layer in _layers(env) for kind in type(layer).__mro__)
+def _packages(layers: list[Any]) -> set[str]:
+    """The packages of the layers' classes, but for libraries of no envs."""
+    classes = (kind for layer in layers for kind in type(layer).__mro__)
     return {kind.__module__.partition(".")[0] for kind in classes} - _LIBRARIES
 
 

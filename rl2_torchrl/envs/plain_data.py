@@ -9,7 +9,7 @@ import enum
 import random
 import sys
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Saver:
 
     Args:
         packages: those whose objects are taken apart too, such as that of the env's class.
+        known: what the `Restorer` has, too, and is not taken apart, such as the env itself.
 
     Raises:
         NoStateError: a value is none of what `rl2_torchrl.envs.plain_data` knows.
@@ -39,9 +40,10 @@ class Saver:
         (True, 3)
     """
 
-    def __init__(self, packages: Collection[str] = ()):
+    def __init__(self, packages: Collection[str] = (), known: Sequence[Any] = ()):
         self._packages = packages
-        self._met: dict[int, tuple[int, Any]] = {}  # by id: its number, and itself, lest another gets its id
+        #: By id: its number, and itself, lest another gets its id.
+        self._met: dict[int, tuple[int, Any]] = {id(value): (number, value) for number, value in enumerate(known)}
 
     def __call__(self, value: Any, where: str) -> Any:
         """``value`` as plain data with its type; ``where`` it stands, for the error's message."""
@@ -51,6 +53,8 @@ class Saver:
             return ["tuple", self._items(value, where)]
         if isinstance(value, np.str_):
             return ["text", str(value)]
+        if type(value) is bytes:
+            return ["bytes", value.decode("latin-1")]
         if isinstance(value, np.generic) and _is_numeric(value.dtype):
             return ["scalar", np.asarray(value)]
         if isinstance(value, enum.Enum):
@@ -63,6 +67,8 @@ class Saver:
     def _mutable(self, value: Any, where: str) -> list:
         if type(value) is np.ndarray and _is_numeric(value.dtype):
             return ["array", value.copy()]
+        if type(value) is np.ndarray and value.dtype.kind in "USO":
+            return ["items", self._items(value.ravel().tolist(), where), value.dtype.str, list(value.shape)]
         if type(value) is torch.Tensor:
             return ["tensor", value.detach().clone()]
         if isinstance(value, np.random.Generator):
@@ -103,14 +109,16 @@ class Restorer:
 
     Args:
         packages: as for `Saver`.
+        known: what stands here in the place of the `Saver`'s.
 
     Raises:
         ValueError: an object's class is of another package, or there is none of that name.
     """
 
-    def __init__(self, packages: Collection[str] = ()):
+    def __init__(self, packages: Collection[str] = (), known: Sequence[Any] = ()):
         self._packages = packages
-        self._met: list[Any] = []
+        self._met: list[Any] = list(known)
+        self._taken = {id(value) for value in known}
         self._written: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __call__(self, saved: Any, now: Any = None) -> Any:
@@ -123,6 +131,8 @@ class Restorer:
                 return tuple(self(item) for item in content)
             case "text":
                 return np.str_(content)
+            case "bytes":
+                return content.encode("latin-1")
             case "scalar":
                 return content[()]
             case "member":
@@ -130,7 +140,7 @@ class Restorer:
             case "again":
                 return self._met[content]
         # Two names of one thing may be those of two by the time that was saved.
-        now = None if any(now is other for other in self._met) else now
+        now = None if id(now) in self._taken else now
         if kind == "array":
             value = self._array(content, now)
         elif kind == "object":
@@ -138,6 +148,7 @@ class Restorer:
         else:
             value = _empty(kind, content, more, now)
         self._met.append(value)  # before what is within, which may refer to it
+        self._taken.add(id(value))
         self._fill(value, kind, more[0] if kind == "object" else content)
         return value
 
@@ -148,6 +159,9 @@ class Restorer:
             value.update(self(item) for item in content)
         elif kind == "dict":
             value.update((self(key), self(item)) for key, item in content)
+        elif kind == "items":
+            for place, item in zip(np.ndindex(value.shape), content, strict=True):
+                value[place] = self(item)
         elif kind == "object":
             before = dict(vars(value))
             vars(value).clear()
@@ -174,6 +188,8 @@ def _empty(kind: str, content: Any, more: list, now: Any) -> Any:
             return {"list": list, "set": set, "dict": dict}[kind]()
         case "deque":
             return deque(maxlen=more[0])
+        case "items":
+            return np.empty(more[1], more[0])
         case "tensor":
             return content.clone()
         case "generator":
