@@ -25,6 +25,7 @@ from rl2_torchrl import (
     TrialCollector,
     linear_decay,
 )
+from rl2_torchrl.envs import Resumable
 
 PRESET = PRESETS["DMControl point mass"]
 RUN = Run(Path("runs/point_mass"), report_tasks=128)
@@ -88,20 +89,24 @@ def main(
     return experiment.publish(masses.report(result, title="RL² on a point mass with a hidden target"), run)
 
 
-class HiddenTarget(DMControlEnv):
+class HiddenTarget(Resumable, DMControlEnv):
     """DMControl's point mass, whose target lies where the task says (m), and not in what is observed."""
 
     def __init__(self, steps: int):
         seconds = CONTROL_SECONDS * (steps - 0.5)  # where it is rounded, it is not to one step more
         control = {"control_timestep": CONTROL_SECONDS}
         super().__init__("point_mass", "easy", time_limit=seconds, environment_kwargs=control)
-        self._model = self._env.physics.named.model
-        self._model.geom_size["target", 0] = TARGET_SIZE
+        self.model.geom_size["target", 0] = TARGET_SIZE
         self.state_spec["task"] = Unbounded(2)
+
+    @property
+    def model(self):
+        """MuJoCo's model, by names."""
+        return self._env.physics.named.model
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
         if tensordict is not None and "task" in tensordict.keys():
-            self._model.geom_pos["target"][:2] = tensordict["task"].numpy()
+            self.model.geom_pos["target"][:2] = tensordict["task"].numpy()
         return super()._reset(tensordict, **kwargs)
 
 
