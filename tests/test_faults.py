@@ -10,11 +10,11 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -516,12 +516,45 @@ def csv_rows(path):
     return [(float(step), float(value)) for step, value in csv.reader(path.open())]
 
 
-def test_scalars_after_a_kill_before_the_first_checkpoint_hold_each_step_once(tmp_path, unbroken):
-    logger = partial(CSVLogger, "scalars", str(tmp_path))
-    Run(2).train(logger=logger())  # which saves nothing, as a run that is killed early
-    Run(5).train(logger=logger(), checkpoints=tmp_path / "run", resume=True)
-    rows = [line.split(",")[0] for line in (tmp_path / "scalars/scalars/train/loss.csv").read_text().splitlines()]
-    assert [float(step) for step in rows] == [row["env_steps"] for row in unbroken.history]
+@pytest.mark.parametrize("has_earlier_run", [False, True])
+def test_scalars_after_a_kill_before_the_first_checkpoint_hold_each_step_once(has_earlier_run, tmp_path, unbroken):
+    log = tmp_path / "scalars"
+    options = {"checkpoints": tmp_path / "run", "checkpoint_interval": 10}
+    if has_earlier_run:  # which is not to be gone on with
+        Run(2).train(logger=CSVLogger("scalars", tmp_path), **options)
+    with pytest.raises(KeyboardInterrupt):  # which is not caught, as a kill
+        Run(5).train(logger=CSVLogger("scalars", tmp_path), callbacks=[Interrupts()], **options)
+    logged = (log / "scalars/train/loss.csv").read_bytes()
+    Run(5).train(logger=CSVLogger("scalars", tmp_path), callbacks=[Callback()], resume=True, **options)
+    rows = csv_rows(log / "scalars/train/loss.csv")
+    assert rows == [(row["env_steps"], row["train/loss"]) for row in unbroken.history]
+    assert (log / "earlier-scalars/train/loss.csv").read_bytes() == logged
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorboardLogger])
+@pytest.mark.parametrize("what", ["mistyped", "removed"])
+def test_a_log_whose_run_has_checkpoints_elsewhere_is_not_begun_anew(what, logger, folder, tmp_path):
+    given = tmp_path / "rnu" if what == "mistyped" else folder
+    Run(5).train(logger=logger("log", tmp_path), checkpoints=folder, resume=True)
+    if what == "removed":
+        shutil.rmtree(folder)
+    before = contents(tmp_path / "log")
+    words = (
+        rf"checkpoints='{given}' holds no checkpoint, .*'{tmp_path / 'log'}' holds the scalars .* saved to '{folder}'"
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            Run(5).train(logger=logger("log", tmp_path), checkpoints=given, resume=True)
+    assert before.items() <= contents(tmp_path / "log").items()  # TensorBoard's files are begun when the logger is made
+
+
+def test_a_log_that_is_open_is_gone_on_with(tmp_path, unbroken):
+    logger = CSVLogger("log", tmp_path)
+    options = {"checkpoints": tmp_path / "run", "logger": logger}
+    Run(5).train(stop=lambda row: row["env_steps"] == 2 * BATCH, **options)
+    Run(5).train(resume=True, **options)
+    rows = csv_rows(tmp_path / "log/scalars/train/loss.csv")
+    assert rows == [(row["env_steps"], row["train/loss"]) for row in unbroken.history]
 
 
 def test_tensorboard_after_a_kill_holds_each_step_once(tmp_path, unbroken):
