@@ -93,8 +93,8 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
         # 12 M steps, 99.2 % with 0.005 after 8 M.
         "10,50": {"rewards": {**BEFORE_THE_RULE, **SHORT, "env_steps": 12_000_000, "entropy": 0.005}, "task": {}},
         # For the last half a per cent of a hundred pulls more steps than the rule's 7.5, 10 and 30 M.
-        "100,5": {"rewards": {"env_steps": 30_000_000}, "task": {"env_steps": 12_000_000}},
-        "100,10": {"rewards": {"env_steps": 30_000_000}, "task": {"env_steps": 12_000_000}},
+        "100,5": {"rewards": {"env_steps": 30_000_000}, "task": {"env_steps": 24_000_000}},
+        "100,10": {"rewards": {"env_steps": 30_000_000}, "task": {"env_steps": 24_000_000}},
         "100,50": {"rewards": {}, "task": {"env_steps": 60_000_000}},
         # Five and fifty arms were not tried yet.
         "500,5": {
