@@ -22,7 +22,7 @@ from recipes.experiment import (
     told_of,
     whole_batches,
 )
-from recipes.posterior import Posterior, beta_moments
+from recipes.posterior import Posterior, RisingOptimism, beta_moments
 from recipes.rules import LearnsFrom, bandit_settings
 from rl2_torchrl import (
     ActorCritic,
@@ -113,7 +113,7 @@ def main(
     bandits = Experiment(actor, make_env, tasks, run, **held_out)
     collector = bandits.collector(env, ActorCritic(actor, critic), update, workers, **frames)
     report = bandits.report(
-        bandits.train(collector, update),
+        bandits.train(collector, update, callbacks=[RisingOptimism(posterior, told.optimism_after)]),
         baselines=classical_agents(bandits.reported, pulls, run.seed) if classical else {},
         optimum=baselines.bayes_optimal_return(arms, pulls) if pulls <= 10 else None,
         title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls{told_of(network, told)}",

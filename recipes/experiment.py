@@ -155,6 +155,7 @@ class Told:
         posterior: whether what a trial has shown of the task, exactly (`recipes.posterior`), stands for the task in that loss, and
             for rewards in the advantages. Bandits and tabular MDPs have it.
         optimism: standard deviations of the posterior on top of its means, for what trying an action is worth later.
+        optimism_after: share of the training without optimism, which then rises over as long a share again; 0: it is there at once.
 
     Raises:
         ValueError: regrets and posterior are both to stand for rewards, or there is optimism without a posterior.
@@ -164,6 +165,7 @@ class Told:
     belief: float = 0.0
     posterior: bool = False
     optimism: float = 0.0
+    optimism_after: float = 0.0
 
     def __post_init__(self):
         if self.regret and self.posterior:

@@ -8,13 +8,14 @@ top of the mean stand for it at once, as in UCB: advantages can look a step or t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 
-from rl2_torchrl import TrialAdvantage
+from rl2_torchrl import Callback, TrialAdvantage
 
-__all__ = ["Posterior", "PosteriorAdvantage", "beta_moments", "normal_moments"]
+__all__ = ["Posterior", "PosteriorAdvantage", "RisingOptimism", "beta_moments", "normal_moments"]
 
 #: Mean and standard deviation of the posterior, from the number of rewards seen and their sum, all of one shape.
 OfRewards = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -102,3 +103,36 @@ class PosteriorAdvantage(TrialAdvantage):
     def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
         """Posterior means ``[B, T, 1]``."""
         return self.posterior.of_actions(tensordict["trans"], tensordict["action"])
+
+
+class RisingOptimism(Callback):
+    """Leaves the optimism of ``posterior`` out until the share ``after`` of the training; by twice that it has risen to what it is.
+
+    A memory of the means is learnt sooner where all that is told and paid is means; optimism tries more of what has to be
+    remembered.
+    """
+
+    def __init__(self, posterior: Posterior, after: float):
+        if not 0 <= after <= 0.5:
+            raise ValueError(
+                f"optimism_after={after} is a share of the training, from 0 to 0.5: by twice that optimism is whole."
+            )
+        self.posterior, self.after, self.whole = posterior, after, posterior.optimism
+        self._rise(0.0)
+
+    def after_update(self, row: dict[str, float], progress: float) -> dict[str, float]:
+        """Sets the optimism of the next batch."""
+        self._rise(progress)
+        return {"train/optimism": self.posterior.optimism}
+
+    def _rise(self, progress: float) -> None:
+        risen = 1.0 if self.after == 0 else min(max(progress / self.after - 1, 0.0), 1.0)
+        self.posterior.optimism = risen * self.whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimism at which the training stands."""
+        return {"optimism": self.posterior.optimism}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.posterior.optimism = state["optimism"]

@@ -21,7 +21,7 @@ from recipes.experiment import (
     told_of,
     whole_batches,
 )
-from recipes.posterior import Posterior, normal_moments
+from recipes.posterior import Posterior, RisingOptimism, normal_moments
 from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
@@ -110,9 +110,10 @@ def main(
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
 
+    curricula = [NoiseCurriculum(env.base_env, noiseless), RisingOptimism(posterior, told.optimism_after)]
     trials = Experiment(actor, make_env, random_mdps(), run)
     report = trials.report(
-        trials.train(collector, update, callbacks=[NoiseCurriculum(env.base_env, noiseless)]),
+        trials.train(collector, update, callbacks=curricula),
         baselines=classical_agents(trials.reported, episodes, run.seed) if classical else {},
         title=f"RL² on tabular MDPs, {episodes} episodes{told_of(network, told)}",
     )
