@@ -124,17 +124,19 @@ def kinds_in_view(observation):
 @pytest.mark.parametrize(("size", "seen"), [("S9", 3), ("S11", 2)])
 def test_what_is_seen_in_the_room_is_out_of_view_at_a_long_corridors_end(size, seen):
     pytest.importorskip("minigrid")
-    from recipes.minigrid_envs import FromRoom
+    from recipes.minigrid_envs import Corridor
 
-    env = FromRoom(gymnasium.make(f"MiniGrid-Memory{size}-v0"))
+    env = Corridor(gymnasium.make(f"MiniGrid-Memory{size}-v0"), from_room=True)
     left, forward = 0, 2
     for seed in range(4):
-        observation, _ = env.reset(seed=seed)
+        observation, info = env.reset(seed=seed)
         grid = env.unwrapped
-        shown = {"key": 5, "ball": 6}[grid.grid.get(1, grid.height // 2 - 1).type]
-        assert shown in kinds_in_view(observation)
+        kind = grid.grid.get(1, grid.height // 2 - 1).type
+        assert {"key": 5, "ball": 6}[kind] in kinds_in_view(observation)
+        assert info["is_ball"] == (kind == "ball")
         for action in [forward] * (grid.width - 3) + [left] * 2:  # to the corridor's end, and a look back
-            observation, _, terminated, _, _ = env.step(action)
+            observation, _, terminated, _, info = env.step(action)
+            assert info["is_ball"] == (kind == "ball")
         assert tuple(grid.agent_pos) == (grid.width - 2, grid.height // 2)
         assert not terminated
         assert len(kinds_in_view(observation)) == seen  # two at the end, to choose from, and that of the room
