@@ -11,7 +11,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 
-__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "unflat", "where_rows"]
+__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "unflat"]
 
 REWARD = ("next", "reward")
 Keys = Collection[NestedKey]
@@ -122,11 +122,6 @@ def leaves(keys: Iterable[NestedKey], entries: Iterable[NestedKey]) -> list[Nest
     roots = {key if isinstance(key, tuple) else (key,) for key in keys}
     paths = [(entry, entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
     return [entry for entry, path in paths if any(path[:n] in roots for n in range(1, len(path) + 1))]
-
-
-def where_rows(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``one`` ``[*B, ...]`` in ``rows``, bool ``[*B]``, and ``other`` elsewhere."""
-    return torch.where(rows.view(*rows.shape, *[1] * (one.ndim - rows.ndim)), one, other)
 
 
 def flat(value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
