@@ -24,7 +24,7 @@ from tensordict.nn import (
 from tensordict.nn.probabilistic import interaction_type
 from torchrl.modules import SafeProbabilisticModule
 
-from rl2_torchrl.gradients.part import State, is_bare
+from rl2_torchrl.gradients.part import State, has_hooks, is_bare, is_function
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 
@@ -59,8 +59,7 @@ class ActingPart:
 def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     """The parts of ``module``, in order."""
     cls, keys = type(module), (module.in_keys, module.out_keys)
-    has_hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if not has_hooks:
+    if not has_hooks(module):
         if cls.forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward):
             return [part for child in module._module_iter() for part in acting_parts(child)]
         # Of the class: a TensorDictModule passes on what its inner module has.
@@ -70,7 +69,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
         if cls.forward in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward):
             if (distribution := distribution_of(module)) is not None:
                 return [_distribution(module, distribution)]
-        elif _is_function_of_tensors(module):
+        elif is_function(module):
             return [ActingPart(module, *keys, lambda _: _on_tensors(module), "tensors")]
     return [ActingPart(module, *keys, lambda _: _on_tensordict(module), "tensordict")]
 
@@ -80,12 +79,6 @@ def _steps_as_forward(cls: type) -> bool:
     brings = next(n for n, base in enumerate(cls.__mro__) if "step_function" in vars(base))
     written = next(base for base in cls.__mro__[brings:] if "forward" in vars(base))
     return unwrap(cls.forward) is unwrap(vars(written)["forward"])
-
-
-def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:
-    """Whether ``module`` is a function from entries to entries and nothing more."""
-    is_plain = isinstance(module, TensorDictModule) and type(module).forward is TensorDictModule.forward
-    return is_plain and module._kwargs is None and not module.method_kwargs and module.method is None
 
 
 def _on_tensors(module: TensorDictModule) -> Run:
