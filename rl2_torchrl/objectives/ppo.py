@@ -150,21 +150,23 @@ class RL2PPOLoss(ClipPPOLoss):
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
         self._check_data(tensordict)
         has_advantage = tensordict.get(self.tensor_keys.advantage, None) is not None
-        if not has_advantage or tensordict.ndim != 2 or is_compiling() or self._why_torchrls():
-            losses = super().forward(tensordict)
-            return losses.update(self._losses(tensordict, self.terms)) if self.terms else losses
-        return TensorDict(self._losses(tensordict, self.loss_terms()))
+        if has_advantage and tensordict.ndim == 2 and not is_compiling() and not self._why_torchrls():
+            return TensorDict(self.losses_of(tensordict, self.loss_terms()))
+        losses = super().forward(tensordict)
+        if not self.terms:
+            return losses
+        return losses.update(self.losses_of(tensordict.flatten(0, tensordict.ndim - 2), self.terms))
 
-    def _losses(self, tensordict: TensorDictBase, terms: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
-        data = tensordict if tensordict.ndim == 2 else tensordict.flatten(0, tensordict.ndim - 2)
-        parts, out = self._known_parts(), {}
+    def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+        """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
+        parts, losses = self._known_parts(), {}
         read = {key for reader in (*parts, *terms) for key in reader.in_keys}
         state: State = {key: entry for key in read if (entry := data.get(key, None)) is not None}
         for part in parts:
             part.run(state)
         for term in terms:
-            merge_losses(out, term(*entries_of(state, term.in_keys)))
-        return out
+            merge_losses(losses, term(*entries_of(state, term.in_keys)))
+        return losses
 
     def _check_data(self, tensordict: TensorDictBase) -> None:
         if not self._is_recurrent:
