@@ -61,7 +61,9 @@ class Rollout:
         # Who looks at each step is shown all that there is.
         self.trials = trials_of(env, steps, read, keep if on_step is None else None)
         self.memory = Memory(policy, env, self.trials.rows)
-        made = self._all_keys()
+        written = [key for part in self.parts for key in (*part.out_keys, part.log_prob_key) if key is not None]
+        memory = [key for pair in self.memory.handed_on for key in pair]
+        made = list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
         for what, keys in (("keep holds", keep or ()), ("the policy reads", read)):
             missing = [key for key in keys if not leaves([key], made)]
             if missing:
@@ -79,11 +81,6 @@ class Rollout:
     def adopt(self, reset: TensorDictBase) -> None:
         """Takes a ``env.reset()`` that somebody has just made as the beginning of the first batch, in place of one of its own."""
         self.trials.adopt(reset)
-
-    def _all_keys(self) -> list[NestedKey]:
-        written = [key for part in self.parts for key in (*part.out_keys, part.log_prob_key) if key is not None]
-        memory = [key for pair in self.memory.handed_on for key in pair]
-        return list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
 
     def _split(self) -> tuple[list[ActingPart], list[_Late]]:
         """Parts that each step needs; what can look at many steps at once: all behind the action, and log-probabilities."""
