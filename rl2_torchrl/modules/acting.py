@@ -1,8 +1,9 @@
 """A policy as a list of functions on named tensors, for acting step by step: no TensorDict but for a module that wants one.
 
 `acting_parts` takes a `TensorDictSequential` apart into its modules. What each of them does at one step is asked of itself: a
-module with a ``step_function`` brings it (our cores), a distribution acts by the functions of its `ActionDistribution`, a plain
-`TensorDictModule` is called on its tensors; every other module is called with a TensorDict, as it is.
+module with a ``step_function`` (our cores, heads, `RunningNorm`) brings it, its `forward` without gradient, which is asked for anew
+before each batch, so that it may hold on to the weights as they are; a distribution acts by the functions of its
+`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict, as it is.
 """
 
 from __future__ import annotations

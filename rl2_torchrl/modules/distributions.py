@@ -406,7 +406,6 @@ class Gaussian(nn.Module):
         return mean, self.log_std.exp().expand_as(mean)
 
     def step_function(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
         if not runs(self, Gaussian):
             return self
         mean_of = self.mean.step_function() if hasattr(self.mean, "step_function") else self.mean
@@ -419,7 +418,6 @@ class Gaussian(nn.Module):
         return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]):
-        """The part of a PPO step that this is, with its own gradient; None where the mean has none."""
         known = hasattr(self.mean, "gradient_part") and runs(self, Gaussian)
         mean = self.mean.gradient_part(in_keys, out_keys[:1]) if known else None
         return mean and policy.GaussianHeadPart(self, mean, self.log_std, out_keys)

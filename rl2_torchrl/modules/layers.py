@@ -60,7 +60,6 @@ class MLPEncoder(nn.Module):
         return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        """The part of a PPO step that this is, with its own gradient; None for other activations."""
         is_chain = runs(self, MLPEncoder) and len(self.shape) == 1
         return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
 
@@ -271,7 +270,6 @@ class Head(nn.Module):
         return features
 
     def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
         layers = list(self.layers)
         if self.skip_size or not _are_relu_linear(layers) or not runs(self, Head):
             return self
@@ -285,7 +283,6 @@ class Head(nn.Module):
         return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        """The part of a PPO step that this is, with its own gradient; None for other activations."""
         is_chain = runs(self, Head) and not self.skip_size
         return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
 
