@@ -39,8 +39,8 @@ class ActingPart:
     """What one module does at a step, on entries ``[N, ...]``.
 
     ``make`` gives, from the number of steps of a batch, the function on a `State`. It is made anew for each batch: it may hold on
-    to the weights as they are, and to the noise of all steps. ``way`` says how the module is called. A distribution has
-    ``log_prob`` too, which writes ``log_prob_key`` and can wait until it is asked for.
+    to the weights as they are, and to the noise of all steps. ``way`` says how the module is called. ``later`` is what can wait
+    until it is asked for: a distribution's log-probability.
     """
 
     module: TensorDictModuleBase
@@ -48,8 +48,7 @@ class ActingPart:
     out_keys: list[NestedKey]
     make: Callable[[int], Run]
     way: str
-    log_prob: Run | None = None
-    log_prob_key: NestedKey | None = None
+    later: ActingPart | None = None
 
     @property
     def can_wait(self) -> bool:
@@ -110,7 +109,7 @@ def _core(module: TensorDictModuleBase) -> Run:
 
 
 def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDistribution) -> ActingPart:
-    in_keys, log_prob_key = module.in_keys, module.log_prob_key if module.return_log_prob else None
+    in_keys, later = module.in_keys, None
     action_key = next(key for key in module.out_keys if key not in module.log_prob_keys)
 
     def make(steps: int) -> Run:
@@ -126,9 +125,12 @@ def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDis
 
     def log_prob(state: State) -> None:
         parameters = [state[key] for key in in_keys]
-        state[log_prob_key], _ = distribution.log_prob_and_entropy(state[action_key], *parameters)
+        state[module.log_prob_key], _ = distribution.log_prob_and_entropy(state[action_key], *parameters)
 
-    return ActingPart(module, in_keys, [action_key], make, "distribution", log_prob, log_prob_key)
+    if module.return_log_prob:
+        read = [*in_keys, action_key]
+        later = ActingPart(module, read, [module.log_prob_key], lambda _: log_prob, "distribution")
+    return ActingPart(module, in_keys, [action_key], make, "distribution", later)
 
 
 def _on_tensordict(module: TensorDictModuleBase) -> Run:

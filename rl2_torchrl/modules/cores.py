@@ -199,8 +199,7 @@ class LSTMCore(RecurrentCore):
         input_size: size of what it reads.
         hidden_size: units. Default 64.
         num_layers: Default 1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        device, dtype: of the parameters.
         **keys: as in `RecurrentCore`.
 
     Examples:
