@@ -36,10 +36,9 @@ class TrialAdvantage(nn.Module):
         value_key: Default ``"state_value"``.
 
     Raises:
-        KeyError: no stored value in the data.
+        KeyError: there is no stored value in the data, or ``("next", ...)`` lacks what the critic reads.
         FloatingPointError: reward or value is not finite.
         ValueError: a batch ends inside a trial and there is no critic to ask.
-        KeyError: ``("next", ...)`` lacks what it reads.
 
     Examples:
         >>> from tensordict import TensorDict
