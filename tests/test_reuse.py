@@ -11,6 +11,7 @@ from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDic
 from torchrl.envs import Compose, InitTracker, ParallelEnv, TransformedEnv
 from torchrl.modules import MLP, GRUModule, ProbabilisticActor, ValueOperator, set_recurrent_mode
 from torchrl.objectives import A2CLoss, ClipPPOLoss
+from torchrl.objectives.value import GAE
 from torchrl.trainers.algorithms.ppo import PPOTrainer
 
 from rl2_torchrl import (
@@ -243,6 +244,15 @@ def test_two_workers_in_two_iterations():
 def ratio_of(loss, batch):
     zeros = {key: torch.zeros_like(batch["state_value"]) for key in ("advantage", "value_target")}
     return loss(batch.clone().update(zeros))["max_ratio"].item()
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_torchrls_gae_over_sequences_gives_our_advantages(wiring):
+    actor, critic, batch = collected(wiring=wiring)
+    ours = TrialAdvantage(gamma=0.9, lmbda=0.8, value_target="gae", normalize=False)(batch.clone())
+    theirs = GAE(gamma=0.9, lmbda=0.8, value_network=critic, shifted=True)(batch.clone())  # the critic sees rows whole
+    for key in ("advantage", "value_target"):
+        torch.testing.assert_close(theirs[key], ours[key], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
