@@ -20,6 +20,8 @@ class ActorCritic(TensorDictSequential):
 
     The actor's weights have the names here that they have in the actor, so that a collector takes them alone too, as TorchRL's
     `PPOTrainer` hands them over: give that ``gae=TrialAdvantage()``, and no replay buffer, which would shuffle single steps.
+    (Its own default, TorchRL's `GAE`, asks the critic again, at each step and its successor, and ends in "The sets of keys in the
+    tensordicts to stack are exclusive": values and features are stored at steps alone.)
 
     Args:
         actor: e.g. `GRUGaussianActor` or `GRUCategoricalActor`.

@@ -150,8 +150,8 @@ class TrialAdvantage(nn.Module):
         if missing:
             raise KeyError(
                 f"{int(rows.sum())} trials are cut by the batch's end (or truncated), but ('next', ...) lacks {missing}, which the "
-                "critic reads there. Keep it: PPOUpdate(..., bptt=...).in_keys has it, as with TrialAdvantage(critic=...), and "
-                "TrialCollector(keep=None) keeps all. Or make frames_per_batch a whole number of trials."
+                f"critic reads there. Keep it: PPOUpdate(..., bptt={tensordict.shape[-1]}).in_keys has it, and the memory that "
+                "trials go on from; TrialCollector(keep=None) keeps all. Or make frames_per_batch a whole number of trials."
             )
         successors["is_init"] = torch.zeros(*successors.batch_size, 1, dtype=torch.bool, device=rows.device)
         with set_recurrent_mode(False):
