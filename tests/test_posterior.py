@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes.experiment import Told
-from recipes.posterior import Posterior, PosteriorAdvantage, beta_moments, normal_moments
+from recipes.posterior import Posterior, PosteriorAdvantage, RisingOptimism, beta_moments, normal_moments
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means
 
@@ -125,6 +125,25 @@ def test_what_it_stands_for():
     assert made[0] is PosteriorAdvantage
     assert made[2] is TrialAdvantage
     assert len(set(made)) == 3
+
+
+def test_optimism_rises_in_mid_training_and_goes_on_where_it_stood():
+    def begun(after):
+        posterior = Posterior(beta_moments, num_actions=3, optimism=0.8)
+        return posterior, RisingOptimism(posterior, after)
+
+    posterior, rising = begun(0.3)
+    stood = [posterior.optimism]
+    for progress in (0.2, 0.3, 0.45, 0.6, 1.0):
+        assert rising.after_update({}, progress) == {"train/optimism": posterior.optimism}
+        stood.append(posterior.optimism)
+    assert stood == pytest.approx([0.0, 0.0, 0.0, 0.4, 0.8, 0.8])
+    other, resumed = begun(0.3)
+    resumed.load_state_dict(rising.state_dict())
+    assert other.optimism == pytest.approx(0.8)
+    assert begun(0.0)[0].optimism == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="optimism_after=0.6"):
+        begun(0.6)
 
 
 def test_optimism_of_nothing():
