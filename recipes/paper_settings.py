@@ -121,7 +121,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
             },
             "task": {
                 **TOLD_LONGER_MDPS,
-                "env_steps": 12_000_000,
+                "env_steps": 8_000_000,
                 "initial_weights": PRETRAINED / "mdps_10_task.safetensors",
             },
         },
@@ -129,7 +129,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
             "task": {
                 **TOLD_LONGER_MDPS,
                 "trials": 256,
-                "env_steps": 10_000_000,
+                "env_steps": 6_000_000,
                 "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
             }
         },
@@ -137,7 +137,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
             "task": {
                 **TOLD_LONGER_MDPS,
                 "trials": 256,
-                "env_steps": 10_000_000,
+                "env_steps": 6_000_000,
                 "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
             }
         },
@@ -145,7 +145,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
             "task": {
                 **TOLD_LONGER_MDPS,
                 "trials": 256,
-                "env_steps": 10_000_000,
+                "env_steps": 6_000_000,
                 "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
             }
         },
