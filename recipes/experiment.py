@@ -21,7 +21,7 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
 from recipes.help import overview
-from recipes.posterior import Posterior, PosteriorAdvantage
+from recipes.posterior import Posterior, PosteriorAdvantage, PosteriorBelief
 from recipes.seeds import run_seeds
 from rl2_torchrl import (
     ActorCritic,
@@ -186,7 +186,7 @@ class Told:
         if not self.belief:
             return []
         if self.posterior:
-            return [TaskBelief(units, size, coefficient=self.belief, target=posterior, task_key="trans")]
+            return [PosteriorBelief(units, posterior, coefficient=self.belief)]
         return [TaskBelief(units, size, coefficient=self.belief, target=target)]
 
     def advantage(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 
-from rl2_torchrl import Callback, TrialAdvantage
+from rl2_torchrl import Callback, TaskBelief, TrialAdvantage
 
-__all__ = ["Posterior", "PosteriorAdvantage", "RisingOptimism", "beta_moments", "normal_moments"]
+__all__ = ["Posterior", "PosteriorAdvantage", "PosteriorBelief", "RisingOptimism", "beta_moments", "normal_moments"]
 
 #: Mean and standard deviation of the posterior, from the number of rewards seen and their sum, all of one shape.
 OfRewards = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -103,6 +103,41 @@ class PosteriorAdvantage(TrialAdvantage):
     def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
         """Posterior means ``[B, T, 1]``."""
         return self.posterior.of_actions(tensordict["trans"], tensordict["action"])
+
+
+class PosteriorBelief(TaskBelief):
+    """`TaskBelief` of a posterior, whose layer starts where least squares put it on the first minibatch.
+
+    What a random layer tells is wrong for the most part by the layer's own fault: the first steps on it would make a memory
+    that another training has left forget what it knows.
+
+    Args:
+        features_size: as for `TaskBelief`.
+        posterior: the posterior.
+        coefficient: as for `TaskBelief`.
+    """
+
+    RIDGE = 1e-3
+
+    def __init__(self, features_size: int, posterior: Posterior, *, coefficient: float):
+        size = posterior.num_states * posterior.num_actions
+        super().__init__(features_size, size, coefficient=coefficient, target=posterior, task_key="trans")
+        self.register_buffer("is_fitted", torch.tensor(False))  # not once more where a training is resumed
+
+    def forward(self, features: torch.Tensor, task: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `TaskBelief`'s, of features ``[N, T, features_size]`` and transition inputs ``[N, T, input_size]``."""
+        if not self.is_fitted:
+            self._fit(features.detach().flatten(0, 1), self.target(task).flatten(0, 1))
+        return super().forward(features, task)
+
+    @torch.no_grad()
+    def _fit(self, features: torch.Tensor, means: torch.Tensor) -> None:
+        known = torch.cat([features, torch.ones_like(features[:, :1])], -1)
+        moments = known.T @ known / len(known) + self.RIDGE * torch.eye(known.shape[-1])
+        solution = torch.linalg.solve(moments, known.T @ means.to(known.dtype) / len(known))
+        self.layer.weight.copy_(solution[:-1].T)
+        self.layer.bias.copy_(solution[-1])
+        self.is_fitted.fill_(True)
 
 
 class RisingOptimism(Callback):
