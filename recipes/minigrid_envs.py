@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError('MiniGrid is an extra: pip install "rl2_torchrl[minigrid]".') from error
 
-__all__ = ["Doors", "OneHotView", "all_mazes"]
+__all__ = ["Doors", "FromRoom", "OneHotView", "all_mazes"]
 
 #: What MiniGrid says of a cell: object, colour, state; one-hot as by `OneHotPartialObsWrapper`, without its loop over cells.
 _KINDS = [np.eye(len(indices), dtype=np.float32) for indices in (OBJECT_TO_IDX, COLOR_TO_IDX, STATE_TO_IDX)]
@@ -37,6 +37,23 @@ class OneHotView(gymnasium.ObservationWrapper):
     def step(self, action: int):
         observation, reward, terminated, truncated, info = super().step(action)
         return observation, reward, terminated, truncated, {**info, "success": reward > 0}
+
+
+class FromRoom(gymnasium.Wrapper):
+    """A memory corridor whose episodes begin in the room, beside the object; of the actions there are those that move.
+
+    MiniGrid's own begin anywhere in the corridor. From size 11 on the object is out of view at the corridor's other end.
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self.action_space = gymnasium.spaces.Discrete(3)  # left, right, forward
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        _, info = self.env.reset(seed=seed, options=options)
+        grid = self.unwrapped
+        grid.agent_pos = np.array((1, grid.height // 2))
+        return grid.gen_obs(), info
 
 
 class Doors(MiniGridEnv):

@@ -9,7 +9,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import Experiment, Learning, Network, Run, whole_batches
-from recipes.minigrid_envs import OneHotView
+from recipes.minigrid_envs import FromRoom, OneHotView
 from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
@@ -36,6 +36,7 @@ BATCH_STEPS = 64
 def main(
     *,
     env_id: str = "MiniGrid-MemoryS7-v0",
+    from_room: bool = False,
     network: Network = PRESET.network,
     learning: Learning = PRESET.learning,
     run: Run = RUN,
@@ -46,6 +47,8 @@ def main(
 
     Args:
         env_id: one of MiniGrid's memory envs.
+        from_room: whether episodes begin beside the object (`FromRoom`), and not anywhere in the corridor, from where one must go
+            back to see it. From size 11 on what was seen must then be remembered, since it cannot be looked up from the end.
         network: actor and critic, which share the core.
         learning: batches, and PPO on them.
         run: seeds, where the run begins, and what it leaves.
@@ -53,7 +56,7 @@ def main(
     torch.manual_seed(run.seed)
 
     def make_env(_: TaskSampler | None, rows: int) -> TransformedEnv:
-        corridors = GymVectorEnv(partial(corridor, env_id), rows, info_keys=["success"])
+        corridors = GymVectorEnv(partial(corridor, env_id, from_room), rows, info_keys=["success"])
         return TransformedEnv(corridors, Compose(Trial(episodes=1), PreviousStep()))
 
     env = make_env(None, learning.trials)
@@ -81,9 +84,10 @@ def main(
     return experiment.publish(corridors.report(result, title=f"RL² on {env_id}"), run)
 
 
-def corridor(env_id: str) -> OneHotView:
+def corridor(env_id: str, from_room: bool) -> OneHotView:
     """A corridor as the agent sees it; its episode is a success if it ends at the right one of two objects."""
-    return OneHotView(gymnasium.make(env_id))
+    env = gymnasium.make(env_id)
+    return OneHotView(FromRoom(env) if from_room else env)
 
 
 def no_tasks(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:

@@ -271,7 +271,7 @@ class PPOUpdate:
             return "autograd", refusal
         if self._named == "compiled":
             return "compiled", "it was asked for"
-        slow = [part for part in self.loss.network_parts() if part.kind == "autograd"]
+        slow = [part for part in self.loss.known_parts() if part.kind == "autograd"]
         reasons = "; ".join(dict.fromkeys(f"autograd for one part alone, {part.reason}" for part in slow))
         return "parts", reasons or "each part of the networks brings its own gradient"
 

@@ -1,12 +1,14 @@
 """What a trial has shown of the task: counted beside real trials, and what the advantages and the memory make of it."""
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes.experiment import Told
-from recipes.posterior import Posterior, PosteriorAdvantage, beta_mean, normal_mean
+from recipes.posterior import Posterior, PosteriorAdvantage, beta_moments, normal_moments
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means
 
@@ -27,8 +29,8 @@ def mdps(rows=ROWS):
 
 
 KINDS = {
-    "bandits": (bandits, Posterior(beta_mean, num_actions=3)),
-    "mdps": (mdps, Posterior(normal_mean, num_actions=5, num_states=10)),
+    "bandits": (bandits, Posterior(beta_moments, num_actions=3)),
+    "mdps": (mdps, Posterior(normal_moments, num_actions=5, num_states=10)),
 }
 
 
@@ -59,13 +61,18 @@ def played(env, num_actions, steps):
     return torch.stack(entries, 1), seen[:-1]
 
 
-def by_hand(kind, rewards):
-    return (1 + sum(rewards)) / ((2 if kind == "bandits" else 1) + len(rewards))
+def by_hand(kind, rewards, optimism=0.0):
+    number = len(rewards)
+    mean = (1 + sum(rewards)) / ((2 if kind == "bandits" else 1) + number)
+    variance = mean * (1 - mean) / (3 + number) if kind == "bandits" else 1 / (1 + number)
+    return mean + optimism * math.sqrt(variance)
 
 
+@pytest.mark.parametrize("optimism", [0.0, 0.7])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_what_was_seen_before_each_step(kind):
+def test_it_is_what_was_seen_before_each_step(kind, optimism):
     make, posterior = KINDS[kind]
+    posterior = Posterior(posterior.of_rewards, posterior.num_actions, posterior.num_states, optimism)
     steps = 8 if kind == "bandits" else 20
     batch, seen = played(make(), posterior.num_actions, steps)
     means = posterior(batch["trans"])
@@ -73,7 +80,9 @@ def test_it_is_what_was_seen_before_each_step(kind):
     for step, rows in enumerate(seen):
         for row, known in enumerate(rows):
             pairs = [divmod(pair, posterior.num_actions) for pair in range(means.shape[-1])]
-            assert means[row, step].tolist() == pytest.approx([by_hand(kind, known.get(pair, [])) for pair in pairs])
+            assert means[row, step].tolist() == pytest.approx(
+                [by_hand(kind, known.get(pair, []), optimism) for pair in pairs], abs=1e-5
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,6 +125,11 @@ def test_what_it_stands_for():
     assert made[0] is PosteriorAdvantage
     assert made[2] is TrialAdvantage
     assert len(set(made)) == 3
+
+
+def test_optimism_of_nothing():
+    with pytest.raises(ValueError, match="without posterior=True"):
+        Told(optimism=0.6)
 
 
 def test_two_things_that_stand_for_rewards():

@@ -121,7 +121,7 @@ class RL2PPOLoss(ClipPPOLoss):
         parts = actor_parts(self.actor_network, self.tensor_keys.action, entropy=reads_entropy)
         return [*parts, *parts_of(self.critic_network)] if self._runs_critic() else parts
 
-    def _known_parts(self) -> list[Part]:
+    def known_parts(self) -> list[Part]:
         """`network_parts`, made anew where a module, a hook or an option has changed: making them costs as much as running some."""
         modules = list(self.modules())
         options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus, self.training)
@@ -157,7 +157,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _losses(self, tensordict: TensorDictBase, terms: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
         data = tensordict if tensordict.ndim == 2 else tensordict.flatten(0, tensordict.ndim - 2)
-        parts, out = self._known_parts(), {}
+        parts, out = self.known_parts(), {}
         read = {key for reader in (*parts, *terms) for key in reader.in_keys}
         state: State = {key: entry for key in read if (entry := data.get(key, None)) is not None}
         for part in parts:
