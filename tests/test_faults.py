@@ -3,6 +3,9 @@
 A row of a table is one fault. `DAMAGE`, to the newest checkpoint: the run goes on from the one before, as if it had never stopped.
 `REFUSED`, to a run that is resumed: an error, and not a byte of the folder has changed. `RAISED`, by what a training calls: the
 error reaches the user, and a checkpoint is left. Signals, disks, folders and planted code follow.
+
+Elsewhere: compilers, caches and damaged libraries in `test_kernel_library`, memory that is not to be had in `test_kernels`, workers
+that die in `test_workers`, threads and forks in `test_threads`, agents' files in `test_agent_files`, arguments in `test_bad_input`.
 """
 
 import csv
@@ -24,7 +27,8 @@ from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
 from torchrl.checkpoint import Checkpoint
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
-from rl2_torchrl import Callback, load_weights, train
+from recipes import compare
+from rl2_torchrl import AdaptiveAgent, Callback, load_weights, train
 from rl2_torchrl.agent.files import write_agent
 from rl2_torchrl.baselines import gittins
 from rl2_torchrl.checkpoints import FORMAT
@@ -132,6 +136,24 @@ def test_every_byte_of_a_file_counts(tmp_path):
         path.write_bytes(whole[:at])
         with pytest.raises(DamagedFileError):
             load_tree(path)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, Path.replace
+
+    def noted(what, act, status):
+        def noting(it, *others):
+            done.append((what, status(it).st_ino))
+            return act(it, *others)
+
+        return noting
+
+    monkeypatch.setattr(os, "fsync", noted("synced", sync, os.fstat))
+    monkeypatch.setattr(Path, "replace", noted("named", replace, Path.stat))
+    Run(1).train(checkpoints=tmp_path)
+    history, written, folder = (path.stat().st_ino for path in (tmp_path / HISTORY, checkpoint(tmp_path, 1), tmp_path))
+    # The history first, since the checkpoint says how long it is; the folder last, which holds the name.
+    assert done == [("synced", history), ("synced", written), ("named", written), ("synced", folder)]
 
 
 HISTORY_DAMAGE = {
@@ -358,6 +380,14 @@ def test_an_error_after_an_update_leaves_that_update(options, tmp_path, unbroken
         Run(5).train(checkpoints=folder, **options(folder))
     assert saved_steps(folder)[-1] == 3 * BATCH
     assert_goes_on_as_unbroken(folder, unbroken)
+
+
+def test_an_evaluation_that_returns_tensors_is_taken(tmp_path):
+    seen, options = [], {"evaluate": lambda: {"score": torch.tensor([0.5])}, "eval_interval": 1}
+    Run(2).train(checkpoints=tmp_path, stop=lambda row: seen.append(row["eval/score"]) or True, **options)
+    result = Run(2).train(checkpoints=tmp_path, resume=True, **options)
+    seen += [row["eval/score"] for row in result.history]
+    assert [(type(score), score) for score in seen] == 3 * [(float, 0.5)]
 
 
 class Breaks(BernoulliBandit):
@@ -775,12 +805,34 @@ def loads_history(path):
     raise ValueError("none of it could be read")
 
 
+def loads_report(path):
+    path.rename(path.with_name("report.json"))
+    compare.history(path.parent)
+
+
+def loads_agent(suffix):
+    return lambda path: AdaptiveAgent.load(path.rename(path.with_suffix(suffix)))
+
+
+LOADERS = {
+    "checkpoint": load_tree,
+    "history": loads_history,
+    "weights": loads_weights,
+    "agent": loads_agent(".safetensors"),
+    "exported agent": loads_agent(".pt2"),
+    "ONNX agent": loads_agent(".onnx"),
+    "report": loads_report,
+}
+
+
 @pytest.mark.parametrize("plant", [by_pickle, by_torch])
-@pytest.mark.parametrize("load", [load_tree, loads_weights, loads_history])
-def test_code_planted_in_a_file_is_not_run(load, plant, tmp_path, evil):
+@pytest.mark.parametrize("loader", LOADERS)
+def test_code_planted_in_a_file_is_not_run(loader, plant, tmp_path, evil):
+    if loader == "ONNX agent":
+        pytest.importorskip("onnxruntime")
     plant(evil, tmp_path / "file")
-    with pytest.raises(ValueError, match=r"file|none of it"):
-        load(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"file|none of it|codec"):
+        LOADERS[loader](tmp_path / "file")
 
 
 @pytest.mark.parametrize("plant", [by_pickle, by_torch, lambda evil, path: os.truncate(path, 100)])
