@@ -22,7 +22,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
@@ -51,7 +50,7 @@ def main(
             back to see it. From size 11 on what was seen must then be remembered, since it cannot be looked up from the end.
         network: actor and critic, which share the core.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
 
@@ -77,7 +76,7 @@ def main(
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, policy, update, **frames)
     measured = {"rows": 64, "held_out_tasks": 128, "measures": {("info", "success"): "max"}}
     corridors = Experiment(actor, make_env, no_tasks, run, **measured)
     result = corridors.train(collector, update, eval_interval=100)
