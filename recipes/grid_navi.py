@@ -46,8 +46,8 @@ def main(
         episodes: episodes of a trial.
         network: actor and critic.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, which processes play, and what it leaves; there are 21 goals in all, so that goals are seen
-            in training too.
+        run: seeds, where the run begins, which processes play, and what it leaves; there are 21 goals in all, so
+            that goals are seen in training too.
     """
     torch.manual_seed(run.seed)
 
