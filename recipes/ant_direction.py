@@ -19,7 +19,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import AntDirection, directions, signs
@@ -45,7 +44,7 @@ def main(
         all_directions: whether an ant shall run in any direction, in place of forward or backward (as in VariBAD).
         network: actor and critic.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
     torch.set_flush_denormal(True)
@@ -70,7 +69,7 @@ def main(
     )
     batch = learning.trials * episodes * horizon
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
     ants = Experiment(actor, make_env, tasks, run, held_out_tasks=64, rows=64)
     report = ants.report(ants.train(collector, update), title="RL² on Ant, direction")
     return experiment.publish(report, run)

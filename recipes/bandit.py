@@ -16,7 +16,6 @@ from recipes.experiment import (
     Network,
     Run,
     Told,
-    Workers,
     settings_by,
     stream_seed,
     told_of,
@@ -42,7 +41,6 @@ from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.objectives import bandit_values
 
-WORKERS = Workers()
 RUN = Run(Path("runs/bandit"), report_tasks=50_000)
 
 
@@ -55,7 +53,6 @@ def main(
     network: Network,
     learning: Learning,
     told: Told,
-    workers: Workers = WORKERS,
     classical: bool = True,
     run: Run = RUN,
 ) -> AdaptationReport:
@@ -70,9 +67,8 @@ def main(
         network: actor and critic.
         learning: batches, and PPO on them.
         told: what training is told of the task beside rewards.
-        workers: which processes play.
         classical: whether classical agents play in the report too.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.set_flush_denormal(True)  # gradients that fade over a long trial become such numbers, which are slow
     torch.manual_seed(run.seed)
@@ -111,7 +107,7 @@ def main(
 
     held_out = {"held_out_tasks": 2048, "rows": 4096, "episode_name": "pull"}
     bandits = Experiment(actor, make_env, tasks, run, **held_out)
-    collector = bandits.collector(env, ActorCritic(actor, critic), update, workers, **frames)
+    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
     report = bandits.report(
         bandits.train(collector, update, callbacks=[RisingOptimism(posterior, told.optimism_after)]),
         baselines=classical_agents(bandits.reported, pulls, run.seed) if classical else {},

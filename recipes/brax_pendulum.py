@@ -21,7 +21,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 
@@ -46,7 +45,7 @@ def main(
         steps: steps after which it ends at the latest.
         network: actor and critic.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
 
@@ -73,7 +72,7 @@ def main(
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, policy, update, **frames)
     pendulums = Experiment(actor, make_env, signs, run, held_out_tasks=learning.trials, rows=learning.trials)
     result = pendulums.train(collector, update, eval_interval=100)  # JAX compiles for each env anew
     return experiment.publish(pendulums.report(result, title="RL² on a pendulum with an unknown sign"), run)

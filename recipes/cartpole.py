@@ -23,7 +23,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
@@ -49,7 +48,7 @@ def main(
         observation_scale: factor on the observations, to see what normalising them is worth.
         network: actor and critic.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
 
@@ -79,7 +78,7 @@ def main(
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, policy, update, **frames)
     poles = Experiment(actor, make_env, physics, run, held_out_tasks=64, rows=64)
     result = poles.train(collector, update)
     return experiment.publish(poles.report(result, title="RL² on CartPole without velocities"), run)

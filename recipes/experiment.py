@@ -46,6 +46,7 @@ from rl2_torchrl import (
 from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
 from rl2_torchrl.objectives import RegretAdvantage
 from rl2_torchrl.report import made_by
+from rl2_torchrl.trial import transforms_of
 
 #: Streams of random numbers that never meet, for `stream_seed`: tasks first, then what envs and classical agents draw.
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS, ENVS, CLASSICAL_AGENTS = 0, 1, 2, 3, 9, 10
@@ -127,25 +128,6 @@ class Learning:
 
 
 @dataclass(frozen=True)
-class Workers:
-    """Which processes play the trials that are trained on.
-
-    Args:
-        workers: processes that play a batch, its trials in equal shares; 0: this one does. With backend ray 0 stands for 2.
-        backend: processes of this machine, or actors of a Ray cluster (extra ray): of the one that RAY_ADDRESS in the environment
-            names, or of a new one here.
-    """
-
-    workers: int = 0
-    backend: Literal["process", "ray"] = "process"
-
-    @property
-    def number(self) -> int:
-        """Number of processes beside this one."""
-        return self.workers or (2 if self.backend == "ray" else 0)
-
-
-@dataclass(frozen=True)
 class Told:
     """What the training is told of the task beside rewards; the agent is told of none of it. See also `Network.critic_keys`.
 
@@ -208,13 +190,17 @@ def told_of(network: Network, told: Told) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """Seeds, where a run begins, and what it leaves.
+    """Seeds, where a run begins, which processes play, and what it leaves.
 
     Args:
         log_dir: folder of the run: report.json, report.png and other plots, agent.safetensors, scalars and checkpoints.
         seed: seed of networks, envs and tasks.
         seeds: of several runs side by side instead, each a program of its own in log_dir/seed0 and so on; their mean and its band
             are shown at the end. For the command line alone.
+        workers: processes that play the trials that are trained on, in equal shares of a batch; 0: this one does. With backend ray
+            0 stands for 2.
+        backend: processes of this machine, or actors of a Ray cluster (extra ray): of the one that RAY_ADDRESS in the environment
+            names, or of a new one here.
         report_tasks: held-out tasks in the final report.
         held_out_seed: seed of the tasks of evaluations and report, for runs to share them; the run's own by default.
         initial_weights: file of an agent to start from, such as one for shorter trials.
@@ -228,6 +214,8 @@ class Run:
     log_dir: Path
     seed: int = 0
     seeds: tuple[int, ...] = ()
+    workers: int = 0
+    backend: Literal["process", "ray"] = "process"
     report_tasks: int = 10_000
     held_out_seed: int | None = None
     initial_weights: Path | None = None
@@ -236,6 +224,45 @@ class Run:
     resume: bool = False
     resume_changes: tuple[str, ...] = ()
     progress: bool = True
+
+    def collector(
+        self,
+        make_env: Callable[[TaskSampler | None, int], TransformedEnv],
+        env: TransformedEnv,
+        policy: ActorCritic,
+        update: PPOUpdate,
+        **frames: int,
+    ) -> TrialCollector | TrialWorkers:
+        """What plays the trials of ``env`` that are trained on: this process, or others, a share of its rows each.
+
+        Args:
+            make_env: ``(sampler, rows)`` to an env such as ``env``, for a worker; the sampler has the tasks of ``env``'s own, and
+                seeds of the worker's. It is None where ``env`` has none.
+            env: the trial env of all rows.
+            policy: plays.
+            update: what batches are for.
+            **frames: ``frames_per_batch`` and ``total_frames``.
+
+        Raises:
+            ValueError: the rows cannot be shared out among the workers.
+        """
+        number = self.workers or (2 if self.backend == "ray" else 0)
+        if not number or self.weights is not None:
+            return TrialCollector(env, policy, keep=update.in_keys, **frames)
+        share, rest = divmod(env.batch_size.numel(), number)
+        if rest:
+            raise ValueError(
+                f"trials={env.batch_size.numel()} cannot be shared out evenly among workers={number}: choose a multiple."
+            )
+        sampler = next((each for each in transforms_of(env) if isinstance(each, TaskSampler)), None)
+        create_env = partial(_share, make_env, None if sampler is None else sampler.distribution, share)
+        options = {"workers": number, "backend": self.backend, "seed": stream_seed(self.seed, WORKERS)}
+        return TrialWorkers(create_env, policy, keep=update.in_keys, **options, **frames)
+
+
+def _share(make_env: Callable, distribution: TaskDistribution | None, rows: int) -> TransformedEnv:
+    """A worker's env; the worker gives the sampler a seed."""
+    return make_env(None if distribution is None else TaskSampler(distribution), rows)
 
 
 def settings_by(rule: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
@@ -368,25 +395,6 @@ class Experiment:
         self.actor, self.make_env, self.distribution, self.run = actor, make_env, distribution, run
         self.held_out_tasks, self.rows, self.episode_name, self.measures = held_out_tasks, rows, episode_name, measures
 
-    def collector(
-        self, env: TransformedEnv, policy: ActorCritic, update: PPOUpdate, workers: Workers, **frames: int
-    ) -> TrialCollector | TrialWorkers:
-        """What plays the trials of ``env`` that are trained on: this process, or others, a share of its rows each.
-
-        Raises:
-            ValueError: the rows cannot be shared out among the workers.
-        """
-        if not workers.number or self.run.weights is not None:
-            return TrialCollector(env, policy, keep=update.in_keys, **frames)
-        share, rest = divmod(env.batch_size.numel(), workers.number)
-        if rest:
-            raise ValueError(
-                f"trials={env.batch_size.numel()} cannot be shared out evenly among workers={workers.number}: choose a multiple."
-            )
-        create_env = partial(_share, self.make_env, self.distribution, share)
-        options = {"workers": workers.number, "backend": workers.backend, "seed": stream_seed(self.run.seed, WORKERS)}
-        return TrialWorkers(create_env, policy, keep=update.in_keys, **options, **frames)
-
     def train(self, collector: TrialCollector | TrialWorkers, update: PPOUpdate, **options: Any) -> TrainResult:
         """Trains the actor and saves its agent, or loads the weights that the run names; ``options`` go to `train`."""
         run = self.run
@@ -465,11 +473,6 @@ class Experiment:
         agent, greedy = curves.pop("agent"), curves.pop("greedy")
         whose = {"train": result, "seed": self.run.seed, "episode_name": self.episode_name}
         return AdaptationReport(agent, greedy, ablations=curves, **whose, **entries)
-
-
-def _share(make_env: Callable, distribution: TaskDistribution, rows: int) -> TransformedEnv:
-    """A worker's env; the worker gives the sampler a seed."""
-    return make_env(TaskSampler(distribution), rows)
 
 
 def write_about(folder: Path, collector: TrialCollector, update: PPOUpdate) -> None:

@@ -22,7 +22,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
     orthogonal_init_,
 )
@@ -47,7 +46,8 @@ def main(
         episodes: episodes of a trial.
         network: actor and critic.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves; there are 21 goals in all, so that goals are seen in training too.
+        run: seeds, where the run begins, which processes play, and what it leaves; there are 21 goals in all, so
+            that goals are seen in training too.
     """
     torch.manual_seed(run.seed)
 
@@ -72,7 +72,7 @@ def main(
     )
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
 
     grids = Experiment(actor, make_env, goals_in_turn, run, held_out_tasks=24 * len(GOALS))
     result = grids.train(collector, update)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from rl2_torchrl import (
     Trial,
     TrialAdvantage,
     TrialCollector,
+    TrialWorkers,
     linear_decay,
 )
 from rl2_torchrl.envs import HalfCheetahDirection, HalfCheetahVelocity, signs, velocities
@@ -152,14 +154,14 @@ def main(
             held-out trials a mean return of 180 in the worse direction, or a mean sum of |velocity - goal| of 25.
         video: film a held-out trial before and after the training: untrained.mp4 and trial.mp4, or .gif without ffmpeg
             (extra video). Without a display set MUJOCO_GL=egl.
-        run: seeds, where the run begins, and what it leaves, velocity.png among it.
+        run: seeds, where the run begins, which processes play, and what it leaves, velocity.png among it.
     """
     torch.manual_seed(run.seed)
     torch.set_flush_denormal(True)
     own = {key: value for key, value in asdict(changes).items() if value is not None}
     settings = replace(MODES[mode, task], **own)
     trials = CheetahTrials(task, settings.episodes, settings.horizon, max_velocity, run.seed)
-    collector, update = compose(trials, settings)
+    collector, update = compose(trials, settings, run)
     cheetahs = Cheetahs(update.loss.actor_network, trials, run)
     if video:  # before the training, so that what is missing is missed now
         cheetahs.film(run.log_dir / "untrained")
@@ -175,7 +177,7 @@ def main(
     return report
 
 
-def compose(trials: "CheetahTrials", settings: Mode) -> tuple[TrialCollector, PPOUpdate]:
+def compose(trials: "CheetahTrials", settings: Mode, run: Run = RUN) -> tuple[TrialCollector | TrialWorkers, PPOUpdate]:
     """Collector and update, of the parts that any recipe is made of."""
     sampler = TaskSampler(trials.distribution, seed=stream_seed(trials.seed, TRAIN_TASKS))
     env = trials.env(sampler, settings.trials, TRAIN_STARTS)
@@ -195,7 +197,8 @@ def compose(trials: "CheetahTrials", settings: Mode) -> tuple[TrialCollector, PP
     )
     batch = settings.batch_steps
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(settings.env_steps, batch)}
-    return TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames), update
+    make_env = partial(trials.env, starts=TRAIN_STARTS)
+    return run.collector(make_env, env, ActorCritic(actor, critic), update, **frames), update
 
 
 @dataclass(frozen=True)

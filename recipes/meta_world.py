@@ -26,7 +26,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
@@ -65,7 +64,7 @@ def main(
         vectorization: of the envs, one after the other or each in a process.
         network: actor and critic.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
     goals = load_benchmark(benchmark, task, run.seed)
@@ -100,7 +99,7 @@ def main(
     )
     batch = learning.trials * episodes * horizon
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    collector = run.collector(partial(make_env, train_tasks), env, policy, update, **frames)
     test, each = partial(make_env, goals.test_tasks), partial(in_order, len(goals.test_tasks))
     measures = {"held_out_tasks": 50, "rows": 50, "measures": {("info", "success"): "max"}}
     arms = Experiment(actor, test, each, run, **measures)

@@ -24,7 +24,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
@@ -54,7 +53,7 @@ def main(
         belief: weight of a loss that the memory tells the goal's door by (`TaskBelief`), which only training sees; 0 for none.
         network: actor and critic, which share the core.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
     held_out, trained = np.split(all_mazes(), [HELD_OUT_MAZES])
@@ -81,7 +80,7 @@ def main(
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    collector = run.collector(partial(make_env, trained), env, policy, update, **frames)
     measures = {("info", "success"): "max"}
     others, draw = partial(make_env, held_out), partial(numbers, len(held_out))
     searches = Experiment(actor, others, draw, run, rows=64, held_out_tasks=128, measures=measures)

@@ -23,7 +23,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
@@ -54,7 +53,7 @@ def main(
         belief: weight of a loss that the memory tells the object by (`TaskBelief`), which only training sees; 0 for none.
         network: actor and critic, which share the core.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
 
@@ -82,7 +81,7 @@ def main(
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, policy, update, **frames)
     measured = {"rows": 64, "held_out_tasks": 128, "measures": {("info", "success"): "max"}}
     corridors = Experiment(actor, make_env, no_tasks, run, **measured)
     result = corridors.train(collector, update, eval_interval=100)

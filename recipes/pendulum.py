@@ -23,7 +23,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
@@ -51,7 +50,7 @@ def main(
         velocity_scale: further factor on the angular velocity; 1000 shows it in mrad/s beside numbers below 1.
         network: actor and critic.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
 
@@ -80,7 +79,7 @@ def main(
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, policy, update, **frames)
     pendulums = Experiment(actor, make_env, physics, run, held_out_tasks=64, rows=64)
     result = pendulums.train(collector, update)
     return experiment.publish(pendulums.report(result, title="RL² on Pendulum"), run)

@@ -22,7 +22,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import Resumable
@@ -55,7 +54,7 @@ def main(
         belief: weight of a loss that the memory tells the target by (`TaskBelief`), which only training sees; 0 for none.
         network: actor and critic.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
 
@@ -83,7 +82,7 @@ def main(
     )
     batch = learning.trials * episodes * steps
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
     masses = Experiment(actor, make_env, targets, run, held_out_tasks=32, rows=32)
     result = masses.train(collector, update)
     return experiment.publish(masses.report(result, title="RL² on a point mass with a hidden target"), run)

@@ -19,7 +19,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import PointRobot, goals_on_half_circle
@@ -45,7 +44,7 @@ def main(
         sparse: whether rewards tell of the goal only where it is reached, so that it has to be searched for.
         network: actor and critic.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
 
@@ -71,7 +70,7 @@ def main(
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, policy, update, **frames)
 
     points = Experiment(actor, make_env, goals, run, held_out_tasks=512)
     result = points.train(collector, update)

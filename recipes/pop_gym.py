@@ -21,7 +21,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    TrialCollector,
     linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
@@ -49,7 +48,7 @@ def main(
         env_id: one of POPGym's envs with one or several choices, or real actions.
         network: actor and critic, which share the core.
         learning: batches, and PPO on them.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
     register_envs()
@@ -75,7 +74,7 @@ def main(
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, policy, keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, policy, update, **frames)
     games = Experiment(actor, make_env, no_tasks, run, held_out_tasks=128, rows=64)
     result = games.train(collector, update, eval_interval=100)
     report = games.report(result, title=f"RL² on {env_id}")

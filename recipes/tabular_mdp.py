@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchrl.collectors import BaseCollector
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
@@ -34,7 +35,7 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TaskSampler,
     Trial,
-    TrialCollector,
+    TrialWorkers,
     linear_decay,
     orthogonal_init_,
 )
@@ -73,7 +74,7 @@ def main(
         noiseless: share of the training, from its start, in which rewards are without noise: what a memory of single states and
             actions is worth then shows several times as clearly. Evaluations and report are always with noise.
         classical: whether classical agents play in the report too.
-        run: seeds, where the run begins, and what it leaves.
+        run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.set_flush_denormal(True)  # gradients that fade over a long trial become such numbers, which are slow
     torch.manual_seed(run.seed)
@@ -108,9 +109,9 @@ def main(
     )
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
+    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
 
-    curricula = [NoiseCurriculum(env.base_env, noiseless), RisingOptimism(posterior, told.optimism_after)]
+    curricula = [NoiseCurriculum(env.base_env, noiseless, collector), RisingOptimism(posterior, told.optimism_after)]
     trials = Experiment(actor, make_env, random_mdps(), run)
     report = trials.report(
         trials.train(collector, update, callbacks=curricula),
@@ -126,23 +127,31 @@ def mean_rewards(tasks: torch.Tensor) -> torch.Tensor:
 
 
 class NoiseCurriculum(Callback):
-    """Lets the rewards of ``worlds`` have their noise only after the share ``noiseless`` of the training."""
+    """Lets the rewards of ``worlds`` have their noise only after the share ``noiseless`` of the training.
 
-    def __init__(self, worlds: TabularMDP, noiseless: float):
+    Where a ``collector`` of `TrialWorkers` plays worlds of its own in their place, theirs follow.
+    """
+
+    def __init__(self, worlds: TabularMDP, noiseless: float, collector: BaseCollector | None = None):
         if not 0 <= noiseless < 1:
             raise ValueError(
                 f"noiseless={noiseless} is a share of the training, at least 0 and below 1: the task has noise."
             )
-        self.worlds, self.noiseless, self.noise = worlds, noiseless, worlds.noise
-        self._set_noise(0.0)
+        self.worlds, self.noiseless, self.noise, self.collector = worlds, noiseless, worlds.noise, collector
+        self._set_noise(self._noise_at(0.0))
 
     def after_update(self, row: dict[str, float], progress: float) -> dict[str, float]:
         """Sets the noise of the next batch."""
-        self._set_noise(progress)
+        self._set_noise(self._noise_at(progress))
         return {"train/noise": self.worlds.noise}
 
-    def _set_noise(self, progress: float) -> None:
-        self.worlds.noise = self.noise if progress >= self.noiseless else 0.0
+    def _noise_at(self, progress: float) -> float:
+        return self.noise if progress >= self.noiseless else 0.0
+
+    def _set_noise(self, noise: float) -> None:
+        self.worlds.noise = noise
+        if isinstance(self.collector, TrialWorkers):
+            self.collector.before_play = partial(set_noise, noise)
 
     def state_dict(self) -> dict[str, Any]:
         """The noise at which the training stands."""
@@ -150,7 +159,12 @@ class NoiseCurriculum(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
-        self.worlds.noise = state["noise"]
+        self._set_noise(state["noise"])
+
+
+def set_noise(noise: float, env: TransformedEnv) -> None:
+    """Sets the noise of rewards of the worlds in ``env``."""
+    env.base_env.noise = noise
 
 
 def classical_agents(held_out: torch.Tensor, episodes: int, seed: int) -> dict[str, AdaptationCurve]:

@@ -16,15 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes import bandit
+from recipes import cartpole, grid_navi, half_cheetah, tabular_mdp
 from recipes.experiment import arguments
 from rl2_torchrl import GRUCategoricalActor, TrialWorkers, train
 from rl2_torchrl.callbacks import Callback
+from rl2_torchrl.envs import unpack_mdps
 from rl2_torchrl.minibatches import require_trials
 from rl2_torchrl.seeding import derived_seed
 from rl2_torchrl.workers import trial_workers
 from rl2_torchrl.workers.player import Player
-from tests.workers import EPISODES, FRAMES, ROWS, STEPS, WORKERS, Setup, make_env
+from tests.workers import EPISODES, FRAMES, ROWS, STEPS, WORKERS, Setup, leaves_its_number, make_env
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 BACKENDS = ["process", pytest.param("ray", marks=needs_ray)]
@@ -108,6 +109,19 @@ def test_a_worker_that_is_killed_is_started_anew_and_its_trials_are_counted(setu
     assert len(tasks.unique(dim=0)) == len(tasks)  # it does not play again what the dead one has played
     [killed] = set(pids) - set(collector.pids)
     assert has_ended(killed)
+
+
+def test_workers_do_what_they_are_told_before_they_play_those_started_anew_too(setup):
+    setup.collector.before_play = partial(leaves_its_number, setup.folder)
+    before = set(setup.collector.pids)
+    Path(setup.folder, "kill").touch()
+    try:
+        setup.collector.rollout()
+    finally:
+        setup.collector.before_play = None
+    told = {int(path.stem): path.suffix for path in setup.folder.glob("*.told-*")}
+    assert set(told) == before | set(setup.collector.pids)
+    assert set(told.values()) == {f".told-{ROWS}"}
 
 
 def test_an_error_in_a_worker_is_raised_here_and_says_where(setup):
@@ -271,11 +285,37 @@ def _no_env():
     raise FileNotFoundError("no such env")
 
 
-def test_the_bandit_recipe_trains_with_workers(tmp_path):
-    tiny = {"trials": 8, "env_steps": 160, "minibatches": 2, "units": 4, "report_tasks": 4, "progress": False}
-    options = arguments(bandit.main, {**tiny, "workers": 2, "classical": False, "log_dir": tmp_path, "pulls": 5})
-    report = bandit.main(**options)
-    assert len(report.train.history) == 4
-    assert (tmp_path / "agent.safetensors").exists()
+@pytest.mark.parametrize("name", ["grid_navi", "half_cheetah", "tabular_mdp", "cartpole"])
+def test_a_recipe_trains_with_workers(name, tmp_path, monkeypatch):
+    recipe, options = {
+        "grid_navi": (grid_navi, {"env_steps": 4 * 480}),
+        "half_cheetah": (half_cheetah, {"horizon": 3, "env_steps": 4 * 48}),
+        "tabular_mdp": (tabular_mdp, {"episodes": 2, "env_steps": 4 * 160, "classical": False, "noiseless": 0.5}),
+        "cartpole": (cartpole, {"env_steps": 4 * 8 * cartpole.BATCH_STEPS}),
+    }[name]
+    if name == "half_cheetah":
+        pytest.importorskip("mujoco")
+    else:
+        options |= {"minibatches": 2, "epochs": 1, "critic_keys": ("task",)}
+    tiny = {"trials": 8, "units": 4, "report_tasks": 4, "progress": False, "log_dir": tmp_path, **options}
     with pytest.raises(ValueError, match="trials=8 cannot be shared out evenly among workers=3"):
-        bandit.main(**arguments(bandit.main, {**tiny, "workers": 3, "log_dir": tmp_path}))
+        recipe.main(**arguments(recipe.main, {**tiny, "workers": 3}))
+    played, rollout = [], TrialWorkers.rollout
+    monkeypatch.setattr(TrialWorkers, "rollout", lambda self: played.append(rollout(self)) or played[-1])
+    report = recipe.main(**arguments(recipe.main, {**tiny, "workers": 2}))
+    assert len(report.train.history) == len(played) == 4
+    assert (tmp_path / "agent.safetensors").exists()
+    if (
+        name == "grid_navi"
+    ):  # a training draws its goals, evaluations go through them in turn, which all workers would do alike
+        mine, others = played[0]["task"][:, 0].chunk(2)
+        assert not torch.equal(mine, others)
+    if name == "tabular_mdp":  # noise begins with the fourth batch, in the workers' worlds too
+        assert [is_noisy(batch) for batch in played] == [False, False, False, True]
+
+
+def is_noisy(batch):
+    """Whether rewards are others than the task's means, of the state that ``"trans"`` begins with and of the action."""
+    means, state = unpack_mdps(batch["task"])[0], batch["trans"][..., : tabular_mdp.NUM_STATES].argmax(-1)
+    place = state * tabular_mdp.NUM_ACTIONS + batch["action"]
+    return not torch.allclose(batch["next", "reward"], means.flatten(-2).gather(-1, place.unsqueeze(-1)))

@@ -51,9 +51,11 @@ class Player(TrialCollector):
         np.random.seed(seed)
         random.seed(seed)
 
-    def play(self, weights: TensorDictBase) -> TensorDictBase:
-        """One batch ``[*B, T]`` by the policy with ``weights``, in one piece of memory."""
+    def play(self, weights: TensorDictBase, before: Callable[[EnvBase], object] | None = None) -> TensorDictBase:
+        """One batch ``[*B, T]`` by the policy with ``weights``, in one piece of memory, after ``before(env)``."""
         try:
+            if before is not None:
+                before(self.env)
             self._weights.update_(weights)
             return self.rollout().consolidate()
         except Exception as error:

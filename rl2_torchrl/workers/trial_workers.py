@@ -64,6 +64,8 @@ class TrialWorkers(BaseCollector):
         deaths: how many workers have died.
         lost_trials: the trials that they were playing, one a row.
         pids: the workers' processes, by their numbers on their machines.
+        before_play: what a worker calls with its env before it plays a batch, such as to change one of the env's settings; it is
+            pickled. None, as at first: nothing.
 
     A resumed training begins new trials, by seeds that no worker has had; all else goes on exactly.
 
@@ -114,6 +116,7 @@ class TrialWorkers(BaseCollector):
         self._start = partial(self._host, *given, options=dict(options or {}))
         self._hosts: list[Host | None] = [None] * workers
         self.pids = [0] * workers
+        self.before_play: Callable[[EnvBase], object] | None = None
         self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(workers, "TrialWorkers")
         # Also when the program ends, which would wait for its processes else.
         self._end = weakref.finalize(self, _shut_down, self._hosts, self._pool)
@@ -153,7 +156,7 @@ class TrialWorkers(BaseCollector):
         deaths = 0
         while True:
             try:
-                return self._hosts[number].call("play", weights)
+                return self._hosts[number].call("play", weights, self.before_play)
             except Exception as error:
                 how = self._hosts[number].why_dead(error)
                 if how is None:
