@@ -226,8 +226,7 @@ class LSTMCore(RecurrentCore):
 
     def step(self, x: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor) -> Tensors:
         states = []
-        for layer, names in enumerate(self.lstm._all_weights):
-            weights = [getattr(self.lstm, name) for name in names]
+        for layer, weights in enumerate(self.lstm.all_weights):
             states.append(torch.lstm_cell(x, (hidden[:, layer], cell[:, layer]), *weights))
             x = states[-1][0]
         if len(states) == 1:

@@ -98,11 +98,9 @@ class FastGRUModule(RecurrentCore, GRUModule):
     def _layers(self, x, hidden: torch.Tensor | None, is_init: torch.Tensor | None) -> list[torch.Tensor]:
         """Each layer's output ``[N, T, hidden_size]``, from ``hidden`` ``[N, T, num_layers, hidden_size]``."""
         outputs = [x]
-        for layer, names in enumerate(self.gru._all_weights):
-            weights = [getattr(self.gru, name) for name in names]
-            outputs.append(
-                gru_sequence(outputs[-1], None if hidden is None else hidden[:, :, layer], is_init, *weights)
-            )
+        for layer, weights in enumerate(self.gru.all_weights):
+            first = None if hidden is None else hidden[:, :, layer]
+            outputs.append(gru_sequence(outputs[-1], first, is_init, *weights))
         return outputs[1:]
 
 
@@ -139,7 +137,7 @@ class StepGRU:
     """One step of a `torch.nn.GRU` without gradient, for rollouts: the weights are packed once, here."""
 
     def __init__(self, gru: nn.GRU):
-        self.layers = [[getattr(gru, name).detach() for name in layer] for layer in gru._all_weights]
+        self.layers = [[weight.detach() for weight in layer] for layer in gru.all_weights]
         self.units, self.weight = gru.hidden_size, self.layers[0][1]
         for layer in self.layers:
             require_weights(*layer)

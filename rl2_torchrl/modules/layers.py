@@ -16,7 +16,7 @@ from rl2_torchrl.gradients.part import is_bare, runs
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.functions import relu_linear, relu_linear_step
 
-__all__ = ["Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead", "encoding"]
+__all__ = ["Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead", "by_entry", "encoding"]
 
 #: A module of ``[*B, *shape]`` to ``[*B, n]``, or a function of that shape that makes one.
 EntryEncoder = nn.Module | Callable[[torch.Size], nn.Module]
@@ -150,27 +150,29 @@ class Concat(nn.Module):
         return ConcatPart(self, in_keys, out_keys) if runs(self, Concat) else None
 
 
+def by_entry(encoder: Encoder | None, in_key: NestedKey) -> TensorDictModuleBase | Mapping[NestedKey, EntryEncoder]:
+    """Encoders by the entries that they read, a single one ``in_key``; a TensorDictModule names its entries itself."""
+    if isinstance(encoder, TensorDictModuleBase | Mapping):
+        return encoder
+    return {} if encoder is None else {in_key: encoder}
+
+
 def encoding(
-    encoder: Encoder | None,
-    entries: Mapping[NestedKey, Sequence[int]],
-    in_key: NestedKey,
-    out_key: NestedKey,
-    **factory,
+    encoder: TensorDictModuleBase | Mapping, entries: Mapping[NestedKey, Sequence[int]], out_key: NestedKey, **factory
 ) -> tuple[list[TensorDictModuleBase], NestedKey, int]:
     """Modules that make one vector of ``entries`` (their shapes, batch dimensions aside), its key and its size.
 
-    A single ``encoder`` reads ``in_key``; entries without one are taken as they are. What is made is named after ``out_key``;
+    ``encoder`` is what `by_entry` gives; entries without one are taken as they are. What is made is named after ``out_key``;
     ``factory`` is device and dtype for modules that functions make.
     """
-    encoders = encoder if isinstance(encoder, Mapping) else {in_key: encoder} if encoder is not None else {}
     is_whole = isinstance(encoder, TensorDictModuleBase)
-    encoded = encoder.in_keys if is_whole else list(encoders)
+    encoded = encoder.in_keys if is_whole else list(encoder)
     unknown = [key for key in encoded if key not in entries]
     if unknown:
         raise KeyError(
             f"there are encoders for {unknown}, but the network reads {list(entries)}; from_env(env, ...) adds them."
         )
-    modules = [encoder] if is_whole else [_module_of(*item, entries, out_key, factory) for item in encoders.items()]
+    modules = [encoder] if is_whole else [_module_of(*item, entries, out_key, factory) for item in encoder.items()]
     plain = {key: shape for key, shape in entries.items() if key not in encoded}
     for key, shape in plain.items():
         if len(shape) != 1:

@@ -17,7 +17,7 @@ from torchrl.modules import ProbabilisticActor
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.gru import GRUCore
-from rl2_torchrl.modules.layers import ConvEncoder, Encoder, Head, SkipHead, encoding
+from rl2_torchrl.modules.layers import ConvEncoder, Encoder, Head, SkipHead, by_entry, encoding
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import is_info, previous_steps
 
@@ -336,12 +336,12 @@ def _slots(
     """Encoders and core, the head, the entries that it reads, and (hidden_key, features_key, features_size) of the core."""
     factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}
     units = {name: number for name, number in units.items() if number is not None}
-    entries = _entries(input_size, in_key, _as_keys(extra_keys), encoder)
-    norms = []
+    encoder, norms = by_entry(encoder, in_key), []
+    entries = _entries(input_size, in_key, _as_keys(extra_keys), bool(encoder))
     if normalize is not False:
-        norm, in_key, entries, encoder = _normalized(normalize, in_key, entries, encoder, features_key, device)
+        norm, entries, encoder = _normalized(normalize, in_key, entries, encoder, features_key, device)
         norms.append(norm)
-    encoders, key, size = encoding(encoder, entries, in_key, features_key, **factory)
+    encoders, key, size = encoding(encoder, entries, features_key, **factory)
     if core is None:
         core = GRUCore(size, **units, **factory)
     elif units:
@@ -364,8 +364,8 @@ def _slots(
     return [*norms, *encoders, core], head, [names[1], key] if skip else [names[1]], names
 
 
-def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder: Encoder | None, features_key, device):
-    """The module that normalises ``in_key``; then key, entries and encoder for what it gives in the place of that."""
+def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder, features_key: NestedKey, device):
+    """The module that normalises ``in_key``; then entries and encoders with what it gives in the place of that."""
     [size] = entries[in_key]
     if isinstance(encoder, TensorDictModuleBase):
         raise ValueError(
@@ -377,10 +377,8 @@ def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder: Encoder
         )
     key = sub_key(features_key, "normalized")
     norm = RunningNorm(size, None if normalize is True else normalize, device=device)
-    entries = {key if k == in_key else k: shape for k, shape in entries.items()}
-    if isinstance(encoder, Mapping):
-        encoder = {key if k == in_key else k: module for k, module in encoder.items()}
-    return TensorDictModule(norm, [in_key], [key]), key, entries, encoder
+    renamed = ({key if k == in_key else k: each for k, each in by_key.items()} for by_key in (entries, encoder))
+    return TensorDictModule(norm, [in_key], [key]), *renamed
 
 
 def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, features_key) -> int:
@@ -397,14 +395,14 @@ def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, featur
 
 
 # ------------------------------------------------------------------- entries
-def _entries(input_size: Shapes, in_key: NestedKey, extra_keys: Sequence[NestedKey], encoder: Encoder | None):
+def _entries(input_size: Shapes, in_key: NestedKey, extra_keys: Sequence[NestedKey], has_encoders: bool):
     """Shape of each entry that a network reads, in the order in which they are concatenated."""
     if isinstance(input_size, Mapping):
         missing = [key for key in (in_key, *extra_keys) if key not in input_size]
         if missing:
             raise KeyError(f"the network reads {missing}, whose shape input_size={dict(input_size)} does not say.")
         return input_size
-    if extra_keys and encoder is not None:
+    if extra_keys and has_encoders:
         raise ValueError(
             "with an encoder and extra_keys say each entry's shape: input_size={'trans': [5], 'time_left': [1]}."
         )
@@ -430,14 +428,13 @@ def _read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.
     kwargs.setdefault("device", env.device)
     if kwargs.get("normalize") is True:
         kwargs["normalize"] = _reals_of(env, kwargs.get("in_key", "trans"))
-    keys, encoder = [kwargs.get("in_key", "trans"), *_as_keys(kwargs.get("extra_keys", ()))], kwargs.get("encoder")
+    keys = [kwargs.get("in_key", "trans"), *_as_keys(kwargs.get("extra_keys", ()))]
+    encoder = by_entry(kwargs.get("encoder"), keys[0])
     if isinstance(encoder, TensorDictModuleBase):
         return _shapes_of(env, list(dict.fromkeys([*keys, *encoder.in_keys])))
-    encoders = encoder if isinstance(encoder, Mapping) else {} if encoder is None else {keys[0]: encoder}
-    encoders = {**encoders, **dict.fromkeys(_images(env, {*keys, *encoders}), ConvEncoder)}
-    kwargs["encoder"] = {key: module for key, module in encoders.items() if module is not None} or None
-    keys += kwargs["encoder"] or ()
-    return _shapes_of(env, list(dict.fromkeys(keys)))
+    encoders = {**encoder, **dict.fromkeys(_images(env, {*keys, *encoder}), ConvEncoder)}
+    kwargs["encoder"] = {key: module for key, module in encoders.items() if module is not None}
+    return _shapes_of(env, list(dict.fromkeys([*keys, *kwargs["encoder"]])))
 
 
 def _shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.Size]:

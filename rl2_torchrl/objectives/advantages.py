@@ -107,10 +107,7 @@ class TrialAdvantage(nn.Module):
         if self.normalize:
             std = advantage.std().clamp_min(1e-8)
             advantage.sub_(advantage.mean()).div_(std)
-        for key, entry in (("advantage", advantage), ("value_target", target)):
-            if tensordict.get(key, None) is not entry:
-                tensordict.set(key, entry)
-        return tensordict
+        return tensordict.set("advantage", advantage).set("value_target", target)
 
     def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
         """What the advantages are of, ``[*B, T, 1]``: the collected rewards. A subclass may have others."""
