@@ -121,7 +121,7 @@ def kinds_in_view(observation):
     return sorted(kinds[(kinds == 5) | (kinds == 6)].tolist())
 
 
-@pytest.mark.parametrize(("size", "seen"), [("S9", 3), ("S11", 2)])
+@pytest.mark.parametrize(("size", "seen"), [("S7", 3), ("S9", 3), ("S11", 2)])
 def test_what_is_seen_in_the_room_is_out_of_view_at_a_long_corridors_end(size, seen):
     pytest.importorskip("minigrid")
     from recipes.minigrid_envs import Corridor
