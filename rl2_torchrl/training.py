@@ -102,11 +102,12 @@ def train(
             moved to a subfolder unless ``resume``, in the place of the run before that. None saves none.
         checkpoint_interval: updates between checkpoints; one more follows the end, a Ctrl-C or an error.
         resume: go on from the newest checkpoint in ``checkpoints`` that is whole, if there is any. Where the env hands out its
-            state (a `TensorEnv`; `GymVectorEnv`, `GymTaskEnv` and a `SerialEnv` of them, over envs of plain data) the run goes on
-            as if it had never stopped, in the middle of its trials; with other envs it begins new trials, and the log and
-            ``new_trials`` of the result say why. CSV files and TensorBoard then hold each step once: what the logger has there of
-            later steps is taken back. Where there is no checkpoint the run starts anew, and CSV files of one that was killed before
-            its first are moved to a subfolder; a log whose run has had checkpoints, elsewhere say, is an error.
+            state (a `TensorEnv`; `GymVectorEnv`, `GymTaskEnv` and TorchRL envs that are `Resumable`, over envs of plain data;
+            ``SerialEnv`` and ``ParallelEnv`` of them) the run goes on as if it had never stopped, in the middle of its trials;
+            with other envs it begins new trials, and the log and ``new_trials`` of the result say why. CSV files and TensorBoard
+            then hold each step once: what the logger has there of later steps is taken back. Where there is no checkpoint the
+            run starts anew, and CSV files of one that was killed before its first are moved to a subfolder; a log whose run has
+            had checkpoints, elsewhere say, is an error.
         resume_changes: settings that may be others than the run's, by the names that the error gives, such as
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.

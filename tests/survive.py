@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 import tyro
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import Compose, DoubleToFloat, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 from torchrl.record.loggers import CSVLogger
 
 from rl2_torchrl import (
@@ -49,7 +49,14 @@ ROWS, STEPS, EPISODE = 3, 9, 7
 #: Updates of a run for each kill.
 UPDATES_A_KILL = 12
 Name = Literal[
-    "bandit", "cheetah", "pendulum-serial", "pendulum-parallel", "pendulum-vector", "pendulum-async", "mujoco-vector"
+    "bandit",
+    "cheetah",
+    "pendulum-serial",
+    "pendulum-parallel",
+    "pendulum-vector",
+    "pendulum-async",
+    "mujoco-vector",
+    "point-mass",
 ]
 
 
@@ -235,6 +242,19 @@ def set_weight(cheetah, task: torch.Tensor) -> None:
     cheetah.model.opt.gravity[2] = -task.item()
 
 
+def _point_masses() -> EnvBase:
+    from recipes.point_mass import HiddenTarget
+
+    masses = SerialEnv(ROWS, lambda: TransformedEnv(HiddenTarget(EPISODE, frame_skip=1), DoubleToFloat()))
+    masses.set_seed(2)
+    return masses
+
+
+def places(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Of targets (m), ``[*batch_size, 2]``."""
+    return 0.2 * torch.rand(*batch_size, 2, generator=generator)
+
+
 def _vector(name: str, **options) -> GymVectorEnv:
     return GymVectorEnv(name, ROWS, max_episode_steps=EPISODE, seed=2, **options)
 
@@ -248,6 +268,7 @@ _ENVS: dict[str, tuple[Callable[[], EnvBase], Callable]] = {
     "pendulum-vector": (partial(_vector, "Pendulum-v1", **_GRAVITY), gravities),
     "pendulum-async": (partial(_vector, "Pendulum-v1", vectorization="async", **_GRAVITY), gravities),
     "mujoco-vector": (partial(_vector, "HalfCheetah-v5", set_task=set_weight, task_spec=Unbounded(1)), gravities),
+    "point-mass": (_point_masses, places),  # needs dm_control
 }
 
 

@@ -143,9 +143,11 @@ One that exists without a task, such as this one, or one of TorchRL's wrappers:
 gets one by a subclass that declares it in ``state_spec`` and takes it out of what ``_reset`` is given. Several of them are the
 rows of a ``SerialEnv`` (or, for a millisecond a step and more, of a ``ParallelEnv``, which in a script needs the ``__main__`` guard
 of multiprocessing), whose ``set_seed`` gives each a seed of its own. An env that is batched itself declares
-``Composite(task=Unbounded((rows, 1)), shape=(rows,))``, and its ``_reset`` begins only the rows of ``tensordict["_reset"]``.
+``Composite(task=Unbounded((rows, 1)), shape=(rows,))``, and its ``_reset`` begins only the rows of ``tensordict["_reset"]``. By
+`Resumable` checkpoints hold it, too, in the middle of an episode.
 
->>> class TaskBoat(OldBoat):
+>>> from rl2_torchrl.envs import Resumable
+>>> class TaskBoat(Resumable, OldBoat):
 ...     def __init__(self, **kwargs):  # which TorchRL's own wrappers are given, at a reset too
 ...         super().__init__(**kwargs)
 ...         self.state_spec = Composite(task=Unbounded(1))

@@ -64,8 +64,9 @@ class GymVectorEnv(TensorEnv):
         **kwargs: of `gymnasium.make`, with an id.
 
     A checkpoint holds the rows too, so that a resumed run goes on in the middle of an episode: their attributes, as far as these
-    are plain data, their random numbers, MuJoCo's simulation, or what an env's own ``get_state()`` returns and
-    ``set_state(state)`` takes. An env that holds anything else begins new trials, and the log names it.
+    are plain data or objects of the env's own package, their random numbers, MuJoCo's simulation, or what an env's own
+    ``get_state()`` returns and ``set_state(state)`` takes. An env that holds anything else begins new trials, and the log names
+    it. One that keeps its state elsewhere, as in a simulator that it knows by a number, needs these two methods.
 
     Raises:
         ValueError: a vector env that resets in the next step, several ways for the task at once or half of one, no ``num_envs``,
