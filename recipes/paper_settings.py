@@ -137,16 +137,16 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
             "task": {
                 **TOLD_LONGER_MDPS,
                 "trials": 256,
-                "env_steps": 6_000_000,
-                "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
+                "env_steps": 5_000_000,
+                "initial_weights": PRETRAINED / "mdps_50_task.safetensors",
             }
         },
         "100": {
             "task": {
                 **TOLD_LONGER_MDPS,
                 "trials": 256,
-                "env_steps": 6_000_000,
-                "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
+                "env_steps": 5_000_000,
+                "initial_weights": PRETRAINED / "mdps_50_task.safetensors",
             }
         },
     },
