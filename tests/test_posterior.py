@@ -8,7 +8,14 @@ from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes.experiment import Told
-from recipes.posterior import Posterior, PosteriorAdvantage, RisingOptimism, beta_moments, normal_moments
+from recipes.posterior import (
+    Posterior,
+    PosteriorAdvantage,
+    PosteriorBelief,
+    RisingOptimism,
+    beta_moments,
+    normal_moments,
+)
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means
 
@@ -117,6 +124,7 @@ def test_what_it_stands_for():
     with torch.no_grad():
         term.layer.weight.zero_()
         term.layer.bias.fill_(1.0)  # at a trial's start all means are 1
+        term.is_fitted.fill_(True)
     trans = torch.zeros(2, 1, 17)
     assert term(torch.zeros(2, 1, 4), trans)["loss_belief"].item() == pytest.approx(0.0)
     assert Told(posterior=True).terms(4, 50, posterior=posterior) == []
@@ -125,6 +133,26 @@ def test_what_it_stands_for():
     assert made[0] is PosteriorAdvantage
     assert made[2] is TrialAdvantage
     assert len(set(made)) == 3
+
+
+def test_what_a_memory_holds_is_told_from_the_first_minibatch_on():
+    """Of features that the posterior means are a linear function of: a random layer errs by the means' own size, 1."""
+    posterior = KINDS["mdps"][1]
+    batch, _ = played(mdps(rows=40), 5, 20)
+    trans, generator = batch["trans"], torch.Generator().manual_seed(0)
+    features = posterior(trans) @ torch.randn(50, 64, generator=generator)
+    term, random = (PosteriorBelief(64, posterior, coefficient=2.0) for _ in range(2))
+    random.is_fitted.fill_(True)
+    assert random(features, trans)["belief_error"] > 0.5
+    first = term(features.requires_grad_(), trans)
+    assert first["belief_error"] < 0.01
+    assert first["loss_belief"].item() == pytest.approx(2 * first["belief_error"].item())
+    first["loss_belief"].backward()
+    assert features.grad.abs().max() > 0
+    weight = term.layer.weight.clone()
+    term(features.flip(0), trans)  # another minibatch: what was learnt since is not undone
+    assert torch.equal(term.layer.weight, weight)
+    assert term.state_dict()["is_fitted"]
 
 
 def test_optimism_rises_in_mid_training_and_goes_on_where_it_stood():
