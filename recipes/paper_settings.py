@@ -129,6 +129,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
             "task": {
                 **TOLD_LONGER_MDPS,
                 "trials": 256,
+                "entropy": 0.03,
                 "env_steps": 6_000_000,
                 "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
             }
@@ -137,16 +138,18 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
             "task": {
                 **TOLD_LONGER_MDPS,
                 "trials": 256,
-                "env_steps": 6_000_000,
-                "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
+                "entropy": 0.03,
+                "env_steps": 5_000_000,
+                "initial_weights": PRETRAINED / "mdps_50_task.safetensors",
             }
         },
         "100": {
             "task": {
                 **TOLD_LONGER_MDPS,
                 "trials": 256,
-                "env_steps": 6_000_000,
-                "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
+                "entropy": 0.03,
+                "env_steps": 5_000_000,
+                "initial_weights": PRETRAINED / "mdps_50_task.safetensors",
             }
         },
     },

@@ -457,10 +457,10 @@ def test_networks_of_a_recipe_are_as_its_arguments_say(name, tmp_path):
 def test_training_by_the_posterior_says_so(name, tmp_path):
     report = run(name, tmp_path, updates=1, regret=False, posterior=True, belief=1.0, critic_keys=("time_left",))
     assert "(task told in training: belief, posterior)" in report.title
-    # An untrained layer tells little but 0: the error is near the mean square of what is to be told, 1/4 of arms and 1 of
-    # MDPs. The task's own mean rewards have 2.
+    # The layer starts where least squares put it: of what is to be told, whose mean square is 1/4 of arms and 1 of MDPs, it leaves
+    # what varies with a trial. The task's own mean rewards have 2.
     error = report.train.history[0]["train/belief_error"]
-    assert 0.8 < error / {"bandit": 0.25, "tabular_mdp": 1.0}[name] < 1.6
+    assert 0 < error < {"bandit": 0.05, "tabular_mdp": 0.3}[name]
 
 
 def test_noise_comes_after_its_share_of_the_training():
