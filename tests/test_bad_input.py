@@ -160,6 +160,12 @@ CASES = [
         RuntimeError,
         "within an env.*AdaptiveAgent",
     ),
+    row(
+        "observations of other rows",
+        lambda: env(16).transform[-1].begin([torch.zeros(2, 3)]),
+        ValueError,
+        r"\(2, 3\).* the 16 rows .*AdaptiveAgent",
+    ),
     row("half a step", lambda: Trial(steps=2.5), ValueError, "steps=2.5.*whole number"),
     row(
         "trial not first", lambda: wrap(sampler(), Trial(steps=4)).reset(), RuntimeError, "TaskSampler comes.*Put Trial"
