@@ -1,8 +1,6 @@
-"""Rules on the rows of a batch: trials in time, whole numbers, no padding, one scale for all."""
+"""Rules on the rows of a batch: trials in time, whole numbers, no padding."""
 
 from __future__ import annotations
-
-from torchrl.envs import VecNormV2
 
 from rl2_torchrl.checks.evidence import Evidence, Rule
 
@@ -44,19 +42,9 @@ def finite(seen: Evidence) -> str | None:
         seen.report.notes.append(f"all rewards of the batch are {reward.flatten()[0].item():g}")
 
 
-def rows_on_one_scale(seen: Evidence) -> str | None:
-    """What rows observe and earn is normalised alike."""
-    apart = [t for t in seen.transforms if isinstance(t, VecNormV2) and not t.reduce_batch_dims]
-    if apart and len(seen.batch) > 1:
-        return f"VecNormV2 of {apart[0].in_keys} keeps statistics of each row for itself"
-
-
 RULES: dict[Rule, str] = {
     no_padding: "Padding would be trained on as steps: leave split_trajs at False, 'is_init' marks trials.",
     trial_bounds: "These rows are no trials in time, so that memory and advantages run from one into another: keep the steps in "
     "order and one env a row (cat_results='stack' for workers), with 'done' as Trial writes it.",
-    rows_on_one_scale: "The same is shown to rows on several scales, each after the tasks that the row has met, and a held-out "
-    "env of other rows cannot take them: VecNormV2(..., reduce_batch_dims=True), or let networks normalize: "
-    "from_env(normalize=True).",
     finite: "One such number spreads over the whole batch: mend the env or the networks.",
 }
