@@ -22,7 +22,7 @@ from recipes.experiment import (
     told_of,
     whole_batches,
 )
-from recipes.posterior import Posterior, beta_mean
+from recipes.posterior import Posterior, RisingOptimism, beta_moments
 from recipes.rules import LearnsFrom, bandit_settings
 from rl2_torchrl import (
     ActorCritic,
@@ -88,7 +88,7 @@ def main(
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
-    posterior = Posterior(beta_mean, arms)
+    posterior = Posterior(beta_moments, arms, optimism=told.optimism)
     update = PPOUpdate(
         RL2PPOLoss(
             actor,
@@ -113,7 +113,7 @@ def main(
     bandits = Experiment(actor, make_env, tasks, run, **held_out)
     collector = bandits.collector(env, ActorCritic(actor, critic), update, workers, **frames)
     report = bandits.report(
-        bandits.train(collector, update),
+        bandits.train(collector, update, callbacks=[RisingOptimism(posterior, told.optimism_after)]),
         baselines=classical_agents(bandits.reported, pulls, run.seed) if classical else {},
         optimum=baselines.bayes_optimal_return(arms, pulls) if pulls <= 10 else None,
         title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls{told_of(network, told)}",

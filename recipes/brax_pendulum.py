@@ -93,6 +93,13 @@ class SignedPendulum(BraxWrapper):
             first["state", "info", "sign"] = tensordict["task"].clone()  # Brax keeps all that it knows in the state
         return first
 
+    # For checkpoints: all but what resets are drawn from stands in the TensorDict.
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(self._key.tolist())
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self._key = self.jax.numpy.array(state.tolist(), "uint32")
+
 
 def signed_pendulum():
     """One inverted pendulum of Brax, of which ``state.info["sign"]`` says which way pushes go."""

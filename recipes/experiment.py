@@ -21,7 +21,7 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
 from recipes.help import overview
-from recipes.posterior import Posterior, PosteriorAdvantage
+from recipes.posterior import Posterior, PosteriorAdvantage, PosteriorBelief
 from recipes.seeds import run_seeds
 from rl2_torchrl import (
     ActorCritic,
@@ -154,18 +154,26 @@ class Told:
         belief: weight of the loss by which the memory learns to tell the task (`TaskBelief`); 0: none.
         posterior: whether what a trial has shown of the task, exactly (`recipes.posterior`), stands for the task in that loss, and
             for rewards in the advantages. Bandits and tabular MDPs have it.
+        optimism: standard deviations of the posterior on top of its means, for what trying an action is worth later.
+        optimism_after: share of the training without optimism, which then rises over as long a share again; 0: it is there at once.
 
     Raises:
-        ValueError: regrets and posterior are both to stand for rewards.
+        ValueError: regrets and posterior are both to stand for rewards, or there is optimism without a posterior.
     """
 
     regret: bool = False
     belief: float = 0.0
     posterior: bool = False
+    optimism: float = 0.0
+    optimism_after: float = 0.0
 
     def __post_init__(self):
         if self.regret and self.posterior:
             raise ValueError("regret and posterior cannot both stand for rewards in the advantages: leave one out.")
+        if self.optimism and not self.posterior:
+            raise ValueError(
+                f"optimism={self.optimism} is of a posterior's standard deviations: without posterior=True nothing has any."
+            )
 
     def terms(
         self,
@@ -178,7 +186,7 @@ class Told:
         if not self.belief:
             return []
         if self.posterior:
-            return [TaskBelief(units, size, coefficient=self.belief, target=posterior, task_key="trans")]
+            return [PosteriorBelief(units, posterior, coefficient=self.belief)]
         return [TaskBelief(units, size, coefficient=self.belief, target=target)]
 
     def advantage(

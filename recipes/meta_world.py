@@ -30,6 +30,7 @@ from rl2_torchrl import (
     linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs.layers import put_state, state_of
 
 PRESET = PRESETS["Meta-World ML1"]
 RUN = Run(Path("runs/meta_world"), report_tasks=50)
@@ -135,6 +136,15 @@ class Arm(gymnasium.Env):
         observation, reward, terminated, truncated, info = self._env.step(action)
         self._steps += 1
         return observation, reward, terminated, truncated or self._steps >= self._horizon, info
+
+    # For checkpoints, which bring the task back before.
+    def get_state(self) -> dict[str, Any]:
+        return {"steps": self._steps, "envs": {name: state_of(env) for name, env in self._made.items()}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._steps = state["steps"]
+        for name, env in state["envs"].items():
+            put_state(self._of(name), env)
 
 
 class Task(NamedTuple):

@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise ImportError('MiniGrid is an extra: pip install "rl2_torchrl[minigrid]".') from error
 
-__all__ = ["Doors", "OneHotView", "all_mazes"]
+__all__ = ["Corridor", "Doors", "OneHotView", "all_mazes"]
 
 #: What MiniGrid says of a cell: object, colour, state; one-hot as by `OneHotPartialObsWrapper`, without its loop over cells.
 _KINDS = [np.eye(len(indices), dtype=np.float32) for indices in (OBJECT_TO_IDX, COLOR_TO_IDX, STATE_TO_IDX)]
@@ -37,6 +37,36 @@ class OneHotView(gymnasium.ObservationWrapper):
     def step(self, action: int):
         observation, reward, terminated, truncated, info = super().step(action)
         return observation, reward, terminated, truncated, {**info, "success": reward > 0}
+
+
+class Corridor(gymnasium.Wrapper):
+    """A memory corridor whose info says what lies in its room: ``is_ball``, 1 or 0.
+
+    Args:
+        env: one of MiniGrid's memory envs.
+        from_room: whether episodes begin in the room, beside the object, with those actions alone that move. MiniGrid's own begin
+            anywhere in the corridor. From size 11 on the object is out of view at the corridor's other end.
+    """
+
+    def __init__(self, env: gymnasium.Env, from_room: bool):
+        super().__init__(env)
+        self.from_room = from_room
+        if from_room:
+            self.action_space = gymnasium.spaces.Discrete(3)  # left, right, forward
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        observation, info = self.env.reset(seed=seed, options=options)
+        maze = self.unwrapped
+        middle = maze.height // 2
+        self._is_ball = float(maze.grid.get(1, middle - 1).type == "ball")
+        if self.from_room:
+            maze.agent_pos = np.array((1, middle))
+            observation = maze.gen_obs()
+        return observation, {**info, "is_ball": self._is_ball}
+
+    def step(self, action: int):
+        *stepped, info = self.env.step(action)
+        return *stepped, {**info, "is_ball": self._is_ball}
 
 
 class Doors(MiniGridEnv):

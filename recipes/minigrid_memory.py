@@ -9,7 +9,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
 from recipes.experiment import Experiment, Learning, Network, Run, whole_batches
-from recipes.minigrid_envs import OneHotView
+from recipes.minigrid_envs import Corridor, OneHotView
 from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
@@ -19,6 +19,7 @@ from rl2_torchrl import (
     PPOUpdate,
     PreviousStep,
     RL2PPOLoss,
+    TaskBelief,
     TaskSampler,
     Trial,
     TrialAdvantage,
@@ -36,6 +37,8 @@ BATCH_STEPS = 64
 def main(
     *,
     env_id: str = "MiniGrid-MemoryS7-v0",
+    from_room: bool = False,
+    belief: float = 0.0,
     network: Network = PRESET.network,
     learning: Learning = PRESET.learning,
     run: Run = RUN,
@@ -46,6 +49,9 @@ def main(
 
     Args:
         env_id: one of MiniGrid's memory envs.
+        from_room: whether episodes begin beside the object (`Corridor`), and not anywhere in the corridor, from where one must go
+            back to see it. From size 11 on what was seen must then be remembered, since it cannot be looked up from the end.
+        belief: weight of a loss that the memory tells the object by (`TaskBelief`), which only training sees; 0 for none.
         network: actor and critic, which share the core.
         learning: batches, and PPO on them.
         run: seeds, where the run begins, and what it leaves.
@@ -53,7 +59,7 @@ def main(
     torch.manual_seed(run.seed)
 
     def make_env(_: TaskSampler | None, rows: int) -> TransformedEnv:
-        corridors = GymVectorEnv(partial(corridor, env_id), rows, info_keys=["success"])
+        corridors = GymVectorEnv(partial(corridor, env_id, from_room), rows, info_keys=["success", "is_ball"])
         return TransformedEnv(corridors, Compose(Trial(episodes=1), PreviousStep()))
 
     env = make_env(None, learning.trials)
@@ -61,8 +67,10 @@ def main(
     critic = MemoryValueHead.from_env(env, actor, detach=False)
     policy = ActorCritic(actor, critic)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    terms = [TaskBelief(network.units, 1, coefficient=belief, task_key=("info", "is_ball"))] if belief else []
+    entropy = {"entropy_bonus": True, "entropy_coeff": learning.entropy}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **entropy, terms=terms),
         TrialAdvantage(**horizon, critic=policy),
         bptt=BATCH_STEPS,
         lr=learning.lr,
@@ -81,9 +89,9 @@ def main(
     return experiment.publish(corridors.report(result, title=f"RL² on {env_id}"), run)
 
 
-def corridor(env_id: str) -> OneHotView:
+def corridor(env_id: str, from_room: bool) -> OneHotView:
     """A corridor as the agent sees it; its episode is a success if it ends at the right one of two objects."""
-    return OneHotView(gymnasium.make(env_id))
+    return OneHotView(Corridor(gymnasium.make(env_id), from_room))
 
 
 def no_tasks(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:

@@ -115,10 +115,10 @@ PRESETS = {
     ),
     "DMControl point mass": Preset(
         "point_mass",
-        "runs, and does not adapt yet",
-        "The critic sees the target, which makes advantages less noisy where few trials are paid at all.",
+        "24.6 of 40 in the first episode, 29.6 in the last",
+        "The critic sees the target, and the memory learns to tell it (--belief), since most of a search is paid nothing.",
         Network(normalize=True, critic_keys=("task", "time_left")),
-        Learning(trials=32, env_steps=700_000, entropy=0.0, **_SMALL),
+        Learning(trials=32, env_steps=600_000, entropy=0.0, **_SMALL),
     ),
     "Brax inverted pendulum": Preset(
         "brax_pendulum",

@@ -21,7 +21,7 @@ from recipes.experiment import (
     told_of,
     whole_batches,
 )
-from recipes.posterior import Posterior, normal_mean
+from recipes.posterior import Posterior, RisingOptimism, normal_moments
 from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
@@ -46,7 +46,6 @@ from rl2_torchrl.objectives import MDPValues
 EPISODE_STEPS = 10
 NUM_STATES, NUM_ACTIONS = 10, 5
 NUM_PAIRS = NUM_STATES * NUM_ACTIONS
-POSTERIOR = Posterior(normal_mean, NUM_ACTIONS, NUM_STATES)
 #: With a gate_gain of 1, and a head that saw the memory alone, learning stood still where the agent had a memory for the first
 #: state alone.
 PRESET = PRESETS["TabularMDP"]
@@ -89,6 +88,7 @@ def main(
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    posterior = Posterior(normal_moments, NUM_ACTIONS, NUM_STATES, told.optimism)
     update = PPOUpdate(
         RL2PPOLoss(
             actor,
@@ -96,9 +96,9 @@ def main(
             clip_epsilon=0.2,
             entropy_bonus=True,
             entropy_coeff=learning.entropy,
-            terms=told.terms(network.units, NUM_PAIRS, mean_rewards, POSTERIOR),
+            terms=told.terms(network.units, NUM_PAIRS, mean_rewards, posterior),
         ),
-        told.advantage(MDPValues(env.base_env), POSTERIOR, **horizon),
+        told.advantage(MDPValues(env.base_env), posterior, **horizon),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
@@ -110,9 +110,10 @@ def main(
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
 
+    curricula = [NoiseCurriculum(env.base_env, noiseless), RisingOptimism(posterior, told.optimism_after)]
     trials = Experiment(actor, make_env, random_mdps(), run)
     report = trials.report(
-        trials.train(collector, update, callbacks=[NoiseCurriculum(env.base_env, noiseless)]),
+        trials.train(collector, update, callbacks=curricula),
         baselines=classical_agents(trials.reported, episodes, run.seed) if classical else {},
         title=f"RL² on tabular MDPs, {episodes} episodes{told_of(network, told)}",
     )

@@ -17,6 +17,7 @@ from torchrl.collectors import BaseCollector
 from rl2_torchrl.collector import load_rollout_state, rollout_state
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.locks import locked
+from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.settings import differences, networks_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 
@@ -55,6 +56,7 @@ class RunCheckpoints:
         callbacks: objects with a state of their own.
         result: what the training has done so far, a `TrainResult`.
         returns: what the running trials have earned so far.
+        scalars: where the run logs; it is told where the run's checkpoints are.
 
     Raises:
         OSError: nothing can be written to ``folder``. Found here, before hours of training that could not be saved.
@@ -70,12 +72,13 @@ class RunCheckpoints:
         callbacks: Sequence[Stateful],
         result: Any,
         returns: Any,
+        scalars: ScalarLog,
     ):
         self._folder = None if folder is None else Path(folder)
         if self._folder is None:
             return
         _require_writable(self._folder)
-        self._collector, self._result = collector, result
+        self._collector, self._result, self._scalars = collector, result, scalars
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings, self._networks = settings_of(collector, update), networks_of(update)
         self._parts = {
@@ -153,6 +156,7 @@ class RunCheckpoints:
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
         about["history"] = self._history.write(self._result.history)
         save_tree({**about, "state": state}, self._path())
+        self._scalars.is_of(self._folder)
         for path in self._paths()[:-_KEPT]:
             path.unlink()
 
@@ -179,7 +183,7 @@ class RunCheckpoints:
 
     # --------------------------------------------------------------- resuming
     def load_latest(self, changes: Collection[str]) -> bool:
-        """Restores the newest checkpoint that is whole; False, and a warning, where there is none at all.
+        """Restores the newest checkpoint that is whole; False where there is none at all.
 
         Args:
             changes: names of settings that may differ from the run's.
@@ -214,7 +218,6 @@ class RunCheckpoints:
                 f"cannot resume from {self._folder}: its checkpoints are of another version of rl2_torchrl, whose format this one "
                 f"({version('rl2_torchrl')}) does not read. Finish the run with that version, or start anew without resume."
             )
-        log.warning("resume=True, but %s holds no checkpoint: starting anew.", self._folder)
         return False
 
     def _require_fit(self, path: Path, tree: Mapping[str, Any], changes: Collection[str]) -> list[str]:
@@ -272,7 +275,10 @@ class RunCheckpoints:
     # ------------------------------------------------------------- making room
     def set_aside(self) -> None:
         """Moves an earlier run's files to a subfolder, in the place of the run before it."""
-        if self._folder is None or not self._paths():
+        if self._folder is None:
+            return
+        self._scalars.is_of(None)
+        if not self._paths():
             return
         self._move([*self._paths(), self._folder / _HISTORY], _EARLIER)
         log.warning("%s held the checkpoints of an earlier run (resume=False): moved to %s.", self._folder, _EARLIER)

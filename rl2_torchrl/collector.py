@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
 from torchrl import torchrl_logger
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
+from rl2_torchrl.envs.env_state import env_state, put_env_state
+from rl2_torchrl.envs.plain_data import NoStateError
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.rollout.trials import leaves, next_key
@@ -164,39 +165,27 @@ def rollout_state(collector: BaseCollector) -> dict[str, Any]:
     back in the middle of one, an env would play another task than the data says.
     """
     base = _base_env(collector)
-    reason = "the collector's envs are in other processes" if base is None else _why_no_state(base)
-    if reason is not None:
-        return {"missing": reason}
+    if base is None:
+        return {"missing": "the collector's envs are in other processes"}
+    try:
+        env = env_state(base)
+    except NoStateError as error:
+        return {"missing": str(error)}
     player = getattr(collector, "player", None)
     if player is not None:
-        return {"player": player.state_dict(), "env": base.state_dict()}
-    return {"carrier": collector._carrier.exclude("next").to_dict(), "env": base.state_dict()}
+        return {"player": player.state_dict(), "env": env}
+    return {"carrier": collector._carrier.exclude("next").to_dict(), "env": env}
 
 
 def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> None:
     """Goes on from what `rollout_state` returned, if nothing is missing."""
     if "missing" in state:
         return
-    _base_env(collector).load_state_dict(state["env"])
+    put_env_state(_base_env(collector), state["env"])
     if "player" in state:
         collector.player.load_state_dict(state["player"])
     else:
         collector._carrier.update(TensorDict(state["carrier"], batch_size=collector._carrier.batch_size))
-
-
-def _why_no_state(env: EnvBase) -> str | None:
-    """Why ``env``, without its transforms, cannot go on in the middle of its trials, in words; None where it can."""
-    if isinstance(env, SerialEnv):
-        if env.is_closed:
-            return "the SerialEnv has closed its envs, as it does after the last batch"
-        reasons = (_why_no_state(each) for each in env._envs)
-        return next((reason for reason in reasons if reason is not None), None)
-    if isinstance(env, TransformedEnv):
-        return "a TransformedEnv hands out its transforms' state alone: put the transforms around the SerialEnv"
-    if type(env).get_extra_state is nn.Module.get_extra_state:
-        return f"{type(env).__name__} does not hand out its state (get_extra_state)"
-    why_no_state = getattr(env, "why_no_state", None)
-    return None if why_no_state is None else why_no_state()
 
 
 def _base_env(collector: BaseCollector) -> EnvBase | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,12 +15,20 @@ from rl2_torchrl.storage import write_durably
 
 __all__ = ["ScalarLog"]
 
+log = logging.getLogger(__name__)
+
+#: In a log's folder, once its run has a checkpoint: where they are, relative to it, so that both can be moved together.
+_MARK = "checkpoints-of-this-log.txt"
+_TABLES, _EARLIER = "scalars", "earlier-scalars"
+
 
 class ScalarLog:
     """Writes rows to ``logger``, or nowhere if that is None."""
 
     def __init__(self, logger: Logger | None):
         self._logger = logger
+        is_local = isinstance(logger, CSVLogger | TensorboardLogger)
+        self._folder = Path(logger.experiment.log_dir) if is_local else None
 
     def write(self, scalars: Mapping[str, float], env_steps: float) -> None:
         """Logs all but ``"env_steps"`` at that step."""
@@ -29,23 +40,66 @@ class ScalarLog:
         if isinstance(self._logger, CSVLogger):
             self._logger.experiment.scalars.clear()  # it would keep all that it has written
 
+    # ------------------------------------------------------------- a resumed run
     def go_on_from(self, history: Sequence[Mapping[str, float]], env_steps: int) -> None:
         """Takes back what was logged after ``env_steps``, where a run is resumed, and logs the last row once more.
 
-        A run that was killed has gone on after its last checkpoint, if it had one, and may have logged a row in part. W&B and
-        other services take nothing back; they keep what came first or last, by their own rules.
+        A run that was killed has gone on after its last checkpoint, and may have logged a row in part. W&B and other services take
+        nothing back; they keep what came first or last, by their own rules.
         """
         again = [row for row in history[-1:] if row["env_steps"] == env_steps]  # none, where the history was damaged
         first = env_steps if again else env_steps + 1
-        if isinstance(self._logger, CSVLogger):
-            for path in Path(self._logger.experiment.log_dir, "scalars").rglob("*.csv"):
-                _cut(path, first)
-        elif isinstance(self._logger, TensorboardLogger):
-            writer = self._logger.experiment
-            writer.close()
-            writer.purge_step = first  # read when the writer opens its next file
+        self._close(purge_step=first)
+        for path in self._tables():
+            _cut(path, first)
         for row in again:
             self.write(row, env_steps)
+
+    def begin_anew(self, checkpoints: Path) -> None:
+        """Moves what a run has logged that is resumed, and of which ``checkpoints`` holds none, to a subfolder.
+
+        Raises:
+            ValueError: its run has had checkpoints, elsewhere or here.
+        """
+        if self._folder is None:
+            return
+        if (mark := self._folder / _MARK).exists():
+            theirs = os.path.normpath(self._folder / mark.read_text(encoding="utf-8"))
+            raise ValueError(
+                f"resume=True, but checkpoints={str(checkpoints)!r} holds no checkpoint, and the logger's folder "
+                f"{str(self._folder)!r} holds the scalars of a run whose checkpoints were saved to {theirs!r}: to start anew would "
+                "be the end of that log. To go on with that run give its checkpoints, to start anew another folder to the logger."
+            )
+        self._close(purge_step=0)
+        if self._tables():
+            shutil.rmtree(earlier := self._folder / _EARLIER, ignore_errors=True)
+            (self._folder / _TABLES).rename(earlier)
+            log.warning("%s held the scalars of a run without a checkpoint: moved to %s.", self._folder, _EARLIER)
+
+    def is_of(self, checkpoints: Path | None) -> None:
+        """Notes, for `begin_anew`, in which folder the run has a checkpoint; None: it has none yet."""
+        if self._folder is None:
+            return
+        mark = self._folder / _MARK
+        if checkpoints is None:
+            mark.unlink(missing_ok=True)
+            return
+        words = os.path.relpath(checkpoints.resolve(), self._folder.resolve()).encode()
+        if not mark.exists() or mark.read_bytes() != words:
+            write_durably(mark, words)
+
+    def _tables(self) -> list[Path]:
+        return [] if self._folder is None else list((self._folder / _TABLES).rglob("*.csv"))
+
+    def _close(self, purge_step: int) -> None:
+        """Lets go of open files; TensorBoard shows nothing that was logged from ``purge_step`` on before it goes on."""
+        if isinstance(self._logger, CSVLogger):
+            files = self._logger.experiment.files
+            while files:
+                files.popitem()[1].close()
+        elif isinstance(self._logger, TensorboardLogger):
+            self._logger.experiment.close()
+            self._logger.experiment.purge_step = purge_step  # read when it opens its next file
 
 
 def _cut(path: Path, first: int) -> None:

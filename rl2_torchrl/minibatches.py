@@ -73,20 +73,13 @@ class Minibatches:
         stored = self._buffer.storage[:]
         self.chunks = {key: stored.get(key) for key in keys}
 
-    def _indices(self) -> Iterator[torch.Tensor]:
-        """One pass as iterating over the buffer makes it, the numbers of each minibatch's chunks; no TensorDict for each."""
-        sampler = self._buffer.sampler
-        sampler.ran_out = False
-        while not sampler.ran_out:
-            yield sampler.sample(self._buffer.storage, self.rows)[0]
-
     def order(self) -> torch.Tensor:
-        """The numbers ``[num_chunks]`` of the chunks in the order of the next pass."""
-        return torch.cat(list(self._indices()))
+        """The numbers ``[num_chunks]`` of the chunks in the order of the next pass, as iterating over the buffer takes them."""
+        return self._buffer.sampler.sample(self._buffer.storage, len(self._buffer))[0]
 
     def entries(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
         """One pass, minibatches, or this process's part of them, as entries ``[rows, bptt, ...]``."""
-        for index in self._indices():
+        for index in self.order().split(self.rows):  # no TensorDict for each
             own = self.learners.share(index)
             self.weight = len(own) / len(index)
             yield {key: entry.index_select(0, own) for key, entry in self.chunks.items()}

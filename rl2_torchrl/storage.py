@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-__all__ = ["DamagedFileError", "load_tree", "require_tree", "save_tree", "write_durably"]
+__all__ = ["DamagedFileError", "from_tensor", "load_tree", "require_tree", "save_tree", "to_tensor", "write_durably"]
 
 #: How the name of a file ends until it is whole.
 SCRATCH = ".part"
@@ -125,6 +125,16 @@ def from_bytes(data: bytes, source: object) -> Any:
         raise DamagedFileError(
             f"{source} is cut short, or no file of this package ({type(error).__name__})."
         ) from error
+
+
+def to_tensor(tree: Any) -> torch.Tensor:
+    """What `save_tree` writes as one tensor, uint8 ``[...]``, on the CPU."""
+    return torch.frombuffer(bytearray(to_bytes(tree)), dtype=torch.uint8)
+
+
+def from_tensor(data: torch.Tensor, source: object) -> Any:
+    """The tree of `to_tensor`; ``source`` is where it comes from, for the error's message."""
+    return from_bytes(data.cpu().numpy().tobytes(), source)
 
 
 def require_tree(tree: Any) -> None:

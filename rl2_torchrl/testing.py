@@ -12,6 +12,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import Compose, EnvBase, TransformedEnv, check_env_specs
 
+from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
@@ -22,7 +23,7 @@ from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP
 __all__ = ["TensorEnvError", "TrialContractError", "check_tensor_env", "check_trial_env"]
 
 #: The rules in the order of the checks, with why it matters and what to do. `_Played` has a method for each; those of
-#: names that start with "task" and "trans" are left out where the env has no such entry, those of `EnvBelow` where workers hide
+#: names that start with "task" and "trans" are left out where the env has no such entry, those of `env_check` where workers hide
 #: what `Trial` plays.
 _RULES = {
     "trial_counters": "Without them nobody knows where a trial stands: Compose(Trial(...), ...).",
@@ -51,6 +52,8 @@ _RULES = {
     "trans_previous_step": "An episode's last reward must reach the policy: put PreviousStep behind reward changes.",
     "trans_at_trial_start": "The last trial leaks into this one: let PreviousStep write the entry at resets.",
     "seed_repeats": "No run can be repeated: let _set_seed seed all that the env draws from.",
+    "rows_go_on": "Rows end episodes at different steps, and each end would cut the others' short: in _reset begin the rows of "
+    "'_reset' alone, torch.where(rows, first, self.state).",
     "task_heard": "All tasks are one, and there is nothing to adapt to: set the task in each reset, for the rows that begin. Where "
     "tasks are told apart too rarely for random actions, pass task_of=, which reads them back.",
     "task_own": "A row adapts to its own task: keep tasks row by row, not on the class, not one for all, not the one before; draw "
@@ -150,7 +153,7 @@ class _Played:
         if hasattr(type(self), rule):
             return getattr(self, rule)()
         try:
-            return None if self.below is None else getattr(self.below, rule)()
+            return None if self.below is None else RULES_BELOW[rule](self.below)
         except _OF_ENVS as error:
             # What TorchRL cannot play is told by the rule "specs".
             return None if rule in ("rows_draw_apart", "step_specs") else self._told(error)

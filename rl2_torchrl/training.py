@@ -105,7 +105,8 @@ def train(
             state (a `TensorEnv`; `GymVectorEnv`, `GymTaskEnv` and a `SerialEnv` of them, over envs of plain data) the run goes on
             as if it had never stopped, in the middle of its trials; with other envs it begins new trials, and the log and
             ``new_trials`` of the result say why. CSV files and TensorBoard then hold each step once: what the logger has there of
-            later steps is taken back, all of it where there is no checkpoint yet.
+            later steps is taken back. Where there is no checkpoint the run starts anew, and CSV files of one that was killed before
+            its first are moved to a subfolder; a log whose run has had checkpoints, elsewhere say, is an error.
         resume_changes: settings that may be others than the run's, by the names that the error gives, such as
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.
@@ -122,9 +123,10 @@ def train(
             newest checkpoint is from before it.
         Exception: whatever env or policy raise in a rollout, with a note that says in which update; and whatever ``evaluate``,
             ``stop``, ``logger`` or callbacks raise.
-        ValueError: ``resume`` without ``checkpoints``, a checkpoint of other networks, settings or of another version, an
-            interval below 1, fewer frames than one batch, a collector that has spent its frames, no end in sight (neither
-            ``total_frames`` nor ``stop``), or a schedule without a length (neither ``total_frames`` nor ``schedule_frames``).
+        ValueError: ``resume`` without ``checkpoints``, or from none where the logger has a run that had some, a checkpoint of other
+            networks, settings or of another version, an interval below 1, fewer frames than one batch, a collector that has spent
+            its frames, no end in sight (neither ``total_frames`` nor ``stop``), or a schedule without a length (neither
+            ``total_frames`` nor ``schedule_frames``).
         DamagedFileError: a ValueError; no checkpoint can be read.
         TypeError: ``evaluate`` returns no scalars, a callback is none, or a part has no state that can be saved.
         OSError: nothing can be written to ``checkpoints``, or another training is using it.
@@ -149,13 +151,14 @@ def train(
     result, returns, scalars = TrainResult(env_steps=_frames(collector, 0)), _TrialReturns(), ScalarLog(logger)
     parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
     total = collector.total_frames
-    with RunCheckpoints(checkpoints, **parts) as saved:
+    with RunCheckpoints(checkpoints, **parts, scalars=scalars) as saved:
         if not resume:
             saved.set_aside()
-        else:
-            saved.load_latest(resume_changes)
-            # From the start, where the run was killed before its first checkpoint.
+        elif saved.load_latest(resume_changes) or result.env_steps:
             scalars.go_on_from(result.history, result.env_steps)
+        else:
+            scalars.begin_anew(Path(checkpoints))
+            log.warning("resume=True, but %s holds no checkpoint: starting anew.", checkpoints)
         _shut_down_at_exit(collector)
         check = check and isinstance(update, PPOUpdate)
         loop = _Loop(**parts, evaluate=evaluate, scalars=scalars, check=check, schedule_frames=schedule_frames or total)

@@ -290,6 +290,11 @@ def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:
     return not isinstance(spec, NonTensor) and len(spec.shape) - batch_dims < 2
 
 
+def previous_steps(env: EnvBase) -> list[PreviousStep]:
+    """Those around ``env``, from the inside out."""
+    return [each for each in transforms_of(env) if isinstance(each, PreviousStep)]
+
+
 def is_info(key: NestedKey) -> bool:
     """Whether the entry ``key`` is what an env says beside its observation, which no policy reads."""
     return is_within(key, INFO)

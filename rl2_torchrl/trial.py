@@ -240,14 +240,11 @@ def _bound(name: str, bound: int | None) -> int | None:
 
 def _require_plain_resets(env: EnvBase) -> None:
     """Raises where a vector env below ``env`` resets its rows by itself: an agent would be shown how the last episode ended."""
-    while isinstance(env, TransformedEnv):
-        transforms = env.transform if isinstance(env.transform, Compose) else [env.transform]
-        if any(isinstance(transform, VecGymEnvTransform) for transform in transforms):
-            raise TypeError(
-                "a GymEnv with num_envs= resets its rows by itself, out of Trial's sight: each episode would begin with the last "
-                "one's final observation. Make it GymVectorEnv(id, num_envs, ...), which leaves resets to trials."
-            )
-        env = env.base_env
+    if any(isinstance(transform, VecGymEnvTransform) for transform in transforms_of(env)):
+        raise TypeError(
+            "a GymEnv with num_envs= resets its rows by itself, out of Trial's sight: each episode would begin with the last "
+            "one's final observation. Make it GymVectorEnv(id, num_envs, ...), which leaves resets to trials."
+        )
 
 
 def is_within(key: NestedKey, root: NestedKey) -> bool:

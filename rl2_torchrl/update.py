@@ -212,7 +212,8 @@ class PPOUpdate:
             raise KeyError(
                 f"the batch lacks {missing}, which the loss reads. Hidden states and 'is_init' come from the collector: "
                 "Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that begin inside a trial "
-                "start from their hidden state: keep it (TrialCollector(keep=...)), or collect and update whole trials."
+                f"start from their hidden state, which PPOUpdate(..., bptt={self.bptt or batch.shape[-1]}).in_keys has, for "
+                "TrialCollector(keep=...): keep it, or collect and update whole trials."
             )
         return split_rows(batch.select(*keys), self.bptt)
 

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 import tyro
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, EnvBase, SerialEnv, TransformedEnv
+from torchrl.envs import Compose, EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 from torchrl.record.loggers import CSVLogger
 
 from rl2_torchrl import (
@@ -48,7 +48,9 @@ from rl2_torchrl.storage import load_tree, save_tree
 ROWS, STEPS, EPISODE = 3, 9, 7
 #: Updates of a run for each kill.
 UPDATES_A_KILL = 12
-Name = Literal["bandit", "cheetah", "pendulum-serial", "pendulum-vector", "pendulum-async", "mujoco-vector"]
+Name = Literal[
+    "bandit", "cheetah", "pendulum-serial", "pendulum-parallel", "pendulum-vector", "pendulum-async", "mujoco-vector"
+]
 
 
 def main(env: Name, *, kills: int = 20, seed: int = 0) -> Survival:
@@ -212,8 +214,8 @@ def _run(name: Name, updates: int) -> tuple[TrialCollector, PPOUpdate]:
     return TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames), update
 
 
-def _pendulums() -> EnvBase:
-    pendulums = SerialEnv(ROWS, partial(GymTaskEnv, "Pendulum-v1", max_episode_steps=EPISODE, **_GRAVITY))
+def _pendulums(side_by_side: Callable[..., EnvBase]) -> EnvBase:
+    pendulums = side_by_side(ROWS, partial(GymTaskEnv, "Pendulum-v1", max_episode_steps=EPISODE, **_GRAVITY))
     pendulums.set_seed(2)
     return pendulums
 
@@ -241,7 +243,8 @@ _GRAVITY = {"set_task": set_gravity, "task_spec": Unbounded(1)}
 _ENVS: dict[str, tuple[Callable[[], EnvBase], Callable]] = {
     "bandit": (lambda: BernoulliBandit(3, batch_size=(ROWS,), seed=2), uniform_means(3)),
     "cheetah": (lambda: HalfCheetahDirection(batch_size=(ROWS,), horizon=EPISODE, seed=2), signs()),
-    "pendulum-serial": (_pendulums, gravities),
+    "pendulum-serial": (partial(_pendulums, SerialEnv), gravities),
+    "pendulum-parallel": (partial(_pendulums, partial(ParallelEnv, mp_start_method="fork")), gravities),
     "pendulum-vector": (partial(_vector, "Pendulum-v1", **_GRAVITY), gravities),
     "pendulum-async": (partial(_vector, "Pendulum-v1", vectorization="async", **_GRAVITY), gravities),
     "mujoco-vector": (partial(_vector, "HalfCheetah-v5", set_task=set_weight, task_spec=Unbounded(1)), gravities),

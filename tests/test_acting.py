@@ -24,7 +24,7 @@ from rl2_torchrl.envs import (
     uniform_means,
     uniform_targets,
 )
-from rl2_torchrl.modules import GaussianActions, Head, LSTMCore, MLPEncoder
+from rl2_torchrl.modules import GaussianActions, Head, LSTMCore
 from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.gru import FastGRUModule
 from rl2_torchrl.rollout import Rollout
@@ -288,8 +288,6 @@ def test_gaussian_actions_have_mean_and_scale_of_their_row():
 LAYERS = {
     "head": lambda: Head(4, 3, init_range=0.5),
     "head, two hidden layers": lambda: Head(4, 3, init_range=0.5, num_cells=[4, 4]),
-    "encoder": lambda: MLPEncoder(4, num_cells=[4]),
-    "encoder of two layers, tanh": lambda: MLPEncoder(4, num_cells=[4, 4], activation=nn.Tanh),
     "Gaussian": lambda: GaussianActions(3).parameters_of(Head(4, 3, init_range=0.5, num_cells=[4])),
 }
 

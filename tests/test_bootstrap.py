@@ -1,5 +1,7 @@
 """Trials that are cut by a batch's end, or truncated, go on with the critic's value, by default: by hand, and end to end."""
 
+import re
+
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
@@ -135,10 +137,20 @@ def test_a_critic_that_is_given_is_asked_and_an_advantage_serves_several_updates
     assert update.advantage.critic is given
 
 
-def test_what_is_not_kept_is_asked_for():
-    env = trials(lines(), steps=20)
-    actor, critic = networks(env)
-    update = PPOUpdate(RL2PPOLoss(actor, critic))
-    batch = collected(env, actor, critic, 8, update, keep=[*update.in_keys, "actor_hidden", "critic_hidden"])[0]
-    with pytest.raises(KeyError, match="3 trials are cut .*lacks .*'critic_hidden'.*whole number of trials"):
-        update(batch)
+@pytest.mark.parametrize("critic_is_given", [False, True])
+def test_what_is_not_kept_is_asked_for_once(critic_is_given):
+    actor, critic = networks(trials(lines(), steps=20))
+    loss, advantage = (
+        RL2PPOLoss(actor, critic),
+        TrialAdvantage(critic=ActorCritic(actor, critic) if critic_is_given else None),
+    )
+
+    def epochs(update):
+        batches = collected(trials(lines(), steps=20), actor, critic, 8, update, keep=update.in_keys)
+        return [update(batch)["epochs"] for batch in batches]
+
+    lacks = "the batch lacks .*'actor_hidden'" if critic_is_given else "3 trials are cut .*lacks .*'critic_hidden'"
+    with pytest.raises(KeyError, match=f"{lacks}.*whole") as error:
+        epochs(PPOUpdate(loss, advantage, minibatches=1))
+    (advised,) = re.findall(r"PPOUpdate\(..., bptt=(\d+)\)", str(error.value))
+    assert epochs(PPOUpdate(loss, advantage, minibatches=1, bptt=int(advised))) == [10, 10]

@@ -11,6 +11,8 @@ from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, SerialEnv, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
+from rl2_torchrl.env_check import EnvBelow
+from rl2_torchrl.env_check.rows import rows_go_on
 from rl2_torchrl.envs import GymVectorEnv, TensorEnv
 from rl2_torchrl.testing import TrialContractError, check_trial_env
 
@@ -140,6 +142,20 @@ class TakesAllTasks(Sound):
         self.drift = task
 
 
+class BeginsAll(Sound):
+    """A reset of some rows is one of all."""
+
+    def begin(self, rows):
+        return super().begin(torch.ones_like(rows))
+
+
+class BeginsAllAlike(BeginsAll):
+    """The same, without random numbers."""
+
+    def noise(self, rows):
+        return torch.zeros(rows.shape)
+
+
 class SameSeeds(Sound):
     seeds = [7] * ROWS
 
@@ -237,6 +253,8 @@ BROKEN = [
     (OneForAll, "task_own", "twice given the same task, seed and actions, row . played something else"),
     (OneBefore, "task_own", "keep tasks row by row, not on the class, not one for all, not the one before"),
     (TakesAllTasks, "task_kept", "row 1 went another way in the middle of an episode"),
+    (BeginsAll, "rows_go_on", "forgot .* where every other row began anew. .* begin the rows of '_reset' alone"),
+    (BeginsAllAlike, "rows_go_on", "rows in mid-episode forgot what had been done in them"),
     (SameSeeds, "rows_draw_apart", "rows 0 and 1 drew the same random numbers.* seed each row"),
     (
         FlatReward,
@@ -484,6 +502,23 @@ def test_a_vector_env_with_a_column_of_rewards_is_told():
     assert raised.value.rule == "specs"
 
 
+class SharedDraws(Sound):
+    """Rows that draw in turn from one generator, so that where others begin a row goes on with other numbers."""
+
+    def _set_seed(self, seed):
+        self.generator = np.random.default_rng(seed)
+
+    def noise(self, rows):
+        drawn = torch.zeros(rows.shape)
+        drawn[rows] = torch.tensor(self.generator.random(int(rows.sum())), dtype=torch.float32)
+        return drawn
+
+
+def test_rows_that_draw_from_one_generator_do_not_pass_for_begun():
+    below = EnvBelow(SharedDraws(), [drifts(torch.Size([ROWS]), None)] * 2, "task", None)
+    assert rows_go_on(below) is None
+
+
 class TwinWorkers(SerialEnv):
     """Seeds its workers all alike."""
 
@@ -525,6 +560,14 @@ def test_faults_within_workers_are_told(make, rule):
     with pytest.raises(TrialContractError) as raised:
         check_trial_env(trial_env(workers), max_steps=100)
     assert raised.value.rule == rule
+
+
+def test_workers_of_several_rows_that_begin_all_are_told():
+    workers = SerialEnv(2, lambda: BeginsAll(2))
+    workers.set_seed(0)
+    with pytest.raises(TrialContractError) as raised:
+        check_trial_env(trial_env(workers), max_steps=100)
+    assert raised.value.rule == "rows_go_on"
 
 
 # ---- A `TensorEnv` that is broken.
@@ -595,6 +638,18 @@ class ForgetfulDrifts(Drifts):
         return place, task if rows.all() else torch.zeros_like(task)
 
 
+class PlacesOnSelf(Drifts):
+    """Keeps the place beside the state, so that those who begin take all along."""
+
+    def begin(self, task, rows):
+        self.place = self.noise()
+        return task, self.seen(self.place, task)
+
+    def advance(self, state, action):
+        (self.place, _), *rest = super().advance((self.place, state), action)
+        return state, *rest
+
+
 class DriftsOnSelf(Drifts):
     """Keeps the task beside the state, that of rows that go on among it."""
 
@@ -616,6 +671,7 @@ class DriftsOnSelf(Drifts):
         (BufferedDrifts, "kept_tensors"),
         (DeafDrifts, "task_heard"),
         (ForgetfulDrifts, "task_heard"),
+        (PlacesOnSelf, "rows_go_on"),
         (DriftsOnSelf, "task_kept"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

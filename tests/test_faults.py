@@ -3,6 +3,9 @@
 A row of a table is one fault. `DAMAGE`, to the newest checkpoint: the run goes on from the one before, as if it had never stopped.
 `REFUSED`, to a run that is resumed: an error, and not a byte of the folder has changed. `RAISED`, by what a training calls: the
 error reaches the user, and a checkpoint is left. Signals, disks, folders and planted code follow.
+
+Elsewhere: compilers, caches and damaged libraries in `test_kernel_library`, memory that is not to be had in `test_kernels`, workers
+that die in `test_workers`, threads and forks in `test_threads`, agents' files in `test_agent_files`, arguments in `test_bad_input`.
 """
 
 import csv
@@ -10,11 +13,11 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,8 @@ from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
 from torchrl.checkpoint import Checkpoint
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
-from rl2_torchrl import Callback, load_weights, train
+from recipes import compare
+from rl2_torchrl import AdaptiveAgent, Callback, load_weights, train
 from rl2_torchrl.agent.files import write_agent
 from rl2_torchrl.baselines import gittins
 from rl2_torchrl.checkpoints import FORMAT
@@ -132,6 +136,24 @@ def test_every_byte_of_a_file_counts(tmp_path):
         path.write_bytes(whole[:at])
         with pytest.raises(DamagedFileError):
             load_tree(path)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, Path.replace
+
+    def noted(what, act, status):
+        def noting(it, *others):
+            done.append((what, status(it).st_ino))
+            return act(it, *others)
+
+        return noting
+
+    monkeypatch.setattr(os, "fsync", noted("synced", sync, os.fstat))
+    monkeypatch.setattr(Path, "replace", noted("named", replace, Path.stat))
+    Run(1).train(checkpoints=tmp_path)
+    history, written, folder = (path.stat().st_ino for path in (tmp_path / HISTORY, checkpoint(tmp_path, 1), tmp_path))
+    # The history first, since the checkpoint says how long it is; the folder last, which holds the name.
+    assert done == [("synced", history), ("synced", written), ("named", written), ("synced", folder)]
 
 
 HISTORY_DAMAGE = {
@@ -360,6 +382,14 @@ def test_an_error_after_an_update_leaves_that_update(options, tmp_path, unbroken
     assert_goes_on_as_unbroken(folder, unbroken)
 
 
+def test_an_evaluation_that_returns_tensors_is_taken(tmp_path):
+    seen, options = [], {"evaluate": lambda: {"score": torch.tensor([0.5])}, "eval_interval": 1}
+    Run(2).train(checkpoints=tmp_path, stop=lambda row: seen.append(row["eval/score"]) or True, **options)
+    result = Run(2).train(checkpoints=tmp_path, resume=True, **options)
+    seen += [row["eval/score"] for row in result.history]
+    assert [(type(score), score) for score in seen] == 3 * [(float, 0.5)]
+
+
 class Breaks(BernoulliBandit):
     """Raises in the third batch."""
 
@@ -516,12 +546,45 @@ def csv_rows(path):
     return [(float(step), float(value)) for step, value in csv.reader(path.open())]
 
 
-def test_scalars_after_a_kill_before_the_first_checkpoint_hold_each_step_once(tmp_path, unbroken):
-    logger = partial(CSVLogger, "scalars", str(tmp_path))
-    Run(2).train(logger=logger())  # which saves nothing, as a run that is killed early
-    Run(5).train(logger=logger(), checkpoints=tmp_path / "run", resume=True)
-    rows = [line.split(",")[0] for line in (tmp_path / "scalars/scalars/train/loss.csv").read_text().splitlines()]
-    assert [float(step) for step in rows] == [row["env_steps"] for row in unbroken.history]
+@pytest.mark.parametrize("has_earlier_run", [False, True])
+def test_scalars_after_a_kill_before_the_first_checkpoint_hold_each_step_once(has_earlier_run, tmp_path, unbroken):
+    log = tmp_path / "scalars"
+    options = {"checkpoints": tmp_path / "run", "checkpoint_interval": 10}
+    if has_earlier_run:  # which is not to be gone on with
+        Run(2).train(logger=CSVLogger("scalars", tmp_path), **options)
+    with pytest.raises(KeyboardInterrupt):  # which is not caught, as a kill
+        Run(5).train(logger=CSVLogger("scalars", tmp_path), callbacks=[Interrupts()], **options)
+    logged = (log / "scalars/train/loss.csv").read_bytes()
+    Run(5).train(logger=CSVLogger("scalars", tmp_path), callbacks=[Callback()], resume=True, **options)
+    rows = csv_rows(log / "scalars/train/loss.csv")
+    assert rows == [(row["env_steps"], row["train/loss"]) for row in unbroken.history]
+    assert (log / "earlier-scalars/train/loss.csv").read_bytes() == logged
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorboardLogger])
+@pytest.mark.parametrize("what", ["mistyped", "removed"])
+def test_a_log_whose_run_has_checkpoints_elsewhere_is_not_begun_anew(what, logger, folder, tmp_path):
+    given = tmp_path / "rnu" if what == "mistyped" else folder
+    Run(5).train(logger=logger("log", tmp_path), checkpoints=folder, resume=True)
+    if what == "removed":
+        shutil.rmtree(folder)
+    before = contents(tmp_path / "log")
+    words = (
+        rf"checkpoints='{given}' holds no checkpoint, .*'{tmp_path / 'log'}' holds the scalars .* saved to '{folder}'"
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            Run(5).train(logger=logger("log", tmp_path), checkpoints=given, resume=True)
+    assert before.items() <= contents(tmp_path / "log").items()  # TensorBoard's files are begun when the logger is made
+
+
+def test_a_log_that_is_open_is_gone_on_with(tmp_path, unbroken):
+    logger = CSVLogger("log", tmp_path)
+    options = {"checkpoints": tmp_path / "run", "logger": logger}
+    Run(5).train(stop=lambda row: row["env_steps"] == 2 * BATCH, **options)
+    Run(5).train(resume=True, **options)
+    rows = csv_rows(tmp_path / "log/scalars/train/loss.csv")
+    assert rows == [(row["env_steps"], row["train/loss"]) for row in unbroken.history]
 
 
 def test_tensorboard_after_a_kill_holds_each_step_once(tmp_path, unbroken):
@@ -742,12 +805,34 @@ def loads_history(path):
     raise ValueError("none of it could be read")
 
 
+def loads_report(path):
+    path.rename(path.with_name("report.json"))
+    compare.history(path.parent)
+
+
+def loads_agent(suffix):
+    return lambda path: AdaptiveAgent.load(path.rename(path.with_suffix(suffix)))
+
+
+LOADERS = {
+    "checkpoint": load_tree,
+    "history": loads_history,
+    "weights": loads_weights,
+    "agent": loads_agent(".safetensors"),
+    "exported agent": loads_agent(".pt2"),
+    "ONNX agent": loads_agent(".onnx"),
+    "report": loads_report,
+}
+
+
 @pytest.mark.parametrize("plant", [by_pickle, by_torch])
-@pytest.mark.parametrize("load", [load_tree, loads_weights, loads_history])
-def test_code_planted_in_a_file_is_not_run(load, plant, tmp_path, evil):
+@pytest.mark.parametrize("loader", LOADERS)
+def test_code_planted_in_a_file_is_not_run(loader, plant, tmp_path, evil):
+    if loader == "ONNX agent":
+        pytest.importorskip("onnxruntime")
     plant(evil, tmp_path / "file")
-    with pytest.raises(ValueError, match=r"file|none of it"):
-        load(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"file|none of it|codec"):
+        LOADERS[loader](tmp_path / "file")
 
 
 @pytest.mark.parametrize("plant", [by_pickle, by_torch, lambda evil, path: os.truncate(path, 100)])

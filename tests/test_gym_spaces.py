@@ -8,6 +8,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, Unbounded
 from torchrl.envs import Compose, TransformedEnv
+from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl import ActorCritic, GRUValueHead, PreviousStep, RecurrentActor, Trial, TrialCollector
 from rl2_torchrl.envs import GymVectorEnv
@@ -166,3 +167,45 @@ def test_from_env_makes_a_policy_for_each_action_space(space, vectorization):
 
 def base_action_size(env):
     return env.transform[1].action_size
+
+
+class Pictures(gymnasium.Env):
+    """Shows an image in bytes beside a place."""
+
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, shape):
+        self.observation_space = spaces.Dict(pixels=spaces.Box(0, 255, shape, np.uint8), place=spaces.Box(-1, 1, (2,)))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observed(), {}
+
+    def observed(self):
+        shape = self.observation_space["pixels"].shape
+        return {"pixels": self.np_random.integers(0, 256, shape, np.uint8), "place": np.float32([self.steps / 5, 0])}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observed(), float(action), False, self.steps >= 5, {}
+
+
+@pytest.mark.parametrize("shape", [(3, 11, 9), (11, 9, 3)], ids=["channels first", "channels last"])
+def test_images_are_kept_in_bytes_and_read_by_convolutions(shape):
+    env = TransformedEnv(GymVectorEnv(lambda: Pictures(shape), 3, seed=0), Compose(Trial(episodes=2), PreviousStep()))
+    check_trial_env(env, task_key=None)
+    actor, critic = RecurrentActor.from_env(env), GRUValueHead.from_env(env)
+    for network in (actor, critic):
+        [first, _] = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
+        assert first.in_channels == 3
+    collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=30, total_frames=30)
+    [batch] = list(collector)
+    assert (batch["pixels"].dtype, batch["pixels"].shape) == (torch.uint8, (3, 10, *shape))
+    assert batch["trans"].shape[-1] == 2 + 3 + 2  # place, action, reward and done
+    read = batch.clone()
+    with torch.no_grad(), set_recurrent_mode(True):
+        before = actor(read)["logits"].clone()
+        read["pixels"][1, 4] = 255 - read["pixels"][1, 4]
+        changed = (actor(read)["logits"] != before).any(-1)
+    assert changed.tolist() == [[False] * 10, [False] * 4 + [True] * 6, [False] * 10]  # from then on, in memory too

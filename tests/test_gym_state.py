@@ -1,5 +1,8 @@
 """Gymnasium's envs in checkpoints: in the middle of a trial a resumed run goes on as the unbroken one, or says why it cannot."""
 
+import re
+from functools import partial
+
 import gymnasium
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import torch
 from runs import Run
 from tensordict import TensorDict
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, SerialEnv, StepCounter, TransformedEnv
+from torchrl.envs import Compose, GymEnv, ParallelEnv, RewardSum, SerialEnv, TransformedEnv
 
 from rl2_torchrl import (
     ActorCritic,
@@ -22,9 +25,10 @@ from rl2_torchrl import (
     Trial,
     TrialCollector,
 )
-from rl2_torchrl.collector import _why_no_state
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv
-from rl2_torchrl.envs.gym_state import NoStateError, put_state, state_of
+from rl2_torchrl.envs.env_state import env_state, put_env_state
+from rl2_torchrl.envs.layers import put_state, state_of
+from rl2_torchrl.envs.plain_data import NoStateError
 
 
 @pytest.mark.parametrize(
@@ -201,27 +205,35 @@ def test_envs_that_cannot_be_saved_begin_new_trials_and_that_is_said(tmp_path, c
     assert "PendulumEnv.engine is a object, which is no plain data" in caplog.text
 
 
-def alone(row=lambda: GymTaskEnv("InvertedPendulum-v5", set_task=set_mass, task_spec=Unbounded(1)), rows=2):
-    env = SerialEnv(rows, row)
+def rows_of(row, kind=SerialEnv, rows=2):
+    env = kind(rows, row)
     env.set_seed(3)
     return env
 
 
-def test_envs_in_a_serial_env_go_on_and_hear_their_tasks_again():
+def hidden_mass():
+    return GymTaskEnv("InvertedPendulum-v5", set_task=set_mass, task_spec=Unbounded(1))
+
+
+@pytest.mark.parametrize("row", [hidden_mass, lambda: TransformedEnv(hidden_mass(), RewardSum())])
+@pytest.mark.parametrize("kind", [SerialEnv, partial(ParallelEnv, mp_start_method="fork")])
+def test_envs_side_by_side_go_on_and_hear_their_tasks_again(kind, row):
     pytest.importorskip("mujoco")
-    ours, theirs = alone(), alone()
+    ours, theirs = rows_of(row, kind), rows_of(row, kind)
     masses, action = torch.tensor([[1.0], [40.0]]), torch.tensor([[0.1], [-0.2]])
     seen = ours.reset(TensorDict({"task": masses}, [2]))
     theirs.reset(TensorDict({"task": masses.flip(0)}, [2]))
     ours.step(seen.set("action", action))
-    theirs.load_state_dict(ours.state_dict())
-    assert [env.unwrapped.model.body_mass[-1] for env in theirs._envs] == masses.flatten().tolist()
-    for _ in range(5):
-        after = [env.step(seen.clone())["next", "observation"] for env in (ours, theirs)]
+    put_env_state(theirs, env_state(ours))
+    for turn in (1, -1, 1, 1, -1):  # each answer is that of its own question
+        asked = seen.clone().set("action", turn * action)
+        after = [env.step(asked.clone())["next", "observation"] for env in (ours, theirs)]
         assert torch.equal(*after)
     assert torch.equal(ours.reset()["observation"], theirs.reset()["observation"])  # the random numbers, too
+    ours.close(), theirs.close()
 
 
+@pytest.mark.parametrize("kind", [SerialEnv, partial(ParallelEnv, mp_start_method="fork")])
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -229,17 +241,36 @@ def test_envs_in_a_serial_env_go_on_and_hear_their_tasks_again():
             lambda: GymTaskEnv(with_engine, set_task=set_gravity, task_spec=Unbounded(1)),
             "PendulumEnv.engine is a object, which is no plain data",
         ),
-        (lambda: TransformedEnv(BernoulliBandit(2), StepCounter()), "a TransformedEnv hands out its transforms' state"),
-        (lambda: BernoulliBandit(2), None),
+        (
+            lambda: GymEnv("Pendulum-v1"),
+            "GymEnv does not hand out its state: derive it from rl2_torchrl.envs.Resumable first",
+        ),
+        (lambda: TransformedEnv(GymEnv("Pendulum-v1"), RewardSum()), "GymEnv does not hand out its state"),
     ],
 )
-def test_rows_of_a_serial_env_say_why_they_have_no_state(row, reason):
-    why = _why_no_state(alone(row))
-    assert why == reason if reason is None else reason in why
-
-
-def test_a_closed_serial_env_is_not_opened_anew_for_its_state():
-    env = alone(lambda: BernoulliBandit(2))
+def test_envs_side_by_side_say_why_they_have_no_state(row, reason, kind):
+    env = rows_of(row, kind)
+    with pytest.raises(NoStateError, match=re.escape(reason)):
+        env_state(env)
+    env.reset()  # all are alive
     env.close()
-    assert "has closed its envs" in _why_no_state(env)
+
+
+def test_closed_envs_are_not_opened_anew_for_their_state():
+    env = rows_of(lambda: BernoulliBandit(2))
+    env.close()
+    with pytest.raises(NoStateError, match="SerialEnv has closed its envs"):
+        env_state(env)
     assert env.is_closed
+
+
+def test_a_parallel_env_without_buffers_or_with_a_dead_process_has_no_state():
+    env = rows_of(lambda: BernoulliBandit(2), partial(ParallelEnv, mp_start_method="fork", use_buffers=False))
+    with pytest.raises(NoStateError, match="without buffers"):
+        env_state(env)
+    env.close()
+    env = rows_of(lambda: BernoulliBandit(2), partial(ParallelEnv, mp_start_method="fork"))
+    env._workers[1].kill()
+    env._workers[1].join()
+    with pytest.raises(NoStateError, match="a process of the ParallelEnv has ended"):
+        env_state(env)

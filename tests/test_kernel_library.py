@@ -76,9 +76,13 @@ def test_a_library_is_compiled_once(cache, commands, three):
 
 
 @needs_compiler
-@pytest.mark.parametrize("what", ["source", "flags", "compiler"])
-def test_another_source_flag_or_compiler_makes_another_library(cache, tmp_path, monkeypatch, three, what):
+@pytest.mark.parametrize("what", ["source", "flags", "compiler", "processor"])
+def test_another_source_flag_compiler_or_processor_makes_another_library(cache, tmp_path, monkeypatch, three, what):
+    if what == "processor":  # of which a compiler tells by its macros
+        monkeypatch.setenv("CC", str(script(tmp_path / "cc", 'exec cc "$@"')))
     first = three()
+    if what == "processor":
+        script(tmp_path / "cc", 'exec cc -D__AVX1024__ "$@"')
     if what == "source":
         (tmp_path / "three.c").write_text("int three(void) { return 4; }\n")
     if what == "compiler":

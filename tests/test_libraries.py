@@ -6,9 +6,11 @@ import math
 import sys
 import weakref
 from contextlib import closing
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from tensordict import TensorDict
@@ -17,7 +19,11 @@ from torchrl.envs import Compose, DoubleToFloat, ParallelEnv, SerialEnv, Transfo
 from recipes import pop_gym
 from recipes.experiment import HELD_OUT_TASKS, Experiment, arguments
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, check_training
+from rl2_torchrl.collector import load_rollout_state, rollout_state
+from rl2_torchrl.envs.env_state import env_state, put_env_state
+from rl2_torchrl.envs.layers import put_state, state_of
 from rl2_torchrl.evaluation import AdaptationCurve
+from rl2_torchrl.storage import from_bytes, to_bytes
 from rl2_torchrl.testing import check_trial_env
 
 #: Of each recipe's module: the library that it needs, options that make it tiny, and rules of `check_training` that nobody can
@@ -71,6 +77,22 @@ def test_contracts_hold(name, tmp_path, monkeypatch):
     check_trial_env(collector.env, task_key="task" if has_tasks else None)
 
 
+@pytest.mark.parametrize("name", [name for name, (library, *_) in RECIPES.items() if library != "gymnasium"])
+def test_what_was_played_is_played_again_from_a_checkpoint(name, tmp_path, monkeypatch):
+    _, collector, _ = stopped_before_training(name, tmp_path, monkeypatch, env_steps=1_000_000)
+    collector.rollout()
+    saved = to_bytes({"tasks": collector.env.state_dict(), "rollout": rollout_state(collector)})
+    batches = []
+    for _ in range(2):
+        state = from_bytes(saved, "the checkpoint")
+        assert "missing" not in state["rollout"]
+        collector.env.load_state_dict(state["tasks"])
+        load_rollout_state(collector, state["rollout"])
+        torch.manual_seed(0)
+        batches.append(collector.rollout().clone())
+    assert (batches[0] == batches[1]).all()
+
+
 def test_what_has_been_played_leaves_the_memory(tmp_path, monkeypatch):
     played, _, _ = stopped_before_training("cartpole", tmp_path, monkeypatch)
     make_env, envs = played.make_env, []
@@ -88,6 +110,37 @@ def test_what_has_been_played_leaves_the_memory(tmp_path, monkeypatch):
     finally:
         gc.enable()
     assert alive == [False]
+
+
+# ---- MiniGrid
+
+
+def kinds_in_view(observation):
+    """Keys and balls that are seen, as MiniGrid numbers them."""
+    kinds = observation["image"][..., 0]
+    return sorted(kinds[(kinds == 5) | (kinds == 6)].tolist())
+
+
+@pytest.mark.parametrize(("size", "seen"), [("S9", 3), ("S11", 2)])
+def test_what_is_seen_in_the_room_is_out_of_view_at_a_long_corridors_end(size, seen):
+    pytest.importorskip("minigrid")
+    from recipes.minigrid_envs import Corridor
+
+    env = Corridor(gymnasium.make(f"MiniGrid-Memory{size}-v0"), from_room=True)
+    left, forward = 0, 2
+    for seed in range(4):
+        observation, info = env.reset(seed=seed)
+        grid = env.unwrapped
+        kind = grid.grid.get(1, grid.height // 2 - 1).type
+        assert {"key": 5, "ball": 6}[kind] in kinds_in_view(observation)
+        assert info["is_ball"] == (kind == "ball")
+        for action in [forward] * (grid.width - 3) + [left] * 2:  # to the corridor's end, and a look back
+            observation, _, terminated, _, info = env.step(action)
+            assert info["is_ball"] == (kind == "ball")
+        assert tuple(grid.agent_pos) == (grid.width - 2, grid.height // 2)
+        assert not terminated
+        assert len(kinds_in_view(observation)) == seen  # two at the end, to choose from, and that of the room
+    assert env.action_space.n == 3
 
 
 # ---- POPGym
@@ -152,7 +205,7 @@ def test_the_target_lies_where_the_task_says():
     pytest.importorskip("dm_control")
     from recipes.point_mass import HiddenTarget
 
-    env = HiddenTarget(steps=5, frame_skip=1)
+    env = HiddenTarget(steps=5)
     here, there = torch.tensor([0.1, 0.0]), torch.tensor([0.1, 0.29])
     for target in (here, there):
         env.reset(TensorDict(task=target))
@@ -164,7 +217,7 @@ def test_the_target_lies_where_the_task_says():
             # DMControl pays 1 on the target, and next to nothing at nearly three times its radius from it.
             assert (paid > 0.99) == torch.equal(place, target), (target, place, paid)
     # A reset that names no task keeps the one before: what is observed does not tell where the target is.
-    assert env._model.geom_pos["target"][:2].tolist() == pytest.approx(there.tolist())
+    assert env.model.geom_pos["target"][:2].tolist() == pytest.approx(there.tolist())
     assert set(env.observation_spec.keys()) == {"position", "velocity"}
 
 
@@ -173,21 +226,72 @@ def test_workers_of_dmcontrol_are_sound(kind):
     pytest.importorskip("dm_control")
     from recipes.point_mass import HiddenTarget, targets
 
-    workers = kind(2, lambda: TransformedEnv(HiddenTarget(8, 1), DoubleToFloat()))
-    trials = Compose(Trial(episodes=2), TaskSampler(targets, seed=0), PreviousStep())
+    workers = kind(2, lambda: HiddenTarget(8))
+    trials = Compose(Trial(episodes=2), TaskSampler(targets, seed=0), DoubleToFloat(), PreviousStep())
     with closing(TransformedEnv(workers, trials)) as env:
         check_trial_env(env)
 
 
-@pytest.mark.parametrize("frame_skip", [1, 3, 4])
-@pytest.mark.parametrize("steps", [1, 7, 50])
-def test_episodes_of_point_masses_last_as_long_as_they_shall(steps, frame_skip):
+@pytest.mark.parametrize("kind", [SerialEnv, partial(ParallelEnv, mp_start_method="fork")])
+def test_point_masses_go_on_in_mid_episode(kind):
     pytest.importorskip("dm_control")
     from recipes.point_mass import HiddenTarget
 
-    rollout = HiddenTarget(steps, frame_skip).rollout(100)
+    def masses(seed):
+        workers = kind(2, lambda: TransformedEnv(HiddenTarget(8), DoubleToFloat()))
+        workers.set_seed(seed)
+        targets = torch.tensor([[0.1, 0.0], [0.0, -0.1]]) * (-1) ** seed
+        return workers, workers.reset(TensorDict(task=targets, batch_size=[2]))
+
+    (ours, seen), (theirs, _) = masses(0), masses(1)
+    with closing(ours), closing(theirs):
+        pushes = torch.rand(20, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        for push in pushes[:3]:
+            ours.step(seen.set("action", push))
+        put_env_state(theirs, env_state(ours))
+        played = []
+        for workers in (ours, theirs):
+            data = TensorDict({"done": torch.zeros(2, 1, dtype=torch.bool)}, [2])
+            for push in pushes[3:]:  # over the end of an episode
+                begun = workers.reset() if data["done"].any() else data
+                data = workers.step(begun.clone().set("action", push))["next"]
+                played.append(data.clone())
+        ours, theirs = torch.stack(played).split(len(pushes) - 3)
+        assert ours["done"].any()
+        assert (ours == theirs).all()
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_episodes_of_point_masses_last_as_long_as_they_shall(steps):
+    pytest.importorskip("dm_control")
+    from recipes.point_mass import HiddenTarget
+
+    rollout = HiddenTarget(steps).rollout(100)
     assert len(rollout) == steps
     assert rollout["next", "truncated"].flatten().tolist() == [False] * (steps - 1) + [True]
+
+
+# ---- MiniGrid
+
+
+@pytest.mark.parametrize("env_id", ["MiniGrid-KeyCorridorS3R2-v0", "BabyAI-UnlockPickup-v0"])
+def test_mazes_go_on_in_mid_episode_with_all_that_is_in_them(env_id):
+    pytest.importorskip("minigrid")
+    ours, theirs = gymnasium.make(env_id), gymnasium.make(env_id)
+    ours.reset(seed=0), theirs.reset(seed=1)
+    actions = torch.randint(7, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    for action in actions[:60]:
+        ours.step(action)
+    put_state(theirs, state_of(ours))
+    assert theirs.unwrapped.grid == ours.unwrapped.grid
+    assert not {id(cell) for cell in theirs.unwrapped.grid.grid if cell} & {
+        id(cell) for cell in ours.unwrapped.grid.grid
+    }
+    for action in actions[60:]:
+        (seen, *ends, _), (again, *others, _) = ours.step(action), theirs.step(action)
+        assert (seen["image"] == again["image"]).all()
+        assert ends == others
+    assert (ours.reset()[0]["image"] == theirs.reset()[0]["image"]).all()
 
 
 # ---- Brax

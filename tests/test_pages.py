@@ -2,7 +2,10 @@
 
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -74,3 +77,16 @@ def test_presets_are_their_recipes_and_reached_what_the_page_says(env):
     parameters = inspect.signature(recipe.main).parameters
     assert parameters["network"].default is preset.network
     assert parameters["learning"].default is preset.learning
+
+
+def test_the_reference_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("pdoc")  # an extra
+    command = re.search(r"^```bash\n(.*pdoc .*?)\n^```", PAGES["rl2_torchrl"], re.MULTILINE | re.DOTALL)[1]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    built = subprocess.run(
+        ["bash", "-c", f"{command} -o {tmp_path}"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert built.returncode == 0
+    assert built.stdout + built.stderr == ""
+    page = (tmp_path / "rl2_torchrl.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in page for name in rl2_torchrl.__all__)

@@ -1,12 +1,21 @@
 """What a trial has shown of the task: counted beside real trials, and what the advantages and the memory make of it."""
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes.experiment import Told
-from recipes.posterior import Posterior, PosteriorAdvantage, beta_mean, normal_mean
+from recipes.posterior import (
+    Posterior,
+    PosteriorAdvantage,
+    PosteriorBelief,
+    RisingOptimism,
+    beta_moments,
+    normal_moments,
+)
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means
 
@@ -27,8 +36,8 @@ def mdps(rows=ROWS):
 
 
 KINDS = {
-    "bandits": (bandits, Posterior(beta_mean, num_actions=3)),
-    "mdps": (mdps, Posterior(normal_mean, num_actions=5, num_states=10)),
+    "bandits": (bandits, Posterior(beta_moments, num_actions=3)),
+    "mdps": (mdps, Posterior(normal_moments, num_actions=5, num_states=10)),
 }
 
 
@@ -59,13 +68,18 @@ def played(env, num_actions, steps):
     return torch.stack(entries, 1), seen[:-1]
 
 
-def by_hand(kind, rewards):
-    return (1 + sum(rewards)) / ((2 if kind == "bandits" else 1) + len(rewards))
+def by_hand(kind, rewards, optimism=0.0):
+    number = len(rewards)
+    mean = (1 + sum(rewards)) / ((2 if kind == "bandits" else 1) + number)
+    variance = mean * (1 - mean) / (3 + number) if kind == "bandits" else 1 / (1 + number)
+    return mean + optimism * math.sqrt(variance)
 
 
+@pytest.mark.parametrize("optimism", [0.0, 0.7])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_what_was_seen_before_each_step(kind):
+def test_it_is_what_was_seen_before_each_step(kind, optimism):
     make, posterior = KINDS[kind]
+    posterior = Posterior(posterior.of_rewards, posterior.num_actions, posterior.num_states, optimism)
     steps = 8 if kind == "bandits" else 20
     batch, seen = played(make(), posterior.num_actions, steps)
     means = posterior(batch["trans"])
@@ -73,7 +87,9 @@ def test_it_is_what_was_seen_before_each_step(kind):
     for step, rows in enumerate(seen):
         for row, known in enumerate(rows):
             pairs = [divmod(pair, posterior.num_actions) for pair in range(means.shape[-1])]
-            assert means[row, step].tolist() == pytest.approx([by_hand(kind, known.get(pair, [])) for pair in pairs])
+            assert means[row, step].tolist() == pytest.approx(
+                [by_hand(kind, known.get(pair, []), optimism) for pair in pairs], abs=1e-5
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,6 +124,7 @@ def test_what_it_stands_for():
     with torch.no_grad():
         term.layer.weight.zero_()
         term.layer.bias.fill_(1.0)  # at a trial's start all means are 1
+        term.is_fitted.fill_(True)
     trans = torch.zeros(2, 1, 17)
     assert term(torch.zeros(2, 1, 4), trans)["loss_belief"].item() == pytest.approx(0.0)
     assert Told(posterior=True).terms(4, 50, posterior=posterior) == []
@@ -116,6 +133,50 @@ def test_what_it_stands_for():
     assert made[0] is PosteriorAdvantage
     assert made[2] is TrialAdvantage
     assert len(set(made)) == 3
+
+
+def test_what_a_memory_holds_is_told_from_the_first_minibatch_on():
+    """Of features that the posterior means are a linear function of: a random layer errs by the means' own size, 1."""
+    posterior = KINDS["mdps"][1]
+    batch, _ = played(mdps(rows=40), 5, 20)
+    trans, generator = batch["trans"], torch.Generator().manual_seed(0)
+    features = posterior(trans) @ torch.randn(50, 64, generator=generator)
+    term, random = (PosteriorBelief(64, posterior, coefficient=2.0) for _ in range(2))
+    random.is_fitted.fill_(True)
+    assert random(features, trans)["belief_error"] > 0.5
+    first = term(features.requires_grad_(), trans)
+    assert first["belief_error"] < 0.01
+    assert first["loss_belief"].item() == pytest.approx(2 * first["belief_error"].item())
+    first["loss_belief"].backward()
+    assert features.grad.abs().max() > 0
+    weight = term.layer.weight.clone()
+    term(features.flip(0), trans)  # another minibatch: what was learnt since is not undone
+    assert torch.equal(term.layer.weight, weight)
+    assert term.state_dict()["is_fitted"]
+
+
+def test_optimism_rises_in_mid_training_and_goes_on_where_it_stood():
+    def begun(after):
+        posterior = Posterior(beta_moments, num_actions=3, optimism=0.8)
+        return posterior, RisingOptimism(posterior, after)
+
+    posterior, rising = begun(0.3)
+    stood = [posterior.optimism]
+    for progress in (0.2, 0.3, 0.45, 0.6, 1.0):
+        assert rising.after_update({}, progress) == {"train/optimism": posterior.optimism}
+        stood.append(posterior.optimism)
+    assert stood == pytest.approx([0.0, 0.0, 0.0, 0.4, 0.8, 0.8])
+    other, resumed = begun(0.3)
+    resumed.load_state_dict(rising.state_dict())
+    assert other.optimism == pytest.approx(0.8)
+    assert begun(0.0)[0].optimism == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="optimism_after=0.6"):
+        begun(0.6)
+
+
+def test_optimism_of_nothing():
+    with pytest.raises(ValueError, match="without posterior=True"):
+        Told(optimism=0.6)
 
 
 def test_two_things_that_stand_for_rewards():

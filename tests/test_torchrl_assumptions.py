@@ -1,5 +1,7 @@
 """What this package takes for granted about TorchRL: one fact a test, so that a new TorchRL says what has moved."""
 
+import re
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -27,10 +29,19 @@ from torchrl.envs import (
 from torchrl.modules import GRUModule, OneHotCategorical, ProbabilisticActor, set_recurrent_mode
 from torchrl.modules.utils import get_primers_from_module
 from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import GAE
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
-from rl2_torchrl import TrialAdvantage
-from rl2_torchrl.envs import BernoulliBandit
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    MemoryValueHead,
+    PreviousStep,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+)
+from rl2_torchrl.envs import BernoulliBandit, uniform_means
 
 
 def cartpole(*transforms):
@@ -334,6 +345,22 @@ def test_trial_advantages_are_those_of_torchrls_gae(lmbda):
         TrialAdvantage(gamma=0.9, lmbda=lmbda, normalize=False, critic=critic, value_target="gae")(data)
         torch.testing.assert_close(data["advantage"], expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(data["value_target"], target, rtol=0, atol=1e-12)
+
+
+def test_torchrls_gae_refuses_values_that_are_stored():
+    """`PPOTrainer`'s default: `ActorCritic` says what to give it in its place, and what stands here in quotes."""
+    env = TransformedEnv(
+        BernoulliBandit(3, batch_size=(4,)), Compose(Trial(2), TaskSampler(uniform_means(3)), PreviousStep())
+    )
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4)
+    critic = MemoryValueHead.from_env(env, actor, detach=True)
+    collector = Collector(env, ActorCritic(actor, critic), frames_per_batch=8, auto_register_policy_transforms=True)
+    batch = next(iter(collector))
+    collector.shutdown()
+    with pytest.raises(RuntimeError) as error:
+        GAE(gamma=0.9, lmbda=0.9, value_network=critic)(batch)
+    (quoted,) = re.findall(r'ends in "(.*?)"', re.sub(r"\s+", " ", ActorCritic.__doc__))
+    assert str(error.value).startswith(quoted)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

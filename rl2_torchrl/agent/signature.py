@@ -28,7 +28,7 @@ from torchrl.envs import (
 from rl2_torchrl.agent.architecture import as_dtype, as_key
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.transition import Encoding, Layout, PreviousStep
+from rl2_torchrl.transition import Encoding, Layout, PreviousStep, previous_steps
 from rl2_torchrl.trial import Trial, transforms_of
 
 __all__ = ["Acted", "Affine", "Observed", "Signature", "name_of"]
@@ -260,7 +260,7 @@ def transition_of(env: EnvBase, keys: Sequence[NestedKey]) -> PreviousStep:
     Raises:
         ValueError: there is none.
     """
-    writers = [each for each in transforms_of(env) if isinstance(each, PreviousStep) and each.out_key in keys]
+    writers = [each for each in previous_steps(env) if each.out_key in keys]
     if len(writers) != 1:
         raise ValueError(
             f"the policy reads {list(keys)}, of which {len(writers)} are written by a PreviousStep; it must be one: give "

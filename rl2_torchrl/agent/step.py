@@ -16,7 +16,7 @@ from rl2_torchrl.agent.signature import Signature, acted_of, name_of, observed_o
 from rl2_torchrl.modules import ActorCritic
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.modules.cores import choose_rows
+from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import distribution_of
 
 __all__ = ["LAST_ACTION", "PolicyStep", "actor_of", "signature_of"]
@@ -83,8 +83,8 @@ class PolicyStep(nn.Module):
         told = [torch.where(start, 0.0, told), torch.where(start, at_start, done.to(reward.dtype))]
         state[signature.trans_key], state["is_init"] = torch.cat([*seen, *told], -1), start
         first = initial_memory(self.policy, start.shape[0])
-        firsts = [first[key] for key in self._hidden_keys]
-        state.update(zip(self._hidden_keys, choose_rows(start.squeeze(-1), firsts, memory), strict=True))
+        for key, carried in zip(self._hidden_keys, memory, strict=True):
+            state[key] = where_rows(start.squeeze(-1), first[key], carried)
         return state
 
 

@@ -240,6 +240,7 @@ from rl2_torchrl.envs.locomotion import (
     velocities,
 )
 from rl2_torchrl.envs.point_robot import PointRobot, goals_on_half_circle
+from rl2_torchrl.envs.resumable import Resumable
 from rl2_torchrl.envs.tabular import TabularMDP, pack_mdps, random_mdps, unpack_mdps
 from rl2_torchrl.envs.tensor_env import TensorEnv
 
@@ -255,6 +256,7 @@ __all__ = [
     "LocomotionEnv",
     "PointRobot",
     "QuadraticBandit",
+    "Resumable",
     "TabularMDP",
     "TensorEnv",
     "directions",

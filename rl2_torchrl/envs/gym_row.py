@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from rl2_torchrl.envs.gym_state import NoStateError, put_state, state_of
+from rl2_torchrl.envs.layers import put_state, state_or_reason
 
 __all__ = ["TASKS", "GymRow", "as_arrays"]
 
@@ -74,10 +74,8 @@ class GymRow(gymnasium.Wrapper):
     @property
     def row_state(self) -> Any:
         """The state of this row as plain data, or in words why it has none."""
-        try:
-            return {"task": self._task, "env": state_of(self.env)}
-        except NoStateError as error:
-            return str(error)
+        state = state_or_reason(self.env)
+        return state if isinstance(state, str) else {"task": self._task, "env": state}
 
     @row_state.setter
     def row_state(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
 from rl2_torchrl.envs.rows import Entries, merge
 from rl2_torchrl.envs.tensor_env import TensorEnv
-from rl2_torchrl.storage import from_bytes, to_bytes
+from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["GymVectorEnv"]
 
@@ -316,7 +316,7 @@ class GymVectorEnv(TensorEnv):
 
     # ------------------------------------------------------------- checkpoints
     def why_no_state(self) -> str | None:
-        """Why a resumed run begins new trials, in words; None where the envs hand out their state (`gym_state`)."""
+        """Why a resumed run begins new trials, in words; None where the envs hand out their state (`layers`)."""
         if self._is_theirs:
             return "a vector env that was made elsewhere does not hand out its rows' state"
         missing = [state for state in self._row_states() if isinstance(state, str)]
@@ -340,7 +340,7 @@ class GymVectorEnv(TensorEnv):
             "rows": rows,
             "rest": super().get_extra_state(),
         }
-        return torch.frombuffer(bytearray(to_bytes(own)), dtype=torch.uint8)
+        return to_tensor(own)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restores what `get_extra_state` returned.
@@ -348,7 +348,7 @@ class GymVectorEnv(TensorEnv):
         Raises:
             ValueError: it is the state of another env, or of another number of rows.
         """
-        own = from_bytes(state.cpu().numpy().tobytes(), f"the state of {type(self).__name__}")
+        own = from_tensor(state, f"the state of {type(self).__name__}")
         rows, task = own["rows"], own["task"]
         task = TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task
         if any(isinstance(row, str) for row in rows):  # there is no state: all rows begin

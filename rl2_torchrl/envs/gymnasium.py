@@ -13,8 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
 
-from rl2_torchrl.envs.gym_state import NoStateError, put_state, state_of
-from rl2_torchrl.storage import from_bytes, to_bytes
+from rl2_torchrl.envs.layers import put_state, state_or_reason
+from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["GymTaskEnv"]
 
@@ -36,8 +36,8 @@ class GymTaskEnv(GymEnv):
         task_spec: TorchRL spec of one task.
         **kwargs: passed on to `GymEnv`; those of `gymnasium.make`, such as ``max_episode_steps``, with an id alone.
 
-    A checkpoint holds the env as it holds those of `GymVectorEnv`, alone or several in a `torchrl.envs.SerialEnv`: a resumed run
-    goes on in the middle of an episode, unless the env holds what is no plain data, which the log names.
+    A checkpoint holds the env as it holds those of `GymVectorEnv`, alone or several in TorchRL's ``SerialEnv`` or ``ParallelEnv``:
+    a resumed run goes on in the middle of an episode, unless the env holds what is no plain data, which the log names.
 
     Raises:
         TypeError: ``env`` is none of these, or options of `gymnasium.make` with an env that is made already.
@@ -104,26 +104,19 @@ class GymTaskEnv(GymEnv):
 
     # ------------------------------------------------------------- checkpoints
     def why_no_state(self) -> str | None:
-        """Why a resumed run begins new trials, in words; None where the env hands out its state (`gym_state`)."""
-        state = self._env_state()
+        """Why a resumed run begins new trials, in words; None where the env hands out its state (`layers`)."""
+        state = state_or_reason(self._env)
         return state if isinstance(state, str) else None
-
-    def _env_state(self) -> list[dict[str, Any]] | str:
-        """The env as plain data, or in words why it has no state."""
-        try:
-            return state_of(self._env)
-        except NoStateError as error:
-            return str(error)
 
     def get_extra_state(self) -> torch.Tensor:
         """The task, and the env itself where it hands out its state; see `why_no_state`."""
         task = self._task.to_dict() if isinstance(self._task, TensorDictBase) else self._task
         # One plain tensor, as TensorEnv's: all else TorchRL's EnvCreator would copy into every worker.
-        return torch.frombuffer(bytearray(to_bytes({"task": task, "env": self._env_state()})), dtype=torch.uint8)
+        return to_tensor({"task": task, "env": state_or_reason(self._env)})
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Restores what `get_extra_state` returned."""
-        own = from_bytes(state.cpu().numpy().tobytes(), f"the state of {type(self).__name__}")
+        own = from_tensor(state, f"the state of {type(self).__name__}")
         task = own["task"]
         # A task may have changed what is no part of the state, such as masses in MuJoCo's model.
         if task is not None:

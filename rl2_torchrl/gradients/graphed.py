@@ -9,8 +9,7 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 
-from rl2_torchrl.gradients.part import State, entries_of, is_bare
-from rl2_torchrl.gradients.program import merge_losses
+from rl2_torchrl.gradients.part import State, is_bare
 from rl2_torchrl.kernels.graph import GraphReplay
 
 __all__ = ["GraphedPass", "why_not_graphed", "without_resets"]
@@ -53,7 +52,10 @@ class GraphedPass:
         figures, finite = [], None
         try:
             for entries in minibatches:
-                minibatch = self._minibatch(entries, max_grad_norm)
+                layout = tuple((key, entry.shape, entry.dtype) for key, entry in entries.items())
+                if layout not in self._minibatches:
+                    self._minibatches[layout] = _Minibatch(self.loss, entries, max_grad_norm)
+                minibatch = self._minibatches[layout]
                 minibatch(entries)
                 if check is not None and not figures:
                     check(minibatch.figures["max_ratio"])
@@ -66,12 +68,6 @@ class GraphedPass:
             vars(self.optimizer).pop("found_inf", None)
         rows = torch.stack([values for _, values in figures]).tolist()
         yield from (dict(zip(names, row, strict=True)) for (names, _), row in zip(figures, rows, strict=True))
-
-    def _minibatch(self, entries: State, max_grad_norm: float | None) -> _Minibatch:
-        layout = tuple((key, entry.shape, entry.dtype) for key, entry in entries.items())
-        if layout not in self._minibatches:
-            self._minibatches[layout] = _Minibatch(self.loss, entries, max_grad_norm)
-        return self._minibatches[layout]
 
     def _forget_what_changed(self, max_grad_norm: float | None) -> None:
         """Recordings know the memory of tensors, not what else Python has changed since."""
@@ -108,11 +104,7 @@ class _Minibatch:
             parameter.grad = gradient
 
     def _work(self) -> None:
-        state, losses = dict(self.entries), {}
-        for part in self.loss.network_parts():
-            part.run(state)
-        for term in self.loss.loss_terms():
-            merge_losses(losses, term(*entries_of(state, term.in_keys)))
+        losses = self.loss.losses_of(self.entries, self.loss.loss_terms())
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
         self.gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):

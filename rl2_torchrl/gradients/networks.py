@@ -1,4 +1,7 @@
-"""`parts_of`: a network as the list of its parts, each with its own gradient or autograd's."""
+"""`parts_of`: a network as the list of its parts, each with its own gradient or autograd's.
+
+Its own is what a module's ``gradient_part`` brings; that is None where the module has none, such as for other activations.
+"""
 
 from __future__ import annotations
 

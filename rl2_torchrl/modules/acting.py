@@ -1,8 +1,9 @@
 """A policy as a list of functions on named tensors, for acting step by step: no TensorDict but for a module that wants one.
 
 `acting_parts` takes a `TensorDictSequential` apart into its modules. What each of them does at one step is asked of itself: a
-module with a ``step_function`` brings it (our cores), a distribution acts by the functions of its `ActionDistribution`, a plain
-`TensorDictModule` is called on its tensors; every other module is called with a TensorDict, as it is.
+module with a ``step_function`` (our cores, heads, `RunningNorm`) brings it, its `forward` without gradient, which is asked for anew
+before each batch, so that it may hold on to the weights as they are; a distribution acts by the functions of its
+`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict, as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tensordict.nn import (
 from tensordict.nn.probabilistic import interaction_type
 from torchrl.modules import SafeProbabilisticModule
 
-from rl2_torchrl.gradients.part import State, is_bare
+from rl2_torchrl.gradients.part import State, has_hooks, is_bare, is_function
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 
@@ -38,8 +39,8 @@ class ActingPart:
     """What one module does at a step, on entries ``[N, ...]``.
 
     ``make`` gives, from the number of steps of a batch, the function on a `State`. It is made anew for each batch: it may hold on
-    to the weights as they are, and to the noise of all steps. ``way`` says how the module is called. A distribution has
-    ``log_prob`` too, which writes ``log_prob_key`` and can wait until it is asked for.
+    to the weights as they are, and to the noise of all steps. ``way`` says how the module is called. ``later`` is what can wait
+    until it is asked for: a distribution's log-probability.
     """
 
     module: TensorDictModuleBase
@@ -47,8 +48,7 @@ class ActingPart:
     out_keys: list[NestedKey]
     make: Callable[[int], Run]
     way: str
-    log_prob: Run | None = None
-    log_prob_key: NestedKey | None = None
+    later: ActingPart | None = None
 
     @property
     def can_wait(self) -> bool:
@@ -59,8 +59,7 @@ class ActingPart:
 def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     """The parts of ``module``, in order."""
     cls, keys = type(module), (module.in_keys, module.out_keys)
-    has_hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if not has_hooks:
+    if not has_hooks(module):
         if cls.forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward):
             return [part for child in module._module_iter() for part in acting_parts(child)]
         # Of the class: a TensorDictModule passes on what its inner module has.
@@ -70,7 +69,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
         if cls.forward in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward):
             if (distribution := distribution_of(module)) is not None:
                 return [_distribution(module, distribution)]
-        elif _is_function_of_tensors(module):
+        elif is_function(module):
             return [ActingPart(module, *keys, lambda _: _on_tensors(module), "tensors")]
     return [ActingPart(module, *keys, lambda _: _on_tensordict(module), "tensordict")]
 
@@ -80,12 +79,6 @@ def _steps_as_forward(cls: type) -> bool:
     brings = next(n for n, base in enumerate(cls.__mro__) if "step_function" in vars(base))
     written = next(base for base in cls.__mro__[brings:] if "forward" in vars(base))
     return unwrap(cls.forward) is unwrap(vars(written)["forward"])
-
-
-def _is_function_of_tensors(module: TensorDictModuleBase) -> bool:
-    """Whether ``module`` is a function from entries to entries and nothing more."""
-    is_plain = isinstance(module, TensorDictModule) and type(module).forward is TensorDictModule.forward
-    return is_plain and module._kwargs is None and not module.method_kwargs and module.method is None
 
 
 def _on_tensors(module: TensorDictModule) -> Run:
@@ -116,7 +109,7 @@ def _core(module: TensorDictModuleBase) -> Run:
 
 
 def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDistribution) -> ActingPart:
-    in_keys, log_prob_key = module.in_keys, module.log_prob_key if module.return_log_prob else None
+    in_keys, later = module.in_keys, None
     action_key = next(key for key in module.out_keys if key not in module.log_prob_keys)
 
     def make(steps: int) -> Run:
@@ -132,9 +125,12 @@ def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDis
 
     def log_prob(state: State) -> None:
         parameters = [state[key] for key in in_keys]
-        state[log_prob_key], _ = distribution.log_prob_and_entropy(state[action_key], *parameters)
+        state[module.log_prob_key], _ = distribution.log_prob_and_entropy(state[action_key], *parameters)
 
-    return ActingPart(module, in_keys, [action_key], make, "distribution", log_prob, log_prob_key)
+    if module.return_log_prob:
+        read = [*in_keys, action_key]
+        later = ActingPart(module, read, [module.log_prob_key], lambda _: log_prob, "distribution")
+    return ActingPart(module, in_keys, [action_key], make, "distribution", later)
 
 
 def _on_tensordict(module: TensorDictModuleBase) -> Run:

@@ -20,6 +20,8 @@ class ActorCritic(TensorDictSequential):
 
     The actor's weights have the names here that they have in the actor, so that a collector takes them alone too, as TorchRL's
     `PPOTrainer` hands them over: give that ``gae=TrialAdvantage()``, and no replay buffer, which would shuffle single steps.
+    (Its own default, TorchRL's `GAE`, asks the critic again, at each step and its successor, and ends in "The sets of keys in the
+    tensordicts to stack are exclusive": values and features are stored at steps alone.)
 
     Args:
         actor: e.g. `GRUGaussianActor` or `GRUCategoricalActor`.
@@ -44,7 +46,10 @@ class ActorCritic(TensorDictSequential):
                 f"actor and critic both keep their memory under {shared}: each would go on from the other's. Give one another "
                 "hidden_key=, or build the critic on the actor's memory (MemoryValueHead)."
             )
-        super().__init__(*_named_parts(actor), critic)
+        is_sequence = type(actor).forward is ProbabilisticTensorDictSequential.forward
+        # A sequence's modules, so that their weights have the names here that they have in the actor.
+        parts = actor.module if is_sequence and isinstance(actor.module, nn.ModuleList) else [actor]
+        super().__init__(*parts, critic)
         self.__dict__["_actor"] = actor  # past the module tree, in which its parts stand
 
     @property
@@ -74,11 +79,3 @@ def hidden_keys(module: TensorDictModuleBase) -> list[NestedKey]:
     """Entries that ``module`` reads and hands on to the next step: ``k`` among its inputs and ``("next", k)`` written."""
     written = {unravel_key(key) for key in module.out_keys}
     return [key for key in module.in_keys if unravel_key(("next", key)) in written]
-
-
-def _named_parts(actor: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """Modules whose weights have the names, in a sequence of them, that they have in ``actor``; itself where there are none."""
-    is_sequence = type(actor).forward is ProbabilisticTensorDictSequential.forward and isinstance(
-        actor.module, nn.ModuleList
-    )
-    return list(actor.module) if is_sequence else [actor]

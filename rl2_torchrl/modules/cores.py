@@ -19,7 +19,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules import recurrent_mode
 
-__all__ = ["LSTMCore", "RecurrentCore", "Tensors", "as_sizes", "at_ends", "run_segments", "sub_key"]
+__all__ = ["LSTMCore", "RecurrentCore", "Tensors", "as_sizes", "at_ends", "run_segments", "sub_key", "where_rows"]
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -117,7 +117,7 @@ class RecurrentCore(TensorDictModuleBase):
         state = tuple(m[:, 0] for m in memory) if memory else initial
         for t in range(x.shape[1]):
             if is_init is not None:
-                state = choose_rows(is_init[:, t], initial, state)
+                state = [where_rows(is_init[:, t], *pair) for pair in zip(initial, state, strict=True)]
             features, *state = self.step(x[:, t], *state)
             outputs.append((features, *state))
         features, *states = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
@@ -140,7 +140,8 @@ class RecurrentCore(TensorDictModuleBase):
             outputs = self.unroll(x, memory, is_init)
         else:
             initial = self.initial_memory(len(x))
-            outputs = self.step(x, *(choose_rows(is_init, initial, memory) if memory else initial))
+            pairs = zip(initial, memory or initial, strict=True)
+            outputs = self.step(x, *(where_rows(is_init, *pair) for pair in pairs))
         for key, value in zip(self.out_keys, outputs, strict=True):
             tensordict.set(key, value.reshape(*batch, *value.shape[len(lead) :]))
         return tensordict
@@ -198,8 +199,7 @@ class LSTMCore(RecurrentCore):
         input_size: size of what it reads.
         hidden_size: units. Default 64.
         num_layers: Default 1.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
+        device, dtype: of the parameters.
         **keys: as in `RecurrentCore`.
 
     Examples:
@@ -296,10 +296,9 @@ def at_ends(states: torch.Tensor, is_init: torch.Tensor | None) -> torch.Tensor:
     ends[:, -1] = True
     if is_init is not None:
         ends[:, :-1] = is_init[:, 1:]
-    return choose_rows(ends, [states], [torch.zeros_like(states)])[0]
+    return where_rows(ends, states, torch.zeros_like(states))
 
 
-def choose_rows(mask: torch.Tensor, yes: Sequence[torch.Tensor], no: Sequence[torch.Tensor]) -> Tensors:
-    """Of each pair the first one's rows where ``mask`` is set, the second one's elsewhere."""
-    pairs = zip(yes, no, strict=True)
-    return tuple(torch.where(mask.bool().reshape(*mask.shape, *(1,) * (a.ndim - mask.ndim)), a, b) for a, b in pairs)
+def where_rows(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``one`` ``[*B, ...]`` in ``rows`` ``[*B]``, and ``other`` elsewhere; a TensorDict's entries too."""
+    return torch.where(rows.bool().view(*rows.shape, *[1] * (one.ndim - rows.ndim)), one, other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from operator import index
 from typing import Any, Literal
 
@@ -26,6 +26,10 @@ __all__ = [
     *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of", "policy_part"),
     "register_distribution",
 ]
+
+
+#: Log-probability ``[*B]``, and entropy ``[*B]``, None where it has no closed form.
+Terms = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class ActionDistribution:
@@ -96,10 +100,8 @@ class ActionDistribution:
         """What deterministic interaction gives."""
         return self._sample(InteractionType.DETERMINISTIC, parameters)
 
-    def log_prob_and_entropy(
-        self, action: torch.Tensor, *parameters: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Both ``[*B]``, differentiable; the entropy is None where the class has none in closed form."""
+    def log_prob_and_entropy(self, action: torch.Tensor, *parameters: torch.Tensor) -> Terms:
+        """Both, differentiable."""
         distribution = self._module.get_dist(self._entries(parameters))
         try:
             entropy = distribution.entropy()
@@ -156,19 +158,19 @@ class CategoricalActions(ActionDistribution):
         return cls(spec.space.n, one_hot=isinstance(spec, OneHot))
 
     def act(self, logits: torch.Tensor) -> torch.Tensor:
-        choice = _draw(logits)
-        return _one_hot(choice, logits) if self.one_hot else choice
+        return self._action(_draw, logits)
 
     def mode(self, logits: torch.Tensor) -> torch.Tensor:
-        choice = logits.argmax(-1)
+        return self._action(partial(torch.argmax, dim=-1), logits)
+
+    def _action(self, choose: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        choice = choose(logits)
         return _one_hot(choice, logits) if self.one_hot else choice
 
     def with_noise(self, noise: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return self.mode(logits + noise)
 
-    def log_prob_and_entropy(
-        self, action: torch.Tensor, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def log_prob_and_entropy(self, action: torch.Tensor, logits: torch.Tensor) -> Terms:
         return log_prob_and_entropy(action.to(torch.uint8).argmax(-1) if self.one_hot else action, logits)
 
     def sampler(self, steps: int) -> Callable[..., torch.Tensor]:
@@ -217,22 +219,14 @@ class MultiCategoricalActions(CategoricalActions):
             raise TypeError(f"the env's actions are not a vector of categorical choices ({spec}).")
         return cls([int(n) for n in spec.nvec], one_hot=isinstance(spec, MultiOneHot), dtype=spec.dtype)
 
-    def act(self, logits: torch.Tensor) -> torch.Tensor:
-        return self._each(_draw, logits)
-
-    def mode(self, logits: torch.Tensor) -> torch.Tensor:
-        return self._each(lambda part: part.argmax(-1), logits)
-
-    def log_prob_and_entropy(
-        self, action: torch.Tensor, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def log_prob_and_entropy(self, action: torch.Tensor, logits: torch.Tensor) -> Terms:
         if self.one_hot:
             action = torch.stack([part.to(torch.uint8).argmax(-1) for part in action.split(self.nvec, -1)], -1)
         pairs = zip(action.unbind(-1), logits.split(self.nvec, -1), strict=True)
         log_probs, entropies = zip(*(log_prob_and_entropy(*pair) for pair in pairs), strict=True)
         return sum(log_probs), sum(entropies)
 
-    def _each(self, choose: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    def _action(self, choose: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
         parts = logits.split(self.nvec, -1)
         if self.one_hot:
             return torch.cat([_one_hot(choose(part), part) for part in parts], -1).to(self.dtype)
@@ -316,7 +310,8 @@ class GaussianActions(ActionDistribution):
         return Gaussian(head, self.num_outputs, self.init_log_std, **factory)
 
     def act(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(loc, memory_format=torch.contiguous_format).normal_().mul_(scale).add_(loc)
+        noise = torch.empty_like(loc, memory_format=torch.contiguous_format).normal_()
+        return self.with_noise(noise, loc, scale)
 
     def with_noise(self, noise: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return self.mode(noise * scale + loc, scale)
@@ -324,9 +319,7 @@ class GaussianActions(ActionDistribution):
     def mode(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return loc
 
-    def log_prob_and_entropy(
-        self, action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def log_prob_and_entropy(self, action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> Terms:
         log_scale = scale.log() + 0.5 * math.log(2 * math.pi)
         return (-0.5 * ((action - loc) / scale).square() - log_scale).sum(-1), (log_scale + 0.5).sum(-1)
 
@@ -364,16 +357,11 @@ class TanhGaussianActions(GaussianActions):
         space = _real_vector(spec).space
         return cls(space.low, space.high, **kwargs)
 
-    def act(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return self.mode(super().act(loc, scale), scale)
-
     def mode(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         limit = self._limit(loc)
         return self._middle + self._half * loc.tanh().clamp(-limit, limit)
 
-    def log_prob_and_entropy(
-        self, action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def log_prob_and_entropy(self, action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> Terms:
         limit = self._limit(loc)
         before = ((action - self._middle) / self._half).clamp(-limit, limit).atanh()
         log_prob, _ = super().log_prob_and_entropy(before, loc, scale)
@@ -424,7 +412,6 @@ class Gaussian(nn.Module):
         return mean, self.log_std.exp().expand_as(mean)
 
     def step_function(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-        """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
         if not runs(self, Gaussian):
             return self
         mean_of = self.mean.step_function() if hasattr(self.mean, "step_function") else self.mean
@@ -437,7 +424,6 @@ class Gaussian(nn.Module):
         return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]):
-        """The part of a PPO step that this is, with its own gradient; None where the mean has none."""
         known = hasattr(self.mean, "gradient_part") and runs(self, Gaussian)
         mean = self.mean.gradient_part(in_keys, out_keys[:1]) if known else None
         return mean and policy.GaussianHeadPart(self, mean, self.log_std, out_keys)

@@ -56,7 +56,6 @@ class FastGRUModule(RecurrentCore, GRUModule):
         return (GRUModule if is_compiling() else RecurrentCore).forward(self, tensordict)
 
     def gradient_part(self) -> GRUPart | None:
-        """The part of a PPO step that this is, with its own gradient (`rl2_torchrl.gradients`), or None without kernels."""
         return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if self._is_covered() else None
 
     def _is_plain(self) -> bool:

@@ -18,12 +18,6 @@ def gru_steps(
     return _GRUSteps.apply(x, hidden, is_init, *weights)
 
 
-def _cell(gates: torch.Tensor, h: torch.Tensor, w_hh: torch.Tensor, b_hh: torch.Tensor | None):
-    """The next ``h`` ``[N, H]``, and what its gradient needs ``[N, 5 H]``; ``gates`` ``[N, 3 H]`` is ``x W_ih^T + b_ih``."""
-    by_h = h @ w_hh.t() if b_hh is None else torch.addmm(b_hh, h, w_hh.t())
-    return torch.ops.aten._thnn_fused_gru_cell(gates, by_h, h)
-
-
 class _GRUSteps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
@@ -37,7 +31,8 @@ class _GRUSteps(torch.autograd.Function):
             if t and resets is not None:
                 h = torch.where(resets[t], zeros if hidden is None else hidden[:, t], h)
             before.append(h)
-            h, kept = _cell(gates[t], h, w_hh, b_hh)
+            by_h = h @ w_hh.t() if b_hh is None else torch.addmm(b_hh, h, w_hh.t())
+            h, kept = torch.ops.aten._thnn_fused_gru_cell(gates[t], by_h, h)  # and what its gradient needs [N, 5 H]
             after.append(h)
             saved.append(kept)
         ctx.save_for_backward(x, torch.stack(before), resets, w_ih, w_hh, *saved)

@@ -59,24 +59,7 @@ class MLPEncoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
 
-    def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
-        linears = self.layers[::2]
-        if not runs(self, MLPEncoder) or len(self.shape) != 1 or not all(runs(layer, nn.Linear) for layer in linears):
-            return self
-        weights = [(layer.weight.detach(), layer.bias.detach()) for layer in linears]
-        layers = list(zip(weights, self.layers[1::2], strict=True))
-
-        def step(x: torch.Tensor) -> torch.Tensor:
-            x = _as_reals(x, weights[0][0])
-            for layer, activation in layers:
-                x = activation(nn.functional.linear(x, *layer))
-            return x
-
-        return step
-
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        """The part of a PPO step that this is, with its own gradient; None for other activations."""
         is_chain = runs(self, MLPEncoder) and len(self.shape) == 1
         return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
 
@@ -287,7 +270,6 @@ class Head(nn.Module):
         return features
 
     def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`forward` of one step without gradient, for a rollout: made anew whenever the weights have changed."""
         layers = list(self.layers)
         if self.skip_size or not _are_relu_linear(layers) or not runs(self, Head):
             return self
@@ -301,7 +283,6 @@ class Head(nn.Module):
         return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        """The part of a PPO step that this is, with its own gradient; None for other activations."""
         is_chain = runs(self, Head) and not self.skip_size
         return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
 

@@ -82,7 +82,6 @@ class RunningNorm(nn.Module):
         return self.step_function()(x)
 
     def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """`forward` of one step, for a rollout: made anew whenever the statistics have changed."""
         shift = torch.where(self.columns, self.mean, 0.0)
         scale = torch.where(self.columns, 1 / self.std, 1.0)
         bound = torch.where(self.columns & (self.count > 0), self.clip, torch.inf)
@@ -112,5 +111,4 @@ class RunningNorm(nn.Module):
         self.count.copy_(count)
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> DataPart | None:
-        """The part of a PPO step that this is (`rl2_torchrl.gradients`): there is nothing to differentiate by."""
         return DataPart(self, in_keys, out_keys) if runs(self, RunningNorm) else None

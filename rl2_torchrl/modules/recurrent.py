@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.data import TensorSpec
-from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
+from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl.modules.cores import sub_key
@@ -19,7 +19,7 @@ from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalAct
 from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.layers import ConvEncoder, Encoder, Head, SkipHead, encoding
 from rl2_torchrl.modules.normalization import RunningNorm
-from rl2_torchrl.transition import PreviousStep, is_info
+from rl2_torchrl.transition import is_info, previous_steps
 
 __all__ = [
     "GRUCategoricalActor",
@@ -454,21 +454,13 @@ def _shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch
 
 def _reals_of(env: EnvBase, in_key: NestedKey) -> torch.Tensor | bool:
     """Which entries of the transition input are to be normalised, bool ``[size]``; True, all, for one that nobody here makes."""
-    writer = next(
-        (each for each in _transforms(env) if isinstance(each, PreviousStep) and each.out_key == in_key), None
-    )
-    return True if writer is None else writer.reals()
-
-
-def _transforms(env: EnvBase) -> list[Transform]:
-    if not isinstance(env, TransformedEnv):
-        return []
-    return [*(env.transform if isinstance(env.transform, Compose) else [env.transform]), *_transforms(env.base_env)]
+    writers = [each for each in previous_steps(env) if each.out_key == in_key]
+    return writers[-1].reals() if writers else True
 
 
 def _images(env: EnvBase, known: set[NestedKey]) -> list[NestedKey]:
     """Observations of several dimensions that are in no input: `PreviousStep` leaves those out unless it is told."""
-    told = [key for each in _transforms(env) if isinstance(each, PreviousStep) for key in each.obs_keys or ()]
+    told = [key for each in previous_steps(env) for key in each.obs_keys or ()]
     # What is an input of the env too, such as the task or a memory, is nothing that it shows.
     hidden = {*known, *told, *env.full_state_spec.keys(True, True)}
     shown = {key: spec.shape[len(env.batch_size) :] for key, spec in env.observation_spec.items(True, True)}

@@ -36,10 +36,9 @@ class TrialAdvantage(nn.Module):
         value_key: Default ``"state_value"``.
 
     Raises:
-        KeyError: no stored value in the data.
+        KeyError: there is no stored value in the data, or ``("next", ...)`` lacks what the critic reads.
         FloatingPointError: reward or value is not finite.
         ValueError: a batch ends inside a trial and there is no critic to ask.
-        KeyError: ``("next", ...)`` lacks what it reads.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -151,8 +150,8 @@ class TrialAdvantage(nn.Module):
         if missing:
             raise KeyError(
                 f"{int(rows.sum())} trials are cut by the batch's end (or truncated), but ('next', ...) lacks {missing}, which the "
-                "critic reads there. Keep it: PPOUpdate(..., bptt=...).in_keys has it, as with TrialAdvantage(critic=...), and "
-                "TrialCollector(keep=None) keeps all. Or make frames_per_batch a whole number of trials."
+                f"critic reads there. Keep it: PPOUpdate(..., bptt={tensordict.shape[-1]}).in_keys has it, and the memory that "
+                "trials go on from; TrialCollector(keep=None) keeps all. Or make frames_per_batch a whole number of trials."
             )
         successors["is_init"] = torch.zeros(*successors.batch_size, 1, dtype=torch.bool, device=rows.device)
         with set_recurrent_mode(False):

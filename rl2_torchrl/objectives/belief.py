@@ -27,8 +27,7 @@ class TaskBelief(nn.Module):
         target: from the task ``[N, T, ...]`` to what is told ``[N, T, target_size]``. By default the task itself.
         features_key: Default ``"actor_features"``.
         task_key: Default ``"task"``.
-        device: device of the layer.
-        dtype: dtype of the layer.
+        device, dtype: of the layer.
 
     Raises:
         ValueError: the coefficient is not positive, or the target has another size.

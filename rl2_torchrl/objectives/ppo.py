@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -13,16 +12,12 @@ from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
-from rl2_torchrl.gradients.part import entries_of, has_hooks
+from rl2_torchrl.gradients.part import entries_of
 from rl2_torchrl.gradients.program import merge_losses
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
-
-#: Parts of losses, by loss: beside it, since they are made of functions, which cannot be pickled.
-_PARTS: WeakKeyDictionary = WeakKeyDictionary()
-
 
 #: What `ClipPPOLoss` has otherwise by default.
 _DEFAULTS = {"loss_critic_type": "l2", "entropy_bonus": False, "log_explained_variance": False, "functional": False}
@@ -121,15 +116,6 @@ class RL2PPOLoss(ClipPPOLoss):
         parts = actor_parts(self.actor_network, self.tensor_keys.action, entropy=reads_entropy)
         return [*parts, *parts_of(self.critic_network)] if self._runs_critic() else parts
 
-    def _known_parts(self) -> list[Part]:
-        """`network_parts`, made anew where a module, a hook or an option has changed: making them costs as much as running some."""
-        modules = list(self.modules())
-        options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus, self.training)
-        layout = (options, list(map(id, modules)), list(map(has_hooks, modules)))
-        if self not in _PARTS or _PARTS[self][0] != layout:
-            _PARTS[self] = (layout, self.network_parts())
-        return _PARTS[self][1]
-
     def _runs_critic(self) -> bool:
         written = () if self.critic_network is None else self.critic_network.out_keys
         return self.has_critic or any(key in written for term in self.terms for key in term.in_keys)
@@ -150,21 +136,23 @@ class RL2PPOLoss(ClipPPOLoss):
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
         self._check_data(tensordict)
         has_advantage = tensordict.get(self.tensor_keys.advantage, None) is not None
-        if not has_advantage or tensordict.ndim != 2 or is_compiling() or self._why_torchrls():
-            losses = super().forward(tensordict)
-            return losses.update(self._losses(tensordict, self.terms)) if self.terms else losses
-        return TensorDict(self._losses(tensordict, self.loss_terms()))
+        if has_advantage and tensordict.ndim == 2 and not is_compiling() and not self._why_torchrls():
+            return TensorDict(self.losses_of(tensordict, self.loss_terms()))
+        losses = super().forward(tensordict)
+        if not self.terms:
+            return losses
+        return losses.update(self.losses_of(tensordict.flatten(0, tensordict.ndim - 2), self.terms))
 
-    def _losses(self, tensordict: TensorDictBase, terms: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
-        data = tensordict if tensordict.ndim == 2 else tensordict.flatten(0, tensordict.ndim - 2)
-        parts, out = self._known_parts(), {}
+    def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+        """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
+        parts, losses = self.network_parts(), {}
         read = {key for reader in (*parts, *terms) for key in reader.in_keys}
         state: State = {key: entry for key in read if (entry := data.get(key, None)) is not None}
         for part in parts:
             part.run(state)
         for term in terms:
-            merge_losses(out, term(*entries_of(state, term.in_keys)))
-        return out
+            merge_losses(losses, term(*entries_of(state, term.in_keys)))
+        return losses
 
     def _check_data(self, tensordict: TensorDictBase) -> None:
         if not self._is_recurrent:

@@ -8,8 +8,9 @@ from torchrl.envs import EnvBase
 
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.modules.acting import State
+from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows
-from rl2_torchrl.rollout.trials import Task, flat, unflat, where_rows
+from rl2_torchrl.rollout.trials import Task, flat, unflat
 from rl2_torchrl.transition import NO_REWARD
 
 __all__ = ["TensorDoor", "TorchRLDoor", "door_to", "is_tensor_env"]
@@ -41,7 +42,6 @@ class TensorDoor:
         self.env, self.has_threads = env, env.has_threads
         self.episode_steps = env.max_episode_steps if env.fixed_length else None
         self._asks_for_more = not observed.isdisjoint(env.more_keys)
-        self._is_flat = len(env.batch_size) == 1
 
     def start(self, task: Task, rows: Rows) -> State:
         """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
@@ -50,11 +50,8 @@ class TensorDoor:
 
     def play(self, action: torch.Tensor) -> Played:
         """One step of all rows."""
-        if not self._is_flat:
-            action = unflat(action, self.env.batch_size)
-        observations, reward, terminated, truncated = self.env.play(action)
-        if not self._is_flat:
-            reward = reward.reshape(-1, 1)
+        observations, reward, terminated, truncated = self.env.play(unflat(action, self.env.batch_size))
+        reward = flat(reward, self.env.batch_size)
         return self._entries(observations), reward, self._done(reward, terminated, truncated)
 
     def _done(self, reward, terminated: torch.Tensor | None, truncated: torch.Tensor | None) -> torch.Tensor | None:
@@ -80,8 +77,6 @@ class TensorDoor:
     def _entries(self, observations: State) -> State:
         if self._asks_for_more:
             observations = {**observations, **self.env.observe_more(self.env.state)}
-        if self._is_flat:
-            return observations
         return {key: flat(value, self.env.batch_size) for key, value in observations.items()}
 
 

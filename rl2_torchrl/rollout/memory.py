@@ -12,8 +12,9 @@ from torchrl.modules.utils import get_primers_from_module
 
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows
-from rl2_torchrl.rollout.trials import flat, next_key, where_rows
+from rl2_torchrl.rollout.trials import flat, next_key
 from rl2_torchrl.trial import own_transforms
 
 __all__ = ["Memory"]

@@ -26,8 +26,6 @@ from rl2_torchrl.rollout.trials import leaves
 __all__ = ["Rollout"]
 
 _ROWS_AT_ONCE = 2048
-#: What can wait: the entries that it reads and writes, and what makes the function on a `State`, as `ActingPart.make`.
-_Late = tuple[list[NestedKey], list[NestedKey], Callable[[int], Callable[[State], None]]]
 
 
 class Rollout:
@@ -61,14 +59,17 @@ class Rollout:
         # Who looks at each step is shown all that there is.
         self.trials = trials_of(env, steps, read, keep if on_step is None else None)
         self.memory = Memory(policy, env, self.trials.rows)
-        made = self._all_keys()
+        parts = [each for part in self.parts for each in (part, part.later) if each is not None]
+        written = [key for part in parts for key in part.out_keys]
+        memory = [key for pair in self.memory.handed_on for key in pair]
+        made = list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
         for what, keys in (("keep holds", keep or ()), ("the policy reads", read)):
             missing = [key for key in keys if not leaves([key], made)]
             if missing:
                 raise KeyError(f"{what} {missing}, which nobody makes; there is {sorted(map(str, made))}.")
         self.keep = made if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
-        late = {key for _, writes, _ in self._late for key in writes}
+        late = {key for part in self._late for key in part.out_keys}
         self._early = [key for key in self.keep if key not in late]
         self._carry: State = {}
         #: Memory of the entries that steps write, ``[T, N, ...]``, and its T steps.
@@ -80,12 +81,7 @@ class Rollout:
         """Takes a ``env.reset()`` that somebody has just made as the beginning of the first batch, in place of one of its own."""
         self.trials.adopt(reset)
 
-    def _all_keys(self) -> list[NestedKey]:
-        written = [key for part in self.parts for key in (*part.out_keys, part.log_prob_key) if key is not None]
-        memory = [key for pair in self.memory.handed_on for key in pair]
-        return list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
-
-    def _split(self) -> tuple[list[ActingPart], list[_Late]]:
+    def _split(self) -> tuple[list[ActingPart], list[ActingPart]]:
         """Parts that each step needs; what can look at many steps at once: all behind the action, and log-probabilities."""
         acts = [n + 1 for n, part in enumerate(self.parts) if self.trials.action_key in part.out_keys]
         if not acts:
@@ -94,11 +90,8 @@ class Rollout:
             )
         can_wait = all(part.can_wait for part in self.parts[acts[0] :])
         acting, waiting = (self.parts[: acts[0]], self.parts[acts[0] :]) if can_wait else (self.parts, [])
-        late = [(part.in_keys, part.out_keys, part.make) for part in waiting]
-        for part in acting:
-            if part.log_prob is not None and part.log_prob_key in self.keep:
-                late.append(([*part.in_keys, *part.out_keys], [part.log_prob_key], lambda _, part=part: part.log_prob))
-        return acting, late
+        log_probs = [part.later for part in acting if part.later is not None]
+        return acting, [*waiting, *(part for part in log_probs if part.out_keys[0] in self.keep)]
 
     # ----------------------------------------------------------------- a batch
     @torch.no_grad()
@@ -148,12 +141,12 @@ class Rollout:
     def _look_back(self, states: list[State], end: int) -> None:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""
         seen: State = {}
-        for reads, writes, make in self._late:
-            for key in reads:
+        for part in self._late:
+            for key in part.in_keys:
                 if key not in seen:
                     seen[key] = torch.stack([state[key] for state in states]).flatten(0, 1)
-            make(1)(seen)
-            for key in writes:
+            part.make(1)(seen)
+            for key in part.out_keys:
                 if key in self.keep:
                     values = seen[key].unflatten(0, (len(states), self.trials.rows)).unbind()
                     for t, value in enumerate(values, end - len(states)):

@@ -9,10 +9,11 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.modules.acting import State
+from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows, TrialClock
 from rl2_torchrl.rollout.doors import door_to
 from rl2_torchrl.rollout.transitions import TransitionInputs
-from rl2_torchrl.rollout.trials import REWARD, Keys, Task, Trials, flat, leaves, next_key, where_rows
+from rl2_torchrl.rollout.trials import REWARD, Keys, Task, Trials, flat, leaves, next_key
 
 __all__ = ["TensorTrials"]
 

@@ -10,8 +10,9 @@ from torchrl.envs import EnvBase
 
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
+from rl2_torchrl.trial import is_within
 
-__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "unflat", "where_rows"]
+__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "unflat"]
 
 REWARD = ("next", "reward")
 Keys = Collection[NestedKey]
@@ -112,21 +113,14 @@ def next_key(key: NestedKey) -> NestedKey:
     return ("next", key) if isinstance(key, str) else ("next", *key)
 
 
-def leaves(keys: Iterable[NestedKey], entries: Iterable[NestedKey]) -> list[NestedKey]:
+def leaves(keys: Keys, entries: Iterable[NestedKey]) -> list[NestedKey]:
     """Those of ``entries`` that are among ``keys`` or lie within one of these.
 
     Examples:
         >>> leaves(["a", ("b", "c")], ["a", ("b", "c", "d"), ("b", "e")])
         ['a', ('b', 'c', 'd')]
     """
-    roots = {key if isinstance(key, tuple) else (key,) for key in keys}
-    paths = [(entry, entry if isinstance(entry, tuple) else (entry,)) for entry in entries]
-    return [entry for entry, path in paths if any(path[:n] in roots for n in range(1, len(path) + 1))]
-
-
-def where_rows(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``one`` ``[*B, ...]`` in ``rows``, bool ``[*B]``, and ``other`` elsewhere."""
-    return torch.where(rows.view(*rows.shape, *[1] * (one.ndim - rows.ndim)), one, other)
+    return [entry for entry in entries if any(is_within(entry, key) for key in keys)]
 
 
 def flat(value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:

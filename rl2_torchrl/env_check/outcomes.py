@@ -1,0 +1,59 @@
+"""Outcomes of steps compared: in which rows they differ, and whether what is seen, or is not, may be chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHANCE", "Outcome", "chance_of_none", "counted", "differ", "none_by_rule", "same", "unequal"]
+
+#: How likely what a rule tells may be chance at most.
+CHANCE = 1 / 400
+#: Differences that must have been seen, had there been as many as in first episodes: none is then chance in 1 case of 400.
+_EXPECTED = 6
+
+Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; whether an episode ended comes first.
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether shapes and numbers are the same; NaN is as NaN."""
+    return one.shape == other.shape and not unequal(one, other).any()
+
+
+def unequal(one: Tensor, other: Tensor) -> Tensor:
+    """Where the numbers are not the same; NaN is as NaN."""
+    return (one != other) & ((one == one) | (other == other))
+
+
+def differ(run: Sequence[Outcome], other: Sequence[Outcome]) -> Tensor:
+    """The rows in which two runs differ, bool ``[num_rows]``."""
+    found = torch.zeros(len(run[0]), dtype=torch.bool)
+    for one, another in zip(run, other, strict=True):
+        found |= (one != another).any(1) if one.shape == another.shape else True
+    return found
+
+
+def counted(count: Sequence[int], runs: Sequence[Sequence[Outcome]], rows: Tensor) -> list[int]:
+    """``count``, of rows that differ and of all, with those of two more ``runs``, of which ``rows`` count."""
+    return [count[0] + int((differ(*runs) & rows).sum()), count[1] + int(rows.sum())]
+
+
+def none_by_rule(expected: Sequence[int], seen: Sequence[int]) -> bool:
+    """Whether nothing was ``seen`` where so much was to be ``expected`` that it is no chance."""
+    share = expected[0] / max(1, expected[1])
+    return seen[0] == 0 and share * seen[1] >= _EXPECTED
+
+
+def chance_of_none(heard: Tensor, asked: Tensor, deaf: Tensor) -> float:
+    """How likely the rows ``deaf``, or as many others, hear nothing where all rows hear alike; ``[num_pairs, num_rows]`` bool."""
+    chance = _log_choices(len(deaf), int(deaf.sum()))
+    for hits, rows in zip(heard.sum(1).tolist(), asked, strict=True):
+        chance += _log_choices(int((rows & ~deaf).sum()), hits) - _log_choices(int(rows.sum()), hits)
+    return math.exp(min(0.0, chance))
+
+
+def _log_choices(number: int, chosen: int) -> float:
+    return math.lgamma(number + 1) - math.lgamma(chosen + 1) - math.lgamma(number - chosen + 1)

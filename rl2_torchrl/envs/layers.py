@@ -1,0 +1,150 @@
+"""What an env is at this moment, as plain data, so that a checkpoint goes on in the middle of an episode: layer by layer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+from torchrl.data import TensorSpec
+from torchrl.envs import EnvBase
+
+from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
+from rl2_torchrl.envs.simulation import put_simulation, simulation_of
+
+__all__ = ["put_state", "state_of", "state_or_reason"]
+
+#: What an env is made of and does not change: these stay as the env's own constructor made them.
+_CONSTANT = (
+    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, functools.partial, type),
+    *(gymnasium.spaces.Space, gymnasium.envs.registration.EnvSpec, np.dtype, TensorSpec),
+)
+#: Attributes of Gymnasium's and TorchRL's own that hold the arguments of constructors.
+_SKIPPED = {"_saved_kwargs", "_cached_spec", "spec", "metadata", "_constructor_kwargs"}
+#: Attributes of Gymnasium's MuJoCo envs that are looked after apart, or draw pictures.
+_OF_MUJOCO = {"data", "model", "mujoco_renderer"}
+#: Packages whose objects are none of an env's own.
+_LIBRARIES = {"abc", "builtins", "gymnasium", "rl2_torchrl", "tensordict", "torch", "torchrl", "typing"}
+
+
+def state_of(env: Any) -> list[dict[str, Any]]:
+    """The state of ``env``, layer by layer from the outermost wrapper: numbers, texts, arrays, and lists of them.
+
+    A layer with ``get_state()`` and ``set_state(state)`` of its own says what its state is. Of all others it is their attributes:
+    numbers, texts, arrays, tensors, containers, random number generators, and objects of classes of the env's own package, such
+    as MiniGrid's; and of MuJoCo's envs, Gymnasium's and DMControl's, the simulation.
+
+    Args:
+        env: an env of Gymnasium's, or one of TorchRL's, such as DMControl's.
+
+    Raises:
+        NoStateError: an attribute is none of these.
+
+    Examples:
+        >>> env = gymnasium.make("CartPole-v1")
+        >>> _ = env.reset(seed=0)
+        >>> saved = state_of(env)
+        >>> once = env.step(0)[0]
+        >>> put_state(env, saved)
+        >>> bool((env.step(0)[0] == once).all())
+        True
+    """
+    layers = list(_layers(env))
+    saver = Saver(_packages(layers), layers)
+    try:
+        return [_layer_state(layer, saver) for layer in layers]
+    except RecursionError as error:
+        raise NoStateError(f"what {type(env).__name__} holds is nested too deep to be saved") from error
+
+
+def put_state(env: Any, state: list[dict[str, Any]]) -> None:
+    """Puts back what `state_of` returned, into the same env or one that was made alike."""
+    layers = list(_layers(env))
+    restorer = Restorer(_packages(layers), layers)
+    for layer, saved in zip(layers, state, strict=True):
+        if "own" in saved:
+            layer.set_state(saved["own"])
+        for name, value in saved.get("attributes", {}).items():
+            vars(layer)[name] = restorer(value, vars(layer).get(name))
+        if "simulation" in saved:
+            put_simulation(*_simulation(layer), saved)
+
+
+def state_or_reason(env: Any) -> list[dict[str, Any]] | str:
+    """`state_of` ``env``, or in words why it has none."""
+    try:
+        return state_of(env)
+    except NoStateError as error:
+        return str(error)
+
+
+def _layers(env: Any) -> Iterator[Any]:
+    yield env
+    for name in _names_below(env):
+        yield from _layers(vars(env)[name])
+
+
+def _names_below(layer: Any) -> tuple[str, ...]:
+    """Attributes of a layer that are layers, too."""
+    if isinstance(layer, gymnasium.Wrapper):
+        return ("env",)
+    if isinstance(layer, EnvBase) and "_env" in vars(layer):
+        return ("_env",)
+    return ("_task", "_physics") if _is(layer, "dm_control.rl.control", "Environment") else ()
+
+
+def _layer_state(layer: Any, saver: Saver) -> dict[str, Any]:
+    simulation = _simulation(layer)
+    state = {} if simulation is None else simulation_of(*simulation)
+    if _is(layer, "dm_control.mujoco.engine", "Physics"):
+        return state
+    if _says_its_state(layer):
+        return {"own": layer.get_state(), **state}
+    skipped = {*_SKIPPED, *_names_below(layer), *(_OF_MUJOCO if simulation else ())}
+    skipped |= _OF_TORCHRL if isinstance(layer, EnvBase) else set()
+    attributes = {}
+    for name, value in vars(layer).items():
+        if name not in skipped and not isinstance(value, _CONSTANT):
+            attributes[name] = saver(value, f"{type(layer).__name__}.{name}")
+    return {"attributes": attributes, **state}
+
+
+def _simulation(layer: Any) -> tuple[Any, Any] | None:
+    """MuJoCo's model and data, of a layer that has them."""
+    if _is(layer, "dm_control.mujoco.engine", "Physics"):
+        return layer.model.ptr, layer.data.ptr
+    if hasattr(layer, "mujoco_renderer") and hasattr(layer, "data"):
+        return layer.model, layer.data
+    return None
+
+
+def _says_its_state(layer: Any) -> bool:
+    """Whether ``layer``'s class has ``get_state()`` and ``set_state(state)``; MuJoCo envs' own takes two arguments."""
+    setter = getattr(type(layer), "set_state", None)
+    return hasattr(type(layer), "get_state") and setter is not None and len(inspect.signature(setter).parameters) == 2
+
+
+def _is(layer: Any, module: str, name: str) -> bool:
+    """Whether ``layer`` is of a class of a library that may not be there."""
+    return module in sys.modules and isinstance(layer, getattr(sys.modules[module], name))
+
+
+def _packages(layers: list[Any]) -> set[str]:
+    """The packages of the layers' classes, but for libraries of no envs."""
+    classes = (kind for layer in layers for kind in type(layer).__mro__)
+    return {kind.__module__.partition(".")[0] for kind in classes} - _LIBRARIES
+
+
+class _Bare(EnvBase):
+    """An env with nothing of its own."""
+
+    _reset = _step = _set_seed = None
+
+
+#: Attributes that TorchRL gives every env: specs, modules, hooks, whether it is closed.
+_OF_TORCHRL = set(vars(_Bare()))

@@ -1,0 +1,243 @@
+"""What an env remembers as plain data, and back: numbers, arrays, generators, containers, and objects of the env's own classes.
+
+Nothing that a file says is imported or run: of an object the file names a class, which must be one of the env's own packages.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+import sys
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["NoStateError", "Restorer", "Saver"]
+
+
+class NoStateError(Exception):
+    """An env holds something that cannot be saved as plain data, or does not hand out its state; the message says what."""
+
+
+class Saver:
+    """Takes values apart. What is met a second time is said to be the first one, so that one thing in two places stays one.
+
+    Args:
+        packages: those whose objects are taken apart too, such as that of the env's class.
+        known: what the `Restorer` has, too, and is not taken apart, such as the env itself.
+
+    Raises:
+        NoStateError: a value is none of what `rl2_torchrl.envs.plain_data` knows.
+
+    Examples:
+        >>> place = np.zeros(2)
+        >>> saved = Saver()({"place": place, "seen": [place, 3]}, "env")
+        >>> again = Restorer()(saved)
+        >>> again["seen"][0] is again["place"], again["seen"][1]
+        (True, 3)
+    """
+
+    def __init__(self, packages: Collection[str] = (), known: Sequence[Any] = ()):
+        self._packages = packages
+        #: By id: its number, and itself, lest another gets its id.
+        self._met: dict[int, tuple[int, Any]] = {id(value): (number, value) for number, value in enumerate(known)}
+
+    def __call__(self, value: Any, where: str) -> Any:
+        """``value`` as plain data with its type; ``where`` it stands, for the error's message."""
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if type(value) is tuple:
+            return ["tuple", self._items(value, where)]
+        if isinstance(value, np.str_):
+            return ["text", str(value)]
+        if type(value) is bytes:
+            return ["bytes", value.decode("latin-1")]
+        if isinstance(value, np.generic) and _is_numeric(value.dtype):
+            return ["scalar", np.asarray(value)]
+        if isinstance(value, enum.Enum):
+            return ["member", self._class_of(value, where), value.name]
+        if id(value) in self._met:
+            return ["again", self._met[id(value)][0]]
+        self._met[id(value)] = (len(self._met), value)
+        return self._mutable(value, where)
+
+    def _mutable(self, value: Any, where: str) -> list:
+        if type(value) is np.ndarray and _is_numeric(value.dtype):
+            return ["array", value.copy()]
+        if type(value) is np.ndarray and value.dtype.kind in "USO":
+            return ["items", self._items(value.ravel().tolist(), where), value.dtype.str, list(value.shape)]
+        if type(value) is torch.Tensor:
+            return ["tensor", value.detach().clone()]
+        if isinstance(value, np.random.Generator):
+            return ["generator", value.bit_generator.state]
+        if isinstance(value, np.random.RandomState):
+            return ["random_state", value.get_state(legacy=False)]
+        if isinstance(value, random.Random):
+            return ["random", value.getstate()]
+        if isinstance(value, torch.Generator):
+            return ["torch_generator", value.get_state(), str(value.device)]
+        if type(value) in (list, set):
+            return [type(value).__name__, self._items(value, where)]
+        if type(value) is deque:
+            return ["deque", self._items(value, where), value.maxlen]
+        if type(value) is dict:
+            return ["dict", [[self(key, where), self(item, f"{where}[{key!r}]")] for key, item in value.items()]]
+        name = self._class_of(value, where)
+        return ["object", name, [[key, self(item, f"{where}.{key}")] for key, item in vars(value).items()]]
+
+    def _items(self, values: Collection, where: str) -> list:
+        return [self(item, f"{where}[{number}]") for number, item in enumerate(values)]
+
+    def _class_of(self, value: Any, where: str) -> str:
+        """The name of ``value``'s class, which `_class_named` finds again, and which makes it from its attributes alone."""
+        kind = type(value)
+        name = f"{kind.__module__}:{kind.__qualname__}"
+        try:
+            is_whole = isinstance(value, enum.Enum) or _is_made_of_attributes(value)
+            if is_whole and _class_named(name, self._packages) is kind:
+                return name
+        except ValueError:
+            pass
+        raise NoStateError(f"{where} is a {kind.__name__}, which is no plain data")
+
+
+class Restorer:
+    """Puts values together that a `Saver` has taken apart, one after the other in the order in which it did.
+
+    Args:
+        packages: as for `Saver`.
+        known: what stands here in the place of the `Saver`'s.
+
+    Raises:
+        ValueError: an object's class is of another package, or there is none of that name.
+    """
+
+    def __init__(self, packages: Collection[str] = (), known: Sequence[Any] = ()):
+        self._packages = packages
+        self._met: list[Any] = list(known)
+        self._taken = {id(value) for value in known}
+        self._written: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __call__(self, saved: Any, now: Any = None) -> Any:
+        """The value; it is what is there ``now`` with other contents where that can be, since others may look at that."""
+        if not isinstance(saved, list):
+            return saved
+        kind, content, *more = saved
+        match kind:
+            case "tuple":
+                return tuple(self(item) for item in content)
+            case "text":
+                return np.str_(content)
+            case "bytes":
+                return content.encode("latin-1")
+            case "scalar":
+                return content[()]
+            case "member":
+                return _class_named(content, self._packages).__members__[more[0]]
+            case "again":
+                return self._met[content]
+        # Two names of one thing may be those of two by the time that was saved.
+        now = None if id(now) in self._taken else now
+        if kind == "array":
+            value = self._array(content, now)
+        elif kind == "object":
+            value = _object(_class_named(content, self._packages), now)
+        else:
+            value = _empty(kind, content, more, now)
+        self._met.append(value)  # before what is within, which may refer to it
+        self._taken.add(id(value))
+        self._fill(value, kind, more[0] if kind == "object" else content)
+        return value
+
+    def _fill(self, value: Any, kind: str, content: Any) -> None:
+        if kind in ("list", "deque"):
+            value.extend(self(item) for item in content)
+        elif kind == "set":
+            value.update(self(item) for item in content)
+        elif kind == "dict":
+            value.update((self(key), self(item)) for key, item in content)
+        elif kind == "items":
+            for place, item in zip(np.ndindex(value.shape), content, strict=True):
+                value[place] = self(item)
+        elif kind == "object":
+            before = dict(vars(value))
+            vars(value).clear()
+            vars(value).update((name, self(item, before.get(name))) for name, item in content)
+
+    def _array(self, content: np.ndarray, now: Any) -> np.ndarray:
+        """``content`` in the memory of ``now``, unless that changes an array that is written already, which was one with it."""
+        is_like = isinstance(now, np.ndarray) and (now.shape, now.dtype) == (content.shape, content.dtype)
+        if not is_like or not now.flags.writeable:
+            return content.copy()
+        before, shared = now.copy(), [pair for pair in self._written if np.may_share_memory(pair[0], now)]
+        now[...] = content
+        if any(array.tobytes() != wanted.tobytes() for array, wanted in shared):
+            now[...] = before
+            return content.copy()
+        self._written.append((now, content))
+        return now
+
+
+def _empty(kind: str, content: Any, more: list, now: Any) -> Any:
+    """A container without what is in it, or a tensor or generator."""
+    match kind:
+        case "list" | "set" | "dict":
+            return {"list": list, "set": set, "dict": dict}[kind]()
+        case "deque":
+            return deque(maxlen=more[0])
+        case "items":
+            return np.empty(more[1], more[0])
+        case "tensor":
+            return content.clone()
+        case "generator":
+            generator = now if isinstance(now, np.random.Generator) else _generator(content["bit_generator"])
+            generator.bit_generator.state = content
+        case "random_state":
+            generator = now if isinstance(now, np.random.RandomState) else np.random.RandomState()
+            generator.set_state(content)
+        case "random":
+            generator = now if isinstance(now, random.Random) else random.Random()
+            generator.setstate(content)
+        case "torch_generator":
+            generator = now if isinstance(now, torch.Generator) else torch.Generator(more[0])
+            generator.set_state(content)
+        case _:
+            raise ValueError(f"{kind!r} is no kind of value that this version of rl2_torchrl saves.")
+    return generator
+
+
+def _generator(name: str) -> np.random.Generator:
+    return np.random.Generator({"PCG64": np.random.PCG64, "MT19937": np.random.MT19937}.get(name, np.random.PCG64)())
+
+
+def _object(kind: type, now: Any) -> Any:
+    return now if type(now) is kind else object.__new__(kind)
+
+
+def _is_numeric(dtype: np.dtype) -> bool:
+    return dtype.kind in "biuf" and dtype.itemsize <= 8  # as PyTorch has them
+
+
+def _is_made_of_attributes(value: Any) -> bool:
+    """Whether an object is its attributes and nothing beside, as one of a compiled class or with slots is not."""
+    kind = type(value)
+    has_slots = any(vars(base).get("__slots__") for base in kind.__mro__)
+    return hasattr(value, "__dict__") and kind.__new__ is object.__new__ and not has_slots
+
+
+def _class_named(name: str, packages: Collection[str]) -> type:
+    """The class ``package.module:Class`` of one of ``packages``, which is imported already.
+
+    Raises:
+        ValueError: it is no such class.
+    """
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module) if module.partition(".")[0] in packages else None
+    for part in path.split("."):
+        found = vars(found).get(part) if found is not None else None
+    if not isinstance(found, type) or f"{found.__module__}:{found.__qualname__}" != name:
+        raise ValueError(f"{name} is no class of the env's own packages, {sorted(packages)}.")
+    return found

@@ -1,0 +1,151 @@
+"""Values of many kinds, taken apart and put together again: equal, of the same types, and one thing in two places still one."""
+
+import collections
+import enum
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
+from rl2_torchrl.storage import from_bytes, to_bytes
+
+HERE = {__name__.partition(".")[0]}
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class Room:
+    def __init__(self, *things):
+        self.things, self.next = list(things), None
+
+
+class Slotted:
+    __slots__ = ("place",)
+
+
+class Numbers(dict):
+    pass
+
+
+def there_and_back(value, now=None, known=((), ())):
+    data = to_bytes(Saver(HERE, known[0])(value, "env.value"))
+    return Restorer(HERE, known[1])(from_bytes(data, "the value"), now)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        (1, 2.5, "a", None, True, float("inf"), 2**100),
+        [np.float32(0.1), np.int8(3), np.bool_(True), np.str_("b"), b"\x00\xff"],
+        {("a", 1): {2, 3}, "b": collections.deque([1, 2], maxlen=2)},
+        {
+            "letters": np.array([[b"S", b"F"]]),
+            "words": np.array(["a", "bc"]),
+            "mixed": np.array([1, "a", None], dtype=object),
+        },
+        [Colour.RED],
+    ],
+)
+def test_values_come_back_equal_and_of_their_types(value):
+    def types(value):
+        inner = value.items() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        return (
+            type(value),
+            getattr(value, "dtype", None),
+            getattr(value, "maxlen", None),
+            [types(item) for item in inner],
+        )
+
+    back = there_and_back(value)
+    np.testing.assert_equal(back, value)
+    assert types(back) == types(value)
+
+
+@pytest.mark.parametrize(
+    ("make", "draw"),
+    [
+        (np.random.default_rng, lambda generator: generator.normal()),
+        (lambda seed: np.random.Generator(np.random.MT19937(seed)), lambda generator: generator.normal()),
+        (np.random.RandomState, lambda generator: generator.normal()),
+        (random.Random, lambda generator: generator.gauss(0, 1)),
+        (lambda seed: torch.Generator().manual_seed(seed), lambda generator: torch.rand(1, generator=generator).item()),
+    ],
+)
+def test_generators_go_on(make, draw):
+    generator = make(0)
+    draw(generator)
+    back, other = there_and_back(generator), make(1)
+    assert there_and_back(generator, now=other) is other
+    assert draw(generator) == draw(back) == draw(other)
+
+
+def test_one_thing_in_two_places_stays_one():
+    place, tensor = np.zeros(2), torch.zeros(1)
+    room = Room(place, tensor, Colour.RED)
+    room.next = Room(room, place, tensor)
+    room.next.next = room.next  # a circle
+    back = there_and_back(room)
+    assert back.next.things[0] is back
+    assert back.next.next is back.next
+    assert back.next.things[1] is back.things[0]
+    assert back.next.things[2] is back.things[1]
+    assert back.things[2] is Colour.RED
+    assert back is not room
+
+
+def test_what_both_sides_know_is_not_taken_apart():
+    ours, theirs = object(), object()
+    assert there_and_back(Room(ours), known=([ours], [theirs])).things == [theirs]
+
+
+def test_arrays_that_were_one_are_two_where_they_were_two():
+    env, other = Room(), Room()
+    env.before, env.now = np.zeros(2), np.ones(2)
+    other.before = other.now = np.full(2, 9.0)  # as after a reset
+    there_and_back(env, now=other)
+    assert (other.before.tolist(), other.now.tolist()) == ([0, 0], [1, 1])
+
+
+@pytest.mark.parametrize("names", [("whole", "part"), ("part", "whole")])
+def test_what_looks_into_an_array_still_does(names):
+    env, other = Room(), Room()
+    for room, value in ((env, 1.0), (other, 9.0)):
+        whole = np.full(3, value)
+        views = {"whole": whole, "part": whole[:2]}
+        for name in names:
+            setattr(room, name, views[name])
+    there_and_back(env, now=other)
+    other.whole += 1
+    assert other.part.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "value", [object(), Slotted(), Numbers(), 1j, np.zeros(1, complex), torch.nn.Linear(1, 1), len, Colour]
+)
+def test_what_is_no_plain_data_is_named(value):
+    room = Room({"a": value})
+    with pytest.raises(NoStateError, match=rf"env.value.things\[0\]\['a'\] is a {type(value).__name__}"):
+        there_and_back(room)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "subprocess:Popen",  # of another package
+        "planted:Thing",  # not imported
+        f"{__name__}:pytest",  # no class
+        f"{__name__}:random.Random",  # by way of this module
+        f"{__name__}:Nothing",
+    ],
+)
+def test_a_file_names_no_class_but_the_envs_own_and_nothing_is_imported(name, tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text("class Thing: ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="no class of the env's own packages"):
+        Restorer({*HERE, "planted"})(["object", name, []])
+    assert "planted" not in sys.modules
