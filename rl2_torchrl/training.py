@@ -359,7 +359,7 @@ def _shut_down_at_exit(collector: BaseCollector) -> None:
 
 
 def _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames) -> None:
-    if eval_interval < 1 or checkpoint_interval < 1:
+    if not (eval_interval >= 1 and checkpoint_interval >= 1):
         raise ValueError(
             f"eval_interval={eval_interval} and checkpoint_interval={checkpoint_interval} must be at least 1."
         )

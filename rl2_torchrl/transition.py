@@ -16,6 +16,10 @@ from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, is_within, transfo
 
 __all__ = ["PreviousStep"]
 
+NO_REWARD = (
+    "the env's step returned no 'reward', which the agent is shown and learns from: _step returns one a row, [*B, 1]."
+)
+
 
 class PreviousStep(Transform):
     """Writes ``trans_t = concat(obs_t, action_{t-1}, reward_{t-1}, done_{t-1})``, what an RL² agent sees.
@@ -90,9 +94,7 @@ class PreviousStep(Transform):
         observations = [next_tensordict.get(key) for key in layout.observations]
         reward, done = next_tensordict.get("reward", None), next_tensordict.get(EPISODE_DONE)
         if reward is None:
-            raise KeyError(
-                "the env's step returned no 'reward', which the agent is shown and learns from: _step returns one a row, [*B, 1]."
-            )
+            raise KeyError(NO_REWARD)
         trans = self.combine(observations, tensordict.get(layout.action_key), reward, done)
         return next_tensordict.set(self.out_key, trans)
 
@@ -112,6 +114,11 @@ class PreviousStep(Transform):
     def begin(self, observations: Sequence[torch.Tensor]) -> torch.Tensor:
         """The transition input ``[*B, size]`` at a trial's first step."""
         layout, env = self.layout(), self.container.base_env
+        if wrong := [tuple(value.shape) for value in observations if value.shape[: env.batch_dims] != env.batch_size]:
+            raise ValueError(
+                f"observations of shape {wrong} are not those of the {env.batch_size.numel()} rows of this PreviousStep's env. To "
+                "feed a trained agent by hand take an AdaptiveAgent, which plays any number of rows."
+            )
         zeros = torch.zeros((*env.batch_size, layout.action.size + 1), device=env.device)
         done = torch.full_like(zeros[..., :1], self.done_at_start)
         return torch.cat([*layout.encode(observations, env.batch_size), zeros, done], -1)

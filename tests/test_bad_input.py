@@ -32,7 +32,7 @@ from rl2_torchrl import (
     with_shuffled_rewards,
     with_zeroed_memory,
 )
-from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.envs import BernoulliBandit, PointRobot, QuadraticBandit, uniform_means, uniform_targets
 
 
 def bandit(rows=2):
@@ -65,6 +65,12 @@ def scalar():
     base = QuadraticBandit(1, batch_size=(2,))
     base.action_spec = Unbounded((2,))
     return wrap(Trial(episodes=4), TaskSampler(uniform_targets(1)), PreviousStep(), base=base)
+
+
+def first_input(place):
+    tasks, base = TaskSampler(uniform_targets(2)), PointRobot(batch_size=(16,))
+    points = wrap(Trial(steps=4), tasks, PreviousStep(), base=base)
+    return points.transform[-1].begin([place])
 
 
 def actor(**kwargs):
@@ -159,6 +165,12 @@ CASES = [
         lambda: PreviousStep().begin([torch.zeros(2)]),
         RuntimeError,
         "within an env.*AdaptiveAgent",
+    ),
+    row(
+        "observations of other rows",
+        lambda: first_input(torch.zeros(2, 2)),
+        ValueError,
+        r"\(2, 2\).* the 16 rows .*AdaptiveAgent",
     ),
     row("half a step", lambda: Trial(steps=2.5), ValueError, "steps=2.5.*whole number"),
     row(

@@ -3,12 +3,13 @@
 import re
 
 import pytest
+from rollouts import Walk, whole_numbers
 from tensordict.nn import TensorDictModule
 from test_collector import ARMS, KEEP, PULLS, ROWS, bandit_env, batches, policy_for, several_blocks_of_steps  # noqa: F401
 from torchrl.data import LazyTensorStorage, ReplayBuffer, Unbounded
-from torchrl.envs import StepCounter, TensorDictPrimer, TransformedEnv
+from torchrl.envs import Compose, StepCounter, TensorDictPrimer, TransformedEnv
 
-from rl2_torchrl import Trial, TrialCollector
+from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, TrialCollector
 from rl2_torchrl.rollout import Rollout
 
 
@@ -129,3 +130,18 @@ def test_a_memory_that_nobody_begins_is_named():
     primed = TransformedEnv(env, TensorDictPrimer(memory=Unbounded((2,)), default_value=7.0, expand_specs=True))
     batch = Rollout(primed, policy, 2 * PULLS, ["memory"])()
     assert (batch["memory"] == 7.0).all()
+
+
+class Unpaid(Walk):
+    """Forgets its reward."""
+
+    def _step(self, tensordict):
+        return super()._step(tensordict).exclude("reward")
+
+
+@pytest.mark.parametrize("rollout", ["tensors", "tensordicts"])
+def test_a_reward_that_is_missing_is_named(rollout):
+    env = TransformedEnv(Unpaid(), Compose(Trial(episodes=2), TaskSampler(whole_numbers, seed=0), PreviousStep()))
+    collector = TrialCollector(env, GRUCategoricalActor.from_env(env), frames_per_batch=8, rollout=rollout)
+    with pytest.raises(KeyError, match="the env's step returned no 'reward'.*one a row"):
+        collector.rollout()

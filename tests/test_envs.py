@@ -123,6 +123,7 @@ def test_specs_fit_the_data(make, batch_size):
         (lambda: QuadraticBandit(1, batch_size=(3, 0)), r"batch_size \(3, 0\) holds no env"),
         (lambda: QuadraticBandit(0), "dim must be at least 1"),
         (lambda: QuadraticBandit(1, noise=-0.1), "noise at least 0"),
+        (lambda: QuadraticBandit(1, noise=math.nan), "noise at least 0"),
     ],
 )
 def test_bad_sizes(build, message):

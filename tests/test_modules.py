@@ -473,8 +473,9 @@ def test_input_gain_scales_the_input_matrices_alone():
 
 
 def test_memory_needs_steps_and_biases():
-    with pytest.raises(ValueError, match="memory_steps=0 must be at least 1"):
-        orthogonal_init_(torch.nn.GRU(2, 2), memory_steps=0)
+    for steps in (0, math.nan):
+        with pytest.raises(ValueError, match=f"memory_steps={steps} must be at least 1"):
+            orthogonal_init_(torch.nn.GRU(2, 2), memory_steps=steps)
     with pytest.raises(ValueError, match="bias=False"):
         orthogonal_init_(torch.nn.GRU(2, 2, bias=False), memory_steps=10)
 

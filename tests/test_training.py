@@ -151,9 +151,10 @@ def test_a_failing_evaluation_propagates():
 
 
 @pytest.mark.parametrize("name", ["eval_interval", "checkpoint_interval"])
-def test_intervals_are_at_least_one(name):
-    with pytest.raises(ValueError, match=f"{name}=0.*at least 1"):
-        train_on(ones(1), **{name: 0})
+@pytest.mark.parametrize("number", [0, math.nan])
+def test_intervals_are_at_least_one(name, number):
+    with pytest.raises(ValueError, match=f"{name}={number}.*at least 1"):
+        train_on(ones(1), **{name: number})
 
 
 def test_trains_outside_the_main_thread():

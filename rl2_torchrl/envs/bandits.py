@@ -106,7 +106,7 @@ class QuadraticBandit(_Bandit):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ):
-        if dim < 1 or noise < 0:
+        if dim < 1 or not noise >= 0:
             raise ValueError(f"QuadraticBandit(dim={dim}, noise={noise}): dim must be at least 1, noise at least 0.")
         super().__init__(index(dim), Unbounded(index(dim)), batch_size=batch_size, seed=seed, device=device)
         self.noise = noise

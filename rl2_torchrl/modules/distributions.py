@@ -78,12 +78,7 @@ class ActionDistribution:
             return MultiCategoricalActions.from_spec(spec)
         if isinstance(spec, CategoricalSpec | OneHot):
             return CategoricalActions.from_spec(spec)
-        if spec.dtype.is_floating_point:
-            return GaussianActions.from_spec(spec)
-        raise TypeError(
-            f"the env's actions are whole numbers of a range ({spec}), for which there is no distribution here: give the env a "
-            "Discrete or MultiDiscrete action space, or the actor a distribution=."
-        )
+        return GaussianActions.from_spec(spec)
 
     def parameters_of(self, head: nn.Module, **factory) -> nn.Module:
         """``head`` with what makes the distribution's parameters of its outputs; ``factory`` is device and dtype."""
@@ -153,6 +148,7 @@ class CategoricalActions(ActionDistribution):
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> CategoricalActions:
         """Of the number of choices and the encoding of ``spec``."""
+        _refuse_ranges(spec)
         is_several = isinstance(spec, MultiCategorical | MultiOneHot | Binary) or spec.ndim > isinstance(spec, OneHot)
         if is_several or not isinstance(spec, CategoricalSpec | OneHot):
             raise TypeError(
@@ -380,7 +376,17 @@ class TanhGaussianActions(GaussianActions):
         return 1 - torch.finfo(like.dtype).resolution
 
 
+def _refuse_ranges(spec: TensorSpec) -> None:
+    if spec.dtype.is_floating_point or isinstance(spec, CategoricalSpec | OneHot | MultiOneHot | Binary):
+        return
+    raise TypeError(
+        f"the env's actions are whole numbers of a range ({spec}), for which there is no distribution here: give the env a "
+        "Discrete or MultiDiscrete action space, or the actor a distribution=."
+    )
+
+
 def _real_vector(spec: TensorSpec) -> TensorSpec:
+    _refuse_ranges(spec)
     if not spec.dtype.is_floating_point:
         raise TypeError(
             f"the env's actions are discrete ({spec}): use GRUCategoricalActor, or RecurrentActor for several."

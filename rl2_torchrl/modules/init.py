@@ -39,7 +39,7 @@ def orthogonal_init_(
     networks = [part for part in module.modules() if isinstance(part, nn.GRU | nn.LSTM)]
     if not networks:
         raise ValueError(f"there is no torch.nn.GRU or torch.nn.LSTM in this {type(module).__name__} to be drawn anew.")
-    if memory_steps is not None and memory_steps < 1:
+    if memory_steps is not None and not memory_steps >= 1:
         raise ValueError(f"memory_steps={memory_steps} must be at least 1: a number of steps, such as a trial's.")
     for network in networks:
         gate_gains = (1, gate_gain, 1) if isinstance(network, nn.GRU) else (gate_gain, gate_gain, 1, 1)

@@ -11,6 +11,7 @@ from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.trials import Task, flat, unflat
+from rl2_torchrl.transition import NO_REWARD
 
 __all__ = ["TensorDoor", "TorchRLDoor", "door_to", "is_tensor_env"]
 
@@ -121,7 +122,9 @@ class TorchRLDoor:
         after = root.exclude(self._action_key, *self._done_keys).update(self.env._step(root))
         if any(after.get(key, None) is None for key in self._done_keys):
             self.env._complete_done(self._done_spec, after)
-        self._root, reward = after, after.pop(self._reward_key)
+        self._root, reward = after, after.pop(self._reward_key, None)
+        if reward is None:
+            raise KeyError(NO_REWARD)
         return self._observations(), reward.reshape(-1, 1), after.get("done").reshape(-1)
 
     def _observations(self) -> State:
