@@ -110,14 +110,8 @@ class PreviousStep(Transform):
         return torch.cat(parts, -1)
 
     def begin(self, observations: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The transition input ``[*B, size]`` at a trial's first step; ValueError for observations of other rows than the env's."""
-        layout, env = self.layout(), self._within().base_env
-        rows, shapes = env.batch_size, [tuple(observation.shape) for observation in observations]
-        if [shape[: len(rows)] for shape in shapes] != len(layout.observations) * [tuple(rows)]:
-            raise ValueError(
-                f"observations of shapes {shapes}, where this env shows {list(layout.observations)} in rows {list(rows)}: to feed "
-                "a trained agent by hand take an AdaptiveAgent, which plays as many rows as it is given."
-            )
+        """The transition input ``[*B, size]`` at a trial's first step."""
+        layout, env = self.layout(), self.container.base_env
         zeros = torch.zeros((*env.batch_size, layout.action.size + 1), device=env.device)
         done = torch.full_like(zeros[..., :1], self.done_at_start)
         return torch.cat([*layout.encode(observations, env.batch_size), zeros, done], -1)
@@ -147,18 +141,14 @@ class PreviousStep(Transform):
         # Read once: building specs costs more than a step. The env builds them from front to back, so that
         # `transform_observation_spec` sees no entry of a later transform; the finished spec holds those too.
         if self._read_layout is None:
-            _ = self._within().output_spec
+            if self.container is None:
+                raise RuntimeError(
+                    "PreviousStep knows what the transition input is made of only within an env: "
+                    "TransformedEnv(env, Compose(Trial(...), ..., PreviousStep())). To feed a trained agent by hand take an "
+                    "AdaptiveAgent, which needs no env."
+                )
+            _ = self.container.output_spec
         return self._read_layout
-
-    def _within(self) -> EnvBase:
-        """The env that this transform is part of."""
-        if self.container is None:
-            raise RuntimeError(
-                "PreviousStep knows what the transition input is made of only within an env: "
-                "TransformedEnv(env, Compose(Trial(...), ..., PreviousStep())). To feed a trained agent by hand take an "
-                "AdaptiveAgent, which needs no env."
-            )
-        return self.container
 
     def _make_layout(self, observation_spec: Composite) -> Layout:
         # The base env's action, since `_step` sees it after all inverse transforms.

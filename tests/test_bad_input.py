@@ -32,15 +32,11 @@ from rl2_torchrl import (
     with_shuffled_rewards,
     with_zeroed_memory,
 )
-from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 
 
 def bandit(rows=2):
     return BernoulliBandit(3, batch_size=(rows,), seed=0)
-
-
-def carts():
-    return wrap(Trial(episodes=2), PreviousStep(), base=GymVectorEnv("CartPole-v1", 2))
 
 
 def sampler():
@@ -50,10 +46,6 @@ def sampler():
 def started(env):
     env.reset()
     return env
-
-
-def begin_by_hand(env):
-    return env.transform[-1].begin([torch.zeros(4)])
 
 
 def wrap(*transforms, base=None):
@@ -165,18 +157,6 @@ CASES = [
     row(
         "transition input by hand",
         lambda: PreviousStep().begin([torch.zeros(2)]),
-        RuntimeError,
-        "within an env.*AdaptiveAgent",
-    ),
-    row(
-        "transition input of other rows",
-        lambda: begin_by_hand(started(carts())),
-        ValueError,
-        r"observations of shapes \[\(4,\)\].*rows \[2\].*AdaptiveAgent",
-    ),
-    row(
-        "transition input of an env that is gone",
-        lambda: started(carts()).transform[-1].begin([torch.zeros(2, 4)]),
         RuntimeError,
         "within an env.*AdaptiveAgent",
     ),
