@@ -312,7 +312,7 @@ CASES = [
         "batch cuts trials, and nothing is kept beyond",
         lambda: update(collect(6).exclude(("next", "trans"))),
         KeyError,
-        "2 trials are cut.*lacks.*'trans'.*critic=",
+        "2 trials are cut.*lacks.*'trans'.*bptt=6",
     ),
     row(
         "NaN reward",

@@ -8,7 +8,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, InitTracker, SerialEnv, Transform, TransformedEnv
+from torchrl.envs import Compose, InitTracker, SerialEnv, Transform, TransformedEnv, VecNormV2
 from torchrl.modules import GRUModule, ProbabilisticActor, recurrent_mode, set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
@@ -27,9 +27,17 @@ from rl2_torchrl import (
     TrialCollector,
     orthogonal_init_,
 )
-from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, memory, rows
+from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, inputs, memory, rows
 from rl2_torchrl.checks.evidence import Evidence
-from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, TabularMDP, random_mdps, uniform_means, uniform_targets
+from rl2_torchrl.envs import (
+    BernoulliBandit,
+    GymVectorEnv,
+    QuadraticBandit,
+    TabularMDP,
+    random_mdps,
+    uniform_means,
+    uniform_targets,
+)
 
 ROWS, ARMS, STATES, ACTIONS, EPISODE, EPISODES = 16, 3, 3, 2, 4, 3
 TRIAL = EPISODE * EPISODES
@@ -81,7 +89,7 @@ def test_all_rules_hold(bptt):
     report = check_training(collector, update, first_batch(collector), held_out=mdp_env(seed=5))
     unchecked = {"gradient_through_time": "bptt=1 asks for no gradient through time"} if bptt == 1 else {}
     assert report.unchecked == unchecked
-    assert len(report.checked) == 19 - len(unchecked)
+    assert len(report.checked) == 20 - len(unchecked)
     assert (report.frozen, report.zero_gradient) == ([], [])
 
 
@@ -424,6 +432,19 @@ def test_task_that_the_actor_is_given():
     collector, update = pipeline(env, seeing, critic, steps=10)
     with pytest.raises(TrainingCheckError, match="task_hidden.*the actor reads 'task'"):
         check_training(collector, update, first_batch(collector))
+
+
+@pytest.mark.parametrize("count", [1, ROWS])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_statistics_of_each_row(reduced, count):
+    norm = VecNormV2(in_keys=["observation"], reduce_batch_dims=reduced)
+    env = TransformedEnv(GymVectorEnv("CartPole-v1", count), Compose(Trial(steps=6), norm, PreviousStep()))
+    collector, update = pipeline(env, steps=6)
+    one = Evidence(first_batch(collector), collector, update, None, TrainingReport())
+    found = inputs.one_scale(one)
+    assert found == (
+        None if reduced or count == 1 else f"VecNormV2 of ['observation'] keeps statistics for each of the {count} rows"
+    )
 
 
 # ---- Faults of networks.

@@ -1,8 +1,9 @@
-"""The rule on the transition input: action, reward and the episode's done of step t stand in it at t + 1, and nowhere else."""
+"""Rules on inputs: action, reward and done of step t stand in the input of t + 1 alone, and it is of one scale in all rows."""
 
 from __future__ import annotations
 
 import torch
+from torchrl.envs import VecNormV2
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
 from rl2_torchrl.transition import PreviousStep
@@ -74,7 +75,17 @@ def _reward_column(seen: Evidence) -> str | None:
     raise NotChecked("the env shows no PreviousStep, and no input is the reward as it is")
 
 
+def one_scale(seen: Evidence) -> str | None:
+    """What is normalised is normalised by statistics of all rows."""
+    rows = seen.batch.shape[:-1].numel()
+    apart = [t for t in seen.transforms if isinstance(t, VecNormV2) and not t.reduce_batch_dims]
+    if apart and rows > 1:
+        return f"VecNormV2 of {[str(key) for key in apart[0].in_keys]} keeps statistics for each of the {rows} rows"
+
+
 RULES: dict[Rule, str] = {
     transition_input: "An agent that does not see what it did and earned, an episode's last reward included, cannot adapt: let "
     "PreviousStep write its input, behind all transforms that change the reward.",
+    one_scale: "The same number then looks another in each row, by what tasks that row has had, and an evaluation in other rows "
+    "has no such statistics: VecNormV2(..., reduce_batch_dims=True), or networks with normalize=True.",
 }
