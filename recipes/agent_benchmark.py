@@ -4,6 +4,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +13,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torchrl.envs import ExplorationType, TransformedEnv, set_exploration_type
+from torchrl.envs import DTypeCastTransform, ExplorationType, TransformedEnv, set_exploration_type
 
 from recipes.agents import held_out, play
 from recipes.experiment import HELD_OUT_TASKS, draw_tasks
@@ -27,6 +29,7 @@ def main(
     forms: tuple[Literal["pt2", "onnx"], ...] = ("pt2", "onnx"),
     actions: int = 2000,
     rows: int = 1,
+    dtype: Literal["float32", "float64"] = "float32",
     threads: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Plays the same trials with the training's policy, its agent and the agent's exports, and times an action of each.
@@ -38,23 +41,27 @@ def main(
         forms: what it is exported to; onnx is an extra of the package.
         actions: actions that are timed, the median of which is told; 0 times none.
         rows: trials side by side while actions are timed.
+        dtype: in which policy and exports reckon; envs take actions in float32. A cheetah is chaotic: a difference in the last digit
+            of one action leads two of them apart within a trial. From float64 all forms round to the same action.
         threads: threads that PyTorch uses; all cores by default.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    played = partial(trials_of, agent, env)
     saved = AdaptiveAgent.load(agent)
-    figures = {"training's policy": {"return": trained(saved, trials_of(agent, env, trials))}}
+    if dtype == "float64":
+        saved = AdaptiveAgent.from_policy(saved.policy.double(), played(rows))
+    figures = {"training's policy": {"return": trained(saved, played(trials))}}
     for name, each in {"agent": saved, **exported(saved, forms)}.items():
         torch.manual_seed(0)
-        figures[name] = {"return": play(each, trials_of(agent, env, trials)).mean().item()}
-        figures[name]["difference"] = difference(AdaptiveAgent.load(agent), each, trials_of(agent, env, trials))
+        figures[name] = {"return": play(each, played(trials)).mean().item()}
+        figures[name]["difference"] = difference(copy(saved), each, played(trials))
         if actions:
-            figures[name]["microseconds"] = microseconds(acting(each, trials_of(agent, env, rows)), actions)
+            figures[name]["microseconds"] = microseconds(acting(each, played(rows)), actions)
     if actions:
-        figures["training's policy"]["microseconds"] = microseconds(policy(saved, trials_of(agent, env, rows)), actions)
-    Console().print(
-        table(figures, f"{agent}: {trials} trials; {actions} actions of {rows} rows, {torch.get_num_threads()} threads")
-    )
+        figures["training's policy"]["microseconds"] = microseconds(policy(saved, played(rows)), actions)
+    timed = f"; {actions} actions of {rows} rows, {torch.get_num_threads()} threads" if actions else ""
+    Console().print(table(figures, f"{agent}, {dtype}: {trials} trials{timed}"))
     return figures
 
 
@@ -83,7 +90,10 @@ def of_program(path: Path, agent: AdaptiveAgent) -> AdaptiveAgent:
 
 
 def trained(agent: AdaptiveAgent, env: TransformedEnv) -> float:
-    """The mean return of the training's policy, as evaluations play it."""
+    """The mean return of the training's policy, as evaluations play it; the env takes actions in its own dtype."""
+    taken, given = agent.signature.action.dtype, agent.signature.dtype
+    if taken.is_floating_point and taken != given:
+        env = TransformedEnv(env, DTypeCastTransform(taken, given, in_keys=[], in_keys_inv=["action"]))
     torch.manual_seed(0)
     return adaptation_curve(env, agent.policy, env.batch_size.numel()).mean
 

@@ -17,14 +17,14 @@ FORMS = ["pt2", "onnx"]
 STEPS, ROWS = 1000, 2
 CASES = {
     **{f"categorical {name}": (bandits, slots) for name, slots in NETWORKS.items()},
-    **{f"gaussian {name}": (targets, NETWORKS[name]) for name in ("gru", "lstm", "mlp", "norm")},
+    **{f"gaussian {name}": (targets, NETWORKS[name]) for name in ("gru", "lstm", "mlp", "norm", "double")},
     **{f"toy {name}": (partial(toys, name), {"hidden_size": 8}) for name in ("image", "several", "flags", "dict")},
     "tanh": (partial(toys, "box"), {"distribution": rl2.TanhGaussianActions.from_spec}),
 }
 #: An export to ONNX takes seconds.
 IN_ONNX = [
     *(f"{kind} {name}" for kind in ("categorical", "gaussian") for name in ("gru", "lstm", "mlp")),
-    *("gaussian norm", "toy image", "toy several", "toy flags", "toy dict", "tanh"),
+    *("gaussian norm", "gaussian double", "toy image", "toy several", "toy flags", "toy dict", "tanh"),
 ]
 
 
