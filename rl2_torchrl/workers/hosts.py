@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,8 +47,13 @@ class Host(ABC):
 
     @staticmethod
     @abstractmethod
-    def require() -> None:
-        """ImportError where what it takes is not installed."""
+    def begin(options: dict) -> None:
+        """Starts what all workers of a collector need, of the thread that calls; ImportError where that is not installed."""
+
+    @staticmethod
+    @abstractmethod
+    def end() -> None:
+        """Ends what `begin` has started."""
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What the player's ``method`` returns, or raises."""
@@ -69,7 +77,11 @@ class ProcessHost(Host):
     """A process."""
 
     @staticmethod
-    def require():
+    def begin(options):
+        return
+
+    @staticmethod
+    def end():
         return
 
     def __init__(self, create_env_fn, policy, frames, player, options):
@@ -93,14 +105,18 @@ class ActorHost(Host):
     """A Ray actor."""
 
     @staticmethod
-    def require():
+    def begin(options):
         if find_spec("ray") is None:
             raise ImportError('backend="ray" needs Ray, which is not installed: pip install "rl2_torchrl[ray]".')
+        _Cluster.begin(options.get("ray_init_config", {"logging_level": "error"}))
+
+    @staticmethod
+    def end():
+        _Cluster.end()
 
     def __init__(self, create_env_fn, policy, frames, player, options):
         from torchrl.collectors.distributed import RayCollector
 
-        defaults = {"remote_configs": {"num_cpus": 1, "num_gpus": 0}, "ray_init_config": {"logging_level": "error"}}
         self.collector = RayCollector(
             [create_env_fn],
             policy,
@@ -109,7 +125,7 @@ class ActorHost(Host):
             collector_kwargs=[dict(player)],
             sync=True,
             weight_sync_schemes={},
-            **{**defaults, **options},
+            **{"remote_configs": {"num_cpus": 1, "num_gpus": 0}, **options},
         )
 
     @staticmethod
@@ -125,15 +141,79 @@ class ActorHost(Host):
         return str(error).partition("\n")[0] if is_own else None
 
 
+class _Cluster:
+    """Ray's own processes, which are started where the program has none, and ended when no collector needs them any more."""
+
+    collectors = 0
+    is_ours = False
+
+    @classmethod
+    def begin(cls, config: dict) -> None:
+        # In the thread that makes the collector: the kernel kills what Ray starts when the thread ends that has started it, and
+        # those of a pool end before a program's exit handlers run.
+        import ray
+
+        if not ray.is_initialized():
+            before = signal.getsignal(signal.SIGTERM)
+            with _signals_blocked():
+                ray.init(**config)
+            if threading.current_thread() is threading.main_thread() and before is not None:
+                signal.signal(signal.SIGTERM, before)  # which Ray has replaced
+            cls.is_ours = True
+        cls.collectors += 1
+
+    @classmethod
+    def end(cls) -> None:
+        import ray
+
+        cls.collectors -= 1
+        if cls.collectors or not cls.is_ours:
+            return
+        cls.is_ours, processes = False, processes_of_ray()
+        ray.shutdown()
+        # Ray waits for its raylet a second, and what that has started would be there until it notices.
+        for process in processes:
+            with suppress(_psutil().NoSuchProcess):
+                process.kill()
+        _psutil().wait_procs(processes, _SECONDS_TO_DIE)
+
+
+def processes_of_ray() -> list:
+    """Of the cluster that this program has started, as psutil has them: its servers, and what they have started."""
+    servers = [child for child in _psutil().Process().children() if child.name() in ("raylet", "gcs_server")]
+    return servers + [each for server in servers for each in server.children(recursive=True)]
+
+
+def _psutil() -> ModuleType:
+    import ray  # noqa: F401  (which brings it along)
+
+    return import_module("psutil")
+
+
 def _given(policy: nn.Module) -> nn.Module:
     return policy
 
 
+#: A terminal's and a scheduler's signals reach all processes: the training ends the workers when it has saved what it needs.
+_OF_PARENT = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def _leave_signals_to_parent() -> None:
-    """A terminal's and a scheduler's signals reach all processes: the training ends the workers when it has saved what it needs."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for signum in _OF_PARENT:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """In this thread, and for good in the processes that it starts."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

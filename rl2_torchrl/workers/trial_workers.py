@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
+from operator import methodcaller
 from typing import Any, Literal
 
 import torch
@@ -111,15 +112,15 @@ class TrialWorkers(BaseCollector):
         self.deaths = self.lost_trials = self._frames = self._lives = 0
         self._seed = int(torch.randint(2**62, ())) if seed is None else seed
         self._host = _HOSTS[backend]
-        self._host.require()
         given = (create_env_fn, deepcopy(policy).cpu(), frames_per_batch // workers)
         self._start = partial(self._host, *given, options=dict(options or {}))
         self._hosts: list[Host | None] = [None] * workers
         self.pids = [0] * workers
         self.before_play: Callable[[EnvBase], object] | None = None
         self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(workers, "TrialWorkers")
+        self._host.begin(dict(options or {}))
         # Also when the program ends, which would wait for its processes else.
-        self._end = weakref.finalize(self, _shut_down, self._hosts, self._pool)
+        self._end = weakref.finalize(self, _shut_down, self._hosts, self._pool, self._host.end)
         self._weights = TensorDict.from_module(policy).data
         try:
             self._each(self._begin, self._new_seeds())
@@ -224,16 +225,17 @@ class TrialWorkers(BaseCollector):
         self._end()
 
 
-def _shut_down(hosts: list[Host | None], pool: ThreadPoolExecutor) -> None:
+def _shut_down(hosts: list[Host | None], pool: ThreadPoolExecutor, end: Callable[[], None]) -> None:
     running = [host for host in hosts if host is not None]
     hosts[:] = [None] * len(hosts)
     with threads_kept():
         try:
-            list(pool.map(Host.shutdown, running))
+            list(pool.map(methodcaller("shutdown"), running))
         except RuntimeError:  # the program is ending, and runs nothing in threads any more
             for host in running:
                 host.shutdown()
     pool.shutdown()
+    end()
 
 
 def _check(create_env_fn: Any, workers: int, frames_per_batch: int, backend: str) -> None:
