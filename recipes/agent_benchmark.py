@@ -41,8 +41,8 @@ def main(
         forms: what it is exported to; onnx is an extra of the package.
         actions: actions that are timed, the median of which is told; 0 times none.
         rows: trials side by side while actions are timed.
-        dtype: in which policy and exports reckon; envs take actions in float32. A cheetah is chaotic: a difference in the last digit
-            of one action leads two of them apart within a trial. From float64 all forms round to the same action.
+        dtype: in which policy and exports reckon; envs take actions in float32. A cheetah is chaotic: a difference in the last
+            digit of one action leads two of them apart within a trial. From float64 all forms round to the same action.
         threads: threads that PyTorch uses; all cores by default.
     """
     if threads is not None:
