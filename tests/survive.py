@@ -128,7 +128,7 @@ def survive(env: Name, kills: int, folder: Path, moments: random.Random) -> Surv
             raise RuntimeError(f"the run on {env} had ended before {kills} kills: give it more updates.")
         killed_at.append(max((int(path.stem.split("-")[1]) for path in _checkpoints(killed)), default=0))
     _child(env, updates, killed, sessions)
-    orphans = _left_of(sessions)
+    orphans = left_of(sessions)
     ours, theirs = (load_tree(path / "parameters") for path in (whole, killed))
     scalars = [_scalars(path) for path in (whole, killed)]
     return Survival(
@@ -164,7 +164,7 @@ def _child(
     return time.perf_counter() - start, process.exitcode == 0
 
 
-def _left_of(sessions: set[int], seconds: float = 10) -> list[int]:
+def left_of(sessions: set[int], seconds: float = 10) -> list[int]:
     """The processes of ``sessions`` that are there after so many seconds: an env's sees that its pipe is closed, and ends."""
     end = time.monotonic() + seconds
     while left := [pid for pid in _processes() if _session(pid) in sessions]:

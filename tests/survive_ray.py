@@ -2,7 +2,8 @@
 
     python -m tests.survive_ray --kills 5
 
-Needs the extra ``ray``. Ctrl-C, which `main` sends itself at the end of a second training, leaves a checkpoint and no process.
+Needs the extra ``ray``. Signals to all processes of a program, as a terminal's Ctrl-C and a scheduler's SIGTERM are, leave a
+checkpoint and no process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,15 +21,16 @@ from tempfile import TemporaryDirectory
 
 import tyro
 
-from rl2_torchrl import train
+from rl2_torchrl import TrainResult, train
+from tests.survive import left_of
 from tests.workers import FRAMES, ROWS, Setup
 
-#: Updates of the first training for each kill, and after which the second is interrupted.
+#: Updates of the first training for each kill, and after which others are interrupted.
 UPDATES_A_KILL, INTERRUPTED = 4, 3
 
 
 def main(*, kills: int = 5, seed: int = 0, backend: str = "ray") -> None:
-    """Kills workers after updates drawn by ``seed``; then interrupts a training.
+    """Kills workers after updates drawn by ``seed``; then sends signals to trainings.
 
     Args:
         kills: how many die, one after an update.
@@ -44,52 +47,67 @@ def main(*, kills: int = 5, seed: int = 0, backend: str = "ray") -> None:
             os.kill(chance.choice(own.collector.pids), signal.SIGKILL)
 
     with TemporaryDirectory() as folder:
-        result, _, _ = _train(Path(folder), backend, updates, kill)
+        result, own = train_in(Path(folder), backend, updates, kill)
+        own.collector.shutdown()
         made, lost = len(result.history), result.lost_trials
         seconds = time.perf_counter() - start
         sys.stdout.write(
             f"{backend}: {made} of {updates} updates, {kills} kills, {lost} trials lost, {seconds:.0f} s\n"
         )
         is_right = (made, lost) == (updates, kills * ROWS)
-    with TemporaryDirectory() as folder:
-        result, pids, saved = _train(Path(folder), backend, updates, _interrupt)
-        left = _alive(pids)
-        sys.stdout.write(
-            f"Ctrl-C at update {INTERRUPTED}: interrupted {result.interrupted}, {saved}, workers left: {left or 'none'}\n"
-        )
-        is_right = (
-            is_right and result.interrupted and saved == [f"checkpoint-{INTERRUPTED * FRAMES}.safetensors"] and not left
-        )
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        is_right = _signalled(signum, backend) and is_right
     if not is_right:
         sys.exit(1)
 
 
-def _interrupt(own: Setup, number: int) -> None:
+def _signalled(signum: signal.Signals, backend: str) -> bool:
+    """Whether a training, a program in a session of its own, has ended as it should where all of its processes get a signal."""
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", _PROGRAM, folder, backend]
+        pipes = {"stdout": subprocess.PIPE, "text": True}
+        program = subprocess.Popen(command, **pipes, start_new_session=True)
+        assert "now\n" in iter(program.stdout.readline, "")
+        os.killpg(program.pid, signum)
+        said = program.communicate()[0].strip()
+        left, saved = left_of({program.pid}, seconds=0), _saved(Path(folder))
+    exit_code = 0 if signum == signal.SIGINT else 128 + signum
+    sys.stdout.write(
+        f"{signum.name} to all: exit code {program.returncode}, {said or 'ended'}, {saved}, processes left: {left or 'none'}\n"
+    )
+    return program.returncode == exit_code and len(saved) == 1 and not left
+
+
+_PROGRAM = """
+import sys
+from pathlib import Path
+from tests.survive_ray import INTERRUPTED, train_in
+def told(own, number):
     if number == INTERRUPTED:
-        signal.raise_signal(signal.SIGINT)
+        print("now", flush=True)
+if __name__ == "__main__":
+    result, _ = train_in(Path(sys.argv[1]), sys.argv[2], 10**7, told)
+    print("interrupted", result.interrupted)
+"""
 
 
-def _train(folder: Path, backend: str, updates: int, after: Callable[[Setup, int], object]):
-    """The result, all workers' processes there were, and the checkpoints; ``after(setup, n)`` follows the n-th update."""
+def train_in(
+    folder: Path, backend: str, updates: int, after: Callable[[Setup, int], object]
+) -> tuple[TrainResult, Setup]:
+    """Trains; ``after(setup, n)`` follows the n-th update. Nothing but the last checkpoint is written."""
     own = Setup(folder, backend=backend, total_frames=updates * FRAMES)
-    pids = set(own.collector.pids)
 
     def stop(row: dict[str, float]) -> bool:
-        pids.update(own.collector.pids)
         after(own, int(row["env_steps"]) // FRAMES)
         return False
 
-    result = train(own.collector, own.update, evaluate=None, progress=False, stop=stop, checkpoints=folder / "run")
-    own.collector.shutdown()
-    return result, pids, sorted(path.name for path in (folder / "run").glob("checkpoint-*.safetensors"))
+    places = {"checkpoints": folder / "run", "checkpoint_interval": updates}
+    result = train(own.collector, own.update, evaluate=None, progress=False, stop=stop, **places)
+    return result, own
 
 
-def _alive(pids: set[int], seconds: float = 30) -> list[int]:
-    """Which of ``pids`` are there after so many seconds; Ray's actors take some."""
-    end = time.monotonic() + seconds
-    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:
-        time.sleep(0.1)
-    return left
+def _saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run").glob("checkpoint-*.safetensors"))
 
 
 if __name__ == "__main__":
