@@ -305,9 +305,8 @@ def test_a_recipe_trains_with_workers(name, tmp_path, monkeypatch):
     report = recipe.main(**arguments(recipe.main, {**tiny, "workers": 2}))
     assert len(report.train.history) == len(played) == 4
     assert (tmp_path / "agent.safetensors").exists()
-    if (
-        name == "grid_navi"
-    ):  # a training draws its goals, evaluations go through them in turn, which all workers would do alike
+    if name == "grid_navi":
+        # A training draws its goals. Evaluations go through them in turn, which all workers would do alike.
         mine, others = played[0]["task"][:, 0].chunk(2)
         assert not torch.equal(mine, others)
     if name == "tabular_mdp":  # noise begins with the fourth batch, in the workers' worlds too
