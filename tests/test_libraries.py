@@ -14,12 +14,13 @@ import gymnasium
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.envs import Compose, DoubleToFloat, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import Compose, DMControlEnv, DoubleToFloat, ParallelEnv, SerialEnv, TransformedEnv
 
 from recipes import pop_gym
 from recipes.experiment import HELD_OUT_TASKS, Experiment, arguments
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, check_training
 from rl2_torchrl.collector import load_rollout_state, rollout_state
+from rl2_torchrl.envs import Resumable
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.layers import put_state, state_of
 from rl2_torchrl.evaluation import AdaptationCurve
@@ -259,6 +260,24 @@ def test_point_masses_go_on_in_mid_episode(kind):
         ours, theirs = torch.stack(played).split(len(pushes) - 3)
         assert ours["done"].any()
         assert (ours == theirs).all()
+
+
+def test_a_walker_goes_on_with_its_feet_on_the_ground():
+    pytest.importorskip("dm_control")
+
+    class Walker(Resumable, DMControlEnv):
+        pass
+
+    ours, theirs = Walker("walker", "walk"), Walker("walker", "walk")
+    ours.set_seed(0), theirs.set_seed(1)
+    start, steps = ours.reset(), 0
+    while steps < 40 or not ours._env.physics.data.ncon:
+        start, steps = ours.rand_step(start)["next"], steps + 1
+    put_env_state(theirs, env_state(ours))
+    actions = iter([action for action in ours.action_spec.rand([20]) for _ in range(2)])
+    for _ in range(20):
+        after = [env.step(start.clone().set("action", next(actions)))["next"] for env in (ours, theirs)]
+        assert (after[0] == after[1]).all()
 
 
 @pytest.mark.parametrize("steps", [1, 7, 50])

@@ -28,6 +28,10 @@ class Slotted:
     __slots__ = ("place",)
 
 
+class PartlySlotted(Slotted):
+    pass
+
+
 class Numbers(dict):
     pass
 
@@ -103,12 +107,22 @@ def test_what_both_sides_know_is_not_taken_apart():
     assert there_and_back(Room(ours), known=([ours], [theirs])).things == [theirs]
 
 
-def test_arrays_that_were_one_are_two_where_they_were_two():
+@pytest.mark.parametrize("same", [lambda array: array, lambda array: array[:]])
+def test_arrays_that_are_one_become_two_where_they_were_two(same):
     env, other = Room(), Room()
     env.before, env.now = np.zeros(2), np.ones(2)
-    other.before = other.now = np.full(2, 9.0)  # as after a reset
+    other.before = np.full(2, 9.0)
+    other.now = same(other.before)  # as after a reset
     there_and_back(env, now=other)
     assert (other.before.tolist(), other.now.tolist()) == ([0, 0], [1, 1])
+
+
+def test_generators_that_are_one_become_two_where_they_were_two():
+    env, other = Room(), Room()
+    env.first, env.second = np.random.default_rng(0), np.random.default_rng(1)
+    other.first = other.second = np.random.default_rng(2)
+    there_and_back(env, now=other)
+    assert [other.first.normal(), other.second.normal()] == [env.first.normal(), env.second.normal()]
 
 
 @pytest.mark.parametrize("names", [("whole", "part"), ("part", "whole")])
@@ -125,7 +139,8 @@ def test_what_looks_into_an_array_still_does(names):
 
 
 @pytest.mark.parametrize(
-    "value", [object(), Slotted(), Numbers(), 1j, np.zeros(1, complex), torch.nn.Linear(1, 1), len, Colour]
+    "value",
+    [object(), Slotted(), PartlySlotted(), Numbers(), 1j, np.zeros(1, complex), torch.nn.Linear(1, 1), len, Colour],
 )
 def test_what_is_no_plain_data_is_named(value):
     room = Room({"a": value})
