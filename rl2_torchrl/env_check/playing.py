@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -21,7 +21,7 @@ __all__ = ["RUN_STEPS", "STEPS_TO_AN_END", "EnvBelow", "Pair", "Task", "where"]
 #: Steps of a run, and those within which an episode of a small env has ended. Few enough for a simulator.
 RUN_STEPS, STEPS_TO_AN_END = 30, 300
 
-Task = Tensor | TensorDictBase | None
+Task: TypeAlias = Tensor | TensorDictBase | None
 
 
 class Pair(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 
@@ -60,7 +61,7 @@ def warn_of_spinning() -> None:
     if _is_warned or torch.get_num_threads() == 1 or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return
     load = os.getloadavg()[0]
-    if load > 1.5 * os.cpu_count():
+    if load > 1.5 * (os.cpu_count() or math.inf):
         _is_warned = True
         torchrl_logger.warning(
             f"rl2_torchrl: {load:.0f} threads want to run on {os.cpu_count()} cores. PyTorch's hold a core while they wait for "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import TypeAlias
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -16,7 +17,7 @@ __all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "un
 
 REWARD = ("next", "reward")
 Keys = Collection[NestedKey]
-Task = torch.Tensor | TensorDictBase | None
+Task: TypeAlias = torch.Tensor | TensorDictBase | None
 
 
 class Trials:
