@@ -91,7 +91,8 @@ def bandits(rows=ROWS):
 
 
 def targets(*transforms, rows=ROWS):
-    return trial_env(QuadraticBandit(2, batch_size=(rows,), seed=2), tasks(uniform_targets(2)), before=transforms)
+    base = QuadraticBandit(2, batch_size=(rows,), seed=2)
+    return trial_env(base, tasks(uniform_targets(2)), before=transforms, done_at_start=1.0)
 
 
 def decided(actor, gain=1000.0):

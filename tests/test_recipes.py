@@ -397,6 +397,8 @@ def test_held_out_tasks_are_those_of_their_own_seed(tmp_path):
     for ours, others in zip(tasks(seed=3, held_out_seed=7), tasks(seed=7), strict=True):
         assert torch.equal(ours, others)
     assert not torch.equal(tasks(seed=3)[0], tasks(seed=7)[0])
+    evaluated, reported = (set(map(tuple, drawn.tolist())) for drawn in tasks(seed=3))
+    assert not evaluated & reported
 
 
 def test_options_find_their_place():
