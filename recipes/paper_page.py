@@ -43,7 +43,7 @@ ABOUT_RL2 = """\
 Two kinds of RL² are kept apart. *Rewards only*, as the paper's: what training learns from at any time is rewards (of MDPs at n = 10
 without their noise in the first 60 % of it). *Task told in training*: advantages from regrets, a critic that sees the task, a
 memory that is taught to tell it; or in the task's place its exact posterior given what a trial has shown, for which training is
-told the prior. When they play, neither is told anything but rewards.
+told the prior, with some of its standard deviations on top of the means. When they play, neither is told anything but rewards.
 
 RL² with PPO and a GRU: the mean over training seeds, whose standard error holds both that over tasks and that over seeds, and the
 seed that was best on held-out tasks (not on those reported). The paper's RL² is the best of 5 seeds. Acting is by sampling, as in
