@@ -70,7 +70,7 @@ def _signalled(signum: signal.Signals, backend: str) -> bool:
         assert "now\n" in iter(program.stdout.readline, "")
         os.killpg(program.pid, signum)
         said = program.communicate()[0].strip()
-        left, saved = left_of({program.pid}, seconds=0), _saved(Path(folder))
+        left, saved = left_of({program.pid}, seconds=1), _saved(Path(folder))
     exit_code = 0 if signum == signal.SIGINT else 128 + signum
     sys.stdout.write(
         f"{signum.name} to all: exit code {program.returncode}, {said or 'ended'}, {saved}, processes left: {left or 'none'}\n"
