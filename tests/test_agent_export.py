@@ -78,7 +78,9 @@ def test_a_thousand_steps_of_trials(name, form, tmp_path):
             values = {key: each.read(value) for (key, each), value in entries}
             told = torch.cat([memory[0], reward[:, None], done[:, None].float()], -1)
             seen = layout.encode([values[key] for key in layout.observations], (ROWS,))
-            trans = torch.cat([*seen, torch.where(start[:, None], 0.0, told)], -1)
+            at_start = torch.zeros_like(told)
+            at_start[:, -1] = signature.done_at_start
+            trans = torch.cat([*seen, torch.where(start[:, None], at_start, told)], -1)
             read.append(TensorDict({**values, "trans": trans.float(), "is_init": start[:, None]}, [ROWS]))
             written.append(step(*observed, reward, done, start, noise, *memory))
             memory = list(written[-1][-len(memory) :])

@@ -587,9 +587,12 @@ def test_a_log_that_is_open_is_gone_on_with(tmp_path, unbroken):
     assert rows == [(row["env_steps"], row["train/loss"]) for row in unbroken.history]
 
 
-def test_tensorboard_after_a_kill_holds_each_step_once(tmp_path, unbroken):
+def test_tensorboard_after_a_kill_holds_each_step_once(tmp_path, unbroken, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # Files of one second are read in the order of their names, which end in a program's count of them: the 10th before the 9th.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     options = {"checkpoints": tmp_path / "run", "checkpoint_interval": 2}
     with pytest.raises(KeyboardInterrupt):  # which is not caught, as a kill
         Run(5).train(
