@@ -61,8 +61,8 @@ TOLD_MDPS: dict[str, Any] = {
 #: have been seen ten times and more. Optimism is there from the start, as it was when those weights were left.
 TOLD_LONGER_MDPS: dict[str, Any] = {**TOLD_MDPS, "trials": 512, "optimism_after": 0.0, "entropy": 0.06, "lr": 1.5e-3}
 
-#: Bandits of a hundred pulls: an index, the posterior's mean and 1.3 standard deviations, earns what Gittins' does (85.16 of 50 arms, with
-#: a perfect memory). Worth of exploring is in it, so that no horizon is needed, which rewards over a hundred pulls drown.
+#: Bandits of a hundred pulls: an index, the posterior's mean and 1.3 standard deviations, earns what Gittins' does (85.16 of 50 arms,
+#: with a perfect memory). What exploring is worth is in it, so that no horizon is needed, which the luck of a hundred rewards drowns.
 TOLD_BANDITS: dict[str, Any] = {
     "units": 128,
     "num_cells": (256,),
@@ -121,7 +121,9 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
         "500,50": {
             "task": {
                 **LONGEST,
-                "env_steps": 280_000_000,
+                **TOLD_BANDITS,
+                "optimism_after": 0.0,
+                "env_steps": 100_000_000,
                 "initial_weights": PRETRAINED / "bandits_100_50_task.safetensors",
             }
         },
