@@ -61,8 +61,8 @@ TOLD_MDPS: dict[str, Any] = {
 #: have been seen ten times and more. Optimism is there from the start, as it was when those weights were left.
 TOLD_LONGER_MDPS: dict[str, Any] = {**TOLD_MDPS, "trials": 512, "optimism_after": 0.0, "entropy": 0.06, "lr": 1.5e-3}
 
-#: Bandits of a hundred pulls: an index, the posterior's mean and 1.3 standard deviations, earns what Gittins' does (85.16 of 50 arms,
-#: with a perfect memory). What exploring is worth is in it, so that no horizon is needed, which the luck of a hundred rewards drowns.
+#: Bandits of a hundred pulls: an index, the posterior's mean and 1.3 standard deviations, earns what Gittins' does (85.16 of 50
+#: arms, with a perfect memory). What exploring is worth is in it: no horizon is needed, which the luck of a hundred rewards drowns.
 TOLD_BANDITS: dict[str, Any] = {
     "units": 128,
     "num_cells": (256,),
