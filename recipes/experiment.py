@@ -301,8 +301,8 @@ def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
         if is_dataclass(default):
             names = [each.name for each in fields(default) if each.name in unknown]
             filled[name] = replace(default, **{key: unknown.pop(key) for key in names})
-        elif name in unknown:
-            filled[name] = unknown.pop(name)
+        elif name in unknown or name in by_rule:
+            filled[name] = unknown.pop(name, default)
     if unknown:
         raise TypeError(f"{main.__module__} has no options {sorted(unknown)}; see its --help.")
     return filled

@@ -163,7 +163,7 @@ class MDPCell:
 
     def _arguments(self, learns_from: LearnsFrom, options: dict[str, Any]) -> dict[str, Any]:
         chosen = RL2_SETTINGS[self.table][self.name].get(learns_from, {})
-        settings = {"episodes": self.episodes, **chosen, **options}
+        settings = {"episodes": self.episodes, "learns_from": learns_from, **chosen, **options}
         return arguments(tabular_mdp.main, {**settings, "held_out_seed": TASK_SEED, "classical": False})
 
 

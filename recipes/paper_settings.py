@@ -1,6 +1,6 @@
 """How RL² is trained for each cell of the paper's tables, on rewards alone and with the task told in training.
 
-Bandits: what differs from `recipes.rules`. MDPs: keyword arguments of `recipes.tabular_mdp`.
+What differs from `recipes.rules`, with the reason.
 """
 
 from pathlib import Path
@@ -22,44 +22,11 @@ LONGEST: dict[str, Any] = {
     "memory_steps": 100,
     "lr": 1e-3,
 }
-#: Who remembers all rewards and always takes the best action for the state at hand earns 158 at n = 10, above all classical agents:
-#: what is hard to learn is the memory, not the plan. A short horizon leaves the advantages little noise. The entropy bonus is
-#: large, because memories of actions that are never tried are worth nothing; with 0.01 learning stopped at 107. Without noise in
-#: the rewards the agent finds within 20 M steps how to remember them for each state; with noise it had not after 30 M.
-MDPS: dict[str, Any] = {
-    "trials": 1024,
-    "gamma": 0.5,
-    "lmbda": 0.0,
-    "epochs": 2,
-    "minibatches": 32,
-    "entropy": 0.12,
-    "noiseless": 0.6,
-    "units": 64,
-    "num_cells": (128,),
-    "memory_steps": 30,
-    "input_gain": 2.0,
-    "gate_gain": 6.0,
-    "critic_keys": ("time_left",),
-    "lr": 2e-3,
-}
-#: The posterior teaches the memory without the luck of tasks and rewards, with noise from the start: 150 after 4 M steps, which the
-#: task itself taught in 14 M, and 155 after 8 M. Twice the units, and a wider hidden layer to pick the action for the state that
-#: it is in. What lacked then was exploration, which pays ten steps later at the soonest; with optimism 5 M steps more led to
-#: 156.6. From the start it slowed the memory: 148 after 7 M.
-TOLD_MDPS: dict[str, Any] = {
-    **MDPS,
-    "noiseless": 0.0,
-    "units": 128,
-    "num_cells": (256,),
-    "belief": 30.0,
-    "posterior": True,
-    "optimism": 0.8,
-    "optimism_after": 0.3,
-    "lr": 3e-3,
-}
 #: More episodes. An agent of ten, as it is, earned 437 over 25 and 919 over 50: what lacks is a memory that tells means apart which
 #: have been seen ten times and more. Optimism is there from the start, as it was when those weights were left.
-TOLD_LONGER_MDPS: dict[str, Any] = {**TOLD_MDPS, "trials": 512, "optimism_after": 0.0, "entropy": 0.06, "lr": 1.5e-3}
+TOLD_LONGER_MDPS: dict[str, Any] = {"trials": 256, "optimism_after": 0.0, "entropy": 0.03, "lr": 1.5e-3}
+#: From weights of the same that was learnt from rewards, with a longer horizon: what exploring is worth shows in rewards alone.
+LONGER_REWARDS: dict[str, Any] = {"gamma": 0.95, "lmbda": 0.5, "entropy": 0.06, "noiseless": 0.0, "lr": 1e-3}
 
 #: Bandits of a hundred pulls: an index, the posterior's mean and 1.3 standard deviations, earns what Gittins' does (85.16 of 50
 #: arms, with a perfect memory). What exploring is worth is in it: no horizon is needed, which the luck of a hundred rewards drowns.
@@ -75,16 +42,6 @@ TOLD_BANDITS: dict[str, Any] = {
     "gamma": 0.5,
     "lmbda": 0.0,
     "entropy": 0.02,
-}
-
-LONGER_REWARDS: dict[str, Any] = {
-    **MDPS,
-    "trials": 512,
-    "gamma": 0.95,
-    "lmbda": 0.5,
-    "entropy": 0.06,
-    "noiseless": 0.0,
-    "lr": 1e-3,
 }
 
 #: Agents that were trained before there was a rule, by these settings.
@@ -129,8 +86,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
         },
     },
     "mdps": {
-        # The defaults of recipes.tabular_mdp.
-        "10": {"rewards": {**MDPS, "env_steps": 150_000_000}, "task": {**TOLD_MDPS, "env_steps": 14_000_000}},
+        "10": {"rewards": {}, "task": {}},
         "25": {
             "rewards": {
                 **LONGER_REWARDS,
@@ -139,6 +95,8 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
             },
             "task": {
                 **TOLD_LONGER_MDPS,
+                "trials": 512,
+                "entropy": 0.06,
                 "env_steps": 8_000_000,
                 "initial_weights": PRETRAINED / "mdps_10_task.safetensors",
             },
@@ -146,29 +104,19 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
         "50": {
             "task": {
                 **TOLD_LONGER_MDPS,
-                "trials": 256,
-                "entropy": 0.03,
                 "env_steps": 6_000_000,
                 "initial_weights": PRETRAINED / "mdps_25_task.safetensors",
             }
         },
-        "75": {
-            "task": {
-                **TOLD_LONGER_MDPS,
-                "trials": 256,
-                "entropy": 0.03,
-                "env_steps": 5_000_000,
-                "initial_weights": PRETRAINED / "mdps_50_task.safetensors",
+        **{
+            episodes: {
+                "task": {
+                    **TOLD_LONGER_MDPS,
+                    "env_steps": 5_000_000,
+                    "initial_weights": PRETRAINED / "mdps_50_task.safetensors",
+                }
             }
-        },
-        "100": {
-            "task": {
-                **TOLD_LONGER_MDPS,
-                "trials": 256,
-                "entropy": 0.03,
-                "env_steps": 5_000_000,
-                "initial_weights": PRETRAINED / "mdps_50_task.safetensors",
-            }
+            for episodes in ("75", "100")
         },
     },
 }

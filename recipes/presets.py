@@ -1,7 +1,7 @@
 """Settings that are known to work, by env: a place to look up what to begin with in an env like one of these.
 
 Each is its recipe's default. `recipes/README.md` lists what they reach, with commands and minutes; `recipes/results` has the pages.
-Bandits of any size follow a rule instead (`recipes.rules`), HalfCheetah has its modes (`recipes.half_cheetah`).
+Bandits and tabular MDPs of any size follow rules instead (`recipes.rules`), HalfCheetah has its modes (`recipes.half_cheetah`).
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,6 @@ class Preset:
 _SMALL = {"lr": 1e-3, "lmbda": 0.95, "minibatches": 4, "max_grad_norm": 0.5}
 
 PRESETS = {
-    "TabularMDP": Preset(
-        "tabular_mdp",
-        "150.6 ± 0.4",
-        "A trial has a hundred steps, so the memory is long at first; an action's worth shows in a few, so advantages are short.",
-        Network(num_cells=(128,), memory_steps=30, input_gain=2.0, gate_gain=6.0),
-        Learning(env_steps=150_000_000, lr=2e-3, gamma=0.5, lmbda=0.0, epochs=2, minibatches=32, entropy=0.12),
-    ),
     "GridNavi": Preset(
         "grid_navi",
         "return 36.9 ± 0.2",

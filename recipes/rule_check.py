@@ -1,97 +1,149 @@
-"""The rule of `recipes.rules` on bandits that it was not made from: arms and pulls alone, beside UCB1 at its best constant."""
+"""The rules of `recipes.rules` on tasks that they were not made from: sizes alone, beside the best that humans designed."""
 
 import csv
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Literal
 
 import tyro
 
-from recipes import bandit
+from recipes import bandit, tabular_mdp
 from recipes.experiment import arguments
 from recipes.results import table
 from rl2_torchrl.report import made_by
 
-#: Arms and pulls of the cells, chosen before the rule was tuned on any: the rule was not made from them.
-HELD_OUT = ((3, 150), (8, 25), (12, 70), (20, 40), (30, 110))
-COLUMNS = ("arms", "pulls", "rl2", "rl2_se", "greedy_rl2", "ucb1", "ucb1_se", "share", "env_steps", "minutes", "commit")
+
+@dataclass(frozen=True)
+class Check:
+    """Tasks that a rule was not made from.
+
+    Args:
+        recipe: whose rule it is.
+        tasks: what they are, in plural.
+        sizes: what alone is said of them, as the recipe calls it.
+        cells: these sizes for each, chosen before the rule was tuned on any.
+        rival: the recipe's classical agent that ours stands beside.
+        rival_title: how the page calls it.
+    """
+
+    recipe: ModuleType
+    tasks: str
+    sizes: tuple[str, ...]
+    cells: tuple[tuple[int, ...], ...]
+    rival: str
+    rival_title: str
+
+    def command(self, cell: tuple[int, ...]) -> str:
+        """The command that trains a cell."""
+        options = " ".join(f"--{size} {number}" for size, number in zip(self.sizes, cell, strict=True))
+        return f"python -m {self.recipe.__name__} {options}"
+
+
+CHECKS = {
+    "bandits": Check(
+        bandit,
+        "Bandits",
+        ("arms", "pulls"),
+        ((3, 150), (8, 25), (12, 70), (20, 40), (30, 110)),
+        "ucb1",
+        "UCB1",
+    ),
+    "mdps": Check(
+        tabular_mdp, "Tabular MDPs", ("states", "actions", "episodes"), ((6, 3, 15), (10, 5, 20)), "beb", "BEB"
+    ),
+}
 
 
 def main(
     *,
-    cells: tuple[tuple[int, int], ...] = HELD_OUT,
+    rule: Literal["bandits", "mdps"] = "bandits",
+    cells: tuple[tuple[int, ...], ...] | None = None,
     runs: Path = Path("runs/rule_check"),
-    page: Path = Path("recipes/results/rule_check.md"),
+    page: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Trains an agent for each cell that has none yet, by ``--arms`` and ``--pulls`` alone, and writes a page and a CSV file.
+    """Trains an agent for each cell that has none yet, by its sizes alone, and writes a page and a CSV file.
 
     Args:
-        cells: arms and pulls of each.
+        rule: whose rule.
+        cells: arms and pulls of each; or states, actions and episodes. By default those that were held apart.
         runs: where trainings are kept, a folder each: what is finished is not trained again.
-        page: the page; the table is beside it as CSV.
+        page: the page; the table is beside it as CSV. By default recipes/results/rule_check.md, or rule_check_mdps.md.
     """
+    check = CHECKS[rule]
+    cells = check.cells if cells is None else cells
     if not cells:
         raise ValueError(
-            "cells is empty: nothing would be trained. Pass arms and pulls of one or more, such as --cells 7 30."
+            f"cells is empty: nothing would be trained. Pass {', '.join(check.sizes)} of one or more, such as "
+            f"--cells {' '.join(map(str, check.cells[0]))}."
         )
-    rows = [row_of(arms, pulls, report_of(arms, pulls, runs)) for arms, pulls in cells]
+    if page is None:
+        page = Path("recipes/results") / ("rule_check.md" if rule == "bandits" else f"rule_check_{rule}.md")
+    rows = [row_of(check, cell, report_of(check, cell, runs)) for cell in cells]
     page.parent.mkdir(parents=True, exist_ok=True)
     with page.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    page.write_text(text_of(rows))
+    page.write_text(text_of(check, rows))
     return rows
 
 
-def report_of(arms: int, pulls: int, runs: Path) -> dict:
+def report_of(check: Check, cell: tuple[int, ...], runs: Path) -> dict:
     """The report of a training, which is run where there is none."""
-    folder = runs / f"{arms}_arms_{pulls}_pulls"
+    sizes = dict(zip(check.sizes, cell, strict=True))
+    folder = runs / "_".join(f"{number}_{size}" for size, number in sizes.items())
     if not (folder / "report.json").exists():
-        options = {"arms": arms, "pulls": pulls, "log_dir": folder, "progress": False}
-        bandit.main(**arguments(bandit.main, options))
+        main = check.recipe.main
+        main(**arguments(main, {**sizes, "log_dir": folder, "progress": False}))
     return json.loads((folder / "report.json").read_text())
 
 
-def row_of(arms: int, pulls: int, report: dict) -> dict[str, float]:
-    """What the page says of a training; the share of UCB1 is the sampling agent's, on the same tasks."""
-    agent, ucb1 = report["agent"], report["baselines"]["ucb1"]
-    earned = (agent["mean"], agent["se"], agent["greedy_mean"], ucb1["mean"], ucb1["se"])
-    train = report["train"]
-    others = (
-        round(agent["mean"] / ucb1["mean"], 5),
-        train["env_steps"],
-        round(train["seconds"] / 60, 2),
-        report["commit"],
-    )
-    return dict(zip(COLUMNS, (arms, pulls, *(round(each, 4) for each in earned), *others), strict=True))
+def row_of(check: Check, cell: tuple[int, ...], report: dict) -> dict[str, float]:
+    """What the page says of a training; the share of the rival is the sampling agent's, on the same tasks."""
+    agent, rival, train = report["agent"], report["baselines"][check.rival], report["train"]
+    return {
+        **dict(zip(check.sizes, cell, strict=True)),
+        "rl2": round(agent["mean"], 4),
+        "rl2_se": round(agent["se"], 4),
+        "greedy_rl2": round(agent["greedy_mean"], 4),
+        check.rival: round(rival["mean"], 4),
+        f"{check.rival}_se": round(rival["se"], 4),
+        "share": round(agent["mean"] / rival["mean"], 5),
+        "env_steps": train["env_steps"],
+        "minutes": round(train["seconds"] / 60, 2),
+        "commit": report["commit"],
+    }
 
 
-def text_of(rows: list[dict[str, float]]) -> str:
+def text_of(check: Check, rows: list[dict[str, float]]) -> str:
     """The page."""
-    head = ["arms, pulls", "RL²", "greedily", "UCB1, tuned", "of UCB1", "million env steps", "minutes"]
-    cells = [
+    cells = [tuple(row[size] for size in check.sizes) for row in rows]
+    head = [", ".join(check.sizes), "RL²", "greedily", f"{check.rival_title}, tuned", f"of {check.rival_title}"]
+    lines = [
         [
-            f"{row['arms']}, {row['pulls']}",
+            ", ".join(map(str, cell)),
             f"{row['rl2']:.3f} ± {row['rl2_se']:.3f}",
             f"{row['greedy_rl2']:.3f}",
-            f"{row['ucb1']:.3f} ± {row['ucb1_se']:.3f}",
+            f"{row[check.rival]:.3f} ± {row[f'{check.rival}_se']:.3f}",
             f"{100 * row['share']:.2f} %",
             f"{row['env_steps'] / 1e6:.1f}",
             f"{row['minutes']:.1f}",
         ]
-        for row in rows
+        for cell, row in zip(cells, rows, strict=True)
     ]
     made = made_by()
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     commits = ", ".join(dict.fromkeys(row["commit"] or "-" for row in rows))
-    commands = [f"python -m recipes.bandit --arms {row['arms']} --pulls {row['pulls']}" for row in rows]
+    enough = f"{sum(row['share'] >= 0.985 for row in rows)} of {len(rows)} earn 98.5 % of {check.rival_title} or more."
     paragraphs = [
         "# rule check",
-        "Bandits that the rule of `recipes/rules.py` was not made from, chosen before it was; nothing but arms and pulls was said. "
-        f"Return of a held-out trial, RL² acting by sampling, one seed each; UCB1 on the same tasks, its constant tuned on others. "
-        f"{sum(row['share'] >= 0.985 for row in rows)} of {len(rows)} earn 98.5 % of UCB1 or more.",
-        table(head, cells),
-        "\n".join(["```", *commands, "```"]),
+        f"{check.tasks} that the rule of `recipes/rules.py` was not made from, chosen before it was; nothing but "
+        f"{', '.join(check.sizes[:-1])} and {check.sizes[-1]} was said. Return of a held-out trial, RL² acting by sampling, one "
+        f"seed each; {check.rival_title} on the same tasks, its constant tuned on others. {enough}",
+        table([*head, "million env steps", "minutes"], lines),
+        "\n".join(["```", *(check.command(cell) for cell in cells), "```"]),
         f"The page by `{made['command']}`, trainings at commits {commits}, with {versions}.",
     ]
     return "\n\n".join(paragraphs) + "\n"

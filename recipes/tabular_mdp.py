@@ -18,12 +18,13 @@ from recipes.experiment import (
     Network,
     Run,
     Told,
+    settings_by,
     stream_seed,
     told_of,
     whole_batches,
 )
 from recipes.posterior import Posterior, RisingOptimism, normal_moments
-from recipes.presets import PRESETS
+from recipes.rules import EPISODE_STEPS, LearnsFrom, mdp_settings
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -44,30 +45,32 @@ from rl2_torchrl.envs import TabularMDP, random_mdps, unpack_mdps
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.objectives import MDPValues
 
-EPISODE_STEPS = 10
-NUM_STATES, NUM_ACTIONS = 10, 5
-NUM_PAIRS = NUM_STATES * NUM_ACTIONS
-#: With a gate_gain of 1, and a head that saw the memory alone, learning stood still where the agent had a memory for the first
-#: state alone.
-PRESET = PRESETS["TabularMDP"]
-TOLD = Told()
 RUN = Run(Path("runs/tabular_mdp"))
 
 
+@settings_by(mdp_settings)
 def main(
     *,
+    states: int = 10,
+    actions: int = 5,
     episodes: int = 10,
-    network: Network = PRESET.network,
-    learning: Learning = PRESET.learning,
-    told: Told = TOLD,
-    noiseless: float = 0.6,
+    learns_from: LearnsFrom = "task",
+    network: Network,
+    learning: Learning,
+    told: Told,
+    noiseless: float,
     classical: bool = True,
     run: Run = RUN,
 ) -> AdaptationReport:
-    """Trains RL² on MDPs of 10 states, 5 actions and 10-step episodes, and reports how it adapts to held-out ones.
+    """Trains RL² on random MDPs with 10-step episodes, and reports how it adapts to held-out ones.
+
+    Settings that are left out follow from states, actions and episodes (`recipes.rules`): add --help to these to see them.
 
     Args:
+        states: states of an MDP, 10 in the paper's table.
+        actions: actions, 5 in the paper's table.
         episodes: episodes of a trial, n in the paper's table.
+        learns_from: rewards alone, as the paper's agents, or what the task tells the training too; the agent sees rewards alone.
         network: actor and critic.
         learning: batches, and PPO on them.
         told: what training is told of the task beside rewards.
@@ -80,16 +83,18 @@ def main(
     torch.manual_seed(run.seed)
 
     def make_env(sampler: TaskSampler, rows: int) -> TransformedEnv:
-        worlds = TabularMDP(episode_steps=EPISODE_STEPS, batch_size=(rows,), seed=stream_seed(run.seed, ENVS))
+        options = {"episode_steps": EPISODE_STEPS, "batch_size": (rows,), "seed": stream_seed(run.seed, ENVS)}
+        worlds = TabularMDP(states, actions, **options)
         return TransformedEnv(worlds, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
 
-    env = make_env(TaskSampler(random_mdps(), seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
+    tasks = random_mdps(states, actions)
+    env = make_env(TaskSampler(tasks, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
     actor = GRUCategoricalActor.from_env(env, **network.slots, num_cells=network.num_cells, skip=True)
     orthogonal_init_(actor, **network.initial)
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
-    posterior = Posterior(normal_moments, NUM_ACTIONS, NUM_STATES, told.optimism)
+    posterior = Posterior(normal_moments, actions, states, told.optimism)
     update = PPOUpdate(
         RL2PPOLoss(
             actor,
@@ -97,7 +102,9 @@ def main(
             clip_epsilon=0.2,
             entropy_bonus=True,
             entropy_coeff=learning.entropy,
-            terms=told.terms(network.units, NUM_PAIRS, mean_rewards, posterior),
+            terms=told.terms(
+                network.units, states * actions, partial(mean_rewards, sizes=(states, actions)), posterior
+            ),
         ),
         told.advantage(MDPValues(env.base_env), posterior, **horizon),
         lr=learning.lr,
@@ -112,18 +119,20 @@ def main(
     collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
 
     curricula = [NoiseCurriculum(env.base_env, noiseless, collector), RisingOptimism(posterior, told.optimism_after)]
-    trials = Experiment(actor, make_env, random_mdps(), run)
+    trials = Experiment(actor, make_env, tasks, run)
     report = trials.report(
         trials.train(collector, update, callbacks=curricula),
-        baselines=classical_agents(trials.reported, episodes, run.seed) if classical else {},
-        title=f"RL² on tabular MDPs, {episodes} episodes{told_of(network, told)}",
+        baselines=classical_agents(unpack_mdps(trials.reported, states, actions), episodes, run.seed)
+        if classical
+        else {},
+        title=f"RL² on tabular MDPs, {states} states, {actions} actions, {episodes} episodes{told_of(network, told)}",
     )
     return experiment.publish(report, run)
 
 
-def mean_rewards(tasks: torch.Tensor) -> torch.Tensor:
-    """Mean rewards of all states and actions, ``[..., 50]``, in the MDPs ``tasks`` ``[..., task_size]``."""
-    return unpack_mdps(tasks)[0].flatten(-2)
+def mean_rewards(tasks: torch.Tensor, sizes: tuple[int, int]) -> torch.Tensor:
+    """Mean rewards of all states and actions, ``[..., S * A]``, in the MDPs ``tasks`` ``[..., task_size]`` of ``sizes`` (S, A)."""
+    return unpack_mdps(tasks, *sizes)[0].flatten(-2)
 
 
 class NoiseCurriculum(Callback):
@@ -167,11 +176,10 @@ def set_noise(noise: float, env: TransformedEnv) -> None:
     env.base_env.noise = noise
 
 
-def classical_agents(held_out: torch.Tensor, episodes: int, seed: int) -> dict[str, AdaptationCurve]:
-    """Three that humans designed, at the settings that tuning finds best, on the very tasks ``held_out`` [num_tasks, size]."""
+def classical_agents(worlds: tuple[torch.Tensor, torch.Tensor], episodes: int, seed: int) -> dict[str, AdaptationCurve]:
+    """Those that humans designed, at the settings that tuning finds best at n = 10, in the very ``worlds`` (`unpack_mdps`)."""
     generator = torch.Generator().manual_seed(stream_seed(seed, CLASSICAL_AGENTS))
     agents = {"random": mdps.random_agent, "psrl": mdps.psrl, "beb": partial(mdps.beb, scaling=10**-2.8)}
-    worlds = unpack_mdps(held_out)
     return {name: AdaptationCurve(agent(worlds, episodes, generator)) for name, agent in agents.items()}
 
 

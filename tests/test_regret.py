@@ -136,6 +136,7 @@ def test_recipes_take_regrets_where_asked(recipe, trial, steps, tmp_path, monkey
         "epochs": 1,
         "minibatches": 2,
         "report_tasks": 20,
+        "learns_from": "rewards",
     }
     for regret in (False, True):
         options = {**sizes, "regret": regret, "classical": False, "progress": False, "log_dir": tmp_path / str(regret)}

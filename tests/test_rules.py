@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -38,6 +39,25 @@ def test_rewards_alone_are_rewards_alone():
     assert alone["told"] == Told()
     assert alone["network"].critic_keys == ("time_left",)
     assert alone["learning"].env_steps == 2 * told["learning"].env_steps
+
+
+def test_the_rule_of_mdps_by_hand():
+    settings = rules.mdp_settings(states=5, actions=4, episodes=40)
+    # Twice the steps for four times the episodes, 20 of 50 pairs; 256 trials of 400 steps.
+    expected = {"env_steps": 11_200_000, "trials": 256, "entropy": 0.06, "gamma": 0.5, "lmbda": 0.0}
+    assert {name: getattr(settings["learning"], name) for name in expected} == pytest.approx(expected)
+    assert settings["told"] == Told(belief=30.0, posterior=True, optimism=0.8, optimism_after=0.3)
+    assert settings["noiseless"] == 0
+    assert rules.mdp_settings(episodes=1000)["learning"].trials == 128
+    alone = rules.mdp_settings(learns_from="rewards")
+    assert (alone["told"], alone["noiseless"], alone["learning"].env_steps) == (Told(), 0.6, 150_000_000)
+    assert RL2_SETTINGS["mdps"]["10"] == {"rewards": {}, "task": {}}
+
+
+def test_mdps_of_other_sizes(tmp_path):
+    given = {**TINY, "states": 3, "actions": 2, "episodes": 1, "log_dir": tmp_path}
+    report = tabular_mdp.main(**arguments(tabular_mdp.main, given))
+    assert "3 states, 2 actions, 1 episodes (task told in training: belief, posterior)" in report.title
 
 
 def test_the_papers_cells_are_instances_of_the_rule():
@@ -105,40 +125,52 @@ def test_help_says_what_the_rule_chose(monkeypatch, capsys):
 
 
 def test_cells_held_apart():
-    assert len(set(rule_check.HELD_OUT)) == 5
-    assert all(3 <= arms <= 30 and 15 <= pulls <= 200 for arms, pulls in rule_check.HELD_OUT)
+    held_out = rule_check.CHECKS["bandits"].cells
+    assert len(set(held_out)) == 5
+    assert all(3 <= arms <= 30 and 15 <= pulls <= 200 for arms, pulls in held_out)
     tuned = {(20, 60), (10, 100), (7, 30)} | {(cell.arms, cell.pulls) for cell in paper_cells.CELLS["bandits"].values()}
-    assert not tuned & set(rule_check.HELD_OUT)
+    assert not tuned & set(held_out)
+    papers = {(10, 5, cell.episodes) for cell in paper_cells.CELLS["mdps"].values()}
+    assert not papers & set(rule_check.CHECKS["mdps"].cells)
 
 
-def test_page_of_the_check(tmp_path, monkeypatch):
-    asked, main = [], bandit.main
+@pytest.mark.parametrize(
+    ("rule", "settings_of", "cells", "folder", "title"),
+    [
+        ("bandits", rules.bandit_settings, ((2, 3), (3, 4)), "2_arms_3_pulls", "UCB1"),
+        ("mdps", rules.mdp_settings, ((3, 2, 1), (2, 4, 2)), "3_states_2_actions_1_episodes", "BEB"),
+    ],
+)
+def test_page_of_the_check(rule, settings_of, cells, folder, title, tmp_path, monkeypatch):
+    check = rule_check.CHECKS[rule]
+    asked, main = [], check.recipe.main
 
     def recorded(**given):
-        asked.append((given["arms"], given["pulls"], given["learning"], given["told"]))
-        tiny = arguments(
-            main, {**TINY, "arms": given["arms"], "pulls": given["pulls"], "log_dir": given["run"].log_dir}
-        )
-        return main(**tiny)
+        sizes = {size: given[size] for size in check.sizes}
+        asked.append((*sizes.values(), given["learning"], given["told"]))
+        return main(**arguments(main, {**TINY, **sizes, "log_dir": given["run"].log_dir}))
 
     recorded.rule, recorded.__signature__ = main.rule, experiment.inspect.signature(main)
-    monkeypatch.setattr(bandit, "main", recorded)
-    options = {"cells": ((2, 3), (3, 4)), "runs": tmp_path / "runs", "page": tmp_path / "pages" / "check.md"}
+    monkeypatch.setattr(check.recipe, "main", recorded)
+    options = {"rule": rule, "cells": cells, "runs": tmp_path / "runs", "page": tmp_path / "pages" / "check.md"}
     rows = rule_check.main(**options)
-    by_rule = [rules.bandit_settings(*cell) for cell in options["cells"]]
-    assert asked == [(*cell, s["learning"], s["told"]) for cell, s in zip(options["cells"], by_rule, strict=True)]
-    report = json.loads((tmp_path / "runs" / "2_arms_3_pulls" / "report.json").read_text())
-    assert rows[0]["share"] == pytest.approx(report["agent"]["mean"] / report["baselines"]["ucb1"]["mean"], abs=1e-5)
+    by_rule = [settings_of(*cell) for cell in cells]
+    assert asked == [(*cell, s["learning"], s["told"]) for cell, s in zip(cells, by_rule, strict=True)]
+    report = json.loads((tmp_path / "runs" / folder / "report.json").read_text())
+    rival = report["baselines"][check.rival]["mean"]
+    assert rows[0]["share"] == pytest.approx(report["agent"]["mean"] / rival, abs=1e-5)
     enough = sum(row["share"] >= 0.985 for row in rows)
     text = options["page"].read_text()
-    assert f"{enough} of 2 earn 98.5 % of UCB1 or more" in text
-    assert f"| 2, 3 | {report['agent']['mean']:.3f} ± {report['agent']['se']:.3f} |" in text
+    assert f"{enough} of 2 earn 98.5 % of {title} or more" in text
+    numbers = ", ".join(map(str, cells[0]))
+    assert f"| {numbers} | {report['agent']['mean']:.3f} ± {report['agent']['se']:.3f} |" in text
+    assert f"{check.command(cells[0])}\n" in text
     [first, _] = csv.DictReader(options["page"].with_suffix(".csv").open())
-    assert float(first["ucb1"]) == pytest.approx(report["baselines"]["ucb1"]["mean"], abs=1e-4)
+    assert float(first[check.rival]) == pytest.approx(rival, abs=1e-4)
     assert rule_check.main(**options) == rows
     assert len(asked) == 2  # what is trained is not trained again
     with pytest.raises(ValueError, match="cells is empty"):
-        rule_check.main(cells=())
+        rule_check.main(rule=rule, cells=())
 
 
 # ---- What training is told.
@@ -160,8 +192,9 @@ def test_a_title_says_what_training_was_told(critic_keys, told, expected):
 def test_a_belief_is_of_the_mean_rewards():
     rewards, transitions = torch.arange(50.0).view(1, 10, 5), torch.full((1, 10, 5, 10), 0.1)
     task = pack_mdps(rewards, transitions).expand(3, 1, -1)  # [N, T, task_size]
-    assert tabular_mdp.mean_rewards(task).tolist() == [[[float(n) for n in range(50)]]] * 3
-    [belief] = Told(belief=3.0).terms(4, 50, tabular_mdp.mean_rewards)
+    mean_rewards = partial(tabular_mdp.mean_rewards, sizes=(10, 5))
+    assert mean_rewards(task).tolist() == [[[float(n) for n in range(50)]]] * 3
+    [belief] = Told(belief=3.0).terms(4, 50, mean_rewards)
     torch.nn.init.zeros_(belief.layer.weight)
     torch.nn.init.zeros_(belief.layer.bias)
     told = belief(torch.zeros(3, 1, 4), task)
