@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from operator import index
 
@@ -16,7 +17,10 @@ from rl2_torchrl.gradients.part import is_bare, runs
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.functions import relu_linear, relu_linear_step
 
-__all__ = ["Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead", "by_entry", "encoding"]
+__all__ = [
+    *("Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead"),
+    *("by_entry", "encoding", "output_size"),
+]
 
 #: A module of ``[*B, *shape]`` to ``[*B, n]``, or a function of that shape that makes one.
 EntryEncoder = nn.Module | Callable[[torch.Size], nn.Module]
@@ -167,20 +171,17 @@ def encoding(
     """
     is_whole = isinstance(encoder, TensorDictModuleBase)
     encoded = encoder.in_keys if is_whole else list(encoder)
-    unknown = [key for key in encoded if key not in entries]
-    if unknown:
-        raise KeyError(
-            f"there are encoders for {unknown}, but the network reads {list(entries)}; from_env(env, ...) adds them."
-        )
+    if unknown := [key for key in encoded if key not in entries]:
+        raise KeyError(f"there are encoders for {unknown}, but the network reads {list(entries)}; from_env adds them.")
     modules = [encoder] if is_whole else [_module_of(*item, entries, out_key, factory) for item in encoder.items()]
-    plain = {key: shape for key, shape in entries.items() if key not in encoded}
-    for key, shape in plain.items():
-        if len(shape) != 1:
+    sizes = {}
+    for key in [key for key in entries if key not in encoded]:
+        if len(entries[key]) != 1:
             raise ValueError(
-                f"{key!r} has shape {tuple(shape)} and no encoder: give it one, encoder={{{key!r}: ConvEncoder}}."
+                f"{key!r} has shape {tuple(entries[key])} and no encoder: give it one, encoder={{{key!r}: ConvEncoder}}."
             )
-    sizes = {key: shape[0] for key, shape in plain.items()}
-    sizes |= {module.out_keys[0]: _output_size(module, entries) for module in modules}
+        [sizes[key]] = entries[key]
+    sizes |= {module.out_keys[0]: output_size(module, entries) for module in modules}
     if len(sizes) == 1:
         return modules, *sizes.popitem()
     whole = sub_key(out_key, "input")
@@ -195,11 +196,13 @@ def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key:
     return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else key[-1])])
 
 
-def _output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
+def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
+    """Size of the vector that an encoder or core makes first of ``entries``, their shapes, batch dimensions aside."""
     like = next(module.parameters(), torch.empty(0))
-    zeros = {key: torch.zeros(1, *entries[key], device=like.device, dtype=like.dtype) for key in module.in_keys}
+    row = {key: like.new_zeros(1, *entries[key]) for key in module.in_keys if key in entries}
+    row["is_init"] = torch.ones(1, 1, dtype=torch.bool, device=like.device)
     with torch.no_grad():
-        out = module(TensorDict(zeros, [1])).get(module.out_keys[0])
+        out = module(TensorDict(row, [1])).get(module.out_keys[0])
     if out.ndim != 2:
         raise ValueError(f"the encoder of {module.in_keys} makes {tuple(out.shape)} of one row; it must give [*B, n].")
     return out.shape[-1]
@@ -255,44 +258,38 @@ class Head(nn.Module):
         """Maps ``features`` ``[*B, in_features]`` to ``[*B, out_features]``."""
         if features.shape[-1] != self.in_features:
             raise ValueError(
-                f"the head reads {features.shape[-1]} features but was built for {self.in_features}: mind the actor's "
-                "hidden_size and the sizes of extra_keys, or let from_env(env, ...) add them up."
+                f"the head reads {features.shape[-1]} features but was built for {self.in_features}, hidden_size and extra_keys "
+                "included: let from_env(env, ...) add them up."
             )
         layers = list(self.layers)
         if self.skip_size:
             activation, first, *layers = layers
             features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
             features = first(torch.cat((activation(features), skipped), -1))
-        if _are_relu_linear(layers):
-            for linear in layers[1::2]:
-                features = relu_linear(features, linear.weight, linear.bias)
-            return features
-        for layer in layers:
-            features = layer(features)
-        return features
+        return _run(
+            _fused(layers, lambda linear: partial(relu_linear, weight=linear.weight, bias=linear.bias)), features
+        )
 
     def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        layers = list(self.layers)
-        if self.skip_size or not _are_relu_linear(layers) or not runs(self, Head):
-            return self
-        steps = [relu_linear_step(linear) for linear in layers[1::2]]
-
-        def step(features: torch.Tensor) -> torch.Tensor:
-            for layer in steps:
-                features = layer(features)
-            return features
-
-        return step
+        is_chain = runs(self, Head) and not self.skip_size
+        return partial(_run, _fused(list(self.layers), relu_linear_step)) if is_chain else self
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         is_chain = runs(self, Head) and not self.skip_size
         return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
 
 
-def _are_relu_linear(layers: list[nn.Module]) -> bool:
-    """Whether ``layers`` are ReLU and linear by turns and nothing more: no parametrizations, no hooks."""
+def _run(layers: Sequence[Callable], x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _fused(layers: list[nn.Module], fuse: Callable[[nn.Linear], Callable]) -> Sequence[Callable]:
+    """``layers``; with a function for each linear layer and the ReLU before it, where they are those by turns and nothing more."""
     kinds = (nn.ReLU, nn.Linear)
-    return all(runs(layer, kinds[number % 2]) and is_bare(layer) for number, layer in enumerate(layers))
+    are_known = all(runs(layer, kinds[number % 2]) and is_bare(layer) for number, layer in enumerate(layers))
+    return list(map(fuse, layers[1::2])) if are_known else layers
 
 
 class SkipHead(nn.Module):
@@ -315,8 +312,7 @@ class SkipHead(nn.Module):
         """One on features and the core's input, whose weights are drawn for that input alone (He et al. 2015)."""
         if not num_cells:
             raise ValueError(
-                "skip=True without num_cells: one layer can only add up what is seen and what is remembered, not choose by "
-                "both. Give it a hidden layer, such as num_cells=[64]."
+                "skip=True without num_cells: one layer can only add up what is seen and what is remembered: say num_cells=[64]."
             )
         head = Head(features_size + input_size, out_features, num_cells=num_cells, skip_size=input_size, **kwargs)
         nn.init.kaiming_uniform_(head.layers[1].weight.detach()[:, features_size:], nonlinearity="relu")

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.data import TensorSpec
@@ -17,17 +17,19 @@ from torchrl.modules import ProbabilisticActor
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.gru import GRUCore
-from rl2_torchrl.modules.layers import ConvEncoder, Encoder, Head, SkipHead, by_entry, encoding
+from rl2_torchrl.modules.layers import ConvEncoder, Encoder, Head, SkipHead, by_entry, encoding, output_size
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import is_info, previous_steps
 
 __all__ = [
-    "GRUCategoricalActor",
-    "GRUGaussianActor",
-    "GRUValueHead",
-    "MemoryValueHead",
-    "RecurrentActor",
-    "RecurrentCritic",
+    *(
+        "GRUCategoricalActor",
+        "GRUGaussianActor",
+        "GRUValueHead",
+        "MemoryValueHead",
+        "RecurrentActor",
+        "RecurrentCritic",
+    ),
 ]
 
 #: Shape of each entry that a network reads, batch dimensions aside; a number is the size of the transition input.
@@ -66,6 +68,7 @@ class RecurrentActor(ProbabilisticActor):
             that a bool tensor ``[input_size]`` marks. `from_env` marks observed numbers, no choices, and the reward. Default False.
 
     Examples:
+        >>> from tensordict import TensorDict
         >>> from rl2_torchrl.modules import CategoricalActions, LSTMCore, MLPEncoder
         >>> actor = RecurrentActor(5, CategoricalActions(3), encoder=MLPEncoder, core=LSTMCore, num_cells=[32])
         >>> td = actor(TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4]))
@@ -114,12 +117,7 @@ class RecurrentActor(ProbabilisticActor):
             env: with `PreviousStep` among its transforms.
             distribution: one, or a function of the action spec of one row, such as ``TanhGaussianActions.from_spec``. By default
                 the spec decides: categorical for one or several choices, Gaussian for reals.
-            **kwargs: as in the constructor.
-
-        Raises:
-            TypeError: there is no distribution for the env's actions.
-            KeyError: the env has no transition input.
-            ValueError: an observation of two dimensions, or of more than an image's three, has no encoder.
+            **kwargs: as in the constructor. What the env shows in two dimensions, or more than an image's three, needs an encoder.
         """
         if not isinstance(distribution, ActionDistribution):
             distribution = distribution(_action_spec(env))
@@ -140,10 +138,8 @@ class GRUGaussianActor(RecurrentActor):
         **kwargs: as in `RecurrentActor`: ``hidden_size``, ``num_cells``, ``skip``, ``encoder``, ``core``, ...
 
     Examples:
-        >>> actor = GRUGaussianActor(input_size=5, action_dim=2, hidden_size=8)
-        >>> td = TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
-        >>> actor(td)["action"].shape, td["next", "actor_hidden"].shape
-        (torch.Size([4, 2]), torch.Size([4, 1, 8]))
+        >>> GRUGaussianActor(input_size=5, action_dim=2, hidden_size=8).out_keys
+        ['actor_features', ('next', 'actor_hidden'), 'loc', 'scale', 'action', 'action_log_prob']
     """
 
     def __init__(self, input_size: Shapes, action_dim: int, *, init_log_std: float = -0.5, **kwargs):
@@ -171,10 +167,8 @@ class GRUCategoricalActor(RecurrentActor):
         **kwargs: as in `RecurrentActor`: ``hidden_size``, ``num_cells``, ``skip``, ``encoder``, ``core``, ...
 
     Examples:
-        >>> actor = GRUCategoricalActor(input_size=5, num_actions=3, hidden_size=8)
-        >>> td = TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
-        >>> actor(td)["action"].shape, td["logits"].shape
-        (torch.Size([4]), torch.Size([4, 3]))
+        >>> GRUCategoricalActor(input_size=5, num_actions=3, hidden_size=8).out_keys
+        ['actor_features', ('next', 'actor_hidden'), 'logits', 'action', 'action_log_prob']
     """
 
     def __init__(self, input_size: Shapes, num_actions: int, *, one_hot: bool = False, **kwargs):
@@ -205,10 +199,8 @@ class RecurrentCritic(TensorDictSequential):
 
     Examples:
         >>> from rl2_torchrl.modules import LSTMCore
-        >>> critic = RecurrentCritic(6, core=LSTMCore, extra_keys=["time_left"])
-        >>> td = TensorDict({"trans": torch.zeros(4, 5), "time_left": torch.ones(4, 1)}, [4])
-        >>> critic(td.set("is_init", torch.ones(4, 1, dtype=torch.bool)))["state_value"].shape
-        torch.Size([4, 1])
+        >>> RecurrentCritic(6, core=LSTMCore, extra_keys=["time_left"]).in_keys
+        ['trans', 'time_left', 'critic_hidden', 'critic_hidden_cell', 'is_init']
     """
 
     def __init__(
@@ -229,25 +221,16 @@ class RecurrentCritic(TensorDictSequential):
 
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> RecurrentCritic:
-        """A critic of the input sizes and device of ``env``; further keywords as in the constructor.
-
-        Raises:
-            KeyError: the env lacks the transition input or one of ``extra_keys``.
-            ValueError: an observation of two dimensions, or of more than an image's three, has no encoder.
-        """
+        """A critic of the input sizes and device of ``env``; further keywords as in the constructor."""
         return cls(_read_shapes(env, kwargs), **kwargs)
 
 
 class GRUValueHead(RecurrentCritic):
-    """Value function with a GRU of its own, ``v_t = W relu(GRU(trans_t, h_{t-1})) + b``: a `RecurrentCritic` by its usual name.
-
-    Shapes and arguments are those of `RecurrentCritic`, whose default core is a GRU.
+    """Value function with a GRU of its own, ``v_t = W relu(GRU(trans_t, h_{t-1})) + b``, ``[*B, 1]``: a `RecurrentCritic`.
 
     Examples:
-        >>> value = GRUValueHead(input_size=6, hidden_size=8, extra_keys=["time_left"])
-        >>> td = TensorDict({"trans": torch.zeros(4, 5), "time_left": torch.ones(4, 1)}, [4])
-        >>> value(td.set("is_init", torch.ones(4, 1, dtype=torch.bool)))["state_value"].shape
-        torch.Size([4, 1])
+        >>> GRUValueHead(input_size=5, hidden_size=8).out_keys
+        ['critic_features', ('next', 'critic_hidden'), 'state_value']
     """
 
 
@@ -269,10 +252,7 @@ class MemoryValueHead(TensorDictSequential):
             features, so that one hidden layer of its own helps.
 
     Examples:
-        >>> actor = GRUCategoricalActor(input_size=5, num_actions=3, hidden_size=8)
-        >>> value = MemoryValueHead(features_size=8, detach=True)
-        >>> td = TensorDict({"trans": torch.zeros(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4])
-        >>> value(actor(td))["state_value"].shape
+        >>> MemoryValueHead(features_size=8, detach=True)(actor_features=torch.zeros(4, 8)).shape
         torch.Size([4, 1])
     """
 
@@ -295,12 +275,7 @@ class MemoryValueHead(TensorDictSequential):
 
     @classmethod
     def from_env(cls, env: EnvBase, actor: RecurrentActor, **kwargs) -> MemoryValueHead:
-        """A value head on ``actor``'s memory, with the device and extra inputs of ``env``.
-
-        Raises:
-            KeyError: the env lacks one of ``extra_keys``.
-            TypeError: ``actor`` is none of this package's.
-        """
+        """A value head on the memory of ``actor``, one of this package's, with the device and extra inputs of ``env``."""
         if not hasattr(actor, "hidden_size"):
             raise TypeError(
                 f"from_env knows the features of a RecurrentActor such as GRUCategoricalActor, not of {type(actor).__name__}: "
@@ -337,7 +312,7 @@ def _slots(
     factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}
     units = {name: number for name, number in units.items() if number is not None}
     encoder, norms = by_entry(encoder, in_key), []
-    entries = _entries(input_size, in_key, _as_keys(extra_keys), bool(encoder))
+    entries = _entries(input_size, [in_key, *_as_keys(extra_keys)], in_sum=not encoder and normalize is False)
     if normalize is not False:
         norm, entries, encoder = _normalized(normalize, in_key, entries, encoder, features_key, device)
         norms.append(norm)
@@ -346,8 +321,7 @@ def _slots(
         core = GRUCore(size, **units, **factory)
     elif units:
         raise ValueError(
-            "hidden_size and num_layers are those of the default core; say them to your own: "
-            "core=partial(LSTMCore, hidden_size=128)."
+            "hidden_size and num_layers are those of the default core: say core=partial(LSTMCore, hidden_size=128)."
         )
     elif not isinstance(core, nn.Module):
         core = core(size).to(**factory)
@@ -366,17 +340,12 @@ def _slots(
 
 def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder, features_key: NestedKey, device):
     """The module that normalises ``in_key``; then entries and encoders with what it gives in the place of that."""
-    [size] = entries[in_key]
     if isinstance(encoder, TensorDictModuleBase):
         raise ValueError(
-            "normalize=True and an encoder that is a TensorDictModule: put a RunningNorm at the head of that."
+            "normalize=True and an encoder that is a TensorDictModule: put a RunningNorm in front of that."
         )
-    if 0 in [shape[0] for shape in entries.values()]:
-        raise ValueError(
-            "normalize=True and extra_keys: say each entry's shape, input_size={'trans': [5], 'time_left': [1]}."
-        )
+    norm = RunningNorm(*entries[in_key], None if normalize is True else normalize, device=device)
     key = sub_key(features_key, "normalized")
-    norm = RunningNorm(size, None if normalize is True else normalize, device=device)
     renamed = ({key if k == in_key else k: each for k, each in by_key.items()} for by_key in (entries, encoder))
     return TensorDictModule(norm, [in_key], [key]), *renamed
 
@@ -388,26 +357,19 @@ def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, featur
         return core.features_size
     if core.in_keys[0] != in_key:
         raise ValueError(f"the core reads {core.in_keys[0]!r}, but its input is {in_key!r}: build it with that key.")
-    like = next(core.parameters())
-    start = {in_key: like.new_zeros(1, size), "is_init": torch.ones(1, 1, dtype=torch.bool, device=like.device)}
-    with torch.no_grad():
-        return core(TensorDict(start, [1])).get(core.out_keys[0]).shape[-1]
+    return output_size(core, {in_key: (size,)})
 
 
 # ------------------------------------------------------------------- entries
-def _entries(input_size: Shapes, in_key: NestedKey, extra_keys: Sequence[NestedKey], has_encoders: bool):
-    """Shape of each entry that a network reads, in the order in which they are concatenated."""
+def _entries(input_size: Shapes, keys: Sequence[NestedKey], *, in_sum: bool) -> Mapping[NestedKey, Sequence[int]]:
+    """Shape of each of ``keys``, in the order in which they are concatenated; ``in_sum``: the size of all is enough."""
     if isinstance(input_size, Mapping):
-        missing = [key for key in (in_key, *extra_keys) if key not in input_size]
-        if missing:
+        if missing := [key for key in keys if key not in input_size]:
             raise KeyError(f"the network reads {missing}, whose shape input_size={dict(input_size)} does not say.")
         return input_size
-    if extra_keys and has_encoders:
-        raise ValueError(
-            "with an encoder and extra_keys say each entry's shape: input_size={'trans': [5], 'time_left': [1]}."
-        )
-    # The extra entries' sizes are part of the sum.
-    return {in_key: (input_size,), **dict.fromkeys(extra_keys, (0,))}
+    if len(keys) > 1 and not in_sum:
+        raise ValueError("say each entry's shape, input_size={'trans': [5], 'time_left': [1]}, not only their sum.")
+    return {key: (0 if number else input_size,) for number, key in enumerate(keys)}
 
 
 def _as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
@@ -418,30 +380,29 @@ def _as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
 
 
 def _action_spec(env: EnvBase) -> TensorSpec:
-    """The env's action spec of one row."""
     # With a nested action key a transformed env's `action_spec_unbatched` is the whole Composite.
     return env.full_action_spec_unbatched[env.action_key]
 
 
 def _read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.Size]:
-    """Shape of each entry that a network with these keywords reads; puts the env's device among them."""
+    """Shape of each entry that a network with these keywords reads; completes them by what the env says."""
     kwargs.setdefault("device", env.device)
-    if kwargs.get("normalize") is True:
-        kwargs["normalize"] = _reals_of(env, kwargs.get("in_key", "trans"))
     keys = [kwargs.get("in_key", "trans"), *_as_keys(kwargs.get("extra_keys", ()))]
+    writers = [each for each in previous_steps(env) if each.out_key == keys[0]]
+    if kwargs.get("normalize") is True and writers:
+        kwargs["normalize"] = writers[-1].reals()
     encoder = by_entry(kwargs.get("encoder"), keys[0])
     if isinstance(encoder, TensorDictModuleBase):
-        return _shapes_of(env, list(dict.fromkeys([*keys, *encoder.in_keys])))
+        return _shapes_of(env, [*keys, *encoder.in_keys])
     encoders = {**encoder, **dict.fromkeys(_images(env, {*keys, *encoder}), ConvEncoder)}
     kwargs["encoder"] = {key: module for key, module in encoders.items() if module is not None}
-    return _shapes_of(env, list(dict.fromkeys([*keys, *kwargs["encoder"]])))
+    return _shapes_of(env, [*keys, *kwargs["encoder"]])
 
 
 def _shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.Size]:
     """Shapes of the env's observations ``keys``, batch dimensions aside."""
     spec = env.observation_spec
-    missing = [key for key in keys if key not in spec.keys(True, True)]
-    if missing:
+    if missing := [key for key in keys if key not in spec.keys(True, True)]:
         raise KeyError(
             f"the env has no observation {missing}, only {list(spec.keys(True, True))}. An RL² agent reads the transition "
             "input that PreviousStep() writes: Compose(Trial(...), TaskSampler(...), PreviousStep())."
@@ -449,19 +410,13 @@ def _shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch
     return {key: spec[key].shape[len(env.batch_size) :] for key in keys}
 
 
-def _reals_of(env: EnvBase, in_key: NestedKey) -> torch.Tensor | bool:
-    """Which entries of the transition input are to be normalised, bool ``[size]``; True, all, for one that nobody here makes."""
-    writers = [each for each in previous_steps(env) if each.out_key == in_key]
-    return writers[-1].reals() if writers else True
-
-
 def _images(env: EnvBase, known: set[NestedKey]) -> list[NestedKey]:
     """Observations of several dimensions that are in no input: `PreviousStep` leaves those out unless it is told."""
     told = [key for each in previous_steps(env) for key in each.obs_keys or ()]
     # What is an input of the env too, such as the task or a memory, is nothing that it shows.
     hidden = {*known, *told, *env.full_state_spec.keys(True, True)}
-    shown = {key: spec.shape[len(env.batch_size) :] for key, spec in env.observation_spec.items(True, True)}
-    unseen = {key: shape for key, shape in shown.items() if len(shape) > 1 and key not in hidden and not is_info(key)}
+    shown = [key for key in env.observation_spec.keys(True, True) if key not in hidden and not is_info(key)]
+    unseen = {key: shape for key, shape in _shapes_of(env, shown).items() if len(shape) > 1}
     for key, shape in unseen.items():
         if len(shape) != 3:
             raise ValueError(
