@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import unwrap
 
-import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import (
     InteractionType,
@@ -23,6 +22,7 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from tensordict.nn.probabilistic import interaction_type
+from torch import Tensor
 from torchrl.modules import SafeProbabilisticModule
 
 from rl2_torchrl.gradients.part import State, has_hooks, is_bare, is_function
@@ -89,7 +89,7 @@ def _on_tensors(module: TensorDictModule) -> Run:
     def run(state: State) -> None:
         out = function(*[state[key] for key in in_keys])
         if len(out_keys) == 1:
-            state[out_keys[0]] = out if isinstance(out, torch.Tensor) else out[0]
+            state[out_keys[0]] = out if isinstance(out, Tensor) else out[0]
         else:
             state.update(zip(out_keys, out, strict=True))
 

@@ -14,14 +14,14 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import unravel_key
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules import recurrent_mode
 
 __all__ = ["LSTMCore", "RecurrentCore", "Tensors", "as_sizes", "at_ends", "run_segments", "sub_key", "where_rows"]
 
-Tensors = tuple[torch.Tensor, ...]
+Tensors = tuple[Tensor, ...]
 
 
 class RecurrentCore(TensorDictModuleBase):
@@ -58,9 +58,7 @@ class RecurrentCore(TensorDictModuleBase):
     ):
         super().__init__()
         if not memory:
-            raise ValueError(
-                "a core without memory cannot remember: name at least one tensor, memory={'hidden': (64,)}."
-            )
+            raise ValueError("a core without memory cannot remember: name a tensor, memory={'hidden': (64,)}.")
         self.features_size, self.input_size = index(features_size), input_size
         self.memory_shapes = {name: tuple(map(index, shape)) for name, shape in memory.items()}
         self.name_entries(in_key, hidden_key, features_key)
@@ -72,15 +70,11 @@ class RecurrentCore(TensorDictModuleBase):
         self.in_keys = [unravel_key(in_key), *memory_keys, "is_init"]
         self.out_keys = [unravel_key(features_key), *(unravel_key(("next", key)) for key in memory_keys)]
 
-    def step(self, x: torch.Tensor, *memory: torch.Tensor) -> Tensors:
+    def step(self, x: Tensor, *memory: Tensor) -> Tensors:
         """One step of N rows, each independent of the others, differentiable.
 
-        Args:
-            x: ``[N, input_size]``.
-            *memory: ``[N, *shape]`` each, in the order of ``memory``.
-
-        Returns:
-            features ``[N, features_size]``, then the memories after the step.
+        From ``x`` ``[N, input_size]`` and memories ``[N, *shape]``, in their order, to features ``[N, features_size]`` and the
+        memories after the step.
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(x, *memory) -> features, *memory.")
 
@@ -95,13 +89,13 @@ class RecurrentCore(TensorDictModuleBase):
         """
 
         @torch.no_grad()
-        def step(x: torch.Tensor, *memory: torch.Tensor | None) -> Tensors:
+        def step(x: Tensor, *memory: Tensor | None) -> Tensors:
             x, memory = self._converted(x, memory)
             return self.step(x, *(memory or self.initial_memory(len(x))))
 
         return step
 
-    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
+    def sequence(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None) -> Tensor:
         """The features ``[N, T, features_size]`` of sequences, differentiable.
 
         Args:
@@ -109,9 +103,9 @@ class RecurrentCore(TensorDictModuleBase):
             memory: ``[N, T, *shape]`` each, as they were before each step; or None for `initial_memory`.
             is_init: bool ``[N, T]``, where a trial starts, and its memory with it; or None where none does.
         """
-        return self.unroll(*self._converted(x, memory), is_init)[0]
+        return self.unroll(*self._converted(x, memory), is_init, with_memory=False)[0]
 
-    def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
+    def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
         """`sequence`, and the memories ``[N, T, *shape]`` after each trial's last step in its row, 0 elsewhere."""
         initial, outputs = self.initial_memory(len(x)), []
         state = tuple(m[:, 0] for m in memory) if memory else initial
@@ -121,7 +115,7 @@ class RecurrentCore(TensorDictModuleBase):
             features, *state = self.step(x[:, t], *state)
             outputs.append((features, *state))
         features, *states = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
-        return features, *(at_ends(each, is_init) for each in states)
+        return features, *(at_ends(each, is_init) for each in states if with_memory)
 
     @property
     def recurrent_mode(self) -> bool:
@@ -151,16 +145,16 @@ class RecurrentCore(TensorDictModuleBase):
         memory = zip(self.in_keys[1:-1], self.initial_memory(1), strict=True)
         return TensorDictPrimer({key: Unbounded(m.shape[1:], dtype=m.dtype) for key, m in memory}, expand_specs=True)
 
-    def _like(self, default: torch.Tensor) -> torch.Tensor:
+    def _like(self, default: Tensor) -> Tensor:
         return next((p for p in self.parameters() if p.is_floating_point()), default)
 
-    def _converted(self, x: torch.Tensor, memory: Sequence[torch.Tensor | None] | None) -> tuple:
+    def _converted(self, x: Tensor, memory: Sequence[Tensor | None] | None) -> tuple:
         """``x`` and the memories in the parameters' dtype; None for memories of which one is None."""
         dtype = self._like(x).dtype
         given = bool(memory) and all(m is not None for m in memory)
         return x.to(dtype), tuple(m.to(dtype) for m in memory) if given else None
 
-    def _read(self, tensordict: TensorDictBase) -> tuple[torch.Tensor, Tensors | None, torch.Tensor]:
+    def _read(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensors | None, Tensor]:
         """``x`` ``[*B, (T), input_size]``, the memories, None where there are none, and ``is_init``, once they fit."""
         in_key, *memory_keys, init_key = self.in_keys
         x, *memory, is_init = (tensordict.get(key, None) for key in self.in_keys)
@@ -173,14 +167,11 @@ class RecurrentCore(TensorDictModuleBase):
         if x.ndim < 1 + self.recurrent_mode or self.input_size not in (None, x.shape[-1]):
             raise ValueError(
                 f"{in_key!r} has {x.shape[-1] if x.ndim else 0} entries and shape {tuple(x.shape)}, but the core was built with "
-                f"input_size={self.input_size} (the sum of all its inputs) for [*B, input_size], in recurrent mode "
-                "[*B, T, input_size]. Build the network with from_env(env, ...)."
+                f"input_size={self.input_size} for [*B, input_size], in recurrent mode [*B, T, input_size]: use from_env(env, ...)."
             )
         batch = x.shape[:-1]
         if is_init.numel() != batch.numel():
-            raise ValueError(
-                f"{init_key!r} has shape {tuple(is_init.shape)}; it must be {(*batch, 1)}: one flag a step."
-            )
+            raise ValueError(f"{init_key!r} has shape {tuple(is_init.shape)}, not {(*batch, 1)}: one flag a step.")
         for key, m, shape in zip(memory_keys, memory, self.memory_shapes.values(), strict=True):
             if m is None and any(other is not None for other in memory):
                 raise KeyError(f"the core's memory {key!r} is missing, while another part of it is there.")
@@ -224,7 +215,7 @@ class LSTMCore(RecurrentCore):
         super().__init__(units, {"hidden": (layers, units), "cell": (layers, units)}, input_size=inputs, **keys)
         self.lstm = nn.LSTM(inputs, units, layers, batch_first=True, device=device, dtype=dtype)
 
-    def step(self, x: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor) -> Tensors:
+    def step(self, x: Tensor, hidden: Tensor, cell: Tensor) -> Tensors:
         states = []
         for layer, weights in enumerate(self.lstm.all_weights):
             states.append(torch.lstm_cell(x, (hidden[:, layer], cell[:, layer]), *weights))
@@ -233,19 +224,14 @@ class LSTMCore(RecurrentCore):
             return x, *(state.unsqueeze(1) for state in states[0])
         return x, *(torch.stack(each, 1) for each in zip(*states, strict=True))
 
-    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
-        return run_segments(self.lstm, *self._converted(x, memory), is_init, with_memory=False)[0]
-
-    def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
-        return run_segments(self.lstm, x, memory, is_init)
+    def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
+        return run_segments(self.lstm, x, memory, is_init, with_memory)
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(RecurrentCore.forward)
 
 
-def run_segments(
-    rnn: nn.RNNBase, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None, *, with_memory: bool = True
-) -> Tensors:
+def run_segments(rnn: nn.RNNBase, x, memory: Tensors | None, is_init: Tensor | None, with_memory: bool) -> Tensors:
     """`RecurrentCore.unroll` by a `torch.nn.GRU` or `torch.nn.LSTM` (``batch_first``): one call for all segments between resets."""
     rows, steps = x.shape[:2]
     starts = torch.zeros(rows, steps, dtype=torch.bool, device=x.device) if is_init is None else is_init.bool().clone()
@@ -283,13 +269,11 @@ def as_sizes(input_size: int, hidden_size: int, num_layers: int) -> tuple[int, .
     """The sizes of a core as Python's integers; NumPy's are none to `torch.nn.GRU`."""
     sizes = tuple(map(index, (input_size, hidden_size, num_layers)))
     if min(sizes) < 1:
-        raise ValueError(
-            f"input_size={input_size}, hidden_size={hidden_size}, num_layers={num_layers}: each must be at least 1."
-        )
+        raise ValueError(f"{input_size=}, {hidden_size=}, {num_layers=}: each must be at least 1.")
     return sizes
 
 
-def at_ends(states: torch.Tensor, is_init: torch.Tensor | None) -> torch.Tensor:
+def at_ends(states: Tensor, is_init: Tensor | None) -> Tensor:
     """``states`` ``[N, T, ...]`` where a trial ends in its row, 0 elsewhere, as TorchRL's `GRUModule` hands them on."""
     ends = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
     ends[:, -1] = True
@@ -298,6 +282,6 @@ def at_ends(states: torch.Tensor, is_init: torch.Tensor | None) -> torch.Tensor:
     return where_rows(ends, states, torch.zeros_like(states))
 
 
-def where_rows(rows: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def where_rows(rows: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """``one`` ``[*B, ...]`` in ``rows`` ``[*B]``, and ``other`` elsewhere; a TensorDict's entries too."""
     return torch.where(rows.bool().view(*rows.shape, *[1] * (one.ndim - rows.ndim)), one, other)

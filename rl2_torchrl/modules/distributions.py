@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, constraints
 from torchrl.data import Binary, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.data import Categorical as CategoricalSpec
@@ -29,7 +29,7 @@ __all__ = [
 
 
 #: Log-probability ``[*B]``, and entropy ``[*B]``, None where it has no closed form.
-Terms = tuple[torch.Tensor, torch.Tensor | None]
+Terms = tuple[Tensor, Tensor | None]
 
 
 class ActionDistribution:
@@ -69,11 +69,7 @@ class ActionDistribution:
 
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> ActionDistribution:
-        """What fits the actions ``spec`` of one row: categorical choices, several of them, or a Gaussian for reals.
-
-        Raises:
-            TypeError: there is none.
-        """
+        """What fits the actions ``spec`` of one row: categorical choices, several of them, or a Gaussian for reals."""
         if isinstance(spec, MultiCategorical | MultiOneHot | Binary):
             return MultiCategoricalActions.from_spec(spec)
         if isinstance(spec, CategoricalSpec | OneHot):
@@ -84,23 +80,23 @@ class ActionDistribution:
         """``head`` with what makes the distribution's parameters of its outputs; ``factory`` is device and dtype."""
         return head
 
-    def act(self, *parameters: torch.Tensor) -> torch.Tensor:
+    def act(self, *parameters: Tensor) -> Tensor:
         """A draw, by torch's default generator."""
         return self._sample(InteractionType.RANDOM, parameters)
 
-    def sampler(self, steps: int) -> Callable[..., torch.Tensor]:
+    def sampler(self, steps: int) -> Callable[..., Tensor]:
         """`act` for ``steps`` steps in a row, all of one shape; the noise of all of them may be drawn at once."""
         return self.act
 
-    def with_noise(self, noise: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    def with_noise(self, noise: Tensor, *parameters: Tensor) -> Tensor:
         """The draw that ``noise`` ``[*B, num_outputs]``, of the kind ``noise``, makes; that of zeros is the `mode`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how noise becomes an action.")
 
-    def mode(self, *parameters: torch.Tensor) -> torch.Tensor:
+    def mode(self, *parameters: Tensor) -> Tensor:
         """What deterministic interaction gives."""
         return self._sample(InteractionType.DETERMINISTIC, parameters)
 
-    def log_prob_and_entropy(self, action: torch.Tensor, *parameters: torch.Tensor) -> Terms:
+    def log_prob_and_entropy(self, action: Tensor, *parameters: Tensor) -> Terms:
         """Both, differentiable."""
         distribution = self._module.get_dist(self._entries(parameters))
         try:
@@ -114,11 +110,11 @@ class ActionDistribution:
         options = {"distribution_class": self.distribution_class, "distribution_kwargs": self.distribution_kwargs}
         return ProbabilisticTensorDictModule(self.parameter_keys, ["action"], **options)
 
-    def _sample(self, interaction: InteractionType, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _sample(self, interaction: InteractionType, parameters: tuple[Tensor, ...]) -> Tensor:
         with set_interaction_type(interaction):
             return self._module(self._entries(parameters)).get(self._module.out_keys[0])
 
-    def _entries(self, parameters: tuple[torch.Tensor, ...]) -> TensorDict:
+    def _entries(self, parameters: tuple[Tensor, ...]) -> TensorDict:
         return TensorDict(dict(zip(self._module.in_keys, parameters, strict=True)))
 
 
@@ -139,7 +135,7 @@ class CategoricalActions(ActionDistribution):
     """
 
     noise = "gumbel"
-    _noise: torch.Tensor | None = None
+    _noise: Tensor | None = None
 
     def __init__(self, num_actions: int, *, one_hot: bool = False):
         super().__init__(num_actions, ["logits"], OneHotCategorical if one_hot else Categorical)
@@ -148,35 +144,31 @@ class CategoricalActions(ActionDistribution):
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> CategoricalActions:
         """Of the number of choices and the encoding of ``spec``."""
-        _refuse_ranges(spec)
         is_several = isinstance(spec, MultiCategorical | MultiOneHot | Binary) or spec.ndim > isinstance(spec, OneHot)
-        if is_several or not isinstance(spec, CategoricalSpec | OneHot):
-            raise TypeError(
-                f"the env's actions are not one categorical choice ({spec}): use GRUGaussianActor for reals, and "
-                "RecurrentActor for several choices at once."
-            )
+        is_one = isinstance(spec, CategoricalSpec | OneHot) and not is_several
+        _require(is_one, spec, "not one categorical choice: use GRUGaussianActor for reals, RecurrentActor for several")
         return cls(spec.space.n, one_hot=isinstance(spec, OneHot))
 
-    def act(self, logits: torch.Tensor) -> torch.Tensor:
+    def act(self, logits: Tensor) -> Tensor:
         return self._action(_draw, logits)
 
-    def mode(self, logits: torch.Tensor) -> torch.Tensor:
+    def mode(self, logits: Tensor) -> Tensor:
         return self._action(partial(torch.argmax, dim=-1), logits)
 
-    def _action(self, choose: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    def _action(self, choose: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
         choice = choose(logits)
         return _one_hot(choice, logits) if self.one_hot else choice
 
-    def with_noise(self, noise: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def with_noise(self, noise: Tensor, logits: Tensor) -> Tensor:
         return self.mode(logits + noise)
 
-    def log_prob_and_entropy(self, action: torch.Tensor, logits: torch.Tensor) -> Terms:
+    def log_prob_and_entropy(self, action: Tensor, logits: Tensor) -> Terms:
         return log_prob_and_entropy(action.to(torch.uint8).argmax(-1) if self.one_hot else action, logits)
 
-    def sampler(self, steps: int) -> Callable[..., torch.Tensor]:
-        noise: Iterator[torch.Tensor] = iter(())
+    def sampler(self, steps: int) -> Callable[..., Tensor]:
+        noise: Iterator[Tensor] = iter(())
 
-        def act(logits: torch.Tensor) -> torch.Tensor:
+        def act(logits: Tensor) -> Tensor:
             nonlocal noise
             drawn = next(noise, None)
             if drawn is None:
@@ -215,31 +207,31 @@ class MultiCategoricalActions(CategoricalActions):
         """Of the numbers of choices and the encoding of ``spec``; a `Binary` spec is a choice of two in each place."""
         if isinstance(spec, Binary) and spec.ndim == 1:
             return cls((2,) * spec.shape[0], dtype=spec.dtype)
-        if not isinstance(spec, MultiCategorical | MultiOneHot) or spec.ndim != 1:
-            raise TypeError(f"the env's actions are not a vector of categorical choices ({spec}).")
+        is_vector = isinstance(spec, MultiCategorical | MultiOneHot) and spec.ndim == 1
+        _require(is_vector, spec, "not a vector of categorical choices")
         return cls([int(n) for n in spec.nvec], one_hot=isinstance(spec, MultiOneHot), dtype=spec.dtype)
 
-    def log_prob_and_entropy(self, action: torch.Tensor, logits: torch.Tensor) -> Terms:
+    def log_prob_and_entropy(self, action: Tensor, logits: Tensor) -> Terms:
         if self.one_hot:
             action = torch.stack([part.to(torch.uint8).argmax(-1) for part in action.split(self.nvec, -1)], -1)
         pairs = zip(action.unbind(-1), logits.split(self.nvec, -1), strict=True)
         log_probs, entropies = zip(*(log_prob_and_entropy(*pair) for pair in pairs), strict=True)
         return sum(log_probs), sum(entropies)
 
-    def _action(self, choose: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    def _action(self, choose: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
         parts = logits.split(self.nvec, -1)
         if self.one_hot:
             return torch.cat([_one_hot(choose(part), part) for part in parts], -1).to(self.dtype)
         return torch.stack([choose(part) for part in parts], -1).to(self.dtype)
 
 
-def _draw(logits: torch.Tensor) -> torch.Tensor:
+def _draw(logits: Tensor) -> Tensor:
     # As torch.multinomial draws one: probabilities over exponential noise, the largest wins.
     noise = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
 
 
-def _one_hot(choice: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def _one_hot(choice: Tensor, logits: Tensor) -> Tensor:
     # `torch.nn.functional.one_hot` looks for choices that are none first, which costs more than the rest.
     return torch.zeros_like(logits, dtype=torch.int64).scatter_(-1, choice.unsqueeze(-1), 1)
 
@@ -259,25 +251,25 @@ class IndependentCategoricals(Distribution):
 
     arg_constraints = {"logits": constraints.independent(constraints.real, 1)}
 
-    def __init__(self, logits: torch.Tensor, **kwargs):
+    def __init__(self, logits: Tensor, **kwargs):
         self.logits, self._actions = logits, MultiCategoricalActions(**kwargs)
         size = self._actions.num_outputs if self._actions.one_hot else len(self._actions.nvec)
         super().__init__(logits.shape[:-1], torch.Size([size]), validate_args=False)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> torch.Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return self._actions.act(self.logits.detach().expand(*sample_shape, *self.logits.shape))
 
     @property
-    def mode(self) -> torch.Tensor:
+    def mode(self) -> Tensor:
         """The most probable choice in each place."""
         return self._actions.mode(self.logits)
 
     deterministic_sample = mode  # what TorchRL's deterministic interaction asks for
 
-    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+    def log_prob(self, value: Tensor) -> Tensor:
         return self._actions.log_prob_and_entropy(value, self.logits)[0]
 
-    def entropy(self) -> torch.Tensor:
+    def entropy(self) -> Tensor:
         return self._actions.log_prob_and_entropy(self.mode, self.logits)[1]
 
 
@@ -309,27 +301,23 @@ class GaussianActions(ActionDistribution):
     def parameters_of(self, head: nn.Module, **factory) -> nn.Module:
         return Gaussian(head, self.num_outputs, self.init_log_std, **factory)
 
-    def act(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def act(self, loc: Tensor, scale: Tensor) -> Tensor:
         noise = torch.empty_like(loc, memory_format=torch.contiguous_format).normal_()
         return self.with_noise(noise, loc, scale)
 
-    def with_noise(self, noise: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def with_noise(self, noise: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         return self.mode(noise * scale + loc, scale)
 
-    def mode(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def mode(self, loc: Tensor, scale: Tensor) -> Tensor:
         return loc
 
-    def log_prob_and_entropy(self, action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> Terms:
+    def log_prob_and_entropy(self, action: Tensor, loc: Tensor, scale: Tensor) -> Terms:
         log_scale = scale.log() + 0.5 * math.log(2 * math.pi)
         return (-0.5 * ((action - loc) / scale).square() - log_scale).sum(-1), (log_scale + 0.5).sum(-1)
 
 
 class TanhGaussianActions(GaussianActions):
-    """A Gaussian squashed by tanh into the range of the actions, so that none lies outside it.
-
-    Args:
-        low, high: bounds ``[action_dim]``.
-        init_log_std: as in `GaussianActions`. Default -0.5.
+    """A Gaussian squashed by tanh into the range of the actions, bounds ``low`` and ``high`` ``[action_dim]``.
 
     Examples:
         >>> from rl2_torchrl.modules import RecurrentActor
@@ -338,14 +326,12 @@ class TanhGaussianActions(GaussianActions):
 
     part = None
 
-    def __init__(
-        self, low: torch.Tensor | Sequence[float], high: torch.Tensor | Sequence[float], *, init_log_std: float = -0.5
-    ):
-        low, high = (torch.as_tensor(bound, dtype=torch.get_default_dtype()) for bound in (low, high))
+    def __init__(self, low: Tensor | Sequence[float], high: Tensor | Sequence[float], *, init_log_std: float = -0.5):
+        default = torch.get_default_dtype()
+        low, high = (torch.atleast_1d(torch.as_tensor(bound, dtype=default)) for bound in (low, high))
         if low.ndim != 1 or low.shape != high.shape or not (low < high).all() or not (high - low).isfinite().all():
             raise ValueError(
-                f"low={low} and high={high} must be vectors [action_dim] with low < high, all finite: tanh squashes into a range. "
-                "For unbounded actions use GaussianActions."
+                f"low={low} and high={high} must be vectors [action_dim], low < high, all finite: else use GaussianActions."
             )
         super().__init__(len(low), init_log_std=init_log_std)
         self.distribution_class, self.distribution_kwargs = TanhNormal, {"low": low, "high": high}
@@ -357,11 +343,11 @@ class TanhGaussianActions(GaussianActions):
         space = _real_vector(spec).space
         return cls(space.low, space.high, **kwargs)
 
-    def mode(self, loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def mode(self, loc: Tensor, scale: Tensor) -> Tensor:
         limit = self._limit(loc)
         return self._middle + self._half * loc.tanh().clamp(-limit, limit)
 
-    def log_prob_and_entropy(self, action: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor) -> Terms:
+    def log_prob_and_entropy(self, action: Tensor, loc: Tensor, scale: Tensor) -> Terms:
         limit = self._limit(loc)
         before = ((action - self._middle) / self._half).clamp(-limit, limit).atanh()
         log_prob, _ = super().log_prob_and_entropy(before, loc, scale)
@@ -369,34 +355,26 @@ class TanhGaussianActions(GaussianActions):
         log_slope = 2 * (math.log(2) - before - nn.functional.softplus(-2 * before))
         return log_prob - (log_slope + self._half.log()).sum(-1), None
 
-    def _limit(self, like: torch.Tensor) -> float:
+    def _limit(self, like: Tensor) -> float:
         # Kept on the device of what comes: a copy at every step would wait for the device.
         if self._middle.device != like.device:
             self._middle, self._half = self._middle.to(like.device), self._half.to(like.device)
         return 1 - torch.finfo(like.dtype).resolution
 
 
-def _refuse_ranges(spec: TensorSpec) -> None:
-    if spec.dtype.is_floating_point or isinstance(spec, CategoricalSpec | OneHot | MultiOneHot | Binary):
-        return
-    raise TypeError(
-        f"the env's actions are whole numbers of a range ({spec}), for which there is no distribution here: give the env a "
-        "Discrete or MultiDiscrete action space, or the actor a distribution=."
-    )
-
-
 def _real_vector(spec: TensorSpec) -> TensorSpec:
-    _refuse_ranges(spec)
-    if not spec.dtype.is_floating_point:
-        raise TypeError(
-            f"the env's actions are discrete ({spec}): use GRUCategoricalActor, or RecurrentActor for several."
-        )
-    if spec.ndim != 1:
-        raise TypeError(
-            f"the env's actions have shape {tuple(spec.shape)} each, not [action_dim]: reshape them with a transform "
-            "(for a scalar: UnsqueezeTransform with in_keys_inv)."
-        )
+    _require(spec.dtype.is_floating_point, spec, "discrete: use GRUCategoricalActor, or RecurrentActor for several")
+    shape = f"of shape {tuple(spec.shape)} each, not [action_dim]: reshape them (a scalar by UnsqueezeTransform, in_keys_inv)"
+    _require(spec.ndim == 1, spec, shape)
     return spec
+
+
+def _require(fits: bool, spec: TensorSpec, what: str) -> None:
+    """Raises a TypeError that says ``what`` the actions ``spec`` of one row are, unless they fit."""
+    if not spec.dtype.is_floating_point and not isinstance(spec, CategoricalSpec | OneHot | MultiOneHot | Binary):
+        fits, what = False, "whole numbers of a range: give the env a Discrete space, or the actor a distribution="
+    if not fits:
+        raise TypeError(f"the env's actions are {what} ({spec}).")
 
 
 class Gaussian(nn.Module):
@@ -407,17 +385,17 @@ class Gaussian(nn.Module):
         self.mean = mean
         self.log_std = nn.Parameter(torch.full((action_dim,), float(init_log_std), device=device, dtype=dtype))
 
-    def forward(self, *features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *features: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.mean(*features)
         return mean, self.log_std.exp().expand_as(mean)
 
-    def step_function(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def step_function(self) -> Callable[..., tuple[Tensor, Tensor]]:
         if not runs(self, Gaussian):
             return self
         mean_of = self.mean.step_function() if hasattr(self.mean, "step_function") else self.mean
         scale = self.log_std.detach().exp()
 
-        def step(*features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def step(*features: Tensor) -> tuple[Tensor, Tensor]:
             mean = mean_of(*features)
             return mean, scale.expand_as(mean)
 
@@ -436,9 +414,7 @@ _KNOWN: dict[type[Distribution], Callable[..., ActionDistribution]] = {
     OneHotCategorical: lambda: CategoricalActions(1, one_hot=True),
     IndependentCategoricals: MultiCategoricalActions,
     IndependentNormal: lambda: GaussianActions(1),
-    TanhNormal: lambda low=-1.0, high=1.0: TanhGaussianActions(
-        *map(torch.atleast_1d, map(torch.as_tensor, (low, high)))
-    ),
+    TanhNormal: lambda low=-1.0, high=1.0: TanhGaussianActions(low, high),
 }
 
 
@@ -459,11 +435,7 @@ def register_distribution(distribution_class: type[Distribution], make: Callable
 
 
 def distribution_named(name: str) -> type[Distribution]:
-    """The class of that name that has functions of its own here (`register_distribution`).
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The class of that name that has functions of its own here (`register_distribution`), or a ValueError."""
     known = {cls.__name__: cls for cls in _KNOWN}
     if name not in known:
         raise ValueError(f"there is no distribution {name!r}, only {sorted(known)}: call register_distribution for it.")
@@ -488,7 +460,7 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
 
 
 def policy_part(
-    sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: torch.Tensor | None
+    sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: Tensor | None
 ) -> AutogradPart:
     """The part that writes ``LOG_PROB`` and, where ``entropy`` is asked for, ``ENTROPY``, in the place of a policy's last module.
 
@@ -496,7 +468,7 @@ def policy_part(
     """
     distribution = distribution_of(sample)
 
-    def terms(action: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def terms(action: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         log_prob, its_entropy = distribution.log_prob_and_entropy(action, *parameters)
         if not entropy:
             return (log_prob,)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rl2_torchrl import kernels
@@ -18,9 +18,7 @@ __all__ = [
 
 
 # --------------------------------------------------------------------- doors
-def require_tensor(
-    name: str, tensor: torch.Tensor, shape: Sequence[int], like: torch.Tensor, *, plain: bool = False
-) -> None:
+def require_tensor(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, *, plain: bool = False) -> None:
     """Raises unless ``tensor`` has ``shape`` and the device and dtype of ``like``, and is contiguous if it must be ``plain``.
 
     A kernel reads as many numbers of one dtype as it is told, and asks nothing.
@@ -35,13 +33,13 @@ def require_tensor(
         raise ValueError(f"{name} has strides {tensor.stride()}; here it must be contiguous.")
 
 
-def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+def unit_stride(tensor: Tensor) -> Tensor:
     """``tensor`` detached, with its last dimension contiguous."""
     tensor = tensor.detach()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
@@ -50,7 +48,7 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 MOST_OUTPUTS = 64
 
 
-def relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def relu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``max(x, 0) W^T + b`` in one pass each way, for few outputs; without kernels `torch.relu` and `nn.functional.linear`."""
     # The kernels read as many numbers as the weight's sizes say. What does not fit gets PyTorch's error.
     outputs, inputs = weight.shape
@@ -62,7 +60,7 @@ def relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return _relu_linear(x, weight, bias)
 
 
-def relu_linear_step(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+def relu_linear_step(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """`relu_linear` of a layer without gradient, for rollouts: all that is the same in every step is looked at once, here."""
     weight, bias = _contiguous(linear.weight.detach(), linear.bias if linear.bias is None else linear.bias.detach())
     if not kernels.covers(weight, bias) or len(weight) > MOST_OUTPUTS:
@@ -70,7 +68,7 @@ def relu_linear_step(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor
     outputs, inputs = weight.shape
     forward, addresses = kernels.load(weight.dtype).linear_forward, (weight.data_ptr(), kernels.address(bias))
 
-    def step(x: torch.Tensor) -> torch.Tensor:
+    def step(x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != inputs or x.dtype != weight.dtype or not x.is_contiguous() or x.requires_grad:
             return relu_linear(x, weight, bias)
         rows = len(x)
@@ -82,7 +80,7 @@ def relu_linear_step(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor
     return step
 
 
-def _relu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _relu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (outputs, inputs), rows = weight.shape, x.numel() // x.shape[-1]
     tensors = *_contiguous(x.detach(), weight.detach(), bias), x.new_empty(*x.shape[:-1], outputs)
     threads = kernels.threads_for(rows * inputs * outputs)
@@ -122,7 +120,7 @@ def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:
 
 
 # --------------------------------------------------------------- categorical
-def log_prob_and_entropy(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def log_prob_and_entropy(action: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """``log p(action)`` and ``H = -sum p log p``, ``[*B]``, with p = softmax(logits); an impossible choice adds 0 to H.
 
     Their gradients by the logits ``[*B, num_actions]`` are ``1_action - p`` and ``-p (log p + H)``.
@@ -154,7 +152,7 @@ class _CategoricalTerms(torch.autograd.Function):
         return None, categorical_gradient(*ctx.saved_tensors, *_contiguous(d_log_prob, d_entropy))
 
 
-def categorical_terms(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def categorical_terms(action: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p(action), entropy and log sum exp(logits), ``[*B]`` each, by the kernels; ``action`` int64, both contiguous."""
     terms = tuple(logits.new_empty(logits.shape[:-1]) for _ in range(3))
     if kernels.load(logits.dtype).categorical_forward(*_rows(logits, action, *terms)):
@@ -162,7 +160,7 @@ def categorical_terms(action: torch.Tensor, logits: torch.Tensor) -> tuple[torch
     return terms
 
 
-def raise_unknown_actions(action: torch.Tensor, num_actions: int) -> NoReturn:
+def raise_unknown_actions(action: Tensor, num_actions: int) -> NoReturn:
     """Raises the IndexError that says which of ``action`` are none of the ``num_actions`` choices."""
     unknown = int(((action < 0) | (action >= num_actions)).sum())
     raise IndexError(
@@ -171,7 +169,7 @@ def raise_unknown_actions(action: torch.Tensor, num_actions: int) -> NoReturn:
     )
 
 
-def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> torch.Tensor:
+def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> Tensor:
     """The gradient by ``logits`` ``[*B, num_actions]``, from those by log-probability and entropy ``[*B]``."""
     d_logits = torch.empty_like(logits)
     rows = _rows(logits, action, entropy, log_total, d_log_prob, d_entropy, more=(d_logits,))
@@ -179,9 +177,7 @@ def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entro
     return d_logits
 
 
-def _rows(
-    logits: torch.Tensor, action: torch.Tensor, *entries: torch.Tensor, more: Sequence[torch.Tensor] = ()
-) -> tuple:
+def _rows(logits: Tensor, action: Tensor, *entries: Tensor, more: Sequence[Tensor] = ()) -> tuple:
     """Sizes, addresses and threads as the categorical kernels take them, which read one number of each entry for each row."""
     require_tensor("logits", logits, logits.shape, logits, plain=True)
     require_tensor("action", action, logits.shape[:-1], logits.new_empty(0, dtype=torch.int64), plain=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torchrl.modules import GRUModule, set_recurrent_mode
 
@@ -27,11 +27,8 @@ class FastGRUModule(RecurrentCore, GRUModule):
     splitting and padding trajectories. On a CUDA device they are launched step by step, and need no host. What that does not cover
     is left to PyTorch or TorchRL: other devices, and other dtypes than float32 and float64 on the CPU, ``dropout``,
     ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine
-    without a C compiler. It is a `RecurrentCore`, whose memory is
-    ``[*B, num_layers, hidden_size]``; inputs of another dtype than the weights' are converted.
-
-    Args:
-        *args, **kwargs: as for `GRUModule`.
+    without a C compiler. It is a `RecurrentCore` with a memory ``[*B, num_layers, hidden_size]``; inputs of another dtype than the
+    weights' are converted.
 
     Examples:
         >>> from torchrl.modules import set_recurrent_mode
@@ -70,32 +67,26 @@ class FastGRUModule(RecurrentCore, GRUModule):
     def step_function(self) -> Callable[..., Tensors]:
         return StepGRU(self.gru) if self._is_plain() else super().step_function()
 
-    def step(self, x: torch.Tensor, hidden: torch.Tensor) -> Tensors:
+    def step(self, x: Tensor, hidden: Tensor) -> Tensors:
         if self._is_plain():
             layers = [layer.squeeze(1) for layer in self._layers(x.unsqueeze(1), hidden.unsqueeze(1), None)]
             return layers[-1], torch.stack(layers, 1)
         x, hidden = self.gru(x.unsqueeze(1), hidden.transpose(0, 1).contiguous())
         return x.squeeze(1), hidden.transpose(0, 1)
 
-    def unroll(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> Tensors:
-        if self._is_covered():
+    def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
+        if self._is_covered() or (self._is_plain() and x.is_cuda and len(x) and not with_memory):
             layers = self._layers(x, memory and memory[0], is_init)
-            return layers[-1], at_ends(torch.stack(layers, -2), is_init)
+            return layers[-1], *([at_ends(torch.stack(layers, -2), is_init)] if with_memory else ())
         if isinstance(self.gru, nn.GRU) and self.recurrent_backend == "pad":
-            return run_segments(self.gru, x, memory, is_init)
+            return run_segments(self.gru, x, memory, is_init, with_memory)
         flags = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if is_init is None else is_init
         entries = zip(self.in_keys, (x, memory and memory[0], flags.unsqueeze(-1)), strict=True)
         out = TensorDict({key: entry for key, entry in entries if entry is not None}, x.shape[:2])
         with set_recurrent_mode(True):
             return tuple(map(GRUModule.forward(self, out).get, self.out_keys))
 
-    def sequence(self, x: torch.Tensor, memory: Tensors | None, is_init: torch.Tensor | None) -> torch.Tensor:
-        if self._is_covered() or (self._is_plain() and x.is_cuda and len(x)):
-            x, memory = self._converted(x, memory)
-            return self._layers(x, memory and memory[0], is_init)[-1]
-        return super().sequence(x, memory, is_init)
-
-    def _layers(self, x, hidden: torch.Tensor | None, is_init: torch.Tensor | None) -> list[torch.Tensor]:
+    def _layers(self, x, hidden: Tensor | None, is_init: Tensor | None) -> list[Tensor]:
         """Each layer's output ``[N, T, hidden_size]``, from ``hidden`` ``[N, T, num_layers, hidden_size]``."""
         outputs = [x]
         for layer, weights in enumerate(self.gru.all_weights):
@@ -146,7 +137,7 @@ class StepGRU:
         self.packed = [] if self.library is None else [pack_weights(*layer) for layer in self.layers]
         self._fitting: tuple | None = None
 
-    def __call__(self, x: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, x: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """Features ``[N, H]`` and next hidden ``[N, num_layers, H]`` of ``x`` ``[N, I]`` and ``hidden``, None for zeros."""
         if hidden is None or (_layout(x), _layout(hidden)) != self._fitting:
             x, hidden = self._fitted(x, hidden)
@@ -158,16 +149,15 @@ class StepGRU:
             states.append(x)
         return x, (x.unsqueeze(1) if len(states) == 1 else torch.stack(states, 1))
 
-    def _fitted(self, x: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        x = unit_stride(x.to(self.weight.dtype))
+    def _fitted(self, x: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both as the kernels read them, once they fit."""
+        x, shape = unit_stride(x.to(self.weight.dtype)), (len(x), len(self.layers), self.units)
         require_tensor("x", x, (len(x), self.layers[0][0].shape[1]), self.weight)
-        if hidden is None:
-            return x, x.new_zeros(len(x), len(self.layers), self.units)
-        hidden = unit_stride(hidden.to(self.weight.dtype))
-        require_tensor("the memory", hidden, (len(x), len(self.layers), self.units), self.weight)
+        hidden = x.new_zeros(shape) if hidden is None else unit_stride(hidden.to(self.weight.dtype))
+        require_tensor("the memory", hidden, shape, self.weight)
         return x, hidden
 
-    def _layer(self, layer: int, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def _layer(self, layer: int, x: Tensor, hidden: Tensor) -> Tensor:
         if self.library is None:
             return torch.gru_cell(x, hidden, *self.layers[layer])
         (rows, inputs), units = x.shape, self.units
@@ -179,5 +169,5 @@ class StepGRU:
         return y
 
 
-def _layout(tensor: torch.Tensor) -> tuple:
+def _layout(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import torch
+from torch import Tensor
 
 from rl2_torchrl import kernels
 from rl2_torchrl.modules.functions import require_tensor, unit_stride
@@ -17,14 +18,14 @@ __all__ = [
 
 
 def gru_sequence(
-    x: torch.Tensor,
-    hidden: torch.Tensor | None,
-    is_init: torch.Tensor | None,
-    w_ih: torch.Tensor,
-    w_hh: torch.Tensor,
-    b_ih: torch.Tensor | None = None,
-    b_hh: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor,
+    hidden: Tensor | None,
+    is_init: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
     """One GRU layer over sequences (Cho et al. 2014; equations and parameters as in `torch.nn.GRU`): ``h`` ``[N, T, H]``.
 
     ``h_t = GRU(x_t, h_{t-1})``; ``h_{t-1}`` is ``hidden[:, t]`` (None: 0) at the first step and where ``is_init`` ``[N, T]`` is set
@@ -44,7 +45,7 @@ def gru_sequence(
         return _loop(x, hidden, is_init, *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, *weights)):
         return _GRUSequence.apply(x, hidden, is_init, *weights)
-    return _forward(x, hidden, as_bytes(is_init), pack_weights(*weights), w_hh.shape[1], None)
+    return _forward(x, hidden, as_bytes(is_init), weights)
 
 
 def require_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> None:
@@ -60,7 +61,7 @@ def require_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> None:
             require_tensor(name, bias, (gates,), w_hh)
 
 
-def _as_inputs(x, hidden, is_init, w_ih, w_hh) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _as_inputs(x, hidden, is_init, w_ih, w_hh) -> tuple[Tensor, Tensor | None]:
     """``x`` and ``hidden`` in the weights' dtype, once their sizes and devices fit."""
     if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != w_ih.shape[1]:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [N, T, {w_ih.shape[1]}] with T at least 1.")
@@ -76,7 +77,7 @@ def _as_inputs(x, hidden, is_init, w_ih, w_hh) -> tuple[torch.Tensor, torch.Tens
     return x, hidden
 
 
-def _loop(x, hidden, is_init, w_ih, w_hh, b_ih, b_hh) -> torch.Tensor:
+def _loop(x, hidden, is_init, w_ih, w_hh, b_ih, b_hh) -> Tensor:
     h = x.new_zeros(len(x), w_hh.shape[1]) if hidden is None else hidden[:, 0]
     outputs = []
     for t in range(x.shape[1]):
@@ -89,7 +90,7 @@ def _loop(x, hidden, is_init, w_ih, w_hh, b_ih, b_hh) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------ kernels
-def pack_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> torch.Tensor:
+def pack_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> Tensor:
     """The weights in the order in which the kernels read them; they are those of `require_weights`, on the CPU."""
     library = kernels.load(w_hh.dtype)
     inputs, units = w_ih.shape[1], w_hh.shape[1]
@@ -99,9 +100,9 @@ def pack_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> torch.Tensor:
     return packed
 
 
-def _forward(x, hidden, is_init, packed, units: int, saved: torch.Tensor | None, y=None) -> torch.Tensor:
-    library = kernels.load(x.dtype)
-    rows, steps, inputs = x.shape
+def _forward(x, hidden, is_init, weights, saved: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    library, packed = kernels.load(x.dtype), pack_weights(*weights)
+    (rows, steps, inputs), units = x.shape, weights[1].shape[1]
     x, hidden = unit_stride(x), None if hidden is None else unit_stride(hidden)
     y = x.new_empty(rows, steps, units) if y is None else y
     library.gru_forward(
@@ -135,12 +136,18 @@ class _GRUSequence(torch.autograd.Function):
         d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         backward_in_place(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
         d_x = input_gradient(gradients, w_ih) if ctx.needs_input_grad[0] else None
-        d_weights = _weight_gradients(gradients, *w_ih.shape)
+        units, (_, inputs) = w_hh.shape[1], w_ih.shape
+        d_rzh, d_n = weight_products(gradients, units)
         Workspace.give(gradients)
-        return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
+        d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
+        d_w_ih, d_w_hh = d_input[:, :inputs].contiguous(), d_rzh[:, :units].contiguous()
+        d_biases = (
+            (d_input[:, inputs].contiguous(), d_rzh[:, units + inputs].contiguous()) if ctx.has_bias else (None, None)
+        )
+        return d_x, d_hidden, None, d_w_ih, d_w_hh, *d_biases
 
 
-def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[Tensor, Tensor]:
     """`gru_sequence` by the kernels, into contiguous ``y`` if it is given, and what `backward_in_place` needs ``[N, T, ...]``.
 
     It makes no graph; ``is_init`` is what `as_bytes` makes.
@@ -153,7 +160,7 @@ def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[torch.Tensor, t
         require_tensor("y", y, (*x.shape[:2], units), w_hh, plain=True)
     _require_bytes(is_init, x)
     saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(x.shape[-1], units)))
-    return _forward(x, hidden, is_init, pack_weights(*weights), units, saved, y), saved
+    return _forward(x, hidden, is_init, weights, saved, y), saved
 
 
 def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
@@ -179,23 +186,14 @@ def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> No
     )
 
 
-def _weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
-    """Gradients of w_ih, w_hh, b_ih and b_hh from what `backward_in_place` gives."""
-    units = gates // 3
-    d_rzh, d_n = weight_products(gradients, units)
-    d_w_hh, d_b_hh = d_rzh[:, :units].contiguous(), d_rzh[:, units + inputs].contiguous()
-    d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
-    return d_input[:, :inputs].contiguous(), d_w_hh, d_input[:, inputs].contiguous(), d_b_hh
-
-
-def weight_products(gradients: torch.Tensor, units: int, out=(None, None)) -> tuple[torch.Tensor, torch.Tensor]:
+def weight_products(gradients: Tensor, units: int, out=(None, None)) -> tuple[Tensor, Tensor]:
     """(dr, dz, dhn) by (h, x, 1, …) ``[3 H, H + I + 1 + …]`` and dn by (x, 1, …) ``[H, I + 1 + …]``, sums over all steps."""
     flat = gradients.view(-1, gradients.shape[-1])
     d_rzh = torch.mm(flat[:, : 3 * units].t(), flat[:, 4 * units :], out=out[0])
     return d_rzh, torch.mm(flat[:, 3 * units : 4 * units].t(), flat[:, 5 * units :], out=out[1])
 
 
-def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
+def input_gradient(gradients: Tensor, w_ih: Tensor) -> Tensor:
     """The gradient by ``x`` ``[N, T, input_size]`` from what `backward_in_place` gives."""
     units = len(w_ih) // 3
     return torch.cat((gradients[..., : 2 * units], gradients[..., 3 * units : 4 * units]), -1) @ w_ih
@@ -206,13 +204,13 @@ class Workspace:
 
     class _Free(threading.local):  # a tensor that two threads took would be written by both
         def __init__(self):
-            self.tensors: list[torch.Tensor] = []
+            self.tensors: list[Tensor] = []
 
     _free = _Free()
     _KEPT = 8  # two networks in one loss: states, gradients and what forward saves of each, and a little more
 
     @classmethod
-    def take(cls, like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    def take(cls, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         free = cls._free.tensors
         for i, tensor in enumerate(free):
             if tensor.shape == shape and tensor.dtype == like.dtype:
@@ -220,24 +218,24 @@ class Workspace:
         return like.new_empty(shape)
 
     @classmethod
-    def give(cls, tensor: torch.Tensor) -> None:
+    def give(cls, tensor: Tensor) -> None:
         cls._free.tensors.append(tensor)
         del cls._free.tensors[: -cls._KEPT]
 
 
-def as_bytes(is_init: torch.Tensor | None) -> torch.Tensor | None:
+def as_bytes(is_init: Tensor | None) -> Tensor | None:
     """``is_init`` as contiguous bytes, or None where nothing starts anew after the first step."""
     if is_init is None or is_init.shape[1] == 1:
         return None
     return is_init.bool().contiguous() if is_init[:, 1:].any() else None
 
 
-def _require_bytes(is_init: torch.Tensor | None, x: torch.Tensor) -> None:
+def _require_bytes(is_init: Tensor | None, x: Tensor) -> None:
     layout = (torch.bool, x.shape[:2], True)
     if is_init is not None and (is_init.dtype, is_init.shape, is_init.is_contiguous()) != layout:
         raise ValueError(f"is_init must be contiguous bool {tuple(x.shape[:2])} here: what as_bytes(is_init) gives.")
 
 
-def _strided(tensor: torch.Tensor | None) -> tuple:
+def _strided(tensor: Tensor | None) -> tuple:
     """Address and strides of row and step, as the kernels take them."""
     return (None, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride()[:2])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 __all__ = ["gru_steps"]
 
 
-def gru_steps(
-    x: torch.Tensor, hidden: torch.Tensor | None, is_init: torch.Tensor | None, *weights: torch.Tensor | None
-) -> torch.Tensor:
+def gru_steps(x: Tensor, hidden: Tensor | None, is_init: Tensor | None, *weights: Tensor | None) -> Tensor:
     """`gru_sequence` step by step: in each a matrix product and PyTorch's fused cell; what needs no memory is one product.
 
     Going back it is the same; gradients of weights are single products over all steps. The host only launches, so that it all can
@@ -60,6 +59,6 @@ class _GRUSteps(torch.autograd.Function):
         return d_x, d_hidden, None, _product(by_x, x), _product(by_h, before), *d_biases
 
 
-def _product(gates: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def _product(gates: Tensor, inputs: Tensor) -> Tensor:
     """The sum over all steps and rows of the outer products of ``gates`` ``[T, N, 3 H]`` and ``inputs`` ``[T, N, n]``."""
     return gates.flatten(0, 1).t() @ inputs.flatten(0, 1)

@@ -10,7 +10,7 @@ from operator import index
 import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
-from torch import nn
+from torch import Tensor, nn
 
 from rl2_torchrl.gradients.chain import ChainPart, ConcatPart
 from rl2_torchrl.gradients.part import is_bare, runs
@@ -60,7 +60,7 @@ class MLPEncoder(nn.Module):
             layers += [nn.Linear(inputs, outputs, **factory), activation()]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
@@ -85,7 +85,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.net, self.shape = net, torch.Size(shape)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.shape)]
         out = self.net(_as_reals(x, next(self.net.parameters(), torch.empty(0))).reshape(-1, *self.shape))
         return out.reshape(*batch, *out.shape[1:])
@@ -139,14 +139,14 @@ class ConvEncoder(ImageEncoder):
 
 
 class _ChannelsFirst(nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return images.movedim(-1, -3)
 
 
 class Concat(nn.Module):
     """Concatenates its inputs ``[*B, n_i]`` in the first one's dtype, to ``[*B, sum n_i]``; uint8 is scaled to [0, 1]."""
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         first, *others = inputs
         return torch.cat([first, *(_as_reals(x, first) for x in others)], -1) if others else first
 
@@ -208,7 +208,7 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
     return out.shape[-1]
 
 
-def _as_reals(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _as_reals(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the dtype of ``like``; uint8, as in images, is scaled to [0, 1]."""
     return x.to(like.dtype) / 255 if x.dtype == torch.uint8 else x.to(like.dtype)
 
@@ -254,7 +254,7 @@ class Head(nn.Module):
             nn.init.uniform_(parameter, -init_range, init_range)
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Maps ``features`` ``[*B, in_features]`` to ``[*B, out_features]``."""
         if features.shape[-1] != self.in_features:
             raise ValueError(
@@ -270,7 +270,7 @@ class Head(nn.Module):
             _fused(layers, lambda linear: partial(relu_linear, weight=linear.weight, bias=linear.bias)), features
         )
 
-    def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def step_function(self) -> Callable[[Tensor], Tensor]:
         is_chain = runs(self, Head) and not self.skip_size
         return partial(_run, _fused(list(self.layers), relu_linear_step)) if is_chain else self
 
@@ -279,7 +279,7 @@ class Head(nn.Module):
         return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
 
 
-def _run(layers: Sequence[Callable], x: torch.Tensor) -> torch.Tensor:
+def _run(layers: Sequence[Callable], x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x
@@ -300,7 +300,7 @@ class SkipHead(nn.Module):
         self.head, self.detach = head, detach
         self.concat = Concat()
 
-    def forward(self, features: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor, *extra: Tensor) -> Tensor:
         return self.head(self.concat(features.detach() if self.detach else features, *extra))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import NestedKey
-from torch import nn
+from torch import Tensor, nn
 
 from rl2_torchrl.gradients.part import DataPart, runs
 
@@ -42,7 +42,7 @@ class RunningNorm(nn.Module):
     def __init__(
         self,
         size: int,
-        columns: Sequence[bool] | torch.Tensor | None = None,
+        columns: Sequence[bool] | Tensor | None = None,
         *,
         clip: float = 10.0,
         device: torch.device | None = None,
@@ -61,7 +61,7 @@ class RunningNorm(nn.Module):
         self.register_buffer("squares", torch.zeros(size, **double))
         self.clip = clip
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RunningNorm:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningNorm:
         # `Module.half()` and its like would cast the sums: 65,504 is float16's largest count, and float32's sums stand still in
         # long runs. The device is followed.
         sums = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
@@ -72,22 +72,22 @@ class RunningNorm(nn.Module):
         return self
 
     @property
-    def std(self) -> torch.Tensor:
+    def std(self) -> Tensor:
         """Standard deviations ``[size]``, 1 where nothing has varied."""
         std = (self.squares / self.count.clamp_min(1)).sqrt()
         return torch.where(std > 0, std, 1.0)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[*B, size]`` to ``[*B, size]``."""
         return self.step_function()(x)
 
-    def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def step_function(self) -> Callable[[Tensor], Tensor]:
         shift = torch.where(self.columns, self.mean, 0.0)
         scale = torch.where(self.columns, 1 / self.std, 1.0)
         bound = torch.where(self.columns & (self.count > 0), self.clip, torch.inf)
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
 
-        def step(x: torch.Tensor) -> torch.Tensor:
+        def step(x: Tensor) -> Tensor:
             if x.dtype not in by_dtype:
                 by_dtype[x.dtype] = [each.to(x.dtype) for each in (shift, scale, bound, -bound)]
             less, times, most, least = by_dtype[x.dtype]
@@ -96,7 +96,7 @@ class RunningNorm(nn.Module):
         return step
 
     @torch.no_grad()
-    def update_statistics(self, x: torch.Tensor) -> None:
+    def update_statistics(self, x: Tensor) -> None:
         """Adds the data ``x`` ``[*B, size]`` (Chan, Golub & LeVeque 1983, eq. 2.1)."""
         x = x.reshape(-1, x.shape[-1])
         # The mean of one column first: float32 sums of large numbers would lose what varies.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
@@ -304,7 +304,7 @@ def _slots(
     activation: Callable[[], nn.Module] = nn.ReLU,
     in_key: NestedKey = "trans",
     extra_keys: Sequence[NestedKey] = (),
-    normalize: bool | torch.Tensor = False,
+    normalize: bool | Tensor = False,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[list[TensorDictModuleBase], nn.Module, list[NestedKey], tuple[NestedKey, NestedKey, int]]:

@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
-from torch import nn
+from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.modules.normalization import RunningNorm
@@ -109,11 +109,11 @@ class TrialAdvantage(nn.Module):
             advantage.sub_(advantage.mean()).div_(std)
         return tensordict.set("advantage", advantage).set("value_target", target)
 
-    def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
+    def rewards(self, tensordict: TensorDictBase) -> Tensor:
         """What the advantages are of, ``[*B, T, 1]``: the collected rewards. A subclass may have others."""
         return tensordict["next", "reward"]
 
-    def _scaled(self, reward: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
+    def _scaled(self, reward: Tensor, done: Tensor) -> Tensor:
         """``reward`` over the standard deviation of the returns of all batches before, or of a first one's own."""
         returns = _accumulate(reward.clone(), done, self.gamma)
         is_first, std = self._returns.count == 0, self._returns.std
@@ -121,7 +121,7 @@ class TrialAdvantage(nn.Module):
             self._returns.update_statistics(returns)
         return reward / (self._returns.std if is_first else std).to(reward)
 
-    def _temporal_differences(self, tensordict: TensorDictBase, value, reward, out: torch.Tensor) -> None:
+    def _temporal_differences(self, tensordict: TensorDictBase, value, reward, out: Tensor) -> None:
         """Writes ``r_t + gamma v_{t+1} - v_t`` into ``out`` ``[*B, T, 1]``, where v is 0 beyond a trial's end."""
         done, terminated = tensordict["next", "done"], tensordict["next", "terminated"]
         out[..., :-1, :] = value[..., 1:, :]
@@ -134,7 +134,7 @@ class TrialAdvantage(nn.Module):
             out[is_open] = self._bootstrap(tensordict, is_open.squeeze(-1)).to(out.dtype)
         out.mul_(self.gamma).add_(reward).sub_(value)
 
-    def _bootstrap(self, tensordict: TensorDictBase, rows: torch.Tensor) -> torch.Tensor:
+    def _bootstrap(self, tensordict: TensorDictBase, rows: Tensor) -> Tensor:
         critic = self.stand_in if self.critic is None else self.critic
         if critic is None:
             raise ValueError(
@@ -155,7 +155,7 @@ class TrialAdvantage(nn.Module):
             return critic(successors)[self.value_key].reshape(-1)
 
 
-def _entry(tensordict: TensorDictBase, key: str, like: torch.Tensor) -> torch.Tensor:
+def _entry(tensordict: TensorDictBase, key: str, like: Tensor) -> Tensor:
     """The entry ``key`` to write into: the one that is there, if a collector hands its batches out in the same memory."""
     entry = tensordict.get(key, None)
     if entry is None or (entry.shape, entry.dtype, entry.device) != (like.shape, like.dtype, like.device):
@@ -163,7 +163,7 @@ def _entry(tensordict: TensorDictBase, key: str, like: torch.Tensor) -> torch.Te
     return entry
 
 
-def _accumulate(out: torch.Tensor, done: torch.Tensor, discount: float) -> torch.Tensor:
+def _accumulate(out: Tensor, done: Tensor, discount: float) -> Tensor:
     """``out_t += discount * out_{t+1}`` from back to front, over the steps of one trial (Schulman et al. 2016, eq. 16).
 
     As TorchRL's `generalized_advantage_estimate`, which makes ten tensors of the batch's size, in the memory of ``out``.
@@ -176,7 +176,7 @@ def _accumulate(out: torch.Tensor, done: torch.Tensor, discount: float) -> torch
     return out
 
 
-def _accumulate_by_doubling(out: torch.Tensor, done: torch.Tensor, discount: float) -> torch.Tensor:
+def _accumulate_by_doubling(out: Tensor, done: Tensor, discount: float) -> Tensor:
     """`_accumulate` of all steps at once over 1, 2, 4, … steps (Hillis & Steele 1986): a device waits for launches."""
     factor, steps, shift = torch.where(done, 0.0, torch.full_like(out, discount)), out.shape[-2], 1
     while shift < steps:
@@ -187,7 +187,7 @@ def _accumulate_by_doubling(out: torch.Tensor, done: torch.Tensor, discount: flo
     return out
 
 
-def _require_finite(value: torch.Tensor, name: str) -> None:
+def _require_finite(value: Tensor, name: str) -> None:
     # The sum of finite numbers can overflow, but that of others is never finite: it spares four tensors of this size.
     if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
         *row, step, _ = (~torch.isfinite(value)).nonzero()[0].tolist()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from tensordict import NestedKey
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 __all__ = ["TaskBelief"]
@@ -46,7 +46,7 @@ class TaskBelief(nn.Module):
         target_size: int,
         *,
         coefficient: float = 1.0,
-        target: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        target: Callable[[Tensor], Tensor] | None = None,
         features_key: NestedKey = "actor_features",
         task_key: NestedKey = "task",
         device: torch.device | None = None,
@@ -59,7 +59,7 @@ class TaskBelief(nn.Module):
         self.coefficient, self.target = coefficient, target
         self.in_keys = [features_key, task_key]
 
-    def forward(self, features: torch.Tensor, task: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, features: Tensor, task: Tensor) -> dict[str, Tensor]:
         """Loss and error, from features ``[N, T, features_size]`` and tasks ``[N, T, ...]``."""
         told = self.layer(features)
         with torch.no_grad():

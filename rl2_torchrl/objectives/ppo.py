@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss
 
@@ -157,7 +157,7 @@ class RL2PPOLoss(ClipPPOLoss):
             return losses
         return losses.update(self.losses_of(tensordict.flatten(0, tensordict.ndim - 2), self.terms))
 
-    def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+    def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
         parts, losses = self._known_parts(), {}
         read = {key for reader in (*parts, *terms) for key in reader.in_keys}
@@ -212,7 +212,7 @@ class RL2PPOLoss(ClipPPOLoss):
             raise KeyError("no 'is_init' in the data, which says where a trial, and the memory with it, starts anew.")
 
     @property
-    def clip_bounds(self) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    def clip_bounds(self) -> tuple[float | Tensor, float | Tensor]:
         """Logarithms of the lowest and the highest ratio; on a device as they are, for a recording that follows them."""
         low, high = map(as_number, self._clip_bounds)
         return low, high
@@ -224,7 +224,7 @@ class RL2PPOLoss(ClipPPOLoss):
         exact = {"clip_epsilon": low, "clip_epsilon_low": low, "clip_epsilon_high": high, "critic_coeff": critic_coeff}
         exact["entropy_coeff"] = 0.01 if entropy_coeff is None else entropy_coeff
         for name, value in exact.items():
-            if isinstance(self._buffers.get(name), torch.Tensor) and not isinstance(value, Mapping):
+            if isinstance(self._buffers.get(name), Tensor) and not isinstance(value, Mapping):
                 self._buffers[name] = torch.as_tensor(value, dtype=dtype, device=self._buffers[name].device)
 
 

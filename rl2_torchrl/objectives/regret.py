@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
 
 from rl2_torchrl.baselines.planning import value_iteration
 from rl2_torchrl.envs import TabularMDP, unpack_mdps
@@ -37,7 +38,7 @@ class RegretAdvantage(TrialAdvantage):
         tensor([-0.5000,  0.0000])
     """
 
-    def __init__(self, action_values: Callable[[TensorDictBase], torch.Tensor], **kwargs):
+    def __init__(self, action_values: Callable[[TensorDictBase], Tensor], **kwargs):
         super().__init__(**kwargs)
         self.action_values = action_values
 
@@ -47,17 +48,17 @@ class RegretAdvantage(TrialAdvantage):
         of_values = getattr(self.action_values, "in_keys", ["task"])
         return list(dict.fromkeys([*super().in_keys, "action", *of_values]))
 
-    def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
+    def rewards(self, tensordict: TensorDictBase) -> Tensor:
         """Minus the regrets, ``[B, T, 1]``."""
         return -self.regrets(tensordict)
 
-    def regrets(self, tensordict: TensorDictBase) -> torch.Tensor:
+    def regrets(self, tensordict: TensorDictBase) -> Tensor:
         """``[B, T, 1]``, at least 0."""
         values = self.action_values(tensordict)
         return values.amax(-1, keepdim=True) - values.gather(-1, tensordict["action"].unsqueeze(-1))
 
 
-def bandit_values(batch: TensorDictBase) -> torch.Tensor:
+def bandit_values(batch: TensorDictBase) -> Tensor:
     """The means of all arms ``[B, T, num_arms]``: the task itself.
 
     Examples:
@@ -93,7 +94,7 @@ class MDPValues:
     def __init__(self, mdps: TabularMDP):
         self.sizes, self.episode_steps = (mdps.num_states, mdps.num_actions), mdps.max_episode_steps
 
-    def __call__(self, batch: TensorDictBase) -> torch.Tensor:
+    def __call__(self, batch: TensorDictBase) -> Tensor:
         """Values ``[B, T, num_actions]`` at the steps of ``batch`` ``[B, T]``."""
         (rows, steps), task = batch.shape, batch["task"][:, 0]
         if steps % self.episode_steps:

@@ -27,7 +27,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from tensordict import NestedKey
-from torch import nn
+from torch import Tensor, nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, has_kernels
@@ -37,7 +37,7 @@ __all__ = ["ClippedObjective", "EntropyBonus", "OwnGradient", "SquaredError"]
 _Totals = ctypes.c_double * 5
 
 
-def as_number(value: torch.Tensor) -> float | torch.Tensor:
+def as_number(value: Tensor) -> float | Tensor:
     """``value`` as Python's float; on a device that would have to be waited for, as it is."""
     return value.item() if value.is_cpu else value
 
@@ -50,10 +50,10 @@ class OwnGradient(nn.Module, ABC):
         self.in_keys = in_keys
 
     @abstractmethod
-    def with_gradients(self, *entries: torch.Tensor) -> tuple[dict[str, float | torch.Tensor], tuple]:
+    def with_gradients(self, *entries: Tensor) -> tuple[dict[str, float | Tensor], tuple]:
         """Its one ``loss_...`` and diagnostics; and the loss's gradient by each of ``entries``, or None for one that has none."""
 
-    def forward(self, *entries: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, *entries: Tensor) -> dict[str, Tensor]:
         """Loss and diagnostics, the loss with its gradient as autograd takes it."""
         with torch.no_grad():
             values, slopes = self.with_gradients(*entries)
