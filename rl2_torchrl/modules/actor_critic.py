@@ -19,9 +19,8 @@ class ActorCritic(TensorDictSequential):
     would silently be lost. Reads and writes the entries of both, ``[*B]`` or, in recurrent mode, ``[*B, T]``.
 
     The actor's weights have the names here that they have in the actor, so that a collector takes them alone too, as TorchRL's
-    `PPOTrainer` hands them over: give that ``gae=TrialAdvantage()``, and no replay buffer, which would shuffle single steps.
-    (Its own default, TorchRL's `GAE`, asks the critic again, at each step and its successor, and ends in "The sets of keys in the
-    tensordicts to stack are exclusive": values and features are stored at steps alone.)
+    `PPOTrainer` hands them over: give that ``gae=TrialAdvantage()`` in place of TorchRL's `GAE`, which asks the critic at each
+    step's successor too, and no replay buffer, which would shuffle single steps.
 
     Args:
         actor: e.g. `GRUGaussianActor` or `GRUCategoricalActor`.
@@ -35,16 +34,11 @@ class ActorCritic(TensorDictSequential):
     """
 
     def __init__(self, actor: TensorDictModuleBase, critic: TensorDictModuleBase):
-        if not hasattr(actor, "get_dist"):
-            raise TypeError(
-                f"ActorCritic(actor, critic): {type(actor).__name__} has no action distribution. The actor comes first, and "
-                "it is a ProbabilisticActor such as GRUGaussianActor."
-            )
-        shared = [key for key in hidden_keys(actor) if key in hidden_keys(critic)]
-        if shared:
+        require_policy(actor, "ActorCritic")
+        if shared := [key for key in hidden_keys(actor) if key in hidden_keys(critic)]:
             raise ValueError(
-                f"actor and critic both keep their memory under {shared}: each would go on from the other's. Give one another "
-                "hidden_key=, or build the critic on the actor's memory (MemoryValueHead)."
+                f"actor and critic both keep their memory under {shared}: give one another hidden_key=, or share the actor's "
+                "memory (MemoryValueHead)."
             )
         is_sequence = type(actor).forward is ProbabilisticTensorDictSequential.forward
         # A sequence's modules, so that their weights have the names here that they have in the actor.
@@ -73,6 +67,15 @@ class ActorCritic(TensorDictSequential):
     def hidden_keys(self) -> list[NestedKey]:
         """Entries of the hidden states, ``[*B, num_layers, hidden_size]`` each."""
         return hidden_keys(self)
+
+
+def require_policy(actor: nn.Module | None, where: str) -> None:
+    """TypeError unless ``actor`` has an action distribution, as the first network of ``where`` does."""
+    if not hasattr(actor, "get_dist"):
+        raise TypeError(
+            f"{where}(actor, critic): {type(actor).__name__} has no action distribution. The actor comes first, and it is a "
+            "ProbabilisticActor such as GRUGaussianActor."
+        )
 
 
 def hidden_keys(module: TensorDictModuleBase) -> list[NestedKey]:

@@ -35,11 +35,6 @@ class TrialAdvantage(nn.Module):
             numbers around 1 whatever the env pays. It is part of the ``state_dict``; in ``eval()`` mode it stays. Default False.
         value_key: Default ``"state_value"``.
 
-    Raises:
-        KeyError: there is no stored value in the data, or ``("next", ...)`` lacks what the critic reads.
-        FloatingPointError: reward or value is not finite.
-        ValueError: a batch ends inside a trial and there is no critic to ask.
-
     Examples:
         >>> from tensordict import TensorDict
         >>> done = torch.tensor([[False, False, True]]).unsqueeze(-1)
@@ -87,8 +82,7 @@ class TrialAdvantage(nn.Module):
         """Writes ``"advantage"`` and ``"value_target"`` into ``tensordict`` ``[*B, T]`` and returns it."""
         if self.value_key not in tensordict.keys(True):
             raise KeyError(
-                f"no {self.value_key!r} in the data: TrialAdvantage reads the values stored at collection. Collect with "
-                "ActorCritic(actor, critic) as the policy."
+                f"no {self.value_key!r} in the data, of the collection: collect with ActorCritic(actor, critic)."
             )
         value, done = tensordict[self.value_key], tensordict["next", "done"]
         reward = self.rewards(tensordict).to(value.dtype)
@@ -138,17 +132,16 @@ class TrialAdvantage(nn.Module):
         critic = self.stand_in if self.critic is None else self.critic
         if critic is None:
             raise ValueError(
-                f"{int(rows.sum())} trials are cut by the batch's end (or truncated), and without a critic their last value "
-                "cannot be known. Make frames_per_batch a whole number of trials, or pass "
-                "TrialAdvantage(critic=<the collector's policy>)."
+                f"{int(rows.sum())} trials are cut by the batch's end (or truncated), and there is no critic to ask for their last "
+                "value. Make frames_per_batch a whole number of trials, or pass TrialAdvantage(critic=<the collector's policy>)."
             )
         successors = tensordict["next"][rows]
-        missing = [key for key in critic.in_keys if key != "is_init" and key not in successors.keys(True, True)]
-        if missing:
+        known = ("is_init", *successors.keys(True, True))
+        if missing := [key for key in critic.in_keys if key not in known]:
             raise KeyError(
                 f"{int(rows.sum())} trials are cut by the batch's end (or truncated), but ('next', ...) lacks {missing}, which the "
-                f"critic reads there. Keep it: PPOUpdate(..., bptt={tensordict.shape[-1]}).in_keys has it, and the memory that "
-                "trials go on from; TrialCollector(keep=None) keeps all. Or make frames_per_batch a whole number of trials."
+                f"critic reads there: keep PPOUpdate(..., bptt={tensordict.shape[-1]}).in_keys, or all (keep=None), or make "
+                "frames_per_batch a whole number of trials."
             )
         successors["is_init"] = torch.zeros(*successors.batch_size, 1, dtype=torch.bool, device=rows.device)
         with set_recurrent_mode(False):
@@ -192,6 +185,6 @@ def _require_finite(value: Tensor, name: str) -> None:
     if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
         *row, step, _ = (~torch.isfinite(value)).nonzero()[0].tolist()
         raise FloatingPointError(
-            f"{name} is {value[(*row, step, 0)].item()} at row {row}, step {step} of the batch. One such number spreads over the "
-            "whole batch through the advantages: mend the env or the networks before training on."
+            f"{name} is {value[(*row, step, 0)].item()} at row {row}, step {step}, and would spread over the whole batch: mend the "
+            "env or the networks before training on."
         )

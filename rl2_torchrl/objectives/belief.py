@@ -29,9 +29,6 @@ class TaskBelief(nn.Module):
         task_key: Default ``"task"``.
         device, dtype: of the layer.
 
-    Raises:
-        ValueError: the coefficient is not positive, or the target has another size.
-
     Examples:
         >>> from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss
         >>> belief = TaskBelief(64, 3, coefficient=10.0)  # the means of a bandit's three arms
@@ -66,8 +63,7 @@ class TaskBelief(nn.Module):
             target = (task if self.target is None else self.target(task)).to(told.dtype)
         if target.shape != told.shape:
             raise ValueError(
-                f"what is to be told has shape {tuple(target.shape)}, but the layer gives {tuple(told.shape)}: target_size is the "
-                "size of target(task), or of the task itself."
+                f"target(task), or the task itself, has shape {tuple(target.shape)}, but target_size gives {tuple(told.shape)}."
             )
         error = mse_loss(told, target)
         return {"loss_belief": self.coefficient * error, "belief_error": error.detach()}

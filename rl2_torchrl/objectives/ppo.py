@@ -15,7 +15,7 @@ from torchrl.objectives import ClipPPOLoss
 from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
 from rl2_torchrl.gradients.part import entries_of, has_hooks
 from rl2_torchrl.gradients.program import merge_losses
-from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.actor_critic import hidden_keys, require_policy
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
@@ -50,12 +50,6 @@ class RL2PPOLoss(ClipPPOLoss):
             ``loss_critic_type="l2"`` (the squared error), ``log_explained_variance=False`` (over minibatches of unlike trials
             it says little and costs a pass) and ``functional=False`` (the networks themselves are called, a millisecond faster).
 
-    Raises:
-        ValueError: ``clip_epsilon`` lies outside (0, 1], a coefficient is negative or no number, the data are single steps
-            though the actor has a memory, or the advantage is not ``[*B, T, 1]``.
-        TypeError: the actor has no distribution, or one of ``terms`` is no term.
-        KeyError: the data hold no advantage, and the networks cannot be asked for it.
-
     Examples:
         >>> from rl2_torchrl.modules import GRUCategoricalActor, GRUValueHead
         >>> loss = RL2PPOLoss(GRUCategoricalActor(5, 3), GRUValueHead(5))
@@ -77,11 +71,7 @@ class RL2PPOLoss(ClipPPOLoss):
         # ClipPPOLoss's other names for the two.
         actor_network, critic_network = kwargs.pop("actor", actor_network), kwargs.pop("critic", critic_network)
         _check_numbers(clip_epsilon, critic_coeff, entropy_coeff)
-        if not hasattr(actor_network, "get_dist"):
-            raise TypeError(
-                f"RL2PPOLoss(actor, critic): {type(actor_network).__name__} has no action distribution. The actor comes "
-                "first, and it is a ProbabilisticActor such as GRUGaussianActor."
-            )
+        require_policy(actor_network, "RL2PPOLoss")
         options = {**_DEFAULTS, **kwargs}
         options["functional"] |= options.get("delay_actor", False)
         weights = {"clip_epsilon": clip_epsilon, "entropy_coeff": entropy_coeff}
@@ -174,20 +164,17 @@ class RL2PPOLoss(ClipPPOLoss):
         self.require_starts(tensordict.keys())
         if tensordict.ndim < 2:
             raise ValueError(
-                f"the data are single steps {list(tensordict.shape)}, but the actor has a memory: it is trained on sequences "
-                "[*B, T], in the order in which they were played. A replay buffer of shuffled steps loses that order: fill it "
-                "with rows, buffer.extend(batch) with a batch [B, T]."
+                f"the data are single steps {list(tensordict.shape)}, but a memory is trained on sequences [*B, T], as they were "
+                "played: fill a replay buffer with such rows, not with steps."
             )
         advantage = tensordict.get(key := self.tensor_keys.advantage, None)
         if advantage is None and self._value_estimator is None:
             raise KeyError(
-                f"no {key!r} in the data: call TrialAdvantage(...)(batch) before the loss, on the whole batch [B, T] (a GRU "
-                "critic cannot be asked for it step by step)."
+                f"no {key!r} in the data: call TrialAdvantage(...)(batch) before the loss, on the whole batch [B, T]."
             )
         if advantage is not None and advantage.shape != (*tensordict.shape, 1):
             raise ValueError(
-                f"{key!r} has shape {tuple(advantage.shape)} in data of shape {tuple(tensordict.shape)}: it must be "
-                "[*B, T, 1], as TrialAdvantage writes it; mind the last dimension."
+                f"{key!r} has shape {tuple(advantage.shape)} in data {tuple(tensordict.shape)}: it must be [*B, T, 1]."
             )
 
     def _set_in_keys(self) -> None:
@@ -224,7 +211,7 @@ class RL2PPOLoss(ClipPPOLoss):
         exact = {"clip_epsilon": low, "clip_epsilon_low": low, "clip_epsilon_high": high, "critic_coeff": critic_coeff}
         exact["entropy_coeff"] = 0.01 if entropy_coeff is None else entropy_coeff
         for name, value in exact.items():
-            if isinstance(self._buffers.get(name), Tensor) and not isinstance(value, Mapping):
+            if self._buffers.get(name) is not None and not isinstance(value, Mapping):
                 self._buffers[name] = torch.as_tensor(value, dtype=dtype, device=self._buffers[name].device)
 
 
@@ -232,8 +219,7 @@ def _check_terms(terms: Sequence[nn.Module]) -> None:
     for term in terms:
         if not isinstance(term, nn.Module) or isinstance(getattr(term, "in_keys", ""), str):
             raise TypeError(
-                f"{type(term).__name__} is no loss term: an nn.Module with in_keys, a list of the entries that its forward takes, "
-                "which returns a dictionary such as {'loss_belief': ...} (rl2_torchrl.objectives.terms)."
+                f"{type(term).__name__} is no loss term, an nn.Module with a list in_keys: see rl2_torchrl.objectives.terms."
             )
 
 
@@ -241,13 +227,10 @@ def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff) -> None:
     low, high = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
     if not (0 < low <= 1 and high > 0):
         raise ValueError(
-            f"clip_epsilon={clip_epsilon}: at 0 or below no policy change is allowed at all, and 1 - clip_epsilon, the "
-            "lowest ratio, cannot be negative. Usual are 0.1 to 0.3."
+            f"{clip_epsilon=}: it must lie in (0, 1], or no policy change is allowed. Usual are 0.1 to 0.3."
         )
     if critic_coeff is not None and not critic_coeff >= 0:
-        raise ValueError(
-            f"critic_coeff={critic_coeff}: a negative weight would drive the values away from the returns."
-        )
+        raise ValueError(f"{critic_coeff=}: a negative weight would drive the values away from the returns.")
     coefficients = entropy_coeff.values() if isinstance(entropy_coeff, Mapping) else [entropy_coeff]
     if any(coefficient is not None and not coefficient >= 0 for coefficient in coefficients):
-        raise ValueError(f"entropy_coeff={entropy_coeff}: a negative weight would make the policy stop exploring.")
+        raise ValueError(f"{entropy_coeff=}: a negative weight would make the policy stop exploring.")

@@ -95,8 +95,7 @@ class ClippedObjective(OwnGradient):
         if log_prob.ndim != 2 or not log_prob.shape == old_log_prob.shape == advantage.shape:
             shapes = [tuple(entry.shape) for entry in (log_prob, old_log_prob, advantage)]
             raise ValueError(
-                f"log-probabilities, old ones and advantages must be of one shape [N, T]; they are {shapes}. A policy of several "
-                "actions must sum their log-probabilities."
+                f"log-probabilities, old ones and advantages must be of one shape [N, T], of several actions summed, not {shapes}."
             )
         by_kernels = has_kernels(log_prob, old_log_prob, advantage)
         active, figures = (self._by_kernels if by_kernels else self._by_torch)(log_prob, old_log_prob, advantage)
@@ -140,8 +139,7 @@ class SquaredError(OwnGradient):
     def with_gradients(self, value, target):
         if value.shape != target.shape:
             raise ValueError(
-                f"values {tuple(value.shape)} and their targets {tuple(target.shape)} must be of one shape [N, T, 1]: others "
-                "would be compared step by step with all steps."
+                f"values {tuple(value.shape)} and targets {tuple(target.shape)} must be of one shape [N, T, 1]."
             )
         error, factor = value - target, self.coefficient / value.numel()
         flat = error.flatten()
