@@ -1,4 +1,4 @@
-"""`GraphedPass` and `gru_steps`, what they compute: on the CPU, where nothing is recorded (tests/test_cuda.py records)."""
+"""`GraphedPass` and `_GRUSteps`, what they compute: on the CPU, where nothing is recorded (tests/test_cuda.py records)."""
 
 import copy
 
@@ -8,8 +8,7 @@ from tensordict import TensorDict
 
 from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss
 from rl2_torchrl.gradients import graphed
-from rl2_torchrl.modules.gru_sequence import _loop
-from rl2_torchrl.modules.gru_steps import gru_steps
+from rl2_torchrl.modules.gru_sequence import _GRUSteps, _loop
 from rl2_torchrl.objectives.advantages import _accumulate, _accumulate_by_doubling
 
 ROWS, STEPS = 6, 5
@@ -45,7 +44,7 @@ def test_steps_equal_the_loop(fused_cell, with_hidden, with_resets, with_bias):
     weights = [torch.randn(12, n).double() for n in (3, 4)] + [torch.randn(12).double() if with_bias else None] * 2
     tensors = [x, hidden, *weights]
     slope, found = torch.randn(ROWS, STEPS, 4).double(), []
-    for function in (gru_steps, _loop):
+    for function in (_GRUSteps.apply, _loop):
         leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
         y = function(*leaves[:2], is_init, *leaves[2:])
         found.append([y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], slope)])

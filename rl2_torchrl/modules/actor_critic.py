@@ -1,7 +1,5 @@
 """`ActorCritic`: the collector's policy, which acts and stores the value in one pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from tensordict import NestedKey

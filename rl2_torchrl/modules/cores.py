@@ -5,8 +5,6 @@ one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``, as TorchRL's `GR
 plain tensors, by `step_function`, `sequence` and `initial_memory`, which all of ours have (`FastGRUModule` too).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from operator import index
 

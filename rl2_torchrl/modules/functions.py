@@ -1,7 +1,5 @@
 """`relu_linear` and `log_prob_and_entropy`, of which heads and policies are made, by kernels in one pass each way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 

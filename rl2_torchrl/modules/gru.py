@@ -1,7 +1,5 @@
 """`FastGRUModule`: TorchRL's `GRUModule`, the same numbers several times faster on the CPU; `GRUCore`, the same as a core."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

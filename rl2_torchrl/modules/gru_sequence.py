@@ -1,7 +1,5 @@
 """`gru_sequence`: a GRU layer over sequences with resets, compiled, and its gradient."""
 
-from __future__ import annotations
-
 import threading
 
 import torch
@@ -9,7 +7,6 @@ from torch import Tensor
 
 from rl2_torchrl import kernels
 from rl2_torchrl.modules.functions import require_tensor, unit_stride
-from rl2_torchrl.modules.gru_steps import gru_steps
 
 __all__ = [
     *("Workspace", "as_bytes", "backward_in_place", "forward_saving", "gru_sequence", "input_gradient", "pack_weights"),
@@ -17,28 +14,21 @@ __all__ = [
 ]
 
 
-def gru_sequence(
-    x: Tensor,
-    hidden: Tensor | None,
-    is_init: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
+def gru_sequence(x: Tensor, hidden: Tensor | None, is_init: Tensor | None, *weights: Tensor | None) -> Tensor:
     """One GRU layer over sequences (Cho et al. 2014; equations and parameters as in `torch.nn.GRU`): ``h`` ``[N, T, H]``.
 
     ``h_t = GRU(x_t, h_{t-1})``; ``h_{t-1}`` is ``hidden[:, t]`` (None: 0) at the first step and where ``is_init`` ``[N, T]`` is set
-    (None: nowhere else). ``x`` ``[N, T, I]`` and ``hidden`` ``[N, T, H]`` are converted to the weights' dtype. The gradient is
-    back-propagation through time in one pass; the weights' gradients are single matrix products over all steps.
-    On a CUDA device it goes step by step (`gru_steps`). Elsewhere, without compiled kernels for the device and dtype, and for one
-    step of few rows of many units, it is a loop of PyTorch's operations.
+    (None: nowhere else). ``x`` ``[N, T, I]`` and ``hidden`` ``[N, T, H]`` are converted to the dtype of ``weights``: w_ih, w_hh,
+    and b_ih and b_hh, if there are. The gradient is back-propagation through time in one pass, the weights' are single
+    matrix products over all steps. On a CUDA device it goes step by step (`_GRUSteps`). Elsewhere, without compiled kernels for
+    the device and dtype, and for one step of few rows of many units, it is a loop of PyTorch's operations.
     """
-    weights = (w_ih, w_hh, b_ih, b_hh)
+    weights = (*weights, None, None)[:4]
     require_weights(*weights)
+    w_ih, w_hh, *_ = weights
     x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
     if w_hh.is_cuda:
-        return gru_steps(x, hidden, is_init, *weights)
+        return _GRUSteps.apply(x, hidden, is_init, *weights)
     # The kernels read packed weights. For one step of few rows, packing large ones costs more than the step.
     # Not asked of what is compiled or exported, which would keep to this number of rows.
     if not kernels.covers(w_hh) or not len(x) or (x.shape[1] == 1 and len(x) < 48 and w_hh.shape[1] >= 128):
@@ -71,9 +61,7 @@ def _as_inputs(x, hidden, is_init, w_ih, w_hh) -> tuple[Tensor, Tensor | None]:
         hidden = hidden.to(w_hh.dtype)
         require_tensor("hidden", hidden, (*x.shape[:2], w_hh.shape[1]), w_hh)
     if is_init is not None and (is_init.shape, is_init.device) != (x.shape[:2], x.device):
-        raise ValueError(
-            f"is_init has shape {tuple(is_init.shape)} on {is_init.device}; it must be {tuple(x.shape[:2])} on {x.device}."
-        )
+        raise ValueError(f"is_init has shape {tuple(is_init.shape)}; it must be {tuple(x.shape[:2])} on {x.device}.")
     return x, hidden
 
 
@@ -239,3 +227,54 @@ def _require_bytes(is_init: Tensor | None, x: Tensor) -> None:
 def _strided(tensor: Tensor | None) -> tuple:
     """Address and strides of row and step, as the kernels take them."""
     return (None, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride()[:2])
+
+
+# ------------------------------------------------------------------ step by step
+class _GRUSteps(torch.autograd.Function):
+    """`gru_sequence` step by step: in each a matrix product and PyTorch's fused cell; what needs no memory is one product.
+
+    Going back it is the same. The host only launches, reading nothing back, so that it all can be part of a CUDA graph. Matrix
+    products are of PyTorch's float32 precision, as cuDNN's are not.
+    """
+
+    @staticmethod
+    def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
+        x = x.transpose(0, 1).contiguous()  # a step's rows side by side
+        gates = x @ w_ih.t() if b_ih is None else torch.addmm(b_ih, x.flatten(0, 1), w_ih.t()).unflatten(0, x.shape[:2])
+        resets = None if is_init is None else is_init.bool().t().unsqueeze(-1)
+        zeros = x.new_zeros(x.shape[1], w_hh.shape[1])
+        h = zeros if hidden is None else hidden[:, 0].contiguous()
+        before, after, saved = [], [], []
+        for t in range(len(x)):
+            if t and resets is not None:
+                h = torch.where(resets[t], zeros if hidden is None else hidden[:, t], h)
+            before.append(h)
+            by_h = h @ w_hh.t() if b_hh is None else torch.addmm(b_hh, h, w_hh.t())
+            h, kept = torch.ops.aten._thnn_fused_gru_cell(gates[t], by_h, h)  # and what its gradient needs [N, 5 H]
+            after.append(h)
+            saved.append(kept)
+        ctx.save_for_backward(x, torch.stack(before), resets, w_ih, w_hh, *saved)
+        ctx.has_bias = b_ih is not None
+        return torch.stack(after, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, before, resets, w_ih, w_hh, *saved = ctx.saved_tensors
+        d_hidden = torch.zeros_like(dy) if ctx.needs_input_grad[1] else None
+        dy, d_h, by_x, by_h = dy.transpose(0, 1).contiguous(), torch.zeros_like(before[0]), [], []
+        for t in reversed(range(len(saved))):
+            d_x_gates, d_h_gates, d_h, *_ = torch.ops.aten._thnn_fused_gru_cell_backward(d_h + dy[t], saved[t], False)
+            by_x.append(d_x_gates)
+            by_h.append(d_h_gates)
+            d_h.addmm_(d_h_gates, w_hh)
+            if d_hidden is not None:
+                d_hidden[:, t] = d_h if t == 0 else 0 if resets is None else torch.where(resets[t], d_h, 0.0)
+            if t and resets is not None:
+                d_h = torch.where(resets[t], 0.0, d_h)
+        by_x, by_h = torch.stack(by_x[::-1]), torch.stack(by_h[::-1])
+        d_x = (by_x @ w_ih).transpose(0, 1) if ctx.needs_input_grad[0] else None
+        d_biases = (by_x.sum((0, 1)), by_h.sum((0, 1))) if ctx.has_bias else (None, None)
+        # The sum over all steps and rows of the outer products of gates and inputs.
+        products = (gates.flatten(0, 1).t() @ read.flatten(0, 1) for gates, read in ((by_x, x), (by_h, before)))
+        return d_x, d_hidden, None, *products, *d_biases

@@ -1,7 +1,5 @@
 """`orthogonal_init_`: an initialisation with which a GRU or LSTM remembers over long trials from the start."""
 
-from __future__ import annotations
-
 from torch import nn
 
 __all__ = ["orthogonal_init_"]

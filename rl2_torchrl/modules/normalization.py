@@ -1,7 +1,5 @@
 """`RunningNorm`: inputs at mean 0 and standard deviation 1, by statistics that move between updates and at no other time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -61,7 +59,7 @@ class RunningNorm(nn.Module):
         self.register_buffer("squares", torch.zeros(size, **double))
         self.clip = clip
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningNorm:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # `Module.half()` and its like would cast the sums: 65,504 is float16's largest count, and float32's sums stand still in
         # long runs. The device is followed.
         sums = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}

@@ -48,9 +48,8 @@ class RecurrentActor(ProbabilisticActor):
         input_size: size of the transition input; with encoders by entry, the shape of each entry that is read, such as
             ``{"trans": [7], "pixels": [3, 64, 64]}``.
         distribution: how the head's outputs become an action, such as ``CategoricalActions(5)``.
-        action_key, hidden_key, features_key: what is written, and the core's (first) memory. Default ``"action"``,
-            ``"actor_hidden"`` and ``"actor_features"``.
-        init_range: the default head's last layer is drawn from U(-init_range, init_range). Default 1e-3.
+        action_key, hidden_key, features_key: what is written, and the core's (first) memory.
+        init_range: the default head's last layer is drawn from U(-init_range, init_range).
         device, dtype: of the parameters.
         encoder: reads ``in_key`` ``[*B, input_size]`` and gives ``[*B, n]``: a module or a function of the entry's shape, such as
             `MLPEncoder`; or a mapping of entries to such, whose outputs are concatenated with the entries that have none; or a
@@ -111,13 +110,11 @@ class RecurrentActor(ProbabilisticActor):
         distribution: ActionDistribution | Callable[[TensorSpec], ActionDistribution] = ActionDistribution.from_spec,
         **kwargs,
     ) -> RecurrentActor:
-        """An actor of the sizes, device, action key and action space of ``env``.
+        """An actor of the sizes, device, action key and action space of ``env``, which has a `PreviousStep` among its transforms.
 
-        Args:
-            env: with `PreviousStep` among its transforms.
-            distribution: one, or a function of the action spec of one row, such as ``TanhGaussianActions.from_spec``. By default
-                the spec decides: categorical for one or several choices, Gaussian for reals.
-            **kwargs: as in the constructor. What the env shows in two dimensions, or more than an image's three, needs an encoder.
+        ``distribution`` is one, or a function of the action spec of one row, such as ``TanhGaussianActions.from_spec``; by default
+        the spec decides: categorical for one or several choices, Gaussian for reals. Further keywords are the constructor's. What
+        the env shows in two dimensions, or more than an image's three, needs an encoder.
         """
         if not isinstance(distribution, ActionDistribution):
             distribution = distribution(_action_spec(env))
@@ -128,14 +125,8 @@ class RecurrentActor(ProbabilisticActor):
 class GRUGaussianActor(RecurrentActor):
     """Gaussian GRU policy: ``mean_t = W relu(GRU(trans_t, h_{t-1})) + b``, ``a_t ~ Normal(mean_t, exp(log_std))``.
 
-    A `RecurrentActor` with `GaussianActions`: the action ``[*B, action_dim]`` comes with ``"loc"`` and ``"scale"``, and its
-    log-probability is summed over the components. In deterministic mode the action is the mean.
-
-    Args:
-        input_size: size of the transition input.
-        action_dim: dimensions of the action.
-        init_log_std: first value of every component of ``log_std``. Default -0.5.
-        **kwargs: as in `RecurrentActor`: ``hidden_size``, ``num_cells``, ``skip``, ``encoder``, ``core``, ...
+    A `RecurrentActor` with ``GaussianActions(action_dim, init_log_std=...)``: the action ``[*B, action_dim]`` comes with ``"loc"``
+    and ``"scale"``, and its log-probability is summed over the components. In deterministic mode it is the mean.
 
     Examples:
         >>> GRUGaussianActor(input_size=5, action_dim=2, hidden_size=8).out_keys
@@ -156,15 +147,8 @@ class GRUGaussianActor(RecurrentActor):
 class GRUCategoricalActor(RecurrentActor):
     """Categorical GRU policy: ``logits_t = W relu(GRU(trans_t, h_{t-1})) + b``.
 
-    A `RecurrentActor` with `CategoricalActions`: the action comes with ``"logits"`` ``[*B, num_actions]``. In deterministic mode
-    it is the most probable one.
-
-    Args:
-        input_size: size of the transition input.
-        num_actions: number of actions.
-        one_hot: the action is a one-hot vector ``[*B, num_actions]``, as TorchRL's `GymEnv` has it, in place of an
-            index ``[*B]``. Default False.
-        **kwargs: as in `RecurrentActor`: ``hidden_size``, ``num_cells``, ``skip``, ``encoder``, ``core``, ...
+    A `RecurrentActor` with ``CategoricalActions(num_actions, one_hot=...)``: the action, an index ``[*B]`` or a one-hot vector,
+    comes with ``"logits"`` ``[*B, num_actions]``. In deterministic mode it is the most probable one.
 
     Examples:
         >>> GRUCategoricalActor(input_size=5, num_actions=3, hidden_size=8).out_keys
@@ -191,11 +175,10 @@ class RecurrentCritic(TensorDictSequential):
 
     Args:
         input_size: summed size of ``in_key`` and ``extra_keys``; or the shape of each entry that is read.
-        value_key, hidden_key, features_key: Default ``"state_value"``, ``"critic_hidden"`` and ``"critic_features"``.
-        init_range: as in `RecurrentActor`. Default 3e-3.
+        value_key: what is written.
+        hidden_key, features_key, init_range, **slots: as in `RecurrentActor`.
         extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each ``[*B, n]``. They are
             concatenated to the core's input.
-        **slots: as in `RecurrentActor`, from ``device`` on.
 
     Examples:
         >>> from rl2_torchrl.modules import LSTMCore
@@ -242,14 +225,11 @@ class MemoryValueHead(TensorDictSequential):
     policy's. In a loss the actor must run first, as it does in `ClipPPOLoss` and `A2CLoss`.
 
     Args:
-        features_size: size of the actor's features, its ``hidden_size``.
+        features_size: size of the actor's features, its ``hidden_size``; ``features_key`` is their entry.
         detach: whether to stop the gradient into the actor's memory.
-        extra_size: summed size of ``extra_keys``.
-        extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each ``[*B, n]``.
-        init_range: the last layer is drawn from U(-init_range, init_range). Default 3e-3.
-        features_key, value_key: the actor's features, and what is written. Default ``"actor_features"`` and ``"state_value"``.
-        **layers: ``num_cells``, ``activation``, ``device`` and ``dtype``, as in `Head`. A detached critic cannot shape its
-            features, so that one hidden layer of its own helps.
+        extra_keys, extra_size: further inputs, as in `RecurrentCritic`, and their summed size.
+        init_range, **layers: as in `Head`. A detached critic cannot shape its features, so that one hidden layer of its own helps.
+        value_key: what is written.
 
     Examples:
         >>> MemoryValueHead(features_size=8, detach=True)(actor_features=torch.zeros(4, 8)).shape

@@ -1,7 +1,5 @@
 """`TrialAdvantage`: GAE and returns over trials, from the values stored at collection."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """`TaskBelief`: the actor's memory learns to tell the task, which only training sees."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

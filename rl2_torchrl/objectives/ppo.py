@@ -1,7 +1,5 @@
 """`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients, and with further terms."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Mapping, Sequence
 from weakref import WeakKeyDictionary
 

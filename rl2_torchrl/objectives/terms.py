@@ -20,8 +20,6 @@ scalar reaches the log. Parameters of a term are the loss's, and trained with it
 Autograd makes a term's gradient, for that term alone. A term without parameters that knows it better derives from `OwnGradient`.
 """
 
-from __future__ import annotations
-
 import ctypes
 from abc import ABC, abstractmethod
 
