@@ -29,9 +29,7 @@ class RecurrentCore(TensorDictModuleBase):
         features_size: size of the features that `step` gives.
         memory: name and shape (of one row) of each tensor that is carried from step to step, such as ``{"hidden": (64,)}``.
         input_size: size of what it reads, to be checked; None for any.
-        in_key: the entry that it reads. Default ``"trans"``. A network (``RecurrentActor(core=...)``) names all entries itself.
-        hidden_key: the entry of the first memory. Default ``"hidden"``.
-        features_key: the entry that it writes. Default ``"features"``.
+        **keys: as in `name_entries`, by which a network (``RecurrentActor(core=...)``) names all entries itself.
 
     Examples:
         >>> class Average(RecurrentCore):  # an exponential average of what it has seen
@@ -45,24 +43,19 @@ class RecurrentCore(TensorDictModuleBase):
     """
 
     def __init__(
-        self,
-        features_size: int,
-        memory: Mapping[str, Sequence[int]],
-        *,
-        input_size: int | None = None,
-        in_key: NestedKey = "trans",
-        hidden_key: NestedKey = "hidden",
-        features_key: NestedKey = "features",
+        self, features_size: int, memory: Mapping[str, Sequence[int]], *, input_size: int | None = None, **keys
     ):
         super().__init__()
         if not memory:
             raise ValueError("a core without memory cannot remember: name a tensor, memory={'hidden': (64,)}.")
         self.features_size, self.input_size = index(features_size), input_size
         self.memory_shapes = {name: tuple(map(index, shape)) for name, shape in memory.items()}
-        self.name_entries(in_key, hidden_key, features_key)
+        self.name_entries(**keys)
 
-    def name_entries(self, in_key: NestedKey, hidden_key: NestedKey, features_key: NestedKey) -> None:
-        """Names what the core reads and writes; memories after the first are ``hidden_key`` with their name appended."""
+    def name_entries(
+        self, in_key: NestedKey = "trans", hidden_key: NestedKey = "hidden", features_key: NestedKey = "features"
+    ) -> None:
+        """Names what the core reads, its first memory, to which the others append their names, and what it writes."""
         _, *others = self.memory_shapes
         memory_keys = [unravel_key(hidden_key), *(sub_key(hidden_key, name) for name in others)]
         self.in_keys = [unravel_key(in_key), *memory_keys, "is_init"]
@@ -185,10 +178,7 @@ class LSTMCore(RecurrentCore):
     """An LSTM (Hochreiter & Schmidhuber 1997), by `torch.nn.LSTM`, with two memories: its output and its cell.
 
     Args:
-        input_size: size of what it reads.
-        hidden_size: units. Default 64.
-        num_layers: Default 1.
-        device, dtype: of the parameters.
+        input_size, hidden_size, num_layers, device, dtype: as in `torch.nn.LSTM`; dropout and the like it has none.
         **keys: as in `RecurrentCore`.
 
     Examples:

@@ -115,7 +115,7 @@ class GRUCore(FastGRUModule):
     ):
         sizes = as_sizes(input_size, hidden_size, num_layers)
         super().__init__(*sizes, device=device, in_key="trans", out_key="features")
-        self.name_entries(**{"in_key": "trans", "hidden_key": "hidden", "features_key": "features", **keys})
+        self.name_entries(**keys)
         self.to(dtype)
 
     # torch.compile breaks the graph at a GRU in any case; stopping here saves tracing the code around it.

@@ -190,16 +190,12 @@ def input_gradient(gradients: Tensor, w_ih: Tensor) -> Tensor:
 class Workspace:
     """Memory of one minibatch that the next one uses again: first touch of fresh memory costs more than the arithmetic on it."""
 
-    class _Free(threading.local):  # a tensor that two threads took would be written by both
-        def __init__(self):
-            self.tensors: list[Tensor] = []
-
-    _free = _Free()
+    _free = threading.local()  # a tensor that two threads took would be written by both
     _KEPT = 8  # two networks in one loss: states, gradients and what forward saves of each, and a little more
 
     @classmethod
     def take(cls, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        free = cls._free.tensors
+        free = vars(cls._free).setdefault("tensors", [])
         for i, tensor in enumerate(free):
             if tensor.shape == shape and tensor.dtype == like.dtype:
                 return free.pop(i)
@@ -207,8 +203,9 @@ class Workspace:
 
     @classmethod
     def give(cls, tensor: Tensor) -> None:
-        cls._free.tensors.append(tensor)
-        del cls._free.tensors[: -cls._KEPT]
+        free = vars(cls._free).setdefault("tensors", [])
+        free.append(tensor)
+        del free[: -cls._KEPT]
 
 
 def as_bytes(is_init: Tensor | None) -> Tensor | None:

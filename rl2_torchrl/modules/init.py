@@ -25,9 +25,6 @@ def orthogonal_init_(
         gate_gain: a further factor on the input matrix of the update gate (an LSTM's input and forget gates). Well above 1 a unit
             writes at some inputs and keeps its state at others: memories of single states and actions to build on.
 
-    Raises:
-        ValueError: there is no GRU or LSTM in ``module``, or ``memory_steps`` is below 1 or there are no biases.
-
     Examples:
         >>> import torch
         >>> reset_gate = orthogonal_init_(nn.GRU(5, 8)).weight_hh_l0[:8]

@@ -104,9 +104,6 @@ class ConvEncoder(ImageEncoder):
         activation: after each layer. Default `torch.nn.ReLU`.
         **factory: device and dtype of the parameters.
 
-    Raises:
-        ValueError: no image, or one that is too small for these convolutions.
-
     Examples:
         >>> ConvEncoder([3, 16, 16])(torch.zeros(2, 7, 3, 16, 16, dtype=torch.uint8)).shape
         torch.Size([2, 7, 64])

@@ -23,12 +23,8 @@ class RunningNorm(nn.Module):
         size: size of the input.
         columns: which of its entries are normalised, bool ``[size]``; all by default. The others, such as one-hot vectors, pass
             as they are.
-        clip: what is normalised is kept within ± this. Default 10.
-        device: device of the buffers.
-
-    Raises:
-        ValueError: ``columns`` has another size, or ``clip`` is not positive.
-        FloatingPointError: the data are not finite.
+        clip: what is normalised is kept within ± this.
+        device: of the buffers.
 
     Examples:
         >>> norm = RunningNorm(2, columns=[True, False])
@@ -49,15 +45,13 @@ class RunningNorm(nn.Module):
         columns = torch.ones(size, dtype=torch.bool) if columns is None else torch.as_tensor(columns, dtype=torch.bool)
         if columns.shape != (size,) or not clip > 0:
             raise ValueError(
-                f"columns of shape {tuple(columns.shape)} for size={size}, clip={clip}: give one flag an entry, and a bound."
+                f"columns {tuple(columns.shape)} for {size=}, {clip=}: give one flag an entry, and a bound."
             )
-        # In float64, as the sums of long runs; what `forward` reads is made of them.
-        double = {"dtype": torch.float64, "device": device}
-        self.register_buffer("columns", columns.to(device))
-        self.register_buffer("count", torch.zeros((), **double))
-        self.register_buffer("mean", torch.zeros(size, **double))
-        self.register_buffer("squares", torch.zeros(size, **double))
         self.clip = clip
+        self.register_buffer("columns", columns.to(device))
+        # In float64, as the sums of long runs; what `forward` reads is made of them.
+        for name, shape in (("count", ()), ("mean", size), ("squares", size)):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64, device=device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # `Module.half()` and its like would cast the sums: 65,504 is float16's largest count, and float32's sums stand still in

@@ -29,12 +29,10 @@ _DEFAULTS = {"loss_critic_type": "l2", "entropy_bonus": False, "log_explained_va
 class RL2PPOLoss(ClipPPOLoss):
     """``L = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) + 0.5 mean((v - R)²)``, without entropy term.
 
-    A `ClipPPOLoss` in everything but its defaults, so it goes wherever that goes, with the same keys and options. The
-    loss runs its networks in recurrent mode: it takes sequences ``[*B, T]``, each starting from the hidden state stored
-    at its first step, and the GRU starts anew, from the state stored there, wherever ``"is_init"`` says so.
-
-    Entries written: ``loss_objective``, ``loss_critic`` (the coefficient included), ``loss_entropy`` when there is a
-    bonus, `ClipPPOLoss`'s diagnostics, and what ``terms`` give.
+    A `ClipPPOLoss` in everything but its defaults, so it goes wherever that goes, with the same keys and options. It runs its
+    networks in recurrent mode, on sequences ``[*B, T]``, each starting from the memory stored at its first step, and anew, from
+    the one stored there, wherever ``"is_init"`` says so. Entries written: ``loss_objective``, ``loss_critic`` (the coefficient
+    included), ``loss_entropy`` when there is a bonus, `ClipPPOLoss`'s diagnostics, and what ``terms`` give.
 
     Args:
         actor_network: policy, e.g. `GRUGaussianActor`.
@@ -199,8 +197,7 @@ class RL2PPOLoss(ClipPPOLoss):
     @property
     def clip_bounds(self) -> tuple[float | Tensor, float | Tensor]:
         """Logarithms of the lowest and the highest ratio; on a device as they are, for a recording that follows them."""
-        low, high = map(as_number, self._clip_bounds)
-        return low, high
+        return tuple(map(as_number, self._clip_bounds))
 
     def _set_precision(self, clip_epsilon, critic_coeff, entropy_coeff) -> None:
         # ClipPPOLoss stores these as float32, which in float64 networks moves the clip by 1e-8.

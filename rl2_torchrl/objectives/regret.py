@@ -76,9 +76,6 @@ class MDPValues:
     Args:
         mdps: the env that is played, for its numbers of states, actions and steps of an episode.
 
-    Raises:
-        ValueError: a row is no whole number of episodes, or ends with another task than it began with.
-
     Examples:
         >>> from tensordict import TensorDict
         >>> from rl2_torchrl.envs import TabularMDP, pack_mdps
