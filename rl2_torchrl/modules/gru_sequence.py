@@ -124,15 +124,9 @@ class _GRUSequence(torch.autograd.Function):
         d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         backward_in_place(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
         d_x = input_gradient(gradients, w_ih) if ctx.needs_input_grad[0] else None
-        units, (_, inputs) = w_hh.shape[1], w_ih.shape
-        d_rzh, d_n = weight_products(gradients, units)
+        d_weights = _weight_gradients(gradients, *w_ih.shape)
         Workspace.give(gradients)
-        d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
-        d_w_ih, d_w_hh = d_input[:, :inputs].contiguous(), d_rzh[:, :units].contiguous()
-        d_biases = (
-            (d_input[:, inputs].contiguous(), d_rzh[:, units + inputs].contiguous()) if ctx.has_bias else (None, None)
-        )
-        return d_x, d_hidden, None, d_w_ih, d_w_hh, *d_biases
+        return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
 
 
 def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[Tensor, Tensor]:
@@ -174,14 +168,23 @@ def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> No
     )
 
 
-def weight_products(gradients: Tensor, units: int, out=(None, None)) -> tuple[Tensor, Tensor]:
+def _weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
+    """Gradients of w_ih, w_hh, b_ih and b_hh from what `backward_in_place` gives."""
+    units = gates // 3
+    d_rzh, d_n = weight_products(gradients, units)
+    d_w_hh, d_b_hh = d_rzh[:, :units].contiguous(), d_rzh[:, units + inputs].contiguous()
+    d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
+    return d_input[:, :inputs].contiguous(), d_w_hh, d_input[:, inputs].contiguous(), d_b_hh
+
+
+def weight_products(gradients: torch.Tensor, units: int, out=(None, None)) -> tuple[torch.Tensor, torch.Tensor]:
     """(dr, dz, dhn) by (h, x, 1, …) ``[3 H, H + I + 1 + …]`` and dn by (x, 1, …) ``[H, I + 1 + …]``, sums over all steps."""
     flat = gradients.view(-1, gradients.shape[-1])
     d_rzh = torch.mm(flat[:, : 3 * units].t(), flat[:, 4 * units :], out=out[0])
     return d_rzh, torch.mm(flat[:, 3 * units : 4 * units].t(), flat[:, 5 * units :], out=out[1])
 
 
-def input_gradient(gradients: Tensor, w_ih: Tensor) -> Tensor:
+def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
     """The gradient by ``x`` ``[N, T, input_size]`` from what `backward_in_place` gives."""
     units = len(w_ih) // 3
     return torch.cat((gradients[..., : 2 * units], gradients[..., 3 * units : 4 * units]), -1) @ w_ih
