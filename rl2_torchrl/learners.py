@@ -98,26 +98,19 @@ class Learners:
 
     # --------------------------------------------------------------- a minibatch
     @torch.no_grad()
-    def join_gradients(self, gradients: Sequence[torch.Tensor], weight: float) -> None:
-        """Puts the sum of all processes' ``gradients``, this one's times ``weight``, in their place."""
+    def join(self, metrics: Metrics, gradients: Sequence[torch.Tensor], weight: float) -> Metrics:
+        """Means over all processes by their ``weight``, those of ``gradients`` in their place; of ``max_...`` the largest."""
         if self._group is None:
-            return
+            return metrics
         for gradient in gradients:
             gradient.mul_(weight)
             dist.all_reduce(gradient, group=self._group)
-
-    def join_metrics(self, metrics: Metrics, weight: float) -> Metrics:
-        """Means over all processes by their ``weight``; of ``max_...`` the largest."""
-        if self._group is None:
-            return metrics
         device = next((value.device for value in metrics.values() if isinstance(value, torch.Tensor)), None)
         kind = {"dtype": torch.float64, "device": device}
         own = torch.stack([torch.as_tensor(value, **kind).detach() for value in (*metrics.values(), weight)])
-        everyones = self._gathered(own.unsqueeze(0))
-        *values, weights = everyones.unbind(1)
-        means = {name: (value * weights).sum() for name, value in zip(metrics, values, strict=True)}
-        largest = {name: value.max() for name, value in zip(metrics, values, strict=True) if name.startswith("max_")}
-        return {name: as_number(value) for name, value in (means | largest).items()}
+        *values, weights = self._gathered(own.unsqueeze(0)).unbind(1)
+        named = list(zip(metrics, values, strict=True))
+        return {n: as_number(v.max() if n.startswith("max_") else (v * weights).sum()) for n, v in named}
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process."""

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from copy import copy
-from functools import partial
 from statistics import fmean
 from typing import Literal, SupportsIndex
 
@@ -27,6 +26,7 @@ from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.objectives.advantages import TrialAdvantage
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
+from rl2_torchrl.objectives.terms import as_number
 
 __all__ = ["PPOUpdate", "linear_decay"]
 
@@ -280,7 +280,7 @@ class PPOUpdate:
         """One pass's gradients and metrics of each minibatch, by a way chosen anew for every batch: the loss may have changed."""
         self.backend, self.reason = self._choose()
         if self.backend == "autograd":
-            return lambda: map(self._by_autograd, self._chunks.entries())
+            return lambda: map(self._joined, map(self._by_autograd, self._chunks.entries()))
         if self.backend == "graph":
             return self._graph_pass(from_zeros)
         program = Program(self.loss)
@@ -289,7 +289,7 @@ class PPOUpdate:
         if refusal is not None:
             if self._named == "compiled":
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
-            return lambda: map(partial(self._by_parts, program), self._chunks.entries())
+            return lambda: map(self._joined, map(program, self._chunks.entries()))
         compiled, steps = CompiledPass(*given, self.max_grad_norm), self._chunks.rows * self._chunks.steps
         if from_zeros:
             _require_replay(compiled.max_ratio)
@@ -321,23 +321,20 @@ class PPOUpdate:
 
     def _by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
         losses = self.loss(TensorDict(entries, next(iter(entries.values())).shape[:2]))
-        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
         for parameter in self._parameters:
             parameter.grad = None
-        total.backward()
-        self._learners.join_gradients([p.grad for p in self._parameters if p.grad is not None], self._chunks.weight)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm or math.inf)
-        scalars = {name: value.detach() for name, value in losses.items() if value.ndim == 0}
-        return self._learners.join_metrics({"loss": total.detach(), **scalars, "grad_norm": norm}, self._chunks.weight)
+        sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
+        return {name: value.detach() for name, value in losses.items() if value.ndim == 0}
 
-    def _by_parts(self, program: Program, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
-        losses = program(entries)
+    def _joined(self, losses: Metrics) -> Metrics:
+        """Of all processes; gradients are joined in their place, and clipped."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        losses = self._learners.join(losses, gradients, self._chunks.weight)
+        norm = nn.utils.get_total_norm(gradients)
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-        self._learners.join_gradients(program.gradients, self._chunks.weight)
-        norm = program.norm()
-        if self.max_grad_norm is not None and norm > self.max_grad_norm:
-            program.scale(self.max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does
-        return self._learners.join_metrics({"loss": total, **losses, "grad_norm": norm}, self._chunks.weight)
+        return {"loss": total, **losses, "grad_norm": as_number(norm)}
 
     def any_process(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process of the group; all of them must ask at the same time."""

@@ -111,8 +111,6 @@ def assert_same(loss, data, tolerance=1e-12, grads_are_none=False):
                 assert parameter.grad is None or not parameter.grad.any(), name
             else:
                 torch.testing.assert_close(parameter.grad, gradient, rtol=tolerance, atol=tolerance, msg=name)
-    norm = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
-    assert program.norm() == pytest.approx(norm.item(), rel=10 * tolerance)
     ours = [p for _, p in trained]
     total = sum(value for name, value in out.items() if name.startswith("loss_"))
     for one, gradient in zip(torch.autograd.grad(total, ours, allow_unused=True), gradients, strict=True):
@@ -134,9 +132,6 @@ def test_losses_and_gradients_are_torchrls(dtype, tolerance, kind, critic, entro
     if COMPILED:
         kinds = [part.kind for part in program.parts]
         assert kinds.count("autograd") == ("elu" in kind)
-    before = program.gradient_of(program.parameters[0]).clone()
-    program.scale(0.5)
-    assert torch.equal(program.parameters[0].grad, 0.5 * before)
 
 
 def test_a_gradient_by_hand():
@@ -426,20 +421,18 @@ def test_sizes_and_dtypes_of_data():
 def _run(part, state, wanted, slopes):
     """Gradients of ``sum(slope * output)`` by entries and parameters, by the part and by autograd through its `run`."""
     part.wanted = set(wanted)
-    memory = {id(p): torch.full_like(p, torch.nan) for p in part.parameters()}
-    part.bind(memory)
     gradients = {key: slope.clone() for key, slope in slopes.items()}
     entries = dict(state)
     with torch.no_grad():
         part.forward(entries)
-        part.backward(entries, gradients)
+        part.backward(gradients)
     leaves = {key: state[key].clone().requires_grad_() for key in wanted}
     entries = {**state, **leaves}
     part.run(entries)
     total = sum((slope * entries[key]).sum() for key, slope in slopes.items())
-    sources = [*leaves.values(), *part.parameters()]
+    sources = [*leaves.values(), *part.parameters]
     expected = torch.autograd.grad(total, sources, allow_unused=True)
-    ours = [*(gradients.get(key) for key in leaves), *(memory[id(p)] for p in part.parameters())]
+    ours = [gradients.get(source) for source in (*leaves, *part.parameters)]
     for one, other in zip(ours, expected, strict=True):
         if other is None:
             assert one is None
@@ -505,7 +498,7 @@ def test_the_gradients_of_inputs_side_by_side(wanted):
     part.wanted = set(wanted)
     part.forward(state)
     gradients = dict(slopes)
-    part.backward(state, gradients)
+    part.backward(gradients)
     expected = {"x": slopes["z"][..., :2], "y": slopes["z"][..., 2:]}
     assert gradients.keys() == set(wanted)
     assert all(torch.equal(gradients[key], expected[key]) for key in wanted)
@@ -530,8 +523,8 @@ def test_the_gradients_of_policies(kind, reads):
     _run(part, state, ["loc", "scale"], slopes)  # nobody says that the scale is the same in all steps
     by_entries = {key: slope.clone() for key, slope in slopes.items()}
     part.forward(state | {log_scale_key("scale"): log_std})
-    part.forward(known := state | {log_scale_key("scale"): log_std})
-    part.backward(known, by_entries)
+    part.forward(state | {log_scale_key("scale"): log_std})
+    part.backward(by_entries)
     leaves = [loc.clone().requires_grad_(), log_std.clone().requires_grad_()]
     entries = {**state, "loc": leaves[0], "scale": leaves[1].exp().expand_as(loc)}
     part.run(entries)
@@ -623,7 +616,7 @@ def test_updates_in_single_precision():
 @pytest.mark.parametrize(
     ("critic", "change", "message"),
     [
-        ("shared", {}, "one GRU and one head each"),
+        ("shared", {}, "more than one GRU and one head each"),
         ("separate", {"minibatches": 1, "rows": 100}, "one by one"),
         ("separate", {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimizer"),
         ("separate", {"optimizer": lambda p: torch.optim.Adam(p, weight_decay=0.1)}, "optimizer"),

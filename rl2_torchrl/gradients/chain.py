@@ -1,22 +1,22 @@
-"""`ChainPart`: linear layers, ReLU and tanh, as in heads and encoders; `ConcatPart`: inputs side by side."""
+"""`ChainPart`: linear layers, ReLU and tanh, as in heads and encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.part import AutogradPart, DataPart, State, accumulate, entries_of, runs
+from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, runs
 from rl2_torchrl.modules.functions import MOST_OUTPUTS, relu_linear, relu_linear_gradients
 from rl2_torchrl.modules.gru_sequence import Workspace
 
-__all__ = ["ChainPart", "ConcatPart"]
+__all__ = ["ChainPart"]
 
 
-class ChainPart(AutogradPart):
+class ChainPart(Part):
     """Linear layers and activations by turns: ReLU or tanh.
 
     Args:
@@ -40,97 +40,71 @@ class ChainPart(AutogradPart):
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys, *, detach: bool = False):
         super().__init__(module, in_keys, out_keys)
-        self.detach, self._joins = detach, len(self.in_keys) > 1
+        joins = len(self.in_keys) > 1
+        #: What is done to the first input alone, where others join it behind that.
+        self.first, layers = _name_of(layers[0]) if joins else None, layers[joins:]
         names = [None, *map(_name_of, layers)]
         #: The linear layers, what stands before each of them, and after the last.
         self.linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
         self.before = [name for name, layer in zip(names, layers, strict=False) if isinstance(layer, nn.Linear)]
-        self.after = names[-1]
+        self.after, self.detach = names[-1], detach
 
-    def bind(self, gradients: Mapping[int, torch.Tensor]) -> None:
-        super().bind(gradients)
-        self._products = [
-            (gradients[id(w)], w.new_empty(len(w)) if bias is None else gradients[id(bias)])
-            for w, bias in ((layer.weight, layer.bias) for layer in self.linears)
-        ]
-
-    def forward(self, state: State) -> None:
+    def forward_by_hand(self, state: State) -> bool:
         x, *more = entries_of(state, self.in_keys)
-        self._by_kernels = self._covers(x, more)
-        if not self._by_kernels:
-            super().forward(state)
-            return
+        self._sizes = [entry.shape[-1] for entry in (x, *more)]
+        fits = sum(self._sizes) == self.linears[0].in_features and x.dtype == self.linears[0].weight.dtype
+        if not fits or not x.numel():
+            return False
         if more:
-            self._sizes = [x.shape[-1], *(other.shape[-1] for other in more)]
-            self._joined = _activated(x, self.before[0])
+            self._joined = _activated(x, self.first)
             x = torch.cat((self._joined, *(other.to(x.dtype) for other in more)), -1)
         self._inputs = []
-        for number, layer in enumerate(self.linears):
-            before = self._before(number)
+        for before, layer in zip(self.before, self.linears, strict=True):
             x = _activated(x, "tanh") if before == "tanh" else x.contiguous()
             self._inputs.append(x)
             # relu_linear makes the activation itself, and forgets it.
             run = relu_linear if before == "relu" else nn.functional.linear
             x = run(x, layer.weight, layer.bias)
         self._out = state[self.out_keys[0]] = _activated(x, self.after)
+        return True
 
-    def _covers(self, x: torch.Tensor, more: Sequence[torch.Tensor]) -> bool:
-        size = x.shape[-1] + sum(other.shape[-1] for other in more)
-        return x.dtype == self.linears[0].weight.dtype and size == self.linears[0].in_features and x.numel() > 0
-
-    def _before(self, number: int) -> str | None:
-        # Where inputs are joined, the first activation has been made already.
-        return None if number == 0 and self._joins else self.before[number]
-
-    def backward(self, state: State, gradients: State) -> None:
-        if not self._by_kernels:
-            super().backward(state, gradients)
-            return
+    def backward_by_hand(self, gradients: Gradients) -> None:
         slope = _before_activation(gradients.pop(self.out_keys[0]), self._out, self.after)
         wanted = self.wanted - {self.in_keys[0]} if self.detach else self.wanted
-        for number in reversed(range(len(self.linears))):
-            x, before = self._inputs.pop(), self._before(number)
-            d_x = Workspace.take(x, x.shape) if number or wanted else None
-            linear_gradients(x, self.linears[number].weight, slope, d_x, *self._products[number], before == "relu")
+        for layer, before in zip(reversed(self.linears), reversed(self.before), strict=True):
+            x = self._inputs.pop()
+            d_x = Workspace.take(x, x.shape) if self._inputs or wanted else None
+            d_weight, d_bias = _linear_gradients(x, layer.weight, slope, d_x, before == "relu")
+            accumulate(gradients, layer.weight, d_weight)
+            if layer.bias is not None:
+                accumulate(gradients, layer.bias, d_bias)
             slope = _before_activation(d_x, x, "tanh") if before == "tanh" and d_x is not None else d_x
-        if wanted and not self._joins:
-            known = self.in_keys[0] in gradients
-            accumulate(gradients, self.in_keys[0], slope)
-            if known:
+        if not wanted:
+            return
+        [key, *_], is_known = self.in_keys, self.in_keys[0] in gradients
+        if len(self.in_keys) == 1:
+            accumulate(gradients, key, slope)
+            if is_known:
                 Workspace.give(slope)
-        elif wanted:
-            for key, part in zip(self.in_keys, slope.split(self._sizes, -1), strict=True):
-                before = self.before[0] if key == self.in_keys[0] else None
-                if key in wanted:
-                    accumulate(gradients, key, _before_activation(part.contiguous(), self._joined, before))
+            return
+        for key, part in zip(self.in_keys, slope.split(self._sizes, -1), strict=True):
+            if key in wanted:
+                first = self.first if key == self.in_keys[0] else None
+                accumulate(gradients, key, _before_activation(part.contiguous(), self._joined, first))
 
 
-class ConcatPart(DataPart):
-    """Inputs side by side, in the first one's dtype."""
-
-    def forward(self, state: State) -> None:
-        self._kinds = [(x.shape[-1], x.dtype) for x in entries_of(state, self.in_keys)]
-        self.run(state)
-
-    def backward(self, state: State, gradients: State) -> None:
-        slopes = gradients.pop(self.out_keys[0]).split([size for size, _ in self._kinds], -1)
-        for key, slope, (_, dtype) in zip(self.in_keys, slopes, self._kinds, strict=True):
-            if key in self.wanted:
-                accumulate(gradients, key, slope.to(dtype, copy=True))
-
-
-def linear_gradients(x, weight, slope, d_x, d_weight, d_bias, has_relu: bool) -> None:
-    """Writes the gradients of `relu_linear`, or without ReLU of a linear layer, into ``d_x`` (may be None) and the last two."""
+def _linear_gradients(x, weight, slope, d_x, has_relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of `relu_linear`, or without ReLU of a linear layer, by weight and bias; that by ``x`` is written to ``d_x``."""
     weight = weight.detach().contiguous()
     if has_relu and len(weight) <= MOST_OUTPUTS:
-        relu_linear_gradients(x, weight, slope, d_x, d_weight, d_bias)
-        return
+        gradients = torch.empty_like(weight), weight.new_empty(len(weight))
+        relu_linear_gradients(x, weight, slope, d_x, *gradients)
+        return gradients
     flat, slopes = x.view(-1, x.shape[-1]), slope.reshape(-1, len(weight))
-    torch.mm(slopes.t(), flat.relu() if has_relu else flat, out=d_weight)
-    torch.sum(slopes, 0, out=d_bias)
     if d_x is not None:
         torch.mm(slopes, weight, out=d_x.view(flat.shape))
         _before_activation(d_x, x, "relu" if has_relu else None)
+    return slopes.t() @ (flat.relu() if has_relu else flat), slopes.sum(0)
 
 
 def _name_of(layer: nn.Module) -> str | None:

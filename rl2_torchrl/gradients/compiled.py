@@ -13,11 +13,12 @@ from functools import cache
 from itertools import chain
 
 import torch
+from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import DataPart, Part, State
+from rl2_torchrl.gradients.part import Part, State
 from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianHeadPart, GaussianPart, OneHotPart
 from rl2_torchrl.gradients.program import Program
 from rl2_torchrl.gradients.recurrent import GRUPart
@@ -84,12 +85,12 @@ class CompiledPass:
         #: Largest ratio in the chunks of a first minibatch, before any step. The look at them refuses sizes that do not fit.
         self.max_ratio = program({key: entry[:rows] for key, entry in chunks.items()})["max_ratio"]
         for part in program.parts:
-            if isinstance(part, DataPart):
+            if _reads_data_alone(part):
                 part.forward(chunks)
             if isinstance(part, GRUPart):
                 part.convert(chunks)
-        _, networks = _policy_and_networks(program.parts)
-        self._init_key, self._networks = networks[0].in_keys[2], list(zip(networks[::2], networks[1::2], strict=True))
+        self._networks, self._log_std = _networks_of(program)
+        self._init_key = self._networks[0][0].in_keys[2]
         chunks[self._init_key] = chunks[self._init_key].bool()  # the kernel reads bytes
         self.chunks = {key: entry.contiguous() for key, entry in chunks.items()}
 
@@ -110,7 +111,7 @@ class CompiledPass:
         torch._foreach_add_([self.optimizer.state[p]["step"] for p in self._group["params"]], taken)
         if has_stranger:
             action = self.chunks[self.loss.tensor_keys.action]
-            raise_unknown_actions(action, self._networks[0][1].linears[-1].out_features)
+            raise_unknown_actions(action, self._networks[0][1].out_features)
         return [self._named(row) for row in metrics[: taken + (end >= 0)].tolist()]
 
     def _named(self, row: list[float]) -> dict[str, float]:
@@ -125,38 +126,58 @@ class CompiledPass:
 
     def _arguments(self, order: torch.Tensor, metrics: torch.Tensor) -> _Pass:
         loss, keys, chunks, group = self.loss, self.loss.tensor_keys, self.chunks, self._group
-        gaussian = next((part for part in self.program.parts if isinstance(part, GaussianHeadPart)), None)
         read = [self._init_key, keys.action, keys.sample_log_prob, keys.advantage]
         data = [*map(chunks.get, read), chunks[keys.value_target] if loss.has_critic else None]
         networks = [self._network(*network) for network in self._networks]
         return _Pass(
-            *(len(order), chunks[keys.advantage].shape[1], self.rows, gaussian is not None),
+            *(len(order), chunks[keys.advantage].shape[1], self.rows, self._log_std is not None),
             *map(kernels.address, (order, *data)),
             *(networks if loss.has_critic else (*networks, _Network())),
-            _Parameter() if gaussian is None else self._parameter(gaussian.log_std),
+            _Parameter() if self._log_std is None else self._parameter(self._log_std),
             *(*loss.clip_bounds, float(loss.critic_coeff) if loss.has_critic else 0.0),
             *(float(loss.entropy_coeff) if loss.entropy_bonus else 0.0, self.max_grad_norm or 0.0),
             *(float(group["lr"]), *group["betas"], group["eps"]),
             *(int(self.optimizer.state[group["params"][0]]["step"]), metrics.data_ptr()),
         )
 
-    def _network(self, gru: GRUPart, head: ChainPart) -> _Network:
-        linear, (in_key, hidden_key, _) = head.linears[-1], gru.in_keys
-        of = (_Parameter * 6)(*map(self._parameter, (*gru.layers[0].weights, linear.weight, linear.bias)))
-        inputs = (self.chunks[in_key], self.chunks.get(hidden_key))
-        return _Network(gru.inputs, gru.units, linear.out_features, *map(kernels.address, inputs), of)
+    def _network(self, gru: GRUPart, linear: nn.Linear) -> _Network:
+        of = (_Parameter * 6)(*map(self._parameter, (*gru.layers[0], linear.weight, linear.bias)))
+        inputs = map(kernels.address, map(self.chunks.get, gru.in_keys[:2]))
+        return _Network(gru.inputs, gru.units, linear.out_features, *inputs, of)
 
     def _parameter(self, parameter: nn.Parameter) -> _Parameter:
         state = self.optimizer.state[parameter]
-        tensors = (parameter, self.program.gradient_of(parameter), state["exp_avg"], state["exp_avg_sq"])
+        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         return _Parameter(*map(kernels.address, tensors), parameter.numel())
 
 
-def _policy_and_networks(parts: list[Part]) -> tuple[Part, list[Part]]:
-    """The policy's part, and those before and after it, where all is known GRU and head of the actor, and of the critic."""
+def _reads_data_alone(part: Part) -> bool:
+    return part.reason is None and not part.parameters and not part.wanted and LOG_PROB not in part.out_keys
+
+
+def _networks_of(program: Program) -> tuple[list[tuple[GRUPart, nn.Linear]], nn.Parameter | None] | None:
+    """GRU and head of the actor, and of the critic, and a Gaussian's ``log_std``; None where there is more, or something else."""
+    loss, parts = program.loss, [part for part in program.parts if not _reads_data_alone(part)]
     policy = next(part for part in parts if LOG_PROB in part.out_keys)
-    others = [part for part in parts if part is not policy and not isinstance(part, DataPart)]
-    return policy, [part.mean if isinstance(part, GaussianHeadPart) else part for part in others]
+    gaussian = next((part for part in parts if isinstance(part, GaussianHeadPart)), None)
+    parts = [part.mean if part is gaussian else part for part in parts if part is not policy]
+    given = [policy.in_keys[1], *([loss.tensor_keys.value] if loss.has_critic else [])]
+    is_known = isinstance(policy, GaussianPart if gaussian else CategoricalPart) and not isinstance(policy, OneHotPart)
+    if not is_known or len(loss.terms) or len(parts) != 2 * len(given):
+        return None
+    grus, heads = parts[::2], parts[1::2]
+    if not all(map(_is_network, grus, heads, given)) or len({gru.in_keys[2] for gru in grus}) > 1:
+        return None
+    return [(gru, head.linears[0]) for gru, head in zip(grus, heads, strict=True)], gaussian and gaussian.log_std
+
+
+def _is_network(gru: Part, head: Part, given: NestedKey) -> bool:
+    """Whether ``gru`` reads data, ``head`` makes ``given`` of its features, and both are one layer with biases."""
+    if not isinstance(gru, GRUPart) or not isinstance(head, ChainPart) or head.in_keys != gru.out_keys:
+        return False
+    is_layer = len(head.linears) == 1 and head.linears[0].bias is not None and len(gru.layers) == 1
+    is_plain = head.before == ["relu"] and head.after is None and not head.detach and head.out_keys == [given]
+    return is_layer and is_plain and len(gru.layers[0]) == 4 and not gru.wanted
 
 
 def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, chunks: State, rows: int) -> str | None:
@@ -164,42 +185,24 @@ def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, chunks:
     steps = rows * chunks[program.loss.tensor_keys.advantage].shape[1]
     if steps > MOST_STEPS:
         return f"minibatches of {steps} steps are faster one by one (up to {MOST_STEPS} are compiled)"
-    conditions = chain(_of_networks(program), _of_data(program, chunks), _of_optimizer(optimizer, program))
+    # Each condition is looked at only where those before it hold.
+    conditions = chain(_of_program(program, chunks), _of_optimizer(optimizer, program))
     return next((reason for holds, reason in conditions if not holds), None)
 
 
-# Each condition is looked at only where those before it hold.
-def _of_networks(program: Program) -> Iterator[tuple[bool, str]]:
-    loss, (policy, networks) = program.loss, _policy_and_networks(program.parts)
-    is_known = isinstance(policy, (CategoricalPart, GaussianPart)) and not isinstance(policy, OneHotPart)
-    yield is_known and not len(loss.terms), "further loss terms, or a policy that is neither categorical nor Gaussian"
-    kinds = [GRUPart, ChainPart] * (1 + loss.has_critic)
-    fits = len(networks) == len(kinds) and all(map(isinstance, networks, kinds))
-    yield fits, "actor and critic have not one GRU and one head each"
-    grus, heads = networks[::2], networks[1::2]
-    is_small = all(map(_are_one_layer_each, grus, heads))
-    yield is_small, "a GRU of several layers or without biases, or a head of several layers"
-    reads = [policy.in_keys[1], *([loss.tensor_keys.value] if loss.has_critic else [])]
-    is_wired = [head.out_keys[0] for head in heads] == reads and len({gru.in_keys[2] for gru in grus}) == 1
-    has_scale = any(isinstance(part, GaussianHeadPart) for part in program.parts)
-    is_wired = is_wired and has_scale == isinstance(policy, GaussianPart)
-    yield is_wired, "policy or value is not what its network's head gives, or they start anew by different entries"
-
-
-def _of_data(program: Program, chunks: State) -> Iterator[tuple[bool, str]]:
-    loss, keys, dtype = program.loss, program.loss.tensor_keys, program.parameters[0].dtype
+def _of_program(program: Program, chunks: State) -> Iterator[tuple[bool, str]]:
+    loss, keys, networks = program.loss, program.loss.tensor_keys, _networks_of(program)
+    # Or there are further loss terms, or another policy than a categorical or Gaussian one.
+    yield networks is not None, "there is more than one GRU and one head each, of one layer, for actor and critic"
+    dtypes = {p.dtype for p in program.parameters}
+    yield len(dtypes) == 1, "parameters are of several dtypes"
     read = [keys.sample_log_prob, keys.advantage, *([keys.value_target] if loss.has_critic else [])]
-    is_gaussian = isinstance(_policy_and_networks(program.parts)[0], GaussianPart)
-    expected = {**dict.fromkeys(read, dtype), keys.action: dtype if is_gaussian else torch.int64}
+    expected = {**dict.fromkeys(read, *dtypes), keys.action: torch.int64 if networks[1] is None else dtypes.pop()}
     others = {key: chunks[key].dtype for key in expected if chunks[key].dtype != expected[key]}
     yield not others, f"{others} are of another dtype than the kernel reads"
-    yield len({(p.device.type, p.dtype) for p in program.parameters}) == 1, "parameters are of several dtypes"
-
-
-def _are_one_layer_each(gru: GRUPart, head: ChainPart) -> bool:
-    has_biases = len(gru.layers[0].weights) == 4 and head.linears[0].bias is not None
-    is_chain = len(head.linears) == 1 and head.before == ["relu"] and head.after is None and not head.detach
-    return len(gru.layers) == 1 and not gru.wanted and has_biases and is_chain and head.in_keys == gru.out_keys
+    uses = [p for part in program.parts for p in part.parameters]
+    is_own = len(uses) == len(program.parameters) and all(p.is_contiguous() for p in uses)
+    yield is_own, "parameters are shared, frozen, or not contiguous"
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer, program: Program) -> Iterator[tuple[bool, str]]:
@@ -212,8 +215,6 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, program: Program) -> Iterato
     yield is_adam, "the optimizer is more than torch.optim.Adam with lr, betas and eps"
     holds_all = set(group["params"]) == set(program.parameters)
     yield holds_all, "the optimizer does not hold the loss's parameters, all and no others"
-    is_own = not program.shares and all(p.is_contiguous() for p in program.parameters)
-    yield is_own, "parameters are shared, or not contiguous"
     states = [optimizer.state[parameter] for parameter in group["params"]]
     alike = len({float(state["step"]) if state else 0.0 for state in states}) == 1
     is_dense = all(state[n].is_contiguous() for state in states if state for n in ("exp_avg", "exp_avg_sq"))

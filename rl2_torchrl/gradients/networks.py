@@ -17,7 +17,7 @@ from tensordict.nn import (
 )
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.gradients.part import AutogradPart, Part, has_hooks, is_bare, is_function, on_entries
+from rl2_torchrl.gradients.part import Part, has_hooks, is_bare, is_function, on_entries
 from rl2_torchrl.modules import distributions
 
 __all__ = ["actor_parts", "parts_of", "why_no_parts"]
@@ -70,7 +70,7 @@ def _part(module: TensorDictModuleBase) -> Part:
         function, optional, why = _on_tensordict(module), in_keys, "is called with a TensorDict"
     name = getattr(speaker, "__name__", type(speaker).__name__)
     options = {"parameters": module.parameters(), "optional": optional}
-    return own or AutogradPart(function, in_keys, out_keys, **options, reason=f"{name} {why}")
+    return own or Part(function, in_keys, out_keys, **options, reason=f"{name} {why}")
 
 
 def _own_gradient(module: Callable, *keys: list[NestedKey]) -> Part | None:

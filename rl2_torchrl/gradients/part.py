@@ -1,8 +1,8 @@
-"""`Part`: one function of a network, forward and back; `AutogradPart`: any function of tensors as a part."""
+"""`Part`: one function of a network, forward and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 from tensordict import NestedKey
@@ -10,53 +10,72 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
 __all__ = [
-    *("AutogradPart", "DataPart", "Part", "State", "accumulate", "entries_of", "on_entries"),
+    *("Gradients", "Part", "State", "accumulate", "entries_of", "on_entries"),
     *("has_hooks", "is_bare", "is_function", "runs"),
 ]
 
-#: Named tensors: entries ``[N, T, ...]`` of a minibatch, what networks make of them, or gradients by them.
+#: Named tensors: entries ``[N, T, ...]`` of a minibatch, and what networks make of them.
 State = dict[NestedKey, torch.Tensor]
+#: Gradients by entries and by parameters.
+Gradients = dict[NestedKey | nn.Parameter, torch.Tensor]
 
 
 class Part:
-    """One function of a network, from entries ``in_keys`` to entries ``out_keys``, with its gradient.
+    """One function of a network, from entries ``in_keys`` to entries ``out_keys``, with its gradient: autograd's, for it alone.
 
-    What derives from it says `run`, and its gradient is autograd's, for that alone; or `forward` and `backward` too.
+    What derives from it may bring its own, by `forward_by_hand` and `backward_by_hand`.
+
+    Args:
+        function: from tensors, None for those of ``optional`` that are missing, to a tensor or a tuple of them.
+        in_keys: entries that it reads.
+        out_keys: entries that it writes.
+        parameters: its parameters; by default those of ``function``, if it is a module.
+        optional: those of ``in_keys`` that may be missing.
+        reason: why its gradient is autograd's, in words; None where it brings its own, or reads data alone.
 
     Attributes:
-        reason: why its gradient is autograd's, in words; None where it brings its own.
         wanted: those of ``in_keys`` that carry a gradient, as they are made from parameters. Whoever runs the part sets it.
     """
 
-    reason: str | None = None
-
     def __init__(
-        self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey], parameters: Iterable[nn.Parameter] = ()
+        self,
+        function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+        in_keys: Sequence[NestedKey],
+        out_keys: Sequence[NestedKey],
+        *,
+        parameters: Iterable[nn.Parameter] | None = None,
+        optional: Iterable[NestedKey] = (),
+        reason: str | None = None,
     ):
-        self.in_keys, self.out_keys = list(in_keys), list(out_keys)
+        self.function, self.in_keys, self.out_keys = function, list(in_keys), list(out_keys)
+        if parameters is None:
+            parameters = function.parameters() if isinstance(function, nn.Module) else ()
+        self.parameters, self.optional, self.reason = list(dict.fromkeys(parameters)), frozenset(optional), reason
         self.wanted: set[NestedKey] = set()
-        self._parameters = list(dict.fromkeys(parameters))
+        self._by_hand = False
 
     @property
     def kind(self) -> str:
         """``"kernel"`` where it brings its own gradient, ``"autograd"`` where PyTorch makes it."""
-        return "autograd" if type(self).backward is Part.backward else "kernel"
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Its parameters, each once."""
-        return self._parameters
-
-    def bind(self, gradients: Mapping[int, torch.Tensor]) -> None:
-        """Takes the memory that `backward` writes the gradients of the parameters to, by their id."""
-        self._trained = [p for p in self.parameters() if p.requires_grad]
-        self._memory = [gradients[id(p)] for p in self._trained]
+        return "kernel" if self.reason is None else "autograd"
 
     def run(self, state: State) -> None:
         """Reads entries ``[N, T, ...]`` of ``state`` and writes others, as ordinary PyTorch: autograd can follow, if it is on."""
-        raise NotImplementedError
+        outputs = self.function(*entries_of(state, self.in_keys, self.optional))
+        state.update(zip(self.out_keys, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+
+    def forward_by_hand(self, state: State) -> bool:
+        """As `run`, and keeps what `backward_by_hand` needs; False where this cannot be, and nothing has been written."""
+        return False
+
+    def backward_by_hand(self, gradients: Gradients) -> None:
+        """`backward`, after a `forward_by_hand`."""
 
     def forward(self, state: State) -> None:
         """As `run`, where autograd is off, as it is for `backward`; keeps what that needs."""
+        self._by_hand = self.forward_by_hand(state)
+        if self._by_hand:
+            return
         self._leaves = {key: state[key].detach().requires_grad_() for key in self.in_keys if key in self.wanted}
         entries = {**state, **self._leaves}
         with torch.enable_grad():
@@ -64,49 +83,26 @@ class Part:
         self._outputs = [entries[key] for key in self.out_keys]
         state.update((key, out.detach()) for key, out in zip(self.out_keys, self._outputs, strict=True))
 
-    def backward(self, state: State, gradients: State) -> None:
-        """Takes the gradients by ``out_keys`` out of ``gradients`` and adds to those by ``wanted``; writes the parameters'."""
-        slopes = [gradients.pop(key, None) for key in self.out_keys]
-        ends = zip(self._outputs, slopes, strict=True)
+    def backward(self, gradients: Gradients) -> None:
+        """Takes the gradients by ``out_keys`` out of ``gradients``; adds those by ``wanted`` and by its parameters."""
+        if self._by_hand:
+            self.backward_by_hand(gradients)
+            return
+        ends = [(out, gradients.pop(key, None)) for key, out in zip(self.out_keys, self._outputs, strict=True)]
         ends = [(out, slope) for out, slope in ends if slope is not None and out.requires_grad]
-        sources, self._outputs = [*self._leaves.values(), *self._trained], []
-        found: Sequence[torch.Tensor | None] = [None] * len(sources)
-        if ends and sources:
-            outs, slopes = zip(*ends, strict=True)
-            found = torch.autograd.grad(outs, sources, slopes, allow_unused=True)
-        for key, gradient in zip(self._leaves, found, strict=False):
+        sources, self._outputs = [*self._leaves, *(p for p in self.parameters if p.requires_grad)], []
+        if not ends or not sources:
+            return
+        outs, slopes = zip(*ends, strict=True)
+        found = torch.autograd.grad(outs, [self._leaves.get(s, s) for s in sources], slopes, allow_unused=True)
+        for source, gradient in zip(sources, found, strict=True):
             if gradient is not None:
                 # Others add to it in place: it may be no view of another's.
-                accumulate(gradients, key, gradient.clone() if len(self._leaves) > 1 else gradient.contiguous())
-        by_parameters = list(zip(self._memory, found[len(self._leaves) :], strict=True))
-        known = [pair for pair in by_parameters if pair[1] is not None]
-        if len(known) < len(self._memory):
-            torch._foreach_zero_(self._memory)
-        if known:
-            torch._foreach_copy_(*map(list, zip(*known, strict=True)))
+                is_own = len(self._leaves) == 1 and source in self._leaves
+                accumulate(gradients, source, gradient.contiguous() if is_own else gradient.clone())
 
 
-class AutogradPart(Part):
-    """Any function of tensors, from the entries ``in_keys`` (None for one of ``optional`` that is missing) to ``out_keys``."""
-
-    def __init__(self, module: Callable, in_keys, out_keys, *, parameters=None, optional=(), reason: str | None = None):
-        if parameters is None:
-            parameters = module.parameters() if isinstance(module, nn.Module) else ()
-        super().__init__(in_keys, out_keys, parameters)
-        self.module, self.optional, self.reason = module, frozenset(optional), reason
-
-    def run(self, state: State) -> None:
-        outputs = self.module(*entries_of(state, self.in_keys, self.optional))
-        state.update(zip(self.out_keys, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
-
-
-class DataPart(AutogradPart):
-    """A function without parameters that mostly reads data, so that there is nothing to differentiate."""
-
-    kind = "kernel"
-
-
-def accumulate(gradients: State, key: NestedKey, gradient: torch.Tensor) -> None:
+def accumulate(gradients: Gradients, key: NestedKey | nn.Parameter, gradient: torch.Tensor) -> None:
     """Adds ``gradient``, whose memory is the caller's to give away, to the one under ``key``."""
     if key in gradients:
         gradients[key].add_(gradient)

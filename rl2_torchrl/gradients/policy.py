@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.part import AutogradPart, Part, State, accumulate, entries_of
+from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of
 from rl2_torchrl.modules.functions import categorical_gradient, categorical_terms
 
 __all__ = [
@@ -35,30 +35,24 @@ def log_scale_key(scale_key: NestedKey) -> NestedKey:
     return ("policy", "log_scale", *(scale_key if isinstance(scale_key, tuple) else (scale_key,)))
 
 
-class CategoricalPart(AutogradPart):
+class CategoricalPart(Part):
     """Of a categorical distribution with logits ``[N, T, num_actions]``; actions are indices ``[N, T]``."""
 
-    kind = "kernel"
-
-    def forward(self, state: State) -> None:
+    def forward_by_hand(self, state: State) -> bool:
         action, logits = entries_of(state, self.in_keys)
         action = self.index_of(action)
-        self._by_kernels = action.shape == logits.shape[:-1] and has_kernels(logits)
-        if not self._by_kernels:
-            super().forward(state)
-            return
+        if action.shape != logits.shape[:-1] or not has_kernels(logits):
+            return False
         self._terms = (logits.contiguous(), action.long().contiguous())
         log_prob, *self._totals = categorical_terms(self._terms[1], self._terms[0])
         state.update(zip(self.out_keys, (log_prob, self._totals[0]), strict=False))
+        return True
 
     def index_of(self, action: torch.Tensor) -> torch.Tensor:
         """The number of the choice ``[N, T]``."""
         return action
 
-    def backward(self, state: State, gradients: State) -> None:
-        if not self._by_kernels:
-            super().backward(state, gradients)
-            return
+    def backward_by_hand(self, gradients: Gradients) -> None:
         slopes = [gradients.pop(key, None) for key in (LOG_PROB, ENTROPY)]
         slopes = [torch.zeros_like(self._totals[0]) if slope is None else slope.contiguous() for slope in slopes]
         accumulate(gradients, self.in_keys[1], categorical_gradient(*self._terms, *self._totals, *slopes))
@@ -71,33 +65,27 @@ class OneHotPart(CategoricalPart):
         return (action.view(torch.uint8) if action.dtype == torch.bool else action).argmax(-1)
 
 
-class GaussianPart(AutogradPart):
+class GaussianPart(Part):
     """Of independent normal distributions with mean and scale ``[N, T, action_dim]``.
 
     Where the scale's maker says its logarithm too (`log_scale_key`), it is the same in all steps, and so is its gradient's
     memory: ``[action_dim]``.
     """
 
-    kind = "kernel"
-
-    def forward(self, state: State) -> None:
+    def forward_by_hand(self, state: State) -> bool:
         action, loc, scale = entries_of(state, self.in_keys)
         log_scale = state.get(log_scale_key(self.in_keys[2]))
         fits = (action.shape, action.dtype) == (loc.shape, loc.dtype) == (scale.shape, scale.dtype)
-        self._by_kernels = log_scale is not None and fits and has_kernels(loc)
-        if not self._by_kernels:
-            super().forward(state)
-            return
+        if log_scale is None or not fits or not has_kernels(loc):
+            return False
         self._tensors = (action.contiguous(), loc.contiguous(), log_scale.contiguous())
         state[LOG_PROB] = loc.new_empty(loc.shape[:-1])
         kernels.load(loc.dtype).gaussian_forward(*_addresses(*self._tensors, state[LOG_PROB]))
         if ENTROPY in self.out_keys:
             state[ENTROPY] = (log_scale + _NORMAL_ENTROPY).sum().expand(loc.shape[:-1])
+        return True
 
-    def backward(self, state: State, gradients: State) -> None:
-        if not self._by_kernels:
-            super().backward(state, gradients)
-            return
+    def backward_by_hand(self, gradients: Gradients) -> None:
         slope, by_entropy = (gradients.pop(key, None) for key in (LOG_PROB, ENTROPY))
         action, loc, log_scale = self._tensors
         slope = loc.new_zeros(loc.shape[:-1]) if slope is None else slope.contiguous()
@@ -126,35 +114,27 @@ class GaussianHeadPart(Part):
     """
 
     def __init__(self, module: nn.Module, mean: Part, log_std: nn.Parameter, out_keys: Sequence[NestedKey]):
-        super().__init__(mean.in_keys, [*out_keys, log_scale_key(out_keys[1])])
-        self.module, self.mean, self.log_std = module, mean, log_std
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.mean.parameters(), self.log_std]
-
-    def bind(self, gradients: Mapping[int, torch.Tensor]) -> None:
-        self.mean.bind(gradients)
-        self._gradient = gradients[id(self.log_std)]
+        super().__init__(module, mean.in_keys, [*out_keys, log_scale_key(out_keys[1])])
+        self.mean, self.log_std = mean, log_std
 
     def run(self, state: State) -> None:
         loc, scale, _ = self.out_keys
-        state[loc], state[scale] = self.module(*[state[key] for key in self.in_keys])
+        state[loc], state[scale] = self.function(*[state[key] for key in self.in_keys])
 
-    def forward(self, state: State) -> None:
+    def forward_by_hand(self, state: State) -> bool:
         self.mean.wanted = self.wanted
         self.mean.forward(state)
         loc, scale, log_scale = self.out_keys
         state[log_scale] = self.log_std.detach()
         state[scale] = state[log_scale].exp().expand_as(state[loc])
+        return True
 
-    def backward(self, state: State, gradients: State) -> None:
-        loc, scale, log_scale = self.out_keys
-        by_scale, by_log = gradients.pop(scale, None), gradients.pop(log_scale, None)
-        self._gradient.zero_()
+    def backward_by_hand(self, gradients: Gradients) -> None:
+        loc, *by_scale = self.out_keys
+        by_scale, by_log = (gradients.pop(key, None) for key in by_scale)
         if by_log is not None:
-            self._gradient.add_(by_log)
+            accumulate(gradients, self.log_std, by_log)
         if by_scale is not None:
-            self._gradient.addcmul_(by_scale.flatten(0, -2).sum(0), self.log_std.detach().exp())
-        if loc not in gradients:
-            gradients[loc] = by_scale.new_zeros(by_scale.shape)
-        self.mean.backward(state, gradients)
+            accumulate(gradients, self.log_std, by_scale.flatten(0, -2).sum(0) * self.log_std.detach().exp())
+        if loc in gradients:
+            self.mean.backward(gradients)

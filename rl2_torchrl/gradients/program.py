@@ -1,20 +1,19 @@
 """`Program`: a loss and all its gradients, part by part.
 
 A minibatch is the forward of each part of the networks in order, the loss terms, and the backward of each part in reverse.
-What travels back are gradients by the names of the entries that the forwards wrote. A part that knows its own gradient
-brings it; any other runs under autograd, for itself alone, so that it costs what it costs and nothing around it slows down.
+What travels back are gradients by the names of the entries that the forwards wrote, and by parameters. A part that knows its
+own gradient brings it; any other runs under autograd, for itself alone, so that nothing around it slows down.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from tensordict import NestedKey
 from torch import nn
 
-from rl2_torchrl.gradients.part import Part, State, accumulate, entries_of
+from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of
 
 __all__ = ["Program", "merge_losses"]
 
@@ -27,7 +26,6 @@ class Program:
 
     Attributes:
         parameters: those that get a gradient.
-        shares: whether some of them stand in several parts.
 
     Examples:
         >>> from rl2_torchrl import GRUGaussianActor, GRUValueHead, RL2PPOLoss
@@ -40,66 +38,18 @@ class Program:
         self.loss, self.parts = loss, loss.network_parts()
         self.terms = [_Term(term) for term in loss.loss_terms()]
         self._mark_what_carries_a_gradient()
-        used = {p for part in (*self.parts, *self.terms) for p in part.parameters()}
-        parameters = [p for p in loss.parameters() if p.numel()]
-        self._own([p for p in parameters if p.requires_grad and p in used])
-        self._unused = [p for p in parameters if p not in self._views]
-        self._bind()
+        used = {p for part in (*self.parts, *self.terms) for p in part.parameters}
+        self._all = list(loss.parameters())
+        self.parameters = [p for p in self._all if p.requires_grad and p in used]
 
     def _mark_what_carries_a_gradient(self) -> None:
         carrying: set[NestedKey] = set()
         for part in (*self.parts, *self.terms):
             part.wanted = carrying.intersection(part.in_keys)
-            if part.wanted or any(p.requires_grad for p in part.parameters()):
+            if part.wanted or any(p.requires_grad for p in part.parameters):
                 carrying.update(part.out_keys)
             else:
                 carrying.difference_update(part.out_keys)
-
-    def _own(self, parameters: list[nn.Parameter]) -> None:
-        """Gradients side by side, so that their norm is one operation."""
-        self._flat: list[torch.Tensor] = []
-        self._views: dict[nn.Parameter, torch.Tensor] = {}
-        for kind in dict.fromkeys((p.device, p.dtype) for p in parameters):
-            owned = [p for p in parameters if (p.device, p.dtype) == kind]
-            sizes = [p.numel() for p in owned]
-            self._flat.append(owned[0].new_zeros(sum(sizes)).detach())
-            views = zip(owned, self._flat[-1].split(sizes), strict=True)
-            self._views.update((p, view.view(p.shape)) for p, view in views)
-        self.parameters = list(self._views)
-
-    def _bind(self) -> None:
-        """Each part writes to the gradients themselves; what several share, all but the first write elsewhere, to be added."""
-        self._shared: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._memory: dict[Part, list[torch.Tensor]] = {}
-        free = dict(self._views)
-        for part in (*self.parts, *self.terms):
-            memory = {}
-            for p in part.parameters():
-                memory[id(p)] = free.pop(p, None)
-                if memory[id(p)] is None:  # of a frozen one: written, and read by nobody
-                    memory[id(p)] = torch.zeros_like(p, requires_grad=False, memory_format=torch.contiguous_format)
-                    self._shared += [(self._views[p], memory[id(p)])] if p in self._views else []
-            part.bind(memory)
-            self._memory[part] = list(memory.values())
-        self.shares = bool(self._shared)
-
-    def gradient_of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Where the gradient of ``parameter`` is written."""
-        return self._views[parameter]
-
-    @property
-    def gradients(self) -> list[torch.Tensor]:
-        """The whole gradient, flat, a tensor for each device and type."""
-        return self._flat
-
-    def norm(self) -> float:
-        """The norm of the whole gradient."""
-        return math.hypot(*(flat.norm().item() for flat in self._flat))
-
-    def scale(self, factor: float) -> None:
-        """Multiplies the whole gradient by ``factor``."""
-        for flat in self._flat:
-            flat.mul_(factor)
 
     @torch.no_grad()
     def __call__(self, data: Mapping[NestedKey, torch.Tensor]) -> dict[str, float]:
@@ -117,15 +67,9 @@ class Program:
             merge_losses(values, term.losses(state, gradients))
         for part in reversed(self.parts):
             if not gradients.keys().isdisjoint(part.out_keys):
-                part.backward(state, gradients)
-            elif self._memory[part]:  # no loss depends on what it gives
-                torch._foreach_zero_(self._memory[part])
-        for view, memory in self._shared:
-            view.add_(memory)
-        for parameter, view in self._views.items():
-            parameter.grad = view
-        for parameter in self._unused:
-            parameter.grad = None
+                part.backward(gradients)
+        for parameter in self._all:
+            parameter.grad = gradients.get(parameter) if parameter.requires_grad else None
         return values
 
 
@@ -141,25 +85,24 @@ class _Term(Part):
     """A loss term as a part, which gives the sum of its losses."""
 
     def __init__(self, term: nn.Module):
-        super().__init__(term.in_keys, [("loss", "sum")], term.parameters())
-        self.term, self._by_hand = term, getattr(term, "with_gradients", None)
+        super().__init__(term, term.in_keys, [("loss", "sum")])
 
     def run(self, state: State) -> None:
         entries = entries_of(state, self.in_keys)
-        self._values = self.term(*entries)
+        self._values = self.function(*entries)
         losses = [value for name, value in self._values.items() if name.startswith("loss_")]
         state[self.out_keys[0]] = torch.stack(losses).sum() if losses else entries[0].new_zeros(())
 
-    def losses(self, state: State, gradients: State) -> dict[str, float]:
-        """Losses and scalar diagnostics; the losses' gradients by the entries that are wanted are added to ``gradients``."""
-        if self._by_hand is None:
-            self.forward(state)
-            gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
-            self.backward(state, gradients)
-        else:
-            self._values, slopes = self._by_hand(*entries_of(state, self.in_keys))
+    def losses(self, state: State, gradients: Gradients) -> dict[str, float]:
+        """Losses and scalar diagnostics; the losses' gradients are added to ``gradients``."""
+        if hasattr(self.function, "with_gradients"):
+            self._values, slopes = self.function.with_gradients(*entries_of(state, self.in_keys))
             for key, slope in zip(self.in_keys, slopes, strict=True):
                 if slope is not None and key in self.wanted:
                     accumulate(gradients, key, slope)
+        else:
+            self.forward(state)
+            gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
+            self.backward(gradients)
         scalars = {name: v for name, v in self._values.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
         return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in scalars.items()}

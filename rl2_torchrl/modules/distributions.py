@@ -18,7 +18,7 @@ from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
 from rl2_torchrl.gradients import policy
-from rl2_torchrl.gradients.part import AutogradPart, runs
+from rl2_torchrl.gradients.part import Part, runs
 from rl2_torchrl.modules.functions import log_prob_and_entropy
 
 __all__ = [
@@ -45,7 +45,7 @@ class ActionDistribution:
         distribution_kwargs: further keywords of the class.
 
     Attributes:
-        part: the `rl2_torchrl.gradients.AutogradPart` that brings the gradient of `log_prob_and_entropy`; None: autograd's.
+        part: the `rl2_torchrl.gradients.Part` that brings the gradient of `log_prob_and_entropy`; None: autograd's.
         noise: what `with_noise` turns into a draw: ``"gumbel"`` or ``"normal"``, standard ones; None: it cannot.
 
     Examples:
@@ -54,7 +54,7 @@ class ActionDistribution:
         tensor([1.])
     """
 
-    part: type[AutogradPart] | None = None
+    part: type[Part] | None = None
     noise: Literal["gumbel", "normal"] | None = None
 
     def __init__(
@@ -461,7 +461,7 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
 
 def policy_part(
     sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: Tensor | None
-) -> AutogradPart:
+) -> Part:
     """The part that writes ``LOG_PROB`` and, where ``entropy`` is asked for, ``ENTROPY``, in the place of a policy's last module.
 
     ``like`` is one of the policy's parameters, if it has any: of the device and dtype that its distribution will have.
@@ -481,4 +481,4 @@ def policy_part(
     if has_kernels and distribution.part:
         return distribution.part(terms, *keys)
     missing = "brings no gradient of its own" if has_kernels else "has no kernels here"
-    return AutogradPart(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")
+    return Part(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")

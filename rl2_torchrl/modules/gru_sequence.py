@@ -10,7 +10,7 @@ from rl2_torchrl.modules.functions import require_tensor, unit_stride
 
 __all__ = [
     *("Workspace", "as_bytes", "backward_in_place", "forward_saving", "gru_sequence", "input_gradient", "pack_weights"),
-    *("require_weights", "weight_products"),
+    *("require_weights", "weight_gradients"),
 ]
 
 
@@ -124,7 +124,7 @@ class _GRUSequence(torch.autograd.Function):
         d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         backward_in_place(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
         d_x = input_gradient(gradients, w_ih) if ctx.needs_input_grad[0] else None
-        d_weights = _weight_gradients(gradients, *w_ih.shape)
+        d_weights = weight_gradients(gradients, *w_ih.shape)
         Workspace.give(gradients)
         return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
 
@@ -168,26 +168,22 @@ def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> No
     )
 
 
-def _weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
+def weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
     """Gradients of w_ih, w_hh, b_ih and b_hh from what `backward_in_place` gives."""
-    units = gates // 3
-    d_rzh, d_n = weight_products(gradients, units)
-    d_w_hh, d_b_hh = d_rzh[:, :units].contiguous(), d_rzh[:, units + inputs].contiguous()
+    units, flat = gates // 3, gradients.view(-1, gradients.shape[-1])
+    # (dr, dz, dhn) by (h, x, 1, ...) and dn by (x, 1, ...), sums over all steps.
+    d_rzh = flat[:, : 3 * units].t() @ flat[:, 4 * units :]
+    d_n = flat[:, 3 * units : 4 * units].t() @ flat[:, 5 * units :]
     d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
-    return d_input[:, :inputs].contiguous(), d_w_hh, d_input[:, inputs].contiguous(), d_b_hh
-
-
-def weight_products(gradients: torch.Tensor, units: int, out=(None, None)) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dr, dz, dhn) by (h, x, 1, …) ``[3 H, H + I + 1 + …]`` and dn by (x, 1, …) ``[H, I + 1 + …]``, sums over all steps."""
-    flat = gradients.view(-1, gradients.shape[-1])
-    d_rzh = torch.mm(flat[:, : 3 * units].t(), flat[:, 4 * units :], out=out[0])
-    return d_rzh, torch.mm(flat[:, 3 * units : 4 * units].t(), flat[:, 5 * units :], out=out[1])
+    parts = (d_input[:, :inputs], d_rzh[:, :units], d_input[:, inputs], d_rzh[:, units + inputs])
+    return tuple(part.contiguous() for part in parts)
 
 
 def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
     """The gradient by ``x`` ``[N, T, input_size]`` from what `backward_in_place` gives."""
-    units = len(w_ih) // 3
-    return torch.cat((gradients[..., : 2 * units], gradients[..., 3 * units : 4 * units]), -1) @ w_ih
+    units, flat, w_ih = len(w_ih) // 3, gradients.view(-1, gradients.shape[-1]), w_ih.detach()
+    by_n = flat[:, 3 * units : 4 * units] @ w_ih[2 * units :]
+    return by_n.addmm_(flat[:, : 2 * units], w_ih[: 2 * units]).view(*gradients.shape[:2], -1)
 
 
 class Workspace:

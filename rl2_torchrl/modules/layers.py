@@ -12,8 +12,8 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 
-from rl2_torchrl.gradients.chain import ChainPart, ConcatPart
-from rl2_torchrl.gradients.part import is_bare, runs
+from rl2_torchrl.gradients.chain import ChainPart
+from rl2_torchrl.gradients.part import Part, is_bare, runs
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.functions import relu_linear, relu_linear_step
 
@@ -147,8 +147,8 @@ class Concat(nn.Module):
         first, *others = inputs
         return torch.cat([first, *(_as_reals(x, first) for x in others)], -1) if others else first
 
-    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ConcatPart | None:
-        return ConcatPart(self, in_keys, out_keys) if runs(self, Concat) else None
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> Part | None:
+        return Part(self, in_keys, out_keys) if runs(self, Concat) else None
 
 
 def by_entry(encoder: Encoder | None, in_key: NestedKey) -> TensorDictModuleBase | Mapping[NestedKey, EntryEncoder]:

@@ -6,7 +6,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 
-from rl2_torchrl.gradients.part import DataPart, runs
+from rl2_torchrl.gradients.part import Part, runs
 
 __all__ = ["RunningNorm"]
 
@@ -102,5 +102,5 @@ class RunningNorm(nn.Module):
         self.mean += delta * (len(x) / count)
         self.count.copy_(count)
 
-    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> DataPart | None:
-        return DataPart(self, in_keys, out_keys) if runs(self, RunningNorm) else None
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> Part | None:
+        return Part(self, in_keys, out_keys) if runs(self, RunningNorm) else None
