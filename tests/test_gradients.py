@@ -616,7 +616,7 @@ def test_updates_in_single_precision():
 @pytest.mark.parametrize(
     ("critic", "change", "message"),
     [
-        ("shared", {}, "more than one GRU and one head each"),
+        ("shared", {}, "more than a GRU and a head"),
         ("separate", {"minibatches": 1, "rows": 100}, "one by one"),
         ("separate", {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, "optimizer"),
         ("separate", {"optimizer": lambda p: torch.optim.Adam(p, weight_decay=0.1)}, "optimizer"),

@@ -551,7 +551,7 @@ def test_the_compiled_backend_says_why_it_cannot_serve(way):
     assert update.backend == "compiled"
     for loss, options, message in (
         (make_loss(), {"minibatches": 1, "bptt": 6}, "faster one by one"),
-        (RL2PPOLoss(GRUCategoricalActor(5, 3, num_layers=2)), {}, "several layers"),
+        (RL2PPOLoss(GRUCategoricalActor(5, 3, num_layers=2)), {}, "more than a GRU and a head"),
     ):
         update = PPOUpdate(loss, backend="compiled", **options)
         with pytest.raises(ValueError, match=f"'compiled' cannot serve.*{message}"):

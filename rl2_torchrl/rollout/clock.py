@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
 from tensordict import NestedKey
 
-from rl2_torchrl.trial import EPISODE_DONE, TRIAL_KEYS, Trial
+from rl2_torchrl.trial import TRIAL_KEYS, Trial
 
 __all__ = ["Ends", "Rows", "TrialClock"]
 
 #: Some rows of a batch: True is all of them, False none, otherwise a mask ``[N]``.
 Rows = bool | torch.Tensor
-#: Which rows a step has ended: an episode inside a trial, which the next episode follows; a trial; either.
+#: Which rows a step has ended: an episode that is not a trial's last; a trial; any episode.
 Ends = tuple[Rows, Rows, Rows]
 
 
@@ -25,109 +26,117 @@ class TrialClock:
     one count serves all rows, a batch is counted ahead, and nothing is read back from a device.
     """
 
-    #: Entries that a clock gives.
+    #: Entries that a clock gives, before each step and, under ``"next"``, after it.
     names = ("is_init", "done", "terminated", "truncated", *TRIAL_KEYS)
+    keys = (*names, *(("next", name) for name in names))
 
-    def __init__(self, trial: Trial, rows: int, steps: int, episode_steps: int | None, device: torch.device):
+    def __init__(
+        self,
+        trial: Trial,
+        rows: int,
+        steps: int,
+        episode_steps: int | None,
+        device: torch.device,
+        wanted: Collection[NestedKey],
+    ):
         self.trial, self.rows, self.steps, self.episode_steps, self.device = trial, rows, steps, episode_steps, device
-        self.is_shared = episode_steps is not None
-        # In row t + 1: episodes and steps of the trial after step t, and whether this has ended the trial, and an episode; in
-        # row 0 where the last batch has ended. NumPy's calls on a few numbers cost a third of PyTorch's.
-        shape = (steps + 1, 1 if self.is_shared else rows)
-        self._arrays = [torch.zeros(shape, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool, torch.bool)]
-        self._numbers = [array.numpy() for array in self._arrays]
-        self._plan: list[Ends] = []  # of a shared clock: of the batches that begin at `_planned`
+        self.is_shared, self._wanted = episode_steps is not None, wanted
+        # Before each step and after the last: episodes and steps of the trial, and whether the step before has ended it, and an
+        # episode. Numbers for all rows with a shared clock, else NumPy's arrays [N], whose calls cost a third of PyTorch's.
+        self._counts: list[tuple[Any, Any, Any, Any]] = []
+        self._plan: list[Ends] = []  # of a shared clock
         self._entries: dict[NestedKey, torch.Tensor] = {}
         self.restart()
 
     def restart(self) -> None:
         """The next batch begins with new trials in all rows."""
-        self.load_state_dict({"counts": torch.tensor([0, 0, 1, 0]), "episode_step": 0})
+        counts = torch.tensor([[0], [0], [1], [0]]).repeat(1, 1 if self.is_shared else self.rows)
+        self.load_state_dict({"counts": counts, "episode_step": 0})
 
     def start_batch(self) -> None:
         """Goes on where the last batch ended."""
-        position = self._episode_step, *(int(array[-1, 0]) for array in self._numbers)
-        if self.is_shared and position == self._planned:
-            return  # all is as it was in the last batch
-        for array in self._numbers:
-            array[0] = array[-1]
+        self._counts = self._counts[-1:]
         if self.is_shared:
-            self._planned = position
-            self._plan = [self._count(t, None) for t in range(self.steps)]
-            for key, value in self._made(slice(0, -1), slice(1, None)).items():
+            self._plan = [self._count(None) for _ in range(self.steps)]
+            for key, value in self._made().items():
                 self._entries.setdefault(key, value).copy_(value)  # in the memory that a CUDA graph knows
 
     def tick(self, t: int, done: torch.Tensor | None) -> Ends:
         """Counts step ``t``, at which the episodes of the rows ``done`` (bool ``[N]``) end; None with a shared clock."""
-        return self._plan[t] if self.is_shared else self._count(t, done.cpu().numpy())
+        return self._plan[t] if self.is_shared else self._count(done.cpu().numpy())
 
     @property
     def begins(self) -> Rows:
         """The rows in which the batch's first step begins a trial."""
-        return self._rows(self._numbers[2][0])
+        return self._rows(self._counts[0][2])
 
     @property
     def trials_begun(self) -> int:
         """How many times all rows of a shared clock begin a trial within a batch, after its first step."""
         return sum(trial is True for _, trial, _ in self._plan[:-1])
 
-    def _count(self, t: int, done: np.ndarray | None) -> Ends:
-        index, step, over, ended = self._numbers
-        if done is None:
-            self._episode_step += 1
+    def _count(self, done: Any) -> Ends:
+        index, step, over, _ = self._counts[-1]
+        if self.is_shared:
+            self._episode_step = 1 if over else self._episode_step % self.episode_steps + 1
             done = self._episode_step == self.episode_steps
-        goes_on = ~over[t]
-        index[t + 1], step[t + 1], ended[t + 1] = index[t] * goes_on + done, step[t] * goes_on + 1, done
-        over[t + 1] = self.trial.is_over(index[t + 1], step[t + 1])
-        trial, episode = over[t + 1], ended[t + 1]
-        if not (trial.any() or episode.any()):
-            return False, False, False
-        self._episode_step = 0
-        return self._rows(episode & ~trial), self._rows(trial), self._rows(episode)
+        index, step = index * (1 - over) + done, step * (1 - over) + 1
+        over = self.trial.is_over(index, step)
+        self._counts.append((index, step, over, done))
+        return self._rows(done > over), self._rows(over), self._rows(done)
 
-    def _rows(self, mask: np.ndarray) -> Rows:
+    def _rows(self, mask: Any) -> Rows:
+        if isinstance(mask, bool):
+            return mask
         if not mask.any():
             return False
         return True if mask.all() else torch.from_numpy(mask).to(self.device)
 
     def entries(self) -> dict[NestedKey, torch.Tensor]:
-        """Flags and counters ``[N, T, 1]`` of the batch that has been played, before its steps and, under ``"next"``, after."""
-        return self._entries if self.is_shared else self._made(slice(0, -1), slice(1, None))
+        """The wanted flags and counters ``[N, T, 1]`` of the batch that has been played."""
+        return self._entries if self.is_shared else self._made()
 
-    def at(self, t: int, keys: Collection[NestedKey] | None = None) -> dict[NestedKey, torch.Tensor]:
-        """Those of `entries` for step ``t``, ``[N, 1]``: some ``keys`` before it is taken, or all when it has been."""
-        if self.is_shared:
-            return {key: self._entries[key][:, t] for key in keys or self._entries}
-        return self._made(t, t + 1) if keys is None else self._shown(self._named(t, False), keys)
+    def at(self, t: int) -> dict[NestedKey, torch.Tensor]:
+        """Those of `entries` for step ``t``, ``[N, 1]``; before it has been taken perhaps without those under ``"next"``."""
+        made = self._entries if self.is_shared else self._made(t, t + 1)
+        return {key: value[:, t if self.is_shared else 0] for key, value in made.items()}
 
-    def _made(self, before: int | slice, after: int | slice) -> dict[NestedKey, torch.Tensor]:
-        named = {("next", key): value for key, value in self._named(after, True).items()}
-        return self._shown({**self._named(before, False), **named})
+    def _made(self, start: int = 0, end: int | None = None) -> dict[NestedKey, torch.Tensor]:
+        end = self.steps if end is None else end
+        return {**self._shown(self._counts[start:end], False), **self._shown(self._counts[start + 1 : end + 1], True)}
 
-    def _named(self, at: int | slice, is_after: bool) -> dict[str, torch.Tensor]:
-        index, step, over, ended = (array[at] for array in self._arrays)
+    def _shown(self, counts: list[tuple], is_after: bool) -> dict[NestedKey, torch.Tensor]:
+        keys = self.keys[len(self.names) :] if is_after else self.names
+        if not counts or self._wanted.isdisjoint(keys):
+            return {}
+        index, step, over, ended = (
+            torch.from_numpy(np.array(each)).view(len(counts), -1) for each in zip(*counts, strict=True)
+        )
         begun = never = torch.zeros_like(over)
         if not is_after:  # a trial that has ended is followed by one that begins
             goes_on = ~over
             index, step, ended, begun, over = index * goes_on, step * goes_on, ended & goes_on, over, never
         terminated, truncated = (never, over) if self.trial.truncate else (over, never)
-        flags = {"is_init": begun, "done": over, "terminated": terminated, "truncated": truncated, EPISODE_DONE: ended}
-        return {**flags, **self.trial.counters(index, step)}
-
-    def _shown(self, named, keys: Collection[NestedKey] | None = None) -> dict[NestedKey, torch.Tensor]:
-        shown = {key: named[key].to(self.device).t().unsqueeze(-1) for key in keys or named}
+        counters = self.trial.counters(index, step)
+        values = (begun, over, terminated, truncated, ended, *(counters[name] for name in TRIAL_KEYS[1:]))
         # Copies, since what others do to a batch must not reach the counts.
-        form = torch.contiguous_format
-        return {k: v.expand(self.rows, *v.shape[1:]).clone(memory_format=form) for k, v in shown.items()}
+        return {
+            key: value.to(self.device)
+            .t()
+            .unsqueeze(-1)
+            .expand(self.rows, -1, 1)
+            .clone(memory_format=torch.contiguous_format)
+            for key, value in zip(keys, values, strict=True)
+            if key in self._wanted
+        }
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Where the rows stand after the last batch."""
-        counts = torch.stack([array[-1].long() for array in self._arrays])
+        counts = torch.from_numpy(np.array(self._counts[-1], dtype=np.int64)).view(4, -1)
         return {"counts": counts, "episode_step": torch.tensor(self._episode_step)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from what `state_dict` returned."""
-        for array, counts in zip(self._arrays, state["counts"], strict=True):
-            array[-1] = counts
-        # The last batch's plan no longer leads to where its last row stands.
-        self._episode_step, self._planned = int(state["episode_step"]), None
+        counts = (count.tolist()[0] if self.is_shared else count.numpy() for count in state["counts"])
+        index, step, over, ended = counts
+        self._counts, self._episode_step = [(index, step, over > 0, ended > 0)], int(state["episode_step"])

@@ -36,8 +36,7 @@ class TensorTrials(Trials):
         task_keys = [] if self.sampler is None else leaves([self._task_key], base.full_state_spec.keys(True, True))
         depth = 1 if isinstance(self._task_key, str) else len(self._task_key)
         self._task_paths = {key: () if isinstance(key, str) else key[depth:] for key in task_keys}
-        self._shown_task: State = {}  # its entries [N, ...]
-        self._shown_task_after: State = {}  # the same under "next"
+        self._shown_task: State = {}  # its entries [N, ...], and the same under "next"
         self._tasks: list[Task] = []  # of the trials that begin in a batch, where that is known ahead
 
         encoded = [] if transition is None else transition.layout().observations
@@ -46,7 +45,8 @@ class TensorTrials(Trials):
         self._shows_next_input = transition is not None and next_key(self.out_key) in self.wanted
         self.door = door_to(base, {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}, self._task_key)
         self.has_threads = self.door.has_threads
-        self.clock = TrialClock(self.trial, self.rows, steps, self.door.episode_steps, self.device)
+        flags = {*read, *(TrialClock.keys if keep is None else leaves(keep, TrialClock.keys))}
+        self.clock = TrialClock(self.trial, self.rows, steps, self.door.episode_steps, self.device, flags)
         self._flags_read = [key for key in read if key in self.clock.names]
 
     @property
@@ -92,7 +92,7 @@ class TensorTrials(Trials):
             observations = {**self.door.start(self._task, inner), **told}
         self._observations = observations
         after = {following: observations[key] for key, following in self._after_keys}
-        after.update(self._shown_task_after)
+        after.update(self._shown_task)
         after[REWARD] = reward
         if self.inputs is not None and (trial is not True or self._shows_next_input):
             self.inputs.tell(t + 1, action, reward, episode)
@@ -129,15 +129,16 @@ class TensorTrials(Trials):
     def _deal(self, task: Task) -> None:
         """The rows are given ``task``, all of its entries."""
         self._task, paths = task, self._task_paths.items()
-        self._shown_task = {key: flat(task[path] if path else task, self.batch_size) for key, path in paths}
-        self._shown_task_after = {next_key(key): value for key, value in self._shown_task.items()}
+        shown = {key: flat(task[path] if path else task, self.batch_size) for key, path in paths}
+        self._shown_task = {**shown, **{next_key(key): value for key, value in shown.items()}}
 
     def _at(self, t: int) -> State:
         root = {**self._shown_task, **{key: self._observations[key] for key in self._root_keys}}
         if self.inputs is not None:
             root[self.out_key] = self.inputs.steps[t]
         if self._flags_read:
-            root.update(self.clock.at(t, self._flags_read))
+            flags = self.clock.at(t)
+            root.update({key: flags[key] for key in self._flags_read})
         return root
 
     def flags(self, t: int) -> State:
@@ -147,7 +148,7 @@ class TensorTrials(Trials):
     def keys_at_once(self) -> set[NestedKey]:
         """Flags and counters, transition inputs, and a row's one task."""
         tasks = self._task_paths if self._has_one_task else ()
-        return {self.out_key, *self.clock.names, *map(next_key, self.clock.names), *tasks, *map(next_key, tasks)}
+        return {self.out_key, *self.clock.keys, *tasks, *map(next_key, tasks)}
 
     @property
     def _has_one_task(self) -> bool:
@@ -158,7 +159,7 @@ class TensorTrials(Trials):
         if self.inputs is not None:
             made[self.out_key] = self.inputs.data[:-1].transpose(0, 1)
         if self._has_one_task:
-            for key, task in {**self._shown_task, **self._shown_task_after}.items():
+            for key, task in self._shown_task.items():
                 # A view: written out, the task of an MDP would be most of a batch's memory.
                 made[key] = task.unsqueeze(1).expand(self.rows, self.steps, *task.shape[1:])
         return made
