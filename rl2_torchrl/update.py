@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
+from functools import partial
 from statistics import fmean
 from typing import Literal, SupportsIndex
 
@@ -67,37 +68,32 @@ class PPOUpdate:
             with ``loss_`` are summed, all scalars reach the log.
         advantage: computes advantages and returns of a batch. Default ``TrialAdvantage()``.
         bptt: steps of a chunk; must divide ``T``. None, the default, takes the whole of ``T``.
-        epochs: passes over a batch. Default 10.
-        minibatches: minibatches a pass. Default 4.
+        epochs, minibatches: passes over a batch, and minibatches a pass. Default 10 and 4.
         shuffle: draw chunks in random order; False takes them in order, as the original does. Default True.
         lr: learning rate of Adam. Default 1e-4. An ``optimizer`` has its own.
         max_grad_norm: clip the gradient's norm at this. Default None.
         target_kl: stop the passes over a batch once one pass's mean of ``log pi_old - log pi`` exceeds this. Default None.
-        lr_schedule: factor on the learning rate by the progress of training. Default constant.
-        entropy_schedule: factor on the loss's ``entropy_coeff`` by the progress of training. Default constant.
+        lr_schedule, entropy_schedule: factors on the learning rate, and on the loss's ``entropy_coeff``, by the progress of
+            training. Default constant.
         optimizer: an optimizer in place of Adam, over parameters of the loss.
         generator: generator of the shuffling.
         backend: how gradients are made. ``"parts"``: part by part, by kernels where a part brings its own gradient
             (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for tiny minibatches of small
             networks under Adam. ``"autograd"``: by PyTorch through ``loss.forward``. ``"graph"``: the same, recorded once as a CUDA
-            graph, and read back once a pass. ``"auto"``, the default, takes the fastest that serves; one that is named raises
-            where it cannot.
+            graph. ``"auto"``, the default, takes the fastest that serves; one that is named raises where it cannot.
         process_group: processes that update together (data parallel), such as ``torch.distributed.group.WORLD``, each with a
-            collector of its own. See below. Default: this process alone.
+            collector of its own. Default: this process alone.
 
-    With a ``process_group`` each process's batch is a part of the joint one, and all do what one process would with that: the same
-    minibatches, each process a part of each, of the same normalised advantages, the same clipping, early stops and statistics. All
-    begin with the networks of the first and keep the same. The joint batch must fit into each process's memory, and terms of the
-    loss must be means over a minibatch. `rl2_torchrl.learners` says more.
+    With a ``process_group`` each process's batch is a part of the joint one, and all do what one process would with that
+    (`rl2_torchrl.learners`). All begin with the networks of the first. The joint batch must fit into each process's memory, and
+    terms of the loss must be means over a minibatch.
 
     Networks that normalise their inputs (`RunningNorm`) are told of each batch when its update is over; of the first one, before
     which they know nothing, nothing else is learnt.
 
     Raises:
-        ValueError: ``bptt`` does not divide the batch's steps, an argument is out of range, there is no memory entry, a batch
-            without hidden states does not replay, rows are no trials, or the ``backend`` named cannot serve. With a
-            ``process_group``: batches or networks differ, a minibatch has fewer chunks than there are processes, or the loss
-            normalises advantages by minibatch.
+        ValueError: an argument is out of range, or does not fit the batch or the loss; a batch without hidden states does not
+            replay, rows are no trials, processes' batches or networks differ, or the ``backend`` named cannot serve.
         TypeError: an argument is of another kind than it must be.
         FloatingPointError: a loss or gradient is not finite.
 
@@ -143,7 +139,7 @@ class PPOUpdate:
         self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
         # One list: walking through the loss's modules for them costs more than Adam's step.
         self._parameters = list(loss.parameters())
-        self.optimizer = _adam(self._parameters, lr) if optimizer is None else _checked(optimizer, lr, loss)
+        self.optimizer = _adam(self._parameters, lr) if optimizer is None else _checked(optimizer, lr, self._parameters)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
         # As they were given: schedules and users move them.
         self.given_options = [{**group, "params": None} for group in self.optimizer.param_groups]
@@ -224,17 +220,14 @@ class PPOUpdate:
         Hidden states are among them only with ``bptt``, and so is what the critic reads beyond a trial that the batch cuts:
         without, rows are whole trials, which start from zeros and end with the batch.
         """
-        keys = self.loss.tensor_keys
+        keys, stand_in = self.loss.tensor_keys, getattr(self.advantage, "stand_in", None)
         read = [key for key in self._keys_read() if key not in (keys.advantage, keys.value_target)]
-        ends = [("next", key) for key in ("reward", "done", "terminated")]
-        by_advantage = getattr(self.advantage, "in_keys", [keys.value])
-        memory = [] if self.bptt is None else [*self._memory_keys(), *self._keys_beyond()]
-        return list(dict.fromkeys((*read, *by_advantage, *ends, *memory)))
-
-    def _keys_beyond(self) -> list[NestedKey]:
-        """What the advantage's stand-in for a critic reads beyond a batch's last step."""
-        critic = getattr(self.advantage, "stand_in", None)
-        return [] if critic is None else [unravel_key(("next", key)) for key in critic.in_keys if key != "is_init"]
+        read += getattr(self.advantage, "in_keys", [keys.value])
+        read += [("next", key) for key in ("reward", "done", "terminated")]
+        if self.bptt is not None:
+            beyond = [] if stand_in is None else [key for key in stand_in.in_keys if key != "is_init"]
+            read += [*self._memory_keys(), *(unravel_key(("next", key)) for key in beyond)]
+        return list(dict.fromkeys(read))
 
     def _memory_keys(self) -> list[NestedKey]:
         return list(dict.fromkeys(key for network in self._networks() for key in hidden_keys(network)))
@@ -259,21 +252,22 @@ class PPOUpdate:
         """Backend and reason, as far as they are known before a batch."""
         if self._named == "autograd":
             return "autograd", "it was asked for"
+        is_graph = self._named == "graph" or (self._named == "auto" and self._device.type == "cuda")
         refusal = _why_not_parts(self.loss)
-        if refusal is None and (self._named == "graph" or (self._named == "auto" and self._device.type == "cuda")):
+        if refusal is None and is_graph:
             refusal = self._joins() or why_not_graphed(self.loss, self.optimizer)
-            if refusal is None:
-                return "graph", self._how_graphed()
         elif refusal is None and self._named != "parts" and self._device.type != "cpu":
             refusal = f"there are no kernels on {self._device}"
         if refusal is not None:
             if self._named != "auto":
                 raise ValueError(f"backend={self._named!r} cannot serve: {refusal}. backend='auto' takes 'autograd'.")
             return "autograd", refusal
+        if is_graph:
+            return "graph", self._graphed.reason
         if self._named == "compiled":
             return "compiled", "it was asked for"
-        slow = [part for part in self.loss.network_parts() if part.kind == "autograd"]
-        reasons = "; ".join(dict.fromkeys(f"autograd for one part alone, {part.reason}" for part in slow))
+        slow = [part.reason for part in self.loss.network_parts() if part.reason is not None]
+        reasons = "; ".join(f"autograd for one part alone, {reason}" for reason in dict.fromkeys(slow))
         return "parts", reasons or "each part of the networks brings its own gradient"
 
     def _way(self, from_zeros: bool) -> Callable[[], Iterable[Metrics]]:
@@ -282,7 +276,7 @@ class PPOUpdate:
         if self.backend == "autograd":
             return lambda: map(self._joined, map(self._by_autograd, self._chunks.entries()))
         if self.backend == "graph":
-            return self._graph_pass(from_zeros)
+            return partial(self._by_graph, iter([_require_replay] if from_zeros else []))
         program = Program(self.loss)
         given = (program, self.optimizer, self._chunks.chunks, self._chunks.rows)
         refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
@@ -300,24 +294,12 @@ class PPOUpdate:
         """Why a pass cannot run by itself, in words; None where it can."""
         return "several processes join their gradients after each minibatch" if self._learners.size > 1 else None
 
-    def _graph_pass(self, from_zeros: bool) -> Callable[[], Iterable[Metrics]]:
-        """What `_way` gives for the backend of that name; the ratios are looked at before the first step."""
-        checks, silent = iter([_require_replay] if from_zeros else []), without_resets(self._chunks.chunks)
-
-        def one_pass() -> Iterable[Metrics]:
-            minibatches = ({k: e for k, e in entries.items() if k not in silent} for entries in self._chunks.entries())
-            yield from self._graphed.run(minibatches, self.max_grad_norm, next(checks, None))
-            self.reason = self._how_graphed()
-
-        return one_pass
-
-    def _how_graphed(self) -> str:
-        if self._device.type != "cuda":
-            return f"it was asked for, though there is nothing to record on {self._device}"
-        refusal = self._graphed.refusal
-        return (
-            "a minibatch's gradients are one CUDA graph" if refusal is None else f"launched kernel by kernel: {refusal}"
-        )
+    def _by_graph(self, checks: Iterator[Callable]) -> Iterator[Metrics]:
+        """A pass; the ratios are looked at before its first step, by the next of ``checks``."""
+        entries, silent = self._chunks.entries(), without_resets(self._chunks.chunks)
+        minibatches = ({k: e for k, e in each.items() if k not in silent} for each in entries)
+        yield from self._graphed.run(minibatches, self.max_grad_norm, next(checks, None))
+        self.reason = self._graphed.reason
 
     def _by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
         losses = self.loss(TensorDict(entries, next(iter(entries.values())).shape[:2]))
@@ -417,11 +399,12 @@ def _adam(parameters: list[nn.Parameter], lr: float | None) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, fused=fused)
 
 
-def _checked(optimizer: torch.optim.Optimizer, lr: float | None, loss: ClipPPOLoss) -> torch.optim.Optimizer:
+def _checked(
+    optimizer: torch.optim.Optimizer, lr: float | None, parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
     if lr is not None:
         raise ValueError(f"lr={lr} is Adam's, and the optimizer that you give has its own: give one of the two.")
-    strangers = {p for group in optimizer.param_groups for p in group["params"]} - set(loss.parameters())
-    if strangers:
+    if strangers := {p for group in optimizer.param_groups for p in group["params"]} - set(parameters):
         raise ValueError(
             f"{len(strangers)} of the optimizer's parameters are not the loss's, so no update would train them: make it of "
             "loss.parameters(), after the networks have their final form and device."

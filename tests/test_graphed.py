@@ -113,7 +113,7 @@ def test_a_minibatch_that_cannot_be_recorded_is_launched_kernel_by_kernel(monkey
         "value_target": torch.randn(4, 6, 1),
     }
     metrics = list(passes.run([entries, entries], 0.5))
-    assert passes.refusal == "operation not permitted when stream is capturing"
+    assert passes.reason == "launched kernel by kernel: operation not permitted when stream is capturing"
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2, fused=True)
     for metric in metrics:
         data = {**entries, "is_init": torch.zeros(4, 6, 1, dtype=torch.bool)}

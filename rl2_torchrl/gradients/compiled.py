@@ -193,7 +193,10 @@ def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, chunks:
 def _of_program(program: Program, chunks: State) -> Iterator[tuple[bool, str]]:
     loss, keys, networks = program.loss, program.loss.tensor_keys, _networks_of(program)
     others = "other distributions than a categorical or Gaussian one, or further loss terms"
-    yield networks is not None, f"actor or critic is more than a GRU and a head of one layer each, or there are {others}"
+    yield (
+        networks is not None,
+        f"actor or critic is more than a GRU and a head of one layer each, or there are {others}",
+    )
     dtypes = {p.dtype for p in program.parameters}
     yield len(dtypes) == 1, "parameters are of several dtypes"
     read = [keys.sample_log_prob, keys.advantage, *([keys.value_target] if loss.has_critic else [])]

@@ -34,9 +34,16 @@ class GraphedPass:
         self._layout: object = None
 
     @property
-    def refusal(self) -> str | None:
-        """Why a minibatch could not be recorded, so that each is launched kernel by kernel; None where all are graphs."""
-        return next((m.refusal for m in self._minibatches.values() if m.refusal), None)
+    def reason(self) -> str:
+        """What is recorded, or why a minibatch could not be, so that each is launched kernel by kernel."""
+        refusal = next((m.refusal for m in self._minibatches.values() if m.refusal), None)
+        if refusal is not None:
+            return f"launched kernel by kernel: {refusal}"
+        device = next(self.loss.parameters()).device
+        is_recorded = device.type == "cuda"
+        return (
+            "a minibatch's gradients are one CUDA graph" if is_recorded else f"there is nothing to record on {device}"
+        )
 
     def run(
         self,

@@ -56,20 +56,20 @@ def _leaves(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[Te
 
 def _part(module: TensorDictModuleBase) -> Part:
     """Whatever a module is: a core, a function of tensors, or one that wants a TensorDict; with its own gradient, if it has one."""
-    in_keys, out_keys = module.in_keys, [key for key in module.out_keys if not _is_next(key)]
-    own, speaker = None, module
+    in_keys, optional, speaker = module.in_keys, (), module
+    out_keys = [key for key in module.out_keys if key[0] != "next"]
     # Of the class: a TensorDictModule passes on what its inner module has.
     if hasattr(type(module), "sequence"):
-        own = _own_gradient(module)
-        function, optional, why = on_entries(module.sequence), in_keys[1:], "brings no gradient of its own"
+        own, why = _own_gradient(module), "brings no gradient of its own"
+        function, optional = on_entries(module.sequence), in_keys[1:]
     elif is_function(module):
         function = speaker = module.module
-        own = _own_gradient(function, in_keys, out_keys)
-        optional, why = (), "brings no gradient of its own here"
+        own, why = _own_gradient(function, in_keys, out_keys), "brings no gradient of its own here"
     else:
-        function, optional, why = _on_tensordict(module), in_keys, "is called with a TensorDict"
-    name = getattr(speaker, "__name__", type(speaker).__name__)
+        own, why = None, "is called with a TensorDict"
+        function, optional = _on_tensordict(module, out_keys), in_keys
     options = {"parameters": module.parameters(), "optional": optional}
+    name = getattr(speaker, "__name__", type(speaker).__name__)
     return own or Part(function, in_keys, out_keys, **options, reason=f"{name} {why}")
 
 
@@ -77,9 +77,7 @@ def _own_gradient(module: Callable, *keys: list[NestedKey]) -> Part | None:
     return module.gradient_part(*keys) if hasattr(module, "gradient_part") and is_bare(module) else None
 
 
-def _on_tensordict(module: TensorDictModuleBase) -> Callable[..., tuple[torch.Tensor, ...]]:
-    out_keys = [key for key in module.out_keys if not _is_next(key)]
-
+def _on_tensordict(module: TensorDictModuleBase, out_keys: list[NestedKey]) -> Callable[..., tuple[torch.Tensor, ...]]:
     def call(*inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         known = {key: x for key, x in zip(module.in_keys, inputs, strict=True) if x is not None}
         with set_recurrent_mode(True):
@@ -87,7 +85,3 @@ def _on_tensordict(module: TensorDictModuleBase) -> Callable[..., tuple[torch.Te
         return tuple(out[key] for key in out_keys)
 
     return call
-
-
-def _is_next(key: NestedKey) -> bool:
-    return isinstance(key, tuple) and key[0] == "next"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -26,18 +25,12 @@ class TrialClock:
     one count serves all rows, a batch is counted ahead, and nothing is read back from a device.
     """
 
-    #: Entries that a clock gives, before each step and, under ``"next"``, after it.
+    #: Flags and counters before each step and, under ``"next"``, after it. A clock gives those that are ``wanted``.
     names = ("is_init", "done", "terminated", "truncated", *TRIAL_KEYS)
-    keys = (*names, *(("next", name) for name in names))
+    next_names = tuple(("next", name) for name in names)
 
     def __init__(
-        self,
-        trial: Trial,
-        rows: int,
-        steps: int,
-        episode_steps: int | None,
-        device: torch.device,
-        wanted: Collection[NestedKey],
+        self, trial: Trial, rows: int, steps: int, episode_steps: int | None, device: torch.device, wanted: set
     ):
         self.trial, self.rows, self.steps, self.episode_steps, self.device = trial, rows, steps, episode_steps, device
         self.is_shared, self._wanted = episode_steps is not None, wanted
@@ -50,15 +43,14 @@ class TrialClock:
 
     def restart(self) -> None:
         """The next batch begins with new trials in all rows."""
-        counts = torch.tensor([[0], [0], [1], [0]]).repeat(1, 1 if self.is_shared else self.rows)
-        self.load_state_dict({"counts": counts, "episode_step": 0})
+        self.load_state_dict({"counts": torch.tensor([[0], [0], [1], [0]]).repeat(1, self.rows)})
 
     def start_batch(self) -> None:
         """Goes on where the last batch ended."""
         self._counts = self._counts[-1:]
         if self.is_shared:
             self._plan = [self._count(None) for _ in range(self.steps)]
-            for key, value in self._made().items():
+            for key, value in self._made(0, self.steps).items():
                 self._entries.setdefault(key, value).copy_(value)  # in the memory that a CUDA graph knows
 
     def tick(self, t: int, done: torch.Tensor | None) -> Ends:
@@ -77,10 +69,9 @@ class TrialClock:
 
     def _count(self, done: Any) -> Ends:
         index, step, over, _ = self._counts[-1]
-        if self.is_shared:
-            self._episode_step = 1 if over else self._episode_step % self.episode_steps + 1
-            done = self._episode_step == self.episode_steps
-        index, step = index * (1 - over) + done, step * (1 - over) + 1
+        step = step * (1 - over) + 1
+        done = step % self.episode_steps == 0 if self.is_shared else done
+        index = index * (1 - over) + done
         over = self.trial.is_over(index, step)
         self._counts.append((index, step, over, done))
         return self._rows(done > over), self._rows(over), self._rows(done)
@@ -93,20 +84,22 @@ class TrialClock:
         return True if mask.all() else torch.from_numpy(mask).to(self.device)
 
     def entries(self) -> dict[NestedKey, torch.Tensor]:
-        """The wanted flags and counters ``[N, T, 1]`` of the batch that has been played."""
-        return self._entries if self.is_shared else self._made()
+        """Flags and counters ``[N, T, 1]`` of the batch that has been played."""
+        return self._entries if self.is_shared else self._made(0, self.steps)
 
     def at(self, t: int) -> dict[NestedKey, torch.Tensor]:
         """Those of `entries` for step ``t``, ``[N, 1]``; before it has been taken perhaps without those under ``"next"``."""
-        made = self._entries if self.is_shared else self._made(t, t + 1)
-        return {key: value[:, t if self.is_shared else 0] for key, value in made.items()}
+        made, column = (self._entries, t) if self.is_shared else (self._made(t, t + 1), 0)
+        return {key: value[:, column] for key, value in made.items()}
 
-    def _made(self, start: int = 0, end: int | None = None) -> dict[NestedKey, torch.Tensor]:
-        end = self.steps if end is None else end
-        return {**self._shown(self._counts[start:end], False), **self._shown(self._counts[start + 1 : end + 1], True)}
+    def _made(self, start: int, end: int) -> dict[NestedKey, torch.Tensor]:
+        made = {**self._named(self._counts[start:end], False), **self._named(self._counts[start + 1 : end + 1], True)}
+        # Copies, since what others do to a batch must not reach the counts.
+        shown = {key: value.to(self.device).t().unsqueeze(-1).expand(self.rows, -1, 1) for key, value in made.items()}
+        return {key: value.clone(memory_format=torch.contiguous_format) for key, value in shown.items()}
 
-    def _shown(self, counts: list[tuple], is_after: bool) -> dict[NestedKey, torch.Tensor]:
-        keys = self.keys[len(self.names) :] if is_after else self.names
+    def _named(self, counts: list[tuple], is_after: bool) -> dict[NestedKey, torch.Tensor]:
+        keys = self.next_names if is_after else self.names
         if not counts or self._wanted.isdisjoint(keys):
             return {}
         index, step, over, ended = (
@@ -117,26 +110,14 @@ class TrialClock:
             goes_on = ~over
             index, step, ended, begun, over = index * goes_on, step * goes_on, ended & goes_on, over, never
         terminated, truncated = (never, over) if self.trial.truncate else (over, never)
-        counters = self.trial.counters(index, step)
-        values = (begun, over, terminated, truncated, ended, *(counters[name] for name in TRIAL_KEYS[1:]))
-        # Copies, since what others do to a batch must not reach the counts.
-        return {
-            key: value.to(self.device)
-            .t()
-            .unsqueeze(-1)
-            .expand(self.rows, -1, 1)
-            .clone(memory_format=torch.contiguous_format)
-            for key, value in zip(keys, values, strict=True)
-            if key in self._wanted
-        }
+        values = (begun, over, terminated, truncated, ended, *self.trial.counters(index, step).values())
+        return {key: value for key, value in zip(keys, values, strict=True) if key in self._wanted}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Where the rows stand after the last batch."""
-        counts = torch.from_numpy(np.array(self._counts[-1], dtype=np.int64)).view(4, -1)
-        return {"counts": counts, "episode_step": torch.tensor(self._episode_step)}
+        return {"counts": torch.from_numpy(np.array(self._counts[-1], dtype=np.int64)).view(4, -1)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Goes on from what `state_dict` returned."""
-        counts = (count.tolist()[0] if self.is_shared else count.numpy() for count in state["counts"])
-        index, step, over, ended = counts
-        self._counts, self._episode_step = [(index, step, over > 0, ended > 0)], int(state["episode_step"])
+        counts = state["counts"][:, 0].tolist() if self.is_shared else state["counts"].numpy()
+        self._counts = [(counts[0], counts[1], counts[2] > 0, counts[3] > 0)]

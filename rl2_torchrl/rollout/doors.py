@@ -54,25 +54,21 @@ class TensorDoor:
         reward = flat(reward, self.env.batch_size)
         return self._entries(observations), reward, self._done(reward, terminated, truncated)
 
-    def _done(self, reward, terminated: torch.Tensor | None, truncated: torch.Tensor | None) -> torch.Tensor | None:
+    def _done(self, reward, *flags: torch.Tensor | None) -> torch.Tensor | None:
         if self.episode_steps is not None:
             return None
-        if terminated is None or truncated is None:
-            done = truncated if terminated is None else terminated
-            return torch.zeros_like(reward, dtype=torch.bool).flatten() if done is None else done.reshape(-1)
-        return (terminated | truncated).reshape(-1)
+        done = torch.zeros_like(reward, dtype=torch.bool).flatten()
+        for flag in flags:
+            done = done if flag is None else done | flag.reshape(-1)
+        return done
 
-    def adopt(self, reset: TensorDictBase) -> State:
-        """The observations of a ``reset()`` that somebody has made."""
+    def adopt(self, root: TensorDictBase) -> State:
+        """The observations of a ``reset()`` that somebody has made, or of an env whose own state has been restored."""
         return self._entries(self.env.observation)
 
     def state_dict(self) -> dict:
-        """What is needed beside the env's own state to go on."""
+        """What `adopt` needs beside the env's own state to go on."""
         return {}
-
-    def resume(self, state: dict) -> State:
-        """Goes on in an env whose own state has been restored; its observations then."""
-        return self._entries(self.env.observation)
 
     def _entries(self, observations: State) -> State:
         if self._asks_for_more:
@@ -87,26 +83,24 @@ class TorchRLDoor:
 
     def __init__(self, env: EnvBase, observed: set[NestedKey], task_key: NestedKey):
         self.env, self._task_key = env, task_key
-        self._action_key, self._reward_key, self._done_spec = env.action_key, env.reward_key, env.full_done_spec
-        self._done_keys = env.done_keys
+        self._action_key, self._reward_key, self._done_keys = env.action_key, env.reward_key, env.done_keys
         self._given = [*env.full_state_spec.keys(True, True), *self._done_keys]
-        keys = list(env.full_observation_spec.keys(True, True))
+        keys, self._done_spec = list(env.full_observation_spec.keys(True, True)), env.full_done_spec
         self._observed, self._adopted = [key for key in keys if key in observed], {*keys, *self._given}
-        self._root: TensorDictBase | None = None  # what the env is stepped with
+        self._root: TensorDictBase = TensorDict({}, env.batch_size, env.device)  # what the env is stepped with
 
     def start(self, task: Task, rows: Rows) -> State:
         env, old = self.env, self._root
-        given = TensorDict({}, env.batch_size, env.device) if old is None else old.select(*self._given, strict=False)
+        given = old.select(*self._given, strict=False)
         if task is not None:
             given.set(self._task_key, task)
         if rows is not True:
             given.set("_reset", rows.reshape(*env.batch_size, 1))
-        root = env._reset(given)
-        if old is not None:
-            root = old.clone(False).update(root if rows is True else self._merged(root, rows.reshape(env.batch_size)))
-        self._root = env._complete_done(self._done_spec, root)
+        first = env._reset(given)
+        first = first if rows is True else self._merged(first, rows.reshape(env.batch_size))
+        self._root = env._complete_done(self._done_spec, old.clone(False).update(first))
         if task is not None:
-            root.set(self._task_key, task)
+            self._root.set(self._task_key, task)
         return self._observations()
 
     def _merged(self, first: TensorDictBase, rows: torch.Tensor) -> TensorDictBase:
@@ -131,13 +125,9 @@ class TorchRLDoor:
         # Copies: many envs write their next step into the same memory.
         return {key: flat(self._root.get(key).clone(), self.env.batch_size) for key in self._observed}
 
-    def adopt(self, reset: TensorDictBase) -> State:
-        self._root = reset.select(*self._adopted, strict=False)
+    def adopt(self, root: TensorDictBase) -> State:
+        self._root = root.select(*self._adopted, strict=False)
         return self._observations()
 
     def state_dict(self) -> dict:
         return self._root.to_dict()
-
-    def resume(self, state: dict) -> State:
-        self._root = TensorDict(state, self.env.batch_size, self.env.device)
-        return self._observations()

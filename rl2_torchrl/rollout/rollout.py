@@ -114,9 +114,10 @@ class Rollout:
 
     def _play(self) -> None:
         """All steps of a batch."""
-        acting, at_once = [part.make(self.steps) for part in self._acting], self.trials.keys_at_once
-        recorded = [key for key in self._early if key not in at_once]
+        acting = [part.make(self.steps) for part in self._acting]
         entries, begun = self.trials.start()
+        at_once = self.trials.keys_at_once
+        recorded = [key for key in self._early if key not in at_once]
         state = {**entries, **(self.memory.initial() if begun is True else self.memory.next(self._carry, begun))}
         waiting: list[State] = []
         for t in range(self.steps):

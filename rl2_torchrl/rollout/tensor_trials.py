@@ -33,9 +33,6 @@ class TensorTrials(Trials):
 
         self._task: Task = None
         self._task_key = "task" if self.sampler is None else self.sampler.task_key
-        task_keys = [] if self.sampler is None else leaves([self._task_key], base.full_state_spec.keys(True, True))
-        depth = 1 if isinstance(self._task_key, str) else len(self._task_key)
-        self._task_paths = {key: () if isinstance(key, str) else key[depth:] for key in task_keys}
         self._shown_task: State = {}  # its entries [N, ...], and the same under "next"
         self._tasks: list[Task] = []  # of the trials that begin in a batch, where that is known ahead
 
@@ -45,7 +42,8 @@ class TensorTrials(Trials):
         self._shows_next_input = transition is not None and next_key(self.out_key) in self.wanted
         self.door = door_to(base, {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}, self._task_key)
         self.has_threads = self.door.has_threads
-        flags = {*read, *(TrialClock.keys if keep is None else leaves(keep, TrialClock.keys))}
+        known = (*TrialClock.names, *TrialClock.next_names)
+        flags = {*read, *(known if keep is None else leaves(keep, known))}
         self.clock = TrialClock(self.trial, self.rows, steps, self.door.episode_steps, self.device, flags)
         self._flags_read = [key for key in read if key in self.clock.names]
 
@@ -95,8 +93,7 @@ class TensorTrials(Trials):
         after.update(self._shown_task)
         after[REWARD] = reward
         if self.inputs is not None and (trial is not True or self._shows_next_input):
-            self.inputs.tell(t + 1, action, reward, episode)
-            self.inputs.observe(t + 1, observations)
+            self.inputs.follow(t + 1, action, reward, episode, observations)
             if self._shows_next_input:
                 after[next_key(self.out_key)] = self.inputs.steps[t + 1].clone()
         if t + 1 == self.steps:
@@ -117,8 +114,7 @@ class TensorTrials(Trials):
                 first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
             self._observations = first
         if self.inputs is not None:
-            self.inputs.begin(t, rows)
-            self.inputs.observe(t, self._observations)
+            self.inputs.begin(t, rows, self._observations)
 
     def _drawn(self, rows: Rows) -> Task:
         if rows is True:
@@ -128,9 +124,12 @@ class TensorTrials(Trials):
 
     def _deal(self, task: Task) -> None:
         """The rows are given ``task``, all of its entries."""
-        self._task, paths = task, self._task_paths.items()
-        shown = {key: flat(task[path] if path else task, self.batch_size) for key, path in paths}
-        self._shown_task = {**shown, **{next_key(key): value for key, value in shown.items()}}
+        self._task, entries = task, [] if self.sampler is None else [(self._task_key, task)]
+        if entries and isinstance(task, TensorDictBase):
+            entries = TensorDict(dict(entries), self.batch_size).items(True, True)
+        self._shown_task = {
+            each: flat(value, self.batch_size) for key, value in entries for each in (key, next_key(key))
+        }
 
     def _at(self, t: int) -> State:
         root = {**self._shown_task, **{key: self._observations[key] for key in self._root_keys}}
@@ -147,8 +146,8 @@ class TensorTrials(Trials):
     @property
     def keys_at_once(self) -> set[NestedKey]:
         """Flags and counters, transition inputs, and a row's one task."""
-        tasks = self._task_paths if self._has_one_task else ()
-        return {self.out_key, *self.clock.keys, *tasks, *map(next_key, tasks)}
+        tasks = self._shown_task if self._has_one_task else ()
+        return {self.out_key, *self.clock.names, *self.clock.next_names, *tasks}
 
     @property
     def _has_one_task(self) -> bool:
@@ -177,6 +176,7 @@ class TensorTrials(Trials):
         self._is_adopted, task = bool(state.get("adopted", False)), state["task"]
         if task is not None:
             self._deal(TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task)
-        self._observations = dict(zip(self.door.resume(state["door"]), state["observations"], strict=True))
+        adopted = self.door.adopt(TensorDict(state["door"], self.batch_size, self.env.device))
+        self._observations = dict(zip(adopted, state["observations"], strict=True))
         if self.inputs is not None:
             self.inputs.data[-1].copy_(state["input"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from tensordict import NestedKey
 
+from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.transition import PreviousStep
 
@@ -27,22 +27,18 @@ class TransitionInputs:
         self.data[0].copy_(self.data[-1])
         self.data[1:].zero_()
 
-    def observe(self, t: int, observations: dict[NestedKey, torch.Tensor]) -> None:
-        """Writes the observations ``[N, ...]`` into the input of step ``t``: again for rows that have not begun a trial."""
-        for (key, encoding), parts in self._observations:
-            encoding.write(parts[t], observations[key])
-
-    def tell(self, t: int, action: torch.Tensor, reward: torch.Tensor, done: Rows) -> None:
-        """Writes the action ``[N, ...]``, the reward ``[N, 1]`` and the episode's end of the step before ``t`` into its input."""
+    def follow(self, t: int, action: torch.Tensor, reward: torch.Tensor, done: Rows, observations: State) -> None:
+        """Writes step ``t``: what it sees, and action ``[N, ...]``, reward ``[N, 1]`` and episode's end of the step before."""
         self._layout.action.write(self._actions[t], action)
         self._rewards[t].copy_(reward)
         if done is True:
             self._dones[t].fill_(1.0)
         elif done is not False:
             self._dones[t].copy_(done.unsqueeze(-1))
+        self._observe(t, observations)
 
-    def begin(self, t: int, rows: Rows) -> None:
-        """Step ``t`` is the first of a trial in ``rows``: there is no step before it."""
+    def begin(self, t: int, rows: Rows, observations: State) -> None:
+        """Step ``t`` is the first of a trial in ``rows``: there is no step before it, and the ``observations`` are others."""
         if rows is True:
             self.data[t].zero_()
             self._dones[t].fill_(self._done_at_start)
@@ -50,3 +46,8 @@ class TransitionInputs:
             mask = rows.unsqueeze(-1)
             self.data[t].masked_fill_(mask, 0.0)
             self._dones[t].masked_fill_(mask, self._done_at_start)
+        self._observe(t, observations)
+
+    def _observe(self, t: int, observations: State) -> None:
+        for (key, encoding), parts in self._observations:
+            encoding.write(parts[t], observations[key])
