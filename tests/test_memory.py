@@ -6,16 +6,21 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Composite
 from torchrl.envs import Compose, GymEnv, InitTracker, SerialEnv, TransformedEnv
+from torchrl.modules import GRUModule, set_recurrent_mode
 from torchrl.modules.utils import get_primers_from_module
+from torchrl.objectives.value import GAE
 
 from rl2_torchrl import (
     ActorCritic,
+    FastGRUModule,
     GRUCategoricalActor,
     GRUGaussianActor,
     GRUValueHead,
+    LSTMCore,
     MemoryValueHead,
     PPOUpdate,
     PreviousStep,
+    RecurrentCritic,
     RL2PPOLoss,
     TaskSampler,
     Trial,
@@ -25,6 +30,7 @@ from rl2_torchrl import (
     with_zeroed_memory,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_targets
+from rl2_torchrl.modules.actor_critic import hidden_keys
 
 TRIAL = 6
 
@@ -173,6 +179,67 @@ def test_a_rows_reset_leaves_the_other_rows_memory_alone():
         assert torch.equal(began[key][[0, 2]], went_on[key][[0, 2]])
         assert torch.equal(began[key][1], first[key][1])
         assert not torch.equal(began[key][1], went_on[key][1])
+
+
+# --------------------------------------------------- memory that is not there
+
+NETWORKS = {
+    "actor": lambda env: networks(env)[0],
+    "critic": lambda env: networks(env)[1],
+    "LSTM": lambda env: RecurrentCritic.from_env(env, core=LSTMCore),
+}
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rows_that_go_on_without_a_memory_are_refused(name, recurrent):
+    network, rows = NETWORKS[name](quadratic()), (3, 2) if recurrent else (3,)
+    data = TensorDict({"trans": torch.randn(*rows, 4), "is_init": torch.ones(*rows, 1, dtype=torch.bool)}, rows)
+    with set_recurrent_mode(recurrent):
+        written = network(data.clone())
+        data["is_init"][1] = False  # one row of three
+        with pytest.raises(KeyError, match=rf"rows go on .* memory \['{network.hidden_key}'.*forgotten its trial"):
+            network(data.clone())
+        for key in hidden_keys(network):
+            data[key] = torch.zeros_like(written["next", key])
+        network(data)
+
+
+def test_torchrls_gru_and_its_drop_in_start_from_zeros_there():
+    data = TensorDict({"trans": torch.randn(3, 4), "is_init": torch.zeros(3, 1, dtype=torch.bool)}, [3])
+    for module in (GRUModule, FastGRUModule):
+        gru = module(4, 8, in_key="trans", out_key="features")
+        without = gru(data.clone())["features"]
+        assert torch.equal(without, gru(data.clone().set(gru.in_keys[1], torch.zeros(3, 1, 8)))["features"])
+
+
+def test_a_rollout_without_primers_is_refused_at_its_second_step():
+    env = TransformedEnv(quadratic(), InitTracker())
+    env.rollout(1, networks(env)[0])
+    with pytest.raises(KeyError, match="'actor_hidden'.*auto_register_policy_transforms=True"):
+        env.rollout(2, networks(env)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"deactivate_vmap": True}, {"shifted": True}])
+def test_torchrls_gae_does_not_ask_a_critic_that_has_no_memory(options):
+    # `PPOTrainer` asks so by default, of a collector that plays the actor alone.
+    env = quadratic()
+    actor, critic = networks(env)
+    (batch,) = collect(env, actor, TRIAL)
+    with pytest.raises(KeyError, match=r"'critic_hidden'.*let TrialAdvantage\(\) read the values that are stored"):
+        GAE(gamma=0.9, lmbda=0.9, value_network=critic, **options)(batch)
+
+
+def test_a_loss_of_rows_that_go_on_without_a_memory_is_refused():
+    env = quadratic()
+    actor, critic = networks(env)
+    batch = TrialAdvantage()(collect(env, ActorCritic(actor, critic), TRIAL)[0]).exclude(
+        "actor_hidden", "critic_hidden"
+    )
+    loss = RL2PPOLoss(actor, critic)
+    loss(batch)
+    with pytest.raises(KeyError, match=r"memory \['actor_hidden', 'critic_hidden'\]"):
+        loss(batch[:, 1:])
 
 
 # ---------------------------------------------------------------- advantages

@@ -17,7 +17,10 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules import recurrent_mode
 
-__all__ = ["LSTMCore", "RecurrentCore", "Tensors", "as_sizes", "at_ends", "run_segments", "sub_key", "where_rows"]
+__all__ = [
+    *("LSTMCore", "RecurrentCore", "Tensors"),
+    *("as_sizes", "at_ends", "lost_memory", "run_segments", "sub_key", "where_rows"),
+]
 
 Tensors = tuple[Tensor, ...]
 
@@ -163,6 +166,8 @@ class RecurrentCore(TensorDictModuleBase):
         batch = x.shape[:-1]
         if is_init.numel() != batch.numel():
             raise ValueError(f"{init_key!r} has shape {tuple(is_init.shape)}, not {(*batch, 1)}: one flag a step.")
+        if all(m is None for m in memory):
+            self._require_memory(is_init.reshape(batch))
         for key, m, shape in zip(memory_keys, memory, self.memory_shapes.values(), strict=True):
             if m is None and any(other is not None for other in memory):
                 raise KeyError(f"the core's memory {key!r} is missing, while another part of it is there.")
@@ -172,6 +177,14 @@ class RecurrentCore(TensorDictModuleBase):
                     "Take the primers from this network: get_primers_from_module(policy)."
                 )
         return *self._converted(x, memory), is_init
+
+    def _require_memory(self, is_init: Tensor) -> None:
+        """KeyError, for data without a memory, unless all rows begin a trial at their first step: ``is_init`` ``[*B, (T)]``."""
+        begins = is_init[..., 0] if self.recurrent_mode else is_init
+        while torch._C._functorch.is_batchedtensor(begins):  # vmap cannot say whether all of what it goes over begin
+            begins = torch._C._functorch.get_unwrapped(begins)
+        if not begins.all():
+            raise KeyError(lost_memory(self.in_keys[1:-1]))
 
 
 class LSTMCore(RecurrentCore):
@@ -246,6 +259,17 @@ def run_segments(rnn: nn.RNNBase, x, memory: Tensors | None, is_init: Tensor | N
         s = s.transpose(0, 1)
         outputs.append(s.new_zeros(len(x), *s.shape[1:]).index_put(last, s))
     return tuple(each.unflatten(0, (rows, steps)) for each in outputs)
+
+
+def lost_memory(memory_keys: Sequence[NestedKey]) -> str:
+    """What to say where rows go on without a memory."""
+    return (
+        f"rows go on ('is_init' is False at their first step), but the memory {list(memory_keys)} that they go on from is missing: "
+        "with zeros in its place the agent has forgotten its trial. Collect with ActorCritic(actor, critic), by TrialCollector or "
+        "auto_register_policy_transforms=True; keep what PPOUpdate(..., bptt=...).in_keys names; let TrialAdvantage() read the "
+        "values that are stored, where TorchRL's GAE asks a critic anew, step by step. Rows that shall begin anew say so: "
+        "data['is_init'] = True at their first step."
+    )
 
 
 def sub_key(key: NestedKey, suffix: str) -> NestedKey:

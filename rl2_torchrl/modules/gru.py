@@ -50,6 +50,9 @@ class FastGRUModule(RecurrentCore, GRUModule):
         """Reads and writes what `GRUModule` does: one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
         return (GRUModule if is_compiling() else RecurrentCore).forward(self, tensordict)
 
+    def _require_memory(self, is_init: Tensor) -> None:
+        """`GRUModule` starts from zeros wherever it is given no memory; what takes its place does so too."""
+
     def gradient_part(self) -> GRUPart | None:
         return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if self._is_covered() else None
 
@@ -120,6 +123,7 @@ class GRUCore(FastGRUModule):
 
     # torch.compile breaks the graph at a GRU in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(FastGRUModule.forward)
+    _require_memory = RecurrentCore._require_memory
 
 
 class StepGRU:

@@ -14,6 +14,7 @@ from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, w
 from rl2_torchrl.gradients.part import entries_of, has_hooks
 from rl2_torchrl.gradients.program import merge_losses
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_policy
+from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
@@ -163,6 +164,7 @@ class RL2PPOLoss(ClipPPOLoss):
                 f"the data are single steps {list(tensordict.shape)}, but a memory is trained on sequences [*B, T], as they were "
                 "played: fill a replay buffer with such rows, not with steps."
             )
+        self._require_memory(tensordict)
         advantage = tensordict.get(key := self.tensor_keys.advantage, None)
         if advantage is None and self._value_estimator is None:
             raise KeyError(
@@ -172,6 +174,13 @@ class RL2PPOLoss(ClipPPOLoss):
             raise ValueError(
                 f"{key!r} has shape {tuple(advantage.shape)} in data {tuple(tensordict.shape)}: it must be [*B, T, 1]."
             )
+
+    def _require_memory(self, tensordict: TensorDictBase) -> None:
+        networks = [self.actor_network, *([self.critic_network] if self.critic_network else [])]
+        missing = [k for network in networks for k in hidden_keys(network) if tensordict.get(k, None) is None]
+        starts = tensordict.get("is_init", None)
+        if missing and starts is not None and not is_compiling() and not starts[..., 0, :].all():
+            raise KeyError(lost_memory(missing))
 
     def _set_in_keys(self) -> None:
         # For calls by keyword; ClipPPOLoss lists what its value estimator reads, and not what an advantage is in.
