@@ -1,6 +1,7 @@
 """`check_training`: silent on pipelines that are right, and names the rule on faults that are put in by hand."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import (
     ActorCritic,
+    FastGRUModule,
     GRUCategoricalActor,
     GRUGaussianActor,
     GRUValueHead,
@@ -304,7 +306,10 @@ def test_last_reward_lost_by_an_input_of_the_users_own():
 @pytest.mark.parametrize("bptt", [None, 2])
 def test_memory_lost_without_primers(bptt):
     env = TransformedEnv(mdp_env(), InitTracker())
-    collector, update = pipeline(env, primers=False, bptt=bptt, steps=TRIAL)
+    # As TorchRL's GRUModule, it starts from zeros where it is given no memory.
+    core = partial(FastGRUModule, hidden_size=8, in_key="trans", out_key="features")
+    actor, critic = GRUCategoricalActor.from_env(env, core=core), GRUValueHead.from_env(env, core=core)
+    collector, update = pipeline(env, actor, critic, primers=False, bptt=bptt, steps=TRIAL)
     assert broken_rule(collector, update, first_batch(collector)) == "replay"
 
 

@@ -15,6 +15,7 @@ from torchrl.envs import Compose, InitTracker, TransformedEnv
 
 from rl2_torchrl import (
     ActorCritic,
+    FastGRUModule,
     GRUCategoricalActor,
     GRUValueHead,
     MemoryValueHead,
@@ -634,8 +635,10 @@ def test_memory_lost_while_collecting_is_noticed():
         Compose(Trial(episodes=6), TaskSampler(uniform_means(3), seed=1), PreviousStep(), InitTracker()),
     )
     torch.manual_seed(0)
-    actor = GRUCategoricalActor.from_env(env, hidden_size=8, init_range=2.0)
-    critic = GRUValueHead.from_env(env, hidden_size=8)
+    # As TorchRL's GRUModule, it starts from zeros where it is given no memory.
+    core = partial(FastGRUModule, hidden_size=8, in_key="trans", out_key="features")
+    actor = GRUCategoricalActor.from_env(env, core=core, init_range=2.0)
+    critic = GRUValueHead.from_env(env, core=core)
     update = PPOUpdate(RL2PPOLoss(actor, critic))
     options = {"frames_per_batch": 48, "total_frames": 48}
     # Without primers the hidden state never reaches the next step; nothing in the batch says so.
