@@ -306,6 +306,12 @@ CASES = [
             collect(base=wrap(Trial(episodes=4), sampler(), PreviousStep(), InitTracker()), primers=False), bptt=2
         ),
         KeyError,
+        "rows go on .*'actor_hidden'.*auto_register_policy_transforms=True",
+    ),
+    row(
+        "hidden states not kept",
+        lambda: update(collect(4).exclude("actor_hidden", "critic_hidden"), bptt=2),
+        KeyError,
         "'actor_hidden', 'critic_hidden'.*auto_register_policy_transforms=True",
     ),
     row(
