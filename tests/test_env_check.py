@@ -13,7 +13,7 @@ from torchrl.envs import Compose, DoubleToFloat, EnvBase, SerialEnv, Transformed
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.env_check import EnvBelow
 from rl2_torchrl.env_check.rows import rows_go_on
-from rl2_torchrl.envs import GymVectorEnv, TensorEnv
+from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv, TensorEnv
 from rl2_torchrl.testing import TrialContractError, check_trial_env
 
 ROWS = 4
@@ -448,6 +448,18 @@ def test_a_task_that_does_not_reach_its_row_is_told(make, set_task, rule, messag
     with pytest.raises(TrialContractError, match=message) as raised:
         check_trial_env(trials(env))
     assert raised.value.rule == rule
+
+
+def single():
+    env = GymTaskEnv(Hidden, set_task=misspelt, task_spec=Unbounded(1))
+    return TransformedEnv(env, DoubleToFloat(), auto_unwrap=False)
+
+
+@pytest.mark.parametrize("make", [single, lambda: SerialEnv(2, single)])
+def test_a_misspelt_attribute_is_named_of_envs_that_stand_alone_too(make):
+    env = TransformedEnv(make(), Compose(Trial(2), TaskSampler(goals, seed=1), PreviousStep()), auto_unwrap=False)
+    with pytest.raises(TrialContractError, match=r"set_task gave the env \['gaol'\], .* misspelt\?"):
+        check_trial_env(env)
 
 
 class OwnSeed(Hidden):

@@ -7,10 +7,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 
 from rl2_torchrl.env_check.outcomes import CHANCE, Outcome, chance_of_none, counted, differ, none_by_rule, unequal
 from rl2_torchrl.env_check.playing import RUN_STEPS, EnvBelow, Task, where
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
+from rl2_torchrl.envs.gymnasium import GymTaskEnv
 
 __all__ = ["RULES"]
 
@@ -49,7 +51,7 @@ def _seen(below: EnvBelow) -> str | None:
         later = counted(later, [pair.same_later, pair.other_later], pair.unlike & half)
     if at_start[1] and not at_start[0]:
         seen = f"{len(below.tasks)} tasks made no difference to anything in {RUN_STEPS} steps of random actions"
-        added = below.env.attributes_added() if isinstance(below.env, GymVectorEnv) else ()
+        added = _attributes_added(below.env)
         return f"{seen}; set_task gave the env {added}, which it did not have before: misspelt?" if added else seen
     if none_by_rule(at_start, later):
         return "another task given at a reset of some rows made no difference, though it did at a reset of all"
@@ -58,6 +60,15 @@ def _seen(below: EnvBelow) -> str | None:
     deaf = ~heard.any(0)
     if deaf.any() and chance_of_none(heard, unlike, deaf) < CHANCE:
         return f"another task made no difference in the rows {_numbers(deaf)}, though it did in others"
+
+
+def _attributes_added(env: EnvBase) -> list[str]:
+    """Attributes that ``set_task`` has given to Gymnasium envs, of those that are asked from here; worker processes hide theirs."""
+    if isinstance(env, TransformedEnv):
+        return _attributes_added(env.base_env)
+    if isinstance(env, SerialEnv):
+        return sorted({name for row in env._envs for name in _attributes_added(row)})
+    return env.attributes_added() if isinstance(env, GymVectorEnv | GymTaskEnv) else []
 
 
 def _numbers(rows: Tensor) -> str:

@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from rl2_torchrl.envs.layers import put_state, state_or_reason
+from rl2_torchrl.envs.task_setter import TaskSetter
 
 __all__ = ["TASKS", "GymRow", "as_arrays"]
 
@@ -32,10 +33,9 @@ class GymRow(gymnasium.Wrapper):
 
     def __init__(self, make: Callable[[], gymnasium.Env], row: int, set_task, tasks, task_option: str | None):
         super().__init__(make())
-        self._row, self._set_task, self._tasks, self._task_option = row, set_task, tasks, task_option
+        self._row, self._tasks, self._task_option = row, tasks, task_option
+        self._set_task = TaskSetter(set_task)
         self._task: Any = None  # the last one that `set_task` was given, as a row of arrays
-        #: Attributes that the env has by its first task alone.
-        self.added: list[str] = []
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         stepped = self.env.step(action)
@@ -65,11 +65,13 @@ class GymRow(gymnasium.Wrapper):
         return begun
 
     def _hear(self, task: Any) -> None:
-        env, is_first, self._task = self.env.unwrapped, self._task is None, task
-        known = set(dir(env)) if is_first else ()
-        self._set_task(env, _as_tensors(task) if self._tasks is None else self._tasks[int(task)])
-        if is_first:
-            self.added = sorted(set(dir(env)).difference(known))
+        self._task = task
+        self._set_task(self.env.unwrapped, _as_tensors(task) if self._tasks is None else self._tasks[int(task)])
+
+    @property
+    def attributes_added(self) -> list[str]:
+        """Attributes that the env has by its first task alone."""
+        return self._set_task.added
 
     @property
     def row_state(self) -> Any:

@@ -296,7 +296,7 @@ class GymVectorEnv(TensorEnv):
         """Attributes that an env has by its first task alone, such as a misspelt one; none of a vector env of your own."""
         if self._is_theirs or self.envs is None:
             return []
-        return sorted({name for added in call(self.envs, self.envs.get_attr, "added") for name in added})
+        return sorted({name for added in call(self.envs, self.envs.get_attr, "attributes_added") for name in added})
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Closes the envs, and ends their processes."""

@@ -14,6 +14,7 @@ from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
 
 from rl2_torchrl.envs.layers import put_state, state_or_reason
+from rl2_torchrl.envs.task_setter import TaskSetter
 from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["GymTaskEnv"]
@@ -66,7 +67,7 @@ class GymTaskEnv(GymEnv):
         **kwargs,
     ):
         super().__init__(env, **kwargs)
-        self._set_task = set_task
+        self._set_task = TaskSetter(set_task)
         self._task: torch.Tensor | TensorDictBase | None = None  # the last one that `set_task` was given
         self.state_spec = Composite(task=task_spec.to(self.device), shape=self.batch_size, device=self.device)
 
@@ -101,6 +102,10 @@ class GymTaskEnv(GymEnv):
     def _hear(self, task: torch.Tensor | TensorDictBase) -> None:
         self._task = task
         self._set_task(self._env.unwrapped, task)
+
+    def attributes_added(self) -> list[str]:
+        """Attributes that the env has by its first task alone, such as a misspelt one."""
+        return self._set_task.added
 
     # ------------------------------------------------------------- checkpoints
     def why_no_state(self) -> str | None:
