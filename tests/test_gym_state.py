@@ -52,6 +52,23 @@ def test_an_env_goes_on_from_its_state_as_it_would_have(env_id):
     assert np.array_equal(env.reset()[0], other.reset()[0])  # the random numbers, too
 
 
+def contacts(env):
+    return [contact.geom.tolist() for contact in env.unwrapped.data.contact]
+
+
+def test_contacts_come_back():
+    """Before its next step a simulation would still have those of what it did last."""
+    pytest.importorskip("mujoco")
+    env, other = gymnasium.make("Hopper-v5"), gymnasium.make("Hopper-v5")
+    env.reset(seed=1), other.reset(seed=5)
+    env.action_space.seed(0)
+    for _ in range(12):
+        env.step(env.action_space.sample())
+    assert contacts(other) != contacts(env)
+    put_state(other, state_of(env))
+    assert contacts(other) == contacts(env)
+
+
 class Counting(gymnasium.Env):
     """Counts, in numbers of many types."""
 

@@ -29,7 +29,8 @@ def put_simulation(model: Any, data: Any, saved: dict[str, Any]) -> None:
 
     _put_model(model, saved["model"])
     _write(data, saved["simulation"])
-    mujoco.mj_forward(model, data)  # contacts and constraints, whose number changes
+    # Contacts and constraints, whose number changes, are made anew; all else is left as the last substep left it.
+    mujoco.mj_forward(model, data)
     _write(data, saved["simulation"])
 
 
