@@ -37,8 +37,8 @@ PRESETS = {
     "GridNavi": Preset(
         "grid_navi",
         "return 36.9 ± 0.2",
-        "A goal must be met before anything is learnt of it: more entropy at first. What is earned is the plain sum of a trial: with "
-        "a discount of 0.99 and lambda 0.9 the search was learnt in an order that earns 99.2 % of the optimum, with 0.995 and 0.95 "
+        "A goal must be met before anything is learnt of it: more entropy at first. What is earned is a trial's plain sum: with a "
+        "discount of 0.99 and lambda 0.9 the search was learnt in an order that earns 99.2 % of the optimum, with 0.995 and 0.95 "
         "99.4 %.",
         Network(num_cells=(128,)),
         Learning(trials=1024, gamma=1.0, lmbda=0.95, minibatches=32, max_grad_norm=0.5, entropy=0.03),

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 
 from rl2_torchrl.learners import Learners
+from rl2_torchrl.quiet import quiet_torchrl
 
 __all__ = ["Minibatches", "require_trials", "split_rows"]
 
 
 class Minibatches:
-    """Draws a batch's chunks ``[num_chunks, bptt]`` without replacement, ``count`` minibatches a pass.
+    """Draws a batch's chunks ``[num_chunks, bptt]`` without replacement, ``count`` minibatches a pass, in a TorchRL buffer.
 
     A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller. Of several ``learners`` each gets a part of it,
     and ``weight`` is this part's size over the whole's.
@@ -38,37 +40,42 @@ class Minibatches:
     ):
         self.count, self.shuffle, self.device, self.generator = count, shuffle, device, generator
         self.learners, self.weight = Learners(None) if learners is None else learners, 1.0
+        self._buffer: TensorDictReplayBuffer | None = None
         #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
         self.chunks: dict[NestedKey, torch.Tensor] = {}
 
     def fill(self, chunks: TensorDictBase) -> None:
         """Takes the ``chunks`` ``[num_chunks, bptt]`` of a new batch; ValueError where there are fewer than minibatches."""
-        self.number, self.steps = chunks.shape[:2]
-        if self.number < self.count:
+        number, self.steps = chunks.shape[:2]
+        if number < self.count:
             raise ValueError(
-                f"{self.count} minibatches cannot be made of {self.number} chunks of {self.steps} steps: collect more trials in a "
+                f"{self.count} minibatches cannot be made of {number} chunks of {self.steps} steps: collect more trials in a "
                 "batch, or ask for fewer minibatches."
             )
-        self.rows = math.ceil(self.number / self.count)
-        if (smallest := (self.number - 1) % self.rows + 1) < self.learners.size:
+        self.rows, keys = math.ceil(number / self.count), set(chunks.keys(True, True))
+        if (smallest := (number - 1) % self.rows + 1) < self.learners.size:
             raise ValueError(
-                f"the {self.number} chunks of the joint batch make minibatches of {self.rows} and a last one of {smallest}, too "
-                f"few for each of {self.learners.size} processes to have one: collect more trials in a batch, or ask for fewer "
-                "minibatches."
+                f"the {number} chunks of the joint batch make minibatches of {self.rows} and a last one of {smallest}, too few for "
+                f"each of {self.learners.size} processes to have one: collect more trials in a batch, or ask for fewer minibatches."
             )
-        given, kept = dict(chunks.items(True, True)), self.chunks
-        # The same memory for the whole training: first touch of fresh memory costs more than the copy.
-        if {key: (e.shape, e.dtype) for key, e in given.items()} != {
-            key: (e.shape, e.dtype) for key, e in kept.items()
-        }:
-            kept = {key: entry.new_empty(entry.shape, device=self.device) for key, entry in given.items()}
-        self.chunks = {key: kept[key].copy_(entry) for key, entry in given.items()}
+        # One buffer for the whole training: first touch of fresh memory costs more than the copy.
+        if self._buffer is None or (keys, number) != (self.chunks.keys(), len(self._buffer)):
+            self._buffer = TensorDictReplayBuffer(
+                storage=LazyTensorStorage(number, device=self.device or chunks.device or torch.device("cpu")),
+                sampler=SamplerWithoutReplacement(shuffle=self.shuffle),
+                batch_size=self.rows,
+                generator=self.generator,
+            )
+        # The sampler's permutation of the last batch must not reach into this one.
+        self._buffer.empty()
+        with quiet_torchrl():
+            self._buffer.extend(chunks)
+        stored = self._buffer.storage[:]
+        self.chunks = {key: stored.get(key) for key in keys}
 
     def order(self) -> torch.Tensor:
-        """The numbers ``[num_chunks]`` of the chunks in the order of the next pass."""
-        device = None if self.generator is None else self.generator.device
-        order = torch.randperm(self.number, generator=self.generator, device=device) if self.shuffle else None
-        return (torch.arange(self.number) if order is None else order).to(self.device)
+        """The numbers ``[num_chunks]`` of the chunks in the order of the next pass, as iterating over the buffer takes them."""
+        return self._buffer.sampler.sample(self._buffer.storage, len(self._buffer))[0]
 
     def entries(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
         """One pass, minibatches, or this process's part of them, as entries ``[rows, bptt, ...]``."""

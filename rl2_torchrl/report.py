@@ -37,7 +37,7 @@ class AdaptationReport:
         baselines: curves of classical agents by name.
         ablations: curves of the agent with a part of its input destroyed, by name.
         optimum: the best possible mean trial return, where it is known.
-        train: what the training run did.
+        train: what the training run did; of its evaluations the plot shows ``trial_return``.
         seed: the run's seed.
         title: what was learnt, for the plot.
         episode_name: what an episode is called in the plot, e.g. ``"pull"``.

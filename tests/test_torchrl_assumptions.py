@@ -11,7 +11,10 @@ from torchrl.collectors import Collector
 from torchrl.data import (
     Binary,
     Categorical,
+    LazyTensorStorage,
     OneHot,
+    SamplerWithoutReplacement,
+    TensorDictReplayBuffer,
 )
 from torchrl.envs import (
     Compose,
@@ -371,3 +374,20 @@ def test_trial_advantages_of_a_lazy_stack(dim):
     for _ in range(2):
         TrialAdvantage(gamma=0.5, lmbda=1.0, normalize=False)(stack)
         assert stack["advantage"].squeeze(-1).tolist() == 2 * [[1.75, 1.5, 1.0]]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_one_pass_over_the_buffer_is_every_chunk_once(shuffle):
+    """`PPOUpdate` makes a pass by iterating; unshuffled it is the original's order, with the short minibatch last."""
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(7), sampler=SamplerWithoutReplacement(shuffle=shuffle), batch_size=3
+    )
+    for start in (0, 100):  # the next batch takes the first one's place
+        chunks = start + torch.arange(14).reshape(7, 2)
+        buffer.extend(TensorDict({"step": chunks}, [7, 2]))
+        for _ in range(2):
+            passed = [minibatch["step"] for minibatch in buffer]
+            assert [len(minibatch) for minibatch in passed] == [3, 3, 1]
+            order = torch.cat(passed)
+            assert torch.equal(order, chunks) != shuffle
+            assert torch.equal(order[order[:, 0].argsort()], chunks)

@@ -123,6 +123,12 @@ class AdaptiveAgent:
         ``signature.noise`` draws, zeros to act deterministically) and the memory. Outputs: ``action``, the distribution's
         parameters, and the memory to be given at the next step, under its name with ``next_``. All else is in the graph.
 
+        ONNX takes and gives them by name; a ``.pt2`` takes them in the order of ``signature.inputs`` and gives a tuple:
+
+            step = torch.export.load("agent.pt2").module()
+            with torch.no_grad():
+                action, *parameters, hidden = step(observation, reward, done, start, noise, hidden)
+
         Raises:
             ValueError: another suffix.
             NotImplementedError: a part of the policy reads TensorDicts.

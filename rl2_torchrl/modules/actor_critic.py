@@ -17,8 +17,9 @@ class ActorCritic(TensorDictSequential):
     would silently be lost. Reads and writes the entries of both, ``[*B]`` or, in recurrent mode, ``[*B, T]``.
 
     The actor's weights have the names here that they have in the actor, so that a collector takes them alone too, as TorchRL's
-    `PPOTrainer` hands them over: give that ``gae=TrialAdvantage()`` in place of TorchRL's `GAE`, which asks the critic at each
-    step's successor too, and no replay buffer, which would shuffle single steps.
+    `PPOTrainer` hands them over: give that ``gae=TrialAdvantage()``, and no replay buffer, which would shuffle single steps.
+    (TorchRL's `GAE` asks the critic again, at each step and its successor, and ends in "The sets of keys in the tensordicts to
+    stack are exclusive": values and features are stored at steps alone.)
 
     Args:
         actor: e.g. `GRUGaussianActor` or `GRUCategoricalActor`.
