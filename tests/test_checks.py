@@ -28,6 +28,7 @@ from rl2_torchrl import (
     TrialAdvantage,
     TrialCollector,
     orthogonal_init_,
+    train,
 )
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, inputs, memory, rows
 from rl2_torchrl.checks.evidence import Evidence
@@ -91,7 +92,7 @@ def test_all_rules_hold(bptt):
     report = check_training(collector, update, first_batch(collector), held_out=mdp_env(seed=5))
     unchecked = {"gradient_through_time": "bptt=1 asks for no gradient through time"} if bptt == 1 else {}
     assert report.unchecked == unchecked
-    assert len(report.checked) == 20 - len(unchecked)
+    assert len(report.checked) == 21 - len(unchecked)
     assert (report.frozen, report.zero_gradient) == ([], [])
 
 
@@ -356,6 +357,25 @@ class OneLongTrial(TrialAdvantage):
 def test_advantages_that_run_into_the_next_task(options):
     collector, update = pipeline(mdp_env(), advantage=OneLongTrial(**options))
     assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
+
+
+@pytest.mark.parametrize("cls", [Collector, TrialCollector])
+def test_a_task_that_nobody_draws(cls):
+    bandit = BernoulliBandit(ARMS, batch_size=(ROWS,), seed=0)
+    env = TransformedEnv(bandit, Compose(Trial(episodes=5), PreviousStep()))
+    actor, critic = networks(env)
+    options = {"frames_per_batch": 10 * ROWS, "total_frames": 10 * ROWS, "auto_register_policy_transforms": True}
+    collector = cls(env, ActorCritic(actor, critic), **options)
+    with pytest.raises(
+        TrainingCheckError, match="'task_given'.*nobody draws one.*nothing to adapt to: add a TaskSampler"
+    ):
+        train(collector, PPOUpdate(RL2PPOLoss(actor, critic)), evaluate=None, progress=False)
+
+
+def test_an_env_that_takes_no_task_needs_none():
+    env = TransformedEnv(GymVectorEnv("CartPole-v1", 4), Compose(Trial(steps=10), PreviousStep()))
+    collector, update = pipeline(env, steps=20)
+    assert "task_given" in check_training(collector, update, first_batch(collector)).checked
 
 
 def test_one_task_for_all_rows():

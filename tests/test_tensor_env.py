@@ -11,7 +11,7 @@ from torchrl import torchrl_logger
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import Compose, EnvCreator, ParallelEnv, SerialEnv, TransformedEnv, check_env_specs
 
-from rl2_torchrl import PreviousStep, TaskSampler, Trial
+from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, adaptation_curve
 from rl2_torchrl.envs import (
     AntDirection,
     BernoulliBandit,
@@ -283,23 +283,33 @@ def test_torchrl_may_look_at_an_env_that_has_no_task_yet(make, tasks, batch_size
         assert (env.reset()["task"] == 0).all()
 
 
-def test_playing_without_a_task_is_told_once():
-    told = []
-    handler = logging.Handler()
+@pytest.fixture
+def told():
+    """What TorchRL's log is told."""
+    told, handler = [], logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     torchrl_logger.addHandler(handler)
-    try:
-        env = GridNavi(batch_size=(2,))
-        EnvCreator(lambda: GridNavi())
-        env.rollout(3)  # as check_env_specs
-        assert told == []
-        env.rollout(10)
-        env.rollout(10)
-    finally:
-        torchrl_logger.removeHandler(handler)
+    yield told
+    torchrl_logger.removeHandler(handler)
+
+
+def test_playing_without_a_task_is_told_once(told):
+    env = GridNavi(batch_size=(2,))
+    EnvCreator(lambda: GridNavi())
+    env.rollout(3)  # as check_env_specs
+    assert told == []
+    env.rollout(10)
+    env.rollout(10)
     assert len(told) == 1
     assert "GridNavi was reset without a 'task'" in told[0]
     assert "Add a TaskSampler" in told[0]
+
+
+def test_an_evaluation_without_a_task_tells_it_too(told):
+    env = TransformedEnv(BernoulliBandit(3, batch_size=(2,)), Compose(Trial(episodes=5), PreviousStep()))
+    adaptation_curve(env, GRUCategoricalActor.from_env(env), num_trials=4)
+    assert len(told) == 1
+    assert "BernoulliBandit was reset without a 'task'" in told[0]
 
 
 @pytest.mark.parametrize("workers", [SerialEnv, partial(ParallelEnv, mp_start_method="fork")])

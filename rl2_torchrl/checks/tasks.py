@@ -1,4 +1,4 @@
-"""Rules on tasks: constant in a trial, different elsewhere, held out, and hidden from the agent."""
+"""Rules on tasks: given to the env, constant in a trial, different elsewhere, held out, and hidden from the agent."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ __all__ = ["RULES"]
 _DRAWS = 32  # tasks in a draw: two possible ones fall the same way all through once in 2^31
 _BITS = 14.0  # evidence, in coin tosses, from which on equal tasks are no coincidence
 _BITS_OF_A_NUMBER = 20.0  # evidence in a task's number that is not round: it was hardly drawn from a few
+
+
+def task_given(seen: Evidence) -> str | None:
+    """An env that takes a task is given one."""
+    if seen.env is None:
+        raise NotChecked("the env is in other processes")
+    key = seen.task_key
+    # Whoever draws tasks shows them, as TaskSampler does; a batch may lack them, or hold the zeros that nobody has drawn.
+    if key in seen.env.full_state_spec.keys(True) and key not in seen.env.full_observation_spec.keys(True):
+        return f"the env takes a {key!r} at each reset, and nobody draws one"
 
 
 def task_constant(seen: Evidence) -> str | None:
@@ -127,6 +137,9 @@ def _tasks_of(source: EnvBase | TaskSampler | torch.Tensor | TensorDictBase | No
 
 
 RULES: dict[Rule, str] = {
+    task_given: "All trials then play one task, and there is nothing to adapt to: add a TaskSampler, "
+    "TransformedEnv(env, Compose(Trial(...), TaskSampler(...), ...)). A transform of your own that draws tasks writes them to the "
+    "observation_spec; an env that draws them itself leaves them out of its state_spec.",
     task_constant: "A trial is one task, or there is nothing to adapt to: draw tasks at trial starts only.",
     tasks_drawn: "A few tasks are learnt by heart: draw with the generator that is passed, batch_size tasks at a time.",
     tasks_differ: "They are one row's data again: give each worker's TaskSampler a seed of its own, or wrap one around all.",

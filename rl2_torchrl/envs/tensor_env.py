@@ -132,7 +132,7 @@ class TensorEnv(EnvBase):
         self._set_seed(seed)
         self._now = Rows()
         self._every_row = torch.ones(batch_size, dtype=torch.bool, device=self.device)
-        self._has_task, self._steps_without_task = False, 0
+        self._has_task, self._steps_without_task, self._has_told = False, 0, False
         if not isinstance(observation_spec, Composite):
             observation_spec = Composite({} if observation_spec is None else {"observation": observation_spec})
         self._make_specs(task_spec, observation_spec, action_spec, reward_spec or Unbounded(1), more_spec)
@@ -310,12 +310,8 @@ class TensorEnv(EnvBase):
                 "or let a TaskSampler draw the task."
             )
         self._steps_without_task += not self._has_task
-        if not self._has_task and self._steps_without_task == _STEPS_OF_A_LOOK + 1:
-            torchrl_logger.warning(
-                f"{type(self).__name__} was reset without a 'task' and plays the task of zeros, so that there is nothing to "
-                "adapt to. Add a TaskSampler (TransformedEnv(env, Compose(Trial(...), TaskSampler(...)))) or pass "
-                "TensorDict({'task': ...}) to reset()."
-            )
+        if self._steps_without_task > _STEPS_OF_A_LOOK:
+            self.tell_of_no_task()
         entries, reward, _, _ = self.play(tensordict.get(self.action_key))
         return self._tensordict(entries).set("reward", reward)
 
@@ -333,6 +329,16 @@ class TensorEnv(EnvBase):
         """What is played where nobody gives a task; None in an env without."""
         spec = self.full_state_spec.get("task", None)
         return None if spec is None else spec.project(spec.zero())
+
+    def tell_of_no_task(self) -> None:
+        """Logs, once, that the task of zeros is played since nobody has given one."""
+        if not self._has_told:
+            self._has_told = True
+            torchrl_logger.warning(
+                f"{type(self).__name__} was reset without a 'task' and plays the task of zeros, so that there is nothing to "
+                "adapt to. Add a TaskSampler (TransformedEnv(env, Compose(Trial(...), TaskSampler(...)))) or pass "
+                "TensorDict({'task': ...}) to reset()."
+            )
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         """``terminated`` and ``truncated`` of all rows, ``[*B, 1]`` bool."""

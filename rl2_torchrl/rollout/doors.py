@@ -45,8 +45,14 @@ class TensorDoor:
 
     def start(self, task: Task, rows: Rows) -> State:
         """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
-        task = self.env.zero_task() if task is None else task
+        task = self._undrawn_task() if task is None else task
         return self._entries(self.env.start(task, None if rows is True else rows))
+
+    def _undrawn_task(self) -> Task:
+        task = self.env.zero_task()
+        if task is not None:
+            self.env.tell_of_no_task()
+        return task
 
     def play(self, action: torch.Tensor) -> Played:
         """One step of all rows."""
