@@ -125,9 +125,7 @@ def log_prob_and_entropy(action: Tensor, logits: Tensor) -> tuple[Tensor, Tensor
     """
     # The kernels read as many actions as there are rows.
     if action.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"actions {tuple(action.shape)} for logits {tuple(logits.shape)}: there must be one a row, [*B]."
-        )
+        raise ValueError(f"actions {tuple(action.shape)} for logits {tuple(logits.shape)}: give one a row, [*B].")
     action = action.long()
     if not kernels.covers(logits):
         log_probs = logits.log_softmax(-1)

@@ -44,9 +44,7 @@ class RunningNorm(nn.Module):
         super().__init__()
         columns = torch.ones(size, dtype=torch.bool) if columns is None else torch.as_tensor(columns, dtype=torch.bool)
         if columns.shape != (size,) or not clip > 0:
-            raise ValueError(
-                f"columns {tuple(columns.shape)} for {size=}, {clip=}: give one flag an entry, and a bound."
-            )
+            raise ValueError(f"columns {tuple(columns.shape)}, {size=}, {clip=}: one flag an entry, and a bound.")
         self.clip = clip
         self.register_buffer("columns", columns.to(device))
         # In float64, as the sums of long runs; what `forward` reads is made of them.

@@ -300,9 +300,7 @@ def _slots(
     if core is None:
         core = GRUCore(size, **units, **factory)
     elif units:
-        raise ValueError(
-            "hidden_size and num_layers are those of the default core: say core=partial(LSTMCore, hidden_size=128)."
-        )
+        raise ValueError("hidden_size and num_layers are those of the default core: say core=partial(LSTMCore, ...).")
     elif not isinstance(core, nn.Module):
         core = core(size).to(**factory)
     features_size = _name_core(core, key, size, hidden_key, features_key)
@@ -321,9 +319,7 @@ def _slots(
 def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder, features_key: NestedKey, device):
     """The module that normalises ``in_key``; then entries and encoders with what it gives in the place of that."""
     if isinstance(encoder, TensorDictModuleBase):
-        raise ValueError(
-            "normalize=True and an encoder that is a TensorDictModule: put a RunningNorm in front of that."
-        )
+        raise ValueError("normalize=True and an encoder that is a TensorDictModule: put a RunningNorm into it.")
     norm = RunningNorm(*entries[in_key], None if normalize is True else normalize, device=device)
     key = sub_key(features_key, "normalized")
     renamed = ({key if k == in_key else k: each for k, each in by_key.items()} for by_key in (entries, encoder))

@@ -79,9 +79,7 @@ class TrialAdvantage(nn.Module):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes ``"advantage"`` and ``"value_target"`` into ``tensordict`` ``[*B, T]`` and returns it."""
         if self.value_key not in tensordict.keys(True):
-            raise KeyError(
-                f"no {self.value_key!r} in the data, of the collection: collect with ActorCritic(actor, critic)."
-            )
+            raise KeyError(f"no {self.value_key!r} in the data: collect with ActorCritic(actor, critic).")
         value, done = tensordict[self.value_key], tensordict["next", "done"]
         reward = self.rewards(tensordict).to(value.dtype)
         _require_finite(reward, "reward")

@@ -167,12 +167,10 @@ class RL2PPOLoss(ClipPPOLoss):
         self._require_memory(tensordict)
         advantage = tensordict.get(key := self.tensor_keys.advantage, None)
         if advantage is None and self._value_estimator is None:
-            raise KeyError(
-                f"no {key!r} in the data: call TrialAdvantage(...)(batch) before the loss, on the whole batch [B, T]."
-            )
+            raise KeyError(f"no {key!r} in the data: call TrialAdvantage(...)(batch) on the whole batch [B, T] first.")
         if advantage is not None and advantage.shape != (*tensordict.shape, 1):
             raise ValueError(
-                f"{key!r} has shape {tuple(advantage.shape)} in data {tuple(tensordict.shape)}: it must be [*B, T, 1]."
+                f"{key!r} has shape {tuple(advantage.shape)}; it must be [*B, T, 1], {(*tensordict.shape, 1)}."
             )
 
     def _require_memory(self, tensordict: TensorDictBase) -> None:
@@ -223,7 +221,7 @@ def _check_terms(terms: Sequence[nn.Module]) -> None:
     for term in terms:
         if not isinstance(term, nn.Module) or isinstance(getattr(term, "in_keys", ""), str):
             raise TypeError(
-                f"{type(term).__name__} is no loss term, an nn.Module with a list in_keys: see rl2_torchrl.objectives.terms."
+                f"{type(term).__name__} is no loss term, a module with in_keys: help(rl2_torchrl.objectives.terms)."
             )
 
 
@@ -231,7 +229,7 @@ def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff) -> None:
     low, high = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
     if not (0 < low <= 1 and high > 0):
         raise ValueError(
-            f"{clip_epsilon=}: it must lie in (0, 1], or no policy change is allowed. Usual are 0.1 to 0.3."
+            f"{clip_epsilon=} must lie in (0, 1]: the lowest ratio is 1 - clip_epsilon. Usual are 0.1 to 0.3."
         )
     if critic_coeff is not None and not critic_coeff >= 0:
         raise ValueError(f"{critic_coeff=}: a negative weight would drive the values away from the returns.")

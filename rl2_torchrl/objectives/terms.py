@@ -136,9 +136,7 @@ class SquaredError(OwnGradient):
 
     def with_gradients(self, value, target):
         if value.shape != target.shape:
-            raise ValueError(
-                f"values {tuple(value.shape)} and targets {tuple(target.shape)} must be of one shape [N, T, 1]."
-            )
+            raise ValueError(f"values {tuple(value.shape)}, targets {tuple(target.shape)}: give one shape [N, T, 1].")
         error, factor = value - target, self.coefficient / value.numel()
         flat = error.flatten()
         return {"loss_critic": as_number(torch.dot(flat, flat)) * factor}, (error.mul_(2 * factor), None)
