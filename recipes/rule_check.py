@@ -35,6 +35,13 @@ class Check:
     rival: str
     rival_title: str
 
+    def numbers_of(self, cell: str) -> tuple[int, ...]:
+        """The sizes of ``cell``, as ``"7,30"`` says them."""
+        numbers = tuple(map(int, cell.split(",")))
+        if len(numbers) != len(self.sizes):
+            raise ValueError(f"cells holds {cell!r}, which must be {', '.join(self.sizes)}, such as {self.cells[0]}.")
+        return numbers
+
     def command(self, cell: tuple[int, ...]) -> str:
         """The command that trains a cell."""
         options = " ".join(f"--{size} {number}" for size, number in zip(self.sizes, cell, strict=True))
@@ -59,7 +66,7 @@ CHECKS = {
 def main(
     *,
     rule: Literal["bandits", "mdps"] = "bandits",
-    cells: tuple[tuple[int, ...], ...] | None = None,
+    cells: tuple[str, ...] | None = None,
     runs: Path = Path("runs/rule_check"),
     page: Path | None = None,
 ) -> list[dict[str, float]]:
@@ -67,20 +74,17 @@ def main(
 
     Args:
         rule: whose rule.
-        cells: arms and pulls of each; or states, actions and episodes. By default those that were held apart.
+        cells: arms and pulls of each, as 7,30; or states, actions and episodes, as 6,3,15. By default those that were held apart.
         runs: where trainings are kept, a folder each: what is finished is not trained again.
         page: the page; the table is beside it as CSV. By default recipes/results/rule_check.md, or rule_check_mdps.md.
     """
     check = CHECKS[rule]
-    cells = check.cells if cells is None else cells
-    if not cells:
-        raise ValueError(
-            f"cells is empty: nothing would be trained. Pass {', '.join(check.sizes)} of one or more, such as "
-            f"--cells {' '.join(map(str, check.cells[0]))}."
-        )
+    numbers = check.cells if cells is None else [check.numbers_of(cell) for cell in cells]
+    if not numbers:
+        raise ValueError("cells is empty: nothing would be trained. Leave it out for those that were held apart.")
     if page is None:
         page = Path("recipes/results") / ("rule_check.md" if rule == "bandits" else f"rule_check_{rule}.md")
-    rows = [row_of(check, cell, report_of(check, cell, runs)) for cell in cells]
+    rows = [row_of(check, cell, report_of(check, cell, runs)) for cell in numbers]
     page.parent.mkdir(parents=True, exist_ok=True)
     with page.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -152,7 +152,8 @@ def test_page_of_the_check(rule, settings_of, cells, folder, title, tmp_path, mo
 
     recorded.rule, recorded.__signature__ = main.rule, experiment.inspect.signature(main)
     monkeypatch.setattr(check.recipe, "main", recorded)
-    options = {"rule": rule, "cells": cells, "runs": tmp_path / "runs", "page": tmp_path / "pages" / "check.md"}
+    named = [",".join(map(str, cell)) for cell in cells]
+    options = {"rule": rule, "cells": named, "runs": tmp_path / "runs", "page": tmp_path / "pages" / "check.md"}
     rows = rule_check.main(**options)
     by_rule = [settings_of(*cell) for cell in cells]
     assert asked == [(*cell, s["learning"], s["told"]) for cell, s in zip(cells, by_rule, strict=True)]
@@ -171,6 +172,8 @@ def test_page_of_the_check(rule, settings_of, cells, folder, title, tmp_path, mo
     assert len(asked) == 2  # what is trained is not trained again
     with pytest.raises(ValueError, match="cells is empty"):
         rule_check.main(rule=rule, cells=())
+    with pytest.raises(ValueError, match=f"'4', which must be {', '.join(check.sizes)}"):
+        rule_check.main(rule=rule, cells=("4",))
 
 
 # ---- What training is told.

@@ -315,6 +315,6 @@ def test_a_recipe_trains_with_workers(name, tmp_path, monkeypatch):
 
 def is_noisy(batch):
     """Whether rewards are others than the task's means, of the state that ``"trans"`` begins with and of the action."""
-    means, state = unpack_mdps(batch["task"])[0], batch["trans"][..., : 10].argmax(-1)
+    means, state = unpack_mdps(batch["task"])[0], batch["trans"][..., :10].argmax(-1)
     place = state * 5 + batch["action"]
     return not torch.allclose(batch["next", "reward"], means.flatten(-2).gather(-1, place.unsqueeze(-1)))
