@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +13,7 @@ from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
 
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.rollout import Rollout, trial_steps
@@ -157,8 +157,7 @@ def adaptation_curve(
         >>> adaptation_curve(env, GRUCategoricalActor.from_env(env), num_trials=100).returns.shape
         torch.Size([100, 10])
     """
-    if isinstance(num_trials, bool) or not isinstance(num_trials, Integral) or num_trials < 1:
-        raise ValueError(f"num_trials={num_trials!r}: an evaluation over nothing would report NaN. Give at least 1.")
+    num_trials = whole("num_trials", num_trials)
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
     _require_still_statistics(env)

@@ -12,6 +12,7 @@ from torchrl.data import Binary, Categorical, Composite, MultiCategorical, NonTe
 from torchrl.envs import EnvBase, Transform, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
+from rl2_torchrl.arguments import as_list
 from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, is_within, transforms_of
 
 __all__ = ["PreviousStep"]
@@ -68,16 +69,12 @@ class PreviousStep(Transform):
         done_at_start: float = 0.0,
     ):
         super().__init__(out_keys=[out_key])
-        if isinstance(obs_keys, str):
-            raise TypeError(
-                f"obs_keys={obs_keys!r} would be read as its letters: give a list, PreviousStep([{obs_keys!r}])."
-            )
-        if obs_keys is not None and task_key in obs_keys:
+        self.obs_keys = None if obs_keys is None else as_list("obs_keys", obs_keys)
+        if task_key in (self.obs_keys or ()):
             raise ValueError(
                 f"obs_keys holds the task ({task_key!r}): an agent that sees its task has nothing to find out. Give it to "
                 "the critic, if to anyone (GRUValueHead(extra_keys=[...]))."
             )
-        self.obs_keys = None if obs_keys is None else list(obs_keys)
         self.task_key = task_key
         self.done_at_start = float(done_at_start)
         self._read_layout: Layout | None = None

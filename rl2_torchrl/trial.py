@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import expand_as_right
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv, VecGymEnvTransform
+
+from rl2_torchrl.arguments import as_list, whole
 
 __all__ = ["Trial"]
 
@@ -83,14 +84,10 @@ class Trial(Transform):
         super().__init__()
         if episodes is None and steps is None:
             raise ValueError("Trial needs a bound, or no trial ever ends: give episodes=, steps= or both.")
-        self.episodes = _bound("episodes", episodes)
-        self.steps = _bound("steps", steps)
+        self.episodes = None if episodes is None else whole("episodes", episodes)
+        self.steps = None if steps is None else whole("steps", steps)
         self.truncate = truncate
-        if isinstance(step_keys, str):
-            raise TypeError(
-                f"step_keys={step_keys!r} would be read as its letters: give a list, step_keys=[{step_keys!r}]."
-            )
-        self.step_keys = list(step_keys)
+        self.step_keys = as_list("step_keys", step_keys)
 
     # ---------------------------------------------------------------- step
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -227,15 +224,6 @@ class Trial(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("Trial is a transform of environments; it has no meaning in a replay buffer.")
-
-
-def _bound(name: str, bound: int | None) -> int | None:
-    """``bound``, once it is a number of ``name`` that a trial can have."""
-    if bound is None:
-        return None
-    if isinstance(bound, bool) or not hasattr(bound, "__index__") or index(bound) < 1:
-        raise ValueError(f"Trial({name}={bound!r}): a trial has a whole number of {name}, at least 1.")
-    return index(bound)
 
 
 def _require_plain_resets(env: EnvBase) -> None:

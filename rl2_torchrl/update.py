@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import partial
 from statistics import fmean
-from typing import Literal, SupportsIndex
+from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torchrl.objectives import ClipPPOLoss
 
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed, without_resets
@@ -134,8 +135,8 @@ class PPOUpdate:
             raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts', 'autograd' or 'graph'.")
         self.loss = loss
         self.advantage = _with_stand_in(TrialAdvantage() if advantage is None else advantage, loss)
-        self.bptt, self.shuffle = None if bptt is None else _count("bptt", bptt), shuffle
-        self.epochs, self.minibatches = _count("epochs", epochs), _count("minibatches", minibatches)
+        self.bptt, self.shuffle = None if bptt is None else whole("bptt", bptt), shuffle
+        self.epochs, self.minibatches = whole("epochs", epochs), whole("minibatches", minibatches)
         self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
         # One list: walking through the loss's modules for them costs more than Adam's step.
         self._parameters = list(loss.parameters())
@@ -430,12 +431,6 @@ def _check_kinds(*arguments: object) -> None:
     for (name, (kind, word, example)), value in zip(_KINDS.items(), arguments, strict=True):
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name}={value!r} is no {word}: give {example}, say.")
-
-
-def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or value.__index__() < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
-    return value.__index__()
 
 
 def _bound(name: str, value: float | None) -> float | None:

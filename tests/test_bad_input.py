@@ -20,6 +20,7 @@ from rl2_torchrl import (
     GRUGaussianActor,
     GRUValueHead,
     MemoryValueHead,
+    MLPEncoder,
     PPOUpdate,
     PreviousStep,
     RL2PPOLoss,
@@ -32,7 +33,7 @@ from rl2_torchrl import (
     with_shuffled_rewards,
     with_zeroed_memory,
 )
-from rl2_torchrl.envs import BernoulliBandit, PointRobot, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, PointRobot, QuadraticBandit, uniform_means, uniform_targets
 
 
 def bandit(rows=2):
@@ -121,10 +122,16 @@ def row(name, mistake, error, message):
 # What is wrong, then what to do, with anything between them.
 CASES = [
     # Envs and transforms
+    row(
+        "one info key",
+        lambda: GymVectorEnv("CartPole-v1", 2, info_keys="success"),
+        TypeError,
+        r"its letters.*info_keys=\['success'\]",
+    ),
     row("no bound", lambda: Trial(), ValueError, "needs a bound.*episodes="),
     row("no episodes", lambda: Trial(episodes=0), ValueError, "episodes=0.*at least 1"),
     row("truth value", lambda: Trial(episodes=True), ValueError, "episodes=True.*whole number"),
-    row("one observation", lambda: PreviousStep("seen"), TypeError, r"its letters.*PreviousStep\(\['seen'\]\)"),
+    row("one observation", lambda: PreviousStep("seen"), TypeError, r"its letters.*obs_keys=\['seen'\]"),
     row(
         "one entry to keep",
         lambda: TrialCollector(env(), ActorCritic(actor(), critic()), frames_per_batch=8, keep="trans"),
@@ -235,12 +242,18 @@ CASES = [
     ),
     row("no actions", lambda: GRUCategoricalActor(5, 0), ValueError, "0 outputs.*at least one"),
     row("no units", lambda: GRUValueHead(5, hidden_size=0), ValueError, "hidden_size=0.*at least 1"),
-    row("one extra key", lambda: critic(extra_keys="time_left"), TypeError, r"single key.*extra_keys=\['time_left'\]"),
+    row("one extra key", lambda: critic(extra_keys="time_left"), TypeError, r"its letters.*extra_keys=\['time_left'\]"),
     row(
         "one extra key from env",
         lambda: GRUValueHead.from_env(env(), extra_keys="time_left"),
         TypeError,
-        r"single key.*extra_keys=\['time_left'\]",
+        r"its letters.*extra_keys=\['time_left'\]",
+    ),
+    row(
+        "encoder of an entry that is not there",
+        lambda: GRUCategoricalActor.from_env(env(), encoder={"pixels": MLPEncoder}),
+        KeyError,
+        r"\['pixels'\], only \[[^]]*'trans'[^]]*\]: name one of these[^P]*$",
     ),
     row("no such extra key", lambda: GRUValueHead.from_env(env(), extra_keys=["goal"]), KeyError, "goal.*only"),
     row("wrong input size", lambda: actor()(inputs(6)), ValueError, "6 entries.*input_size=5.*from_env"),
@@ -348,6 +361,12 @@ CASES = [
         lambda: RL2PPOLoss(actor(), critic(), entropy_coeff=-1.0),
         ValueError,
         "stop exploring",
+    ),
+    row(
+        "entropy without its bonus",
+        lambda: RL2PPOLoss(actor(), critic(), entropy_coeff=0.01),
+        ValueError,
+        "entropy_coeff=0.01.*without a bonus.*entropy_bonus=True",
     ),
     # Evaluation
     row("no trials to play", lambda: adaptation_curve(env(), actor(), 0), ValueError, "num_trials=0.*at least 1"),

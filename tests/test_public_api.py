@@ -35,7 +35,7 @@ NO_EXAMPLE = {
 
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
-    {"history", "interrupts", "locks", "logs", "quiet", "requirements", "storage"},
+    {"arguments", "history", "interrupts", "locks", "logs", "quiet", "requirements", "storage"},
     {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial"},
     {"gradients", "modules"},
     {"agent", "learners", "minibatches", "objectives", "rollout"},

@@ -295,10 +295,10 @@ def test_specs_fit_the_data(batch_size, truncate):
     ("bounds", "message"),
     [
         ({}, "needs a bound"),
-        ({"episodes": 0}, r"episodes=0\).*at least 1"),
-        ({"steps": -1}, r"steps=-1\).*at least 1"),
-        ({"episodes": 1.5}, r"episodes=1.5\).*whole number"),
-        ({"steps": True}, r"steps=True\).*whole number"),
+        ({"episodes": 0}, r"episodes=0.*at least 1"),
+        ({"steps": -1}, r"steps=-1.*at least 1"),
+        ({"episodes": 1.5}, r"episodes=1.5.*whole number"),
+        ({"steps": True}, r"steps=True.*whole number"),
     ],
 )
 def test_bad_bounds(bounds, message):

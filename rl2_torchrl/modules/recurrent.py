@@ -14,6 +14,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
+from rl2_torchrl.arguments import as_list
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.gru import GRUCore
@@ -249,7 +250,7 @@ class MemoryValueHead(TensorDictSequential):
         **layers,
     ):
         head = Head(features_size + extra_size, 1, skip_size=extra_size, init_range=init_range, **layers)
-        in_keys = [features_key, *_as_keys(extra_keys)]
+        in_keys = [features_key, *as_list("extra_keys", extra_keys)]
         super().__init__(TensorDictModule(SkipHead(head, detach), in_keys, [value_key]))
         self.detach, self.value_key = detach, value_key
 
@@ -262,7 +263,8 @@ class MemoryValueHead(TensorDictSequential):
                 "say them, MemoryValueHead(features_size=..., features_key=..., detach=...)."
             )
         kwargs.setdefault("device", env.device)
-        extra_size = sum(shape[-1] for shape in _shapes_of(env, _as_keys(kwargs.get("extra_keys", ()))).values())
+        shapes = _shapes_of(env, as_list("extra_keys", kwargs.get("extra_keys", ())))
+        extra_size = sum(shape[-1] for shape in shapes.values())
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
 
 
@@ -292,7 +294,8 @@ def _slots(
     factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}
     units = {name: number for name, number in units.items() if number is not None}
     encoder, norms = by_entry(encoder, in_key), []
-    entries = _entries(input_size, [in_key, *_as_keys(extra_keys)], in_sum=not encoder and normalize is False)
+    keys = [in_key, *as_list("extra_keys", extra_keys)]
+    entries = _entries(input_size, keys, in_sum=not encoder and normalize is False)
     if normalize is not False:
         norm, entries, encoder = _normalized(normalize, in_key, entries, encoder, features_key, device)
         norms.append(norm)
@@ -348,13 +351,6 @@ def _entries(input_size: Shapes, keys: Sequence[NestedKey], *, in_sum: bool) -> 
     return {key: (0 if number else input_size,) for number, key in enumerate(keys)}
 
 
-def _as_keys(extra_keys: Sequence[NestedKey]) -> list[NestedKey]:
-    """``extra_keys`` as a list, and no single string, whose letters would be taken for keys."""
-    if isinstance(extra_keys, str):
-        raise TypeError(f"extra_keys={extra_keys!r} is a single key; give a list: extra_keys=[{extra_keys!r}].")
-    return list(extra_keys)
-
-
 def _action_spec(env: EnvBase) -> TensorSpec:
     # With a nested action key a transformed env's `action_spec_unbatched` is the whole Composite.
     return env.full_action_spec_unbatched[env.action_key]
@@ -363,7 +359,7 @@ def _action_spec(env: EnvBase) -> TensorSpec:
 def _read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.Size]:
     """Shape of each entry that a network with these keywords reads; completes them by what the env says."""
     kwargs.setdefault("device", env.device)
-    keys = [kwargs.get("in_key", "trans"), *_as_keys(kwargs.get("extra_keys", ()))]
+    keys = [kwargs.get("in_key", "trans"), *as_list("extra_keys", kwargs.get("extra_keys", ()))]
     writers = [each for each in previous_steps(env) if each.out_key == keys[0]]
     if kwargs.get("normalize") is True and writers:
         kwargs["normalize"] = writers[-1].reals()
@@ -379,10 +375,10 @@ def _shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch
     """Shapes of the env's observations ``keys``, batch dimensions aside."""
     spec = env.observation_spec
     if missing := [key for key in keys if key not in spec.keys(True, True)]:
-        raise KeyError(
-            f"the env has no observation {missing}, only {list(spec.keys(True, True))}. An RL² agent reads the transition "
-            "input that PreviousStep() writes: Compose(Trial(...), TaskSampler(...), PreviousStep())."
-        )
+        mend = "name one of these (in_key, extra_keys, encoder={...})."
+        if not previous_steps(env):
+            mend = "an agent reads what PreviousStep() writes: Compose(Trial(...), TaskSampler(...), PreviousStep())."
+        raise KeyError(f"the env has no observation {missing}, only {list(spec.keys(True, True))}: {mend}")
     return {key: spec[key].shape[len(env.batch_size) :] for key in keys}
 
 

@@ -42,7 +42,7 @@ class RL2PPOLoss(ClipPPOLoss):
             diagnostics (`rl2_torchrl.objectives.terms` says how to write one). Their parameters are the loss's.
         clip_epsilon: clipping of the ratio. Default 0.3, the original's.
         critic_coeff: weight of the value loss. Default 0.5.
-        entropy_coeff: weight of the entropy; only read with ``entropy_bonus=True``. Default 0.01.
+        entropy_coeff: weight of the entropy, which needs ``entropy_bonus=True``. Default 0.01.
         **kwargs: as for `ClipPPOLoss`: ``clip_value``, ``normalize_advantage``, …; by default ``entropy_bonus=False``,
             ``loss_critic_type="l2"`` (the squared error), ``log_explained_variance=False`` (over minibatches of unlike trials
             it says little and costs a pass) and ``functional=False`` (the networks themselves are called, a millisecond faster).
@@ -67,9 +67,9 @@ class RL2PPOLoss(ClipPPOLoss):
     ):
         # ClipPPOLoss's other names for the two.
         actor_network, critic_network = kwargs.pop("actor", actor_network), kwargs.pop("critic", critic_network)
-        _check_numbers(clip_epsilon, critic_coeff, entropy_coeff)
         require_policy(actor_network, "RL2PPOLoss")
         options = {**_DEFAULTS, **kwargs}
+        _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
         options["functional"] |= options.get("delay_actor", False)
         weights = {"clip_epsilon": clip_epsilon, "entropy_coeff": entropy_coeff}
         weights["critic_coeff"] = None if critic_network is None else critic_coeff
@@ -225,7 +225,7 @@ def _check_terms(terms: Sequence[nn.Module]) -> None:
             )
 
 
-def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff) -> None:
+def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonus: bool) -> None:
     low, high = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
     if not (0 < low <= 1 and high > 0):
         raise ValueError(
@@ -236,3 +236,7 @@ def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff) -> None:
     coefficients = entropy_coeff.values() if isinstance(entropy_coeff, Mapping) else [entropy_coeff]
     if any(coefficient is not None and not coefficient >= 0 for coefficient in coefficients):
         raise ValueError(f"{entropy_coeff=}: a negative weight would make the policy stop exploring.")
+    if any(coefficients) and not entropy_bonus:
+        raise ValueError(
+            f"{entropy_coeff=} without a bonus weighs nothing: give entropy_bonus=True, or no coefficient."
+        )
