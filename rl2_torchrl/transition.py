@@ -201,7 +201,10 @@ class PreviousStep(Transform):
             (torchrl_logger.warning if left_out else torchrl_logger.info)(said)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        raise RuntimeError("PreviousStep is a transform of environments; it has no meaning in a replay buffer.")
+        raise RuntimeError(
+            "PreviousStep is a transform of environments; it has no meaning in a replay buffer, nor outside an env: to feed a "
+            "trained agent by hand take an AdaptiveAgent."
+        )
 
 
 @dataclass(frozen=True)
