@@ -56,17 +56,17 @@ def main(*, kills: int = 5, seed: int = 0, backend: str = "ray") -> None:
         )
         is_right = (made, lost) == (updates, kills * ROWS)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        is_right = _signalled(signum, backend) and is_right
+        is_right = signalled(signum, backend) and is_right
     if not is_right:
         sys.exit(1)
 
 
-def _signalled(signum: signal.Signals, backend: str) -> bool:
+def signalled(signum: signal.Signals, backend: str) -> bool:
     """Whether a training, a program in a session of its own, has ended as it should where all of its processes get a signal."""
     with TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _PROGRAM, folder, backend]
         pipes = {"stdout": subprocess.PIPE, "text": True}
-        program = subprocess.Popen(command, **pipes, start_new_session=True)
+        program = subprocess.Popen(command, **pipes, cwd=Path(__file__).parents[1], start_new_session=True)
         assert "now\n" in iter(program.stdout.readline, "")
         os.killpg(program.pid, signum)
         said = program.communicate()[0].strip()
