@@ -18,6 +18,7 @@ from rl2_torchrl.envs.plain_data import NoStateError
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.rollout.trials import leaves, next_key
+from rl2_torchrl.rollout.turns import Turns
 from rl2_torchrl.trial import Trial, transforms_of
 
 __all__ = ["TrialCollector"]
@@ -51,11 +52,13 @@ class TrialCollector(Collector):
         backend: ``"tensors"`` or ``"tensordicts"``, what plays.
         reason: why that, where it is not the fastest; None where it is.
         player: the `Rollout` that plays, or None with `Collector`'s own loop.
+        turns: its turns at the env, which nobody else may move between two batches.
 
     Raises:
         KeyError: an entry of ``keep`` is not collected.
         TypeError: ``keep`` is a single key.
         ValueError: ``rollout="tensors"`` with an option that it cannot serve.
+        RuntimeError: somebody else, such as an evaluation, has reset or stepped the env between two batches.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -103,6 +106,7 @@ class TrialCollector(Collector):
         if self.player is not None:
             self.player.adopt(self._carrier)  # Collector has reset the env already, and begins there
             self.reason = self.player.trials.reason
+        self.turns = Turns(self.env)
         if self.reason is not None:
             torchrl_logger.info(f"TrialCollector, backend {self.backend!r}: {self.reason}.")
 
@@ -140,9 +144,14 @@ class TrialCollector(Collector):
         super().reset(index, **kwargs)
         if self.player is not None:
             self.player.adopt(self._carrier)
+        self.turns.leave()
 
     def rollout(self) -> TensorDictBase:
         """One batch ``[*B, T]`` of the entries ``keep``."""
+        with self.turns.turn():
+            return self._batch()
+
+    def _batch(self) -> TensorDictBase:
         if self.player is not None:
             if self.pre_collect_hook is not None:
                 self.pre_collect_hook()
@@ -186,6 +195,8 @@ def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> None:
         collector.player.load_state_dict(state["player"])
     else:
         collector._carrier.update(TensorDict(state["carrier"], batch_size=collector._carrier.batch_size))
+    if isinstance(collector, TrialCollector):
+        collector.turns.leave()
 
 
 def _base_env(collector: BaseCollector) -> EnvBase | None:

@@ -90,9 +90,9 @@ def train(
             the env steps: after a Ctrl-C or a ``stop`` a further call goes on where the last one ended, schedules too.
         update: `PPOUpdate`, or any ``(batch, progress) -> metrics``; for checkpoints it needs ``state_dict`` and
             ``load_state_dict``.
-        evaluate: held-out evaluation, returning scalars such as ``{"trial_return": 6.6}``; logged under ``eval/``. The
-            random numbers that it draws are put back: training goes the same way however often it is evaluated. None
-            trains blind.
+        evaluate: held-out evaluation on an env of its own, never the collector's, returning scalars such as
+            ``{"trial_return": 6.6}``; logged under ``eval/``. The random numbers that it draws are put back: training goes the
+            same way however often it is evaluated. None trains blind.
         eval_interval: updates between evaluations, from the first update on; one more follows the last update.
         callbacks: what else is done after each batch, update and evaluation, in this order.
         schedule_frames: env steps over which ``progress`` goes from 0 to 1 for schedules and callbacks. Default the collector's

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.collectors import Collector
-from torchrl.envs import Compose, GymEnv, TransformedEnv
+from torchrl.envs import Compose, GymEnv, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
@@ -20,6 +20,7 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialCollector,
+    adaptation_curve,
     kernels,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
@@ -207,6 +208,43 @@ def test_trials_begin_anew_with_a_reset_and_then_at_their_ends_alone(batches_bef
     collector.reset()
     begun = torch.cat([next(iterator)["is_init"].squeeze(-1).clone() for _ in range(5)], 1)
     assert (begun == (torch.arange(15) % PULLS == 0)).all()
+
+
+def cartpole_env():
+    base = SerialEnv(2, lambda: GymEnv("CartPole-v1"))  # which does not count its own steps, as a TensorEnv does
+    return TransformedEnv(base, Compose(Trial(steps=PULLS), PreviousStep()))
+
+
+MOVES = {
+    "evaluation": lambda env, policy: adaptation_curve(env, policy, 1),
+    "evaluation through transforms of its own": lambda env, policy: adaptation_curve(
+        TransformedEnv(env.base_env, Compose(Trial(episodes=1, steps=1), PreviousStep())), policy, 1
+    ),
+    "rollout": lambda env, policy: env.rollout(2),
+    "reset": lambda env, policy: env.reset(),
+    "step": lambda env, policy: env.step(env.rand_action(env.fake_tensordict().exclude("next"))),
+}
+
+
+@pytest.mark.parametrize("rollout", ["tensors", "tensordicts"])
+@pytest.mark.parametrize("make", [bandit_env, cartpole_env])
+@pytest.mark.parametrize("move", MOVES)
+def test_an_env_that_another_has_moved_is_an_error(move, make, rollout):
+    env = make()
+    policy = GRUCategoricalActor.from_env(env, hidden_size=8)
+    options = {"frames_per_batch": env.batch_size.numel() * 3, "total_frames": -1, "rollout": rollout}
+    collector = TrialCollector(env, policy, **options)
+    MOVES[move](env, policy)
+    for _ in range(2):  # before the first batch, and between batches
+        with pytest.raises(RuntimeError, match=r"env has been reset or stepped since.*Evaluate on an env of its own"):
+            collector.rollout()
+        collector.reset()
+        collector.rollout()
+        other = make()
+        other.reset()
+        MOVES[move](other, policy)
+        collector.rollout()
+        MOVES[move](env, policy)
 
 
 def test_the_task_of_a_row_that_is_one_trial_is_in_memory_once():

@@ -28,7 +28,7 @@ from torchrl.checkpoint import Checkpoint
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
 from recipes import compare
-from rl2_torchrl import AdaptiveAgent, Callback, load_weights, train
+from rl2_torchrl import AdaptiveAgent, Callback, adaptation_curve, load_weights, train
 from rl2_torchrl.agent.files import write_agent
 from rl2_torchrl.baselines import gittins
 from rl2_torchrl.checkpoints import FORMAT
@@ -418,6 +418,24 @@ def test_an_env_that_fails_leaves_the_last_update(lean, tmp_path, caplog):
     result = Run(5, **kind).train(checkpoints=tmp_path, resume=True, resume_changes=["env.class"])
     assert "begins new trials" in caplog.text
     assert [row["env_steps"] for row in result.history] == [BATCH * number for number in range(1, 6)]
+
+
+@pytest.mark.parametrize("what", ["evaluate", "callback"])
+def test_an_evaluation_on_the_collectors_env_is_an_error_before_the_next_update(what, tmp_path):
+    run, folder = Run(5, lean=True), tmp_path / "run"
+
+    def on_the_same_env(*_):
+        adaptation_curve(run.collector.env, run.policy, 8)
+        return {}
+
+    after_update = type("Mine", (Callback,), {"after_update": on_the_same_env})()
+    options = {"evaluate": on_the_same_env} if what == "evaluate" else {"callbacks": [after_update]}
+    with pytest.raises(
+        RuntimeError, match=r"env has been reset or stepped since.*Evaluate on an env of its own"
+    ) as error:
+        run.train(checkpoints=folder, **options)
+    assert error.value.__notes__ == [f"in the rollout of update 1, after {BATCH} env steps"]
+    assert saved_steps(folder) == [BATCH]
 
 
 def test_an_error_in_an_update_saves_nothing(tmp_path, monkeypatch):

@@ -27,12 +27,14 @@ class Rows:
         episode_step: see ``steps``.
         terminated: of the last step, ``[*B, 1]`` or None.
         truncated: likewise.
+        moves: how many times rows have begun or stepped.
     """
 
-    __slots__ = ("episode_step", "observation", "started", "state", "steps", "terminated", "truncated")
+    __slots__ = ("episode_step", "moves", "observation", "started", "state", "steps", "terminated", "truncated")
 
     def __init__(self):
         self.started, self.state, self.observation, self.episode_step = False, None, {}, 0
+        self.moves = 0
         self.steps = self.terminated = self.truncated = None
 
 

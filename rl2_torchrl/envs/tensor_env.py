@@ -212,6 +212,7 @@ class TensorEnv(EnvBase):
             The observation entries of all rows, ``[*B, ...]``.
         """
         now = self._now
+        now.moves += 1
         if rows is None or not now.started:
             now.state, observation = self.begin(task, self._every_row)
             now.observation, now.started = entries_of(observation), True
@@ -243,6 +244,7 @@ class TensorEnv(EnvBase):
             ``max_episode_steps``.
         """
         now = self._now
+        now.moves += 1
         now.state, observation, reward, terminated, truncated = self.advance(now.state, action)
         now.observation = entries = entries_of(observation)
         if self.fixed_length:
@@ -274,6 +276,11 @@ class TensorEnv(EnvBase):
     def episode_step(self) -> int | None:
         """Steps of the current episode, where all rows are at the same one and ``fixed_length`` says so; else None."""
         return self._now.episode_step if self._now.steps is None else None
+
+    @property
+    def moves(self) -> int:
+        """How many times an episode has been begun in some rows, or a step taken, by whomever."""
+        return self._now.moves
 
     @property
     def state(self) -> EnvState:
