@@ -20,16 +20,8 @@ class Learners:
     """The processes of ``group`` as one learner; without a group this process alone, for which nothing is to be done.
 
     Every process holds the joint batch, so that all that looks at a batch as a whole (advantages and their normalisation,
-    statistics, what a user writes) is what it is in one process. Minibatches are drawn from the joint batch, the same on all, and
-    each process makes the gradient of its part of each. Gradients are joined before anything else is done with them, and so are
-    the scalars: clipping, early stops and checks decide the same everywhere.
-
-    Args:
-        group: a group of `torch.distributed`, such as ``torch.distributed.group.WORLD``.
-
-    Attributes:
-        size: number of processes.
-        rank: this one's number.
+    statistics, what a user writes) is what it is in one process. Of each minibatch, the same on all, each process makes the
+    gradient of its part. Gradients and scalars are joined at once: clipping, early stops and checks decide the same everywhere.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
@@ -44,8 +36,7 @@ class Learners:
         if self._group is None:
             return generator
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator
-        networks = {name: value.cpu() for name, value in loss.state_dict().items()}
-        of_first = [networks, generator.get_state()]
+        of_first = [{name: value.cpu() for name, value in loss.state_dict().items()}, generator.get_state()]
         dist.broadcast_object_list(of_first, group=self._group, group_src=0)
         loss.load_state_dict(of_first[0])
         generator.set_state(of_first[1])
@@ -53,11 +44,7 @@ class Learners:
 
     # ----------------------------------------------------------------- a batch
     def gather(self, batch: TensorDictBase, parameters: Sequence[nn.Parameter]) -> TensorDictBase:
-        """The rows of all processes' batches, ``[*B, T]`` each, one process after the other.
-
-        Raises:
-            ValueError: before the first batch: the batches are not alike, or the networks are not the same.
-        """
+        """The rows of all processes' batches, ``[*B, T]`` each; ValueError where batches or, at first, networks are not alike."""
         if self._group is None:
             return batch
         rows = batch.reshape(-1, batch.shape[-1])

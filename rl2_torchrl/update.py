@@ -21,7 +21,7 @@ from torchrl.objectives import ClipPPOLoss
 from rl2_torchrl.arguments import whole
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
-from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed, without_resets
+from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
@@ -297,8 +297,10 @@ class PPOUpdate:
 
     def _by_graph(self, checks: Iterator[Callable]) -> Iterator[Metrics]:
         """A pass; the ratios are looked at before its first step, by the next of ``checks``."""
-        entries, silent = self._chunks.entries(), without_resets(self._chunks.chunks)
-        minibatches = ({k: e for k, e in each.items() if k not in silent} for each in entries)
+        starts = self._chunks.chunks.get("is_init")
+        # It says nothing where no chunk has a trial that starts after its first step.
+        silent = {"is_init"} if starts is not None and not bool(starts[:, 1:].any()) else ()
+        minibatches = ({k: e for k, e in each.items() if k not in silent} for each in self._chunks.entries())
         yield from self._graphed.run(minibatches, self.max_grad_norm, next(checks, None))
         self.reason = self._graphed.reason
 

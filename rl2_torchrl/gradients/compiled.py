@@ -51,10 +51,16 @@ class _Pass(ctypes.Structure):
 
 
 #: What `CompiledPass.run` says of each minibatch, in the kernel's order.
-_METRICS = (
-    *("loss_objective", "loss_critic", "entropy", "clip_fraction", "kl_approx", "mean_ratio", "max_ratio"),
+_METRICS = [
+    "loss_objective",
+    "loss_critic",
+    "entropy",
+    "clip_fraction",
+    "kl_approx",
+    "mean_ratio",
+    "max_ratio",
     "grad_norm",
-)
+]
 
 
 @cache
@@ -75,8 +81,8 @@ class CompiledPass:
     def __init__(
         self, program: Program, optimizer: torch.optim.Adam, chunks: State, rows: int, max_grad_norm: float | None
     ):
-        self.program, self.loss, self.optimizer, chunks = program, program.loss, optimizer, dict(chunks)
-        self.rows, self.max_grad_norm = rows, max_grad_norm
+        self.loss, self.optimizer, self.rows, self.max_grad_norm = program.loss, optimizer, rows, max_grad_norm
+        chunks, self._dtype = dict(chunks), program.parameters[0].dtype
         [self._group] = optimizer.param_groups
         for parameter in self._group["params"]:
             if not (state := optimizer.state[parameter]):  # as Adam does before its first step
@@ -104,7 +110,7 @@ class CompiledPass:
         """
         order, count = order.long().contiguous(), -(-len(order) // self.rows)  # kept while the kernel reads it
         metrics = torch.zeros(count, len(_METRICS), dtype=torch.float64)
-        library = kernels.load(self.program.parameters[0].dtype)
+        library = kernels.load(self._dtype)
         _require_layout(library)
         end = library.ppo_pass(ctypes.byref(self._arguments(order, metrics)))
         has_stranger, taken = end <= -2, count if end == -1 else end if end >= 0 else -2 - end
@@ -216,8 +222,8 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, program: Program) -> Iterato
     more = others or hooks or "step" in vars(optimizer) or any(group.get(option) for option in options)
     is_adam = type(optimizer).step is torch.optim.Adam.step and not more
     yield is_adam, "the optimizer is more than torch.optim.Adam with lr, betas and eps"
-    holds_all = set(group["params"]) == set(program.parameters)
-    yield holds_all, "the optimizer does not hold the loss's parameters, all and no others"
+    is_whole = set(group["params"]) == set(program.parameters)
+    yield is_whole, "the optimizer does not hold the loss's parameters, all and no others"
     states = [optimizer.state[parameter] for parameter in group["params"]]
     alike = len({float(state["step"]) if state else 0.0 for state in states}) == 1
     is_dense = all(state[n].is_contiguous() for state in states if state for n in ("exp_avg", "exp_avg_sq"))

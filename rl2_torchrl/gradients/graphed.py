@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl.gradients.part import State, is_bare
 from rl2_torchrl.kernels.graph import GraphReplay
 
-__all__ = ["GraphedPass", "why_not_graphed", "without_resets"]
+__all__ = ["GraphedPass", "why_not_graphed"]
 
 #: Whose modules do the same operations in every call, whatever Python's variables say.
 _KNOWN = ("rl2_torchrl.", "tensordict.", "torch.", "torchrl.")
@@ -21,11 +20,7 @@ _KNOWN = ("rl2_torchrl.", "tensordict.", "torch.", "torchrl.")
 class GraphedPass:
     """A pass of minibatch steps for which the host only launches: what it reads of them, it reads when all are on their way.
 
-    Where a gradient is not finite, the optimizer takes no step on that minibatch nor on any later one of the pass.
-
-    Args:
-        loss: what is minimised; `why_not_graphed` finds nothing against it.
-        optimizer: a fused one, which skips a step when a number on the device says so.
+    Where a gradient is not finite, the optimizer, a fused one, takes no step on that minibatch nor on any later one of the pass.
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
@@ -136,9 +131,3 @@ def why_not_graphed(loss: nn.Module, optimizer: torch.optim.Optimizer) -> str | 
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return f"{type(optimizer).__name__} cannot skip a step on a broken gradient: its fused=True can"
     return None
-
-
-def without_resets(chunks: dict[NestedKey, torch.Tensor]) -> set[NestedKey]:
-    """``is_init``, if it says nothing: no chunk of ``[num_chunks, bptt]`` has a trial that starts after its first step."""
-    starts = chunks.get("is_init")
-    return {"is_init"} if starts is not None and not bool(starts[:, 1:].any()) else set()

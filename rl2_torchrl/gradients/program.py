@@ -30,20 +30,17 @@ class Program:
     Examples:
         >>> from rl2_torchrl import GRUGaussianActor, GRUValueHead, RL2PPOLoss
         >>> program = Program(RL2PPOLoss(GRUGaussianActor(5, 2), GRUValueHead(5)))
-        >>> len(program.parts)  # then program(minibatch), program.norm(), optimizer.step()
+        >>> len(program.parts)  # then program(minibatch), optimizer.step()
         5
     """
 
     def __init__(self, loss: nn.Module):
         self.loss, self.parts = loss, loss.network_parts()
         self.terms = [_Term(term) for term in loss.loss_terms()]
-        self._mark_what_carries_a_gradient()
         used = {p for part in (*self.parts, *self.terms) for p in part.parameters}
         self._all = list(loss.parameters())
         self.parameters = [p for p in self._all if p.requires_grad and p in used]
-
-    def _mark_what_carries_a_gradient(self) -> None:
-        carrying: set[NestedKey] = set()
+        carrying: set[NestedKey] = set()  # entries that carry a gradient
         for part in (*self.parts, *self.terms):
             part.wanted = carrying.intersection(part.in_keys)
             if part.wanted or any(p.requires_grad for p in part.parameters):
