@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from functools import cache
-from itertools import chain
 
 import torch
 from tensordict import NestedKey
@@ -51,16 +50,8 @@ class _Pass(ctypes.Structure):
 
 
 #: What `CompiledPass.run` says of each minibatch, in the kernel's order.
-_METRICS = [
-    "loss_objective",
-    "loss_critic",
-    "entropy",
-    "clip_fraction",
-    "kl_approx",
-    "mean_ratio",
-    "max_ratio",
-    "grad_norm",
-]
+_METRICS = ("loss_objective", "loss_critic", "entropy", "clip_fraction", "kl_approx", "mean_ratio", "max_ratio")
+_METRICS += ("grad_norm",)
 
 
 @cache
@@ -188,21 +179,17 @@ def _is_network(gru: Part, head: Part, given: NestedKey) -> bool:
 
 def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, chunks: State, rows: int) -> str | None:
     """Why a pass over minibatches of ``rows`` of ``chunks`` is not run by `CompiledPass`, in words; None if it can be."""
-    steps = rows * chunks[program.loss.tensor_keys.advantage].shape[1]
-    if steps > MOST_STEPS:
-        return f"minibatches of {steps} steps are faster one by one (up to {MOST_STEPS} are compiled)"
-    # Each condition is looked at only where those before it hold.
-    conditions = chain(_of_program(program, chunks), _of_optimizer(optimizer, program))
-    return next((reason for holds, reason in conditions if not holds), None)
+    return next((reason for holds, reason in _conditions(program, optimizer, chunks, rows) if not holds), None)
 
 
-def _of_program(program: Program, chunks: State) -> Iterator[tuple[bool, str]]:
-    loss, keys, networks = program.loss, program.loss.tensor_keys, _networks_of(program)
-    others = "other distributions than a categorical or Gaussian one, or further loss terms"
-    yield (
-        networks is not None,
-        f"actor or critic is more than a GRU and a head of one layer each, or there are {others}",
-    )
+# Each condition is looked at only where those before it hold.
+def _conditions(program: Program, optimizer, chunks: State, rows: int) -> Iterator[tuple[bool, str]]:
+    loss, keys = program.loss, program.loss.tensor_keys
+    steps = rows * chunks[keys.advantage].shape[1]
+    yield steps <= MOST_STEPS, f"minibatches of {steps} steps are faster one by one (up to {MOST_STEPS} are compiled)"
+    networks, more = _networks_of(program), "a policy neither categorical nor Gaussian, or further loss terms"
+    yield networks is not None, f"actor or critic is more than a GRU and a head of one layer each, or there is {more}"
+
     dtypes = {p.dtype for p in program.parameters}
     yield len(dtypes) == 1, "parameters are of several dtypes"
     read = [keys.sample_log_prob, keys.advantage, *([keys.value_target] if loss.has_critic else [])]
@@ -213,8 +200,6 @@ def _of_program(program: Program, chunks: State) -> Iterator[tuple[bool, str]]:
     is_own = len(uses) == len(program.parameters) and all(p.is_contiguous() for p in uses)
     yield is_own, "parameters are shared, frozen, or not contiguous"
 
-
-def _of_optimizer(optimizer: torch.optim.Optimizer, program: Program) -> Iterator[tuple[bool, str]]:
     group, *others = optimizer.param_groups
     options = ("amsgrad", "maximize", "weight_decay", "differentiable", "capturable", "decoupled_weight_decay")
     hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)

@@ -122,10 +122,7 @@ def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[Nest
 
 
 def on_entries(sequence: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A core's ``sequence(x, memory, is_init)`` as a function of its entries ``x, *memory, is_init`` ``[N, T, ...]``.
-
-    An ``is_init`` of None says that no trial starts after the first step.
-    """
+    """A core's ``sequence(x, memory, is_init)`` as a function of its entries ``x, *memory, is_init`` ``[N, T, ...]``, or None."""
 
     def run(x: torch.Tensor, *memory_and_init: torch.Tensor | None) -> torch.Tensor:
         *memory, is_init = memory_and_init
