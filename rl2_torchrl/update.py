@@ -140,7 +140,7 @@ class PPOUpdate:
         self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
         # One list: walking through the loss's modules for them costs more than Adam's step.
         self._parameters = list(loss.parameters())
-        self.optimizer = _adam(self._parameters, lr) if optimizer is None else _checked(optimizer, lr, self._parameters)
+        self.optimizer = _optimizer(optimizer, lr, self._parameters)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
         # As they were given: schedules and users move them.
         self.given_options = [{**group, "params": None} for group in self.optimizer.param_groups]
@@ -394,25 +394,22 @@ def _why_not_parts(loss: ClipPPOLoss) -> str | None:
     return loss.why_not_parts() if isinstance(loss, RL2PPOLoss) else f"{type(loss).__name__} is no RL2PPOLoss"
 
 
-def _adam(parameters: list[nn.Parameter], lr: float | None) -> torch.optim.Adam:
-    lr = 1e-4 if lr is None else lr
-    if isinstance(lr, str) or not 0 <= lr < math.inf:
-        raise ValueError(f"lr={lr!r}: a learning rate is a number, at least 0, such as 1e-3.")
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-    return torch.optim.Adam(parameters, lr=lr, fused=fused)
-
-
-def _checked(
-    optimizer: torch.optim.Optimizer, lr: float | None, parameters: list[nn.Parameter]
-) -> torch.optim.Optimizer:
+def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters: list) -> torch.optim.Optimizer:
+    """The one that is given, or Adam."""
+    if given is None:
+        lr = 1e-4 if lr is None else lr
+        if isinstance(lr, str) or not 0 <= lr < math.inf:
+            raise ValueError(f"lr={lr!r}: a learning rate is a number, at least 0, such as 1e-3.")
+        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+        return torch.optim.Adam(parameters, lr=lr, fused=fused)
     if lr is not None:
         raise ValueError(f"lr={lr} is Adam's, and the optimizer that you give has its own: give one of the two.")
-    if strangers := {p for group in optimizer.param_groups for p in group["params"]} - set(parameters):
+    if strangers := {p for group in given.param_groups for p in group["params"]} - set(parameters):
         raise ValueError(
             f"{len(strangers)} of the optimizer's parameters are not the loss's, so no update would train them: make it of "
             "loss.parameters(), after the networks have their final form and device."
         )
-    return optimizer
+    return given
 
 
 def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:

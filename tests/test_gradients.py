@@ -637,6 +637,14 @@ def test_what_is_no_pass_of_small_minibatches_says_why(critic, change, message):
     assert why_not_compiled(Program(loss), torch.optim.Adam(loss.parameters()), data, 2) is None or critic == "shared"
 
 
+@needs_kernels
+def test_one_hot_actions_are_no_compiled_pass():
+    actor = GRUCategoricalActor(INPUTS, ACTIONS, hidden_size=UNITS, one_hot=True)
+    loss, data = RL2PPOLoss(actor), data_of("categorical", torch.float32)
+    data["action"] = nn.functional.one_hot(data["action"], ACTIONS)
+    assert "one-hot" in why_not_compiled(Program(loss), torch.optim.Adam(loss.parameters()), data, 2)
+
+
 def _stepped(optimizer, parameters):
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)

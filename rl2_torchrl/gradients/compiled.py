@@ -18,7 +18,7 @@ from torch import nn
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, State
-from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianHeadPart, GaussianPart, OneHotPart
+from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianHeadPart, GaussianPart
 from rl2_torchrl.gradients.program import Program
 from rl2_torchrl.gradients.recurrent import GRUPart
 from rl2_torchrl.modules.functions import raise_unknown_actions
@@ -159,7 +159,7 @@ def _networks_of(program: Program) -> tuple[list[tuple[GRUPart, nn.Linear]], nn.
     gaussian = next((part for part in parts if isinstance(part, GaussianHeadPart)), None)
     parts = [part.mean if part is gaussian else part for part in parts if part is not policy]
     given = [policy.in_keys[1], *([loss.tensor_keys.value] if loss.has_critic else [])]
-    is_known = isinstance(policy, GaussianPart if gaussian else CategoricalPart) and not isinstance(policy, OneHotPart)
+    is_known = isinstance(policy, GaussianPart if gaussian else CategoricalPart)
     if not is_known or len(loss.terms) or len(parts) != 2 * len(given):
         return None
     grus, heads = parts[::2], parts[1::2]
@@ -196,6 +196,7 @@ def _conditions(program: Program, optimizer, chunks: State, rows: int) -> Iterat
     expected = {**dict.fromkeys(read, *dtypes), keys.action: torch.int64 if networks[1] is None else dtypes.pop()}
     others = {key: chunks[key].dtype for key in expected if chunks[key].dtype != expected[key]}
     yield not others, f"{others} are of another dtype than the kernel reads"
+    yield networks[1] is not None or chunks[keys.action].ndim == 2, "actions are one-hot vectors"
     uses = [p for part in program.parts for p in part.parameters]
     is_own = len(uses) == len(program.parameters) and all(p.is_contiguous() for p in uses)
     yield is_own, "parameters are shared, frozen, or not contiguous"

@@ -13,8 +13,8 @@ from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entri
 from rl2_torchrl.modules.functions import categorical_gradient, categorical_terms
 
 __all__ = [
-    *("ENTROPY", "LOG_PROB", "CategoricalPart", "GaussianHeadPart", "GaussianPart", "OneHotPart"),
-    *("has_kernels", "log_scale_key"),
+    *("ENTROPY", "LOG_PROB", "CategoricalPart", "GaussianHeadPart", "GaussianPart", "has_kernels"),
+    "log_scale_key",
 ]
 
 #: Entries ``[N, T]`` that loss terms read: log-probability of the collected actions, and entropy.
@@ -36,11 +36,12 @@ def log_scale_key(scale_key: NestedKey) -> NestedKey:
 
 
 class CategoricalPart(Part):
-    """Of a categorical distribution with logits ``[N, T, num_actions]``; actions are indices ``[N, T]``."""
+    """Of a categorical distribution with logits ``[N, T, n]``; actions are indices ``[N, T]`` or one-hot vectors ``[N, T, n]``."""
 
     def forward_by_hand(self, state: State) -> bool:
         action, logits = entries_of(state, self.in_keys)
-        action = self.index_of(action)
+        if action.shape == logits.shape:
+            action = (action.view(torch.uint8) if action.dtype == torch.bool else action).argmax(-1)
         if action.shape != logits.shape[:-1] or not has_kernels(logits):
             return False
         self._terms = (logits.contiguous(), action.long().contiguous())
@@ -48,21 +49,10 @@ class CategoricalPart(Part):
         state.update(zip(self.out_keys, (log_prob, self._totals[0]), strict=False))
         return True
 
-    def index_of(self, action: torch.Tensor) -> torch.Tensor:
-        """The number of the choice ``[N, T]``."""
-        return action
-
     def backward_by_hand(self, gradients: Gradients) -> None:
         slopes = [gradients.pop(key, None) for key in (LOG_PROB, ENTROPY)]
         slopes = [torch.zeros_like(self._totals[0]) if slope is None else slope.contiguous() for slope in slopes]
         accumulate(gradients, self.in_keys[1], categorical_gradient(*self._terms, *self._totals, *slopes))
-
-
-class OneHotPart(CategoricalPart):
-    """As `CategoricalPart`; actions are one-hot vectors ``[N, T, num_actions]``."""
-
-    def index_of(self, action: torch.Tensor) -> torch.Tensor:
-        return (action.view(torch.uint8) if action.dtype == torch.bool else action).argmax(-1)
 
 
 class GaussianPart(Part):

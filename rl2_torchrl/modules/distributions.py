@@ -134,12 +134,13 @@ class CategoricalActions(ActionDistribution):
         tensor(3)
     """
 
+    part = policy.CategoricalPart
     noise = "gumbel"
     _noise: Tensor | None = None
 
     def __init__(self, num_actions: int, *, one_hot: bool = False):
         super().__init__(num_actions, ["logits"], OneHotCategorical if one_hot else Categorical)
-        self.one_hot, self.part = one_hot, policy.OneHotPart if one_hot else policy.CategoricalPart
+        self.one_hot = one_hot
 
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> CategoricalActions:
@@ -196,10 +197,12 @@ class MultiCategoricalActions(CategoricalActions):
         tensor([1, 0])
     """
 
+    part = None
+
     def __init__(self, nvec: Sequence[int], *, one_hot: bool = False, dtype: torch.dtype = torch.int64):
         self.nvec, self.dtype = list(map(index, nvec)), dtype
         super().__init__(sum(self.nvec), one_hot=one_hot)
-        self.distribution_class, self.part = IndependentCategoricals, None
+        self.distribution_class = IndependentCategoricals
         self.distribution_kwargs = {"nvec": tuple(self.nvec), "one_hot": one_hot, "dtype": dtype}
 
     @classmethod
