@@ -116,7 +116,7 @@ def test_a_minibatch_that_cannot_be_recorded_is_launched_kernel_by_kernel(monkey
     assert passes.reason == "launched kernel by kernel: operation not permitted when stream is capturing"
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2, fused=True)
     for metric in metrics:
-        data = {**entries, "is_init": torch.zeros(4, 6, 1, dtype=torch.bool)}
+        data = {**entries, "is_init": (torch.arange(6) == 0).expand(4, 6).unsqueeze(-1)}
         losses = plain(TensorDict(data, [4, 6]))
         total = losses["loss_objective"] + losses["loss_critic"]
         optimizer.zero_grad()
