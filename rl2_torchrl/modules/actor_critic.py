@@ -13,8 +13,9 @@ __all__ = ["ActorCritic"]
 class ActorCritic(TensorDictSequential):
     """Actor, then critic: the policy to collect with, so that values are stored at collection and never computed twice.
 
-    The critic's memory then is collected as the actor's is; a critic outside the collector's policy gets no primer, and its memory
-    would silently be lost. Reads and writes the entries of both, ``[*B]`` or, in recurrent mode, ``[*B, T]``.
+    The critic's memory then is collected as the actor's is; a critic outside the collector's policy gets no primer, and refuses
+    steps that go on from a memory that is not there. Reads and writes the entries of both, ``[*B]`` or, in recurrent mode,
+    ``[*B, T]``.
 
     The actor's weights have the names here that they have in the actor, so that a collector takes them alone too, as TorchRL's
     `PPOTrainer` hands them over: give that ``gae=TrialAdvantage()``, and no replay buffer, which would shuffle single steps.
