@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
-__all__ = ["as_list", "require_numbers", "whole"]
+import torch
+from torchrl.data import TensorSpec
+
+__all__ = ["as_batch_size", "as_list", "require_numbers", "require_specs", "whole"]
 
 
 def as_list(name: str, values: Iterable) -> list:
@@ -24,7 +27,26 @@ def require_numbers(**arguments: Any) -> None:
     """ValueError where a number is given as text, as it stands in a file or on a command line."""
     for name, value in arguments.items():
         if isinstance(value, str):
-            raise ValueError(f"{name}={value!r} is text, not a number: give {name}=float({value!r}), or int.")
+            raise ValueError(f"{name}={value!r} is text: give a number.")
+
+
+def as_batch_size(batch_size: Sequence[int]) -> torch.Size:
+    """``batch_size`` as PyTorch's; TypeError where it is one number.
+
+    Examples:
+        >>> as_batch_size([8])
+        torch.Size([8])
+    """
+    if isinstance(batch_size, int):
+        raise TypeError(f"batch_size={batch_size} is a number: give the dimensions, batch_size=({batch_size},).")
+    return torch.Size(batch_size)
+
+
+def require_specs(**arguments: TensorSpec | None) -> None:
+    """TypeError where what is given is neither a spec nor None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, TensorSpec):
+            raise TypeError(f"{name}={value!r} is no spec: give a TensorSpec of one row, such as Unbounded(1).")
 
 
 def whole(name: str, value: SupportsIndex) -> int:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.arguments import whole
+from rl2_torchrl.arguments import require_numbers, whole
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
@@ -433,6 +433,7 @@ def _check_kinds(*arguments: object) -> None:
 
 
 def _bound(name: str, value: float | None) -> float | None:
+    require_numbers(**{name: value})
     if value is not None and not value > 0:
         raise ValueError(f"{name}={value} would stop all learning: it must be positive, or None for no bound.")
     return value

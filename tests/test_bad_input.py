@@ -1,6 +1,7 @@
 """Natural mistakes, one a row: each must raise an error of the right kind that says what is wrong and what to do."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from rl2_torchrl import (
     MLPEncoder,
     PPOUpdate,
     PreviousStep,
+    RecurrentCore,
     RL2PPOLoss,
+    TaskBelief,
     TaskSampler,
     Trial,
     TrialAdvantage,
@@ -33,7 +36,15 @@ from rl2_torchrl import (
     with_shuffled_rewards,
     with_zeroed_memory,
 )
-from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, PointRobot, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.envs import (
+    BernoulliBandit,
+    GridNavi,
+    GymVectorEnv,
+    PointRobot,
+    QuadraticBandit,
+    uniform_means,
+    uniform_targets,
+)
 
 
 def bandit(rows=2):
@@ -107,8 +118,37 @@ def spoil(batch, key, number):
     return batch.set(key, value)
 
 
-def update(batch, advantage=None, **kwargs):
-    return PPOUpdate(RL2PPOLoss(actor(), critic()), advantage, **kwargs)(batch)
+def update(batch, advantage=None, terms=(), **kwargs):
+    kwargs |= {"minibatches": 2} if terms else {}
+    return PPOUpdate(RL2PPOLoss(actor(), critic(), terms=terms), advantage, **kwargs)(batch)
+
+
+def collector(policy=None, **kwargs):
+    policy = ActorCritic(actor(), critic()) if policy is None else policy
+    return TrialCollector(env(), policy, **{"frames_per_batch": 8, "total_frames": 8, **kwargs})
+
+
+def with_core(core):
+    return GRUCategoricalActor(5, 3, core=core)
+
+
+class Forgetful(RecurrentCore):
+    """A core whose step forgets to hand its memory on."""
+
+    def __init__(self, input_size):
+        super().__init__(4, {"hidden": (4,)}, input_size=input_size)
+        self.layer = nn.Linear(input_size, 4)
+
+    def step(self, x, hidden):
+        return self.layer(x)
+
+
+class Term(nn.Module):
+    in_keys = ("actor_features",)
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 def loss_on(batch):
@@ -127,6 +167,23 @@ CASES = [
         lambda: GymVectorEnv("CartPole-v1", 2, info_keys="success"),
         TypeError,
         r"its letters.*info_keys=\['success'\]",
+    ),
+    row("rows in words", lambda: GymVectorEnv("CartPole-v1", "4"), ValueError, "num_envs='4' is text"),
+    row("arms in words", lambda: BernoulliBandit("3"), ValueError, "num_arms='3'.*whole number"),
+    row("frames in words", lambda: collector(total_frames="400"), ValueError, "total_frames='400' is text"),
+    row("number as batch size", lambda: BernoulliBandit(3, batch_size=8), TypeError, r"=8 is a number.*=\(8,\)"),
+    row("the same of states", lambda: GridNavi(batch_size=8), TypeError, r"=8 is a number.*=\(8,\)"),
+    row(
+        "number as spec",
+        lambda: GymVectorEnv("CartPole-v1", 2, set_task=setattr, task_spec=1),
+        TypeError,
+        r"task_spec=1 is no spec.*Unbounded\(1\)",
+    ),
+    row(
+        "entry of a term that nobody makes",
+        lambda: collector(keep=["actor_featuers"]),
+        KeyError,
+        "actor_featuers.*nobody makes.*in_keys.*there is",
     ),
     row("no bound", lambda: Trial(), ValueError, "needs a bound.*episodes="),
     row("no episodes", lambda: Trial(episodes=0), ValueError, "episodes=0.*at least 1"),
@@ -185,7 +242,7 @@ CASES = [
     ),
     row("no trial", lambda: wrap(PreviousStep()).observation_spec, ValueError, "no Trial before.*Use Compose"),
     row("batch size 0", lambda: bandit(0), ValueError, r"\(0,\) holds no env.*at least 1"),
-    row("no arms", lambda: BernoulliBandit(0), ValueError, "num_arms=0.*at least one"),
+    row("no arms", lambda: BernoulliBandit(0), ValueError, "num_arms=0.*at least 1"),
     row(
         "step before reset",
         lambda: bandit().step(TensorDict({"action": torch.zeros(2).long()}, [2])),
@@ -242,6 +299,30 @@ CASES = [
     ),
     row("no actions", lambda: GRUCategoricalActor(5, 0), ValueError, "0 outputs.*at least one"),
     row("no units", lambda: GRUValueHead(5, hidden_size=0), ValueError, "hidden_size=0.*at least 1"),
+    row("units in words", lambda: GRUValueHead(5, hidden_size="64"), ValueError, "hidden_size='64'.*whole number"),
+    row("core of PyTorch's", lambda: with_core(nn.GRU), TypeError, "GRU.* is no core.*LSTMCore"),
+    row("core of PyTorch's, made", lambda: with_core(nn.GRU(5, 4)), TypeError, "GRU.* is no core.*LSTMCore"),
+    row("core of PyTorch's, to be made", lambda: with_core(partial(nn.GRU, hidden_size=4)), TypeError, "is no core"),
+    row("core in words", lambda: with_core("lstm"), TypeError, "'lstm' is no core.*LSTMCore"),
+    row("core without its memory", lambda: with_core(Forgetful)(inputs()), TypeError, r"Forgetful.step.*\*memory"),
+    row(
+        "the same in a rollout",
+        lambda: next(iter(collector(with_core(Forgetful)))),
+        TypeError,
+        r"Forgetful.step.*\*memory",
+    ),
+    row(
+        "no such slot",
+        lambda: GRUCategoricalActor.from_env(env(), hidden=32),
+        TypeError,
+        r"\['hidden'\].*no argument.*'hidden_size'",
+    ),
+    row(
+        "encoder that flattens time",
+        lambda: GRUCategoricalActor(5, 3, encoder=lambda shape: nn.Sequential(nn.Linear(5, 4), nn.Flatten(0, -2))),
+        ValueError,
+        r"'trans'.*\(6, 4\) of \[2, 3\].*keep all leading dimensions",
+    ),
     row("one extra key", lambda: critic(extra_keys="time_left"), TypeError, r"its letters.*extra_keys=\['time_left'\]"),
     row(
         "one extra key from env",
@@ -292,6 +373,34 @@ CASES = [
         ValueError,
         r"\(2, 4\).*must be \[\*B, T, 1\]",
     ),
+    row("clip in words", lambda: RL2PPOLoss(actor(), critic(), clip_epsilon="0.2"), ValueError, "'0.2' is text"),
+    row("one term", lambda: RL2PPOLoss(actor(), critic(), terms=TaskBelief(4, 3)), TypeError, r"TaskBelief.*a list"),
+    row(
+        "belief of other features",
+        lambda: update(collect(), terms=[TaskBelief(32, 3)]),
+        ValueError,
+        "features_size=32.*features are 4",
+    ),
+    row(
+        "term without names",
+        lambda: update(collect(), terms=[Term(lambda x: x.mean())]),
+        TypeError,
+        "Term returned a Tensor.*by name",
+    ),
+    row(
+        "term of many numbers",
+        lambda: update(collect(), terms=[Term(lambda x: {"loss_mine": x})]),
+        ValueError,
+        r"Term.*'loss_mine' of shape \(1, 4, 4\).*mean",
+    ),
+    row(
+        "the same by autograd",
+        lambda: update(collect(), terms=[Term(lambda x: {"loss_mine": x})], backend="autograd"),
+        ValueError,
+        r"Term.*'loss_mine' of shape \(1, 4, 4\).*mean",
+    ),
+    row("gamma in words", lambda: TrialAdvantage(gamma="0.99"), ValueError, "gamma='0.99' is text"),
+    row("bound in words", lambda: update(collect(), max_grad_norm="1"), ValueError, "max_grad_norm='1' is text"),
     row("gamma above 1", lambda: TrialAdvantage(gamma=1.1), ValueError, r"gamma=1.1.*\[0, 1\]"),
     row("negative lambda", lambda: TrialAdvantage(lmbda=-0.1), ValueError, r"lmbda=-0.1.*\[0, 1\]"),
     row("unknown value target", lambda: TrialAdvantage(value_target="td"), ValueError, "'td': choose 'return'"),

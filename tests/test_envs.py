@@ -118,7 +118,7 @@ def test_specs_fit_the_data(make, batch_size):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: BernoulliBandit(0), "num_arms=0: a bandit has at least one arm"),
+        (lambda: BernoulliBandit(0), "num_arms=0 must be a whole number"),
         (lambda: BernoulliBandit(2, batch_size=(0,)), r"batch_size \(0,\) holds no env"),
         (lambda: QuadraticBandit(1, batch_size=(3, 0)), r"batch_size \(3, 0\) holds no env"),
         (lambda: QuadraticBandit(0), "dim must be at least 1"),

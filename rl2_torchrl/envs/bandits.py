@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchrl.data import Categorical, TensorSpec, Unbounded
 
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.tasks import TaskDistribution
 
@@ -62,9 +63,7 @@ class BernoulliBandit(_Bandit):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ):
-        if num_arms < 1:
-            raise ValueError(f"num_arms={num_arms}: a bandit has at least one arm.")
-        self.num_arms = index(num_arms)
+        self.num_arms = whole("num_arms", num_arms)
         super().__init__(self.num_arms, Categorical(self.num_arms), batch_size=batch_size, seed=seed, device=device)
 
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, None, Tensor, None, None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchrl.data import Categorical, Unbounded
 
+from rl2_torchrl.arguments import as_batch_size
 from rl2_torchrl.envs.tensor_env import TensorEnv
 
 __all__ = ["DiscreteEnv", "DiscreteState"]
@@ -58,6 +59,7 @@ class DiscreteEnv(TensorEnv):
         seed: int | None,
         device: torch.device | str | None,
     ):
+        batch_size = as_batch_size(batch_size)
         if min(num_states, num_actions, episode_steps, *batch_size) < 1:
             raise ValueError(
                 f"{type(self).__name__} has num_states={num_states}, num_actions={num_actions}, "

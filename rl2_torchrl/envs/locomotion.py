@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchrl.data import Bounded, Composite, Unbounded
 
+from rl2_torchrl.arguments import as_batch_size
 from rl2_torchrl.envs.camera import Camera
 from rl2_torchrl.envs.physics import Array, BackendName, Bodies, gymnasium_model, make_backend
 from rl2_torchrl.envs.tensor_env import TensorEnv
@@ -85,7 +86,7 @@ class LocomotionEnv(TensorEnv):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        batch_size = torch.Size(batch_size)
+        batch_size = as_batch_size(batch_size)
         if 0 in batch_size or horizon < 1:
             raise ValueError(
                 f"batch_size={tuple(batch_size)}, horizon={horizon}: there must be at least one env and one step."

@@ -18,6 +18,7 @@ from torchrl import torchrl_logger
 from torchrl.data import Binary, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
+from rl2_torchrl.arguments import as_batch_size, require_specs
 from rl2_torchrl.envs.rows import Entries, EnvState, Rows, entries_of, merge, rebuilt, tensors_of
 from rl2_torchrl.seeding import seed_generator
 
@@ -117,7 +118,8 @@ class TensorEnv(EnvBase):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ):
-        batch_size = torch.Size(batch_size)
+        require_specs(task_spec=task_spec, action_spec=action_spec, observation_spec=observation_spec)
+        batch_size = as_batch_size(batch_size)
         if 0 in batch_size:
             raise ValueError(f"batch_size {tuple(batch_size)} holds no env: every dimension must be at least 1.")
         if (max_episode_steps is None and fixed_length) or (max_episode_steps is not None and max_episode_steps < 1):

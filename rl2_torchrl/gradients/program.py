@@ -7,7 +7,7 @@ own gradient brings it; any other runs under autograd, for itself alone, so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import NestedKey
@@ -15,7 +15,7 @@ from torch import nn
 
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of
 
-__all__ = ["Program", "merge_losses"]
+__all__ = ["Program", "merge_losses", "values_of"]
 
 
 class Program:
@@ -78,6 +78,21 @@ def merge_losses(losses: dict, more: dict) -> None:
         losses[name] = value
 
 
+def values_of(term: nn.Module, entries: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Losses and diagnostics that ``term`` gives of ``entries``, once its losses are numbers with a name."""
+    values, name = term(*entries), type(term).__name__
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"{name} returned a {type(values).__name__}: a term gives numbers by name, {{'loss_mine': loss}}."
+        )
+    for key, value in values.items():
+        if key.startswith("loss_") and value.ndim:
+            raise ValueError(
+                f"{name} gave {key!r} of shape {tuple(value.shape)}: a loss is one number, such as its mean()."
+            )
+    return values
+
+
 class _Term(Part):
     """A loss term as a part, which gives the sum of its losses."""
 
@@ -86,7 +101,7 @@ class _Term(Part):
 
     def run(self, state: State) -> None:
         entries = entries_of(state, self.in_keys)
-        self._values = self.function(*entries)
+        self._values = values_of(self.function, entries)
         losses = [value for name, value in self._values.items() if name.startswith("loss_")]
         state[self.out_keys[0]] = torch.stack(losses).sum() if losses else entries[0].new_zeros(())
 

@@ -17,6 +17,8 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules import recurrent_mode
 
+from rl2_torchrl.arguments import whole
+
 __all__ = [
     *("LSTMCore", "RecurrentCore", "Tensors"),
     *("as_sizes", "at_ends", "lost_memory", "run_segments", "sub_key", "where_rows"),
@@ -85,7 +87,7 @@ class RecurrentCore(TensorDictModuleBase):
         @torch.no_grad()
         def step(x: Tensor, *memory: Tensor | None) -> Tensors:
             x, memory = self._converted(x, memory)
-            return self.step(x, *(memory or self.initial_memory(len(x))))
+            return self._checked(self.step(x, *(memory or self.initial_memory(len(x)))))
 
         return step
 
@@ -129,7 +131,7 @@ class RecurrentCore(TensorDictModuleBase):
         else:
             initial = self.initial_memory(len(x))
             pairs = zip(initial, memory or initial, strict=True)
-            outputs = self.step(x, *(where_rows(is_init, *pair) for pair in pairs))
+            outputs = self._checked(self.step(x, *(where_rows(is_init, *pair) for pair in pairs)))
         for key, value in zip(self.out_keys, outputs, strict=True):
             tensordict.set(key, value.reshape(*batch, *value.shape[len(lead) :]))
         return tensordict
@@ -138,6 +140,14 @@ class RecurrentCore(TensorDictModuleBase):
         """The transform that makes room for the memories in an env; `get_primers_from_module` finds it."""
         memory = zip(self.in_keys[1:-1], self.initial_memory(1), strict=True)
         return TensorDictPrimer({key: Unbounded(m.shape[1:], dtype=m.dtype) for key, m in memory}, expand_specs=True)
+
+    def _checked(self, outputs: Tensors) -> Tensors:
+        if isinstance(outputs, Tensor) or len(outputs) != len(self.out_keys):
+            raise TypeError(
+                f"{type(self).__name__}.step must return (features, *memory), {len(self.out_keys)} tensors, and gave "
+                f"{type(outputs).__name__ if isinstance(outputs, Tensor) else len(outputs)}."
+            )
+        return outputs
 
     def _like(self, default: Tensor) -> Tensor:
         return next((p for p in self.parameters() if p.is_floating_point()), default)
@@ -279,10 +289,8 @@ def sub_key(key: NestedKey, suffix: str) -> NestedKey:
 
 def as_sizes(input_size: int, hidden_size: int, num_layers: int) -> tuple[int, ...]:
     """The sizes of a core as Python's integers; NumPy's are none to `torch.nn.GRU`."""
-    sizes = tuple(map(index, (input_size, hidden_size, num_layers)))
-    if min(sizes) < 1:
-        raise ValueError(f"{input_size=}, {hidden_size=}, {num_layers=}: each must be at least 1.")
-    return sizes
+    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+    return tuple(whole(name, size) for name, size in sizes.items())
 
 
 def at_ends(states: Tensor, is_init: Tensor | None) -> Tensor:

@@ -196,12 +196,17 @@ def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key:
 def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
     """Size of the vector that an encoder or core makes first of ``entries``, their shapes, batch dimensions aside."""
     like = next(module.parameters(), torch.empty(0))
-    row = {key: like.new_zeros(1, *entries[key]) for key in module.in_keys if key in entries}
-    row["is_init"] = torch.ones(1, 1, dtype=torch.bool, device=like.device)
+    is_core = "is_init" in module.in_keys
+    lead = [1] if is_core else [2, 3]  # encoders see sequences too, cores in recurrent mode alone
+    row = {key: like.new_zeros(*lead, *entries[key]) for key in module.in_keys if key in entries}
+    row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
     with torch.no_grad():
-        out = module(TensorDict(row, [1])).get(module.out_keys[0])
-    if out.ndim != 2:
-        raise ValueError(f"the encoder of {module.in_keys} makes {tuple(out.shape)} of one row; it must give [*B, n].")
+        out = module(TensorDict(row, lead if is_core else [])).get(module.out_keys[0])
+    if out.shape[:-1] != torch.Size(lead):
+        raise ValueError(
+            f"the encoder of {module.in_keys} makes {tuple(out.shape)} of {lead} rows; it must give [*B, n], and keep all leading "
+            "dimensions."
+        )
     return out.shape[-1]
 
 

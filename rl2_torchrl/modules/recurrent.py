@@ -289,8 +289,13 @@ def _slots(
     normalize: bool | Tensor = False,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    **unknown,
 ) -> tuple[list[TensorDictModuleBase], nn.Module, list[NestedKey], tuple[NestedKey, NestedKey, int]]:
     """Encoders and core, the head, the entries that it reads, and (hidden_key, features_key, features_size) of the core."""
+    if unknown:
+        raise TypeError(
+            f"{list(unknown)} is no argument of a network, whose slots are {sorted(_slots.__kwdefaults__)}."
+        )
     factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}
     units = {name: number for name, number in units.items() if number is not None}
     encoder, norms = by_entry(encoder, in_key), []
@@ -304,8 +309,8 @@ def _slots(
         core = GRUCore(size, **units, **factory)
     elif units:
         raise ValueError("hidden_size and num_layers are those of the default core: say core=partial(LSTMCore, ...).")
-    elif not isinstance(core, nn.Module):
-        core = core(size).to(**factory)
+    else:
+        core = _built_core(core, size, factory)
     features_size = _name_core(core, key, size, hidden_key, features_key)
     if head is None:
         layers = {"num_cells": num_cells, "activation": activation, "init_range": init_range, **factory}
@@ -327,6 +332,16 @@ def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder, feature
     key = sub_key(features_key, "normalized")
     renamed = ({key if k == in_key else k: each for k, each in by_key.items()} for by_key in (entries, encoder))
     return TensorDictModule(norm, [in_key], [key]), *renamed
+
+
+def _built_core(core: Any, size: int, factory: Mapping) -> TensorDictModuleBase:
+    """``core``, or what it makes for inputs of ``size``."""
+    kind = core if isinstance(core, type) else type(core)
+    if not callable(core) or (issubclass(kind, nn.Module) and not issubclass(kind, TensorDictModuleBase)):
+        raise TypeError(
+            f"core={core!r} is no core: give one such as core=LSTMCore; a RecurrentCore shows how to write one."
+        )
+    return core if isinstance(core, nn.Module) else _built_core(core(size).to(**factory), size, factory)
 
 
 def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, features_key) -> int:

@@ -9,6 +9,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
 
+from rl2_torchrl.arguments import require_numbers
 from rl2_torchrl.modules.normalization import RunningNorm
 
 __all__ = ["TrialAdvantage"]
@@ -57,6 +58,7 @@ class TrialAdvantage(nn.Module):
         value_key: str = "state_value",
     ):
         super().__init__()
+        require_numbers(gamma=gamma, lmbda=lmbda)
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
             if not 0 <= value <= 1:  # NaN is no such number either
                 raise ValueError(f"{name}={value} must lie in [0, 1]: beyond 1 sums over a trial grow without bound.")

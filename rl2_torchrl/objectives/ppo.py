@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss
 
+from rl2_torchrl.arguments import require_numbers
 from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
 from rl2_torchrl.gradients.part import entries_of, has_hooks
-from rl2_torchrl.gradients.program import merge_losses
+from rl2_torchrl.gradients.program import merge_losses, values_of
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_policy
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
@@ -152,7 +153,7 @@ class RL2PPOLoss(ClipPPOLoss):
         for part in parts:
             part.run(state)
         for term in terms:
-            merge_losses(losses, term(*entries_of(state, term.in_keys)))
+            merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
         return losses
 
     def _check_data(self, tensordict: TensorDictBase) -> None:
@@ -218,6 +219,10 @@ class RL2PPOLoss(ClipPPOLoss):
 
 
 def _check_terms(terms: Sequence[nn.Module]) -> None:
+    if isinstance(terms, nn.Module) and not isinstance(terms, nn.ModuleList):
+        raise TypeError(
+            f"terms={type(terms).__name__}(...) is one term: give a list, terms=[{type(terms).__name__}(...)]."
+        )
     for term in terms:
         if not isinstance(term, nn.Module) or isinstance(getattr(term, "in_keys", ""), str):
             raise TypeError(
@@ -226,6 +231,7 @@ def _check_terms(terms: Sequence[nn.Module]) -> None:
 
 
 def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonus: bool) -> None:
+    require_numbers(clip_epsilon=clip_epsilon, critic_coeff=critic_coeff, entropy_coeff=entropy_coeff)
     low, high = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
     if not (0 < low <= 1 and high > 0):
         raise ValueError(

@@ -66,7 +66,10 @@ class Rollout:
         for what, keys in (("keep holds", keep or ()), ("the policy reads", read)):
             missing = [key for key in keys if not leaves([key], made)]
             if missing:
-                raise KeyError(f"{what} {missing}, which nobody makes; there is {sorted(map(str, made))}.")
+                raise KeyError(
+                    f"{what} {missing}, which nobody makes: look at the in_keys of the loss's terms and of the networks; there is "
+                    f"{sorted(map(str, made))}."
+                )
         self.keep = made if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
         late = {key for part in self._late for key in part.out_keys}
