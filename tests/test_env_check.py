@@ -462,6 +462,27 @@ def test_a_misspelt_attribute_is_named_of_envs_that_stand_alone_too(make):
         check_trial_env(env)
 
 
+ALONE = {
+    "vector": lambda set_task: GymVectorEnv(Hidden, 4, set_task=set_task, task_spec=Unbounded(1)),
+    "processes": lambda set_task: GymVectorEnv(
+        Hidden, 2, set_task=set_task, task_spec=Unbounded(1), vectorization="async"
+    ),
+    "single": lambda set_task: GymTaskEnv(Hidden, set_task=set_task, task_spec=Unbounded(1)),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_misspelt_attribute_is_told_once_at_the_first_reset(kind, told):
+    for set_task, said in ((set_goal, 0), (misspelt, 1)):
+        env = TransformedEnv(ALONE[kind](set_task), Compose(Trial(2), TaskSampler(goals, seed=1)))
+        env.reset()
+        assert len(told) == said
+        env.reset()
+        assert len(told) == said
+        env.close()
+    assert told[0].startswith("set_task gave the env ['gaol'], which it did not have before: misspelt?")
+
+
 class OwnSeed(Hidden):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=3 if self.resets == 0 else None)

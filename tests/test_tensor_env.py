@@ -1,13 +1,11 @@
 """`TensorEnv`: what is derived from `begin` and `advance`, by hand; and `check_tensor_env`, shown faults put in by hand."""
 
-import logging
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl import torchrl_logger
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import Compose, EnvCreator, ParallelEnv, SerialEnv, TransformedEnv, check_env_specs
 
@@ -281,16 +279,6 @@ def test_torchrl_may_look_at_an_env_that_has_no_task_yet(make, tasks, batch_size
     assert env.state_spec["task"].is_in(env.reset()["task"])
     if tasks is not None:
         assert (env.reset()["task"] == 0).all()
-
-
-@pytest.fixture
-def told():
-    """What TorchRL's log is told."""
-    told, handler = [], logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    torchrl_logger.addHandler(handler)
-    yield told
-    torchrl_logger.removeHandler(handler)
 
 
 def test_playing_without_a_task_is_told_once(told):

@@ -22,6 +22,7 @@ from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
 from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
 from rl2_torchrl.envs.rows import Entries, merge
+from rl2_torchrl.envs.task_setter import warn_of_added
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.storage import from_tensor, to_tensor
 
@@ -200,6 +201,8 @@ class GymVectorEnv(TensorEnv):
         elif task is not None:
             options[self._task_option if self._is_theirs else TASKS] = as_arrays(task)
         observations, infos = call(self.envs, self.envs.reset, seed=self._seeds(mask), options=options)
+        if self._set_task is not None and not self._now.started:
+            warn_of_added(self.attributes_added())
         entries = self._tensors(observations)
         if self._is_theirs:
             self._require_others_went_on(mask | others, entries)

@@ -14,7 +14,7 @@ from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
 
 from rl2_torchrl.envs.layers import put_state, state_or_reason
-from rl2_torchrl.envs.task_setter import TaskSetter
+from rl2_torchrl.envs.task_setter import TaskSetter, warn_of_added
 from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["GymTaskEnv"]
@@ -100,8 +100,10 @@ class GymTaskEnv(GymEnv):
         return super()._reset(tensordict, **kwargs)
 
     def _hear(self, task: torch.Tensor | TensorDictBase) -> None:
-        self._task = task
+        is_first, self._task = self._task is None, task
         self._set_task(self._env.unwrapped, task)
+        if is_first:
+            warn_of_added(self.attributes_added())
 
     def attributes_added(self) -> list[str]:
         """Attributes that the env has by its first task alone, such as a misspelt one."""

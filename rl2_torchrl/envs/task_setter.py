@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["TaskSetter"]
+from torchrl import torchrl_logger
+
+__all__ = ["TaskSetter", "warn_of_added"]
 
 
 class TaskSetter:
@@ -35,3 +37,13 @@ class TaskSetter:
         self._set_task(env, task)
         if self._is_first:
             self.added, self._is_first = sorted(set(dir(env)).difference(known)), False
+
+
+def warn_of_added(added: Sequence[str]) -> None:
+    """Logs that ``set_task`` has given an env the attributes ``added``, where there are any: nobody may read them."""
+    if added:
+        torchrl_logger.warning(
+            f"set_task gave the env {list(added)}, which it did not have before: misspelt? What nobody reads changes nothing, and "
+            "all trials would be alike: rl2_torchrl.testing.check_trial_env tells whether tasks reach the env. Give the env the "
+            "attribute from the start, in its __init__, and this is not said."
+        )
