@@ -112,7 +112,8 @@ def train(
         resume_changes: settings that may be others than the run's, by the names that the error gives, such as
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.
-        stop: called with each update's scalars, those of an evaluation among them; True ends the training early.
+        stop: called with each update's scalars, those of an evaluation among them, by the names that ``history`` has:
+            ``"env_steps"``, ``"train/..."``, ``"time/seconds"``; True ends the training early.
         check: look for what goes wrong without a word (`check_training`) on the first batch, before the first update; it
             costs less than an iteration. An ``update`` that is no `PPOUpdate` cannot be checked.
         progress: show a progress bar.
@@ -268,7 +269,7 @@ class _Loop:
         warn_of_spinning()
         result.env_steps = _frames(self._collector, result.env_steps + batch.numel())
         self._collector.update_policy_weights_()
-        self._pending = row = {"env_steps": float(result.env_steps), "train/trial_return": trial_return}
+        self._pending = row = {"env_steps": float(result.env_steps), "train/trial_return": trial_return, **self._clock()}
         if isinstance(self._collector, TrialWorkers):
             result.lost_trials = self._collector.lost_trials
             row["train/lost_trials"] = float(result.lost_trials)
@@ -312,7 +313,7 @@ class _Loop:
         return row
 
     def _remember(self, row: dict[str, float]) -> None:
-        row.update(self._clock())
+        row.update(self._clock())  # anew: an evaluation takes its time
         self._result.history.append(row)
         self._pending = None
 

@@ -124,6 +124,14 @@ def test_stop_sees_the_evaluation_and_one_follows_the_last_update():
     assert (result.env_steps, result.interrupted) == (8, False)
 
 
+def test_stop_sees_what_history_has():
+    seen = []
+    result = train_on(ones(2), stop=lambda row: seen.append(dict(row)))
+    assert [set(row) for row in seen] == [set(row) for row in result.history]
+    # The time is that until then.
+    assert 0 < seen[0]["time/seconds"] < result.history[0]["time/seconds"] < seen[1]["time/seconds"]
+
+
 def test_an_endless_collector_trains_until_stop():
     progress = []
     collector = Batches(*ones(9), total_frames=math.inf)
