@@ -177,7 +177,8 @@ def _update(update: PPOUpdate) -> Iterable[Described]:
     order = "drawn at random" if update.shuffle else "in order"
     passes = f"{update.epochs} epochs of {update.minibatches} minibatches of {bptt}, {order}"
     yield Described("update", type(update).__name__, passes, backend=update.backend, reason=update.reason)
-    numbers = {name: getattr(update.advantage, name, None) for name in ("gamma", "lmbda", "value_target", "normalize")}
+    names = ("gamma", "lmbda", "value_target", "normalize", "scale_rewards")
+    numbers = {name: getattr(update.advantage, name, None) for name in names}
     yield Described("update", type(update.advantage).__name__, _settings(numbers))
     numbers = {"lr": update.optimizer.param_groups[0]["lr"], "max_grad_norm": update.max_grad_norm}
     yield Described("update", type(update.optimizer).__name__, _settings(numbers))

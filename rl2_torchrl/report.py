@@ -178,7 +178,7 @@ class AdaptationReport:
             axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{_label(name)} {curve.mean:.2f}")
 
     def _plot_adaptation(self, axes, measure: str | None = None) -> None:
-        """The mean reward of each episode, or the mean of a measure, which classical agents may lack."""
+        """The mean return of each episode, or the mean of a measure, which classical agents may lack."""
         for color, (name, curve) in zip(cycle(_COLORS), self.baselines.items(), strict=False):
             _band(axes, curve, measure, _label(name), color=color, lw=1.5)
         for style, (name, curve) in zip(cycle(("--", ":", "-.")), self.ablations.items(), strict=False):
@@ -186,7 +186,7 @@ class AdaptationReport:
         _band(axes, self.agent, measure, "RL²", color=_AGENT, lw=2.5)
         axes.set(
             xlabel=f"{self.episode_name} of the trial",
-            ylabel=f"mean {_label(measure or 'reward')} of the {self.episode_name}",
+            ylabel=f"mean {_label(measure or 'return')} of the {self.episode_name}",
             title="Adaptation: within a trial, weights fixed",
         )
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -19,6 +19,7 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TaskSampler,
     Trial,
+    TrialAdvantage,
     TrialCollector,
 )
 from rl2_torchrl.describe import _env, describe
@@ -123,11 +124,12 @@ def test_another_loss_runs_whole(functional):
 
 
 def test_settings_of_the_update():
-    description, _ = described(*networks(), bptt=5, lr=0.25, max_grad_norm=2.0, shuffle=False)
+    advantage = TrialAdvantage(scale_rewards=True)
+    description, _ = described(*networks(), advantage=advantage, bptt=5, lr=0.25, max_grad_norm=2.0, shuffle=False)
     whats = {part.name: part.what for part in rows_of(description, "update")}
     assert whats["PPOUpdate"] == "3 epochs of 2 minibatches of chunks of 5 steps, in order"
     assert whats["Adam"] == "lr=0.25, max_grad_norm=2.0"
-    assert whats["TrialAdvantage"] == "gamma=0.99, lmbda=0.97, value_target=return, normalize=True"
+    assert whats["TrialAdvantage"] == "gamma=0.99, lmbda=0.97, value_target=return, normalize=True, scale_rewards=True"
 
 
 @pytest.mark.parametrize("keep", [True, False])

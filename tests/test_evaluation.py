@@ -380,6 +380,7 @@ def test_table_ranks_the_agents():
 
 def test_plot_shows_learning_and_adaptation():
     learning, adaptation = make_report(title="bandits", episode_name="pull").plot().axes
+    assert adaptation.get_ylabel() == "mean return of the pull"
     held_out = next(line for line in learning.lines if line.get_label() == "held-out trials")
     assert held_out.get_xydata().tolist() == [[20 / 1e6, 1.5]]
     agent = next(line for line in adaptation.lines if line.get_label() == "RL²")
