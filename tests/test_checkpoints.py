@@ -110,8 +110,8 @@ def test_resume_equals_an_unbroken_run(tmp_path, broken_after, kind):
 
 
 def test_a_resumed_clock_goes_on(tmp_path, monkeypatch):
-    # Every look at the clock is 10 s later: 2.8 steps a second, in each of the two calls.
-    monkeypatch.setattr("rl2_torchrl.training.time", SimpleNamespace(perf_counter=count(0, 10).__next__))
+    # Every look at the clock is 5 s later, and an update takes two, for `stop` and for history: 2.8 steps a second in each call.
+    monkeypatch.setattr("rl2_torchrl.training.time", SimpleNamespace(perf_counter=count(0, 5).__next__))
     Run(updates=2).train(checkpoints=tmp_path)
     result = Run(updates=3).train(checkpoints=tmp_path, resume=True)
     assert [row["time/seconds"] for row in result.history] == [10.0, 20.0, 30.0]
