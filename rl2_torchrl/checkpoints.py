@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -230,10 +231,14 @@ class RunCheckpoints:
             )
         unknown = set(changes) - {*tree["settings"], *self._settings}
         if unknown:
-            raise ValueError(f"resume_changes={sorted(unknown)} are no settings; there are {sorted(self._settings)}.")
+            near = [each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3)]
+            raise ValueError(
+                f"resume_changes={sorted(unknown)} are no settings; near are {near or sorted(self._settings)}."
+            )
         networks = differences(tree["networks"], self._networks)
         settings = differences(tree["settings"], self._settings)
-        refused = [name for name in settings if name not in changes]
+        follows = {"env.observation", "env.state"} if networks else ()  # their memories are entries of the env
+        refused = [name for name in settings if name not in changes and name not in follows]
         wrong = []
         if networks:
             wrong.append(f"other networks ({'; '.join(networks.values())}): give them the sizes that they had")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -54,10 +56,10 @@ class TaskSampler(Transform):
 
     def __init__(self, distribution: TaskDistribution, *, seed: int | None = None, task_key: NestedKey = "task"):
         super().__init__()
-        if not callable(distribution):
+        if not _takes_two(distribution):
             raise TypeError(
-                f"TaskSampler needs a callable (batch_size, generator) -> task, got {type(distribution).__name__}. "
-                "For a given list of tasks use TaskSampler.fixed(tasks)."
+                f"TaskSampler needs a callable (batch_size, generator) -> task, drawn by that generator, got "
+                f"{type(distribution).__name__}. For a given list of tasks use TaskSampler.fixed(tasks)."
             )
         self.distribution = distribution
         self.task_key = task_key
@@ -194,6 +196,16 @@ class TaskSampler(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("TaskSampler is a transform of environments; it has no meaning in a replay buffer.")
+
+
+def _takes_two(function: Any) -> bool:
+    try:
+        signature(function).bind(None, None)
+    except ValueError:  # a function of C's, which does not say what it takes
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 class _Stream:

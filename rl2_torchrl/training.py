@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 from torchrl.record.loggers import Logger
 
+from rl2_torchrl.arguments import as_list
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.checks import check_training
@@ -131,7 +133,7 @@ def train(
             its frames, no end in sight (neither ``total_frames`` nor ``stop``), or a schedule without a length (neither
             ``total_frames`` nor ``schedule_frames``).
         DamagedFileError: a ValueError; no checkpoint can be read.
-        TypeError: ``evaluate`` returns no scalars, a callback is none, or a part has no state that can be saved.
+        TypeError: ``evaluate`` returns no scalars, an argument or a callback is none, or a part has no state that can be saved.
         OSError: nothing can be written to ``checkpoints``, or another training is using it.
         SystemExit: the program was asked to end (SIGTERM, SIGHUP), and is saved.
         TrainingCheckError: ``check`` found something, and says what to do.
@@ -149,6 +151,8 @@ def train(
     """
     if (resume or resume_changes) and not (resume and checkpoints is not None):
         raise ValueError("resume=True needs the folder to resume from, checkpoints=...; resume_changes= needs both.")
+    resume_changes = as_list("resume_changes", resume_changes)
+    _check_kinds(collector, checkpoints, logger, evaluate=evaluate, stop=stop)
     _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames)
     _check_frames(collector, update, stop, schedule_frames)
     result, returns, scalars = TrainResult(env_steps=_frames(collector, 0)), _TrialReturns(), ScalarLog(logger)
@@ -269,7 +273,11 @@ class _Loop:
         warn_of_spinning()
         result.env_steps = _frames(self._collector, result.env_steps + batch.numel())
         self._collector.update_policy_weights_()
-        self._pending = row = {"env_steps": float(result.env_steps), "train/trial_return": trial_return, **self._clock()}
+        self._pending = row = {
+            "env_steps": float(result.env_steps),
+            "train/trial_return": trial_return,
+            **self._clock(),
+        }
         if isinstance(self._collector, TrialWorkers):
             result.lost_trials = self._collector.lost_trials
             row["train/lost_trials"] = float(result.lost_trials)
@@ -358,6 +366,23 @@ def _shut_down() -> None:
 def _shut_down_at_exit(collector: BaseCollector) -> None:
     if hasattr(collector, "shutdown"):
         _trained.add(collector)
+
+
+def _check_kinds(collector, checkpoints, logger, **functions) -> None:
+    if not hasattr(collector, "total_frames"):
+        raise TypeError(
+            f"{type(collector).__name__} is no collector, which comes first: train(collector, update, ...)."
+        )
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            number = {"evaluate": "how often is eval_interval=", "stop": "how long is the collector's total_frames="}[
+                name
+            ]
+            raise TypeError(f"{name}={function!r} is no function; {number}.")
+    if logger is not None and not hasattr(logger, "log_scalar"):
+        raise TypeError(f"{logger=} is no logger: give one of torchrl.record.loggers, such as CSVLogger(name, folder).")
+    if checkpoints is not None and not isinstance(checkpoints, str | PathLike):
+        raise TypeError(f"{checkpoints=} is no folder: give its path.")
 
 
 def _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames) -> None:

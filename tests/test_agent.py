@@ -332,6 +332,7 @@ BAD = {
     "no rows": (lambda agent: agent.new_trial(0), ValueError, "num_rows=0: at least one trial"),
     "rows of nothing": (lambda agent: agent.new_trial(rows=[True]), ValueError, "begin one first"),
     "more rows": (begun(lambda agent: agent.new_trial(rows=[True] * 3), 2), ValueError, "begin one first"),
+    "reward in words": (begun(lambda agent: (agent.act([0, 0]), agent.observe("1"))), ValueError, "reward='1' is text"),
     "no action": (begun(lambda agent: agent.observe(1.0)), RuntimeError, "act\\(\\) comes first"),
     "twice": (
         begun(lambda agent: (agent.act([0, 0]), agent.act([0, 0]))),

@@ -122,6 +122,12 @@ def test_a_file_of_another_kind_or_version(held, tmp_path):
         AdaptiveAgent.load(tmp_path / "agent.safetensors")
 
 
+def test_a_checkpoint_is_no_agent(tmp_path):
+    save_tree({"format": 4}, tmp_path / "checkpoint-7")
+    with pytest.raises(ValueError, match=r"format 4; .*whole run.*agent.safetensors"):
+        AdaptiveAgent.load(tmp_path / "checkpoint-7")
+
+
 def test_weights_that_are_not_the_architectures(tmp_path):
     path = an_agent().save(tmp_path / "agent.safetensors")
     about, weights = read_agent(path)

@@ -33,6 +33,7 @@ from rl2_torchrl import (
     TrialCollector,
     adaptation_curve,
     linear_decay,
+    train,
     with_shuffled_rewards,
     with_zeroed_memory,
 )
@@ -126,6 +127,15 @@ def update(batch, advantage=None, terms=(), **kwargs):
 def collector(policy=None, **kwargs):
     policy = ActorCritic(actor(), critic()) if policy is None else policy
     return TrialCollector(env(), policy, **{"frames_per_batch": 8, "total_frames": 8, **kwargs})
+
+
+def trained_on(collector, **kwargs):
+    update = PPOUpdate(RL2PPOLoss(actor(), critic()))
+    return train(collector, update, **{"evaluate": None, "check": False, **kwargs})
+
+
+def trained(**kwargs):
+    return trained_on(collector(), **kwargs)
 
 
 def with_core(core):
@@ -267,6 +277,18 @@ CASES = [
         ValueError,
         r"gave \(3,\).*one task a row",
     ),
+    row(
+        "distribution without generator",
+        lambda: TaskSampler(lambda batch_size: torch.rand(*batch_size, 3)),
+        TypeError,
+        r"\(batch_size, generator\) -> task",
+    ),
+    row(
+        "means above 1",
+        lambda: env(tasks=TaskSampler.fixed(torch.tensor([[0.1] * 3, [2.0] * 3]))).rollout(2),
+        ValueError,
+        r"row \[1\] is \[2.0, 2.0, 2.0\].*between 0 and 1",
+    ),
     row("list as distribution", lambda: TaskSampler([1, 2]), TypeError, r"callable.*TaskSampler\.fixed"),
     row("no fixed tasks", lambda: TaskSampler.fixed(torch.zeros(0, 3)), ValueError, "got no task"),
     row("task as input", lambda: PreviousStep(obs_keys=["task"]), ValueError, "holds the task.*critic"),
@@ -296,6 +318,12 @@ CASES = [
         lambda: GRUGaussianActor.from_env(scalar()),
         TypeError,
         r"\(\) each, not \[action_dim\].*Unsqueeze",
+    ),
+    row(
+        "agent of another env",
+        lambda: adaptation_curve(env(), GRUCategoricalActor(7, 3), 2),
+        ValueError,
+        "'trans' of 7 entries.*has 5.*from_env",
     ),
     row("no actions", lambda: GRUCategoricalActor(5, 0), ValueError, "0 outputs.*at least one"),
     row("no units", lambda: GRUValueHead(5, hidden_size=0), ValueError, "hidden_size=0.*at least 1"),
@@ -476,6 +504,20 @@ CASES = [
         lambda: RL2PPOLoss(actor(), critic(), entropy_coeff=0.01),
         ValueError,
         "entropy_coeff=0.01.*without a bonus.*entropy_bonus=True",
+    ),
+    # Training
+    row(
+        "update before collector", lambda: trained_on(nn.Identity()), TypeError, "Identity is no collector.*comes first"
+    ),
+    row("evaluate as a number", lambda: trained(evaluate=3), TypeError, "evaluate=3 is no function.*eval_interval="),
+    row("stop as a number", lambda: trained(stop=100), TypeError, "stop=100 is no function.*total_frames="),
+    row("logger in words", lambda: trained(logger="wandb"), TypeError, "'wandb' is no logger.*CSVLogger"),
+    row("checkpoints without a folder", lambda: trained(checkpoints=True), TypeError, "=True is no folder.*path"),
+    row(
+        "one setting to change",
+        lambda: trained(checkpoints="runs", resume=True, resume_changes="update.lr"),
+        TypeError,
+        r"its letters.*resume_changes=\['update.lr'\]",
     ),
     # Evaluation
     row("no trials to play", lambda: adaptation_curve(env(), actor(), 0), ValueError, "num_trials=0.*at least 1"),

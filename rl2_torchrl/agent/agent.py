@@ -18,6 +18,7 @@ from rl2_torchrl.agent.export import export_policy, onnx_step
 from rl2_torchrl.agent.files import read_agent, write_agent
 from rl2_torchrl.agent.signature import Observed, Signature, name_of
 from rl2_torchrl.agent.step import PolicyStep, actor_of, signature_of
+from rl2_torchrl.arguments import require_numbers
 
 __all__ = ["AdaptiveAgent"]
 
@@ -228,6 +229,7 @@ class AdaptiveAgent:
         self._reward, self._done, self._is_waiting = reward, done, False
 
     def _column(self, name: str, value: Any, dtype: torch.dtype) -> Tensor:
+        require_numbers(**{name: value})
         column = torch.as_tensor(value, dtype=dtype, device="cpu").reshape(-1)
         if column.shape != self._start.shape:
             raise ValueError(f"{name} has {len(column)} numbers, but there are {len(self._start)} trials.")

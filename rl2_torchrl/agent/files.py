@@ -47,8 +47,10 @@ def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         ) from error
     form = held.get("format") if isinstance(held, dict) else None
     if form != _FORMAT:
+        hint = " A training's checkpoint holds its whole run; the agent that it saves is agent.safetensors."
         raise ValueError(
             f"{path} is of the format {form!r}; an agent's, for this version of the package, is {_FORMAT!r}."
+            + hint * isinstance(form, int)
         )
     return held["about"], held["weights"]
 

@@ -68,7 +68,17 @@ class BernoulliBandit(_Bandit):
 
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
         """A draw of the pulled arm's reward."""
-        reward = torch.bernoulli(state.gather(-1, action.unsqueeze(-1)), generator=self.generator)
+        means = state.gather(-1, action.unsqueeze(-1))
+        try:
+            reward = torch.bernoulli(means, generator=self.generator)
+        except RuntimeError as error:
+            rows = (~((means >= 0) & (means <= 1))).nonzero()[:1, :-1]
+            if len(rows):
+                row = rows[0].tolist()
+                raise ValueError(
+                    f"the task of row {row} is {state[tuple(row)].tolist()}: an arm's mean is a probability, between 0 and 1."
+                ) from error
+            raise
         return state, None, reward, None, None
 
 

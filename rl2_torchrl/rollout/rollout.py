@@ -19,6 +19,7 @@ from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.kernels.graph import GraphReplay
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
+from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
 from rl2_torchrl.rollout.trials import leaves
@@ -54,6 +55,7 @@ class Rollout:
         on_step: Callable[[State], None] | None = None,
     ):
         self.env, self.policy, self.steps, self.ablation, self.on_step = env, policy, steps, ablation, on_step
+        _require_sizes(env, policy)
         self.parts = acting_parts(policy)
         read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
         # Who looks at each step is shown all that there is.
@@ -173,6 +175,17 @@ class Rollout:
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
         self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
+
+
+def _require_sizes(env: EnvBase, policy: TensorDictModuleBase) -> None:
+    spec = env.observation_spec
+    for core in (module for module in policy.modules() if isinstance(module, RecurrentCore)):
+        key = core.in_keys[0]
+        if key in spec.keys(True, True) and core.input_size not in (None, spec[key].shape[-1]):
+            raise ValueError(
+                f"the policy reads {key!r} of {core.input_size} entries, and the env's has {spec[key].shape[-1]}: it was made for "
+                "another env. Make it by from_env(env, ...)."
+            )
 
 
 @contextmanager
