@@ -279,7 +279,9 @@ def test_a_run_that_cannot_be_resumed(make, message, folder):
 
 
 def test_resume_changes_of_no_setting(folder):
-    with pytest.raises(ValueError, match=r"resume_changes=\['lr'\] are no settings; near are \[[^,]*'update.lr'[^]]{,60}\]"):
+    with pytest.raises(
+        ValueError, match=r"resume_changes=\['lr'\] are no settings; near are \[[^,]*'update.lr'[^]]{,60}\]"
+    ):
         Run(5).train(checkpoints=folder, resume=True, resume_changes=["lr"])
     with pytest.raises(ValueError, match="resume_changes= needs both"):
         Run(5).train(checkpoints=folder, resume_changes=["update.lr"])
