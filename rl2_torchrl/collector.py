@@ -31,9 +31,10 @@ _OF_COLLECTOR += ("interruptor", "track_traj_ids", "split_trajs", "trajs_per_bat
 class TrialCollector(Collector):
     """A `torchrl.collectors.Collector` that stores only what is asked for, and steps on plain tensors.
 
-    It has `Collector`'s options, hooks and, under the same ``torch.manual_seed``, batches: bit for bit, but for what networks give
-    (the same to rounding) and the noise of categorical actions, which is drawn faster. Its steps are those of `Rollout`, which
-    makes a TensorDict only where an env or a module wants one; options that `Collector`'s own loop alone serves get that loop.
+    It has `Collector`'s options, hooks and batches: under the same ``torch.manual_seed`` flags, tasks and transition inputs are
+    those of `Collector` bit for bit (but for the noise of categorical actions, which is drawn faster), and what networks give is
+    the same to rounding. But its steps are those of `Rollout`, which makes a TensorDict only where an env or a module wants one;
+    options that only `Collector`'s own loop serves (``replay_buffer``, ``init_random_frames``, …) get that loop.
 
     Args:
         create_env_fn: as for `Collector`.

@@ -69,14 +69,12 @@ class TensorTrials(Trials):
             self._deal(task)
         self.clock.restart()
         self._observations, self._is_adopted = self.door.adopt(reset), True
-        self._show_first(True)
 
     def start(self) -> tuple[State, Rows]:
         self._undealt: Iterator[Task] = iter(self._tasks)
-        begun = self.clock.begins
-        if begun is not False and not self._is_adopted:
-            self._begin(begun)
-        self._is_adopted = False
+        begun, is_adopted, self._is_adopted = self.clock.begins, self._is_adopted, False
+        if begun is not False:
+            self._begin(begun, is_adopted)
         return self._at(0), begun
 
     def step(self, t: int, state: State) -> tuple[State, State, Rows]:
@@ -101,19 +99,17 @@ class TensorTrials(Trials):
             self._begin(trial)
         return after, self._at(t + 1), trial
 
-    def _begin(self, rows: Rows) -> None:
-        """A trial of a new task begins in ``rows``."""
-        if self.sampler is not None:
-            self._deal(next(self._undealt) if self.clock.is_shared else self._drawn(rows))
-        first = self.door.start(self._task, rows)
-        if rows is not True:
-            # Other rows may have begun an episode just now, and go on telling of the step before it.
-            told = [key for key in first if self.trial.tells_of_step(key)]
-            first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
-        self._observations = first
-        self._show_first(rows)
-
-    def _show_first(self, rows: Rows) -> None:
+    def _begin(self, rows: Rows, is_adopted: bool = False) -> None:
+        """A trial of a new task begins in ``rows``; with ``is_adopted`` it has begun already, and is not shown yet."""
+        if not is_adopted:
+            if self.sampler is not None:
+                self._deal(next(self._undealt) if self.clock.is_shared else self._drawn(rows))
+            first = self.door.start(self._task, rows)
+            if rows is not True:
+                # Other rows may have begun an episode just now, and go on telling of the step before it.
+                told = [key for key in first if self.trial.tells_of_step(key)]
+                first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
+            self._observations = first
         if self.transition is not None:
             first = flat(self.transition.begin(self._seen()), self.batch_size)
             self._input = first if rows is True else where_rows(rows, first, self._input)
