@@ -12,7 +12,8 @@ from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows, TrialClock
 from rl2_torchrl.rollout.doors import door_to
-from rl2_torchrl.rollout.trials import REWARD, Keys, Task, Trials, flat, leaves, next_key, unflat
+from rl2_torchrl.rollout.transitions import TransitionInputs
+from rl2_torchrl.rollout.trials import REWARD, Keys, Task, Trials, flat, leaves, next_key
 
 __all__ = ["TensorTrials"]
 
@@ -22,7 +23,7 @@ class TensorTrials(Trials):
 
     def __init__(self, env: EnvBase, ours: Sequence, steps: int, read: Keys, keep: Keys | None):
         super().__init__(env, steps, read, keep)
-        self.trial, self.sampler, self.transition = ours
+        self.trial, self.sampler, transition = ours
         self.env = base = env.base_env
         observed = list(base.full_observation_spec.keys(True, True))
         self._root_keys = [key for key in observed if key in self.wanted]
@@ -35,11 +36,11 @@ class TensorTrials(Trials):
         self._shown_task: State = {}  # its entries [N, ...], and the same under "next"
         self._tasks: list[Task] = []  # of the trials that begin in a batch, where that is known ahead
 
-        self._encoded = [] if self.transition is None else list(self.transition.layout().observations)
-        self.out_key = None if self.transition is None else self.transition.out_key
-        self._shows_next_input = self.transition is not None and next_key(self.out_key) in self.wanted
-        self._input: torch.Tensor | None = None  # [N, size], of the next step
-        self.door = door_to(base, {*self._encoded, *self._root_keys, *(k for k, _ in self._after_keys)}, self._task_key)
+        encoded = [] if transition is None else transition.layout().observations
+        self.inputs = None if transition is None else TransitionInputs(transition, steps, self.rows, self.device)
+        self.out_key = None if transition is None else transition.out_key
+        self._shows_next_input = transition is not None and next_key(self.out_key) in self.wanted
+        self.door = door_to(base, {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}, self._task_key)
         self.has_threads = self.door.has_threads
         known = (*TrialClock.names, *TrialClock.next_names)
         flags = {*read, *(known if keep is None else leaves(keep, known))}
@@ -73,8 +74,10 @@ class TensorTrials(Trials):
     def start(self) -> tuple[State, Rows]:
         self._undealt: Iterator[Task] = iter(self._tasks)
         begun, is_adopted, self._is_adopted = self.clock.begins, self._is_adopted, False
+        if self.inputs is not None:
+            self.inputs.start_batch()
         if begun is not False:
-            self._begin(begun, is_adopted)
+            self._begin(0, begun, is_adopted)
         return self._at(0), begun
 
     def step(self, t: int, state: State) -> tuple[State, State, Rows]:
@@ -89,18 +92,18 @@ class TensorTrials(Trials):
         after = {following: observations[key] for key, following in self._after_keys}
         after.update(self._shown_task)
         after[REWARD] = reward
-        if self.transition is not None and (trial is not True or self._shows_next_input):
-            given = (unflat(each, self.batch_size) for each in (action, reward, self._column(episode)))
-            self._input = flat(self.transition.combine(self._seen(), *given), self.batch_size)
-            after[next_key(self.out_key)] = self._input
+        if self.inputs is not None and (trial is not True or self._shows_next_input):
+            self.inputs.follow(t + 1, action, reward, episode, observations)
+            if self._shows_next_input:
+                after[next_key(self.out_key)] = self.inputs.steps[t + 1].clone()
         if t + 1 == self.steps:
             return after, {}, False
         if trial is not False:
-            self._begin(trial)
+            self._begin(t + 1, trial)
         return after, self._at(t + 1), trial
 
-    def _begin(self, rows: Rows, is_adopted: bool = False) -> None:
-        """A trial of a new task begins in ``rows``; with ``is_adopted`` it has begun already, and is not shown yet."""
+    def _begin(self, t: int, rows: Rows, is_adopted: bool = False) -> None:
+        """A trial of a new task begins in ``rows`` at step ``t``; with ``is_adopted`` it has begun, and is not written down yet."""
         if not is_adopted:
             if self.sampler is not None:
                 self._deal(next(self._undealt) if self.clock.is_shared else self._drawn(rows))
@@ -110,12 +113,8 @@ class TensorTrials(Trials):
                 told = [key for key in first if self.trial.tells_of_step(key)]
                 first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
             self._observations = first
-        if self.transition is not None:
-            first = flat(self.transition.begin(self._seen()), self.batch_size)
-            self._input = first if rows is True else where_rows(rows, first, self._input)
-
-    def _seen(self) -> list[torch.Tensor]:
-        return [unflat(self._observations[key], self.batch_size) for key in self._encoded]
+        if self.inputs is not None:
+            self.inputs.begin(t, rows, self._observations)
 
     def _drawn(self, rows: Rows) -> Task:
         if rows is True:
@@ -134,8 +133,8 @@ class TensorTrials(Trials):
 
     def _at(self, t: int) -> State:
         root = {**self._shown_task, **{key: self._observations[key] for key in self._root_keys}}
-        if self._input is not None:
-            root[self.out_key] = self._input
+        if self.inputs is not None:
+            root[self.out_key] = self.inputs.steps[t]
         if self._flags_read:
             flags = self.clock.at(t)
             root.update({key: flags[key] for key in self._flags_read})
@@ -146,9 +145,9 @@ class TensorTrials(Trials):
 
     @property
     def keys_at_once(self) -> set[NestedKey]:
-        """Flags and counters, and a row's one task."""
+        """Flags and counters, transition inputs, and a row's one task."""
         tasks = self._shown_task if self._has_one_task else ()
-        return {*self.clock.names, *self.clock.next_names, *tasks}
+        return {self.out_key, *self.clock.names, *self.clock.next_names, *tasks}
 
     @property
     def _has_one_task(self) -> bool:
@@ -156,6 +155,8 @@ class TensorTrials(Trials):
 
     def entries(self) -> State:
         made = {**self.clock.entries()}
+        if self.inputs is not None:
+            made[self.out_key] = self.inputs.data[:-1].transpose(0, 1)
         if self._has_one_task:
             for key, task in self._shown_task.items():
                 # A view: written out, the task of an MDP would be most of a batch's memory.
@@ -166,8 +167,8 @@ class TensorTrials(Trials):
         state = {"clock": self.clock.state_dict(), "adopted": torch.tensor(self._is_adopted)}
         state["task"] = self._task.to_dict() if isinstance(self._task, TensorDictBase) else self._task
         state["observations"], state["door"] = list(self._observations.values()), self.door.state_dict()
-        if self._input is not None:
-            state["input"] = self._input.clone()
+        if self.inputs is not None:
+            state["input"] = self.inputs.data[-1].clone()
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -177,4 +178,5 @@ class TensorTrials(Trials):
             self._deal(TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task)
         adopted = self.door.adopt(TensorDict(state["door"], self.batch_size, self.env.device))
         self._observations = dict(zip(adopted, state["observations"], strict=True))
-        self._input = state["input"].clone() if "input" in state else None
+        if self.inputs is not None:
+            self.inputs.data[-1].copy_(state["input"])

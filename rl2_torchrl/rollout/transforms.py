@@ -38,7 +38,8 @@ def trial_steps(env: EnvBase) -> int | None:
 #: What a collector adds by itself; rollouts know of trial starts and memory without them.
 _OF_COLLECTORS = (InitTracker, TensorDictPrimer)
 #: The methods of our transforms of which a rollout does the work itself.
-_REPLACED = ("_step", "_reset", "_call", "_reset_env_preprocess", "is_over", "_set_done", "_reset_rows")
+_REPLACED = ("_step", "_reset", "_call", "_reset_env_preprocess")
+_REPLACED += ("is_over", "_set_done", "_reset_rows", "combine", "begin")
 
 
 def _taken_apart(env: EnvBase) -> tuple[EnvBase, list, list[str]]:

@@ -45,7 +45,7 @@ class Trials:
         self.wanted = {*read, *(self.keys if keep is None else leaves(keep, self.keys))}
         self._root_keys = [key for key in root if key in self.wanted]
         self._after_keys = [key for key in self.keys if key[0] == "next" and key in {*self.wanted, REWARD}]
-        self._everywhere = {flag: torch.full((self.rows, 1), flag, device=self.device) for flag in (False, True)}
+        self._never = torch.zeros(self.rows, 1, dtype=torch.bool, device=self.device)
         self._root: TensorDictBase | None = None
         self._stepped: TensorDictBase | None = None
 
@@ -72,7 +72,7 @@ class Trials:
             if key not in self._root_keys:
                 self._root.set(key, unflat(value, self.batch_size))
         self._stepped = self.env.step(self._root)
-        after = {("next", "is_init"): self._everywhere[False], **self._entries(self._stepped, self._after_keys)}
+        after = {("next", "is_init"): self._never, **self._entries(self._stepped, self._after_keys)}
         return (after, {}, False) if t + 1 == self.steps else (after, *self._go_on())
 
     def _go_on(self) -> tuple[State, Rows]:
@@ -83,11 +83,8 @@ class Trials:
     def _shown(self, begun: Rows) -> tuple[State, Rows]:
         root = self._entries(self._root, self._root_keys)
         if "is_init" not in self.keys:  # no InitTracker, as a collector adds
-            root["is_init"] = self._column(begun)
+            root["is_init"] = self._never | (begun if isinstance(begun, bool) else begun.unsqueeze(-1))
         return root, begun
-
-    def _column(self, rows: Rows) -> torch.Tensor:
-        return self._everywhere[rows] if isinstance(rows, bool) else rows.unsqueeze(-1)
 
     def _entries(self, tensordict: TensorDictBase, keys: Keys) -> State:
         # Copies: many envs write their next step into the same memory.
