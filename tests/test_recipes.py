@@ -60,7 +60,7 @@ RECIPES = {
         first_episode=0.5,
         bad={
             "num_arms=0": {"arms": 0},
-            r"Trial\(episodes=0\)": {"pulls": 0},
+            "episodes=0 must be": {"pulls": 0},
             r"batch_size \(0,\)": {"trials": 0},
             "total_frames=0": {"env_steps": 0},
             "never ends": {"env_steps": -1000},
@@ -95,7 +95,7 @@ RECIPES = {
         optimum=None,
         first_episode=None,
         bad={
-            r"Trial\(episodes=0\)": {"episodes": 0},
+            "episodes=0 must be": {"episodes": 0},
             r"batch_size \(0,\)": {"trials": 0},
             "total_frames=0": {"env_steps": 0},
             "hidden_size=0": {"units": 0},
@@ -109,7 +109,7 @@ RECIPES = {
         optimum=None,
         first_episode=None,
         bad={
-            r"Trial\(episodes=0\)": {"episodes": 0},
+            "episodes=0 must be": {"episodes": 0},
             "num_envs=0": {"trials": 0},
             "hidden_size=0": {"units": 0},
         },
@@ -122,7 +122,7 @@ RECIPES = {
         optimum=None,
         first_episode=None,
         bad={
-            r"Trial\(episodes=0\)": {"episodes": 0},
+            "episodes=0 must be": {"episodes": 0},
             "num_envs=0": {"trials": 0},
             "hidden_size=0": {"units": 0},
         },
@@ -135,7 +135,7 @@ RECIPES = {
         optimum=None,
         first_episode=None,
         bad={
-            r"Trial\(episodes=0\)": {"episodes": 0},
+            "episodes=0 must be": {"episodes": 0},
             r"batch_size=\(0,\)": {"trials": 0},
             "total_frames=0": {"env_steps": 0},
             "hidden_size=0": {"units": 0},

@@ -14,7 +14,7 @@ from recipes.sample_efficiency import WORLDS
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 
 LEARNING = Learning(trials=8, env_steps=0, gamma=0.9, lmbda=0.7, epochs=2, minibatches=2)
-TINY = {"env_steps": 200, "trials": 8, "seeds": (0,)}
+TINY = {"env_steps": 200, "trials": 32, "seeds": (0,)}
 
 
 @pytest.mark.parametrize("name", WORLDS)
