@@ -111,7 +111,9 @@ def test_without_keep_all_is_kept():
 def test_what_the_policy_reads_and_nobody_makes_is_named():
     env = bandit_env()
     policy = TensorDictModule(lambda trans, map: trans[..., :ARMS].argmax(-1) + map, ["trans", "map"], ["action"])
-    with pytest.raises(KeyError, match="the policy reads .*map.*, which nobody makes: look at the in_keys.*there is.*trans"):
+    with pytest.raises(
+        KeyError, match="the policy reads .*map.*, which nobody makes: look at the in_keys.*there is.*trans"
+    ):
         Rollout(env, policy, 5)
     policy = TensorDictModule(lambda trans: trans[..., :ARMS].argmax(-1), ["trans"], ["act"])
     with pytest.raises(KeyError, match="the policy writes no .*action.*which the env takes.*act"):
