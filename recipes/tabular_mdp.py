@@ -117,14 +117,12 @@ def main(
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
-
     curricula = [NoiseCurriculum(env.base_env, noiseless, collector), RisingOptimism(posterior, told.optimism_after)]
     trials = Experiment(actor, make_env, tasks, run)
+    worlds = unpack_mdps(trials.reported, states, actions)
     report = trials.report(
         trials.train(collector, update, callbacks=curricula),
-        baselines=classical_agents(unpack_mdps(trials.reported, states, actions), episodes, run.seed)
-        if classical
-        else {},
+        baselines=classical_agents(worlds, episodes, run.seed) if classical else {},
         title=f"RL² on tabular MDPs, {states} states, {actions} actions, {episodes} episodes{told_of(network, told)}",
     )
     return experiment.publish(report, run)
