@@ -69,9 +69,10 @@ class TrialClock:
 
     def _count(self, done: Any) -> Ends:
         index, step, over, _ = self._counts[-1]
-        step = step * (1 - over) + 1
+        goes_on = 1 - over
+        step = step * goes_on + 1
         done = step % self.episode_steps == 0 if self.is_shared else done
-        index = index * (1 - over) + done
+        index = index * goes_on + done
         over = self.trial.is_over(index, step)
         self._counts.append((index, step, over, done))
         return self._rows(done > over), self._rows(over), self._rows(done)
@@ -79,9 +80,9 @@ class TrialClock:
     def _rows(self, mask: Any) -> Rows:
         if isinstance(mask, bool):
             return mask
-        if not mask.any():
-            return False
-        return True if mask.all() else torch.from_numpy(mask).to(self.device)
+        if (count := np.count_nonzero(mask)) in (0, self.rows):
+            return bool(count)
+        return torch.from_numpy(mask).to(self.device)
 
     def entries(self) -> dict[NestedKey, torch.Tensor]:
         """Flags and counters ``[N, T, 1]`` of the batch that has been played."""

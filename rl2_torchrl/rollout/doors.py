@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
@@ -63,10 +65,8 @@ class TensorDoor:
     def _done(self, reward, *flags: torch.Tensor | None) -> torch.Tensor | None:
         if self.episode_steps is not None:
             return None
-        done = torch.zeros_like(reward, dtype=torch.bool).flatten()
-        for flag in flags:
-            done = done if flag is None else done | flag.reshape(-1)
-        return done
+        ends = [flag for flag in flags if flag is not None] or [torch.zeros_like(reward, dtype=torch.bool)]
+        return reduce(torch.logical_or, ends).reshape(-1)
 
     def adopt(self, root: TensorDictBase) -> State:
         """The observations of a ``reset()`` that somebody has made, or of an env whose own state has been restored."""
