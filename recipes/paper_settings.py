@@ -19,26 +19,9 @@ TOLD_LONGER_MDPS: dict[str, Any] = {"trials": 256, "optimism_after": 0.0, "entro
 #: From weights of the same that was learnt from rewards, with a longer horizon: what exploring is worth shows in rewards alone.
 LONGER_REWARDS: dict[str, Any] = {"gamma": 0.95, "lmbda": 0.5, "entropy": 0.06, "noiseless": 0.0, "lr": 1e-3}
 
-#: Bandits of a hundred pulls: an index, the posterior's mean and 1.3 standard deviations, earns what Gittins' does (85.16 of 50
-#: arms, with a perfect memory). What exploring is worth is in it: no horizon is needed, which the luck of a hundred rewards drowns.
-TOLD_BANDITS: dict[str, Any] = {
-    "units": 128,
-    "num_cells": (256,),
-    "critic_keys": ("time_left",),
-    "regret": False,
-    "posterior": True,
-    "belief": 300.0,
-    "optimism": 1.3,
-    "optimism_after": 0.2,
-    "gamma": 0.5,
-    "lmbda": 0.0,
-    "entropy": 0.02,
-}
-
 #: Five hundred pulls, on from the weights for a hundred: with 1.6 standard deviations a perfect memory earns 407, 442 and 462 of 5,
 #: 10 and 50 arms, with 1.3 405, 440 and 457.
 LONGEST: dict[str, Any] = {
-    **TOLD_BANDITS,
     "trials": 256,
     "minibatches": 32,
     "memory_steps": 100,
@@ -46,6 +29,8 @@ LONGEST: dict[str, Any] = {
     "optimism_after": 0.0,
     "lr": 1.5e-3,
 }
+#: Fifty arms are more to remember: 84.20 with 128 units.
+FIFTY_ARMS: dict[str, Any] = {"units": 256, "num_cells": (256,)}
 
 #: Agents that were trained before there was a rule, by these settings.
 BEFORE_THE_RULE: dict[str, Any] = {"units": 64, "lr": 3e-3, "memory_steps": None, "input_gain": 1.0, "num_cells": ()}
@@ -59,39 +44,23 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
         # Fifty arms: the entropy of choosing among them is large, and its bonus with it. 98.2 % of the optimum with 0.02 after
         # 12 M steps, 99.2 % with 0.005 after 8 M.
         "10,50": {"rewards": {**BEFORE_THE_RULE, **SHORT, "env_steps": 12_000_000, "entropy": 0.005}, "task": {}},
-        # For the last half a per cent of a hundred pulls more steps than the rule's 7.5, 10 and 30 M.
-        "100,5": {
-            "rewards": {"env_steps": 30_000_000},
-            "task": {**TOLD_BANDITS, "units": 64, "num_cells": (128,), "env_steps": 20_000_000},
-        },
-        "100,10": {"rewards": {"env_steps": 30_000_000}, "task": {"env_steps": 24_000_000}},
-        # Fifty arms are more to remember: 84.20 with 128 units.
-        "100,50": {"rewards": {}, "task": {**TOLD_BANDITS, "units": 256, "env_steps": 18_000_000}},
-        "500,5": {
-            "task": {
-                **LONGEST,
-                "units": 64,
-                "num_cells": (128,),
-                "env_steps": 12_000_000,
-                "initial_weights": PRETRAINED / "bandits_100_5_task.safetensors",
+        # For the last half a per cent of a hundred pulls more steps than the rule's.
+        "100,5": {"rewards": {"env_steps": 30_000_000}, "task": {"env_steps": 20_000_000}},
+        "100,10": {"rewards": {"env_steps": 30_000_000}, "task": {"env_steps": 20_000_000}},
+        "100,50": {"rewards": {}, "task": {**FIFTY_ARMS, "env_steps": 18_000_000}},
+        **{
+            f"500,{arms}": {
+                "task": {
+                    **LONGEST,
+                    **more,
+                    "initial_weights": PRETRAINED / f"bandits_100_{arms}_task.safetensors",
+                }
             }
-        },
-        "500,10": {
-            "task": {
-                **LONGEST,
-                "units": 64,
-                "num_cells": (128,),
-                "env_steps": 12_000_000,
-                "initial_weights": PRETRAINED / "bandits_100_10_task.safetensors",
-            }
-        },
-        "500,50": {
-            "task": {
-                **LONGEST,
-                "units": 256,
-                "env_steps": 5_000_000,
-                "initial_weights": PRETRAINED / "bandits_100_50_task.safetensors",
-            }
+            for arms, more in (
+                (5, {"env_steps": 12_000_000}),
+                (10, {"env_steps": 12_000_000}),
+                (50, {**FIFTY_ARMS, "env_steps": 5_000_000}),
+            )
         },
     },
     "mdps": {

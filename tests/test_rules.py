@@ -15,13 +15,28 @@ from rl2_torchrl.envs import pack_mdps
 TINY = {"trials": 16, "units": 4, "epochs": 1, "minibatches": 1, "env_steps": 96, "report_tasks": 50, "progress": False}
 
 
-def test_the_rule_by_hand():
+def values_of(settings: dict, expected: dict) -> dict:
+    return {name: getattr(settings["learning"], name) for name in expected}
+
+
+def test_the_rule_of_long_trials_by_hand():
     settings = rules.bandit_settings(16, 100)
-    # 3 M, 2 M for the pulls and 8 M for arms times pulls; a minibatch of 1,024 / 32 trials has 3,200 steps.
-    expected = {"env_steps": 13_000_000, "minibatches": 32, "gamma": 0.995, "lmbda": 0.9, "entropy": 0.025}
-    assert {name: getattr(settings["learning"], name) for name in expected} == pytest.approx(expected)
-    assert settings["network"].memory_steps == 100
-    assert rules.bandit_settings(2, 100)["learning"].entropy == 0.04
+    # 3 M, and 4 M for arms times pulls; a minibatch of 1,024 / 32 trials has 3,200 steps.
+    expected = {"env_steps": 7_000_000, "minibatches": 32, "gamma": 0.5, "lmbda": 0.0, "entropy": 0.02}
+    assert values_of(settings, expected) == expected
+    assert settings["told"] == Told(posterior=True, belief=300.0, optimism=1.3, optimism_after=0.2)
+    assert (settings["network"].memory_steps, settings["network"].critic_keys) == (100, ("time_left",))
+    assert rules.bandit_settings(16, 30)["told"].posterior
+    assert not rules.bandit_settings(16, 29)["told"].posterior
+
+
+def test_the_rule_of_short_trials_by_hand():
+    settings = rules.bandit_settings(16, 25)
+    # 3 M, 0.5 M for the pulls and 2 M for arms times pulls.
+    expected = {"env_steps": 5_500_000, "minibatches": 8, "gamma": 0.98, "lmbda": 0.9, "entropy": 0.0125}
+    assert values_of(settings, expected) == pytest.approx(expected)
+    assert settings["told"] == Told(regret=True)
+    assert settings["network"].critic_keys == ("time_left", "task")
 
 
 @pytest.mark.parametrize(
@@ -33,12 +48,13 @@ def test_minibatches_are_some_thousand_steps(pulls, expected):
 
 
 def test_rewards_alone_are_rewards_alone():
-    told, alone = (rules.bandit_settings(5, 50, way) for way in ("task", "rewards"))
-    assert told["told"].regret
-    assert "task" in told["network"].critic_keys
-    assert alone["told"] == Told()
-    assert alone["network"].critic_keys == ("time_left",)
-    assert alone["learning"].env_steps == 2 * told["learning"].env_steps
+    settings = rules.bandit_settings(16, 100, "rewards")
+    # Twice 3 M, 2 M for the pulls and 8 M for arms times pulls.
+    expected = {"env_steps": 26_000_000, "minibatches": 32, "gamma": 0.995, "lmbda": 0.9, "entropy": 0.025}
+    assert values_of(settings, expected) == pytest.approx(expected)
+    assert settings["told"] == Told()
+    assert settings["network"].critic_keys == ("time_left",)
+    assert rules.bandit_settings(2, 100, "rewards")["learning"].entropy == 0.04
 
 
 def test_the_rule_of_mdps_by_hand():
@@ -111,9 +127,9 @@ def test_help_says_what_the_rule_chose(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         experiment.command(bandit.main)
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for default in ("13000000", "0.995", "0.025", "32", "100"):
+    for default in ("7000000", "0.5", "0.02", "32", "100"):
         assert f"(default: {default})" in said
-    for pulls, steps in ((100, 13_000_000), (10, 4_000_000)):
+    for pulls, steps in ((100, 7_000_000), (10, 4_000_000)):
         monkeypatch.setattr("sys.argv", ["bandit", "--arms", "16", "--pulls", str(pulls), "--help"])
         with pytest.raises(SystemExit):
             experiment.command(bandit.main)
@@ -128,7 +144,9 @@ def test_cells_held_apart():
     held_out = rule_check.CHECKS["bandits"].cells
     assert len(set(held_out)) == 5
     assert all(3 <= arms <= 30 and 15 <= pulls <= 200 for arms, pulls in held_out)
-    tuned = {(20, 60), (10, 100), (7, 30)} | {(cell.arms, cell.pulls) for cell in paper_cells.CELLS["bandits"].values()}
+    tuned = {(20, 60), (10, 100), (7, 30), (24, 90)} | {
+        (cell.arms, cell.pulls) for cell in paper_cells.CELLS["bandits"].values()
+    }
     assert not tuned & set(held_out)
     papers = {(10, 5, cell.episodes) for cell in paper_cells.CELLS["mdps"].values()}
     assert not papers & set(rule_check.CHECKS["mdps"].cells)
