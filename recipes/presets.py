@@ -37,11 +37,11 @@ PRESETS = {
     "GridNavi": Preset(
         "grid_navi",
         "return 37.2, the Bayes optimum's",
-        "A goal must be met before anything is learnt of it: more entropy at first. What is earned is a trial's plain sum: with a "
-        "discount of 0.99 and lambda 0.9 the search was learnt in an order that earns 99.2 % of the optimum, with 0.995 and 0.95 "
-        "99.4 %.",
-        Network(num_cells=(128,)),
-        Learning(trials=1024, gamma=1.0, lmbda=0.95, minibatches=32, max_grad_norm=0.5, entropy=0.03),
+        "What is earned is a trial's plain sum: no discount. The order of the first search decides how well the second can go on: "
+        "much entropy until both are known, and a memory that holds the whole trial from the start. With an entropy bonus of 0.03 "
+        "and without such a memory the order was one that earns 98.3 to 99.2 % of the optimum in two of three seeds.",
+        Network(num_cells=(128,), memory_steps=60, input_gain=2.0),
+        Learning(trials=1024, gamma=1.0, lmbda=0.95, minibatches=32, max_grad_norm=0.5, entropy=0.1),
     ),
     "PointRobot": Preset(
         "point_robot",
