@@ -84,13 +84,13 @@ class RunCheckpoints:
         self._settings, self._networks = settings_of(collector, update), networks_of(update)
         self._parts = {
             "update": update,
-            "collector": collector,
+            "collector": (own := _CollectorState(collector)),
             "rollout": _RolloutState(collector, returns),
             "callbacks": _States(callbacks),
             "result": result,
             "rng": GlobalRNGState(),
         }
-        self._before: dict[str, Any] | None = None
+        self._own = own
 
     def __enter__(self) -> RunCheckpoints:
         """Takes the folder for this run; OSError where another one has it."""
@@ -122,7 +122,7 @@ class RunCheckpoints:
         """To be called before each rollout: where one fails TorchRL's collector shuts itself down, and has no state any more."""
         # Envs in other processes would have to be asked at each update.
         if self._folder is not None and hasattr(self._collector, "env"):
-            self._before = self._collector.state_dict()
+            self._own.ask()
 
     def save(self, *, last: bool = False, rollout: bool = True) -> None:
         """Writes a checkpoint; the two newest are kept.
@@ -162,16 +162,15 @@ class RunCheckpoints:
             path.unlink()
 
     def _state(self, rollout: bool = True) -> dict[str, Any]:
-        for name, part in self._parts.items():
+        for name, part in {**self._parts, "collector": self._collector}.items():
             if not hasattr(part, "state_dict"):
                 raise TypeError(
                     f"the {name} has no state_dict() and load_state_dict(state), which checkpoints need: add them."
                 )
         if rollout:
             return {name: part.state_dict() for name, part in self._parts.items()}
-        cut = {"rollout": {"missing": "an error or a signal has cut the rollout short"}}
-        if self._before is not None:
-            cut["collector"] = self._before
+        missing = {"missing": "an error or a signal has cut the rollout short"}
+        cut = {"rollout": missing, "collector": self._own.last_known()}
         return {name: part.state_dict() for name, part in self._parts.items() if name not in cut} | cut
 
     def _path(self) -> Path:
@@ -333,6 +332,32 @@ class _States:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for number, own in state.items():
             self._objects[int(number)].load_state_dict(own)
+
+
+class _CollectorState:
+    """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more."""
+
+    def __init__(self, collector: BaseCollector):
+        self._collector, self._known = collector, {}
+
+    def ask(self) -> None:
+        self._known = self._collector.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        try:
+            self.ask()
+        except (OSError, EOFError):
+            if not self._known:
+                raise
+        return self.last_known()
+
+    def last_known(self) -> dict[str, Any]:
+        """With the counts as they are, which are not the processes'."""
+        counts = {name: getattr(self._collector, f"_{name}") for name in ("frames", "iter") if name in self._known}
+        return {**self._known, **counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._collector.load_state_dict(state)
 
 
 class _RolloutState:

@@ -19,9 +19,10 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
+from torchrl.objectives import LossModule
 from torchrl.record.loggers import Logger
 
-from rl2_torchrl.arguments import as_list
+from rl2_torchrl.arguments import as_list, require_numbers, whole
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.checks import check_training
@@ -30,6 +31,7 @@ from rl2_torchrl.interrupts import deferred_interrupts
 from rl2_torchrl.kernels.threads import warn_of_spinning
 from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.progress import progress_bar
+from rl2_torchrl.rollout.turns import watch
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -152,7 +154,7 @@ def train(
     if (resume or resume_changes) and not (resume and checkpoints is not None):
         raise ValueError("resume=True needs the folder to resume from, checkpoints=...; resume_changes= needs both.")
     resume_changes = as_list("resume_changes", resume_changes)
-    _check_kinds(collector, checkpoints, logger, evaluate=evaluate, stop=stop)
+    _check_kinds(collector, update, checkpoints, logger, evaluate=evaluate, stop=stop)
     _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames)
     _check_frames(collector, update, stop, schedule_frames)
     result, returns, scalars = TrainResult(env_steps=_frames(collector, 0)), _TrialReturns(), ScalarLog(logger)
@@ -167,6 +169,7 @@ def train(
             scalars.begin_anew(Path(checkpoints))
             log.warning("resume=True, but %s holds no checkpoint: starting anew.", checkpoints)
         _shut_down_at_exit(collector)
+        watch(collector)
         check = check and isinstance(update, PPOUpdate)
         loop = _Loop(**parts, evaluate=evaluate, scalars=scalars, check=check, schedule_frames=schedule_frames or total)
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
@@ -368,11 +371,13 @@ def _shut_down_at_exit(collector: BaseCollector) -> None:
         _trained.add(collector)
 
 
-def _check_kinds(collector, checkpoints, logger, **functions) -> None:
+def _check_kinds(collector, update, checkpoints, logger, **functions) -> None:
     if not hasattr(collector, "total_frames"):
         raise TypeError(
             f"{type(collector).__name__} is no collector, which comes first: train(collector, update, ...)."
         )
+    if not callable(update) or isinstance(update, LossModule):
+        raise TypeError(f"{type(update).__name__} is no update, such as PPOUpdate(RL2PPOLoss(actor, critic)).")
     for name, function in functions.items():
         if function is not None and not callable(function):
             number = {"evaluate": "how often is eval_interval=", "stop": "how long is the collector's total_frames="}[
@@ -386,13 +391,12 @@ def _check_kinds(collector, checkpoints, logger, **functions) -> None:
 
 
 def _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames) -> None:
-    if not (eval_interval >= 1 and checkpoint_interval >= 1):
-        raise ValueError(
-            f"eval_interval={eval_interval} and checkpoint_interval={checkpoint_interval} must be at least 1."
-        )
+    whole("eval_interval", eval_interval)
+    whole("checkpoint_interval", checkpoint_interval)
+    require_numbers(schedule_frames=schedule_frames)
     if schedule_frames is not None and not schedule_frames >= 1:
         raise ValueError(f"schedule_frames={schedule_frames}: schedules need a length, of at least 1 env step.")
-    if isinstance(callbacks, Callback) or not all(isinstance(callback, Callback) for callback in callbacks):
+    if not isinstance(callbacks, Sequence) or not all(isinstance(callback, Callback) for callback in callbacks):
         raise TypeError(
             f"callbacks={callbacks!r} must be a list of Callback objects: class Mine(Callback) with the methods that you "
             "need, then callbacks=[Mine()]."

@@ -1,7 +1,9 @@
 """`train` on tiny real runs: checkpoints, exact resume, after Ctrl-C too, and numbers that are not finite."""
 
 import logging
+import os
 import signal
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
@@ -18,8 +20,10 @@ from rl2_torchrl import (
     PreviousStep,
     TaskSampler,
     Trial,
+    adaptation_curve,
 )
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv
+from rl2_torchrl.storage import load_tree
 
 
 class Swing(Run):
@@ -183,6 +187,47 @@ def test_a_second_call_on_one_collector(tmp_path):
     with pytest.raises(ValueError, match=f"total_frames={4 * BATCH} already"):
         run.train(checkpoints=tmp_path)
     assert saved_steps(tmp_path) == [4 * BATCH]
+
+
+def test_a_collector_that_cannot_be_asked_any_more_is_saved_as_it_last_was(tmp_path):
+    run = Run(5)
+
+    def stop(row):  # as where Ctrl-C has ended the processes of a MultiSyncCollector
+        if ends := row["env_steps"] == 2 * BATCH:
+            run.collector.state_dict = partial(os.close, -1)
+        return ends
+
+    run.train(checkpoints=tmp_path, stop=stop)
+    (path,) = tmp_path.glob("*.safetensors")
+    assert load_tree(path)["state"]["collector"]["frames"] == 2 * BATCH
+    assert Run(5, elsewhere=True).train(checkpoints=tmp_path, resume=True).env_steps == 5 * BATCH
+
+
+def test_an_evaluation_on_the_env_of_torchrls_collector_is_an_error():
+    run = Run(4)
+
+    def evaluate():
+        return {"trial_return": adaptation_curve(run.collector.env, run.policy.actor, ROWS).mean}
+
+    with pytest.raises(
+        RuntimeError, match="env has been reset or stepped since.*Evaluate on an env of its own"
+    ) as error:
+        run.train(evaluate=evaluate)
+    assert "in the rollout of update 1," in error.value.__notes__[0]
+
+
+def test_torchrls_collector_may_begin_anew_and_be_played_by_hand(tmp_path):
+    run = Run(9)
+
+    class BeginsAnew(Callback):
+        def after_update(self, row, progress):
+            run.collector.env.reset()
+            run.collector.reset()
+
+    run.train(callbacks=[BeginsAnew()], stop=lambda row: row["env_steps"] == 2 * BATCH)
+    next(iter(run.collector))
+    run.train(checkpoints=tmp_path, stop=lambda row: row["env_steps"] == 5 * BATCH)
+    assert run.train(checkpoints=tmp_path, resume=True).env_steps == 9 * BATCH
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_at_the_start(tmp_path):

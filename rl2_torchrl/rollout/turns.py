@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 
 from rl2_torchrl.rollout.doors import is_tensor_env
 
-__all__ = ["Turns"]
+__all__ = ["Turns", "watch"]
 
 
 class Turns:
@@ -51,6 +52,22 @@ class Turns:
 
     def _moves(self) -> int:
         return self._env.moves if self._counted is None else self._counted.number
+
+
+def watch(collector: Any) -> None:
+    """Has a `Collector` of TorchRL's raise, as `TrialCollector` does, where somebody else has moved its env between two batches."""
+    if not isinstance(collector, Collector) or hasattr(collector, "turns"):
+        return
+    collector.turns = Turns(collector.env)
+    for name in ("rollout", "reset"):
+        collector.__dict__[name] = partial(_in_turn, collector, name)
+
+
+def _in_turn(collector: Collector, name: str, *args: Any, **kwargs: Any) -> Any:
+    if name == "reset":  # which begins anew, wherever the env stands
+        collector.turns.leave()
+    with collector.turns.turn():
+        return getattr(type(collector), name)(collector, *args, **kwargs)
 
 
 class _Moves:
