@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 import torch
 from torchrl.data import TensorSpec
 
-__all__ = ["as_batch_size", "as_list", "require_numbers", "require_specs", "whole"]
+__all__ = ["as_batch_size", "as_list", "require_callable", "require_numbers", "require_specs", "whole", "whole_numbers"]
 
 
 def as_list(name: str, values: Iterable) -> list:
@@ -20,6 +20,8 @@ def as_list(name: str, values: Iterable) -> list:
     """
     if isinstance(values, str):
         raise TypeError(f"{name}={values!r} would be read as its letters: give a list, {name}=[{values!r}].")
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}={values!r} is no list: give one, such as {name}=[{values!r}].")
     return list(values)
 
 
@@ -30,8 +32,15 @@ def require_numbers(**arguments: Any) -> None:
             raise ValueError(f"{name}={value!r} is text: give a number.")
 
 
+def require_callable(**arguments: Any) -> None:
+    """TypeError where what is given is neither a function (a class, a module) nor None, such as a name in quotes."""
+    for name, value in arguments.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name}={value!r} cannot be called: give the function or class itself.")
+
+
 def as_batch_size(batch_size: Sequence[int]) -> torch.Size:
-    """``batch_size`` as PyTorch's; TypeError where it is one number.
+    """``batch_size`` as PyTorch's; TypeError where it is one number, or not of whole numbers.
 
     Examples:
         >>> as_batch_size([8])
@@ -39,7 +48,10 @@ def as_batch_size(batch_size: Sequence[int]) -> torch.Size:
     """
     if isinstance(batch_size, int):
         raise TypeError(f"batch_size={batch_size} is a number: give the dimensions, batch_size=({batch_size},).")
-    return torch.Size(batch_size)
+    try:
+        return torch.Size(batch_size)
+    except TypeError as error:
+        raise TypeError(f"batch_size={batch_size!r} must be whole numbers, such as batch_size=(8,).") from error
 
 
 def require_specs(**arguments: TensorSpec | None) -> None:
@@ -59,3 +71,8 @@ def whole(name: str, value: SupportsIndex) -> int:
     if isinstance(value, bool) or not isinstance(value, SupportsIndex) or value.__index__() < 1:
         raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
     return value.__index__()
+
+
+def whole_numbers(name: str, values: Iterable[SupportsIndex]) -> list[int]:
+    """The list ``values``, each of them `whole`."""
+    return [whole(name, value) for value in as_list(name, values)]

@@ -12,7 +12,7 @@ from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import set_exploration_type
 
-from rl2_torchrl.arguments import as_list, require_numbers
+from rl2_torchrl.arguments import as_list, require_numbers, whole
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.plain_data import NoStateError
 from rl2_torchrl.quiet import quiet_torchrl
@@ -85,7 +85,9 @@ class TrialCollector(Collector):
     ):
         if rollout not in ("auto", "tensors", "tensordicts"):
             raise ValueError(f"rollout={rollout!r}: choose 'auto', 'tensors' or 'tensordicts'.")
-        require_numbers(**{name: kwargs.get(name) for name in ("frames_per_batch", "total_frames")})
+        require_numbers(total_frames=kwargs.get("total_frames"))
+        if "frames_per_batch" in kwargs:
+            kwargs["frames_per_batch"] = whole("frames_per_batch", kwargs["frames_per_batch"])
         keep = None if keep is None else as_list("keep", keep)
         by_trial = bool(kwargs.get("split_trajs") or kwargs.get("trajs_per_batch"))
         options = {"auto_register_policy_transforms": True, "track_traj_ids": by_trial}

@@ -157,7 +157,11 @@ def adaptation_curve(
         >>> adaptation_curve(env, GRUCategoricalActor.from_env(env), num_trials=100).returns.shape
         torch.Size([100, 10])
     """
-    num_trials = whole("num_trials", num_trials)
+    num_trials, max_trial_steps = whole("num_trials", num_trials), whole("max_trial_steps", max_trial_steps)
+    if not isinstance(env, EnvBase):
+        raise TypeError(
+            f"{type(env).__name__} is no env, which comes first: adaptation_curve(env, policy, num_trials)."
+        )
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
     _require_still_statistics(env)

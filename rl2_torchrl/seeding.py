@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from operator import index
+from typing import SupportsIndex
 from zlib import crc32
 
 import numpy as np
@@ -30,6 +31,8 @@ def seed_generator(generator: torch.Generator, seed: int | None) -> None:
         # Forked workers hold copies of one default generator: what they draw is told apart by the process's name.
         worker = multiprocessing.parent_process() is not None
         seed = derived_seed(drawn, multiprocessing.current_process().name) if worker else drawn
+    if not isinstance(seed, SupportsIndex):
+        raise TypeError(f"seed={seed!r} is no whole number.")
     generator.manual_seed(index(seed))
 
 

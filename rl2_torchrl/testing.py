@@ -12,6 +12,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import Compose, EnvBase, TransformedEnv, check_env_specs
 
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
 from rl2_torchrl.quiet import quiet_torchrl
@@ -115,8 +116,7 @@ def check_trial_env(
         >>> transforms = Compose(Trial(episodes=5), TaskSampler(uniform_means(3)), PreviousStep())
         >>> check_trial_env(TransformedEnv(bandit, transforms))
     """
-    if num_trials < 1 or max_steps < 1:
-        raise ValueError(f"num_trials={num_trials} and max_steps={max_steps} must be at least 1.")
+    num_trials, max_steps = whole("num_trials", num_trials), whole("max_steps", max_steps)
     played = _Played(env, num_trials, max_steps, task_key, in_key, task_of)
     left_out = tuple(prefix for prefix, key in (("task", task_key), ("trans", in_key)) if key is None)
     for rule in _RULES:

@@ -166,6 +166,7 @@ class PreviousStep(Transform):
         missing = [key for key in keys if key not in observation_spec.keys(True, True)]
         if missing:
             raise KeyError(f"the env has no observation {missing}; it has {list(observation_spec.keys(True, True))}.")
+        require_tensors(observation_spec, keys)
         batch_dims = len(env.batch_size)
         observations = {key: Encoding.of(observation_spec[key], batch_dims) for key in keys}
         return Layout(observations, Encoding.of(env.full_action_spec[env.action_key], batch_dims), env.action_key)
@@ -288,6 +289,12 @@ def _observations(env: EnvBase, before: Transform) -> set[NestedKey]:
 
 def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:
     return not isinstance(spec, NonTensor) and len(spec.shape) - batch_dims < 2
+
+
+def require_tensors(spec: Composite, keys: Sequence[NestedKey]) -> None:
+    """TypeError where one of the entries ``keys`` is text, or other metadata, which no network reads."""
+    if texts := [key for key in keys if isinstance(spec[key], NonTensor)]:
+        raise TypeError(f"{texts} are no numbers, but text, say: make numbers of them in the env, or leave them out.")
 
 
 def previous_steps(env: EnvBase) -> list[PreviousStep]:

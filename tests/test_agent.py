@@ -329,7 +329,7 @@ def begun(call, rows=None):
 
 BAD = {
     "no trial": (lambda agent: agent.act([0.0, 0.0]), RuntimeError, "no trial has begun"),
-    "no rows": (lambda agent: agent.new_trial(0), ValueError, "num_rows=0: at least one trial"),
+    "no rows": (lambda agent: agent.new_trial(0), ValueError, "num_rows=0.*at least 1"),
     "rows of nothing": (lambda agent: agent.new_trial(rows=[True]), ValueError, "begin one first"),
     "more rows": (begun(lambda agent: agent.new_trial(rows=[True] * 3), 2), ValueError, "begin one first"),
     "reward in words": (begun(lambda agent: (agent.act([0, 0]), agent.observe("1"))), ValueError, "reward='1' is text"),

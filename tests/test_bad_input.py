@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, GymEnv, InitTracker, TransformedEnv, VecNormV2
+from torchrl.envs import Compose, GymEnv, GymWrapper, InitTracker, TransformedEnv, VecNormV2
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import (
@@ -43,6 +44,7 @@ from rl2_torchrl.envs import (
     GymVectorEnv,
     PointRobot,
     QuadraticBandit,
+    TabularMDP,
     uniform_means,
     uniform_targets,
 )
@@ -179,6 +181,29 @@ CASES = [
         r"its letters.*info_keys=\['success'\]",
     ),
     row("rows in words", lambda: GymVectorEnv("CartPole-v1", "4"), ValueError, "num_envs='4' is text"),
+    row("seed in words", lambda: BernoulliBandit(3, seed="1"), TypeError, "seed='1' is no whole number"),
+    row("batch size in words", lambda: bandit("8"), TypeError, r"batch_size=\('8',\) must be whole numbers"),
+    row("states in words", lambda: TabularMDP("4", 2), ValueError, "num_states='4'.*whole number"),
+    row("noise in words", lambda: QuadraticBandit(2, noise="1"), ValueError, "noise='1' is text"),
+    row(
+        "length in words", lambda: PointRobot(max_episode_steps="5"), ValueError, "max_episode_steps='5'.*whole number"
+    ),
+    row("tasks in words", lambda: uniform_means("3"), ValueError, "num_arms='3'.*whole number"),
+    row(
+        "task that is set by no function",
+        lambda: GymVectorEnv("CartPole-v1", 2, set_task=3, task_spec=Unbounded(1)),
+        TypeError,
+        "set_task=3 cannot be called",
+    ),
+    row("frames that are no list of keys", lambda: collector(keep=3), TypeError, r"keep=3 is no list.*keep=\[3\]"),
+    row("half a frame", lambda: collector(frames_per_batch=8.5), ValueError, "frames_per_batch=8.5.*whole number"),
+    row("text as input", lambda: spoken("said"), TypeError, r"\['said'\] are no numbers.*leave them out"),
+    row(
+        "text for a critic",
+        lambda: GRUValueHead.from_env(spoken("place"), extra_keys=["said"]),
+        TypeError,
+        r"\['said'\] are no numbers.*leave them out",
+    ),
     row("arms in words", lambda: BernoulliBandit("3"), ValueError, "num_arms='3'.*whole number"),
     row("frames in words", lambda: collector(total_frames="400"), ValueError, "total_frames='400' is text"),
     row("number as batch size", lambda: BernoulliBandit(3, batch_size=8), TypeError, r"=8 is a number.*=\(8,\)"),
@@ -325,9 +350,14 @@ CASES = [
         ValueError,
         "'trans' of 7 entries.*has 5.*from_env",
     ),
-    row("no actions", lambda: GRUCategoricalActor(5, 0), ValueError, "0 outputs.*at least one"),
+    row("no actions", lambda: GRUCategoricalActor(5, 0), ValueError, "num_actions=0.*at least 1"),
     row("no units", lambda: GRUValueHead(5, hidden_size=0), ValueError, "hidden_size=0.*at least 1"),
     row("units in words", lambda: GRUValueHead(5, hidden_size="64"), ValueError, "hidden_size='64'.*whole number"),
+    row("layers in words", lambda: actor(num_cells=["64"]), ValueError, "num_cells='64'.*whole number"),
+    row("one layer", lambda: actor(num_cells=64), TypeError, r"num_cells=64 is no list.*num_cells=\[64\]"),
+    row("actions in words", lambda: GRUCategoricalActor(5, "3"), ValueError, "num_actions='3'.*whole number"),
+    row("activation in words", lambda: actor(activation="relu"), TypeError, "activation='relu' cannot be called"),
+    row("encoder in words", lambda: actor(encoder="mlp"), TypeError, "encoder='mlp' cannot be called"),
     row("core of PyTorch's", lambda: with_core(nn.GRU), TypeError, "GRU.* is no core.*LSTMCore"),
     row("core of PyTorch's, made", lambda: with_core(nn.GRU(5, 4)), TypeError, "GRU.* is no core.*LSTMCore"),
     row("core of PyTorch's, to be made", lambda: with_core(partial(nn.GRU, hidden_size=4)), TypeError, "is no core"),
@@ -402,6 +432,8 @@ CASES = [
         r"\(2, 4\).*must be \[\*B, T, 1\]",
     ),
     row("clip in words", lambda: RL2PPOLoss(actor(), critic(), clip_epsilon="0.2"), ValueError, "'0.2' is text"),
+    row("clips in words", lambda: RL2PPOLoss(actor(), critic(), clip_epsilon=("0.2", 1)), ValueError, "'0.2' is text"),
+    row("belief of a size in words", lambda: TaskBelief(4, "3"), ValueError, "target_size='3'.*whole number"),
     row("one term", lambda: RL2PPOLoss(actor(), critic(), terms=TaskBelief(4, 3)), TypeError, r"TaskBelief.*a list"),
     row(
         "belief of other features",
@@ -509,6 +541,14 @@ CASES = [
     row(
         "update before collector", lambda: trained_on(nn.Identity()), TypeError, "Identity is no collector.*comes first"
     ),
+    row(
+        "loss as the update",
+        lambda: train(collector(), RL2PPOLoss(actor(), critic()), evaluate=None),
+        TypeError,
+        r"RL2PPOLoss is no update.*PPOUpdate\(",
+    ),
+    row("interval in words", lambda: trained(eval_interval="5"), ValueError, "eval_interval='5'.*whole number"),
+    row("length in words", lambda: trained(schedule_frames="9"), ValueError, "schedule_frames='9' is text"),
     row("evaluate as a number", lambda: trained(evaluate=3), TypeError, "evaluate=3 is no function.*eval_interval="),
     row("stop as a number", lambda: trained(stop=100), TypeError, "stop=100 is no function.*total_frames="),
     row("logger in words", lambda: trained(logger="wandb"), TypeError, "'wandb' is no logger.*CSVLogger"),
@@ -527,6 +567,7 @@ CASES = [
         ValueError,
         r"VecNormV2 is not frozen.*frozen_copy\(\)",
     ),
+    row("policy before env", lambda: adaptation_curve(actor(), env(), 2), TypeError, "no env.*comes first"),
     row("half a trial to play", lambda: adaptation_curve(env(), actor(), 2.5), ValueError, "num_trials=2.5"),
     row(
         "evaluation without Trial", lambda: adaptation_curve(bandit(), actor(), 2), ValueError, "has no Trial.*Compose"
@@ -561,6 +602,23 @@ CASES = [
     row("curve of whole numbers", lambda: AdaptationCurve(torch.zeros(2, 3).long()), ValueError, "int64.*floats"),
     row("infinite returns", lambda: AdaptationCurve(torch.full((2, 3), math.inf)), ValueError, "infinities.*mend"),
 ]
+
+
+class Speaking(gymnasium.Env):
+    """Shows where it is, and says something."""
+
+    action_space = gymnasium.spaces.Discrete(2)
+    observation_space = gymnasium.spaces.Dict(place=gymnasium.spaces.Box(0, 1, (1,)), said=gymnasium.spaces.Text(5))
+
+    def reset(self, **kwargs):
+        return {"place": np.zeros(1, dtype=np.float32), "said": "yes"}, {}
+
+
+def spoken(key):
+    """A trial env that shows the agent the entry ``key`` of `Speaking`."""
+    speaking = wrap(Trial(steps=4), PreviousStep([key]), base=GymWrapper(Speaking()))
+    assert speaking.observation_spec["trans"].shape == (5,)
+    return speaking
 
 
 def normalized(norm):

@@ -376,6 +376,7 @@ MISTAKES = {
     "no steps": (lambda w: gru_sequence(torch.zeros(4, 0, 3), None, None, *w), "T at least 1"),
     "memory of one step": (lambda w: gru_sequence(X, torch.zeros(4, 8), None, *w), r"hidden has shape \(4, 8\)"),
     "resets of a column": (lambda w: gru_sequence(X, None, torch.zeros(4, 6, 1), *w), "is_init has shape"),
+    "recurrent weights of one row": (lambda w: gru_sequence(X, None, None, w[0], w[1][0]), "w_hh has shape"),
     "one bias": (lambda w: gru_sequence(X, None, None, *w[:3]), "two biases, b_ih and b_hh, or none"),
     "a bias too short": (lambda w: gru_sequence(X, None, None, *w[:3], w[3][:7]), r"b_hh has shape \(7,\)"),
     "weights of two sizes": (lambda w: gru_sequence(X, None, None, w[0][:12], *w[1:]), r"w_ih has shape \(12, 3\)"),

@@ -307,5 +307,5 @@ def test_place_of_a_broken_step_is_told():
 
 @pytest.mark.parametrize("bounds", [{"num_trials": 0}, {"max_steps": 0}])
 def test_nothing_to_play(bounds):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="must be a whole number, at least 1"):
         check_trial_env(bandit(), **bounds)

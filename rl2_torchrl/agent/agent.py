@@ -18,7 +18,7 @@ from rl2_torchrl.agent.export import export_policy, onnx_step
 from rl2_torchrl.agent.files import read_agent, write_agent
 from rl2_torchrl.agent.signature import Observed, Signature, name_of
 from rl2_torchrl.agent.step import PolicyStep, actor_of, signature_of
-from rl2_torchrl.arguments import require_numbers
+from rl2_torchrl.arguments import require_numbers, whole
 
 __all__ = ["AdaptiveAgent"]
 
@@ -163,9 +163,7 @@ class AdaptiveAgent:
                 )
             self._start = self._start | rows
             return
-        if num_rows is not None and num_rows < 1:
-            raise ValueError(f"num_rows={num_rows}: at least one trial, or None for one without a dimension of rows.")
-        count, signature = num_rows or 1, self.signature
+        count, signature = 1 if num_rows is None else whole("num_rows", num_rows), self.signature
         self._is_single, self._is_waiting = num_rows is None, False
         self._start = torch.ones(count, dtype=torch.bool)
         self._reward, self._done = torch.zeros(count), torch.zeros(count, dtype=torch.bool)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from operator import index
 
 import torch
 from torch import Tensor
 from torchrl.data import Categorical, TensorSpec, Unbounded
 
-from rl2_torchrl.arguments import whole
+from rl2_torchrl.arguments import require_numbers, whole
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.tasks import TaskDistribution
 
@@ -115,9 +114,11 @@ class QuadraticBandit(_Bandit):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ):
-        if dim < 1 or not noise >= 0:
-            raise ValueError(f"QuadraticBandit(dim={dim}, noise={noise}): dim must be at least 1, noise at least 0.")
-        super().__init__(index(dim), Unbounded(index(dim)), batch_size=batch_size, seed=seed, device=device)
+        dim = whole("dim", dim)
+        require_numbers(noise=noise)
+        if not noise >= 0:
+            raise ValueError(f"noise={noise} is a standard deviation: it must be at least 0.")
+        super().__init__(dim, Unbounded(dim), batch_size=batch_size, seed=seed, device=device)
         self.noise = noise
 
     def advance(self, state: Tensor, action: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
@@ -134,7 +135,7 @@ def uniform_means(num_arms: int) -> TaskDistribution:
         >>> uniform_means(5)(torch.Size([3]), torch.Generator()).shape
         torch.Size([3, 5])
     """
-    return partial(_uniform, size=index(num_arms), low=0.0, high=1.0)
+    return partial(_uniform, size=whole("num_arms", num_arms), low=0.0, high=1.0)
 
 
 def uniform_targets(dim: int, low: float = -1.0, high: float = 1.0) -> TaskDistribution:
@@ -144,7 +145,7 @@ def uniform_targets(dim: int, low: float = -1.0, high: float = 1.0) -> TaskDistr
         >>> uniform_targets(2)(torch.Size([3]), torch.Generator()).shape
         torch.Size([3, 2])
     """
-    return partial(_uniform, size=index(dim), low=low, high=high)
+    return partial(_uniform, size=whole("dim", dim), low=low, high=high)
 
 
 def _uniform(batch_size: torch.Size, generator: torch.Generator, *, size: int, low: float, high: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchrl.data import Categorical, Unbounded
 
-from rl2_torchrl.arguments import as_batch_size
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.envs.tensor_env import TensorEnv
 
 __all__ = ["DiscreteEnv", "DiscreteState"]
@@ -59,18 +59,12 @@ class DiscreteEnv(TensorEnv):
         seed: int | None,
         device: torch.device | str | None,
     ):
-        batch_size = as_batch_size(batch_size)
-        if min(num_states, num_actions, episode_steps, *batch_size) < 1:
-            raise ValueError(
-                f"{type(self).__name__} has num_states={num_states}, num_actions={num_actions}, "
-                f"episode_steps={episode_steps}, batch_size={tuple(batch_size)}: all of them must be at least 1."
-            )
-        self.num_states, self.num_actions = index(num_states), index(num_actions)
+        self.num_states, self.num_actions = whole("num_states", num_states), whole("num_actions", num_actions)
         super().__init__(
             task_spec=Unbounded(index(task_size)),
             observation_spec=Categorical(self.num_states),
             action_spec=Categorical(self.num_actions),
-            max_episode_steps=episode_steps,
+            max_episode_steps=whole("episode_steps", episode_steps),
             fixed_length=True,
             batch_size=batch_size,
             seed=seed,

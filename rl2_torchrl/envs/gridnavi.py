@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from operator import index
 
 import torch
 from torch import Tensor
 
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.envs.discrete import DiscreteEnv, DiscreteState
 from rl2_torchrl.tasks import TaskDistribution
 
@@ -60,7 +60,7 @@ class GridNavi(DiscreteEnv):
         device: torch.device | str | None = None,
     ):
         # Nothing is drawn in this env; the seed is of no consequence.
-        size = index(size)
+        size = whole("size", size)
         super().__init__(size * size, len(_MOVES), 2, episode_steps, batch_size, 0, device)
         self.size = size
         self._next_cell = self._make_next_cell().to(self.device)
@@ -93,7 +93,7 @@ def grid_goals(size: int = 5) -> TaskDistribution:
         >>> goals.unique(dim=0).shape
         torch.Size([21, 2])
     """
-    if size < 3:
+    if whole("size", size) < 3:
         raise ValueError(f"grid_goals({size}): a grid below 3×3 has no cell that is not next to the start.")
     cell = torch.arange(size * size)
     goals = torch.stack([cell % size, cell // size], -1).float()

@@ -17,7 +17,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
-from rl2_torchrl.arguments import as_list, require_numbers, require_specs
+from rl2_torchrl.arguments import as_list, require_callable, require_numbers, require_specs
 from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
 from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
@@ -108,6 +108,7 @@ class GymVectorEnv(TensorEnv):
         **kwargs,
     ):
         require_numbers(num_envs=num_envs)
+        require_callable(set_task=set_task)
         info_keys = as_list("info_keys", info_keys)
         task_spec = _task_spec(set_task, task_spec, tasks, task_option)
         self._set_task, self._tasks, self._task_option = set_task, tasks, task_option

@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
 
+from rl2_torchrl.arguments import require_specs
 from rl2_torchrl.envs.layers import put_state, state_or_reason
 from rl2_torchrl.envs.task_setter import TaskSetter, warn_of_added
 from rl2_torchrl.storage import from_tensor, to_tensor
@@ -66,6 +67,7 @@ class GymTaskEnv(GymEnv):
         task_spec: TensorSpec,
         **kwargs,
     ):
+        require_specs(task_spec=task_spec)
         super().__init__(env, **kwargs)
         self._set_task = TaskSetter(set_task)
         self._task: torch.Tensor | TensorDictBase | None = None  # the last one that `set_task` was given

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from operator import index
 
 import torch
 from torch import Tensor
 
+from rl2_torchrl.arguments import require_numbers, whole
 from rl2_torchrl.envs.discrete import DiscreteEnv, DiscreteState
 from rl2_torchrl.tasks import TaskDistribution
 
@@ -61,7 +61,7 @@ class TabularMDP(DiscreteEnv):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ):
-        task_size = num_states * num_actions * (num_states + 1)
+        task_size = whole("num_states", num_states) * whole("num_actions", num_actions) * (num_states + 1)
         super().__init__(num_states, num_actions, task_size, episode_steps, batch_size, seed, device)
         # A tensor too: what a CUDA graph has recorded reads a new value from the same memory.
         self._noise_scale = torch.zeros((), device=self.device)
@@ -74,6 +74,7 @@ class TabularMDP(DiscreteEnv):
 
     @noise.setter
     def noise(self, noise: float) -> None:
+        require_numbers(noise=noise)
         if not noise >= 0:
             raise ValueError(f"noise={noise} is a standard deviation: it must be at least 0.")
         self._noise = float(noise)
@@ -151,7 +152,9 @@ def random_mdps(num_states: int = 10, num_actions: int = 5) -> TaskDistribution:
         >>> random_mdps(4, 2)(torch.Size([3]), torch.Generator()).shape  # 4 * 2 * (1 + 4)
         torch.Size([3, 40])
     """
-    return partial(_random_mdps, num_states=index(num_states), num_actions=index(num_actions))
+    return partial(
+        _random_mdps, num_states=whole("num_states", num_states), num_actions=whole("num_actions", num_actions)
+    )
 
 
 def _random_mdps(batch_size: torch.Size, generator: torch.Generator, *, num_states: int, num_actions: int) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torchrl import torchrl_logger
 
+from rl2_torchrl.arguments import require_callable
+
 __all__ = ["TaskSetter", "warn_of_added"]
 
 
@@ -29,6 +31,7 @@ class TaskSetter:
     """
 
     def __init__(self, set_task: Callable[[Any, Any], None]):
+        require_callable(set_task=set_task)
         self._set_task, self._is_first = set_task, True
         self.added: list[str] = []
 

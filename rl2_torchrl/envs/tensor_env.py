@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from operator import index
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -18,7 +17,7 @@ from torchrl import torchrl_logger
 from torchrl.data import Binary, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import as_batch_size, require_specs
+from rl2_torchrl.arguments import as_batch_size, require_specs, whole
 from rl2_torchrl.envs.rows import Entries, EnvState, Rows, entries_of, merge, rebuilt, tensors_of
 from rl2_torchrl.seeding import seed_generator
 
@@ -122,13 +121,12 @@ class TensorEnv(EnvBase):
         batch_size = as_batch_size(batch_size)
         if 0 in batch_size:
             raise ValueError(f"batch_size {tuple(batch_size)} holds no env: every dimension must be at least 1.")
-        if (max_episode_steps is None and fixed_length) or (max_episode_steps is not None and max_episode_steps < 1):
-            raise ValueError(
-                f"max_episode_steps={max_episode_steps}, fixed_length={fixed_length}: an episode has at least one step, and "
-                "episodes of a fixed length have a number of steps: max_episode_steps."
-            )
+        if max_episode_steps is not None:
+            max_episode_steps = whole("max_episode_steps", max_episode_steps)
+        elif fixed_length:
+            raise ValueError("fixed_length=True without max_episode_steps: of how many steps?")
         super().__init__(device=device or "cpu", batch_size=batch_size)
-        self.max_episode_steps = None if max_episode_steps is None else index(max_episode_steps)
+        self.max_episode_steps = max_episode_steps
         self.fixed_length = fixed_length
         self.generator = torch.Generator(self.device)
         self._set_seed(seed)

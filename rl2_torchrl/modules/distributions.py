@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from operator import index
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torchrl.data import Binary, MultiCategorical, MultiOneHot, OneHot, TensorSp
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
+from rl2_torchrl.arguments import whole, whole_numbers
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.part import Part, runs
 from rl2_torchrl.modules.functions import log_prob_and_entropy
@@ -64,7 +64,7 @@ class ActionDistribution:
         distribution_class: type[Distribution],
         distribution_kwargs: Mapping[str, Any] | None = None,
     ):
-        self.num_outputs, self.parameter_keys = index(num_outputs), list(parameter_keys)
+        self.num_outputs, self.parameter_keys = whole("num_outputs", num_outputs), list(parameter_keys)
         self.distribution_class, self.distribution_kwargs = distribution_class, dict(distribution_kwargs or {})
 
     @classmethod
@@ -139,7 +139,7 @@ class CategoricalActions(ActionDistribution):
     _noise: Tensor | None = None
 
     def __init__(self, num_actions: int, *, one_hot: bool = False):
-        super().__init__(num_actions, ["logits"], OneHotCategorical if one_hot else Categorical)
+        super().__init__(whole("num_actions", num_actions), ["logits"], OneHotCategorical if one_hot else Categorical)
         self.one_hot = one_hot
 
     @classmethod
@@ -200,7 +200,7 @@ class MultiCategoricalActions(CategoricalActions):
     part = None
 
     def __init__(self, nvec: Sequence[int], *, one_hot: bool = False, dtype: torch.dtype = torch.int64):
-        self.nvec, self.dtype = list(map(index, nvec)), dtype
+        self.nvec, self.dtype = whole_numbers("nvec", nvec), dtype
         super().__init__(sum(self.nvec), one_hot=one_hot)
         self.distribution_class = IndependentCategoricals
         self.distribution_kwargs = {"nvec": tuple(self.nvec), "one_hot": one_hot, "dtype": dtype}
@@ -293,7 +293,7 @@ class GaussianActions(ActionDistribution):
     noise = "normal"
 
     def __init__(self, action_dim: int, *, init_log_std: float = -0.5):
-        super().__init__(action_dim, ["loc", "scale"], IndependentNormal)
+        super().__init__(whole("action_dim", action_dim), ["loc", "scale"], IndependentNormal)
         self.init_log_std = float(init_log_std)
 
     @classmethod

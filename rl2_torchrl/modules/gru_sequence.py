@@ -40,8 +40,8 @@ def gru_sequence(x: Tensor, hidden: Tensor | None, is_init: Tensor | None, *weig
 
 def require_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> None:
     """Raises unless these are the weights of one GRU layer, on one device and of one dtype."""
-    gates, units = w_hh.shape
-    if gates != 3 * units:
+    gates, units = (*w_hh.shape, 0, 0)[:2]
+    if w_hh.ndim != 2 or gates != 3 * units:
         raise ValueError(f"w_hh has shape {tuple(w_hh.shape)}; it must be [3 * hidden_size, hidden_size].")
     if (b_ih is None) != (b_hh is None):
         raise ValueError("a GRU layer has two biases, b_ih and b_hh, or none; only one of them is given.")

@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 
+from rl2_torchrl.arguments import require_callable, require_numbers, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, is_bare, runs
 from rl2_torchrl.modules.cores import sub_key
@@ -52,7 +53,7 @@ class MLPEncoder(nn.Module):
     ):
         super().__init__()
         self.shape = torch.Size(shape if isinstance(shape, Sequence) else (index(shape),))
-        sizes = [self.shape.numel(), *map(index, num_cells)]
+        sizes = [self.shape.numel(), *whole_numbers("num_cells", num_cells)]
         if len(sizes) < 2 or min(sizes) < 1:
             raise ValueError(f"shape={shape!r} and num_cells={num_cells!r} must be at least one layer of at least 1.")
         layers = []
@@ -126,12 +127,16 @@ class ConvEncoder(ImageEncoder):
         is_last = shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4)
         channels, *size = (shape[2], *shape[:2]) if is_last else shape
         layers: list[nn.Module] = [_ChannelsFirst()] if is_last else []
-        for outputs in map(index, num_channels):
+        for outputs in whole_numbers("num_channels", num_channels):
             layers += [nn.Conv2d(channels, outputs, kernel_size, stride, **factory), activation()]
             channels, size = outputs, [(n - kernel_size) // stride + 1 for n in size]
             if min(size) < 1:
                 raise ValueError(f"images {tuple(shape)} are too small for {len(num_channels)} such convolutions.")
-        layers += [nn.Flatten(), nn.Linear(channels * size[0] * size[1], index(out_features), **factory), activation()]
+        layers += [
+            nn.Flatten(),
+            nn.Linear(channels * size[0] * size[1], whole("out_features", out_features), **factory),
+            activation(),
+        ]
         super().__init__(nn.Sequential(*layers), shape)
 
 
@@ -186,6 +191,7 @@ def encoding(
 
 
 def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key: NestedKey, factory: Mapping):
+    require_callable(encoder=encoder)
     shape = torch.Size(entries[key])
     module = encoder if isinstance(encoder, nn.Module) else encoder(shape).to(**factory)
     if len(shape) > 1 and not isinstance(module, ImageEncoder | MLPEncoder):
@@ -245,10 +251,9 @@ class Head(nn.Module):
         **factory,
     ):
         super().__init__()
-        self.in_features, *sizes = map(index, (in_features, *num_cells, out_features))
-        self.skip_size = skip_size
-        if out_features < 1:
-            raise ValueError(f"{out_features} outputs: an actor needs at least one action, or action dimension.")
+        require_numbers(init_range=init_range)
+        self.in_features, self.skip_size = whole("in_features", in_features), skip_size
+        sizes = [*whole_numbers("num_cells", num_cells), whole("out_features", out_features)]
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise((self.in_features, *sizes)):
             layers += [activation(), nn.Linear(inputs, outputs, **factory)]

@@ -14,13 +14,13 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
-from rl2_torchrl.arguments import as_list
+from rl2_torchrl.arguments import as_list, require_callable, whole
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.layers import ConvEncoder, Encoder, Head, SkipHead, by_entry, encoding, output_size
 from rl2_torchrl.modules.normalization import RunningNorm
-from rl2_torchrl.transition import is_info, previous_steps
+from rl2_torchrl.transition import is_info, previous_steps, require_tensors
 
 __all__ = [
     *(
@@ -249,7 +249,9 @@ class MemoryValueHead(TensorDictSequential):
         value_key: NestedKey = "state_value",
         **layers,
     ):
-        head = Head(features_size + extra_size, 1, skip_size=extra_size, init_range=init_range, **layers)
+        head = Head(
+            whole("features_size", features_size) + extra_size, 1, skip_size=extra_size, init_range=init_range, **layers
+        )
         in_keys = [features_key, *as_list("extra_keys", extra_keys)]
         super().__init__(TensorDictModule(SkipHead(head, detach), in_keys, [value_key]))
         self.detach, self.value_key = detach, value_key
@@ -296,6 +298,7 @@ def _slots(
         raise TypeError(
             f"{list(unknown)} is no argument of a network, whose slots are {sorted(_slots.__kwdefaults__)}."
         )
+    require_callable(head=head, activation=activation)
     factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}
     units = {name: number for name, number in units.items() if number is not None}
     encoder, norms = by_entry(encoder, in_key), []
@@ -394,6 +397,7 @@ def _shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch
         if not previous_steps(env):
             mend = "an agent reads what PreviousStep() writes: Compose(Trial(...), TaskSampler(...), PreviousStep())."
         raise KeyError(f"the env has no observation {missing}, only {list(spec.keys(True, True))}: {mend}")
+    require_tensors(spec, keys)
     return {key: spec[key].shape[len(env.batch_size) :] for key in keys}
 
 

@@ -7,6 +7,8 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from rl2_torchrl.arguments import require_numbers, whole
+
 __all__ = ["TaskBelief"]
 
 
@@ -48,9 +50,12 @@ class TaskBelief(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        require_numbers(coefficient=coefficient)
         if not coefficient > 0:
             raise ValueError(f"coefficient={coefficient}: without a positive weight nothing learns to tell the task.")
-        self.layer = nn.Linear(features_size, target_size, device=device, dtype=dtype)
+        self.layer = nn.Linear(
+            whole("features_size", features_size), whole("target_size", target_size), device=device, dtype=dtype
+        )
         self.coefficient, self.target = coefficient, target
         self.in_keys = [features_key, task_key]
 

@@ -231,8 +231,8 @@ def _check_terms(terms: Sequence[nn.Module]) -> None:
 
 
 def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonus: bool) -> None:
-    require_numbers(clip_epsilon=clip_epsilon, critic_coeff=critic_coeff, entropy_coeff=entropy_coeff)
     low, high = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
+    require_numbers(clip_epsilon=low, critic_coeff=critic_coeff, entropy_coeff=entropy_coeff)
     if not (0 < low <= 1 and high > 0):
         raise ValueError(
             f"{clip_epsilon=} must lie in (0, 1]: the lowest ratio is 1 - clip_epsilon. Usual are 0.1 to 0.3."
