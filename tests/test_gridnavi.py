@@ -130,7 +130,7 @@ def test_a_checkpoint_goes_on_in_the_middle_of_an_episode():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: GridNavi(0), "num_states=0.*at least 1"),
+        (lambda: GridNavi(0), "size=0.*at least 1"),
         (lambda: GridNavi(episode_steps=0), "episode_steps=0"),
         (lambda: grid_goals(2), "below 3×3 has no cell"),
     ],
