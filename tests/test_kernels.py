@@ -46,6 +46,13 @@ def close(ours, theirs):
 
 
 # ----------------------------------------------------------------- relu_linear
+def layer_of(weight, bias=None):
+    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None)
+    linear.weight = nn.Parameter(weight)
+    linear.bias = None if bias is None else nn.Parameter(bias)
+    return linear
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
@@ -53,57 +60,49 @@ def close(ours, theirs):
 )
 def test_relu_linear_equals_torch(path, rows, inputs, outputs, bias, dtype):
     torch.manual_seed(0)
-    x, w, slope = (torch.randn(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
-    b = torch.randn(outputs, dtype=dtype) if bias else None
-    leaves = [leaf.requires_grad_() for leaf in (x, w, b) if leaf is not None]
-    ours, theirs = relu_linear(x, w, b), nn.functional.linear(torch.relu(x), w, b)
-    close(ours, theirs)
-    for our, their in zip(
-        torch.autograd.grad(ours, leaves, slope), torch.autograd.grad(theirs, leaves, slope), strict=True
-    ):
+    x, w = (torch.randn(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs)))
+    linear = layer_of(w, torch.randn(outputs, dtype=dtype) if bias else None)
+    ours = relu_linear(linear)(x)
+    assert not ours.requires_grad
+    close(ours, linear(torch.relu(x)).detach())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (7, 5, 1), (33, 64, 10), (9, 50, 17)])
+def test_gradients_of_relu_linear_equal_torchs(rows, inputs, outputs, dtype):
+    torch.manual_seed(0)
+    shapes = ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
+    x, w, b, slope = (torch.randn(*shape, dtype=dtype) for shape in shapes)
+    ours = [torch.empty_like(tensor) for tensor in (x, w, b)]
+    relu_linear_gradients(x, w, slope, *ours)
+    leaves = [leaf.requires_grad_() for leaf in (x, w, b)]
+    theirs = torch.autograd.grad(nn.functional.linear(torch.relu(x), w, b), leaves, slope)
+    for our, their in zip(ours, theirs, strict=True):
         close(our, their)
-    with torch.no_grad():
-        assert torch.equal(relu_linear(x, w, b), ours)
 
 
 def test_relu_linear_reads_strided_inputs(path):
     torch.manual_seed(0)
-    x, w = torch.randn(4, 6, 5).transpose(0, 2), torch.randn(4, 3).t()
-    x.requires_grad_(), w.requires_grad_()
-    slope = torch.randn(5, 3, 6).transpose(1, 2)
-    ours, theirs = relu_linear(x[..., :4], w), nn.functional.linear(torch.relu(x[..., :4]), w)
-    close(ours, theirs)
-    for our, their in zip(
-        torch.autograd.grad(ours, (x, w), slope), torch.autograd.grad(theirs, (x, w), slope), strict=True
-    ):
-        close(our, their)
+    x, w = torch.randn(4, 6, 5).transpose(0, 2)[..., :4], torch.randn(4, 3).t()
+    close(relu_linear(layer_of(w))(x), nn.functional.linear(torch.relu(x), w))
 
 
-def test_relu_linear_spares_gradients_that_nobody_asks_for(path):
-    x, w, b = torch.randn(5, 4), torch.randn(2, 4, requires_grad=True), torch.randn(2)
-    relu_linear(x, w, b).sum().backward()
-    close(w.grad, torch.relu(x).sum(0).expand(2, 4))
-    only_x = torch.ones(5, 4, requires_grad=True)
-    relu_linear(only_x, w.detach(), b).sum().backward()
-    close(only_x.grad, w.detach().sum(0).expand(5, 4))
-
-
-def test_relu_linear_trains_a_bias_alone(path):
-    bias = torch.zeros(2, requires_grad=True)
-    relu_linear(torch.ones(5, 4), torch.ones(2, 4), bias).sum().backward()
-    assert bias.grad.tolist() == [5.0, 5.0]
-
-
-@pytest.mark.parametrize(("x", "w", "b"), [((5, 4), (2, 3), (2,)), ((5, 4), (2, 4), (3,)), ((5, 4), (3, 4), (2,))])
-def test_relu_linear_of_sizes_that_do_not_fit(path, x, w, b):
-    with pytest.raises(RuntimeError, match="shape|size"):
-        relu_linear(torch.ones(x), torch.ones(w), torch.ones(b))
+def test_relu_linear_leaves_to_torch_what_the_kernel_does_not_read(path):
+    step = relu_linear(layer_of(torch.ones(2, 4), torch.zeros(2)))
+    x = torch.ones(5, 4, requires_grad=True)
+    step(x).sum().backward()
+    assert x.grad.tolist() == 5 * [4 * [2.0]]
+    assert step(torch.ones(0, 4)).shape == (0, 2)
+    for wrong in (torch.ones(5, 3), torch.ones(5, 4).double()):
+        with pytest.raises(RuntimeError, match="shape|dtype"):
+            step(wrong)
 
 
 def test_relu_linear_carries_nan(path):
     x = torch.ones(20, 8)
     x[11, 3] = torch.nan
-    out = relu_linear(x, torch.ones(2, 8))
+    out = relu_linear(layer_of(torch.ones(2, 8)))(x)
     assert out.isnan().any(-1).nonzero().tolist() == [[11]]
     assert out[11].isnan().all()
 

@@ -63,8 +63,7 @@ class ChainPart(Part):
             x = _activated(x, "tanh") if before == "tanh" else x.contiguous()
             self._inputs.append(x)
             # relu_linear makes the activation itself, and forgets it.
-            run = relu_linear if before == "relu" else nn.functional.linear
-            x = run(x, layer.weight, layer.bias)
+            x = relu_linear(layer)(x) if before == "relu" else nn.functional.linear(x, layer.weight, layer.bias)
         self._out = state[self.out_keys[0]] = _activated(x, self.after)
         return True
 

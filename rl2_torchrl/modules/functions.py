@@ -11,7 +11,7 @@ from rl2_torchrl import kernels
 
 __all__ = [
     *("MOST_OUTPUTS", "categorical_gradient", "categorical_terms", "log_prob_and_entropy", "raise_unknown_actions"),
-    *("relu_linear", "relu_linear_gradients", "relu_linear_step", "require_tensor", "unit_stride"),
+    *("relu_linear", "relu_linear_gradients", "require_tensor", "unit_stride"),
 ]
 
 
@@ -46,61 +46,26 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 MOST_OUTPUTS = 64
 
 
-def relu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``max(x, 0) W^T + b`` in one pass each way, for few outputs; without kernels `torch.relu` and `nn.functional.linear`."""
-    # The kernels read as many numbers as the weight's sizes say. What does not fit gets PyTorch's error.
-    outputs, inputs = weight.shape
-    fits = x.shape[-1] == inputs and (bias is None or bias.shape == (outputs,))
-    if not fits or outputs > MOST_OUTPUTS or not outputs or not x.numel() or not kernels.covers(x, weight, bias):
-        return nn.functional.linear(torch.relu(x), weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _ReLULinear.apply(x, weight, bias)
-    return _relu_linear(x, weight, bias)
+def relu_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """``max(x, 0) W^T + b`` of a layer as a function of ``x``, without gradient: by a kernel in one pass, for few outputs.
 
-
-def relu_linear_step(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """`relu_linear` of a layer without gradient, for rollouts: all that is the same in every step is looked at once, here."""
+    All that is the same in every call is looked at once, here; what the kernel does not read is left to PyTorch.
+    """
     weight, bias = _contiguous(linear.weight.detach(), linear.bias if linear.bias is None else linear.bias.detach())
-    if not kernels.covers(weight, bias) or len(weight) > MOST_OUTPUTS:
-        return lambda x: relu_linear(x, weight, bias)
-    outputs, inputs = weight.shape
-    forward, addresses = kernels.load(weight.dtype).linear_forward, (weight.data_ptr(), kernels.address(bias))
+    (outputs, inputs), has_kernel = weight.shape, 0 < len(weight) <= MOST_OUTPUTS and kernels.covers(weight, bias)
+    forward = kernels.load(weight.dtype).linear_forward if has_kernel else None
+    addresses = weight.data_ptr(), kernels.address(bias)
 
-    def step(x: Tensor) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != inputs or x.dtype != weight.dtype or not x.is_contiguous() or x.requires_grad:
-            return relu_linear(x, weight, bias)
-        rows = len(x)
-        y = x.new_empty(rows, outputs)
+    def run(x: Tensor) -> Tensor:
+        fits = x.shape[-1] == inputs and x.dtype == weight.dtype and x.is_cpu and x.is_contiguous() and x.numel()
+        if forward is None or not fits or x.requires_grad:
+            return nn.functional.linear(torch.relu(x), weight, bias)
+        rows, y = x.numel() // inputs, x.new_empty(*x.shape[:-1], outputs)
         threads = kernels.threads_for(rows * inputs * outputs)
         forward(rows, inputs, outputs, x.data_ptr(), *addresses, y.data_ptr(), threads)
         return y
 
-    return step
-
-
-def _relu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    (outputs, inputs), rows = weight.shape, x.numel() // x.shape[-1]
-    tensors = *_contiguous(x.detach(), weight.detach(), bias), x.new_empty(*x.shape[:-1], outputs)
-    threads = kernels.threads_for(rows * inputs * outputs)
-    kernels.load(x.dtype).linear_forward(rows, inputs, outputs, *map(kernels.address, tensors), threads)
-    return tensors[-1]
-
-
-class _ReLULinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return _relu_linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight = _contiguous(*ctx.saved_tensors)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        d_weight, d_bias = torch.empty_like(weight), weight.new_empty(len(weight))
-        relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias)
-        return dx, d_weight, d_bias if ctx.has_bias else None
+    return run
 
 
 def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:

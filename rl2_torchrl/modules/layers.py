@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from operator import index
 
@@ -16,7 +15,7 @@ from rl2_torchrl.arguments import require_callable, require_numbers, whole, whol
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, is_bare, runs
 from rl2_torchrl.modules.cores import sub_key
-from rl2_torchrl.modules.functions import relu_linear, relu_linear_step
+from rl2_torchrl.modules.functions import relu_linear
 
 __all__ = [
     *("Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead"),
@@ -268,35 +267,34 @@ class Head(nn.Module):
                 f"the head reads {features.shape[-1]} features but was built for {self.in_features}, hidden_size and extra_keys "
                 "included: let from_env(env, ...) add them up."
             )
-        layers = list(self.layers)
-        if self.skip_size:
-            activation, first, *layers = layers
-            features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
-            features = first(torch.cat((activation(features), skipped), -1))
-        return _run(
-            _fused(layers, lambda linear: partial(relu_linear, weight=linear.weight, bias=linear.bias)), features
-        )
+        if not torch.is_grad_enabled() and (fused := self._fused()) is not None:
+            return fused(features)
+        if not self.skip_size:
+            return self.layers(features)
+        activation, first, *_ = self.layers
+        features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
+        return self.layers[2:](first(torch.cat((activation(features), skipped), -1)))
 
     def step_function(self) -> Callable[[Tensor], Tensor]:
-        is_chain = runs(self, Head) and not self.skip_size
-        return partial(_run, _fused(list(self.layers), relu_linear_step)) if is_chain else self
+        return self._fused() or self
+
+    def _fused(self) -> Callable[[Tensor], Tensor] | None:
+        """The layers without gradient, each ReLU at once with the linear layer behind it; None where they are others."""
+        kinds, known = (nn.ReLU, nn.Linear), runs(self, Head) and not self.skip_size and is_bare(self)
+        if not known or not all(runs(layer, kinds[number % 2]) for number, layer in enumerate(self.layers)):
+            return None
+        functions = list(map(relu_linear, self.layers[1::2]))
+
+        def step(features: Tensor) -> Tensor:
+            for function in functions:
+                features = function(features)
+            return features
+
+        return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         is_chain = runs(self, Head) and not self.skip_size
         return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
-
-
-def _run(layers: Sequence[Callable], x: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-    return x
-
-
-def _fused(layers: list[nn.Module], fuse: Callable[[nn.Linear], Callable]) -> Sequence[Callable]:
-    """``layers``; with a function for each linear layer and the ReLU before it, where they are those by turns and nothing more."""
-    kinds = (nn.ReLU, nn.Linear)
-    are_known = all(runs(layer, kinds[number % 2]) and is_bare(layer) for number, layer in enumerate(layers))
-    return list(map(fuse, layers[1::2])) if are_known else layers
 
 
 class SkipHead(nn.Module):
