@@ -21,7 +21,7 @@ from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
 from rl2_torchrl.gradients.networks import parts_of
 from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, log_scale_key
-from rl2_torchrl.modules import CategoricalActions, LSTMCore, MLPEncoder, RecurrentActor, RecurrentCritic
+from rl2_torchrl.modules import CategoricalActions, GRUCore, LSTMCore, MLPEncoder, RecurrentActor, RecurrentCritic
 from rl2_torchrl.modules.distributions import MultiCategoricalActions, TanhGaussianActions
 from rl2_torchrl.modules.layers import Head
 
@@ -238,6 +238,24 @@ def _hook_on(kind):
     return _changed(change)
 
 
+def _hook_on_core(loss):
+    core = next(module for module in loss.modules() if isinstance(module, GRUCore))
+    core.register_forward_hook(lambda module, inputs, out: out.set("actor_features", 2 * out["actor_features"]))
+
+
+class _Doubling(GRUCore):
+    def forward(self, tensordict):
+        out = super().forward(tensordict)
+        return out.set(self.out_keys[0], 2 * out[self.out_keys[0]])
+
+
+def _core_of_its_own():
+    actor = RecurrentActor(
+        INPUTS, CategoricalActions(ACTIONS), core=_Doubling(INPUTS, UNITS, **F64), hidden_key="actor_hidden", **F64
+    )
+    return RL2PPOLoss(actor, GRUValueHead(INPUTS, hidden_size=12, **F64))
+
+
 def _transposed(loss):
     for name in ("weight_hh_l0", "weight_ih_l0"):
         weight = getattr(_gru(loss.actor_network), name)
@@ -283,6 +301,8 @@ COMPOSED = {
     "shared weights": (_tied, 0),
     "hook on a head": (lambda: _hook_on(Head), 1),
     "hook on a GRU": (lambda: _hook_on(nn.GRU), 1),
+    "hook on a core": (lambda: _changed(_hook_on_core), 1),
+    "core with a forward of its own": (_core_of_its_own, 1),
     "transposed weights": (lambda: _changed(_transposed), 0),
     "frozen": (lambda: _changed(lambda loss: _gru(loss.actor_network).requires_grad_(False)), 0),
     "frozen layer": (lambda: _changed(lambda loss: _gru(loss.actor_network).bias_hh_l0.requires_grad_(False)), 0),

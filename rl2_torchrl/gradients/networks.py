@@ -1,4 +1,4 @@
-"""`parts_of`: a network as the list of its parts, each with its own gradient or autograd's.
+"""`leaves_of` and `parts_of`: a network as the list of its modules, and these as parts with a gradient of their own or autograd's.
 
 Its own is what a module's ``gradient_part`` brings; that is None where the module has none, such as for other activations.
 """
@@ -17,16 +17,16 @@ from tensordict.nn import (
 )
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.gradients.part import Part, has_hooks, is_bare, is_function, on_entries
+from rl2_torchrl.gradients.part import Part, has_hooks, is_bare, is_core, is_function, on_entries
 from rl2_torchrl.modules import distributions
 
-__all__ = ["actor_parts", "parts_of", "why_no_parts"]
+__all__ = ["actor_parts", "leaves_of", "parts_of", "why_no_parts"]
 
 
 def why_no_parts(actor: TensorDictModuleBase) -> str | None:
     """Why the policy ``actor`` is no list of parts that ends in one distribution, in words; None if it is."""
     if isinstance(actor, TensorDictSequential) and not getattr(actor, "return_composite", False):
-        *others, last = _leaves(actor, is_policy=True)
+        *others, last = leaves_of(actor, is_policy=True)
         is_sample = isinstance(last, ProbabilisticTensorDictModule) and len(last.dist_keys) == len(last.in_keys)
         is_only = not any(isinstance(module, ProbabilisticTensorDictModule) for module in others)
         if is_sample and is_only and distributions.distribution_of(last):
@@ -36,21 +36,24 @@ def why_no_parts(actor: TensorDictModuleBase) -> str | None:
 
 def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: bool) -> list[Part]:
     """The parts of the policy ``actor``, the last of which writes log-probability and entropy (`policy_part`)."""
-    *modules, sample = _leaves(actor, is_policy=True)
+    *modules, sample = leaves_of(actor, is_policy=True)
     like = next(actor.parameters(), None)
     return [*map(_part, modules), distributions.policy_part(sample, action_key, entropy=entropy, like=like)]
 
 
 def parts_of(network: TensorDictModuleBase) -> list[Part]:
     """The parts of ``network``, in the order in which it runs them."""
-    return list(map(_part, _leaves(network)))
+    return list(map(_part, leaves_of(network)))
 
 
-def _leaves(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[TensorDictModuleBase]:
-    # Of a policy the loss asks its distribution, past its own forward and the hooks on that.
+def leaves_of(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[TensorDictModuleBase]:
+    """The modules that ``module`` runs, in order, if it is a plain sequence; else itself.
+
+    ``is_policy``: of a policy the loss asks its distribution, past its own forward and the hooks on that.
+    """
     is_plain = type(module).forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward)
     if is_policy or (is_plain and not has_hooks(module)):
-        return [leaf for part in module.module for leaf in _leaves(part)]
+        return [leaf for part in module._module_iter() for leaf in leaves_of(part)]
     return [module]
 
 
@@ -58,8 +61,7 @@ def _part(module: TensorDictModuleBase) -> Part:
     """Whatever a module is: a core, a function of tensors, or one that wants a TensorDict; with its own gradient, if it has one."""
     in_keys, optional, speaker = module.in_keys, (), module
     out_keys = [key for key in module.out_keys if key[0] != "next"]
-    # Of the class: a TensorDictModule passes on what its inner module has.
-    if hasattr(type(module), "sequence"):
+    if is_core(module):
         own, why = _own_gradient(module), "brings no gradient of its own"
         function, optional = on_entries(module.sequence), in_keys[1:]
     elif is_function(module):

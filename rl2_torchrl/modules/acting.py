@@ -10,28 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import unwrap
 
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import (
     InteractionType,
     ProbabilisticTensorDictModule,
-    ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
-    TensorDictSequential,
 )
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor
 from torchrl.modules import SafeProbabilisticModule
 
-from rl2_torchrl.gradients.part import State, has_hooks, is_bare, is_function
+from rl2_torchrl.gradients.networks import leaves_of
+from rl2_torchrl.gradients.part import State, has_hooks, is_bare, is_core, is_function
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 
 __all__ = ["ActingPart", "State", "acting_parts"]
 
 Run = Callable[[State], None]
+_SAMPLES = (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward)
 
 
 @dataclass(frozen=True)
@@ -58,27 +57,22 @@ class ActingPart:
 
 def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     """The parts of ``module``, in order."""
-    cls, keys = type(module), (module.in_keys, module.out_keys)
-    if not has_hooks(module):
-        if cls.forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward):
-            return [part for child in module._module_iter() for part in acting_parts(child)]
-        # Of the class: a TensorDictModule passes on what its inner module has.
-        if hasattr(cls, "step_function") and _steps_as_forward(cls):
-            # A rollout resets the memory itself: the core need not see where trials begin.
-            return [ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")]
-        if cls.forward in (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward):
-            if (distribution := distribution_of(module)) is not None:
-                return [_distribution(module, distribution)]
-        elif is_function(module):
-            return [ActingPart(module, *keys, lambda _: _on_tensors(module), "tensors")]
-    return [ActingPart(module, *keys, lambda _: _on_tensordict(module), "tensordict")]
+    return list(map(_part, leaves_of(module)))
 
 
-def _steps_as_forward(cls: type) -> bool:
-    """Whether ``step_function`` speaks of the ``forward`` that is called: a class below the one that brings it may have another."""
-    brings = next(n for n, base in enumerate(cls.__mro__) if "step_function" in vars(base))
-    written = next(base for base in cls.__mro__[brings:] if "forward" in vars(base))
-    return unwrap(cls.forward) is unwrap(vars(written)["forward"])
+def _part(module: TensorDictModuleBase) -> ActingPart:
+    keys, is_plain_sample = (
+        (module.in_keys, module.out_keys),
+        type(module).forward in _SAMPLES and not has_hooks(module),
+    )
+    if is_core(module):
+        # A rollout resets the memory itself: the core need not see where trials begin.
+        return ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")
+    if is_plain_sample and (distribution := distribution_of(module)) is not None:
+        return _distribution(module, distribution)
+    if is_function(module):
+        return ActingPart(module, *keys, lambda _: _on_tensors(module), "tensors")
+    return ActingPart(module, *keys, lambda _: _on_tensordict(module), "tensordict")
 
 
 def _on_tensors(module: TensorDictModule) -> Run:
