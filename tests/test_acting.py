@@ -24,7 +24,8 @@ from rl2_torchrl.envs import (
     uniform_means,
     uniform_targets,
 )
-from rl2_torchrl.modules import GaussianActions, Head, LSTMCore
+from rl2_torchrl.gradients import parts_of
+from rl2_torchrl.modules import GaussianActions, Head, LSTMCore, RunningNorm
 from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.gru import FastGRUModule
 from rl2_torchrl.rollout import Rollout
@@ -298,6 +299,28 @@ def test_the_step_of_a_layer_is_its_forward(kind):
     step, x = layer.step_function(), torch.randn(6, 4)
     assert step is not layer
     torch.testing.assert_close(step(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+class _DoubleNorm(RunningNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class _DoubleHead(Head):
+    def forward(self, features):
+        return 2 * super().forward(features)
+
+
+@pytest.mark.parametrize("layer", [_DoubleNorm(4), _DoubleHead(4, 3, init_range=0.5)], ids=["norm", "head"])
+def test_a_layer_with_a_forward_of_its_own_acts_and_learns_by_that(layer):
+    module, x = TensorDictModule(layer, ["x"], ["y"]), torch.randn(6, 4)
+    [acting], [part] = acting_parts(module), parts_of(module)
+    acted, learnt = {"x": x}, {"x": x.unsqueeze(1)}
+    acting.make(1)(acted)
+    part.run(learnt)
+    torch.testing.assert_close(acted["y"], layer(x))
+    torch.testing.assert_close(learnt["y"].squeeze(1), layer(x))
+    assert part.kind == "autograd"
 
 
 def test_a_core_is_not_asked_where_trials_begin():

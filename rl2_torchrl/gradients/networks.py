@@ -17,7 +17,7 @@ from tensordict.nn import (
 )
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.gradients.part import Part, has_hooks, is_bare, is_core, is_function, on_entries
+from rl2_torchrl.gradients.part import Part, brings, has_hooks, is_bare, is_function, on_entries
 from rl2_torchrl.modules import distributions
 
 __all__ = ["actor_parts", "leaves_of", "parts_of", "why_no_parts"]
@@ -61,7 +61,7 @@ def _part(module: TensorDictModuleBase) -> Part:
     """Whatever a module is: a core, a function of tensors, or one that wants a TensorDict; with its own gradient, if it has one."""
     in_keys, optional, speaker = module.in_keys, (), module
     out_keys = [key for key in module.out_keys if key[0] != "next"]
-    if is_core(module):
+    if brings(module, "step_function"):  # a core, and its sequence with it
         own, why = _own_gradient(module), "brings no gradient of its own"
         function, optional = on_entries(module.sequence), in_keys[1:]
     elif is_function(module):
@@ -76,7 +76,7 @@ def _part(module: TensorDictModuleBase) -> Part:
 
 
 def _own_gradient(module: Callable, *keys: list[NestedKey]) -> Part | None:
-    return module.gradient_part(*keys) if hasattr(module, "gradient_part") and is_bare(module) else None
+    return module.gradient_part(*keys) if brings(module, "gradient_part") and is_bare(module) else None
 
 
 def _on_tensordict(module: TensorDictModuleBase, out_keys: list[NestedKey]) -> Callable[..., tuple[torch.Tensor, ...]]:

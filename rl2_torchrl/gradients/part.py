@@ -12,7 +12,7 @@ from torch import nn
 
 __all__ = [
     *("Gradients", "Part", "State", "accumulate", "entries_of", "on_entries"),
-    *("has_hooks", "is_bare", "is_core", "is_function", "runs"),
+    *("brings", "has_hooks", "is_bare", "is_function", "runs"),
 ]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, and what networks make of them.
@@ -156,12 +156,12 @@ def is_function(module: TensorDictModuleBase) -> bool:
     return not (module._kwargs is not None or module.method_kwargs or module.method or module._get_kwargs)
 
 
-def is_core(module: TensorDictModuleBase) -> bool:
-    """Whether ``module`` brings `step_function` and `sequence`, and its ``forward`` is the one that they speak of."""
+def brings(module: nn.Module, method: str) -> bool:
+    """Whether ``module`` has a ``method`` that does what its ``forward`` does, and this is the forward that is called."""
     cls = type(module)  # a TensorDictModule passes on what its inner module has
-    if not hasattr(cls, "step_function") or has_hooks(module):
+    if not hasattr(cls, method) or has_hooks(module) or "parametrizations" in module._modules:
         return False
-    # A class below the one that brings them may have another forward.
-    brings = next(n for n, base in enumerate(cls.__mro__) if "step_function" in vars(base))
-    written = next(base for base in cls.__mro__[brings:] if "forward" in vars(base))
+    # A class below the one that brings it may have another forward.
+    first = next(n for n, base in enumerate(cls.__mro__) if method in vars(base))
+    written = next(base for base in cls.__mro__[first:] if "forward" in vars(base))
     return unwrap(cls.forward) is unwrap(vars(written)["forward"])

@@ -23,7 +23,7 @@ from torch import Tensor
 from torchrl.modules import SafeProbabilisticModule
 
 from rl2_torchrl.gradients.networks import leaves_of
-from rl2_torchrl.gradients.part import State, has_hooks, is_bare, is_core, is_function
+from rl2_torchrl.gradients.part import State, brings, has_hooks, is_bare, is_function
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 
@@ -65,7 +65,7 @@ def _part(module: TensorDictModuleBase) -> ActingPart:
         (module.in_keys, module.out_keys),
         type(module).forward in _SAMPLES and not has_hooks(module),
     )
-    if is_core(module):
+    if brings(module, "step_function"):
         # A rollout resets the memory itself: the core need not see where trials begin.
         return ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")
     if is_plain_sample and (distribution := distribution_of(module)) is not None:
@@ -77,7 +77,7 @@ def _part(module: TensorDictModuleBase) -> ActingPart:
 
 def _on_tensors(module: TensorDictModule) -> Run:
     function, in_keys, out_keys = module.module, module.in_keys, module.out_keys
-    if hasattr(function, "step_function") and is_bare(function):
+    if brings(function, "step_function") and is_bare(function):
         function = function.step_function()
 
     def run(state: State) -> None:

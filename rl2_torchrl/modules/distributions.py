@@ -18,7 +18,7 @@ from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
 from rl2_torchrl.arguments import whole, whole_numbers
 from rl2_torchrl.gradients import policy
-from rl2_torchrl.gradients.part import Part, runs
+from rl2_torchrl.gradients.part import Part, brings
 from rl2_torchrl.modules.functions import log_prob_and_entropy
 
 __all__ = [
@@ -393,9 +393,7 @@ class Gaussian(nn.Module):
         return mean, self.log_std.exp().expand_as(mean)
 
     def step_function(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        if not runs(self, Gaussian):
-            return self
-        mean_of = self.mean.step_function() if hasattr(self.mean, "step_function") else self.mean
+        mean_of = self.mean.step_function() if brings(self.mean, "step_function") else self.mean
         scale = self.log_std.detach().exp()
 
         def step(*features: Tensor) -> tuple[Tensor, Tensor]:
@@ -405,8 +403,7 @@ class Gaussian(nn.Module):
         return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]):
-        known = hasattr(self.mean, "gradient_part") and runs(self, Gaussian)
-        mean = self.mean.gradient_part(in_keys, out_keys[:1]) if known else None
+        mean = self.mean.gradient_part(in_keys, out_keys[:1]) if brings(self.mean, "gradient_part") else None
         return mean and policy.GaussianHeadPart(self, mean, self.log_std, out_keys)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rl2_torchrl.arguments import require_callable, require_numbers, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import Part, is_bare, runs
+from rl2_torchrl.gradients.part import Part, brings, is_bare, runs
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.functions import relu_linear
 
@@ -64,8 +64,7 @@ class MLPEncoder(nn.Module):
         return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        is_chain = runs(self, MLPEncoder) and len(self.shape) == 1
-        return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
+        return ChainPart.of(self, self.layers, in_keys, out_keys) if len(self.shape) == 1 else None
 
 
 class ImageEncoder(nn.Module):
@@ -151,8 +150,8 @@ class Concat(nn.Module):
         first, *others = inputs
         return torch.cat([first, *(_as_reals(x, first) for x in others)], -1) if others else first
 
-    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> Part | None:
-        return Part(self, in_keys, out_keys) if runs(self, Concat) else None
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> Part:
+        return Part(self, in_keys, out_keys)
 
 
 def by_entry(encoder: Encoder | None, in_key: NestedKey) -> TensorDictModuleBase | Mapping[NestedKey, EntryEncoder]:
@@ -280,8 +279,8 @@ class Head(nn.Module):
 
     def _fused(self) -> Callable[[Tensor], Tensor] | None:
         """The layers without gradient, each ReLU at once with the linear layer behind it; None where they are others."""
-        kinds, known = (nn.ReLU, nn.Linear), runs(self, Head) and not self.skip_size and is_bare(self)
-        if not known or not all(runs(layer, kinds[number % 2]) for number, layer in enumerate(self.layers)):
+        by_turns = all(runs(layer, (nn.ReLU, nn.Linear)[number % 2]) for number, layer in enumerate(self.layers))
+        if self.skip_size or not by_turns or not is_bare(self):
             return None
         functions = list(map(relu_linear, self.layers[1::2]))
 
@@ -293,8 +292,7 @@ class Head(nn.Module):
         return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        is_chain = runs(self, Head) and not self.skip_size
-        return ChainPart.of(self, self.layers, in_keys, out_keys) if is_chain else None
+        return None if self.skip_size else ChainPart.of(self, self.layers, in_keys, out_keys)
 
 
 class SkipHead(nn.Module):
@@ -309,7 +307,7 @@ class SkipHead(nn.Module):
         return self.head(self.concat(features.detach() if self.detach else features, *extra))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
-        is_chain = runs(self, SkipHead) and runs(self.head, Head) and (self.head.skip_size > 0) == (len(in_keys) > 1)
+        is_chain = brings(self.head, "gradient_part") and (self.head.skip_size > 0) == (len(in_keys) > 1)
         return ChainPart.of(self, self.head.layers, in_keys, out_keys, detach=self.detach) if is_chain else None
 
     @classmethod

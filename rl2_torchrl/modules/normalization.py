@@ -6,7 +6,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 
-from rl2_torchrl.gradients.part import Part, runs
+from rl2_torchrl.gradients.part import Part
 
 __all__ = ["RunningNorm"]
 
@@ -100,5 +100,5 @@ class RunningNorm(nn.Module):
         self.mean += delta * (len(x) / count)
         self.count.copy_(count)
 
-    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> Part | None:
-        return Part(self, in_keys, out_keys) if runs(self, RunningNorm) else None
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> Part:
+        return Part(self, in_keys, out_keys)
