@@ -161,18 +161,21 @@ def test_is_init_forgets_whatever_memory_a_step_is_given(kind):
     assert (td["features"][1] - td["features"][0]).abs().max() > 1e-3
 
 
-def test_lstm_equals_torchrls():
+@pytest.mark.parametrize("starts", [[], [2, 4, 6], [3, 4]], ids=["first step alone", "evenly", "anywhere"])
+def test_lstm_equals_torchrls(starts):
     torch.manual_seed(0)
     theirs = LSTMModule(
         5, 6, 2, in_keys=["trans", "hidden", "hidden_cell"], out_keys=["y", ("next", "hidden"), ("next", "hidden_cell")]
     )
     ours = LSTMCore(5, 6, 2)
     ours.load_state_dict(theirs.state_dict())
-    is_init = (torch.rand(4, 7, 1) < 0.3).index_fill(1, torch.tensor(0), True)
-    entries = {"trans": torch.randn(4, 7, 5), "is_init": is_init}
-    entries |= {key: torch.randn(4, 7, 2, 6) for key in ("hidden", "hidden_cell")}
+    is_init = torch.zeros(4, 8, 1, dtype=torch.bool)
+    is_init[:, [0, *starts]] = True
+    is_init[1] |= starts == [3, 4]  # this row begins anew at every step
+    entries = {"trans": torch.randn(4, 8, 5), "is_init": is_init}
+    entries |= {key: torch.randn(4, 8, 2, 6) for key in ("hidden", "hidden_cell")}
     with set_recurrent_mode(True):
-        expected, td = theirs(TensorDict(entries, [4, 7])), ours(TensorDict(entries, [4, 7]))
+        expected, td = theirs(TensorDict(entries, [4, 8])), ours(TensorDict(entries, [4, 8]))
     torch.testing.assert_close(td["features"], expected["y"])
     for key in ("hidden", "hidden_cell"):
         torch.testing.assert_close(td["next", key], expected["next", key])

@@ -21,7 +21,7 @@ from rl2_torchrl.arguments import whole
 
 __all__ = [
     *("LSTMCore", "RecurrentCore", "Tensors"),
-    *("as_sizes", "at_ends", "lost_memory", "run_segments", "sub_key", "where_rows"),
+    *("as_sizes", "at_ends", "lost_memory", "sub_key", "where_rows"),
 ]
 
 Tensors = tuple[Tensor, ...]
@@ -103,15 +103,20 @@ class RecurrentCore(TensorDictModuleBase):
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
         """`sequence`, and the memories ``[N, T, *shape]`` after each trial's last step in its row, 0 elsewhere."""
-        initial, outputs = self.initial_memory(len(x)), []
-        state = tuple(m[:, 0] for m in memory) if memory else initial
+        first_at, outputs = self._first_memory(memory, len(x)), []
+        state = tuple(m[:, 0] for m in memory) if memory else first_at(0)
         for t in range(x.shape[1]):
             if is_init is not None:
-                state = [where_rows(is_init[:, t], *pair) for pair in zip(initial, state, strict=True)]
+                state = [where_rows(is_init[:, t], *pair) for pair in zip(first_at(t), state, strict=True)]
             features, *state = self.step(x[:, t], *state)
             outputs.append((features, *state))
         features, *states = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
         return features, *(at_ends(each, is_init) for each in states if with_memory)
+
+    def _first_memory(self, memory: Tensors | None, num_rows: int) -> Callable[[int], Tensors]:
+        """From a step to the memories with which a trial that starts there begins."""
+        initial = self.initial_memory(num_rows)
+        return lambda t: initial
 
     @property
     def recurrent_mode(self) -> bool:
@@ -236,39 +241,25 @@ class LSTMCore(RecurrentCore):
         return x, *(torch.stack(each, 1) for each in zip(*states, strict=True))
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
-        return run_segments(self.lstm, x, memory, is_init, with_memory)
+        batch = x.shape[:2]
+        starts = torch.zeros(batch, dtype=torch.bool, device=x.device) if is_init is None else is_init.bool().clone()
+        starts[:, 0] = True
+        first = starts.flatten().nonzero().squeeze(-1)
+        length = starts.numel() // len(first)
+        if not torch.equal(first, torch.arange(0, starts.numel(), length, device=x.device)):
+            # PyTorch's packed sequences are up to ten times slower than steps.
+            return super().unroll(x, memory, is_init, with_memory=with_memory)
+        state = memory and tuple(m.flatten(0, 1)[first].transpose(0, 1).contiguous() for m in memory)
+        y, last = self.lstm(x.reshape(len(first), length, -1), state)
+        states = [m.transpose(0, 1).repeat_interleave(length, 0) for m in last] if with_memory else []
+        return y.reshape(*batch, -1), *(at_ends(each.unflatten(0, batch), is_init) for each in states)
+
+    def _first_memory(self, memory: Tensors | None, num_rows: int) -> Callable[[int], Tensors]:
+        # What is stored at that step, as TorchRL's LSTMModule has it.
+        return (lambda t: tuple(m[:, t] for m in memory)) if memory else super()._first_memory(memory, num_rows)
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(RecurrentCore.forward)
-
-
-def run_segments(rnn: nn.RNNBase, x, memory: Tensors | None, is_init: Tensor | None, with_memory: bool) -> Tensors:
-    """`RecurrentCore.unroll` by a `torch.nn.GRU` or `torch.nn.LSTM` (``batch_first``): one call for all segments between resets."""
-    rows, steps = x.shape[:2]
-    starts = torch.zeros(rows, steps, dtype=torch.bool, device=x.device) if is_init is None else is_init.bool().clone()
-    starts[:, 0] = True
-    starts, x = starts.flatten(), x.flatten(0, 1)
-    first = starts.nonzero().squeeze(-1)
-    lengths = torch.diff(first, append=first.new_tensor([len(x)]))
-    if memory is not None:
-        memory = tuple(m.flatten(0, 1)[first].transpose(0, 1).contiguous() for m in memory)
-        memory = memory if isinstance(rnn, nn.LSTM) else memory[0]
-    longest = int(lengths.max())
-    if len(first) * longest == len(x):  # all of one length
-        y, state = rnn(x.unflatten(0, (len(first), longest)), memory)
-        y = y.flatten(0, 1)
-    else:
-        segment = starts.cumsum(0) - 1
-        at = (segment, torch.arange(len(x), device=x.device) - first[segment])
-        padded = x.new_zeros(len(first), longest, x.shape[-1]).index_put(at, x)
-        packed = nn.utils.rnn.pack_padded_sequence(padded, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        y, state = rnn(packed, memory)
-        y = nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0][at]
-    outputs, last = [y], (first + lengths - 1,)
-    for s in (state if isinstance(state, tuple) else (state,)) if with_memory else ():
-        s = s.transpose(0, 1)
-        outputs.append(s.new_zeros(len(x), *s.shape[1:]).index_put(last, s))
-    return tuple(each.unflatten(0, (rows, steps)) for each in outputs)
 
 
 def lost_memory(memory_keys: Sequence[NestedKey]) -> str:

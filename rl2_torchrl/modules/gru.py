@@ -11,7 +11,7 @@ from torchrl.modules import GRUModule, set_recurrent_mode
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.recurrent import GRUPart
-from rl2_torchrl.modules.cores import RecurrentCore, Tensors, as_sizes, at_ends, run_segments
+from rl2_torchrl.modules.cores import RecurrentCore, Tensors, as_sizes, at_ends
 from rl2_torchrl.modules.functions import require_tensor, unit_stride
 from rl2_torchrl.modules.gru_sequence import gru_sequence, pack_weights, require_weights
 
@@ -79,8 +79,6 @@ class FastGRUModule(RecurrentCore, GRUModule):
         if self._is_covered() or (self._is_plain() and x.is_cuda and len(x) and not with_memory):
             layers = self._layers(x, memory and memory[0], is_init)
             return layers[-1], *([at_ends(torch.stack(layers, -2), is_init)] if with_memory else ())
-        if isinstance(self.gru, nn.GRU) and self.recurrent_backend == "pad":
-            return run_segments(self.gru, x, memory, is_init, with_memory)
         flags = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if is_init is None else is_init
         entries = zip(self.in_keys, (x, memory and memory[0], flags.unsqueeze(-1)), strict=True)
         out = TensorDict({key: entry for key, entry in entries if entry is not None}, x.shape[:2])
