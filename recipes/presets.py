@@ -36,7 +36,7 @@ _SMALL = {"lr": 1e-3, "lmbda": 0.95, "minibatches": 4, "max_grad_norm": 0.5}
 PRESETS = {
     "GridNavi": Preset(
         "grid_navi",
-        "return 37.2, the Bayes optimum's",
+        "the Bayes optimum, 37.2, in 6 of 12",
         "What is earned is a trial's plain sum: no discount. The order of the first search decides how well the second can go on: "
         "much entropy until both are known, and a memory that holds the whole trial from the start. With an entropy bonus of 0.03 "
         "and without such a memory the order was one that earns 98.3 to 99.2 % of the optimum in two of three seeds.",
