@@ -119,8 +119,8 @@ def test_specs_fit_the_data(make, batch_size):
     ("build", "message"),
     [
         (lambda: BernoulliBandit(0), "num_arms=0 must be a whole number"),
-        (lambda: BernoulliBandit(2, batch_size=(0,)), r"batch_size \(0,\) holds no env"),
-        (lambda: QuadraticBandit(1, batch_size=(3, 0)), r"batch_size \(3, 0\) holds no env"),
+        (lambda: BernoulliBandit(2, batch_size=(0,)), r"batch_size=\(0,\) holds no env"),
+        (lambda: QuadraticBandit(1, batch_size=(3, 0)), r"batch_size=\(3, 0\) holds no env"),
         (lambda: QuadraticBandit(0), "dim=0 must be a whole number"),
         (lambda: QuadraticBandit(1, noise=-0.1), "must be at least 0"),
         (lambda: QuadraticBandit(1, noise=math.nan), "must be at least 0"),

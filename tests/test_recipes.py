@@ -61,7 +61,7 @@ RECIPES = {
         bad={
             "num_arms=0": {"arms": 0},
             "episodes=0 must be": {"pulls": 0},
-            r"batch_size \(0,\)": {"trials": 0},
+            r"batch_size=\(0,\)": {"trials": 0},
             "total_frames=0": {"env_steps": 0},
             "never ends": {"env_steps": -1000},
             "report_tasks=1: rewards": {"report_tasks": 1},
@@ -96,7 +96,7 @@ RECIPES = {
         first_episode=None,
         bad={
             "episodes=0 must be": {"episodes": 0},
-            r"batch_size \(0,\)": {"trials": 0},
+            r"batch_size=\(0,\)": {"trials": 0},
             "total_frames=0": {"env_steps": 0},
             "hidden_size=0": {"units": 0},
         },

@@ -288,7 +288,7 @@ def test_noise_can_be_set_at_any_time():
         (lambda: TabularMDP(0), "num_states=0.*at least 1"),
         (lambda: TabularMDP(2, 0), "num_actions=0.*at least 1"),
         (lambda: TabularMDP(episode_steps=0), "episode_steps=0.*at least 1"),
-        (lambda: TabularMDP(batch_size=(3, 0)), r"batch_size \(3, 0\).*at least 1"),
+        (lambda: TabularMDP(batch_size=(3, 0)), r"batch_size=\(3, 0\).*at least 1"),
         (lambda: TabularMDP(noise=-1.0), "noise=-1.0 is a standard deviation"),
         (lambda: pack_mdps(torch.zeros(3, 2), torch.zeros(3, 2, 2)), r"\[3, 2, 2\] are no MDPs"),
         (lambda: unpack_mdps(torch.zeros(5, 60), 4, 2), r"\[5, 60\]; with 4 states and 2 actions.*40\]"),

@@ -371,7 +371,7 @@ def test_draws_come_in_their_order():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"batch_size": (2, 0)}, r"batch_size \(2, 0\) holds no env"),
+        ({"batch_size": (2, 0)}, r"batch_size=\(2, 0\) holds no env"),
         ({"max_episode_steps": 0}, "max_episode_steps=0.*at least 1"),
         ({"max_episode_steps": None, "fixed_length": True}, "fixed_length=True without max_episode_steps"),
     ],

@@ -210,11 +210,12 @@ def test_what_is_no_observation_is_left_out_and_said(told):
     assert list(env.transform[-1].layout().observations) == ast.literal_eval(named)
 
 
-def test_info_readers_in_other_envs_are_hinted_at(told):
+def test_info_readers_in_other_envs_are_hinted_at(told, caplog):
     def telling():
         reader = default_info_dict_reader(["lives"], spec={"lives": Unbounded((1,))})
         return GymWrapper(Told()).set_info_dict_reader(reader)
 
+    caplog.set_level("INFO", "torchrl")  # which another test may have raised
     env = memories(base=SerialEnv(2, telling))
     assert env.reset()["trans"].shape == (2, 2 + 1 + 1 + 2)
     [said] = [message for message in told if "shows the agent ['observation', 'lives']" in message]

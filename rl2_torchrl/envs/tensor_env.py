@@ -120,7 +120,7 @@ class TensorEnv(EnvBase):
         require_specs(task_spec=task_spec, action_spec=action_spec, observation_spec=observation_spec)
         batch_size = as_batch_size(batch_size)
         if 0 in batch_size:
-            raise ValueError(f"batch_size {tuple(batch_size)} holds no env: every dimension must be at least 1.")
+            raise ValueError(f"batch_size={tuple(batch_size)} holds no env: every dimension must be at least 1.")
         if max_episode_steps is not None:
             max_episode_steps = whole("max_episode_steps", max_episode_steps)
         elif fixed_length:
