@@ -82,15 +82,15 @@ class RunCheckpoints:
         self._collector, self._result, self._scalars = collector, result, scalars
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings, self._networks = settings_of(collector, update), networks_of(update)
+        self._own = _CollectorState(collector)
         self._parts = {
             "update": update,
-            "collector": (own := _CollectorState(collector)),
+            "collector": self._own,
             "rollout": _RolloutState(collector, returns),
             "callbacks": _States(callbacks),
             "result": result,
             "rng": GlobalRNGState(),
         }
-        self._own = own
 
     def __enter__(self) -> RunCheckpoints:
         """Takes the folder for this run; OSError where another one has it."""
