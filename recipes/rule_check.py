@@ -58,8 +58,8 @@ CHECKS = {
         ((3, 150), (8, 25), (12, 70), (20, 40), (30, 110)),
         "ucb1",
         "UCB1",
-        "What the rule does in long trials was chosen after a first check, in which (30, 110) earned 98.04 %. Its settings come from "
-        "trainings at (24, 90); that an agent of perfect memory does well in these cells that way had been seen before.",
+        "What the rule does in long trials was chosen after a first check, in which (30, 110) earned 98.04 %. Its settings come "
+        "from trainings at (24, 90); that an agent of perfect memory does well in these cells that way had been seen before.",
     ),
     "mdps": Check(
         tabular_mdp, "Tabular MDPs", ("states", "actions", "episodes"), ((6, 3, 15), (10, 5, 20)), "beb", "BEB"
