@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
+from torch import nn
 from torchrl.data import TensorSpec
 
-__all__ = ["as_batch_size", "as_list", "require_callable", "require_numbers", "require_specs", "whole", "whole_numbers"]
+__all__ = [
+    "as_batch_size",
+    "as_list",
+    "require_callable",
+    "require_collector",
+    "require_flags",
+    "require_layer_class",
+    "require_numbers",
+    "require_specs",
+    "whole",
+    "whole_numbers",
+]
 
 
 def as_list(name: str, values: Iterable) -> list:
@@ -37,6 +50,29 @@ def require_callable(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name}={value!r} cannot be called: give the function or class itself.")
+
+
+def require_collector(collector: Any, call: str) -> None:
+    """TypeError where what comes first in ``call`` is no collector, as where two arguments have changed places."""
+    if not hasattr(collector, "total_frames"):
+        raise TypeError(f"{type(collector).__name__} is no collector, which comes first: {call}.")
+
+
+def require_flags(**arguments: Any) -> None:
+    """TypeError where what is given is not True or False: to Python any text is true, ``"no"`` and ``"False"`` too."""
+    for name, value in arguments.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name}={value!r} is neither True nor False.")
+
+
+def require_layer_class(**arguments: Any) -> None:
+    """TypeError where what is given makes no layers: a name in quotes, or one layer, which all places would share."""
+    require_callable(**arguments)
+    for name, value in arguments.items():
+        if isinstance(value, nn.Module):
+            raise TypeError(
+                f"{name}={value!r} is one layer, and each place has its own: give the class, such as nn.ReLU."
+            )
 
 
 def as_batch_size(batch_size: Sequence[int]) -> torch.Size:

@@ -13,6 +13,7 @@ from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase, TransformedEnv
 
+from rl2_torchrl.arguments import require_collector
 from rl2_torchrl.checks.probe import NetworkProbe
 from rl2_torchrl.gradients import LOG_PROB, Part
 from rl2_torchrl.transition import PreviousStep
@@ -71,6 +72,9 @@ def describe(collector: BaseCollector, update: PPOUpdate) -> Description:
         collector: TorchRL's collector or `TrialCollector`; of envs inside other processes nothing is known.
         update: `PPOUpdate`.
 
+    Raises:
+        TypeError: the one is no collector, or the other no `PPOUpdate`.
+
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
         >>> from rl2_torchrl import ActorCritic, GRUCategoricalActor, GRUValueHead, RL2PPOLoss, TaskSampler, TrialCollector
@@ -83,6 +87,9 @@ def describe(collector: BaseCollector, update: PPOUpdate) -> Description:
         >>> [(part.name, part.what, part.parameters) for part in description.parts if part.name == "Head"]
         [('Head', 'actor_features [64] -> logits [3]', 195), ('Head', 'critic_features [64] -> state_value [1]', 65)]
     """
+    require_collector(collector, "describe(collector, update)")
+    if not isinstance(update, PPOUpdate):
+        raise TypeError(f"{type(update).__name__} is no PPOUpdate: describe(collector, PPOUpdate(loss)).")
     env = getattr(collector, "env", None)
     parts = [*_env(env), *_collector(collector, env)]
     shapes = _shapes(env, update.loss)

@@ -13,7 +13,7 @@ from tensordict.utils import unravel_key
 from torch import nn
 from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
 
-from rl2_torchrl.arguments import whole
+from rl2_torchrl.arguments import require_flags, whole
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.rollout import Rollout, trial_steps
@@ -158,6 +158,7 @@ def adaptation_curve(
         torch.Size([100, 10])
     """
     num_trials, max_trial_steps = whole("num_trials", num_trials), whole("max_trial_steps", max_trial_steps)
+    require_flags(deterministic=deterministic)
     if not isinstance(env, EnvBase):
         raise TypeError(
             f"{type(env).__name__} is no env, which comes first: adaptation_curve(env, policy, num_trials)."

@@ -22,7 +22,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.objectives import LossModule
 from torchrl.record.loggers import Logger
 
-from rl2_torchrl.arguments import as_list, require_numbers, whole
+from rl2_torchrl.arguments import as_list, require_collector, require_flags, require_numbers, whole
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.checks import check_training
@@ -156,6 +156,7 @@ def train(
     resume_changes = as_list("resume_changes", resume_changes)
     _check_kinds(collector, update, checkpoints, logger, evaluate=evaluate, stop=stop)
     _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames)
+    require_flags(resume=resume, check=check, progress=progress)
     _check_frames(collector, update, stop, schedule_frames)
     result, returns, scalars = TrainResult(env_steps=_frames(collector, 0)), _TrialReturns(), ScalarLog(logger)
     parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
@@ -372,10 +373,7 @@ def _shut_down_at_exit(collector: BaseCollector) -> None:
 
 
 def _check_kinds(collector, update, checkpoints, logger, **functions) -> None:
-    if not hasattr(collector, "total_frames"):
-        raise TypeError(
-            f"{type(collector).__name__} is no collector, which comes first: train(collector, update, ...)."
-        )
+    require_collector(collector, "train(collector, update, ...)")
     if not callable(update) or isinstance(update, LossModule):
         raise TypeError(f"{type(update).__name__} is no update, such as PPOUpdate(RL2PPOLoss(actor, critic)).")
     for name, function in functions.items():

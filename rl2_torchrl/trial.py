@@ -11,7 +11,7 @@ from tensordict.utils import expand_as_right
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv, VecGymEnvTransform
 
-from rl2_torchrl.arguments import as_list, whole
+from rl2_torchrl.arguments import as_list, require_flags, whole
 
 __all__ = ["Trial"]
 
@@ -84,6 +84,7 @@ class Trial(Transform):
         super().__init__()
         if episodes is None and steps is None:
             raise ValueError("Trial needs a bound, or no trial ever ends: give episodes=, steps= or both.")
+        require_flags(truncate=truncate)
         self.episodes = None if episodes is None else whole("episodes", episodes)
         self.steps = None if steps is None else whole("steps", steps)
         self.truncate = truncate

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.arguments import require_numbers, whole
+from rl2_torchrl.arguments import require_flags, require_numbers, whole
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
@@ -130,6 +130,7 @@ class PPOUpdate:
                 "the loss normalises advantages by what it sees of a minibatch (normalize_advantage=True), which with "
                 "process_group= is a part of it: leave that to TrialAdvantage(normalize=True), which sees the joint batch."
             )
+        require_flags(shuffle=shuffle)
         _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator)
         if backend not in ("auto", "compiled", "parts", "autograd", "graph"):
             raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts', 'autograd' or 'graph'.")

@@ -18,6 +18,7 @@ from torchrl.modules import ProbabilisticActor
 from rl2_torchrl import (
     ActorCritic,
     AdaptationCurve,
+    AdaptiveAgent,
     GRUCategoricalActor,
     GRUGaussianActor,
     GRUValueHead,
@@ -33,6 +34,8 @@ from rl2_torchrl import (
     TrialAdvantage,
     TrialCollector,
     adaptation_curve,
+    check_training,
+    describe,
     linear_decay,
     train,
     with_shuffled_rewards,
@@ -317,6 +320,10 @@ CASES = [
     row("list as distribution", lambda: TaskSampler([1, 2]), TypeError, r"callable.*TaskSampler\.fixed"),
     row("no fixed tasks", lambda: TaskSampler.fixed(torch.zeros(0, 3)), ValueError, "got no task"),
     row("task as input", lambda: PreviousStep(obs_keys=["task"]), ValueError, "holds the task.*critic"),
+    row(
+        "truncate in words", lambda: Trial(steps=4, truncate="no"), TypeError, "truncate='no' is neither True nor False"
+    ),
+    row("sparse in words", lambda: PointRobot(sparse="no"), TypeError, "sparse='no' is neither True nor False"),
     row("no such observation", lambda: env(obs_keys=["pixels"]).observation_spec, KeyError, "pixels.*it has"),
     row(
         "step without counters",
@@ -357,6 +364,14 @@ CASES = [
     row("one layer", lambda: actor(num_cells=64), TypeError, r"num_cells=64 is no list.*num_cells=\[64\]"),
     row("actions in words", lambda: GRUCategoricalActor(5, "3"), ValueError, "num_actions='3'.*whole number"),
     row("activation in words", lambda: actor(activation="relu"), TypeError, "activation='relu' cannot be called"),
+    row("one activation for all", lambda: actor(activation=nn.ReLU()), TypeError, r"ReLU\(\) is one layer.*the class"),
+    row(
+        "one for an encoder",
+        lambda: MLPEncoder(5, activation=nn.Tanh()),
+        TypeError,
+        r"Tanh\(\) is one layer.*the class",
+    ),
+    row("skip in words", lambda: actor(skip="no"), TypeError, "skip='no' is neither True nor False"),
     row("encoder in words", lambda: actor(encoder="mlp"), TypeError, "encoder='mlp' cannot be called"),
     row("core of PyTorch's", lambda: with_core(nn.GRU), TypeError, "GRU.* is no core.*LSTMCore"),
     row("core of PyTorch's, made", lambda: with_core(nn.GRU(5, 4)), TypeError, "GRU.* is no core.*LSTMCore"),
@@ -431,6 +446,9 @@ CASES = [
         ValueError,
         r"\(2, 4\).*must be \[\*B, T, 1\]",
     ),
+    row(
+        "three clips", lambda: RL2PPOLoss(actor(), critic(), clip_epsilon=(0.1, 0.2, 0.3)), ValueError, "has 3 numbers"
+    ),
     row("clip in words", lambda: RL2PPOLoss(actor(), critic(), clip_epsilon="0.2"), ValueError, "'0.2' is text"),
     row("clips in words", lambda: RL2PPOLoss(actor(), critic(), clip_epsilon=("0.2", 1)), ValueError, "'0.2' is text"),
     row("belief of a size in words", lambda: TaskBelief(4, "3"), ValueError, "target_size='3'.*whole number"),
@@ -461,6 +479,11 @@ CASES = [
     ),
     row("gamma in words", lambda: TrialAdvantage(gamma="0.99"), ValueError, "gamma='0.99' is text"),
     row("bound in words", lambda: update(collect(), max_grad_norm="1"), ValueError, "max_grad_norm='1' is text"),
+    row("normalize in words", lambda: TrialAdvantage(normalize="no"), TypeError, "normalize='no' is neither True nor"),
+    row("scaling in words", lambda: TrialAdvantage(scale_rewards="no"), TypeError, "scale_rewards='no' is neither"),
+    row(
+        "shuffle in words", lambda: update(collect(), shuffle="no"), TypeError, "shuffle='no' is neither True nor False"
+    ),
     row("gamma above 1", lambda: TrialAdvantage(gamma=1.1), ValueError, r"gamma=1.1.*\[0, 1\]"),
     row("negative lambda", lambda: TrialAdvantage(lmbda=-0.1), ValueError, r"lmbda=-0.1.*\[0, 1\]"),
     row("unknown value target", lambda: TrialAdvantage(value_target="td"), ValueError, "'td': choose 'return'"),
@@ -547,6 +570,12 @@ CASES = [
         TypeError,
         r"RL2PPOLoss is no update.*PPOUpdate\(",
     ),
+    row("resume in words", lambda: trained(checkpoints="a", resume="no"), TypeError, "resume='no' is neither True nor"),
+    row("check in words", lambda: trained(check="no"), TypeError, "check='no' is neither True nor False"),
+    row("progress in words", lambda: trained(progress="no"), TypeError, "progress='no' is neither True nor False"),
+    row("update before collector, described", lambda: describe(nn.Identity(), collector()), TypeError, "comes first"),
+    row("no update to describe", lambda: describe(collector(), actor()), TypeError, "is no PPOUpdate"),
+    row("update before collector, checked", lambda: check_training(actor(), collector()), TypeError, "comes first"),
     row("interval in words", lambda: trained(eval_interval="5"), ValueError, "eval_interval='5'.*whole number"),
     row("length in words", lambda: trained(schedule_frames="9"), ValueError, "schedule_frames='9' is text"),
     row("evaluate as a number", lambda: trained(evaluate=3), TypeError, "evaluate=3 is no function.*eval_interval="),
@@ -568,6 +597,12 @@ CASES = [
         r"VecNormV2 is not frozen.*frozen_copy\(\)",
     ),
     row("policy before env", lambda: adaptation_curve(actor(), env(), 2), TypeError, "no env.*comes first"),
+    row(
+        "greedy in words", lambda: adaptation_curve(env(), actor(), 2, deterministic="no"), TypeError, "is neither True"
+    ),
+    row(
+        "env before policy", lambda: AdaptiveAgent.from_policy(env(), actor()), TypeError, "no env, which comes second"
+    ),
     row("half a trial to play", lambda: adaptation_curve(env(), actor(), 2.5), ValueError, "num_trials=2.5"),
     row(
         "evaluation without Trial", lambda: adaptation_curve(bandit(), actor(), 2), ValueError, "has no Trial.*Compose"

@@ -76,10 +76,12 @@ class AdaptiveAgent:
             env: its trial env, with `PreviousStep`, of which specs and transforms are read.
 
         Raises:
-            TypeError: the policy has no distribution that can act by noise, or a memory that is no core's.
+            TypeError: the policy has no distribution that can act by noise, a memory that is no core's, or ``env`` is no env.
             NotImplementedError: the env has a transform that cannot be taken along.
             KeyError: the policy reads what the env does not show.
         """
+        if not isinstance(env, EnvBase):
+            raise TypeError(f"{type(env).__name__} is no env, which comes second: from_policy(policy, env).")
         # A copy: rollouts' functions hold on to the weights as they are, and a training may go on.
         actor = deepcopy(actor_of(policy)).cpu()
         return cls(PolicyStep(actor, signature_of(actor, env)), signature_of(actor, env))

@@ -13,6 +13,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import set_exploration_type
 
+from rl2_torchrl.arguments import require_collector
 from rl2_torchrl.checks import inputs, learning, memory, rows, tasks
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.tasks import TaskSampler
@@ -90,6 +91,7 @@ def check_training(
 
     Raises:
         TrainingCheckError: a rule is broken. The message says which, what was seen, why it matters and what to do.
+        TypeError: ``collector`` is none.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -102,6 +104,7 @@ def check_training(
         >>> check_training(collector, PPOUpdate(RL2PPOLoss(actor, critic)), held_out=torch.rand(64, 3)).unchecked
         {}
     """
+    require_collector(collector, "check_training(collector, update)")
     report, before = TrainingReport(), GlobalRNGState().state_dict()
     try:
         batches = [batch] if batch is not None else _collect(collector)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchrl.data import Bounded, Unbounded
 
-from rl2_torchrl.arguments import require_numbers
+from rl2_torchrl.arguments import require_flags, require_numbers
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.tasks import TaskDistribution
 
@@ -72,6 +72,7 @@ class PointRobot(TensorEnv):
         batch_size: Sequence[int] = (),
         device: torch.device | str | None = None,
     ):
+        require_flags(sparse=sparse)
         require_numbers(step_size=step_size, goal_radius=goal_radius)
         if not (step_size > 0 and goal_radius > 0):
             raise ValueError(f"step_size={step_size}, goal_radius={goal_radius}: both are lengths and must be above 0.")

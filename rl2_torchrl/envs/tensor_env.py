@@ -17,7 +17,7 @@ from torchrl import torchrl_logger
 from torchrl.data import Binary, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import as_batch_size, require_specs, whole
+from rl2_torchrl.arguments import as_batch_size, require_flags, require_specs, whole
 from rl2_torchrl.envs.rows import Entries, EnvState, Rows, entries_of, merge, rebuilt, tensors_of
 from rl2_torchrl.seeding import seed_generator
 
@@ -118,6 +118,7 @@ class TensorEnv(EnvBase):
         device: torch.device | str | None = None,
     ):
         require_specs(task_spec=task_spec, action_spec=action_spec, observation_spec=observation_spec)
+        require_flags(fixed_length=fixed_length)
         batch_size = as_batch_size(batch_size)
         if 0 in batch_size:
             raise ValueError(f"batch_size={tuple(batch_size)} holds no env: every dimension must be at least 1.")

@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 
-from rl2_torchrl.arguments import require_callable, require_numbers, whole, whole_numbers
+from rl2_torchrl.arguments import require_callable, require_layer_class, require_numbers, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, brings, is_bare, runs
 from rl2_torchrl.modules.cores import sub_key
@@ -51,6 +51,7 @@ class MLPEncoder(nn.Module):
         **factory,
     ):
         super().__init__()
+        require_layer_class(activation=activation)
         self.shape = torch.Size(shape if isinstance(shape, Sequence) else (index(shape),))
         sizes = [self.shape.numel(), *whole_numbers("num_cells", num_cells)]
         if len(sizes) < 2 or min(sizes) < 1:
@@ -119,6 +120,7 @@ class ConvEncoder(ImageEncoder):
         activation: Callable[[], nn.Module] = nn.ReLU,
         **factory,
     ):
+        require_layer_class(activation=activation)
         shape = tuple(map(index, shape))
         if len(shape) != 3:
             raise ValueError(f"images have shape [channels, height, width], not {shape}.")
@@ -250,6 +252,7 @@ class Head(nn.Module):
     ):
         super().__init__()
         require_numbers(init_range=init_range)
+        require_layer_class(activation=activation)
         self.in_features, self.skip_size = whole("in_features", in_features), skip_size
         sizes = [*whole_numbers("num_cells", num_cells), whole("out_features", out_features)]
         layers: list[nn.Module] = []

@@ -14,7 +14,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
-from rl2_torchrl.arguments import as_list, require_callable, whole
+from rl2_torchrl.arguments import as_list, require_callable, require_flags, require_layer_class, whole
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.gru import GRUCore
@@ -298,7 +298,9 @@ def _slots(
         raise TypeError(
             f"{list(unknown)} is no argument of a network, whose slots are {sorted(_slots.__kwdefaults__)}."
         )
-    require_callable(head=head, activation=activation)
+    require_callable(head=head)
+    require_layer_class(activation=activation)
+    require_flags(skip=skip)
     factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}
     units = {name: number for name, number in units.items() if number is not None}
     encoder, norms = by_entry(encoder, in_key), []

@@ -9,7 +9,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.arguments import require_numbers
+from rl2_torchrl.arguments import require_flags, require_numbers
 from rl2_torchrl.modules.normalization import RunningNorm
 
 __all__ = ["TrialAdvantage"]
@@ -59,6 +59,7 @@ class TrialAdvantage(nn.Module):
     ):
         super().__init__()
         require_numbers(gamma=gamma, lmbda=lmbda)
+        require_flags(normalize=normalize, scale_rewards=scale_rewards)
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
             if not 0 <= value <= 1:  # NaN is no such number either
                 raise ValueError(f"{name}={value} must lie in [0, 1]: beyond 1 sums over a trial grow without bound.")

@@ -231,7 +231,10 @@ def _check_terms(terms: Sequence[nn.Module]) -> None:
 
 
 def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonus: bool) -> None:
-    low, high = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
+    bounds = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
+    if len(bounds) != 2:
+        raise ValueError(f"{clip_epsilon=} has {len(bounds)} numbers: give one, or two, (low, high).")
+    low, high = bounds
     require_numbers(clip_epsilon=low, critic_coeff=critic_coeff, entropy_coeff=entropy_coeff)
     if not (0 < low <= 1 and high > 0):
         raise ValueError(
