@@ -84,7 +84,7 @@ def main(
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
-    posterior = Posterior(beta_moments, arms, optimism=told.optimism)
+    posterior = Posterior(told.moments(beta_moments), arms, optimism=told.optimism)
     update = PPOUpdate(
         RL2PPOLoss(
             actor,

@@ -21,7 +21,14 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
 from recipes.help import overview
-from recipes.posterior import Posterior, PosteriorAdvantage, PosteriorBelief
+from recipes.posterior import (
+    CountBonusAdvantage,
+    OfRewards,
+    Posterior,
+    PosteriorAdvantage,
+    PosteriorBelief,
+    sample_moments,
+)
 from recipes.seeds import run_seeds
 from rl2_torchrl import (
     ActorCritic,
@@ -136,26 +143,36 @@ class Told:
         belief: weight of the loss by which the memory learns to tell the task (`TaskBelief`); 0: none.
         posterior: whether what a trial has shown of the task, exactly (`recipes.posterior`), stands for the task in that loss, and
             for rewards in the advantages. Bandits and tabular MDPs have it.
-        optimism: standard deviations of the posterior on top of its means, for what trying an action is worth later.
+        seen: whether the memory learns to tell, with the weight ``belief``, the means of the rewards that the trial has paid, and
+            optimism is a bonus on rewards for what it has seldom tried (`CountBonusAdvantage`). Of the task nothing is told.
+        optimism: standard deviations of the posterior, or of those means, on top of them, for what trying an action is worth later.
         optimism_after: share of the training without optimism, which then rises over as long a share again; 0: it is there at once.
 
     Raises:
-        ValueError: regrets and posterior are both to stand for rewards, or there is optimism without a posterior.
+        ValueError: of regrets, posterior and what was seen more than one is to be learnt from, or there is optimism without the
+            latter two.
     """
 
     regret: bool = False
     belief: float = 0.0
     posterior: bool = False
+    seen: bool = False
     optimism: float = 0.0
     optimism_after: float = 0.0
 
     def __post_init__(self):
-        if self.regret and self.posterior:
-            raise ValueError("regret and posterior cannot both stand for rewards in the advantages: leave one out.")
-        if self.optimism and not self.posterior:
+        if self.regret + self.posterior + self.seen > 1:
             raise ValueError(
-                f"optimism={self.optimism} is of a posterior's standard deviations: without posterior=True nothing has any."
+                "of regret, posterior and seen one at most says what advantages are made of: leave the others out."
             )
+        if self.optimism and not (self.posterior or self.seen):
+            raise ValueError(
+                f"optimism={self.optimism} is of standard deviations: without posterior=True or seen=True nothing has any."
+            )
+
+    def moments(self, of_prior: OfRewards) -> OfRewards:
+        """Means and deviations of what was seen: those of the posterior ``of_prior``, or of samples alone."""
+        return sample_moments if self.seen else of_prior
 
     def terms(
         self,
@@ -167,7 +184,7 @@ class Told:
         """Terms of the loss: from ``units`` features ``size`` numbers are told, the task's or ``target``'s, or ``posterior``'s."""
         if not self.belief:
             return []
-        if self.posterior:
+        if self.posterior or self.seen:
             return [PosteriorBelief(units, posterior, coefficient=self.belief)]
         return [TaskBelief(units, size, coefficient=self.belief, target=target)]
 
@@ -177,13 +194,15 @@ class Told:
         """Advantages of rewards, or of what stands for them."""
         if self.posterior:
             return PosteriorAdvantage(posterior, **horizon)
+        if self.seen:
+            return CountBonusAdvantage(posterior, **horizon)
         return RegretAdvantage(action_values, **horizon) if self.regret else TrialAdvantage(**horizon)
 
 
 def told_of(network: Network, told: Told) -> str:
     """What a title adds of what the training was told: nothing, where it learnt from rewards alone."""
     means = {"critic": "task" in network.critic_keys, "regrets": told.regret}
-    means |= {"belief": told.belief > 0, "posterior": told.posterior}
+    means |= {"belief": told.belief > 0 and not told.seen, "posterior": told.posterior}
     used = [name for name, is_used in means.items() if is_used]
     return f" (task told in training: {', '.join(used)})" if used else " (rewards only)"
 

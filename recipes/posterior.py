@@ -1,5 +1,8 @@
 """What a trial has shown of the task by each step, exactly: posterior means of what every action pays in every state.
 
+Or of how tasks are drawn nothing is told, and means are those of the rewards that the trial has paid: then training learns from
+rewards alone.
+
 They stand for the task in training. What the task says of an action that was never tried is luck to the agent, and what a reward
 says beyond its posterior mean is too: without either, memory and policy are taught the same, with far less noise.
 
@@ -15,7 +18,16 @@ from tensordict import NestedKey, TensorDictBase
 
 from rl2_torchrl import Callback, TaskBelief, TrialAdvantage
 
-__all__ = ["Posterior", "PosteriorAdvantage", "PosteriorBelief", "RisingOptimism", "beta_moments", "normal_moments"]
+__all__ = [
+    "CountBonusAdvantage",
+    "Posterior",
+    "PosteriorAdvantage",
+    "PosteriorBelief",
+    "RisingOptimism",
+    "beta_moments",
+    "normal_moments",
+    "sample_moments",
+]
 
 #: Mean and standard deviation of the posterior, from the number of rewards seen and their sum, all of one shape.
 OfRewards = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -43,11 +55,21 @@ def normal_moments(number: torch.Tensor, total: torch.Tensor) -> tuple[torch.Ten
     return (1 + total) / (1 + number), (1 + number).rsqrt()
 
 
+def sample_moments(number: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of any reward: the mean of those seen and a first one of 0, and how it narrows with their number, whatever the tasks are.
+
+    Examples:
+        >>> sample_moments(torch.tensor([0.0, 3.0]), torch.tensor([0.0, 8.0]))
+        (tensor([0., 2.]), tensor([1.0000, 0.5000]))
+    """
+    return total / (1 + number), (1 + number).rsqrt()
+
+
 class Posterior:
     """Posterior means of what every action pays in every state, from the transition input ``[N, T, input_size]`` of whole trials.
 
     Args:
-        of_rewards: `beta_moments` or `normal_moments`.
+        of_rewards: `beta_moments`, `normal_moments` or `sample_moments`.
         num_actions: number of actions.
         num_states: number of states, which the transition input begins with, one-hot; 1: it has none.
         optimism: standard deviations that are added to the means.
@@ -65,17 +87,28 @@ class Posterior:
 
     def __call__(self, trans: torch.Tensor) -> torch.Tensor:
         """Means before each step, ``[N, T, num_states * num_actions]``."""
-        *_, reward, _ = trans.unbind(-1)
-        action = trans[..., -2 - self.num_actions : -2]
-        taken = trans.new_zeros(*trans.shape[:-1], self.num_states, self.num_actions)
-        taken[:, 1:] = self._states(trans)[:, :-1, :, None] * action[:, 1:, None, :]
-        mean, deviation = self.of_rewards(taken.cumsum(1), (taken * reward[..., None, None]).cumsum(1))
+        mean, deviation = self._moments(trans)
         return mean.add_(deviation, alpha=self.optimism).flatten(-2)
 
     def of_actions(self, trans: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Means of the reward of each ``action`` ``[N, T]`` in the state where it is taken, ``[N, T, 1]``."""
         means = self(trans).unflatten(-1, (self.num_states, self.num_actions))
-        return (means * self._states(trans).unsqueeze(-1)).sum(-2).gather(-1, action.unsqueeze(-1))
+        return self._taken(means, trans, action)
+
+    def bonuses(self, trans: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """What of `of_actions` is optimism, ``[N, T, 1]``."""
+        return self._taken(self._moments(trans)[1], trans, action).mul_(self.optimism)
+
+    def _moments(self, trans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and standard deviations before each step, ``[N, T, num_states, num_actions]``."""
+        *_, reward, _ = trans.unbind(-1)
+        action = trans[..., -2 - self.num_actions : -2]
+        taken = trans.new_zeros(*trans.shape[:-1], self.num_states, self.num_actions)
+        taken[:, 1:] = self._states(trans)[:, :-1, :, None] * action[:, 1:, None, :]
+        return self.of_rewards(taken.cumsum(1), (taken * reward[..., None, None]).cumsum(1))
+
+    def _taken(self, values: torch.Tensor, trans: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return (values * self._states(trans).unsqueeze(-1)).sum(-2).gather(-1, action.unsqueeze(-1))
 
     def _states(self, trans: torch.Tensor) -> torch.Tensor:
         return trans[..., : self.num_states] if self.num_states > 1 else torch.ones_like(trans[..., :1])
@@ -103,6 +136,17 @@ class PosteriorAdvantage(TrialAdvantage):
     def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
         """Posterior means ``[B, T, 1]``."""
         return self.posterior.of_actions(tensordict["trans"], tensordict["action"])
+
+
+class CountBonusAdvantage(PosteriorAdvantage):
+    """`TrialAdvantage` of rewards with a bonus for what the trial has seldom tried (Strehl and Littman 2008, section 3.2).
+
+    The bonus of an action that was taken n times in its state is ``optimism / sqrt(1 + n)``, with `sample_moments`.
+    """
+
+    def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
+        """Rewards and bonuses ``[B, T, 1]``."""
+        return tensordict["next", "reward"] + self.posterior.bonuses(tensordict["trans"], tensordict["action"])
 
 
 class PosteriorBelief(TaskBelief):

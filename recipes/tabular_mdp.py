@@ -94,7 +94,7 @@ def main(
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
-    posterior = Posterior(normal_moments, actions, states, told.optimism)
+    posterior = Posterior(told.moments(normal_moments), actions, states, told.optimism)
     update = PPOUpdate(
         RL2PPOLoss(
             actor,

@@ -66,7 +66,8 @@ def test_the_rule_of_mdps_by_hand():
     assert settings["noiseless"] == 0
     assert rules.mdp_settings(episodes=1000)["learning"].trials == 128
     alone = rules.mdp_settings(learns_from="rewards")
-    assert (alone["told"], alone["noiseless"], alone["learning"].env_steps) == (Told(), 0.6, 150_000_000)
+    seen = Told(belief=30.0, seen=True, optimism=0.8, optimism_after=0.3)
+    assert (alone["told"], alone["noiseless"], alone["learning"].env_steps) == (seen, 0.0, 28_000_000)
     assert RL2_SETTINGS["mdps"]["10"] == {"rewards": {}, "task": {}}
 
 
