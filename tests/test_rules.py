@@ -49,12 +49,20 @@ def test_minibatches_are_some_thousand_steps(pulls, expected):
 
 def test_rewards_alone_are_rewards_alone():
     settings = rules.bandit_settings(16, 100, "rewards")
-    # Twice 3 M, 2 M for the pulls and 8 M for arms times pulls.
-    expected = {"env_steps": 26_000_000, "minibatches": 32, "gamma": 0.995, "lmbda": 0.9, "entropy": 0.025}
+    # Twice those of long trials that are told of the task.
+    expected = {"env_steps": 14_000_000, "minibatches": 32, "gamma": 0.5, "lmbda": 0.0, "entropy": 0.02}
+    assert values_of(settings, expected) == expected
+    assert settings["told"] == Told(seen=True, belief=300.0, optimism=0.35, optimism_after=0.2)
+    assert settings["network"].critic_keys == ("time_left",)
+
+
+def test_short_trials_by_rewards_alone():
+    settings = rules.bandit_settings(16, 25, "rewards")
+    # Twice 3 M, 0.5 M for the pulls and 2 M for arms times pulls.
+    expected = {"env_steps": 11_000_000, "minibatches": 8, "gamma": 0.98, "lmbda": 0.9, "entropy": 0.0125}
     assert values_of(settings, expected) == pytest.approx(expected)
     assert settings["told"] == Told()
-    assert settings["network"].critic_keys == ("time_left",)
-    assert rules.bandit_settings(2, 100, "rewards")["learning"].entropy == 0.04
+    assert rules.bandit_settings(1, 29, "rewards")["learning"].entropy == 0.04
 
 
 def test_the_rule_of_mdps_by_hand():
