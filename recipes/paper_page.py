@@ -40,8 +40,9 @@ differ by no more than 3 standard errors of the difference, else **above** or **
 tasks, whose standard error is in the first column. All agents of a cell play the same tasks, on which nothing was tuned or
 trained. `-`: not computed yet."""
 ABOUT_RL2 = """\
-Two kinds of RL² are kept apart. *Rewards only*, as the paper's: what training learns from at any time is rewards (of MDPs at n = 10
-without their noise in the first 60 % of it). *Task told in training*: advantages from regrets, a critic that sees the task, a
+Two kinds of RL² are kept apart. *Rewards only*, as the paper's: what training learns from at any time is rewards. In long trials
+the memory is taught to tell the means of those that the trial has paid, and actions that were seldom tried have a bonus; of tasks,
+or of how they are drawn, nothing is told. *Task told in training*: advantages from regrets, a critic that sees the task, a
 memory that is taught to tell it; or in the task's place its exact posterior given what a trial has shown, for which training is
 told the prior, with some of its standard deviations on top of the means. When they play, neither is told anything but rewards.
 

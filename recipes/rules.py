@@ -89,7 +89,7 @@ def minibatches(pulls: int) -> int:
 def mdp_settings(
     states: int = 10, actions: int = 5, episodes: int = 10, learns_from: LearnsFrom = "task"
 ) -> dict[str, Any]:
-    """Network, learning, what training is told, and how long rewards are noiseless, for MDPs and trials of ``episodes`` episodes.
+    """Network, learning, and what training is told, for MDPs and trials of ``episodes`` episodes.
 
     Who remembers all rewards and always takes the best action for the state at hand earns more than all classical agents: what is
     hard to learn is the memory, not the plan. A short horizon leaves the advantages little noise. The entropy bonus is large,
@@ -128,5 +128,4 @@ def mdp_settings(
         "network": network,
         "learning": learning,
         "told": told,
-        "noiseless": 0.0,
     }

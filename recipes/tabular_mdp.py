@@ -2,10 +2,8 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torchrl.collectors import BaseCollector
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
@@ -28,7 +26,6 @@ from recipes.rules import EPISODE_STEPS, LearnsFrom, mdp_settings
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
-    Callback,
     GRUCategoricalActor,
     MemoryValueHead,
     PPOUpdate,
@@ -36,7 +33,6 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TaskSampler,
     Trial,
-    TrialWorkers,
     linear_decay,
     orthogonal_init_,
 )
@@ -58,7 +54,6 @@ def main(
     network: Network,
     learning: Learning,
     told: Told,
-    noiseless: float,
     classical: bool = True,
     run: Run = RUN,
 ) -> AdaptationReport:
@@ -74,8 +69,6 @@ def main(
         network: actor and critic.
         learning: batches, and PPO on them.
         told: what training is told of the task beside rewards.
-        noiseless: share of the training, from its start, in which rewards are without noise: what a memory of single states and
-            actions is worth then shows several times as clearly. Evaluations and report are always with noise.
         classical: whether classical agents play in the report too.
         run: seeds, where the run begins, which processes play, and what it leaves.
     """
@@ -117,11 +110,10 @@ def main(
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
-    curricula = [NoiseCurriculum(env.base_env, noiseless, collector), RisingOptimism(posterior, told.optimism_after)]
     trials = Experiment(actor, make_env, tasks, run)
     worlds = unpack_mdps(trials.reported, states, actions)
     report = trials.report(
-        trials.train(collector, update, callbacks=curricula),
+        trials.train(collector, update, callbacks=[RisingOptimism(posterior, told.optimism_after)]),
         baselines=classical_agents(worlds, episodes, run.seed) if classical else {},
         title=f"RL² on tabular MDPs, {states} states, {actions} actions, {episodes} episodes{told_of(network, told)}",
     )
@@ -131,47 +123,6 @@ def main(
 def mean_rewards(tasks: torch.Tensor, sizes: tuple[int, int]) -> torch.Tensor:
     """Mean rewards of all states and actions, ``[..., S * A]``, in the MDPs ``tasks`` ``[..., task_size]`` of ``sizes`` (S, A)."""
     return unpack_mdps(tasks, *sizes)[0].flatten(-2)
-
-
-class NoiseCurriculum(Callback):
-    """Lets the rewards of ``worlds`` have their noise only after the share ``noiseless`` of the training.
-
-    Where a ``collector`` of `TrialWorkers` plays worlds of its own in their place, theirs follow.
-    """
-
-    def __init__(self, worlds: TabularMDP, noiseless: float, collector: BaseCollector | None = None):
-        if not 0 <= noiseless < 1:
-            raise ValueError(
-                f"noiseless={noiseless} is a share of the training, at least 0 and below 1: the task has noise."
-            )
-        self.worlds, self.noiseless, self.noise, self.collector = worlds, noiseless, worlds.noise, collector
-        self._set_noise(self._noise_at(0.0))
-
-    def after_update(self, row: dict[str, float], progress: float) -> dict[str, float]:
-        """Sets the noise of the next batch."""
-        self._set_noise(self._noise_at(progress))
-        return {"train/noise": self.worlds.noise}
-
-    def _noise_at(self, progress: float) -> float:
-        return self.noise if progress >= self.noiseless else 0.0
-
-    def _set_noise(self, noise: float) -> None:
-        self.worlds.noise = noise
-        if isinstance(self.collector, TrialWorkers):
-            self.collector.before_play = partial(set_noise, noise)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The noise at which the training stands."""
-        return {"noise": self.worlds.noise}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
-        self._set_noise(state["noise"])
-
-
-def set_noise(noise: float, env: TransformedEnv) -> None:
-    """Sets the noise of rewards of the worlds in ``env``."""
-    env.base_env.noise = noise
 
 
 def classical_agents(worlds: tuple[torch.Tensor, torch.Tensor], episodes: int, seed: int) -> dict[str, AdaptationCurve]:

@@ -9,12 +9,14 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes.experiment import Told
 from recipes.posterior import (
+    CountBonusAdvantage,
     Posterior,
     PosteriorAdvantage,
     PosteriorBelief,
     RisingOptimism,
     beta_moments,
     normal_moments,
+    sample_moments,
 )
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means
@@ -108,6 +110,32 @@ def test_advantages_are_of_the_means_of_the_actions_that_were_taken(kind):
             assert to_go[row, step].item() == pytest.approx(sum(taken[step:]), abs=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bonuses_are_for_what_the_trial_has_seldom_tried(kind):
+    make, posterior = KINDS[kind]
+    seldom = Posterior(sample_moments, posterior.num_actions, posterior.num_states, optimism=0.5)
+    batch, seen = played(make(), posterior.num_actions, 8 if kind == "bandits" else 20)
+    advantage = CountBonusAdvantage(seldom, gamma=0.0, lmbda=0.0, normalize=False)
+    assert "task" not in advantage.in_keys
+    earned = advantage(batch)["advantage"].squeeze(-1)
+    for row in range(ROWS):
+        pairs = zip(batch["place"][row].tolist(), batch["action"][row].tolist(), strict=True)
+        numbers = [len(known[row].get(pair, [])) for known, pair in zip(seen, pairs, strict=True)]
+        bonuses = [0.5 / math.sqrt(1 + number) for number in numbers]
+        rewards = batch["next", "reward"][row, :, 0].tolist()
+        assert earned[row].tolist() == pytest.approx(
+            [sum(each) for each in zip(rewards, bonuses, strict=True)], abs=1e-5
+        )
+
+
+def test_one_thing_at_most_stands_for_rewards():
+    for two in ({"regret": True, "seen": True}, {"posterior": True, "seen": True}, {"regret": True, "posterior": True}):
+        with pytest.raises(ValueError, match="one at most"):
+            Told(**two)
+    with pytest.raises(ValueError, match=r"optimism=0.3.*without posterior=True or seen=True"):
+        Told(optimism=0.3)
+
+
 def test_the_means_are_as_much_as_the_rewards():
     """In expectation; of 4,000 trials of 8 pulls the rewards less the means sum to 0 with a standard error of 0.026."""
     posterior = KINDS["bandits"][1]
@@ -128,11 +156,14 @@ def test_what_it_stands_for():
     trans = torch.zeros(2, 1, 17)
     assert term(torch.zeros(2, 1, 4), trans)["loss_belief"].item() == pytest.approx(0.0)
     assert Told(posterior=True).terms(4, 50, posterior=posterior) == []
-    ways = (Told(posterior=True), Told(regret=True), Told())
+    ways = (Told(posterior=True), Told(regret=True), Told(), Told(seen=True))
     made = [type(told.advantage(len, posterior, gamma=1.0)) for told in ways]
     assert made[0] is PosteriorAdvantage
     assert made[2] is TrialAdvantage
-    assert len(set(made)) == 3
+    assert made[3] is CountBonusAdvantage
+    assert len(set(made)) == 4
+    assert Told(seen=True).moments(normal_moments) is sample_moments
+    assert Told(posterior=True).moments(normal_moments) is normal_moments
 
 
 def test_what_a_memory_holds_is_told_from_the_first_minibatch_on():
@@ -172,13 +203,3 @@ def test_optimism_rises_in_mid_training_and_goes_on_where_it_stood():
     assert begun(0.0)[0].optimism == pytest.approx(0.8)
     with pytest.raises(ValueError, match="optimism_after=0.6"):
         begun(0.6)
-
-
-def test_optimism_of_nothing():
-    with pytest.raises(ValueError, match="without posterior=True"):
-        Told(optimism=0.6)
-
-
-def test_two_things_that_stand_for_rewards():
-    with pytest.raises(ValueError, match="regret and posterior"):
-        Told(regret=True, posterior=True)

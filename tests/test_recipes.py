@@ -31,7 +31,7 @@ from recipes import (
 )
 from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
 from rl2_torchrl import AdaptiveAgent, GRUGaussianActor, TaskSampler, Trial
-from rl2_torchrl.envs import TabularMDP, uniform_means
+from rl2_torchrl.envs import uniform_means
 from rl2_torchrl.testing import check_trial_env
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +140,6 @@ RECIPES = {
             "total_frames=0": {"env_steps": 0},
             "hidden_size=0": {"units": 0},
             "gamma=1.5": {"gamma": 1.5},
-            "noiseless=1.0": {"noiseless": 1.0},
         },
     ),
     "ant_direction": Recipe(
@@ -465,33 +464,19 @@ def test_training_by_the_posterior_says_so(name, tmp_path):
     assert 0 < error < {"bandit": 0.05, "tabular_mdp": 0.3}[name]
 
 
-def test_noise_comes_after_its_share_of_the_training():
-    worlds = TabularMDP(noise=0.5, batch_size=(1,))
-    curriculum = tabular_mdp.NoiseCurriculum(worlds, 0.4)
-    assert worlds.noise == 0  # of the first batch, which is collected before the first update
-    rows = [curriculum.after_update({}, progress) for progress in (0.2, 0.39, 0.4, 0.6)]
-    assert [row["train/noise"] for row in rows] == [0, 0, 0.5, 0.5]
-    # A resumed training goes on with the noise that it stopped at.
-    other = tabular_mdp.NoiseCurriculum(TabularMDP(noise=0.5, batch_size=(1,)), 0.4)
-    other.load_state_dict(curriculum.state_dict())
-    assert other.worlds.noise == 0.5
-    # Without a share there is noise in the first batch already.
-    assert tabular_mdp.NoiseCurriculum(TabularMDP(noise=0.5, batch_size=(1,)), 0.0).worlds.noise == 0.5
-
-
-def test_rewards_are_noisy_in_evaluations_of_a_training_without_noise(tmp_path, monkeypatch):
-    noises = []
-
-    class Recorded(TabularMDP):
-        def advance(self, *args):
-            noises.append((self.batch_size[0], self.noise))
-            return super().advance(*args)
-
-    monkeypatch.setattr(tabular_mdp, "TabularMDP", Recorded)
-    run("tabular_mdp", tmp_path, noiseless=0.75)
-    # Two updates: the first batch and the one after half of the training, in 8 rows.
-    assert {noise for rows, noise in noises if rows == 8} == {0.0}
-    assert {noise for rows, noise in noises if rows > 8} == {1.0}
+@pytest.mark.parametrize("name", ["bandit", "tabular_mdp"])
+def test_what_was_seen_is_no_task_told(name, tmp_path):
+    how = {
+        "regret": False,
+        "posterior": False,
+        "seen": True,
+        "belief": 1.0,
+        "optimism": 0.5,
+        "critic_keys": ("time_left",),
+    }
+    report = run(name, tmp_path, updates=1, **how)
+    assert "(rewards only)" in report.title
+    assert report.train.history[0]["train/belief_error"] > 0
 
 
 # ---- The command line.

@@ -290,7 +290,7 @@ def test_a_recipe_trains_with_workers(name, tmp_path, monkeypatch):
     recipe, options = {
         "grid_navi": (grid_navi, {"env_steps": 4 * 480}),
         "half_cheetah": (half_cheetah, {"horizon": 3, "env_steps": 4 * 48}),
-        "tabular_mdp": (tabular_mdp, {"episodes": 2, "env_steps": 4 * 160, "classical": False, "noiseless": 0.5}),
+        "tabular_mdp": (tabular_mdp, {"episodes": 2, "env_steps": 4 * 160, "classical": False}),
         "cartpole": (cartpole, {"env_steps": 4 * 8 * cartpole.BATCH_STEPS}),
     }[name]
     if name == "half_cheetah":
