@@ -64,10 +64,10 @@ def run(which: str, folder: Path, pins: list[str], index: str | None, tests: lis
         if call(*pip, *where, *wanted(which, pins)) or call(*pip, "--no-deps", "--editable", ROOT):
             return [which, *["?"] * len(SHOWN), f"cannot be installed: see {log.name}"]
         started = time.perf_counter()
-        call(python, "-m", "pytest", *tests)
-    *_, ended = [line for line in Path(log.name).read_text().splitlines() if re.search(r" in [\d.]+s", line)] or [
-        "no end"
-    ]
+        code = call(python, "-m", "pytest", *tests)
+    lines = Path(log.name).read_text().splitlines()
+    # With -q pytest's configuration of this project is quiet twice, and leaves its last line out.
+    *_, ended = [line for line in lines if re.search(r" in [\d.]+s", line)] or [f"pytest ended with {code}"]
     asked = f"import importlib.metadata as m; print(*[m.version(name) for name in {SHOWN}])"
     versions = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
     minutes = (time.perf_counter() - started) / 60
