@@ -137,6 +137,9 @@ def test_recipes_take_regrets_where_asked(recipe, trial, steps, tmp_path, monkey
         "minibatches": 2,
         "report_tasks": 20,
         "learns_from": "rewards",
+        "seen": False,
+        "belief": 0.0,
+        "optimism": 0.0,
     }
     for regret in (False, True):
         options = {**sizes, "regret": regret, "classical": False, "progress": False, "log_dir": tmp_path / str(regret)}
