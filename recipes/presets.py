@@ -80,6 +80,13 @@ PRESETS = {
         Network(normalize=True, critic_keys=()),
         Learning(trials=64, env_steps=1_000_000, gamma=0.95, entropy=0.0, **_SMALL),
     ),
+    "Walker2d-v5": Preset(
+        "walker",
+        "no figure yet",
+        "Numbers of all sizes are normalised; a horizon of a hundred steps, since walking takes many to pay.",
+        Network(units=128, normalize=True, critic_keys=()),
+        Learning(trials=64, env_steps=5_000_000, gamma=0.99, entropy=0.0, **_SMALL),
+    ),
     "MiniGrid-MemoryS7-v0": Preset(
         "minigrid_memory",
         "success 1.00",

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from recipes import (
     point_robot,
     results,
     tabular_mdp,
+    walker,
 )
 from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
 from rl2_torchrl import AdaptiveAgent, GRUGaussianActor, TaskSampler, Trial
@@ -118,6 +120,19 @@ RECIPES = {
         pendulum,
         {"trials": 4, "units": 4, "report_tasks": 6, "epochs": 1},
         batch=4 * pendulum.BATCH_STEPS,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            "episodes=0 must be": {"episodes": 0},
+            "num_envs=0": {"trials": 0},
+            "hidden_size=0": {"units": 0},
+        },
+    ),
+    "walker": Recipe(
+        walker,
+        {"trials": 2, "units": 4, "horizon": 20, "report_tasks": 3, "epochs": 1, "minibatches": 2},
+        batch=2 * walker.BATCH_STEPS,
         baselines=set(),
         optimum=None,
         first_episode=None,
@@ -606,6 +621,27 @@ def test_a_pendulum_has_the_physics_of_its_task_and_is_seen_at_its_scales():
     np.testing.assert_allclose(seen, [np.cos(angle), np.sin(angle), speed], rtol=1e-5)
     assert cost == pytest.approx(-((np.pi / 2) ** 2 + 0.1 + 0.001 * 4))
     np.testing.assert_allclose(scaled.step(np.array([2.0]))[0], seen * [10.0, 10.0, 1000.0], rtol=1e-5)
+
+
+def test_a_walker_has_the_body_of_its_task_and_the_next_ones_is_not_on_top():
+    with gymnasium.make("Walker2d-v5") as env:
+        each = env.unwrapped
+        mass, damping = each.model.body_mass.copy(), each.model.dof_damping.copy()
+        for _ in range(2):
+            walker.set_body(each, torch.ones(walker.task_size()))
+            torch.testing.assert_close(each.model.body_mass, 1.5 * mass, rtol=1e-12, atol=0)
+            torch.testing.assert_close(each.model.dof_damping, 1.3 * damping, rtol=1e-12, atol=0)
+        assert each.model.body_subtreemass[0] == pytest.approx(1.5 * mass.sum())  # derived from the others
+        walker.set_body(each, torch.zeros(walker.task_size()))
+        torch.testing.assert_close(each.model.body_mass, mass)
+
+
+def test_bodies_of_walkers_are_in_their_ranges():
+    tasks = walker.bodies(torch.Size([1000]), torch.Generator().manual_seed(0))
+    # 8 bodies with 3 inertias each, 9 degrees of freedom, and the ground's and 7 bodies' 3 frictions.
+    assert tasks.shape == (1000, 8 + 24 + 9 + 24)
+    assert -3 <= tasks.min() < -2.9
+    assert 2.9 < tasks.max() <= 3
 
 
 def test_physics_of_pendulums_are_in_their_ranges():
