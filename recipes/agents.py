@@ -1,32 +1,47 @@
 """The agents in recipes/pretrained, played on held-out tasks as anyone would play them, and the page of what each scores."""
 
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import tyro
 from rich.console import Console
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes.experiment import ENVS, REPORT_TASKS, draw_tasks, stream_seed
+from recipes.experiment import ENVS, REPORT_TASKS, arguments, draw_tasks, stream_seed
 from recipes.paper_cells import TASK_SEED
 from recipes.paper_page import markdown
 from recipes.tabular_mdp import EPISODE_STEPS
-from rl2_torchrl import AdaptiveAgent, PreviousStep, TaskSampler, Trial
+from rl2_torchrl import AdaptationReport, AdaptiveAgent, PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.report import made_by
 
 FOLDER = Path("recipes/pretrained")
+#: Agents of other recipes, by the names of their files: the recipe that trained them and reports on them, and its options.
+RECIPES = {
+    "grid_navi": ("grid_navi", {}),
+    "point_robot_dense": ("point_robot", {}),
+    "point_robot_sparse": ("point_robot", {"sparse": True}),
+    "half_cheetah_direction": ("half_cheetah", {"task": "direction"}),
+    "half_cheetah_velocity": ("half_cheetah", {"task": "velocity"}),
+    "ant_direction": ("ant_direction", {}),
+    "walker": ("walker", {}),
+}
 
 
 def main(
     *, folder: Path = FOLDER, trials: int = 10_000, page: Path = FOLDER / "README.md"
 ) -> dict[str, AdaptationCurve]:
-    """Plays every agent of a folder on the tasks of the paper's tables, and writes the page of their scores.
+    """Plays every agent of a folder on held-out tasks, and writes the page of their scores.
+
+    Those of the paper's tables are played as anyone would play them, the others by the report of the recipe that trained them.
 
     Args:
-        folder: agents, bandits_<pulls>_<arms>_<learns from>.safetensors and mdps_<episodes>_<learns from>.safetensors.
-        trials: held-out tasks, a trial each.
+        folder: agents, bandits_<pulls>_<arms>_<learns from>.safetensors, mdps_<episodes>_<learns from>.safetensors, and those of
+            `RECIPES`, <name>_<learns from>.safetensors.
+        trials: held-out tasks, a trial each; of other recipes at most as many as their reports have.
         page: where the table goes.
     """
     if trials < 2:
@@ -47,8 +62,24 @@ def main(
 
 def score(path: Path, trials: int) -> AdaptationCurve:
     """The returns of an agent's trials on held-out tasks of the env that its file is named after."""
+    if trained_by(path) in RECIPES:
+        return report_of(path, trials).agent
     torch.manual_seed(TASK_SEED)
     return AdaptationCurve(play(AdaptiveAgent.load(path), held_out(path.stem, trials)).unsqueeze(-1))
+
+
+def trained_by(path: Path) -> str:
+    """The name of an agent without what it learnt from: of `RECIPES`, or of a cell of the paper's tables."""
+    return path.stem.rpartition("_")[0]
+
+
+def report_of(path: Path, trials: int) -> AdaptationReport:
+    """What the recipe that trained an agent reports on it."""
+    name, options = RECIPES[trained_by(path)]
+    recipe = import_module(f"recipes.{name}")
+    with TemporaryDirectory() as folder:
+        own = {"weights": path, "report_tasks": min(trials, recipe.RUN.report_tasks), "log_dir": Path(folder)}
+        return recipe.main(**arguments(recipe.main, {**options, **own}))
 
 
 def held_out(name: str, trials: int) -> TransformedEnv:
@@ -61,7 +92,8 @@ def held_out(name: str, trials: int) -> TransformedEnv:
         env, tasks = TabularMDP(episode_steps=EPISODE_STEPS, batch_size=(trials,), seed=seed), random_mdps()
     else:
         raise ValueError(
-            f"{name!r} is named after no env: bandits_<pulls>_<arms>_<learns from> or mdps_<episodes>_<learns from>."
+            f"{name!r} is named after no env: bandits_<pulls>_<arms>_<learns from>, mdps_<episodes>_<learns from>, or one of "
+            f"{' '.join(f'{each}_<learns from>' for each in RECIPES)}."
         )
     sampler = TaskSampler.fixed(draw_tasks(tasks, TASK_SEED, REPORT_TASKS, trials))
     return TransformedEnv(env, Compose(Trial(episodes=int(episodes)), sampler, PreviousStep()))
@@ -84,11 +116,17 @@ def play(agent: AdaptiveAgent, env: TransformedEnv) -> torch.Tensor:
 
 def row_of(path: Path, curve: AdaptationCurve) -> list[str]:
     """What the page says of an agent."""
-    kind, episodes, *more = path.stem.split("_")
-    env = f"{episodes} pulls of {more[0]} arms" if kind == "bandits" else f"{episodes} episodes of a tabular MDP"
-    told = {"rewards": "rewards only", "task": "the task told"}.get(more[-1] if more else "", "-")
-    sizes = [env, told, network_of(AdaptiveAgent.load(path)), str(path.stat().st_size)]
+    told = {"rewards": "rewards only", "task": "the task told"}.get(path.stem.rpartition("_")[-1], "-")
+    sizes = [env_of(path), told, network_of(AdaptiveAgent.load(path)), str(path.stat().st_size)]
     return [f"`{path.name}`", *sizes, f"{curve.mean:.2f}", f"{curve.se:.2f}", str(curve.num_tasks)]
+
+
+def env_of(path: Path) -> str:
+    """The env that an agent is named after, in words."""
+    if trained_by(path) in RECIPES:
+        return trained_by(path).replace("_", " ")
+    kind, episodes, *more = path.stem.split("_")
+    return f"{episodes} pulls of {more[0]} arms" if kind == "bandits" else f"{episodes} episodes of a tabular MDP"
 
 
 def network_of(agent: AdaptiveAgent) -> str:
