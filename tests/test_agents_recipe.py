@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from recipes import agent_benchmark, agents, half_cheetah
+from recipes import agent_benchmark, agents, grid_navi, half_cheetah
 from recipes.experiment import arguments
 from rl2_torchrl import AdaptiveAgent
 
@@ -49,6 +50,19 @@ def test_a_page_is_written(tmp_path):
         agents.main(folder=tmp_path, trials=1, page=page)
     with pytest.raises(ValueError, match="'ponies_3' is named after no env"):
         agents.held_out("ponies_3", 2)
+
+
+def test_an_agent_of_another_recipe_scores_what_that_recipe_reports(tmp_path):
+    preset = {"units": grid_navi.PRESET.network.units, "trials": 8, "env_steps": 480, "minibatches": 2}
+    run = {"report_tasks": 42, "progress": False, "log_dir": tmp_path}
+    report = grid_navi.main(**arguments(grid_navi.main, {**preset, **run}))
+    weights = (tmp_path / "agent.safetensors").rename(tmp_path / "grid_navi_task.safetensors")
+    curve = agents.score(weights, 42)
+    assert curve.num_tasks == 42
+    assert abs(curve.mean - report.agent.mean) < 4 * curve.se  # the same tasks, other noise
+    torch.manual_seed(1)
+    assert agents.score(weights, 42).mean == curve.mean  # whatever was drawn before
+    assert agents.row_of(weights, curve)[1:3] == ["grid navi", "the task told"]
 
 
 @pytest.mark.parametrize("form", ["pt2", "onnx"])
