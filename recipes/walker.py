@@ -103,7 +103,9 @@ def set_body(walker: gymnasium.Env, task: torch.Tensor) -> None:
     parts = np.split(task.double().numpy(), np.cumsum([values.size for values in standard.values()])[:-1])
     for (name, values), exponents in zip(standard.items(), parts, strict=True):
         getattr(walker.model, name)[:] = values * RANDOM[name] ** exponents.reshape(values.shape)
-    mujoco.mj_setConst(walker.model, walker.data)  # what MuJoCo derives from masses; the reset that follows sets the state
+    mujoco.mj_setConst(
+        walker.model, walker.data
+    )  # what MuJoCo derives from masses; the reset that follows sets the state
 
 
 def bodies(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
