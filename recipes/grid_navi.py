@@ -56,7 +56,7 @@ def main(
 
     Args:
         episodes: episodes of a trial.
-        bonus: what a cell's first visit in a trial earns in training (`NewCellBonus`), which falls to 0 on the way.
+        bonus: what a cell's first visit in a trial earns in training (`NewCellAdvantage`), which falls to 0 on the way.
         network: actor and critic.
         learning: batches, and PPO on them.
         run: seeds, where the run begins, which processes play, and what it leaves; there are 21 goals in all, so
@@ -75,7 +75,7 @@ def main(
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
-        NewCellBonus(bonus, gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
+        NewCellAdvantage(bonus, gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
@@ -104,7 +104,7 @@ def main(
     return report
 
 
-class NewCellBonus(TrialAdvantage):
+class NewCellAdvantage(TrialAdvantage):
     """`TrialAdvantage` of rewards with a bonus for each cell that a trial visits for the first time.
 
     Novelty that is counted anew in each trial, and paid once (Zhang et al. 2020, arXiv:2012.08621, section 3; Henaff et al. 2023,
@@ -139,7 +139,7 @@ class NewCellBonus(TrialAdvantage):
 class FallingBonus(Callback):
     """Lets the bonus of an advantage fall to 0 over `BONUS_SHARE` of the training."""
 
-    def __init__(self, advantage: NewCellBonus):
+    def __init__(self, advantage: NewCellAdvantage):
         self.advantage, self.whole = advantage, advantage.bonus
 
     def after_batch(self, batch: TensorDictBase, progress: float) -> None:

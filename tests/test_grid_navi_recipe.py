@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from recipes import grid_navi, grid_navi_seeds
-from recipes.grid_navi import EPISODE_STEPS, GOALS, FallingBonus, NewCellBonus, best_paths, goals_in_turn
+from recipes.grid_navi import EPISODE_STEPS, GOALS, FallingBonus, NewCellAdvantage, best_paths, goals_in_turn
 from rl2_torchrl.baselines import grid_search
 
 
@@ -40,7 +40,7 @@ def test_a_cell_earns_the_bonus_at_its_first_visit_in_a_trial():
     before, reached = torch.tensor([[0, 1, 0, 0, 5, 10]]), torch.tensor([[1, 0, 5, 5, 10, 10]])
     reward = torch.tensor([[-0.1, -0.1, -0.1, -0.1, 1.0, 1.0]]).unsqueeze(-1)
     trials = TensorDict({"observation": before, "next": {"observation": reached, "reward": reward}}, [1, 6])
-    advantage = NewCellBonus(0.3)
+    advantage = NewCellAdvantage(0.3)
     assert (advantage.rewards(trials) - reward).squeeze(-1).tolist() == [pytest.approx([0.3, 0, 0.3, 0, 0.3, 0])]
     assert {"observation", ("next", "observation"), "state_value"} <= set(advantage.in_keys)
     falling = FallingBonus(advantage)
@@ -51,7 +51,7 @@ def test_a_cell_earns_the_bonus_at_its_first_visit_in_a_trial():
     assert left == pytest.approx([0.3, 0.15, 0.0, 0.0])
     for wrong in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="0 for none"):
-            NewCellBonus(wrong)
+            NewCellAdvantage(wrong)
 
 
 def report(greedy, commit="abc"):
