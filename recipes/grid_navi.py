@@ -172,7 +172,7 @@ class BackwardEntropy(nn.Module):
 
 
 class Exploration(Callback):
-    """Lets what is paid for exploring fall to 0: the bonus for new cells by `BONUS_SHARE` of the training, the entropy's by its own."""
+    """Lets what is paid for exploring fall to 0: the bonus for new cells by `BONUS_SHARE` of the training, entropy as it says."""
 
     def __init__(self, advantage: NewCellAdvantage, entropy: BackwardEntropy):
         self.advantage, self.entropy, self.bonus = advantage, entropy, advantage.bonus
