@@ -1,16 +1,11 @@
 """RL² on GridNavi (VariBAD, Zintgraf et al. 2020): a GRU learns to search a grid for a hidden goal, and to go back to it."""
 
-import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from tensordict import NestedKey, TensorDictBase
-from torch import nn
-from torch.nn.functional import one_hot
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
@@ -19,7 +14,6 @@ from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
-    Callback,
     GRUCategoricalActor,
     MemoryValueHead,
     PPOUpdate,
@@ -39,17 +33,10 @@ EPISODE_STEPS = 15
 GOALS = torch.tensor([[x, y] for y in range(5) for x in range(5) if x > 1 or y > 1]).float()
 PRESET = PRESETS["GridNavi"]
 RUN = Run(Path("runs/grid_navi"), report_tasks=2_100)
-#: Share of the training by which the bonus for new cells has fallen to 0.
-BONUS_SHARE = 0.7
 
 
 def main(
-    *,
-    episodes: int = 4,
-    bonus: float = 0.3,
-    network: Network = PRESET.network,
-    learning: Learning = PRESET.learning,
-    run: Run = RUN,
+    *, episodes: int = 4, network: Network = PRESET.network, learning: Learning = PRESET.learning, run: Run = RUN
 ) -> AdaptationReport:
     """Trains RL² on a 5x5 grid with one of 21 goals, 15 steps an episode, and reports how it searches and goes back.
 
@@ -57,7 +44,6 @@ def main(
 
     Args:
         episodes: episodes of a trial.
-        bonus: what a cell's first visit in a trial earns in training (`NewCellAdvantage`), which falls to 0 on the way.
         network: actor and critic.
         learning: batches, and PPO on them.
         run: seeds, where the run begins, which processes play, and what it leaves; there are 21 goals in all, so
@@ -74,22 +60,22 @@ def main(
     orthogonal_init_(actor, **network.initial)
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
-    explores = BackwardEntropy(learning.entropy)
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, terms=[explores]),
-        NewCellAdvantage(bonus, gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
+        TrialAdvantage(gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
         lr_schedule=linear_decay,
+        entropy_schedule=linear_decay,
     )
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
 
     grids = Experiment(actor, make_env, goals_in_turn, run, held_out_tasks=24 * len(GOALS))
-    result = grids.train(collector, update, callbacks=[Exploration(update.advantage, explores)])
+    result = grids.train(collector, update)
     known = known_goal_return(grids.reported).unsqueeze(-1).expand(-1, episodes)
     best = grid_search(GOALS, episode_steps=EPISODE_STEPS, episodes=episodes)
     report = grids.report(
@@ -103,84 +89,6 @@ def main(
     rows = {"RL²": paths(grids, goals, episodes), "Bayes optimum": best_paths(best, goals, episodes)}
     plot_paths(rows, goals).savefig(run.log_dir / "path.png", dpi=130)
     return report
-
-
-class NewCellAdvantage(TrialAdvantage):
-    """`TrialAdvantage` of rewards with a bonus for each cell that a trial visits for the first time.
-
-    Novelty that is counted anew in each trial, and paid once (Zhang et al. 2020, arXiv:2012.08621, section 3; Henaff et al. 2023,
-    arXiv:2306.03236, compare it with novelty over the whole training). A search that leaves no cell out is learnt sooner by it.
-
-    Args:
-        bonus: what a first visit earns.
-        **kwargs: as for `TrialAdvantage`.
-
-    Raises:
-        ValueError: the bonus is no number from 0 on.
-    """
-
-    def __init__(self, bonus: float, **kwargs: Any):
-        super().__init__(**kwargs)
-        if not 0 <= bonus < math.inf:
-            raise ValueError(f"bonus={bonus} is what a cell's first visit earns: 0 for none, or a positive number.")
-        self.bonus = bonus
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """As `TrialAdvantage`'s, with the cells."""
-        return [*super().in_keys, "observation", ("next", "observation")]
-
-    def rewards(self, tensordict: TensorDictBase) -> torch.Tensor:
-        """Rewards and bonuses of whole trials, ``[B, T, 1]``."""
-        start, reached = tensordict["observation"][:, :1], tensordict["next", "observation"].unsqueeze(-1)
-        visits = one_hot(torch.cat([start, reached.squeeze(-1)], 1)).cumsum(1)[:, 1:].gather(-1, reached)
-        return tensordict["next", "reward"] + self.bonus * (visits == 1)
-
-
-class BackwardEntropy(nn.Module):
-    """An entropy bonus that falls to 0 over the training, for the end of a trial first and for its beginning last.
-
-    What a first search is worth shows in how well the next one ends it: ends are learnt for the many beginnings that entropy
-    makes, then beginnings for the ends that are known, as in backward induction. With one weight for all steps the noise of the
-    ends drowned the few hundredths by which beginnings differ.
-
-    Args:
-        coefficient: weight of the entropy at first.
-
-    Attributes:
-        progress: share of the training that is over.
-
-    Raises:
-        ValueError: the weight is no number from 0 on.
-    """
-
-    #: Share of the training by which the weight is 0: 1 at a trial's first step, sinking with this slope to that of the last.
-    SLOPE, LAST = 1.35, 0.4
-
-    def __init__(self, coefficient: float):
-        super().__init__()
-        if not 0 <= coefficient < math.inf:
-            raise ValueError(f"entropy={coefficient} is the weight of a bonus: 0 for none, or a positive number.")
-        self.coefficient, self.progress = coefficient, 0.0
-        self.in_keys = [("policy", "entropy"), "time_left"]
-
-    def forward(self, entropy: torch.Tensor, time_left: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of entropies ``[N, T]`` and the shares of a trial that are left, ``[N, T, 1]``."""
-        share = (1 - self.SLOPE * (1 - time_left.squeeze(-1))).clamp_min(self.LAST)
-        weight = self.coefficient * (1 - self.progress / share).clamp_min(0)
-        return {"loss_entropy": -(weight * entropy).mean(), "entropy": entropy.mean().detach()}
-
-
-class Exploration(Callback):
-    """Lets what is paid for exploring fall to 0: the bonus for new cells by `BONUS_SHARE` of the training, entropy as it says."""
-
-    def __init__(self, advantage: NewCellAdvantage, entropy: BackwardEntropy):
-        self.advantage, self.entropy, self.bonus = advantage, entropy, advantage.bonus
-
-    def after_batch(self, batch: TensorDictBase, progress: float) -> None:
-        """Sets both for the update on ``batch``."""
-        self.entropy.progress = progress
-        self.advantage.bonus = self.bonus * max(0.0, 1 - progress / BONUS_SHARE)
 
 
 def goals_in_turn(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:

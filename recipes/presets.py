@@ -38,8 +38,8 @@ PRESETS = {
         "grid_navi",
         "the Bayes optimum, 37.2, in 6 of 12",
         "What is earned is a trial's plain sum: no discount. The order of the first search decides how well the second can go on: "
-        "much entropy, which falls at the trial's end first, a bonus for new cells, and a memory that holds the whole trial from "
-        "the start. Without the former two the order was one that earns 98.2 to 99.2 % of the optimum in five of twelve seeds.",
+        "much entropy until both are known, and a memory that holds the whole trial from the start. With an entropy bonus of 0.03 "
+        "and without such a memory the order was one that earns 98.3 to 99.2 % of the optimum in two of three seeds.",
         Network(num_cells=(128,), memory_steps=60, input_gain=2.0),
         Learning(trials=1024, gamma=1.0, lmbda=0.95, minibatches=32, max_grad_norm=0.5, entropy=0.1),
     ),

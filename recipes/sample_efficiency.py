@@ -84,7 +84,7 @@ WORLDS = {
         grid_goals(),
         lambda seed: grid_navi.GOALS.repeat(24, 1),
         lambda: baselines.grid_search(grid_navi.GOALS, episode_steps=grid_navi.EPISODE_STEPS, episodes=4).trial_return,
-        lambda **how: grid_navi.main(bonus=0.0, **how),  # which the other programs have not
+        grid_navi.main,
     ),
 }
 

@@ -6,18 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tensordict import TensorDict
 
 from recipes import grid_navi, grid_navi_seeds
-from recipes.grid_navi import (
-    EPISODE_STEPS,
-    GOALS,
-    BackwardEntropy,
-    Exploration,
-    NewCellAdvantage,
-    best_paths,
-    goals_in_turn,
-)
+from recipes.grid_navi import EPISODE_STEPS, GOALS, best_paths, goals_in_turn
 from rl2_torchrl.baselines import grid_search
 
 
@@ -41,40 +32,6 @@ def test_goals_in_turn():
     assert torch.equal(goals[:21], GOALS)
     assert torch.equal(goals[21:], GOALS)
     assert len(GOALS.unique(dim=0)) == 21
-
-
-def test_a_cell_earns_the_bonus_at_its_first_visit_in_a_trial():
-    # Two episodes of three steps from cell 0: right, back, up; up, up (to 10), stays.
-    before, reached = torch.tensor([[0, 1, 0, 0, 5, 10]]), torch.tensor([[1, 0, 5, 5, 10, 10]])
-    reward = torch.tensor([[-0.1, -0.1, -0.1, -0.1, 1.0, 1.0]]).unsqueeze(-1)
-    trials = TensorDict({"observation": before, "next": {"observation": reached, "reward": reward}}, [1, 6])
-    advantage = NewCellAdvantage(0.3)
-    assert (advantage.rewards(trials) - reward).squeeze(-1).tolist() == [pytest.approx([0.3, 0, 0.3, 0, 0.3, 0])]
-    assert {"observation", ("next", "observation"), "state_value"} <= set(advantage.in_keys)
-    for wrong in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="0 for none"):
-            NewCellAdvantage(wrong)
-        with pytest.raises(ValueError, match=f"entropy={wrong} is the weight"):
-            BackwardEntropy(wrong)
-
-
-def test_entropy_falls_at_the_end_first_and_so_does_the_bonus():
-    advantage, entropy = NewCellAdvantage(0.3), BackwardEntropy(0.1)
-    exploration = Exploration(advantage, entropy)
-    time_left = torch.tensor([[1.0, 0.8, 0.0]]).unsqueeze(-1)  # 0 by the end of the training, by 0.73 of it, by 0.4
-    policy = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
-    for progress, bonus, weights in (
-        (0.0, 0.3, [1.0, 1.0, 1.0]),
-        (0.35, 0.15, [0.65, 1 - 0.35 / 0.73, 0.125]),
-        (0.7, 0.0, [0.3, 1 - 0.7 / 0.73, 0.0]),
-        (1.0, 0.0, [0.0, 0.0, 0.0]),
-    ):
-        exploration.after_batch(TensorDict(), progress)
-        assert advantage.bonus == pytest.approx(bonus)
-        losses = entropy(policy, time_left)
-        assert losses["entropy"].item() == 2
-        [gradient] = torch.autograd.grad(losses["loss_entropy"], policy)
-        assert gradient.tolist() == [pytest.approx([-0.1 * weight / 3 for weight in weights], abs=1e-7)]
 
 
 def report(greedy, commit="abc"):
