@@ -122,12 +122,14 @@ class Changes:
         trials: trials in a batch.
         units: GRU units.
         horizon: steps of an episode.
+        lr: learning rate at first.
     """
 
     env_steps: int | None = None
     trials: int | None = None
     units: int | None = None
     horizon: int | None = None
+    lr: float | None = None
 
 
 NO_CHANGES = Changes()
