@@ -4,7 +4,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import gymnasium
-import mujoco
 import numpy as np
 import torch
 from torchrl.data import Unbounded
@@ -27,6 +26,7 @@ from rl2_torchrl import (
     linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs.physics import gymnasium_model, import_mujoco, load_model
 
 PRESET = PRESETS["Walker2d-v5"]
 RUN = Run(Path("runs/walker"), report_tasks=200)
@@ -85,27 +85,25 @@ def main(
 
 
 @cache
-def standard_body(path: str) -> dict[str, np.ndarray]:
-    """What a task multiplies, as MuJoCo's file ``path`` has it."""
-    model = mujoco.MjModel.from_xml_path(path)
+def standard_body() -> dict[str, np.ndarray]:
+    """What a task multiplies, as MuJoCo's model has it."""
+    model = load_model(gymnasium_model("walker2d_v5.xml"))
     return {name: getattr(model, name).copy() for name in RANDOM}
 
 
 def task_size() -> int:
     """Numbers of a task: an exponent for each that is multiplied."""
-    with gymnasium.make("Walker2d-v5") as walker:
-        return sum(values.size for values in standard_body(walker.unwrapped.fullpath).values())
+    return sum(values.size for values in standard_body().values())
 
 
 def set_body(walker: gymnasium.Env, task: torch.Tensor) -> None:
     """Multiplies the standard body by the exponents ``task``, ``[task_size]``."""
-    standard = standard_body(walker.fullpath)
+    standard = standard_body()
     parts = np.split(task.double().numpy(), np.cumsum([values.size for values in standard.values()])[:-1])
     for (name, values), exponents in zip(standard.items(), parts, strict=True):
         getattr(walker.model, name)[:] = values * RANDOM[name] ** exponents.reshape(values.shape)
-    mujoco.mj_setConst(
-        walker.model, walker.data
-    )  # what MuJoCo derives from masses; the reset that follows sets the state
+    # What MuJoCo derives from masses, at the model's own pose; the reset that follows sets the state.
+    import_mujoco().mj_setConst(walker.model, walker.data)
 
 
 def bodies(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:

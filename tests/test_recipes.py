@@ -626,6 +626,8 @@ def test_a_pendulum_has_the_physics_of_its_task_and_is_seen_at_its_scales():
 def test_a_walker_has_the_body_of_its_task_and_the_next_ones_is_not_on_top():
     with gymnasium.make("Walker2d-v5") as env:
         each = env.unwrapped
+        for name, values in walker.standard_body().items():  # the env's own model
+            np.testing.assert_array_equal(values, getattr(each.model, name))
         mass, damping = each.model.body_mass.copy(), each.model.dof_damping.copy()
         for _ in range(2):
             walker.set_body(each, torch.ones(walker.task_size()))
