@@ -36,7 +36,7 @@ _SMALL = {"lr": 1e-3, "lmbda": 0.95, "minibatches": 4, "max_grad_norm": 0.5}
 PRESETS = {
     "GridNavi": Preset(
         "grid_navi",
-        "the Bayes optimum, 37.2",
+        "the Bayes optimum, 37.2, in 17 of 20",
         "What is earned is a trial's plain sum: no discount. The order of the first search decides how well the second can go on. "
         "Orders differ by a hundredth of what goals differ by: a critic that sees the goal takes the latter out of the noise, and "
         "much entropy that falls late leaves time to compare them. Without both 6 of 12 seeds found the best order.",

@@ -65,6 +65,8 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
     [row] = grid_navi_seeds.main(**options)
     assert row["env_steps"] == 480
     assert row["share"] == pytest.approx(row["greedy"] / 37.2142857, abs=1e-4)
+    [file] = (tmp_path / "runs").rglob("report.json")
+    assert json.loads(file.read_text())["title"] == "RL² on GridNavi (task told in training: critic)"
     monkeypatch.setattr(grid_navi, "main", None)
     assert grid_navi_seeds.main(**options) == [row]
     with pytest.raises(ValueError, match="seeds is empty"):
