@@ -38,8 +38,8 @@ PRESETS = {
         "grid_navi",
         "the Bayes optimum, 37.2, in 17 of 20",
         "What is earned is a trial's plain sum: no discount. The order of the first search decides how well the second can go on. "
-        "Orders differ by a hundredth of what goals differ by: a critic that sees the goal takes the latter out of the noise, and "
-        "much entropy that falls late leaves time to compare them. Without both 6 of 12 seeds found the best order.",
+        "Orders differ by a few hundredths of what goals differ by: a critic that sees the goal takes the latter out of the noise, "
+        "and much entropy that falls late leaves time to compare them. Without both 6 of 12 seeds found the best order.",
         Network(num_cells=(128,), memory_steps=60, input_gain=2.0, critic_keys=("time_left", "task")),
         Learning(trials=1024, gamma=1.0, lmbda=0.95, minibatches=32, max_grad_norm=0.5, entropy=0.1),
     ),

@@ -84,5 +84,7 @@ def test_the_page_holds_what_was_learnt_and_nothing_is_learnt_twice(tmp_path, mo
     for world in WORLDS:
         report = json.loads((tmp_path / "runs" / world / "plain" / "seed0" / "report.json").read_text())
         assert f"| {sample_efficiency.NAMES['plain']} | {report['agent']['mean']:.3f} |" in page
+        ours = json.loads((tmp_path / "runs" / world / "rl2_torchrl" / "seed0" / "report.json").read_text())
+        assert ours["title"].endswith("(rewards only)")  # as the others learn from
     monkeypatch.setattr(sample_efficiency, "learn", lambda *args: pytest.fail("learnt again"))
     assert sample_efficiency.main(**where, **TINY).read_text() == page
