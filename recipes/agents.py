@@ -21,13 +21,14 @@ from rl2_torchrl.report import made_by
 FOLDER = Path("recipes/pretrained")
 #: Agents of other recipes, by the names of their files: the recipe that trained them and reports on them, and its options.
 RECIPES = {
-    "grid_navi": ("grid_navi", {}),
-    "point_robot_dense": ("point_robot", {}),
-    "point_robot_sparse": ("point_robot", {"sparse": True}),
-    "half_cheetah_direction": ("half_cheetah", {"task": "direction"}),
-    "half_cheetah_velocity": ("half_cheetah", {"task": "velocity"}),
-    "ant_direction": ("ant_direction", {}),
-    "walker": ("walker", {}),
+    "grid_navi_rewards": ("grid_navi", {"critic_keys": ("time_left",)}),
+    "grid_navi_task": ("grid_navi", {}),
+    "point_robot_dense_rewards": ("point_robot", {}),
+    "point_robot_sparse_rewards": ("point_robot", {"sparse": True}),
+    "half_cheetah_direction_task": ("half_cheetah", {"task": "direction"}),
+    "half_cheetah_velocity_task": ("half_cheetah", {"task": "velocity"}),
+    "ant_direction_task": ("ant_direction", {}),
+    "walker_rewards": ("walker", {}),
 }
 
 
@@ -40,7 +41,7 @@ def main(
 
     Args:
         folder: agents, bandits_<pulls>_<arms>_<learns from>.safetensors, mdps_<episodes>_<learns from>.safetensors, and those of
-            `RECIPES`, <name>_<learns from>.safetensors.
+            `RECIPES`.
         trials: held-out tasks, a trial each; of other recipes at most as many as their reports have.
         page: where the table goes.
     """
@@ -62,20 +63,15 @@ def main(
 
 def score(path: Path, trials: int) -> AdaptationCurve:
     """The returns of an agent's trials on held-out tasks of the env that its file is named after."""
-    if trained_by(path) in RECIPES:
+    if path.stem in RECIPES:
         return report_of(path, trials).agent
     torch.manual_seed(TASK_SEED)
     return AdaptationCurve(play(AdaptiveAgent.load(path), held_out(path.stem, trials)).unsqueeze(-1))
 
 
-def trained_by(path: Path) -> str:
-    """The name of an agent without what it learnt from: of `RECIPES`, or of a cell of the paper's tables."""
-    return path.stem.rpartition("_")[0]
-
-
 def report_of(path: Path, trials: int) -> AdaptationReport:
     """What the recipe that trained an agent reports on it."""
-    name, options = RECIPES[trained_by(path)]
+    name, options = RECIPES[path.stem]
     recipe = import_module(f"recipes.{name}")
     with TemporaryDirectory() as folder:
         own = {"weights": path, "report_tasks": min(trials, recipe.RUN.report_tasks), "log_dir": Path(folder)}
@@ -93,7 +89,7 @@ def held_out(name: str, trials: int) -> TransformedEnv:
     else:
         raise ValueError(
             f"{name!r} is named after no env: bandits_<pulls>_<arms>_<learns from>, mdps_<episodes>_<learns from>, or one of "
-            f"{' '.join(f'{each}_<learns from>' for each in RECIPES)}."
+            f"{' '.join(RECIPES)}."
         )
     sampler = TaskSampler.fixed(draw_tasks(tasks, TASK_SEED, REPORT_TASKS, trials))
     return TransformedEnv(env, Compose(Trial(episodes=int(episodes)), sampler, PreviousStep()))
@@ -123,8 +119,8 @@ def row_of(path: Path, curve: AdaptationCurve) -> list[str]:
 
 def env_of(path: Path) -> str:
     """The env that an agent is named after, in words."""
-    if trained_by(path) in RECIPES:
-        return trained_by(path).replace("_", " ")
+    if path.stem in RECIPES:
+        return path.stem.rpartition("_")[0].replace("_", " ")
     kind, episodes, *more = path.stem.split("_")
     return f"{episodes} pulls of {more[0]} arms" if kind == "bandits" else f"{episodes} episodes of a tabular MDP"
 
