@@ -56,8 +56,11 @@ class Mode:
         max_grad_norm: clip the gradient's norm at this; None does not.
         bptt: steps of a chunk that gradients flow through; None takes the whole trial.
         value_target: what the critic learns, see `TrialAdvantage`.
+        scale_rewards: let the critic learn numbers around 1, see `TrialAdvantage`. In units of return, of hundreds here, its
+            gradient is nearly all of the norm that ``max_grad_norm`` clips, and the actor's is shrunk by chance.
+        entropy: weight of the entropy bonus. Without it both directions share a spread that the first one learnt makes narrow.
         critic_keys: what the critic sees beside the actor's input.
-        decay: let the learning rate fall to 0 over the training.
+        decay: let the learning rate and the entropy bonus fall to 0 over the training.
         shuffle: draw chunks in random order.
     """
 
@@ -66,7 +69,7 @@ class Mode:
     env_steps: int
     horizon: int = 200
     units: int = 64
-    lr: float = 3e-3
+    lr: float = 2e-3
     gamma: float = 0.97
     lmbda: float = 0.9
     clip_epsilon: float = 0.2
@@ -75,6 +78,8 @@ class Mode:
     max_grad_norm: float | None = 0.5
     bptt: int | None = None
     value_target: Literal["gae", "return"] = "gae"
+    scale_rewards: bool = True
+    entropy: float = 0.01
     critic_keys: tuple[str, ...] = ("time_left", "task")
     decay: bool = True
     shuffle: bool = True
@@ -101,6 +106,8 @@ _ORIGINAL = {
     "max_grad_norm": None,
     "bptt": 1,
     "value_target": "return",
+    "scale_rewards": False,
+    "entropy": 0.0,
     "critic_keys": (),
     "decay": False,
     "shuffle": False,
@@ -186,9 +193,11 @@ def compose(trials: "CheetahTrials", settings: Mode, run: Run = RUN) -> tuple[Tr
     actor = GRUGaussianActor.from_env(env, hidden_size=settings.units)
     critic = GRUValueHead.from_env(env, hidden_size=settings.units, extra_keys=list(settings.critic_keys))
     chunk = settings.bptt or settings.trial_steps
+    bonus = {"entropy_bonus": settings.entropy > 0, "entropy_coeff": settings.entropy}
+    horizon = {"gamma": settings.gamma, "lmbda": settings.lmbda, "value_target": settings.value_target}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=settings.clip_epsilon),
-        TrialAdvantage(gamma=settings.gamma, lmbda=settings.lmbda, value_target=settings.value_target),
+        RL2PPOLoss(actor, critic, clip_epsilon=settings.clip_epsilon, **bonus),
+        TrialAdvantage(**horizon, scale_rewards=settings.scale_rewards),
         bptt=settings.bptt,
         epochs=settings.epochs,
         minibatches=max(1, settings.batch_steps // max(settings.minibatch_steps, chunk)),
@@ -196,6 +205,7 @@ def compose(trials: "CheetahTrials", settings: Mode, run: Run = RUN) -> tuple[Tr
         lr=settings.lr,
         max_grad_norm=settings.max_grad_norm,
         lr_schedule=linear_decay if settings.decay else None,
+        entropy_schedule=linear_decay if settings.decay and settings.entropy > 0 else None,
     )
     batch = settings.batch_steps
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(settings.env_steps, batch)}

@@ -342,6 +342,7 @@ def test_original_mode_is_the_first_implementation(task, tasks, steps, tmp_path,
     assert update.minibatches == tasks * steps // 32
     assert (options["lr"], update.lr_schedule, update.entropy_schedule) == (1e-4, None, None)
     assert (advantage.gamma, advantage.lmbda, advantage.value_target) == (0.99, 0.97, "return")
+    assert not advantage.scale_rewards
     assert float(loss.clip_epsilon) == pytest.approx(0.3)
     assert (float(loss.critic_coeff), loss.entropy_bonus) == (0.5, False)
 
