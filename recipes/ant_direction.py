@@ -19,7 +19,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    linear_decay,
 )
 from rl2_torchrl.envs import AntDirection, directions, signs
 
@@ -59,13 +58,13 @@ def main(
     actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells)
     critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=learning.entropy > 0, entropy_coeff=learning.entropy),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
         TrialAdvantage(gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * episodes * horizon
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -34,7 +34,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     baselines,
-    linear_decay,
     orthogonal_init_,
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
@@ -90,8 +89,7 @@ def main(
             actor,
             critic,
             clip_epsilon=0.2,
-            entropy_bonus=True,
-            entropy_coeff=learning.entropy,
+            **learning.entropy_bonus,
             terms=told.terms(network.units, arms, posterior=posterior),
         ),
         told.advantage(bandit_values, posterior, **horizon),
@@ -99,8 +97,7 @@ def main(
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
-        entropy_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * pulls
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -21,7 +21,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    linear_decay,
 )
 
 PRESET = PRESETS["Brax inverted pendulum"]
@@ -61,14 +60,14 @@ def main(
     policy = ActorCritic(actor, critic)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=learning.entropy > 0, entropy_coeff=learning.entropy),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
         TrialAdvantage(**horizon, critic=policy, scale_rewards=True),
         bptt=BATCH_STEPS,
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -47,6 +47,7 @@ from rl2_torchrl import (
     TrialWorkers,
     adaptation_curve,
     describe,
+    linear_decay,
     load_weights,
     train,
 )
@@ -121,6 +122,7 @@ class Learning:
         max_grad_norm: clip the gradient's norm at this; None does not, which learns faster where the critic's gradient is by
             far the larger part of the norm.
         entropy: weight of the entropy bonus, decayed to 0 over the training.
+        entropy_decay: how: linearly, or late, slowly at first and fast at the end (`late_decay`).
     """
 
     trials: int = 1024
@@ -132,6 +134,32 @@ class Learning:
     minibatches: int = 8
     max_grad_norm: float | None = None
     entropy: float = 0.02
+    entropy_decay: Literal["linear", "late"] = "linear"
+
+    @property
+    def entropy_bonus(self) -> dict[str, Any]:
+        """Options of `RL2PPOLoss`."""
+        return {"entropy_bonus": self.entropy > 0, "entropy_coeff": self.entropy}
+
+    @property
+    def entropy_schedule(self) -> Callable[[float], float]:
+        """Factor on the weight of the entropy bonus, by progress."""
+        return {"linear": linear_decay, "late": late_decay}[self.entropy_decay]
+
+    @property
+    def schedules(self) -> dict[str, Callable[[float], float] | None]:
+        """Options of `PPOUpdate`."""
+        return {"lr_schedule": linear_decay, "entropy_schedule": self.entropy_schedule if self.entropy > 0 else None}
+
+
+def late_decay(progress: float) -> float:
+    """1 - p²: what exploring has put in order is chosen among late, where a linear decay has long decided.
+
+    Examples:
+        >>> late_decay(0.5)
+        0.75
+    """
+    return 1.0 - progress**2
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    linear_decay,
     orthogonal_init_,
 )
 from rl2_torchrl.baselines import GridSearch, grid_search
@@ -71,14 +70,13 @@ def main(
     heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
     critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
         TrialAdvantage(gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
-        entropy_schedule=late_decay,
+        **learning.schedules,
     )
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
@@ -99,16 +97,6 @@ def main(
     rows = {"RL²": paths(grids, goals, episodes), "Bayes optimum": best_paths(best, goals, episodes)}
     plot_paths(rows, goals).savefig(run.log_dir / "path.png", dpi=130)
     return report
-
-
-def late_decay(progress: float) -> float:
-    """Slow at first and fast at the end, as annealing goes on with the order of cells where a linear decay has long chosen one.
-
-    Examples:
-        >>> late_decay(0.5)
-        0.75
-    """
-    return 1.0 - progress**2
 
 
 def goals_in_turn(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:

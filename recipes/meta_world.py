@@ -26,7 +26,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.envs.layers import put_state, state_of
@@ -87,7 +86,7 @@ def main(
     told = told_tasks(train_tasks)
     target = {"coefficient": belief, "target": lambda number: told[number]}
     terms = [TaskBelief(network.units, told.shape[1], **target)] if belief else []
-    loss = {"entropy_bonus": learning.entropy > 0, "entropy_coeff": learning.entropy, "terms": terms}
+    loss = {**learning.entropy_bonus, "terms": terms}
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, **loss),
         TrialAdvantage(**horizons, scale_rewards=True),
@@ -95,7 +94,7 @@ def main(
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * episodes * horizon
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

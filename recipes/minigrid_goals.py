@@ -24,7 +24,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
 
@@ -66,17 +65,15 @@ def main(
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     places = torch.tensor((trained[:, 0] - [3, 5]) / [1, 4], dtype=torch.float32)  # of the goals' doors
     terms = [TaskBelief(network.units, 2, coefficient=belief, target=lambda maze: places[maze])] if belief else []
-    entropy = {"entropy_bonus": True, "entropy_coeff": learning.entropy}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **entropy, terms=terms),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus, terms=terms),
         TrialAdvantage(**horizon, critic=policy),
         bptt=BATCH_STEPS,
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
-        entropy_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -23,7 +23,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
 
@@ -67,17 +66,15 @@ def main(
     policy = ActorCritic(actor, critic)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     terms = [TaskBelief(network.units, 1, coefficient=belief, task_key=("info", "is_ball"))] if belief else []
-    entropy = {"entropy_bonus": True, "entropy_coeff": learning.entropy}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **entropy, terms=terms),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus, terms=terms),
         TrialAdvantage(**horizon, critic=policy),
         bptt=BATCH_STEPS,
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
-        entropy_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

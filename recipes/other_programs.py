@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.experiment import Learning
-from rl2_torchrl import TaskDistribution
+from rl2_torchrl import TaskDistribution, linear_decay
 from rl2_torchrl.envs import TensorEnv
 
 __all__ = ["PROGRAMS", "PlainRL2", "Trials", "recurrent_ppo"]
@@ -96,9 +96,9 @@ class PlainRL2:
     def learn(self, after_update: Callable[[int], None]) -> None:
         """Trains, and calls ``after_update(env_steps)``."""
         for update in range(self.updates):
-            left = 1 - update / self.updates
-            self.optimizer.param_groups[0]["lr"] = self.learning.lr * left
-            self._update(*self._rollout(), self.learning.entropy * left)
+            progress = update / self.updates
+            self.optimizer.param_groups[0]["lr"] = self.learning.lr * linear_decay(progress)
+            self._update(*self._rollout(), self.learning.entropy * self.learning.entropy_schedule(progress))
             after_update((update + 1) * self.trials.rows * self.trials.steps)
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ def recurrent_ppo(trials: Trials, learning: Learning, env_steps: int):
             "recurrent_ppo is SB3-contrib's: pip install -e '.[sb3]', or name other programs."
         ) from error
     networks = {"lstm_hidden_size": 64, "shared_lstm": True, "enable_critic_lstm": False, "net_arch": []}
-    horizon = {"gamma": learning.gamma, "gae_lambda": learning.lmbda, "ent_coef": learning.entropy}
+    horizon = {"gamma": learning.gamma, "gae_lambda": learning.lmbda}
     batches = {
         "n_steps": trials.steps,
         "n_epochs": learning.epochs,
@@ -174,20 +174,24 @@ def recurrent_ppo(trials: Trials, learning: Learning, env_steps: int):
     model = RecurrentPPO(
         "MlpLstmPolicy", _vec_env(trials), policy_kwargs=networks, device="cpu", **batches, **horizon, **steps
     )
-    return _SB3(model, env_steps)
+    return _SB3(model, learning, env_steps)
 
 
 class _SB3:
-    def __init__(self, model, env_steps: int):
-        self._model, self._env_steps = model, env_steps
+    def __init__(self, model, learning: Learning, env_steps: int):
+        self._model, self._learning, self._env_steps = model, learning, env_steps
 
     def learn(self, after_update: Callable[[int], None]) -> None:
         from stable_baselines3.common.callbacks import BaseCallback
+
+        entropy, schedule, env_steps = self._learning.entropy, self._learning.entropy_schedule, self._env_steps
 
         class AfterUpdate(BaseCallback):
             def _on_rollout_start(self) -> None:  # the update before it has ended
                 if self.num_timesteps:
                     after_update(self.num_timesteps)
+                # Its learning rate may follow a schedule, its entropy bonus may not.
+                self.model.ent_coef = entropy * schedule(self.num_timesteps / env_steps)
 
             def _on_step(self) -> bool:
                 return True

@@ -23,7 +23,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
 
@@ -66,7 +65,7 @@ def main(
     policy = ActorCritic(actor, critic)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, entropy_bonus=True, entropy_coeff=learning.entropy),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
         # A step costs up to 16, and the critic learns in units.
         TrialAdvantage(**horizon, critic=policy, scale_rewards=True),
         bptt=CHUNK_STEPS,
@@ -74,8 +73,7 @@ def main(
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
-        entropy_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -22,7 +22,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    linear_decay,
 )
 from rl2_torchrl.envs import Resumable
 
@@ -70,7 +69,7 @@ def main(
     critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
     horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     terms = [TaskBelief(network.units, 2, coefficient=belief, target=lambda place: place / RADIUS)] if belief else []
-    loss = {"entropy_bonus": learning.entropy > 0, "entropy_coeff": learning.entropy, "terms": terms}
+    loss = {**learning.entropy_bonus, "terms": terms}
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, **loss),
         TrialAdvantage(**horizon, scale_rewards=True),
@@ -78,7 +77,7 @@ def main(
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * episodes * steps
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -41,7 +41,9 @@ PRESETS = {
         "Orders differ by a few hundredths of what goals differ by: a critic that sees the goal takes the latter out of the noise, "
         "and much entropy that falls late leaves time to compare them. Without both 6 of 12 seeds found the best order.",
         Network(num_cells=(128,), memory_steps=60, input_gain=2.0, critic_keys=("time_left", "task")),
-        Learning(trials=1024, gamma=1.0, lmbda=0.95, minibatches=32, max_grad_norm=0.5, entropy=0.1),
+        Learning(
+            trials=1024, gamma=1.0, lmbda=0.95, minibatches=32, max_grad_norm=0.5, entropy=0.1, entropy_decay="late"
+        ),
     ),
     "PointRobot": Preset(
         "point_robot",

@@ -33,7 +33,6 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TaskSampler,
     Trial,
-    linear_decay,
     orthogonal_init_,
 )
 from rl2_torchrl.baselines import mdps
@@ -93,8 +92,7 @@ def main(
             actor,
             critic,
             clip_epsilon=0.2,
-            entropy_bonus=True,
-            entropy_coeff=learning.entropy,
+            **learning.entropy_bonus,
             terms=told.terms(
                 network.units, states * actions, partial(mean_rewards, sizes=(states, actions)), posterior
             ),
@@ -104,8 +102,7 @@ def main(
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
-        entropy_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

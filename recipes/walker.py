@@ -23,7 +23,6 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     TrialAdvantage,
-    linear_decay,
 )
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.envs.physics import gymnasium_model, import_mujoco, load_model
@@ -67,14 +66,14 @@ def main(
     policy = ActorCritic(actor, critic)
     horizons = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
         TrialAdvantage(**horizons, critic=policy, scale_rewards=True),
         bptt=CHUNK_STEPS,
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,
         max_grad_norm=learning.max_grad_norm,
-        lr_schedule=linear_decay,
+        **learning.schedules,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
