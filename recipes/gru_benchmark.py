@@ -1,8 +1,8 @@
 """TorchRL's `GRUModule` (each backend that runs here) against `FastGRUModule`: one step and whole sequences."""
 
 import statistics
-import time
 from collections.abc import Callable
+from timeit import timeit
 
 import torch
 import tyro
@@ -115,15 +115,9 @@ def sequences(rows: int, steps: int, inputs: int) -> TensorDict:
 
 
 def in_turns(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each run."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median milliseconds of each run; the first of each, which compiles, does not count."""
+    rounds = [{name: 1e3 * timeit(run, number=1) for name, run in runs.items()} for _ in range(repeats + 1)]
+    return {name: statistics.median(times[name] for times in rounds[1:]) for name in runs}
 
 
 if __name__ == "__main__":
