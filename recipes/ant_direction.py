@@ -59,7 +59,7 @@ def main(
     critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
     update = PPOUpdate(
         RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
-        TrialAdvantage(gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
+        TrialAdvantage(gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae", scale_rewards=True),
         lr=learning.lr,
         epochs=learning.epochs,
         minibatches=learning.minibatches,

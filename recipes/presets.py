@@ -60,12 +60,12 @@ PRESETS = {
         Learning(
             trials=64,
             env_steps=8_000_000,
-            lr=3e-3,
+            lr=2e-3,
             gamma=0.97,
             lmbda=0.9,
             minibatches=8,
             max_grad_norm=0.5,
-            entropy=0.0,
+            entropy=0.01,
         ),
     ),
     "CartPole-v1": Preset(
