@@ -347,6 +347,23 @@ def test_original_mode_is_the_first_implementation(task, tasks, steps, tmp_path,
     assert (float(loss.critic_coeff), loss.entropy_bonus) == (0.5, False)
 
 
+@pytest.mark.parametrize("entropy", [0.3, 0.0])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "half_cheetah"])  # which has modes instead
+def test_the_entropy_bonus_decays_as_it_is_told_and_may_be_left_out(name, entropy, tmp_path, monkeypatch):
+    def stop(self, collector, update, **_):
+        raise BeforeTraining(update)
+
+    monkeypatch.setattr(Experiment, "train", stop)
+    with pytest.raises(BeforeTraining) as stopped:
+        run(name, tmp_path, entropy=entropy, entropy_decay="late")
+    (update,) = stopped.value.args
+    assert (update.lr_schedule(0.5), update.loss.entropy_bonus) == (0.5, entropy > 0)
+    if entropy:
+        assert (float(update.loss.entropy_coeff), update.entropy_schedule(0.5)) == (pytest.approx(0.3), 0.75)
+    else:
+        assert update.entropy_schedule is None
+
+
 def test_a_report_without_one_of_the_directions_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(half_cheetah.Cheetahs, "tasks", lambda cheetahs, stream, number: torch.ones(number, 1))
     run("half_cheetah", tmp_path, updates=1)

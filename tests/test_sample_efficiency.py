@@ -77,6 +77,21 @@ def test_they_learn(name):
     assert trial_return(WORLDS["bandit"].trials(32, 1, always_pays), learner.act) > 9
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_their_entropy_bonus_decays_as_ours(name, monkeypatch):
+    trials, weights = WORLDS["bandit"].trials(8, 0), []
+    if name == "sb3":
+        sb3 = pytest.importorskip("sb3_contrib")
+        monkeypatch.setattr(sb3.RecurrentPPO, "train", lambda model: weights.append(model.ent_coef))
+    else:
+        monkeypatch.setattr(
+            PROGRAMS[name], "_update", lambda self, *batch_and_weight: weights.append(batch_and_weight[-1])
+        )
+    learning = Learning(entropy=0.4, entropy_decay="late", minibatches=2)
+    PROGRAMS[name](trials, learning, 2 * 8 * trials.steps).learn(lambda env_steps: None)
+    assert weights == pytest.approx([0.4, 0.3])  # 1 - p² of it, half-way
+
+
 def test_the_page_holds_what_was_learnt_and_nothing_is_learnt_twice(tmp_path, monkeypatch):
     where = {"programs": ("rl2_torchrl", "plain"), "folder": tmp_path / "runs", "page": tmp_path / "page.md"}
     page = sample_efficiency.main(**where, **TINY).read_text()
