@@ -54,7 +54,7 @@ PRESETS = {
     ),
     "AntDirection": Preset(
         "ant_direction",
-        "361 an episode",
+        "560 an episode",
         "Those of the cheetah; nothing was tuned here.",
         Network(critic_keys=("time_left", "task")),
         Learning(
