@@ -153,7 +153,7 @@ class Learning:
 
 
 def late_decay(progress: float) -> float:
-    """1 - p²: what exploring has put in order is chosen among late, where a linear decay has long decided.
+    """1 - p²: slow at first and fast at the end, so that exploring goes on for most of the training.
 
     Examples:
         >>> late_decay(0.5)
