@@ -47,10 +47,11 @@ PRESETS = {
     ),
     "PointRobot": Preset(
         "point_robot",
-        "6.3 steps in the first episode, 4.1 in the last",
-        "The Gaussian's own spread explores: no entropy bonus.",
+        "5.5 steps in the first episode, 4.3 in the last",
+        "A goal that pays nothing before it is reached has to be searched for: an entropy bonus, without which one of three "
+        "seeds finds it.",
         Network(),
-        Learning(trials=128, env_steps=3_000_000, lr=1e-3, minibatches=4, max_grad_norm=0.5, entropy=0.0),
+        Learning(trials=128, env_steps=3_000_000, lr=1e-3, minibatches=4, max_grad_norm=0.5, entropy=0.1),
     ),
     "AntDirection": Preset(
         "ant_direction",
