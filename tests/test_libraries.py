@@ -94,6 +94,18 @@ def test_what_was_played_is_played_again_from_a_checkpoint(name, tmp_path, monke
     assert (batches[0] == batches[1]).all()
 
 
+@pytest.mark.parametrize("entropy", [0.3, 0.0])
+@pytest.mark.parametrize("name", [name for name, (library, *_) in RECIPES.items() if library != "gymnasium"])
+def test_the_entropy_bonus_decays_as_it_is_told_and_may_be_left_out(name, entropy, tmp_path, monkeypatch):
+    options = {"entropy": entropy, "entropy_decay": "late"}
+    _, _, update = stopped_before_training(name, tmp_path, monkeypatch, **options)
+    assert (update.lr_schedule(0.5), update.loss.entropy_bonus) == (0.5, entropy > 0)
+    if entropy:
+        assert (float(update.loss.entropy_coeff), update.entropy_schedule(0.5)) == (pytest.approx(0.3), 0.75)
+    else:
+        assert update.entropy_schedule is None
+
+
 def test_what_has_been_played_leaves_the_memory(tmp_path, monkeypatch):
     played, _, _ = stopped_before_training("cartpole", tmp_path, monkeypatch)
     make_env, envs = played.make_env, []

@@ -7,7 +7,7 @@ import pickle
 import re
 import runpy
 import sys
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -345,6 +345,15 @@ def test_original_mode_is_the_first_implementation(task, tasks, steps, tmp_path,
     assert not advantage.scale_rewards
     assert float(loss.clip_epsilon) == pytest.approx(0.3)
     assert (float(loss.critic_coeff), loss.entropy_bonus) == (0.5, False)
+
+
+@pytest.mark.parametrize("task", ["direction", "velocity"])
+def test_the_cheetah_scales_rewards_and_its_entropy_bonus_decays(task):
+    trials = half_cheetah.CheetahTrials(task, episodes=2, horizon=4, max_velocity=2.0, seed=0)
+    _, update = half_cheetah.compose(trials, replace(half_cheetah.MODES["trial", task], trials=2, horizon=4))
+    assert (update.advantage.scale_rewards, update.loss.entropy_bonus) == (True, True)
+    assert float(update.loss.entropy_coeff) == pytest.approx(0.01)
+    assert (update.lr_schedule(0.5), update.entropy_schedule(0.5)) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("entropy", [0.3, 0.0])
