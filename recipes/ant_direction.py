@@ -55,16 +55,12 @@ def main(
 
     tasks = directions() if all_directions else forward_or_backward
     env = make_env(TaskSampler(tasks, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells)
-    critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
+    actor = GRUGaussianActor.from_env(env, **network.actor)
+    critic = GRUValueHead.from_env(env, **network.critic)
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
-        TrialAdvantage(gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae", scale_rewards=True),
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.loss),
+        TrialAdvantage(**learning.advantage, scale_rewards=True),
+        **learning.update,
     )
     batch = learning.trials * episodes * horizon
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

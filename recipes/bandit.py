@@ -1,5 +1,6 @@
 """RL² on Bernoulli bandits (Duan et al. 2016, table 1): a GRU learns to explore, then exploit, in its memory alone."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from recipes.experiment import (
     TRAIN_TASKS,
     TUNING_TASKS,
     Experiment,
+    FirstWeights,
     Learning,
     Network,
     Run,
@@ -50,6 +52,7 @@ def main(
     pulls: int = 10,
     learns_from: LearnsFrom = "task",
     network: Network,
+    first_weights: FirstWeights,
     learning: Learning,
     told: Told,
     classical: bool = True,
@@ -64,6 +67,7 @@ def main(
         pulls: pulls of a trial, n in the paper's table.
         learns_from: rewards alone, as the paper's agents, or what the task tells the training too; the agent sees rewards alone.
         network: actor and critic.
+        first_weights: what the core's weights are at first.
         learning: batches, and PPO on them.
         told: what training is told of the task beside rewards.
         classical: whether classical agents play in the report too.
@@ -78,26 +82,20 @@ def main(
 
     tasks = uniform_means(arms)
     env = make_env(TaskSampler(tasks, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUCategoricalActor.from_env(env, **network.slots, num_cells=network.num_cells)
-    orthogonal_init_(actor, **network.initial)
-    heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
-    critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
-    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    actor = GRUCategoricalActor.from_env(env, **network.actor)
+    orthogonal_init_(actor, **asdict(first_weights))
+    critic = MemoryValueHead.from_env(env, actor, **network.value_head(detach=True))
     posterior = Posterior(told.moments(beta_moments), arms, optimism=told.optimism)
     update = PPOUpdate(
         RL2PPOLoss(
             actor,
             critic,
             clip_epsilon=0.2,
-            **learning.entropy_bonus,
+            **learning.loss,
             terms=told.terms(network.units, arms, posterior=posterior),
         ),
-        told.advantage(bandit_values, posterior, **horizon),
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        told.advantage(bandit_values, posterior, **learning.advantage),
+        **learning.update,
     )
     batch = learning.trials * pulls
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -62,18 +62,30 @@ WORKERS = 11
 
 
 # ------------------------------------------------------------------- settings
+class Settings:
+    """Settings that belong together; ValueError where one of a few choices is none of them."""
+
+    def __post_init__(self):
+        require_choices(type(self), vars(self))
+
+
+def require_choices(of: Callable, given: Mapping[str, Any]) -> None:
+    """Raises ValueError where what is ``given`` to a function or class is none of the choices that its annotation names."""
+    for name, hint in get_type_hints(of).items():
+        if get_origin(hint) is Literal and name in given and given[name] not in get_args(hint):
+            raise ValueError(f"{name}={given[name]!r} is none of {', '.join(map(repr, get_args(hint)))}.")
+
+
 @dataclass(frozen=True)
-class Network:
-    """Actor and critic: their sizes, and the weights that they begin with.
+class Network(Settings):
+    """Actor and critic.
 
     Args:
         units: units of the core.
         core: what carries the memory.
         encoder_cells: sizes of the layers of an MLP before the core; empty: none.
-        num_cells: hidden layers of actor and critic after the GRU; empty leaves the actor none and the critic one of ``units``.
-        memory_steps: steps over which the slowest units remember at first (`orthogonal_init_`); None: all forget at once.
-        input_gain: factor on the GRU's first input weights (`orthogonal_init_`).
-        gate_gain: further factor on those of its update gates (`orthogonal_init_`).
+        num_cells: hidden layers of actor and critic after the core. Empty: none, but for a critic on a memory that it does not
+            train, which has one of ``units``.
         normalize: bring observed numbers and rewards to mean 0 and standard deviation 1 before the networks (`RunningNorm`).
         critic_keys: what the critic reads beside the actor's memory; the task among it makes advantages less noisy, and the
             actor never sees it.
@@ -83,32 +95,44 @@ class Network:
     core: Literal["gru", "lstm"] = "gru"
     encoder_cells: tuple[int, ...] = ()
     num_cells: tuple[int, ...] = ()
-    memory_steps: int | None = None
-    input_gain: float = 1.0
-    gate_gain: float = 1.0
     normalize: bool = False
     critic_keys: tuple[str, ...] = ("time_left",)
 
     @property
-    def slots(self) -> dict[str, Any]:
-        """Normalisation, encoder and core, as `RecurrentActor` takes them."""
+    def actor(self) -> dict[str, Any]:
+        """Options of `RecurrentActor.from_env`, and of its subclasses'."""
         encoder = partial(MLPEncoder, num_cells=self.encoder_cells) if self.encoder_cells else None
-        core = {"gru": GRUCore, "lstm": LSTMCore}[self.core]
-        return {"normalize": self.normalize, "encoder": encoder, "core": partial(core, hidden_size=self.units)}
+        core = partial({"gru": GRUCore, "lstm": LSTMCore}[self.core], hidden_size=self.units)
+        return {"normalize": self.normalize, "encoder": encoder, "core": core, "num_cells": self.num_cells}
 
     @property
-    def initial(self) -> dict[str, Any]:
-        """Options of `orthogonal_init_`."""
-        return {"memory_steps": self.memory_steps, "input_gain": self.input_gain, "gate_gain": self.gate_gain}
+    def critic(self) -> dict[str, Any]:
+        """Options of `RecurrentCritic.from_env`, and of its subclasses': a critic with a core of its own."""
+        return {**self.actor, "extra_keys": self.critic_keys}
 
-    @property
-    def critic_cells(self) -> tuple[int, ...]:
-        """Hidden layers of the critic, which has one at least."""
-        return self.num_cells or (self.units,)
+    def value_head(self, *, detach: bool) -> dict[str, Any]:
+        """Options of `MemoryValueHead.from_env`: a critic on the actor's memory."""
+        own_layer = (self.units,) if detach else ()
+        return {"detach": detach, "num_cells": self.num_cells or own_layer, "extra_keys": self.critic_keys}
 
 
 @dataclass(frozen=True)
-class Learning:
+class FirstWeights:
+    """What the core's weights are at first, as `orthogonal_init_` takes it.
+
+    Args:
+        memory_steps: steps over which the slowest units remember; None: all forget at once.
+        input_gain: factor on the input weights.
+        gate_gain: further factor on those of the update gates.
+    """
+
+    memory_steps: int | None = None
+    input_gain: float = 1.0
+    gate_gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class Learning(Settings):
     """Batches, and PPO on them.
 
     Args:
@@ -137,19 +161,26 @@ class Learning:
     entropy_decay: Literal["linear", "late"] = "linear"
 
     @property
-    def entropy_bonus(self) -> dict[str, Any]:
+    def loss(self) -> dict[str, Any]:
         """Options of `RL2PPOLoss`."""
         return {"entropy_bonus": self.entropy > 0, "entropy_coeff": self.entropy}
+
+    @property
+    def advantage(self) -> dict[str, Any]:
+        """Options of `TrialAdvantage`."""
+        return {"gamma": self.gamma, "lmbda": self.lmbda, "value_target": "gae"}
+
+    @property
+    def update(self) -> dict[str, Any]:
+        """Options of `PPOUpdate`."""
+        passes = {"epochs": self.epochs, "minibatches": self.minibatches}
+        decays = {"lr_schedule": linear_decay, "entropy_schedule": self.entropy_schedule if self.entropy > 0 else None}
+        return {"lr": self.lr, "max_grad_norm": self.max_grad_norm, **passes, **decays}
 
     @property
     def entropy_schedule(self) -> Callable[[float], float]:
         """Factor on the weight of the entropy bonus, by progress."""
         return {"linear": linear_decay, "late": late_decay}[self.entropy_decay]
-
-    @property
-    def schedules(self) -> dict[str, Callable[[float], float] | None]:
-        """Options of `PPOUpdate`."""
-        return {"lr_schedule": linear_decay, "entropy_schedule": self.entropy_schedule if self.entropy > 0 else None}
 
 
 def late_decay(progress: float) -> float:
@@ -236,7 +267,7 @@ def told_of(network: Network, told: Told) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Settings):
     """Seeds, where a run begins, which processes play, and what it leaves.
 
     Args:
@@ -321,6 +352,7 @@ def settings_by(rule: Callable[..., dict[str, Any]]) -> Callable[[Callable], Cal
     def decorate(main: Callable) -> Callable:
         @wraps(main)
         def with_settings(**given: Any) -> Any:
+            require_choices(main, given)
             return main(**{**rule(**_asked(rule, given)), **given})
 
         with_settings.rule = rule

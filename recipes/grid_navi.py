@@ -1,5 +1,6 @@
 """RL² on GridNavi (VariBAD, Zintgraf et al. 2020): a GRU learns to search a grid for a hidden goal, and to go back to it."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from recipes import experiment
 from recipes.experiment import (
     TRAIN_TASKS,
     Experiment,
+    FirstWeights,
     Learning,
     Network,
     Run,
@@ -41,11 +43,18 @@ from rl2_torchrl.evaluation import AdaptationCurve
 EPISODE_STEPS = 15
 GOALS = torch.tensor([[x, y] for y in range(5) for x in range(5) if x > 1 or y > 1]).float()
 PRESET = PRESETS["GridNavi"]
+#: A trial has sixty steps: the slowest units remember all of it from the start.
+FIRST_WEIGHTS = FirstWeights(memory_steps=60, input_gain=2.0)
 RUN = Run(Path("runs/grid_navi"), report_tasks=2_100)
 
 
 def main(
-    *, episodes: int = 4, network: Network = PRESET.network, learning: Learning = PRESET.learning, run: Run = RUN
+    *,
+    episodes: int = 4,
+    network: Network = PRESET.network,
+    first_weights: FirstWeights = FIRST_WEIGHTS,
+    learning: Learning = PRESET.learning,
+    run: Run = RUN,
 ) -> AdaptationReport:
     """Trains RL² on a 5x5 grid with one of 21 goals, 15 steps an episode, and reports how it searches and goes back.
 
@@ -54,6 +63,7 @@ def main(
     Args:
         episodes: episodes of a trial.
         network: actor and critic.
+        first_weights: what the core's weights are at first.
         learning: batches, and PPO on them.
         run: seeds, where the run begins, which processes play, and what it leaves; there are 21 goals in all, so
             that goals are seen in training too.
@@ -65,18 +75,13 @@ def main(
         return TransformedEnv(grids, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
 
     env = make_env(TaskSampler(grid_goals(), seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUCategoricalActor.from_env(env, **network.slots, num_cells=network.num_cells)
-    orthogonal_init_(actor, **network.initial)
-    heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
-    critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
+    actor = GRUCategoricalActor.from_env(env, **network.actor)
+    orthogonal_init_(actor, **asdict(first_weights))
+    critic = MemoryValueHead.from_env(env, actor, **network.value_head(detach=True))
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
-        TrialAdvantage(gamma=learning.gamma, lmbda=learning.lmbda, value_target="gae"),
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.loss),
+        TrialAdvantage(**learning.advantage),
+        **learning.update,
     )
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -1,17 +1,29 @@
 """RL² on HalfCheetah: a Gaussian GRU policy finds out, within a trial, which way or how fast it shall run."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import experiment
-from recipes.experiment import HELD_OUT_TASKS, REPORT_TASKS, TRAIN_TASKS, Experiment, Run, stream_seed, whole_batches
+from recipes.experiment import (
+    HELD_OUT_TASKS,
+    REPORT_TASKS,
+    TRAIN_TASKS,
+    Experiment,
+    Learning,
+    Network,
+    Run,
+    settings_by,
+    stream_seed,
+    whole_batches,
+)
 from recipes.half_cheetah_report import CheetahReport, VelocityRecord
+from recipes.presets import PRESETS
 from rl2_torchrl import (
     ActorCritic,
     GRUGaussianActor,
@@ -25,7 +37,6 @@ from rl2_torchrl import (
     TrialAdvantage,
     TrialCollector,
     TrialWorkers,
-    linear_decay,
 )
 from rl2_torchrl.envs import HalfCheetahDirection, HalfCheetahVelocity, signs, velocities
 from rl2_torchrl.video import record_trial, video_suffix
@@ -36,118 +47,56 @@ TRAIN_STARTS, HELD_OUT_STARTS = 3, 4
 STOP_RETURN, STOP_ERROR, STOP_EVALUATIONS = 180.0, 25.0, 3
 RUN = Run(Path("runs/half_cheetah"), report_tasks=200)
 
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to train: sizes of a batch and of the networks, and how they are updated.
-
-    Args:
-        trials: trials in a batch, each on a task of its own.
-        episodes: episodes of a trial.
-        env_steps: env steps to train on.
-        horizon: steps of an episode.
-        units: GRU units, in actor and critic each.
-        lr: learning rate.
-        gamma: discount per step.
-        lmbda: GAE's lambda.
-        clip_epsilon: PPO's clipping.
-        epochs: passes over a batch.
-        minibatch_steps: env steps of a minibatch.
-        max_grad_norm: clip the gradient's norm at this; None does not.
-        bptt: steps of a chunk that gradients flow through; None takes the whole trial.
-        value_target: what the critic learns, see `TrialAdvantage`.
-        scale_rewards: let the critic learn numbers around 1, see `TrialAdvantage`. In units of return, of hundreds here, its
-            gradient is nearly all of the norm that ``max_grad_norm`` clips, and the actor's is shrunk by chance.
-        entropy: weight of the entropy bonus. Without it both directions share a spread that the first one learnt makes narrow.
-        critic_keys: what the critic sees beside the actor's input.
-        decay: let the learning rate and the entropy bonus fall to 0 over the training.
-        shuffle: draw chunks in random order.
-    """
-
-    trials: int
-    episodes: int
-    env_steps: int
-    horizon: int = 200
-    units: int = 64
-    lr: float = 2e-3
-    gamma: float = 0.97
-    lmbda: float = 0.9
-    clip_epsilon: float = 0.2
-    epochs: int = 4
-    minibatch_steps: int = 3200
-    max_grad_norm: float | None = 0.5
-    bptt: int | None = None
-    value_target: Literal["gae", "return"] = "gae"
-    scale_rewards: bool = True
-    entropy: float = 0.01
-    critic_keys: tuple[str, ...] = ("time_left", "task")
-    decay: bool = True
-    shuffle: bool = True
-
-    @property
-    def trial_steps(self) -> int:
-        """Env steps of a trial."""
-        return self.episodes * self.horizon
-
-    @property
-    def batch_steps(self) -> int:
-        """Env steps of a batch."""
-        return self.trials * self.trial_steps
-
-
-#: The original (Duan et al. 2016 as first written for these envs): no gradient through time, chunks in order.
-_ORIGINAL = {
-    "lr": 1e-4,
-    "gamma": 0.99,
-    "lmbda": 0.97,
-    "clip_epsilon": 0.3,
-    "epochs": 10,
-    "minibatch_steps": 32,
-    "max_grad_norm": None,
-    "bptt": 1,
-    "value_target": "return",
-    "scale_rewards": False,
-    "entropy": 0.0,
-    "critic_keys": (),
-    "decay": False,
-    "shuffle": False,
-}
-MODES = {
-    ("trial", "direction"): Mode(trials=64, episodes=2, env_steps=8_000_000),
-    ("trial", "velocity"): Mode(trials=64, episodes=2, env_steps=30_000_000),
-    ("original", "direction"): Mode(trials=4, episodes=4, env_steps=4_000_000, **_ORIGINAL),
-    ("original", "velocity"): Mode(trials=10, episodes=6, env_steps=4_000_000, **_ORIGINAL),
+#: Options of loss, advantages and update that a mode says beside its settings.
+MODES: dict[str, dict[str, dict[str, Any]]] = {
+    # In units of return, of hundreds here, the critic's gradient is nearly all of the norm that is clipped, and the actor's is
+    # shrunk by chance: rewards are scaled.
+    "trial": {"loss": {"clip_epsilon": 0.2}, "advantage": {"scale_rewards": True}, "update": {}},
+    # No gradient through time, chunks in order, a constant learning rate.
+    "original": {
+        "loss": {"clip_epsilon": 0.3},
+        "advantage": {"value_target": "return"},
+        "update": {"bptt": 1, "shuffle": False, "lr_schedule": None},
+    },
 }
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What is changed in a mode; None leaves it.
+def cheetah_settings(task: str = "direction", mode: str = "trial") -> dict[str, Any]:
+    """Episodes of a trial, network and learning of a mode: our best settings, or those of RL² as first written for these envs.
 
-    Args:
-        env_steps: env steps to train on, rounded up to whole batches.
-        trials: trials in a batch.
-        units: GRU units.
-        horizon: steps of an episode.
-        lr: learning rate at first.
+    Examples:
+        >>> settings = cheetah_settings("velocity", mode="original")
+        >>> settings["episodes"], settings["learning"].trials, settings["learning"].minibatches
+        (6, 10, 375)
     """
+    if mode != "original":
+        preset = PRESETS[f"HalfCheetah {'velocity' if task == 'velocity' else 'direction'}"]
+        return {"episodes": 2, "network": preset.network, "learning": preset.learning}
+    trials, episodes = (10, 6) if task == "velocity" else (4, 4)
+    minibatches = trials * episodes * 200 // 32  # of 32 steps
+    learning = Learning(
+        trials=trials,
+        env_steps=4_000_000,
+        lr=1e-4,
+        gamma=0.99,
+        lmbda=0.97,
+        epochs=10,
+        minibatches=minibatches,
+        entropy=0.0,
+    )
+    return {"episodes": episodes, "network": Network(critic_keys=()), "learning": learning}
 
-    env_steps: int | None = None
-    trials: int | None = None
-    units: int | None = None
-    horizon: int | None = None
-    lr: float | None = None
 
-
-NO_CHANGES = Changes()
-
-
+@settings_by(cheetah_settings)
 def main(
     *,
     task: Literal["direction", "velocity"] = "direction",
     mode: Literal["trial", "original"] = "trial",
+    episodes: int,
+    horizon: int = 200,
     max_velocity: float = 2.0,
-    changes: Changes = NO_CHANGES,
+    network: Network,
+    learning: Learning,
     stop_at_goal: bool = False,
     video: bool = False,
     run: Run = RUN,
@@ -156,9 +105,13 @@ def main(
 
     Args:
         task: run forward or backward, or at a velocity.
-        mode: "trial", whole trials through time and our best settings, or "original", the first implementation's.
+        mode: "trial", whole trials through time and our best settings, or "original", the first implementation's; settings that
+            are left out follow from it.
+        episodes: episodes of a trial.
+        horizon: steps of an episode.
         max_velocity: velocities are drawn from U[0, max_velocity] m/s: 2 in the original, 3 in later work.
-        changes: in place of the mode's.
+        network: actor and critic.
+        learning: batches, and PPO on them.
         stop_at_goal: stop once the original's goal has held in three evaluations in a row: in the last episode of
             held-out trials a mean return of 180 in the worse direction, or a mean sum of |velocity - goal| of 25.
         video: film a held-out trial before and after the training: untrained.mp4 and trial.mp4, or .gif without ffmpeg
@@ -167,17 +120,15 @@ def main(
     """
     torch.manual_seed(run.seed)
     torch.set_flush_denormal(True)
-    own = {key: value for key, value in asdict(changes).items() if value is not None}
-    settings = replace(MODES[mode, task], **own)
-    trials = CheetahTrials(task, settings.episodes, settings.horizon, max_velocity, run.seed)
-    collector, update = compose(trials, settings, run)
+    trials = CheetahTrials(task, episodes, horizon, max_velocity, run.seed)
+    collector, update = compose(trials, mode, network, learning, run)
     cheetahs = Cheetahs(update.loss.actor_network, trials, run)
     if video:  # before the training, so that what is missing is missed now
         cheetahs.film(run.log_dir / "untrained")
     result = cheetahs.train(
         collector,
         update,
-        eval_interval=max(1, 1_000_000 // settings.batch_steps),
+        eval_interval=max(1, 1_000_000 // (learning.trials * episodes * horizon)),
         stop=StopAtGoal(task) if stop_at_goal else None,
     )
     report = experiment.publish(cheetahs.report(result), run)
@@ -186,29 +137,22 @@ def main(
     return report
 
 
-def compose(trials: "CheetahTrials", settings: Mode, run: Run = RUN) -> tuple[TrialCollector | TrialWorkers, PPOUpdate]:
+def compose(
+    trials: "CheetahTrials", mode: str, network: Network, learning: Learning, run: Run = RUN
+) -> tuple[TrialCollector | TrialWorkers, PPOUpdate]:
     """Collector and update, of the parts that any recipe is made of."""
     sampler = TaskSampler(trials.distribution, seed=stream_seed(trials.seed, TRAIN_TASKS))
-    env = trials.env(sampler, settings.trials, TRAIN_STARTS)
-    actor = GRUGaussianActor.from_env(env, hidden_size=settings.units)
-    critic = GRUValueHead.from_env(env, hidden_size=settings.units, extra_keys=list(settings.critic_keys))
-    chunk = settings.bptt or settings.trial_steps
-    bonus = {"entropy_bonus": settings.entropy > 0, "entropy_coeff": settings.entropy}
-    horizon = {"gamma": settings.gamma, "lmbda": settings.lmbda, "value_target": settings.value_target}
+    env = trials.env(sampler, learning.trials, TRAIN_STARTS)
+    actor = GRUGaussianActor.from_env(env, **network.actor)
+    critic = GRUValueHead.from_env(env, **network.critic)
+    options = MODES[mode]
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=settings.clip_epsilon, **bonus),
-        TrialAdvantage(**horizon, scale_rewards=settings.scale_rewards),
-        bptt=settings.bptt,
-        epochs=settings.epochs,
-        minibatches=max(1, settings.batch_steps // max(settings.minibatch_steps, chunk)),
-        shuffle=settings.shuffle,
-        lr=settings.lr,
-        max_grad_norm=settings.max_grad_norm,
-        lr_schedule=linear_decay if settings.decay else None,
-        entropy_schedule=linear_decay if settings.decay and settings.entropy > 0 else None,
+        RL2PPOLoss(actor, critic, **{**learning.loss, **options["loss"]}),
+        TrialAdvantage(**{**learning.advantage, **options["advantage"]}),
+        **{**learning.update, **options["update"]},
     )
-    batch = settings.batch_steps
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(settings.env_steps, batch)}
+    batch = learning.trials * trials.episodes * trials.horizon
+    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     make_env = partial(trials.env, starts=TRAIN_STARTS)
     return run.collector(make_env, env, ActorCritic(actor, critic), update, **frames), update
 

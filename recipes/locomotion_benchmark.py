@@ -92,10 +92,10 @@ def measure_training(mode: str, repeats: int) -> dict:
     """Steps/s of collection, advantages, update and all of it, for a mode of the recipe on velocities."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    settings = half_cheetah.MODES[mode, "velocity"]
-    trials = half_cheetah.CheetahTrials("velocity", settings.episodes, settings.horizon, max_velocity=2.0, seed=0)
-    collector, update = half_cheetah.compose(trials, settings)
-    runs = time_phases(iter(collector), update, settings.batch_steps, repeats)
+    settings = half_cheetah.cheetah_settings("velocity", mode)
+    trials = half_cheetah.CheetahTrials("velocity", settings["episodes"], horizon=200, max_velocity=2.0, seed=0)
+    collector, update = half_cheetah.compose(trials, mode, settings["network"], settings["learning"])
+    runs = time_phases(iter(collector), update, collector.requested_frames_per_batch, repeats)
     collector.shutdown()
     return {**medians_of(runs), "runs": runs}
 

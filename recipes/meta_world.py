@@ -79,22 +79,16 @@ def main(
 
     draw = partial(indices, len(train_tasks))
     env = make_env(train_tasks, TaskSampler(draw, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells)
-    critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
+    actor = GRUGaussianActor.from_env(env, **network.actor)
+    critic = GRUValueHead.from_env(env, **network.critic)
     policy = ActorCritic(actor, critic)
-    horizons = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     told = told_tasks(train_tasks)
     target = {"coefficient": belief, "target": lambda number: told[number]}
     terms = [TaskBelief(network.units, told.shape[1], **target)] if belief else []
-    loss = {**learning.entropy_bonus, "terms": terms}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **loss),
-        TrialAdvantage(**horizons, scale_rewards=True),
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.loss, terms=terms),
+        TrialAdvantage(**learning.advantage, scale_rewards=True),
+        **learning.update,
     )
     batch = learning.trials * episodes * horizon
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -59,21 +59,16 @@ def main(
     make_env = partial(trial_env, episodes=episodes, max_steps=max_steps)
     sampler = TaskSampler(partial(numbers, len(trained)), seed=stream_seed(run.seed, TRAIN_TASKS))
     env = make_env(trained, sampler, learning.trials)
-    actor = GRUCategoricalActor.from_env(env, **network.slots)  # the view gets a ConvEncoder
-    critic = MemoryValueHead.from_env(env, actor, detach=False)
+    actor = GRUCategoricalActor.from_env(env, **network.actor)  # the view gets a ConvEncoder
+    critic = MemoryValueHead.from_env(env, actor, **network.value_head(detach=False))
     policy = ActorCritic(actor, critic)
-    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     places = torch.tensor((trained[:, 0] - [3, 5]) / [1, 4], dtype=torch.float32)  # of the goals' doors
     terms = [TaskBelief(network.units, 2, coefficient=belief, target=lambda maze: places[maze])] if belief else []
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus, terms=terms),
-        TrialAdvantage(**horizon, critic=policy),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.loss, terms=terms),
+        TrialAdvantage(**learning.advantage, critic=policy),
         bptt=BATCH_STEPS,
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        **learning.update,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -61,20 +61,15 @@ def main(
         return TransformedEnv(corridors, Compose(Trial(episodes=1), PreviousStep()))
 
     env = make_env(None, learning.trials)
-    actor = GRUCategoricalActor.from_env(env, **network.slots)  # the image gets a ConvEncoder
-    critic = MemoryValueHead.from_env(env, actor, detach=False)
+    actor = GRUCategoricalActor.from_env(env, **network.actor)  # the image gets a ConvEncoder
+    critic = MemoryValueHead.from_env(env, actor, **network.value_head(detach=False))
     policy = ActorCritic(actor, critic)
-    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     terms = [TaskBelief(network.units, 1, coefficient=belief, task_key=("info", "is_ball"))] if belief else []
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus, terms=terms),
-        TrialAdvantage(**horizon, critic=policy),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.loss, terms=terms),
+        TrialAdvantage(**learning.advantage, critic=policy),
         bptt=BATCH_STEPS,
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        **learning.update,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

@@ -60,20 +60,15 @@ def main(
 
     env = make_env(TaskSampler(physics, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
     # Torques of up to 2 Nm: what is drawn beyond the env clips, and its log-probability is that of the draw.
-    actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells, init_log_std=0.0)
-    critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
+    actor = GRUGaussianActor.from_env(env, **network.actor, init_log_std=0.0)
+    critic = GRUValueHead.from_env(env, **network.critic)
     policy = ActorCritic(actor, critic)
-    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.loss),
         # A step costs up to 16, and the critic learns in units.
-        TrialAdvantage(**horizon, critic=policy, scale_rewards=True),
+        TrialAdvantage(**learning.advantage, critic=policy, scale_rewards=True),
         bptt=CHUNK_STEPS,
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        **learning.update,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

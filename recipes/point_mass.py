@@ -65,19 +65,13 @@ def main(
         return TransformedEnv(masses, trial)
 
     env = make_env(TaskSampler(targets, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells)
-    critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
-    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    actor = GRUGaussianActor.from_env(env, **network.actor)
+    critic = GRUValueHead.from_env(env, **network.critic)
     terms = [TaskBelief(network.units, 2, coefficient=belief, target=lambda place: place / RADIUS)] if belief else []
-    loss = {**learning.entropy_bonus, "terms": terms}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **loss),
-        TrialAdvantage(**horizon, scale_rewards=True),
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.loss, terms=terms),
+        TrialAdvantage(**learning.advantage, scale_rewards=True),
+        **learning.update,
     )
     batch = learning.trials * episodes * steps
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

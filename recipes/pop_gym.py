@@ -56,19 +56,16 @@ def main(
         return TransformedEnv(GymVectorEnv(env_id, rows), Compose(Trial(episodes=1), PreviousStep()))
 
     env = make_env(None, learning.trials)
-    actor = RecurrentActor.from_env(env, **network.slots, num_cells=network.num_cells)  # actions as the env's spec says
-    critic = MemoryValueHead.from_env(env, actor, detach=False, num_cells=network.critic_cells)
+    actor = RecurrentActor.from_env(env, **network.actor)  # actions as the env's spec says
+    critic = MemoryValueHead.from_env(env, actor, **network.value_head(detach=False))
     policy = ActorCritic(actor, critic)
-    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
-        TrialAdvantage(**horizon, critic=policy),  # batches cut episodes: the critic says what the rest is worth
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.loss),
+        TrialAdvantage(
+            **learning.advantage, critic=policy
+        ),  # batches cut episodes: the critic says what the rest is worth
         bptt=BATCH_STEPS,
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        **learning.update,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

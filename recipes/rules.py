@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import log2, sqrt
 from typing import Any, Literal
 
-from recipes.experiment import Learning, Network, Told
+from recipes.experiment import FirstWeights, Learning, Network, Told
 
 __all__ = ["LearnsFrom", "bandit_settings", "mdp_settings"]
 
@@ -30,7 +30,7 @@ MDP_BATCH, EPISODE_STEPS = 102_400, 10
 
 
 def bandit_settings(arms: int = 5, pulls: int = 10, learns_from: LearnsFrom = "task") -> dict[str, Any]:
-    """Network, learning and what training is told, for bandits of ``arms`` arms and trials of ``pulls`` pulls.
+    """Network, first weights, learning and what training is told, for bandits of ``arms`` arms and trials of ``pulls`` pulls.
 
     In short trials regrets, or rewards, teach over the whole trial what exploring is worth. In long ones that drowns: an agent that
     always takes the highest sum of its posterior's mean and 1.3 standard deviations earns about what tuned UCB1 does, and is learnt
@@ -38,26 +38,23 @@ def bandit_settings(arms: int = 5, pulls: int = 10, learns_from: LearnsFrom = "t
 
     Examples:
         >>> settings = bandit_settings(arms=10, pulls=100)
-        >>> settings["learning"].env_steps, settings["learning"].minibatches, settings["network"].memory_steps
+        >>> settings["learning"].env_steps, settings["learning"].minibatches, settings["first_weights"].memory_steps
         (5500000, 32, 100)
         >>> settings["told"].optimism, bandit_settings(arms=10, pulls=100, learns_from="rewards")["told"].optimism
         (1.3, 0.35)
     """
     arms, pulls = max(arms, 1), max(pulls, 1)
-    network = Network(
-        units=64,
-        num_cells=(128,),
-        memory_steps=pulls,  # the slowest units remember the whole trial from the start
-        input_gain=3.0,
-        critic_keys=("time_left",),
-    )
+    network = Network(units=64, num_cells=(128,), critic_keys=("time_left",))
+    # The slowest units remember the whole trial from the start.
+    first = {"first_weights": FirstWeights(memory_steps=pulls, input_gain=3.0)}
     learning = Learning(trials=TRIALS, minibatches=minibatches(pulls))
     is_told = learns_from == "task"
     if pulls >= LONG:
         told = BY_INDEX if is_told else BY_COUNTS
-        return {"network": network, "learning": _by_index(learning, arms, pulls, is_told), "told": told}
+        return {"network": network, **first, "learning": _by_index(learning, arms, pulls, is_told), "told": told}
     return {
         "network": replace(network, critic_keys=("time_left", "task")) if is_told else network,
+        **first,
         "learning": _by_returns(learning, arms, pulls, is_told),
         "told": Told(regret=is_told),
     }
@@ -89,7 +86,7 @@ def minibatches(pulls: int) -> int:
 def mdp_settings(
     states: int = 10, actions: int = 5, episodes: int = 10, learns_from: LearnsFrom = "task"
 ) -> dict[str, Any]:
-    """Network, learning, and what training is told, for MDPs and trials of ``episodes`` episodes.
+    """Network, first weights, learning, and what training is told, for MDPs and trials of ``episodes`` episodes.
 
     Who remembers all rewards and always takes the best action for the state at hand earns more than all classical agents: what is
     hard to learn is the memory, not the plan. A short horizon leaves the advantages little noise. The entropy bonus is large,
@@ -102,15 +99,8 @@ def mdp_settings(
     """
     pairs, episodes, is_told = max(states * actions, 1), max(episodes, 1), learns_from == "task"
     longer = sqrt(episodes / 10)
-    network = Network(
-        # The wider layer picks what is remembered for the state that the agent is in.
-        units=128,
-        num_cells=(256,),
-        memory_steps=30,
-        input_gain=2.0,
-        gate_gain=6.0,
-        critic_keys=("time_left",),
-    )
+    # The wider layer picks what is remembered for the state that the agent is in.
+    network = Network(units=128, num_cells=(256,), critic_keys=("time_left",))
     learning = Learning(
         trials=2 ** max(7, round(log2(MDP_BATCH / (episodes * EPISODE_STEPS)))),
         # What rewards teach of a choice has the noise that a posterior's means have not.
@@ -126,6 +116,7 @@ def mdp_settings(
     told = Told(belief=30.0, posterior=is_told, seen=not is_told, optimism=0.8, optimism_after=0.3)
     return {
         "network": network,
+        "first_weights": FirstWeights(memory_steps=30, input_gain=2.0, gate_gain=6.0),
         "learning": learning,
         "told": told,
     }

@@ -1,5 +1,6 @@
 """RL² on tabular MDPs (Duan et al. 2016, table 2): a GRU learns to explore an unknown MDP and to plan in it."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from recipes.experiment import (
     ENVS,
     TRAIN_TASKS,
     Experiment,
+    FirstWeights,
     Learning,
     Network,
     Run,
@@ -51,6 +53,7 @@ def main(
     episodes: int = 10,
     learns_from: LearnsFrom = "task",
     network: Network,
+    first_weights: FirstWeights,
     learning: Learning,
     told: Told,
     classical: bool = True,
@@ -66,6 +69,7 @@ def main(
         episodes: episodes of a trial, n in the paper's table.
         learns_from: rewards alone, as the paper's agents, or what the task tells the training too; the agent sees rewards alone.
         network: actor and critic.
+        first_weights: what the core's weights are at first.
         learning: batches, and PPO on them.
         told: what training is told of the task beside rewards.
         classical: whether classical agents play in the report too.
@@ -81,28 +85,22 @@ def main(
 
     tasks = random_mdps(states, actions)
     env = make_env(TaskSampler(tasks, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUCategoricalActor.from_env(env, **network.slots, num_cells=network.num_cells, skip=True)
-    orthogonal_init_(actor, **network.initial)
-    heads = {"extra_keys": network.critic_keys, "num_cells": network.critic_cells}
-    critic = MemoryValueHead.from_env(env, actor, detach=True, **heads)
-    horizon = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
+    actor = GRUCategoricalActor.from_env(env, **network.actor, skip=True)
+    orthogonal_init_(actor, **asdict(first_weights))
+    critic = MemoryValueHead.from_env(env, actor, **network.value_head(detach=True))
     posterior = Posterior(told.moments(normal_moments), actions, states, told.optimism)
     update = PPOUpdate(
         RL2PPOLoss(
             actor,
             critic,
             clip_epsilon=0.2,
-            **learning.entropy_bonus,
+            **learning.loss,
             terms=told.terms(
                 network.units, states * actions, partial(mean_rewards, sizes=(states, actions)), posterior
             ),
         ),
-        told.advantage(MDPValues(env.base_env), posterior, **horizon),
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        told.advantage(MDPValues(env.base_env), posterior, **learning.advantage),
+        **learning.update,
     )
     batch = learning.trials * episodes * EPISODE_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

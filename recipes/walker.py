@@ -61,19 +61,14 @@ def main(
         return TransformedEnv(walkers, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
 
     env = make_env(TaskSampler(bodies, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)
-    actor = GRUGaussianActor.from_env(env, **network.slots, num_cells=network.num_cells)
-    critic = GRUValueHead.from_env(env, **network.slots, extra_keys=network.critic_keys)
+    actor = GRUGaussianActor.from_env(env, **network.actor)
+    critic = GRUValueHead.from_env(env, **network.critic)
     policy = ActorCritic(actor, critic)
-    horizons = {"gamma": learning.gamma, "lmbda": learning.lmbda, "value_target": "gae"}
     update = PPOUpdate(
-        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.entropy_bonus),
-        TrialAdvantage(**horizons, critic=policy, scale_rewards=True),
+        RL2PPOLoss(actor, critic, clip_epsilon=0.2, **learning.loss),
+        TrialAdvantage(**learning.advantage, critic=policy, scale_rewards=True),
         bptt=CHUNK_STEPS,
-        lr=learning.lr,
-        epochs=learning.epochs,
-        minibatches=learning.minibatches,
-        max_grad_norm=learning.max_grad_norm,
-        **learning.schedules,
+        **learning.update,
     )
     batch = learning.trials * BATCH_STEPS
     frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}

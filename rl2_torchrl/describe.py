@@ -188,6 +188,7 @@ def _update(update: PPOUpdate) -> Iterable[Described]:
     numbers = {name: getattr(update.advantage, name, None) for name in names}
     yield Described("update", type(update.advantage).__name__, _settings(numbers))
     numbers = {"lr": update.optimizer.param_groups[0]["lr"], "max_grad_norm": update.max_grad_norm}
+    numbers["lr_schedule"] = update.lr_schedule
     yield Described("update", type(update.optimizer).__name__, _settings(numbers))
 
 
@@ -195,7 +196,11 @@ def _loss(update: PPOUpdate) -> Iterable[Described]:
     loss = update.loss
     trained = sum(p.numel() for p in loss.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in loss.parameters()) - trained
-    yield Described("loss", type(loss).__name__, f"{frozen:,} parameters frozen" if frozen else "", trained)
+    numbers = {name: getattr(loss, name, None) for name in ("clip_epsilon", "critic_coeff")}
+    if getattr(loss, "entropy_bonus", False):
+        numbers |= {"entropy_coeff": getattr(loss, "entropy_coeff", None), "entropy_schedule": update.entropy_schedule}
+    what = [_settings(numbers), f"{frozen:,} parameters frozen" if frozen else ""]
+    yield Described("loss", type(loss).__name__, ", ".join(filter(None, what)), trained)
     # Other losses than RL2PPOLoss do not tell what they are made of.
     for term in loss.loss_terms() if hasattr(loss, "loss_terms") else ():
         backend = (
@@ -205,8 +210,14 @@ def _loss(update: PPOUpdate) -> Iterable[Described]:
         yield Described("loss", type(term).__name__, reads, sum(p.numel() for p in term.parameters()), backend)
 
 
-def _settings(numbers: dict[str, object]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in numbers.items() if value is not None)
+def _settings(settings: dict[str, object]) -> str:
+    return ", ".join(f"{name}={_value(value)}" for name, value in settings.items() if value is not None)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    return f"{value:.4g}" if isinstance(value, float) else getattr(value, "__name__", str(value))
 
 
 def _name(key: NestedKey) -> str:

@@ -92,6 +92,7 @@ def test_exported_cheetahs_run_as_the_training_policy_does(tmp_path):
         "trials": 2,
         "units": 4,
         "horizon": 5,
+        "minibatches": 1,
         "env_steps": 20,
         "report_tasks": 2,
         "progress": False,

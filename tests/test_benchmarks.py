@@ -99,8 +99,12 @@ def test_cheetahs_are_timed_on_the_same_work(tmp_path):
 
 
 def test_cheetahs_trainings_are_timed_phase_by_phase(monkeypatch):
-    tiny = {key: replace(mode, trials=2, horizon=4, epochs=1) for key, mode in half_cheetah.MODES.items()}
-    monkeypatch.setattr(half_cheetah, "MODES", tiny)
+    def tiny(task, mode):
+        given = settings(task, mode)
+        return given | {"episodes": 1, "learning": replace(given["learning"], trials=2, epochs=1, minibatches=2)}
+
+    settings = half_cheetah.cheetah_settings
+    monkeypatch.setattr(half_cheetah, "cheetah_settings", tiny)
     figures = locomotion_benchmark.main(rows=(1,), threads=1, steps=2, repeats=2)["training"]
     assert set(figures) == {"original", "trial"}
     for figure in figures.values():

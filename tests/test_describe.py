@@ -21,6 +21,7 @@ from rl2_torchrl import (
     Trial,
     TrialAdvantage,
     TrialCollector,
+    linear_decay,
 )
 from rl2_torchrl.describe import _env, describe
 from rl2_torchrl.envs import GymVectorEnv, TabularMDP, random_mdps
@@ -128,8 +129,29 @@ def test_settings_of_the_update():
     description, _ = described(*networks(), advantage=advantage, bptt=5, lr=0.25, max_grad_norm=2.0, shuffle=False)
     whats = {part.name: part.what for part in rows_of(description, "update")}
     assert whats["PPOUpdate"] == "3 epochs of 2 minibatches of chunks of 5 steps, in order"
-    assert whats["Adam"] == "lr=0.25, max_grad_norm=2.0"
+    assert whats["Adam"] == "lr=0.25, max_grad_norm=2"
     assert whats["TrialAdvantage"] == "gamma=0.99, lmbda=0.97, value_target=return, normalize=True, scale_rewards=True"
+
+
+def test_settings_of_the_loss_and_of_what_decays():
+    def halved(progress):
+        return 0.5
+
+    actor, critic = networks()
+    loss = RL2PPOLoss(actor, critic, clip_epsilon=0.1, entropy_bonus=True, entropy_coeff=0.03)
+    options = {"lr": 3e-4, "lr_schedule": linear_decay, "entropy_schedule": halved}
+    description, _ = described(actor, critic, loss=loss, **options)
+    assert rows_of(description, "update")[-1].what == "lr=0.0003, lr_schedule=linear_decay"
+    told = "clip_epsilon=0.1, critic_coeff=0.5, entropy_coeff=0.03, entropy_schedule=halved"
+    assert rows_of(description, "loss")[0].what == told
+
+
+def test_a_loss_without_a_bonus_and_with_frozen_parameters_says_so():
+    actor, critic = networks()
+    critic.requires_grad_(False)
+    description, _ = described(actor, critic, loss=RL2PPOLoss(actor, critic))
+    frozen = sum(parameter.numel() for parameter in critic.parameters())
+    assert rows_of(description, "loss")[0].what == f"clip_epsilon=0.3, critic_coeff=0.5, {frozen:,} parameters frozen"
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -13,6 +13,7 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
+from recipe_settings import unused
 from tensordict import TensorDict
 from torchrl.envs import Compose, DMControlEnv, DoubleToFloat, ParallelEnv, SerialEnv, TransformedEnv
 
@@ -104,6 +105,15 @@ def test_the_entropy_bonus_decays_as_it_is_told_and_may_be_left_out(name, entrop
         assert (float(update.loss.entropy_coeff), update.entropy_schedule(0.5)) == (pytest.approx(0.3), 0.75)
     else:
         assert update.entropy_schedule is None
+
+
+@pytest.mark.parametrize("name", [name for name, (library, *_) in RECIPES.items() if library != "gymnasium"])
+def test_no_setting_is_without_effect(name, tmp_path, monkeypatch):
+    def stopped(**options):
+        return stopped_before_training(name, tmp_path, monkeypatch, **options)[1:]
+
+    pytest.importorskip(RECIPES[name][0])
+    assert unused(import_module(f"recipes.{name}").main, stopped, {**TINY, "entropy": 0.5}) == []
 
 
 def test_what_has_been_played_leaves_the_memory(tmp_path, monkeypatch):

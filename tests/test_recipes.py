@@ -16,6 +16,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from recipe_settings import unused
 from tensordict import TensorDict
 
 from recipes import (
@@ -173,7 +174,7 @@ RECIPES = {
     ),
     "half_cheetah": Recipe(
         half_cheetah,
-        {"trials": 3, "units": 4, "horizon": 4, "report_tasks": 7},
+        {"trials": 3, "units": 4, "horizon": 4, "report_tasks": 7, "epochs": 1, "minibatches": 2},
         batch=3 * 2 * 4,
         baselines=set(),
         optimum=None,
@@ -309,7 +310,7 @@ def test_bandits_of_training_agent_and_classical_agents(tmp_path, monkeypatch):
 def test_cheetahs_modes_and_tasks(mode, task, tmp_path):
     run("half_cheetah", tmp_path, mode=mode, task=task, updates=1)
     stored = json.loads((tmp_path / "report.json").read_text())
-    episodes = half_cheetah.MODES[mode, task].episodes
+    episodes = half_cheetah.cheetah_settings(task, mode)["episodes"]
     tables = [stored["forward"], stored["backward"]] if task == "direction" else [stored["speed_error"]]
     for table in tables:
         assert set(table) == {"agent", "greedy", "memory_zeroed", "rewards_shuffled"}
@@ -350,14 +351,16 @@ def test_original_mode_is_the_first_implementation(task, tasks, steps, tmp_path,
 @pytest.mark.parametrize("task", ["direction", "velocity"])
 def test_the_cheetah_scales_rewards_and_its_entropy_bonus_decays(task):
     trials = half_cheetah.CheetahTrials(task, episodes=2, horizon=4, max_velocity=2.0, seed=0)
-    _, update = half_cheetah.compose(trials, replace(half_cheetah.MODES["trial", task], trials=2, horizon=4))
+    settings = half_cheetah.cheetah_settings(task)
+    learning = replace(settings["learning"], trials=2, minibatches=2)
+    _, update = half_cheetah.compose(trials, "trial", settings["network"], learning)
     assert (update.advantage.scale_rewards, update.loss.entropy_bonus) == (True, True)
     assert float(update.loss.entropy_coeff) == pytest.approx(0.01)
     assert (update.lr_schedule(0.5), update.entropy_schedule(0.5)) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("entropy", [0.3, 0.0])
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "half_cheetah"])  # which has modes instead
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_entropy_bonus_decays_as_it_is_told_and_may_be_left_out(name, entropy, tmp_path, monkeypatch):
     def stop(self, collector, update, **_):
         raise BeforeTraining(update)
@@ -371,6 +374,20 @@ def test_the_entropy_bonus_decays_as_it_is_told_and_may_be_left_out(name, entrop
         assert (float(update.loss.entropy_coeff), update.entropy_schedule(0.5)) == (pytest.approx(0.3), 0.75)
     else:
         assert update.entropy_schedule is None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_setting_is_without_effect(name, tmp_path, monkeypatch):
+    def stop(self, collector, update, **_):
+        raise BeforeTraining(collector, update)
+
+    def stopped(**options):
+        with pytest.raises(BeforeTraining) as caught:
+            run(name, tmp_path, **options)
+        return caught.value.args
+
+    monkeypatch.setattr(Experiment, "train", stop)
+    assert unused(RECIPES[name].module.main, stopped, {**RECIPES[name].tiny, "entropy": 0.5}) == []
 
 
 def test_a_report_without_one_of_the_directions_is_saved(tmp_path, monkeypatch):
@@ -440,6 +457,25 @@ def test_held_out_tasks_are_those_of_their_own_seed(tmp_path):
     assert not torch.equal(tasks(seed=3)[0], tasks(seed=7)[0])
     evaluated, reported = (set(map(tuple, drawn.tolist())) for drawn in tasks(seed=3))
     assert not evaluated & reported
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("half_cheetah", {"task": "sideways"}),
+        ("half_cheetah", {"mode": "fast"}),
+        ("bandit", {"learns_from": "reward"}),
+        ("tabular_mdp", {"learns_from": "tasks"}),
+        ("grid_navi", {"core": "rnn"}),
+        ("grid_navi", {"entropy_decay": "early"}),
+        ("grid_navi", {"logger": "cvs"}),
+        ("grid_navi", {"backend": "thread"}),
+    ],
+)
+def test_a_choice_that_is_none_is_named(name, bad, tmp_path):
+    [(setting, value)] = bad.items()
+    with pytest.raises(ValueError, match=f"{setting}='{value}' is none of '"):
+        run(name, tmp_path, **bad)
 
 
 def test_options_find_their_place():

@@ -25,7 +25,7 @@ def test_the_rule_of_long_trials_by_hand():
     expected = {"env_steps": 7_000_000, "minibatches": 32, "gamma": 0.5, "lmbda": 0.0, "entropy": 0.02}
     assert values_of(settings, expected) == expected
     assert settings["told"] == Told(posterior=True, belief=300.0, optimism=1.3, optimism_after=0.2)
-    assert (settings["network"].memory_steps, settings["network"].critic_keys) == (100, ("time_left",))
+    assert (settings["first_weights"].memory_steps, settings["network"].critic_keys) == (100, ("time_left",))
     assert rules.bandit_settings(16, 30)["told"].posterior
     assert not rules.bandit_settings(16, 29)["told"].posterior
 
