@@ -6,6 +6,7 @@ streams that never meet: all agents of a cell are reported on the same tasks.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from recipes.paper_numbers import PAPER
 from recipes.paper_settings import RL2_SETTINGS
 from recipes.rules import LearnsFrom
 from rl2_torchrl import AdaptationReport, baselines
-from rl2_torchrl.baselines import mdp_tuning, mdps
+from rl2_torchrl.baselines import mdps
 from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
 from rl2_torchrl.evaluation import AdaptationCurve
 
@@ -112,15 +113,8 @@ class MDPCell:
         "beb": mdps.beb,
         "epsilon_greedy": mdps.epsilon_greedy,
         "greedy": mdps.greedy,
-        "perfect_memory": mdps.perfect_memory,
+        "perfect_memory": partial(mdps.perfect_memory, optimism=0.0),
         "optimistic_memory": mdps.perfect_memory,
-    }
-    tuned: ClassVar[Mapping[str, tuple[str, Callable[..., dict[int, float]]]]] = {
-        "opsrl": ("num_samples", mdp_tuning.tune_opsrl),
-        "ucrl2": ("scaling", mdp_tuning.tune_ucrl2),
-        "beb": ("scaling", mdp_tuning.tune_beb),
-        "epsilon_greedy": ("epsilon", mdp_tuning.tune_epsilon_greedy),
-        "optimistic_memory": ("optimism", mdp_tuning.tune_perfect_memory),
     }
 
     @property
@@ -145,11 +139,8 @@ class MDPCell:
         generator = Generator().manual_seed(stream_seed(TASK_SEED, CLASSICAL_AGENTS))
         # Of UCRL2's scalings 300 tasks chose one that cost 3 at n = 10; OPSRL is slow, and its choice matters little.
         number = min(num_tasks, 300 if agent == "opsrl" else 2000)
-        options = {}
-        if agent in self.tuned:
-            option, tune = self.tuned[agent]
-            tuning = unpack_mdps(experiment.draw_tasks(random_mdps(), TASK_SEED, TUNING_TASKS, number))
-            options = {option: tune(tuning, [self.episodes], generator)[self.episodes]}
+        tuning = unpack_mdps(experiment.draw_tasks(random_mdps(), TASK_SEED, TUNING_TASKS, number))
+        options = baselines.tune(self.agents[agent], tuning, self.episodes, generator)
         returns = self.agents[agent](worlds, self.episodes, generator, **options)
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
 

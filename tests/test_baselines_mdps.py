@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from rl2_torchrl.baselines import beb, beliefs, mdp_tuning, mdps, opsrl, optimal_return, planning, psrl, ucrl2
+from rl2_torchrl.baselines import beb, beliefs, mdps, opsrl, optimal_return, planning, psrl, tune, ucrl2
 from rl2_torchrl.baselines.beliefs import Experience, posterior_mean, sample_posterior
 from rl2_torchrl.baselines.mdp_trials import play
 from rl2_torchrl.baselines.mdps import perfect_memory
+from rl2_torchrl.baselines.tuning import PAPER_GRIDS
 from rl2_torchrl.envs import random_mdps, unpack_mdps
 
 AGENTS = [mdps.random_agent, mdps.greedy, mdps.epsilon_greedy, psrl, opsrl, beb, ucrl2, perfect_memory]
@@ -372,36 +373,24 @@ def test_perfect_memory_on_the_tasks_of_the_paper():
 # ---- Tuning.
 
 
-def test_the_best_setting_of_each_length():
-    # Setting 2 earns first, setting 3 most in the end, setting 4 as much as 3.
-    returns = {1: [0.0, 0.0, 0.0], 2: [3.0, 0.0, 1.0], 3: [0.0, 4.0, 1.0], 4: [0.0, 4.0, 1.0]}
-    best = mdp_tuning._best(lambda value, episodes: torch.tensor([returns[value]] * 2), (1, 2, 3, 4), [1, 2, 3])
-    assert best == {1: 2, 2: 3, 3: 3}
-
-
 @pytest.mark.parametrize(
-    ("tune", "argument", "grid"),
+    ("agent", "option", "grid"),
     [
-        ("epsilon_greedy", "epsilon", [i / 10 for i in range(1, 11)]),
-        ("opsrl", "num_samples", list(range(1, 21))),
-        ("perfect_memory", "optimism", [i / 10 for i in range(11)]),
-        ("beb", "scaling", torch.logspace(-4, 0, 21, dtype=torch.float64).tolist()),
-        ("ucrl2", "scaling", torch.logspace(-4, 0, 21, dtype=torch.float64).tolist()),
+        (mdps.epsilon_greedy, "epsilon", [i / 10 for i in range(1, 11)]),
+        (opsrl, "num_samples", list(range(1, 21))),
+        (perfect_memory, "optimism", [i / 10 for i in range(11)]),
+        (beb, "scaling", torch.logspace(-4, 0, 21, dtype=torch.float64).tolist()),
+        (ucrl2, "scaling", torch.logspace(-4, 0, 21, dtype=torch.float64).tolist()),
     ],
 )
-def test_tuning_tries_the_whole_grid(monkeypatch, tune, argument, grid):
-    tried = []
+def test_what_the_papers_authors_chose_from(agent, option, grid):
+    assert {name: list(values) for name, values in PAPER_GRIDS[agent].items()} == {option: pytest.approx(grid)}
 
-    def agent(tasks, num_episodes, generator, **kwargs):
-        assert (tasks, num_episodes, generator, kwargs.pop("episode_steps")) == ("tasks", 30, "generator", 7)
-        tried.append(kwargs.pop(argument))
-        assert not kwargs
-        return torch.full((5, num_episodes), -abs(len(tried) - 4.0))
 
-    monkeypatch.setattr(mdp_tuning, tune, agent)
-    best = getattr(mdp_tuning, f"tune_{tune}")("tasks", [20, 30], "generator", episode_steps=7)
-    assert tried == pytest.approx(grid)
-    assert best == {20: tried[3], 30: tried[3]}
+def test_an_agent_for_mdps_is_tuned_as_one_for_bandits():
+    # Two actions of 0 and 1 in a single state: chance costs.
+    assert tune(mdps.epsilon_greedy, bandit(0.0, 1.0, number=500), 10, seeded(0)) == {"epsilon": 0.1}
+    assert tune(mdps.greedy, TWO, 3) == {}
 
 
 # ---- Bad input.
@@ -423,8 +412,6 @@ TWO = drawn(2)
         (lambda: mdps.epsilon_greedy(TWO, 3, epsilon=1.5), "epsilon=1.5 is a share"),
         (lambda: beb(TWO, 3, scaling=-1.0), "scaling=-1.0 is not a finite number of at least 0"),
         (lambda: ucrl2(TWO, 3, scaling=math.nan), "scaling=nan is not a finite number"),
-        (lambda: mdp_tuning.tune_beb(TWO, []), r"num_episodes=\[\] must name one length"),
-        (lambda: mdp_tuning.tune_beb(TWO, [0, 5]), r"num_episodes=\[0, 5\] must name"),
     ],
 )
 def test_bad_input(call, message):

@@ -2,11 +2,13 @@
 
 Every bandit agent is a function ``agent(means, num_pulls, generator=None) -> rewards``:
 ``means`` of shape ``[num_tasks, num_arms]`` in, ``rewards`` of shape ``[num_tasks, num_pulls]``
-out. ``tune`` chooses the constants of those that have any.
+out.
 
 Every agent for tabular MDPs is a function ``agent(mdps, num_episodes, generator=None) -> returns``:
 mean rewards ``[num_tasks, num_states, num_actions]`` and transition probabilities in, the returns of the episodes
 ``[num_tasks, num_episodes]`` out. Those that bandits have too are found in their module, ``mdps.greedy``.
+
+``tune`` chooses the constants of those of either kind that have any.
 """
 
 from rl2_torchrl.baselines.bandits import (
@@ -18,7 +20,6 @@ from rl2_torchrl.baselines.bandits import (
 from rl2_torchrl.baselines.bayes import bayes_optimal, bayes_optimal_return
 from rl2_torchrl.baselines.gittins import gittins_agent, gittins_indices
 from rl2_torchrl.baselines.grid_search import GridSearch, grid_search
-from rl2_torchrl.baselines.mdp_tuning import tune_beb, tune_opsrl, tune_ucrl2
 from rl2_torchrl.baselines.mdps import beb, opsrl, psrl, ucrl2
 from rl2_torchrl.baselines.planning import optimal_return
 from rl2_torchrl.baselines.thompson import optimistic_thompson_sampling, thompson_sampling
@@ -41,9 +42,6 @@ __all__ = [
     "random_agent",
     "thompson_sampling",
     "tune",
-    "tune_beb",
-    "tune_opsrl",
-    "tune_ucrl2",
     "ucb1",
     "ucrl2",
 ]

@@ -314,5 +314,5 @@ def _check_scaling(scaling: float) -> None:
     if not 0 <= scaling < math.inf:
         raise ValueError(
             f"scaling={scaling} is not a finite number of at least 0: the bonus would drive the agent away from what it "
-            "does not know. Pass 0 (no bonus) or more, or a result of tune_beb or tune_ucrl2."
+            "does not know. Pass 0 (no bonus) or more, or a result of tune(beb, ...) or tune(ucrl2, ...)."
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
+from rl2_torchrl.baselines import mdps
 from rl2_torchrl.baselines.bandits import epsilon_greedy, ucb1
 from rl2_torchrl.baselines.gittins import gittins_agent
 from rl2_torchrl.baselines.thompson import optimistic_thompson_sampling
@@ -13,14 +14,21 @@ from rl2_torchrl.baselines.thompson import optimistic_thompson_sampling
 __all__ = ["tune"]
 
 TENTHS = tuple(i / 10 for i in range(11))
+#: 21 from 1e-4 to 1, evenly in the logarithm.
+SCALINGS = tuple(10 ** (i / 5 - 4) for i in range(21))
 
 PAPER_GRIDS: Mapping[Callable[..., Tensor], Mapping[str, Sequence[float]]] = {
     epsilon_greedy: {"epsilon": TENTHS},
     gittins_agent: {"gamma": (0.9, 0.99, 0.999, 0.9999)},
     optimistic_thompson_sampling: {"num_samples": (1, 10, 50)},
     ucb1: {"exploration": TENTHS},
+    mdps.beb: {"scaling": SCALINGS},
+    mdps.epsilon_greedy: {"epsilon": TENTHS[1:]},
+    mdps.opsrl: {"num_samples": range(1, 21)},
+    mdps.perfect_memory: {"optimism": TENTHS},
+    mdps.ucrl2: {"scaling": SCALINGS},
 }
-"""What the paper's authors chose from, for each agent that has a constant."""
+"""What the paper's authors chose from, for each agent that has a constant; `perfect_memory` is not theirs."""
 
 
 def tune(
@@ -36,8 +44,8 @@ def tune(
 
     Args:
         agent: ``agent(tasks, length, generator, **options) -> rewards``, any shape.
-        tasks: what the agent takes first, for a bandit agent arm means of shape ``[num_tasks, num_arms]``.
-        length: what the agent takes second, for a bandit agent the pulls of a trial.
+        tasks: what the agent takes first: arm means ``[num_tasks, num_arms]``, or mean rewards and transitions of MDPs.
+        length: what the agent takes second: pulls of a trial, or episodes.
         generator: the only source of randomness, on the device of ``tasks``; None for torch's own.
         **grid: the values to try for each option that is tuned. Without any, those of the paper (``PAPER_GRIDS``).
 
@@ -55,6 +63,10 @@ def tune(
         {'exploration': 0.2}
         >>> ucb1(reporting, 100, generator, **best).shape
         torch.Size([1000, 100])
+        >>> from rl2_torchrl.baselines import beb
+        >>> worlds = (torch.rand(50, 3, 2, generator=generator), torch.full((50, 3, 2, 3), 1 / 3))
+        >>> tune(beb, worlds, 2, generator, scaling=(0.001, 1.0), prior_mean=(0.5,)).keys()
+        dict_keys(['scaling', 'prior_mean'])
     """
     grid = grid or dict(PAPER_GRIDS.get(agent, {}))
     for option, values in grid.items():
