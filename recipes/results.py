@@ -84,8 +84,9 @@ def curves(title: str, runs: list[Path], page: Path) -> list[str]:
     slug = re.sub("[^a-z0-9]+", "_", title.lower())
     plot, numbers = (page.with_name(f"{page.stem}_{slug}_curves.{suffix}") for suffix in ("png", "csv"))
     figure = Figure(figsize=(10, 3.6), layout="constrained")
+    name = "mean" if len(runs) > 1 else runs[0].name
     for axes, by in zip(figure.subplots(1, 2), ("steps", "minutes"), strict=True):
-        draw_curves(axes, [curve_of("mean", runs, by, "eval/trial_return")], by, "held-out return of a trial")
+        draw_curves(axes, [curve_of(name, runs, by, "eval/trial_return")], by, "held-out return of a trial")
     figure.savefig(plot, dpi=110)
     with numbers.open("w", newline="") as file:
         rows = [

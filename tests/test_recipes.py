@@ -657,6 +657,15 @@ def test_page_of_results_holds_figures_plots_and_commands(finished, tmp_path):
     assert f"| {2 * RECIPES[name].batch / 1e6:.2f} | " in text
 
 
+def test_a_curve_of_one_run_is_no_mean(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(results, "draw_curves", lambda axes, curves, *_: shown.extend(each.name for each in curves))
+    run("grid_navi", tmp_path / "seed3")
+    for runs in ((tmp_path / "seed3",), (tmp_path / "seed3", tmp_path / "seed3")):
+        results.main(runs=runs, page=tmp_path / "page.md")
+    assert shown == ["seed3", "seed3", "mean", "mean"]  # by env steps and by minutes
+
+
 def test_a_page_of_no_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="runs is empty"):
         results.main(runs=(), page=tmp_path / "page.md")
