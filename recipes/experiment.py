@@ -1,8 +1,10 @@
 """What recipes share: settings, streams of random numbers, training or loading an actor, held-out evaluation, and the report."""
 
 import inspect
+import json
 import logging
 import math
+import shutil
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,7 @@ from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
     AdaptiveAgent,
+    Callback,
     GRUCore,
     LSTMCore,
     MLPEncoder,
@@ -55,6 +58,8 @@ from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_
 from rl2_torchrl.objectives import RegretAdvantage
 from rl2_torchrl.report import made_by
 from rl2_torchrl.trial import transforms_of
+
+log = logging.getLogger(__name__)
 
 #: Streams of random numbers that never meet, for `stream_seed`: tasks first, then what envs and classical agents draw.
 TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS, ENVS, CLASSICAL_AGENTS = 0, 1, 2, 3, 9, 10
@@ -282,7 +287,8 @@ class Run(Settings):
         report_tasks: held-out tasks in the final report.
         held_out_seed: seed of the tasks of evaluations and report, for runs to share them; the run's own by default.
         initial_weights: file of an agent to start from, such as one for shorter trials.
-        weights: file of an agent, as a run leaves it in agent.safetensors: to evaluate in place of training.
+        weights: file of an agent, as a run leaves it in agent.safetensors: to evaluate in place of training, with the network
+            that it has. Needs a log_dir without a training's report.
         logger: where scalars go; tensorboard and wandb are extras of the package.
         resume: go on from the newest checkpoint in log_dir.
         resume_changes: settings that may differ from those of the run that is resumed, by the names that the error gives.
@@ -302,6 +308,10 @@ class Run(Settings):
     resume: bool = False
     resume_changes: tuple[str, ...] = ()
     progress: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "log_dir", Path(self.log_dir))  # text names a folder as well
 
     def collector(
         self,
@@ -452,7 +462,8 @@ class Experiment:
         measures: what else is reported of each episode, as `adaptation_curve` takes it.
 
     Raises:
-        ValueError: fewer than two tasks to report on, or several seeds, which only the command line runs.
+        ValueError: fewer than two tasks to report on, several seeds, which only the command line runs, or weights that would be
+            played in the folder of a training.
     """
 
     def __init__(
@@ -469,6 +480,11 @@ class Experiment:
     ):
         if run.report_tasks < 2:
             raise ValueError(f"report_tasks={run.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
+        if run.weights is not None and trained_in(run.log_dir):
+            raise ValueError(
+                f"log_dir={str(run.log_dir)!r} holds the report of a training, which that of weights={str(run.weights)!r} would "
+                "replace: name another folder, such as --log-dir runs/played."
+            )
         if run.seeds:
             raise ValueError(f"seeds={run.seeds}: one call is one run; call main for each, with a log_dir of its own.")
         self.actor, self.make_env, self.distribution, self.run = actor, make_env, distribution, run
@@ -483,11 +499,11 @@ class Experiment:
         if run.initial_weights is not None:
             load_weights(self.actor, run.initial_weights)
         self._agent(collector)  # what no agent can be made of is noticed before the training
-        write_about(run.log_dir, collector, update)
+        folder = RunFolder(run, about(collector, update))
         result = train(
             collector,
             update,
-            **{"evaluate": self.evaluate, **options},
+            **{"evaluate": self.evaluate, **options, "callbacks": [*options.get("callbacks", ()), folder]},
             logger=get_logger(run.logger, str(run.log_dir), "scalars"),
             checkpoints=run.log_dir / "checkpoints",
             resume=run.resume,
@@ -554,14 +570,45 @@ class Experiment:
         return AdaptationReport(agent, greedy, ablations=curves, **whose, **entries)
 
 
-def write_about(folder: Path, collector: TrialCollector, update: PPOUpdate) -> None:
-    """Writes into a run's ``folder`` what it is: its command, versions, all parts with their settings, and its files."""
-    about, parts = made_by(), describe(collector, update)
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "about.txt").write_text(
-        f"{about['command']}\ncommit {about['commit']}; {versions}\n\n{parts}\n\n{_FILES}"
-    )
+class RunFolder(Callback):
+    """Says in a run's folder what it is, once it has begun, and puts away what an earlier run has left there, unless it goes on."""
+
+    def __init__(self, run: Run, about: str):
+        self._folder, self._resume, self._about, self._begun = run.log_dir, run.resume, about, False
+
+    def after_batch(self, batch: TensorDictBase, progress: float) -> None:
+        """Before the first update; a training that is refused changes nothing."""
+        if not self._begun:
+            self._put_away([] if self._resume else self._left())
+            (self._folder / "about.txt").write_text(self._about)
+        self._begun = True
+
+    def _left(self) -> list[Path]:
+        files = ("about.txt", "agent.safetensors", "report.json", "*.png")
+        return [path for name in files for path in self._folder.glob(name)]
+
+    def _put_away(self, paths: list[Path]) -> None:
+        if paths:
+            shutil.rmtree(earlier := self._folder / "earlier", ignore_errors=True)
+            earlier.mkdir()
+            log.warning(
+                "%s held an earlier run (without --resume): its report and agent are in %s.", self._folder, earlier
+            )
+        for path in paths:
+            path.replace(earlier / path.name)
+
+
+def trained_in(folder: Path) -> bool:
+    """Whether the ``folder`` holds the report of a training."""
+    report = folder / "report.json"
+    return report.is_file() and json.loads(report.read_text())["train"]["env_steps"] > 0
+
+
+def about(collector: TrialCollector, update: PPOUpdate) -> str:
+    """What a run is: its command, versions, all parts with their settings, and its files."""
+    made, parts = made_by(), describe(collector, update)
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    return f"{made['command']}\ncommit {made['commit']}; {versions}\n\n{parts}\n\n{_FILES}"
 
 
 #: What stands in a run's folder.

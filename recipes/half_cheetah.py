@@ -105,8 +105,8 @@ def main(
 
     Args:
         task: run forward or backward, or at a velocity.
-        mode: "trial", whole trials through time and our best settings, or "original", the first implementation's; settings that
-            are left out follow from it.
+        mode: "trial", whole trials through time and our best settings, or "original", the first implementation's, with a constant
+            learning rate; settings that are left out follow from it.
         episodes: episodes of a trial.
         horizon: steps of an episode.
         max_velocity: velocities are drawn from U[0, max_velocity] m/s: 2 in the original, 3 in later work.

@@ -71,10 +71,24 @@ class ScalarLog:
                 "be the end of that log. To go on with that run give its checkpoints, to start anew another folder to the logger."
             )
         self._close(purge_step=0)
-        if self._tables():
-            shutil.rmtree(earlier := self._folder / _EARLIER, ignore_errors=True)
-            (self._folder / _TABLES).rename(earlier)
+        if self._move(self._tables()):
             log.warning("%s held the scalars of a run without a checkpoint: moved to %s.", self._folder, _EARLIER)
+
+    def set_aside(self) -> None:
+        """Moves CSV files of an earlier run, which this logger has not opened, to a subfolder."""
+        opened = set(map(Path, self._logger.experiment.files)) if isinstance(self._logger, CSVLogger) else set()
+        if self._move([path for path in self._tables() if path not in opened]):
+            log.warning("%s held the scalars of an earlier run (resume=False): moved to %s.", self._folder, _EARLIER)
+
+    def _move(self, tables: Sequence[Path]) -> bool:
+        """Moves ``tables``, if there are any, to where those of the run before them are."""
+        if tables:
+            shutil.rmtree(earlier := self._folder / _EARLIER, ignore_errors=True)
+        for table in tables:
+            place = earlier / table.relative_to(self._folder / _TABLES)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            table.replace(place)
+        return bool(tables)
 
     def is_of(self, checkpoints: Path | None) -> None:
         """Notes, for `begin_anew`, in which folder the run has a checkpoint; None: it has none yet."""

@@ -101,7 +101,8 @@ def train(
         callbacks: what else is done after each batch, update and evaluation, in this order.
         schedule_frames: env steps over which ``progress`` goes from 0 to 1 for schedules and callbacks. Default the collector's
             ``total_frames``. An endless collector (``total_frames=-1``) has none: without this argument progress stays 0 there.
-        logger: TorchRL logger, e.g. `torchrl.record.loggers.CSVLogger`.
+        logger: TorchRL logger, e.g. `torchrl.record.loggers.CSVLogger`, whose files of an earlier run are moved to a subfolder
+            unless ``resume``, in the place of those of the run before that.
         checkpoints: folder for checkpoints, of one run at a time; the newest two are kept. What an earlier run left there is
             moved to a subfolder unless ``resume``, in the place of the run before that. None saves none.
         checkpoint_interval: updates between checkpoints; one more follows the end, a Ctrl-C or an error.
@@ -164,6 +165,7 @@ def train(
     with RunCheckpoints(checkpoints, **parts, scalars=scalars) as saved:
         if not resume:
             saved.set_aside()
+            scalars.set_aside()
         elif saved.load_latest(resume_changes) or result.env_steps:
             scalars.go_on_from(result.history, result.env_steps)
         else:
@@ -191,8 +193,8 @@ def train(
                     if last:
                         break
                 else:
-                    loop.finish()
-                    saved.save(last=True)
+                    if loop.finish():
+                        saved.save(last=True)
             except Exception as error:
                 if loop.keep_what_is_learnt():
                     saved.save_on_the_way_out(rollout=not loop.in_rollout)
@@ -329,8 +331,8 @@ class _Loop:
         self._result.history.append(row)
         self._pending = None
 
-    def finish(self) -> None:
-        """What is still due where the collector itself has ended the loop."""
+    def finish(self) -> bool:
+        """What is still due where the collector itself has ended the loop; whether there was a batch at all."""
         history = self._result.history
         if not history:
             raise RuntimeError(
@@ -346,6 +348,7 @@ class _Loop:
             self.evaluate(row)
             history.append(row)
             self._scalars.write({name: row[name] for name in row if name not in before}, row["env_steps"])
+        return not self._first
 
     def keep_what_is_learnt(self) -> bool:
         """After an error: records an update that was made; False where the networks are in the middle of one."""

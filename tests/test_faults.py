@@ -581,6 +581,23 @@ def test_scalars_after_a_kill_before_the_first_checkpoint_hold_each_step_once(ha
     assert (log / "earlier-scalars/train/loss.csv").read_bytes() == logged
 
 
+def test_a_new_run_does_not_go_on_with_the_scalars_of_the_last_one(tmp_path, caplog):
+    for updates in (5, 2):
+        result = Run(updates).train(logger=CSVLogger("scalars", tmp_path))
+        rows = csv_rows(tmp_path / "scalars" / "scalars/train/loss.csv")
+        assert rows == [(row["env_steps"], row["train/loss"]) for row in result.history]
+    assert len(csv_rows(tmp_path / "scalars" / "earlier-scalars/train/loss.csv")) == 5
+    assert "held the scalars of an earlier run (resume=False): moved to earlier-scalars" in caplog.text
+
+
+def test_what_the_users_logger_has_written_before_a_run_stays(tmp_path):
+    logger = CSVLogger("scalars", tmp_path)
+    logger.log_scalar("train/loss", 7.0, step=0)
+    Run(1).train(logger=logger)
+    assert csv_rows(tmp_path / "scalars" / "scalars/train/loss.csv")[0] == (0.0, 7.0)
+    assert not (tmp_path / "scalars" / "earlier-scalars").exists()
+
+
 @pytest.mark.parametrize("logger", [CSVLogger, TensorboardLogger])
 @pytest.mark.parametrize("what", ["mistyped", "removed"])
 def test_a_log_whose_run_has_checkpoints_elsewhere_is_not_begun_anew(what, logger, folder, tmp_path):

@@ -267,6 +267,39 @@ def test_resume_goes_on(finished, tmp_path):
     assert len(longer.train.history) == 3
 
 
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def test_what_is_refused_changes_nothing_in_the_folder(tmp_path):
+    run("grid_navi", tmp_path, seed=3)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        run("grid_navi", tmp_path, seed=3, lr=0.5, resume=True)
+    with pytest.raises(ValueError, match="holds the report of a training.*name another folder"):
+        run("grid_navi", tmp_path, weights=tmp_path / "agent.safetensors")
+    assert files_of(tmp_path) == before
+
+
+def test_a_new_run_puts_away_what_the_last_one_left(tmp_path, caplog):
+    run("grid_navi", tmp_path, seed=3)
+    kept = {
+        name: (tmp_path / name).read_bytes() for name in ("about.txt", "agent.safetensors", "report.json", "report.png")
+    }
+    longer = run("grid_navi", tmp_path, seed=4, updates=3)
+    assert {name: (tmp_path / "earlier" / name).read_bytes() for name in kept} == kept
+    assert f"its report and agent are in {tmp_path / 'earlier'}" in caplog.text
+    assert json.loads((tmp_path / "report.json").read_text())["seed"] == 4
+    [losses] = (tmp_path / "scalars" / "scalars").rglob("loss.csv")
+    assert len(losses.read_text().splitlines()) == len(longer.train.history) == 3
+
+
+def test_a_resume_with_nothing_left_leaves_the_run_as_it_was(tmp_path):
+    run("grid_navi", tmp_path, seed=3)
+    run("grid_navi", tmp_path, seed=3, lr=0.5, resume=True, resume_changes=("update.lr",))
+    assert run("grid_navi", tmp_path, seed=3, updates=3, resume=True).train.history[-1]["train/lr"] < 0.003
+
+
 def test_bandits_of_training_agent_and_classical_agents(tmp_path, monkeypatch):
     seen = {"training": set(), "held out": set(), "classical": set(), "tuning": set()}
 
@@ -476,6 +509,10 @@ def test_a_choice_that_is_none_is_named(name, bad, tmp_path):
     [(setting, value)] = bad.items()
     with pytest.raises(ValueError, match=f"{setting}='{value}' is none of '"):
         run(name, tmp_path, **bad)
+
+
+def test_a_folder_may_be_text(tmp_path):
+    assert Run(str(tmp_path)) == Run(tmp_path)
 
 
 def test_options_find_their_place():
