@@ -18,6 +18,7 @@ from torchrl.envs import DTypeCastTransform, ExplorationType, TransformedEnv, se
 from recipes.agents import held_out, play
 from recipes.experiment import HELD_OUT_TASKS, draw_tasks
 from recipes.half_cheetah import CheetahTrials
+from recipes.help import as_typed
 from rl2_torchrl import AdaptiveAgent, TaskSampler, adaptation_curve
 
 
@@ -166,4 +167,4 @@ def table(figures: dict[str, dict[str, float]], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

@@ -10,6 +10,7 @@ from rich.console import Console
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes.experiment import ENVS, REPORT_TASKS, arguments, draw_tasks, stream_seed
+from recipes.help import as_typed
 from recipes.paper_cells import TASK_SEED
 from recipes.paper_page import markdown
 from recipes.tabular_mdp import EPISODE_STEPS
@@ -134,4 +135,4 @@ def network_of(agent: AdaptiveAgent) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

@@ -17,6 +17,7 @@ from tensordict import TensorDictBase
 from torch.autograd import DeviceType
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
+from recipes.help import as_typed
 from rl2_torchrl import (
     ActorCritic,
     GRUCategoricalActor,
@@ -277,4 +278,4 @@ def scaling_study(base: Workload, repeats: int, peak: float, folder: Path, devic
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from recipes.help import as_typed
+
 #: What a run is asked for: its scalars by update, env steps and seconds among them.
 _HISTORIES = ("report.json", "checkpoints/checkpoint-history.jsonl")
 _X = {"steps": ("env_steps", 1e6, "env steps (millions)"), "minutes": ("time/seconds", 60.0, "minutes")}
@@ -160,4 +162,4 @@ def with_error(mean: float, se: float) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
+from recipes.help import as_typed
 from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, adaptation_curve
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 
@@ -81,4 +82,4 @@ def table(figures: dict[str, dict], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

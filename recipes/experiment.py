@@ -22,7 +22,7 @@ from torchrl.envs import TransformedEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
-from recipes.help import overview
+from recipes.help import as_typed, overview, program
 from recipes.posterior import (
     CountBonusAdvantage,
     OfRewards,
@@ -411,7 +411,7 @@ def command(main: Callable) -> Any:
     @wraps(main)
     def once_or_for_each_seed(*, run: Run, **others: Any) -> Any:
         if run.seeds:
-            return run_seeds(f"recipes.{Path(sys.argv[0]).stem}", run.seeds, run.log_dir, sys.argv[1:])
+            return run_seeds(program(), run.seeds, run.log_dir, sys.argv[1:])
         return main(run=run, **others)
 
     words = ["--help" if word == "--help-all" else word for word in sys.argv[1:]]
@@ -420,7 +420,8 @@ def command(main: Callable) -> Any:
     if {"-h", "--help"}.intersection(sys.argv[1:]):
         Console(highlight=False).print(overview(main, {**asked, **settings}), markup=False, soft_wrap=True)
         sys.exit()
-    return tyro.cli(partial(once_or_for_each_seed, **settings), args=words, config=(tyro.conf.OmitArgPrefixes,))
+    with_settings = partial(once_or_for_each_seed, **settings)
+    return tyro.cli(with_settings, prog=as_typed(), args=words, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def typed(rule: Callable, words: Sequence[str]) -> dict[str, Any]:

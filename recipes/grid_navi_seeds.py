@@ -9,6 +9,7 @@ import tyro
 
 from recipes import grid_navi
 from recipes.experiment import arguments
+from recipes.help import as_typed
 from recipes.results import table
 from rl2_torchrl.report import made_by
 
@@ -97,4 +98,4 @@ def text_of(rows: list[dict[str, float]], page: Path) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

@@ -11,6 +11,7 @@ from rich.table import Table
 from tensordict import TensorDict
 from torchrl.modules import GRUModule, set_recurrent_mode
 
+from recipes.help import as_typed
 from rl2_torchrl.modules import FastGRUModule
 
 KEYS = {"in_keys": ["x", "h"], "out_keys": ["y", ("next", "h")]}
@@ -121,4 +122,4 @@ def in_turns(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

@@ -12,6 +12,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
 from recipes.benchmark import medians_of, time_phases
+from recipes.help import as_typed
 from rl2_torchrl import (
     ActorCritic,
     MemoryValueHead,
@@ -120,4 +121,4 @@ def env_alone(vector, steps: int, repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

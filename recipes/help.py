@@ -1,6 +1,7 @@
 """A recipe's ``--help``: all settings with their defaults on one screen. What each of them is says ``--help-all``, tyro's own."""
 
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -9,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
-__all__ = ["overview"]
+__all__ = ["as_typed", "overview", "program"]
 
 WIDTH = 100
 _LEGEND = (
@@ -45,6 +46,17 @@ def overview(main: Callable, settings: Mapping[str, Any]) -> str:
             lines += ["", *_wrapped(f"{name}: {said[name]}", indent=0), *_wrapped(held, indent=2, first=2)]
     lines += ["", *_LEGEND]
     return "\n".join(lines).replace("\0", " ")
+
+
+def program() -> list[str]:
+    """Which program runs, as Python is told: a module of ``-m``, or a file."""
+    spec = sys.modules["__main__"].__spec__
+    return ["-m", spec.name] if spec else [sys.argv[0]]
+
+
+def as_typed() -> str:
+    """The running program, as one types it."""
+    return " ".join(["python", *program()])
 
 
 def _own(defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from recipes import half_cheetah
 from recipes.benchmark import medians_of, time_phases
+from recipes.help import as_typed
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import HalfCheetahVelocity, velocities
 
@@ -198,4 +199,4 @@ def training_table(figures: dict[str, dict], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

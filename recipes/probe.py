@@ -17,6 +17,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from recipes.agents import FOLDER, held_out
+from recipes.help import as_typed
 from recipes.results import table
 from rl2_torchrl import AdaptiveAgent
 from rl2_torchrl.agent.step import PolicyStep
@@ -209,4 +210,4 @@ def _at(score: torch.Tensor, share: float) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

@@ -11,6 +11,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from recipes.compare import curve_of, draw_curves
+from recipes.help import as_typed
 
 
 def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
@@ -118,4 +119,4 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

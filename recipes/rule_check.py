@@ -11,6 +11,7 @@ import tyro
 
 from recipes import bandit, tabular_mdp
 from recipes.experiment import arguments
+from recipes.help import as_typed
 from recipes.results import table
 from rl2_torchrl.report import made_by
 
@@ -159,4 +160,4 @@ def text_of(check: Check, rows: list[dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from recipes import bandit, grid_navi
 from recipes.compare import Curve, curve, draw_curves, with_error
 from recipes.experiment import ENVS, HELD_OUT_TASKS, TRAIN_TASKS, Learning, Run, draw_tasks, stream_seed, whole_batches
+from recipes.help import as_typed
 from recipes.other_programs import PROGRAMS, Trials, trial_return
 from recipes.presets import PRESETS
 from recipes.results import table
@@ -223,4 +224,4 @@ def figures(folder: Path, world: str, programs: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

@@ -10,13 +10,13 @@ from pathlib import Path
 from recipes import compare
 
 
-def run_seeds(module: str, seeds: Sequence[int], log_dir: Path, words: Sequence[str]) -> None:
-    """Runs ``python -m module`` for each seed, as many at once as there are cores, in ``log_dir/seed0`` and so on.
+def run_seeds(program: Sequence[str], seeds: Sequence[int], log_dir: Path, words: Sequence[str]) -> None:
+    """Runs ``python *program`` for each seed, as many at once as there are cores, in ``log_dir/seed0`` and so on.
 
     What a run says goes to ``output.txt`` in its folder. A seed that fails leaves the others alone.
 
     Args:
-        module: the recipe, such as ``"recipes.bandit"``.
+        program: the recipe, such as ``["-m", "recipes.bandit"]`` or ``["mine.py"]``.
         seeds: one run each.
         log_dir: folder of the runs' folders, and of the comparison.
         words: the command's further words; ``--seeds`` among them is left out.
@@ -29,7 +29,7 @@ def run_seeds(module: str, seeds: Sequence[int], log_dir: Path, words: Sequence[
     words = without_seeds(words)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
-        ended = list(pool.map(lambda seed: _run(module, seed, log_dir / f"seed{seed}", words), seeds))
+        ended = list(pool.map(lambda seed: _run(program, seed, log_dir / f"seed{seed}", words), seeds))
     failed = [str(log_dir / f"seed{seed}" / "output.txt") for seed, status in zip(seeds, ended, strict=True) if status]
     if failed:
         sys.exit(f"{len(failed)} of {len(seeds)} seeds have not come to their end: see {', '.join(failed)}.")
@@ -46,12 +46,12 @@ def without_seeds(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def _run(module: str, seed: int, folder: Path, words: Sequence[str]) -> int:
+def _run(program: Sequence[str], seed: int, folder: Path, words: Sequence[str]) -> int:
     """Exit status of the run of one seed."""
     folder.mkdir(parents=True, exist_ok=True)
     # Networks of a recipe's size are fastest on one thread, and several runs of one thread each do not wait for each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", module, *words, "--seed", str(seed), "--log-dir", str(folder), "--no-progress"]
+    command = [sys.executable, *program, *words, "--seed", str(seed), "--log-dir", str(folder), "--no-progress"]
     with (folder / "output.txt").open("w") as output:
         status = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
     sys.stdout.write(f"seed {seed}: {'ended' if status == 0 else f'status {status}'}\n")

@@ -15,6 +15,7 @@ from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import gym_benchmark, half_cheetah
+from recipes.help import as_typed
 from rl2_torchrl import (
     ActorCritic,
     MemoryValueHead,
@@ -166,4 +167,4 @@ def table(name: str, found: dict, many: int) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog=as_typed())

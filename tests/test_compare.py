@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 from rich.console import Console
@@ -98,13 +99,13 @@ history = [{"env_steps": 1e6, "time/seconds": 60, "eval/trial_return": float(see
 """
 
 
-@pytest.fixture
-def stub(tmp_path, monkeypatch):
-    """A module in place of a recipe."""
+@pytest.fixture(params=["module", "file"])
+def stub(request, tmp_path, monkeypatch):
+    """A module in place of a recipe, or a file of one's own."""
     (tmp_path / "stub_recipe.py").write_text(STUB)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    return "stub_recipe"
+    return ["-m", "stub_recipe"] if request.param == "module" else [str(tmp_path / "stub_recipe.py")]
 
 
 def test_each_seed_is_a_program_on_one_thread(stub, tmp_path, capsys):
@@ -127,13 +128,17 @@ def test_a_seed_that_fails_leaves_the_others_alone(stub, tmp_path):
     assert [(tmp_path / "runs" / f"seed{seed}" / "report.json").exists() for seed in (0, 1)] == [True, True]
 
 
-def test_seeds_of_a_command(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("spec", "program"), [(ModuleSpec("recipes.bandit", None), ["-m", "recipes.bandit"]), (None, ["own/mine.py"])]
+)
+def test_seeds_of_a_command(spec, program, monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(experiment, "run_seeds", lambda *args: called.append(args))
     words = ["--arms", "3", "--seeds", "0", "2", "--log-dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["somewhere/recipes/bandit.py", *words])
+    monkeypatch.setattr(sys, "argv", ["own/mine.py", *words])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     experiment.command(bandit.main)
-    assert called == [("recipes.bandit", (0, 2), tmp_path, words)]
+    assert called == [(program, (0, 2), tmp_path, words)]
 
 
 def test_seeds_are_left_out_wherever_they_stand():
@@ -144,6 +149,6 @@ def test_seeds_are_left_out_wherever_they_stand():
 
 def test_seeds_that_make_no_sense(tmp_path):
     with pytest.raises(ValueError, match="each seed once"):
-        run_seeds("stub", (1, 1), tmp_path, [])
+        run_seeds(["-m", "stub"], (1, 1), tmp_path, [])
     with pytest.raises(ValueError, match=r"seeds=\(0, 1\): one call is one run"):
         bandit.main(run=Run(tmp_path, seeds=(0, 1)))

@@ -515,6 +515,16 @@ def test_a_folder_may_be_text(tmp_path):
     assert Run(str(tmp_path)) == Run(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["bandit", "grid_navi"])  # with settings by a rule, and without
+def test_a_command_trains_as_its_words_say(name, tmp_path, monkeypatch, capsys):
+    sizes = RECIPES[name].tiny | {"env_steps": RECIPES[name].batch, "seed": 3, "log_dir": tmp_path}
+    words = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--no-progress"])
+    report = experiment.command(RECIPES[name].module.main)
+    assert (report.seed, report.train.env_steps) == (3, RECIPES[name].batch)
+    assert report.title in " ".join(capsys.readouterr().out.split())
+
+
 def test_options_find_their_place():
     filled = arguments(bandit.main, {"arms": 3, "units": 7, "lr": 0.5, "seed": 4})
     assert (filled["arms"], filled["network"].units, filled["learning"].lr, filled["run"].seed) == (3, 7, 0.5, 4)
