@@ -4,7 +4,6 @@ import inspect
 import json
 import logging
 import math
-import shutil
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
@@ -580,29 +579,29 @@ class RunFolder(Callback):
     def after_batch(self, batch: TensorDictBase, progress: float) -> None:
         """Before the first update; a training that is refused changes nothing."""
         if not self._begun:
-            self._put_away([] if self._resume else self._left())
+            if not self._resume and files_of_a_run(self._folder):
+                self._put_away()
             (self._folder / "about.txt").write_text(self._about)
         self._begun = True
 
-    def _left(self) -> list[Path]:
-        files = ("about.txt", "agent.safetensors", "report.json", "*.png")
-        return [path for name in files for path in self._folder.glob(name)]
-
-    def _put_away(self, paths: list[Path]) -> None:
-        if paths:
-            shutil.rmtree(earlier := self._folder / "earlier", ignore_errors=True)
-            earlier.mkdir()
-            log.warning(
-                "%s held an earlier run (without --resume): its report and agent are in %s.", self._folder, earlier
-            )
-        for path in paths:
+    def _put_away(self) -> None:
+        (earlier := self._folder / "earlier").mkdir(exist_ok=True)
+        for path in files_of_a_run(earlier):
+            path.unlink()  # and nothing else that somebody keeps there
+        for path in files_of_a_run(self._folder):
             path.replace(earlier / path.name)
+        log.warning("%s held an earlier run (without --resume): its report and agent are in %s.", self._folder, earlier)
+
+
+def files_of_a_run(folder: Path) -> list[Path]:
+    """What a run leaves directly in its ``folder``."""
+    return [path for name in ("about.txt", "agent.safetensors", "report.json", "*.png") for path in folder.glob(name)]
 
 
 def trained_in(folder: Path) -> bool:
     """Whether the ``folder`` holds the report of a training."""
     report = folder / "report.json"
-    return report.is_file() and json.loads(report.read_text())["train"]["env_steps"] > 0
+    return report.is_file() and bool(json.loads(report.read_text())["train"]["history"])
 
 
 def about(collector: TrialCollector, update: PPOUpdate) -> str:

@@ -286,7 +286,12 @@ def test_a_new_run_puts_away_what_the_last_one_left(tmp_path, caplog):
     kept = {
         name: (tmp_path / name).read_bytes() for name in ("about.txt", "agent.safetensors", "report.json", "report.png")
     }
+    (tmp_path / "earlier").mkdir()
+    for name in ("mine.txt", "path_of_the_run_before.png"):
+        (tmp_path / "earlier" / name).touch()
     longer = run("grid_navi", tmp_path, seed=4, updates=3)
+    assert (tmp_path / "earlier" / "mine.txt").exists()
+    assert not (tmp_path / "earlier" / "path_of_the_run_before.png").exists()
     assert {name: (tmp_path / "earlier" / name).read_bytes() for name in kept} == kept
     assert f"its report and agent are in {tmp_path / 'earlier'}" in caplog.text
     assert json.loads((tmp_path / "report.json").read_text())["seed"] == 4
