@@ -1,0 +1,187 @@
+"""Every recipe at a tiny size."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from recipes import (
+    ant_direction,
+    bandit,
+    cartpole,
+    grid_navi,
+    half_cheetah,
+    pendulum,
+    point_robot,
+    tabular_mdp,
+    walker,
+)
+from recipes.experiment import arguments
+
+
+@dataclass
+class Recipe:
+    """A recipe's module, arguments that make it tiny, its batch in env steps, and what its report must hold."""
+
+    module: Any
+    tiny: dict[str, Any]
+    batch: int
+    baselines: set[str]
+    optimum: float | None
+    first_episode: float | None  # what an episode pays to one who knows nothing, whatever the policy
+    bad: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+RECIPES = {
+    "bandit": Recipe(
+        bandit,
+        {"arms": 2, "pulls": 3, "trials": 32, "units": 4, "report_tasks": 200, "epochs": 1, "minibatches": 2},
+        batch=32 * 3,
+        baselines={"random", "greedy", "ucb1", "thompson_sampling"},
+        optimum=5 / 3,  # worked out by hand in test_baselines.py
+        first_episode=0.5,
+        bad={
+            "num_arms=0": {"arms": 0},
+            "episodes=0 must be": {"pulls": 0},
+            r"batch_size=\(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "never ends": {"env_steps": -1000},
+            "report_tasks=1: rewards": {"report_tasks": 1},
+            "hidden_size=0": {"units": 0},
+            "minibatches=0": {"minibatches": 0},
+            "epochs=0": {"epochs": 0},
+            "gamma=1.5": {"gamma": 1.5},
+            "lmbda=-0.1": {"lmbda": -0.1},
+            "learning rate": {"lr": -1.0},
+        },
+    ),
+    "grid_navi": Recipe(
+        grid_navi,
+        {"trials": 8, "units": 4, "report_tasks": 21, "epochs": 1, "minibatches": 2},
+        batch=8 * 4 * 15,
+        baselines={"goal_known"},
+        optimum=37.2142857,  # see test_grid_search.py
+        first_episode=None,
+        bad={
+            r"batch_size=\(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
+            "lmbda=-0.1": {"lmbda": -0.1},
+        },
+    ),
+    "point_robot": Recipe(
+        point_robot,
+        {"trials": 8, "units": 4, "report_tasks": 21, "epochs": 1, "minibatches": 2},
+        batch=8 * point_robot.BATCH_STEPS,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            "episodes=0 must be": {"episodes": 0},
+            r"batch_size=\(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
+        },
+    ),
+    "cartpole": Recipe(
+        cartpole,
+        {"trials": 4, "units": 4, "report_tasks": 6, "epochs": 1},
+        batch=4 * cartpole.BATCH_STEPS,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            "episodes=0 must be": {"episodes": 0},
+            "num_envs=0": {"trials": 0},
+            "hidden_size=0": {"units": 0},
+        },
+    ),
+    "pendulum": Recipe(
+        pendulum,
+        {"trials": 4, "units": 4, "report_tasks": 6, "epochs": 1},
+        batch=4 * pendulum.BATCH_STEPS,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            "episodes=0 must be": {"episodes": 0},
+            "num_envs=0": {"trials": 0},
+            "hidden_size=0": {"units": 0},
+        },
+    ),
+    "walker": Recipe(
+        walker,
+        {"trials": 2, "units": 4, "horizon": 20, "report_tasks": 3, "epochs": 1, "minibatches": 2},
+        batch=2 * walker.BATCH_STEPS,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            "episodes=0 must be": {"episodes": 0},
+            "num_envs=0": {"trials": 0},
+            "hidden_size=0": {"units": 0},
+        },
+    ),
+    "tabular_mdp": Recipe(
+        tabular_mdp,
+        {"episodes": 2, "trials": 8, "units": 4, "report_tasks": 200, "epochs": 1, "minibatches": 2},
+        batch=8 * 2 * 10,
+        baselines={"random", "psrl", "beb"},
+        optimum=None,
+        first_episode=None,
+        bad={
+            "episodes=0 must be": {"episodes": 0},
+            r"batch_size=\(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
+            "gamma=1.5": {"gamma": 1.5},
+        },
+    ),
+    "ant_direction": Recipe(
+        ant_direction,
+        {"trials": 3, "units": 4, "horizon": 4, "report_tasks": 7, "epochs": 1, "minibatches": 2},
+        batch=3 * 2 * 4,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            "horizon=0": {"horizon": 0},
+            r"batch_size=\(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
+        },
+    ),
+    "half_cheetah": Recipe(
+        half_cheetah,
+        {"trials": 3, "units": 4, "horizon": 4, "report_tasks": 7, "epochs": 1, "minibatches": 2},
+        batch=3 * 2 * 4,
+        baselines=set(),
+        optimum=None,
+        first_episode=None,
+        bad={
+            "horizon=0": {"horizon": 0},
+            r"batch_size=\(0,\)": {"trials": 0},
+            "total_frames=0": {"env_steps": 0},
+            "hidden_size=0": {"units": 0},
+            "report_tasks=1": {"report_tasks": 1},
+            "must be above the first": {"task": "velocity", "max_velocity": 0.0},
+        },
+    ),
+}
+
+
+def run(name, folder, *, updates=2, **options):
+    recipe = RECIPES[name]
+    sizes = {**recipe.tiny, "env_steps": updates * recipe.batch}
+    options = {**sizes, "log_dir": folder, "progress": False, **options}
+    return recipe.module.main(**arguments(recipe.module.main, options))
+
+
+def result_of(report):
+    """What of a report the seed decides."""
+    report = report.to_dict()
+    rows = report["train"]["history"]
+    rows = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+    return rows, report["agent"], report["baselines"], report["ablations"]
+
+
+class BeforeTraining(Exception):
+    """Raised in place of a training, with what was to be trained."""

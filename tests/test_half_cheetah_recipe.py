@@ -1,0 +1,115 @@
+"""The cheetah's modes and tasks, its report of speeds, its film and its stop goals."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_runs import BeforeTraining, result_of, run
+from tensordict import TensorDict
+
+from recipes import (
+    half_cheetah,
+)
+from recipes.experiment import Experiment, Run
+from rl2_torchrl import GRUGaussianActor, TaskSampler, Trial
+
+
+@pytest.mark.parametrize("mode", ["trial", "original"])
+@pytest.mark.parametrize("task", ["direction", "velocity"])
+def test_cheetahs_modes_and_tasks(mode, task, tmp_path):
+    run("half_cheetah", tmp_path, mode=mode, task=task, updates=1)
+    stored = json.loads((tmp_path / "report.json").read_text())
+    episodes = half_cheetah.cheetah_settings(task, mode)["episodes"]
+    tables = [stored["forward"], stored["backward"]] if task == "direction" else [stored["speed_error"]]
+    for table in tables:
+        assert set(table) == {"agent", "greedy", "memory_zeroed", "rewards_shuffled"}
+        for entry in table.values():
+            per_episode = entry if task == "direction" else entry["per_episode"]
+            assert len(per_episode) == episodes
+            assert all(map(math.isfinite, per_episode))
+    assert (tmp_path / "velocity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("task", "tasks", "steps"), [("direction", 4, 800), ("velocity", 10, 1200)])
+def test_original_mode_is_the_first_implementation(task, tasks, steps, tmp_path, monkeypatch):
+    # Its defaults, and its meta-batches: 4 tasks of 800 steps and 10 of 1200, episodes of 200 steps.
+    def stop(self, collector, update, **_):
+        raise BeforeTraining(collector, update)
+
+    monkeypatch.setattr(Experiment, "train", stop)
+    with pytest.raises(BeforeTraining) as stopped:
+        half_cheetah.main(task=task, mode="original", run=Run(tmp_path))
+    collector, update = stopped.value.args
+    (trial,) = [transform for transform in collector.env.transform if isinstance(transform, Trial)]
+    assert (trial.episodes, collector.env.base_env.max_episode_steps) == (steps // 200, 200)
+    assert (collector.env.batch_size, collector.requested_frames_per_batch) == ((tasks,), tasks * steps)
+    loss, advantage, options = update.loss, update.advantage, update.optimizer.param_groups[0]
+    assert (update.epochs, update.bptt, update.shuffle, update.max_grad_norm) == (10, 1, False, None)
+    assert update.minibatches == tasks * steps // 32
+    assert (options["lr"], update.lr_schedule, update.entropy_schedule) == (1e-4, None, None)
+    assert (advantage.gamma, advantage.lmbda, advantage.value_target) == (0.99, 0.97, "return")
+    assert not advantage.scale_rewards
+    assert float(loss.clip_epsilon) == pytest.approx(0.3)
+    assert (float(loss.critic_coeff), loss.entropy_bonus) == (0.5, False)
+
+
+@pytest.mark.parametrize("task", ["direction", "velocity"])
+def test_the_cheetah_scales_rewards_and_its_entropy_bonus_decays(task):
+    trials = half_cheetah.CheetahTrials(task, episodes=2, horizon=4, max_velocity=2.0, seed=0)
+    settings = half_cheetah.cheetah_settings(task)
+    learning = replace(settings["learning"], trials=2, minibatches=2)
+    _, update = half_cheetah.compose(trials, "trial", settings["network"], learning)
+    assert (update.advantage.scale_rewards, update.loss.entropy_bonus) == (True, True)
+    assert float(update.loss.entropy_coeff) == pytest.approx(0.01)
+    assert (update.lr_schedule(0.5), update.entropy_schedule(0.5)) == (0.5, 0.5)
+
+
+def test_a_report_without_one_of_the_directions_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(half_cheetah.Cheetahs, "tasks", lambda cheetahs, stream, number: torch.ones(number, 1))
+    run("half_cheetah", tmp_path, updates=1)
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert stored["backward"]["agent"] == [None, None]
+    assert all(map(math.isfinite, stored["forward"]["agent"]))
+
+
+def test_filming_changes_nothing_else(tmp_path, monkeypatch):
+    def drawn(env, row, *, width, height):  # a stand-in, which needs no OpenGL
+        return torch.zeros(height, width, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(half_cheetah.HalfCheetahDirection, "render", drawn)
+    filmed = run("half_cheetah", tmp_path / "filmed", seed=3, video=True)
+    assert result_of(filmed) == result_of(run("half_cheetah", tmp_path / "not", seed=3))
+    for name in ("untrained.mp4", "trial.mp4"):
+        assert (tmp_path / "filmed" / name).stat().st_size > 0
+    assert not list((tmp_path / "not").glob("*.mp4"))
+
+
+def test_errors_of_speed_are_made_positive_before_any_mean():
+    record = half_cheetah.VelocityRecord()
+    for velocity in ([1.0, 3.0], [3.0, 2.0], [2.0, 0.0], [2.0, 2.0]):
+        step = {"next": {"velocity": torch.tensor(velocity).unsqueeze(-1)}, "task": torch.full((2, 1), 2.0)}
+        record(TensorDict(step, [2]))
+    assert record.errors(episodes=2).returns.tolist() == [[2.0, 0.0], [1.0, 2.0]]
+    assert record.velocities.tolist() == [[1.0, 3.0, 2.0, 2.0], [3.0, 2.0, 0.0, 2.0]]
+
+
+def test_the_last_velocity_of_an_episode_is_recorded():
+    """An inner reset puts the cheetah to rest; the velocity of the step before it must not be lost."""
+    trials = half_cheetah.CheetahTrials("velocity", episodes=2, horizon=4, max_velocity=2.0, seed=0)
+    actor = GRUGaussianActor.from_env(trials.env(TaskSampler.fixed(torch.ones(3, 1)), 3), hidden_size=4)
+    record = half_cheetah.VelocityRecord()
+    half_cheetah.Cheetahs(actor, trials, Run(Path(), report_tasks=3)).play(torch.ones(3, 1), on_step=record)
+    assert record.velocities.shape == (3, 8)
+    assert (record.velocities != 0).all()
+
+
+def test_cheetahs_stop_goals():
+    row = {"eval/trial_return": 0.0, "eval/last_forward": 181.0, "eval/last_backward": 180.0}
+    stop = half_cheetah.StopAtGoal("direction")
+    rows = [row, row, {}, {**row, "eval/last_forward": 179.0}, row, {"train/loss": 1.0}, row, row]
+    assert [stop(r) for r in rows] == [False] * 7 + [True]
+    stop, row = half_cheetah.StopAtGoal("velocity"), {"eval/trial_return": 0.0, "eval/last_speed_error": 25.0}
+    assert [stop(r) for r in [row, row, {**row, "eval/last_speed_error": 25.1}, row, row, row]] == [False] * 5 + [True]
