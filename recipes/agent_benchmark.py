@@ -16,9 +16,9 @@ from rich.table import Table
 from torchrl.envs import DTypeCastTransform, ExplorationType, TransformedEnv, set_exploration_type
 
 from recipes.agents import held_out, play
-from recipes.experiment import HELD_OUT_TASKS, draw_tasks
 from recipes.half_cheetah import CheetahTrials
 from recipes.help import as_typed
+from recipes.streams import HELD_OUT_TASKS, draw_tasks
 from rl2_torchrl import AdaptiveAgent, TaskSampler, adaptation_curve
 
 

@@ -9,10 +9,11 @@ import tyro
 from rich.console import Console
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes.experiment import ENVS, REPORT_TASKS, arguments, draw_tasks, stream_seed
+from recipes.command import arguments
 from recipes.help import as_typed
 from recipes.paper_cells import TASK_SEED
 from recipes.paper_page import markdown
+from recipes.streams import ENVS, REPORT_TASKS, draw_tasks, stream_seed
 from recipes.tabular_mdp import EPISODE_STEPS
 from rl2_torchrl import AdaptationReport, AdaptiveAgent, PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means

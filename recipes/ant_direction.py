@@ -5,9 +5,12 @@ from pathlib import Path
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import ENVS, TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
+from recipes.streams import ENVS, TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -62,12 +65,10 @@ def main(
         TrialAdvantage(**learning.advantage, scale_rewards=True),
         **learning.update,
     )
-    batch = learning.trials * episodes * horizon
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
+    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **learning.frames(episodes * horizon))
     ants = Experiment(actor, make_env, tasks, run, held_out_tasks=64, rows=64)
     report = ants.report(ants.train(collector, update), title="RL² on Ant, direction")
-    return experiment.publish(report, run)
+    return publish(report, run)
 
 
 def forward_or_backward(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -76,4 +77,4 @@ def forward_or_backward(batch_size: torch.Size, generator: torch.Generator) -> t
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

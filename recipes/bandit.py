@@ -6,25 +6,13 @@ from pathlib import Path
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import (
-    CLASSICAL_AGENTS,
-    ENVS,
-    TRAIN_TASKS,
-    TUNING_TASKS,
-    Experiment,
-    FirstWeights,
-    Learning,
-    Network,
-    Run,
-    Told,
-    settings_by,
-    stream_seed,
-    told_of,
-    whole_batches,
-)
+from recipes.command import command, settings_by
+from recipes.experiment import Experiment, publish
 from recipes.posterior import Posterior, RisingOptimism, beta_moments
 from recipes.rules import LearnsFrom, bandit_settings
+from recipes.run import Run
+from recipes.settings import FirstWeights, Learning, Network, Told, told_of
+from recipes.streams import CLASSICAL_AGENTS, ENVS, TRAIN_TASKS, TUNING_TASKS, draw_tasks, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -97,25 +85,23 @@ def main(
         told.advantage(bandit_values, posterior, **learning.advantage),
         **learning.update,
     )
-    batch = learning.trials * pulls
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
 
     held_out = {"held_out_tasks": 2048, "rows": 4096, "episode_name": "pull"}
     bandits = Experiment(actor, make_env, tasks, run, **held_out)
-    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
+    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **learning.frames(pulls))
     report = bandits.report(
         bandits.train(collector, update, callbacks=[RisingOptimism(posterior, told.optimism_after)]),
         baselines=classical_agents(bandits.reported, pulls, run.seed) if classical else {},
         optimum=baselines.bayes_optimal_return(arms, pulls) if pulls <= 10 else None,
         title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls{told_of(network, told)}",
     )
-    return experiment.publish(report, run)
+    return publish(report, run)
 
 
 def classical_agents(means: torch.Tensor, pulls: int, seed: int) -> dict[str, AdaptationCurve]:
     """The algorithms that humans designed, on the very bandits ``means`` [num_tasks, arms]; UCB1 tuned on others."""
     generator = torch.Generator().manual_seed(stream_seed(seed, CLASSICAL_AGENTS))
-    tuning = experiment.draw_tasks(uniform_means(means.shape[1]), seed, TUNING_TASKS, 20_000)
+    tuning = draw_tasks(uniform_means(means.shape[1]), seed, TUNING_TASKS, 20_000)
     best = baselines.tune(baselines.ucb1, tuning, pulls, generator)
     return {
         "random": AdaptationCurve(baselines.random_agent(means, pulls, generator)),
@@ -126,4 +112,4 @@ def classical_agents(means: torch.Tensor, pulls: int, seed: int) -> dict[str, Ad
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

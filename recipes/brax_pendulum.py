@@ -7,9 +7,12 @@ from tensordict import TensorDictBase
 from torchrl.data import Unbounded
 from torchrl.envs import BraxWrapper, Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
+from recipes.streams import TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -64,12 +67,10 @@ def main(
         bptt=BATCH_STEPS,
         **learning.update,
     )
-    batch = learning.trials * BATCH_STEPS
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(make_env, env, policy, update, **frames)
+    collector = run.collector(make_env, env, policy, update, **learning.frames(BATCH_STEPS))
     pendulums = Experiment(actor, make_env, signs, run, held_out_tasks=learning.trials, rows=learning.trials)
     result = pendulums.train(collector, update, eval_interval=100)  # JAX compiles for each env anew
-    return experiment.publish(pendulums.report(result, title="RL² on a pendulum with an unknown sign"), run)
+    return publish(pendulums.report(result, title="RL² on a pendulum with an unknown sign"), run)
 
 
 class SignedPendulum(BraxWrapper):
@@ -119,4 +120,4 @@ def signs(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

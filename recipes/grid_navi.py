@@ -9,20 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import (
-    TRAIN_TASKS,
-    Experiment,
-    FirstWeights,
-    Learning,
-    Network,
-    Run,
-    Told,
-    stream_seed,
-    told_of,
-    whole_batches,
-)
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import FirstWeights, Learning, Network, Told, told_of
+from recipes.streams import TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -83,9 +75,9 @@ def main(
         TrialAdvantage(**learning.advantage),
         **learning.update,
     )
-    batch = learning.trials * episodes * EPISODE_STEPS
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
+    collector = run.collector(
+        make_env, env, ActorCritic(actor, critic), update, **learning.frames(episodes * EPISODE_STEPS)
+    )
 
     grids = Experiment(actor, make_env, goals_in_turn, run, held_out_tasks=24 * len(GOALS))
     result = grids.train(collector, update)
@@ -97,7 +89,7 @@ def main(
         optimum=best.trial_return,
         title=f"RL² on GridNavi{told_of(network, Told())}",
     )
-    experiment.publish(report, run)
+    publish(report, run)
     goals = torch.tensor([[3.0, 4.0], [4.0, 2.0]])
     rows = {"RL²": paths(grids, goals, episodes), "Bayes optimum": best_paths(best, goals, episodes)}
     plot_paths(rows, goals).savefig(run.log_dir / "path.png", dpi=130)
@@ -166,4 +158,4 @@ def plot_path(axes: Axes, goal: list[float], path: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

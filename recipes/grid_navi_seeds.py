@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from recipes import grid_navi
-from recipes.experiment import arguments
+from recipes.command import arguments
 from recipes.help import as_typed
 from recipes.results import table
 from rl2_torchrl.report import made_by

@@ -9,21 +9,13 @@ from typing import Any, Literal
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import (
-    HELD_OUT_TASKS,
-    REPORT_TASKS,
-    TRAIN_TASKS,
-    Experiment,
-    Learning,
-    Network,
-    Run,
-    settings_by,
-    stream_seed,
-    whole_batches,
-)
+from recipes.command import command, settings_by
+from recipes.experiment import Experiment, publish
 from recipes.half_cheetah_report import CheetahReport, VelocityRecord
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
+from recipes.streams import HELD_OUT_TASKS, REPORT_TASKS, TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     GRUGaussianActor,
@@ -131,7 +123,7 @@ def main(
         eval_interval=max(1, 1_000_000 // (learning.trials * episodes * horizon)),
         stop=StopAtGoal(task) if stop_at_goal else None,
     )
-    report = experiment.publish(cheetahs.report(result), run)
+    report = publish(cheetahs.report(result), run)
     if video:
         cheetahs.film(run.log_dir / "trial")
     return report
@@ -151,9 +143,8 @@ def compose(
         TrialAdvantage(**{**learning.advantage, **options["advantage"]}),
         **{**learning.update, **options["update"]},
     )
-    batch = learning.trials * trials.episodes * trials.horizon
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
     make_env = partial(trials.env, starts=TRAIN_STARTS)
+    frames = learning.frames(trials.episodes * trials.horizon)
     return run.collector(make_env, env, ActorCritic(actor, critic), update, **frames), update
 
 
@@ -248,4 +239,4 @@ class StopAtGoal:
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
+from recipes.streams import TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -90,14 +93,14 @@ def main(
         TrialAdvantage(**learning.advantage, scale_rewards=True),
         **learning.update,
     )
-    batch = learning.trials * episodes * horizon
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(partial(make_env, train_tasks), env, policy, update, **frames)
+    collector = run.collector(
+        partial(make_env, train_tasks), env, policy, update, **learning.frames(episodes * horizon)
+    )
     test, each = partial(make_env, goals.test_tasks), partial(in_order, len(goals.test_tasks))
     measures = {"held_out_tasks": 50, "rows": 50, "measures": {("info", "success"): "max"}}
     arms = Experiment(actor, test, each, run, **measures)
     result = arms.train(collector, update, eval_interval=25)
-    return experiment.publish(arms.report(result, title=f"RL² on Meta-World {benchmark}"), run)
+    return publish(arms.report(result, title=f"RL² on Meta-World {benchmark}"), run)
 
 
 class Arm(gymnasium.Env):
@@ -204,4 +207,4 @@ def in_order(number: int, batch_size: torch.Size, generator: torch.Generator) ->
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.minigrid_envs import Doors, OneHotView, all_mazes
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
+from recipes.streams import TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -70,14 +73,12 @@ def main(
         bptt=BATCH_STEPS,
         **learning.update,
     )
-    batch = learning.trials * BATCH_STEPS
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(partial(make_env, trained), env, policy, update, **frames)
+    collector = run.collector(partial(make_env, trained), env, policy, update, **learning.frames(BATCH_STEPS))
     measures = {("info", "success"): "max"}
     others, draw = partial(make_env, held_out), partial(numbers, len(held_out))
     searches = Experiment(actor, others, draw, run, rows=64, held_out_tasks=128, measures=measures)
     result = searches.train(collector, update, eval_interval=50)
-    return experiment.publish(searches.report(result, title="RL² on MiniGrid: a goal to find again"), run)
+    return publish(searches.report(result, title="RL² on MiniGrid: a goal to find again"), run)
 
 
 def trial_env(
@@ -101,4 +102,4 @@ def numbers(number: int, batch_size: torch.Size, generator: torch.Generator) -> 
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

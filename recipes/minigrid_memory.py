@@ -7,10 +7,12 @@ import gymnasium
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import Experiment, Learning, Network, Run, whole_batches
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.minigrid_envs import Corridor, OneHotView
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -71,13 +73,11 @@ def main(
         bptt=BATCH_STEPS,
         **learning.update,
     )
-    batch = learning.trials * BATCH_STEPS
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(make_env, env, policy, update, **frames)
+    collector = run.collector(make_env, env, policy, update, **learning.frames(BATCH_STEPS))
     measured = {"rows": 64, "held_out_tasks": 128, "measures": {("info", "success"): "max"}}
     corridors = Experiment(actor, make_env, no_tasks, run, **measured)
     result = corridors.train(collector, update, eval_interval=100)
-    return experiment.publish(corridors.report(result, title=f"RL² on {env_id}"), run)
+    return publish(corridors.report(result, title=f"RL² on {env_id}"), run)
 
 
 def corridor(env_id: str, from_room: bool) -> OneHotView:
@@ -91,4 +91,4 @@ def no_tasks(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

@@ -1,6 +1,6 @@
 """What one might take in place of this package, on the same trials: RL² by hand in PyTorch, and SB3-contrib's RecurrentPPO.
 
-Both see what our agent sees (`Trials`), and have the `recipes.experiment.Learning` of the recipe that they stand beside.
+Both see what our agent sees (`Trials`), and have the `recipes.settings.Learning` of the recipe that they stand beside.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.experiment import Learning
+from recipes.settings import Learning
 from rl2_torchrl import TaskDistribution, linear_decay
 from rl2_torchrl.envs import TensorEnv
 

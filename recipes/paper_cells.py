@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator
 
-from recipes import bandit, experiment, tabular_mdp
-from recipes.experiment import CLASSICAL_AGENTS, REPORT_TASKS, TUNING_TASKS, Run, arguments, stream_seed
+from recipes import bandit, tabular_mdp
+from recipes.command import arguments
 from recipes.paper_numbers import PAPER
 from recipes.paper_settings import RL2_SETTINGS
 from recipes.rules import LearnsFrom
+from recipes.run import Run
+from recipes.streams import CLASSICAL_AGENTS, REPORT_TASKS, TUNING_TASKS, draw_tasks, stream_seed
 from rl2_torchrl import AdaptationReport, baselines
 from rl2_torchrl.baselines import mdps
 from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
@@ -74,9 +76,9 @@ class BanditCell:
             return Classical(AdaptationCurve(torch.full((num_tasks, 1), exact, dtype=torch.float64)), {}, 0)
         generator = Generator().manual_seed(stream_seed(TASK_SEED, CLASSICAL_AGENTS))
         function, number = self.agents[agent], min(2 * num_tasks, self._most_tuning_tasks(agent))
-        tuning = experiment.draw_tasks(uniform_means(self.arms), TASK_SEED, TUNING_TASKS, number)
+        tuning = draw_tasks(uniform_means(self.arms), TASK_SEED, TUNING_TASKS, number)
         options = baselines.tune(function, tuning, self.pulls, generator)
-        tasks = experiment.draw_tasks(uniform_means(self.arms), TASK_SEED, REPORT_TASKS, num_tasks)
+        tasks = draw_tasks(uniform_means(self.arms), TASK_SEED, REPORT_TASKS, num_tasks)
         returns = function(tasks, self.pulls, generator, **options)
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
 
@@ -132,14 +134,14 @@ class MDPCell:
 
     def play(self, agent: str, num_tasks: int) -> Classical:
         """Tunes a classical agent on tasks of its own and plays it on the reporting tasks."""
-        worlds = unpack_mdps(experiment.draw_tasks(random_mdps(), TASK_SEED, REPORT_TASKS, num_tasks))
+        worlds = unpack_mdps(draw_tasks(random_mdps(), TASK_SEED, REPORT_TASKS, num_tasks))
         if agent == "optimum":
             returns = baselines.optimal_return(worlds).double() * self.episodes
             return Classical(AdaptationCurve(returns.unsqueeze(-1)), {}, 0)
         generator = Generator().manual_seed(stream_seed(TASK_SEED, CLASSICAL_AGENTS))
         # Of UCRL2's scalings 300 tasks chose one that cost 3 at n = 10; OPSRL is slow, and its choice matters little.
         number = min(num_tasks, 300 if agent == "opsrl" else 2000)
-        tuning = unpack_mdps(experiment.draw_tasks(random_mdps(), TASK_SEED, TUNING_TASKS, number))
+        tuning = unpack_mdps(draw_tasks(random_mdps(), TASK_SEED, TUNING_TASKS, number))
         options = baselines.tune(self.agents[agent], tuning, self.episodes, generator)
         returns = self.agents[agent](worlds, self.episodes, generator, **options)
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)

@@ -9,9 +9,12 @@ import torch
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
+from recipes.streams import TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -70,12 +73,10 @@ def main(
         bptt=CHUNK_STEPS,
         **learning.update,
     )
-    batch = learning.trials * BATCH_STEPS
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(make_env, env, policy, update, **frames)
+    collector = run.collector(make_env, env, policy, update, **learning.frames(BATCH_STEPS))
     pendulums = Experiment(actor, make_env, physics, run, held_out_tasks=64, rows=64)
     result = pendulums.train(collector, update)
-    return experiment.publish(pendulums.report(result, title="RL² on Pendulum"), run)
+    return publish(pendulums.report(result, title="RL² on Pendulum"), run)
 
 
 def scaled_pendulum(scale: float = 1.0, velocity_scale: float = 1.0) -> gymnasium.Env:
@@ -97,4 +98,4 @@ def physics(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

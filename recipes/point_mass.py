@@ -7,9 +7,12 @@ from tensordict import TensorDictBase
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, DMControlEnv, DoubleToFloat, SerialEnv, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
+from recipes.streams import TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -73,12 +76,10 @@ def main(
         TrialAdvantage(**learning.advantage, scale_rewards=True),
         **learning.update,
     )
-    batch = learning.trials * episodes * steps
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
+    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **learning.frames(episodes * steps))
     masses = Experiment(actor, make_env, targets, run, held_out_tasks=32, rows=32)
     result = masses.train(collector, update)
-    return experiment.publish(masses.report(result, title="RL² on a point mass with a hidden target"), run)
+    return publish(masses.report(result, title="RL² on a point mass with a hidden target"), run)
 
 
 class HiddenTarget(Resumable, DMControlEnv):
@@ -109,4 +110,4 @@ def targets(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

@@ -5,9 +5,12 @@ from pathlib import Path
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import TRAIN_TASKS, Experiment, Learning, Network, Run, stream_seed, whole_batches
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
+from recipes.streams import TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -64,15 +67,13 @@ def main(
         bptt=BATCH_STEPS,
         **learning.update,
     )
-    batch = learning.trials * BATCH_STEPS
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(make_env, env, policy, update, **frames)
+    collector = run.collector(make_env, env, policy, update, **learning.frames(BATCH_STEPS))
 
     points = Experiment(actor, make_env, goals, run, held_out_tasks=512)
     result = points.train(collector, update)
     title = f"RL² on PointRobot, {'sparse' if sparse else 'dense'} rewards"
-    return experiment.publish(points.report(result, title=title), run)
+    return publish(points.report(result, title=title), run)
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import Experiment, Learning, Network, Run, whole_batches
+from recipes.command import command
+from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
+from recipes.run import Run
+from recipes.settings import Learning, Network
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -67,13 +69,11 @@ def main(
         bptt=BATCH_STEPS,
         **learning.update,
     )
-    batch = learning.trials * BATCH_STEPS
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(make_env, env, policy, update, **frames)
+    collector = run.collector(make_env, env, policy, update, **learning.frames(BATCH_STEPS))
     games = Experiment(actor, make_env, no_tasks, run, held_out_tasks=128, rows=64)
     result = games.train(collector, update, eval_interval=100)
     report = games.report(result, title=f"RL² on {env_id}")
-    return experiment.publish(EpochsReport(**vars(report), epochs=epoch_returns(result.history)), run)
+    return publish(EpochsReport(**vars(report), epochs=epoch_returns(result.history)), run)
 
 
 @dataclass
@@ -122,4 +122,4 @@ def no_tasks(batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

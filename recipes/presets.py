@@ -6,7 +6,7 @@ Bandits and tabular MDPs of any size follow rules instead (`recipes.rules`).
 
 from dataclasses import dataclass, replace
 
-from recipes.experiment import Learning, Network
+from recipes.settings import Learning, Network
 
 __all__ = ["PRESETS", "Preset"]
 

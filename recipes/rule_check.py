@@ -10,7 +10,7 @@ from typing import Literal
 import tyro
 
 from recipes import bandit, tabular_mdp
-from recipes.experiment import arguments
+from recipes.command import arguments
 from recipes.help import as_typed
 from recipes.results import table
 from rl2_torchrl.report import made_by

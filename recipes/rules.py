@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import log2, sqrt
 from typing import Any, Literal
 
-from recipes.experiment import FirstWeights, Learning, Network, Told
+from recipes.settings import FirstWeights, Learning, Network, Told
 
 __all__ = ["LearnsFrom", "bandit_settings", "mdp_settings"]
 

@@ -18,12 +18,14 @@ from matplotlib.figure import Figure
 
 from recipes import bandit, grid_navi
 from recipes.compare import Curve, curve, draw_curves, with_error
-from recipes.experiment import ENVS, HELD_OUT_TASKS, TRAIN_TASKS, Learning, Run, draw_tasks, stream_seed, whole_batches
 from recipes.help import as_typed
 from recipes.other_programs import PROGRAMS, Trials, trial_return
 from recipes.presets import PRESETS
 from recipes.results import table
 from recipes.rules import bandit_settings
+from recipes.run import Run
+from recipes.settings import Learning, whole_batches
+from recipes.streams import ENVS, HELD_OUT_TASKS, TRAIN_TASKS, draw_tasks, stream_seed
 from rl2_torchrl import TaskDistribution, baselines
 from rl2_torchrl.envs import BernoulliBandit, GridNavi, TensorEnv, grid_goals, uniform_means
 from rl2_torchrl.report import made_by

@@ -7,24 +7,13 @@ from pathlib import Path
 import torch
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes import experiment
-from recipes.experiment import (
-    CLASSICAL_AGENTS,
-    ENVS,
-    TRAIN_TASKS,
-    Experiment,
-    FirstWeights,
-    Learning,
-    Network,
-    Run,
-    Told,
-    settings_by,
-    stream_seed,
-    told_of,
-    whole_batches,
-)
+from recipes.command import command, settings_by
+from recipes.experiment import Experiment, publish
 from recipes.posterior import Posterior, RisingOptimism, normal_moments
 from recipes.rules import EPISODE_STEPS, LearnsFrom, mdp_settings
+from recipes.run import Run
+from recipes.settings import FirstWeights, Learning, Network, Told, told_of
+from recipes.streams import CLASSICAL_AGENTS, ENVS, TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -102,9 +91,9 @@ def main(
         told.advantage(MDPValues(env.base_env), posterior, **learning.advantage),
         **learning.update,
     )
-    batch = learning.trials * episodes * EPISODE_STEPS
-    frames = {"frames_per_batch": batch, "total_frames": whole_batches(learning.env_steps, batch)}
-    collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **frames)
+    collector = run.collector(
+        make_env, env, ActorCritic(actor, critic), update, **learning.frames(episodes * EPISODE_STEPS)
+    )
     trials = Experiment(actor, make_env, tasks, run)
     worlds = unpack_mdps(trials.reported, states, actions)
     report = trials.report(
@@ -112,7 +101,7 @@ def main(
         baselines=classical_agents(worlds, episodes, run.seed) if classical else {},
         title=f"RL² on tabular MDPs, {states} states, {actions} actions, {episodes} episodes{told_of(network, told)}",
     )
-    return experiment.publish(report, run)
+    return publish(report, run)
 
 
 def mean_rewards(tasks: torch.Tensor, sizes: tuple[int, int]) -> torch.Tensor:
@@ -128,4 +117,4 @@ def classical_agents(worlds: tuple[torch.Tensor, torch.Tensor], episodes: int, s
 
 
 if __name__ == "__main__":
-    experiment.command(main)
+    command(main)

@@ -14,7 +14,7 @@ from recipes import (
     tabular_mdp,
     walker,
 )
-from recipes.experiment import arguments
+from recipes.command import arguments
 
 
 @dataclass

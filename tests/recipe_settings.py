@@ -2,7 +2,8 @@
 
 from dataclasses import fields
 
-from recipes.experiment import FirstWeights, Learning, Network, arguments
+from recipes.command import arguments
+from recipes.settings import FirstWeights, Learning, Network
 from rl2_torchrl import describe
 
 #: Values that no recipe has.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recipes import agent_benchmark, agents, grid_navi, half_cheetah
-from recipes.experiment import arguments
+from recipes.command import arguments
 from rl2_torchrl import AdaptiveAgent
 
 PRETRAINED = Path(__file__).parents[1] / "recipes" / "pretrained"

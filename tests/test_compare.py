@@ -9,9 +9,10 @@ from importlib.machinery import ModuleSpec
 import pytest
 from rich.console import Console
 
-from recipes import bandit, compare, experiment
+from recipes import bandit, compare
+from recipes.command import command
 from recipes.compare import curve, seeds, table
-from recipes.experiment import Run
+from recipes.run import Run
 from recipes.seeds import run_seeds, without_seeds
 
 
@@ -133,11 +134,11 @@ def test_a_seed_that_fails_leaves_the_others_alone(stub, tmp_path):
 )
 def test_seeds_of_a_command(spec, program, monkeypatch, tmp_path):
     called = []
-    monkeypatch.setattr(experiment, "run_seeds", lambda *args: called.append(args))
+    monkeypatch.setattr("recipes.command.run_seeds", lambda *args: called.append(args))
     words = ["--arms", "3", "--seeds", "0", "2", "--log-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["own/mine.py", *words])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
-    experiment.command(bandit.main)
+    command(bandit.main)
     assert called == [(program, (0, 2), tmp_path, words)]
 
 

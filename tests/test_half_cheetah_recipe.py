@@ -13,7 +13,8 @@ from tensordict import TensorDict
 from recipes import (
     half_cheetah,
 )
-from recipes.experiment import Experiment, Run
+from recipes.experiment import Experiment
+from recipes.run import Run
 from rl2_torchrl import GRUGaussianActor, TaskSampler, Trial
 
 

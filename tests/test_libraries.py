@@ -18,7 +18,9 @@ from tensordict import TensorDict
 from torchrl.envs import Compose, DMControlEnv, DoubleToFloat, ParallelEnv, SerialEnv, TransformedEnv
 
 from recipes import pop_gym
-from recipes.experiment import HELD_OUT_TASKS, Experiment, arguments
+from recipes.command import arguments
+from recipes.experiment import Experiment
+from recipes.streams import HELD_OUT_TASKS
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, check_training
 from rl2_torchrl.collector import load_rollout_state, rollout_state
 from rl2_torchrl.envs import Resumable

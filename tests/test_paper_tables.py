@@ -13,6 +13,7 @@ from recipes import bandit, experiment, paper_cells, paper_page, paper_tables, t
 from recipes.paper_cells import CELLS, TASK_SEED, BanditCell, MDPCell
 from recipes.paper_numbers import PAPER, PAPER_SE
 from recipes.paper_settings import RL2_SETTINGS
+from recipes.streams import HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS, draw_tasks
 from rl2_torchrl import TaskSampler, baselines
 from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
 
@@ -145,7 +146,7 @@ def test_classical_agents_and_what_is_kept_of_them(tmp_path):
     run(tmp_path, part="classical")
     stored = figures(tmp_path)
     assert set(stored) == {f"bandits_3_2_{name}" for name in (*FEW_AGENTS, "optimum")}
-    means = experiment.draw_tasks(uniform_means(2), TASK_SEED, experiment.REPORT_TASKS, 40)
+    means = draw_tasks(uniform_means(2), TASK_SEED, REPORT_TASKS, 40)
     earned = baselines.greedy(means, 3, torch.Generator().manual_seed(1000 * TASK_SEED + 10)).double().sum(-1)
     greedy = stored["bandits_3_2_greedy"]
     assert greedy["mean"] == pytest.approx(earned.mean().item())
@@ -163,9 +164,7 @@ def test_classical_agents_for_mdps(tmp_path):
     run(tmp_path, "mdps", part="classical", tasks=10)
     stored = figures(tmp_path)
     assert set(stored) == {f"mdps_2_{name}" for name in (*MDPCell.agents, "optimum")}
-    best = baselines.optimal_return(
-        unpack_mdps(experiment.draw_tasks(random_mdps(), TASK_SEED, experiment.REPORT_TASKS, 10))
-    )
+    best = baselines.optimal_return(unpack_mdps(draw_tasks(random_mdps(), TASK_SEED, REPORT_TASKS, 10)))
     assert stored["mdps_2_optimum"]["mean"] == pytest.approx(2 * best.mean().item(), rel=1e-5)
     options = {name: next(iter(stored[f"mdps_2_{name}"]["options"]), None) for name in MDPCell.agents}
     scalings = {"beb": "scaling", "ucrl2": "scaling", "opsrl": "num_samples", "epsilon_greedy": "epsilon"}
@@ -195,9 +194,7 @@ def test_the_slow_agent_plays_fewer_tasks():
     assert asked == [2000, 10_000]
     assert BanditCell(500, 10).num_tasks("optimistic_thompson_sampling", 10_000) == 10_000
     # They are the first of those of the others.
-    many, few = (
-        experiment.draw_tasks(uniform_means(50), TASK_SEED, experiment.REPORT_TASKS, n) for n in (10_000, 2000)
-    )
+    many, few = (draw_tasks(uniform_means(50), TASK_SEED, REPORT_TASKS, n) for n in (10_000, 2000))
     assert torch.equal(many[:2000], few)
 
 
@@ -208,7 +205,7 @@ def test_the_slow_agent_plays_fewer_tasks():
 def test_all_agents_are_reported_on_the_same_tasks_which_none_was_tuned_or_trained_on(table, tmp_path, monkeypatch):
     module = {"bandits": bandit, "mdps": tabular_mdp}[table]
     drawn = {kind: [] for kind in range(4)}
-    trained_on, draw_tasks = [], experiment.draw_tasks
+    trained_on = []
 
     def recorded_tasks(distribution, seed, stream, number):
         drawn[stream].append(draw_tasks(distribution, seed, stream, number))
@@ -222,15 +219,16 @@ def test_all_agents_are_reported_on_the_same_tasks_which_none_was_tuned_or_train
         def fixed(cls, tasks, **options):
             return TaskSampler.fixed(tasks, **options)
 
-    monkeypatch.setattr(experiment, "draw_tasks", recorded_tasks)
+    for where in (bandit, paper_cells, experiment):
+        monkeypatch.setattr(where, "draw_tasks", recorded_tasks)
     monkeypatch.setattr(module, "TaskSampler", Recorded)
     run(tmp_path, table, seeds=(0, 7))
-    reported = drawn[experiment.REPORT_TASKS]
+    reported = drawn[REPORT_TASKS]
     assert len(reported) == {"bandits": 4, "mdps": 10}[table] + 2  # classical agents and two trainings
-    assert len(drawn[experiment.TUNING_TASKS]) == {"bandits": 4, "mdps": 9}[table]  # all but the optimum
+    assert len(drawn[TUNING_TASKS]) == {"bandits": 4, "mdps": 9}[table]  # all but the optimum
     assert all(torch.equal(each, reported[0]) for each in reported)
-    assert all(torch.equal(each, drawn[experiment.HELD_OUT_TASKS][0]) for each in drawn[experiment.HELD_OUT_TASKS])
-    others = [*trained_on, *drawn[experiment.TUNING_TASKS], *drawn[experiment.HELD_OUT_TASKS]]
+    assert all(torch.equal(each, drawn[HELD_OUT_TASKS][0]) for each in drawn[HELD_OUT_TASKS])
+    others = [*trained_on, *drawn[TUNING_TASKS], *drawn[HELD_OUT_TASKS]]
     others = {tuple(task) for each in others for task in each.tolist()}
     assert len(others) > 100
     assert not {tuple(task) for task in reported[0].tolist()} & others

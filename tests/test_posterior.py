@@ -7,7 +7,6 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes.experiment import Told
 from recipes.posterior import (
     CountBonusAdvantage,
     Posterior,
@@ -18,6 +17,7 @@ from recipes.posterior import (
     normal_moments,
     sample_moments,
 )
+from recipes.settings import Told
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means
 

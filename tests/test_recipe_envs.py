@@ -12,7 +12,7 @@ from recipes import (
     pendulum,
     walker,
 )
-from recipes.experiment import arguments
+from recipes.command import arguments
 from rl2_torchrl import TaskSampler
 from rl2_torchrl.testing import check_trial_env
 

@@ -20,7 +20,10 @@ from recipes import (
     half_cheetah,
     results,
 )
-from recipes.experiment import Experiment, Run, arguments, draw_tasks, stream_seed
+from recipes.command import arguments
+from recipes.experiment import Experiment
+from recipes.run import Run
+from recipes.streams import CLASSICAL_AGENTS, ENVS, HELD_OUT_TASKS, draw_tasks, stream_seed
 from rl2_torchrl import AdaptiveAgent, TaskSampler
 from rl2_torchrl.envs import uniform_means
 
@@ -163,13 +166,13 @@ def test_streams_of_tasks_never_meet(distribution):
     streams = [set(map(tuple, tasks.tolist())) for tasks in drawn]
     assert len(set.union(*streams)) == 12 * 500
     # The streams of a seed end before those of the next begin.
-    assert stream_seed(1, 0) > stream_seed(0, max(experiment.CLASSICAL_AGENTS, experiment.ENVS))
+    assert stream_seed(1, 0) > stream_seed(0, max(CLASSICAL_AGENTS, ENVS))
 
 
 def test_held_out_tasks_are_those_of_their_own_seed(tmp_path):
     def tasks(**options):
         trials = Experiment(None, None, uniform_means(2), Run(tmp_path, **options))
-        return trials.tasks(experiment.HELD_OUT_TASKS, 5), trials.reported
+        return trials.tasks(HELD_OUT_TASKS, 5), trials.reported
 
     for ours, others in zip(tasks(seed=3, held_out_seed=7), tasks(seed=7), strict=True):
         assert torch.equal(ours, others)

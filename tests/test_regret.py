@@ -6,7 +6,7 @@ from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import bandit, tabular_mdp
-from recipes.experiment import arguments
+from recipes.command import arguments
 from rl2_torchrl import (
     ActorCritic,
     GRUCategoricalActor,

@@ -1,15 +1,17 @@
 """Settings by a rule: what it says, where it is heard, and its check on cells held apart, at a tiny size."""
 
 import csv
+import inspect
 import json
 from functools import partial
 
 import pytest
 import torch
 
-from recipes import bandit, experiment, paper_cells, rule_check, rules, tabular_mdp
-from recipes.experiment import Learning, Network, Told, arguments, settings_by, told_of, typed
+from recipes import bandit, paper_cells, rule_check, rules, tabular_mdp
+from recipes.command import arguments, command, settings_by, typed
 from recipes.paper_settings import RL2_SETTINGS
+from recipes.settings import Learning, Network, Told, told_of
 from rl2_torchrl.envs import pack_mdps
 
 TINY = {"trials": 16, "units": 4, "epochs": 1, "minibatches": 1, "env_steps": 96, "report_tasks": 50, "progress": False}
@@ -133,14 +135,14 @@ def test_what_is_typed(words, expected):
 def test_help_says_what_the_rule_chose(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bandit", "--arms", "16", "--pulls", "100", "--help-all"])
     with pytest.raises(SystemExit):
-        experiment.command(bandit.main)
+        command(bandit.main)
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for default in ("7000000", "0.5", "0.02", "32", "100"):
         assert f"(default: {default})" in said
     for pulls, steps in ((100, 7_000_000), (10, 4_000_000)):
         monkeypatch.setattr("sys.argv", ["bandit", "--arms", "16", "--pulls", str(pulls), "--help"])
         with pytest.raises(SystemExit):
-            experiment.command(bandit.main)
+            command(bandit.main)
         assert f"--pulls {pulls} " in (said := capsys.readouterr().out)
         assert f"--env-steps {steps} " in said
 
@@ -176,7 +178,7 @@ def test_page_of_the_check(rule, settings_of, cells, folder, title, tmp_path, mo
         asked.append((*sizes.values(), given["learning"], given["told"]))
         return main(**arguments(main, {**TINY, **sizes, "log_dir": given["run"].log_dir}))
 
-    recorded.rule, recorded.__signature__ = main.rule, experiment.inspect.signature(main)
+    recorded.rule, recorded.__signature__ = main.rule, inspect.signature(main)
     monkeypatch.setattr(check.recipe, "main", recorded)
     named = [",".join(map(str, cell)) for cell in cells]
     options = {"rule": rule, "cells": named, "runs": tmp_path / "runs", "page": tmp_path / "pages" / "check.md"}

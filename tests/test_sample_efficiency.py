@@ -8,9 +8,9 @@ from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import sample_efficiency
-from recipes.experiment import Learning
 from recipes.other_programs import PROGRAMS, PlainRL2, trial_return
 from recipes.sample_efficiency import WORLDS
+from recipes.settings import Learning
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 
 LEARNING = Learning(trials=8, env_steps=0, gamma=0.9, lmbda=0.7, epochs=2, minibatches=2)

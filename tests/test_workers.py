@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from recipes import cartpole, grid_navi, half_cheetah, tabular_mdp
-from recipes.experiment import arguments
+from recipes.command import arguments
 from rl2_torchrl import GRUCategoricalActor, TrialWorkers, train
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.minibatches import require_trials

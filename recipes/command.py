@@ -1,0 +1,99 @@
+"""A recipe's command line: its ``main`` with settings that follow from what is asked, once or for each of several seeds."""
+
+import inspect
+import logging
+import sys
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import partial, wraps
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from recipes.help import as_typed, overview, program
+from recipes.run import Run
+from recipes.seeds import run_seeds
+from recipes.settings import require_choices
+
+__all__ = ["arguments", "command", "settings_by", "typed"]
+
+
+def settings_by(rule: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
+    """Decorates a recipe's ``main``: the settings that a caller leaves out are those that ``rule`` gives for what was asked.
+
+    ``rule(**asked)`` has some of ``main``'s arguments, all with defaults, and returns settings for others.
+    """
+
+    def decorate(main: Callable) -> Callable:
+        @wraps(main)
+        def with_settings(**given: Any) -> Any:
+            require_choices(main, given)
+            return main(**{**rule(**_asked(rule, given)), **given})
+
+        with_settings.rule = rule
+        return with_settings
+
+    return decorate
+
+
+def _asked(rule: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments ``given`` that ``rule`` takes."""
+    return {name: given[name] for name in inspect.signature(rule).parameters if name in given}
+
+
+def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a recipe's ``main`` from flat ``options``, as its command line takes them: ``units=8`` goes to its network.
+
+    Raises:
+        TypeError: ``main`` has no such option.
+    """
+    filled, unknown = {}, dict(options)
+    rule = getattr(main, "rule", None)
+    by_rule = rule(**_asked(rule, options)) if rule else {}
+    for name, parameter in inspect.signature(main).parameters.items():
+        default = by_rule.get(name, parameter.default)
+        if is_dataclass(default):
+            names = [each.name for each in fields(default) if each.name in unknown]
+            filled[name] = replace(default, **{key: unknown.pop(key) for key in names})
+        elif name in unknown or name in by_rule:
+            filled[name] = unknown.pop(name, default)
+    if unknown:
+        raise TypeError(f"{main.__module__} has no options {sorted(unknown)}; see its --help.")
+    return filled
+
+
+def command(main: Callable) -> Any:
+    """Runs a recipe's ``main`` as a command, once or for each of its ``--seeds``.
+
+    This package's INFO lines are shown, TorchRL's are not. Where its settings follow from a rule, they are those for the
+    arguments on the command line, and ``--help`` shows them: all on one screen, ``--help-all`` each with what it is.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rl2_torchrl").setLevel(logging.INFO)
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    rule, main = getattr(main, "rule", None), inspect.unwrap(main)
+
+    @wraps(main)
+    def once_or_for_each_seed(*, run: Run, **others: Any) -> Any:
+        if run.seeds:
+            return run_seeds(program(), run.seeds, run.log_dir, sys.argv[1:])
+        return main(run=run, **others)
+
+    words = ["--help" if word == "--help-all" else word for word in sys.argv[1:]]
+    asked = {} if rule is None else typed(rule, words)
+    settings = {} if rule is None else rule(**asked)
+    if {"-h", "--help"}.intersection(sys.argv[1:]):
+        Console(highlight=False).print(overview(main, {**asked, **settings}), markup=False, soft_wrap=True)
+        sys.exit()
+    with_settings = partial(once_or_for_each_seed, **settings)
+    return tyro.cli(with_settings, prog=as_typed(), args=words, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def typed(rule: Callable, words: Sequence[str]) -> dict[str, Any]:
+    """The arguments of ``rule`` that stand among the ``words`` of a command line; what is wrong there is left to its parser."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    for name, parameter in inspect.signature(rule).parameters.items():
+        parser.add_argument(*dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"]), type=type(parameter.default))
+    return vars(parser.parse_known_args(words)[0])

@@ -1,0 +1,164 @@
+"""A run: its seeds, where it begins, which processes play, and what stands in its folder."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from tensordict import TensorDictBase
+from torchrl.envs import TransformedEnv
+
+from recipes.settings import Settings
+from recipes.streams import WORKERS, stream_seed
+from rl2_torchrl import (
+    ActorCritic,
+    Callback,
+    PPOUpdate,
+    TaskDistribution,
+    TaskSampler,
+    TrialCollector,
+    TrialWorkers,
+    describe,
+)
+from rl2_torchrl.report import made_by
+from rl2_torchrl.trial import transforms_of
+
+__all__ = ["Run", "RunFolder", "about", "files_of_a_run", "trained_in"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run(Settings):
+    """Seeds, where a run begins, which processes play, and what it leaves.
+
+    Args:
+        log_dir: folder of the run: report.json, report.png and other plots, agent.safetensors, scalars and checkpoints.
+        seed: seed of networks, envs and tasks.
+        seeds: of several runs side by side instead, each a program of its own in log_dir/seed0 and so on; their mean and its band
+            are shown at the end. For the command line alone.
+        workers: processes that play the trials that are trained on, in equal shares of a batch; 0: this one does. With backend ray
+            0 stands for 2.
+        backend: processes of this machine, or actors of a Ray cluster (extra ray): of the one that RAY_ADDRESS in the environment
+            names, or of a new one here.
+        report_tasks: held-out tasks in the final report.
+        held_out_seed: seed of the tasks of evaluations and report, for runs to share them; the run's own by default.
+        initial_weights: file of an agent to start from, such as one for shorter trials.
+        weights: file of an agent, as a run leaves it in agent.safetensors: to evaluate in place of training, with the network
+            that it has. Needs a log_dir without a training's report.
+        logger: where scalars go; tensorboard and wandb are extras of the package.
+        resume: go on from the newest checkpoint in log_dir.
+        resume_changes: settings that may differ from those of the run that is resumed, by the names that the error gives.
+        progress: show a progress bar.
+    """
+
+    log_dir: Path
+    seed: int = 0
+    seeds: tuple[int, ...] = ()
+    workers: int = 0
+    backend: Literal["process", "ray"] = "process"
+    report_tasks: int = 10_000
+    held_out_seed: int | None = None
+    initial_weights: Path | None = None
+    weights: Path | None = None
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv"
+    resume: bool = False
+    resume_changes: tuple[str, ...] = ()
+    progress: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "log_dir", Path(self.log_dir))  # text names a folder as well
+
+    def collector(
+        self,
+        make_env: Callable[[TaskSampler | None, int], TransformedEnv],
+        env: TransformedEnv,
+        policy: ActorCritic,
+        update: PPOUpdate,
+        **frames: int,
+    ) -> TrialCollector | TrialWorkers:
+        """What plays the trials of ``env`` that are trained on: this process, or others, a share of its rows each.
+
+        Args:
+            make_env: ``(sampler, rows)`` to an env such as ``env``, for a worker; the sampler has the tasks of ``env``'s own, and
+                seeds of the worker's. It is None where ``env`` has none.
+            env: the trial env of all rows.
+            policy: plays.
+            update: what batches are for.
+            **frames: ``frames_per_batch`` and ``total_frames``.
+
+        Raises:
+            ValueError: the rows cannot be shared out among the workers.
+        """
+        number = self.workers or (2 if self.backend == "ray" else 0)
+        if not number or self.weights is not None:
+            return TrialCollector(env, policy, keep=update.in_keys, **frames)
+        share, rest = divmod(env.batch_size.numel(), number)
+        if rest:
+            raise ValueError(
+                f"trials={env.batch_size.numel()} cannot be shared out evenly among workers={number}: choose a multiple."
+            )
+        sampler = next((each for each in transforms_of(env) if isinstance(each, TaskSampler)), None)
+        create_env = partial(_share, make_env, None if sampler is None else sampler.distribution, share)
+        options = {"workers": number, "backend": self.backend, "seed": stream_seed(self.seed, WORKERS)}
+        return TrialWorkers(create_env, policy, keep=update.in_keys, **options, **frames)
+
+
+def _share(make_env: Callable, distribution: TaskDistribution | None, rows: int) -> TransformedEnv:
+    """A worker's env; the worker gives the sampler a seed."""
+    return make_env(None if distribution is None else TaskSampler(distribution), rows)
+
+
+class RunFolder(Callback):
+    """Says in a run's folder what it is, once it has begun, and puts away what an earlier run has left there, unless it goes on."""
+
+    def __init__(self, run: Run, about: str):
+        self._folder, self._resume, self._about, self._begun = run.log_dir, run.resume, about, False
+
+    def after_batch(self, batch: TensorDictBase, progress: float) -> None:
+        """Before the first update; a training that is refused changes nothing."""
+        if not self._begun:
+            if not self._resume and files_of_a_run(self._folder):
+                self._put_away()
+            (self._folder / "about.txt").write_text(self._about)
+        self._begun = True
+
+    def _put_away(self) -> None:
+        (earlier := self._folder / "earlier").mkdir(exist_ok=True)
+        for path in files_of_a_run(earlier):
+            path.unlink()  # and nothing else that somebody keeps there
+        for path in files_of_a_run(self._folder):
+            path.replace(earlier / path.name)
+        log.warning("%s held an earlier run (without --resume): its report and agent are in %s.", self._folder, earlier)
+
+
+def files_of_a_run(folder: Path) -> list[Path]:
+    """What a run leaves directly in its ``folder``."""
+    return [path for name in ("about.txt", "agent.safetensors", "report.json", "*.png") for path in folder.glob(name)]
+
+
+def trained_in(folder: Path) -> bool:
+    """Whether the ``folder`` holds the report of a training."""
+    report = folder / "report.json"
+    return report.is_file() and bool(json.loads(report.read_text())["train"]["history"])
+
+
+def about(collector: TrialCollector, update: PPOUpdate) -> str:
+    """What a run is: its command, versions, all parts with their settings, and its files."""
+    made, parts = made_by(), describe(collector, update)
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    return f"{made['command']}\ncommit {made['commit']}; {versions}\n\n{parts}\n\n{_FILES}"
+
+
+#: What stands in a run's folder.
+_FILES = """\
+report.json        all figures, with the scalars of each update
+report.png         how it learnt, and how it adapts within a trial
+agent.safetensors  the agent: rl2_torchrl.AdaptiveAgent.load("agent.safetensors")
+scalars            what it logged as it learnt (wandb, with --logger wandb)
+checkpoints        where --resume goes on
+"""

@@ -1,0 +1,19 @@
+"""Streams of random numbers that never meet: of tasks, of envs, and of classical agents."""
+
+import torch
+
+from rl2_torchrl import TaskDistribution
+
+#: Streams of random numbers that never meet, for `stream_seed`: tasks first, then what envs and classical agents draw.
+TRAIN_TASKS, HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS, ENVS, CLASSICAL_AGENTS = 0, 1, 2, 3, 9, 10
+WORKERS = 11
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """A seed for each purpose, so that no two draw the same numbers."""
+    return 1000 * seed + stream
+
+
+def draw_tasks(distribution: TaskDistribution, seed: int, stream: int, number: int) -> torch.Tensor:
+    """``number`` tasks of a ``stream``, [number, task_size]; fewer are the first of more."""
+    return distribution(torch.Size([number]), torch.Generator().manual_seed(stream_seed(seed, stream)))
