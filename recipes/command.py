@@ -15,9 +15,11 @@ from rich.console import Console
 from recipes.help import as_typed, overview, program
 from recipes.run import Run
 from recipes.seeds import run_seeds
-from recipes.settings import require_choices
+from recipes.settings import FirstWeights, Learning, Told, require_choices
 
 __all__ = ["arguments", "command", "settings_by", "typed"]
+
+log = logging.getLogger(__name__)
 
 
 def settings_by(rule: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
@@ -79,16 +81,28 @@ def command(main: Callable) -> Any:
     def once_or_for_each_seed(*, run: Run, **others: Any) -> Any:
         if run.seeds:
             return run_seeds(program(), run.seeds, run.log_dir, sys.argv[1:])
+        if run.weights is not None and (unused := _changed(others, defaults)):
+            log.warning("%s is played, not trained: %s changes nothing.", run.weights, ", ".join(unused))
         return main(run=run, **others)
 
     words = ["--help" if word == "--help-all" else word for word in sys.argv[1:]]
     asked = {} if rule is None else typed(rule, words)
     settings = {} if rule is None else rule(**asked)
+    defaults = {name: settings.get(name, each.default) for name, each in inspect.signature(main).parameters.items()}
     if {"-h", "--help"}.intersection(sys.argv[1:]):
         Console(highlight=False).print(overview(main, {**asked, **settings}), markup=False, soft_wrap=True)
         sys.exit()
     with_settings = partial(once_or_for_each_seed, **settings)
     return tyro.cli(with_settings, prog=as_typed(), args=words, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _changed(groups: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Those settings of a training that differ from its defaults, as they are typed."""
+    trained = {name: group for name, group in groups.items() if isinstance(group, (FirstWeights, Learning, Told))}
+    own = [(each.name, group, defaults[name]) for name, group in trained.items() for each in fields(group)]
+    return [
+        f"--{name.replace('_', '-')}" for name, group, default in own if getattr(group, name) != getattr(default, name)
+    ]
 
 
 def typed(rule: Callable, words: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torchrl.envs import TransformedEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
-from recipes.run import Run, RunFolder, about, trained_in
+from recipes.run import Run, RunFolder, trained_in
 from recipes.streams import HELD_OUT_TASKS, REPORT_TASKS, draw_tasks
 from rl2_torchrl import (
     AdaptationReport,
@@ -47,8 +47,7 @@ class Experiment:
         measures: what else is reported of each episode, as `adaptation_curve` takes it.
 
     Raises:
-        ValueError: fewer than two tasks to report on, several seeds, which only the command line runs, or weights that would be
-            played in the folder of a training.
+        ValueError: several seeds, which only the command line runs, or weights that would be played in the folder of a training.
     """
 
     def __init__(
@@ -63,8 +62,6 @@ class Experiment:
         episode_name: str = "episode",
         measures: Mapping[NestedKey, str] | None = None,
     ):
-        if run.report_tasks < 2:
-            raise ValueError(f"report_tasks={run.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
         if run.weights is not None and trained_in(run.log_dir):
             raise ValueError(
                 f"log_dir={str(run.log_dir)!r} holds the report of a training, which that of weights={str(run.weights)!r} would "
@@ -84,7 +81,7 @@ class Experiment:
         if run.initial_weights is not None:
             load_weights(self.actor, run.initial_weights)
         self._agent(collector)  # what no agent can be made of is noticed before the training
-        folder = RunFolder(run, about(collector, update))
+        folder = RunFolder(run, collector, update)
         result = train(
             collector,
             update,

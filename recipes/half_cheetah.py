@@ -35,6 +35,7 @@ from rl2_torchrl.video import record_trial, video_suffix
 
 #: Streams of random numbers beside those of tasks: where episodes begin. (Nothing is tuned here.)
 TRAIN_STARTS, HELD_OUT_STARTS = 3, 4
+MAX_VELOCITY = 2.0  # m/s
 #: The original's goals, for the last episode of held-out trials: return in the worse direction, sum of |v - goal|.
 STOP_RETURN, STOP_ERROR, STOP_EVALUATIONS = 180.0, 25.0, 3
 RUN = Run(Path("runs/half_cheetah"), report_tasks=200)
@@ -53,19 +54,26 @@ MODES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def cheetah_settings(task: str = "direction", mode: str = "trial") -> dict[str, Any]:
+def cheetah_settings(
+    task: str = "direction", mode: str = "trial", trials: int = 0, episodes: int = 0, horizon: int = 200
+) -> dict[str, Any]:
     """Episodes of a trial, network and learning of a mode: our best settings, or those of RL² as first written for these envs.
+
+    Of ``trials`` and ``episodes`` 0 stands for the mode's own; the original's minibatches are of 32 steps.
 
     Examples:
         >>> settings = cheetah_settings("velocity", mode="original")
         >>> settings["episodes"], settings["learning"].trials, settings["learning"].minibatches
         (6, 10, 375)
+        >>> cheetah_settings("velocity", mode="original", trials=4)["learning"].minibatches
+        150
     """
     if mode != "original":
         preset = PRESETS[f"HalfCheetah {'velocity' if task == 'velocity' else 'direction'}"]
-        return {"episodes": 2, "network": preset.network, "learning": preset.learning}
-    trials, episodes = (10, 6) if task == "velocity" else (4, 4)
-    minibatches = trials * episodes * 200 // 32  # of 32 steps
+        return {"episodes": episodes or 2, "network": preset.network, "learning": preset.learning}
+    own_trials, own_episodes = (10, 6) if task == "velocity" else (4, 4)
+    trials, episodes = max(trials, 0) or own_trials, episodes or own_episodes
+    minibatches = max(1, trials * episodes * horizon // 32)
     learning = Learning(
         trials=trials,
         env_steps=4_000_000,
@@ -86,7 +94,7 @@ def main(
     mode: Literal["trial", "original"] = "trial",
     episodes: int,
     horizon: int = 200,
-    max_velocity: float = 2.0,
+    max_velocity: float = MAX_VELOCITY,
     network: Network,
     learning: Learning,
     stop_at_goal: bool = False,
@@ -101,7 +109,7 @@ def main(
             learning rate; settings that are left out follow from it.
         episodes: episodes of a trial.
         horizon: steps of an episode.
-        max_velocity: velocities are drawn from U[0, max_velocity] m/s: 2 in the original, 3 in later work.
+        max_velocity: velocities are drawn from U[0, max_velocity] m/s: 2 in the original, 3 in later work. Directions have none.
         network: actor and critic.
         learning: batches, and PPO on them.
         stop_at_goal: stop once the original's goal has held in three evaluations in a row: in the last episode of
@@ -157,6 +165,12 @@ class CheetahTrials:
     horizon: int
     max_velocity: float
     seed: int
+
+    def __post_init__(self):
+        if self.task == "direction" and self.max_velocity != MAX_VELOCITY:
+            raise ValueError(
+                f"max_velocity={self.max_velocity} is for --task velocity: directions are forward and backward."
+            )
 
     @property
     def distribution(self) -> Callable:

@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tensordict import TensorDictBase
 from torchrl.envs import TransformedEnv
 
-from recipes.settings import Settings
+from recipes.settings import Settings, require_whole
 from recipes.streams import WORKERS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
@@ -71,6 +70,18 @@ class Run(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        seeds = ("seed", "seeds", *["held_out_seed"] * (self.held_out_seed is not None))
+        require_whole(self, *seeds, least=0, most=2**53)  # `stream_seed` is to fit into 64 bits
+        require_whole(self, "workers", least=0)
+        require_whole(self, "report_tasks")
+        if self.report_tasks < 2:
+            raise ValueError(f"report_tasks={self.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
+        for name in ("weights", "initial_weights"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise ValueError(
+                    f"{name}={str(path)!r} is no file: give an agent's, such as runs/bandit/agent.safetensors."
+                )
         object.__setattr__(self, "log_dir", Path(self.log_dir))  # text names a folder as well
 
     def collector(
@@ -116,15 +127,15 @@ def _share(make_env: Callable, distribution: TaskDistribution | None, rows: int)
 class RunFolder(Callback):
     """Says in a run's folder what it is, once it has begun, and puts away what an earlier run has left there, unless it goes on."""
 
-    def __init__(self, run: Run, about: str):
-        self._folder, self._resume, self._about, self._begun = run.log_dir, run.resume, about, False
+    def __init__(self, run: Run, collector: TrialCollector | TrialWorkers, update: PPOUpdate):
+        self._folder, self._resume, self._parts, self._begun = run.log_dir, run.resume, (collector, update), False
 
-    def after_batch(self, batch: TensorDictBase, progress: float) -> None:
-        """Before the first update; a training that is refused changes nothing."""
+    def after_update(self, row: dict[str, float], progress: float) -> None:
+        """After the first one, which has found its way; a training that is refused changes nothing."""
         if not self._begun:
             if not self._resume and files_of_a_run(self._folder):
                 self._put_away()
-            (self._folder / "about.txt").write_text(self._about)
+            (self._folder / "about.txt").write_text(about(*self._parts))
         self._begun = True
 
     def _put_away(self) -> None:

@@ -1,8 +1,10 @@
 """Settings that recipes share, in groups, and what they come to: options of networks, loss, advantages and update."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -27,16 +29,33 @@ __all__ = [
     "Told",
     "late_decay",
     "require_choices",
+    "require_numbers",
+    "require_whole",
     "told_of",
     "whole_batches",
 ]
 
 
 class Settings:
-    """Settings that belong together; ValueError where one of a few choices is none of them."""
+    """Settings that belong together; ValueError where one of a few choices is none of them, or a number is out of its range."""
 
     def __post_init__(self):
         require_choices(type(self), vars(self))
+
+
+def require_numbers(of: Any, *names: str, kind: type = Real, least: float = 0, most: float = math.inf) -> None:
+    """Raises ValueError where one of these settings ``of`` a group is no number, or list of numbers, from ``least`` to ``most``."""
+    for name in names:
+        value = getattr(of, name)
+        is_list = isinstance(value, (list, tuple))
+        for each in value if is_list else [value]:
+            if isinstance(each, bool) or not isinstance(each, kind) or not least <= each <= most:
+                what = "whole " * (kind is Integral) + "number"
+                bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise ValueError(f"{name}={value!r} must be {what + 's' if is_list else 'a ' + what} {bounds}.")
+
+
+require_whole = partial(require_numbers, kind=Integral, least=1)
 
 
 def require_choices(of: Callable, given: Mapping[str, Any]) -> None:
@@ -68,6 +87,10 @@ class Network(Settings):
     normalize: bool = False
     critic_keys: tuple[str, ...] = ("time_left",)
 
+    def __post_init__(self):
+        super().__post_init__()
+        require_whole(self, "units", "encoder_cells", "num_cells")
+
     @property
     def actor(self) -> dict[str, Any]:
         """Options of `RecurrentActor.from_env`, and of its subclasses'."""
@@ -87,7 +110,7 @@ class Network(Settings):
 
 
 @dataclass(frozen=True)
-class FirstWeights:
+class FirstWeights(Settings):
     """What the core's weights are at first, as `orthogonal_init_` takes it.
 
     Args:
@@ -99,6 +122,12 @@ class FirstWeights:
     memory_steps: int | None = None
     input_gain: float = 1.0
     gate_gain: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.memory_steps is not None:
+            require_whole(self, "memory_steps")
+        require_numbers(self, "input_gain", "gate_gain")
 
 
 @dataclass(frozen=True)
@@ -129,6 +158,12 @@ class Learning(Settings):
     max_grad_norm: float | None = None
     entropy: float = 0.02
     entropy_decay: Literal["linear", "late"] = "linear"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_whole(self, "trials", "env_steps", "epochs", "minibatches")
+        require_numbers(self, "gamma", "lmbda", most=1)
+        require_numbers(self, "lr", "entropy", *["max_grad_norm"] * (self.max_grad_norm is not None))
 
     @property
     def loss(self) -> dict[str, Any]:
@@ -179,7 +214,7 @@ def late_decay(progress: float) -> float:
 
 
 @dataclass(frozen=True)
-class Told:
+class Told(Settings):
     """What the training is told of the task beside rewards; the agent is told of none of it. See also `Network.critic_keys`.
 
     Args:
@@ -205,6 +240,9 @@ class Told:
     optimism_after: float = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
+        require_numbers(self, "belief", "optimism")
+        require_numbers(self, "optimism_after", most=0.5)
         if self.regret + self.posterior + self.seen > 1:
             raise ValueError(
                 "of regret, posterior and seen one at most says what advantages are made of: leave the others out."

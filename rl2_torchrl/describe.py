@@ -183,11 +183,13 @@ def _update(update: PPOUpdate) -> Iterable[Described]:
     bptt = "whole rows" if update.bptt is None else f"chunks of {update.bptt} steps"
     order = "drawn at random" if update.shuffle else "in order"
     passes = f"{update.epochs} epochs of {update.minibatches} minibatches of {bptt}, {order}"
-    yield Described("update", type(update).__name__, passes, backend=update.backend, reason=update.reason)
+    what = ", ".join(filter(None, [passes, _settings({"target_kl": update.target_kl})]))
+    yield Described("update", type(update).__name__, what, backend=update.backend, reason=update.reason)
     names = ("gamma", "lmbda", "value_target", "normalize", "scale_rewards")
     numbers = {name: getattr(update.advantage, name, None) for name in names}
     yield Described("update", type(update.advantage).__name__, _settings(numbers))
-    numbers = {"lr": update.optimizer.param_groups[0]["lr"], "max_grad_norm": update.max_grad_norm}
+    # As they were given: a schedule may have moved them since.
+    numbers = {"lr": update.given_options[0]["lr"], "max_grad_norm": update.max_grad_norm}
     numbers["lr_schedule"] = update.lr_schedule
     yield Described("update", type(update.optimizer).__name__, _settings(numbers))
 
@@ -196,9 +198,10 @@ def _loss(update: PPOUpdate) -> Iterable[Described]:
     loss = update.loss
     trained = sum(p.numel() for p in loss.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in loss.parameters()) - trained
-    numbers = {name: getattr(loss, name, None) for name in ("clip_epsilon", "critic_coeff")}
-    if getattr(loss, "entropy_bonus", False):
-        numbers |= {"entropy_coeff": getattr(loss, "entropy_coeff", None), "entropy_schedule": update.entropy_schedule}
+    has_bonus = getattr(loss, "entropy_bonus", False)
+    names = ("clip_epsilon", "critic_coeff", "clip_value", *["entropy_coeff"] * has_bonus)
+    numbers = {name: update.given_coefficients.get(name, getattr(loss, name, None)) for name in names}
+    numbers["entropy_schedule"] = update.entropy_schedule
     what = [_settings(numbers), f"{frozen:,} parameters frozen" if frozen else ""]
     yield Described("loss", type(loss).__name__, ", ".join(filter(None, what)), trained)
     # Other losses than RL2PPOLoss do not tell what they are made of.
@@ -206,8 +209,10 @@ def _loss(update: PPOUpdate) -> Iterable[Described]:
         backend = (
             "kernel" if hasattr(term, "with_gradients") and update.backend not in ("autograd", "graph") else "autograd"
         )
-        reads = "reads " + ", ".join(map(_name, term.in_keys))
-        yield Described("loss", type(term).__name__, reads, sum(p.numel() for p in term.parameters()), backend)
+        what = "reads " + ", ".join(map(_name, term.in_keys))
+        if term in loss.terms and hasattr(term, "coefficient"):  # PPO's own stand above
+            what += f"; {_settings({'coefficient': term.coefficient})}"
+        yield Described("loss", type(term).__name__, what, sum(p.numel() for p in term.parameters()), backend)
 
 
 def _settings(settings: dict[str, object]) -> str:

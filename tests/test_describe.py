@@ -17,6 +17,7 @@ from rl2_torchrl import (
     PPOUpdate,
     PreviousStep,
     RL2PPOLoss,
+    TaskBelief,
     TaskSampler,
     Trial,
     TrialAdvantage,
@@ -144,6 +145,29 @@ def test_settings_of_the_loss_and_of_what_decays():
     assert rows_of(description, "update")[-1].what == "lr=0.0003, lr_schedule=linear_decay"
     told = "clip_epsilon=0.1, critic_coeff=0.5, entropy_coeff=0.03, entropy_schedule=halved"
     assert rows_of(description, "loss")[0].what == told
+
+
+def test_settings_that_are_seldom_given():
+    actor, critic = networks()
+    terms = [TaskBelief(4, 2, coefficient=30.0)]
+    loss = RL2PPOLoss(actor, critic, clip_value=0.2, terms=terms)
+    description, _ = described(actor, critic, loss=loss, target_kl=0.02)
+    assert rows_of(description, "update")[0].what.endswith("of whole rows, drawn at random, target_kl=0.02")
+    assert rows_of(description, "loss")[0].what == "clip_epsilon=0.3, critic_coeff=0.5, clip_value=0.2"
+    told = {part.name: part.what for part in rows_of(description, "loss")}
+    assert told["TaskBelief"] == "reads actor_features, task; coefficient=30"
+    assert told["SquaredError"] == "reads state_value, value_target"
+
+
+def test_what_decays_is_told_as_it_was_given():
+    actor, critic = networks()
+    loss = RL2PPOLoss(actor, critic, entropy_bonus=True, entropy_coeff=0.03)
+    description, update = described(actor, critic, loss=loss, lr_schedule=linear_decay, entropy_schedule=linear_decay)
+    update.optimizer.param_groups[0]["lr"] *= 0.5
+    update.loss.entropy_coeff.mul_(0.5)
+    collector = TrialCollector(mdp_env(), ActorCritic(actor, critic), frames_per_batch=60)
+    for section in ("update", "loss"):
+        assert rows_of(describe(collector, update), section) == rows_of(description, section)
 
 
 def test_a_loss_without_a_bonus_and_with_frozen_parameters_says_so():

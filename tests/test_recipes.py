@@ -20,7 +20,7 @@ from recipes import (
     half_cheetah,
     results,
 )
-from recipes.command import arguments
+from recipes.command import arguments, command
 from recipes.experiment import Experiment
 from recipes.run import Run
 from recipes.streams import CLASSICAL_AGENTS, ENVS, HELD_OUT_TASKS, draw_tasks, stream_seed
@@ -198,6 +198,53 @@ def test_a_choice_that_is_none_is_named(name, bad, tmp_path):
     [(setting, value)] = bad.items()
     with pytest.raises(ValueError, match=f"{setting}='{value}' is none of '"):
         run(name, tmp_path, **bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bounds"),
+    [
+        ("trials", -4, "a whole number of at least 1"),
+        ("env_steps", -1000, "a whole number of at least 1"),
+        ("epochs", 2.0, "a whole number of at least 1"),
+        ("minibatches", 0, "a whole number of at least 1"),
+        ("units", True, "a whole number of at least 1"),
+        ("num_cells", (8, 0), "whole numbers of at least 1"),
+        ("memory_steps", 0, "a whole number of at least 1"),
+        ("encoder_cells", (-1,), "whole numbers of at least 1"),
+        ("input_gain", -1.0, "a number of at least 0"),
+        ("gamma", 1.5, "a number from 0 to 1"),
+        ("lmbda", -0.1, "a number from 0 to 1"),
+        ("entropy", None, "a number of at least 0"),
+        ("lr", math.nan, "a number of at least 0"),
+        ("max_grad_norm", -1.0, "a number of at least 0"),
+        ("belief", -1.0, "a number of at least 0"),
+        ("optimism", "much", "a number of at least 0"),
+        ("optimism_after", 0.6, "a number from 0 to 0.5"),
+        ("seed", 2**53 + 1, "a whole number from 0 to 9007199254740992"),
+        ("held_out_seed", -1, "a whole number from 0 to 9007199254740992"),
+        ("workers", -1, "a whole number of at least 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_named_as_it_is_typed(name, value, bounds, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} must be {bounds}.")):
+        run("bandit", tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["weights", "initial_weights"])
+def test_weights_are_a_file(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name}='{tmp_path}' is no file: give an agent's"):
+        Run(tmp_path, **{name: tmp_path})
+
+
+def test_settings_of_a_training_beside_weights_are_told_to_change_nothing(tmp_path, monkeypatch, caplog):
+    run("bandit", tmp_path, report_tasks=2)
+    sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "4", "--report-tasks", "4", "--no-classical"]
+    words = [*sizes, "--weights", str(tmp_path / "agent.safetensors"), "--log-dir", str(tmp_path / "played")]
+    for more, told in ([], "--trials"), (["--lr", "0.5", "--memory-steps", "7"], "--memory-steps, --trials, --lr"):
+        caplog.clear()
+        monkeypatch.setattr("sys.argv", ["bandit", *words, *more])
+        command(bandit.main)
+        assert f"agent.safetensors is played, not trained: {told} changes nothing." in caplog.text
 
 
 def test_a_folder_may_be_text(tmp_path):
