@@ -3,7 +3,7 @@
 import inspect
 import logging
 import sys
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, ArgumentError, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial, wraps
@@ -106,8 +106,11 @@ def _changed(groups: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str
 
 
 def typed(rule: Callable, words: Sequence[str]) -> dict[str, Any]:
-    """The arguments of ``rule`` that stand among the ``words`` of a command line; what is wrong there is left to its parser."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    """The arguments of ``rule`` that stand among the ``words`` of a command line; if one is wrong, none: its parser will say so."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS, exit_on_error=False)
     for name, parameter in inspect.signature(rule).parameters.items():
         parser.add_argument(*dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"]), type=type(parameter.default))
-    return vars(parser.parse_known_args(words)[0])
+    try:
+        return vars(parser.parse_known_args(words)[0])
+    except ArgumentError:
+        return {}

@@ -125,6 +125,8 @@ def test_settings_left_out_are_the_rules_for_what_was_asked():
         (["--help", "--learns_from", "rewards"], {"learns_from": "rewards"}),
         (["--learns-from", "rewards"], {"learns_from": "rewards"}),
         (["--arm", "7"], {}),
+        (["--arms", "seven"], {}),
+        (["--arms"], {}),
         ([], {}),
     ],
 )
