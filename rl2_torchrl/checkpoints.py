@@ -285,7 +285,7 @@ class RunCheckpoints:
         if not self._paths():
             return
         self._move([*self._paths(), self._folder / _HISTORY], _EARLIER)
-        log.warning("%s held the checkpoints of an earlier run (resume=False): moved to %s.", self._folder, _EARLIER)
+        log.warning("%s held the checkpoints of an earlier run: moved to %s.", self._folder, _EARLIER)
 
     def _move(self, paths: Sequence[Path], name: str) -> None:
         """Moves ``paths`` to the subfolder ``name``, where only they and what is not ours are then."""

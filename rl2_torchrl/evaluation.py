@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -20,6 +21,8 @@ from rl2_torchrl.rollout import Rollout, trial_steps
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP
 
 __all__ = ["AdaptationCurve", "adaptation_curve", "with_shuffled_rewards", "with_zeroed_memory"]
+
+log = logging.getLogger(__name__)
 
 #: How the numbers of an episode's steps become the episode's.
 Measure = Literal["max", "sum", "mean", "last"]
@@ -135,7 +138,7 @@ def adaptation_curve(
         measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and what is taken of its steps:
             their ``"max"`` (as for a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
             ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes.
-        max_trial_steps: raise when a trial does not end within so many steps.
+        max_trial_steps: raise when a trial does not end within so many steps. The log says so long before.
 
     Returns:
         The adaptation curve; ``curve.steps.per_episode`` says whether episodes get shorter.
@@ -172,6 +175,7 @@ def adaptation_curve(
     kept = [*_KEPT, *(key for key in measured if key not in _KEPT)]
     rollout = Rollout(env, policy, trial_steps(env) or 1, kept, ablation=ablation, on_step=on_step)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
+    longest = 0
     trials, returns = _Trials(int(num_trials)), _Table("sum")
     tables = {key: _Table(how) for key, how in measured.items()}
     with set_exploration_type(kind):
@@ -182,7 +186,8 @@ def adaptation_curve(
             returns.add(index, steps["next", "reward"][counted])
             for key, table in tables.items():
                 table.add(index, steps[key][counted])
-            _require_end(batch["next", TRIAL_STEP][~batch["next", "done"]], max_trial_steps)
+            unended = batch["next", TRIAL_STEP][~batch["next", "done"]]
+            longest = max(longest, _require_end(unended, longest, max_trial_steps))
     measured = {key[-1]: AdaptationCurve(table.table()) for key, table in tables.items()}
     return AdaptationCurve(returns.table(), measured, AdaptationCurve(returns.counts()))
 
@@ -296,12 +301,26 @@ def _require_finite(reward: torch.Tensor, trial: torch.Tensor, episode: torch.Te
         )
 
 
-def _require_end(trial_steps: torch.Tensor, max_trial_steps: int) -> None:
-    if (trial_steps >= max_trial_steps).any():
+def _require_end(trial_steps: torch.Tensor, longest: int, max_trial_steps: int) -> int:
+    """Steps of the longest of the trials that go on; one of many steps, the first beyond ``longest``, is told of."""
+    steps = int(trial_steps.max()) if trial_steps.numel() else 0
+    if steps >= max_trial_steps:
         raise RuntimeError(
             f"a trial did not end within max_trial_steps={max_trial_steps}: does an episode of this env ever end? Bound "
             "the trial, Trial(episodes=..., steps=...), or raise max_trial_steps."
         )
+    if steps >= _MANY_STEPS > longest:
+        log.warning(
+            "a trial has not ended in %s steps of an evaluation, which waits for it, up to max_trial_steps=%s: do the env's "
+            "episodes ever end (terminated, truncated)? Trial(steps=...) bounds trials however long episodes are.",
+            steps,
+            max_trial_steps,
+        )
+    return steps
+
+
+#: Steps of a trial until an evaluation says that it waits for its end.
+_MANY_STEPS = 5000
 
 
 def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[State], State]:

@@ -55,15 +55,13 @@ class ScalarLog:
         for row in again:
             self.write(row, env_steps)
 
-    def begin_anew(self, checkpoints: Path) -> None:
-        """Moves what a run has logged that is resumed, and of which ``checkpoints`` holds none, to a subfolder.
+    def require_new(self, checkpoints: Path) -> None:
+        """Lets what was logged of a run be forgotten that is resumed, and of which ``checkpoints`` holds none.
 
         Raises:
             ValueError: its run has had checkpoints, elsewhere or here.
         """
-        if self._folder is None:
-            return
-        if (mark := self._folder / _MARK).exists():
+        if self._folder is not None and (mark := self._folder / _MARK).exists():
             theirs = os.path.normpath(self._folder / mark.read_text(encoding="utf-8"))
             raise ValueError(
                 f"resume=True, but checkpoints={str(checkpoints)!r} holds no checkpoint, and the logger's folder "
@@ -71,14 +69,12 @@ class ScalarLog:
                 "be the end of that log. To go on with that run give its checkpoints, to start anew another folder to the logger."
             )
         self._close(purge_step=0)
-        if self._move(self._tables()):
-            log.warning("%s held the scalars of a run without a checkpoint: moved to %s.", self._folder, _EARLIER)
 
     def set_aside(self) -> None:
         """Moves CSV files of an earlier run, which this logger has not opened, to a subfolder."""
         opened = set(map(Path, self._logger.experiment.files)) if isinstance(self._logger, CSVLogger) else set()
         if self._move([path for path in self._tables() if path not in opened]):
-            log.warning("%s held the scalars of an earlier run (resume=False): moved to %s.", self._folder, _EARLIER)
+            log.warning("%s held the scalars of an earlier run: moved to %s.", self._folder, _EARLIER)
 
     def _move(self, tables: Sequence[Path]) -> bool:
         """Moves ``tables``, if there are any, to where those of the run before them are."""
@@ -91,7 +87,7 @@ class ScalarLog:
         return bool(tables)
 
     def is_of(self, checkpoints: Path | None) -> None:
-        """Notes, for `begin_anew`, in which folder the run has a checkpoint; None: it has none yet."""
+        """Notes, for `require_new`, in which folder the run has a checkpoint; None: it has none yet."""
         if self._folder is None:
             return
         mark = self._folder / _MARK

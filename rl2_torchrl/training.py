@@ -102,9 +102,9 @@ def train(
         schedule_frames: env steps over which ``progress`` goes from 0 to 1 for schedules and callbacks. Default the collector's
             ``total_frames``. An endless collector (``total_frames=-1``) has none: without this argument progress stays 0 there.
         logger: TorchRL logger, e.g. `torchrl.record.loggers.CSVLogger`, whose files of an earlier run are moved to a subfolder
-            unless ``resume``, in the place of those of the run before that.
+            after the first update, unless ``resume``, in the place of those of the run before that.
         checkpoints: folder for checkpoints, of one run at a time; the newest two are kept. What an earlier run left there is
-            moved to a subfolder unless ``resume``, in the place of the run before that. None saves none.
+            moved likewise. None saves none.
         checkpoint_interval: updates between checkpoints; one more follows the end, a Ctrl-C or an error.
         resume: go on from the newest checkpoint in ``checkpoints`` that is whole, if there is any. Where the env hands out its
             state (a `TensorEnv`; `GymVectorEnv`, `GymTaskEnv` and TorchRL envs that are `Resumable`, over envs of plain data;
@@ -163,18 +163,28 @@ def train(
     parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
     total = collector.total_frames
     with RunCheckpoints(checkpoints, **parts, scalars=scalars) as saved:
-        if not resume:
-            saved.set_aside()
-            scalars.set_aside()
-        elif saved.load_latest(resume_changes) or result.env_steps:
+        goes_on = resume and (saved.load_latest(resume_changes) or result.env_steps > 0)
+        if goes_on:
             scalars.go_on_from(result.history, result.env_steps)
-        else:
-            scalars.begin_anew(Path(checkpoints))
+        elif resume:
+            scalars.require_new(Path(checkpoints))
             log.warning("resume=True, but %s holds no checkpoint: starting anew.", checkpoints)
+
+        def begin() -> None:
+            if not goes_on:
+                saved.set_aside()
+                scalars.set_aside()
+
         _shut_down_at_exit(collector)
         watch(collector)
         check = check and isinstance(update, PPOUpdate)
-        loop = _Loop(**parts, evaluate=evaluate, scalars=scalars, check=check, schedule_frames=schedule_frames or total)
+        options = {
+            "evaluate": evaluate,
+            "scalars": scalars,
+            "check": check,
+            "schedule_frames": schedule_frames or total,
+        }
+        loop = _Loop(**parts, **options, begin=begin)
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
             try:
                 for batch in loop.batches(before_each=saved.before_rollout):
@@ -222,10 +232,12 @@ class _Loop:
         in_rollout: whether the collector is at work: envs, and where it stands in their trials, are then of no moment.
     """
 
-    def __init__(self, *, update, collector, callbacks, result, returns, evaluate, scalars, check, schedule_frames):
+    def __init__(
+        self, *, update, collector, callbacks, result, returns, evaluate, scalars, check, schedule_frames, begin
+    ):
         self._update, self._collector, self._callbacks = update, collector, callbacks
         self._result, self._returns, self._evaluate, self._scalars = result, returns, evaluate, scalars
-        self._check, self._schedule_frames = check, schedule_frames
+        self._check, self._schedule_frames, self._begin = check, schedule_frames, begin
         self._clock = _Clock(result)
         self._progress = 0.0
         self._first = True
@@ -275,6 +287,7 @@ class _Loop:
             ) from error
         if self._first:
             self._first = False
+            self._begin()  # not before: a training that is refused, or stops at its first batch, leaves an earlier run as it is
             _say_which_way(self._collector, self._update)
         warn_of_spinning()
         result.env_steps = _frames(self._collector, result.env_steps + batch.numel())

@@ -142,6 +142,14 @@ def test_trials_of_different_lengths_in_order_and_padded(rows):
     assert adaptation_curve(env, act(first_arm), 5).returns.tolist() == expected
 
 
+def test_a_trial_of_many_steps_is_told_of_once(monkeypatch, caplog):
+    monkeypatch.setattr("rl2_torchrl.evaluation._MANY_STEPS", 6)
+    for lengths, told in (([6, 6, 3], 0), ([3, 7, 9, 8], 1)):
+        caplog.clear()
+        adaptation_curve(countdown_env(lengths, 2, episodes=1), act(first_arm), len(lengths))
+        assert caplog.text.count("a trial has not ended in 6 steps of an evaluation, which waits for it") == told
+
+
 def test_no_column_without_a_counted_trial():
     # Row 1 plays a trial of six episodes that is not asked for, beside the one of a single episode that is.
     returns = adaptation_curve(countdown_env([6, 1], 2, steps=6), act(first_arm), 1).returns

@@ -587,7 +587,30 @@ def test_a_new_run_does_not_go_on_with_the_scalars_of_the_last_one(tmp_path, cap
         rows = csv_rows(tmp_path / "scalars" / "scalars/train/loss.csv")
         assert rows == [(row["env_steps"], row["train/loss"]) for row in result.history]
     assert len(csv_rows(tmp_path / "scalars" / "earlier-scalars/train/loss.csv")) == 5
-    assert "held the scalars of an earlier run (resume=False): moved to earlier-scalars" in caplog.text
+    assert "held the scalars of an earlier run: moved to earlier-scalars" in caplog.text
+
+
+class Fails(Callback):
+    """Raises before the first update."""
+
+    def after_batch(self, batch, progress):
+        raise BlockingIOError("before the first update")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_training_that_fails_before_its_first_update_leaves_the_earlier_run_as_it_was(resume, tmp_path, unbroken):
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.suffix in (".csv", ".safetensors")}
+
+    folders = {"checkpoints": tmp_path / "run", "checkpoint_interval": 1}
+    for updates in (1, 2):  # and the one before it
+        Run(updates).train(logger=CSVLogger("scalars", tmp_path), callbacks=[Callback()], **folders)
+    before = files()
+    with pytest.raises(BlockingIOError, match="before the first update"):
+        Run(5).train(logger=CSVLogger("scalars", tmp_path), callbacks=[Fails()], resume=resume, **folders)
+    assert files() == before
+    result = Run(5).train(logger=CSVLogger("scalars", tmp_path), callbacks=[Callback()], resume=True, **folders)
+    assert [row["train/loss"] for row in result.history] == [row["train/loss"] for row in unbroken.history]
 
 
 def test_what_the_users_logger_has_written_before_a_run_stays(tmp_path):
