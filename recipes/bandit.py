@@ -93,7 +93,7 @@ def main(
         bandits.train(collector, update, callbacks=[RisingOptimism(posterior, told.optimism_after)]),
         baselines=classical_agents(bandits.reported, pulls, run.seed) if classical else {},
         optimum=baselines.bayes_optimal_return(arms, pulls) if pulls <= 10 else None,
-        title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls{told_of(network, told)}",
+        title=f"RL² on Bernoulli bandits, {arms} arms, {pulls} pulls{told_of(network, told, run.weights)}",
     )
     return publish(report, run)
 

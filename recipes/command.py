@@ -81,8 +81,10 @@ def command(main: Callable) -> Any:
     def once_or_for_each_seed(*, run: Run, **others: Any) -> Any:
         if run.seeds:
             return run_seeds(program(), run.seeds, run.log_dir, sys.argv[1:])
+        if "--seeds" in words:
+            raise ValueError("--seeds names no seed: give some, such as --seeds 0 1 2, or leave it out.")
         if run.weights is not None and (unused := _changed(others, defaults)):
-            log.warning("%s is played, not trained: %s changes nothing.", run.weights, ", ".join(unused))
+            log.warning("%s is played, not trained. Of no effect: %s.", run.weights, ", ".join(unused))
         return main(run=run, **others)
 
     words = ["--help" if word == "--help-all" else word for word in sys.argv[1:]]
@@ -90,7 +92,7 @@ def command(main: Callable) -> Any:
     settings = {} if rule is None else rule(**asked)
     defaults = {name: settings.get(name, each.default) for name, each in inspect.signature(main).parameters.items()}
     if {"-h", "--help"}.intersection(sys.argv[1:]):
-        Console(highlight=False).print(overview(main, {**asked, **settings}), markup=False, soft_wrap=True)
+        Console(highlight=False).print(overview(main, {**asked, **settings}, as_typed()), markup=False, soft_wrap=True)
         sys.exit()
     with_settings = partial(once_or_for_each_seed, **settings)
     return tyro.cli(with_settings, prog=as_typed(), args=words, config=(tyro.conf.OmitArgPrefixes,))

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.help import as_typed
+from recipes.run import read_report
 
 #: What a run is asked for: its scalars by update, env steps and seconds among them.
 _HISTORIES = ("report.json", "checkpoints/checkpoint-history.jsonl")
@@ -59,7 +60,11 @@ def main(
         raise ValueError(
             "there is nothing to compare: name folders of runs, as in `python -m recipes.compare runs/a runs/b`."
         )
-    curves = [curve(folder, by, scalar) for folder in runs]
+    return show([curve(folder, by, scalar) for folder in runs], by, scalar, plot=plot)
+
+
+def show(curves: list[Curve], by: str = "steps", scalar: str = "eval/trial_return", *, plot: Path) -> list[Curve]:
+    """Shows the table of ``curves`` and draws them."""
     draw(curves, by, scalar).savefig(plot, dpi=130)
     console = Console()
     console.print(table(curves, by, scalar))
@@ -76,14 +81,14 @@ def curve(folder: Path, by: str, scalar: str) -> Curve:
     return curve_of(folder.name, seeds(folder), by, scalar)
 
 
-def curve_of(name: str, runs: list[Path], by: str, scalar: str) -> Curve:
+def curve_of(name: str, runs: list[Path], by: str = "steps", scalar: str = "eval/trial_return") -> Curve:
     """The mean of ``runs``."""
     each = [points(run, by, scalar) for run in runs]
     end = min(x[-1] for x, _ in each)
     # Each run's own points, as far as all go; between its own a run is taken to be on the line.
     x = np.unique(np.concatenate([x[x <= end] for x, _ in each]))
     values = np.stack([np.interp(x, *run) for run in each])
-    reports = [json.loads(path.read_text()) for run in runs if (path := run / _HISTORIES[0]).is_file()]
+    reports = [read_report(run) for run in runs if (run / _HISTORIES[0]).is_file()]
     reported = [report["agent"]["mean"] for report in reports]
     return Curve(name, len(each), x, values.mean(0), standard_error(values), reported)
 
@@ -104,7 +109,8 @@ def seeds(folder: Path) -> list[Path]:
 def points(run: Path, by: str, scalar: str) -> tuple[np.ndarray, np.ndarray]:
     """Where ``run`` has logged ``scalar``, ``[n]``, and its values there."""
     key, unit, _ = _X[by]
-    rows = history(run)
+    if not (rows := history(run)):
+        raise ValueError(f"{run} holds no training: its agent was played alone, and has no curve.")
     found = [(row[key] / unit, row[scalar]) for row in rows if row.get(scalar) is not None]
     if not found:
         known = sorted({name for row in rows for name in row} - {key})
@@ -116,7 +122,7 @@ def history(run: Path) -> list[dict[str, float]]:
     """A run's rows of scalars: its report's, and of one that is running what its last checkpoint has."""
     report, lines = (run / name for name in _HISTORIES)
     if report.is_file():
-        return json.loads(report.read_text())["train"]["history"]
+        return read_report(run)["train"]["history"]
     return list(map(json.loads, lines.read_text().splitlines()))
 
 

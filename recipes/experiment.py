@@ -13,7 +13,7 @@ from torchrl.envs import TransformedEnv
 from torchrl.modules import ProbabilisticActor
 from torchrl.record.loggers import get_logger
 
-from recipes.run import Run, RunFolder, trained_in
+from recipes.run import Run, RunFolder, begin_folder, trained_in
 from recipes.streams import HELD_OUT_TASKS, REPORT_TASKS, draw_tasks
 from rl2_torchrl import (
     AdaptationReport,
@@ -64,8 +64,8 @@ class Experiment:
     ):
         if run.weights is not None and trained_in(run.log_dir):
             raise ValueError(
-                f"log_dir={str(run.log_dir)!r} holds the report of a training, which that of weights={str(run.weights)!r} would "
-                "replace: name another folder, such as --log-dir runs/played."
+                f"log_dir={str(run.log_dir)!r} holds a training, whose report that of weights={str(run.weights)!r} would replace: "
+                "name another folder, such as --log-dir runs/played."
             )
         if run.seeds:
             raise ValueError(f"seeds={run.seeds}: one call is one run; call main for each, with a log_dir of its own.")
@@ -77,6 +77,7 @@ class Experiment:
         run = self.run
         if run.weights is not None:
             load_weights(self.actor, run.weights)
+            begin_folder(run, "played on held-out tasks, not trained: report.json, report.png\n")
             return TrainResult()
         if run.initial_weights is not None:
             load_weights(self.actor, run.initial_weights)

@@ -87,7 +87,7 @@ def main(
         result,
         baselines={"goal_known": AdaptationCurve(known)},
         optimum=best.trial_return,
-        title=f"RL² on GridNavi{told_of(network, Told())}",
+        title=f"RL² on GridNavi{told_of(network, Told(), run.weights)}",
     )
     publish(report, run)
     goals = torch.tensor([[3.0, 4.0], [4.0, 2.0]])

@@ -5,7 +5,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -19,18 +18,20 @@ _LEGEND = (
 )
 
 
-def overview(main: Callable, settings: Mapping[str, Any]) -> str:
-    """The settings of a recipe's ``main``, its own one a line, those that it shares by group; defaults are from ``settings`` first.
+def overview(main: Callable, settings: Mapping[str, Any], typed: str) -> str:
+    """The settings of a recipe's ``main``, its own one a line, those that it shares by group.
+
+    Defaults are from ``settings`` first; ``typed`` is what runs the recipe.
 
     Examples:
         >>> from recipes import half_cheetah
-        >>> overview(half_cheetah.main, {}).splitlines()[5]
+        >>> overview(half_cheetah.main, {}, "python -m recipes.half_cheetah").splitlines()[5]
         '--task direction|velocity   run forward or backward, or at a velocity.'
     """
-    doc, hints = docstring_parser.parse(inspect.getdoc(main)), get_type_hints(main)
-    said = {each.arg_name: " ".join(each.description.split()) for each in doc.params}
+    doc, hints = docstring_parser.parse(inspect.getdoc(main) or ""), get_type_hints(main)
+    said = dict.fromkeys(hints, "") | {each.arg_name: " ".join(each.description.split()) for each in doc.params}
     defaults = {name: settings.get(name, each.default) for name, each in inspect.signature(main).parameters.items()}
-    lines = [f"python -m recipes.{Path(inspect.getfile(main)).stem} [settings]", "", *_wrapped(doc.short_description)]
+    lines = [f"{typed} [settings]", "", *_wrapped(doc.short_description or "")]
     if doc.long_description:
         lines += _wrapped(" ".join(doc.long_description.split()))
     own = {_setting(name, hints[name], value): said[name] for name, value in _own(defaults).items()}
@@ -66,14 +67,15 @@ def _own(defaults: Mapping[str, Any]) -> dict[str, Any]:
 def _setting(name: str, kind: Any, value: Any) -> str:
     """A setting as it is typed, with its default."""
     flag = name.replace("_", "-")
+    if value in (None, inspect.Parameter.empty):
+        return f"--{flag} ..."
     if kind is bool:
         return f"--no-{flag}" if value else f"--{flag}"
     if get_origin(kind) is Literal:
         return f"--{flag} {'|'.join([value, *(choice for choice in get_args(kind) if choice != value)])}"
     if isinstance(value, tuple):
         return f"--{flag} {' '.join(map(str, value)) or '...'}"
-    shown = "..." if value is None else f"{value:.4g}" if isinstance(value, float) else value
-    return f"--{flag} {shown}"
+    return f"--{flag} {value:.4g}" if isinstance(value, float) else f"--{flag} {value}"
 
 
 def _wrapped(text: str, indent: int = 0, first: int = 0) -> list[str]:

@@ -16,10 +16,12 @@ from recipes.help import as_typed
 from recipes.paper_cells import CELLS, Cell
 from recipes.paper_numbers import PAPER
 from recipes.paper_page import LONGER, beside, best_seed, load, trainings_of, write_page
-from recipes.paper_settings import RL2_SETTINGS
+from recipes.paper_settings import PRETRAINED, RL2_SETTINGS
 from recipes.rules import LearnsFrom
 from rl2_torchrl import AdaptationReport
 from rl2_torchrl.report import made_by
+
+FOLDER = Path("recipes/results/paper_tables")
 
 
 def main(
@@ -33,9 +35,9 @@ def main(
     tasks: int = 10_000,
     from_pretrained: bool = False,
     fresh: bool = False,
-    folder: Path = Path("recipes/results/paper_tables"),
+    folder: Path = FOLDER,
     runs: Path = Path("runs/paper_tables"),
-    pretrained: Path = Path("recipes/pretrained"),
+    pretrained: Path | None = None,
 ) -> Path:
     """Computes figures of the paper's tables that are not there yet, and writes the page of all that are.
 
@@ -52,8 +54,13 @@ def main(
         fresh: compute what is there already once more, and train from the start.
         folder: where the figures are; the page is beside it, under the folder's name.
         runs: where trainings keep their checkpoints: what was interrupted goes on from there.
-        pretrained: folder of agents, <table>_<cell>_<learns from>.safetensors; after its trainings a cell's best seed is put there.
+        pretrained: folder of agents, <table>_<cell>_<learns from>.safetensors, by default recipes/pretrained. After its trainings a
+            cell's best seed is put there; by default into a subfolder of ``folder``, where that is one of your own.
     """
+    kept, pretrained = (
+        pretrained or (PRETRAINED if folder == FOLDER else folder / "pretrained"),
+        pretrained or PRETRAINED,
+    )
     if tasks < 2:
         raise ValueError(f"tasks={tasks}: a standard error needs two tasks at least. Pass 10000 for figures to report.")
     if part in ("rl2", "all") and not seeds:
@@ -77,7 +84,7 @@ def main(
         else:
             for seed in seeds:
                 train(cell, way, seed, book, runs, env_steps)
-            keep_best(cell, way, book, runs, pretrained)
+            keep_best(cell, way, book, runs, kept)
     page = folder.with_name(f"{folder.name}.md")
     write_page(folder, page)
     Console().print(f"page: {page}")
@@ -212,7 +219,8 @@ def same_settings(run: Path, settings: dict[str, Any]) -> bool:
 def evaluate(cell: Cell, way: LearnsFrom, book: Figures, runs: Path, pretrained: Path) -> None:
     """Plays a cell's pretrained weights on the reporting tasks, whether or not that was done before."""
     started, log_dir = time.perf_counter(), runs / f"{stem(cell)}_{way}_pretrained"
-    report = cell.train(way, report_tasks=book.tasks, log_dir=log_dir, weights=weights_of(cell, way, pretrained))
+    options = {"initial_weights": None, "weights": weights_of(cell, way, pretrained)}
+    report = cell.train(way, report_tasks=book.tasks, log_dir=log_dir, **options)
     # Without the cell's settings: a longer training may have left these weights.
     figure = {**rl2_figure(report), "seconds": time.perf_counter() - started}
     book.add(cell, f"rl2_{way}_pretrained", f"--part rl2 --learns-from {way} --from-pretrained", figure)
@@ -257,6 +265,7 @@ def keep_best(cell: Cell, way: LearnsFrom, book: Figures, runs: Path, pretrained
         return
     pretrained.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(agent, weights)
+    Console().print(f"{weights}: the agent of {best['agent']}", highlight=False)
     book.path(cell, f"rl2_{way}_pretrained").unlink(missing_ok=True)  # the figure of other weights
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torchrl.envs import TransformedEnv
 
@@ -25,7 +25,7 @@ from rl2_torchrl import (
 from rl2_torchrl.report import made_by
 from rl2_torchrl.trial import transforms_of
 
-__all__ = ["Run", "RunFolder", "about", "files_of_a_run", "trained_in"]
+__all__ = ["Run", "RunFolder", "begin_folder", "read_report", "trained_in"]
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,19 @@ class Run(Settings):
                     f"{name}={str(path)!r} is no file: give an agent's, such as runs/bandit/agent.safetensors."
                 )
         object.__setattr__(self, "log_dir", Path(self.log_dir))  # text names a folder as well
+        if self.log_dir.exists() and not self.log_dir.is_dir():
+            raise ValueError(f"log_dir={str(self.log_dir)!r} is a file: name a folder, which may be new.")
+        self._require_agreement()
+
+    def _require_agreement(self) -> None:
+        """Raises ValueError where one setting would be without effect beside another."""
+        for name in ("resume", "initial_weights", "seeds"):
+            if self.weights is not None and (value := getattr(self, name)):
+                raise ValueError(f"weights are played, not trained: leave out {name}={value!r}, or weights.")
+        if self.seeds and self.seed:
+            raise ValueError(f"seed={self.seed} beside seeds={self.seeds}: the latter are those of the runs.")
+        if self.resume_changes and not self.resume:
+            raise ValueError(f"resume_changes={self.resume_changes} is for a run that goes on: add resume (--resume).")
 
     def collector(
         self,
@@ -125,47 +138,78 @@ def _share(make_env: Callable, distribution: TaskDistribution | None, rows: int)
 
 
 class RunFolder(Callback):
-    """Says in a run's folder what it is, once it has begun, and puts away what an earlier run has left there, unless it goes on."""
+    """Says in a training's folder what it is, once it has begun, and puts away what an earlier run has left there."""
 
     def __init__(self, run: Run, collector: TrialCollector | TrialWorkers, update: PPOUpdate):
-        self._folder, self._resume, self._parts, self._begun = run.log_dir, run.resume, (collector, update), False
+        self._run, self._parts, self._begun = run, (collector, update), False
 
     def after_update(self, row: dict[str, float], progress: float) -> None:
         """After the first one, which has found its way; a training that is refused changes nothing."""
         if not self._begun:
-            if not self._resume and files_of_a_run(self._folder):
-                self._put_away()
-            (self._folder / "about.txt").write_text(about(*self._parts))
+            begin_folder(self._run, f"{describe(*self._parts)}\n\n{_FILES}", goes_on=progress > 0)
         self._begun = True
 
-    def _put_away(self) -> None:
-        (earlier := self._folder / "earlier").mkdir(exist_ok=True)
-        for path in files_of_a_run(earlier):
-            path.unlink()  # and nothing else that somebody keeps there
-        for path in files_of_a_run(self._folder):
-            path.replace(earlier / path.name)
-        log.warning("%s held an earlier run (without --resume): its report and agent are in %s.", self._folder, earlier)
+
+def begin_folder(run: Run, what: str, *, goes_on: bool = False) -> None:
+    """Writes ``about.txt`` into a run's folder: by which command it is made, or which ones, where it ``goes_on``; then ``what``."""
+    path = run.log_dir / "about.txt"
+    before = [path.read_text().partition("\n\n")[0]] if goes_on and path.is_file() else []
+    if not goes_on:
+        put_away(run.log_dir)
+    run.log_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*before, made(run)]) + f"\n\n{what}")
+
+
+def made(run: Run) -> str:
+    """By which command, commit and versions a run is made, and from which seeds and weights."""
+    by = made_by()
+    versions = ", ".join(f"{name} {number}" for name, number in by["versions"].items())
+    begun = {name: getattr(run, name) for name in ("seed", "held_out_seed", "initial_weights", "weights", "workers")}
+    begun = ", ".join(f"{name}={value}" for name, value in begun.items() if value is not None)
+    return f"{by['command']}\ncommit {by['commit']}; {versions}\n{begun}"
+
+
+def put_away(folder: Path) -> None:
+    """Moves what an earlier run has left directly in ``folder`` to its subfolder ``earlier``, in the place of the run before it."""
+    if not (files := files_of_a_run(folder)):
+        return
+    (earlier := folder / "earlier").mkdir(exist_ok=True)
+    for path in files_of_a_run(earlier):
+        path.unlink()  # and nothing else that somebody keeps there
+    for path in files:
+        path.replace(earlier / path.name)
+    log.warning("%s held an earlier run: its report and agent are in %s.", folder, earlier)
 
 
 def files_of_a_run(folder: Path) -> list[Path]:
     """What a run leaves directly in its ``folder``."""
-    return [path for name in ("about.txt", "agent.safetensors", "report.json", "*.png") for path in folder.glob(name)]
+    names = ("about.txt", "agent.safetensors", "report.json", "report.png", "path.png", "velocity.png")
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def trained_in(folder: Path) -> bool:
-    """Whether the ``folder`` holds the report of a training."""
-    report = folder / "report.json"
-    return report.is_file() and bool(json.loads(report.read_text())["train"]["history"])
+    """Whether the ``folder`` holds a training, finished or not."""
+    return any((folder / "checkpoints").glob("checkpoint-*.safetensors")) or bool(
+        read_report(folder)["train"]["history"]
+    )
 
 
-def about(collector: TrialCollector, update: PPOUpdate) -> str:
-    """What a run is: its command, versions, all parts with their settings, and its files."""
-    made, parts = made_by(), describe(collector, update)
-    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-    return f"{made['command']}\ncommit {made['commit']}; {versions}\n\n{parts}\n\n{_FILES}"
+def read_report(folder: Path) -> dict[str, Any]:
+    """The ``report.json`` of a run; one of nothing where there is none.
+
+    Raises:
+        ValueError: it is no whole report.
+    """
+    path = folder / "report.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {"train": {"history": []}}
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is no report, or half of one ({error}): remove it, or name another folder."
+        ) from error
 
 
-#: What stands in a run's folder.
+#: What stands in a training's folder.
 _FILES = """\
 report.json        all figures, with the scalars of each update
 report.png         how it learnt, and how it adapts within a trial

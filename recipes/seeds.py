@@ -13,7 +13,7 @@ from recipes import compare
 def run_seeds(program: Sequence[str], seeds: Sequence[int], log_dir: Path, words: Sequence[str]) -> None:
     """Runs ``python *program`` for each seed, as many at once as there are cores, in ``log_dir/seed0`` and so on.
 
-    What a run says goes to ``output.txt`` in its folder. A seed that fails leaves the others alone.
+    What a run says goes to ``output.txt`` in its folder, below what was said before. A seed that fails leaves the others alone.
 
     Args:
         program: the recipe, such as ``["-m", "recipes.bandit"]`` or ``["mine.py"]``.
@@ -30,10 +30,12 @@ def run_seeds(program: Sequence[str], seeds: Sequence[int], log_dir: Path, words
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
         ended = list(pool.map(lambda seed: _run(program, seed, log_dir / f"seed{seed}", words), seeds))
-    failed = [str(log_dir / f"seed{seed}" / "output.txt") for seed, status in zip(seeds, ended, strict=True) if status]
+    folders = [log_dir / f"seed{seed}" for seed in seeds]
+    failed = [folder / "output.txt" for folder, status in zip(folders, ended, strict=True) if status]
     if failed:
-        sys.exit(f"{len(failed)} of {len(seeds)} seeds have not come to their end: see {', '.join(failed)}.")
-    compare.main((log_dir,), plot=log_dir / "compare.png")
+        said = "\n".join(f"{path}: {path.read_text().strip().splitlines()[-1]}" for path in failed)
+        sys.exit(f"{len(failed)} of {len(seeds)} seeds have not come to their end:\n{said}")
+    compare.show([compare.curve_of(log_dir.name, folders)], plot=log_dir / "compare.png")
 
 
 def without_seeds(words: Sequence[str]) -> list[str]:
@@ -52,7 +54,9 @@ def _run(program: Sequence[str], seed: int, folder: Path, words: Sequence[str]) 
     # Networks of a recipe's size are fastest on one thread, and several runs of one thread each do not wait for each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *program, *words, "--seed", str(seed), "--log-dir", str(folder), "--no-progress"]
-    with (folder / "output.txt").open("w") as output:
+    with (folder / "output.txt").open("a") as output:
+        output.write(f"{' '.join(['python', *command[1:]])}\n")
+        output.flush()
         status = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
     sys.stdout.write(f"seed {seed}: {'ended' if status == 0 else f'status {status}'}\n")
     return status

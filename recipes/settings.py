@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -281,8 +282,10 @@ class Told(Settings):
         return RegretAdvantage(action_values, **horizon) if self.regret else TrialAdvantage(**horizon)
 
 
-def told_of(network: Network, told: Told) -> str:
-    """What a title adds of what the training was told: nothing, where it learnt from rewards alone."""
+def told_of(network: Network, told: Told, weights: Path | None = None) -> str:
+    """What a title adds of what the training was told; of ``weights``, whose training is not known here, their name."""
+    if weights is not None:
+        return f" ({Path(weights).name})"
     means = {"critic": "task" in network.critic_keys, "regrets": told.regret}
     means |= {"belief": told.belief > 0 and not told.seen, "posterior": told.posterior}
     used = [name for name, is_used in means.items() if is_used]

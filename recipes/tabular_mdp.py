@@ -99,7 +99,7 @@ def main(
     report = trials.report(
         trials.train(collector, update, callbacks=[RisingOptimism(posterior, told.optimism_after)]),
         baselines=classical_agents(worlds, episodes, run.seed) if classical else {},
-        title=f"RL² on tabular MDPs, {states} states, {actions} actions, {episodes} episodes{told_of(network, told)}",
+        title=f"RL² on tabular MDPs, {states} states, {actions} actions, {episodes} episodes{told_of(network, told, run.weights)}",
     )
     return publish(report, run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from rl2_torchrl.arguments import require_collector
 from rl2_torchrl.checks.probe import NetworkProbe
+from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.gradients import LOG_PROB, Part
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial, transforms_of
@@ -107,9 +109,18 @@ def _env(env: EnvBase | None) -> list[Described]:
     base = env
     while isinstance(base, TransformedEnv):
         base = base.base_env
-    rows = f"{env.batch_size.numel()} rows" + f" on {env.device}" * (env.device is not None)
+    rows = f"{env.batch_size.numel()} rows" + f" on {env.device}" * (env.device is not None) + _vector_of(base)
     transforms = [Described("env", type(t).__name__, _transform(t, env)) for t in transforms_of(env)]
     return [Described("env", type(base).__name__, rows), *transforms]
+
+
+def _vector_of(base: EnvBase) -> str:
+    """Which of Gymnasium's vector envs plays, and what, as far as it tells."""
+    if not isinstance(base, GymVectorEnv):
+        return ""
+    vector, *rows = base.envs, *getattr(base.envs, "envs", ())
+    name = next((f" of {each.spec.id}" for each in (vector, *rows) if each.spec is not None), "")
+    return f", {type(vector).__name__}{name}"
 
 
 def _transform(transform: nn.Module, env: EnvBase) -> str:
@@ -133,6 +144,8 @@ def _collector(collector: BaseCollector, env: EnvBase | None) -> list[Described]
     batch = f"{frames:,} steps a batch" + (
         f", {frames // env.batch_size.numel():,} of each row" if env is not None else ""
     )
+    total = collector.total_frames
+    batch += f", {total:,} in all" if total is not None and 0 < total < math.inf else ", without end"
     # TorchRL's own collectors have one way, and no name for it.
     way = {"backend": getattr(collector, "backend", "tensordicts"), "reason": getattr(collector, "reason", None)}
     kept = "all entries" if keep is None else ", ".join(map(_name, keep))

@@ -211,7 +211,7 @@ def made_by() -> dict[str, Any]:
 def _command() -> str:
     """What was typed: a module by its name, where Python was called with -m."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {spec.name}" if spec is not None else sys.argv[0]
+    program = f"python -m {spec.name}" if spec is not None else f"python {sys.argv[0]}"
     return " ".join((program, *sys.argv[1:]))
 
 

@@ -114,15 +114,26 @@ def test_each_seed_is_a_program_on_one_thread(stub, tmp_path, capsys):
     for seed in (0, 1, 3):
         folder = tmp_path / "runs" / f"seed{seed}"
         words = f"--lr 0.1 --units 8 --seed {seed} --log-dir {folder} --no-progress"
-        assert (folder / "output.txt").read_text() == f"words {words} threads 1\n"
+        command = " ".join(["python", *stub, words])
+        assert (folder / "output.txt").read_text() == f"{command}\nwords {words} threads 1\n"
     assert (
         "1.333 ± 0.882" in capsys.readouterr().out
     )  # of 0, 1 and 3: standard deviation 1.53, divided by the root of 3
     assert (tmp_path / "runs" / "compare.png").exists()
 
 
+def test_seeds_are_compared_alone_and_what_they_had_said_stays(stub, tmp_path, capsys):
+    write_run(tmp_path / "runs", [(1e6, 60, 100.0)])  # a run in the folder itself
+    for _ in range(2):
+        run_seeds(stub, (2, 4), tmp_path / "runs", [])
+    assert "3.000 ± 1.000" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "seed2" / "output.txt").read_text().count("words --seed 2") == 2
+
+
 def test_a_seed_that_fails_leaves_the_others_alone(stub, tmp_path):
-    with pytest.raises(SystemExit, match=r"1 of 3 seeds have not come to their end: see .*seed7/output.txt\.") as ended:
+    with pytest.raises(
+        SystemExit, match=r"1 of 3 seeds have not come to their end:\n.*seed7/output.txt: a fault"
+    ) as ended:
         run_seeds(stub, (0, 7, 1), tmp_path / "runs", [])
     assert ended.value.code != 0
     assert "a fault" in (tmp_path / "runs" / "seed7" / "output.txt").read_text()

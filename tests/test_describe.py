@@ -178,11 +178,23 @@ def test_a_loss_without_a_bonus_and_with_frozen_parameters_says_so():
     assert rows_of(description, "loss")[0].what == f"clip_epsilon=0.3, critic_coeff=0.5, {frozen:,} parameters frozen"
 
 
+def test_length_of_the_training_and_which_gymnasium_env_plays():
+    trials = TransformedEnv(GymVectorEnv("CartPole-v1", 2), Compose(Trial(steps=5), PreviousStep()))
+    actor = GRUCategoricalActor.from_env(trials, hidden_size=4)
+    critic = GRUValueHead.from_env(trials, hidden_size=4)
+    update = PPOUpdate(RL2PPOLoss(actor, critic), minibatches=1)
+    collector = TrialCollector(trials, ActorCritic(actor, critic), frames_per_batch=10, total_frames=1000)
+    description = describe(collector, update)
+    collector.shutdown()
+    assert rows_of(description, "env")[0].what == "2 rows on cpu, SyncVectorEnv of CartPole-v1"
+    assert rows_of(description, "collector")[0].what == "10 steps a batch, 5 of each row, 1,000 in all"
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_what_the_collector_keeps(keep):
     description, update = described(*networks(), keep=keep)
     collector, kept = rows_of(description, "collector")
-    assert collector.what == "60 steps a batch, 10 of each row"
+    assert collector.what == "60 steps a batch, 10 of each row, without end"
     if keep:
         assert kept.what.split(", ") == [".".join([k] if isinstance(k, str) else k) for k in update.in_keys]
     else:

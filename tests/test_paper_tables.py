@@ -258,6 +258,17 @@ def test_trainings_figures_and_weights(table, tmp_path, monkeypatch):
     assert (tmp_path / "pretrained" / f"{stem}_rewards.safetensors").read_bytes() == actor
 
 
+def test_weights_of_a_folder_of_ones_own_stay_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paper_tables, "PRETRAINED", shipped := tmp_path / "shipped")
+    for folder, kept in (("figures", "figures/pretrained"), ("default", "shipped")):
+        monkeypatch.setattr(paper_tables, "FOLDER", tmp_path / "default")
+        run(tmp_path, part="rl2", seeds=(0,), folder=tmp_path / folder, pretrained=None)
+        assert f"{tmp_path / kept / 'bandits_3_2_rewards.safetensors'}: the agent of rl2_rewards_seed0" in "".join(
+            capsys.readouterr().out.split("\n")
+        )
+        assert shipped.exists() == (folder == "default")
+
+
 def test_pretrained_weights_are_evaluated_without_training(tmp_path, monkeypatch, capsys):
     run(tmp_path, part="rl2", seeds=(0,))
     loaded, load = [], experiment.load_weights

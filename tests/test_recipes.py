@@ -236,6 +236,28 @@ def test_weights_are_a_file(name, tmp_path):
         Run(tmp_path, **{name: tmp_path})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": __file__, "resume": True}, "weights are played, not trained: leave out resume=True"),
+        ({"weights": __file__, "initial_weights": __file__}, "leave out initial_weights='"),
+        ({"weights": __file__, "seeds": (0, 1)}, r"leave out seeds=\(0, 1\)"),
+        ({"seed": 7, "seeds": (0, 1)}, "seed=7 beside seeds="),
+        ({"resume_changes": ("update.lr",)}, r"add resume \(--resume\)"),
+        ({"log_dir": __file__}, "test_recipes.py' is a file: name a folder"),
+    ],
+)
+def test_settings_that_do_not_agree(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Run(**{"log_dir": tmp_path, **settings})
+
+
+def test_seeds_without_a_number_are_no_single_run(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bandit", "--seeds"])
+    with pytest.raises(ValueError, match="--seeds names no seed: give some"):
+        command(bandit.main)
+
+
 def test_settings_of_a_training_beside_weights_are_told_to_change_nothing(tmp_path, monkeypatch, caplog):
     run("bandit", tmp_path, report_tasks=2)
     sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "4", "--report-tasks", "4", "--no-classical"]
@@ -244,7 +266,7 @@ def test_settings_of_a_training_beside_weights_are_told_to_change_nothing(tmp_pa
         caplog.clear()
         monkeypatch.setattr("sys.argv", ["bandit", *words, *more])
         command(bandit.main)
-        assert f"agent.safetensors is played, not trained: {told} changes nothing." in caplog.text
+        assert f"agent.safetensors is played, not trained. Of no effect: {told}." in caplog.text
 
 
 def test_a_folder_may_be_text(tmp_path):

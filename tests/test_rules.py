@@ -10,6 +10,7 @@ import torch
 
 from recipes import bandit, paper_cells, rule_check, rules, tabular_mdp
 from recipes.command import arguments, command, settings_by, typed
+from recipes.help import overview
 from recipes.paper_settings import RL2_SETTINGS
 from recipes.settings import Learning, Network, Told, told_of
 from rl2_torchrl.envs import pack_mdps
@@ -132,6 +133,16 @@ def test_settings_left_out_are_the_rules_for_what_was_asked():
 )
 def test_what_is_typed(words, expected):
     assert typed(rules.bandit_settings, words) == expected
+
+
+def test_help_of_a_main_that_says_little():
+    def main(*, way: rules.LearnsFrom, depth: int, width: float = 0.5, learning: Learning = Learning()):  # noqa: B008
+        pass
+
+    lines = overview(main, {}, "python mine.py").splitlines()
+    assert lines[0] == "python mine.py [settings]"
+    assert [line.split() for line in lines[3:6]] == [["--way", "..."], ["--depth", "..."], ["--width", "0.5"]]
+    assert any("--trials 1024" in line for line in lines)
 
 
 def test_help_says_what_the_rule_chose(monkeypatch, capsys):

@@ -1,11 +1,13 @@
 """What runs leave in one folder, one after another."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from recipe_runs import run
 
+from recipes import compare
 from rl2_torchrl import kernels
 
 
@@ -18,7 +20,7 @@ def test_what_is_refused_changes_nothing_in_the_folder(tmp_path):
     before = files_of(tmp_path)
     with pytest.raises(ValueError, match="other settings"):
         run("grid_navi", tmp_path, seed=3, lr=0.5, resume=True)
-    with pytest.raises(ValueError, match="holds the report of a training.*name another folder"):
+    with pytest.raises(ValueError, match="holds a training.*name another folder"):
         run("grid_navi", tmp_path, weights=tmp_path / "agent.safetensors")
     assert files_of(tmp_path) == before
 
@@ -38,16 +40,59 @@ def test_a_new_run_puts_away_what_the_last_one_left(tmp_path, caplog):
         name: (tmp_path / name).read_bytes() for name in ("about.txt", "agent.safetensors", "report.json", "report.png")
     }
     (tmp_path / "earlier").mkdir()
-    for name in ("mine.txt", "path_of_the_run_before.png"):
+    for name in ("mine.png", "velocity.png"):  # the latter of the run before
         (tmp_path / "earlier" / name).touch()
     longer = run("grid_navi", tmp_path, seed=4, updates=3)
-    assert (tmp_path / "earlier" / "mine.txt").exists()
-    assert not (tmp_path / "earlier" / "path_of_the_run_before.png").exists()
+    assert (tmp_path / "earlier" / "mine.png").exists()
+    assert not (tmp_path / "earlier" / "velocity.png").exists()
     assert {name: (tmp_path / "earlier" / name).read_bytes() for name in kept} == kept
     assert f"its report and agent are in {tmp_path / 'earlier'}" in caplog.text
     assert json.loads((tmp_path / "report.json").read_text())["seed"] == 4
     [losses] = (tmp_path / "scalars" / "scalars").rglob("loss.csv")
     assert len(losses.read_text().splitlines()) == len(longer.train.history) == 3
+
+
+def test_a_resume_without_a_checkpoint_puts_the_last_run_away(tmp_path):
+    first = run("grid_navi", tmp_path, seed=3)
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "scalars")
+    run("grid_navi", tmp_path, seed=4, resume=True)
+    stored = json.loads((tmp_path / "earlier" / "report.json").read_text())
+    assert stored["agent"]["mean"] == first.agent.mean
+
+
+def test_a_training_that_is_refused_at_its_first_update_leaves_all_of_the_last_run(tmp_path):
+    run("grid_navi", tmp_path, seed=3)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match="100 minibatches"):
+        run("grid_navi", tmp_path, minibatches=100)
+    assert files_of(tmp_path) == before
+    assert len(run("grid_navi", tmp_path, seed=3, updates=3, resume=True).train.history) == 3
+
+
+def test_commands_and_seeds_of_a_run_that_went_on(tmp_path):
+    run("grid_navi", tmp_path, seed=3, held_out_seed=7)
+    run("grid_navi", tmp_path, seed=3, held_out_seed=7, updates=3, resume=True)
+    heading = (tmp_path / "about.txt").read_text().partition("\n\n")[0].splitlines()
+    assert len(heading) == 6  # three lines of each
+    assert heading[2] == heading[5] == "seed=3, held_out_seed=7, workers=0"
+
+
+def test_an_agent_that_is_played_has_a_folder_of_its_own(tmp_path):
+    run("grid_navi", tmp_path / "trained", seed=3)
+    weights = tmp_path / "trained" / "agent.safetensors"
+    for seed in (3, 4):
+        played = run("grid_navi", tmp_path / "played", seed=seed, weights=weights)
+    assert played.title == "RL² on GridNavi (agent.safetensors)"  # what its training was told nobody knows
+    about = (tmp_path / "played" / "about.txt").read_text()
+    assert about.endswith("played on held-out tasks, not trained: report.json, report.png\n")
+    assert f"seed=4, weights={weights}" in about
+    assert json.loads((tmp_path / "played" / "earlier" / "report.json").read_text())["seed"] == 3
+    with pytest.raises(ValueError, match="played holds no training: its agent was played alone"):
+        compare.main((tmp_path / "played",))
+    (tmp_path / "trained" / "report.json").unlink()  # as of a training that is not over
+    with pytest.raises(ValueError, match="holds a training.*name another folder"):
+        run("grid_navi", tmp_path / "trained", weights=weights)
 
 
 def test_a_resume_with_nothing_left_leaves_the_run_as_it_was(tmp_path):
