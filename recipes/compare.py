@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.help import as_typed
-from recipes.run import read_report
+from recipes.reports import read_report
 
 #: What a run is asked for: its scalars by update, env steps and seconds among them.
 _HISTORIES = ("report.json", "checkpoints/checkpoint-history.jsonl")

@@ -157,7 +157,8 @@ def publish(report: AdaptationReport, run: Run) -> AdaptationReport:
     """Writes the report into the run's folder, shows its table, and returns it."""
     path, console = report.save(run.log_dir), Console()
     console.print(report.table())
-    trained = f"{report.train.env_steps:,} steps in {report.train.seconds:.0f} s"
+    cut = ", cut short: --resume goes on" if report.train.interrupted else ""
+    trained = f"{report.train.env_steps:,} steps in {report.train.seconds:.0f} s{cut}"
     console.print(f"{trained}; report and plots: {path.parent}")
     for env_steps, reason in report.train.new_trials:
         console.print(f"resumed at {env_steps:,} steps with new trials: {reason}")

@@ -65,6 +65,8 @@ def main(
         raise ValueError(f"tasks={tasks}: a standard error needs two tasks at least. Pass 10000 for figures to report.")
     if part in ("rl2", "all") and not seeds:
         raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds}: each seed once, or it would be trained twice.")
     if from_pretrained and env_steps is not None:
         raise ValueError(
             f"env_steps={env_steps} with from_pretrained: weights are evaluated as they are. Leave one out."

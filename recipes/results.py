@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from recipes.compare import curve_of, draw_curves
 from recipes.help import as_typed
+from recipes.reports import read_report
 
 
 def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
@@ -24,7 +25,9 @@ def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
     """
     reports = defaultdict(list)
     for run in runs:
-        report = json.loads((run / "report.json").read_text())
+        report = read_report(run)
+        if not report["train"]["history"]:
+            raise ValueError(f"{run} holds no report of a training, which a page is made of.")
         reports[report["title"]].append((run, report))
     if not reports:
         raise ValueError("runs is empty: name the folders of finished runs, as --runs runs/half_cheetah.")

@@ -1,15 +1,15 @@
 """A run: its seeds, where it begins, which processes play, and what stands in its folder."""
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torchrl.envs import TransformedEnv
 
+from recipes.reports import read_report
 from recipes.settings import Settings, require_whole
 from recipes.streams import WORKERS, stream_seed
 from rl2_torchrl import (
@@ -25,7 +25,7 @@ from rl2_torchrl import (
 from rl2_torchrl.report import made_by
 from rl2_torchrl.trial import transforms_of
 
-__all__ = ["Run", "RunFolder", "begin_folder", "read_report", "trained_in"]
+__all__ = ["Run", "RunFolder", "begin_folder", "trained_in"]
 
 log = logging.getLogger(__name__)
 
@@ -192,21 +192,6 @@ def trained_in(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("checkpoint-*.safetensors")) or bool(
         read_report(folder)["train"]["history"]
     )
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """The ``report.json`` of a run; one of nothing where there is none.
-
-    Raises:
-        ValueError: it is no whole report.
-    """
-    path = folder / "report.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {"train": {"history": []}}
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is no report, or half of one ({error}): remove it, or name another folder."
-        ) from error
 
 
 #: What stands in a training's folder.

@@ -652,6 +652,7 @@ def padding(batch):
 
 def nan_reward(batch):
     batch["next", "reward"][3, 2] = torch.nan
+    batch["trans"][3, 3, -2] = torch.nan  # the input of the step after
     return batch
 
 

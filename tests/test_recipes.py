@@ -464,6 +464,12 @@ def test_a_curve_of_one_run_is_no_mean(tmp_path, monkeypatch):
 def test_a_page_of_no_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="runs is empty"):
         results.main(runs=(), page=tmp_path / "page.md")
+    (tmp_path / "half").mkdir()
+    with pytest.raises(ValueError, match="half holds no report of a training"):
+        results.main(runs=(tmp_path / "half",), page=tmp_path / "page.md")
+    (tmp_path / "half" / "report.json").write_text('{"train": ')
+    with pytest.raises(ValueError, match=r"half/report.json is no report, or half of one .*: remove it"):
+        results.main(runs=(tmp_path / "half",), page=tmp_path / "page.md")
 
 
 @pytest.mark.parametrize("options", [{"core": "lstm"}, {"encoder_cells": (8,)}], ids=["lstm", "mlp"])

@@ -78,9 +78,14 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
     _, weights = read_agent(path)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     expected = {name: tuple(value.shape) for name, value in policy.state_dict().items()}
-    if shapes != expected:
+    names = [name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name)]
+    if names:
+        told = ", ".join(
+            f"{name} {shapes.get(name, 'missing')}, here {expected.get(name, 'none')}" for name in names[:3]
+        )
+        more = f", and {len(names) - 3} more" * (len(names) > 3)
         raise ValueError(
-            f"{path} holds the weights of another network: {shapes}; this one's are {expected}. Build it with the sizes "
-            "that were saved, such as the same number of units."
+            f"{path} holds the weights of another network: {told}{more}. Build this one with the sizes that were saved: the same "
+            "env, units and layers (a recipe's --units, --num-cells, --core; its command stands in about.txt beside the file)."
         )
     policy.load_state_dict(weights)

@@ -30,14 +30,16 @@ def trial_bounds(seen: Evidence) -> str | None:
 
 def finite(seen: Evidence) -> str | None:
     """Nothing is NaN or infinite."""
-    for key in seen.batch.keys(True, True):
+    reward = ("next", "reward")
+    # It comes first: the input of the step after holds it too.
+    for key in sorted(seen.batch.keys(True, True), key=lambda key: key != reward):
         entry = seen.batch.get(key)
         # The sum of finite numbers can overflow, but that of others is never finite: it spares a tensor of this size.
         if entry.is_floating_point() and not entry.sum().isfinite():
             broken = ~entry.isfinite().reshape(*seen.batch.shape, -1).all(-1)
             if broken.any():
                 return f"{key!r} is not finite at {seen.place(broken)}"
-    reward = seen.batch.get(("next", "reward"), None)
+    reward = seen.batch.get(reward, None)
     if reward is not None and (reward == reward.flatten()[0]).all():
         seen.report.notes.append(f"all rewards of the batch are {reward.flatten()[0].item():g}")
 
