@@ -23,7 +23,7 @@ from rl2_torchrl.report import made_by
 FOLDER = Path("recipes/pretrained")
 #: Agents of other recipes, by the names of their files: the recipe that trained them and reports on them, and its options.
 RECIPES = {
-    "grid_navi_rewards": ("grid_navi", {"critic_keys": ("time_left",)}),
+    "grid_navi_rewards": ("grid_navi", {}),
     "grid_navi_task": ("grid_navi", {}),
     "point_robot_dense_rewards": ("point_robot", {}),
     "point_robot_sparse_rewards": ("point_robot", {"sparse": True}),

@@ -115,12 +115,10 @@ def _env(env: EnvBase | None) -> list[Described]:
 
 
 def _vector_of(base: EnvBase) -> str:
-    """Which of Gymnasium's vector envs plays, and what, as far as it tells."""
+    """Which of Gymnasium's vector envs plays, and what."""
     if not isinstance(base, GymVectorEnv):
         return ""
-    vector, *rows = base.envs, *getattr(base.envs, "envs", ())
-    name = next((f" of {each.spec.id}" for each in (vector, *rows) if each.spec is not None), "")
-    return f", {type(vector).__name__}{name}"
+    return f", {type(base.envs).__name__}" + (f" of {base.env_id}" if base.env_id else "")
 
 
 def _transform(transform: nn.Module, env: EnvBase) -> str:

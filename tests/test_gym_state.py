@@ -29,6 +29,7 @@ from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.layers import put_state, state_of
 from rl2_torchrl.envs.plain_data import NoStateError
+from rl2_torchrl.settings import _env as settings_of_env
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,21 @@ def test_an_env_goes_on_from_its_state_as_it_would_have(env_id):
         if ours[2] or ours[3]:
             assert np.array_equal(env.reset()[0], other.reset()[0])
     assert np.array_equal(env.reset()[0], other.reset()[0])  # the random numbers, too
+
+
+@pytest.mark.parametrize(
+    ("env", "vectorization", "env_id"),
+    [
+        ("Pendulum-v1", "sync", "Pendulum-v1"),
+        ("Pendulum-v1", "async", "Pendulum-v1"),
+        (partial(gymnasium.make, "CartPole-v1"), "sync", "CartPole-v1"),
+        (partial(gymnasium.make, "CartPole-v1"), "async", None),  # known in its processes alone
+    ],
+)
+def test_which_env_a_run_is_to_go_on_with(env, vectorization, env_id):
+    vector = GymVectorEnv(env, 2, vectorization=vectorization)
+    assert settings_of_env(vector)["env.env_id"] == env_id
+    vector.close(raise_if_closed=False)
 
 
 def contacts(env):

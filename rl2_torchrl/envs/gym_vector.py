@@ -124,6 +124,8 @@ class GymVectorEnv(TensorEnv):
             if not self._is_theirs:
                 self.envs.close()  # or its processes would wait for ever
             raise
+        #: Which env plays, as far as it has a name; a run that goes on is to have the same.
+        self.env_id = _id_of(env, self.envs)
         self.has_threads = processes_of(self.envs) is not None
         self._all_rows = np.ones(self.envs.num_envs, dtype=bool)
         info = {("info", key): torch.zeros(self.envs.num_envs, 1, device=device) for key in info_keys}
@@ -423,6 +425,13 @@ def _autoreset(envs: VectorEnv) -> AutoresetMode:
             "without the next task. Make it with autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED."
         )
     return mode
+
+
+def _id_of(env: Any, envs: VectorEnv) -> str | None:
+    if isinstance(env, str):
+        return env
+    specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
+    return next((spec.id for spec in specs if spec is not None), None)
 
 
 def _theirs(envs: VectorEnv, num_envs: int | None, kwargs: dict) -> VectorEnv:
