@@ -45,7 +45,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
         "100,5": {"rewards": {"env_steps": 30_000_000}, "task": {"env_steps": 20_000_000}},
         "100,10": {"rewards": {"env_steps": 30_000_000}, "task": {"env_steps": 20_000_000}},
         # Fifty means are more to remember than 64 units hold. With 256 of them the rule's learning rate makes updates that move the
-        # policy by up to 2 nats (`kl_approx`), and most was learnt once it had fallen by half.
+        # policy by up to 8 nats (`kl_approx`), and most was learnt once it had fallen by half.
         "100,50": {
             "rewards": {"units": 128, "num_cells": (256,)},
             "task": {**FIFTY_ARMS, "env_steps": 18_000_000, "lr": 1.5e-3},
