@@ -158,8 +158,8 @@ def publish(report: AdaptationReport, run: Run) -> AdaptationReport:
     path, console = report.save(run.log_dir), Console()
     console.print(report.table())
     cut = ", cut short: --resume goes on" if report.train.interrupted else ""
-    trained = f"{report.train.env_steps:,} steps in {report.train.seconds:.0f} s{cut}"
-    console.print(f"{trained}; report and plots: {path.parent}")
+    trained = f"{report.train.env_steps:,} steps in {report.train.seconds:.0f} s{cut}; "
+    console.print(f"{trained * bool(report.train.env_steps)}report and plots: {path.parent}")
     for env_steps, reason in report.train.new_trials:
         console.print(f"resumed at {env_steps:,} steps with new trials: {reason}")
     return report
