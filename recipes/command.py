@@ -91,11 +91,21 @@ def command(main: Callable) -> Any:
     asked = {} if rule is None else typed(rule, words)
     settings = {} if rule is None else rule(**asked)
     defaults = {name: settings.get(name, each.default) for name, each in inspect.signature(main).parameters.items()}
+    _require_own_names(main, defaults)
     if {"-h", "--help"}.intersection(sys.argv[1:]):
         Console(highlight=False).print(overview(main, {**asked, **settings}, as_typed()), markup=False, soft_wrap=True)
         sys.exit()
     with_settings = partial(once_or_for_each_seed, **settings)
     return tyro.cli(with_settings, prog=as_typed(), args=words, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _require_own_names(main: Callable, defaults: Mapping[str, Any]) -> None:
+    """Raises TypeError where an argument of ``main`` has the name of a setting that recipes share, as one of two would be lost."""
+    shared = {each.name for group in defaults.values() if is_dataclass(group) for each in fields(group)}
+    if clashing := sorted(shared.intersection(defaults)):
+        raise TypeError(
+            f"main in {main.__module__} has arguments {clashing}, which are shared settings: name them otherwise."
+        )
 
 
 def _changed(groups: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:

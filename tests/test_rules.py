@@ -12,6 +12,7 @@ from recipes import bandit, paper_cells, rule_check, rules, tabular_mdp
 from recipes.command import arguments, command, settings_by, typed
 from recipes.help import overview
 from recipes.paper_settings import RL2_SETTINGS
+from recipes.run import Run
 from recipes.settings import Learning, Network, Told, told_of
 from rl2_torchrl.envs import pack_mdps
 
@@ -143,6 +144,15 @@ def test_help_of_a_main_that_says_little():
     assert lines[0] == "python mine.py [settings]"
     assert [line.split() for line in lines[3:6]] == [["--way", "..."], ["--depth", "..."], ["--width", "0.5"]]
     assert any("--trials 1024" in line for line in lines)
+
+
+def test_an_argument_named_as_a_shared_setting_is_refused(monkeypatch):
+    def main(*, seed: int = 3, learning: Learning = Learning(), run: Run = bandit.RUN):  # noqa: B008
+        """Seed or seed?"""
+
+    monkeypatch.setattr("sys.argv", ["mine.py"])
+    with pytest.raises(TypeError, match=r"has arguments \['seed'\], which are shared settings"):
+        command(main)
 
 
 def test_help_says_what_the_rule_chose(monkeypatch, capsys):
