@@ -13,7 +13,7 @@ from recipes.sample_efficiency import WORLDS
 from recipes.settings import Learning
 from rl2_torchrl import PreviousStep, TaskSampler, Trial, TrialAdvantage
 
-LEARNING = Learning(trials=8, env_steps=0, gamma=0.9, lmbda=0.7, epochs=2, minibatches=2)
+LEARNING = Learning(trials=8, env_steps=1, gamma=0.9, lmbda=0.7, epochs=2, minibatches=2)
 TINY = {"env_steps": 200, "trials": 32, "seeds": (0,)}
 
 
