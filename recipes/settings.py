@@ -30,7 +30,7 @@ __all__ = [
     "Told",
     "late_decay",
     "require_choices",
-    "require_numbers",
+    "require_range",
     "require_whole",
     "told_of",
     "whole_batches",
@@ -44,7 +44,7 @@ class Settings:
         require_choices(type(self), vars(self))
 
 
-def require_numbers(of: Any, *names: str, kind: type = Real, least: float = 0, most: float = math.inf) -> None:
+def require_range(of: Any, *names: str, kind: type = Real, least: float = 0, most: float = math.inf) -> None:
     """Raises ValueError where one of these settings ``of`` a group is no number, or list of numbers, from ``least`` to ``most``."""
     for name in names:
         value = getattr(of, name)
@@ -56,7 +56,7 @@ def require_numbers(of: Any, *names: str, kind: type = Real, least: float = 0, m
                 raise ValueError(f"{name}={value!r} must be {what + 's' if is_list else 'a ' + what} {bounds}.")
 
 
-require_whole = partial(require_numbers, kind=Integral, least=1)
+require_whole = partial(require_range, kind=Integral, least=1)
 
 
 def require_choices(of: Callable, given: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ class FirstWeights(Settings):
         super().__post_init__()
         if self.memory_steps is not None:
             require_whole(self, "memory_steps")
-        require_numbers(self, "input_gain", "gate_gain")
+        require_range(self, "input_gain", "gate_gain")
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class Learning(Settings):
     def __post_init__(self):
         super().__post_init__()
         require_whole(self, "trials", "env_steps", "epochs", "minibatches")
-        require_numbers(self, "gamma", "lmbda", most=1)
-        require_numbers(self, "lr", "entropy", *["max_grad_norm"] * (self.max_grad_norm is not None))
+        require_range(self, "gamma", "lmbda", most=1)
+        require_range(self, "lr", "entropy", *["max_grad_norm"] * (self.max_grad_norm is not None))
 
     @property
     def loss(self) -> dict[str, Any]:
@@ -242,8 +242,8 @@ class Told(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        require_numbers(self, "belief", "optimism")
-        require_numbers(self, "optimism_after", most=0.5)
+        require_range(self, "belief", "optimism")
+        require_range(self, "optimism_after", most=0.5)
         if self.regret + self.posterior + self.seen > 1:
             raise ValueError(
                 "of regret, posterior and seen one at most says what advantages are made of: leave the others out."

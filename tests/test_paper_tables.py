@@ -295,6 +295,19 @@ def test_all_weights_that_are_shipped_are_evaluated_in_one_command(tmp_path):
     assert evaluated == {"bandits_3_2_rl2_task_pretrained", "mdps_2_rl2_rewards_pretrained"}
 
 
+def test_weights_that_a_chain_led_to_are_played_without_those_that_it_began_with(tmp_path, monkeypatch):
+    run(tmp_path, part="rl2", seeds=(0,))
+    chained = {**RL2_SETTINGS["bandits"]["3,2"]["rewards"], "initial_weights": tmp_path / "gone.safetensors"}
+    monkeypatch.setitem(RL2_SETTINGS["bandits"], "3,2", {"rewards": chained})
+    run(tmp_path, part="rl2", from_pretrained=True)
+    assert "bandits_3_2_rl2_rewards_pretrained" in figures(tmp_path)
+
+
+def test_a_seed_named_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"seeds=\(1, 1\): each seed once"):
+        run(tmp_path, seeds=(1, 1))
+
+
 def test_the_seed_that_was_best_on_held_out_tasks_is_shipped(tmp_path):
     book = paper_tables.Figures(tmp_path / "figures", 40, False)
     for seed, (mean, held_out) in enumerate([(1.0, 2.0), (2.0, 1.0)]):
@@ -355,7 +368,7 @@ def test_pretrained_weights_are_not_trained_for_longer(tmp_path):
         run(tmp_path, from_pretrained=True, env_steps=144)
 
 
-def test_an_interrupted_training_leaves_no_figure(tmp_path, monkeypatch):
+def test_an_interrupted_training_leaves_no_figure(tmp_path, monkeypatch, capsys):
     def interrupted(*args, **options):
         return replace(train(*args, **options), interrupted=True)
 
@@ -363,6 +376,7 @@ def test_an_interrupted_training_leaves_no_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "train", interrupted)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         run(tmp_path, part="rl2", seeds=(0,))
+    assert "cut short: --resume goes on" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "results").exists()
     assert not (tmp_path / "pretrained").exists()
 
