@@ -48,7 +48,7 @@ RL2_SETTINGS: dict[str, dict[str, dict[str, Settings]]] = {
         # policy by up to 8 nats (`kl_approx`), and most was learnt once it had fallen by half.
         "100,50": {
             "rewards": {"units": 128, "num_cells": (256,)},
-            "task": {**FIFTY_ARMS, "env_steps": 18_000_000, "lr": 1.5e-3},
+            "task": {**FIFTY_ARMS, "env_steps": 22_000_000, "lr": 1.5e-3},
         },
         **{
             f"500,{arms}": {
