@@ -134,6 +134,13 @@ class Figures:
             return False
         return json.loads(path.read_text())["num_tasks"] >= cell.num_tasks(agent, self.tasks)
 
+    def tell_others(self, cell: Cell, agent: str, settings: dict[str, Any]) -> None:
+        """Says so where a figure that is kept was made with other settings than these."""
+        others = other_settings(json.loads(self.path(cell, agent).read_text())["settings"], settings)
+        if others:
+            kept = f"kept, though made with other settings than the cell's ({', '.join(others)})"
+            Console().print(f"{cell.table} {cell.name} {agent}: {kept}. Pass --fresh to train again.", highlight=False)
+
     def add(self, cell: Cell, agent: str, arguments: str, figure: dict[str, Any]) -> None:
         """Writes a figure, with the command that computes it again, and prints it beside the published one."""
         command = (
@@ -143,11 +150,26 @@ class Figures:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Moved into place at once: no half a file is left where the command is stopped.
         scratch = self.path(cell, agent).with_suffix(".part")
-        scratch.write_text(json.dumps(whole, indent=1, default=str) + "\n")
+        scratch.write_text(as_json(whole) + "\n")
         scratch.replace(self.path(cell, agent))
         name = agent if agent in PAPER[cell.table][cell.name] else agent.partition("_")[0]
         shown = beside(figure["mean"], figure["se"], cell.table, cell.name, name)
         Console().print(f"{cell.table} {cell.name} {agent}: {shown}", highlight=False)
+
+
+def other_settings(were: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What differs between a figure's settings and these.
+
+    Settings that came later, or are gone since, are left out: what they stand for was fixed, or had another name.
+    """
+    are = json.loads(as_json(settings))
+    both = [name for name in are if name in were]
+    return [f"{name} was {were[name]}, is {are[name]}" for name in both if were[name] != are[name]]
+
+
+def as_json(values: dict[str, Any]) -> str:
+    """Values as the files hold them."""
+    return json.dumps(values, indent=1, default=str)
 
 
 def stem(cell: Cell) -> str:
@@ -186,9 +208,10 @@ def train(cell: Cell, way: LearnsFrom, seed: int, book: Figures, runs: Path, env
         longer, arguments = f"{LONGER}{env_steps}", f"{arguments} --env-steps {env_steps}"
         options = {"env_steps": env_steps}
     agent = f"rl2_{way}_seed{seed}{longer}"
-    if book.has(cell, agent):
-        return
     settings = cell.settings(way, **options)
+    if book.has(cell, agent):
+        book.tell_others(cell, agent, settings)
+        return
     run = run_folder(runs, cell, agent)
     resume = same_settings(run, settings) and not book.fresh
     report = cell.train(way, seed=seed, report_tasks=book.tasks, log_dir=run, resume=resume, **options)
@@ -211,7 +234,7 @@ def run_folder(runs: Path, cell: Cell, agent: str) -> Path:
 
 def same_settings(run: Path, settings: dict[str, Any]) -> bool:
     """Whether a run was begun with these settings, so that it can go on; they are kept in its folder."""
-    note, text = run / "settings.json", json.dumps(settings, indent=1, default=str)
+    note, text = run / "settings.json", as_json(settings)
     same = note.exists() and note.read_text() == text
     run.mkdir(parents=True, exist_ok=True)
     note.write_text(text)

@@ -321,6 +321,23 @@ def test_the_seed_that_was_best_on_held_out_tasks_is_shipped(tmp_path):
     assert not book.path(TINY["bandits"], "rl2_rewards_pretrained").exists()  # it was the figure of other weights
 
 
+def test_a_figure_of_other_settings_is_kept_and_told(tmp_path, monkeypatch, capsys):
+    run(tmp_path, part="rl2", seeds=(0,))
+    before = figures(tmp_path)
+    capsys.readouterr()
+    run(tmp_path, part="rl2", seeds=(0,))
+    assert "kept" not in capsys.readouterr().out
+    monkeypatch.setitem(RL2_SETTINGS["bandits"]["3,2"]["rewards"], "lr", 1e-4)
+    run(tmp_path, part="rl2", seeds=(0,))
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "bandits 3,2 rl2_rewards_seed0: kept, though made with other settings than the cell's (lr was 0.003, is 0.0001)."
+        in said
+    )
+    assert "--fresh" in said
+    assert figures(tmp_path) == before
+
+
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
     run(tmp_path, part="rl2", seeds=(0,))
     before = figures(tmp_path)
