@@ -19,3 +19,23 @@ def told():
     torchrl_logger.addHandler(handler)
     yield told
     torchrl_logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def unbroken():
+    """A run of five updates that nothing happens to."""
+    from runs import Run, without_time
+
+    run = Run(5)
+    run.history = without_time(run.train().history)
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a run that was stopped after three updates: checkpoints of the second and the third."""
+    from runs import BATCH, Run
+
+    folder = tmp_path / "run"
+    Run(5).train(checkpoints=folder, checkpoint_interval=1, stop=lambda row: row["env_steps"] >= 3 * BATCH)
+    return folder

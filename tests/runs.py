@@ -1,5 +1,11 @@
 """Tiny real runs for tests of checkpoints and faults."""
 
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import torch
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, TransformedEnv
@@ -19,6 +25,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 
+HISTORY = "checkpoint-history.jsonl"
 ROWS, STEPS = 4, 7
 BATCH = ROWS * STEPS  # trials last 5 steps: a batch of 7 ends in the middle of one
 
@@ -86,3 +93,32 @@ def without_time(history):
 
 def saved_steps(folder):
     return sorted(int(path.stem.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*.safetensors"))
+
+
+def checkpoint(folder, update=3):
+    return folder / f"checkpoint-{update * BATCH}.safetensors"
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_goes_on_as_unbroken(folder, unbroken):
+    resumed = Run(5, elsewhere=True)
+    result = resumed.train(checkpoints=folder, resume=True)
+    assert without_time(result.history) == unbroken.history
+    torch.testing.assert_close(resumed.everything(), unbroken.everything(), rtol=0, atol=0)
+
+
+def program(text, *arguments, **options):
+    """A Python program over `Run`, started."""
+    text = "import logging; logging.basicConfig()\nfrom runs import *\n" + textwrap.dedent(text)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", text, *map(str, arguments)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes, **options)
+
+
+def wait_for(process):
+    """Until the program says "now"; TorchRL's loggers write to the same place."""
+    assert "now\n" in iter(process.stdout.readline, "")

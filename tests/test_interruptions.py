@@ -1,0 +1,184 @@
+"""What a run survives from outside: signals, a kill, a full disk, another run in its folder, processes of its envs."""
+
+import os
+import signal
+
+import pytest
+from runs import BATCH, Run, assert_goes_on_as_unbroken, checkpoint, contents, program, saved_steps, wait_for
+
+# ---- Signals.
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_program_that_is_asked_to_end_is_saved(name, tmp_path, unbroken, caplog):
+    signum = getattr(signal, name)
+    before = signal.signal(signum, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            Run(5).train(
+                checkpoints=tmp_path,
+                stop=lambda row: row["env_steps"] == 3 * BATCH and signal.raise_signal(signum),
+            )
+    finally:
+        signal.signal(signum, before)
+    assert ended.value.code == 128 + signum
+    assert f"{name}: finishing this update and saving" in caplog.text
+    assert saved_steps(tmp_path) == [3 * BATCH]
+    assert_goes_on_as_unbroken(tmp_path, unbroken)
+
+
+def test_what_a_program_does_at_a_signal_it_still_does(tmp_path):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(saved_steps(tmp_path)))
+    try:
+        result = Run(5).train(checkpoints=tmp_path, stop=lambda row: signal.raise_signal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.interrupted
+    assert seen == [[BATCH]]
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        result = Run(5).train(stop=lambda row: signal.raise_signal(signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (result.env_steps, result.interrupted) == (5 * BATCH, False)
+
+
+# ---- Programs: on a full disk, two in one folder.
+
+
+FULL = """
+    import resource, sys
+    from torchrl.record.loggers import CSVLogger
+    folder, limit, saved = sys.argv[1], int(sys.argv[2]), []
+    run = Run(5)
+    def full(row):
+        size = limit if row["env_steps"] == 3 * BATCH else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return row["env_steps"] == 3 * BATCH and sys.argv[3] == "last"
+    run.train(checkpoints=folder, checkpoint_interval=1, stop=full)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 4000, 20_000])
+def test_a_full_disk_costs_one_checkpoint(limit, tmp_path, unbroken):
+    # A file may not grow beyond the limit; writes fail as they do on a full disk.
+    run = program(FULL, tmp_path, limit, "goes on")
+    assert run.wait() == 0
+    said = run.stderr.read()
+    assert f"no checkpoint could be written at {3 * BATCH} env steps ([Errno 27] File too large" in said
+    assert f"the newest one is {checkpoint(tmp_path, 2)}. The training goes on." in said
+    assert saved_steps(tmp_path) == [4 * BATCH, 5 * BATCH]
+    assert_goes_on_as_unbroken(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize("limit", [0, 20_000])
+def test_a_disk_that_is_full_at_the_end_is_an_error(limit, tmp_path, unbroken):
+    run = program(FULL, tmp_path, limit, "last")
+    assert run.wait() == 1
+    assert f"OSError: no checkpoint could be written at {3 * BATCH} env steps" in run.stderr.read()
+    assert saved_steps(tmp_path) == [BATCH, 2 * BATCH]
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+    assert_goes_on_as_unbroken(tmp_path, unbroken)
+
+
+HOLDS = """
+    import sys
+    Run(5).train(checkpoints=sys.argv[1], checkpoint_interval=1, stop=lambda row: print("now", flush=True) or input())
+"""
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    holds = program(HOLDS, tmp_path)
+    try:
+        wait_for(holds)
+        before = contents(tmp_path)
+        for options in ({}, {"resume": True}):
+            with pytest.raises(
+                OSError, match=r"is in use by another training .*Give each its own, such as one for each seed"
+            ):
+                Run(5).train(checkpoints=tmp_path, **options)
+        assert contents(tmp_path) == before
+    finally:
+        holds.kill()
+        holds.wait()
+    Run(5).train(checkpoints=tmp_path, resume=True)  # a lock ends with its program
+
+
+def test_two_runs_of_one_process_in_one_folder(tmp_path):
+    def inner(row):
+        with pytest.raises(OSError, match="held by another training of this process"):
+            Run(5).train(checkpoints=tmp_path)
+        return True
+
+    Run(5).train(checkpoints=tmp_path, stop=inner)
+    Run(5).train(checkpoints=tmp_path)
+
+
+def test_a_killed_run_is_not_held_by_its_envs_processes(tmp_path):
+    forks = """
+        import os, sys, time
+        def fork(row):
+            if os.fork() == 0:
+                sys.stdout.close(); sys.stderr.close(); os.close(1); os.close(2)
+                time.sleep(30)
+                os._exit(0)
+            print("now", flush=True)
+            input()
+        Run(5).train(checkpoints=sys.argv[1], stop=fork)
+    """
+    run = program(forks, tmp_path, start_new_session=True)
+    try:
+        wait_for(run)
+        run.kill()
+        run.wait()
+        Run(5).train(checkpoints=tmp_path)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+
+
+# ---- Envs in processes of their own.
+
+WORKERS = """
+    import os, signal, sys, threading
+    from torchrl.data import Unbounded
+    from torchrl.envs import ParallelEnv
+    from rl2_torchrl import GRUGaussianActor
+    from rl2_torchrl.envs import GymTaskEnv
+
+    class Parallel(Run):
+        def __init__(self):
+            make = lambda: GymTaskEnv("Pendulum-v1", set_task=lambda env, task: None, task_spec=Unbounded((1,)))
+            sampler = TaskSampler(lambda size, generator: torch.rand(*size, 1, generator=generator), seed=1)
+            parts = Compose(Trial(steps=STEPS), sampler, PreviousStep())
+            env = TransformedEnv(ParallelEnv(2, make, mp_start_method="fork"), parts)
+            self.update = self.networks(env, GRUGaussianActor, 4, minibatches=1)
+            sizes = {"frames_per_batch": 2 * STEPS, "total_frames": 10_000 * STEPS}
+            self.collector = Collector(env, self.policy, auto_register_policy_transforms=True, **sizes)
+
+    def stop(row):
+        if row["env_steps"] == 2 * STEPS * 3 and sys.argv[2] == "ctrl-c":  # as a terminal does: to every process, in a rollout
+            threading.Timer(0.05, os.killpg, (0, signal.SIGINT)).start()
+        return row["env_steps"] == 2 * STEPS * 3 and sys.argv[2] == "stop"
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    result = Parallel().train(checkpoints=sys.argv[1], stop=stop, check=False)
+    print("returned", result.env_steps, result.interrupted, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["stop", "ctrl-c"])
+def test_a_training_with_workers_is_saved_and_its_program_ends(how, tmp_path):
+    run = program(WORKERS, tmp_path, how, start_new_session=True)
+    try:
+        said, errors = run.communicate(timeout=300)  # or it would not end
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    (line,) = [line for line in said.splitlines() if line.startswith("returned")]
+    _, env_steps, interrupted = line.split()
+    assert interrupted == str(how == "ctrl-c"), errors
+    assert saved_steps(tmp_path) == [int(env_steps)]
