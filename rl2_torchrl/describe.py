@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.collectors import BaseCollector
+from torchrl.data import Composite
 from torchrl.envs import EnvBase, TransformedEnv
 
 from rl2_torchrl.arguments import require_collector
@@ -21,6 +22,7 @@ from rl2_torchrl.gradients import LOG_PROB, Part
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial, transforms_of
 from rl2_torchrl.update import PPOUpdate
+from rl2_torchrl.workers import TrialWorkers
 
 __all__ = ["Description", "describe"]
 
@@ -71,7 +73,8 @@ def describe(collector: BaseCollector, update: PPOUpdate) -> Description:
     Parameters of a module that two networks share are counted in both.
 
     Args:
-        collector: TorchRL's collector or `TrialCollector`; of envs inside other processes nothing is known.
+        collector: TorchRL's collector, `TrialCollector` or `TrialWorkers`, whose first worker is asked; of envs inside the
+            processes of TorchRL's own collectors nothing is known.
         update: `PPOUpdate`.
 
     Raises:
@@ -92,9 +95,9 @@ def describe(collector: BaseCollector, update: PPOUpdate) -> Description:
     require_collector(collector, "describe(collector, update)")
     if not isinstance(update, PPOUpdate):
         raise TypeError(f"{type(update).__name__} is no PPOUpdate: describe(collector, PPOUpdate(loss)).")
-    env = getattr(collector, "env", None)
-    parts = [*_env(env), *_collector(collector, env)]
-    shapes = _shapes(env, update.loss)
+    parts, spec = _env_of(collector)
+    parts += _collector(collector, spec)
+    shapes = _shapes(spec, update.loss)
     ways = _ways(update)
     for section in ("actor", "critic"):
         network = getattr(update.loss, f"{section}_network")
@@ -103,15 +106,22 @@ def describe(collector: BaseCollector, update: PPOUpdate) -> Description:
 
 
 # ------------------------------------------------------------- what plays
-def _env(env: EnvBase | None) -> list[Described]:
-    if env is None:
-        return [Described("env", "in other processes")]
+def _env_of(collector: BaseCollector) -> tuple[list[Described], Composite | None]:
+    """What the env is made of, and its observation spec; of TorchRL's collectors of several processes nothing."""
+    if isinstance(collector, TrialWorkers):
+        (first, *others), spec = collector.of_env(_env)
+        return [replace(first, what=f"{first.what}, in each of {collector.workers} workers"), *others], spec
+    env = getattr(collector, "env", None)
+    return ([Described("env", "in other processes")], None) if env is None else _env(env)
+
+
+def _env(env: EnvBase) -> tuple[list[Described], Composite]:
     base = env
     while isinstance(base, TransformedEnv):
         base = base.base_env
     rows = f"{env.batch_size.numel()} rows" + f" on {env.device}" * (env.device is not None) + _vector_of(base)
     transforms = [Described("env", type(t).__name__, _transform(t, env)) for t in transforms_of(env)]
-    return [Described("env", type(base).__name__, rows), *transforms]
+    return [Described("env", type(base).__name__, rows), *transforms], env.observation_spec
 
 
 def _vector_of(base: EnvBase) -> str:
@@ -137,11 +147,12 @@ def _transform(transform: nn.Module, env: EnvBase) -> str:
     return ", ".join(_entry(key, shapes) for key in keys if key in shapes)
 
 
-def _collector(collector: BaseCollector, env: EnvBase | None) -> list[Described]:
+def _collector(collector: BaseCollector, spec: Composite | None) -> list[Described]:
     frames, keep = collector.requested_frames_per_batch, getattr(collector, "keep", None)
-    batch = f"{frames:,} steps a batch" + (
-        f", {frames // env.batch_size.numel():,} of each row" if env is not None else ""
-    )
+    batch = f"{frames:,} steps a batch"
+    if spec is not None:
+        workers = collector.workers if isinstance(collector, TrialWorkers) else 1
+        batch += f", {frames // (workers * spec.shape.numel()):,} of each row"
     total = collector.total_frames
     batch += f", {total:,} in all" if total is not None and 0 < total < math.inf else ", without end"
     # TorchRL's own collectors have one way, and no name for it.
@@ -175,14 +186,14 @@ def _ways(update: PPOUpdate) -> dict[NestedKey, Part]:
     return {key: part for part in parts for key in part.out_keys}
 
 
-def _shapes(env: EnvBase | None, loss: nn.Module) -> dict[NestedKey, list[int]]:
+def _shapes(spec: Composite | None, loss: nn.Module) -> dict[NestedKey, list[int]]:
     """Shapes of a single step of a single row, of the env's entries and of what the networks write for them."""
-    if env is None:
+    if spec is None:
         return {}
-    data = env.observation_spec.zero()
-    data["is_init"] = torch.ones(*env.batch_size, 1, dtype=torch.bool, device=env.device)
+    data = spec.zero()
+    data["is_init"] = torch.ones(*spec.shape, 1, dtype=torch.bool, device=spec.device)
     NetworkProbe(copy.deepcopy(loss)).step(data)
-    return {key: list(entry.shape[len(env.batch_size) :]) for key, entry in data.items(True, True)}
+    return {key: list(entry.shape[spec.ndim :]) for key, entry in data.items(True, True)}
 
 
 def _entry(key: NestedKey, shapes: dict[NestedKey, list[int]]) -> str:

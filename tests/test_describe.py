@@ -68,7 +68,7 @@ def test_parts_stand_in_the_order_in_which_data_flows():
 
 def test_what_is_scaled_is_said():
     env = TransformedEnv(GymVectorEnv(Memory, 2), Compose(Trial(steps=2), PreviousStep()))
-    [told] = [part.what for part in _env(env) if part.name == "PreviousStep"]
+    [told] = [part.what for part in _env(env)[0] if part.name == "PreviousStep"]
     assert told == "trans [8] = observation 4 (uint8 / 255), action 2, reward 1, done 1"
 
 
@@ -244,7 +244,7 @@ def test_an_env_in_other_processes():
     transforms = Compose(Trial(episodes=3), TaskSampler(random_mdps(3, 2), seed=1), PreviousStep())
     env = TransformedEnv(ParallelEnv(1, base_mdp), transforms)
     try:
-        name, *_ = [part.name for part in _env(env)]
+        name, *_ = [part.name for part in _env(env)[0]]
     finally:
         env.close(raise_if_closed=False)
     assert name == "ParallelEnv"

@@ -18,13 +18,13 @@ import torch
 
 from recipes import cartpole, grid_navi, half_cheetah, tabular_mdp
 from recipes.command import arguments
-from rl2_torchrl import GRUCategoricalActor, TrialWorkers, train
+from rl2_torchrl import GRUCategoricalActor, TrialCollector, TrialWorkers, describe, train
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.minibatches import require_trials
 from rl2_torchrl.seeding import derived_seed
 from rl2_torchrl.workers import trial_workers
 from rl2_torchrl.workers.player import Player
-from tests.workers import EPISODES, FRAMES, ROWS, STEPS, WORKERS, Setup, leaves_its_number, make_env
+from tests.workers import EPISODES, FRAMES, ROWS, STEPS, WORKERS, Setup, leaves_its_number, make_env, rows_and_process
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 BACKENDS = ["process", pytest.param("ray", marks=needs_ray)]
@@ -54,6 +54,18 @@ def has_ended(pid):
             return True
         time.sleep(0.05)
     return False
+
+
+def test_the_first_worker_says_what_its_env_is(setup):
+    here = TrialCollector(make_env(setup.folder), setup.policy, keep=setup.keep, frames_per_batch=ROWS * STEPS)
+    alone, shared = describe(here, setup.update).parts, describe(setup.collector, setup.update).parts
+    assert [(there.what, here.what) for there, here in zip(shared, alone, strict=True) if there.what != here.what] == [
+        (f"{ROWS} rows on cpu, in each of {WORKERS} workers", f"{ROWS} rows on cpu"),
+        (
+            f"{FRAMES} steps a batch, {STEPS} of each row, without end",
+            f"40 steps a batch, {STEPS} of each row, without end",
+        ),
+    ]
 
 
 def test_rows_are_trials_and_every_worker_has_tasks_of_its_own(setup):
@@ -108,6 +120,14 @@ def test_a_worker_that_is_killed_is_started_anew_and_its_trials_are_counted(setu
     assert len(tasks.unique(dim=0)) == len(tasks)  # it does not play again what the dead one has played
     [killed] = set(pids) - set(collector.pids)
     assert has_ended(killed)
+
+
+def test_of_a_killed_worker_the_one_that_is_started_anew_is_asked(setup):
+    deaths, killed = setup.collector.deaths, setup.collector.pids[0]
+    os.kill(killed, signal.SIGKILL)
+    assert setup.collector.of_env(rows_and_process) == (ROWS, setup.collector.pids[0])
+    assert setup.collector.pids[0] != killed
+    assert setup.collector.deaths == deaths + 1
 
 
 def test_workers_do_what_they_are_told_before_they_play_those_started_anew_too(setup):

@@ -6,6 +6,7 @@ import os
 import random
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,10 @@ class Player(TrialCollector):
         except Exception as error:
             error.add_note(f"in worker {self._number}:\n{traceback.format_exc()}")
             raise
+
+    def of_env(self, function: Callable[[EnvBase], Any]) -> Any:
+        """``function(env)``."""
+        return function(self.env)
 
     def __repr__(self) -> str:  # which Ray puts before each line that an actor prints
         return f"Player(worker {self._number})"

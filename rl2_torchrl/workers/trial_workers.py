@@ -141,9 +141,13 @@ class TrialWorkers(BaseCollector):
         """One batch ``[*B, T]``: the rows of all workers, in the order of their numbers; of envs without rows ``[workers, T]``."""
         # A copy, since what is sent to a process is moved to shared memory, where the learner would change it under the players.
         weights = self._host.sendable(self._weights.cpu().clone().consolidate())
-        batches = self._each(self._play, [weights] * self.workers)
+        batches = self._each(self._ask, [("play", weights, self.before_play)] * self.workers)
         joined = torch.stack(batches) if batches[0].ndim == 1 else torch.cat(batches)
         return joined if self._weights.device is None else joined.to(self._weights.device)
+
+    def of_env(self, function: Callable[[EnvBase], Any]) -> Any:
+        """``function(env)`` of the first worker's env; function and result are pickled."""
+        return self._ask(0, ("of_env", function))
 
     def _each(self, function: Callable, arguments: Sequence) -> list:
         """``function(number, argument)`` of all workers at the same time; the first error is raised once all have ended."""
@@ -153,11 +157,12 @@ class TrialWorkers(BaseCollector):
             raise errors[0]
         return [future.result() for future in futures]
 
-    def _play(self, number: int, weights: Any) -> TensorDictBase:
+    def _ask(self, number: int, what: tuple) -> Any:
+        """What a worker's `Host.call` returns; if the worker dies, a new one is asked."""
         deaths = 0
         while True:
             try:
-                return self._hosts[number].call("play", weights, self.before_play)
+                return self._hosts[number].call(*what)
             except Exception as error:
                 how = self._hosts[number].why_dead(error)
                 if how is None:
