@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import signal
 import sys
 from argparse import SUPPRESS, ArgumentError, ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,9 @@ from recipes.settings import FirstWeights, Learning, Told, require_choices
 __all__ = ["arguments", "command", "settings_by", "typed"]
 
 log = logging.getLogger(__name__)
+
+#: Exit status of a training that Ctrl-C has ended, as a shell has it.
+CUT_SHORT = 128 + signal.SIGINT
 
 
 def settings_by(rule: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
@@ -71,6 +75,9 @@ def command(main: Callable) -> Any:
 
     This package's INFO lines are shown, TorchRL's are not. Where its settings follow from a rule, they are those for the
     arguments on the command line, and ``--help`` shows them: all on one screen, ``--help-all`` each with what it is.
+
+    Raises:
+        SystemExit: Ctrl-C has ended the training, with the status `CUT_SHORT`, after what there is was saved and reported.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rl2_torchrl").setLevel(logging.INFO)
@@ -85,7 +92,10 @@ def command(main: Callable) -> Any:
             raise ValueError("--seeds names no seed: give some, such as --seeds 0 1 2, or leave it out.")
         if run.weights is not None and (unused := _changed(others, defaults)):
             log.warning("%s is played, not trained. Of no effect: %s.", run.weights, ", ".join(unused))
-        return main(run=run, **others)
+        report = main(run=run, **others)
+        if getattr(getattr(report, "train", None), "interrupted", False):
+            sys.exit(CUT_SHORT)  # or a script would go on with what comes next
+        return report
 
     words = ["--help" if word == "--help-all" else word for word in sys.argv[1:]]
     asked = {} if rule is None else typed(rule, words)

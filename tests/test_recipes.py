@@ -5,6 +5,7 @@ import json
 import math
 import re
 import runpy
+import signal
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from recipes.command import arguments, command
 from recipes.experiment import Experiment
 from recipes.run import Run
 from recipes.streams import CLASSICAL_AGENTS, ENVS, HELD_OUT_TASKS, draw_tasks, stream_seed
-from rl2_torchrl import AdaptiveAgent, TaskSampler
+from rl2_torchrl import AdaptiveAgent, Callback, TaskSampler
 from rl2_torchrl.envs import uniform_means
 
 ROOT = Path(__file__).parent.parent
@@ -267,6 +268,30 @@ def test_settings_of_a_training_beside_weights_are_told_to_change_nothing(tmp_pa
         monkeypatch.setattr("sys.argv", ["bandit", *words, *more])
         command(bandit.main)
         assert f"agent.safetensors is played, not trained. Of no effect: {told}." in caplog.text
+
+
+def test_a_command_that_ctrl_c_ended_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
+    train = experiment.train
+    monkeypatch.setattr(
+        experiment, "train", lambda *args, callbacks, **more: train(*args, callbacks=[*callbacks, CtrlC()], **more)
+    )
+    sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "16", "--report-tasks", "4", "--no-classical"]
+    words = [*sizes, "--env-steps", "480", "--no-progress", "--log-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bandit", *words])
+    with pytest.raises(SystemExit) as ended:
+        command(bandit.main)
+    assert ended.value.code == 130
+    assert "48 steps in" in (said := " ".join(capsys.readouterr().out.split()))
+    assert "cut short: --resume goes on" in said
+    assert (tmp_path / "report.json").exists()
+    monkeypatch.setattr(experiment, "train", train)
+    monkeypatch.setattr("sys.argv", ["bandit", *words, "--resume"])
+    assert command(bandit.main).train.env_steps == 480
+
+
+class CtrlC(Callback):
+    def after_update(self, row, progress):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_folder_may_be_text(tmp_path):
