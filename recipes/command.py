@@ -90,8 +90,10 @@ def command(main: Callable) -> Any:
             return run_seeds(program(), run.seeds, run.log_dir, sys.argv[1:])
         if "--seeds" in words:
             raise ValueError("--seeds names no seed: give some, such as --seeds 0 1 2, or leave it out.")
-        if run.weights is not None and (unused := _changed(others, defaults)):
+        if run.weights is not None and (unused := _changed(others, defaults, FirstWeights, Learning, Told)):
             log.warning("%s is played, not trained. Of no effect: %s.", run.weights, ", ".join(unused))
+        if run.initial_weights is not None and (unused := _changed(others, defaults, FirstWeights)):
+            log.warning("The training begins with %s. Of no effect: %s.", run.initial_weights, ", ".join(unused))
         report = main(run=run, **others)
         if getattr(getattr(report, "train", None), "interrupted", False):
             sys.exit(CUT_SHORT)  # or a script would go on with what comes next
@@ -118,10 +120,10 @@ def _require_own_names(main: Callable, defaults: Mapping[str, Any]) -> None:
         )
 
 
-def _changed(groups: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """Those settings of a training that differ from its defaults, as they are typed."""
-    trained = {name: group for name, group in groups.items() if isinstance(group, (FirstWeights, Learning, Told))}
-    own = [(each.name, group, defaults[name]) for name, group in trained.items() for each in fields(group)]
+def _changed(groups: Mapping[str, Any], defaults: Mapping[str, Any], *kinds: type) -> list[str]:
+    """Those settings in groups of these ``kinds`` that differ from their defaults, as they are typed."""
+    chosen = {name: group for name, group in groups.items() if isinstance(group, kinds)}
+    own = [(each.name, group, defaults[name]) for name, group in chosen.items() for each in fields(group)]
     return [
         f"--{name.replace('_', '-')}" for name, group, default in own if getattr(group, name) != getattr(default, name)
     ]

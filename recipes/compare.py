@@ -99,11 +99,22 @@ def standard_error(values: np.ndarray) -> np.ndarray:
 
 
 def seeds(folder: Path) -> list[Path]:
-    """``folder`` itself, where it is a run; the runs within it otherwise."""
+    """``folder`` itself, where it is a run; the runs within it otherwise.
+
+    Raises:
+        ValueError: there is none, or it is a run and holds others, such as those of ``--seeds``.
+    """
     found = [run for run in (folder, *sorted(folder.glob("*"))) if any((run / name).is_file() for name in _HISTORIES)]
     if not found:
         raise ValueError(f"{folder} holds no run: neither it nor a folder in it has a {' or a '.join(_HISTORIES)}.")
-    return [folder] if folder in found else found
+    if folder not in found:
+        return found
+    if within := [run.name for run in found if run not in (folder, folder / "earlier")]:
+        raise ValueError(
+            f"{folder} is a run, and holds others ({', '.join(within)}): their mean is that of a folder of theirs alone. Name "
+            "single runs, or begin the seeds with a --log-dir of their own."
+        )
+    return [folder]
 
 
 def points(run: Path, by: str, scalar: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import cached_property
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ class Experiment:
         measures: what else is reported of each episode, as `adaptation_curve` takes it.
 
     Raises:
-        ValueError: several seeds, which only the command line runs, or weights that would be played in the folder of a training.
+        ValueError: several seeds, which only the command line runs, weights that would be played in the folder of a training, or a
+            ``held_out_seed`` where tasks are the same by any.
     """
 
     def __init__(
@@ -70,6 +72,10 @@ class Experiment:
         if run.seeds:
             raise ValueError(f"seeds={run.seeds}: one call is one run; call main for each, with a log_dir of its own.")
         self.actor, self.make_env, self.distribution, self.run = actor, make_env, distribution, run
+        if run.held_out_seed is not None and not self._depends_on_seed():
+            raise ValueError(
+                f"held_out_seed={run.held_out_seed} has no effect here: which tasks are held out depends on no seed. Leave it out."
+            )
         self.held_out_tasks, self.rows, self.episode_name, self.measures = held_out_tasks, rows, episode_name, measures
 
     def train(self, collector: TrialCollector | TrialWorkers, update: PPOUpdate, **options: Any) -> TrainResult:
@@ -81,7 +87,10 @@ class Experiment:
             return TrainResult()
         if run.initial_weights is not None:
             load_weights(self.actor, run.initial_weights)
-        self._agent(collector)  # what no agent can be made of is noticed before the training
+        with (
+            TemporaryDirectory() as scratch
+        ):  # what no agent can be made of, or none that is saved, is noticed before the training
+            self._agent(collector).save(f"{scratch}/agent.safetensors")
         folder = RunFolder(run, collector, update)
         result = train(
             collector,
@@ -102,6 +111,10 @@ class Experiment:
         is_here = isinstance(collector, TrialCollector)
         env = collector.env if is_here else self.make_env(TaskSampler(self.distribution, seed=0), 1)
         return AdaptiveAgent.from_policy(self.actor, env)
+
+    def _depends_on_seed(self) -> bool:
+        one, other = (draw_tasks(self.distribution, seed, HELD_OUT_TASKS, 8) for seed in (0, 1))
+        return not torch.equal(one, other)
 
     def tasks(self, stream: int, number: int) -> torch.Tensor:
         """``number`` held-out tasks, [number, task_size]."""

@@ -58,7 +58,7 @@ def main(
 
     Args:
         benchmark: goals of one task, or ten or 45 tasks to train on and five others to test on.
-        task: the task of ML1.
+        task: the task of ML1; the others have their own.
         episodes: episodes of a trial.
         horizon: steps of an episode, up to Meta-World's 500.
         recombined: train on the goals of some training tasks with the objects of others, which the agent cannot learn by heart.
@@ -68,6 +68,8 @@ def main(
         learning: batches, and PPO on them.
         run: seeds, where the run begins, which processes play, and what it leaves.
     """
+    if benchmark != "ML1" and task != "reach-v3":
+        raise ValueError(f"task={task!r} is for ML1: {benchmark} has tasks of its own. Leave it out.")
     torch.manual_seed(run.seed)
     goals = load_benchmark(benchmark, task, run.seed)
     train_tasks = recombine(goals.train_tasks, run.seed) if recombined else goals.train_tasks
@@ -96,7 +98,7 @@ def main(
     collector = run.collector(
         partial(make_env, train_tasks), env, policy, update, **learning.frames(episodes * horizon)
     )
-    test, each = partial(make_env, goals.test_tasks), partial(in_order, len(goals.test_tasks))
+    test, each = partial(make_env, goals.test_tasks), partial(spread, len(goals.test_tasks))
     measures = {"held_out_tasks": 50, "rows": 50, "measures": {("info", "success"): "max"}}
     arms = Experiment(actor, test, each, run, **measures)
     result = arms.train(collector, update, eval_interval=25)
@@ -201,9 +203,10 @@ def indices(number: int, batch_size: torch.Size, generator: torch.Generator) -> 
     return torch.randint(number, batch_size, generator=generator)
 
 
-def in_order(number: int, batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """All test tasks in turn, ``[*batch_size]``."""
-    return torch.arange(batch_size.numel()).reshape(batch_size) % number
+def spread(number: int, batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Test tasks ``[*batch_size]``, of every env as many: a benchmark has its ``number`` of them env by env."""
+    chosen = batch_size.numel()
+    return (torch.arange(chosen) * number // chosen).reshape(batch_size)
 
 
 if __name__ == "__main__":

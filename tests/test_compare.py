@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 from importlib.machinery import ModuleSpec
 
@@ -76,6 +77,16 @@ def test_figures_and_plot(two, tmp_path):
     # The last column is of the reports: 5 and 7.
     assert ["a", "2", "3", "4.500 ± 0.500", "3.000 ± 1.000", "6.000 ± 1.000"] in rows
     assert ["b", "1", "2", "1.000", "1.000", "0.000"] in rows
+
+
+def test_a_run_that_holds_others_is_not_shown_for_them(two):
+    write_run(two / "earlier", [(1e6, 60, 9.0)], mean=9.0)
+    assert seeds(two / "seed0") == [two / "seed0"]
+    one = write_run(two / "seed0" / "earlier", [(1e6, 60, 9.0)], mean=9.0).parent
+    assert seeds(one) == [one]
+    shutil.copy(one / "report.json", two)
+    with pytest.raises(ValueError, match=r"is a run, and holds others \(seed0, seed1\): .*--log-dir of their own"):
+        seeds(two)
 
 
 def test_what_cannot_be_compared(two, tmp_path):

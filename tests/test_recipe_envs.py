@@ -126,6 +126,23 @@ def test_a_goal_is_out_of_view_until_its_door_is_open():
         assert reward == pytest.approx(1 - 0.9 * (len(walk) + 3) / 30)
 
 
+def test_test_tasks_of_all_envs_are_played_alike():
+    from recipes.meta_world import spread
+
+    assert (spread(250, torch.Size([50]), None) // 50).bincount().tolist() == [
+        10
+    ] * 5  # ML10's five test envs have 50 each
+    assert torch.equal(spread(50, torch.Size([50]), None), torch.arange(50))
+    assert spread(2, torch.Size([2, 2]), None).tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_task_beside_a_benchmark_of_several_is_refused():
+    from recipes import meta_world
+
+    with pytest.raises(ValueError, match="task='push-v3' is for ML1: ML10 has tasks of its own"):
+        meta_world.main(benchmark="ML10", task="push-v3")
+
+
 @pytest.mark.parametrize("benchmark", ["ML1", "ML10"])
 def test_a_robot_arm(benchmark, tmp_path):
     pytest.importorskip("metaworld")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from recipe_runs import RECIPES, BeforeTraining, result_of, run
 from recipe_settings import unused
+from torchrl.envs import Compose, TransformedEnv
 
 from recipes import (
     bandit,
@@ -25,8 +26,19 @@ from recipes.command import arguments, command
 from recipes.experiment import Experiment
 from recipes.run import Run
 from recipes.streams import CLASSICAL_AGENTS, ENVS, HELD_OUT_TASKS, draw_tasks, stream_seed
-from rl2_torchrl import AdaptiveAgent, Callback, TaskSampler
-from rl2_torchrl.envs import uniform_means
+from rl2_torchrl import (
+    AdaptiveAgent,
+    Callback,
+    GRUCategoricalActor,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialCollector,
+)
+from rl2_torchrl.envs import BernoulliBandit, uniform_means
 
 ROOT = Path(__file__).parent.parent
 
@@ -268,6 +280,42 @@ def test_settings_of_a_training_beside_weights_are_told_to_change_nothing(tmp_pa
         monkeypatch.setattr("sys.argv", ["bandit", *words, *more])
         command(bandit.main)
         assert f"agent.safetensors is played, not trained. Of no effect: {told}." in caplog.text
+
+
+def test_settings_of_first_weights_beside_initial_weights_are_told_to_change_nothing(tmp_path, monkeypatch, caplog):
+    run("bandit", tmp_path, report_tasks=2)
+    sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "16", "--report-tasks", "4", "--no-classical"]
+    words = [*sizes, "--initial-weights", str(tmp_path / "agent.safetensors"), "--env-steps", "48", "--no-progress"]
+    for more, told in (
+        ([], ""),
+        (["--input-gain", "2", "--lr", "0.5"], "agent.safetensors. Of no effect: --input-gain."),
+    ):
+        caplog.clear()
+        monkeypatch.setattr("sys.argv", ["bandit", *words, "--log-dir", str(tmp_path / f"on{len(more)}"), *more])
+        command(bandit.main)
+        assert ("Of no effect" in caplog.text) == bool(told)
+        assert told in caplog.text
+
+
+def test_a_part_that_no_agents_file_can_hold_is_refused_before_the_training(tmp_path):
+    class Own(torch.nn.Tanh):
+        pass
+
+    trial = Compose(Trial(episodes=3), TaskSampler(uniform_means(2)), PreviousStep())
+    env = TransformedEnv(BernoulliBandit(2, batch_size=(2,)), trial)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4, activation=Own, num_cells=(4,))
+    run = Run(tmp_path / "run", report_tasks=2)
+    trained = Experiment(actor, lambda sampler, rows: env, uniform_means(2), run)
+    update = PPOUpdate(RL2PPOLoss(actor, GRUValueHead.from_env(env, hidden_size=4)), minibatches=1)
+    collector = TrialCollector(env, actor, frames_per_batch=6, total_frames=6)
+    with pytest.raises(TypeError, match=r"Own cannot be written to an agent's file.*register_part"):
+        trained.train(collector, update)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_seed_of_held_out_tasks_that_depend_on_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="held_out_seed=7 has no effect here"):
+        run("grid_navi", tmp_path, held_out_seed=7)
 
 
 def test_a_command_that_ctrl_c_ended_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
