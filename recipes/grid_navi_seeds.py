@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -11,50 +12,64 @@ from recipes import grid_navi
 from recipes.command import arguments
 from recipes.help import as_typed
 from recipes.results import table
+from recipes.rules import LearnsFrom
 from rl2_torchrl.report import made_by
 
+#: What differs from the recipe's own settings, which tell the critic the goal.
+DIFFERS: dict[LearnsFrom, dict[str, Any]] = {
+    "rewards": {"critic_keys": ("time_left",), "entropy_decay": "linear"},
+    "task": {},
+}
 COLUMNS = ("seed", "greedy", "share", "sampling", "first_episode", "env_steps", "minutes", "commit")
 
 
 def main(
     *,
     seeds: tuple[int, ...] = tuple(range(20)),
+    learns_from: LearnsFrom = "task",
     env_steps: int = grid_navi.PRESET.learning.env_steps,
     runs: Path = Path("runs/grid_navi_seeds"),
-    page: Path = Path("recipes/results/grid_navi_seeds.md"),
+    page: Path | None = None,
 ) -> list[dict[str, float]]:
     """Trains the seeds that are not there yet, and writes a page and a CSV file of all that are asked for.
 
     Args:
         seeds: seeds of the trainings.
+        learns_from: rewards alone, or also the goal, which the critic is told then.
         env_steps: env steps of each.
         runs: where trainings are kept, a folder each: what is finished is not trained again.
-        page: the page; the table is beside it as CSV, with the paths of the first seed.
+        page: the page; the table is beside it as CSV, with the paths of the first seed. By default grid_navi_seeds.md, or
+            grid_navi_seeds_rewards.md, in recipes/results.
     """
     if not seeds:
         raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
-    rows = [row_of(seed, report_of(seed, env_steps, runs)) for seed in seeds]
+    if page is None:
+        page = Path("recipes/results") / f"grid_navi_seeds{'_rewards' * (learns_from == 'rewards')}.md"
+    folders = [folder_of(seed, env_steps, learns_from, runs) for seed in seeds]
+    rows = [
+        row_of(seed, report_of(seed, env_steps, folder, learns_from))
+        for seed, folder in zip(seeds, folders, strict=True)
+    ]
     page.parent.mkdir(parents=True, exist_ok=True)
     with page.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    shutil.copyfile(folder_of(seeds[0], env_steps, runs) / "path.png", page.with_suffix(".png"))
-    page.write_text(text_of(rows, page))
+    shutil.copyfile(folders[0] / "path.png", page.with_suffix(".png"))
+    page.write_text(text_of(rows, page, learns_from))
     return rows
 
 
-def folder_of(seed: int, env_steps: int, runs: Path) -> Path:
+def folder_of(seed: int, env_steps: int, learns_from: LearnsFrom, runs: Path) -> Path:
     """Where a training is kept."""
-    return runs / f"{env_steps}_seed{seed}"
+    return runs / f"{learns_from}_{env_steps}_seed{seed}"
 
 
-def report_of(seed: int, env_steps: int, runs: Path) -> dict:
-    """The report of a training, which is run where there is none of its."""
-    folder = folder_of(seed, env_steps, runs)
+def report_of(seed: int, env_steps: int, folder: Path, learns_from: LearnsFrom) -> dict:
+    """The report of the training in ``folder``, which is run where there is none."""
     if not (folder / "report.json").exists():
         options = {"seed": seed, "env_steps": env_steps, "log_dir": folder, "progress": False}
-        grid_navi.main(**arguments(grid_navi.main, options))
+        grid_navi.main(**arguments(grid_navi.main, options | DIFFERS[learns_from]))
     return json.loads((folder / "report.json").read_text())
 
 
@@ -67,7 +82,7 @@ def row_of(seed: int, report: dict) -> dict[str, float]:
     return dict(zip(COLUMNS, (seed, *figures, *effort), strict=True))
 
 
-def text_of(rows: list[dict[str, float]], page: Path) -> str:
+def text_of(rows: list[dict[str, float]], page: Path, learns_from: LearnsFrom) -> str:
     """The page."""
     near, exact = (sum(row["share"] >= share for row in rows) for share in (0.995, 0.99999))
     optimum = rows[0]["greedy"] / rows[0]["share"]
@@ -85,7 +100,7 @@ def text_of(rows: list[dict[str, float]], page: Path) -> str:
     ]
     made = made_by()
     paragraphs = [
-        "# grid navi seeds",
+        f"# grid navi seeds{', rewards only' * (learns_from == 'rewards')}",
         f"Return of 4 episodes, over all 21 goals alike; the Bayes optimum is {optimum:.3f}. Of {len(rows)} seeds {near} "
         f"earn 99.5 % of it or more greedily, {exact} all of it. VariBAD's appendix: RL² in 0 of 20.",
         table(head, cells),

@@ -43,7 +43,7 @@ def report(greedy, commit="abc"):
 def test_page_of_seeds(tmp_path):
     runs, page = tmp_path / "runs", tmp_path / "pages" / "seeds.md"
     for seed, greedy in enumerate((40.0, 39.8, 39.79)):  # 100 %, 99.5 %, less
-        folder = grid_navi_seeds.folder_of(seed, 2_000_000, runs)
+        folder = grid_navi_seeds.folder_of(seed, 2_000_000, "task", runs)
         folder.mkdir(parents=True)
         (folder / "report.json").write_text(json.dumps(report(greedy)))
         (folder / "path.png").write_bytes(b"png")
@@ -67,6 +67,10 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
     assert row["share"] == pytest.approx(row["greedy"] / 37.2142857, abs=1e-4)
     [file] = (tmp_path / "runs").rglob("report.json")
     assert json.loads(file.read_text())["title"] == "RL² on GridNavi (task told in training: critic)"
+    grid_navi_seeds.main(**options, learns_from="rewards")
+    [other] = set((tmp_path / "runs").rglob("report.json")) - {file}
+    assert json.loads(other.read_text())["title"] == "RL² on GridNavi (rewards only)"
+    assert options["page"].read_text().startswith("# grid navi seeds, rewards only\n")
     monkeypatch.setattr(grid_navi, "main", None)
     assert grid_navi_seeds.main(**options) == [row]
     with pytest.raises(ValueError, match="seeds is empty"):
