@@ -10,8 +10,8 @@ __all__ = ["RL2_SETTINGS"]
 
 PRETRAINED = Path("recipes/pretrained")
 
-#: Ten pulls: the defaults of recipes.bandit. The plain sum of ten rewards needs no discount, and what a pull earns is seen at
-#: once: a short horizon for the advantages (lambda 0.3) has the least noise.
+#: Ten pulls: the defaults that recipes.bandit had before its rule. The plain sum of ten rewards needs no discount, and what a pull
+#: earns is seen at once: a short horizon for the advantages (lambda 0.3) has the least noise.
 SHORT: dict[str, Any] = {"trials": 1024, "gamma": 1.0, "lmbda": 0.3, "epochs": 4, "minibatches": 8, "entropy": 0.02}
 #: More episodes. An agent of ten, as it is, earned 437 over 25 and 919 over 50: what lacks is a memory that tells means apart which
 #: have been seen ten times and more. Optimism is there from the start, as it was when those weights were left.

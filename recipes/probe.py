@@ -44,7 +44,8 @@ def main(
     """Probes agents, and writes a page, a plot and a CSV file of R² by step.
 
     Args:
-        agents: files of agents, named after their envs: bandits_<pulls>_<arms>.safetensors and mdps_<episodes>.safetensors.
+        agents: files of agents, named after their envs: bandits_<pulls>_<arms>_<learns from>.safetensors and
+            mdps_<episodes>_<learns from>.safetensors.
         trials: held-out tasks, a trial each; the readout is fitted on one half of them.
         ridge: weight of the readout's squared weights, per trial; hidden states are brought to unit scale first.
         page: the page; plot and CSV are beside it.

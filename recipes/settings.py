@@ -115,7 +115,7 @@ class FirstWeights(Settings):
     """What the core's weights are at first, as `orthogonal_init_` takes it.
 
     Args:
-        memory_steps: steps over which the slowest units remember; None: all forget at once.
+        memory_steps: steps over which the slowest units remember; None: all forget half with every step.
         input_gain: factor on the input weights.
         gate_gain: further factor on those of the update gates.
     """
