@@ -246,6 +246,12 @@ class StopAtGoal:
             self._held = self._held + 1 if self._reached(row) else 0
         return self._held >= STOP_EVALUATIONS
 
+    def state_dict(self) -> dict[str, int]:
+        return {"held": self._held}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._held = state["held"]
+
     def _reached(self, row: dict[str, float]) -> bool:
         if self._task == "velocity":
             return row["eval/last_speed_error"] <= STOP_ERROR

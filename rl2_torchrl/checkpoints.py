@@ -27,7 +27,7 @@ __all__ = ["RunCheckpoints", "Stateful"]
 log = logging.getLogger(__name__)
 
 #: Of what is in a checkpoint; another number is not read.
-FORMAT = 4
+FORMAT = 5
 _KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _HISTORY, _LOCK = "checkpoint-history.jsonl", "checkpoint.lock"
@@ -321,17 +321,25 @@ def _require_writable(folder: Path) -> None:
 
 
 class _States:
-    """Several objects as one component of a checkpoint, by their place in the list."""
+    """Several objects as one component of a checkpoint, by their classes; several of one class in their order."""
 
     def __init__(self, objects: Sequence[Stateful]):
-        self._objects = objects
+        self._objects: dict[str, Stateful] = {}
+        for each in objects:
+            name, number = type(each).__qualname__, 2
+            while name in self._objects:
+                name, number = f"{type(each).__qualname__} {number}", number + 1
+            self._objects[name] = each
 
     def state_dict(self) -> dict[str, Any]:
-        return {str(number): state for number, each in enumerate(self._objects) if (state := each.state_dict())}
+        return {name: state for name, each in self._objects.items() if (state := each.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for number, own in state.items():
-            self._objects[int(number)].load_state_dict(own)
+        for name, own in state.items():
+            if name in self._objects:
+                self._objects[name].load_state_dict(own)
+            else:
+                log.warning("the state of %s is lost: the run had it among its callbacks, and this one has not.", name)
 
 
 class _CollectorState:

@@ -18,7 +18,8 @@ from rl2_torchrl.arguments import require_flags, whole
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.rollout import Rollout, trial_steps
-from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP
+from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, transforms_of
 
 __all__ = ["AdaptationCurve", "adaptation_curve", "with_shuffled_rewards", "with_zeroed_memory"]
 
@@ -121,8 +122,8 @@ def adaptation_curve(
 ) -> AdaptationCurve:
     """Plays ``num_trials`` whole trials and returns the return of every episode separately, and how many steps it took.
 
-    Row i of the result is the i-th trial that began: with ``TaskSampler.fixed(tasks)`` and ``num_trials=len(tasks)`` it is
-    the trial on task i. Give the env held-out tasks: fixed ones, or a sampler with a seed that training does not use.
+    Row i of the result is the i-th trial that began: with ``TaskSampler.fixed(tasks)`` it is the trial on task i, in each call
+    anew. Give the env held-out tasks: fixed ones, or a sampler with a seed that training does not use.
 
     Trials are played by the `Rollout` that training plays by: the memory begins anew with every trial.
 
@@ -171,6 +172,9 @@ def adaptation_curve(
     _require_still_statistics(env)
     measured = {unravel_key(("next", key)): how for key, how in (measures or {}).items()}
     _require_measures(env, measures or {})
+    for each in transforms_of(env):
+        if isinstance(each, TaskSampler):  # an evaluation before this one may have left it anywhere
+            each.rewind()
     # No step is taken beyond the last trial's end.
     kept = [*_KEPT, *(key for key in measured if key not in _KEPT)]
     rollout = Rollout(env, policy, trial_steps(env) or 1, kept, ablation=ablation, on_step=on_step)

@@ -52,14 +52,14 @@ class Minibatches:
                 f"{self.count} minibatches cannot be made of {number} chunks of {self.steps} steps: collect more trials in a "
                 "batch, or ask for fewer minibatches."
             )
-        self.rows, keys = math.ceil(number / self.count), set(chunks.keys(True, True))
+        self.rows = math.ceil(number / self.count)
         if (smallest := (number - 1) % self.rows + 1) < self.learners.size:
             raise ValueError(
                 f"the {number} chunks of the joint batch make minibatches of {self.rows} and a last one of {smallest}, too few for "
                 f"each of {self.learners.size} processes to have one: collect more trials in a batch, or ask for fewer minibatches."
             )
         # One buffer for the whole training: first touch of fresh memory costs more than the copy.
-        if self._buffer is None or (keys, number) != (self.chunks.keys(), len(self._buffer)):
+        if self._buffer is None or _sizes(chunks) != _sizes(self.chunks):
             self._buffer = TensorDictReplayBuffer(
                 storage=LazyTensorStorage(number, device=self.device or chunks.device or torch.device("cpu")),
                 sampler=SamplerWithoutReplacement(shuffle=self.shuffle),
@@ -71,7 +71,7 @@ class Minibatches:
         with quiet_torchrl():
             self._buffer.extend(chunks)
         stored = self._buffer.storage[:]
-        self.chunks = {key: stored.get(key) for key in keys}
+        self.chunks = {key: stored.get(key) for key in chunks.keys(True, True)}
 
     def order(self) -> torch.Tensor:
         """The numbers ``[num_chunks]`` of the chunks in the order of the next pass, as iterating over the buffer takes them."""
@@ -83,6 +83,11 @@ class Minibatches:
             own = self.learners.share(index)
             self.weight = len(own) / len(index)
             yield {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
+
+
+def _sizes(chunks: TensorDictBase | dict[NestedKey, torch.Tensor]) -> dict[NestedKey, tuple[torch.Size, torch.dtype]]:
+    entries = chunks.items(True, True) if isinstance(chunks, TensorDictBase) else chunks.items()
+    return {key: (entry.shape, entry.dtype) for key, entry in entries}
 
 
 def split_rows(batch: TensorDictBase, bptt: int | None) -> TensorDictBase:

@@ -42,6 +42,9 @@ class AdaptationReport:
         title: what was learnt, for the plot.
         episode_name: what an episode is called in the plot, e.g. ``"pull"``.
 
+    Raises:
+        ValueError: two curves would be shown under one name.
+
     Examples:
         >>> import torch
         >>> curve = AdaptationCurve(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
@@ -59,6 +62,13 @@ class AdaptationReport:
     seed: int | None = None
     title: str = "RL²"
     episode_name: str = "episode"
+
+    def __post_init__(self):
+        names = [name for name, _ in (*self._own(), *self._ablated(), *self._classical())]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"two curves would be called {', '.join(twice)}, and one be lost: name baselines otherwise."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-compatible values, with the command, seed and versions that made it.
@@ -90,12 +100,22 @@ class AdaptationReport:
 
     def summary(self) -> dict[str, float | str]:
         """The few figures that a page of results shows of a run, in its order: the agent, its ablations, classical agents."""
-        curves = {"RL²": self.agent, "greedy": self.greedy, **self.ablations, **self.baselines}
-        figures: dict[str, float | str] = {_label(name): f"{c.mean:.3f} ± {c.se:.3f}" for name, c in curves.items()}
+        curves = [*self._own(), *self._ablated(), *self._classical()]
+        figures: dict[str, float | str] = {name: f"{curve.mean:.3f} ± {curve.se:.3f}" for name, curve in curves}
         for name in self.agent.shown:
             first, last = self.agent.shown_as(name).per_episode[[0, -1]].tolist()
             figures[f"{_label(name)}, first and last {self.episode_name}"] = f"{first:.3f}, {last:.3f}"
         return figures if self.optimum is None else {**figures, "optimum": round(self.optimum, 3)}
+
+    # What each curve is called, wherever one is shown: classical agents may have the names of ways in which ours plays.
+    def _own(self) -> list[tuple[str, AdaptationCurve]]:
+        return [("RL²", self.agent), ("RL², greedy", self.greedy)]
+
+    def _ablated(self) -> list[tuple[str, AdaptationCurve]]:
+        return [(f"RL², {_label(name)}", curve) for name, curve in self.ablations.items()]
+
+    def _classical(self) -> list[tuple[str, AdaptationCurve]]:
+        return [(_label(name), curve) for name, curve in self.baselines.items()]
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``report.json`` and ``report.png`` into ``folder`` and returns the path of the first.
@@ -126,12 +146,12 @@ class AdaptationReport:
             table.add_column(f"{_label(name)}, first → last", justify="right")
         if self.optimum is not None:
             table.add_row("Bayes optimum (exact)", f"{self.optimum:.3f}", "", "", "", style="dim")
-        rows = {"[bold]RL²": self.agent, "[bold]RL², greedy": self.greedy, **self.baselines}
-        for name, curve in sorted(rows.items(), key=lambda item: -item[1].mean):
-            table.add_row(_label(name), *_cells(curve, self.agent.shown))
+        rows = [*((f"[bold]{name}", curve) for name, curve in self._own()), *self._classical()]
+        for name, curve in sorted(rows, key=lambda row: -row[1].mean):
+            table.add_row(name, *_cells(curve, self.agent.shown))
         table.add_section()
-        for name, curve in self.ablations.items():
-            table.add_row(f"RL², {_label(name)}", *_cells(curve, self.agent.shown))
+        for name, curve in self._ablated():
+            table.add_row(name, *_cells(curve, self.agent.shown))
         return table
 
     # ------------------------------------------------------------------ plot
@@ -174,15 +194,15 @@ class AdaptationReport:
     def _reference_lines(self, axes) -> None:
         if self.optimum is not None:
             axes.axhline(self.optimum, color="black", lw=1, ls="--", label=f"Bayes optimum {self.optimum:.2f}")
-        for color, (name, curve) in zip(cycle(_COLORS), self.baselines.items(), strict=False):
-            axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{_label(name)} {curve.mean:.2f}")
+        for color, (name, curve) in zip(cycle(_COLORS), self._classical(), strict=False):
+            axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{name} {curve.mean:.2f}")
 
     def _plot_adaptation(self, axes, measure: str | None = None) -> None:
         """The mean return of each episode, or the mean of a measure, which classical agents may lack."""
-        for color, (name, curve) in zip(cycle(_COLORS), self.baselines.items(), strict=False):
-            _band(axes, curve, measure, _label(name), color=color, lw=1.5)
-        for style, (name, curve) in zip(cycle(("--", ":", "-.")), self.ablations.items(), strict=False):
-            _band(axes, curve, measure, f"RL², {_label(name)}", color="grey", lw=1.5, ls=style)
+        for color, (name, curve) in zip(cycle(_COLORS), self._classical(), strict=False):
+            _band(axes, curve, measure, name, color=color, lw=1.5)
+        for style, (name, curve) in zip(cycle(("--", ":", "-.")), self._ablated(), strict=False):
+            _band(axes, curve, measure, name, color="grey", lw=1.5, ls=style)
         _band(axes, self.agent, measure, "RL²", color=_AGENT, lw=2.5)
         axes.set(
             xlabel=f"{self.episode_name} of the trial",

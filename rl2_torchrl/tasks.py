@@ -86,6 +86,11 @@ class TaskSampler(Transform):
         """
         return cls(_InOrder(tasks), seed=0, task_key=task_key)
 
+    def rewind(self) -> None:
+        """Hands out `fixed` tasks from the first one on; of drawn tasks there is no first one."""
+        if isinstance(self.distribution, _InOrder):
+            self.distribution.position = 0
+
     @property
     def generator(self) -> torch.Generator:
         """What all tasks are drawn from."""
@@ -137,16 +142,14 @@ class TaskSampler(Transform):
                 f"the task distribution gave a {type(task).__name__}: it returns a tensor or TensorDict [*batch_size, ...], drawn "
                 "by the torch.Generator that it is given, so that tasks follow the seed."
             )
-        task = task.to(spec.device)
-        feature_shape = spec.shape[len(self._base_env.batch_size) :]
-        if not isinstance(spec, Composite):
-            expected = torch.Size([*batch_size, *feature_shape])
-            if task.shape != expected or task.dtype != spec.dtype:
-                raise ValueError(
-                    f"the task distribution gave {tuple(task.shape)} of {task.dtype} for batch_size {tuple(batch_size)}; "
-                    f"the env's state_spec asks for {tuple(expected)} of {spec.dtype}. A distribution returns one task "
-                    "a row: [*batch_size, ...]."
-                )
+        task, num_rows = task.to(spec.device), len(self._base_env.batch_size)
+        given, asked = _leaves(task, 0), _leaves(spec, num_rows)
+        asked = {name: (torch.Size([*batch_size, *shape]), dtype) for name, (shape, dtype) in asked.items()}
+        if given != asked:
+            raise ValueError(
+                f"the task distribution gave {_in_words(given)} for batch_size {tuple(batch_size)}; the env's state_spec asks for "
+                f"{_in_words(asked)}. A distribution returns one task a row: [*batch_size, ...]."
+            )
         return task
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
@@ -196,6 +199,19 @@ class TaskSampler(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("TaskSampler is a transform of environments; it has no meaning in a replay buffer.")
+
+
+_Leaves = dict[NestedKey, tuple[torch.Size, torch.dtype]]
+
+
+def _leaves(of: torch.Tensor | TensorDictBase | TensorSpec, num_rows: int) -> _Leaves:
+    """Shape without the first ``num_rows`` dimensions, and dtype, of a task or its spec; of a TensorDict by name."""
+    items = of.items(True, True) if isinstance(of, TensorDictBase | Composite) else [("", of)]
+    return {name: (each.shape[num_rows:], each.dtype) for name, each in items}
+
+
+def _in_words(leaves: _Leaves) -> str:
+    return ", ".join(f"{name} {tuple(shape)} of {dtype}".lstrip() for name, (shape, dtype) in leaves.items())
 
 
 def _takes_two(function: Any) -> bool:
@@ -254,6 +270,11 @@ class _InOrder:
     """The task distribution of `TaskSampler.fixed`: row after row of ``tasks`` [num_tasks, ...], round and round."""
 
     def __init__(self, tasks: torch.Tensor | TensorDictBase):
+        if not isinstance(tasks, torch.Tensor | TensorDictBase):
+            raise TypeError(
+                f"TaskSampler.fixed got a {type(tasks).__name__}: give a tensor or TensorDict [num_tasks, ...], such as "
+                "torch.as_tensor(tasks, dtype=torch.float32)."
+            )
         if not len(tasks):
             raise ValueError("TaskSampler.fixed got no task: an evaluation over nothing would report NaN.")
         self.tasks = tasks

@@ -118,7 +118,8 @@ def train(
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.
         stop: called with each update's scalars, those of an evaluation among them, by the names that ``history`` has:
-            ``"env_steps"``, ``"train/..."``, ``"time/seconds"``; True ends the training early.
+            ``"env_steps"``, ``"train/..."``, ``"time/seconds"``; True ends the training early. One that counts, such as
+            evaluations in a row, has a ``state_dict`` and a ``load_state_dict``, for checkpoints.
         check: look for what goes wrong without a word (`check_training`) on the first batch, before the first update; it
             costs less than an iteration. An ``update`` that is no `PPOUpdate` cannot be checked.
         progress: show a progress bar.
@@ -162,7 +163,8 @@ def train(
     result, returns, scalars = TrainResult(env_steps=_frames(collector, 0)), _TrialReturns(), ScalarLog(logger)
     parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
     total = collector.total_frames
-    with RunCheckpoints(checkpoints, **parts, scalars=scalars) as saved:
+    stateful = [*callbacks, *[stop] * hasattr(stop, "state_dict")]
+    with RunCheckpoints(checkpoints, **{**parts, "callbacks": stateful}, scalars=scalars) as saved:
         goes_on = resume and (saved.load_latest(resume_changes) or result.env_steps > 0)
         if goes_on:
             scalars.go_on_from(result.history, result.env_steps)
@@ -486,7 +488,7 @@ class _Clock:
 
 
 class _TrialReturns:
-    """Mean return of the trials that end within a batch, those that began in an earlier one included."""
+    """Mean return of the trials that end within a batch and were seen from their beginning, be it in an earlier one."""
 
     def __init__(self):
         self.carry: torch.Tensor | None = None  # what each row's running trial has earned so far
@@ -494,8 +496,9 @@ class _TrialReturns:
     def __call__(self, batch: TensorDictBase) -> float:
         reward = batch["next", "reward"].reshape(-1, batch.shape[-1])
         done = batch["next", "done"].reshape(reward.shape)
-        if self.carry is None:
-            self.carry = reward.new_zeros(len(reward), dtype=torch.float64)
+        if self.carry is None:  # NaN: who begins in the middle of a trial has not seen what it had earned
+            unseen = math.nan if "is_init" in batch.keys() else 0.0
+            self.carry = reward.new_full((len(reward),), unseen, dtype=torch.float64)
         if "is_init" in batch.keys():  # the running trial may be lost, with a worker that has died
             self.carry[batch["is_init"][..., 0, :].reshape(-1)] = 0.0
         finished, begin = [], 0
@@ -506,7 +509,7 @@ class _TrialReturns:
             self.carry[ended] = 0.0
             begin = last + 1
         self._add(reward[:, begin:])
-        return torch.cat(finished).mean().item() if finished else math.nan
+        return torch.cat(finished).nanmean().item() if finished else math.nan
 
     def _add(self, rewards: torch.Tensor) -> None:
         self.carry += rewards.sum(-1, dtype=torch.float64)

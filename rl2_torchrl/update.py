@@ -334,12 +334,18 @@ class PPOUpdate:
             coefficient = self.given_coefficients["entropy_coeff"] * self.entropy_schedule(progress)
             self.loss.entropy_coeff.fill_(coefficient)
 
+    def _scheduled(self) -> set[str]:
+        """What schedules move."""
+        schedules = {"lr": self.lr_schedule, "entropy_coeff": self.entropy_schedule}
+        return {name for name, schedule in schedules.items() if schedule is not None}
+
     # ----------------------------------------------------------- checkpoints
     def state_dict(self) -> dict:
         """State of networks, optimizer and, if there is one, the shuffling's generator; and the numbers that were given."""
         generator = None if self._generator is None else self._generator.get_state()
         state = {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": generator}
         state |= {"given_options": self.given_options, "given_coefficients": self.given_coefficients}
+        state["scheduled"] = sorted(self._scheduled())
         own = self.advantage.state_dict() if isinstance(self.advantage, nn.Module) else {}
         return {**state, "advantage": own} if own else state
 
@@ -347,7 +353,7 @@ class PPOUpdate:
         """Restores what `state_dict` returned; ValueError where it is that of another kind of optimizer.
 
         Learning rate and other options of the optimizer, and the loss's coefficients, are the saved ones, but for those that this
-        update was given another number for.
+        update was given another number for, and those that a schedule has moved then and none moves now: they are as given.
         """
         own, other = (set(s["param_groups"][0]) for s in (self.optimizer.state_dict(), state["optimizer"]))
         if own != other:
@@ -363,6 +369,12 @@ class PPOUpdate:
         for name, value in self.given_coefficients.items():
             if value != state["given_coefficients"][name]:
                 getattr(self.loss, name).fill_(value)
+        freed = set(state["scheduled"]) - self._scheduled()
+        if "lr" in freed:
+            for group, given in zip(self.optimizer.param_groups, self.given_options, strict=True):
+                group["lr"] = given["lr"]
+        if "entropy_coeff" in freed:
+            self.loss.entropy_coeff.fill_(self.given_coefficients["entropy_coeff"])
         if "advantage" in state:
             self.advantage.load_state_dict(state["advantage"])
         if self._generator is not None and state["generator"] is not None:
@@ -420,6 +432,10 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
         raise ValueError("the loss has no parameters to train: are all of them frozen (requires_grad=False)?")
     if entropy_schedule is not None and not loss.entropy_bonus:
         raise ValueError("entropy_schedule has nothing to schedule: build the loss with entropy_bonus=True.")
+    if entropy_schedule is not None and getattr(loss, "_entropy_coeff_map", None):
+        raise ValueError(
+            "entropy_schedule moves one weight, and the loss has one for each of several heads (entropy_coeff=): give one number."
+        )
     if not hidden_keys(loss.actor_network):
         raise ValueError(
             "the actor hands no hidden state on to its next step, so it cannot adapt within a trial: use a recurrent "

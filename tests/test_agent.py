@@ -240,6 +240,16 @@ def test_transforms_that_cannot_be_taken_along():
         AdaptiveAgent.from_policy(make(env), env)
 
 
+@pytest.mark.parametrize("key", ["observation", "trans", "reward"])
+def test_what_changes_behind_the_transition_input_cannot_be_taken_along(key):
+    norm = RewardScaling(0.0, 2.0) if key == "reward" else ObservationNorm(loc=1.0, scale=2.0, in_keys=[key])
+    transforms = Compose(rl2.Trial(steps=5), rl2.PreviousStep(), norm)
+    env = TransformedEnv(GymVectorEnv("CartPole-v1", 2), transforms)
+    words = rf"{type(norm).__name__} stands behind PreviousStep and changes \['{key}'\].*Put it before PreviousStep"
+    with pytest.raises(NotImplementedError, match=words):
+        AdaptiveAgent.from_policy(make(env), env)
+
+
 def test_one_hot_actions_are_numbers_outside():
     env = trial_env(GymEnv("CartPole-v1"))
     agent = AdaptiveAgent.from_policy(make(env), env)

@@ -83,7 +83,7 @@ class AdaptiveAgent:
         if not isinstance(env, EnvBase):
             raise TypeError(f"{type(env).__name__} is no env, which comes second: from_policy(policy, env).")
         # A copy: rollouts' functions hold on to the weights as they are, and a training may go on.
-        actor = deepcopy(actor_of(policy)).cpu()
+        actor = deepcopy(actor_of(policy)).cpu().eval()
         return cls(PolicyStep(actor, signature_of(actor, env)), signature_of(actor, env))
 
     @classmethod
@@ -105,7 +105,7 @@ class AdaptiveAgent:
             )
         about, weights = read_agent(path)
         signature = Signature.from_json(about["signature"])
-        return cls(PolicyStep(build_policy(about["policy"], weights), signature), signature)
+        return cls(PolicyStep(build_policy(about["policy"], weights).eval(), signature), signature)
 
     def save(self, path: str | Path) -> Path:
         """Writes weights, architecture and the env's specs to one file, from which `load` needs nothing else; returns the path.

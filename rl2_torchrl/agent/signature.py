@@ -269,6 +269,19 @@ def transition_of(env: EnvBase, keys: Sequence[NestedKey]) -> PreviousStep:
     return writers[0]
 
 
+def require_nothing_behind(env: EnvBase, transition: PreviousStep, keys: Sequence[NestedKey]) -> None:
+    """NotImplementedError where a transform behind ``transition`` writes one of ``keys``, or its input, made last."""
+    transforms = list(transforms_of(env))
+    behind = transforms[next(n for n, each in enumerate(transforms) if each is transition) + 1 :]
+    for each in behind:
+        changed = [key for key in (*keys, transition.out_key) if key in each.out_keys]
+        if changed and type(each) in (ObservationNorm, RewardScaling):
+            raise NotImplementedError(
+                f"{type(each).__name__} stands behind PreviousStep and changes {changed}, which an agent makes its input of: what "
+                "it is shown would not be what it was trained on. Put it before PreviousStep."
+            )
+
+
 def base_of(env: EnvBase) -> EnvBase:
     """The env below all transforms."""
     return base_of(env.base_env) if isinstance(env, TransformedEnv) else env

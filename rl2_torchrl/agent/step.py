@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.agent.signature import Signature, acted_of, name_of, observed_of, reward_of, transition_of
+from rl2_torchrl.agent.signature import (
+    Signature,
+    acted_of,
+    name_of,
+    observed_of,
+    require_nothing_behind,
+    reward_of,
+    transition_of,
+)
 from rl2_torchrl.modules import ActorCritic
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.actor_critic import hidden_keys
@@ -156,6 +164,7 @@ def signature_of(actor: ProbabilisticTensorDictSequential, env: EnvBase) -> Sign
     transition = transition_of(env, read)
     layout = transition.layout()
     whole = [key for key in read if key != transition.out_key and key not in layout.observations]
+    require_nothing_behind(env, transition, [*layout.observations, env.reward_key])
     observations = observed_of(env, [*layout.observations, *whole])
     specs = {key: observed.spec for key, observed in observations.items()}
     firsts, distribution = initial_memory(actor, 1), distribution_of(actor.module[-1])

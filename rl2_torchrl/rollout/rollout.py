@@ -104,7 +104,8 @@ class Rollout:
         """The next batch ``[*B, T]``: the same TensorDict each time, with what others have added to it left in place."""
         trials, play = self.trials, self._play
         trials.start_batch()
-        if trials.is_repeatable:
+        # A graph holds what is done on the device alone: not what a user looks at, or changes, between two steps.
+        if trials.is_repeatable and self.on_step is None and self.ablation is None:
             replay = GraphReplay(self._play, trials.device, [trials.env.generator])
             play = self._replays.setdefault(exploration_type(), replay)
         with _one_thread() if trials.has_threads else nullcontext(), set_recurrent_mode(False):
