@@ -250,6 +250,20 @@ def test_what_changes_behind_the_transition_input_cannot_be_taken_along(key):
         AdaptiveAgent.from_policy(make(env), env)
 
 
+def test_an_agent_plays_without_what_only_training_does(tmp_path):
+    env = bandits()
+    actor = make(env, encoder=partial(rl2.MLPEncoder, activation=partial(nn.Dropout, 0.5)), hidden_size=8)
+    agent = AdaptiveAgent.from_policy(actor, env)  # whose policy is in training, and stays so
+    assert actor.training
+    for each in (agent, AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))):
+        memories = []
+        for _ in range(2):
+            each.new_trial()
+            each.act(deterministic=True)
+            memories.append(each.memory[-1].clone())
+        assert torch.equal(*memories)
+
+
 def test_one_hot_actions_are_numbers_outside():
     env = trial_env(GymEnv("CartPole-v1"))
     agent = AdaptiveAgent.from_policy(make(env), env)

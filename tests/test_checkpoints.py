@@ -174,6 +174,43 @@ def test_callbacks_go_on_too(tmp_path):
     assert [row["updates"] for row in result.history] == [1.0, 2.0, 3.0]
 
 
+class Doubles(Counter):
+    """Another class, which counts as well."""
+
+
+def test_states_of_callbacks_go_to_their_own_classes(tmp_path, caplog):
+    first, second, double = Counter(), Counter(), Doubles()
+    second.updates, double.updates = 10, 20
+    Run(updates=2).train(checkpoints=tmp_path, callbacks=[first, second, double])
+    among = [Callback(), Doubles(), Counter()]
+    Run(updates=2).train(checkpoints=tmp_path, callbacks=among, resume=True)
+    assert [each.updates for each in among[1:]] == [22, 2]
+    assert "the state of Counter 2 is lost: the run had it among its callbacks, and this one has not" in caplog.text
+
+
+class StopsAt:
+    """True after ``number`` updates of the whole run."""
+
+    def __init__(self, number):
+        self.left = number
+
+    def __call__(self, row):
+        self.left -= 1
+        return self.left <= 0
+
+    def state_dict(self):
+        return {"left": self.left}
+
+    def load_state_dict(self, state):
+        self.left = state["left"]
+
+
+def test_a_stop_that_counts_goes_on_counting(tmp_path):
+    Run(updates=2).train(checkpoints=tmp_path, stop=StopsAt(3))
+    result = Run(updates=6).train(checkpoints=tmp_path, stop=StopsAt(3), resume=True)
+    assert len(result.history) == 3
+
+
 def test_a_second_call_on_one_collector(tmp_path):
     unbroken = Run(updates=4)
     unbroken.train()

@@ -336,6 +336,14 @@ def make_report(**kwargs):
     return AdaptationReport(**{**entries, **kwargs})
 
 
+def test_a_classical_agent_called_as_a_way_to_play_takes_nothings_place():
+    report = make_report(baselines={"greedy": make_report().agent})
+    summary = report.summary()
+    assert (summary["RL², greedy"], summary["greedy"]) == ("2.333 ± 0.333", "2.000 ± 0.577")
+    with pytest.raises(ValueError, match="two curves would be called RL², greedy, and one be lost"):
+        make_report(baselines={"RL², greedy": report.agent})
+
+
 def test_report_as_dict():
     report = make_report().to_dict()
     # Trial returns 1, 2, 3 of the agent, 2, 2, 3 in deterministic mode, and 0, 1, 2.

@@ -112,5 +112,8 @@ def test_cheetahs_stop_goals():
     stop = half_cheetah.StopAtGoal("direction")
     rows = [row, row, {}, {**row, "eval/last_forward": 179.0}, row, {"train/loss": 1.0}, row, row]
     assert [stop(r) for r in rows] == [False] * 7 + [True]
+    other = half_cheetah.StopAtGoal("direction")
+    other.load_state_dict(stop.state_dict())
+    assert other(row)  # held, as of the run that is gone on with
     stop, row = half_cheetah.StopAtGoal("velocity"), {"eval/trial_return": 0.0, "eval/last_speed_error": 25.0}
     assert [stop(r) for r in [row, row, {**row, "eval/last_speed_error": 25.1}, row, row, row]] == [False] * 5 + [True]

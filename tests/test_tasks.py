@@ -373,9 +373,37 @@ def test_task_that_does_not_fit_the_env(task, message):
         bandits(TaskSampler(task)).reset()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"goal": torch.zeros(3, 5)},
+            r"gave goal \(3, 5\) of torch.float32, .*asks for goal \(3, 2\) of torch.float32",
+        ),
+        ({"goal": torch.zeros(3, 2).double()}, r"gave goal \(3, 2\) of torch.float64"),
+        ({"gaol": torch.zeros(3, 2)}, r"gaol \(3, 2\)"),
+        ({"walls": None}, r"gave goal \(3, 2\) of torch.float32 for batch_size"),
+    ],
+)
+def test_nested_task_that_does_not_fit_the_env(changes, message):
+    def distribution(size, generator):
+        task = gridworlds(size, generator)
+        for name, value in changes.items():
+            task = task.exclude(name) if value is None else task.set(name, value)
+        return task
+
+    env = gridworld_env((3,))
+    env.transform[1].distribution = distribution
+    with pytest.raises(ValueError, match=message):
+        env.reset()
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="needs a callable.*got Tensor.*TaskSampler.fixed"):
         TaskSampler(torch.zeros(3))
+    for tasks in ([[0.1], [0.2]], torch.rand(2, 1).numpy()):
+        with pytest.raises(TypeError, match=r"got a (list|ndarray): give a tensor or TensorDict \[num_tasks, ...\]"):
+            TaskSampler.fixed(tasks)
     with pytest.raises(ValueError, match="got no task"):
         TaskSampler.fixed(torch.zeros(0, 2))
     with pytest.raises(RuntimeError, match="no meaning in a replay buffer"):

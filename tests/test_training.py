@@ -81,6 +81,15 @@ def test_trial_returns_by_hand():
     assert [row["train/trial_return"] for row in rows] == [3.0, 22.0]
 
 
+def test_trials_whose_beginning_was_not_seen_do_not_count():
+    first = batch_of([[1, 2, 4, 8], [1, 1, 1, 1]], [[0, 1, 0, 1], [0, 0, 0, 1]])
+    first["is_init"] = torch.tensor([[False, False, True, False], [True, False, False, False]]).unsqueeze(-1)
+    second = batch_of([[3], [5]], [[1], [1]])
+    second["is_init"] = torch.ones(2, 1, 1, dtype=torch.bool)
+    # Row 0 was in the middle of a trial, of which 1 + 2 is the tail; then 4 + 8. Row 1: 4.
+    assert [row["train/trial_return"] for row in train_on([first, second]).history] == [8.0, 4.0]
+
+
 @pytest.mark.parametrize(("ends", "said"), [([], [10]), ([9], []), ([12], [10])])
 def test_trials_that_do_not_end_are_said_once(ends, said, caplog):
     batches = [batch_of([[1, 1]], [[0, number in ends]]) for number in range(25)]

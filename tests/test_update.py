@@ -401,6 +401,14 @@ def test_arguments_of_another_kind(name, value, message):
         PPOUpdate(make_loss(entropy_bonus=True), **{name: value})
 
 
+def test_a_schedule_of_several_weights_is_refused():
+    loss = make_loss(entropy_bonus=True, entropy_coeff={"action": 0.1})
+    with pytest.raises(
+        ValueError, match="entropy_schedule moves one weight, and the loss has one for each of several heads"
+    ):
+        PPOUpdate(loss, entropy_schedule=linear_decay)
+
+
 def test_an_optimizer_of_other_parameters_or_with_a_learning_rate_beside_it():
     loss, other = make_loss(), make_loss()
     with pytest.raises(ValueError, match="are not the loss's"):
@@ -615,6 +623,31 @@ def test_schedules_go_on_from_the_initial_rate_after_a_resume():
     other = PPOUpdate(make_loss(), lr=1e-3, lr_schedule=linear_decay)
     other.load_state_dict(update.state_dict())
     assert other(make_batch(), 0.75)["lr"] == pytest.approx(0.25e-3)
+
+
+def test_what_a_schedule_moved_is_as_given_where_none_moves_it_any_more():
+    entropy = {"entropy_bonus": True, "entropy_coeff": 0.25}
+    schedules = {"lr_schedule": linear_decay, "entropy_schedule": linear_decay}
+    update = PPOUpdate(make_loss(**entropy), lr=1e-3, **schedules)
+    update(make_batch(), 0.75)
+    for kept in schedules:
+        other = PPOUpdate(make_loss(**entropy), lr=1e-3, **{kept: schedules[kept]})
+        other.load_state_dict(copy.deepcopy(update.state_dict()))
+        lr, coefficient = other.optimizer.param_groups[0]["lr"], other.loss.entropy_coeff.item()
+        assert (lr, coefficient) == pytest.approx((0.25e-3, 0.25) if kept == "lr_schedule" else (1e-3, 0.0625))
+    # What a user has moved stays where it is.
+    update = PPOUpdate(make_loss(), lr=1e-3)
+    update.optimizer.param_groups[0]["lr"] = 5e-4
+    other = PPOUpdate(make_loss(), lr=1e-3)
+    other.load_state_dict(update.state_dict())
+    assert other.optimizer.param_groups[0]["lr"] == 5e-4
+
+
+def test_one_update_trains_on_trials_of_one_length_and_then_of_another():
+    update = PPOUpdate(make_loss(), minibatches=2)
+    for steps in (6, 9, 6):
+        assert math.isfinite(update(make_batch(steps=steps))["loss"])
+        assert {entry.shape[:2] for entry in update._chunks.chunks.values()} == {(4, steps)}
 
 
 def test_the_advantage_is_computed_once_and_on_the_whole_batch():
