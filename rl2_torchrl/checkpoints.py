@@ -19,7 +19,7 @@ from rl2_torchrl.collector import load_rollout_state, rollout_state
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
-from rl2_torchrl.settings import differences, networks_of, settings_of
+from rl2_torchrl.settings import differences, moved, networks_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 
 __all__ = ["RunCheckpoints", "Stateful"]
@@ -82,6 +82,7 @@ class RunCheckpoints:
         self._collector, self._result, self._scalars = collector, result, scalars
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings, self._networks = settings_of(collector, update), networks_of(update)
+        self._moved: set[str] = set()  # attributes of the env that play has changed
         self._own = _CollectorState(collector)
         self._parts = {
             "update": update,
@@ -154,7 +155,9 @@ class RunCheckpoints:
 
     def _write(self, rollout: bool) -> None:
         state = self._state(rollout)
+        self._moved |= moved(self._settings, settings_of(self._collector, self._parts["update"]))
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
+        about["moved"] = sorted(self._moved)
         about["history"] = self._history.write(self._result.history)
         save_tree({**about, "state": state}, self._path())
         self._scalars.is_of(self._folder)
@@ -235,7 +238,9 @@ class RunCheckpoints:
                 f"resume_changes={sorted(unknown)} are no settings; near are {near or sorted(self._settings)}."
             )
         networks = differences(tree["networks"], self._networks)
+        self._moved |= set(tree["moved"])
         settings = differences(tree["settings"], self._settings)
+        settings = {name: words for name, words in settings.items() if name not in self._moved}
         follows = {"env.observation", "env.state"} if networks else ()  # their memories are entries of the env
         refused = [name for name in settings if name not in changes and name not in follows]
         wrong = []

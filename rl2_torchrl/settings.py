@@ -16,7 +16,7 @@ from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import transforms_of
 from rl2_torchrl.update import PPOUpdate
 
-__all__ = ["differences", "networks_of", "settings_of"]
+__all__ = ["differences", "moved", "networks_of", "settings_of"]
 
 Settings = dict[str, Any]
 
@@ -52,6 +52,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
         name: [json.dumps(side[name]) if name in side else "none" for side in (then, now)] for name in {**then, **now}
     }
     return {name: f"{name}: {old} then, {new} now" for name, (old, new) in words.items() if old != new}
+
+
+def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Names of what stood among the env's settings ``then`` and is another number ``now``: where it stands, and no setting."""
+    return {name for name in differences(then, now) if name.startswith("env.") and name.count(".") == 1}
 
 
 def _env(env: EnvBase | None) -> Settings:

@@ -174,6 +174,30 @@ def test_callbacks_go_on_too(tmp_path):
     assert [row["updates"] for row in result.history] == [1.0, 2.0, 3.0]
 
 
+class Counts(BernoulliBandit):
+    """Counts its pulls in an attribute that anybody may read, as envs do with what they stand at."""
+
+    def __init__(self, **options):
+        super().__init__(3, batch_size=(ROWS,), seed=2, **options)
+        self.pulls, self.goal = 0, 7
+
+    def advance(self, state, action):
+        self.pulls += 1
+        return super().advance(state, action)
+
+
+def test_where_an_env_stands_is_no_setting(tmp_path):
+    run = Run(updates=4, env=Counts())
+    run.train(checkpoints=tmp_path, stop=lambda row: True)
+    assert run.bandit.pulls > 0
+    assert len(run.train(checkpoints=tmp_path, resume=True, stop=lambda row: True).history) == 2
+    other = Run(updates=4, env=Counts())
+    other.bandit.goal = 8
+    with pytest.raises(ValueError, match=r"other settings \(env.goal: 7 then, 8 now\)"):
+        other.train(checkpoints=tmp_path, resume=True)
+    assert len(Run(updates=4, env=Counts()).train(checkpoints=tmp_path, resume=True).history) == 4
+
+
 class Doubles(Counter):
     """Another class, which counts as well."""
 

@@ -356,3 +356,25 @@ def test_the_first_trials_follow_a_seed_too(name, transforms):
             results.append([next(iterator).clone() for _ in range(3)])
     assert_same(*results[:2])
     assert not torch.equal(results[0][0]["task"], results[2][0]["task"])
+
+
+@pytest.mark.parametrize(
+    ("options", "by_replay"),
+    [({}, True), ({"on_step": lambda state: None}, False), ({"ablation": lambda state: state}, False)],
+)
+def test_what_a_user_looks_at_between_steps_is_in_no_graph(options, by_replay, monkeypatch):
+    replays = []
+
+    class Replay:
+        def __init__(self, function, *_):
+            self.function = function
+
+        def __call__(self):
+            replays.append(self.function)
+            self.function()
+
+    monkeypatch.setattr("rl2_torchrl.rollout.rollout.GraphReplay", Replay)
+    env = make_env("bandit", episodes=6)
+    rollout = Rollout(env, make_policy(env), 6, ["action"], **options)
+    rollout()
+    assert bool(replays) == by_replay
