@@ -71,8 +71,8 @@ def test_a_training_that_is_refused_at_its_first_update_leaves_all_of_the_last_r
 
 
 def test_commands_and_seeds_of_a_run_that_went_on(tmp_path):
-    run("grid_navi", tmp_path, seed=3, held_out_seed=7)
-    run("grid_navi", tmp_path, seed=3, held_out_seed=7, updates=3, resume=True)
+    run("bandit", tmp_path, seed=3, held_out_seed=7)
+    run("bandit", tmp_path, seed=3, held_out_seed=7, updates=3, resume=True)
     heading = (tmp_path / "about.txt").read_text().partition("\n\n")[0].splitlines()
     assert len(heading) == 6  # three lines of each
     assert heading[2] == heading[5] == "seed=3, held_out_seed=7, workers=0"
