@@ -67,7 +67,8 @@ def main(
     )
     collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **learning.frames(episodes * horizon))
     ants = Experiment(actor, make_env, tasks, run, held_out_tasks=64, rows=64)
-    report = ants.report(ants.train(collector, update), title="RL² on Ant, direction")
+    title = f"RL² on Ant, {'all directions' if all_directions else 'direction'}"
+    report = ants.report(ants.train(collector, update), title=title)
     return publish(report, run)
 
 

@@ -88,7 +88,7 @@ def curve_of(name: str, runs: list[Path], by: str = "steps", scalar: str = "eval
     # Each run's own points, as far as all go; between its own a run is taken to be on the line.
     x = np.unique(np.concatenate([x[x <= end] for x, _ in each]))
     values = np.stack([np.interp(x, *run) for run in each])
-    reports = [read_report(run) for run in runs if (run / _HISTORIES[0]).is_file()]
+    reports = [report for run in runs if len((report := read_report(run))["train"]["history"]) == len(history(run))]
     reported = [report["agent"]["mean"] for report in reports]
     return Curve(name, len(each), x, values.mean(0), standard_error(values), reported)
 
@@ -130,11 +130,10 @@ def points(run: Path, by: str, scalar: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def history(run: Path) -> list[dict[str, float]]:
-    """A run's rows of scalars: its report's, and of one that is running what its last checkpoint has."""
-    report, lines = (run / name for name in _HISTORIES)
-    if report.is_file():
-        return read_report(run)["train"]["history"]
-    return list(map(json.loads, lines.read_text().splitlines()))
+    """A run's rows of scalars: its report's, or what its last checkpoint has, of one that is running or goes on."""
+    checkpoints = run / _HISTORIES[1]
+    saved = list(map(json.loads, checkpoints.read_text().splitlines())) if checkpoints.is_file() else []
+    return max(read_report(run)["train"]["history"], saved, key=len)
 
 
 def draw(curves: list[Curve], by: str, scalar: str) -> Figure:

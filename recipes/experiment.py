@@ -74,7 +74,7 @@ class Experiment:
         self.actor, self.make_env, self.distribution, self.run = actor, make_env, distribution, run
         if run.held_out_seed is not None and not self._depends_on_seed():
             raise ValueError(
-                f"held_out_seed={run.held_out_seed} has no effect here: which tasks are held out depends on no seed. Leave it out."
+                f"held_out_seed={run.held_out_seed} has no effect: which tasks are held out does not depend on it. Leave it out."
             )
         self.held_out_tasks, self.rows, self.episode_name, self.measures = held_out_tasks, rows, episode_name, measures
 

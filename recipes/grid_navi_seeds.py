@@ -1,7 +1,6 @@
 """Seeds of RL² on GridNavi that come to the Bayes optimum (in VariBAD's appendix 0 of 20): a training each, and a page of them."""
 
 import csv
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import tyro
 from recipes import grid_navi
 from recipes.command import arguments
 from recipes.help import as_typed
+from recipes.reports import finished_report
 from recipes.results import table
 from recipes.rules import LearnsFrom
 from rl2_torchrl.report import made_by
@@ -66,11 +66,9 @@ def folder_of(seed: int, env_steps: int, learns_from: LearnsFrom, runs: Path) ->
 
 
 def report_of(seed: int, env_steps: int, folder: Path, learns_from: LearnsFrom) -> dict:
-    """The report of the training in ``folder``, which is run where there is none."""
-    if not (folder / "report.json").exists():
-        options = {"seed": seed, "env_steps": env_steps, "log_dir": folder, "progress": False}
-        grid_navi.main(**arguments(grid_navi.main, options | DIFFERS[learns_from]))
-    return json.loads((folder / "report.json").read_text())
+    """The report of the training in ``folder``, which is run where it is not finished."""
+    options = {"seed": seed, "env_steps": env_steps, "log_dir": folder, "progress": False, **DIFFERS[learns_from]}
+    return finished_report(folder, lambda **how: grid_navi.main(**arguments(grid_navi.main, options | how)))
 
 
 def row_of(seed: int, report: dict) -> dict[str, float]:

@@ -71,7 +71,8 @@ def main(
     if benchmark != "ML1" and task != "reach-v3":
         raise ValueError(f"task={task!r} is for ML1: {benchmark} has tasks of its own. Leave it out.")
     torch.manual_seed(run.seed)
-    goals = load_benchmark(benchmark, task, run.seed)
+    # Meta-World's own test goals of a seed are the training goals of the next one.
+    goals = load_benchmark(benchmark, task, stream_seed(run.seed, TRAIN_TASKS))
     train_tasks = recombine(goals.train_tasks, run.seed) if recombined else goals.train_tasks
 
     def make_env(tasks: Sequence[Any], sampler: TaskSampler, rows: int) -> TransformedEnv:

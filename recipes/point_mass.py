@@ -12,7 +12,7 @@ from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
 from recipes.run import Run
 from recipes.settings import Learning, Network
-from recipes.streams import TRAIN_TASKS, stream_seed
+from recipes.streams import ENVS, TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -62,6 +62,7 @@ def main(
 
     def make_env(sampler: TaskSampler, rows: int) -> TransformedEnv:
         masses = SerialEnv(rows, lambda: HiddenTarget(steps))
+        masses.set_seed(stream_seed(run.seed, ENVS))  # where episodes begin
         trial = Compose(
             Trial(episodes=episodes), sampler, DoubleToFloat(), PreviousStep()
         )  # DMControl counts in float64

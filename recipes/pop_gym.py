@@ -1,5 +1,6 @@
 """RL² on POPGym (Morad et al. 2023): games in which what was seen must be remembered; an episode is a trial."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,17 @@ class EpochsReport(AdaptationReport):
 
     def entries(self) -> dict[str, Any]:
         """The epochs' returns, the best of them, and their mean over the training."""
-        return {"epoch_returns": self.epochs, "mmer": max(self.epochs), "mean_over_training": mean(self.epochs)}
+        return {"epoch_returns": self.epochs, **self._of_training("mmer", "mean_over_training")}
 
     def summary(self) -> dict[str, float | str]:
         """The figures of the training before those of held-out episodes."""
-        of_training = {"best epoch (MMER)": max(self.epochs), "mean over training": mean(self.epochs)}
+        of_training = self._of_training("best epoch (MMER)", "mean over training")
         return {**{name: f"{value:.3f}" for name, value in of_training.items()}, **super().summary()}
+
+    def _of_training(self, best: str, over_all: str) -> dict[str, float]:
+        """Nothing where an agent was only played, or in whose training no episode ended."""
+        known = [epoch for epoch in self.epochs if not math.isnan(epoch)]
+        return {best: max(known), over_all: mean(known)} if known else {}
 
 
 def epoch_returns(history: list[dict[str, float]]) -> list[float]:

@@ -28,6 +28,12 @@ def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
         report = read_report(run)
         if not report["train"]["history"]:
             raise ValueError(f"{run} holds no report of a training, which a page is made of.")
+        same = [other for other, known in reports[report["title"]] if known["seed"] == report["seed"]]
+        if same:
+            raise ValueError(
+                f"{run} and {same[0]} are both {report['title']!r} of seed {report['seed']}: one run, or two of other settings. "
+                "Make a page for each."
+            )
         reports[report["title"]].append((run, report))
     if not reports:
         raise ValueError("runs is empty: name the folders of finished runs, as --runs runs/half_cheetah.")
@@ -59,20 +65,27 @@ def figures(reports: list[dict]) -> str:
     """A row for each figure, a column for each seed."""
     head = ["", *(f"seed {report['seed']}" for report in reports)]
     tasks = ["held-out tasks", *(f"{report['agent']['num_tasks']:,}" for report in reports)]
-    steps = ["env steps", *(f"{report['train']['env_steps']:,}" for report in reports)]
+    cut = [" (cut short)" * bool(report["train"].get("interrupted")) for report in reports]
+    steps = ["env steps", *(f"{r['train']['env_steps']:,}{short}" for r, short in zip(reports, cut, strict=True))]
     minutes = ["minutes of training", *(f"{report['train']['seconds'] / 60:.1f}" for report in reports)]
-    rows = [[name, *(str(report["summary"][name]) for report in reports)] for name in reports[0]["summary"]]
+    names = dict.fromkeys(name for report in reports for name in report["summary"])
+    rows = [[name, *(str(report["summary"].get(name, "")) for report in reports)] for name in names]
     return table(head, [*rows, tasks, steps, minutes])
 
 
 def learning_curve(report: dict, rows: int = 12) -> str:
     """What evaluations during the training said, at most ``rows`` of them, the first and the last among them."""
     evaluated = evaluations(report)
-    names = [name for name in evaluated[0] if name.startswith("eval/")]
+    # Not all evaluations have all: steps are said where episodes differ in them.
+    names = dict.fromkeys(name for row in evaluated for name in row if name.startswith("eval/"))
     count = min(rows, len(evaluated))
     shown = sorted({round(i * (len(evaluated) - 1) / max(1, count - 1)) for i in range(count)})
     cells = [
-        [f"{row['env_steps'] / 1e6:.2f}", f"{row['time/seconds'] / 60:.1f}", *(f"{row[name]:.2f}" for name in names)]
+        [
+            f"{row['env_steps'] / 1e6:.2f}",
+            f"{row['time/seconds'] / 60:.1f}",
+            *(f"{row[name]:.2f}" if name in row else "" for name in names),
+        ]
         for row in map(evaluated.__getitem__, shown)
     ]
     return table(["million env steps", "minutes", *(name[5:].replace("_", " ") for name in names)], cells)
@@ -98,7 +111,8 @@ def curves(title: str, runs: list[Path], page: Path) -> list[str]:
             for run in runs
             for row in evaluations(json.loads((run / "report.json").read_text()))
         ]
-        names = [name for name in rows[0] if name in ("run", "env_steps", "time/seconds") or name.startswith("eval/")]
+        shown = dict.fromkeys(name for row in rows for name in row)
+        names = [name for name in shown if name in ("run", "env_steps", "time/seconds") or name.startswith("eval/")]
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

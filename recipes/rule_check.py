@@ -1,7 +1,6 @@
 """The rules of `recipes.rules` on tasks that they were not made from: sizes alone, beside the best that humans designed."""
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ import tyro
 from recipes import bandit, tabular_mdp
 from recipes.command import arguments
 from recipes.help import as_typed
+from recipes.reports import finished_report
 from recipes.results import table
 from rl2_torchrl.report import made_by
 
@@ -109,13 +109,11 @@ def main(
 
 
 def report_of(check: Check, cell: tuple[int, ...], runs: Path) -> dict:
-    """The report of a training, which is run where there is none."""
+    """The report of a training, which is run where it is not finished."""
     sizes = dict(zip(check.sizes, cell, strict=True))
     folder = runs / "_".join(f"{number}_{size}" for size, number in sizes.items())
-    if not (folder / "report.json").exists():
-        main = check.recipe.main
-        main(**arguments(main, {**sizes, "log_dir": folder, "progress": False}))
-    return json.loads((folder / "report.json").read_text())
+    main, options = check.recipe.main, {**sizes, "log_dir": folder, "progress": False}
+    return finished_report(folder, lambda **how: main(**arguments(main, options | how)))
 
 
 def row_of(check: Check, cell: tuple[int, ...], report: dict) -> dict[str, float]:
@@ -155,12 +153,14 @@ def text_of(check: Check, rows: list[dict[str, float]]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     commits = ", ".join(dict.fromkeys(row["commit"] or "-" for row in rows))
     enough = f"{sum(row['share'] >= 0.985 for row in rows)} of {len(rows)} earn 98.5 % of {check.rival_title} or more."
+    is_held_apart = set(cells) <= set(check.cells)
+    held_apart = " that the rule of `recipes/rules.py` was not made from, chosen before it was" if is_held_apart else ""
     paragraphs = [
         "# rule check",
-        f"{check.tasks} that the rule of `recipes/rules.py` was not made from, chosen before it was; nothing but "
+        f"{check.tasks}{held_apart}; nothing but "
         f"{', '.join(check.sizes[:-1])} and {check.sizes[-1]} was said. Return of a held-out trial, RL² acting by sampling, one "
         f"seed each; {check.rival_title} on the same tasks, its constant tuned {check.tuned}. {enough}"
-        f"{' ' * bool(check.remark)}{check.remark}",
+        f"{f' {check.remark}' if check.remark and is_held_apart else ''}",
         table([*head, "million env steps", "minutes"], lines),
         "\n".join(["```", *(check.command(cell) for cell in cells), "```"]),
         f"The page by `{made['command']}`, trainings at commits {commits}, with {versions}.",

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -17,10 +18,11 @@ import tyro
 from matplotlib.figure import Figure
 
 from recipes import bandit, grid_navi
-from recipes.compare import Curve, curve, draw_curves, with_error
+from recipes.compare import Curve, curve_of, draw_curves, with_error
 from recipes.help import as_typed
 from recipes.other_programs import PROGRAMS, Trials, trial_return
 from recipes.presets import PRESETS
+from recipes.reports import finished_report
 from recipes.results import table
 from recipes.rules import bandit_settings
 from recipes.run import Run
@@ -32,6 +34,8 @@ from rl2_torchrl.report import made_by
 
 NAMES = {"rl2_torchrl": "rl2_torchrl", "plain": "RL² by hand (plain PyTorch)", "sb3": "SB3-contrib RecurrentPPO"}
 EVALUATIONS = 20
+#: Folders of the trainings of a world by a program.
+Runs = dict[tuple[str, str], list[Path]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,12 @@ class World:
     held_out: Callable[[int], torch.Tensor]
     best: Callable[[], float]
     recipe: Callable[..., object]
+
+    def shortened(self, env_steps: int | None, trials: int | None) -> Learning:
+        """``learning`` of so many env steps, in whole batches of so many trials; None for the world's own."""
+        rows = trials or self.learning.trials
+        steps = whole_batches(env_steps or self.env_steps, rows * self.trials(1, 0).steps)
+        return replace(self.learning, env_steps=steps, trials=rows)
 
     def trials(self, rows: int, seed: int, tasks: TaskDistribution | None = None) -> Trials:
         """``rows`` trials, on tasks of their own or those of ``tasks``."""
@@ -118,24 +128,28 @@ def main(
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    for name, program, seed in product(worlds, programs, seeds):
-        run = Run(folder / name / program / f"seed{seed}", seed=seed, report_tasks=2_100, progress=False)
-        if not (run.log_dir / "report.json").is_file():
-            train(WORLDS[name], program, env_steps, trials, run)
+    if not seeds:
+        raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
+    learnings = {name: WORLDS[name].shortened(env_steps, trials) for name in worlds}
+    runs = {
+        (name, program): [folder / f"{name}_{each.env_steps}_{each.trials}" / program / f"seed{seed}" for seed in seeds]
+        for (name, each), program in product(learnings.items(), programs)
+    }
+    for (name, program), folders in runs.items():
+        for seed, log_dir in zip(seeds, folders, strict=True):
+            run = Run(log_dir, seed=seed, report_tasks=2_100, progress=False)
+            finished_report(log_dir, partial(train, WORLDS[name], program, learnings[name], run))
     page.parent.mkdir(parents=True, exist_ok=True)
-    draw(folder, worlds, programs).savefig(page.with_suffix(".png"), dpi=110)
-    page.write_text("\n\n".join(written(folder, worlds, programs, page)) + "\n")
+    draw(runs, worlds, programs).savefig(page.with_suffix(".png"), dpi=110)
+    page.write_text("\n\n".join(written(runs, worlds, programs, page)) + "\n")
     return page
 
 
-def train(world: World, program: str, env_steps: int | None, trials: int | None, run: Run) -> None:
-    """A training of ours, or of another program."""
+def train(world: World, program: str, learning: Learning, run: Run, *, resume: bool) -> None:
+    """A training of ours, or of another program, which begins anew."""
     torch.manual_seed(run.seed)
-    rows = trials or world.learning.trials
-    steps = whole_batches(env_steps or world.env_steps, rows * world.trials(1, run.seed).steps)
-    learning = replace(world.learning, env_steps=steps, trials=rows)
     if program == "rl2_torchrl":
-        world.recipe(learning=learning, run=run)
+        world.recipe(learning=learning, run=replace(run, resume=resume))
     else:
         learn(world, program, learning, run)
 
@@ -167,13 +181,13 @@ def learn(world: World, program: str, learning: Learning, run: Run) -> None:
 
 
 # ------------------------------------------------------------------------ page
-def draw(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...]) -> Figure:
+def draw(runs: Runs, worlds: tuple[str, ...], programs: tuple[str, ...]) -> Figure:
     """A row for each world: held-out return over env steps, and over minutes."""
     figure = Figure(figsize=(10, 3.6 * len(worlds)), layout="constrained")
     for row, name in zip(figure.subplots(len(worlds), 2, squeeze=False), worlds, strict=True):
         for axes, by in zip(row, ("steps", "minutes"), strict=True):
             axes.axhline(WORLDS[name].best(), color="0.4", ls=":", lw=1, label="Bayes optimum")
-            draw_curves(axes, curves(folder, name, programs, by), by, "held-out return of a trial")
+            draw_curves(axes, curves(runs, name, programs, by), by, "held-out return of a trial")
             axes.set_title(WORLDS[name].title)
             axes.get_legend().remove()
         row[1].set_xscale("log")
@@ -181,13 +195,12 @@ def draw(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...]) -> Fi
     return figure
 
 
-def curves(folder: Path, world: str, programs: tuple[str, ...], by: Literal["steps", "minutes"]) -> list[Curve]:
+def curves(runs: Runs, world: str, programs: tuple[str, ...], by: Literal["steps", "minutes"]) -> list[Curve]:
     """The curve of each program."""
-    found = [curve(folder / world / program, by, "eval/trial_return") for program in programs]
-    return [replace(each, name=NAMES[program]) for program, each in zip(programs, found, strict=True)]
+    return [curve_of(NAMES[program], runs[world, program], by, "eval/trial_return") for program in programs]
 
 
-def written(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...], page: Path) -> list[str]:
+def written(runs: Runs, worlds: tuple[str, ...], programs: tuple[str, ...], page: Path) -> list[str]:
     """The page's paragraphs."""
     about = made_by()
     parts = [
@@ -196,33 +209,46 @@ def written(folder: Path, worlds: tuple[str, ...], programs: tuple[str, ...], pa
         "alone: those of our recipe; means of the seeds. By hand: `torch.nn.GRU`, shared by policy and value, PPO over whole "
         "trials (`recipes/other_programs.py`). RecurrentPPO: its LSTM, a trial is an episode, and its input the transition "
         "that RL² sees. Evaluations, on the same held-out tasks by sampled actions, are part of the minutes.",
+        "The networks are each program's own, and a part of what is compared: all have a memory of 64 units; our recipe has a "
+        "hidden layer of 128 behind it, first weights that remember a whole trial, and a critic of layers of its own that is told "
+        "the time left; the others have linear heads of policy and value alone, and first weights as usual.",
         f"![held-out return]({page.with_suffix('.png').name})",
     ]
     for name in worlds:
-        parts += [f"## {WORLDS[name].title}: Bayes optimum {WORLDS[name].best():.3f}", figures(folder, name, programs)]
+        parts += [f"## {WORLDS[name].title}: Bayes optimum {WORLDS[name].best():.3f}", figures(runs, name, programs)]
     versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
     return [*parts, f"Made by `{about['command']}` (commit {about['commit']}) with {versions}."]
 
 
-def figures(folder: Path, world: str, programs: tuple[str, ...]) -> str:
+def figures(runs: Runs, world: str, programs: tuple[str, ...]) -> str:
     """A row for each program: at equal env steps, at equal minutes, and how long it took to come near the optimum."""
-    by_steps, by_minutes = (curves(folder, world, programs, by) for by in ("steps", "minutes"))
-    end, near = min(each.x[-1] for each in by_minutes), 0.95 * WORLDS[world].best()
+    by_steps, by_minutes = (curves(runs, world, programs, by) for by in ("steps", "minutes"))
+    last, end = (min(each.x[-1] for each in those) for those in (by_steps, by_minutes))
+    near = 0.95 * WORLDS[world].best()
     rows = []
     for steps, minutes in zip(by_steps, by_minutes, strict=True):
         reached = np.flatnonzero(minutes.mean >= near)
         rows.append(
             [
                 steps.name,
-                with_error(steps.mean[-1], steps.se[-1]),
+                with_error(np.interp(last, steps.x, steps.mean), np.interp(last, steps.x, steps.se)),
                 with_error(np.interp(end, minutes.x, minutes.mean), np.interp(end, minutes.x, minutes.se)),
                 f"{minutes.x[reached[0]]:.2f}" if len(reached) else "-",
                 f"{minutes.x[-1]:.2f}",
                 f"{1e3 * steps.x[-1] / minutes.x[-1] / 60:.1f}",
             ]
         )
-    last = f"after {by_steps[0].x[-1]:.1f} M env steps"
-    return table(["", last, f"after {end:.2f} minutes", "minutes to 95 %", "minutes in all", "1,000 env steps/s"], rows)
+    return table(
+        [
+            "",
+            f"after {last:.1f} M env steps",
+            f"after {end:.2f} minutes",
+            "minutes to 95 %",
+            "minutes in all",
+            "1,000 env steps/s",
+        ],
+        rows,
+    )
 
 
 if __name__ == "__main__":

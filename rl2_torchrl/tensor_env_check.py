@@ -82,17 +82,18 @@ class _Checked:
     def __init__(self, env: TensorEnv, tasks: TaskDistribution | None, num_steps: int):
         self.env, self.num_steps = env, num_steps
         generator = torch.Generator().manual_seed(0)
-        spec = env.full_state_spec["task"]
+        spec = env.full_state_spec["task"] if "task" in env.full_state_spec.keys() else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # specs draw from PyTorch's default generator; a check finds the same each time
-            draws = [spec.rand() if tasks is None else tasks(env.batch_size, generator) for _ in range(_NUM_TASKS)]
+            number = 0 if spec is None else _NUM_TASKS  # an env may have no task
+            draws = [spec.rand() if tasks is None else tasks(env.batch_size, generator) for _ in range(number)]
             self.actions = [env.action_spec.rand() for _ in range(num_steps)]
         self.tasks = [task.to(env.device) for task in draws]
         self.every_row = torch.ones(env.batch_size, dtype=torch.bool, device=env.device)
 
     # ---------------------------------------------------------------- playing
-    def task(self, number: int = 0) -> Tensor | TensorDictBase:
-        return self.tasks[number % len(self.tasks)].clone()
+    def task(self, number: int = 0) -> Tensor | TensorDictBase | None:
+        return self.tasks[number % len(self.tasks)].clone() if self.tasks else None
 
     def start(self, number: int = 0, rows: Tensor | None = None) -> Step:
         return self.with_more(self.env.start(self.task(number), rows))
@@ -207,7 +208,7 @@ class _Checked:
     def in_place(self) -> str | None:
         task = self.task()
         self.env.begin(task, self.every_row)
-        if not bool((task == self.tasks[0]).all()):
+        if task is not None and not bool((task == self.tasks[0]).all()):
             return "a begin wrote over the task"
         self.start()
         for action in self.actions:

@@ -175,3 +175,12 @@ def test_seeds_that_make_no_sense(tmp_path):
         run_seeds(["-m", "stub"], (1, 1), tmp_path, [])
     with pytest.raises(ValueError, match=r"seeds=\(0, 1\): one call is one run"):
         bandit.main(run=Run(tmp_path, seeds=(0, 1)))
+
+
+def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
+    run = write_run(tmp_path / "run", [(1e6, 60, 1.0)], mean=5.0)
+    (run / "checkpoints").mkdir()
+    rows = [{"env_steps": steps, "time/seconds": 60.0, "eval/trial_return": 2.0} for steps in (1e6, 2e6)]
+    (run / "checkpoints" / "checkpoint-history.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shown = curve(run, "steps", "eval/trial_return")
+    assert (shown.x.tolist(), shown.reported) == ([1.0, 2.0], [])

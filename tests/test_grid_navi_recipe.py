@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recipe_runs import run
 
 from recipes import grid_navi, grid_navi_seeds
 from recipes.grid_navi import EPISODE_STEPS, GOALS, best_paths, goals_in_turn
@@ -75,3 +76,9 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
     assert grid_navi_seeds.main(**options) == [row]
     with pytest.raises(ValueError, match="seeds is empty"):
         grid_navi_seeds.main(seeds=())
+
+
+def test_goals_are_reported_alike(tmp_path, caplog):
+    report = run("grid_navi", tmp_path, report_tasks=22)
+    assert report.agent.num_tasks == 42
+    assert "report_tasks=22 is made 42: each goal as often" in caplog.text

@@ -193,6 +193,10 @@ def test_returns_of_epochs(monkeypatch):
     assert report.entries()["mmer"] == 0.5
     assert report.entries()["mean_over_training"] == 0.25
     assert list(report.summary().items())[:2] == [("best epoch (MMER)", "0.500"), ("mean over training", "0.250")]
+    report.epochs = [math.nan, 0.25]
+    assert (report.entries()["mmer"], report.entries()["mean_over_training"]) == (0.25, 0.25)
+    report.epochs = []  # of an agent that was only played
+    assert set(report.entries()) == {"epoch_returns"}
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_a_part_that_no_agents_file_can_hold_is_refused_before_the_training(tmp_
 
 
 def test_a_seed_of_held_out_tasks_that_depend_on_none_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="held_out_seed=7 has no effect here"):
+    with pytest.raises(ValueError, match="held_out_seed=7 has no effect: which tasks are held out"):
         run("grid_navi", tmp_path, held_out_seed=7)
 
 
@@ -502,9 +502,12 @@ def test_numbers_are_saved_before_the_plot(finished, tmp_path, monkeypatch):
 
 def test_page_of_results_holds_figures_plots_and_commands(finished, tmp_path):
     name, report, folder = finished
-    page = tmp_path / "pages" / "my_page.md"
-    results.main(runs=(folder, folder), page=page, intro="An introduction.")
-    text, stored = page.read_text(), report.to_dict()
+    page, other = tmp_path / "pages" / "my_page.md", tmp_path / "other"
+    stored = report.to_dict()
+    other.mkdir()
+    (other / "report.json").write_text(json.dumps(stored | {"seed": 4}))
+    results.main(runs=(folder, other), page=page, intro="An introduction.")
+    text = page.read_text()
     assert text.startswith("# my page\n\nAn introduction.\n\n## " + stored["title"])
     for figure, value in stored["summary"].items():
         assert f"| {figure} | {value} | {value} |" in text
@@ -523,6 +526,27 @@ def test_page_of_results_holds_figures_plots_and_commands(finished, tmp_path):
     assert all(f"]({plot})" in text for plot in plots)
     # Two updates, the last one evaluated: its row stands in the learning curve.
     assert f"| {2 * RECIPES[name].batch / 1e6:.2f} | " in text
+
+
+def test_a_page_of_unlike_runs(finished, tmp_path):
+    _, report, folder = finished
+    with pytest.raises(ValueError, match=r"are both 'RL² on .*' of seed 3: one run, or two of other settings"):
+        results.main(runs=(folder, folder), page=tmp_path / "page.md")
+    stored = report.to_dict()
+    *_, last = [row for row in stored["train"]["history"] if "eval/trial_return" in row]
+    # An evaluation in which all episodes were as long says no steps; a report likewise. And it was cut short.
+    stored["train"]["history"] = [{**last, "eval/first_steps": 7.0}, last]
+    stored["train"]["interrupted"], stored["seed"] = True, 4
+    stored["summary"] |= {"steps": "7.000"}
+    (other := tmp_path / "other").mkdir()
+    (other / "report.json").write_text(json.dumps(stored))
+    results.main(runs=(other,), page=tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "first steps |" in text
+    assert "| 7.00 |" in text
+    assert f"| {stored['train']['env_steps']:,} (cut short) |" in text
+    results.main(runs=(folder, other), page=tmp_path / "page.md")
+    assert "| steps |  | 7.000 |" in (tmp_path / "page.md").read_text()
 
 
 def test_a_curve_of_one_run_is_no_mean(tmp_path, monkeypatch):

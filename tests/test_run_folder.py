@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from recipe_runs import run
 
 from recipes import compare
+from recipes.reports import finished_report
 from rl2_torchrl import kernels
 
 
@@ -99,3 +101,18 @@ def test_a_resume_with_nothing_left_leaves_the_run_as_it_was(tmp_path):
     run("grid_navi", tmp_path, seed=3)
     run("grid_navi", tmp_path, seed=3, lr=0.5, resume=True, resume_changes=("update.lr",))
     assert run("grid_navi", tmp_path, seed=3, updates=3, resume=True).train.history[-1]["train/lr"] < 0.003
+
+
+def test_a_training_that_was_cut_short_is_gone_on_with(tmp_path):
+    calls = []
+
+    def train(interrupted, resume):
+        calls.append(resume)
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "report.json").write_text(json.dumps({"train": {"history": [], "interrupted": interrupted}}))
+
+    with pytest.raises(KeyboardInterrupt, match="is not finished: the same command goes on with it"):
+        finished_report(tmp_path, partial(train, True))
+    assert not finished_report(tmp_path, partial(train, False))["train"]["interrupted"]
+    finished_report(tmp_path, partial(train, True))  # finished, and not trained again
+    assert calls == [False, True]

@@ -97,9 +97,21 @@ def test_the_page_holds_what_was_learnt_and_nothing_is_learnt_twice(tmp_path, mo
     page = sample_efficiency.main(**where, **TINY).read_text()
     assert (tmp_path / "page.png").stat().st_size > 10_000
     for world in WORLDS:
-        report = json.loads((tmp_path / "runs" / world / "plain" / "seed0" / "report.json").read_text())
+        [runs] = (tmp_path / "runs").glob(f"{world}_*_32")
+        report = json.loads((runs / "plain" / "seed0" / "report.json").read_text())
         assert f"| {sample_efficiency.NAMES['plain']} | {report['agent']['mean']:.3f} |" in page
-        ours = json.loads((tmp_path / "runs" / world / "rl2_torchrl" / "seed0" / "report.json").read_text())
+        ours = json.loads((runs / "rl2_torchrl" / "seed0" / "report.json").read_text())
         assert ours["title"].endswith("(rewards only)")  # as the others learn from
     monkeypatch.setattr(sample_efficiency, "learn", lambda *args: pytest.fail("learnt again"))
     assert sample_efficiency.main(**where, **TINY).read_text() == page
+
+
+def test_trainings_of_another_length_are_others(tmp_path):
+    where = {"programs": ("plain",), "worlds": ("bandit",), "folder": tmp_path / "runs", "page": tmp_path / "page.md"}
+    sample_efficiency.main(**where, **{**TINY, "seeds": (0, 1)})
+    # Of the seeds that are asked for alone: a mean of several would have an error.
+    assert "±" not in sample_efficiency.main(**where, **TINY).read_text()
+    sample_efficiency.main(**where, **{**TINY, "env_steps": 700})
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["bandit_320_32", "bandit_960_32"]
+    with pytest.raises(ValueError, match="seeds is empty"):
+        sample_efficiency.main(**where, seeds=())

@@ -563,3 +563,33 @@ def test_what_is_seen_is_told():
 def test_nothing_to_compare(batch_size, num_steps):
     with pytest.raises(ValueError, match="two rows or more"):
         check_tensor_env(Line(batch_size=batch_size), num_steps=num_steps)
+
+
+class Wanders(TensorEnv):
+    """Without a task."""
+
+    def __init__(self, **kwargs):
+        specs = {"task_spec": None, "observation_spec": Unbounded(1), "action_spec": Unbounded(1)}
+        super().__init__(**specs, max_episode_steps=4, **kwargs)
+
+    def begin(self, task, rows):
+        assert task is None
+        place = torch.zeros(*self.batch_size, 1)
+        return place, place
+
+    def advance(self, state, action):
+        place = state + action.tanh()
+        return place, place, -place.abs(), None, None
+
+
+def test_an_env_without_a_task_is_checked_too():
+    check_tensor_env(Wanders(batch_size=(4,)), num_steps=10)
+
+    class Leaks(Wanders):
+        def advance(self, state, action):
+            place, _, *others = super().advance(state, action)
+            place = place + place.mean()
+            return place, place, *others
+
+    with pytest.raises(TensorEnvError, match="rows_independent"):
+        check_tensor_env(Leaks(batch_size=(4,)), num_steps=10)
