@@ -12,8 +12,9 @@ from torch import distributions as D
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded
 from torchrl.envs import Compose, GymEnv, GymWrapper, TransformedEnv
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
+from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl import PreviousStep, Trial, kernels
+from rl2_torchrl import GRUValueHead, PreviousStep, RL2PPOLoss, Trial, kernels
 from rl2_torchrl.gradients import actor_parts
 from rl2_torchrl.modules import (
     ActionDistribution,
@@ -27,7 +28,7 @@ from rl2_torchrl.modules import (
     TanhGaussianActions,
     register_distribution,
 )
-from rl2_torchrl.modules.distributions import distribution_of
+from rl2_torchrl.modules.distributions import distribution_of, gumbel_
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
 # Class, names and sizes of its parameters, further keywords, whether there are functions of our own for it.
@@ -267,3 +268,53 @@ def test_an_actors_module_finds_its_distribution():
     action = torch.eye(3, dtype=torch.int64).expand(2, 3, 3)
     part.forward({"action": action, "logits": torch.randn(2, 3, 3)})
     assert part._by_hand == (kernels.load(torch.float32) is not None)
+
+
+@pytest.mark.parametrize("mean", [2.0, 8.0, 10.0])
+def test_the_entropy_of_a_squashed_gaussian_falls_as_its_mean_runs_away(mean):
+    torch.manual_seed(0)
+    actions, scale = TanhGaussianActions([-1.0], [1.0]), torch.full((4000, 1), 0.6)
+    loc = torch.full((4000, 1), mean, requires_grad=True)
+    entropy = -actions.drawn_log_prob(loc, scale)
+    # That of the Gaussian, and the mean of log |d tanh(x) / dx| = 2 log 2 - 2 x - 2 log(1 + exp(-2 x)).
+    before = mean + 0.6 * torch.randn(400_000).double()
+    expected = (
+        0.5 * math.log(2 * math.pi * math.e * 0.36) + 2 * (math.log(2) - before - (-2 * before).exp().log1p()).mean()
+    )
+    assert entropy.mean().item() == pytest.approx(expected.item(), abs=0.1)
+    (gradient,) = torch.autograd.grad(entropy.sum(), loc)
+    assert gradient.mean().item() == pytest.approx(-2 * before.tanh().mean().item(), abs=0.05)
+
+
+def test_the_entropy_bonus_of_squashed_actions_is_what_clip_ppo_loss_has():
+    bonuses = []
+    for cls in (RL2PPOLoss, ClipPPOLoss):
+        torch.manual_seed(0)
+        actor, critic = (
+            RecurrentActor(3, TanhGaussianActions([-1.0], [1.0]), hidden_size=4),
+            GRUValueHead(3, hidden_size=4),
+        )
+        bias = next(p for name, p in actor.named_parameters() if "bias" in name and p.shape == (1,))
+        bias.data.fill_(9.0)
+        loss = cls(actor, critic, entropy_bonus=True, entropy_coeff=1.0)
+        data = TensorDict({"trans": torch.randn(64, 5, 3), "is_init": torch.ones(64, 5, 1, dtype=torch.bool)}, [64, 5])
+        with torch.no_grad():
+            data = critic(actor(data))
+        data = data.update({"advantage": torch.zeros(64, 5, 1), "value_target": torch.zeros(64, 5, 1)})
+        torch.manual_seed(1)
+        loss(data)["loss_entropy"].backward()
+        bonuses.append(bias.grad.item())
+    assert bonuses == pytest.approx([2.0, 2.0], abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_forbidden_or_rare_is_not_drawn_in_any_precision(dtype):
+    torch.manual_seed(0)
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf], [-20.0, 0.0, -20.0]], dtype=dtype).repeat(5000, 1)
+    actions = CategoricalActions(3).sampler(20)
+    assert all((actions(logits) == 1).all() for _ in range(20))
+
+
+def test_gumbel_noise_is_finite_where_a_uniform_number_is_zero(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low=0.0, high=1.0: self.fill_(low))
+    assert gumbel_(torch.empty(3)).isfinite().all()

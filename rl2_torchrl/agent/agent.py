@@ -19,6 +19,7 @@ from rl2_torchrl.agent.files import read_agent, write_agent
 from rl2_torchrl.agent.signature import Observed, Signature, name_of
 from rl2_torchrl.agent.step import PolicyStep, actor_of, signature_of
 from rl2_torchrl.arguments import require_numbers, whole
+from rl2_torchrl.modules.distributions import gumbel_
 
 __all__ = ["AdaptiveAgent"]
 
@@ -256,7 +257,11 @@ class AdaptiveAgent:
         noise = torch.zeros(len(self._start), self.signature.noise_size, dtype=self.signature.dtype)
         if deterministic:
             return noise
-        return noise.normal_() if self.signature.noise == "normal" else noise.uniform_().log_().neg_().log_().neg_()
+        return (
+            noise.normal_()
+            if self.signature.noise == "normal"
+            else gumbel_(noise.to(torch.promote_types(noise.dtype, torch.float32))).to(noise.dtype)
+        )
 
 
 def _at(name: str, observation: Any, path: Sequence[str | int], *, is_only: bool) -> Any:

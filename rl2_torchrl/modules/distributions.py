@@ -24,7 +24,7 @@ from rl2_torchrl.modules.functions import log_prob_and_entropy
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
     *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of", "policy_part"),
-    "register_distribution",
+    *("gumbel_", "register_distribution"),
 ]
 
 
@@ -95,6 +95,10 @@ class ActionDistribution:
     def mode(self, *parameters: Tensor) -> Tensor:
         """What deterministic interaction gives."""
         return self._sample(InteractionType.DETERMINISTIC, parameters)
+
+    def drawn_log_prob(self, *parameters: Tensor) -> Tensor:
+        """The log-probability of a draw, differentiable: where the entropy has no closed form, minus this stands for it."""
+        return self.log_prob_and_entropy(self.act(*parameters), *parameters)[0]
 
     def log_prob_and_entropy(self, action: Tensor, *parameters: Tensor) -> Terms:
         """Both, differentiable."""
@@ -174,9 +178,10 @@ class CategoricalActions(ActionDistribution):
             drawn = next(noise, None)
             if drawn is None:
                 shape, kept = (steps, *logits.shape), self._noise
-                if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, logits.dtype, logits.device):
-                    self._noise = logits.new_empty(shape)  # the same memory for every batch
-                noise = iter(self._noise.uniform_().log_().neg_().log_().neg_())
+                dtype = torch.promote_types(logits.dtype, torch.float32)  # halves have too few numbers for what is rare
+                if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, logits.device):
+                    self._noise = logits.new_empty(shape, dtype=dtype)  # the same memory for every batch
+                noise = iter(gumbel_(self._noise))
                 drawn = next(noise)
             return self.with_noise(drawn, logits)
 
@@ -353,16 +358,30 @@ class TanhGaussianActions(GaussianActions):
     def log_prob_and_entropy(self, action: Tensor, loc: Tensor, scale: Tensor) -> Terms:
         limit = self._limit(loc)
         before = ((action - self._middle) / self._half).clamp(-limit, limit).atanh()
+        return self._log_prob_before(before, loc, scale), None
+
+    def drawn_log_prob(self, loc: Tensor, scale: Tensor) -> Tensor:
+        # As drawn, before tanh: at the bounds it rounds, and the entropy would rise where the mean runs away.
+        self._limit(loc)
+        return self._log_prob_before(torch.randn_like(loc) * scale + loc, loc, scale)
+
+    def _log_prob_before(self, before: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """The log-probability of tanh of ``before``, between the bounds."""
         log_prob, _ = super().log_prob_and_entropy(before, loc, scale)
         # log |d tanh(x) / dx| = 2 (log 2 - x - softplus(-2 x))
         log_slope = 2 * (math.log(2) - before - nn.functional.softplus(-2 * before))
-        return log_prob - (log_slope + self._half.log()).sum(-1), None
+        return log_prob - (log_slope + self._half.log()).sum(-1)
 
     def _limit(self, like: Tensor) -> float:
         # Kept on the device of what comes: a copy at every step would wait for the device.
         if self._middle.device != like.device:
             self._middle, self._half = self._middle.to(like.device), self._half.to(like.device)
         return 1 - torch.finfo(like.dtype).resolution
+
+
+def gumbel_(noise: Tensor) -> Tensor:
+    """Standard Gumbel noise in the memory of ``noise``, finite: a uniform number of 0 would forbid a choice, or allow all."""
+    return noise.uniform_(torch.finfo(noise.dtype).tiny, 1).log_().neg_().log_().neg_()
 
 
 def _real_vector(spec: TensorSpec) -> TensorSpec:
@@ -473,7 +492,7 @@ def policy_part(
         if not entropy:
             return (log_prob,)
         if its_entropy is None:  # no closed form: from one draw, as ClipPPOLoss takes it
-            its_entropy = -distribution.log_prob_and_entropy(distribution.act(*parameters), *parameters)[0]
+            its_entropy = -distribution.drawn_log_prob(*parameters)
         return log_prob, its_entropy
 
     has_kernels = like is not None and policy.has_kernels(like)
