@@ -135,6 +135,7 @@ class PPOUpdate:
         if backend not in ("auto", "compiled", "parts", "autograd", "graph"):
             raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts', 'autograd' or 'graph'.")
         self.loss = loss
+        _norms(self._networks())
         self.advantage = _with_stand_in(TrialAdvantage() if advantage is None else advantage, loss)
         self.bptt, self.shuffle = None if bptt is None else whole("bptt", bptt), shuffle
         self.epochs, self.minibatches = whole("epochs", epochs), whole("minibatches", minibatches)
@@ -382,11 +383,26 @@ class PPOUpdate:
 
 
 def _norms(networks: list[nn.Module]) -> list[tuple[RunningNorm, NestedKey]]:
-    """The normalisations in ``networks``, each once, and the entries that they read."""
-    found = {}
-    for module in (module for network in networks for module in network.modules()):
-        if isinstance(module, TensorDictModule) and isinstance(module.module, RunningNorm):
-            found[id(module.module)] = (module.module, module.in_keys[0])
+    """The normalisations in ``networks``, each once, and the entries of a batch that they read.
+
+    Raises:
+        ValueError: one reads something else, which no batch could tell it of.
+    """
+    found, norms = {}, {}
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, RunningNorm):
+                norms[id(module)] = module
+            elif isinstance(module, TensorDictModule) and isinstance(module.module, RunningNorm):
+                key = unravel_key(module.in_keys[0])
+                if key in map(unravel_key, network.in_keys):
+                    found[id(module.module)] = (module.module, key)
+    if len(found) < len(norms):
+        raise ValueError(
+            "a RunningNorm stands within another module, or reads what one has made: no batch would tell it its statistics, and it "
+            "would change nothing. Make it a module of its own that reads an entry of the env, normalize=True of the actor or "
+            "critic, or TensorDictModule(RunningNorm(n), [key], [new_key]) before the encoder."
+        )
     return list(found.values())
 
 

@@ -5,6 +5,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch import nn
+from torch.nn.utils import prune
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, InitTracker, ParallelEnv, TransformedEnv
 from torchrl.modules import LSTMModule, set_recurrent_mode
@@ -48,7 +49,24 @@ class TwoSpeeds(RecurrentCore):
         return torch.cat((fast, slow.sum(1)), -1), fast, slow
 
 
+class FromOnes(GRUCore):
+    def initial_memory(self, num_rows):
+        return (torch.ones(num_rows, *self.memory_shapes["hidden"]),)
+
+
+class LearnsItsStart(LSTMCore):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.start = nn.Parameter(torch.full(self.memory_shapes["cell"], 0.5))
+
+    def initial_memory(self, num_rows):
+        hidden, _ = super().initial_memory(num_rows)
+        return hidden, self.start.expand(num_rows, -1, -1)
+
+
 CORES = {
+    "gru from ones": lambda size, **keys: FromOnes(size, 6, **keys),
+    "lstm that learns its start": lambda size, **keys: LearnsItsStart(size, 6, **keys),
     "own": TwoSpeeds,
     "lstm": lambda size, **keys: LSTMCore(size, 6, **keys),
     "two LSTM layers": lambda size, **keys: LSTMCore(size, 6, 2, **keys),
@@ -56,7 +74,7 @@ CORES = {
     "two GRU layers": lambda size, **keys: GRUCore(size, 6, 2, **keys),
     "bidirectional GRU": lambda size: FastGRUModule(size, 6, bidirectional=True, in_key="x", out_key="y"),
 }
-each_core = pytest.mark.parametrize("kind", list(CORES)[:5])
+each_core = pytest.mark.parametrize("kind", list(CORES)[:7])
 
 
 def build(kind, **keys):
@@ -152,13 +170,37 @@ def test_a_tensordict_is_stepped_and_replayed(kind):
 def test_is_init_forgets_whatever_memory_a_step_is_given(kind):
     core = build(kind)
     memory = {
-        key: torch.ones(2, *m.shape[1:]) for key, m in zip(core.in_keys[1:-1], core.initial_memory(1), strict=True)
+        key: torch.full((2, *m.shape[1:]), 0.7)
+        for key, m in zip(core.in_keys[1:-1], core.initial_memory(1), strict=True)
     }
     first = torch.tensor([[True], [False]])
     td = core(TensorDict({"trans": torch.ones(2, 5), "is_init": first, **memory}, [2]))
     features, *_ = core.step(torch.ones(1, 5), *core.initial_memory(1))
     torch.testing.assert_close(td["features"][:1], features)
     assert (td["features"][1] - td["features"][0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("cls", "name"), [(GRUCore, "gru"), (LSTMCore, "lstm")])
+def test_hooks_on_the_network_within_are_heard_in_steps_and_sequences(cls, name):
+    torch.manual_seed(0)
+    core, x = cls(5, 6, 2), torch.randn(3, 4, 5)
+    plain, _ = core.unroll(x, None, None)[:2]
+    heard, inner = [], getattr(core, name)
+    hook = inner.register_forward_hook(lambda module, args, out: heard.append(module))
+    memory = core.initial_memory(3)
+    for t in range(4):
+        features, *memory = core.step_function()(x[:, t], *memory)
+        torch.testing.assert_close(features, plain[:, t])
+    assert len(heard) == 4
+    torch.testing.assert_close(core.sequence(x, None, None), plain)
+    assert len(heard) > 4
+    hook.remove()
+    # Pruning puts the weights in place by such a hook: they follow those that are learnt.
+    prune.l1_unstructured(inner, "weight_ih_l0", 0.5)
+    before = core.step_function()(x[:, 0], *core.initial_memory(3))[0]
+    with torch.no_grad():
+        inner.weight_ih_l0_orig.mul_(2)
+    assert (core.step_function()(x[:, 0], *core.initial_memory(3))[0] - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("starts", [[], [2, 4, 6], [3, 4]], ids=["first step alone", "evenly", "anywhere"])

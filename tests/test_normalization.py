@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, TransformedEnv
@@ -254,3 +255,36 @@ def test_a_task_that_is_not_learnt_without_is_learnt_with(scales):
     # Who does not see the level l turns the dial to x for 1 - 2 E|l - x| = 1 - x² - (1 - x)², which is 0.5 at best.
     assert paid_after_training(scales, normalize=False) < 0.52
     assert paid_after_training(scales, normalize=True) > 0.6
+
+
+@pytest.mark.parametrize("where", ["within", "behind an encoder"])
+def test_a_norm_that_no_batch_would_reach_is_refused(where):
+    env = points()
+
+    def encoder(shape):
+        if where == "within":
+            return nn.Sequential(RunningNorm(*shape), nn.Linear(*shape, 4))
+        return nn.Sequential(nn.Linear(*shape, 4), RunningNorm(4))
+
+    actor = RecurrentActor.from_env(env, hidden_size=8, encoder=encoder)
+    with pytest.raises(
+        ValueError, match="a RunningNorm stands within another module.*would change nothing.*normalize=True"
+    ):
+        PPOUpdate(RL2PPOLoss(actor, GRUValueHead.from_env(env, hidden_size=8)))
+
+
+def test_a_norm_in_an_encoder_of_ones_own_is_told_of_batches():
+    env = points()
+    size = env.observation_spec["trans"].shape[-1]
+    encoder = TensorDictSequential(
+        TensorDictModule(RunningNorm(size), ["trans"], ["normalized"]),
+        TensorDictModule(nn.Linear(size, 4), ["normalized"], ["encoded"]),
+    )
+    actor, critic = (
+        RecurrentActor.from_env(env, hidden_size=8, encoder=encoder),
+        GRUValueHead.from_env(env, hidden_size=8),
+    )
+    update = PPOUpdate(RL2PPOLoss(actor, critic), epochs=1, minibatches=1)
+    collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=8 * 40, keep=update.in_keys)
+    update(collector.rollout())
+    assert norms(actor)[0].count == 8 * 40

@@ -378,3 +378,17 @@ def test_what_a_user_looks_at_between_steps_is_in_no_graph(options, by_replay, m
     rollout = Rollout(env, make_policy(env), 6, ["action"], **options)
     rollout()
     assert bool(replays) == by_replay
+
+
+def test_a_hook_that_is_hung_up_later_is_an_error_before_the_next_batch():
+    env = make_env("bandit", episodes=6)
+    policy = make_policy(env)
+    rollout = Rollout(env, policy, 6, ["action"])
+    rollout()
+    hook = policy.actor.module[0].register_forward_hook(lambda module, args, out: None)
+    with pytest.raises(
+        RuntimeError, match="a hook on one, has changed since its rollout was made.*make a new collector"
+    ):
+        rollout()
+    hook.remove()
+    rollout()

@@ -18,6 +18,7 @@ from torchrl.envs import TensorDictPrimer
 from torchrl.modules import recurrent_mode
 
 from rl2_torchrl.arguments import whole
+from rl2_torchrl.gradients.part import is_bare
 
 __all__ = [
     *("LSTMCore", "RecurrentCore", "Tensors"),
@@ -77,6 +78,10 @@ class RecurrentCore(TensorDictModuleBase):
     def initial_memory(self, num_rows: int) -> Tensors:
         """The memories ``[num_rows, *shape]`` with which a trial starts: zeros, unless you say otherwise, say parameters."""
         return tuple(self._like(torch.empty(0)).new_zeros(num_rows, *shape) for shape in self.memory_shapes.values())
+
+    def _starts_from_zeros(self) -> bool:
+        """Whether `initial_memory` is this one, and no class or user has said otherwise."""
+        return type(self).initial_memory is RecurrentCore.initial_memory and "initial_memory" not in vars(self)
 
     def step_function(self) -> Callable[..., Tensors]:
         """``(x, *memory) -> (features, *memory)``: one step of a rollout, without gradient; memories of None start anew.
@@ -232,6 +237,10 @@ class LSTMCore(RecurrentCore):
         self.lstm = nn.LSTM(inputs, units, layers, batch_first=True, device=device, dtype=dtype)
 
     def step(self, x: Tensor, hidden: Tensor, cell: Tensor) -> Tensors:
+        if not is_bare(self.lstm):  # whose hooks see each step
+            memory = [m.transpose(0, 1).contiguous() for m in (hidden, cell)]
+            x, memory = self.lstm(x.unsqueeze(1), tuple(memory))
+            return x.squeeze(1), *(m.transpose(0, 1) for m in memory)
         states = []
         for layer, weights in enumerate(self.lstm.all_weights):
             states.append(torch.lstm_cell(x, (hidden[:, layer], cell[:, layer]), *weights))
@@ -241,6 +250,8 @@ class LSTMCore(RecurrentCore):
         return x, *(torch.stack(each, 1) for each in zip(*states, strict=True))
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
+        if not self._starts_from_zeros():
+            return super().unroll(x, memory, is_init, with_memory=with_memory)
         batch = x.shape[:2]
         starts = torch.zeros(batch, dtype=torch.bool, device=x.device) if is_init is None else is_init.bool().clone()
         starts[:, 0] = True
@@ -256,7 +267,8 @@ class LSTMCore(RecurrentCore):
 
     def _first_memory(self, memory: Tensors | None, num_rows: int) -> Callable[[int], Tensors]:
         # What is stored at that step, as TorchRL's LSTMModule has it.
-        return (lambda t: tuple(m[:, t] for m in memory)) if memory else super()._first_memory(memory, num_rows)
+        is_stored = memory and self._starts_from_zeros()
+        return (lambda t: tuple(m[:, t] for m in memory)) if is_stored else super()._first_memory(memory, num_rows)
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(RecurrentCore.forward)

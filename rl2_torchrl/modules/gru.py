@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 from torchrl.modules import GRUModule, set_recurrent_mode
 
 from rl2_torchrl import kernels
+from rl2_torchrl.gradients.part import is_bare
 from rl2_torchrl.gradients.recurrent import GRUPart
 from rl2_torchrl.modules.cores import RecurrentCore, Tensors, as_sizes, at_ends
 from rl2_torchrl.modules.functions import require_tensor, unit_stride
@@ -60,7 +61,8 @@ class FastGRUModule(RecurrentCore, GRUModule):
         """Whether this is `gru_sequence`, layer by layer, and nothing more."""
         gru, is_pad = self.gru, self.recurrent_backend == "pad"
         dropout = gru.dropout and gru.training and gru.num_layers > 1
-        return type(gru) is nn.GRU and is_pad and not gru.bidirectional and not dropout
+        is_bare_gru = type(gru) is nn.GRU and is_bare(gru)  # hooks see a GRU that is called
+        return is_bare_gru and self._starts_from_zeros() and is_pad and not gru.bidirectional and not dropout
 
     def _is_covered(self) -> bool:
         return self._is_plain() and kernels.covers(self.gru.weight_hh_l0)
@@ -76,6 +78,8 @@ class FastGRUModule(RecurrentCore, GRUModule):
         return x.squeeze(1), hidden.transpose(0, 1)
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
+        if not self._starts_from_zeros():
+            return RecurrentCore.unroll(self, x, memory, is_init, with_memory=with_memory)
         if self._is_covered() or (self._is_plain() and x.is_cuda and len(x) and not with_memory):
             layers = self._layers(x, memory and memory[0], is_init)
             return layers[-1], *([at_ends(torch.stack(layers, -2), is_init)] if with_memory else ())

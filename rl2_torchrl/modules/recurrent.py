@@ -332,7 +332,9 @@ def _slots(
 def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder, features_key: NestedKey, device):
     """The module that normalises ``in_key``; then entries and encoders with what it gives in the place of that."""
     if isinstance(encoder, TensorDictModuleBase):
-        raise ValueError("normalize=True and an encoder that is a TensorDictModule: put a RunningNorm into it.")
+        raise ValueError(
+            "normalize=True and an encoder that is a TensorDictModule: let that begin with a TensorDictModule(RunningNorm(n), ...)."
+        )
     norm = RunningNorm(*entries[in_key], None if normalize is True else normalize, device=device)
     key = sub_key(features_key, "normalized")
     renamed = ({key if k == in_key else k: each for k, each in by_key.items()} for by_key in (entries, encoder))

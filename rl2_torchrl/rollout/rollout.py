@@ -17,6 +17,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
+from rl2_torchrl.gradients.part import has_hooks
 from rl2_torchrl.kernels.graph import GraphReplay
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.cores import RecurrentCore
@@ -56,7 +57,7 @@ class Rollout:
     ):
         self.env, self.policy, self.steps, self.ablation, self.on_step = env, policy, steps, ablation, on_step
         _require_sizes(env, policy)
-        self.parts = acting_parts(policy)
+        self.parts, self._layout = acting_parts(policy), _layout(policy)
         read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
         # Who looks at each step is shown all that there is.
         self.trials = trials_of(env, steps, read, keep if on_step is None else None)
@@ -101,7 +102,16 @@ class Rollout:
     # ----------------------------------------------------------------- a batch
     @torch.no_grad()
     def __call__(self) -> TensorDict:
-        """The next batch ``[*B, T]``: the same TensorDict each time, with what others have added to it left in place."""
+        """The next batch ``[*B, T]``: the same TensorDict each time, with what others have added to it left in place.
+
+        Raises:
+            RuntimeError: a module of the policy, or a hook, is another one than when the rollout was made.
+        """
+        if _layout(self.policy) != self._layout:
+            raise RuntimeError(
+                "a module of the policy, or a hook on one, has changed since its rollout was made, which would not see it, whereas "
+                "the update does: change the policy before the collector is made, or make a new collector."
+            )
         trials, play = self.trials, self._play
         trials.start_batch()
         # A graph holds what is done on the device alone: not what a user looks at, or changes, between two steps.
@@ -176,6 +186,11 @@ class Rollout:
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
         self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
+
+
+def _layout(policy: TensorDictModuleBase) -> list[tuple[int, bool]]:
+    """Which modules a policy has, and on which of them hooks hang: what its parts were made by."""
+    return [(id(module), has_hooks(module)) for module in policy.modules()]
 
 
 def _require_sizes(env: EnvBase, policy: TensorDictModuleBase) -> None:
