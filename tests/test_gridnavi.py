@@ -138,3 +138,11 @@ def test_a_checkpoint_goes_on_in_the_middle_of_an_episode():
 def test_bad_sizes(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("goal", [(5.0, 0.0), (-1.0, 2.0), (1.5, 2.0), (float("nan"), 1.0)])
+def test_a_goal_that_is_no_cell_is_refused(goal):
+    env = GridNavi(batch_size=(2,))
+    with pytest.raises(ValueError, match=r"is no cell of a grid of 5 by 5, .*grid_goals\(5\)"):
+        env.reset(TensorDict({"task": torch.tensor([(1.0, 2.0), goal])}, [2]))
+    env.reset(TensorDict({"task": torch.tensor([(1.0, 2.0), (4.0, 4.0)])}, [2]))

@@ -297,3 +297,14 @@ def test_noise_can_be_set_at_any_time():
 def test_bad_sizes(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("row", [[0.2, 0.2], [1.5, -0.5], [float("nan"), 1.0]])
+def test_transitions_that_are_no_probabilities_are_refused(row):
+    env = TabularMDP(2, 1, batch_size=(2,))
+    right = torch.tensor([[[[0.25, 0.75]], [[1.0, 0.0]]]]).repeat(2, 1, 1, 1)
+    wrong = right.clone()
+    wrong[1, 1, 0] = torch.tensor(row)
+    with pytest.raises(ValueError, match="transitions that are no probabilities.*pack_mdps"):
+        env.reset(TensorDict({"task": pack_mdps(torch.zeros(2, 2, 1), wrong)}, [2]))
+    env.reset(TensorDict({"task": pack_mdps(torch.zeros(2, 2, 1), right)}, [2]))

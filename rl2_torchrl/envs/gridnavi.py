@@ -73,6 +73,22 @@ class GridNavi(DiscreteEnv):
         y = (cell // self.size + dy).clamp(0, self.size - 1)
         return (y * self.size + x).flatten()
 
+    def begin(self, task: Tensor, rows: Tensor) -> tuple[DiscreteState, Tensor]:
+        """Cell 0 in every row.
+
+        Raises:
+            ValueError: a goal is no cell of the grid.
+        """
+        if task.is_cpu:  # elsewhere a look would wait for the device
+            is_cell = ((task >= 0) & (task < self.size) & (task == task.round())).all(-1)
+            if not bool((is_cell | ~rows).all()):
+                goal = task[rows & ~is_cell][0].tolist()
+                raise ValueError(
+                    f"the goal {goal} is no cell of a grid of {self.size} by {self.size}, whose cells are (0, 0) to "
+                    f"({self.size - 1}, {self.size - 1}): draw goals by grid_goals({self.size})."
+                )
+        return super().begin(task, rows)
+
     def advance(self, state: DiscreteState, action: Tensor) -> tuple[DiscreteState, Tensor, Tensor, None, None]:
         """The next cell, and whether it is the goal."""
         task, place = state

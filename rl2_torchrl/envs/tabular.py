@@ -80,6 +80,25 @@ class TabularMDP(DiscreteEnv):
         self._noise = float(noise)
         self._noise_scale.fill_(self._noise)
 
+    def begin(self, task: Tensor, rows: Tensor) -> tuple[DiscreteState, Tensor]:
+        """State 0 in every row.
+
+        Raises:
+            ValueError: transitions of a task are no probabilities.
+        """
+        if task.is_cpu:  # elsewhere a look would wait for the device
+            probabilities = task.unflatten(-1, (-1, self.num_states + 1))[..., 1:]
+            # Nothing but zeros is no task but TorchRL's look at the env.
+            is_mdp = ((probabilities >= 0).all(-1) & ((probabilities.sum(-1) - 1).abs() < 1e-3)).all(-1) | (
+                task == 0
+            ).all(-1)
+            if not bool((is_mdp | ~rows).all()):
+                raise ValueError(
+                    "a task has transitions that are no probabilities: those of each state and action are at least 0 and sum to 1. "
+                    "Make tasks by pack_mdps(rewards, transitions)."
+                )
+        return super().begin(task, rows)
+
     def advance(self, state: DiscreteState, action: Tensor) -> tuple[DiscreteState, Tensor, Tensor, None, None]:
         """A draw of the reward and of the next state."""
         rows = state.task.unflatten(-1, (self.num_states * self.num_actions, self.num_states + 1))
