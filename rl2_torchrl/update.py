@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from functools import partial
+from inspect import Parameter, signature
 from statistics import fmean
 from typing import Literal
 
@@ -177,7 +178,7 @@ class PPOUpdate:
             for number, metrics in enumerate(one_pass()):
                 _require_finite(metrics, f"epoch {epoch}, minibatch {number}")
                 if from_zeros and not totals:
-                    _require_replay(metrics["max_ratio"])
+                    self._require_replay(metrics["max_ratio"])
                 if self.backend not in ("compiled", "graph"):  # whose steps have been taken
                     self.optimizer.step()
                 kls.append(metrics.get("kl_approx", math.nan))
@@ -279,7 +280,7 @@ class PPOUpdate:
         if self.backend == "autograd":
             return lambda: map(self._joined, map(self._by_autograd, self._chunks.entries()))
         if self.backend == "graph":
-            return partial(self._by_graph, iter([_require_replay] if from_zeros else []))
+            return partial(self._by_graph, iter([self._require_replay] if from_zeros else []))
         program = Program(self.loss)
         given = (program, self.optimizer, self._chunks.chunks, self._chunks.rows)
         refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
@@ -289,9 +290,19 @@ class PPOUpdate:
             return lambda: map(self._joined, map(program, self._chunks.entries()))
         compiled, steps = CompiledPass(*given, self.max_grad_norm), self._chunks.rows * self._chunks.steps
         if from_zeros:
-            _require_replay(compiled.max_ratio)
+            self._require_replay(compiled.max_ratio)
         self.backend, self.reason = "compiled", f"minibatches of {steps} steps, one GRU and one layer a network, Adam"
         return lambda: compiled.run(self._chunks.order())
+
+    def _require_replay(self, max_ratio: float | torch.Tensor) -> None:
+        """Before the first step the networks must give the collected log-probabilities back: all ratios are 1, to rounding."""
+        if max_ratio > 1 + max(0.01, 16 * torch.finfo(self._parameters[0].dtype).eps):
+            raise ValueError(
+                f"without hidden states in the batch, replaying its trials from zeros gives other log-probabilities than were "
+                f"collected (ratios up to {float(max_ratio):.3g}): the memory was lost while collecting, or the networks have "
+                "changed since. Collect with auto_register_policy_transforms=True (TrialCollector's default), which primes the "
+                "memory. For squashed actions at their bounds it is no fault: what plays on TensorDicts scores them before tanh."
+            )
 
     def _joins(self) -> str | None:
         """Why a pass cannot run by itself, in words; None where it can."""
@@ -433,6 +444,11 @@ def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters
         return torch.optim.Adam(parameters, lr=lr, fused=fused)
     if lr is not None:
         raise ValueError(f"lr={lr} is Adam's, and the optimizer that you give has its own: give one of the two.")
+    closure = signature(given.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ValueError(
+            f"{type(given).__name__} asks for the loss again within a step, by a closure: give one that does not, such as Adam."
+        )
     if strangers := {p for group in given.param_groups for p in group["params"]} - set(parameters):
         raise ValueError(
             f"{len(strangers)} of the optimizer's parameters are not the loss's, so no update would train them: make it of "
@@ -483,13 +499,3 @@ def _require_finite(metrics: Metrics, where: str) -> None:
         raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total}).")
     terms = {name: float(value) for name, value in metrics.items() if name.startswith("loss_")}
     raise FloatingPointError(f"the loss is not finite in {where}: {terms}. The networks were not changed by it.")
-
-
-def _require_replay(max_ratio: float | torch.Tensor) -> None:
-    """Before the first step the networks must give the collected log-probabilities back: all ratios are 1."""
-    if max_ratio > 1.01:
-        raise ValueError(
-            f"without hidden states in the batch, replaying its trials from zeros gives other log-probabilities than were "
-            f"collected (ratios up to {float(max_ratio):.3g}): the memory was lost while collecting, or the networks have changed "
-            "since. Collect with auto_register_policy_transforms=True (TrialCollector's default), which primes the memory."
-        )

@@ -154,3 +154,24 @@ def test_what_is_not_kept_is_asked_for_once(critic_is_given):
         epochs(PPOUpdate(loss, advantage, minibatches=1))
     (advised,) = re.findall(r"PPOUpdate\(..., bptt=(\d+)\)", str(error.value))
     assert epochs(PPOUpdate(loss, advantage, minibatches=1, bptt=int(advised))) == [10, 10]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gamma", [0.99, 1.0])
+def test_sums_over_a_long_trial_do_not_stand_still_in_half_precision(dtype, gamma):
+    ends = torch.zeros(1, 3000, 1, dtype=torch.bool)
+    ends[:, -1] = True
+    following = {"reward": torch.ones(1, 3000, 1), "done": ends, "terminated": ends}
+    data = TensorDict({"state_value": torch.zeros(1, 3000, 1, dtype=dtype), "next": following}, [1, 3000])
+    data = TrialAdvantage(gamma=gamma, normalize=False)(data)
+    expected = 3000.0 if gamma == 1 else (1 - 0.99**3000) / 0.01
+    for key in ("value_target", "advantage"):
+        assert data[key].dtype == dtype
+    assert data["value_target"][0, 0].item() == pytest.approx(expected, rel=torch.finfo(dtype).eps)
+
+
+def test_a_batch_of_a_single_step_has_an_advantage():
+    ends = torch.ones(1, 1, 1, dtype=torch.bool)
+    following = {"reward": torch.ones(1, 1, 1), "done": ends, "terminated": ends}
+    data = TrialAdvantage()(TensorDict({"state_value": torch.zeros(1, 1, 1), "next": following}, [1, 1]))
+    assert data["advantage"].item() == 1.0

@@ -697,3 +697,16 @@ def test_the_message_says_what_why_and_what_to_do():
     expected = r"rule 'finite' is broken: \('next', 'reward'\) is not finite at row 3, step 2. One such .* mend the env"
     with pytest.raises(TrainingCheckError, match=expected):
         check_training(collector, update, nan_reward(first_batch(collector)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_half_precision_is_no_fault(dtype):
+    torch.manual_seed(0)
+    trial = Compose(Trial(episodes=10), TaskSampler(uniform_means(10), seed=0), PreviousStep())
+    env = TransformedEnv(BernoulliBandit(10, batch_size=(64,), seed=0), trial)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=16, dtype=dtype)
+    critic = GRUValueHead.from_env(env, hidden_size=16, dtype=dtype)
+    update = PPOUpdate(RL2PPOLoss(actor, critic), lr=0.0)
+    collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=640, keep=update.in_keys)
+    check_training(collector, update)
+    update(collector.rollout().clone())

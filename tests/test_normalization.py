@@ -257,6 +257,17 @@ def test_a_task_that_is_not_learnt_without_is_learnt_with(scales):
     assert paid_after_training(scales, normalize=True) > 0.6
 
 
+def test_the_rounding_of_what_does_not_vary_is_no_spread():
+    norm = RunningNorm(1)
+    norm.update_statistics(torch.full((1000, 1), 0.1, dtype=torch.float64))
+    assert norm.std.item() == 1
+    assert norm(torch.tensor([0.2], dtype=torch.float64)).item() == pytest.approx(0.1)
+    batch = {"reward": torch.full((4, 50, 1), 0.1, dtype=torch.float64), "done": torch.ones(4, 50, 1, dtype=torch.bool)}
+    batch["terminated"] = batch["done"]
+    data = TensorDict({"state_value": torch.zeros(4, 50, 1, dtype=torch.float64), "next": batch}, [4, 50])
+    assert TrialAdvantage(scale_rewards=True)(data)["value_target"].unique().item() == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("where", ["within", "behind an encoder"])
 def test_a_norm_that_no_batch_would_reach_is_refused(where):
     env = points()

@@ -420,6 +420,12 @@ def test_an_optimizer_of_other_parameters_or_with_a_learning_rate_beside_it():
         PPOUpdate(loss, lr=0.1, optimizer=torch.optim.Adam(loss.parameters()))
 
 
+def test_an_optimizer_that_asks_for_the_loss_again_is_refused():
+    loss = make_loss()
+    with pytest.raises(ValueError, match="LBFGS asks for the loss again within a step, by a closure"):
+        PPOUpdate(loss, optimizer=torch.optim.LBFGS(loss.parameters()))
+
+
 def test_a_loss_in_which_everything_is_frozen():
     with pytest.raises(ValueError, match="no parameters to train"):
         PPOUpdate(make_loss().requires_grad_(False))

@@ -47,7 +47,8 @@ def _is_affine(before: torch.Tensor, after: torch.Tensor) -> bool:
     x, y = (entry.double() - entry.double().mean() for entry in (before, after))
     slope = (x * y).sum() / x.square().sum().clamp_min(1e-30)
     spread, size = (max(one.abs().max(), other.abs().max()) for one, other in ((x, y), (before, after)))
-    return bool((y - slope * x).abs().max() <= 1e-3 * spread + 1e-6 * size)
+    precision = max(torch.finfo(entry.dtype).eps for entry in (before, after))
+    return bool((y - slope * x).abs().max() <= 1e-3 * spread + max(1e-6, 2 * precision) * size)
 
 
 def gradients(seen: Evidence) -> str | None:

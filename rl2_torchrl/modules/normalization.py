@@ -65,7 +65,8 @@ class RunningNorm(nn.Module):
     def std(self) -> Tensor:
         """Standard deviations ``[size]``, 1 where nothing has varied."""
         std = (self.squares / self.count.clamp_min(1)).sqrt()
-        return torch.where(std > 0, std, 1.0)
+        # What is left by the rounding of float64's sums is no spread.
+        return torch.where(std > 16 * torch.finfo(std.dtype).eps * self.mean.abs(), std, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` ``[*B, size]`` to ``[*B, size]``."""

@@ -84,6 +84,8 @@ class TrialAdvantage(nn.Module):
         if self.value_key not in tensordict.keys(True):
             raise KeyError(f"no {self.value_key!r} in the data: collect with ActorCritic(actor, critic).")
         value, done = tensordict[self.value_key], tensordict["next", "done"]
+        dtype = value.dtype
+        value = value.to(torch.promote_types(dtype, torch.float32))  # in half precision sums over a trial stand still
         reward = self.rewards(tensordict).to(value.dtype)
         _require_finite(reward, "reward")
         reward = self._scaled(reward, done) if self.scale_rewards else reward
@@ -97,10 +99,10 @@ class TrialAdvantage(nn.Module):
         if self.value_target == "gae":
             target.copy_(advantage)
         target.add_(value)
-        if self.normalize:
+        if self.normalize and advantage.numel() > 1:
             std = advantage.std().clamp_min(1e-8)
             advantage.sub_(advantage.mean()).div_(std)
-        return tensordict.set("advantage", advantage).set("value_target", target)
+        return tensordict.set("advantage", advantage.to(dtype)).set("value_target", target.to(dtype))
 
     def rewards(self, tensordict: TensorDictBase) -> Tensor:
         """What the advantages are of, ``[*B, T, 1]``: the collected rewards. A subclass may have others."""
