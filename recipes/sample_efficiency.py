@@ -22,7 +22,7 @@ from recipes.compare import Curve, curve_of, draw_curves, with_error
 from recipes.help import as_typed
 from recipes.other_programs import PROGRAMS, Trials, trial_return
 from recipes.presets import PRESETS
-from recipes.reports import finished_report
+from recipes.reports import finished_report, read_report
 from recipes.results import table
 from recipes.rules import bandit_settings
 from recipes.run import Run
@@ -217,7 +217,8 @@ def written(runs: Runs, worlds: tuple[str, ...], programs: tuple[str, ...], page
     for name in worlds:
         parts += [f"## {WORLDS[name].title}: Bayes optimum {WORLDS[name].best():.3f}", figures(runs, name, programs)]
     versions = ", ".join(f"{package} {number}" for package, number in about["versions"].items())
-    return [*parts, f"Made by `{about['command']}` (commit {about['commit']}) with {versions}."]
+    commits = dict.fromkeys(read_report(each)["commit"] or "-" for folders in runs.values() for each in folders)
+    return [*parts, f"Made by `{about['command']}`, trainings at commits {', '.join(commits)}, with {versions}."]
 
 
 def figures(runs: Runs, world: str, programs: tuple[str, ...]) -> str:
