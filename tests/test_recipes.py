@@ -552,8 +552,8 @@ def test_a_page_of_unlike_runs(finished, tmp_path):
 def test_a_curve_of_one_run_is_no_mean(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(results, "draw_curves", lambda axes, curves, *_: shown.extend(each.name for each in curves))
-    run("grid_navi", tmp_path / "seed3")
-    for runs in ((tmp_path / "seed3",), (tmp_path / "seed3", tmp_path / "seed3")):
+    folders = [run("grid_navi", tmp_path / f"seed{seed}", seed=seed) and tmp_path / f"seed{seed}" for seed in (3, 4)]
+    for runs in (folders[:1], folders):
         results.main(runs=runs, page=tmp_path / "page.md")
     assert shown == ["seed3", "seed3", "mean", "mean"]  # by env steps and by minutes
 
