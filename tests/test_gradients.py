@@ -435,6 +435,34 @@ def test_sizes_and_dtypes_of_data():
         Program(loss)({**data, "value_target": data["value_target"].squeeze(-1)})
 
 
+def _reads_bytes(critic):
+    """An actor whose GRU reads bytes as they are, and ``critic``, one that scales them to [0, 1]."""
+    torch.manual_seed(0)
+    actor = RecurrentActor({"ram": [4]}, CategoricalActions(ACTIONS), in_key="ram", hidden_size=UNITS, **F64)
+    return RL2PPOLoss(actor, critic())
+
+
+BYTES = {
+    "beside the features": lambda: MemoryValueHead(
+        UNITS, detach=True, extra_keys=["ram"], extra_size=4, num_cells=[8], init_range=1.0, **F64
+    ),
+    "past the core": lambda: RecurrentCritic(
+        {"ram": [4]}, in_key="ram", hidden_size=12, num_cells=[6], skip=True, init_range=1.0, **F64
+    ),
+    "to an encoder": lambda: RecurrentCritic(
+        {"ram": [4]}, in_key="ram", encoder=MLPEncoder, hidden_size=12, init_range=1.0, **F64
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_are_scaled_as_the_networks_themselves_scale_them(name):
+    """Also where a GRU has read the same entry before, without a scale."""
+    data = data_of("categorical", torch.float64)
+    data["ram"] = torch.randint(256, (ROWS, STEPS, 4), generator=torch.Generator().manual_seed(2)).byte()
+    assert_same(_reads_bytes(BYTES[name]), data)
+
+
 # ------------------------------------------------------------------- parts alone
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, runs
-from rl2_torchrl.modules.functions import MOST_OUTPUTS, relu_linear, relu_linear_gradients
+from rl2_torchrl.modules.functions import MOST_OUTPUTS, as_reals, relu_linear, relu_linear_gradients
 from rl2_torchrl.modules.gru_sequence import Workspace
 
 __all__ = ["ChainPart"]
@@ -57,7 +57,7 @@ class ChainPart(Part):
             return False
         if more:
             self._joined = _activated(x, self.first)
-            x = torch.cat((self._joined, *(other.to(x.dtype) for other in more)), -1)
+            x = torch.cat((self._joined, *(as_reals(other, x) for other in more)), -1)
         self._inputs = []
         for before, layer in zip(self.before, self.linears, strict=True):
             x = _activated(x, "tanh") if before == "tanh" else x.contiguous()

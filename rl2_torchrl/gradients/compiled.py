@@ -85,7 +85,7 @@ class CompiledPass:
             if _reads_data_alone(part):
                 part.forward(chunks)
             if isinstance(part, GRUPart):
-                part.convert(chunks)
+                chunks.update(part.converted(chunks))
         self._networks, self._log_std = _networks_of(program)
         self._init_key = self._networks[0][0].in_keys[2]
         chunks[self._init_key] = chunks[self._init_key].bool()  # the kernel reads bytes

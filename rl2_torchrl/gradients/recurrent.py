@@ -37,8 +37,7 @@ class GRUPart(Part):
         self.layers, self.inputs, self.units = gru.all_weights, gru.input_size, gru.hidden_size
 
     def forward_by_hand(self, state: State) -> bool:
-        self.convert(state)
-        x, hidden, is_init = entries_of(state, self.in_keys, self.optional)
+        x, hidden, is_init = entries_of({**state, **self.converted(state)}, self.in_keys, self.optional)
         if not self._covers(x, hidden):
             return False
         self._is_init, self._saved = None if is_init is None else as_bytes(is_init.squeeze(-1)), []
@@ -50,11 +49,10 @@ class GRUPart(Part):
         state[self.out_keys[0]] = x
         return True
 
-    def convert(self, state: State) -> None:
-        """Input and hidden state to the weights' dtype, as the module itself does it."""
-        for key in self.in_keys[:2]:
-            if key in state and key not in self.wanted:
-                state[key] = state[key].to(self.parameters[0].dtype)
+    def converted(self, state: State) -> State:
+        """Input and hidden state in the weights' dtype, as the module itself reads them; ``state`` stays as others read it."""
+        dtype, read = self.parameters[0].dtype, self.in_keys[:2]
+        return {key: state[key].to(dtype) for key in read if key in state and key not in self.wanted}
 
     def _covers(self, x: torch.Tensor, hidden: torch.Tensor | None) -> bool:
         weight = self.parameters[0]

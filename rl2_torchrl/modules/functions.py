@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from rl2_torchrl import kernels
 
 __all__ = [
-    *("MOST_OUTPUTS", "categorical_gradient", "categorical_terms", "log_prob_and_entropy", "raise_unknown_actions"),
-    *("relu_linear", "relu_linear_gradients", "require_tensor", "unit_stride"),
+    *("MOST_OUTPUTS", "as_reals", "categorical_gradient", "categorical_terms", "log_prob_and_entropy"),
+    *("raise_unknown_actions", "relu_linear", "relu_linear_gradients", "require_tensor", "unit_stride"),
 ]
 
 
@@ -35,6 +35,11 @@ def unit_stride(tensor: Tensor) -> Tensor:
     """``tensor`` detached, with its last dimension contiguous."""
     tensor = tensor.detach()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def as_reals(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the dtype of ``like``; uint8, as in images, is scaled to [0, 1]."""
+    return x.to(like.dtype) / 255 if x.dtype == torch.uint8 else x.to(like.dtype)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:

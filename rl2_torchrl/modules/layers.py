@@ -15,7 +15,7 @@ from rl2_torchrl.arguments import require_callable, require_layer_class, require
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, brings, is_bare, runs
 from rl2_torchrl.modules.cores import sub_key
-from rl2_torchrl.modules.functions import relu_linear
+from rl2_torchrl.modules.functions import as_reals, relu_linear
 
 __all__ = [
     *("Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead"),
@@ -62,7 +62,7 @@ class MLPEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(_as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
+        return self.layers(as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         return ChainPart.of(self, self.layers, in_keys, out_keys) if len(self.shape) == 1 else None
@@ -87,7 +87,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.shape)]
-        out = self.net(_as_reals(x, next(self.net.parameters(), torch.empty(0))).reshape(-1, *self.shape))
+        out = self.net(as_reals(x, next(self.net.parameters(), torch.empty(0))).reshape(-1, *self.shape))
         return out.reshape(*batch, *out.shape[1:])
 
 
@@ -150,7 +150,7 @@ class Concat(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         first, *others = inputs
-        return torch.cat([first, *(_as_reals(x, first) for x in others)], -1) if others else first
+        return torch.cat([first, *(as_reals(x, first) for x in others)], -1) if others else first
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> Part:
         return Part(self, in_keys, out_keys)
@@ -214,11 +214,6 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
             "dimensions."
         )
     return out.shape[-1]
-
-
-def _as_reals(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` in the dtype of ``like``; uint8, as in images, is scaled to [0, 1]."""
-    return x.to(like.dtype) / 255 if x.dtype == torch.uint8 else x.to(like.dtype)
 
 
 # --------------------------------------------------------------------- heads
