@@ -21,6 +21,7 @@ from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
 from rl2_torchrl.gradients.networks import parts_of
 from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, log_scale_key
+from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules import CategoricalActions, GRUCore, LSTMCore, MLPEncoder, RecurrentActor, RecurrentCritic
 from rl2_torchrl.modules.distributions import MultiCategoricalActions, TanhGaussianActions
 from rl2_torchrl.modules.layers import Head
@@ -461,6 +462,123 @@ def test_bytes_are_scaled_as_the_networks_themselves_scale_them(name):
     data = data_of("categorical", torch.float64)
     data["ram"] = torch.randint(256, (ROWS, STEPS, 4), generator=torch.Generator().manual_seed(2)).byte()
     assert_same(_reads_bytes(BYTES[name]), data)
+
+
+class _Shown(nn.Module):
+    """Keeps what it is shown, and a copy of it as it then was."""
+
+    in_keys = ("actor_features",)
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def keep(self, tensor):
+        self.kept.append((tensor.detach(), tensor.detach().clone()))
+
+    def forward(self, features):
+        self.keep(features)
+        return {"loss_size": features.square().mean()}
+
+
+class _ShownByHand(_Shown):
+    def with_gradients(self, features):
+        self.keep(features)
+        return {"loss_size": features.square().mean()}, (2 / features.numel() * features,)
+
+
+class _ShownOnTheWay(_Shown):
+    """Between core and head, where it is shown the gradient too."""
+
+    def forward(self, features):
+        self.keep(features)
+        if features.requires_grad:
+            features.register_hook(self.keep)
+        return features
+
+
+def _hook_that_keeps(shown):
+    loss = loss_of("categorical", "separate", torch.float64)
+    head = next(module for module in loss.modules() if isinstance(module, Head))
+    head.register_forward_hook(lambda module, inputs, out: shown.keep(inputs[0]))
+    return loss
+
+
+def _module_that_keeps(shown):
+    actor = _actor()
+    core, head = actor.module[0].module
+    head.in_keys[0] = "shown"
+    between = TensorDictModule(shown, ["actor_features"], ["shown"])
+    policy = TensorDictSequential(core, between, head)
+    actor = ProbabilisticActor(
+        policy, in_keys=["logits"], distribution_class=torch.distributions.Categorical, return_log_prob=True
+    )
+    return RL2PPOLoss(actor, GRUValueHead(INPUTS, hidden_size=12, **F64))
+
+
+KEPT = {
+    "hook on a head": (_Shown, _hook_that_keeps),
+    "term": (_Shown, lambda shown: loss_of("categorical", "separate", torch.float64, terms=[shown])),
+    "term by hand": (_ShownByHand, lambda shown: loss_of("categorical", "separate", torch.float64, terms=[shown])),
+    "module on the way": (_ShownOnTheWay, _module_that_keeps),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_users_were_shown_stays_as_it_was(name):
+    """Later minibatches are written to memory that nobody else has seen."""
+    make, loss_with = KEPT[name]
+    shown = make()
+    program, data = Program(loss_with(shown)), data_of("categorical", torch.float64)
+    for scale in (1.0, 2.0, 3.0):
+        program({**data, "trans": scale * data["trans"]})
+    assert len(shown.kept) >= 3
+    assert all(torch.equal(tensor, before) for tensor, before in shown.kept)
+
+
+class _TimeFirst(nn.Module):
+    """A term whose gradient by the features lies time-major in memory."""
+
+    in_keys = ("actor_features", "logits")
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, UNITS, **F64))
+
+    def forward(self, features, logits):
+        features = features.transpose(0, 1).contiguous() * self.weight
+        return {"loss_first": features.square().mean() + logits.square().mean()}
+
+
+def test_a_term_that_works_time_first_is_right_in_every_minibatch():
+    loss = loss_of("categorical", "shared", torch.float64, terms=[_TimeFirst()])
+    data = data_of("categorical", torch.float64)
+    losses = loss(TensorDict(data, [ROWS, STEPS]))
+    total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+    expected = torch.autograd.grad(total, list(loss.parameters()))
+    program = Program(loss)
+    for _ in range(3):
+        program(data)
+        for parameter, gradient in zip(loss.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+@needs_kernels
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_what_users_are_not_shown_lies_in_the_memory_of_the_minibatch_before(critic, monkeypatch):
+    take, places = Workspace.take, []
+
+    def noted(like, shape):
+        places[-1].add((tensor := take(like, shape)).data_ptr())
+        return tensor
+
+    monkeypatch.setattr(Workspace, "take", noted)
+    program, data = Program(loss_of("categorical", critic, torch.float32)), data_of("categorical", torch.float32)
+    for _ in range(4):
+        places.append(set())
+        program(data)
+    assert len(places[0]) >= 3
+    assert places[1] == places[2] == places[3]
 
 
 # ------------------------------------------------------------------- parts alone

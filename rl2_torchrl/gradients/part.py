@@ -10,6 +10,8 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
+from rl2_torchrl.kernels.workspace import Workspace
+
 __all__ = [
     *("Gradients", "Part", "State", "accumulate", "entries_of", "on_entries"),
     *("brings", "has_hooks", "is_bare", "is_function", "runs"),
@@ -66,7 +68,10 @@ class Part:
         state.update(zip(self.out_keys, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
 
     def forward_by_hand(self, state: State) -> bool:
-        """As `run`, and keeps what `backward_by_hand` needs; False where this cannot be, and nothing has been written."""
+        """As `run`, and keeps what `backward_by_hand` needs; False where this cannot be, and nothing has been written.
+
+        What it reads may not be held beyond that: later minibatches are written to the same memory.
+        """
         return False
 
     def backward_by_hand(self, gradients: Gradients) -> None:
@@ -77,6 +82,8 @@ class Part:
         self._by_hand = self.forward_by_hand(state)
         if self._by_hand:
             return
+        # Functions, terms and hooks of users may hold what they are shown.
+        Workspace.leave(*(state[key] for key in self.in_keys if key in state))
         self._leaves = {key: state[key].detach().requires_grad_() for key in self.in_keys if key in self.wanted}
         entries = {**state, **self._leaves}
         with torch.enable_grad():
@@ -95,6 +102,7 @@ class Part:
         if not ends or not sources:
             return
         outs, slopes = zip(*ends, strict=True)
+        Workspace.leave(*slopes)  # to hooks on gradients
         found = torch.autograd.grad(outs, [self._leaves.get(s, s) for s in sources], slopes, allow_unused=True)
         for source, gradient in zip(sources, found, strict=True):
             if gradient is not None:

@@ -14,6 +14,7 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of
+from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["Program", "merge_losses", "values_of"]
 
@@ -108,7 +109,9 @@ class _Term(Part):
     def losses(self, state: State, gradients: Gradients) -> dict[str, float]:
         """Losses and scalar diagnostics; the losses' gradients are added to ``gradients``."""
         if hasattr(self.function, "with_gradients"):
-            self._values, slopes = self.function.with_gradients(*entries_of(state, self.in_keys))
+            entries = entries_of(state, self.in_keys)
+            Workspace.leave(*entries)  # users write such terms too
+            self._values, slopes = self.function.with_gradients(*entries)
             for key, slope in zip(self.in_keys, slopes, strict=True):
                 if slope is not None and key in self.wanted:
                     accumulate(gradients, key, slope)

@@ -9,8 +9,8 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, on_entries
+from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules.gru_sequence import (
-    Workspace,
     as_bytes,
     backward_in_place,
     forward_saving,
@@ -71,7 +71,7 @@ class GRUPart(Part):
                 accumulate(gradients, weight, gradient)
             is_read = self._saved or self.in_keys[0] in self.wanted
             d_x = input_gradient(saved, weights[0]) if is_read else None
-            # What read the output has gone back already: nobody looks at these any more.
+            # What read the output has gone back already, and only whom these were left to may look at them again.
             for memory in (saved, slope, y):
                 Workspace.give(memory)
             slope = d_x

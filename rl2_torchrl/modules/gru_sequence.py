@@ -1,15 +1,14 @@
 """`gru_sequence`: a GRU layer over sequences with resets, compiled, and its gradient."""
 
-import threading
-
 import torch
 from torch import Tensor
 
 from rl2_torchrl import kernels
+from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules.functions import require_tensor, unit_stride
 
 __all__ = [
-    *("Workspace", "as_bytes", "backward_in_place", "forward_saving", "gru_sequence", "input_gradient", "pack_weights"),
+    *("as_bytes", "backward_in_place", "forward_saving", "gru_sequence", "input_gradient", "pack_weights"),
     *("require_weights", "weight_gradients"),
 ]
 
@@ -184,27 +183,6 @@ def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
     units, flat, w_ih = len(w_ih) // 3, gradients.view(-1, gradients.shape[-1]), w_ih.detach()
     by_n = flat[:, 3 * units : 4 * units] @ w_ih[2 * units :]
     return by_n.addmm_(flat[:, : 2 * units], w_ih[: 2 * units]).view(*gradients.shape[:2], -1)
-
-
-class Workspace:
-    """Memory of one minibatch that the next one uses again: first touch of fresh memory costs more than the arithmetic on it."""
-
-    _free = threading.local()  # a tensor that two threads took would be written by both
-    _KEPT = 8  # two networks in one loss: states, gradients and what forward saves of each, and a little more
-
-    @classmethod
-    def take(cls, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        free = vars(cls._free).setdefault("tensors", [])
-        for i, tensor in enumerate(free):
-            if tensor.shape == shape and tensor.dtype == like.dtype:
-                return free.pop(i)
-        return like.new_empty(shape)
-
-    @classmethod
-    def give(cls, tensor: Tensor) -> None:
-        free = vars(cls._free).setdefault("tensors", [])
-        free.append(tensor)
-        del free[: -cls._KEPT]
 
 
 def as_bytes(is_init: Tensor | None) -> Tensor | None:

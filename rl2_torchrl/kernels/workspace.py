@@ -1,0 +1,43 @@
+"""`Workspace`: memory that each minibatch needs, made once."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """Memory of one minibatch that the next one uses again: first touch of fresh memory costs more than the arithmetic on it."""
+
+    _free = threading.local()  # a tensor that two threads took would be written by both
+    _KEPT = 8  # two networks in one loss: states, gradients and what forward saves of each, and a little more
+
+    @classmethod
+    def take(cls, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A contiguous tensor of ``shape``, and of the dtype and device of ``like``, to be given back by `give`."""
+        free = vars(cls._free).setdefault("tensors", [])
+        fitting = (i for i, tensor in enumerate(free) if tensor.shape == shape and tensor.dtype == like.dtype)
+        number = next(fitting, None)
+        tensor = like.new_empty(shape) if number is None else free.pop(number)
+        tensor.is_lent = True
+        return tensor
+
+    @classmethod
+    def leave(cls, *entries: Any) -> None:
+        """Leaves those of ``entries`` that were taken to whoever is shown them, and may hold them for as long as they like."""
+        for entry in entries:
+            if getattr(entry, "is_lent", False):
+                entry.is_lent = False
+
+    @classmethod
+    def give(cls, tensor: Tensor) -> None:
+        """Takes ``tensor`` back, if it was taken here and left to nobody: any other may be strided, or be read by others still."""
+        if getattr(tensor, "is_lent", False):
+            tensor.is_lent = False
+            free = vars(cls._free).setdefault("tensors", [])
+            free.append(tensor)
+            del free[: -cls._KEPT]
