@@ -338,6 +338,18 @@ def test_a_figure_of_other_settings_is_kept_and_told(tmp_path, monkeypatch, caps
     assert figures(tmp_path) == before
 
 
+def test_shipped_figures_are_of_the_cells_settings():
+    shipped = (Path(__file__).parents[1] / paper_tables.FOLDER).glob("*_rl2_*_seed*.json")
+    kept = {path.stem: json.loads(path.read_text()) for path in shipped}
+    assert len(kept) >= 50
+    others = {}
+    for name, figure in kept.items():
+        settings = CELLS[figure["table"]][figure["cell"]].settings(figure["agent"].split("_")[1])
+        assert {"trials", "env_steps", "lr", "units"} <= figure["settings"].keys() & settings.keys()
+        others[name] = paper_tables.other_settings(figure["settings"], settings)
+    assert {name: differ for name, differ in others.items() if differ} == {}
+
+
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
     run(tmp_path, part="rl2", seeds=(0,))
     before = figures(tmp_path)
