@@ -250,7 +250,7 @@ class LSTMCore(RecurrentCore):
         return x, *(torch.stack(each, 1) for each in zip(*states, strict=True))
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
-        if not self._starts_from_zeros():
+        if not self._starts_from_zeros() or not is_bare(self.lstm):  # hooks see single steps, as those of a rollout do
             return super().unroll(x, memory, is_init, with_memory=with_memory)
         batch = x.shape[:2]
         starts = torch.zeros(batch, dtype=torch.bool, device=x.device) if is_init is None else is_init.bool().clone()

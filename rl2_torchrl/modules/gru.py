@@ -78,7 +78,7 @@ class FastGRUModule(RecurrentCore, GRUModule):
         return x.squeeze(1), hidden.transpose(0, 1)
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
-        if not self._starts_from_zeros():
+        if not self._starts_from_zeros() or not is_bare(self.gru):  # hooks see single steps, as those of a rollout do
             return RecurrentCore.unroll(self, x, memory, is_init, with_memory=with_memory)
         if self._is_covered() or (self._is_plain() and x.is_cuda and len(x) and not with_memory):
             layers = self._layers(x, memory and memory[0], is_init)
