@@ -313,6 +313,10 @@ def test_what_is_forbidden_or_rare_is_not_drawn_in_any_precision(dtype):
     logits = torch.tensor([[-math.inf, 0.0, -math.inf], [-20.0, 0.0, -20.0]], dtype=dtype).repeat(5000, 1)
     actions = CategoricalActions(3).sampler(20)
     assert all((actions(logits) == 1).all() for _ in range(20))
+    logits, actions = torch.tensor([[6.0, 0.0]], dtype=dtype).repeat(20_000, 1), CategoricalActions(2).sampler(20)
+    share = torch.stack([actions(logits) for _ in range(20)]).double().mean().item()
+    rare = 1 / (1 + math.exp(6))
+    assert share == pytest.approx(rare, abs=5 * math.sqrt(rare / 400_000))
 
 
 def test_gumbel_noise_is_finite_where_a_uniform_number_is_zero(monkeypatch):
