@@ -296,7 +296,10 @@ class PPOUpdate:
 
     def _require_replay(self, max_ratio: float | torch.Tensor) -> None:
         """Before the first step the networks must give the collected log-probabilities back: all ratios are 1, to rounding."""
-        if max_ratio > 1 + max(0.01, 16 * torch.finfo(self._parameters[0].dtype).eps):
+        log_prob = self._chunks.chunks[self.loss.tensor_keys.sample_log_prob]
+        # Rounding is that of the coarsest dtype, and grows with the log-probability, a sum over the action's dimensions.
+        eps = max(torch.finfo(entry.dtype).eps for entry in (log_prob, *self._parameters) if entry.is_floating_point())
+        if max_ratio > 1 + max(0.01, 4 * eps * (1 + log_prob.abs().max().item())):
             raise ValueError(
                 f"without hidden states in the batch, replaying its trials from zeros gives other log-probabilities than were "
                 f"collected (ratios up to {float(max_ratio):.3g}): the memory was lost while collecting, or the networks have "
