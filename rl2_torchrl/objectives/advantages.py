@@ -27,7 +27,8 @@ class TrialAdvantage(nn.Module):
         gamma: discount per step. Default 0.99.
         lmbda: GAE's lambda. Default 0.97, the original's; the paper used 0.3 for γ = 0.99.
         value_target: ``"return"``: the trial's discounted return-to-go (the original's); ``"gae"``: advantage + value.
-        normalize: normalise the advantage over the whole batch to mean 0 and standard deviation 1. Default True.
+        normalize: normalise the advantage over the whole batch to mean 0 and standard deviation 1; one of a single step, which
+            has no deviation, stays as it is. Default True.
         critic: module that writes ``value_key`` from one step's entries, e.g. the collector's `ActorCritic`. Asked only where a
             batch ends inside a trial or a trial is truncated. Default: in a `PPOUpdate` its loss's own networks.
         scale_rewards: divide rewards by the standard deviation of the returns of all batches before, so that the critic learns
