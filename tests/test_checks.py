@@ -609,6 +609,66 @@ def test_a_policy_that_is_not_trained():
     assert broken_rule(collector, update, first_batch(collector)) == "policy_is_trained"
 
 
+def copied_actor(actor, critic):
+    return copy.deepcopy(actor), critic
+
+
+def copied_head(actor, critic):
+    """The core is the loss's own, what stands behind it a copy."""
+    acting = copy.deepcopy(actor)
+    acting.module[0].module[0] = actor.module[0].module[0]
+    return acting, critic
+
+
+@pytest.mark.parametrize("acting", [copied_actor, copied_head])
+@pytest.mark.parametrize("functional", [True, False])
+@pytest.mark.parametrize("make_collector", [TrialCollector, Collector])
+def test_an_actor_of_its_own_beside_the_losss_critic(acting, functional, make_collector):
+    env = mdp_env()
+    actor, critic = networks(env)
+    update = PPOUpdate(RL2PPOLoss(actor, critic, functional=functional), minibatches=2, epochs=1)
+    options = {"total_frames": -1, "auto_register_policy_transforms": True} if make_collector is Collector else {}
+    policy = ActorCritic(*acting(actor, critic))
+    collector = make_collector(env, policy, frames_per_batch=ROWS * TRIAL, **options)
+    with pytest.raises(TrainingCheckError, match=r"policy_is_trained.*layers\.1\.weight.*first weights") as error:
+        check_training(collector, update, first_batch(collector))
+    assert ("gru" in str(error.value)) == (acting is copied_actor)
+
+
+class WithOneMore(nn.Module):
+    """The logits, and behind them a layer that the loss alone reads."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.more = head, nn.Linear(8, ACTIONS)
+
+    def forward(self, features):
+        return self.head(features) + 0 * self.more(features)
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_a_policy_that_is_a_part_of_the_actor(functional):
+    env = mdp_env()
+    actor, critic = networks(env)
+    core, head = actor.module[0].module
+    more = TensorDictModule(WithOneMore(head.module), head.in_keys, head.out_keys)
+    larger = copy.deepcopy(actor)
+    larger.module[0].module = nn.ModuleList([core, more])
+    loss = RL2PPOLoss(larger, critic, functional=functional)
+    collector, update = pipeline(env, actor, critic, loss=loss)
+    assert "policy_is_trained" in check_training(collector, update, first_batch(collector)).checked
+
+
+def test_a_policy_may_hold_a_copy_of_what_never_changes():
+    env = mdp_env()
+    actor, critic = networks(env)
+    core, head = actor.module[0].module
+    acting = copy.deepcopy(actor)
+    acting.module[0].module = nn.ModuleList([copy.deepcopy(core.requires_grad_(False)), head])
+    collector, update = pipeline(env, actor, critic, policy=ActorCritic(acting, critic))
+    assert "policy_is_trained" in check_training(collector, update, first_batch(collector)).checked
+
+
 def test_parameters_that_no_loss_reaches():
     env = mdp_env()
     actor, critic = networks(env)

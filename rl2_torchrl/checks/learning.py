@@ -70,15 +70,23 @@ def optimizer(seen: Evidence) -> str | None:
 
 
 def policy_is_trained(seen: Evidence) -> str | None:
-    """The policy that acts holds the actor's parameters."""
+    """The policy that acts holds the trainable parameters of the loss's actor, or is a part of that, and trained as a whole."""
     policy = getattr(seen.collector, "policy", None)
     if not (isinstance(seen.collector, Collector) and isinstance(policy, nn.Module)) or seen.loss is None:
         raise NotChecked("the policy that acts is in other processes, or there is no loss")
-    acting, trained = ({(p.device, p.data_ptr()) for p in module.parameters()} for module in (policy, seen.loss))
+    acting, trained = ({_place(p) for p in module.parameters()} for module in (policy, seen.loss))
     if {device for device, _ in acting} != {device for device, _ in trained}:
         raise NotChecked("the policy acts on another device")
-    if not acting & trained:
-        return "the collector's policy shares no parameter with the loss"
+    # With a functional loss the actor's weights lie beside it, in actor_network_params.
+    named = [(name, p) for name, p in seen.loss.named_parameters() if name.startswith("actor_network")]
+    actor = {name: _place(p) for name, p in named if p.requires_grad}
+    missing = [name for name, place in actor.items() if place not in acting]
+    is_part = acting <= trained and len(missing) < len(actor)
+    return f"the collector's policy does not hold {missing}" if missing and not is_part else None
+
+
+def _place(parameter: nn.Parameter) -> tuple[torch.device, int]:
+    return parameter.device, parameter.data_ptr()
 
 
 RULES: dict[Rule, str] = {
