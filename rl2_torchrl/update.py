@@ -299,7 +299,8 @@ class PPOUpdate:
         log_prob = self._chunks.chunks[self.loss.tensor_keys.sample_log_prob]
         # Rounding is that of the coarsest dtype, and grows with the log-probability, a sum over the action's dimensions.
         eps = max(torch.finfo(entry.dtype).eps for entry in (log_prob, *self._parameters) if entry.is_floating_point())
-        if max_ratio > 1 + max(0.01, 4 * eps * (1 + log_prob.abs().max().item())):
+        largest = max(map(abs, map(float, log_prob.aminmax())))
+        if max_ratio > 1 + max(0.01, 4 * eps * (1 + largest)):
             raise ValueError(
                 f"without hidden states in the batch, replaying its trials from zeros gives other log-probabilities than were "
                 f"collected (ratios up to {float(max_ratio):.3g}): the memory was lost while collecting, or the networks have "

@@ -425,7 +425,7 @@ class Opaque(Callback):
 
 def test_a_state_that_cannot_be_saved_is_found_at_the_start(tmp_path):
     run = Run(5)
-    with pytest.raises(TypeError, match=r"callbacks\.0\.best\.score is a object, which cannot be saved") as kept:
+    with pytest.raises(TypeError, match=r"callbacks\.Opaque\.best\.score is a object, which cannot be saved") as kept:
         run.train(checkpoints=tmp_path, callbacks=[Opaque()])
     with pytest.raises(TypeError, match="the update has no state_dict"):
         train(run.collector, lambda batch, progress: {}, evaluate=None, checkpoints=tmp_path)
