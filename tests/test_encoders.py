@@ -30,6 +30,7 @@ from rl2_torchrl.modules import (
     RecurrentActor,
     RecurrentCritic,
 )
+from rl2_torchrl.modules.layers import Concat
 
 
 class SeenBandit(BernoulliBandit):
@@ -209,3 +210,11 @@ def test_encoders_take_the_networks_dtype():
     actor = RecurrentActor(5, CategoricalActions(3), encoder=MLPEncoder, dtype=torch.float64)
     assert {p.dtype for p in actor.parameters()} == {torch.float64}
     assert actor(inputs(3, trans=torch.randn(3, 5)))["logits"].dtype == torch.float64
+
+
+def test_bytes_that_come_first_cut_nothing_off():
+    seen, time = torch.tensor([[255, 0]], dtype=torch.uint8), torch.tensor([[0.5]], dtype=torch.float64)
+    assert torch.equal(Concat()(seen, time), torch.tensor([[1.0, 0.0, 0.5]], dtype=torch.float64))
+    assert torch.equal(Concat()(time, seen), torch.tensor([[0.5, 1.0, 0.0]], dtype=torch.float64))
+    assert torch.equal(Concat()(seen, seen), torch.tensor([[1.0, 0.0, 1.0, 0.0]]))
+    assert torch.equal(Concat()(torch.tensor([[3]]), time), torch.tensor([[3.0, 0.5]], dtype=torch.float64))

@@ -146,11 +146,13 @@ class _ChannelsFirst(nn.Module):
 
 
 class Concat(nn.Module):
-    """Concatenates its inputs ``[*B, n_i]`` in the first one's dtype, to ``[*B, sum n_i]``; uint8 is scaled to [0, 1]."""
+    """Concatenates its inputs ``[*B, n_i]`` to ``[*B, sum n_i]``, in the dtype of the first reals; uint8 is scaled to [0, 1]."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        first, *others = inputs
-        return torch.cat([first, *(as_reals(x, first) for x in others)], -1) if others else first
+        if len(inputs) == 1:
+            return inputs[0]
+        like = next((x for x in inputs if x.is_floating_point()), torch.empty(0))  # bytes would cut reals off
+        return torch.cat([as_reals(x, like) for x in inputs], -1)
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> Part:
         return Part(self, in_keys, out_keys)
