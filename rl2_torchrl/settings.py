@@ -55,8 +55,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 
 def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    """Names of what stood among the env's settings ``then`` and is another number ``now``: where it stands, and no setting."""
-    return {name for name in differences(then, now) if name.startswith("env.") and name.count(".") == 1}
+    """Names of the env's own attributes that are others ``now`` than ``then``: where it stands, and no settings.
+
+    Of an env that is gone, as where a rollout has failed, nothing is said: what is missing has not moved.
+    """
+    return {name for name in differences(then, now) if name in now and name.startswith("env.") and name.count(".") == 1}
 
 
 def _env(env: EnvBase | None) -> Settings:

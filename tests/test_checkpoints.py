@@ -198,6 +198,23 @@ def test_where_an_env_stands_is_no_setting(tmp_path):
     assert len(Run(updates=4, env=Counts()).train(checkpoints=tmp_path, resume=True).history) == 4
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_settings_of_an_env_are_kept_where_a_rollout_has_failed(tmp_path, lean):
+    class Breaks(Counts):
+        def advance(self, state, action):
+            if self.pulls == 3 * STEPS:
+                raise ArithmeticError("in the fourth batch")
+            return super().advance(state, action)
+
+    run = Run(updates=6, env=Breaks(), lean=lean, episodes=STEPS)
+    with pytest.raises(ArithmeticError):
+        run.train(checkpoints=tmp_path, check=False)  # TorchRL's collector shuts itself down, and has no env any more
+    other = Breaks()
+    other.goal, other.pulls = 8, 0
+    with pytest.raises(ValueError, match=r"other settings \(env.goal: 7 then, 8 now\)"):
+        Run(updates=6, env=other, lean=lean, episodes=STEPS).train(checkpoints=tmp_path, resume=True)
+
+
 class Doubles(Counter):
     """Another class, which counts as well."""
 

@@ -361,3 +361,9 @@ def test_a_pendulum_of_unknown_sign():
     ]
     assert cart[0][0] > 0.01 > -0.01 > cart[0][1]
     assert cart[1][0] == cart[1][1] == cart[0][0]
+
+
+def test_a_run_of_point_masses_is_repeated_by_its_seed(tmp_path):
+    pytest.importorskip("dm_control")
+    one, other = (run("point_mass", tmp_path / name, seed=3) for name in ("one", "other"))
+    assert torch.equal(one.agent.returns, other.agent.returns)

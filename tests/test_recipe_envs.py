@@ -1,6 +1,7 @@
 """Envs of recipes: what a task changes in them, and that they play."""
 
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import gymnasium
@@ -134,6 +135,18 @@ def test_test_tasks_of_all_envs_are_played_alike():
     ] * 5  # ML10's five test envs have 50 each
     assert torch.equal(spread(50, torch.Size([50]), None), torch.arange(50))
     assert spread(2, torch.Size([2, 2]), None).tolist() == [[0, 0], [1, 1]]
+
+
+def test_goals_of_one_seed_are_not_tested_on_by_another(monkeypatch):
+    from recipes import meta_world
+
+    seeds = []
+    monkeypatch.setattr(meta_world, "load_benchmark", lambda *args: seeds.append(args[-1]) or pytest.fail("enough"))
+    for seed in range(3):
+        with pytest.raises(pytest.fail.Exception):
+            meta_world.main(run=replace(meta_world.RUN, seed=seed))
+    # Meta-World tests on the goals that it would train on by the next seed.
+    assert not {seed + 1 for seed in seeds} & set(seeds)
 
 
 def test_a_task_beside_a_benchmark_of_several_is_refused():

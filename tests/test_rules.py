@@ -214,6 +214,7 @@ def test_page_of_the_check(rule, settings_of, cells, folder, title, tmp_path, mo
     enough = sum(row["share"] >= 0.985 for row in rows)
     text = options["page"].read_text()
     assert f"{enough} of 2 earn 98.5 % of {title} or more" in text
+    assert "was not made from" not in text  # which is said of the cells that were held apart alone
     numbers = ", ".join(map(str, cells[0]))
     assert f"| {numbers} | {report['agent']['mean']:.3f} ± {report['agent']['se']:.3f} |" in text
     assert f"{check.command(cells[0])}\n" in text

@@ -257,11 +257,9 @@ class AdaptiveAgent:
         noise = torch.zeros(len(self._start), self.signature.noise_size, dtype=self.signature.dtype)
         if deterministic:
             return noise
-        return (
-            noise.normal_()
-            if self.signature.noise == "normal"
-            else gumbel_(noise.to(torch.promote_types(noise.dtype, torch.float32))).to(noise.dtype)
-        )
+        if self.signature.noise == "normal":
+            return noise.normal_()
+        return gumbel_(noise.to(torch.promote_types(noise.dtype, torch.float32))).to(noise.dtype)
 
 
 def _at(name: str, observation: Any, path: Sequence[str | int], *, is_only: bool) -> Any:

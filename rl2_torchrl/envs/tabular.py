@@ -89,10 +89,9 @@ class TabularMDP(DiscreteEnv):
         if task.is_cpu:  # elsewhere a look would wait for the device
             probabilities = task.unflatten(-1, (-1, self.num_states + 1))[..., 1:]
             # Nothing but zeros is no task but TorchRL's look at the env.
-            is_mdp = ((probabilities >= 0).all(-1) & ((probabilities.sum(-1) - 1).abs() < 1e-3)).all(-1) | (
-                task == 0
-            ).all(-1)
-            if not bool((is_mdp | ~rows).all()):
+            is_nothing = (task == 0).all(-1)
+            is_mdp = ((probabilities >= 0).all(-1) & ((probabilities.sum(-1) - 1).abs() < 1e-3)).all(-1)
+            if not bool((is_mdp | is_nothing | ~rows).all()):
                 raise ValueError(
                     "a task has transitions that are no probabilities: those of each state and action are at least 0 and sum to 1. "
                     "Make tasks by pack_mdps(rewards, transitions)."
