@@ -243,7 +243,7 @@ class Encoding:
     def write(self, out: torch.Tensor, value: torch.Tensor) -> None:
         """Writes the encoded ``value`` into ``out`` ``[*B, size]``, which holds zeros."""
         if self.offsets is None:
-            out.copy_(value.reshape(out.shape))
+            out.copy_(value if value.shape == out.shape else value.reshape(out.shape))
             if self.is_bytes and value.dtype == torch.uint8:
                 out.div_(255)
         else:

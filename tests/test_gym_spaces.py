@@ -37,12 +37,12 @@ def test_an_observation_by_hand(space, spec, rows, expected):
     found = observations.spec["observation"]
     assert (type(found), found.shape, found.dtype) == (type(spec), spec.shape, spec.dtype)
     array = np.array(rows, dtype=space.dtype)
-    tensors = observations.tensors(array)["observation"]
-    assert (tensors.tolist(), tensors.dtype) == (expected, spec.dtype)
+    given = torch.from_numpy(observations.arrays(array)["observation"])
+    assert (given.tolist(), given.dtype) == (expected, spec.dtype)
     # One row, and a copy: vector envs write over their own arrays.
-    assert observations.one(array[1])["observation"].tolist() == expected[1]
+    assert observations.of_one(array[1])["observation"].tolist() == [expected[1]]
     array[:] = array[0]
-    assert tensors.tolist() == expected
+    assert given.tolist() == expected
 
 
 def test_entries_of_dicts_and_tuples():
@@ -51,9 +51,9 @@ def test_entries_of_dicts_and_tuples():
     keys = {("pair", "0"), ("pair", "1", "deep"), "flags"}
     assert set(observations.spec.keys(True, True)) == keys
     rows = {"pair": (np.array([1, 0]), {"deep": np.ones((2, 2))}), "said": ["a", "b"], "flags": np.zeros((2, 2))}
-    tensors = observations.tensors(rows)
-    assert set(tensors) == keys
-    assert tensors["pair", "0"].tolist() == [1, 0]
+    given = observations.arrays(rows)
+    assert set(given) == keys
+    assert given["pair", "0"].tolist() == [1, 0]
     # A tuple at the root lies under "observation".
     assert set(ObservationSpace(inner).spec.keys(True, True)) == {("observation", "0"), ("observation", "1", "deep")}
 

@@ -556,6 +556,18 @@ def test_info_is_recorded_in_batches_and_hidden_from_networks():
     collector.shutdown()
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("info_keys", [[], ["says"]], ids=str)
+def test_of_the_info_rows_hand_on_what_is_recorded_alone(info_keys, vectorization):
+    env = lines(info_keys=info_keys, vectorization=vectorization)
+    env.reset(TensorDict({"task": torch.full((3, 1), 3.0)}, [3]))
+    right = np.ones(3, np.int64)
+    at_goal = {name for key in info_keys for name in (key, f"_{key}")}
+    for said in (set(), set(), at_goal):  # a row looks at its first step more closely than at those that follow
+        assert set(env.envs.step(right)[-1]) == said
+    env.close()
+
+
 @pytest.mark.parametrize("value", ["text", np.zeros(2), None], ids=str)
 def test_info_that_is_no_number_is_refused(value):
     class Says(Line):

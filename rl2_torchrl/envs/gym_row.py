@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Number
 from typing import Any
 
@@ -29,11 +29,21 @@ def as_arrays(task: Tensor | TensorDictBase) -> np.ndarray | dict:
 
 
 class GymRow(gymnasium.Wrapper):
-    """One row, maybe in a process of its own: it takes its task out of the options of a reset."""
+    """One row, maybe in a process of its own: it takes its task out of the options of a reset, and of the env's info hands on
+    what is recorded alone: to put together what N envs say beside takes a vector env longer than many an env's step.
+    """
 
-    def __init__(self, make: Callable[[], gymnasium.Env], row: int, set_task, tasks, task_option: str | None):
+    def __init__(
+        self,
+        make: Callable[[], gymnasium.Env],
+        row: int,
+        set_task: Callable[..., None] | None,
+        tasks: Sequence[Any] | None,
+        task_option: str | None,
+        info_keys: Sequence[str],
+    ):
         super().__init__(make())
-        self._row, self._tasks, self._task_option = row, tasks, task_option
+        self._row, self._tasks, self._task_option, self._info_keys = row, tasks, task_option, info_keys
         self._set_task = TaskSetter(set_task)
         self._task: Any = None  # the last one that `set_task` was given, as a row of arrays
 
@@ -44,8 +54,15 @@ class GymRow(gymnasium.Wrapper):
             raise TypeError(
                 f"step() pays {stepped[1]!r}; a reward is one number: float(...), or .item() of an array of one."
             )
-        self.step = self.env.step  # one look is enough: a call less in each further step of each row
-        return stepped
+        self.step = self._step  # one look is enough
+        return *stepped[:-1], self._recorded(stepped[-1])
+
+    def _step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated, self._recorded(info)
+
+    def _recorded(self, info: dict[str, Any]) -> dict[str, Any]:
+        return {key: info[key] for key in self._info_keys if key in info}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         options = dict(options or {})
@@ -62,7 +79,7 @@ class GymRow(gymnasium.Wrapper):
             raise ValueError(
                 f"reset() observes shape {shape}, but the observation_space's is {space.shape}: mend one of them."
             )
-        return begun
+        return begun[0], self._recorded(begun[1])
 
     def _hear(self, task: Any) -> None:
         self._task = task

@@ -44,7 +44,7 @@ class _Leaf:
     path: tuple[str | int, ...]
     spec: TensorSpec
     #: The number from which its choices count, where that is not 0.
-    start: Tensor | None
+    start: np.ndarray | None
 
     @cached_property
     def dtype(self) -> np.dtype:
@@ -54,13 +54,13 @@ class _Leaf:
     def root(self) -> str:
         return self.key if isinstance(self.key, str) else self.key[0]
 
-    def tensor(self, rows: Any, *, is_one: bool = False) -> Tensor:
+    def array(self, rows: Any, *, is_one: bool = False) -> np.ndarray:
         for step in self.path:
             rows = rows[step]
-        # A copy: vector envs write their next step over this one. NumPy changes a type in a tenth of PyTorch's time.
+        # A copy: vector envs write their next step over this one.
         array = np.array(rows, self.dtype)
-        value = torch.from_numpy(array.reshape(1 if is_one else len(array), *self.spec.shape))
-        return value if self.start is None else value.sub_(self.start)
+        array = array.reshape(1 if is_one else len(array), *self.spec.shape)
+        return array if self.start is None else array - self.start
 
 
 class ObservationSpace:
@@ -89,13 +89,13 @@ class ObservationSpace:
         for leaf in self.leaves:
             self.spec[leaf.key] = leaf.spec
 
-    def tensors(self, rows: Any) -> dict[NestedKey, Tensor]:
-        """All entries ``[N, ...]`` of what a vector env gives for N rows."""
-        return {leaf.key: leaf.tensor(rows) for leaf in self.leaves}
+    def arrays(self, rows: Any) -> dict[NestedKey, np.ndarray]:
+        """All entries ``[N, ...]`` of what a vector env gives for N rows, of the specs' dtypes."""
+        return {leaf.key: leaf.array(rows) for leaf in self.leaves}
 
-    def one(self, row: Any) -> dict[NestedKey, Tensor]:
-        """All entries ``[...]`` of what an env gives for one row."""
-        return {leaf.key: leaf.tensor(row, is_one=True)[0] for leaf in self.leaves}
+    def of_one(self, row: Any) -> dict[NestedKey, np.ndarray]:
+        """All entries ``[1, ...]`` of what an env gives for one row."""
+        return {leaf.key: leaf.array(row, is_one=True) for leaf in self.leaves}
 
 
 def _leaves(space: spaces.Space, key: tuple[str, ...], path: tuple[str | int, ...]) -> Iterator[_Leaf]:
@@ -114,7 +114,7 @@ def _leaves(space: spaces.Space, key: tuple[str, ...], path: tuple[str | int, ..
         yield _Leaf(key[0] if len(key) == 1 else key, path, spec, start)
 
 
-def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, Tensor | None]:
+def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, np.ndarray | None]:
     """Spec of one row of ``space``, and the number from which its choices count."""
     if isinstance(space, spaces.Discrete):
         return Categorical(int(space.n)), _start(space)
@@ -131,9 +131,9 @@ def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, Tensor | None
     )
 
 
-def _start(space: spaces.Discrete | spaces.MultiDiscrete) -> Tensor | None:
-    start = np.asarray(space.start)
-    return torch.as_tensor(start.flatten() if start.ndim else start, dtype=torch.int64) if start.any() else None
+def _start(space: spaces.Discrete | spaces.MultiDiscrete) -> np.ndarray | None:
+    start = np.asarray(space.start, np.int64)
+    return (start.flatten() if start.ndim else start) if start.any() else None
 
 
 def _dtype(dtype: np.dtype) -> torch.dtype:
@@ -176,9 +176,8 @@ class ActionSpace:
 
     def array(self, action: Tensor) -> np.ndarray:
         """Actions ``[N, ...]`` as a vector env takes them."""
-        action = action if self.start is None else action + self.start
-        array = action.detach().cpu().numpy().reshape(len(action), *self.space.shape)
-        if self.bounds is not None:
-            low, high = self.bounds
-            array = np.minimum(np.maximum(array, low), high)
+        array = action.detach().cpu().numpy()
+        array = array if self.start is None else array + self.start
+        array = array.reshape(len(array), *self.space.shape)
+        array = array if self.bounds is None else array.clip(*self.bounds)
         return array.astype(self.space.dtype, copy=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +113,9 @@ class GymVectorEnv(TensorEnv):
         self._set_task, self._tasks, self._task_option = set_task, tasks, task_option
         self._is_theirs = isinstance(env, VectorEnv)
         self.envs = (
-            _theirs(env, num_envs, kwargs) if self._is_theirs else self._make(env, num_envs, vectorization, kwargs)
+            _theirs(env, num_envs, kwargs)
+            if self._is_theirs
+            else self._make(env, num_envs, vectorization, info_keys, kwargs)
         )
         try:
             self._resets_itself = _autoreset(self.envs) is AutoresetMode.SAME_STEP
@@ -142,7 +143,7 @@ class GymVectorEnv(TensorEnv):
         self._left: Sequence[Any] = ()  # states of the rows, once they are closed
         self.is_closed = False  # there is something to close: TorchRL takes an env for closed otherwise
 
-    def _make(self, env, num_envs: int | None, vectorization: str, kwargs: dict) -> VectorEnv:
+    def _make(self, env, num_envs: int | None, vectorization: str, info_keys: Sequence[str], kwargs: dict) -> VectorEnv:
         if vectorization not in ("sync", "async"):
             raise ValueError(f"vectorization={vectorization!r}: choose 'sync' or 'async'.")
         if isinstance(env, str):
@@ -163,7 +164,8 @@ class GymVectorEnv(TensorEnv):
         if not makers or num_envs not in (None, len(makers)):
             raise ValueError(f"{len(makers)} functions and num_envs={num_envs}: one function makes one row.")
         makers = [
-            partial(GymRow, make, n, self._set_task, self._tasks, self._task_option) for n, make in enumerate(makers)
+            partial(GymRow, make, n, self._set_task, self._tasks, self._task_option, info_keys)
+            for n, make in enumerate(makers)
         ]
         # What they return is copied here, with a change of dtype where there is one.
         options = {"copy": False, "autoreset_mode": AutoresetMode.DISABLED}
@@ -222,8 +224,8 @@ class GymVectorEnv(TensorEnv):
                     f"the vector env gives {name} of shape {np.shape(given)}; they must be ({self.envs.num_envs},), one a row."
                 )
         entries = self._tensors(observations)
-        reward = torch.from_numpy(np.array(reward, np.float32)).to(self.device).unsqueeze(-1)
-        require_finite("reward", reward)
+        reward = np.array(reward, np.float32)
+        _require_finite("reward", reward)
         self._tell(infos, self._all_rows)
         terminated, truncated = (np.array(end, dtype=bool) for end in ends)
         if self._resets_itself:
@@ -233,18 +235,18 @@ class GymVectorEnv(TensorEnv):
             if ended.any():
                 entries = self._last_observations(entries, ended, infos)
                 self._tell(infos.get("final_info", {}), ended)
-        flags = (torch.from_numpy(end).to(self.device).unsqueeze(-1) for end in (terminated, truncated))
-        return None, entries, reward, *flags
+        columns = (torch.from_numpy(each[:, None]).to(self.device) for each in (reward, terminated, truncated))
+        return None, entries, *columns
 
     def observe_more(self, state: None) -> Entries:
         """What the last step said beside, as far as ``info_keys`` asks for it."""
         return self._told.info
 
     def _tensors(self, observations: Any) -> Entries:
-        entries = self.observations.tensors(observations)
-        for key, value in entries.items():
-            require_finite(key, value)
-        return entries if self.device.type == "cpu" else {key: value.to(self.device) for key, value in entries.items()}
+        arrays = self.observations.arrays(observations)
+        for key, array in arrays.items():
+            _require_finite(key, array)
+        return {key: torch.from_numpy(array).to(self.device) for key, array in arrays.items()}
 
     def _tell(self, infos: dict[str, Any], rows: np.ndarray) -> None:
         """Takes down what ``infos`` say of ``info_keys`` in ``rows``: 0 where they say nothing."""
@@ -270,9 +272,9 @@ class GymVectorEnv(TensorEnv):
             )
         entries = {key: value.clone() for key, value in entries.items()}
         for row in ended.nonzero()[0]:
-            for key, value in self.observations.one(infos["final_obs"][row]).items():
-                require_finite(key, value.unsqueeze(0), row)
-                entries[key][row] = value.to(self.device)
+            for key, array in self.observations.of_one(infos["final_obs"][row]).items():
+                _require_finite(key, array, row)
+                entries[key][row] = torch.from_numpy(array[0]).to(self.device)
         return entries
 
     def _require_others_went_on(self, mask: np.ndarray, entries: Entries) -> None:
@@ -459,11 +461,10 @@ def _column(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device).unsqueeze(-1)
 
 
-def require_finite(key: NestedKey, value: Tensor, first_row: int = 0) -> None:
-    """Raises a FloatingPointError that says which row's ``value`` ``[N, ...]`` is NaN or infinite."""
-    # The sum of finite numbers can overflow, but that of others is never finite.
-    if value.is_floating_point() and not math.isfinite(value.sum()) and not value.isfinite().all():
-        rows = (first_row + (~value.isfinite()).flatten(1).any(1).nonzero().flatten()).tolist()
+def _require_finite(key: NestedKey, array: np.ndarray, first_row: int = 0) -> None:
+    """Raises a FloatingPointError that says which row's numbers ``[N, ...]`` are NaN or infinite."""
+    if array.dtype.kind == "f" and not (is_finite := np.isfinite(array)).all():
+        rows = (first_row + np.flatnonzero(~is_finite.reshape(len(array), -1).all(1))).tolist()
         raise FloatingPointError(
             f"the env gives {key!r} that is NaN or infinite, in rows {rows[:8]}: one such number spreads over the whole batch "
             "through the advantages. Mend the env, or bound what leads there."

@@ -149,7 +149,7 @@ class StepGRU:
             self._fitting = (_layout(x), _layout(hidden))
         states = []
         for layer in range(len(self.layers)):
-            x = self._layer(layer, x, hidden[:, layer])
+            x = self._layer(layer, x, hidden)
             states.append(x)
         return x, (x.unsqueeze(1) if len(states) == 1 else torch.stack(states, 1))
 
@@ -163,11 +163,12 @@ class StepGRU:
 
     def _layer(self, layer: int, x: Tensor, hidden: Tensor) -> Tensor:
         if self.library is None:
-            return torch.gru_cell(x, hidden, *self.layers[layer])
+            return torch.gru_cell(x, hidden[:, layer], *self.layers[layer])
         (rows, inputs), units = x.shape, self.units
         y = x.new_empty(rows, units)
+        initial = hidden.data_ptr() + layer * hidden.stride(1) * hidden.element_size()
         self.library.gru_forward(
-            *(rows, 1, inputs, units, x.data_ptr(), x.stride(0), 0, hidden.data_ptr(), hidden.stride(0), 0, None),
+            *(rows, 1, inputs, units, x.data_ptr(), x.stride(0), 0, initial, hidden.stride(0), 0, None),
             *(self.packed[layer].data_ptr(), y.data_ptr(), None, kernels.threads_for(rows * units * (units + inputs))),
         )
         return y

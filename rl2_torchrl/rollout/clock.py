@@ -75,7 +75,8 @@ class TrialClock:
         index = index * goes_on + done
         over = self.trial.is_over(index, step)
         self._counts.append((index, step, over, done))
-        return self._rows(done > over), self._rows(over), self._rows(done)
+        ended, begun = self._rows(done), self._rows(over)
+        return (ended if begun is False else self._rows(done > over)), begun, ended
 
     def _rows(self, mask: Any) -> Rows:
         if isinstance(mask, bool):
