@@ -620,10 +620,14 @@ def copied_head(actor, critic):
     return acting, critic
 
 
-@pytest.mark.parametrize("acting", [copied_actor, copied_head])
+def copied_critic(actor, critic):
+    return actor, copy.deepcopy(critic)
+
+
+@pytest.mark.parametrize("acting", [copied_actor, copied_head, copied_critic])
 @pytest.mark.parametrize("functional", [True, False])
 @pytest.mark.parametrize("make_collector", [TrialCollector, Collector])
-def test_an_actor_of_its_own_beside_the_losss_critic(acting, functional, make_collector):
+def test_a_policy_with_a_copy_of_one_of_the_losss_networks(acting, functional, make_collector):
     env = mdp_env()
     actor, critic = networks(env)
     update = PPOUpdate(RL2PPOLoss(actor, critic, functional=functional), minibatches=2, epochs=1)
@@ -632,7 +636,8 @@ def test_an_actor_of_its_own_beside_the_losss_critic(acting, functional, make_co
     collector = make_collector(env, policy, frames_per_batch=ROWS * TRIAL, **options)
     with pytest.raises(TrainingCheckError, match=r"policy_is_trained.*layers\.1\.weight.*first weights") as error:
         check_training(collector, update, first_batch(collector))
-    assert ("gru" in str(error.value)) == (acting is copied_actor)
+    assert ("gru" in str(error.value)) == (acting is not copied_head)
+    assert ("critic_network" in str(error.value)) == (acting is copied_critic)
 
 
 class WithOneMore(nn.Module):

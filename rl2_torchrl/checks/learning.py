@@ -70,19 +70,25 @@ def optimizer(seen: Evidence) -> str | None:
 
 
 def policy_is_trained(seen: Evidence) -> str | None:
-    """The policy that acts holds the trainable parameters of the loss's actor, or is a part of that, and trained as a whole."""
+    """The policy that acts holds the trainable parameters of the loss's actor, or is a part of it, and trained as a whole; one
+    that writes values as well also those of the critic.
+    """
     policy = getattr(seen.collector, "policy", None)
     if not (isinstance(seen.collector, Collector) and isinstance(policy, nn.Module)) or seen.loss is None:
         raise NotChecked("the policy that acts is in other processes, or there is no loss")
     acting, trained = ({_place(p) for p in module.parameters()} for module in (policy, seen.loss))
     if {device for device, _ in acting} != {device for device, _ in trained}:
         raise NotChecked("the policy acts on another device")
-    # With a functional loss the actor's weights lie beside it, in actor_network_params.
-    named = [(name, p) for name, p in seen.loss.named_parameters() if name.startswith("actor_network")]
-    actor = {name: _place(p) for name, p in named if p.requires_grad}
-    missing = [name for name, place in actor.items() if place not in acting]
-    is_part = acting <= trained and len(missing) < len(actor)
-    return f"the collector's policy does not hold {missing}" if missing and not is_part else None
+    value_key = getattr(getattr(seen.loss, "tensor_keys", None), "value", None)
+    writes_values = value_key in getattr(policy, "out_keys", ())
+    for network in ("actor", "critic") if writes_values else ("actor",):
+        # With a functional loss a network's weights lie beside it, in actor_network_params.
+        named = [(name, p) for name, p in seen.loss.named_parameters() if name.startswith(f"{network}_network")]
+        learns = {name: _place(p) for name, p in named if p.requires_grad}
+        missing = [name for name, place in learns.items() if place not in acting]
+        is_part = acting <= trained and len(missing) < len(learns)
+        if missing and not is_part:
+            return f"the collector's policy does not hold {missing}"
 
 
 def _place(parameter: nn.Parameter) -> tuple[torch.device, int]:
@@ -93,5 +99,5 @@ RULES: dict[Rule, str] = {
     advantages_apart: "One task's rewards are credited to another task's actions: stop sums and bootstraps at 'done'.",
     gradients: "They never learn: connect them to a loss, or freeze them with requires_grad_(False).",
     optimizer: "They get gradients, but no step: build it over loss.parameters(), or freeze them (requires_grad_(False)).",
-    policy_is_trained: "It would act with its first weights for ever: give it the networks that the loss holds.",
+    policy_is_trained: "It would act, or value, with its first weights for ever: give it the networks that the loss holds.",
 }
