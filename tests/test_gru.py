@@ -197,6 +197,18 @@ def test_two_open_graphs_do_not_share_memory(sequence):
     torch.testing.assert_close(both, alone[0] + alone[1])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 12, 17])
+def test_any_number_of_rows_equals_torch(sequence, rows):
+    gru = nn.GRU(3, 21, batch_first=True).double()  # kernels take rows in blocks of 2, 4 or 8
+    x = torch.randn(rows, 6, 3, dtype=torch.float64, requires_grad=True)
+    found, expected = (
+        (y, *torch.autograd.grad(y.square().sum(), [x, *gru.parameters()]))
+        for y in (sequence(x, None, None, *gru.parameters()), gru(x)[0])
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 def test_strided_inputs_are_read_rightly(sequence):
     gru = nn.GRU(3, 8, batch_first=True)
     x = torch.randn(3, 5, 4).transpose(0, 2)

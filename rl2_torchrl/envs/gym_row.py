@@ -54,8 +54,9 @@ class GymRow(gymnasium.Wrapper):
             raise TypeError(
                 f"step() pays {stepped[1]!r}; a reward is one number: float(...), or .item() of an array of one."
             )
-        self.step = self._step  # one look is enough
-        return *stepped[:-1], self._recorded(stepped[-1])
+        *told, info = stepped
+        self.step = self._step if info else self.env.step  # one look is enough: who says nothing costs no call more
+        return *told, self._recorded(info)
 
     def _step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)

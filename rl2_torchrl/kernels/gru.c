@@ -3,7 +3,7 @@
  *     r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
  *     n = tanh(W_in x + b_in + r (W_hn h + b_hn))       h' = n + z (h - n)
  *
- * Rows of a batch are independent, so a thread takes ROWS of them through all T steps without waiting for another: the
+ * Rows of a batch are independent, so a thread takes a block of them through all T steps without waiting for another: the
  * hidden state stays in its cache, gates are made in registers as the products end, and no array of T x 3H
  * pre-activations is ever written. Arrays are batch-major, [B, T, ...], as in a TensorDict.
  *
@@ -60,29 +60,32 @@ void pack_backward(int hidden, const real *w_hh, real *out) {
             for (int i = 0; i < width && first + i < hidden; i++) out[(long)k * width + i] = w_hh[(long)k * hidden + first + i];
 }
 
+/* Rows of a block: half of ROWS where whole ones would leave threads, or half of the registers, without work. */
+static inline int block_of(int batch, int threads) { return batch > threads * ROWS / 2 ? ROWS : ROWS / 2; }
+
 /* ------------------------------------------------------------------------------------------------ forward */
 typedef struct { vec r, z, hn, n; } gates;
 
-/* The gates of LANES units in ROWS rows. */
-static inline void gate_block(int inputs, int hidden, int pitch, const real *h, const real *const *x, const real *w,
-                              gates *out) {
+/* The gates of LANES units in `rows` rows: a constant, so that registers hold their sums. */
+INLINE void gate_block(const int rows, int inputs, int hidden, int pitch, const real *h, const real *const *x, const real *w,
+                       gates *out) {
     const vec *v = (const vec *)w;
     vec r[ROWS], z[ROWS], n[ROWS];
-    UNROLL for (int m = 0; m < ROWS; m++) { r[m] = v[0]; z[m] = v[1]; n[m] = v[2]; }
+    UNROLL for (int m = 0; m < rows; m++) { r[m] = v[0]; z[m] = v[1]; n[m] = v[2]; }
     vec b_in = v[3];
     v += 4;
     for (int k = 0; k < hidden; k++, v += 3)
-        UNROLL for (int m = 0; m < ROWS; m++) {
+        UNROLL for (int m = 0; m < rows; m++) {
             real a = h[m * pitch + k];
             r[m] += a * v[0]; z[m] += a * v[1]; n[m] += a * v[2];
         }
-    UNROLL for (int m = 0; m < ROWS; m++) { out[m].hn = n[m]; n[m] = b_in; }
+    UNROLL for (int m = 0; m < rows; m++) { out[m].hn = n[m]; n[m] = b_in; }
     for (int k = 0; k < inputs; k++, v += 3)
-        UNROLL for (int m = 0; m < ROWS; m++) {
+        UNROLL for (int m = 0; m < rows; m++) {
             real a = x[m][k];
             r[m] += a * v[0]; z[m] += a * v[1]; n[m] += a * v[2];
         }
-    for (int m = 0; m < ROWS; m++) {
+    for (int m = 0; m < rows; m++) {
         out[m].r = sigmoid(r[m]);
         out[m].z = sigmoid(z[m]);
         out[m].n = tanh_(n[m] + out[m].r * out[m].hn);
@@ -116,7 +119,8 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
         for (int first = 0; first < hidden; first += LANES, w += LANES * (4 + 3L * (hidden + inputs))) {
             gates g[ROWS];
             int n = hidden - first;
-            gate_block(inputs, hidden, pitch, h, inputs_of, w, g);
+            if (rows > ROWS / 2) gate_block(ROWS, inputs, hidden, pitch, h, inputs_of, w, g);
+            else gate_block(ROWS / 2, inputs, hidden, pitch, h, inputs_of, w, g);
             for (int m = 0; m < rows; m++) {
                 vec before = *(vec *)(h + m * pitch + first);
                 vec after = g[m].n + g[m].z * (before - g[m].n);
@@ -142,9 +146,10 @@ int gru_forward(int batch, int steps, int inputs, int hidden, const real *x, lon
     size_t size = whole_lines(2L * ROWS * padded(hidden));
     real *scratch = memory(threads * size * sizeof(real));
     if (!scratch) return NO_MEMORY;
+    int block = block_of(batch, threads);
     #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int b = 0; b < batch; b += ROWS)
-        forward_rows(lesser(ROWS, batch - b), steps, inputs, hidden, x + b * x_row, x_row, x_step,
+    for (int b = 0; b < batch; b += block)
+        forward_rows(lesser(block, batch - b), steps, inputs, hidden, x + b * x_row, x_row, x_step,
                      initial ? initial + b * initial_row : NULL, initial_row, initial_step,
                      init ? init + (long)b * steps : NULL, packed, y + (long)b * steps * hidden,
                      saved ? saved + (long)b * steps * saved_size(inputs, hidden) : NULL, scratch + omp_get_thread_num() * size);
@@ -176,19 +181,19 @@ static inline void gate_gradients(int hidden, const real *dy, real *s, real *q, 
     }
 }
 
-/* dh [ROWS, H] += q [ROWS, 3H] W_hh. */
-static inline void through_weights(int hidden, const real *q, const real *packed, real *dh) {
+/* dh [rows, H] += q [rows, 3H] W_hh, for a constant number of rows. */
+INLINE void through_weights(const int rows, int hidden, const real *q, const real *packed, real *dh) {
     int pitch = padded(hidden);
     for (int first = 0; first < pitch; first += COLUMNS * LANES) {
         vec sum[ROWS][COLUMNS];
-        UNROLL for (int m = 0; m < ROWS; m++)
+        UNROLL for (int m = 0; m < rows; m++)
             UNROLL for (int c = 0; c < COLUMNS; c++) sum[m][c] = *(vec *)(dh + m * pitch + first + c * LANES);
         for (int k = 0; k < 3 * hidden; k++, packed += COLUMNS * LANES)
-            UNROLL for (int m = 0; m < ROWS; m++) {
+            UNROLL for (int m = 0; m < rows; m++) {
                 real a = q[m * 3 * hidden + k];
                 UNROLL for (int c = 0; c < COLUMNS; c++) sum[m][c] += a * *(const vec *)(packed + c * LANES);
             }
-        UNROLL for (int m = 0; m < ROWS; m++)
+        UNROLL for (int m = 0; m < rows; m++)
             UNROLL for (int c = 0; c < COLUMNS; c++) *(vec *)(dh + m * pitch + first + c * LANES) = sum[m][c];
     }
 }
@@ -203,7 +208,8 @@ static void backward_rows(int rows, int steps, int inputs, int hidden, const rea
             gate_gradients(hidden, dy + m * dy_row + t * dy_step, saved + ((long)m * steps + t) * saved_size(inputs, hidden),
                            q + m * 3L * hidden, dh + m * pitch);
         if (t == 0 && !d_initial) break;
-        through_weights(hidden, q, packed, dh);
+        if (rows > ROWS / 2) through_weights(ROWS, hidden, q, packed, dh);
+        else through_weights(ROWS / 2, hidden, q, packed, dh);
         for (int m = 0; m < rows; m++)
             if (t == 0 || (init && init[(long)m * steps + t])) {
                 if (d_initial) memcpy(d_initial + ((long)m * steps + t) * hidden, dh + m * pitch, hidden * sizeof(real));
@@ -217,9 +223,10 @@ int gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, l
     size_t size = whole_lines(ROWS * (padded(hidden) + 3L * hidden));
     real *scratch = memory(threads * size * sizeof(real));
     if (!scratch) return NO_MEMORY;
+    int block = block_of(batch, threads);
     #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int b = 0; b < batch; b += ROWS)
-        backward_rows(lesser(ROWS, batch - b), steps, inputs, hidden, dy + b * dy_row, dy_row, dy_step,
+    for (int b = 0; b < batch; b += block)
+        backward_rows(lesser(block, batch - b), steps, inputs, hidden, dy + b * dy_row, dy_row, dy_step,
                       init ? init + (long)b * steps : NULL, packed, saved + (long)b * steps * saved_size(inputs, hidden),
                       d_initial ? d_initial + (long)b * steps * hidden : NULL, scratch + omp_get_thread_num() * size);
     free(scratch);

@@ -45,6 +45,7 @@ typedef int32_t bits;
 #endif
 #define LANES (BYTES / (int)sizeof(real))
 #define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
 
 typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
 typedef bits ivec __attribute__((vector_size(BYTES)));
