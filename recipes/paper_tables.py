@@ -71,6 +71,11 @@ def main(
         raise ValueError(
             f"env_steps={env_steps} with from_pretrained: weights are evaluated as they are. Leave one out."
         )
+    if part == "page" and (cells or fresh or from_pretrained or env_steps is not None):
+        raise ValueError(
+            "part='page' computes nothing, and writes the page of all figures that are there: leave cells, fresh, from_pretrained "
+            "and env_steps out."
+        )
     chosen = choose(table, cells)
     book = Figures(folder, tasks, fresh)
     trained = [(cell, way) for cell in chosen for way in ways(cell, learns_from)]

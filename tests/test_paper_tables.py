@@ -420,6 +420,8 @@ def test_an_interrupted_training_leaves_no_figure(tmp_path, monkeypatch, capsys)
         r"cells=\['25'\]: there is no such cell in table='bandits'": {"cells": ("25",)},
         "tasks=1: a standard error needs two": {"tasks": 1},
         "seeds is empty": {"seeds": ()},
+        "part='page' computes nothing": {"part": "page", "cells": ("100,10",)},
+        "leave cells, fresh, from_pretrained": {"part": "page", "fresh": True},
     }.items(),
 )
 def test_bad_arguments(message, bad, tmp_path):
