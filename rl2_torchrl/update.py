@@ -282,16 +282,16 @@ class PPOUpdate:
         if self.backend == "graph":
             return partial(self._by_graph, iter([self._require_replay] if from_zeros else []))
         program = Program(self.loss)
-        given = (program, self.optimizer, self._chunks.chunks, self._chunks.rows)
+        given = (program, self.optimizer, self._chunks.chunks)
         refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
         if refusal is not None:
             if self._named == "compiled":
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
             return lambda: map(self._joined, map(program, self._chunks.entries()))
-        compiled, steps = CompiledPass(*given, self.max_grad_norm), self._chunks.rows * self._chunks.steps
+        compiled = CompiledPass(*given, self._chunks.rows, self.max_grad_norm)
         if from_zeros:
             self._require_replay(compiled.max_ratio)
-        self.backend, self.reason = "compiled", f"minibatches of {steps} steps, one GRU and one layer a network, Adam"
+        self.backend, self.reason = "compiled", "a GRU and a head of one layer for each network, Adam"
         return lambda: compiled.run(self._chunks.order())
 
     def _require_replay(self, max_ratio: float | torch.Tensor) -> None:

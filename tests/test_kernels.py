@@ -1,14 +1,11 @@
 """The compiled functions of heads and loss give PyTorch's numbers and gradients, and so do their fallbacks."""
 
-import ctypes
-
 import pytest
 import torch
 from torch import nn
 from torch.distributions import Categorical
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.compiled import _Pass
 from rl2_torchrl.modules.functions import (
     categorical_gradient,
     categorical_terms,
@@ -29,7 +26,6 @@ MEMORYLESS = [
     ("gru_backward", (1, 1, 1, HUGE, *NOTHING, None, None, None, None, HUGE)),
     ("linear_forward", (1, HUGE, HUGE, *(None,) * 4, HUGE)),
     ("linear_backward", (1, HUGE, 1, *(None,) * 6, HUGE)),
-    ("ppo_pass", (ctypes.byref(_Pass(chunks=1, rows=HUGE, steps=HUGE)),)),
 ]
 
 

@@ -566,13 +566,9 @@ def test_the_compiled_backend_says_why_it_cannot_serve(way):
     update = PPOUpdate(make_loss(), backend="compiled", optimizer=None, minibatches=1)
     update(make_batch())
     assert update.backend == "compiled"
-    for loss, options, message in (
-        (make_loss(), {"minibatches": 1, "bptt": 6}, "faster one by one"),
-        (RL2PPOLoss(GRUCategoricalActor(5, 3, num_layers=2)), {}, "more than a GRU and a head"),
-    ):
-        update = PPOUpdate(loss, backend="compiled", **options)
-        with pytest.raises(ValueError, match=f"'compiled' cannot serve.*{message}"):
-            update(make_batch(rows=60).exclude("actor_hidden"))
+    update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, num_layers=2)), backend="compiled")
+    with pytest.raises(ValueError, match="'compiled' cannot serve.*more than a GRU and a head"):
+        update(make_batch(rows=60).exclude("actor_hidden"))
 
 
 def test_options_beyond_ours_are_left_to_torchrl():

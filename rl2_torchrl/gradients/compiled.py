@@ -2,7 +2,7 @@
 
 The original takes an optimizer step on 32 env steps at a time: 0.1 ms of arithmetic, on which Python spends 0.6 ms even
 without autograd. What a `Program` does part by part is one C function here (``kernels/pass.c``), for networks of one GRU and
-one layer; sizes, weights and coefficients are taken from the program.
+one layer, or two such layers on one GRU; sizes, weights and coefficients are taken from the program.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from rl2_torchrl.gradients.part import Part, State
 from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianHeadPart, GaussianPart
 from rl2_torchrl.gradients.program import Program
 from rl2_torchrl.gradients.recurrent import GRUPart
+from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules.functions import raise_unknown_actions
 
 __all__ = ["CompiledPass", "why_not_compiled"]
-
-#: Env steps of a minibatch up to which the pass is compiled: larger ones are worth a matrix library and several threads.
-MOST_STEPS = 256
 
 _int, _long, _double, _pointer = ctypes.c_int, ctypes.c_long, ctypes.c_double, ctypes.c_void_p
 
@@ -37,16 +35,17 @@ class _Parameter(ctypes.Structure):
 
 class _Network(ctypes.Structure):
     _fields_ = [(name, _int) for name in ("inputs", "hidden", "outputs")]
-    _fields_ += [("x", _pointer), ("initial", _pointer), ("of", _Parameter * 6), ("memory", _pointer * 9)]
+    _fields_ += [("x", _pointer), ("initial", _pointer), ("memory", _pointer * 12)]
 
 
 class _Pass(ctypes.Structure):
-    _fields_ = [(name, _int) for name in ("chunks", "steps", "rows", "is_gaussian")]
+    _fields_ = [(name, _int) for name in ("chunks", "steps", "rows", "threads")]
+    _fields_ += [(name, _int) for name in ("is_gaussian", "is_shared", "is_detached")]
     _fields_ += [(name, _pointer) for name in ("order", "init", "action", "old_log_prob", "advantage", "target")]
-    _fields_ += [("actor", _Network), ("critic", _Network), ("log_std", _Parameter)]
+    _fields_ += [("parameters", _Parameter * 13), ("actor", _Network), ("critic", _Network)]
     _fields_ += [(name, _double) for name in ("low", "high", "value_coeff", "entropy_coeff", "max_norm")]
     _fields_ += [(name, _double) for name in ("lr", "beta1", "beta2", "epsilon")]
-    _fields_ += [("adam_step", _long), ("metrics", _pointer)]
+    _fields_ += [("adam_step", _long), ("metrics", _pointer), ("memory", _pointer)]
 
 
 #: What `CompiledPass.run` says of each minibatch, in the kernel's order.
@@ -87,7 +86,8 @@ class CompiledPass:
             if isinstance(part, GRUPart):
                 chunks.update(part.converted(chunks))
         self._networks, self._log_std = _networks_of(program)
-        self._init_key = self._networks[0][0].in_keys[2]
+        self._gru = self._networks[0][0]
+        self._init_key = self._gru.in_keys[2]
         chunks[self._init_key] = chunks[self._init_key].bool()  # the kernel reads bytes
         self.chunks = {key: entry.contiguous() for key, entry in chunks.items()}
 
@@ -103,12 +103,17 @@ class CompiledPass:
         metrics = torch.zeros(count, len(_METRICS), dtype=torch.float64)
         library = kernels.load(self._dtype)
         _require_layout(library)
-        end = library.ppo_pass(ctypes.byref(self._arguments(order, metrics)))
+        arguments = self._arguments(order, metrics)
+        size = library.ppo_pass_memory(ctypes.byref(arguments))
+        memory = Workspace.take(torch.empty(0, dtype=self._dtype), (size,))
+        arguments.memory = memory.data_ptr()
+        end = library.ppo_pass(ctypes.byref(arguments))
+        Workspace.give(memory)
         has_stranger, taken = end <= -2, count if end == -1 else end if end >= 0 else -2 - end
         torch._foreach_add_([self.optimizer.state[p]["step"] for p in self._group["params"]], taken)
         if has_stranger:
             action = self.chunks[self.loss.tensor_keys.action]
-            raise_unknown_actions(action, self._networks[0][1].out_features)
+            raise_unknown_actions(action, self._networks[0][1].linears[0].out_features)
         return [self._named(row) for row in metrics[: taken + (end >= 0)].tolist()]
 
     def _named(self, row: list[float]) -> dict[str, float]:
@@ -126,23 +131,38 @@ class CompiledPass:
         read = [self._init_key, keys.action, keys.sample_log_prob, keys.advantage]
         data = [*map(chunks.get, read), chunks[keys.value_target] if loss.has_critic else None]
         networks = [self._network(*network) for network in self._networks]
+        steps, (_, head), is_shared = chunks[keys.advantage].shape[1], self._networks[-1], self._networks[-1][0] is None
+        threads = kernels.threads_for(self.rows * steps * self._gru.units * (self._gru.units + self._gru.inputs))
         return _Pass(
-            *(len(order), chunks[keys.advantage].shape[1], self.rows, self._log_std is not None),
+            *(len(order), steps, self.rows, threads, self._log_std is not None, is_shared, is_shared and head.detach),
             *map(kernels.address, (order, *data)),
+            (_Parameter * 13)(*self._parameters()),
             *(networks if loss.has_critic else (*networks, _Network())),
-            _Parameter() if self._log_std is None else self._parameter(self._log_std),
             *(*loss.clip_bounds, float(loss.critic_coeff) if loss.has_critic else 0.0),
             *(float(loss.entropy_coeff) if loss.entropy_bonus else 0.0, self.max_grad_norm or 0.0),
             *(float(group["lr"]), *group["betas"], group["eps"]),
             *(int(self.optimizer.state[group["params"][0]]["step"]), metrics.data_ptr()),
         )
 
-    def _network(self, gru: GRUPart, linear: nn.Linear) -> _Network:
-        of = (_Parameter * 6)(*map(self._parameter, (*gru.layers[0], linear.weight, linear.bias)))
-        inputs = map(kernels.address, map(self.chunks.get, gru.in_keys[:2]))
-        return _Network(gru.inputs, gru.units, linear.out_features, *inputs, of)
+    def _network(self, gru: GRUPart | None, head: ChainPart) -> _Network:
+        [linear] = head.linears
+        read = [] if gru is None else gru.in_keys[:2]
+        return _Network(
+            *(0 if gru is None else gru.inputs, linear.in_features, linear.out_features),
+            *map(kernels.address, map(self.chunks.get, read)),
+        )
 
-    def _parameter(self, parameter: nn.Parameter) -> _Parameter:
+    def _parameters(self) -> Iterator[_Parameter]:
+        """Six of each network, GRU and head, and ``log_std``, in the kernel's order."""
+        for gru, head in self._networks:
+            yield from map(self._parameter, [None] * 4 if gru is None else gru.layers[0])
+            yield from map(self._parameter, (head.linears[0].weight, head.linears[0].bias))
+        yield from map(self._parameter, [None] * 6 * (2 - len(self._networks)))
+        yield self._parameter(self._log_std)
+
+    def _parameter(self, parameter: nn.Parameter | None) -> _Parameter:
+        if parameter is None:
+            return _Parameter()
         state = self.optimizer.state[parameter]
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         return _Parameter(*map(kernels.address, tensors), parameter.numel())
@@ -152,20 +172,26 @@ def _reads_data_alone(part: Part) -> bool:
     return part.reason is None and not part.parameters and not part.wanted and LOG_PROB not in part.out_keys
 
 
-def _networks_of(program: Program) -> tuple[list[tuple[GRUPart, nn.Linear]], nn.Parameter | None] | None:
-    """GRU and head of the actor, and of the critic, and a Gaussian's ``log_std``; None where there is more, or something else."""
+def _networks_of(program: Program) -> tuple[list[tuple[GRUPart | None, ChainPart]], nn.Parameter | None] | None:
+    """GRU and head of the actor, and of the critic (no GRU: it reads the actor's features), and a Gaussian's ``log_std``.
+
+    None where there is more, or something else.
+    """
     loss, parts = program.loss, [part for part in program.parts if not _reads_data_alone(part)]
     policy = next(part for part in parts if LOG_PROB in part.out_keys)
     gaussian = next((part for part in parts if isinstance(part, GaussianHeadPart)), None)
     parts = [part.mean if part is gaussian else part for part in parts if part is not policy]
     given = [policy.in_keys[1], *([loss.tensor_keys.value] if loss.has_critic else [])]
     is_known = isinstance(policy, GaussianPart if gaussian else CategoricalPart)
-    if not is_known or len(loss.terms) or len(parts) != 2 * len(given):
+    is_shared = len(given) == 2 and len(parts) == 3
+    has_more = len(loss.terms) > 0 or type(loss).loss_terms.__qualname__ != "RL2PPOLoss.loss_terms"
+    grus, heads = (parts[:1] * 2, parts[1:]) if is_shared else (parts[::2], parts[1::2])
+    fits = is_known and not has_more and len(grus) == len(heads) == len(given)
+    if not fits or not all(map(_is_network, grus, heads, given)) or len({gru.in_keys[2] for gru in grus}) > 1:
         return None
-    grus, heads = parts[::2], parts[1::2]
-    if not all(map(_is_network, grus, heads, given)) or len({gru.in_keys[2] for gru in grus}) > 1:
+    if any(head.detach for head in heads[: 2 - is_shared]):  # from a GRU that nobody else would train
         return None
-    return [(gru, head.linears[0]) for gru, head in zip(grus, heads, strict=True)], gaussian and gaussian.log_std
+    return list(zip([grus[0], None] if is_shared else grus, heads, strict=True)), gaussian and gaussian.log_std
 
 
 def _is_network(gru: Part, head: Part, given: NestedKey) -> bool:
@@ -173,20 +199,18 @@ def _is_network(gru: Part, head: Part, given: NestedKey) -> bool:
     if not isinstance(gru, GRUPart) or not isinstance(head, ChainPart) or head.in_keys != gru.out_keys:
         return False
     is_layer = len(head.linears) == 1 and head.linears[0].bias is not None and len(gru.layers) == 1
-    is_plain = head.before == ["relu"] and head.after is None and not head.detach and head.out_keys == [given]
+    is_plain = head.before == ["relu"] and head.after is None and head.out_keys == [given]
     return is_layer and is_plain and len(gru.layers[0]) == 4 and not gru.wanted
 
 
-def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, chunks: State, rows: int) -> str | None:
-    """Why a pass over minibatches of ``rows`` of ``chunks`` is not run by `CompiledPass`, in words; None if it can be."""
-    return next((reason for holds, reason in _conditions(program, optimizer, chunks, rows) if not holds), None)
+def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, chunks: State) -> str | None:
+    """Why a pass over ``chunks`` is not run by `CompiledPass`, in words; None if it can be."""
+    return next((reason for holds, reason in _conditions(program, optimizer, chunks) if not holds), None)
 
 
 # Each condition is looked at only where those before it hold.
-def _conditions(program: Program, optimizer, chunks: State, rows: int) -> Iterator[tuple[bool, str]]:
+def _conditions(program: Program, optimizer, chunks: State) -> Iterator[tuple[bool, str]]:
     loss, keys = program.loss, program.loss.tensor_keys
-    steps = rows * chunks[keys.advantage].shape[1]
-    yield steps <= MOST_STEPS, f"minibatches of {steps} steps are faster one by one (up to {MOST_STEPS} are compiled)"
     networks, more = _networks_of(program), "a policy neither categorical nor Gaussian, or further loss terms"
     yield networks is not None, f"actor or critic is more than a GRU and a head of one layer each, or there is {more}"
 

@@ -46,6 +46,7 @@ _SIGNATURES = {
     "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 6)),
     "ppo_pass": (_int, (_pointer,)),
     "ppo_pass_layout": (_int, (_int,)),
+    "ppo_pass_memory": (_long, (_pointer,)),
     "clipped_objective": (None, (_int, _int, *(_pointer,) * 3, _double, _double, *(_pointer,) * 4)),
 }
 _is_announced = False

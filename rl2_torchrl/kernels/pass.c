@@ -1,39 +1,45 @@
-/* A pass of PPO over many small minibatches in one call: for each of them gather, forward, loss, backward, clip, Adam.
+/* A pass of PPO over small minibatches in one call: for each of them gather, forward, loss, backward, clip, Adam.
  *
  * A minibatch of 32 steps (the original's) is 0.1 ms of arithmetic. Called from Python, its sixty operations take six times
- * that. The parts are the functions of the other files, on one thread; only what stands between them is written here.
+ * that. The parts are the functions of the other files; only what stands between them is written here.
  */
 #include <math.h>
 
 #include "functions.h"
 #include "vector.h"
 
-enum { W_IH, W_HH, B_IH, B_HH, W_OUT, B_OUT, PARAMETERS };
+enum { W_IH, W_HH, B_IH, B_HH, W_OUT, B_OUT, PARAMETERS, LOG_STD = 2 * PARAMETERS };
 enum { OBJECTIVE, CRITIC, ENTROPY, CLIPPED, KL, MEAN_RATIO, LARGEST_RATIO, NORM, METRICS };
 
-/* A parameter, its gradient, and Adam's two averages. */
+/* A parameter, its gradient, and Adam's two averages; of size 0 if there is none. */
 typedef struct { real *value, *gradient, *mean, *square; long size; } parameter;
 
 /* GRU, ReLU, linear layer; x [chunks, steps, inputs]; initial [chunks, steps, hidden] or NULL for zeros. */
 typedef struct {
     int inputs, hidden, outputs;
     const real *x, *initial;
-    parameter of[PARAMETERS];
-    real *in, *first, *packed, *packed_back, *saved, *features, *out, *d_out, *d_features; /* a minibatch's memory */
+    parameter *of;
+    real *in, *first, *packed, *packed_back, *saved, *features, *sums, *sums_of_n, *out, *d_out, *d_features; /* a minibatch's memory */
 } network;
 
+/* hidden: 0 without a critic. is_shared: the critic has no GRU, and reads the actor's features; is_detached: as they are. */
 typedef struct {
-    int chunks, steps, rows, is_gaussian;
+    int chunks, steps, rows, threads, is_gaussian, is_shared, is_detached;
     const int64_t *order;
     const uint8_t *init; /* [chunks, steps] */
     const void *action;  /* [chunks, steps] int64, or [chunks, steps, outputs] */
     const real *old_log_prob, *advantage, *target;
+    parameter of[2 * PARAMETERS + 1]; /* the actor's, the critic's, log_std */
     network actor, critic;
-    parameter log_std;
     double low, high, value_coeff, entropy_coeff, max_norm, lr, beta1, beta2, epsilon;
     long adam_step;
     double *metrics; /* [minibatches, METRICS] */
+    real *memory;    /* as much as ppo_pass_memory says */
 } pass;
+
+/* Entries of a minibatch, a number a step. */
+enum { LOG_PROB, OLD, ADVANTAGE, TARGET, ACTIVE, RATIO, ESS, H, TOTAL, D_H, ARRAYS };
+typedef struct { void *action; uint8_t *init; real *of[ARRAYS]; } entries;
 
 /* Bytes of the structures and the number of metrics: what the caller's must be. */
 int ppo_pass_layout(int which) {
@@ -41,88 +47,104 @@ int ppo_pass_layout(int which) {
     return sizes[which];
 }
 
+/* ------------------------------------------------------------------------------------------------ memory */
+typedef struct { real *memory; long used; } arena;
+
+/* The next `size` numbers of the arena's memory; where it has none, they are counted alone. */
+static real *take(arena *from, long size) {
+    long at = from->used;
+    from->used += (long)whole_lines(size);
+    return from->memory ? from->memory + at : NULL;
+}
+
+static void lay_out_network(network *net, long n, int has_gru, arena *from) {
+    long inputs = net->inputs, hidden = net->hidden, outputs = net->outputs;
+    if (has_gru) {
+        net->in = take(from, n * inputs);
+        net->first = take(from, net->initial ? n * hidden : 0);
+        net->packed = take(from, forward_size(net->inputs, net->hidden));
+        net->packed_back = take(from, backward_size(net->hidden));
+        net->saved = take(from, n * saved_size(net->inputs, net->hidden) + 4 * LANES); /* see outer.c */
+        net->features = take(from, n * hidden);
+        net->sums = take(from, sums_size(3 * net->hidden, net->hidden + net->inputs + 1));
+        net->sums_of_n = take(from, sums_size(net->hidden, net->inputs + 1));
+    }
+    net->out = take(from, n * outputs);
+    net->d_out = take(from, n * outputs);
+    net->d_features = take(from, n * hidden);
+}
+
+/* Where everything lies in `memory`; returns how much of it there must be. */
+static long lay_out(pass *of, real *memory, entries *e) {
+    arena from = {memory, 0};
+    long n = (long)of->rows * of->steps;
+    of->actor.of = of->of;
+    of->critic.of = of->of + PARAMETERS;
+    e->action = take(&from, of->is_gaussian ? n * of->actor.outputs : n * (long)(sizeof(int64_t) / sizeof(real)));
+    e->init = (uint8_t *)take(&from, n);
+    for (int i = 0; i < ARRAYS; i++) e->of[i] = take(&from, n);
+    lay_out_network(&of->actor, n, 1, &from);
+    if (of->critic.hidden) lay_out_network(&of->critic, n, !of->is_shared, &from);
+    return from.used;
+}
+
+long ppo_pass_memory(pass *of) {
+    entries unused;
+    return lay_out(of, NULL, &unused);
+}
+
 /* The chunks that `order` names, of `size` bytes each. */
 static void gather(const void *from, const int64_t *order, int rows, size_t size, void *to) {
     for (int row = 0; row < rows; row++) memcpy((char *)to + row * size, (const char *)from + order[row] * size, size);
 }
 
-enum { MEMORIES = 9 };
-#define MEMORY_OF(net) {&net->in, &net->first, &net->packed, &net->packed_back, &net->saved, \
-                        &net->features, &net->d_features, &net->out, &net->d_out}
-
-/* Whether there was memory for all of it; what there was is to be released in any case. */
-static int allocate(network *net, int rows, int steps) {
-    size_t n = (size_t)rows * steps, inputs = net->inputs, hidden = net->hidden, outputs = net->outputs;
-    size_t sizes[MEMORIES] = {n * inputs, n * hidden, forward_size(inputs, hidden), backward_size(hidden),
-                              n * saved_size(inputs, hidden), n * hidden, n * hidden, n * outputs, n * outputs};
-    real **all[MEMORIES] = MEMORY_OF(net);
-    int found = 1;
-    for (int i = 0; i < MEMORIES; i++) found &= (*all[i] = memory(sizes[i] * sizeof(real))) != NULL;
-    return found;
-}
-
-static void release(network *net) {
-    real **all[MEMORIES] = MEMORY_OF(net);
-    for (int i = 0; i < MEMORIES; i++) free(*all[i]);
-}
-
-static int forward(network *net, const int64_t *order, const uint8_t *init, int rows, int steps) {
+/* ------------------------------------------------------------------------------------------------ networks */
+static int gru(network *net, const int64_t *order, const uint8_t *init, int rows, int steps, int threads) {
     parameter *p = net->of;
     int inputs = net->inputs, hidden = net->hidden;
     gather(net->x, order, rows, (size_t)steps * inputs * sizeof(real), net->in);
     if (net->initial) gather(net->initial, order, rows, (size_t)steps * hidden * sizeof(real), net->first);
     pack_forward(inputs, hidden, p[W_IH].value, p[W_HH].value, p[B_IH].value, p[B_HH].value, net->packed);
-    int status = gru_forward(rows, steps, inputs, hidden, net->in, (long)steps * inputs, inputs, net->initial ? net->first : NULL,
-                             (long)steps * hidden, hidden, init, net->packed, net->features, net->saved, 1);
-    if (status) return status;
-    return linear_forward(rows * steps, hidden, net->outputs, net->features, p[W_OUT].value, p[B_OUT].value, net->out, 1);
+    return gru_forward(rows, steps, inputs, hidden, net->in, (long)steps * inputs, inputs, net->initial ? net->first : NULL,
+                       (long)steps * hidden, hidden, init, net->packed, net->features, net->saved, threads);
 }
 
-/* gradient [outputs, columns] = sum over n of q[n, output] v[n, column]; q and v lie in rows of `pitch`. */
-static void outer_sums(int n, long pitch, const real *q, int outputs, const real *v, int columns, real *gradient) {
-    for (int o = 0; o < outputs; o += ROWS) {
-        int left = lesser(ROWS, outputs - o);
-        for (int c = 0; c < columns; c += LANES) {
-            vec sum[ROWS] = {{0}};
-            for (int i = 0; i < n; i++) {
-                vec at = load(v + i * pitch + c, columns - c);
-                UNROLL for (int m = 0; m < ROWS; m++) sum[m] += q[i * pitch + o + m] * at; /* beyond outputs: unused */
-            }
-            for (int m = 0; m < left; m++) store(gradient + (long)(o + m) * columns + c, sum[m], columns - c);
-        }
-    }
+static int head(network *net, int n, int threads) {
+    parameter *p = net->of;
+    return linear_forward(n, net->hidden, net->outputs, net->features, p[W_OUT].value, p[B_OUT].value, net->out, threads);
 }
 
-/* gradient [outputs] = sum over n of q[n, output]. */
-static void column_sums(int n, long pitch, const real *q, int outputs, real *gradient) {
-    for (int o = 0; o < outputs; o += LANES) {
-        vec sum = {0};
-        for (int i = 0; i < n; i++) sum += load(q + i * pitch + o, outputs - o);
-        store(gradient + o, sum, outputs - o);
-    }
+/* Gradients of the head's parameters from d_out, and, if `d_features` is not NULL, that by the features. */
+static int head_gradients(network *net, int n, real *d_features, int threads) {
+    parameter *p = net->of;
+    return linear_backward(n, net->hidden, net->outputs, net->features, p[W_OUT].value, net->d_out, d_features, p[W_OUT].gradient,
+                           p[B_OUT].gradient, threads);
 }
 
-/* Gradients of all parameters, from d_out. See gru.c for what `saved` holds. */
-static int backward(network *net, const uint8_t *init, int rows, int steps) {
+/* Gradients of the GRU's parameters from d_features. See gru.c for what `saved` holds. */
+static int gru_gradients(network *net, const uint8_t *init, int rows, int steps, int threads) {
     parameter *p = net->of;
     int inputs = net->inputs, h = net->hidden, n = rows * steps;
-    int status = linear_backward(n, h, net->outputs, net->features, p[W_OUT].value, net->d_out, net->d_features,
-                                 p[W_OUT].gradient, p[B_OUT].gradient, 1);
-    if (status) return status;
     if (steps > 1) pack_backward(h, p[W_HH].value, net->packed_back);
-    status = gru_backward(rows, steps, inputs, h, net->d_features, (long)steps * h, h, init, net->packed_back, net->saved, NULL, 1);
+    int status = gru_backward(rows, steps, inputs, h, net->d_features, (long)steps * h, h, init, net->packed_back, net->saved,
+                              NULL, threads);
     if (status) return status;
     long pitch = saved_size(inputs, h);
-    const real *q = net->saved, *dn = q + 3 * h, *before = q + 4 * h, *x = q + 5 * h;
-    outer_sums(n, pitch, q, 3 * h, before, h, p[W_HH].gradient);
-    column_sums(n, pitch, q, 3 * h, p[B_HH].gradient);
-    outer_sums(n, pitch, q, 2 * h, x, inputs, p[W_IH].gradient);
-    outer_sums(n, pitch, dn, h, x, inputs, p[W_IH].gradient + 2L * h * inputs);
-    column_sums(n, pitch, q, 2 * h, p[B_IH].gradient);
-    column_sums(n, pitch, dn, h, p[B_IH].gradient + 2 * h);
+    int width = sums_width(h + inputs + 1), width_of_n = sums_width(inputs + 1);
+    outer_sums(n, pitch, net->saved, 3 * h, net->saved + 4 * h, h + inputs + 1, net->sums, threads); /* dr, dz, dhn by h, x, 1 */
+    outer_sums(n, pitch, net->saved + 3 * h, h, net->saved + 5 * h, inputs + 1, net->sums_of_n, threads); /* dn by x, 1 */
+    for (int u = 0; u < 3 * h; u++) {
+        const real *by = net->sums + (long)u * width;
+        const real *by_x = u < 2 * h ? by + h : net->sums_of_n + (long)(u - 2 * h) * width_of_n;
+        memcpy(p[W_HH].gradient + (long)u * h, by, h * sizeof(real));
+        memcpy(p[W_IH].gradient + (long)u * inputs, by_x, inputs * sizeof(real));
+        p[B_HH].gradient[u] = by[h + inputs];
+        p[B_IH].gradient[u] = by_x[inputs];
+    }
     return 0;
 }
 
+/* ------------------------------------------------------------------------------------------------ steps */
 static double squares(const parameter *p) {
     double sum = 0;
     for (long i = 0; i < p->size; i++) sum += (double)p->gradient[i] * p->gradient[i];
@@ -143,82 +165,71 @@ static void adam(const pass *of, parameter *p, double scale, long step) {
     }
 }
 
-/* Every parameter there is; returns their number. */
-static int collect(pass *of, parameter *all) {
-    int count = 0;
-    network *nets[] = {&of->actor, &of->critic};
-    for (int i = 0; i < 2; i++)
-        for (int k = 0; nets[i]->hidden && k < PARAMETERS; k++) all[count++] = nets[i]->of[k];
-    if (of->is_gaussian) all[count++] = of->log_std;
-    return count;
-}
-
 /* Returns the number of the first minibatch whose gradient is not finite, which changes nothing any more; -1 if there is none,
  * -2 - the number of the minibatch in which an action is none of the choices, NO_MEMORY
  * where memory ran out, be it after some steps. */
 int ppo_pass(pass *of) {
-    int rows = of->rows, steps = of->steps, outputs = of->actor.outputs, has_critic = of->critic.hidden > 0, broken = -1;
-    size_t n = (size_t)rows * steps, one = steps * sizeof(real);
-    size_t action_size = of->is_gaussian ? outputs * sizeof(real) : sizeof(int64_t);
-    enum { LOG_PROB, OLD, ADVANTAGE, TARGET, ACTIVE, RATIO, ESS, H, TOTAL, D_H, ARRAYS };
-    real *a[ARRAYS];
-    void *action = memory(n * action_size);
-    uint8_t *init = memory(n);
-    int found = action && init;
-    for (int i = 0; i < ARRAYS; i++) found &= (a[i] = memory(n * sizeof(real))) != NULL;
-    parameter all[2 * PARAMETERS + 1];
-    int parameters = collect(of, all);
-    found &= allocate(&of->actor, rows, steps);
-    if (has_critic) found &= allocate(&of->critic, rows, steps);
-    int status = found ? 0 : NO_MEMORY;
-
+    int rows = of->rows, steps = of->steps, outputs = of->actor.outputs, has_critic = of->critic.hidden > 0, threads = of->threads;
+    size_t one = steps * sizeof(real), action_size = of->is_gaussian ? outputs * sizeof(real) : sizeof(int64_t);
+    network *actor = &of->actor, *critic = &of->critic;
+    entries e;
+    lay_out(of, of->memory, &e);
+    if (of->is_shared) critic->features = actor->features;
+    parameter *log_std = &of->of[LOG_STD];
     double *metrics = of->metrics;
-    for (int first = 0; !status && first < of->chunks; first += rows, metrics += METRICS) {
+    for (int first = 0; first < of->chunks; first += rows, metrics += METRICS) {
         const int64_t *order = of->order + first;
-        int count = lesser(rows, of->chunks - first), size = count * steps, strangers = 0;
-        double entropy = 0, totals[5];
-        gather(of->init, order, count, steps, init);
-        gather(of->action, order, count, steps * action_size, action);
-        gather(of->old_log_prob, order, count, one, a[OLD]);
-        gather(of->advantage, order, count, one, a[ADVANTAGE]);
+        int count = lesser(rows, of->chunks - first), size = count * steps, strangers = 0, status = 0;
+        double entropy = 0, error = 0, totals[5];
+        gather(of->init, order, count, steps, e.init);
+        gather(of->action, order, count, steps * action_size, e.action);
+        gather(of->old_log_prob, order, count, one, e.of[OLD]);
+        gather(of->advantage, order, count, one, e.of[ADVANTAGE]);
 
-        status |= forward(&of->actor, order, init, count, steps);
+        status |= gru(actor, order, e.init, count, steps, threads);
+        status |= head(actor, size, threads);
         if (of->is_gaussian) {
-            gaussian_forward(size, outputs, action, of->actor.out, of->log_std.value, a[LOG_PROB]);
-            for (int d = 0; d < outputs; d++) entropy += of->log_std.value[d] + 1.4189385332046727; /* log(2 pi e) / 2 */
+            gaussian_forward(size, outputs, e.action, actor->out, log_std->value, e.of[LOG_PROB]);
+            for (int d = 0; d < outputs; d++) entropy += log_std->value[d] + 1.4189385332046727; /* log(2 pi e) / 2 */
         } else {
-            strangers = categorical_forward(size, outputs, of->actor.out, action, a[LOG_PROB], a[H], a[TOTAL], 1);
-            for (int i = 0; i < size; i++) entropy += a[H][i] / size;
+            strangers = categorical_forward(size, outputs, actor->out, e.action, e.of[LOG_PROB], e.of[H], e.of[TOTAL], threads);
+            for (int i = 0; i < size; i++) entropy += e.of[H][i] / size;
         }
-        if (strangers) { broken = -2 - first / rows; break; }
-        clipped_objective(count, steps, a[LOG_PROB], a[OLD], a[ADVANTAGE], of->low, of->high, a[ACTIVE], a[RATIO], a[ESS], totals);
+        if (strangers) return -2 - first / rows;
+        clipped_objective(count, steps, e.of[LOG_PROB], e.of[OLD], e.of[ADVANTAGE], of->low, of->high, e.of[ACTIVE], e.of[RATIO],
+                          e.of[ESS], totals);
         for (int i = 0; i < size; i++) {
-            a[ACTIVE][i] *= (real)(-1.0 / size);
-            a[D_H][i] = (real)(-of->entropy_coeff / size);
+            e.of[ACTIVE][i] *= (real)(-1.0 / size);
+            e.of[D_H][i] = (real)(-of->entropy_coeff / size);
         }
         if (of->is_gaussian) {
-            gaussian_backward(size, outputs, action, of->actor.out, of->log_std.value, a[ACTIVE], of->actor.d_out,
-                              of->log_std.gradient);
-            for (int d = 0; d < outputs; d++) of->log_std.gradient[d] -= (real)of->entropy_coeff;
+            gaussian_backward(size, outputs, e.action, actor->out, log_std->value, e.of[ACTIVE], actor->d_out,
+                              log_std->gradient);
+            for (int d = 0; d < outputs; d++) log_std->gradient[d] -= (real)of->entropy_coeff;
         } else
-            categorical_backward(size, outputs, of->actor.out, action, a[H], a[TOTAL], a[ACTIVE], a[D_H], of->actor.d_out, 1);
-        status |= backward(&of->actor, init, count, steps);
+            categorical_backward(size, outputs, actor->out, e.action, e.of[H], e.of[TOTAL], e.of[ACTIVE], e.of[D_H], actor->d_out,
+                                 threads);
+        status |= head_gradients(actor, size, actor->d_features, threads);
 
-        double error = 0;
         if (has_critic) {
-            gather(of->target, order, count, one, a[TARGET]);
-            status |= forward(&of->critic, order, init, count, steps);
+            gather(of->target, order, count, one, e.of[TARGET]);
+            if (!of->is_shared) status |= gru(critic, order, e.init, count, steps, threads);
+            status |= head(critic, size, threads);
             for (int i = 0; i < size; i++) {
-                real e = of->critic.out[i] - a[TARGET][i];
-                error += (double)e * e / size;
-                of->critic.d_out[i] = e * (real)(2 * of->value_coeff / size);
+                real off = critic->out[i] - e.of[TARGET][i];
+                error += (double)off * off / size;
+                critic->d_out[i] = off * (real)(2 * of->value_coeff / size);
             }
-            status |= backward(&of->critic, init, count, steps);
+            status |= head_gradients(critic, size, of->is_detached ? NULL : critic->d_features, threads);
+            if (!of->is_shared) status |= gru_gradients(critic, e.init, count, steps, threads);
+            else if (!of->is_detached)
+                for (long i = 0; i < (long)size * actor->hidden; i++) actor->d_features[i] += critic->d_features[i];
         }
-        if (status) break;
+        status |= gru_gradients(actor, e.init, count, steps, threads);
+        if (status) return status;
 
         double sum = 0;
-        for (int i = 0; i < parameters; i++) sum += squares(&all[i]);
+        for (int i = 0; i <= LOG_STD; i++) sum += squares(&of->of[i]);
         double norm = sqrt(sum);
         metrics[OBJECTIVE] = -totals[0] / size;
         metrics[CRITIC] = of->value_coeff * error;
@@ -228,15 +239,10 @@ int ppo_pass(pass *of) {
         metrics[MEAN_RATIO] = totals[3] / size;
         metrics[LARGEST_RATIO] = totals[4];
         metrics[NORM] = norm;
-        if (!isfinite(norm)) { broken = first / rows; break; }
+        if (!isfinite(norm)) return first / rows;
         double scale = of->max_norm > 0 && norm > of->max_norm ? of->max_norm / (norm + 1e-6) : 1; /* as clip_grad_norm_ */
         of->adam_step++;
-        for (int i = 0; i < parameters; i++) adam(of, &all[i], scale, of->adam_step);
+        for (int i = 0; i <= LOG_STD; i++) adam(of, &of->of[i], scale, of->adam_step);
     }
-    for (int i = 0; i < ARRAYS; i++) free(a[i]);
-    free(action);
-    free(init);
-    release(&of->actor);
-    if (has_critic) release(&of->critic);
-    return status ? status : broken;
+    return -1;
 }
