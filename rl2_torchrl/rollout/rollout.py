@@ -165,16 +165,19 @@ class Rollout:
             part.make(1)(seen)
             for key in part.out_keys:
                 if key in self.keep:
-                    values = seen[key].unflatten(0, (len(states), self.trials.rows)).unbind()
-                    for t, value in enumerate(values, end - len(states)):
-                        self._record(key, t, value)
+                    values = seen[key].unflatten(0, (len(states), self.trials.rows))
+                    buffer, _ = self._buffer(key, values[0])
+                    buffer[end - len(states) : end].copy_(values)
 
     def _record(self, key: NestedKey, t: int, value: torch.Tensor) -> None:
-        """Writes into the last batch's memory: steps that live until the batch is whole would scatter the heap."""
+        self._buffer(key, value)[1][t].copy_(value)
+
+    def _buffer(self, key: NestedKey, like: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """The last batch's memory, written again: steps that live until the batch is whole would scatter the heap."""
         if key not in self._buffers:
-            buffer = torch.stack([torch.empty_like(value)] * self.steps)
+            buffer = torch.stack([torch.empty_like(like)] * self.steps)
             self._buffers[key] = buffer, buffer.unbind()
-        self._buffers[key][1][t].copy_(value)
+        return self._buffers[key]
 
     # -------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict:
