@@ -43,6 +43,7 @@ class Workload:
     units: int
     minibatches: int
     epochs: int = 4
+    backend: str = "auto"
 
     @property
     def steps(self) -> int:
@@ -72,6 +73,7 @@ def main(
     threads: int | None = None,
     trials: int | None = None,
     units: int | None = None,
+    backend: Literal["auto", "compiled", "parts", "autograd", "graph"] = "auto",
     scaling: Path | None = None,
     json: Path | None = None,
     device: str = "cpu",
@@ -85,6 +87,7 @@ def main(
         threads: threads that PyTorch uses; all cores by default.
         trials: trials in a batch, in place of the workload's.
         units: GRU units, in place of the workload's.
+        backend: of the update: compiled leaves no time to Python, and takes no part or term of one's own.
         scaling: folder for a plot and a table of steps/s against trials and units, around the workload (W1 for all).
         json: file to write all figures to.
         device: where everything lives, cpu or cuda. A collected batch is one CUDA graph there.
@@ -98,6 +101,7 @@ def main(
     torch.set_float32_matmul_precision(matmul_precision)
     names = list(WORKLOADS) if workload == "all" else [workload]
     own = {key: value for key, value in (("trials", trials), ("units", units)) if value is not None}
+    own["backend"] = backend
     peak = matmul_peak(device)
     figures = {name: measure(replace(WORKLOADS[name], **own), repeats, peak, device) for name in names}
     Console().print(
@@ -133,6 +137,7 @@ def compose(
         epochs=workload.epochs,
         minibatches=workload.minibatches,
         max_grad_norm=0.5,
+        backend=workload.backend,
     )
     frames = {"frames_per_batch": workload.steps, "total_frames": -1}
     return TrialCollector(env, ActorCritic(policy, value), keep=update.in_keys, **frames), update

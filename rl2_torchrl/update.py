@@ -21,7 +21,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import require_flags, require_numbers, whole
 from rl2_torchrl.gradients import Program
-from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
+from rl2_torchrl.gradients.compiled import MOST_STEPS, CompiledPass, why_not_compiled
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
@@ -80,9 +80,11 @@ class PPOUpdate:
         optimizer: an optimizer in place of Adam, over parameters of the loss.
         generator: generator of the shuffling.
         backend: how gradients are made. ``"parts"``: part by part, by kernels where a part brings its own gradient
-            (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for tiny minibatches of small
-            networks under Adam. ``"autograd"``: by PyTorch through ``loss.forward``. ``"graph"``: the same, recorded once as a CUDA
-            graph. ``"auto"``, the default, takes the fastest that serves; one that is named raises where it cannot.
+            (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for networks of one GRU and heads of
+            one layer under Adam, the faster the smaller minibatches are. ``"autograd"``: by PyTorch through ``loss.forward``.
+            ``"graph"``: the same, recorded once as a CUDA graph. ``"auto"``, the default: on CUDA a graph, for minibatches of up to
+            256 steps a compiled pass, else parts, beside which a part or term of your own costs no more than itself; autograd
+            where nothing else serves. One that is named raises where it cannot.
         process_group: processes that update together (data parallel), such as ``torch.distributed.group.WORLD``, each with a
             collector of its own. Default: this process alone.
 
@@ -284,9 +286,12 @@ class PPOUpdate:
         program = Program(self.loss)
         given = (program, self.optimizer, self._chunks.chunks)
         refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
-        if refusal is not None:
-            if self._named == "compiled":
-                raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
+        if refusal is not None and self._named == "compiled":
+            raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
+        is_large = self._named == "auto" and self._chunks.rows * self._chunks.steps > MOST_STEPS
+        if refusal is None and is_large:
+            self.reason += "; backend='compiled' serves too, and is faster, but takes no part or term of your own"
+        if refusal is not None or is_large:
             return lambda: map(self._joined, map(program, self._chunks.entries()))
         compiled = CompiledPass(*given, self._chunks.rows, self.max_grad_norm)
         if from_zeros:

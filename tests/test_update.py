@@ -566,6 +566,12 @@ def test_the_compiled_backend_says_why_it_cannot_serve(way):
     update = PPOUpdate(make_loss(), backend="compiled", optimizer=None, minibatches=1)
     update(make_batch())
     assert update.backend == "compiled"
+    for backend in ("auto", "compiled"):  # which auto takes for few steps alone
+        update = PPOUpdate(make_loss(), backend=backend, optimizer=None, minibatches=1, bptt=6)
+        update(make_batch(rows=60))
+        assert (update.backend, "'compiled' serves too" in update.reason) == (
+            ("parts", True) if backend == "auto" else ("compiled", False)
+        )
     update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, num_layers=2)), backend="compiled")
     with pytest.raises(ValueError, match="'compiled' cannot serve.*more than a GRU and a head"):
         update(make_batch(rows=60).exclude("actor_hidden"))

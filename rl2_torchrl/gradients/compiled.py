@@ -1,4 +1,4 @@
-"""`CompiledPass`: a whole pass of many small minibatches in one call of the kernels, Adam's steps included.
+"""`CompiledPass`: a whole pass of many minibatches in one call of the kernels, Adam's steps included.
 
 The original takes an optimizer step on 32 env steps at a time: 0.1 ms of arithmetic, on which Python spends 0.6 ms even
 without autograd. What a `Program` does part by part is one C function here (``kernels/pass.c``), for networks of one GRU and
@@ -24,7 +24,10 @@ from rl2_torchrl.gradients.recurrent import GRUPart
 from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules.functions import raise_unknown_actions
 
-__all__ = ["CompiledPass", "why_not_compiled"]
+__all__ = ["MOST_STEPS", "CompiledPass", "why_not_compiled"]
+
+#: Env steps of a minibatch up to which a pass is compiled unasked: with so few all else, too, is Python's time.
+MOST_STEPS = 256
 
 _int, _long, _double, _pointer = ctypes.c_int, ctypes.c_long, ctypes.c_double, ctypes.c_void_p
 

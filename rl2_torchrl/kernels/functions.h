@@ -16,8 +16,8 @@ int gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, l
 int linear_forward(int rows, int inputs, int outputs, const real *x, const real *w, const real *b, real *y, int threads);
 int linear_backward(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
                     real *db, int threads);
-int sums_width(int columns);
-long sums_size(int outputs, int columns);
+long sums_height(int outputs);
+long sums_width(int columns);
 void outer_sums(int n, long pitch, const real *q, int outputs, const real *v, int columns, real *sums, int threads);
 int categorical_forward(int rows, int choices, const real *logits, const int64_t *action, real *log_prob, real *entropy,
                         real *log_total, int threads);

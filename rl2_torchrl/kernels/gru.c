@@ -9,15 +9,19 @@
  *
  * What backward needs is stored in saved [B, T, S] = (r, z, W_hn h + b_hn, n, h, x, 1, 0, ..., 0); backward replaces the
  * first four by the gradients of (r's, z's, W_hn h + b_hn's, n's) pre-activations. The gradients of weights and biases
- * then are two matrix products over all B T steps, of those gradients with (h, x, 1), which the caller takes.
+ * then are the sums over all B T steps of the outer products of those gradients and (h, x, 1), see outer.c.
  */
 #include "functions.h"
 #include "vector.h"
 
 #define COLUMNS 2 /* vectors that a block of backward's product is wide */
 
-/* S: 5 H + I + 1, up to whole cache lines, which vectors then do not straddle. */
-long saved_size(int inputs, int hidden) { return (long)whole_lines(5L * hidden + inputs + 1); }
+/* S: 5 H + I + 1, and what outer_sums looks at beyond, up to whole cache lines, which vectors then do not straddle. */
+long saved_size(int inputs, int hidden) {
+    long by_n = 3L * hidden + sums_height(hidden), by_h = 4L * hidden + sums_width(hidden + inputs + 1);
+    long by_x = 5L * hidden + sums_width(inputs + 1), most = by_h > by_x ? by_h : by_x;
+    return (long)whole_lines(most > by_n ? most : by_n);
+}
 static inline int padded(int hidden) { return (hidden + COLUMNS * LANES - 1) / (COLUMNS * LANES) * (COLUMNS * LANES); }
 
 /* ------------------------------------------------------------------------------------------------ weights

@@ -1,7 +1,7 @@
-/* A pass of PPO over small minibatches in one call: for each of them gather, forward, loss, backward, clip, Adam.
+/* A pass of PPO over many minibatches in one call: for each of them gather, forward, loss, backward, clip, Adam.
  *
  * A minibatch of 32 steps (the original's) is 0.1 ms of arithmetic. Called from Python, its sixty operations take six times
- * that. The parts are the functions of the other files; only what stands between them is written here.
+ * that, and still a quarter of the time with 1,600 steps of 64 units. The parts are the functions of the other files; only what stands between them is written here.
  */
 #include <math.h>
 
@@ -64,10 +64,10 @@ static void lay_out_network(network *net, long n, int has_gru, arena *from) {
         net->first = take(from, net->initial ? n * hidden : 0);
         net->packed = take(from, forward_size(net->inputs, net->hidden));
         net->packed_back = take(from, backward_size(net->hidden));
-        net->saved = take(from, n * saved_size(net->inputs, net->hidden) + 4 * LANES); /* see outer.c */
+        net->saved = take(from, n * saved_size(net->inputs, net->hidden));
         net->features = take(from, n * hidden);
-        net->sums = take(from, sums_size(3 * net->hidden, net->hidden + net->inputs + 1));
-        net->sums_of_n = take(from, sums_size(net->hidden, net->inputs + 1));
+        net->sums = take(from, sums_height(3 * net->hidden) * sums_width(net->hidden + net->inputs + 1));
+        net->sums_of_n = take(from, sums_height(net->hidden) * sums_width(net->inputs + 1));
     }
     net->out = take(from, n * outputs);
     net->d_out = take(from, n * outputs);
@@ -130,12 +130,12 @@ static int gru_gradients(network *net, const uint8_t *init, int rows, int steps,
                               NULL, threads);
     if (status) return status;
     long pitch = saved_size(inputs, h);
-    int width = sums_width(h + inputs + 1), width_of_n = sums_width(inputs + 1);
+    long width = sums_width(h + inputs + 1), width_of_n = sums_width(inputs + 1);
     outer_sums(n, pitch, net->saved, 3 * h, net->saved + 4 * h, h + inputs + 1, net->sums, threads); /* dr, dz, dhn by h, x, 1 */
     outer_sums(n, pitch, net->saved + 3 * h, h, net->saved + 5 * h, inputs + 1, net->sums_of_n, threads); /* dn by x, 1 */
     for (int u = 0; u < 3 * h; u++) {
-        const real *by = net->sums + (long)u * width;
-        const real *by_x = u < 2 * h ? by + h : net->sums_of_n + (long)(u - 2 * h) * width_of_n;
+        const real *by = net->sums + u * width;
+        const real *by_x = u < 2 * h ? by + h : net->sums_of_n + (u - 2 * h) * width_of_n;
         memcpy(p[W_HH].gradient + (long)u * h, by, h * sizeof(real));
         memcpy(p[W_IH].gradient + (long)u * inputs, by_x, inputs * sizeof(real));
         p[B_HH].gradient[u] = by[h + inputs];
