@@ -38,7 +38,7 @@ class _Parameter(ctypes.Structure):
 
 class _Network(ctypes.Structure):
     _fields_ = [(name, _int) for name in ("inputs", "hidden", "outputs")]
-    _fields_ += [("x", _pointer), ("initial", _pointer), ("memory", _pointer * 12)]
+    _fields_ += [("x", _pointer), ("initial", _pointer), ("memory", _pointer * 11)]
 
 
 class _Pass(ctypes.Structure):

@@ -9,7 +9,7 @@
  *
  * What backward needs is stored in saved [B, T, S] = (r, z, W_hn h + b_hn, n, h, x, 1, 0, ..., 0); backward replaces the
  * first four by the gradients of (r's, z's, W_hn h + b_hn's, n's) pre-activations. The gradients of weights and biases
- * then are the sums over all B T steps of the outer products of those gradients and (h, x, 1), see outer.c.
+ * then are the sums over all B T steps of the outer products of those gradients and (h, x, 1).
  */
 #include "functions.h"
 #include "vector.h"
@@ -235,4 +235,27 @@ int gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, l
                       d_initial ? d_initial + (long)b * steps * hidden : NULL, scratch + omp_get_thread_num() * size);
     free(scratch);
     return 0;
+}
+
+/* ----------------------------------------------------------------------------------------------- weights */
+
+/* Memory that gru_weight_gradients works in. */
+long sums_size(int inputs, int hidden) {
+    return sums_height(3 * hidden) * sums_width(hidden + inputs + 1) + sums_height(hidden) * sums_width(inputs + 1);
+}
+
+/* Gradients of the weights from what backward has left in saved, of n steps: (dr, dz, dhn) by (h, x, 1), and dn by (x, 1). */
+void gru_weight_gradients(int n, int inputs, int hidden, const real *saved, real *d_w_ih, real *d_w_hh, real *d_b_ih,
+                          real *d_b_hh, real *sums, int threads) {
+    long pitch = saved_size(inputs, hidden), width = sums_width(hidden + inputs + 1), width_of_n = sums_width(inputs + 1);
+    real *by_n = sums + sums_height(3 * hidden) * width;
+    outer_sums(n, pitch, saved, 3 * hidden, saved + 4 * hidden, hidden + inputs + 1, sums, threads);
+    outer_sums(n, pitch, saved + 3 * hidden, hidden, saved + 5 * hidden, inputs + 1, by_n, threads);
+    for (int u = 0; u < 3 * hidden; u++, sums += width) {
+        const real *by_x = u < 2 * hidden ? sums + hidden : by_n + (u - 2 * hidden) * width_of_n;
+        memcpy(d_w_hh + (long)u * hidden, sums, hidden * sizeof(real));
+        memcpy(d_w_ih + (long)u * inputs, by_x, inputs * sizeof(real));
+        d_b_hh[u] = sums[hidden + inputs];
+        d_b_ih[u] = by_x[inputs];
+    }
 }

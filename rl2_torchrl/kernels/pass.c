@@ -19,7 +19,7 @@ typedef struct {
     int inputs, hidden, outputs;
     const real *x, *initial;
     parameter *of;
-    real *in, *first, *packed, *packed_back, *saved, *features, *sums, *sums_of_n, *out, *d_out, *d_features; /* a minibatch's memory */
+    real *in, *first, *packed, *packed_back, *saved, *features, *sums, *out, *d_out, *d_features; /* a minibatch's memory */
 } network;
 
 /* hidden: 0 without a critic. is_shared: the critic has no GRU, and reads the actor's features; is_detached: as they are. */
@@ -66,8 +66,7 @@ static void lay_out_network(network *net, long n, int has_gru, arena *from) {
         net->packed_back = take(from, backward_size(net->hidden));
         net->saved = take(from, n * saved_size(net->inputs, net->hidden));
         net->features = take(from, n * hidden);
-        net->sums = take(from, sums_height(3 * net->hidden) * sums_width(net->hidden + net->inputs + 1));
-        net->sums_of_n = take(from, sums_height(net->hidden) * sums_width(net->inputs + 1));
+        net->sums = take(from, sums_size(net->inputs, net->hidden));
     }
     net->out = take(from, n * outputs);
     net->d_out = take(from, n * outputs);
@@ -121,7 +120,7 @@ static int head_gradients(network *net, int n, real *d_features, int threads) {
                            p[B_OUT].gradient, threads);
 }
 
-/* Gradients of the GRU's parameters from d_features. See gru.c for what `saved` holds. */
+/* Gradients of the GRU's parameters from d_features. */
 static int gru_gradients(network *net, const uint8_t *init, int rows, int steps, int threads) {
     parameter *p = net->of;
     int inputs = net->inputs, h = net->hidden, n = rows * steps;
@@ -129,18 +128,8 @@ static int gru_gradients(network *net, const uint8_t *init, int rows, int steps,
     int status = gru_backward(rows, steps, inputs, h, net->d_features, (long)steps * h, h, init, net->packed_back, net->saved,
                               NULL, threads);
     if (status) return status;
-    long pitch = saved_size(inputs, h);
-    long width = sums_width(h + inputs + 1), width_of_n = sums_width(inputs + 1);
-    outer_sums(n, pitch, net->saved, 3 * h, net->saved + 4 * h, h + inputs + 1, net->sums, threads); /* dr, dz, dhn by h, x, 1 */
-    outer_sums(n, pitch, net->saved + 3 * h, h, net->saved + 5 * h, inputs + 1, net->sums_of_n, threads); /* dn by x, 1 */
-    for (int u = 0; u < 3 * h; u++) {
-        const real *by = net->sums + u * width;
-        const real *by_x = u < 2 * h ? by + h : net->sums_of_n + (u - 2 * h) * width_of_n;
-        memcpy(p[W_HH].gradient + (long)u * h, by, h * sizeof(real));
-        memcpy(p[W_IH].gradient + (long)u * inputs, by_x, inputs * sizeof(real));
-        p[B_HH].gradient[u] = by[h + inputs];
-        p[B_IH].gradient[u] = by_x[inputs];
-    }
+    gru_weight_gradients(n, inputs, h, net->saved, p[W_IH].gradient, p[W_HH].gradient, p[B_IH].gradient, p[B_HH].gradient,
+                         net->sums, threads);
     return 0;
 }
 

@@ -169,24 +169,15 @@ def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> No
 
 def weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
     """Gradients of w_ih, w_hh, b_ih and b_hh from what `backward_in_place` gives."""
-    units = gates // 3
-    d_rzh = _outer_sums(gradients, 0, gates, 4 * units, units + inputs + 1)  # (dr, dz, dhn) by (h, x, 1)
-    d_n = _outer_sums(gradients, gates, units, 5 * units, inputs + 1)  # by (x, 1)
-    d_input = torch.cat((d_rzh[: 2 * units, units:], d_n))
-    parts = (d_input[:, :inputs], d_rzh[:, :units], d_input[:, inputs], d_rzh[:, units + inputs])
-    return tuple(part.contiguous() for part in parts)
-
-
-def _outer_sums(gradients: torch.Tensor, first: int, outputs: int, of: int, columns: int) -> torch.Tensor:
-    """Sums over all steps of the products of ``outputs`` entries, from ``first`` on, and ``columns``, from ``of`` on."""
-    library, pitch, start = kernels.load(gradients.dtype), gradients.shape[-1], gradients.data_ptr()
-    steps, size = gradients.numel() // pitch, gradients.element_size()
-    sums = gradients.new_empty(library.sums_height(outputs), library.sums_width(columns))
-    library.outer_sums(
-        *(steps, pitch, start + first * size, outputs, start + of * size, columns, sums.data_ptr()),
-        kernels.threads_for(steps * outputs * columns),
+    library, units = kernels.load(gradients.dtype), gates // 3
+    steps = gradients.shape[0] * gradients.shape[1]
+    made = [gradients.new_empty(shape) for shape in ((gates, inputs), (gates, units), (gates,), (gates,))]
+    sums = gradients.new_empty(library.sums_size(inputs, units))
+    library.gru_weight_gradients(
+        *(steps, inputs, units, gradients.data_ptr(), *map(kernels.address, made), sums.data_ptr()),
+        kernels.threads_for(steps * gates * (units + inputs)),
     )
-    return sums[:outputs, :columns]
+    return tuple(made)
 
 
 def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
