@@ -135,7 +135,8 @@ class CompiledPass:
         data = [*map(chunks.get, read), chunks[keys.value_target] if loss.has_critic else None]
         networks = [self._network(*network) for network in self._networks]
         steps, (_, head), is_shared = chunks[keys.advantage].shape[1], self._networks[-1], self._networks[-1][0] is None
-        threads = kernels.threads_for(self.rows * steps * self._gru.units * (self._gru.units + self._gru.inputs))
+        work = self.rows * steps * self._gru.units * (self._gru.units + self._gru.inputs)
+        threads = 1 if self.rows * steps <= MOST_STEPS else kernels.threads_for(work)
         return _Pass(
             *(len(order), steps, self.rows, threads, self._log_std is not None, is_shared, is_shared and head.detach),
             *map(kernels.address, (order, *data)),
