@@ -304,4 +304,4 @@ def test_environment_variable_turns_the_kernels_off(monkeypatch, warnings):
 @needs_compiler
 def test_kernels_of_a_new_cache_are_kernels(cache):
     for loaded in load_all():
-        assert loaded.saved_size(3, 5) == 32  # 5 * 5 + 3 + 1, up to whole cache lines
+        assert loaded.saved_size(16, 64) == 352  # 5 * 64 + 16 + 1, up to whole cache lines

@@ -44,7 +44,7 @@ class _Leaf:
     path: tuple[str | int, ...]
     spec: TensorSpec
     #: The number from which its choices count, where that is not 0.
-    start: np.ndarray | None
+    start: Tensor | None
 
     @cached_property
     def dtype(self) -> np.dtype:
@@ -60,7 +60,7 @@ class _Leaf:
         # A copy: vector envs write their next step over this one.
         array = np.array(rows, self.dtype)
         array = array.reshape(1 if is_one else len(array), *self.spec.shape)
-        return array if self.start is None else array - self.start
+        return array if self.start is None else array - self.start.numpy()
 
 
 class ObservationSpace:
@@ -114,7 +114,7 @@ def _leaves(space: spaces.Space, key: tuple[str, ...], path: tuple[str | int, ..
         yield _Leaf(key[0] if len(key) == 1 else key, path, spec, start)
 
 
-def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, np.ndarray | None]:
+def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, Tensor | None]:
     """Spec of one row of ``space``, and the number from which its choices count."""
     if isinstance(space, spaces.Discrete):
         return Categorical(int(space.n)), _start(space)
@@ -131,9 +131,9 @@ def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, np.ndarray | 
     )
 
 
-def _start(space: spaces.Discrete | spaces.MultiDiscrete) -> np.ndarray | None:
-    start = np.asarray(space.start, np.int64)
-    return (start.flatten() if start.ndim else start) if start.any() else None
+def _start(space: spaces.Discrete | spaces.MultiDiscrete) -> Tensor | None:
+    start = np.asarray(space.start)
+    return torch.as_tensor(start.flatten() if start.ndim else start, dtype=torch.int64) if start.any() else None
 
 
 def _dtype(dtype: np.dtype) -> torch.dtype:
@@ -177,7 +177,7 @@ class ActionSpace:
     def array(self, action: Tensor) -> np.ndarray:
         """Actions ``[N, ...]`` as a vector env takes them."""
         array = action.detach().cpu().numpy()
-        array = array if self.start is None else array + self.start
+        array = array if self.start is None else array + self.start.numpy()
         array = array.reshape(len(array), *self.space.shape)
         array = array if self.bounds is None else array.clip(*self.bounds)
         return array.astype(self.space.dtype, copy=False)
