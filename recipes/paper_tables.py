@@ -217,11 +217,14 @@ def train(cell: Cell, way: LearnsFrom, seed: int, book: Figures, runs: Path, env
     if book.has(cell, agent):
         book.tell_others(cell, agent, settings)
         return
+    # Or the agent of a training that is cut short would be shipped for the figure of the one before.
+    book.path(cell, agent).unlink(missing_ok=True)
     run = run_folder(runs, cell, agent)
     resume = same_settings(run, settings) and not book.fresh
     report = cell.train(way, seed=seed, report_tasks=book.tasks, log_dir=run, resume=resume, **options)
     if report.train.interrupted:
-        raise KeyboardInterrupt(f"the training in {run} is not finished: the same command goes on with it.")
+        command = f"the same command{', without --fresh,' * book.fresh} goes on with it"
+        raise KeyboardInterrupt(f"the training in {run} is not finished: {command}.")
     figure = {
         **rl2_figure(report),
         "settings": settings,

@@ -14,7 +14,7 @@ from recipes.paper_cells import CELLS, TASK_SEED, BanditCell, MDPCell
 from recipes.paper_numbers import PAPER, PAPER_SE
 from recipes.paper_settings import RL2_SETTINGS
 from recipes.streams import HELD_OUT_TASKS, REPORT_TASKS, TUNING_TASKS, draw_tasks
-from rl2_torchrl import TaskSampler, baselines
+from rl2_torchrl import AdaptiveAgent, TaskSampler, baselines
 from rl2_torchrl.envs import random_mdps, uniform_means, unpack_mdps
 
 TINY = {"bandits": BanditCell(pulls=3, arms=2), "mdps": MDPCell(episodes=2)}
@@ -408,6 +408,25 @@ def test_an_interrupted_training_leaves_no_figure(tmp_path, monkeypatch, capsys)
     assert "cut short: --resume goes on" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "results").exists()
     assert not (tmp_path / "pretrained").exists()
+
+
+def test_an_agent_that_was_cut_short_is_not_shipped_for_an_older_figure(tmp_path, monkeypatch):
+    def cut_short(*args, **options):
+        return replace(train(*args, **{**options, "stop": lambda row: True}), interrupted=True)
+
+    def shipped():
+        agent = AdaptiveAgent.load(tmp_path / "pretrained" / "bandits_3_2_rewards.safetensors")
+        return torch.cat([weight.flatten() for weight in agent.policy.state_dict().values()])
+
+    three = {"part": "rl2", "seeds": (0,), "env_steps": 3 * BATCH["bandits"]}
+    run(tmp_path, **three)
+    before, train = shipped(), experiment.train
+    monkeypatch.setattr(experiment, "train", cut_short)
+    with pytest.raises(KeyboardInterrupt, match="the same command, without --fresh, goes on with it"):
+        run(tmp_path, **three, fresh=True)
+    monkeypatch.setattr(experiment, "train", train)
+    run(tmp_path, **three)
+    assert torch.equal(shipped(), before)
 
 
 # ---- Bad arguments and the command line.
