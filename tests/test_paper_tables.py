@@ -464,7 +464,7 @@ def test_cells_without_weights(tmp_path):
 
 def test_command_line(tmp_path):
     folder = tmp_path / "tables"
-    page = tyro.cli(paper_tables.main, args=["--part", "page", "--cells", "100,10", "25", "--folder", str(folder)])
+    page = tyro.cli(paper_tables.main, args=["--part", "page", "--folder", str(folder)])
     assert page.read_text().startswith("# The tables of the RL² paper")
     assert paper_tables.choose("all", ("100,10", "25")) == [CELLS["bandits"]["100,10"], CELLS["mdps"]["25"]]
     assert paper_cells.CELLS["bandits"]["100,10"] == BanditCell(pulls=100, arms=10)
