@@ -85,7 +85,7 @@ class Experiment:
             load_weights(self.actor, run.weights)
             begin_folder(run, "played on held-out tasks, not trained: report.json, report.png\n")
             return TrainResult()
-        if run.initial_weights is not None:
+        if run.initial_weights is not None and not run.goes_on:
             load_weights(self.actor, run.initial_weights)
         with (
             TemporaryDirectory() as scratch

@@ -45,9 +45,9 @@ class Run(Settings):
             names, or of a new one here.
         report_tasks: held-out tasks in the final report.
         held_out_seed: seed of the tasks of evaluations and report, for runs to share them; the run's own by default.
-        initial_weights: file of an agent to start from, such as one for shorter trials.
+        initial_weights: file of an agent to start from, such as one for shorter trials; of another log_dir.
         weights: file of an agent, as a run leaves it in agent.safetensors: to evaluate in place of training, with the network
-            that it has. Needs a log_dir without a training's report.
+            that it has. Needs a log_dir without a training's report, and not the file's own.
         logger: where scalars go; tensorboard and wandb are extras of the package.
         resume: go on from the newest checkpoint in log_dir.
         resume_changes: settings that may differ from those of the run that is resumed, by the names that the error gives.
@@ -76,16 +76,33 @@ class Run(Settings):
         require_whole(self, "report_tasks")
         if self.report_tasks < 2:
             raise ValueError(f"report_tasks={self.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
-        for name in ("weights", "initial_weights"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).is_file():
-                raise ValueError(
-                    f"{name}={str(path)!r} is no file: give an agent's, such as runs/bandit/agent.safetensors."
-                )
         object.__setattr__(self, "log_dir", Path(self.log_dir))  # text names a folder as well
         if self.log_dir.exists() and not self.log_dir.is_dir():
             raise ValueError(f"log_dir={str(self.log_dir)!r} is a file: name a folder, which may be new.")
+        for name in ("weights", "initial_weights"):
+            self._require_agents_file(name)
         self._require_agreement()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a checkpoint to go on from: what the run began with is not needed any more."""
+        return self.resume and _has_checkpoints(self.log_dir)
+
+    def _require_agents_file(self, name: str) -> None:
+        """Raises ValueError where weights are no file, or one that this run would put away and a later one delete."""
+        path = getattr(self, name)
+        if path is None or (name == "initial_weights" and self.goes_on):
+            return
+        if not Path(path).is_file():
+            raise ValueError(
+                f"{name}={str(path)!r} is no file: give an agent's, such as runs/bandit/agent.safetensors."
+            )
+        left = [*files_of_a_run(self.log_dir), *files_of_a_run(self.log_dir / "earlier")]
+        if Path(path).resolve() in [each.resolve() for each in left]:
+            raise ValueError(
+                f"{name}={str(path)!r} was left by an earlier run in log_dir={str(self.log_dir)!r}, which this one would put away, "
+                "and a later one delete: copy it elsewhere, or name another folder, such as --log-dir runs/new."
+            )
 
     def _require_agreement(self) -> None:
         """Raises ValueError where one setting would be without effect beside another."""
@@ -189,9 +206,11 @@ def files_of_a_run(folder: Path) -> list[Path]:
 
 def trained_in(folder: Path) -> bool:
     """Whether the ``folder`` holds a training, finished or not."""
-    return any((folder / "checkpoints").glob("checkpoint-*.safetensors")) or bool(
-        read_report(folder)["train"]["history"]
-    )
+    return _has_checkpoints(folder) or bool(read_report(folder)["train"]["history"])
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("checkpoint-*.safetensors"))
 
 
 #: What stands in a training's folder.

@@ -19,11 +19,12 @@ def files_of(folder):
 
 def test_what_is_refused_changes_nothing_in_the_folder(tmp_path):
     run("grid_navi", tmp_path, seed=3)
+    copy = shutil.copy(tmp_path / "agent.safetensors", tmp_path / "mine.safetensors")
     before = files_of(tmp_path)
     with pytest.raises(ValueError, match="other settings"):
         run("grid_navi", tmp_path, seed=3, lr=0.5, resume=True)
     with pytest.raises(ValueError, match="holds a training.*name another folder"):
-        run("grid_navi", tmp_path, weights=tmp_path / "agent.safetensors")
+        run("grid_navi", tmp_path, weights=copy)
     assert files_of(tmp_path) == before
 
 
@@ -94,7 +95,31 @@ def test_an_agent_that_is_played_has_a_folder_of_its_own(tmp_path):
         compare.main((tmp_path / "played",))
     (tmp_path / "trained" / "report.json").unlink()  # as of a training that is not over
     with pytest.raises(ValueError, match="holds a training.*name another folder"):
-        run("grid_navi", tmp_path / "trained", weights=weights)
+        run("grid_navi", tmp_path / "trained", weights=shutil.copy(weights, tmp_path / "mine.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["weights", "initial_weights"])
+@pytest.mark.parametrize("where", ["agent.safetensors", "earlier/agent.safetensors"])
+def test_weights_that_a_run_would_put_away_or_delete_are_refused(where, name, tmp_path):
+    run("bandit", tmp_path / "trained")
+    (path := tmp_path / "best" / where).parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "trained" / "agent.safetensors", path)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name}='.*' was left by an earlier run in log_dir=.*: copy it elsewhere"):
+        run("bandit", tmp_path / "best", **{name: path})
+    assert files_of(tmp_path) == before
+
+
+def test_a_resume_does_without_the_weights_that_the_run_began_with(tmp_path):
+    run("bandit", tmp_path / "first", seed=3)
+    weights = tmp_path / "first" / "agent.safetensors"
+    run("bandit", tmp_path / "on", seed=3, initial_weights=weights)
+    weights.unlink()
+    on = {"updates": 3, "initial_weights": weights, "resume": True}
+    assert len(run("bandit", tmp_path / "on", seed=3, **on).train.history) == 3
+    shutil.rmtree(tmp_path / "on" / "checkpoints")
+    with pytest.raises(ValueError, match="initial_weights='.*' is no file"):  # it would begin anew
+        run("bandit", tmp_path / "on", seed=3, **on)
 
 
 def test_a_resume_with_nothing_left_leaves_the_run_as_it_was(tmp_path):
