@@ -51,7 +51,7 @@ def section(title: str, entries: list[tuple[Path, dict]], page: Path) -> list[st
     return [
         f"## {title}",
         figures(reports),
-        *pictures(first_run, page),
+        *pictures(first["title"], first_run, page),
         *curves(first["title"], [run for run, _ in entries], page),
         f"Held-out trials while it was learnt, seed {first['seed']}:",
         learning_curve(first),
@@ -98,8 +98,7 @@ def evaluations(report: dict) -> list[dict[str, float]]:
 
 def curves(title: str, runs: list[Path], page: Path) -> list[str]:
     """Evaluations of all ``runs`` as a file of numbers, and their mean as a plot, by env steps and by minutes; both are shown."""
-    slug = re.sub("[^a-z0-9]+", "_", title.lower())
-    plot, numbers = (page.with_name(f"{page.stem}_{slug}_curves.{suffix}") for suffix in ("png", "csv"))
+    plot, numbers = (page.with_name(f"{page.stem}_{slug(title)}_curves.{suffix}") for suffix in ("png", "csv"))
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     name = "mean" if len(runs) > 1 else runs[0].name
     for axes, by in zip(figure.subplots(1, 2), ("steps", "minutes"), strict=True):
@@ -119,14 +118,21 @@ def curves(title: str, runs: list[Path], page: Path) -> list[str]:
     return [f"![curves]({plot.name})", f"All curves: [{numbers.name}]({numbers.name})."]
 
 
-def pictures(run: Path, page: Path) -> list[str]:
-    """Copies a run's plots beside the page and shows them."""
+def pictures(title: str, run: Path, page: Path) -> list[str]:
+    """Copies the plots of a title's first ``run`` beside the page and shows them."""
     shown = []
     for picture in sorted(run.glob("*.png")):
-        copy = page.with_name(f"{page.stem}_{run.name}_{picture.name}")
+        copy = page.with_name(
+            f"{page.stem}_{slug(title)}_{picture.name}"
+        )  # runs of two titles may both be called seed0
         shutil.copyfile(picture, copy)
         shown.append(f"![{picture.stem}]({copy.name})")
     return shown
+
+
+def slug(title: str) -> str:
+    """What the names of a title's files hold."""
+    return re.sub("[^a-z0-9]+", "_", title.lower())
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -516,7 +516,8 @@ def test_page_of_results_holds_figures_plots_and_commands(finished, tmp_path):
     curves = [path for path in page.parent.glob("*_curves.*")]
     assert sorted(path.suffix for path in curves) == [".csv", ".png"]
     plots = [plot for plot in plots if not plot.endswith("_curves.png")]
-    assert plots == [f"my_page_{folder.name}_{path.name}" for path in sorted(folder.glob("*.png"))]
+    slug = results.slug(stored["title"])
+    assert plots == [f"my_page_{slug}_{path.name}" for path in sorted(folder.glob("*.png"))]
     assert all(f"]({path.name})" in text for path in curves)
     numbers = next(path for path in curves if path.suffix == ".csv").read_text().splitlines()
     history = [row for row in stored["train"]["history"] if "eval/trial_return" in row]
@@ -547,6 +548,16 @@ def test_a_page_of_unlike_runs(finished, tmp_path):
     assert f"| {stored['train']['env_steps']:,} (cut short) |" in text
     results.main(runs=(folder, other), page=tmp_path / "page.md")
     assert "| steps |  | 7.000 |" in (tmp_path / "page.md").read_text()
+
+
+def test_plots_of_two_titles_are_apart_though_both_first_runs_are_called_seed0(tmp_path):
+    report = run("grid_navi", tmp_path / "one" / "seed0", seed=3).to_dict()
+    (other := tmp_path / "two" / "seed0").mkdir(parents=True)
+    (other / "report.json").write_text(json.dumps(report | {"title": "RL² on another grid"}))
+    (other / "report.png").write_bytes(b"another plot")
+    results.main(runs=(tmp_path / "one" / "seed0", other), page=tmp_path / "page.md")
+    shown = re.findall(r"!\[report\]\((.*)\)", (tmp_path / "page.md").read_text())
+    assert [(tmp_path / name).read_bytes() == b"another plot" for name in shown] == [False, True]
 
 
 def test_a_curve_of_one_run_is_no_mean(tmp_path, monkeypatch):
