@@ -46,7 +46,7 @@ RECIPES = {
     ),
     "grid_navi": Recipe(
         grid_navi,
-        {"trials": 8, "units": 4, "report_tasks": 21, "epochs": 1, "minibatches": 2},
+        {"trials": 8, "units": 4, "report_tasks": 42, "epochs": 1, "minibatches": 2},
         batch=8 * 4 * 15,
         baselines={"goal_known"},
         optimum=37.2142857,  # see test_grid_search.py

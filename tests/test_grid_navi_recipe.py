@@ -13,15 +13,17 @@ from recipes.grid_navi import EPISODE_STEPS, GOALS, best_paths, goals_in_turn
 from rl2_torchrl.baselines import grid_search
 
 
-def test_the_optimums_paths_earn_what_it_is_worth():
-    best = grid_search(GOALS)
-    paths = best_paths(best, GOALS, 4)  # before each step
+@pytest.mark.parametrize("episodes", [1, 4])  # in one not all goals are found
+def test_the_optimums_paths_earn_what_it_is_worth(episodes):
+    best = grid_search(GOALS, episodes=episodes)
+    assert bool((best.found < 0).any()) == (episodes == 1)
+    paths = best_paths(best, GOALS, episodes)  # before each step
     assert (paths[:, :, 0] == 0).all()
     before, after = paths[:, :, :-1], paths[:, :, 1:]
     assert ((before % 5 - after % 5).abs() + (before // 5 - after // 5).abs() <= 1).all()
     goal = (5 * GOALS[:, 1] + GOALS[:, 0]).long()
     # After the last step it is where it was before, if that was on the goal; else in a cell of the walk.
-    last = best.cells.view(4, EPISODE_STEPS)[:, -1].expand(21, 4)
+    last = best.cells.view(episodes, EPISODE_STEPS)[:, -1].expand(21, episodes)
     last = torch.where(paths[:, :, -1] == goal.unsqueeze(-1), goal.unsqueeze(-1), last)
     on_goal = torch.cat([after, last.unsqueeze(-1)], -1) == goal.view(-1, 1, 1)
     earned = (1.1 * on_goal.double() - 0.1).sum((1, 2))
@@ -82,3 +84,30 @@ def test_goals_are_reported_alike(tmp_path, caplog):
     report = run("grid_navi", tmp_path, report_tasks=22)
     assert report.agent.num_tasks == 42
     assert "report_tasks=22 is made 42: each goal as often" in caplog.text
+
+
+def test_standard_errors_are_over_rounds_of_all_goals(tmp_path):
+    report = run("grid_navi", tmp_path, report_tasks=10 * 21)
+    for exact in (report.greedy, report.baselines["goal_known"]):
+        assert exact.se == pytest.approx(0.0, abs=1e-6)
+        assert exact.per_episode_se.tolist() == pytest.approx([0.0] * 4, abs=1e-6)
+    rounds = torch.stack(report.agent.trial_returns.split(21)).mean(1)
+    assert report.agent.se == pytest.approx(rounds.std().item() / 10**0.5)
+    assert report.agent.se > 0
+
+
+def test_a_run_that_is_ended_at_its_last_plot_is_gone_on_with(tmp_path, monkeypatch):
+    tiny = replace(grid_navi.PRESET.learning, trials=8, epochs=1, minibatches=2)
+    monkeypatch.setitem(grid_navi.main.__kwdefaults__, "learning", tiny)
+    options = {"seeds": (1,), "env_steps": 480, "runs": tmp_path / "runs", "page": tmp_path / "page.md"}
+    plot_paths = grid_navi.plot_paths
+    monkeypatch.setattr(grid_navi, "plot_paths", ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        grid_navi_seeds.main(**options)
+    monkeypatch.setattr(grid_navi, "plot_paths", plot_paths)
+    grid_navi_seeds.main(**options)
+    assert (tmp_path / "page.png").exists()
+
+
+def ctrl_c(*_):
+    raise KeyboardInterrupt

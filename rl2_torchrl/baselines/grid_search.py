@@ -23,7 +23,7 @@ class GridSearch:
     Args:
         trial_return: return of a trial, in expectation over the goals.
         cells: cells after each step where the goal is not found, ``[episodes * episode_steps]``; every episode begins at cell 0.
-        found: step of the trial, from 1, at which each goal is found, ``[num_goals]``.
+        found: step of the trial, from 1, at which each goal is found, ``[num_goals]``; -1: never.
         returns: return of a trial with each goal, ``[num_goals]`` float64.
     """
 
