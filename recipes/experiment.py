@@ -91,6 +91,8 @@ class Experiment:
             TemporaryDirectory() as scratch
         ):  # what no agent can be made of, or none that is saved, is noticed before the training
             self._agent(collector).save(f"{scratch}/agent.safetensors")
+        if run.held_out_seed is not None:
+            update.held_out_seed = run.held_out_seed  # among the settings that a resumed run must share
         folder = RunFolder(run, collector, update)
         result = train(
             collector,

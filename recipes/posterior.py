@@ -121,12 +121,15 @@ class PosteriorAdvantage(TrialAdvantage):
 
     Args:
         posterior: the posterior.
+        optimism_after: as for `RisingOptimism`, if the posterior's optimism rises.
         **kwargs: as for `TrialAdvantage`.
     """
 
-    def __init__(self, posterior: Posterior, **kwargs):
+    def __init__(self, posterior: Posterior, *, optimism_after: float = 0.0, **kwargs):
         super().__init__(**kwargs)
         self.posterior = posterior
+        # Settings of the run, by which a resumed one is told from another; the posterior's own optimism moves.
+        self.optimism, self.optimism_after = posterior.optimism, optimism_after
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -276,9 +276,9 @@ class Told(Settings):
     ) -> TrialAdvantage:
         """Advantages of rewards, or of what stands for them."""
         if self.posterior:
-            return PosteriorAdvantage(posterior, **horizon)
+            return PosteriorAdvantage(posterior, optimism_after=self.optimism_after, **horizon)
         if self.seen:
-            return CountBonusAdvantage(posterior, **horizon)
+            return CountBonusAdvantage(posterior, optimism_after=self.optimism_after, **horizon)
         return RegretAdvantage(action_values, **horizon) if self.regret else TrialAdvantage(**horizon)
 
 

@@ -128,6 +128,17 @@ def test_a_resume_with_nothing_left_leaves_the_run_as_it_was(tmp_path):
     assert run("grid_navi", tmp_path, seed=3, updates=3, resume=True).train.history[-1]["train/lr"] < 0.003
 
 
+@pytest.mark.parametrize("learns_from", ["task", "rewards"])
+def test_a_resume_with_other_optimism_or_other_held_out_tasks_is_refused(learns_from, tmp_path):
+    begun = {"learns_from": learns_from, "pulls": 30, "optimism": 1.0, "optimism_after": 0.3, "held_out_seed": 7}
+    begun = {**begun, "seed": 3, "classical": False, "env_steps": 3 * 32 * 30}
+    run("bandit", tmp_path, **{**begun, "env_steps": 2 * 32 * 30})
+    for name, value in {"optimism": 0.5, "optimism_after": 0.1, "held_out_seed": 8}.items():
+        with pytest.raises(ValueError, match=rf"other settings \(\w+.{name}: {begun[name]} then, {value} now\)"):
+            run("bandit", tmp_path, **{**begun, name: value, "resume": True})
+    assert len(run("bandit", tmp_path, **begun, resume=True).train.history) == 3
+
+
 def test_a_training_that_was_cut_short_is_gone_on_with(tmp_path):
     calls = []
 
