@@ -97,7 +97,8 @@ class Experiment:
         result = train(
             collector,
             update,
-            **{"evaluate": self.evaluate, **options, "callbacks": [*options.get("callbacks", ()), folder]},
+            # The folder first: the earlier run's files are away when other callbacks write theirs.
+            **{"evaluate": self.evaluate, **options, "callbacks": [folder, *options.get("callbacks", ())]},
             logger=get_logger(run.logger, str(run.log_dir), "scalars"),
             checkpoints=run.log_dir / "checkpoints",
             resume=run.resume,

@@ -1,12 +1,15 @@
 """RL² on HalfCheetah: a Gaussian GRU policy finds out, within a trial, which way or how fast it shall run."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from tensordict import TensorDictBase
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes.command import command, settings_by
@@ -18,6 +21,7 @@ from recipes.settings import Learning, Network
 from recipes.streams import HELD_OUT_TASKS, REPORT_TASKS, TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
+    Callback,
     GRUGaussianActor,
     GRUValueHead,
     PPOUpdate,
@@ -114,8 +118,8 @@ def main(
         learning: batches, and PPO on them.
         stop_at_goal: stop once the original's goal has held in three evaluations in a row: in the last episode of
             held-out trials a mean return of 180 in the worse direction, or a mean sum of |velocity - goal| of 25.
-        video: film a held-out trial before and after the training: untrained.mp4 and trial.mp4, or .gif without ffmpeg
-            (extra video). Without a display set MUJOCO_GL=egl.
+        video: film a held-out trial before and after the training: untrained.mp4, of what it begins with, and trial.mp4, or .gif
+            without ffmpeg (extra video). Without a display set MUJOCO_GL=egl.
         run: seeds, where the run begins, which processes play, and what it leaves, velocity.png among it.
     """
     torch.manual_seed(run.seed)
@@ -123,13 +127,12 @@ def main(
     trials = CheetahTrials(task, episodes, horizon, max_velocity, run.seed)
     collector, update = compose(trials, mode, network, learning, run)
     cheetahs = Cheetahs(update.loss.actor_network, trials, run)
-    if video:  # before the training, so that what is missing is missed now
-        cheetahs.film(run.log_dir / "untrained")
     result = cheetahs.train(
         collector,
         update,
         eval_interval=max(1, 1_000_000 // (learning.trials * episodes * horizon)),
         stop=StopAtGoal(task) if stop_at_goal else None,
+        callbacks=[FirstFilm(cheetahs)] if video else [],
     )
     report = publish(cheetahs.report(result), run)
     if video:
@@ -231,6 +234,25 @@ class Cheetahs(Experiment):
             speed_errors={name: record.errors(self.trials.episodes) for name, record in records.items()},
             is_speed=self.trials.task == "velocity",
         )
+
+
+class FirstFilm(Callback):
+    """Films the network that the training begins with; once its first update has gone well, the film is in the run's folder."""
+
+    def __init__(self, cheetahs: Cheetahs):
+        self._cheetahs = cheetahs
+
+    def after_batch(self, batch: TensorDictBase, progress: float) -> None:
+        """Films, unless the training goes on."""
+        if progress == 0:
+            self._scratch = TemporaryDirectory()
+            self._film = self._cheetahs.film(Path(self._scratch.name) / "untrained")
+
+    def after_update(self, row: dict[str, float], progress: float) -> None:
+        """Moves the film into its place."""
+        if progress == 0:
+            shutil.move(self._film, self._cheetahs.run.log_dir / self._film.name)
+            self._scratch.cleanup()
 
 
 class StopAtGoal:

@@ -200,7 +200,8 @@ def put_away(folder: Path) -> None:
 
 def files_of_a_run(folder: Path) -> list[Path]:
     """What a run leaves directly in its ``folder``."""
-    names = ("about.txt", "agent.safetensors", "report.json", "report.png", "path.png", "velocity.png")
+    names = ["about.txt", "agent.safetensors", "report.json", "report.png", "path.png", "velocity.png"]
+    names += [f"{film}{suffix}" for film in ("untrained", "trial") for suffix in (".mp4", ".gif")]
     return [folder / name for name in names if (folder / name).is_file()]
 
 

@@ -76,16 +76,50 @@ def test_a_report_without_one_of_the_directions_is_saved(tmp_path, monkeypatch):
     assert all(map(math.isfinite, stored["forward"]["agent"]))
 
 
-def test_filming_changes_nothing_else(tmp_path, monkeypatch):
-    def drawn(env, row, *, width, height):  # a stand-in, which needs no OpenGL
+@pytest.fixture
+def drawn(monkeypatch):
+    """Pictures without OpenGL."""
+
+    def black(env, row, *, width, height):
         return torch.zeros(height, width, 3, dtype=torch.uint8)
 
-    monkeypatch.setattr(half_cheetah.HalfCheetahDirection, "render", drawn)
+    monkeypatch.setattr(half_cheetah.HalfCheetahDirection, "render", black)
+
+
+def test_filming_changes_nothing_else(tmp_path, drawn):
     filmed = run("half_cheetah", tmp_path / "filmed", seed=3, video=True)
     assert result_of(filmed) == result_of(run("half_cheetah", tmp_path / "not", seed=3))
     for name in ("untrained.mp4", "trial.mp4"):
         assert (tmp_path / "filmed" / name).stat().st_size > 0
     assert not list((tmp_path / "not").glob("*.mp4"))
+
+
+def test_the_first_film_is_of_what_the_training_begins_with(tmp_path, drawn, monkeypatch):
+    run("half_cheetah", tmp_path / "first")
+    weights, filmed = tmp_path / "first" / "agent.safetensors", {}
+    film = half_cheetah.Cheetahs.film
+
+    def noted(cheetahs, path):
+        filmed[path.stem] = [weight.clone() for weight in cheetahs.actor.state_dict().values()]
+        return film(cheetahs, path)
+
+    monkeypatch.setattr(half_cheetah.Cheetahs, "film", noted)
+    run("half_cheetah", tmp_path / "on", video=True, initial_weights=weights, lr=0.0)
+    assert all(map(torch.equal, filmed["untrained"], filmed["trial"]))
+    filmed.clear()
+    run("half_cheetah", tmp_path / "played", video=True, weights=weights)
+    assert [*filmed] == [path.stem for path in (tmp_path / "played").glob("*.mp4")] == ["trial"]
+
+
+def test_films_are_put_away_and_those_of_a_refused_training_are_not_written(tmp_path, drawn):
+    (tmp_path / "agent.safetensors").touch()
+    (tmp_path / "untrained.mp4").write_bytes(b"of the earlier run")
+    with pytest.raises(ValueError, match="100 minibatches"):
+        run("half_cheetah", tmp_path, video=True, minibatches=100)
+    assert (tmp_path / "untrained.mp4").read_bytes() == b"of the earlier run"
+    run("half_cheetah", tmp_path, video=True)
+    assert (tmp_path / "earlier" / "untrained.mp4").read_bytes() == b"of the earlier run"
+    assert (tmp_path / "untrained.mp4").stat().st_size > 100
 
 
 def test_errors_of_speed_are_made_positive_before_any_mean():
