@@ -43,14 +43,15 @@ class Interrupts:
 def deferred_interrupts() -> Iterator[Interrupts]:
     """The first signal is only noted, so that no update is cut in the middle; the second does what it always does.
 
-    Only in the main thread, where Python handles signals. What is ignored, as SIGHUP under nohup, stays so.
+    Only in the main thread, where Python handles signals. What is ignored, as SIGHUP under nohup and
+    SIGINT in a script's background, stays so.
     """
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    ends = [signum for signum in _ENDS if signal.getsignal(signum) is not signal.SIG_IGN]
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, *ends)}
+    signums = (signal.SIGINT, *_ENDS)
+    before = {signum: handler for signum in signums if (handler := signal.getsignal(signum)) is not signal.SIG_IGN}
 
     def first(signum: int, frame: Any) -> None:
         restore()

@@ -38,12 +38,14 @@ def test_what_a_program_does_at_a_signal_it_still_does(tmp_path):
     assert seen == [[BATCH]]
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])  # as under nohup, and in a script's background
+def test_a_signal_that_is_ignored_stays_so(name, tmp_path):
+    signum = getattr(signal, name)
+    before = signal.signal(signum, signal.SIG_IGN)
     try:
-        result = Run(5).train(stop=lambda row: signal.raise_signal(signal.SIGHUP))
+        result = Run(5).train(stop=lambda row: signal.raise_signal(signum))
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signum, before)
     assert (result.env_steps, result.interrupted) == (5 * BATCH, False)
 
 
