@@ -3,8 +3,13 @@
 import io
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 
 import pytest
@@ -162,6 +167,49 @@ def test_seeds_of_a_command(spec, program, monkeypatch, tmp_path):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     command(bandit.main)
     assert called == [(program, (0, 2), tmp_path, words)]
+
+
+SLOW = """
+import pathlib, signal, sys, time
+def save(signum, frame):
+    (pathlib.Path(sys.argv[-2]) / "saved").write_text(signal.Signals(signum).name)
+    sys.exit(128 + signum)
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    signal.signal(getattr(signal, name), save)
+print("begun", flush=True)
+time.sleep(60)
+"""
+SEEDS = """
+import os, pathlib, sys
+from recipes.seeds import run_seeds
+os.sched_getaffinity = lambda pid: {0}  # one at a time
+run_seeds([sys.argv[1]], (0, 1), pathlib.Path(sys.argv[2]), [])
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_ends_the_seeds_and_begins_no_other(name, status, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SEEDS, str(tmp_path / "slow.py"), str(tmp_path)]
+    seeds = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        said = tmp_path / "seed0" / "output.txt"
+        while seeds.poll() is None and not (said.is_file() and "begun" in said.read_text()):
+            time.sleep(0.1)
+        send = os.killpg if name == "SIGINT" else os.kill  # Ctrl-C goes to all programs of a terminal
+        send(seeds.pid, getattr(signal, name))
+        errors = seeds.communicate(timeout=50)[1]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(seeds.pid, signal.SIGKILL)
+    assert seeds.returncode == status, errors
+    assert (tmp_path / "seed0" / "saved").read_text() == name
+    assert "2 of 2 seeds have not come to their end:" in errors
+    assert "seed0/output.txt: begun" in errors
+    assert "seed1/output.txt: not begun" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "seed1" / "saved").exists()
 
 
 def test_seeds_are_left_out_wherever_they_stand():
