@@ -173,23 +173,19 @@ class AdaptationReport:
         return figure
 
     def _plot_learning(self, axes) -> None:
-        history = self.train.history
-        steps = [row["env_steps"] / 1e6 for row in history]
-        axes.plot(
-            steps,
-            [row["train/trial_return"] for row in history],
-            color=_AGENT,
-            alpha=0.35,
-            lw=1,
-            label="training trials",
-        )
-        held_out = [(row["env_steps"] / 1e6, row["eval/trial_return"]) for row in history if "eval/trial_return" in row]
+        axes.plot(*self._points("train/trial_return"), color=_AGENT, alpha=0.35, lw=1, label="training trials")
+        steps, held_out = self._points("eval/trial_return")
         if held_out:
-            axes.plot(*zip(*held_out, strict=True), color=_AGENT, lw=2, marker="o", ms=3.5, label="held-out trials")
+            axes.plot(steps, held_out, color=_AGENT, lw=2, marker="o", ms=3.5, label="held-out trials")
         self._reference_lines(axes)
         axes.set(xlabel="env steps (millions)", ylabel="return of a trial", title="Learning: over training")
         axes.legend(loc="lower right", fontsize=9, frameon=False)
         _tidy(axes)
+
+    def _points(self, name: str) -> tuple[list[float], list[float]]:
+        """Where a scalar was logged, in millions of env steps, and its values; without NaN, as where no trial has ended."""
+        rows = [row for row in self.train.history if not math.isnan(row.get(name, math.nan))]
+        return [row["env_steps"] / 1e6 for row in rows], [row[name] for row in rows]
 
     def _reference_lines(self, axes) -> None:
         if self.optimum is not None:

@@ -396,7 +396,14 @@ def test_table_ranks_the_agents():
 
 
 def test_plot_shows_learning_and_adaptation():
-    learning, adaptation = make_report(title="bandits", episode_name="pull").plot().axes
+    report = make_report(title="bandits", episode_name="pull")
+    report.train.history.append({"env_steps": 30.0, "train/trial_return": 2.0})
+    learning, adaptation = report.plot().axes
+    training = next(line for line in learning.lines if line.get_label() == "training trials")
+    assert training.get_xydata().tolist() == [
+        [10 / 1e6, 1.0],
+        [30 / 1e6, 2.0],
+    ]  # over an update in which no trial ended
     assert adaptation.get_ylabel() == "mean return of the pull"
     held_out = next(line for line in learning.lines if line.get_label() == "held-out trials")
     assert held_out.get_xydata().tolist() == [[20 / 1e6, 1.5]]
