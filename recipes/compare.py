@@ -122,11 +122,12 @@ def points(run: Path, by: str, scalar: str) -> tuple[np.ndarray, np.ndarray]:
     key, unit, _ = _X[by]
     if not (rows := history(run)):
         raise ValueError(f"{run} holds no training: its agent was played alone, and has no curve.")
-    found = [(row[key] / unit, row[scalar]) for row in rows if row.get(scalar) is not None]
-    if not found:
+    x, values = (np.array([row.get(name) for row in rows], dtype=float) for name in (key, scalar))
+    there = ~np.isnan(values)  # NaN is None in a report, and NaN in a checkpoint
+    if not there.any():
         known = sorted({name for row in rows for name in row} - {key})
         raise ValueError(f"{run} has no {scalar!r}: --scalar may be one of {known}.")
-    return tuple(np.array(column) for column in zip(*found, strict=True))
+    return x[there] / unit, values[there]
 
 
 def history(run: Path) -> list[dict[str, float]]:

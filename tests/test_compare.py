@@ -70,6 +70,9 @@ def test_a_run_that_is_not_over(tmp_path):
     assert curve(tmp_path, "steps", "x").mean.tolist() == [1, 2]
     assert curve(tmp_path, "steps", "later").x.tolist() == [2]
     assert curve(tmp_path, "steps", "x").reported == []
+    with (tmp_path / "checkpoints" / "checkpoint-history.jsonl").open("a") as file:
+        file.write(json.dumps({"env_steps": 3e6, "x": math.nan}) + "\n")  # as where no trial has ended
+    assert curve(tmp_path, "steps", "x").mean.tolist() == [1, 2]
 
 
 def test_figures_and_plot(two, tmp_path):
