@@ -43,6 +43,8 @@ def main(
     """
     if not seeds:
         raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds}: each seed once, or one would be counted twice.")
     if page is None:
         page = Path("recipes/results") / f"grid_navi_seeds{'_rewards' * (learns_from == 'rewards')}.md"
     folders = [folder_of(seed, env_steps, learns_from, runs) for seed in seeds]

@@ -123,17 +123,21 @@ def main(
         seeds: seeds of networks, envs and tasks: a training each.
         threads: threads of PyTorch.
         trials: trials in a batch, in place of the recipe's.
-        folder: where each training leaves its report.json.
+        folder: where each training leaves its report.json, in <world>_<env steps>_<trials>_<threads>/<program>/seed<seed>.
         page: the page; its plot is beside it.
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     if not seeds:
         raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds}: each seed once, or one would be weighed twice.")
     learnings = {name: WORLDS[name].shortened(env_steps, trials) for name in worlds}
+    # By all that makes a training another one; its minutes are those of so many threads.
+    within = {name: folder / f"{name}_{each.env_steps}_{each.trials}_{threads}" for name, each in learnings.items()}
     runs = {
-        (name, program): [folder / f"{name}_{each.env_steps}_{each.trials}" / program / f"seed{seed}" for seed in seeds]
-        for (name, each), program in product(learnings.items(), programs)
+        (name, program): [within[name] / program / f"seed{seed}" for seed in seeds]
+        for name, program in product(worlds, programs)
     }
     for (name, program), folders in runs.items():
         for seed, log_dir in zip(seeds, folders, strict=True):

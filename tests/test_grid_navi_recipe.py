@@ -78,6 +78,8 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
     assert grid_navi_seeds.main(**options) == [row]
     with pytest.raises(ValueError, match="seeds is empty"):
         grid_navi_seeds.main(seeds=())
+    with pytest.raises(ValueError, match=r"seeds=\(1, 1\): each seed once"):
+        grid_navi_seeds.main(**{**options, "seeds": (1, 1)})
 
 
 def test_goals_are_reported_alike(tmp_path, caplog):

@@ -97,7 +97,7 @@ def test_the_page_holds_what_was_learnt_and_nothing_is_learnt_twice(tmp_path, mo
     page = sample_efficiency.main(**where, **TINY).read_text()
     assert (tmp_path / "page.png").stat().st_size > 10_000
     for world in WORLDS:
-        [runs] = (tmp_path / "runs").glob(f"{world}_*_32")
+        [runs] = (tmp_path / "runs").glob(f"{world}_*_32_1")
         report = json.loads((runs / "plain" / "seed0" / "report.json").read_text())
         assert f"| {sample_efficiency.NAMES['plain']} | {report['agent']['mean']:.3f} |" in page
         ours = json.loads((runs / "rl2_torchrl" / "seed0" / "report.json").read_text())
@@ -111,7 +111,11 @@ def test_trainings_of_another_length_are_others(tmp_path):
     sample_efficiency.main(**where, **{**TINY, "seeds": (0, 1)})
     # Of the seeds that are asked for alone: a mean of several would have an error.
     assert "±" not in sample_efficiency.main(**where, **TINY).read_text()
-    sample_efficiency.main(**where, **{**TINY, "env_steps": 700})
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["bandit_320_32", "bandit_960_32"]
+    for another in ({"threads": 2}, {"env_steps": 700}):
+        sample_efficiency.main(**where, **{**TINY, **another})
+    trained = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert trained == ["bandit_320_32_1", "bandit_320_32_2", "bandit_960_32_1"]
     with pytest.raises(ValueError, match="seeds is empty"):
         sample_efficiency.main(**where, seeds=())
+    with pytest.raises(ValueError, match=r"seeds=\(0, 0\): each seed once"):
+        sample_efficiency.main(**where, **{**TINY, "seeds": (0, 0)})
