@@ -34,9 +34,7 @@ RECIPES = {
 }
 
 
-def main(
-    *, folder: Path = FOLDER, trials: int = 10_000, page: Path = FOLDER / "README.md"
-) -> dict[str, AdaptationCurve]:
+def main(*, folder: Path = FOLDER, trials: int = 10_000, page: Path | None = None) -> dict[str, AdaptationCurve]:
     """Plays every agent of a folder on held-out tasks, and writes the page of their scores.
 
     Those of the paper's tables are played as anyone would play them, the others by the report of the recipe that trained them.
@@ -45,19 +43,25 @@ def main(
         folder: agents, bandits_<pulls>_<arms>_<learns from>.safetensors, mdps_<episodes>_<learns from>.safetensors, and those of
             `RECIPES`.
         trials: held-out tasks, a trial each; of other recipes at most as many as their reports have.
-        page: where the table goes.
+        page: where the table goes; by default README.md in the folder.
     """
     if trials < 2:
         raise ValueError(f"trials={trials}: a standard error needs two at least. Pass 10000 for figures to report.")
-    curves = {path.name: score(path, trials) for path in sorted(folder.glob("*.safetensors"))}
+    if not (paths := sorted(folder.glob("*.safetensors"))):
+        raise ValueError(
+            f"folder={str(folder)!r} holds no agents, <env>_<learns from>.safetensors: name one that does."
+        )
+    curves = {path.name: score(path, trials) for path in paths}
     rows = [row_of(folder / name, curve) for name, curve in curves.items()]
     table = markdown(
         ["file", "env", "trained with", "network", "bytes", "return of a trial", "± standard error", "trials"], rows
     )
-    command = f"`python -m recipes.agents --trials {trials}`, commit {made_by()['commit']}"
+    made = made_by()
     text = (
-        f"Load one by `rl2_torchrl.AdaptiveAgent.load(file)`. Scores on held-out tasks, acting by sampling: {command}."
+        "Load one by `rl2_torchrl.AdaptiveAgent.load(file)`. Scores on held-out tasks, acting by sampling: "
+        f"`{made['command']}`, commit {made['commit']}."
     )
+    page = page or folder / "README.md"
     page.write_text(f"# Trained agents\n{text}\n\n{table}\n")
     Console().print(f"page: {page}")
     return curves

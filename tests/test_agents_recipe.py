@@ -36,12 +36,17 @@ def test_agents_score_what_the_page_says(name):
     assert curve.se == pytest.approx(float(se) * (int(trials) / 400) ** 0.5, rel=0.25)
 
 
-def test_a_page_is_written(tmp_path):
+def test_a_page_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(agents, "made_by", lambda: {"command": "the command that was given", "commit": "abc"})
+    monkeypatch.chdir(tmp_path)  # where a page of the shipped agents would be written
+    with pytest.raises(ValueError, match=r"holds no agents, .*: name one that does"):
+        agents.main(folder=tmp_path)
     (tmp_path / "bandits_10_5_rewards.safetensors").write_bytes(
         (PRETRAINED / "bandits_10_5_rewards.safetensors").read_bytes()
     )
-    page = tmp_path / "page.md"
-    curves = agents.main(folder=tmp_path, trials=50, page=page)
+    page = tmp_path / "README.md"
+    curves = agents.main(folder=tmp_path, trials=50)
+    assert "by sampling: `the command that was given`, commit abc." in page.read_text()
     assert (
         f"| {curves['bandits_10_5_rewards.safetensors'].mean:.2f} | {curves['bandits_10_5_rewards.safetensors'].se:.2f} | 50 |"
         in page.read_text()
