@@ -55,6 +55,15 @@ def main(
     """
     if trials < 100:
         raise ValueError(f"trials={trials}: a readout of some hundred weights fits so few by chance. Pass 4000.")
+    names = [path.stem for path in agents]
+    if not names:
+        raise ValueError(
+            "agents is empty: nothing would be probed. Name files of agents, or leave it out for the shipped ones."
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"agents has {', '.join(twice)} twice, and one of two would be lost: probe each file by itself."
+        )
     scores = {path.stem: probe(path, trials, ridge) for path in agents}
     page.parent.mkdir(parents=True, exist_ok=True)
     with page.with_suffix(".csv").open("w", newline="") as file:

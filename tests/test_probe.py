@@ -72,3 +72,7 @@ def test_trained_agents_know_more_than_untrained_ones(tmp_path):
     assert page.with_suffix(".png").exists()
     with pytest.raises(ValueError, match="trials=50: a readout"):
         probe.main(trials=50)
+    with pytest.raises(ValueError, match="agents is empty: nothing would be probed"):
+        probe.main(agents=(), page=page)
+    with pytest.raises(ValueError, match="agents has bandits_10_5_rewards twice, and one of two would be lost"):
+        probe.main(agents=(AGENT, tmp_path / AGENT.name), page=page)
