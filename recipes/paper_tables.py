@@ -83,6 +83,12 @@ def main(
         if not cells:  # all that are shipped
             trained = [(cell, way) for cell, way in trained if weights_of(cell, way, pretrained).exists()]
         check_weights(trained, pretrained)
+    if part in ("rl2", "all") and not trained:
+        why = f"{pretrained} has no weights of theirs" if from_pretrained else "they have no settings for it"
+        raise ValueError(
+            f"RL² has nothing to do in the cells {' '.join(cell.name for cell in chosen)} with learns_from={learns_from!r}: "
+            f"{why}. Name other cells, another learns_from{' or pretrained' * from_pretrained}, or part='classical'."
+        )
     for cell in chosen if part in ("classical", "all") else []:
         classical(cell, book)
     for cell, way in trained if part in ("rl2", "all") else []:

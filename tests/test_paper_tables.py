@@ -441,6 +441,8 @@ def test_an_agent_that_was_cut_short_is_not_shipped_for_an_older_figure(tmp_path
         "seeds is empty": {"seeds": ()},
         "part='page' computes nothing": {"part": "page", "cells": ("100,10",)},
         "leave cells, fresh, from_pretrained": {"part": "page", "fresh": True},
+        "cells 500,5 with learns_from='rewards': they have no settings": {"cells": ("500,5",)},
+        "with learns_from='rewards': .*/pretrained has no weights of theirs": {"cells": (), "from_pretrained": True},
     }.items(),
 )
 def test_bad_arguments(message, bad, tmp_path):
