@@ -17,7 +17,7 @@ from recipes.experiment import Experiment, publish
 from recipes.half_cheetah_report import CheetahReport, VelocityRecord
 from recipes.presets import PRESETS
 from recipes.run import Run
-from recipes.settings import Learning, Network
+from recipes.settings import Learning, Network, Told, told_of
 from recipes.streams import HELD_OUT_TASKS, REPORT_TASKS, TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
@@ -134,7 +134,8 @@ def main(
         stop=StopAtGoal(task) if stop_at_goal else None,
         callbacks=[FirstFilm(cheetahs)] if video else [],
     )
-    report = publish(cheetahs.report(result), run)
+    title = f"{trials.title}{', original mode' * (mode == 'original')}{told_of(network, Told(), run.weights)}"
+    report = publish(cheetahs.report(result, title=title), run)
     if video:
         cheetahs.film(run.log_dir / "trial")
     return report
@@ -180,6 +181,12 @@ class CheetahTrials:
         """Where tasks come from."""
         return signs() if self.task == "direction" else velocities(0.0, self.max_velocity)
 
+    @property
+    def title(self) -> str:
+        """What is learnt."""
+        most = "" if self.task == "direction" else f" up to {self.max_velocity:g} m/s"
+        return f"RL² on HalfCheetah, {self.task}{most}"
+
     def env(self, sampler: TaskSampler, rows: int, starts: int = HELD_OUT_STARTS) -> TransformedEnv:
         """``rows`` cheetahs side by side, each on a task of its own; the stream ``starts`` says where episodes begin."""
         env_class = HalfCheetahDirection if self.task == "direction" else HalfCheetahVelocity
@@ -216,8 +223,8 @@ class Cheetahs(Experiment):
         forward, backward = last[tasks[:, 0] > 0].mean(), last[tasks[:, 0] < 0].mean()
         return scalars | {"last_forward": forward.item(), "last_backward": backward.item()}
 
-    def report(self, result: TrainResult) -> CheetahReport:
-        """The agent, without its memory and without its rewards, all on the tasks ``reported``."""
+    def report(self, result: TrainResult, **entries: Any) -> CheetahReport:
+        """The agent and its ablations on the tasks ``reported``; ``entries`` go to `CheetahReport`."""
         ways = self.ways()
         records = {name: VelocityRecord() for name in ways}
         curves = {name: self.play(self.reported, on_step=records[name], **how) for name, how in ways.items()}
@@ -227,12 +234,12 @@ class Cheetahs(Experiment):
             ablations=curves,
             train=result,
             seed=self.run.seed,
-            title=f"RL² on HalfCheetah, {self.trials.task}",
             horizon=self.trials.horizon,
             tasks=self.reported.squeeze(-1),
             velocities=records["agent"].velocities,
             speed_errors={name: record.errors(self.trials.episodes) for name, record in records.items()},
             is_speed=self.trials.task == "velocity",
+            **entries,
         )
 
 

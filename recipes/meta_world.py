@@ -15,7 +15,7 @@ from recipes.command import command
 from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
 from recipes.run import Run
-from recipes.settings import Learning, Network
+from recipes.settings import Learning, Network, Told, told_of
 from recipes.streams import TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
@@ -103,7 +103,13 @@ def main(
     measures = {"held_out_tasks": 50, "rows": 50, "measures": {("info", "success"): "max"}}
     arms = Experiment(actor, test, each, run, **measures)
     result = arms.train(collector, update, eval_interval=25)
-    return publish(arms.report(result, title=f"RL² on Meta-World {benchmark}"), run)
+    title = f"{title_of(benchmark, task, recombined)}{told_of(network, Told(belief=belief), run.weights)}"
+    return publish(arms.report(result, title=title), run)
+
+
+def title_of(benchmark: str, task: str, recombined: bool) -> str:
+    """What is learnt, and from which tasks."""
+    return f"RL² on Meta-World {benchmark}{f' {task}' * (benchmark == 'ML1')}{', not recombined' * (not recombined)}"
 
 
 class Arm(gymnasium.Env):

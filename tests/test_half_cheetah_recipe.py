@@ -34,6 +34,21 @@ def test_cheetahs_modes_and_tasks(mode, task, tmp_path):
     assert (tmp_path / "velocity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_title_tells_runs_of_other_tasks_and_modes_apart(tmp_path):
+    names = {
+        "direction (task told in training: critic)": {"task": "direction"},
+        "direction, original mode (rewards only)": {"task": "direction", "mode": "original"},
+        "velocity up to 2 m/s (rewards only)": {"task": "velocity", "critic_keys": ()},
+        "velocity up to 2.5 m/s (task told in training: critic)": {"task": "velocity", "max_velocity": 2.5},
+    }
+    for number, (name, options) in enumerate(names.items()):
+        report = run("half_cheetah", tmp_path / str(number), updates=1, **options)
+        assert report.title == f"RL² on HalfCheetah, {name}"
+    weights = tmp_path / "0" / "agent.safetensors"
+    played = run("half_cheetah", tmp_path / "played", weights=weights)
+    assert played.title == "RL² on HalfCheetah, direction (agent.safetensors)"
+
+
 @pytest.mark.parametrize(("task", "tasks", "steps"), [("direction", 4, 800), ("velocity", 10, 1200)])
 def test_original_mode_is_the_first_implementation(task, tasks, steps, tmp_path, monkeypatch):
     # Its defaults, and its meta-batches: 4 tasks of 800 steps and 10 of 1200, episodes of 200 steps.

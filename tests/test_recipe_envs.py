@@ -156,6 +156,13 @@ def test_a_task_beside_a_benchmark_of_several_is_refused():
         meta_world.main(benchmark="ML10", task="push-v3")
 
 
+def test_a_title_says_what_a_robot_arm_learns():
+    from recipes.meta_world import title_of
+
+    assert title_of("ML1", "push-v3", True) == "RL² on Meta-World ML1 push-v3"
+    assert title_of("ML10", "reach-v3", False) == "RL² on Meta-World ML10, not recombined"
+
+
 @pytest.mark.parametrize("benchmark", ["ML1", "ML10"])
 def test_a_robot_arm(benchmark, tmp_path):
     pytest.importorskip("metaworld")
@@ -165,6 +172,8 @@ def test_a_robot_arm(benchmark, tmp_path):
     options = {**tiny, "benchmark": benchmark, "env_steps": 2 * 2 * 50, "log_dir": tmp_path, "progress": False}
     report = meta_world.main(**arguments(meta_world.main, options))
     assert report.agent.measures["success"].returns.shape == (4, 2)
+    named = "ML1 reach-v3" if benchmark == "ML1" else benchmark
+    assert report.title == f"RL² on Meta-World {named} (task told in training: belief)"
 
 
 def test_training_tasks_of_a_robot_arm_pair_goals_with_other_objects():
