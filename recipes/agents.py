@@ -85,7 +85,10 @@ def report_of(path: Path, trials: int) -> AdaptationReport:
 
 
 def held_out(name: str, trials: int) -> TransformedEnv:
-    """Held-out trials side by side, of the env that an agent is named after: those of the paper's tables, in their order."""
+    """Held-out trials side by side, of the env that an agent is named after: as many as the paper's tables have are on their tasks.
+
+    Fewer bandits are on the first of these, fewer MDPs on others.
+    """
     kind, episodes, *more = name.split("_")
     seed = stream_seed(TASK_SEED, ENVS)
     if kind == "bandits":

@@ -15,5 +15,16 @@ def stream_seed(seed: int, stream: int) -> int:
 
 
 def draw_tasks(distribution: TaskDistribution, seed: int, stream: int, number: int) -> torch.Tensor:
-    """``number`` tasks of a ``stream``, [number, task_size]; fewer are the first of more."""
+    """``number`` tasks of a ``stream``, [number, task_size].
+
+    Fewer bandits are the first of more; fewer MDPs are others, as all their rewards are drawn before their transitions.
+
+    Examples:
+        >>> from rl2_torchrl.envs import random_mdps, uniform_means
+        >>> def are_the_first(distribution):
+        ...     few, more = (draw_tasks(distribution, 0, REPORT_TASKS, number) for number in (20, 30))
+        ...     return torch.equal(few, more[:20])
+        >>> are_the_first(uniform_means(5)), are_the_first(random_mdps())
+        (True, False)
+    """
     return distribution(torch.Size([number]), torch.Generator().manual_seed(stream_seed(seed, stream)))
