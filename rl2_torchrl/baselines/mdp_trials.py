@@ -99,7 +99,8 @@ def _play(
 def _choose(values: Tensor, epsilon: float, generator: Generator | None) -> Tensor:
     """Actions ``[num_tasks]``: the best of ``values`` ``[num_tasks, num_actions]``, ties at random, or any with ``epsilon``."""
     shape, factory = values.shape, {"generator": generator, "device": values.device}
-    best = (values + _TIE * torch.rand(shape, **factory)).argmax(-1)
+    # Less the highest: beside large values the noise would be lost in rounding.
+    best = (values - values.amax(-1, keepdim=True) + _TIE * torch.rand(shape, **factory)).argmax(-1)
     if not epsilon:
         return best
     explores = torch.rand(shape[0], **factory) < epsilon
