@@ -34,7 +34,8 @@ def record_trial(
         env: trial env over an env with ``render(row, width=, height=)``, such as those in MuJoCo; one row is enough.
         policy: recurrent policy, e.g. an actor.
         path: file to write, ``.mp4`` or ``.gif``.
-        fps: pictures, hence env steps, a second. Default 20, at which `LocomotionEnv` plays at its true speed.
+        fps: pictures, hence env steps, a second; of a ``.gif`` a divisor of 100. Default 20, at which `LocomotionEnv` plays at its
+            true speed.
         deterministic: act with the distribution's mode or mean. Default False, as RL² plays.
         width: of a picture, in pixels.
         height: of a picture, in pixels.
@@ -45,7 +46,7 @@ def record_trial(
     Raises:
         TypeError: the env has no ``render``.
         ImportError: a package for the file's format is missing (extra ``video``).
-        ValueError: another format.
+        ValueError: another format, or ``fps`` that it cannot have.
         RuntimeError: there is no OpenGL to render with; the message says what to install and to set.
 
     Examples:
@@ -85,11 +86,11 @@ class VideoWriter:
 
     Args:
         path: file to write. ``.mp4`` needs imageio-ffmpeg, which brings ffmpeg; ``.gif`` and captions need Pillow.
-        fps: pictures a second.
+        fps: pictures a second, 1 or more; of a ``.gif`` a divisor of 100.
 
     Raises:
         ImportError: a package is missing (extra ``video``).
-        ValueError: another format.
+        ValueError: another format, or ``fps`` that it cannot have.
 
     Examples:
         >>> import tempfile
@@ -105,6 +106,8 @@ class VideoWriter:
         self.path = Path(path)
         if self.path.suffix not in _FORMATS:
             raise ValueError(f"{self.path.name}: a video is written as {' or '.join(_FORMATS)}.")
+        if fps < 1:
+            raise ValueError(f"fps={fps}: a video has a picture a second or more; pass 20, say.")
         self._draw = _pillow("ImageDraw")
         self._image = _pillow("Image")
         self._file = _FORMATS[self.path.suffix](self.path, fps)
@@ -150,6 +153,11 @@ class _Mp4:
 
 class _Gif:
     def __init__(self, path: Path, fps: int):
+        if 100 % fps:
+            raise ValueError(
+                f"fps={fps}: a .gif shows each picture for whole hundredths of a second, and would play at another speed. Pass a "
+                "divisor of 100, such as 20, or write an .mp4."
+            )
         self._path, self._fps, self._images = path, fps, []
 
     def append(self, image) -> None:

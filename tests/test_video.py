@@ -151,6 +151,19 @@ def test_unknown_format(tmp_path):
         VideoWriter(tmp_path / "trial.avi")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "fps", "message"),
+    [
+        (".mp4", 0, "a picture a second or more"),
+        (".gif", 0, "a picture a second or more"),
+        (".gif", 30, "a divisor of 100"),
+    ],
+)
+def test_a_speed_that_no_file_can_have(suffix, fps, message, tmp_path):
+    with pytest.raises(ValueError, match=f"fps={fps}: .*{message}"):
+        VideoWriter(tmp_path / f"trial{suffix}", fps)
+
+
 def test_an_env_without_pictures(tmp_path):
     transforms = Compose(Trial(episodes=2), TaskSampler(uniform_means(3)), PreviousStep())
     env = TransformedEnv(BernoulliBandit(3, batch_size=(1,)), transforms)
