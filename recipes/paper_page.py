@@ -178,7 +178,10 @@ def longer_table(figures: Figures, table: str, way: str) -> list[str]:
     if not longer:
         return []
     head = [head_of(table), "seed (RL²)", "(SNAIL)", "greedily", "without memory", "million env steps", "minutes"]
-    return ["Single seeds, trained for longer:", markdown(head, [longer_row(figure) for figure in longer])]
+    return [
+        "Single seeds, trained for other numbers of env steps:",
+        markdown(head, [longer_row(figure) for figure in longer]),
+    ]
 
 
 def longer_row(figure: Figure) -> list[str]:
@@ -202,7 +205,7 @@ def seeds_of(figures: Figures, table: str, cell: str, way: str) -> list[Figure]:
 
 
 def trainings_of(figures: Figures, table: str, cell: str, way: str) -> list[Figure]:
-    """The figures of all trainings of RL² in a cell that learnt from ``way``, those for longer among them."""
+    """The figures of all trainings of RL² in a cell that learnt from ``way``, those for other numbers of env steps among them."""
     own = [(key[2], figure) for key, figure in figures.items() if key[:2] == (table, cell)]
     return [figure for agent, figure in own if agent.startswith(f"rl2_{way}_seed")]
 

@@ -383,9 +383,9 @@ def test_a_longer_training_is_a_figure_of_its_own(tmp_path):
     assert figures(tmp_path)["bandits_3_2_rl2_rewards_seed0"] == before
     # It is shown in a table of its own, not as one more seed, and shipped where it is the better one.
     text = page.read_text()
-    assert text.count("Single seeds, trained for longer:") == 1
+    assert text.count("Single seeds, trained for other numbers of env steps:") == 1
     row = f"| 3, 2 (0.4) | {longer['mean']:.3f} ± {longer['se']:.3f} (1.5: "
-    assert row in text.partition("trained for longer:")[2]
+    assert row in text.partition("other numbers of env steps:")[2]
     assert "| 3, 2 (0.4) | 1 |" in text
     best = "seed0_steps144" if longer["held_out"] > before["held_out"] else "seed0"
     actor = (tmp_path / "runs" / f"bandits_3_2_rewards_{best}" / "agent.safetensors").read_bytes()
