@@ -68,7 +68,8 @@ def main(
         **learning.update,
     )
     collector = run.collector(make_env, env, policy, update, **learning.frames(BATCH_STEPS))
-    pendulums = Experiment(actor, make_env, signs, run, held_out_tasks=learning.trials, rows=learning.trials)
+    rows = max(2, learning.trials)  # rewards can only be shuffled among several
+    pendulums = Experiment(actor, make_env, signs, run, held_out_tasks=learning.trials, rows=rows)
     result = pendulums.train(collector, update, eval_interval=100)  # JAX compiles for each env anew
     return publish(pendulums.report(result, title="RL² on a pendulum with an unknown sign"), run)
 

@@ -15,6 +15,7 @@ from recipes import (
 )
 from recipes.command import arguments
 from rl2_torchrl import TaskSampler
+from rl2_torchrl.envs import HalfCheetahDirection
 from rl2_torchrl.testing import check_trial_env
 
 
@@ -161,6 +162,19 @@ def test_a_title_says_what_a_robot_arm_learns():
 
     assert title_of("ML1", "push-v3", True) == "RL² on Meta-World ML1 push-v3"
     assert title_of("ML10", "reach-v3", False) == "RL² on Meta-World ML10, not recombined"
+
+
+def test_a_batch_of_one_trial_on_pendulums_is_reported(tmp_path, monkeypatch):
+    from recipes import brax_pendulum
+
+    def cheetahs(rows):  # in place of Brax, an extra
+        return HalfCheetahDirection(batch_size=(rows,), horizon=4, seed=0)
+
+    monkeypatch.setattr(brax_pendulum, "SignedPendulum", cheetahs)
+    tiny = {"trials": 1, "units": 4, "steps": 10, "report_tasks": 4, "epochs": 1, "minibatches": 1, "env_steps": 1}
+    options = {**tiny, "log_dir": tmp_path, "progress": False}
+    report = brax_pendulum.main(**arguments(brax_pendulum.main, options))
+    assert report.ablations["rewards_shuffled"].num_tasks == 4
 
 
 @pytest.mark.parametrize("benchmark", ["ML1", "ML10"])
