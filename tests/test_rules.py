@@ -4,6 +4,7 @@ import csv
 import inspect
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +227,14 @@ def test_page_of_the_check(rule, settings_of, cells, folder, title, tmp_path, mo
         rule_check.main(rule=rule, cells=())
     with pytest.raises(ValueError, match=f"'4', which must be {', '.join(check.sizes)}"):
         rule_check.main(rule=rule, cells=("4",))
+
+
+@pytest.mark.parametrize("rule", rule_check.CHECKS)
+def test_columns_of_the_shipped_pages_are_those_that_the_command_writes(rule):
+    check = rule_check.CHECKS[rule]
+    page = Path(__file__).parents[1] / "recipes" / "results" / f"rule_check{'_mdps' * (rule == 'mdps')}.md"
+    columns = [", ".join(check.sizes), "RL²", "greedily", check.rival_title, f"of {check.rival_title}"]
+    assert f"| {' | '.join(columns)} |" in page.read_text()
 
 
 # ---- What training is told.
