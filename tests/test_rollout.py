@@ -380,6 +380,52 @@ def test_what_a_user_looks_at_between_steps_is_in_no_graph(options, by_replay, m
     assert bool(replays) == by_replay
 
 
+class Recorded:
+    """A graph of wood: what it replays is right only where the batch before was its own too."""
+
+    calls, last = [], None
+
+    def __init__(self, function, *_):
+        self.function, self.number = function, 0
+
+    def __call__(self):
+        self.number += 1
+        assert self.number == 1 or Recorded.last is self
+        self.calls.append(self.number)
+        self.function()
+        Recorded.last = self
+
+
+@pytest.mark.parametrize(
+    ("between", "episodes", "calls"),
+    [
+        ("nothing", 6, [1, 2, 3, 4]),
+        ("a batch that goes on with a trial", 12, [1, 1]),
+        ("a reset", 6, [1, 2, 1]),
+        ("a state that is loaded", 6, [1, 2, 1, 2]),
+    ],
+)
+def test_a_graph_is_replayed_after_batches_of_its_own_alone(between, episodes, calls, monkeypatch):
+    play = Rollout._play
+
+    def noted(self):
+        Recorded.last = None
+        play(self)
+
+    monkeypatch.setattr(Rollout, "_play", noted)
+    monkeypatch.setattr(Recorded, "calls", [])
+    monkeypatch.setattr("rl2_torchrl.rollout.rollout.GraphReplay", Recorded)
+    env = make_env("bandit", episodes=episodes)
+    rollout = Rollout(env, make_policy(env), 6, ["action"])
+    rollout(), rollout()
+    if between == "a reset":
+        rollout.adopt(env.reset())
+    if between == "a state that is loaded":
+        rollout.load_state_dict(rollout.state_dict())
+    rollout(), rollout()
+    assert Recorded.calls == calls
+
+
 def test_a_hook_that_is_hung_up_later_is_an_error_before_the_next_batch():
     env = make_env("bandit", episodes=6)
     policy = make_policy(env)

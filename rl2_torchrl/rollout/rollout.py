@@ -118,6 +118,8 @@ class Rollout:
         if trials.is_repeatable and self.on_step is None and self.ablation is None:
             replay = GraphReplay(self._play, trials.device, [trials.env.generator])
             play = self._replays.setdefault(exploration_type(), replay)
+        else:
+            self._replays.clear()  # tasks and env have moved to other memory than a graph knows
         with _one_thread() if trials.has_threads else nullcontext(), set_recurrent_mode(False):
             play()
         made = {key: buffer.transpose(0, 1) for key, (buffer, _) in self._buffers.items()} | trials.entries()
@@ -186,6 +188,7 @@ class Rollout:
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from what `state_dict` returned."""
+        self._replays.clear()
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
         self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
