@@ -339,6 +339,18 @@ def test_a_collector_can_be_reset(name, transforms):
     assert results[0][1]["is_init"][:, 0].all()
 
 
+@pytest.mark.parametrize("name", ["bandit", "rooms"])
+def test_a_reset_leaves_the_batch_that_is_handed_out_as_it_is(name):
+    env = make_env(name, steps=5)
+    frames = 5 * env.batch_size.numel()
+    collector = TrialCollector(env, make_policy(env), frames_per_batch=frames, total_frames=-1)
+    for _ in range(3):
+        batch = collector.rollout()
+        shown = batch.clone()
+        collector.reset()
+        assert (batch == shown).all()
+
+
 @pytest.mark.parametrize(("name", "transforms"), [("guess", []), ("mdp", []), ("walk", [StepCounter])], ids=named)
 def test_the_first_trials_follow_a_seed_too(name, transforms):
     def make():

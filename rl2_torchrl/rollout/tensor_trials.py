@@ -67,7 +67,7 @@ class TensorTrials(Trials):
     def adopt(self, reset: TensorDictBase) -> None:
         task = reset.get(self._task_key, None)
         if task is not None:
-            self._deal(task)
+            self._deal(task.clone())  # a collector resets into the same memory, and a batch is a view of its tasks
         self.clock.restart()
         self._observations, self._is_adopted = self.door.adopt(reset), True
 
