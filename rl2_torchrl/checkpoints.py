@@ -277,9 +277,9 @@ class RunCheckpoints:
         self._result.history, damage = self._history.read(tree["history"])
         if damage is not None:
             log.warning("%s. Networks and all else go on as they were.", damage)
-        if "missing" in state["rollout"]:
-            log.warning("the resumed run begins new trials: %s.", state["rollout"]["missing"])
-            self._result.new_trials.append((self._result.env_steps, state["rollout"]["missing"]))
+        if (missing := self._parts["rollout"].missing) is not None:
+            log.warning("the resumed run begins new trials: %s.", missing)
+            self._result.new_trials.append((self._result.env_steps, missing))
 
     # ------------------------------------------------------------- making room
     def set_aside(self) -> None:
@@ -374,15 +374,19 @@ class _CollectorState:
 
 
 class _RolloutState:
-    """Where the collector stands in its trials, and what these have earned so far; or why that is ``"missing"``."""
+    """Where the collector stands in its trials, and what these have earned so far; or why that is ``"missing"``.
+
+    Attributes:
+        missing: why the state that was loaded last could not be gone on from; None where it could.
+    """
 
     def __init__(self, collector: BaseCollector, returns: Any):
-        self._collector, self._returns = collector, returns
+        self._collector, self._returns, self.missing = collector, returns, None
 
     def state_dict(self) -> dict[str, Any]:
         state = rollout_state(self._collector)
         return state if "missing" in state else {**state, "earned": self._returns.carry}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_rollout_state(self._collector, state)
-        self._returns.carry = state.get("earned")
+        self.missing = load_rollout_state(self._collector, state)
+        self._returns.carry = state.get("earned") if self.missing is None else None

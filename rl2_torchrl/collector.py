@@ -189,17 +189,21 @@ def rollout_state(collector: BaseCollector) -> dict[str, Any]:
     return {"carrier": collector._carrier.exclude("next").to_dict(), "env": env}
 
 
-def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> None:
-    """Goes on from what `rollout_state` returned, if nothing is missing."""
+def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> str | None:
+    """Goes on from what `rollout_state` returned, and returns None; or returns why it cannot, in words."""
     if "missing" in state:
-        return
+        return state["missing"]
+    player = getattr(collector, "player", None)
+    if ("player" in state) != (player is not None):
+        return "the run's were played by the other of TrialCollector's two loops, on tensors and on TensorDicts"
     put_env_state(_base_env(collector), state["env"])
-    if "player" in state:
-        collector.player.load_state_dict(state["player"])
+    if player is not None:
+        player.load_state_dict(state["player"])
     else:
         collector._carrier.update(TensorDict(state["carrier"], batch_size=collector._carrier.batch_size))
     if isinstance(collector, TrialCollector):
         collector.turns.leave()
+    return None
 
 
 def _base_env(collector: BaseCollector) -> EnvBase | None:

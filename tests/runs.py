@@ -44,6 +44,7 @@ class Run:
         episodes=5,
         env=None,
         lean=False,
+        rollout="auto",
         elsewhere=False,
         seed=0,
         task_seed=1,
@@ -58,7 +59,7 @@ class Run:
         self.update = self.networks(trials, GRUCategoricalActor, units, **update)
         options = {"frames_per_batch": rows * steps, "total_frames": int(rows * steps * updates)}
         if lean:
-            self.collector = TrialCollector(trials, self.policy, keep=self.update.in_keys, **options)
+            self.collector = TrialCollector(trials, self.policy, keep=self.update.in_keys, rollout=rollout, **options)
         else:
             self.collector = Collector(trials, self.policy, auto_register_policy_transforms=True, **options)
 

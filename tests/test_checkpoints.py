@@ -113,6 +113,28 @@ def test_resume_equals_an_unbroken_run(tmp_path, broken_after, kind):
     torch.testing.assert_close(resumed.everything(), unbroken.everything(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("then", "now"), [("tensors", "tensordicts"), ("tensordicts", "tensors")])
+def test_a_run_that_the_other_loop_goes_on_with_begins_new_trials(then, now, tmp_path, caplog):
+    Run(updates=2, lean=True, rollout=then, bptt=STEPS).train(checkpoints=tmp_path)
+    batches = Batches()
+    resumed = Run(updates=4, lean=True, rollout=now, bptt=STEPS)
+    result = resumed.train(checkpoints=tmp_path, resume=True, callbacks=[batches])
+    assert "begins new trials: the run's were played by the other of TrialCollector's two loops" in caplog.text
+    assert [steps for steps, _ in result.new_trials] == [2 * BATCH]
+    steps = torch.cat([batch["is_init"] for batch in batches.seen], 1).squeeze(-1)
+    assert (steps == (torch.arange(2 * STEPS) % 5 == 0)).all()
+
+
+class Batches(Callback):
+    """Copies of all batches."""
+
+    def __init__(self):
+        self.seen = []
+
+    def after_batch(self, batch, progress):
+        self.seen.append(batch.clone())
+
+
 def test_a_resumed_clock_goes_on(tmp_path, monkeypatch):
     # Every look at the clock is 5 s later, and an update takes two, for `stop` and for history: 2.8 steps a second in each call.
     monkeypatch.setattr("rl2_torchrl.training.time", SimpleNamespace(perf_counter=count(0, 5).__next__))
