@@ -339,6 +339,40 @@ def test_a_collector_can_be_reset(name, transforms):
     assert results[0][1]["is_init"][:, 0].all()
 
 
+@pytest.mark.parametrize(
+    ("name", "transforms"),
+    [("mdp", []), ("guess", []), ("guess", [StepCounter]), ("walk", []), ("walk", [StepCounter])],
+    ids=named,
+)
+@pytest.mark.parametrize("step", [9, 12, 16])
+def test_after_an_interrupt_the_next_batch_begins_new_trials(name, transforms, step, monkeypatch):
+    env, moves = make_env(name, *[kind() for kind in transforms], episodes=3), []
+    kind, method = type(env.base_env), "_step" if name == "walk" else "advance"
+    take = getattr(kind, method)
+
+    def interrupted(*args):
+        moves.append(args)
+        if len(moves) == step:
+            raise KeyboardInterrupt
+        return take(*args)
+
+    monkeypatch.setattr(kind, method, interrupted)
+    rollout = Rollout(env, make_policy(env), 8)
+    rollout()
+    with pytest.raises(KeyboardInterrupt):
+        rollout()
+    batches = torch.cat([rollout().clone() for _ in range(2)], -1)
+    first, counted = batches["is_init"].squeeze(-1), batches["trial_step"].squeeze(-1)
+    assert first[:, 0].all()
+    assert (counted[first] == 0).all()
+    assert (counted[:, 1:] == counted[:, :-1] + 1)[~first[:, 1:]].all()
+    assert (batches["trans"][first][:, -env.action_spec.space.n - 2 :] == 0).all()
+    if name == "guess":
+        assert (batches["observation"][first] == 1).all()
+        right = batches["action"] == batches["task"].squeeze(-1)
+        assert torch.equal(batches["next", "reward"].squeeze(-1), right.float() - 1)
+
+
 @pytest.mark.parametrize("name", ["bandit", "rooms"])
 def test_a_reset_leaves_the_batch_that_is_handed_out_as_it_is(name):
     env = make_env(name, steps=5)

@@ -104,6 +104,8 @@ class Rollout:
     def __call__(self) -> TensorDict:
         """The next batch ``[*B, T]``: the same TensorDict each time, with what others have added to it left in place.
 
+        After an error or an interrupt within it the next one begins new trials in all rows.
+
         Raises:
             RuntimeError: a module of the policy, or a hook, is another one than when the rollout was made.
         """
@@ -112,6 +114,14 @@ class Rollout:
                 "a module of the policy, or a hook on one, has changed since its rollout was made, which would not see it, whereas "
                 "the update does: change the policy before the collector is made, or make a new collector."
             )
+        try:
+            return self._batch()
+        except BaseException:  # Ctrl-C in a notebook, too
+            self._replays.clear()
+            self.trials.restart()
+            raise
+
+    def _batch(self) -> TensorDict:
         trials, play = self.trials, self._play
         trials.start_batch()
         # A graph holds what is done on the device alone: not what a user looks at, or changes, between two steps.

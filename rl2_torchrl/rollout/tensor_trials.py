@@ -71,6 +71,10 @@ class TensorTrials(Trials):
         self.clock.restart()
         self._observations, self._is_adopted = self.door.adopt(reset), True
 
+    def restart(self) -> None:
+        self.clock.restart()
+        self._is_adopted = False
+
     def start(self) -> tuple[State, Rows]:
         self._undealt: Iterator[Task] = iter(self._tasks)
         begun, is_adopted, self._is_adopted = self.clock.begins, self._is_adopted, False

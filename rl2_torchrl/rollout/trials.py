@@ -53,6 +53,10 @@ class Trials:
         """Takes a ``reset()`` that somebody has just made as the first step of the first trials."""
         self._root, self._stepped = reset.copy(), None
 
+    def restart(self) -> None:
+        """The next batch begins with new trials in all rows, wherever the env stands."""
+        self._root = self._stepped = None
+
     def start_batch(self) -> None:
         """What the host does before a batch, once for each: `start` and `step` may be replayed on a device."""
 
