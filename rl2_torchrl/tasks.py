@@ -142,7 +142,8 @@ class TaskSampler(Transform):
                 f"the task distribution gave a {type(task).__name__}: it returns a tensor or TensorDict [*batch_size, ...], drawn "
                 "by the torch.Generator that it is given, so that tasks follow the seed."
             )
-        task, num_rows = task.to(spec.device), len(self._base_env.batch_size)
+        # A copy: the distribution may draw its next tasks into the same memory.
+        task, num_rows = task.to(spec.device).clone(), len(self._base_env.batch_size)
         given, asked = _leaves(task, 0), _leaves(spec, num_rows)
         asked = {name: (torch.Size([*batch_size, *shape]), dtype) for name, (shape, dtype) in asked.items()}
         if given != asked:

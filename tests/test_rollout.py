@@ -93,6 +93,19 @@ def test_batches_of_continuous_actions_are_collectors(name, trial, steps, still)
     assert_same(ours, theirs, is_exact=still)
 
 
+@pytest.mark.parametrize("name", ["bandit", "guess"])
+def test_a_distribution_may_draw_into_the_same_memory(name):
+    def make():
+        env = make_env(name, episodes=3)
+        sampler = env.transform[1]
+        draw, memory = sampler.distribution, sampler.draw()
+        sampler.distribution = lambda size, generator: memory[: size.numel()].copy_(draw(size, generator))
+        return env
+
+    (_, ours), (_, theirs) = both(make, 9)
+    assert_same(ours, theirs)
+
+
 def test_batches_in_which_trials_begin_and_others_in_which_none_does():
     # Trials of 8 steps in batches of 3: the task of a batch is now one, now two.
     (_, ours), (_, theirs) = both(lambda: make_env("bandit", episodes=8), 3, batches=9, keep=["task", ("next", "task")])
