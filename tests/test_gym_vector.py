@@ -568,6 +568,21 @@ def test_of_the_info_rows_hand_on_what_is_recorded_alone(info_keys, vectorizatio
     env.close()
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("kinds", [(int, float), (np.bool_, np.bool_), (bool, np.float32), (np.int64, float)])
+def test_info_may_be_numbers_of_any_kind_in_any_row(kinds, vectorization):
+    class Says(Line):
+        def step(self, action):
+            return *super().step(action)[:4], {"says": kinds[action](0.75 * action)}
+
+    env = GymVectorEnv(Says, 3, info_keys=["says"], vectorization=vectorization)
+    begun = env.reset()
+    for action in ([0, 1, 1], [1, 0, 1]):
+        stepped = env.step(begun.clone().set("action", torch.tensor(action)))["next"]
+        assert stepped["info", "says"].flatten().tolist() == [float(kinds[each](0.75 * each)) for each in action]
+    env.close()
+
+
 @pytest.mark.parametrize("value", ["text", np.zeros(2), None], ids=str)
 def test_info_that_is_no_number_is_refused(value):
     class Says(Line):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Number
+from numbers import Number, Real
 from typing import Any
 
 import gymnasium
@@ -63,7 +63,7 @@ class GymRow(gymnasium.Wrapper):
         return observation, reward, terminated, truncated, self._recorded(info)
 
     def _recorded(self, info: dict[str, Any]) -> dict[str, Any]:
-        return {key: info[key] for key in self._info_keys if key in info}
+        return {key: _as_float(info[key]) for key in self._info_keys if key in info}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         options = dict(options or {})
@@ -103,6 +103,11 @@ class GymRow(gymnasium.Wrapper):
         if state["task"] is not None:
             self._hear(state["task"])
         put_state(self.env, state["env"])
+
+
+def _as_float(value: Any) -> Any:
+    """A number as a float: a vector env keeps those of all rows as what the first of them is. All else is left as it is."""
+    return float(value) if isinstance(value, Real | np.bool_) else value
 
 
 def _require_parts(function: str, returned: Any, names: str) -> None:
