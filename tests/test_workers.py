@@ -99,6 +99,18 @@ def test_a_batch_is_played_by_the_weights_as_the_last_update_left_them(setup):
     assert ratios[1] == pytest.approx(1, abs=1e-6)
 
 
+def test_a_batch_is_played_by_parameters_that_have_got_other_memory(setup):
+    values = [parameter.detach().clone() for parameter in setup.policy.parameters()]
+    for parameter in setup.policy.parameters():
+        parameter.data = 3 * parameter.data + 0.1
+    try:
+        batch = setup.collector.rollout()
+        assert setup.update.loss(setup.update.advantage(batch))["max_ratio"].item() == pytest.approx(1, abs=1e-5)
+    finally:
+        for parameter, value in zip(setup.policy.parameters(), values, strict=True):
+            parameter.data = value
+
+
 @pytest.mark.parametrize("when", ["in a rollout", "between batches"])
 def test_a_worker_that_is_killed_is_started_anew_and_its_trials_are_counted(setup, caplog, when):
     collector = setup.collector

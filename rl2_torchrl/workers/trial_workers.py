@@ -121,7 +121,6 @@ class TrialWorkers(BaseCollector):
         self._host.begin(dict(options or {}))
         # Also when the program ends, which would wait for its processes else.
         self._end = weakref.finalize(self, _shut_down, self._hosts, self._pool, self._host.end)
-        self._weights = TensorDict.from_module(policy).data
         try:
             self._each(self._begin, self._new_seeds())
             self._rows, self.backend, self.reason = map(self._hosts[0].call, ("rows", "backend", "reason"))
@@ -139,11 +138,12 @@ class TrialWorkers(BaseCollector):
 
     def rollout(self) -> TensorDictBase:
         """One batch ``[*B, T]``: the rows of all workers, in the order of their numbers; of envs without rows ``[workers, T]``."""
+        weights = TensorDict.from_module(self.policy).data  # looked up each time: a parameter may get other memory
         # A copy, since what is sent to a process is moved to shared memory, where the learner would change it under the players.
-        weights = self._host.sendable(self._weights.cpu().clone().consolidate())
-        batches = self._each(self._ask, [("play", weights, self.before_play)] * self.workers)
+        sent = self._host.sendable(weights.cpu().clone().consolidate())
+        batches = self._each(self._ask, [("play", sent, self.before_play)] * self.workers)
         joined = torch.stack(batches) if batches[0].ndim == 1 else torch.cat(batches)
-        return joined if self._weights.device is None else joined.to(self._weights.device)
+        return joined if weights.device is None else joined.to(weights.device)
 
     def of_env(self, function: Callable[[EnvBase], Any]) -> Any:
         """``function(env)`` of the first worker's env; function and result are pickled."""
