@@ -244,6 +244,25 @@ def test_flags_that_an_env_leaves_out_are_those_of_the_step(left_out):
     assert set(done.flatten().tolist()) == {True, False}
 
 
+class Stays(Walk):
+    """Its rows stay where they are, unpaid, once they are done, and a reset says nothing of it."""
+
+    def _step(self, tensordict):
+        goes_on = ~tensordict["done"]
+        after = super()._step(tensordict.copy().set("action", tensordict["action"] * goes_on.squeeze(-1)))
+        return after.set("steps", tensordict["steps"] + goes_on).set("reward", after["reward"] * goes_on)
+
+
+@pytest.mark.parametrize("trial", [{"episodes": 3}, {"steps": 7}], ids=named)
+def test_an_env_may_read_whether_it_is_done(trial):
+    def make():
+        return TransformedEnv(Stays(), Compose(Trial(**trial), TaskSampler(whole_numbers, seed=1), PreviousStep()))
+
+    (fast, ours), (_, theirs) = both(make, 15)
+    assert fast.reason is None
+    assert_same(ours, theirs)
+
+
 class StartsWarm(RecurrentCore):
     """A core whose memories are neither 0 nor the same at a trial's start."""
 

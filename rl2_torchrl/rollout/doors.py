@@ -102,9 +102,9 @@ class TorchRLDoor:
             given.set(self._task_key, task)
         if rows is not True:
             given.set("_reset", rows.reshape(*env.batch_size, 1))
-        first = env._reset(given)
+        first = env._complete_done(self._done_spec, env._reset(given))  # or "done" would stay as the last step left it
         first = first if rows is True else self._merged(first, rows.reshape(env.batch_size))
-        self._root = env._complete_done(self._done_spec, old.clone(False).update(first))
+        self._root = old.clone(False).update(first)
         if task is not None:
             self._root.set(self._task_key, task)
         return self._observations()
