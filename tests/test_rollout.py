@@ -263,6 +263,19 @@ def test_an_env_may_read_whether_it_is_done(trial):
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["walk", "guess"])
+def test_an_env_may_have_a_step_of_its_own(name):
+    def make():
+        env = make_env(name, episodes=2)
+        take = env.base_env._step
+        env.base_env._step = lambda tensordict: take(tensordict).set("reward", torch.full((4, 1), 5.0))
+        return env
+
+    (_, ours), (_, theirs) = both(make, 9)
+    assert_same(ours, theirs)
+    assert all((batch["next", "reward"] == 5).all() for batch in ours)
+
+
 class StartsWarm(RecurrentCore):
     """A core whose memories are neither 0 nor the same at a trial's start."""
 

@@ -27,9 +27,11 @@ def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> Tens
 
 
 def is_tensor_env(env: EnvBase) -> bool:
-    """Whether ``env`` is a `TensorEnv` that steps as such: a class below it may have TorchRL's methods of its own."""
+    """Whether ``env`` is a `TensorEnv` that steps as such: it, or a class below, may have TorchRL's methods of its own."""
     derived = ("_reset", "_step", "start", "play")
-    return isinstance(env, TensorEnv) and all(getattr(type(env), m) is getattr(TensorEnv, m) for m in derived)
+    return isinstance(env, TensorEnv) and all(
+        getattr(type(env), name) is getattr(TensorEnv, name) and name not in vars(env) for name in derived
+    )
 
 
 class TensorDoor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -84,10 +84,11 @@ class _Moves:
             return made.args[0]
         moves = cls()
         for name in ("_reset", "_step"):
-            env.__dict__[name] = partial(_count_and_call, moves, env, name)
+            env.__dict__[name] = partial(_count_and_call, moves, env, name, env.__dict__.get(name))
         return moves
 
 
-def _count_and_call(moves: _Moves, env: EnvBase, name: str, *args: Any, **kwargs: Any) -> Any:
+def _count_and_call(moves: _Moves, env: EnvBase, name: str, own: Callable | None, /, *args: Any, **kwargs: Any) -> Any:
+    """``own``: what stood before the class's method already, such as a compiled one."""
     moves.number += 1
-    return getattr(type(env), name)(env, *args, **kwargs)
+    return getattr(type(env), name)(env, *args, **kwargs) if own is None else own(*args, **kwargs)
