@@ -206,6 +206,25 @@ def test_an_env_may_write_over_its_observations():
     assert torch.equal(batch["trans"][..., :1], batch["place"].float())
 
 
+class SameFlags(Walk):
+    """Says in the same memory at every step whether an episode is done."""
+
+    def _step(self, tensordict):
+        after = super()._step(tensordict)
+        self.flags = self.__dict__.get("flags", after["done"])
+        return after.set("done", self.flags.copy_(after["done"]))
+
+
+def test_an_env_may_write_over_its_flags():
+    def make():
+        return TransformedEnv(
+            SameFlags(), Compose(Trial(episodes=3), TaskSampler(whole_numbers, seed=1), PreviousStep())
+        )
+
+    (_, ours), (_, theirs) = both(make, 9)
+    assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["gym", "guess"])
 def test_envs_without_a_task(name):
     def make():

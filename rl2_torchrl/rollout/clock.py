@@ -55,7 +55,8 @@ class TrialClock:
 
     def tick(self, t: int, done: torch.Tensor | None) -> Ends:
         """Counts step ``t``, at which the episodes of the rows ``done`` (bool ``[N]``) end; None with a shared clock."""
-        return self._plan[t] if self.is_shared else self._count(done.cpu().numpy())
+        # A copy: an env may write its next flags into the same memory.
+        return self._plan[t] if self.is_shared else self._count(done.cpu().numpy().copy())
 
     @property
     def begins(self) -> Rows:
