@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 
-from rl2_torchrl.collector import load_rollout_state, rollout_state
+from rl2_torchrl.collector import begin_new_trials, load_rollout_state, rollout_state
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
@@ -278,6 +278,7 @@ class RunCheckpoints:
         if damage is not None:
             log.warning("%s. Networks and all else go on as they were.", damage)
         if (missing := self._parts["rollout"].missing) is not None:
+            begin_new_trials(self._collector)
             log.warning("the resumed run begins new trials: %s.", missing)
             self._result.new_trials.append((self._result.env_steps, missing))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl import torchrl_logger
@@ -19,6 +20,7 @@ from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.rollout.trials import leaves, next_key
 from rl2_torchrl.rollout.turns import Turns
+from rl2_torchrl.seeding import derived_seed
 from rl2_torchrl.trial import Trial, transforms_of
 
 __all__ = ["TrialCollector"]
@@ -204,6 +206,19 @@ def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> str |
     if isinstance(collector, TrialCollector):
         collector.turns.leave()
     return None
+
+
+def begin_new_trials(collector: BaseCollector) -> None:
+    """Begins new trials by random numbers that the env has not drawn: a new env's would be those of the run's beginning again."""
+    base = _base_env(collector)
+    if base is None:  # envs in other processes are their collector's business
+        return
+    given = vars(base).get("given_seed")  # a setting, and stays
+    # Of the class: samplers around the env go on with the tasks that follow.
+    type(base).set_seed(base, derived_seed(given, int(torch.randint(2**62, ()))))
+    if "given_seed" in vars(base):
+        base.given_seed = given
+    collector.reset()
 
 
 def _base_env(collector: BaseCollector) -> EnvBase | None:

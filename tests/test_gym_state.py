@@ -16,6 +16,7 @@ from rl2_torchrl import (
     ActorCritic,
     AdaptationCurve,
     AdaptationReport,
+    Callback,
     GRUGaussianActor,
     GRUValueHead,
     PPOUpdate,
@@ -25,6 +26,7 @@ from rl2_torchrl import (
     Trial,
     TrialCollector,
 )
+from rl2_torchrl.collector import begin_new_trials
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.layers import put_state, state_of
@@ -190,7 +192,7 @@ class PendulumRun(Run):
         self.policy = ActorCritic(actor, critic)
         self.update = PPOUpdate(RL2PPOLoss(actor, critic), bptt=3, epochs=2, minibatches=2, lr=1e-2)
         sizes = {"frames_per_batch": 27, "total_frames": 27 * updates}
-        self.collector = TrialCollector(trials, self.policy, keep=self.update.in_keys, **sizes)
+        self.collector = TrialCollector(trials, self.policy, keep=[*self.update.in_keys, "task"], **sizes)
 
 
 def with_engine():
@@ -236,6 +238,42 @@ def test_envs_that_cannot_be_saved_begin_new_trials_and_that_is_said(tmp_path, c
     curve = AdaptationCurve(torch.zeros(2, 2))
     assert AdaptationReport(curve, curve, train=result).to_dict()["train"]["new_trials"] == resumes
     assert "PendulumEnv.engine is a object, which is no plain data" in caplog.text
+
+
+class Begins(Callback):
+    """How batches begin: what is seen, and the task."""
+
+    def __init__(self):
+        self.seen = []
+
+    def after_batch(self, batch, progress):
+        self.seen.append(torch.cat((batch["trans"], batch["task"]), -1)[:, 0].clone())
+
+
+def test_new_trials_of_a_resumed_run_are_none_that_it_has_played(tmp_path):
+    begins = Begins()
+    for updates in (1, 2, 3):
+        run = PendulumRun(engine=True, updates=updates)
+        run.train(checkpoints=tmp_path, resume=updates > 1, callbacks=[begins])
+        assert run.bandit.given_seed == 2  # a setting, by which runs are told apart
+    begun = torch.cat(begins.seen)
+    assert len(begun) == 9
+    assert len(begun[:, 0].unique()) == len(begun[:, -1].unique()) == 9
+
+
+@pytest.mark.parametrize("kind", [SerialEnv, ParallelEnv])
+def test_new_trials_of_rows_are_played_by_other_random_numbers(kind):
+    begun = []
+    for seed in (None, 1, 2):
+        env = rows_of(lambda: GymTaskEnv("Pendulum-v1", set_task=set_gravity, task_spec=Unbounded((1,))), kind)
+        env = TransformedEnv(env, Compose(Trial(steps=3), TaskSampler(gravities, seed=1), PreviousStep()))
+        collector = TrialCollector(env, GRUGaussianActor.from_env(env), frames_per_batch=6, total_frames=-1)
+        if seed is not None:
+            torch.manual_seed(seed)
+            begin_new_trials(collector)
+        begun.append(collector.rollout()["trans"][:, 0, 0].clone())
+        collector.shutdown()
+    assert len(torch.cat(begun).unique()) == 6
 
 
 def rows_of(row, kind=SerialEnv, rows=2):
