@@ -21,6 +21,7 @@ from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.settings import differences, moved, networks_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
+from rl2_torchrl.workers import TrialWorkers
 
 __all__ = ["RunCheckpoints", "Stateful"]
 
@@ -121,8 +122,8 @@ class RunCheckpoints:
     # ----------------------------------------------------------------- saving
     def before_rollout(self) -> None:
         """To be called before each rollout: where one fails TorchRL's collector shuts itself down, and has no state any more."""
-        # Envs in other processes would have to be asked at each update.
-        if self._folder is not None and hasattr(self._collector, "env"):
+        # TorchRL's collectors would have to ask envs in other processes at each update.
+        if self._folder is not None and (hasattr(self._collector, "env") or isinstance(self._collector, TrialWorkers)):
             self._own.ask()
 
     def save(self, *, last: bool = False, rollout: bool = True) -> None:

@@ -22,6 +22,7 @@ from rl2_torchrl import GRUCategoricalActor, TrialCollector, TrialWorkers, descr
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.minibatches import require_trials
 from rl2_torchrl.seeding import derived_seed
+from rl2_torchrl.storage import load_tree
 from rl2_torchrl.workers import trial_workers
 from rl2_torchrl.workers.player import Player
 from tests.workers import EPISODES, FRAMES, ROWS, STEPS, WORKERS, Setup, leaves_its_number, make_env, rows_and_process
@@ -206,6 +207,27 @@ def test_a_resumed_training_counts_on_and_begins_trials_that_no_worker_has_playe
     assert "begins new trials: the collector's envs are in other processes" in caplog.text
     tasks = torch.cat(seen.tasks)[:, ::EPISODES].flatten(0, 1)
     assert len(tasks.unique(dim=0)) == len(tasks)
+
+
+def test_what_is_saved_after_an_error_in_a_rollout_knows_of_the_deaths_before(tmp_path):
+    own = Setup(tmp_path, total_frames=9 * FRAMES)
+
+    def fails(row):
+        if row["env_steps"] == 2 * FRAMES:
+            Path(tmp_path, "fail").touch()
+
+    options = {"evaluate": None, "progress": False, "check": False, "checkpoints": tmp_path / "run", "stop": fails}
+    with pytest.raises(ArithmeticError):
+        train(own.collector, own.update, callbacks=[Kill(own.collector, after=1)], **options)
+    own.collector.shutdown()
+    (path,) = Path(tmp_path, "run").glob("*.safetensors")
+    state = load_tree(path)["state"]["collector"]
+    assert {name: state[name] for name in ("frames", "deaths", "lost_trials", "lives")} == {
+        "frames": 2 * FRAMES,
+        "deaths": 1,
+        "lost_trials": ROWS,
+        "lives": WORKERS + 1,
+    }
 
 
 class Seen(Callback):
