@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 
@@ -21,6 +22,8 @@ from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.settings import differences, moved, networks_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
+from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.trial import transforms_of
 from rl2_torchrl.workers import TrialWorkers
 
 __all__ = ["RunCheckpoints", "Stateful"]
@@ -205,7 +208,7 @@ class RunCheckpoints:
                 damaged.append(path)
                 continue
             changed = self._require_fit(path, tree, changes)
-            self._restore(path, tree, begin_trials=any(name.startswith("env.") for name in changed))
+            self._restore(path, tree, changed)
             self._move(damaged, _DAMAGED)
             if damaged:
                 log.warning(
@@ -261,9 +264,10 @@ class RunCheckpoints:
             log.warning("resuming with a changed setting: %s", settings[name])
         return list(settings)
 
-    def _restore(self, path: Path, tree: Mapping[str, Any], begin_trials: bool) -> None:
+    def _restore(self, path: Path, tree: Mapping[str, Any], changed: Collection[str]) -> None:
+        """Puts all parts back; ``changed`` are the settings that have."""
         state = tree["state"]
-        if begin_trials:
+        if any(name.startswith("env.") for name in changed):
             state["rollout"] = {"missing": "settings of the env have changed"}
         try:
             for name, part in self._parts.items():
@@ -278,10 +282,24 @@ class RunCheckpoints:
         self._result.history, damage = self._history.read(tree["history"])
         if damage is not None:
             log.warning("%s. Networks and all else go on as they were.", damage)
+        self._reseed(changed)
         if (missing := self._parts["rollout"].missing) is not None:
             begin_new_trials(self._collector)
             log.warning("the resumed run begins new trials: %s.", missing)
             self._result.new_trials.append((self._result.env_steps, missing))
+
+    def _reseed(self, changed: Collection[str]) -> None:
+        """What has been given another seed than the run's begins with that one, whose state has been put back like all others."""
+        if "torch.seed" in changed:
+            torch.manual_seed(self._settings["torch.seed"])
+        samplers = [
+            each for each in transforms_of(getattr(self._collector, "env", None)) if isinstance(each, TaskSampler)
+        ]
+        # `settings_of` names them in this order, several of one class too.
+        seeds = [name for name in self._settings if name.endswith(".seed") and f"{name[:-4]}task_key" in self._settings]
+        for sampler, name in zip(samplers, seeds, strict=True):
+            if name in changed:
+                sampler.seed(sampler.given_seed)
 
     # ------------------------------------------------------------- making room
     def set_aside(self) -> None:

@@ -12,6 +12,7 @@ arguments in `test_bad_input`.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,38 @@ def test_a_changed_env_begins_new_trials_and_says_so(folder, caplog):
     result = run.train(checkpoints=folder, resume=True, resume_changes=["env.Trial.episodes"])
     assert "begins new trials: settings of the env have changed" in caplog.text
     assert result.env_steps == 5 * BATCH
+
+
+class FirstOf(Callback):
+    """Tasks and actions of the first batch."""
+
+    def __init__(self):
+        self.tasks = self.actions = None
+
+    def after_batch(self, batch, progress):
+        if self.tasks is None:
+            self.tasks, self.actions = batch["task"][:, 0].clone(), batch["action"].clone()
+
+
+@pytest.mark.parametrize(
+    ("changed", "seeds"),
+    [("torch.seed", {"seed": 5}), ("env.TaskSampler.seed", {"task_seed": 5}), ("env.seed", {"env_seed": 5})],
+)
+def test_another_seed_counts_from_then_on(changed, seeds, folder, tmp_path):
+    firsts = []
+    for number, options in enumerate(({}, seeds, seeds)):
+        firsts.append(FirstOf())
+        shutil.copytree(folder, tmp_path / str(number))
+        changes = {"resume_changes": [changed], "callbacks": [firsts[-1]]}
+        Run(5, **options).train(checkpoints=tmp_path / str(number), resume=True, **changes)
+    as_was, other, again = firsts
+    assert torch.equal(other.tasks, again.tasks)
+    assert torch.equal(other.actions, again.actions)
+    new_trials = changed != "torch.seed"  # which begin with the tasks that the sampler comes to
+    assert torch.equal(as_was.tasks, other.tasks) != new_trials
+    assert not torch.equal(as_was.actions, other.actions)
+    if changed == "env.TaskSampler.seed":
+        assert torch.equal(other.tasks, torch.rand(ROWS, 3, generator=torch.Generator().manual_seed(5)))
 
 
 def test_a_learning_rate_that_a_user_has_moved_is_kept(tmp_path):
