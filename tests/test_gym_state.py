@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from rollouts import Walk, make_policy, whole_numbers
 from runs import Run
 from tensordict import TensorDict
 from torchrl.data import Unbounded
@@ -26,8 +27,8 @@ from rl2_torchrl import (
     Trial,
     TrialCollector,
 )
-from rl2_torchrl.collector import begin_new_trials
-from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv
+from rl2_torchrl.collector import begin_new_trials, load_rollout_state, rollout_state
+from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, Resumable
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.layers import put_state, state_of
 from rl2_torchrl.envs.plain_data import NoStateError
@@ -259,6 +260,32 @@ def test_new_trials_of_a_resumed_run_are_none_that_it_has_played(tmp_path):
     begun = torch.cat(begins.seen)
     assert len(begun) == 9
     assert len(begun[:, 0].unique()) == len(begun[:, -1].unique()) == 9
+
+
+class ResumableWalk(Resumable, Walk):
+    """Keeps the way it has gone, in the env itself."""
+
+    def _reset(self, tensordict=None, **kwargs):
+        self.way = torch.zeros(4, 1)
+        return super()._reset(tensordict, **kwargs)
+
+    def _step(self, tensordict):
+        self.way = self.way + 1
+        return super()._step(tensordict).set("reward", self.way)
+
+
+def test_a_resumable_env_of_rows_goes_on_with_a_sampler_around_it():
+    def make():
+        tasks = TaskSampler(whole_numbers, seed=1)
+        env = TransformedEnv(ResumableWalk(), Compose(Trial(steps=9), tasks, PreviousStep()))
+        return TrialCollector(env, make_policy(env), frames_per_batch=20, total_frames=-1)
+
+    one, other = make(), make()
+    one.rollout()
+    other.reset()
+    assert load_rollout_state(other, rollout_state(one)) is None
+    assert torch.equal(other.env.base_env.way, one.env.base_env.way)
+    assert other.rollout()["trial_step"][:, 0].unique().tolist() == [5]
 
 
 @pytest.mark.parametrize("kind", [SerialEnv, ParallelEnv])

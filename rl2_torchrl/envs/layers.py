@@ -146,5 +146,5 @@ class _Bare(EnvBase):
     _reset = _step = _set_seed = None
 
 
-#: Attributes that TorchRL gives every env: specs, modules, hooks, whether it is closed.
-_OF_TORCHRL = set(vars(_Bare()))
+#: Attributes that every env of TorchRL's has: specs, modules, hooks, whether it is closed; and what a `TaskSampler` hangs up there.
+_OF_TORCHRL = {*vars(_Bare()), "set_seed"}
