@@ -33,6 +33,7 @@ from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.layers import put_state, state_of
 from rl2_torchrl.envs.plain_data import NoStateError
 from rl2_torchrl.settings import _env as settings_of_env
+from rl2_torchrl.storage import from_bytes, to_bytes
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,36 @@ def test_an_env_may_say_its_state_itself():
     env.engine = object()  # which nobody could save
     put_state(other, state_of(env))
     assert other.small == pytest.approx(0.2)
+
+
+class Draws(gymnasium.Env):
+    """Pays what it draws of spaces, its own and its class's."""
+
+    observation_space = gymnasium.spaces.Dict({"place": gymnasium.spaces.Box(-1, 1, (1,))})
+
+    def __init__(self):
+        self.action_space = gymnasium.spaces.Discrete(1000)
+
+    def reset(self, *, seed=None, options=None):
+        self.action_space.seed(seed), self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), float(self.action_space.sample()), False, False, {}
+
+
+def test_what_an_env_draws_of_its_spaces_goes_on_too():
+    def steps(env):
+        return [(observed["place"].item(), reward) for observed, reward, *_ in (env.step(0) for _ in range(4))]
+
+    env, other = Draws(), Draws()
+    env.reset(seed=1)
+    steps(env)
+    saved = from_bytes(to_bytes(state_of(env)), "state")
+    expected = steps(env)
+    other.reset(seed=5)
+    put_state(other, saved)
+    assert steps(other) == expected
 
 
 def test_what_is_no_plain_data_is_named():

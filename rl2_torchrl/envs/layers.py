@@ -36,8 +36,8 @@ def state_of(env: Any) -> list[dict[str, Any]]:
     """The state of ``env``, layer by layer from the outermost wrapper: numbers, texts, arrays, and lists of them.
 
     A layer with ``get_state()`` and ``set_state(state)`` of its own says what its state is. Of all others it is their attributes:
-    numbers, texts, arrays, tensors, containers, random number generators, and objects of classes of the env's own package, such
-    as MiniGrid's; and of MuJoCo's envs, Gymnasium's and DMControl's, the simulation.
+    numbers, texts, arrays, tensors, containers, random number generators, those of its spaces too, and objects of classes of the
+    env's own package, such as MiniGrid's; and of MuJoCo's envs, Gymnasium's and DMControl's, the simulation.
 
     Args:
         env: an env of Gymnasium's, or one of TorchRL's, such as DMControl's.
@@ -73,6 +73,8 @@ def put_state(env: Any, state: list[dict[str, Any]]) -> None:
             vars(layer)[name] = restorer(value, vars(layer).get(name))
         if "simulation" in saved:
             put_simulation(*_simulation(layer), saved)
+        if "spaces" in saved:
+            _put_draws(layer, saved["spaces"])
 
 
 def state_or_reason(env: Any) -> list[dict[str, Any]] | str:
@@ -111,7 +113,37 @@ def _layer_state(layer: Any, saver: Saver) -> dict[str, Any]:
     for name, value in vars(layer).items():
         if name not in skipped and not isinstance(value, _CONSTANT):
             attributes[name] = saver(value, f"{type(layer).__name__}.{name}")
-    return {"attributes": attributes, **state}
+    return {"attributes": attributes, "spaces": _draws_of(layer), **state}
+
+
+def _draws_of(layer: Any) -> dict[str, list[dict[str, Any] | None]]:
+    """Where the random numbers of a layer's spaces stand, of which some envs draw; None of a space that has drawn none."""
+    drawn = {name: [each._np_random for each in spaces] for name, spaces in _spaces_of(layer).items()}
+    return {name: [each and each.bit_generator.state for each in rng] for name, rng in drawn.items() if any(rng)}
+
+
+def _put_draws(layer: Any, states: dict[str, list[dict[str, Any] | None]]) -> None:
+    for name, spaces in _spaces_of(layer).items():
+        for space, state in zip(spaces, states.get(name, [None] * len(spaces)), strict=True):
+            if state is None:
+                space._np_random = None
+            else:
+                space.np_random.bit_generator.state = state
+
+
+def _spaces_of(layer: Any) -> dict[str, list[gymnasium.spaces.Space]]:
+    """A layer's spaces by the attributes' names, each with those within it; a space may be its class's."""
+    attributes = {name: value for each in (*reversed(type(layer).__mro__), layer) for name, value in vars(each).items()}
+    return {name: list(_within(each)) for name, each in attributes.items() if isinstance(each, gymnasium.spaces.Space)}
+
+
+def _within(value: Any) -> Iterator[gymnasium.spaces.Space]:
+    """The spaces in ``value``: a space, a container of spaces, or something else."""
+    if isinstance(value, gymnasium.spaces.Space):
+        yield value
+        value = vars(value)
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        yield from _within(each)
 
 
 def _simulation(layer: Any) -> tuple[Any, Any] | None:
