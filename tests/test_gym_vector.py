@@ -373,6 +373,25 @@ def test_a_truncated_episode_is_truncated_and_not_terminated(make):
     env.close()
 
 
+class Places(Line):
+    """Observes the place alone, a choice of ten counted from 1."""
+
+    observation_space = spaces.Discrete(10, start=1)
+
+    def observed(self):
+        return 1 + self.place
+
+
+def test_choices_that_are_observed_last_are_those_of_the_episode_that_ended():
+    env = theirs(AutoresetMode.SAME_STEP, make=Places)
+    tensordict = env.reset(with_task(env, 2.0, 1.0, 9.0))
+    seen = []
+    for _ in range(2):
+        tensordict = env.step(tensordict.set("action", right(env)))["next"].exclude("reward")
+        seen.append(tensordict["observation"].tolist())
+    assert seen == [[1, 1, 1], [2, 1, 2]]
+
+
 def test_an_inner_reset_of_a_vector_env_that_resets_itself_is_not_made_twice():
     base = theirs(AutoresetMode.SAME_STEP)
     fixed = TaskSampler.fixed(torch.tensor([[1.0], [1.0], [1.0], [1.0], [1.0], [2.0]]))

@@ -274,7 +274,7 @@ class GymVectorEnv(TensorEnv):
         for row in ended.nonzero()[0]:
             for key, array in self.observations.of_one(infos["final_obs"][row]).items():
                 _require_finite(key, array, row)
-                entries[key][row] = torch.from_numpy(array[0]).to(self.device)
+                entries[key][row] = torch.as_tensor(array[0], device=self.device)
         return entries
 
     def _require_others_went_on(self, mask: np.ndarray, entries: Entries) -> None:
