@@ -16,12 +16,15 @@ from rollouts import (
     whole_numbers,
 )
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from torchrl.data import Unbounded
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
     GymEnv,
+    InitTracker,
     RewardSum,
     StepCounter,
+    TensorDictPrimer,
     TransformedEnv,
 )
 
@@ -119,6 +122,31 @@ def test_further_transforms_play_on_tensordicts_and_say_so(name):
 
     (fast, ours), (_, theirs) = both(make, 9)
     assert "StepCounter, RewardSum beside our transforms" in fast.reason
+    assert_same(ours, theirs)
+
+
+OF_COLLECTORS = {
+    "primer": lambda: TensorDictPrimer(context=Unbounded(3), default_value=1.0, expand_specs=True),
+    "tracker": lambda: InitTracker(init_key="begins"),
+}
+
+
+@pytest.mark.parametrize("kind", OF_COLLECTORS)
+@pytest.mark.parametrize("name", ["guess", "walk"])
+def test_primers_and_trackers_of_a_users_own_do_what_they_say(name, kind):
+    key = {"primer": "context", "tracker": "begins"}[kind]
+
+    def policy(env):
+        return TensorDictSequential(make_policy(env), TensorDictModule(lambda value: 2 * value, [key], ["twice"]))
+
+    def make():
+        return make_env(name, OF_COLLECTORS[kind](), episodes=2)
+
+    (fast, ours), (_, theirs) = both(make, 9, policy)
+    assert "beside our transforms" in fast.reason
+    assert_same(ours, theirs)
+    (fast, ours), (_, theirs) = both(make, 9, keep=["trans", "action"])  # nobody asks for it
+    assert fast.reason is None
     assert_same(ours, theirs)
 
 

@@ -59,12 +59,12 @@ class Rollout:
         _require_sizes(env, policy)
         self.parts, self._layout = acting_parts(policy), _layout(policy)
         read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
+        self.memory = Memory(policy, env, env.batch_size.numel())
+        memory = [key for pair in self.memory.handed_on for key in pair]
         # Who looks at each step is shown all that there is.
-        self.trials = trials_of(env, steps, read, keep if on_step is None else None)
-        self.memory = Memory(policy, env, self.trials.rows)
+        self.trials = trials_of(env, steps, read, keep if on_step is None else None, memory)
         parts = [each for part in self.parts for each in (part, part.later) if each is not None]
         written = [key for part in parts for key in part.out_keys]
-        memory = [key for pair in self.memory.handed_on for key in pair]
         made = list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
         for what, keys in (("keep holds", keep or ()), ("the policy reads", read)):
             missing = [key for key in keys if not leaves([key], made)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer
+from collections.abc import Callable
+from functools import partial
+
+from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer, Transform
 
 from rl2_torchrl.rollout.doors import is_tensor_env
 from rl2_torchrl.rollout.tensor_trials import TensorTrials
-from rl2_torchrl.rollout.trials import Keys, Trials
+from rl2_torchrl.rollout.trials import Keys, Trials, leaves
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial, own_transforms
@@ -14,9 +17,9 @@ from rl2_torchrl.trial import Trial, own_transforms
 __all__ = ["trial_steps", "trials_of"]
 
 
-def trials_of(env: EnvBase, steps: int, read: Keys, keep: Keys | None) -> Trials:
-    """The trials of ``env``; arguments as for `Trials`."""
-    below, ours, others = _taken_apart(env)
+def trials_of(env: EnvBase, steps: int, read: Keys, keep: Keys | None, memory: Keys) -> Trials:
+    """The trials of ``env``; arguments as for `Trials`, and the ``memory`` that the policy hands on."""
+    below, ours, others = _taken_apart(env, partial(_is_known, read=read, keep=keep, made={*memory, "is_init"}))
     if others:
         reason = f"{', '.join(others)} beside our transforms: a TensorDict goes through all of them at each step"
         return Trials(env, steps, read, keep, reason)
@@ -27,7 +30,7 @@ def trials_of(env: EnvBase, steps: int, read: Keys, keep: Keys | None) -> Trials
 
 def trial_steps(env: EnvBase) -> int | None:
     """Steps of every trial of ``env``, where all are of one length, which is known ahead; else None."""
-    below, (trial, *_), others = _taken_apart(env)
+    below, (trial, *_), others = _taken_apart(env, partial(_is_known, read=(), keep=(), made=()))
     base = getattr(below, "base_env", None)
     if trial is None or others or not is_tensor_env(base) or not base.fixed_length:
         return None
@@ -35,23 +38,32 @@ def trial_steps(env: EnvBase) -> int | None:
     return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
 
 
-#: What a collector adds by itself; rollouts know of trial starts and memory without them.
+#: What a collector adds by itself; a rollout makes trial starts and memory without them.
 _OF_COLLECTORS = (InitTracker, TensorDictPrimer)
 #: The methods of our transforms of which a rollout does the work itself.
 _REPLACED = ("_step", "_reset", "_call", "_reset_env_preprocess")
 _REPLACED += ("is_over", "_set_done", "_reset_rows", "combine", "begin")
 
 
-def _taken_apart(env: EnvBase) -> tuple[EnvBase, list, list[str]]:
+def _taken_apart(env: EnvBase, is_known: Callable[[Transform], bool]) -> tuple[EnvBase, list, list[str]]:
     """The env with our transforms; these (Trial, TaskSampler, PreviousStep, or None); the names of others, or of one displaced."""
-    while own_transforms(env) and all(isinstance(t, _OF_COLLECTORS) for t in own_transforms(env)):
+    while own_transforms(env) and all(map(is_known, own_transforms(env))):
         env = env.base_env
-    parts = [t for t in own_transforms(env) if not isinstance(t, _OF_COLLECTORS)]
+    parts = [t for t in own_transforms(env) if not is_known(t)]
     ours = [next((t for t in parts if _is_as_written(t, kind)), None) for kind in (Trial, TaskSampler, PreviousStep)]
     in_order = [t for t in ours if t is not None]
     strangers = [t for t in parts if all(t is not other for other in in_order)]
     others = strangers or [t for t, other in zip(parts, in_order, strict=True) if t is not other]
     return env, ours, [type(t).__name__ for t in others]
+
+
+def _is_known(transform: Transform, read: Keys, keep: Keys | None, made: Keys) -> bool:
+    """Whether ``transform`` is a collector's, and of what it writes only that is asked for which a rollout has ``made`` itself."""
+    if not isinstance(transform, _OF_COLLECTORS):
+        return False
+    is_tracker = isinstance(transform, InitTracker)
+    written = [transform.init_key] if is_tracker else list(transform.primers.keys(True, True))
+    return all(key in made for key in written if keep is None or key in read or leaves(keep, [key]))
 
 
 def _is_as_written(transform, kind: type) -> bool:
