@@ -10,6 +10,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer, Unbounded
 from torchrl.envs import Compose, StepCounter, TensorDictPrimer, TransformedEnv
 
 from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, TrialCollector
+from rl2_torchrl.envs import BernoulliBandit
 from rl2_torchrl.rollout import Rollout
 
 
@@ -33,6 +34,28 @@ def test_the_reason_is_said_once(monkeypatch):
     (line,) = said
     assert "'tensordicts'" in line
     assert collector.reason in line
+
+
+class Counts(BernoulliBandit):
+    """Counts what is begun."""
+
+    begun = 0
+
+    def start(self, task, rows=None):
+        self.begun += 1
+        return super().start(task, rows)
+
+
+def test_an_env_that_does_otherwise_what_is_derived_is_named(monkeypatch):
+    said = []
+    monkeypatch.setattr("rl2_torchrl.collector.torchrl_logger.info", said.append)
+    env = TransformedEnv(Counts(ARMS, batch_size=(ROWS,)), Compose(*bandit_env().transform))
+    collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=-1, keep=KEEP)
+    collector.rollout()
+    assert env.base_env.begun
+    assert collector.backend == "tensors"
+    assert "the env has start of its own, beside begin and advance: a TensorDict goes in" in collector.reason
+    assert collector.reason in said[-1]
 
 
 @pytest.mark.parametrize("keep", [None, ["action", ("next", "reward")]], ids=["all", "some"])

@@ -109,6 +109,22 @@ def test_a_distribution_may_draw_into_the_same_memory(name):
     assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("length", [3, 7])
+def test_episodes_may_get_another_length(length, after):
+    """As in a curriculum; batches of 6 steps cut episodes of 5."""
+    results = []
+    for rollout in ("tensors", "tensordicts"):
+        env = make_env("mdp", episodes=2)
+        collector = TrialCollector(env, make_policy(env), frames_per_batch=24, total_frames=-1, rollout=rollout)
+        torch.manual_seed(7)
+        with same_noise():
+            results.append([collector.rollout().clone() for _ in range(after)])
+            env.base_env.max_episode_steps = length
+            results[-1] += [collector.rollout().clone() for _ in range(4)]
+    assert_same(*results)
+
+
 def test_batches_in_which_trials_begin_and_others_in_which_none_does():
     # Trials of 8 steps in batches of 3: the task of a batch is now one, now two.
     (_, ours), (_, theirs) = both(lambda: make_env("bandit", episodes=8), 3, batches=9, keep=["task", ("next", "task")])
@@ -538,7 +554,8 @@ class Recorded:
     ("between", "episodes", "calls"),
     [
         ("nothing", 6, [1, 2, 3, 4]),
-        ("a batch that goes on with a trial", 12, [1, 1]),
+        ("a batch that goes on with a trial", 12, [1]),
+        ("shorter trials", 6, [1, 2, 1]),
         ("a reset", 6, [1, 2, 1]),
         ("a state that is loaded", 6, [1, 2, 1, 2]),
     ],
@@ -560,6 +577,8 @@ def test_a_graph_is_replayed_after_batches_of_its_own_alone(between, episodes, c
         rollout.adopt(env.reset())
     if between == "a state that is loaded":
         rollout.load_state_dict(rollout.state_dict())
+    if between == "shorter trials":
+        env.transform[0].episodes = 3
     rollout(), rollout()
     assert Recorded.calls == calls
 

@@ -38,6 +38,8 @@ class TrialClock:
         # episode. Numbers for all rows with a shared clock, else NumPy's arrays [N], whose calls cost a third of PyTorch's.
         self._counts: list[tuple[Any, Any, Any, Any]] = []
         self._plan: list[Ends] = []  # of a shared clock
+        #: Whether all that begins and ends in the batch of a shared clock does so as in the last one.
+        self.is_as_before = True
         self._entries: dict[NestedKey, torch.Tensor] = {}
         self.restart()
 
@@ -45,11 +47,12 @@ class TrialClock:
         """The next batch begins with new trials in all rows."""
         self.load_state_dict({"counts": torch.tensor([[0], [0], [1], [0]]).repeat(1, self.rows)})
 
-    def start_batch(self) -> None:
-        """Goes on where the last batch ended."""
-        self._counts = self._counts[-1:]
+    def start_batch(self, episode_steps: int | None) -> None:
+        """Goes on where the last batch ended; with a shared clock ``episode_steps`` are those of episodes from now on."""
+        self._counts, self.episode_steps = self._counts[-1:], episode_steps
         if self.is_shared:
-            self._plan = [self._count(None) for _ in range(self.steps)]
+            before, self._plan = self._plan, [self._count(None) for _ in range(self.steps)]
+            self.is_as_before = before in ([], self._plan)
             for key, value in self._made(0, self.steps).items():
                 self._entries.setdefault(key, value).copy_(value)  # in the memory that a CUDA graph knows
 
@@ -69,10 +72,12 @@ class TrialClock:
         return sum(trial is True for _, trial, _ in self._plan[:-1])
 
     def _count(self, done: Any) -> Ends:
-        index, step, over, _ = self._counts[-1]
+        index, step, over, ended = self._counts[-1]
         goes_on = 1 - over
         step = step * goes_on + 1
-        done = step % self.episode_steps == 0 if self.is_shared else done
+        if self.is_shared:
+            self._episode_step = 1 if over or ended else self._episode_step + 1
+            done = self._episode_step >= self.episode_steps
         index = index * goes_on + done
         over = self.trial.is_over(index, step)
         self._counts.append((index, step, over, done))
@@ -124,3 +129,4 @@ class TrialClock:
         """Goes on from what `state_dict` returned."""
         counts = state["counts"][:, 0].tolist() if self.is_shared else state["counts"].numpy()
         self._counts = [(counts[0], counts[1], counts[2] > 0, counts[3] > 0)]
+        self._episode_step = counts[1] % self.episode_steps if self.is_shared else None

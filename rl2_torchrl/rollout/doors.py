@@ -27,11 +27,14 @@ def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> Tens
 
 
 def is_tensor_env(env: EnvBase) -> bool:
-    """Whether ``env`` is a `TensorEnv` that steps as such: it, or a class below, may have TorchRL's methods of its own."""
+    """Whether ``env`` is a `TensorEnv` that steps as such, with no method of its own for one that is derived."""
+    return isinstance(env, TensorEnv) and not _own_methods(env)
+
+
+def _own_methods(env: EnvBase) -> list[str]:
+    """Of the methods that `TensorEnv` derives those that ``env``, or a class below, has in their place."""
     derived = ("_reset", "_step", "start", "play")
-    return isinstance(env, TensorEnv) and all(
-        getattr(type(env), name) is getattr(TensorEnv, name) and name not in vars(env) for name in derived
-    )
+    return [m for m in derived if getattr(type(env), m) is not getattr(TensorEnv, m, None) or m in vars(env)]
 
 
 class TensorDoor:
@@ -40,12 +43,18 @@ class TensorDoor:
     Attributes:
         episode_steps: length of every episode where it is known ahead, else None.
         has_threads: whether a step works on threads of its own.
+        reason: why this is not the fastest door that there is to such an env; None where it is.
     """
 
+    reason = None
+
     def __init__(self, env: TensorEnv, observed: set[NestedKey]):
-        self.env, self.has_threads = env, env.has_threads
-        self.episode_steps = env.max_episode_steps if env.fixed_length else None
+        self.env, self.has_threads, self._is_fixed = env, env.has_threads, env.fixed_length
         self._asks_for_more = not observed.isdisjoint(env.more_keys)
+
+    @property
+    def episode_steps(self) -> int | None:
+        return self.env.max_episode_steps if self._is_fixed else None
 
     def start(self, task: Task, rows: Rows) -> State:
         """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
@@ -65,7 +74,7 @@ class TensorDoor:
         return self._entries(observations), reward, self._done(reward, terminated, truncated)
 
     def _done(self, reward, *flags: torch.Tensor | None) -> torch.Tensor | None:
-        if self.episode_steps is not None:
+        if self._is_fixed:
             return None
         ends = [flag for flag in flags if flag is not None] or [torch.zeros_like(reward, dtype=torch.bool)]
         return reduce(torch.logical_or, ends).reshape(-1)
@@ -87,10 +96,15 @@ class TensorDoor:
 class TorchRLDoor:
     """Any other TorchRL env: a TensorDict goes in and one comes out, and that is all that is made of them."""
 
-    episode_steps, has_threads = None, False
+    episode_steps, has_threads, reason = None, False, None
 
     def __init__(self, env: EnvBase, observed: set[NestedKey], task_key: NestedKey):
         self.env, self._task_key = env, task_key
+        if isinstance(env, TensorEnv):
+            self.reason = (
+                f"the env has {', '.join(_own_methods(env))} of its own, beside begin and advance: a TensorDict goes in and comes "
+                "out at each step"
+            )
         self._action_key, self._reward_key, self._done_keys = env.action_key, env.reward_key, env.done_keys
         self._given = [*env.full_state_spec.keys(True, True), *self._done_keys]
         keys, self._done_spec = list(env.full_observation_spec.keys(True, True)), env.full_done_spec

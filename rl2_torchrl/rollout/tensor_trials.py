@@ -41,7 +41,7 @@ class TensorTrials(Trials):
         self.out_key = None if transition is None else transition.out_key
         self._shows_next_input = transition is not None and next_key(self.out_key) in self.wanted
         self.door = door_to(base, {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}, self._task_key)
-        self.has_threads = self.door.has_threads
+        self.has_threads, self.reason = self.door.has_threads, self.door.reason
         known = (*TrialClock.names, *TrialClock.next_names)
         flags = {*read, *(known if keep is None else leaves(keep, known))}
         self.clock = TrialClock(self.trial, self.rows, steps, self.door.episode_steps, self.device, flags)
@@ -49,15 +49,19 @@ class TensorTrials(Trials):
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether the batch begins with new trials in all rows, as every such batch of a shared clock does."""
+        """Whether the batch begins with new trials in all rows, and they begin and end as in the last one."""
+        return self._begins_ahead and self.clock.is_as_before
+
+    @property
+    def _begins_ahead(self) -> bool:
         return self.clock.is_shared and self.clock.begins is True and not self._is_adopted
 
     def start_batch(self) -> None:
         """Goes on where the last batch ended. Tasks are drawn here where it is known how many."""
-        self.clock.start_batch()
+        self.clock.start_batch(self.door.episode_steps)
         if self.sampler is None or not self.clock.is_shared:
             return
-        tasks = [self.sampler.draw() for _ in range(self.clock.trials_begun + self.is_repeatable)]
+        tasks = [self.sampler.draw() for _ in range(self.clock.trials_begun + self._begins_ahead)]
         if self.device.type == "cuda" and self.is_repeatable and len(self._tasks) == len(tasks):
             for task, drawn in zip(self._tasks, tasks, strict=True):
                 task.copy_(drawn)  # a CUDA graph reads them where they were when it was recorded
