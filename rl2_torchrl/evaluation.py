@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -12,12 +13,12 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import nn
-from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
+from torchrl.envs import EnvBase, ExplorationType, TransformedEnv, VecNorm, VecNormV2, set_exploration_type
 
 from rl2_torchrl.arguments import require_flags, whole
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.rollout import Rollout, trial_steps
+from rl2_torchrl.rollout import Rollout, is_native, trial_steps
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, transforms_of
 
@@ -175,9 +176,9 @@ def adaptation_curve(
     for each in transforms_of(env):
         if isinstance(each, TaskSampler):  # an evaluation before this one may have left it anywhere
             each.rewind()
-    # No step is taken beyond the last trial's end.
     kept = [*_KEPT, *(key for key in measured if key not in _KEPT)]
-    rollout = Rollout(env, policy, trial_steps(env) or 1, kept, ablation=ablation, on_step=on_step)
+    steps_at_once = trial_steps(env) or _steps_at_once(env, on_step)
+    rollout = Rollout(env, policy, steps_at_once, kept, ablation=ablation, on_step=on_step)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     longest = 0
     trials, returns = _Trials(int(num_trials)), _Table("sum")
@@ -190,13 +191,35 @@ def adaptation_curve(
             returns.add(index, steps["next", "reward"][counted])
             for key, table in tables.items():
                 table.add(index, steps[key][counted])
-            unended = batch["next", TRIAL_STEP][~batch["next", "done"]]
+            unended = steps["next", TRIAL_STEP][counted & ~steps["next", "done"]]
             longest = max(longest, _require_end(unended, longest, max_trial_steps))
     measured = {key[-1]: AdaptationCurve(table.table()) for key, table in tables.items()}
     return AdaptationCurve(returns.table(), measured, AdaptationCurve(returns.counts()))
 
 
 _KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next", TRIAL_STEP))
+
+
+#: Steps of a batch where nobody knows how many the last trial will take.
+_FEW_STEPS = 8
+
+
+def _steps_at_once(env: EnvBase, on_step: Callable[[State], None] | None) -> int:
+    """Steps of a batch where it may go beyond the last trial's end: one where that would be shown to somebody, or may cost much."""
+    if on_step is not None:
+        return 1
+    if not is_native(env):
+        _tell_of_single_steps(type(env.base_env if isinstance(env, TransformedEnv) else env).__name__)
+        return 1
+    return _FEW_STEPS
+
+
+@cache
+def _tell_of_single_steps(name: str) -> None:
+    log.info(
+        "evaluations on %s play step by step: it is no TensorEnv under our transforms alone, whose steps cost little.",
+        name,
+    )
 
 
 def _require_still_statistics(env: EnvBase) -> None:

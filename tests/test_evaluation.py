@@ -28,6 +28,8 @@ from rl2_torchrl import (
     with_zeroed_memory,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, TensorEnv
+from rl2_torchrl.evaluation import _tell_of_single_steps
+from rl2_torchrl.rollout import Rollout
 
 NAN = math.nan
 # Ten bandits of two certain arms: the first arm of task i pays in the tasks 0, 3, 4, 7, 9.
@@ -79,9 +81,28 @@ class Countdown(EnvBase):
         pass
 
 
-def countdown_env(lengths, rows, **bounds):
+class TensorCountdown(TensorEnv):
+    """As `Countdown`; counts the steps that it is asked for."""
+
+    def __init__(self, rows):
+        number = Unbounded(1, dtype=torch.int64)
+        spaces = {"observation_spec": Composite(step=number), "action_spec": Categorical(2)}
+        super().__init__(task_spec=number, **spaces, batch_size=(rows,), seed=0)
+        self.asked = 0
+
+    def begin(self, task, rows):
+        step = torch.zeros_like(task)
+        return {"step": step, "task": task}, {"step": step}
+
+    def advance(self, state, action):
+        self.asked += 1
+        step = state["step"] + 1
+        return {**state, "step": step}, {"step": step}, step.float(), step >= state["task"], None
+
+
+def countdown_env(lengths, rows, kind=Countdown, **bounds):
     tasks = TaskSampler.fixed(torch.tensor(lengths).unsqueeze(-1))
-    return TransformedEnv(Countdown(rows), Compose(Trial(**bounds), tasks, PreviousStep(["step"])))
+    return TransformedEnv(kind(rows), Compose(Trial(**bounds), tasks, PreviousStep(["step"])))
 
 
 def same(one, other):
@@ -125,11 +146,12 @@ def test_an_adapting_policy_by_hand():
     assert curve.per_episode_se.tolist() == pytest.approx([math.sqrt(10 / 9) * 0.5 / math.sqrt(10), 0.0, 0.0])
 
 
+@pytest.mark.parametrize("kind", [Countdown, TensorCountdown])
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_trials_of_different_lengths_in_order_and_padded(rows):
+def test_trials_of_different_lengths_in_order_and_padded(rows, kind):
     # Trials of 6 steps, episodes of n steps, each paying 1 + ... + n: six ones; one of 21; three times 1 + 2; twice
     # 1 + 2 + 3; 10 and then the 1 + 2 of an episode that the trial's end cuts.
-    env = countdown_env([1, 6, 2, 3, 4], rows, steps=6)
+    env = countdown_env([1, 6, 2, 3, 4], rows, kind, steps=6)
     expected = [[1.0] * 6, [21.0] + [NAN] * 5, [3.0] * 3 + [NAN] * 3, [6.0] * 2 + [NAN] * 4, [10.0, 3.0] + [NAN] * 4]
     curve = adaptation_curve(env, act(first_arm), 5)
     assert same(curve.returns, torch.tensor(expected, dtype=torch.float64))
@@ -138,9 +160,35 @@ def test_trials_of_different_lengths_in_order_and_padded(rows):
     assert same(curve.steps.returns, steps)
     assert curve.shown == ["steps"]
     # Trials of 2 episodes last 2, 12, 4, 6 and 8 steps: one row goes on to tasks 2 and 3 while another is on task 1.
-    env = countdown_env([1, 6, 2, 3, 4], rows, episodes=2)
+    env = countdown_env([1, 6, 2, 3, 4], rows, kind, episodes=2)
     expected = [[1.0, 1.0], [21.0, 21.0], [3.0, 3.0], [6.0, 6.0], [10.0, 10.0]]
     assert adaptation_curve(env, act(first_arm), 5).returns.tolist() == expected
+
+
+def test_trials_of_unknown_length_are_played_a_few_steps_at_once(monkeypatch):
+    batches, play = [], Rollout.__call__
+    monkeypatch.setattr(Rollout, "__call__", lambda self: batches.append(self.steps) or play(self))
+    env, seen = countdown_env([9, 9, 9, 9], 2, TensorCountdown, episodes=1), []
+    curve = adaptation_curve(env, act(first_arm), 4)
+    assert curve.returns.flatten().tolist() == [45.0] * 4
+    assert sum(batches) == env.base_env.asked == 24  # of 18
+    batches.clear()
+    assert same(adaptation_curve(env, act(first_arm), 4, on_step=seen.append).returns, curve.returns)
+    assert batches == [1] * len(seen) == [1] * 18  # nobody is shown a step beyond the last trial's end
+
+
+def test_who_plays_step_by_step_is_told_of_once(caplog):
+    caplog.set_level("INFO", "rl2_torchrl")
+    _tell_of_single_steps.cache_clear()
+    for _ in range(2):
+        adaptation_curve(countdown_env([2, 3], 2, episodes=1), act(first_arm), 2)
+        adaptation_curve(countdown_env([2, 3], 2, TensorCountdown, episodes=1), act(first_arm), 2)
+    assert [line.getMessage()[:45] for line in caplog.records] == ["evaluations on Countdown play step by step: i"]
+
+
+def test_trials_that_do_not_count_need_not_end():
+    env = countdown_env([3, 9], 2, TensorCountdown, episodes=1)
+    assert adaptation_curve(env, act(first_arm), 1, max_trial_steps=4).returns.tolist() == [[6.0]]
 
 
 def test_a_trial_of_many_steps_is_told_of_once(monkeypatch, caplog):
