@@ -297,7 +297,7 @@ class RunCheckpoints:
         ]
         # `settings_of` names them in this order, several of one class too.
         seeds = [name for name in self._settings if name.endswith(".seed") and f"{name[:-4]}task_key" in self._settings]
-        for sampler, name in zip(samplers, seeds, strict=True):
+        for sampler, name in zip(samplers, seeds, strict=False):
             if name in changed:
                 sampler.seed(sampler.given_seed)
 
