@@ -183,6 +183,9 @@ POLICIES = {
             default_interaction_type="random",
         ),
     ),
+    "a draw that is changed before the env takes it": lambda env: TensorDictSequential(
+        memoryless(linear()), TensorDictModule(lambda action: (action + 1) % 5, ["action"], ["action"])
+    ),
     "reads whether a trial begins": lambda env: TensorDictModule(
         lambda trans, first, ended: first.long().squeeze(-1) + 2 * ended.long().squeeze(-1),
         ["trans", "is_init", "episode_done"],

@@ -94,10 +94,13 @@ class Rollout:
             raise KeyError(
                 f"the policy writes no {self.trials.action_key!r}, which the env takes: {self.policy.out_keys}."
             )
-        can_wait = all(part.can_wait for part in self.parts[acts[0] :])
-        acting, waiting = (self.parts[: acts[0]], self.parts[acts[0] :]) if can_wait else (self.parts, [])
+        last = acts[-1]
+        can_wait = all(part.can_wait for part in self.parts[last:])
+        acting, waiting = (self.parts[:last], self.parts[last:]) if can_wait else (self.parts, [])
+        if len(acts) > 1:  # the log-probability is that of the draw, not of what is made of it
+            return [each for part in acting for each in (part, part.later) if each is not None], waiting
         log_probs = [part.later for part in acting if part.later is not None]
-        return acting, [*waiting, *(part for part in log_probs if part.out_keys[0] in self.keep)]
+        return acting, [*(part for part in log_probs if part.out_keys[0] in self.keep), *waiting]
 
     # ----------------------------------------------------------------- a batch
     @torch.no_grad()
