@@ -135,6 +135,13 @@ def test_losses_and_gradients_are_torchrls(dtype, tolerance, kind, critic, entro
         assert kinds.count("autograd") == ("elu" in kind)
 
 
+@pytest.mark.parametrize("family", ["categorical", "gaussian"])
+@pytest.mark.parametrize("entry", ["advantage", "action_log_prob"])
+def test_data_of_another_dtype_than_the_policys(family, entry):
+    data = data_of(family, torch.float32)
+    assert_same(loss_of(family, "separate", torch.float32), {**data, entry: data[entry].double()}, 1e-5)
+
+
 def test_a_gradient_by_hand():
     """One step, one unit, all GRU weights 0: h = 0, so that the mean is the last bias, and z = a - mean with log_std = 0."""
     actor = GRUGaussianActor(1, 1, hidden_size=1, init_log_std=0.0)

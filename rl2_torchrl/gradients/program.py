@@ -112,9 +112,9 @@ class _Term(Part):
             entries = entries_of(state, self.in_keys)
             Workspace.leave(*entries)  # users write such terms too
             self._values, slopes = self.function.with_gradients(*entries)
-            for key, slope in zip(self.in_keys, slopes, strict=True):
+            for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
                 if slope is not None and key in self.wanted:
-                    accumulate(gradients, key, slope)
+                    accumulate(gradients, key, slope.to(entry.dtype))  # kernels take it for that
         else:
             self.forward(state)
             gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
