@@ -206,6 +206,27 @@ def test_encoders_that_do_not_fit():
         GRUCategoricalActor.from_env(make_env(), encoder={"goal": MLPEncoder, "pixels": None})
 
 
+def test_two_cameras_whose_images_have_one_name_are_both_seen():
+    left, right = ("left", "pixels"), ("right", "pixels")
+    shapes = {"trans": [5], left: [3, 9, 9], right: [3, 9, 9]}
+    actor = RecurrentActor(
+        shapes, CategoricalActions(3), encoder=dict.fromkeys((left, right), ConvEncoder), init_range=1.0
+    )
+    assert actor.module[0].module[-2].input_size == 5 + 64 + 64
+    images = {side: {"pixels": torch.rand(2, 3, 9, 9)} for side in ("left", "right")}
+    seen = inputs(2, trans=torch.randn(2, 5), **images)
+    logits = [actor(seen.clone().set(key, torch.rand(2, 3, 9, 9)))["logits"] for key in (left, right)]
+    assert not any(torch.equal(each, actor(seen.clone())["logits"]) for each in logits)
+
+
+def test_entries_that_would_have_one_name_are_refused():
+    for keys, normalize in (((("a", "b_c"), ("a_b", "c")), False), (("normalized",), True)):
+        shapes, encoder = {"trans": [5], **dict.fromkeys(keys, [4])}, dict.fromkeys(keys, MLPEncoder)
+        with pytest.raises(ValueError, match="one of the two would be lost"):
+            RecurrentActor(shapes, CategoricalActions(3), encoder=encoder, normalize=normalize)
+    RecurrentActor({"trans": [5], "input": [4]}, CategoricalActions(3), encoder={"input": MLPEncoder})
+
+
 def test_encoders_take_the_networks_dtype():
     actor = RecurrentActor(5, CategoricalActions(3), encoder=MLPEncoder, dtype=torch.float64)
     assert {p.dtype for p in actor.parameters()} == {torch.float64}

@@ -178,6 +178,7 @@ def encoding(
     if unknown := [key for key in encoded if key not in entries]:
         raise KeyError(f"there are encoders for {unknown}, but the network reads {list(entries)}; from_env adds them.")
     modules = [encoder] if is_whole else [_module_of(*item, entries, out_key, factory) for item in encoder.items()]
+    _require_own_names(modules, entries)
     sizes = {}
     for key in [key for key in entries if key not in encoded]:
         if len(entries[key]) != 1:
@@ -198,7 +199,18 @@ def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key:
     module = encoder if isinstance(encoder, nn.Module) else encoder(shape).to(**factory)
     if len(shape) > 1 and not isinstance(module, ImageEncoder | MLPEncoder):
         module = ImageEncoder(module, shape)
-    return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else key[-1])])
+    return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else "_".join(key))])
+
+
+def _require_own_names(modules: Sequence[TensorDictModuleBase], entries: Mapping) -> None:
+    """ValueError where a module writes over what another one writes, or over an entry that others read."""
+    written = [module.out_keys[0] for module in modules]
+    for key, module in zip(written, modules, strict=True):
+        if written.count(key) > 1 or key in entries.keys() - set(module.in_keys):
+            raise ValueError(
+                f"what the encoder of {module.in_keys} makes is called {key!r}, as another input of the network is, and one of "
+                "the two would be lost: give an entry of the env another name, by TorchRL's RenameTransform."
+            )
 
 
 def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
