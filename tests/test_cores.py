@@ -54,6 +54,20 @@ class FromOnes(GRUCore):
         return (torch.ones(num_rows, *self.memory_shapes["hidden"]),)
 
 
+class HalfGRU(GRUCore):
+    """Steps of its own, upon those of the class above."""
+
+    def step(self, x, hidden):
+        features, hidden = super().step(x, hidden)
+        return 0.5 * features, hidden
+
+
+class HalfLSTM(LSTMCore):
+    def step(self, x, *memory):
+        features, *memory = super().step(x, *memory)
+        return 0.5 * features, *memory
+
+
 class LearnsItsStart(LSTMCore):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -65,6 +79,8 @@ class LearnsItsStart(LSTMCore):
 
 
 CORES = {
+    "gru with a step of its own": lambda size, **keys: HalfGRU(size, 6, **keys),
+    "lstm with a step of its own": lambda size, **keys: HalfLSTM(size, 6, **keys),
     "gru from ones": lambda size, **keys: FromOnes(size, 6, **keys),
     "lstm that learns its start": lambda size, **keys: LearnsItsStart(size, 6, **keys),
     "own": TwoSpeeds,
@@ -74,7 +90,7 @@ CORES = {
     "two GRU layers": lambda size, **keys: GRUCore(size, 6, 2, **keys),
     "bidirectional GRU": lambda size: FastGRUModule(size, 6, bidirectional=True, in_key="x", out_key="y"),
 }
-each_core = pytest.mark.parametrize("kind", list(CORES)[:7])
+each_core = pytest.mark.parametrize("kind", list(CORES)[:9])
 
 
 def build(kind, **keys):

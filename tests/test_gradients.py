@@ -257,9 +257,15 @@ class _Doubling(GRUCore):
         return out.set(self.out_keys[0], 2 * out[self.out_keys[0]])
 
 
-def _core_of_its_own():
+class _DoublingSequences(GRUCore):
+    def unroll(self, x, memory, is_init, *, with_memory=True):
+        features, *memory = super().unroll(x, memory, is_init, with_memory=with_memory)
+        return 2 * features, *memory
+
+
+def _core_of_its_own(kind):
     actor = RecurrentActor(
-        INPUTS, CategoricalActions(ACTIONS), core=_Doubling(INPUTS, UNITS, **F64), hidden_key="actor_hidden", **F64
+        INPUTS, CategoricalActions(ACTIONS), core=kind(INPUTS, UNITS, **F64), hidden_key="actor_hidden", **F64
     )
     return RL2PPOLoss(actor, GRUValueHead(INPUTS, hidden_size=12, **F64))
 
@@ -310,7 +316,8 @@ COMPOSED = {
     "hook on a head": (lambda: _hook_on(Head), 1),
     "hook on a GRU": (lambda: _hook_on(nn.GRU), 1),
     "hook on a core": (lambda: _changed(_hook_on_core), 1),
-    "core with a forward of its own": (_core_of_its_own, 1),
+    "core with a forward of its own": (lambda: _core_of_its_own(_Doubling), 1),
+    "core with sequences of its own": (lambda: _core_of_its_own(_DoublingSequences), 1),
     "transposed weights": (lambda: _changed(_transposed), 0),
     "frozen": (lambda: _changed(lambda loss: _gru(loss.actor_network).requires_grad_(False)), 0),
     "frozen layer": (lambda: _changed(lambda loss: _gru(loss.actor_network).bias_hh_l0.requires_grad_(False)), 0),

@@ -80,8 +80,11 @@ class RecurrentCore(TensorDictModuleBase):
         return tuple(self._like(torch.empty(0)).new_zeros(num_rows, *shape) for shape in self.memory_shapes.values())
 
     def _starts_from_zeros(self) -> bool:
-        """Whether `initial_memory` is this one, and no class or user has said otherwise."""
-        return type(self).initial_memory is RecurrentCore.initial_memory and "initial_memory" not in vars(self)
+        return self._keeps(RecurrentCore, "initial_memory")
+
+    def _keeps(self, cls: type, *methods: str) -> bool:
+        """Whether these ``methods`` are those of ``cls``, and no class below it, nor a user, has others."""
+        return all(getattr(type(self), name) is getattr(cls, name) and name not in vars(self) for name in methods)
 
     def step_function(self) -> Callable[..., Tensors]:
         """``(x, *memory) -> (features, *memory)``: one step of a rollout, without gradient; memories of None start anew.
@@ -250,7 +253,8 @@ class LSTMCore(RecurrentCore):
         return x, *(torch.stack(each, 1) for each in zip(*states, strict=True))
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
-        if not self._starts_from_zeros() or not is_bare(self.lstm):  # hooks see single steps, as those of a rollout do
+        is_plain = self._keeps(LSTMCore, "step") and self._starts_from_zeros()
+        if not is_plain or not is_bare(self.lstm):  # hooks see single steps, as those of a rollout do
             return super().unroll(x, memory, is_init, with_memory=with_memory)
         batch = x.shape[:2]
         starts = torch.zeros(batch, dtype=torch.bool, device=x.device) if is_init is None else is_init.bool().clone()

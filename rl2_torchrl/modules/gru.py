@@ -49,20 +49,25 @@ class FastGRUModule(RecurrentCore, GRUModule):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads and writes what `GRUModule` does: one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
-        return (GRUModule if is_compiling() else RecurrentCore).forward(self, tensordict)
+        return (GRUModule if is_compiling() and self._is_unchanged() else RecurrentCore).forward(self, tensordict)
 
     def _require_memory(self, is_init: Tensor) -> None:
         """`GRUModule` starts from zeros wherever it is given no memory; what takes its place does so too."""
 
     def gradient_part(self) -> GRUPart | None:
-        return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if self._is_covered() else None
+        is_own = self._is_covered() and self._keeps(FastGRUModule, "sequence", "unroll")
+        return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if is_own else None
+
+    def _is_unchanged(self) -> bool:
+        """Whether steps, and what they begin from, are those of this class, so that they need not be made one by one."""
+        return self._keeps(FastGRUModule, "step") and self._starts_from_zeros()
 
     def _is_plain(self) -> bool:
         """Whether this is `gru_sequence`, layer by layer, and nothing more."""
         gru, is_pad = self.gru, self.recurrent_backend == "pad"
         dropout = gru.dropout and gru.training and gru.num_layers > 1
         is_bare_gru = type(gru) is nn.GRU and is_bare(gru)  # hooks see a GRU that is called
-        return is_bare_gru and self._starts_from_zeros() and is_pad and not gru.bidirectional and not dropout
+        return is_bare_gru and self._is_unchanged() and is_pad and not gru.bidirectional and not dropout
 
     def _is_covered(self) -> bool:
         return self._is_plain() and kernels.covers(self.gru.weight_hh_l0)
@@ -78,7 +83,7 @@ class FastGRUModule(RecurrentCore, GRUModule):
         return x.squeeze(1), hidden.transpose(0, 1)
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
-        if not self._starts_from_zeros() or not is_bare(self.gru):  # hooks see single steps, as those of a rollout do
+        if not self._is_unchanged() or not is_bare(self.gru):  # hooks see single steps, as those of a rollout do
             return RecurrentCore.unroll(self, x, memory, is_init, with_memory=with_memory)
         if self._is_covered() or (self._is_plain() and x.is_cuda and len(x) and not with_memory):
             layers = self._layers(x, memory and memory[0], is_init)
