@@ -228,3 +228,52 @@ def test_a_term_with_a_gradient_of_its_own():
     for parameter, one, other in zip(loss.parameters(), gradients, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(parameter.grad, other, rtol=1e-12, atol=1e-12)
+
+
+class Half(OwnGradient):
+    """Of what it reads the squares' sum, halved, the gradient of which is what it reads: in one memory."""
+
+    def with_gradients(self, *entries):
+        return {"loss_half": 0.5 * sum(entry.square().sum() for entry in entries)}, entries
+
+
+class Mean(OwnGradient):
+    """Its gradient is one number, seen as many."""
+
+    def with_gradients(self, entry):
+        return {"loss_mean": entry.mean()}, (entry.new_tensor(1 / entry.numel()).expand_as(entry),)
+
+
+class Summed(OwnGradient):
+    """The gradient is the same by both entries: in one memory."""
+
+    def with_gradients(self, one, other):
+        both = one + other
+        return {"loss_summed": 0.5 * both.square().sum()}, (both, both)
+
+
+@pytest.mark.parametrize(
+    ("term", "critic"),
+    [
+        (Half(["actor_features"]), "shared"),
+        (Half(["logits", "actor_features"]), "shared"),
+        (Mean(["actor_features"]), "shared"),
+        (Mean(["logits"]), "shared"),
+        (Summed(["actor_features", "critic_features"]), "own"),
+    ],
+)
+def test_gradients_that_a_term_gives_are_not_written_over(term, critic):
+    class Cubes(nn.Module):
+        in_keys = ["logits", "actor_features"]
+
+        def forward(self, logits, features):
+            return {"loss_cubes": logits.pow(3).sum() + features.pow(3).sum()}
+
+    torch.manual_seed(0)
+    actor = GRUCategoricalActor(5, 3, hidden_size=8, init_range=1.0, **F64)
+    value = MemoryValueHead(8, detach=False, **F64) if critic == "shared" else GRUValueHead(5, hidden_size=8, **F64)
+    loss, data = RL2PPOLoss(actor, value, terms=[term, Cubes()]), data_of()
+    expected = torch.autograd.grad(total(loss(data)), list(loss.parameters()))
+    Program(loss)(dict(data.items()))
+    for parameter, gradient in zip(loss.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)

@@ -99,6 +99,8 @@ class _Term(Part):
 
     def __init__(self, term: nn.Module):
         super().__init__(term, term.in_keys, [("loss", "sum")])
+        #: Others may give an entry for its gradient, or one tensor for two: what is not ours is copied before it is added to.
+        self._is_ours = type(term).__module__.startswith("rl2_torchrl.")
 
     def run(self, state: State) -> None:
         entries = entries_of(state, self.in_keys)
@@ -114,7 +116,9 @@ class _Term(Part):
             self._values, slopes = self.function.with_gradients(*entries)
             for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
                 if slope is not None and key in self.wanted:
-                    accumulate(gradients, key, slope.to(entry.dtype))  # kernels take it for that
+                    slope = slope.to(entry.dtype)  # kernels take it for that
+                    own = slope if self._is_ours else slope.clone(memory_format=torch.contiguous_format)
+                    accumulate(gradients, key, own)
         else:
             self.forward(state)
             gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
