@@ -64,6 +64,15 @@ def test_statistics_are_those_of_all_data():
     torch.testing.assert_close(norm(flat), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_are_normalised_as_the_reals_they_are(dtype):
+    data = torch.tensor([[0, 100], [1, 200], [1, 120]]).to(dtype)
+    norm = RunningNorm(2)
+    torch.testing.assert_close(norm(data), data.float())
+    norm.update_statistics(data)
+    torch.testing.assert_close(norm(data), norm(data.float()))
+
+
 def test_before_the_first_data_nothing_changes():
     x = torch.randn(3, 2) * 100
     assert torch.equal(RunningNorm(2)(x), x)

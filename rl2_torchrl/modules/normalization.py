@@ -69,7 +69,7 @@ class RunningNorm(nn.Module):
         return torch.where(std > 16 * torch.finfo(std.dtype).eps * self.mean.abs(), std, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``x`` ``[*B, size]`` to ``[*B, size]``."""
+        """Maps ``x`` ``[*B, size]`` to ``[*B, size]``; whole numbers become reals."""
         return self.step_function()(x)
 
     def step_function(self) -> Callable[[Tensor], Tensor]:
@@ -80,9 +80,10 @@ class RunningNorm(nn.Module):
 
         def step(x: Tensor) -> Tensor:
             if x.dtype not in by_dtype:
-                by_dtype[x.dtype] = [each.to(x.dtype) for each in (shift, scale, bound, -bound)]
+                dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+                by_dtype[x.dtype] = [each.to(dtype) for each in (shift, scale, bound, -bound)]
             less, times, most, least = by_dtype[x.dtype]
-            return ((x - less) * times).clamp(least, most)
+            return ((x.to(less.dtype) - less) * times).clamp(least, most)
 
         return step
 
@@ -90,6 +91,7 @@ class RunningNorm(nn.Module):
     def update_statistics(self, x: Tensor) -> None:
         """Adds the data ``x`` ``[*B, size]`` (Chan, Golub & LeVeque 1983, eq. 2.1)."""
         x = x.reshape(-1, x.shape[-1])
+        x = x.byte() if x.dtype == torch.bool else x  # of which nothing can be subtracted
         # The mean of one column first: float32 sums of large numbers would lose what varies.
         mean = x.mean(0, dtype=torch.float64)
         squares = (x - mean).square().sum(0)
