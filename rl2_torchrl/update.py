@@ -17,6 +17,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from tensordict.utils import unravel_key
 from torch import nn
 from torch.distributed import ProcessGroup
+from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import require_flags, require_numbers, whole
@@ -26,6 +27,7 @@ from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.objectives.advantages import TrialAdvantage
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
@@ -207,7 +209,8 @@ class PPOUpdate:
             KeyError: the batch lacks an entry that the loss reads.
         """
         starts = split_rows(batch.select("is_init", strict=False), self.bptt).get("is_init", None)
-        memory = [] if starts is not None and bool(starts[:, 0].all()) else self._memory_keys()
+        are_whole = starts is not None and bool(starts[:, 0].all())
+        memory = self._starting_keys() if are_whole else self._memory_keys()
         keys = [*self._keys_read(), *memory]
         missing = [key for key in keys if key not in batch.keys(True, True)]
         if missing:
@@ -223,13 +226,14 @@ class PPOUpdate:
     def in_keys(self) -> list[NestedKey]:
         """Entries of a collected batch that an update reads, for ``TrialCollector(keep=...)``: loss, terms and advantage.
 
-        Hidden states are among them only with ``bptt``, and so is what the critic reads beyond a trial that the batch cuts:
-        without, rows are whole trials, which start from zeros and end with the batch.
+        Cores' hidden states are among them only with ``bptt``, and so is what the critic reads beyond a trial that the batch
+        cuts: without, rows are whole trials, which start from what the core begins with and end with the batch.
         """
         keys, stand_in = self.loss.tensor_keys, getattr(self.advantage, "stand_in", None)
         read = [key for key in self._keys_read() if key not in (keys.advantage, keys.value_target)]
         read += getattr(self.advantage, "in_keys", [keys.value])
         read += [("next", key) for key in ("reward", "done", "terminated")]
+        read += self._starting_keys()
         if self.bptt is not None:
             beyond = [] if stand_in is None else [key for key in stand_in.in_keys if key != "is_init"]
             read += [*self._memory_keys(), *(unravel_key(("next", key)) for key in beyond)]
@@ -237,6 +241,13 @@ class PPOUpdate:
 
     def _memory_keys(self) -> list[NestedKey]:
         return list(dict.fromkeys(key for network in self._networks() for key in hidden_keys(network)))
+
+    def _starting_keys(self) -> list[NestedKey]:
+        """Memories that whole trials need too: what they begin with is known of cores, and else stored alone."""
+        modules = [module for network in self._networks() for module in network.modules()]
+        cores = [module for module in modules if isinstance(module, RecurrentCore | GRUModule | LSTMModule)]
+        known = {key for core in cores for key in hidden_keys(core)}
+        return [key for key in self._memory_keys() if key not in known]
 
     def _networks(self) -> list[nn.Module]:
         return [n for n in (self.loss.actor_network, self.loss.critic_network) if n is not None]

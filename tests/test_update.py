@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.collectors.utils import split_trajectories
-from torchrl.envs import Compose, InitTracker, TransformedEnv
+from torchrl.data import Unbounded
+from torchrl.envs import Compose, InitTracker, TensorDictPrimer, TransformedEnv
+from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import (
     ActorCritic,
@@ -690,6 +692,44 @@ def test_memory_lost_while_collecting_is_noticed():
         update(lost)
     primed = Collector(env, ActorCritic(actor, critic), auto_register_policy_transforms=True, **options)
     update(next(iter(primed)).select(*update.in_keys))
+
+
+class FromThrees(TensorDictModuleBase):
+    """A module with a memory, no core, which its primer alone says to begin with threes."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.cell, self.in_keys, self.out_keys = torch.nn.GRUCell(size, 4), ["trans", "h"], ["features", ("next", "h")]
+
+    def make_tensordict_primer(self):
+        return TensorDictPrimer({"h": Unbounded((4,))}, default_value=3.0, expand_specs=True)
+
+    def forward(self, tensordict):
+        x = tensordict["trans"]
+        hidden = tensordict.get("h", x.new_zeros(*x.shape[:-1], 4))
+        states = [hidden if x.ndim == 2 else hidden[:, 0]]
+        for step in x.unsqueeze(1).unbind(1) if x.ndim == 2 else x.unbind(1):
+            states.append(self.cell(step, states[-1]))
+        out = states[-1] if x.ndim == 2 else torch.stack(states[1:], 1)
+        return tensordict.set("features", out).set(("next", "h"), out)
+
+
+def test_trials_of_a_module_that_is_no_core_begin_with_what_was_stored():
+    env = TransformedEnv(
+        BernoulliBandit(3, batch_size=(8,), seed=0),
+        Compose(Trial(episodes=6), TaskSampler(uniform_means(3), seed=1), PreviousStep()),
+    )
+    torch.manual_seed(0)
+    head = TensorDictModule(torch.nn.Linear(4, 3), ["features"], ["logits"])
+    options = {"in_keys": ["logits"], "distribution_class": torch.distributions.Categorical, "return_log_prob": True}
+    actor = ProbabilisticActor(TensorDictSequential(FromThrees(5), head), **options)
+    critic = GRUValueHead.from_env(env, hidden_size=4)
+    update = PPOUpdate(RL2PPOLoss(actor, critic), epochs=1, minibatches=1, lr=0.0)
+    assert "h" in update.in_keys
+    assert "critic_hidden" not in update.in_keys
+    batch = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=48, keep=update.in_keys).rollout()
+    assert batch["h"][:, 0].eq(3).all()
+    assert update(batch)["max_ratio"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
