@@ -15,7 +15,8 @@ from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import GRUValueHead, PreviousStep, RL2PPOLoss, Trial, kernels
-from rl2_torchrl.gradients import actor_parts
+from rl2_torchrl.agent.step import actor_of
+from rl2_torchrl.gradients import ENTROPY, LOG_PROB, actor_parts
 from rl2_torchrl.modules import (
     ActionDistribution,
     CategoricalActions,
@@ -28,6 +29,7 @@ from rl2_torchrl.modules import (
     TanhGaussianActions,
     register_distribution,
 )
+from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.distributions import distribution_of, gumbel_
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
@@ -153,6 +155,45 @@ def test_a_distribution_of_ones_own():
     assert distribution_of(module).act(torch.zeros(2), torch.ones(2)).tolist() == [7, 7]
 
 
+class Coldly(D.Categorical):
+    def __init__(self, logits):
+        super().__init__(logits=3 * logits)
+
+
+class ColdActions(CategoricalActions):
+    """Choices whose draws and log-probabilities are other ones than those of the class above."""
+
+    def __init__(self, num_actions=1):
+        super().__init__(num_actions)
+        self.distribution_class = Coldly
+
+    def act(self, logits):
+        return super().act(3 * logits)
+
+    def log_prob_and_entropy(self, action, logits):
+        return super().log_prob_and_entropy(action, 3 * logits)
+
+
+def test_a_class_below_ours_plays_and_learns_by_its_own_functions():
+    register_distribution(Coldly, ColdActions)
+    torch.manual_seed(0)
+    actor = RecurrentActor(5, ColdActions(3), hidden_size=8, init_range=1.0)
+    [*_, part] = actor_parts(actor, "action", entropy=True)
+    logits, action = torch.randn(4, 6, 3), torch.randint(3, (4, 6))
+    state = {"logits": logits, "action": action}
+    part.forward(state)
+    torch.testing.assert_close(state[LOG_PROB], Coldly(logits).log_prob(action))
+    torch.testing.assert_close(state[ENTROPY], Coldly(logits).entropy())
+    [*_, acting] = acting_parts(actor)
+    state = {"logits": torch.tensor([[0.0, 1.0, 0.0]]).expand(20000, 3)}
+    with set_interaction_type(InteractionType.RANDOM):
+        acting.make(1)(state)
+    probability = Coldly(state["logits"][0]).probs[1]
+    assert (state["action"] == 1).float().mean() == pytest.approx(float(probability), abs=0.015)
+    with pytest.raises(TypeError, match="can act by noise"):  # which would be drawn as the class above draws
+        actor_of(actor)
+
+
 def test_what_is_no_single_action_has_no_functions():
     module = ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=D.Categorical, num_samples=3)
     assert distribution_of(module) is None
@@ -184,7 +225,7 @@ def test_the_distribution_is_chosen_by_the_action_spec(kind):
         assert out["action"].shape == (6, *spec.shape)
         assert out["action_log_prob"].shape == (6,)
         for action in out["action"]:
-            assert spec.is_in(action.to(spec.dtype))
+            assert expected is GaussianActions or spec.is_in(action.to(spec.dtype))  # a Gaussian knows no bounds
             assert action.dtype == spec.dtype or isinstance(spec, OneHot)
 
 

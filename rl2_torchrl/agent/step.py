@@ -25,7 +25,7 @@ from rl2_torchrl.modules import ActorCritic
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import where_rows
-from rl2_torchrl.modules.distributions import distribution_of
+from rl2_torchrl.modules.distributions import distribution_of, stands_for
 
 __all__ = ["LAST_ACTION", "PolicyStep", "actor_of", "signature_of"]
 
@@ -137,7 +137,8 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
     actor = policy.actor if isinstance(policy, ActorCritic) else policy
     parts = acting_parts(actor)
     distribution = distribution_of(parts[-1].module) if parts[-1].way == "distribution" else None
-    if distribution is None or distribution.noise is None or len(actor.module) != 2:
+    has_noise = distribution is not None and distribution.noise is not None
+    if not has_noise or not stands_for(distribution, "with_noise", "act") or len(actor.module) != 2:
         raise TypeError(
             f"{type(actor).__name__}: an agent is made of networks and one distribution that can act by noise from outside, as "
             "RecurrentActor has them. Give a distribution of your own `noise` and `with_noise` (ActionDistribution)."

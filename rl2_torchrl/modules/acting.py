@@ -25,7 +25,7 @@ from torchrl.modules import SafeProbabilisticModule
 from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import State, brings, has_hooks, is_bare, is_function
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
+from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of, stands_for
 
 __all__ = ["ActingPart", "State", "acting_parts"]
 
@@ -105,12 +105,14 @@ def _core(module: TensorDictModuleBase) -> Run:
 def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDistribution) -> ActingPart:
     in_keys, later = module.in_keys, None
     action_key = next(key for key in module.out_keys if key not in module.log_prob_keys)
+    is_own = stands_for(distribution, "sampler", "act", "mode")
+    sampler = distribution.sampler if is_own else lambda _: distribution.act
 
     def make(steps: int) -> Run:
         kind = interaction_type() or module.default_interaction_type
         if kind not in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
             return _on_tensordict(module)
-        act = distribution.sampler(steps) if kind is InteractionType.RANDOM else distribution.mode
+        act = sampler(steps) if kind is InteractionType.RANDOM else distribution.mode
 
         def run(state: State) -> None:
             state[action_key] = act(*[state[key] for key in in_keys])

@@ -24,7 +24,7 @@ from rl2_torchrl.modules.functions import log_prob_and_entropy
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
     *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of", "policy_part"),
-    *("gumbel_", "register_distribution"),
+    *("gumbel_", "register_distribution", "stands_for"),
 ]
 
 
@@ -36,7 +36,8 @@ class ActionDistribution:
     """How a head's outputs become an action, and a distribution class as functions of its parameters ``[*B, n]``.
 
     Rollouts and losses call these functions, so that no object is made at every step. Here they ask the class; what is derived
-    gives the class's numbers, and under the same `torch.manual_seed` its draws, in less time (`register_distribution`).
+    gives the class's numbers, and under the same `torch.manual_seed` its draws, in less time (`register_distribution`). What a
+    class inherits of `part`, `sampler` and `with_noise` counts as long as the functions are those that they are other forms of.
 
     Args:
         num_outputs: outputs of the head.
@@ -478,6 +479,13 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
     return known
 
 
+def stands_for(distribution: ActionDistribution, name: str, *methods: str) -> bool:
+    """Whether ``name`` is another form of ``methods`` as they are: no class below the one that brings it has others."""
+    mro = type(distribution).__mro__
+    brought = next(number for number, cls in enumerate(mro) if name in vars(cls))
+    return not any(method in vars(cls) for cls in mro[:brought] for method in methods)
+
+
 def policy_part(
     sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: Tensor | None
 ) -> Part:
@@ -497,7 +505,7 @@ def policy_part(
 
     has_kernels = like is not None and policy.has_kernels(like)
     keys = ([action_key, *sample.in_keys], [policy.LOG_PROB, policy.ENTROPY] if entropy else [policy.LOG_PROB])
-    if has_kernels and distribution.part:
+    if has_kernels and distribution.part and stands_for(distribution, "part", "log_prob_and_entropy"):
         return distribution.part(terms, *keys)
     missing = "brings no gradient of its own" if has_kernels else "has no kernels here"
     return Part(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")
