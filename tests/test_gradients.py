@@ -23,7 +23,7 @@ from rl2_torchrl.gradients.networks import parts_of
 from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, log_scale_key
 from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules import CategoricalActions, GRUCore, LSTMCore, MLPEncoder, RecurrentActor, RecurrentCritic
-from rl2_torchrl.modules.distributions import MultiCategoricalActions, TanhGaussianActions
+from rl2_torchrl.modules.distributions import Gaussian, MultiCategoricalActions, TanhGaussianActions
 from rl2_torchrl.modules.layers import Head
 
 ROWS, STEPS, INPUTS, ACTIONS, UNITS = 9, 6, 5, 3, 20
@@ -379,6 +379,14 @@ def test_distributions(name):
     data["action"] = action(3 * data["action"])
     program = assert_same(loss, data, tolerance=1e-8 if name == "squashed" else 1e-12)
     assert sum(part.kind == "autograd" for part in program.parts) == (unknown if COMPILED else len(program.parts))
+
+
+def test_one_scale_for_all_dimensions():
+    loss = loss_of("gaussian", "separate", torch.float64, entropy_bonus=True)
+    gaussian = next(module for module in loss.modules() if isinstance(module, Gaussian))
+    gaussian.log_std = nn.Parameter(torch.tensor([-0.5], **F64))
+    program = assert_same(loss, data_of("gaussian", torch.float64))
+    assert "autograd" in [part.kind for part in program.parts]
 
 
 def test_entropy_without_a_closed_form_is_estimated_as_torchrl_does():

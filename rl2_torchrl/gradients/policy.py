@@ -66,7 +66,7 @@ class GaussianPart(Part):
         action, loc, scale = entries_of(state, self.in_keys)
         log_scale = state.get(log_scale_key(self.in_keys[2]))
         fits = (action.shape, action.dtype) == (loc.shape, loc.dtype) == (scale.shape, scale.dtype)
-        if log_scale is None or not fits or not has_kernels(loc):
+        if log_scale is None or log_scale.shape != loc.shape[-1:] or not fits or not has_kernels(loc):
             return False
         self._tensors = (action.contiguous(), loc.contiguous(), log_scale.contiguous())
         state[LOG_PROB] = loc.new_empty(loc.shape[:-1])

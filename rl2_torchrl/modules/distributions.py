@@ -18,6 +18,7 @@ from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
 from rl2_torchrl.arguments import whole, whole_numbers
 from rl2_torchrl.gradients import policy
+from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, brings
 from rl2_torchrl.modules.functions import log_prob_and_entropy
 
@@ -424,7 +425,9 @@ class Gaussian(nn.Module):
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]):
         mean = self.mean.gradient_part(in_keys, out_keys[:1]) if brings(self.mean, "gradient_part") else None
-        return mean and policy.GaussianHeadPart(self, mean, self.log_std, out_keys)
+        # Kernels read as many scales as there are means, where forward takes one for all of them too.
+        fits = not isinstance(mean, ChainPart) or self.log_std.shape == (mean.linears[-1].out_features,)
+        return policy.GaussianHeadPart(self, mean, self.log_std, out_keys) if mean and fits else None
 
 
 # ------------------------------------------------------------ of a policy's module
