@@ -251,6 +251,45 @@ def test_what_changes_after_a_first_call_counts(name):
     assert set(before.keys()) != set(after.keys()) or not torch.equal(before["max_ratio"], after["max_ratio"])
 
 
+class Plain(RL2PPOLoss):
+    """Nothing of its own."""
+
+
+class Tenfold(RL2PPOLoss):
+    """A method of TorchRL's is another one."""
+
+    def loss_critic(self, tensordict):
+        loss, *more = super().loss_critic(tensordict)
+        return 10 * loss, *more
+
+
+class Longer(RL2PPOLoss):
+    def forward(self, tensordict):
+        return super().forward(tensordict)
+
+
+def test_a_loss_below_ours_is_run_part_by_part_unless_it_does_something_else():
+    assert Plain(*networks()).why_not_parts() is None
+    assert "Longer has a forward of its own" in Longer(*networks()).why_not_parts()
+    loss, td = Tenfold(*networks()), data()
+    assert "['loss_critic'] of ClipPPOLoss" in loss.why_not_parts()
+    torch.testing.assert_close(loss(td)["loss_critic"], 10 * Plain(*networks())(td)["loss_critic"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("normalize_advantage", True), ("loss_critic_type", "smooth_l1"), ("reduction", "sum")]
+)
+def test_options_that_are_set_later_count(name, value):
+    loss, td = RL2PPOLoss(*networks()), data()
+    before = loss(td)
+    setattr(loss, name, value)
+    assert name in loss.why_not_parts()
+    after, expected = loss(td), ClipPPOLoss.forward(loss, td)
+    for key in ("loss_objective", "loss_critic"):
+        assert torch.equal(after[key], expected[key])
+    assert not all(torch.equal(before[key], after[key]) for key in ("loss_objective", "loss_critic"))
+
+
 def test_called_by_keyword():
     loss, td = RL2PPOLoss(*networks(), entropy_bonus=True), data()
     expected = loss(td)

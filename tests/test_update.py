@@ -582,7 +582,7 @@ def test_the_compiled_backend_says_why_it_cannot_serve(way):
 def test_options_beyond_ours_are_left_to_torchrl():
     for options in (
         {"clip_value": 0.2},
-        {"reduction": "mean"},
+        {"reduction": "sum"},
         {"loss_critic_type": "smooth_l1"},
         {"functional": True},
     ):

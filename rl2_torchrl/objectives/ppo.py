@@ -1,6 +1,7 @@
 """`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients, and with further terms."""
 
 from collections.abc import Container, Mapping, Sequence
+from inspect import unwrap
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +27,22 @@ _PARTS: WeakKeyDictionary = WeakKeyDictionary()
 
 #: What `ClipPPOLoss` has otherwise by default.
 _DEFAULTS = {"loss_critic_type": "l2", "entropy_bonus": False, "log_explained_variance": False, "functional": False}
+
+
+#: With what parts and terms compute, by attribute: with any other it is `ClipPPOLoss` that does.
+_OURS = {"loss_critic_type": "l2", "normalize_advantage": False, "advantage_norm": None, "reduction": "mean"}
+_OURS |= {"clip_value": None, "max_importance_ratio": None, "samples_mc_entropy": 1, "_entropy_coeff_map": None}
+_OURS |= {"log_explained_variance": False, "separate_losses": False, "functional": False, "delay_actor": False}
+
+#: What `ClipPPOLoss` calls of itself, and nobody else.
+_STEPS = (
+    "_maybe_normalize_advantage",
+    "_standardize_advantage",
+    "_scale_advantage",
+    "_log_weight",
+    "_get_cur_log_prob",
+)
+_STEPS += ("_get_entropy", "_weighted_loss_entropy", "loss_critic", "_critic_loss_inputs", "_reduce_loss")
 
 
 class RL2PPOLoss(ClipPPOLoss):
@@ -82,15 +99,12 @@ class RL2PPOLoss(ClipPPOLoss):
         self._set_in_keys()
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
         self._is_recurrent = bool(hidden_keys(actor_network))
-        others = {"entropy_coeff for several heads": self._entropy_coeff_map, **options, "entropy_bonus": None}
-        asked = [name for name, value in others.items() if value not in (_DEFAULTS.get(name), False, None)]
-        self._beyond = f"the options {asked} are ClipPPOLoss's" if asked else None
 
     # ------------------------------------------------------------- the parts
     def why_not_parts(self) -> str | None:
         """Why this loss is computed by a forward, `ClipPPOLoss`'s or another, in words; None where parts and terms do it."""
         name, hooks = type(self).__name__, (*self._forward_hooks.values(), *self._forward_pre_hooks.values())
-        if type(self).forward is not RL2PPOLoss.forward:
+        if unwrap(type(self).forward) is not unwrap(RL2PPOLoss.forward):  # TorchRL wraps that of each class
             return f"{name} has a forward of its own: what it adds as a term (RL2PPOLoss(terms=[...])) is faster"
         if "forward" in vars(self):
             return f"another function stands in the place of this {name}'s forward"
@@ -101,7 +115,14 @@ class RL2PPOLoss(ClipPPOLoss):
         return self._why_torchrls()
 
     def _why_torchrls(self) -> str | None:
-        return self._beyond or why_no_parts(self.actor_network)
+        if options := [name for name, ours in _OURS.items() if _differs(getattr(self, name), ours)]:
+            return f"the options {options} are ClipPPOLoss's"
+        cls = type(self)
+        if own := [
+            step for step in _STEPS if step in vars(self) or getattr(cls, step) is not getattr(ClipPPOLoss, step)
+        ]:
+            return f"{own} of ClipPPOLoss are others in {cls.__name__}: a term of loss_terms() in their place is faster"
+        return why_no_parts(self.actor_network)
 
     def network_parts(self) -> list[Part]:
         """The parts of actor and critic, in order."""
@@ -216,6 +237,10 @@ class RL2PPOLoss(ClipPPOLoss):
         for name, value in exact.items():
             if self._buffers.get(name) is not None and not isinstance(value, Mapping):
                 self._buffers[name] = torch.as_tensor(value, dtype=dtype, device=self._buffers[name].device)
+
+
+def _differs(value: object, ours: object) -> bool:
+    return isinstance(value, Tensor) or (value or None) != (ours or None)
 
 
 def _check_terms(terms: Sequence[nn.Module]) -> None:
