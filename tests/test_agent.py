@@ -317,6 +317,14 @@ def test_training_on_does_not_change_an_agent():
     torch.testing.assert_close(agent.policy.state_dict(), expected, rtol=0, atol=0)
 
 
+def test_weights_that_are_loaded_into_an_agents_policy_play_whole_from_the_next_trial_on():
+    first, second = (rl2.AdaptiveAgent.from_policy(make(bandits(), seed), bandits()) for seed in (1, 2))
+    play(first, bandits(), 5, seed=3)
+    first.policy.load_state_dict(second.policy.state_dict())
+    for one, other in zip(play(first, bandits(), 20, seed=3), play(second, bandits(), 20, seed=3), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_tensors_for_tensors_and_numpy_for_the_rest():
     env = toys("box", 1)
     agent = AdaptiveAgent.from_policy(make(env), env)

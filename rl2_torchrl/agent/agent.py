@@ -149,7 +149,7 @@ class AdaptiveAgent:
 
     # ----------------------------------------------------------------- a trial
     def new_trial(self, num_rows: int | None = None, *, rows: Any = None) -> None:
-        """A new task begins, with a fresh memory.
+        """A new task begins, with a fresh memory, and with the weights that `policy` has now.
 
         Args:
             num_rows: so many trials side by side; all arguments then are ``[num_rows, ...]``. None: one, without that dimension.
@@ -167,6 +167,8 @@ class AdaptiveAgent:
             self._start = self._start | rows
             return
         count, signature = 1 if num_rows is None else whole("num_rows", num_rows), self.signature
+        if self.policy is not None:
+            self.step.read_weights()
         self._is_single, self._is_waiting = num_rows is None, False
         self._start = torch.ones(count, dtype=torch.bool)
         self._reward, self._done = torch.zeros(count), torch.zeros(count, dtype=torch.bool)

@@ -40,7 +40,7 @@ class PolicyStep(nn.Module):
     noise of zeros the action is the distribution's mode. The memory begins with the last action, as the policy reads it.
 
     Args:
-        policy: an actor; its weights are read now, where ``compiled`` is set.
+        policy: an actor; its weights are read now, and by `read_weights`, where ``compiled`` is set.
         signature: what it and the env hand each other.
         compiled: whether modules may act by compiled functions of their own, as in rollouts. Else they are PyTorch's operations,
             which can be exported. Default True.
@@ -52,11 +52,16 @@ class PolicyStep(nn.Module):
     def __init__(self, policy: ProbabilisticTensorDictSequential, signature: Signature, *, compiled: bool = True):
         super().__init__()
         self.policy, self.signature, self._layout = policy, signature, signature.layout
-        *networks, sample = acting_parts(policy)
+        *self._networks, sample = acting_parts(policy)
+        self._make = (lambda part: part.make(1)) if compiled else _exportable
         self._distribution, self.parameter_keys = distribution_of(sample.module), sample.in_keys
         self._hidden_keys = hidden_keys(policy)
         self._next_keys = [unravel_key(("next", key)) for key in self._hidden_keys]
-        self._functions = [part.make(1) if compiled else _exportable(part) for part in networks]
+        self.read_weights()
+
+    def read_weights(self) -> None:
+        """Makes the modules' functions anew, some of which hold on to the weights as they were."""
+        self._functions = list(map(self._make, self._networks))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Observations ``[N, ...]``, reward ``[N]``, done and start (bool ``[N]``), noise ``[N, noise_size]``, memory ``[N, ...]``.
