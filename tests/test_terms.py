@@ -200,6 +200,11 @@ def test_what_is_no_term():
         loss_with(misnamed)
 
 
+def test_terms_that_come_one_by_one():
+    loss = RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=8, **F64), terms=(term for term in [Told()]))
+    assert [type(term) for term in loss.terms] == [Told]
+
+
 def test_two_terms_of_one_name_and_one_that_reads_what_is_not_there():
     with pytest.raises(ValueError, match="two loss terms give 'loss_told'"):
         Program(loss_with(Told(), Told()))(dict(data_of().items()))

@@ -1,6 +1,6 @@
 """`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients, and with further terms."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from inspect import unwrap
 from weakref import WeakKeyDictionary
 
@@ -77,7 +77,7 @@ class RL2PPOLoss(ClipPPOLoss):
         actor_network: ProbabilisticTensorDictSequential | None = None,
         critic_network: TensorDictModuleBase | None = None,
         *,
-        terms: Sequence[nn.Module] = (),
+        terms: Iterable[nn.Module] = (),
         clip_epsilon: float | tuple[float, float] = 0.3,
         critic_coeff: float | None = 0.5,
         entropy_coeff: float | Mapping[NestedKey, float] | None = None,
@@ -86,6 +86,7 @@ class RL2PPOLoss(ClipPPOLoss):
         # ClipPPOLoss's other names for the two.
         actor_network, critic_network = kwargs.pop("actor", actor_network), kwargs.pop("critic", critic_network)
         require_policy(actor_network, "RL2PPOLoss")
+        terms = _checked_terms(terms)
         options = {**_DEFAULTS, **kwargs}
         _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
         options["functional"] |= options.get("delay_actor", False)
@@ -94,7 +95,6 @@ class RL2PPOLoss(ClipPPOLoss):
         super().__init__(actor_network, critic_network, **weights, **options)
         if terms and self.functional:
             raise ValueError("terms read what the networks write, which functional=True hides: leave it False.")
-        _check_terms(terms)
         self.terms = nn.ModuleList(terms)
         self._set_in_keys()
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
@@ -243,16 +243,18 @@ def _differs(value: object, ours: object) -> bool:
     return isinstance(value, Tensor) or (value or None) != (ours or None)
 
 
-def _check_terms(terms: Sequence[nn.Module]) -> None:
+def _checked_terms(terms: Iterable[nn.Module]) -> list[nn.Module]:
     if isinstance(terms, nn.Module) and not isinstance(terms, nn.ModuleList):
         raise TypeError(
             f"terms={type(terms).__name__}(...) is one term: give a list, terms=[{type(terms).__name__}(...)]."
         )
+    terms = list(terms)
     for term in terms:
         if not isinstance(term, nn.Module) or isinstance(getattr(term, "in_keys", ""), str):
             raise TypeError(
                 f"{type(term).__name__} is no loss term, a module with in_keys: help(rl2_torchrl.objectives.terms)."
             )
+    return terms
 
 
 def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonus: bool) -> None:
