@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from copy import copy
 from functools import partial
 from inspect import Parameter, signature
 from statistics import fmean
@@ -13,7 +12,7 @@ from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import unravel_key
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -29,7 +28,7 @@ from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
-from rl2_torchrl.objectives.advantages import TrialAdvantage
+from rl2_torchrl.objectives.advantages import TrialAdvantage, asking
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
 from rl2_torchrl.objectives.terms import as_number
 
@@ -141,7 +140,8 @@ class PPOUpdate:
             raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts', 'autograd' or 'graph'.")
         self.loss = loss
         _norms(self._networks())
-        self.advantage = _with_stand_in(TrialAdvantage() if advantage is None else advantage, loss)
+        self.advantage = TrialAdvantage() if advantage is None else advantage
+        self.stand_in = _stand_in(self.advantage, loss)
         self.bptt, self.shuffle = None if bptt is None else whole("bptt", bptt), shuffle
         self.epochs, self.minibatches = whole("epochs", epochs), whole("minibatches", minibatches)
         self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
@@ -173,7 +173,7 @@ class PPOUpdate:
         norms = _norms(self._networks())
         if any(norm.count == 0 for norm, _ in norms):
             return self._measure(norms, batch)
-        self._chunks.fill(self.chunks(self.advantage(batch)))
+        self._chunks.fill(self.chunks(self.with_advantages(batch)))
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
         one_pass = self._way(from_zeros)
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
@@ -201,6 +201,10 @@ class PPOUpdate:
         return {"epochs": 0, "lr": self.optimizer.param_groups[0]["lr"]}
 
     # ---------------------------------------------------------------- entries
+    def with_advantages(self, batch: TensorDictBase) -> TensorDictBase:
+        """``batch``, into which ``advantage`` writes; without a critic it asks the loss's networks beyond trials that are cut."""
+        return asking(self.advantage, self.stand_in)(batch)
+
     def chunks(self, batch: TensorDictBase) -> TensorDictBase:
         """Cuts ``batch`` ``[*B, T]`` into ``[num_chunks, bptt]``, with no more than the entries that the loss reads.
 
@@ -229,7 +233,7 @@ class PPOUpdate:
         Cores' hidden states are among them only with ``bptt``, and so is what the critic reads beyond a trial that the batch
         cuts: without, rows are whole trials, which start from what the core begins with and end with the batch.
         """
-        keys, stand_in = self.loss.tensor_keys, getattr(self.advantage, "stand_in", None)
+        keys, stand_in = self.loss.tensor_keys, self.stand_in
         read = [key for key in self._keys_read() if key not in (keys.advantage, keys.value_target)]
         read += getattr(self.advantage, "in_keys", [keys.value])
         read += [("next", key) for key in ("reward", "done", "terminated")]
@@ -437,16 +441,12 @@ def _norms(networks: list[nn.Module]) -> list[tuple[RunningNorm, NestedKey]]:
     return list(found.values())
 
 
-def _with_stand_in(advantage: Callable, loss: ClipPPOLoss) -> Callable:
-    """``advantage``, or a copy that asks the loss's networks for the value beyond trials that are cut, if it has no critic."""
+def _stand_in(advantage: Callable, loss: ClipPPOLoss) -> TensorDictModuleBase | None:
+    """The loss's networks, for an ``advantage`` without a critic: what the critic reads of the actor, and the critic."""
     critic = getattr(loss, "critic_network", None)
     if not isinstance(advantage, TrialAdvantage) or advantage.critic is not None or critic is None or loss.functional:
-        return advantage
-    both = TensorDictSequential(loss.actor_network, critic)
-    advantage = copy(advantage)  # another update has other networks
-    # Of the actor what the critic reads. Not in the module tree: the parameters belong to the loss.
-    advantage.__dict__["stand_in"] = both.select_subsequence(out_keys=[advantage.value_key])
-    return advantage
+        return None
+    return TensorDictSequential(loss.actor_network, critic).select_subsequence(out_keys=[advantage.value_key])
 
 
 def _why_not_parts(loss: ClipPPOLoss) -> str | None:

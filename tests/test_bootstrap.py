@@ -47,7 +47,7 @@ def test_the_value_beyond_a_cut_is_that_of_the_next_batchs_first_step(wiring, ke
     keep = None if keeps_all else update.in_keys
     first, second = collected(env, actor, critic, 8, update, keep=keep)
     state = torch.get_rng_state()
-    found = update.advantage(first)["value_target"]
+    found = update.with_advantages(first)["value_target"]
     assert torch.equal(torch.get_rng_state(), state)  # nobody acts beyond the end
     # No trial ends in 8 of 20 steps: each step earns its rewards to come, and the value of the step that comes next.
     target, expected = second["state_value"][:, 0], []
@@ -75,7 +75,7 @@ def test_a_truncated_trial_goes_on_from_its_last_observation(make):
     assert torch.equal(batch["next", "observation"][ends][:, 0], places)
     after = critic(batch["next"][ends].select("trans", "critic_hidden", "is_init"))["state_value"]
     value, reward = batch["state_value"][ends], batch["next", "reward"][ends]
-    torch.testing.assert_close(update.advantage(batch)["advantage"][ends], reward + 0.5 * after.detach() - value)
+    torch.testing.assert_close(update.with_advantages(batch)["advantage"][ends], reward + 0.5 * after.detach() - value)
 
 
 @pytest.mark.parametrize("rollout", ["tensors", "tensordicts"])
@@ -89,7 +89,7 @@ def test_what_truncated_trials_need_is_kept(wiring, rollout):
         keep = None if keeps_all else update.in_keys
         batch = collected(env, actor, critic, 10, update, keep=keep, rollout=rollout)[0]
         assert ("observation" in batch.keys()) == keeps_all
-        advantages.append(update.advantage(batch)["advantage"])
+        advantages.append(update.with_advantages(batch)["advantage"])
     torch.testing.assert_close(*advantages)
 
 
@@ -124,16 +124,14 @@ def test_a_critic_that_is_given_is_asked_and_an_advantage_serves_several_updates
     one, other = RL2PPOLoss(*networks(env)), RL2PPOLoss(*networks(env))
     shared = TrialAdvantage()
     updates = [PPOUpdate(loss, shared) for loss in (one, other)]
-    assert shared.stand_in is None
     for update, loss in zip(updates, (one, other), strict=True):
-        assert {id(p) for p in update.advantage.stand_in.parameters()} == {
-            id(p) for p in loss.critic_network.parameters()
-        }
-        assert not list(update.advantage.parameters())
+        assert {id(p) for p in update.stand_in.parameters()} == {id(p) for p in loss.critic_network.parameters()}
+        assert update.advantage is shared
+        assert not list(shared.parameters())
         assert not any(key[0] == "next" and "hidden" in str(key) for key in update.in_keys)
     given = ActorCritic(one.actor_network, one.critic_network)
     update = PPOUpdate(other, TrialAdvantage(critic=given))
-    assert update.advantage.stand_in is None
+    assert update.stand_in is None
     assert update.advantage.critic is given
 
 

@@ -674,6 +674,19 @@ def test_the_advantage_is_computed_once_and_on_the_whole_batch():
     assert calls == [(4, 6)]
 
 
+def test_what_is_set_of_an_advantage_later_counts():
+    advantage = TrialAdvantage(scale_rewards=True, normalize=False)
+    update = PPOUpdate(make_loss(), advantage)
+    assert update.advantage is advantage
+    update(make_batch())
+    advantage.eval()
+    advantage.gamma = 0.0
+    before, batch = copy.deepcopy(advantage.state_dict()), make_batch()
+    update(batch)
+    torch.testing.assert_close(advantage.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(batch["value_target"], batch["next", "reward"] / advantage._returns.std.float())
+
+
 def test_memory_lost_while_collecting_is_noticed():
     env = TransformedEnv(
         BernoulliBandit(3, batch_size=(8,), seed=0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -12,6 +13,7 @@ from torch import nn
 from torchrl.envs import Transform
 
 from rl2_torchrl.checks.probe import NetworkProbe
+from rl2_torchrl.objectives.advantages import asking
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE, transforms_of
 
@@ -112,8 +114,9 @@ class Evidence:
         """The update's advantage, copied, with what it has measured as it stands."""
         if getattr(self.update, "advantage", None) is None:
             raise NotChecked("the update has no advantage")
-        advantage = _copy(self.update.advantage, "advantage")
-        return advantage.eval() if isinstance(advantage, nn.Module) else advantage
+        both = self.update.advantage, getattr(self.update, "stand_in", None)
+        advantage, stand_in = _copy(both, "advantage")
+        return asking(advantage.eval() if isinstance(advantage, nn.Module) else advantage, stand_in)
 
     @cached_property
     def learnt_from(self) -> TensorDictBase:
@@ -144,7 +147,7 @@ class Evidence:
         return windows
 
 
-def _copy(thing: nn.Module, name: str) -> nn.Module:
+def _copy(thing: Any, name: str) -> Any:
     try:
         return copy.deepcopy(thing)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,5 +1,6 @@
 """`TrialAdvantage`: GAE and returns over trials, from the values stored at collection."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torchrl.modules import set_recurrent_mode
 from rl2_torchrl.arguments import require_flags, require_numbers
 from rl2_torchrl.modules.normalization import RunningNorm
 
-__all__ = ["TrialAdvantage"]
+__all__ = ["TrialAdvantage", "asking"]
 
 
 class TrialAdvantage(nn.Module):
@@ -44,7 +45,7 @@ class TrialAdvantage(nn.Module):
         tensor([1.7500, 1.5000, 1.0000])
     """
 
-    #: Asked where there is no ``critic``; a `PPOUpdate` puts its own here.
+    #: Asked where there is no ``critic``; `asking` puts one here while it calls.
     stand_in: TensorDictModuleBase | None = None
 
     def __init__(
@@ -148,6 +149,21 @@ class TrialAdvantage(nn.Module):
         successors["is_init"] = torch.zeros(*successors.batch_size, 1, dtype=torch.bool, device=rows.device)
         with set_recurrent_mode(False):
             return critic(successors)[self.value_key].reshape(-1)
+
+
+def asking(advantage: Callable, critic: TensorDictModuleBase | None) -> Callable[[TensorDictBase], TensorDictBase]:
+    """``advantage``, a `TrialAdvantage` if there is a ``critic``, which it asks while it is called here, if it was given none."""
+    if critic is None:
+        return advantage
+
+    def ask(tensordict: TensorDictBase) -> TensorDictBase:
+        advantage.__dict__["stand_in"] = critic  # not in the module tree: the parameters belong to the loss
+        try:
+            return advantage(tensordict)
+        finally:
+            del advantage.__dict__["stand_in"]
+
+    return ask
 
 
 def _entry(tensordict: TensorDictBase, key: str, like: Tensor) -> Tensor:
