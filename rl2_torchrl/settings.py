@@ -73,13 +73,17 @@ def _env(env: EnvBase | None) -> Settings:
     for name, spec in specs.items():
         settings[f"env.{name}"] = {str(key): list(leaf.shape) for key, leaf in spec.items(True, True)}
     for transform in transforms_of(env):
-        name, number = f"env.{_name(transform)}", 2
-        while f"{name}.class" in settings:  # several of one class
-            name, number = f"env.{_name(transform)}{number}", number + 1
+        name = _free_name(f"env.{_name(transform)}", settings)
         settings |= _part(name, transform)
         if isinstance(transform, TaskSampler):
             settings[f"{name}.seed"] = transform.given_seed
     return settings
+
+
+def _free_name(name: str, settings: Settings) -> str:
+    """``name``, or with a number where there are several of one class."""
+    names = (name, *(f"{name}{number}" for number in range(2, 2 + len(settings))))
+    return next(each for each in names if f"{each}.class" not in settings)
 
 
 def _gymnasium(base: EnvBase) -> Settings:
@@ -99,7 +103,7 @@ def _update(update: PPOUpdate) -> Settings:
         settings |= {f"{group}.{name}": _plain(value) for name, value in options.items() if name not in _INNER}
     settings |= {f"loss.{name}": value for name, value in update.given_coefficients.items()}
     for term in getattr(update.loss, "terms", ()):
-        settings |= _part(f"loss.{_name(term)}", term)
+        settings |= _part(_free_name(f"loss.{_name(term)}", settings), term)
     return {name: value for name, value in settings.items() if value is not _NOT_PLAIN}
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl import GRUCategoricalActor, GRUValueHead, MemoryValueHead, PPOUpdate, RL2PPOLoss
+from rl2_torchrl import GRUCategoricalActor, GRUValueHead, MemoryValueHead, PPOUpdate, RL2PPOLoss, TaskBelief
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, OwnGradient, SquaredError
+from rl2_torchrl.settings import settings_of
 
 F64 = {"dtype": torch.float64}
 
@@ -198,6 +199,16 @@ def test_what_is_no_term():
     misnamed.in_keys = "actor_features"
     with pytest.raises(TypeError, match="is no loss term"):
         loss_with(misnamed)
+
+
+def test_settings_of_several_terms_of_one_class_are_told_apart():
+    def settings(*coefficients):
+        beliefs = [TaskBelief(8, 2, coefficient=coefficient) for coefficient in coefficients]
+        update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=8), terms=beliefs))
+        return settings_of(None, update)
+
+    names = ["loss.TaskBelief.coefficient", "loss.TaskBelief2.coefficient"]
+    assert [settings(1.0, 2.0)[name] for name in names] == [1.0, 2.0]
 
 
 def test_terms_that_come_one_by_one():
