@@ -139,7 +139,7 @@ class PPOUpdate:
         if backend not in ("auto", "compiled", "parts", "autograd", "graph"):
             raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts', 'autograd' or 'graph'.")
         self.loss = loss
-        _norms(self._networks())
+        self._norms()
         self.advantage = TrialAdvantage() if advantage is None else advantage
         self.stand_in = _stand_in(self.advantage, loss)
         self.bptt, self.shuffle = None if bptt is None else whole("bptt", bptt), shuffle
@@ -170,7 +170,7 @@ class PPOUpdate:
         require_trials(batch)
         batch = self._learners.gather(batch, self._parameters)
         self._apply_schedules(progress)
-        norms = _norms(self._networks())
+        norms = self._norms()
         if any(norm.count == 0 for norm, _ in norms):
             return self._measure(norms, batch)
         self._chunks.fill(self.chunks(self.with_advantages(batch)))
@@ -193,6 +193,29 @@ class PPOUpdate:
         self._measure(norms, batch)
         means = {name: _mean(values) for name, values in totals.items()}
         return {**means, "epochs": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _norms(self) -> list[tuple[RunningNorm, NestedKey]]:
+        """The normalisations in the networks, each once, and the entries of a batch that they read.
+
+        Raises:
+            ValueError: one reads something else, or stands in a loss term: no batch could tell it of that.
+        """
+        networks, terms = self._networks(), getattr(self.loss, "terms", ())
+        norms = {id(m) for each in (*networks, *terms) for m in each.modules() if isinstance(m, RunningNorm)}
+        found = {}
+        for network in networks:
+            for module in network.modules():
+                if isinstance(module, TensorDictModule) and isinstance(module.module, RunningNorm):
+                    key = unravel_key(module.in_keys[0])
+                    if key in map(unravel_key, network.in_keys):
+                        found[id(module.module)] = (module.module, key)
+        if len(found) < len(norms):
+            raise ValueError(
+                "a RunningNorm stands within another module or a loss term, or reads what one has made: no batch would tell it its "
+                "statistics, and it would change nothing. Make it a module of its own that reads an entry of the env, "
+                "normalize=True of the actor or critic, or TensorDictModule(RunningNorm(n), [key], [new_key]) before the encoder."
+            )
+        return list(found.values())
 
     def _measure(self, norms: list[tuple[RunningNorm, NestedKey]], batch: TensorDictBase) -> dict[str, float]:
         """Tells the networks' normalisations of ``batch``: only now, so that the ratios of its update begin at 1."""
@@ -415,30 +438,6 @@ class PPOUpdate:
             self.advantage.load_state_dict(state["advantage"])
         if self._generator is not None and state["generator"] is not None:
             self._generator.set_state(state["generator"])
-
-
-def _norms(networks: list[nn.Module]) -> list[tuple[RunningNorm, NestedKey]]:
-    """The normalisations in ``networks``, each once, and the entries of a batch that they read.
-
-    Raises:
-        ValueError: one reads something else, which no batch could tell it of.
-    """
-    found, norms = {}, {}
-    for network in networks:
-        for module in network.modules():
-            if isinstance(module, RunningNorm):
-                norms[id(module)] = module
-            elif isinstance(module, TensorDictModule) and isinstance(module.module, RunningNorm):
-                key = unravel_key(module.in_keys[0])
-                if key in map(unravel_key, network.in_keys):
-                    found[id(module.module)] = (module.module, key)
-    if len(found) < len(norms):
-        raise ValueError(
-            "a RunningNorm stands within another module, or reads what one has made: no batch would tell it its statistics, and it "
-            "would change nothing. Make it a module of its own that reads an entry of the env, normalize=True of the actor or "
-            "critic, or TensorDictModule(RunningNorm(n), [key], [new_key]) before the encoder."
-        )
-    return list(found.values())
 
 
 def _stand_in(advantage: Callable, loss: ClipPPOLoss) -> TensorDictModuleBase | None:

@@ -293,6 +293,22 @@ def test_a_norm_that_no_batch_would_reach_is_refused(where):
         PPOUpdate(RL2PPOLoss(actor, GRUValueHead.from_env(env, hidden_size=8)))
 
 
+def test_a_norm_in_a_loss_term_is_refused():
+    class Small(nn.Module):
+        in_keys = ("actor_features",)
+
+        def __init__(self):
+            super().__init__()
+            self.norm = RunningNorm(8)
+
+        def forward(self, features):
+            return {"loss_small": self.norm(features).square().mean()}
+
+    actor = RecurrentActor.from_env(points(), hidden_size=8)
+    with pytest.raises(ValueError, match="a RunningNorm stands within another module or a loss term"):
+        PPOUpdate(RL2PPOLoss(actor, terms=[Small()]))
+
+
 def test_a_norm_in_an_encoder_of_ones_own_is_told_of_batches():
     env = points()
     size = env.observation_spec["trans"].shape[-1]
