@@ -238,7 +238,7 @@ class PPOUpdate:
         starts = split_rows(batch.select("is_init", strict=False), self.bptt).get("is_init", None)
         are_whole = starts is not None and bool(starts[:, 0].all())
         memory = self._starting_keys() if are_whole else self._memory_keys()
-        keys = [*self._keys_read(), *memory]
+        keys = list(dict.fromkeys([*self._keys_read(), *memory]))
         missing = [key for key in keys if key not in batch.keys(True, True)]
         if missing:
             raise KeyError(
@@ -282,13 +282,17 @@ class PPOUpdate:
     def _keys_read(self) -> list[NestedKey]:
         loss, keys = self.loss, self.loss.tensor_keys
         read = [keys.action, keys.sample_log_prob, keys.advantage, keys.value_target]
-        # ClipPPOLoss lists what its value estimator reads, too, whose work the advantage does here.
-        following = (keys.reward, keys.done, keys.terminated, *loss.actor_network.in_keys)
-        made = {*self._memory_keys(), *(unravel_key(("next", key)) for key in following)}
-        for reader in (*self._networks(), *getattr(loss, "terms", ()), loss):
+        memory, written = set(self._memory_keys()), set()
+        for network in self._networks():
             # A critic on the actor's memory reads what the actor has just written.
-            read += [key for key in reader.in_keys if key not in made and key[0] != "policy"]
-            made.update(getattr(reader, "out_keys", ()))
+            read += [key for key in network.in_keys if key not in written | memory]
+            written.update(key for key in network.out_keys if key[0] != "next")
+        read += [key for term in getattr(loss, "terms", ()) for key in term.in_keys if key not in written]
+        # ClipPPOLoss lists what its value estimator reads, too, whose work the advantage does here.
+        following = (keys.reward, keys.done, keys.terminated, *(key for n in self._networks() for key in n.in_keys))
+        estimators = {*memory, *(unravel_key(("next", key)) for key in following)}
+        read += [key for key in loss.in_keys if key not in written | estimators]
+        read = [key for key in read if key[0] != "policy"]
         return list(dict.fromkeys([*read, keys.value] if loss.clip_value else read))
 
     # ---------------------------------------------------------------- backends

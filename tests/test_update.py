@@ -25,6 +25,7 @@ from rl2_torchrl import (
     PPOUpdate,
     PreviousStep,
     RL2PPOLoss,
+    TaskBelief,
     TaskSampler,
     Trial,
     TrialAdvantage,
@@ -505,6 +506,33 @@ def test_entries_that_losses_and_terms_read_are_kept():
     assert metrics["loss_own"] == 0
     with pytest.raises(KeyError, match="seen"):
         PPOUpdate(own)(make_batch())
+
+
+@pytest.mark.parametrize("key", [("next", "reward"), ("next", "done"), ("next", "trans"), "actor_hidden"])
+def test_terms_may_read_what_a_step_led_to_and_stored_memories(key):
+    class Mean(torch.nn.Module):
+        in_keys = ("actor_features", key)
+
+        def forward(self, features, entry):
+            return {"loss_mean": 0.0 * features.mean() + entry.double().mean()}
+
+    networks = make_loss()
+    update = PPOUpdate(
+        RL2PPOLoss(networks.actor_network, networks.critic_network, terms=[Mean()]), epochs=1, minibatches=1
+    )
+    assert key in update.in_keys
+    batch = make_batch()
+    assert update(batch)["loss_mean"] == pytest.approx(float(batch[key].double().mean()))
+
+
+def test_terms_may_read_a_task_of_several_entries():
+    networks = make_loss()
+    belief = TaskBelief(4, 2, target=lambda task: torch.cat((task["mass"], task["at"]["goal"]), -1))
+    update = PPOUpdate(RL2PPOLoss(networks.actor_network, networks.critic_network, terms=[belief]), epochs=1)
+    task = {"mass": torch.zeros(4, 6, 1), "at": {"goal": torch.ones(4, 6, 1)}}
+    assert update(make_batch().set("task", TensorDict(task, [4, 6])))["loss_belief"] > 0
+    with pytest.raises(KeyError, match="task"):
+        update(make_batch())
 
 
 def test_with_a_critic_for_cut_trials_its_inputs_beyond_are_kept():

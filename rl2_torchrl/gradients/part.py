@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from inspect import unwrap
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
@@ -120,14 +120,26 @@ def accumulate(gradients: Gradients, key: NestedKey | nn.Parameter, gradient: to
 
 
 def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[NestedKey] = ()) -> list:
-    """The entries ``keys`` of ``state``, None for an optional one that is missing; KeyError where it is another."""
+    """The entries ``keys`` of ``state``, None for an optional one that is missing; KeyError where it is another.
+
+    An entry that is there by its sub-entries, such as a nested task, is a TensorDict of these.
+    """
     missing = [key for key in keys if key not in state and key not in optional]
-    if missing:
+    if not missing:
+        return list(map(state.get, keys))
+    nested = {key: _sub_entries(state, key) for key in missing}
+    if nowhere := [key for key, entry in nested.items() if entry is None]:
         raise KeyError(
-            f"{missing} is read by the networks or the loss, but neither in the data nor made by what runs before; there is "
+            f"{nowhere} is read by the networks or the loss, but neither in the data nor made by what runs before; there is "
             f"{sorted(map(str, state))}. What the collector keeps must hold it: TrialCollector(keep=update.in_keys)."
         )
-    return list(map(state.get, keys))
+    return [nested[key] if key in nested else state.get(key) for key in keys]
+
+
+def _sub_entries(state: State, key: NestedKey) -> TensorDict | None:
+    path = key if isinstance(key, tuple) else (key,)
+    below = [name for name in state if isinstance(name, tuple) and name[: len(path)] == path]
+    return TensorDict({name[len(path) :]: state[name] for name in below}, state[below[0]].shape[:2]) if below else None
 
 
 def on_entries(sequence: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

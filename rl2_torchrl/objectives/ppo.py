@@ -169,8 +169,10 @@ class RL2PPOLoss(ClipPPOLoss):
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
         parts, losses = self._known_parts(), {}
-        read = {key for reader in (*parts, *terms) for key in reader.in_keys}
-        state: State = {key: entry for key in read if (entry := data.get(key, None)) is not None}
+        state: State = dict(data) if isinstance(data, dict) else {}
+        if not state:
+            read = {key for reader in (*parts, *terms) for key in reader.in_keys}
+            state = {key: entry for key in read if (entry := data.get(key, None)) is not None}
         for part in parts:
             part.run(state)
         for term in terms:
