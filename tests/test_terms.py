@@ -201,6 +201,39 @@ def test_what_is_no_term():
         loss_with(misnamed)
 
 
+class Says(nn.Module):
+    """Gives numbers of all kinds."""
+
+    in_keys = ("logits",)
+
+    def __init__(self, **values):
+        super().__init__()
+        self.values = values
+
+    def forward(self, logits):
+        return {"loss_none": 0.0, **{name: value(logits) for name, value in self.values.items()}}
+
+
+@pytest.mark.parametrize("backend", ["parts", "autograd"])
+def test_counts_flags_and_pythons_numbers_are_numbers_too(backend):
+    term = Says(count=lambda x: (x == x).sum(), flag=lambda x: (x == x).any(), number=lambda x: 3)
+    batch = data_of().set("state_value", torch.zeros(4, 6, 1, **F64))
+    ended = batch["is_init"].roll(-1, 1)
+    batch["next"] = TensorDict({"reward": torch.ones(4, 6, 1, **F64), "done": ended, "terminated": ended}, [4, 6])
+    batch["actor_hidden"] = torch.zeros(4, 6, 1, 8, **F64)
+    metrics = PPOUpdate(loss_with(term), epochs=1, minibatches=2, backend=backend)(batch)
+    assert [metrics[name] for name in ("count", "flag", "number", "loss_none")] == [2 * 6 * 3, 1, 3, 0]
+
+
+def test_names_that_are_taken_and_what_is_no_number():
+    for run in (lambda loss: loss(data_of()), lambda loss: Program(loss)(dict(data_of().items()))):
+        for name in ("loss", "grad_norm", "lr", "epochs"):
+            with pytest.raises(ValueError, match=f"gives '{name}', as the update itself does"):
+                run(loss_with(Says(**{name: lambda x: x.mean()})))
+        with pytest.raises(TypeError, match="Says gave 'nothing': None, which is no number"):
+            run(loss_with(Says(nothing=lambda x: None)))
+
+
 def test_settings_of_several_terms_of_one_class_are_told_apart():
     def settings(*coefficients):
         beliefs = [TaskBelief(8, 2, coefficient=coefficient) for coefficient in coefficients]

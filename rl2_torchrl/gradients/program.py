@@ -8,6 +8,7 @@ own gradient brings it; any other runs under autograd, for itself alone, so that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Number
 
 import torch
 from tensordict import NestedKey
@@ -55,7 +56,7 @@ class Program:
 
         Raises:
             KeyError: an entry is missing.
-            ValueError: two terms give a loss or diagnostic of one name.
+            ValueError: two terms give a loss or diagnostic of one name, or one that is taken.
         """
         self.loss.require_starts(data)
         state, gradients, values = dict(data), {}, {}
@@ -71,9 +72,15 @@ class Program:
         return values
 
 
-def merge_losses(losses: dict, more: dict) -> None:
-    """Adds ``more`` to ``losses``; ValueError where two are of one name."""
+#: What an update says of its minibatches beside the losses.
+_TAKEN = ("loss", "grad_norm", "lr", "epochs")
+
+
+def merge_losses(losses: dict, more: Mapping) -> None:
+    """Adds ``more`` to ``losses``; ValueError where two are of one name, or one has that of a number of the update's own."""
     for name, value in more.items():
+        if name in _TAKEN:
+            raise ValueError(f"a loss term gives {name!r}, as the update itself does ({', '.join(_TAKEN)}): rename it.")
         if name in losses:
             raise ValueError(f"two loss terms give {name!r}: rename one, or it would be lost.")
         losses[name] = value
@@ -87,11 +94,19 @@ def values_of(term: nn.Module, entries: Sequence[torch.Tensor]) -> Mapping[str, 
             f"{name} returned a {type(values).__name__}: a term gives numbers by name, {{'loss_mine': loss}}."
         )
     for key, value in values.items():
-        if key.startswith("loss_") and value.ndim:
+        if not isinstance(value, torch.Tensor | Number):
+            raise TypeError(f"{name} gave {key!r}: {value!r}, which is no number: leave it out where there is none.")
+        if key.startswith("loss_") and isinstance(value, torch.Tensor) and value.ndim:
             raise ValueError(
                 f"{name} gave {key!r} of shape {tuple(value.shape)}: a loss is one number, such as its mean()."
             )
-    return values
+    return {key: _as_real(value, entries[0].device) for key, value in values.items()}
+
+
+def _as_real(value: torch.Tensor | Number, device: torch.device | None) -> torch.Tensor:
+    """Of counts and flags, and of Python's numbers too, there are means over minibatches."""
+    value = torch.as_tensor(value, device=device)
+    return value if value.is_floating_point() else value.double()
 
 
 class _Term(Part):

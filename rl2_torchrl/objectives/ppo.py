@@ -164,7 +164,9 @@ class RL2PPOLoss(ClipPPOLoss):
         losses = super().forward(tensordict)
         if not self.terms:
             return losses
-        return losses.update(self.losses_of(tensordict.flatten(0, tensordict.ndim - 2), self.terms))
+        merged = dict(losses.items())
+        merge_losses(merged, self.losses_of(tensordict.flatten(0, tensordict.ndim - 2), self.terms))
+        return losses.update(merged)
 
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
