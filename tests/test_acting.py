@@ -186,6 +186,11 @@ POLICIES = {
     "a draw that is changed before the env takes it": lambda env: TensorDictSequential(
         memoryless(linear()), TensorDictModule(lambda action: (action + 1) % 5, ["action"], ["action"])
     ),
+    "one module, entries by name": lambda env: TensorDictModule(
+        lambda trans: {"twice": 2 * trans, "action": trans[..., 3:8].argmax(-1), "more": trans},
+        ["trans"],
+        ["action", "twice"],
+    ),
     "reads whether a trial begins": lambda env: TensorDictModule(
         lambda trans, first, ended: first.long().squeeze(-1) + 2 * ended.long().squeeze(-1),
         ["trans", "is_init", "episode_done"],
@@ -325,6 +330,15 @@ def test_a_layer_with_a_forward_of_its_own_acts_and_learns_by_that(layer):
     torch.testing.assert_close(acted["y"], layer(x))
     torch.testing.assert_close(learnt["y"].squeeze(1), layer(x))
     assert part.kind == "autograd"
+
+
+def test_a_layer_that_works_in_place_writes_over_nothing_that_others_read():
+    layers = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))
+    [part], x = acting_parts(TensorDictModule(layers, ["x"], ["y"])), torch.randn(6, 4)
+    state, expected = {"x": x.clone()}, layers(x.clone())
+    part.make(1)(state)
+    torch.testing.assert_close(state["y"], expected)
+    assert torch.equal(state["x"], x)
 
 
 def test_a_core_is_not_asked_where_trials_begin():

@@ -289,6 +289,33 @@ def _strided_encoder():
     return RL2PPOLoss(actor, GRUValueHead(INPUTS, hidden_size=12, **F64))
 
 
+class _Codes(nn.Module):
+    """Two outputs by name, one of them whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(INPUTS, 4, **F64)
+
+    def forward(self, x):
+        seen = self.layer(x)
+        return {"code": seen.argmax(-1, keepdim=True), "more": x, "seen": seen}
+
+
+def _encoder_with_codes():
+    critic = TensorDictSequential(
+        TensorDictModule(_Codes(), ["trans"], ["seen", "code"]),
+        TensorDictModule(lambda seen, code: seen + code, ["seen", "code"], ["summed"]),
+        GRUValueHead(4, hidden_size=12, in_key="summed", init_range=1.0, **F64),
+    )
+    return RL2PPOLoss(_actor(), critic)
+
+
+def _hands_on():
+    """An output that goes to the next step is nothing to the loss."""
+    head = TensorDictModule(lambda x: (x[..., :1].sin(), x), ["actor_features"], ["state_value", ("next", "handed")])
+    return RL2PPOLoss(_actor(), TensorDictSequential(head))
+
+
 def _lstm():
     actor = RecurrentActor(
         INPUTS, CategoricalActions(ACTIONS), core=LSTMCore(INPUTS, UNITS, **F64), hidden_key="actor_hidden", **F64
@@ -335,6 +362,8 @@ COMPOSED = {
         1,
     ),
     "strided encoder": (_strided_encoder, 1),
+    "outputs by name, of whole numbers too": (_encoder_with_codes, 2),
+    "output for the next step": (_hands_on, 1),
     "LSTM": (_lstm, 1),
     "MLP encoder": (_mlp_encoder, 0),
     "MLP encoder, tanh": (lambda: _mlp_encoder(activation=nn.Tanh), 0),
@@ -379,6 +408,18 @@ def test_distributions(name):
     data["action"] = action(3 * data["action"])
     program = assert_same(loss, data, tolerance=1e-8 if name == "squashed" else 1e-12)
     assert sum(part.kind == "autograd" for part in program.parts) == (unknown if COMPILED else len(program.parts))
+
+
+def test_a_head_that_works_in_place():
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.ReLU(inplace=inplace), nn.Linear(UNITS, ACTIONS, **F64))
+        actor = RecurrentActor(INPUTS, CategoricalActions(ACTIONS), head=head, hidden_size=UNITS, **F64)
+        loss = RL2PPOLoss(actor, MemoryValueHead(UNITS, detach=False, **F64))
+        Program(loss)(data_of("categorical", torch.float64))
+        found.append([parameter.grad for parameter in loss.parameters()])
+    torch.testing.assert_close(*found)
 
 
 def test_one_scale_for_all_dimensions():

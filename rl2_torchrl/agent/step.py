@@ -21,6 +21,7 @@ from rl2_torchrl.agent.signature import (
     reward_of,
     transition_of,
 )
+from rl2_torchrl.gradients.part import on_copies, outputs_of
 from rl2_torchrl.modules import ActorCritic
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.actor_critic import hidden_keys
@@ -110,7 +111,9 @@ def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[tuple[Tens
 def _exportable(part: ActingPart) -> Callable[[State], None]:
     """What a part does, in PyTorch's operations alone."""
     module, in_keys, out_keys = part.module, part.in_keys, part.out_keys
-    function = {"core": lambda: _core_step(module), "tensors": lambda: module.module}.get(part.way)
+    function = {"core": lambda: _core_step(module), "tensors": lambda: on_copies(module.module, module.module)}.get(
+        part.way
+    )
     if function is None:
         raise NotImplementedError(
             f"{type(module).__name__} reads a TensorDict, which no graph has: write it as a TensorDictModule of a function of "
@@ -120,7 +123,7 @@ def _exportable(part: ActingPart) -> Callable[[State], None]:
 
     def run(state: State) -> None:
         out = function(*[state[key] for key in in_keys])
-        state.update(zip(out_keys, out if isinstance(out, tuple) else (out,), strict=True))
+        state.update(zip(out_keys, outputs_of(out, out_keys), strict=True))
 
     return run
 

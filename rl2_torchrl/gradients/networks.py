@@ -12,12 +12,13 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
+    TensorDictModule,
     TensorDictModuleBase,
     TensorDictSequential,
 )
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.gradients.part import Part, brings, has_hooks, is_bare, is_function, on_entries
+from rl2_torchrl.gradients.part import Part, brings, has_hooks, is_bare, is_function, on_copies, on_entries, outputs_of
 from rl2_torchrl.modules import distributions
 
 __all__ = ["actor_parts", "leaves_of", "parts_of", "why_no_parts"]
@@ -65,8 +66,8 @@ def _part(module: TensorDictModuleBase) -> Part:
         own, why = _own_gradient(module), "brings no gradient of its own"
         function, optional = on_entries(module.sequence), in_keys[1:]
     elif is_function(module):
-        function = speaker = module.module
-        own, why = _own_gradient(function, in_keys, out_keys), "brings no gradient of its own here"
+        function, speaker = _on_tensors(module, out_keys), module.module
+        own, why = _own_gradient(speaker, in_keys, out_keys), "brings no gradient of its own here"
     else:
         own, why = None, "is called with a TensorDict"
         function, optional = _on_tensordict(module, out_keys), in_keys
@@ -77,6 +78,16 @@ def _part(module: TensorDictModuleBase) -> Part:
 
 def _own_gradient(module: Callable, *keys: list[NestedKey]) -> Part | None:
     return module.gradient_part(*keys) if brings(module, "gradient_part") and is_bare(module) else None
+
+
+def _on_tensors(module: TensorDictModule, out_keys: list[NestedKey]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    function, made = on_copies(module.module, module.module), module.out_keys
+
+    def call(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = zip(made, outputs_of(function(*inputs), made), strict=True)
+        return tuple(out for key, out in outputs if key in out_keys)
+
+    return call
 
 
 def _on_tensordict(module: TensorDictModuleBase, out_keys: list[NestedKey]) -> Callable[..., tuple[torch.Tensor, ...]]:

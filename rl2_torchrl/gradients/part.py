@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from inspect import unwrap
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("Gradients", "Part", "State", "accumulate", "entries_of", "on_entries"),
+    *("Gradients", "Part", "State", "accumulate", "entries_of", "on_copies", "on_entries", "outputs_of"),
     *("brings", "has_hooks", "is_bare", "is_function", "runs"),
 ]
 
@@ -84,7 +84,8 @@ class Part:
             return
         # Functions, terms and hooks of users may hold what they are shown.
         Workspace.leave(*(state[key] for key in self.in_keys if key in state))
-        self._leaves = {key: state[key].detach().requires_grad_() for key in self.in_keys if key in self.wanted}
+        carrying = [key for key in self.in_keys if key in self.wanted and state[key].is_floating_point()]
+        self._leaves = {key: state[key].detach().requires_grad_() for key in carrying}
         entries = {**state, **self._leaves}
         with torch.enable_grad():
             self.run(entries)
@@ -151,6 +152,21 @@ def on_entries(sequence: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         return sequence(x, None if any(m is None for m in memory) else tuple(memory), is_init)
 
     return run
+
+
+def on_copies(function: Callable, module: Callable) -> Callable:
+    """``function``, on copies if a layer of ``module``, as which it is called, may write over what it reads: others read it too."""
+    layers = module.modules() if isinstance(module, nn.Module) else ()
+    if not any(getattr(layer, "inplace", False) for layer in layers):
+        return function
+    return lambda *inputs: function(*[x.clone() for x in inputs])
+
+
+def outputs_of(out: torch.Tensor | tuple | Mapping, keys: Sequence[NestedKey]) -> tuple[torch.Tensor, ...]:
+    """What a function has given as the entries ``keys``, by name or in their order, as `TensorDictModule` takes it."""
+    if isinstance(out, torch.Tensor):
+        return (out,)
+    return tuple(out[key] for key in keys) if isinstance(out, Mapping) else out
 
 
 # ------------------------------------------------------ what is called as it is written

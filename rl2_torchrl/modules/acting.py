@@ -19,11 +19,10 @@ from tensordict.nn import (
     TensorDictModuleBase,
 )
 from tensordict.nn.probabilistic import interaction_type
-from torch import Tensor
 from torchrl.modules import SafeProbabilisticModule
 
 from rl2_torchrl.gradients.networks import leaves_of
-from rl2_torchrl.gradients.part import State, brings, has_hooks, is_bare, is_function
+from rl2_torchrl.gradients.part import State, brings, has_hooks, is_bare, is_function, on_copies, outputs_of
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of, stands_for
 
@@ -79,13 +78,11 @@ def _on_tensors(module: TensorDictModule) -> Run:
     function, in_keys, out_keys = module.module, module.in_keys, module.out_keys
     if brings(function, "step_function") and is_bare(function):
         function = function.step_function()
+    function = on_copies(function, module.module)
 
     def run(state: State) -> None:
         out = function(*[state[key] for key in in_keys])
-        if len(out_keys) == 1:
-            state[out_keys[0]] = out if isinstance(out, Tensor) else out[0]
-        else:
-            state.update(zip(out_keys, out, strict=True))
+        state.update(zip(out_keys, outputs_of(out, out_keys), strict=True))
 
     return run
 
