@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss
+from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss, TaskBelief
 from rl2_torchrl.gradients import graphed
 from rl2_torchrl.modules.gru_sequence import _GRUSteps, _loop
 from rl2_torchrl.objectives.advantages import _accumulate, _accumulate_by_doubling
@@ -129,7 +129,7 @@ def test_a_minibatch_that_cannot_be_recorded_is_launched_kernel_by_kernel(monkey
 
 
 def test_what_is_recorded_is_forgotten_when_the_loss_changes():
-    loss = make_loss(entropy_bonus=True)
+    loss = make_loss(entropy_bonus=True, terms=[TaskBelief(4, 3)])
     passes = graphed.GraphedPass(loss, torch.optim.Adam(loss.parameters(), fused=True))
     passes._forget_what_changed(0.5)
     passes._minibatches["one"] = object()
@@ -139,6 +139,8 @@ def test_what_is_recorded_is_forgotten_when_the_loss_changes():
     for change in (
         lambda: setattr(loss, "entropy_coeff", torch.tensor(0.1)),
         lambda: loss.eval(),
+        lambda: setattr(loss.terms[0], "coefficient", 2.0),
+        lambda: setattr(loss.terms[0], "target", torch.sin),
         lambda: torch.set_float32_matmul_precision("high"),
         lambda: next(loss.parameters()).requires_grad_(False),
     ):

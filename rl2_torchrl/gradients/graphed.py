@@ -75,11 +75,17 @@ class GraphedPass:
         """Recordings know the memory of tensors, not what else Python has changed since."""
         loss, modules = self.loss, list(self.loss.modules())
         tensors = [(t.data_ptr(), t.dtype, t.requires_grad) for t in (*loss.parameters(), *loss.buffers())]
-        state = [(id(module), module.training) for module in modules]
+        state = [(id(module), _plain_attributes(module)) for module in modules]
         settings = (loss.entropy_bonus, repr(loss.tensor_keys), max_grad_norm, torch.get_float32_matmul_precision())
         layout = (tensors, state, settings)
         if layout != self._layout:
             self._layout, self._minibatches = layout, {}
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, object]:
+    """Numbers and functions of ``module`` that a user may set, such as a dropout's ``p``: a recording has them as they were."""
+    public = ((name, value) for name, value in vars(module).items() if name[0] != "_")
+    return {name: value for name, value in public if isinstance(value, (int, float, str)) or callable(value)}
 
 
 class _Minibatch:
