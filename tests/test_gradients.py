@@ -865,6 +865,20 @@ def test_what_is_no_compiled_pass_says_why(critic, change, message):
 
 
 @needs_kernels
+def test_terms_of_a_class_below_are_no_compiled_pass():
+    class Weighed(RL2PPOLoss):
+        def loss_terms(self):
+            objective, *others = super().loss_terms()
+            return [*others, objective]
+
+    actor = GRUCategoricalActor(INPUTS, ACTIONS, hidden_size=UNITS)
+    for loss, serves in ((RL2PPOLoss(actor), True), (Weighed(actor), False)):
+        optimizer = torch.optim.Adam(loss.parameters())
+        why = why_not_compiled(Program(loss), optimizer, data_of("categorical", torch.float32))
+        assert why is None if serves else "further loss terms" in why
+
+
+@needs_kernels
 def test_one_hot_actions_are_no_compiled_pass():
     actor = GRUCategoricalActor(INPUTS, ACTIONS, hidden_size=UNITS, one_hot=True)
     loss, data = RL2PPOLoss(actor), data_of("categorical", torch.float32)
