@@ -183,8 +183,10 @@ print("begun", flush=True)
 time.sleep(60)
 """
 SEEDS = """
-import os, pathlib, sys
+import os, pathlib, signal, sys
 from recipes.seeds import run_seeds
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # which the tests may have been started to ignore, as nohup has it
+    signal.signal(getattr(signal, name), signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
 os.sched_getaffinity = lambda pid: {0}  # one at a time
 run_seeds([sys.argv[1]], (0, 1), pathlib.Path(sys.argv[2]), [])
 """
