@@ -83,9 +83,9 @@ class PPOUpdate:
         backend: how gradients are made. ``"parts"``: part by part, by kernels where a part brings its own gradient
             (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for networks of one GRU and heads of
             one layer under Adam, the faster the smaller minibatches are. ``"autograd"``: by PyTorch through ``loss.forward``.
-            ``"graph"``: the same, recorded once as a CUDA graph. ``"auto"``, the default: on CUDA a graph, for minibatches of up to
-            256 steps a compiled pass, else parts, beside which a part or term of your own costs no more than itself; autograd
-            where nothing else serves. One that is named raises where it cannot.
+            ``"graph"``: the same, recorded once as a CUDA graph, of which there is none on a CPU. ``"auto"``, the default: on CUDA
+            a graph, for minibatches of up to 256 steps a compiled pass, else parts, beside which a part or term of your own costs
+            no more than itself; autograd where nothing else serves. One that is named raises where it cannot.
         process_group: processes that update together (data parallel), such as ``torch.distributed.group.WORLD``, each with a
             collector of its own. Default: this process alone.
 
@@ -338,7 +338,7 @@ class PPOUpdate:
         compiled = CompiledPass(*given, self._chunks.rows, self.max_grad_norm)
         if from_zeros:
             self._require_replay(compiled.max_ratio)
-        self.backend, self.reason = "compiled", "a GRU and a head of one layer for each network, Adam"
+        self.backend, self.reason = "compiled", "GRUs and heads of one layer each, Adam"
         return lambda: compiled.run(self._chunks.order())
 
     def _require_replay(self, max_ratio: float | torch.Tensor) -> None:

@@ -325,6 +325,20 @@ def test_weights_that_are_loaded_into_an_agents_policy_play_whole_from_the_next_
         assert torch.equal(one, other)
 
 
+def test_weights_that_are_loaded_in_the_middle_of_a_trial_play_whole_from_the_next_step_on():
+    first, second = (rl2.AdaptiveAgent.from_policy(make(bandits(), seed), bandits()) for seed in (1, 2))
+    for agent in (first, second):
+        agent.new_trial(ROWS)
+        agent.act(deterministic=True)
+        agent.observe(torch.ones(ROWS), True)
+    second.memory = [each.clone() for each in first.memory]
+    first.policy.load_state_dict(second.policy.state_dict())
+    for agent in (first, second):
+        agent.act(deterministic=True)
+    for one, other in zip(first.memory, second.memory, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_tensors_for_tensors_and_numpy_for_the_rest():
     env = toys("box", 1)
     agent = AdaptiveAgent.from_policy(make(env), env)

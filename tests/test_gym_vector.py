@@ -575,6 +575,20 @@ def test_info_is_recorded_in_batches_and_hidden_from_networks():
     collector.shutdown()
 
 
+def test_info_of_an_env_that_says_nothing_at_first_is_recorded_as_what_it_is():
+    class Says(Line):
+        def step(self, action):
+            *stepped, _ = super().step(action)
+            bonus = int(self.goal) if self.goal == 3 else 0.75  # the first row says a whole number
+            return *stepped, {} if self.steps == 1 else {"bonus": bonus}
+
+    env = lines(make=Says, info_keys=["bonus"])
+    env.reset(TensorDict({"task": torch.tensor([[3.0], [4.0], [4.0]])}, [3]))
+    for expected in ([0.0, 0.0, 0.0], [3.0, 0.75, 0.75]):
+        env.play(right(env))
+        assert env.observe_more(None)["info", "bonus"].flatten().tolist() == expected
+
+
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("info_keys", [[], ["says"]], ids=str)
 def test_of_the_info_rows_hand_on_what_is_recorded_alone(info_keys, vectorization):

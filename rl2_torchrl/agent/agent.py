@@ -44,7 +44,8 @@ class AdaptiveAgent:
     Attributes:
         step, signature: likewise.
         memory: what is handed on to the next step, as ``signature.memory`` names it, ``[N, ...]``; the last action comes first.
-        policy: the actor, a copy, or None where ``step`` is another function.
+        policy: the actor, a copy, or None where ``step`` is another function. Weights that are loaded into it count from the next
+            `act` on.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -64,6 +65,10 @@ class AdaptiveAgent:
     def __init__(self, step: Step, signature: Signature):
         self.step, self.signature = step, signature
         self.policy = step.policy if isinstance(step, PolicyStep) else None
+        self._weights: list[
+            Tensor
+        ] = []  # that the step's functions have read, and how often each had been changed by then
+        self._versions: list[int | None] = []
         self._is_single, self._start = True, None
         self._is_waiting, self.memory = False, []
 
@@ -149,7 +154,7 @@ class AdaptiveAgent:
 
     # ----------------------------------------------------------------- a trial
     def new_trial(self, num_rows: int | None = None, *, rows: Any = None) -> None:
-        """A new task begins, with a fresh memory, and with the weights that `policy` has now.
+        """A new task begins, with a fresh memory.
 
         Args:
             num_rows: so many trials side by side; all arguments then are ``[num_rows, ...]``. None: one, without that dimension.
@@ -167,13 +172,19 @@ class AdaptiveAgent:
             self._start = self._start | rows
             return
         count, signature = 1 if num_rows is None else whole("num_rows", num_rows), self.signature
-        if self.policy is not None:
-            self.step.read_weights()
+        self._read_weights()
         self._is_single, self._is_waiting = num_rows is None, False
         self._start = torch.ones(count, dtype=torch.bool)
         self._reward, self._done = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
         shapes = [(count, *shape) for shape in signature.memory.values()]
         self.memory = [torch.zeros(shape, dtype=signature.dtype) for shape in shapes]
+
+    def _read_weights(self) -> None:
+        """Has the step's functions follow the weights as they are, to which some of them hold on."""
+        if self.policy is not None:
+            self.step.read_weights()
+            self._weights = [*self.policy.parameters(), *self.policy.buffers()]
+            self._versions = list(map(_version, self._weights))
 
     @torch.no_grad()
     def act(self, observation: Any = None, *, deterministic: bool = False, noise: Tensor | None = None) -> Any:
@@ -198,6 +209,8 @@ class AdaptiveAgent:
             raise RuntimeError(
                 "the last action's reward is missing, from which the agent learns: observe(reward, done) comes first."
             )
+        if list(map(_version, self._weights)) != self._versions:  # others were loaded in the middle of a trial
+            self._read_weights()
         entries = [self._entry(name_of(key), each, observation) for key, each in self.signature.observations.items()]
         noise = self._noise(deterministic) if noise is None else noise
         told = (self._reward, self._done, self._start, noise)
@@ -287,3 +300,8 @@ def _require_choices(name: str, entry: Tensor, observed: Observed) -> None:
         raise ValueError(
             f"the observation {name!r} is {entry.tolist()}: choices are fewer than {number.tolist()}, from the env's first."
         )
+
+
+def _version(weight: Tensor) -> int | None:
+    """How often ``weight`` has been written to; None of one that does not count it."""
+    return None if weight.is_inference() else weight._version

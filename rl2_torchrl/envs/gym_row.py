@@ -55,7 +55,8 @@ class GymRow(gymnasium.Wrapper):
                 f"step() pays {stepped[1]!r}; a reward is one number: float(...), or .item() of an array of one."
             )
         *told, info = stepped
-        self.step = self._step if info else self.env.step  # one look is enough: who says nothing costs no call more
+        # One look is enough; an env that says nothing, of which nothing is recorded, costs no call more.
+        self.step = self._step if info or self._info_keys else self.env.step
         return *told, self._recorded(info)
 
     def _step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:

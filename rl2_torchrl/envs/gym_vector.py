@@ -43,8 +43,8 @@ class GymVectorEnv(TensorEnv):
     Observations are a `Dict`'s entries or ``"observation"``; reals are float32, choices are counted from 0, text is left out.
     Actions beyond a `Box`'s bounds are clipped to them on their way to the env, while log-probability and transition input are
     those of the action as drawn; a distribution that keeps to the bounds is `TanhGaussianActions`. An episode's last observation
-    is what ``("next", ...)`` shows at its end. What the env says beside is recorded under ``("info", key)``; neither `PreviousStep`
-    nor a network reads it.
+    is what ``("next", ...)`` shows at its end. What a step says beside is recorded under ``("next", "info", key)``, as float32;
+    neither `PreviousStep` nor a network reads it.
 
     Args:
         env: a Gymnasium id, a function that makes one env, a list of such functions (one a row), or a

@@ -100,7 +100,8 @@ def values_of(term: nn.Module, entries: Sequence[torch.Tensor]) -> Mapping[str, 
             raise ValueError(
                 f"{name} gave {key!r} of shape {tuple(value.shape)}: a loss is one number, such as its mean()."
             )
-    return {key: _as_real(value, entries[0].device) for key, value in values.items()}
+    device = entries[0].device if entries else None
+    return {key: _as_real(value, device) for key, value in values.items()}
 
 
 def _as_real(value: torch.Tensor | Number, device: torch.device | None) -> torch.Tensor:
