@@ -593,8 +593,9 @@ def test_info_of_an_env_that_says_nothing_at_first_is_recorded_as_what_it_is():
 @pytest.mark.parametrize("info_keys", [[], ["says"]], ids=str)
 def test_of_the_info_rows_hand_on_what_is_recorded_alone(info_keys, vectorization):
     env = lines(info_keys=info_keys, vectorization=vectorization)
-    env.reset(TensorDict({"task": torch.full((3, 1), 3.0)}, [3]))
     right = np.ones(3, np.int64)
+    assert "resets" not in env.envs.reset()[1]
+    env.reset(TensorDict({"task": torch.full((3, 1), 3.0)}, [3]))
     at_goal = {name for key in info_keys for name in (key, f"_{key}")}
     for said in (set(), set(), at_goal):  # a row looks at its first step more closely than at those that follow
         assert set(env.envs.step(right)[-1]) == said

@@ -65,9 +65,8 @@ class AdaptiveAgent:
     def __init__(self, step: Step, signature: Signature):
         self.step, self.signature = step, signature
         self.policy = step.policy if isinstance(step, PolicyStep) else None
-        self._weights: list[
-            Tensor
-        ] = []  # that the step's functions have read, and how often each had been changed by then
+        # What the step's functions have read, and how often each had been written to by then.
+        self._weights: list[Tensor] = []
         self._versions: list[int | None] = []
         self._is_single, self._start = True, None
         self._is_waiting, self.memory = False, []

@@ -111,10 +111,8 @@ def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[tuple[Tens
 def _exportable(part: ActingPart) -> Callable[[State], None]:
     """What a part does, in PyTorch's operations alone."""
     module, in_keys, out_keys = part.module, part.in_keys, part.out_keys
-    function = {"core": lambda: _core_step(module), "tensors": lambda: on_copies(module.module, module.module)}.get(
-        part.way
-    )
-    if function is None:
+    functions = {"core": lambda: _core_step(module), "tensors": lambda: on_copies(module.module, module.module)}
+    if (function := functions.get(part.way)) is None:
         raise NotImplementedError(
             f"{type(module).__name__} reads a TensorDict, which no graph has: write it as a TensorDictModule of a function of "
             "tensors, or as a RecurrentCore."
