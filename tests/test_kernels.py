@@ -56,11 +56,40 @@ def layer_of(weight, bias=None):
 )
 def test_relu_linear_equals_torch(path, rows, inputs, outputs, bias, dtype):
     torch.manual_seed(0)
-    x, w = (torch.randn(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs)))
+    x, w, slope = (torch.randn(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
     linear = layer_of(w, torch.randn(outputs, dtype=dtype) if bias else None)
-    ours = relu_linear(linear)(x)
-    assert not ours.requires_grad
-    close(ours, linear(torch.relu(x)).detach())
+    ours, theirs = relu_linear(linear)(x.requires_grad_()), linear(torch.relu(x))
+    close(ours, theirs)
+    leaves = [x, *linear.parameters()]
+    for our, their in zip(
+        torch.autograd.grad(ours, leaves, slope), torch.autograd.grad(theirs, leaves, slope), strict=True
+    ):
+        close(our, their)
+
+
+@needs_kernels
+def test_relu_linear_makes_a_graph_only_where_one_is_asked_for():
+    x, linear = torch.ones(5, 4), layer_of(torch.ones(2, 4), torch.zeros(2))
+    assert type(relu_linear(linear)(x).grad_fn).__name__ == "_ReLULinearBackward"
+    with torch.no_grad():
+        assert not relu_linear(linear)(x).requires_grad
+    assert not relu_linear(linear.requires_grad_(False))(x).requires_grad
+    relu_linear(linear)(x.requires_grad_()).sum().backward()
+    assert x.grad.tolist() == 5 * [4 * [2.0]]
+    assert linear.weight.grad is None
+
+
+def test_relu_linear_can_be_differentiated_twice(path):
+    torch.manual_seed(0)
+    linear = layer_of(torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64))
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+
+    def function(x, *_):  # of the weights too, which it reads where they are
+        return relu_linear(linear)(x)
+
+    inputs = (x, *linear.parameters())
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
 
 
 @needs_kernels
@@ -84,11 +113,8 @@ def test_relu_linear_reads_strided_inputs(path):
     close(relu_linear(layer_of(w))(x), nn.functional.linear(torch.relu(x), w))
 
 
-def test_relu_linear_leaves_to_torch_what_the_kernel_does_not_read(path):
+def test_relu_linear_leaves_to_torch_what_the_kernels_do_not_read(path):
     step = relu_linear(layer_of(torch.ones(2, 4), torch.zeros(2)))
-    x = torch.ones(5, 4, requires_grad=True)
-    step(x).sum().backward()
-    assert x.grad.tolist() == 5 * [4 * [2.0]]
     assert step(torch.ones(0, 4)).shape == (0, 2)
     for wrong in (torch.ones(5, 3), torch.ones(5, 4).double()):
         with pytest.raises(RuntimeError, match="shape|dtype"):

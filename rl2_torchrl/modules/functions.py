@@ -52,25 +52,59 @@ MOST_OUTPUTS = 64
 
 
 def relu_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """``max(x, 0) W^T + b`` of a layer as a function of ``x``, without gradient: by a kernel in one pass, for few outputs.
+    """``max(x, 0) W^T + b`` of a layer as a function of ``x``: by kernels in one pass each way, for few outputs.
 
-    All that is the same in every call is looked at once, here; what the kernel does not read is left to PyTorch.
+    All that is the same in every call is looked at once, here; what the kernels do not read is left to PyTorch.
     """
-    weight, bias = _contiguous(linear.weight.detach(), linear.bias if linear.bias is None else linear.bias.detach())
-    (outputs, inputs), has_kernel = weight.shape, 0 < len(weight) <= MOST_OUTPUTS and kernels.covers(weight, bias)
-    forward = kernels.load(weight.dtype).linear_forward if has_kernel else None
-    addresses = weight.data_ptr(), kernels.address(bias)
+    weight, bias, inputs = linear.weight, linear.bias, linear.in_features
+    has_kernels = 0 < len(weight) <= MOST_OUTPUTS and kernels.covers(weight, bias)
+    forward = _forward_of(weight, bias) if has_kernels else None
+    is_trained = any(p is not None and p.requires_grad for p in (weight, bias))
 
     def run(x: Tensor) -> Tensor:
         fits = x.shape[-1] == inputs and x.dtype == weight.dtype and x.is_cpu and x.is_contiguous() and x.numel()
-        if forward is None or not fits or x.requires_grad:
+        if forward is None or not fits:
             return nn.functional.linear(torch.relu(x), weight, bias)
-        rows, y = x.numel() // inputs, x.new_empty(*x.shape[:-1], outputs)
-        threads = kernels.threads_for(rows * inputs * outputs)
-        forward(rows, inputs, outputs, x.data_ptr(), *addresses, y.data_ptr(), threads)
-        return y
+        if torch.is_grad_enabled() and (is_trained or x.requires_grad):
+            return _ReLULinear.apply(forward, x, weight, bias)
+        return forward(x)
 
     return run
+
+
+def _forward_of(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    weight, bias = _contiguous(weight.detach(), bias if bias is None else bias.detach())
+    (outputs, inputs), kernel = weight.shape, kernels.load(weight.dtype).linear_forward
+    addresses = weight.data_ptr(), kernels.address(bias)
+
+    def forward(x: Tensor) -> Tensor:
+        rows, y = x.numel() // inputs, weight.new_empty(*x.shape[:-1], outputs)
+        threads = kernels.threads_for(rows * inputs * outputs)
+        kernel(rows, inputs, outputs, x.data_ptr(), *addresses, y.data_ptr(), threads)
+        return y
+
+    return forward
+
+
+class _ReLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, forward, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: these gradients are to be differentiated themselves
+            leaves = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad[1:], strict=True) if needed]
+            y = nn.functional.linear(torch.relu(x), weight, bias)
+            gradients = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
+            return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
+        weight = weight.contiguous()
+        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        d_weight, d_bias = torch.empty_like(weight), weight.new_empty(len(weight))
+        relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias)
+        return None, dx, d_weight, None if bias is None else d_bias
 
 
 def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:

@@ -278,7 +278,7 @@ class Head(nn.Module):
                 f"the head reads {features.shape[-1]} features but was built for {self.in_features}, hidden_size and extra_keys "
                 "included: let from_env(env, ...) add them up."
             )
-        if not torch.is_grad_enabled() and (fused := self._fused()) is not None:
+        if (fused := self._fused()) is not None:
             return fused(features)
         if not self.skip_size:
             return self.layers(features)
@@ -290,7 +290,7 @@ class Head(nn.Module):
         return self._fused() or self
 
     def _fused(self) -> Callable[[Tensor], Tensor] | None:
-        """The layers without gradient, each ReLU at once with the linear layer behind it; None where they are others."""
+        """The layers, each ReLU at once with the linear layer behind it; None where they are others."""
         by_turns = all(runs(layer, (nn.ReLU, nn.Linear)[number % 2]) for number, layer in enumerate(self.layers))
         if self.skip_size or not by_turns or not is_bare(self):
             return None
