@@ -313,6 +313,8 @@ class PPOUpdate:
         if is_graph:
             return "graph", self._graphed.reason
         if self._named == "compiled":
+            if (refusal := self._joins() or why_not_compiled(Program(self.loss), self.optimizer, None)) is not None:
+                raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
             return "compiled", "it was asked for"
         slow = [part.reason for part in self.loss.network_parts() if part.reason is not None]
         reasons = "; ".join(f"autograd for one part alone, {reason}" for reason in dict.fromkeys(slow))

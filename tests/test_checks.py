@@ -92,7 +92,7 @@ def test_all_rules_hold(bptt):
     report = check_training(collector, update, first_batch(collector), held_out=mdp_env(seed=5))
     unchecked = {"gradient_through_time": "bptt=1 asks for no gradient through time"} if bptt == 1 else {}
     assert report.unchecked == unchecked
-    assert len(report.checked) == 21 - len(unchecked)
+    assert len(report.checked) == 22 - len(unchecked)
     assert (report.frozen, report.zero_gradient) == ([], [])
 
 
@@ -682,6 +682,33 @@ def test_parameters_that_no_loss_reaches():
     collector, update = pipeline(env, actor, critic, loss=loss)
     with pytest.raises(TrainingCheckError, match=r"gradients.*\['forgotten.weight', 'forgotten.bias'\]"):
         check_training(collector, update, first_batch(collector))
+
+
+class Told(nn.Module):
+    """The features' size: as a loss, weighed, or without a gradient."""
+
+    in_keys = ["actor_features"]
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def forward(self, features):
+        return {"loss_size": self.made(features.square().mean()), "size": features.square().mean().detach()}
+
+
+@pytest.mark.parametrize("made", [torch.Tensor.detach, torch.Tensor.item, lambda size: size, lambda size: 0.0])
+def test_a_term_that_trains_nothing(made):
+    env = mdp_env()
+    actor, critic = networks(env)
+    collector, update = pipeline(env, actor, critic, loss=RL2PPOLoss(actor, critic, terms=[Told(made)]))
+    if made in (torch.Tensor.detach, torch.Tensor.item):
+        with pytest.raises(
+            TrainingCheckError, match=r"losses_have_gradients.*\['loss_size'\] are numbers without a gradient"
+        ):
+            check_training(collector, update, first_batch(collector))
+    else:
+        assert "losses_have_gradients" in check_training(collector, update, first_batch(collector)).checked
 
 
 def test_parameters_that_the_optimizer_does_not_hold():

@@ -199,6 +199,11 @@ def test_what_is_no_term():
     misnamed.in_keys = "actor_features"
     with pytest.raises(TypeError, match="is no loss term"):
         loss_with(misnamed)
+    misnamed.in_keys = ["task", 3]
+    with pytest.raises(TypeError, match=r"Told.in_keys holds \[3\]"):
+        loss_with(misnamed)
+    with pytest.raises(TypeError, match="Told is a class.*one of its objects"):
+        loss_with(Told)
 
 
 class Says(nn.Module):

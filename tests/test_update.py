@@ -602,9 +602,15 @@ def test_the_compiled_backend_says_why_it_cannot_serve(way):
         assert (update.backend, "'compiled' serves too" in update.reason) == (
             ("parts", True) if backend == "auto" else ("compiled", False)
         )
-    update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, num_layers=2)), backend="compiled")
-    with pytest.raises(ValueError, match="'compiled' cannot serve.*more than a GRU and a head"):
-        update(make_batch(rows=60).exclude("actor_hidden"))
+    actor = GRUCategoricalActor(5, 3)
+    refusals = {
+        "more than a GRU and a head": (RL2PPOLoss(GRUCategoricalActor(5, 3, num_layers=2)), {}),
+        "terms beside PPO's own": (RL2PPOLoss(actor, terms=[TaskBelief(64, 3)]), {}),
+        "more than torch.optim.Adam": (RL2PPOLoss(actor), {"optimizer": torch.optim.SGD(actor.parameters(), lr=0.1)}),
+    }
+    for reason, (loss, options) in refusals.items():  # at once, not when a first batch has been played
+        with pytest.raises(ValueError, match=f"'compiled' cannot serve.*{reason}"):
+            PPOUpdate(loss, backend="compiled", **options)
 
 
 def test_options_beyond_ours_are_left_to_torchrl():

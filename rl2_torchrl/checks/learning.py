@@ -60,6 +60,22 @@ def gradients(seen: Evidence) -> str | None:
     return f"no gradient reaches {missing}" if missing else None
 
 
+def losses_have_gradients(seen: Evidence) -> str | None:
+    """Every loss that a further term gives, unless it is 0, has a gradient."""
+    loss = seen.probe.loss
+    losses = loss(seen.chunks(seen.learnt_from)) if len(getattr(loss, "terms", ())) else {}
+    constant = [
+        name
+        for name, value in losses.items()
+        if name.startswith("loss_") and name not in _PPOS and not value.requires_grad and bool(value != 0)
+    ]
+    return f"{constant} are numbers without a gradient" if constant else None
+
+
+#: The losses of `RL2PPOLoss` itself; one whose network is frozen has no gradient, and nobody thinks that it has.
+_PPOS = ("loss_objective", "loss_critic", "loss_entropy")
+
+
 def optimizer(seen: Evidence) -> str | None:
     """Every trainable parameter of the loss is the optimizer's."""
     if seen.loss is None or getattr(seen.update, "optimizer", None) is None:
@@ -98,6 +114,8 @@ def _place(parameter: nn.Parameter) -> tuple[torch.device, int]:
 RULES: dict[Rule, str] = {
     advantages_apart: "One task's rewards are credited to another task's actions: stop sums and bootstraps at 'done'.",
     gradients: "They never learn: connect them to a loss, or freeze them with requires_grad_(False).",
+    losses_have_gradients: "They are added to the loss and logged as one, and train nothing: make them of what the networks give, "
+    "without detach(), no_grad() or item(); a number that is to be logged alone needs a name that does not begin with 'loss_'.",
     optimizer: "They get gradients, but no step: build it over loss.parameters(), or freeze them (requires_grad_(False)).",
     policy_is_trained: "It would act, or value, with its first weights for ever: give it the networks that the loss holds.",
 }

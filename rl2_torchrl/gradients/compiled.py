@@ -188,9 +188,8 @@ def _networks_of(program: Program) -> tuple[list[tuple[GRUPart | None, ChainPart
     given = [policy.in_keys[1], *([loss.tensor_keys.value] if loss.has_critic else [])]
     is_known = isinstance(policy, GaussianPart if gaussian else CategoricalPart)
     is_shared = len(given) == 2 and len(parts) == 3
-    has_more = len(loss.terms) > 0 or type(loss).loss_terms.__qualname__ != "RL2PPOLoss.loss_terms"
     grus, heads = (parts[:1] * 2, parts[1:]) if is_shared else (parts[::2], parts[1::2])
-    fits = is_known and not has_more and len(grus) == len(heads) == len(given)
+    fits = is_known and len(grus) == len(heads) == len(given)
     if not fits or not all(map(_is_network, grus, heads, given)) or len({gru.in_keys[2] for gru in grus}) > 1:
         return None
     if any(head.detach for head in heads[: 2 - is_shared]):  # from a GRU that nobody else would train
@@ -207,24 +206,21 @@ def _is_network(gru: Part, head: Part, given: NestedKey) -> bool:
     return is_layer and is_plain and len(gru.layers[0]) == 4 and not gru.wanted
 
 
-def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, chunks: State) -> str | None:
-    """Why a pass over ``chunks`` is not run by `CompiledPass`, in words; None if it can be."""
+def why_not_compiled(program: Program, optimizer: torch.optim.Optimizer, chunks: State | None) -> str | None:
+    """Why a pass over ``chunks`` (None: whatever they are) is not run by `CompiledPass`, in words; None if it can be."""
     return next((reason for holds, reason in _conditions(program, optimizer, chunks) if not holds), None)
 
 
 # Each condition is looked at only where those before it hold.
-def _conditions(program: Program, optimizer, chunks: State) -> Iterator[tuple[bool, str]]:
-    loss, keys = program.loss, program.loss.tensor_keys
-    networks, more = _networks_of(program), "a policy neither categorical nor Gaussian, or further loss terms"
-    yield networks is not None, f"actor or critic is more than a GRU and a head of one layer each, or there is {more}"
-
-    dtypes = {p.dtype for p in program.parameters}
-    yield len(dtypes) == 1, "parameters are of several dtypes"
-    read = [keys.sample_log_prob, keys.advantage, *([keys.value_target] if loss.has_critic else [])]
-    expected = {**dict.fromkeys(read, *dtypes), keys.action: torch.int64 if networks[1] is None else dtypes.pop()}
-    others = {key: chunks[key].dtype for key in expected if chunks[key].dtype != expected[key]}
-    yield not others, f"{others} are of another dtype than the kernel reads"
-    yield networks[1] is not None or chunks[keys.action].ndim == 2, "actions are one-hot vectors"
+def _conditions(program: Program, optimizer, chunks: State | None) -> Iterator[tuple[bool, str]]:
+    loss = program.loss
+    yield kernels.load(program.parameters[0].dtype) is not None, "there are no kernels for the parameters' dtype"
+    has_more = len(loss.terms) > 0 or type(loss).loss_terms.__qualname__ != "RL2PPOLoss.loss_terms"
+    yield not has_more, "the loss has terms beside PPO's own, which want the parts between passes"
+    networks = _networks_of(program)
+    what = "actor or critic is more than a GRU and a head of one layer each, or the policy neither categorical nor Gaussian"
+    yield networks is not None, what
+    yield len({p.dtype for p in program.parameters}) == 1, "parameters are of several dtypes"
     uses = [p for part in program.parts for p in part.parameters]
     is_own = len(uses) == len(program.parameters) and all(p.is_contiguous() for p in uses)
     yield is_own, "parameters are shared, frozen, or not contiguous"
@@ -242,3 +238,14 @@ def _conditions(program: Program, optimizer, chunks: State) -> Iterator[tuple[bo
     alike = len({float(state["step"]) if state else 0.0 for state in states}) == 1
     is_dense = all(state[n].is_contiguous() for state in states if state for n in ("exp_avg", "exp_avg_sq"))
     yield alike and is_dense, "parameters have made different numbers of steps, or their averages are not contiguous"
+    if chunks is not None:
+        yield from _conditions_on_data(loss, chunks, networks[1] is not None)
+
+
+def _conditions_on_data(loss: nn.Module, chunks: State, is_gaussian: bool) -> Iterator[tuple[bool, str]]:
+    keys, dtype = loss.tensor_keys, next(loss.parameters()).dtype
+    read = [keys.sample_log_prob, keys.advantage, *([keys.value_target] if loss.has_critic else [])]
+    expected = {**dict.fromkeys(read, dtype), keys.action: dtype if is_gaussian else torch.int64}
+    others = {key: chunks[key].dtype for key in expected if chunks[key].dtype != expected[key]}
+    yield not others, f"{others} are of another dtype than the kernel reads"
+    yield is_gaussian or chunks[keys.action].ndim == 2, "actions are one-hot vectors"

@@ -254,9 +254,18 @@ def _checked_terms(terms: Iterable[nn.Module]) -> list[nn.Module]:
         )
     terms = list(terms)
     for term in terms:
-        if not isinstance(term, nn.Module) or isinstance(getattr(term, "in_keys", ""), str):
+        if isinstance(term, type):
+            raise TypeError(
+                f"{term.__name__} is a class, and no loss term: give one of its objects, {term.__name__}()."
+            )
+        keys = getattr(term, "in_keys", "")
+        if not isinstance(term, nn.Module) or isinstance(keys, str):
             raise TypeError(
                 f"{type(term).__name__} is no loss term, a module with in_keys: help(rl2_torchrl.objectives.terms)."
+            )
+        if strangers := [key for key in keys if not isinstance(key, str | tuple)]:
+            raise TypeError(
+                f"{type(term).__name__}.in_keys holds {strangers}: entries' names are texts or tuples of them."
             )
     return terms
 
