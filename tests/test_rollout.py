@@ -202,6 +202,18 @@ def test_an_entry_that_is_kept_is_kept_with_all_that_it_holds():
     assert set(ours[0].keys(True, True)) == inner | {("next", *key) for key in inner}
 
 
+@pytest.mark.parametrize("keep", [["surprise"], None])
+def test_a_module_of_the_policy_may_read_the_log_probability(keep):
+    def surprised(env):
+        surprise = TensorDictModule(torch.neg, ["action_log_prob"], ["surprise"])
+        return TensorDictSequential(make_policy(env), surprise)
+
+    (_, ours), (_, theirs) = both(lambda: make_env("guess", episodes=2), 9, surprised, keep=keep)
+    for batch, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(batch["surprise"], expected["surprise"], rtol=1e-6, atol=1e-6)
+        assert batch["surprise"].min() > 0
+
+
 def test_velocity_is_kept_when_asked_for():
     def make():
         return make_env("cheetah", episodes=2, step_keys=["velocity"])

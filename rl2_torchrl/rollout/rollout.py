@@ -97,7 +97,8 @@ class Rollout:
         last = acts[-1]
         can_wait = all(part.can_wait for part in self.parts[last:])
         acting, waiting = (self.parts[:last], self.parts[last:]) if can_wait else (self.parts, [])
-        if len(acts) > 1:  # the log-probability is that of the draw, not of what is made of it
+        is_read = any(part.later.out_keys[0] in other.in_keys for part in acting if part.later for other in self.parts)
+        if is_read or len(acts) > 1:  # the log-probability is that of the draw, not of what is made of it
             return [each for part in acting for each in (part, part.later) if each is not None], waiting
         log_probs = [part.later for part in acting if part.later is not None]
         return acting, [*(part for part in log_probs if part.out_keys[0] in self.keep), *waiting]
