@@ -96,6 +96,17 @@ def test_a_class_below_ours_that_does_otherwise(part, kind):
     assert named in fast.reason
 
 
+def test_a_method_put_on_one_transform_alone():
+    def make():
+        trial = Trial(episodes=2)
+        trial.is_over = lambda episode_index, trial_step: trial_step >= 2
+        return TransformedEnv(Guess(batch_size=(4,)), Compose(trial, TaskSampler(numbers, seed=1), PreviousStep()))
+
+    (fast, ours), (_, theirs) = both(make, 9)
+    assert_same(ours, theirs)
+    assert "Trial beside our transforms" in fast.reason
+
+
 def categorical(network):
     options = {"in_keys": ["logits"], "distribution_class": torch.distributions.Categorical, "return_log_prob": True}
     return ProbabilisticActor(network, **options)

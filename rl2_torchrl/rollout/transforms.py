@@ -78,6 +78,7 @@ def _is_known(transform: Transform, read: Keys, keep: Keys | None, made: Keys) -
 
 
 def _is_as_written(transform, kind: type) -> bool:
-    """Whether what ``transform`` does in an env is what ``kind`` says: a class below it may step or reset otherwise."""
-    below = type(transform)
-    return isinstance(transform, kind) and all(getattr(below, m, None) is getattr(kind, m, None) for m in _REPLACED)
+    """Whether what ``transform`` does in an env is what ``kind`` says: a class below it, or it alone, may have other methods."""
+    below, own = type(transform), vars(transform)
+    is_same = (m not in own and getattr(below, m, None) is getattr(kind, m, None) for m in _REPLACED)
+    return isinstance(transform, kind) and all(is_same)
