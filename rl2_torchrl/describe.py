@@ -173,7 +173,9 @@ def _module(
 ) -> Described:
     is_policy = isinstance(leaf, ProbabilisticTensorDictModule)
     flow = " -> ".join(", ".join(_entry(key, shapes) for key in keys) for keys in (leaf.in_keys, leaf.out_keys))
-    name = (leaf.distribution_class if is_policy else type(getattr(leaf, "module", leaf))).__name__
+    inner = getattr(leaf, "module", leaf)
+    name = (leaf.distribution_class if is_policy else type(inner)).__name__
+    flow += ", detached" * (vars(inner).get("detach") is True)  # as a critic on the actor's memory may be
     # The part of a policy judges actions: it writes their log-probability.
     part = next((ways[key] for key in ([LOG_PROB] if is_policy else leaf.out_keys) if key in ways), None)
     backend, reason = ("autograd", update.reason) if part is None else (part.kind, part.reason)

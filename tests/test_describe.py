@@ -14,6 +14,7 @@ from rl2_torchrl import (
     ActorCritic,
     GRUCategoricalActor,
     GRUValueHead,
+    MemoryValueHead,
     PPOUpdate,
     PreviousStep,
     RL2PPOLoss,
@@ -92,6 +93,14 @@ class Cube(nn.Module):
 
     def forward(self, x):
         return x**3
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_critic_on_the_actors_memory_says_whether_it_is_detached(detach):
+    actor = GRUCategoricalActor(SIZE, 2, hidden_size=4)
+    description, _ = described(actor, MemoryValueHead(4, detach=detach))
+    [head] = rows_of(description, "critic")
+    assert head.what == "actor_features [4] -> state_value [1]" + ", detached" * detach
 
 
 def test_which_way_each_part_takes_and_why():
