@@ -325,6 +325,12 @@ def test_weights_that_are_loaded_into_an_agents_policy_play_whole_from_the_next_
         assert torch.equal(one, other)
 
 
+def test_another_policy_makes_another_agent():
+    agent = rl2.AdaptiveAgent.from_policy(make(bandits()), bandits())
+    with pytest.raises(AttributeError, match="policy"):  # its step would go on with the first
+        agent.policy = make(bandits(), 1)
+
+
 def test_weights_that_are_loaded_in_the_middle_of_a_trial_play_whole_from_the_next_step_on():
     first, second = (rl2.AdaptiveAgent.from_policy(make(bandits(), seed), bandits()) for seed in (1, 2))
     for agent in (first, second):

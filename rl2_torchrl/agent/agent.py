@@ -44,8 +44,6 @@ class AdaptiveAgent:
     Attributes:
         step, signature: likewise.
         memory: what is handed on to the next step, as ``signature.memory`` names it, ``[N, ...]``; the last action comes first.
-        policy: the actor, a copy, or None where ``step`` is another function. Weights that are loaded into it count from the next
-            `act` on.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -64,12 +62,16 @@ class AdaptiveAgent:
 
     def __init__(self, step: Step, signature: Signature):
         self.step, self.signature = step, signature
-        self.policy = step.policy if isinstance(step, PolicyStep) else None
         # What the step's functions have read, and how often each had been written to by then.
         self._weights: list[Tensor] = []
         self._versions: list[int | None] = []
         self._is_single, self._start = True, None
         self._is_waiting, self.memory = False, []
+
+    @property
+    def policy(self) -> TensorDictModuleBase | None:
+        """The actor, a copy, or None where ``step`` is another function. Weights loaded into it count from the next `act` on."""
+        return self.step.policy if isinstance(self.step, PolicyStep) else None
 
     # ------------------------------------------------------------ where it comes from
     @classmethod
