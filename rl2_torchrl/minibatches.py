@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.quiet import quiet_torchrl
 
@@ -16,43 +17,41 @@ __all__ = ["Minibatches", "require_trials", "split_rows"]
 
 
 class Minibatches:
-    """Draws a batch's chunks ``[num_chunks, bptt]`` without replacement, ``count`` minibatches a pass, in a TorchRL buffer.
+    """Draws a batch's chunks ``[num_chunks, bptt]`` without replacement, so many minibatches a pass, in a TorchRL buffer.
 
     A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller. Of several ``learners`` each gets a part of it,
     and ``weight`` is this part's size over the whole's.
 
     Examples:
         >>> from tensordict import TensorDict
-        >>> minibatches = Minibatches(2, shuffle=False)
-        >>> minibatches.fill(TensorDict({"x": torch.arange(6).view(3, 2)}, [3, 2]))
+        >>> minibatches = Minibatches()
+        >>> minibatches.fill(TensorDict({"x": torch.arange(6).view(3, 2)}, [3, 2]), 2, shuffle=False)
         >>> [entries["x"].tolist() for entries in minibatches.entries()]
         [[[0, 1], [2, 3]], [[4, 5]]]
     """
 
     def __init__(
         self,
-        count: int,
         *,
-        shuffle: bool = True,
         device: torch.device | None = None,
         generator: torch.Generator | None = None,
         learners: Learners | None = None,
     ):
-        self.count, self.shuffle, self.device, self.generator = count, shuffle, device, generator
+        self.device, self.generator = device, generator
         self.learners, self.weight = Learners(None) if learners is None else learners, 1.0
         self._buffer: TensorDictReplayBuffer | None = None
         #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
         self.chunks: dict[NestedKey, torch.Tensor] = {}
 
-    def fill(self, chunks: TensorDictBase) -> None:
-        """Takes the ``chunks`` ``[num_chunks, bptt]`` of a new batch; ValueError where there are fewer than minibatches."""
+    def fill(self, chunks: TensorDictBase, count: int, *, shuffle: bool = True) -> None:
+        """Takes the ``chunks`` ``[num_chunks, bptt]`` of a batch, for ``count`` minibatches; ValueError where there are fewer."""
         number, self.steps = chunks.shape[:2]
-        if number < self.count:
+        if number < whole("minibatches", count):
             raise ValueError(
-                f"{self.count} minibatches cannot be made of {number} chunks of {self.steps} steps: collect more trials in a "
+                f"{count} minibatches cannot be made of {number} chunks of {self.steps} steps: collect more trials in a "
                 "batch, or ask for fewer minibatches."
             )
-        self.rows = math.ceil(number / self.count)
+        self.rows = math.ceil(number / count)
         if (smallest := (number - 1) % self.rows + 1) < self.learners.size:
             raise ValueError(
                 f"the {number} chunks of the joint batch make minibatches of {self.rows} and a last one of {smallest}, too few for "
@@ -62,12 +61,13 @@ class Minibatches:
         if self._buffer is None or _sizes(chunks) != _sizes(self.chunks):
             self._buffer = TensorDictReplayBuffer(
                 storage=LazyTensorStorage(number, device=self.device or chunks.device or torch.device("cpu")),
-                sampler=SamplerWithoutReplacement(shuffle=self.shuffle),
+                sampler=SamplerWithoutReplacement(),
                 batch_size=self.rows,
                 generator=self.generator,
             )
         # The sampler's permutation of the last batch must not reach into this one.
         self._buffer.empty()
+        self._buffer.sampler.shuffle = shuffle
         with quiet_torchrl():
             self._buffer.extend(chunks)
         stored = self._buffer.storage[:]

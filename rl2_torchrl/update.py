@@ -155,8 +155,7 @@ class PPOUpdate:
         self._learners = Learners(process_group)
         self._generator = generator = self._learners.begin_alike(loss, generator)
         self._device, self._named = self._parameters[0].device, backend
-        how = {"shuffle": shuffle, "device": self._device, "generator": generator, "learners": self._learners}
-        self._chunks = Minibatches(self.minibatches, **how)
+        self._chunks = Minibatches(device=self._device, generator=generator, learners=self._learners)
         self._graphed = GraphedPass(loss, self.optimizer)
         self.backend, self.reason = self._choose()
 
@@ -173,7 +172,7 @@ class PPOUpdate:
         norms = self._norms()
         if any(norm.count == 0 for norm, _ in norms):
             return self._measure(norms, batch)
-        self._chunks.fill(self.chunks(self.with_advantages(batch)))
+        self._chunks.fill(self.chunks(self.with_advantages(batch)), self.minibatches, shuffle=self.shuffle)
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
         one_pass = self._way(from_zeros)
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)

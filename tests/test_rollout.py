@@ -601,9 +601,16 @@ def test_a_hook_that_is_hung_up_later_is_an_error_before_the_next_batch():
     rollout = Rollout(env, policy, 6, ["action"])
     rollout()
     hook = policy.actor.module[0].register_forward_hook(lambda module, args, out: None)
-    with pytest.raises(
-        RuntimeError, match="a hook on one, has changed since its rollout was made.*make a new collector"
-    ):
+    with pytest.raises(RuntimeError, match="a hook on one, .* has changed since their rollout.*make a new collector"):
         rollout()
     hook.remove()
     rollout()
+
+
+def test_a_transform_that_is_appended_later_is_an_error_before_the_next_batch():
+    env = make_env("bandit", episodes=6)
+    rollout = Rollout(env, make_policy(env), 6, ["action"])
+    rollout()
+    env.append_transform(RewardSum())
+    with pytest.raises(RuntimeError, match="a transform of the env has changed.*make a new collector"):
+        rollout()

@@ -210,6 +210,19 @@ def test_every_pass_sees_every_chunk_once(shuffle):
     assert torch.equal(epochs[0], epochs[1]) is not shuffle
 
 
+def test_number_and_order_of_minibatches_may_change_between_two_updates():
+    update = PPOUpdate(make_loss(), bptt=1, minibatches=1, epochs=1)
+    seen = Seen(update)
+    update(make_batch())
+    update.minibatches, update.shuffle = 3, False
+    update(make_batch())
+    assert [len(minibatch) for minibatch in seen.minibatches] == [24, 8, 8, 8]
+    assert torch.equal(torch.cat(seen.order()[1:]), update.advantage(make_batch())["value_target"].flatten())
+    update.minibatches = 0
+    with pytest.raises(ValueError, match="minibatches=0"):
+        update(make_batch())
+
+
 def test_the_generator_decides_the_order():
     orders = []
     for seed in (3, 3, 4):

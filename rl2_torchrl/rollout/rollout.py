@@ -24,6 +24,7 @@ from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
 from rl2_torchrl.rollout.trials import leaves
+from rl2_torchrl.trial import transforms_of
 
 __all__ = ["Rollout"]
 
@@ -57,7 +58,7 @@ class Rollout:
     ):
         self.env, self.policy, self.steps, self.ablation, self.on_step = env, policy, steps, ablation, on_step
         _require_sizes(env, policy)
-        self.parts, self._layout = acting_parts(policy), _layout(policy)
+        self.parts, self._layout = acting_parts(policy), _layout(policy, env)
         read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
         self.memory = Memory(policy, env, env.batch_size.numel())
         memory = [key for pair in self.memory.handed_on for key in pair]
@@ -111,12 +112,12 @@ class Rollout:
         After an error or an interrupt within it the next one begins new trials in all rows.
 
         Raises:
-            RuntimeError: a module of the policy, or a hook, is another one than when the rollout was made.
+            RuntimeError: a module of the policy, a hook on one or a transform of the env is another than when the rollout was made.
         """
-        if _layout(self.policy) != self._layout:
+        if _layout(self.policy, self.env) != self._layout:
             raise RuntimeError(
-                "a module of the policy, or a hook on one, has changed since its rollout was made, which would not see it, whereas "
-                "the update does: change the policy before the collector is made, or make a new collector."
+                "a module of the policy, a hook on one, or a transform of the env has changed since their rollout was made, which "
+                "would not see it, whereas the update does: change them before the collector is made, or make a new collector."
             )
         try:
             return self._batch()
@@ -208,9 +209,9 @@ class Rollout:
         self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
 
 
-def _layout(policy: TensorDictModuleBase) -> list[tuple[int, bool]]:
-    """Which modules a policy has, and on which of them hooks hang: what its parts were made by."""
-    return [(id(module), has_hooks(module)) for module in policy.modules()]
+def _layout(policy: TensorDictModuleBase, env: EnvBase) -> list[tuple[int, bool]]:
+    """Which modules a policy has, and on which of them hooks hang, and which transforms ``env``: what a rollout is made by."""
+    return [(id(module), has_hooks(module)) for module in (*policy.modules(), *transforms_of(env))]
 
 
 def _require_sizes(env: EnvBase, policy: TensorDictModuleBase) -> None:
