@@ -115,6 +115,12 @@ def test_an_action_by_hand(space, spec, action, expected):
     assert batch_space(space, 2).contains(array)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_policy_may_act_in_another_precision(dtype):
+    array = ActionSpace(spaces.Box(-1, 1, (2,))).array(torch.tensor([[0.5, 3], [-3, 1]], dtype=dtype))
+    assert (array.tolist(), array.dtype) == ([[0.5, 1], [-1, 1]], np.float32)
+
+
 @pytest.mark.parametrize(
     "space", [spaces.Dict(a=spaces.Discrete(2)), spaces.Text(3), spaces.Box(0, 9, (1,), np.int64)], ids=str
 )

@@ -176,6 +176,7 @@ class ActionSpace:
 
     def array(self, action: Tensor) -> np.ndarray:
         """Actions ``[N, ...]`` as a vector env takes them."""
+        action = action.float() if action.dtype is torch.bfloat16 else action  # which NumPy does not have
         array = action.detach().cpu().numpy()
         array = array if self.start is None else array + self.start.numpy()
         array = array.reshape(len(array), *self.space.shape)
