@@ -1,6 +1,8 @@
 """The batched MuJoCo envs are Gymnasium's, step by step, and their rows do not touch one another."""
 
 import builtins
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -259,6 +261,22 @@ def test_checkpoints_go_on_as_the_run_would_have():
     resumed = [other.step(act(other, td))["next"], reset(other)]
     for ours, theirs in zip(resumed, going_on, strict=True):
         assert (ours == theirs).all()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copied_env_simulates_on_by_itself(duplicate):
+    env = HalfCheetahVelocity(batch_size=(2,), seed=0)
+    td = act(env, reset(env))
+    td = env.step(td)["next"].set("task", td["task"])
+    other = duplicate(env)
+    for step in range(3):
+        td = act(env, td, seed=step)
+        ours, theirs = env.step(td)["next"], other.step(td)["next"]
+        assert (ours == theirs).all()
+        assert not torch.equal(ours["observation"], td["observation"])
+        td = ours.set("task", td["task"])
+    reset(env)
+    assert torch.equal(other._observe(), theirs["observation"])
 
 
 #: TorchRL's backends that are installed here: mjx takes minutes to compile and is no part of the extra `test`.

@@ -91,6 +91,7 @@ def test_best_format(monkeypatch):
 # ------------------------------------------------------------------ OpenGL
 
 SCRIPT = """
+import copy
 import mujoco, torch
 from tensordict import TensorDict
 from rl2_torchrl.envs import HalfCheetahVelocity
@@ -112,6 +113,7 @@ assert not torch.equal(first, second), "the cheetah did not move"
 assert not torch.equal(env.render(0, width=96, height=64), second), "both rows look alike"
 assert env._camera is camera, "a renderer of its own for each picture"
 assert env.render(0).shape == (320, 480, 3)
+assert torch.equal(copy.deepcopy(env).render(1, width=96, height=64), second), "a copy takes other pictures"
 print("pictures taken")
 """
 

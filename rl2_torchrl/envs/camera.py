@@ -45,6 +45,9 @@ class Camera:
                 "libgl1-mesa-dri), or MUJOCO_GL=osmesa (apt-get install libosmesa6)."
             ) from error
 
+    def __reduce__(self) -> tuple:
+        return Camera, (self._model, *self.size)  # a copy has a renderer of its own: OpenGL's cannot be copied
+
     def picture(self, qpos: np.ndarray, qvel: np.ndarray, camera: str | int = "track") -> torch.Tensor:
         """The model at ``qpos`` ``[nq]`` and ``qvel`` ``[nv]`` as ``[height, width, 3]`` uint8, seen by one of its cameras."""
         mujoco = import_mujoco()

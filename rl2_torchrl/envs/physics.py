@@ -184,6 +184,15 @@ class RolloutBackend:
             state=self._states,
         )
 
+    def __getstate__(self) -> tuple:
+        # What is left out is made anew: views would come back as arrays of their own, and threads cannot be copied.
+        return (self.mj_model, len(self._models), self.frame_skip, len(self._data)), self._states, self._start
+
+    def __setstate__(self, state: tuple) -> None:
+        arguments, states, start = state
+        self.__init__(*arguments)
+        self._states[:], self._start[:] = states, start
+
     def leave_pool(self) -> None:
         """In a forked process, where the pool's threads exist no more: to use it or to end it would wait for them for ever."""
         if self._pool is not None:
