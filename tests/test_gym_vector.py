@@ -297,6 +297,20 @@ def test_a_vector_env_of_ones_own_is_told_which_rows_begin_with_which_tasks(mode
     assert [rows for _, rows in calls] == [[True] * 3, [False, True, False]]
 
 
+@pytest.mark.parametrize("mode", [AutoresetMode.DISABLED, AutoresetMode.SAME_STEP])
+def test_a_task_that_is_an_option_is_that_of_later_episodes_too(mode):
+    class OwnGoal(Line):
+        def reset(self, *, seed=None, options=None):
+            goal = options["goal"][0] if options and "goal" in options else [99.0]  # without: one of its own
+            return super().reset(seed=seed, options={"goal": goal})
+
+    env = trials(GymVectorEnv(vector(mode, make=OwnGoal), task_option="goal", task_spec=Unbounded(1), seed=0))
+    tensordict = env.reset(with_task(env, 2.0, 2.0, 2.0))
+    for _ in range(3):
+        _, tensordict = env.step_and_maybe_reset(tensordict.set("action", right(env)))
+    assert tensordict["observation"][:, :2].tolist() == [[1, 2]] * 3
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -183,7 +183,8 @@ class GymVectorEnv(TensorEnv):
         """Resets ``rows`` with their tasks, but for those that a vector env has begun itself, with the task that they had."""
         self._require_open()
         mask, told = rows.cpu().numpy(), self._told
-        begun = told.begun & mask
+        # An option is told in a reset from here alone, which the vector env's own was not.
+        begun = told.begun & mask & (self._task_option is None)
         if begun.any():
             begun = begun & ~told.unseeded & _same_rows(task, told.task, len(mask))
         # Of rows that do not begin, TorchRL's resets bring whatever task was drawn for all.
