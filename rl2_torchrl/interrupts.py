@@ -1,15 +1,15 @@
-"""`deferred_interrupts`: Ctrl-C and requests to end wait until a training can be saved."""
+"""`deferred_interrupts`: Ctrl-C and requests to end wait until a training can be saved; `signals_blocked`, where to ignore them."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Interrupts", "deferred_interrupts"]
+__all__ = ["Interrupts", "deferred_interrupts", "signals_blocked"]
 
 log = logging.getLogger(__name__)
 
@@ -71,3 +71,16 @@ def deferred_interrupts() -> Iterator[Interrupts]:
         yield interrupts
     finally:
         restore()
+
+
+@contextmanager
+def signals_blocked(signums: Sequence[int]) -> Iterator[None]:
+    """In this thread, and for good in the processes that it starts."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signums)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

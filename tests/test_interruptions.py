@@ -146,17 +146,30 @@ def test_a_killed_run_is_not_held_by_its_envs_processes(tmp_path):
 
 WORKERS = """
     import os, signal, sys, threading
+    import gymnasium
+    from gymnasium.vector import AsyncVectorEnv
     from torchrl.data import Unbounded
     from torchrl.envs import ParallelEnv
     from rl2_torchrl import GRUGaussianActor
-    from rl2_torchrl.envs import GymTaskEnv
+    from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv
+
+    task = {"set_task": lambda env, task, *rows: None, "task_spec": Unbounded(1)}
+
+    def parallel():
+        return ParallelEnv(2, lambda: GymTaskEnv("Pendulum-v1", **task), mp_start_method="fork")
+
+    def rows():
+        return GymVectorEnv("Pendulum-v1", 2, vectorization="async", **task)
+
+    def own_rows():
+        make, mode = lambda: gymnasium.make("Pendulum-v1"), gymnasium.vector.AutoresetMode.DISABLED
+        return GymVectorEnv(AsyncVectorEnv([make] * 2, context="fork", autoreset_mode=mode), **task)
 
     class Parallel(Run):
         def __init__(self):
-            make = lambda: GymTaskEnv("Pendulum-v1", set_task=lambda env, task: None, task_spec=Unbounded((1,)))
             sampler = TaskSampler(lambda size, generator: torch.rand(*size, 1, generator=generator), seed=1)
             parts = Compose(Trial(steps=STEPS), sampler, PreviousStep())
-            env = TransformedEnv(ParallelEnv(2, make, mp_start_method="fork"), parts)
+            env = TransformedEnv(globals()[sys.argv[3]](), parts)
             self.update = self.networks(env, GRUGaussianActor, 4, minibatches=1)
             sizes = {"frames_per_batch": 2 * STEPS, "total_frames": 10_000 * STEPS}
             self.collector = Collector(env, self.policy, auto_register_policy_transforms=True, **sizes)
@@ -172,9 +185,11 @@ WORKERS = """
 """
 
 
-@pytest.mark.parametrize("how", ["stop", "ctrl-c"])
-def test_a_training_with_workers_is_saved_and_its_program_ends(how, tmp_path):
-    run = program(WORKERS, tmp_path, how, start_new_session=True)
+@pytest.mark.parametrize(
+    ("how", "envs"), [("stop", "parallel"), *(("ctrl-c", envs) for envs in ("parallel", "rows", "own_rows"))]
+)
+def test_a_training_with_workers_is_saved_and_its_program_ends(how, envs, tmp_path):
+    run = program(WORKERS, tmp_path, how, envs, start_new_session=True)
     try:
         said, errors = run.communicate(timeout=300)  # or it would not end
     finally:
@@ -184,3 +199,4 @@ def test_a_training_with_workers_is_saved_and_its_program_ends(how, tmp_path):
     _, env_steps, interrupted = line.split()
     assert interrupted == str(how == "ctrl-c"), errors
     assert saved_steps(tmp_path) == [int(env_steps)]
+    assert envs != "rows" or "the rollout was cut short" not in errors, errors

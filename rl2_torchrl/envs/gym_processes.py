@@ -25,9 +25,10 @@ def call(envs: VectorEnv, function: Callable[..., Any], *args, **kwargs) -> Any:
     """``function()`` of ``envs``; where one of its processes fails, all are ended, so that none is left behind."""
     try:
         return function(*args, **kwargs)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         envs = processes_of(envs)
-        if envs is None:
+        is_ctrl_c = isinstance(error, KeyboardInterrupt)
+        if envs is None or (is_ctrl_c and None not in envs.parent_pipes):
             raise
         # A process that has just died needs a moment to be seen as dead.
         ended = multiprocessing.connection.wait([process.sentinel for process in envs.processes], timeout=1)
@@ -35,6 +36,10 @@ def call(envs: VectorEnv, function: Callable[..., Any], *args, **kwargs) -> Any:
             process.join(1 if process.sentinel in ended else 0)
         dead = [n for n, process in enumerate(envs.processes) if process.exitcode not in (None, 0)]
         _end(envs)
+        if (
+            is_ctrl_c
+        ):  # none of this process, which may be about to save: Gymnasium hands on what its processes have raised
+            raise RuntimeError("Ctrl-C has ended processes of the envs, and with them their trials.") from error
         if not isinstance(error, EOFError | OSError) or not dead:
             raise
         raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +24,14 @@ from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
 from rl2_torchrl.envs.rows import Entries, merge
 from rl2_torchrl.envs.task_setter import warn_of_added
 from rl2_torchrl.envs.tensor_env import TensorEnv
+from rl2_torchrl.interrupts import signals_blocked
 from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["GymVectorEnv"]
+
+#: A terminal's signals reach all processes: these go on until a training has made its update and saved their state. Not SIGTERM,
+#: by which a program's end ends them.
+_OF_PARENT = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class GymVectorEnv(TensorEnv):
@@ -176,7 +182,8 @@ class GymVectorEnv(TensorEnv):
             return envs
         # TorchRL makes "spawn" the default of the whole program, with which each env would import PyTorch for seconds.
         context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-        return AsyncVectorEnv(makers, context=context, **options)
+        with signals_blocked(_OF_PARENT):
+            return AsyncVectorEnv(makers, context=context, **options)
 
     # ---------------------------------------------------------------- a step
     def begin(self, task: Tensor | TensorDictBase | None, rows: Tensor) -> tuple[None, Entries]:

@@ -19,6 +19,7 @@ from torch import nn
 from torchrl.collectors import BaseCollector, MultiSyncCollector
 from torchrl.envs import EnvBase
 
+from rl2_torchrl.interrupts import signals_blocked
 from rl2_torchrl.workers.player import Player
 
 __all__ = ["ActorHost", "Host", "ProcessHost", "threads_kept"]
@@ -155,7 +156,7 @@ class _Cluster:
 
         if not ray.is_initialized():
             before = signal.getsignal(signal.SIGTERM)
-            with _signals_blocked():
+            with signals_blocked(_OF_PARENT):
                 ray.init(**config)
             if threading.current_thread() is threading.main_thread() and before is not None:
                 signal.signal(signal.SIGTERM, before)  # which Ray has replaced
@@ -201,19 +202,6 @@ _OF_PARENT = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") 
 def _leave_signals_to_parent() -> None:
     for signum in _OF_PARENT:
         signal.signal(signum, signal.SIG_IGN)
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """In this thread, and for good in the processes that it starts."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_PARENT)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
