@@ -130,12 +130,6 @@ class _Checked:
         row.view(-1)[number % row.numel()] = True
         return row
 
-    def mixed(
-        self, rows: Tensor, new: Tensor | TensorDictBase, old: Tensor | TensorDictBase
-    ) -> Tensor | TensorDictBase:
-        """``new`` in ``rows``, ``old`` elsewhere."""
-        return new.where(rows, old) if isinstance(new, TensorDictBase) else merge(rows, new, old)
-
     def save(self) -> Tensor:
         return self.env.get_extra_state().clone()
 
@@ -249,7 +243,7 @@ class _Checked:
         self.start()
         for number, action in enumerate(self.actions):
             row, before = self.row(number), self.save()
-            steps = [self.play(self.mixed(row, self.actions[number - 1], action))]
+            steps = [self.play(merge(row, self.actions[number - 1], action))]
             self.env.set_extra_state(before)
             steps.append(self.play(action))
             if seen := _difference(steps[:1], steps[1:], ~row, "steps that differ in one row's action alone"):
@@ -257,7 +251,7 @@ class _Checked:
             list(self.begin_ended())
         for number in range(len(self.tasks)):
             row, task = self.row(number), self.tasks[number]
-            one, other = self.first_episode(task), self.first_episode(self.mixed(row, self.tasks[number - 1], task))
+            one, other = self.first_episode(task), self.first_episode(merge(row, self.tasks[number - 1], task))
             both = min(len(one), len(other))
             if seen := _difference(one[:both], other[:both], ~row, "episodes that differ in one row's task alone"):
                 return seen

@@ -247,6 +247,50 @@ def test_nested_tasks():
     check_tensor_env(env)
 
 
+class Aims(TensorEnv):
+    """Keeps a task of two entries in its state, as it is."""
+
+    def __init__(self, **kwargs):
+        spec = Composite(a=Unbounded(1), b=Composite(c=Unbounded(1)))
+        super().__init__(task_spec=spec, action_spec=Unbounded(1), observation_spec=Unbounded(1), **kwargs)
+
+    def begin(self, task, rows):
+        place = torch.zeros(*self.batch_size, 1)
+        return (place, task), place
+
+    def advance(self, state, action):
+        place, task = state
+        place = place + action + task["a"] + 2 * task["b", "c"]
+        return (place, task), place, place, place.abs() > 5, None
+
+
+def aims(a, b):
+    return {"a": column(*a), "b": {"c": column(*b)}}
+
+
+def test_a_nested_task_may_be_kept_in_the_state():
+    env, alone = Aims(batch_size=(2,), seed=0), torch.tensor([True, False])
+    env.start(TensorDict(aims([1, 1], [0, 1]), [2]))
+    first = env.play(torch.zeros(2, 1))[0]["observation"]
+    assert flat(first) == [1, 3]
+    env.start(TensorDict(dict(reversed(aims([2, 9], [3, 9]).items())), [2]), alone)  # its entries in another order
+    saved = env.get_extra_state()
+    other = Aims(batch_size=(2,), seed=0)
+    other.set_extra_state(saved)
+    for each in (env, other):
+        assert flat(each.play(torch.zeros(2, 1))[0]["observation"]) == [8, 6]
+
+
+def test_an_env_that_keeps_a_nested_task_in_its_state_is_sound():
+    def tasks(size, generator):
+        a, b = torch.randn(2, *size, 1, generator=generator)
+        return TensorDict({"b": {"c": b}, "a": a}, size)
+
+    env = Aims(batch_size=(4,), max_episode_steps=5, seed=0)
+    check_tensor_env(env, tasks)
+    check_trial_env(TransformedEnv(env, Compose(Trial(episodes=3), TaskSampler(tasks, seed=0), PreviousStep())))
+
+
 @pytest.mark.parametrize("batch_size", [(), (4,), (2, 3)])
 def test_ragged_trials_keep_the_contract(batch_size):
     def tasks(size, generator):

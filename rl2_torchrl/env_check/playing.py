@@ -14,9 +14,10 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.env_check.outcomes import Outcome
+from rl2_torchrl.envs.rows import merge
 from rl2_torchrl.trial import INFO, is_within
 
-__all__ = ["RUN_STEPS", "STEPS_TO_AN_END", "EnvBelow", "Pair", "Task", "where"]
+__all__ = ["RUN_STEPS", "STEPS_TO_AN_END", "EnvBelow", "Pair", "Task"]
 
 #: Steps of a run, and those within which an episode of a small env has ended. Few enough for a simulator.
 RUN_STEPS, STEPS_TO_AN_END = 30, 300
@@ -128,7 +129,7 @@ class EnvBelow:
     def _play(self, seed: int, task: Task, other: Task) -> Pair:
         half = self.half()
         changed = half if seed % 2 == 0 else ~half
-        mixed = where(changed.reshape(self.env.batch_size), other, task)
+        mixed = merge(changed.reshape(self.env.batch_size), other, task)
         runs = [self._episodes(seed, first) for first in (task, other, mixed)]
         later = [self._episodes(seed, task, then, half) for then in (task, other)]
         unlike = (self.flat(task) != self.flat(other)).any(1)
@@ -143,7 +144,7 @@ class EnvBelow:
         tensordict = self.start(task)
         if rows is not None:
             _, tensordict, _ = next(self.run(tensordict, task, actions[:1]))
-            mixed = where(rows.reshape(self.env.batch_size), then, task)
+            mixed = merge(rows.reshape(self.env.batch_size), then, task)
             # Within a trial a reset brings all rows' tasks; where trials begin, those of the rows that do.
             tensordict = self.begin(tensordict, rows, mixed, mixed if then is task else self.as_drawn(rows, mixed))
             task = mixed
@@ -151,7 +152,7 @@ class EnvBelow:
 
     def as_drawn(self, rows: Tensor, task: Task) -> Task:
         """``task`` as `TaskSampler` draws it where a trial begins in ``rows`` alone: zeros elsewhere."""
-        return where(rows.reshape(self.env.batch_size), task, self.env.full_state_spec[self.task_key].zero())
+        return merge(rows.reshape(self.env.batch_size), task, self.env.full_state_spec[self.task_key].zero())
 
     def flat(self, task: Task) -> Tensor:
         """``task`` as ``[num_rows, n]`` float64."""
@@ -163,10 +164,3 @@ class EnvBelow:
         rows = torch.zeros(self.num_rows, dtype=torch.bool, device=self.env.device)
         rows[::2] = True
         return rows.reshape(*self.env.batch_size, 1)
-
-
-def where(rows: Tensor, new, old):
-    """``new`` in ``rows`` ``[*B]``, ``old`` elsewhere."""
-    return (
-        new.where(rows, old) if isinstance(new, TensorDictBase) else torch.where(expand_as_right(rows, new), new, old)
-    )

@@ -10,9 +10,10 @@ from torch import Tensor
 from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 
 from rl2_torchrl.env_check.outcomes import CHANCE, Outcome, chance_of_none, counted, differ, none_by_rule, unequal
-from rl2_torchrl.env_check.playing import RUN_STEPS, EnvBelow, Task, where
+from rl2_torchrl.env_check.playing import RUN_STEPS, EnvBelow, Task
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.gymnasium import GymTaskEnv
+from rl2_torchrl.envs.rows import merge
 
 __all__ = ["RULES"]
 
@@ -29,7 +30,7 @@ def _read_back(below: EnvBelow) -> str | None:
     for task, other in pairwise(below.tasks):
         tensordict = below.start(task)
         seen = _unlike(below, "a reset", task)
-        mixed = where(half.reshape(below.env.batch_size), other, task)
+        mixed = merge(half.reshape(below.env.batch_size), other, task)
         below.begin(tensordict, half, mixed, below.as_drawn(half, mixed))
         seen = seen or _unlike(below, "a reset of some rows", mixed)
         if seen is not None:

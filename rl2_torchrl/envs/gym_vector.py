@@ -195,7 +195,7 @@ class GymVectorEnv(TensorEnv):
         if begun.any():
             begun = begun & ~told.unseeded & _same_rows(task, told.task, len(mask))
         # Of rows that do not begin, TorchRL's resets bring whatever task was drawn for all.
-        told.task = task if task is None or told.task is None else _where(rows, task, told.task)
+        told.task = task if task is None or told.task is None else merge(rows, task, told.task)
         told.begun = told.begun & ~mask
         entries = told.following
         if (to_reset := mask & ~begun).any():
@@ -459,10 +459,6 @@ def _same_rows(task, other, rows: int) -> np.ndarray:
     if isinstance(task, Tensor):
         return (task == other).reshape(rows, -1).all(-1).cpu().numpy()
     return np.logical_and.reduce([_same_rows(task[key], other[key], rows) for key in task.keys(True, True)])
-
-
-def _where(rows: Tensor, new, old):
-    return merge(rows, new, old) if isinstance(new, Tensor) else new.where(rows, old)
 
 
 def _column(values: np.ndarray, like: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 __all__ = ["Entries", "EnvState", "Rows", "entries_of", "merge", "rebuilt", "tensors_of"]
 
-#: What an env remembers from step to step: a tensor, tuples or dictionaries of them, or None. Every tensor is ``[*B, ...]``.
+#: What an env remembers from step to step: a tensor, TensorDict, tuple or dictionary of them, or None; each tensor ``[*B, ...]``.
 EnvState = Any
 Entries = dict[NestedKey, Tensor]
 
@@ -61,6 +61,8 @@ def merge(rows: Tensor, new: EnvState, old: EnvState) -> EnvState:
         return torch.where(rows.reshape(*rows.shape, *[1] * (new.ndim - rows.ndim)), new, old)
     if new is None:
         return None
+    if isinstance(new, TensorDictBase):
+        return new.where(rows, old)
     if isinstance(new, dict):
         return {key: merge(rows, value, old[key]) for key, value in new.items()}
     return _tuple_like(new, [merge(rows, *values) for values in zip(new, old, strict=True)])
@@ -75,6 +77,8 @@ def tensors_of(state: EnvState) -> Iterator[Tensor]:
     """
     if isinstance(state, Tensor):
         yield state
+    elif isinstance(state, TensorDictBase):
+        yield from state.values(True, True, sort=True)  # a task's entries may stand in any order
     elif state is not None:
         for value in state.values() if isinstance(state, dict) else state:
             yield from tensors_of(value)
@@ -91,6 +95,8 @@ def rebuilt(state: EnvState, leaves: Iterator[Tensor]) -> EnvState:
         return next(leaves)
     if state is None:
         return None
+    if isinstance(state, TensorDictBase):
+        return state.clone(False).update(dict(zip(state.keys(True, True, sort=True), leaves, strict=False)))
     if isinstance(state, dict):
         return {key: rebuilt(value, leaves) for key, value in state.items()}
     return _tuple_like(state, [rebuilt(value, leaves) for value in state])
