@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.envs import Compose, EnvBase, TransformedEnv, check_env_specs
+from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 
 from rl2_torchrl.arguments import whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
@@ -19,7 +19,7 @@ from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial
+from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial, own_transforms
 
 __all__ = ["TensorEnvError", "TrialContractError", "check_tensor_env", "check_trial_env"]
 
@@ -143,7 +143,7 @@ class _Played:
         self.task_of = task_of
         self.base, self.below_trial, self.transforms, self.reset_faults = env, None, [], []
         while isinstance(self.base, TransformedEnv):
-            here = list(self.base.transform) if isinstance(self.base.transform, Compose) else [self.base.transform]
+            here = own_transforms(self.base)
             self.base, self.transforms = self.base.base_env, self.transforms + here
             if any(isinstance(transform, Trial) for transform in here):
                 self.below_trial = self.base  # what Trial resets; None where workers hide it

@@ -243,10 +243,12 @@ def is_within(key: NestedKey, root: NestedKey) -> bool:
 
 
 def own_transforms(env: EnvBase) -> list[Transform]:
-    """The transforms of ``env`` itself, not those of an env inside it."""
-    if not isinstance(env, TransformedEnv):
-        return []
-    return list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
+    """The transforms of ``env`` itself, those in a `Compose` within a `Compose` too, not those of an env inside it."""
+    return _parts(env.transform) if isinstance(env, TransformedEnv) else []
+
+
+def _parts(transform: Transform) -> list[Transform]:
+    return [each for part in transform for each in _parts(part)] if isinstance(transform, Compose) else [transform]
 
 
 def transforms_of(env: EnvBase | None) -> list[Transform]:

@@ -30,6 +30,7 @@ from rl2_torchrl import (
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, TensorEnv
 from rl2_torchrl.evaluation import _tell_of_single_steps
 from rl2_torchrl.rollout import Rollout
+from rl2_torchrl.testing import check_trial_env
 
 NAN = math.nan
 # Ten bandits of two certain arms: the first arm of task i pays in the tasks 0, 3, 4, 7, 9.
@@ -218,6 +219,14 @@ def test_further_transforms_change_no_curve(rows):
     env.append_transform(StepCounter())
     expected = [[1.0, 1.0], [21.0, 21.0], [3.0, 3.0], [6.0, 6.0], [10.0, 10.0]]
     assert adaptation_curve(env, act(first_arm), 5).returns.tolist() == expected
+
+
+def test_parts_may_stand_in_a_compose_of_their_own():
+    parts = Compose(TaskSampler.fixed(TASKS), Compose(PreviousStep()))
+    env = TransformedEnv(BernoulliBandit(2, batch_size=(2,)), Compose(Trial(episodes=2), parts))
+    for _ in range(2):  # each call begins with the first task
+        assert adaptation_curve(env, act(first_arm), 7).returns[:, 1].tolist() == FIRST_PAYS[:7]
+    check_trial_env(env)
 
 
 def test_batched_workers():
