@@ -48,7 +48,7 @@ def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, n
 
     Checked are types, shapes and specs; that rows do not touch one another, that a reset of some rows leaves the others where
     they are, that a seed repeats a run and a checkpoint goes on with it, and that ``fixed_length`` is true. The env is
-    seeded, reset and stepped.
+    reset and stepped, and seeded as it was made.
 
     Args:
         env: the env, of two rows or more. Hand over some more, so that random actions see ends of episodes.
@@ -69,11 +69,12 @@ def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, n
             f"batch_size={tuple(env.batch_size)}, num_steps={num_steps}: whether rows touch one another shows with two rows or "
             "more, and whether a run goes on with two steps or more."
         )
-    checked = _Checked(env, tasks, num_steps)
+    checked, given_seed = _Checked(env, tasks, num_steps), env.given_seed
     for rule in _RULES:
         seen = getattr(checked, rule)()
         if seen is not None:
             raise TensorEnvError(rule, seen)
+    env._set_seed(given_seed)  # or all that are checked would draw the same from here on
 
 
 class _Checked:
@@ -221,7 +222,7 @@ class _Checked:
         with torch.random.fork_rng(devices=[]):
             for other in (0, 1):
                 torch.manual_seed(other)
-                self.env.set_seed(0)
+                self.env._set_seed(0)
                 before = torch.get_rng_state()
                 runs.append([self.start(), *self.run(self.actions)])
                 if not torch.equal(torch.get_rng_state(), before):
@@ -258,7 +259,7 @@ class _Checked:
 
     def first_episode(self, task: Tensor | TensorDictBase) -> list[Step]:
         """Steps of ``task``, with the same draws each time, until an episode ends."""
-        self.env.set_seed(0)
+        self.env._set_seed(0)
         steps = [self.with_more(self.env.start(task.clone()))]
         for action in self.actions:
             steps.append(self.play(action))
@@ -287,7 +288,7 @@ class _Checked:
         steps = []
         for rows in (None, self.row(0)):
             self.go_to(self.num_steps // 2)
-            self.env.set_seed(0)
+            self.env._set_seed(0)
             steps.append([self.start(1, rows), self.play(self.actions[0])])
         return _difference(*steps, self.row(0), "an episode begun alone and one begun with all others")
 

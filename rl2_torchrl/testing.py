@@ -90,7 +90,7 @@ def check_trial_env(
 
     Made for ``TransformedEnv(your_env, Compose(Trial(...), TaskSampler(...), PreviousStep()))``. What the workers of a
     ``SerialEnv`` or ``ParallelEnv`` do inside is hidden: ``first_observation``, ``task_follows_seed``, and what is asked of the
-    env below `Trial` itself, are left out there. The env is seeded, reset and stepped, and uses up tasks and random numbers.
+    env below `Trial` itself, are left out there. The env is reset and stepped, uses up tasks, and is seeded as it was made.
 
     Whether a task reaches the env (``task_heard``) is seen from outside: after one seed and the same actions, another task must
     show in something, from the start and in episodes that begin in some rows. An env in which random actions hardly ever meet
@@ -126,6 +126,8 @@ def check_trial_env(
             seen = "at row {}, step {} of the trials played".format(*places[0]) if places else None
         if seen is not None:
             raise TrialContractError(rule, seen) from played.raised
+    if played.below is not None:
+        played.below.leave()
 
 
 #: What an env raises that breaks a contract, and what TorchRL raises of what it returns.

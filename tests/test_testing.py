@@ -9,7 +9,7 @@ from torchrl.envs import Compose, GymEnv, ObservationNorm, RewardScaling, Serial
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, QuadraticBandit, uniform_means, uniform_targets
-from rl2_torchrl.testing import _RULES, TrialContractError, check_trial_env
+from rl2_torchrl.testing import _RULES, TrialContractError, check_tensor_env, check_trial_env
 
 
 def bandit(*behind, trial=None, tasks=None, batch_size=(4,), previous=None):
@@ -95,6 +95,29 @@ def test_env_is_left_usable():
     check_trial_env(env)
     assert "_reset" not in vars(env.base_env)
     assert env.rollout(20)["next", "done"].any()
+
+
+def test_checked_envs_draw_as_others_do():
+    generators = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        for _ in range(2):
+            env, tasks = BernoulliBandit(3, batch_size=(4,)), TaskSampler(uniform_means(3))
+            check_tensor_env(env, uniform_means(3))
+            check_trial_env(TransformedEnv(env, Compose(Trial(episodes=3), tasks, PreviousStep())))
+            assert env.given_seed is None  # a setting, which a checkpoint compares
+            generators += [env.generator, tasks.generator]
+    assert len({tuple(generator.get_state().tolist()) for generator in generators}) == len(generators)
+
+
+def test_a_checked_env_is_seeded_as_it_was_made():
+    env, other = (BernoulliBandit(3, batch_size=(4,), seed=7) for _ in range(2))
+    check_tensor_env(env, uniform_means(3))
+    assert torch.equal(env.generator.get_state(), other.generator.get_state())
+    tasks = TaskSampler(uniform_means(3), seed=0)
+    check_trial_env(TransformedEnv(env, Compose(Trial(episodes=3), tasks, PreviousStep())))
+    assert torch.equal(env.generator.get_state(), other.generator.get_state())
+    assert env.given_seed == 7
 
 
 # ---- Unsound envs, each of which breaks one rule.

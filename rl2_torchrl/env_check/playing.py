@@ -11,7 +11,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import expand_as_right
 from torch import Tensor
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 
 from rl2_torchrl.env_check.outcomes import Outcome
 from rl2_torchrl.envs.rows import merge
@@ -60,6 +60,10 @@ class EnvBelow:
         self.env, self.task_key, self.task_of = env, task_key, task_of
         self.tasks: list[Task] = list(tasks) or [None]
         self.num_rows = env.batch_size.numel()
+        self._base = env
+        while isinstance(self._base, TransformedEnv):
+            self._base = self._base.base_env
+        self._given_seed = vars(self._base).get("given_seed")
         self.step_size = (
             0  #: How many numbers of an outcome are the step's own; those of an episode begun there come behind.
         )
@@ -69,7 +73,14 @@ class EnvBelow:
 
     def seed(self, seed: int = 0) -> None:
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds PyTorch's default generator too
-            self.env.set_seed(seed)
+            # Of the class: samplers around the env go on with the tasks that follow.
+            type(self._base).set_seed(self._base, seed)
+
+    def leave(self) -> None:
+        """Seeds the env as it was made, or by PyTorch's default generator, lest all that are checked draw the same from here on."""
+        self.seed(int(torch.randint(2**31, ())) if self._given_seed is None else self._given_seed)
+        if "given_seed" in vars(self._base):
+            self._base.given_seed = self._given_seed
 
     def start(self, task: Task) -> TensorDictBase:
         empty = TensorDict({}, self.env.batch_size, self.env.device)
