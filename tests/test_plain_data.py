@@ -107,11 +107,15 @@ def test_what_both_sides_know_is_not_taken_apart():
     assert there_and_back(Room(ours), known=([ours], [theirs])).things == [theirs]
 
 
+ARRAYS_AND_TENSORS = pytest.mark.parametrize("of", [np, torch])
+
+
+@ARRAYS_AND_TENSORS
 @pytest.mark.parametrize("same", [lambda array: array, lambda array: array[:]])
-def test_arrays_that_are_one_become_two_where_they_were_two(same):
+def test_arrays_that_are_one_become_two_where_they_were_two(same, of):
     env, other = Room(), Room()
-    env.before, env.now = np.zeros(2), np.ones(2)
-    other.before = np.full(2, 9.0)
+    env.before, env.now = of.zeros(2), of.ones(2)
+    other.before = of.full((2,), 9.0)
     other.now = same(other.before)  # as after a reset
     there_and_back(env, now=other)
     assert (other.before.tolist(), other.now.tolist()) == ([0, 0], [1, 1])
@@ -125,17 +129,56 @@ def test_generators_that_are_one_become_two_where_they_were_two():
     assert [other.first.normal(), other.second.normal()] == [env.first.normal(), env.second.normal()]
 
 
+@ARRAYS_AND_TENSORS
 @pytest.mark.parametrize("names", [("whole", "part"), ("part", "whole")])
-def test_what_looks_into_an_array_still_does(names):
+def test_what_looks_into_an_array_still_does(names, of):
     env, other = Room(), Room()
     for room, value in ((env, 1.0), (other, 9.0)):
-        whole = np.full(3, value)
+        whole = of.full((3,), value)
         views = {"whole": whole, "part": whole[:2]}
         for name in names:
             setattr(room, name, views[name])
     there_and_back(env, now=other)
     other.whole += 1
     assert other.part.tolist() == [2, 2]
+
+
+def test_a_tensor_that_looks_into_an_array_still_does():
+    env, other = Room(), Room()
+    for room, value in ((env, 1.0), (other, 9.0)):
+        room.whole = np.full(3, value)
+        room.part = torch.from_numpy(room.whole)[:2]
+    there_and_back(env, now=other)
+    other.whole += 1
+    assert other.part.tolist() == [2, 2]
+
+
+def test_a_tensor_that_is_a_row_of_a_constant_leaves_that_alone():
+    goals = torch.tensor([[1.0], [2.0]])
+    env, other = Room(), Room()
+    env.goal, other.start, other.goal = goals[1], goals[1], goals[0]
+    env.start = goals[0]
+    there_and_back(env, now=other)
+    assert (goals.tolist(), other.goal.tolist()) == ([[1], [2]], [2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "now",
+    [
+        torch.zeros(1).expand(2),
+        torch.zeros(2, requires_grad=True),
+        torch.zeros(3),
+        torch.zeros(2, device="meta"),
+        np.zeros(2, np.float32),
+    ],
+)
+def test_a_tensor_of_another_kind_is_replaced(now, dtype):
+    env, other = Room(), Room()
+    env.place, other.place = torch.tensor([1.0, 2.0], dtype=dtype), now
+    there_and_back(env, now=other)
+    assert torch.equal(other.place, env.place)
+    assert other.place is not now
 
 
 @pytest.mark.parametrize(

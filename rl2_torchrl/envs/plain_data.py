@@ -10,6 +10,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Collection, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,8 @@ class Restorer:
         self._met: list[Any] = list(known)
         self._taken = {id(value) for value in known}
         self._written: list[tuple[np.ndarray, np.ndarray]] = []
+        #: Memories of attributes that stand side by side.
+        self._beside = [memory for value in known for memory in _memories(getattr(value, "__dict__", {}))]
 
     def __call__(self, saved: Any, now: Any = None) -> Any:
         """The value; it is what is there ``now`` with other contents where that can be, since others may look at that."""
@@ -141,8 +144,8 @@ class Restorer:
                 return self._met[content]
         # Two names of one thing may be those of two by the time that was saved.
         now = None if id(now) in self._taken else now
-        if kind == "array":
-            value = self._array(content, now)
+        if kind in ("array", "tensor"):
+            value = self._in_place(content, now)
         elif kind == "object":
             value = _object(_class_named(content, self._packages), now)
         else:
@@ -164,25 +167,34 @@ class Restorer:
                 value[place] = self(item)
         elif kind == "object":
             before = dict(vars(value))
+            self._beside += _memories(before)
             vars(value).clear()
             vars(value).update((name, self(item, before.get(name))) for name, item in content)
 
-    def _array(self, content: np.ndarray, now: Any) -> np.ndarray:
-        """``content`` in the memory of ``now``, unless that changes an array that is written already, which was one with it."""
-        is_like = isinstance(now, np.ndarray) and (now.shape, now.dtype) == (content.shape, content.dtype)
-        if not is_like or not now.flags.writeable:
-            return content.copy()
-        before, shared = now.copy(), [pair for pair in self._written if np.may_share_memory(pair[0], now)]
-        now[...] = content
-        if any(array.tobytes() != wanted.tobytes() for array, wanted in shared):
-            now[...] = before
-            return content.copy()
-        self._written.append((now, content))
+    def _in_place(self, content: np.ndarray | torch.Tensor, now: Any) -> np.ndarray | torch.Tensor:
+        """``content`` in the memory of ``now``, unless that changes what is written already, which was one with it.
+
+        A tensor only where another attribute looks into it: one is rarely written in place, and may be part of a constant.
+        """
+        memory, wanted = _memory(now) if isinstance(now, type(content)) else None, _memory(content)
+        is_known = memory is not None and wanted is not None
+        is_like = is_known and (memory.shape, memory.dtype) == (wanted.shape, wanted.dtype)
+        if is_like and isinstance(now, torch.Tensor):
+            is_like = sum(np.may_share_memory(memory, each) for each in self._beside) > 1  # itself, and another
+        if not is_like or not memory.flags.writeable:
+            return deepcopy(content)
+        before, shared = memory.copy(), [pair for pair in self._written if np.may_share_memory(pair[0], memory)]
+        memory[...] = wanted
+        # With itself, too: a tensor that was expanded has fewer places than numbers.
+        if any(array.tobytes() != numbers.tobytes() for array, numbers in (*shared, (memory, wanted))):
+            memory[...] = before
+            return deepcopy(content)
+        self._written.append((memory, wanted))
         return now
 
 
 def _empty(kind: str, content: Any, more: list, now: Any) -> Any:
-    """A container without what is in it, or a tensor or generator."""
+    """A container without what is in it, or a generator."""
     match kind:
         case "list" | "set" | "dict":
             return {"list": list, "set": set, "dict": dict}[kind]()
@@ -190,8 +202,6 @@ def _empty(kind: str, content: Any, more: list, now: Any) -> Any:
             return deque(maxlen=more[0])
         case "items":
             return np.empty(more[1], more[0])
-        case "tensor":
-            return content.clone()
         case "generator":
             generator = now if isinstance(now, np.random.Generator) else _generator(content["bit_generator"])
             generator.bit_generator.state = content
@@ -207,6 +217,19 @@ def _empty(kind: str, content: Any, more: list, now: Any) -> Any:
         case _:
             raise ValueError(f"{kind!r} is no kind of value that this version of rl2_torchrl saves.")
     return generator
+
+
+def _memory(value: np.ndarray | torch.Tensor) -> np.ndarray | None:
+    """The memory of an array or tensor as an array; None where NumPy cannot read it: on a GPU, in bfloat16, with gradients."""
+    try:
+        return value.numpy() if isinstance(value, torch.Tensor) else value
+    except (RuntimeError, TypeError):
+        return None
+
+
+def _memories(attributes: dict[str, Any]) -> list[np.ndarray]:
+    found = [_memory(value) for value in attributes.values() if isinstance(value, np.ndarray | torch.Tensor)]
+    return [memory for memory in found if memory is not None]
 
 
 def _generator(name: str) -> np.random.Generator:
