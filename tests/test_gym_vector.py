@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import threading
 import time
 import weakref
 
@@ -700,6 +701,20 @@ def test_a_process_that_dies_between_resets_is_told():
     with pytest.raises(RuntimeError, match=r"the processes of the envs \[0, 2\] have died"):
         env.reset(with_task(env, 1.0, 2.0, 3.0))
     assert gone(processes)
+    env.close()
+
+
+def test_after_an_interrupt_processes_are_ended_and_that_is_said():
+    env = lines(make=lambda: Line(at_step=lambda env: time.sleep(1)), vectorization="async")
+    processes = env.envs.processes
+    tensordict = env.reset(with_task(env, 3.0, 4.0, 5.0))
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        env.step(tensordict.set("action", right(env)))
+    assert gone(processes)
+    for call in (lambda: env.reset(with_task(env, 3.0, 4.0, 5.0)), env.get_extra_state):
+        with pytest.raises(RuntimeError, match="by close.., an error or an interrupt: make a new env"):
+            call()
     env.close()
 
 

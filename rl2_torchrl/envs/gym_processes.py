@@ -22,13 +22,23 @@ def processes_of(envs: VectorEnv) -> AsyncVectorEnv | None:
 
 
 def call(envs: VectorEnv, function: Callable[..., Any], *args, **kwargs) -> Any:
-    """``function()`` of ``envs``; where one of its processes fails, all are ended, so that none is left behind."""
+    """``function()`` of ``envs``; where one of its processes fails, or an interrupt comes, all are ended."""
     try:
         return function(*args, **kwargs)
     except (Exception, KeyboardInterrupt) as error:
         envs = processes_of(envs)
-        is_ctrl_c = isinstance(error, KeyboardInterrupt)
-        if envs is None or (is_ctrl_c and None not in envs.parent_pipes):
+        if envs is None:
+            raise
+        if isinstance(error, ClosedEnvironmentError):
+            raise RuntimeError(
+                "the processes of the envs have been ended, by close(), an error or an interrupt: make a new env."
+            ) from error
+        if isinstance(error, KeyboardInterrupt):
+            # Gymnasium hands on what its processes have raised, where this one may be about to save.
+            is_handed_on = None in envs.parent_pipes
+            _end(envs)  # or answers that are still to come would pass for those of the next step
+            if is_handed_on:
+                raise RuntimeError("Ctrl-C has ended processes of the envs, and with them their trials.") from error
             raise
         # A process that has just died needs a moment to be seen as dead.
         ended = multiprocessing.connection.wait([process.sentinel for process in envs.processes], timeout=1)
@@ -36,10 +46,6 @@ def call(envs: VectorEnv, function: Callable[..., Any], *args, **kwargs) -> Any:
             process.join(1 if process.sentinel in ended else 0)
         dead = [n for n, process in enumerate(envs.processes) if process.exitcode not in (None, 0)]
         _end(envs)
-        if (
-            is_ctrl_c
-        ):  # none of this process, which may be about to save: Gymnasium hands on what its processes have raised
-            raise RuntimeError("Ctrl-C has ended processes of the envs, and with them their trials.") from error
         if not isinstance(error, EOFError | OSError) or not dead:
             raise
         raise RuntimeError(
