@@ -617,6 +617,22 @@ def test_of_the_info_rows_hand_on_what_is_recorded_alone(info_keys, vectorizatio
     env.close()
 
 
+def test_what_an_env_says_late_is_not_put_together_either():
+    class Late(Line):
+        def step(self, action):
+            *stepped, _ = super().step(action)
+            return *stepped, {"path": np.zeros(self.steps)} if stepped[2] else {}  # of another length in each row
+
+    env = lines(make=Late)
+    step, tensordict = env.envs.step, env.reset(with_task(env, 1.0, 2.0, 2.0))
+    told = []
+    env.envs.step = lambda actions: told.append(step(actions)) or told[-1]
+    for action in ([0, 1, 1], [1, 1, 0]):
+        tensordict = env.step(tensordict.set("action", torch.tensor(action)))["next"].exclude("reward")
+    assert tensordict["done"].flatten().tolist() == [True, True, False]
+    assert [infos for *_, infos in told] == [{}, {}]
+
+
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("kinds", [(int, float), (np.bool_, np.bool_), (bool, np.float32), (np.int64, float)])
 def test_info_may_be_numbers_of_any_kind_in_any_row(kinds, vectorization):

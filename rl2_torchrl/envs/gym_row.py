@@ -54,14 +54,12 @@ class GymRow(gymnasium.Wrapper):
             raise TypeError(
                 f"step() pays {stepped[1]!r}; a reward is one number: float(...), or .item() of an array of one."
             )
-        *told, info = stepped
-        # One look is enough; an env that says nothing, of which nothing is recorded, costs no call more.
-        self.step = self._step if info or self._info_keys else self.env.step
-        return *told, self._recorded(info)
+        self.step = self._step  # one look is enough
+        return *stepped[:4], self._recorded(stepped[4])
 
     def _step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, reward, terminated, truncated, self._recorded(info)
+        stepped = self.env.step(action)
+        return (*stepped[:4], self._recorded(stepped[4])) if stepped[4] else stepped
 
     def _recorded(self, info: dict[str, Any]) -> dict[str, Any]:
         return {key: _as_float(info[key]) for key in self._info_keys if key in info}
