@@ -204,7 +204,7 @@ class _Played:
         changed = {key for transform in self.transforms for key in transform.out_keys}
         trials = [transform for transform in self.transforms if isinstance(transform, Trial)]
         for key in set(self.below_trial.observation_spec.keys(True, True)) - changed if first is not None else ():
-            if any(trial.tells_of_step(key) for trial in trials):
+            if any(trial.tells_of_step(key) for trial in trials) or not isinstance(first.get(key), torch.Tensor):
                 continue
             rows = (ended & reset).reshape(self.env.batch_size)
             if not torch.equal(first.get(key)[rows], stepped["next"].get(key)[rows]):

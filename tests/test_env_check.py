@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rollouts import ENVS, make_env
 from tensordict import TensorDict
@@ -399,6 +400,21 @@ def test_a_list_of_tasks_passes():
         env.goal = task
 
     check_trial_env(trials(GymVectorEnv(Hidden, 4, set_task=set_task, tasks=[1.0, 2.0, 3.0, 4.0], seed=0), numbers))
+
+
+class Speaks(Hidden):
+    observation_space = spaces.Dict(place=spaces.Box(-np.inf, np.inf, (3,)), says=spaces.Text(5))
+
+    def observed(self):
+        return {"place": super().observed().astype(np.float32), "says": "a" * (1 + self.steps % 3)}
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_text_that_an_env_observes_passes(rows):
+    def make():
+        return GymTaskEnv(Speaks, set_task=set_goal, task_spec=Unbounded(1))
+
+    check_trial_env(trials(make() if rows is None else SerialEnv(rows, make)))
 
 
 @pytest.mark.parametrize("name", [name for name in ENVS if name != "workers"])
