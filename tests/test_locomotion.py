@@ -308,6 +308,19 @@ def test_nan_actions_are_an_error():
         env.step(td)
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_simulation_that_blows_up_is_an_error(steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where MuJoCo writes of it
+    env = HalfCheetahVelocity(batch_size=(2,), seed=0)
+    td = reset(env)
+    for step in range(steps):
+        td = env.step(act(env, td, step))["next"].set("task", td["task"])
+    env.physics.qvel[1] = 1e9
+    with pytest.raises(FloatingPointError, match="the simulation blew up"):
+        env.step(act(env, td))
+    env.step(act(env, reset(env)))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -155,12 +155,25 @@ class LocomotionEnv(TensorEnv):
         physics.step(control)
         place = physics.bodies.qpos[:, : self.axes]
         reward = self.reward(physics.array(state), self._velocity(), place, control)
-        _check_finite(reward, control)
+        self._check_step(reward, control)
         return state, self._observe(), self._tensor(reward), None, None
 
     def observe_more(self, state: Tensor) -> dict[str, Tensor]:
         """The torso's mean velocity over the last step."""
         return {"velocity": self._tensor(self._velocity())}
+
+    def _check_step(self, reward: Array, action: Array) -> None:
+        # NaN and infinity spread into the sum, and a sum is quicker than a look at each.
+        if math.isfinite(reward.sum()) and not self.physics.has_failed:
+            return
+        if not math.isfinite(action.sum()):
+            raise FloatingPointError("an action is NaN or infinite: the policy has broken down, look at its losses.")
+        if self.physics.has_failed:
+            raise FloatingPointError(
+                "the simulation blew up: MuJoCo could not solve a step, and has put the row back to the model's initial pose in "
+                "mid-episode. Is what a task or you have changed in model or bodies possible?"
+            )
+        raise FloatingPointError("the reward is not finite: the task is NaN or infinite, or reward() makes it so.")
 
     def _velocity(self) -> Array:
         """Mean velocity ``[N, axes]`` over the last step, in m/s; 0 where an episode has just begun."""
@@ -301,15 +314,6 @@ class AntGoal(_Ant):
 
     def reward(self, task: Array, velocity: Array, place: Array, action: Array) -> Array:
         return -abs(place - task).sum(-1)[..., None] - 0.1 * _squared(action)
-
-
-def _check_finite(reward: Array, action: Array) -> None:
-    # NaN and infinity spread into the sum, and a sum is quicker than a look at each.
-    if math.isfinite(reward.sum()):
-        return
-    if not math.isfinite(action.sum()):
-        raise FloatingPointError("an action is NaN or infinite: the policy has broken down, look at its losses.")
-    raise FloatingPointError("the reward is not finite: MuJoCo could not solve a step, or the task is NaN or infinite.")
 
 
 def _squared(action: Array) -> Array:

@@ -152,11 +152,13 @@ class RolloutBackend:
         # A state is (time, qpos, qvel, ...). States before and after each step of the simulation are written here.
         self._states, self._start = np.zeros((num_envs, frame_skip, size)), np.zeros((num_envs, size))
         self._ctrl = np.zeros((num_envs, frame_skip, model.nu))
+        self._least_time = (frame_skip - 0.5) * model.opt.timestep
         self._last, earlier = self._states[:, -1], self._states[:, -2] if frame_skip > 1 else self._start
         positions, velocities = slice(1, 1 + model.nq), slice(1 + model.nq, 1 + model.nq + model.nv)
         self.bodies = Bodies(
             self._last[:, positions], self._last[:, velocities], earlier[:, positions], self._start[:, positions]
         )
+        self._times = self._start[:, 0], self._last[:, 0]
         self._views = [torch.from_numpy(part) for part in self.bodies]
         self.qpos, self.qvel, self.earlier_qpos, self.start_qpos = self._views
         everywhere = torch.ones(num_envs, dtype=torch.bool)
@@ -183,6 +185,12 @@ class RolloutBackend:
             nstep=self.frame_skip,
             state=self._states,
         )
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last step came short: MuJoCo puts a row that it cannot solve back to the model's initial pose, at time 0."""
+        before, after = self._times
+        return np.minimum.reduce(after - before) < self._least_time
 
     def __getstate__(self) -> tuple:
         # What is left out is made anew: views would come back as arrays of their own, and threads cannot be copied.
@@ -211,6 +219,8 @@ class RolloutBackend:
 
 class _TorchRLBackend:
     """One of TorchRL's MuJoCo backends, with the methods and attributes of `RolloutBackend`."""
+
+    has_failed = False  #: Nothing says so.
 
     def __init__(self, name: str, path: Path, num_envs: int, frame_skip: int, device: torch.device):
         from torchrl.envs.custom.mujoco import _backends
