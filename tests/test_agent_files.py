@@ -192,6 +192,31 @@ def test_parts_that_are_not_known(tmp_path, monkeypatch):
         AdaptiveAgent.load(tmp_path / "agent.safetensors")
 
 
+class Activated(nn.Module):
+    """An encoder of a user's own with an argument that the package's have too: here it is a module, or a name."""
+
+    def __init__(self, size, activation):
+        super().__init__()
+        self.linear, self.activation = nn.Linear(size, 3), activation
+
+    def forward(self, x):
+        return self.linear(x).tanh() if self.activation == "tanh" else self.activation(self.linear(x))
+
+
+@pytest.mark.parametrize("activation", ["tanh", nn.Tanh()])
+def test_an_argument_of_ones_own_may_be_called_activation(tmp_path, monkeypatch, activation):
+    from rl2_torchrl.agent import architecture
+
+    monkeypatch.setattr(architecture, "_PARTS", dict(architecture._PARTS))
+    register_part(Activated, lambda part: {"size": part.linear.in_features, "activation": part.activation})
+    agent = an_agent(encoder=lambda shape: Activated(shape[0], activation))
+    again = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
+    for each in (agent, again):
+        each.new_trial()
+        each.act(deterministic=True)
+    torch.testing.assert_close(again.memory, agent.memory, rtol=0, atol=0)
+
+
 def test_arguments_that_do_not_rebuild_the_part_are_noticed_at_saving(tmp_path, monkeypatch):
     from rl2_torchrl.agent import architecture
 

@@ -131,8 +131,8 @@ def _built(plan: Plan) -> nn.Module:
             "as the program did that saved it."
         )
     cls, _ = _PARTS[plan["class"]]
-    arguments = {name: _as_value(value) for name, value in plan.items() if name not in ("class", "activation")}
-    if "activation" in plan:
+    arguments = {name: _as_value(value) for name, value in plan.items() if name != "class"}
+    if cls in _OF_LAYERS:
         arguments["activation"] = partial(_built, plan["activation"])
     return nn.Sequential(*arguments["modules"]) if cls is nn.Sequential else cls(**arguments)
 
@@ -208,6 +208,8 @@ def _of_rnn(rnn: nn.RNNBase) -> dict[str, int]:
     return {name: getattr(rnn, name) for name in ("input_size", "hidden_size", "num_layers")}
 
 
+#: Their constructors are given what makes an activation, where others are given the module.
+_OF_LAYERS = (MLPEncoder, ConvEncoder, Head)
 _TORCH = (nn.Linear, nn.Conv2d, nn.Flatten, nn.LayerNorm, nn.Identity, nn.Dropout)
 _ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus, nn.Mish)
 for _cls in (*_TORCH, *_ACTIVATIONS):
