@@ -209,13 +209,23 @@ def test_it_plays_gymnasiums_own_env(name, rows, tmp_path):
 
 
 # ------------------------------------------------------ what stands between env and policy
-def test_transforms_of_the_env_are_taken_along(tmp_path):
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: ActionScaling(loc=0.1, scale=0.2),
+        lambda: ActionScaling(standard_normal=False),
+        lambda: ObservationNorm(0.1, 0.2, in_keys=[], in_keys_inv=["action"], standard_normal=True),
+        lambda: ObservationNorm(0.1, 5.0, in_keys=[], in_keys_inv=["action"]),
+    ],
+    ids=["scaled", "of 0 to 1", "normal", "affine"],
+)
+def test_transforms_of_the_env_are_taken_along(tmp_path, act):
     def env():
         norm = ObservationNorm(loc=0.5, scale=2.0, in_keys=["observation"], standard_normal=True)
         shift = ObservationNorm(loc=torch.tensor([1.0, -1.0]), scale=3.0, in_keys=["observation"])
         base = GymVectorEnv(partial(Toy, *SPACES["box"]), 1)
         pay = RewardScaling(loc=0.25, scale=4.0)
-        return trial_env(base, DoubleToFloat(), norm, shift, pay, ActionScaling(loc=0.1, scale=0.2))
+        return trial_env(base, DoubleToFloat(), norm, shift, pay, act())
 
     actor = make(env(), hidden_size=8)
     actions, rewards = trained(env(), actor, 12, seed=3)

@@ -304,9 +304,16 @@ def _affine_of(env: EnvBase, key: NestedKey, *, actions: bool = False) -> tuple[
         if key in written and list(keys) != list(written):
             raise NotImplementedError(f"{type(each).__name__} makes {key!r} of {keys}: let it write what it reads.")
         if key in keys and not (isinstance(each, ActionScaling) and not actions):
-            inverse = not isinstance(each, ActionScaling) and bool(each.standard_normal)
-            affine.append(Affine(each.loc.detach().cpu(), each.scale.detach().cpu(), inverse))
+            affine.append(_as_affine(each, undone=actions))
     return tuple(reversed(affine) if actions else affine)
+
+
+def _as_affine(each: ObservationNorm | RewardScaling | ActionScaling, *, undone: bool) -> Affine:
+    """What a transform does to what the env shows, or to undo that, to an action on its way to the env."""
+    loc, scale, is_normal = each.loc.detach().cpu(), each.scale.detach().cpu(), bool(each.standard_normal)
+    if not isinstance(each, ActionScaling):
+        return Affine(loc, scale, inverse=is_normal != undone)
+    return Affine(loc, scale, False) if is_normal else Affine(loc - scale, 2 * scale, False)  # of [-1, 1], of [0, 1]
 
 
 # -------------------------------------------------------------------- as JSON
