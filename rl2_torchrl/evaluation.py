@@ -148,7 +148,7 @@ def adaptation_curve(
     Raises:
         ValueError: ``num_trials`` below 1, the env has no `Trial`, or statistics of a `VecNorm` in it would move.
         RuntimeError: a trial does not end.
-        FloatingPointError: a reward is not finite.
+        FloatingPointError: a reward or a measured entry is not finite.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -261,9 +261,10 @@ class _Trials:
 
     def add(self, steps: Mapping[NestedKey, torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Trial and episode of each step of a batch that counts, and which do, bool ``[num_rows, T]``."""
-        trial, episode, reward = self._trials(steps["is_init"]), steps[EPISODE_INDEX], steps["next", "reward"]
+        trial, episode = self._trials(steps["is_init"]), steps[EPISODE_INDEX]
         counted = trial < self.number
-        _require_finite(torch.where(counted, reward, 0.0), trial, episode)
+        for key, numbers in steps.items():
+            _require_finite(key, torch.where(counted, numbers, 0), trial, episode)
         self._unfinished[trial[counted & steps["next", "done"]]] = False
         return (trial[counted], episode[counted]), counted
 
@@ -319,12 +320,12 @@ class _Table:
         return torch.where(played, numbers, torch.nan)[:, played.any(0)]
 
 
-def _require_finite(reward: torch.Tensor, trial: torch.Tensor, episode: torch.Tensor) -> None:
-    if not reward.isfinite().all():
-        row, step = (~reward.isfinite()).nonzero()[0].tolist()
+def _require_finite(key: NestedKey, numbers: torch.Tensor, trial: torch.Tensor, episode: torch.Tensor) -> None:
+    if not numbers.isfinite().all():
+        row, step = (~numbers.isfinite()).nonzero()[0].tolist()
         raise FloatingPointError(
-            f"the reward is {reward[row, step].item()} in row {row}, episode {int(episode[row, step])} of trial "
-            f"{int(trial[row, step])}: its return would be NaN. Mend the env before evaluating on it."
+            f"the {key[-1]} is {numbers[row, step].item()} in row {row}, episode {int(episode[row, step])} of trial "
+            f"{int(trial[row, step])}: no mean could be taken of it. Mend the env before evaluating on it."
         )
 
 

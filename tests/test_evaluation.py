@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Categorical, Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, InitTracker, SerialEnv, StepCounter, TransformedEnv
+from torchrl.envs import Compose, EnvBase, InitTracker, SerialEnv, StepCounter, Transform, TransformedEnv
 from torchrl.envs.utils import exploration_type
 from torchrl.modules.utils import get_primers_from_module
 
@@ -495,6 +495,31 @@ def test_an_empty_report_can_be_drawn():
     report = make_report(baselines={}, ablations={}, optimum=None, train=TrainResult())
     assert len(report.plot().axes) == 2
     assert report.table().row_count >= 2
+
+
+def test_a_measure_that_is_not_finite_is_an_error():
+    class Unknown(Transform):
+        """A number that only the first of two rows has."""
+
+        def _step(self, _, after):
+            return after.set("distance", torch.tensor([[1.0], [torch.nan]]))
+
+        def _reset(self, _, after):
+            return after.set("distance", torch.ones(2, 1))
+
+        def transform_observation_spec(self, spec):
+            spec["distance"] = Unbounded((2, 1))
+            return spec
+
+    env = bandit_env(rows=2, pulls=2)
+    env.append_transform(Unknown())
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4)
+    for kept in (["distance"], ["reward", "distance"]):
+        with pytest.raises(
+            FloatingPointError, match="the distance is nan in row 1, episode 0 of trial 1.*Mend the env"
+        ):
+            adaptation_curve(env, actor, 2, measures=dict.fromkeys(kept, "mean"))
+    assert adaptation_curve(env, actor, 1, measures={"distance": "mean"}).measures["distance"].mean == 2.0
 
 
 def test_measures_are_made_of_an_episodes_steps():
