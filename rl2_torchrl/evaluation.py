@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -146,7 +147,8 @@ def adaptation_curve(
         The adaptation curve; ``curve.steps.per_episode`` says whether episodes get shorter.
 
     Raises:
-        ValueError: ``num_trials`` below 1, the env has no `Trial`, or statistics of a `VecNorm` in it would move.
+        ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it would move, or a measured entry
+            is several numbers.
         RuntimeError: a trial does not end.
         FloatingPointError: a reward or a measured entry is not finite.
 
@@ -241,6 +243,12 @@ def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> No
     missing = [key for key in measures if key not in known and key != "reward"]
     if missing:
         raise KeyError(f"measures asks for {missing}, which the env does not say; it has {known}.")
+    sizes = {key: tuple(env.observation_spec[key].shape[env.ndim :]) for key in measures if key != "reward"}
+    if several := {key: size for key, size in sizes.items() if math.prod(size) != 1}:
+        raise ValueError(
+            f"measures asks for entries of several numbers each, {several}; a measure is one number of each step: have the env, "
+            "or a transform, say that number in an entry of its own, [*B, 1]."
+        )
     unknown = set(measures.values()) - set(get_args(Measure))
     if unknown:
         raise ValueError(f"measures asks for the {unknown} of an episode's steps: choose of {get_args(Measure)}.")

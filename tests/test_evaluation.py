@@ -556,5 +556,7 @@ def test_measures_are_made_of_an_episodes_steps():
         adaptation_curve(env, actor, 2, measures={("info", "other"): "max"})
     with pytest.raises(ValueError, match="one of two would be lost"):
         adaptation_curve(env, actor, 2, measures={("info", "said"): "max", ("other", "said"): "max"})
+    with pytest.raises(ValueError, match=r"several numbers each, \{'trans': \(5,\)\}; a measure is one number"):
+        adaptation_curve(env, actor, 2, measures={"trans": "max"})
     with pytest.raises(ValueError, match="choose of"):
         adaptation_curve(env, actor, 2, measures={("info", "said"): "best"})
