@@ -341,14 +341,15 @@ def test_another_policy_makes_another_agent():
         agent.policy = make(bandits(), 1)
 
 
-def test_weights_that_are_loaded_in_the_middle_of_a_trial_play_whole_from_the_next_step_on():
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_weights_that_are_loaded_in_the_middle_of_a_trial_play_whole_from_the_next_step_on(assign):
     first, second = (rl2.AdaptiveAgent.from_policy(make(bandits(), seed), bandits()) for seed in (1, 2))
     for agent in (first, second):
         agent.new_trial(ROWS)
         agent.act(deterministic=True)
         agent.observe(torch.ones(ROWS), True)
     second.memory = [each.clone() for each in first.memory]
-    first.policy.load_state_dict(second.policy.state_dict())
+    first.policy.load_state_dict(second.policy.state_dict(), assign=assign)
     for agent in (first, second):
         agent.act(deterministic=True)
     for one, other in zip(first.memory, second.memory, strict=True):

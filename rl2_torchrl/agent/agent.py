@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from operator import is_not
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class AdaptiveAgent:
 
     def __init__(self, step: Step, signature: Signature):
         self.step, self.signature = step, signature
+        modules = () if self.policy is None else self.policy.modules()
+        self._places = [place for module in modules for place in (module._parameters, module._buffers) if place]
         # What the step's functions have read, and how often each had been written to by then.
         self._weights: list[Tensor] = []
         self._versions: list[int | None] = []
@@ -70,7 +73,10 @@ class AdaptiveAgent:
 
     @property
     def policy(self) -> TensorDictModuleBase | None:
-        """The actor, a copy, or None where ``step`` is another function. Weights loaded into it count from the next `act` on."""
+        """The actor, a copy, or None where ``step`` is another function.
+
+        Weights loaded into it count from the next `act` on; written through ``.data``, which nobody sees, from the next trial on.
+        """
         return self.step.policy if isinstance(self.step, PolicyStep) else None
 
     # ------------------------------------------------------------ where it comes from
@@ -184,8 +190,12 @@ class AdaptiveAgent:
         """Has the step's functions follow the weights as they are, to which some of them hold on."""
         if self.policy is not None:
             self.step.read_weights()
-            self._weights = [*self.policy.parameters(), *self.policy.buffers()]
+            self._weights = self._present_weights()
             self._versions = list(map(_version, self._weights))
+
+    def _present_weights(self) -> list[Tensor]:
+        """The policy's weights; a walk over its modules at each step would take longer."""
+        return [weight for place in self._places for weight in place.values() if weight is not None]
 
     @torch.no_grad()
     def act(self, observation: Any = None, *, deterministic: bool = False, noise: Tensor | None = None) -> Any:
@@ -210,8 +220,9 @@ class AdaptiveAgent:
             raise RuntimeError(
                 "the last action's reward is missing, from which the agent learns: observe(reward, done) comes first."
             )
-        if list(map(_version, self._weights)) != self._versions:  # others were loaded in the middle of a trial
-            self._read_weights()
+        weights = self._present_weights()
+        if any(map(is_not, weights, self._weights)) or list(map(_version, weights)) != self._versions:
+            self._read_weights()  # others were loaded in the middle of a trial
         entries = [self._entry(name_of(key), each, observation) for key, each in self.signature.observations.items()]
         noise = self._noise(deterministic) if noise is None else noise
         told = (self._reward, self._done, self._start, noise)
