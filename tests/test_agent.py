@@ -438,6 +438,29 @@ BAD = {
         r"must be \(12, 14, 3\)",
         "image",
     ),
+    "pixels from 0 to 1": (
+        begun(lambda agent: agent.act(np.full((12, 14, 3), 0.5))),
+        ValueError,
+        "'observation' holds 0.5, which the env's torch.uint8 cannot",
+        "image",
+    ),
+    "pixels beyond 255": (
+        begun(lambda agent: agent.act(np.full((12, 14, 3), 256))),
+        ValueError,
+        "'observation' holds 256, which the env's torch.uint8 cannot",
+        "image",
+    ),
+    "half a choice": (
+        begun(lambda agent: agent.act(5.5)),
+        ValueError,
+        "'observation' holds 5.5, which the env's torch.int64 cannot",
+        "discrete from 5",
+    ),
+    "noise of one row": (
+        begun(lambda agent: agent.act(torch.zeros(2, 2), noise=torch.zeros(1, 2)), 2),
+        ValueError,
+        r"noise has shape \(1, 2\); it must be \(2, \d+\), draws of its own for each row",
+    ),
 }
 
 

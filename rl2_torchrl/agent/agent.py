@@ -211,7 +211,7 @@ class AdaptiveAgent:
         Raises:
             RuntimeError: no trial has begun, or the last action's reward was not told.
             KeyError: an entry of the observation is missing.
-            ValueError: an entry has another shape, or choices that are none.
+            ValueError: an entry or ``noise`` has another shape, or an entry numbers that its dtype in the env cannot hold.
             FloatingPointError: it is not finite.
         """
         if self._start is None:
@@ -224,7 +224,7 @@ class AdaptiveAgent:
         if any(map(is_not, weights, self._weights)) or list(map(_version, weights)) != self._versions:
             self._read_weights()  # others were loaded in the middle of a trial
         entries = [self._entry(name_of(key), each, observation) for key, each in self.signature.observations.items()]
-        noise = self._noise(deterministic) if noise is None else noise
+        noise = self._noise(deterministic) if noise is None else self._given(noise)
         told = (self._reward, self._done, self._start, noise)
         outputs = self.step(*[entry for entry, _ in entries], *told, *self.memory)
         action, self.memory = outputs[0], list(outputs[-len(self.memory) :])
@@ -278,7 +278,22 @@ class AdaptiveAgent:
         if entry.is_floating_point() and not entry.isfinite().all():
             raise FloatingPointError(f"the observation {name!r} is not finite: the memory would be NaN from here on.")
         _require_choices(name, entry, observed)
-        return entry.to(observed.spec.dtype), is_tensor
+        cast = entry.to(dtype := observed.spec.dtype)
+        if not dtype.is_floating_point and (lost := cast != entry).any():
+            raise ValueError(
+                f"the observation {name!r} holds {entry[lost][0].item()}, which the env's {dtype} cannot: the policy would read "
+                "another number. Give what the env shows: pixels from 0 to 255, say, and not from 0 to 1."
+            )
+        return cast, is_tensor
+
+    def _given(self, noise: Tensor) -> Tensor:
+        shape = (len(self._start), self.signature.noise_size)
+        if noise.shape != shape:
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}; it must be {shape}, draws of its own for each row: rows that share them "
+                "would act alike."
+            )
+        return noise
 
     def _noise(self, deterministic: bool) -> Tensor:
         noise = torch.zeros(len(self._start), self.signature.noise_size, dtype=self.signature.dtype)
