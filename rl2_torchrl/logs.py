@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -37,8 +38,10 @@ class ScalarLog:
         for name, value in scalars.items():
             if name != "env_steps":
                 self._logger.log_scalar(name, value, step=int(env_steps))
-        if isinstance(self._logger, CSVLogger):
-            self._logger.experiment.scalars.clear()  # it would keep all that it has written
+                if isinstance(
+                    self._logger, CSVLogger
+                ):  # it would keep all of these; a user's own it counts by what it has
+                    self._logger.experiment.scalars.pop(name, None)
 
     # ------------------------------------------------------------- a resumed run
     def go_on_from(self, history: Sequence[Mapping[str, float]], env_steps: int) -> None:
@@ -47,13 +50,12 @@ class ScalarLog:
         A run that was killed has gone on after its last checkpoint, and may have logged a row in part. W&B and other services take
         nothing back; they keep what came first or last, by their own rules.
         """
-        again = [row for row in history[-1:] if row["env_steps"] == env_steps]  # none, where the history was damaged
-        first = env_steps if again else env_steps + 1
-        self._close(purge_step=first)
+        again = history[-1] if history and history[-1]["env_steps"] == env_steps else {}  # the history may be damaged
+        self._close(purge_step=env_steps if again else env_steps + 1)
         for path in self._tables():
-            _cut(path, first)
-        for row in again:
-            self.write(row, env_steps)
+            name = path.relative_to(self._folder / _TABLES).with_suffix("").as_posix()
+            _cut(path, env_steps if name in again else env_steps + 1)  # what a user has logged beside it stays
+        self.write(again, env_steps)
 
     def require_new(self, checkpoints: Path) -> None:
         """Lets what was logged of a run be forgotten that is resumed, and of which ``checkpoints`` holds none.
@@ -115,6 +117,14 @@ class ScalarLog:
 def _cut(path: Path, first: int) -> None:
     """Leaves the lines of steps before ``first``."""
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) < first]
+    kept = [line for line in lines if line.endswith("\n") and not _step(line) >= first]
     if len(kept) < len(lines):
         write_durably(path, "".join(kept).encode())
+
+
+def _step(line: str) -> float:
+    """The step of a line; NaN where a user has written something else."""
+    try:
+        return float(line.split(",")[0])
+    except ValueError:
+        return math.nan

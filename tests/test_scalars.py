@@ -4,7 +4,7 @@ import csv
 import shutil
 
 import pytest
-from runs import BATCH, Run, contents, program, wait_for
+from runs import BATCH, Run, checkpoint, contents, program, wait_for
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
 from rl2_torchrl import Callback
@@ -121,6 +121,27 @@ def test_a_log_that_is_open_is_gone_on_with(tmp_path, unbroken):
     Run(5).train(resume=True, **options)
     rows = csv_rows(tmp_path / "log/scalars/train/loss.csv")
     assert rows == [(row["env_steps"], row["train/loss"]) for row in unbroken.history]
+
+
+def test_a_users_own_scalars_are_gone_on_with(tmp_path):
+    class Logs(Callback):
+        def __init__(self, logger):
+            self.logger = logger
+
+        def after_update(self, row, progress):
+            self.logger.log_scalar("at_a_step", 1.0, step=row["env_steps"])  # a float, as all numbers of a row are
+            self.logger.log_scalar("counted", 1.0)
+            self.logger.log_scalar("in_words", 1.0, step="now")
+
+    for updates, resume in ((3, False), (5, True)):
+        logger = CSVLogger("log", tmp_path)
+        options = {"logger": logger, "callbacks": [Logs(logger)], "resume": resume}
+        Run(updates).train(checkpoints=tmp_path / "run", checkpoint_interval=2, **options)
+        checkpoint(tmp_path / "run").unlink(missing_ok=True)  # the first run has gone on after its last one
+    scalars = tmp_path / "log/scalars"
+    assert csv_rows(scalars / "at_a_step.csv") == [(BATCH * update, 1.0) for update in range(1, 6)]
+    assert [step for step, _ in csv_rows(scalars / "counted.csv")] == [0, 1, 2, 0, 1, 2]
+    assert (scalars / "in_words.csv").read_text() == 6 * "now,1.0\n"
 
 
 def test_tensorboard_after_a_kill_holds_each_step_once(tmp_path, unbroken, monkeypatch):
