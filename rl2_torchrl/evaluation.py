@@ -21,7 +21,7 @@ from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.rollout import Rollout, is_native, trial_steps
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, transforms_of
+from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, transforms_of
 
 __all__ = ["AdaptationCurve", "adaptation_curve", "with_shuffled_rewards", "with_zeroed_memory"]
 
@@ -140,7 +140,8 @@ def adaptation_curve(
             tell.
         measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and what is taken of its steps:
             their ``"max"`` (as for a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
-            ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes.
+            ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes. They tell
+            of the step that was taken: within ``"info"``, or named in ``Trial(step_keys=...)``.
         max_trial_steps: raise when a trial does not end within so many steps. The log says so long before.
 
     Returns:
@@ -148,7 +149,7 @@ def adaptation_curve(
 
     Raises:
         ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it would move, or a measured entry
-            is several numbers.
+            is several numbers, or overwritten where an episode ends.
         RuntimeError: a trial does not end.
         FloatingPointError: a reward or a measured entry is not finite.
 
@@ -243,6 +244,13 @@ def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> No
     missing = [key for key in measures if key not in known and key != "reward"]
     if missing:
         raise KeyError(f"measures asks for {missing}, which the env does not say; it has {known}.")
+    trials = [each for each in transforms_of(env) if isinstance(each, Trial)]
+    if lost := [key for key in measures if any(trial.is_overwritten(key) for trial in trials)]:
+        raise ValueError(
+            f"measures asks for {lost}, which an inner reset overwrites: at an episode's last step they are those of the next "
+            f"one's beginning, and a success there would be lost. Name them, Trial(step_keys={lost}), unless the policy reads "
+            f"them; or have the env say such numbers within {INFO!r}."
+        )
     sizes = {key: tuple(env.observation_spec[key].shape[env.ndim :]) for key in measures if key != "reward"}
     if several := {key: size for key, size in sizes.items() if math.prod(size) != 1}:
         raise ValueError(

@@ -132,6 +132,12 @@ class Trial(Transform):
         """Whether the entry ``key`` tells of the step that was taken, so that an inner reset leaves it."""
         return key in self.step_keys or is_within(key, INFO)
 
+    def is_overwritten(self, key: NestedKey) -> bool:
+        """Whether the entry ``key``, where an episode ends, is not that of its last step but of the next one's beginning."""
+        env = self._base_env  # whose inputs, such as a task, are those of the whole trial
+        is_shown = key in env.observation_spec.keys(True, True) and key not in env.state_spec.keys(True, True)
+        return is_shown and self.episodes != 1 and not self.tells_of_step(key)
+
     def _set_done(self, next_tensordict: TensorDictBase, trial_done: torch.Tensor) -> None:
         next_tensordict.set("done", trial_done)
         next_tensordict.set("terminated", torch.zeros_like(trial_done) if self.truncate else trial_done.clone())

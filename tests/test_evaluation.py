@@ -497,6 +497,37 @@ def test_an_empty_report_can_be_drawn():
     assert report.table().row_count >= 2
 
 
+def test_a_measure_that_an_inner_reset_overwrites_is_refused():
+    class Reaches(TensorEnv):
+        """Every episode succeeds, in its third step, its last."""
+
+        def __init__(self):
+            specs = {"observation_spec": Unbounded(1), "action_spec": Categorical(2), "task_spec": None}
+            super().__init__(**specs, more_spec=Composite(success=Unbounded(1)), max_episode_steps=3, batch_size=(2,))
+
+        def begin(self, task, rows):
+            return torch.zeros(2, 1), torch.zeros(2, 1)
+
+        def advance(self, state, action):
+            return state + 1, state, torch.zeros_like(state), None, None
+
+        def observe_more(self, state):
+            return {"success": (state == 3).float()}
+
+    def successes(how, **trial):
+        env = TransformedEnv(Reaches(), Compose(Trial(**trial), PreviousStep(["observation"])))
+        actor = GRUCategoricalActor.from_env(env, hidden_size=4)
+        return adaptation_curve(env, actor, 2, measures={"success": how}).measures["success"].per_episode.tolist()
+
+    for how in ("max", "last"):  # it would be 0 in the first episode, 1 in the last: as if the agent had learnt
+        with pytest.raises(
+            ValueError, match=r"\['success'\], which an inner reset overwrites.*step_keys=\['success'\]"
+        ):
+            successes(how, episodes=2)
+        assert successes(how, episodes=2, step_keys=["success"]) == [1.0, 1.0]
+    assert successes("max", episodes=1) == [1.0]
+
+
 def test_a_measure_that_is_not_finite_is_an_error():
     class Unknown(Transform):
         """A number that only the first of two rows has."""
