@@ -143,10 +143,10 @@ def train(
         TrainingCheckError: ``check`` found something, and says what to do.
 
     Ctrl-C once lets the running update finish, saves a checkpoint and returns; SIGTERM and SIGHUP save likewise and end the
-    program; a second signal stops at once. An error after an update (``evaluate``, ``stop``, ``logger``, callbacks) leaves a
-    checkpoint of that update. One in a rollout leaves networks and all else as the last update left them, and a resumed run begins
-    new trials. One within an update (from ``after_batch`` on) saves nothing, since the networks may be half changed: the newest
-    checkpoint is from before.
+    program; a second signal stops at once. An evaluation that was due then, or that failed, is made up for by a resumed run. An
+    error after an update (``evaluate``, ``stop``, ``logger``, callbacks) leaves a checkpoint of that update. One in a rollout
+    leaves networks and all else as the last update left them, and a resumed run begins new trials. One within an update (from
+    ``after_batch`` on) saves nothing, since the networks may be half changed: the newest checkpoint is from before.
 
     Trainings in several threads of one program take turns, since TorchRL's modes and PyTorch's random numbers are the program's:
     for speed, and for numbers that do not depend on the other's, give each a process.
@@ -187,15 +187,23 @@ def train(
             "schedule_frames": schedule_frames or total,
         }
         loop = _Loop(**parts, **options, begin=begin)
+
+        def is_last(row: dict[str, float]) -> bool:
+            return (stop is not None and stop(row)) or result.env_steps >= total
+
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
             try:
-                for batch in loop.batches(before_each=saved.before_rollout):
+                made_up = goes_on and loop.make_up(eval_interval, total)
+                last = goes_on and loop.any_process(made_up and is_last(result.history[-1]))
+                for batch in () if last else loop.batches(before_each=saved.before_rollout):
                     with _turn:
                         row = loop.learn(batch)
-                    due = len(result.history) % eval_interval == 0 and not interrupts
-                    if due:
+                    due = len(result.history) % eval_interval == 0
+                    # With `stop`, which sees it, to be made up for when the run is resumed.
+                    put_off = due and evaluate is not None and bool(interrupts) and result.env_steps < total
+                    if due and not put_off:
                         loop.evaluate(row)
-                    last = (stop is not None and stop(row)) or result.env_steps >= total
+                    last = not put_off and is_last(row)
                     if last and not due:
                         loop.evaluate(row)
                     last = loop.any_process(last or bool(interrupts))
@@ -205,7 +213,7 @@ def train(
                     if last:
                         break
                 else:
-                    if loop.finish():
+                    if last or loop.finish():
                         saved.save(last=True)
             except Exception as error:
                 if loop.keep_what_is_learnt():
@@ -353,17 +361,33 @@ class _Loop:
             raise RuntimeError(
                 "the collector gave no batch to train on: has something iterated over it before? Make a new one."
             )
-        row = history[-1]
         if self._first:
             log.warning(
                 "the resumed training had reached its %s env steps: nothing is left to do.", self._result.env_steps
             )
-        elif not any(name.startswith("eval/") for name in row):
-            before = set(row)
-            self.evaluate(row)
-            history.append(row)
-            self._scalars.write({name: row[name] for name in row if name not in before}, row["env_steps"])
+        elif not _is_evaluated(history[-1]):
+            self._evaluate_last()
         return not self._first
+
+    def make_up(self, eval_interval: int, total: int) -> bool:
+        """Evaluates the last update of a resumed run, where that was due and an interruption or an error was in its way; or not."""
+        history, env_steps = self._result.history, self._result.env_steps
+        if self._evaluate is None or not history or history[-1]["env_steps"] != env_steps or _is_evaluated(history[-1]):
+            return False
+        due = (len(history) - 1) % eval_interval == 0 or env_steps >= total
+        if due:
+            begun = history[-2]["env_steps"] if len(history) > 1 else 0.0
+            self._progress = min(1.0, begun / self._schedule_frames)
+            self._evaluate_last()
+        return due
+
+    def _evaluate_last(self) -> None:
+        """Evaluates an update whose row is recorded already."""
+        row = (history := self._result.history)[-1]
+        before = set(row)
+        self.evaluate(row)
+        history.append(row)
+        self._scalars.write({name: row[name] for name in row if name not in before}, row["env_steps"])
 
     def keep_what_is_learnt(self) -> bool:
         """After an error: records an update that was made; False where the networks are in the middle of one."""
@@ -372,6 +396,10 @@ class _Loop:
         if self._pending is not None:
             self._remember(self._pending)
         return True
+
+
+def _is_evaluated(row: Mapping[str, float]) -> bool:
+    return any(name.startswith("eval/") for name in row)
 
 
 #: Collectors that have trained, to be shut down with the program.

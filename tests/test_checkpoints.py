@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, TransformedEnv
+from torchrl.record.loggers import CSVLogger
 
 from rl2_torchrl import (
     Callback,
@@ -379,6 +381,74 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, during):
     resumed = Run(elsewhere=True)
     assert not resumed.train(checkpoints=tmp_path, resume=True).interrupted
     torch.testing.assert_close(resumed.everything(), unbroken.everything(), rtol=0, atol=0)
+
+
+class Judges:
+    """A `stop` that holds at its ``number``-th evaluation, and has seen the rows of so many updates."""
+
+    def __init__(self, number):
+        self.number, self.evaluations, self.rows = number, 0, 0
+
+    def __call__(self, row):
+        self.rows += 1
+        self.evaluations += "eval/score" in row
+        return self.evaluations >= self.number
+
+    def state_dict(self):
+        return {"evaluations": self.evaluations, "rows": self.rows}
+
+    def load_state_dict(self, state):
+        self.evaluations, self.rows = state["evaluations"], state["rows"]
+
+
+class Interrupted(Callback):
+    """Ctrl-C, or an error in the evaluation, in the ``at``-th update, whose evaluation is due; what it is told of evaluations."""
+
+    def __init__(self, at, what):
+        self.at, self.what, self.updates, self.progress = at, what, 0, []
+
+    def after_update(self, row, progress):
+        self.updates += 1
+        if self.updates == self.at and self.what == "Ctrl-C":
+            signal.raise_signal(signal.SIGINT)
+
+    def after_evaluation(self, row, progress):
+        self.progress.append(progress)
+
+    def evaluation_of(self, run):
+        def evaluate():
+            if self.updates == self.at and self.what == "error":
+                raise RuntimeError("the evaluation has failed")
+            weights = sum(float(each.detach().sum()) for each in run.policy.parameters())
+            return {"score": weights + torch.rand(1).item()}
+
+        return evaluate
+
+
+@pytest.mark.parametrize("what", ["Ctrl-C", "error"])
+@pytest.mark.parametrize("ends_at", [9, 3], ids=["goes on", "is the last"])
+def test_an_evaluation_that_an_interruption_has_put_off_is_made_up_for(tmp_path, what, ends_at):
+    def go_on(ends_at, at=-1, **options):
+        run, interrupted, stop = Run(), Interrupted(at, what), Judges(ends_at)
+        parts = {"evaluate": interrupted.evaluation_of(run), "stop": stop, "callbacks": [interrupted]}
+        with suppress(RuntimeError):
+            result = run.train(eval_interval=2, **parts, **options)
+            return without_time(result.history), (stop.rows, stop.evaluations), interrupted.progress
+        return [], None, interrupted.progress
+
+    unbroken, judged, progress = go_on(9)
+    options = {"checkpoints": tmp_path / "run", "logger": CSVLogger("log", tmp_path)}
+    interrupted, _, first = go_on(9, at=5, **options)
+    assert not interrupted or "eval/score" not in interrupted[-1]
+    resumed, _, second = go_on(ends_at, resume=True, **options)
+    assert resumed == (unbroken if ends_at == 9 else unbroken[:5])
+    if ends_at == 3:  # as it would have been at the end of the update
+        resumed, judged_again, third = go_on(9, resume=True, **options)
+        second += third
+        assert (resumed, judged_again) == (unbroken, judged)
+    assert first + second == progress
+    logged = (tmp_path / "log/scalars/eval/score.csv").read_text().split()
+    assert logged == [f"{int(row['env_steps'])},{row['eval/score']}" for row in unbroken if "eval/score" in row]
 
 
 # ---- Numbers that are not finite.
