@@ -63,6 +63,8 @@ _RULES = {
     "the state.",
     "action_heard": "A step is lost between episodes, as where a vector env resets at the next step: use "
     "AutoresetMode.DISABLED, or reset at once when asked to.",
+    "begins_anew": "Later episodes are cut short: in _reset set all that counts back in the rows of '_reset', torch.where(rows, 0, "
+    "self.steps).",
     "partial_reset": "Rows end trials at different steps: reset what _reset says, keep counters in the TensorDict.",
 }
 _NUM_TASKS = 8  # of whole batches, given to the env below `Trial` one after another

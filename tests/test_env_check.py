@@ -157,6 +157,16 @@ class BeginsAllAlike(BeginsAll):
         return torch.zeros(rows.shape)
 
 
+class CountsOn(Sound):
+    """Sets its count of steps back only where all rows begin."""
+
+    def begin(self, rows):
+        steps = self.steps
+        first = super().begin(rows)
+        self.steps = torch.where(rows.all(), 0, steps)
+        return first
+
+
 class SameSeeds(Sound):
     seeds = [7] * ROWS
 
@@ -256,6 +266,7 @@ BROKEN = [
     (TakesAllTasks, "task_kept", "row 1 went another way in the middle of an episode"),
     (BeginsAll, "rows_go_on", "forgot .* where every other row began anew. .* begin the rows of '_reset' alone"),
     (BeginsAllAlike, "rows_go_on", "rows in mid-episode forgot what had been done in them"),
+    (CountsOn, "begins_anew", "episodes that began in some rows ended at their first step, of others none"),
     (SameSeeds, "rows_draw_apart", "rows 0 and 1 drew the same random numbers.* seed each row"),
     (
         FlatReward,

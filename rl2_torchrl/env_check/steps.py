@@ -9,14 +9,15 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from rl2_torchrl.env_check.outcomes import Outcome, counted, none_by_rule, same
-from rl2_torchrl.env_check.playing import STEPS_TO_AN_END, EnvBelow
+from rl2_torchrl.env_check.playing import STEPS_TO_AN_END, EnvBelow, Task
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.tensor_env_check import misfit
 
 __all__ = ["RULES"]
 
-#: Steps whose shapes are looked at, those whose tensors are held, and pairs of actions compared until one makes a difference.
-_LOOKED_AT, _HELD, _PAIRS = 16, 4, 40
+#: Steps whose shapes are looked at, those whose tensors are held, pairs of actions compared until one makes a difference, and
+#: episodes that begin.
+_LOOKED_AT, _HELD, _PAIRS, _EPISODES = 16, 4, 40, 24
 
 
 def step_specs(below: EnvBelow) -> str | None:
@@ -81,11 +82,44 @@ def action_heard(below: EnvBelow) -> str | None:
         return "the first step of an episode that began within a trial was the same whatever the action"
 
 
-def _first_step(below: EnvBelow, seed: int, action: Tensor, steps: int) -> tuple[Outcome, Tensor]:
-    """What ``action`` leads to once an episode has ended, after ``steps`` steps at the latest, and in which rows one has."""
+def begins_anew(below: EnvBelow) -> str | None:
+    """A row that begins anew just before its episode would have ended does not end at once, where none does at its first step."""
+    at_start, later, half = [0, 0], [0, 0], below.half()
+    for seed, action in enumerate(below.actions[:_EPISODES]):
+        outcome, _ = _first_step(below, seed, action, 0)
+        at_start = [at_start[0] + int(outcome[:, 0].sum()), at_start[1] + below.num_rows]
+        steps, ended = _first_end(below, seed)
+        if at_start[0] or not ended.any() or below.num_rows < 2:  # of one row all begin
+            return None
+        rows = ended & (half if seed % 2 else ~half)  # never all
+        if not rows.any():
+            continue
+        tensordict, task = _begun(below, seed)
+        for _, after, _ in below.run(tensordict, task, below.actions[:steps]):
+            tensordict = after
+        outcome, _ = below.step(below.begin(tensordict, rows, task), below.actions[steps])
+        later = [later[0] + int((outcome[:, 0] * rows.reshape(-1).cpu()).sum()), later[1] + int(rows.sum())]
+        if later[1] >= _EPISODES and not later[0]:
+            return None
+    if none_by_rule(later, at_start):
+        return f"{later[0]} of {later[1]} episodes that began in some rows ended at their first step, of others none"
+
+
+def _begun(below: EnvBelow, seed: int) -> tuple[TensorDictBase, Task]:
     below.seed(seed)
     task = below.tasks[seed % len(below.tasks)]
-    tensordict = below.start(task)
+    return below.start(task), task
+
+
+def _first_end(below: EnvBelow, seed: int) -> tuple[int, Tensor]:
+    """Steps before the one at which an episode ends, and in which rows one does."""
+    run = enumerate(ended for *_, ended in below.run(*_begun(below, seed), below.actions))
+    return next(((steps, ended) for steps, ended in run if ended.any()), (0, torch.zeros_like(below.half())))
+
+
+def _first_step(below: EnvBelow, seed: int, action: Tensor, steps: int) -> tuple[Outcome, Tensor]:
+    """What ``action`` leads to once an episode has ended, after ``steps`` steps at the latest, and in which rows one has."""
+    tensordict, task = _begun(below, seed)
     ended = torch.zeros_like(tensordict["done"])
     for _, after, ends in below.run(tensordict, task, below.actions[:steps]):
         tensordict, ended = after, ends
@@ -94,4 +128,4 @@ def _first_step(below: EnvBelow, seed: int, action: Tensor, steps: int) -> tuple
     return below.step(tensordict, action)[0], ended.reshape(-1).cpu()
 
 
-RULES = (step_specs, kept_tensors, action_heard)
+RULES = (step_specs, kept_tensors, action_heard, begins_anew)
