@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase, Transform, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
 from rl2_torchrl.arguments import as_list
+from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, is_within, transforms_of
 
 __all__ = ["PreviousStep"]
@@ -44,7 +45,7 @@ class PreviousStep(Transform):
             whole, text is for nobody here. What info readers and other transforms (`StepCounter`, `RewardSum`) add is left out,
             and a line of the log says so. `rl2_torchrl.describe` lists all. An empty list leaves none, as in bandits.
         out_key: entry to write. Defaults to ``"trans"``.
-        task_key: the task's entry, which must not be among the inputs. Defaults to ``"task"``.
+        task_key: the task's entry, which must not be among the inputs, nor those of `TaskSampler`. Defaults to ``"task"``.
         done_at_start: the value of done at a trial's first step; the paper's authors set 1. Defaults to 0.
 
     Raises:
@@ -70,12 +71,8 @@ class PreviousStep(Transform):
     ):
         super().__init__(out_keys=[out_key])
         self.obs_keys = None if obs_keys is None else as_list("obs_keys", obs_keys)
-        if task_key in (self.obs_keys or ()):
-            raise ValueError(
-                f"obs_keys holds the task ({task_key!r}): an agent that sees its task has nothing to find out. Give it to "
-                "the critic, if to anyone (GRUValueHead(extra_keys=[...]))."
-            )
         self.task_key = task_key
+        _refuse_task(self.obs_keys or (), [task_key])
         self.done_at_start = float(done_at_start)
         self._read_layout: Layout | None = None
         self._said: str | None = None
@@ -163,6 +160,7 @@ class PreviousStep(Transform):
                 f"PreviousStep knows envs with one action and one reward; this one has {env.action_keys} and "
                 f"{env.reward_keys}."
             )
+        _refuse_task(keys, self._task_keys())
         missing = [key for key in keys if key not in observation_spec.keys(True, True)]
         if missing:
             raise KeyError(f"the env has no observation {missing}; it has {list(observation_spec.keys(True, True))}.")
@@ -179,12 +177,16 @@ class PreviousStep(Transform):
             )
         hidden = {*TRIAL_KEYS, self.out_key, "is_init"}
         keys = [key for key in observation_spec.keys(True, True) if key not in hidden]
-        keys = [key for key in keys if not is_within(key, self.task_key) and not is_info(key)]
+        keys = [key for key in keys if not _is_task(key, self._task_keys()) and not is_info(key)]
         batch_dims = len(self.container.base_env.batch_size)
         keys = [key for key in keys if _is_vector(observation_spec[key], batch_dims)]
         shown = _observations(self.container, self)
         self._say([key for key in keys if key in shown], [key for key in keys if key not in shown])
         return [key for key in keys if key in shown]
+
+    def _task_keys(self) -> list[NestedKey]:
+        samplers = [each for each in transforms_of(self.container) if isinstance(each, TaskSampler)]
+        return [self.task_key, *(sampler.task_key for sampler in samplers)]
 
     def _say(self, shown: list[NestedKey], left_out: list[NestedKey]) -> None:
         """Logs what is left out, or may be there by mistake; once."""
@@ -285,6 +287,18 @@ def _observations(env: EnvBase, before: Transform) -> set[NestedKey]:
         if shown.intersection(transform.in_keys or ()):
             shown.update(transform.out_keys or ())
     return shown
+
+
+def _is_task(key: NestedKey, task_keys: Sequence[NestedKey]) -> bool:
+    return any(is_within(key, task_key) for task_key in task_keys)
+
+
+def _refuse_task(keys: Sequence[NestedKey], task_keys: Sequence[NestedKey]) -> None:
+    if seen := [key for key in keys if _is_task(key, task_keys)]:
+        raise ValueError(
+            f"obs_keys holds the task ({seen[0]!r}): an agent that sees its task has nothing to find out. Give it to the critic, "
+            "if to anyone (GRUValueHead(extra_keys=[...]))."
+        )
 
 
 def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:

@@ -11,7 +11,7 @@ from torchrl.collectors import Collector
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, EnvCreator, GymEnv, RewardSum, SerialEnv, TransformedEnv
 
-from rl2_torchrl import TaskSampler, Trial
+from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import (
     BernoulliBandit,
     GymTaskEnv,
@@ -355,6 +355,19 @@ def test_task_under_another_key(task_key):
     data = env.rollout(4, break_when_any_done=False)
     assert data[task_key].squeeze(-1).tolist() == [[0, 0, 3, 3], [1, 1, 4, 4], [2, 2, 5, 5]]
     assert torch.equal(data["seen"], data[task_key])
+
+
+@pytest.mark.parametrize("task_key", ["goal", ("agent", "goal")])
+def test_a_task_under_another_key_is_hidden_too(task_key, caplog):
+    def env(previous):
+        sampler = TaskSampler(lambda size, generator: torch.rand(*size, 1, generator=generator), task_key=task_key)
+        base = EchoEnv((3,), task_key, Unbounded((3, 1)), task_key)
+        return TransformedEnv(base, Compose(Trial(episodes=2), sampler, previous))
+
+    assert env(PreviousStep()).reset()["trans"].shape == (3, 1 + 1 + 2)
+    assert "leaves out" not in caplog.text
+    with pytest.raises(ValueError, match="obs_keys holds the task .*goal"):
+        env(PreviousStep(["seen", task_key])).reset()
 
 
 # ---- Errors.

@@ -275,7 +275,6 @@ UNSOUND = [
     ("task_differs_by_row", lambda: bandit(tasks=TaskSampler(twins))),
     ("task_differs_by_row", lambda: SerialEnv(2, pendulum)),
     ("task_follows_seed", lambda: bandit(tasks=TaskSampler(lambda size, generator: torch.rand(*size, 3)))),
-    ("task_hidden", lambda: bandit(previous=PreviousStep(["task"], task_key="other"))),
     # What known implementations get wrong: an episode's last reward is dropped; done is always 0.
     (
         "trans_previous_step",
