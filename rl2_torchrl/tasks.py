@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.data import Composite, TensorSpec
+from torchrl.data import Categorical, Composite, TensorSpec
 from torchrl.envs import Compose, EnvBase, Transform
 
 from rl2_torchrl.seeding import derived_seed, seed_generator
@@ -121,6 +121,9 @@ class TaskSampler(Transform):
         if tensordict is None:
             tensordict = TensorDict({}, batch_size=env.batch_size, device=env.device)
         if self.task_key in tensordict.keys(True):
+            self._require_fit(
+                "the task given to reset() is", tensordict.get(self.task_key), env.batch_size, self._task_spec
+            )
             return tensordict
         rows = tensordict.get("_reset", None)
         return tensordict.copy().set(self.task_key, self.draw(rows))
@@ -143,15 +146,25 @@ class TaskSampler(Transform):
                 "by the torch.Generator that it is given, so that tasks follow the seed."
             )
         # A copy: the distribution may draw its next tasks into the same memory.
-        task, num_rows = task.to(spec.device).clone(), len(self._base_env.batch_size)
-        given, asked = _leaves(task, 0), _leaves(spec, num_rows)
+        task = task.to(spec.device).clone()
+        self._require_fit("the task distribution gave", task, batch_size, spec)
+        return task
+
+    def _require_fit(
+        self, said: str, task: torch.Tensor | TensorDictBase, batch_size: torch.Size, spec: TensorSpec
+    ) -> None:
+        given, asked = _leaves(task, 0), _leaves(spec, len(self._base_env.batch_size))
         asked = {name: (torch.Size([*batch_size, *shape]), dtype) for name, (shape, dtype) in asked.items()}
         if given != asked:
             raise ValueError(
-                f"the task distribution gave {_in_words(given)} for batch_size {tuple(batch_size)}; the env's state_spec asks for "
-                f"{_in_words(asked)}. A distribution returns one task a row: [*batch_size, ...]."
+                f"{said} {_in_words(given)} for batch_size {tuple(batch_size)}; the env's state_spec asks for {_in_words(asked)}: "
+                "one task a row, [*batch_size, ...]."
             )
-        return task
+        for name, leaf in _items(spec):
+            value = task if name == "" else task.get(name)
+            if isinstance(leaf, Categorical) and not ((value >= 0) & (value < leaf.space.n)).all():
+                numbers = value.unique().tolist()
+                raise ValueError(f"{said} {name or 'one of'} {numbers}: there are {leaf.space.n} choices, from 0 on.")
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         return tensordict_reset.set(self.task_key, tensordict.get(self.task_key).clone())
@@ -207,8 +220,11 @@ _Leaves = dict[NestedKey, tuple[torch.Size, torch.dtype]]
 
 def _leaves(of: torch.Tensor | TensorDictBase | TensorSpec, num_rows: int) -> _Leaves:
     """Shape without the first ``num_rows`` dimensions, and dtype, of a task or its spec; of a TensorDict by name."""
-    items = of.items(True, True) if isinstance(of, TensorDictBase | Composite) else [("", of)]
-    return {name: (each.shape[num_rows:], each.dtype) for name, each in items}
+    return {name: (each.shape[num_rows:], each.dtype) for name, each in _items(of)}
+
+
+def _items(of: torch.Tensor | TensorDictBase | TensorSpec) -> Iterable[tuple[NestedKey, Any]]:
+    return of.items(True, True) if isinstance(of, TensorDictBase | Composite) else [("", of)]
 
 
 def _in_words(leaves: _Leaves) -> str:

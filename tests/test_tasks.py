@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
-from torchrl.data import Composite, Unbounded
+from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, EnvCreator, GymEnv, RewardSum, SerialEnv, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
@@ -384,6 +384,30 @@ def test_a_task_under_another_key_is_hidden_too(task_key, caplog):
 def test_task_that_does_not_fit_the_env(task, message):
     with pytest.raises(ValueError, match=message):
         bandits(TaskSampler(task)).reset()
+
+
+@pytest.mark.parametrize("task", [torch.rand(3, 3), torch.rand(3, 2).double(), torch.ones(3, 2).long(), torch.rand(3)])
+def test_given_task_that_does_not_fit_the_env(task):
+    with pytest.raises(ValueError, match=r"the task given to reset\(\) is .* asks for \(3, 2\) of torch.float32"):
+        bandits(uniform()).reset(TensorDict({"task": task}, [3]))
+
+
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_choice_that_does_not_exist(number):
+    spec = Composite(task=Composite(goal=Categorical(2, shape=(3,)), shape=(3,)), shape=(3,))
+
+    def goals(size, generator):
+        return TensorDict({"goal": torch.full(size, number)}, size)
+
+    env = TransformedEnv(
+        EchoEnv((3,), "task", spec["task"], ("task", "goal")), Compose(Trial(episodes=2), TaskSampler(goals))
+    )
+    with pytest.raises(
+        ValueError, match=rf"the task distribution gave goal \[{number}\]: there are 2 choices, from 0 on"
+    ):
+        env.reset()
+    with pytest.raises(ValueError, match="the task given to reset"):
+        env.reset(TensorDict({"task": goals((3,), None)}, [3]))
 
 
 @pytest.mark.parametrize(
