@@ -119,3 +119,33 @@ def test_trainings_of_another_length_are_others(tmp_path):
         sample_efficiency.main(**where, seeds=())
     with pytest.raises(ValueError, match=r"seeds=\(0, 0\): each seed once"):
         sample_efficiency.main(**where, **{**TINY, "seeds": (0, 0)})
+
+
+def test_minutes_are_means_of_the_seeds_and_each_is_looked_at_to_its_end(tmp_path):
+    def run(seed, minutes, returns):
+        steps = range(1, len(returns) + 1)
+        rows = [{"env_steps": 1e6 * n, "time/seconds": 60 * minutes * n / len(returns)} for n in steps]
+        rows = [row | {"eval/trial_return": value} for row, value in zip(rows, returns, strict=True)]
+        (folder := tmp_path / f"seed{seed}").mkdir()
+        (folder / "report.json").write_text(
+            json.dumps({"train": {"history": rows}, "agent": {"mean": 0}, "title": "one"})
+        )
+        return folder
+
+    # 95 % of 6.66 after the whole of 4 minutes, of 8, and never.
+    runs = [run(0, 4, [1.0, 6.5]), run(1, 8, [1.0, 6.5]), run(2, 6, [1.0, 2.0])]
+    page = sample_efficiency.figures({("bandit", "plain"): runs}, "bandit", ("plain",))
+    *_, to_95, in_all, rate = [cell.strip() for cell in page.splitlines()[-1].split("|")[1:-1]]
+    assert to_95 == "6.00 (2 of 3 seeds)"
+    assert in_all == "6.00"
+    assert float(rate) == pytest.approx(2e6 / 360 / 1e3, abs=0.05)
+
+
+def test_all_programs_are_evaluated_after_the_same_updates(tmp_path):
+    where = {"programs": ("rl2_torchrl", "plain"), "worlds": ("bandit",), "folder": tmp_path, "page": tmp_path / "p.md"}
+    sample_efficiency.main(**where, env_steps=22 * 80, trials=8, seeds=(0,))
+    reports = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/seed0/report.json")]
+    evaluated = [
+        [row["env_steps"] for row in report["train"]["history"] if "eval/trial_return" in row] for report in reports
+    ]
+    assert evaluated == [[80, 21 * 80, 22 * 80]] * 2
