@@ -152,3 +152,16 @@ def test_a_training_that_was_cut_short_is_gone_on_with(tmp_path):
     assert not finished_report(tmp_path, partial(train, False))["train"]["interrupted"]
     finished_report(tmp_path, partial(train, True))  # finished, and not trained again
     assert calls == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("cartpole", {"observation_scale": 9.0}), ("pendulum", {"velocity_scale": 9.0}), ("walker", {"horizon": 9})],
+)
+def test_a_resume_with_another_env_of_gymnasiums_is_refused(name, option, tmp_path):
+    if name == "walker":
+        pytest.importorskip("mujoco")
+    run(name, tmp_path, updates=1)
+    with pytest.raises(ValueError, match=r"other settings \(env.make: .* now\)"):
+        run(name, tmp_path, **option, resume=True)
+    assert len(run(name, tmp_path, resume=True).train.history) == 2

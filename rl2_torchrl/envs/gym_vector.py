@@ -118,6 +118,8 @@ class GymVectorEnv(TensorEnv):
         task_spec = _task_spec(set_task, task_spec, tasks, task_option)
         self._set_task, self._tasks, self._task_option = set_task, tasks, task_option
         self._is_theirs = isinstance(env, VectorEnv)
+        #: What makes a row: a run that goes on is to have the same, with the same arguments.
+        self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str) else env
         self.envs = (
             _theirs(env, num_envs, kwargs)
             if self._is_theirs
@@ -153,7 +155,7 @@ class GymVectorEnv(TensorEnv):
         if vectorization not in ("sync", "async"):
             raise ValueError(f"vectorization={vectorization!r}: choose 'sync' or 'async'.")
         if isinstance(env, str):
-            env = partial(gymnasium.make, env, **kwargs)
+            env = self.make
         elif kwargs:
             raise TypeError(
                 f"{sorted(kwargs)} are gymnasium.make's, which is called for an id alone; here env is {env}."

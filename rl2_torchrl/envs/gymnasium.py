@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -69,6 +70,8 @@ class GymTaskEnv(GymEnv):
     ):
         require_specs(task_spec=task_spec)
         super().__init__(env, **kwargs)
+        #: What makes the env: a run that goes on is to have the same, with the same arguments.
+        self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str) else env
         self._set_task = TaskSetter(set_task)
         self._task: torch.Tensor | TensorDictBase | None = None  # the last one that `set_task` was given
         self.state_spec = Composite(task=task_spec.to(self.device), shape=self.batch_size, device=self.device)
