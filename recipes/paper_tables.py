@@ -17,6 +17,7 @@ from recipes.paper_cells import CELLS, Cell
 from recipes.paper_numbers import PAPER
 from recipes.paper_page import LONGER, beside, best_seed, load, trainings_of, write_page
 from recipes.paper_settings import PRETRAINED, RL2_SETTINGS
+from recipes.reports import read_report
 from recipes.rules import LearnsFrom
 from rl2_torchrl import AdaptationReport
 from rl2_torchrl.report import made_by
@@ -299,7 +300,11 @@ def check_weights(chosen: list[tuple[Cell, LearnsFrom]], pretrained: Path) -> No
 def keep_best(cell: Cell, way: LearnsFrom, book: Figures, runs: Path, pretrained: Path) -> None:
     """Puts the agent of the best training, by held-out tasks that are not reported, among the pretrained ones."""
     best = best_seed(trainings_of(load(book.folder), cell.table, cell.name, way))
-    agent, weights = run_folder(runs, cell, best["agent"]) / "agent.safetensors", weights_of(cell, way, pretrained)
+    run, weights = run_folder(runs, cell, best["agent"]), weights_of(cell, way, pretrained)
+    # Another training, as for another folder of figures, may have put its agent there since.
+    if read_report(run)["train"].get("seconds") != best["seconds"]:
+        return
+    agent = run / "agent.safetensors"
     if not agent.exists() or (weights.exists() and weights.read_bytes() == agent.read_bytes()):
         return
     pretrained.mkdir(parents=True, exist_ok=True)

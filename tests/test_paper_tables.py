@@ -314,11 +314,25 @@ def test_the_seed_that_was_best_on_held_out_tasks_is_shipped(tmp_path):
         run_folder = tmp_path / "runs" / f"bandits_3_2_rewards_seed{seed}"
         run_folder.mkdir(parents=True)
         (run_folder / "agent.safetensors").write_text(f"seed {seed}")
-        book.add(TINY["bandits"], f"rl2_rewards_seed{seed}", "", {"mean": mean, "se": 0.1, "held_out": held_out})
+        (run_folder / "report.json").write_text(json.dumps({"train": {"history": [], "seconds": 1.0 + seed}}))
+        own = {"mean": mean, "se": 0.1, "held_out": held_out, "seconds": 1.0 + seed}
+        book.add(TINY["bandits"], f"rl2_rewards_seed{seed}", "", own)
     book.add(TINY["bandits"], "rl2_rewards_pretrained", "", {"mean": 1.0, "se": 0.1})
     paper_tables.keep_best(TINY["bandits"], "rewards", book, tmp_path / "runs", tmp_path / "pretrained")
     assert (tmp_path / "pretrained" / "bandits_3_2_rewards.safetensors").read_text() == "seed 0"
     assert not book.path(TINY["bandits"], "rl2_rewards_pretrained").exists()  # it was the figure of other weights
+
+
+def test_the_agent_of_another_training_is_not_shipped_for_a_figure(tmp_path, monkeypatch):
+    def shipped(folder):
+        run(tmp_path, part="rl2", seeds=(0,), folder=tmp_path / folder, pretrained=tmp_path / folder / "agents")
+        return (tmp_path / folder / "agents" / "bandits_3_2_rewards.safetensors").read_bytes()
+
+    first = shipped("a")
+    with monkeypatch.context() as others:
+        others.setitem(RL2_SETTINGS["bandits"]["3,2"]["rewards"], "lr", 0.2)
+        assert shipped("b") != first  # in the same folder of runs
+    assert shipped("a") == first
 
 
 def test_a_figure_of_other_settings_is_kept_and_told(tmp_path, monkeypatch, capsys):
