@@ -9,7 +9,7 @@ from recipes.command import command
 from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
 from recipes.run import Run
-from recipes.settings import Learning, Network
+from recipes.settings import Learning, Network, Told, told_of
 from recipes.streams import ENVS, TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
@@ -67,7 +67,8 @@ def main(
     )
     collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **learning.frames(episodes * horizon))
     ants = Experiment(actor, make_env, tasks, run, held_out_tasks=64, rows=64)
-    title = f"RL² on Ant, {'all directions' if all_directions else 'direction'}"
+    where = "all directions" if all_directions else "direction"
+    title = f"RL² on Ant, {where}{told_of(network, Told(), run.weights)}"
     report = ants.report(ants.train(collector, update), title=title)
     return publish(report, run)
 

@@ -13,7 +13,7 @@ from recipes.experiment import Experiment, publish
 from recipes.minigrid_envs import Doors, OneHotView, all_mazes
 from recipes.presets import PRESETS
 from recipes.run import Run
-from recipes.settings import Learning, Network
+from recipes.settings import Learning, Network, Told, told_of
 from recipes.streams import TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
@@ -78,7 +78,8 @@ def main(
     others, draw = partial(make_env, held_out), partial(numbers, len(held_out))
     searches = Experiment(actor, others, draw, run, rows=64, held_out_tasks=128, measures=measures)
     result = searches.train(collector, update, eval_interval=50)
-    return publish(searches.report(result, title="RL² on MiniGrid: a goal to find again"), run)
+    title = f"RL² on MiniGrid: a goal to find again{told_of(network, Told(belief=belief), run.weights)}"
+    return publish(searches.report(result, title=title), run)
 
 
 def trial_env(

@@ -12,7 +12,7 @@ from recipes.experiment import Experiment, publish
 from recipes.minigrid_envs import Corridor, OneHotView
 from recipes.presets import PRESETS
 from recipes.run import Run
-from recipes.settings import Learning, Network
+from recipes.settings import Learning, Network, Told, told_of
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
@@ -77,7 +77,8 @@ def main(
     measured = {"rows": 64, "held_out_tasks": 128, "measures": {("info", "success"): "max"}}
     corridors = Experiment(actor, make_env, no_tasks, run, **measured)
     result = corridors.train(collector, update, eval_interval=100)
-    return publish(corridors.report(result, title=f"RL² on {env_id}"), run)
+    title = f"RL² on {env_id}{told_of(network, Told(belief=belief), run.weights)}"
+    return publish(corridors.report(result, title=title), run)
 
 
 def corridor(env_id: str, from_room: bool) -> OneHotView:

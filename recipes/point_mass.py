@@ -11,7 +11,7 @@ from recipes.command import command
 from recipes.experiment import Experiment, publish
 from recipes.presets import PRESETS
 from recipes.run import Run
-from recipes.settings import Learning, Network
+from recipes.settings import Learning, Network, Told, told_of
 from recipes.streams import ENVS, TRAIN_TASKS, stream_seed
 from rl2_torchrl import (
     ActorCritic,
@@ -80,7 +80,8 @@ def main(
     collector = run.collector(make_env, env, ActorCritic(actor, critic), update, **learning.frames(episodes * steps))
     masses = Experiment(actor, make_env, targets, run, held_out_tasks=32, rows=32)
     result = masses.train(collector, update)
-    return publish(masses.report(result, title="RL² on a point mass with a hidden target"), run)
+    title = f"RL² on a point mass with a hidden target{told_of(network, Told(belief=belief), run.weights)}"
+    return publish(masses.report(result, title=title), run)
 
 
 class HiddenTarget(Resumable, DMControlEnv):

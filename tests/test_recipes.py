@@ -1,5 +1,6 @@
 """Every recipe at a tiny size: its report's promises, its seeds, resuming it, its command line and bad arguments."""
 
+import importlib
 import inspect
 import json
 import math
@@ -408,6 +409,28 @@ def test_training_by_the_posterior_says_so(name, tmp_path):
     # what varies with a trial. The task's own mean rewards have 2.
     error = report.train.history[0]["train/belief_error"]
     assert 0 < error < {"bandit": 0.05, "tabular_mdp": 0.3}[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("ant_direction", "task told in training: critic"),
+        ("point_mass", "task told in training: critic, belief"),
+        ("minigrid_goals", "task told in training: belief"),
+        ("minigrid_memory", "rewards only"),
+    ],
+)
+def test_titles_of_recipes_for_robots_and_mazes_say_what_training_was_told(name, told, tmp_path, monkeypatch):
+    def stop(self, result, *, title):
+        raise BeforeTraining(title)
+
+    monkeypatch.setattr(Experiment, "train", lambda *_, **__: None)
+    monkeypatch.setattr(Experiment, "report", stop)
+    pytest.importorskip({"point_mass": "dm_control", "ant_direction": "mujoco"}.get(name, "minigrid"))
+    recipe = importlib.import_module(f"recipes.{name}")
+    with pytest.raises(BeforeTraining) as stopped:
+        recipe.main(**arguments(recipe.main, {"trials": 4, "units": 4, "log_dir": tmp_path}))
+    assert str(stopped.value).endswith(f" ({told})")
 
 
 @pytest.mark.parametrize("name", ["bandit", "tabular_mdp"])
