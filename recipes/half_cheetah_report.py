@@ -1,5 +1,6 @@
 """What the HalfCheetah recipe reports: velocities and errors of speed beside the returns, in tables and plots."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,12 @@ class CheetahReport(AdaptationReport):
     def summary(self) -> dict[str, float | str]:
         """First and last episode: the errors of speed, or the return in each direction; and what the ablations make of the last."""
         if self.is_speed:
-            errors = {name: _first_and_last(curve.per_episode) for name, curve in self.speed_errors.items()}
+            errors = {name: _first_and_last(curve.per_episode.tolist()) for name, curve in self.speed_errors.items()}
             return {f"sum of abs(v - goal), {name.replace('_', ' ')}": cell for name, cell in errors.items()}
-        curves = {"agent": self.agent, "greedy": self.greedy, **self.ablations}
         return {
-            f"{way}, {name.replace('_', ' ')}": _first_and_last(curve.returns[rows].mean(0))
-            for way, rows in (("forward", self.tasks > 0), ("backward", self.tasks < 0))
-            for name, curve in curves.items()
+            f"{way}, {name.replace('_', ' ')}": _first_and_last(per_episode)
+            for way, curves in self._direction_entries().items()
+            for name, per_episode in curves.items()
         }
 
     def _speed_entries(self) -> dict[str, Any]:
@@ -86,11 +86,16 @@ class CheetahReport(AdaptationReport):
 
     def _direction_entries(self) -> dict[str, Any]:
         curves = {"agent": self.agent, "greedy": self.greedy, **self.ablations}
-        chosen = {"forward": self.tasks > 0, "backward": self.tasks < 0}
         return {
             way: {name: curve.returns[rows].mean(0).tolist() for name, curve in curves.items()}
-            for way, rows in chosen.items()
+            for way, rows in self._directions.items()
         }
+
+    @property
+    def _directions(self) -> dict[str, torch.Tensor]:
+        """Which tasks ``[num_tasks]`` are of each direction; one that has none, as it may of a few, is left out."""
+        rows = {"forward": self.tasks > 0, "backward": self.tasks < 0}
+        return {way: own for way, own in rows.items() if own.any()}
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``velocity.png`` beside what every report writes."""
@@ -129,7 +134,8 @@ class CheetahReport(AdaptationReport):
         """Mean over tasks ± 2 SE, without smoothing: in its first episode the agent has to find out, in the last it knows."""
         for name, values in self.starts().items():
             for episode, style in ((0, "-"), (values.shape[1] - 1, "--")):
-                mean, se = values[:, episode].mean(0), values[:, episode].std(0) / len(values) ** 0.5
+                own = values[:, episode]
+                mean, se = own.mean(0), own.std(0, correction=0) / (len(own) - 1) ** 0.5  # of one task no band
                 steps = range(1, len(mean) + 1)
                 color = "#0072b2" if name == "backward" else "#e69f00"
                 label = f"{name.replace('_', ' ')}, episode {episode + 1}"
@@ -146,8 +152,8 @@ class CheetahReport(AdaptationReport):
         episodes = self.velocities.reshape(len(self.tasks), -1, self.horizon)[..., :START_STEPS]
         if self.is_speed:
             return {"speed_error": (episodes - self.tasks[:, None, None]).abs()}
-        return {"forward": episodes[self.tasks > 0], "backward": episodes[self.tasks < 0]}
+        return {way: episodes[rows] for way, rows in self._directions.items()}
 
 
-def _first_and_last(episodes: torch.Tensor) -> str:
-    return f"{episodes[0].item():.1f} → {episodes[-1].item():.1f}"
+def _first_and_last(per_episode: Sequence[float]) -> str:
+    return f"{per_episode[0]:.1f} → {per_episode[-1]:.1f}"

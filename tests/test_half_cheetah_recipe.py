@@ -83,12 +83,21 @@ def test_the_cheetah_scales_rewards_and_its_entropy_bonus_decays(task):
     assert (update.lr_schedule(0.5), update.entropy_schedule(0.5)) == (0.5, 0.5)
 
 
-def test_a_report_without_one_of_the_directions_is_saved(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_report_leaves_out_a_direction_that_no_task_has(tmp_path, monkeypatch):
     monkeypatch.setattr(half_cheetah.Cheetahs, "tasks", lambda cheetahs, stream, number: torch.ones(number, 1))
     run("half_cheetah", tmp_path, updates=1)
     stored = json.loads((tmp_path / "report.json").read_text())
-    assert stored["backward"]["agent"] == [None, None]
+    assert not [name for name in (*stored, *stored["summary"]) if name.startswith("backward")]
     assert all(map(math.isfinite, stored["forward"]["agent"]))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_report_has_directions_of_one_task_each(tmp_path, monkeypatch):
+    one_each = torch.tensor([[1.0], [-1.0]])
+    monkeypatch.setattr(half_cheetah.Cheetahs, "tasks", lambda cheetahs, stream, number: one_each)
+    stored = run("half_cheetah", tmp_path, updates=1, report_tasks=2).to_dict()
+    assert all(map(math.isfinite, [*stored["forward"]["agent"], *stored["backward"]["agent"]]))
 
 
 @pytest.fixture
