@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 #: Exit status of a training that Ctrl-C has ended, as a shell has it.
 CUT_SHORT = 128 + signal.SIGINT
+#: What only a training takes, of a recipe's own arguments and of `Run`.
+OF_TRAINING = ("belief", "stop_at_goal", "workers", "backend", "logger")
 
 
 def settings_by(rule: Callable[..., dict[str, Any]]) -> Callable[[Callable], Callable]:
@@ -90,7 +92,9 @@ def command(main: Callable) -> Any:
             return run_seeds(program(), run.seeds, run.log_dir, sys.argv[1:])
         if "--seeds" in words:
             raise ValueError("--seeds names no seed: give some, such as --seeds 0 1 2, or leave it out.")
-        if run.weights is not None and (unused := _changed(others, defaults, FirstWeights, Learning, Told)):
+        played = run.weights is not None
+        given = {**others, "run": run}
+        if played and (unused := _changed(given, defaults, FirstWeights, Learning, Told, names=OF_TRAINING)):
             log.warning("%s is played, not trained. Of no effect: %s.", run.weights, ", ".join(unused))
         if run.initial_weights is not None and (unused := _changed(others, defaults, FirstWeights)):
             log.warning("The training begins with %s. Of no effect: %s.", run.initial_weights, ", ".join(unused))
@@ -120,13 +124,18 @@ def _require_own_names(main: Callable, defaults: Mapping[str, Any]) -> None:
         )
 
 
-def _changed(groups: Mapping[str, Any], defaults: Mapping[str, Any], *kinds: type) -> list[str]:
-    """Those settings in groups of these ``kinds`` that differ from their defaults, as they are typed."""
-    chosen = {name: group for name, group in groups.items() if isinstance(group, kinds)}
-    own = [(each.name, group, defaults[name]) for name, group in chosen.items() for each in fields(group)]
-    return [
-        f"--{name.replace('_', '-')}" for name, group, default in own if getattr(group, name) != getattr(default, name)
-    ]
+def _changed(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], *kinds: type, names: Sequence[str] = ()
+) -> list[str]:
+    """Those settings in groups of these ``kinds``, or of these ``names``, that differ from their defaults, as they are typed."""
+    changed = []
+    for key, value in given.items():
+        if is_dataclass(value):
+            chosen = [each.name for each in fields(value) if isinstance(value, kinds) or each.name in names]
+            changed += [name for name in chosen if getattr(value, name) != getattr(defaults[key], name)]
+        elif key in names and value != defaults[key]:
+            changed.append(key)
+    return [f"--{name.replace('_', '-')}" for name in changed]
 
 
 def typed(rule: Callable, words: Sequence[str]) -> dict[str, Any]:

@@ -283,6 +283,22 @@ def test_settings_of_a_training_beside_weights_are_told_to_change_nothing(tmp_pa
         assert f"agent.safetensors is played, not trained. Of no effect: {told}." in caplog.text
 
 
+def test_a_recipes_own_settings_and_those_of_a_run_are_told_to_change_nothing_too(tmp_path, monkeypatch, caplog):
+    here = Run(tmp_path)
+
+    def main(*, horizon: int = 20, belief: float = 0.1, stop_at_goal: bool = False, run: Run = here) -> None:
+        """Trains nothing."""
+
+    words = ["--weights", __file__, "--horizon", "3", "--report-tasks", "5", "--belief", "0.1"]
+    more = ["--belief", "0", "--stop-at-goal", "--workers", "3", "--backend", "ray", "--logger", "tensorboard"]
+    monkeypatch.setattr("sys.argv", ["recipe", *words])
+    command(main)
+    assert "Of no effect" not in caplog.text
+    monkeypatch.setattr("sys.argv", ["recipe", *words, *more])
+    command(main)
+    assert "Of no effect: --belief, --stop-at-goal, --workers, --backend, --logger." in caplog.text
+
+
 def test_settings_of_first_weights_beside_initial_weights_are_told_to_change_nothing(tmp_path, monkeypatch, caplog):
     run("bandit", tmp_path, report_tasks=2)
     sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "16", "--report-tasks", "4", "--no-classical"]
