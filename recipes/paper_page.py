@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterable, Sequence
 from math import hypot
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, mode, stdev
 from typing import Any, Literal
 
+from recipes.paper_cells import CELLS
 from recipes.paper_numbers import PAPER, PAPER_SE
 from recipes.results import table as markdown
 
@@ -60,7 +61,7 @@ def write_page(folder: Path, page: Path) -> None:
     lines = ["# The tables of the RL² paper", INTRO, ABOUT_RL2]
     lines += [notes.read_text().strip()] if notes.exists() else []
     for table, title in TITLES.items():
-        lines += [f"## {title}", classical_table(figures, table), *fewer_tasks(figures, table)]
+        lines += [f"## {title}", classical_table(figures, table), *tasks_of(figures, table)]
         lines += time_taken(figures, table)
         for way, heading in WAYS.items():
             lines += [f"### RL², {heading}", rl2_table(figures, table, way), *longer_table(figures, table, way)]
@@ -240,14 +241,18 @@ def row_of(table: str, cell: str) -> str:
 
 
 # ---------------------------------------------------------------- provenance
-def fewer_tasks(figures: Figures, table: str) -> list[str]:
-    """How many tasks there are, and where fewer: an agent that is slow."""
+def tasks_of(figures: Figures, table: str) -> list[str]:
+    """How many tasks most figures have, and which have others: an agent that is slow has fewer."""
     numbers = {key: figure["num_tasks"] for key, figure in figures.items() if key[0] == table}
     if not numbers:
         return []
-    most = max(numbers.values())
-    few = [f"{n:,} for {label(key[2])} in cell {key[1]}, which takes long" for key, n in numbers.items() if n < most]
-    return [f"Tasks in a cell: {most:,}{''.join(f'; {text}' for text in few)}."]
+    usual = mode(numbers.values())
+    text = f"Tasks in a cell: {usual:,}"
+    for (_, cell, agent), number in numbers.items():
+        if number != usual:
+            slow = CELLS[table][cell].num_tasks(agent, usual) == number
+            text += f"; {number:,} for {label(agent)} in cell {cell}{', which takes long' * slow}"
+    return [f"{text}."]
 
 
 def time_taken(figures: Figures, table: str) -> list[str]:

@@ -3,9 +3,11 @@
 All cells take hours. Every figure is a small file in ``folder``, and what is there is not computed again.
 """
 
+import inspect
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,16 @@ from rl2_torchrl import AdaptationReport
 from rl2_torchrl.report import made_by
 
 FOLDER = Path("recipes/results/paper_tables")
+#: A setting's value, what would have no effect beside it, and why.
+WITHOUT_EFFECT = [
+    (
+        ("part", "page"),
+        ("table", "cells", "learns_from", "seeds", "env_steps", "tasks", "from_pretrained", "fresh"),
+        "it computes nothing, and writes the page of all figures that are there",
+    ),
+    (("part", "classical"), ("learns_from", "seeds", "env_steps", "from_pretrained"), "it leaves RL² out"),
+    (("from_pretrained", True), ("seeds", "env_steps"), "weights are evaluated as they are"),
+]
 
 
 def main(
@@ -58,6 +70,7 @@ def main(
         pretrained: folder of agents, <table>_<cell>_<learns from>.safetensors, by default recipes/pretrained. After its trainings a
             cell's best seed is put there; by default into a subfolder of ``folder``, where that is one of your own.
     """
+    require_effect(locals())
     kept, pretrained = (
         pretrained or (PRETRAINED if folder == FOLDER else folder / "pretrained"),
         pretrained or PRETRAINED,
@@ -66,17 +79,9 @@ def main(
         raise ValueError(f"tasks={tasks}: a standard error needs two tasks at least. Pass 10000 for figures to report.")
     if part in ("rl2", "all") and not seeds:
         raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={seeds}: each seed once, or it would be trained twice.")
-    if from_pretrained and env_steps is not None:
-        raise ValueError(
-            f"env_steps={env_steps} with from_pretrained: weights are evaluated as they are. Leave one out."
-        )
-    if part == "page" and (cells or fresh or from_pretrained or env_steps is not None):
-        raise ValueError(
-            "part='page' computes nothing, and writes the page of all figures that are there: leave cells, fresh, from_pretrained "
-            "and env_steps out."
-        )
+    for name, each in (("cells", cells), ("seeds", seeds)):
+        if len(set(each)) < len(each):
+            raise ValueError(f"{name}={each}: each {name[:-1]} once, or it would be computed twice.")
     chosen = choose(table, cells)
     book = Figures(folder, tasks, fresh)
     trained = [(cell, way) for cell in chosen for way in ways(cell, learns_from)]
@@ -103,6 +108,15 @@ def main(
     write_page(folder, page)
     Console().print(f"page: {page}")
     return page
+
+
+def require_effect(given: Mapping[str, Any]) -> None:
+    """Raises ValueError where one of the arguments ``given`` to `main` is without effect beside another."""
+    usual = {name: each.default for name, each in inspect.signature(main).parameters.items()}
+    for (setting, value), others, why in WITHOUT_EFFECT:
+        unused = [name for name in others if given[name] != usual[name]]
+        if given[setting] == value and unused:
+            raise ValueError(f"{setting}={value!r} takes no {', '.join(unused)}: {why}. Leave them out.")
 
 
 def choose(table: str, cells: tuple[str, ...]) -> list[Cell]:

@@ -48,8 +48,9 @@ def run(path, table="bandits", **options):
         "table": table,
         "cells": (TINY[table].name,) if table in TINY else (),
         "tasks": 40,
-        "learns_from": "rewards",
     }
+    if options.get("part") != "classical":
+        asked["learns_from"] = "rewards"
     return paper_tables.main(**{**asked, **places, **options})
 
 
@@ -106,7 +107,8 @@ def test_page_is_made_of_the_files(tmp_path):
     (tmp_path / "paper_notes.md").write_text("## What differs\n\nA note, *word for word*.\n")
     entries = [
         figure("ucb1", 82.45, options={"exploration": 0.2}, tuning_tasks=5, seconds=100.0),
-        figure("random", 60.0, num_tasks=2000, tuning_tasks=0, seconds=260.0),
+        figure("random", 60.0, num_tasks=20_000, tuning_tasks=0, seconds=260.0),
+        figure("optimistic_thompson_sampling", 250.0, cell="500,50", num_tasks=2000),
         trained(0, 77.4, held_out=83.0),  # above the other on the tasks that are reported, which must not choose
         {**trained(1, 77.2, held_out=83.1), "settings": {"initial_weights": "weights/bandits_10_5.pt"}},
         figure("rl2_task_pretrained", 77.25, cell="100,5"),
@@ -131,7 +133,8 @@ def test_page_is_made_of_the_files(tmp_path):
     assert rewards < alone < task < text.index("| 2 | 77.30 ±")
     assert "exploration 0.2" in text
     assert "The 2 figures took 6 minutes together" in text
-    assert "Tasks in a cell: 10,000; 2,000 for random in cell 100,10, which takes long." in text
+    others = "20,000 for random in cell 100,10; 2,000 for optimistic TS in cell 500,50, which takes long"
+    assert f"Tasks in a cell: 10,000; {others}." in text
     for entry in entries:
         assert f"{entry['command']}  # commit abc" in text
     # Another cell has no file.
@@ -303,7 +306,9 @@ def test_weights_that_a_chain_led_to_are_played_without_those_that_it_began_with
     assert "bandits_3_2_rl2_rewards_pretrained" in figures(tmp_path)
 
 
-def test_a_seed_named_twice_is_refused(tmp_path):
+def test_a_seed_or_cell_named_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"cells=\('3,2', '3,2'\): each cell once"):
+        run(tmp_path, cells=("3,2", "3,2"))
     with pytest.raises(ValueError, match=r"seeds=\(1, 1\): each seed once"):
         run(tmp_path, seeds=(1, 1))
 
@@ -407,7 +412,7 @@ def test_a_longer_training_is_a_figure_of_its_own(tmp_path):
 
 
 def test_pretrained_weights_are_not_trained_for_longer(tmp_path):
-    with pytest.raises(ValueError, match="env_steps=144 with from_pretrained"):
+    with pytest.raises(ValueError, match="from_pretrained=True takes no env_steps"):
         run(tmp_path, from_pretrained=True, env_steps=144)
 
 
@@ -453,8 +458,21 @@ def test_an_agent_that_was_cut_short_is_not_shipped_for_an_older_figure(tmp_path
         r"cells=\['25'\]: there is no such cell in table='bandits'": {"cells": ("25",)},
         "tasks=1: a standard error needs two": {"tasks": 1},
         "seeds is empty": {"seeds": ()},
-        "part='page' computes nothing": {"part": "page", "cells": ("100,10",)},
-        "leave cells, fresh, from_pretrained": {"part": "page", "fresh": True},
+        "part='page' takes no table, cells, learns_from, seeds, tasks, fresh: it computes nothing, and .* Leave them out": {
+            "part": "page",
+            "seeds": (9,),
+            "fresh": True,
+        },
+        "part='classical' takes no learns_from, env_steps, from_pretrained: it leaves RL² out": {
+            "part": "classical",
+            "learns_from": "task",
+            "env_steps": 5,
+            "from_pretrained": True,
+        },
+        "from_pretrained=True takes no seeds: weights are evaluated as they are": {
+            "from_pretrained": True,
+            "seeds": (7,),
+        },
         "cells 500,5 with learns_from='rewards': they have no settings": {"cells": ("500,5",)},
         "with learns_from='rewards': .*/pretrained has no weights of theirs": {"cells": (), "from_pretrained": True},
     }.items(),
