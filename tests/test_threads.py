@@ -1,6 +1,7 @@
 """Several trainings: one after the other, in two threads, in a forked process, beside other programs."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -182,17 +183,30 @@ def test_simulations_outlive_a_fork_and_end_in_it():
 
 
 # -------------------------------------------------------------- other programs
-@pytest.mark.parametrize(
-    ("given", "argument", "expected"), [(None, "", "passive"), ("active", "", "active"), (None, "benchmark", "None")]
-)
-def test_threads_of_recipes_sleep_while_they_wait(given, argument, expected):
+@pytest.mark.parametrize("given", [None, "active"])
+def test_threads_of_recipes_sleep_while_they_wait(given):
     # As `python -m recipes.bandit` does: recipes is imported before PyTorch, whose OpenMP then reads it.
     process = python(
         "import os, recipes, sys; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)",
-        argument,
+        "--log-dir",
+        "runs/my_benchmark",  # no benchmark's name
         OMP_WAIT_POLICY=given,
     )
-    assert process.stdout.split() == [expected, "False"]
+    assert process.stdout.split() == [given or "passive", "False"]
+
+
+@pytest.mark.parametrize("words", [["-m", "recipes.gym_benchmark"], ["recipes/gym_benchmark.py"]])
+def test_threads_of_benchmarks_spin(words, tmp_path):
+    root = Path(__file__).parents[1]
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(root / "recipes" / "__init__.py", tmp_path / "recipes")
+    (tmp_path / "recipes" / "gym_benchmark.py").write_text(
+        "import os, recipes; print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment["PYTHONPATH"] = str(tmp_path)
+    command = [sys.executable, *words, "--repeats", "3"]
+    assert subprocess.run(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE).stdout.split() == [b"None"]
 
 
 @pytest.mark.parametrize(
