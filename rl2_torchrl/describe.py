@@ -13,14 +13,14 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, T
 from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.data import Composite
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from rl2_torchrl.arguments import require_collector
 from rl2_torchrl.checks.probe import NetworkProbe
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.gradients import LOG_PROB, Part
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import Trial, transforms_of
+from rl2_torchrl.trial import Trial, base_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -116,9 +116,7 @@ def _env_of(collector: BaseCollector) -> tuple[list[Described], Composite | None
 
 
 def _env(env: EnvBase) -> tuple[list[Described], Composite]:
-    base = env
-    while isinstance(base, TransformedEnv):
-        base = base.base_env
+    base = base_of(env)
     rows = f"{env.batch_size.numel()} rows" + f" on {env.device}" * (env.device is not None) + _vector_of(base)
     transforms = [Described("env", type(t).__name__, _transform(t, env)) for t in transforms_of(env)]
     return [Described("env", type(base).__name__, rows), *transforms], env.observation_spec

@@ -14,14 +14,14 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import nn
-from torchrl.envs import EnvBase, ExplorationType, TransformedEnv, VecNorm, VecNormV2, set_exploration_type
+from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
 
 from rl2_torchrl.arguments import require_flags, whole
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.rollout import Rollout, is_native, trial_steps
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, transforms_of
+from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, base_of, transforms_of
 
 __all__ = ["AdaptationCurve", "adaptation_curve", "with_shuffled_rewards", "with_zeroed_memory"]
 
@@ -212,7 +212,7 @@ def _steps_at_once(env: EnvBase, on_step: Callable[[State], None] | None) -> int
     if on_step is not None:
         return 1
     if not is_native(env):
-        _tell_of_single_steps(type(env.base_env if isinstance(env, TransformedEnv) else env).__name__)
+        _tell_of_single_steps(type(base_of(env)).__name__)
         return 1
     return _FEW_STEPS
 

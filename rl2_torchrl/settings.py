@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torchrl.collectors import BaseCollector
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import transforms_of
+from rl2_torchrl.trial import base_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 
 __all__ = ["differences", "moved", "networks_of", "settings_of"]
@@ -65,9 +65,7 @@ def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
 def _env(env: EnvBase | None) -> Settings:
     if env is None:
         return {}
-    base = env
-    while isinstance(base, TransformedEnv):
-        base = base.base_env
+    base = base_of(env)
     settings = {**_part("env", base), **_gymnasium(base)}
     specs = {"observation": env.observation_spec, "action": env.full_action_spec, "state": env.full_state_spec}
     for name, spec in specs.items():

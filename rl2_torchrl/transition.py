@@ -9,12 +9,12 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl import torchrl_logger
 from torchrl.data import Binary, Categorical, Composite, MultiCategorical, NonTensor, OneHot, TensorSpec, Unbounded
-from torchrl.envs import EnvBase, Transform, TransformedEnv
+from torchrl.envs import EnvBase, Transform
 from torchrl.envs.batched_envs import BatchedEnvBase
 
 from rl2_torchrl.arguments import as_list
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, is_within, transforms_of
+from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, base_of, is_within, transforms_of
 
 __all__ = ["PreviousStep"]
 
@@ -276,9 +276,7 @@ class Layout:
 
 def _observations(env: EnvBase, before: Transform) -> set[NestedKey]:
     """What the base env observes, without what info readers add, and what transforms ``before`` one make of that."""
-    base, transforms = env, transforms_of(env)
-    while isinstance(base, TransformedEnv):
-        base = base.base_env
+    base, transforms = base_of(env), transforms_of(env)
     readers = () if isinstance(base, BatchedEnvBase) else getattr(base, "info_dict_reader", ())
     specs = [getattr(reader, "info_spec", None) for reader in readers]
     told = {key for spec in specs if spec is not None for key in spec.keys(True, True)}

@@ -257,6 +257,11 @@ def _parts(transform: Transform) -> list[Transform]:
     return [each for part in transform for each in _parts(part)] if isinstance(transform, Compose) else [transform]
 
 
+def base_of(env: EnvBase) -> EnvBase:
+    """The env below all transforms."""
+    return base_of(env.base_env) if isinstance(env, TransformedEnv) else env
+
+
 def transforms_of(env: EnvBase | None) -> list[Transform]:
     """The transforms around ``env``, from the inside out."""
     return [*transforms_of(env.base_env), *own_transforms(env)] if isinstance(env, TransformedEnv) else []

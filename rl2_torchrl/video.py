@@ -11,7 +11,7 @@ from torchrl.envs import EnvBase
 
 from rl2_torchrl.evaluation import adaptation_curve
 from rl2_torchrl.modules.acting import State
-from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP
+from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, base_of
 
 __all__ = ["VideoWriter", "record_trial", "video_suffix"]
 
@@ -59,7 +59,7 @@ def record_trial(
         >>> def film():  # needs OpenGL
         ...     return record_trial(env, actor, "trial.mp4")
     """
-    base = getattr(env, "base_env", env)
+    base = base_of(env)
     if not callable(getattr(type(base), "render", None)):
         raise TypeError(f"{type(base).__name__} has no render(row, width=, height=), so there is nothing to film.")
     with VideoWriter(path, fps) as video:

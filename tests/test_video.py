@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs import Compose, StepCounter, TransformedEnv
 
 from rl2_torchrl import GRUCategoricalActor, GRUGaussianActor, PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import BernoulliBandit, HalfCheetahVelocity, uniform_means, velocities
@@ -66,6 +66,12 @@ def test_a_trial_is_filmed_a_picture_a_step(suffix, tmp_path):
     # Below the caption: steps 1 and 2 of an episode, then the next episode's start; the last picture is the trial's end.
     np.testing.assert_allclose(seen[:, 40:].mean((1, 2, 3)), [30, 60, 0, 30, 60, 90], atol=3)
     assert (seen[:, :30].max((1, 2, 3)) > 200).all()  # the caption is white
+
+
+def test_an_env_with_transforms_around_transforms_is_filmed_too(tmp_path):
+    env, actor = cheetahs()
+    nested = TransformedEnv(env, StepCounter(), auto_unwrap=False)
+    assert len(pictures(record_trial(nested, actor, tmp_path / "trial.gif", width=320, height=64))[0]) == 2 * 3
 
 
 def test_captions_say_where_the_picture_stands():

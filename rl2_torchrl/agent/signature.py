@@ -22,14 +22,13 @@ from torchrl.envs import (
     RewardSum,
     StepCounter,
     TensorDictPrimer,
-    TransformedEnv,
 )
 
 from rl2_torchrl.agent.architecture import as_dtype, as_key
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import Encoding, Layout, PreviousStep, previous_steps
-from rl2_torchrl.trial import Trial, transforms_of
+from rl2_torchrl.trial import Trial, base_of, transforms_of
 
 __all__ = ["Acted", "Affine", "Observed", "Signature", "name_of"]
 
@@ -280,11 +279,6 @@ def require_nothing_behind(env: EnvBase, transition: PreviousStep, keys: Sequenc
                 f"{type(each).__name__} stands behind PreviousStep and changes {changed}, which an agent makes its input of: what "
                 "it is shown would not be what it was trained on. Put it before PreviousStep."
             )
-
-
-def base_of(env: EnvBase) -> EnvBase:
-    """The env below all transforms."""
-    return base_of(env.base_env) if isinstance(env, TransformedEnv) else env
 
 
 def _affine_of(env: EnvBase, key: NestedKey, *, actions: bool = False) -> tuple[Affine, ...]:

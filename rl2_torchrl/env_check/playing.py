@@ -11,11 +11,11 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import expand_as_right
 from torch import Tensor
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from rl2_torchrl.env_check.outcomes import Outcome
 from rl2_torchrl.envs.rows import merge
-from rl2_torchrl.trial import INFO, is_within
+from rl2_torchrl.trial import INFO, base_of, is_within
 
 __all__ = ["RUN_STEPS", "STEPS_TO_AN_END", "EnvBelow", "Pair", "Task"]
 
@@ -60,9 +60,7 @@ class EnvBelow:
         self.env, self.task_key, self.task_of = env, task_key, task_of
         self.tasks: list[Task] = list(tasks) or [None]
         self.num_rows = env.batch_size.numel()
-        self._base = env
-        while isinstance(self._base, TransformedEnv):
-            self._base = self._base.base_env
+        self._base = base_of(env)
         self._given_seed = vars(self._base).get("given_seed")
         self.step_size = (
             0  #: How many numbers of an outcome are the step's own; those of an episode begun there come behind.

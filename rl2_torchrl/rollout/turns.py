@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from torchrl.collectors import Collector
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase
 
 from rl2_torchrl.rollout.doors import is_tensor_env
+from rl2_torchrl.trial import base_of
 
 __all__ = ["Turns", "watch"]
 
@@ -23,9 +24,8 @@ class Turns:
     """
 
     def __init__(self, env: EnvBase):
-        while isinstance(env, TransformedEnv):
-            env = env.base_env
-        self._env, self._counted = env, None if is_tensor_env(env) else _Moves.of(env)
+        self._env = env = base_of(env)
+        self._counted = None if is_tensor_env(env) else _Moves.of(env)
         self.leave()
 
     def leave(self) -> None:
