@@ -150,6 +150,7 @@ def adaptation_curve(
     Raises:
         ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it would move, or a measured entry
             is several numbers, or overwritten where an episode ends.
+        TypeError: ``env`` is no env, or ``policy`` no policy.
         RuntimeError: a trial does not end.
         FloatingPointError: a reward or a measured entry is not finite.
 
@@ -170,6 +171,10 @@ def adaptation_curve(
     if not isinstance(env, EnvBase):
         raise TypeError(
             f"{type(env).__name__} is no env, which comes first: adaptation_curve(env, policy, num_trials)."
+        )
+    if not isinstance(policy, TensorDictModuleBase):
+        raise TypeError(
+            f"{type(policy).__name__} is no policy: give an actor, or of an agent that was loaded its .policy."
         )
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")

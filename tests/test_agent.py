@@ -393,8 +393,12 @@ def begun(call, rows=None):
 BAD = {
     "no trial": (lambda agent: agent.act([0.0, 0.0]), RuntimeError, "no trial has begun"),
     "no rows": (lambda agent: agent.new_trial(0), ValueError, "num_rows=0.*at least 1"),
-    "rows of nothing": (lambda agent: agent.new_trial(rows=[True]), ValueError, "begin one first"),
-    "more rows": (begun(lambda agent: agent.new_trial(rows=[True] * 3), 2), ValueError, "begin one first"),
+    "rows of nothing": (lambda agent: agent.new_trial(rows=[True]), ValueError, "begin one *first"),
+    "numbers of rows": (begun(lambda agent: agent.new_trial(rows=[0, 1]), 2), ValueError, "bool"),
+    "a flag in quotes": (begun(lambda agent: agent.act(deterministic="False")), TypeError, "neither True nor False"),
+    "a graph's suffix": (lambda agent: agent.save("agent.onnx"), ValueError, "which export.. writes"),
+    "an agent as a policy": (lambda agent: rl2.adaptation_curve(bandits(), agent, 2), TypeError, "its .policy"),
+    "more rows": (begun(lambda agent: agent.new_trial(rows=[True] * 3), 2), ValueError, "begin one *first"),
     "reward in words": (begun(lambda agent: (agent.act([0, 0]), agent.observe("1"))), ValueError, "reward='1' is text"),
     "no action": (begun(lambda agent: agent.observe(1.0)), RuntimeError, "act\\(\\) comes first"),
     "twice": (

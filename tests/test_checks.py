@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, InitTracker, SerialEnv, Transform, TransformedEnv, VecNormV2
+from torchrl.envs import Compose, ExplorationType, InitTracker, SerialEnv, Transform, TransformedEnv, VecNormV2
 from torchrl.modules import GRUModule, ProbabilisticActor, recurrent_mode, set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
@@ -92,7 +92,7 @@ def test_all_rules_hold(bptt):
     report = check_training(collector, update, first_batch(collector), held_out=mdp_env(seed=5))
     unchecked = {"gradient_through_time": "bptt=1 asks for no gradient through time"} if bptt == 1 else {}
     assert report.unchecked == unchecked
-    assert len(report.checked) == 22 - len(unchecked)
+    assert len(report.checked) == 23 - len(unchecked)
     assert (report.frozen, report.zero_gradient) == ([], [])
 
 
@@ -709,6 +709,26 @@ def test_a_term_that_trains_nothing(made):
             check_training(collector, update, first_batch(collector))
     else:
         assert "losses_have_gradients" in check_training(collector, update, first_batch(collector)).checked
+
+
+def test_a_collector_that_acts_without_draws():
+    collector, update = pipeline(mdp_env())
+    batch = first_batch(collector)
+    collector.exploration_type = ExplorationType.DETERMINISTIC
+    with pytest.raises(TrainingCheckError, match="actions_are_drawn.*exploration_type is DETERMINISTIC"):
+        check_training(collector, update, batch)
+
+
+def test_what_an_env_says_beside_may_be_nan_where_nobody_reads_it():
+    collector, update = pipeline(mdp_env())
+    batch = first_batch(collector)
+    for key in (("info", "distance"), ("next", "info", "distance")):
+        batch[key] = torch.full((*batch.shape, 1), torch.nan)
+    assert "finite" in check_training(collector, update, batch).checked
+    report = TrainingReport()
+    update.loss.terms.append(Told(lambda size: size))
+    update.loss.terms[0].in_keys = [("info", "distance")]
+    assert "('info', 'distance')" in rows.finite(Evidence(batch, collector, update, None, report))
 
 
 def test_parameters_that_the_optimizer_does_not_hold():

@@ -19,7 +19,7 @@ from rl2_torchrl.agent.export import export_policy, onnx_step
 from rl2_torchrl.agent.files import read_agent, write_agent
 from rl2_torchrl.agent.signature import Observed, Signature, name_of
 from rl2_torchrl.agent.step import PolicyStep, actor_of, signature_of
-from rl2_torchrl.arguments import require_numbers, whole
+from rl2_torchrl.arguments import require_flags, require_numbers, whole
 from rl2_torchrl.modules.distributions import gumbel_
 
 __all__ = ["AdaptiveAgent"]
@@ -125,7 +125,10 @@ class AdaptiveAgent:
 
         Raises:
             TypeError: a part of the policy is not known by name (`rl2_torchrl.agent.register_part`), or there is no policy.
+            ValueError: the path's suffix is that of an exported graph.
         """
+        if Path(path).suffix in (".onnx", ".pt2"):
+            raise ValueError(f"{path}: such a file is a graph, which export() writes; save() writes .safetensors.")
         actor = self._actor()
         plan, weights = plan_of_policy(actor), actor.state_dict()
         build_policy(plan, weights)  # what cannot be loaded is noticed now
@@ -171,10 +174,12 @@ class AdaptiveAgent:
             ValueError: ``num_rows`` below 1, or ``rows`` of another size.
         """
         if rows is not None:
-            rows = torch.as_tensor(rows, dtype=torch.bool)
-            if self._start is None or num_rows is not None or rows.shape != self._start.shape:
+            rows = torch.as_tensor(rows)
+            fits = self._start is not None and rows.dtype == torch.bool and rows.shape == self._start.shape
+            if not fits or num_rows is not None:
                 raise ValueError(
-                    f"rows={rows} says which of a batch that runs begin anew: begin one first, new_trial(num_rows)."
+                    f"rows={rows} must say of each row of a batch that runs whether it begins anew, bool [num_rows]: begin one "
+                    "first, new_trial(num_rows)."
                 )
             self._start = self._start | rows
             return
@@ -214,6 +219,7 @@ class AdaptiveAgent:
             ValueError: an entry or ``noise`` has another shape, or an entry numbers that its dtype in the env cannot hold.
             FloatingPointError: it is not finite.
         """
+        require_flags(deterministic=deterministic)
         if self._start is None:
             raise RuntimeError("no trial has begun: call new_trial() before the first act().")
         if self._is_waiting and not self._start.all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.envs.utils import ExplorationType
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 
@@ -107,6 +108,12 @@ def policy_is_trained(seen: Evidence) -> str | None:
             return f"the collector's policy does not hold {missing}"
 
 
+def actions_are_drawn(seen: Evidence) -> str | None:
+    """The collector acts by draws of the policy's distribution."""
+    kind = getattr(seen.collector, "exploration_type", ExplorationType.RANDOM)
+    return None if kind is ExplorationType.RANDOM else f"the collector's exploration_type is {kind.name}"
+
+
 def _place(parameter: nn.Parameter) -> tuple[torch.device, int]:
     return parameter.device, parameter.data_ptr()
 
@@ -117,5 +124,7 @@ RULES: dict[Rule, str] = {
     losses_have_gradients: "They are added to the loss and logged as one, and train nothing: make them of what the networks give, "
     "without detach(), no_grad() or item(); a number that is to be logged alone needs a name that does not begin with 'loss_'.",
     optimizer: "They get gradients, but no step: build it over loss.parameters(), or freeze them (requires_grad_(False)).",
+    actions_are_drawn: "Where the same is done always nothing shows what else would have paid, and PPO learns nothing: leave it "
+    "at ExplorationType.RANDOM, the default.",
     policy_is_trained: "It would act, or value, with its first weights for ever: give it the networks that the loss holds.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rl2_torchrl.checks.evidence import Evidence, Rule
+from rl2_torchrl.transition import is_info
 
 __all__ = ["RULES"]
 
@@ -30,9 +31,13 @@ def trial_bounds(seen: Evidence) -> str | None:
 
 def finite(seen: Evidence) -> str | None:
     """Nothing is NaN or infinite."""
-    reward = ("next", "reward")
+    reward, read = ("next", "reward"), getattr(seen.update, "in_keys", ())
+    # What an env says beside, such as a distance before there is one, spreads only where somebody reads it.
+    keys = [
+        key for key in seen.batch.keys(True, True) if key in read or not is_info(key[1:] if key[0] == "next" else key)
+    ]
     # It comes first: the input of the step after holds it too.
-    for key in sorted(seen.batch.keys(True, True), key=lambda key: key != reward):
+    for key in sorted(keys, key=lambda key: key != reward):
         entry = seen.batch.get(key)
         # The sum of finite numbers can overflow, but that of others is never finite: it spares a tensor of this size.
         if entry.is_floating_point() and not entry.sum().isfinite():
