@@ -1,6 +1,7 @@
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -343,8 +344,18 @@ def test_tuning_an_agent_without_options():
     assert tune(thompson_sampling, torch.rand(2, 2), 3) == {}
 
 
+@pytest.mark.parametrize(
+    "values", [np.array([0.0, 0.5]), torch.tensor([0.0, 0.5]), (each / 2 for each in range(2)), [0.0, 0.5]], ids=type
+)
+def test_values_to_try_may_stand_in_anything(values):
+    def agent(tasks, length, generator, x):
+        return torch.tensor([x])
+
+    assert repr(tune(agent, None, 1, x=values)) == "{'x': 0.5}"
+
+
 def test_tuning_needs_values():
-    with pytest.raises(ValueError, match=r"x=\(\) holds no value.*Pass one or more"):
+    with pytest.raises(ValueError, match=r"x holds no value.*Pass one or more"):
         tune(quadratic, 3, 4, x=())
 
 

@@ -68,11 +68,12 @@ def tune(
         >>> tune(beb, worlds, 2, generator, scaling=(0.001, 1.0), prior_mean=(0.5,)).keys()
         dict_keys(['scaling', 'prior_mean'])
     """
-    grid = grid or dict(PAPER_GRIDS.get(agent, {}))
+    grid = grid or PAPER_GRIDS.get(agent, {})
+    grid = {option: values.tolist() if hasattr(values, "tolist") else list(values) for option, values in grid.items()}
     for option, values in grid.items():
         if not values:
             raise ValueError(
-                f"{option}={values!r} holds no value: there is nothing to choose from. Pass one or more, such as "
+                f"{option} holds no value: there is nothing to choose from. Pass one or more, such as "
                 f"{option}=(0.1, 0.2), or no grid at all for the paper's."
             )
     candidates = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
