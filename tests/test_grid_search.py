@@ -1,5 +1,6 @@
 """The best search of a grid: all walks tried one by one, VariBAD's grid, and what the env itself pays for the walk."""
 
+import math
 from itertools import product
 
 import pytest
@@ -77,7 +78,13 @@ def test_the_env_pays_what_the_search_says():
     assert earned.tolist() == pytest.approx(best.returns.tolist(), abs=1e-3)
 
 
-@pytest.mark.parametrize("goals", [[[0, 0]], [[5, 0]], [[2, 1], [2, 1]], [[-1, 0]]])
+@pytest.mark.parametrize("goals", [[[0, 0]], [[5, 0]], [[2, 1], [2, 1]], [[-1, 0]], [[1.5, 0]], [[math.nan, 1]]])
 def test_goals_that_cannot_be_searched(goals):
     with pytest.raises(ValueError, match="1 to 50 different cells"):
         grid_search(torch.tensor(goals).float())
+
+
+@pytest.mark.parametrize("name", ["size", "episode_steps", "episodes"])
+def test_no_cell_step_or_episode(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be a whole number, at least 1"):
+        grid_search(torch.tensor([[2.0, 2.0]]), **{name: 0})

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rl2_torchrl.arguments import whole
+
 __all__ = ["GridSearch", "grid_search"]
 
 _NARROW = 200  # states a step of the search that gives the bound
@@ -43,7 +45,8 @@ def grid_search(goals: Tensor, *, size: int = 5, episode_steps: int = 15, episod
         episodes: episodes of a trial.
 
     Raises:
-        ValueError: a goal is at the start, outside of the grid, or named twice, or there are none or too many.
+        ValueError: a goal is at the start, no cell of the grid, or named twice, or there are none or too many; or there is no
+            cell, step or episode.
 
     Example:
         >>> import torch
@@ -54,8 +57,9 @@ def grid_search(goals: Tensor, *, size: int = 5, episode_steps: int = 15, episod
         >>> best.returns.round(decimals=3).tolist()  # -0.1 three times and 2 on the goal, then once more; 5 and 5
         [3.4, 10.0]
     """
+    size, episode_steps = whole("size", size), whole("episode_steps", episode_steps)
     place = _places(goals, size)
-    search = _Search(place, size, episode_steps, episodes)
+    search = _Search(place, size, episode_steps, whole("episodes", episodes))
     narrow, _ = search.best(keep=_NARROW)
     gain, cells = search.best(at_least=narrow)
     steps = torch.full((len(place),), -1)
@@ -69,8 +73,8 @@ def grid_search(goals: Tensor, *, size: int = 5, episode_steps: int = 15, episod
 def _places(goals: Tensor, size: int) -> Tensor:
     """Cells of ``goals``, ``[num_goals]``."""
     place = (goals[:, 1] * size + goals[:, 0]).long()
-    outside = ((goals < 0) | (goals >= size)).any()
-    if outside or not 1 <= len(place) <= 50 or (place == 0).any() or len(place.unique()) < len(place):
+    are_cells = ((goals >= 0) & (goals < size) & (goals == goals.round())).all()  # not so of NaN
+    if not are_cells or not 1 <= len(place) <= 50 or (place == 0).any() or len(place.unique()) < len(place):
         raise ValueError(
             f"goals {goals.tolist()} of a grid of {size}×{size}: the search needs 1 to 50 different cells of it, and not the start "
             "(0, 0), where an episode begins. Pass grid_goals' cells once each."
