@@ -303,6 +303,10 @@ def test_workers_end_when_the_training_is_killed(tmp_path):
         host.collector.pipes[0].close()  # as the end of this process would
     assert all(map(has_ended, pids))
     own.collector.shutdown()
+    calls = (own.collector.rollout, own.collector.reset, lambda: own.collector.of_env(str))
+    for call in (*calls, lambda: own.collector.set_seed(0)):
+        with pytest.raises(RuntimeError, match="have been shut down, and their envs are gone"):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -311,6 +315,8 @@ def test_workers_end_when_the_training_is_killed(tmp_path):
         ({"workers": 0}, ValueError, "workers=0 must be at least 1"),
         ({"workers": 3}, ValueError, "workers=3 must .* divide frames_per_batch=80"),
         ({"backend": "threads"}, ValueError, "choose one of"),
+        ({"frames_per_batch": 80.0}, ValueError, "frames_per_batch=80.0 must be a whole number"),
+        ({"keep": "trans"}, TypeError, "keep"),
     ],
 )
 def test_what_cannot_be_played_is_refused_before_a_process_starts(tmp_path, options, error, words):

@@ -19,6 +19,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 
+from rl2_torchrl.arguments import as_list, whole
 from rl2_torchrl.seeding import derived_seed
 from rl2_torchrl.workers.hosts import ActorHost, Host, ProcessHost, threads_kept
 
@@ -72,9 +73,9 @@ class TrialWorkers(BaseCollector):
 
     Raises:
         ValueError: ``workers`` is below 1 or does not divide ``frames_per_batch``, or there is no such ``backend``.
-        TypeError: ``create_env_fn`` is no function.
+        TypeError: ``create_env_fn`` is no function, or ``keep`` a single key.
         ImportError: Ray is not installed.
-        RuntimeError: a worker dies three times in a row.
+        RuntimeError: a worker dies three times in a row, or they have been shut down.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -106,7 +107,8 @@ class TrialWorkers(BaseCollector):
     ):
         super().__init__()
         _check(create_env_fn, workers, frames_per_batch, backend)
-        self.policy, self.workers, self.keep = policy, workers, None if keep is None else list(keep)
+        self.policy, self.workers = policy, workers
+        self.keep = None if keep is None else as_list("keep", keep)
         self.requested_frames_per_batch = frames_per_batch
         self.total_frames = total_frames if total_frames is not None and total_frames >= 0 else float("inf")
         self.deaths = self.lost_trials = self._frames = self._lives = 0
@@ -147,15 +149,21 @@ class TrialWorkers(BaseCollector):
 
     def of_env(self, function: Callable[[EnvBase], Any]) -> Any:
         """``function(env)`` of the first worker's env; function and result are pickled."""
+        self._require_workers()
         return self._ask(0, ("of_env", function))
 
     def _each(self, function: Callable, arguments: Sequence) -> list:
         """``function(number, argument)`` of all workers at the same time; the first error is raised once all have ended."""
+        self._require_workers()
         futures = [self._pool.submit(function, number, argument) for number, argument in enumerate(arguments)]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise errors[0]
         return [future.result() for future in futures]
+
+    def _require_workers(self) -> None:
+        if not self._end.alive:
+            raise RuntimeError("these TrialWorkers have been shut down, and their envs are gone: make new ones.")
 
     def _ask(self, number: int, what: tuple) -> Any:
         """What a worker's `Host.call` returns; if the worker dies, a new one is asked."""
@@ -246,6 +254,7 @@ def _shut_down(hosts: list[Host | None], pool: ThreadPoolExecutor, end: Callable
 def _check(create_env_fn: Any, workers: int, frames_per_batch: int, backend: str) -> None:
     if backend not in _HOSTS:
         raise ValueError(f"backend={backend!r}: choose one of {list(_HOSTS)}.")
+    whole("frames_per_batch", frames_per_batch)
     if workers < 1 or frames_per_batch % workers:
         raise ValueError(
             f"workers={workers} must be at least 1 and divide frames_per_batch={frames_per_batch}: all play as many steps."
