@@ -146,3 +146,10 @@ def test_a_goal_that_is_no_cell_is_refused(goal):
     with pytest.raises(ValueError, match=r"is no cell of a grid of 5 by 5, .*grid_goals\(5\)"):
         env.reset(TensorDict({"task": torch.tensor([(1.0, 2.0), goal])}, [2]))
     env.reset(TensorDict({"task": torch.tensor([(1.0, 2.0), (4.0, 4.0)])}, [2]))
+
+
+def test_an_action_that_does_not_exist_is_refused():
+    env = GridNavi(batch_size=(2,))
+    env.start(torch.full((2, 2), 2.0))
+    with pytest.raises(IndexError):
+        env.play(torch.tensor([0, 5]))

@@ -308,3 +308,10 @@ def test_transitions_that_are_no_probabilities_are_refused(row):
     with pytest.raises(ValueError, match="transitions that are no probabilities.*pack_mdps"):
         env.reset(TensorDict({"task": pack_mdps(torch.zeros(2, 2, 1), wrong)}, [2]))
     env.reset(TensorDict({"task": pack_mdps(torch.zeros(2, 2, 1), right)}, [2]))
+
+
+def test_an_action_that_does_not_exist_is_refused():
+    env = TabularMDP(3, 2, batch_size=(2,))
+    env.start(random_mdps(3, 2)(env.batch_size, torch.Generator().manual_seed(0)))
+    with pytest.raises(IndexError):
+        env.play(torch.tensor([0, 2]))

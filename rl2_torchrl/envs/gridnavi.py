@@ -66,12 +66,12 @@ class GridNavi(DiscreteEnv):
         self._next_cell = self._make_next_cell().to(self.device)
 
     def _make_next_cell(self) -> Tensor:
-        """Cell after each action in each cell, ``[size * size * 5]``."""
+        """Cell after each action in each cell, ``[size * size, 5]``."""
         cell = torch.arange(self.size**2).unsqueeze(-1)
         dx, dy = torch.tensor(_MOVES).unbind(-1)
         x = (cell % self.size + dx).clamp(0, self.size - 1)
         y = (cell // self.size + dy).clamp(0, self.size - 1)
-        return (y * self.size + x).flatten()
+        return y * self.size + x
 
     def begin(self, task: Tensor, rows: Tensor) -> tuple[DiscreteState, Tensor]:
         """Cell 0 in every row.
@@ -92,7 +92,7 @@ class GridNavi(DiscreteEnv):
     def advance(self, state: DiscreteState, action: Tensor) -> tuple[DiscreteState, Tensor, Tensor, None, None]:
         """The next cell, and whether it is the goal."""
         task, place = state
-        cell = self._next_cell[place * self.num_actions + action]
+        cell = self._next_cell[place, action]
         goal = (task[..., 1] * self.size + task[..., 0]).long()
         on_goal = (cell == goal).unsqueeze(-1).to(task.dtype)
         return DiscreteState(task, cell), cell, 1.1 * on_goal - 0.1, None, None

@@ -63,6 +63,7 @@ class TabularMDP(DiscreteEnv):
     ):
         task_size = whole("num_states", num_states) * whole("num_actions", num_actions) * (num_states + 1)
         super().__init__(num_states, num_actions, task_size, episode_steps, batch_size, seed, device)
+        self._rows = torch.arange(self.batch_size.numel(), device=self.device)
         # A tensor too: what a CUDA graph has recorded reads a new value from the same memory.
         self._noise_scale = torch.zeros((), device=self.device)
         self.noise = noise
@@ -100,9 +101,8 @@ class TabularMDP(DiscreteEnv):
 
     def advance(self, state: DiscreteState, action: Tensor) -> tuple[DiscreteState, Tensor, Tensor, None, None]:
         """A draw of the reward and of the next state."""
-        rows = state.task.unflatten(-1, (self.num_states * self.num_actions, self.num_states + 1))
-        pair = (state.place * self.num_actions + action)[..., None, None]
-        row = rows.gather(-2, pair.expand(*pair.shape[:-1], self.num_states + 1)).squeeze(-2)
+        rows = state.task.reshape(-1, self.num_states, self.num_actions, self.num_states + 1)
+        row = rows[self._rows, state.place.flatten(), action.flatten()].reshape(*self.batch_size, -1)
         mean, probabilities = row[..., :1], row[..., 1:]
         factory = {"generator": self.generator, "device": self.device}
         reward = mean + self._noise_scale * torch.randn(mean.shape, **factory)
