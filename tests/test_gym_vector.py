@@ -816,6 +816,13 @@ def test_a_reward_that_is_no_number_is_refused_with_its_row(make, number):
         env.step(first.set("action", right(env)))
 
 
+def test_an_action_that_is_no_number_is_not_blamed_on_the_env():
+    env = GymVectorEnv("MountainCarContinuous-v0", 2, seed=0)
+    action = torch.tensor([[0.0], [np.nan]])
+    with pytest.raises(FloatingPointError, match="an action is NaN or infinite: the policy has broken down"):
+        env.step(env.reset().set("action", action))
+
+
 class Spoilt(Line):
     """What it observes at goals from 4 on is no number, from step ``first`` on."""
 

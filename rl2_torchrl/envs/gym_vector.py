@@ -233,9 +233,16 @@ class GymVectorEnv(TensorEnv):
                 raise ValueError(
                     f"the vector env gives {name} of shape {np.shape(given)}; they must be ({self.envs.num_envs},), one a row."
                 )
-        entries = self._tensors(observations)
         reward = np.array(reward, np.float32)
-        _require_finite("reward", reward)
+        try:
+            entries = self._tensors(observations)
+            _require_finite("reward", reward)
+        except FloatingPointError as error:
+            if action.isfinite().all():
+                raise
+            raise FloatingPointError(
+                "an action is NaN or infinite: the policy has broken down, look at its losses."
+            ) from error
         self._tell(infos, self._all_rows)
         terminated, truncated = (np.array(end, dtype=bool) for end in ends)
         if self._resets_itself:
