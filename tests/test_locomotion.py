@@ -308,6 +308,24 @@ def test_nan_actions_are_an_error():
         env.step(td)
 
 
+@pytest.mark.parametrize(
+    "reward",
+    [
+        lambda velocity, task: -abs(velocity - task).sum(-1),
+        lambda velocity, task: -abs(velocity[:, 0] - task),
+    ],
+)
+def test_a_reward_of_another_shape_is_named(reward):
+    class Own(HalfCheetahVelocity):
+        def reward(self, task, velocity, place, action):
+            return reward(velocity, task)
+
+    env = Own(batch_size=(3,), seed=0)
+    env.start(torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"Own.reward\(\) gives \[3(, 3)?\]: it must be \[3, 1\], one a row"):
+        env.play(torch.zeros(3, 6))
+
+
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_simulation_that_blows_up_is_an_error(steps, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where MuJoCo writes of it

@@ -163,6 +163,11 @@ class LocomotionEnv(TensorEnv):
         return {"velocity": self._tensor(self._velocity())}
 
     def _check_step(self, reward: Array, action: Array) -> None:
+        if reward.shape != (len(action), 1):
+            raise ValueError(
+                f"{type(self).__name__}.reward() gives {list(reward.shape)}: it must be {[len(action), 1]}, one a row; a sum over "
+                "the last dimension is made so by [..., None]."
+            )
         # NaN and infinity spread into the sum, and a sum is quicker than a look at each.
         if math.isfinite(reward.sum()) and not self.physics.has_failed:
             return
