@@ -249,6 +249,15 @@ def test_further_observations_are_played_on_tensors():
     assert batch["trans"].shape == (2, 6, 20 + 1 + 6 + 2)
 
 
+@pytest.mark.parametrize("env_class", TASKS)
+def test_doubles_are_played_with_the_tasks_of_this_package(env_class):
+    env = env_class(batch_size=(2,), horizon=3, dtype=torch.float64, seed=0)
+    env = TransformedEnv(env, Compose(Trial(episodes=2), TaskSampler(TASKS[env_class], seed=0), PreviousStep()))
+    data = env.rollout(6)
+    assert data["task"].dtype == torch.float32
+    assert data["next", "observation"].dtype == data["next", "reward"].dtype == torch.float64
+
+
 def test_checkpoints_go_on_as_the_run_would_have():
     env = HalfCheetahDirection(batch_size=(3,), seed=0)
     td = act(env, reset(env))

@@ -107,7 +107,7 @@ class LocomotionEnv(TensorEnv):
         low, high = torch.from_numpy(self.model.actuator_ctrlrange).to(dtype).unbind(-1)
         observation_size = sum(part.shape[-1] for part in self._features(self.physics.bodies))
         super().__init__(
-            task_spec=Unbounded(self.task_size, dtype=dtype),
+            task_spec=Unbounded(self.task_size),  # float32 whatever dtype is, as distributions draw it
             observation_spec=Unbounded(observation_size, dtype=dtype),
             action_spec=Bounded(low.contiguous(), high.contiguous(), dtype=dtype),
             reward_spec=Unbounded(1, dtype=dtype),
