@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -170,6 +170,19 @@ class TrialCollector(Collector):
         if missing:
             raise KeyError(f"keep holds {missing}, which is not collected; there is {sorted(map(str, made))}.")
         return batch.select(*self.keep)
+
+
+def batches_of(collector: BaseCollector) -> Iterator[TensorDictBase]:
+    """Iterates over ``collector``, where one before has left off.
+
+    A second iterator over TorchRL's collectors in processes would find its workers in the middle of what the first has asked for.
+    """
+    if not hasattr(collector, "procs"):
+        return iter(collector)
+    kept = vars(collector).get("_batches")
+    if kept is None or kept.gi_frame is None:  # an error has ended it, or all frames are collected
+        kept = collector._batches = iter(collector)
+    return kept
 
 
 def rollout_state(collector: BaseCollector) -> dict[str, Any]:

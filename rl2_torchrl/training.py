@@ -26,6 +26,7 @@ from rl2_torchrl.arguments import as_list, require_collector, require_flags, req
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.checks import check_training
+from rl2_torchrl.collector import batches_of
 from rl2_torchrl.history import History
 from rl2_torchrl.interrupts import deferred_interrupts
 from rl2_torchrl.kernels.threads import warn_of_spinning
@@ -258,7 +259,7 @@ class _Loop:
 
     def batches(self, before_each: Callable[[], None]) -> Iterator[TensorDictBase]:
         """The collector's batches; an error of env or policy gets a note of where it was raised."""
-        batches = iter(self._collector)
+        batches = batches_of(self._collector)
         while True:
             before_each()
             self.in_rollout = True

@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
-from torchrl.collectors import Collector
+from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import CSVLogger
@@ -23,8 +23,10 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     adaptation_curve,
+    check_training,
+    train,
 )
-from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv
+from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, uniform_means
 from rl2_torchrl.storage import load_tree
 
 
@@ -289,6 +291,29 @@ def test_a_second_call_on_one_collector(tmp_path):
     with pytest.raises(ValueError, match=f"total_frames={4 * BATCH} already"):
         run.train(checkpoints=tmp_path)
     assert saved_steps(tmp_path) == [4 * BATCH]
+
+
+def test_processes_of_torchrls_are_checked_and_trained_on_by_one_call_after_the_other():
+    def bandits():
+        trial = Compose(Trial(episodes=5), TaskSampler(uniform_means(3)), PreviousStep())
+        return TransformedEnv(BernoulliBandit(3, batch_size=(ROWS,)), trial)
+
+    run = Run()
+    collector = MultiSyncCollector(
+        [bandits] * 2,
+        run.policy,
+        frames_per_batch=2 * BATCH,
+        total_frames=6 * BATCH,
+        cat_results="stack",
+        auto_register_policy_transforms=True,
+    )
+    with ExitStack() as ends:
+        ends.callback(collector.shutdown)
+        check_training(collector, run.update)
+        for _ in range(2):
+            result = train(collector, run.update, evaluate=None, progress=False, stop=lambda row: True)
+            assert len(result.history) == 1
+        assert result.env_steps == 6 * BATCH
 
 
 def test_a_collector_that_cannot_be_asked_any_more_is_saved_as_it_last_was(tmp_path):

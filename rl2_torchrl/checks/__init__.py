@@ -16,6 +16,7 @@ from torchrl.envs.utils import set_exploration_type
 from rl2_torchrl.arguments import require_collector
 from rl2_torchrl.checks import inputs, learning, memory, rows, tasks
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
+from rl2_torchrl.collector import batches_of
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE
 from rl2_torchrl.update import PPOUpdate
@@ -119,7 +120,7 @@ def check_training(
 
 def _collect(collector: BaseCollector) -> list[TensorDictBase]:
     """A batch, and where it lacks entries and the env is at hand, as many steps with all entries."""
-    batches, env = [next(iter(collector))], getattr(collector, "env", None)
+    batches, env = [next(batches_of(collector))], getattr(collector, "env", None)
     if env is not None and ("next", EPISODE_DONE) not in batches[0].keys(True, True):
         with set_exploration_type(collector.exploration_type):
             steps = batches[0].shape[-1]
