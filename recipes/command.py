@@ -96,7 +96,10 @@ def command(main: Callable) -> Any:
         given = {**others, "run": run}
         if played and (unused := _changed(given, defaults, FirstWeights, Learning, Told, names=OF_TRAINING)):
             log.warning("%s is played, not trained. Of no effect: %s.", run.weights, ", ".join(unused))
-        if run.initial_weights is not None and (unused := _changed(others, defaults, FirstWeights)):
+        unused = _changed(others, defaults, FirstWeights)
+        if run.goes_on and (unused := [*unused, *["--initial-weights"] * (run.initial_weights is not None)]):
+            log.warning("%s goes on from its checkpoint. Of no effect any more: %s.", run.log_dir, ", ".join(unused))
+        elif run.initial_weights is not None and unused:
             log.warning("The training begins with %s. Of no effect: %s.", run.initial_weights, ", ".join(unused))
         report = main(run=run, **others)
         if getattr(getattr(report, "train", None), "interrupted", False):

@@ -174,14 +174,15 @@ def begin_folder(run: Run, what: str, *, goes_on: bool = False) -> None:
     if not goes_on:
         put_away(run.log_dir)
     run.log_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*before, made(run)]) + f"\n\n{what}")
+    path.write_text("\n".join([*before, made(run, goes_on=goes_on)]) + f"\n\n{what}")
 
 
-def made(run: Run) -> str:
+def made(run: Run, *, goes_on: bool = False) -> str:
     """By which command, commit and versions a run is made, and from which seeds and weights."""
     by = made_by()
     versions = ", ".join(f"{name} {number}" for name, number in by["versions"].items())
-    begun = {name: getattr(run, name) for name in ("seed", "held_out_seed", "initial_weights", "weights", "workers")}
+    names = ("seed", "held_out_seed", *["initial_weights"] * (not goes_on), "weights", "workers")
+    begun = {name: getattr(run, name) for name in names}
     begun = ", ".join(f"{name}={value}" for name, value in begun.items() if value is not None)
     return f"{by['command']}\ncommit {by['commit']}; {versions}\n{begun}"
 

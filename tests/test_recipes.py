@@ -314,6 +314,25 @@ def test_settings_of_first_weights_beside_initial_weights_are_told_to_change_not
         assert told in caplog.text
 
 
+def test_what_a_run_would_begin_with_is_told_to_change_nothing_when_it_goes_on(tmp_path, monkeypatch, caplog):
+    weights = tmp_path / "first" / "agent.safetensors"
+    run("bandit", weights.parent, report_tasks=2)
+    sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "16", "--report-tasks", "4", "--no-classical"]
+    words = [*sizes, "--log-dir", str(tmp_path / "on"), "--no-progress"]
+    for more, what in (
+        (["--initial-weights", str(weights), "--env-steps", "48"], None),
+        (["--resume", "--env-steps", "96"], None),
+        (["--resume", "--env-steps", "144", "--memory-steps", "2"], "--memory-steps"),
+        (["--resume", "--env-steps", "192", "--initial-weights", str(weights)], "--initial-weights"),
+    ):
+        caplog.clear()
+        monkeypatch.setattr("sys.argv", ["bandit", *words, *more])
+        command(bandit.main)
+        said = [record.message for record in caplog.records if "Of no effect" in record.message]
+        assert said == [f"{tmp_path / 'on'} goes on from its checkpoint. Of no effect any more: {what}."] * bool(what)
+    assert (tmp_path / "on" / "about.txt").read_text().count("initial_weights=") == 1  # where the run began
+
+
 def test_a_part_that_no_agents_file_can_hold_is_refused_before_the_training(tmp_path):
     class Own(torch.nn.Tanh):
         pass
