@@ -101,11 +101,14 @@ class EpochsReport(AdaptationReport):
 def epoch_returns(history: list[dict[str, float]]) -> list[float]:
     """Mean episodic return of each epoch of `EPOCH_STEPS` env steps, of what batches have paid; no batch is in two epochs.
 
-    Single batches would not do: the best of many small ones is good by luck.
+    Single batches would not do: the best of many small ones is good by luck. Nor would the part of an epoch that a training ends
+    with; where there is nothing else, it is returned.
     """
     epochs: dict[int, list[float]] = {}
     for row in history:
         epochs.setdefault(int((row["env_steps"] - 1) // EPOCH_STEPS), []).append(row["train/trial_return"])
+    if len(epochs) > 1 and int((history[-1]["env_steps"] + history[0]["env_steps"] - 1) // EPOCH_STEPS) in epochs:
+        epochs.popitem()  # one more batch would belong to it
     return [mean(returns) for returns in epochs.values()]
 
 

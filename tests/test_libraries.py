@@ -188,7 +188,9 @@ def test_returns_of_epochs(monkeypatch):
     paid = {4: 0.0, 8: 1.0, 12: 0.5, 16: math.nan, 20: -0.5, 24: 0.25}
     history = [{"env_steps": float(steps), "train/trial_return": value} for steps, value in paid.items()]
     epochs = pop_gym.epoch_returns(history)
-    assert epochs == [0.5, 0.0, 0.25]
+    assert epochs == [0.5, 0.0]  # without the part of the third
+    assert pop_gym.epoch_returns(history[:1]) == [0.0]
+    assert pop_gym.epoch_returns([]) == []
     report = pop_gym.EpochsReport(*[AdaptationCurve(torch.zeros(2, 1))] * 2, epochs=epochs)
     assert report.entries()["mmer"] == 0.5
     assert report.entries()["mean_over_training"] == 0.25
