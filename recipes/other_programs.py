@@ -4,6 +4,7 @@ Both see what our agent sees (`Trials`), and have the `recipes.settings.Learning
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import gymnasium
 import numpy as np
@@ -15,7 +16,7 @@ from recipes.settings import Learning
 from rl2_torchrl import TaskDistribution, linear_decay
 from rl2_torchrl.envs import TensorEnv
 
-__all__ = ["PROGRAMS", "PlainRL2", "Trials", "recurrent_ppo"]
+__all__ = ["PROGRAMS", "PlainRL2", "Trials", "import_sb3", "recurrent_ppo"]
 
 
 class Trials:
@@ -151,18 +152,24 @@ class PlainRL2:
 
 
 # ------------------------------------------------------------------------- SB3
+def import_sb3() -> ModuleType:
+    """SB3-contrib; ModuleNotFoundError without the extra sb3."""
+    try:
+        import sb3_contrib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "recurrent_ppo is SB3-contrib's: pip install -e '.[sb3]', or name other programs."
+        ) from error
+    return sb3_contrib
+
+
 def recurrent_ppo(trials: Trials, learning: Learning, env_steps: int):
     """SB3-contrib's RecurrentPPO (its LSTM, shared by policy and value), which sees a trial as an episode.
 
     Raises:
         ModuleNotFoundError: without the extra sb3.
     """
-    try:
-        from sb3_contrib import RecurrentPPO
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "recurrent_ppo is SB3-contrib's: pip install -e '.[sb3]', or name other programs."
-        ) from error
+    RecurrentPPO = import_sb3().RecurrentPPO
     networks = {"lstm_hidden_size": 64, "shared_lstm": True, "enable_critic_lstm": False, "net_arch": []}
     horizon = {"gamma": learning.gamma, "gae_lambda": learning.lmbda}
     batches = {

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from recipes import bandit, grid_navi
 from recipes.compare import Curve, curve_of, draw_curves, points, with_error
 from recipes.help import as_typed
-from recipes.other_programs import PROGRAMS, Trials, trial_return
+from recipes.other_programs import PROGRAMS, Trials, import_sb3, trial_return
 from recipes.presets import PRESETS
 from recipes.reports import finished_report, read_report
 from recipes.results import table
@@ -68,9 +68,10 @@ class World:
 
     def shortened(self, env_steps: int | None, trials: int | None) -> Learning:
         """``learning`` of so many env steps, in whole batches of so many trials; None for the world's own."""
-        rows = trials or self.learning.trials
-        steps = whole_batches(env_steps or self.env_steps, rows * self.trials(1, 0).steps)
-        return replace(self.learning, env_steps=steps, trials=rows)
+        asked = {"env_steps": self.env_steps if env_steps is None else env_steps}
+        asked |= {} if trials is None else {"trials": trials}
+        learning = replace(self.learning, **asked)
+        return replace(learning, env_steps=whole_batches(learning.env_steps, learning.trials * self.trials(1, 0).steps))
 
     def trials(self, rows: int, seed: int, tasks: TaskDistribution | None = None) -> Trials:
         """``rows`` trials, on tasks of their own or those of ``tasks``."""
@@ -130,8 +131,11 @@ def main(
     """
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    if not seeds:
-        raise ValueError("seeds is empty: nothing would be trained. Pass one or more, such as --seeds 0 1 2.")
+    for what, given in {"worlds": worlds, "programs": programs, "seeds": seeds}.items():
+        if not given:
+            raise ValueError(f"{what} is empty: nothing would be trained. Name one or more, or leave --{what} out.")
+    if "sb3" in programs:
+        import_sb3()  # before hours of the others' trainings
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds}: each seed once, or one would be weighed twice.")
     learnings = {name: WORLDS[name].shortened(env_steps, trials) for name in worlds}

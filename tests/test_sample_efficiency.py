@@ -1,6 +1,7 @@
 """Other programs on our trials: they see and earn what our agent does, and the page holds what they learnt."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -149,3 +150,20 @@ def test_all_programs_are_evaluated_after_the_same_updates(tmp_path):
         [row["env_steps"] for row in report["train"]["history"] if "eval/trial_return" in row] for report in reports
     ]
     assert evaluated == [[80, 21 * 80, 22 * 80]] * 2
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_efficiency, "train", lambda *args, **how: pytest.fail("trained"))
+    where = {"folder": tmp_path / "runs", "page": tmp_path / "page.md"}
+    for bad, message in (
+        ({"worlds": ()}, "worlds is empty"),
+        ({"programs": ()}, "programs is empty"),
+        ({"trials": 0}, "trials=0"),
+        ({"env_steps": 0}, "env_steps=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample_efficiency.main(**where, **{**TINY, **bad})
+    monkeypatch.setitem(sys.modules, "sb3_contrib", None)
+    with pytest.raises(ModuleNotFoundError, match="or name other programs"):
+        sample_efficiency.main(**where, **TINY)
+    assert not (tmp_path / "runs").exists()
