@@ -40,6 +40,10 @@ class Curve:
     se: np.ndarray
     reported: list[float]
 
+    def at(self, x: float) -> tuple[float, float]:
+        """Mean and standard error at ``x``; NaN before the first evaluation: what comes later was not known there."""
+        return tuple(np.interp(x, self.x, values, left=np.nan) for values in (self.mean, self.se))
+
 
 def main(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
@@ -76,9 +80,19 @@ def curve(folder: Path, by: str, scalar: str) -> Curve:
     """The curve of a run, or the mean of the runs within ``folder``.
 
     Raises:
-        ValueError: there is no run, or one has not logged ``scalar`` yet.
+        ValueError: there is no run, they are of different titles, or one has not logged ``scalar`` yet.
     """
-    return curve_of(folder.name, seeds(folder), by, scalar)
+    runs = seeds(folder)
+    whose = {}
+    for run in runs:
+        if "title" in (report := read_report(run)):  # a run that is not over has none
+            whose.setdefault(report["title"], run)
+    if len(whose) > 1:
+        unlike = ", ".join(f"{run.name} ({title})" for title, run in whose.items())
+        raise ValueError(
+            f"{folder} holds runs that have no mean, as they learn different things: {unlike}. Name each by itself."
+        )
+    return curve_of(folder.resolve().name, runs, by, scalar)
 
 
 def curve_of(name: str, runs: list[Path], by: str = "steps", scalar: str = "eval/trial_return") -> Curve:
@@ -165,16 +179,17 @@ def table(curves: list[Curve], by: str, scalar: str) -> Table:
     for column in ("runs", _X[by][2], "last", f"at {end:.3g}", "in the report"):
         shown.add_column(column, justify="right")
     for each in curves:
-        at_end = np.interp(end, each.x, each.mean), np.interp(end, each.x, each.se)
         reported = np.array(each.reported)
         final = with_error(reported.mean(), standard_error(reported)) if len(reported) == each.runs else ""
         last = with_error(each.mean[-1], each.se[-1])
-        shown.add_row(each.name, str(each.runs), f"{each.x[-1]:.3g}", last, with_error(*at_end), final)
+        shown.add_row(each.name, str(each.runs), f"{each.x[-1]:.3g}", last, with_error(*each.at(end)), final)
     return shown
 
 
 def with_error(mean: float, se: float) -> str:
-    """``mean ± se``, or the mean alone of a single run."""
+    """``mean ± se``, or the mean alone of a single run; a dash where nothing is known."""
+    if np.isnan(mean):
+        return "-"
     return f"{mean:.3f}" if np.isnan(se) else f"{mean:.3f} ± {se:.3f}"
 
 

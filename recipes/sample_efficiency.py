@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -246,8 +245,8 @@ def figures(runs: Runs, world: str, programs: tuple[str, ...]) -> str:
         rows.append(
             [
                 steps.name,
-                with_error(np.interp(last, steps.x, steps.mean), np.interp(last, steps.x, steps.se)),
-                with_error(np.interp(end, minutes.x, minutes.mean), np.interp(end, minutes.x, minutes.se)),
+                with_error(*steps.at(last)),
+                with_error(*minutes.at(end)),
                 f"{fmean(reached):.2f}{some}" if reached else "-",
                 f"{in_all:.2f}",
                 f"{1e3 * steps.x[-1] / in_all / 60:.1f}",

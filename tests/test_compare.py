@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -85,6 +86,26 @@ def test_figures_and_plot(two, tmp_path):
     # The last column is of the reports: 5 and 7.
     assert ["a", "2", "3", "4.500 ± 0.500", "3.000 ± 1.000", "6.000 ± 1.000"] in rows
     assert ["b", "1", "2", "1.000", "1.000", "0.000"] in rows
+
+
+def test_what_was_reached_later_is_not_shown_for_earlier(tmp_path):
+    write_run(tmp_path / "fast", [(1e6, 60, 1.0), (2e6, 120, 2.0)])
+    write_run(tmp_path / "slow", [(1e6, 600, 5.0), (2e6, 1200, 9.0)])
+    curves = compare.main((tmp_path / "fast", tmp_path / "slow"), by="minutes", plot=tmp_path / "plot.png")
+    shown = [list(column.cells) for column in table(curves, "minutes", "eval/trial_return").columns]
+    assert shown[4] == ["2.000", "-"]
+
+
+def test_runs_that_learn_different_things_have_no_mean(tmp_path, monkeypatch):
+    for name in ("bandit", "pendulum"):
+        path = write_run(tmp_path / "runs" / name, [(1e6, 60, 1.0)]) / "report.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "title": f"RL² on {name}"}))
+    with pytest.raises(
+        ValueError, match=r"no mean.*: bandit \(RL² on bandit\), pendulum \(RL² on pendulum\). Name each"
+    ):
+        curve(tmp_path / "runs", "steps", "eval/trial_return")
+    monkeypatch.chdir(tmp_path / "runs" / "bandit")
+    assert curve(Path(), "steps", "eval/trial_return").name == "bandit"
 
 
 def test_a_run_that_holds_others_is_not_shown_for_them(two):
