@@ -14,6 +14,9 @@ from recipes.compare import curve_of, draw_curves
 from recipes.help import as_typed
 from recipes.reports import read_report
 
+#: Options that the runs of one mean may differ in.
+OF_ONE_RUN = re.compile(r"(seed|log.dir|(no.)?progress|resume|logger|(no.)?video)\b")
+
 
 def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
     """Writes a page in Markdown, and beside it the plots of the first run of each title, and all learning curves as plot and CSV.
@@ -34,6 +37,12 @@ def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
                 f"{run} and {same[0]} are both {report['title']!r} of seed {report['seed']}: one run, or two of other settings. "
                 "Make a page for each."
             )
+        for other, known in reports[report["title"]][:1]:
+            if unlike := sorted(settings_of(known) ^ settings_of(report)):
+                raise ValueError(
+                    f"{run} and {other} are both {report['title']!r}, of other settings ({', '.join(unlike)}): they have no mean. "
+                    "Make a page for each."
+                )
         reports[report["title"]].append((run, report))
     if not reports:
         raise ValueError("runs is empty: name the folders of finished runs, as --runs runs/half_cheetah.")
@@ -42,6 +51,12 @@ def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
     for title, entries in reports.items():
         lines += section(title, entries, page)
     page.write_text("\n\n".join(lines) + "\n")
+
+
+def settings_of(report: dict) -> set[str]:
+    """The options of a report's command, without those that belong to the single run."""
+    _, *options = report["command"].split(" --")
+    return {f"--{option.strip()}" for option in options if not OF_ONE_RUN.match(option)}
 
 
 def section(title: str, entries: list[tuple[Path, dict]], page: Path) -> list[str]:

@@ -646,3 +646,16 @@ def test_another_core_or_encoder_is_an_option(options, tmp_path):
     assert any(("lstm" if "core" in options else "module.0.module.0.module.layers.0") in name for name in names), (
         names.keys()
     )
+
+
+def test_runs_of_other_settings_are_no_mean_on_a_page(tmp_path):
+    report = run("bandit", tmp_path / "one", seed=3).to_dict()
+    (other := tmp_path / "other").mkdir()
+    command = "python -m recipes.bandit --lr 0.1"
+    (tmp_path / "one" / "report.json").write_text(json.dumps(report | {"command": f"{command} --log-dir runs/one"}))
+    same = f"{command} --seed 4 --log-dir runs/other --no-progress --resume"
+    (other / "report.json").write_text(json.dumps(report | {"command": same, "seed": 4}))
+    results.main(runs=(tmp_path / "one", other), page=tmp_path / "page.md")
+    (other / "report.json").write_text(json.dumps(report | {"command": f"{same} --env-steps 9600", "seed": 4}))
+    with pytest.raises(ValueError, match=r"of other settings \(--env-steps 9600\): they have no mean"):
+        results.main(runs=(tmp_path / "one", other), page=tmp_path / "page.md")
