@@ -1,5 +1,6 @@
 """The agents in recipes/pretrained, played on held-out tasks as anyone would play them, and the page of what each scores."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,8 @@ from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.report import made_by
 
 FOLDER = Path("recipes/pretrained")
+#: Names of the paper's agents: pulls and arms, or episodes.
+NAMES = re.compile(r"(?:bandits_(\d+)_(\d+)|mdps_(\d+))(?:_.*)?")
 #: Agents of other recipes, by the names of their files: the recipe that trained them and reports on them, and its options.
 RECIPES = {
     "grid_navi_rewards": ("grid_navi", {}),
@@ -89,19 +92,27 @@ def held_out(name: str, trials: int) -> TransformedEnv:
 
     Fewer bandits are on the first of these, fewer MDPs on others.
     """
-    kind, episodes, *more = name.split("_")
+    episodes, arms = sizes_of(name)
     seed = stream_seed(TASK_SEED, ENVS)
-    if kind == "bandits":
-        env, tasks = BernoulliBandit(int(more[0]), batch_size=(trials,), seed=seed), uniform_means(int(more[0]))
-    elif kind == "mdps":
-        env, tasks = TabularMDP(episode_steps=EPISODE_STEPS, batch_size=(trials,), seed=seed), random_mdps()
+    if arms is not None:
+        env, tasks = BernoulliBandit(arms, batch_size=(trials,), seed=seed), uniform_means(arms)
     else:
-        raise ValueError(
-            f"{name!r} is named after no env: bandits_<pulls>_<arms>_<learns from>, mdps_<episodes>_<learns from>, or one of "
-            f"{' '.join(RECIPES)}."
-        )
+        env, tasks = TabularMDP(episode_steps=EPISODE_STEPS, batch_size=(trials,), seed=seed), random_mdps()
     sampler = TaskSampler.fixed(draw_tasks(tasks, TASK_SEED, REPORT_TASKS, trials))
-    return TransformedEnv(env, Compose(Trial(episodes=int(episodes)), sampler, PreviousStep()))
+    return TransformedEnv(env, Compose(Trial(episodes=episodes), sampler, PreviousStep()))
+
+
+def sizes_of(name: str) -> tuple[int, int | None]:
+    """Episodes of a trial, and arms, None of an MDP: of the env that an agent is named after."""
+    if not (found := NAMES.fullmatch(name)):
+        raise ValueError(
+            f"{name!r} is named after no bandits and no MDPs, so that nothing says what the agent is to play. If it is one of "
+            "them, copy its file to bandits_<pulls>_<arms>_<learns from>.safetensors or mdps_<episodes>_<learns from>.safetensors; "
+            "any other is played by its recipe, --weights FILE, and a cheetah's by recipes.agent_benchmark, --env direction or "
+            "velocity."
+        )
+    pulls, arms, episodes = (number and int(number) for number in found.groups())
+    return pulls or episodes, arms
 
 
 def play(agent: AdaptiveAgent, env: TransformedEnv) -> torch.Tensor:
@@ -130,8 +141,8 @@ def env_of(path: Path) -> str:
     """The env that an agent is named after, in words."""
     if path.stem in RECIPES:
         return path.stem.rpartition("_")[0].replace("_", " ")
-    kind, episodes, *more = path.stem.split("_")
-    return f"{episodes} pulls of {more[0]} arms" if kind == "bandits" else f"{episodes} episodes of a tabular MDP"
+    episodes, arms = sizes_of(path.stem)
+    return f"{episodes} pulls of {arms} arms" if arms is not None else f"{episodes} episodes of a tabular MDP"
 
 
 def network_of(agent: AdaptiveAgent) -> str:

@@ -53,8 +53,19 @@ def test_a_page_is_written(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="trials=1: a standard error needs two"):
         agents.main(folder=tmp_path, trials=1, page=page)
-    with pytest.raises(ValueError, match="'ponies_3' is named after no env"):
-        agents.held_out("ponies_3", 2)
+
+
+@pytest.mark.parametrize("name", ["ponies_3", "agent", "bandits_10", "mdps_few", "grid_navi_task"])
+def test_a_name_without_an_env_is_refused_with_what_helps(name, tmp_path):
+    message = (
+        f"'{name}' is named after no bandits and no MDPs, .*copy its file to bandits_<pulls>_<arms>.*--weights FILE"
+    )
+    with pytest.raises(ValueError, match=message):
+        agents.held_out(name, 2)
+    if name != "grid_navi_task":  # which its recipe plays
+        (tmp_path / f"{name}.safetensors").write_bytes((PRETRAINED / "bandits_10_5_rewards.safetensors").read_bytes())
+        with pytest.raises(ValueError, match=message):
+            agents.main(folder=tmp_path, trials=2)
 
 
 def test_an_agent_of_another_recipe_scores_what_that_recipe_reports(tmp_path):
