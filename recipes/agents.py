@@ -16,7 +16,7 @@ from recipes.paper_cells import TASK_SEED
 from recipes.paper_page import markdown
 from recipes.streams import ENVS, REPORT_TASKS, draw_tasks, stream_seed
 from recipes.tabular_mdp import EPISODE_STEPS
-from rl2_torchrl import AdaptationReport, AdaptiveAgent, PreviousStep, TaskSampler, Trial
+from rl2_torchrl import AdaptationReport, AdaptiveAgent, PreviousStep, RecurrentCore, TaskSampler, Trial
 from rl2_torchrl.envs import BernoulliBandit, TabularMDP, random_mdps, uniform_means
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.report import made_by
@@ -54,8 +54,10 @@ def main(*, folder: Path = FOLDER, trials: int = 10_000, page: Path | None = Non
         raise ValueError(
             f"folder={str(folder)!r} holds no agents, <env>_<learns from>.safetensors: name one that does."
         )
+    rows = [about(path) for path in paths]  # first: to play them takes long
     curves = {path.name: score(path, trials) for path in paths}
-    rows = [row_of(folder / name, curve) for name, curve in curves.items()]
+    for row, curve in zip(rows, curves.values(), strict=True):
+        row += [f"{curve.mean:.2f}", f"{curve.se:.2f}", str(curve.num_tasks)]
     table = markdown(
         ["file", "env", "trained with", "network", "bytes", "return of a trial", "± standard error", "trials"], rows
     )
@@ -130,11 +132,10 @@ def play(agent: AdaptiveAgent, env: TransformedEnv) -> torch.Tensor:
     return returns
 
 
-def row_of(path: Path, curve: AdaptationCurve) -> list[str]:
-    """What the page says of an agent."""
+def about(path: Path) -> list[str]:
+    """What the page says of an agent beside its score."""
     told = {"rewards": "rewards only", "task": "the task told"}.get(path.stem.rpartition("_")[-1], "-")
-    sizes = [env_of(path), told, network_of(AdaptiveAgent.load(path)), str(path.stat().st_size)]
-    return [f"`{path.name}`", *sizes, f"{curve.mean:.2f}", f"{curve.se:.2f}", str(curve.num_tasks)]
+    return [f"`{path.name}`", env_of(path), told, network_of(AdaptiveAgent.load(path)), str(path.stat().st_size)]
 
 
 def env_of(path: Path) -> str:
@@ -146,11 +147,14 @@ def env_of(path: Path) -> str:
 
 
 def network_of(agent: AdaptiveAgent) -> str:
-    """The sizes of an agent's layers, such as "GRU 64, 128"."""
-    modules = list(agent.policy.modules())
-    [gru] = [module for module in modules if isinstance(module, torch.nn.GRU)]
-    *hidden, _ = [module.out_features for module in modules if isinstance(module, torch.nn.Linear)]
-    return ", ".join([f"GRU {gru.hidden_size}", *map(str, hidden)])
+    """The sizes of an agent's layers in their order, such as "GRU 64, 128"; with an encoder before the core "32, GRU 64, 128"."""
+    sizes = []
+    for module in agent.policy.modules():
+        if isinstance(module, RecurrentCore):
+            sizes.append(f"{type(module).__name__.removesuffix('Core')} {module.features_size}")
+        elif isinstance(module, torch.nn.Linear):
+            sizes.append(str(module.out_features))
+    return ", ".join(sizes[:-1])
 
 
 if __name__ == "__main__":

@@ -120,8 +120,9 @@ def play(agent: AdaptiveAgent, control: AdaptiveAgent, env: EnvBase) -> Played:
 
 
 def hidden_of(agent: AdaptiveAgent) -> torch.Tensor:
-    """The hidden state ``[rows, units]`` of an agent with one core of one layer."""
-    [hidden] = [each for name, each in zip(agent.signature.memory, agent.memory, strict=True) if "hidden" in str(name)]
+    """The hidden state ``[rows, units]`` of an agent with one core of one layer; of an LSTM its output."""
+    memory = zip(agent.signature.memory, agent.memory, strict=True)
+    hidden = next(each for name, each in memory if "hidden" in str(name))
     return hidden.flatten(1).clone()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes import agent_benchmark, agents, grid_navi, half_cheetah
+from recipes import agent_benchmark, agents, bandit, grid_navi, half_cheetah, probe
 from recipes.command import arguments
 from rl2_torchrl import AdaptiveAgent
 
@@ -78,7 +78,20 @@ def test_an_agent_of_another_recipe_scores_what_that_recipe_reports(tmp_path):
     assert abs(curve.mean - report.agent.mean) < 4 * curve.se  # the same tasks, other noise
     torch.manual_seed(1)
     assert agents.score(weights, 42).mean == curve.mean  # whatever was drawn before
-    assert agents.row_of(weights, curve)[1:3] == ["grid navi", "the task told"]
+    assert agents.about(weights)[1:3] == ["grid navi", "the task told"]
+
+
+@pytest.mark.parametrize(
+    ("options", "network"), [({"core": "lstm"}, "LSTM 4, 128"), ({"encoder_cells": (7,)}, "7, GRU 4, 128")]
+)
+def test_agents_of_other_networks_are_played_and_probed(options, network, tmp_path):
+    tiny = {"trials": 8, "units": 4, "env_steps": 80, "minibatches": 1, "report_tasks": 2, "classical": False}
+    run = {"log_dir": tmp_path / "run", "progress": False}
+    bandit.main(**arguments(bandit.main, {"learns_from": "rewards", **tiny, **run, **options}))
+    path = (tmp_path / "run" / "agent.safetensors").rename(tmp_path / "bandits_10_5_rewards.safetensors")
+    agents.main(folder=tmp_path, trials=20)
+    assert f"| {network} |" in (tmp_path / "README.md").read_text()
+    assert probe.main(agents=(path,), trials=100, page=tmp_path / "probe.md")[path.stem].shape == (9, 2)
 
 
 @pytest.mark.parametrize("learns_from", ["rewards", "task"])
