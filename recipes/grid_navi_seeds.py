@@ -10,6 +10,7 @@ import tyro
 from recipes import grid_navi
 from recipes.command import arguments
 from recipes.help import as_typed
+from recipes.paper_cells import flat
 from recipes.reports import finished_report
 from recipes.results import table
 from recipes.rules import LearnsFrom
@@ -70,7 +71,8 @@ def folder_of(seed: int, env_steps: int, learns_from: LearnsFrom, runs: Path) ->
 def report_of(seed: int, env_steps: int, folder: Path, learns_from: LearnsFrom) -> dict:
     """The report of the training in ``folder``, which is run where it is not finished."""
     options = {"seed": seed, "env_steps": env_steps, "log_dir": folder, "progress": False, **DIFFERS[learns_from]}
-    return finished_report(folder, lambda **how: grid_navi.main(**arguments(grid_navi.main, options | how)))
+    settings = flat(arguments(grid_navi.main, options))
+    return finished_report(folder, lambda **how: grid_navi.main(**arguments(grid_navi.main, options | how)), settings)
 
 
 def row_of(seed: int, report: dict) -> dict[str, float]:

@@ -19,7 +19,7 @@ from recipes.paper_cells import CELLS, Cell
 from recipes.paper_numbers import PAPER
 from recipes.paper_page import LONGER, beside, best_seed, load, trainings_of, write_page
 from recipes.paper_settings import PRETRAINED, RL2_SETTINGS
-from recipes.reports import read_report
+from recipes.reports import as_json, other_settings, read_report
 from recipes.rules import LearnsFrom
 from rl2_torchrl import AdaptationReport
 from rl2_torchrl.report import made_by
@@ -181,21 +181,6 @@ class Figures:
         name = agent if agent in PAPER[cell.table][cell.name] else agent.partition("_")[0]
         shown = beside(figure["mean"], figure["se"], cell.table, cell.name, name)
         Console().print(f"{cell.table} {cell.name} {agent}: {shown}", highlight=False)
-
-
-def other_settings(were: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """What differs between a figure's settings and these.
-
-    Settings that came later, or are gone since, are left out: what they stand for was fixed, or had another name.
-    """
-    are = json.loads(as_json(settings))
-    both = [name for name in are if name in were]
-    return [f"{name} was {were[name]}, is {are[name]}" for name in both if were[name] != are[name]]
-
-
-def as_json(values: dict[str, Any]) -> str:
-    """Values as the files hold them."""
-    return json.dumps(values, indent=1, default=str)
 
 
 def stem(cell: Cell) -> str:

@@ -11,6 +11,7 @@ import tyro
 from recipes import bandit, tabular_mdp
 from recipes.command import arguments
 from recipes.help import as_typed
+from recipes.paper_cells import flat
 from recipes.reports import finished_report
 from recipes.results import table
 from rl2_torchrl.report import made_by
@@ -113,7 +114,8 @@ def report_of(check: Check, cell: tuple[int, ...], runs: Path) -> dict:
     sizes = dict(zip(check.sizes, cell, strict=True))
     folder = runs / "_".join(f"{number}_{size}" for size, number in sizes.items())
     main, options = check.recipe.main, {**sizes, "log_dir": folder, "progress": False}
-    return finished_report(folder, lambda **how: main(**arguments(main, options | how)))
+    settings = flat(arguments(main, options))
+    return finished_report(folder, lambda **how: main(**arguments(main, options | how)), settings)
 
 
 def row_of(check: Check, cell: tuple[int, ...], report: dict) -> dict[str, float]:

@@ -6,7 +6,7 @@ What is there in ``folder`` is not trained again. Needs the extra sb3.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -147,7 +147,8 @@ def main(
     for (name, program), folders in runs.items():
         for seed, log_dir in zip(seeds, folders, strict=True):
             run = Run(log_dir, seed=seed, report_tasks=2_100, progress=False)
-            finished_report(log_dir, partial(train, WORLDS[name], program, learnings[name], run))
+            learning = learnings[name]
+            finished_report(log_dir, partial(train, WORLDS[name], program, learning, run), asdict(learning))
     page.parent.mkdir(parents=True, exist_ok=True)
     draw(runs, worlds, programs).savefig(page.with_suffix(".png"), dpi=110)
     page.write_text("\n\n".join(written(runs, worlds, programs, page)) + "\n")

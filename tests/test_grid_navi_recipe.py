@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from functools import wraps
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
     [other] = set((tmp_path / "runs").rglob("report.json")) - {file}
     assert json.loads(other.read_text())["title"] == "RL² on GridNavi (rewards only)"
     assert options["page"].read_text().startswith("# grid navi seeds, rewards only\n")
-    monkeypatch.setattr(grid_navi, "main", None)
+    monkeypatch.setattr(grid_navi, "main", wraps(grid_navi.main)(lambda **settings: pytest.fail("trained again")))
     assert grid_navi_seeds.main(**options) == [row]
     with pytest.raises(ValueError, match="seeds is empty"):
         grid_navi_seeds.main(seeds=())

@@ -223,6 +223,12 @@ def test_page_of_the_check(rule, settings_of, cells, folder, title, tmp_path, mo
     assert float(first[check.rival]) == pytest.approx(rival, abs=1e-4)
     assert rule_check.main(**options) == rows
     assert len(asked) == 2  # what is trained is not trained again
+    note = tmp_path / "runs" / folder / "settings.json"
+    note.write_text(note.read_text().replace('"lr": ', '"lr": 9'))  # as after a change of the rule
+    with pytest.raises(
+        ValueError, match=r"other settings \(lr was 9.*, is .*\), which would be shown as one with these"
+    ):
+        rule_check.main(**options)
     with pytest.raises(ValueError, match="cells is empty"):
         rule_check.main(rule=rule, cells=())
     with pytest.raises(ValueError, match=f"'4', which must be {', '.join(check.sizes)}"):

@@ -148,9 +148,9 @@ def test_a_training_that_was_cut_short_is_gone_on_with(tmp_path):
         (tmp_path / "report.json").write_text(json.dumps({"train": {"history": [], "interrupted": interrupted}}))
 
     with pytest.raises(KeyboardInterrupt, match="is not finished: the same command goes on with it"):
-        finished_report(tmp_path, partial(train, True))
-    assert not finished_report(tmp_path, partial(train, False))["train"]["interrupted"]
-    finished_report(tmp_path, partial(train, True))  # finished, and not trained again
+        finished_report(tmp_path, partial(train, True), {})
+    assert not finished_report(tmp_path, partial(train, False), {})["train"]["interrupted"]
+    finished_report(tmp_path, partial(train, True), {})  # finished, and not trained again
     assert calls == [False, True]
 
 
@@ -165,3 +165,17 @@ def test_a_resume_with_another_env_of_gymnasiums_is_refused(name, option, tmp_pa
     with pytest.raises(ValueError, match=r"other settings \(env.make: .* now\)"):
         run(name, tmp_path, **option, resume=True)
     assert len(run(name, tmp_path, resume=True).train.history) == 2
+
+
+def test_a_training_with_other_settings_is_not_taken_for_one_with_these(tmp_path, caplog):
+    def train(resume):
+        (tmp_path / "report.json").write_text(json.dumps({"train": {"history": []}}))
+
+    assert finished_report(tmp_path, train, {"lr": 0.1, "cells": (3,)}) == {"train": {"history": []}}
+    finished_report(tmp_path, train, {"lr": 0.1, "cells": (3,), "later": 1})  # which came later than the training
+    with pytest.raises(ValueError, match=r"other settings \(lr was 0.1, is 0.2\), .*: move it away"):
+        finished_report(tmp_path, train, {"lr": 0.2, "cells": (3,)})
+    assert not caplog.text
+    (tmp_path / "settings.json").unlink()
+    finished_report(tmp_path, train, {"lr": 0.2})
+    assert "is taken for a training with these settings" in caplog.text
