@@ -162,7 +162,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is(tmp_path, monkeypa
         ({"env_steps": 0}, "env_steps=0"),
     ):
         with pytest.raises(ValueError, match=message):
-            sample_efficiency.main(**where, **{**TINY, **bad})
+            sample_efficiency.main(**where, **{**TINY, "programs": ("plain",), **bad})
     monkeypatch.setitem(sys.modules, "sb3_contrib", None)
     with pytest.raises(ModuleNotFoundError, match="or name other programs"):
         sample_efficiency.main(**where, **TINY)
