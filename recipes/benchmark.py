@@ -93,8 +93,7 @@ def main(
         device: where everything lives, cpu or cuda. A collected batch is one CUDA graph there.
         matmul_precision: PyTorch's: on a CUDA device float32 products are made in float32, TensorFloat32 or bfloat16.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: at least one iteration must be timed.")
+    require_repeats(repeats)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -109,9 +108,21 @@ def main(
     )
     if scaling is not None:
         figures["scaling"] = scaling_study(replace(WORKLOADS[names[0]], **own), repeats, peak, scaling, device)
-    if json is not None:
-        json.write_text(dumps(figures, indent=1) + "\n")
+    write_json(json, figures)
     return figures
+
+
+def require_repeats(repeats: int) -> None:
+    """Raises ValueError where nothing would be timed."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least one run must be timed.")
+
+
+def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """Writes the figures to the file at ``path``, if there is to be one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dumps(figures, indent=1) + "\n")
 
 
 def compose(

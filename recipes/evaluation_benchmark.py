@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from json import dumps
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
+from recipes.benchmark import require_repeats, write_json
 from recipes.help import as_typed
 from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, adaptation_curve
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
@@ -39,8 +39,7 @@ def main(
         threads: threads that PyTorch uses; all cores by default.
         json: file to write all figures to.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: at least one evaluation must be timed.")
+    require_repeats(repeats)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -57,8 +56,7 @@ def main(
     figures = {str(n): figures_of(runs, n, tasks, pulls) for n, runs in seconds.items()}
     title = f"{tasks} bandits of {arms} arms, {pulls} pulls; medians of {repeats}, {torch.get_num_threads()} threads"
     Console().print(table(figures, title))
-    if json is not None:
-        json.write_text(dumps(figures, indent=1) + "\n")
+    write_json(json, figures)
     return figures
 
 

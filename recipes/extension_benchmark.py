@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from recipes.benchmark import WORKLOADS, Workload
+from recipes.benchmark import WORKLOADS, Workload, write_json
 from recipes.extension_variants import VARIANTS, Arithmetic, Timed, Variant, training
 from recipes.help import as_typed
 
@@ -73,8 +73,7 @@ def main(
     sizes = {name: replace(WORKLOADS[name], **own) for name in workloads}
     figures = {name: measure(VARIANTS[name], sizes, rounds, base) for name in variants or VARIANTS}
     Console().print(table(figures, list(sizes), f"{torch.get_num_threads()} threads, medians of {rounds} rounds"))
-    if json is not None:
-        json.write_text(json_files.dumps(figures, indent=1) + "\n")
+    write_json(json, figures)
     return figures
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from tensordict import TensorDict
 from torchrl.modules import GRUModule, set_recurrent_mode
 
+from recipes.benchmark import require_repeats
 from recipes.help import as_typed
 from rl2_torchrl.modules import FastGRUModule
 
@@ -36,6 +37,7 @@ def main(
         repeats: runs of each, taken in turns.
         threads: threads that PyTorch uses; all cores by default.
     """
+    require_repeats(repeats)
     if threads is not None:
         torch.set_num_threads(threads)
     table = Table(

@@ -1,7 +1,6 @@
 """How fast RL² trains on a Gymnasium env through `GymVectorEnv`: collection, update, and the vector env alone."""
 
 import time
-from json import dumps
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
-from recipes.benchmark import medians_of, time_phases
+from recipes.benchmark import medians_of, require_repeats, time_phases, write_json
 from recipes.help import as_typed
 from rl2_torchrl import (
     ActorCritic,
@@ -54,6 +53,7 @@ def main(
         repeats: iterations that are timed, after one that is not; the medians are printed.
         json: file to write all figures to.
     """
+    require_repeats(repeats)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
@@ -64,8 +64,7 @@ def main(
     collector.shutdown()
     told = ", ".join(f"{key.split('_')[0]} {value / 1e3:,.1f} k" for key, value in figures.items() if key != "runs")
     Console().print(f"{env}, {num_envs} envs x {steps} steps, {units} units, {threads} threads; env steps/s: {told}")
-    if json is not None:
-        json.write_text(dumps(figures, indent=1) + "\n")
+    write_json(json, figures)
     return figures
 
 

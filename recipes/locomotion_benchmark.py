@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable
-from json import dumps
 from pathlib import Path
 
 import mujoco
@@ -16,7 +15,7 @@ from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import half_cheetah
-from recipes.benchmark import medians_of, time_phases
+from recipes.benchmark import medians_of, time_phases, write_json
 from recipes.help import as_typed
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import HalfCheetahVelocity, velocities
@@ -56,8 +55,7 @@ def main(
         torch.set_num_threads(threads)
         figures["training"] = {mode: measure_training(mode, min(repeats, 5)) for mode in ("original", "trial")}
         Console().print(training_table(figures["training"], f"{threads} threads"))
-    if json is not None:
-        json.write_text(dumps(figures, indent=1) + "\n")
+    write_json(json, figures)
     return figures
 
 

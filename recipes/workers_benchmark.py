@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from json import dumps
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import gym_benchmark, half_cheetah
+from recipes.benchmark import require_repeats, write_json
 from recipes.help import as_typed
 from rl2_torchrl import (
     ActorCritic,
@@ -56,14 +56,21 @@ def main(
         repeats: batches that are timed, after one that is not; medians are printed.
         json: file to write all figures to.
     """
+    require_repeats(repeats)
+    if not workers:
+        raise ValueError("workers is empty: name numbers of them, such as --workers 1 2 4.")
+    sizes = {name: rows or SIZES[name][0] for name in (SIZES if workload == "all" else [workload])}
+    for name, size in sizes.items():
+        if uneven := [number for number in workers if number < 1 or size % number]:
+            raise ValueError(
+                f"workers={uneven} cannot share {size} rows of {name} evenly: name divisors of {size}, or pass other --rows."
+            )
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    names = list(SIZES) if workload == "all" else [workload]
-    figures = {name: measure(name, workers, many, backend, rows or SIZES[name][0], repeats) for name in names}
+    figures = {name: measure(name, workers, many, backend, size, repeats) for name, size in sizes.items()}
     for name, found in figures.items():
         Console().print(table(name, found, many))
-    if json is not None:
-        json.write_text(dumps(figures, indent=1) + "\n")
+    write_json(json, figures)
     return figures
 
 

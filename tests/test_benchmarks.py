@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recipes import benchmark, evaluation_benchmark, gru_benchmark, gym_benchmark, half_cheetah, locomotion_benchmark
+from recipes import (
+    benchmark,
+    evaluation_benchmark,
+    gru_benchmark,
+    gym_benchmark,
+    half_cheetah,
+    locomotion_benchmark,
+    workers_benchmark,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +60,29 @@ def test_scaling_study_writes_a_plot(tmp_path, monkeypatch):
     assert (tmp_path / "plots" / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_to_time_is_refused():
-    with pytest.raises(ValueError, match="repeats=0"):
-        benchmark.main(repeats=0)
+@pytest.mark.parametrize("module", [benchmark, evaluation_benchmark, gru_benchmark, gym_benchmark, workers_benchmark])
+def test_nothing_to_time_is_refused(module):
+    with pytest.raises(ValueError, match="repeats=0: at least one run must be timed"):
+        module.main(repeats=0)
+
+
+@pytest.mark.parametrize(
+    ("message", "bad"),
+    {
+        "workers is empty: name numbers of them": {"workers": ()},
+        r"workers=\[3\] cannot share 1024 rows of bandit evenly: name divisors": {"workers": (2, 3)},
+        r"workers=\[4\] cannot share 10 rows of pendulum evenly": {
+            "workload": "pendulum",
+            "rows": 10,
+            "workers": (2, 4),
+        },
+        r"workers=\[0\] cannot share": {"workers": (0,)},
+    }.items(),
+)
+def test_workers_that_cannot_share_the_rows_are_refused_at_once(message, bad, monkeypatch):
+    monkeypatch.setattr(workers_benchmark, "measure", lambda *_: pytest.fail("measured before it was checked"))
+    with pytest.raises(ValueError, match=message):
+        workers_benchmark.main(**bad)
 
 
 def test_gru_table_compares_every_backend():
@@ -64,7 +92,7 @@ def test_gru_table_compares_every_backend():
 
 
 def test_evaluations_are_timed_by_rows(tmp_path):
-    file = tmp_path / "evaluation.json"
+    file = tmp_path / "a folder to be made" / "evaluation.json"
     evaluation_benchmark.main(rows=(2, 3), tasks=7, arms=2, pulls=3, units=4, repeats=3, threads=1, json=file)
     stored = json.loads(file.read_text())
     assert set(stored) == {"2", "3"}
@@ -73,8 +101,6 @@ def test_evaluations_are_timed_by_rows(tmp_path):
         assert figure["seconds"] == sorted(figure["runs"])[1]
         steps = {"2": 4 * 3, "3": 3 * 3}[rows]  # the last round has rows to spare
         assert figure["microseconds_per_step"] == pytest.approx(1e6 * figure["seconds"] / steps)
-    with pytest.raises(ValueError, match="repeats=0"):
-        evaluation_benchmark.main(repeats=0)
 
 
 def test_a_device_that_did_nothing_was_not_busy(monkeypatch):
