@@ -15,6 +15,7 @@ import pytest
 import torch
 from recipe_runs import RECIPES, BeforeTraining, result_of, run
 from recipe_settings import unused
+from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import (
@@ -352,6 +353,17 @@ def test_a_part_that_no_agents_file_can_hold_is_refused_before_the_training(tmp_
 def test_a_seed_of_held_out_tasks_that_depend_on_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="held_out_seed=7 has no effect: which tasks are held out"):
         run("grid_navi", tmp_path, held_out_seed=7)
+
+
+def test_a_seed_of_held_out_tasks_may_be_of_tasks_of_several_entries(tmp_path):
+    def tasks(size, generator):
+        entries = {"mass": torch.rand(*size, 1, generator=generator), "place": {"goal": torch.zeros(*size, 2)}}
+        return TensorDict(entries, size)
+
+    drawn = [Experiment(None, None, tasks, Run(tmp_path, held_out_seed=seed)).reported for seed in (7, 8, 7)]
+    assert [(each == drawn[0]).all() for each in drawn] == [True, False, True]
+    with pytest.raises(ValueError, match="held_out_seed=7 has no effect"):
+        Experiment(None, None, lambda size, _: tasks(size, torch.Generator()), Run(tmp_path, held_out_seed=7))
 
 
 def test_a_command_that_ctrl_c_ended_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
