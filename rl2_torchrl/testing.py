@@ -112,6 +112,7 @@ def check_trial_env(
         ValueError: ``num_trials`` or ``max_steps`` is below 1.
 
     Examples:
+        >>> from torchrl.envs import Compose, TransformedEnv
         >>> from rl2_torchrl import PreviousStep, TaskSampler, Trial
         >>> from rl2_torchrl.envs import BernoulliBandit, uniform_means
         >>> bandit = BernoulliBandit(num_arms=3, batch_size=(4,))
