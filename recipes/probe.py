@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import tyro
 from matplotlib.figure import Figure
-from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from recipes.agents import FOLDER, held_out
 from recipes.help import as_typed
+from recipes.posterior import Posterior, beta_moments, normal_moments
 from recipes.results import table
 from rl2_torchrl import AdaptiveAgent
 from rl2_torchrl.agent.step import PolicyStep
@@ -99,24 +99,23 @@ class Played:
 def play(agent: AdaptiveAgent, control: AdaptiveAgent, env: EnvBase) -> Played:
     """A trial in each row of ``env``, which all end at the same step; ``control`` is shown what ``agent`` does and earns."""
     td, (rows,) = env.reset(), env.batch_size
-    count = Counts(env, rows)
-    hidden, posterior, done = ([], []), [], False
+    hidden, seen, done = ([], []), [], False
     for each in (agent, control):
         each.new_trial(rows)
     while not done:
         shown = [td[key] for key in agent.signature.observations]
-        posterior.append(count.posterior_mean())
+        seen.append(td["trans"])
         action = torch.as_tensor(agent.act(*shown))
         control.act(*shown)
         control.memory[0] = agent.memory[0].clone()  # the last action
         for states, each in zip(hidden, (agent, control), strict=True):
             states.append(hidden_of(each))
-        before, td = td, env.step(td.set("action", action))["next"]
-        count.add(before, td["reward"])
+        td = env.step(td.set("action", action))["next"]
         for each in (agent, control):
             each.observe(td["reward"], td["episode_done"])
         done = td["done"].all()
-    return Played(tuple(map(torch.stack, hidden)), torch.stack(posterior))
+    posterior = posterior_of(env)(torch.stack(seen, 1)).transpose(0, 1)
+    return Played(tuple(map(torch.stack, hidden)), posterior)
 
 
 def hidden_of(agent: AdaptiveAgent) -> torch.Tensor:
@@ -136,26 +135,11 @@ def untrained(path: Path) -> AdaptiveAgent:
     return AdaptiveAgent(PolicyStep(policy, agent.signature), agent.signature)
 
 
-class Counts:
-    """Number and sum of the rewards of each arm, or of each state and action, in each of the rows of ``env``."""
-
-    def __init__(self, env: EnvBase, rows: int):
-        self.is_mdp = isinstance(env.base_env, TabularMDP)
-        self.num_actions = env.base_env.num_actions if self.is_mdp else env.base_env.num_arms
-        size = self.num_actions * (env.base_env.num_states if self.is_mdp else 1)
-        self.number, self.total = torch.zeros(rows, size), torch.zeros(rows, size)
-
-    def add(self, td: TensorDictBase, reward: torch.Tensor) -> None:
-        """Counts a step from ``td``, which paid ``reward`` ``[rows, 1]``."""
-        place = td["action"] + (self.num_actions * td["observation"] if self.is_mdp else 0)
-        self.number.scatter_add_(1, place.unsqueeze(-1), torch.ones_like(reward))
-        self.total.scatter_add_(1, place.unsqueeze(-1), reward)
-
-    def posterior_mean(self) -> torch.Tensor:
-        """``[rows, numbers]``: under Beta(1, 1) for arms, N(1, 1) and noise N(0, 1) for states and actions, as tasks are drawn."""
-        if self.is_mdp:
-            return (1 + self.total) / (1 + self.number)
-        return (1 + self.total) / (2 + self.number)
+def posterior_of(env: EnvBase) -> Posterior:
+    """What the trials of ``env`` have shown of each arm, or of each state and action."""
+    if isinstance(env.base_env, TabularMDP):
+        return Posterior(normal_moments, env.base_env.num_actions, env.base_env.num_states)
+    return Posterior(beta_moments, env.base_env.num_arms)
 
 
 # ------------------------------------------------------------------ readout

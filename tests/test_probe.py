@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDict
 
 from recipes import probe
 from recipes.agents import held_out
@@ -32,18 +31,16 @@ def test_a_readout_is_scored_where_it_was_not_fitted():
 
 
 def test_posterior_means_by_hand():
-    count = probe.Counts(held_out("bandits_3_2", 2), 2)
-    for arms, rewards in (([0, 1], [1.0, 1.0]), ([0, 1], [0.0, 1.0])):
-        count.add(TensorDict({"action": torch.tensor(arms)}, [2]), torch.tensor(rewards).unsqueeze(-1))
+    pulls = [[[0.0, 0, 0, 0], [1, 0, 1, 1], [1, 0, 0, 1]], [[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]]]
+    posterior = probe.posterior_of(held_out("bandits_3_2", 2))
     # Beta(2, 2), Beta(3, 1); an arm not pulled: Beta(1, 1).
-    assert count.posterior_mean().tolist() == [[0.5, 0.5], [0.5, 0.75]]
-    count = probe.Counts(held_out("mdps_1", 1), 1)
-    for reward in (3.0, 5.0):
-        step = TensorDict({"action": torch.tensor([2]), "observation": torch.tensor([4])}, [1])
-        count.add(step, torch.tensor([[reward]]))
-    posterior = count.posterior_mean()[0]
-    assert posterior[5 * 4 + 2].item() == 3.0  # (1 + 3 + 5) / 3
-    assert posterior.sum().item() == 3.0 + 49
+    assert posterior(torch.tensor(pulls))[:, -1].tolist() == [[0.5, 0.5], [0.5, 0.75]]
+    seen = torch.zeros(1, 3, 10 + 5 + 2)
+    seen[..., 4] = 1  # the state, in which action 2 has paid 3, then 5
+    seen[0, 1:, 10 + 2], seen[0, 1:, -2] = 1, torch.tensor([3.0, 5.0])
+    means = probe.posterior_of(held_out("mdps_1", 1))(seen)[0, -1]
+    assert means[5 * 4 + 2].item() == 3.0  # (1 + 3 + 5) / 3
+    assert means.sum().item() == 3.0 + 49
 
 
 def test_the_control_is_shown_what_the_agent_does_and_earns():
