@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from json import dumps
 from pathlib import Path
+from timeit import timeit
 from typing import Any, Literal
 
 import torch
@@ -116,6 +117,12 @@ def require_repeats(repeats: int) -> None:
     """Raises ValueError where nothing would be timed."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least one run must be timed.")
+
+
+def in_turns(runs: Mapping[Any, Callable[[], object]], repeats: int) -> dict[Any, list[float]]:
+    """Seconds of each of ``repeats`` times of each run; a first of each, which compiles and allocates, does not count."""
+    rounds = [{name: timeit(run, number=1) for name, run in runs.items()} for _ in range(repeats + 1)]
+    return {name: [seconds[name] for seconds in rounds[1:]] for name in runs}
 
 
 def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """How long an evaluation takes: adaptation curves over held-out bandits, played side by side in few rows or in many."""
 
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
-from recipes.benchmark import require_repeats, write_json
+from recipes.benchmark import in_turns, require_repeats, write_json
 from recipes.help import as_typed
 from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, adaptation_curve
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
@@ -40,20 +40,16 @@ def main(
         json: file to write all figures to.
     """
     require_repeats(repeats)
+    if not rows or min(rows) < 1:
+        raise ValueError(f"rows={rows}: name numbers of trials side by side, such as --rows 64 512.")
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     held_out = uniform_means(arms)(torch.Size([tasks]), torch.Generator().manual_seed(0))
     envs = {n: bandits(held_out, n, pulls) for n in rows}
     agent = GRUCategoricalActor.from_env(next(iter(envs.values())), hidden_size=units)
-    seconds: dict[int, list[float]] = {n: [] for n in rows}
-    for repeat in range(repeats + 1):
-        for n, env in envs.items():
-            start = time.perf_counter()
-            adaptation_curve(env, agent, tasks)
-            if repeat:
-                seconds[n].append(time.perf_counter() - start)
-    figures = {str(n): figures_of(runs, n, tasks, pulls) for n, runs in seconds.items()}
+    runs = {n: partial(adaptation_curve, env, agent, tasks) for n, env in envs.items()}
+    figures = {str(n): figures_of(seconds, n, tasks, pulls) for n, seconds in in_turns(runs, repeats).items()}
     title = f"{tasks} bandits of {arms} arms, {pulls} pulls; medians of {repeats}, {torch.get_num_threads()} threads"
     Console().print(table(figures, title))
     write_json(json, figures)

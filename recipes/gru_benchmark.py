@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable
-from timeit import timeit
 
 import torch
 import tyro
@@ -11,7 +10,7 @@ from rich.table import Table
 from tensordict import TensorDict
 from torchrl.modules import GRUModule, set_recurrent_mode
 
-from recipes.benchmark import require_repeats
+from recipes.benchmark import in_turns, require_repeats
 from recipes.help import as_typed
 from rl2_torchrl.modules import FastGRUModule
 
@@ -50,7 +49,8 @@ def main(
     for size in [(n, h) for n in rows for h in units]:
         modules = dict(zip(names, build(inputs, size[1]), strict=True))
         for what, run in WORK.items():
-            times = in_turns({name: run(module, size[0], steps, inputs) for name, module in modules.items()}, repeats)
+            runs = {name: run(module, size[0], steps, inputs) for name, module in modules.items()}
+            times = {name: 1e3 * statistics.median(each) for name, each in in_turns(runs, repeats).items()}
             faster = min(t for name, t in times.items() if name != "fast") / times["fast"]
             table.add_row(f"{size[0]} x {size[1]}", what, *(f"{times[name]:.2f}" for name in names), f"{faster:.1f}")
             figures[f"{size[0]}x{size[1]} {what}"] = times
@@ -115,12 +115,6 @@ def sequences(rows: int, steps: int, inputs: int) -> TensorDict:
     is_init = torch.zeros(rows, steps, 1, dtype=torch.bool)
     is_init[:, 0] = True
     return TensorDict({"x": torch.randn(rows, steps, inputs), "is_init": is_init}, [rows, steps])
-
-
-def in_turns(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each run; the first of each, which compiles, does not count."""
-    rounds = [{name: 1e3 * timeit(run, number=1) for name, run in runs.items()} for _ in range(repeats + 1)]
-    return {name: statistics.median(times[name] for times in rounds[1:]) for name in runs}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """How fast cheetahs run and learn: the env beside a bare `mujoco.rollout`, and whole trainings in both modes, phase by phase."""
 
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import half_cheetah
-from recipes.benchmark import medians_of, time_phases, write_json
+from recipes.benchmark import in_turns, medians_of, time_phases, write_json
 from recipes.help import as_typed
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import HalfCheetahVelocity, velocities
@@ -76,7 +75,8 @@ def measure(rows: int, threads: int, steps: int, repeats: int) -> dict:
         ROLLOUT: (torchrl_rollout(env, start, tasks, actions), steps),
         LOOP: (loop(*bodies[:2], tasks, few), len(few)),
     }
-    seconds = in_turns(ways, repeats)
+    runs = in_turns({name: run for name, (run, _) in ways.items()}, repeats)
+    seconds = {name: [each / ways[name][1] for each in times] for name, times in runs.items()}
     ways[TRANSITION][0]()
     shares = {name: [base / own for base, own in zip(seconds[BARE], seconds[name], strict=True)] for name in ways}
     return {
@@ -159,18 +159,6 @@ def loop(qpos: torch.Tensor, qvel: torch.Tensor, tasks: torch.Tensor, actions: t
                 own.play(action[row])
 
     return run
-
-
-def in_turns(ways: dict[str, tuple[Callable[[], None], int]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of an env step in each run of each way; a first run, not timed, warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, (run, steps) in ways.items():
-            start = time.perf_counter()
-            run()
-            if repeat:
-                seconds[name].append((time.perf_counter() - start) / steps)
-    return seconds
 
 
 def table(figures: dict[str, dict], title: str) -> Table:

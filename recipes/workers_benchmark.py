@@ -59,9 +59,9 @@ def main(
     require_repeats(repeats)
     if not workers:
         raise ValueError("workers is empty: name numbers of them, such as --workers 1 2 4.")
-    sizes = {name: rows or SIZES[name][0] for name in (SIZES if workload == "all" else [workload])}
+    sizes = {name: SIZES[name][0] if rows is None else rows for name in (SIZES if workload == "all" else [workload])}
     for name, size in sizes.items():
-        if uneven := [number for number in workers if number < 1 or size % number]:
+        if uneven := [number for number in workers if number < 1 or size < 1 or size % number]:
             raise ValueError(
                 f"workers={uneven} cannot share {size} rows of {name} evenly: name divisors of {size}, or pass other --rows."
             )

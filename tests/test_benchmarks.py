@@ -77,6 +77,7 @@ def test_nothing_to_time_is_refused(module):
             "workers": (2, 4),
         },
         r"workers=\[0\] cannot share": {"workers": (0,)},
+        r"workers=\[1\] cannot share 0 rows": {"workers": (1,), "rows": 0},
     }.items(),
 )
 def test_workers_that_cannot_share_the_rows_are_refused_at_once(message, bad, monkeypatch):
@@ -101,6 +102,12 @@ def test_evaluations_are_timed_by_rows(tmp_path):
         assert figure["seconds"] == sorted(figure["runs"])[1]
         steps = {"2": 4 * 3, "3": 3 * 3}[rows]  # the last round has rows to spare
         assert figure["microseconds_per_step"] == pytest.approx(1e6 * figure["seconds"] / steps)
+
+
+@pytest.mark.parametrize("rows", [(), (64, 0)])
+def test_evaluations_of_no_rows_are_refused(rows):
+    with pytest.raises(ValueError, match="rows=.*: name numbers of trials side by side"):
+        evaluation_benchmark.main(rows=rows, repeats=1)
 
 
 def test_a_device_that_did_nothing_was_not_busy(monkeypatch):
