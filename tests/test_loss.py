@@ -1,6 +1,8 @@
 """`RL2PPOLoss`: defaults, hand-worked losses on both sides of the clip, options, keys, state and compilation."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -220,6 +222,10 @@ def _other_bias(loss):
     body.module[-1] = head(layer, [0.0, 0.0, 1.0])
 
 
+def _head(loss):
+    return loss.actor_network.module[0].module[-1].module
+
+
 CHANGES = {
     "a module in another's place": _other_bias,
     "a hook on a module": lambda loss: (
@@ -227,6 +233,10 @@ CHANGES = {
         .module[-1]
         .register_forward_hook(lambda module, inputs, out: out.set("logits", out["logits"] * 3))
     ),
+    "a hook within a head": lambda loss: (
+        _head(loss).layers[1].register_forward_hook(lambda module, inputs, out: 0 * out)
+    ),
+    "a head's weights": lambda loss: setattr(_head(loss).layers[1], "weight", nn.Parameter(torch.randn(3, 4))),
     "a bonus": lambda loss: setattr(loss, "entropy_bonus", True),
     "a term that reads the entropy": lambda loss: loss.terms.append(Entropy()),
     "a term that reads the values": lambda loss: loss.terms.append(Value()),
@@ -249,6 +259,23 @@ def test_what_changes_after_a_first_call_counts(name):
     for key, value in expected.items():
         torch.testing.assert_close(after[key], value)
     assert set(before.keys()) != set(after.keys()) or not torch.equal(before["max_ratio"], after["max_ratio"])
+
+
+def test_a_hook_on_gradients_that_is_hung_up_later_is_called():
+    loss, seen = RL2PPOLoss(*networks()), []
+    loss(data())
+    _head(loss).register_full_backward_hook(lambda module, by_inputs, by_outputs: seen.append(by_outputs[0].shape))
+    loss(data())["loss_objective"].backward()
+    assert seen == [(1, 6, 3)]
+
+
+def test_a_loss_is_freed():
+    loss = RL2PPOLoss(*networks())
+    loss(data())["loss_objective"].backward()
+    known = weakref.ref(loss)
+    del loss
+    gc.collect()
+    assert known() is None
 
 
 class Plain(RL2PPOLoss):

@@ -48,6 +48,17 @@ class ChainPart(Part):
         self.linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
         self.before = [name for name, layer in zip(names, layers, strict=False) if isinstance(layer, nn.Linear)]
         self.after, self.detach = names[-1], detach
+        #: Whether it is ReLU and a linear layer by turns, each pair of which is one function.
+        self.is_of_pairs = not joins and self.after is None and set(self.before) == {"relu"}
+
+    def run(self, state: State) -> None:
+        if not self.is_of_pairs:
+            return super().run(state)
+        [x] = entries_of(state, self.in_keys)
+        x = x.detach() if self.detach else x
+        for layer in self.linears:
+            x = relu_linear(layer)(x)
+        state[self.out_keys[0]] = x
 
     def forward_by_hand(self, state: State) -> bool:
         x, *more = entries_of(state, self.in_keys)

@@ -14,7 +14,7 @@ from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
     *("Gradients", "Part", "State", "accumulate", "entries_of", "on_copies", "on_entries", "outputs_of"),
-    *("brings", "has_hooks", "is_bare", "is_function", "runs"),
+    *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "runs"),
 ]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, and what networks make of them.
@@ -175,9 +175,14 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether ``module`` itself `has_hooks`, or some on its gradients."""
+    return bool(has_hooks(module) or module._backward_hooks or module._backward_pre_hooks)
+
+
 def is_bare(module: nn.Module) -> bool:
     """Whether nobody has hung a hook on ``module`` or those in it, or put another function in the place of one's forward."""
-    return not any(has_hooks(m) or m._backward_hooks or m._backward_pre_hooks for m in module.modules())
+    return not any(map(is_watched, module.modules()))
 
 
 def runs(module: nn.Module, cls: type[nn.Module]) -> bool:

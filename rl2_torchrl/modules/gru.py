@@ -83,11 +83,12 @@ class FastGRUModule(RecurrentCore, GRUModule):
         return x.squeeze(1), hidden.transpose(0, 1)
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
-        if not self._is_unchanged() or not is_bare(self.gru):  # hooks see single steps, as those of a rollout do
-            return RecurrentCore.unroll(self, x, memory, is_init, with_memory=with_memory)
-        if self._is_covered() or (self._is_plain() and x.is_cuda and len(x) and not with_memory):
+        covered = kernels.covers(self.gru.weight_hh_l0) or (x.is_cuda and len(x) and not with_memory)
+        if covered and self._is_plain():
             layers = self._layers(x, memory and memory[0], is_init)
             return layers[-1], *([at_ends(torch.stack(layers, -2), is_init)] if with_memory else ())
+        if not self._is_unchanged() or not is_bare(self.gru):  # hooks see single steps, as those of a rollout do
+            return RecurrentCore.unroll(self, x, memory, is_init, with_memory=with_memory)
         flags = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if is_init is None else is_init
         entries = zip(self.in_keys, (x, memory and memory[0], flags.unsqueeze(-1)), strict=True)
         out = TensorDict({key: entry for key, entry in entries if entry is not None}, x.shape[:2])

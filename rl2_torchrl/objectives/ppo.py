@@ -1,8 +1,9 @@
 """`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients, and with further terms."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import cached_property
 from inspect import unwrap
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -13,7 +14,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import require_numbers
 from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
-from rl2_torchrl.gradients.part import entries_of, has_hooks
+from rl2_torchrl.gradients.part import entries_of, is_watched
 from rl2_torchrl.gradients.program import merge_losses, values_of
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_policy
 from rl2_torchrl.modules.cores import lost_memory
@@ -21,9 +22,8 @@ from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, Squared
 
 __all__ = ["RL2PPOLoss"]
 
-#: Parts of losses, by loss: beside it, since they are made of functions, which cannot be pickled.
-_PARTS: WeakKeyDictionary = WeakKeyDictionary()
-
+#: What has been seen of losses: beside them, since parts are made of functions, which cannot be pickled.
+_SEEN: WeakKeyDictionary = WeakKeyDictionary()
 
 #: What `ClipPPOLoss` has otherwise by default.
 _DEFAULTS = {"loss_critic_type": "l2", "entropy_bonus": False, "log_explained_variance": False, "functional": False}
@@ -112,9 +112,9 @@ class RL2PPOLoss(ClipPPOLoss):
             return f"there are hooks on the {name}"
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters()):
             return "parameters have hooks on their gradients, which autograd runs"
-        return self._why_torchrls()
+        return self._why_torchrls(self._seen())
 
-    def _why_torchrls(self) -> str | None:
+    def _why_torchrls(self, seen: "_Seen") -> str | None:
         if options := [name for name, ours in _OURS.items() if _differs(getattr(self, name), ours)]:
             return f"the options {options} are ClipPPOLoss's"
         cls = type(self)
@@ -122,7 +122,7 @@ class RL2PPOLoss(ClipPPOLoss):
             step for step in _STEPS if step in vars(self) or getattr(cls, step) is not getattr(ClipPPOLoss, step)
         ]:
             return f"{own} of ClipPPOLoss are others in {cls.__name__}: a term of loss_terms() in their place is faster"
-        return why_no_parts(self.actor_network)
+        return seen.refusal
 
     def network_parts(self) -> list[Part]:
         """The parts of actor and critic, in order."""
@@ -130,14 +130,12 @@ class RL2PPOLoss(ClipPPOLoss):
         parts = actor_parts(self.actor_network, self.tensor_keys.action, entropy=reads_entropy)
         return [*parts, *parts_of(self.critic_network)] if self._runs_critic() else parts
 
-    def _known_parts(self) -> list[Part]:
-        """`network_parts`, made anew where a module, a hook or an option has changed: making them costs as much as running some."""
-        modules = list(self.modules())
+    def _seen(self) -> "_Seen":
+        """What has been found out about the networks, anew where a module, a hook or an option has changed."""
         options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus, self.training)
-        layout = (options, list(map(id, modules)), list(map(has_hooks, modules)))
-        if self not in _PARTS or _PARTS[self][0] != layout:
-            _PARTS[self] = (layout, self.network_parts())
-        return _PARTS[self][1]
+        if (seen := _SEEN.get(self)) is None or not seen.holds(self, options):
+            seen = _SEEN[self] = _Seen(self, options)
+        return seen
 
     def _runs_critic(self) -> bool:
         written = () if self.critic_network is None else self.critic_network.out_keys
@@ -157,9 +155,10 @@ class RL2PPOLoss(ClipPPOLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
-        self._check_data(tensordict)
+        seen = None if is_compiling() else self._seen()
+        self._check_data(tensordict, seen)
         has_advantage = tensordict.get(self.tensor_keys.advantage, None) is not None
-        if has_advantage and tensordict.ndim == 2 and not is_compiling() and not self._why_torchrls():
+        if has_advantage and tensordict.ndim == 2 and seen is not None and not self._why_torchrls(seen):
             return TensorDict(self.losses_of(tensordict, self.loss_terms()))
         losses = super().forward(tensordict)
         if not self.terms:
@@ -170,7 +169,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
-        parts, losses = self._known_parts(), {}
+        parts, losses = self._seen().parts, {}
         state: State = dict(data) if isinstance(data, dict) else {}
         if not state:
             read = {key for reader in (*parts, *terms) for key in reader.in_keys}
@@ -181,7 +180,7 @@ class RL2PPOLoss(ClipPPOLoss):
             merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
         return losses
 
-    def _check_data(self, tensordict: TensorDictBase) -> None:
+    def _check_data(self, tensordict: TensorDictBase, seen: "_Seen | None") -> None:
         if not self._is_recurrent:
             return
         self.require_starts(tensordict.keys())
@@ -190,7 +189,8 @@ class RL2PPOLoss(ClipPPOLoss):
                 f"the data are single steps {list(tensordict.shape)}, but a memory is trained on sequences [*B, T], as they were "
                 "played: fill a replay buffer with such rows, not with steps."
             )
-        self._require_memory(tensordict)
+        if seen is not None:
+            _require_memory(tensordict, seen.memory)
         advantage = tensordict.get(key := self.tensor_keys.advantage, None)
         if advantage is None and self._value_estimator is None:
             raise KeyError(f"no {key!r} in the data: call TrialAdvantage(...)(batch) on the whole batch [B, T] first.")
@@ -198,13 +198,6 @@ class RL2PPOLoss(ClipPPOLoss):
             raise ValueError(
                 f"{key!r} has shape {tuple(advantage.shape)}; it must be [*B, T, 1], {(*tensordict.shape, 1)}."
             )
-
-    def _require_memory(self, tensordict: TensorDictBase) -> None:
-        networks = [self.actor_network, *([self.critic_network] if self.critic_network else [])]
-        missing = [k for network in networks for k in hidden_keys(network) if tensordict.get(k, None) is None]
-        starts = tensordict.get("is_init", None)
-        if missing and starts is not None and not is_compiling() and not starts[..., 0, :].all():
-            raise KeyError(lost_memory(missing))
 
     def _set_in_keys(self) -> None:
         # For calls by keyword; ClipPPOLoss lists what its value estimator reads, and not what an advantage is in.
@@ -241,6 +234,43 @@ class RL2PPOLoss(ClipPPOLoss):
         for name, value in exact.items():
             if self._buffers.get(name) is not None and not isinstance(value, Mapping):
                 self._buffers[name] = torch.as_tensor(value, dtype=dtype, device=self._buffers[name].device)
+
+
+class _Seen:
+    """What follows from a loss's modules: to find it out costs as much as running some of them.
+
+    Attributes:
+        refusal: why the actor is no list of parts; None if it is.
+        memory: entries that the networks' memories are read from.
+    """
+
+    def __init__(self, loss: RL2PPOLoss, options: tuple):
+        networks = [loss.actor_network, *([loss.critic_network] if loss.critic_network else [])]
+        self.refusal = why_no_parts(loss.actor_network)
+        self.memory = [key for network in networks for key in hidden_keys(network)]
+        _, *modules = loss.modules()  # without the loss, or it would never be freed
+        self._modules, self._layout = modules, self._layout_of(loss, modules, options)
+        self._loss = ref(loss)
+
+    @staticmethod
+    def _layout_of(loss: RL2PPOLoss, modules: Sequence[nn.Module], options: tuple) -> tuple:
+        return options, [(tuple(module._modules.values()), is_watched(module)) for module in (loss, *modules)]
+
+    def holds(self, loss: RL2PPOLoss, options: tuple) -> bool:
+        """Whether nothing has changed since."""
+        return self._layout_of(loss, self._modules, options) == self._layout
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """`RL2PPOLoss.network_parts`."""
+        return self._loss().network_parts()
+
+
+def _require_memory(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> None:
+    missing = [key for key in keys if tensordict.get(key, None) is None]
+    starts = tensordict.get("is_init", None)
+    if missing and starts is not None and not starts[..., 0, :].all():
+        raise KeyError(lost_memory(missing))
 
 
 def _differs(value: object, ours: object) -> bool:

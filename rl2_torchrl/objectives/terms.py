@@ -56,7 +56,9 @@ class OwnGradient(nn.Module, ABC):
         with torch.no_grad():
             values, slopes = self.with_gradients(*entries)
         like = entries[0]
-        values = {name: torch.as_tensor(value, dtype=like.dtype, device=like.device) for name, value in values.items()}
+        values = {name: value.to(like) if isinstance(value, Tensor) else value for name, value in values.items()}
+        numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        values |= zip(numbers, like.new_tensor(list(numbers.values())).unbind(), strict=True)  # one is as dear as all
         name = next(name for name in values if name.startswith("loss_"))
         values[name] = _WithGradients.apply(values[name], slopes, *entries)
         return values
