@@ -58,7 +58,8 @@ class OwnGradient(nn.Module, ABC):
         like = entries[0]
         values = {name: value.to(like) if isinstance(value, Tensor) else value for name, value in values.items()}
         numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-        values |= zip(numbers, like.new_tensor(list(numbers.values())).unbind(), strict=True)  # one is as dear as all
+        if numbers:  # on a device there are none; one alone would cost as much as all of them
+            values |= zip(numbers, like.new_tensor(list(numbers.values())).unbind(), strict=True)
         name = next(name for name in values if name.startswith("loss_"))
         values[name] = _WithGradients.apply(values[name], slopes, *entries)
         return values
