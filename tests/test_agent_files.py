@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections import OrderedDict
 
 import pytest
 import safetensors.torch
@@ -33,6 +34,12 @@ def test_an_agent_comes_back_as_it_was(tmp_path):
     assert again.signature.as_json() == agent.signature.as_json()
     assert again.signature.done_at_start == 1.0
     assert [file.name for file in path.parent.iterdir()] == ["agent.safetensors"]
+
+
+def test_layers_keep_their_names(tmp_path):
+    layers = OrderedDict(wide=nn.Linear(5, 3), bent=nn.Tanh())
+    again = AdaptiveAgent.load(an_agent(encoder=nn.Sequential(layers)).save(tmp_path / "agent.safetensors"))
+    assert ["wide", "bent"] in [list(module._modules) for module in again.policy.modules()]
 
 
 def test_weights_go_into_an_actor(tmp_path):

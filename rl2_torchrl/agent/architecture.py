@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -134,7 +135,7 @@ def _built(plan: Plan) -> nn.Module:
     arguments = {name: _as_value(value) for name, value in plan.items() if name != "class"}
     if cls in _OF_LAYERS:
         arguments["activation"] = partial(_built, plan["activation"])
-    return nn.Sequential(*arguments["modules"]) if cls is nn.Sequential else cls(**arguments)
+    return _sequential(**arguments) if cls is nn.Sequential else cls(**arguments)
 
 
 def _as_plain(value: Any) -> Any:
@@ -208,13 +209,26 @@ def _of_rnn(rnn: nn.RNNBase) -> dict[str, int]:
     return {name: getattr(rnn, name) for name in ("input_size", "hidden_size", "num_layers")}
 
 
+def _of_sequential(net: nn.Sequential) -> dict[str, list]:
+    modules, names = list(net), list(net._modules)
+    return {"modules": modules} if names == _numbers(modules) else {"modules": modules, "names": names}
+
+
+def _sequential(modules: list[nn.Module], names: list[str] | None = None) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(zip(names or _numbers(modules), modules, strict=True)))
+
+
+def _numbers(modules: list[nn.Module]) -> list[str]:
+    return list(map(str, range(len(modules))))
+
+
 #: Their constructors are given what makes an activation, where others are given the module.
 _OF_LAYERS = (MLPEncoder, ConvEncoder, Head)
 _TORCH = (nn.Linear, nn.Conv2d, nn.Flatten, nn.LayerNorm, nn.Identity, nn.Dropout)
 _ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus, nn.Mish)
 for _cls in (*_TORCH, *_ACTIVATIONS):
     register_part(_cls, _as_constructed)
-register_part(nn.Sequential, lambda net: {"modules": list(net)})
+register_part(nn.Sequential, _of_sequential)
 register_part(RunningNorm, lambda norm: {"size": len(norm.mean), "clip": norm.clip})
 register_part(MLPEncoder, lambda mlp: {"shape": mlp.shape, **_of_layers(mlp.layers[::2], mlp.layers[1])})
 register_part(ImageEncoder, lambda encoder: {"net": encoder.net, "shape": encoder.shape})
