@@ -64,6 +64,7 @@ class AdaptationReport:
     episode_name: str = "episode"
 
     def __post_init__(self):
+        self.optimum = None if self.optimum is None else float(self.optimum)
         names = [name for name, _ in (*self._own(), *self._ablated(), *self._classical())]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
@@ -264,6 +265,8 @@ def _summary(curve: AdaptationCurve) -> dict[str, Any]:
 
 
 def _finite_or_none(value: Any) -> Any:
+    if not getattr(value, "ndim", 1):  # NumPy's and PyTorch's numbers
+        value = value.item()
     if isinstance(value, Mapping):
         return {name: _finite_or_none(item) for name, item in value.items()}
     if isinstance(value, list):

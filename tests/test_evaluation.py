@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -391,6 +392,13 @@ def make_report(**kwargs):
         "seed": 7,
     }
     return AdaptationReport(**{**entries, **kwargs})
+
+
+def test_numbers_of_other_kinds_are_written(tmp_path):
+    report = make_report(optimum=torch.tensor(2.5), seed=np.int64(7))
+    report.train.history[0]["mine"] = np.float32("nan")
+    stored = json.loads(report.save(tmp_path).read_text())
+    assert (stored["optimum"], stored["seed"], stored["train"]["history"][0]["mine"]) == (2.5, 7, None)
 
 
 def test_a_classical_agent_called_as_a_way_to_play_takes_nothings_place():
