@@ -139,16 +139,17 @@ class RunCheckpoints:
 
         Raises:
             OSError: the ``last`` one cannot be written; the newest one before it is as it was.
+            TypeError: likewise, since a part has come to a state that cannot be saved.
         """
         if self._folder is None:
             return
         try:
             self._write(rollout)
-        except OSError as error:
+        except (OSError, TypeError) as error:
             newest = paths[-1] if (paths := self._paths()) else "none"
             words = f"no checkpoint could be written at {self._result.env_steps} env steps ({error}); the newest one is {newest}"
             if last:
-                raise OSError(f"{words}. The training is over; its networks are in memory alone.") from error
+                raise type(error)(f"{words}. The training is over; its networks are in memory alone.") from error
             log.error("%s. The training goes on.", words)
 
     def save_on_the_way_out(self, *, rollout: bool) -> None:
@@ -352,6 +353,8 @@ class _States:
         self._objects: dict[str, Stateful] = {}
         for each in objects:
             name, number = type(each).__qualname__, 2
+            if not hasattr(each, "load_state_dict"):
+                raise TypeError(f"{name} has a state_dict, and no load_state_dict(state) to go on from it: add that.")
             while name in self._objects:
                 name, number = f"{type(each).__qualname__} {number}", number + 1
             self._objects[name] = each

@@ -106,7 +106,8 @@ def _update(update: PPOUpdate) -> Settings:
 
 
 def _part(prefix: str, part: Any) -> Settings:
-    values = {name: _plain(value) for name, value in vars(part).items() if name[0] != "_" and name not in _INNER}
+    own = getattr(part, "__dict__", {})  # none where there are __slots__
+    values = {name: _plain(value) for name, value in own.items() if name[0] != "_" and name not in _INNER}
     settings = {f"{prefix}.{name.removeprefix('given_')}": v for name, v in values.items() if v is not _NOT_PLAIN}
     return {f"{prefix}.class": _name(part), **settings}
 

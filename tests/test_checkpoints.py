@@ -278,6 +278,54 @@ def test_a_stop_that_counts_goes_on_counting(tmp_path):
     assert len(result.history) == 3
 
 
+def test_a_stop_that_could_not_go_on_is_refused_at_once(tmp_path):
+    class Forgets:
+        def __call__(self, row):
+            pytest.fail("an update was made before it was said")
+
+        def state_dict(self):
+            return {"left": 3}
+
+    with pytest.raises(TypeError, match="Forgets has a state_dict, and no load_state_dict"):
+        Run(updates=2).train(checkpoints=tmp_path, stop=Forgets())
+
+
+class Outgrows(Counter):
+    """Its state can be saved at first, and not after the second update."""
+
+    def state_dict(self):
+        return {"seen": self} if self.updates >= 2 else {"seen": self.updates}
+
+
+def test_a_state_that_can_no_longer_be_saved_costs_checkpoints_and_not_the_training(tmp_path, caplog):
+    run = Run(updates=4)
+    with pytest.raises(
+        TypeError, match=f"no checkpoint could be written at {4 * BATCH} env steps .*Outgrows, which cannot"
+    ):
+        run.train(checkpoints=tmp_path, checkpoint_interval=1, callbacks=[Outgrows()])
+    assert f"no checkpoint could be written at {2 * BATCH} env steps" in caplog.text
+    assert saved_steps(tmp_path) == [BATCH]
+
+
+class Slotted:
+    """An advantage of one's own without a ``__dict__``."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, batch):
+        return self.inner(batch)
+
+
+def test_an_advantage_with_slots(tmp_path):
+    run = Run(updates=1)
+    run.update.advantage = Slotted(run.update.advantage)
+    run.train(checkpoints=tmp_path)
+    assert saved_steps(tmp_path) == [BATCH]
+
+
 def test_a_second_call_on_one_collector(tmp_path):
     unbroken = Run(updates=4)
     unbroken.train()

@@ -77,7 +77,8 @@ def check_training(
     """Looks for faults that no error shows and no curve explains; the first rule that breaks is raised, by name.
 
     `train` runs it before the first update, on the first batch. It costs less than that update and leaves no trace: networks
-    are copied, random numbers put back. A rule whose entries are not in the batch is reported as not checked.
+    are copied, random numbers put back; only what functions of yours count outside modules they have counted. A rule whose
+    entries are not in the batch is reported as not checked.
 
     Args:
         collector: the collector that the batch is from.
