@@ -150,7 +150,7 @@ def adaptation_curve(
     Raises:
         ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it would move, or a measured entry
             is several numbers, or overwritten where an episode ends.
-        TypeError: ``env`` is no env, or ``policy`` no policy.
+        TypeError: ``env`` is no env, ``policy`` no policy, or ``measures`` no mapping.
         RuntimeError: a trial does not end.
         FloatingPointError: a reward or a measured entry is not finite.
 
@@ -179,8 +179,9 @@ def adaptation_curve(
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
     _require_still_statistics(env)
-    measured = {unravel_key(("next", key)): how for key, how in (measures or {}).items()}
-    _require_measures(env, measures or {})
+    measures = {} if measures is None else measures
+    _require_measures(env, measures)
+    measured = {unravel_key(("next", key)): how for key, how in measures.items()}
     for each in transforms_of(env):
         if isinstance(each, TaskSampler):  # an evaluation before this one may have left it anywhere
             each.rewind()
@@ -242,6 +243,11 @@ def _require_still_statistics(env: EnvBase) -> None:
 
 
 def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> None:
+    if not isinstance(measures, Mapping):
+        raise TypeError(
+            f"{measures=} does not say what is taken of an episode's steps: give {{entry: how}}, such as "
+            "{('info', 'success'): 'max'}."
+        )
     names = [key if isinstance(key, str) else key[-1] for key in measures]
     if len(set(names)) < len(names):
         raise ValueError(f"measures are named {names}, after the last part of their keys: one of two would be lost.")

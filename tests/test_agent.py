@@ -406,6 +406,11 @@ BAD = {
         RuntimeError,
         "the last action's reward is missing",
     ),
+    "observation and info": (
+        begun(lambda agent: agent.act((np.zeros(2), {}))),
+        TypeError,
+        "of what reset.. and step.. return give the first alone",
+    ),
     "no observation": (begun(lambda agent: agent.act()), ValueError, "'observation', and there is no observation"),
     "shape": (
         begun(lambda agent: agent.act([0.0] * 3)),

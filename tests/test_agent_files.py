@@ -48,6 +48,14 @@ def test_weights_go_into_an_actor(tmp_path):
     torch.testing.assert_close(actor.state_dict(), AdaptiveAgent.load(path).policy.state_dict(), rtol=0, atol=0)
 
 
+def test_of_an_actor_and_critic_the_actor_gets_the_weights(tmp_path):
+    agent, actor = an_agent(), RecurrentActor.from_env(bandits(), hidden_size=4)
+    load_weights(
+        rl2.ActorCritic(actor, rl2.GRUValueHead.from_env(bandits())), agent.save(tmp_path / "agent.safetensors")
+    )
+    torch.testing.assert_close(actor.state_dict(), agent.policy.state_dict(), rtol=0, atol=0)
+
+
 def test_loading_draws_no_random_numbers(tmp_path):
     path = an_agent().save(tmp_path / "agent.safetensors")
     torch.manual_seed(0)
@@ -61,8 +69,10 @@ def test_loading_draws_no_random_numbers(tmp_path):
     "load", [AdaptiveAgent.load, lambda path: load_weights(nn.Linear(2, 3), path)], ids=["agent", "weights"]
 )
 def test_no_file(load, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no agent in .*agent.safetensors: a recipe leaves"):
+    with pytest.raises(FileNotFoundError, match="agent.safetensors is no file: a recipe leaves"):
         load(tmp_path / "agent.safetensors")
+    with pytest.raises(FileNotFoundError, match="is a folder, and no agent's file: a recipe leaves"):
+        load(tmp_path)
 
 
 def test_weights_of_other_sizes(tmp_path):

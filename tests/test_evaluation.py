@@ -599,3 +599,5 @@ def test_measures_are_made_of_an_episodes_steps():
         adaptation_curve(env, actor, 2, measures={"trans": "max"})
     with pytest.raises(ValueError, match="choose of"):
         adaptation_curve(env, actor, 2, measures={("info", "said"): "best"})
+    with pytest.raises(TypeError, match=r"measures=\['reward'\] does not say what is taken of an episode's steps"):
+        adaptation_curve(env, actor, 2, measures=["reward"])

@@ -215,6 +215,7 @@ class AdaptiveAgent:
 
         Raises:
             RuntimeError: no trial has begun, or the last action's reward was not told.
+            TypeError: all that ``reset()`` or ``step()`` returned is given in the place of the observation.
             KeyError: an entry of the observation is missing.
             ValueError: an entry or ``noise`` has another shape, or an entry numbers that its dtype in the env cannot hold.
             FloatingPointError: it is not finite.
@@ -312,6 +313,11 @@ class AdaptiveAgent:
 
 def _at(name: str, observation: Any, path: Sequence[str | int], *, is_only: bool) -> Any:
     """What lies at ``path`` in an observation."""
+    is_shown_as_tuple = path and isinstance(path[0], int)
+    if isinstance(observation, tuple) and not is_shown_as_tuple and any(isinstance(e, Mapping) for e in observation):
+        raise TypeError(
+            "a tuple with a mapping in it is no observation: of what reset() and step() return give the first alone."
+        )
     if is_only and not isinstance(observation, Mapping | tuple):
         path = ()
     for place in path:

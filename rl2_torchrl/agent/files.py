@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rl2_torchrl.modules.actor_critic import ActorCritic
 from rl2_torchrl.storage import DamagedFileError, load_tree, save_tree
 
 __all__ = ["load_weights", "read_agent", "write_agent"]
@@ -34,10 +35,9 @@ def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         ValueError: it is no agent's, only a part of one, or damaged.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no agent in {path}: a recipe leaves its own in its run's folder, as agent.safetensors."
-        )
+    if not path.is_file():
+        what = "is a folder, and no agent's file" if path.is_dir() else "is no file"
+        raise FileNotFoundError(f"{path} {what}: a recipe leaves its agent in its run's folder, as agent.safetensors.")
     try:
         held = load_tree(path)
     except DamagedFileError as error:
@@ -58,6 +58,8 @@ def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
 def load_weights(policy: nn.Module, path: str | Path) -> None:
     """Puts the weights of the agent in ``path`` into ``policy``, an actor of the sizes that it was saved from.
 
+    Of an `ActorCritic` the actor gets them: an agent's file holds no critic.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no agent's, only a part of one, damaged, or that of another network.
@@ -76,6 +78,7 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
         True
     """
     _, weights = read_agent(path)
+    policy = policy.actor if isinstance(policy, ActorCritic) else policy
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     expected = {name: tuple(value.shape) for name, value in policy.state_dict().items()}
     names = [name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name)]
