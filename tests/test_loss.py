@@ -13,6 +13,8 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import GRUCategoricalActor, GRUGaussianActor, GRUValueHead, RL2PPOLoss
+from rl2_torchrl.gradients import Program
+from rl2_torchrl.modules.layers import Head
 
 PROBS = (0.5, 0.25, 0.25)
 VALUE = 2.0
@@ -267,6 +269,14 @@ def test_a_hook_on_gradients_that_is_hung_up_later_is_called():
     _head(loss).register_full_backward_hook(lambda module, by_inputs, by_outputs: seen.append(by_outputs[0].shape))
     loss(data())["loss_objective"].backward()
     assert seen == [(1, 6, 3)]
+
+
+def test_a_head_of_another_size_says_so():
+    actor, _ = networks()
+    critic = TensorDictModule(Head(9, 1, init_range=1e-3), ["actor_features"], ["state_value"])
+    for run in (lambda loss: loss(data()), lambda loss: Program(loss)(dict(data().items()))):
+        with pytest.raises(ValueError, match="the head reads 4 features but was built for 9"):
+            run(RL2PPOLoss(actor, critic))
 
 
 def test_a_loss_is_freed():

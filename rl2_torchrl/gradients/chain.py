@@ -52,9 +52,9 @@ class ChainPart(Part):
         self.is_of_pairs = not joins and self.after is None and set(self.before) == {"relu"}
 
     def run(self, state: State) -> None:
-        if not self.is_of_pairs:
+        [x, *_] = entries_of(state, self.in_keys)
+        if not self.is_of_pairs or x.shape[-1] != self.linears[0].in_features:  # which the module tells
             return super().run(state)
-        [x] = entries_of(state, self.in_keys)
         x = x.detach() if self.detach else x
         for layer in self.linears:
             x = relu_linear(layer)(x)
