@@ -256,11 +256,11 @@ def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> No
     if missing:
         raise KeyError(f"measures asks for {missing}, which the env does not say; it has {known}.")
     trials = [each for each in transforms_of(env) if isinstance(each, Trial)]
-    if lost := [key for key in measures if any(trial.is_overwritten(key) for trial in trials)]:
+    if lost := [key for key in measures if any(key in trial.overwritten(env) for trial in trials)]:
         raise ValueError(
             f"measures asks for {lost}, which an inner reset overwrites: at an episode's last step they are those of the next "
-            f"one's beginning, and a success there would be lost. Name them, Trial(step_keys={lost}), unless the policy reads "
-            f"them; or have the env say such numbers within {INFO!r}."
+            f"one's beginning, and a success there would be lost. Name them, Trial(step_keys={lost}), unless policy or env read "
+            f"them; put a transform that makes them below Trial; or have the env say such numbers within {INFO!r}."
         )
     sizes = {key: tuple(env.observation_spec[key].shape[env.ndim :]) for key in measures if key != "reward"}
     if several := {key: size for key, size in sizes.items() if math.prod(size) != 1}:

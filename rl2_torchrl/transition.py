@@ -14,7 +14,7 @@ from torchrl.envs.batched_envs import BatchedEnvBase
 
 from rl2_torchrl.arguments import as_list
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, base_of, is_within, transforms_of
+from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, base_of, is_within, made_of, transforms_of
 
 __all__ = ["PreviousStep"]
 
@@ -281,10 +281,7 @@ def _observations(env: EnvBase, before: Transform) -> set[NestedKey]:
     specs = [getattr(reader, "info_spec", None) for reader in readers]
     told = {key for spec in specs if spec is not None for key in spec.keys(True, True)}
     shown = set(base.observation_spec.keys(True, True)) - told
-    for transform in transforms[: transforms.index(before)]:
-        if shown.intersection(transform.in_keys or ()):
-            shown.update(transform.out_keys or ())
-    return shown
+    return made_of(shown, transforms[: transforms.index(before)])
 
 
 def _is_task(key: NestedKey, task_keys: Sequence[NestedKey]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv, VecGymEnvTransform
 
 from rl2_torchrl.arguments import as_list, require_flags, whole
+from rl2_torchrl.tasks import TaskSampler
 
 __all__ = ["Trial"]
 
@@ -59,7 +61,7 @@ class Trial(Transform):
             ``"info"`` always are. Default none more.
 
     Raises:
-        ValueError: neither bound is given, or one is below 1.
+        ValueError: neither bound is given, or one is below 1; ``step_keys`` names an entry of the env's ``state_spec``.
         TypeError: ``step_keys`` is a single key, or the base env resets its rows by itself (`GymEnv` with ``num_envs``).
         RuntimeError: when attached anywhere but first in the `TransformedEnv`.
         NotImplementedError: the base env has nested or several done entries (multi-agent envs).
@@ -132,11 +134,15 @@ class Trial(Transform):
         """Whether the entry ``key`` tells of the step that was taken, so that an inner reset leaves it."""
         return key in self.step_keys or is_within(key, INFO)
 
-    def is_overwritten(self, key: NestedKey) -> bool:
-        """Whether the entry ``key``, where an episode ends, is not that of its last step but of the next one's beginning."""
-        env = self._base_env  # whose inputs, such as a task, are those of the whole trial
-        is_shown = key in env.observation_spec.keys(True, True) and key not in env.state_spec.keys(True, True)
-        return is_shown and self.episodes != 1 and not self.tells_of_step(key)
+    def overwritten(self, env: EnvBase) -> set[NestedKey]:
+        """Entries of ``env``, around this trial, that are not those of an episode's last step but of the next one's beginning."""
+        if self.episodes == 1:
+            return set()
+        transforms = transforms_of(env)
+        tasks = [each.task_key for each in transforms if isinstance(each, TaskSampler)]
+        keys = self._base_env.observation_spec.keys(True, True)
+        keys = [key for key in keys if not self.tells_of_step(key) and not any(is_within(key, task) for task in tasks)]
+        return made_of(keys, transforms[transforms.index(self) + 1 :])
 
     def _set_done(self, next_tensordict: TensorDictBase, trial_done: torch.Tensor) -> None:
         next_tensordict.set("done", trial_done)
@@ -183,6 +189,11 @@ class Trial(Transform):
         if unknown:
             raise KeyError(
                 f"Trial(step_keys=...): the env has no entry {unknown}, only {list(observation_spec.keys(True, True))}."
+            )
+        if read := [key for key in self.step_keys if key in env.state_spec.keys(True, True)]:
+            raise ValueError(
+                f"Trial(step_keys=...): the env reads {read} back at its next step: left as they are by an inner reset, the new "
+                "episode would go on from the last one's."
             )
         shape, device = env.full_done_spec["done"].shape, env.device
         observation_spec[EPISODE_DONE] = Binary(1, shape=shape, dtype=torch.bool, device=device)
@@ -265,3 +276,14 @@ def base_of(env: EnvBase) -> EnvBase:
 def transforms_of(env: EnvBase | None) -> list[Transform]:
     """The transforms around ``env``, from the inside out."""
     return [*transforms_of(env.base_env), *own_transforms(env)] if isinstance(env, TransformedEnv) else []
+
+
+def made_of(keys: Iterable[NestedKey], transforms: Sequence[Transform]) -> set[NestedKey]:
+    """The entries ``keys``, and what ``transforms`` make of them."""
+    made = set(keys)
+    for transform in transforms:
+        read, written = transform.in_keys or (), transform.out_keys or ()
+        # As many of one as of the other are pairs to TorchRL's transforms.
+        pairs = zip(read, written, strict=True) if len(read) == len(written) else product(read, written)
+        made |= {out for key, out in pairs if key in made}
+    return made

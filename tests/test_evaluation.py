@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Categorical, Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, InitTracker, SerialEnv, StepCounter, Transform, TransformedEnv
+from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, SerialEnv, StepCounter, Transform, TransformedEnv
 from torchrl.envs.utils import exploration_type
 from torchrl.modules.utils import get_primers_from_module
 
@@ -28,7 +28,7 @@ from rl2_torchrl import (
     with_shuffled_rewards,
     with_zeroed_memory,
 )
-from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, TensorEnv
+from rl2_torchrl.envs import BernoulliBandit, GridNavi, QuadraticBandit, TensorEnv, grid_goals
 from rl2_torchrl.evaluation import _tell_of_single_steps
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.testing import check_trial_env
@@ -534,6 +534,41 @@ def test_a_measure_that_an_inner_reset_overwrites_is_refused():
             successes(how, episodes=2)
         assert successes(how, episodes=2, step_keys=["success"]) == [1.0, 1.0]
     assert successes("max", episodes=1) == [1.0]
+
+
+class Doubled(Transform):
+    """An entry of its own, made of the observation."""
+
+    def __init__(self):
+        super().__init__(in_keys=["observation"], out_keys=["doubled"])
+
+    def _apply_transform(self, observation):
+        return 2.0 * observation.unsqueeze(-1)
+
+    def _reset(self, _, after):
+        return self._call(after)
+
+    def transform_observation_spec(self, spec):
+        spec["doubled"] = Unbounded((*spec["observation"].shape, 1))
+        return spec
+
+
+@pytest.mark.parametrize(
+    ("below", "behind", "lost"),
+    [
+        ([StepCounter()], [], "step_count"),  # which its own step reads, as a reset gives it
+        ([RewardSum()], [], "episode_reward"),
+        ([], [Doubled()], "doubled"),
+        ([Doubled()], [], "doubled"),
+    ],
+)
+def test_a_measure_of_what_a_transform_makes_is_refused_where_an_inner_reset_overwrites_it(below, behind, lost):
+    base = TransformedEnv(GridNavi(size=3, episode_steps=2, batch_size=(2,)), Compose(*below))
+    trial = [Trial(episodes=2), TaskSampler(grid_goals(3)), *behind, PreviousStep(["observation"])]
+    env = TransformedEnv(base, Compose(*trial), auto_unwrap=False)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=4)
+    with pytest.raises(ValueError, match=rf"\['{lost}'\], which an inner reset overwrites"):
+        adaptation_curve(env, actor, 2, measures={lost: "last"})
 
 
 def test_a_measure_that_is_not_finite_is_an_error():

@@ -340,3 +340,9 @@ def test_inner_resets_leave_what_tells_of_the_step(step_keys, expected):
 def test_unknown_step_keys_are_refused():
     with pytest.raises(KeyError, match="no entry .*speed"):
         counting((2,), (1, 2), trial=Trial(episodes=2, step_keys=["speed"])).reset()
+
+
+def test_step_keys_that_the_env_reads_back_are_refused():
+    base, trial = TransformedEnv(CountingEnv((2,)), RewardSum()), Trial(episodes=2, step_keys=["episode_reward"])
+    with pytest.raises(ValueError, match=r"reads \['episode_reward'\] back at its next step"):
+        _ = TransformedEnv(base, trial, auto_unwrap=False).observation_spec
