@@ -177,7 +177,8 @@ class Rooms(TensorEnv):
         state = {**state, "room": (state["room"] + move) % 4, "move": move}
         at_home = (state["room"] == state["home"]).unsqueeze(-1)
         noise = torch.rand(state["cost"].shape, generator=self.generator)
-        return state, self.look(state), at_home.float() - noise * state["cost"], None, at_home
+        seen = dict(reversed(self.look(state).items()))  # in another order than an episode's first
+        return state, seen, at_home.float() - noise * state["cost"], None, at_home
 
     def look(self, state):
         room = state["room"]

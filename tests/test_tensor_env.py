@@ -382,6 +382,33 @@ def test_a_checkpoint_goes_on_in_a_new_env(make, tasks):
                 assert (one is other is None) or torch.equal(one, other)
 
 
+def test_a_checkpoint_puts_dictionaries_back_by_key():
+    class Swapped(Line):
+        """Begins with state and observation in one order, and goes on in the other."""
+
+        def begin(self, task, rows):
+            return {"task": task, "place": torch.zeros_like(task)}, self.observe(torch.zeros_like(task))
+
+        def advance(self, state, action):
+            place = state["place"] + action.unsqueeze(-1)
+            return {"place": place, "task": state["task"]}, self.observe(place), place, None, None
+
+        def observe(self, place):
+            return dict(
+                sorted({"place": place.expand(-1, 2), "seen": -place.expand(-1, 2)}.items(), reverse=place.any())
+            )
+
+        def observe_more(self, state):
+            return {"twice": 2 * state["place"]}
+
+    env, resumed = Swapped(batch_size=(2,)), Swapped(batch_size=(2,))
+    env.start(column(1, 2))
+    env.play(ones(env))
+    resumed.set_extra_state(env.get_extra_state())
+    for ours, theirs in ((env.state, resumed.state), (env.observation, resumed.observation)):
+        assert {key: value.tolist() for key, value in ours.items()} == {k: v.tolist() for k, v in theirs.items()}
+
+
 def test_states_that_are_not_ones_own():
     env = Line(batch_size=(3,), seed=0)
     fresh = env.get_extra_state()

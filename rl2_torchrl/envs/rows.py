@@ -9,7 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-__all__ = ["Entries", "EnvState", "Rows", "entries_of", "merge", "rebuilt", "tensors_of"]
+__all__ = ["Entries", "EnvState", "Rows", "by_key", "entries_of", "merge", "rebuilt", "tensors_of"]
 
 #: What an env remembers from step to step: a tensor, TensorDict, tuple or dictionary of them, or None; each tensor ``[*B, ...]``.
 EnvState = Any
@@ -68,8 +68,18 @@ def merge(rows: Tensor, new: EnvState, old: EnvState) -> EnvState:
     return _tuple_like(new, [merge(rows, *values) for values in zip(new, old, strict=True)])
 
 
+def by_key(entries: dict) -> dict:
+    """``entries`` in the order of their keys, since a step may return them in another than a reset.
+
+    Examples:
+        >>> by_key({"speed": 1, "place": 2})
+        {'place': 2, 'speed': 1}
+    """
+    return dict(sorted(entries.items(), key=lambda item: str(item[0])))
+
+
 def tensors_of(state: EnvState) -> Iterator[Tensor]:
-    """All tensors of a state, in order.
+    """All tensors of a state, in order; those of a dictionary or TensorDict `by_key`.
 
     Examples:
         >>> list(tensors_of((torch.tensor(1), {"place": torch.tensor(2)})))
@@ -78,9 +88,9 @@ def tensors_of(state: EnvState) -> Iterator[Tensor]:
     if isinstance(state, Tensor):
         yield state
     elif isinstance(state, TensorDictBase):
-        yield from state.values(True, True, sort=True)  # a task's entries may stand in any order
+        yield from state.values(True, True, sort=True)
     elif state is not None:
-        for value in state.values() if isinstance(state, dict) else state:
+        for value in by_key(state).values() if isinstance(state, dict) else state:
             yield from tensors_of(value)
 
 
@@ -98,7 +108,7 @@ def rebuilt(state: EnvState, leaves: Iterator[Tensor]) -> EnvState:
     if isinstance(state, TensorDictBase):
         return state.clone(False).update(dict(zip(state.keys(True, True, sort=True), leaves, strict=False)))
     if isinstance(state, dict):
-        return {key: rebuilt(value, leaves) for key, value in state.items()}
+        return {key: rebuilt(value, leaves) for key, value in by_key(state).items()}
     return _tuple_like(state, [rebuilt(value, leaves) for value in state])
 
 
