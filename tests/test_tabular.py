@@ -19,6 +19,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import TabularMDP, pack_mdps, random_mdps, unpack_mdps
 from rl2_torchrl.envs.discrete import DiscreteState
+from rl2_torchrl.settings import _env as settings_of_env
 from rl2_torchrl.testing import check_trial_env
 
 STATES, ACTIONS, STEPS, EPISODES = 4, 3, 5, 2
@@ -262,6 +263,15 @@ def test_a_checkpoint_goes_on_in_the_middle_of_an_episode():
         for key in ("observation", "reward", "done"):
             assert torch.equal(going_on[key], after[key]), key
     assert after["done"].all()
+
+
+def test_the_noise_is_a_setting_and_a_curriculums_is_in_the_checkpoint():
+    env, resumed = make((2,), noise=1.0), make((2,), noise=1.0)
+    env.start(ring().expand(2, -1))
+    env.noise = 0.1
+    resumed.set_extra_state(env.get_extra_state())
+    assert resumed.noise == 0.1
+    assert settings_of_env(env)["env.noise"] == settings_of_env(resumed)["env.noise"] == 1.0
 
 
 # ---- Bad input.

@@ -67,6 +67,8 @@ class TabularMDP(DiscreteEnv):
         # A tensor too: what a CUDA graph has recorded reads a new value from the same memory.
         self._noise_scale = torch.zeros((), device=self.device)
         self.noise = noise
+        #: The noise that the env was made with.
+        self.given_noise = self.noise
 
     @property
     def noise(self) -> float:
@@ -80,6 +82,14 @@ class TabularMDP(DiscreteEnv):
             raise ValueError(f"noise={noise} is a standard deviation: it must be at least 0.")
         self._noise = float(noise)
         self._noise_scale.fill_(self._noise)
+
+    def get_outside_state(self) -> list[Tensor]:
+        """The noise, which may have been set since."""
+        return [torch.tensor(self._noise, dtype=torch.float64)]
+
+    def set_outside_state(self, tensors: Sequence[Tensor]) -> None:
+        """Puts back what `get_outside_state` returned."""
+        self.noise = tensors[0].item()
 
     def begin(self, task: Tensor, rows: Tensor) -> tuple[DiscreteState, Tensor]:
         """State 0 in every row.
