@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor
 from tensordict.utils import expand_as_right
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv, VecGymEnvTransform
@@ -123,12 +123,9 @@ class Trial(Transform):
         reset_input.update(next_tensordict.select(*env.done_keys))
         reset_input.set("_reset", rows)
         first = env._reset(reset_input)
-        for key in first.keys(True, True):
-            if key in env.done_keys or key in env.reset_keys or self.tells_of_step(key):
-                continue
-            old, new = next_tensordict.get(key, None), first.get(key)
-            mask = expand_as_right(rows.reshape(env.batch_size), new)
-            next_tensordict.set(key, new if old is None else torch.where(mask, new, old))
+        flags = {*env.done_keys, *env.reset_keys}
+        rows = rows.reshape(env.batch_size)
+        put_rows(first, next_tensordict, rows, lambda key: key in flags or self.tells_of_step(key))
 
     def tells_of_step(self, key: NestedKey) -> bool:
         """Whether the entry ``key`` tells of the step that was taken, so that an inner reset leaves it."""
@@ -251,6 +248,20 @@ def _require_plain_resets(env: EnvBase) -> None:
             "a GymEnv with num_envs= resets its rows by itself, out of Trial's sight: each episode would begin with the last "
             "one's final observation. Make it GymVectorEnv(id, num_envs, ...), which leaves resets to trials."
         )
+
+
+def put_rows(
+    first: TensorDictBase, into: TensorDictBase, rows: torch.Tensor, is_kept: Callable[[NestedKey], bool]
+) -> None:
+    """Writes ``first`` into the ``rows`` (bool ``[*B]``) of ``into``, text too; entries that are ``is_kept`` stay as they are."""
+    for key in first.keys(True, True, is_leaf=is_leaf_nontensor):
+        if is_kept(key):
+            continue
+        old, new = into.get(key, None), first.get(key)
+        if old is not None:
+            is_tensor = isinstance(new, torch.Tensor)
+            new = torch.where(expand_as_right(rows, new), new, old) if is_tensor else new.where(rows, old)
+        into.set(key, new)
 
 
 def is_within(key: NestedKey, root: NestedKey) -> bool:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.data import Categorical, Composite, NonTensor, Unbounded
 from torchrl.envs import (
     Compose,
     EnvBase,
@@ -346,3 +346,43 @@ def test_step_keys_that_the_env_reads_back_are_refused():
     base, trial = TransformedEnv(CountingEnv((2,)), RewardSum()), Trial(episodes=2, step_keys=["episode_reward"])
     with pytest.raises(ValueError, match=r"reads \['episode_reward'\] back at its next step"):
         _ = TransformedEnv(base, trial, auto_unwrap=False).observation_spec
+
+
+class Saying(EnvBase):
+    """Says in words what it also says in numbers; an episode has two steps."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.observation_spec = Composite(count=Unbounded(1), text=NonTensor(()))
+        self.action_spec, self.reward_spec = Unbounded(1), Unbounded(1)
+
+    def _reset(self, tensordict=None):
+        self.count = 0
+        return TensorDict({"count": torch.zeros(1), "text": "an episode begins"})
+
+    def _step(self, tensordict):
+        self.count += 1
+        said = {"count": torch.tensor([float(self.count)]), "text": f"step {self.count}"}
+        return TensorDict({**said, "reward": torch.zeros(1), "done": torch.tensor([self.count == 2])})
+
+    def _set_seed(self, seed):
+        pass
+
+
+@pytest.mark.parametrize("num_rows", [None, 2])
+def test_text_after_an_inner_reset_is_the_new_episodes(num_rows):
+    base = Saying() if num_rows is None else SerialEnv(num_rows, Saying)
+    env = TransformedEnv(base, Trial(steps=3))
+    td = env.reset()
+    if num_rows is not None:  # row 1 is a step behind row 0
+        td = env.step_mdp(env.rand_step(td))
+        td = env.reset(td.set("_reset", torch.tensor([[False], [True]])))
+    texts = []
+    for _ in range(2):
+        stepped = env.rand_step(td)
+        texts.append(stepped["next", "text"] if num_rows is None else stepped["next"].get("text").tolist())
+        td = env.step_mdp(stepped)
+    if num_rows is None:
+        assert texts == ["step 1", "an episode begins"]
+    else:
+        assert texts == [["an episode begins", "step 1"], ["step 1", "an episode begins"]]

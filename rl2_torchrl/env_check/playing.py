@@ -9,13 +9,12 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.utils import expand_as_right
 from torch import Tensor
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.env_check.outcomes import Outcome
 from rl2_torchrl.envs.rows import merge
-from rl2_torchrl.trial import INFO, base_of, is_within
+from rl2_torchrl.trial import INFO, base_of, is_within, put_rows
 
 __all__ = ["RUN_STEPS", "STEPS_TO_AN_END", "EnvBelow", "Pair", "Task"]
 
@@ -62,9 +61,8 @@ class EnvBelow:
         self.num_rows = env.batch_size.numel()
         self._base = base_of(env)
         self._given_seed = vars(self._base).get("given_seed")
-        self.step_size = (
-            0  #: How many numbers of an outcome are the step's own; those of an episode begun there come behind.
-        )
+        #: How many numbers of an outcome are the step's own; those of an episode begun there come behind.
+        self.step_size = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a check finds the same each time
             self.actions = [env.full_action_spec[env.action_key].rand() for _ in range(STEPS_TO_AN_END)]
@@ -96,12 +94,9 @@ class EnvBelow:
     def begin(self, tensordict: TensorDictBase, rows: Tensor, task: Task, brought: Task = None) -> TensorDictBase:
         """An episode of ``task`` begins in ``rows`` ``[*B, 1]``, as `Trial` makes it begin; the reset is given ``brought``."""
         given = self.given(tensordict.clone(), task)
-        first = self.env._reset(self.given(given.clone(), brought).set("_reset", rows.clone()))
-        for key in first.keys(True, True):
-            if key not in self.env.reset_keys and key not in self.env.done_keys:
-                old, new = given.get(key, None), first.get(key)
-                mask = expand_as_right(rows.reshape(self.env.batch_size), new)
-                given.set(key, new.clone() if old is None else torch.where(mask, new, old))
+        first = self.env._reset(self.given(given.clone(), brought).set("_reset", rows.clone())).clone()
+        flags = {*self.env.reset_keys, *self.env.done_keys}
+        put_rows(first, given, rows.reshape(self.env.batch_size), flags.__contains__)
         for key in self.env.done_keys:
             given.set(key, given.get(key) & ~rows)
         return given
