@@ -10,7 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor
 from tensordict.utils import expand_as_right
 from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv, VecGymEnvTransform
+from torchrl.envs import AutoResetTransform, Compose, EnvBase, Transform, TransformedEnv, VecGymEnvTransform
 
 from rl2_torchrl.arguments import as_list, require_flags, whole
 from rl2_torchrl.tasks import TaskSampler
@@ -62,7 +62,8 @@ class Trial(Transform):
 
     Raises:
         ValueError: neither bound is given, or one is below 1; ``step_keys`` names an entry of the env's ``state_spec``.
-        TypeError: ``step_keys`` is a single key, or the base env resets its rows by itself (`GymEnv` with ``num_envs``).
+        TypeError: ``step_keys`` is a single key, or the base env resets its rows by itself (`GymEnv` with ``num_envs``, any with
+            ``auto_reset=True``).
         RuntimeError: when attached anywhere but first in the `TransformedEnv`.
         NotImplementedError: the base env has nested or several done entries (multi-agent envs).
 
@@ -228,9 +229,8 @@ class Trial(Transform):
         first = env.transform
         while isinstance(first, Compose) and len(first):
             first = first.transforms[0]
-        if isinstance(first, VecGymEnvTransform):
-            _require_plain_resets(env)
         if first is not self:
+            _require_plain_resets(env)
             raise RuntimeError(
                 f"Trial must be the first transform, but {type(first).__name__} comes before it: Trial resets the base "
                 "env itself at every inner episode's end, and that transform would not see it. Put Trial first, or "
@@ -242,11 +242,13 @@ class Trial(Transform):
 
 
 def _require_plain_resets(env: EnvBase) -> None:
-    """Raises where a vector env below ``env`` resets its rows by itself: an agent would be shown how the last episode ended."""
-    if any(isinstance(transform, VecGymEnvTransform) for transform in transforms_of(env)):
+    """Raises where an env below ``env`` resets its rows by itself: its episodes would be no trial's."""
+    is_told = vars(base_of(env)).get("_torchrl_native_autoreset", False)  # TorchRL's flag of a simulator that does so
+    if is_told or any(isinstance(each, VecGymEnvTransform | AutoResetTransform) for each in transforms_of(env)):
         raise TypeError(
-            "a GymEnv with num_envs= resets its rows by itself, out of Trial's sight: each episode would begin with the last "
-            "one's final observation. Make it GymVectorEnv(id, num_envs, ...), which leaves resets to trials."
+            "the env resets its rows by itself, out of Trial's sight: an episode would begin with the last one's final "
+            "observation, or be the last task's. A GymEnv with num_envs= make GymVectorEnv(id, num_envs, ...), which leaves resets "
+            "to trials, and others without auto_reset=True."
         )
 
 

@@ -263,6 +263,12 @@ CASES = [
         "resets its rows by itself.*GymVectorEnv",
     ),
     row(
+        "an env that resets itself",
+        lambda: wrap(Trial(episodes=2), base=GymEnv("CartPole-v1", auto_reset=True, auto_reset_replace=False)).reset(),
+        TypeError,
+        "resets its rows by itself.*without auto_reset=True",
+    ),
+    row(
         "transition input by hand",
         lambda: PreviousStep().begin([torch.zeros(2)]),
         RuntimeError,
