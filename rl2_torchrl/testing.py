@@ -92,7 +92,8 @@ def check_trial_env(
 
     Made for ``TransformedEnv(your_env, Compose(Trial(...), TaskSampler(...), PreviousStep()))``. What the workers of a
     ``SerialEnv`` or ``ParallelEnv`` do inside is hidden: ``first_observation``, ``task_follows_seed``, and what is asked of the
-    env below `Trial` itself, are left out there. The env is reset and stepped, uses up tasks, and is seeded as it was made.
+    env below `Trial` itself, are left out there. The env is reset and stepped, uses up tasks, and is seeded as it was made; one
+    of TorchRL's, which does not keep its seed, by a number of PyTorch's default generator: seed it after the check.
 
     Whether a task reaches the env (``task_heard``) is seen from outside: after one seed and the same actions, another task must
     show in something, from the start and in episodes that begin in some rows. An env in which random actions hardly ever meet
