@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.data import Categorical, Composite, TensorSpec
+from torchrl.data import Categorical, Composite, MultiCategorical, TensorSpec
 from torchrl.envs import Compose, EnvBase, Transform
 
 from rl2_torchrl.seeding import derived_seed, seed_generator
@@ -153,7 +153,8 @@ class TaskSampler(Transform):
     def _require_fit(
         self, said: str, task: torch.Tensor | TensorDictBase, batch_size: torch.Size, spec: TensorSpec
     ) -> None:
-        given, asked = _leaves(task, 0), _leaves(spec, len(self._base_env.batch_size))
+        batch_dims = len(self._base_env.batch_size)
+        given, asked = _leaves(task, 0), _leaves(spec, batch_dims)
         asked = {name: (torch.Size([*batch_size, *shape]), dtype) for name, (shape, dtype) in asked.items()}
         if given != asked:
             raise ValueError(
@@ -162,9 +163,13 @@ class TaskSampler(Transform):
             )
         for name, leaf in _items(spec):
             value = task if name == "" else task.get(name)
-            if isinstance(leaf, Categorical) and not ((value >= 0) & (value < leaf.space.n)).all():
-                numbers = value.unique().tolist()
-                raise ValueError(f"{said} {name or 'one of'} {numbers}: there are {leaf.space.n} choices, from 0 on.")
+            if isinstance(leaf, Categorical):
+                choices = (
+                    leaf.nvec[(0,) * batch_dims] if isinstance(leaf, MultiCategorical) else torch.tensor(leaf.space.n)
+                )
+                if not ((value >= 0) & (value < choices.to(value.device))).all():
+                    said = f"{said} {name or 'one of'} {value.unique().tolist()}"
+                    raise ValueError(f"{said}: there are {choices.tolist()} choices, from 0 on.")
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         return tensordict_reset.set(self.task_key, tensordict.get(self.task_key).clone())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
-from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.data import Categorical, Composite, MultiCategorical, Unbounded
 from torchrl.envs import Compose, EnvBase, EnvCreator, GymEnv, RewardSum, SerialEnv, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
@@ -390,6 +390,15 @@ def test_task_that_does_not_fit_the_env(task, message):
 def test_given_task_that_does_not_fit_the_env(task):
     with pytest.raises(ValueError, match=r"the task given to reset\(\) is .* asks for \(3, 2\) of torch.float32"):
         bandits(uniform()).reset(TensorDict({"task": task}, [3]))
+
+
+def test_tasks_of_several_choices():
+    spec = MultiCategorical([3, 4]).expand(2, 2)
+    tasks = torch.tensor([[2, 3], [0, 3], [3, 0]])
+    env = TransformedEnv(EchoEnv((2,), "task", spec, "task"), Compose(Trial(episodes=2), TaskSampler.fixed(tasks)))
+    assert env.reset()["task"].tolist() == [[2, 3], [0, 3]]
+    with pytest.raises(ValueError, match=r"gave one of \[0, 2, 3\]: there are \[3, 4\] choices, from 0 on"):
+        env.reset()
 
 
 @pytest.mark.parametrize("number", [-1, 2])
