@@ -334,12 +334,22 @@ def _mlp_encoder(**options):
     return RL2PPOLoss(actor, critic)
 
 
+def _tied_to_anothers():
+    """In front of the critic's GRU stands a function on a weight of the actor's."""
+    loss = _mlp_encoder()
+    weight = next(m for m in loss.actor_network.modules() if isinstance(m, MLPEncoder)).layers[0].weight
+    tied = TensorDictModule(lambda x: x @ weight.t(), ["trans"], ["tied"])
+    critic = GRUValueHead(8, hidden_size=12, in_key="tied", init_range=1.0, **F64)
+    return RL2PPOLoss(loss.actor_network, TensorDictSequential(tied, critic))
+
+
 COMPOSED = {
     "user's modules": (_user_module_between, 2),
     "critic on the actor's features": (lambda: _critic_on("actor_features"), 0),
     "critic that writes over them": (lambda: _critic_on("actor_features", features_key="actor_features"), 0),
     "critic on logits": (_critic_on_logits, 0),
     "shared weights": (_tied, 0),
+    "function on another's weight": (_tied_to_anothers, 1),
     "hook on a head": (lambda: _hook_on(Head), 1),
     "hook on a GRU": (lambda: _hook_on(nn.GRU), 1),
     "hook on a core": (lambda: _changed(_hook_on_core), 1),

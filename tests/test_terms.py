@@ -168,6 +168,44 @@ def test_a_terms_parameters_are_trained_saved_and_in_the_log():
     assert torch.equal(loss.terms[0].layer.weight, before)
 
 
+class WeightDecay(nn.Module):
+    """Reaches the actor's parameters without being their owner, and after a while the critic's, too."""
+
+    in_keys = []
+
+    def __init__(self, loss):
+        super().__init__()
+        self.networks, self.calls = [list(loss.actor_network.parameters()), list(loss.critic_network.parameters())], 0
+
+    def forward(self):
+        self.calls += 1
+        reached = [p for network in self.networks[: self.calls] for p in network]
+        return {"loss_decay": 0.1 * sum(p.square().sum() for p in reached)}
+
+
+def test_parameters_that_a_term_reaches_but_does_not_own_are_trained_by_it():
+    loss = loss_with()
+    loss.terms.append(decay := WeightDecay(loss))
+    program, named = Program(loss), dict(loss.named_parameters())
+    for calls in range(2):
+        decay.calls = calls
+        expected = torch.autograd.grad(total(loss(data_of())), named.values())
+        decay.calls = calls
+        program(data_of())
+        for (name, parameter), gradient in zip(named.items(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, msg=name)
+
+
+def test_a_term_that_only_tells_something_needs_no_entry():
+    class Answer(nn.Module):
+        in_keys = []
+
+        def forward(self):
+            return {"answer": 42}
+
+    assert Program(loss_with(Answer()))(data_of())["answer"] == 42
+
+
 def test_a_term_reads_the_critics_values_even_without_a_value_loss():
     loss, data = loss_with(Told(), critic_coeff=0.0), data_of()
     assert "loss_critic" not in loss(data).keys()

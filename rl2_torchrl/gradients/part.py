@@ -38,6 +38,9 @@ class Part:
 
     Attributes:
         wanted: those of ``in_keys`` that carry a gradient, as they are made from parameters. Whoever runs the part sets it.
+        sources: parameters by which autograd looks for a gradient, by default ``parameters``. Whoever runs the part adds those
+            that its function may reach without owning them.
+        carries: whether ``out_keys`` carry a gradient.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Part:
             parameters = function.parameters() if isinstance(function, nn.Module) else ()
         self.parameters, self.optional, self.reason = list(dict.fromkeys(parameters)), frozenset(optional), reason
         self.wanted: set[NestedKey] = set()
+        self.sources, self.carries = self.parameters, False
         self._by_hand = False
 
     @property
@@ -90,6 +94,7 @@ class Part:
         with torch.enable_grad():
             self.run(entries)
         self._outputs = [entries[key] for key in self.out_keys]
+        self.carries |= any(out.requires_grad for out in self._outputs)
         state.update((key, out.detach()) for key, out in zip(self.out_keys, self._outputs, strict=True))
 
     def backward(self, gradients: Gradients) -> None:
@@ -99,7 +104,7 @@ class Part:
             return
         ends = [(out, gradients.pop(key, None)) for key, out in zip(self.out_keys, self._outputs, strict=True)]
         ends = [(out, slope) for out, slope in ends if slope is not None and out.requires_grad]
-        sources, self._outputs = [*self._leaves, *(p for p in self.parameters if p.requires_grad)], []
+        sources, self._outputs = [*self._leaves, *(p for p in self.sources if p.requires_grad)], []
         if not ends or not sources:
             return
         outs, slopes = zip(*ends, strict=True)

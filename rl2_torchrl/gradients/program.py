@@ -27,7 +27,7 @@ class Program:
     parameter's ``requires_grad`` changes, make a new one.
 
     Attributes:
-        parameters: those that get a gradient.
+        parameters: those of its parts that get a gradient.
 
     Examples:
         >>> from rl2_torchrl import GRUGaussianActor, GRUValueHead, RL2PPOLoss
@@ -42,10 +42,18 @@ class Program:
         used = {p for part in (*self.parts, *self.terms) for p in part.parameters}
         self._all = list(loss.parameters())
         self.parameters = [p for p in self._all if p.requires_grad and p in used]
-        carrying: set[NestedKey] = set()  # entries that carry a gradient
+        trainable = [p for p in self._all if p.requires_grad]
+        for part in (*self.parts, *self.terms):
+            part.sources = trainable  # a term on weights, or a layer tied to another's, reaches what it does not own
+        self._follow_gradients()
+
+    def _follow_gradients(self) -> None:
+        """Tells each part which entries carry a gradient to it."""
+        carrying: set[NestedKey] = set()
         for part in (*self.parts, *self.terms):
             part.wanted = carrying.intersection(part.in_keys)
-            if part.wanted or any(p.requires_grad for p in part.parameters):
+            part.carries |= bool(part.wanted) or any(p.requires_grad for p in part.parameters)
+            if part.carries:
                 carrying.update(part.out_keys)
             else:
                 carrying.difference_update(part.out_keys)
@@ -61,7 +69,10 @@ class Program:
         self.loss.require_starts(data)
         state, gradients, values = dict(data), {}, {}
         for part in self.parts:
+            is_known = part.carries
             part.forward(state)
+            if part.carries != is_known:  # by parameters of others
+                self._follow_gradients()
         for term in self.terms:
             merge_losses(values, term.losses(state, gradients))
         for part in reversed(self.parts):
@@ -122,7 +133,7 @@ class _Term(Part):
         entries = entries_of(state, self.in_keys)
         self._values = values_of(self.function, entries)
         losses = [value for name, value in self._values.items() if name.startswith("loss_")]
-        state[self.out_keys[0]] = torch.stack(losses).sum() if losses else entries[0].new_zeros(())
+        state[self.out_keys[0]] = torch.stack(losses).sum() if losses else torch.zeros(())
 
     def losses(self, state: State, gradients: Gradients) -> dict[str, float]:
         """Losses and scalar diagnostics; the losses' gradients are added to ``gradients``."""
