@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Composite
@@ -25,6 +25,7 @@ from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.modules import (
     CategoricalActions,
     ConvEncoder,
+    GRUCore,
     ImageEncoder,
     MLPEncoder,
     RecurrentActor,
@@ -128,6 +129,33 @@ def test_the_core_reads_what_the_encoder_gives(kind, make):
     torch.testing.assert_close(td[core.in_keys[0]], encoder.module(td["trans"]))
     with set_recurrent_mode(True):
         network(inputs(3, 6, trans=torch.randn(3, 6, 5)))
+
+
+def _layer(size, read, made):
+    return TensorDictModule(nn.Linear(size, 4), [read], [made])
+
+
+def test_of_a_sequence_of_modules_the_last_one_is_read():
+    encoder = TensorDictSequential(_layer(5, "trans", "first"), TensorDictSequential(_layer(4, "first", "second")))
+    core = TensorDictSequential(
+        GRUCore(4, 6, in_key="second", hidden_key="low", features_key="below"),
+        GRUCore(6, 3, in_key="below", hidden_key="high", features_key="above"),
+    )
+    critic = RecurrentCritic(5, encoder=encoder, core=core)
+    assert (critic.features_key, critic.hidden_size) == ("above", 3)
+    critic(inputs(3, trans=torch.randn(3, 5)))["state_value"].sum().backward()
+    assert all(p.grad is not None for p in critic.parameters())
+    in_place = TensorDictSequential(_layer(5, "trans", "seen"), _layer(4, "seen", "seen"))
+    assert RecurrentCritic(5, encoder=in_place).module[1].in_keys[0] == "seen"
+
+
+def test_a_sequence_whose_modules_are_not_joined_is_refused():
+    encoder = TensorDictSequential(_layer(5, "trans", "one"), _layer(5, "trans", "other"))
+    with pytest.raises(ValueError, match=r"makes one vector, and this TensorDictSequential makes \['one', 'other'\]"):
+        RecurrentCritic(5, encoder=encoder)
+    over = TensorDictSequential(_layer(5, "trans", "time_left"), _layer(4, "time_left", "seen"))
+    with pytest.raises(ValueError, match="'time_left', as another input of the network"):
+        RecurrentCritic({"trans": [5], "time_left": [1]}, encoder=over, extra_keys=["time_left"])
 
 
 def test_skip_goes_from_what_the_core_reads():

@@ -8,7 +8,7 @@ from operator import index
 
 import torch
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
 from rl2_torchrl.arguments import require_callable, require_layer_class, require_numbers, whole, whole_numbers
@@ -19,7 +19,7 @@ from rl2_torchrl.modules.functions import as_reals, relu_linear
 
 __all__ = [
     *("Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead"),
-    *("by_entry", "encoding", "output_size"),
+    *("by_entry", "encoding", "output_key", "output_size"),
 ]
 
 #: A module of ``[*B, *shape]`` to ``[*B, n]``, or a function of that shape that makes one.
@@ -186,7 +186,7 @@ def encoding(
                 f"{key!r} has shape {tuple(entries[key])} and no encoder: give it one, encoder={{{key!r}: ConvEncoder}}."
             )
         [sizes[key]] = entries[key]
-    sizes |= {module.out_keys[0]: output_size(module, entries) for module in modules}
+    sizes |= {output_key(module): output_size(module, entries) for module in modules}
     if len(sizes) == 1:
         return modules, *sizes.popitem()
     whole = sub_key(out_key, "input")
@@ -204,8 +204,9 @@ def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key:
 
 def _require_own_names(modules: Sequence[TensorDictModuleBase], entries: Mapping) -> None:
     """ValueError where a module writes over what another one writes, or over an entry that others read."""
-    written = [module.out_keys[0] for module in modules]
-    for key, module in zip(written, modules, strict=True):
+    by_module = [(key, module) for module in modules for key in module.out_keys]
+    written = [key for key, _ in by_module]
+    for key, module in by_module:
         if written.count(key) > 1 or key in entries.keys() - set(module.in_keys):
             raise ValueError(
                 f"what the encoder of {module.in_keys} makes is called {key!r}, as another input of the network is, and one of "
@@ -213,15 +214,39 @@ def _require_own_names(modules: Sequence[TensorDictModuleBase], entries: Mapping
             )
 
 
+def output_key(module: TensorDictModuleBase) -> NestedKey:
+    """What an encoder or core makes: its first output; of a sequence the one that no later module of it reads.
+
+    Raises:
+        ValueError: there are several of them.
+    """
+    found: list[NestedKey] = []
+    for leaf in _in_order(module):
+        made = next(key for key in leaf.out_keys if key != "_")
+        found = [key for key in found if key not in leaf.in_keys and key != made] + [made]
+    if len(found) != 1:
+        raise ValueError(
+            f"an encoder or core makes one vector, and this {type(module).__name__} makes {found}, of which all but one would be "
+            "lost: let a last module join them, TensorDictModule(lambda *x: torch.cat(x, -1), [...], ['encoded']), say."
+        )
+    return found[0]
+
+
+def _in_order(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    if not isinstance(module, TensorDictSequential):
+        return [module]
+    return [leaf for each in module._module_iter() for leaf in _in_order(each)]
+
+
 def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
-    """Size of the vector that an encoder or core makes first of ``entries``, their shapes, batch dimensions aside."""
+    """Size of the vector that an encoder or core makes of ``entries``, their shapes, batch dimensions aside."""
     like = next(module.parameters(), torch.empty(0))
     is_core = "is_init" in module.in_keys
     lead = [1] if is_core else [2, 3]  # encoders see sequences too, cores in recurrent mode alone
     row = {key: like.new_zeros(*lead, *entries[key]) for key in module.in_keys if key in entries}
     row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
     with torch.no_grad():
-        out = module(TensorDict(row, lead if is_core else [])).get(module.out_keys[0])
+        out = module(TensorDict(row, lead if is_core else [])).get(output_key(module))
     if out.shape[:-1] != torch.Size(lead):
         raise ValueError(
             f"the encoder of {module.in_keys} makes {tuple(out.shape)} of {lead} rows; it must give [*B, n], and keep all leading "

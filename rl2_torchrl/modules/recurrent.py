@@ -18,7 +18,16 @@ from rl2_torchrl.arguments import as_list, require_callable, require_flags, requ
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.gru import GRUCore
-from rl2_torchrl.modules.layers import ConvEncoder, Encoder, Head, SkipHead, by_entry, encoding, output_size
+from rl2_torchrl.modules.layers import (
+    ConvEncoder,
+    Encoder,
+    Head,
+    SkipHead,
+    by_entry,
+    encoding,
+    output_key,
+    output_size,
+)
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import is_info, previous_steps, require_tensors
 
@@ -54,7 +63,8 @@ class RecurrentActor(ProbabilisticActor):
         device, dtype: of the parameters.
         encoder: reads ``in_key`` ``[*B, input_size]`` and gives ``[*B, n]``: a module or a function of the entry's shape, such as
             `MLPEncoder`; or a mapping of entries to such, whose outputs are concatenated with the entries that have none; or a
-            TensorDictModule. Default none; `from_env` gives images that the transition input leaves out a `ConvEncoder`.
+            TensorDictModule, of which the first output is taken, of a sequence that of its last module. Default none; `from_env`
+            gives images that the transition input leaves out a `ConvEncoder`.
         core: carries the memory: a core, or a function of the size of its input, such as `LSTMCore` or
             ``partial(LSTMCore, hidden_size=128)``; its entries are named by this network. Default `GRUCore`.
         head: makes ``distribution.num_outputs`` numbers of the features: a module, or a function of both sizes. Default `Head`.
@@ -325,7 +335,7 @@ def _slots(
         raise ValueError("num_cells and skip are those of the default head; build your own with its hidden layers.")
     elif not isinstance(head, nn.Module):
         head = head(features_size, num_outputs).to(**factory)
-    names = (core.in_keys[1], core.out_keys[0], features_size)
+    names = (core.in_keys[1], output_key(core), features_size)
     return [*norms, *encoders, core], head, [names[1], key] if skip else [names[1]], names
 
 
