@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -119,9 +120,11 @@ def test_what_is_normalised_of_an_env():
         def advance(self, state, action): ...
 
     env = TransformedEnv(Seen(), Compose(Trial(steps=3), PreviousStep()))
-    [norm] = norms(RecurrentActor.from_env(env, normalize=True))
-    # One-hot choice, numbers, one-hot action, reward, done.
-    assert norm.columns.tolist() == [False] * 3 + [True] * 2 + [False] * 2 + [True, False]
+    for flag in (True, np.True_):
+        [norm] = norms(RecurrentActor.from_env(env, normalize=flag))
+        # One-hot choice, numbers, one-hot action, reward, done.
+        assert norm.columns.tolist() == [False] * 3 + [True] * 2 + [False] * 2 + [True, False]
+    assert not norms(RecurrentActor.from_env(env, normalize=np.False_))
 
 
 # ----------------------------------------------------------------- in training

@@ -16,7 +16,7 @@ from torchrl.data import Binary, MultiCategorical, MultiOneHot, OneHot, TensorSp
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
-from rl2_torchrl.arguments import whole, whole_numbers
+from rl2_torchrl.arguments import require_flags, whole, whole_numbers
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, brings
@@ -145,6 +145,7 @@ class CategoricalActions(ActionDistribution):
     _noise: Tensor | None = None
 
     def __init__(self, num_actions: int, *, one_hot: bool = False):
+        require_flags(one_hot=one_hot)
         super().__init__(whole("num_actions", num_actions), ["logits"], OneHotCategorical if one_hot else Categorical)
         self.one_hot = one_hot
 

@@ -259,6 +259,7 @@ class MemoryValueHead(TensorDictSequential):
         value_key: NestedKey = "state_value",
         **layers,
     ):
+        require_flags(detach=detach)
         head = Head(
             whole("features_size", features_size) + extra_size, 1, skip_size=extra_size, init_range=init_range, **layers
         )
@@ -311,6 +312,7 @@ def _slots(
     require_callable(head=head)
     require_layer_class(activation=activation)
     require_flags(skip=skip)
+    normalize = _marks(normalize)
     factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}
     units = {name: number for name, number in units.items() if number is not None}
     encoder, norms = by_entry(encoder, in_key), []
@@ -337,6 +339,14 @@ def _slots(
         head = head(features_size, num_outputs).to(**factory)
     names = (core.in_keys[1], output_key(core), features_size)
     return [*norms, *encoders, core], head, [names[1], key] if skip else [names[1]], names
+
+
+def _marks(normalize: bool | Tensor) -> bool | Tensor:
+    """``normalize``, a flag as Python's own; TypeError where it is neither a flag nor a tensor of flags."""
+    if isinstance(normalize, Tensor):
+        return normalize
+    require_flags(normalize=normalize)
+    return bool(normalize)
 
 
 def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder, features_key: NestedKey, device):
@@ -393,7 +403,7 @@ def _read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.
     kwargs.setdefault("device", env.device)
     keys = [kwargs.get("in_key", "trans"), *as_list("extra_keys", kwargs.get("extra_keys", ()))]
     writers = [each for each in previous_steps(env) if each.out_key == keys[0]]
-    if kwargs.get("normalize") is True and writers:
+    if writers and _marks(kwargs.get("normalize", False)) is True:
         kwargs["normalize"] = writers[-1].reals()
     encoder = by_entry(kwargs.get("encoder"), keys[0])
     if isinstance(encoder, TensorDictModuleBase):
