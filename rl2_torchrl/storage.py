@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ import safetensors.torch
 import torch
 
 __all__ = ["DamagedFileError", "from_tensor", "load_tree", "require_tree", "save_tree", "to_tensor", "write_durably"]
+
+log = logging.getLogger(__name__)
 
 #: How the name of a file ends until it is whole.
 SCRATCH = ".part"
@@ -94,7 +98,7 @@ def save_tree(tree: Any, path: Path) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """The tree that `save_tree` wrote; tensors on the devices that they were on.
+    """The tree that `save_tree` wrote; tensors on the devices that they were on, or the CPU where the machine has none such.
 
     Raises:
         DamagedFileError: the file is not what was written.
@@ -158,10 +162,12 @@ def _encoded(value: Any, tensors: Tensors, where: tuple[str, ...]) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and _is_held(value.dtype):
         number, _ = tensors.setdefault(_identity(value), (len(tensors), value.detach()))
         return {"tensor": [number, str(value.device)]}
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        # As PyTorch takes it: writable, and neither turned round nor of another machine's byte order.
+        value = np.require(value, value.dtype.newbyteorder("="), ["C", "W"])
         return {"array": _encoded(torch.from_numpy(value), tensors, where)}
     if isinstance(value, (torch.device, torch.dtype)):
         return {type(value).__name__: str(value).removeprefix("torch.")}
@@ -172,10 +178,21 @@ def _encoded(value: Any, tensors: Tensors, where: tuple[str, ...]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_encoded(item, tensors, (*where, str(number))) for number, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
+    kind = f" of {value.dtype}" if isinstance(value, np.ndarray | torch.Tensor) else ""
     raise TypeError(
-        f"{'.'.join(where) or 'it'} is a {type(value).__name__}, which cannot be saved without running code when it is read: give "
-        "tensors, arrays, numbers, texts and None, in dictionaries, lists and tuples."
+        f"{'.'.join(where) or 'it'} is a {type(value).__name__}{kind}, which cannot be saved in a file that runs no code when it "
+        "is read: give tensors, arrays of numbers, numbers, texts and None, in dictionaries, lists and tuples."
     )
+
+
+@cache
+def _is_held(dtype: torch.dtype) -> bool:
+    """Whether a file in the safetensors format may hold tensors of ``dtype``."""
+    try:
+        safetensors.torch.save({"tensor": torch.empty(0, dtype=dtype)})
+    except KeyError:
+        return False
+    return True
 
 
 def _identity(tensor: torch.Tensor) -> tuple:
@@ -190,7 +207,7 @@ def _decoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return tensors[str(content[0])].to(content[1], copy=True)  # a copy: each may be written to on its own
+        return tensors[str(content[0])].to(_device(content[1]), copy=True)  # a copy: each may be written to on its own
     if kind == "array":
         return _decoded(content, tensors).numpy()
     if kind in ("device", "dtype"):
@@ -198,3 +215,13 @@ def _decoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_decoded(item, tensors) for item in content)
     return {_decoded(key, tensors): _decoded(item, tensors) for key, item in content}
+
+
+@cache  # one line in the log for a device
+def _device(name: str) -> torch.device:
+    """The device ``name``, or the CPU where there is none such."""
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:  # as a PyTorch without CUDA says it, or one with it
+        log.warning("what was on %s when it was saved is read to the CPU: %s", name, error)
+        return torch.device("cpu")
