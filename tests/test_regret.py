@@ -56,8 +56,10 @@ def test_regrets_by_hand():
 
 def test_bandits_by_hand():
     batch = batch_of([[0, 0, 0]], [[0, 1, 2]], torch.tensor([0.5, 0.25, 0.75]))
-    regrets = RegretAdvantage(bandit_values).regrets(batch)
-    assert regrets.squeeze(-1).tolist() == [[0.25, 0.5, 0.0]]
+    one_hot = torch.nn.functional.one_hot(batch["action"], 3)
+    for action in (batch["action"], one_hot, one_hot.bool()):
+        regrets = RegretAdvantage(bandit_values).regrets(batch.set("action", action))
+        assert regrets.squeeze(-1).tolist() == [[0.25, 0.5, 0.0]]
 
 
 def test_each_row_has_the_regrets_of_its_own_task():

@@ -21,7 +21,8 @@ class RegretAdvantage(TrialAdvantage):
     (Kakade & Langford 2002, lemma 6.1): the same to be gained, without the noise of rewards and the luck of transitions.
     It reads the task, so it is of use in training alone: the agent sees rewards and nothing of this.
 
-    Reads ``"action"`` ``[B, T]`` and what ``action_values`` reads, beside what `TrialAdvantage` reads.
+    Reads ``"action"``, ``[B, T]`` or one-hot ``[B, T, num_actions]``, and what ``action_values`` reads, beside what
+    `TrialAdvantage` reads.
 
     Args:
         action_values: the values of all actions ``[B, T, num_actions]`` for a batch ``[B, T]``: `bandit_values`, `MDPValues`. Its
@@ -54,8 +55,9 @@ class RegretAdvantage(TrialAdvantage):
 
     def regrets(self, tensordict: TensorDictBase) -> Tensor:
         """``[B, T, 1]``, at least 0."""
-        values = self.action_values(tensordict)
-        return values.amax(-1, keepdim=True) - values.gather(-1, tensordict["action"].unsqueeze(-1))
+        values, action = self.action_values(tensordict), tensordict["action"]
+        action = action.to(torch.uint8).argmax(-1) if action.shape == values.shape else action
+        return values.amax(-1, keepdim=True) - values.gather(-1, action.unsqueeze(-1))
 
 
 def bandit_values(batch: TensorDictBase) -> Tensor:
