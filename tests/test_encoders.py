@@ -17,6 +17,7 @@ from rl2_torchrl import (
     GRUCategoricalActor,
     GRUGaussianActor,
     GRUValueHead,
+    MemoryValueHead,
     PreviousStep,
     TaskSampler,
     Trial,
@@ -73,6 +74,8 @@ def test_mlp_by_hand():
     first, _, second, _ = mlp.layers
     x = torch.randn(5, 7, 2, 2)
     torch.testing.assert_close(mlp(x), second(first(x.flatten(-2)).relu()).relu())
+    scalar = MLPEncoder([], num_cells=[3])
+    torch.testing.assert_close(scalar(x), scalar.layers(x.unsqueeze(-1)))
     with pytest.raises(ValueError, match="at least one layer"):
         MLPEncoder(3, num_cells=[])
 
@@ -232,6 +235,19 @@ def test_encoders_that_do_not_fit():
         RecurrentCritic(6, extra_keys=["time_left"], encoder=MLPEncoder)
     with pytest.raises(KeyError, match="goal"):
         GRUCategoricalActor.from_env(make_env(), encoder={"goal": MLPEncoder, "pixels": None})
+
+
+def test_further_inputs_that_are_no_vectors():
+    env = make_env()
+    actor = GRUCategoricalActor.from_env(env, encoder={"pixels": None})
+    with pytest.raises(ValueError, match=r"'pixels' has shape \(3, 9, 9\), and this head.*GRUValueHead.from_env"):
+        MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["pixels"])
+    with pytest.raises(ValueError, match=r"has shape \(\) and no encoder.*'x': MLPEncoder"):
+        RecurrentCritic({"trans": [5], "x": []}, extra_keys=["x"])
+    critic = RecurrentCritic({"trans": [5], "x": []}, extra_keys=["x"], encoder={"x": MLPEncoder})
+    assert critic(inputs(2, trans=torch.zeros(2, 5), x=torch.zeros(2)))["state_value"].shape == (2, 1)
+    with pytest.raises(ValueError, match=r"has shape \(3, 9, 9\) and no encoder.*'x': ConvEncoder"):
+        RecurrentCritic({"trans": [5], "x": [3, 9, 9]}, extra_keys=["x"])
 
 
 def test_two_cameras_whose_images_have_one_name_are_both_seen():

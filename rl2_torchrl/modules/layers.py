@@ -62,7 +62,8 @@ class MLPEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(as_reals(x, self.layers[0].weight).flatten(-len(self.shape)))
+        x = as_reals(x, self.layers[0].weight)
+        return self.layers(x.flatten(-len(self.shape)) if self.shape else x.unsqueeze(-1))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         return ChainPart.of(self, self.layers, in_keys, out_keys) if len(self.shape) == 1 else None
@@ -182,8 +183,9 @@ def encoding(
     sizes = {}
     for key in [key for key in entries if key not in encoded]:
         if len(entries[key]) != 1:
+            fits = "ConvEncoder" if len(entries[key]) == 3 else "MLPEncoder"
             raise ValueError(
-                f"{key!r} has shape {tuple(entries[key])} and no encoder: give it one, encoder={{{key!r}: ConvEncoder}}."
+                f"{key!r} has shape {tuple(entries[key])} and no encoder: give it one, encoder={{{key!r}: {fits}}}."
             )
         [sizes[key]] = entries[key]
     sizes |= {output_key(module): output_size(module, entries) for module in modules}

@@ -277,7 +277,13 @@ class MemoryValueHead(TensorDictSequential):
             )
         kwargs.setdefault("device", env.device)
         shapes = _shapes_of(env, as_list("extra_keys", kwargs.get("extra_keys", ())))
-        extra_size = sum(shape[-1] for shape in shapes.values())
+        for key, shape in shapes.items():
+            if len(shape) != 1:
+                raise ValueError(
+                    f"{key!r} has shape {tuple(shape)}, and this head, which has no encoders, reads vectors: give it to a critic "
+                    f"with a memory of its own, GRUValueHead.from_env(env, extra_keys=[{key!r}], encoder={{{key!r}: ...}})."
+                )
+        extra_size = sum(shape.numel() for shape in shapes.values())
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
 
 
