@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.distributions import Categorical
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, GymEnv, GymWrapper, InitTracker, TransformedEnv, VecNormV2
@@ -26,6 +27,7 @@ from rl2_torchrl import (
     MLPEncoder,
     PPOUpdate,
     PreviousStep,
+    RecurrentActor,
     RecurrentCore,
     RL2PPOLoss,
     TaskBelief,
@@ -51,6 +53,7 @@ from rl2_torchrl.envs import (
     uniform_means,
     uniform_targets,
 )
+from rl2_torchrl.modules import CategoricalActions
 
 
 def bandit(rows=2):
@@ -97,6 +100,10 @@ def actor(**kwargs):
 
 def critic(**kwargs):
     return GRUValueHead(5, hidden_size=4, **kwargs)
+
+
+def drawing(distribution):
+    return RecurrentActor.from_env(env(), distribution=distribution)
 
 
 def memoryless():
@@ -386,6 +393,25 @@ CASES = [
     ),
     row("detach in words", lambda: MemoryValueHead(4, detach="no"), TypeError, "detach='no' is neither True nor False"),
     row("one_hot in words", lambda: GRUCategoricalActor(5, 3, one_hot="no"), TypeError, "one_hot='no' is neither True"),
+    row(
+        "distribution as a class",
+        lambda: drawing(CategoricalActions),
+        TypeError,
+        r"is no Action.*CategoricalActions\(3\)",
+    ),
+    row("the same of PyTorch's", lambda: drawing(Categorical), TypeError, "Categorical'> is no ActionDistribution"),
+    row(
+        "distribution in words",
+        lambda: drawing("tanh"),
+        TypeError,
+        "'tanh' is no Action.*TanhGaussianActions.from_spec",
+    ),
+    row(
+        "what gives none", lambda: drawing(lambda spec: spec), TypeError, "(?s)is no ActionDistribution: give one such"
+    ),
+    row(
+        "the same by hand", lambda: RecurrentActor(5, Categorical), TypeError, "Categorical'> is no ActionDistribution"
+    ),
     row("skip in words", lambda: actor(skip="no"), TypeError, "skip='no' is neither True nor False"),
     row("encoder in words", lambda: actor(encoder="mlp"), TypeError, "encoder='mlp' cannot be called"),
     row("core of PyTorch's", lambda: with_core(nn.GRU), TypeError, "GRU.* is no core.*LSTMCore"),

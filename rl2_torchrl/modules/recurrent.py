@@ -99,6 +99,11 @@ class RecurrentActor(ProbabilisticActor):
         dtype: torch.dtype | None = None,
         **slots,
     ):
+        if not isinstance(distribution, ActionDistribution):
+            raise TypeError(
+                f"distribution={distribution!r} is no ActionDistribution: give one such as CategoricalActions(3), or give from_env "
+                "a function of the action spec such as TanhGaussianActions.from_spec."
+            )
         factory = {"device": device, "dtype": dtype}
         slots |= {"hidden_key": hidden_key, "features_key": features_key, "init_range": init_range, **factory}
         body, head, head_keys, names = _slots(input_size, distribution.num_outputs, **slots)
@@ -127,7 +132,7 @@ class RecurrentActor(ProbabilisticActor):
         the spec decides: categorical for one or several choices, Gaussian for reals. Further keywords are the constructor's. What
         the env shows in two dimensions, or more than an image's three, needs an encoder.
         """
-        if not isinstance(distribution, ActionDistribution):
+        if callable(distribution) and not isinstance(distribution, ActionDistribution | type):
             distribution = distribution(_action_spec(env))
         kwargs = {"action_key": env.action_key, **kwargs}
         return cls(_read_shapes(env, kwargs), distribution, **kwargs)
