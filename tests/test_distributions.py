@@ -205,6 +205,8 @@ SPECS = {
     "one-hot": (OneHot(3), CategoricalActions, 3),
     "choices": (MultiCategorical([3, 2]), MultiCategoricalActions, 5),
     "one-hot choices": (MultiOneHot([3, 2]), MultiCategoricalActions, 5),
+    "choices of one size": (Categorical(3, shape=(2,)), MultiCategoricalActions, 6),
+    "one choice in a vector": (Categorical(3, shape=(1,)), MultiCategoricalActions, 3),
     "switches": (Binary(4), MultiCategoricalActions, 8),
     "reals": (Unbounded(2), GaussianActions, 2),
     "bounded reals": (Bounded(-1, 1, (2,)), GaussianActions, 2),

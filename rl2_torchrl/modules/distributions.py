@@ -72,7 +72,7 @@ class ActionDistribution:
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> ActionDistribution:
         """What fits the actions ``spec`` of one row: categorical choices, several of them, or a Gaussian for reals."""
-        if isinstance(spec, MultiCategorical | MultiOneHot | Binary):
+        if isinstance(spec, MultiOneHot) or (isinstance(spec, CategoricalSpec) and spec.ndim):
             return MultiCategoricalActions.from_spec(spec)
         if isinstance(spec, CategoricalSpec | OneHot):
             return CategoricalActions.from_spec(spec)
@@ -215,9 +215,9 @@ class MultiCategoricalActions(CategoricalActions):
 
     @classmethod
     def from_spec(cls, spec: TensorSpec) -> MultiCategoricalActions:
-        """Of the numbers of choices and the encoding of ``spec``; a `Binary` spec is a choice of two in each place."""
-        if isinstance(spec, Binary) and spec.ndim == 1:
-            return cls((2,) * spec.shape[0], dtype=spec.dtype)
+        """Of the numbers of choices and the encoding of ``spec``; of one number, as a `Binary` spec has it, each place has that."""
+        if isinstance(spec, CategoricalSpec) and not isinstance(spec, MultiCategorical) and spec.ndim == 1:
+            return cls((spec.space.n,) * spec.shape[0], dtype=spec.dtype)
         is_vector = isinstance(spec, MultiCategorical | MultiOneHot) and spec.ndim == 1
         _require(is_vector, spec, "not a vector of categorical choices")
         return cls([int(n) for n in spec.nvec], one_hot=isinstance(spec, MultiOneHot), dtype=spec.dtype)
