@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -64,9 +65,7 @@ class Learners:
         if layout == self._layout:
             return
         weight = sum(float(p.detach().double().sum()) for p in parameters)
-        everyones: list = [None] * self.size
-        dist.all_gather_object(everyones, (layout, weight), group=self._group)
-        batches, weights = zip(*everyones, strict=True)
+        batches, weights = zip(*self.everyones((layout, weight)), strict=True)
         if differing := sorted({str(entry) for one in batches for entry in set(one) ^ set(batches[0])}):
             raise ValueError(
                 f"the processes' batches are not alike in {', '.join(differing)}. Give their collectors envs with the same number "
@@ -99,10 +98,10 @@ class Learners:
         named = list(zip(metrics, values, strict=True))
         return {n: as_number(v.max() if n.startswith("max_") else (v * weights).sum()) for n, v in named}
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in any process."""
+    def everyones(self, value: Any) -> list:
+        """``value`` of every process, in the order of their ranks."""
         if self._group is None:
-            return flag
-        flags: list = [None] * self.size
-        dist.all_gather_object(flags, flag, group=self._group)
-        return any(flags)
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values

@@ -134,9 +134,9 @@ def train(
         Exception: whatever env or policy raise in a rollout, with a note that says in which update; and whatever ``evaluate``,
             ``stop``, ``logger`` or callbacks raise.
         ValueError: ``resume`` without ``checkpoints``, or from none where the logger has a run that had some, a checkpoint of other
-            networks, settings or of another version, an interval below 1, fewer frames than one batch, a collector that has spent
-            its frames, no end in sight (neither ``total_frames`` nor ``stop``), or a schedule without a length (neither
-            ``total_frames`` nor ``schedule_frames``).
+            networks, settings, of another version or of another update than that of the processes that train together, an interval
+            below 1, fewer frames than one batch, a collector that has spent its frames, no end in sight (neither ``total_frames``
+            nor ``stop``), or a schedule without a length (neither ``total_frames`` nor ``schedule_frames``).
         DamagedFileError: a ValueError; no checkpoint can be read.
         TypeError: ``evaluate`` returns no scalars, an argument or a callback is none, or a part has no state that can be saved.
         OSError: nothing can be written to ``checkpoints``, or another training is using it.
@@ -188,6 +188,7 @@ def train(
             "schedule_frames": schedule_frames or total,
         }
         loop = _Loop(**parts, **options, begin=begin)
+        loop.require_abreast()
 
         def is_last(row: dict[str, float]) -> bool:
             return (stop is not None and stop(row)) or result.env_steps >= total
@@ -195,7 +196,7 @@ def train(
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
             try:
                 made_up = goes_on and loop.make_up(eval_interval, total)
-                last = goes_on and loop.any_process(made_up and is_last(result.history[-1]))
+                last = loop.any_process(made_up and is_last(result.history[-1]))
                 for batch in () if last else loop.batches(before_each=saved.before_rollout):
                     with _turn:
                         row = loop.learn(batch)
@@ -318,8 +319,20 @@ class _Loop:
         return row
 
     def any_process(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in this process, or in one of those that update together with it."""
-        return self._update.any_process(flag) if isinstance(self._update, PPOUpdate) else flag
+        """Whether ``flag`` is set in this process, or in one of those that update together with it; all of them must ask."""
+        return any(self._everyones(flag))
+
+    def require_abreast(self) -> None:
+        """ValueError where processes that update together have not taken the same number of env steps."""
+        steps = self._everyones(self._result.env_steps)
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes begin at different env steps, {steps} by rank, so their networks are not the same: leave in each "
+                "one's folder the newest checkpoint that all of them have, or start all anew without resume."
+            )
+
+    def _everyones(self, value: Any) -> list:
+        return self._update.everyones(value) if isinstance(self._update, PPOUpdate) else [value]
 
     def _warn_of_endless_trials(self, trial_return: float, batch: TensorDictBase) -> None:
         """Says once that no trial has ended, be it after long ones, or never since an env forgets to say so."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from inspect import Parameter, signature
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -386,9 +386,9 @@ class PPOUpdate:
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
         return {"loss": total, **losses, "grad_norm": as_number(norm)}
 
-    def any_process(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in any process of the group; all of them must ask at the same time."""
-        return self._learners.any(flag)
+    def everyones(self, value: Any) -> list:
+        """``value`` of each process of the group, alone this one's; all of them must ask at the same time."""
+        return self._learners.everyones(value)
 
     def _apply_schedules(self, progress: float) -> None:
         if self.lr_schedule is not None:

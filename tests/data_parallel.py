@@ -137,10 +137,29 @@ def trained(rank):
     return {"updates": len(result.history), "same": all(weight == weights[0] for weight in weights)}
 
 
+def resumed(rank, folder):
+    """What a resume says where the second process's checkpoint is another one than the first's, or lost; and one of all."""
+    own, elsewhere = (Path(folder, f"{name}-{rank}") for name in ("run", "elsewhere"))
+
+    def learn(updates, checkpoints, resume=True, **options):
+        one = Learner(0, 100 + rank, dist.group.WORLD)
+        options |= {"checkpoints": checkpoints, "resume": resume, "check": False, "checkpoint_interval": 1}
+        stop = {"stop": lambda row: row["env_steps"] >= updates * ROWS * STEPS}
+        return len(train(one.collector, one.update, evaluate=None, progress=False, **stop, **options).history)
+
+    learn(2, own, resume=False)
+    found = {"lost": message(lambda: learn(3, elsewhere if rank else own))}
+    if rank:
+        own.joinpath(f"checkpoint-{2 * ROWS * STEPS}.safetensors").unlink()
+    found["older"] = message(lambda: learn(3, own))
+    own.joinpath(f"checkpoint-{2 * ROWS * STEPS}.safetensors").unlink(missing_ok=True)
+    return {**found, "updates": learn(3, own)}
+
+
 def main(rank, size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     found = {name: compare(rank, **options) for name, options in CASES.items()}
-    found |= {"refused": refused(rank), "trained": trained(rank)}
+    found |= {"refused": refused(rank), "trained": trained(rank), "resumed": resumed(rank, folder)}
     Path(folder, f"found-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

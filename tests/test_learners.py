@@ -69,3 +69,10 @@ def test_what_cannot_be_joined_is_refused_in_all_processes(found, name, words):
 
 def test_a_training_that_one_process_stops_ends_in_all_with_the_same_networks(found):
     assert [each["trained"] for each in found] == [{"updates": 3, "same": True}] * 2
+
+
+def test_a_training_is_resumed_by_all_processes_from_the_same_update_or_by_none(found):
+    for each in (one["resumed"] for one in found):
+        assert re.search(r"begin at different env steps, \[216, 0\] by rank", each["lost"])
+        assert re.search(r"begin at different env steps, \[216, 108\] by rank", each["older"])
+        assert each["updates"] == 3
