@@ -48,7 +48,7 @@ class TrainResult:
     Args:
         env_steps: env steps that the collector has taken.
         seconds: wall-clock seconds, evaluations included.
-        interrupted: whether Ctrl-C ended it.
+        interrupted: whether Ctrl-C ended it, in this process or in one that trains together with it.
         lost_trials: trials that were lost with workers that died (`TrialWorkers`).
         new_trials: where a resumed run has begun new trials, as it does where the last ones could not be saved: the env steps of
             each such resume, and why.
@@ -196,7 +196,7 @@ def train(
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
             try:
                 made_up = goes_on and loop.make_up(eval_interval, total)
-                last = loop.any_process(made_up and is_last(result.history[-1]))
+                [last] = loop.in_any_process(made_up and is_last(result.history[-1]))
                 for batch in () if last else loop.batches(before_each=saved.before_rollout):
                     with _turn:
                         row = loop.learn(batch)
@@ -205,10 +205,10 @@ def train(
                     put_off = due and evaluate is not None and bool(interrupts) and result.env_steps < total
                     if due and not put_off:
                         loop.evaluate(row)
-                    last = not put_off and is_last(row)
-                    if last and not due:
+                    ends, result.interrupted = loop.in_any_process(not put_off and is_last(row), bool(interrupts))
+                    if ends and not due:
                         loop.evaluate(row)
-                    last = loop.any_process(last or bool(interrupts))
+                    last = ends or result.interrupted
                     bar(loop.record(row))
                     if last or len(result.history) % checkpoint_interval == 0:
                         saved.save(last=last)
@@ -223,7 +223,7 @@ def train(
                 if not (interrupts and loop.in_rollout):
                     raise
                 log.warning("the rollout was cut short, since the signal has ended its processes, too: %r", error)
-    result.interrupted = bool(interrupts)
+    result.interrupted |= bool(interrupts)
     interrupts.pass_on()
     return result
 
@@ -318,9 +318,9 @@ class _Loop:
             row |= _scalars("", callback.after_update(row, self._progress) or {}, "a callback's after_update")
         return row
 
-    def any_process(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in this process, or in one of those that update together with it; all of them must ask."""
-        return any(self._everyones(flag))
+    def in_any_process(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set in this process, or in one of those that update together with it; all of them must ask."""
+        return [any(each) for each in zip(*self._everyones(flags), strict=True)]
 
     def require_abreast(self) -> None:
         """ValueError where processes that update together have not taken the same number of env steps."""

@@ -4,6 +4,7 @@ Rank 0 takes the same steps alone, on the batches of all, and writes how far the
 """
 
 import json
+import signal
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 from rl2_torchrl import (
     ActorCritic,
+    Callback,
     GRUCategoricalActor,
     GRUValueHead,
     PPOUpdate,
@@ -122,19 +124,31 @@ def refused(rank):
     }
 
 
-def trained(rank):
-    """A training that only one process is asked to stop."""
+def trained(rank, **options):
+    """A training that only one process is asked to end, after three updates."""
     one = Learner(0, 100 + rank, dist.group.WORLD)
-    result = train(
-        one.collector,
-        one.update,
-        evaluate=None,
-        progress=False,
-        stop=lambda row: rank == 1 and row["env_steps"] >= 3 * ROWS * STEPS,
-    )
+    evaluate = {"evaluate": lambda: {"score": 1.0}, "eval_interval": 20}
+    result = train(one.collector, one.update, progress=False, **evaluate, **options)
     weights = [None] * dist.get_world_size()
     dist.all_gather_object(weights, [p.tolist() for p in one.loss.parameters()])
-    return {"updates": len(result.history), "same": all(weight == weights[0] for weight in weights)}
+    return {
+        "updates": len(result.history),
+        "same": all(weight == weights[0] for weight in weights),
+        "interrupted": result.interrupted,
+        "evaluated": ["eval/score" in row for row in result.history],
+    }
+
+
+def stopped(rank):
+    return trained(rank, stop=lambda row: rank == 1 and row["env_steps"] >= 3 * ROWS * STEPS)
+
+
+class CtrlC(Callback):
+    """In the third update of the second process."""
+
+    def after_update(self, row, progress):
+        if dist.get_rank() == 1 and row["env_steps"] == 3 * ROWS * STEPS:
+            signal.raise_signal(signal.SIGINT)
 
 
 def resumed(rank, folder):
@@ -159,7 +173,12 @@ def resumed(rank, folder):
 def main(rank, size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     found = {name: compare(rank, **options) for name, options in CASES.items()}
-    found |= {"refused": refused(rank), "trained": trained(rank), "resumed": resumed(rank, folder)}
+    found |= {
+        "refused": refused(rank),
+        "stopped": stopped(rank),
+        "interrupted": trained(rank, callbacks=[CtrlC()]),
+        "resumed": resumed(rank, folder),
+    }
     Path(folder, f"found-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -68,7 +68,13 @@ def test_what_cannot_be_joined_is_refused_in_all_processes(found, name, words):
 
 
 def test_a_training_that_one_process_stops_ends_in_all_with_the_same_networks(found):
-    assert [each["trained"] for each in found] == [{"updates": 3, "same": True}] * 2
+    rows = {"evaluated": [True, False, True], "interrupted": False}
+    assert [each["stopped"] for each in found] == [{"updates": 3, "same": True, **rows}] * 2
+
+
+def test_a_training_that_is_interrupted_in_one_process_is_in_all(found):
+    rows = {"evaluated": [True, False, False], "interrupted": True}
+    assert [each["interrupted"] for each in found] == [{"updates": 3, "same": True, **rows}] * 2
 
 
 def test_a_training_is_resumed_by_all_processes_from_the_same_update_or_by_none(found):
