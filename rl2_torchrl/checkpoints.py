@@ -160,7 +160,8 @@ class RunCheckpoints:
 
     def _write(self, rollout: bool) -> None:
         state = self._state(rollout)
-        self._moved |= moved(self._settings, settings_of(self._collector, self._parts["update"]))
+        if rollout or not isinstance(self._collector, TrialWorkers):  # which may have died in the rollout
+            self._moved |= moved(self._settings, settings_of(self._collector, self._parts["update"]))
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
         about["moved"] = sorted(self._moved)
         about["history"] = self._history.write(self._result.history)

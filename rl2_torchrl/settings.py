@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import base_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
+from rl2_torchrl.workers import TrialWorkers
 
 __all__ = ["differences", "moved", "networks_of", "settings_of"]
 
@@ -30,9 +31,10 @@ def settings_of(collector: BaseCollector, update: Any) -> Settings:
     """Settings of env, tasks, collector, update and loss, and the seed of PyTorch's generator, as plain values by dotted name.
 
     Of a part, also of one of yours: its class, and its public attributes that are numbers, texts, functions, or lists of these.
-    Of envs in other processes nothing is known, nor is it of an ``update`` that is no `PPOUpdate`.
+    Of `TrialWorkers` the first one's env is asked. Of envs in other processes else nothing is known, nor of an ``update`` that
+    is no `PPOUpdate`.
     """
-    settings = {"torch.seed": torch.initial_seed(), **_env(getattr(collector, "env", None))}
+    settings = {"torch.seed": torch.initial_seed(), **_env_of(collector)}
     settings |= {"collector.class": _name(collector)}
     if hasattr(collector, "requested_frames_per_batch"):
         settings["collector.frames_per_batch"] = collector.requested_frames_per_batch
@@ -60,6 +62,13 @@ def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
     Of an env that is gone, as where a rollout has failed, nothing is said: what is missing has not moved.
     """
     return {name for name in differences(then, now) if name in now and name.startswith("env.") and name.count(".") == 1}
+
+
+def _env_of(collector: BaseCollector) -> Settings:
+    if not isinstance(collector, TrialWorkers):
+        return _env(getattr(collector, "env", None))
+    # Without seeds: they are the worker's, of whom a resumed run has others.
+    return {name: value for name, value in collector.of_env(_env).items() if not name.endswith(".seed")}
 
 
 def _env(env: EnvBase | None) -> Settings:
@@ -126,7 +135,10 @@ def _plain(value: Any) -> Any:
         given = [_plain(item) for item in (*value.args, *value.keywords.values())]
         return [_plain(value.func), *(item for item in given if item is not _NOT_PLAIN)]
     is_function = callable(value) and not isinstance(value, nn.Module) and hasattr(value, "__qualname__")
-    return f"{value.__module__}.{value.__qualname__}" if is_function else _NOT_PLAIN
+    if not is_function:
+        return _NOT_PLAIN
+    # A spawned process has the program under another name.
+    return f"{value.__module__}.{value.__qualname__}".replace("__mp_main__", "__main__")
 
 
 def _name(part: Any) -> str:

@@ -25,7 +25,18 @@ from rl2_torchrl.seeding import derived_seed
 from rl2_torchrl.storage import load_tree
 from rl2_torchrl.workers import trial_workers
 from rl2_torchrl.workers.player import Player
-from tests.workers import EPISODES, FRAMES, ROWS, STEPS, WORKERS, Setup, leaves_its_number, make_env, rows_and_process
+from tests.workers import (
+    EPISODES,
+    FRAMES,
+    ROWS,
+    STEPS,
+    WORKERS,
+    Setup,
+    leaves_its_number,
+    make_counting_env,
+    make_env,
+    rows_and_process,
+)
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 BACKENDS = ["process", pytest.param("ray", marks=needs_ray)]
@@ -207,6 +218,20 @@ def test_a_resumed_training_counts_on_and_begins_trials_that_no_worker_has_playe
     assert "begins new trials: the collector's envs are in other processes" in caplog.text
     tasks = torch.cat(seen.tasks)[:, ::EPISODES].flatten(0, 1)
     assert len(tasks.unique(dim=0)) == len(tasks)
+
+
+def test_a_training_with_other_envs_in_its_workers_is_refused_and_one_whose_env_has_moved_is_not(tmp_path):
+    options = {"evaluate": None, "progress": False, "check": False, "checkpoints": tmp_path / "run"}
+    first = Setup(tmp_path, total_frames=2 * FRAMES, make_env=make_counting_env, seed=None)
+    train(first.collector, first.update, stop=lambda row: True, **options)
+    assert len(train(first.collector, first.update, resume=True, **options).history) == 2
+    first.collector.shutdown()
+    other = Setup(tmp_path, total_frames=3 * FRAMES, make_env=partial(make_counting_env, goal=8), seed=None)
+    with pytest.raises(ValueError, match=r"other settings \(env.goal: 7 then, 8 now\)"):
+        train(other.collector, other.update, resume=True, **options)
+    result = train(other.collector, other.update, resume=True, resume_changes=["env.goal"], **options)
+    other.collector.shutdown()
+    assert len(result.history) == 3
 
 
 def test_what_is_saved_after_an_error_in_a_rollout_knows_of_the_deaths_before(tmp_path):

@@ -19,7 +19,7 @@ from rl2_torchrl import (
     Trial,
     TrialWorkers,
 )
-from rl2_torchrl.envs import BernoulliBandit
+from rl2_torchrl.envs import BernoulliBandit, uniform_means
 
 WORKERS, ROWS, ARMS, EPISODES = 2, 4, 3, 5
 STEPS = 2 * EPISODES
@@ -46,6 +46,23 @@ def make_env(folder, rows=ROWS):
     return TransformedEnv(BernoulliBandit(ARMS, batch_size=(rows,), seed=0), trial)
 
 
+class Counts(BernoulliBandit):
+    """With a goal, and a count of its steps, as attributes that anybody may read."""
+
+    def __init__(self, goal, **options):
+        super().__init__(ARMS, **options)
+        self.goal, self.pulls = goal, 0
+
+    def advance(self, state, action):
+        self.pulls += 1
+        return super().advance(state, action)
+
+
+def make_counting_env(folder, rows=ROWS, goal=7):
+    trial = Compose(Trial(episodes=EPISODES), TaskSampler(uniform_means(ARMS)), PreviousStep())
+    return TransformedEnv(Counts(goal, batch_size=(rows,)), trial)
+
+
 def leaves_its_number(folder, env):
     """A file of the process's number and of how many rows ``env`` has."""
     Path(folder, f"{os.getpid()}.told-{env.batch_size.numel()}").touch()
@@ -58,7 +75,7 @@ def rows_and_process(env):
 class Setup:
     """Networks, and workers whose envs look into ``folder``."""
 
-    def __init__(self, folder, bptt=None, **options):
+    def __init__(self, folder, bptt=None, make_env=make_env, **options):
         torch.manual_seed(0)
         self.folder, self.backend, env = folder, options.get("backend"), make_env(folder)
         actor = GRUCategoricalActor.from_env(env, hidden_size=4)
