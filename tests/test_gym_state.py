@@ -33,6 +33,7 @@ from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.layers import put_state, state_of
 from rl2_torchrl.envs.plain_data import NoStateError
 from rl2_torchrl.settings import _env as settings_of_env
+from rl2_torchrl.settings import differences
 from rl2_torchrl.storage import from_bytes, to_bytes
 
 
@@ -70,6 +71,20 @@ def test_which_env_a_run_is_to_go_on_with(env, vectorization, env_id):
     vector = GymVectorEnv(env, 2, vectorization=vectorization)
     assert settings_of_env(vector)["env.env_id"] == env_id
     vector.close(raise_if_closed=False)
+
+
+def set_gravity_by_name(env, task):
+    set_gravity(env, task)
+
+
+@pytest.mark.parametrize("make", [partial(GymVectorEnv, num_envs=2), GymTaskEnv])
+def test_how_a_task_reaches_an_env_is_a_setting(make):
+    settings = []
+    for set_task in (set_gravity, set_gravity_by_name):
+        env = make("Pendulum-v1", set_task=set_task, task_spec=Unbounded(1))
+        settings.append(settings_of_env(env))
+        env.close(raise_if_closed=False)
+    assert list(differences(*settings)) == ["env.set_task"]
 
 
 def contacts(env):

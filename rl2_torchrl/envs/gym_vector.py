@@ -116,9 +116,9 @@ class GymVectorEnv(TensorEnv):
         require_callable(set_task=set_task)
         info_keys = as_list("info_keys", info_keys)
         task_spec = _task_spec(set_task, task_spec, tasks, task_option)
-        self._set_task, self._tasks, self._task_option = set_task, tasks, task_option
         self._is_theirs = isinstance(env, VectorEnv)
-        #: What makes a row: a run that goes on is to have the same, with the same arguments.
+        self.set_task, self.tasks, self.task_option = set_task, tasks, task_option
+        #: What makes a row: a run that goes on is to have the same, with the same arguments, and the same way of a task to it.
         self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str) else env
         self.envs = (
             _theirs(env, num_envs, kwargs)
@@ -172,7 +172,7 @@ class GymVectorEnv(TensorEnv):
         if not makers or num_envs not in (None, len(makers)):
             raise ValueError(f"{len(makers)} functions and num_envs={num_envs}: one function makes one row.")
         makers = [
-            partial(GymRow, make, n, self._set_task, self._tasks, self._task_option, info_keys)
+            partial(GymRow, make, n, self.set_task, self.tasks, self.task_option, info_keys)
             for n, make in enumerate(makers)
         ]
         # What they return is copied here, with a change of dtype where there is one.
@@ -193,7 +193,7 @@ class GymVectorEnv(TensorEnv):
         self._require_open()
         mask, told = rows.cpu().numpy(), self._told
         # An option is told in a reset from here alone, which the vector env's own was not.
-        begun = told.begun & mask & (self._task_option is None)
+        begun = told.begun & mask & (self.task_option is None)
         if begun.any():
             begun = begun & ~told.unseeded & _same_rows(task, told.task, len(mask))
         # Of rows that do not begin, TorchRL's resets bring whatever task was drawn for all.
@@ -210,13 +210,13 @@ class GymVectorEnv(TensorEnv):
     def _begin_rows(self, mask: np.ndarray, task: Tensor | TensorDictBase | None, others: np.ndarray) -> Entries:
         """The entries of all rows once those in ``mask`` have been reset; ``others`` have begun an episode by themselves."""
         options: dict[str, Any] = {"reset_mask": mask.copy()}
-        if self._is_theirs and self._set_task is not None:
-            objects = None if self._tasks is None else [self._tasks[int(number)] for number in task]
-            self._set_task(self.envs, task if objects is None else objects, mask.copy())
+        if self._is_theirs and self.set_task is not None:
+            objects = None if self.tasks is None else [self.tasks[int(number)] for number in task]
+            self.set_task(self.envs, task if objects is None else objects, mask.copy())
         elif task is not None:
-            options[self._task_option if self._is_theirs else TASKS] = as_arrays(task)
+            options[self.task_option if self._is_theirs else TASKS] = as_arrays(task)
         observations, infos = call(self.envs, self.envs.reset, seed=self._seeds(mask), options=options)
-        if self._set_task is not None and not self._now.started:
+        if self.set_task is not None and not self._now.started:
             warn_of_added(self.attributes_added())
         entries = self._tensors(observations)
         if self._is_theirs:

@@ -70,9 +70,9 @@ class GymTaskEnv(GymEnv):
     ):
         require_specs(task_spec=task_spec)
         super().__init__(env, **kwargs)
-        #: What makes the env: a run that goes on is to have the same, with the same arguments.
+        #: What makes the env: a run that goes on is to have the same, with the same arguments, and the same ``set_task``.
         self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str) else env
-        self._set_task = TaskSetter(set_task)
+        self.set_task, self._setter = set_task, TaskSetter(set_task)
         self._task: torch.Tensor | TensorDictBase | None = None  # the last one that `set_task` was given
         self.state_spec = Composite(task=task_spec.to(self.device), shape=self.batch_size, device=self.device)
 
@@ -106,13 +106,13 @@ class GymTaskEnv(GymEnv):
 
     def _hear(self, task: torch.Tensor | TensorDictBase) -> None:
         is_first, self._task = self._task is None, task
-        self._set_task(self._env.unwrapped, task)
+        self._setter(self._env.unwrapped, task)
         if is_first:
             warn_of_added(self.attributes_added())
 
     def attributes_added(self) -> list[str]:
         """Attributes that the env has by its first task alone, such as a misspelt one."""
-        return self._set_task.added
+        return self._setter.added
 
     # ------------------------------------------------------------- checkpoints
     def why_no_state(self) -> str | None:
