@@ -1,6 +1,6 @@
 """Compares runs: ``python -m recipes.compare runs/a runs/b``. The seeds of a run are one curve, their mean, in a band."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from recipes.help import as_typed
 from recipes.reports import read_report
+from rl2_torchrl.history import readable_rows
 
 #: What a run is asked for: its scalars by update, env steps and seconds among them.
 _HISTORIES = ("report.json", "checkpoints/checkpoint-history.jsonl")
@@ -144,10 +145,10 @@ def points(run: Path, by: str, scalar: str) -> tuple[np.ndarray, np.ndarray]:
     return x[there] / unit, values[there]
 
 
-def history(run: Path) -> list[dict[str, float]]:
+def history(run: Path) -> Sequence[dict[str, float]]:
     """A run's rows of scalars: its report's, or what its last checkpoint has, of one that is running or goes on."""
     checkpoints = run / _HISTORIES[1]
-    saved = list(map(json.loads, checkpoints.read_text().splitlines())) if checkpoints.is_file() else []
+    saved = readable_rows(checkpoints.read_bytes()) if checkpoints.is_file() else []
     return max(read_report(run)["train"]["history"], saved, key=len)
 
 

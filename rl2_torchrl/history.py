@@ -12,7 +12,7 @@ from typing import Any
 
 from rl2_torchrl.storage import sync, write_durably
 
-__all__ = ["History", "HistoryFile"]
+__all__ = ["History", "HistoryFile", "readable_rows"]
 
 Row = dict[str, float]
 
@@ -102,12 +102,17 @@ class HistoryFile:
             os.truncate(self.path, len(data))
             history, damage = History(map(json.loads, data.splitlines())), None
         else:
-            history = History(filter(None, map(_row, data.splitlines())))
+            history = readable_rows(data)
             damage = f"{self.path} is damaged: {len(history)} of {mark['rows']} rows of the run's history can be read"
             data = "".join(f"{json.dumps(row)}\n" for row in history).encode()
             write_durably(self.path, data)
         self._begin(data, history)
         return history, damage
+
+
+def readable_rows(data: bytes) -> History:
+    """The rows that can be read in a file's ``data``: not a line that was written in part, as a running training's may be."""
+    return History(filter(None, map(_row, data.splitlines())))
 
 
 def _row(line: bytes) -> Row | None:

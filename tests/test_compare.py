@@ -73,6 +73,7 @@ def test_a_run_that_is_not_over(tmp_path):
     assert curve(tmp_path, "steps", "x").reported == []
     with (tmp_path / "checkpoints" / "checkpoint-history.jsonl").open("a") as file:
         file.write(json.dumps({"env_steps": 3e6, "x": math.nan}) + "\n")  # as where no trial has ended
+        file.write('{"env_steps": 4e6, "x')  # which is being written
     assert curve(tmp_path, "steps", "x").mean.tolist() == [1, 2]
 
 
@@ -258,3 +259,12 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
     (run / "checkpoints" / "checkpoint-history.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shown = curve(run, "steps", "eval/trial_return")
     assert (shown.x.tolist(), shown.reported) == ([1.0, 2.0], [])
+
+
+def test_a_run_resumed_past_an_evaluation_has_ended_all_the_same(tmp_path):
+    run = write_run(tmp_path / "run", [(1e6, 60, 2.0)], mean=5.0)
+    (run / "checkpoints").mkdir()
+    row = {"env_steps": 1e6, "time/seconds": 60.0}  # and once more with the evaluation: one row
+    lines = [json.dumps(each) + "\n" for each in (row, {**row, "eval/trial_return": 2.0})]
+    (run / "checkpoints" / "checkpoint-history.jsonl").write_text("".join(lines))
+    assert curve(run, "steps", "eval/trial_return").reported == [5.0]
