@@ -28,6 +28,14 @@ class Callback:
         {'largest_ratio': 1.25}
     """
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if strangers := [name for name in vars(cls) if name.startswith("after_") and not hasattr(Callback, name)]:
+            raise TypeError(
+                f"{cls.__name__} has {strangers}, which nothing calls: a callback's are after_batch, after_update and "
+                "after_evaluation. Give another method another name."
+            )
+
     def after_batch(self, batch: TensorDictBase, progress: float) -> None:
         """A batch ``[*B, T]`` is collected and no update has seen it. What is changed in it, the update sees."""
 

@@ -126,7 +126,8 @@ def _vector_of(base: EnvBase) -> str:
     """Which of Gymnasium's vector envs plays, and what."""
     if not isinstance(base, GymVectorEnv):
         return ""
-    return f", {type(base.envs).__name__}" + (f" of {base.env_id}" if base.env_id else "")
+    kind = "closed vector env" if base.envs is None else type(base.envs).__name__
+    return f", {kind}" + (f" of {base.env_id}" if base.env_id else "")
 
 
 def _transform(transform: nn.Module, env: EnvBase) -> str:

@@ -316,8 +316,8 @@ class PPOUpdate:
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
             return "compiled", "it was asked for"
         slow = [part.reason for part in self.loss.network_parts() if part.reason is not None]
-        reasons = "; ".join(f"autograd for one part alone, {reason}" for reason in dict.fromkeys(slow))
-        return "parts", reasons or "each part of the networks brings its own gradient"
+        alone = f"autograd for these alone: {'; '.join(dict.fromkeys(slow))}"
+        return "parts", alone if slow else "each part of the networks brings its own gradient"
 
     def _way(self, from_zeros: bool) -> Callable[[], Iterable[Metrics]]:
         """One pass's gradients and metrics of each minibatch, by a way chosen anew for every batch: the loss may have changed."""

@@ -148,6 +148,8 @@ def test_what_cannot_be_exported(tmp_path):
     agent = AdaptiveAgent.from_policy(make(env), env)
     with pytest.raises(ValueError, match=r"agent.pth'\: agents are exported to .pt2"):
         agent.export(tmp_path / "agent.pth")
+    with pytest.raises(ValueError, match="onnxruntime plays no bfloat16"):
+        AdaptiveAgent.from_policy(make(env, dtype=torch.bfloat16), env).export(tmp_path / "agent.onnx")
     with pytest.raises(TypeError, match="exported graph, which has no policy"):
         exported(agent, "pt2", tmp_path).save(tmp_path / "agent.safetensors")
     with pytest.raises(ValueError, match="PyTorch reads .pt2 files by pickle"):

@@ -370,6 +370,12 @@ CASES = [
         ValueError,
         "'trans' of 7 entries.*has 5.*from_env",
     ),
+    row(
+        "actions of another env",
+        lambda: adaptation_curve(quadratic(), GRUGaussianActor(quadratic().observation_spec["trans"].shape[-1], 5), 2),
+        ValueError,
+        r"gives actions of shape \[\d, 5\], and the env takes \[\d, \d\]: it was made for another env",
+    ),
     row("no actions", lambda: GRUCategoricalActor(5, 0), ValueError, "num_actions=0.*at least 1"),
     row("no units", lambda: GRUValueHead(5, hidden_size=0), ValueError, "hidden_size=0.*at least 1"),
     row("units in words", lambda: GRUValueHead(5, hidden_size="64"), ValueError, "hidden_size='64'.*whole number"),

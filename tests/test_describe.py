@@ -111,7 +111,7 @@ def test_which_way_each_part_takes_and_why():
     assert "brings no gradient of its own" in head.reason
     assert policy.backend == "kernel"
     assert (rows_of(description, "update")[0].backend, update.backend) == ("parts", "parts")
-    assert head.reason in rows_of(description, "update")[0].reason
+    assert rows_of(description, "update")[0].reason == f"autograd for these alone: {head.reason}"
 
 
 def test_a_module_of_the_users_and_a_policy_of_torchrls_parts():
@@ -194,6 +194,8 @@ def test_length_of_the_training_and_which_gymnasium_env_plays():
     update = PPOUpdate(RL2PPOLoss(actor, critic), minibatches=1)
     collector = TrialCollector(trials, ActorCritic(actor, critic), frames_per_batch=10, total_frames=1000)
     description = describe(collector, update)
+    trials.close()
+    assert rows_of(describe(collector, update), "env")[0].what == "2 rows on cpu, closed vector env of CartPole-v1"
     collector.shutdown()
     assert rows_of(description, "env")[0].what == "2 rows on cpu, SyncVectorEnv of CartPole-v1"
     assert rows_of(description, "collector")[0].what == "10 steps a batch, 5 of each row, 1,000 in all"

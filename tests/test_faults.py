@@ -341,6 +341,14 @@ class FailingLogger(CSVLogger):
         super().log_scalar(name, value, step)
 
 
+def test_a_callbacks_method_that_nothing_would_call():
+    with pytest.raises(TypeError, match=r"Misspelt has \['after_updates'\], which nothing calls"):
+
+        class Misspelt(Callback):
+            def after_updates(self, row, progress):
+                pass
+
+
 class Failing(Callback):
     """Fails at one of its points."""
 

@@ -28,6 +28,8 @@ def export_policy(policy: ProbabilisticTensorDictSequential, signature: Signatur
     """Writes one step of ``policy`` to ``path``, as its suffix says; see `AdaptiveAgent.export`."""
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"path={str(path)!r}: agents are exported to .pt2 (torch.export) or .onnx.")
+    if path.suffix == ".onnx" and signature.dtype == torch.bfloat16:
+        raise ValueError(f"{path}: onnxruntime plays no bfloat16. Export a copy in float32, or to .pt2.")
     step = PolicyStep(policy, signature, compiled=False).eval()
     example = _example(signature)
     rows = torch.export.Dim("rows")

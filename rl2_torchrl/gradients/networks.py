@@ -63,7 +63,7 @@ def _part(module: TensorDictModuleBase) -> Part:
     in_keys, optional, speaker = module.in_keys, (), module
     out_keys = [key for key in module.out_keys if key[0] != "next"]
     if brings(module, "step_function"):  # a core, and its sequence with it
-        own, why = _own_gradient(module), "brings no gradient of its own"
+        own, why = _own_gradient(module), "brings no gradient of its own here"
         function, optional = on_entries(module.sequence), in_keys[1:]
     elif is_function(module):
         function, speaker = _on_tensors(module, out_keys), module.module

@@ -75,7 +75,8 @@ class RecurrentActor(ProbabilisticActor):
         activation: module class before each linear layer of the default head. Default `torch.nn.ReLU`.
         in_key: transition input. Default ``"trans"``.
         normalize: bring the transition input to mean 0 and standard deviation 1 by a `RunningNorm`: all of its entries, or those
-            that a bool tensor ``[input_size]`` marks. `from_env` marks observed numbers, no choices, and the reward. Default False.
+            that a bool tensor ``[input_size]`` marks. `from_env` marks observed numbers, no choices, and the reward. `PPOUpdate`
+            tells it of batches; elsewhere do so by `RunningNorm.update_statistics`. Default False.
 
     Examples:
         >>> from tensordict import TensorDict

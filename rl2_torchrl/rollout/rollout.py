@@ -158,6 +158,8 @@ class Rollout:
                 state = self.ablation(state)
             for act in acting:
                 act(state)
+            if t == 0:
+                self._require_actions(state[self.trials.action_key])
             after, root, begun = self.trials.step(t, state)
             for key in recorded:
                 self._record(key, t, after[key] if key in after else state[key])
@@ -171,6 +173,14 @@ class Rollout:
                 state = {**root, **self.memory.next(state, begun)}
         for _, key in self.memory.handed_on:
             self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
+
+    def _require_actions(self, action: torch.Tensor) -> None:
+        spec = self.env.full_action_spec[self.env.action_key]
+        if action.numel() != spec.shape.numel():
+            raise ValueError(
+                f"the policy gives actions of shape {list(action.shape)}, and the env takes {list(spec.shape)}: it was made for "
+                "another env. Make it by from_env(env, ...)."
+            )
 
     def _look_back(self, states: list[State], end: int) -> None:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""
