@@ -87,6 +87,14 @@ def test_how_a_task_reaches_an_env_is_a_setting(make):
     assert list(differences(*settings)) == ["env.set_task"]
 
 
+def test_statistics_by_which_observations_are_normalized_come_back():
+    env, other = (gymnasium.wrappers.NormalizeObservation(gymnasium.make("CartPole-v1")) for _ in range(2))
+    env.reset(seed=0), env.step(0), other.reset(seed=1)
+    put_state(other, from_bytes(to_bytes(state_of(env)), "the state"))
+    assert other.obs_rms.count == env.obs_rms.count > 2
+    assert np.array_equal(other.step(1)[0], env.step(1)[0])
+
+
 def contacts(env):
     return [contact.geom.tolist() for contact in env.unwrapped.data.contact]
 

@@ -30,6 +30,8 @@ _SKIPPED = {"_saved_kwargs", "_cached_spec", "spec", "metadata", "_constructor_k
 _OF_MUJOCO = {"data", "model", "mujoco_renderer"}
 #: Packages whose objects are none of an env's own.
 _LIBRARIES = {"abc", "builtins", "gymnasium", "rl2_torchrl", "tensordict", "torch", "torchrl", "typing"}
+#: Gymnasium's module of the statistics by which its wrappers normalize.
+_STATISTICS = "gymnasium.wrappers.utils"
 
 
 def state_of(env: Any) -> list[dict[str, Any]]:
@@ -167,9 +169,9 @@ def _is(layer: Any, module: str, name: str) -> bool:
 
 
 def _packages(layers: list[Any]) -> set[str]:
-    """The packages of the layers' classes, but for libraries of no envs."""
+    """The packages of the layers' classes, but for libraries of no envs; of these the module of statistics."""
     classes = (kind for layer in layers for kind in type(layer).__mro__)
-    return {kind.__module__.partition(".")[0] for kind in classes} - _LIBRARIES
+    return {kind.__module__.partition(".")[0] for kind in classes} - _LIBRARIES | {_STATISTICS}
 
 
 class _Bare(EnvBase):

@@ -27,7 +27,7 @@ class Saver:
     """Takes values apart. What is met a second time is said to be the first one, so that one thing in two places stays one.
 
     Args:
-        packages: those whose objects are taken apart too, such as that of the env's class.
+        packages: those whose objects are taken apart too, such as that of the env's class; or modules in a package.
         known: what the `Restorer` has, too, and is not taken apart, such as the env itself.
 
     Raises:
@@ -258,7 +258,8 @@ def _class_named(name: str, packages: Collection[str]) -> type:
         ValueError: it is no such class.
     """
     module, _, path = name.partition(":")
-    found: Any = sys.modules.get(module) if module.partition(".")[0] in packages else None
+    is_known = not {module, module.partition(".")[0]}.isdisjoint(packages)
+    found: Any = sys.modules.get(module) if is_known else None
     for part in path.split("."):
         found = vars(found).get(part) if found is not None else None
     if not isinstance(found, type) or f"{found.__module__}:{found.__qualname__}" != name:
