@@ -648,6 +648,20 @@ def test_info_may_be_numbers_of_any_kind_in_any_row(kinds, vectorization):
     env.close()
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_info_keys_that_are_never_said_are_told_once(vectorization, told):
+    env = lines(info_keys=["says", "stepz"], vectorization=vectorization)
+    for count in (0, 1):
+        env.start(torch.full((3, 1), 2.0))
+        env.play(right(env))
+        assert len(told) == count
+        env.play(right(env))  # and the episodes end
+    assert len(told) == 1
+    assert "info_keys holds ['stepz']" in told[0]
+    assert "Its info holds ['says', 'steps']" in told[0]
+    env.close()
+
+
 @pytest.mark.parametrize("value", ["text", np.zeros(2), None], ids=str)
 def test_info_that_is_no_number_is_refused(value):
     class Says(Line):

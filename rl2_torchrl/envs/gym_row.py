@@ -46,6 +46,7 @@ class GymRow(gymnasium.Wrapper):
         self._row, self._tasks, self._task_option, self._info_keys = row, tasks, task_option, info_keys
         self._set_task = TaskSetter(set_task)
         self._task: Any = None  # the last one that `set_task` was given, as a row of arrays
+        self._info: dict[str, Any] = {}  # the last that said anything
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         stepped = self.env.step(action)
@@ -62,6 +63,7 @@ class GymRow(gymnasium.Wrapper):
         return (*stepped[:4], self._recorded(stepped[4])) if stepped[4] else stepped
 
     def _recorded(self, info: dict[str, Any]) -> dict[str, Any]:
+        self._info = info
         return {key: _as_float(info[key]) for key in self._info_keys if key in info}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -89,6 +91,11 @@ class GymRow(gymnasium.Wrapper):
     def attributes_added(self) -> list[str]:
         """Attributes that the env has by its first task alone."""
         return self._set_task.added
+
+    @property
+    def said(self) -> list[str]:
+        """What the env's last info is made of."""
+        return list(self._info)
 
     @property
     def row_state(self) -> Any:

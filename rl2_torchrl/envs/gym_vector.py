@@ -15,6 +15,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
+from torchrl import torchrl_logger
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
 from rl2_torchrl.arguments import as_list, require_callable, require_numbers, require_specs
@@ -65,7 +66,8 @@ class GymVectorEnv(TensorEnv):
         task_option: see above.
         vectorization: ``"sync"``: one after the other, here (default); ``"async"``: each in a process of its own, with observations
             in shared memory, for envs of a millisecond a step and more.
-        info_keys: numbers in Gymnasium's ``info`` to record, such as ``["success"]``; 0 where a step does not say.
+        info_keys: numbers in Gymnasium's ``info`` to record, such as ``["success"]``; 0 where a step does not say. A
+            name that is never said in an episode is told in the log.
         seed: seed of the rows' seeds; None draws one from PyTorch's default generator.
         device: device of all tensors. Defaults to the CPU.
         **kwargs: of `gymnasium.make`, with an id.
@@ -138,7 +140,7 @@ class GymVectorEnv(TensorEnv):
         self.has_threads = processes_of(self.envs) is not None
         self._all_rows = np.ones(self.envs.num_envs, dtype=bool)
         info = {("info", key): torch.zeros(self.envs.num_envs, 1, device=device) for key in info_keys}
-        self._told = _Told(info, self._all_rows.copy(), begun=~self._all_rows)
+        self._told = _Told(info, self._all_rows.copy(), begun=~self._all_rows, unsaid=set(info_keys))
         super().__init__(
             task_spec=task_spec,
             observation_spec=self.observations.spec,
@@ -252,6 +254,8 @@ class GymVectorEnv(TensorEnv):
             if ended.any():
                 entries = self._last_observations(entries, ended, infos)
                 self._tell(infos.get("final_info", {}), ended)
+        if self._told.unsaid and (terminated | truncated).any():
+            self._warn_of_unsaid(infos)
         columns = (torch.from_numpy(each[:, None]).to(self.device) for each in (reward, terminated, truncated))
         return None, entries, *columns
 
@@ -270,6 +274,7 @@ class GymVectorEnv(TensorEnv):
         for (root, name), value in self._told.info.items():
             value = value.masked_fill(_column(rows, value), 0.0)
             if name in infos:
+                self._told.unsaid.discard(name)
                 said = np.asarray(infos[name])
                 if said.shape != rows.shape or said.dtype == object:
                     raise TypeError(
@@ -279,6 +284,16 @@ class GymVectorEnv(TensorEnv):
                 says = np.asarray(infos.get(f"_{name}", True)) & rows
                 value = torch.where(_column(says, value), _column(said.astype(np.float32), value), value)
             self._told.info[root, name] = value
+
+    def _warn_of_unsaid(self, infos: dict[str, Any]) -> None:
+        """Logs, once, which of ``info_keys`` no row has said by the end of its first episode."""
+        rows = [infos] if self._is_theirs else call(self.envs, self.envs.get_attr, "said")
+        said, unsaid = sorted({str(name) for names in rows for name in names}), sorted(self._told.unsaid)
+        torchrl_logger.warning(
+            f"info_keys holds {unsaid}, which the env has not said by the end of an episode: misspelt? Its info holds {said}. What "
+            "is not said is recorded as 0."
+        )
+        self._told.unsaid.clear()
 
     def _last_observations(self, entries: Entries, ended: np.ndarray, infos: dict[str, Any]) -> Entries:
         """``entries`` with the last observations of the rows that have ``ended``, in the place of the next episode's first."""
@@ -408,6 +423,7 @@ class _Told:
         following: what it observed then.
         info_following: what it said then.
         task: the rows' tasks.
+        unsaid: names that are to be recorded and have not been said yet; none once that is told.
     """
 
     info: Entries
@@ -416,6 +432,7 @@ class _Told:
     following: Entries = field(default_factory=dict)
     info_following: Entries = field(default_factory=dict)
     task: Tensor | TensorDictBase | None = None
+    unsaid: set[str] = field(default_factory=set)
 
 
 def _task_spec(set_task, task_spec, tasks, task_option: str | None) -> TensorSpec | None:
