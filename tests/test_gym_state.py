@@ -385,6 +385,22 @@ def test_envs_side_by_side_go_on_and_hear_their_tasks_again(kind, row):
     ours.close(), theirs.close()
 
 
+def test_envs_side_by_side_go_on_below_transforms_too():
+    ours, theirs = (TransformedEnv(rows_of(lambda: BernoulliBandit(2)), RewardSum()) for _ in range(2))
+    begun = ours.reset(TensorDict({"task": torch.full((2, 2), 0.5)}, [2])).set("action", torch.tensor([0, 1]))
+    ours.rand_step(begun.clone()), theirs.rand_step(theirs.reset())
+    put_env_state(theirs, env_state(ours))
+    for _ in range(10):
+        assert torch.equal(*(env.step(begun.clone())["next", "reward"] for env in (ours, theirs)))
+
+
+def test_the_state_of_another_number_of_rows_is_refused():
+    state = env_state(rows_of(lambda: BernoulliBandit(2), rows=3))
+    for rows in (2, 4):
+        with pytest.raises(ValueError, match=f"the state is one of 3 rows, and this env has {rows}"):
+            put_env_state(rows_of(lambda: BernoulliBandit(2), rows=rows), state)
+
+
 @pytest.mark.parametrize("kind", [SerialEnv, partial(ParallelEnv, mp_start_method="fork")])
 @pytest.mark.parametrize(
     ("row", "reason"),

@@ -11,7 +11,7 @@ from functools import partial, reduce
 from multiprocessing.connection import Connection
 from typing import Any
 
-from torchrl.envs import EnvBase, ParallelEnv, SerialEnv
+from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
 from rl2_torchrl.envs.plain_data import NoStateError
 
@@ -41,6 +41,8 @@ def env_state(env: EnvBase) -> dict[str, Any]:
         >>> torch.equal(bandits.step(first)["next", "reward"], once)
         True
     """
+    if isinstance(env, TransformedEnv):  # which hands out its transforms' state alone
+        return {"transform": env.transform.state_dict(), "base_env": env_state(env.base_env)}
     if not isinstance(env, SerialEnv | ParallelEnv):
         return _state(partial(_ask_here, env))
     if env.is_closed:
@@ -49,16 +51,26 @@ def env_state(env: EnvBase) -> dict[str, Any]:
 
 
 def put_env_state(env: EnvBase, state: dict[str, Any]) -> None:
-    """Puts back what `env_state` returned, into the same env or one that was made alike."""
+    """Puts back what `env_state` returned, into the same env or one that was made alike.
+
+    Raises:
+        ValueError: it is the state of another number of rows.
+    """
+    if isinstance(env, TransformedEnv):
+        env.transform.load_state_dict(state["transform"])
+        return put_env_state(env.base_env, state["base_env"])
     if not isinstance(env, SerialEnv | ParallelEnv):
         return _put(partial(_ask_here, env), state)
-    for number, ask in enumerate(_rows(env)):
+    rows = _rows(env)
+    if len(state) != len(rows):
+        raise ValueError(f"the state is one of {len(state)} rows, and this env has {len(rows)}: make it as it was.")
+    for number, ask in enumerate(rows):
         _put(ask, state[f"worker{number}"])
 
 
 def _state(ask: Ask) -> dict[str, Any]:
     names = ask("__dir__")
-    if "base_env" in names:  # a TransformedEnv hands out its transforms' state alone
+    if "base_env" in names:
         return {"transform": ask("transform", "state_dict"), "base_env": _state(partial(ask, "base_env"))}
     if "why_no_state" in names and (reason := ask("why_no_state")) is not None:
         raise NoStateError(reason)
