@@ -439,6 +439,13 @@ def test_draws_come_in_their_order():
 # ---- Bad arguments.
 
 
+def test_an_env_stays_on_its_device():
+    env = Line(batch_size=(2,))
+    assert env.to("cpu") is env
+    with pytest.raises(ValueError, match=r"Line is on cpu and does not move to meta.*Line\(..., device='meta'\)"):
+        TransformedEnv(env, Trial(episodes=2)).to("meta")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

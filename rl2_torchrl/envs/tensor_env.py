@@ -160,6 +160,20 @@ class TensorEnv(EnvBase):
         self.action_spec, self.reward_spec = self._batched(action), self._batched(reward)
         self.full_done_spec = self._batched(Composite({name: flag.clone() for name in names}))
 
+    def to(self, device: torch.device | str) -> TensorEnv:
+        """The env itself, which is on ``device`` already.
+
+        Raises:
+            ValueError: it is not: what an author's env holds is where it was made.
+        """
+        asked = torch.device(device)
+        if asked.type != self.device.type or asked.index not in (None, self.device.index):
+            raise ValueError(
+                f"{type(self).__name__} is on {self.device} and does not move to {asked}, as a collector's device= asks: its state "
+                f"and its random numbers would stay behind. Make it there, {type(self).__name__}(..., device={str(asked)!r})."
+            )
+        return self
+
     def _batched(self, spec: TensorSpec) -> TensorSpec:
         return spec.expand(*self.batch_size, *spec.shape).clone().to(self.device)
 
