@@ -152,6 +152,11 @@ class PreviousStep(Transform):
         return self._read_layout
 
     def _make_layout(self, observation_spec: Composite) -> Layout:
+        if EPISODE_DONE not in observation_spec.keys():
+            raise ValueError(
+                "PreviousStep found no Trial before it: without Trial an episode's end is lost and memory is reset with "
+                "every episode. Use Compose(Trial(...), TaskSampler(...), PreviousStep())."
+            )
         # The base env's action, since `_step` sees it after all inverse transforms.
         env = self.container.base_env
         keys = self._default_keys(observation_spec) if self.obs_keys is None else self.obs_keys
@@ -170,11 +175,6 @@ class PreviousStep(Transform):
         return Layout(observations, Encoding.of(env.full_action_spec[env.action_key], batch_dims), env.action_key)
 
     def _default_keys(self, observation_spec: Composite) -> list[NestedKey]:
-        if EPISODE_DONE not in observation_spec.keys():
-            raise ValueError(
-                "PreviousStep found no Trial before it: without Trial an episode's end is lost and memory is reset with "
-                "every episode. Use Compose(Trial(...), TaskSampler(...), PreviousStep())."
-            )
         hidden = {*TRIAL_KEYS, self.out_key, "is_init"}
         keys = [key for key in observation_spec.keys(True, True) if key not in hidden]
         keys = [key for key in keys if not _is_task(key, self._task_keys()) and not is_info(key)]

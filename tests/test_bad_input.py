@@ -292,6 +292,7 @@ CASES = [
         "trial not first", lambda: wrap(sampler(), Trial(steps=4)).reset(), RuntimeError, "TaskSampler comes.*Put Trial"
     ),
     row("no trial", lambda: wrap(PreviousStep()).observation_spec, ValueError, "no Trial before.*Use Compose"),
+    row("no trial, keys named", lambda: wrap(PreviousStep([])).rollout(2), ValueError, "no Trial before.*Use Compose"),
     row("batch size 0", lambda: bandit(0), ValueError, r"\(0,\) holds no env.*at least 1"),
     row("no arms", lambda: BernoulliBandit(0), ValueError, "num_arms=0.*at least 1"),
     row(
