@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.envs import check_env_specs
 
+from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.rows import EnvState, entries_of, merge, tensors_of
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.quiet import quiet_torchrl
@@ -58,12 +59,18 @@ def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, n
 
     Raises:
         TensorEnvError: a rule is broken. The message says which, what was seen, why it matters and what to do.
+        TypeError: it is no `TensorEnv`, or a `GymVectorEnv`, which `rl2_torchrl.testing.check_trial_env` checks.
         ValueError: the env has one row only, or ``num_steps`` is below 2.
 
     Examples:
         >>> from rl2_torchrl.envs import PointRobot, goals_on_half_circle
         >>> check_tensor_env(PointRobot(batch_size=(8,)), goals_on_half_circle())
     """
+    if not isinstance(env, TensorEnv) or isinstance(env, GymVectorEnv):
+        raise TypeError(
+            f"{type(env).__name__} is no TensorEnv that its author has written by begin and advance, which this check calls by "
+            "itself: check_trial_env(TransformedEnv(env, Compose(Trial(...), ...))) checks any env."
+        )
     if env.batch_size.numel() < 2 or num_steps < 2:
         raise ValueError(
             f"batch_size={tuple(env.batch_size)}, num_steps={num_steps}: whether rows touch one another shows with two rows or "

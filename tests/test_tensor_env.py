@@ -14,6 +14,7 @@ from rl2_torchrl.envs import (
     AntDirection,
     BernoulliBandit,
     GridNavi,
+    GymVectorEnv,
     HalfCheetahVelocity,
     PointRobot,
     QuadraticBandit,
@@ -635,6 +636,19 @@ def test_what_is_seen_is_told():
     broken = after_step(lambda env, state, action, step: (*step[:2], step[2].squeeze(-1), *step[3:]))
     with pytest.raises(TensorEnvError, match=r"reward is torch.float32 \[4\], its spec says torch.float32 \[4, 1\]"):
         check_tensor_env(broken(batch_size=(4,)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GymVectorEnv("CartPole-v1", 2),
+        lambda: TransformedEnv(Line(batch_size=(2,)), Trial(episodes=2)),
+        lambda: SerialEnv(2, Line),
+    ],
+)
+def test_what_no_author_has_written_is_for_the_other_check(make):
+    with pytest.raises(TypeError, match="Env is no TensorEnv that its author has written.*check_trial_env"):
+        check_tensor_env(make())
 
 
 @pytest.mark.parametrize(("batch_size", "num_steps"), [((), 50), ((1,), 50), ((4,), 1)])
