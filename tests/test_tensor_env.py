@@ -440,6 +440,28 @@ def test_draws_come_in_their_order():
 # ---- Bad arguments.
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"reward_spec": 1}, "reward_spec=1 is no spec"),
+        ({"action_spec": None}, "action_spec=None.*such as Categorical"),
+        ({"more_spec": "speed"}, "more_spec='speed' is no spec"),
+        ({"more_spec": Unbounded(1)}, "more_spec=.*names no entry: give a Composite"),
+    ],
+)
+def test_specs_of_the_wrong_kind(spec, message):
+    class Empty(TensorEnv):
+        begin = advance = None
+
+    with pytest.raises(TypeError, match=f"(?s){message}"):
+        Empty(**{"task_spec": None, "action_spec": Categorical(2), **spec})
+
+
+def test_a_step_on_tensors_before_the_first_start():
+    with pytest.raises(RuntimeError, match=r"a step of Line before reset\(\).*start\(task\)"):
+        Line(batch_size=(2,)).play(torch.ones(2, dtype=torch.int64))
+
+
 def test_an_env_stays_on_its_device():
     env = Line(batch_size=(2,))
     assert env.to("cpu") is env

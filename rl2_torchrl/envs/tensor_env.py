@@ -58,6 +58,7 @@ class TensorEnv(EnvBase):
 
     Raises:
         ValueError: an empty ``batch_size``, ``max_episode_steps`` below 1, or none with ``fixed_length``.
+        TypeError: one of the specs is none, or there is no ``action_spec``.
         RuntimeError: a step before the first reset; an episode that ends early in spite of ``fixed_length``.
 
     Examples:
@@ -118,6 +119,13 @@ class TensorEnv(EnvBase):
         device: torch.device | str | None = None,
     ):
         require_specs(task_spec=task_spec, action_spec=action_spec, observation_spec=observation_spec)
+        require_specs(reward_spec=reward_spec, more_spec=more_spec)
+        if action_spec is None:
+            raise TypeError("action_spec=None: what can an agent do? Give a spec of one row, such as Categorical(2).")
+        if more_spec is not None and not isinstance(more_spec, Composite):
+            raise TypeError(
+                f"more_spec={more_spec!r} names no entry: give a Composite, such as Composite(speed=Unbounded(1))."
+            )
         require_flags(fixed_length=fixed_length)
         batch_size = as_batch_size(batch_size)
         if 0 in batch_size:
@@ -259,6 +267,11 @@ class TensorEnv(EnvBase):
             ``max_episode_steps``.
         """
         now = self._now
+        if not now.started:
+            raise RuntimeError(
+                f"a step of {type(self).__name__} before reset(): no row has a task yet. Call reset(TensorDict({{'task': ...}})), "
+                "or start(task), or let a TaskSampler draw the task."
+            )
         now.moves += 1
         now.state, observation, reward, terminated, truncated = self.advance(now.state, action)
         now.observation = entries = entries_of(observation)
@@ -326,11 +339,6 @@ class TensorEnv(EnvBase):
         return output if self._has_task else output.set("task", task.clone())
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if not self._now.started:
-            raise RuntimeError(
-                f"{type(self).__name__}.step() before reset(): no row has a task yet. Call reset(TensorDict({{'task': ...}})), "
-                "or let a TaskSampler draw the task."
-            )
         self._steps_without_task += not self._has_task
         if self._steps_without_task > _STEPS_OF_A_LOOK:
             self.tell_of_no_task()
