@@ -190,7 +190,7 @@ CASES = [
         TypeError,
         r"its letters.*info_keys=\['success'\]",
     ),
-    row("rows in words", lambda: GymVectorEnv("CartPole-v1", "4"), ValueError, "num_envs='4' is text"),
+    row("rows in words", lambda: GymVectorEnv("CartPole-v1", "4"), ValueError, "num_envs='4' must be a whole"),
     row("seed in words", lambda: BernoulliBandit(3, seed="1"), TypeError, "seed='1' is no whole number"),
     row("batch size in words", lambda: bandit("8"), TypeError, r"batch_size=\('8',\) must be whole numbers"),
     row("states in words", lambda: TabularMDP("4", 2), ValueError, "num_states='4'.*whole number"),

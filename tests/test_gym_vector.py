@@ -868,7 +868,10 @@ def test_an_observation_that_is_no_number_is_refused_with_its_row(make, first):
     ("args", "kwargs", "error", "message"),
     [
         (("CartPole-v1",), {}, ValueError, "num_envs=None: say how many"),
-        (("CartPole-v1", 0), {}, ValueError, "num_envs=0: say how many"),
+        (("CartPole-v1", 0), {}, ValueError, "num_envs=0 must be a whole number, at least 1"),
+        (("CartPole-v1", 16 / 2), {}, ValueError, "num_envs=8.0 must be a whole number"),
+        ((Line, 2), {"set_task": set_goal, "tasks": []}, ValueError, r"tasks=\[\] holds no task"),
+        ((Line, 2), {"set_task": set_goal, "tasks": 3}, TypeError, "tasks=3 is no list"),
         ((Line, 2), {"vectorization": "threads"}, ValueError, "choose 'sync' or 'async'"),
         ((Line, 2), {"max_episode_steps": 3}, TypeError, "are gymnasium.make's"),
         (([Line, Line], 3), {}, ValueError, "2 functions and num_envs=3"),
@@ -882,6 +885,24 @@ def test_an_observation_that_is_no_number_is_refused_with_its_row(make, first):
 def test_arguments_that_make_no_env(args, kwargs, error, message):
     with pytest.raises(error, match=message):
         GymVectorEnv(*args, **kwargs)
+
+
+def test_a_spec_is_as_good_as_its_id_and_any_iterable_of_tasks_as_a_list():
+    told = []
+    env = GymVectorEnv(
+        gymnasium.spec("CartPole-v1"),
+        np.int64(2),
+        set_task=lambda env, task: told.append(task),
+        tasks=(name for name in "ab"),
+        max_episode_steps=3,
+    )
+    assert env.env_id == "CartPole-v1"
+    env.start(torch.tensor([1, 0]))
+    assert told == ["b", "a"]
+    state = env.get_extra_state()
+    env.close()
+    with pytest.raises(RuntimeError, match="has been closed"):
+        env.set_extra_state(state)
 
 
 class ReturnsOtherwise(Line):

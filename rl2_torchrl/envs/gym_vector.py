@@ -12,13 +12,14 @@ from typing import Any, Literal
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl import torchrl_logger
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
-from rl2_torchrl.arguments import as_list, require_callable, require_numbers, require_specs
+from rl2_torchrl.arguments import as_list, require_callable, require_specs, whole
 from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
 from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
@@ -54,7 +55,7 @@ class GymVectorEnv(TensorEnv):
     neither `PreviousStep` nor a network reads it.
 
     Args:
-        env: a Gymnasium id, a function that makes one env, a list of such functions (one a row), or a
+        env: a Gymnasium id or spec, a function that makes one env, a list of such functions (one a row), or a
             `gymnasium.vector.VectorEnv` of your own. The last must leave resets to its caller (``AutoresetMode.DISABLED``) or
             reset in the same step (``SAME_STEP``), and heed ``reset(options={"reset_mask": ...})``. It is told the tasks of all
             rows ``[N, ...]`` at once (with ``tasks`` a list of N objects): ``set_task`` is called with it, the tasks, and which
@@ -101,7 +102,7 @@ class GymVectorEnv(TensorEnv):
 
     def __init__(
         self,
-        env: str | Callable[[], gymnasium.Env] | Sequence[Callable[[], gymnasium.Env]] | VectorEnv,
+        env: str | EnvSpec | Callable[[], gymnasium.Env] | Sequence[Callable[[], gymnasium.Env]] | VectorEnv,
         num_envs: int | None = None,
         *,
         set_task: Callable[..., None] | None = None,
@@ -114,14 +115,15 @@ class GymVectorEnv(TensorEnv):
         device: torch.device | str | None = None,
         **kwargs,
     ):
-        require_numbers(num_envs=num_envs)
+        num_envs = None if num_envs is None else whole("num_envs", num_envs)
         require_callable(set_task=set_task)
         info_keys = as_list("info_keys", info_keys)
+        tasks = None if tasks is None else as_list("tasks", tasks)
         task_spec = _task_spec(set_task, task_spec, tasks, task_option)
         self._is_theirs = isinstance(env, VectorEnv)
         self.set_task, self.tasks, self.task_option = set_task, tasks, task_option
         #: What makes a row: a run that goes on is to have the same, with the same arguments, and the same way of a task to it.
-        self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str) else env
+        self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str | EnvSpec) else env
         self.envs = (
             _theirs(env, num_envs, kwargs)
             if self._is_theirs
@@ -156,7 +158,7 @@ class GymVectorEnv(TensorEnv):
     def _make(self, env, num_envs: int | None, vectorization: str, info_keys: Sequence[str], kwargs: dict) -> VectorEnv:
         if vectorization not in ("sync", "async"):
             raise ValueError(f"vectorization={vectorization!r}: choose 'sync' or 'async'.")
-        if isinstance(env, str):
+        if isinstance(env, str | EnvSpec):
             env = self.make
         elif kwargs:
             raise TypeError(
@@ -168,7 +170,7 @@ class GymVectorEnv(TensorEnv):
                 "envs, as EnvPool's do, give it gymnasium.vector.VectorEnv's interface first: autoreset_mode DISABLED in its "
                 "metadata, and a reset that resets the rows of options['reset_mask'] alone."
             )
-        if callable(env) and (num_envs is None or num_envs < 1):
+        if callable(env) and num_envs is None:
             raise ValueError(f"num_envs={num_envs}: say how many envs shall stand side by side, such as num_envs=16.")
         makers = [env] * num_envs if callable(env) else list(env)
         if not makers or num_envs not in (None, len(makers)):
@@ -392,6 +394,7 @@ class GymVectorEnv(TensorEnv):
         Raises:
             ValueError: it is the state of another env, or of another number of rows.
         """
+        self._require_open()
         own = from_tensor(state, f"the state of {type(self).__name__}")
         rows, task = own["rows"], own["task"]
         task = TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task
@@ -450,6 +453,8 @@ def _task_spec(set_task, task_spec, tasks, task_option: str | None) -> TensorSpe
             "what is a task? Give one of task_spec=, such as Unbounded(1) for one number, and, with set_task=, tasks=, a list of "
             "the objects that set_task shall get."
         )
+    if tasks is not None and not tasks:
+        raise ValueError("tasks=[] holds no task to draw.")
     return Categorical(len(tasks)) if task_spec is None else task_spec
 
 
@@ -464,8 +469,8 @@ def _autoreset(envs: VectorEnv) -> AutoresetMode:
 
 
 def _id_of(env: Any, envs: VectorEnv) -> str | None:
-    if isinstance(env, str):
-        return env
+    if isinstance(env, str | EnvSpec):
+        return env if isinstance(env, str) else env.id
     specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
     return next((spec.id for spec in specs if spec is not None), None)
 
