@@ -11,6 +11,7 @@ from torch import nn
 from torchrl.data import TensorSpec
 
 __all__ = [
+    "above_0",
     "as_batch_size",
     "as_list",
     "require_callable",
@@ -43,6 +44,19 @@ def require_numbers(**arguments: Any) -> None:
     for name, value in arguments.items():
         if isinstance(value, str):
             raise ValueError(f"{name}={value!r} is text: give a number.")
+
+
+def above_0(name: str, value: float) -> float:
+    """``value``; ValueError unless it is a number above 0.
+
+    Examples:
+        >>> above_0("radius", 0.5)
+        0.5
+    """
+    require_numbers(**{name: value})
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be above 0.")
+    return value
 
 
 def require_callable(**arguments: Any) -> None:

@@ -24,7 +24,9 @@ from rl2_torchrl.envs import (
     HalfCheetahVelocity,
     directions,
     goals_in_disc,
+    goals_on_half_circle,
     signs,
+    uniform_targets,
     velocities,
 )
 from rl2_torchrl.envs.physics import Bodies, RolloutBackend
@@ -352,7 +354,9 @@ def test_a_simulation_that_blows_up_is_an_error(steps, tmp_path, monkeypatch):
     ("kwargs", "message"),
     [
         ({"batch_size": (0,)}, "at least one env"),
-        ({"horizon": 0}, "one step"),
+        ({"horizon": 0}, "horizon=0 must be a whole number"),
+        ({"horizon": "200"}, "horizon='200' must be a whole number"),
+        ({"num_threads": "2"}, "num_threads='2' must be a whole number"),
         ({"dtype": torch.bfloat16}, "float32 or torch.float64"),
     ],
 )
@@ -372,6 +376,21 @@ def test_unknown_backend_and_device():
         HalfCheetahVelocity(backend="bullet")
     with pytest.raises(ValueError, match="simulates on the CPU"):
         HalfCheetahVelocity(device="meta")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (lambda: velocities("0", "2"), "low='0' is text"),
+        (lambda: uniform_targets(2, "0", "1"), "low='0' is text"),
+        (lambda: goals_in_disc("3"), "radius='3' is text"),
+        (lambda: goals_on_half_circle("1"), "radius='1' is text"),
+        (lambda: goals_on_half_circle(-1.0), "radius=-1.0 must be above 0"),
+    ],
+)
+def test_ranges_of_tasks(tasks, message):
+    with pytest.raises(ValueError, match=message):
+        tasks()
 
 
 def test_empty_range_of_velocities():

@@ -145,6 +145,7 @@ def uniform_targets(dim: int, low: float = -1.0, high: float = 1.0) -> TaskDistr
         >>> uniform_targets(2)(torch.Size([3]), torch.Generator()).shape
         torch.Size([3, 2])
     """
+    require_numbers(low=low, high=high)
     return partial(_uniform, size=whole("dim", dim), low=low, high=high)
 
 

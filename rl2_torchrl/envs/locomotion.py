@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torchrl.data import Bounded, Composite, Unbounded
 
-from rl2_torchrl.arguments import as_batch_size
+from rl2_torchrl.arguments import above_0, as_batch_size, require_numbers, whole
+from rl2_torchrl.envs.bandits import uniform_targets
 from rl2_torchrl.envs.camera import Camera
 from rl2_torchrl.envs.physics import Array, BackendName, Bodies, gymnasium_model, make_backend
 from rl2_torchrl.envs.tensor_env import TensorEnv
@@ -86,11 +87,9 @@ class LocomotionEnv(TensorEnv):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        batch_size = as_batch_size(batch_size)
-        if 0 in batch_size or horizon < 1:
-            raise ValueError(
-                f"batch_size={tuple(batch_size)}, horizon={horizon}: there must be at least one env and one step."
-            )
+        batch_size, horizon = as_batch_size(batch_size), whole("horizon", horizon)
+        if 0 in batch_size:
+            raise ValueError(f"batch_size={tuple(batch_size)}: there must be at least one env.")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"dtype={dtype}: the physics hands over torch.float32 or torch.float64; convert afterwards."
@@ -350,13 +349,10 @@ def velocities(low: float = 0.0, high: float = 2.0) -> TaskDistribution:
         >>> velocities(0.0, 3.0)(torch.Size([4]), torch.Generator()).shape
         torch.Size([4, 1])
     """
+    require_numbers(low=low, high=high)
     if not low < high:
         raise ValueError(f"velocities({low}, {high}): the second must be above the first.")
-    return partial(_velocities, low=low, high=high)
-
-
-def _velocities(batch_size: torch.Size, generator: torch.Generator, *, low: float, high: float) -> Tensor:
-    return low + (high - low) * torch.rand(*batch_size, 1, generator=generator)
+    return uniform_targets(1, low, high)
 
 
 def directions() -> TaskDistribution:
@@ -377,11 +373,14 @@ def _directions(batch_size: torch.Size, generator: torch.Generator) -> Tensor:
 def goals_in_disc(radius: float = 3.0) -> TaskDistribution:
     """Places in a disc around the start, uniform by area, for `AntGoal`.
 
+    Raises:
+        ValueError: ``radius`` is not above 0.
+
     Examples:
         >>> bool((goals_in_disc(3.0)(torch.Size([100]), torch.Generator()).norm(dim=-1) <= 3).all())
         True
     """
-    return partial(_in_disc, radius=radius)
+    return partial(_in_disc, radius=above_0("radius", radius))
 
 
 def _in_disc(batch_size: torch.Size, generator: torch.Generator, *, radius: float) -> Tensor:

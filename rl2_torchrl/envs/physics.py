@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torchrl import torchrl_logger
 
+from rl2_torchrl.arguments import whole
+
 __all__ = [
     "Array",
     "BackendName",
@@ -276,10 +278,9 @@ def make_backend(
         >>> make_backend("rollout", path, 4, 5, None, torch.device("cpu")).qvel.shape
         torch.Size([4, 9])
     """
-    if num_threads is not None and (num_threads < 1 or name != "rollout"):
-        raise ValueError(
-            f"num_threads={num_threads} with backend={name!r}: at least 1, and only 'rollout' has threads of its own."
-        )
+    num_threads = None if num_threads is None else whole("num_threads", num_threads)
+    if num_threads is not None and name != "rollout":
+        raise ValueError(f"num_threads={num_threads} with backend={name!r}: only 'rollout' has threads of its own.")
     if name != "rollout":
         return _TorchRLBackend(name, path, num_envs, frame_skip, device)
     if device.type != "cpu":

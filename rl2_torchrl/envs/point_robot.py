@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchrl.data import Bounded, Unbounded
 
-from rl2_torchrl.arguments import require_flags, require_numbers
+from rl2_torchrl.arguments import above_0, require_flags
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.tasks import TaskDistribution
 
@@ -73,9 +73,7 @@ class PointRobot(TensorEnv):
         device: torch.device | str | None = None,
     ):
         require_flags(sparse=sparse)
-        require_numbers(step_size=step_size, goal_radius=goal_radius)
-        if not (step_size > 0 and goal_radius > 0):
-            raise ValueError(f"step_size={step_size}, goal_radius={goal_radius}: both are lengths and must be above 0.")
+        step_size, goal_radius = above_0("step_size", step_size), above_0("goal_radius", goal_radius)
         super().__init__(
             task_spec=Unbounded(2),
             observation_spec=Unbounded(2),
@@ -105,12 +103,15 @@ class PointRobot(TensorEnv):
 def goals_on_half_circle(radius: float = 1.0) -> TaskDistribution:
     """Goals ``[*B, 2]`` at ``radius`` from the start, in all directions with y ≥ 0 alike.
 
+    Raises:
+        ValueError: ``radius`` is not above 0.
+
     Examples:
         >>> goals = goals_on_half_circle()(torch.Size([100]), torch.Generator())
         >>> goals.shape, bool((goals[:, 1] >= 0).all())
         (torch.Size([100, 2]), True)
     """
-    return partial(_on_half_circle, radius=radius)
+    return partial(_on_half_circle, radius=above_0("radius", radius))
 
 
 def _on_half_circle(batch_size: torch.Size, generator: torch.Generator, *, radius: float) -> Tensor:
