@@ -150,7 +150,14 @@ class Trial(Transform):
 
     # --------------------------------------------------------------- reset
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        shape = self._base_env.full_done_spec["done"].shape
+        env = self._base_env
+        if tensordict_reset.batch_size != env.batch_size:
+            raise ValueError(
+                f"the env has begun {tuple(tensordict_reset.batch_size)} rows, and was made with batch_size "
+                f"{tuple(env.batch_size)}: Trial counts, and resets, the rows that an env is made with. Make it with its rows "
+                "(batch_size and specs), or put single ones side by side in a SerialEnv."
+            )
+        shape = env.full_done_spec["done"].shape
         device = tensordict_reset["done"].device
         zeros = torch.zeros(shape, dtype=torch.int64, device=device)
         tensordict_reset.set(EPISODE_DONE, torch.zeros(shape, dtype=torch.bool, device=device))
@@ -187,6 +194,11 @@ class Trial(Transform):
         if unknown:
             raise KeyError(
                 f"Trial(step_keys=...): the env has no entry {unknown}, only {list(observation_spec.keys(True, True))}."
+            )
+        if "is_init" in observation_spec.keys():
+            raise ValueError(
+                "an InitTracker stands below Trial: it would flag the beginning of each episode, where an agent that adapts must "
+                "not lose its memory. Leave it out; collectors put one behind Trial."
             )
         if read := [key for key in self.step_keys if key in env.state_spec.keys(True, True)]:
             raise ValueError(

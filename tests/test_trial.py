@@ -348,6 +348,22 @@ def test_step_keys_that_the_env_reads_back_are_refused():
         _ = TransformedEnv(base, trial, auto_unwrap=False).observation_spec
 
 
+def test_an_init_tracker_below_is_refused():
+    with pytest.raises(ValueError, match="InitTracker stands below Trial.*memory"):
+        _ = TransformedEnv(TransformedEnv(CountingEnv(), InitTracker()), Trial(steps=2), auto_unwrap=False).output_spec
+
+
+def test_rows_that_an_env_was_not_made_with_are_refused():
+    class Unlocked(CountingEnv):
+        batch_locked = False
+
+        def _reset(self, tensordict):
+            return TensorDict({"count": torch.zeros(*tensordict.batch_size, 1)}, tensordict.batch_size)
+
+    with pytest.raises(ValueError, match=r"has begun \(5,\) rows, and was made with batch_size \(\).*SerialEnv"):
+        TransformedEnv(Unlocked(), Trial(steps=2)).reset(TensorDict({}, [5]))
+
+
 class Saying(EnvBase):
     """Says in words what it also says in numbers; an episode has two steps."""
 
