@@ -5,10 +5,12 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
+from rl2_torchrl.arguments import require_numbers
 from rl2_torchrl.evaluation import adaptation_curve
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, base_of
@@ -106,15 +108,16 @@ class VideoWriter:
         self.path = Path(path)
         if self.path.suffix not in _FORMATS:
             raise ValueError(f"{self.path.name}: a video is written as {' or '.join(_FORMATS)}.")
+        require_numbers(fps=fps)
         if fps < 1:
             raise ValueError(f"fps={fps}: a video has a picture a second or more; pass 20, say.")
         self._draw = _pillow("ImageDraw")
         self._image = _pillow("Image")
         self._file = _FORMATS[self.path.suffix](self.path, fps)
 
-    def append(self, picture: torch.Tensor, caption: str = "") -> None:
+    def append(self, picture: torch.Tensor | np.ndarray, caption: str = "") -> None:
         """Adds a ``picture``, ``[height, width, 3]`` uint8, all of one size, with ``caption`` in its upper left corner."""
-        image = self._image.fromarray(picture.cpu().numpy())
+        image = self._image.fromarray(torch.as_tensor(picture).cpu().numpy())
         if caption:
             self._draw.Draw(image).text(
                 (8, 6), caption, fill="white", font_size=16, stroke_width=1, stroke_fill="black"

@@ -172,6 +172,14 @@ def test_a_speed_that_no_file_can_have(suffix, fps, message, tmp_path):
         VideoWriter(tmp_path / f"trial{suffix}", fps)
 
 
+def test_pictures_of_numpys_and_a_speed_in_words(tmp_path):
+    with VideoWriter(tmp_path / "grey.gif") as video:
+        video.append(np.full((8, 8, 3), 128, np.uint8))
+    assert pictures(video.path)[0].shape == (1, 8, 8, 3)
+    with pytest.raises(ValueError, match="fps='20' is text"):
+        VideoWriter(tmp_path / "grey.gif", "20")
+
+
 def test_an_env_without_pictures(tmp_path):
     transforms = Compose(Trial(episodes=2), TaskSampler(uniform_means(3)), PreviousStep())
     env = TransformedEnv(BernoulliBandit(3, batch_size=(1,)), transforms)
