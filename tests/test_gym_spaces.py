@@ -45,6 +45,13 @@ def test_an_observation_by_hand(space, spec, rows, expected):
     assert given.tolist() == expected
 
 
+@pytest.mark.parametrize("wrong", [[3, 0], [0, -1]])
+def test_one_of_several_choices_that_does_not_exist_is_told(wrong):
+    observations = ObservationSpace(spaces.MultiDiscrete([3, 2]))
+    with pytest.raises(ValueError, match=rf"'observation' \[{wrong[0]}, {wrong[1]}\] in row 1, of \[3, 2\] choices"):
+        observations.arrays(np.array([[2, 1], wrong]))
+
+
 def test_entries_of_dicts_and_tuples():
     inner = spaces.Tuple((spaces.Discrete(2), spaces.Dict(deep=spaces.Box(0, 1, (2,)))))
     observations = ObservationSpace(spaces.Dict(pair=inner, said=spaces.Text(5), flags=spaces.MultiBinary(2)))

@@ -20,20 +20,8 @@ from rl2_torchrl.trial import INFO, TRIAL_KEYS
 __all__ = ["ActionSpace", "ObservationSpace"]
 
 #: Entries that an env has beside its observations, and those that trials add.
-_TAKEN = {
-    "task",
-    INFO,
-    "action",
-    "reward",
-    "done",
-    "terminated",
-    "truncated",
-    "next",
-    "_reset",
-    "trans",
-    "is_init",
-    *TRIAL_KEYS,
-}
+_TAKEN = {"task", INFO, "action", "reward", "done", "terminated", "truncated", "next", "_reset", "trans", "is_init"}
+_TAKEN |= {*TRIAL_KEYS}
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,11 @@ class _Leaf:
     def dtype(self) -> np.dtype:
         return torch.empty(0, dtype=self.spec.dtype).numpy().dtype
 
+    @cached_property
+    def choices(self) -> np.ndarray | None:
+        """Of several choices side by side, how many each has: one beyond them would pass for its neighbour's."""
+        return self.spec.nvec.numpy() if isinstance(self.spec, MultiCategorical) else None
+
     @property
     def root(self) -> str:
         return self.key if isinstance(self.key, str) else self.key[0]
@@ -60,7 +53,14 @@ class _Leaf:
         # A copy: vector envs write their next step over this one.
         array = np.array(rows, self.dtype)
         array = array.reshape(1 if is_one else len(array), *self.spec.shape)
-        return array if self.start is None else array - self.start.numpy()
+        array = array if self.start is None else array - self.start.numpy()
+        if self.choices is not None and (wrong := ((array < 0) | (array >= self.choices)).any(-1)).any():
+            row = int(wrong.argmax())
+            raise ValueError(
+                f"the env gives {self.key!r} {array[row].tolist()} in row {row}, of {self.choices.tolist()} choices from 0 on: the "
+                "agent would be shown another one. Mend the env or its observation_space."
+            )
+        return array
 
 
 class ObservationSpace:
