@@ -141,6 +141,29 @@ def test_values_come_back_with_their_types():
     assert env.step(None)[0] == other.step(None)[0]
 
 
+class Tabled(Counting):
+    """Holds a table of its moves, and of spaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.moves, self.parts = {0: self.step, 1: (len, [abs])}, {"a": gymnasium.spaces.Discrete(2)}
+
+
+def test_tables_of_functions_stay_as_the_constructor_made_them():
+    env, other = Tabled(), Tabled()
+    env.reset(seed=0), env.step(None)
+    put_state(other, state_of(env))
+    assert other.steps == [0, 1]
+    assert other.moves[0].__self__ is other
+
+
+def test_a_reader_of_infos_is_no_state():
+    class Cartpole(Resumable, GymEnv):
+        pass
+
+    assert Cartpole("CartPole-v1").auto_register_info_dict().why_no_state() is None
+
+
 class Remembering(Counting):
     def get_state(self):
         return {"small": float(self.small)}

@@ -46,7 +46,8 @@ def there_and_back(value, now=None, known=((), ())):
     [
         (1, 2.5, "a", None, True, float("inf"), 2**100),
         [np.float32(0.1), np.int8(3), np.bool_(True), np.str_("b"), b"\x00\xff"],
-        {("a", 1): {2, 3}, "b": collections.deque([1, 2], maxlen=2)},
+        {("a", 1): {2, 3}, "b": collections.deque([1, 2], maxlen=2), "c": frozenset([4])},
+        collections.OrderedDict(b=1, a=[2]),
         {
             "letters": np.array([[b"S", b"F"]]),
             "words": np.array(["a", "bc"]),

@@ -24,8 +24,8 @@ _CONSTANT = (
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, functools.partial, type),
     *(gymnasium.spaces.Space, gymnasium.envs.registration.EnvSpec, np.dtype, TensorSpec),
 )
-#: Attributes of Gymnasium's and TorchRL's own that hold the arguments of constructors.
-_SKIPPED = {"_saved_kwargs", "_cached_spec", "spec", "metadata", "_constructor_kwargs"}
+#: Attributes of Gymnasium's and TorchRL's own that hold the arguments of constructors, or read an info.
+_SKIPPED = {"_saved_kwargs", "_cached_spec", "spec", "metadata", "_constructor_kwargs", "_info_dict_reader"}
 #: Attributes of Gymnasium's MuJoCo envs that are looked after apart, or draw pictures.
 _OF_MUJOCO = {"data", "model", "mujoco_renderer"}
 #: Packages whose objects are none of an env's own.
@@ -113,9 +113,16 @@ def _layer_state(layer: Any, saver: Saver) -> dict[str, Any]:
     skipped |= _OF_TORCHRL if isinstance(layer, EnvBase) else set()
     attributes = {}
     for name, value in vars(layer).items():
-        if name not in skipped and not isinstance(value, _CONSTANT):
+        if name not in skipped and not _is_constant(value):
             attributes[name] = saver(value, f"{type(layer).__name__}.{name}")
     return {"attributes": attributes, "spaces": _draws_of(layer), **state}
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether ``value`` is a constant, or a container of nothing else, such as a table of moves."""
+    if type(value) not in (dict, list, tuple):
+        return isinstance(value, _CONSTANT)
+    return len(value) > 0 and all(map(_is_constant, value.values() if type(value) is dict else value))
 
 
 def _draws_of(layer: Any) -> dict[str, list[dict[str, Any] | None]]:

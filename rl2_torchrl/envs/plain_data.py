@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Sequence
 from copy import deepcopy
 from typing import Any
@@ -50,8 +50,8 @@ class Saver:
         """``value`` as plain data with its type; ``where`` it stands, for the error's message."""
         if value is None or type(value) in (bool, int, float, str):
             return value
-        if type(value) is tuple:
-            return ["tuple", self._items(value, where)]
+        if type(value) in (tuple, frozenset):
+            return [type(value).__name__, self._items(value, where)]
         if isinstance(value, np.str_):
             return ["text", str(value)]
         if type(value) is bytes:
@@ -84,8 +84,11 @@ class Saver:
             return [type(value).__name__, self._items(value, where)]
         if type(value) is deque:
             return ["deque", self._items(value, where), value.maxlen]
-        if type(value) is dict:
-            return ["dict", [[self(key, where), self(item, f"{where}[{key!r}]")] for key, item in value.items()]]
+        if type(value) in (dict, OrderedDict):
+            return [
+                type(value).__name__,
+                [[self(key, where), self(item, f"{where}[{key!r}]")] for key, item in value.items()],
+            ]
         name = self._class_of(value, where)
         return ["object", name, [[key, self(item, f"{where}.{key}")] for key, item in vars(value).items()]]
 
@@ -130,8 +133,8 @@ class Restorer:
             return saved
         kind, content, *more = saved
         match kind:
-            case "tuple":
-                return tuple(self(item) for item in content)
+            case "tuple" | "frozenset":
+                return {"tuple": tuple, "frozenset": frozenset}[kind](self(item) for item in content)
             case "text":
                 return np.str_(content)
             case "bytes":
@@ -160,7 +163,7 @@ class Restorer:
             value.extend(self(item) for item in content)
         elif kind == "set":
             value.update(self(item) for item in content)
-        elif kind == "dict":
+        elif kind in ("dict", "OrderedDict"):
             value.update((self(key), self(item)) for key, item in content)
         elif kind == "items":
             for place, item in zip(np.ndindex(value.shape), content, strict=True):
@@ -196,8 +199,8 @@ class Restorer:
 def _empty(kind: str, content: Any, more: list, now: Any) -> Any:
     """A container without what is in it, or a generator."""
     match kind:
-        case "list" | "set" | "dict":
-            return {"list": list, "set": set, "dict": dict}[kind]()
+        case "list" | "set" | "dict" | "OrderedDict":
+            return {"list": list, "set": set, "dict": dict, "OrderedDict": OrderedDict}[kind]()
         case "deque":
             return deque(maxlen=more[0])
         case "items":
