@@ -57,11 +57,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 
 def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    """Names of the env's own attributes that are others ``now`` than ``then``: where it stands, and no settings.
+    """Names of attributes of the env, and of its tasks' distribution, that are others ``now`` than ``then``: where these stand.
 
     Of an env that is gone, as where a rollout has failed, nothing is said: what is missing has not moved.
     """
-    return {name for name in differences(then, now) if name in now and name.startswith("env.") and name.count(".") == 1}
+    changed = [name for name in differences(then, now) if name in now and name.startswith("env.")]
+    return {name for name in changed if name.count(".") == 1 or ".distribution." in name}
 
 
 def _env_of(collector: BaseCollector) -> Settings:
@@ -84,6 +85,8 @@ def _env(env: EnvBase | None) -> Settings:
         settings |= _part(name, transform)
         if isinstance(transform, TaskSampler):
             settings[f"{name}.seed"] = transform.given_seed
+            if f"{name}.distribution" not in settings:  # an object, with its range among its attributes
+                settings |= _part(f"{name}.distribution", transform.distribution)
     return settings
 
 

@@ -224,6 +224,31 @@ def test_where_an_env_stands_is_no_setting(tmp_path):
     assert len(Run(updates=4, env=Counts()).train(checkpoints=tmp_path, resume=True).history) == 4
 
 
+class Means:
+    """A distribution as an object; ``drawn`` is where it stands."""
+
+    def __init__(self, high):
+        self.high, self.drawn = high, 0
+
+    def __call__(self, batch_size, generator):
+        self.drawn += 1
+        return self.high * torch.rand(*batch_size, 3, generator=generator)
+
+
+def test_the_attributes_of_a_distribution_are_settings(tmp_path):
+    def run(high):
+        made = Run(updates=3)
+        made.sampler.distribution = Means(high)
+        return made
+
+    run(0.5).train(checkpoints=tmp_path, stop=lambda row: True)
+    with pytest.raises(ValueError, match=r"other settings \(env.TaskSampler.distribution.high: 0.5 then, 0.9 now\)"):
+        run(0.9).train(checkpoints=tmp_path, resume=True)
+    again = run(0.5)
+    again.sampler.draw()
+    assert len(again.train(checkpoints=tmp_path, resume=True).history) == 3
+
+
 @pytest.mark.parametrize("lean", [False, True])
 def test_settings_of_an_env_are_kept_where_a_rollout_has_failed(tmp_path, lean):
     class Breaks(Counts):
