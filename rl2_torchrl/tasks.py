@@ -40,7 +40,7 @@ class TaskSampler(Transform):
 
     Raises:
         KeyError: the base env has no ``task_key`` in its ``state_spec``, so that the task could not reach it.
-        ValueError: a drawn task does not fit the env's ``state_spec``.
+        ValueError: a drawn task does not fit the env's ``state_spec``, but for its bounds, which are not looked at.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -296,6 +296,11 @@ class _InOrder:
             raise TypeError(
                 f"TaskSampler.fixed got a {type(tasks).__name__}: give a tensor or TensorDict [num_tasks, ...], such as "
                 "torch.as_tensor(tasks, dtype=torch.float32)."
+            )
+        if not tasks.ndim:
+            raise ValueError(
+                f"TaskSampler.fixed got one {type(tasks).__name__} without rows: give tasks [num_tasks, ...], of a "
+                "TensorDict by its batch_size=[num_tasks]."
             )
         if not len(tasks):
             raise ValueError("TaskSampler.fixed got no task: an evaluation over nothing would report NaN.")

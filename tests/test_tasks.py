@@ -244,6 +244,14 @@ def test_fixed_tasks_fill_batch_dimensions_in_order():
     assert torch.equal(env.reset()["task"].reshape(4, 2), numbered(5)[[4, 0, 1, 2]])
 
 
+@pytest.mark.parametrize("tasks", [torch.tensor(3.0), TensorDict({"mass": torch.rand(5, 1)})])
+def test_fixed_tasks_without_rows_are_refused(tasks):
+    with pytest.raises(
+        ValueError, match=r"without rows: give tasks \[num_tasks, ...\], of a TensorDict by its batch_size"
+    ):
+        TaskSampler.fixed(tasks)
+
+
 def test_single_env():
     env = bandits(TaskSampler.fixed(numbered(3)), ())
     assert torch.equal(first_of_trials(env, 4), numbered(3)[[0, 1, 2, 0]])
