@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from itertools import product
+from operator import or_
 from typing import Any
 
 import torch
@@ -112,8 +114,7 @@ class Trial(Transform):
     def is_over(self, episode_index: Any, trial_step: Any) -> Any:
         """Whether a trial has ended after so many episodes and steps; of tensors, NumPy's arrays or numbers."""
         bounds = ((episode_index, self.episodes), (trial_step, self.steps))
-        reached = [count >= bound for count, bound in bounds if bound is not None]
-        return reached[0] if len(reached) == 1 else reached[0] | reached[1]
+        return reduce(or_, (count >= bound for count, bound in bounds if bound is not None))
 
     def _reset_rows(self, rows: torch.Tensor, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> None:
         """Starts the next episode in ``rows`` [*B, 1] and writes its first observation; other rows stay as they are."""
@@ -174,10 +175,8 @@ class Trial(Transform):
         }
 
     def _time_left(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> torch.Tensor:
-        left = [
-            1 - index / bound for index, bound in ((episode_index, self.episodes), (trial_step, self.steps)) if bound
-        ]
-        return left[0] if len(left) == 1 else torch.minimum(*left)
+        bounds = ((episode_index, self.episodes), (trial_step, self.steps))
+        return reduce(torch.minimum, (1 - count / bound for count, bound in bounds if bound))
 
     def _require_counters(self, tensordict: TensorDictBase) -> None:
         if TRIAL_STEP not in tensordict.keys():
@@ -226,11 +225,7 @@ class Trial(Transform):
             raise RuntimeError("Trial works inside a TransformedEnv: TransformedEnv(env, Compose(Trial(...), ...)).")
         self._require_first(env)
         base = env.base_env
-        if base.done_keys != ["done", "terminated"] and set(base.done_keys) - {
-            "done",
-            "terminated",
-            "truncated",
-        }:
+        if set(base.done_keys) - {"done", "terminated", "truncated"}:
             raise NotImplementedError(
                 f"Trial needs one done per env, at the root; this env has {base.done_keys}. In a multi-agent env trials "
                 "of different agents would end at different times: aggregate its done entries first."
