@@ -42,8 +42,8 @@ class TrialCollector(Collector):
         create_env_fn: as for `Collector`.
         policy: as for `Collector`.
         keep: entries of the batch, such as ``PPOUpdate.in_keys``; what is not kept takes no memory, and the hidden states of
-            every step take the most. None keeps all. Of trials that are truncated what the policy reads beyond their ends is kept
-            too, since advantages go on with its value there.
+            every step take the most. None keeps all, but for text, which only `Collector`'s own loop keeps. Of trials that are
+            truncated what the policy reads beyond their ends is kept too, since advantages go on with its value there.
         rollout: ``"tensors"``, `Rollout`'s steps; ``"tensordicts"``, `Collector`'s own loop; ``"auto"``, the first where it can
             serve.
         **kwargs: as for `Collector`. Other defaults: ``auto_register_policy_transforms=True`` (memory is never lost),

@@ -303,7 +303,10 @@ def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:
 def require_tensors(spec: Composite, keys: Sequence[NestedKey]) -> None:
     """TypeError where one of the entries ``keys`` is text, or other metadata, which no network reads."""
     if texts := [key for key in keys if isinstance(spec[key], NonTensor)]:
-        raise TypeError(f"{texts} are no numbers, but text, say: make numbers of them in the env, or leave them out.")
+        raise TypeError(
+            f"{texts} are no numbers, but text, say: make numbers of them in the env, or leave them out by naming what the agent "
+            "sees, PreviousStep([...])."
+        )
 
 
 def previous_steps(env: EnvBase) -> list[PreviousStep]:

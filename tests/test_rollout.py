@@ -16,7 +16,7 @@ from rollouts import (
     whole_numbers,
 )
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torchrl.data import Unbounded
+from torchrl.data import NonTensor, Unbounded
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -260,6 +260,38 @@ def test_an_env_may_write_over_its_observations():
     assert batch["place"].squeeze(-1).tolist() == [[0, 1, 2, 3, 4, 5]] * 4
     assert torch.equal(batch["seen"], 2 * batch["place"])
     assert torch.equal(batch["trans"][..., :1], batch["place"].float())
+
+
+class Speaks(Walk):
+    """Says in words where it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_spec["words"] = NonTensor(self.batch_size, example_data="0")
+
+    def _reset(self, tensordict=None, **kwargs):
+        return super()._reset(tensordict, **kwargs).set_non_tensor("words", "0")
+
+    def _step(self, tensordict):
+        after = super()._step(tensordict)
+        return after.set_non_tensor("words", str(after["place"].tolist()))
+
+
+@pytest.mark.parametrize("transforms", [[], [StepCounter]], ids=named)
+def test_text_that_is_no_input_is_in_no_batch(transforms):
+    def make():
+        transition = PreviousStep(["place"])
+        sampler = TaskSampler(whole_numbers, seed=1)
+        return TransformedEnv(Speaks(), Compose(Trial(episodes=2), sampler, transition, *(t() for t in transforms)))
+
+    (_, ours), (_, theirs) = both(make, 9)
+    assert_same(ours, [batch.exclude("words", ("next", "words")) for batch in theirs])
+
+
+def test_text_that_nobody_has_left_out_is_told():
+    env = TransformedEnv(Speaks(), Compose(Trial(episodes=2), TaskSampler(whole_numbers), PreviousStep()))
+    with pytest.raises(TypeError, match=r"\['words'\] are no numbers.*PreviousStep\(\[\.\.\.\]\)"):
+        make_policy(env)
 
 
 class SameFlags(Walk):

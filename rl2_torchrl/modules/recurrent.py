@@ -10,7 +10,7 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
-from torchrl.data import TensorSpec
+from torchrl.data import NonTensor, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
@@ -443,6 +443,8 @@ def _images(env: EnvBase, known: set[NestedKey]) -> list[NestedKey]:
     # What is an input of the env too, such as the task or a memory, is nothing that it shows.
     hidden = {*known, *told, *env.full_state_spec.keys(True, True)}
     shown = [key for key in env.observation_spec.keys(True, True) if key not in hidden and not is_info(key)]
+    if told:  # what is named leaves text out
+        shown = [key for key in shown if not isinstance(env.observation_spec[key], NonTensor)]
     unseen = {key: shape for key, shape in _shapes_of(env, shown).items() if len(shape) > 1}
     for key, shape in unseen.items():
         if len(shape) != 3:

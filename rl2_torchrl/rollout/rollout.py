@@ -38,7 +38,7 @@ class Rollout:
         env: trial env, a `TransformedEnv` with `Trial`; other envs work as well, with a TensorDict at each of their steps.
         policy: actor, or actor and critic.
         steps: steps T of a batch.
-        keep: entries of a batch; None for all.
+        keep: entries of a batch; None for all tensors.
         ablation: function on the `State` of a step before the policy reads it.
         on_step: called with each step's `State`, what followed from it under ``"next"``.
 

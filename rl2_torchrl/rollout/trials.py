@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from torchrl.data import NonTensor
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.modules.acting import State
@@ -27,7 +28,7 @@ class Trials:
         env: the env; its transforms say what trials are, whoever does their work.
         steps: T.
         read: entries that the policy reads.
-        keep: entries of the batch; None for all.
+        keep: entries of the batch; None for all tensors.
         reason: why this is not the fastest way; None where it is.
     """
 
@@ -39,7 +40,9 @@ class Trials:
     def __init__(self, env: EnvBase, steps: int, read: Keys, keep: Keys | None, reason: str | None = None):
         self.env, self.steps, self.batch_size, self.rows = env, steps, env.batch_size, env.batch_size.numel()
         self.device, self.action_key, self.reason = env.device or torch.device("cpu"), env.action_key, reason
-        root = [*env.full_observation_spec.keys(True, True), *env.full_done_spec.keys(True, True)]
+        shown = env.full_observation_spec
+        tensors = [key for key in shown.keys(True, True) if not isinstance(shown[key], NonTensor)]
+        root = [*tensors, *env.full_done_spec.keys(True, True)]
         #: Entries that a batch can have, and those that somebody wants.
         self.keys = [*root, *map(next_key, (*root, *env.full_reward_spec.keys(True, True)))]
         self.wanted = {*read, *(self.keys if keep is None else leaves(keep, self.keys))}
