@@ -11,7 +11,7 @@ from torchrl.envs import Compose, InitTracker, ParallelEnv, TransformedEnv
 from torchrl.modules import LSTMModule, set_recurrent_mode
 from torchrl.modules.utils import get_primers_from_module
 
-from rl2_torchrl import ActorCritic, PreviousStep, TaskSampler, Trial
+from rl2_torchrl import ActorCritic, AdaptiveAgent, PreviousStep, TaskSampler, Trial, TrialCollector
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.modules import (
     CategoricalActions,
@@ -24,6 +24,7 @@ from rl2_torchrl.modules import (
     RecurrentCore,
     RecurrentCritic,
 )
+from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.gru_sequence import (
     as_bytes,
     backward_in_place,
@@ -47,6 +48,23 @@ class TwoSpeeds(RecurrentCore):
         fast = torch.tanh(self.linear(torch.cat((x, fast), -1)))
         slow = 0.9 * slow + 0.1 * fast.unsqueeze(1)
         return torch.cat((fast, slow.sum(1)), -1), fast, slow
+
+
+class Ring(RecurrentCore):
+    """The last three inputs, where the next one goes, and whether all three places are taken."""
+
+    def __init__(self, input_size, **keys):
+        super().__init__(input_size + 1, {"at": (), "full": (1,), "seen": (3, input_size)}, **keys)
+        self.linear = nn.Linear(input_size, input_size)
+
+    def initial_memory(self, num_rows):
+        at, full = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, 1, dtype=torch.bool)
+        return at, full, self.linear.weight.new_zeros(num_rows, *self.memory_shapes["seen"])
+
+    def step(self, x, at, full, seen):
+        place = nn.functional.one_hot(at, 3).bool().unsqueeze(-1)
+        seen, full = torch.where(place, self.linear(x).unsqueeze(1), seen), full | (at == 2).unsqueeze(-1)
+        return torch.cat((seen.sum(1), full.to(x.dtype)), -1), (at + 1) % 3, full, seen
 
 
 class FromOnes(GRUCore):
@@ -275,6 +293,27 @@ def test_collected_and_replayed_in_an_actor_and_a_critic(kind, dtype):
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(log_prob, batch["action_log_prob"], rtol=0, atol=tolerance)
     torch.testing.assert_close(value, batch["state_value"], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rollout", ["tensors", "tensordicts"])
+def test_a_memory_of_whole_numbers_and_flags_stays_that(rollout, dtype):
+    env = make_env()
+    torch.manual_seed(0)
+    actor = RecurrentActor.from_env(env, core=Ring, init_range=0.5, dtype=dtype)
+    frames = {"frames_per_batch": 24, "total_frames": 24}
+    (batch,) = TrialCollector(env, actor, rollout=rollout, **frames)
+    assert [batch[key].dtype for key in hidden_keys(actor)] == [torch.int64, torch.bool, dtype]
+    with set_recurrent_mode(True):
+        log_prob = actor.get_dist(batch.select(*actor.in_keys)).log_prob(batch["action"])
+    torch.testing.assert_close(log_prob, batch["action_log_prob"], rtol=0, atol=1e-6)
+
+    agent = AdaptiveAgent.from_policy(actor, env)
+    agent.new_trial(3)
+    for number in range(1, 4):
+        agent.act()
+        agent.observe(torch.zeros(3), True)
+        assert agent.memory[1].tolist() == [number % 3] * 3
 
 
 def test_torchrls_lstm_module_serves_as_a_core():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -81,7 +81,7 @@ class PolicyStep(nn.Module):
         acted = self.signature.action
         scaled = acted.scaled(drawn)
         last_action = self._layout.action.encode(scaled, start.shape[:1]).to(self.signature.dtype)
-        handed_on = [last_action, *(state[key] for key in self._next_keys)]
+        handed_on = [last_action, *(state[key].to(self.signature.dtype) for key in self._next_keys)]
         return (acted.to_env(scaled), *parameters, *handed_on)
 
     def _state(self, observed, reward: Tensor, done: Tensor, start: Tensor, memory) -> State:
@@ -98,7 +98,7 @@ class PolicyStep(nn.Module):
         state[signature.trans_key], state["is_init"] = torch.cat([*seen, *told], -1), start
         first = initial_memory(self.policy, start.shape[0])
         for key, carried in zip(self._hidden_keys, memory, strict=True):
-            state[key] = where_rows(start.squeeze(-1), first[key], carried)
+            state[key] = where_rows(start.squeeze(-1), first[key], carried.to(first[key].dtype))  # counters, flags
         return state
 
 
@@ -128,9 +128,14 @@ def _exportable(part: ActingPart) -> Callable[[State], None]:
 
 def _core_step(core: TensorDictModuleBase) -> Callable[..., tuple[Tensor, ...]]:
     def step(x: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-        return core.step(x.to(memory[0].dtype), *memory)
+        return core.step(x.to(_dtype_of(memory)), *memory)
 
     return step
+
+
+def _dtype_of(memory: Iterable[Tensor]) -> torch.dtype:
+    """That of its reals."""
+    return next((m.dtype for m in memory if m.is_floating_point()), torch.float32)
 
 
 # ------------------------------------------------------------------ of a policy
@@ -188,7 +193,7 @@ def signature_of(actor: ProbabilisticTensorDictSequential, env: EnvBase) -> Sign
             LAST_ACTION: (layout.action.size,),
             **{name_of(key): tuple(firsts[key].shape[1:]) for key in remembered},
         },
-        dtype=next(iter(firsts.values())).dtype,
+        dtype=_dtype_of(firsts.values()),
     )
 
 

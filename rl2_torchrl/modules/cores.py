@@ -71,7 +71,7 @@ class RecurrentCore(TensorDictModuleBase):
         """One step of N rows, each independent of the others, differentiable.
 
         From ``x`` ``[N, input_size]`` and memories ``[N, *shape]``, in their order, to features ``[N, features_size]`` and the
-        memories after the step.
+        memories after the step. Reals come in the dtype of the parameters; whole numbers and flags as `initial_memory` has them.
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(x, *memory) -> features, *memory.")
 
@@ -166,10 +166,12 @@ class RecurrentCore(TensorDictModuleBase):
         return next((p for p in self.parameters() if p.is_floating_point()), default)
 
     def _converted(self, x: Tensor, memory: Sequence[Tensor | None] | None) -> tuple:
-        """``x`` and the memories in the parameters' dtype; None for memories of which one is None."""
+        """``x`` and memories of reals in the parameters' dtype; None for memories of which one is None."""
         dtype = self._like(x).dtype
-        given = bool(memory) and all(m is not None for m in memory)
-        return x.to(dtype), tuple(m.to(dtype) for m in memory) if given else None
+        x = x.to(dtype)
+        if not memory or any(m is None for m in memory):
+            return x, None
+        return x, tuple(m.to(dtype) if m.is_floating_point() else m for m in memory)
 
     def _read(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensors | None, Tensor]:
         """``x`` ``[*B, (T), input_size]``, the memories, None where there are none, and ``is_init``, once they fit."""
