@@ -15,7 +15,7 @@ from rollouts import (
     seeded,
     whole_numbers,
 )
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.data import NonTensor, Unbounded
 from torchrl.envs import (
     Compose,
@@ -29,7 +29,12 @@ from torchrl.envs import (
 )
 
 from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUValueHead,
+    PPOUpdate,
     PreviousStep,
+    RL2PPOLoss,
     TaskSampler,
     Trial,
     TrialCollector,
@@ -222,6 +227,43 @@ def test_velocity_is_kept_when_asked_for():
     (_, ours), (_, theirs) = both(make, 6, lambda env: make_policy(env, still=True), keep=keep)
     assert_same(ours, theirs)
     assert set(ours[0].keys(True, True)) == set(keep)
+
+
+class TellsTheTask(TensorDictModuleBase):
+    """Reads a task of several entries from a TensorDict."""
+
+    in_keys, out_keys = ["task"], ["told"]
+
+    def forward(self, tensordict):
+        return tensordict.set("told", told_of(tensordict["task"]))
+
+
+def told_of(task):
+    return torch.cat([task["home"].float(), task["cost"]], -1)
+
+
+@pytest.mark.parametrize("keep", [None, ["action", "state_value"]], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "teller", [TensorDictModule(told_of, ["task"], ["told"]), TellsTheTask()], ids=["function", "module"]
+)
+def test_a_critic_may_read_a_task_of_several_entries(teller, keep):
+    def policy(env):
+        torch.manual_seed(0)
+        unseen = {"encoder": {"picture": None}, "hidden_size": 6}
+        actor = GRUCategoricalActor.from_env(env, init_range=0.5, **unseen)
+        shapes = {"trans": env.observation_spec["trans"].shape[1:], "told": [2]}
+        value = GRUValueHead(shapes, extra_keys=["told"], hidden_size=6)
+        return ActorCritic(actor, TensorDictSequential(teller, value))
+
+    (_, ours), (_, theirs) = both(lambda: make_env("rooms", episodes=2), 5, policy, batches=2, keep=keep)
+    assert_same(ours, theirs)
+    if keep is None:
+        losses = []
+        for backend in ("parts", "autograd"):
+            loss = RL2PPOLoss(*policy(make_env("rooms", episodes=2))._module_iter())
+            update = PPOUpdate(loss, bptt=5, backend=backend, epochs=1, minibatches=1)
+            losses.append(update(ours[0].clone())["loss_critic"])
+        assert losses[0] == pytest.approx(losses[1])
 
 
 def test_transforms_inside_are_the_envs_own():

@@ -14,6 +14,7 @@ from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
     *("Gradients", "Part", "State", "accumulate", "entries_of", "on_copies", "on_entries", "outputs_of"),
+    "sub_entries",
     *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "runs"),
 ]
 
@@ -130,11 +131,11 @@ def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[Nest
 
     An entry that is there by its sub-entries, such as a nested task, is a TensorDict of these.
     """
-    missing = [key for key in keys if key not in state and key not in optional]
+    missing = [key for key in keys if key not in state]
     if not missing:
         return list(map(state.get, keys))
-    nested = {key: _sub_entries(state, key) for key in missing}
-    if nowhere := [key for key, entry in nested.items() if entry is None]:
+    nested = {key: sub_entries(state, key, 2) for key in missing}
+    if nowhere := [key for key, entry in nested.items() if entry is None and key not in optional]:
         raise KeyError(
             f"{nowhere} is read by the networks or the loss, but neither in the data nor made by what runs before; there is "
             f"{sorted(map(str, state))}. What the collector keeps must hold it: TrialCollector(keep=update.in_keys)."
@@ -142,10 +143,13 @@ def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[Nest
     return [nested[key] if key in nested else state.get(key) for key in keys]
 
 
-def _sub_entries(state: State, key: NestedKey) -> TensorDict | None:
+def sub_entries(state: State, key: NestedKey, dims: int) -> TensorDict | None:
+    """What lies within ``key``, of ``dims`` batch dimensions; None where there is nothing."""
     path = key if isinstance(key, tuple) else (key,)
     below = [name for name in state if isinstance(name, tuple) and name[: len(path)] == path]
-    return TensorDict({name[len(path) :]: state[name] for name in below}, state[below[0]].shape[:2]) if below else None
+    return (
+        TensorDict({name[len(path) :]: state[name] for name in below}, state[below[0]].shape[:dims]) if below else None
+    )
 
 
 def on_entries(sequence: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -139,7 +139,7 @@ class TrialAdvantage(nn.Module):
                 "value. Make frames_per_batch a whole number of trials, or pass TrialAdvantage(critic=<the collector's policy>)."
             )
         successors = tensordict["next"][rows]
-        known = ("is_init", *successors.keys(True, True))
+        known = ("is_init", *successors.keys(True))
         if missing := [key for key in critic.in_keys if key not in known]:
             raise KeyError(
                 f"{int(rows.sum())} trials are cut by the batch's end (or truncated), but ('next', ...) lacks {missing}, which the "

@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.gradients.part import has_hooks
+from rl2_torchrl.gradients.part import has_hooks, sub_entries
 from rl2_torchrl.kernels.graph import GraphReplay
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.cores import RecurrentCore
@@ -74,6 +74,8 @@ class Rollout:
                     f"{what} {missing}, which nobody makes: look at the in_keys of the loss's terms and of the networks; there is "
                     f"{sorted(map(str, made))}."
                 )
+        #: Entries that are there by their sub-entries, such as a task of several.
+        self._nested = [key for key in read if key not in made]
         self.keep = made if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
         late = {key for part in self._late for key in part.out_keys}
@@ -156,6 +158,8 @@ class Rollout:
         for t in range(self.steps):
             if self.ablation is not None:
                 state = self.ablation(state)
+            for key in self._nested:
+                state[key] = sub_entries(state, key, 1)
             for act in acting:
                 act(state)
             if t == 0:

@@ -45,7 +45,7 @@ class Trials:
         root = [*tensors, *env.full_done_spec.keys(True, True)]
         #: Entries that a batch can have, and those that somebody wants.
         self.keys = [*root, *map(next_key, (*root, *env.full_reward_spec.keys(True, True)))]
-        self.wanted = {*read, *(self.keys if keep is None else leaves(keep, self.keys))}
+        self.wanted = {*read, *(self.keys if keep is None else leaves((*read, *keep), self.keys))}
         self._root_keys = [key for key in root if key in self.wanted]
         self._after_keys = [key for key in self.keys if key[0] == "next" and key in {*self.wanted, REWARD}]
         self._never = torch.zeros(self.rows, 1, dtype=torch.bool, device=self.device)
