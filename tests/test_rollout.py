@@ -513,6 +513,33 @@ def test_a_rollout_goes_on_where_it_was_saved(name, trial, transforms, batches_b
             assert torch.equal(found[key], value), key
 
 
+FEW = ["trans", "action"]
+
+
+@pytest.mark.parametrize("is_torchrls", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(FEW, None), (None, FEW)], ids=["more", "less"])
+def test_a_rollout_goes_on_with_more_or_fewer_entries_kept(is_torchrls, before, after):
+    def make(keep):
+        env = make_env("rooms", episodes=3)
+        if is_torchrls:
+            env.base_env._step = env.base_env._step
+        policy = make_policy(env)
+        frames = 5 * env.batch_size.numel()
+        return TrialCollector(env, policy, frames_per_batch=frames, total_frames=-1, keep=keep)
+
+    torch.manual_seed(0)
+    collector, resumed = make(before), make(after)
+    unbroken = iter(collector)
+    next(unbroken)
+    assert load_rollout_state(resumed, rollout_state(collector)) is None
+    resumed.env.transform[1].set_extra_state(collector.env.transform[1].get_extra_state())
+    batches = []
+    for iterator in (unbroken, iter(resumed)):
+        torch.manual_seed(1)
+        batches.append(next(iterator).select(*FEW).clone())
+    assert_same(*[[batch] for batch in batches])
+
+
 @pytest.mark.parametrize(
     ("name", "transforms"), [("guess", []), ("mdp", []), ("walk", []), ("walk", [StepCounter])], ids=named
 )

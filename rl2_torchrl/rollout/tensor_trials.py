@@ -8,7 +8,6 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.envs.rows import by_key
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows, TrialClock
@@ -175,7 +174,7 @@ class TensorTrials(Trials):
     def state_dict(self) -> dict:
         state = {"clock": self.clock.state_dict(), "adopted": torch.tensor(self._is_adopted)}
         state["task"] = self._task.to_dict() if isinstance(self._task, TensorDictBase) else self._task
-        state["observations"], state["door"] = list(by_key(self._observations).values()), self.door.state_dict()
+        state["observations"], state["door"] = dict(self._observations), self.door.state_dict()
         if self.inputs is not None:
             state["input"] = self.inputs.data[-1].clone()
         return state
@@ -186,6 +185,7 @@ class TensorTrials(Trials):
         if task is not None:
             self._deal(TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task)
         adopted = self.door.adopt(TensorDict(state["door"], self.batch_size, self.env.device))
-        self._observations = dict(zip(by_key(adopted), state["observations"], strict=True))
+        saved = state["observations"]  # by key: what is kept, and so asked for, may be more or less now
+        self._observations = {key: saved.get(key, value) for key, value in adopted.items()}
         if self.inputs is not None:
             self.inputs.data[-1].copy_(state["input"])
