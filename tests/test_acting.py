@@ -14,6 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import GRUModule, IndependentNormal, LSTMModule, OneHotCategorical, ProbabilisticActor
 
 from rl2_torchrl import (
+    AdaptiveAgent,
     PreviousStep,
     TaskSampler,
     Trial,
@@ -25,7 +26,7 @@ from rl2_torchrl.envs import (
     uniform_targets,
 )
 from rl2_torchrl.gradients import parts_of
-from rl2_torchrl.modules import GaussianActions, Head, LSTMCore, RunningNorm
+from rl2_torchrl.modules import CategoricalActions, GaussianActions, Head, LSTMCore, RecurrentActor, RunningNorm
 from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.gru import FastGRUModule
 from rl2_torchrl.rollout import Rollout
@@ -356,3 +357,21 @@ def test_a_core_is_not_asked_where_trials_begin():
     # A rollout resets the memory itself.
     [core] = acting_parts(LSTMCore(5, 4))
     assert core.in_keys == ["trans", "hidden", "hidden_cell"]
+
+
+@pytest.mark.parametrize("ignored", [lambda x: None, torch.sigmoid], ids=["None", "a tensor"])
+def test_an_output_that_a_module_drops_is_nowhere(ignored):
+    """As `torch.nn.MultiheadAttention` gives weights, or None."""
+
+    def policy(env):
+        torch.manual_seed(3)
+        size = env.observation_spec["trans"].shape[-1]
+        encoder = TensorDictModule(lambda x: (x.sin(), ignored(x), ignored(x)), ["trans"], ["seen", "_", "_"])
+        return RecurrentActor({"trans": [size]}, CategoricalActions(5), encoder=encoder, hidden_size=6, init_range=0.5)
+
+    (_, ours), (_, theirs) = both(lambda: make_env("guess", episodes=2), 5, policy, batches=1)
+    assert_same(ours, theirs)
+    assert "_" not in ours[0].keys()
+    agent = AdaptiveAgent.from_policy(policy(env := make_env("guess", episodes=2)), env)
+    agent.new_trial()
+    assert agent.act(1) in range(5)

@@ -310,6 +310,11 @@ def _encoder_with_codes():
     return RL2PPOLoss(_actor(), critic)
 
 
+def _drops_an_output():
+    head = TensorDictModule(lambda x: (x[..., :1].sin(), None), ["actor_features"], ["state_value", "_"])
+    return RL2PPOLoss(_actor(), TensorDictSequential(head))
+
+
 def _hands_on():
     """An output that goes to the next step is nothing to the loss."""
     head = TensorDictModule(lambda x: (x[..., :1].sin(), x), ["actor_features"], ["state_value", ("next", "handed")])
@@ -373,6 +378,7 @@ COMPOSED = {
     ),
     "strided encoder": (_strided_encoder, 1),
     "outputs by name, of whole numbers too": (_encoder_with_codes, 2),
+    "output that is dropped": (_drops_an_output, 1),
     "output for the next step": (_hands_on, 1),
     "LSTM": (_lstm, 1),
     "MLP encoder": (_mlp_encoder, 0),

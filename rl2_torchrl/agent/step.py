@@ -110,7 +110,7 @@ def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[tuple[Tens
 
 def _exportable(part: ActingPart) -> Callable[[State], None]:
     """What a part does, in PyTorch's operations alone."""
-    module, in_keys, out_keys = part.module, part.in_keys, part.out_keys
+    module, in_keys, out_keys = part.module, part.in_keys, part.module.out_keys
     functions = {"core": lambda: _core_step(module), "tensors": lambda: on_copies(module.module, module.module)}
     if (function := functions.get(part.way)) is None:
         raise NotImplementedError(

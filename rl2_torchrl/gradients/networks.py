@@ -18,7 +18,17 @@ from tensordict.nn import (
 )
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.gradients.part import Part, brings, has_hooks, is_bare, is_function, on_copies, on_entries, outputs_of
+from rl2_torchrl.gradients.part import (
+    IGNORED,
+    Part,
+    brings,
+    has_hooks,
+    is_bare,
+    is_function,
+    on_copies,
+    on_entries,
+    outputs_of,
+)
 from rl2_torchrl.modules import distributions
 
 __all__ = ["actor_parts", "leaves_of", "parts_of", "why_no_parts"]
@@ -61,7 +71,7 @@ def leaves_of(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[
 def _part(module: TensorDictModuleBase) -> Part:
     """Whatever a module is: a core, a function of tensors, or one that wants a TensorDict; with its own gradient, if it has one."""
     in_keys, optional, speaker = module.in_keys, (), module
-    out_keys = [key for key in module.out_keys if key[0] != "next"]
+    out_keys = [key for key in module.out_keys if key[0] != "next" and key != IGNORED]
     if brings(module, "step_function"):  # a core, and its sequence with it
         own, why = _own_gradient(module), "brings no gradient of its own here"
         function, optional = on_entries(module.sequence), in_keys[1:]

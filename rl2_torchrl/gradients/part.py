@@ -13,13 +13,15 @@ from torch import nn
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("Gradients", "Part", "State", "accumulate", "entries_of", "on_copies", "on_entries", "outputs_of"),
+    *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "on_copies", "on_entries", "outputs_of"),
     "sub_entries",
     *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "runs"),
 ]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, and what networks make of them.
 State = dict[NestedKey, torch.Tensor]
+#: Under this name a `TensorDictModule` drops an output.
+IGNORED = "_"
 #: Gradients by entries and by parameters.
 Gradients = dict[NestedKey | nn.Parameter, torch.Tensor]
 

@@ -22,7 +22,7 @@ from tensordict.nn.probabilistic import interaction_type
 from torchrl.modules import SafeProbabilisticModule
 
 from rl2_torchrl.gradients.networks import leaves_of
-from rl2_torchrl.gradients.part import State, brings, has_hooks, is_bare, is_function, on_copies, outputs_of
+from rl2_torchrl.gradients.part import IGNORED, State, brings, has_hooks, is_bare, is_function, on_copies, outputs_of
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of, stands_for
 
@@ -60,18 +60,16 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
 
 
 def _part(module: TensorDictModuleBase) -> ActingPart:
-    keys, is_plain_sample = (
-        (module.in_keys, module.out_keys),
-        type(module).forward in _SAMPLES and not has_hooks(module),
-    )
+    is_plain_sample = type(module).forward in _SAMPLES and not has_hooks(module)
     if brings(module, "step_function"):
         # A rollout resets the memory itself: the core need not see where trials begin.
         return ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")
     if is_plain_sample and (distribution := distribution_of(module)) is not None:
         return _distribution(module, distribution)
+    written = [key for key in module.out_keys if key != IGNORED]
     if is_function(module):
-        return ActingPart(module, *keys, lambda _: _on_tensors(module), "tensors")
-    return ActingPart(module, *keys, lambda _: _on_tensordict(module), "tensordict")
+        return ActingPart(module, module.in_keys, written, lambda _: _on_tensors(module), "tensors")
+    return ActingPart(module, module.in_keys, written, lambda _: _on_tensordict(module), "tensordict")
 
 
 def _on_tensors(module: TensorDictModule) -> Run:
@@ -83,6 +81,7 @@ def _on_tensors(module: TensorDictModule) -> Run:
     def run(state: State) -> None:
         out = function(*[state[key] for key in in_keys])
         state.update(zip(out_keys, outputs_of(out, out_keys), strict=True))
+        state.pop(IGNORED, None)
 
     return run
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rl2_torchrl.arguments import require_callable, require_layer_class, require_numbers, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import Part, brings, is_bare, runs
+from rl2_torchrl.gradients.part import IGNORED, Part, brings, is_bare, runs
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.functions import as_reals, relu_linear
 
@@ -206,7 +206,7 @@ def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key:
 
 def _require_own_names(modules: Sequence[TensorDictModuleBase], entries: Mapping) -> None:
     """ValueError where a module writes over what another one writes, or over an entry that others read."""
-    by_module = [(key, module) for module in modules for key in module.out_keys]
+    by_module = [(key, module) for module in modules for key in module.out_keys if key != IGNORED]
     written = [key for key, _ in by_module]
     for key, module in by_module:
         if written.count(key) > 1 or key in entries.keys() - set(module.in_keys):
@@ -224,7 +224,7 @@ def output_key(module: TensorDictModuleBase) -> NestedKey:
     """
     found: list[NestedKey] = []
     for leaf in _in_order(module):
-        made = next(key for key in leaf.out_keys if key != "_")
+        made = next(key for key in leaf.out_keys if key != IGNORED)
         found = [key for key in found if key not in leaf.in_keys and key != made] + [made]
     if len(found) != 1:
         raise ValueError(
