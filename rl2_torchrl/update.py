@@ -393,10 +393,10 @@ class PPOUpdate:
     def _apply_schedules(self, progress: float) -> None:
         if self.lr_schedule is not None:
             for group, given in zip(self.optimizer.param_groups, self.given_options, strict=True):
-                group["lr"] = given["lr"] * self.lr_schedule(progress)
+                group["lr"] = given["lr"] * _factor("lr_schedule", self.lr_schedule, progress)
         if self.entropy_schedule is not None:
-            coefficient = self.given_coefficients["entropy_coeff"] * self.entropy_schedule(progress)
-            self.loss.entropy_coeff.fill_(coefficient)
+            factor = _factor("entropy_schedule", self.entropy_schedule, progress)
+            self.loss.entropy_coeff.fill_(self.given_coefficients["entropy_coeff"] * factor)
 
     def _scheduled(self) -> set[str]:
         """What schedules move."""
@@ -501,8 +501,18 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
 
 def _check_kinds(*arguments: object) -> None:
     for (name, (kind, word, example)), value in zip(_KINDS.items(), arguments, strict=True):
-        if value is not None and not isinstance(value, kind):
+        if isinstance(value, type) or (value is not None and not isinstance(value, kind)):
             raise TypeError(f"{name}={value!r} is no {word}: give {example}, say.")
+
+
+def _factor(name: str, schedule: Schedule, progress: float) -> float:
+    factor = schedule(progress)
+    if not 0 <= factor < math.inf:
+        raise ValueError(
+            f"{name} gave {factor} at progress {progress:.3g}: a factor on the initial value is a number, at least 0; below that "
+            "the loss would be climbed."
+        )
+    return factor
 
 
 def _bound(name: str, value: float | None) -> float | None:

@@ -408,7 +408,9 @@ def test_numpys_integers_are_whole_numbers():
     ("name", "value", "message"),
     [
         ("advantage", "gae", "no function.*TrialAdvantage"),
+        ("advantage", TrialAdvantage, "no function.*TrialAdvantage\\(value_target"),
         ("lr_schedule", 0.5, "no function.*linear_decay"),
+        ("lr_schedule", torch.optim.lr_scheduler.LinearLR, "no function.*linear_decay"),
         ("entropy_schedule", 0.5, "no function.*linear_decay"),
         ("generator", 3, "no generator"),
         ("optimizer", torch.optim.SGD, "no optimizer"),
@@ -417,6 +419,19 @@ def test_numpys_integers_are_whole_numbers():
 def test_arguments_of_another_kind(name, value, message):
     with pytest.raises(TypeError, match=message):
         PPOUpdate(make_loss(entropy_bonus=True), **{name: value})
+
+
+def test_an_advantage_that_returns_nothing_is_named():
+    with pytest.raises(TypeError, match="the advantage returned None: it returns the batch"):
+        PPOUpdate(make_loss(), lambda batch: None)(make_batch())
+
+
+@pytest.mark.parametrize("name", ["lr_schedule", "entropy_schedule"])
+@pytest.mark.parametrize("factor", [-0.5, math.nan, math.inf])
+def test_factors_that_would_climb_the_loss_or_break_it_are_refused(name, factor):
+    update = PPOUpdate(make_loss(entropy_bonus=True), **{name: lambda progress: factor})
+    with pytest.raises(ValueError, match=f"{name} gave {factor} at progress 0.75"):
+        update(make_batch(), 0.75)
 
 
 def test_a_schedule_of_several_weights_is_refused():

@@ -152,16 +152,25 @@ class TrialAdvantage(nn.Module):
 
 
 def asking(advantage: Callable, critic: TensorDictModuleBase | None) -> Callable[[TensorDictBase], TensorDictBase]:
-    """``advantage``, a `TrialAdvantage` if there is a ``critic``, which it asks while it is called here, if it was given none."""
-    if critic is None:
-        return advantage
+    """``advantage``, a `TrialAdvantage` if there is a ``critic``, which it asks while it is called here, if it was given none.
+
+    Raises:
+        TypeError: ``advantage`` returned no batch.
+    """
+    # Not in the module tree: the parameters belong to the loss.
+    attributes = {} if critic is None else advantage.__dict__
 
     def ask(tensordict: TensorDictBase) -> TensorDictBase:
-        advantage.__dict__["stand_in"] = critic  # not in the module tree: the parameters belong to the loss
+        attributes["stand_in"] = critic
         try:
-            return advantage(tensordict)
+            out = advantage(tensordict)
         finally:
-            del advantage.__dict__["stand_in"]
+            del attributes["stand_in"]
+        if not isinstance(out, TensorDictBase):
+            raise TypeError(
+                f"the advantage returned {out!r}: it returns the batch, with 'advantage' and 'value_target' in it."
+            )
+        return out
 
     return ask
 
