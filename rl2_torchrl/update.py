@@ -180,11 +180,12 @@ class PPOUpdate:
             kls = []
             for number, metrics in enumerate(one_pass()):
                 _require_finite(metrics, f"epoch {epoch}, minibatch {number}")
+                if self.target_kl is not None:
+                    kls.append(_kl_of(metrics))
                 if from_zeros and not totals:
                     self._require_replay(metrics["max_ratio"])
                 if self.backend not in ("compiled", "graph"):  # whose steps have been taken
                     self.optimizer.step()
-                kls.append(metrics.get("kl_approx", math.nan))
                 for name, value in metrics.items():
                     totals[name].append(value)
             if self.target_kl is not None and _mean(kls) > self.target_kl:
@@ -524,6 +525,15 @@ def _bound(name: str, value: float | None) -> float | None:
 
 def _mean(values: list[float | torch.Tensor]) -> float:
     return torch.stack(values).mean().item() if isinstance(values[0], torch.Tensor) else fmean(values)
+
+
+def _kl_of(metrics: Metrics) -> float | torch.Tensor:
+    if "kl_approx" not in metrics:
+        raise KeyError(
+            f"target_kl stops the passes by 'kl_approx', which this loss does not give, only {list(metrics)}: let its forward give "
+            "it, or leave target_kl out."
+        )
+    return metrics["kl_approx"]
 
 
 def _require_finite(metrics: Metrics, where: str) -> None:

@@ -293,6 +293,20 @@ def test_early_stop_on_kl():
     assert PPOUpdate(make_loss(), lr=0.0, epochs=5)(batch.clone())["epochs"] == 5
 
 
+def test_a_loss_that_says_no_kl_cannot_stop_by_it():
+    class Silent(RL2PPOLoss):
+        def forward(self, tensordict):
+            return super().forward(tensordict).exclude("kl_approx")
+
+    loss = make_loss()
+    loss = Silent(loss.actor_network, loss.critic_network)
+    before = [p.detach().clone() for p in loss.parameters()]
+    with pytest.raises(KeyError, match="'kl_approx', which this loss does not give.*leave target_kl out"):
+        PPOUpdate(loss, target_kl=1e-9)(make_batch())
+    assert all(map(torch.equal, before, loss.parameters()))
+    assert PPOUpdate(loss, epochs=1)(make_batch())["epochs"] == 1
+
+
 # -------------------------------------------------------------- one step's rules
 
 
