@@ -451,6 +451,11 @@ def _stand_in(advantage: Callable, loss: ClipPPOLoss) -> TensorDictModuleBase | 
     critic = getattr(loss, "critic_network", None)
     if not isinstance(advantage, TrialAdvantage) or advantage.critic is not None or critic is None or loss.functional:
         return None
+    if advantage.value_key not in critic.out_keys:
+        raise ValueError(
+            f"the advantage reads values under {advantage.value_key!r}, but the loss's critic writes {critic.out_keys}: "
+            "TrialAdvantage(value_key=...) names what it reads."
+        )
     return TensorDictSequential(loss.actor_network, critic).select_subsequence(out_keys=[advantage.value_key])
 
 
@@ -485,6 +490,12 @@ def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters
 def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
     if not hasattr(loss, "actor_network"):
         raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not a {type(loss).__name__}.")
+    written = getattr(getattr(loss, "critic_network", None), "out_keys", None)
+    if written is not None and getattr(loss, "_has_critic", True) and loss.tensor_keys.value not in written:
+        raise ValueError(
+            f"the loss reads values under {loss.tensor_keys.value!r}, but its critic writes {written}: name them the same, by the "
+            "critic's value_key= or loss.set_keys(value=...)."
+        )
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError("the loss has no parameters to train: are all of them frozen (requires_grad=False)?")
     if entropy_schedule is not None and not loss.entropy_bonus:

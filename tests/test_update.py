@@ -473,6 +473,20 @@ def test_an_optimizer_that_asks_for_the_loss_again_is_refused():
         PPOUpdate(loss, optimizer=torch.optim.LBFGS(loss.parameters()))
 
 
+def test_values_go_by_one_name():
+    loss = RL2PPOLoss(make_loss().actor_network, GRUValueHead(5, hidden_size=4, value_key="v"))
+    with pytest.raises(
+        ValueError, match=r"loss reads values under 'state_value', but its critic writes .*'v'.*set_keys"
+    ):
+        PPOUpdate(loss)
+    loss.set_keys(value="v")
+    with pytest.raises(ValueError, match=r"advantage reads values under 'state_value', but .*'v'.*value_key"):
+        PPOUpdate(loss)
+    batch = make_batch()
+    batch["v"] = batch.pop("state_value")
+    PPOUpdate(loss, TrialAdvantage(value_key="v"), epochs=1)(batch)
+
+
 def test_a_loss_in_which_everything_is_frozen():
     with pytest.raises(ValueError, match="no parameters to train"):
         PPOUpdate(make_loss().requires_grad_(False))
