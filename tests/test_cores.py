@@ -11,7 +11,7 @@ from torchrl.envs import Compose, InitTracker, ParallelEnv, TransformedEnv
 from torchrl.modules import LSTMModule, set_recurrent_mode
 from torchrl.modules.utils import get_primers_from_module
 
-from rl2_torchrl import ActorCritic, AdaptiveAgent, PreviousStep, TaskSampler, Trial, TrialCollector
+from rl2_torchrl import ActorCritic, AdaptiveAgent, PreviousStep, RL2PPOLoss, TaskSampler, Trial, TrialCollector
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.modules import (
     CategoricalActions,
@@ -410,6 +410,14 @@ def test_one_memory_key_for_both_is_refused():
     actor, critic = GRUCategoricalActor(5, 3, hidden_key="h"), GRUValueHead(5, hidden_key="h")
     with pytest.raises(ValueError, match=r"under \['h'\].*hidden_key="):
         ActorCritic(actor, critic)
+
+
+def test_one_core_for_both_is_refused():
+    core = LSTMCore(5, 6)
+    actor, critic = RecurrentActor(5, CategoricalActions(3), core=core), RecurrentCritic(5, core=core)
+    for put_together in (ActorCritic, RL2PPOLoss):
+        with pytest.raises(ValueError, match=r"one LSTMCore stands in actor and critic.*'critic_hidden'"):
+            put_together(actor, critic)
 
 
 # ------------------------------------------------------------ doors to the kernels

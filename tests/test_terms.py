@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
@@ -227,6 +228,19 @@ def test_a_part_that_no_loss_depends_on_in_this_minibatch_has_no_gradient_left_o
         program({**data, "task": task})
         assert all(parameter.grad is not None for parameter in loss.critic_network.parameters()) == counts
         assert any(parameter.grad is not None for parameter in loss.critic_network.parameters()) == counts
+
+
+def test_an_entry_of_both_networks_is_no_terms():
+    actor = GRUCategoricalActor(5, 3, hidden_size=8, features_key="features")
+    critic = GRUValueHead(5, hidden_size=8, features_key="features")
+    with pytest.raises(ValueError, match=r"TaskBelief reads \['features'\], which actor and critic both write"):
+        RL2PPOLoss(actor, critic, terms=[TaskBelief(8, 2, features_key="features")])
+    RL2PPOLoss(actor, critic)
+    shared = TensorDictModule(nn.Linear(5, 8), ["trans"], ["actor_features"])  # one module: both write the same
+    actor = GRUCategoricalActor(8, 3, in_key="actor_features", features_key="remembered")
+    actor.module[0].module.insert(0, shared)
+    critic = TensorDictSequential(shared, MemoryValueHead(8, detach=True))
+    RL2PPOLoss(actor, critic, terms=[TaskBelief(8, 2)])
 
 
 def test_what_is_no_term():

@@ -35,6 +35,7 @@ class ActorCritic(TensorDictSequential):
 
     def __init__(self, actor: TensorDictModuleBase, critic: TensorDictModuleBase):
         require_policy(actor, "ActorCritic")
+        require_own_cores(actor, critic)
         if shared := [key for key in hidden_keys(actor) if key in hidden_keys(critic)]:
             raise ValueError(
                 f"actor and critic both keep their memory under {shared}: give one another hidden_key=, or share the actor's "
@@ -76,6 +77,18 @@ def require_policy(actor: nn.Module | None, where: str) -> None:
             f"{where}(actor, critic): {type(actor).__name__} has no action distribution. The actor comes first, and it is a "
             "ProbabilisticActor such as GRUGaussianActor."
         )
+
+
+def require_own_cores(actor: nn.Module, critic: nn.Module | None) -> None:
+    """ValueError where both have one core, and it goes by the names of one of them alone."""
+    networks = [actor, *([critic] if critic is not None else [])]
+    for core in set.intersection(*(set(network.modules()) for network in networks)):
+        if hasattr(type(core), "name_entries") and any(core.in_keys[1] not in each.in_keys for each in networks):
+            raise ValueError(
+                f"one {type(core).__name__} stands in actor and critic, and goes by the names that the second gave it, "
+                f"{core.in_keys}: make one for each, core=partial(LSTMCore, ...), or let the critic read the actor's memory "
+                "(MemoryValueHead)."
+            )
 
 
 def hidden_keys(module: TensorDictModuleBase) -> list[NestedKey]:

@@ -14,9 +14,10 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import require_numbers
 from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
+from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import entries_of, is_watched
 from rl2_torchrl.gradients.program import merge_losses, values_of
-from rl2_torchrl.modules.actor_critic import hidden_keys, require_policy
+from rl2_torchrl.modules.actor_critic import hidden_keys, require_own_cores, require_policy
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
@@ -86,7 +87,9 @@ class RL2PPOLoss(ClipPPOLoss):
         # ClipPPOLoss's other names for the two.
         actor_network, critic_network = kwargs.pop("actor", actor_network), kwargs.pop("critic", critic_network)
         require_policy(actor_network, "RL2PPOLoss")
+        require_own_cores(actor_network, critic_network)
         terms = _checked_terms(terms)
+        _require_one_writer(terms, actor_network, critic_network)
         options = {**_DEFAULTS, **kwargs}
         _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
         options["functional"] |= options.get("delay_actor", False)
@@ -298,6 +301,20 @@ def _checked_terms(terms: Iterable[nn.Module]) -> list[nn.Module]:
                 f"{type(term).__name__}.in_keys holds {strangers}: entries' names are texts or tuples of them."
             )
     return terms
+
+
+def _require_one_writer(
+    terms: Iterable[nn.Module], actor: TensorDictModuleBase, critic: TensorDictModuleBase | None
+) -> None:
+    """ValueError where a term reads what both networks write, unless it is one module's that both run."""
+    leaves = [[] if network is None else leaves_of(network) for network in (actor, critic)]
+    ours, theirs = ({key: leaf for leaf in each for key in leaf.out_keys} for each in leaves)
+    for term in terms:
+        if twice := [key for key in term.in_keys if key in ours and ours[key] is not theirs.get(key, ours[key])]:
+            raise ValueError(
+                f"{type(term).__name__} reads {twice}, which actor and critic both write, so that it would read the critic's: give "
+                "one of the two another name (features_key=...)."
+            )
 
 
 def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonus: bool) -> None:
