@@ -110,7 +110,7 @@ def _env_of(collector: BaseCollector) -> tuple[list[Described], Composite | None
     """What the env is made of, and its observation spec; of TorchRL's collectors of several processes nothing."""
     if isinstance(collector, TrialWorkers):
         (first, *others), spec = collector.of_env(_env)
-        return [replace(first, what=f"{first.what}, in each of {collector.workers} workers"), *others], spec
+        return [replace(first, what=f"{first.what}, in each of {collector.num_workers} workers"), *others], spec
     env = getattr(collector, "env", None)
     return ([Described("env", "in other processes")], None) if env is None else _env(env)
 
@@ -150,8 +150,8 @@ def _collector(collector: BaseCollector, spec: Composite | None) -> list[Describ
     frames, keep = collector.requested_frames_per_batch, getattr(collector, "keep", None)
     batch = f"{frames:,} steps a batch"
     if spec is not None:
-        workers = collector.workers if isinstance(collector, TrialWorkers) else 1
-        batch += f", {frames // (workers * spec.shape.numel()):,} of each row"
+        rows = getattr(collector, "num_workers", 1) * spec.shape.numel()
+        batch += f", {frames // rows:,} of each row"
     total = collector.total_frames
     batch += f", {total:,} in all" if total is not None and 0 < total < math.inf else ", without end"
     # TorchRL's own collectors have one way, and no name for it.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,18 @@ import torch
 
 from recipes import cartpole, grid_navi, half_cheetah, tabular_mdp
 from recipes.command import arguments
-from rl2_torchrl import GRUCategoricalActor, TrialCollector, TrialWorkers, describe, train
+from rl2_torchrl import (
+    GRUCategoricalActor,
+    PPOUpdate,
+    RL2PPOLoss,
+    TaskSampler,
+    TrainingCheckError,
+    TrialCollector,
+    TrialWorkers,
+    check_training,
+    describe,
+    train,
+)
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.minibatches import require_trials
 from rl2_torchrl.seeding import derived_seed
@@ -26,16 +38,20 @@ from rl2_torchrl.storage import load_tree
 from rl2_torchrl.workers import trial_workers
 from rl2_torchrl.workers.player import Player
 from tests.workers import (
+    ARMS,
     EPISODES,
     FRAMES,
     ROWS,
     STEPS,
     WORKERS,
     Setup,
+    draws_from,
     leaves_its_number,
     make_counting_env,
     make_env,
     rows_and_process,
+    same_tasks,
+    tasks,
 )
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -165,6 +181,33 @@ def test_workers_do_what_they_are_told_before_they_play_those_started_anew_too(s
     told = {int(path.stem): path.suffix for path in setup.folder.glob("*.told-*")}
     assert set(told) == before | set(setup.collector.pids)
     assert set(told.values()) == {f".told-{ROWS}"}
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_same_tasks_in_all_workers_are_found_unless_they_are_a_list(setup, fixed):
+    given = torch.rand(64, ARMS, generator=torch.Generator().manual_seed(0))
+    setup.collector.before_play = partial(draws_from, TaskSampler.fixed(given).distribution if fixed else same_tasks)
+    try:
+        setup.collector.rollout()
+        batch = setup.collector.rollout()
+        if fixed:
+            report = check_training(setup.collector, setup.update, batch)
+            assert "a list on purpose" in report.unchecked["tasks_differ"]
+            assert {"task_given", "policy_is_trained"} <= set(report.checked)
+        else:
+            with pytest.raises(TrainingCheckError, match="all 2 workers draw the same tasks"):
+                check_training(setup.collector, setup.update, batch)
+    finally:
+        setup.collector.before_play = partial(draws_from, partial(tasks, setup.folder))
+        setup.collector.rollout()
+        setup.collector.before_play = None
+
+
+def test_workers_by_a_copy_of_the_policy_that_is_trained_are_found(setup):
+    batch, loss = setup.collector.rollout(), setup.update.loss
+    other = PPOUpdate(RL2PPOLoss(*deepcopy((loss.actor_network, loss.critic_network))))
+    with pytest.raises(TrainingCheckError, match="policy does not hold"):
+        check_training(setup.collector, other, batch)
 
 
 def test_an_error_in_a_worker_is_raised_here_and_says_where(setup):

@@ -46,6 +46,16 @@ def make_env(folder, rows=ROWS):
     return TransformedEnv(BernoulliBandit(ARMS, batch_size=(rows,), seed=0), trial)
 
 
+def same_tasks(batch_size, generator):
+    """Drawn by a generator of its own, which begins alike in all workers."""
+    return torch.rand(*batch_size, ARMS, generator=torch.Generator().manual_seed(0))
+
+
+def draws_from(distribution, env):
+    sampler = next(each for each in env.transform if isinstance(each, TaskSampler))
+    sampler.distribution = distribution
+
+
 class Counts(BernoulliBandit):
     """With a goal, and a count of its steps, as attributes that anybody may read."""
 

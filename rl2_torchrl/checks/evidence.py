@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
-from torchrl.envs import Transform
+from torchrl.envs import EnvBase, Transform
 
 from rl2_torchrl.checks.probe import NetworkProbe
 from rl2_torchrl.objectives.advantages import asking
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE, transforms_of
+from rl2_torchrl.workers import TrialWorkers
 
 __all__ = ["Evidence", "NotChecked", "Rule", "flat"]
 
@@ -50,6 +51,12 @@ class Evidence:
     def transform(self, kind: type[Transform]) -> Transform | None:
         """The innermost transform of ``kind`` around the env; None where there is none, or workers hide it."""
         return next((t for t in self.transforms if isinstance(t, kind)), None)
+
+    def ask(self, function: Callable[[EnvBase], Any]) -> Any:
+        """``function(env)``, of `TrialWorkers` the first one's, for which it is pickled; None where TorchRL's processes have it."""
+        if isinstance(self.collector, TrialWorkers):
+            return self.collector.of_env(function)
+        return None if self.env is None else function(self.env)
 
     # ---------------------------------------------------------------- entries
     def has(self, key: NestedKey) -> bool:

@@ -8,6 +8,7 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
+from rl2_torchrl.workers import TrialWorkers
 
 __all__ = ["RULES"]
 
@@ -91,7 +92,10 @@ def policy_is_trained(seen: Evidence) -> str | None:
     that writes values as well also those of the critic.
     """
     policy = getattr(seen.collector, "policy", None)
-    if not (isinstance(seen.collector, Collector) and isinstance(policy, nn.Module)) or seen.loss is None:
+    if (
+        not (isinstance(seen.collector, Collector | TrialWorkers) and isinstance(policy, nn.Module))
+        or seen.loss is None
+    ):
         raise NotChecked("the policy that acts is in other processes, or there is no loss")
     acting, trained = ({_place(p) for p in module.parameters()} for module in (policy, seen.loss))
     if {device for device, _ in acting} != {device for device, _ in trained}:

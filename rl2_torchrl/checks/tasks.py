@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
@@ -22,12 +23,16 @@ _BITS_OF_A_NUMBER = 20.0  # evidence in a task's number that is not round: it wa
 
 def task_given(seen: Evidence) -> str | None:
     """An env that takes a task is given one."""
-    if seen.env is None:
+    waits = seen.ask(partial(_waits_for, key=seen.task_key))
+    if waits is None:
         raise NotChecked("the env is in other processes")
-    key = seen.task_key
+    if waits:
+        return f"the env takes a {seen.task_key!r} at each reset, and nobody draws one"
+
+
+def _waits_for(env: EnvBase, key: NestedKey) -> bool:
     # Whoever draws tasks shows them, as TaskSampler does; a batch may lack them, or hold the zeros that nobody has drawn.
-    if key in seen.env.full_state_spec.keys(True) and key not in seen.env.full_observation_spec.keys(True):
-        return f"the env takes a {key!r} at each reset, and nobody draws one"
+    return key in env.full_state_spec.keys(True) and key not in env.full_observation_spec.keys(True)
 
 
 def task_constant(seen: Evidence) -> str | None:
@@ -52,7 +57,7 @@ def tasks_drawn(seen: Evidence) -> str | None:
 
 def tasks_differ(seen: Evidence) -> str | None:
     """Rows have tasks of their own, and workers too."""
-    if seen.sampler is not None and isinstance(seen.sampler.distribution, _InOrder):
+    if seen.ask(_hands_out_a_list):
         raise NotChecked("TaskSampler.fixed hands out a list on purpose")
     # Two trials tell more than one, where every row has them.
     task = seen.task[:, [0, -1]] if seen.starts[:, 1:].any(1).all() else seen.task[:, :1]
@@ -109,6 +114,11 @@ def _bits(values: torch.Tensor) -> float:
     """How much it says, in coin tosses, that something equals ``values`` ``[R]`` of as many rows."""
     round_numbers = bool((8 * values == (8 * values).round()).all())
     return (len(values) - 1) * (math.log2(len(values.unique())) if round_numbers else _BITS_OF_A_NUMBER)
+
+
+def _hands_out_a_list(env: EnvBase) -> bool:
+    samplers = [each for each in transforms_of(env) if isinstance(each, TaskSampler)]
+    return bool(samplers) and isinstance(samplers[0].distribution, _InOrder)
 
 
 def _num_workers(seen: Evidence) -> int:

@@ -107,7 +107,7 @@ class TrialWorkers(BaseCollector):
     ):
         super().__init__()
         _check(create_env_fn, workers, frames_per_batch, backend)
-        self.policy, self.workers = policy, workers
+        self.policy, self.num_workers = policy, workers
         self.keep = None if keep is None else as_list("keep", keep)
         self.requested_frames_per_batch = frames_per_batch
         self.total_frames = total_frames if total_frames is not None and total_frames >= 0 else float("inf")
@@ -143,7 +143,7 @@ class TrialWorkers(BaseCollector):
         weights = TensorDict.from_module(self.policy).data  # looked up each time: a parameter may get other memory
         # A copy, since what is sent to a process is moved to shared memory, where the learner would change it under the players.
         sent = self._host.sendable(weights.cpu().clone().consolidate())
-        batches = self._each(self._ask, [("play", sent, self.before_play)] * self.workers)
+        batches = self._each(self._ask, [("play", sent, self.before_play)] * self.num_workers)
         joined = torch.stack(batches) if batches[0].ndim == 1 else torch.cat(batches)
         return joined if weights.device is None else joined.to(weights.device)
 
@@ -202,7 +202,7 @@ class TrialWorkers(BaseCollector):
         """Seeds for as many workers, all by default, that none has had before."""
         with self._lock:
             first = self._lives
-            self._lives += self.workers if number is None else number
+            self._lives += self.num_workers if number is None else number
             return [derived_seed(self._seed, life) for life in range(first, self._lives)]
 
     # ------------------------------------------------------- what TorchRL asks for
@@ -220,7 +220,7 @@ class TrialWorkers(BaseCollector):
 
     def reset(self) -> None:
         """Begins new trials."""
-        self._each(lambda number, _: self._hosts[number].call("reset"), [None] * self.workers)
+        self._each(lambda number, _: self._hosts[number].call("reset"), [None] * self.num_workers)
 
     def state_dict(self) -> OrderedDict:
         """What has been counted, and which seeds have been used; where the workers stand in their trials is not in it."""
