@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torchrl.collectors import BaseCollector
@@ -126,6 +127,8 @@ def _part(prefix: str, part: Any) -> Settings:
 
 def _plain(value: Any) -> Any:
     """``value`` as JSON has it, a function by its name; else `_NOT_PLAIN`."""
+    if isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0:
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

@@ -15,6 +15,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -197,6 +198,8 @@ REFUSED = {
     "seed of the tasks": (other(task_seed=7), "env.TaskSampler.seed: 1 then, 7 now"),
     "no seed of the tasks": (other(task_seed=None), "env.TaskSampler.seed: 1 then, null now"),
     "seed of the env": (other(env_seed=7), "env.seed: 2 then, 7 now"),
+    "discount by NumPy": (other(gamma=np.float32(0.5)), "advantage.gamma: 0.99 then, 0.5 now"),
+    "discount as a tensor": (other(gamma=torch.tensor(0.5)), "advantage.gamma: 0.99 then, 0.5 now"),
     "clipping of the loss": (other(clip_epsilon=0.25), "loss.clip_epsilon: 0.3.* then, 0.25 now"),
     "discount": (other(gamma=0.5), "advantage.gamma: 0.99 then, 0.5 now"),
     "epochs": (other(epochs=3), "update.epochs: 2 then, 3 now"),
