@@ -1,6 +1,7 @@
 """`check_training`: silent on pipelines that are right, and names the rule on faults that are put in by hand."""
 
 import copy
+import threading
 from functools import partial
 
 import pytest
@@ -392,6 +393,20 @@ def test_the_same_tasks_in_every_draw():
 
     collector, update = pipeline(bandit_env(seeded), steps=10)
     assert broken_rule(collector, update, first_batch(collector)) == "tasks_drawn"
+
+
+def test_a_task_distribution_that_cannot_be_copied_is_not_drawn_from():
+    class Locked:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, batch_size, generator):
+            return uniform_means(ARMS)(batch_size, generator)
+
+    collector, update = pipeline(bandit_env(Locked()), steps=10)
+    report = check_training(collector, update, first_batch(collector), held_out=bandit_env(seed=2))
+    for rule in ("tasks_drawn", "tasks_held_out"):
+        assert report.unchecked[rule].startswith("the task distribution cannot be copied")
 
 
 @pytest.mark.parametrize("seeds", [(7, 7), (7, 8)])

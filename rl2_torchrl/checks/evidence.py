@@ -18,7 +18,7 @@ from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE, transforms_of
 from rl2_torchrl.workers import TrialWorkers
 
-__all__ = ["Evidence", "NotChecked", "Rule", "flat"]
+__all__ = ["Evidence", "NotChecked", "Rule", "copied", "flat"]
 
 #: A rule: what breaks it in words, or None.
 Rule = Callable[["Evidence"], str | None]
@@ -114,7 +114,7 @@ class Evidence:
             raise NotChecked("the update has no loss")
         if not self.has("is_init"):
             raise NotChecked("the batch has no 'is_init'")
-        return NetworkProbe(_copy(self.loss, "loss"))
+        return NetworkProbe(copied(self.loss, "loss"))
 
     @cached_property
     def advantage(self) -> Callable[[TensorDictBase], TensorDictBase]:
@@ -122,7 +122,7 @@ class Evidence:
         if getattr(self.update, "advantage", None) is None:
             raise NotChecked("the update has no advantage")
         both = self.update.advantage, getattr(self.update, "stand_in", None)
-        advantage, stand_in = _copy(both, "advantage")
+        advantage, stand_in = copied(both, "advantage")
         return asking(advantage.eval() if isinstance(advantage, nn.Module) else advantage, stand_in)
 
     @cached_property
@@ -154,7 +154,8 @@ class Evidence:
         return windows
 
 
-def _copy(thing: Any, name: str) -> Any:
+def copied(thing: Any, name: str) -> Any:
+    """A deep copy of ``thing``, which ``name`` is for the reason why there can be none."""
     try:
         return copy.deepcopy(thing)
     except (TypeError, ValueError, RuntimeError) as error:

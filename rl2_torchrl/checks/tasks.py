@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, copied, flat
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.trial import transforms_of
 
@@ -128,7 +127,7 @@ def _num_workers(seen: Evidence) -> int:
 
 def _draw(sampler: TaskSampler, size: int, number: int) -> list[torch.Tensor]:
     """The first tasks of ``sampler``, ``number`` times ``[size, n]``, drawn by a copy from its seed."""
-    distribution = copy.deepcopy(sampler.distribution)
+    distribution = copied(sampler.distribution, "task distribution")
     generator = torch.Generator().manual_seed(sampler.generator.initial_seed())
     return [flat(distribution(torch.Size([size]), generator), 1) for _ in range(number)]
 
