@@ -20,7 +20,7 @@ from rl2_torchrl.collector import begin_new_trials, load_rollout_state, rollout_
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
-from rl2_torchrl.settings import differences, moved, networks_of, settings_of
+from rl2_torchrl.settings import differences, is_network, moved, networks_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import transforms_of
@@ -86,7 +86,7 @@ class RunCheckpoints:
         self._collector, self._result, self._scalars = collector, result, scalars
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings, self._networks = settings_of(collector, update), networks_of(update)
-        self._moved: set[str] = set()  # attributes of the env that play has changed
+        self._moved: set[str] = set()  # attributes of env and networks that play or updates have changed
         self._own = _CollectorState(collector)
         self._parts = {
             "update": update,
@@ -247,8 +247,11 @@ class RunCheckpoints:
         self._moved |= set(tree["moved"])
         settings = differences(tree["settings"], self._settings)
         settings = {name: words for name, words in settings.items() if name not in self._moved}
-        follows = {"env.observation", "env.state"} if networks else ()  # their memories are entries of the env
-        refused = [name for name in settings if name not in changes and name not in follows]
+        refused = [name for name in settings if name not in changes]
+        if networks:  # whose memories are entries of the env
+            refused = [
+                name for name in refused if name not in ("env.observation", "env.state") and not is_network(name)
+            ]
         wrong = []
         if networks:
             wrong.append(f"other networks ({'; '.join(networks.values())}): give them the sizes that they had")

@@ -18,7 +18,7 @@ from rl2_torchrl.trial import base_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
-__all__ = ["differences", "moved", "networks_of", "settings_of"]
+__all__ = ["differences", "is_network", "moved", "networks_of", "settings_of"]
 
 Settings = dict[str, Any]
 
@@ -26,10 +26,11 @@ Settings = dict[str, Any]
 _INNER = {"training", "is_closed", "backend", "reason", "foreach", "fused", "capturable", "differentiable", "params"}
 _INNER |= {"given_options", "given_coefficients"}
 _NOT_PLAIN = object()
+_NETWORKS = ("actor_network", "critic_network")
 
 
 def settings_of(collector: BaseCollector, update: Any) -> Settings:
-    """Settings of env, tasks, collector, update and loss, and the seed of PyTorch's generator, as plain values by dotted name.
+    """Settings of env, tasks, collector, update, loss, networks, and PyTorch's seed, as plain values by dotted name.
 
     Of a part, also of one of yours: its class, and its public attributes that are numbers, texts, functions, or lists of these.
     Of `TrialWorkers` the first one's env is asked. Of envs in other processes else nothing is known, nor of an ``update`` that
@@ -58,12 +59,16 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 
 def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    """Names of attributes of the env, and of its tasks' distribution, that are others ``now`` than ``then``: where these stand.
+    """Names of attributes of env and networks that are others ``now`` than ``then``: where they stand, and no settings.
 
     Of an env that is gone, as where a rollout has failed, nothing is said: what is missing has not moved.
     """
-    changed = [name for name in differences(then, now) if name in now and name.startswith("env.")]
-    return {name for name in changed if name.count(".") == 1 or ".distribution." in name}
+    return {name for name in differences(then, now) if name in now and (name.startswith("env.") or is_network(name))}
+
+
+def is_network(name: str) -> bool:
+    """Whether the setting is one of a network's, whose sizes follow from what it is built of."""
+    return name.startswith(tuple(f"loss.{network}." for network in _NETWORKS))
 
 
 def _env_of(collector: BaseCollector) -> Settings:
@@ -115,6 +120,10 @@ def _update(update: PPOUpdate) -> Settings:
     settings |= {f"loss.{name}": value for name, value in update.given_coefficients.items()}
     for term in getattr(update.loss, "terms", ()):
         settings |= _part(_free_name(f"loss.{_name(term)}", settings), term)
+    for network in _NETWORKS:
+        if (module := getattr(update.loss, network, None)) is not None:
+            for name, each in module.named_modules(prefix=f"loss.{network}"):
+                settings |= _part(name, each)
     return {name: value for name, value in settings.items() if value is not _NOT_PLAIN}
 
 

@@ -64,9 +64,20 @@ class Run:
             self.collector = Collector(trials, self.policy, auto_register_policy_transforms=True, **options)
 
     def networks(
-        self, env, actor_class, units, *, minibatches=2, lr=1e-2, clip_epsilon=0.3, gamma=0.99, sgd=False, **options
+        self,
+        env,
+        actor_class,
+        units,
+        *,
+        minibatches=2,
+        lr=1e-2,
+        clip_epsilon=0.3,
+        gamma=0.99,
+        sgd=False,
+        actor=None,
+        **options,
     ):
-        actor = actor_class.from_env(env, hidden_size=units)
+        actor = actor_class.from_env(env, hidden_size=units, **(actor or {}))
         critic = GRUValueHead.from_env(env, hidden_size=units)
         self.policy = ActorCritic(actor, critic)
         advantage = TrialAdvantage(critic=self.policy, gamma=gamma)

@@ -17,16 +17,23 @@ from torchrl.envs import Compose, TransformedEnv
 from torchrl.record.loggers import CSVLogger
 
 from rl2_torchrl import (
+    ActorCritic,
     Callback,
     GRUGaussianActor,
+    MemoryValueHead,
+    PPOUpdate,
     PreviousStep,
+    RecurrentActor,
+    RL2PPOLoss,
+    TanhGaussianActions,
     TaskSampler,
     Trial,
+    TrialCollector,
     adaptation_curve,
     check_training,
     train,
 )
-from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, uniform_means
 from rl2_torchrl.storage import load_tree
 
 
@@ -264,6 +271,34 @@ def test_settings_of_an_env_are_kept_where_a_rollout_has_failed(tmp_path, lean):
     other.goal, other.pulls = 8, 0
     with pytest.raises(ValueError, match=r"other settings \(env.goal: 7 then, 8 now\)"):
         Run(updates=6, env=other, lean=lean, episodes=STEPS).train(checkpoints=tmp_path, resume=True)
+
+
+class Pendulums(Run):
+    """Pendulum with other heads and distributions of the same sizes."""
+
+    def __init__(self, updates, detach=True, **actor):
+        torch.manual_seed(0)
+        swings = GymVectorEnv("Pendulum-v1", ROWS, set_task=set_gravity, task_spec=Unbounded(1), seed=0)
+        tasks = TaskSampler(lambda size, gen: 5 + 10 * torch.rand(*size, 1, generator=gen), seed=1)
+        env = TransformedEnv(swings, Compose(Trial(steps=STEPS), tasks, PreviousStep()))
+        actor = RecurrentActor.from_env(env, hidden_size=4, **actor)
+        critic = MemoryValueHead.from_env(env, actor, detach=detach)
+        self.update = PPOUpdate(RL2PPOLoss(actor, critic), epochs=1)
+        frames = {"frames_per_batch": BATCH, "total_frames": updates * BATCH}
+        self.collector = TrialCollector(env, ActorCritic(actor, critic), keep=self.update.in_keys, **frames)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"detach": False}, "detach: true then, false now"),
+        ({"distribution": TanhGaussianActions([-2.0], [2.0])}, "distribution_class: .*Normal. then, .*Tanh.* now"),
+    ],
+)
+def test_networks_of_the_same_sizes_may_be_others(tmp_path, changed, words):
+    Pendulums(1).train(checkpoints=tmp_path, check=False)
+    with pytest.raises(ValueError, match=rf"other settings \(loss\.(actor|critic)_network\..*{words}"):
+        Pendulums(2, **changed).train(checkpoints=tmp_path, resume=True, check=False)
 
 
 class Doubles(Counter):

@@ -202,6 +202,10 @@ REFUSED = {
     "discount as a tensor": (other(gamma=torch.tensor(0.5)), "advantage.gamma: 0.99 then, 0.5 now"),
     "clipping of the loss": (other(clip_epsilon=0.25), "loss.clip_epsilon: 0.3.* then, 0.25 now"),
     "discount": (other(gamma=0.5), "advantage.gamma: 0.99 then, 0.5 now"),
+    "activation": (
+        other(actor={"activation": torch.nn.Tanh}),
+        r"other settings \(loss.actor_network.*.layers.0.class: .ReLU. then, .Tanh. now",
+    ),
     "epochs": (other(epochs=3), "update.epochs: 2 then, 3 now"),
     "minibatches": (other(minibatches=4), "update.minibatches: 2 then, 4 now"),
     "back-propagation": (other(bptt=1), "update.bptt: null then, 1 now"),
