@@ -20,7 +20,7 @@ from rl2_torchrl.collector import begin_new_trials, load_rollout_state, rollout_
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
-from rl2_torchrl.settings import differences, is_network, moved, networks_of, settings_of
+from rl2_torchrl.settings import differences, is_network, moved, named, networks_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import transforms_of
@@ -287,24 +287,22 @@ class RunCheckpoints:
         self._result.history, damage = self._history.read(tree["history"])
         if damage is not None:
             log.warning("%s. Networks and all else go on as they were.", damage)
-        self._reseed(changed)
+        self._give_anew(changed)
         if (missing := self._parts["rollout"].missing) is not None:
             begin_new_trials(self._collector)
             log.warning("the resumed run begins new trials: %s.", missing)
             self._result.new_trials.append((self._result.env_steps, missing))
 
-    def _reseed(self, changed: Collection[str]) -> None:
-        """What has been given another seed than the run's begins with that one, whose state has been put back like all others."""
+    def _give_anew(self, changed: Collection[str]) -> None:
+        """Seeds and transforms' buffers that are others than the run's, over which its own have been put back like all states."""
         if "torch.seed" in changed:
             torch.manual_seed(self._settings["torch.seed"])
-        samplers = [
-            each for each in transforms_of(getattr(self._collector, "env", None)) if isinstance(each, TaskSampler)
-        ]
-        # `settings_of` names them in this order, several of one class too.
-        seeds = [name for name in self._settings if name.endswith(".seed") and f"{name[:-4]}task_key" in self._settings]
-        for sampler, name in zip(samplers, seeds, strict=False):
-            if name in changed:
-                sampler.seed(sampler.given_seed)
+        for name, transform in named("env", transforms_of(getattr(self._collector, "env", None))).items():
+            if isinstance(transform, TaskSampler) and f"{name}.seed" in changed:
+                transform.seed(transform.given_seed)
+            for each, buffer in transform.named_buffers(recurse=False):
+                if f"{name}.{each}" in changed:
+                    buffer.copy_(torch.tensor(self._settings[f"{name}.{each}"], dtype=buffer.dtype))
 
     # ------------------------------------------------------------- making room
     def set_aside(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from rl2_torchrl.trial import base_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
-__all__ = ["differences", "is_network", "moved", "networks_of", "settings_of"]
+__all__ = ["differences", "is_network", "moved", "named", "networks_of", "settings_of"]
 
 Settings = dict[str, Any]
 
@@ -26,6 +26,7 @@ Settings = dict[str, Any]
 _INNER = {"training", "is_closed", "backend", "reason", "foreach", "fused", "capturable", "differentiable", "params"}
 _INNER |= {"given_options", "given_coefficients"}
 _NOT_PLAIN = object()
+_FEW = 64  # numbers of a buffer that is compared
 _NETWORKS = ("actor_network", "critic_network")
 
 
@@ -86,9 +87,13 @@ def _env(env: EnvBase | None) -> Settings:
     specs = {"observation": env.observation_spec, "action": env.full_action_spec, "state": env.full_state_spec}
     for name, spec in specs.items():
         settings[f"env.{name}"] = {str(key): list(leaf.shape) for key, leaf in spec.items(True, True)}
-    for transform in transforms_of(env):
-        name = _free_name(f"env.{_name(transform)}", settings)
+    for name, transform in named("env", transforms_of(env)).items():
         settings |= _part(name, transform)
+        # What it scales and shifts by, as RewardScaling does, are buffers.
+        buffers = {
+            each: value.tolist() for each, value in transform.named_buffers(recurse=False) if value.numel() <= _FEW
+        }
+        settings |= {f"{name}.{each}": value for each, value in buffers.items() if each[0] != "_"}
         if isinstance(transform, TaskSampler):
             settings[f"{name}.seed"] = transform.given_seed
             if f"{name}.distribution" not in settings:  # an object, with its range among its attributes
@@ -96,10 +101,14 @@ def _env(env: EnvBase | None) -> Settings:
     return settings
 
 
-def _free_name(name: str, settings: Settings) -> str:
-    """``name``, or with a number where there are several of one class."""
-    names = (name, *(f"{name}{number}" for number in range(2, 2 + len(settings))))
-    return next(each for each in names if f"{each}.class" not in settings)
+def named(prefix: str, parts: Iterable[Any]) -> dict[str, Any]:
+    """``parts`` by the names of their settings: their classes, with a number where there are several of one."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        name = f"{prefix}.{_name(part)}"
+        names = (name, *(f"{name}{number}" for number in range(2, 2 + len(found))))
+        found[next(each for each in names if each not in found)] = part
+    return found
 
 
 def _gymnasium(base: EnvBase) -> Settings:
@@ -118,8 +127,8 @@ def _update(update: PPOUpdate) -> Settings:
         group = "update" if number == 0 else f"update.group{number}"
         settings |= {f"{group}.{name}": _plain(value) for name, value in options.items() if name not in _INNER}
     settings |= {f"loss.{name}": value for name, value in update.given_coefficients.items()}
-    for term in getattr(update.loss, "terms", ()):
-        settings |= _part(_free_name(f"loss.{_name(term)}", settings), term)
+    for name, term in named("loss", getattr(update.loss, "terms", ())).items():
+        settings |= _part(name, term)
     for network in _NETWORKS:
         if (module := getattr(update.loss, network, None)) is not None:
             for name, each in module.named_modules(prefix=f"loss.{network}"):

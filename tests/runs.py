@@ -49,13 +49,16 @@ class Run:
         seed=0,
         task_seed=1,
         env_seed=2,
+        transforms=(),
         **update,
     ):
         torch.manual_seed(seed)
         torch.rand(99 * elsewhere)  # another process has other random numbers
         self.sampler = TaskSampler(uniform_means(arms), seed=task_seed)
         self.bandit = env or BernoulliBandit(arms, batch_size=(rows,), seed=env_seed)
-        trials = TransformedEnv(self.bandit, Compose(Trial(episodes=episodes), self.sampler, PreviousStep()))
+        trials = TransformedEnv(
+            self.bandit, Compose(Trial(episodes=episodes), self.sampler, *transforms, PreviousStep())
+        )
         self.update = self.networks(trials, GRUCategoricalActor, units, **update)
         options = {"frames_per_batch": rows * steps, "total_frames": int(rows * steps * updates)}
         if lean:

@@ -13,7 +13,7 @@ import torch
 from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs import Compose, RewardScaling, TransformedEnv
 from torchrl.record.loggers import CSVLogger
 
 from rl2_torchrl import (
@@ -271,6 +271,17 @@ def test_settings_of_an_env_are_kept_where_a_rollout_has_failed(tmp_path, lean):
     other.goal, other.pulls = 8, 0
     with pytest.raises(ValueError, match=r"other settings \(env.goal: 7 then, 8 now\)"):
         Run(updates=6, env=other, lean=lean, episodes=STEPS).train(checkpoints=tmp_path, resume=True)
+
+
+def test_what_a_transform_scales_by_is_a_setting(tmp_path):
+    Run(1, transforms=[RewardScaling(0.0, 0.5)]).train(checkpoints=tmp_path, check=False)
+    other = [RewardScaling(0.0, 1.0)]
+    with pytest.raises(ValueError, match=r"other settings \(env.RewardScaling.scale: \[?0.5\]? then, \[?1.0\]? now\)"):
+        Run(2, transforms=other).train(checkpoints=tmp_path, resume=True, check=False)
+    Run(2, transforms=other).train(
+        checkpoints=tmp_path, resume=True, check=False, resume_changes=["env.RewardScaling.scale"]
+    )
+    assert other[0].scale == 1.0
 
 
 class Pendulums(Run):
