@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 
@@ -161,7 +162,9 @@ class RunCheckpoints:
     def _write(self, rollout: bool) -> None:
         state = self._state(rollout)
         if rollout or not isinstance(self._collector, TrialWorkers):  # which may have died in the rollout
-            self._moved |= moved(self._settings, settings_of(self._collector, self._parts["update"]))
+            now = moved(self._settings, settings_of(self._collector, self._parts["update"]))
+            self._warn_of_lost(now - self._moved)
+            self._moved |= now
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
         about["moved"] = sorted(self._moved)
         about["history"] = self._history.write(self._result.history)
@@ -169,6 +172,24 @@ class RunCheckpoints:
         self._scalars.is_of(self._folder)
         for path in self._paths()[:-_KEPT]:
             path.unlink()
+
+    def _warn_of_lost(self, names: Collection[str]) -> None:
+        """Says which of the attributes ``names``, which have moved, no checkpoint holds; an env's own are among its state."""
+        transforms = named("env", transforms_of(getattr(self._collector, "env", None)))
+        owners = {**transforms, "advantage": getattr(self._parts["update"], "advantage", None)}
+        for name in sorted(names):
+            part, _, attribute = name.rpartition(".")
+            owner = owners.get(part)
+            held = owner.state_dict() if hasattr(owner, "state_dict") else {}
+            is_held = {attribute, "_extra_state"} & held.keys() if isinstance(owner, nn.Module) else held
+            if owner is not None and not is_held:
+                log.warning(
+                    "%s changes in the training, and checkpoints do not hold it: a resumed run begins with its first value. %s",
+                    name,
+                    "Make it a buffer, or write get_extra_state() and set_extra_state(state)."
+                    if isinstance(owner, nn.Module)
+                    else "Write state_dict() and load_state_dict(state).",
+                )
 
     def _state(self, rollout: bool = True) -> dict[str, Any]:
         for name, part in {**self._parts, "collector": self._collector}.items():

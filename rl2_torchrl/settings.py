@@ -60,11 +60,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 
 def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    """Names of attributes of env and networks that are others ``now`` than ``then``: where they stand, and no settings.
+    """Names of attributes of env, advantage and networks that are others ``now`` than ``then``: where they stand, and no settings.
 
     Of an env that is gone, as where a rollout has failed, nothing is said: what is missing has not moved.
     """
-    return {name for name in differences(then, now) if name in now and (name.startswith("env.") or is_network(name))}
+    kinds = ("env.", "advantage.")
+    return {name for name in differences(then, now) if name in now and (name.startswith(kinds) or is_network(name))}
 
 
 def is_network(name: str) -> bool:

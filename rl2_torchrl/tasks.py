@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import nn
 from torchrl.data import Categorical, Composite, MultiCategorical, TensorSpec
 from torchrl.envs import Compose, EnvBase, Transform
 
 from rl2_torchrl.seeding import derived_seed, seed_generator
+from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["TaskDistribution", "TaskSampler"]
 
@@ -29,7 +31,8 @@ class TaskSampler(Transform):
     collectors and rollouts make on their own never carry one.
 
     Args:
-        distribution: callable ``(batch_size, generator) -> task`` with a task of shape ``[*batch_size, ...]``.
+        distribution: callable ``(batch_size, generator) -> task`` with a task of shape ``[*batch_size, ...]``. One that changes in
+            the course of a training, such as a curriculum, has a ``state_dict`` and a ``load_state_dict``, for checkpoints.
         seed: seed of the sampler's own generator; None draws one from PyTorch's default generator. A training set and a
             held-out set of tasks must come from different seeds; they stay different when ``env.set_seed`` or
             ``collector.set_seed`` give both envs one seed, which is joined with this one.
@@ -199,18 +202,29 @@ class TaskSampler(Transform):
 
     # ----------------------------------------------------------- checkpoints
     def get_extra_state(self) -> torch.Tensor:
-        """Generator and position: with them a resumed run draws the tasks that the unbroken run would have drawn."""
+        """Generator and position, or what else the distribution has as its ``state_dict``: with them a resumed run draws the tasks
+        that the unbroken run would have drawn.
+        """
         # One plain tensor: TorchRL's EnvCreator, which ParallelEnv wraps around a lambda, copies all other state into
         # every worker, and all workers would draw identical tasks.
         position = torch.tensor([self._position], dtype=torch.int64)
-        return torch.cat([self.generator.get_state(), position.view(torch.uint8)])
+        own = [to_tensor(self.distribution.state_dict())] if self._is_stateful else []
+        return torch.cat([self.generator.get_state(), position.view(torch.uint8), *own])
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Restores what `get_extra_state` returned."""
-        generator, position = state.cpu().split([len(state) - 8, 8])
+        size = len(self.generator.get_state())
+        generator, position, own = state.cpu().split([size, 8, len(state) - size - 8])
         self.generator.set_state(generator.clone())
+        if self._is_stateful and len(own):
+            self.distribution.load_state_dict(from_tensor(own, "the task distribution's state"))
         if isinstance(self.distribution, _InOrder):
             self.distribution.position = int(position.clone().view(torch.int64))
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether the distribution has a state of its own; a module's is among this one's anyway."""
+        return hasattr(self.distribution, "state_dict") and not isinstance(self.distribution, nn.Module)
 
     @property
     def _position(self) -> int:

@@ -69,7 +69,8 @@ class PPOUpdate:
     Args:
         loss: `RL2PPOLoss`, or any loss with `ClipPPOLoss`'s entries. All entries of its output whose name begins
             with ``loss_`` are summed, all scalars reach the log.
-        advantage: computes advantages and returns of a batch. Default ``TrialAdvantage()``.
+        advantage: computes advantages and returns of a batch. Default ``TrialAdvantage()``. Checkpoints hold its ``state_dict``,
+            if it has one.
         bptt: steps of a chunk; must divide ``T``. None, the default, takes the whole of ``T``.
         epochs, minibatches: passes over a batch, and minibatches a pass. Default 10 and 4.
         shuffle: draw chunks in random order; False takes them in order, as the original does. Default True.
@@ -411,7 +412,7 @@ class PPOUpdate:
         state = {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": generator}
         state |= {"given_options": self.given_options, "given_coefficients": self.given_coefficients}
         state["scheduled"] = sorted(self._scheduled())
-        own = self.advantage.state_dict() if isinstance(self.advantage, nn.Module) else {}
+        own = self.advantage.state_dict() if hasattr(self.advantage, "state_dict") else {}
         return {**state, "advantage": own} if own else state
 
     def load_state_dict(self, state: dict) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, RewardScaling, TransformedEnv
+from torchrl.envs import Compose, RewardScaling, Transform, TransformedEnv
 from torchrl.record.loggers import CSVLogger
 
 from rl2_torchrl import (
@@ -376,6 +377,55 @@ def test_a_state_that_can_no_longer_be_saved_costs_checkpoints_and_not_the_train
         run.train(checkpoints=tmp_path, checkpoint_interval=1, callbacks=[Outgrows()])
     assert f"no checkpoint could be written at {2 * BATCH} env steps" in caplog.text
     assert saved_steps(tmp_path) == [BATCH]
+
+
+class Scaled(Counter):
+    """An advantage of one's own, no module."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, batch):
+        self.updates += 1
+        return self.inner(batch)
+
+
+class Curriculum(Counter):
+    """A task distribution that changes in the course of a training."""
+
+    def __call__(self, batch_size, generator):
+        self.updates += 1
+        return torch.rand(*batch_size, 3, generator=generator)
+
+
+class Forgets(Transform):
+    """Counts steps, which no checkpoint holds; and, in a buffer, which all do."""
+
+    def __init__(self):
+        super().__init__()
+        self.lost = 0
+        self.register_buffer("kept", torch.zeros(()))
+
+    def _step(self, tensordict, next_tensordict):
+        self.lost += 1
+        self.kept += 1
+        return next_tensordict
+
+
+def test_what_changes_beside_networks_goes_on_or_is_named(tmp_path, caplog):
+    def counts(updates, **options):
+        run = Run(updates, transforms=[forgets := Forgets()])
+        run.sampler.distribution = tasks = Curriculum()
+        run.update.advantage = advantage = Scaled(run.update.advantage)
+        run.train(checkpoints=tmp_path, check=False, checkpoint_interval=1, **options)
+        return tasks.updates, advantage.updates, forgets.kept.item()
+
+    counts(2)
+    said = [record.message for record in caplog.records if "checkpoints do not hold it" in record.message]
+    assert [message.split()[0] for message in said] == ["env.Forgets.lost"]
+    resumed = counts(4, resume=True)
+    shutil.rmtree(tmp_path)
+    assert resumed == counts(4)
 
 
 class Slotted:
