@@ -1,6 +1,7 @@
 """An agent's file: all of the agent, never half a file, nothing that runs, and a clear word about a file that is none."""
 
 import json
+import logging
 import pickle
 from collections import OrderedDict
 
@@ -85,6 +86,30 @@ def test_weights_of_other_sizes(tmp_path):
     ):
         load_weights(actor, path)
     torch.testing.assert_close(actor.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("slots", "words"),
+    [
+        ({"activation": nn.Tanh}, r"parts\.1\.module\.activation\.class Tanh, here ReLU"),
+        ({"encoder": nn.Sequential(nn.Identity(), nn.Tanh())}, r"parts\.0\.module\.modules\.1\.class Tanh, here ReLU"),
+    ],
+)
+def test_weights_of_other_parts_of_the_same_sizes(tmp_path, slots, words):
+    path = an_agent(**slots).save(tmp_path / "agent.safetensors")
+    here = {"encoder": nn.Sequential(nn.Identity(), nn.ReLU())} if "encoder" in slots else {}
+    with pytest.raises(ValueError, match=f"holds the weights of another network: {words}"):
+        load_weights(RecurrentActor.from_env(bandits(), hidden_size=4, **here), path)
+
+
+def test_of_parts_that_are_not_known_the_sizes_alone_are_compared(tmp_path, caplog):
+    class Unknown(nn.Tanh):
+        pass
+
+    path = an_agent(activation=nn.Tanh).save(tmp_path / "agent.safetensors")
+    with caplog.at_level(logging.INFO):
+        load_weights(RecurrentActor.from_env(bandits(), hidden_size=4, activation=Unknown), path)
+    assert "only sizes are compared" in caplog.text
 
 
 class Harmful:

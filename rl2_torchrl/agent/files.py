@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torchrl.modules import ProbabilisticActor
 
+from rl2_torchrl.agent.architecture import Plan, plan_of_policy
 from rl2_torchrl.modules.actor_critic import ActorCritic
 from rl2_torchrl.storage import DamagedFileError, load_tree, save_tree
 
 __all__ = ["load_weights", "read_agent", "write_agent"]
+
+log = logging.getLogger(__name__)
 
 #: The mark of these files; another number where what they hold means something else.
 _FORMAT = "rl2_torchrl.agent.1"
@@ -56,9 +61,10 @@ def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
 
 
 def load_weights(policy: nn.Module, path: str | Path) -> None:
-    """Puts the weights of the agent in ``path`` into ``policy``, an actor of the sizes that it was saved from.
+    """Puts the weights of the agent in ``path`` into ``policy``, an actor of the sizes and parts that it was saved from.
 
-    Of an `ActorCritic` the actor gets them: an agent's file holds no critic.
+    Parts of your own are compared where `register_part` knows them. Of an `ActorCritic` the actor gets them: an agent's file holds
+    no critic.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,18 +83,33 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
         >>> all(torch.equal(a, b) for a, b in zip(trained.parameters(), fresh.parameters(), strict=True))
         True
     """
-    _, weights = read_agent(path)
+    about, weights = read_agent(path)
     policy = policy.actor if isinstance(policy, ActorCritic) else policy
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    expected = {name: tuple(value.shape) for name, value in policy.state_dict().items()}
-    names = [name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name)]
+    held, here = ({name: tuple(value.shape) for name, value in each.items()} for each in (weights, policy.state_dict()))
+    if held == here and isinstance(policy, ProbabilisticActor):
+        try:
+            held, here = _values(about["policy"]), _values(plan_of_policy(policy))
+        except TypeError as error:
+            log.info("of the networks only sizes are compared with those of %s: %s", path, error)
+    names = [name for name in {**held, **here} if held.get(name) != here.get(name)]
     if names:
-        told = ", ".join(
-            f"{name} {shapes.get(name, 'missing')}, here {expected.get(name, 'none')}" for name in names[:3]
-        )
+        told = ", ".join(f"{name} {held.get(name, 'missing')}, here {here.get(name, 'none')}" for name in names[:3])
         more = f", and {len(names) - 3} more" * (len(names) > 3)
         raise ValueError(
             f"{path} holds the weights of another network: {told}{more}. Build this one with the sizes that were saved: the same "
-            "env, units and layers (a recipe's --units, --num-cells, --core; its command stands in about.txt beside the file)."
+            "env, units, layers, activations (a recipe's --units, --num-cells, --core; about.txt beside the file has its command)."
         )
     policy.load_state_dict(weights)
+
+
+def _values(plan: Plan) -> dict[str, Any]:
+    """What a policy's networks and distribution are, by place; not which entries they read, nor between which bounds they act."""
+    return _flat({name: plan[name] for name in ("parts", "distribution")}, "")
+
+
+def _flat(plan: Any, where: str) -> dict[str, Any]:
+    if not isinstance(plan, dict | list):
+        return {where: plan}
+    items = plan.items() if isinstance(plan, dict) else enumerate(plan)
+    inner = [_flat(each, f"{where}.{name}".lstrip(".")) for name, each in items if name != "keys"]
+    return {name: value for each in inner for name, value in each.items()}
