@@ -43,7 +43,7 @@ class Callback:
         """The networks have learnt from the batch; ``row`` holds the update's scalars.
 
         Returns:
-            Scalars to add to the row, hence to history and logger; or None.
+            Scalars to add to the row, by names that it does not hold yet, hence to history and logger; or None.
         """
 
     def after_evaluation(self, row: dict[str, float], progress: float) -> dict[str, float] | None:

@@ -313,9 +313,9 @@ class _Loop:
             result.lost_trials = self._collector.lost_trials
             row["train/lost_trials"] = float(result.lost_trials)
         self._in_update = False
-        row |= _scalars("train/", metrics, "update")
+        _add(row, "train/", metrics, "update")
         for callback in self._callbacks:
-            row |= _scalars("", callback.after_update(row, self._progress) or {}, "a callback's after_update")
+            _add(row, "", callback.after_update(row, self._progress) or {}, "a callback's after_update")
         return row
 
     def in_any_process(self, *flags: bool) -> list[bool]:
@@ -352,10 +352,10 @@ class _Loop:
         if self._evaluate is None:
             return
         with _turn, _random_numbers_put_back():
-            row |= _scalars("eval/", self._evaluate(), "evaluate")
+            _add(row, "eval/", self._evaluate(), "evaluate")
             for callback in self._callbacks:
                 more = callback.after_evaluation(row, self._progress) or {}
-                row |= _scalars("", more, "a callback's after_evaluation")
+                _add(row, "", more, "a callback's after_evaluation")
 
     def record(self, row: dict[str, float]) -> dict[str, float]:
         """Writes the finished ``row`` into history and log, and returns it."""
@@ -501,18 +501,24 @@ def _say_which_way(collector: BaseCollector, update: PPOUpdate) -> None:
         log.info("training with %s", "; ".join(ways))
 
 
-def _scalars(prefix: str, values: Mapping[str, Any], source: str) -> dict[str, float]:
-    """``values`` as numbers under ``prefix``; a tensor of one element is a number too."""
+def _add(row: dict[str, float], prefix: str, values: Mapping[str, Any], source: str) -> None:
+    """Adds ``values`` as numbers under ``prefix`` to ``row``; a tensor of one element is a number too."""
     if not isinstance(values, Mapping):
         raise TypeError(
             f"{source} returned a {type(values).__name__}; it must return scalars by name, such as {{'trial_return': 6.6}}, "
             "for history and logger."
         )
     try:
-        return {f"{prefix}{name}": float(value) for name, value in values.items()}
+        scalars = {f"{prefix}{name}": float(value) for name, value in values.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         kinds = {name: getattr(value, "shape", type(value).__name__) for name, value in values.items()}
         raise TypeError(f"{source} must return one number for each name: {error}. It returned {kinds}.") from error
+    if twice := sorted(row.keys() & scalars):
+        raise ValueError(
+            f"{source} returned {twice}, which the update's row holds already: one of the two would be lost. Return what is new "
+            "alone, by names of its own."
+        )
+    row |= scalars
 
 
 class _Clock:

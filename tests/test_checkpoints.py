@@ -193,7 +193,7 @@ class Counter(Callback):
 
     def after_update(self, row, progress):
         self.updates += 1
-        return {"updates": self.updates}
+        return {} if "updates" in row else {"updates": self.updates}
 
     def state_dict(self):
         return {"updates": self.updates}

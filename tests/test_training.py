@@ -329,6 +329,17 @@ def test_evaluations_that_are_no_scalars(returned, message):
         train_on(ones(1), evaluate=lambda: returned)
 
 
+@pytest.mark.parametrize("source", ["after_update", "after_evaluation", "update"])
+def test_an_entry_that_the_row_holds_is_not_written_over(source):
+    parts = {"callbacks": [Callback()], "evaluate": lambda: {"score": 0.5}, "eval_interval": 1}
+    setattr(parts["callbacks"][0], source, lambda row, progress: row)  # a slip, where it was to be looked at
+    update = (lambda batch, progress: {"trial_return": 7.0}) if source == "update" else no_update
+    with pytest.raises(
+        ValueError, match=rf"{source} returned \[.*'[a-z]+/[a-z_]+'.*which the update's row holds already"
+    ):
+        train(Batches(*ones(2)), update, progress=False, **parts)
+
+
 # ---- The collector counts.
 
 
