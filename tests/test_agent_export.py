@@ -5,12 +5,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from tensordict import TensorDict
-from test_agent import NETWORKS, bandits, make, play, targets, toys
+from test_agent import NETWORKS, Toy, bandits, make, play, targets, toys, trial_env
 from torchrl.modules import set_recurrent_mode
 
 import rl2_torchrl as rl2
 from rl2_torchrl import AdaptiveAgent
+from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.modules.distributions import distribution_of
 
 FORMS = ["pt2", "onnx"]
@@ -141,6 +143,19 @@ def test_inputs_and_outputs_of_an_onnx_model_have_names(tmp_path):
     agent.new_trial()
     assert results["action"] == agent.act({"at": 2, "seen": [0.5, -0.5], "sub": {"x": [0.1]}}, deterministic=True)
     assert results["next_last_action"][0, results["action"][0]] == 1
+
+
+def test_observations_with_the_names_of_other_tensors(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    shown = spaces.Dict({name: spaces.Box(-1, 1, (2,)) for name in ("start", "last_action", "next_last_action", "loc")})
+    env = trial_env(GymVectorEnv(partial(Toy, shown, spaces.Box(-1, 1, (2,))), 2))
+    agent = AdaptiveAgent.from_policy(make(env, hidden_size=8), env)
+    session = runtime.InferenceSession(agent.export(tmp_path / "agent.onnx"))
+    inputs = [each.name for each in session.get_inputs()]
+    assert inputs == agent.signature.inputs
+    assert set(inputs) > {"start", "loc", *(f"observation.{name}" for name in shown if name != "loc")}
+    assert [each.name for each in session.get_outputs()][:2] == ["action", "parameter.loc"]
 
 
 def test_what_cannot_be_exported(tmp_path):

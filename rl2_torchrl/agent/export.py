@@ -39,7 +39,9 @@ def export_policy(policy: ProbabilisticTensorDictSequential, signature: Signatur
         torch.export.save(program, path, extra_files={_SIGNATURE: signature.as_json()})
         return path
     _require("onnx", "onnxscript")
-    outputs = ["action", *map(name_of, step.parameter_keys), *(f"next_{name}" for name in signature.memory)]
+    parameters = map(name_of, step.parameter_keys)
+    parameters = [f"parameter.{name}" if name in signature.inputs else name for name in parameters]
+    outputs = ["action", *parameters, *(f"next_{name}" for name in signature.memory)]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with redirect_stdout(io.StringIO()):  # it prints its progress
         model = torch.onnx.export(program, input_names=signature.inputs, output_names=outputs, dynamo=True)

@@ -167,8 +167,11 @@ class Signature:
 
     @property
     def inputs(self) -> list[str]:
-        """Names of a step's inputs, in order."""
-        return [*map(name_of, self.observations), "reward", "done", "start", "noise", *self.memory]
+        """Names of a step's inputs, in order: an observation that has the name of another tensor is ``"observation.<name>"``."""
+        own = ["reward", "done", "start", "noise", *self.memory]
+        taken = {*own, "action", *(f"next_{name}" for name in self.memory)}
+        shown = map(name_of, self.observations)
+        return [*(f"observation.{name}" if name in taken else name for name in shown), *own]
 
     def as_json(self) -> str:
         """The signature as text, from which `from_json` makes it again."""
