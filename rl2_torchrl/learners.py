@@ -37,7 +37,9 @@ class Learners:
         if self._group is None:
             return generator
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()))) if generator is None else generator
-        of_first = [{name: value.cpu() for name, value in loss.state_dict().items()}, generator.get_state()]
+        state = loss.state_dict().items()  # a module's extra state may be anything
+        state = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state}
+        of_first = [state, generator.get_state()]
         dist.broadcast_object_list(of_first, group=self._group, group_src=0)
         loss.load_state_dict(of_first[0])
         generator.set_state(of_first[1])

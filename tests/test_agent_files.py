@@ -5,6 +5,7 @@ import logging
 import pickle
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -257,6 +258,32 @@ def test_an_argument_of_ones_own_may_be_called_activation(tmp_path, monkeypatch,
         each.new_trial()
         each.act(deterministic=True)
     torch.testing.assert_close(again.memory, agent.memory, rtol=0, atol=0)
+
+
+class Counting(Scaled):
+    """An encoder that keeps more than tensors, and whose size is one of NumPy's numbers."""
+
+    seen = 0
+
+    def get_extra_state(self):
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+
+def test_a_part_with_extra_state_and_numbers_of_numpy(tmp_path, monkeypatch):
+    from rl2_torchrl.agent import architecture
+
+    monkeypatch.setattr(architecture, "_PARTS", dict(architecture._PARTS))
+    register_part(Counting, lambda part: {"size": np.int64(part.linear.in_features), "factor": np.float32(part.factor)})
+    actor = RecurrentActor.from_env(bandits(), encoder=lambda shape: Counting(shape[0], 2.0))
+    agent = AdaptiveAgent.from_policy(actor, bandits())
+    next(part for part in agent.policy.modules() if isinstance(part, Counting)).seen = 3
+    path = agent.save(tmp_path / "agent.safetensors")
+    load_weights(actor, path)
+    for policy in (AdaptiveAgent.load(path).policy, actor):
+        assert next(part for part in policy.modules() if isinstance(part, Counting)).seen == 3
 
 
 def test_arguments_that_do_not_rebuild_the_part_are_noticed_at_saving(tmp_path, monkeypatch):

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
 
+from rl2_torchrl.learners import Learners
 from tests.data_parallel import CASES
 
 FOLDER = Path(__file__).parents[1]
@@ -82,3 +86,22 @@ def test_a_training_is_resumed_by_all_processes_from_the_same_update_or_by_none(
         assert re.search(r"begin at different env steps, \[216, 0\] by rank", each["lost"])
         assert re.search(r"begin at different env steps, \[216, 108\] by rank", each["older"])
         assert each["updates"] == 3
+
+
+class Counting(nn.Linear):
+    """A network that keeps more than tensors."""
+
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+
+def test_extra_state_is_given_to_all_processes():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        Learners(dist.group.WORLD).begin_alike(network := Counting(1, 1), torch.Generator())
+    finally:
+        dist.destroy_process_group()
+    assert network.seen == 3

@@ -23,16 +23,16 @@ log = logging.getLogger(__name__)
 _FORMAT = "rl2_torchrl.agent.1"
 
 
-def write_agent(path: str | Path, about: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Path:
-    """Writes ``about``, in JSON's types, and ``weights`` to ``path``, whose folder is made, and returns it."""
+def write_agent(path: str | Path, about: Mapping[str, Any], weights: Mapping[str, Any]) -> Path:
+    """Writes ``about``, in JSON's types, and ``weights``, a ``state_dict``, to ``path``, whose folder is made, and returns it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.detach().cpu() for name, weight in weights.items()}
+    weights = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in weights.items()}
     save_tree({"format": _FORMAT, "about": about, "weights": weights}, path)
     return path
 
 
-def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `write_agent` was given.
 
     Raises:
@@ -85,7 +85,7 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
     """
     about, weights = read_agent(path)
     policy = policy.actor if isinstance(policy, ActorCritic) else policy
-    held, here = ({name: tuple(value.shape) for name, value in each.items()} for each in (weights, policy.state_dict()))
+    held, here = _shapes(weights), _shapes(policy.state_dict())
     if held == here and isinstance(policy, ProbabilisticActor):
         try:
             held, here = _values(about["policy"]), _values(plan_of_policy(policy))
@@ -100,6 +100,11 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
             "env, units, layers, activations (a recipe's --units, --num-cells, --core; about.txt beside the file has its command)."
         )
     policy.load_state_dict(weights)
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; of a module's ``get_extra_state``, which may be anything, only that it is there."""
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
 
 
 def _values(plan: Plan) -> dict[str, Any]:
