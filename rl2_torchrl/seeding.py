@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
-__all__ = ["derived_seed", "seed_generator"]
+__all__ = ["derived_seed", "require_seed", "seed_generator"]
 
 _ROOM = 2**63  # of PyTorch's seeds
 
@@ -31,9 +31,14 @@ def seed_generator(generator: torch.Generator, seed: int | None) -> None:
         # Forked workers hold copies of one default generator: what they draw is told apart by the process's name.
         worker = multiprocessing.parent_process() is not None
         seed = derived_seed(drawn, multiprocessing.current_process().name) if worker else drawn
-    if not isinstance(seed, SupportsIndex):
-        raise TypeError(f"seed={seed!r} is no whole number.")
+    require_seed(seed)
     generator.manual_seed(index(seed))
+
+
+def require_seed(seed: int | None) -> None:
+    """TypeError where ``seed`` is neither a whole number nor None, such as a number in quotes."""
+    if seed is not None and not isinstance(seed, SupportsIndex):
+        raise TypeError(f"seed={seed!r} is no whole number.")
 
 
 def derived_seed(*parts: int | str | None) -> int:

@@ -19,8 +19,8 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import as_list, whole
-from rl2_torchrl.seeding import derived_seed
+from rl2_torchrl.arguments import as_list, require_numbers, whole
+from rl2_torchrl.seeding import derived_seed, require_seed
 from rl2_torchrl.workers.hosts import ActorHost, Host, ProcessHost, threads_kept
 
 __all__ = ["TrialWorkers"]
@@ -73,7 +73,7 @@ class TrialWorkers(BaseCollector):
 
     Raises:
         ValueError: ``workers`` is below 1 or does not divide ``frames_per_batch``, or there is no such ``backend``.
-        TypeError: ``create_env_fn`` is no function, or ``keep`` a single key.
+        TypeError: ``create_env_fn`` is no function, ``keep`` a single key, or ``seed`` no whole number.
         ImportError: Ray is not installed.
         RuntimeError: a worker dies three times in a row, or they have been shut down.
 
@@ -105,6 +105,8 @@ class TrialWorkers(BaseCollector):
         seed: int | None = None,
         options: Mapping[str, Any] | None = None,
     ):
+        require_numbers(total_frames=total_frames)
+        require_seed(seed)
         super().__init__()
         _check(create_env_fn, workers, frames_per_batch, backend)
         self.policy, self.num_workers = policy, workers
@@ -211,6 +213,7 @@ class TrialWorkers(BaseCollector):
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
         """Seeds the workers anew, each otherwise, and begins new trials."""
+        require_seed(seed)
         self._seed, self._lives = seed, 0
         self._reseed()
         return seed
@@ -254,11 +257,8 @@ def _shut_down(hosts: list[Host | None], pool: ThreadPoolExecutor, end: Callable
 def _check(create_env_fn: Any, workers: int, frames_per_batch: int, backend: str) -> None:
     if backend not in _HOSTS:
         raise ValueError(f"backend={backend!r}: choose one of {list(_HOSTS)}.")
-    whole("frames_per_batch", frames_per_batch)
-    if workers < 1 or frames_per_batch % workers:
-        raise ValueError(
-            f"workers={workers} must be at least 1 and divide frames_per_batch={frames_per_batch}: all play as many steps."
-        )
+    if whole("frames_per_batch", frames_per_batch) % whole("workers", workers):
+        raise ValueError(f"workers={workers} must divide frames_per_batch={frames_per_batch}: all play as many steps.")
     if isinstance(create_env_fn, EnvBase) or not callable(create_env_fn):
         raise TypeError(
             f"create_env_fn is a {type(create_env_fn).__name__}: each worker makes an env, so give a function that returns one."
