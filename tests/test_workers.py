@@ -316,6 +316,18 @@ def test_a_worker_that_dies_each_time_ends_the_run_with_the_reason(tmp_path, mon
     own.collector.shutdown()
 
 
+def test_a_worker_that_dies_while_it_is_started_anew_is_started_once_more(tmp_path, caplog):
+    own = Setup(tmp_path, workers=1)
+    for name in ("kill", "kill-next"):
+        Path(tmp_path, name).touch()
+    try:
+        assert own.collector.rollout().numel() == FRAMES
+        assert (own.collector.deaths, own.collector.lost_trials) == (2, ROWS)
+        assert "worker 0 has died (while it was starting): the trials of its 0 rows are lost" in caplog.text
+    finally:
+        own.collector.shutdown()
+
+
 def test_the_returns_of_a_trial_that_is_lost_do_not_count_for_the_next(tmp_path):
     batch = WORKERS * ROWS * 4  # four of five steps of a trial
     own = Setup(tmp_path, bptt=4, frames_per_batch=batch, total_frames=3 * batch)

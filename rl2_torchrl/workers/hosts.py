@@ -69,6 +69,11 @@ class Host(ABC):
     def why_dead(self, error: Exception) -> str | None:
         """After a `call` raised ``error``: how the worker died, in words; None where it lives, and the error is the player's."""
 
+    @staticmethod
+    @abstractmethod
+    def why_not_started(error: Exception) -> str | None:
+        """As `why_dead`, after ``error`` where a worker was to be made."""
+
     def shutdown(self) -> None:
         """Ends the worker, and waits for that."""
         self.collector.shutdown()
@@ -100,6 +105,10 @@ class ProcessHost(Host):
         if isinstance(error, (EOFError, OSError)):  # its end of the pipe is closed: it dies, and may not have yet
             process.join(_SECONDS_TO_DIE)
         return None if process.is_alive() else f"exit code {process.exitcode}"
+
+    @staticmethod
+    def why_not_started(error):
+        return "while it was starting" if isinstance(error.__cause__, EOFError) else None
 
 
 class ActorHost(Host):
@@ -136,6 +145,10 @@ class ActorHost(Host):
         return ray.put(weights)
 
     def why_dead(self, error):
+        return self.why_not_started(error)
+
+    @staticmethod
+    def why_not_started(error):
         from ray.exceptions import RayError, RayTaskError
 
         is_own = isinstance(error, RayError) and not isinstance(error, RayTaskError)

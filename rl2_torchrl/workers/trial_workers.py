@@ -172,9 +172,13 @@ class TrialWorkers(BaseCollector):
         deaths = 0
         while True:
             try:
+                if self._hosts[number] is None:
+                    log.warning("worker %s is started anew", number)
+                    self._begin(number, self._new_seeds(1)[0])
                 return self._hosts[number].call(*what)
             except Exception as error:
-                how = self._hosts[number].why_dead(error)
+                host = self._hosts[number]
+                how = self._host.why_not_started(error) if host is None else host.why_dead(error)
                 if how is None:
                     raise
                 self._bury(number, how)
@@ -184,17 +188,18 @@ class TrialWorkers(BaseCollector):
                         f"worker {number} has died {deaths} times in a row ({how}), which is no accident: is there memory for "
                         "all workers, or does the env end its process? A TrialCollector in this process may show it."
                     ) from error
-            log.warning("worker %s is started anew", number)
-            self._begin(number, self._new_seeds(1)[0])
 
     # ------------------------------------------------------------------ deaths
     def _bury(self, number: int, how: str) -> None:
-        """Counts the death of a worker, and ends what is left of it."""
-        log.warning("worker %s has died (%s): the trials of its %s rows are lost", number, how, self._rows)
+        """Counts the death of a worker, and ends what is left of it; one that died while it was starting has lost no trials."""
+        host, self._hosts[number] = self._hosts[number], None
+        lost = 0 if host is None else self._rows
+        log.warning("worker %s has died (%s): the trials of its %s rows are lost", number, how, lost)
         with self._lock, threads_kept():
             self.deaths += 1
-            self.lost_trials += self._rows
-            self._hosts[number].shutdown()
+            self.lost_trials += lost
+            if host is not None:
+                host.shutdown()
 
     def _begin(self, number: int, seed: int) -> None:
         self._hosts[number] = self._start({"keep": self.keep, "number": number, "seed": seed})
