@@ -68,7 +68,7 @@ def main(*, folder: Path = FOLDER, trials: int = 10_000, page: Path | None = Non
     )
     page = page or folder / "README.md"
     page.write_text(f"# Trained agents\n{text}\n\n{table}\n")
-    Console().print(f"page: {page}")
+    Console().print(f"page: {page}", markup=False)
     return curves
 
 

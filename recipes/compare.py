@@ -10,6 +10,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recipes.help import as_typed
@@ -73,7 +74,7 @@ def show(curves: list[Curve], by: str = "steps", scalar: str = "eval/trial_retur
     draw(curves, by, scalar).savefig(plot, dpi=130)
     console = Console()
     console.print(table(curves, by, scalar))
-    console.print(f"plot: {plot}")
+    console.print(f"plot: {plot}", markup=False)
     return curves
 
 
@@ -175,7 +176,7 @@ def draw_curves(axes: Axes, curves: list[Curve], by: str, scalar: str) -> None:
 def table(curves: list[Curve], by: str, scalar: str) -> Table:
     """Where each curve ends, where all were when the first ended, and trial returns reported: ``mean ± standard error``."""
     end = min(each.x[-1] for each in curves)
-    shown = Table(title=scalar)
+    shown = Table(title=escape(scalar))
     shown.add_column("run")
     for column in ("runs", _X[by][2], "last", f"at {end:.3g}", "in the report"):
         shown.add_column(column, justify="right")
@@ -183,7 +184,7 @@ def table(curves: list[Curve], by: str, scalar: str) -> Table:
         reported = np.array(each.reported)
         final = with_error(reported.mean(), standard_error(reported)) if len(reported) == each.runs else ""
         last = with_error(each.mean[-1], each.se[-1])
-        shown.add_row(each.name, str(each.runs), f"{each.x[-1]:.3g}", last, with_error(*each.at(end)), final)
+        shown.add_row(escape(each.name), str(each.runs), f"{each.x[-1]:.3g}", last, with_error(*each.at(end)), final)
     return shown
 
 

@@ -175,7 +175,7 @@ def publish(report: AdaptationReport, run: Run) -> AdaptationReport:
     console.print(report.table())
     cut = ", cut short: --resume goes on" if report.train.interrupted else ""
     trained = f"{report.train.env_steps:,} steps in {report.train.seconds:.0f} s{cut}; "
-    console.print(f"{trained * bool(report.train.env_steps)}report and plots: {path.parent}")
+    console.print(f"{trained * bool(report.train.env_steps)}report and plots: {path.parent}", markup=False)
     for env_steps, reason in report.train.new_trials:
-        console.print(f"resumed at {env_steps:,} steps with new trials: {reason}")
+        console.print(f"resumed at {env_steps:,} steps with new trials: {reason}", markup=False)
     return report

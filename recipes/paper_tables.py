@@ -106,7 +106,7 @@ def main(
             keep_best(cell, way, book, runs, kept)
     page = folder.with_name(f"{folder.name}.md")
     write_page(folder, page)
-    Console().print(f"page: {page}")
+    Console().print(f"page: {page}", markup=False)
     return page
 
 
@@ -308,7 +308,7 @@ def keep_best(cell: Cell, way: LearnsFrom, book: Figures, runs: Path, pretrained
         return
     pretrained.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(agent, weights)
-    Console().print(f"{weights}: the agent of {best['agent']}", highlight=False)
+    Console().print(f"{weights}: the agent of {best['agent']}", highlight=False, markup=False)
     book.path(cell, f"rl2_{way}_pretrained").unlink(missing_ok=True)  # the figure of other weights
 
 

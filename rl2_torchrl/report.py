@@ -135,24 +135,25 @@ class AdaptationReport:
     def table(self) -> Table:
         """The report as a `rich.table.Table` (needs ``rich``): mean ± standard error of a trial, best first."""
         try:
+            from rich.markup import escape
             from rich.table import Table
         except ImportError as error:
             raise ImportError('the table needs rich: pip install "rl2_torchrl[recipes]".') from error
 
-        table = Table(title=f"{self.title}: return of a held-out trial, {self.agent.num_tasks:,} tasks")
+        table = Table(title=escape(f"{self.title}: return of a held-out trial, {self.agent.num_tasks:,} tasks"))
         table.add_column("agent")
-        for column in ("mean", "± SE", f"first {self.episode_name}", f"last {self.episode_name}"):
-            table.add_column(column, justify="right")
-        for name in self.agent.shown:
-            table.add_column(f"{_label(name)}, first → last", justify="right")
+        measures = (f"{_label(name)}, first → last" for name in self.agent.shown)
+        for column in ("mean", "± SE", f"first {self.episode_name}", f"last {self.episode_name}", *measures):
+            table.add_column(escape(column), justify="right")
         if self.optimum is not None:
             table.add_row("Bayes optimum (exact)", f"{self.optimum:.3f}", "", "", "", style="dim")
-        rows = [*((f"[bold]{name}", curve) for name, curve in self._own()), *self._classical()]
+        rows = [(f"[bold]{name}", curve) for name, curve in self._own()]
+        rows += [(escape(name), curve) for name, curve in self._classical()]
         for name, curve in sorted(rows, key=lambda row: -row[1].mean):
             table.add_row(name, *_cells(curve, self.agent.shown))
         table.add_section()
         for name, curve in self._ablated():
-            table.add_row(name, *_cells(curve, self.agent.shown))
+            table.add_row(escape(name), *_cells(curve, self.agent.shown))
         return table
 
     # ------------------------------------------------------------------ plot

@@ -89,6 +89,12 @@ def test_figures_and_plot(two, tmp_path):
     assert ["b", "1", "2", "1.000", "1.000", "0.000"] in rows
 
 
+def test_a_run_may_have_brackets_in_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    compare.main((write_run(Path("gru[v2]"), [(1e6, 60, 0.0)]),), plot=Path("gru[v2]", "plot.png"))
+    assert capsys.readouterr().out.count("gru[v2]") == 2
+
+
 def test_what_was_reached_later_is_not_shown_for_earlier(tmp_path):
     write_run(tmp_path / "fast", [(1e6, 60, 1.0), (2e6, 120, 2.0)])
     write_run(tmp_path / "slow", [(1e6, 600, 5.0), (2e6, 1200, 9.0)])

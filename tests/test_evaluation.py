@@ -1,11 +1,13 @@
 """Adaptation curves by hand, what the ablations do to the inputs, what an evaluation leaves alone, and the report."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Categorical, Composite, Unbounded
@@ -458,6 +460,17 @@ def test_table_ranks_the_agents():
     assert [means[i] for i in ranked] == ["2.333", "2.000", "1.000"]
     assert "2.500" in means[0]
     assert "memory zeroed" in names[-1]
+
+
+def test_names_in_brackets_are_names():
+    random = AdaptationCurve(torch.tensor([[0.0, 1.0]]))
+    report = make_report(
+        title="bandits [v2]", episode_name="pull [short]", baselines={"psrl [ours]": random, "[/]": random}
+    )
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.table())
+    for name in ("bandits [v2]:", "first pull [short]", "psrl [ours]", " [/] ", " RL² "):
+        assert name in console.file.getvalue()
 
 
 def test_plot_shows_learning_and_adaptation():
