@@ -186,6 +186,13 @@ def test_a_resumed_gymnasium_env_plays_the_task_it_is_told(tmp_path):
     assert all(told == true for told, true in played)
 
 
+def test_lost_trials_are_told_where_nothing_is_left_to_do(tmp_path):
+    Run(updates=1).train(checkpoints=tmp_path)
+    resumed = Run(updates=1)
+    resumed.collector.lost_trials = 4  # as TrialWorkers have it
+    assert resumed.train(checkpoints=tmp_path, resume=True).lost_trials == 4
+
+
 class Counter(Callback):
     """Counts updates over the whole of a run."""
 
