@@ -470,12 +470,31 @@ BAD = {
         ValueError,
         r"noise has shape \(1, 2\); it must be \(2, \d+\), draws of its own for each row",
     ),
+    "noise for no noise": (
+        begun(lambda agent: agent.act([0, 0], deterministic=True, noise=torch.zeros(1, 2))),
+        ValueError,
+        "deterministic=True acts without noise",
+    ),
+    "half an end": (
+        begun(lambda agent: (agent.act(torch.zeros(2, 2)), agent.observe([0, 1], [0.3, np.nan])), 2),
+        ValueError,
+        "must be True or False",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD.values(), ids=BAD)
 def test_bad_use(case):
     bad(*case)
+
+
+@pytest.mark.parametrize("done", [True, np.True_, [1, 1], torch.ones(2, 1)])
+def test_ways_to_say_that_all_episodes_end(done):
+    agent = AdaptiveAgent.from_policy(make(bandits()), bandits())
+    agent.new_trial(2)
+    agent.act()
+    agent.observe([0.0, 1.0], done)
+    assert agent._done.tolist() == [True, True]
 
 
 def test_policies_that_are_no_agents():

@@ -114,7 +114,7 @@ class AdaptiveAgent:
         if path.suffix == ".pt2":
             raise ValueError(
                 f"{path}: PyTorch reads .pt2 files by pickle, which runs what is planted there. Load the agent.safetensors that it "
-                f"was made from, or where you trust it: AdaptiveAgent(torch.export.load({path.name!r}).module(), agent.signature)."
+                f"was made from, or where you trust it: AdaptiveAgent(torch.export.load({str(path)!r}).module(), agent.signature)."
             )
         about, weights = read_agent(path)
         signature = Signature.from_json(about["signature"])
@@ -218,10 +218,13 @@ class AdaptiveAgent:
             RuntimeError: no trial has begun, or the last action's reward was not told.
             TypeError: all that ``reset()`` or ``step()`` returned is given in the place of the observation.
             KeyError: an entry of the observation is missing.
-            ValueError: an entry or ``noise`` has another shape, or an entry numbers that its dtype in the env cannot hold.
+            ValueError: an entry or ``noise`` has another shape, an entry numbers that its dtype in the env cannot hold, or there is
+                ``noise`` for a deterministic action.
             FloatingPointError: it is not finite.
         """
         require_flags(deterministic=deterministic)
+        if deterministic and noise is not None:
+            raise ValueError("deterministic=True acts without noise: leave one of the two out.")
         if self._start is None:
             raise RuntimeError("no trial has begun: call new_trial() before the first act().")
         if self._is_waiting and not self._start.all():
@@ -251,22 +254,26 @@ class AdaptiveAgent:
 
         Raises:
             RuntimeError: there was no action.
-            ValueError: another number of rows.
+            ValueError: another number of rows, or a ``done`` that is neither True nor False.
             FloatingPointError: the reward is not finite.
         """
         if not self._is_waiting:
             raise RuntimeError("there is no action of which this could be the reward: act() comes first.")
-        done = [done] * len(self._start) if isinstance(done, bool) else done
-        reward, done = self._column("reward", reward, torch.float32), self._column("done", done, torch.bool)
+        done = [done] * len(self._start) if isinstance(done, bool | np.bool_) else done
+        reward, done = self._column("reward", reward).to(torch.float32), self._column("done", done)
+        if done.dtype != torch.bool and ((done != 0) & (done != 1)).any():
+            raise ValueError(
+                f"done={done.tolist()} must be True or False, 1 or 0, of each trial: an episode ends or not."
+            )
         if not reward.isfinite().all():
             raise FloatingPointError(
                 f"the reward {reward.tolist()} is not finite: the memory would be NaN from here on."
             )
-        self._reward, self._done, self._is_waiting = reward, done, False
+        self._reward, self._done, self._is_waiting = reward, done.bool(), False
 
-    def _column(self, name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    def _column(self, name: str, value: Any) -> Tensor:
         require_numbers(**{name: value})
-        column = torch.as_tensor(value, dtype=dtype, device="cpu").reshape(-1)
+        column = torch.as_tensor(value, device="cpu").reshape(-1)
         if column.shape != self._start.shape:
             raise ValueError(f"{name} has {len(column)} numbers, but there are {len(self._start)} trials.")
         return column
