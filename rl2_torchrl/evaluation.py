@@ -68,7 +68,7 @@ class AdaptationCurve:
 
     @property
     def num_tasks(self) -> int:
-        """Number of trials, each on a task of its own."""
+        """Number of trials, each taken to be on a task of its own."""
         return len(self.returns)
 
     @property
@@ -132,7 +132,8 @@ def adaptation_curve(
     Args:
         env: trial env: a `TransformedEnv` with `Trial`.
         policy: recurrent policy, e.g. an actor or `ActorCritic`.
-        num_trials: number of trials, hence of tasks.
+        num_trials: number of trials, hence of tasks: no more than there are `TaskSampler.fixed` ones, or the standard errors are
+            too small.
         deterministic: act with the distribution's mode or mean. Default False: RL² explores by sampling.
         ablation: function applied to the named tensors ``[num_rows, ...]`` of a step before the policy reads them:
             `with_zeroed_memory(policy)` or `with_shuffled_rewards()`.
