@@ -7,6 +7,7 @@ streams that never meet: all agents of a cell are reported on the same tasks.
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -39,11 +40,33 @@ class Classical:
 
 
 @dataclass(frozen=True)
-class BanditCell:
+class _Cell:
+    """What all cells have in common; a cell's sizes are its fields."""
+
+    recipe: ClassVar[ModuleType]
+    table: ClassVar[str]
+
+    def train(self, learns_from: LearnsFrom, **options: Any) -> AdaptationReport:
+        """Trains RL² as the cell's settings and ``options`` say, or evaluates it where ``options`` name weights."""
+        return self.recipe.main(**self._arguments(learns_from, options))
+
+    def settings(self, learns_from: LearnsFrom, **options: Any) -> dict[str, Any]:
+        """All settings of a training, those of the rule among them."""
+        return flat(self._arguments(learns_from, options))
+
+    def _arguments(self, learns_from: LearnsFrom, options: dict[str, Any]) -> dict[str, Any]:
+        chosen = RL2_SETTINGS[self.table][self.name].get(learns_from, {})
+        settings = {**asdict(self), "learns_from": learns_from, **chosen, **options}
+        return arguments(self.recipe.main, {**settings, "held_out_seed": TASK_SEED, "classical": False})
+
+
+@dataclass(frozen=True)
+class BanditCell(_Cell):
     """A cell of table 1: ``pulls`` pulls of a bandit of ``arms`` arms."""
 
     pulls: int
     arms: int
+    recipe: ClassVar[ModuleType] = bandit
     table: ClassVar[str] = "bandits"
     agents: ClassVar[Mapping[str, Callable[..., torch.Tensor]]] = {
         "random": baselines.random_agent,
@@ -82,19 +105,6 @@ class BanditCell:
         returns = function(tasks, self.pulls, generator, **options)
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
 
-    def train(self, learns_from: LearnsFrom, **options: Any) -> AdaptationReport:
-        """Trains RL² as the cell's settings and ``options`` say, or evaluates it where ``options`` name weights."""
-        return bandit.main(**self._arguments(learns_from, options))
-
-    def settings(self, learns_from: LearnsFrom, **options: Any) -> dict[str, Any]:
-        """All settings of a training, those of the rule among them."""
-        return flat(self._arguments(learns_from, options))
-
-    def _arguments(self, learns_from: LearnsFrom, options: dict[str, Any]) -> dict[str, Any]:
-        chosen = RL2_SETTINGS[self.table][self.name].get(learns_from, {})
-        settings = {"arms": self.arms, "pulls": self.pulls, "learns_from": learns_from, **chosen, **options}
-        return arguments(bandit.main, {**settings, "held_out_seed": TASK_SEED, "classical": False})
-
     def _most_tuning_tasks(self, agent: str) -> int:
         if agent == "optimistic_thompson_sampling":
             return 4000 if self.pulls <= 10 else 1000
@@ -102,10 +112,11 @@ class BanditCell:
 
 
 @dataclass(frozen=True)
-class MDPCell:
+class MDPCell(_Cell):
     """A cell of table 2: ``episodes`` episodes of a tabular MDP."""
 
     episodes: int
+    recipe: ClassVar[ModuleType] = tabular_mdp
     table: ClassVar[str] = "mdps"
     agents: ClassVar[Mapping[str, Callable[..., torch.Tensor]]] = {
         "random": mdps.random_agent,
@@ -145,19 +156,6 @@ class MDPCell:
         options = baselines.tune(self.agents[agent], tuning, self.episodes, generator)
         returns = self.agents[agent](worlds, self.episodes, generator, **options)
         return Classical(AdaptationCurve(returns.double()), options, number if options else 0)
-
-    def train(self, learns_from: LearnsFrom, **options: Any) -> AdaptationReport:
-        """Trains RL² as the cell's settings and ``options`` say, or evaluates it where ``options`` name weights."""
-        return tabular_mdp.main(**self._arguments(learns_from, options))
-
-    def settings(self, learns_from: LearnsFrom, **options: Any) -> dict[str, Any]:
-        """All settings of a training, those of the rule among them."""
-        return flat(self._arguments(learns_from, options))
-
-    def _arguments(self, learns_from: LearnsFrom, options: dict[str, Any]) -> dict[str, Any]:
-        chosen = RL2_SETTINGS[self.table][self.name].get(learns_from, {})
-        settings = {"episodes": self.episodes, "learns_from": learns_from, **chosen, **options}
-        return arguments(tabular_mdp.main, {**settings, "held_out_seed": TASK_SEED, "classical": False})
 
 
 Cell = BanditCell | MDPCell
