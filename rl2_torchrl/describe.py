@@ -147,7 +147,9 @@ def _transform(transform: nn.Module, env: EnvBase) -> str:
 
 
 def _collector(collector: BaseCollector, spec: Composite | None) -> list[Described]:
-    frames, keep = collector.requested_frames_per_batch, getattr(collector, "keep", None)
+    # `RayCollector` has the second alone, and means all its processes together by it.
+    frames = getattr(collector, "requested_frames_per_batch", None) or collector.frames_per_batch
+    keep = getattr(collector, "keep", None)
     batch = f"{frames:,} steps a batch"
     if spec is not None:
         rows = getattr(collector, "num_workers", 1) * spec.shape.numel()

@@ -1,5 +1,7 @@
 """`describe`: all parts of a pipeline in the order of data, with shapes, numbers of parameters and the way that each takes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -53,6 +55,12 @@ def networks(**kwargs):
 
 def rows_of(description, section):
     return [part for part in description.parts if part.section == section]
+
+
+def test_a_collector_in_processes_of_ray():
+    collector = SimpleNamespace(total_frames=120, frames_per_batch=60)  # what `RayCollector` has of the two
+    whole = str(describe(collector, PPOUpdate(RL2PPOLoss(*networks()))))
+    assert "60 steps a batch, 120 in all" in whole
 
 
 def test_parts_stand_in_the_order_in_which_data_flows():
