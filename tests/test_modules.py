@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import InteractionType, set_interaction_type
+from tensordict.nn import InteractionType, TensorDictSequential, set_interaction_type
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Composite, Unbounded
@@ -297,6 +297,21 @@ def test_nested_keys():
     # What the critic concatenates stands beside its features, not at the root.
     assert td["agent", "g_input"].shape == (3, 6)
     assert policy.hidden_keys == [("agent", "h"), ("agent", "c")]
+
+
+def test_what_is_cut_out_of_a_network_is_a_plain_sequence():
+    actor = GRUCategoricalActor(5, 3, hidden_size=4)
+    critic, head = GRUValueHead(5, hidden_size=4), MemoryValueHead(4, detach=True)
+    td = TensorDict({"trans": torch.randn(2, 5), "is_init": torch.ones(2, 1, dtype=torch.bool)}, [2])
+    policy = ActorCritic(actor, critic)
+    of_critic = policy.select_subsequence(out_keys=["state_value"])
+    assert of_critic.out_keys == critic.out_keys
+    assert torch.equal(of_critic(td.clone())["state_value"], critic(td.clone())["state_value"])
+    features = critic.select_subsequence(out_keys=["critic_features"])(td.clone())["critic_features"]
+    for cut in (critic[:1], policy[-1:][0][:1]):
+        assert torch.equal(cut(td.clone())["critic_features"], features)
+    assert type(head[:1]) is type(head.select_subsequence()) is TensorDictSequential
+    assert policy[-1] is critic
 
 
 def test_hidden_keys():

@@ -1,16 +1,28 @@
 """`ActorCritic`: the collector's policy, which acts and stores the value in one pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import unravel_key
 from torch import nn
 
-__all__ = ["ActorCritic"]
+__all__ = ["ActorCritic", "Network"]
 
 
-class ActorCritic(TensorDictSequential):
+class Network(TensorDictSequential):
+    """A sequence that is not made of modules by its constructor: what TorchRL cuts out of it is a plain sequence."""
+
+    def select_subsequence(
+        self, in_keys: Iterable[NestedKey] | None = None, out_keys: Iterable[NestedKey] | None = None
+    ) -> TensorDictSequential:
+        return TensorDictSequential(*self._module_iter()).select_subsequence(in_keys, out_keys)
+
+    def __getitem__(self, index: int | slice) -> TensorDictModuleBase:
+        return TensorDictSequential(*self.module[index]) if isinstance(index, slice) else self.module[index]
+
+
+class ActorCritic(Network):
     """Actor, then critic: the policy to collect with, so that values are stored at collection and never computed twice.
 
     The critic's memory then is collected as the actor's is; a critic outside the collector's policy gets no primer, and refuses

@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl.arguments import as_list, require_callable, require_flags, require_layer_class, whole
+from rl2_torchrl.modules.actor_critic import Network
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.gru import GRUCore
@@ -184,7 +185,7 @@ class GRUCategoricalActor(RecurrentActor):
 
 
 # ------------------------------------------------------------------- critics
-class RecurrentCritic(TensorDictSequential):
+class RecurrentCritic(Network):
     """A value function with a memory of its own: encoder, core and head, each yours or ours.
 
     Reads ``in_key``, ``extra_keys`` and whatever else has an encoder, the core's memory, and ``"is_init"`` ``[*B, 1]``; writes
@@ -234,7 +235,7 @@ class GRUValueHead(RecurrentCritic):
     """
 
 
-class MemoryValueHead(TensorDictSequential):
+class MemoryValueHead(Network):
     """Value function on the *actor's* memory: no GRU of its own, so half the work of two separate networks.
 
     With ``detach=True`` it sends no gradient into the actor's memory, which the policy loss alone trains ("detached" wiring). With
