@@ -164,8 +164,9 @@ class PPOUpdate:
         """Updates the networks on ``batch`` ``[B, T]``; ``progress`` in [0, 1] drives the schedules.
 
         Returns:
-            Means over all minibatches of the loss's entries, of ``loss`` (their sum) and of ``grad_norm``, and the number
-            of ``epochs`` made.
+            Means over all minibatches of the loss's entries, of ``loss`` (their sum) and of ``grad_norm``, the number of
+            ``epochs`` made and ``lr``. While a normalisation knows no data (``normalize=True``, the first batch) it is told of
+            ``batch``, and that is all: ``epochs`` is 0, and there are no means.
         """
         require_trials(batch)
         batch = self._learners.gather(batch, self._parameters)

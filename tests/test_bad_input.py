@@ -53,7 +53,7 @@ from rl2_torchrl.envs import (
     uniform_means,
     uniform_targets,
 )
-from rl2_torchrl.modules import CategoricalActions
+from rl2_torchrl.modules import CategoricalActions, ConvEncoder, GaussianActions, orthogonal_init_
 
 
 def bandit(rows=2):
@@ -418,6 +418,17 @@ CASES = [
     ),
     row(
         "the same by hand", lambda: RecurrentActor(5, Categorical), TypeError, "Categorical'> is no ActionDistribution"
+    ),
+    row("convolutions that stand still", lambda: ConvEncoder([3, 9, 9], stride=0), ValueError, "stride=0.*at least 1"),
+    row("log std in words", lambda: GaussianActions(2, init_log_std="0"), ValueError, "init_log_std='0' is text"),
+    row(
+        "log std of each",
+        lambda: GaussianActions(2, init_log_std=torch.zeros(2)),
+        ValueError,
+        "init_log_std=.*must be one number",
+    ),
+    row(
+        "memory in words", lambda: orthogonal_init_(actor(), memory_steps="10"), ValueError, "memory_steps='10' is text"
     ),
     row("skip in words", lambda: actor(skip="no"), TypeError, "skip='no' is neither True nor False"),
     row("encoder in words", lambda: actor(encoder="mlp"), TypeError, "encoder='mlp' cannot be called"),

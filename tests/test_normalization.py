@@ -90,6 +90,9 @@ def test_bad_input():
         RunningNorm(3, [True])
     with pytest.raises(FloatingPointError, match="not finite"):
         RunningNorm(1).update_statistics(torch.tensor([[math.nan]]))
+    norm = RunningNorm(2, [True, False])  # what passes as it is may be infinite
+    norm.update_statistics(torch.tensor([[1.0, math.inf], [3.0, 0.0]]))
+    assert norm(torch.tensor([3.0, math.inf])).tolist() == [1.0, math.inf]
     with pytest.raises(ValueError, match="say each entry's shape"):
         GRUValueHead(6, extra_keys=["time_left"], normalize=True)
 

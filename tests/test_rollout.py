@@ -1,5 +1,7 @@
 """`Rollout`: with the same noise its batches are those of TorchRL's `Collector` over the transforms, whatever env it plays."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from rollouts import (
@@ -694,6 +696,17 @@ def test_a_graph_is_replayed_after_batches_of_its_own_alone(between, episodes, c
         env.transform[0].episodes = 3
     rollout(), rollout()
     assert Recorded.calls == calls
+
+
+@pytest.mark.parametrize("kind", ["bandit", "cart pole"])
+def test_a_state_stays_as_it_was_while_the_rollout_goes_on(kind):
+    env = make_env(kind, episodes=6)
+    rollout = Rollout(env, make_policy(env), 4, ["action"])
+    rollout()
+    state = rollout.state_dict()
+    before = deepcopy(state)
+    rollout()
+    torch.testing.assert_close(state, before, rtol=0, atol=0)
 
 
 def test_a_hook_that_is_hung_up_later_is_an_error_before_the_next_batch():

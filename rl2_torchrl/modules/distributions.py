@@ -16,7 +16,7 @@ from torchrl.data import Binary, MultiCategorical, MultiOneHot, OneHot, TensorSp
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
-from rl2_torchrl.arguments import require_flags, whole, whole_numbers
+from rl2_torchrl.arguments import require_flags, require_numbers, whole, whole_numbers
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, brings
@@ -301,6 +301,9 @@ class GaussianActions(ActionDistribution):
     noise = "normal"
 
     def __init__(self, action_dim: int, *, init_log_std: float = -0.5):
+        require_numbers(init_log_std=init_log_std)
+        if torch.as_tensor(init_log_std).numel() != 1:
+            raise ValueError(f"{init_log_std=} must be one number, with which all components begin.")
         super().__init__(whole("action_dim", action_dim), ["loc", "scale"], IndependentNormal)
         self.init_log_std = float(init_log_std)
 

@@ -127,6 +127,7 @@ class ConvEncoder(ImageEncoder):
             raise ValueError(f"images have shape [channels, height, width], not {shape}.")
         is_last = shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4)
         channels, *size = (shape[2], *shape[:2]) if is_last else shape
+        kernel_size, stride = whole("kernel_size", kernel_size), whole("stride", stride)
         layers: list[nn.Module] = [_ChannelsFirst()] if is_last else []
         for outputs in whole_numbers("num_channels", num_channels):
             layers += [nn.Conv2d(channels, outputs, kernel_size, stride, **factory), activation()]

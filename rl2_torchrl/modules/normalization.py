@@ -95,7 +95,7 @@ class RunningNorm(nn.Module):
         # The mean of one column first: float32 sums of large numbers would lose what varies.
         mean = x.mean(0, dtype=torch.float64)
         squares = (x - mean).square().sum(0)
-        if not squares.sum().isfinite():
+        if not squares[self.columns].sum().isfinite():
             raise FloatingPointError("the data to normalise by are not finite: mend the env's observations or rewards.")
         count = self.count + len(x)
         delta = mean - self.mean

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -213,7 +214,8 @@ class Rollout:
     # -------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict:
         """Where the rollout stands between two batches, but for the env's own state."""
-        return {"trials": self.trials.state_dict(), "memory": dict(enumerate(self._carry.values()))}
+        # A copy: the next batch writes into this memory.
+        return deepcopy({"trials": self.trials.state_dict(), "memory": dict(enumerate(self._carry.values()))})
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from what `state_dict` returned."""
