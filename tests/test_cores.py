@@ -460,7 +460,6 @@ def test_inputs_of_another_dtype_are_converted(given, dtype):
     x, hidden = torch.randn(4, 6, 3).to(given), torch.randn(4, 6, 8).to(given)
     expected = gru(x.to(dtype), hidden[:, 0].unsqueeze(0).to(dtype))[0]
     torch.testing.assert_close(gru_sequence(x, hidden, None, *parameters), expected)
-    torch.testing.assert_close(forward_saving(x, hidden, None, parameters)[0], expected)
     core = GRUCore(3, 8, dtype=dtype)
     core.gru.load_state_dict(gru.state_dict())
     torch.testing.assert_close(core.step_function()(x[:, 0], hidden[:, :1])[0], expected[:, 0])
@@ -490,11 +489,11 @@ MISTAKES = {
     "weights of two sizes": (lambda w: gru_sequence(X, None, None, w[0][:12], *w[1:]), r"w_ih has shape \(12, 3\)"),
     "weights on meta": (lambda w: gru_sequence(X, None, None, *(p.to("meta") for p in w)), "x is on cpu.*on meta"),
     "one weight on meta": (lambda w: gru_sequence(X, None, None, w[0].to("meta"), *w[1:]), "w_ih is on meta"),
-    "out of another size": (lambda w: forward_saving(X, None, None, w, torch.zeros(4, 6, 7)), "y has shape"),
-    "out with strides": (lambda w: forward_saving(X, None, None, w, torch.zeros(4, 8, 6).mT), "y has strides"),
-    "resets as they are": (lambda w: forward_saving(X, None, torch.zeros(4, 6), w), "as_bytes"),
+    "a part's resets of two columns": (lambda w: part(w, "is_init", torch.ones(4, 6, 2)), "is_init has shape"),
+    "a part's resets on meta": (lambda w: part(w, "is_init", torch.ones(4, 6, 1).to("meta")), "is_init .* on cpu"),
+    "a part's memory on meta": (lambda w: part(w, "hidden", torch.zeros(4, 6, 1, 8).to("meta")), "hidden is on meta"),
+    "a part's memory of one step": (lambda w: part(w, "hidden", torch.zeros(4, 1, 1, 8)), "hidden has shape"),
     "slopes of another size": (lambda w: slopes(w, torch.zeros(4, 6, 7)), "dy has shape"),
-    "not what forward saved": (lambda w: slopes(w, torch.zeros(4, 6, 8), width=1), "gradients has shape"),
     "a step too narrow": (lambda w: GRUCore(3, 8).step_function()(torch.zeros(4, 2), None), r"x has shape \(4, 2\)"),
     "memory of three rows": (
         lambda w: GRUCore(3, 8).step_function()(torch.zeros(4, 3), torch.zeros(3, 1, 8)),
@@ -504,9 +503,15 @@ MISTAKES = {
 X = torch.zeros(4, 6, 3)
 
 
-def slopes(w, dy, width=None):
+def slopes(w, dy):
     _, saved = forward_saving(X, None, None, w)
-    backward_in_place(dy, None, 3, w[1], saved[..., :width].contiguous(), None)
+    backward_in_place(dy, None, 3, w[1], saved, None)
+
+
+def part(w, key, entry):
+    core = GRUCore(3, 8)
+    state = {"trans": X, "hidden": torch.zeros(4, 6, 1, 8), "is_init": torch.zeros(4, 6, 1, dtype=torch.bool)}
+    core.gradient_part().forward({**state, key: entry})
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -336,6 +336,16 @@ def test_a_term_with_a_gradient_of_its_own():
         torch.testing.assert_close(parameter.grad, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("key", ["logits", "actor_features", ("policy", "log_prob"), "state_value"])
+def test_a_gradient_of_another_shape_is_refused(key):
+    class Short(OwnGradient):
+        def with_gradients(self, entry):
+            return {"loss_short": entry.sum()}, (torch.ones_like(entry)[:1],)
+
+    with pytest.raises(ValueError, match=r"Short.with_gradients gave a gradient \(1, .* by .*: give it that shape"):
+        Program(loss_with(Short([key])))(dict(data_of().items()))
+
+
 class Half(OwnGradient):
     """Of what it reads the squares' sum, halved, the gradient of which is what it reads: in one memory."""
 

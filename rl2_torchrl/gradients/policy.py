@@ -42,7 +42,7 @@ class CategoricalPart(Part):
         action, logits = entries_of(state, self.in_keys)
         if action.shape == logits.shape:
             action = (action.view(torch.uint8) if action.dtype == torch.bool else action).argmax(-1)
-        if action.shape != logits.shape[:-1] or not has_kernels(logits):
+        if action.shape != logits.shape[:-1] or not action.is_cpu or not has_kernels(logits):
             return False
         self._terms = (logits.contiguous(), action.long().contiguous())
         log_prob, *self._totals = categorical_terms(self._terms[1], self._terms[0])
@@ -66,7 +66,8 @@ class GaussianPart(Part):
         action, loc, scale = entries_of(state, self.in_keys)
         log_scale = state.get(log_scale_key(self.in_keys[2]))
         fits = (action.shape, action.dtype) == (loc.shape, loc.dtype) == (scale.shape, scale.dtype)
-        if log_scale is None or log_scale.shape != loc.shape[-1:] or not fits or not has_kernels(loc):
+        fits = fits and log_scale is not None and log_scale.shape == loc.shape[-1:]
+        if not fits or not has_kernels(action, loc, log_scale):
             return False
         self._tensors = (action.contiguous(), loc.contiguous(), log_scale.contiguous())
         state[LOG_PROB] = loc.new_empty(loc.shape[:-1])

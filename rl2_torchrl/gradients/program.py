@@ -143,7 +143,12 @@ class _Term(Part):
             self._values, slopes = self.function.with_gradients(*entries)
             for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
                 if slope is not None and key in self.wanted:
-                    slope = slope.to(entry.dtype)  # kernels take it for that
+                    if slope.shape != entry.shape:
+                        raise ValueError(
+                            f"{type(self.function).__name__}.with_gradients gave a gradient {tuple(slope.shape)} by {key!r}, "
+                            f"which is {tuple(entry.shape)}: give it that shape."
+                        )
+                    slope = slope.to(entry)  # kernels take it for that
                     own = slope if self._is_ours else slope.clone(memory_format=torch.contiguous_format)
                     accumulate(gradients, key, own)
         else:

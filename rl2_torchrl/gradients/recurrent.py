@@ -38,9 +38,10 @@ class GRUPart(Part):
 
     def forward_by_hand(self, state: State) -> bool:
         x, hidden, is_init = entries_of({**state, **self.converted(state)}, self.in_keys, self.optional)
-        if not self._covers(x, hidden):
+        is_init = None if is_init is None else is_init.squeeze(-1)
+        if not self._covers(x, hidden, is_init):
             return False
-        self._is_init, self._saved = None if is_init is None else as_bytes(is_init.squeeze(-1)), []
+        self._is_init, self._saved = as_bytes(is_init), []
         for number, weights in enumerate(self.layers):
             y = Workspace.take(x, (*x.shape[:2], self.units))
             first = None if hidden is None else hidden[:, :, number]
@@ -54,12 +55,13 @@ class GRUPart(Part):
         dtype, read = self.parameters[0].dtype, self.in_keys[:2]
         return {key: state[key].to(dtype) for key in read if key in state and key not in self.wanted}
 
-    def _covers(self, x: torch.Tensor, hidden: torch.Tensor | None) -> bool:
+    def _covers(self, x: torch.Tensor, hidden: torch.Tensor | None, is_init: torch.Tensor | None) -> bool:
         weight = self.parameters[0]
         if (x.ndim, x.device, x.dtype, x.shape[-1]) != (3, weight.device, weight.dtype, self.inputs):
             return False
         memory = (*x.shape[:2], len(self.layers), self.units)
-        known = hidden is None or (hidden.dtype == x.dtype and hidden.shape == memory)
+        known = hidden is None or (hidden.device, hidden.dtype, hidden.shape) == (x.device, x.dtype, memory)
+        known &= is_init is None or (is_init.device, is_init.shape) == (x.device, x.shape[:2])
         return known and x.numel() > 0 and self.in_keys[1] not in self.wanted
 
     def backward_by_hand(self, gradients: Gradients) -> None:

@@ -110,12 +110,8 @@ class _ReLULinear(torch.autograd.Function):
 def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:
     """Writes the gradients of `relu_linear` into ``dx`` (None: it is not needed), ``d_weight`` and ``d_bias``, by the kernels."""
     (outputs, inputs), dy = weight.shape, dy.contiguous()
-    rows, read = dy.numel() // outputs, (*x.shape[:-1], inputs)
-    require_tensor("dy", dy, (*x.shape[:-1], outputs), x)
-    shapes = {"x": read, "weight": weight.shape, "dx": read, "d_weight": weight.shape, "d_bias": (outputs,)}
-    for (name, shape), tensor in zip(shapes.items(), (x, weight, dx, d_weight, d_bias), strict=True):
-        if tensor is not None:
-            require_tensor(name, tensor, shape, x, plain=True)
+    rows = dy.numel() // outputs
+    require_tensor("dy", dy, (*x.shape[:-1], outputs), x)  # which a part of a user's may have given
     addresses = map(kernels.address, (x, weight, dy, dx, d_weight, d_bias))
     threads = kernels.threads_for(2 * rows * inputs * outputs)
     kernels.load(x.dtype).linear_backward(rows, inputs, outputs, *addresses, threads)
@@ -128,8 +124,11 @@ def log_prob_and_entropy(action: Tensor, logits: Tensor) -> tuple[Tensor, Tensor
     Their gradients by the logits ``[*B, num_actions]`` are ``1_action - p`` and ``-p (log p + H)``.
     """
     # The kernels read as many actions as there are rows.
-    if action.shape != logits.shape[:-1]:
-        raise ValueError(f"actions {tuple(action.shape)} for logits {tuple(logits.shape)}: give one a row, [*B].")
+    if (action.shape, action.device) != (logits.shape[:-1], logits.device):
+        raise ValueError(
+            f"actions {tuple(action.shape)} on {action.device} for logits {tuple(logits.shape)} on {logits.device}: give one a "
+            "row, [*B], on the same device."
+        )
     action = action.long()
     if not kernels.covers(logits):
         log_probs = logits.log_softmax(-1)
@@ -172,18 +171,14 @@ def raise_unknown_actions(action: Tensor, num_actions: int) -> NoReturn:
 def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> Tensor:
     """The gradient by ``logits`` ``[*B, num_actions]``, from those by log-probability and entropy ``[*B]``."""
     d_logits = torch.empty_like(logits)
-    rows = _rows(logits, action, entropy, log_total, d_log_prob, d_entropy, more=(d_logits,))
-    kernels.load(logits.dtype).categorical_backward(*rows)
+    entries = (action, entropy, log_total, d_log_prob, d_entropy, d_logits)
+    kernels.load(logits.dtype).categorical_backward(*_rows(logits, *entries))
     return d_logits
 
 
-def _rows(logits: Tensor, action: Tensor, *entries: Tensor, more: Sequence[Tensor] = ()) -> tuple:
+def _rows(logits: Tensor, *entries: Tensor) -> tuple:
     """Sizes, addresses and threads as the categorical kernels take them, which read one number of each entry for each row."""
-    require_tensor("logits", logits, logits.shape, logits, plain=True)
-    require_tensor("action", action, logits.shape[:-1], logits.new_empty(0, dtype=torch.int64), plain=True)
-    for name, entry in zip(("entropy", "log_total", "d_log_prob", "d_entropy"), entries, strict=False):
-        require_tensor(name, entry, logits.shape[:-1], logits, plain=True)
-    addresses = map(kernels.address, (logits, action, *entries, *more))
+    addresses = map(kernels.address, (logits, *entries))
     # An exponential and its sums are about 20 multiplications.
     threads = kernels.threads_for(20 * logits.numel())
     return logits.numel() // logits.shape[-1], logits.shape[-1], *addresses, threads

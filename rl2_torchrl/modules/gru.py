@@ -70,7 +70,7 @@ class FastGRUModule(RecurrentCore, GRUModule):
         return is_bare_gru and self._is_unchanged() and is_pad and not gru.bidirectional and not dropout
 
     def _is_covered(self) -> bool:
-        return self._is_plain() and kernels.covers(self.gru.weight_hh_l0)
+        return self._is_plain() and kernels.covers(*self.gru.parameters())
 
     def step_function(self) -> Callable[..., Tensors]:
         return StepGRU(self.gru) if self._is_plain() else super().step_function()

@@ -133,14 +133,7 @@ def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[Tensor, Tensor]
 
     It makes no graph; ``is_init`` is what `as_bytes` makes.
     """
-    w_ih, w_hh, *_ = weights
-    require_weights(*weights)
-    x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
-    units = w_hh.shape[1]
-    if y is not None:
-        require_tensor("y", y, (*x.shape[:2], units), w_hh, plain=True)
-    _require_bytes(is_init, x)
-    saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(x.shape[-1], units)))
+    saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(x.shape[-1], weights[1].shape[1])))
     return _forward(x, hidden, is_init, weights, saved, y), saved
 
 
@@ -151,12 +144,8 @@ def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> No
     pre-activations; ``d_hidden``, contiguous zeros ``[N, T, H]`` or None, the gradient by the memory.
     """
     library = kernels.load(w_hh.dtype)
+    require_tensor("dy", dy, (*gradients.shape[:2], w_hh.shape[1]), w_hh)  # which a part of a user's may have given
     rows, steps, units = dy.shape
-    require_tensor("dy", dy, (*gradients.shape[:2], w_hh.shape[1]), w_hh)
-    require_tensor("gradients", gradients, (rows, steps, library.saved_size(inputs, units)), w_hh, plain=True)
-    if d_hidden is not None:
-        require_tensor("d_hidden", d_hidden, dy.shape, w_hh, plain=True)
-    _require_bytes(is_init, dy)
     dy, packed = unit_stride(dy), None
     if steps > 1 or d_hidden is not None:  # else nothing goes back through the weights
         w_hh, packed = w_hh.detach().contiguous(), dy.new_empty(library.backward_size(units))
@@ -192,12 +181,6 @@ def as_bytes(is_init: Tensor | None) -> Tensor | None:
     if is_init is None or is_init.shape[1] == 1:
         return None
     return is_init.bool().contiguous() if is_init[:, 1:].any() else None
-
-
-def _require_bytes(is_init: Tensor | None, x: Tensor) -> None:
-    layout = (torch.bool, x.shape[:2], True)
-    if is_init is not None and (is_init.dtype, is_init.shape, is_init.is_contiguous()) != layout:
-        raise ValueError(f"is_init must be contiguous bool {tuple(x.shape[:2])} here: what as_bytes(is_init) gives.")
 
 
 def _strided(tensor: Tensor | None) -> tuple:
