@@ -15,7 +15,7 @@ from rl2_torchrl.kernels.workspace import Workspace
 __all__ = [
     *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "on_copies", "on_entries", "outputs_of"),
     "sub_entries",
-    *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "runs"),
+    *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "others_than", "runs"),
 ]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, and what networks make of them.
@@ -217,3 +217,8 @@ def brings(module: nn.Module, method: str) -> bool:
     first = next(n for n, base in enumerate(cls.__mro__) if method in vars(base))
     written = next(base for base in cls.__mro__[first:] if "forward" in vars(base))
     return unwrap(cls.forward) is unwrap(vars(written)["forward"])
+
+
+def others_than(cls: type, thing: object, methods: Sequence[str]) -> list[str]:
+    """Those of ``methods`` in whose place ``thing``, its class or it alone, has another than ``cls``."""
+    return [m for m in methods if m in vars(thing) or getattr(type(thing), m, None) is not getattr(cls, m, None)]

@@ -18,7 +18,7 @@ from torchrl.envs import TensorDictPrimer
 from torchrl.modules import recurrent_mode
 
 from rl2_torchrl.arguments import whole
-from rl2_torchrl.gradients.part import is_bare
+from rl2_torchrl.gradients.part import is_bare, others_than
 
 __all__ = [
     *("LSTMCore", "RecurrentCore", "Tensors"),
@@ -80,11 +80,7 @@ class RecurrentCore(TensorDictModuleBase):
         return tuple(self._like(torch.empty(0)).new_zeros(num_rows, *shape) for shape in self.memory_shapes.values())
 
     def _starts_from_zeros(self) -> bool:
-        return self._keeps(RecurrentCore, "initial_memory")
-
-    def _keeps(self, cls: type, *methods: str) -> bool:
-        """Whether these ``methods`` are those of ``cls``, and no class below it, nor a user, has others."""
-        return all(getattr(type(self), name) is getattr(cls, name) and name not in vars(self) for name in methods)
+        return not others_than(RecurrentCore, self, ["initial_memory"])
 
     def step_function(self) -> Callable[..., Tensors]:
         """``(x, *memory) -> (features, *memory)``: one step of a rollout, without gradient; memories of None start anew.
@@ -255,7 +251,7 @@ class LSTMCore(RecurrentCore):
         return x, *(torch.stack(each, 1) for each in zip(*states, strict=True))
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
-        is_plain = self._keeps(LSTMCore, "step") and self._starts_from_zeros()
+        is_plain = not others_than(LSTMCore, self, ["step"]) and self._starts_from_zeros()
         if not is_plain or not is_bare(self.lstm):  # hooks see single steps, as those of a rollout do
             return super().unroll(x, memory, is_init, with_memory=with_memory)
         batch = x.shape[:2]

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torchrl.modules import GRUModule, set_recurrent_mode
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.part import is_bare
+from rl2_torchrl.gradients.part import is_bare, others_than
 from rl2_torchrl.gradients.recurrent import GRUPart
 from rl2_torchrl.modules.cores import RecurrentCore, Tensors, as_sizes, at_ends
 from rl2_torchrl.modules.functions import require_tensor, unit_stride
@@ -55,12 +55,12 @@ class FastGRUModule(RecurrentCore, GRUModule):
         """`GRUModule` starts from zeros wherever it is given no memory; what takes its place does so too."""
 
     def gradient_part(self) -> GRUPart | None:
-        is_own = self._is_covered() and self._keeps(FastGRUModule, "sequence", "unroll")
+        is_own = self._is_covered() and not others_than(FastGRUModule, self, ["sequence", "unroll"])
         return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if is_own else None
 
     def _is_unchanged(self) -> bool:
         """Whether steps, and what they begin from, are those of this class, so that they need not be made one by one."""
-        return self._keeps(FastGRUModule, "step") and self._starts_from_zeros()
+        return not others_than(FastGRUModule, self, ["step"]) and self._starts_from_zeros()
 
     def _is_plain(self) -> bool:
         """Whether this is `gru_sequence`, layer by layer, and nothing more."""

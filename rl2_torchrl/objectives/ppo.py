@@ -15,7 +15,7 @@ from torchrl.objectives import ClipPPOLoss
 from rl2_torchrl.arguments import require_numbers
 from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
 from rl2_torchrl.gradients.networks import leaves_of
-from rl2_torchrl.gradients.part import entries_of, is_watched
+from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
 from rl2_torchrl.gradients.program import merge_losses, values_of
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_own_cores, require_policy
 from rl2_torchrl.modules.cores import lost_memory
@@ -120,11 +120,9 @@ class RL2PPOLoss(ClipPPOLoss):
     def _why_torchrls(self, seen: "_Seen") -> str | None:
         if options := [name for name, ours in _OURS.items() if _differs(getattr(self, name), ours)]:
             return f"the options {options} are ClipPPOLoss's"
-        cls = type(self)
-        if own := [
-            step for step in _STEPS if step in vars(self) or getattr(cls, step) is not getattr(ClipPPOLoss, step)
-        ]:
-            return f"{own} of ClipPPOLoss are others in {cls.__name__}: a term of loss_terms() in their place is faster"
+        if own := others_than(ClipPPOLoss, self, _STEPS):
+            name = type(self).__name__
+            return f"{own} of ClipPPOLoss are others in {name}: a term of loss_terms() in their place is faster"
         return seen.refusal
 
     def network_parts(self) -> list[Part]:

@@ -9,7 +9,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.envs.tensor_env import TensorEnv
-from rl2_torchrl.modules.acting import State
+from rl2_torchrl.gradients.part import State, others_than
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.trials import Task, flat, unflat
@@ -33,8 +33,7 @@ def is_tensor_env(env: EnvBase) -> bool:
 
 def _own_methods(env: EnvBase) -> list[str]:
     """Of the methods that `TensorEnv` derives those that ``env``, or a class below, has in their place."""
-    derived = ("_reset", "_step", "start", "play")
-    return [m for m in derived if getattr(type(env), m) is not getattr(TensorEnv, m, None) or m in vars(env)]
+    return others_than(TensorEnv, env, ["_reset", "_step", "start", "play"])
 
 
 class TensorDoor:

@@ -8,6 +8,7 @@ from functools import partial
 from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer, Transform
 
 from rl2_torchrl.envs.tensor_env import TensorEnv
+from rl2_torchrl.gradients.part import others_than
 from rl2_torchrl.rollout.doors import is_tensor_env
 from rl2_torchrl.rollout.tensor_trials import TensorTrials
 from rl2_torchrl.rollout.trials import Keys, Trials, leaves
@@ -79,6 +80,4 @@ def _is_known(transform: Transform, read: Keys, keep: Keys | None, made: Keys) -
 
 def _is_as_written(transform, kind: type) -> bool:
     """Whether what ``transform`` does in an env is what ``kind`` says: a class below it, or it alone, may have other methods."""
-    below, own = type(transform), vars(transform)
-    is_same = (m not in own and getattr(below, m, None) is getattr(kind, m, None) for m in _REPLACED)
-    return isinstance(transform, kind) and all(is_same)
+    return isinstance(transform, kind) and not others_than(kind, transform, _REPLACED)
