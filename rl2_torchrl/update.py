@@ -431,17 +431,12 @@ class PPOUpdate:
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])
         groups = zip(self.optimizer.param_groups, self.given_options, state["given_options"], strict=True)
-        for group, given, then in groups:
-            group.update({name: value for name, value in given.items() if value != then[name]})
-        for name, value in self.given_coefficients.items():
-            if value != state["given_coefficients"][name]:
-                getattr(self.loss, name).fill_(value)
         freed = set(state["scheduled"]) - self._scheduled()
-        if "lr" in freed:
-            for group, given in zip(self.optimizer.param_groups, self.given_options, strict=True):
-                group["lr"] = given["lr"]
-        if "entropy_coeff" in freed:
-            self.loss.entropy_coeff.fill_(self.given_coefficients["entropy_coeff"])
+        for group, given, then in groups:
+            group.update({name: value for name, value in given.items() if value != then[name] or name in freed})
+        for name, value in self.given_coefficients.items():
+            if value != state["given_coefficients"][name] or name in freed:
+                getattr(self.loss, name).fill_(value)
         if "advantage" in state:
             self.advantage.load_state_dict(state["advantage"])
         if self._generator is not None and state["generator"] is not None:
