@@ -303,7 +303,8 @@ class PPOUpdate:
         if self._named == "autograd":
             return "autograd", "it was asked for"
         is_graph = self._named == "graph" or (self._named == "auto" and self._device.type == "cuda")
-        refusal = _why_not_parts(self.loss)
+        is_ours = isinstance(self.loss, RL2PPOLoss)
+        refusal = self.loss.why_not_parts() if is_ours else f"{type(self.loss).__name__} is no RL2PPOLoss"
         if refusal is None and is_graph:
             refusal = self._joins() or why_not_graphed(self.loss, self.optimizer)
         elif refusal is None and self._named != "parts" and self._device.type != "cpu":
@@ -454,11 +455,6 @@ def _stand_in(advantage: Callable, loss: ClipPPOLoss) -> TensorDictModuleBase | 
             "TrialAdvantage(value_key=...) names what it reads."
         )
     return TensorDictSequential(loss.actor_network, critic).select_subsequence(out_keys=[advantage.value_key])
-
-
-def _why_not_parts(loss: ClipPPOLoss) -> str | None:
-    """Why the loss is not run part by part, in words; None if it can be."""
-    return loss.why_not_parts() if isinstance(loss, RL2PPOLoss) else f"{type(loss).__name__} is no RL2PPOLoss"
 
 
 def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters: list) -> torch.optim.Optimizer:

@@ -74,7 +74,7 @@ def way(request, monkeypatch):
     if request.param == "parts":
         monkeypatch.setattr("rl2_torchrl.update.why_not_compiled", lambda *_: "not here")
     if request.param == "autograd":
-        monkeypatch.setattr("rl2_torchrl.update._why_not_parts", lambda _: "not here")
+        monkeypatch.setattr(RL2PPOLoss, "why_not_parts", lambda _: "not here")
     return request.param
 
 

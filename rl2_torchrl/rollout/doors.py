@@ -57,26 +57,18 @@ class TensorDoor:
 
     def start(self, task: Task, rows: Rows) -> State:
         """Starts an episode of ``task`` in ``rows``; the observations of all rows then."""
-        task = self._undrawn_task() if task is None else task
-        return self._entries(self.env.start(task, None if rows is True else rows))
-
-    def _undrawn_task(self) -> Task:
-        task = self.env.zero_task()
-        if task is not None:
+        if task is None and (task := self.env.zero_task()) is not None:
             self.env.tell_of_no_task()
-        return task
+        return self._entries(self.env.start(task, None if rows is True else rows))
 
     def play(self, action: torch.Tensor) -> Played:
         """One step of all rows."""
-        observations, reward, terminated, truncated = self.env.play(unflat(action, self.env.batch_size))
-        reward = flat(reward, self.env.batch_size)
-        return self._entries(observations), reward, self._done(reward, terminated, truncated)
-
-    def _done(self, reward, *flags: torch.Tensor | None) -> torch.Tensor | None:
-        if self._is_fixed:
-            return None
-        ends = [flag for flag in flags if flag is not None] or [torch.zeros_like(reward, dtype=torch.bool)]
-        return reduce(torch.logical_or, ends).reshape(-1)
+        observations, reward, *flags = self.env.play(unflat(action, self.env.batch_size))
+        done = None
+        if not self._is_fixed:
+            ends = [flag for flag in flags if flag is not None] or [torch.zeros_like(reward, dtype=torch.bool)]
+            done = reduce(torch.logical_or, ends).reshape(-1)
+        return self._entries(observations), flat(reward, self.env.batch_size), done
 
     def adopt(self, root: TensorDictBase) -> State:
         """The observations of a ``reset()`` that somebody has made, or of an env whose own state has been restored."""

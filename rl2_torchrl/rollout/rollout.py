@@ -167,7 +167,8 @@ class Rollout:
                 self._require_actions(state[self.trials.action_key])
             after, root, begun = self.trials.step(t, state)
             for key in recorded:
-                self._record(key, t, after[key] if key in after else state[key])
+                value = after[key] if key in after else state[key]
+                self._buffer(key, value)[1][t].copy_(value)
             waiting.append(state)
             if len(waiting) * self.trials.rows >= _ROWS_AT_ONCE or t + 1 == self.steps:
                 self._look_back(waiting, t + 1)
@@ -200,9 +201,6 @@ class Rollout:
                     values = seen[key].unflatten(0, (len(states), self.trials.rows))
                     buffer, _ = self._buffer(key, values[0])
                     buffer[end - len(states) : end].copy_(values)
-
-    def _record(self, key: NestedKey, t: int, value: torch.Tensor) -> None:
-        self._buffer(key, value)[1][t].copy_(value)
 
     def _buffer(self, key: NestedKey, like: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """The last batch's memory, written again: steps that live until the batch is whole would scatter the heap."""
