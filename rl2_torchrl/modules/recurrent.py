@@ -33,14 +33,8 @@ from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import is_info, previous_steps, require_tensors
 
 __all__ = [
-    *(
-        "GRUCategoricalActor",
-        "GRUGaussianActor",
-        "GRUValueHead",
-        "MemoryValueHead",
-        "RecurrentActor",
-        "RecurrentCritic",
-    ),
+    *("GRUCategoricalActor", "GRUGaussianActor", "GRUValueHead"),
+    *("MemoryValueHead", "RecurrentActor", "RecurrentCritic"),
 ]
 
 #: Shape of each entry that a network reads, batch dimensions aside; a number is the size of the transition input.
