@@ -1,5 +1,7 @@
 """Parts, programs and compiled passes give the losses and gradients that TorchRL's own `ClipPPOLoss` gives under autograd."""
 
+import ctypes
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -18,7 +20,7 @@ from rl2_torchrl import (
     kernels,
 )
 from rl2_torchrl.gradients import Program
-from rl2_torchrl.gradients.compiled import CompiledPass, why_not_compiled
+from rl2_torchrl.gradients.compiled import _METRICS, CompiledPass, _Network, _Parameter, _Pass, why_not_compiled
 from rl2_torchrl.gradients.networks import parts_of
 from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, log_scale_key
 from rl2_torchrl.kernels.workspace import Workspace
@@ -961,11 +963,9 @@ def test_memory_that_was_lost_is_noticed_before_the_first_step(way):
     assert all(torch.equal(a, b) for a, b in zip(before, update.loss.parameters(), strict=True))
 
 
-def test_structures_of_another_layout_are_refused(monkeypatch):
-    class Library:
-        ppo_pass_layout = staticmethod(lambda which: 8)
-
-    from rl2_torchrl.gradients.compiled import _require_layout
-
-    with pytest.raises(RuntimeError, match="pass.c"):
-        _require_layout(Library())
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_structures_are_laid_out_as_the_kernels_have_them(dtype):
+    layout = kernels.load(dtype).ppo_pass_layout
+    ours = [*map(ctypes.sizeof, (_Parameter, _Network, _Pass)), len(_METRICS)]
+    assert ours == [layout(which) for which in range(4)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from tensordict import NestedKey
@@ -56,15 +55,6 @@ _METRICS = ("loss_objective", "loss_critic", "entropy", "clip_fraction", "kl_app
 _METRICS += ("grad_norm",)
 
 
-@cache
-def _require_layout(library: ctypes.CDLL) -> None:
-    """The structures above are those of ``kernels/pass.c``, or numbers would be read from the wrong places."""
-    ours = [ctypes.sizeof(_Parameter), ctypes.sizeof(_Network), ctypes.sizeof(_Pass), len(_METRICS)]
-    theirs = [library.ppo_pass_layout(which) for which in range(4)]
-    if ours != theirs:
-        raise RuntimeError(f"compiled.py lays its structures out as {ours} bytes and metrics, pass.c as {theirs}.")
-
-
 class CompiledPass:
     """Passes over minibatches of ``rows`` of ``chunks``, entries ``[num_chunks, T, ...]``, as `why_not_compiled` lets them pass.
 
@@ -105,7 +95,6 @@ class CompiledPass:
         order, count = order.long().contiguous(), -(-len(order) // self.rows)  # kept while the kernel reads it
         metrics = torch.zeros(count, len(_METRICS), dtype=torch.float64)
         library = kernels.load(self._dtype)
-        _require_layout(library)
         arguments = self._arguments(order, metrics)
         size = library.ppo_pass_memory(ctypes.byref(arguments))
         memory = Workspace.take(torch.empty(0, dtype=self._dtype), (size,))

@@ -41,7 +41,7 @@ typedef struct {
 enum { LOG_PROB, OLD, ADVANTAGE, TARGET, ACTIVE, RATIO, ESS, H, TOTAL, D_H, ARRAYS };
 typedef struct { void *action; uint8_t *init; real *of[ARRAYS]; } entries;
 
-/* Bytes of the structures and the number of metrics: what the caller's must be. */
+/* Bytes of the structures and the number of metrics: a test compares the caller's. */
 int ppo_pass_layout(int which) {
     int sizes[] = {sizeof(parameter), sizeof(network), sizeof(pass), METRICS};
     return sizes[which];
