@@ -31,14 +31,11 @@ class GraphedPass:
     @property
     def reason(self) -> str:
         """What is recorded, or why a minibatch could not be, so that each is launched kernel by kernel."""
-        refusal = next((m.refusal for m in self._minibatches.values() if m.refusal), None)
-        if refusal is not None:
+        if refusal := next((m.refusal for m in self._minibatches.values() if m.refusal), None):
             return f"launched kernel by kernel: {refusal}"
         device = next(self.loss.parameters()).device
-        is_recorded = device.type == "cuda"
-        return (
-            "a minibatch's gradients are one CUDA graph" if is_recorded else f"there is nothing to record on {device}"
-        )
+        on_cuda = "a minibatch's gradients are one CUDA graph"
+        return on_cuda if device.type == "cuda" else f"there is nothing to record on {device}"
 
     def run(
         self,

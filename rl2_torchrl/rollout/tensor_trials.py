@@ -181,7 +181,7 @@ class TensorTrials(Trials):
 
     def load_state_dict(self, state: dict) -> None:
         self.clock.load_state_dict(state["clock"])
-        self._is_adopted, task = bool(state.get("adopted", False)), state["task"]
+        self._is_adopted, task = bool(state["adopted"]), state["task"]
         if task is not None:
             self._deal(TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task)
         adopted = self.door.adopt(TensorDict(state["door"], self.batch_size, self.env.device))
