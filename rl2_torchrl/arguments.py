@@ -25,12 +25,7 @@ __all__ = [
 
 
 def as_list(name: str, values: Iterable) -> list:
-    """``values`` as a list, and no single string, whose letters would be taken for them.
-
-    Examples:
-        >>> as_list("keep", ("trans", "action"))
-        ['trans', 'action']
-    """
+    """``values`` as a list, and no single string, whose letters would be taken for them."""
     if isinstance(values, str):
         raise TypeError(f"{name}={values!r} would be read as its letters: give a list, {name}=[{values!r}].")
     if not isinstance(values, Iterable):
@@ -111,12 +106,7 @@ def require_specs(**arguments: TensorSpec | None) -> None:
 
 
 def whole(name: str, value: SupportsIndex) -> int:
-    """``value`` as Python's integer, NumPy's too; ValueError unless it is a whole number, at least 1.
-
-    Examples:
-        >>> whole("epochs", 3)
-        3
-    """
+    """``value`` as Python's integer, NumPy's too; ValueError unless it is a whole number, at least 1."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex) or value.__index__() < 1:
         raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
     return value.__index__()

@@ -21,13 +21,6 @@ class Minibatches:
 
     A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller. Of several ``learners`` each gets a part of it,
     and ``weight`` is this part's size over the whole's.
-
-    Examples:
-        >>> from tensordict import TensorDict
-        >>> minibatches = Minibatches()
-        >>> minibatches.fill(TensorDict({"x": torch.arange(6).view(3, 2)}, [3, 2]), 2, shuffle=False)
-        >>> [entries["x"].tolist() for entries in minibatches.entries()]
-        [[[0, 1], [2, 3]], [[4, 5]]]
     """
 
     def __init__(

@@ -28,12 +28,6 @@ class Program:
 
     Attributes:
         parameters: those of its parts that get a gradient.
-
-    Examples:
-        >>> from rl2_torchrl import GRUGaussianActor, GRUValueHead, RL2PPOLoss
-        >>> program = Program(RL2PPOLoss(GRUGaussianActor(5, 2), GRUValueHead(5)))
-        >>> len(program.parts)  # then program(minibatch), optimizer.step()
-        5
     """
 
     def __init__(self, loss: nn.Module):

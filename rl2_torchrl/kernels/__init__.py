@@ -56,12 +56,7 @@ _is_announced = False
 
 @cache
 def load(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for ``dtype``, or None where there are none; the reason is logged once.
-
-    Examples:
-        >>> load(torch.int64) is None
-        True
-    """
+    """The kernels for ``dtype``, or None where there are none; the reason is logged once."""
     if dtype not in _DEFINES or os.environ.get("RL2_TORCHRL_KERNELS") == "0":
         return None
     try:
@@ -94,12 +89,7 @@ def _checked(result: int, function, arguments) -> int:
 
 
 def covers(*tensors: torch.Tensor | None) -> bool:
-    """Whether there are kernels for ``tensors``, and nothing but plain numbers and autograd is asked of them.
-
-    Examples:
-        >>> covers(torch.zeros(2, dtype=torch.int64))
-        False
-    """
+    """Whether there are kernels for ``tensors``, and nothing but plain numbers and autograd is asked of them."""
     kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors if tensor is not None}
     if len(kinds) != 1 or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return False
@@ -108,10 +98,5 @@ def covers(*tensors: torch.Tensor | None) -> bool:
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """Address of the first entry; None for None.
-
-    Examples:
-        >>> address(None) is None
-        True
-    """
+    """Address of the first entry; None for None."""
     return None if tensor is None else tensor.data_ptr()

@@ -31,10 +31,6 @@ def cache_folder() -> Path:
 
     Raises:
         OSError: none of them will do.
-
-    Examples:
-        >>> cache_folder().is_dir()
-        True
     """
     reasons = []
     for folder in _candidates():

@@ -1,7 +1,7 @@
 /* A pass of PPO over many minibatches in one call: for each of them gather, forward, loss, backward, clip, Adam.
  *
- * A minibatch of 32 steps (the original's) is 0.1 ms of arithmetic. Called from Python, its sixty operations take six times
- * that, and still a quarter of the time with 1,600 steps of 64 units. The parts are the functions of the other files; only what stands between them is written here.
+ * The parts are the functions of the other files; only what stands between them is written here. gradients/compiled.py says what
+ * it is good for.
  */
 #include <math.h>
 

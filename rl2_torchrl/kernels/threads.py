@@ -26,12 +26,7 @@ _LEAST_WORK = _least_work(os.environ)
 
 
 def threads_for(multiplications: int) -> int:
-    """Threads for that much work.
-
-    Examples:
-        >>> threads_for(1000)
-        1
-    """
+    """Threads for that much work."""
     global _has_run
     threads = torch.get_num_threads() if multiplications > _LEAST_WORK else 1
     _has_run |= threads > 1
