@@ -160,7 +160,7 @@ class RL2PPOLoss(ClipPPOLoss):
         self._check_data(tensordict, seen)
         has_advantage = tensordict.get(self.tensor_keys.advantage, None) is not None
         if has_advantage and tensordict.ndim == 2 and seen is not None and not self._why_torchrls(seen):
-            return TensorDict(self.losses_of(tensordict, self.loss_terms()))
+            return TensorDict(_losses_of(seen.parts, tensordict, self.loss_terms()))
         losses = super().forward(tensordict)
         if not self.terms:
             return losses
@@ -170,16 +170,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
-        parts, losses = self._seen().parts, {}
-        state: State = dict(data) if isinstance(data, dict) else {}
-        if not state:
-            read = {key for reader in (*parts, *terms) for key in reader.in_keys}
-            state = {key: entry for key in read if (entry := data.get(key, None)) is not None}
-        for part in parts:
-            part.run(state)
-        for term in terms:
-            merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
-        return losses
+        return _losses_of(self._seen().parts, data, terms)
 
     def _check_data(self, tensordict: TensorDictBase, seen: "_Seen | None") -> None:
         if not self._is_recurrent:
@@ -265,6 +256,19 @@ class _Seen:
     def parts(self) -> list[Part]:
         """`RL2PPOLoss.network_parts`."""
         return self._loss().network_parts()
+
+
+def _losses_of(parts: Sequence[Part], data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
+    state: State = dict(data) if isinstance(data, dict) else {}
+    if not state:
+        read = {key for reader in (*parts, *terms) for key in reader.in_keys}
+        state = {key: entry for key in read if (entry := data.get(key, None)) is not None}
+    for part in parts:
+        part.run(state)
+    losses: dict[str, Tensor] = {}
+    for term in terms:
+        merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
+    return losses
 
 
 def _require_memory(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> None:
