@@ -99,7 +99,7 @@ def values_of(term: nn.Module, entries: Sequence[torch.Tensor]) -> Mapping[str, 
             f"{name} returned a {type(values).__name__}: a term gives numbers by name, {{'loss_mine': loss}}."
         )
     for key, value in values.items():
-        if not isinstance(value, torch.Tensor | Number):
+        if not isinstance(value, (torch.Tensor, Number)):
             raise TypeError(f"{name} gave {key!r}: {value!r}, which is no number: leave it out where there is none.")
         if key.startswith("loss_") and isinstance(value, torch.Tensor) and value.ndim:
             raise ValueError(
@@ -111,7 +111,8 @@ def values_of(term: nn.Module, entries: Sequence[torch.Tensor]) -> Mapping[str, 
 
 def _as_real(value: torch.Tensor | Number, device: torch.device | None) -> torch.Tensor:
     """Of counts and flags, and of Python's numbers too, there are means over minibatches."""
-    value = torch.as_tensor(value, device=device)
+    if not isinstance(value, torch.Tensor) or value.device != device:
+        value = torch.as_tensor(value, device=device)
     return value if value.is_floating_point() else value.double()
 
 
