@@ -87,9 +87,8 @@ class Experiment:
             return TrainResult()
         if run.initial_weights is not None and not run.goes_on:
             load_weights(self.actor, run.initial_weights)
-        with (
-            TemporaryDirectory() as scratch
-        ):  # what no agent can be made of, or none that is saved, is noticed before the training
+        # What no agent can be made of, or none that is saved, is noticed before the training.
+        with TemporaryDirectory() as scratch:
             self._agent(collector).save(f"{scratch}/agent.safetensors")
         if run.held_out_seed is not None:
             update.held_out_seed = run.held_out_seed  # among the settings that a resumed run must share
@@ -128,10 +127,8 @@ class Experiment:
     def play(self, tasks: torch.Tensor, **how: Any) -> AdaptationCurve:
         """One trial on each of ``tasks`` [num_tasks, task_size]; ``how`` goes to `adaptation_curve`."""
         rounds = math.ceil(len(tasks) / (self.rows or len(tasks)))
-        env = self.make_env(
-            TaskSampler.fixed(tasks), math.ceil(len(tasks) / rounds)
-        )  # rows that have a task in each round
-        with closing(env):  # it may have processes
+        # Rows that have a task in each round. The env may have processes.
+        with closing(self.make_env(TaskSampler.fixed(tasks), math.ceil(len(tasks) / rounds))) as env:
             return adaptation_curve(env, self.actor, len(tasks), measures=self.measures, **how)
 
     def evaluate(self) -> dict[str, float]:

@@ -63,9 +63,8 @@ def main(
     def make_env(sampler: TaskSampler, rows: int) -> TransformedEnv:
         masses = SerialEnv(rows, lambda: HiddenTarget(steps))
         masses.set_seed(stream_seed(run.seed, ENVS))  # where episodes begin
-        trial = Compose(
-            Trial(episodes=episodes), sampler, DoubleToFloat(), PreviousStep()
-        )  # DMControl counts in float64
+        # DMControl counts in float64.
+        trial = Compose(Trial(episodes=episodes), sampler, DoubleToFloat(), PreviousStep())
         return TransformedEnv(masses, trial)
 
     env = make_env(TaskSampler(targets, seed=stream_seed(run.seed, TRAIN_TASKS)), learning.trials)

@@ -137,9 +137,8 @@ def pictures(title: str, run: Path, page: Path) -> list[str]:
     """Copies the plots of a title's first ``run`` beside the page and shows them."""
     shown = []
     for picture in sorted(run.glob("*.png")):
-        copy = page.with_name(
-            f"{page.stem}_{slug(title)}_{picture.name}"
-        )  # runs of two titles may both be called seed0
+        # Runs of two titles may both be called seed0.
+        copy = page.with_name(f"{page.stem}_{slug(title)}_{picture.name}")
         shutil.copyfile(picture, copy)
         shown.append(f"![{picture.stem}]({copy.name})")
     return shown

@@ -38,9 +38,8 @@ class ScalarLog:
         for name, value in scalars.items():
             if name != "env_steps":
                 self._logger.log_scalar(name, value, step=int(env_steps))
-                if isinstance(
-                    self._logger, CSVLogger
-                ):  # it would keep all of these; a user's own it counts by what it has
+                # It would keep all of these; a user's own it counts by what it has.
+                if isinstance(self._logger, CSVLogger):
                     self._logger.experiment.scalars.pop(name, None)
 
     # ------------------------------------------------------------- a resumed run

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from tqdm import TqdmWarning
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore", TqdmWarning
-    )  # in a notebook without ipywidgets it falls back to text, which is fine
+    # In a notebook without ipywidgets it falls back to text, which is fine.
+    warnings.simplefilter("ignore", TqdmWarning)
     from tqdm.auto import tqdm
 
 __all__ = ["progress_bar"]

@@ -238,9 +238,8 @@ def _commit() -> str | None:
     folder = Path(__file__).parent
     try:
         git = partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True)
-        git(
-            ["git", "ls-files", "--error-unmatch", Path(__file__).name]
-        )  # a repository around an installed package is not ours
+        # A repository around an installed package is not ours.
+        git(["git", "ls-files", "--error-unmatch", Path(__file__).name])
         commit = git(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip()
         changed = git(
             ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/*.py", ":/*.c", ":/*.h"]

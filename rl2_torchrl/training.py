@@ -169,9 +169,7 @@ def train(
         goes_on = resume and (saved.load_latest(resume_changes) or result.env_steps > 0)
         if goes_on:
             scalars.go_on_from(result.history, result.env_steps)
-            result.lost_trials = getattr(
-                collector, "lost_trials", 0
-            )  # which counts them; there may be no further batch
+            result.lost_trials = getattr(collector, "lost_trials", 0)  # there may be no further batch
         elif resume:
             scalars.require_new(Path(checkpoints))
             log.warning("resume=True, but %s holds no checkpoint: starting anew.", checkpoints)

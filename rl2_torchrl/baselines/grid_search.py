@@ -110,9 +110,8 @@ class _Search:
         step = torch.arange(self.steps + 1, dtype=torch.float64).unsqueeze(-1)
         episode = ((step - 1) / self.episode_steps).floor().clamp(min=0)
         stays = (episode + 1) * self.episode_steps - step + 1  # steps of this episode that end on the goal
-        again = self.episode_steps - 1.1 * (
-            self.distance[0].double() - 1
-        )  # return of a later episode, straight to the goal
+        # The return of a later episode, straight to the goal.
+        again = self.episode_steps - 1.1 * (self.distance[0].double() - 1)
         value = -0.1 * (step - 1) + stays + (episodes - 1 - episode) * again - self.never
         return torch.where(self.bit > 0, value, 0.0)
 

@@ -14,8 +14,7 @@ from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
     *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "on_copies", "on_entries", "outputs_of"),
-    "sub_entries",
-    *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "others_than", "runs"),
+    *("sub_entries", "brings", "has_hooks", "is_bare", "is_function", "is_watched", "others_than", "runs"),
 ]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, and what networks make of them.
@@ -149,9 +148,9 @@ def sub_entries(state: State, key: NestedKey, dims: int) -> TensorDict | None:
     """What lies within ``key``, of ``dims`` batch dimensions; None where there is nothing."""
     path = key if isinstance(key, tuple) else (key,)
     below = [name for name in state if isinstance(name, tuple) and name[: len(path)] == path]
-    return (
-        TensorDict({name[len(path) :]: state[name] for name in below}, state[below[0]].shape[:dims]) if below else None
-    )
+    if not below:
+        return None
+    return TensorDict({name[len(path) :]: state[name] for name in below}, state[below[0]].shape[:dims])
 
 
 def on_entries(sequence: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
