@@ -11,16 +11,8 @@ from torch import nn
 from torchrl.data import TensorSpec
 
 __all__ = [
-    *(
-        "above_0",
-        "as_batch_size",
-        "as_list",
-        "require_callable",
-        "require_collector",
-        "require_flags",
-        "require_layer_class",
-    ),
-    *("require_numbers", "require_specs", "whole", "whole_numbers"),
+    *("above_0", "as_batch_size", "as_list", "require_callable", "require_collector", "require_flags"),
+    *("require_layer_class", "require_numbers", "require_specs", "whole", "whole_numbers"),
 ]
 
 
