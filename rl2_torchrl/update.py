@@ -23,6 +23,7 @@ from rl2_torchrl.arguments import require_flags, require_numbers, whole
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.compiled import MOST_STEPS, CompiledPass, why_not_compiled
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
+from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
@@ -158,6 +159,7 @@ class PPOUpdate:
         self._device, self._named = self._parameters[0].device, backend
         self._chunks = Minibatches(device=self._device, generator=generator, learners=self._learners)
         self._graphed = GraphedPass(loss, self.optimizer)
+        keep_freed_memory()
         self.backend, self.reason = self._choose()
 
     def __call__(self, batch: TensorDictBase, progress: float = 0.0) -> dict[str, float]:
