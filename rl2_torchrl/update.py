@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable
 from inspect import Parameter, signature
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import unravel_key
 from torch import nn
@@ -20,9 +19,6 @@ from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import require_flags, require_numbers, whole
-from rl2_torchrl.gradients import Program
-from rl2_torchrl.gradients.compiled import MOST_STEPS, CompiledPass, why_not_compiled
-from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
@@ -30,15 +26,12 @@ from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.objectives.advantages import TrialAdvantage, asking
-from rl2_torchrl.objectives.ppo import RL2PPOLoss
-from rl2_torchrl.objectives.terms import as_number
+from rl2_torchrl.passes import Metrics, Passes
 
 __all__ = ["PPOUpdate", "linear_decay"]
 
 #: A schedule: progress of the training, from 0 to 1, to a factor on the initial value.
 Schedule = Callable[[float], float]
-
-Metrics = dict[str, float | torch.Tensor]
 
 #: Of which type an argument is, and an example.
 _KINDS = {
@@ -138,8 +131,6 @@ class PPOUpdate:
             )
         require_flags(shuffle=shuffle)
         _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator)
-        if backend not in ("auto", "compiled", "parts", "autograd", "graph"):
-            raise ValueError(f"backend={backend!r}: choose 'auto', 'compiled', 'parts', 'autograd' or 'graph'.")
         self.loss = loss
         self._norms()
         self.advantage = TrialAdvantage() if advantage is None else advantage
@@ -156,11 +147,11 @@ class PPOUpdate:
         self.given_coefficients = {name: float(b) for name, b in loss.named_buffers(recurse=False) if b.numel() == 1}
         self._learners = Learners(process_group)
         self._generator = generator = self._learners.begin_alike(loss, generator)
-        self._device, self._named = self._parameters[0].device, backend
-        self._chunks = Minibatches(device=self._device, generator=generator, learners=self._learners)
-        self._graphed = GraphedPass(loss, self.optimizer)
+        device = self._parameters[0].device
+        self._minibatches = Minibatches(device=device, generator=generator, learners=self._learners)
+        self._passes = Passes(loss, self._minibatches, self._learners, backend)
+        self._passes.choose(self.optimizer)
         keep_freed_memory()
-        self.backend, self.reason = self._choose()
 
     def __call__(self, batch: TensorDictBase, progress: float = 0.0) -> dict[str, float]:
         """Updates the networks on ``batch`` ``[B, T]``; ``progress`` in [0, 1] drives the schedules.
@@ -176,9 +167,9 @@ class PPOUpdate:
         norms = self._norms()
         if any(norm.count == 0 for norm, _ in norms):
             return self._measure(norms, batch)
-        self._chunks.fill(self.chunks(self.with_advantages(batch)), self.minibatches, shuffle=self.shuffle)
+        self._minibatches.fill(self.chunks(self.with_advantages(batch)), self.minibatches, shuffle=self.shuffle)
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
-        one_pass = self._way(from_zeros)
+        one_pass = self._passes.over_batch(self.optimizer, self.max_grad_norm, replays=from_zeros)
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         for epoch in range(self.epochs):
             kls = []
@@ -186,10 +177,6 @@ class PPOUpdate:
                 _require_finite(metrics, f"epoch {epoch}, minibatch {number}")
                 if self.target_kl is not None:
                     kls.append(_kl_of(metrics))
-                if from_zeros and not totals:
-                    self._require_replay(metrics["max_ratio"])
-                if self.backend not in ("compiled", "graph"):  # whose steps have been taken
-                    self.optimizer.step()
                 for name, value in metrics.items():
                     totals[name].append(value)
             if self.target_kl is not None and _mean(kls) > self.target_kl:
@@ -299,98 +286,16 @@ class PPOUpdate:
         read = [key for key in read if key[0] != "policy"]
         return list(dict.fromkeys([*read, keys.value] if loss.clip_value else read))
 
-    # ---------------------------------------------------------------- backends
-    def _choose(self) -> tuple[str, str]:
-        """Backend and reason, as far as they are known before a batch."""
-        if self._named == "autograd":
-            return "autograd", "it was asked for"
-        is_graph = self._named == "graph" or (self._named == "auto" and self._device.type == "cuda")
-        is_ours = isinstance(self.loss, RL2PPOLoss)
-        refusal = self.loss.why_not_parts() if is_ours else f"{type(self.loss).__name__} is no RL2PPOLoss"
-        if refusal is None and is_graph:
-            refusal = self._joins() or why_not_graphed(self.loss, self.optimizer)
-        elif refusal is None and self._named != "parts" and self._device.type != "cpu":
-            refusal = f"there are no kernels on {self._device}"
-        if refusal is not None:
-            if self._named != "auto":
-                raise ValueError(f"backend={self._named!r} cannot serve: {refusal}. backend='auto' takes 'autograd'.")
-            return "autograd", refusal
-        if is_graph:
-            return "graph", self._graphed.reason
-        if self._named == "compiled":
-            if (refusal := self._joins() or why_not_compiled(Program(self.loss), self.optimizer, None)) is not None:
-                raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
-            return "compiled", "it was asked for"
-        slow = [part.reason for part in self.loss.network_parts() if part.reason is not None]
-        alone = f"autograd for these alone: {'; '.join(dict.fromkeys(slow))}"
-        return "parts", alone if slow else "each part of the networks brings its own gradient"
+    # ----------------------------------------------------------------- passes
+    @property
+    def backend(self) -> str:
+        """The way that was taken last to the gradients, or will be, as far as that is known before a batch."""
+        return self._passes.backend
 
-    def _way(self, from_zeros: bool) -> Callable[[], Iterable[Metrics]]:
-        """One pass's gradients and metrics of each minibatch, by a way chosen anew for every batch: the loss may have changed."""
-        self.backend, self.reason = self._choose()
-        if self.backend == "autograd":
-            return lambda: map(self._joined, map(self._by_autograd, self._chunks.entries()))
-        if self.backend == "graph":
-            return partial(self._by_graph, iter([self._require_replay] if from_zeros else []))
-        program = Program(self.loss)
-        given = (program, self.optimizer, self._chunks.chunks)
-        refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
-        if refusal is not None and self._named == "compiled":
-            raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
-        is_large = self._named == "auto" and self._chunks.rows * self._chunks.steps > MOST_STEPS
-        if refusal is None and is_large:
-            self.reason += "; backend='compiled' serves too, and is faster, but takes no part or term of your own"
-        if refusal is not None or is_large:
-            return lambda: map(self._joined, map(program, self._chunks.entries()))
-        compiled = CompiledPass(*given, self._chunks.rows, self.max_grad_norm)
-        if from_zeros:
-            self._require_replay(compiled.max_ratio)
-        self.backend, self.reason = "compiled", "GRUs and heads of one layer each, Adam"
-        return lambda: compiled.run(self._chunks.order())
-
-    def _require_replay(self, max_ratio: float | torch.Tensor) -> None:
-        """Before the first step the networks must give the collected log-probabilities back: all ratios are 1, to rounding."""
-        log_prob = self._chunks.chunks[self.loss.tensor_keys.sample_log_prob]
-        # Rounding is that of the coarsest dtype, and grows with the log-probability, a sum over the action's dimensions.
-        eps = max(torch.finfo(entry.dtype).eps for entry in (log_prob, *self._parameters) if entry.is_floating_point())
-        largest = max(map(abs, map(float, log_prob.aminmax())))
-        if max_ratio > 1 + max(0.01, 4 * eps * (1 + largest)):
-            raise ValueError(
-                f"without hidden states in the batch, replaying its trials from zeros gives other log-probabilities than were "
-                f"collected (ratios up to {float(max_ratio):.3g}): the memory was lost while collecting, or the networks have "
-                "changed since. Collect with auto_register_policy_transforms=True (TrialCollector's default), which primes the "
-                "memory. For squashed actions at their bounds it is no fault: what plays on TensorDicts scores them before tanh."
-            )
-
-    def _joins(self) -> str | None:
-        """Why a pass cannot run by itself, in words; None where it can."""
-        return "several processes join their gradients after each minibatch" if self._learners.size > 1 else None
-
-    def _by_graph(self, checks: Iterator[Callable]) -> Iterator[Metrics]:
-        """A pass; the ratios are looked at before its first step, by the next of ``checks``."""
-        starts = self._chunks.chunks.get("is_init")
-        # It says nothing where no chunk has a trial that starts after its first step.
-        silent = {"is_init"} if starts is not None and not bool(starts[:, 1:].any()) else ()
-        minibatches = ({k: e for k, e in each.items() if k not in silent} for each in self._chunks.entries())
-        yield from self._graphed.run(minibatches, self.max_grad_norm, next(checks, None))
-        self.reason = self._graphed.reason
-
-    def _by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
-        losses = self.loss(TensorDict(entries, next(iter(entries.values())).shape[:2]))
-        for parameter in self._parameters:
-            parameter.grad = None
-        sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
-        return {name: value.detach() for name, value in losses.items() if value.ndim == 0}
-
-    def _joined(self, losses: Metrics) -> Metrics:
-        """Of all processes; gradients are joined in their place, and clipped."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        losses = self._learners.join(losses, gradients, self._chunks.weight)
-        norm = nn.utils.get_total_norm(gradients)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
-        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-        return {"loss": total, **losses, "grad_norm": as_number(norm)}
+    @property
+    def reason(self) -> str:
+        """Why it is that one."""
+        return self._passes.reason
 
     def everyones(self, value: Any) -> list:
         """``value`` of each process of the group, alone this one's; all of them must ask at the same time."""

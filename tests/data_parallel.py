@@ -81,7 +81,7 @@ def compare(rank, **options):
     alone = Learner(seed=0, own=0, group=None, **options)
     alone.loss.load_state_dict(together.loss.state_dict())
     if options.get("generator", "one") is None:  # it draws what the group drew
-        alone.update._chunks.generator = deepcopy(together.update._generator)
+        alone.update._minibatches.generator = deepcopy(together.update._generator)
     began, metrics = deepcopy(alone.loss), []
     for batch, _ in zip(together.collector, range(3), strict=False):
         whole = joint(batch)

@@ -103,7 +103,7 @@ def test_a_minibatch_that_cannot_be_recorded_is_launched_kernel_by_kernel(monkey
 
     monkeypatch.setattr(graphed, "GraphReplay", Refuses)
     loss = make_loss()
-    passes = graphed.GraphedPass(loss, torch.optim.Adam(loss.parameters(), lr=1e-2, fused=True))
+    passes, optimizer = graphed.GraphedPass(loss), torch.optim.Adam(loss.parameters(), lr=1e-2, fused=True)
     plain = copy.deepcopy(loss)
     entries = {
         "trans": torch.randn(4, 6, 5),
@@ -112,7 +112,7 @@ def test_a_minibatch_that_cannot_be_recorded_is_launched_kernel_by_kernel(monkey
         "advantage": torch.randn(4, 6, 1),
         "value_target": torch.randn(4, 6, 1),
     }
-    metrics = list(passes.run([entries, entries], 0.5))
+    metrics = list(passes.run([entries, entries], optimizer, 0.5))
     assert passes.reason == "launched kernel by kernel: operation not permitted when stream is capturing"
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2, fused=True)
     for metric in metrics:
@@ -130,7 +130,7 @@ def test_a_minibatch_that_cannot_be_recorded_is_launched_kernel_by_kernel(monkey
 
 def test_what_is_recorded_is_forgotten_when_the_loss_changes():
     loss = make_loss(entropy_bonus=True, terms=[TaskBelief(4, 3)])
-    passes = graphed.GraphedPass(loss, torch.optim.Adam(loss.parameters(), fused=True))
+    passes = graphed.GraphedPass(loss)
     passes._forget_what_changed(0.5)
     passes._minibatches["one"] = object()
     loss.entropy_coeff.fill_(0.5)  # in the memory that a recording reads

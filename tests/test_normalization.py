@@ -135,7 +135,7 @@ def test_what_is_normalised_of_an_env():
 def test_the_first_ratio_is_1_and_statistics_move_between_updates(backend, bptt):
     collector, update = training(backend, bptt)
     if backend == "compiled":
-        update.minibatches = update._chunks.count = 2  # of 160 steps each
+        update.minibatches = update._minibatches.count = 2  # of 160 steps each
     batches = iter(collector)
     first = next(batches)
     assert update(first)["epochs"] == 0  # it is only measured

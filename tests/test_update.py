@@ -35,6 +35,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 from rl2_torchrl.gradients.graphed import why_not_graphed
+from rl2_torchrl.passes import Passes
 
 
 def make_loss(**kwargs):
@@ -70,17 +71,17 @@ def make_batch(rows=4, steps=6):
 def way(request, monkeypatch):
     """Every test with compiled passes, with gradients part by part and as on a CUDA device, where they serve; with autograd's."""
     if request.param == "graph":
-        monkeypatch.setattr(PPOUpdate, "_choose", partialmethod(_choose_graph, PPOUpdate._choose))
+        monkeypatch.setattr(Passes, "_choose", partialmethod(_choose_graph, Passes._choose))
     if request.param == "parts":
-        monkeypatch.setattr("rl2_torchrl.update.why_not_compiled", lambda *_: "not here")
+        monkeypatch.setattr("rl2_torchrl.passes.why_not_compiled", lambda *_: "not here")
     if request.param == "autograd":
         monkeypatch.setattr(RL2PPOLoss, "why_not_parts", lambda _: "not here")
     return request.param
 
 
-def _choose_graph(update, choose):
-    backend, reason = choose(update)
-    serves = update._named == "auto" and backend == "parts" and why_not_graphed(update.loss, update.optimizer) is None
+def _choose_graph(passes, choose, optimizer):
+    backend, reason = choose(passes, optimizer)
+    serves = passes._named == "auto" and backend == "parts" and why_not_graphed(passes._loss, optimizer) is None
     return ("graph", "as on a device") if serves else (backend, reason)
 
 
@@ -89,9 +90,9 @@ class Seen:
 
     def __init__(self, update):
         self.minibatches, self.lrs, self.coeffs = [], [], []
-        self.update, chunks = update, update._chunks
+        self.update, chunks = update, update._minibatches
         if update.backend != "autograd":
-            update._named = "parts"  # in one call there are no minibatches to be seen
+            update._passes._named = "parts"  # in one call there are no minibatches to be seen
         chunks.entries = partial(self.record, chunks.entries)
 
     def record(self, one_pass):
@@ -749,7 +750,7 @@ def test_one_update_trains_on_trials_of_one_length_and_then_of_another():
     update = PPOUpdate(make_loss(), minibatches=2)
     for steps in (6, 9, 6):
         assert math.isfinite(update(make_batch(steps=steps))["loss"])
-        assert {entry.shape[:2] for entry in update._chunks.chunks.values()} == {(4, steps)}
+        assert {entry.shape[:2] for entry in update._minibatches.chunks.values()} == {(4, steps)}
 
 
 def test_the_advantage_is_computed_once_and_on_the_whole_batch():

@@ -23,8 +23,8 @@ class GraphedPass:
     Where a gradient is not finite, the optimizer, a fused one, takes no step on that minibatch nor on any later one of the pass.
     """
 
-    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer):
-        self.loss, self.optimizer = loss, optimizer
+    def __init__(self, loss: nn.Module):
+        self.loss = loss
         self._minibatches: dict[object, _Minibatch] = {}
         self._layout: object = None
 
@@ -40,10 +40,11 @@ class GraphedPass:
     def run(
         self,
         minibatches: Iterable[State],
+        optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
         check: Callable[[torch.Tensor], None] | None = None,
     ) -> Iterator[dict[str, float]]:
-        """Takes a step on each of ``minibatches``, then gives the metrics of each.
+        """Takes a step of ``optimizer`` on each of ``minibatches``, then gives the metrics of each.
 
         ``check`` is called with the largest ratio of the first minibatch, before its step.
         """
@@ -60,11 +61,11 @@ class GraphedPass:
                     check(minibatch.figures["max_ratio"])
                 is_finite = minibatch.figures["grad_norm"].isfinite()
                 finite = is_finite if finite is None else finite & is_finite
-                self.optimizer.found_inf = (~finite).float()
-                self.optimizer.step()
+                optimizer.found_inf = (~finite).float()
+                optimizer.step()
                 figures.append((list(minibatch.figures), torch.stack(list(minibatch.figures.values()))))
         finally:
-            vars(self.optimizer).pop("found_inf", None)
+            vars(optimizer).pop("found_inf", None)
         rows = torch.stack([values for _, values in figures]).tolist()
         yield from (dict(zip(names, row, strict=True)) for (names, _), row in zip(figures, rows, strict=True))
 

@@ -1,0 +1,167 @@
+"""`Passes`: passes over a batch's minibatches, optimizer steps included, by one of the backends of `PPOUpdate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+from tensordict import NestedKey, TensorDict
+from torch import nn
+from torchrl.objectives import ClipPPOLoss
+
+from rl2_torchrl.gradients import Program
+from rl2_torchrl.gradients.compiled import MOST_STEPS, CompiledPass, why_not_compiled
+from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
+from rl2_torchrl.learners import Learners
+from rl2_torchrl.minibatches import Minibatches
+from rl2_torchrl.objectives.ppo import RL2PPOLoss
+from rl2_torchrl.objectives.terms import as_number
+
+__all__ = ["Metrics", "Passes"]
+
+Metrics = dict[str, float | torch.Tensor]
+
+_BACKENDS = ("auto", "compiled", "parts", "autograd", "graph")
+
+
+class Passes:
+    """Passes over the ``minibatches`` of one batch after the other, each a step of the optimizer.
+
+    Args:
+        loss: whose gradients are made.
+        minibatches: what the passes go over.
+        learners: the processes that join their gradients.
+        named: the ``backend`` of `PPOUpdate`.
+
+    Attributes:
+        backend, reason: the way that is taken, and why; chosen anew for every batch, since the loss may have changed.
+    """
+
+    def __init__(self, loss: ClipPPOLoss, minibatches: Minibatches, learners: Learners, named: str):
+        if named not in _BACKENDS:
+            raise ValueError(f"backend={named!r}: choose 'auto', 'compiled', 'parts', 'autograd' or 'graph'.")
+        self._loss, self._minibatches, self._learners, self._named = loss, minibatches, learners, named
+        # One list: walking through the loss's modules for them costs more than Adam's step.
+        self._parameters = list(loss.parameters())
+        self._device = self._parameters[0].device
+        self._graphed = GraphedPass(loss)
+
+    def choose(self, optimizer: torch.optim.Optimizer) -> None:
+        """Says backend and reason, as far as they are known before a batch; ValueError where the one that is named cannot serve."""
+        self.backend, self.reason = self._choose(optimizer)
+
+    def _choose(self, optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+        if self._named == "autograd":
+            return "autograd", "it was asked for"
+        is_graph = self._named == "graph" or (self._named == "auto" and self._device.type == "cuda")
+        is_ours = isinstance(self._loss, RL2PPOLoss)
+        refusal = self._loss.why_not_parts() if is_ours else f"{type(self._loss).__name__} is no RL2PPOLoss"
+        if refusal is None and is_graph:
+            refusal = self._joins() or why_not_graphed(self._loss, optimizer)
+        elif refusal is None and self._named != "parts" and self._device.type != "cpu":
+            refusal = f"there are no kernels on {self._device}"
+        if refusal is not None:
+            if self._named != "auto":
+                raise ValueError(f"backend={self._named!r} cannot serve: {refusal}. backend='auto' takes 'autograd'.")
+            return "autograd", refusal
+        if is_graph:
+            return "graph", self._graphed.reason
+        if self._named == "compiled":
+            if (refusal := self._joins() or why_not_compiled(Program(self._loss), optimizer, None)) is not None:
+                raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
+            return "compiled", "it was asked for"
+        slow = [part.reason for part in self._loss.network_parts() if part.reason is not None]
+        alone = f"autograd for these alone: {'; '.join(dict.fromkeys(slow))}"
+        return "parts", alone if slow else "each part of the networks brings its own gradient"
+
+    def _joins(self) -> str | None:
+        """Why a pass cannot run by itself, in words; None where it can."""
+        return "several processes join their gradients after each minibatch" if self._learners.size > 1 else None
+
+    # ------------------------------------------------------------------ a batch
+    def over_batch(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, *, replays: bool
+    ) -> Callable[[], Iterable[Metrics]]:
+        """A pass over the batch that the minibatches hold now, to be called once an epoch.
+
+        It gives metrics of each minibatch. After those of one whose gradient is not finite, on which no step has been taken, ask
+        for no more.
+
+        Args:
+            optimizer: takes the steps.
+            max_grad_norm: clip the gradient's norm at this.
+            replays: whether the networks must give the collected log-probabilities back, and ValueError where they do not.
+        """
+        self.choose(optimizer)
+        checks = iter([self._require_replay] if replays else [])
+        by_graph, step_by_step = (
+            partial(way, optimizer, max_grad_norm, checks) for way in (self._by_graph, self._step_by_step)
+        )
+        if self.backend == "graph":
+            return by_graph
+        if self.backend == "autograd":
+            return partial(step_by_step, self._by_autograd)
+        program = Program(self._loss)
+        given = (program, optimizer, self._minibatches.chunks)
+        refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
+        if refusal is not None and self._named == "compiled":
+            raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
+        is_large = self._named == "auto" and self._minibatches.rows * self._minibatches.steps > MOST_STEPS
+        if refusal is None and is_large:
+            self.reason += "; backend='compiled' serves too, and is faster, but takes no part or term of your own"
+        if refusal is not None or is_large:
+            return partial(step_by_step, program)
+        compiled = CompiledPass(*given, self._minibatches.rows, max_grad_norm)
+        for check in checks:
+            check(compiled.max_ratio)
+        self.backend, self.reason = "compiled", "GRUs and heads of one layer each, Adam"
+        return lambda: compiled.run(self._minibatches.order())
+
+    def _step_by_step(self, optimizer, max_grad_norm: float | None, checks: Iterator, gradients: Callable) -> Iterator:
+        """By ``gradients``, which makes those of a minibatch; the step is taken once its metrics have been looked at."""
+        for entries in self._minibatches.entries():
+            metrics = self._joined(gradients(entries), max_grad_norm)
+            for check in checks:
+                check(metrics["max_ratio"])
+            yield metrics
+            optimizer.step()
+
+    def _by_graph(self, optimizer, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
+        starts = self._minibatches.chunks.get("is_init")
+        # It says nothing where no chunk has a trial that starts after its first step.
+        silent = {"is_init"} if starts is not None and not bool(starts[:, 1:].any()) else ()
+        entries = ({k: e for k, e in each.items() if k not in silent} for each in self._minibatches.entries())
+        yield from self._graphed.run(entries, optimizer, max_grad_norm, next(checks, None))
+        self.reason = self._graphed.reason
+
+    def _by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
+        losses = self._loss(TensorDict(entries, next(iter(entries.values())).shape[:2]))
+        for parameter in self._parameters:
+            parameter.grad = None
+        sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
+        return {name: value.detach() for name, value in losses.items() if value.ndim == 0}
+
+    def _joined(self, losses: Metrics, max_grad_norm: float | None) -> Metrics:
+        """Of all processes; gradients are joined in their place, and clipped."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        losses = self._learners.join(losses, gradients, self._minibatches.weight)
+        norm = nn.utils.get_total_norm(gradients)
+        if max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, max_grad_norm, norm)
+        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        return {"loss": total, **losses, "grad_norm": as_number(norm)}
+
+    def _require_replay(self, max_ratio: float | torch.Tensor) -> None:
+        """Before the first step the networks must give the collected log-probabilities back: all ratios are 1, to rounding."""
+        log_prob = self._minibatches.chunks[self._loss.tensor_keys.sample_log_prob]
+        # Rounding is that of the coarsest dtype, and grows with the log-probability, a sum over the action's dimensions.
+        eps = max(torch.finfo(entry.dtype).eps for entry in (log_prob, *self._parameters) if entry.is_floating_point())
+        largest = max(map(abs, map(float, log_prob.aminmax())))
+        if max_ratio > 1 + max(0.01, 4 * eps * (1 + largest)):
+            raise ValueError(
+                f"without hidden states in the batch, replaying its trials from zeros gives other log-probabilities than were "
+                f"collected (ratios up to {float(max_ratio):.3g}): the memory was lost while collecting, or the networks have "
+                "changed since. Collect with auto_register_policy_transforms=True (TrialCollector's default), which primes the "
+                "memory. For squashed actions at their bounds it is no fault: what plays on TensorDicts scores them before tanh."
+            )
