@@ -1,4 +1,4 @@
-"""`History`: the scalars of each update, in little memory; and the file to which they are appended."""
+"""`History`: the scalars of each update, in little memory; the file of them; `TrainResult`, of which they are a part."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rl2_torchrl.storage import sync, write_durably
 
-__all__ = ["History", "HistoryFile", "readable_rows"]
+__all__ = ["History", "HistoryFile", "TrainResult", "readable_rows"]
 
 Row = dict[str, float]
 
@@ -58,6 +59,36 @@ class History(Sequence):
 
     def __repr__(self) -> str:
         return f"History({list(self)})"
+
+
+@dataclass
+class TrainResult:
+    """What a training run did, the parts before a resume included.
+
+    Args:
+        env_steps: env steps that the collector has taken.
+        seconds: wall-clock seconds, evaluations included.
+        interrupted: whether Ctrl-C ended it, in this process or in one that trains together with it.
+        lost_trials: trials that were lost with workers that died (`TrialWorkers`).
+        new_trials: where a resumed run has begun new trials, as it does where the last ones could not be saved: the env steps of
+            each such resume, and why.
+        history: one row of scalars for each update, ``env_steps`` among them.
+    """
+
+    env_steps: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    lost_trials: int = 0
+    new_trials: list[tuple[int, str]] = field(default_factory=list)
+    history: Sequence[dict[str, float]] = field(default_factory=History)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The result as a component of a checkpoint, but for the history, which has a file of its own."""
+        return {"env_steps": self.env_steps, "seconds": self.seconds, "new_trials": self.new_trials}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.env_steps, self.seconds, self.new_trials = state["env_steps"], state["seconds"], state["new_trials"]
 
 
 class HistoryFile:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl2_torchrl.evaluation import AdaptationCurve
-from rl2_torchrl.training import TrainResult
+from rl2_torchrl.history import TrainResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

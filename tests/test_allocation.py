@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recipes.benchmark import Workload, compose
-from rl2_torchrl.training import _TrialReturns
+from rl2_torchrl.training_loop import TrialReturns
 
 # 32 minibatches: the largest tensor of one holds half a batch's numbers, 2 rows of 20 steps and 16 numbers a step.
 WORKLOAD = Workload(arms=2, pulls=20, trials=64, units=2, minibatches=32, epochs=1)
@@ -42,7 +42,7 @@ def test_nothing_of_the_batchs_size_is_made_anew(value_target, monkeypatch):
     monkeypatch.setattr("rl2_torchrl.rollout.rollout._ROWS_AT_ONCE", 2 * WORKLOAD.trials)
     collector, update = compose(WORKLOAD)
     update.advantage.value_target = value_target
-    batches, returns = iter(collector), _TrialReturns()
+    batches, returns = iter(collector), TrialReturns()
     for _ in range(2):  # these make the buffers
         update(next(batches))
     with NewTensors(WORKLOAD.steps * 4) as new:  # one float32 a step

@@ -89,7 +89,7 @@ def test_the_first_batch_is_checked_before_the_first_update(options, checks, mon
         torch.rand(7)  # what a check draws is put back
         seen.append(batch.numel())
 
-    monkeypatch.setattr("rl2_torchrl.training.check_training", check_training)
+    monkeypatch.setattr("rl2_torchrl.training_loop.check_training", check_training)
     run.train(**options)
     assert seen == [BATCH] * checks
     unchecked = Run(updates=2)
@@ -149,7 +149,7 @@ class Batches(Callback):
 
 def test_a_resumed_clock_goes_on(tmp_path, monkeypatch):
     # Every look at the clock is 5 s later, and an update takes two, for `stop` and for history: 2.8 steps a second in each call.
-    monkeypatch.setattr("rl2_torchrl.training.time", SimpleNamespace(perf_counter=count(0, 5).__next__))
+    monkeypatch.setattr("rl2_torchrl.training_loop.time", SimpleNamespace(perf_counter=count(0, 5).__next__))
     Run(updates=2).train(checkpoints=tmp_path)
     result = Run(updates=3).train(checkpoints=tmp_path, resume=True)
     assert [row["time/seconds"] for row in result.history] == [10.0, 20.0, 30.0]

@@ -260,7 +260,7 @@ def test_one_line_says_which_way_was_taken(caplog):
     with caplog.at_level("INFO", logger="rl2_torchrl"):
         train(Collector(*ones(3)), Update(), evaluate=None, progress=False)
         train(Batches(*ones(3)), no_update, evaluate=None, progress=False)  # these do not say
-    lines = [record.message for record in caplog.records if record.name == "rl2_torchrl.training"]
+    lines = [record.message for record in caplog.records if record.name == "rl2_torchrl.training_loop"]
     assert lines == ["training with collector: tensordicts (the env is no TensorEnv); update: parts"]
 
 
