@@ -13,6 +13,13 @@ from torchrl.modules.utils import get_primers_from_module
 
 from rl2_torchrl import ActorCritic, AdaptiveAgent, PreviousStep, RL2PPOLoss, TaskSampler, Trial, TrialCollector
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.kernels.gru_sequence import (
+    as_bytes,
+    backward_in_place,
+    forward_saving,
+    gru_sequence,
+    input_gradient,
+)
 from rl2_torchrl.modules import (
     CategoricalActions,
     FastGRUModule,
@@ -25,13 +32,6 @@ from rl2_torchrl.modules import (
     RecurrentCritic,
 )
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.modules.gru_sequence import (
-    as_bytes,
-    backward_in_place,
-    forward_saving,
-    gru_sequence,
-    input_gradient,
-)
 
 
 class TwoSpeeds(RecurrentCore):

@@ -28,7 +28,7 @@ from rl2_torchrl import (
     train,
 )
 from rl2_torchrl.envs import BernoulliBandit, PointRobot, goals_on_half_circle, uniform_means
-from rl2_torchrl.modules.gru_sequence import gru_sequence
+from rl2_torchrl.kernels.gru_sequence import gru_sequence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -16,7 +16,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import GRUValueHead, PreviousStep, RL2PPOLoss, Trial, kernels
 from rl2_torchrl.agent.step import actor_of
-from rl2_torchrl.gradients import ENTROPY, LOG_PROB, actor_parts
+from rl2_torchrl.gradients import ENTROPY, LOG_PROB
 from rl2_torchrl.modules import (
     ActionDistribution,
     CategoricalActions,
@@ -31,6 +31,7 @@ from rl2_torchrl.modules import (
 )
 from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.distributions import distribution_of, gumbel_
+from rl2_torchrl.modules.policy_parts import actor_parts
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
 # Class, names and sizes of its parameters, further keywords, whether there are functions of our own for it.

@@ -8,7 +8,7 @@ from tensordict import TensorDict
 
 from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss, TaskBelief
 from rl2_torchrl.gradients import graphed
-from rl2_torchrl.modules.gru_sequence import _GRUSteps, _loop
+from rl2_torchrl.kernels.gru_sequence import _GRUSteps, _loop
 from rl2_torchrl.objectives.advantages import _accumulate, _accumulate_by_doubling
 
 ROWS, STEPS = 6, 5

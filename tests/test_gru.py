@@ -9,9 +9,9 @@ from torchrl.modules import GRUModule, set_recurrent_mode
 from torchrl.modules.utils import get_primers_from_module
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules import gru_sequence as gru_module
+from rl2_torchrl.kernels import gru_sequence as gru_module
+from rl2_torchrl.kernels.gru_sequence import gru_sequence
 from rl2_torchrl.modules.gru import FastGRUModule, StepGRU
-from rl2_torchrl.modules.gru_sequence import gru_sequence
 
 KEYS = {"in_keys": ["x", "h"], "out_keys": ["y", ("next", "h")]}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from rl2_torchrl import kernels
-from rl2_torchrl.modules.functions import (
+from rl2_torchrl.kernels.functions import (
     log_prob_and_entropy,
     relu_linear,
     relu_linear_gradients,

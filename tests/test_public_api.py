@@ -37,7 +37,8 @@ NO_EXAMPLE = {
 LAYERS = [
     {"arguments", "history", "interrupts", "locks", "logs", "quiet", "requirements", "storage"},
     {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial"},
-    {"gradients", "modules"},
+    {"gradients"},
+    {"modules"},
     {"agent", "learners", "minibatches", "objectives", "passes", "rollout"},
     {"collector", "evaluation", "env_check", "tensor_env_check", "testing", "update"},
     {"checkpoints", "checks", "describe", "settings", "video", "workers"},

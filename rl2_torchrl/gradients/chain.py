@@ -10,8 +10,8 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, runs
+from rl2_torchrl.kernels.functions import MOST_OUTPUTS, as_reals, relu_linear, relu_linear_gradients
 from rl2_torchrl.kernels.workspace import Workspace
-from rl2_torchrl.modules.functions import MOST_OUTPUTS, as_reals, relu_linear, relu_linear_gradients
 
 __all__ = ["ChainPart"]
 

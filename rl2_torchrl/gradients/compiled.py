@@ -20,8 +20,8 @@ from rl2_torchrl.gradients.part import Part, State
 from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianHeadPart, GaussianPart
 from rl2_torchrl.gradients.program import Program
 from rl2_torchrl.gradients.recurrent import GRUPart
+from rl2_torchrl.kernels.functions import raise_unknown_actions
 from rl2_torchrl.kernels.workspace import Workspace
-from rl2_torchrl.modules.functions import raise_unknown_actions
 
 __all__ = ["MOST_STEPS", "CompiledPass", "why_not_compiled"]
 

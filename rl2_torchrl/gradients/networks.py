@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import (
-    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
@@ -29,32 +28,13 @@ from rl2_torchrl.gradients.part import (
     on_entries,
     outputs_of,
 )
-from rl2_torchrl.modules import distributions
 
-__all__ = ["actor_parts", "leaves_of", "parts_of", "why_no_parts"]
-
-
-def why_no_parts(actor: TensorDictModuleBase) -> str | None:
-    """Why the policy ``actor`` is no list of parts that ends in one distribution, in words; None if it is."""
-    if isinstance(actor, TensorDictSequential) and not getattr(actor, "return_composite", False):
-        *others, last = leaves_of(actor, is_policy=True)
-        is_sample = isinstance(last, ProbabilisticTensorDictModule) and len(last.dist_keys) == len(last.in_keys)
-        is_only = not any(isinstance(module, ProbabilisticTensorDictModule) for module in others)
-        if is_sample and is_only and distributions.distribution_of(last):
-            return None
-    return f"{type(actor).__name__} is no sequence of modules that ends in one distribution, its only one"
-
-
-def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: bool) -> list[Part]:
-    """The parts of the policy ``actor``, the last of which writes log-probability and entropy (`policy_part`)."""
-    *modules, sample = leaves_of(actor, is_policy=True)
-    like = next(actor.parameters(), None)
-    return [*map(_part, modules), distributions.policy_part(sample, action_key, entropy=entropy, like=like)]
+__all__ = ["leaves_of", "part_of", "parts_of"]
 
 
 def parts_of(network: TensorDictModuleBase) -> list[Part]:
     """The parts of ``network``, in the order in which it runs them."""
-    return list(map(_part, leaves_of(network)))
+    return list(map(part_of, leaves_of(network)))
 
 
 def leaves_of(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[TensorDictModuleBase]:
@@ -68,7 +48,7 @@ def leaves_of(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[
     return [module]
 
 
-def _part(module: TensorDictModuleBase) -> Part:
+def part_of(module: TensorDictModuleBase) -> Part:
     """Whatever a module is: a core, a function of tensors, or one that wants a TensorDict; with its own gradient, if it has one."""
     in_keys, optional, speaker = module.in_keys, (), module
     out_keys = [key for key in module.out_keys if key[0] != "next" and key != IGNORED]

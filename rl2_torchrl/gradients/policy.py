@@ -10,7 +10,7 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of
-from rl2_torchrl.modules.functions import categorical_gradient, categorical_terms
+from rl2_torchrl.kernels.functions import categorical_gradient, categorical_terms
 
 __all__ = [
     *("ENTROPY", "LOG_PROB", "CategoricalPart", "GaussianHeadPart", "GaussianPart", "has_kernels"),

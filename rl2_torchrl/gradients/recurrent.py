@@ -9,14 +9,14 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, on_entries
-from rl2_torchrl.kernels.workspace import Workspace
-from rl2_torchrl.modules.gru_sequence import (
+from rl2_torchrl.kernels.gru_sequence import (
     as_bytes,
     backward_in_place,
     forward_saving,
     input_gradient,
     weight_gradients,
 )
+from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["GRUPart"]
 

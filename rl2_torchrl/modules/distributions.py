@@ -20,11 +20,11 @@ from rl2_torchrl.arguments import require_flags, require_numbers, whole, whole_n
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, brings
-from rl2_torchrl.modules.functions import log_prob_and_entropy
+from rl2_torchrl.kernels.functions import log_prob_and_entropy
 
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
-    *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of", "policy_part"),
+    *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of"),
     *("gumbel_", "register_distribution", "stands_for"),
 ]
 
@@ -491,28 +491,3 @@ def stands_for(distribution: ActionDistribution, name: str, *methods: str) -> bo
     mro = type(distribution).__mro__
     brought = next(number for number, cls in enumerate(mro) if name in vars(cls))
     return not any(method in vars(cls) for cls in mro[:brought] for method in methods)
-
-
-def policy_part(
-    sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: Tensor | None
-) -> Part:
-    """The part that writes ``LOG_PROB`` and, where ``entropy`` is asked for, ``ENTROPY``, in the place of a policy's last module.
-
-    ``like`` is one of the policy's parameters, if it has any: of the device and dtype that its distribution will have.
-    """
-    distribution = distribution_of(sample)
-
-    def terms(action: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        log_prob, its_entropy = distribution.log_prob_and_entropy(action, *parameters)
-        if not entropy:
-            return (log_prob,)
-        if its_entropy is None:  # no closed form: from one draw, as ClipPPOLoss takes it
-            its_entropy = -distribution.drawn_log_prob(*parameters)
-        return log_prob, its_entropy
-
-    has_kernels = like is not None and policy.has_kernels(like)
-    keys = ([action_key, *sample.in_keys], [policy.LOG_PROB, policy.ENTROPY] if entropy else [policy.LOG_PROB])
-    if has_kernels and distribution.part and stands_for(distribution, "part", "log_prob_and_entropy"):
-        return distribution.part(terms, *keys)
-    missing = "brings no gradient of its own" if has_kernels else "has no kernels here"
-    return Part(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")

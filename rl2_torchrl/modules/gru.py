@@ -12,9 +12,9 @@ from torchrl.modules import GRUModule, set_recurrent_mode
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import is_bare, others_than
 from rl2_torchrl.gradients.recurrent import GRUPart
+from rl2_torchrl.kernels.functions import require_tensor, unit_stride
+from rl2_torchrl.kernels.gru_sequence import gru_sequence, pack_weights, require_weights
 from rl2_torchrl.modules.cores import RecurrentCore, Tensors, as_sizes, at_ends
-from rl2_torchrl.modules.functions import require_tensor, unit_stride
-from rl2_torchrl.modules.gru_sequence import gru_sequence, pack_weights, require_weights
 
 __all__ = ["FastGRUModule", "GRUCore", "StepGRU"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from rl2_torchrl.arguments import require_callable, require_layer_class, require_numbers, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import IGNORED, Part, brings, is_bare, runs
+from rl2_torchrl.kernels.functions import as_reals, relu_linear
 from rl2_torchrl.modules.cores import sub_key
-from rl2_torchrl.modules.functions import as_reals, relu_linear
 
 __all__ = [
     *("Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead"),

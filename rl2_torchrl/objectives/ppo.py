@@ -13,12 +13,13 @@ from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import require_numbers
-from rl2_torchrl.gradients import ENTROPY, Part, State, actor_parts, parts_of, why_no_parts
+from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
 from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
 from rl2_torchrl.gradients.program import merge_losses, values_of
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_own_cores, require_policy
 from rl2_torchrl.modules.cores import lost_memory
+from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from rl2_torchrl import kernels
+from rl2_torchrl.kernels.functions import require_tensor, unit_stride
 from rl2_torchrl.kernels.workspace import Workspace
-from rl2_torchrl.modules.functions import require_tensor, unit_stride
 
 __all__ = [
     *("as_bytes", "backward_in_place", "forward_saving", "gru_sequence", "input_gradient", "pack_weights"),

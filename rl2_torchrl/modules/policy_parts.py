@@ -1,0 +1,57 @@
+"""A policy as parts with gradients: `actor_parts`, the last of which scores actions by the policy's distribution."""
+
+from __future__ import annotations
+
+from tensordict import NestedKey
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import Tensor
+
+from rl2_torchrl.gradients import policy
+from rl2_torchrl.gradients.networks import leaves_of, part_of
+from rl2_torchrl.gradients.part import Part
+from rl2_torchrl.modules.distributions import distribution_of, stands_for
+
+__all__ = ["actor_parts", "why_no_parts"]
+
+
+def why_no_parts(actor: TensorDictModuleBase) -> str | None:
+    """Why the policy ``actor`` is no list of parts that ends in one distribution, in words; None if it is."""
+    if isinstance(actor, TensorDictSequential) and not getattr(actor, "return_composite", False):
+        *others, last = leaves_of(actor, is_policy=True)
+        is_sample = isinstance(last, ProbabilisticTensorDictModule) and len(last.dist_keys) == len(last.in_keys)
+        is_only = not any(isinstance(module, ProbabilisticTensorDictModule) for module in others)
+        if is_sample and is_only and distribution_of(last):
+            return None
+    return f"{type(actor).__name__} is no sequence of modules that ends in one distribution, its only one"
+
+
+def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: bool) -> list[Part]:
+    """The parts of the policy ``actor``, the last of which writes log-probability and entropy."""
+    *modules, sample = leaves_of(actor, is_policy=True)
+    like = next(actor.parameters(), None)
+    return [*map(part_of, modules), _policy_part(sample, action_key, entropy=entropy, like=like)]
+
+
+def _policy_part(
+    sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: Tensor | None
+) -> Part:
+    """The part that writes ``LOG_PROB`` and, where ``entropy`` is asked for, ``ENTROPY``, in the place of a policy's last module.
+
+    ``like`` is one of the policy's parameters, if it has any: of the device and dtype that its distribution will have.
+    """
+    distribution = distribution_of(sample)
+
+    def terms(action: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        log_prob, its_entropy = distribution.log_prob_and_entropy(action, *parameters)
+        if not entropy:
+            return (log_prob,)
+        if its_entropy is None:  # no closed form: from one draw, as ClipPPOLoss takes it
+            its_entropy = -distribution.drawn_log_prob(*parameters)
+        return log_prob, its_entropy
+
+    has_kernels = like is not None and policy.has_kernels(like)
+    keys = ([action_key, *sample.in_keys], [policy.LOG_PROB, policy.ENTROPY] if entropy else [policy.LOG_PROB])
+    if has_kernels and distribution.part and stands_for(distribution, "part", "log_prob_and_entropy"):
+        return distribution.part(terms, *keys)
+    missing = "brings no gradient of its own" if has_kernels else "has no kernels here"
+    return Part(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")
