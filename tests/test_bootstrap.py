@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from line_envs import lines, theirs, trials
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from test_gym_vector import lines, theirs, trials
 
 from rl2_torchrl import (
     ActorCritic,

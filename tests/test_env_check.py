@@ -5,9 +5,9 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from line_envs import FORMS, Hidden, Line, goals, set_goal, set_goals, theirs, trials
 from rollouts import ENVS, make_env
 from tensordict import TensorDict
-from test_gym_vector import FORMS, Hidden, Line, goals, set_goal, set_goals, theirs, trials
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, DoubleToFloat, EnvBase, SerialEnv, TransformedEnv
 

@@ -11,7 +11,14 @@ import pytest
 from rl2_torchrl.kernels import library
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
-TESTS = ("tests/test_kernels.py", "tests/test_gru.py", "tests/test_gradients.py")
+TESTS = (
+    "tests/test_kernels.py",
+    "tests/test_gru.py",
+    "tests/test_gradients.py",
+    "tests/test_gradients_composed.py",
+    "tests/test_parts.py",
+    "tests/test_compiled.py",
+)
 
 
 def sanitized():

@@ -1,0 +1,281 @@
+"""`check_training` names the rule on the field's own faults, put in by hand."""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from pipelines import ARMS, ROWS, TRIAL, bandit_env, broken_rule, first_batch, mdp_env, networks, pipeline
+from torchrl.collectors import Collector
+from torchrl.data import Unbounded
+from torchrl.envs import Compose, InitTracker, SerialEnv, Transform, TransformedEnv, VecNormV2
+
+from rl2_torchrl import (
+    ActorCritic,
+    FastGRUModule,
+    GRUCategoricalActor,
+    GRUValueHead,
+    PPOUpdate,
+    PreviousStep,
+    RL2PPOLoss,
+    TaskSampler,
+    Trial,
+    TrialAdvantage,
+    TrialCollector,
+    orthogonal_init_,
+    train,
+)
+from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, inputs
+from rl2_torchrl.checks.evidence import Evidence
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, uniform_means
+
+
+class LosesLastReward(PreviousStep):
+    """What a wrapper that resets before the agent looks does."""
+
+    def combine(self, observations, action, reward, done):
+        return super().combine(observations, action, reward * ~done, done)
+
+
+class NeverDone(PreviousStep):
+    def combine(self, observations, action, reward, done):
+        return super().combine(observations, action, reward, torch.zeros_like(done))
+
+
+class NoAction(PreviousStep):
+    def combine(self, observations, action, reward, done):
+        return super().combine(observations, torch.zeros_like(action), reward, done)
+
+
+class RewardAtStart(PreviousStep):
+    def begin(self, observations):
+        trans = super().begin(observations)
+        trans[..., -2] = 0.5
+        return trans
+
+
+TRANSITIONS = {
+    LosesLastReward: "the reward .* where an episode has ended",
+    NeverDone: "the done of a step",
+    NoAction: "the action of a step",
+    RewardAtStart: "at a trial's first step",
+}
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+def test_transition_input(transition):
+    collector, update = pipeline(mdp_env(transition()))
+    with pytest.raises(TrainingCheckError, match=f"transition_input.*{TRANSITIONS[transition]}"):
+        check_training(collector, update, first_batch(collector))
+
+
+def test_done_that_is_never_told_where_the_batch_does_not_tell():
+    # Trials of 3 episodes: two ends are told within each.
+    collector, update = pipeline(mdp_env(NeverDone()))
+    batch = first_batch(collector).exclude(("next", "episode_done"))
+    with pytest.raises(TrainingCheckError, match="told 0 times .* trial of 3 episodes"):
+        check_training(collector, update, batch)
+
+
+class OwnInput(Transform):
+    """A user's own transition input, which knows of no episode."""
+
+    def _step(self, tensordict, next_tensordict):
+        reward, done = next_tensordict["reward"], next_tensordict["episode_done"]
+        return next_tensordict.set("trans", torch.cat([torch.rand_like(reward), reward * ~done], -1))
+
+    def _reset(self, tensordict, tensordict_reset):
+        zeros = torch.zeros_like(tensordict_reset["done"], dtype=torch.float32)
+        return tensordict_reset.set("trans", torch.cat([zeros, zeros], -1))
+
+    def transform_observation_spec(self, observation_spec):
+        observation_spec["trans"] = Unbounded((ROWS, 2))
+        return observation_spec
+
+
+def test_last_reward_lost_by_an_input_of_the_users_own():
+    collector, update = pipeline(mdp_env(OwnInput()))
+    with pytest.raises(TrainingCheckError, match="transition_input.*not where an episode has ended"):
+        check_training(collector, update, first_batch(collector))
+
+
+@pytest.mark.parametrize("bptt", [None, 2])
+def test_memory_lost_without_primers(bptt):
+    env = TransformedEnv(mdp_env(), InitTracker())
+    # As TorchRL's GRUModule, it starts from zeros where it is given no memory.
+    core = partial(FastGRUModule, hidden_size=8, in_key="trans", out_key="features")
+    actor, critic = GRUCategoricalActor.from_env(env, core=core), GRUValueHead.from_env(env, core=core)
+    collector, update = pipeline(env, actor, critic, primers=False, bptt=bptt, steps=TRIAL)
+    assert broken_rule(collector, update, first_batch(collector)) == "replay"
+
+
+def test_memory_lost_in_every_step():
+    """Replayed step by step from the lost memory, everything agrees."""
+    collector, update = pipeline(mdp_env(), bptt=1)
+    batch = first_batch(collector)
+    batch["actor_hidden"].zero_()
+    with pytest.raises(TrainingCheckError, match="memory_carried.*initial state inside a trial"):
+        check_training(collector, update, batch)
+
+
+def test_a_memory_that_has_been_told_nothing_may_stay_as_it_is():
+    """A trial's first input is all 0, and so is what a GRU without biases makes of it, though the critic sees the time left."""
+    env = bandit_env()
+    actor, critic = networks(env)[0], GRUValueHead.from_env(env, hidden_size=8, extra_keys=["time_left"])
+    orthogonal_init_(actor, memory_steps=5)
+    collector, update = pipeline(env, actor, critic, steps=5)
+    batch = first_batch(collector)
+    assert not batch["actor_hidden"][:, 1].any()
+    assert batch["time_left"].all()
+    check_training(collector, update, batch)
+
+
+def test_memory_of_the_trial_before():
+    collector, update = pipeline(mdp_env(), bptt=1)
+    batch = first_batch(collector)
+    batch["critic_hidden"][:, TRIAL] = batch["next", "critic_hidden"][:, TRIAL - 1] + 0.1
+    with pytest.raises(TrainingCheckError, match="memory_carried.*trials start with different 'critic_hidden'"):
+        check_training(collector, update, batch)
+
+
+class OneLongTrial(TrialAdvantage):
+    """Looks at no end but the last."""
+
+    def forward(self, tensordict):
+        never = tensordict["next", "done"].clone()
+        never[:, :-1] = False
+        out = super().forward(tensordict.copy().update({"next": {"done": never, "terminated": never}}))
+        return tensordict.update(out.select("advantage", "value_target"))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"value_target": "gae"}])
+def test_advantages_that_run_into_the_next_task(options):
+    collector, update = pipeline(mdp_env(), advantage=OneLongTrial(**options))
+    assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
+
+
+@pytest.mark.parametrize("cls", [Collector, TrialCollector])
+def test_a_task_that_nobody_draws(cls):
+    bandit = BernoulliBandit(ARMS, batch_size=(ROWS,), seed=0)
+    env = TransformedEnv(bandit, Compose(Trial(episodes=5), PreviousStep()))
+    actor, critic = networks(env)
+    options = {"frames_per_batch": 10 * ROWS, "total_frames": 10 * ROWS, "auto_register_policy_transforms": True}
+    collector = cls(env, ActorCritic(actor, critic), **options)
+    with pytest.raises(
+        TrainingCheckError, match="'task_given'.*nobody draws one.*nothing to adapt to: add a TaskSampler"
+    ):
+        train(collector, PPOUpdate(RL2PPOLoss(actor, critic)), evaluate=None, progress=False)
+
+
+def test_an_env_that_takes_no_task_needs_none():
+    env = TransformedEnv(GymVectorEnv("CartPole-v1", 4), Compose(Trial(steps=10), PreviousStep()))
+    collector, update = pipeline(env, steps=20)
+    assert "task_given" in check_training(collector, update, first_batch(collector)).checked
+
+
+def test_one_task_for_all_rows():
+    def one_task(batch_size, generator):
+        return uniform_means(ARMS)(torch.Size([1]), generator).expand(*batch_size, ARMS)
+
+    collector, update = pipeline(bandit_env(one_task), steps=10)
+    assert broken_rule(collector, update, first_batch(collector)) == "tasks_drawn"
+
+
+def test_the_same_tasks_in_every_draw():
+    def seeded(batch_size, generator):
+        return uniform_means(ARMS)(batch_size, torch.Generator().manual_seed(0))
+
+    collector, update = pipeline(bandit_env(seeded), steps=10)
+    assert broken_rule(collector, update, first_batch(collector)) == "tasks_drawn"
+
+
+def test_a_task_distribution_that_cannot_be_copied_is_not_drawn_from():
+    class Locked:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, batch_size, generator):
+            return uniform_means(ARMS)(batch_size, generator)
+
+    collector, update = pipeline(bandit_env(Locked()), steps=10)
+    report = check_training(collector, update, first_batch(collector), held_out=bandit_env(seed=2))
+    for rule in ("tasks_drawn", "tasks_held_out"):
+        assert report.unchecked[rule].startswith("the task distribution cannot be copied")
+
+
+@pytest.mark.parametrize("seeds", [(7, 7), (7, 8)])
+def test_workers_with_the_same_tasks(seeds):
+    makers = [lambda seed=seed: mdp_env(rows=8, seed=seed) for seed in seeds]
+    env = SerialEnv(2, makers)
+    example = mdp_env()
+    actor, critic = networks(example)
+    collector, update = pipeline(env, actor, critic, steps=TRIAL)
+    batch = first_batch(collector)
+    if seeds == (7, 7):
+        assert broken_rule(collector, update, batch) == "tasks_differ"
+    else:
+        assert "tasks_differ" in check_training(collector, update, batch).checked
+
+
+def test_held_out_tasks_of_the_same_seed():
+    collector, update = pipeline(bandit_env(), steps=10)
+    batch = first_batch(collector)
+    same = uniform_means(ARMS)(torch.Size([100]), torch.Generator().manual_seed(1))
+    for held_out in (bandit_env(), TaskSampler(uniform_means(ARMS), seed=1), TaskSampler.fixed(same), same):
+        assert broken_rule(collector, update, batch, held_out=held_out) == "tasks_held_out"
+    assert "tasks_held_out" in check_training(collector, update, batch, held_out=bandit_env(seed=2)).checked
+
+
+class Hint(Transform):
+    """Tells the first numbers of the task."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def _step(self, tensordict, next_tensordict):
+        return next_tensordict.set("hint", next_tensordict["task"][..., : self.size].clone())
+
+    def _reset(self, tensordict, tensordict_reset):
+        return tensordict_reset.set("hint", tensordict_reset["task"][..., : self.size].clone())
+
+    def transform_observation_spec(self, observation_spec):
+        observation_spec["hint"] = Unbounded((ROWS, self.size))
+        return observation_spec
+
+
+def hinted_env(size):
+    transforms = Compose(
+        Trial(episodes=5), TaskSampler(uniform_means(ARMS), seed=1), Hint(size), PreviousStep(["hint"])
+    )
+    return TransformedEnv(BernoulliBandit(ARMS, batch_size=(ROWS,), seed=0), transforms)
+
+
+def test_task_in_the_observation():
+    collector, update = pipeline(hinted_env(ARMS), steps=10)
+    with pytest.raises(TrainingCheckError, match=r"task_hidden.*all of the task: number 0 of the task is 'trans'\[0\]"):
+        check_training(collector, update, first_batch(collector))
+    collector, update = pipeline(hinted_env(1), steps=10)
+    assert check_training(collector, update, first_batch(collector)).notes == ["number 0 of the task is 'trans'[0]"]
+
+
+def test_task_that_the_actor_is_given():
+    env = bandit_env()
+    actor, critic = networks(env)
+    seeing = GRUCategoricalActor(ARMS, ARMS, hidden_size=8, in_key="task")
+    collector, update = pipeline(env, seeing, critic, steps=10)
+    with pytest.raises(TrainingCheckError, match="task_hidden.*the actor reads 'task'"):
+        check_training(collector, update, first_batch(collector))
+
+
+@pytest.mark.parametrize("count", [1, ROWS])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_statistics_of_each_row(reduced, count):
+    norm = VecNormV2(in_keys=["observation"], reduce_batch_dims=reduced)
+    env = TransformedEnv(GymVectorEnv("CartPole-v1", count), Compose(Trial(steps=6), norm, PreviousStep()))
+    collector, update = pipeline(env, steps=6)
+    one = Evidence(first_batch(collector), collector, update, None, TrainingReport())
+    found = inputs.one_scale(one)
+    assert found == (
+        None if reduced or count == 1 else f"VecNormV2 of ['observation'] keeps statistics for each of the {count} rows"
+    )
