@@ -29,7 +29,8 @@ from rl2_torchrl import (
     load_weights,
     train,
 )
-from rl2_torchrl.evaluation import AdaptationCurve, with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.ablations import with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.evaluation import AdaptationCurve
 
 __all__ = ["Experiment", "publish"]
 

@@ -6,12 +6,13 @@ The data flows: env -> `Trial`, `TaskSampler`, `PreviousStep` -> `ActorCritic` i
 """
 
 import rl2_torchrl.requirements  # noqa: F401  (first of all: it says in one line what is too new)
+from rl2_torchrl.ablations import with_shuffled_rewards, with_zeroed_memory
 from rl2_torchrl.agent import AdaptiveAgent, Signature, load_weights, register_part
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training
 from rl2_torchrl.collector import TrialCollector
 from rl2_torchrl.describe import Description, describe
-from rl2_torchrl.evaluation import AdaptationCurve, adaptation_curve, with_shuffled_rewards, with_zeroed_memory
+from rl2_torchrl.evaluation import AdaptationCurve, adaptation_curve
 from rl2_torchrl.modules import (
     ActionDistribution,
     ActorCritic,

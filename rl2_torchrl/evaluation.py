@@ -1,4 +1,4 @@
-"""Adaptation curves: the return of every episode of held-out trials, and ablations of the agent's memory."""
+"""Adaptation curves: the return of every episode of held-out trials."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
-from torch import nn
 from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
 
 from rl2_torchrl.arguments import require_flags, whole
+from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
 from rl2_torchrl.modules.acting import State
-from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.rollout import Rollout, is_native, trial_steps
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, base_of, transforms_of
 
-__all__ = ["AdaptationCurve", "adaptation_curve", "with_shuffled_rewards", "with_zeroed_memory"]
+__all__ = ["AdaptationCurve", "adaptation_curve"]
 
 log = logging.getLogger(__name__)
-
-#: How the numbers of an episode's steps become the episode's.
-Measure = Literal["max", "sum", "mean", "last"]
 
 
 @dataclass(frozen=True)
@@ -191,8 +187,8 @@ def adaptation_curve(
     rollout = Rollout(env, policy, steps_at_once, kept, ablation=ablation, on_step=on_step)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     longest = 0
-    trials, returns = _Trials(int(num_trials)), _Table("sum")
-    tables = {key: _Table(how) for key, how in measured.items()}
+    trials, returns = Trials(int(num_trials)), EpisodeTable("sum")
+    tables = {key: EpisodeTable(how) for key, how in measured.items()}
     with set_exploration_type(kind):
         while trials.open:
             batch = rollout()
@@ -274,89 +270,6 @@ def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> No
         raise ValueError(f"measures asks for the {unknown} of an episode's steps: choose of {get_args(Measure)}.")
 
 
-class _Trials:
-    """Of which trial, and of which episode in it, each step is; those beyond the first ``num_trials`` trials are left out."""
-
-    def __init__(self, num_trials: int):
-        self.number = num_trials
-        self._unfinished = torch.ones(num_trials, dtype=torch.bool)
-        self._begun, self._trial = 0, None
-
-    @property
-    def open(self) -> bool:
-        """Whether a trial has not ended yet."""
-        return bool(self._unfinished.any())
-
-    def add(self, steps: Mapping[NestedKey, torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Trial and episode of each step of a batch that counts, and which do, bool ``[num_rows, T]``."""
-        trial, episode = self._trials(steps["is_init"]), steps[EPISODE_INDEX]
-        counted = trial < self.number
-        for key, numbers in steps.items():
-            _require_finite(key, torch.where(counted, numbers, 0), trial, episode)
-        self._unfinished[trial[counted & steps["next", "done"]]] = False
-        return (trial[counted], episode[counted]), counted
-
-    def _trials(self, is_init: torch.Tensor) -> torch.Tensor:
-        """Which trial each step ``[num_rows, T]`` is of, counted in the order in which trials begin."""
-        number = self._begun - 1 + is_init.t().flatten().cumsum(0).view(is_init.shape[1], -1).t()
-        self._begun += int(is_init.sum())
-        trial = torch.where(is_init, number, -1)
-        if self._trial is not None:
-            trial[:, 0] = torch.where(is_init[:, 0], trial[:, 0], self._trial)
-        trial = trial.cummax(1).values
-        self._trial = trial[:, -1]
-        return trial
-
-
-class _Table:
-    """A number of each episode, made of those of its steps."""
-
-    def __init__(self, how: Measure):
-        self.how = how
-        # In float64: returns of long episodes lose digits in float32.
-        self._numbers, self._steps = (torch.zeros(0, 0, dtype=torch.float64) for _ in range(2))
-
-    def add(self, index: tuple[torch.Tensor, torch.Tensor], values: torch.Tensor) -> None:
-        """Adds the ``values`` ``[n]`` of steps, in the order in which they were played, of the trials and episodes ``index``."""
-        if not len(values):
-            return
-        missing = [max(0, int(at.max()) + 1 - size) for at, size in zip(index, self._numbers.shape, strict=True)]
-        padding = (0, missing[1], 0, missing[0])
-        self._numbers, self._steps = (nn.functional.pad(t, padding) for t in (self._numbers, self._steps))
-        numbers, steps, values = self._numbers.view(-1), self._steps.view(-1), values.double()
-        at = index[0] * self._steps.shape[1] + index[1]
-        if self.how == "max":
-            highest = torch.full_like(numbers, -torch.inf).scatter_reduce_(0, at, values, "amax")
-            numbers.copy_(torch.where(steps > 0, numbers.maximum(highest), highest))
-        elif self.how == "last":
-            last = torch.full(numbers.shape, -1).scatter_reduce_(0, at, torch.arange(len(at)), "amax")
-            numbers[last >= 0] = values[last[last >= 0]]
-        else:
-            numbers.index_add_(0, at, values)
-        steps.index_add_(0, at, torch.ones_like(values))
-
-    def table(self) -> torch.Tensor:
-        """The table ``[num_trials, num_episodes]``, NaN where a trial had no such episode."""
-        return self._of_played(self._numbers / self._steps if self.how == "mean" else self._numbers)
-
-    def counts(self) -> torch.Tensor:
-        """How many steps each episode took, as `table`."""
-        return self._of_played(self._steps)
-
-    def _of_played(self, numbers: torch.Tensor) -> torch.Tensor:
-        played = self._steps > 0
-        return torch.where(played, numbers, torch.nan)[:, played.any(0)]
-
-
-def _require_finite(key: NestedKey, numbers: torch.Tensor, trial: torch.Tensor, episode: torch.Tensor) -> None:
-    if not numbers.isfinite().all():
-        row, step = (~numbers.isfinite()).nonzero()[0].tolist()
-        raise FloatingPointError(
-            f"the {key[-1]} is {numbers[row, step].item()} in row {row}, episode {int(episode[row, step])} of trial "
-            f"{int(trial[row, step])}: no mean could be taken of it. Mend the env before evaluating on it."
-        )
-
-
 def _require_end(trial_steps: torch.Tensor, longest: int, max_trial_steps: int) -> int:
     """Steps of the longest of the trials that go on; one of many steps, the first beyond ``longest``, is told of."""
     steps = int(trial_steps.max()) if trial_steps.numel() else 0
@@ -377,63 +290,3 @@ def _require_end(trial_steps: torch.Tensor, longest: int, max_trial_steps: int) 
 
 #: Steps of a trial until an evaluation says that it waits for its end.
 _MANY_STEPS = 5000
-
-
-def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[State], State]:
-    """An ablation that zeroes the hidden state at every step: what is left is what the agent does without memory.
-
-    All hidden states of ``policy``, ``[num_rows, num_layers, hidden_size]`` each, are zeroed before it reads them.
-
-    Raises:
-        ValueError: the policy has no memory.
-
-    Examples:
-        >>> from rl2_torchrl.modules import GRUValueHead
-        >>> zero = with_zeroed_memory(GRUValueHead(5, hidden_size=8))
-        >>> float(zero({"critic_hidden": torch.ones(4, 1, 8)})["critic_hidden"].sum())
-        0.0
-    """
-    keys: list[NestedKey] = hidden_keys(policy)
-    if not keys:
-        raise ValueError(f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}.")
-
-    def zero(state: State) -> State:
-        return {**state, **{key: torch.zeros_like(state[key]) for key in keys}}
-
-    return zero
-
-
-def with_shuffled_rewards(
-    generator: torch.Generator | None = None, *, in_key: NestedKey = "trans"
-) -> Callable[[State], State]:
-    """An ablation that permutes the rewards of the transition input among the rows of the batch.
-
-    Each row then sees another task's rewards, of the same distribution: an agent that still improves does not learn from
-    its rewards. The reward is the last but one entry of ``in_key`` ``[num_rows, n]``, as `PreviousStep` writes it.
-
-    Args:
-        generator: generator of the permutations. None takes PyTorch's own.
-        in_key: transition input. Default ``"trans"``.
-
-    Examples:
-        >>> trans = torch.tensor([[0.0, 7.0, 1.0], [0.0, 8.0, 1.0]])  # observation, reward, done
-        >>> shuffled = with_shuffled_rewards()({"trans": trans})["trans"]
-        >>> sorted(shuffled[:, 1].tolist()), shuffled[:, 2].tolist()
-        ([7.0, 8.0], [1.0, 1.0])
-    """
-
-    def shuffle(state: State) -> State:
-        if in_key not in state:
-            raise KeyError(
-                f"no {in_key!r} to shuffle rewards in: name PreviousStep's out_key, with_shuffled_rewards(in_key=...)."
-            )
-        trans = state[in_key].clone()
-        if len(trans) < 2:
-            raise ValueError(
-                "rewards can only be shuffled among several rows: use an env with a batch size of 2 or more."
-            )
-        order = torch.randperm(len(trans), generator=generator, device=generator.device if generator else None)
-        trans[:, -2] = trans[order.to(trans.device), -2]
-        return {**state, in_key: trans}
-
-    return shuffle

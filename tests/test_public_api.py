@@ -40,7 +40,7 @@ LAYERS = [
     {"gradients"},
     {"modules"},
     {"agent", "learners", "minibatches", "objectives", "passes", "rollout"},
-    {"collector", "evaluation", "env_check", "tensor_env_check", "testing", "update"},
+    {"ablations", "collector", "episode_tables", "evaluation", "env_check", "tensor_env_check", "testing", "update"},
     {"checkpoints", "checks", "describe", "settings", "video", "workers"},
     {"training", "training_loop"},
     {"report"},

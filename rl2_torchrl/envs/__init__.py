@@ -226,7 +226,7 @@ observations, of different units too, with ``normalize=True``.
 
 Where nothing adapts: an entropy bonus (``RL2PPOLoss(..., entropy_bonus=True)``), a hidden layer (``num_cells=[64]``), a critic that
 sees the task (``extra_keys=["task"]``) and more rows help most. First and last episode alike can mean that the agent adapts within
-its first: `AdaptationReport` with ``ablations={"memory zeroed": ...}`` (`rl2_torchrl.evaluation.with_zeroed_memory`) tells.
+its first: `AdaptationReport` with ``ablations={"memory zeroed": ...}`` (`rl2_torchrl.with_zeroed_memory`) tells.
 
 From here on: ``recipes/pendulum.py`` is a whole experiment on a Gymnasium env, to copy; `train` takes checkpoints and a logger; and
 `rl2_torchrl.describe(collector, update)` says what is learnt by what.

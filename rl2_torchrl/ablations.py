@@ -1,0 +1,74 @@
+"""Ablations for `adaptation_curve`: an agent without memory, or with another task's rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModuleBase
+
+from rl2_torchrl.modules.acting import State
+from rl2_torchrl.modules.actor_critic import hidden_keys
+
+__all__ = ["with_shuffled_rewards", "with_zeroed_memory"]
+
+
+def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[State], State]:
+    """An ablation that zeroes the hidden state at every step: what is left is what the agent does without memory.
+
+    All hidden states of ``policy``, ``[num_rows, num_layers, hidden_size]`` each, are zeroed before it reads them.
+
+    Raises:
+        ValueError: the policy has no memory.
+
+    Examples:
+        >>> from rl2_torchrl.modules import GRUValueHead
+        >>> zero = with_zeroed_memory(GRUValueHead(5, hidden_size=8))
+        >>> float(zero({"critic_hidden": torch.ones(4, 1, 8)})["critic_hidden"].sum())
+        0.0
+    """
+    keys: list[NestedKey] = hidden_keys(policy)
+    if not keys:
+        raise ValueError(f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}.")
+
+    def zero(state: State) -> State:
+        return {**state, **{key: torch.zeros_like(state[key]) for key in keys}}
+
+    return zero
+
+
+def with_shuffled_rewards(
+    generator: torch.Generator | None = None, *, in_key: NestedKey = "trans"
+) -> Callable[[State], State]:
+    """An ablation that permutes the rewards of the transition input among the rows of the batch.
+
+    Each row then sees another task's rewards, of the same distribution: an agent that still improves does not learn from
+    its rewards. The reward is the last but one entry of ``in_key`` ``[num_rows, n]``, as `PreviousStep` writes it.
+
+    Args:
+        generator: generator of the permutations. None takes PyTorch's own.
+        in_key: transition input. Default ``"trans"``.
+
+    Examples:
+        >>> trans = torch.tensor([[0.0, 7.0, 1.0], [0.0, 8.0, 1.0]])  # observation, reward, done
+        >>> shuffled = with_shuffled_rewards()({"trans": trans})["trans"]
+        >>> sorted(shuffled[:, 1].tolist()), shuffled[:, 2].tolist()
+        ([7.0, 8.0], [1.0, 1.0])
+    """
+
+    def shuffle(state: State) -> State:
+        if in_key not in state:
+            raise KeyError(
+                f"no {in_key!r} to shuffle rewards in: name PreviousStep's out_key, with_shuffled_rewards(in_key=...)."
+            )
+        trans = state[in_key].clone()
+        if len(trans) < 2:
+            raise ValueError(
+                "rewards can only be shuffled among several rows: use an env with a batch size of 2 or more."
+            )
+        order = torch.randperm(len(trans), generator=generator, device=generator.device if generator else None)
+        trans[:, -2] = trans[order.to(trans.device), -2]
+        return {**state, in_key: trans}
+
+    return shuffle
