@@ -140,7 +140,10 @@ class TrialCollector(Collector):
         return seed
 
     def reset(self, index: Any = None, **kwargs) -> None:
-        """Begins new trials in all rows, or in those of ``index``; the latter only by `Collector`'s own loop."""
+        """Begins new trials in all rows, or in those of ``index``; the latter only by `Collector`'s own loop.
+
+        That has drawn the next task already where a trial has ended with the last batch, and draws another one now.
+        """
         if index is not None and self.player is not None:
             raise NotImplementedError(
                 "a rollout on tensors begins trials in all rows: reset() without an index, or make the collector with "

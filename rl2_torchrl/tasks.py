@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.data import Categorical, Composite, MultiCategorical, TensorSpec
 from torchrl.envs import Compose, EnvBase, Transform
 
-from rl2_torchrl.seeding import derived_seed, seed_generator
+from rl2_torchrl.seeding import derived_seed, require_seed, seed_generator
 from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["TaskDistribution", "TaskSampler"]
@@ -33,7 +33,8 @@ class TaskSampler(Transform):
     Args:
         distribution: callable ``(batch_size, generator) -> task`` with a task of shape ``[*batch_size, ...]``. One that changes in
             the course of a training, such as a curriculum, has a ``state_dict`` and a ``load_state_dict``, for checkpoints.
-        seed: seed of the sampler's own generator; None draws one from PyTorch's default generator. A training set and a
+        seed: seed of the sampler's own generator, whose numbers are not those of an env or a `torch.Generator` of the same seed;
+            None draws one from PyTorch's default generator. A training set and a
             held-out set of tasks must come from different seeds; they stay different when ``env.set_seed`` or
             ``collector.set_seed`` give both envs one seed, which is joined with this one.
             Inside the workers of a ``SerialEnv`` or ``ParallelEnv`` each worker needs a seed of its own, or none
@@ -106,8 +107,10 @@ class TaskSampler(Transform):
 
     def seed(self, seed: int | None) -> None:
         """Seeds the sampler's own generator; None draws a seed from PyTorch's default generator."""
+        require_seed(seed)
         self._stream.seed = seed
-        seed_generator(self.generator, seed)
+        # The seed of an env, or of held-out tasks, may be the same number: from it itself all would draw the same numbers.
+        seed_generator(self.generator, None if seed is None else derived_seed(seed, str(self.task_key)))
 
     def set_container(self, container: Transform | EnvBase) -> None:
         """Called by TorchRL when the sampler is put around an env, whose ``set_seed`` reaches it from then on."""

@@ -28,6 +28,7 @@ from rl2_torchrl import (
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, inputs
 from rl2_torchrl.checks.evidence import Evidence
 from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, uniform_means
+from rl2_torchrl.seeding import derived_seed
 
 
 class LosesLastReward(PreviousStep):
@@ -220,7 +221,7 @@ def test_workers_with_the_same_tasks(seeds):
 def test_held_out_tasks_of_the_same_seed():
     collector, update = pipeline(bandit_env(), steps=10)
     batch = first_batch(collector)
-    same = uniform_means(ARMS)(torch.Size([100]), torch.Generator().manual_seed(1))
+    same = uniform_means(ARMS)(torch.Size([100]), torch.Generator().manual_seed(derived_seed(1, "task")))
     for held_out in (bandit_env(), TaskSampler(uniform_means(ARMS), seed=1), TaskSampler.fixed(same), same):
         assert broken_rule(collector, update, batch, held_out=held_out) == "tasks_held_out"
     assert "tasks_held_out" in check_training(collector, update, batch, held_out=bandit_env(seed=2)).checked

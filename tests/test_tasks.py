@@ -25,6 +25,7 @@ from rl2_torchrl.envs import (
     uniform_targets,
     velocities,
 )
+from rl2_torchrl.seeding import derived_seed
 
 
 class EchoEnv(EnvBase):
@@ -60,6 +61,11 @@ def uniform(seed=0):
     return TaskSampler(uniform_means(2), seed=seed)
 
 
+def tasks_generator(seed):
+    """What a sampler of this seed draws from."""
+    return torch.Generator().manual_seed(derived_seed(seed, "task"))
+
+
 def numbered(count):
     """Tasks that can be told apart: task i is (i, i) / count."""
     return torch.arange(count).unsqueeze(-1).expand(count, 2) / count
@@ -87,9 +93,17 @@ def test_same_seed_same_tasks_and_other_seeds_others():
 
 
 def test_draws_are_the_distributions_in_order():
-    generator = torch.Generator().manual_seed(3)
+    generator = tasks_generator(3)
     expected = [torch.rand(3, 2, generator=generator) for _ in range(3)]
     assert torch.equal(first_of_trials(bandits(uniform(3)), 3), torch.stack(expected, 1))
+
+
+def test_an_env_of_the_same_seed_and_held_out_tasks_of_it_draw_other_numbers():
+    env = bandits(uniform(0))
+    held_out = uniform_means(2)(torch.Size([3]), torch.Generator().manual_seed(0))
+    drawn, theirs = env.reset()["task"], torch.rand(3, 2, generator=env.base_env.generator)
+    assert not (drawn == theirs).any()
+    assert not (drawn == held_out).any()
 
 
 def test_sampler_can_be_seeded_again():
@@ -194,7 +208,7 @@ def test_samplers_can_be_pickled(distribution):
     sampler = TaskSampler(distribution, seed=0)
     one, other = pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)
     for each in (one, other):
-        generator = torch.Generator().manual_seed(0)
+        generator = tasks_generator(0)
         expected = copy.deepcopy(distribution)(torch.Size([2]), generator)
         assert torch.equal(each.distribution(torch.Size([2]), each.generator), expected)
     assert one.generator is not sampler.generator
@@ -231,7 +245,7 @@ def test_task_stays_for_the_trial_and_only_finished_rows_draw():
 
 
 def test_partial_draws_are_fresh_draws():
-    generator = torch.Generator().manual_seed(0)
+    generator = tasks_generator(0)
     first, later = torch.rand(3, 2, generator=generator), torch.rand(1, 2, generator=generator)
     env = bandits(uniform(0))
     tensordict = end(env, env.reset(), [False, True, False])
@@ -336,7 +350,7 @@ def gridworld_env(batch_size):
 @pytest.mark.parametrize("batch_size", [(3,), (2, 2)])
 def test_nested_task(batch_size):
     env = gridworld_env(batch_size)
-    drawn = gridworlds(torch.Size(batch_size), torch.Generator().manual_seed(0))
+    drawn = gridworlds(torch.Size(batch_size), tasks_generator(0))
     data = env.rollout(4, break_when_any_done=False)
     for step in range(2):
         assert (data["task"][..., step] == drawn).all()
