@@ -47,7 +47,10 @@ def test_steps_equal_the_loop(fused_cell, with_hidden, with_resets, with_bias):
     for function in (_GRUSteps.apply, _loop):
         leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
         y = function(*leaves[:2], is_init, *leaves[2:])
-        found.append([y, *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], slope)])
+        leaves = [leaf for leaf in leaves if leaf is not None]
+        found.append([y, *torch.autograd.grad(y, leaves, slope, retain_graph=True)])
+        first = torch.autograd.grad(y, leaves, slope, create_graph=True)
+        found[-1] += torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 

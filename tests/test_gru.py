@@ -85,6 +85,24 @@ def test_sequences_equal_torchrl(counted, dtype, layers, bias, rows, steps):
     assert len(counted) == layers * COMPILED
 
 
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_gradients_of_gradients_equal_torchrls(recurrent):
+    entries, results = data(4, 3, 2, 5, torch.float64), []
+    for module in pair(torch.float64, units=5, num_layers=2):
+        leaves = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in entries.items()}
+        inputs = [leaves["x"], leaves["h"], *module.parameters()]
+        if recurrent:
+            with set_recurrent_mode(True):
+                y = module(TensorDict(leaves, [4, 3]))["y"]
+        else:  # the second step's memory is made of the same weights
+            steps = TensorDict(leaves, [4, 3]).unbind(1)
+            h = module(steps[0])["next", "h"]
+            y = module(steps[1].set("h", h).set("is_init", torch.zeros(4, 1, dtype=torch.bool)))["y"]
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        results.append([*first, *torch.autograd.grad(y.sum() + sum(g.square().sum() for g in first), inputs)])
+    assert_same(*reversed(results), torch.float64)
+
+
 @pytest.mark.parametrize("units", [1, 15, 16, 33, 64])
 def test_every_number_of_units_fills_its_vectors(counted, units):
     theirs, ours = pair(units=units)

@@ -11,7 +11,16 @@ from torch import nn
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl import GRUCategoricalActor, GRUValueHead, MemoryValueHead, PPOUpdate, RL2PPOLoss, TaskBelief
+from rl2_torchrl import (
+    GRUCategoricalActor,
+    GRUGaussianActor,
+    GRUValueHead,
+    MemoryValueHead,
+    PPOUpdate,
+    RL2PPOLoss,
+    TaskBelief,
+    kernels,
+)
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, OwnGradient, SquaredError
 from rl2_torchrl.settings import settings_of
@@ -69,6 +78,7 @@ def total(losses):
 # ------------------------------------------------------------------ PPO's own
 
 
+@torch.no_grad()  # as the kernels are called
 def differentiated(term, *entries):
     """Gradients of a term's loss by its entries as it gives them, and by finite differences."""
     values, slopes = term.with_gradients(*entries)
@@ -106,6 +116,21 @@ def test_a_term_under_autograd_hands_on_the_gradient_that_it_gives():
     losses = SquaredError(0.5)(value, target)
     [gradient] = torch.autograd.grad(3 * losses["loss_critic"], value)
     torch.testing.assert_close(gradient, 3 * (value - target).detach() / 12)
+
+
+@pytest.mark.parametrize("kind", [GRUCategoricalActor, GRUGaussianActor])
+def test_gradients_of_a_losss_gradients_are_torchrls(kind, monkeypatch):
+    torch.manual_seed(0)
+    actor = kind(5, 3, hidden_size=8, init_range=1.0, **F64)
+    loss, data = RL2PPOLoss(actor, GRUValueHead(5, init_range=1.0, **F64), entropy_bonus=True), data_of()
+    if kind is GRUGaussianActor:
+        data["action"] = data["trans"][..., :3]
+    found = []
+    for forward in (RL2PPOLoss.forward, ClipPPOLoss.forward):  # the second without kernels
+        first = torch.autograd.grad(total(forward(loss, data)), list(loss.parameters()), create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), list(loss.parameters())))
+        monkeypatch.setattr(kernels, "load", lambda dtype: None)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
 # ---------------------------------------------------------------- a user's own

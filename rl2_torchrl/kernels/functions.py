@@ -5,13 +5,13 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rl2_torchrl import kernels
 
 __all__ = [
-    *("MOST_OUTPUTS", "as_reals", "categorical_gradient", "categorical_terms", "log_prob_and_entropy"),
-    *("raise_unknown_actions", "relu_linear", "relu_linear_gradients", "require_tensor", "unit_stride"),
+    *("MOST_OUTPUTS", "as_reals", "categorical_gradient", "categorical_terms", "differentiable_gradients"),
+    *("log_prob_and_entropy", "raise_unknown_actions", "relu_linear", "relu_linear_gradients", "require_tensor"),
+    "unit_stride",
 ]
 
 
@@ -46,6 +46,20 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
+def differentiable_gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence, needed: Sequence[bool], *slopes: Tensor
+) -> tuple[Tensor | None, ...]:
+    """For a backward under ``create_graph``: gradients by those of ``inputs`` that are ``needed``, themselves differentiable.
+
+    ``function`` is what the kernels compute, by PyTorch's operations; ``slopes`` are the gradients by its outputs.
+    """
+    # Aliases, since an input may have been made of another one, as a memory is of the weights.
+    inputs = [x.view_as(x) if is_needed else x for x, is_needed in zip(inputs, needed, strict=True)]
+    leaves = [x for x, is_needed in zip(inputs, needed, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(function(*inputs), leaves, slopes, create_graph=True, allow_unused=True))
+    return tuple(next(found) if is_needed else None for is_needed in needed)
+
+
 # --------------------------------------------------------------- relu_linear
 #: More outputs than this are a matrix library's own field.
 MOST_OUTPUTS = 64
@@ -64,12 +78,16 @@ def relu_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         fits = x.shape[-1] == inputs and x.dtype == weight.dtype and x.is_cpu and x.is_contiguous() and x.numel()
         if forward is None or not fits:
-            return nn.functional.linear(torch.relu(x), weight, bias)
+            return _relu_linear_by_torch(x, weight, bias)
         if torch.is_grad_enabled() and (is_trained or x.requires_grad):
             return _ReLULinear.apply(forward, x, weight, bias)
         return forward(x)
 
     return run
+
+
+def _relu_linear_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(torch.relu(x), weight, bias)
 
 
 def _forward_of(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -95,11 +113,9 @@ class _ReLULinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: these gradients are to be differentiated themselves
-            leaves = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad[1:], strict=True) if needed]
-            y = nn.functional.linear(torch.relu(x), weight, bias)
-            gradients = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
-            return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
+        if torch.is_grad_enabled():
+            needed = ctx.needs_input_grad[1:]
+            return None, *differentiable_gradients(_relu_linear_by_torch, ctx.saved_tensors, needed, dy)
         weight = weight.contiguous()
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         d_weight, d_bias = torch.empty_like(weight), weight.new_empty(len(weight))
@@ -130,25 +146,29 @@ def log_prob_and_entropy(action: Tensor, logits: Tensor) -> tuple[Tensor, Tensor
             "row, [*B], on the same device."
         )
     action = action.long()
-    if not kernels.covers(logits):
-        log_probs = logits.log_softmax(-1)
-        finite = log_probs.clamp_min(torch.finfo(logits.dtype).min)
-        return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), -(log_probs.exp() * finite).sum(-1)
-    return _CategoricalTerms.apply(action, logits)
+    return (_CategoricalTerms.apply if kernels.covers(logits) else _categorical_by_torch)(action, logits)
+
+
+def _categorical_by_torch(action: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs = logits.log_softmax(-1)
+    finite = log_probs.clamp_min(torch.finfo(logits.dtype).min)
+    return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), -(log_probs.exp() * finite).sum(-1)
 
 
 class _CategoricalTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, action, logits):
-        action, logits = _contiguous(action, logits)
-        log_prob, entropy, log_total = categorical_terms(action, logits)
+        log_prob, entropy, log_total = categorical_terms(*_contiguous(action, logits))
         ctx.save_for_backward(logits, action, entropy, log_total)
         return log_prob, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_log_prob, d_entropy):
-        return None, categorical_gradient(*ctx.saved_tensors, *_contiguous(d_log_prob, d_entropy))
+        if torch.is_grad_enabled():
+            logits, action, *_ = ctx.saved_tensors
+            slopes = (d_log_prob, d_entropy)
+            return differentiable_gradients(_categorical_by_torch, (action, logits), ctx.needs_input_grad, *slopes)
+        return None, categorical_gradient(*_contiguous(*ctx.saved_tensors, d_log_prob, d_entropy))
 
 
 def categorical_terms(action: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

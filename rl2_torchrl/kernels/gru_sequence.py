@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rl2_torchrl import kernels
-from rl2_torchrl.kernels.functions import require_tensor, unit_stride
+from rl2_torchrl.kernels.functions import differentiable_gradients, require_tensor, unit_stride
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
@@ -104,14 +104,14 @@ class _GRUSequence(torch.autograd.Function):
     def forward(ctx, x, hidden, is_init, *weights):
         is_init = as_bytes(is_init)
         y, ctx.saved = forward_saving(x, hidden, is_init, weights)
-        ctx.save_for_backward(is_init, *weights[:2])
-        ctx.has_bias = weights[2] is not None
+        ctx.save_for_backward(x, hidden, is_init, *weights)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        is_init, w_ih, w_hh = ctx.saved_tensors
+        _, _, is_init, w_ih, w_hh, b_ih, _ = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(_loop, ctx.saved_tensors, ctx.needs_input_grad, dy)
         if ctx.saved is None:
             raise RuntimeError("this graph was freed by an earlier backward(); keep it with retain_graph=True.")
         # The gradients replace what forward saved, unless the graph is to be walked again.
@@ -125,7 +125,7 @@ class _GRUSequence(torch.autograd.Function):
         d_x = input_gradient(gradients, w_ih) if ctx.needs_input_grad[0] else None
         d_weights = weight_gradients(gradients, *w_ih.shape)
         Workspace.give(gradients)
-        return d_x, d_hidden, None, *(d_weights if ctx.has_bias else (*d_weights[:2], None, None))
+        return d_x, d_hidden, None, *(d_weights if b_ih is not None else (*d_weights[:2], None, None))
 
 
 def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[Tensor, Tensor]:
@@ -198,6 +198,7 @@ class _GRUSteps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
+        inputs = (x, hidden, is_init, w_ih, w_hh, b_ih, b_hh)
         x = x.transpose(0, 1).contiguous()  # a step's rows side by side
         gates = x @ w_ih.t() if b_ih is None else torch.addmm(b_ih, x.flatten(0, 1), w_ih.t()).unflatten(0, x.shape[:2])
         resets = None if is_init is None else is_init.bool().t().unsqueeze(-1)
@@ -212,14 +213,15 @@ class _GRUSteps(torch.autograd.Function):
             h, kept = torch.ops.aten._thnn_fused_gru_cell(gates[t], by_h, h)  # and what its gradient needs [N, 5 H]
             after.append(h)
             saved.append(kept)
-        ctx.save_for_backward(x, torch.stack(before), resets, w_ih, w_hh, *saved)
-        ctx.has_bias = b_ih is not None
+        ctx.save_for_backward(*inputs, x, torch.stack(before), resets, *saved)
         return torch.stack(after, 1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, before, resets, w_ih, w_hh, *saved = ctx.saved_tensors
+        inputs, (x, before, resets, *saved) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        if torch.is_grad_enabled():
+            return differentiable_gradients(_loop, inputs, ctx.needs_input_grad, dy)
+        _, _, _, w_ih, w_hh, b_ih, _ = inputs
         d_hidden = torch.zeros_like(dy) if ctx.needs_input_grad[1] else None
         dy, d_h, by_x, by_h = dy.transpose(0, 1).contiguous(), torch.zeros_like(before[0]), [], []
         for t in reversed(range(len(saved))):
@@ -233,7 +235,7 @@ class _GRUSteps(torch.autograd.Function):
                 d_h = torch.where(resets[t], 0.0, d_h)
         by_x, by_h = torch.stack(by_x[::-1]), torch.stack(by_h[::-1])
         d_x = (by_x @ w_ih).transpose(0, 1) if ctx.needs_input_grad[0] else None
-        d_biases = (by_x.sum((0, 1)), by_h.sum((0, 1))) if ctx.has_bias else (None, None)
+        d_biases = (by_x.sum((0, 1)), by_h.sum((0, 1))) if b_ih is not None else (None, None)
         # The sum over all steps and rows of the outer products of gates and inputs.
         products = (gates.flatten(0, 1).t() @ read.flatten(0, 1) for gates, read in ((by_x, x), (by_h, before)))
         return d_x, d_hidden, None, *products, *d_biases

@@ -25,9 +25,9 @@ class FastGRUModule(RecurrentCore, GRUModule):
     Whole sequences, resets included, run in one compiled function with one back-propagation through time of its own, in place of
     splitting and padding trajectories. On a CUDA device they are launched step by step, and need no host. What that does not cover
     is left to PyTorch or TorchRL: other devices, and other dtypes than float32 and float64 on the CPU, ``dropout``,
-    ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and ``vmap``, or a machine
-    without a C compiler. It is a `RecurrentCore` with a memory ``[*B, num_layers, hidden_size]``; inputs of another dtype than the
-    weights' are converted.
+    ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``, ``torch.compile``, ``vmap`` and gradients of
+    gradients, or a machine without a C compiler. It is a `RecurrentCore` with a memory ``[*B, num_layers, hidden_size]``; inputs of
+    another dtype than the weights' are converted.
 
     Examples:
         >>> from torchrl.modules import set_recurrent_mode

@@ -49,7 +49,11 @@ class OwnGradient(nn.Module, ABC):
 
     @abstractmethod
     def with_gradients(self, *entries: Tensor) -> tuple[dict[str, float | Tensor], tuple]:
-        """Its one ``loss_...`` and diagnostics; and the loss's gradient by each of ``entries``, or None for one that has none."""
+        """Its one ``loss_...`` and diagnostics; and the loss's gradient by each of ``entries``, or None for one that has none.
+
+        It is called without gradients; under ``create_graph`` once more with them, and what PyTorch's operations then give is
+        differentiated itself.
+        """
 
     def forward(self, *entries: Tensor) -> dict[str, Tensor]:
         """Loss and diagnostics, the loss with its gradient as autograd takes it."""
@@ -61,7 +65,7 @@ class OwnGradient(nn.Module, ABC):
         if numbers:  # on a device there are none; one alone would cost as much as all of them
             values |= zip(numbers, like.new_tensor(list(numbers.values())).unbind(), strict=True)
         name = next(name for name in values if name.startswith("loss_"))
-        values[name] = _WithGradients.apply(values[name], slopes, *entries)
+        values[name] = _WithGradients.apply(values[name], slopes, self, *entries)
         return values
 
 
@@ -69,14 +73,14 @@ class _WithGradients(torch.autograd.Function):
     """The number that is given, with the gradients that are given."""
 
     @staticmethod
-    def forward(ctx, value, slopes, *entries):
-        ctx.slopes = slopes
+    def forward(ctx, value, slopes, term, *entries):
+        ctx.slopes, ctx.term, ctx.entries = slopes, term, entries
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
-        return None, None, *(None if own is None else own * slope for own in ctx.slopes)
+        slopes = ctx.term.with_gradients(*ctx.entries)[1] if torch.is_grad_enabled() else ctx.slopes
+        return None, None, None, *(None if own is None else own * slope for own in slopes)
 
 
 class ClippedObjective(OwnGradient):
@@ -98,7 +102,7 @@ class ClippedObjective(OwnGradient):
             raise ValueError(
                 f"log-probabilities, old ones and advantages must be of one shape [N, T], of several actions summed, not {shapes}."
             )
-        by_kernels = has_kernels(log_prob, old_log_prob, advantage)
+        by_kernels = not torch.is_grad_enabled() and has_kernels(log_prob, old_log_prob, advantage)
         active, figures = (self._by_kernels if by_kernels else self._by_torch)(log_prob, old_log_prob, advantage)
         return figures, (active.mul_(-1 / log_prob.numel()), None, None)
 
