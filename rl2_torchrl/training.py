@@ -6,10 +6,12 @@ import atexit
 import logging
 import math
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+import torch
 from torchrl.collectors import BaseCollector
 from torchrl.objectives import LossModule
 from torchrl.record.loggers import Logger
@@ -124,7 +126,7 @@ def train(
     parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
     total = collector.total_frames
     stateful = [*callbacks, *[stop] * hasattr(stop, "state_dict")]
-    with RunCheckpoints(checkpoints, **{**parts, "callbacks": stateful}, scalars=scalars) as saved:
+    with _without_autocast(), RunCheckpoints(checkpoints, **{**parts, "callbacks": stateful}, scalars=scalars) as saved:
         goes_on = resume and (saved.load_latest(resume_changes) or result.env_steps > 0)
         if goes_on:
             scalars.go_on_from(result.history, result.env_steps)
@@ -185,6 +187,17 @@ def train(
     result.interrupted |= bool(interrupts)
     interrupts.pass_on()
     return result
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Updates are made without it, and actions scored otherwise than they were drawn have other ratios than 1."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        log.warning(
+            "autocast is left out of the training: networks compute in their own dtype, from_env(..., dtype=...)."
+        )
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 #: Collectors that have trained, to be shut down with the program.

@@ -88,6 +88,9 @@ class PPOUpdate:
     (`rl2_torchrl.learners`). All begin with the networks of the first. The joint batch must fit into each process's memory, and
     terms of the loss must be means over a minibatch.
 
+    Within `torch.autocast` an update leaves it off, as kernels do, and so does `train`: networks compute in the dtype of their
+    parameters, ``dtype=torch.bfloat16`` say. A loop of your own collects without it, or ratios do not begin at 1.
+
     Networks that normalise their inputs (`RunningNorm`) are told of each batch when its update is over; of the first one, before
     which they know nothing, nothing else is learnt.
 
@@ -161,6 +164,10 @@ class PPOUpdate:
             ``epochs`` made and ``lr``. While a normalisation knows no data (``normalize=True``, the first batch) it is told of
             ``batch``, and that is all: ``epochs`` is 0, and there are no means.
         """
+        with torch.autocast(self._parameters[0].device.type, enabled=False):
+            return self._update(batch, progress)
+
+    def _update(self, batch: TensorDictBase, progress: float) -> dict[str, float]:
         require_trials(batch)
         batch = self._learners.gather(batch, self._parameters)
         self._apply_schedules(progress)

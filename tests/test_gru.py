@@ -85,6 +85,18 @@ def test_sequences_equal_torchrl(counted, dtype, layers, bias, rows, steps):
     assert len(counted) == layers * COMPILED
 
 
+@pytest.mark.skipif(not COMPILED, reason="no C compiler")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_kernels_compute_in_the_weights_dtype_under_autocast(dtype):
+    _, ours = pair(dtype, num_layers=2)
+    entries = data(5, 9, 2, dtype=dtype)
+    expected = outputs_and_gradients(ours, entries)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = outputs_and_gradients(ours, entries)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("recurrent", [True, False])
 def test_gradients_of_gradients_equal_torchrls(recurrent):
     entries, results = data(4, 3, 2, 5, torch.float64), []

@@ -174,6 +174,20 @@ def test_intervals_are_at_least_one(name, number):
         train_on(ones(1), **{name: number})
 
 
+def test_autocast_is_left_out_with_a_word(caplog):
+    seen = []
+
+    def update(batch, progress):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return {}
+
+    with torch.autocast("cpu"):
+        train_on(ones(1), update)
+    train_on(ones(1), update)
+    assert seen == [False, False]
+    assert [record.getMessage()[:20] for record in caplog.records].count("autocast is left out") == 1
+
+
 def test_trains_outside_the_main_thread():
     results = []
     thread = threading.Thread(target=lambda: results.append(train_on(ones(2))))

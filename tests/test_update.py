@@ -308,6 +308,18 @@ def test_a_loss_that_says_no_kl_cannot_stop_by_it():
     assert PPOUpdate(loss, epochs=1)(make_batch())["epochs"] == 1
 
 
+def test_autocast_changes_nothing():
+    changed = []
+    for is_on in (False, True):
+        torch.manual_seed(0)
+        options = {"hidden_size": 4, "num_cells": [4], "activation": torch.nn.Tanh}
+        update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, **options), GRUValueHead(5, **options)), epochs=2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_on):
+            update(make_batch())
+        changed.append(parameters(update))
+    assert same(*changed)
+
+
 # -------------------------------------------------------------- one step's rules
 
 

@@ -101,6 +101,7 @@ def _forward(x, hidden, is_init, weights, saved: Tensor | None = None, y: Tensor
 
 class _GRUSequence(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # which float64 stays out of
     def forward(ctx, x, hidden, is_init, *weights):
         is_init = as_bytes(is_init)
         y, ctx.saved = forward_saving(x, hidden, is_init, weights)
@@ -108,6 +109,7 @@ class _GRUSequence(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, dy):
         _, _, is_init, w_ih, w_hh, b_ih, _ = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -197,6 +199,7 @@ class _GRUSteps(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
     def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
         inputs = (x, hidden, is_init, w_ih, w_hh, b_ih, b_hh)
         x = x.transpose(0, 1).contiguous()  # a step's rows side by side
@@ -217,6 +220,7 @@ class _GRUSteps(torch.autograd.Function):
         return torch.stack(after, 1)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx, dy):
         inputs, (x, before, resets, *saved) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
         if torch.is_grad_enabled():
