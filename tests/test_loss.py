@@ -437,3 +437,23 @@ def test_coefficients_in_the_networks_precision():
 def test_numbers_that_are_none(name, value):
     with pytest.raises(ValueError, match=name):
         RL2PPOLoss(*networks(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["clip_eps", "value_coef", "loss_critic", "normalise_advantage", "critic_coef"])
+def test_options_that_there_are_not_are_refused(name):
+    with pytest.raises(TypeError, match=rf"no options \['{name}'\].*'clip_epsilon'.*'terms'"):
+        RL2PPOLoss(*networks(), **{name: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("entropy_bonus", 0.5, "entropy_coeff=0.5"),
+        ("entropy_bonus", "no", "neither True nor False"),
+        ("normalize_advantage", "False", "neither True nor False"),
+        ("functional", 1, "neither True nor False"),
+    ],
+)
+def test_flags_that_are_none(name, value, message):
+    with pytest.raises(TypeError, match=f"{name}={value!r}.*{message}"):
+        RL2PPOLoss(*networks(), **{name: value})

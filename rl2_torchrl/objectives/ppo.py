@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cached_property
-from inspect import unwrap
+from inspect import signature, unwrap
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -10,9 +10,9 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives import ClipPPOLoss, PPOLoss
 
-from rl2_torchrl.arguments import require_numbers
+from rl2_torchrl.arguments import require_flags, require_numbers
 from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
 from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
@@ -92,6 +92,7 @@ class RL2PPOLoss(ClipPPOLoss):
         terms = _checked_terms(terms)
         _require_one_writer(terms, actor_network, critic_network)
         options = {**_DEFAULTS, **kwargs}
+        _check_options(options)
         _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
         options["functional"] |= options.get("delay_actor", False)
         weights = {"clip_epsilon": clip_epsilon, "entropy_coeff": entropy_coeff}
@@ -318,6 +319,18 @@ def _require_one_writer(
                 f"{type(term).__name__} reads {twice}, which actor and critic both write, so that it would read the critic's: give "
                 "one of the two another name (features_key=...)."
             )
+
+
+def _check_options(options: Mapping[str, object]) -> None:
+    known = {**signature(PPOLoss.__init__).parameters, **signature(ClipPPOLoss.__init__).parameters}
+    if unknown := sorted(options.keys() - known.keys()):
+        there = sorted({"terms", *known} - {"self", "kwargs"})
+        raise TypeError(f"RL2PPOLoss has no options {unknown}, and would train without them: there are {there}.")
+    if isinstance(bonus := options["entropy_bonus"], float):
+        raise TypeError(
+            f"entropy_bonus={bonus} is neither True nor False: the bonus's weight is entropy_coeff={bonus}."
+        )
+    require_flags(**{name: value for name, value in options.items() if isinstance(known[name].default, bool)})
 
 
 def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonus: bool) -> None:
