@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 
@@ -13,11 +14,24 @@ from rl2_torchrl.arguments import whole
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.quiet import quiet_torchrl
 
-__all__ = ["Minibatches", "require_trials", "split_rows"]
+__all__ = ["Minibatches", "rows_and_number", "require_trials", "split_rows"]
+
+log = logging.getLogger(__name__)
+
+
+def rows_and_number(chunks: int, count: int) -> tuple[int, int]:
+    """Chunks of a minibatch, and the number of minibatches, at most ``count``, that so many ``chunks`` make.
+
+    Examples:
+        >>> rows_and_number(33, 32)
+        (2, 17)
+    """
+    rows = max(1, math.ceil(chunks / count))
+    return rows, math.ceil(chunks / rows)
 
 
 class Minibatches:
-    """Draws a batch's chunks ``[num_chunks, bptt]`` without replacement, so many minibatches a pass, in a TorchRL buffer.
+    """Draws a batch's chunks ``[num_chunks, bptt]`` without replacement, at most so many minibatches a pass, in a TorchRL buffer.
 
     A minibatch has ``ceil(num_chunks / count)`` chunks, the last may be smaller. Of several ``learners`` each gets a part of it,
     and ``weight`` is this part's size over the whole's.
@@ -33,18 +47,22 @@ class Minibatches:
         self.device, self.generator = device, generator
         self.learners, self.weight = Learners(None) if learners is None else learners, 1.0
         self._buffer: TensorDictReplayBuffer | None = None
+        self._has_told = False
         #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
         self.chunks: dict[NestedKey, torch.Tensor] = {}
 
     def fill(self, chunks: TensorDictBase, count: int, *, shuffle: bool = True) -> None:
-        """Takes the ``chunks`` ``[num_chunks, bptt]`` of a batch, for ``count`` minibatches; ValueError where there are fewer."""
+        """Takes a batch's ``chunks`` ``[num_chunks, bptt]``, at most ``count`` minibatches; ValueError where there are fewer."""
         number, self.steps = chunks.shape[:2]
         if number < whole("minibatches", count):
             raise ValueError(
                 f"{count} minibatches cannot be made of {number} chunks of {self.steps} steps: collect more trials in a "
                 "batch, or ask for fewer minibatches."
             )
-        self.rows = math.ceil(number / count)
+        self.rows, made = rows_and_number(number, count)
+        if made != count and not self._has_told:
+            self._has_told = True
+            log.info("%d minibatches a pass, not %d: %d chunks make so many of %d.", made, count, number, self.rows)
         if (smallest := (number - 1) % self.rows + 1) < self.learners.size:
             raise ValueError(
                 f"the {number} chunks of the joint batch make minibatches of {self.rows} and a last one of {smallest}, too few for "

@@ -21,7 +21,7 @@ from torchrl.objectives import ClipPPOLoss
 from rl2_torchrl.arguments import require_flags, require_numbers, whole
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
-from rl2_torchrl.minibatches import Minibatches, require_trials, split_rows
+from rl2_torchrl.minibatches import Minibatches, require_trials, rows_and_number, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
@@ -58,7 +58,7 @@ class PPOUpdate:
 
     A batch ``[B, T]`` is cut into chunks of ``bptt`` steps, each starting from the hidden state stored at its first step.
     ``bptt = 1`` is the original (no gradient through time); ``bptt = T`` with whole trials is the paper's full
-    back-propagation. Chunks are drawn without replacement, ``minibatches`` a pass.
+    back-propagation. Chunks are drawn without replacement, at most ``minibatches`` a pass.
 
     Args:
         loss: `RL2PPOLoss`, or any loss with `ClipPPOLoss`'s entries. All entries of its output whose name begins
@@ -66,10 +66,11 @@ class PPOUpdate:
         advantage: computes advantages and returns of a batch. Default ``TrialAdvantage()``. Checkpoints hold its ``state_dict``,
             if it has one.
         bptt: steps of a chunk; must divide ``T``. None, the default, takes the whole of ``T``.
-        epochs, minibatches: passes over a batch, and minibatches a pass. Default 10 and 4.
+        epochs, minibatches: passes over a batch, and minibatches a pass, at most: each has ``ceil(chunks / minibatches)`` chunks,
+            so that of 33 chunks there are 17 where 32 were asked for. Default 10 and 4.
         shuffle: draw chunks in random order; False takes them in order, as the original does. Default True.
         lr: learning rate of Adam. Default 1e-4. An ``optimizer`` has its own.
-        max_grad_norm: clip the gradient's norm at this. Default None.
+        max_grad_norm: clip the norm of the loss's whole gradient at this, whichever part of it the optimizer holds. Default None.
         target_kl: stop the passes over a batch once one pass's mean of ``log pi_old - log pi`` exceeds this. Default None.
         lr_schedule, entropy_schedule: factors on the learning rate, and on the loss's ``entropy_coeff``, by the progress of
             training. Default constant.
@@ -246,6 +247,10 @@ class PPOUpdate:
                 "TrialCollector(keep=...): keep it, or collect and update whole trials."
             )
         return split_rows(batch.select(*keys), self.bptt)
+
+    def minibatches_of(self, chunks: int) -> int:
+        """How many minibatches a pass has where the batch, of each process, is so many ``chunks``."""
+        return rows_and_number(chunks * self._learners.size, self.minibatches)[1]
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -41,7 +41,7 @@ def mdp_env():
 
 def described(actor, critic, *, loss=None, collector_class=TrialCollector, env=None, keep=False, **options):
     env = env or mdp_env()
-    update = PPOUpdate(loss or RL2PPOLoss(actor, critic), epochs=3, minibatches=2, **options)
+    update = PPOUpdate(loss or RL2PPOLoss(actor, critic), **{"epochs": 3, "minibatches": 2, **options})
     kwargs = {"keep": update.in_keys} if keep else {}
     policy = ActorCritic(actor, critic)
     collector = collector_class(env, policy, frames_per_batch=60, auto_register_policy_transforms=True, **kwargs)
@@ -149,6 +149,12 @@ def test_settings_of_the_update():
     assert whats["PPOUpdate"] == "3 epochs of 2 minibatches of chunks of 5 steps, in order"
     assert whats["Adam"] == "lr=0.25, max_grad_norm=2"
     assert whats["TrialAdvantage"] == "gamma=0.99, lmbda=0.97, value_target=return, normalize=True, scale_rewards=True"
+
+
+def test_minibatches_are_as_many_as_the_chunks_make():
+    description, _ = described(*networks(), minibatches=4)
+    whats = [part.what for part in rows_of(description, "update")]
+    assert whats[0].startswith("3 epochs of 3 minibatches (4 asked for) of whole rows")
 
 
 def test_settings_of_the_loss_and_of_what_decays():

@@ -198,6 +198,14 @@ def test_sizes_and_number_of_minibatches(bptt, minibatches, sizes):
     assert [len(minibatch) for minibatch in seen.minibatches] == sizes * 3
 
 
+def test_fewer_minibatches_than_were_asked_for_are_said_once(caplog):
+    update = PPOUpdate(make_loss(), minibatches=4, epochs=1)
+    with caplog.at_level("INFO", logger="rl2_torchrl"):
+        for rows in (8, 9, 9):
+            update(make_batch(rows))
+    assert [record.getMessage()[:31] for record in caplog.records] == ["3 minibatches a pass, not 4: 9 "]
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_every_pass_sees_every_chunk_once(shuffle):
     update = PPOUpdate(make_loss(), bptt=1, minibatches=3, epochs=3, shuffle=shuffle)
