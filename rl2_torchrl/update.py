@@ -161,9 +161,9 @@ class PPOUpdate:
         """Updates the networks on ``batch`` ``[B, T]``; ``progress`` in [0, 1] drives the schedules.
 
         Returns:
-            Means over all minibatches of the loss's entries, of ``loss`` (their sum) and of ``grad_norm``, the number of
-            ``epochs`` made and ``lr``. While a normalisation knows no data (``normalize=True``, the first batch) it is told of
-            ``batch``, and that is all: ``epochs`` is 0, and there are no means.
+            Means over all minibatches of the loss's entries, of those named ``max_...`` the largest, of ``loss`` (their sum) and of
+            ``grad_norm``, and the number of ``epochs`` made and ``lr``. While a normalisation knows no data (``normalize=True``,
+            the first batch) it is told of ``batch``, and that is all: ``epochs`` is 0, and there are no means.
         """
         with torch.autocast(self._parameters[0].device.type, enabled=False):
             return self._update(batch, progress)
@@ -190,7 +190,7 @@ class PPOUpdate:
             if self.target_kl is not None and _mean(kls) > self.target_kl:
                 break
         self._measure(norms, batch)
-        means = {name: _mean(values) for name, values in totals.items()}
+        means = {name: (_largest if name.startswith("max_") else _mean)(values) for name, values in totals.items()}
         return {**means, "epochs": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
 
     def _norms(self) -> list[tuple[RunningNorm, NestedKey]]:
@@ -448,6 +448,10 @@ def _bound(name: str, value: float | None) -> float | None:
 
 def _mean(values: list[float | torch.Tensor]) -> float:
     return torch.stack(values).mean().item() if isinstance(values[0], torch.Tensor) else fmean(values)
+
+
+def _largest(values: list[float | torch.Tensor]) -> float:
+    return torch.stack(values).max().item() if isinstance(values[0], torch.Tensor) else max(values)
 
 
 def _kl_of(metrics: Metrics) -> float | torch.Tensor:

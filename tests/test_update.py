@@ -376,6 +376,8 @@ def test_metrics_are_means_over_all_minibatches():
     total = metrics["loss_objective"] + metrics["loss_critic"] + metrics["loss_entropy"]
     assert metrics["loss"] == pytest.approx(total, abs=1e-6)
     assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in metrics.values())
+    # Of the largest ratios it is the largest.
+    assert metrics["max_ratio"] == pytest.approx(max(float(one["max_ratio"]) for one in losses), rel=1e-5)
 
 
 def test_a_loss_without_critic_term():
