@@ -222,8 +222,8 @@ def _update(update: PPOUpdate, frames: int, of_each: int | None) -> Iterable[Des
     numbers = {name: getattr(update.advantage, name, None) for name in names}
     yield Described("update", type(update.advantage).__name__, _settings(numbers))
     # As they were given: a schedule may have moved them since.
-    numbers = {"lr": update.given_options[0]["lr"], "max_grad_norm": update.max_grad_norm}
-    numbers["lr_schedule"] = update.lr_schedule
+    rates = " and ".join(dict.fromkeys(_value(given["lr"]) for given in update.given_options))
+    numbers = {"lr": rates, "max_grad_norm": update.max_grad_norm, "lr_schedule": update.lr_schedule}
     yield Described("update", type(update.optimizer).__name__, _settings(numbers))
 
 

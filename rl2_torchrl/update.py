@@ -162,8 +162,9 @@ class PPOUpdate:
 
         Returns:
             Means over all minibatches of the loss's entries, of those named ``max_...`` the largest, of ``loss`` (their sum) and of
-            ``grad_norm``, and the number of ``epochs`` made and ``lr``. While a normalisation knows no data (``normalize=True``,
-            the first batch) it is told of ``batch``, and that is all: ``epochs`` is 0, and there are no means.
+            ``grad_norm``, the number of ``epochs`` made and ``lr``, the first group's where the optimizer has several. While a
+            normalisation knows no data (``normalize=True``, the first batch) it is told of ``batch``, and that is all: ``epochs``
+            is 0, and there are no means.
         """
         with torch.autocast(self._parameters[0].device.type, enabled=False):
             return self._update(batch, progress)

@@ -157,6 +157,14 @@ def test_minibatches_are_as_many_as_the_chunks_make():
     assert whats[0].startswith("3 epochs of 3 minibatches (4 asked for) of whole rows")
 
 
+def test_learning_rates_of_several_groups():
+    loss = RL2PPOLoss(*networks())
+    actor, critic = (list(network.parameters()) for network in (loss.actor_network, loss.critic_network))
+    groups = [{"params": actor, "lr": 1e-3}, {"params": critic, "lr": 1e-2}]
+    description, _ = described(loss.actor_network, loss.critic_network, loss=loss, optimizer=torch.optim.Adam(groups))
+    assert rows_of(description, "update")[-1].what == "lr=0.001 and 0.01"
+
+
 def test_settings_of_the_loss_and_of_what_decays():
     def halved(progress):
         return 0.5
