@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from inspect import Parameter, signature
+from numbers import Number
 from statistics import fmean
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ __all__ = ["PPOUpdate", "linear_decay"]
 
 #: A schedule: progress of the training, from 0 to 1, to a factor on the initial value.
 Schedule = Callable[[float], float]
+
+#: No learning rate or entropy coefficient above this is taken for one, nor a schedule that rises above it for values of them.
+_SMALL = 0.05
 
 #: Of which type an argument is, and an example.
 _KINDS = {
@@ -149,6 +153,10 @@ class PPOUpdate:
         # As they were given: schedules and users move them.
         self.given_options = [{**group, "params": None} for group in self.optimizer.param_groups]
         self.given_coefficients = {name: float(b) for name, b in loss.named_buffers(recurse=False) if b.numel() == 1}
+        largest_lr = max(float(given["lr"]) for given in self.given_options)
+        _require_factors("lr_schedule", lr_schedule, "lr", largest_lr)
+        entropy_coeff = self.given_coefficients.get("entropy_coeff", 0.0)
+        _require_factors("entropy_schedule", entropy_schedule, "entropy_coeff", entropy_coeff)
         self._learners = Learners(process_group)
         self._generator = generator = self._learners.begin_alike(loss, generator)
         device = self._parameters[0].device
@@ -430,8 +438,28 @@ def _check_kinds(*arguments: object) -> None:
             raise TypeError(f"{name}={value!r} is no {word}: give {example}, say.")
 
 
+def _require_factors(name: str, schedule: Schedule | None, scheduled: str, initial: float) -> None:
+    """ValueError where ``schedule`` evidently gives the values themselves: all training long it is next to 0, as they are."""
+    if schedule is None:
+        return
+    largest = 0.0
+    for step in range(100):  # one that warms up begins next to 0, too
+        largest = max(largest, _factor(name, schedule, step / 100))
+        if largest > _SMALL or initial > _SMALL:
+            return
+    if largest > 0:
+        raise ValueError(
+            f"{name} is a factor on {scheduled}={initial:.3g} and gives at most {largest:.3g}, so that {scheduled} would never "
+            f"be above {initial * largest:.3g}: give factors, such as linear_decay, or for values {scheduled}=1.0."
+        )
+
+
 def _factor(name: str, schedule: Schedule, progress: float) -> float:
     factor = schedule(progress)
+    if not isinstance(factor, Number | torch.Tensor):
+        raise TypeError(
+            f"{name} gave {factor!r} at progress {progress:.3g}: a factor on the initial value is a number."
+        )
     if not 0 <= factor < math.inf:
         raise ValueError(
             f"{name} gave {factor} at progress {progress:.3g}: a factor on the initial value is a number, at least 0; below that "

@@ -466,9 +466,28 @@ def test_an_advantage_that_returns_nothing_is_named():
 @pytest.mark.parametrize("name", ["lr_schedule", "entropy_schedule"])
 @pytest.mark.parametrize("factor", [-0.5, math.nan, math.inf])
 def test_factors_that_would_climb_the_loss_or_break_it_are_refused(name, factor):
-    update = PPOUpdate(make_loss(entropy_bonus=True), **{name: lambda progress: factor})
+    update = PPOUpdate(make_loss(entropy_bonus=True), **{name: lambda progress: factor if progress else 1.0})
     with pytest.raises(ValueError, match=f"{name} gave {factor} at progress 0.75"):
         update(make_batch(), 0.75)
+    with pytest.raises(ValueError, match=f"{name} gave {factor} at progress 0:"):
+        PPOUpdate(make_loss(entropy_bonus=True), **{name: lambda progress: factor})
+    with pytest.raises(TypeError, match=f"{name} gave None at progress 0: a factor"):
+        PPOUpdate(make_loss(entropy_bonus=True), **{name: lambda progress: None})
+
+
+@pytest.mark.parametrize(("name", "scheduled"), [("lr_schedule", "lr"), ("entropy_schedule", "entropy_coeff")])
+def test_schedules_that_give_the_values_themselves_are_refused(name, scheduled):
+    def update_by(schedule, initial=0.01):
+        lr, entropy_coeff = {"lr": (initial, 0.01), "entropy_coeff": (1e-3, initial)}[scheduled]
+        loss = make_loss(entropy_bonus=True, entropy_coeff=entropy_coeff)
+        return PPOUpdate(loss, lr=lr, **{name: schedule})
+
+    with pytest.raises(ValueError, match=rf"{name} is a factor on {scheduled}=0.01 .* never be above 0.0001.*=1.0\."):
+        update_by(lambda progress: 0.01 * (1 - progress))
+    update_by(lambda progress: 0.01 * (1 - progress), 1.0)
+    # Factors that begin, go on or stay next to 0.
+    for schedule in (lambda p: min(1.0, 30 * p), lambda p: min(50 * p, 0.01 ** (10 * p)), lambda p: 0.0):
+        update_by(schedule)
 
 
 def test_a_schedule_of_several_weights_is_refused():
