@@ -406,6 +406,41 @@ def test_what_is_missing_or_does_not_fit_is_named(kind):
             core(TensorDict({**entries, "hidden": torch.zeros(shape)}, [2]))
 
 
+SLIPS = {
+    "one": (lambda h: h, TypeError, "2 tensors, and gave Tensor"),
+    "a tuple": (lambda h: (h, (h,)), TypeError, "2 tensors, and gave Tensor, tuple"),
+    "a dict": (lambda h: (h, {"h": h}), TypeError, "2 tensors, and gave Tensor, dict"),
+    "nothing": (lambda h: None, TypeError, "2 tensors, and gave NoneType"),
+    "features": (lambda h: (h[:, :5], h), ValueError, r"'features' \(2, 5\), and the core was built.*\(2, 8\)"),
+    "memory": (lambda h: (h, h[:, :4]), ValueError, r"'h' \(2, 4\), and the core was built.*\(2, 8\)"),
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_what_a_step_gives_is_looked_at(name):
+    slip, error, message = SLIPS[name]
+
+    class Slips(RecurrentCore):
+        def __init__(self):
+            super().__init__(8, {"h": (8,)})
+
+        def step(self, x, h):
+            return slip(h + x)
+
+    core, x = Slips(), torch.zeros(2, 3, 8)
+    entries = TensorDict({"trans": x[:, 0], "is_init": torch.ones(2, 1, dtype=torch.bool)}, [2])
+    calls = [lambda: core.step_function()(x[:, 0], None), lambda: core.sequence(x, None, None), lambda: core(entries)]
+    for call in calls:
+        with pytest.raises(error, match=f"Slips.step.*{message}"):
+            call()
+
+
+@pytest.mark.parametrize("memory", [{"h": 8}, [("h", (8,))]])
+def test_memory_is_named_shapes(memory):
+    with pytest.raises(TypeError, match=r"no dict of names and shapes.*\{'hidden': \(64,\)\}"):
+        RecurrentCore(8, memory)
+
+
 def test_one_memory_key_for_both_is_refused():
     actor, critic = GRUCategoricalActor(5, 3, hidden_key="h"), GRUValueHead(5, hidden_key="h")
     with pytest.raises(ValueError, match=r"under \['h'\].*hidden_key="):

@@ -54,6 +54,10 @@ class RecurrentCore(TensorDictModuleBase):
         super().__init__()
         if not memory:
             raise ValueError("a core without memory cannot remember: name a tensor, memory={'hidden': (64,)}.")
+        if not isinstance(memory, Mapping) or not all(isinstance(shape, Sequence) for shape in memory.values()):
+            raise TypeError(
+                f"memory={memory!r} is no dict of names and shapes of one row, such as {{'hidden': (64,)}}."
+            )
         self.features_size, self.input_size = index(features_size), input_size
         self.memory_shapes = {name: tuple(map(index, shape)) for name, shape in memory.items()}
         self.name_entries(**keys)
@@ -88,10 +92,17 @@ class RecurrentCore(TensorDictModuleBase):
         It may keep a copy of the weights, so that it is made anew whenever they have changed.
         """
 
+        is_checked = False
+
         @torch.no_grad()
         def step(x: Tensor, *memory: Tensor | None) -> Tensors:
+            nonlocal is_checked
             x, memory = self._converted(x, memory)
-            return self._checked(self.step(x, *(memory or self.initial_memory(len(x)))))
+            outputs = self.step(x, *(memory or self.initial_memory(len(x))))
+            if not is_checked:
+                self._require_outputs(outputs, len(x))
+                is_checked = True
+            return outputs
 
         return step
 
@@ -112,8 +123,11 @@ class RecurrentCore(TensorDictModuleBase):
         for t in range(x.shape[1]):
             if is_init is not None:
                 state = [where_rows(is_init[:, t], *pair) for pair in zip(first_at(t), state, strict=True)]
-            features, *state = self.step(x[:, t], *state)
-            outputs.append((features, *state))
+            given = self.step(x[:, t], *state)
+            if t == 0:
+                self._require_outputs(given, len(x))
+            _, *state = given
+            outputs.append(given)
         features, *states = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
         return features, *(at_ends(each, is_init) for each in states if with_memory)
 
@@ -140,7 +154,8 @@ class RecurrentCore(TensorDictModuleBase):
         else:
             initial = self.initial_memory(len(x))
             pairs = zip(initial, memory or initial, strict=True)
-            outputs = self._checked(self.step(x, *(where_rows(is_init, *pair) for pair in pairs)))
+            outputs = self.step(x, *(where_rows(is_init, *pair) for pair in pairs))
+            self._require_outputs(outputs, len(x))
         for key, value in zip(self.out_keys, outputs, strict=True):
             tensordict.set(key, value.reshape(*batch, *value.shape[len(lead) :]))
         return tensordict
@@ -150,13 +165,19 @@ class RecurrentCore(TensorDictModuleBase):
         memory = zip(self.in_keys[1:-1], self.initial_memory(1), strict=True)
         return TensorDictPrimer({key: Unbounded(m.shape[1:], dtype=m.dtype) for key, m in memory}, expand_specs=True)
 
-    def _checked(self, outputs: Tensors) -> Tensors:
-        if isinstance(outputs, Tensor) or len(outputs) != len(self.out_keys):
-            raise TypeError(
-                f"{type(self).__name__}.step must return (features, *memory), {len(self.out_keys)} tensors, and gave "
-                f"{type(outputs).__name__ if isinstance(outputs, Tensor) else len(outputs)}."
-            )
-        return outputs
+    def _require_outputs(self, outputs: Tensors, num_rows: int) -> None:
+        """Raises unless ``outputs`` of `step`, for so many rows, are as many tensors, of such shapes, as the core was built for."""
+        is_list, name = isinstance(outputs, tuple | list), f"{type(self).__name__}.step"
+        if not is_list or len(outputs) != len(self.out_keys) or not all(isinstance(out, Tensor) for out in outputs):
+            given = ", ".join(type(out).__name__ for out in outputs) if is_list else type(outputs).__name__
+            raise TypeError(f"{name} must return (features, *memory), {len(self.out_keys)} tensors, and gave {given}.")
+        said = [("features", (self.features_size,)), *self.memory_shapes.items()]
+        for (entry, shape), out in zip(said, outputs, strict=True):
+            if out.shape != (num_rows, *shape):
+                raise ValueError(
+                    f"{name} gave {entry!r} {tuple(out.shape)}, and the core was built, by features_size= and memory=, for "
+                    f"{(num_rows, *shape)}."
+                )
 
     def _like(self, default: Tensor) -> Tensor:
         return next((p for p in self.parameters() if p.is_floating_point()), default)
