@@ -253,7 +253,7 @@ class PPOUpdate:
                 f"the batch lacks {missing}, which the loss reads. Hidden states and 'is_init' come from the collector: "
                 "Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that begin inside a trial "
                 f"start from their hidden state, which PPOUpdate(..., bptt={self.bptt or batch.shape[-1]}).in_keys has, for "
-                "TrialCollector(keep=...): keep it, or collect and update whole trials."
+                "TrialCollector(keep=...): keep it (or all, keep=None), or collect and update whole trials, if all have one length."
             )
         return split_rows(batch.select(*keys), self.bptt)
 
@@ -265,18 +265,21 @@ class PPOUpdate:
     def in_keys(self) -> list[NestedKey]:
         """Entries of a collected batch that an update reads, for ``TrialCollector(keep=...)``: loss, terms and advantage.
 
-        Cores' hidden states are among them only with ``bptt``, and so is what the critic reads beyond a trial that the batch
-        cuts: without, rows are whole trials, which start from what the core begins with and end with the batch.
+        `keys_at_cuts` are among them only with ``bptt``: without, rows are whole trials, which start from what the core begins with
+        and end with the batch. Where trials may differ in length, give ``bptt``, of a whole row if you like.
         """
-        keys, stand_in = self.loss.tensor_keys, self.stand_in
+        keys = self.loss.tensor_keys
         read = [key for key in self._keys_read() if key not in (keys.advantage, keys.value_target)]
         read += getattr(self.advantage, "in_keys", [keys.value])
         read += [("next", key) for key in ("reward", "done", "terminated")]
         read += self._starting_keys()
-        if self.bptt is not None:
-            beyond = [] if stand_in is None else [key for key in stand_in.in_keys if key != "is_init"]
-            read += [*self._memory_keys(), *(unravel_key(("next", key)) for key in beyond)]
-        return list(dict.fromkeys(read))
+        return list(dict.fromkeys(read if self.bptt is None else [*read, *self.keys_at_cuts]))
+
+    @property
+    def keys_at_cuts(self) -> list[NestedKey]:
+        """What an update reads where a batch cuts a trial: hidden states, and what the critic reads beyond the cut."""
+        beyond = [] if self.stand_in is None else [key for key in self.stand_in.in_keys if key != "is_init"]
+        return [*self._memory_keys(), *(unravel_key(("next", key)) for key in beyond)]
 
     def _memory_keys(self) -> list[NestedKey]:
         return list(dict.fromkeys(key for network in self._networks() for key in hidden_keys(network)))

@@ -8,6 +8,8 @@ from gymnasium.vector import AutoresetMode
 from line_envs import lines, theirs, trials
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torchrl.data import Categorical, Unbounded
+from torchrl.envs import Compose, TransformedEnv
 
 from rl2_torchrl import (
     ActorCritic,
@@ -15,10 +17,15 @@ from rl2_torchrl import (
     GRUValueHead,
     MemoryValueHead,
     PPOUpdate,
+    PreviousStep,
     RL2PPOLoss,
+    TaskSampler,
+    Trial,
     TrialAdvantage,
     TrialCollector,
 )
+from rl2_torchrl.checks import TrainingCheckError, check_training
+from rl2_torchrl.envs import TensorEnv
 
 
 def networks(env, wiring="own"):
@@ -152,6 +159,55 @@ def test_what_is_not_kept_is_asked_for_once(critic_is_given):
         epochs(PPOUpdate(loss, advantage, minibatches=1))
     (advised,) = re.findall(r"PPOUpdate\(..., bptt=(\d+)\)", str(error.value))
     assert epochs(PPOUpdate(loss, advantage, minibatches=1, bptt=int(advised))) == [10, 10]
+
+
+class Corridor(TensorEnv):
+    """Left at its end, which is three steps to the right."""
+
+    def __init__(self, **kwargs):
+        specs = {"task_spec": Unbounded(1), "observation_spec": Unbounded(1), "action_spec": Categorical(2)}
+        super().__init__(**specs, max_episode_steps=4, batch_size=(8,), seed=0, **kwargs)
+
+    def begin(self, task, rows):
+        return torch.zeros(8, 1), torch.zeros(8, 1)
+
+    def advance(self, state, action):
+        place = state + action.unsqueeze(-1)
+        return place, place, place, None if self.fixed_length else place >= 3, None
+
+
+def walks(acting, *, bptt=None, keeps_all=False, episodes=2, steps=None, **kwargs):
+    """A collector of trials of at most eight steps, in which the policy acts so, and its update."""
+    torch.manual_seed(0)
+    sampler = TaskSampler(lambda size, generator: torch.rand(*size, 1, generator=generator), seed=0)
+    env = TransformedEnv(Corridor(**kwargs), Compose(Trial(episodes, steps), sampler, PreviousStep()))
+    actor, critic = networks(env)
+    with torch.no_grad():
+        list(actor.parameters())[-1].copy_(torch.tensor([0.0, acting]))
+    update = PPOUpdate(RL2PPOLoss(actor, critic), bptt=bptt)
+    keep = None if keeps_all else update.in_keys
+    return TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=64, total_frames=-1, keep=keep), update
+
+
+def test_that_a_later_batch_may_cut_a_trial_is_told_before_the_first_update(caplog):
+    """Who never walks never leaves early: no trial of the first batch is cut."""
+    (note,) = check_training(*walks(-99.0)).notes[:1]
+    assert re.search(r"may differ in length.*lacks .*'actor_hidden'.*PPOUpdate\(..., bptt=8\).*keep=None", note)
+    assert [record.levelname for record in caplog.records if "may differ in length" in record.message] == ["WARNING"]
+    for sound in ({"bptt": 8}, {"keeps_all": True}, {"fixed_length": True}, {"episodes": None, "steps": 8}):
+        report = check_training(*walks(-99.0, **sound))
+        assert "kept_at_cuts" in report.checked
+        assert not any("length" in note for note in report.notes)
+
+
+def test_a_batch_that_cuts_trials_whose_ends_are_not_kept_is_an_error():
+    with pytest.raises(
+        TrainingCheckError, match=r"'kept_at_cuts'.*trials are cut.*PPOUpdate\(..., bptt=8\) asks for them"
+    ):
+        check_training(*walks(0.0))
+    collector, update = walks(0.0, bptt=8)
+    check_training(collector, update)
+    assert [update(batch.clone())["epochs"] for batch, _ in zip(collector, range(3), strict=False)] == [10] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,11 +1,18 @@
-"""Rules on the rows of a batch: trials in time, whole numbers, no padding."""
+"""Rules on the rows of a batch: trials in time, what their cuts need, whole numbers, no padding."""
 
 from __future__ import annotations
 
-from rl2_torchrl.checks.evidence import Evidence, Rule
+import logging
+
+from torchrl.envs import EnvBase
+
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.transition import is_info
+from rl2_torchrl.trial import Trial, base_of, transforms_of
 
 __all__ = ["RULES"]
+
+log = logging.getLogger(__name__)
 
 
 def no_padding(seen: Evidence) -> str | None:
@@ -27,6 +34,35 @@ def trial_bounds(seen: Evidence) -> str | None:
         row, step = broken.nonzero()[0].tolist()
         begins = "begins" if seen.starts[row, step + 1] else "does not begin"
         return f"a trial {begins} at row {row}, step {step + 1}, where 'done' was {bool(done[row, step])} at the step before"
+
+
+def kept_at_cuts(seen: Evidence) -> str | None:
+    """What an update reads where a batch cuts a trial is kept, if one is cut; that one may be later is told."""
+    needed, steps = getattr(seen.update, "keys_at_cuts", None), seen.batch.shape[1]
+    if needed is None:
+        raise NotChecked("the update does not say what it reads where a trial is cut")
+    if not (missing := [key for key in needed if not seen.has(key)]):
+        return None
+    cut = int((~seen.flag(("next", "done"))[:, -1]).sum())
+    if cut:
+        return f"{cut} trials are cut by the batch's end, and it lacks {missing}: PPOUpdate(..., bptt={steps}) asks for them"
+    if not (is_fixed := seen.ask(_is_of_one_length)):
+        note = (
+            "no trial is cut by this batch's end, but trials may differ in length, and the first that is cut ends the training: "
+            f"the batch lacks {missing}, which PPOUpdate(..., bptt={steps}), of whole rows as without bptt, has among its in_keys. "
+            "Keep those, or all (keep=None), or say that trials have one length: TensorEnv's fixed_length=True, or Trial(steps=)"
+        )
+        seen.report.notes.append(note)
+        if is_fixed is False:  # of others than TensorEnvs nothing is known: a note will do
+            log.warning("%s.", note)
+
+
+def _is_of_one_length(env: EnvBase) -> bool | None:
+    """Whether all trials of ``env`` have one length; None where it does not say."""
+    trial = next((each for each in transforms_of(env) if isinstance(each, Trial)), None)
+    if trial is None:
+        return None
+    return trial.episodes is None or getattr(base_of(env), "fixed_length", None)
 
 
 def finite(seen: Evidence) -> str | None:
@@ -53,5 +89,7 @@ RULES: dict[Rule, str] = {
     no_padding: "Padding would be trained on as steps: leave split_trajs at False, 'is_init' marks trials.",
     trial_bounds: "These rows are no trials in time, so that memory and advantages run from one into another: keep the steps in "
     "order and one env a row (cat_results='stack' for workers), with 'done' as Trial writes it.",
+    kept_at_cuts: "Values and memory go on from them. Keep that update's in_keys (a bptt of whole rows cuts them no further), or "
+    "all, keep=None; where all trials have one length, a frames_per_batch of whole trials cuts none.",
     finite: "One such number spreads over the whole batch: mend the env or the networks.",
 }

@@ -136,15 +136,16 @@ class TrialAdvantage(nn.Module):
         if critic is None:
             raise ValueError(
                 f"{int(rows.sum())} trials are cut by the batch's end (or truncated), and there is no critic to ask for their last "
-                "value. Make frames_per_batch a whole number of trials, or pass TrialAdvantage(critic=<the collector's policy>)."
+                "value. Pass TrialAdvantage(critic=<the collector's policy>), or, where all trials have one length, make "
+                "frames_per_batch a whole number of them."
             )
         successors = tensordict["next"][rows]
         known = ("is_init", *successors.keys(True))
         if missing := [key for key in critic.in_keys if key not in known]:
             raise KeyError(
                 f"{int(rows.sum())} trials are cut by the batch's end (or truncated), but ('next', ...) lacks {missing}, which the "
-                f"critic reads there: keep PPOUpdate(..., bptt={tensordict.shape[-1]}).in_keys, or all (keep=None), or make "
-                "frames_per_batch a whole number of trials."
+                f"critic reads there: keep PPOUpdate(..., bptt={tensordict.shape[-1]}).in_keys (a bptt of whole rows, as without), "
+                "or all (keep=None); where all trials have one length, a frames_per_batch of whole trials cuts none."
             )
         successors["is_init"] = torch.zeros(*successors.batch_size, 1, dtype=torch.bool, device=rows.device)
         with set_recurrent_mode(False):
