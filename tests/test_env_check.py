@@ -13,7 +13,9 @@ from torchrl.envs import Compose, DoubleToFloat, EnvBase, SerialEnv, Transformed
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.env_check import EnvBelow
+from rl2_torchrl.env_check.outcomes import CHANCE, none_by_rule
 from rl2_torchrl.env_check.rows import rows_go_on
+from rl2_torchrl.env_check.steps import action_heard, begins_anew
 from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv, TensorEnv
 from rl2_torchrl.testing import TrialContractError, check_trial_env
 
@@ -374,6 +376,57 @@ def test_a_task_that_random_actions_never_meet_must_be_read_back():
     with pytest.raises(TrialContractError, match="pass task_of=, which reads them back"):
         check_trial_env(trial_env(FarGoal()))
     check_trial_env(trial_env(FarGoal()), task_of=lambda env: env.drift)
+
+
+# ---- Rows that are chosen by what they did are not like all others.
+
+
+class Thermostat(TensorEnv):
+    """Heats or cools by a ``gain``, the task; the larger it is, the sooner an episode ends, seldom at its first step."""
+
+    def __init__(self, rows):
+        specs = {"task_spec": Unbounded(1), "observation_spec": Unbounded(1), "action_spec": Categorical(3)}
+        super().__init__(**specs, max_episode_steps=12, batch_size=(rows,))
+
+    def begin(self, task, rows):
+        heat = torch.randn(*self.batch_size, 1, generator=self.generator)
+        return (heat, task), heat
+
+    def advance(self, state, action):
+        heat, gain = state
+        heat = 0.75 * heat + (action - 1).unsqueeze(-1) * gain
+        return (heat, gain), heat, -heat.abs(), heat.abs() > 5, None
+
+
+class Frail(Thermostat):
+    """Rows of a task below 0 end at once, whatever is done; of others none does, and an action counts."""
+
+    def advance(self, state, action):
+        heat, gain = state
+        heat = torch.where(gain < 0, heat, heat + action.unsqueeze(-1))
+        return (heat, gain), heat, heat, gain < 0, None
+
+
+def gains(generator):
+    return [1.5 * torch.randn(32, 1, generator=generator) for _ in range(8)]
+
+
+@pytest.mark.parametrize(("make", "rule", "times"), [(Thermostat, begins_anew, 30), (Frail, action_heard, 5)])
+def test_rows_that_a_task_ends_early_are_no_sign_of_a_fault(make, rule, times):
+    generator = torch.Generator().manual_seed(0)
+    assert not any(rule(EnvBelow(make(32), gains(generator), "task", None)) for _ in range(times))
+
+
+def test_what_is_none_by_rule_is_chance_in_one_of_400_cases_at_most():
+    """Rows of three kinds, each seen in two forms that are alike."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (3, 10, 30, 100):
+        share = torch.tensor([0.0, 0.3, 0.7]).repeat_interleave(size) * min(1, 3 / size)
+        one, other = (torch.rand(20_000, 3 * size, generator=generator) < share for _ in range(2))
+        counts = [[(each, 3 * size) for each in form.sum(1).tolist()] for form in (one, other)]
+        assert sum(none_by_rule(*pair) for pair in zip(*counts, strict=True)) <= 20_000 * CHANCE
+    assert none_by_rule((9, 24), (0, 24))
+    assert not none_by_rule((9, 24), (1, 24))
 
 
 # ---- Envs of this package.

@@ -12,8 +12,6 @@ __all__ = ["CHANCE", "Outcome", "chance_of_none", "counted", "differ", "none_by_
 
 #: How likely what a rule tells may be chance at most.
 CHANCE = 1 / 400
-#: Differences that must have been seen, had there been as many as in first episodes: none is then chance in 1 case of 400.
-_EXPECTED = 6
 
 Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; whether an episode ended comes first.
 
@@ -41,10 +39,13 @@ def counted(count: Sequence[int], runs: Sequence[Sequence[Outcome]], rows: Tenso
     return [count[0] + int((differ(*runs) & rows).sum()), count[1] + int(rows.sum())]
 
 
-def none_by_rule(expected: Sequence[int], seen: Sequence[int]) -> bool:
-    """Whether nothing was ``seen`` where so much was to be ``expected`` that it is no chance."""
-    share = expected[0] / max(1, expected[1])
-    return seen[0] == 0 and share * seen[1] >= _EXPECTED
+def none_by_rule(some: Sequence[int], none: Sequence[int]) -> bool:
+    """Whether ``none`` were by chance in less than `CHANCE`, beside ``some``: how many, and of how many that are alike.
+
+    All that were seen are then as likely to be any of both (Fisher 1922): rows must not have been chosen by what is counted.
+    """
+    hits, rows = some
+    return none[0] == 0 and _log_choices(rows, hits) - _log_choices(rows + none[1], hits) < math.log(CHANCE)
 
 
 def chance_of_none(heard: Tensor, asked: Tensor, deaf: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -18,6 +18,8 @@ __all__ = ["RULES"]
 #: Steps whose shapes are looked at, those whose tensors are held, pairs of actions compared until one makes a difference, and
 #: episodes that begin.
 _LOOKED_AT, _HELD, _PAIRS, _EPISODES = 16, 4, 40, 24
+#: Added to a seed where rows chosen by what a run has led to must begin by numbers that the run has not drawn.
+_OTHER_NUMBERS = 1000
 
 
 def step_specs(below: EnvBelow) -> str | None:
@@ -71,25 +73,24 @@ def action_heard(below: EnvBelow) -> str | None:
     pairs = zip(below.actions[:_PAIRS], below.actions[_PAIRS : 2 * _PAIRS], strict=True)
     for seed, (one, other) in enumerate(pairs):
         unlike = (one != other).reshape(below.num_rows, -1).any(1).cpu()
-        firsts = [_first_step(below, seed, action, 0) for action in (one, other)]
-        at_start = counted(at_start, [[outcome] for outcome, _ in firsts], unlike)
         firsts = [_first_step(below, seed, action, STEPS_TO_AN_END) for action in (one, other)]
         ended = firsts[0][1]
         later = counted(later, [[outcome] for outcome, _ in firsts], unlike & ended)
         if later[0] or not ended.any():
             return None
+        # In rows whose task ends episodes early an action may count for more, or less, than in others.
+        firsts = [_first_step(below, seed, action, 0) for action in (one, other)]
+        at_start = counted(at_start, [[outcome] for outcome, _ in firsts], unlike & ended)
     if none_by_rule(at_start, later):
         return "the first step of an episode that began within a trial was the same whatever the action"
 
 
 def begins_anew(below: EnvBelow) -> str | None:
-    """A row that begins anew just before its episode would have ended does not end at once, where none does at its first step."""
+    """A row that begins anew just before its episode would have ended does not end at once, if none does that begins with all."""
     at_start, later, half = [0, 0], [0, 0], below.half()
-    for seed, action in enumerate(below.actions[:_EPISODES]):
-        outcome, _ = _first_step(below, seed, action, 0)
-        at_start = [at_start[0] + int(outcome[:, 0].sum()), at_start[1] + below.num_rows]
+    for seed in range(_EPISODES):
         steps, ended = _first_end(below, seed)
-        if at_start[0] or not ended.any() or below.num_rows < 2:  # of one row all begin
+        if not ended.any() or below.num_rows < 2:  # of one row all begin
             return None
         rows = ended & (half if seed % 2 else ~half)  # never all
         if not rows.any():
@@ -98,15 +99,24 @@ def begins_anew(below: EnvBelow) -> str | None:
         for _, after, _ in below.run(tensordict, task, below.actions[:steps]):
             tensordict = after
         outcome, _ = below.step(below.begin(tensordict, rows, task), below.actions[steps])
-        later = [later[0] + int((outcome[:, 0] * rows.reshape(-1).cpu()).sum()), later[1] + int(rows.sum())]
-        if later[1] >= _EPISODES and not later[0]:
+        later = _ends(later, outcome, rows)
+        # The same rows, tasks and action: where an episode has ended early, the next may end at once by the same task.
+        outcome, _ = below.step(_begun(below, seed, _OTHER_NUMBERS)[0], below.actions[steps])
+        at_start = _ends(at_start, outcome, rows)
+        if at_start[0] or (later[1] >= _EPISODES and not later[0]):
             return None
     if none_by_rule(later, at_start):
         return f"{later[0]} of {later[1]} episodes that began in some rows ended at their first step, of others none"
 
 
-def _begun(below: EnvBelow, seed: int) -> tuple[TensorDictBase, Task]:
-    below.seed(seed)
+def _ends(count: Sequence[int], outcome: Outcome, rows: Tensor) -> list[int]:
+    """``count``, of episodes that ended and of all, with those of a step in ``rows``."""
+    return [count[0] + int((outcome[:, 0] * rows.reshape(-1).cpu()).sum()), count[1] + int(rows.sum())]
+
+
+def _begun(below: EnvBelow, seed: int, numbers: int = 0) -> tuple[TensorDictBase, Task]:
+    """All rows at their beginning with the task of ``seed``, by its random numbers or, by ``numbers``, others."""
+    below.seed(seed + numbers)
     task = below.tasks[seed % len(below.tasks)]
     return below.start(task), task
 
@@ -119,7 +129,7 @@ def _first_end(below: EnvBelow, seed: int) -> tuple[int, Tensor]:
 
 def _first_step(below: EnvBelow, seed: int, action: Tensor, steps: int) -> tuple[Outcome, Tensor]:
     """What ``action`` leads to once an episode has ended, after ``steps`` steps at the latest, and in which rows one has."""
-    tensordict, task = _begun(below, seed)
+    tensordict, task = _begun(below, seed, 0 if steps else _OTHER_NUMBERS)
     ended = torch.zeros_like(tensordict["done"])
     for _, after, ends in below.run(tensordict, task, below.actions[:steps]):
         tensordict, ended = after, ends
