@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 from math import prod
+from traceback import walk_tb
 from unittest.mock import patch
 
 import torch
@@ -74,8 +75,8 @@ _NUM_DRAWS = 16  # resets whose tasks are compared: two rows with two possible t
 class TrialContractError(AssertionError):
     """A rule of the trial contract is broken; ``rule`` is its short name."""
 
-    def __init__(self, rule: str, seen: str):
-        super().__init__(f"rule {rule!r} is broken: {seen.removesuffix('.')}. {_RULES[rule]}")
+    def __init__(self, rule: str, seen: str, advice: str | None = None):
+        super().__init__(f"rule {rule!r} is broken: {seen.rstrip().removesuffix('.')}. {advice or _RULES[rule]}")
         self.rule = rule
 
 
@@ -129,7 +130,7 @@ def check_trial_env(
             places = seen.flatten(2).any(-1).nonzero().tolist()
             seen = "at row {}, step {} of the trials played".format(*places[0]) if places else None
         if seen is not None:
-            raise TrialContractError(rule, seen) from played.raised
+            raise TrialContractError(rule, seen, played.advice(rule)) from played.raised
     if played.below is not None:
         played.below.leave()
 
@@ -167,6 +168,18 @@ class _Played:
     def _told(self, error: Exception) -> str:
         self.raised = error
         return f"{type(error).__name__}: {error}"
+
+    def advice(self, rule: str) -> str | None:
+        """What to do where the env has raised; None where the rule says it: elsewhere, and of what TorchRL says of the specs."""
+        if self.raised is None:
+            return None
+        *_, (frame, _) = walk_tb(self.raised.__traceback__)
+        of_torchrl = frame.f_globals.get("__name__", "").partition(".")[0] in ("torchrl", "tensordict")
+        return (
+            None
+            if rule == "specs" and of_torchrl
+            else "The env raised this when it was played; the traceback above shows where."
+        )
 
     @cached_property
     def below(self) -> EnvBelow | None:

@@ -319,11 +319,25 @@ class MisspeltLater(Misspelt):
 
 @pytest.mark.parametrize(("make", "rule"), [(Misspelt, "specs"), (MisspeltLater, "kept_tensors")])
 def test_what_the_env_raises_is_the_cause_with_its_line(make, rule):
-    with pytest.raises(TrialContractError, match=r"ValueError: a line of the env's own\. \w") as raised:
+    with pytest.raises(
+        TrialContractError, match=r"ValueError: a line of the env's own\. The env raised this .*where\.$"
+    ) as raised:
         check_trial_env(trial_env(make()))
     assert raised.value.rule == rule
     assert raised.value.__cause__.__traceback__ is not None
     assert isinstance(raised.value.__cause__, ValueError)
+
+
+class ShowsMore(Sound):
+    def shown(self, **flags):
+        return super().shown(**flags).set("unsaid", self.place.clone())
+
+
+def test_what_torchrl_says_of_the_specs_is_followed_by_what_to_do():
+    with pytest.raises(
+        TrialContractError, match=r"(?s)'specs' is broken: AssertionError: .*unsaid.*memory by the specs: mend"
+    ):
+        check_trial_env(trial_env(ShowsMore()))
 
 
 class PaysNothing(Sound):
