@@ -174,12 +174,9 @@ class _Played:
         if self.raised is None:
             return None
         *_, (frame, _) = walk_tb(self.raised.__traceback__)
-        of_torchrl = frame.f_globals.get("__name__", "").partition(".")[0] in ("torchrl", "tensordict")
-        return (
-            None
-            if rule == "specs" and of_torchrl
-            else "The env raised this when it was played; the traceback above shows where."
-        )
+        if rule == "specs" and frame.f_globals.get("__name__", "").partition(".")[0] in ("torchrl", "tensordict"):
+            return None
+        return "The env raised this when it was played; the traceback above shows where."
 
     @cached_property
     def below(self) -> EnvBelow | None:

@@ -52,6 +52,55 @@ def test_networks_of_torchrls_parts_are_right():
     assert set(check_training(collector, update, first_batch(collector)).unchecked) == {"tasks_held_out"}
 
 
+class Sees(nn.Module):
+    """An encoder that drops all but some ``columns``."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.layer = columns, nn.Linear(len(columns), 8)
+
+    def forward(self, trans):
+        return self.layer(trans[..., self.columns])
+
+
+TOLD = STATES + ACTIONS  # and then reward and done
+
+
+@pytest.mark.parametrize(
+    ("columns", "dropped"),
+    [
+        (range(TOLD), "the reward and done in 'trans'"),
+        (range(STATES), "the action and reward and done in 'trans'"),
+        ([*range(TOLD), TOLD + 1], "the reward in 'trans'"),
+    ],
+)
+def test_an_encoder_that_drops_what_was_earned(columns, dropped):
+    env = mdp_env()
+    actor = GRUCategoricalActor.from_env(env, encoder=Sees(list(columns)), hidden_size=8)
+    collector, update = pipeline(env, actor, networks(env)[1])
+    with pytest.raises(TrainingCheckError, match=f"transition_read.*does not depend on {dropped}.*cannot adapt"):
+        check_training(collector, update, first_batch(collector))
+
+
+def test_an_encoder_that_drops_the_ends_of_episodes_is_noted():
+    env = mdp_env()
+    actor = GRUCategoricalActor.from_env(env, encoder=Sees(list(range(TOLD + 1))), hidden_size=8)
+    collector, update = pipeline(env, actor, networks(env)[1])
+    report = check_training(collector, update, first_batch(collector))
+    assert "transition_read" in report.checked
+    assert report.notes == ["what the actor writes does not depend on the done in 'trans'"]
+
+
+def test_an_actor_that_never_reads_the_transition_input():
+    env = mdp_env()
+    gru = gru_module(in_key="one_hot")
+    gru.gru = nn.GRU(STATES, 8, batch_first=True)
+    states = TensorDictModule(lambda state: nn.functional.one_hot(state, STATES).float(), ["observation"], ["one_hot"])
+    collector, update = pipeline(env, *own_policy(gru, before=[states]))
+    with pytest.raises(TrainingCheckError, match=r"transition_read.*does not read 'trans', but \['observation'\]"):
+        check_training(collector, update, first_batch(collector))
+
+
 class ForgetsEpisodes(GRUModule):
     """Starts anew with every episode."""
 

@@ -17,10 +17,8 @@ def transition_input(seen: Evidence) -> str | None:
     previous = seen.transform(PreviousStep)
     if previous is None:
         return _reward_column(seen)
-    key, later = previous.out_key, seen.transforms[seen.transforms.index(previous) + 1 :]
-    changing = [type(t).__name__ for t in later if key in (*(t.in_keys or ()), *(t.out_keys or ()))]
-    if changing:
-        raise NotChecked(f"{changing} changes {key!r} after PreviousStep")
+    _require_unchanged(seen, previous)
+    key = previous.out_key
     trans, size = seen.need(key), previous.layout().action.size
     for name, (told, happened) in _told(seen, previous, trans).items():
         broken = (told != happened).any(-1) & seen.inner
@@ -32,6 +30,13 @@ def transition_input(seen: Evidence) -> str | None:
     if (first[..., :-1] != 0).any() or (first[..., -1] != previous.done_at_start).any():
         return f"at a trial's first step {key!r} tells of the trial before: action and reward must be 0 there"
     return _number_of_ends(seen, trans[..., -1] != 0)
+
+
+def _require_unchanged(seen: Evidence, previous: PreviousStep) -> None:
+    key, later = previous.out_key, seen.transforms[seen.transforms.index(previous) + 1 :]
+    changing = [type(t).__name__ for t in later if key in (*(t.in_keys or ()), *(t.out_keys or ()))]
+    if changing:
+        raise NotChecked(f"{changing} changes {key!r} after PreviousStep")
 
 
 def _told(seen: Evidence, previous: PreviousStep, trans: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -75,6 +80,24 @@ def _reward_column(seen: Evidence) -> str | None:
     raise NotChecked("the env shows no PreviousStep, and no input is the reward as it is")
 
 
+def transition_read(seen: Evidence) -> str | None:
+    """What the actor writes depends on the last reward; that it does not on the last action or done is told."""
+    previous = [each for each in seen.transforms if isinstance(each, PreviousStep)]
+    if not previous:
+        raise NotChecked("the env shows no PreviousStep")
+    for each in previous:
+        _require_unchanged(seen, each)
+    read = next((each for each in previous if each.out_key in seen.probe.observed), None)
+    if read is None:
+        return f"the actor does not read {previous[0].out_key!r}, but {seen.probe.observed}"
+    windows, size = seen.windows(seen.inner), read.layout().action.size
+    columns = {"action": slice(-2 - size, -2), "reward": slice(-2, -1), "done": slice(-1, None)}
+    unread = [name for name, part in columns.items() if not seen.probe.heeds(windows, read.out_key, part)]
+    if "reward" in unread:
+        return f"what the actor writes does not depend on the {' and '.join(unread)} in {read.out_key!r}"
+    seen.report.notes += [f"what the actor writes does not depend on the {name} in {read.out_key!r}" for name in unread]
+
+
 def one_scale(seen: Evidence) -> str | None:
     """What is normalised is normalised by statistics of all rows."""
     rows = seen.batch.shape[:-1].numel()
@@ -86,6 +109,8 @@ def one_scale(seen: Evidence) -> str | None:
 RULES: dict[Rule, str] = {
     transition_input: "An agent that does not see what it did and earned, an episode's last reward included, cannot adapt: let "
     "PreviousStep write its input, behind all transforms that change the reward.",
+    transition_read: "An agent that does not see what it earned cannot adapt: let the actor read all that PreviousStep writes "
+    "(in_key='trans', its encoder too), or leave PreviousStep out where reward is not to be seen on purpose.",
     one_scale: "The same number then looks another in each row, by what tasks that row has had, and an evaluation in other rows "
     "has no such statistics: VecNormV2(..., reduce_batch_dims=True), or networks with normalize=True.",
 }

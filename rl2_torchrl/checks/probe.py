@@ -96,6 +96,18 @@ class NetworkProbe:
         differs = {key: before[key][:, 1] != after[key][:, 1] for key in self._in_time(before)}
         return {key: entry.reshape(len(windows), -1).any(1) for key, entry in differs.items()}
 
+    @torch.no_grad()
+    def heeds(self, windows: TensorDictBase, key: NestedKey, columns: slice) -> bool:
+        """Whether other numbers in ``columns`` of the input ``key`` change anything that the actor writes."""
+        entry, generator = windows.get(key).clone(), torch.Generator().manual_seed(0)
+        part = entry[..., columns]
+        # Of the part's own size, or a network that normalises could round it off.
+        noise = (1 + part.abs().max().item()) * torch.randn(part.shape, generator=generator)
+        entry[..., columns] = part + noise.to(part)
+        before, after = self.run(windows), self.run(windows.copy().set(key, entry))
+        written = [k for k in self._in_time(before) if k in (LOG_PROB, *self.actor.out_keys)]
+        return any((before[k] != after[k]).any() for k in written)
+
     def reaches_back(self, windows: TensorDictBase) -> bool:
         """Whether what the actor writes at the second step has a gradient by its inputs at the first."""
         data = windows.copy()
