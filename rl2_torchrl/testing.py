@@ -16,6 +16,7 @@ from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 from rl2_torchrl.arguments import whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
+from rl2_torchrl.env_check.shown import BITS, shown
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
@@ -329,13 +330,17 @@ class _Played:
                 return "one seed gave other tasks when used again, or another seed the same"
 
     def task_hidden(self):
-        task, size = self._task(self.steps), self._task(self.steps).shape[-1]
-        if self.in_key is None or (task == task[:1, :1]).all():  # a single task stands anywhere by chance
+        task = self._task(self.steps)
+        differs = (task != task[:1, :1]).flatten(0, 1).any(0)  # a single task stands anywhere by chance
+        if self.in_key is None or not differs.any():
             return None
-        trans = self.steps[self.in_key]
-        for first in range(trans.shape[-1] - size + 1):
-            if torch.equal(trans[..., first : first + size].float(), task.float()):
-                return f"the task stands in {self.in_key!r} from entry {first} on"
+        found = shown(self.steps[self.in_key], task, self.starts.squeeze(-1))
+        told = {
+            one.number: f"number {one.number} is {self.in_key!r}{one}"
+            for one in found
+            if one.as_it_is or one.bits >= BITS
+        }
+        return f"all of the task is seen: {', '.join(told.values())}" if len(told) == differs.sum() else None
 
     def trans_previous_step(self):
         trans, after = self.steps["next", self.in_key], self.steps["next"]

@@ -27,6 +27,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, inputs
 from rl2_torchrl.checks.evidence import Evidence
+from rl2_torchrl.env_check.shown import shown
 from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, uniform_means
 from rl2_torchrl.seeding import derived_seed
 
@@ -228,26 +229,26 @@ def test_held_out_tasks_of_the_same_seed():
 
 
 class Hint(Transform):
-    """Tells the first numbers of the task."""
+    """Tells the first numbers of the task, or what is ``made`` of them."""
 
-    def __init__(self, size):
+    def __init__(self, size, made=torch.clone):
         super().__init__()
-        self.size = size
+        self.size, self.made = size, made
 
     def _step(self, tensordict, next_tensordict):
-        return next_tensordict.set("hint", next_tensordict["task"][..., : self.size].clone())
+        return next_tensordict.set("hint", self.made(next_tensordict["task"][..., : self.size]))
 
     def _reset(self, tensordict, tensordict_reset):
-        return tensordict_reset.set("hint", tensordict_reset["task"][..., : self.size].clone())
+        return tensordict_reset.set("hint", self.made(tensordict_reset["task"][..., : self.size]))
 
     def transform_observation_spec(self, observation_spec):
         observation_spec["hint"] = Unbounded((ROWS, self.size))
         return observation_spec
 
 
-def hinted_env(size):
+def hinted_env(size, **made):
     transforms = Compose(
-        Trial(episodes=5), TaskSampler(uniform_means(ARMS), seed=1), Hint(size), PreviousStep(["hint"])
+        Trial(episodes=5), TaskSampler(uniform_means(ARMS), seed=1), Hint(size, **made), PreviousStep(["hint"])
     )
     return TransformedEnv(BernoulliBandit(ARMS, batch_size=(ROWS,), seed=0), transforms)
 
@@ -258,6 +259,30 @@ def test_task_in_the_observation():
         check_training(collector, update, first_batch(collector))
     collector, update = pipeline(hinted_env(1), steps=10)
     assert check_training(collector, update, first_batch(collector)).notes == ["number 0 of the task is 'trans'[0]"]
+
+
+@pytest.mark.parametrize("made", [lambda task: task / 5 + 0.5, lambda task: (1 - 3 * task).half().float()])
+def test_task_in_the_observation_at_another_scale(made):
+    collector, update = pipeline(hinted_env(ARMS, made=made), steps=10)
+    with pytest.raises(
+        TrainingCheckError, match=r"all of the task: number 0 of the task is 'trans'\[0\], at another scale,"
+    ):
+        check_training(collector, update, first_batch(collector))
+
+
+@pytest.mark.parametrize("made", [lambda task: task + 0.1 * torch.rand_like(task), torch.zeros_like, torch.round])
+def test_what_is_no_task_at_another_scale(made):
+    collector, update = pipeline(hinted_env(ARMS, made=made), steps=10)
+    report = check_training(collector, update, first_batch(collector))
+    assert "task_hidden" in report.checked
+    assert report.notes == []
+
+
+def test_two_tasks_are_at_any_scale_by_chance():
+    entry, task = torch.tensor([[[0.5], [0.5]], [[0.75], [0.75]]]), torch.tensor([[[0.1], [0.1]], [[0.2], [0.2]]])
+    firsts = torch.tensor([[True, False]] * 2)
+    assert [one.bits for one in shown(entry, task, firsts)] == [0.0]
+    assert [one.bits for one in shown(task, task, firsts)] == [20.0]
 
 
 def test_task_that_the_actor_is_given():

@@ -237,6 +237,21 @@ class ShowsTask(Sound):
         return super().shown(**flags).set("hint", self.drift.clone())
 
 
+class ShowsTaskScaled(Sound):
+    """As an env that scales what it observes, in half precision."""
+
+    def shown(self, **flags):
+        shown = super().shown(**flags)
+        return shown.set("place", (1 - 0.3 * self.drift).half().float())
+
+
+class ShowsTaskOnce(ShowsTask):
+    """A hint at an episode's first step alone, which the memory has to keep."""
+
+    def shown(self, **flags):
+        return super().shown(**flags).set("hint", self.drift * (self.steps == 0))
+
+
 class Choices(Sound):
     """Counts its steps from 1, where its spec counts from 0."""
 
@@ -290,7 +305,8 @@ BROKEN = [
     (NoNumbers, "observations_finite", "at row 2, step 2 of the trials played"),
     (FlatNoNumbers, "observations_finite", "at row 1, step 3 of the trials played"),
     (Unseeded, "seed_repeats", "two runs of one seed, task and sequence of actions differ after 0 steps"),
-    (ShowsTask, "task_hidden", "the task stands in 'trans' from entry . on"),
+    (ShowsTask, "task_hidden", r"all of the task is seen: number 0 is 'trans'\[.\]\. An agent"),
+    (ShowsTaskScaled, "task_hidden", r"number 0 is 'trans'\[.\], at another scale"),
     (Choices, "step_specs", "the 'steps' that step 3 returned is outside its spec"),
 ]
 
@@ -354,6 +370,7 @@ def test_an_env_that_pays_no_reward_is_told():
 def test_the_env_that_the_broken_ones_are_made_of_is_sound():
     check_trial_env(trial_env(Sound()))
     check_trial_env(trial_env(Sound(1)))
+    check_trial_env(trial_env(ShowsTaskOnce()))
     check_trial_env(
         TransformedEnv(Flat(), Compose(Trial(episodes=3), TaskSampler(drifts, seed=0), PreviousStep(["place"])))
     )

@@ -10,14 +10,13 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, copied, flat
+from rl2_torchrl.env_check.shown import BITS, shown
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.trial import transforms_of
 
 __all__ = ["RULES"]
 
 _DRAWS = 32  # tasks in a draw: two possible ones fall the same way all through once in 2^31
-_BITS = 14.0  # evidence, in coin tosses, from which on equal tasks are no coincidence
-_BITS_OF_A_NUMBER = 20.0  # evidence in a task's number that is not round: it was hardly drawn from a few
 
 
 def task_given(seen: Evidence) -> str | None:
@@ -70,7 +69,7 @@ def tasks_differ(seen: Evidence) -> str | None:
         if (blocks == blocks[:1]).all():
             alike = True
             kinds = max(2, len(blocks[0].unique(dim=0)))
-            if (number - 1) * blocks.shape[1] * math.log2(kinds) >= _BITS:
+            if (number - 1) * blocks.shape[1] * math.log2(kinds) >= BITS:
                 return f"all {number} {what}"
     if alike or rows == 1:
         raise NotChecked(f"{rows} rows are too few to tell equal tasks from chance")
@@ -91,28 +90,20 @@ def tasks_held_out(seen: Evidence) -> str | None:
 
 
 def task_hidden(seen: Evidence) -> str | None:
-    """The task does not stand in what the actor reads."""
+    """The task does not stand in what the actor reads, at whatever scale."""
     if seen.task_key in seen.probe.actor.in_keys:
         return f"the actor reads {seen.task_key!r}"
     task = seen.task[:64]
-    differs = (task[:, 0] != task[:1, 0]).any(0)
+    differs, firsts = (task[:, 0] != task[:1, 0]).any(0), torch.zeros(task.shape[:2], dtype=torch.bool)
+    firsts[:, 0] = True
     told: dict[int, str] = {}
     for key in seen.probe.observed:
-        entry = flat(seen.need(key)[:64], 2)
-        # What equals a number of the task at every row's first step, then at all steps.
-        alike = (entry[:, 0, :, None] == task[:, 0, None, :]).all(0) & differs
-        for column, number in alike.nonzero().tolist():
-            if _bits(task[:, 0, number]) >= _BITS and torch.equal(entry[..., column], task[..., number]):
-                told[number] = f"number {number} of the task is {key!r}[{column}]"
+        for one in shown(flat(seen.need(key)[:64], 2), task, firsts):
+            if one.bits >= BITS:
+                told[one.number] = f"number {one.number} of the task is {key!r}{one}"
     if len(told) == differs.sum() > 0:
         return f"the actor reads all of the task: {', '.join(told.values())}"
     seen.report.notes += told.values()
-
-
-def _bits(values: torch.Tensor) -> float:
-    """How much it says, in coin tosses, that something equals ``values`` ``[R]`` of as many rows."""
-    round_numbers = bool((8 * values == (8 * values).round()).all())
-    return (len(values) - 1) * (math.log2(len(values.unique())) if round_numbers else _BITS_OF_A_NUMBER)
 
 
 def _hands_out_a_list(env: EnvBase) -> bool:

@@ -216,7 +216,7 @@ Further ones, by their rule:
 ``rows_draw_apart``    rows that are seeded alike, such as a ``SerialEnv`` of ``OldBoat`` without its ``set_seed``
 ``seed_repeats``       ``np.random`` or ``torch.rand`` in place of ``self.np_random`` or ``self.generator``
 ``round_trip``         a `TensorEnv` that keeps what changes on itself, in place of the state (`check_tensor_env`)
-``task_hidden``        the whole task in what the agent sees, where there is nothing left to find out
+``task_hidden``        the whole task in what the agent sees, at whatever scale: nothing is left to find out
 =====================  =============================================================================================================
 
 A `GymVectorEnv` refuses what Gymnasium has by default, a vector env that resets at the next step, and says which ``autoreset_mode``
