@@ -17,11 +17,13 @@ from rl2_torchrl import (
     GRUValueHead,
     PPOUpdate,
     PreviousStep,
+    RegretAdvantage,
     RL2PPOLoss,
     TaskSampler,
     Trial,
     TrialAdvantage,
     TrialCollector,
+    bandit_values,
     orthogonal_init_,
     train,
 )
@@ -154,6 +156,85 @@ class OneLongTrial(TrialAdvantage):
 def test_advantages_that_run_into_the_next_task(options):
     collector, update = pipeline(mdp_env(), advantage=OneLongTrial(**options))
     assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
+
+
+class RewardSoFar(TrialAdvantage):
+    """Sums from the front, in each trial."""
+
+    def forward(self, tensordict):
+        tensordict, total = super().forward(tensordict), 0.0
+        for step in tensordict.unbind(1):
+            total = total + step["next", "reward"]
+            step["advantage"].copy_(total)
+            total = torch.where(step["next", "done"], 0.0, total)
+        return tensordict
+
+
+class OfCosts(TrialAdvantage):
+    def forward(self, tensordict):
+        tensordict = super().forward(tensordict)
+        return tensordict.set("advantage", -tensordict["advantage"])
+
+
+class OneStepEarly(TrialAdvantage):
+    def forward(self, tensordict):
+        tensordict = super().forward(tensordict)
+        own = tensordict["advantage"]
+        return tensordict.set("advantage", torch.where(tensordict["next", "done"], own, own.roll(-1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen"),
+    [
+        (RewardSoFar, "moves the advantages of later steps, and none of steps before it"),
+        (OfCosts, "lowers the advantage of its step"),
+        (OneStepEarly, "does not move the advantage of its step"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"normalize": False, "gamma": 1.0}, {"lmbda": 0.9}])
+def test_advantages_that_run_the_wrong_way(kind, seen, options):
+    collector, update = pipeline(mdp_env(), advantage=kind(**options))
+    with pytest.raises(TrainingCheckError, match=f"advantages_in_time.*{seen}"):
+        check_training(collector, update, first_batch(collector))
+
+
+class WholeTrial(TrialAdvantage):
+    """The return of all the trial at each of its steps, as of REINFORCE; ``alone``: of mean 0 and deviation 1 in each trial."""
+
+    def __init__(self, alone):
+        super().__init__(normalize=False)
+        self.alone = alone
+
+    def forward(self, tensordict):
+        tensordict = super().forward(tensordict)
+        trials = tensordict["advantage"].reshape(-1, TRIAL)
+        trials = (
+            (trials - trials.mean(1, True)) / trials.std(1, keepdim=True)
+            if self.alone
+            else trials[:, :1].expand_as(trials)
+        )
+        return tensordict.set("advantage", trials.reshape(*tensordict.shape, 1).clone())
+
+
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        WholeTrial(alone=False),
+        WholeTrial(alone=True),
+        TrialAdvantage(lmbda=0.0),
+        TrialAdvantage(gamma=0.0, scale_rewards=True),
+        TrialAdvantage(gamma=1.0, lmbda=1.0, value_target="gae"),
+    ],
+)
+def test_advantages_of_other_kinds_run_the_right_way(advantage):
+    collector, update = pipeline(mdp_env(), advantage=advantage)
+    assert "advantages_in_time" in check_training(collector, update, first_batch(collector)).checked
+
+
+def test_an_advantage_that_knows_better_than_rewards_is_not_checked():
+    collector, update = pipeline(bandit_env(), steps=10, advantage=RegretAdvantage(bandit_values))
+    unchecked = check_training(collector, update, first_batch(collector)).unchecked
+    assert "does not depend on the reward" in unchecked["advantages_in_time"]
 
 
 @pytest.mark.parametrize("cls", [Collector, TrialCollector])

@@ -15,13 +15,9 @@ __all__ = ["RULES"]
 
 def advantages_apart(seen: Evidence) -> str | None:
     """Other rewards and values in one trial leave advantages and returns of all others as they are."""
-    rows, keys = seen.sample, seen.probe.loss.tensor_keys
-    mine = _one_trial(*(rows[key].reshape(rows.shape) for key in ("is_init", ("next", "done"))))
-    if mine.all():
-        raise NotChecked("the batch is a single trial")
+    rows, keys, mine = seen.sample, seen.probe.loss.tensor_keys, _one_trial(seen)
     changed, generator = rows.clone(), torch.Generator().manual_seed(0)
-    entries = [key for key in (("next", "reward"), keys.value) if seen.has(key)]
-    scale = sum(rows.get(key).std().item() for key in entries) or 1.0
+    entries, scale = [key for key in (("next", "reward"), keys.value) if seen.has(key)], _scale(seen)
     for key in entries:
         entry = rows.get(key)
         noise = scale * torch.randn(entry.shape, generator=generator).to(entry)
@@ -33,14 +29,56 @@ def advantages_apart(seen: Evidence) -> str | None:
             return f"{key!r} changes where only rewards and values of another trial were changed"
 
 
-def _one_trial(starts: torch.Tensor, done: torch.Tensor) -> torch.Tensor:
-    """The steps of one trial, bool like ``starts`` and ``done`` ``[R, T]``: if possible one that begins within a row."""
+def advantages_in_time(seen: Evidence) -> str | None:
+    """A reward that is raised raises the advantage of its step, and of none behind it unless of those before it, too."""
+    rows, key, mine = seen.sample, seen.probe.loss.tensor_keys.advantage, _one_trial(seen)
+    row, steps = mine.any(1).nonzero().item(), mine.any(0).nonzero().flatten()
+    if len(steps) < 3:
+        raise NotChecked("a trial of the batch has less than three steps")
+    at, scale, generator = len(steps) // 2, _scale(seen), torch.Generator().manual_seed(0)
+    # Made to differ: of others that are all alike nothing could tell how all are normalised.
+    reward = rows["next", "reward"]
+    reward = reward + scale * torch.randn(reward.shape, generator=generator).to(reward)
+    raised = reward.clone()
+    raised[row, steps[at]] += 10 * scale
+    one, other = (seen.advantage(rows.clone().set(("next", "reward"), each))[key] for each in (reward, raised))
+    moved = _beyond_affine(one, other, mine)
+    before, own, after = moved[:at], moved[at], moved[at + 1 :]
+    if not moved.any():
+        raise NotChecked("the advantage does not depend on the reward of a step in the middle of a trial")
+    if after.any() and not before.any():
+        return "a reward that is raised moves the advantages of later steps, and none of steps before it"
+    if own <= 0 and not after.any():  # where trials are normalised one by one, all move
+        return f"a reward that is raised {'lowers' if own < 0 else 'does not move'} the advantage of its step"
+
+
+def _beyond_affine(before: torch.Tensor, after: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
+    """By how much ``after`` is more than ``a * before + b``, as it is outside ``mine``; of the steps of ``mine``, 0 to rounding."""
+    precision = torch.finfo(after.dtype).eps
+    before, after = (entry.reshape(mine.shape).double() for entry in (before, after))
+    (x, mean_x), (y, mean_y) = ((entry[~mine] - entry[~mine].mean(), entry[~mine].mean()) for entry in (before, after))
+    slope = (x * y).sum() / x.square().sum().clamp_min(1e-30)
+    moved = after[mine] - mean_y - slope * (before[mine] - mean_x)
+    return moved.where(moved.abs() > max(1e-3, 4 * precision) * after.abs().max(), 0.0)
+
+
+def _scale(seen: Evidence) -> float:
+    """How large rewards and values are, 1 where they are 0; how far they lie apart is nothing where each step pays the same."""
+    entries = [key for key in (("next", "reward"), seen.probe.loss.tensor_keys.value) if seen.has(key)]
+    return sum(seen.sample.get(key).square().mean().sqrt().item() for key in entries) or 1.0
+
+
+def _one_trial(seen: Evidence) -> torch.Tensor:
+    """The steps of one trial of `Evidence.sample`, bool ``[R, T]``: if possible one that begins within a row."""
+    starts, done = (seen.sample[key].reshape(seen.sample.shape) for key in ("is_init", ("next", "done")))
     begins = torch.nn.functional.pad(starts[:, 1:], (1, 0)).nonzero()
     row, first = begins[0].tolist() if len(begins) else (0, 0)
     ends = done[row, first:].nonzero()
     last = first + ends[0].item() if len(ends) else done.shape[1] - 1
     mine = torch.zeros_like(done)
     mine[row, first : last + 1] = True
+    if mine.all():
+        raise NotChecked("the batch is a single trial")
     return mine
 
 
@@ -124,6 +162,8 @@ def _place(parameter: nn.Parameter) -> tuple[torch.device, int]:
 
 RULES: dict[Rule, str] = {
     advantages_apart: "One task's rewards are credited to another task's actions: stop sums and bootstraps at 'done'.",
+    advantages_in_time: "An action earns what follows it: sum from a trial's end to its front. Where the env pays costs, make them "
+    "negative rewards there, since all else takes them for rewards too.",
     gradients: "They never learn: connect them to a loss, or freeze them with requires_grad_(False).",
     losses_have_gradients: "They are added to the loss and logged as one, and train nothing: make them of what the networks give, "
     "without detach(), no_grad() or item(); a number that is to be logged alone needs a name that does not begin with 'loss_'.",
