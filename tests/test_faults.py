@@ -433,7 +433,7 @@ def test_an_env_that_fails_leaves_the_last_update(lean, tmp_path, caplog):
 
 @pytest.mark.parametrize("what", ["evaluate", "callback"])
 def test_an_evaluation_on_the_collectors_env_is_an_error_before_the_next_update(what, tmp_path):
-    run, folder = Run(5, lean=True), tmp_path / "run"
+    run, folder = Run(5, lean=True, episodes=STEPS), tmp_path / "run"
 
     def on_the_same_env(*_):
         adaptation_curve(run.collector.env, run.policy, 8)
