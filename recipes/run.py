@@ -22,6 +22,7 @@ from rl2_torchrl import (
     TrialWorkers,
     describe,
 )
+from rl2_torchrl.arguments import require_folder_name
 from rl2_torchrl.report import made_by
 from rl2_torchrl.trial import transforms_of
 
@@ -76,6 +77,7 @@ class Run(Settings):
         require_whole(self, "report_tasks")
         if self.report_tasks < 2:
             raise ValueError(f"report_tasks={self.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
+        require_folder_name(log_dir=self.log_dir)
         object.__setattr__(self, "log_dir", Path(self.log_dir))  # text names a folder as well
         if self.log_dir.exists() and not self.log_dir.is_dir():
             raise ValueError(f"log_dir={str(self.log_dir)!r} is a file: name a folder, which may be new.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -12,7 +13,7 @@ from torchrl.data import TensorSpec
 
 __all__ = [
     *("above_0", "as_batch_size", "as_list", "require_callable", "require_collector", "require_flags"),
-    *("require_layer_class", "require_numbers", "require_specs", "whole", "whole_numbers"),
+    *("require_folder_name", "require_layer_class", "require_numbers", "require_specs", "whole", "whole_numbers"),
 ]
 
 
@@ -63,6 +64,15 @@ def require_flags(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{name}={value!r} is neither True nor False.")
+
+
+def require_folder_name(**arguments: str | PathLike) -> None:
+    """ValueError where what names a folder is empty, as a variable of the shell that is not set: that is the current folder."""
+    for name, value in arguments.items():
+        if value == "":
+            raise ValueError(
+                f"{name} is empty, and files would go to the current folder: name one, or that, {name}='.'."
+            )
 
 
 def require_layer_class(**arguments: Any) -> None:

@@ -15,6 +15,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rl2_torchrl.arguments import require_folder_name
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.history import TrainResult
 
@@ -123,7 +124,9 @@ class AdaptationReport:
 
         Raises:
             ImportError: no ``matplotlib`` for the plot; ``report.json`` is written all the same.
+            ValueError: ``folder`` is empty text.
         """
+        require_folder_name(folder=folder)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "report.json"

@@ -16,7 +16,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.objectives import LossModule
 from torchrl.record.loggers import Logger
 
-from rl2_torchrl.arguments import as_list, require_collector, require_flags, require_numbers, whole
+from rl2_torchrl.arguments import as_list, require_collector, require_flags, require_folder_name, require_numbers, whole
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.history import TrainResult
@@ -96,8 +96,9 @@ def train(
             ``stop``, ``logger`` or callbacks raise.
         ValueError: ``resume`` without ``checkpoints``, or from none where the logger has a run that had some, a checkpoint of other
             networks, settings, of another version or of another update than that of the processes that train together, an interval
-            below 1, fewer frames than one batch, a collector that has spent its frames, no end in sight (neither ``total_frames``
-            nor ``stop``), or a schedule without a length (neither ``total_frames`` nor ``schedule_frames``).
+            below 1, an empty name for a folder, fewer frames than one batch, a collector that has spent its frames, no end in sight
+            (neither ``total_frames`` nor ``stop``), or a schedule without a length (neither ``total_frames`` nor
+            ``schedule_frames``).
         DamagedFileError: a ValueError; no checkpoint can be read.
         TypeError: ``evaluate`` returns no scalars, an argument or a callback is none, or a part has no state that can be saved.
         OSError: nothing can be written to ``checkpoints``, or another training is using it.
@@ -230,6 +231,7 @@ def _check_kinds(collector, update, checkpoints, logger, **functions) -> None:
         raise TypeError(f"{logger=} is no logger: give one of torchrl.record.loggers, such as CSVLogger(name, folder).")
     if checkpoints is not None and not isinstance(checkpoints, str | PathLike):
         raise TypeError(f"{checkpoints=} is no folder: give its path.")
+    require_folder_name(checkpoints=checkpoints)
 
 
 def _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames) -> None:

@@ -641,6 +641,7 @@ CASES = [
     row("stop as a number", lambda: trained(stop=100), TypeError, "stop=100 is no function.*total_frames="),
     row("logger in words", lambda: trained(logger="wandb"), TypeError, "'wandb' is no logger.*CSVLogger"),
     row("checkpoints without a folder", lambda: trained(checkpoints=True), TypeError, "=True is no folder.*path"),
+    row("a folder of no name", lambda: trained(checkpoints=""), ValueError, "checkpoints is empty, .* current folder"),
     row(
         "one setting to change",
         lambda: trained(checkpoints="runs", resume=True, resume_changes="update.lr"),

@@ -437,6 +437,12 @@ def strict_json(text):
     return json.loads(text, parse_constant=refuse)
 
 
+def test_a_report_goes_to_no_folder_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"folder is empty, and files would go to the current folder: .* folder='\.'"):
+        make_report().save("")
+
+
 @pytest.mark.parametrize("returns", [[[0.0, 1.0], [1.0, 1.0]], [[1.0, 2.0]], [[1.0, NAN], [1.0, 2.0]]])
 def test_saved_report_is_strict_json_with_a_picture(tmp_path, returns):
     # A single trial has no standard error, and an episode that one trial alone reached has none either.
