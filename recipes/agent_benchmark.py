@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torchrl.envs import DTypeCastTransform, ExplorationType, TransformedEnv, set_exploration_type
 
 from recipes.agents import held_out, play
+from recipes.cli import cli
 from recipes.half_cheetah import CheetahTrials
-from recipes.help import as_typed
 from recipes.streams import HELD_OUT_TASKS, draw_tasks
 from rl2_torchrl import AdaptiveAgent, TaskSampler, adaptation_curve
 
@@ -167,4 +166,4 @@ def table(figures: dict[str, dict[str, float]], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

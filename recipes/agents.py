@@ -6,12 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import tyro
 from rich.console import Console
 from torchrl.envs import Compose, TransformedEnv
 
+from recipes.cli import cli
 from recipes.command import arguments
-from recipes.help import as_typed
 from recipes.paper_cells import TASK_SEED
 from recipes.paper_page import markdown
 from recipes.streams import ENVS, REPORT_TASKS, draw_tasks, stream_seed
@@ -158,4 +157,4 @@ def network_of(agent: AdaptiveAgent) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

@@ -11,14 +11,13 @@ from timeit import timeit
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tensordict import TensorDictBase
 from torch.autograd import DeviceType
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
-from recipes.help import as_typed
+from recipes.cli import cli
 from rl2_torchrl import (
     ActorCritic,
     GRUCategoricalActor,
@@ -301,4 +300,4 @@ def scaling_study(base: Workload, repeats: int, peak: float, folder: Path, devic
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

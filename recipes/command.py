@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from recipes.cli import told_in_a_line
 from recipes.help import as_typed, overview, program
 from recipes.run import Run
 from recipes.seeds import run_seeds
@@ -72,6 +73,7 @@ def arguments(main: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
+@told_in_a_line()
 def command(main: Callable) -> Any:
     """Runs a recipe's ``main`` as a command, once or for each of its ``--seeds``.
 
@@ -79,7 +81,8 @@ def command(main: Callable) -> Any:
     arguments on the command line, and ``--help`` shows them: all on one screen, ``--help-all`` each with what it is.
 
     Raises:
-        SystemExit: Ctrl-C has ended the training, with the status `CUT_SHORT`, after what there is was saved and reported.
+        SystemExit: Ctrl-C has ended the training, with the status `CUT_SHORT`, after what there is was saved and reported; or what
+            was asked is wrong, as `told_in_a_line` says it.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rl2_torchrl").setLevel(logging.INFO)

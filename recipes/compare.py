@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recipes.help import as_typed
+from recipes.cli import cli
 from recipes.reports import read_report
 from rl2_torchrl.history import readable_rows
 
@@ -196,4 +196,4 @@ def with_error(mean: float, se: float) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

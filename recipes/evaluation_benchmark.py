@@ -5,13 +5,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes.benchmark import in_turns, require_repeats, write_json
-from recipes.help import as_typed
+from recipes.cli import cli
 from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, adaptation_curve
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 
@@ -76,4 +75,4 @@ def table(figures: dict[str, dict], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from recipes.benchmark import WORKLOADS, Workload, write_json
+from recipes.cli import cli
 from recipes.extension_variants import VARIANTS, Arithmetic, Timed, Variant, training
-from recipes.help import as_typed
 
 #: A round of a workload whose iterations are shorter repeats them until they take about so many seconds.
 ROUND_SECONDS = 0.3
@@ -191,4 +190,4 @@ def table(figures: dict[str, dict], workloads: list[str], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

@@ -5,11 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from recipes import grid_navi
+from recipes.cli import cli
 from recipes.command import arguments
-from recipes.help import as_typed
 from recipes.paper_cells import flat
 from recipes.reports import finished_report
 from recipes.results import table
@@ -115,4 +113,4 @@ def text_of(rows: list[dict[str, float]], page: Path, learns_from: LearnsFrom) -
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

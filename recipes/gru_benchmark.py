@@ -4,14 +4,13 @@ import statistics
 from collections.abc import Callable
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tensordict import TensorDict
 from torchrl.modules import GRUModule, set_recurrent_mode
 
 from recipes.benchmark import in_turns, require_repeats
-from recipes.help import as_typed
+from recipes.cli import cli
 from rl2_torchrl.modules import FastGRUModule
 
 KEYS = {"in_keys": ["x", "h"], "out_keys": ["y", ("next", "h")]}
@@ -118,4 +117,4 @@ def sequences(rows: int, steps: int, inputs: int) -> TensorDict:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
 from recipes.benchmark import medians_of, require_repeats, time_phases, write_json
-from recipes.help import as_typed
+from recipes.cli import cli
 from rl2_torchrl import (
     ActorCritic,
     MemoryValueHead,
@@ -120,4 +119,4 @@ def env_alone(vector, steps: int, repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

@@ -8,14 +8,13 @@ import mujoco
 import mujoco.rollout
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import half_cheetah
 from recipes.benchmark import in_turns, medians_of, time_phases, write_json
-from recipes.help import as_typed
+from recipes.cli import cli
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.envs import HalfCheetahVelocity, velocities
 
@@ -185,4 +184,4 @@ def training_table(figures: dict[str, dict], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

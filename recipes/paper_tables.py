@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 
-from recipes.help import as_typed
+from recipes.cli import cli
 from recipes.paper_cells import CELLS, Cell
 from recipes.paper_numbers import PAPER
 from recipes.paper_page import LONGER, beside, best_seed, load, trainings_of, write_page
@@ -313,4 +312,4 @@ def keep_best(cell: Cell, way: LearnsFrom, book: Figures, runs: Path, pretrained
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 from torchrl.envs import EnvBase
 
 from recipes.agents import FOLDER, held_out
-from recipes.help import as_typed
+from recipes.cli import cli
 from recipes.posterior import Posterior, beta_moments, normal_moments
 from recipes.results import table
 from rl2_torchrl import AdaptiveAgent
@@ -205,4 +204,4 @@ def _at(score: torch.Tensor, share: float) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

@@ -7,11 +7,10 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
-import tyro
 from matplotlib.figure import Figure
 
+from recipes.cli import cli
 from recipes.compare import curve_of, draw_curves
-from recipes.help import as_typed
 from recipes.reports import read_report
 
 #: Options that the runs of one mean may differ in.
@@ -156,4 +155,4 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

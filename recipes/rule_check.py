@@ -6,11 +6,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-import tyro
-
 from recipes import bandit, tabular_mdp
+from recipes.cli import cli
 from recipes.command import arguments
-from recipes.help import as_typed
 from recipes.paper_cells import flat
 from recipes.reports import finished_report
 from recipes.results import table
@@ -171,4 +169,4 @@ def text_of(check: Check, rows: list[dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

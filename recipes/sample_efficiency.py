@@ -14,12 +14,11 @@ from statistics import fmean
 from typing import Literal
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 
 from recipes import bandit, grid_navi
+from recipes.cli import cli
 from recipes.compare import Curve, curve_of, draw_curves, points, with_error
-from recipes.help import as_typed
 from recipes.other_programs import PROGRAMS, Trials, import_sb3, trial_return
 from recipes.presets import PRESETS
 from recipes.reports import finished_report, read_report
@@ -267,4 +266,4 @@ def figures(runs: Runs, world: str, programs: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

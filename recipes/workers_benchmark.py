@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torchrl.envs import Compose, TransformedEnv
 
 from recipes import gym_benchmark, half_cheetah
 from recipes.benchmark import require_repeats, write_json
-from recipes.help import as_typed
+from recipes.cli import cli
 from rl2_torchrl import (
     ActorCritic,
     MemoryValueHead,
@@ -174,4 +173,4 @@ def table(name: str, found: dict, many: int) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog=as_typed())
+    cli(main)

@@ -24,8 +24,10 @@ from recipes import (
     half_cheetah,
     results,
 )
+from recipes.cli import cli
 from recipes.command import arguments, command
 from recipes.experiment import Experiment
+from recipes.reports import read_report
 from recipes.run import Run
 from recipes.streams import CLASSICAL_AGENTS, ENVS, HELD_OUT_TASKS, draw_tasks, stream_seed
 from rl2_torchrl import (
@@ -259,6 +261,7 @@ def test_weights_are_a_file(name, tmp_path):
         ({"weights": __file__, "seeds": (0, 1)}, r"leave out seeds=\(0, 1\)"),
         ({"seed": 7, "seeds": (0, 1)}, "seed=7 beside seeds="),
         ({"resume_changes": ("update.lr",)}, r"add resume \(--resume\)"),
+        ({"log_dir": ""}, "log_dir is empty, and files would go to the current folder: name one, or that, log_dir='.'"),
         ({"log_dir": __file__}, "test_recipes.py' is a file: name a folder"),
     ],
 )
@@ -267,10 +270,39 @@ def test_settings_that_do_not_agree(settings, message, tmp_path):
         Run(**{"log_dir": tmp_path, **settings})
 
 
-def test_seeds_without_a_number_are_no_single_run(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["bandit", "--seeds"])
-    with pytest.raises(ValueError, match="--seeds names no seed: give some"):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds"], "--seeds names no seed: give some"),
+        (["--seeds", "0", "0"], "seeds=(0, 0): each seed once"),
+        (["--max-grad-norm", "0"], "max_grad_norm=0.0 would stop all learning"),
+        (["--critic-keys", "nonsense"], "the env has no observation ['nonsense']"),
+        (["--log-dir", ""], "an empty value in --log-dir '': is a variable"),
+        (["--log-dir="], "an empty value in --log-dir=: is a variable"),
+    ],
+    ids=" ".join,
+)
+def test_what_was_asked_wrongly_is_told_in_a_line(words, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bandit", *words])
+    with pytest.raises(SystemExit) as ended:
         command(bandit.main)
+    assert ended.value.code.startswith(f"error: {message}")
+    assert "\n" not in ended.value.code
+
+
+def test_errors_of_ones_own_and_those_with_a_cause_keep_their_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mine"])
+    (tmp_path / "report.json").write_text("{")
+
+    def mine() -> None:
+        raise ValueError("my env is at fault")
+
+    def caused() -> None:
+        read_report(tmp_path)
+
+    for main in (mine, caused):
+        with pytest.raises(ValueError, match="at fault|is no report"):
+            cli(main)
 
 
 def test_settings_of_a_training_beside_weights_are_told_to_change_nothing(tmp_path, monkeypatch, caplog):

@@ -1,0 +1,57 @@
+"""The command lines of all programs here: what was asked wrongly is told in one line, and no word may be empty."""
+
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from recipes.help import as_typed
+
+__all__ = ["cli", "told_in_a_line"]
+
+#: Folders of what is raised on purpose.
+OURS = {Path(__file__).parent, Path(__file__).parents[1] / "rl2_torchrl"}
+
+
+@contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """An error that recipes or package raise on purpose ends the program with its words, and the line of the program.
+
+    All others have their traceback, and so has one with a cause, which may be in an env of one's own.
+
+    Raises:
+        SystemExit: there was such an error.
+    """
+    try:
+        _require_words(sys.argv[1:])
+        yield
+    except (KeyError, OSError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        is_ours = not OURS.isdisjoint(Path(frames[-1].filename).parents)
+        if not is_ours or not frames[-1].line.startswith("raise ") or error.__cause__ is not None:
+            raise
+        program = getattr(sys.modules["__main__"], "__file__", None)
+        lines = [frame.lineno for frame in frames if frame.filename == program]
+        where = f" ({Path(program).name}, line {lines[-1]})" if lines else ""
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}{where}")
+
+
+@told_in_a_line()
+def cli(main: Callable) -> Any:
+    """Runs ``main`` as a command."""
+    return tyro.cli(main, prog=as_typed())
+
+
+def _require_words(words: list[str]) -> None:
+    """ValueError where a word is empty: a path of it would be the current folder."""
+    if any(re.fullmatch(r"(--[\w.-]+=)?", word) for word in words):
+        raise ValueError(
+            f"an empty value in {shlex.join(words)}: is a variable of the shell not set? Give one, or leave it out; the current "
+            "folder is '.'."
+        )
