@@ -244,14 +244,18 @@ class Told(Settings):
         super().__post_init__()
         require_range(self, "belief", "optimism")
         require_range(self, "optimism_after", most=0.5)
-        if self.regret + self.posterior + self.seen > 1:
+        on = [name for name in ("regret", "posterior", "seen") if getattr(self, name)]
+        if len(on) > 1:
+            off = ", ".join(f"--no-{name}" for name in on)
             raise ValueError(
-                "of regret, posterior and seen one at most says what advantages are made of: leave the others out."
+                f"{', '.join(on)} are all on, some perhaps by default, and one alone says what advantages are made of: turn off "
+                f"the others ({off})."
             )
-        if self.optimism and not (self.posterior or self.seen):
-            raise ValueError(
-                f"optimism={self.optimism} is of standard deviations: without posterior=True or seen=True nothing has any."
-            )
+        for name in ("optimism", "optimism_after"):
+            if (value := getattr(self, name)) and not (self.posterior or self.seen):
+                raise ValueError(
+                    f"{name}={value}: optimism is of standard deviations, and without posterior=True or seen=True nothing has any."
+                )
 
     def moments(self, of_prior: OfRewards) -> OfRewards:
         """Means and deviations of what was seen: those of the posterior ``of_prior``, or of samples alone."""
