@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from recipes.cli import cli
-from recipes.compare import curve_of, draw_curves
+from recipes.compare import curve_of, draw_curves, seeds
 from recipes.reports import read_report
 
 #: Options that the runs of one mean may differ in.
@@ -21,12 +21,12 @@ def main(*, runs: tuple[Path, ...], page: Path, intro: str = "") -> None:
     """Writes a page in Markdown, and beside it the plots of the first run of each title, and all learning curves as plot and CSV.
 
     Args:
-        runs: folders of finished runs, each with its report.json.
+        runs: folders of finished runs, each with its report.json; or folders of such folders, as ``--seeds`` leaves them.
         page: the file to write, its heading is the file's name.
         intro: a paragraph under the heading.
     """
     reports = defaultdict(list)
-    for run in runs:
+    for run in (each for folder in runs for each in seeds(folder)):
         report = read_report(run)
         if not report["train"]["history"]:
             raise ValueError(f"{run} holds no report of a training, which a page is made of.")

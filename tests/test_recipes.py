@@ -684,10 +684,20 @@ def test_a_curve_of_one_run_is_no_mean(tmp_path, monkeypatch):
     assert shown == ["seed3", "seed3", "mean", "mean"]  # by env steps and by minutes
 
 
+def test_a_folder_of_seeds_stands_for_the_runs_in_it(tmp_path):
+    for seed in (3, 4):
+        run("bandit", tmp_path / "runs" / f"seed{seed}", seed=seed)
+    results.main(runs=(tmp_path / "runs",), page=tmp_path / "page.md")
+    assert "|  | seed 3 | seed 4 |" in (tmp_path / "page.md").read_text()
+
+
 def test_a_page_of_no_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="runs is empty"):
         results.main(runs=(), page=tmp_path / "page.md")
     (tmp_path / "half").mkdir()
+    with pytest.raises(ValueError, match="half holds no run"):
+        results.main(runs=(tmp_path / "half",), page=tmp_path / "page.md")
+    (tmp_path / "half" / "report.json").write_text('{"train": {"history": []}}')
     with pytest.raises(ValueError, match="half holds no report of a training"):
         results.main(runs=(tmp_path / "half",), page=tmp_path / "page.md")
     (tmp_path / "half" / "report.json").write_text('{"train": ')
