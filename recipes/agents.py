@@ -35,6 +35,13 @@ RECIPES = {
     "walker_rewards": ("walker", {}),
 }
 
+#: What the page says of agents that a recipe plays.
+PLAYED = (
+    "A recipe plays one with the network that it has: `GRU 64, 128` is `--units 64 --num-cells 128`, and `GRU 64` is `--units 64 "
+    "--num-cells`, with nothing behind it, as in `python -m recipes.bandit --arms 5 --pulls 10 --units 64 --num-cells --weights "
+    "recipes/pretrained/bandits_10_5_rewards.safetensors --log-dir runs/played`. Those of neither bandits nor MDPs need none of it."
+)
+
 
 def main(*, folder: Path = FOLDER, trials: int = 10_000, page: Path | None = None) -> dict[str, AdaptationCurve]:
     """Plays every agent of a folder on held-out tasks, and writes the page of their scores.
@@ -63,7 +70,7 @@ def main(*, folder: Path = FOLDER, trials: int = 10_000, page: Path | None = Non
     made = made_by()
     text = (
         "Load one by `rl2_torchrl.AdaptiveAgent.load(file)`. Scores on held-out tasks, acting by sampling: "
-        f"`{made['command']}`, commit {made['commit']}."
+        f"`{made['command']}`, commit {made['commit']}.\n\n{PLAYED}"
     )
     page = page or folder / "README.md"
     page.write_text(f"# Trained agents\n{text}\n\n{table}\n")

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 from collections import OrderedDict
 
 import numpy as np
@@ -87,6 +88,16 @@ def test_weights_of_other_sizes(tmp_path):
     ):
         load_weights(actor, path)
     torch.testing.assert_close(actor.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("of_a_run", [True, False])
+def test_weights_name_the_command_of_their_run_where_it_is_known(of_a_run, tmp_path):
+    path, actor = an_agent().save(tmp_path / "agent.safetensors"), RecurrentActor.from_env(bandits(), hidden_size=5)
+    if of_a_run:
+        (tmp_path / "about.txt").touch()
+    end = re.escape(f"; {tmp_path / 'about.txt'} has its command" * of_a_run + ").")
+    with pytest.raises(ValueError, match=f"--num-cells, which may be empty, and --core{end}"):
+        load_weights(actor, path)
 
 
 @pytest.mark.parametrize(

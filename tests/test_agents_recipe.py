@@ -1,13 +1,14 @@
 """The shipped agents: the page of their scores is that of the files, they score so, and their exports play the same trials."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from recipes import agent_benchmark, agents, bandit, grid_navi, half_cheetah, probe
-from recipes.command import arguments
+from recipes.command import arguments, command
 from rl2_torchrl import AdaptiveAgent
 
 PRETRAINED = Path(__file__).parents[1] / "recipes" / "pretrained"
@@ -25,6 +26,15 @@ def test_the_page_is_of_the_files_that_are_there():
         assert told == ("the task told" if name.endswith("_task.safetensors") else "rewards only")
         assert int(size) == (PRETRAINED / name).stat().st_size
         assert network == agents.network_of(AdaptiveAgent.load(PRETRAINED / name))
+
+
+def test_a_recipe_plays_an_agent_by_the_command_on_the_page(tmp_path, monkeypatch):
+    assert agents.PLAYED in PAGE
+    words = shlex.split(re.search(r"`python -m recipes.bandit (.*?)`", PAGE)[1])
+    words[words.index("--log-dir") + 1] = str(tmp_path)
+    monkeypatch.chdir(PRETRAINED.parents[1])
+    monkeypatch.setattr("sys.argv", ["bandit", *words, "--report-tasks", "20", "--no-classical"])
+    assert 5 < command(bandit.main).agent.mean < 8
 
 
 @pytest.mark.parametrize("name", ["bandits_10_5_rewards.safetensors", "mdps_10_rewards.safetensors"])

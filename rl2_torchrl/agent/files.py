@@ -95,9 +95,11 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
     if names:
         told = ", ".join(f"{name} {held.get(name, 'missing')}, here {here.get(name, 'none')}" for name in names[:3])
         more = f", and {len(names) - 3} more" * (len(names) > 3)
+        run = Path(path).with_name("about.txt")
+        command = f"; {run} has its command" * run.is_file()
         raise ValueError(
             f"{path} holds the weights of another network: {told}{more}. Build this one with the sizes that were saved: the same "
-            "env, units, layers, activations (a recipe's --units, --num-cells, --core; about.txt beside the file has its command)."
+            f"env, units, layers, activations (a recipe's --units, --num-cells, which may be empty, and --core{command})."
         )
     policy.load_state_dict(weights)
 
