@@ -258,16 +258,15 @@ class RunCheckpoints:
                 f"format {tree['format']}, and this one, {version('rl2_torchrl')}, reads format {FORMAT}. Finish the run with "
                 "that version."
             )
-        unknown = set(changes) - {*tree["settings"], *self._settings}
-        if unknown:
-            near = [each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3)]
-            raise ValueError(
-                f"resume_changes={sorted(unknown)} are no settings; near are {near or sorted(self._settings)}."
-            )
         networks = differences(tree["networks"], self._networks)
         self._moved |= set(tree["moved"])
         settings = differences(tree["settings"], self._settings)
         settings = {name: words for name, words in settings.items() if name not in self._moved}
+        unknown = set(changes) - {*tree["settings"], *self._settings}
+        if unknown:
+            near = [each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3)]
+            others = f"near are {near}" if near else f"those that differ from the run's are {sorted(settings)}"
+            raise ValueError(f"resume_changes={sorted(unknown)} are no settings; {others}.")
         refused = [name for name in settings if name not in changes]
         if networks:  # whose memories are entries of the env
             refused = [

@@ -250,6 +250,10 @@ def test_resume_changes_of_no_setting(folder):
         ValueError, match=r"resume_changes=\['lr'\] are no settings; near are \[[^,]*'update.lr'[^]]{,60}\]"
     ):
         Run(5).train(checkpoints=folder, resume=True, resume_changes=["lr"])
+    with pytest.raises(
+        ValueError, match=r"\['qq'\] are no settings; those that differ from the run's are \['update.lr'\]"
+    ):
+        Run(5, lr=0.0).train(checkpoints=folder, resume=True, resume_changes=["qq"])
     with pytest.raises(ValueError, match="resume_changes= needs both"):
         Run(5).train(checkpoints=folder, resume_changes=["update.lr"])
 
