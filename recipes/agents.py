@@ -49,8 +49,8 @@ def main(*, folder: Path = FOLDER, trials: int = 10_000, page: Path | None = Non
     Those of the paper's tables are played as anyone would play them, the others by the report of the recipe that trained them.
 
     Args:
-        folder: agents, bandits_<pulls>_<arms>_<learns from>.safetensors, mdps_<episodes>_<learns from>.safetensors, and those of
-            `RECIPES`.
+        folder: agents, bandits_<pulls>_<arms>_<learns from>.safetensors, mdps_<episodes>_<learns from>.safetensors, and those that
+            are named in `RECIPES`.
         trials: held-out tasks, a trial each; of other recipes at most as many as their reports have.
         page: where the table goes; by default README.md in the folder.
     """

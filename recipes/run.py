@@ -40,8 +40,8 @@ class Run(Settings):
         seed: seed of networks, envs and tasks.
         seeds: of several runs side by side instead, each a program of its own in log_dir/seed0 and so on; their mean and its band
             are shown at the end. For the command line alone.
-        workers: processes that play the trials that are trained on, in equal shares of a batch; 0: this one does. With backend ray
-            0 stands for 2.
+        workers: processes that play the trials that are trained on, in equal shares of a batch; 0: this one does. With backend
+            ray 0 stands for 2.
         backend: processes of this machine, or actors of a Ray cluster (extra ray): of the one that RAY_ADDRESS in the environment
             names, or of a new one here.
         report_tasks: held-out tasks in the final report.

@@ -584,6 +584,12 @@ def test_help_documents_every_argument(name, monkeypatch, capsys):
     assert all(inspect.getdoc(main).splitlines()[0][:40] in text for text in (short, shown))
 
 
+def test_help_breaks_no_line_within_a_sentence():
+    # As tyro does where a docstring's line begins with anything but a letter.
+    text = "".join(path.read_text() for path in (ROOT / "recipes").glob("*.py"))
+    assert re.findall(r"^ {8}[a-z_]+: .*\n(?: {12}\w.*\n)*? {12}[^a-zA-Z\s].*", text, re.MULTILINE) == []
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_command_line(name, tmp_path, monkeypatch):
     options = {**RECIPES[name].tiny, "env_steps": RECIPES[name].batch, "seed": 5, "log_dir": tmp_path}
