@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -66,6 +67,12 @@ def test_names_on_the_page_of_the_package_are_public():
     drawing = re.search(r"```\n(.*?)```", page, re.DOTALL)[1]
     for file, name in re.findall(r"^ ([a-z]+\.py) +(\w+)", drawing, re.MULTILINE):
         assert name in importlib.import_module(f"rl2_torchrl.{file[:-3]}").__all__
+
+
+def test_a_figure_of_the_papers_tables_is_theirs():
+    [told] = re.findall(r"BEB, a classical algorithm, (\S+) ", PAGES["recipes"])
+    held = json.loads((ROOT / "recipes" / "results" / "paper_tables" / "mdps_10_beb.json").read_text())
+    assert told == f"{held['mean']:.1f}"
 
 
 @pytest.mark.parametrize("env", PRESETS)
