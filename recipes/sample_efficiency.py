@@ -34,6 +34,12 @@ from rl2_torchrl.report import made_by
 NAMES = {"rl2_torchrl": "rl2_torchrl", "plain": "RL² by hand (plain PyTorch)", "sb3": "SB3-contrib RecurrentPPO"}
 #: Updates between evaluations, from the first one on: what `train` has by default, and so our agent.
 EVAL_INTERVAL = 20
+#: What the page says of the errors of several seeds.
+OF_SEEDS = (
+    "± is the standard error over the seeds, a rough one of so few; bands are two of it. On bandits each seed is evaluated "
+    "on 2,048 tasks of its own, which alone make it 0.03 for three seeds: a mean may lie above the optimum, which is that "
+    "over all tasks."
+)
 #: Folders of the trainings of a world by a program.
 Runs = dict[tuple[str, str], list[Path]]
 
@@ -221,6 +227,7 @@ def written(runs: Runs, worlds: tuple[str, ...], programs: tuple[str, ...], page
         "The networks are each program's own, and a part of what is compared: all have a memory of 64 units; our recipe has a "
         "hidden layer of 128 behind it, first weights that remember a whole trial, and a critic of layers of its own that is told "
         "the time left; the others have linear heads of policy and value alone, and first weights as usual.",
+        *[OF_SEEDS] * any(len(folders) > 1 for folders in runs.values()),
         f"![held-out return]({page.with_suffix('.png').name})",
     ]
     for name in worlds:

@@ -111,6 +111,7 @@ def test_trainings_of_another_length_are_others(tmp_path):
     where = {"programs": ("plain",), "worlds": ("bandit",), "folder": tmp_path / "runs", "page": tmp_path / "page.md"}
     sample_efficiency.main(**where, **{**TINY, "seeds": (0, 1)})
     # Of the seeds that are asked for alone: a mean of several would have an error.
+    assert sample_efficiency.OF_SEEDS in (tmp_path / "page.md").read_text()
     assert "±" not in sample_efficiency.main(**where, **TINY).read_text()
     for another in ({"threads": 2}, {"env_steps": 700}):
         sample_efficiency.main(**where, **{**TINY, **another})
