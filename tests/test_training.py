@@ -141,6 +141,13 @@ def test_stop_sees_what_history_has():
     assert 0 < seen[0]["time/seconds"] < result.history[0]["time/seconds"] < seen[1]["time/seconds"]
 
 
+def test_speed_is_of_all_the_time_evaluations_included():
+    rows = train_on(ones(3), evaluate=lambda: time.sleep(0.01) or {"score": 0.5}, eval_interval=1).history
+    assert rows[-1]["time/seconds"] > 0.03
+    for row in rows:
+        assert row["time/steps_per_second"] == pytest.approx(row["env_steps"] / row["time/seconds"])
+
+
 def test_an_endless_collector_trains_until_stop():
     progress = []
     collector = Batches(*ones(9), total_frames=math.inf)
