@@ -8,6 +8,7 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 
+from rl2_torchrl.arguments import require_network
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
 
@@ -17,9 +18,11 @@ __all__ = ["with_shuffled_rewards", "with_zeroed_memory"]
 def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[State], State]:
     """An ablation that zeroes the hidden state at every step: what is left is what the agent does without memory.
 
-    All hidden states of ``policy``, ``[num_rows, num_layers, hidden_size]`` each, are zeroed before it reads them.
+    All hidden states of ``policy``, ``[num_rows, num_layers, hidden_size]`` each, are zeroed before it reads them. It may be the
+    `ActorCritic` of the actor that plays.
 
     Raises:
+        TypeError: it is no policy.
         ValueError: the policy has no memory.
 
     Examples:
@@ -28,12 +31,18 @@ def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[State], State]
         >>> float(zero({"critic_hidden": torch.ones(4, 1, 8)})["critic_hidden"].sum())
         0.0
     """
+    require_network(policy, "with_zeroed_memory(policy)")
     keys: list[NestedKey] = hidden_keys(policy)
     if not keys:
         raise ValueError(f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}.")
 
     def zero(state: State) -> State:
-        return {**state, **{key: torch.zeros_like(state[key]) for key in keys}}
+        there = [key for key in keys if key in state]
+        if not there:
+            raise ValueError(
+                f"the policy that plays has no {keys} to zero, the memory of another: give with_zeroed_memory the one that plays."
+            )
+        return {**state, **{key: torch.zeros_like(state[key]) for key in there}}
 
     return zero
 

@@ -8,12 +8,14 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
+from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.data import TensorSpec
 
 __all__ = [
     *("above_0", "as_batch_size", "as_list", "require_callable", "require_collector", "require_flags"),
-    *("require_folder_name", "require_layer_class", "require_numbers", "require_specs", "whole", "whole_numbers"),
+    *("require_folder_name", "require_layer_class", "require_network", "require_numbers"),
+    *("require_specs", "whole", "whole_numbers"),
 ]
 
 
@@ -83,6 +85,14 @@ def require_layer_class(**arguments: Any) -> None:
             raise TypeError(
                 f"{name}={value!r} is one layer, and each place has its own: give the class, such as nn.ReLU."
             )
+
+
+def require_network(policy: Any, call: str) -> None:
+    """TypeError where what is given as ``policy`` in ``call`` is none, such as an `AdaptiveAgent`."""
+    if not isinstance(policy, TensorDictModuleBase):
+        raise TypeError(
+            f"{type(policy).__name__} is no policy: {call} takes an actor, or of an agent that was loaded its .policy."
+        )
 
 
 def as_batch_size(batch_size: Sequence[int]) -> torch.Size:

@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
 
-from rl2_torchrl.arguments import require_flags, whole
+from rl2_torchrl.arguments import require_callable, require_flags, require_network, whole
 from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout import Rollout, is_native, trial_steps
@@ -169,10 +169,8 @@ def adaptation_curve(
         raise TypeError(
             f"{type(env).__name__} is no env, which comes first: adaptation_curve(env, policy, num_trials)."
         )
-    if not isinstance(policy, TensorDictModuleBase):
-        raise TypeError(
-            f"{type(policy).__name__} is no policy: give an actor, or of an agent that was loaded its .policy."
-        )
+    require_network(policy, "adaptation_curve(env, policy, num_trials)")
+    require_callable(ablation=ablation, on_step=on_step)
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
     _require_still_statistics(env)

@@ -691,6 +691,33 @@ CASES = [
         KeyError,
         "no 'obs'.*in_key=",
     ),
+    row(
+        "zeroing another policy's memory",
+        lambda: adaptation_curve(env(), actor(), 2, ablation=with_zeroed_memory(critic())),
+        ValueError,
+        r"no \['critic_hidden'\] to zero, the memory of another: give with_zeroed_memory the one that plays",
+    ),
+    row(
+        "zeroing an agent's memory",
+        lambda: with_zeroed_memory(AdaptiveAgent.from_policy(actor(), env())),
+        TypeError,
+        r"AdaptiveAgent is no policy: with_zeroed_memory\(policy\).*its \.policy",
+    ),
+    row(
+        "ablation that is not called",
+        lambda: adaptation_curve(env(), actor(), 2, ablation=with_zeroed_memory),
+        TypeError,
+        r"dict is no policy: with_zeroed_memory\(policy\) takes",
+    ),
+    row(
+        "ablation in words",
+        lambda: adaptation_curve(env(), actor(), 2, ablation="memory"),
+        TypeError,
+        "ablation='memory' cannot be called",
+    ),
+    row(
+        "agent that plays", lambda: adaptation_curve(env(), 3, 2), TypeError, r"int is no policy: adaptation.*\.policy"
+    ),
     row("zeroing no memory", lambda: with_zeroed_memory(memoryless()), ValueError, "no hidden state.*it reads"),
     row("curve of one dimension", lambda: AdaptationCurve(torch.zeros(3)), ValueError, r"\(3,\).*unsqueeze"),
     row("curve of no trial", lambda: AdaptationCurve(torch.zeros(0, 3)), ValueError, r"\(0, 3\).*at least one"),

@@ -348,6 +348,16 @@ def test_a_policy_with_zeroed_memory_forgets():
         assert torch.allclose(group, group[:1].expand_as(group), atol=1e-6)
 
 
+def test_an_actors_memory_is_zeroed_by_that_of_its_actor_critic_too():
+    actor = remembering_actor()
+    policy = ActorCritic(actor, GRUValueHead(5, hidden_size=4))
+    curves = []
+    for zeroed in (actor, policy):
+        torch.manual_seed(0)
+        curves.append(adaptation_curve(bandit_env(rows=10), actor, 10, ablation=with_zeroed_memory(zeroed)))
+    assert torch.equal(*[curve.returns for curve in curves])
+
+
 def test_shuffled_rewards_permutes_the_last_but_one_entry_and_nothing_else():
     trans = torch.arange(24.0).reshape(6, 4)
     state = {"trans": trans.clone(), "other": torch.ones(6)}
