@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from os import PathLike
 from typing import Any, SupportsIndex
 
@@ -13,9 +14,8 @@ from torch import nn
 from torchrl.data import TensorSpec
 
 __all__ = [
-    *("above_0", "as_batch_size", "as_list", "require_callable", "require_collector", "require_flags"),
-    *("require_folder_name", "require_layer_class", "require_network", "require_numbers"),
-    *("require_specs", "whole", "whole_numbers"),
+    *("above_0", "as_batch_size", "as_list", "require_arguments"),
+    *("require_callable", "require_collector", "require_flags", "require_folder_name", "require_layer_class", "require_network", "require_numbers", "require_specs", "whole", "whole_numbers"),
 ]
 
 
@@ -46,6 +46,21 @@ def above_0(name: str, value: float) -> float:
     if not value > 0:
         raise ValueError(f"{name}={value} must be above 0.")
     return value
+
+
+def require_arguments(name: str, function: Callable | None, *arguments: str) -> None:
+    """TypeError where ``function`` is neither None nor one that can be called with ``arguments``, here their names."""
+    require_callable(**{name: function})
+    if function is None:
+        return
+    try:
+        takes = signature(function)
+    except ValueError:  # a function of C's, which does not say what it takes
+        return
+    try:
+        takes.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name} is called as {name}({', '.join(arguments)}), and takes {takes}: {error}.") from error
 
 
 def require_callable(**arguments: Any) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchrl import torchrl_logger
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
-from rl2_torchrl.arguments import as_list, require_callable, require_specs, whole
+from rl2_torchrl.arguments import as_list, require_arguments, require_specs, whole
 from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
 from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
@@ -81,8 +81,8 @@ class GymVectorEnv(TensorEnv):
     Raises:
         ValueError: a vector env that resets in the next step, several ways for the task at once or half of one, no ``num_envs``,
             or functions that hand out the same env twice.
-        TypeError: a space that is no tensor of a fixed size, an env where a function that makes one is needed, or one whose
-            ``reset`` or ``step`` returns something else than Gymnasium asks for.
+        TypeError: a ``set_task`` of other arguments, a space that is no tensor of a fixed size, an env where a function that makes
+            one is needed, or one whose ``reset`` or ``step`` returns something else than Gymnasium asks for.
         KeyError: episodes of a vector env that resets itself end without a ``final_obs``.
         FloatingPointError: an observation or reward is not finite.
         RuntimeError: a process of an env has died, the env has been closed, or a vector env resets rows that were to go on.
@@ -116,11 +116,11 @@ class GymVectorEnv(TensorEnv):
         **kwargs,
     ):
         num_envs = None if num_envs is None else whole("num_envs", num_envs)
-        require_callable(set_task=set_task)
         info_keys = as_list("info_keys", info_keys)
         tasks = None if tasks is None else as_list("tasks", tasks)
         task_spec = _task_spec(set_task, task_spec, tasks, task_option)
         self._is_theirs = isinstance(env, VectorEnv)
+        require_arguments("set_task", set_task, *(("envs", "tasks", "rows") if self._is_theirs else ("env", "task")))
         self.set_task, self.tasks, self.task_option = set_task, tasks, task_option
         #: What makes a row: a run that goes on is to have the same, with the same arguments, and the same way of a task to it.
         self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str | EnvSpec) else env

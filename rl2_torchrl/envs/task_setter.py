@@ -7,7 +7,7 @@ from typing import Any
 
 from torchrl import torchrl_logger
 
-from rl2_torchrl.arguments import require_callable
+from rl2_torchrl.arguments import require_arguments
 
 __all__ = ["TaskSetter", "warn_of_added"]
 
@@ -31,7 +31,7 @@ class TaskSetter:
     """
 
     def __init__(self, set_task: Callable[[Any, Any], None]):
-        require_callable(set_task=set_task)
+        require_arguments("set_task", set_task, "env", "task")
         self._set_task, self._is_first = set_task, True
         self.added: list[str] = []
 
