@@ -61,9 +61,11 @@ class TaskSampler(Transform):
     def __init__(self, distribution: TaskDistribution, *, seed: int | None = None, task_key: NestedKey = "task"):
         super().__init__()
         if not _takes_two(distribution):
+            got = f"{type(distribution).__name__}. For a given list of tasks use TaskSampler.fixed(tasks)."
+            if callable(distribution):
+                got = f"one of {signature(distribution)}. If that makes a distribution, call it: uniform_means(3), say."
             raise TypeError(
-                f"TaskSampler needs a callable (batch_size, generator) -> task, drawn by that generator, got "
-                f"{type(distribution).__name__}. For a given list of tasks use TaskSampler.fixed(tasks)."
+                f"TaskSampler needs a callable (batch_size, generator) -> task, drawn by that generator, got {got}"
             )
         self.distribution = distribution
         self.task_key = task_key
