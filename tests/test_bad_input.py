@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import Categorical
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, GymEnv, GymWrapper, InitTracker, TransformedEnv, VecNormV2
+from torchrl.envs import Compose, ExplorationType, GymEnv, GymWrapper, InitTracker, TransformedEnv, VecNormV2
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import (
@@ -206,6 +206,12 @@ CASES = [
         "set_task=3 cannot be called",
     ),
     row("frames that are no list of keys", lambda: collector(keep=3), TypeError, r"keep=3 is no list.*keep=\[3\]"),
+    row(
+        "mean of choices",
+        lambda: collector(exploration_type=ExplorationType.MEAN),
+        ValueError,
+        "exploration_type=MEAN: choices have none; ExplorationType.DETERMINISTIC",
+    ),
     row("half a frame", lambda: collector(frames_per_batch=8.5), ValueError, "frames_per_batch=8.5.*whole number"),
     row("text as input", lambda: spoken("said"), TypeError, r"\['said'\] are no numbers.*leave them out"),
     row(
