@@ -12,10 +12,13 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.data import TensorSpec
+from torchrl.envs import EnvBase
 
 __all__ = [
-    *("above_0", "as_batch_size", "as_list", "require_arguments"),
-    *("require_callable", "require_collector", "require_flags", "require_folder_name", "require_layer_class", "require_network", "require_numbers", "require_specs", "whole", "whole_numbers"),
+    *("above_0", "as_batch_size", "as_list", "kind_of", "require_arguments"),
+    *("require_callable", "require_collector", "require_env", "require_flags", "require_folder_name"),
+    *("require_layer_class", "require_network", "require_numbers", "require_specs", "whole"),
+    *("whole_numbers"),
 ]
 
 
@@ -26,6 +29,11 @@ def as_list(name: str, values: Iterable) -> list:
     if not isinstance(values, Iterable):
         raise TypeError(f"{name}={values!r} is no list: give one, such as {name}=[{values!r}].")
     return list(values)
+
+
+def kind_of(value: Any) -> str:
+    """What ``value`` is, for messages: its class's name, or that it is a class itself."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def require_numbers(**arguments: Any) -> None:
@@ -73,7 +81,13 @@ def require_callable(**arguments: Any) -> None:
 def require_collector(collector: Any, call: str) -> None:
     """TypeError where what comes first in ``call`` is no collector, as where two arguments have changed places."""
     if not hasattr(collector, "total_frames"):
-        raise TypeError(f"{type(collector).__name__} is no collector, which comes first: {call}.")
+        raise TypeError(f"{kind_of(collector)} is no collector, which comes first: {call}.")
+
+
+def require_env(env: Any, call: str) -> None:
+    """TypeError where what is given as ``env`` in ``call`` is none, such as its class, or a function that makes one."""
+    if not isinstance(env, EnvBase):
+        raise TypeError(f"{kind_of(env)} is no env: {call}.")
 
 
 def require_flags(**arguments: Any) -> None:
@@ -106,7 +120,7 @@ def require_network(policy: Any, call: str) -> None:
     """TypeError where what is given as ``policy`` in ``call`` is none, such as an `AdaptiveAgent`."""
     if not isinstance(policy, TensorDictModuleBase):
         raise TypeError(
-            f"{type(policy).__name__} is no policy: {call} takes an actor, or of an agent that was loaded its .policy."
+            f"{kind_of(policy)} is no policy: {call} takes an actor, or of an agent that was loaded its .policy."
         )
 
 

@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
 
-from rl2_torchrl.arguments import require_callable, require_flags, require_network, whole
+from rl2_torchrl.arguments import require_callable, require_env, require_flags, require_network, whole
 from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout import Rollout, is_native, trial_steps
@@ -165,10 +165,7 @@ def adaptation_curve(
     """
     num_trials, max_trial_steps = whole("num_trials", num_trials), whole("max_trial_steps", max_trial_steps)
     require_flags(deterministic=deterministic)
-    if not isinstance(env, EnvBase):
-        raise TypeError(
-            f"{type(env).__name__} is no env, which comes first: adaptation_curve(env, policy, num_trials)."
-        )
+    require_env(env, "adaptation_curve(env, policy, num_trials)")
     require_network(policy, "adaptation_curve(env, policy, num_trials)")
     require_callable(ablation=ablation, on_step=on_step)
     if EPISODE_INDEX not in env.observation_spec.keys():

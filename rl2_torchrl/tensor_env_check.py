@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.envs import check_env_specs
 
+from rl2_torchrl.arguments import kind_of
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.rows import EnvState, entries_of, merge, tensors_of
 from rl2_torchrl.envs.tensor_env import TensorEnv
@@ -68,7 +69,7 @@ def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, n
     """
     if not isinstance(env, TensorEnv) or isinstance(env, GymVectorEnv):
         raise TypeError(
-            f"{type(env).__name__} is no TensorEnv that its author has written by begin and advance, which this check calls by "
+            f"{kind_of(env)} is no TensorEnv that its author has written by begin and advance, which this check calls by "
             "itself: check_trial_env(TransformedEnv(env, Compose(Trial(...), ...))) checks any env."
         )
     if env.batch_size.numel() < 2 or num_steps < 2:

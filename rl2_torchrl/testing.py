@@ -13,7 +13,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 
-from rl2_torchrl.arguments import whole
+from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
 from rl2_torchrl.env_check.shown import BITS, shown
@@ -123,6 +123,7 @@ def check_trial_env(
         >>> check_trial_env(TransformedEnv(bandit, transforms))
     """
     num_trials, max_steps = whole("num_trials", num_trials), whole("max_steps", max_steps)
+    require_env(env, "check_trial_env(env)")
     played = _Played(env, num_trials, max_steps, task_key, in_key, task_of)
     left_out = tuple(prefix for prefix, key in (("task", task_key), ("trans", in_key)) if key is None)
     for rule in _RULES:

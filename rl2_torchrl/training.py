@@ -12,11 +12,11 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
-from torchrl.objectives import LossModule
 from torchrl.record.loggers import Logger
 
-from rl2_torchrl.arguments import as_list, require_collector, require_flags, require_folder_name, require_numbers, whole
+from rl2_torchrl.arguments import as_list, kind_of, require_collector, require_flags, require_folder_name, require_numbers, whole
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.history import TrainResult
@@ -219,8 +219,9 @@ def _shut_down_at_exit(collector: BaseCollector) -> None:
 
 def _check_kinds(collector, update, checkpoints, logger, **functions) -> None:
     require_collector(collector, "train(collector, update, ...)")
-    if not callable(update) or isinstance(update, LossModule):
-        raise TypeError(f"{type(update).__name__} is no update, such as PPOUpdate(RL2PPOLoss(actor, critic)).")
+    # Losses and policies can be called too, and end deep in TensorDict's code.
+    if not callable(update) or isinstance(update, TensorDictModuleBase | type):
+        raise TypeError(f"{kind_of(update)} is no update, such as PPOUpdate(RL2PPOLoss(actor, critic)).")
     for name, function in functions.items():
         if function is not None and not callable(function):
             number = {"evaluate": "how often is eval_interval=", "stop": "how long is the collector's total_frames="}[

@@ -10,7 +10,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import require_numbers
+from rl2_torchrl.arguments import require_env, require_numbers
 from rl2_torchrl.evaluation import adaptation_curve
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, base_of
@@ -61,6 +61,7 @@ def record_trial(
         >>> def film():  # needs OpenGL
         ...     return record_trial(env, actor, "trial.mp4")
     """
+    require_env(env, "record_trial(env, policy, path)")
     base = base_of(env)
     if not callable(getattr(type(base), "render", None)):
         raise TypeError(f"{type(base).__name__} has no render(row, width=, height=), so there is nothing to film.")

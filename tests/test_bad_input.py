@@ -54,6 +54,7 @@ from rl2_torchrl.envs import (
     uniform_targets,
 )
 from rl2_torchrl.modules import CategoricalActions, ConvEncoder, GaussianActions, orthogonal_init_
+from rl2_torchrl.testing import check_trial_env
 
 
 def bandit(rows=2):
@@ -502,6 +503,34 @@ CASES = [
         TypeError,
         "not of ProbabilisticActor.*features_size=",
     ),
+    row(
+        "class as env",
+        lambda: RecurrentActor.from_env(BernoulliBandit),
+        TypeError,
+        r"the class BernoulliBandit is no env: RecurrentActor.from_env\(env, ...\)",
+    ),
+    row("no env for an actor", lambda: GRUCategoricalActor.from_env(None), TypeError, "NoneType is no env: GRUCat"),
+    row("no env for reals", lambda: GRUGaussianActor.from_env(env), TypeError, "function is no env: GRUGaussian"),
+    row("no env for a critic", lambda: GRUValueHead.from_env("CartPole-v1"), TypeError, "str is no env: GRUValueHead"),
+    row(
+        "no env for a value head", lambda: MemoryValueHead.from_env(None, actor()), TypeError, "is no env: MemoryValue"
+    ),
+    row("no env to check", lambda: check_trial_env(BernoulliBandit), TypeError, "the class BernoulliBandit is no env"),
+    row(
+        "class as actor",
+        lambda: MemoryValueHead.from_env(env(), GRUCategoricalActor, detach=True),
+        TypeError,
+        "not of the class GRUCategoricalActor",
+    ),
+    row("no critic", lambda: ActorCritic(actor(), None), TypeError, "NoneType is no critic.*second.*GRUValueHead.from"),
+    row(
+        "classes as networks",
+        lambda: ActorCritic(GRUCategoricalActor, GRUValueHead),
+        TypeError,
+        "the class GRUCategoricalActor has no action distribution",
+    ),
+    row("class as critic", lambda: RL2PPOLoss(actor(), GRUValueHead), TypeError, "the class GRUValueHead is no critic"),
+    row("class as policy", lambda: collector(GRUCategoricalActor), TypeError, r"is no policy.*Collector\(env, policy"),
     row("critic before actor", lambda: ActorCritic(critic(), actor()), TypeError, "GRUValueHead.*actor comes first"),
     # Loss, advantage
     row(
@@ -618,7 +647,7 @@ CASES = [
     row(
         "no gradient left", lambda: update(collect(), max_grad_norm=0), ValueError, "max_grad_norm=0.*positive, or None"
     ),
-    row("update of a network", lambda: PPOUpdate(actor()), TypeError, "RL2PPOLoss.*not a GRUCategoricalActor"),
+    row("update of a network", lambda: PPOUpdate(actor()), TypeError, "RL2PPOLoss.*not GRUCategoricalActor"),
     row(
         "negative entropy weight",
         lambda: RL2PPOLoss(actor(), critic(), entropy_coeff=-1.0),
@@ -640,6 +669,24 @@ CASES = [
         lambda: train(collector(), RL2PPOLoss(actor(), critic()), evaluate=None),
         TypeError,
         r"RL2PPOLoss is no update.*PPOUpdate\(",
+    ),
+    row(
+        "policy as the update",
+        lambda: train(collector(), actor(), evaluate=None),
+        TypeError,
+        r"GRUCategoricalActor is no update.*PPOUpdate\(",
+    ),
+    row(
+        "class as the update",
+        lambda: train(collector(), PPOUpdate, evaluate=None),
+        TypeError,
+        "the class PPOUpdate is no update",
+    ),
+    row(
+        "class as the agent",
+        lambda: AdaptiveAgent.from_policy(GRUCategoricalActor, env()),
+        TypeError,
+        r"the class GRUCategoricalActor is no policy: from_policy\(",
     ),
     row("resume in words", lambda: trained(checkpoints="a", resume="no"), TypeError, "resume='no' is neither True nor"),
     row("check in words", lambda: trained(check="no"), TypeError, "check='no' is neither True nor False"),
@@ -668,12 +715,17 @@ CASES = [
         ValueError,
         r"VecNormV2 is not frozen.*frozen_copy\(\)",
     ),
-    row("policy before env", lambda: adaptation_curve(actor(), env(), 2), TypeError, "no env.*comes first"),
+    row(
+        "policy before env", lambda: adaptation_curve(actor(), env(), 2), TypeError, r"no env: adaptation_curve\(env, "
+    ),
     row(
         "greedy in words", lambda: adaptation_curve(env(), actor(), 2, deterministic="no"), TypeError, "is neither True"
     ),
     row(
-        "env before policy", lambda: AdaptiveAgent.from_policy(env(), actor()), TypeError, "no env, which comes second"
+        "env before policy",
+        lambda: AdaptiveAgent.from_policy(env(), actor()),
+        TypeError,
+        r"no env: from_policy\(policy, env",
     ),
     row("half a trial to play", lambda: adaptation_curve(env(), actor(), 2.5), ValueError, "num_trials=2.5"),
     row(

@@ -19,7 +19,7 @@ from rl2_torchrl.agent.export import export_policy, onnx_step
 from rl2_torchrl.agent.files import read_agent, write_agent
 from rl2_torchrl.agent.signature import Observed, Signature, name_of
 from rl2_torchrl.agent.step import PolicyStep, actor_of, signature_of
-from rl2_torchrl.arguments import require_flags, require_numbers, whole
+from rl2_torchrl.arguments import require_env, require_flags, require_network, require_numbers, whole
 from rl2_torchrl.modules.distributions import gumbel_
 
 __all__ = ["AdaptiveAgent"]
@@ -93,8 +93,8 @@ class AdaptiveAgent:
             NotImplementedError: the env has a transform that cannot be taken along.
             KeyError: the policy reads what the env does not show.
         """
-        if not isinstance(env, EnvBase):
-            raise TypeError(f"{type(env).__name__} is no env, which comes second: from_policy(policy, env).")
+        require_env(env, "from_policy(policy, env)")
+        require_network(policy, "from_policy(policy, env)")
         # A copy: rollouts' functions hold on to the weights as they are, and a training may go on.
         actor = deepcopy(actor_of(policy)).cpu().eval()
         return cls(PolicyStep(actor, signature_of(actor, env)), signature_of(actor, env))

@@ -7,6 +7,8 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import unravel_key
 from torch import nn
 
+from rl2_torchrl.arguments import kind_of
+
 __all__ = ["ActorCritic", "Network"]
 
 
@@ -47,6 +49,7 @@ class ActorCritic(Network):
 
     def __init__(self, actor: TensorDictModuleBase, critic: TensorDictModuleBase):
         require_policy(actor, "ActorCritic")
+        require_critic(critic, "ActorCritic")
         require_own_cores(actor, critic)
         if shared := [key for key in hidden_keys(actor) if key in hidden_keys(critic)]:
             raise ValueError(
@@ -84,10 +87,19 @@ class ActorCritic(Network):
 
 def require_policy(actor: nn.Module | None, where: str) -> None:
     """TypeError unless ``actor`` has an action distribution, as the first network of ``where`` does."""
-    if not hasattr(actor, "get_dist"):
+    if isinstance(actor, type) or not hasattr(actor, "get_dist"):
         raise TypeError(
-            f"{where}(actor, critic): {type(actor).__name__} has no action distribution. The actor comes first, and it is a "
+            f"{where}(actor, critic): {kind_of(actor)} has no action distribution. The actor comes first, and it is a "
             "ProbabilisticActor such as GRUGaussianActor."
+        )
+
+
+def require_critic(critic: TensorDictModuleBase | None, where: str) -> None:
+    """TypeError unless ``critic`` is a network, as the second of ``where`` is."""
+    if not isinstance(critic, TensorDictModuleBase):
+        raise TypeError(
+            f"{where}(actor, critic): {kind_of(critic)} is no critic. The critic comes second, and it is a TensorDictModule such "
+            "as GRUValueHead.from_env(env) makes."
         )
 
 

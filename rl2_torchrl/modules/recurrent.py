@@ -11,7 +11,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
-from rl2_torchrl.arguments import as_list, require_flags, whole
+from rl2_torchrl.arguments import as_list, kind_of, require_env, require_flags, whole
 from rl2_torchrl.modules.actor_critic import Network
 from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
 from rl2_torchrl.modules.layers import Head, SkipHead
@@ -110,6 +110,7 @@ class RecurrentActor(ProbabilisticActor):
         the spec decides: categorical for one or several choices, Gaussian for reals. Further keywords are the constructor's. What
         the env shows in two dimensions, or more than an image's three, needs an encoder.
         """
+        require_env(env, f"{cls.__name__}.from_env(env, ...)")
         if callable(distribution) and not isinstance(distribution, ActionDistribution | type):
             distribution = distribution(_action_spec(env))
         kwargs = {"action_key": env.action_key, **kwargs}
@@ -133,6 +134,7 @@ class GRUGaussianActor(RecurrentActor):
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> GRUGaussianActor:
         """An actor of the sizes, device and action key of ``env``; TypeError where its actions are discrete."""
+        require_env(env, f"{cls.__name__}.from_env(env, ...)")
         action_dim = GaussianActions.from_spec(_action_spec(env)).num_outputs
         kwargs = {"action_key": env.action_key, **kwargs}
         return cls(read_shapes(env, kwargs), action_dim, **kwargs)
@@ -155,6 +157,7 @@ class GRUCategoricalActor(RecurrentActor):
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> GRUCategoricalActor:
         """An actor of the sizes, device, action key and encoding of ``env``; TypeError where its actions are not one choice."""
+        require_env(env, f"{cls.__name__}.from_env(env, ...)")
         actions = CategoricalActions.from_spec(_action_spec(env))
         kwargs = {"action_key": env.action_key, "one_hot": actions.one_hot, **kwargs}
         return cls(read_shapes(env, kwargs), actions.num_outputs, **kwargs)
@@ -199,6 +202,7 @@ class RecurrentCritic(Network):
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> RecurrentCritic:
         """A critic of the input sizes and device of ``env``; further keywords as in the constructor."""
+        require_env(env, f"{cls.__name__}.from_env(env, ...)")
         return cls(read_shapes(env, kwargs), **kwargs)
 
 
@@ -253,9 +257,10 @@ class MemoryValueHead(Network):
     @classmethod
     def from_env(cls, env: EnvBase, actor: RecurrentActor, **kwargs) -> MemoryValueHead:
         """A value head on the memory of ``actor``, one of this package's, with the device and extra inputs of ``env``."""
+        require_env(env, f"{cls.__name__}.from_env(env, actor, ...)")
         if not hasattr(actor, "hidden_size"):
             raise TypeError(
-                f"from_env knows the features of a RecurrentActor such as GRUCategoricalActor, not of {type(actor).__name__}: "
+                f"from_env knows the features of a RecurrentActor such as GRUCategoricalActor, not of {kind_of(actor)}: "
                 "say them, MemoryValueHead(features_size=..., features_key=..., detach=...)."
             )
         kwargs.setdefault("device", env.device)

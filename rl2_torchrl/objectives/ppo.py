@@ -17,7 +17,7 @@ from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
 from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
 from rl2_torchrl.gradients.program import merge_losses, values_of
-from rl2_torchrl.modules.actor_critic import hidden_keys, require_own_cores, require_policy
+from rl2_torchrl.modules.actor_critic import hidden_keys, require_critic, require_own_cores, require_policy
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
@@ -88,6 +88,8 @@ class RL2PPOLoss(ClipPPOLoss):
         # ClipPPOLoss's other names for the two.
         actor_network, critic_network = kwargs.pop("actor", actor_network), kwargs.pop("critic", critic_network)
         require_policy(actor_network, "RL2PPOLoss")
+        if critic_network is not None:
+            require_critic(critic_network, "RL2PPOLoss")
         require_own_cores(actor_network, critic_network)
         terms = _checked_terms(terms)
         _require_one_writer(terms, actor_network, critic_network)
