@@ -10,7 +10,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import require_env, require_numbers
+from rl2_torchrl.arguments import require_env, require_numbers, whole
 from rl2_torchrl.evaluation import adaptation_curve
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, base_of
@@ -48,7 +48,7 @@ def record_trial(
     Raises:
         TypeError: the env has no ``render``.
         ImportError: a package for the file's format is missing (extra ``video``).
-        ValueError: another format, or ``fps`` that it cannot have.
+        ValueError: another format, ``fps`` that it cannot have, or a size that is no whole number of pixels.
         RuntimeError: there is no OpenGL to render with; the message says what to install and to set.
 
     Examples:
@@ -61,6 +61,7 @@ def record_trial(
         >>> def film():  # needs OpenGL
         ...     return record_trial(env, actor, "trial.mp4")
     """
+    width, height = whole("width", width), whole("height", height)
     require_env(env, "record_trial(env, policy, path)")
     base = base_of(env)
     if not callable(getattr(type(base), "render", None)):

@@ -119,6 +119,8 @@ assert not torch.equal(first, second), "the cheetah did not move"
 assert not torch.equal(env.render(0, width=96, height=64), second), "both rows look alike"
 assert env._camera is camera, "a renderer of its own for each picture"
 assert env.render(0).shape == (320, 480, 3)
+large = env.render(0, width=800, height=600)  # than the model's buffer off screen
+assert large.shape == (600, 800, 3) and large.float().std() > 10
 assert torch.equal(copy.deepcopy(env).render(1, width=96, height=64), second), "a copy takes other pictures"
 print("pictures taken")
 """
@@ -178,6 +180,11 @@ def test_pictures_of_numpys_and_a_speed_in_words(tmp_path):
     assert pictures(video.path)[0].shape == (1, 8, 8, 3)
     with pytest.raises(ValueError, match="fps='20' is text"):
         VideoWriter(tmp_path / "grey.gif", "20")
+
+
+def test_a_size_of_no_pixels(tmp_path):
+    with pytest.raises(ValueError, match="width=0 must be a whole number, at least 1"):
+        record_trial(*cheetahs(), tmp_path / "trial.mp4", width=0)
 
 
 def test_an_env_without_pictures(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.envs.physics import import_mujoco
 
 __all__ = ["Camera"]
@@ -23,7 +24,7 @@ class Camera:
 
     Raises:
         RuntimeError: there is no OpenGL to render with; the message says what to install and to set.
-        ValueError: a picture is larger than the model's off-screen buffer (640 x 480 unless its file says otherwise).
+        ValueError: a size is no whole number of pixels.
 
     Examples:
         >>> from rl2_torchrl.envs.physics import gymnasium_model, load_model
@@ -34,8 +35,10 @@ class Camera:
 
     def __init__(self, model: Any, width: int, height: int):
         mujoco = import_mujoco()
-        self.size = (width, height)
+        self.size = width, height = whole("width", width), whole("height", height)
         self._model, self._data = model, mujoco.MjData(model)
+        buffer = model.vis.global_  # what is off-screen is 640 x 480, unless the model's file says otherwise
+        buffer.offwidth, buffer.offheight = max(buffer.offwidth, width), max(buffer.offheight, height)
         try:
             self._renderer = mujoco.Renderer(model, height, width)
         except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:
