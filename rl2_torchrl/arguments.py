@@ -18,7 +18,7 @@ __all__ = [
     *("above_0", "as_batch_size", "as_list", "kind_of", "require_arguments"),
     *("require_callable", "require_collector", "require_env", "require_flags", "require_folder_name"),
     *("require_layer_class", "require_network", "require_numbers", "require_specs", "whole"),
-    *("whole_numbers"),
+    "whole_numbers",
 ]
 
 
