@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 
-from rl2_torchrl.arguments import require_network
+from rl2_torchrl.arguments import require_generator, require_network
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
 
@@ -65,6 +65,7 @@ def with_shuffled_rewards(
         >>> sorted(shuffled[:, 1].tolist()), shuffled[:, 2].tolist()
         ([7.0, 8.0], [1.0, 1.0])
     """
+    require_generator(generator)
 
     def shuffle(state: State) -> State:
         if in_key not in state:

@@ -17,8 +17,8 @@ from torchrl.envs import EnvBase
 __all__ = [
     *("above_0", "as_batch_size", "as_list", "kind_of", "require_arguments"),
     *("require_callable", "require_collector", "require_env", "require_flags", "require_folder_name"),
-    *("require_layer_class", "require_network", "require_numbers", "require_specs", "whole"),
-    "whole_numbers",
+    *("require_generator", "require_layer_class", "require_network", "require_numbers", "require_specs"),
+    *("require_torch", "whole", "whole_numbers"),
 ]
 
 
@@ -97,6 +97,12 @@ def require_flags(**arguments: Any) -> None:
             raise TypeError(f"{name}={value!r} is neither True nor False.")
 
 
+def require_generator(generator: Any) -> None:
+    """TypeError where what is given is neither a generator nor None, such as a seed."""
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"{kind_of(generator)} is no generator: give torch.Generator().manual_seed(0), say.")
+
+
 def require_folder_name(**arguments: str | PathLike) -> None:
     """ValueError where what names a folder is empty, as a variable of the shell that is not set: that is the current folder."""
     for name, value in arguments.items():
@@ -144,6 +150,13 @@ def require_specs(**arguments: TensorSpec | None) -> None:
     for name, value in arguments.items():
         if value is not None and not isinstance(value, TensorSpec):
             raise TypeError(f"{name}={value!r} is no spec: give a TensorSpec of one row, such as Unbounded(1).")
+
+
+def require_torch(**arguments: Any) -> None:
+    """TypeError where what is given is no tensor, such as a list or an array of NumPy's."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is no tensor but {kind_of(value)}: give torch.as_tensor({name}).")
 
 
 def whole(name: str, value: SupportsIndex) -> int:

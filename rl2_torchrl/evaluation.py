@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
 
-from rl2_torchrl.arguments import require_callable, require_env, require_flags, require_network, whole
+from rl2_torchrl.arguments import require_callable, require_env, require_flags, require_network, require_torch, whole
 from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout import Rollout, is_native, trial_steps
@@ -38,6 +38,7 @@ class AdaptationCurve:
         steps: the curve of how many steps each episode took; None where nobody has counted.
 
     Raises:
+        TypeError: ``returns`` is no tensor.
         ValueError: ``returns`` is not a floating-point table of at least one trial and one episode, or holds infinities.
 
     Examples:
@@ -51,6 +52,7 @@ class AdaptationCurve:
     steps: AdaptationCurve | None = None
 
     def __post_init__(self):
+        require_torch(returns=self.returns)
         returns = self.returns
         if returns.ndim != 2 or 0 in returns.shape or not returns.is_floating_point():
             raise ValueError(

@@ -783,6 +783,8 @@ CASES = [
         "agent that plays", lambda: adaptation_curve(env(), 3, 2), TypeError, r"int is no policy: adaptation.*\.policy"
     ),
     row("zeroing no memory", lambda: with_zeroed_memory(memoryless()), ValueError, "no hidden state.*it reads"),
+    row("curve of an array", lambda: AdaptationCurve(np.zeros((2, 3))), TypeError, "no tensor but ndarray.*as_tensor"),
+    row("shuffling by a seed", lambda: with_shuffled_rewards(0), TypeError, "int is no generator.*manual_seed"),
     row("curve of one dimension", lambda: AdaptationCurve(torch.zeros(3)), ValueError, r"\(3,\).*unsqueeze"),
     row("curve of no trial", lambda: AdaptationCurve(torch.zeros(0, 3)), ValueError, r"\(0, 3\).*at least one"),
     row("curve of whole numbers", lambda: AdaptationCurve(torch.zeros(2, 3).long()), ValueError, "int64.*floats"),

@@ -410,13 +410,23 @@ def test_means_are_left_as_they_were(agent):
         (torch.tensor([[0.5, 1.1]]), 2, r"means has entries outside \[0, 1\].*Pass probabilities"),
         (torch.tensor([[0.5, -0.1]]), 2, r"means has entries outside \[0, 1\]"),
         (torch.tensor([[0.5, float("nan")]]), 2, r"means has entries outside \[0, 1\] or NaN"),
-        (torch.rand(2, 2), 0, r"num_pulls=0.*Pass num_pulls >= 1"),
+        (torch.rand(2, 2), 0, r"num_pulls=0 must be a whole number"),
         (torch.rand(2, 2), -1, r"num_pulls=-1"),
     ],
 )
 def test_bad_tasks(agent, means, num_pulls, message):
     with pytest.raises(ValueError, match=message):
         agent(means, num_pulls)
+
+
+@pytest.mark.parametrize("agent", [*AGENTS, tune_ucb1])
+def test_arrays_seeds_and_words_are_told_apart_from_tensors_generators_and_numbers(agent):
+    with pytest.raises(TypeError, match=r"means is no tensor but ndarray: give torch.as_tensor\(means\)"):
+        agent(np.full((2, 2), 0.5), 2)
+    with pytest.raises(TypeError, match=r"int is no generator: give torch.Generator\(\).manual_seed"):
+        agent(torch.rand(2, 2), 2, 0)
+    with pytest.raises(ValueError, match="num_pulls='5' must be a whole number"):
+        agent(torch.rand(2, 2), "5")
 
 
 @pytest.mark.parametrize("exploration", [-0.1, float("nan"), float("inf")])

@@ -407,8 +407,8 @@ TWO = drawn(2)
         (lambda: psrl((TWO[0], 2 * TWO[1]), 3), "no probabilities"),
         (lambda: psrl((TWO[0], -TWO[1]), 3), "no probabilities"),
         (lambda: psrl((TWO[0] * math.nan, TWO[1]), 3), "rewards that are not finite"),
-        (lambda: psrl(TWO, 0), "num_episodes=0.*one episode"),
-        (lambda: psrl(TWO, 3, episode_steps=0), "episode_steps=0.*one step or more"),
+        (lambda: psrl(TWO, 0), "num_episodes=0 must be a whole"),
+        (lambda: psrl(TWO, 3, episode_steps=0), "episode_steps=0 must be a whole"),
         (lambda: opsrl(TWO, 3, num_samples=0), "num_samples=0 leaves no MDP"),
         (lambda: mdps.epsilon_greedy(TWO, 3, epsilon=1.5), "epsilon=1.5 is a share"),
         (lambda: beb(TWO, 3, scaling=-1.0), "scaling=-1.0 is not a finite number of at least 0"),
@@ -417,4 +417,17 @@ TWO = drawn(2)
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: psrl([part.numpy() for part in TWO], 3), "rewards is no tensor but ndarray"),
+        (lambda: psrl(torch.rand(2, 150), 3), "must be a pair.*unpack_mdps"),
+        (lambda: psrl(TWO, 3, 0), "int is no generator"),
+    ],
+)
+def test_input_of_another_kind(call, message):
+    with pytest.raises(TypeError, match=message):
         call()

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+from rl2_torchrl.arguments import require_generator, require_torch, whole
+
 __all__ = [
     "check_tasks",
     "epsilon_greedy",
@@ -44,7 +46,7 @@ def play(means: Tensor, num_pulls: int, choose: ChooseArms, generator: Generator
         >>> play(torch.tensor([[0.0, 1.0]]), 3, always_last)
         tensor([[1., 1., 1.]])
     """
-    check_tasks(means, num_pulls)
+    check_tasks(means, num_pulls, generator)
     # Half precision would round both the means and, past 256 pulls, the counts.
     means = means.float()
     successes, failures = torch.zeros_like(means), torch.zeros_like(means)
@@ -58,8 +60,11 @@ def play(means: Tensor, num_pulls: int, choose: ChooseArms, generator: Generator
     return rewards
 
 
-def check_tasks(means: Tensor, num_pulls: int) -> None:
-    """Raise ValueError unless agents can play ``num_pulls`` on ``means``, [num_tasks, num_arms]."""
+def check_tasks(means: Tensor, num_pulls: int, generator: Generator | None) -> None:
+    """Raise ValueError or TypeError unless agents can play ``num_pulls`` on ``means``, [num_tasks, num_arms]."""
+    require_torch(means=means)
+    require_generator(generator)
+    whole("num_pulls", num_pulls)
     if means.ndim != 2 or means.shape[-1] == 0:
         raise ValueError(
             f"means has shape {list(means.shape)}, not [num_tasks, num_arms] with one arm or more: "
@@ -74,10 +79,6 @@ def check_tasks(means: Tensor, num_pulls: int) -> None:
         raise ValueError(
             "means has entries outside [0, 1] or NaN: they are the success probabilities of "
             "Bernoulli arms. Pass probabilities, for example torch.rand(num_tasks, num_arms)."
-        )
-    if num_pulls < 1:
-        raise ValueError(
-            f"num_pulls={num_pulls} leaves no reward to return: a trial has one pull or more. Pass num_pulls >= 1."
         )
 
 

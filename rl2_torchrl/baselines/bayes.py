@@ -54,7 +54,7 @@ def bayes_optimal(means: Tensor, num_pulls: int, generator: Generator | None = N
         >>> bayes_optimal(torch.tensor([[0.0, 1.0]]), 4)
         tensor([[0., 1., 1., 1.]])
     """
-    check_tasks(means, num_pulls)
+    check_tasks(means, num_pulls, generator)
     _, policy = _solve(means.shape[-1], num_pulls)
     base = num_pulls + 1
 

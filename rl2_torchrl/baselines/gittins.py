@@ -67,7 +67,7 @@ def gittins_agent(means: Tensor, num_pulls: int, generator: Generator | None = N
         >>> gittins_agent(torch.tensor([[0.0, 0.0, 1.0]]), 4, gamma=0.9)
         tensor([[0., 0., 1., 1.]])
     """
-    check_tasks(means, num_pulls)
+    check_tasks(means, num_pulls, generator)
     _check_gamma(gamma)
     size = TABLE_PULLS * math.ceil(num_pulls / TABLE_PULLS)
     table = _stored_table(size, gamma).to(means.device, torch.float32).flatten()

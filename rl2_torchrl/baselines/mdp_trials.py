@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+from rl2_torchrl.arguments import require_generator, require_torch, whole
 from rl2_torchrl.baselines.beliefs import Experience
 
 __all__ = ["MDPs", "MakePlan", "check_mdps", "play"]
@@ -54,6 +55,7 @@ def play(
         >>> play((rewards, torch.ones(1, 1, 2, 1)), 2, second, episode_steps=4).round(decimals=-2)
         tensor([[4000., 4000.]])
     """
+    require_generator(generator)
     check_mdps(mdps, num_episodes, episode_steps)
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon={epsilon} is a share of the actions: pass a number between 0 and 1.")
@@ -108,8 +110,15 @@ def _choose(values: Tensor, epsilon: float, generator: Generator | None) -> Tens
 
 
 def check_mdps(mdps: MDPs, num_episodes: int, episode_steps: int) -> None:
-    """Raise ValueError unless agents can play ``num_episodes`` of ``episode_steps`` on ``mdps``."""
+    """Raise ValueError or TypeError unless agents can play ``num_episodes`` of ``episode_steps`` on ``mdps``."""
+    if isinstance(mdps, Tensor) or len(mdps) != 2:
+        raise TypeError(
+            "mdps must be a pair, mean rewards and transition probabilities: unpack_mdps(tasks, ...) makes it."
+        )
     rewards, transitions = mdps
+    require_torch(rewards=rewards, transitions=transitions)
+    whole("num_episodes", num_episodes)
+    whole("episode_steps", episode_steps)
     shape = rewards.shape
     if len(shape) != 3 or 0 in shape or transitions.shape != (*shape, shape[1]):
         raise ValueError(
@@ -123,8 +132,4 @@ def check_mdps(mdps: MDPs, num_episodes: int, episode_steps: int) -> None:
         raise ValueError(
             "mdps has transitions that are no probabilities, or rewards that are not finite. The last dimension of the "
             "transitions, the next state, must be at least 0 and sum to 1."
-        )
-    if num_episodes < 1 or episode_steps < 1:
-        raise ValueError(
-            f"num_episodes={num_episodes}, episode_steps={episode_steps}: a trial has one episode, an episode one step or more."
         )
