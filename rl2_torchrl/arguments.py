@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from os import PathLike
 from typing import Any, SupportsIndex
@@ -15,10 +16,10 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 __all__ = [
-    *("above_0", "as_batch_size", "as_list", "kind_of", "require_arguments"),
-    *("require_callable", "require_collector", "require_env", "require_flags", "require_folder_name"),
-    *("require_generator", "require_layer_class", "require_network", "require_numbers", "require_specs"),
-    *("require_torch", "whole", "whole_numbers"),
+    *("above_0", "as_batch_size", "as_list", "kind_of", "noted"),
+    *("require_arguments", "require_callable", "require_collector", "require_env", "require_flags"),
+    *("require_folder_name", "require_generator", "require_layer_class", "require_network", "require_numbers"),
+    *("require_specs", "require_torch", "whole", "whole_numbers"),
 ]
 
 
@@ -34,6 +35,16 @@ def as_list(name: str, values: Iterable) -> list:
 def kind_of(value: Any) -> str:
     """What ``value`` is, for messages: its class's name, or that it is a class itself."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+@contextmanager
+def noted(said: str) -> Iterator[None]:
+    """Adds to errors of a user's own part what it was asked: Python's and PyTorch's words do not name the argument."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(said)
+        raise
 
 
 def require_numbers(**arguments: Any) -> None:
@@ -113,13 +124,16 @@ def require_folder_name(**arguments: str | PathLike) -> None:
 
 
 def require_layer_class(**arguments: Any) -> None:
-    """TypeError where what is given makes no layers: a name in quotes, or one layer, which all places would share."""
+    """TypeError where what is given makes no layers: a name in quotes, a function, or one layer, which all would share."""
     require_callable(**arguments)
     for name, value in arguments.items():
         if isinstance(value, nn.Module):
             raise TypeError(
                 f"{name}={value!r} is one layer, and each place has its own: give the class, such as nn.ReLU."
             )
+        with noted(f"{name}={value!r} is called without arguments, and makes a layer: give a class such as nn.Tanh."):
+            if not isinstance(value(), nn.Module):
+                raise TypeError(f"{name}={value!r} makes no layer.")
 
 
 def require_network(policy: Any, call: str) -> None:

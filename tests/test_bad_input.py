@@ -397,6 +397,24 @@ CASES = [
     row("one layer", lambda: actor(num_cells=64), TypeError, r"num_cells=64 is no list.*num_cells=\[64\]"),
     row("actions in words", lambda: GRUCategoricalActor(5, "3"), ValueError, "num_actions='3'.*whole number"),
     row("activation in words", lambda: actor(activation="relu"), TypeError, "activation='relu' cannot be called"),
+    row("activation as a function", lambda: actor(activation=torch.tanh), TypeError, "tanh.*makes a layer.*nn.Tanh"),
+    row(
+        "encoder of another size",
+        lambda: actor(encoder=nn.Linear(7, 7)),
+        RuntimeError,
+        r"6x5 and 7x7.*the encoder Linear.*tried on {'trans': \[2, 3, 5\]}",
+    ),
+    row(
+        "encoder of a number",
+        lambda: actor(encoder=lambda number: nn.Linear(number, 8)),
+        TypeError,
+        r"encoder=<function.*the shape of 'trans', torch.Size\(\[5\]\)",
+    ),
+    row(
+        "head of one size", lambda: actor(head=lambda n: nn.Linear(n, 3)), TypeError, "sizes of features and outputs, 4"
+    ),
+    row("core of two sizes", lambda: with_core(lambda n, m: None), TypeError, "core=<function.*size of its input, 5"),
+    row("dtype in words", lambda: actor(dtype="float64"), TypeError, "dtype='float64' is text: give torch.float64"),
     row("one activation for all", lambda: actor(activation=nn.ReLU()), TypeError, r"ReLU\(\) is one layer.*the class"),
     row(
         "one for an encoder",

@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
-from rl2_torchrl.arguments import require_callable, require_layer_class, require_numbers, whole, whole_numbers
+from rl2_torchrl.arguments import noted, require_callable, require_layer_class, require_numbers, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import IGNORED, Part, brings, is_bare, runs
 from rl2_torchrl.kernels.functions import as_reals, relu_linear
@@ -199,7 +199,11 @@ def encoding(
 def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key: NestedKey, factory: Mapping):
     require_callable(encoder=encoder)
     shape = torch.Size(entries[key])
-    module = encoder if isinstance(encoder, nn.Module) else encoder(shape).to(**factory)
+    if isinstance(encoder, nn.Module):
+        module = encoder
+    else:
+        with noted(f"{encoder=} is called with the shape of {key!r}, {shape}, and makes a module."):
+            module = encoder(shape).to(**factory)
     if len(shape) > 1 and not isinstance(module, ImageEncoder | MLPEncoder):
         module = ImageEncoder(module, shape)
     return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else "_".join(key))])
@@ -248,7 +252,9 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
     lead = [1] if is_core else [2, 3]  # encoders see sequences too, cores in recurrent mode alone
     row = {key: like.new_zeros(*lead, *entries[key]) for key in module.in_keys if key in entries}
     row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
-    with torch.no_grad():
+    tried = {key: [*lead, *entries[key]] for key in module.in_keys if key in entries}
+    what = getattr(module, "module", module)
+    with torch.no_grad(), noted(f"This was the {'core' if is_core else 'encoder'} {what}, tried on {tried}."):
         out = module(TensorDict(row, lead if is_core else [])).get(output_key(module))
     if out.shape[:-1] != torch.Size(lead):
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.data import NonTensor
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import as_list, require_callable, require_flags, require_layer_class
+from rl2_torchrl.arguments import as_list, noted, require_callable, require_flags, require_layer_class
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.layers import (
@@ -63,6 +63,8 @@ def fill_slots(
             f"{list(unknown)} is no argument of a network, whose slots are {sorted(fill_slots.__kwdefaults__)}."
         )
     require_callable(head=head)
+    if isinstance(dtype, str):
+        raise TypeError(f"{dtype=} is text: give torch.float64, say.")
     require_layer_class(activation=activation)
     require_flags(skip=skip)
     normalize = _marks(normalize)
@@ -89,7 +91,8 @@ def fill_slots(
     elif num_cells or skip:
         raise ValueError("num_cells and skip are those of the default head; build your own with its hidden layers.")
     elif not isinstance(head, nn.Module):
-        head = head(features_size, num_outputs).to(**factory)
+        with noted(f"{head=} is called with the sizes of features and outputs, {features_size} and {num_outputs}."):
+            head = head(features_size, num_outputs).to(**factory)
     names = (core.in_keys[1], output_key(core), features_size)
     return [*norms, *encoders, core], head, [names[1], key] if skip else [names[1]], names
 
@@ -121,7 +124,11 @@ def _built_core(core: Any, size: int, factory: Mapping) -> TensorDictModuleBase:
         raise TypeError(
             f"core={core!r} is no core: give one such as core=LSTMCore; a RecurrentCore shows how to write one."
         )
-    return core if isinstance(core, nn.Module) else _built_core(core(size).to(**factory), size, factory)
+    if isinstance(core, nn.Module):
+        return core
+    with noted(f"{core=} is called with the size of its input, {size}, and makes a core."):
+        core = core(size).to(**factory)
+    return _built_core(core, size, factory)
 
 
 def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, features_key) -> int:
