@@ -91,7 +91,12 @@ class Loop:
             with _random_numbers_put_back():
                 check_training(self._collector, self._update, batch)
         for callback in self._callbacks:
-            callback.after_batch(batch, self._progress)
+            returned = callback.after_batch(batch, self._progress)
+            if returned is not None and returned is not batch:
+                raise TypeError(
+                    f"{type(callback).__name__}.after_batch returned what no update would see: change the batch in place, or "
+                    "return nothing."
+                )
         try:
             metrics = self._update(batch, self._progress)
         except FloatingPointError as error:

@@ -5,6 +5,7 @@ import math
 import signal
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -305,6 +306,18 @@ class Recorder(Callback):
     def after_evaluation(self, row, progress):
         self.calls.append(("evaluation", row["eval/score"], progress))
         return {"eval/twice": 2 * row["eval/score"]}
+
+
+def test_a_batch_that_a_callback_returns_is_refused_where_it_is_another():
+    class Copies(Callback):
+        def after_batch(self, batch, progress):
+            return batch.clone() if self.copies else batch
+
+    callback = Copies()
+    for callback.copies in (False, True):
+        refused = pytest.raises(TypeError, match="Copies.after_batch returned what no update would see.*in place")
+        with refused if callback.copies else nullcontext():
+            train(Batches(*ones(1)), no_update, evaluate=None, progress=False, callbacks=[callback])
 
 
 def test_callbacks_are_called_in_order_and_add_to_the_row(tmp_path):
