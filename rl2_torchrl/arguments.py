@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from operator import index
 from os import PathLike
 from typing import Any, SupportsIndex
 
@@ -175,9 +176,13 @@ def require_torch(**arguments: Any) -> None:
 
 def whole(name: str, value: SupportsIndex) -> int:
     """``value`` as Python's integer, NumPy's too; ValueError unless it is a whole number, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or value.__index__() < 1:
+    try:
+        number = 0 if isinstance(value, bool) else index(value)
+    except TypeError:  # of arrays and tensors of many numbers too
+        number = 0
+    if number < 1:
         raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
-    return value.__index__()
+    return number
 
 
 def whole_numbers(name: str, values: Iterable[SupportsIndex]) -> list[int]:

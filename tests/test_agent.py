@@ -1,6 +1,7 @@
 """`AdaptiveAgent`: it does what the training's policy does, step for step, and says what is wrong with what it is given."""
 
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -393,6 +394,12 @@ def begun(call, rows=None):
 BAD = {
     "no trial": (lambda agent: agent.act([0.0, 0.0]), RuntimeError, "no trial has begun"),
     "no rows": (lambda agent: agent.new_trial(0), ValueError, "num_rows=0.*at least 1"),
+    "rows in the place of their number": (
+        lambda agent: agent.new_trial(np.ones(2, bool)),
+        ValueError,
+        "num_rows=array.*must be a whole number",
+    ),
+    "a folder": (lambda agent: agent.save(Path(__file__).parent), IsADirectoryError, "is a folder.*/agent.safetensors"),
     "rows of nothing": (lambda agent: agent.new_trial(rows=[True]), ValueError, "begin one *first"),
     "numbers of rows": (begun(lambda agent: agent.new_trial(rows=[0, 1]), 2), ValueError, "bool"),
     "a flag in quotes": (begun(lambda agent: agent.act(deterministic="False")), TypeError, "neither True nor False"),
@@ -486,6 +493,12 @@ BAD = {
 @pytest.mark.parametrize("case", BAD.values(), ids=BAD)
 def test_bad_use(case):
     bad(*case)
+
+
+def test_an_agent_says_what_it_is():
+    assert repr(AdaptiveAgent.from_policy(make(bandits()), bandits())).endswith(
+        ": nothing -> action [] of torch.int64)"
+    )
 
 
 @pytest.mark.parametrize("done", [True, np.True_, [1, 1], torch.ones(2, 1)])

@@ -79,6 +79,12 @@ class AdaptiveAgent:
         """
         return self.step.policy if isinstance(self.step, PolicyStep) else None
 
+    def __repr__(self) -> str:
+        shapes = {name_of(key): list(each.spec.shape) for key, each in self.signature.observations.items()}
+        shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+        acts, action = self.step if self.policy is None else self.policy, self.signature.action
+        return f"AdaptiveAgent({type(acts).__name__}: {shown} -> {name_of(action.key)} {list(action.shape)} of {action.dtype})"
+
     # ------------------------------------------------------------ where it comes from
     @classmethod
     def from_policy(cls, policy: TensorDictModuleBase, env: EnvBase) -> AdaptiveAgent:
@@ -126,7 +132,10 @@ class AdaptiveAgent:
         Raises:
             TypeError: a part of the policy is not known by name (`rl2_torchrl.agent.register_part`), or there is no policy.
             ValueError: the path's suffix is that of an exported graph.
+            IsADirectoryError: the path is a folder's.
         """
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder: name the file in it, {Path(path) / 'agent.safetensors'}.")
         if Path(path).suffix in (".onnx", ".pt2"):
             raise ValueError(f"{path}: such a file is a graph, which export() writes; save() writes .safetensors.")
         actor = self._actor()
