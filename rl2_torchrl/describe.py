@@ -20,7 +20,7 @@ from rl2_torchrl.checks.probe import NetworkProbe
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.gradients import LOG_PROB, Part
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import Trial, base_of, transforms_of
+from rl2_torchrl.trial import Trial, base_of, is_within, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -142,8 +142,8 @@ def _transform(transform: nn.Module, env: EnvBase) -> str:
         told = ", ".join([*told, f"action {layout.action.size}", "reward 1", "done 1"])
         return f"{_name(transform.out_key)} [{layout.size}] = {told}"
     keys = [getattr(transform, "task_key", None), *(getattr(transform, "primers", transform.out_keys) or ())]
-    shapes = {key: list(spec.shape[len(env.batch_size) :]) for key, spec in env.observation_spec.items(True)}
-    return ", ".join(_entry(key, shapes) for key in keys if key in shapes)
+    shapes = {key: list(spec.shape[len(env.batch_size) :]) for key, spec in env.observation_spec.items(True, True)}
+    return ", ".join(_entry(each, shapes) for key in keys if key is not None for each in shapes if is_within(each, key))
 
 
 def _collector(collector: BaseCollector, spec: Composite | None) -> list[Described]:

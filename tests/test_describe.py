@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from test_transition import Memory
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.data import Composite, Unbounded
 from torchrl.envs import Compose, ParallelEnv, TransformedEnv
 from torchrl.modules import GRUModule, ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
@@ -101,6 +103,16 @@ class Cube(nn.Module):
 
     def forward(self, x):
         return x**3
+
+
+def test_a_task_of_several_entries_is_shown_by_them():
+    def leaks(batch_size, generator):
+        return TensorDict({"leak": torch.zeros(*batch_size, 2), "gain": torch.zeros(*batch_size, 1)}, batch_size)
+
+    spec = Composite(leak=Unbounded(2), gain=Unbounded(1))
+    base = GymVectorEnv("CartPole-v1", 2, set_task=lambda env, task: None, task_spec=spec)
+    parts, _ = _env(TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler(leaks))))
+    assert parts[-1].what == "task.leak [2], task.gain [1]"
 
 
 @pytest.mark.parametrize("detach", [True, False])
