@@ -60,7 +60,8 @@ def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, n
 
     Raises:
         TensorEnvError: a rule is broken. The message says which, what was seen, why it matters and what to do.
-        TypeError: it is no `TensorEnv`, or a `GymVectorEnv`, which `rl2_torchrl.testing.check_trial_env` checks.
+        TypeError: it is no `TensorEnv`, or a `GymVectorEnv`, which `rl2_torchrl.testing.check_trial_env` checks; or ``tasks`` gives
+            something else than tasks.
         ValueError: the env has one row only, or ``num_steps`` is below 2.
 
     Examples:
@@ -97,6 +98,8 @@ class _Checked:
             number = 0 if spec is None else _NUM_TASKS  # an env may have no task
             draws = [spec.rand() if tasks is None else tasks(env.batch_size, generator) for _ in range(number)]
             self.actions = [env.action_spec.rand() for _ in range(num_steps)]
+        if strangers := [kind_of(task) for task in draws if not isinstance(task, Tensor | TensorDictBase)]:
+            raise TypeError(f"{tasks=} gave a {strangers[0]}: a task is a tensor or TensorDict [*batch_size, ...].")
         self.tasks = [task.to(env.device) for task in draws]
         self.every_row = torch.ones(env.batch_size, dtype=torch.bool, device=env.device)
 

@@ -679,6 +679,11 @@ def test_nothing_to_compare(batch_size, num_steps):
         check_tensor_env(Line(batch_size=batch_size), num_steps=num_steps)
 
 
+def test_tasks_that_are_none():
+    with pytest.raises(TypeError, match="gave a dict: a task is a tensor"):
+        check_tensor_env(Line(batch_size=(2,)), lambda batch_size, generator: {"goal": torch.zeros(*batch_size, 1)})
+
+
 class Wanders(TensorEnv):
     """Without a task."""
 
