@@ -103,7 +103,7 @@ def test_images_with_channels_last_are_turned():
 
 
 def test_images_that_cannot_be_convolved():
-    with pytest.raises(ValueError, match="too small for 2"):
+    with pytest.raises(ValueError, match="too small for 2.*num_channels="):
         ConvEncoder([3, 4, 4])
     with pytest.raises(ValueError, match=r"\[channels, height, width\], not \(64, 64\)"):
         ConvEncoder([64, 64])

@@ -133,7 +133,10 @@ class ConvEncoder(ImageEncoder):
             layers += [nn.Conv2d(channels, outputs, kernel_size, stride, **factory), activation()]
             channels, size = outputs, [(n - kernel_size) // stride + 1 for n in size]
             if min(size) < 1:
-                raise ValueError(f"images {tuple(shape)} are too small for {len(num_channels)} such convolutions.")
+                raise ValueError(
+                    f"images {tuple(shape)} are too small for {len(num_channels)} such convolutions: give fewer or smaller ones, "
+                    "encoder={...: partial(ConvEncoder, num_channels=[16])}, or an MLPEncoder."
+                )
         layers += [
             nn.Flatten(),
             nn.Linear(channels * size[0] * size[1], whole("out_features", out_features), **factory),
