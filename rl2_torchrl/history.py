@@ -72,8 +72,9 @@ class TrainResult:
         lost_trials: trials that were lost with workers that died (`TrialWorkers`).
         new_trials: where a resumed run has begun new trials, as it does where the last ones could not be saved: the env steps of
             each such resume, and why.
-        history: one row of scalars for each update, ``env_steps`` among them. ``time/steps_per_second`` is the speed of its call of
-            `train` up to then; evaluations are included, as they are in ``time/seconds``.
+        history: one row of scalars for each update, ``env_steps`` among them; ``list(history)`` is what JSON takes.
+            ``time/steps_per_second`` is the speed of its call of `train` up to then; evaluations are included, as they are in
+            ``time/seconds``.
     """
 
     env_steps: int = 0
