@@ -76,7 +76,7 @@ class AdaptationCurve:
 
     @property
     def mean(self) -> float:
-        """Mean return of a trial."""
+        """Mean return of a trial; of the curve of a measure the mean of its sums over episodes, where `per_episode` says more."""
         return self.trial_returns.mean().item()
 
     @property

@@ -257,14 +257,14 @@ def _label(name: str) -> str:
 
 
 def _summary(curve: AdaptationCurve) -> dict[str, Any]:
-    return {
-        "mean": curve.mean,
-        "se": curve.se,
-        "num_tasks": curve.num_tasks,
-        "per_episode": curve.per_episode.tolist(),
-        "per_episode_se": curve.per_episode_se.tolist(),
-        **({"measures": {name: _summary(curve.shown_as(name)) for name in curve.shown}} if curve.shown else {}),
-    }
+    measures = {name: _by_episode(curve.shown_as(name)) for name in curve.shown}
+    trials = {"mean": curve.mean, "se": curve.se, "num_tasks": curve.num_tasks}
+    return {**trials, **_by_episode(curve), **({"measures": measures} if measures else {})}
+
+
+def _by_episode(curve: AdaptationCurve) -> dict[str, list[float]]:
+    # All that there is of a measure: over a trial's episodes returns add up, a share of successes does not.
+    return {"per_episode": curve.per_episode.tolist(), "per_episode_se": curve.per_episode_se.tolist()}
 
 
 def _finite_or_none(value: Any) -> Any:

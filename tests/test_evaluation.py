@@ -513,8 +513,9 @@ def test_steps_of_episodes_are_shown_where_these_are_ragged():
     steps = AdaptationCurve(torch.tensor([[4.0, 2.0], [6.0, NAN]]))
     returns = torch.tensor([[0.0, 1.0], [1.0, NAN]])
     report = make_report(agent=AdaptationCurve(returns, steps=steps))
-    # 5 steps on the mean of the first episode, 2 in the only second one.
-    assert report.to_dict()["agent"]["measures"]["steps"]["per_episode"] == [5.0, 2.0]
+    # 5 steps on the mean of the first episode, 2 in the only second one. Of a trial a measure has no mean: a share has no sum.
+    measured = report.to_dict()["agent"]["measures"]["steps"]
+    assert (measured["per_episode"], measured.keys()) == ([5.0, 2.0], {"per_episode", "per_episode_se"})
     assert report.summary()["steps, first and last episode"] == "5.000, 2.000"
     table = report.table()
     column = next(column for column in table.columns if column.header == "steps, first → last")
