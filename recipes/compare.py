@@ -167,7 +167,8 @@ def draw_curves(axes: Axes, curves: list[Curve], by: str, scalar: str) -> None:
         axes.fill_between(
             each.x, each.mean - 2 * each.se, each.mean + 2 * each.se, color=line.get_color(), alpha=0.2, lw=0
         )
-    axes.set(xlabel=_X[by][2], ylabel=scalar)
+    bands = " (bands: 2 SE)" if any(each.runs > 1 for each in curves) else ""
+    axes.set(xlabel=_X[by][2], ylabel=scalar + bands)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

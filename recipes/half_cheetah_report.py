@@ -142,7 +142,7 @@ class CheetahReport(AdaptationReport):
                 axes.plot(steps, mean, color=color, ls=style, label=label)
                 axes.fill_between(steps, mean - 2 * se, mean + 2 * se, color=color, alpha=0.2, lw=0)
         what = "|velocity - goal|" if self.is_speed else "velocity"
-        axes.set(xlabel="step of the episode", ylabel=f"mean {what} (m/s)")
+        axes.set(xlabel="step of the episode", ylabel=f"mean {what} (m/s; bands: 2 SE)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)

@@ -208,7 +208,7 @@ class AdaptationReport:
         axes.set(
             xlabel=f"{self.episode_name} of the trial",
             ylabel=f"mean {_label(measure or 'return')} of the {self.episode_name}",
-            title="Adaptation: within a trial, weights fixed",
+            title="Adaptation: within a trial, weights fixed (bands: 2 SE)",
         )
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="best", fontsize=9, frameon=False)

@@ -62,6 +62,9 @@ def test_a_single_run_has_no_band(two):
     one = curve(two / "seed0", "steps", "eval/trial_return")
     assert (one.runs, one.mean.tolist()) == (1, [1, 2, 4])
     assert all(map(math.isnan, one.se))
+    both = curve(two, "steps", "eval/trial_return")
+    labels = [compare.draw([each], "steps", "x").axes[0].get_ylabel() for each in (one, both)]
+    assert labels == ["x", "x (bands: 2 SE)"]
 
 
 def test_a_run_that_is_not_over(tmp_path):

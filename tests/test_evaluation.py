@@ -499,6 +499,7 @@ def test_plot_shows_learning_and_adaptation():
         [30 / 1e6, 2.0],
     ]  # over an update in which no trial ended
     assert adaptation.get_ylabel() == "mean return of the pull"
+    assert adaptation.get_title().endswith("(bands: 2 SE)")
     held_out = next(line for line in learning.lines if line.get_label() == "held-out trials")
     assert held_out.get_xydata().tolist() == [[20 / 1e6, 1.5]]
     agent = next(line for line in adaptation.lines if line.get_label() == "RL²")
