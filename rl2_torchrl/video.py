@@ -33,14 +33,15 @@ def record_trial(
     On each picture stand the episode, the step of the trial and, where the env has such entries, task and velocity.
 
     Args:
-        env: trial env over an env with ``render(row, width=, height=)``, such as those in MuJoCo; one row is enough.
+        env: trial env over an env with ``render(row, width=, height=)``, such as those in MuJoCo, or a `GymVectorEnv` whose envs
+            have ``render_mode="rgb_array"``; one row is enough.
         policy: recurrent policy, e.g. an actor.
         path: file to write, ``.mp4`` or ``.gif``.
         fps: pictures, hence env steps, a second; of a ``.gif`` a divisor of 100. Default 20, at which `LocomotionEnv` plays at its
             true speed.
         deterministic: act with the distribution's mode or mean. Default False, as RL² plays.
-        width: of a picture, in pixels.
-        height: of a picture, in pixels.
+        width: of a picture, in pixels; Gymnasium's envs draw theirs in a size of their own.
+        height: of a picture, in pixels, likewise.
 
     Returns:
         The path.
@@ -65,7 +66,10 @@ def record_trial(
     require_env(env, "record_trial(env, policy, path)")
     base = base_of(env)
     if not callable(getattr(type(base), "render", None)):
-        raise TypeError(f"{type(base).__name__} has no render(row, width=, height=), so there is nothing to film.")
+        raise TypeError(
+            f"{type(base).__name__} has no render(row, width=, height=), so there is nothing to film: write one that draws "
+            '[height, width, 3] uint8; for a Gymnasium env, GymVectorEnv(..., render_mode="rgb_array") has it.'
+        )
     with VideoWriter(path, fps) as video:
 
         def film(state: State) -> None:

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
+import gymnasium
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image, ImageSequence
 from torchrl.envs import Compose, StepCounter, TransformedEnv
 
 from rl2_torchrl import GRUCategoricalActor, GRUGaussianActor, PreviousStep, TaskSampler, Trial
-from rl2_torchrl.envs import BernoulliBandit, HalfCheetahVelocity, uniform_means, velocities
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, HalfCheetahVelocity, uniform_means, velocities
 from rl2_torchrl.video import VideoWriter, _caption, record_trial, video_suffix
 
 GREYS = (0, 60, 120, 180, 240)
@@ -66,6 +68,43 @@ def test_a_trial_is_filmed_a_picture_a_step(suffix, tmp_path):
     # Below the caption: steps 1 and 2 of an episode, then the next episode's start; the last picture is the trial's end.
     np.testing.assert_allclose(seen[:, 40:].mean((1, 2, 3)), [30, 60, 0, 30, 60, 90], atol=3)
     assert (seen[:, :30].max((1, 2, 3)) > 200).all()  # the caption is white
+
+
+class Fader(gymnasium.Env):
+    """Its picture is brighter with every step of an episode, of which there are two."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    action_space, observation_space = gymnasium.spaces.Discrete(2), gymnasium.spaces.Box(0, 1, (1,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, **kwargs):
+        self.number = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.number += 1
+        return np.zeros(1, np.float32), 0.0, self.number == 2, False, {}
+
+    def render(self):
+        return np.full((48, 320, 3), 60 * self.number, np.uint8)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_gymnasiums_envs_are_filmed_as_they_draw_themselves(vectorization, tmp_path):
+    make = partial(Fader, render_mode="rgb_array")
+    env = TransformedEnv(GymVectorEnv(make, 2, vectorization=vectorization), Compose(Trial(episodes=2), PreviousStep()))
+    seen, _ = pictures(record_trial(env, GRUCategoricalActor.from_env(env), tmp_path / "trial.gif"))
+    env.close()
+    assert seen.shape == (4, 48, 320, 3)
+    np.testing.assert_allclose(seen[:, 40:].mean((1, 2, 3)), [60, 0, 60, 120], atol=3)
+
+
+def test_gymnasiums_envs_without_pictures(tmp_path):
+    env = TransformedEnv(GymVectorEnv(Fader, 1), Compose(Trial(episodes=2), PreviousStep()))
+    with pytest.raises(ValueError, match='render_mode=None, and draw no pictures.*render_mode="rgb_array"'):
+        record_trial(env, GRUCategoricalActor.from_env(env), tmp_path / "trial.gif")
 
 
 def test_an_env_with_transforms_around_transforms_is_filmed_too(tmp_path):
@@ -190,5 +229,5 @@ def test_a_size_of_no_pixels(tmp_path):
 def test_an_env_without_pictures(tmp_path):
     transforms = Compose(Trial(episodes=2), TaskSampler(uniform_means(3)), PreviousStep())
     env = TransformedEnv(BernoulliBandit(3, batch_size=(1,)), transforms)
-    with pytest.raises(TypeError, match="BernoulliBandit has no render"):
+    with pytest.raises(TypeError, match="BernoulliBandit has no render.*GymVectorEnv"):
         record_trial(env, GRUCategoricalActor.from_env(env), tmp_path / "trial.gif")

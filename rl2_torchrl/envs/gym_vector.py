@@ -321,6 +321,23 @@ class GymVectorEnv(TensorEnv):
                 "reset those of the mask alone, as gymnasium.vector's own do, or trials of other tasks end in the middle."
             )
 
+    # ---------------------------------------------------------------- pictures
+    def render(self, row: int = 0, **size: int) -> Tensor:
+        """The picture ``[height, width, 3]`` uint8 that the env of ``row`` draws, of a size of its own: ``size`` is not heard.
+
+        `rl2_torchrl.video` makes videos of whole trials. All rows draw, so one is enough.
+
+        Raises:
+            ValueError: the envs' ``render_mode`` is another than ``"rgb_array"``.
+        """
+        self._require_open()
+        if self.envs.render_mode != "rgb_array":
+            raise ValueError(
+                f"the envs have render_mode={self.envs.render_mode!r}, and draw no pictures: make them with 'rgb_array', "
+                'GymVectorEnv("CartPole-v1", 1, render_mode="rgb_array"), say.'
+            )
+        return torch.from_numpy(np.array(call(self.envs, self.envs.render)[row]))
+
     # ---------------------------------------------------------- seeds, closing
     def _seeds(self, mask: np.ndarray) -> list[int | None] | int | None:
         """A seed for each row of ``mask`` that has had none since the env was seeded; None for all others."""
