@@ -135,14 +135,9 @@ class Experiment:
     def evaluate(self) -> dict[str, float]:
         """What `train` logs of held-out trials."""
         curve = self.play(self.tasks(HELD_OUT_TASKS, self.held_out_tasks))
-        first, last = curve.per_episode[[0, -1]].tolist()
-        figures = {"trial_return": curve.mean, f"first_{self.episode_name}": first, f"last_{self.episode_name}": last}
-        for name in curve.shown:
-            measured = curve.shown_as(name)
-            figures |= {
-                f"first_{name}": measured.per_episode[0].item(),
-                f"last_{name}": measured.per_episode[-1].item(),
-            }
+        figures = {"trial_return": curve.mean}
+        for name, each in ((self.episode_name, curve), *((name, curve.shown_as(name)) for name in curve.shown)):
+            figures[f"first_{name}"], figures[f"last_{name}"] = each.first_and_last
         return figures
 
     @cached_property

@@ -90,6 +90,11 @@ class AdaptationCurve:
         return self.returns.nanmean(0)
 
     @property
+    def first_and_last(self) -> tuple[float, float]:
+        """`per_episode` of the first episode and of the last: what was learnt in between."""
+        return self.per_episode[0].item(), self.per_episode[-1].item()
+
+    @property
     def per_episode_se(self) -> torch.Tensor:
         """Standard error of `per_episode`, ``[num_episodes]``."""
         count = (~self.returns.isnan()).sum(0)

@@ -105,7 +105,7 @@ class AdaptationReport:
         curves = [*self._own(), *self._ablated(), *self._classical()]
         figures: dict[str, float | str] = {name: f"{curve.mean:.3f} ± {curve.se:.3f}" for name, curve in curves}
         for name in self.agent.shown:
-            first, last = self.agent.shown_as(name).per_episode[[0, -1]].tolist()
+            first, last = self.agent.shown_as(name).first_and_last
             figures[f"{_label(name)}, first and last {self.episode_name}"] = f"{first:.3f}, {last:.3f}"
         return figures if self.optimum is None else {**figures, "optimum": round(self.optimum, 3)}
 
@@ -278,10 +278,9 @@ def _finite_or_none(value: Any) -> Any:
 
 
 def _cells(curve: AdaptationCurve, shown: Sequence[str]) -> list[str]:
-    first, last = curve.per_episode[0].item(), curve.per_episode[-1].item()
-    cells = [f"{figure:.3f}" for figure in (curve.mean, curve.se, first, last)]
+    cells = [f"{figure:.3f}" for figure in (curve.mean, curve.se, *curve.first_and_last)]
     for each in map(curve.shown_as, shown):  # which classical agents may lack
-        cells.append("" if each is None else "{:.3f} → {:.3f}".format(*each.per_episode[[0, -1]].tolist()))
+        cells.append("" if each is None else "{:.3f} → {:.3f}".format(*each.first_and_last))
     return cells
 
 

@@ -126,6 +126,7 @@ def test_statistics_by_hand():
     assert curve.mean == pytest.approx(16 / 3)
     assert curve.se == pytest.approx(math.sqrt(31) / 3)
     assert curve.per_episode.tolist() == pytest.approx([7 / 3, 2.5, 4.0])
+    assert curve.first_and_last == pytest.approx((7 / 3, 4.0))
     assert curve.per_episode_se.tolist() == pytest.approx([math.sqrt(7) / 3, 0.5, NAN], nan_ok=True)
 
 
