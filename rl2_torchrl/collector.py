@@ -60,7 +60,7 @@ class TrialCollector(Collector):
 
     Raises:
         KeyError: an entry of ``keep`` is not collected.
-        TypeError: ``keep`` is a single key.
+        TypeError: ``keep`` is a single key, or ``policy`` a class or an env.
         ValueError: ``rollout="tensors"`` with an option that it cannot serve, or the mean or median of choices as actions.
         RuntimeError: somebody else, such as an evaluation, has reset or stepped the env between two batches.
 

@@ -154,7 +154,7 @@ def adaptation_curve(
     Raises:
         ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it would move, or a measured entry
             is several numbers, or overwritten where an episode ends.
-        TypeError: ``env`` is no env, ``policy`` no policy, or ``measures`` no mapping.
+        TypeError: ``env`` is no env, ``policy`` no policy, ``measures`` no mapping, or ``ablation`` or ``on_step`` no function.
         RuntimeError: a trial does not end.
         FloatingPointError: a reward or a measured entry is not finite.
 
