@@ -293,9 +293,11 @@ def test_what_training_is_told_agrees(told, message, tmp_path):
         (["--log-dir", ""], "an empty value in --log-dir '': is a variable"),
         (["--log-dir="], "an empty value in --log-dir=: is a variable"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_was_asked_wrongly_is_told_in_a_line(words, message, monkeypatch):
+def test_what_was_asked_wrongly_is_told_in_a_line(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "train", None)
     monkeypatch.setattr("sys.argv", ["bandit", *words])
     with pytest.raises(SystemExit) as ended:
         command(bandit.main)
