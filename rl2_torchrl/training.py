@@ -16,7 +16,15 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
 from torchrl.record.loggers import Logger
 
-from rl2_torchrl.arguments import as_list, kind_of, require_collector, require_flags, require_folder_name, require_numbers, whole
+from rl2_torchrl.arguments import (
+    as_list,
+    kind_of,
+    require_collector,
+    require_flags,
+    require_folder_name,
+    require_numbers,
+    whole,
+)
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.history import TrainResult
