@@ -39,7 +39,8 @@ def told_in_a_line() -> Iterator[None]:
         program = getattr(sys.modules["__main__"], "__file__", None)
         lines = [frame.lineno for frame in frames if frame.filename == program]
         where = f" ({Path(program).name}, line {lines[-1]})" if lines else ""
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}{where}")
+        words = error.args[0] if isinstance(error, KeyError) else error
+        sys.exit("\n".join((f"error: {words}{where}", *getattr(error, "__notes__", []))))
 
 
 @told_in_a_line()

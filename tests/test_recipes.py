@@ -42,6 +42,7 @@ from rl2_torchrl import (
     Trial,
     TrialCollector,
 )
+from rl2_torchrl.arguments import require_folder_name
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 
 ROOT = Path(__file__).parent.parent
@@ -303,6 +304,20 @@ def test_what_was_asked_wrongly_is_told_in_a_line(words, message, tmp_path, monk
         command(bandit.main)
     assert ended.value.code.startswith(f"error: {message}")
     assert "\n" not in ended.value.code
+
+
+def test_what_was_noted_of_an_error_is_told_too(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mine"])
+
+    def noted() -> None:
+        try:
+            require_folder_name(log_dir="")
+        except ValueError as error:
+            error.add_note("in the rollout of update 3")
+            raise
+
+    with pytest.raises(SystemExit, match=r"(?s)^error: log_dir is empty.*\nin the rollout of update 3$"):
+        cli(noted)
 
 
 def test_errors_of_ones_own_and_those_with_a_cause_keep_their_traceback(tmp_path, monkeypatch):
