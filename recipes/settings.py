@@ -251,11 +251,10 @@ class Told(Settings):
                 f"{', '.join(on)} are all on, some perhaps by default, and one alone says what advantages are made of: turn off "
                 f"the others ({off})."
             )
-        for name in ("optimism", "optimism_after"):
-            if (value := getattr(self, name)) and not (self.posterior or self.seen):
-                raise ValueError(
-                    f"{name}={value}: optimism is of standard deviations, and without posterior=True or seen=True nothing has any."
-                )
+        if self.optimism and not (self.posterior or self.seen):
+            raise ValueError(
+                f"optimism={self.optimism} is of standard deviations, and without posterior=True or seen=True nothing has any."
+            )
 
     def moments(self, of_prior: OfRewards) -> OfRewards:
         """Means and deviations of what was seen: those of the posterior ``of_prior``, or of samples alone."""

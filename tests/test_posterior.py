@@ -130,7 +130,7 @@ def test_bonuses_are_for_what_the_trial_has_seldom_tried(kind):
 
 def test_one_thing_at_most_stands_for_rewards():
     for two in ({"regret": True, "seen": True}, {"posterior": True, "seen": True}, {"regret": True, "posterior": True}):
-        with pytest.raises(ValueError, match="one at most"):
+        with pytest.raises(ValueError, match="one alone"):
             Told(**two)
     with pytest.raises(ValueError, match=r"optimism=0.3.*without posterior=True or seen=True"):
         Told(optimism=0.3)

@@ -275,8 +275,7 @@ def test_settings_that_do_not_agree(settings, message, tmp_path):
     ("told", "message"),
     [
         ({"posterior": True}, r"regret, posterior are all on, .* turn off the others \(--no-regret, --no-posterior\)"),
-        ({"regret": False, "optimism": 5.0}, "optimism=5.0: optimism is of standard deviations"),
-        ({"optimism_after": 0.3}, "optimism_after=0.3: optimism is of standard deviations"),
+        ({"regret": False, "optimism": 5.0}, "optimism=5.0 is of standard deviations"),
     ],
 )
 def test_what_training_is_told_agrees(told, message, tmp_path):
