@@ -275,16 +275,12 @@ class LSTMCore(RecurrentCore):
         is_plain = not others_than(LSTMCore, self, ["step"]) and self._starts_from_zeros()
         if not is_plain or not is_bare(self.lstm):  # hooks see single steps, as those of a rollout do
             return super().unroll(x, memory, is_init, with_memory=with_memory)
-        batch = x.shape[:2]
-        starts = torch.zeros(batch, dtype=torch.bool, device=x.device) if is_init is None else is_init.bool().clone()
-        starts[:, 0] = True
-        first = starts.flatten().nonzero().squeeze(-1)
-        length = starts.numel() // len(first)
-        if not torch.equal(first, torch.arange(0, starts.numel(), length, device=x.device)):
+        batch, length = x.shape[:2], _common_length(is_init, x.shape[1])
+        if length is None:
             # PyTorch's packed sequences are up to ten times slower than steps.
             return super().unroll(x, memory, is_init, with_memory=with_memory)
-        state = memory and tuple(m.flatten(0, 1)[first].transpose(0, 1).contiguous() for m in memory)
-        y, last = self.lstm(x.reshape(len(first), length, -1), state)
+        state = memory and tuple(m.flatten(0, 1)[::length].transpose(0, 1).contiguous() for m in memory)
+        y, last = self.lstm(x.reshape(-1, length, x.shape[-1]), state)
         states = [m.transpose(0, 1).repeat_interleave(length, 0) for m in last] if with_memory else []
         return y.reshape(*batch, -1), *(at_ends(each.unflatten(0, batch), is_init) for each in states)
 
@@ -295,6 +291,17 @@ class LSTMCore(RecurrentCore):
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(RecurrentCore.forward)
+
+
+def _common_length(is_init: Tensor | None, steps: int) -> int | None:
+    """How many steps each trial has in rows of ``steps`` that are nothing but trials of one length; None for other rows."""
+    if is_init is None or not is_init[:, 1:].any():
+        return steps
+    starts = is_init.bool().clone()
+    starts[:, 0] = True
+    first = starts.flatten().nonzero().squeeze(-1)
+    length = starts.numel() // len(first)
+    return length if torch.equal(first, torch.arange(0, starts.numel(), length, device=first.device)) else None
 
 
 def lost_memory(memory_keys: Sequence[NestedKey]) -> str:
