@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rl2_torchrl import kernels
-from rl2_torchrl.kernels.functions import differentiable_gradients, require_tensor, unit_stride
+from rl2_torchrl.kernels.functions import differentiable_gradients, out_of_autocast, require_tensor, unit_stride
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
@@ -101,7 +101,7 @@ def _forward(x, hidden, is_init, weights, saved: Tensor | None = None, y: Tensor
 
 class _GRUSequence(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # which float64 stays out of
+    @out_of_autocast
     def forward(ctx, x, hidden, is_init, *weights):
         is_init = as_bytes(is_init)
         y, ctx.saved = forward_saving(x, hidden, is_init, weights)
@@ -109,7 +109,7 @@ class _GRUSequence(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
+    @out_of_autocast
     def backward(ctx, dy):
         _, _, is_init, w_ih, w_hh, b_ih, _ = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -199,7 +199,7 @@ class _GRUSteps(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
+    @out_of_autocast
     def forward(ctx, x, hidden, is_init, w_ih, w_hh, b_ih, b_hh):
         inputs = (x, hidden, is_init, w_ih, w_hh, b_ih, b_hh)
         x = x.transpose(0, 1).contiguous()  # a step's rows side by side
@@ -220,7 +220,7 @@ class _GRUSteps(torch.autograd.Function):
         return torch.stack(after, 1)
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
+    @out_of_autocast
     def backward(ctx, dy):
         inputs, (x, before, resets, *saved) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
         if torch.is_grad_enabled():
