@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl import GRUCategoricalActor, GRUGaussianActor, GRUValueHead, RL2PPOLoss
+from rl2_torchrl import ActorCritic, GRUCategoricalActor, GRUGaussianActor, GRUValueHead, RL2PPOLoss
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.modules.layers import Head
 
@@ -183,6 +183,12 @@ def test_keys_are_settable():
     for old, new in (("advantage", ("agent", "adv")), ("value_target", "ret"), ("action_log_prob", "old")):
         td.rename_key_(old, new)
     assert total(loss(td)) == total(expected)
+
+
+def test_a_compiled_critic_is_one():
+    actor, critic = GRUCategoricalActor(5, 3), torch.compile(GRUValueHead(5), backend="eager")
+    assert RL2PPOLoss(actor, critic).critic_network is critic
+    assert ActorCritic(actor, critic).out_keys[-1] == "state_value"
 
 
 def test_compiled_loss_gives_the_same_numbers_and_gradients():
