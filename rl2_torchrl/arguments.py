@@ -74,7 +74,7 @@ def require_arguments(name: str, function: Callable | None, *arguments: str) -> 
     if function is None:
         return
     try:
-        takes = signature(function)
+        takes = signature(function, follow_wrapped=False)  # what is called, and not what that calls
     except ValueError:  # a function of C's, which does not say what it takes
         return
     try:

@@ -1,5 +1,7 @@
 """`GymVectorEnv`: the task of a trial reaches its row, by a function, by reset options or as a choice among envs."""
 
+from functools import wraps
+
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
@@ -146,6 +148,18 @@ def test_a_function_of_other_arguments_is_refused_before_any_reset(make, called)
 
     with pytest.raises(TypeError, match=rf"called as set_task\({called}\), and takes \(one.*: missing.*'four'"):
         make(set_task=set_task, task_spec=Unbounded(1))
+
+
+def test_a_function_around_another_is_asked_for_its_own_arguments():
+    def set_entry(env, task, name):
+        setattr(env, name, float(task[0]))
+
+    @wraps(set_entry)
+    def set_task(env, task):
+        set_entry(env, task, "goal")
+
+    env = GymVectorEnv(Line, 3, set_task=set_task, task_spec=Unbounded(1), seed=0)
+    assert env.reset(with_task(env, 2.0, 3.0, 4.0))["observation"][:, 1].tolist() == [2, 3, 4]
 
 
 def test_a_vector_envs_function_has_three_arguments():
