@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from inspect import Parameter, signature
-from numbers import Number
 from statistics import fmean
 from typing import Any, Literal
 
@@ -459,10 +458,12 @@ def _require_factors(name: str, schedule: Schedule | None, scheduled: str, initi
 
 def _factor(name: str, schedule: Schedule, progress: float) -> float:
     factor = schedule(progress)
-    if not isinstance(factor, Number | torch.Tensor):
+    try:
+        factor = float(0 + factor)  # text is none
+    except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name} gave {factor!r} at progress {progress:.3g}: a factor on the initial value is a number."
-        )
+        ) from error
     if not 0 <= factor < math.inf:
         raise ValueError(
             f"{name} gave {factor} at progress {progress:.3g}: a factor on the initial value is a number, at least 0; below that "

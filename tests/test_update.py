@@ -485,9 +485,14 @@ def test_schedules_that_give_the_values_themselves_are_refused(name, scheduled):
     with pytest.raises(ValueError, match=rf"{name} is a factor on {scheduled}=0.01 .* never be above 0.0001.*=1.0\."):
         update_by(lambda progress: 0.01 * (1 - progress))
     update_by(lambda progress: 0.01 * (1 - progress), 1.0)
-    # Factors that begin, go on or stay next to 0.
+    # Factors that begin, go on or stay next to 0; NumPy's and PyTorch's.
     for schedule in (lambda p: min(1.0, 30 * p), lambda p: min(50 * p, 0.01 ** (10 * p)), lambda p: 0.0):
         update_by(schedule)
+    for one in (np.array(1.0), np.float32(1), torch.tensor(1.0), True):
+        update_by(lambda p, one=one: one)
+    for none in (None, "1.0", [1.0], np.ones(2)):
+        with pytest.raises(TypeError, match=rf"{name} gave .* a factor on the initial value is a number"):
+            update_by(lambda p, none=none: none)
 
 
 def test_a_schedule_of_several_weights_is_refused():
