@@ -231,6 +231,19 @@ def test_advantages_of_other_kinds_run_the_right_way(advantage):
     assert "advantages_in_time" in check_training(collector, update, first_batch(collector)).checked
 
 
+class Clipped(TrialAdvantage):
+    """What the noise of the check has raised stands at the bound already."""
+
+    def forward(self, tensordict):
+        tensordict = super().forward(tensordict)
+        return tensordict.set("advantage", tensordict["advantage"].clamp(-0.5, 0.5))
+
+
+def test_advantages_at_their_bounds_are_no_fault():
+    collector, update = pipeline(bandit_env(), steps=10, advantage=Clipped(normalize=False))
+    assert "advantages_in_time" in check_training(collector, update, first_batch(collector)).checked
+
+
 def test_an_advantage_that_knows_better_than_rewards_is_not_checked():
     collector, update = pipeline(bandit_env(), steps=10, advantage=RegretAdvantage(bandit_values))
     unchecked = check_training(collector, update, first_batch(collector)).unchecked

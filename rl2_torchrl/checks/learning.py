@@ -39,11 +39,16 @@ def advantages_in_time(seen: Evidence) -> str | None:
     # Made to differ: of others that are all alike nothing could tell how all are normalised.
     reward = rows["next", "reward"]
     reward = reward + scale * torch.randn(reward.shape, generator=generator).to(reward)
-    raised = reward.clone()
-    raised[row, steps[at]] += 10 * scale
-    one, other = (seen.advantage(rows.clone().set(("next", "reward"), each))[key] for each in (reward, raised))
-    moved = _beyond_affine(one, other, mine)
-    before, own, after = moved[:at], moved[at], moved[at + 1 :]
+
+    def moved_by(more: float) -> torch.Tensor:
+        changed = reward.clone()
+        changed[row, steps[at]] += more
+        pair = (seen.advantage(rows.clone().set(("next", "reward"), each))[key] for each in (reward, changed))
+        return _beyond_affine(*pair, mine)
+
+    moved = moved_by(10 * scale)
+    before, after = moved[:at], moved[at + 1 :]
+    own = moved[at] if moved[at] else -moved_by(-10 * scale)[at]  # it may stand at a bound, beyond which it is cut off
     if not moved.any():
         raise NotChecked("the advantage does not depend on the reward of a step in the middle of a trial")
     if after.any() and not before.any():
