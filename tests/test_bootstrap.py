@@ -8,6 +8,7 @@ from gymnasium.vector import AutoresetMode
 from line_envs import lines, theirs, trials
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torch import nn
 from torchrl.data import Categorical, Unbounded
 from torchrl.envs import Compose, TransformedEnv
 
@@ -176,7 +177,9 @@ class Corridor(TensorEnv):
         return place, place, place, None if self.fixed_length else place >= 3, None
 
 
-def walks(acting, *, bptt=None, keeps_all=False, episodes=2, steps=None, **kwargs):
+def walks(
+    acting, *, bptt=None, keeps_all=False, episodes=2, steps=None, advantage=None, reset_at_each_iter=False, **kwargs
+):
     """A collector of trials of at most eight steps, in which the policy acts so, and its update."""
     torch.manual_seed(0)
     sampler = TaskSampler(lambda size, generator: torch.rand(*size, 1, generator=generator), seed=0)
@@ -184,9 +187,9 @@ def walks(acting, *, bptt=None, keeps_all=False, episodes=2, steps=None, **kwarg
     actor, critic = networks(env)
     with torch.no_grad():
         list(actor.parameters())[-1].copy_(torch.tensor([0.0, acting]))
-    update = PPOUpdate(RL2PPOLoss(actor, critic), bptt=bptt)
-    keep = None if keeps_all else update.in_keys
-    return TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=64, total_frames=-1, keep=keep), update
+    update = PPOUpdate(RL2PPOLoss(actor, critic), advantage, bptt=bptt)
+    options = {"keep": None if keeps_all else update.in_keys, "reset_at_each_iter": reset_at_each_iter}
+    return TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=64, total_frames=-1, **options), update
 
 
 def test_that_a_later_batch_may_cut_a_trial_is_told_before_the_first_update(caplog):
@@ -200,6 +203,23 @@ def test_that_a_later_batch_may_cut_a_trial_is_told_before_the_first_update(capl
         report = check_training(*walks(-99.0, **sound))
         assert "kept_at_cuts" in report.checked
         assert not any("length" in note for note in report.notes)
+
+
+class Earned(nn.Module):
+    """What was earned from a step on within the batch, which asks for nothing beyond."""
+
+    in_keys = ["state_value"]
+
+    def forward(self, batch):
+        earned = batch["next", "reward"].flip(1).cumsum(1).flip(1)
+        return batch.set("value_target", earned).set("advantage", earned - batch["state_value"])
+
+
+def test_rows_that_begin_anew_in_each_batch_go_on_from_no_memory():
+    trials = {"episodes": 3, "advantage": Earned()}  # of 12 steps, as nobody walks, in batches of 8
+    assert "kept_at_cuts" in check_training(*walks(-99.0, reset_at_each_iter=True, **trials)).checked
+    with pytest.raises(TrainingCheckError, match="kept_at_cuts"):
+        check_training(*walks(-99.0, **trials))
 
 
 def test_a_batch_that_cuts_trials_whose_ends_are_not_kept_is_an_error():

@@ -41,6 +41,8 @@ def kept_at_cuts(seen: Evidence) -> str | None:
     needed, steps = getattr(seen.update, "keys_at_cuts", None), seen.batch.shape[1]
     if needed is None:
         raise NotChecked("the update does not say what it reads where a trial is cut")
+    if getattr(seen.collector, "reset_at_each_iter", False):  # no row goes on from a memory
+        needed = [key for key in needed if key[0] == "next"]
     if not (missing := [key for key in needed if not seen.has(key)]):
         return None
     cut = int((~seen.flag(("next", "done"))[:, -1]).sum())
