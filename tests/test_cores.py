@@ -1,5 +1,6 @@
 """Cores: a user's own and the LSTM do in sequences what they do in steps, reset where a trial starts, and fit into networks."""
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -437,6 +438,7 @@ def test_what_a_step_gives_is_looked_at(name):
 
 @pytest.mark.parametrize("memory", [{"h": 8}, [("h", (8,))]])
 def test_memory_is_named_shapes(memory):
+    assert RecurrentCore(8, {"hidden": np.array([8])}).memory_shapes == {"hidden": (8,)}
     with pytest.raises(TypeError, match=r"no dict of names and shapes.*\{'hidden': \(64,\)\}"):
         RecurrentCore(8, memory)
 

@@ -54,12 +54,13 @@ class RecurrentCore(TensorDictModuleBase):
         super().__init__()
         if not memory:
             raise ValueError("a core without memory cannot remember: name a tensor, memory={'hidden': (64,)}.")
-        if not isinstance(memory, Mapping) or not all(isinstance(shape, Sequence) for shape in memory.values()):
+        self.features_size, self.input_size = index(features_size), input_size
+        try:
+            self.memory_shapes = {name: tuple(map(index, shape)) for name, shape in memory.items()}
+        except (AttributeError, TypeError) as error:
             raise TypeError(
                 f"memory={memory!r} is no dict of names and shapes of one row, such as {{'hidden': (64,)}}."
-            )
-        self.features_size, self.input_size = index(features_size), input_size
-        self.memory_shapes = {name: tuple(map(index, shape)) for name, shape in memory.items()}
+            ) from error
         self.name_entries(**keys)
 
     def name_entries(
