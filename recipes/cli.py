@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ from recipes.help import as_typed
 
 __all__ = ["cli", "told_in_a_line"]
 
-#: Folders of what is raised on purpose.
+#: Folders of what is raised on purpose, and of what others have written that users only call.
 OURS = {Path(__file__).parent, Path(__file__).parents[1] / "rl2_torchrl"}
+LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
 
 
 @contextmanager
 def told_in_a_line() -> Iterator[None]:
-    """An error that recipes or package raise on purpose ends the program with its words, and the line of the program.
+    """An error that recipes or package raise on purpose ends the program with its words, and the user's line that led to it.
 
     All others have their traceback, and so has one with a cause, which may be in an env of one's own.
 
@@ -37,10 +39,14 @@ def told_in_a_line() -> Iterator[None]:
         if not is_ours or not frames[-1].line.startswith("raise ") or error.__cause__ is not None:
             raise
         program = getattr(sys.modules["__main__"], "__file__", None)
-        lines = [frame.lineno for frame in frames if frame.filename == program]
-        where = f" ({Path(program).name}, line {lines[-1]})" if lines else ""
+        lines = [frame for frame in frames if frame.filename == program or _is_users(frame.filename)]
+        where = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
         words = error.args[0] if isinstance(error, KeyError) else error
         sys.exit("\n".join((f"error: {words}{where}", *getattr(error, "__notes__", []))))
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith("<") and (OURS | LIBRARIES).isdisjoint(Path(file).parents)
 
 
 @told_in_a_line()

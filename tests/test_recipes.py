@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,15 @@ def test_what_was_noted_of_an_error_is_told_too(monkeypatch):
 
     with pytest.raises(SystemExit, match=r"(?s)^error: log_dir is empty.*\nin the rollout of update 3$"):
         cli(noted)
+
+
+def test_the_line_of_a_users_own_module_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mine"])
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "from rl2_torchrl.arguments import whole\n\n\ndef deep():\n    whole('rows', 0)\n"
+    (tmp_path / "my_part_of_a_recipe.py").write_text(source)
+    with pytest.raises(SystemExit, match=r"^error: rows=0 must be .* \(my_part_of_a_recipe.py, line 5\)$"):
+        cli(import_module("my_part_of_a_recipe").deep)
 
 
 def test_errors_of_ones_own_and_those_with_a_cause_keep_their_traceback(tmp_path, monkeypatch):
