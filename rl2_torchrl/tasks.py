@@ -34,9 +34,9 @@ class TaskSampler(Transform):
         distribution: callable ``(batch_size, generator) -> task`` with a task of shape ``[*batch_size, ...]``. One that changes in
             the course of a training, such as a curriculum, has a ``state_dict`` and a ``load_state_dict``, for checkpoints.
         seed: seed of the sampler's own generator, whose numbers are not those of an env or a `torch.Generator` of the same seed;
-            None draws one from PyTorch's default generator. A training set and a
-            held-out set of tasks must come from different seeds; they stay different when ``env.set_seed`` or
-            ``collector.set_seed`` give both envs one seed, which is joined with this one.
+            None draws one from PyTorch's default generator. Samplers of training tasks and of held-out ones must have different
+            seeds; they stay different when ``env.set_seed`` or ``collector.set_seed`` give both envs one seed, which is joined
+            with this one.
             Inside the workers of a ``SerialEnv`` or ``ParallelEnv`` each worker needs a seed of its own, or none
             (``create_env_kwargs=[{"seed": 0}, {"seed": 1}, ...]``), or all workers draw the same tasks; better, put
             the sampler around the batched env: ``TransformedEnv(ParallelEnv(...), Compose(Trial(...), TaskSampler(...)))``.

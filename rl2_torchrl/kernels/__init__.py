@@ -1,5 +1,7 @@
 """Kernels in C, compiled on first use: the GRU, the heads' linear layers, and a policy's terms in PPO's loss.
 
+`functions` and `gru_sequence` are what autograd and the networks see of them.
+
 Compiling takes a second or two and happens once: the library is kept in `cache_folder`. Without a C compiler (``$CC``, ``cc``,
 ``gcc`` or ``clang``), or with ``RL2_TORCHRL_KERNELS=0`` in the environment, everything works as well, on PyTorch's own
 operations; wheels bring no compiled kernels, since these are made for the processor that runs them.
