@@ -218,8 +218,11 @@ class Earned(nn.Module):
 def test_rows_that_begin_anew_in_each_batch_go_on_from_no_memory():
     trials = {"episodes": 3, "advantage": Earned()}  # of 12 steps, as nobody walks, in batches of 8
     assert "kept_at_cuts" in check_training(*walks(-99.0, reset_at_each_iter=True, **trials)).checked
-    with pytest.raises(TrainingCheckError, match="kept_at_cuts"):
+    with pytest.raises(TrainingCheckError, match="kept_at_cuts.*lacks .*actor_hidden"):
         check_training(*walks(-99.0, **trials))
+    # What its critic reads beyond a cut an advantage needs there too.
+    with pytest.raises(TrainingCheckError, match=r"kept_at_cuts.*lacks \[\('next', 'trans'\)"):
+        check_training(*walks(-99.0, reset_at_each_iter=True, episodes=3))
 
 
 def test_a_batch_that_cuts_trials_whose_ends_are_not_kept_is_an_error():

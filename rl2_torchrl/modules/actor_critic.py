@@ -96,9 +96,9 @@ def require_policy(actor: nn.Module | None, where: str) -> None:
 
 def require_critic(critic: TensorDictModuleBase | None, where: str) -> None:
     """TypeError unless ``critic`` is a network, as the second of ``where`` is."""
-    if isinstance(critic, type) or not (
-        hasattr(critic, "in_keys") and hasattr(critic, "out_keys")
-    ):  # or a compiled one
+    # A compiled one is a plain module that has these.
+    has_keys = hasattr(critic, "in_keys") and hasattr(critic, "out_keys")
+    if isinstance(critic, type) or not has_keys:
         raise TypeError(
             f"{where}(actor, critic): {kind_of(critic)} is no critic. The critic comes second, and it is a TensorDictModule such "
             "as GRUValueHead.from_env(env) makes."
