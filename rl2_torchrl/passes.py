@@ -7,16 +7,15 @@ from functools import partial
 
 import torch
 from tensordict import NestedKey, TensorDict
-from torch import nn
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.gradients import Program
+from rl2_torchrl.gradients.adam import steps_by, why_not_adam
 from rl2_torchrl.gradients.compiled import MOST_STEPS, CompiledPass, why_not_compiled
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
-from rl2_torchrl.objectives.terms import as_number
 
 __all__ = ["Metrics", "Passes"]
 
@@ -67,13 +66,17 @@ class Passes:
             return "autograd", refusal
         if is_graph:
             return "graph", self._graphed.reason
+        self._program = Program(self._loss)
         if self._named == "compiled":
-            if (refusal := self._joins() or why_not_compiled(Program(self._loss), optimizer, None)) is not None:
+            if (refusal := self._joins() or why_not_compiled(self._program, optimizer, None)) is not None:
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
             return "compiled", "it was asked for"
-        slow = [part.reason for part in self._loss.network_parts() if part.reason is not None]
+        slow = [part.reason for part in self._program.parts if part.reason is not None]
         alone = f"autograd for these alone: {'; '.join(dict.fromkeys(slow))}"
-        return "parts", alone if slow else "each part of the networks brings its own gradient"
+        reason = alone if slow else "each part of the networks brings its own gradient"
+        if (refusal := why_not_adam(optimizer, self._parameters)) is not None:
+            reason += f"; {type(optimizer).__name__} takes its steps itself: {refusal}"
+        return "parts", reason
 
     def _joins(self) -> str | None:
         """Why a pass cannot run by itself, in words; None where it can."""
@@ -102,8 +105,7 @@ class Passes:
             return by_graph
         if self.backend == "autograd":
             return partial(step_by_step, self._by_autograd)
-        program = Program(self._loss)
-        given = (program, optimizer, self._minibatches.chunks)
+        given = (self._program, optimizer, self._minibatches.chunks)
         refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
         if refusal is not None and self._named == "compiled":
             raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
@@ -111,7 +113,7 @@ class Passes:
         if refusal is None and is_large:
             self.reason += "; backend='compiled' serves too, and is faster, but takes no part or term of your own"
         if refusal is not None or is_large:
-            return partial(step_by_step, program)
+            return partial(step_by_step, self._program)
         compiled = CompiledPass(*given, self._minibatches.rows, max_grad_norm)
         for check in checks:
             check(compiled.max_ratio)
@@ -120,12 +122,15 @@ class Passes:
 
     def _step_by_step(self, optimizer, max_grad_norm: float | None, checks: Iterator, gradients: Callable) -> Iterator:
         """By ``gradients``, which makes those of a minibatch; the step is taken once its metrics have been looked at."""
+        steps = steps_by(optimizer, self._parameters)
         for entries in self._minibatches.entries():
-            metrics = self._joined(gradients(entries), max_grad_norm)
+            losses = self._joined(gradients(entries))
+            total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+            metrics = {"loss": total, **losses, "grad_norm": steps.clip(max_grad_norm)}
             for check in checks:
                 check(metrics["max_ratio"])
             yield metrics
-            optimizer.step()
+            steps.take()
 
     def _by_graph(self, optimizer, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
         starts = self._minibatches.chunks.get("is_init")
@@ -142,15 +147,10 @@ class Passes:
         sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
         return {name: value.detach() for name, value in losses.items() if value.ndim == 0}
 
-    def _joined(self, losses: Metrics, max_grad_norm: float | None) -> Metrics:
-        """Of all processes; gradients are joined in their place, and clipped."""
+    def _joined(self, losses: Metrics) -> Metrics:
+        """Of all processes; gradients are joined in their place."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        losses = self._learners.join(losses, gradients, self._minibatches.weight)
-        norm = nn.utils.get_total_norm(gradients)
-        if max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, max_grad_norm, norm)
-        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-        return {"loss": total, **losses, "grad_norm": as_number(norm)}
+        return self._learners.join(losses, gradients, self._minibatches.weight)
 
     def _require_replay(self, max_ratio: float | torch.Tensor) -> None:
         """Before the first step the networks must give the collected log-probabilities back: all ratios are 1, to rounding."""

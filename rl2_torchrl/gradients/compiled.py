@@ -15,6 +15,7 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
+from rl2_torchrl.gradients.adam import AdamSteps, Row, why_not_adam
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, State
 from rl2_torchrl.gradients.policy import LOG_PROB, CategoricalPart, GaussianHeadPart, GaussianPart
@@ -31,10 +32,6 @@ MOST_STEPS = 256
 _int, _long, _double, _pointer = ctypes.c_int, ctypes.c_long, ctypes.c_double, ctypes.c_void_p
 
 
-class _Parameter(ctypes.Structure):
-    _fields_ = [(name, _pointer) for name in ("value", "gradient", "mean", "square")] + [("size", _long)]
-
-
 class _Network(ctypes.Structure):
     _fields_ = [(name, _int) for name in ("inputs", "hidden", "outputs")]
     _fields_ += [("x", _pointer), ("initial", _pointer), ("memory", _pointer * 11)]
@@ -44,10 +41,9 @@ class _Pass(ctypes.Structure):
     _fields_ = [(name, _int) for name in ("chunks", "steps", "rows", "threads")]
     _fields_ += [(name, _int) for name in ("is_gaussian", "is_shared", "is_detached")]
     _fields_ += [(name, _pointer) for name in ("order", "init", "action", "old_log_prob", "advantage", "target")]
-    _fields_ += [("parameters", _Parameter * 13), ("actor", _Network), ("critic", _Network)]
+    _fields_ += [("parameters", Row * 13), ("actor", _Network), ("critic", _Network)]
     _fields_ += [(name, _double) for name in ("low", "high", "value_coeff", "entropy_coeff", "max_norm")]
-    _fields_ += [(name, _double) for name in ("lr", "beta1", "beta2", "epsilon")]
-    _fields_ += [("adam_step", _long), ("metrics", _pointer), ("memory", _pointer)]
+    _fields_ += [("metrics", _pointer), ("memory", _pointer)]
 
 
 #: What `CompiledPass.run` says of each minibatch, in the kernel's order.
@@ -64,13 +60,9 @@ class CompiledPass:
     def __init__(
         self, program: Program, optimizer: torch.optim.Adam, chunks: State, rows: int, max_grad_norm: float | None
     ):
-        self.loss, self.optimizer, self.rows, self.max_grad_norm = program.loss, optimizer, rows, max_grad_norm
+        self.loss, self.rows, self.max_grad_norm = program.loss, rows, max_grad_norm
         chunks, self._dtype = dict(chunks), program.parameters[0].dtype
-        [self._group] = optimizer.param_groups
-        for parameter in self._group["params"]:
-            if not (state := optimizer.state[parameter]):  # as Adam does before its first step
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        self._steps = AdamSteps(optimizer)
         #: Largest ratio in the chunks of a first minibatch, before any step. The look at them refuses sizes that do not fit.
         self.max_ratio = program({key: entry[:rows] for key, entry in chunks.items()})["max_ratio"]
         for part in program.parts:
@@ -102,7 +94,6 @@ class CompiledPass:
         end = library.ppo_pass(ctypes.byref(arguments))
         Workspace.give(memory)
         has_stranger, taken = end <= -2, count if end == -1 else end if end >= 0 else -2 - end
-        torch._foreach_add_([self.optimizer.state[p]["step"] for p in self._group["params"]], taken)
         if has_stranger:
             action = self.chunks[self.loss.tensor_keys.action]
             raise_unknown_actions(action, self._networks[0][1].linears[0].out_features)
@@ -119,7 +110,7 @@ class CompiledPass:
         return {"loss": sum(value for name, value in out.items() if name.startswith("loss_")), **out}
 
     def _arguments(self, order: torch.Tensor, metrics: torch.Tensor) -> _Pass:
-        loss, keys, chunks, group = self.loss, self.loss.tensor_keys, self.chunks, self._group
+        loss, keys, chunks = self.loss, self.loss.tensor_keys, self.chunks
         read = [self._init_key, keys.action, keys.sample_log_prob, keys.advantage]
         data = [*map(chunks.get, read), chunks[keys.value_target] if loss.has_critic else None]
         networks = [self._network(*network) for network in self._networks]
@@ -129,12 +120,10 @@ class CompiledPass:
         return _Pass(
             *(len(order), steps, self.rows, threads, self._log_std is not None, is_shared, is_shared and head.detach),
             *map(kernels.address, (order, *data)),
-            (_Parameter * 13)(*self._parameters()),
+            (Row * 13)(*self._parameters()),
             *(networks if loss.has_critic else (*networks, _Network())),
             *(*loss.clip_bounds, float(loss.critic_coeff) if loss.has_critic else 0.0),
-            *(float(loss.entropy_coeff) if loss.entropy_bonus else 0.0, self.max_grad_norm or 0.0),
-            *(float(group["lr"]), *group["betas"], group["eps"]),
-            *(int(self.optimizer.state[group["params"][0]]["step"]), metrics.data_ptr()),
+            *(float(loss.entropy_coeff) if loss.entropy_bonus else 0.0, self.max_grad_norm or 0.0, metrics.data_ptr()),
         )
 
     def _network(self, gru: GRUPart | None, head: ChainPart) -> _Network:
@@ -145,20 +134,13 @@ class CompiledPass:
             *map(kernels.address, map(self.chunks.get, read)),
         )
 
-    def _parameters(self) -> Iterator[_Parameter]:
+    def _parameters(self) -> Iterator[Row]:
         """Six of each network, GRU and head, and ``log_std``, in the kernel's order."""
         for gru, head in self._networks:
-            yield from map(self._parameter, [None] * 4 if gru is None else gru.layers[0])
-            yield from map(self._parameter, (head.linears[0].weight, head.linears[0].bias))
-        yield from map(self._parameter, [None] * 6 * (2 - len(self._networks)))
-        yield self._parameter(self._log_std)
-
-    def _parameter(self, parameter: nn.Parameter | None) -> _Parameter:
-        if parameter is None:
-            return _Parameter()
-        state = self.optimizer.state[parameter]
-        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        return _Parameter(*map(kernels.address, tensors), parameter.numel())
+            yield from [Row()] * 4 if gru is None else map(self._steps.row_of, gru.layers[0])
+            yield from map(self._steps.row_of, (head.linears[0].weight, head.linears[0].bias))
+        yield from [Row()] * 6 * (2 - len(self._networks))
+        yield Row() if self._log_std is None else self._steps.row_of(self._log_std)
 
 
 def _reads_data_alone(part: Part) -> bool:
@@ -214,19 +196,8 @@ def _conditions(program: Program, optimizer, chunks: State | None) -> Iterator[t
     is_own = len(uses) == len(program.parameters) and all(p.is_contiguous() for p in uses)
     yield is_own, "parameters are shared, frozen, or not contiguous"
 
-    group, *others = optimizer.param_groups
-    options = ("amsgrad", "maximize", "weight_decay", "differentiable", "capturable", "decoupled_weight_decay")
-    hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
-    # A learning-rate scheduler puts a function of its own in the place of step, as users may.
-    more = others or hooks or "step" in vars(optimizer) or any(group.get(option) for option in options)
-    is_adam = type(optimizer).step is torch.optim.Adam.step and not more
-    yield is_adam, "the optimizer is more than torch.optim.Adam with lr, betas and eps"
-    is_whole = set(group["params"]) == set(program.parameters)
-    yield is_whole, "the optimizer does not hold the loss's parameters, all and no others"
-    states = [optimizer.state[parameter] for parameter in group["params"]]
-    alike = len({float(state["step"]) if state else 0.0 for state in states}) == 1
-    is_dense = all(state[n].is_contiguous() for state in states if state for n in ("exp_avg", "exp_avg_sq"))
-    yield alike and is_dense, "parameters have made different numbers of steps, or their averages are not contiguous"
+    refusal = why_not_adam(optimizer, program.parameters)
+    yield refusal is None, refusal
     if chunks is not None:
         yield from _conditions_on_data(loss, chunks, networks[1] is not None)
 

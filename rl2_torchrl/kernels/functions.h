@@ -4,6 +4,18 @@
 
 #include "vector.h"
 
+/* Of a torch.optim.Adam's group; decay: AdamW's. */
+typedef struct { double lr, beta1, beta2, epsilon, decay; } adam_options;
+/* A parameter, its gradient, Adam's two averages and number of steps; of size 0 if there is none, or no gradient. */
+typedef struct {
+    real *value, *gradient, *mean, *square;
+    float *step;
+    const adam_options *options;
+    long size;
+} parameter;
+
+double gradient_norm(const parameter *of, int count);
+void adam_step(const parameter *of, int count, double scale);
 long saved_size(int inputs, int hidden);
 long forward_size(int inputs, int hidden);
 long backward_size(int hidden);

@@ -11,9 +11,6 @@
 enum { W_IH, W_HH, B_IH, B_HH, W_OUT, B_OUT, PARAMETERS, LOG_STD = 2 * PARAMETERS };
 enum { OBJECTIVE, CRITIC, ENTROPY, CLIPPED, KL, MEAN_RATIO, LARGEST_RATIO, NORM, METRICS };
 
-/* A parameter, its gradient, and Adam's two averages; of size 0 if there is none. */
-typedef struct { real *value, *gradient, *mean, *square; long size; } parameter;
-
 /* GRU, ReLU, linear layer; x [chunks, steps, inputs]; initial [chunks, steps, hidden] or NULL for zeros. */
 typedef struct {
     int inputs, hidden, outputs;
@@ -31,8 +28,7 @@ typedef struct {
     const real *old_log_prob, *advantage, *target;
     parameter of[2 * PARAMETERS + 1]; /* the actor's, the critic's, log_std */
     network actor, critic;
-    double low, high, value_coeff, entropy_coeff, max_norm, lr, beta1, beta2, epsilon;
-    long adam_step;
+    double low, high, value_coeff, entropy_coeff, max_norm;
     double *metrics; /* [minibatches, METRICS] */
     real *memory;    /* as much as ppo_pass_memory says */
 } pass;
@@ -43,7 +39,7 @@ typedef struct { void *action; uint8_t *init; real *of[ARRAYS]; } entries;
 
 /* Bytes of the structures and the number of metrics: a test compares the caller's. */
 int ppo_pass_layout(int which) {
-    int sizes[] = {sizeof(parameter), sizeof(network), sizeof(pass), METRICS};
+    int sizes[] = {sizeof(network), sizeof(pass), METRICS};
     return sizes[which];
 }
 
@@ -134,26 +130,6 @@ static int gru_gradients(network *net, const uint8_t *init, int rows, int steps,
 }
 
 /* ------------------------------------------------------------------------------------------------ steps */
-static double squares(const parameter *p) {
-    double sum = 0;
-    for (long i = 0; i < p->size; i++) sum += (double)p->gradient[i] * p->gradient[i];
-    return sum;
-}
-
-/* Adam (Kingma & Ba 2015, algorithm 1), in the order of operations of torch.optim.Adam. */
-static void adam(const pass *of, parameter *p, double scale, long step) {
-    real first = (real)(1 - of->beta1), second = (real)(1 - of->beta2), decay = (real)of->beta2;
-    real rate = (real)(of->lr / (1 - pow(of->beta1, step))), root = (real)sqrt(1 - pow(of->beta2, step));
-    real epsilon = (real)of->epsilon, factor = (real)scale;
-    real *restrict value = p->value, *restrict gradient = p->gradient, *restrict mean = p->mean, *restrict square = p->square;
-    for (long i = 0; i < p->size; i++) {
-        real g = gradient[i] *= factor;
-        real m = mean[i] += first * (g - mean[i]);
-        real s = square[i] = decay * square[i] + second * g * g;
-        value[i] -= rate * m / (ROOT(s) / root + epsilon);
-    }
-}
-
 /* Returns the number of the first minibatch whose gradient is not finite, which changes nothing any more; -1 if there is none,
  * -2 - the number of the minibatch in which an action is none of the choices, NO_MEMORY
  * where memory ran out, be it after some steps. */
@@ -217,9 +193,7 @@ int ppo_pass(pass *of) {
         status |= gru_gradients(actor, e.init, count, steps, threads);
         if (status) return status;
 
-        double sum = 0;
-        for (int i = 0; i <= LOG_STD; i++) sum += squares(&of->of[i]);
-        double norm = sqrt(sum);
+        double norm = gradient_norm(of->of, LOG_STD + 1);
         metrics[OBJECTIVE] = -totals[0] / size;
         metrics[CRITIC] = of->value_coeff * error;
         metrics[ENTROPY] = entropy;
@@ -230,8 +204,7 @@ int ppo_pass(pass *of) {
         metrics[NORM] = norm;
         if (!isfinite(norm)) return first / rows;
         double scale = of->max_norm > 0 && norm > of->max_norm ? of->max_norm / (norm + 1e-6) : 1; /* as clip_grad_norm_ */
-        of->adam_step++;
-        for (int i = 0; i <= LOG_STD; i++) adam(of, &of->of[i], scale, of->adam_step);
+        adam_step(of->of, LOG_STD + 1, scale);
     }
     return -1;
 }

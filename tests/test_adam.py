@@ -1,0 +1,132 @@
+"""The kernels' Adam takes the steps of PyTorch's, and says where it does not."""
+
+import ctypes
+import math
+
+import pytest
+import torch
+from loss_cases import batch_of, loss_of, needs_kernels
+from torch import nn
+
+from rl2_torchrl import PPOUpdate, kernels
+from rl2_torchrl.gradients.adam import AdamSteps, OptimizerSteps, Row, _Options, steps_by, why_not_adam
+
+pytestmark = needs_kernels
+
+SHAPES = ((7, 5), (33,), (1,), (4, 16))
+#: One parameter gets its first gradient late, and another none in between; one gradient lies transposed.
+LATE, PAUSING, TRANSPOSED = 1, 2, 0
+
+
+def _after(steps_of, cls, dtype, max_norm, fused):
+    """Parameters, state and norms after five steps with two groups."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
+    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.02, "betas": (0.5, 0.8), "eps": 1e-3}]
+    optimizer, norms = cls(groups, lr=0.1, fused=fused), []
+    steps = steps_of(optimizer, parameters)
+    for number in range(5):
+        for which, parameter in enumerate(parameters):
+            is_missing = (which == LATE and number < 2) or (which == PAUSING and number == 3)
+            gradient = torch.randn(parameter.shape, dtype=dtype)
+            gradient = gradient.t().contiguous().t() if which == TRANSPOSED else gradient
+            parameter.grad = None if is_missing else gradient
+        norms.append(steps.clip(max_norm))
+        steps.take()
+    return parameters, [optimizer.state[p] for p in parameters], norms
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("max_norm", [None, 3.0, 1e3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_steps_of_pytorchs_adam(cls, dtype, tolerance, max_norm):
+    expected, states, norms = _after(OptimizerSteps, cls, dtype, max_norm, fused=False)
+    ours, our_states, our_norms = _after(lambda optimizer, _: AdamSteps(optimizer), cls, dtype, max_norm, fused=True)
+    assert our_norms == pytest.approx(norms, rel=tolerance)
+    for one, other, state, our_state in zip(expected, ours, states, our_states, strict=True):
+        torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
+        assert state.keys() == our_state.keys()
+        for name, entry in state.items():
+            torch.testing.assert_close(our_state[name], entry, rtol=tolerance, atol=tolerance)
+    assert [float(state["step"]) for state in our_states] == [5, 3, 4, 5]
+
+
+def test_a_norm_by_hand():
+    parameter = nn.Parameter(torch.zeros(20))
+    parameter.grad = torch.zeros(20)
+    parameter.grad[[3, 18]] = torch.tensor([3.0, 4.0])
+    steps = AdamSteps(torch.optim.Adam([parameter], lr=0.5))
+    assert steps.clip(None) == 5
+    steps.take()  # the first step is lr against the gradient's sign, whatever its size
+    expected = torch.zeros(20)
+    expected[[3, 18]] = -0.5
+    torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_shows_in_the_norm(bad):
+    parameter = nn.Parameter(torch.zeros(40))
+    for place in (0, 39):
+        parameter.grad = torch.ones(40)
+        parameter.grad[place] = bad
+        assert not math.isfinite(AdamSteps(torch.optim.Adam([parameter])).clip(1.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), "more than torch.optim.Adam"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "more than torch.optim.Adam"),
+        (lambda p: torch.optim.Adam(p, maximize=True), "more than torch.optim.Adam"),
+        (lambda p: _hooked(torch.optim.Adam(p)), "more than torch.optim.Adam"),
+        (lambda p: _scheduled(torch.optim.Adam(p)), "more than torch.optim.Adam"),
+        (lambda p: torch.optim.Adam(p[1:]), "does not hold all"),
+        (lambda p: torch.optim.Adam([*p, nn.Parameter(torch.ones(1, dtype=torch.float64))]), "several dtypes"),
+        (lambda p: torch.optim.Adam(p), None),
+        (lambda p: torch.optim.AdamW(p), None),
+    ],
+)
+def test_other_optimizers_take_their_own_steps(make, message):
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = make(parameters)
+    refusal = why_not_adam(optimizer, parameters)
+    assert refusal is None if message is None else message in refusal
+    assert isinstance(steps_by(optimizer, parameters), AdamSteps if message is None else OptimizerSteps)
+
+
+def _hooked(optimizer):
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def _scheduled(optimizer):
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return optimizer
+
+
+def test_averages_that_lie_transposed_and_steps_counted_by_numbers_are_pytorchs():
+    parameter = nn.Parameter(torch.zeros(3, 2))
+    optimizer = torch.optim.Adam([parameter])
+    state = optimizer.state[parameter]
+    state |= {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2, 3).T, "exp_avg_sq": torch.zeros(3, 2)}
+    assert "not contiguous" in why_not_adam(optimizer, [parameter])
+    state |= {"step": torch.tensor(1.0, dtype=torch.float64), "exp_avg": torch.zeros(3, 2)}
+    assert "counts its steps" in why_not_adam(optimizer, [parameter])
+    state["step"] = torch.tensor(1.0)
+    assert why_not_adam(optimizer, [parameter]) is None
+
+
+def test_a_step_of_the_users_own_is_called():
+    loss = loss_of("categorical", "separate", torch.float32)
+    optimizer, calls = torch.optim.Adam(loss.parameters()), []
+    update = PPOUpdate(loss, minibatches=3, epochs=2, optimizer=optimizer)
+    step = optimizer.step
+    optimizer.step = lambda *args: (calls.append(1), step(*args))
+    update(batch_of("categorical", torch.float32))
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_structures_are_laid_out_as_the_kernels_have_them(dtype):
+    layout = kernels.load(dtype).adam_layout
+    assert list(map(ctypes.sizeof, (_Options, Row))) == [layout(0), layout(1)]
