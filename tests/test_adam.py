@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
-from loss_cases import batch_of, loss_of, needs_kernels
+from loss_cases import INPUTS, batch_of, loss_of, needs_kernels
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torchrl.modules import ProbabilisticActor
 
-from rl2_torchrl import PPOUpdate, kernels
+from rl2_torchrl import PPOUpdate, RL2PPOLoss, kernels
 from rl2_torchrl.gradients.adam import AdamSteps, OptimizerSteps, Row, _Options, steps_by, why_not_adam
 
 pytestmark = needs_kernels
@@ -124,6 +126,42 @@ def test_a_step_of_the_users_own_is_called():
     optimizer.step = lambda *args: (calls.append(1), step(*args))
     update(batch_of("categorical", torch.float32))
     assert len(calls) == 6
+
+
+class _Tilted(nn.Module):
+    """What reads its weight transposed, so that autograd gives a transposed gradient."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        )
+
+    def forward(self, x):
+        return x + (x.unsqueeze(-1) * self.weight.t()).sum(-2).sin()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_gradient_lies_in_memory_as_its_parameter_does(weight_decay):
+    """PyTorch's fused optimizers take any other for it, without a word (seen with 2.13)."""
+    ends = []
+    for backend in ("parts", "autograd"):
+        loss = loss_of("categorical", "separate", torch.float64)
+        tilted = TensorDictModule(_Tilted(INPUTS), ["trans"], ["trans"])
+        actor = ProbabilisticActor(
+            TensorDictSequential(tilted, loss.actor_network.module[0]),
+            in_keys=["logits"],
+            distribution_class=torch.distributions.Categorical,
+            return_log_prob=True,
+        )
+        loss = RL2PPOLoss(actor, loss.critic_network)
+        optimizer = torch.optim.Adam(loss.parameters(), lr=0.1, weight_decay=weight_decay, fused=True)
+        update = PPOUpdate(loss, minibatches=3, epochs=2, optimizer=optimizer, shuffle=False, backend=backend)
+        update(batch_of("categorical", torch.float64))
+        assert all(p.grad is None or p.grad.stride() == p.stride() for p in loss.parameters())
+        ends.append([p.detach() for p in loss.parameters()])
+    for ours, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from rl2_torchrl.gradients.part import State, is_bare
+from rl2_torchrl.gradients.part import State, is_bare, laid_as
 from rl2_torchrl.kernels.graph import GraphReplay
 
 __all__ = ["GraphedPass", "why_not_graphed"]
@@ -112,7 +112,9 @@ class _Minibatch:
     def _work(self) -> None:
         losses = self.loss.losses_of(self.entries, self.loss.loss_terms())
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-        self.gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        found = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        pairs = list(zip(self.parameters, found, strict=True))
+        self.gradients = [None if gradient is None else laid_as(p, gradient) for p, gradient in pairs]
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)

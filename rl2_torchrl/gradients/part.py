@@ -13,8 +13,18 @@ from torch import nn
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "on_copies", "on_entries", "outputs_of"),
-    *("sub_entries", "brings", "has_hooks", "is_bare", "is_function", "is_watched", "others_than", "runs"),
+    *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "laid_as", "on_copies", "on_entries"),
+    *(
+        "outputs_of",
+        "sub_entries",
+        "brings",
+        "has_hooks",
+        "is_bare",
+        "is_function",
+        "is_watched",
+        "others_than",
+        "runs",
+    ),
 ]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, and what networks make of them.
@@ -125,6 +135,13 @@ def accumulate(gradients: Gradients, key: NestedKey | nn.Parameter, gradient: to
         gradients[key].add_(gradient)
     else:
         gradients[key] = gradient
+
+
+def laid_as(parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+    """``gradient`` in memory as ``parameter`` lies there, as `Tensor.backward` gives it: fused optimizers take it for that."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[NestedKey] = ()) -> list:

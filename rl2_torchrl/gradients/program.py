@@ -14,7 +14,7 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 
-from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of
+from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, laid_as
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["Program", "merge_losses", "values_of"]
@@ -73,7 +73,8 @@ class Program:
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(gradients)
         for parameter in self._all:
-            parameter.grad = gradients.get(parameter) if parameter.requires_grad else None
+            gradient = gradients.get(parameter) if parameter.requires_grad else None
+            parameter.grad = None if gradient is None else laid_as(parameter, gradient)
         return values
 
 
