@@ -55,12 +55,19 @@ def test_steps_equal_the_loop(fused_cell, with_hidden, with_resets, with_bias):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("is_strided", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
-def test_doubling_accumulates_what_steps_do(steps):
+def test_all_ways_to_sum_over_the_rest_of_a_trial(steps, is_strided):
     torch.manual_seed(0)
-    out, done = torch.randn(3, 2, steps, 1).double(), torch.rand(3, 2, steps, 1) < 0.1
-    expected = _accumulate(out.clone(), done, 0.9)
-    torch.testing.assert_close(_accumulate_by_doubling(out, done, 0.9), expected)
+    expected, done = torch.randn(3, 2, steps, 1).double(), torch.rand(3, 2, steps, 1) < 0.1
+    if is_strided:  # as of a collector that writes step by step
+        expected, done = (entry.transpose(0, 2).contiguous().transpose(0, 2) for entry in (expected, done))
+    ours, doubled = expected.clone(), expected.clone()
+    for t in range(steps - 2, -1, -1):
+        expected[..., t, :] += 0.9 * expected[..., t + 1, :].masked_fill(done[..., t, :], 0)
+    assert _accumulate(ours, done, 0.9) is ours
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(_accumulate_by_doubling(doubled, done, 0.9), expected)
 
 
 def make_loss(**options):

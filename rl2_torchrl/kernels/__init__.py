@@ -1,4 +1,4 @@
-"""Kernels in C, compiled on first use: the GRU, the heads' linear layers, and a policy's terms in PPO's loss.
+"""Kernels in C, compiled on first use: the GRU, the heads' linear layers, a policy's terms in PPO's loss, returns, Adam.
 
 `functions` and `gru_sequence` are what autograd and the networks see of them.
 
@@ -48,6 +48,7 @@ _SIGNATURES = {
     "categorical_backward": (None, (*(_int,) * 2, *(_pointer,) * 7, _int)),
     "gaussian_forward": (None, (*(_int,) * 2, *(_pointer,) * 4)),
     "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 6)),
+    "discounted_sums": (None, (_int, _int, _pointer, _double, _pointer)),
     "adam_layout": (_int, (_int,)),
     "gradient_norm": (_double, (_pointer, _int)),
     "adam_step": (None, (_pointer, _int, _double)),

@@ -10,6 +10,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
 
+from rl2_torchrl import kernels
 from rl2_torchrl.arguments import require_flags, require_numbers
 from rl2_torchrl.modules.normalization import RunningNorm
 
@@ -189,12 +190,11 @@ def _accumulate(out: Tensor, done: Tensor, discount: float) -> Tensor:
 
     As TorchRL's `generalized_advantage_estimate`, which makes ten tensors of the batch's size, in the memory of ``out``.
     """
-    if not out.is_cpu:
+    if not kernels.covers(out):
         return _accumulate_by_doubling(out, done, discount)
-    steps, ends = out.unbind(-2), done.unbind(-2)
-    for t in range(len(steps) - 2, -1, -1):
-        steps[t].add_(steps[t + 1].masked_fill(ends[t], 0.0), alpha=discount)
-    return out
+    sums, ends = (entry.reshape(-1, out.shape[-2]).contiguous() for entry in (out, done))
+    kernels.load(out.dtype).discounted_sums(*sums.shape, ends.data_ptr(), discount, sums.data_ptr())
+    return out if sums.data_ptr() == out.data_ptr() else out.copy_(sums.view(out.shape))
 
 
 def _accumulate_by_doubling(out: Tensor, done: Tensor, discount: float) -> Tensor:
