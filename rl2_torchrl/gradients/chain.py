@@ -10,7 +10,7 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, runs
-from rl2_torchrl.kernels.functions import MOST_OUTPUTS, as_reals, relu_linear, relu_linear_gradients
+from rl2_torchrl.kernels.functions import MOST_OUTPUTS, as_reals, relu_linear, relu_linear_gradients, relu_linear_kernel
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["ChainPart"]
@@ -73,8 +73,7 @@ class ChainPart(Part):
         for before, layer in zip(self.before, self.linears, strict=True):
             x = _activated(x, "tanh") if before == "tanh" else x.contiguous()
             self._inputs.append(x)
-            # relu_linear makes the activation itself, and forgets it.
-            x = relu_linear(layer)(x) if before == "relu" else nn.functional.linear(x, layer.weight, layer.bias)
+            x = _linear(x, layer.weight, layer.bias, before == "relu")
         self._out = state[self.out_keys[0]] = _activated(x, self.after)
         return True
 
@@ -101,6 +100,12 @@ class ChainPart(Part):
             if key in wanted:
                 first = self.first if key == self.in_keys[0] else None
                 accumulate(gradients, key, _before_activation(part.contiguous(), self._joined, first))
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, has_relu: bool) -> torch.Tensor:
+    if has_relu and len(weight) <= MOST_OUTPUTS:
+        return relu_linear_kernel(weight, bias)(x)
+    return nn.functional.linear(x.relu() if has_relu else x, weight, bias)
 
 
 def _linear_gradients(x, weight, slope, d_x, has_relu: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from rl2_torchrl import kernels
 __all__ = [
     *("MOST_OUTPUTS", "as_reals", "categorical_gradient", "categorical_terms", "differentiable_gradients"),
     *("log_prob_and_entropy", "out_of_autocast", "raise_unknown_actions", "relu_linear", "relu_linear_gradients"),
-    *("require_tensor", "unit_stride"),
+    *("relu_linear_kernel", "require_tensor", "unit_stride"),
 ]
 
 
@@ -89,7 +89,7 @@ def relu_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """
     weight, bias, inputs = linear.weight, linear.bias, linear.in_features
     has_kernels = 0 < len(weight) <= MOST_OUTPUTS and kernels.covers(weight, bias)
-    forward = _forward_of(weight, bias) if has_kernels else None
+    forward = relu_linear_kernel(weight, bias) if has_kernels else None
     is_trained = any(p is not None and p.requires_grad for p in (weight, bias))
 
     def run(x: Tensor) -> Tensor:
@@ -107,7 +107,8 @@ def _relu_linear_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return nn.functional.linear(torch.relu(x), weight, bias)
 
 
-def _forward_of(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def relu_linear_kernel(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`relu_linear` of at most `MOST_OUTPUTS` outputs by the kernel, of contiguous ``x`` in the dtype of ``weight``; no graph."""
     weight, bias = _contiguous(weight.detach(), bias if bias is None else bias.detach())
     (outputs, inputs), kernel = weight.shape, kernels.load(weight.dtype).linear_forward
     addresses = weight.data_ptr(), kernels.address(bias)

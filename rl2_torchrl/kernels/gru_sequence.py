@@ -179,10 +179,8 @@ def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
 
 
 def as_bytes(is_init: Tensor | None) -> Tensor | None:
-    """``is_init`` as contiguous bytes, or None where nothing starts anew after the first step."""
-    if is_init is None or is_init.shape[1] == 1:
-        return None
-    return is_init.bool().contiguous() if is_init[:, 1:].any() else None
+    """``is_init`` as the kernels read it: contiguous bytes."""
+    return None if is_init is None else is_init.bool().contiguous()
 
 
 def _strided(tensor: Tensor | None) -> tuple:
