@@ -418,3 +418,59 @@ def test_gradients_that_a_term_gives_are_not_written_over(term, critic):
     Program(loss)(dict(data.items()))
     for parameter, gradient in zip(loss.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+class _Weighed(RL2PPOLoss):
+    """A loss that adds a term, and has PPO's own in another order."""
+
+    def __init__(self, *networks, **options):
+        super().__init__(*networks, **options)
+        self.told = Told()
+
+    def loss_terms(self):
+        objective, *others = super().loss_terms()
+        return [*others, objective, self.told]
+
+
+def _weighed(**options):
+    torch.manual_seed(0)
+    actor = GRUCategoricalActor(5, 3, hidden_size=8, init_range=1.0, **F64)
+    return _Weighed(actor, MemoryValueHead(8, detach=False, init_range=1.0, **F64), **options)
+
+
+def test_terms_of_a_class_below_are_those_of_every_batch():
+    loss, given, data = _weighed(), loss_with(Told()), data_of()
+    loss.told.load_state_dict(given.terms[0].state_dict())
+    expected = given(data)
+    assert set(loss(data).keys()) == set(expected.keys())
+    assert "task" in loss.in_keys
+    assert "task" in PPOUpdate(loss).in_keys
+    for rows in (data, data.reshape(2, 2, 6)):
+        for name, value in loss(rows).items():
+            torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("options", [{"clip_value": 0.2}, {"loss_critic_type": "smooth_l1"}])
+def test_terms_of_a_class_below_that_nobody_would_call_are_refused(options):
+    loss = _weighed(**options)
+    with pytest.raises(ValueError, match=r"_Weighed has a loss_terms\(\) of its own.*as terms="):
+        loss(data_of())
+    with pytest.raises(ValueError, match=r"loss_terms\(\) of its own"):
+        PPOUpdate(loss)
+
+
+def test_terms_of_a_class_below_read_advantages_that_are_there():
+    with pytest.raises(KeyError, match="advantage"):
+        _weighed()(data_of().exclude("advantage"))
+
+
+def test_by_keyword_a_loss_gives_what_its_terms_name():
+    loss, data = loss_with(TaskBelief(8, 2, **F64)), data_of()
+    expected, out = loss(data), loss(**{key: data[key] for key in data.keys()})
+    named = dict(zip(loss.out_keys, out, strict=True))
+    for name in ("loss_objective", "loss_critic", "loss_belief", "belief_error"):
+        assert torch.equal(named[name], expected[name])
+
+
+def test_no_coefficient_of_the_values_is_the_default():
+    assert float(loss_with(critic_coeff=None).critic_coeff) == float(loss_with().critic_coeff) == 0.5

@@ -61,7 +61,7 @@ class RL2PPOLoss(ClipPPOLoss):
         terms: further loss terms, e.g. `TaskBelief`: modules with ``in_keys``, which map those entries to named losses and
             diagnostics (`rl2_torchrl.objectives.terms` says how to write one). Their parameters are the loss's.
         clip_epsilon: clipping of the ratio. Default 0.3, the original's.
-        critic_coeff: weight of the value loss. Default 0.5.
+        critic_coeff: weight of the value loss. Default 0.5, also for None; 0 leaves the value loss out.
         entropy_coeff: weight of the entropy, which needs ``entropy_bonus=True``. Default 0.01.
         **kwargs: as for `ClipPPOLoss`: ``clip_value``, ``normalize_advantage``, …; by default ``entropy_bonus=False``,
             ``loss_critic_type="l2"`` (the squared error), ``log_explained_variance=False`` (over minibatches of unlike trials
@@ -97,13 +97,15 @@ class RL2PPOLoss(ClipPPOLoss):
         _check_options(options)
         _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
         options["functional"] |= options.get("delay_actor", False)
-        weights = {"clip_epsilon": clip_epsilon, "entropy_coeff": entropy_coeff}
-        weights["critic_coeff"] = None if critic_network is None else critic_coeff
+        critic_coeff = None if critic_network is None else 0.5 if critic_coeff is None else critic_coeff
+        weights = {"clip_epsilon": clip_epsilon, "critic_coeff": critic_coeff, "entropy_coeff": entropy_coeff}
         super().__init__(actor_network, critic_network, **weights, **options)
         if terms and self.functional:
             raise ValueError("terms read what the networks write, which functional=True hides: leave it False.")
         self.terms = nn.ModuleList(terms)
-        self._set_in_keys()
+        self._in_keys = None  # to be asked for when all that a subclass has is there
+        if named := [key for term in terms for key in getattr(term, "out_keys", ())]:
+            self.out_keys = [*self.out_keys, *named]
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
         self._is_recurrent = bool(hidden_keys(actor_network))
 
@@ -121,7 +123,20 @@ class RL2PPOLoss(ClipPPOLoss):
             return "parameters have hooks on their gradients, which autograd runs"
         return self._why_torchrls(self._seen())
 
-    def _why_torchrls(self, seen: "_Seen") -> str | None:
+    def _why_torchrls(self, seen: "_Seen | None") -> str | None:
+        """Why it is `ClipPPOLoss` that computes PPO's terms, in words; None where parts do. ``seen``: None while compiled."""
+        refusal = "torch.compile sees no parts" if seen is None else self._refusal(seen)
+        if refusal is not None and self._has_own_terms():
+            raise ValueError(
+                f"{type(self).__name__} has a loss_terms() of its own, which nobody would call: {refusal}. Give what it adds to "
+                "PPO's terms as terms=[...], or leave the other out."
+            )
+        return refusal
+
+    def _has_own_terms(self) -> bool:
+        return bool(others_than(RL2PPOLoss, self, ["loss_terms"]))
+
+    def _refusal(self, seen: "_Seen") -> str | None:
         if options := [name for name, ours in _OURS.items() if _differs(getattr(self, name), ours)]:
             return f"the options {options} are ClipPPOLoss's"
         if own := others_than(ClipPPOLoss, self, _STEPS):
@@ -131,7 +146,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def network_parts(self) -> list[Part]:
         """The parts of actor and critic, in order."""
-        reads_entropy = self.entropy_bonus or any(ENTROPY in term.in_keys for term in self.terms)
+        reads_entropy = self.entropy_bonus or ENTROPY in self._keys_of_terms()
         parts = actor_parts(self.actor_network, self.tensor_keys.action, entropy=reads_entropy)
         return [*parts, *parts_of(self.critic_network)] if self._runs_critic() else parts
 
@@ -144,7 +159,12 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _runs_critic(self) -> bool:
         written = () if self.critic_network is None else self.critic_network.out_keys
-        return self.has_critic or any(key in written for term in self.terms for key in term.in_keys)
+        return self.has_critic or any(key in written for key in self._keys_of_terms())
+
+    def _keys_of_terms(self) -> list[NestedKey]:
+        """What terms beside PPO's own read."""
+        terms = self.loss_terms() if self._has_own_terms() else self.terms
+        return [key for term in terms for key in term.in_keys]
 
     def loss_terms(self) -> list[nn.Module]:
         """PPO's terms with the coefficients as they are now, then the further ones."""
@@ -162,9 +182,15 @@ class RL2PPOLoss(ClipPPOLoss):
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
         seen = None if is_compiling() else self._seen()
         self._check_data(tensordict, seen)
-        has_advantage = tensordict.get(self.tensor_keys.advantage, None) is not None
-        if has_advantage and tensordict.ndim == 2 and seen is not None and not self._why_torchrls(seen):
-            return TensorDict(_losses_of(seen.parts, tensordict, self.loss_terms()))
+        refusal, key = self._why_torchrls(seen), self.tensor_keys.advantage
+        has_advantage, has_own_terms = tensordict.get(key, None) is not None, self._has_own_terms()
+        if has_own_terms and not has_advantage:
+            raise KeyError(
+                f"no {key!r} in the data, which loss_terms() reads: call TrialAdvantage(...)(batch) on it first."
+            )
+        if refusal is None and has_advantage and (tensordict.ndim == 2 or has_own_terms):
+            rows = tensordict if tensordict.ndim == 2 else tensordict.reshape(-1, tensordict.shape[-1])
+            return TensorDict(_losses_of(seen.parts, rows, self.loss_terms()))
         losses = super().forward(tensordict)
         if not self.terms:
             return losses
@@ -201,8 +227,8 @@ class RL2PPOLoss(ClipPPOLoss):
         keys = self.tensor_keys
         own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
         written = {*self.actor_network.out_keys, *(self.critic_network.out_keys if self.critic_network else ())}
-        terms = self._modules.get("terms", ())  # ClipPPOLoss asks before there are any
-        own += [key for term in terms for key in term.in_keys if key not in written and key[0] != "policy"]
+        more = self._keys_of_terms() if "terms" in self._modules else ()  # ClipPPOLoss asks before there are any
+        own += [key for key in more if key not in written and key[0] != "policy"]
         self._in_keys = list(dict.fromkeys([*self._in_keys, *own]))
 
     # --------------------------------------------------------------- numbers
