@@ -222,7 +222,7 @@ ENVS = {
 def make_env(name, *transforms, sampled=True, **trial):
     make, tasks = ENVS[name]
     sampler = [TaskSampler(tasks, seed=1)] if sampled else []
-    previous = PreviousStep(done_at_start=trial.pop("done_at_start", 0.0))
+    previous = PreviousStep(trial.pop("obs_keys", None), done_at_start=trial.pop("done_at_start", 0.0))
     return TransformedEnv(make(), Compose(Trial(**trial), *sampler, previous, *transforms))
 
 

@@ -103,6 +103,28 @@ def test_batches_of_continuous_actions_are_collectors(name, trial, steps, still)
     assert_same(ours, theirs, is_exact=still)
 
 
+@pytest.mark.parametrize("keep", [None, ["trans", "action"]], ids=["all", "some"])
+@pytest.mark.parametrize(
+    ("name", "trial", "steps"),
+    [
+        ("bandit", {"episodes": 4}, 6),
+        ("mdp", {"episodes": 3, "steps": 8}, 20),
+        ("guess", {"episodes": 3, "steps": 7}, 9),
+        ("guess 2x3", {"episodes": 2, "truncate": True, "done_at_start": 1.0}, 9),
+        ("walk", {"episodes": 2}, 9),
+        ("cart pole", {"episodes": 2, "steps": 17}, 20),
+    ],
+    ids=named,
+)
+def test_the_transition_input_may_show_the_trials_counters(name, trial, steps, keep):
+    shown = ["time_left", "episode_done", "episode_index", "trial_step"]
+    env = make_env(name, **trial)
+    observed = list(env.transform[-1].layout().observations)
+    (fast, ours), (_, theirs) = both(lambda: make_env(name, obs_keys=[*observed, *shown], **trial), steps, keep=keep)
+    assert fast.reason is None
+    assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["bandit", "guess"])
 def test_a_distribution_may_draw_into_the_same_memory(name):
     def make():

@@ -14,6 +14,7 @@ from rl2_torchrl.rollout.clock import Rows, TrialClock
 from rl2_torchrl.rollout.doors import door_to
 from rl2_torchrl.rollout.transitions import TransitionInputs
 from rl2_torchrl.rollout.trials import REWARD, Keys, Task, Trials, flat, leaves, next_key
+from rl2_torchrl.trial import TRIAL_KEYS
 
 __all__ = ["TensorTrials"]
 
@@ -40,10 +41,13 @@ class TensorTrials(Trials):
         self.inputs = None if transition is None else TransitionInputs(transition, steps, self.rows, self.device)
         self.out_key = None if transition is None else transition.out_key
         self._shows_next_input = transition is not None and next_key(self.out_key) in self.wanted
-        self.door = door_to(base, {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}, self._task_key)
+        self._counters = [key for key in encoded if key in TRIAL_KEYS]
+        seen = {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}
+        self.door = door_to(base, seen.difference(TRIAL_KEYS), self._task_key)
         self.has_threads, self.reason = self.door.has_threads, self.door.reason
         known = (*TrialClock.names, *TrialClock.next_names)
         flags = {*read, *(known if keep is None else leaves(keep, known))}
+        flags |= {each for key in self._counters for each in (key, next_key(key))}
         self.clock = TrialClock(self.trial, self.rows, steps, self.door.episode_steps, self.device, flags)
         self._flags_read = [key for key in read if key in self.clock.names]
 
@@ -101,7 +105,7 @@ class TensorTrials(Trials):
         after.update(self._shown_task)
         after[REWARD] = reward
         if self.inputs is not None and (trial is not True or self._shows_next_input):
-            self.inputs.follow(t + 1, action, reward, episode, observations)
+            self.inputs.follow(t + 1, action, reward, episode, self._encoded(t, is_after=True))
             if self._shows_next_input:
                 after[next_key(self.out_key)] = self.inputs.steps[t + 1].clone()
         if t + 1 == self.steps:
@@ -122,7 +126,14 @@ class TensorTrials(Trials):
                 first = {**first, **{key: where_rows(rows, first[key], self._observations[key]) for key in told}}
             self._observations = first
         if self.inputs is not None:
-            self.inputs.begin(t, rows, self._observations)
+            self.inputs.begin(t, rows, self._encoded(t, is_after=False))
+
+    def _encoded(self, t: int, *, is_after: bool) -> State:
+        """What the transition input shows before step ``t``, or after it: observations, and such of the trial's counters."""
+        if not self._counters:
+            return self._observations
+        flags = self.clock.at(t)
+        return {**self._observations, **{key: flags[next_key(key) if is_after else key] for key in self._counters}}
 
     def _drawn(self, rows: Rows) -> Task:
         if rows is True:
