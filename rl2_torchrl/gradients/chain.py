@@ -72,7 +72,7 @@ class ChainPart(Part):
         self._inputs = []
         for before, layer in zip(self.before, self.linears, strict=True):
             x = _activated(x, "tanh") if before == "tanh" else x.contiguous()
-            self._inputs.append(x)
+            self._inputs.append((x, layer.weight, layer.bias))
             x = _linear(x, layer.weight, layer.bias, before == "relu")
         self._out = state[self.out_keys[0]] = _activated(x, self.after)
         return True
@@ -80,13 +80,13 @@ class ChainPart(Part):
     def backward_by_hand(self, gradients: Gradients) -> None:
         slope = _before_activation(gradients.pop(self.out_keys[0]), self._out, self.after)
         wanted = self.wanted - {self.in_keys[0]} if self.detach else self.wanted
-        for layer, before in zip(reversed(self.linears), reversed(self.before), strict=True):
-            x = self._inputs.pop()
+        for before in reversed(self.before):
+            x, weight, bias = self._inputs.pop()
             d_x = Workspace.take(x, x.shape) if self._inputs or wanted else None
-            d_weight, d_bias = _linear_gradients(x, layer.weight, slope, d_x, before == "relu")
-            accumulate(gradients, layer.weight, d_weight)
-            if layer.bias is not None:
-                accumulate(gradients, layer.bias, d_bias)
+            d_weight, d_bias = _linear_gradients(x, weight, slope, d_x, before == "relu")
+            accumulate(gradients, weight, d_weight)
+            if bias is not None:
+                accumulate(gradients, bias, d_bias)
             slope = _before_activation(d_x, x, "tanh") if before == "tanh" and d_x is not None else d_x
         if not wanted:
             return

@@ -8,12 +8,14 @@ own gradient brings it; any other runs under autograd, for itself alone, so that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from numbers import Number
 
 import torch
 from tensordict import NestedKey
 from torch import nn
 
+from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, laid_as
 from rl2_torchrl.kernels.workspace import Workspace
 
@@ -52,7 +54,6 @@ class Program:
             else:
                 carrying.difference_update(part.out_keys)
 
-    @torch.no_grad()
     def __call__(self, data: Mapping[NestedKey, torch.Tensor]) -> dict[str, float]:
         """Losses and diagnostics of the sequences ``data``, entries ``[N, T, ...]``, and the gradients of all losses' sum.
 
@@ -61,21 +62,87 @@ class Program:
             ValueError: two terms give a loss or diagnostic of one name, or one that is taken.
         """
         self.loss.require_starts(data)
-        state, gradients, values = dict(data), {}, {}
+        values, gradients = self.forward(data), self.backward()
+        for parameter in self._all:
+            gradient = gradients.get(parameter) if parameter.requires_grad else None
+            parameter.grad = None if gradient is None else laid_as(parameter, gradient)
+        scalars = {name: v for name, v in values.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
+        return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in scalars.items()}
+
+    @torch.no_grad()
+    def forward(self, data: Mapping[NestedKey, torch.Tensor]) -> dict[str, float | torch.Tensor]:
+        """Losses and diagnostics of ``data``; the parts keep what `backward` needs."""
+        state, values = dict(data), {}
         for part in self.parts:
             is_known = part.carries
             part.forward(state)
             if part.carries != is_known:  # by parameters of others
                 self._follow_gradients()
         for term in self.terms:
-            merge_losses(values, term.losses(state, gradients))
+            merge_losses(values, term.look(state))
+        return values
+
+    @torch.no_grad()
+    def backward(self, weights: Mapping[str, float] | None = None) -> Gradients:
+        """Gradients of the sum of what `forward` gave, or of the losses that have ``weights``, weighted."""
+        gradients: Gradients = {}
+        for term in self.terms:
+            term.give(gradients, weights)
         for part in reversed(self.parts):
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(gradients)
-        for parameter in self._all:
-            gradient = gradients.get(parameter) if parameter.requires_grad else None
-            parameter.grad = None if gradient is None else laid_as(parameter, gradient)
-        return values
+        return gradients
+
+    # ---------------------------------------------------------- within autograd
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether all parts and terms bring gradients of their own, so that autograd sees parameters and losses alone."""
+        terms_do = all(hasattr(term.function, "with_gradients") and not term.parameters for term in self.terms)
+        parts_do = bool(self.parameters) and all(part.reason is None for part in self.parts)
+        # Weights that are no parameters are lent for a call, as in MAML, and are others by the time of a second gradient.
+        lent = [p for p in self.parameters if not isinstance(p, nn.Parameter)]
+        return terms_do and parts_do and not lent and kernels.covers(*self.parameters)
+
+    def losses(self, loss: nn.Module, data: State) -> dict[str, torch.Tensor]:
+        """What ``loss`` gives of ``data``, of a program that `is_by_hand`: the losses are one node of autograd's."""
+        own = copy(self)  # parts remember what they have seen, and there may be other losses before this one's backward
+        own.loss, own.parts, own.terms = loss, list(map(copy, self.parts)), list(map(copy, self.terms))
+        values, like = own.forward(data), self.parameters[0]
+        numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+        values |= zip(numbers, like.new_tensor(list(numbers.values())).unbind(), strict=True)
+        losses = {name: value for name, value in values.items() if name.startswith("loss_")}
+        return values | dict(zip(losses, _Losses.apply(own, data, losses, *self.parameters), strict=True))
+
+
+class _Losses(torch.autograd.Function):
+    """The losses that are given, whose gradients ``program``, which has made them of ``data``, makes by hand."""
+
+    @staticmethod
+    def forward(ctx, program, data, losses, *parameters):
+        ctx.program, ctx.data, ctx.names, ctx.is_spent = program, data, list(losses), False
+        ctx.save_for_backward(*parameters)
+        ctx.set_materialize_grads(False)
+        return tuple(value.to(parameters[0], copy=True) for value in losses.values())
+
+    @staticmethod
+    def backward(ctx, *slopes):
+        parameters, asked = ctx.saved_tensors, [slope is not None for slope in slopes]
+        if not (torch.is_grad_enabled() or ctx.is_spent):
+            ctx.is_spent = True  # parts write over what they have kept
+            weights = {name: slope.item() for name, slope in zip(ctx.names, slopes, strict=True) if slope is not None}
+            gradients = ctx.program.backward(weights)
+            return None, None, None, *map(gradients.get, parameters)
+        loss = ctx.program.loss
+        if missing := set(parameters).difference(loss.parameters()):
+            raise RuntimeError(
+                f"{len(missing)} of the parameters that the loss was computed with are no longer its own, and this second backward "
+                "computes it anew: go back while they are, such as within torch.func.functional_call."
+            )
+        with torch.enable_grad():
+            losses = loss.losses_of(ctx.data, [term.function for term in ctx.program.terms])
+        ends = [losses[name] for name, is_asked in zip(ctx.names, asked, strict=True) if is_asked]
+        slopes, options = [slope for slope in slopes if slope is not None], {"create_graph": torch.is_grad_enabled()}
+        return None, None, None, *torch.autograd.grad(ends, parameters, slopes, allow_unused=True, **options)
 
 
 #: What an update says of its minibatches beside the losses.
@@ -131,25 +198,33 @@ class _Term(Part):
         losses = [value for name, value in self._values.items() if name.startswith("loss_")]
         state[self.out_keys[0]] = torch.stack(losses).sum() if losses else torch.zeros(())
 
-    def losses(self, state: State, gradients: Gradients) -> dict[str, float]:
-        """Losses and scalar diagnostics; the losses' gradients are added to ``gradients``."""
-        if hasattr(self.function, "with_gradients"):
-            entries = entries_of(state, self.in_keys)
-            Workspace.leave(*entries)  # users write such terms too
-            self._values, slopes = self.function.with_gradients(*entries)
-            for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
-                if slope is not None and key in self.wanted:
-                    if slope.shape != entry.shape:
-                        raise ValueError(
-                            f"{type(self.function).__name__}.with_gradients gave a gradient {tuple(slope.shape)} by {key!r}, "
-                            f"which is {tuple(entry.shape)}: give it that shape."
-                        )
-                    slope = slope.to(entry)  # kernels take it for that
-                    own = slope if self._is_ours else slope.clone(memory_format=torch.contiguous_format)
-                    accumulate(gradients, key, own)
-        else:
+    def look(self, state: State) -> Mapping[str, float | torch.Tensor]:
+        """Losses and diagnostics; keeps what `give` needs."""
+        if not hasattr(self.function, "with_gradients"):
             self.forward(state)
-            gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
+            return self._values
+        entries = entries_of(state, self.in_keys)
+        Workspace.leave(*entries)  # users write such terms too
+        self._values, slopes = self.function.with_gradients(*entries)
+        self._slopes: list[tuple[NestedKey, torch.Tensor]] = []
+        for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
+            if slope is not None and key in self.wanted:
+                if slope.shape != entry.shape:
+                    raise ValueError(
+                        f"{type(self.function).__name__}.with_gradients gave a gradient {tuple(slope.shape)} by {key!r}, "
+                        f"which is {tuple(entry.shape)}: give it that shape."
+                    )
+                slope = slope.to(entry)  # kernels take it for that
+                own = slope if self._is_ours else slope.clone(memory_format=torch.contiguous_format)
+                self._slopes.append((key, own))
+        return self._values
+
+    def give(self, gradients: Gradients, weights: Mapping[str, float] | None) -> None:
+        """Adds the losses' gradients to ``gradients``, of a term with its own by the weight of its one loss."""
+        if not hasattr(self.function, "with_gradients"):
+            gradients[self.out_keys[0]] = torch.ones((), dtype=self._outputs[0].dtype, device=self._outputs[0].device)
             self.backward(gradients)
-        scalars = {name: v for name, v in self._values.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
-        return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in scalars.items()}
+            return
+        weight = 1.0 if weights is None else weights.get(next(n for n in self._values if n.startswith("loss_")))
+        for key, slope in self._slopes if weight is not None else ():
+            accumulate(gradients, key, slope if weight == 1 else slope.mul_(weight))

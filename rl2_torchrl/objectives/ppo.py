@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss, PPOLoss
 
+from rl2_torchrl import kernels
 from rl2_torchrl.arguments import require_flags, require_numbers
 from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
 from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
-from rl2_torchrl.gradients.program import merge_losses, values_of
+from rl2_torchrl.gradients.program import Program, merge_losses, values_of
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_critic, require_own_cores, require_policy
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
@@ -190,7 +191,7 @@ class RL2PPOLoss(ClipPPOLoss):
             )
         if refusal is None and has_advantage and (tensordict.ndim == 2 or has_own_terms):
             rows = tensordict if tensordict.ndim == 2 else tensordict.reshape(-1, tensordict.shape[-1])
-            return TensorDict(_losses_of(seen.parts, rows, self.loss_terms()))
+            return TensorDict(self._losses(rows, seen))
         losses = super().forward(tensordict)
         if not self.terms:
             return losses
@@ -198,9 +199,23 @@ class RL2PPOLoss(ClipPPOLoss):
         merge_losses(merged, self.losses_of(tensordict.flatten(0, tensordict.ndim - 2), self.terms))
         return losses.update(merged)
 
+    def _losses(self, data: TensorDictBase, seen: "_Seen") -> dict[str, Tensor]:
+        """Of ``data`` ``[N, T]``: a node of autograd's for each part and term, or one for all where they bring their gradients."""
+        if torch.is_grad_enabled() and not self._has_own_terms() and (program := seen.program()) is not None:
+            state = _state_of((*program.parts, *program.terms), data)
+            if kernels.covers(program.parameters[0]) and not any(entry.requires_grad for entry in state.values()):
+                return program.losses(self, state)
+        return self.losses_of(data, self.loss_terms())
+
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
-        return _losses_of(self._seen().parts, data, terms)
+        parts, losses = self._seen().parts, {}
+        state = dict(data) if isinstance(data, dict) else _state_of((*parts, *terms), data)
+        for part in parts:
+            part.run(state)
+        for term in terms:
+            merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
+        return losses
 
     def _check_data(self, tensordict: TensorDictBase, seen: "_Seen | None") -> None:
         if not self._is_recurrent:
@@ -274,9 +289,13 @@ class _Seen:
         self._modules, self._layout = modules, self._layout_of(loss, modules, options)
         self._loss = ref(loss)
 
+        self._parameters = list(loss.parameters())  # held, that no other may get the same id
+        self._program: tuple[tuple, Program | None] | None = None
+
     @staticmethod
     def _layout_of(loss: RL2PPOLoss, modules: Sequence[nn.Module], options: tuple) -> tuple:
-        return options, [(tuple(module._modules.values()), is_watched(module)) for module in (loss, *modules)]
+        weights = [(id(p), p is not None and p.requires_grad) for m in modules for p in m._parameters.values()]
+        return options, weights, [(tuple(m._modules.values()), is_watched(m)) for m in (loss, *modules)]
 
     def holds(self, loss: RL2PPOLoss, options: tuple) -> bool:
         """Whether nothing has changed since."""
@@ -287,18 +306,25 @@ class _Seen:
         """`RL2PPOLoss.network_parts`."""
         return self._loss().network_parts()
 
+    def program(self) -> Program | None:
+        """What makes the losses by hand, with coefficients and keys as they are now; None where it is not all by hand."""
+        loss = self._loss()
+        keys, coefficients = (
+            loss.tensor_keys,
+            [loss.entropy_coeff] * loss.entropy_bonus + [loss.critic_coeff] * loss.has_critic,
+        )
+        read = (keys.sample_log_prob, keys.advantage, keys.value, keys.value_target)
+        state = (*read, *loss.clip_bounds, *map(as_number, coefficients))
+        if self._program is None or self._program[0] != state:
+            program = Program(loss)
+            program.loss = None  # or it would never be freed
+            self._program = state, program if program.is_by_hand else None
+        return self._program[1]
 
-def _losses_of(parts: Sequence[Part], data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
-    state: State = dict(data) if isinstance(data, dict) else {}
-    if not state:
-        read = {key for reader in (*parts, *terms) for key in reader.in_keys}
-        state = {key: entry for key in read if (entry := data.get(key, None)) is not None}
-    for part in parts:
-        part.run(state)
-    losses: dict[str, Tensor] = {}
-    for term in terms:
-        merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
-    return losses
+
+def _state_of(readers: Iterable[Part | nn.Module], data: TensorDictBase) -> State:
+    keys = {key for reader in readers for key in reader.in_keys}
+    return {key: entry for key in keys if (entry := data.get(key, None)) is not None}
 
 
 def _require_memory(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> None:

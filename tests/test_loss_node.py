@@ -1,0 +1,236 @@
+"""A loss whose parts all bring their gradients is one node of autograd's, and behaves there as TorchRL's many do."""
+
+import copy
+
+import pytest
+import torch
+from loss_cases import batch_of, data_of, loss_of, needs_kernels
+from tensordict import TensorDict
+from torch import nn
+from torchrl.objectives import ClipPPOLoss
+
+from rl2_torchrl import PPOUpdate, RL2PPOLoss
+from rl2_torchrl.objectives import TaskBelief
+
+pytestmark = needs_kernels
+
+F64 = torch.float64
+
+
+def losses_of(kind="categorical", critic="shared", data=None, **options):
+    """A loss, its data, and a copy of it that computes as `ClipPPOLoss` does."""
+    loss = loss_of(kind, critic, F64, entropy_bonus=True, entropy_coeff=0.05, **options)
+    theirs = copy.deepcopy(loss)
+    theirs.forward = lambda td: ClipPPOLoss.forward(theirs, td)
+    data = data_of(kind, F64) if data is None else data
+    return loss, theirs, TensorDict(data, next(iter(data.values())).shape[:2])
+
+
+def is_one_node(out):
+    functions = {out[name].grad_fn for name in out.keys() if name.startswith("loss_")}
+    return len(functions) == 1 and "_Losses" in type(functions.pop()).__name__
+
+
+def grads(loss):
+    return [p.grad for p in loss.parameters()]
+
+
+def assert_alike(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        if one is None or other is None:  # nothing, or zeros
+            assert one is None or not one.any()
+            assert other is None or not other.any()
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+KINDS = [("categorical", "shared"), ("categorical", "separate"), ("gaussian", "detached"), ("gaussian", "separate")]
+
+
+@pytest.mark.parametrize(("kind", "critic"), KINDS)
+def test_losses_may_be_weighted(kind, critic):
+    loss, theirs, data = losses_of(kind, critic)
+    assert is_one_node(loss(data))
+    for each in (loss, theirs):
+        out = each(data)
+        (2 * out["loss_objective"] - 0.3 * out["loss_critic"] + 0 * out["loss_entropy"]).backward()
+    assert_alike(grads(loss), grads(theirs))
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize(("kind", "critic"), KINDS)
+def test_losses_may_go_back_one_by_one(kind, critic, is_reversed):
+    """As with an optimizer for each network; what no loss depends on that has gone back keeps its None."""
+    loss, theirs, data = losses_of(kind, critic)
+    for each in (loss, theirs):
+        out = each(data)
+        names = ["loss_objective", "loss_entropy", "loss_critic"]
+        for name in reversed(names) if is_reversed else names:
+            out[name].backward(retain_graph=True)
+    assert_alike(grads(loss), grads(theirs))
+
+
+def test_what_a_loss_does_not_depend_on_has_no_gradient():
+    loss, _, data = losses_of(critic="separate")
+    loss(data)["loss_critic"].backward()
+    assert all(p.grad is None for p in loss.actor_network.parameters())
+    assert all(p.grad is not None for p in loss.critic_network.parameters())
+
+
+@pytest.mark.parametrize(("kind", "critic"), KINDS)
+def test_several_losses_may_wait_for_their_backward(kind, critic):
+    """Gradients of several minibatches, summed: a node keeps what it has seen, whatever was looked at since."""
+    loss, theirs, data = losses_of(kind, critic)
+    for each in (loss, theirs):
+        first, second = (each(data[rows]) for rows in (slice(0, 4), slice(4, 9)))
+        with torch.no_grad():
+            each(data)
+        (
+            first["loss_objective"] + second["loss_objective"] + 2 * first["loss_critic"] - second["loss_critic"]
+        ).backward()
+    assert_alike(grads(loss), grads(theirs))
+
+
+@pytest.mark.parametrize(("kind", "critic"), KINDS)
+def test_gradients_of_gradients(kind, critic):
+    loss, theirs, data = losses_of(kind, critic)
+    for each in (loss, theirs):
+        out = each(data)
+        total, parameters = out["loss_objective"] + out["loss_critic"] ** 2, list(each.parameters())
+        first = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
+        (total + sum(g.square().sum() for g in first if g is not None)).backward()
+    assert_alike(grads(loss), grads(theirs))
+
+
+def test_a_backward_again_is_the_same_again():
+    loss, _, data = losses_of()
+    total = loss(data)["loss_objective"]
+    first = torch.autograd.grad(total, list(loss.parameters()), retain_graph=True, allow_unused=True)
+    assert_alike(torch.autograd.grad(total, list(loss.parameters()), allow_unused=True), first)
+
+
+def test_weights_that_change_before_the_backward_are_noticed():
+    loss, _, data = losses_of()
+    total = loss(data)["loss_objective"]
+    with torch.no_grad():
+        next(loss.parameters()).add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_a_loss_that_is_gone_still_goes_back():
+    loss, theirs, data = losses_of()
+    parameters = list(loss.parameters())
+    total = loss(data)["loss_objective"]
+    del loss
+    total.backward()
+    theirs(data)["loss_objective"].backward()
+    assert_alike([p.grad for p in parameters], grads(theirs))
+
+
+class Holder(nn.Module):
+    """Something of a user's around a loss; TorchRL's losses are none of `torch.func.functional_call` by themselves."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, data):
+        return self.loss(data)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "parameters"])
+def test_weights_that_are_lent_for_a_call(kind):
+    """`torch.func.functional_call`: gradients by the weights that were lent, first and, of plain tensors, second ones."""
+    loss, _, data = losses_of()
+    loss(data)
+    lent = {name: (p.detach() * 1.5).requires_grad_() for name, p in loss.named_parameters()}
+    expected = copy.deepcopy(loss)
+    expected.load_state_dict({**expected.state_dict(), **{name: p.detach() for name, p in lent.items()}})
+    lent = {n: nn.Parameter(p.detach()) for n, p in lent.items()} if kind == "parameters" else lent
+    out = torch.func.functional_call(Holder(loss), {f"loss.{name}": p for name, p in lent.items()}, (data,))
+    create_graph = kind == "tensors"
+    first = torch.autograd.grad(out["loss_objective"], lent.values(), allow_unused=True, create_graph=create_graph)
+    theirs = expected(data)["loss_objective"]
+    wanted = torch.autograd.grad(theirs, expected.parameters(), allow_unused=True, create_graph=create_graph)
+    assert_alike(first, wanted)
+    if create_graph:
+        one, other = (sum(g.square().sum() for g in each if g is not None) for each in (first, wanted))
+        second = torch.autograd.grad(one, lent.values(), allow_unused=True)
+        assert_alike(second, torch.autograd.grad(other, expected.parameters(), allow_unused=True))
+
+
+def test_lent_parameters_that_are_gone_are_told_where_they_are_needed():
+    loss, _, data = losses_of()
+    lent = {name: nn.Parameter(p.detach() * 1.5) for name, p in loss.named_parameters()}
+    out = torch.func.functional_call(Holder(loss), {f"loss.{name}": p for name, p in lent.items()}, (data,))
+    with pytest.raises(RuntimeError, match="no longer its own.*functional_call"):
+        torch.autograd.grad(out["loss_objective"], lent.values(), allow_unused=True, create_graph=True)
+
+
+def test_coefficients_keys_and_frozen_weights_are_those_of_the_call():
+    loss, theirs, data = losses_of()
+    for each in (loss, theirs):
+        each(data)
+        each.entropy_coeff.fill_(0.5)
+        each.critic_coeff.fill_(3.0)
+        each.set_keys(advantage="other")
+        for parameter in list(each.parameters())[:2]:
+            parameter.requires_grad_(False)
+    out, expected = (each(data.copy().set("other", -data["advantage"])) for each in (loss, theirs))
+    for name in ("loss_objective", "loss_critic", "loss_entropy"):
+        torch.testing.assert_close(out[name], expected[name])
+        for each in (out, expected):
+            each[name].backward(retain_graph=True)
+    assert_alike(grads(loss), grads(theirs))
+
+
+def test_a_weight_that_is_another_is_seen():
+    loss, theirs, data = losses_of(critic="separate")
+    for each in (loss, theirs):
+        each(data)
+        gru = next(m for m in each.actor_network.modules() if isinstance(m, nn.GRU))
+        gru.weight_hh_l0 = nn.Parameter(gru.weight_hh_l0.detach() * 2)
+        head = [m for m in each.actor_network.modules() if isinstance(m, nn.Linear)][-1]
+        head.weight = nn.Parameter(head.weight.detach() * 2)
+        each(data)["loss_objective"].backward()
+    assert_alike(grads(loss), grads(theirs))
+
+
+def test_data_may_carry_a_gradient():
+    loss, theirs, _ = losses_of()
+    found = []
+    for each in (loss, theirs):
+        data = data_of("categorical", F64)
+        data["trans"].requires_grad_()
+        out = each(TensorDict(data, data["trans"].shape[:2]))
+        assert not is_one_node(out)
+        found.append(torch.autograd.grad(out["loss_objective"], data["trans"]))
+    assert_alike(*found)
+
+
+def test_what_a_user_adds_is_seen_by_autograd():
+    """A part, a hook or a term of theirs may reach what the loss does not know."""
+    loss, *_ = losses_of("categorical, elu")
+    belief = RL2PPOLoss(loss_of("categorical", "none", F64).actor_network, terms=[TaskBelief(20, 2, dtype=F64)])
+    hooked = loss_of("categorical", "shared", F64)
+    hooked.actor_network.module[0][0].register_forward_hook(lambda *_: None)
+    data = data_of("categorical", F64)
+    for each in (loss, belief, hooked):
+        assert not is_one_node(each(TensorDict(data, data["trans"].shape[:2])))
+
+
+def test_a_loss_derived_in_the_old_way_trains_as_it_did():
+    class Halved(RL2PPOLoss):
+        def forward(self, tensordict):
+            losses = super().forward(tensordict)
+            return losses.set("loss_critic", 0.5 * losses["loss_critic"])
+
+    ends = []
+    for make in (Halved, lambda *networks: RL2PPOLoss(*networks, critic_coeff=0.25)):
+        given = loss_of("categorical", "shared", F64)
+        loss = make(given.actor_network, given.critic_network)
+        update = PPOUpdate(loss, minibatches=3, epochs=2, lr=1e-2, shuffle=False)
+        update(batch_of("categorical", F64))
+        ends.append([p.detach() for p in loss.parameters()])
+    assert_alike(*ends)
