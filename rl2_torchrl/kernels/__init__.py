@@ -48,7 +48,7 @@ _SIGNATURES = {
     "categorical_backward": (None, (*(_int,) * 2, *(_pointer,) * 7, _int)),
     "gaussian_forward": (None, (*(_int,) * 2, *(_pointer,) * 4)),
     "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 6)),
-    "discounted_sums": (None, (_int, _int, _pointer, _double, _pointer)),
+    "discounted_sums": (None, (_int, _int, *_STRIDED, _double, *_STRIDED)),
     "adam_layout": (_int, (_int,)),
     "gradient_norm": (_double, (_pointer, _int)),
     "adam_step": (None, (_pointer, _int, _double)),

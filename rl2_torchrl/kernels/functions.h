@@ -43,4 +43,5 @@ void gaussian_backward(int rows, int dims, const real *action, const real *loc, 
                        real *d_loc, real *d_log_std);
 void clipped_objective(int rows, int steps, const real *log_prob, const real *old_log_prob, const real *advantage, double low,
                        double high, real *active, real *ratio, real *ess, double *totals);
-void discounted_sums(int rows, int steps, const uint8_t *done, double discount, real *out);
+void discounted_sums(int rows, int steps, const uint8_t *done, long done_row, long done_step, double discount, real *out,
+                     long row, long step);
