@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.data import TensorSpec
@@ -20,7 +21,7 @@ __all__ = [
     *("above_0", "as_batch_size", "as_list", "kind_of", "noted"),
     *("require_arguments", "require_callable", "require_collector", "require_env", "require_flags"),
     *("require_folder_name", "require_generator", "require_layer_class", "require_network", "require_numbers"),
-    *("require_specs", "require_torch", "whole", "whole_numbers"),
+    *("require_specs", "require_time_last", "require_torch", "whole", "whole_numbers"),
 ]
 
 
@@ -165,6 +166,15 @@ def require_specs(**arguments: TensorSpec | None) -> None:
     for name, value in arguments.items():
         if value is not None and not isinstance(value, TensorSpec):
             raise TypeError(f"{name}={value!r} is no spec: give a TensorSpec of one row, such as Unbounded(1).")
+
+
+def require_time_last(batch: TensorDictBase) -> None:
+    """ValueError where ``batch`` says, by its dimensions' names, that it is not ``[*B, T]``, as one that was transposed does."""
+    if "time" in batch.names[:-1]:
+        raise ValueError(
+            f"the batch {list(batch.shape)} has its dimensions named {batch.names}, so that rows would be taken for steps: "
+            "give it as [*B, T], batch.transpose(0, 1), say."
+        )
 
 
 def require_torch(**arguments: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 
-from rl2_torchrl.arguments import whole
+from rl2_torchrl.arguments import require_time_last, whole
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.quiet import quiet_torchrl
 
@@ -115,6 +115,7 @@ def split_rows(batch: TensorDictBase, bptt: int | None) -> TensorDictBase:
 
 def require_trials(batch: TensorDictBase) -> None:
     """ValueError where a row of ``batch`` ``[*B, T]`` is padded, or is not trials of one env row, one after the other."""
+    require_time_last(batch)
     mask = batch.get(("collector", "mask"), None)
     if mask is not None and not bool(mask.all()):
         raise ValueError(

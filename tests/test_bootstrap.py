@@ -127,6 +127,17 @@ def test_values_worked_by_hand():
         TrialAdvantage()(by_hand())
 
 
+def test_a_batch_whose_rows_are_its_last_dimension_is_refused():
+    env = trials(lines(), steps=4)
+    update = PPOUpdate(RL2PPOLoss(*networks(env)))
+    batch = collected(env, update.loss.actor_network, update.loss.critic_network, 4, update)[0]
+    batch.names = [None, "time"]
+    turned = update.with_advantages(batch).transpose(0, 1)
+    for reader in (update.advantage, update.loss, update):
+        with pytest.raises(ValueError, match=r"named \['time', None\].*rows would be taken for steps"):
+            reader(turned)
+
+
 def test_a_critic_that_is_given_is_asked_and_an_advantage_serves_several_updates():
     env = trials(lines(), steps=4)
     one, other = RL2PPOLoss(*networks(env)), RL2PPOLoss(*networks(env))

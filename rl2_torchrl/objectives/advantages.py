@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl import kernels
-from rl2_torchrl.arguments import require_flags, require_numbers
+from rl2_torchrl.arguments import require_flags, require_numbers, require_time_last
 from rl2_torchrl.modules.normalization import RunningNorm
 
 __all__ = ["TrialAdvantage", "asking"]
@@ -84,6 +84,7 @@ class TrialAdvantage(nn.Module):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes ``"advantage"`` and ``"value_target"`` into ``tensordict`` ``[*B, T]`` and returns it."""
+        require_time_last(tensordict)
         if self.value_key not in tensordict.keys(True):
             raise KeyError(f"no {self.value_key!r} in the data: collect with ActorCritic(actor, critic).")
         value, done = tensordict[self.value_key], tensordict["next", "done"]

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss, PPOLoss
 
 from rl2_torchrl import kernels
-from rl2_torchrl.arguments import require_flags, require_numbers
+from rl2_torchrl.arguments import require_flags, require_numbers, require_time_last
 from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
 from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
@@ -227,6 +227,7 @@ class RL2PPOLoss(ClipPPOLoss):
                 "played: fill a replay buffer with such rows, not with steps."
             )
         if seen is not None:
+            require_time_last(tensordict)
             _require_memory(tensordict, seen.memory)
         advantage = tensordict.get(key := self.tensor_keys.advantage, None)
         if advantage is None and self._value_estimator is None:
