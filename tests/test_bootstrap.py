@@ -1,6 +1,7 @@
 """Trials that are cut by a batch's end, or truncated, go on with the critic's value, by default: by hand, and end to end."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Categorical, Unbounded
 from torchrl.envs import Compose, TransformedEnv
+from torchrl.objectives.value import GAE
 
 from rl2_torchrl import (
     ActorCritic,
@@ -136,6 +138,23 @@ def test_a_batch_whose_rows_are_its_last_dimension_is_refused():
     for reader in (update.advantage, update.loss, update):
         with pytest.raises(ValueError, match=r"named \['time', None\].*rows would be taken for steps"):
             reader(turned)
+
+
+@pytest.mark.parametrize("wiring", ["own", "memory"])
+def test_torchrls_gae_has_room_for_what_is_beyond_truncated_trials_or_is_refused(wiring):
+    env = trials(lines(), lambda size, generator: torch.full((*size, 1), 9.0), steps=5, truncate=True)
+    actor, critic = networks(env, wiring)
+    loss, policy, discounts = RL2PPOLoss(actor, critic), ActorCritic(actor, critic), {"gamma": 0.9, "lmbda": 0.8}
+    gae = partial(GAE, **discounts, value_network=policy, shifted=True)
+    batch = collected(env, actor, critic, 12, None)[0]
+    for reads in (lambda batch: loss(gae()(batch)), PPOUpdate(loss, gae())):
+        with pytest.raises(ValueError, match="6 steps have no advantage.*shifted_budget"):
+            reads(batch.clone())
+    theirs = gae(shifted_budget=3)(batch.clone())
+    ours = TrialAdvantage(**discounts, value_target="gae", normalize=False, critic=policy)(batch)
+    for key in ("advantage", "value_target"):
+        torch.testing.assert_close(theirs[key], ours[key], rtol=0, atol=1e-6)
+    loss(theirs)
 
 
 def test_a_critic_that_is_given_is_asked_and_an_advantage_serves_several_updates():

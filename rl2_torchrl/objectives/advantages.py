@@ -14,7 +14,7 @@ from rl2_torchrl import kernels
 from rl2_torchrl.arguments import require_flags, require_numbers, require_time_last
 from rl2_torchrl.modules.normalization import RunningNorm
 
-__all__ = ["TrialAdvantage", "asking"]
+__all__ = ["TrialAdvantage", "asking", "require_all_valid"]
 
 
 class TrialAdvantage(nn.Module):
@@ -159,6 +159,7 @@ def asking(advantage: Callable, critic: TensorDictModuleBase | None) -> Callable
 
     Raises:
         TypeError: ``advantage`` returned no batch.
+        ValueError: it has not found all of its advantages (`require_all_valid`).
     """
     # Not in the module tree: the parameters belong to the loss.
     attributes = {} if critic is None else advantage.__dict__
@@ -173,9 +174,21 @@ def asking(advantage: Callable, critic: TensorDictModuleBase | None) -> Callable
             raise TypeError(
                 f"the advantage returned {out!r}: it returns the batch, with 'advantage' and 'value_target' in it."
             )
+        require_all_valid(out)
         return out
 
     return ask
+
+
+def require_all_valid(batch: TensorDictBase) -> None:
+    """ValueError where TorchRL's ``GAE(shifted=True)`` says of steps that there was no room for the value beyond them."""
+    valid = batch.get("shifted_valid", None)
+    if valid is not None and not valid.all():
+        raise ValueError(
+            f"{int((~valid).sum())} steps have no advantage ('shifted_valid'), and steps before them a wrong one: GAE has room "
+            "for one value beyond a trial in each row, and more trials are truncated. Give it shifted_budget= as many as end in a "
+            "row, and one more, or take TrialAdvantage(), which needs no room."
+        )
 
 
 def _entry(tensordict: TensorDictBase, key: str, like: Tensor) -> Tensor:

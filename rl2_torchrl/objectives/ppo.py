@@ -21,6 +21,7 @@ from rl2_torchrl.gradients.program import Program, merge_losses, values_of
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_critic, require_own_cores, require_policy
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
+from rl2_torchrl.objectives.advantages import require_all_valid
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
@@ -228,6 +229,7 @@ class RL2PPOLoss(ClipPPOLoss):
             )
         if seen is not None:
             require_time_last(tensordict)
+            require_all_valid(tensordict)
             _require_memory(tensordict, seen.memory)
         advantage = tensordict.get(key := self.tensor_keys.advantage, None)
         if advantage is None and self._value_estimator is None:
