@@ -350,6 +350,35 @@ def test_own_core_under_vmap_and_compile():
     torch.testing.assert_close(rows, expected)
 
 
+@pytest.mark.parametrize("is_sequence", [False, True])
+@pytest.mark.parametrize("make", [GRUCore, LSTMCore])
+def test_ensembles_and_rows_under_vmap(make, is_sequence):
+    torch.manual_seed(0)
+    cores = [make(5, 7, 2) for _ in range(3)]
+    batch = [4, 6] if is_sequence else [4]
+    data = {key: torch.randn(*batch, 2, 7) for key in cores[0].in_keys[1:-1]}
+    data = TensorDict({**data, "trans": torch.randn(*batch, 5), "is_init": torch.rand(*batch, 1) < 0.3}, batch)
+
+    def outputs(parameters, data):
+        out = torch.func.functional_call(cores[0], parameters, (data.copy(),))
+        return [out[key] for key in cores[0].out_keys]
+
+    with set_recurrent_mode(is_sequence):
+        parameters, _ = torch.func.stack_module_state(cores)
+        found = torch.func.vmap(outputs, (0, None))(parameters, data)
+        each = [outputs(dict(core.named_parameters()), data) for core in cores]
+        for one, other in zip(found, zip(*each, strict=True), strict=True):
+            torch.testing.assert_close(one, torch.stack(other))
+        found[0].square().sum().backward()
+        sum(out[0].square().sum() for out in each).backward()
+        for name, parameter in parameters.items():
+            gradients = [core.get_parameter(name).grad for core in cores]
+            torch.testing.assert_close(parameter.grad, torch.stack(gradients), rtol=1e-4, atol=1e-5)
+        by_rows = torch.func.vmap(lambda row: outputs({}, row.unsqueeze(0)))(data)
+        for one, other in zip(by_rows, each[0], strict=True):
+            torch.testing.assert_close(one.squeeze(1), other)
+
+
 def test_a_core_of_the_networks_own_input_and_nothing_ignored():
     with pytest.raises(ValueError, match="hidden_size and num_layers are those of the default core"):
         RecurrentActor(5, CategoricalActions(3), core=LSTMCore, hidden_size=8)

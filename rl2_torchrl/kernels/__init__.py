@@ -20,7 +20,7 @@ from torchrl import torchrl_logger
 from rl2_torchrl.kernels.library import cache_folder, compiled
 from rl2_torchrl.kernels.threads import threads_for
 
-__all__ = ["address", "cache_folder", "covers", "load", "threads_for"]
+__all__ = ["address", "cache_folder", "covers", "is_transformed", "load", "threads_for"]
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 # -ffast-math stays out: it would let a NaN pass for a number.
@@ -97,10 +97,15 @@ def _checked(result: int, function, arguments) -> int:
 def covers(*tensors: torch.Tensor | None) -> bool:
     """Whether there are kernels for ``tensors``, and nothing but plain numbers and autograd is asked of them."""
     kinds = {(tensor.device.type, tensor.dtype) for tensor in tensors if tensor is not None}
-    if len(kinds) != 1 or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+    if len(kinds) != 1 or torch.compiler.is_compiling() or is_transformed():
         return False
     device, dtype = kinds.pop()
     return device == "cpu" and load(dtype) is not None
+
+
+def is_transformed() -> bool:
+    """Whether this runs in a function that `torch.func` transforms (`vmap`, `grad`), by rules that PyTorch's operations have."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

@@ -20,13 +20,13 @@ def gru_sequence(x: Tensor, hidden: Tensor | None, is_init: Tensor | None, *weig
     (None: nowhere else). ``x`` ``[N, T, I]`` and ``hidden`` ``[N, T, H]`` are converted to the dtype of ``weights``: w_ih, w_hh,
     and b_ih and b_hh, if there are. The gradient is back-propagation through time in one pass, the weights' are single
     matrix products over all steps. On a CUDA device it goes step by step (`_GRUSteps`). Elsewhere, without compiled kernels for
-    the device and dtype, and for one step of few rows of many units, it is a loop of PyTorch's operations.
+    the device and dtype, under `torch.func`, and for one step of few rows of many units, it is a loop of PyTorch's operations.
     """
     weights = (*weights, None, None)[:4]
     require_weights(*weights)
     w_ih, w_hh, *_ = weights
     x, hidden = _as_inputs(x, hidden, is_init, w_ih, w_hh)
-    if w_hh.is_cuda:
+    if w_hh.is_cuda and not kernels.is_transformed():
         return _GRUSteps.apply(x, hidden, is_init, *weights)
     # The kernels read packed weights. For one step of few rows, packing large ones costs more than the step.
     # Not asked of what is compiled or exported, which would keep to this number of rows.

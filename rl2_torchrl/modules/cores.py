@@ -17,6 +17,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.modules import recurrent_mode
 
+from rl2_torchrl import kernels
 from rl2_torchrl.arguments import whole
 from rl2_torchrl.gradients.part import is_bare, others_than
 
@@ -264,9 +265,9 @@ class LSTMCore(RecurrentCore):
             memory = [m.transpose(0, 1).contiguous() for m in (hidden, cell)]
             x, memory = self.lstm(x.unsqueeze(1), tuple(memory))
             return x.squeeze(1), *(m.transpose(0, 1) for m in memory)
-        states = []
+        states, cell_of = [], _lstm_cell if kernels.is_transformed() else torch.lstm_cell
         for layer, weights in enumerate(self.lstm.all_weights):
-            states.append(torch.lstm_cell(x, (hidden[:, layer], cell[:, layer]), *weights))
+            states.append(cell_of(x, (hidden[:, layer], cell[:, layer]), *weights))
             x = states[-1][0]
         if len(states) == 1:
             return x, *(state.unsqueeze(1) for state in states[0])
@@ -274,7 +275,8 @@ class LSTMCore(RecurrentCore):
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
         is_plain = not others_than(LSTMCore, self, ["step"]) and self._starts_from_zeros()
-        if not is_plain or not is_bare(self.lstm):  # hooks see single steps, as those of a rollout do
+        is_bare_lstm = is_bare(self.lstm)  # hooks see single steps, as those of a rollout do
+        if not is_plain or not is_bare_lstm or kernels.is_transformed():
             return super().unroll(x, memory, is_init, with_memory=with_memory)
         batch, length = x.shape[:2], _common_length(is_init, x.shape[1])
         if length is None:
@@ -292,6 +294,15 @@ class LSTMCore(RecurrentCore):
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(RecurrentCore.forward)
+
+
+def _lstm_cell(x: Tensor, state: Tensors, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensors:
+    """`torch.lstm_cell`, for which vmap has no rule."""
+    hidden, cell = state
+    gates = nn.functional.linear(x, w_ih, b_ih) + nn.functional.linear(hidden, w_hh, b_hh)
+    write, keep, new, read = gates.chunk(4, -1)
+    cell = keep.sigmoid() * cell + write.sigmoid() * new.tanh()
+    return read.sigmoid() * cell.tanh(), cell
 
 
 def _common_length(is_init: Tensor | None, steps: int) -> int | None:
@@ -329,10 +340,8 @@ def as_sizes(input_size: int, hidden_size: int, num_layers: int) -> tuple[int, .
 
 def at_ends(states: Tensor, is_init: Tensor | None) -> Tensor:
     """``states`` ``[N, T, ...]`` where a trial ends in its row, 0 elsewhere, as TorchRL's `GRUModule` hands them on."""
-    ends = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-    ends[:, -1] = True
-    if is_init is not None:
-        ends[:, :-1] = is_init[:, 1:]
+    starts = states.new_zeros(states.shape[:2], dtype=torch.bool) if is_init is None else is_init.bool()
+    ends = torch.cat((starts[:, 1:], torch.ones_like(starts[:, :1])), 1)
     return where_rows(ends, states, torch.zeros_like(states))
 
 

@@ -25,9 +25,10 @@ class FastGRUModule(RecurrentCore, GRUModule):
     Whole sequences, resets included, run in one compiled function with one back-propagation through time of its own, in place of
     splitting and padding trajectories. On a CUDA device they are launched step by step, and need no host. What that does not cover
     is left to PyTorch or TorchRL: other devices, and other dtypes than float32 and float64 on the CPU, ``dropout``,
-    ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``, ``torch.compile``, ``vmap`` and gradients of
-    gradients, or a machine without a C compiler. It is a `RecurrentCore` with a memory ``[*B, num_layers, hidden_size]``; inputs of
-    another dtype than the weights' are converted.
+    ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and gradients of gradients,
+    or a machine without a C compiler. Under `torch.func`, as in a ``vmap`` over an ensemble, for which `torch.nn.GRU` has no rule,
+    it is a loop of PyTorch's operations. It is a `RecurrentCore` with a memory ``[*B, num_layers, hidden_size]``; inputs of another
+    dtype than the weights' are converted.
 
     Examples:
         >>> from torchrl.modules import set_recurrent_mode
@@ -84,7 +85,7 @@ class FastGRUModule(RecurrentCore, GRUModule):
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
         covered = kernels.covers(self.gru.weight_hh_l0) or (x.is_cuda and len(x) and not with_memory)
-        if covered and self._is_plain():
+        if (covered or kernels.is_transformed()) and self._is_plain():
             layers = self._layers(x, memory and memory[0], is_init)
             return layers[-1], *([at_ends(torch.stack(layers, -2), is_init)] if with_memory else ())
         if not self._is_unchanged() or not is_bare(self.gru):  # hooks see single steps, as those of a rollout do
