@@ -379,6 +379,23 @@ def test_ensembles_and_rows_under_vmap(make, is_sequence):
             torch.testing.assert_close(one.squeeze(1), other)
 
 
+@pytest.mark.parametrize("is_sequence", [False, True])
+@pytest.mark.parametrize("make", [GRUCore, LSTMCore])
+def test_steps_and_sequences_are_exported(make, is_sequence):
+    torch.manual_seed(0)
+    critic = RecurrentCritic(5, core=lambda size: make(size, 7, 2), init_range=1.0)
+    batch = [4, 6] if is_sequence else [4]
+
+    def entries():
+        memory = {key: torch.randn(*batch, 2, 7) for key in hidden_keys(critic)}
+        return {"trans": torch.randn(*batch, 5), **memory, "is_init": torch.rand(*batch, 1) < 0.3}
+
+    with set_recurrent_mode(is_sequence):
+        step, others = torch.export.export(critic, (), entries(), strict=False).module(), entries()
+        for one, other in zip(step(**others), critic(**others), strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_a_core_of_the_networks_own_input_and_nothing_ignored():
     with pytest.raises(ValueError, match="hidden_size and num_layers are those of the default core"):
         RecurrentActor(5, CategoricalActions(3), core=LSTMCore, hidden_size=8)

@@ -104,8 +104,8 @@ def covers(*tensors: torch.Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether this runs in a function that `torch.func` transforms (`vmap`, `grad`), by rules that PyTorch's operations have."""
-    return torch._C._functorch.maybe_current_level() is not None
+    """Whether `torch.func` (`vmap`, `grad`) or `torch.export` takes what runs here apart, into operations of PyTorch's."""
+    return torch.compiler.is_exporting() or torch._C._functorch.maybe_current_level() is not None
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

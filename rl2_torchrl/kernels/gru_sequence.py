@@ -20,7 +20,8 @@ def gru_sequence(x: Tensor, hidden: Tensor | None, is_init: Tensor | None, *weig
     (None: nowhere else). ``x`` ``[N, T, I]`` and ``hidden`` ``[N, T, H]`` are converted to the dtype of ``weights``: w_ih, w_hh,
     and b_ih and b_hh, if there are. The gradient is back-propagation through time in one pass, the weights' are single
     matrix products over all steps. On a CUDA device it goes step by step (`_GRUSteps`). Elsewhere, without compiled kernels for
-    the device and dtype, under `torch.func`, and for one step of few rows of many units, it is a loop of PyTorch's operations.
+    the device and dtype, under `torch.func` and `torch.export`, and for one step of few rows of many units, it is a loop of
+    PyTorch's operations.
     """
     weights = (*weights, None, None)[:4]
     require_weights(*weights)

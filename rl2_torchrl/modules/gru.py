@@ -26,9 +26,9 @@ class FastGRUModule(RecurrentCore, GRUModule):
     splitting and padding trajectories. On a CUDA device they are launched step by step, and need no host. What that does not cover
     is left to PyTorch or TorchRL: other devices, and other dtypes than float32 and float64 on the CPU, ``dropout``,
     ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and gradients of gradients,
-    or a machine without a C compiler. Under `torch.func`, as in a ``vmap`` over an ensemble, for which `torch.nn.GRU` has no rule,
-    it is a loop of PyTorch's operations. It is a `RecurrentCore` with a memory ``[*B, num_layers, hidden_size]``; inputs of another
-    dtype than the weights' are converted.
+    or a machine without a C compiler. Under `torch.func` (a ``vmap`` over an ensemble, for which `torch.nn.GRU` has no rule) and
+    `torch.export` it is a loop of PyTorch's operations. It is a `RecurrentCore` with a memory ``[*B, num_layers, hidden_size]``;
+    inputs of another dtype than the weights' are converted.
 
     Examples:
         >>> from torchrl.modules import set_recurrent_mode
@@ -50,7 +50,8 @@ class FastGRUModule(RecurrentCore, GRUModule):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads and writes what `GRUModule` does: one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
-        return (GRUModule if is_compiling() and self._is_unchanged() else RecurrentCore).forward(self, tensordict)
+        is_torchrls = is_compiling() and not kernels.is_transformed() and self._is_unchanged()
+        return (GRUModule if is_torchrls else RecurrentCore).forward(self, tensordict)
 
     def _require_memory(self, is_init: Tensor) -> None:
         """`GRUModule` starts from zeros wherever it is given no memory; what takes its place does so too."""
