@@ -1,6 +1,7 @@
 """GRU actors and value heads: shapes, first weights, hand-worked steps, keys, primers, and steps against sequences."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -520,6 +521,28 @@ def test_actor_whose_head_sees_what_the_gru_sees():
 def test_a_head_of_one_layer_cannot_choose_by_both():
     with pytest.raises(ValueError, match="skip=True without num_cells"):
         build("categorical", skip=True)
+
+
+# Layers that begin with an activation, in each place where other modules read what they read.
+IN_PLACE = {
+    "head": lambda act: {"activation": act},
+    "head, skip": lambda act: {"activation": act, "num_cells": [7], "skip": True},
+    "own head": lambda act: {"head": lambda inputs, outputs: nn.Sequential(act(), nn.Linear(inputs, outputs))},
+    "own encoder": lambda act: {"encoder": lambda shape: nn.Sequential(act(), nn.Linear(*shape, 7))},
+}
+
+
+@pytest.mark.parametrize("slots", IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_write_over_nothing_that_others_read(kind, slots):
+    found = []
+    for inplace in (False, True):
+        network = build(kind, init_range=1.0, **slots(partial(nn.LeakyReLU, inplace=inplace)))
+        td = network(inputs(3))
+        td[KINDS[kind][1]].sum().backward()
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        found.append([td["trans"], *(td[key] for key in network.out_keys if key != "action"), *gradients])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "categorical"])

@@ -19,7 +19,7 @@ from rl2_torchrl.modules.cores import sub_key
 
 __all__ = [
     *("Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead"),
-    *("by_entry", "encoding", "output_key", "output_size"),
+    *("by_entry", "encoding", "out_of_place", "output_key", "output_size"),
 ]
 
 #: A module of ``[*B, *shape]`` to ``[*B, n]``, or a function of that shape that makes one.
@@ -267,6 +267,15 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
     return out.shape[-1]
 
 
+def out_of_place(module: nn.Module) -> nn.Module:
+    """``module``, of whose layers none writes over what it reads (``inplace=True``), since others read that too."""
+    for layer in module.modules():
+        # To a TensorDictModule the same word says where it writes its outputs.
+        if getattr(layer, "inplace", False) and not isinstance(layer, TensorDictModuleBase):
+            layer.inplace = False
+    return module
+
+
 # --------------------------------------------------------------------- heads
 class Head(nn.Module):
     """``W f(h) + b``: an activation and one linear layer, with hidden layers before it if you like.
@@ -306,7 +315,7 @@ class Head(nn.Module):
             layers += [activation(), nn.Linear(inputs, outputs, **factory)]
         for parameter in layers[-1].parameters():
             nn.init.uniform_(parameter, -init_range, init_range)
-        self.layers = nn.Sequential(*layers)
+        self.layers = out_of_place(nn.Sequential(*layers))
 
     def forward(self, features: Tensor) -> Tensor:
         """Maps ``features`` ``[*B, in_features]`` to ``[*B, out_features]``."""

@@ -23,6 +23,7 @@ from rl2_torchrl.modules.layers import (
     SkipHead,
     by_entry,
     encoding,
+    out_of_place,
     output_key,
     output_size,
 )
@@ -93,6 +94,8 @@ def fill_slots(
     elif not isinstance(head, nn.Module):
         with noted(f"{head=} is called with the sizes of features and outputs, {features_size} and {num_outputs}."):
             head = head(features_size, num_outputs).to(**factory)
+    for module in (*encoders, core, head):
+        out_of_place(module)
     names = (core.in_keys[1], output_key(core), features_size)
     return [*norms, *encoders, core], head, [names[1], key] if skip else [names[1]], names
 
