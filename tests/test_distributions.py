@@ -130,6 +130,21 @@ def test_two_categoricals_by_hand():
     assert share.tolist() == pytest.approx([1.0, 0.25], abs=0.015)
 
 
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_several_choices_as_torchs_own_distributions_of_each(one_hot):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 5)
+    ours, other = (IndependentCategoricals(each, nvec=(3, 2), one_hot=one_hot) for each in logits)
+    theirs = [[D.Categorical(logits=part) for part in each.split((3, 2), -1)] for each in logits]
+    drawn = ours.sample((6,))
+    choices = torch.stack([part.argmax(-1) for part in drawn.split((3, 2), -1)], -1) if one_hot else drawn
+    expected = sum(each.log_prob(choice) for each, choice in zip(theirs[0], choices.unbind(-1), strict=True))
+    torch.testing.assert_close(ours.log_prob(drawn), expected)
+    torch.testing.assert_close(ours.expand((6, 4)).log_prob(drawn), expected)
+    expected = sum(D.kl_divergence(*pair) for pair in zip(*theirs, strict=True))
+    torch.testing.assert_close(D.kl_divergence(ours, other), expected)
+
+
 def test_samples_spread_as_the_scale_says_and_unlike_in_each_row():
     ours = distribution_of(build("normal")[0])
     loc, scale = torch.zeros(20_000, 2), torch.tensor([0.5, 3.0]).expand(20_000, 2)

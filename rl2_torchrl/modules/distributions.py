@@ -11,7 +11,7 @@ import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, constraints
+from torch.distributions import Categorical, Distribution, constraints, kl_divergence, register_kl
 from torchrl.data import Binary, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
@@ -263,7 +263,7 @@ class IndependentCategoricals(Distribution):
     arg_constraints = {"logits": constraints.independent(constraints.real, 1)}
 
     def __init__(self, logits: Tensor, **kwargs):
-        self.logits, self._actions = logits, MultiCategoricalActions(**kwargs)
+        self.logits, self._kwargs, self._actions = logits, kwargs, MultiCategoricalActions(**kwargs)
         size = self._actions.num_outputs if self._actions.one_hot else len(self._actions.nvec)
         super().__init__(logits.shape[:-1], torch.Size([size]), validate_args=False)
 
@@ -278,10 +278,23 @@ class IndependentCategoricals(Distribution):
     deterministic_sample = mode  # what TorchRL's deterministic interaction asks for
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self._actions.log_prob_and_entropy(value, self.logits)[0]
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # of several draws, say
+        return self._actions.log_prob_and_entropy(value.expand(*shape, -1), self.logits.expand(*shape, -1))[0]
 
     def entropy(self) -> Tensor:
         return self._actions.log_prob_and_entropy(self.mode, self.logits)[1]
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> IndependentCategoricals:
+        return type(self)(self.logits.expand(*batch_shape, -1), **self._kwargs)
+
+    def places(self) -> list[Categorical]:
+        """The distribution of each place's choice, ``[*B]``."""
+        return [Categorical(logits=part, validate_args=False) for part in self.logits.split(self._actions.nvec, -1)]
+
+
+@register_kl(IndependentCategoricals, IndependentCategoricals)
+def _kl(one: IndependentCategoricals, other: IndependentCategoricals) -> Tensor:
+    return sum(kl_divergence(*pair) for pair in zip(one.places(), other.places(), strict=True))
 
 
 # --------------------------------------------------------------------- reals
