@@ -9,6 +9,7 @@ import torch
 from tensordict import NestedKey, TensorDict
 from torchrl.objectives import ClipPPOLoss
 
+from rl2_torchrl.arguments import noted
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.adam import steps_by, why_not_adam
 from rl2_torchrl.gradients.compiled import MOST_STEPS, CompiledPass, why_not_compiled
@@ -141,7 +142,11 @@ class Passes:
         self.reason = self._graphed.reason
 
     def _by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
-        losses = self._loss(TensorDict(entries, next(iter(entries.values())).shape[:2]))
+        with noted(
+            f"The loss was given {sorted(map(str, entries))}; what it reads beside these its in_keys must name: loss.in_keys = "
+            "[*loss.in_keys, ...]."
+        ):
+            losses = self._loss(TensorDict(entries, next(iter(entries.values())).shape[:2]))
         for parameter in self._parameters:
             parameter.grad = None
         sum(value for name, value in losses.items() if name.startswith("loss_")).backward()

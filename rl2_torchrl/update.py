@@ -65,7 +65,8 @@ class PPOUpdate:
 
     Args:
         loss: `RL2PPOLoss`, or any loss with `ClipPPOLoss`'s entries. All entries of its output whose name begins
-            with ``loss_`` are summed, all scalars reach the log.
+            with ``loss_`` are summed, all scalars reach the log. It is given what its ``in_keys`` name: add there what a forward of
+            your own reads beside that, ``loss.in_keys = [*loss.in_keys, "task"]``.
         advantage: computes advantages and returns of a batch. Default ``TrialAdvantage()``. Checkpoints hold its ``state_dict``,
             if it has one.
         bptt: steps of a chunk; must divide ``T``. None, the default, takes the whole of ``T``.
@@ -305,7 +306,8 @@ class PPOUpdate:
         # ClipPPOLoss lists what its value estimator reads, too, whose work the advantage does here.
         following = (keys.reward, keys.done, keys.terminated, *(key for n in self._networks() for key in n.in_keys))
         estimators = {*memory, *(unravel_key(("next", key)) for key in following)}
-        read += [key for key in loss.in_keys if key not in written | estimators]
+        between = written.intersection(key for network in self._networks() for key in network.in_keys)
+        read += [key for key in loss.in_keys if key not in between | estimators]
         read = [key for key in read if key[0] != "policy"]
         return list(dict.fromkeys([*read, keys.value] if loss.clip_value else read))
 

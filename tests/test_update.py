@@ -13,7 +13,8 @@ from torchrl.collectors import Collector
 from torchrl.collectors.utils import split_trajectories
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, InitTracker, TensorDictPrimer, TransformedEnv
-from torchrl.modules import ProbabilisticActor
+from torchrl.modules import ProbabilisticActor, set_recurrent_mode
+from torchrl.objectives import ClipPPOLoss, KLPENPPOLoss
 
 from rl2_torchrl import (
     ActorCritic,
@@ -609,6 +610,31 @@ def test_entries_that_losses_and_terms_read_are_kept():
     assert metrics["loss_own"] == 0
     with pytest.raises(KeyError, match="seen"):
         PPOUpdate(own)(make_batch())
+
+
+def test_a_loss_may_read_what_the_networks_wrote_while_collecting():
+    class ToOld(RL2PPOLoss):
+        def forward(self, tensordict):
+            old = tensordict["logits"].log_softmax(-1)
+            with set_recurrent_mode(True):
+                new = self.actor_network.get_dist(tensordict.copy()).logits
+            return super().forward(tensordict).set("loss_kl", (old.exp() * (old - new)).sum(-1).mean())
+
+    networks = make_loss()
+    losses = [cls(networks.actor_network, networks.critic_network) for cls in (ToOld, KLPENPPOLoss, ClipPPOLoss)]
+    update = PPOUpdate(losses[0], epochs=1)
+    with pytest.raises(KeyError, match="logits") as error:
+        update(make_batch())
+    assert "'action', 'action_log_prob'" in error.value.__notes__[-1]
+    assert "loss.in_keys = [*loss.in_keys, ...]" in error.value.__notes__[-1]
+    update.loss.in_keys = [*update.loss.in_keys, "logits"]
+    assert update(make_batch())["loss_kl"] > 0
+    assert ["logits" in PPOUpdate(loss).in_keys for loss in losses] == [
+        True,
+        True,
+        False,
+    ]  # KLPENPPOLoss names it itself
+    PPOUpdate(losses[1], epochs=1)(make_batch())
 
 
 @pytest.mark.parametrize("key", [("next", "reward"), ("next", "done"), ("next", "trans"), "actor_hidden"])
