@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cached_property
-from inspect import signature, unwrap
+from inspect import unwrap
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -10,18 +10,23 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torchrl.objectives import ClipPPOLoss, PPOLoss
+from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import kernels
-from rl2_torchrl.arguments import require_flags, require_numbers, require_time_last
+from rl2_torchrl.arguments import require_time_last
 from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
-from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
 from rl2_torchrl.gradients.program import Program, merge_losses, values_of
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_critic, require_own_cores, require_policy
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
 from rl2_torchrl.objectives.advantages import require_all_valid
+from rl2_torchrl.objectives.loss_arguments import (
+    checked_terms,
+    require_coefficients,
+    require_one_writer,
+    require_options,
+)
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
@@ -93,11 +98,11 @@ class RL2PPOLoss(ClipPPOLoss):
         if critic_network is not None:
             require_critic(critic_network, "RL2PPOLoss")
         require_own_cores(actor_network, critic_network)
-        terms = _checked_terms(terms)
-        _require_one_writer(terms, actor_network, critic_network)
+        terms = checked_terms(terms)
+        require_one_writer(terms, actor_network, critic_network)
         options = {**_DEFAULTS, **kwargs}
-        _check_options(options)
-        _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
+        require_options(options)
+        require_coefficients(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
         options["functional"] |= options.get("delay_actor", False)
         critic_coeff = None if critic_network is None else 0.5 if critic_coeff is None else critic_coeff
         weights = {"clip_epsilon": clip_epsilon, "critic_coeff": critic_coeff, "entropy_coeff": entropy_coeff}
@@ -202,9 +207,10 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _losses(self, data: TensorDictBase, seen: "_Seen") -> dict[str, Tensor]:
         """Of ``data`` ``[N, T]``: a node of autograd's for each part and term, or one for all where they bring their gradients."""
-        if torch.is_grad_enabled() and not self._has_own_terms() and (program := seen.program()) is not None:
+        has_kernels = torch.is_grad_enabled() and kernels.covers(*seen.parameters[:1])
+        if has_kernels and not self._has_own_terms() and (program := seen.program()) is not None:
             state = _state_of((*program.parts, *program.terms), data)
-            if kernels.covers(program.parameters[0]) and not any(entry.requires_grad for entry in state.values()):
+            if not any(entry.requires_grad for entry in state.values()):
                 return program.losses(self, state)
         return self.losses_of(data, self.loss_terms())
 
@@ -282,6 +288,7 @@ class _Seen:
     Attributes:
         refusal: why the actor is no list of parts; None if it is.
         memory: entries that the networks' memories are read from.
+        parameters: the loss's.
     """
 
     def __init__(self, loss: RL2PPOLoss, options: tuple):
@@ -291,8 +298,7 @@ class _Seen:
         _, *modules = loss.modules()  # without the loss, or it would never be freed
         self._modules, self._layout = modules, self._layout_of(loss, modules, options)
         self._loss = ref(loss)
-
-        self._parameters = list(loss.parameters())  # held, that no other may get the same id
+        self.parameters = list(loss.parameters())  # held, that no other may get the same id
         self._program: tuple[tuple, Program | None] | None = None
 
     @staticmethod
@@ -312,12 +318,16 @@ class _Seen:
     def program(self) -> Program | None:
         """What makes the losses by hand, with coefficients and keys as they are now; None where it is not all by hand."""
         loss = self._loss()
-        keys, coefficients = (
-            loss.tensor_keys,
-            [loss.entropy_coeff] * loss.entropy_bonus + [loss.critic_coeff] * loss.has_critic,
+        keys, numbers = loss.tensor_keys, [*loss.clip_bounds, loss.entropy_bonus, loss.has_critic]
+        weights = [loss.entropy_coeff] * loss.entropy_bonus + [loss.critic_coeff] * loss.has_critic
+        state = (
+            keys.sample_log_prob,
+            keys.advantage,
+            keys.value,
+            keys.value_target,
+            *numbers,
+            *map(as_number, weights),
         )
-        read = (keys.sample_log_prob, keys.advantage, keys.value, keys.value_target)
-        state = (*read, *loss.clip_bounds, *map(as_number, coefficients))
         if self._program is None or self._program[0] != state:
             program = Program(loss)
             program.loss = None  # or it would never be freed
@@ -339,73 +349,3 @@ def _require_memory(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> No
 
 def _differs(value: object, ours: object) -> bool:
     return isinstance(value, Tensor) or (value or None) != (ours or None)
-
-
-def _checked_terms(terms: Iterable[nn.Module]) -> list[nn.Module]:
-    if isinstance(terms, nn.Module) and not isinstance(terms, nn.ModuleList):
-        raise TypeError(
-            f"terms={type(terms).__name__}(...) is one term: give a list, terms=[{type(terms).__name__}(...)]."
-        )
-    terms = list(terms)
-    for term in terms:
-        if isinstance(term, type):
-            raise TypeError(
-                f"{term.__name__} is a class, and no loss term: give one of its objects, {term.__name__}()."
-            )
-        keys = getattr(term, "in_keys", "")
-        if not isinstance(term, nn.Module) or isinstance(keys, str):
-            raise TypeError(
-                f"{type(term).__name__} is no loss term, a module with in_keys: help(rl2_torchrl.objectives.terms)."
-            )
-        if strangers := [key for key in keys if not isinstance(key, str | tuple)]:
-            raise TypeError(
-                f"{type(term).__name__}.in_keys holds {strangers}: entries' names are texts or tuples of them."
-            )
-    return terms
-
-
-def _require_one_writer(
-    terms: Iterable[nn.Module], actor: TensorDictModuleBase, critic: TensorDictModuleBase | None
-) -> None:
-    """ValueError where a term reads what both networks write, unless it is one module's that both run."""
-    leaves = [[] if network is None else leaves_of(network) for network in (actor, critic)]
-    ours, theirs = ({key: leaf for leaf in each for key in leaf.out_keys} for each in leaves)
-    for term in terms:
-        if twice := [key for key in term.in_keys if key in ours and ours[key] is not theirs.get(key, ours[key])]:
-            raise ValueError(
-                f"{type(term).__name__} reads {twice}, which actor and critic both write, so that it would read the critic's: give "
-                "one of the two another name (features_key=...)."
-            )
-
-
-def _check_options(options: Mapping[str, object]) -> None:
-    known = {**signature(PPOLoss.__init__).parameters, **signature(ClipPPOLoss.__init__).parameters}
-    if unknown := sorted(options.keys() - known.keys()):
-        there = sorted({"terms", *known} - {"self", "kwargs"})
-        raise TypeError(f"RL2PPOLoss has no options {unknown}, and would train without them: there are {there}.")
-    if isinstance(bonus := options["entropy_bonus"], float):
-        raise TypeError(
-            f"entropy_bonus={bonus} is neither True nor False: the bonus's weight is entropy_coeff={bonus}."
-        )
-    require_flags(**{name: value for name, value in options.items() if isinstance(known[name].default, bool)})
-
-
-def _check_numbers(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonus: bool) -> None:
-    bounds = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
-    if len(bounds) != 2:
-        raise ValueError(f"{clip_epsilon=} has {len(bounds)} numbers: give one, or two, (low, high).")
-    low, high = bounds
-    require_numbers(clip_epsilon=low, critic_coeff=critic_coeff, entropy_coeff=entropy_coeff)
-    if not (0 < low <= 1 and high > 0):
-        raise ValueError(
-            f"{clip_epsilon=} must lie in (0, 1]: the lowest ratio is 1 - clip_epsilon. Usual are 0.1 to 0.3."
-        )
-    if critic_coeff is not None and not critic_coeff >= 0:
-        raise ValueError(f"{critic_coeff=}: a negative weight would drive the values away from the returns.")
-    coefficients = entropy_coeff.values() if isinstance(entropy_coeff, Mapping) else [entropy_coeff]
-    if any(coefficient is not None and not coefficient >= 0 for coefficient in coefficients):
-        raise ValueError(f"{entropy_coeff=}: a negative weight would make the policy stop exploring.")
-    if any(coefficients) and not entropy_bonus:
-        raise ValueError(
-            f"{entropy_coeff=} without a bonus weighs nothing: give entropy_bonus=True, or no coefficient."
-        )
