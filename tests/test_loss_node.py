@@ -197,6 +197,22 @@ def test_a_weight_that_is_another_is_seen():
     assert_alike(grads(loss), grads(theirs))
 
 
+@pytest.mark.parametrize("is_looked_at", [False, True])
+def test_a_head_may_be_detached_later(is_looked_at):
+    found = []
+    for each in losses_of()[:2]:
+        data = losses_of()[2]
+        if is_looked_at:
+            each(data)
+        each.critic_network.detach = True
+        each(data)["loss_critic"].backward()
+        found.append(grads(each))
+        assert not any(p.grad is not None and p.grad.any() for p in each.actor_network.parameters())
+    assert_alike(*found)
+    with pytest.raises(TypeError, match="detach"):
+        each.critic_network.detach = "yes"
+
+
 def test_data_may_carry_a_gradient():
     loss, theirs, _ = losses_of()
     found = []

@@ -20,25 +20,25 @@ class ChainPart(Part):
     """Linear layers and activations by turns: ReLU or tanh.
 
     Args:
-        module: the whole as a module, which takes data that the kernels do not.
+        module: the whole as a module, which takes data that the kernels do not. While it has ``detach = True``, the gradient
+            stops at the first of ``in_keys``.
         layers: the layers that it is made of.
         in_keys: entries of the input ``[N, T, n]``; if there are several, all but the first go past the first layer, an
             activation.
         out_keys: entry of the output ``[N, T, m]``.
-        detach: whether the gradient stops at the first of ``in_keys``.
     """
 
     @classmethod
-    def of(cls, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys, *, detach=False) -> ChainPart | None:
+    def of(cls, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys) -> ChainPart | None:
         """The part, or None where ``layers`` are something else, or there are no kernels for them."""
         layers = list(layers)
         parameters = [p for layer in layers for p in layer.parameters()]
         by_turns = all((_name_of(one) is None) != (_name_of(other) is None) for one, other in pairwise(layers))
         known = by_turns and all(_name_of(layer) or runs(layer, nn.Linear) for layer in layers)
         has_kernels = known and any(p.numel() for p in parameters) and kernels.covers(*parameters)
-        return cls(module, layers, in_keys, out_keys, detach=detach) if has_kernels else None
+        return cls(module, layers, in_keys, out_keys) if has_kernels else None
 
-    def __init__(self, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys, *, detach: bool = False):
+    def __init__(self, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys):
         super().__init__(module, in_keys, out_keys)
         joins = len(self.in_keys) > 1
         #: What is done to the first input alone, where others join it behind that.
@@ -47,9 +47,14 @@ class ChainPart(Part):
         #: The linear layers, what stands before each of them, and after the last.
         self.linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
         self.before = [name for name, layer in zip(names, layers, strict=False) if isinstance(layer, nn.Linear)]
-        self.after, self.detach = names[-1], detach
+        self.after = names[-1]
         #: Whether it is ReLU and a linear layer by turns, each pair of which is one function.
         self.is_of_pairs = not joins and self.after is None and set(self.before) == {"relu"}
+
+    @property
+    def detach(self) -> bool:
+        """Whether the gradient stops at the first of ``in_keys``."""
+        return getattr(self.function, "detach", False) is True
 
     def run(self, state: State) -> None:
         [x, *_] = entries_of(state, self.in_keys)

@@ -366,7 +366,7 @@ class SkipHead(nn.Module):
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         is_chain = brings(self.head, "gradient_part") and (self.head.skip_size > 0) == (len(in_keys) > 1)
-        return ChainPart.of(self, self.head.layers, in_keys, out_keys, detach=self.detach) if is_chain else None
+        return ChainPart.of(self, self.head.layers, in_keys, out_keys) if is_chain else None
 
     @classmethod
     def built(cls, input_size: int, features_size: int, out_features: int, *, num_cells, **kwargs) -> SkipHead:
