@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from functools import cached_property
 from numbers import Number
+from weakref import ref
 
 import torch
 from tensordict import NestedKey
@@ -26,14 +28,18 @@ class Program:
     """The losses of an `RL2PPOLoss` as numbers, and their gradients written into ``parameter.grad``.
 
     The same as ``sum of losses . backward()`` to rounding. It holds for one state of the loss: when a coefficient, a hook or a
-    parameter's ``requires_grad`` changes, make a new one.
+    parameter's ``requires_grad`` changes, it is another (`RL2PPOLoss.program`).
+
+    Args:
+        loss: whose it is.
+        is_remembered: whether ``loss`` holds the program, which then does not hold it.
 
     Attributes:
         parameters: those of its parts that get a gradient.
     """
 
-    def __init__(self, loss: nn.Module):
-        self.loss, self.parts = loss, loss.network_parts()
+    def __init__(self, loss: nn.Module, *, is_remembered: bool = False):
+        self._loss, self.parts = ref(loss) if is_remembered else lambda: loss, loss.network_parts()
         self.terms = [_Term(term) for term in loss.loss_terms()]
         used = {p for part in (*self.parts, *self.terms) for p in part.parameters}
         self._all = list(loss.parameters())
@@ -42,6 +48,11 @@ class Program:
         for part in (*self.parts, *self.terms):
             part.sources = trainable  # a term on weights, or a layer tied to another's, reaches what it does not own
         self._follow_gradients()
+
+    @property
+    def loss(self) -> nn.Module:
+        """The loss whose program it is."""
+        return self._loss()
 
     def _follow_gradients(self) -> None:
         """Tells each part which entries carry a gradient to it."""
@@ -94,7 +105,7 @@ class Program:
         return gradients
 
     # ---------------------------------------------------------- within autograd
-    @property
+    @cached_property
     def is_by_hand(self) -> bool:
         """Whether all parts and terms bring gradients of their own, so that autograd sees parameters and losses alone."""
         terms_do = all(hasattr(term.function, "with_gradients") and not term.parameters for term in self.terms)
@@ -103,10 +114,10 @@ class Program:
         lent = [p for p in self.parameters if not isinstance(p, nn.Parameter)]
         return terms_do and parts_do and not lent and kernels.covers(*self.parameters)
 
-    def losses(self, loss: nn.Module, data: State) -> dict[str, torch.Tensor]:
-        """What ``loss`` gives of ``data``, of a program that `is_by_hand`: the losses are one node of autograd's."""
+    def losses(self, data: State) -> dict[str, torch.Tensor]:
+        """Losses and diagnostics of ``data``, by a program that `is_by_hand`: the losses are one node of autograd's."""
         own = copy(self)  # parts remember what they have seen, and there may be other losses before this one's backward
-        own.loss, own.parts, own.terms = loss, list(map(copy, self.parts)), list(map(copy, self.terms))
+        own.parts, own.terms = list(map(copy, self.parts)), list(map(copy, self.terms))
         values, like = own.forward(data), self.parameters[0]
         numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
         values |= zip(numbers, like.new_tensor(list(numbers.values())).unbind(), strict=True)
@@ -119,7 +130,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, program, data, losses, *parameters):
-        ctx.program, ctx.data, ctx.names, ctx.is_spent = program, data, list(losses), False
+        ctx.program, ctx.loss, ctx.data, ctx.names, ctx.is_spent = program, program.loss, data, list(losses), False
         ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
         return tuple(value.to(parameters[0], copy=True) for value in losses.values())
@@ -132,14 +143,13 @@ class _Losses(torch.autograd.Function):
             weights = {name: slope.item() for name, slope in zip(ctx.names, slopes, strict=True) if slope is not None}
             gradients = ctx.program.backward(weights)
             return None, None, None, *map(gradients.get, parameters)
-        loss = ctx.program.loss
-        if missing := set(parameters).difference(loss.parameters()):
+        if missing := set(parameters).difference(ctx.loss.parameters()):
             raise RuntimeError(
                 f"{len(missing)} of the parameters that the loss was computed with are no longer its own, and this second backward "
                 "computes it anew: go back while they are, such as within torch.func.functional_call."
             )
         with torch.enable_grad():
-            losses = loss.losses_of(ctx.data, [term.function for term in ctx.program.terms])
+            losses = ctx.loss.losses_of(ctx.data, [term.function for term in ctx.program.terms])
         ends = [losses[name] for name, is_asked in zip(ctx.names, asked, strict=True) if is_asked]
         slopes, options = [slope for slope in slopes if slope is not None], {"create_graph": torch.is_grad_enabled()}
         return None, None, None, *torch.autograd.grad(ends, parameters, slopes, allow_unused=True, **options)

@@ -205,13 +205,17 @@ class RL2PPOLoss(ClipPPOLoss):
         merge_losses(merged, self.losses_of(tensordict.flatten(0, tensordict.ndim - 2), self.terms))
         return losses.update(merged)
 
+    def program(self) -> Program:
+        """What makes this loss and its gradients part by part, with coefficients and keys as they are now."""
+        return Program(self) if self._has_own_terms() else self._seen().program()
+
     def _losses(self, data: TensorDictBase, seen: "_Seen") -> dict[str, Tensor]:
         """Of ``data`` ``[N, T]``: a node of autograd's for each part and term, or one for all where they bring their gradients."""
         has_kernels = torch.is_grad_enabled() and kernels.covers(*seen.parameters[:1])
-        if has_kernels and not self._has_own_terms() and (program := seen.program()) is not None:
+        if has_kernels and not self._has_own_terms() and (program := self.program()).is_by_hand:
             state = _state_of((*program.parts, *program.terms), data)
             if not any(entry.requires_grad for entry in state.values()):
-                return program.losses(self, state)
+                return program.losses(state)
         return self.losses_of(data, self.loss_terms())
 
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -299,7 +303,7 @@ class _Seen:
         self._modules, self._layout = modules, self._layout_of(loss, modules, options)
         self._loss = ref(loss)
         self.parameters = list(loss.parameters())  # held, that no other may get the same id
-        self._program: tuple[tuple, Program | None] | None = None
+        self._program: tuple[tuple, Program] | None = None
 
     @staticmethod
     def _layout_of(loss: RL2PPOLoss, modules: Sequence[nn.Module], options: tuple) -> tuple:
@@ -315,8 +319,8 @@ class _Seen:
         """`RL2PPOLoss.network_parts`."""
         return self._loss().network_parts()
 
-    def program(self) -> Program | None:
-        """What makes the losses by hand, with coefficients and keys as they are now; None where it is not all by hand."""
+    def program(self) -> Program:
+        """`RL2PPOLoss.program`, the one of before where nothing has changed: to make one costs as much as a head's gradient."""
         loss = self._loss()
         keys, numbers = loss.tensor_keys, [*loss.clip_bounds, loss.entropy_bonus, loss.has_critic]
         weights = [loss.entropy_coeff] * loss.entropy_bonus + [loss.critic_coeff] * loss.has_critic
@@ -329,9 +333,7 @@ class _Seen:
             *map(as_number, weights),
         )
         if self._program is None or self._program[0] != state:
-            program = Program(loss)
-            program.loss = None  # or it would never be freed
-            self._program = state, program if program.is_by_hand else None
+            self._program = state, Program(loss, is_remembered=True)
         return self._program[1]
 
 
