@@ -265,7 +265,7 @@ def both(make, steps, policy=make_policy, **kwargs):
 
 def assert_same(fast, slow, is_exact=True):
     for number, (batch, expected) in enumerate(zip(fast, slow, strict=True)):
-        assert batch.batch_size == expected.batch_size
+        assert (batch.batch_size, batch.names) == (expected.batch_size, expected.names)
         assert set(batch.keys(True, True)) == set(expected.keys(True, True))
         for key in expected.keys(True, True):
             one, other = batch[key], expected[key]

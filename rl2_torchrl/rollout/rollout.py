@@ -144,9 +144,11 @@ class Rollout:
         kept = TensorDict({key: made[key] for key in self.keep}, [trials.rows, self.steps], trials.device)
         if len(trials.batch_size) != 1:
             kept = kept.reshape(*trials.batch_size, self.steps)
+        if self._kept is None:
+            kept.names = [*[None] * len(trials.batch_size), "time"]  # which TorchRL's estimators look for
+            self._kept = kept
         # What others have added stays, to be written over by them; what they have put in place of ours does not.
-        self._kept = kept if self._kept is None else self._kept.update(kept)
-        return self._kept
+        return self._kept.update(kept)
 
     def _play(self) -> None:
         """All steps of a batch."""
