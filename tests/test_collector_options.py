@@ -9,7 +9,7 @@ from test_collector import ARMS, KEEP, PULLS, ROWS, bandit_env, batches, policy_
 from torchrl.data import LazyTensorStorage, ReplayBuffer, Unbounded
 from torchrl.envs import Compose, StepCounter, TensorDictPrimer, TransformedEnv
 
-from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, TrialCollector
+from rl2_torchrl import ActorCritic, GRUCategoricalActor, PreviousStep, TaskSampler, Trial, TrialCollector
 from rl2_torchrl.envs import BernoulliBandit
 from rl2_torchrl.rollout import Rollout
 
@@ -129,6 +129,17 @@ def test_without_keep_all_is_kept():
     assert {*KEEP, ("next", "trans"), ("next", "actor_hidden"), "actor_features", "logits"} <= set(
         batch.keys(True, True)
     )
+
+
+@pytest.mark.parametrize("rollout", ["tensors", "tensordicts"])
+def test_what_is_not_selected_of_a_policy_is_in_no_batch(rollout):
+    env = bandit_env()
+    policy = policy_for(env, "separate")
+    policy.actor.select_out_keys("action", "action_log_prob", ("next", "actor_hidden"))
+    policy = ActorCritic(policy.actor, policy.critic)
+    _, (batch, _) = batches(TrialCollector, env, policy, rollout=rollout)
+    assert {"action", "action_log_prob", "actor_hidden", "state_value"} <= set(batch.keys())
+    assert not {"logits", "actor_features"} & set(batch.keys())
 
 
 def test_what_the_policy_reads_and_nobody_makes_is_named():

@@ -29,7 +29,7 @@ from rl2_torchrl.gradients.part import (
     outputs_of,
 )
 
-__all__ = ["leaves_of", "part_of", "parts_of"]
+__all__ = ["keys_left", "leaves_of", "part_of", "parts_of"]
 
 
 def parts_of(network: TensorDictModuleBase) -> list[Part]:
@@ -46,6 +46,13 @@ def leaves_of(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[
     if is_policy or (is_plain and not has_hooks(module)):
         return [leaf for part in module._module_iter() for leaf in leaves_of(part)]
     return [module]
+
+
+def keys_left(module: TensorDictModuleBase) -> set[NestedKey]:
+    """What ``module`` leaves in a TensorDict: what its leaves write, but for what `select_out_keys` has taken out of it."""
+    if leaves_of(module) == [module]:
+        return set(module.out_keys)
+    return set(module.out_keys) & set().union(*map(keys_left, module._module_iter()))
 
 
 def part_of(module: TensorDictModuleBase) -> Part:

@@ -18,6 +18,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
+from rl2_torchrl.gradients.networks import keys_left
 from rl2_torchrl.gradients.part import has_hooks, sub_entries
 from rl2_torchrl.kernels.graph import GraphReplay
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
@@ -77,7 +78,8 @@ class Rollout:
                 )
         #: Entries that are there by their sub-entries, such as a task of several.
         self._nested = [key for key in read if key not in made]
-        self.keep = made if keep is None else leaves(keep, made)
+        left_out = set(written) - keys_left(policy)
+        self.keep = [key for key in made if key not in left_out] if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
         late = {key for part in self._late for key in part.out_keys}
         self._early = [key for key in self.keep if key not in late]
