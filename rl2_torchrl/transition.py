@@ -165,6 +165,13 @@ class PreviousStep(Transform):
                 f"PreviousStep knows envs with one action and one reward; this one has {env.action_keys} and "
                 f"{env.reward_keys}."
             )
+        before = transforms_of(self.container)
+        before = before[: before.index(self)]
+        if env.reward_key != "reward" and not any("reward" in (each.out_keys or ()) for each in before):
+            raise KeyError(
+                f"the env's reward is {env.reward_key!r}, and PreviousStep, and whatever learns, reads 'reward': name it so before "
+                f"this transform, Compose(Trial(...), RenameTransform([{env.reward_key!r}], ['reward']), ..., PreviousStep())."
+            )
         _refuse_task(keys, self._task_keys())
         missing = [key for key in keys if key not in observation_spec.keys(True, True)]
         if missing:

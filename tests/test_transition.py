@@ -15,6 +15,7 @@ from torchrl.envs import (
     GymWrapper,
     InitTracker,
     ObservationNorm,
+    RenameTransform,
     RewardSum,
     SerialEnv,
     StepCounter,
@@ -256,6 +257,21 @@ def test_new_trial_begins_with_zeros_and_a_batch_may_hold_both():
 
 
 # ---- Errors.
+
+
+def test_a_reward_of_another_name_is_read_once_it_is_renamed():
+    def env(*renaming):
+        nested = TransformedEnv(
+            ScriptedEnv(X, floats(7.0, 8.0), Unbounded((1,))), RenameTransform(["reward"], [("agents", "reward")])
+        )
+        return TransformedEnv(nested, Compose(Trial(episodes=2), *renaming, PreviousStep()), auto_unwrap=False)
+
+    with pytest.raises(
+        KeyError, match=r"reward is \('agents', 'reward'\).*RenameTransform\(\[\('agents', 'reward'\)\], "
+    ):
+        env().reset()
+    renamed = env(RenameTransform([("agents", "reward")], ["reward"]))
+    assert renamed.rollout(1)["next", "trans"][0, -2:].tolist() == [10, 0]
 
 
 @pytest.mark.parametrize(
