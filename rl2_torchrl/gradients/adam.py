@@ -119,7 +119,7 @@ def _conditions(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
     kinds = {(p.dtype, p.device.type) for p in held}
     yield len(kinds) == 1, "parameters are of several dtypes or devices"
     yield kernels.covers(*held), f"there are no kernels for parameters {kinds.pop()}"
-    states = [optimizer.state[p] for p in held if optimizer.state[p]]
+    states = [state for p in held if (state := optimizer.state.get(p))]  # asked by index, it would make some
     tensors = [*held, *(state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))]
     yield (
         all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors),
