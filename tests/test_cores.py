@@ -15,7 +15,6 @@ from torchrl.modules.utils import get_primers_from_module
 from rl2_torchrl import ActorCritic, AdaptiveAgent, PreviousStep, RL2PPOLoss, TaskSampler, Trial, TrialCollector
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.kernels.gru_sequence import (
-    as_bytes,
     backward_in_place,
     forward_saving,
     gru_sequence,
@@ -612,4 +611,3 @@ def test_weights_of_two_dtypes_are_refused():
 
 def test_no_rows_are_no_matter():
     assert gru_sequence(torch.zeros(0, 6, 3), None, None, *weights()[1]).shape == (0, 6, 8)
-    assert as_bytes(torch.zeros(2, 3, dtype=torch.bool)) is None
