@@ -117,7 +117,7 @@ class Passes:
         compiled = CompiledPass(*given, self._minibatches.rows, max_grad_norm)
         for check in checks:
             check(compiled.max_ratio)
-        self.backend, self.reason = "compiled", "GRUs and heads of one layer each, Adam"
+        self.backend, self.reason = "compiled", "GRUs and heads of one layer each, Adam or AdamW"
         return lambda: compiled.run(self._minibatches.order())
 
     def _step_by_step(self, optimizer, max_grad_norm: float | None, checks: Iterator, gradients: Callable) -> Iterator:

@@ -93,6 +93,7 @@ def test_other_optimizers_take_their_own_steps(make, message):
     optimizer = make(parameters)
     refusal = why_not_adam(optimizer, parameters)
     assert refusal is None if message is None else message in refusal
+    assert not optimizer.state
     assert isinstance(steps_by(optimizer, parameters), AdamSteps if message is None else OptimizerSteps)
 
 

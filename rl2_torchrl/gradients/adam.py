@@ -121,12 +121,8 @@ def _conditions(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
     yield kernels.covers(*held), f"there are no kernels for parameters {kinds.pop()}"
     states = [state for p in held if (state := optimizer.state.get(p))]  # asked by index, it would make some
     tensors = [*held, *(state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))]
-    yield (
-        all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors),
-        "parameters or their averages are not contiguous",
-    )
+    is_dense = all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
+    yield is_dense, "parameters or their averages are not contiguous"
     counts = [state["step"] for state in states]
-    are_counts = all(
-        isinstance(count, torch.Tensor) and count.is_cpu and count.dtype == torch.float32 for count in counts
-    )
-    yield are_counts, "the optimizer counts its steps otherwise than Adam does"
+    known = (isinstance(n, torch.Tensor) and n.is_cpu and n.dtype == torch.float32 for n in counts)
+    yield all(known), "the optimizer counts its steps otherwise than Adam does"
