@@ -82,7 +82,7 @@ class PPOUpdate:
         generator: generator of the shuffling.
         backend: how gradients are made. ``"parts"``: part by part, by kernels where a part brings its own gradient
             (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for networks of one GRU and heads of
-            one layer under Adam or AdamW, the faster the smaller minibatches are. ``"autograd"``: by PyTorch through ``loss.forward``.
+            one layer under Adam(W), the faster the smaller minibatches are. ``"autograd"``: by PyTorch through ``loss.forward``.
             ``"graph"``: the same, recorded once as a CUDA graph, of which there is none on a CPU. ``"auto"``, the default: on CUDA
             a graph, for minibatches of up to 256 steps a compiled pass, else parts, beside which a part or term of your own costs
             no more than itself; autograd where nothing else serves. One that is named raises where it cannot.
