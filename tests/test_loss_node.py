@@ -197,6 +197,36 @@ def test_a_weight_that_is_another_is_seen():
     assert_alike(grads(loss), grads(theirs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_may_get_another_dtype(dtype):
+    """Of which there may be no kernels."""
+    loss, _, data = losses_of(critic="separate")
+    update = PPOUpdate(loss, minibatches=3, epochs=1)
+    loss(data)["loss_objective"].backward()
+    update(batch_of("categorical", F64))
+    data = data.apply(lambda entry: entry.to(dtype) if entry.is_floating_point() else entry)
+    found = []
+    for each in (loss.to(dtype), copy.deepcopy(loss)):  # what a copy is made of, it looks for itself
+        out = each(data)
+        each.zero_grad()
+        out["loss_objective"].backward()
+        found.append(grads(each))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    PPOUpdate(loss, minibatches=3, epochs=1)(batch_of("categorical", dtype))
+
+
+def test_a_network_alone_may_be_set_to_train():
+    """Of two layers with dropout between them, of which the kernels know nothing."""
+    loss, _, data = losses_of("categorical, layers", data=data_of("categorical", F64, layers=2))
+    [gru] = [module for module in loss.actor_network.modules() if isinstance(module, nn.GRU)]
+    gru.dropout = 0.5
+    gru.eval()
+    assert torch.equal(loss(data)["loss_objective"], loss(data)["loss_objective"])
+    gru.train()
+    assert not torch.equal(loss(data)["loss_objective"], loss(data)["loss_objective"])
+
+
 @pytest.mark.parametrize("is_looked_at", [False, True])
 def test_a_head_may_be_detached_later(is_looked_at):
     found = []

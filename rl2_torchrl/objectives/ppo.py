@@ -159,7 +159,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _seen(self) -> "_Seen":
         """What has been found out about the networks, anew where a module, a hook or an option has changed."""
-        options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus, self.training)
+        options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus)
         if (seen := _SEEN.get(self)) is None or not seen.holds(self, options):
             seen = _SEEN[self] = _Seen(self, options)
         return seen
@@ -308,7 +308,7 @@ class _Seen:
     @staticmethod
     def _layout_of(loss: RL2PPOLoss, modules: Sequence[nn.Module], options: tuple) -> tuple:
         weights = [(id(p), p is not None and p.requires_grad) for m in modules for p in m._parameters.values()]
-        return options, weights, [(tuple(m._modules.values()), is_watched(m)) for m in (loss, *modules)]
+        return options, weights, [(tuple(m._modules.values()), is_watched(m), m.training) for m in (loss, *modules)]
 
     def holds(self, loss: RL2PPOLoss, options: tuple) -> bool:
         """Whether nothing has changed since."""
