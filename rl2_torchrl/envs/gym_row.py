@@ -59,11 +59,13 @@ class GymRow(gymnasium.Wrapper):
         return *stepped[:4], self._recorded(stepped[4])
 
     def _step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        stepped = self.env.step(action)
-        return (*stepped[:4], self._recorded(stepped[4])) if stepped[4] else stepped
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated, info and self._recorded(info)
 
     def _recorded(self, info: dict[str, Any]) -> dict[str, Any]:
         self._info = info
+        if not self._info_keys:
+            return {}
         return {key: _as_float(info[key]) for key in self._info_keys if key in info}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
