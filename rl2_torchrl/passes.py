@@ -10,6 +10,7 @@ from tensordict import NestedKey, TensorDict
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import noted
+from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.adam import steps_by, why_not_adam
 from rl2_torchrl.gradients.compiled import MOST_STEPS, CompiledPass, why_not_compiled
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
@@ -66,7 +67,7 @@ class Passes:
             return "autograd", refusal
         if is_graph:
             return "graph", self._graphed.reason
-        self._program = self._loss.program()
+        self._program = Program(self._loss)
         if self._named == "compiled":
             if (refusal := self._joins() or why_not_compiled(self._program, optimizer, None)) is not None:
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")

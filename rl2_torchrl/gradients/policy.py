@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 
 import torch
 from tensordict import NestedKey
@@ -108,11 +107,6 @@ class GaussianHeadPart(Part):
     def __init__(self, module: nn.Module, mean: Part, log_std: nn.Parameter, out_keys: Sequence[NestedKey]):
         super().__init__(module, mean.in_keys, [*out_keys, log_scale_key(out_keys[1])])
         self.mean, self.log_std = mean, log_std
-
-    def __copy__(self) -> GaussianHeadPart:
-        own = object.__new__(type(self))
-        vars(own).update(vars(self), mean=copy(self.mean))
-        return own
 
     def run(self, state: State) -> None:
         loc, scale, _ = self.out_keys

@@ -8,16 +8,12 @@ own gradient brings it; any other runs under autograd, for itself alone, so that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
-from functools import cached_property
 from numbers import Number
-from weakref import ref
 
 import torch
 from tensordict import NestedKey
 from torch import nn
 
-from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, laid_as
 from rl2_torchrl.kernels.workspace import Workspace
 
@@ -28,18 +24,14 @@ class Program:
     """The losses of an `RL2PPOLoss` as numbers, and their gradients written into ``parameter.grad``.
 
     The same as ``sum of losses . backward()`` to rounding. It holds for one state of the loss: when a coefficient, a hook or a
-    parameter's ``requires_grad`` changes, it is another (`RL2PPOLoss.program`).
-
-    Args:
-        loss: whose it is.
-        is_remembered: whether ``loss`` holds the program, which then does not hold it.
+    parameter's ``requires_grad`` changes, make a new one.
 
     Attributes:
         parameters: those of its parts that get a gradient.
     """
 
-    def __init__(self, loss: nn.Module, *, is_remembered: bool = False):
-        self._loss, self.parts = ref(loss) if is_remembered else lambda: loss, loss.network_parts()
+    def __init__(self, loss: nn.Module):
+        self.loss, self.parts = loss, loss.network_parts()
         self.terms = [_Term(term) for term in loss.loss_terms()]
         used = {p for part in (*self.parts, *self.terms) for p in part.parameters}
         self._all = list(loss.parameters())
@@ -48,11 +40,6 @@ class Program:
         for part in (*self.parts, *self.terms):
             part.sources = trainable  # a term on weights, or a layer tied to another's, reaches what it does not own
         self._follow_gradients()
-
-    @property
-    def loss(self) -> nn.Module:
-        """The loss whose program it is."""
-        return self._loss()
 
     def _follow_gradients(self) -> None:
         """Tells each part which entries carry a gradient to it."""
@@ -65,6 +52,7 @@ class Program:
             else:
                 carrying.difference_update(part.out_keys)
 
+    @torch.no_grad()
     def __call__(self, data: Mapping[NestedKey, torch.Tensor]) -> dict[str, float]:
         """Losses and diagnostics of the sequences ``data``, entries ``[N, T, ...]``, and the gradients of all losses' sum.
 
@@ -73,86 +61,21 @@ class Program:
             ValueError: two terms give a loss or diagnostic of one name, or one that is taken.
         """
         self.loss.require_starts(data)
-        values, gradients = self.forward(data), self.backward()
-        for parameter in self._all:
-            gradient = gradients.get(parameter) if parameter.requires_grad else None
-            parameter.grad = None if gradient is None else laid_as(parameter, gradient)
-        scalars = {name: v for name, v in values.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
-        return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in scalars.items()}
-
-    @torch.no_grad()
-    def forward(self, data: Mapping[NestedKey, torch.Tensor]) -> dict[str, float | torch.Tensor]:
-        """Losses and diagnostics of ``data``; the parts keep what `backward` needs."""
-        state, values = dict(data), {}
+        state, gradients, values = dict(data), {}, {}
         for part in self.parts:
             is_known = part.carries
             part.forward(state)
             if part.carries != is_known:  # by parameters of others
                 self._follow_gradients()
         for term in self.terms:
-            merge_losses(values, term.look(state))
-        return values
-
-    @torch.no_grad()
-    def backward(self, weights: Mapping[str, float] | None = None) -> Gradients:
-        """Gradients of the sum of what `forward` gave, or of the losses that have ``weights``, weighted."""
-        gradients: Gradients = {}
-        for term in self.terms:
-            term.give(gradients, weights)
+            merge_losses(values, term.losses(state, gradients))
         for part in reversed(self.parts):
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(gradients)
-        return gradients
-
-    # ---------------------------------------------------------- within autograd
-    @cached_property
-    def is_by_hand(self) -> bool:
-        """Whether all parts and terms bring gradients of their own, so that autograd sees parameters and losses alone."""
-        terms_do = all(hasattr(term.function, "with_gradients") and not term.parameters for term in self.terms)
-        parts_do = bool(self.parameters) and all(part.reason is None for part in self.parts)
-        # Weights that are no parameters are lent for a call, as in MAML, and are others by the time of a second gradient.
-        lent = [p for p in self.parameters if not isinstance(p, nn.Parameter)]
-        return terms_do and parts_do and not lent and kernels.covers(*self.parameters)
-
-    def losses(self, data: State) -> dict[str, torch.Tensor]:
-        """Losses and diagnostics of ``data``, by a program that `is_by_hand`: the losses are one node of autograd's."""
-        own = copy(self)  # parts remember what they have seen, and there may be other losses before this one's backward
-        own.parts, own.terms = list(map(copy, self.parts)), list(map(copy, self.terms))
-        values, like = own.forward(data), self.parameters[0]
-        numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
-        values |= zip(numbers, like.new_tensor(list(numbers.values())).unbind(), strict=True)
-        losses = {name: value for name, value in values.items() if name.startswith("loss_")}
-        return values | dict(zip(losses, _Losses.apply(own, data, losses, *self.parameters), strict=True))
-
-
-class _Losses(torch.autograd.Function):
-    """The losses that are given, whose gradients ``program``, which has made them of ``data``, makes by hand."""
-
-    @staticmethod
-    def forward(ctx, program, data, losses, *parameters):
-        ctx.program, ctx.loss, ctx.data, ctx.names, ctx.is_spent = program, program.loss, data, list(losses), False
-        ctx.save_for_backward(*parameters)
-        ctx.set_materialize_grads(False)
-        return tuple(value.to(parameters[0], copy=True) for value in losses.values())
-
-    @staticmethod
-    def backward(ctx, *slopes):
-        parameters, asked = ctx.saved_tensors, [slope is not None for slope in slopes]
-        if not (torch.is_grad_enabled() or ctx.is_spent):
-            ctx.is_spent = True  # parts write over what they have kept
-            weights = {name: slope.item() for name, slope in zip(ctx.names, slopes, strict=True) if slope is not None}
-            gradients = ctx.program.backward(weights)
-            return None, None, None, *map(gradients.get, parameters)
-        if missing := set(parameters).difference(ctx.loss.parameters()):
-            raise RuntimeError(
-                f"{len(missing)} of the parameters that the loss was computed with are no longer its own, and this second backward "
-                "computes it anew: go back while they are, such as within torch.func.functional_call."
-            )
-        with torch.enable_grad():
-            losses = ctx.loss.losses_of(ctx.data, [term.function for term in ctx.program.terms])
-        ends = [losses[name] for name, is_asked in zip(ctx.names, asked, strict=True) if is_asked]
-        slopes, options = [slope for slope in slopes if slope is not None], {"create_graph": torch.is_grad_enabled()}
-        return None, None, None, *torch.autograd.grad(ends, parameters, slopes, allow_unused=True, **options)
+        for parameter in self._all:
+            gradient = gradients.get(parameter) if parameter.requires_grad else None
+            parameter.grad = None if gradient is None else laid_as(parameter, gradient)
+        return values
 
 
 #: What an update says of its minibatches beside the losses.
@@ -208,33 +131,25 @@ class _Term(Part):
         losses = [value for name, value in self._values.items() if name.startswith("loss_")]
         state[self.out_keys[0]] = torch.stack(losses).sum() if losses else torch.zeros(())
 
-    def look(self, state: State) -> Mapping[str, float | torch.Tensor]:
-        """Losses and diagnostics; keeps what `give` needs."""
-        if not hasattr(self.function, "with_gradients"):
+    def losses(self, state: State, gradients: Gradients) -> dict[str, float]:
+        """Losses and scalar diagnostics; the losses' gradients are added to ``gradients``."""
+        if hasattr(self.function, "with_gradients"):
+            entries = entries_of(state, self.in_keys)
+            Workspace.leave(*entries)  # users write such terms too
+            self._values, slopes = self.function.with_gradients(*entries)
+            for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
+                if slope is not None and key in self.wanted:
+                    if slope.shape != entry.shape:
+                        raise ValueError(
+                            f"{type(self.function).__name__}.with_gradients gave a gradient {tuple(slope.shape)} by {key!r}, "
+                            f"which is {tuple(entry.shape)}: give it that shape."
+                        )
+                    slope = slope.to(entry)  # kernels take it for that
+                    own = slope if self._is_ours else slope.clone(memory_format=torch.contiguous_format)
+                    accumulate(gradients, key, own)
+        else:
             self.forward(state)
-            return self._values
-        entries = entries_of(state, self.in_keys)
-        Workspace.leave(*entries)  # users write such terms too
-        self._values, slopes = self.function.with_gradients(*entries)
-        self._slopes: list[tuple[NestedKey, torch.Tensor]] = []
-        for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
-            if slope is not None and key in self.wanted:
-                if slope.shape != entry.shape:
-                    raise ValueError(
-                        f"{type(self.function).__name__}.with_gradients gave a gradient {tuple(slope.shape)} by {key!r}, "
-                        f"which is {tuple(entry.shape)}: give it that shape."
-                    )
-                slope = slope.to(entry)  # kernels take it for that
-                own = slope if self._is_ours else slope.clone(memory_format=torch.contiguous_format)
-                self._slopes.append((key, own))
-        return self._values
-
-    def give(self, gradients: Gradients, weights: Mapping[str, float] | None) -> None:
-        """Adds the losses' gradients to ``gradients``, of a term with its own by the weight of its one loss."""
-        if not hasattr(self.function, "with_gradients"):
-            gradients[self.out_keys[0]] = torch.ones((), dtype=self._outputs[0].dtype, device=self._outputs[0].device)
+            gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
             self.backward(gradients)
-            return
-        weight = 1.0 if weights is None else weights.get(next(n for n in self._values if n.startswith("loss_")))
-        for key, slope in self._slopes if weight is not None else ():
-            accumulate(gradients, key, slope if weight == 1 else slope.mul_(weight))
+        scalars = {name: v for name, v in self._values.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
+        return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in scalars.items()}

@@ -3,20 +3,25 @@
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from inspect import unwrap
+from operator import is_
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModuleBase,
+    dispatch,
+)
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl import kernels
 from rl2_torchrl.arguments import require_time_last
 from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
 from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
-from rl2_torchrl.gradients.program import Program, merge_losses, values_of
+from rl2_torchrl.gradients.program import merge_losses, values_of
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_critic, require_own_cores, require_policy
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
@@ -159,7 +164,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _seen(self) -> "_Seen":
         """What has been found out about the networks, anew where a module, a hook or an option has changed."""
-        options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus)
+        options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus, self.training)
         if (seen := _SEEN.get(self)) is None or not seen.holds(self, options):
             seen = _SEEN[self] = _Seen(self, options)
         return seen
@@ -197,26 +202,13 @@ class RL2PPOLoss(ClipPPOLoss):
             )
         if refusal is None and has_advantage and (tensordict.ndim == 2 or has_own_terms):
             rows = tensordict if tensordict.ndim == 2 else tensordict.reshape(-1, tensordict.shape[-1])
-            return TensorDict(self._losses(rows, seen))
+            return TensorDict(self.losses_of(rows, self.loss_terms()))
         losses = super().forward(tensordict)
         if not self.terms:
             return losses
         merged = dict(losses.items())
         merge_losses(merged, self.losses_of(tensordict.flatten(0, tensordict.ndim - 2), self.terms))
         return losses.update(merged)
-
-    def program(self) -> Program:
-        """What makes this loss and its gradients part by part, with coefficients and keys as they are now."""
-        return Program(self) if self._has_own_terms() else self._seen().program()
-
-    def _losses(self, data: TensorDictBase, seen: "_Seen") -> dict[str, Tensor]:
-        """Of ``data`` ``[N, T]``: a node of autograd's for each part and term, or one for all where they bring their gradients."""
-        has_kernels = torch.is_grad_enabled() and kernels.covers(*seen.parameters[:1])
-        if has_kernels and not self._has_own_terms() and (program := self.program()).is_by_hand:
-            state = _state_of((*program.parts, *program.terms), data)
-            if not any(entry.requires_grad for entry in state.values()):
-                return program.losses(state)
-        return self.losses_of(data, self.loss_terms())
 
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
@@ -292,7 +284,6 @@ class _Seen:
     Attributes:
         refusal: why the actor is no list of parts; None if it is.
         memory: entries that the networks' memories are read from.
-        parameters: the loss's.
     """
 
     def __init__(self, loss: RL2PPOLoss, options: tuple):
@@ -301,40 +292,28 @@ class _Seen:
         self.memory = [key for network in networks for key in hidden_keys(network)]
         _, *modules = loss.modules()  # without the loss, or it would never be freed
         self._modules, self._layout = modules, self._layout_of(loss, modules, options)
+        self._samples = [m for m in modules if isinstance(m, ProbabilisticTensorDictModule)]
+        self._given = self._distributions()
         self._loss = ref(loss)
-        self.parameters = list(loss.parameters())  # held, that no other may get the same id
-        self._program: tuple[tuple, Program] | None = None
 
     @staticmethod
     def _layout_of(loss: RL2PPOLoss, modules: Sequence[nn.Module], options: tuple) -> tuple:
-        weights = [(id(p), p is not None and p.requires_grad) for m in modules for p in m._parameters.values()]
-        return options, weights, [(tuple(m._modules.values()), is_watched(m), m.training) for m in (loss, *modules)]
+        return options, [(tuple(module._modules.values()), is_watched(module)) for module in (loss, *modules)]
+
+    def _distributions(self) -> list[object]:
+        given = [(m.distribution_class, *m.distribution_kwargs, *m.distribution_kwargs.values()) for m in self._samples]
+        return [each for one in given for each in one]
 
     def holds(self, loss: RL2PPOLoss, options: tuple) -> bool:
         """Whether nothing has changed since."""
-        return self._layout_of(loss, self._modules, options) == self._layout
+        now, given = self._distributions(), self._given  # not compared as tensors are
+        is_same = len(now) == len(given) and all(map(is_, now, given))
+        return is_same and self._layout_of(loss, self._modules, options) == self._layout
 
     @cached_property
     def parts(self) -> list[Part]:
         """`RL2PPOLoss.network_parts`."""
         return self._loss().network_parts()
-
-    def program(self) -> Program:
-        """`RL2PPOLoss.program`, the one of before where nothing has changed: to make one costs as much as a head's gradient."""
-        loss = self._loss()
-        keys, numbers = loss.tensor_keys, [*loss.clip_bounds, loss.entropy_bonus, loss.has_critic]
-        weights = [loss.entropy_coeff] * loss.entropy_bonus + [loss.critic_coeff] * loss.has_critic
-        state = (
-            keys.sample_log_prob,
-            keys.advantage,
-            keys.value,
-            keys.value_target,
-            *numbers,
-            *map(as_number, weights),
-        )
-        if self._program is None or self._program[0] != state:
-            self._program = state, Program(loss, is_remembered=True)
-        return self._program[1]
 
 
 def _state_of(readers: Iterable[Part | nn.Module], data: TensorDictBase) -> State:
