@@ -2,12 +2,15 @@
 
 import ctypes
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from loss_cases import INPUTS, batch_of, loss_of, needs_kernels
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import PPOUpdate, RL2PPOLoss, kernels
@@ -117,6 +120,57 @@ def test_averages_that_lie_transposed_and_steps_counted_by_numbers_are_pytorchs(
     assert "counts its steps" in why_not_adam(optimizer, [parameter])
     state["step"] = torch.tensor(1.0)
     assert why_not_adam(optimizer, [parameter]) is None
+
+
+@pytest.mark.parametrize("backend", ["parts", "autograd"])
+def test_weights_may_be_put_anew_between_two_minibatches(backend):
+    """As a bound on their size does it; one of them lies transposed afterwards."""
+    ends = []
+    for is_own in (False, True):
+        loss = loss_of("categorical", "separate", torch.float64)
+        layers = [m for m in loss.actor_network.modules() if isinstance(m, nn.Linear | nn.GRU)]
+
+        def bound(module, inputs):
+            for parameter in module.parameters():
+                data = parameter.data.clamp(-0.05, 0.05)
+                parameter.data = data.t().contiguous().t() if data.ndim == 2 else data
+
+        for layer in layers:
+            layer.register_forward_pre_hook(bound)
+        optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2, foreach=False)
+        if is_own:
+            optimizer.register_step_post_hook(lambda *_: None)
+        update = PPOUpdate(loss, minibatches=3, epochs=2, shuffle=False, optimizer=optimizer, backend=backend)
+        for _ in range(3):
+            update(batch_of("categorical", torch.float64))
+        ends.append([p.detach() for p in loss.parameters()])
+    for ours, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+
+
+def test_hooks_on_all_optimizers_are_called():
+    loss, calls = loss_of("categorical", "separate", torch.float32), []
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append(1))
+    try:
+        PPOUpdate(loss, minibatches=3, epochs=2)(batch_of("categorical", torch.float32))
+    finally:
+        handle.remove()
+    assert len(calls) == 6
+
+
+def test_a_class_below_adam_takes_its_own_steps_and_the_first_adamw_of_a_process_does_not():
+    class Other(torch.optim.Adam):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    parameters = [nn.Parameter(torch.ones(3))]
+    assert "more than" in why_not_adam(Other(parameters), parameters)
+    # PyTorch puts another step in the place of that of each class whose first object is made.
+    code = (
+        "import torch; from rl2_torchrl.gradients.adam import why_not_adam; p = [torch.nn.Parameter(torch.ones(3))]; "
+        "assert why_not_adam(torch.optim.AdamW(p), p) is None"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_step_of_the_users_own_is_called():

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from inspect import unwrap
 
 import torch
 from torch import nn
+from torch.optim import Adam
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rl2_torchrl import kernels
 
@@ -55,7 +58,7 @@ class AdamSteps:
     They hold for one state of the optimizer: when its options change, or it loads another state, make new ones.
     """
 
-    def __init__(self, optimizer: torch.optim.Adam):
+    def __init__(self, optimizer: Adam):
         self._optimizer = optimizer
         self._options: dict[nn.Parameter, _Options] = {}
         for group in optimizer.param_groups:
@@ -79,11 +82,13 @@ class AdamSteps:
             if (gradient := parameter.grad) is None:
                 row.size = 0
                 continue
-            if not gradient.is_contiguous():
-                parameter.grad = gradient = gradient.contiguous()
+            if not (parameter.is_contiguous() and gradient.is_contiguous()):
+                parameter.data, parameter.grad = parameter.data.contiguous(), gradient.contiguous()
+                gradient = parameter.grad
             if row.value is None:
                 self._table[number] = self.row_of(parameter)
-            row.gradient, row.size = gradient.data_ptr(), gradient.numel()
+            # Hooks and forwards of users may have put other tensors in their places.
+            row.value, row.gradient, row.size = parameter.data_ptr(), gradient.data_ptr(), gradient.numel()
         norm = self._library.gradient_norm(self._table, len(self._table))
         self._scale = max_norm / (norm + 1e-6) if max_norm is not None and norm > max_norm else 1.0
         return norm
@@ -108,11 +113,13 @@ def why_not_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
 def _conditions(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[bool, str]]:
     groups, held = optimizer.param_groups, {p for group in optimizer.param_groups for p in group["params"]}
     options = ("amsgrad", "maximize", "differentiable", "capturable")
-    hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
+    own_hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
+    hooks = (*own_hooks, *_global_optimizer_pre_hooks, *_global_optimizer_post_hooks)
     # A learning-rate scheduler puts a function of its own in the place of step, as users may.
     more = hooks or "step" in vars(optimizer) or any(group.get(option) for group in groups for option in options)
     more = more or any(group.get("weight_decay") and not group["decoupled_weight_decay"] for group in groups)
-    is_adam = type(optimizer).step is torch.optim.Adam.step and not more
+    cls = type(optimizer)  # whose step PyTorch wraps when a first one is made
+    is_adam = unwrap(cls.step) is unwrap(Adam.step) and cls._init_group is Adam._init_group and not more
     yield is_adam, "the optimizer is more than torch.optim.Adam with lr, betas and eps, or AdamW"
     is_whole = held >= {p for p in parameters if p.requires_grad}
     yield is_whole, "the optimizer does not hold all of the loss's parameters"
