@@ -545,6 +545,12 @@ def test_layers_write_over_nothing_that_others_read(kind, slots):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+def test_a_scripted_encoder_may_work_in_place():
+    encoder = torch.jit.script(nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True)))
+    features = build("categorical", encoder=encoder)(inputs(3))["actor_features"]
+    assert features.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "categorical"])
 def test_actors_may_have_hidden_layers_after_the_gru(kind):
     actor = build(kind, num_cells=[7, 6])

@@ -270,8 +270,8 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
 def out_of_place(module: nn.Module) -> nn.Module:
     """``module``, of whose layers none writes over what it reads (``inplace=True``), since others read that too."""
     for layer in module.modules():
-        # To a TensorDictModule the same word says where it writes its outputs.
-        if getattr(layer, "inplace", False) and not isinstance(layer, TensorDictModuleBase):
+        # To a TensorDictModule the same word says where it writes its outputs, and of a scripted module it is a constant.
+        if vars(layer).get("inplace", False) and not isinstance(layer, TensorDictModuleBase):
             layer.inplace = False
     return module
 
