@@ -16,6 +16,8 @@ from tensordict.utils import unravel_key
 from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
 
 from rl2_torchrl.arguments import require_callable, require_env, require_flags, require_network, require_torch, whole
+from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout import Rollout, is_native, trial_steps
@@ -152,8 +154,9 @@ def adaptation_curve(
         The adaptation curve; ``curve.steps.per_episode`` says whether episodes get shorter.
 
     Raises:
-        ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it would move, or a measured entry
-            is several numbers, or overwritten where an episode ends.
+        ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it, or of Gymnasium's
+            `NormalizeObservation` or `NormalizeReward`, would move, or a measured entry is several numbers, or overwritten where an
+            episode ends.
         TypeError: ``env`` is no env, ``policy`` no policy, ``measures`` no mapping, or ``ablation`` or ``on_step`` no function.
         RuntimeError: a trial does not end.
         FloatingPointError: a reward or a measured entry is not finite.
@@ -238,6 +241,14 @@ def _require_still_statistics(env: EnvBase) -> None:
         raise ValueError(
             f"the env's {moving[0]} is not frozen: its statistics would move as it is evaluated, and each trial be seen on another "
             "scale. Give the evaluation the training's with .frozen_copy(), or let networks normalize: from_env(normalize=True)."
+        )
+    base = base_of(env)
+    moving = base.moving_statistics() if isinstance(base, GymVectorEnv) else moving_statistics(base)
+    if moving:
+        raise ValueError(
+            f"the env has Gymnasium's {' and '.join(moving)}, whose statistics begin anew here and move as it is evaluated: "
+            "returns would be those of no trial. Leave it out, and let networks and advantages scale, from_env(normalize=True), "
+            "TrialAdvantage(scale_rewards=True); or give it the training's statistics, and update_running_mean=False."
         )
 
 

@@ -3,8 +3,10 @@
 import threading
 from functools import partial
 
+import gymnasium
 import pytest
 import torch
+from gymnasium.wrappers import NormalizeReward, TimeLimit
 from pipelines import ARMS, ROWS, TRIAL, bandit_env, broken_rule, first_batch, mdp_env, networks, pipeline
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
@@ -399,3 +401,16 @@ def test_statistics_of_each_row(reduced, count):
     assert found == (
         None if reduced or count == 1 else f"VecNormV2 of ['observation'] keeps statistics for each of the {count} rows"
     )
+
+
+@pytest.mark.parametrize(("count", "wrapper"), [(1, NormalizeReward), (ROWS, NormalizeReward), (ROWS, TimeLimit)])
+def test_statistics_of_each_row_of_gymnasiums(count, wrapper):
+    def make():
+        env = gymnasium.make("CartPole-v1")
+        return TimeLimit(env, 5) if wrapper is TimeLimit else wrapper(env)
+
+    env = TransformedEnv(GymVectorEnv(make, count), Compose(Trial(steps=6), PreviousStep()))
+    collector, update = pipeline(env, steps=6)
+    found = inputs.one_scale(Evidence(first_batch(collector), collector, update, None, TrainingReport()))
+    is_apart = wrapper is NormalizeReward and count > 1
+    assert found == (f"Gymnasium's NormalizeReward keeps statistics for each of the {count} rows" if is_apart else None)

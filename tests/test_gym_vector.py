@@ -6,8 +6,23 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from line_envs import FORMS, SYNC_AND_ASYNC, Hidden, Line, lines, right, theirs, trials, with_task
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward, TimeLimit
+from gymnasium.wrappers.vector import NormalizeReward as VectorNormalizeReward
+from line_envs import (
+    FORMS,
+    SYNC_AND_ASYNC,
+    Hidden,
+    Line,
+    lines,
+    right,
+    set_goals,
+    theirs,
+    trials,
+    vector,
+    with_task,
+)
 from rollouts import assert_same, batches_of, both, make_policy
+from torchrl.data import Unbounded
 
 from rl2_torchrl import TrialCollector, adaptation_curve
 from rl2_torchrl.envs import GymVectorEnv
@@ -68,6 +83,36 @@ def test_a_curve_of_adaptation_and_the_check_work_on_it():
     curve = adaptation_curve(env, make_policy(env), num_trials=10)
     assert curve.returns.shape == (10, 2)
     assert (curve.returns >= 1).all()
+
+
+@SYNC_AND_ASYNC
+def test_statistics_of_gymnasiums_wrappers_are_to_stand_still_in_an_evaluation(vectorization):
+    def make():
+        return TimeLimit(NormalizeReward(NormalizeObservation(Hidden())), 3)
+
+    env = trials(lines(2, make=make, vectorization=vectorization), episodes=2)
+    policy = make_policy(env)
+    with pytest.raises(ValueError, match="NormalizeReward and NormalizeObservation, whose statistics begin anew"):
+        adaptation_curve(env, policy, 2)
+    env.base_env.close()
+
+    def still():
+        env = NormalizeReward(Hidden())
+        env.update_running_mean = False
+        return env
+
+    adaptation_curve(trials(lines(2, make=still, vectorization=vectorization), episodes=2), policy, 2)
+
+
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_statistics_of_a_vector_env_of_ones_own_are_to_stand_still(of_rows):
+    make = (lambda: NormalizeReward(Line())) if of_rows else Line
+    envs = vector(AutoresetMode.SAME_STEP, make=make)
+    envs = GymVectorEnv(envs if of_rows else VectorNormalizeReward(envs), set_task=set_goals, task_spec=Unbounded(1))
+    env = trials(envs, episodes=2)
+    assert env.base_env.moving_statistics(of_rows=True) == ["NormalizeReward"] * of_rows
+    with pytest.raises(ValueError, match="Gymnasium.s NormalizeReward, whose"):
+        adaptation_curve(env, make_policy(env), 2)
 
 
 # ---- Seeds.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torchrl.envs import VecNormV2
+from torchrl.envs import EnvBase, VecNormV2
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
+from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import EPISODE_DONE, Trial
+from rl2_torchrl.trial import EPISODE_DONE, Trial, base_of, transforms_of
 
 __all__ = ["RULES"]
 
@@ -101,9 +103,22 @@ def transition_read(seen: Evidence) -> str | None:
 def one_scale(seen: Evidence) -> str | None:
     """What is normalised is normalised by statistics of all rows."""
     rows = seen.batch.shape[:-1].numel()
-    apart = [t for t in seen.transforms if isinstance(t, VecNormV2) and not t.reduce_batch_dims]
-    if apart and rows > 1:
-        return f"VecNormV2 of {[str(key) for key in apart[0].in_keys]} keeps statistics for each of the {rows} rows"
+    apart = seen.ask(_normalizing_apart) if rows > 1 else []
+    if apart is None:
+        raise NotChecked("the env is in other processes, or closed")
+    return f"{' and '.join(apart)} keeps statistics for each of the {rows} rows" if apart else None
+
+
+def _normalizing_apart(env: EnvBase) -> list[str] | None:
+    """What normalizes each row of ``env`` by itself; None where its rows are gone."""
+    base = base_of(env)
+    if isinstance(base, GymVectorEnv):
+        wrappers = None if base.envs is None else base.moving_statistics(of_rows=True)
+    else:
+        wrappers = moving_statistics(base)
+    norms = [t for t in transforms_of(env) if isinstance(t, VecNormV2) and not t.reduce_batch_dims]
+    named = [f"VecNormV2 of {[str(key) for key in norm.in_keys]}" for norm in norms]
+    return named or (None if wrappers is None else [f"Gymnasium's {name}" for name in wrappers])
 
 
 RULES: dict[Rule, str] = {
@@ -112,5 +127,6 @@ RULES: dict[Rule, str] = {
     transition_read: "An agent that does not see what it earned cannot adapt: let the actor read all that PreviousStep writes "
     "(in_key='trans', its encoder too), or leave PreviousStep out where reward is not to be seen on purpose.",
     one_scale: "The same number then looks another in each row, by what tasks that row has had, and an evaluation in other rows "
-    "has no such statistics: VecNormV2(..., reduce_batch_dims=True), or networks with normalize=True.",
+    "has no such statistics: VecNormV2(..., reduce_batch_dims=True), or networks with normalize=True, and for rewards "
+    "TrialAdvantage(scale_rewards=True).",
 }

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from rl2_torchrl.envs.layers import put_state, state_or_reason
+from rl2_torchrl.envs.layers import moving_statistics, put_state, state_or_reason
 from rl2_torchrl.envs.task_setter import TaskSetter
 
 __all__ = ["TASKS", "GymRow", "as_arrays"]
@@ -98,6 +98,11 @@ class GymRow(gymnasium.Wrapper):
     def said(self) -> list[str]:
         """What the env's last info is made of."""
         return list(self._info)
+
+    @property
+    def moving_statistics(self) -> list[str]:
+        """The env's wrappers that normalize by statistics of this row, which move."""
+        return moving_statistics(self.env)
 
     @property
     def row_state(self) -> Any:

@@ -23,6 +23,7 @@ from rl2_torchrl.arguments import as_list, require_arguments, require_specs, who
 from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
 from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
+from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.envs.rows import Entries, merge
 from rl2_torchrl.envs.task_setter import warn_of_added
 from rl2_torchrl.envs.tensor_env import TensorEnv
@@ -359,6 +360,18 @@ class GymVectorEnv(TensorEnv):
         if self._is_theirs or self.envs is None:
             return []
         return sorted({name for added in call(self.envs, self.envs.get_attr, "attributes_added") for name in added})
+
+    def moving_statistics(self, *, of_rows: bool = False) -> list[str]:
+        """Gymnasium's wrappers that normalize by statistics which move with what they see, such as `NormalizeReward`; ``of_rows``:
+        those alone that each row has for itself. What processes of a vector env of your own hold is not known.
+        """
+        self._require_open()
+        if self._is_theirs:
+            rows = map(moving_statistics, getattr(self.envs.unwrapped, "envs", ()))
+        else:
+            rows = call(self.envs, self.envs.get_attr, "moving_statistics")
+        of_all = [] if of_rows else moving_statistics(self.envs)
+        return list(dict.fromkeys([*of_all, *(name for row in rows for name in row)]))
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Closes the envs, and ends their processes."""

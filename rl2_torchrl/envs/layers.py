@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
 from rl2_torchrl.envs.simulation import put_simulation, simulation_of
 
-__all__ = ["put_state", "state_of", "state_or_reason"]
+__all__ = ["moving_statistics", "put_state", "state_of", "state_or_reason"]
 
 #: What an env is made of and does not change: these stay as the env's own constructor made them.
 _CONSTANT = (
@@ -87,6 +87,12 @@ def state_or_reason(env: Any) -> list[dict[str, Any]] | str:
         return str(error)
 
 
+def moving_statistics(env: Any) -> list[str]:
+    """Gymnasium's wrappers in ``env`` that normalize by statistics which move with what they see, by their classes' names."""
+    wrappers = (each for each in _layers(env) if isinstance(each, gymnasium.Wrapper | gymnasium.vector.VectorWrapper))
+    return [type(each).__name__ for each in wrappers if getattr(each, "update_running_mean", False)]
+
+
 def _layers(env: Any) -> Iterator[Any]:
     yield env
     for name in _names_below(env):
@@ -95,7 +101,7 @@ def _layers(env: Any) -> Iterator[Any]:
 
 def _names_below(layer: Any) -> tuple[str, ...]:
     """Attributes of a layer that are layers, too."""
-    if isinstance(layer, gymnasium.Wrapper):
+    if isinstance(layer, gymnasium.Wrapper | gymnasium.vector.VectorWrapper):
         return ("env",)
     if isinstance(layer, EnvBase) and "_env" in vars(layer):
         return ("_env",)
