@@ -1,5 +1,6 @@
 """Gymnasium's envs in checkpoints: in the middle of a trial a resumed run goes on as the unbroken one, or says why it cannot."""
 
+import random
 import re
 from functools import partial
 
@@ -155,6 +156,50 @@ def test_tables_of_functions_stay_as_the_constructor_made_them():
     put_state(other, state_of(env))
     assert other.steps == [0, 1]
     assert other.moves[0].__self__ is other
+
+
+class Sampler:
+    """What draws for an env, by a method."""
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+
+    def draw(self):
+        return self.rng.normal()
+
+
+def counter():
+    count = [0]
+
+    def counted():
+        count[0] += 1
+        return count[0]
+
+    return counted
+
+
+def of_a_scale(scale):
+    return lambda: scale * np.random.normal()
+
+
+def test_functions_that_carry_a_state_are_named():
+    rng = np.random.default_rng(0)
+    functions = [rng.normal, partial(rng.normal, 0, 1), lambda: rng.normal(), {"draw": rng.normal}, Sampler().draw]
+    for function in (*functions, counter(), lambda rng=rng: rng.normal()):
+        env = gymnasium.make("CartPole-v1")
+        env.unwrapped.draw = function
+        with pytest.raises(NoStateError, match="CartPoleEnv.draw is a function with a state of its own"):
+            state_of(env)
+
+
+def test_functions_that_carry_what_is_saved_or_never_changes_are_none():
+    env = gymnasium.wrappers.TransformReward(gymnasium.make("CartPole-v1"), lambda reward: reward * env.unwrapped.tau)
+    inner = env.unwrapped
+    rng = np.random.default_rng(0)
+    inner.draws, inner.rng = (rng.normal, lambda: rng.normal()), rng  # which is saved after them
+    inner.others = [np.random.normal, random.gauss, of_a_scale(np.ones(2)), inner.step, partial(of_a_scale, 1.0), abs]
+    inner.names, inner.moves = lambda names=("a", "b"): names, {0: inner.step}
+    state_of(env)
 
 
 def test_a_reader_of_infos_is_no_state():

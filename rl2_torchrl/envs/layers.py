@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
+import random
 import sys
 import types
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
@@ -20,10 +23,14 @@ from rl2_torchrl.envs.simulation import put_simulation, simulation_of
 __all__ = ["moving_statistics", "put_state", "state_of", "state_or_reason"]
 
 #: What an env is made of and does not change: these stay as the env's own constructor made them.
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _CONSTANT = (
-    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, functools.partial, type),
+    *(*_FUNCTIONS, types.ModuleType, type),
     *(gymnasium.spaces.Space, gymnasium.envs.registration.EnvSpec, np.dtype, TensorSpec),
 )
+#: What functions close over to read it, and the program's own generators, whose methods are no env's.
+_READ = (bool, int, float, complex, str, bytes, types.NoneType, np.generic, np.ndarray, Tensor, enum.Enum)
+_OF_THE_PROGRAM = (np.random.random.__self__, random.random.__self__)
 #: Attributes of Gymnasium's and TorchRL's own that hold the arguments of constructors, or read an info.
 _SKIPPED = {"_saved_kwargs", "_cached_spec", "spec", "metadata", "_constructor_kwargs", "_info_dict_reader"}
 #: Attributes of Gymnasium's MuJoCo envs that are looked after apart, or draw pictures.
@@ -57,9 +64,13 @@ def state_of(env: Any) -> list[dict[str, Any]]:
         True
     """
     layers = list(_layers(env))
-    saver = Saver(_packages(layers), layers)
+    saver, constants = Saver(_packages(layers), layers), {}
     try:
-        return [_layer_state(layer, saver) for layer in layers]
+        states = [_layer_state(layer, saver, constants) for layer in layers]
+        for where, value in constants.items():  # once all is known that is saved
+            if not _is_stateless(value, saver):
+                raise NoStateError(f"{where} is a function with a state of its own, which is no attribute of the env")
+        return states
     except RecursionError as error:
         raise NoStateError(f"what {type(env).__name__} holds is nested too deep to be saved") from error
 
@@ -108,7 +119,8 @@ def _names_below(layer: Any) -> tuple[str, ...]:
     return ("_task", "_physics") if _is(layer, "dm_control.rl.control", "Environment") else ()
 
 
-def _layer_state(layer: Any, saver: Saver) -> dict[str, Any]:
+def _layer_state(layer: Any, saver: Saver, constants: dict[str, Any]) -> dict[str, Any]:
+    """The state of one layer; attributes that stay as they are go to ``constants``."""
     simulation = _simulation(layer)
     state = {} if simulation is None else simulation_of(*simulation)
     if _is(layer, "dm_control.mujoco.engine", "Physics"):
@@ -119,8 +131,11 @@ def _layer_state(layer: Any, saver: Saver) -> dict[str, Any]:
     skipped |= _OF_TORCHRL if isinstance(layer, EnvBase) else set()
     attributes = {}
     for name, value in vars(layer).items():
-        if name not in skipped and not _is_constant(value):
-            attributes[name] = saver(value, f"{type(layer).__name__}.{name}")
+        where = f"{type(layer).__name__}.{name}"
+        if name not in skipped and _is_constant(value):
+            constants[where] = value
+        elif name not in skipped:
+            attributes[name] = saver(value, where)
     return {"attributes": attributes, "spaces": _draws_of(layer), **state}
 
 
@@ -129,6 +144,28 @@ def _is_constant(value: Any) -> bool:
     if type(value) not in (dict, list, tuple):
         return isinstance(value, _CONSTANT)
     return len(value) > 0 and all(map(_is_constant, value.values() if type(value) is dict else value))
+
+
+def _is_stateless(value: Any, saver: Saver) -> bool:
+    """Whether a constant carries nothing that may change, but for what ``saver`` has taken apart."""
+    if saver.has_met(value) or isinstance(value, _READ) or any(value is each for each in _OF_THE_PROGRAM):
+        return True
+    if isinstance(value, _FUNCTIONS):
+        parts = _carried(value)
+    elif type(value) is tuple or _is_constant(value):
+        parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+    else:
+        return False
+    return all(_is_stateless(each, saver) for each in parts)
+
+
+def _carried(function: Any) -> list[Any]:
+    """What a function has along: what its arguments are already, what it closes over, or whose method it is."""
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, types.FunctionType):
+        return [*(cell.cell_contents for cell in function.__closure__ or ()), *(function.__defaults__ or ())]
+    return [function.__self__]
 
 
 def _draws_of(layer: Any) -> dict[str, list[dict[str, Any] | None]]:
@@ -193,5 +230,6 @@ class _Bare(EnvBase):
     _reset = _step = _set_seed = None
 
 
-#: Attributes that every env of TorchRL's has: specs, modules, hooks, whether it is closed; and what a `TaskSampler` hangs up there.
-_OF_TORCHRL = {*vars(_Bare()), "set_seed"}
+#: Attributes that every env of TorchRL's has: specs, modules, hooks, whether it is closed; and what a `TaskSampler` and a
+#: collector's `Turns` hang up there.
+_OF_TORCHRL = {*vars(_Bare()), "set_seed", "_reset", "_step"}

@@ -65,6 +65,10 @@ class Saver:
         self._met[id(value)] = (len(self._met), value)
         return self._mutable(value, where)
 
+    def has_met(self, value: Any) -> bool:
+        """Whether ``value`` has been taken apart, or is known."""
+        return id(value) in self._met
+
     def _mutable(self, value: Any, where: str) -> list:
         if type(value) is np.ndarray and _is_numeric(value.dtype):
             return ["array", value.copy()]
