@@ -148,6 +148,22 @@ def test_a_vector_env_without_last_observations_is_refused():
         env.step(first.set("action", right(env)))
 
 
+@pytest.mark.parametrize("name", ["final_obs", "final_info"])
+def test_a_vector_env_that_tells_ends_in_another_form_is_refused(name):
+    forms = {"final_obs": {"place": np.zeros(3)}, "final_info": [{"steps": 1.0}, None, None]}
+
+    class OfItsOwn(VectorWrapper):
+        def step(self, actions):
+            *stepped, infos = super().step(actions)
+            return *stepped, {**infos, name: forms[name]}
+
+    envs = OfItsOwn(vector(AutoresetMode.SAME_STEP))
+    env = GymVectorEnv(envs, set_task=set_goals, task_spec=Unbounded(1), info_keys=["steps"])
+    first = env.reset(with_task(env, 1.0, 2.0, 2.0))
+    with pytest.raises(TypeError, match=rf"info\['{name}'\] is .*Gymnasium's"):
+        env.step(first.set("action", right(env)))
+
+
 @pytest.mark.parametrize("mode", [AutoresetMode.DISABLED, AutoresetMode.SAME_STEP])
 def test_a_vector_env_that_resets_all_rows_is_refused(mode):
     class IgnoresMask(VectorWrapper):

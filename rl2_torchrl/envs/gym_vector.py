@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -83,7 +83,8 @@ class GymVectorEnv(TensorEnv):
         ValueError: a vector env that resets in the next step, several ways for the task at once or half of one, no ``num_envs``,
             or functions that hand out the same env twice.
         TypeError: a ``set_task`` of other arguments, a space that is no tensor of a fixed size, an env where a function that makes
-            one is needed, or one whose ``reset`` or ``step`` returns something else than Gymnasium asks for.
+            one is needed, or one whose ``reset`` or ``step`` returns something else than Gymnasium asks for, such as a
+            ``final_obs`` or ``final_info`` of another form.
         KeyError: episodes of a vector env that resets itself end without a ``final_obs``.
         FloatingPointError: an observation or reward is not finite.
         RuntimeError: a process of an env has died, the env has been closed, or a vector env resets rows that were to go on.
@@ -256,7 +257,7 @@ class GymVectorEnv(TensorEnv):
             self._told.following, self._told.info_following = entries, dict(self._told.info)
             if ended.any():
                 entries = self._last_observations(entries, ended, infos)
-                self._tell(infos.get("final_info", {}), ended)
+                self._tell(self._final_info(infos), ended)
         if self._told.unsaid and (terminated | truncated).any():
             self._warn_of_unsaid(infos)
         columns = (torch.from_numpy(each[:, None]).to(self.device) for each in (reward, terminated, truncated))
@@ -305,12 +306,28 @@ class GymVectorEnv(TensorEnv):
                 "episodes have ended, but the vector env's info has no 'final_obs', so that their last observation is lost: "
                 "make it with AutoresetMode.DISABLED, or let its info say it."
             )
+        if isinstance(infos["final_obs"], Mapping):
+            raise TypeError(
+                "the vector env's info['final_obs'] is a mapping; Gymnasium's is an array of N objects: of each row that has ended "
+                "the last observation as the row's env gives it, and None of others."
+            )
         entries = {key: value.clone() for key, value in entries.items()}
         for row in ended.nonzero()[0]:
             for key, array in self.observations.of_one(infos["final_obs"][row]).items():
                 _require_finite(key, array, row)
                 entries[key][row] = torch.as_tensor(array[0], device=self.device)
         return entries
+
+    def _final_info(self, infos: dict[str, Any]) -> Mapping[str, Any]:
+        """What is said of the last steps of rows that a vector env has reset itself."""
+        final = infos.get("final_info", {})
+        if self._told.info and not isinstance(final, Mapping):
+            raise TypeError(
+                f"the vector env's info['final_info'] is of {type(final).__name__}, and what info_keys ask of a last step "
+                "would be lost; Gymnasium's, from 1.0 on, is a dictionary of arrays [N], and of masks of the rows that say "
+                "something: {'success': array, '_success': mask}."
+            )
+        return final
 
     def _require_others_went_on(self, mask: np.ndarray, entries: Entries) -> None:
         others = torch.from_numpy(~mask).to(self.device)
