@@ -415,7 +415,10 @@ class _CollectorState:
         return {**self._known, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._collector.load_state_dict(state)
+        if ("lives" in state) == isinstance(self._collector, TrialWorkers):
+            self._collector.load_state_dict(state)
+        else:  # in the other's place, of which it takes over what has been counted
+            self._collector._frames = state["frames"]
 
 
 class _RolloutState:

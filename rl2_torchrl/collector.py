@@ -29,6 +29,7 @@ __all__ = ["TrialCollector"]
 #: Options of `Collector` that its own loop alone serves.
 _OF_COLLECTOR = ("reset_at_each_iter", "init_random_frames", "replay_buffer", "compile_policy", "cudagraph_policy")
 _OF_COLLECTOR += ("interruptor", "track_traj_ids", "split_trajs", "trajs_per_batch", "set_truncated", "compact_obs")
+_ELSEWHERE = "the collector's envs are in other processes"
 _CHOICES = (Binary, Categorical, MultiCategorical, MultiOneHot, OneHot)
 
 
@@ -208,7 +209,7 @@ def rollout_state(collector: BaseCollector) -> dict[str, Any]:
     """
     base = _base_env(collector)
     if base is None:
-        return {"missing": "the collector's envs are in other processes"}
+        return {"missing": _ELSEWHERE}
     try:
         env = env_state(base)
     except NoStateError as error:
@@ -223,10 +224,12 @@ def load_rollout_state(collector: BaseCollector, state: dict[str, Any]) -> str |
     """Goes on from what `rollout_state` returned, and returns None; or returns why it cannot, in words."""
     if "missing" in state:
         return state["missing"]
+    if (base := _base_env(collector)) is None:  # in the place of a collector whose env was at hand
+        return _ELSEWHERE
     player = getattr(collector, "player", None)
     if ("player" in state) != (player is not None):
         return "the run's were played by the other of TrialCollector's two loops, on tensors and on TensorDicts"
-    put_env_state(_base_env(collector), state["env"])
+    put_env_state(base, state["env"])
     if player is not None:
         player.load_state_dict(state["player"])
     else:

@@ -277,6 +277,22 @@ def test_a_training_with_other_envs_in_its_workers_is_refused_and_one_whose_env_
     assert len(result.history) == 3
 
 
+def test_workers_take_the_place_of_a_collector_in_this_process_and_the_other_way_round(tmp_path):
+    changes = ["collector.class", "env.TaskSampler.seed", "env.seed"]
+    options = {"evaluate": None, "progress": False, "check": False, "checkpoints": tmp_path / "run"}
+    own = Setup(tmp_path, total_frames=2 * FRAMES)
+    for updates in (1, 2, 3):
+        collector = own.collector
+        if updates != 2:
+            sizes = {"frames_per_batch": FRAMES, "total_frames": updates * FRAMES}
+            collector = TrialCollector(make_env(tmp_path), own.policy, keep=own.keep, **sizes)
+        resumes = {"resume": True, "resume_changes": changes} if updates > 1 else {}
+        result = train(collector, own.update, **resumes, **options)
+        assert (len(result.history), result.env_steps) == (updates, updates * FRAMES)
+        assert len(result.new_trials) == updates - 1
+        collector.shutdown()
+
+
 def test_what_is_saved_after_an_error_in_a_rollout_knows_of_the_deaths_before(tmp_path):
     own = Setup(tmp_path, total_frames=9 * FRAMES)
 
