@@ -165,6 +165,14 @@ def test_random_numbers_are_put_back():
     assert torch.equal(sampler.get_extra_state(), tasks)
 
 
+def test_rewards_may_be_whole_numbers():
+    collector, update = pipeline(bandit_env(), steps=10)
+    batch = first_batch(collector)
+    whole = batch.clone().set(("next", "reward"), batch["next", "reward"].long())
+    assert check_training(collector, update, whole).checked == check_training(collector, update, batch).checked
+    assert whole["next", "reward"].dtype is torch.int64
+
+
 def test_rewards_that_are_all_the_same_are_noted():
     collector, update = pipeline(mdp_env())
     batch = first_batch(collector)

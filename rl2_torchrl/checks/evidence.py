@@ -132,10 +132,13 @@ class Evidence:
 
     @cached_property
     def sample(self) -> TensorDictBase:
-        """Up to 8 whole rows, those among them within which a trial begins."""
+        """Up to 8 whole rows, those among them within which a trial begins; rewards are reals, since they are changed a little."""
         inner = self.starts[:, 1:].any(1).nonzero().flatten()[:4].tolist()
         spread = torch.linspace(0, len(self.batch) - 1, 4 if inner else 8).long().tolist()
-        return self.batch[sorted({*inner, *spread})]
+        rows = self.batch[sorted({*inner, *spread})]
+        if self.has(reward := ("next", "reward")) and not rows[reward].is_floating_point():
+            rows[reward] = rows[reward].float()
+        return rows
 
     def chunks(self, rows: TensorDictBase) -> TensorDictBase:
         """``rows`` ``[R, T]`` as the update cuts them, ``[N, bptt]``; no more than it takes to see a fault."""
