@@ -1,5 +1,7 @@
 """Gymnasium's spaces as specs, and what is handed over between them, by hand."""
 
+import re
+
 import gymnasium
 import numpy as np
 import pytest
@@ -45,11 +47,20 @@ def test_an_observation_by_hand(space, spec, rows, expected):
     assert given.tolist() == expected
 
 
-@pytest.mark.parametrize("wrong", [[3, 0], [0, -1]])
-def test_one_of_several_choices_that_does_not_exist_is_told(wrong):
-    observations = ObservationSpace(spaces.MultiDiscrete([3, 2]))
-    with pytest.raises(ValueError, match=rf"'observation' \[{wrong[0]}, {wrong[1]}\] in row 1, of \[3, 2\] choices"):
-        observations.arrays(np.array([[2, 1], wrong]))
+@pytest.mark.parametrize(
+    ("space", "right", "wrong", "words"),
+    [
+        (spaces.MultiDiscrete([3, 2]), [2, 1], [3, 0], "[3, 0] in row 1, of [3, 2]"),
+        (spaces.MultiDiscrete([3, 2]), [2, 1], [0, -1], "[0, -1] in row 1, of [3, 2]"),
+        (spaces.Discrete(5), 4, 5, "5 in row 1, of 5"),
+        (spaces.Discrete(5, start=1), 1, 0, "-1 in row 1, of 5"),
+        (spaces.MultiBinary(2), [0, 1], [0, 5], "[0, 5] in row 1, of 2"),
+    ],
+    ids=str,
+)
+def test_a_choice_that_does_not_exist_is_told(space, right, wrong, words):
+    with pytest.raises(ValueError, match=re.escape(f"'observation' {words} choices from 0 on")):
+        ObservationSpace(space).arrays(np.array([right, wrong]))
 
 
 def test_entries_of_dicts_and_tuples():

@@ -40,8 +40,10 @@ class _Leaf:
 
     @cached_property
     def choices(self) -> np.ndarray | None:
-        """Of several choices side by side, how many each has: one beyond them would pass for its neighbour's."""
-        return self.spec.nvec.numpy() if isinstance(self.spec, MultiCategorical) else None
+        """Of choices, how many there are, in each of their places: one beyond them would pass for a neighbour's, or be none."""
+        if isinstance(self.spec, MultiCategorical):
+            return self.spec.nvec.numpy()
+        return np.array(self.spec.space.n) if isinstance(self.spec, Categorical | Binary) else None
 
     @property
     def root(self) -> str:
@@ -54,8 +56,8 @@ class _Leaf:
         array = np.array(rows, self.dtype)
         array = array.reshape(1 if is_one else len(array), *self.spec.shape)
         array = array if self.start is None else array - self.start.numpy()
-        if self.choices is not None and (wrong := ((array < 0) | (array >= self.choices)).any(-1)).any():
-            row = int(wrong.argmax())
+        if self.choices is not None and (wrong := (array < 0) | (array >= self.choices)).any():
+            row = int(wrong.nonzero()[0][0])
             raise ValueError(
                 f"the env gives {self.key!r} {array[row].tolist()} in row {row}, of {self.choices.tolist()} choices from 0 on: the "
                 "agent would be shown another one. Mend the env or its observation_space."
