@@ -194,6 +194,7 @@ def test_an_observation_that_is_no_number_is_refused_with_its_row(make, first):
         (("CartPole-v1", 16 / 2), {}, ValueError, "num_envs=8.0 must be a whole number"),
         ((Line, 2), {"set_task": set_goal, "tasks": []}, ValueError, r"tasks=\[\] holds no task"),
         ((Line, 2), {"set_task": set_goal, "tasks": 3}, TypeError, "tasks=3 is no list"),
+        ((Line, 2), {"info_keys": [("episode", "r")]}, TypeError, "holds .*'episode', 'r'.*have a wrapper say one"),
         ((Line, 2), {"vectorization": "threads"}, ValueError, "choose 'sync' or 'async'"),
         ((Line, 2), {"max_episode_steps": 3}, TypeError, "are gymnasium.make's"),
         (([Line, Line], 3), {}, ValueError, "2 functions and num_envs=3"),

@@ -119,6 +119,11 @@ class GymVectorEnv(TensorEnv):
     ):
         num_envs = None if num_envs is None else whole("num_envs", num_envs)
         info_keys = as_list("info_keys", info_keys)
+        if others := [key for key in info_keys if not isinstance(key, str)]:
+            raise TypeError(
+                f"info_keys holds {others}, and numbers are recorded by their names at the top of the info: have a wrapper say one "
+                "that lies deeper there, info['success'] = info['episode']['success'], say."
+            )
         tasks = None if tasks is None else as_list("tasks", tasks)
         task_spec = _task_spec(set_task, task_spec, tasks, task_option)
         self._is_theirs = isinstance(env, VectorEnv)
