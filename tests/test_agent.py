@@ -401,6 +401,11 @@ BAD = {
     ),
     "a folder": (lambda agent: agent.save(Path(__file__).parent), IsADirectoryError, "is a folder.*/agent.safetensors"),
     "rows of nothing": (lambda agent: agent.new_trial(rows=[True]), ValueError, "begin one *first"),
+    "rows and how many": (
+        begun(lambda agent: agent.new_trial(2, rows=[True, False]), 2),
+        ValueError,
+        "num_rows=2 .* leave one",
+    ),
     "numbers of rows": (begun(lambda agent: agent.new_trial(rows=[0, 1]), 2), ValueError, "bool"),
     "a flag in quotes": (begun(lambda agent: agent.act(deterministic="False")), TypeError, "neither True nor False"),
     "a graph's suffix": (lambda agent: agent.save("agent.onnx"), ValueError, "which export.. writes"),

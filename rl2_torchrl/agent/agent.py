@@ -181,12 +181,16 @@ class AdaptiveAgent:
             rows: bool ``[num_rows]`` in a batch that runs: only these begin a new trial.
 
         Raises:
-            ValueError: ``num_rows`` below 1, or ``rows`` of another size.
+            ValueError: ``num_rows`` below 1, ``rows`` of another size, or both.
         """
         if rows is not None:
+            if num_rows is not None:
+                raise ValueError(
+                    f"num_rows={num_rows} begins a batch, and rows= new trials in one that runs: leave one of the two out."
+                )
             rows = torch.as_tensor(rows)
             fits = self._start is not None and rows.dtype == torch.bool and rows.shape == self._start.shape
-            if not fits or num_rows is not None:
+            if not fits:
                 raise ValueError(
                     f"rows={rows} must say of each row of a batch that runs whether it begins anew, bool [num_rows]: begin one "
                     "first, new_trial(num_rows)."
