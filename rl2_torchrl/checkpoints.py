@@ -265,7 +265,11 @@ class RunCheckpoints:
         unknown = set(changes) - {*tree["settings"], *self._settings}
         if unknown:
             near = [each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3)]
-            others = f"near are {near}" if near else f"those that differ from the run's are {sorted(settings)}"
+            others = (
+                f"near are {list(dict.fromkeys(near))}"
+                if near
+                else f"those that differ from the run's are {sorted(settings)}"
+            )
             raise ValueError(f"resume_changes={sorted(unknown)} are no settings; {others}.")
         refused = [name for name in settings if name not in changes]
         if networks:  # whose memories are entries of the env

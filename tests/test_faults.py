@@ -250,6 +250,9 @@ def test_resume_changes_of_no_setting(folder):
         ValueError, match=r"resume_changes=\['lr'\] are no settings; near are \[[^,]*'update.lr'[^]]{,60}\]"
     ):
         Run(5).train(checkpoints=folder, resume=True, resume_changes=["lr"])
+    with pytest.raises(ValueError, match="near are .*'update.lr'") as twice:
+        Run(5).train(checkpoints=folder, resume=True, resume_changes=["lr", "update.rl"])
+    assert str(twice.value).count("'update.lr'") == 1
     with pytest.raises(
         ValueError, match=r"\['qq'\] are no settings; those that differ from the run's are \['update.lr'\]"
     ):
