@@ -79,8 +79,11 @@ class Run(Settings):
             raise ValueError(f"report_tasks={self.report_tasks}: rewards can only be shuffled among at least 2 tasks.")
         require_folder_name(log_dir=self.log_dir)
         object.__setattr__(self, "log_dir", Path(self.log_dir))  # text names a folder as well
-        if self.log_dir.exists() and not self.log_dir.is_dir():
-            raise ValueError(f"log_dir={str(self.log_dir)!r} is a file: name a folder, which may be new.")
+        there = next(path for path in (self.log_dir, *self.log_dir.parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(
+                f"log_dir={str(self.log_dir)!r}: {str(there)!r} is a file: name a folder, which may be new."
+            )
         for name in ("weights", "initial_weights"):
             self._require_agents_file(name)
         self._require_agreement()

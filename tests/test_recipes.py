@@ -265,6 +265,7 @@ def test_weights_are_a_file(name, tmp_path):
         ({"resume_changes": ("update.lr",)}, r"add resume \(--resume\)"),
         ({"log_dir": ""}, "log_dir is empty, and files would go to the current folder: name one, or that, log_dir='.'"),
         ({"log_dir": __file__}, "test_recipes.py' is a file: name a folder"),
+        ({"log_dir": f"{__file__}/runs"}, "test_recipes.py' is a file: name a folder"),
     ],
 )
 def test_settings_that_do_not_agree(settings, message, tmp_path):
