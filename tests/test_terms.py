@@ -425,6 +425,7 @@ class _Weighed(RL2PPOLoss):
 
     def __init__(self, *networks, **options):
         super().__init__(*networks, **options)
+        self.set_keys(value_target="value_target")  # before there is what loss_terms needs
         self.told = Told()
 
     def loss_terms(self):
@@ -470,6 +471,11 @@ def test_by_keyword_a_loss_gives_what_its_terms_name():
     named = dict(zip(loss.out_keys, out, strict=True))
     for name in ("loss_objective", "loss_critic", "loss_belief", "belief_error"):
         assert torch.equal(named[name], expected[name])
+    plain, told = Told(), Told()
+    plain.out_keys, told.out_keys = None, "loss_told"
+    assert loss_with(plain).out_keys == loss_with().out_keys
+    with pytest.raises(TypeError, match="read as its letters"):
+        loss_with(told)
 
 
 def test_no_coefficient_of_the_values_is_the_default():

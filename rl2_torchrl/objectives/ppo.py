@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.arguments import require_time_last
+from rl2_torchrl.arguments import as_list, require_time_last
 from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
 from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
 from rl2_torchrl.gradients.program import merge_losses, values_of
@@ -115,8 +115,8 @@ class RL2PPOLoss(ClipPPOLoss):
         if terms and self.functional:
             raise ValueError("terms read what the networks write, which functional=True hides: leave it False.")
         self.terms = nn.ModuleList(terms)
-        self._in_keys = None  # to be asked for when all that a subclass has is there
-        if named := [key for term in terms for key in getattr(term, "out_keys", ())]:
+        self._set_in_keys()
+        if named := [key for term in terms for key in as_list("out_keys", getattr(term, "out_keys", None) or ())]:
             self.out_keys = [*self.out_keys, *named]
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
         self._is_recurrent = bool(hidden_keys(actor_network))
@@ -247,9 +247,21 @@ class RL2PPOLoss(ClipPPOLoss):
         keys = self.tensor_keys
         own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
         written = {*self.actor_network.out_keys, *(self.critic_network.out_keys if self.critic_network else ())}
-        more = self._keys_of_terms() if "terms" in self._modules else ()  # ClipPPOLoss asks before there are any
-        own += [key for key in more if key not in written and key[0] != "policy"]
+        terms = self._modules.get("terms", ())  # ClipPPOLoss asks before there are any
+        own += [key for term in terms for key in term.in_keys if key not in written and key[0] != "policy"]
         self._in_keys = list(dict.fromkeys([*self._in_keys, *own]))
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What is read of the data, by a ``loss_terms()`` of a class below as well, which is there when all of that class is."""
+        keys = ClipPPOLoss.in_keys.fget(self)
+        more = self._keys_of_terms() if self._has_own_terms() else ()
+        written = {key for network in (self.actor_network, self.critic_network) if network for key in network.out_keys}
+        return list(dict.fromkeys([*keys, *(key for key in more if key not in written and key[0] != "policy")]))
+
+    @in_keys.setter
+    def in_keys(self, keys: list[NestedKey]) -> None:
+        self._in_keys = keys
 
     # --------------------------------------------------------------- numbers
     @property

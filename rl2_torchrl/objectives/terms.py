@@ -17,7 +17,7 @@ holds them), of what the networks write (``"logits"``, ``"actor_features"``, ``"
 ``[N, T, ...]``. What it returns under a name that begins with ``loss_`` is added to the loss by `PPOUpdate`, coefficient
 included (in a loop of your own, by you); every scalar reaches the log, as its mean over an update's minibatches, or their largest
 where its name begins with ``max_``. Parameters of a term are the loss's, and trained with it. A loss that is called by keyword
-gives of a term what its ``out_keys`` name, if it has some.
+gives of a term what its ``out_keys`` name, if it has some, and then each time.
 
 Autograd makes a term's gradient, for that term alone. A term without parameters that knows it better derives from `OwnGradient`.
 """
