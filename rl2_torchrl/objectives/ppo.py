@@ -202,7 +202,7 @@ class RL2PPOLoss(ClipPPOLoss):
             )
         if refusal is None and has_advantage and (tensordict.ndim == 2 or has_own_terms):
             rows = tensordict if tensordict.ndim == 2 else tensordict.reshape(-1, tensordict.shape[-1])
-            return TensorDict(self.losses_of(rows, self.loss_terms()))
+            return TensorDict(_losses_of(seen.parts, rows, self.loss_terms()))
         losses = super().forward(tensordict)
         if not self.terms:
             return losses
@@ -212,13 +212,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
-        parts, losses = self._seen().parts, {}
-        state = dict(data) if isinstance(data, dict) else _state_of((*parts, *terms), data)
-        for part in parts:
-            part.run(state)
-        for term in terms:
-            merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
-        return losses
+        return _losses_of(self._seen().parts, data, terms)
 
     def _check_data(self, tensordict: TensorDictBase, seen: "_Seen | None") -> None:
         if not self._is_recurrent:
@@ -328,9 +322,17 @@ class _Seen:
         return self._loss().network_parts()
 
 
-def _state_of(readers: Iterable[Part | nn.Module], data: TensorDictBase) -> State:
-    keys = {key for reader in readers for key in reader.in_keys}
-    return {key: entry for key in keys if (entry := data.get(key, None)) is not None}
+def _losses_of(parts: Sequence[Part], data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
+    state: State = dict(data) if isinstance(data, dict) else {}
+    if not state:
+        read = {key for reader in (*parts, *terms) for key in reader.in_keys}
+        state = {key: entry for key in read if (entry := data.get(key, None)) is not None}
+    for part in parts:
+        part.run(state)
+    losses: dict[str, Tensor] = {}
+    for term in terms:
+        merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
+    return losses
 
 
 def _require_memory(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> None:
