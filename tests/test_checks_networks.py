@@ -2,8 +2,12 @@
 
 import copy
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
+from gymnasium.wrappers import TransformObservation
 from pipelines import ACTIONS, ROWS, STATES, TRIAL, broken_rule, first_batch, mdp_env, networks, pipeline
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
@@ -24,7 +28,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, memory, rows
 from rl2_torchrl.checks.evidence import Evidence
-from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, uniform_means
 
 # ---- Faults of networks.
 
@@ -124,6 +128,19 @@ class NeverStartsAnew(GRUModule):
     def forward(self, tensordict):
         given = tensordict["is_init"]
         return super().forward(tensordict.set("is_init", torch.zeros_like(given))).set("is_init", given)
+
+
+@pytest.mark.parametrize(("scale", "rule"), [(1e4, "memory_used"), (1e7, "transition_read")])
+def test_a_memory_that_large_observations_drown(scale, rule):
+    def make():
+        return TransformObservation(
+            gymnasium.make("CartPole-v1"), lambda seen: seen * scale, Box(-np.inf, np.inf, (4,))
+        )
+
+    envs = GymVectorEnv(make, ROWS, seed=0)
+    env = TransformedEnv(envs, Compose(Trial(steps=10), PreviousStep()))
+    with pytest.raises(TrainingCheckError, match=rf"{rule}.*observations.*normalize=True"):
+        check_training(*pipeline(env, steps=20))
 
 
 def test_memory_that_no_trial_resets():

@@ -125,7 +125,8 @@ RULES: dict[Rule, str] = {
     transition_input: "An agent that does not see what it did and earned, an episode's last reward included, cannot adapt: let "
     "PreviousStep write its input, behind all transforms that change the reward.",
     transition_read: "An agent that does not see what it earned cannot adapt: let the actor read all that PreviousStep writes "
-    "(in_key='trans', its encoder too), or leave PreviousStep out where reward is not to be seen on purpose.",
+    "(in_key='trans', its encoder too; beside large observations with normalize=True), or leave PreviousStep out where reward is "
+    "not to be seen on purpose.",
     one_scale: "The same number then looks another in each row, by what tasks that row has had, and an evaluation in other rows "
     "has no such statistics: VecNormV2(..., reduce_batch_dims=True), or networks with normalize=True, and for rewards "
     "TrialAdvantage(scale_rewards=True).",

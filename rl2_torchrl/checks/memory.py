@@ -115,7 +115,8 @@ RULES: dict[Rule, str] = {
     replay: "PPO's first ratios are 1, or it improves another policy than the one that acted: the memory was lost, inputs or "
     "statistics have moved since, dropout is on, the collector acts with other weights, or a module behind the distribution "
     "changes its actions, whose log-probability is that of the draw (bound the distribution: TanhGaussianActions).",
-    memory_used: "The agent cannot use what it learnt in an earlier episode: carry the memory on.",
+    memory_used: "The agent cannot use what it learnt in an earlier episode: carry the memory on, and where observations are so "
+    "large that they drown it, let networks normalize them, from_env(normalize=True).",
     trials_apart: "Another task's steps change this trial's outputs: start anew wherever 'is_init' is True.",
     gradient_through_time: "Nothing is learnt about what to remember: do not detach the memory between steps, or say bptt=1.",
 }
