@@ -98,7 +98,7 @@ class VideoWriter:
 
     Raises:
         ImportError: a package is missing (extra ``video``).
-        ValueError: another format, or ``fps`` that it cannot have.
+        ValueError: another format, ``fps`` that it cannot have, or pictures of another kind or of several sizes.
 
     Examples:
         >>> import tempfile
@@ -119,11 +119,18 @@ class VideoWriter:
             raise ValueError(f"fps={fps}: a video has a picture a second or more; pass 20, say.")
         self._draw = _pillow("ImageDraw")
         self._image = _pillow("Image")
-        self._file = _FORMATS[self.path.suffix](self.path, fps)
+        self._file, self._shape = _FORMATS[self.path.suffix](self.path, fps), None
 
     def append(self, picture: torch.Tensor | np.ndarray, caption: str = "") -> None:
         """Adds a ``picture``, ``[height, width, 3]`` uint8, all of one size, with ``caption`` in its upper left corner."""
-        image = self._image.fromarray(torch.as_tensor(picture).cpu().numpy())
+        picture = torch.as_tensor(picture)
+        self._shape = self._shape or picture.shape
+        if picture.dtype != torch.uint8 or picture.shape != self._shape or picture.shape[2:] != (3,):
+            raise ValueError(
+                f"a picture of {self.path.name} is {picture.dtype} {list(picture.shape)}; all must be uint8 [height, width, 3], "
+                f"from 0 to 255, of the size of the first, which is {list(self._shape)}."
+            )
+        image = self._image.fromarray(picture.cpu().numpy())
         if caption:
             self._draw.Draw(image).text(
                 (8, 6), caption, fill="white", font_size=16, stroke_width=1, stroke_fill="black"

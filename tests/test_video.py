@@ -107,6 +107,35 @@ def test_gymnasiums_envs_without_pictures(tmp_path):
         record_trial(env, GRUCategoricalActor.from_env(env), tmp_path / "trial.gif")
 
 
+@pytest.mark.parametrize(
+    ("picture", "seen"),
+    [
+        (np.zeros((4, 6, 3)), r"float64 \[4, 6, 3\]"),
+        (None, r"object \[\]"),
+        (np.zeros((4, 6), np.uint8), r"uint8 \[4, 6\]"),
+    ],
+)
+def test_what_an_env_draws_that_is_no_picture_is_told(picture, seen):
+    class Draws(Fader):
+        def render(self):
+            return picture
+
+    env = GymVectorEnv(partial(Draws, render_mode="rgb_array"), 1)
+    env.reset()
+    with pytest.raises(TypeError, match=rf"render\(\) draws {seen}; a picture is uint8"):
+        env.render()
+
+
+@pytest.mark.parametrize(
+    "other", [np.zeros((8, 8, 3), np.uint8), np.zeros((4, 6, 3), np.float32), np.zeros((4, 6), np.uint8)]
+)
+def test_pictures_of_a_video_are_of_one_kind(other, tmp_path):
+    with VideoWriter(tmp_path / "a.gif") as video:
+        video.append(np.zeros((4, 6, 3), np.uint8))
+        with pytest.raises(ValueError, match=r"a picture of a.gif is .*the size of the first, which is \[4, 6, 3\]"):
+            video.append(other)
+
+
 def test_an_env_with_transforms_around_transforms_is_filmed_too(tmp_path):
     env, actor = cheetahs()
     nested = TransformedEnv(env, StepCounter(), auto_unwrap=False)

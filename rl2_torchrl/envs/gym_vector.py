@@ -352,6 +352,7 @@ class GymVectorEnv(TensorEnv):
 
         Raises:
             ValueError: the envs' ``render_mode`` is another than ``"rgb_array"``.
+            TypeError: what they draw is no such picture.
         """
         self._require_open()
         if self.envs.render_mode != "rgb_array":
@@ -359,7 +360,12 @@ class GymVectorEnv(TensorEnv):
                 f"the envs have render_mode={self.envs.render_mode!r}, and draw no pictures: make them with 'rgb_array', "
                 'GymVectorEnv("CartPole-v1", 1, render_mode="rgb_array"), say.'
             )
-        return torch.from_numpy(np.array(call(self.envs, self.envs.render)[row]))
+        picture = np.array(call(self.envs, self.envs.render)[row])
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+            raise TypeError(
+                f"render() draws {picture.dtype} {list(picture.shape)}; a picture is uint8 [height, width, 3], from 0 to 255."
+            )
+        return torch.from_numpy(picture)
 
     # ---------------------------------------------------------- seeds, closing
     def _seeds(self, mask: np.ndarray) -> list[int | None] | int | None:
