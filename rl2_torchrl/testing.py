@@ -172,7 +172,9 @@ class _Played:
         return f"{type(error).__name__}: {error}"
 
     def advice(self, rule: str) -> str | None:
-        """What to do where the env has raised; None where the rule says it: elsewhere, and of what TorchRL says of the specs."""
+        """What to do where the env has raised, or was given no numbers; None where the rule says it, and of TorchRL on specs."""
+        if rule.endswith("_finite") and not all(self.steps[key].isfinite().all() for key in self.env.action_keys):
+            return "Actions drawn of the action_spec are not finite: give it finite bounds, or none."
         if self.raised is None:
             return None
         *_, (frame, _) = walk_tb(self.raised.__traceback__)

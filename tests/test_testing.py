@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_env_check import BROKEN
 from test_trial import CountingEnv, lengths
-from torchrl.data import Unbounded
+from torchrl.data import Bounded, Unbounded
 from torchrl.envs import Compose, GymEnv, ObservationNorm, RewardScaling, SerialEnv, Transform, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
@@ -325,6 +325,17 @@ def test_place_of_a_broken_step_is_told():
 
     with pytest.raises(AssertionError, match="'rewards_finite' is broken: at row 2, step 1 of the trials played"):
         check_trial_env(bandit(Meddle(spoil)))
+
+
+def test_actions_of_no_numbers_are_not_blamed_on_the_reward():
+    class HalfBounded(QuadraticBandit):
+        def __init__(self, **kwargs):
+            super().__init__(1, **kwargs)
+            self.action_spec = Bounded(0.0, torch.inf, (*self.batch_size, 1))
+
+    trial = Compose(Trial(episodes=2), TaskSampler(uniform_targets(1)), PreviousStep())
+    with pytest.raises(AssertionError, match="_finite' is broken.*Actions drawn of the action_spec are not finite"):
+        check_trial_env(TransformedEnv(HalfBounded(batch_size=(4,)), trial))
 
 
 @pytest.mark.parametrize("bounds", [{"num_trials": 0}, {"max_steps": 0}])
