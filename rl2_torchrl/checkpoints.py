@@ -264,12 +264,9 @@ class RunCheckpoints:
         settings = {name: words for name, words in settings.items() if name not in self._moved}
         unknown = set(changes) - {*tree["settings"], *self._settings}
         if unknown:
-            near = [each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3)]
-            others = (
-                f"near are {list(dict.fromkeys(near))}"
-                if near
-                else f"those that differ from the run's are {sorted(settings)}"
-            )
+            matches = (each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3))
+            near = list(dict.fromkeys(matches))
+            others = f"near are {near}" if near else f"those that differ from the run's are {sorted(settings)}"
             raise ValueError(f"resume_changes={sorted(unknown)} are no settings; {others}.")
         refused = [name for name in settings if name not in changes]
         if networks:  # whose memories are entries of the env
