@@ -182,6 +182,14 @@ def of_a_scale(scale):
     return lambda: scale * np.random.normal()
 
 
+def of_nothing():
+    def reads():
+        return later
+
+    return reads
+    later = 1
+
+
 def test_functions_that_carry_a_state_are_named():
     rng = np.random.default_rng(0)
     functions = [rng.normal, partial(rng.normal, 0, 1), lambda: rng.normal(), {"draw": rng.normal}, Sampler().draw]
@@ -198,7 +206,7 @@ def test_functions_that_carry_what_is_saved_or_never_changes_are_none():
     rng = np.random.default_rng(0)
     inner.draws, inner.rng = (rng.normal, lambda: rng.normal()), rng  # which is saved after them
     inner.others = [np.random.normal, random.gauss, of_a_scale(np.ones(2)), inner.step, partial(of_a_scale, 1.0), abs]
-    inner.names, inner.moves = lambda names=("a", "b"): names, {0: inner.step}
+    inner.names, inner.moves, inner.unset = lambda names=("a", "b"): names, {0: inner.step}, of_nothing()
     state_of(env)
 
 

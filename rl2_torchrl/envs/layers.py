@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import gc
 import inspect
 import random
 import sys
@@ -164,7 +165,8 @@ def _carried(function: Any) -> list[Any]:
     if isinstance(function, functools.partial):
         return [function.func, *function.args, *function.keywords.values()]
     if isinstance(function, types.FunctionType):
-        return [*(cell.cell_contents for cell in function.__closure__ or ()), *(function.__defaults__ or ())]
+        # An empty cell, of a name that is not given yet, has no contents to ask for.
+        return [*gc.get_referents(*(function.__closure__ or ())), *(function.__defaults__ or ())]
     return [function.__self__]
 
 
