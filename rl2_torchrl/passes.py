@@ -49,11 +49,12 @@ class Passes:
 
     def choose(self, optimizer: torch.optim.Optimizer) -> None:
         """Says backend and reason, as far as they are known before a batch; ValueError where the one that is named cannot serve."""
-        self.backend, self.reason = self._choose(optimizer)
+        self.backend, self.reason, _ = self._choose(optimizer)
 
-    def _choose(self, optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+    def _choose(self, optimizer: torch.optim.Optimizer) -> tuple[str, str, Program | None]:
+        """Backend and reason, and what makes gradients part by part, if that is the way."""
         if self._named == "autograd":
-            return "autograd", "it was asked for"
+            return "autograd", "it was asked for", None
         is_graph = self._named == "graph" or (self._named == "auto" and self._device.type == "cuda")
         is_ours = isinstance(self._loss, RL2PPOLoss)
         refusal = self._loss.why_not_parts() if is_ours else f"{type(self._loss).__name__} is no RL2PPOLoss"
@@ -64,20 +65,20 @@ class Passes:
         if refusal is not None:
             if self._named != "auto":
                 raise ValueError(f"backend={self._named!r} cannot serve: {refusal}. backend='auto' takes 'autograd'.")
-            return "autograd", refusal
+            return "autograd", refusal, None
         if is_graph:
-            return "graph", self._graphed.reason
-        self._program = Program(self._loss)
+            return "graph", self._graphed.reason, None
+        program = Program(self._loss)
         if self._named == "compiled":
-            if (refusal := self._joins() or why_not_compiled(self._program, optimizer, None)) is not None:
+            if (refusal := self._joins() or why_not_compiled(program, optimizer, None)) is not None:
                 raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
-            return "compiled", "it was asked for"
-        slow = [part.reason for part in self._program.parts if part.reason is not None]
+            return "compiled", "it was asked for", program
+        slow = [part.reason for part in program.parts if part.reason is not None]
         alone = f"autograd for these alone: {'; '.join(dict.fromkeys(slow))}"
         reason = alone if slow else "each part of the networks brings its own gradient"
         if (refusal := why_not_adam(optimizer, self._parameters)) is not None:
             reason += f"; {type(optimizer).__name__} takes its steps itself: {refusal}"
-        return "parts", reason
+        return "parts", reason, program
 
     def _joins(self) -> str | None:
         """Why a pass cannot run by itself, in words; None where it can."""
@@ -97,7 +98,7 @@ class Passes:
             max_grad_norm: clip the gradient's norm at this.
             replays: whether the networks must give the collected log-probabilities back, and ValueError where they do not.
         """
-        self.choose(optimizer)
+        self.backend, self.reason, program = self._choose(optimizer)
         checks = iter([self._require_replay] if replays else [])
         by_graph, step_by_step = (
             partial(way, optimizer, max_grad_norm, checks) for way in (self._by_graph, self._step_by_step)
@@ -106,7 +107,7 @@ class Passes:
             return by_graph
         if self.backend == "autograd":
             return partial(step_by_step, self._by_autograd)
-        given = (self._program, optimizer, self._minibatches.chunks)
+        given = (program, optimizer, self._minibatches.chunks)
         refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
         if refusal is not None and self._named == "compiled":
             raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
@@ -114,7 +115,7 @@ class Passes:
         if refusal is None and is_large:
             self.reason += "; backend='compiled' serves too, and is faster, but takes no part or term of your own"
         if refusal is not None or is_large:
-            return partial(step_by_step, self._program)
+            return partial(step_by_step, program)
         compiled = CompiledPass(*given, self._minibatches.rows, max_grad_norm)
         for check in checks:
             check(compiled.max_ratio)

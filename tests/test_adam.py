@@ -148,6 +148,16 @@ def test_weights_may_be_put_anew_between_two_minibatches(backend):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["parts", "autograd", "compiled"])
+def test_a_graph_of_before_an_update_cannot_be_gone_back_through(backend):
+    loss, batch = loss_of("categorical", "separate", torch.float64), batch_of("categorical", torch.float64)
+    update = PPOUpdate(loss, minibatches=3, epochs=1, backend=backend)
+    before = loss(batch)["loss_objective"]
+    update(batch)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()
+
+
 def test_hooks_on_all_optimizers_are_called():
     loss, calls = loss_of("categorical", "separate", torch.float32), []
     handle = register_optimizer_step_post_hook(lambda *_: calls.append(1))

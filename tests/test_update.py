@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from functools import partial, partialmethod
 
 import numpy as np
@@ -81,9 +82,9 @@ def way(request, monkeypatch):
 
 
 def _choose_graph(passes, choose, optimizer):
-    backend, reason = choose(passes, optimizer)
+    backend, reason, program = choose(passes, optimizer)
     serves = passes._named == "auto" and backend == "parts" and why_not_graphed(passes._loss, optimizer) is None
-    return ("graph", "as on a device") if serves else (backend, reason)
+    return ("graph", "as on a device", None) if serves else (backend, reason, program)
 
 
 class Seen:
@@ -926,3 +927,9 @@ def test_rounding_of_many_dimensions_in_half_precision_is_no_lost_memory(dtype):
     batch["action_log_prob"] -= 2  # ratios of e^2 and more are no rounding
     with pytest.raises(ValueError, match="memory was lost"):
         update(batch)
+
+
+def test_an_update_may_be_pickled():
+    update = PPOUpdate(make_loss(), minibatches=2)
+    again = pickle.loads(pickle.dumps(update))
+    assert (again.backend, again.reason) == (update.backend, update.reason)

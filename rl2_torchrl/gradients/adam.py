@@ -11,6 +11,7 @@ from inspect import unwrap
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.optim import Adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -71,7 +72,7 @@ class AdamSteps:
     def row_of(self, parameter: nn.Parameter) -> Row:
         """``parameter``, which has a gradient, as the kernels read it, and Adam's state of it, which it may not have had."""
         if not (state := self._optimizer.state[parameter]):  # as Adam does before its first step
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
         return Row(*map(kernels.address, tensors), ctypes.addressof(self._options[parameter]), parameter.numel())
@@ -96,6 +97,11 @@ class AdamSteps:
     def take(self) -> None:
         """A step by the gradients."""
         self._library.adam_step(self._table, len(self._table), self._scale)
+        self.tell_autograd()
+
+    def tell_autograd(self) -> None:
+        """That the weights are others now: a graph from before a step cannot be gone back through."""
+        increment_version([parameter for parameter in self._options if parameter.grad is not None])
 
 
 def steps_by(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> AdamSteps | OptimizerSteps:

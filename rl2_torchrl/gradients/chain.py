@@ -54,7 +54,7 @@ class ChainPart(Part):
     @property
     def detach(self) -> bool:
         """Whether the gradient stops at the first of ``in_keys``."""
-        return getattr(self.function, "detach", False) is True
+        return bool(vars(self.function).get("detach"))
 
     def run(self, state: State) -> None:
         [x, *_] = entries_of(state, self.in_keys)

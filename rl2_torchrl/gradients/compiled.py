@@ -92,6 +92,7 @@ class CompiledPass:
         memory = Workspace.take(torch.empty(0, dtype=self._dtype), (size,))
         arguments.memory = memory.data_ptr()
         end = library.ppo_pass(ctypes.byref(arguments))
+        self._steps.tell_autograd()
         Workspace.give(memory)
         has_stranger, taken = end <= -2, count if end == -1 else end if end >= 0 else -2 - end
         if has_stranger:
