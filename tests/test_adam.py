@@ -183,6 +183,16 @@ def test_a_class_below_adam_takes_its_own_steps_and_the_first_adamw_of_a_process
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_whose_steps_are_taken_is_told():
+    loss = loss_of("categorical", "separate", torch.float32)
+    for optimizer, told in (
+        (torch.optim.SGD(loss.parameters(), lr=0.1), True),
+        (torch.optim.AdamW(loss.parameters()), False),
+    ):
+        reason = PPOUpdate(loss, minibatches=3, optimizer=optimizer).reason
+        assert ("SGD takes its steps itself: the optimizer is more than" in reason) == told
+
+
 def test_a_step_of_the_users_own_is_called():
     loss = loss_of("categorical", "separate", torch.float32)
     optimizer, calls = torch.optim.Adam(loss.parameters()), []

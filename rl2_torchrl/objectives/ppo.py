@@ -164,7 +164,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _seen(self) -> "_Seen":
         """What has been found out about the networks, anew where a module, a hook or an option has changed."""
-        options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus, self.training)
+        options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus)
         if (seen := _SEEN.get(self)) is None or not seen.holds(self, options):
             seen = _SEEN[self] = _Seen(self, options)
         return seen
