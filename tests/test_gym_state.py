@@ -1,16 +1,24 @@
 """Gymnasium's envs in checkpoints: in the middle of a trial a resumed run goes on as the unbroken one, or says why it cannot."""
 
+import functools
+import itertools
+import logging
+import operator
 import random
 import re
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import CartPoleEnv
 from rollouts import Walk, make_policy, whole_numbers
 from runs import Run
 from tensordict import TensorDict
+from torch import nn
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, GymEnv, ParallelEnv, RewardSum, SerialEnv, TransformedEnv
 
@@ -168,18 +176,26 @@ class Sampler:
         return self.rng.normal()
 
 
-def counter():
-    count = [0]
-
-    def counted():
-        count[0] += 1
-        return count[0]
-
-    return counted
+class Swinging(CartPoleEnv):
+    """Somebody's own."""
 
 
-def of_a_scale(scale):
-    return lambda: scale * np.random.normal()
+def of(value):
+    return lambda: value
+
+
+def of_itself():
+    def fall(n):
+        return 1 if n < 1 else fall(n - 1)
+
+    return fall
+
+
+@dataclass
+class Options:
+    """What an env's functions read."""
+
+    low: float = 0.0
 
 
 def of_nothing():
@@ -193,20 +209,38 @@ def of_nothing():
 def test_functions_that_carry_a_state_are_named():
     rng = np.random.default_rng(0)
     functions = [rng.normal, partial(rng.normal, 0, 1), lambda: rng.normal(), {"draw": rng.normal}, Sampler().draw]
-    for function in (*functions, counter(), lambda rng=rng: rng.normal()):
-        env = gymnasium.make("CartPole-v1")
-        env.unwrapped.draw = function
-        with pytest.raises(NoStateError, match="CartPoleEnv.draw is a function with a state of its own"):
+    for function in (
+        *functions,
+        of(Sampler()),
+        of(itertools.count()),
+        of({"rng": rng}),
+        lambda *, rng=rng: rng.normal(),
+    ):
+        env = Swinging()
+        env.draw = function
+        with pytest.raises(NoStateError, match="Swinging.draw is a function with a state of its own"):
             state_of(env)
 
 
 def test_functions_that_carry_what_is_saved_or_never_changes_are_none():
-    env = gymnasium.wrappers.TransformReward(gymnasium.make("CartPole-v1"), lambda reward: reward * env.unwrapped.tau)
+    env = gymnasium.wrappers.TransformReward(Swinging(), lambda reward: reward * env.unwrapped.tau)
     inner = env.unwrapped
     rng = np.random.default_rng(0)
     inner.draws, inner.rng = (rng.normal, lambda: rng.normal()), rng  # which is saved after them
-    inner.others = [np.random.normal, random.gauss, of_a_scale(np.ones(2)), inner.step, partial(of_a_scale, 1.0), abs]
-    inner.names, inner.moves, inner.unset = lambda names=("a", "b"): names, {0: inner.step}, of_nothing()
+    read = [1.0, np.ones(2), {"max": 1.0}, [1, 2], {3}, Options(), range(3), torch.float32, Path("a"), np.sin, np.clip]
+    read += [np.random.default_rng, functools.lru_cache(abs), operator.itemgetter(0), logging.getLogger(), nn.Tanh()]
+    inner.read, inner.method = list(map(of, read)), {"a": 1}.get
+    inner.others = [
+        np.random.normal,
+        random.gauss,
+        torch.rand,
+        inner.step,
+        of_itself(),
+        partial(np.clip, a_min=0, a_max=1),
+    ]
+    inner.names, inner.moves = lambda names=("a", "b"): names, {0: inner.step}
+    for _ in range(40):
+        inner.step_twice = (lambda f: lambda: (f, f))(inner.step_twice if hasattr(inner, "step_twice") else inner.step)
     state_of(env)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import gc
 import inspect
@@ -14,7 +13,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from torch import Tensor
+from torch import Generator, default_generator
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
@@ -29,9 +28,9 @@ _CONSTANT = (
     *(*_FUNCTIONS, types.ModuleType, type),
     *(gymnasium.spaces.Space, gymnasium.envs.registration.EnvSpec, np.dtype, TensorSpec),
 )
-#: What functions close over to read it, and the program's own generators, whose methods are no env's.
-_READ = (bool, int, float, complex, str, bytes, types.NoneType, np.generic, np.ndarray, Tensor, enum.Enum)
-_OF_THE_PROGRAM = (np.random.random.__self__, random.random.__self__)
+#: What is another with each use, but for the program's own generators, which are no env's.
+_CHANGING = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, Generator, Iterator)
+_OF_THE_PROGRAM = (np.random.random.__self__, random.random.__self__, default_generator)
 #: Attributes of Gymnasium's and TorchRL's own that hold the arguments of constructors, or read an info.
 _SKIPPED = {"_saved_kwargs", "_cached_spec", "spec", "metadata", "_constructor_kwargs", "_info_dict_reader"}
 #: Attributes of Gymnasium's MuJoCo envs that are looked after apart, or draw pictures.
@@ -69,7 +68,7 @@ def state_of(env: Any) -> list[dict[str, Any]]:
     try:
         states = [_layer_state(layer, saver, constants) for layer in layers]
         for where, value in constants.items():  # once all is known that is saved
-            if not _is_stateless(value, saver):
+            if _hides_state(value, saver, {}):
                 raise NoStateError(f"{where} is a function with a state of its own, which is no attribute of the env")
         return states
     except RecursionError as error:
@@ -147,27 +146,39 @@ def _is_constant(value: Any) -> bool:
     return len(value) > 0 and all(map(_is_constant, value.values() if type(value) is dict else value))
 
 
-def _is_stateless(value: Any, saver: Saver) -> bool:
-    """Whether a constant carries nothing that may change, but for what ``saver`` has taken apart."""
-    if saver.has_met(value) or isinstance(value, _READ) or any(value is each for each in _OF_THE_PROGRAM):
-        return True
-    if isinstance(value, _FUNCTIONS):
-        parts = _carried(value)
-    elif type(value) is tuple or _is_constant(value):
-        parts = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
-    else:
+def _hides_state(value: Any, saver: Saver, seen: dict[int, Any]) -> bool:
+    """Whether a constant has along what changes and is not saved: a generator, an iterator, or the object whose method it is.
+
+    Numbers, arrays and containers that a function closes over are taken for its settings, as they nearly always are.
+    """
+    if id(value) in seen or saver.has_met(value) or any(value is each for each in _OF_THE_PROGRAM):
         return False
-    return all(_is_stateless(each, saver) for each in parts)
+    seen[id(value)] = value
+    is_method = (
+        isinstance(value, types.MethodType) and saver.is_own(value.__self__) and not saver.has_met(value.__self__)
+    )
+    if is_method or isinstance(value, _CHANGING):
+        return True
+    return any(_hides_state(each, saver, seen) for each in _carried(value, saver))
 
 
-def _carried(function: Any) -> list[Any]:
-    """What a function has along: what its arguments are already, what it closes over, or whose method it is."""
-    if isinstance(function, functools.partial):
-        return [function.func, *function.args, *function.keywords.values()]
-    if isinstance(function, types.FunctionType):
+def _carried(value: Any, saver: Saver) -> list[Any]:
+    """What is in a container or an object of the env's own; of a function, what it closes over, and its known arguments."""
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.FunctionType):
         # An empty cell, of a name that is not given yet, has no contents to ask for.
-        return [*gc.get_referents(*(function.__closure__ or ())), *(function.__defaults__ or ())]
-    return [function.__self__]
+        known = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return [*gc.get_referents(*(value.__closure__ or ())), *known]
+    if isinstance(value, types.MethodType | types.BuiltinFunctionType):
+        return [value.__self__, *getattr(value.__self__, "__dict__", {}).values()]
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)
+    if hasattr(value, "__wrapped__"):
+        return [value.__wrapped__]
+    return list(vars(value).values()) if saver.is_own(value) and hasattr(value, "__dict__") else []
 
 
 def _draws_of(layer: Any) -> dict[str, list[dict[str, Any] | None]]:

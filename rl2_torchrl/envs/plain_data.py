@@ -69,6 +69,11 @@ class Saver:
         """Whether ``value`` has been taken apart, or is known."""
         return id(value) in self._met
 
+    def is_own(self, value: Any) -> bool:
+        """Whether ``value`` is an object of a class of the env's own packages."""
+        module = type(value).__module__
+        return not {module, module.partition(".")[0]}.isdisjoint(self._packages)
+
     def _mutable(self, value: Any, where: str) -> list:
         if type(value) is np.ndarray and _is_numeric(value.dtype):
             return ["array", value.copy()]
