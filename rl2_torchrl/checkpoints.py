@@ -394,10 +394,13 @@ class _States:
 
 
 class _CollectorState:
-    """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more."""
+    """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more.
+
+    Where it has taken the place of another kind, with workers or without, that one's state is handed on: it may come back.
+    """
 
     def __init__(self, collector: BaseCollector):
-        self._collector, self._known = collector, {}
+        self._collector, self._known, self._replaced = collector, {}, {}
 
     def ask(self) -> None:
         self._known = self._collector.state_dict()
@@ -413,13 +416,15 @@ class _CollectorState:
     def last_known(self) -> dict[str, Any]:
         """With the counts as they are, which are not the processes'."""
         counts = {name: getattr(self._collector, f"_{name}") for name in ("frames", "iter") if name in self._known}
-        return {**self._known, **counts}
+        return {**self._known, **counts, **({"replaced": self._replaced} if self._replaced else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if ("lives" in state) == isinstance(self._collector, TrialWorkers):
-            self._collector.load_state_dict(state)
-        else:  # in the other's place, of which it takes over what has been counted
-            self._collector._frames = state["frames"]
+        last = {name: each for name, each in state.items() if name != "replaced"}
+        by_kind = {"lives" in each: each for each in (state.get("replaced"), last) if each}
+        has_workers = isinstance(self._collector, TrialWorkers)
+        if has_workers in by_kind:
+            self._collector.load_state_dict(by_kind[has_workers])
+        self._collector._frames, self._replaced = last["frames"], by_kind.get(not has_workers, {})
 
 
 class _RolloutState:

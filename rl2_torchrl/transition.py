@@ -18,6 +18,9 @@ from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, base_of, is_within
 
 __all__ = ["PreviousStep"]
 
+#: Whose transforms name all that they write.
+_KNOWN = ("rl2_torchrl.", "torchrl.")
+
 NO_REWARD = (
     "the env's step returned no 'reward', which the agent is shown and learns from: _step returns one a row, [*B, 1]."
 )
@@ -167,7 +170,8 @@ class PreviousStep(Transform):
             )
         before = transforms_of(self.container)
         before = before[: before.index(self)]
-        if env.reward_key != "reward" and not any("reward" in (each.out_keys or ()) for each in before):
+        writes = any("reward" in (t.out_keys or ()) or not type(t).__module__.startswith(_KNOWN) for t in before)
+        if env.reward_key != "reward" and not writes:
             raise KeyError(
                 f"the env's reward is {env.reward_key!r}, and PreviousStep, and whatever learns, reads 'reward': name it so before "
                 f"this transform, Compose(Trial(...), RenameTransform([{env.reward_key!r}], ['reward']), ..., PreviousStep())."

@@ -125,12 +125,12 @@ class VideoWriter:
         """Adds a ``picture``, ``[height, width, 3]`` uint8, all of one size, with ``caption`` in its upper left corner."""
         picture = torch.as_tensor(picture)
         self._shape = self._shape or picture.shape
-        if picture.dtype != torch.uint8 or picture.shape != self._shape or picture.shape[2:] != (3,):
+        if picture.dtype != torch.uint8 or picture.shape != self._shape or picture.shape[2:] not in ((), (3,), (4,)):
             raise ValueError(
                 f"a picture of {self.path.name} is {picture.dtype} {list(picture.shape)}; all must be uint8 [height, width, 3], "
-                f"from 0 to 255, of the size of the first, which is {list(self._shape)}."
+                f"from 0 to 255 (4 with transparency, none of greys), of the size of the first, which is {list(self._shape)}."
             )
-        image = self._image.fromarray(picture.cpu().numpy())
+        image = self._image.fromarray(picture.cpu().numpy()).convert("RGB")
         if caption:
             self._draw.Draw(image).text(
                 (8, 6), caption, fill="white", font_size=16, stroke_width=1, stroke_fill="black"

@@ -50,16 +50,16 @@ def test_an_observation_by_hand(space, spec, rows, expected):
 @pytest.mark.parametrize(
     ("space", "right", "wrong", "words"),
     [
-        (spaces.MultiDiscrete([3, 2]), [2, 1], [3, 0], "[3, 0] in row 1, of [3, 2]"),
-        (spaces.MultiDiscrete([3, 2]), [2, 1], [0, -1], "[0, -1] in row 1, of [3, 2]"),
-        (spaces.Discrete(5), 4, 5, "5 in row 1, of 5"),
-        (spaces.Discrete(5, start=1), 1, 0, "-1 in row 1, of 5"),
-        (spaces.MultiBinary(2), [0, 1], [0, 5], "[0, 5] in row 1, of 2"),
+        (spaces.MultiDiscrete([3, 2]), [2, 1], [3, 0], "[3, 0] in row 1, of [3, 2] choices from 0 on"),
+        (spaces.MultiDiscrete([3, 2]), [2, 1], [0, -1], "[0, -1] in row 1, of [3, 2] choices from 0 on"),
+        (spaces.Discrete(5), 4, 5, "5 in row 1, of 5 choices from 0 on"),
+        (spaces.Discrete(5, start=1), 1, 0, "0 in row 1, of 5 choices from 1 on"),
+        (spaces.MultiBinary(2), [0, 1], [0, 5], "[0, 5] in row 1, of 2 choices from 0 on"),
     ],
     ids=str,
 )
 def test_a_choice_that_does_not_exist_is_told(space, right, wrong, words):
-    with pytest.raises(ValueError, match=re.escape(f"'observation' {words} choices from 0 on")):
+    with pytest.raises(ValueError, match=re.escape(f"'observation' {words}")):
         ObservationSpace(space).arrays(np.array([right, wrong]))
 
 

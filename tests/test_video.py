@@ -112,7 +112,7 @@ def test_gymnasiums_envs_without_pictures(tmp_path):
     [
         (np.zeros((4, 6, 3)), r"float64 \[4, 6, 3\]"),
         (None, r"object \[\]"),
-        (np.zeros((4, 6), np.uint8), r"uint8 \[4, 6\]"),
+        (np.zeros((4, 6, 2), np.uint8), r"uint8 \[4, 6, 2\]"),
     ],
 )
 def test_what_an_env_draws_that_is_no_picture_is_told(picture, seen):
@@ -124,6 +124,15 @@ def test_what_an_env_draws_that_is_no_picture_is_told(picture, seen):
     env.reset()
     with pytest.raises(TypeError, match=rf"render\(\) draws {seen}; a picture is uint8"):
         env.render()
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 4)])
+def test_greys_and_transparent_pictures_are_pictures_too(shape, tmp_path):
+    with VideoWriter(tmp_path / "film.gif") as video:
+        for shade in (10, 200):
+            video.append(np.full(shape, shade, np.uint8), "seen")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert (film.n_frames, film.size) == (2, (6, 4))
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,10 @@ class _Leaf:
         array = array.reshape(1 if is_one else len(array), *self.spec.shape)
         array = array if self.start is None else array - self.start.numpy()
         if self.choices is not None and (wrong := (array < 0) | (array >= self.choices)).any():
-            row = int(wrong.nonzero()[0][0])
+            row, first = int(wrong.nonzero()[0][0]), 0 if self.start is None else self.start.numpy()
             raise ValueError(
-                f"the env gives {self.key!r} {array[row].tolist()} in row {row}, of {self.choices.tolist()} choices from 0 on: the "
-                "agent would be shown another one. Mend the env or its observation_space."
+                f"the env gives {self.key!r} {(array[row] + first).tolist()} in row {row}, of {self.choices.tolist()} choices from "
+                f"{np.asarray(first).tolist()} on: the agent would be shown another one. Mend the env or its observation_space."
             )
         return array
 

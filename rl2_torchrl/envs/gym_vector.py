@@ -361,9 +361,10 @@ class GymVectorEnv(TensorEnv):
                 'GymVectorEnv("CartPole-v1", 1, render_mode="rgb_array"), say.'
             )
         picture = np.array(call(self.envs, self.envs.render)[row])
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+        if picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,), (4,)):
             raise TypeError(
-                f"render() draws {picture.dtype} {list(picture.shape)}; a picture is uint8 [height, width, 3], from 0 to 255."
+                f"render() draws {picture.dtype} {list(picture.shape)}; a picture is uint8 [height, width, 3], from 0 to 255 "
+                "(4 with transparency, none of greys)."
             )
         return torch.from_numpy(picture)
 

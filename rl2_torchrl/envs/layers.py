@@ -13,6 +13,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium import wrappers
 from torch import Generator, default_generator
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
@@ -37,6 +38,9 @@ _SKIPPED = {"_saved_kwargs", "_cached_spec", "spec", "metadata", "_constructor_k
 _OF_MUJOCO = {"data", "model", "mujoco_renderer"}
 #: Packages whose objects are none of an env's own.
 _LIBRARIES = {"abc", "builtins", "gymnasium", "rl2_torchrl", "tensordict", "torch", "torchrl", "typing"}
+#: Gymnasium's wrappers that normalize, of an env and of a vector env.
+_NORMALIZING = (wrappers.NormalizeObservation, wrappers.NormalizeReward)
+_NORMALIZING += (wrappers.vector.NormalizeObservation, wrappers.vector.NormalizeReward)
 #: Gymnasium's module of the statistics by which its wrappers normalize.
 _STATISTICS = "gymnasium.wrappers.utils"
 
@@ -100,8 +104,7 @@ def state_or_reason(env: Any) -> list[dict[str, Any]] | str:
 
 def moving_statistics(env: Any) -> list[str]:
     """Gymnasium's wrappers in ``env`` that normalize by statistics which move with what they see, by their classes' names."""
-    wrappers = (each for each in _layers(env) if isinstance(each, gymnasium.Wrapper | gymnasium.vector.VectorWrapper))
-    return [type(each).__name__ for each in wrappers if getattr(each, "update_running_mean", False)]
+    return [type(each).__name__ for each in _layers(env) if isinstance(each, _NORMALIZING) and each.update_running_mean]
 
 
 def _layers(env: Any) -> Iterator[Any]:

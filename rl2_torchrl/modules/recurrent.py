@@ -252,17 +252,13 @@ class MemoryValueHead(Network):
         )
         in_keys = [features_key, *as_list("extra_keys", extra_keys)]
         super().__init__(TensorDictModule(SkipHead(head, detach), in_keys, [value_key]))
-        self.value_key = value_key
+        self.detach, self.value_key = detach, value_key
 
-    @property
-    def detach(self) -> bool:
-        """Whether the gradient stops at the actor's memory, from now on if it is set."""
-        return self[0].module.detach
-
-    @detach.setter
-    def detach(self, detach: bool) -> None:
-        require_flags(detach=detach)
-        self[0].module.detach = detach
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "detach":  # whenever it is set
+            require_flags(detach=value)
+            self[0].module.detach = value
+        super().__setattr__(name, value)
 
     @classmethod
     def from_env(cls, env: EnvBase, actor: RecurrentActor, **kwargs) -> MemoryValueHead:

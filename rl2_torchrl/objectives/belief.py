@@ -37,6 +37,8 @@ class TaskBelief(nn.Module):
         True
     """
 
+    out_keys = ("loss_belief", "belief_error")
+
     def __init__(
         self,
         features_size: int,
@@ -57,7 +59,7 @@ class TaskBelief(nn.Module):
             whole("features_size", features_size), whole("target_size", target_size), device=device, dtype=dtype
         )
         self.coefficient, self.target = coefficient, target
-        self.in_keys, self.out_keys = [features_key, task_key], ["loss_belief", "belief_error"]
+        self.in_keys = [features_key, task_key]
 
     def forward(self, features: Tensor, task: Tensor) -> dict[str, Tensor]:
         """Loss and error, from features ``[N, T, features_size]`` and tasks ``[N, T, ...]``."""
