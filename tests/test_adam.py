@@ -175,10 +175,12 @@ def test_a_class_below_adam_takes_its_own_steps_and_the_first_adamw_of_a_process
 
     parameters = [nn.Parameter(torch.ones(3))]
     assert "more than" in why_not_adam(Other(parameters), parameters)
-    # PyTorch puts another step in the place of that of each class whose first object is made.
+    # PyTorch puts another step in the place of that of each class whose first object is made, and more when it compiles.
     code = (
-        "import torch; from rl2_torchrl.gradients.adam import why_not_adam; p = [torch.nn.Parameter(torch.ones(3))]; "
-        "assert why_not_adam(torch.optim.AdamW(p), p) is None"
+        "import torch; from rl2_torchrl.gradients.adam import why_not_adam; p = [torch.nn.Parameter(torch.ones(3))]\n"
+        "assert why_not_adam(torch.optim.AdamW(p), p) is None\n"
+        "torch.compile(lambda x: x + 1, backend='eager')(p[0])\n"
+        "assert [why_not_adam(cls(p), p) for cls in (torch.optim.Adam, torch.optim.AdamW)] == [None, None]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -124,8 +124,9 @@ def _conditions(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
     # A learning-rate scheduler puts a function of its own in the place of step, as users may.
     more = hooks or "step" in vars(optimizer) or any(group.get(option) for group in groups for option in options)
     more = more or any(group.get("weight_decay") and not group["decoupled_weight_decay"] for group in groups)
-    cls = type(optimizer)  # whose step PyTorch wraps when a first one is made
-    is_adam = unwrap(cls.step) is unwrap(Adam.step) and cls._init_group is Adam._init_group and not more
+    # PyTorch wraps both: the one when a first optimizer of a class is made, the other in each class when it compiles.
+    pairs = [(getattr(type(optimizer), name, None), getattr(Adam, name)) for name in ("step", "_init_group")]
+    is_adam = all(own is not None and unwrap(own) is unwrap(adams) for own, adams in pairs) and not more
     yield is_adam, "the optimizer is more than torch.optim.Adam with lr, betas and eps, or AdamW"
     is_whole = held >= {p for p in parameters if p.requires_grad}
     yield is_whole, "the optimizer does not hold all of the loss's parameters"
