@@ -424,7 +424,9 @@ class _CollectorState:
         has_workers = isinstance(self._collector, TrialWorkers)
         if has_workers in by_kind:
             self._collector.load_state_dict(by_kind[has_workers])
-        self._collector._frames, self._replaced = last["frames"], by_kind.get(not has_workers, {})
+        if by_kind.get(has_workers) is not last:  # what the other has counted goes on
+            self._collector._frames = last["frames"]
+        self._replaced = by_kind.get(not has_workers, {})
 
 
 class _RolloutState:

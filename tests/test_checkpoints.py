@@ -34,6 +34,7 @@ from rl2_torchrl import (
     check_training,
     train,
 )
+from rl2_torchrl.checkpoints import _CollectorState
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, uniform_means
 from rl2_torchrl.storage import load_tree
 
@@ -687,3 +688,13 @@ def test_an_error_in_a_rollout_says_where(tmp_path):
     with pytest.raises(Exception, match=rf"nan(.|\n)*rollout of update 2, after {2 * BATCH} .*reward.* not finite"):
         run.train(checkpoints=tmp_path, checkpoint_interval=1)
     assert saved_steps(tmp_path) == [BATCH, 2 * BATCH]
+
+
+def test_a_collector_of_ones_own_has_the_state_that_it_says():
+    class Own:
+        def load_state_dict(self, state):
+            self.state = state
+
+    own = Own()
+    _CollectorState(own).load_state_dict({"seen": 3})
+    assert own.state == {"seen": 3}

@@ -147,3 +147,8 @@ def test_a_scale_that_another_term_reads_gets_its_gradient_too():
     Program(loss)(data)
     for parameter, gradient in zip(loss.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_data_on_another_device_reach_no_kernel():
+    part = Head(4, 2, init_range=1.0).gradient_part(["x"], ["y"])
+    assert part is None or not part.forward_by_hand({"x": torch.zeros(3, 5, 4, device="meta")})

@@ -173,8 +173,10 @@ def _carried(value: Any, saver: Saver) -> list[Any]:
         # An empty cell, of a name that is not given yet, has no contents to ask for.
         known = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         return [*gc.get_referents(*(value.__closure__ or ())), *known]
-    if isinstance(value, types.MethodType | types.BuiltinFunctionType):
+    if isinstance(value, types.MethodType):
         return [value.__self__, *getattr(value.__self__, "__dict__", {}).values()]
+    if isinstance(value, types.BuiltinFunctionType):  # whose own may be a whole module
+        return [value.__self__]
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, list | tuple | set | frozenset):

@@ -68,7 +68,8 @@ class ChainPart(Part):
     def forward_by_hand(self, state: State) -> bool:
         x, *more = entries_of(state, self.in_keys)
         self._sizes = [entry.shape[-1] for entry in (x, *more)]
-        fits = sum(self._sizes) == self.linears[0].in_features and x.dtype == self.linears[0].weight.dtype
+        weight = self.linears[0].weight
+        fits = (sum(self._sizes), x.dtype, x.device) == (self.linears[0].in_features, weight.dtype, weight.device)
         if not fits or not x.numel():
             return False
         if more:

@@ -206,7 +206,8 @@ def _accumulate(out: Tensor, done: Tensor, discount: float) -> Tensor:
     """
     if not kernels.covers(out):
         return _accumulate_by_doubling(out, done, discount)
-    sums, ends = (entry.reshape(-1, out.shape[-2]) for entry in (out, done))
+    flags = done.to(out.device, torch.bool).expand_as(out)  # a kernel asks nothing
+    sums, ends = (entry.reshape(-1, out.shape[-2]) for entry in (out, flags))
     strided = [(entry.data_ptr(), *entry.stride()) for entry in (ends, sums)]
     kernels.load(out.dtype).discounted_sums(*sums.shape, *strided[0], discount, *strided[1])
     return out if sums.data_ptr() == out.data_ptr() else out.copy_(sums.view(out.shape))
