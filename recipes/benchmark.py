@@ -73,7 +73,7 @@ def main(
     threads: int | None = None,
     trials: int | None = None,
     units: int | None = None,
-    backend: Literal["auto", "compiled", "parts", "autograd", "graph"] = "auto",
+    backend: Literal["auto", "parts", "autograd", "graph"] = "auto",
     scaling: Path | None = None,
     json: Path | None = None,
     device: str = "cpu",
@@ -87,7 +87,7 @@ def main(
         threads: threads that PyTorch uses; all cores by default.
         trials: trials in a batch, in place of the workload's.
         units: GRU units, in place of the workload's.
-        backend: of the update: compiled leaves no time to Python, and takes no part or term of one's own.
+        backend: of the update.
         scaling: folder for a plot and a table of steps/s against trials and units, around the workload (W1 for all).
         json: file to write all figures to.
         device: where everything lives, cpu or cuda. A collected batch is one CUDA graph there.

@@ -12,9 +12,19 @@ from torchrl.collectors import Collector
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
 from recipes.benchmark import Workload, compose
-from recipes.extensions import Gate, OneHotBandit, PlainSeeker, Seeker, TaskPrediction, WeightPenalty, gated_head
+from recipes.extensions import (
+    Gate,
+    OneHotBandit,
+    PlainSeeker,
+    Seeker,
+    TaskPrediction,
+    WeightPenalty,
+    gated_head,
+    weight_penalty,
+)
 from rl2_torchrl import (
     ActorCritic,
+    GRUCategoricalActor,
     GRUGaussianActor,
     MemoryValueHead,
     PPOUpdate,
@@ -135,6 +145,24 @@ class BaseGRU:
         return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class PenaltyAlone:
+    """A `WeightPenalty`'s own entry, forward and back.
+
+    Args:
+        parameters: what it punishes.
+    """
+
+    parameters: Sequence[nn.Parameter]
+
+    def seconds(self, workload: Workload) -> float:
+        """Seconds of what an iteration of ``workload`` asks of it."""
+        start = time.perf_counter()
+        for _ in range(workload.epochs * workload.minibatches):
+            torch.autograd.grad(weight_penalty(self.parameters), self.parameters)
+        return time.perf_counter() - start
+
+
 def feed_forward(module: nn.Module, input_size: int, *, reads_data: bool = False) -> Layer:
     """A module that is called in the same way in collection and update."""
     return Layer(module, module, input_size, reads_data)
@@ -145,7 +173,7 @@ class Arithmetic:
     """What a variant computes beyond the base (``added``), and what it does not that the base does (``removed``)."""
 
     workload: Workload
-    added: Sequence[Layer] = ()
+    added: Sequence[Layer | PenaltyAlone] = ()
     removed: Sequence[Layer | BaseGRU] = ()
 
     def __call__(self) -> float:
@@ -197,6 +225,12 @@ def extra_loss_arithmetic(workload: Workload) -> Arithmetic:
 def loss_subclass(workload: Workload) -> Training:
     """A subclass of the loss."""
     return training(workload, loss=WeightPenalty)
+
+
+def loss_subclass_arithmetic(workload: Workload) -> Arithmetic:
+    """The penalty alone."""
+    actor = GRUCategoricalActor(workload.arms + 2, workload.arms, hidden_size=workload.units)
+    return Arithmetic(workload, [PenaltyAlone(list(actor.parameters()))])
 
 
 def tanh(workload: Workload) -> Training:
@@ -304,7 +338,7 @@ def torchrl_collector(workload: Workload) -> Collection:
 
 VARIANTS = {
     "extra_loss": Variant(1.15, "loss term of a linear layer", extra_loss, arithmetic=extra_loss_arithmetic),
-    "loss_subclass": Variant(1.4, "subclass of the loss", loss_subclass),
+    "loss_subclass": Variant(1.4, "subclass of the loss", loss_subclass, arithmetic=loss_subclass_arithmetic),
     "tanh": Variant(1.15, "Tanh for ReLU", tanh, arithmetic=tanh_arithmetic),
     "one_hot": Variant(1.1, "one-hot actions", one_hot),
     "two_layers": Variant(1.3, "two GRU layers", two_layers, arithmetic=two_layers_arithmetic),

@@ -1,6 +1,6 @@
 """What a user might bring to this package: envs, a loss, a loss term and a module, as `recipes.extension_benchmark` times them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -38,8 +38,12 @@ class WeightPenalty(RL2PPOLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses of the sequences ``tensordict`` ``[*B, T]``."""
         losses = super().forward(tensordict)
-        squares = sum(parameter.square().sum() for parameter in self.actor_network.parameters())
-        return losses.set("loss_penalty", 1e-5 * squares)
+        return losses.set("loss_penalty", weight_penalty(self.actor_network.parameters()))
+
+
+def weight_penalty(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """A small multiple of the sum of all squares."""
+    return 1e-5 * sum(parameter.square().sum() for parameter in parameters)
 
 
 # ---------------------------------------------------------------------- modules

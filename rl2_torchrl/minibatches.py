@@ -91,9 +91,14 @@ class Minibatches:
     def entries(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
         """One pass, minibatches, or this process's part of them, as entries ``[rows, bptt, ...]``."""
         for index in self.order().split(self.rows):  # no TensorDict for each
-            own = self.learners.share(index)
-            self.weight = len(own) / len(index)
+            own = self.share(index)
             yield {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
+
+    def share(self, index: torch.Tensor) -> torch.Tensor:
+        """This process's part of a minibatch of the chunks ``index``."""
+        own = self.learners.share(index)
+        self.weight = len(own) / len(index)
+        return own
 
 
 def _sizes(chunks: TensorDictBase | dict[NestedKey, torch.Tensor]) -> dict[NestedKey, tuple[torch.Size, torch.dtype]]:

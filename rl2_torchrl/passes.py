@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -11,9 +12,9 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import noted
 from rl2_torchrl.gradients import Program
-from rl2_torchrl.gradients.adam import steps_by, why_not_adam
-from rl2_torchrl.gradients.compiled import MOST_STEPS, CompiledPass, why_not_compiled
+from rl2_torchrl.gradients.adam import AdamSteps, OptimizerSteps, steps_by, why_not_adam
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
+from rl2_torchrl.gradients.replays import Replays
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
@@ -22,7 +23,7 @@ __all__ = ["Metrics", "Passes"]
 
 Metrics = dict[str, float | torch.Tensor]
 
-_BACKENDS = ("auto", "compiled", "parts", "autograd", "graph")
+_BACKENDS = ("auto", "parts", "autograd", "graph")
 
 
 class Passes:
@@ -40,7 +41,7 @@ class Passes:
 
     def __init__(self, loss: ClipPPOLoss, minibatches: Minibatches, learners: Learners, named: str):
         if named not in _BACKENDS:
-            raise ValueError(f"backend={named!r}: choose 'auto', 'compiled', 'parts', 'autograd' or 'graph'.")
+            raise ValueError(f"backend={named!r}: choose 'auto', 'parts', 'autograd' or 'graph'.")
         self._loss, self._minibatches, self._learners, self._named = loss, minibatches, learners, named
         # One list: walking through the loss's modules for them costs more than Adam's step.
         self._parameters = list(loss.parameters())
@@ -69,10 +70,6 @@ class Passes:
         if is_graph:
             return "graph", self._graphed.reason, None
         program = Program(self._loss)
-        if self._named == "compiled":
-            if (refusal := self._joins() or why_not_compiled(program, optimizer, None)) is not None:
-                raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
-            return "compiled", "it was asked for", program
         slow = [part.reason for part in program.parts if part.reason is not None]
         alone = f"autograd for these alone: {'; '.join(dict.fromkeys(slow))}"
         reason = alone if slow else "each part of the networks brings its own gradient"
@@ -85,10 +82,11 @@ class Passes:
         return "several processes join their gradients after each minibatch" if self._learners.size > 1 else None
 
     # ------------------------------------------------------------------ a batch
+    @contextmanager
     def over_batch(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, *, replays: bool
-    ) -> Callable[[], Iterable[Metrics]]:
-        """A pass over the batch that the minibatches hold now, to be called once an epoch.
+    ) -> Iterator[Callable[[], Iterable[Metrics]]]:
+        """Within it, a pass over the batch that the minibatches hold now, to be called once an epoch.
 
         It gives metrics of each minibatch. After those of one whose gradient is not finite, on which no step has been taken, ask
         for no more.
@@ -100,39 +98,46 @@ class Passes:
         """
         self.backend, self.reason, program = self._choose(optimizer)
         checks = iter([self._require_replay] if replays else [])
-        by_graph, step_by_step = (
-            partial(way, optimizer, max_grad_norm, checks) for way in (self._by_graph, self._step_by_step)
-        )
         if self.backend == "graph":
-            return by_graph
-        if self.backend == "autograd":
-            return partial(step_by_step, self._by_autograd)
-        given = (program, optimizer, self._minibatches.chunks)
-        refusal = "it was asked for" if self._named == "parts" else self._joins() or why_not_compiled(*given)
-        if refusal is not None and self._named == "compiled":
-            raise ValueError(f"backend='compiled' cannot serve: {refusal}. backend='auto' takes 'parts'.")
-        is_large = self._named == "auto" and self._minibatches.rows * self._minibatches.steps > MOST_STEPS
-        if refusal is None and is_large:
-            self.reason += "; backend='compiled' serves too, and is faster, but takes no part or term of your own"
-        if refusal is not None or is_large:
-            return partial(step_by_step, program)
-        compiled = CompiledPass(*given, self._minibatches.rows, max_grad_norm)
-        for check in checks:
-            check(compiled.max_ratio)
-        self.backend, self.reason = "compiled", "GRUs and heads of one layer each, Adam or AdamW"
-        return lambda: compiled.run(self._minibatches.order())
+            yield partial(self._by_graph, optimizer, max_grad_norm, checks)
+            return
+        given = (steps_by(optimizer, self._parameters), max_grad_norm, checks)
+        if program is None:
+            yield partial(self._by_autograd, *given)
+            return
+        replayed = Replays(program, self._minibatches.chunks)
+        try:
+            yield partial(self._by_parts, replayed, *given)
+        finally:
+            replayed.close()
 
-    def _step_by_step(self, optimizer, max_grad_norm: float | None, checks: Iterator, gradients: Callable) -> Iterator:
-        """By ``gradients``, which makes those of a minibatch; the step is taken once its metrics have been looked at."""
-        steps = steps_by(optimizer, self._parameters)
+    def _by_parts(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
+        order = self._minibatches.order().long().contiguous()
+        while len(order):
+            rows = min(self._minibatches.rows, len(order))
+            together = replays.passes(steps, max_grad_norm, order, rows) if self._learners.size == 1 else []
+            if together:
+                yield from together
+            else:
+                losses = replays(self._minibatches.share(order[:rows]).contiguous())
+                yield from self._step(losses, steps, max_grad_norm, checks)
+            order = order[max(1, len(together)) * rows :]
+
+    def _by_autograd(self, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
         for entries in self._minibatches.entries():
-            losses = self._joined(gradients(entries))
-            total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-            metrics = {"loss": total, **losses, "grad_norm": steps.clip(max_grad_norm)}
-            for check in checks:
-                check(metrics["max_ratio"])
-            yield metrics
-            steps.take()
+            yield from self._step(self._losses_by_autograd(entries), steps, max_grad_norm, checks)
+
+    def _step(
+        self, losses: Metrics, steps: AdamSteps | OptimizerSteps, max_norm: float | None, checks: Iterator
+    ) -> Iterator[Metrics]:
+        """The metrics of a minibatch whose gradients have been made; the step is taken once they have been looked at."""
+        losses = self._joined(losses)
+        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        metrics = {"loss": total, **losses, "grad_norm": steps.clip(max_norm)}
+        for check in checks:
+            check(metrics["max_ratio"])
+        yield metrics
+        steps.take()
 
     def _by_graph(self, optimizer, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
         starts = self._minibatches.chunks.get("is_init")
@@ -142,7 +147,7 @@ class Passes:
         yield from self._graphed.run(entries, optimizer, max_grad_norm, next(checks, None))
         self.reason = self._graphed.reason
 
-    def _by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
+    def _losses_by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
         with noted(
             f"The loss was given {sorted(map(str, entries))}; what it reads beside these its in_keys must name: loss.in_keys = "
             "[*loss.in_keys, ...]."

@@ -81,11 +81,10 @@ class PPOUpdate:
         optimizer: an optimizer in place of Adam, over parameters of the loss.
         generator: generator of the shuffling.
         backend: how gradients are made. ``"parts"``: part by part, by kernels where a part brings its own gradient
-            (`rl2_torchrl.gradients`). ``"compiled"``: a whole pass in one call of the kernels, for networks of one GRU and heads of
-            one layer under Adam(W), the faster the smaller minibatches are. ``"autograd"``: by PyTorch through ``loss.forward``.
-            ``"graph"``: the same, recorded once as a CUDA graph, of which there is none on a CPU. ``"auto"``, the default: on CUDA
-            a graph, for minibatches of up to 256 steps a compiled pass, else parts, beside which a part or term of your own costs
-            no more than itself; autograd where nothing else serves. One that is named raises where it cannot.
+            (`rl2_torchrl.gradients`), beside which one of your own costs no more than itself; what kernels do from one to the next
+            is one call, and a whole pass where there is none. ``"autograd"``: by PyTorch through ``loss.forward``. ``"graph"``: the
+            same, recorded once as a CUDA graph, of which there is none on a CPU. ``"auto"``, the default: on CUDA a graph, else
+            parts; autograd where they do not serve. One that is named raises where it cannot.
         process_group: processes that update together (data parallel), such as ``torch.distributed.group.WORLD``, each with a
             collector of its own. Default: this process alone.
 
@@ -128,7 +127,7 @@ class PPOUpdate:
         entropy_schedule: Schedule | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         generator: torch.Generator | None = None,
-        backend: Literal["auto", "compiled", "parts", "autograd", "graph"] = "auto",
+        backend: Literal["auto", "parts", "autograd", "graph"] = "auto",
         process_group: ProcessGroup | None = None,
     ):
         _check_loss(loss, entropy_schedule)
@@ -186,18 +185,18 @@ class PPOUpdate:
             return self._measure(norms, batch)
         self._minibatches.fill(self.chunks(self.with_advantages(batch)), self.minibatches, shuffle=self.shuffle)
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
-        one_pass = self._passes.over_batch(self.optimizer, self.max_grad_norm, replays=from_zeros)
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
-        for epoch in range(self.epochs):
-            kls = []
-            for number, metrics in enumerate(one_pass()):
-                _require_finite(metrics, f"epoch {epoch}, minibatch {number}")
-                if self.target_kl is not None:
-                    kls.append(_kl_of(metrics))
-                for name, value in metrics.items():
-                    totals[name].append(value)
-            if self.target_kl is not None and _mean(kls) > self.target_kl:
-                break
+        with self._passes.over_batch(self.optimizer, self.max_grad_norm, replays=from_zeros) as one_pass:
+            for epoch in range(self.epochs):
+                kls = []
+                for number, metrics in enumerate(one_pass()):
+                    _require_finite(metrics, f"epoch {epoch}, minibatch {number}")
+                    if self.target_kl is not None:
+                        kls.append(_kl_of(metrics))
+                    for name, value in metrics.items():
+                        totals[name].append(value)
+                if self.target_kl is not None and _mean(kls) > self.target_kl:
+                    break
         self._measure(norms, batch)
         means = {name: (_largest if name.startswith("max_") else _mean)(values) for name, values in totals.items()}
         return {**means, "epochs": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}

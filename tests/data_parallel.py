@@ -120,7 +120,6 @@ def refused(rank):
         "other networks": message(lambda: update(change=rank)),
         "few chunks": message(lambda: update(rows=1, bptt=None, minibatches=2)),
         "normalised by minibatch": message(lambda: update(loss={"normalize_advantage": True})),
-        "compiled": message(lambda: update(backend="compiled")),
     }
 
 

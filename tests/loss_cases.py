@@ -133,8 +133,6 @@ def batch_of(kind, dtype):
 
 def trained(way, kind, critic, dtype=torch.float64, **options):
     """Metrics, parameters and Adam's state after two updates, by the way named."""
-    if way == "compiled" and not COMPILED:
-        way = "parts"
     loss = loss_of(kind, critic, dtype, entropy_bonus=True, entropy_coeff=0.05)
     sizes = {"bptt": 2, "minibatches": 5, "max_grad_norm": 0.1, "lr": 1e-2, "epochs": 3, "lr_schedule": lambda p: 1 - p}
     update = PPOUpdate(loss, generator=torch.Generator().manual_seed(0), backend=way, **{**sizes, **options})

@@ -326,7 +326,7 @@ def test_an_actors_module_finds_its_distribution():
     [*_, part] = actor_parts(GRUCategoricalActor(5, 3, one_hot=True), "action", entropy=True)
     action = torch.eye(3, dtype=torch.int64).expand(2, 3, 3)
     part.forward({"action": action, "logits": torch.randn(2, 3, 3)})
-    assert part._by_hand == (kernels.load(torch.float32) is not None)
+    assert part.is_by_hand == (kernels.load(torch.float32) is not None)
 
 
 @pytest.mark.parametrize("mean", [2.0, 8.0, 10.0])

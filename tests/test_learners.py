@@ -63,7 +63,6 @@ def test_gradients_are_made_part_by_part_in_several_processes_too(found):
         ("other networks", "networks differ .*different updates"),
         ("few chunks", "2 chunks of the joint batch .* too few for each of 2 processes"),
         ("normalised by minibatch", "normalize_advantage=True"),
-        ("compiled", "join their gradients after each minibatch"),
     ],
 )
 def test_what_cannot_be_joined_is_refused_in_all_processes(found, name, words):

@@ -5,12 +5,10 @@ import shutil
 from functools import partial
 
 import pytest
-import torch
 from recipe_runs import run
 
 from recipes import compare
 from recipes.reports import finished_report
-from rl2_torchrl import kernels
 
 
 def files_of(folder):
@@ -26,15 +24,6 @@ def test_what_is_refused_changes_nothing_in_the_folder(tmp_path):
     with pytest.raises(ValueError, match="holds a training.*name another folder"):
         run("grid_navi", tmp_path, weights=copy)
     assert files_of(tmp_path) == before
-
-
-def test_it_says_which_way_the_update_has_found(tmp_path):
-    if kernels.load(torch.float32) is None:
-        pytest.skip("without kernels")
-    arguments = {"mode": "original", "trials": 2, "episodes": 1, "horizon": 20}
-    run("half_cheetah", tmp_path, **arguments)
-    [update] = [line.split() for line in (tmp_path / "about.txt").read_text().splitlines() if "PPOUpdate" in line]
-    assert update[:2] == ["PPOUpdate", "compiled"]  # known once there was a batch: its minibatches are tiny
 
 
 def test_a_new_run_puts_away_what_the_last_one_left(tmp_path, caplog):

@@ -17,7 +17,7 @@ TESTS = (
     "tests/test_gradients.py",
     "tests/test_gradients_composed.py",
     "tests/test_parts.py",
-    "tests/test_compiled.py",
+    "tests/test_replays.py",
 )
 
 

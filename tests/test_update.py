@@ -69,13 +69,11 @@ def make_batch(rows=4, steps=6):
     return TensorDict(entries, [rows, steps])
 
 
-@pytest.fixture(autouse=True, params=["compiled", "parts", "autograd", "graph"])
+@pytest.fixture(autouse=True, params=["parts", "autograd", "graph"])
 def way(request, monkeypatch):
-    """Every test with compiled passes, with gradients part by part and as on a CUDA device, where they serve; with autograd's."""
+    """Every test with gradients part by part and as on a CUDA device, where they serve; with autograd's."""
     if request.param == "graph":
         monkeypatch.setattr(Passes, "_choose", partialmethod(_choose_graph, Passes._choose))
-    if request.param == "parts":
-        monkeypatch.setattr("rl2_torchrl.passes.why_not_compiled", lambda *_: "not here")
     if request.param == "autograd":
         monkeypatch.setattr(RL2PPOLoss, "why_not_parts", lambda _: "not here")
     return request.param
@@ -92,18 +90,18 @@ class Seen:
 
     def __init__(self, update):
         self.minibatches, self.lrs, self.coeffs = [], [], []
-        self.update, chunks = update, update._minibatches
-        if update.backend != "autograd":
-            update._passes._named = "parts"  # in one call there are no minibatches to be seen
-        chunks.entries = partial(self.record, chunks.entries)
+        self.update, self.chunks = update, update._minibatches
+        self.chunks.order = partial(self.record, self.chunks.order)
 
-    def record(self, one_pass):
-        for minibatch in one_pass():
-            shape = minibatch["value_target"].shape[:2]
-            self.minibatches.append(TensorDict(minibatch, shape).clone())
+    def record(self, order):
+        """The minibatches of a pass, whichever way they will go."""
+        index = order()
+        for own in index.split(self.chunks.rows):
+            entries = {key: entry[own] for key, entry in self.chunks.chunks.items()}
+            self.minibatches.append(TensorDict(entries, entries["value_target"].shape[:2]))
             self.lrs.append(self.update.optimizer.param_groups[0]["lr"])
             self.coeffs.append(float(self.update.loss.entropy_coeff))
-            yield minibatch
+        return index
 
     def order(self, entry="value_target"):
         return [minibatch[entry].flatten() for minibatch in self.minibatches]
@@ -713,34 +711,10 @@ def test_a_named_backend_that_cannot_serve_raises(change, message, way):
     loss = make_loss()
     change(loss)
     assert PPOUpdate(loss).backend == "autograd"
-    for backend in ("parts", "compiled"):
-        with pytest.raises(ValueError, match=f"backend='{backend}' cannot serve.*{message}"):
-            PPOUpdate(loss, backend=backend)
+    with pytest.raises(ValueError, match=f"backend='parts' cannot serve.*{message}"):
+        PPOUpdate(loss, backend="parts")
     with pytest.raises(ValueError, match="choose 'auto'"):
         PPOUpdate(loss, backend="fast")
-
-
-def test_the_compiled_backend_says_why_it_cannot_serve(way):
-    if way != "compiled" or kernels.load(torch.float32) is None:
-        pytest.skip("without compiled passes")
-    update = PPOUpdate(make_loss(), backend="compiled", optimizer=None, minibatches=1)
-    update(make_batch())
-    assert update.backend == "compiled"
-    for backend in ("auto", "compiled"):  # which auto takes for few steps alone
-        update = PPOUpdate(make_loss(), backend=backend, optimizer=None, minibatches=1, bptt=6)
-        update(make_batch(rows=60))
-        assert (update.backend, "'compiled' serves too" in update.reason) == (
-            ("parts", True) if backend == "auto" else ("compiled", False)
-        )
-    actor = GRUCategoricalActor(5, 3)
-    refusals = {
-        "more than a GRU and a head": (RL2PPOLoss(GRUCategoricalActor(5, 3, num_layers=2)), {}),
-        "terms beside PPO's own": (RL2PPOLoss(actor, terms=[TaskBelief(64, 3)]), {}),
-        "more than torch.optim.Adam": (RL2PPOLoss(actor), {"optimizer": torch.optim.SGD(actor.parameters(), lr=0.1)}),
-    }
-    for reason, (loss, options) in refusals.items():  # at once, not when a first batch has been played
-        with pytest.raises(ValueError, match=f"'compiled' cannot serve.*{reason}"):
-            PPOUpdate(loss, backend="compiled", **options)
 
 
 def test_options_beyond_ours_are_left_to_torchrl():

@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from rl2_torchrl import kernels
 
-__all__ = ["AdamSteps", "OptimizerSteps", "Row", "steps_by", "why_not_adam"]
+__all__ = ["AdamSteps", "OptimizerSteps", "steps_by", "why_not_adam"]
 
 _pointer = ctypes.c_void_p
 
@@ -28,7 +28,7 @@ class _Options(ctypes.Structure):
     _fields_ = [(name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "epsilon", "decay")]
 
 
-class Row(ctypes.Structure):
+class _Row(ctypes.Structure):
     """``parameter`` of the kernels."""
 
     _fields_ = [(name, _pointer) for name in ("value", "gradient", "mean", "square", "step", "options")]
@@ -65,32 +65,40 @@ class AdamSteps:
         for group in optimizer.param_groups:
             options = _Options(*map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"])))
             self._options |= dict.fromkeys(group["params"], options)
-        self._table = (Row * len(self._options))()
+        self._table = (_Row * len(self._options))()
         self._rows = list(zip(self._options, self._table, strict=True))
+        self._gradients: list[torch.Tensor | None] = [None] * len(self._rows)
         self._library = kernels.load(next(iter(self._options)).dtype)
 
-    def row_of(self, parameter: nn.Parameter) -> Row:
+    def _row_of(self, parameter: nn.Parameter) -> _Row:
         """``parameter``, which has a gradient, as the kernels read it, and Adam's state of it, which it may not have had."""
         if not (state := self._optimizer.state[parameter]):  # as Adam does before its first step
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-        return Row(*map(kernels.address, tensors), ctypes.addressof(self._options[parameter]), parameter.numel())
+        return _Row(*map(kernels.address, tensors), ctypes.addressof(self._options[parameter]), parameter.numel())
+
+    def table(self) -> tuple[int, int]:
+        """Where the kernels find parameters, gradients and averages as they are now, and of how many."""
+        for number, (parameter, row) in enumerate(self._rows):
+            # Hooks and forwards of users may have put other tensors in their places.
+            if (gradient := parameter.grad) is None:
+                row.size, self._gradients[number] = 0, None
+            elif gradient is not self._gradients[number] or not _lie_there(row, parameter, gradient):
+                self._look_at(number, parameter, row)
+        return ctypes.addressof(self._table), len(self._table)
+
+    def _look_at(self, number: int, parameter: nn.Parameter, row: _Row) -> None:
+        if not (parameter.is_contiguous() and parameter.grad.is_contiguous()):
+            parameter.data, parameter.grad = parameter.data.contiguous(), parameter.grad.contiguous()
+        if row.value is None:
+            self._table[number] = self._row_of(parameter)
+        gradient = self._gradients[number] = parameter.grad
+        row.value, row.gradient, row.size = parameter.data_ptr(), gradient.data_ptr(), gradient.numel()
 
     def clip(self, max_norm: float | None) -> float:
         """As `OptimizerSteps.clip`, but that it is `take` that clips."""
-        for number, (parameter, row) in enumerate(self._rows):
-            if (gradient := parameter.grad) is None:
-                row.size = 0
-                continue
-            if not (parameter.is_contiguous() and gradient.is_contiguous()):
-                parameter.data, parameter.grad = parameter.data.contiguous(), gradient.contiguous()
-                gradient = parameter.grad
-            if row.value is None:
-                self._table[number] = self.row_of(parameter)
-            # Hooks and forwards of users may have put other tensors in their places.
-            row.value, row.gradient, row.size = parameter.data_ptr(), gradient.data_ptr(), gradient.numel()
-        norm = self._library.gradient_norm(self._table, len(self._table))
+        norm = self._library.gradient_norm(*self.table())
         self._scale = max_norm / (norm + 1e-6) if max_norm is not None and norm > max_norm else 1.0
         return norm
 
@@ -102,6 +110,10 @@ class AdamSteps:
     def tell_autograd(self) -> None:
         """That the weights are others now: a graph from before a step cannot be gone back through."""
         increment_version([parameter for parameter in self._options if parameter.grad is not None])
+
+
+def _lie_there(row: _Row, parameter: nn.Parameter, gradient: torch.Tensor) -> bool:
+    return (parameter.data_ptr(), gradient.data_ptr()) == (row.value, row.gradient)
 
 
 def steps_by(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> AdamSteps | OptimizerSteps:

@@ -10,7 +10,15 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, runs
-from rl2_torchrl.kernels.functions import MOST_OUTPUTS, as_reals, relu_linear, relu_linear_gradients, relu_linear_kernel
+from rl2_torchrl.kernels.functions import (
+    MOST_OUTPUTS,
+    as_reals,
+    contiguous,
+    relu_linear,
+    relu_linear_gradients,
+    relu_linear_kernel,
+)
+from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["ChainPart"]
@@ -73,11 +81,12 @@ class ChainPart(Part):
         if not fits or not x.numel():
             return False
         if more:
+            Recording.interrupt()
             self._joined = _activated(x, self.first)
             x = torch.cat((self._joined, *(as_reals(other, x) for other in more)), -1)
         self._inputs = []
         for before, layer in zip(self.before, self.linears, strict=True):
-            x = _activated(x, "tanh") if before == "tanh" else x.contiguous()
+            x = _activated(x, "tanh") if before == "tanh" else contiguous(x)
             self._inputs.append((x, layer.weight, layer.bias))
             x = _linear(x, layer.weight, layer.bias, before == "relu")
         self._out = state[self.out_keys[0]] = _activated(x, self.after)
@@ -86,9 +95,9 @@ class ChainPart(Part):
     def backward_by_hand(self, gradients: Gradients) -> None:
         slope = _before_activation(gradients.pop(self.out_keys[0]), self._out, self.after)
         wanted = self.wanted - {self.in_keys[0]} if self.detach else self.wanted
-        for before in reversed(self.before):
-            x, weight, bias = self._inputs.pop()
-            d_x = Workspace.take(x, x.shape) if self._inputs or wanted else None
+        for number, before in reversed(list(enumerate(self.before))):
+            x, weight, bias = self._inputs[number]
+            d_x = Workspace.take(x, x.shape) if number or wanted else None
             d_weight, d_bias = _linear_gradients(x, weight, slope, d_x, before == "relu")
             accumulate(gradients, weight, d_weight)
             if bias is not None:
@@ -105,22 +114,24 @@ class ChainPart(Part):
         for key, part in zip(self.in_keys, slope.split(self._sizes, -1), strict=True):
             if key in wanted:
                 first = self.first if key == self.in_keys[0] else None
-                accumulate(gradients, key, _before_activation(part.contiguous(), self._joined, first))
+                accumulate(gradients, key, _before_activation(contiguous(part), self._joined, first))
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, has_relu: bool) -> torch.Tensor:
     if has_relu and len(weight) <= MOST_OUTPUTS:
         return relu_linear_kernel(weight, bias)(x)
+    Recording.interrupt()
     return nn.functional.linear(x.relu() if has_relu else x, weight, bias)
 
 
 def _linear_gradients(x, weight, slope, d_x, has_relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Those of `relu_linear`, or without ReLU of a linear layer, by weight and bias; that by ``x`` is written to ``d_x``."""
-    weight = weight.detach().contiguous()
+    weight = contiguous(weight.detach())
     if has_relu and len(weight) <= MOST_OUTPUTS:
-        gradients = torch.empty_like(weight), weight.new_empty(len(weight))
+        gradients = Workspace.make(weight, weight.shape), Workspace.make(weight, weight.shape[:1])
         relu_linear_gradients(x, weight, slope, d_x, *gradients)
         return gradients
+    Recording.interrupt()
     flat, slopes = x.view(-1, x.shape[-1]), slope.reshape(-1, len(weight))
     if d_x is not None:
         torch.mm(slopes, weight, out=d_x.view(flat.shape))
@@ -133,15 +144,23 @@ def _name_of(layer: nn.Module) -> str | None:
 
 
 def _activated(x: torch.Tensor, name: str | None) -> torch.Tensor:
-    if name == "tanh":
-        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        kernels.load(x.dtype).tanh_forward(x.numel(), x.data_ptr(), y.data_ptr(), kernels.threads_for(20 * x.numel()))
-        return y
-    return x.relu() if name == "relu" else x
+    if name is None:
+        return x
+    x, y = contiguous(x), Workspace.make(x, x.shape)
+    forward = getattr(kernels.load(x.dtype), f"{name}_forward")
+    forward(x.numel(), x.data_ptr(), y.data_ptr(), kernels.threads_for(_COST[name] * x.numel()))
+    return y
 
 
 def _before_activation(slope: torch.Tensor, y: torch.Tensor, name: str | None) -> torch.Tensor:
     """The gradient by what an activation reads, from that by what it gives, ``y``; in the memory of ``slope``."""
-    if name == "tanh":
-        return torch.ops.aten.tanh_backward.grad_input(slope, y, grad_input=slope)
-    return torch.ops.aten.threshold_backward.grad_input(slope, y, 0, grad_input=slope) if name == "relu" else slope
+    if name is None:
+        return slope
+    slope, y = contiguous(slope), contiguous(y)
+    backward = getattr(kernels.load(slope.dtype), f"{name}_backward")
+    backward(slope.numel(), y.data_ptr(), slope.data_ptr(), kernels.threads_for(slope.numel()))
+    return slope
+
+
+#: Multiplications that an entry of an activation takes as long as.
+_COST = {"relu": 1, "tanh": 20}

@@ -10,6 +10,8 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
+from rl2_torchrl import kernels
+from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
@@ -38,7 +40,8 @@ Gradients = dict[NestedKey | nn.Parameter, torch.Tensor]
 class Part:
     """One function of a network, from entries ``in_keys`` to entries ``out_keys``, with its gradient: autograd's, for it alone.
 
-    What derives from it may bring its own, by `forward_by_hand` and `backward_by_hand`.
+    What derives from it may bring its own, by `forward_by_hand` and `backward_by_hand`. While a `Recording` is on, both do no more
+    than kernels on memory of `Workspace`, or say so by `Recording.interrupt`; what the one keeps for the other stays as it is.
 
     Args:
         function: from tensors, None for those of ``optional`` that are missing, to a tensor or a tuple of them.
@@ -53,6 +56,7 @@ class Part:
         sources: parameters by which autograd looks for a gradient, by default ``parameters``. Whoever runs the part adds those
             that its function may reach without owning them.
         carries: whether ``out_keys`` carry a gradient.
+        is_by_hand: whether the last `forward` was that by hand.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Part:
         self.parameters, self.optional, self.reason = list(dict.fromkeys(parameters)), frozenset(optional), reason
         self.wanted: set[NestedKey] = set()
         self.sources, self.carries = self.parameters, False
-        self._by_hand = False
+        self.is_by_hand = False
 
     @property
     def kind(self) -> str:
@@ -82,6 +86,10 @@ class Part:
         """Reads entries ``[N, T, ...]`` of ``state`` and writes others, as ordinary PyTorch: autograd can follow, if it is on."""
         outputs = self.function(*entries_of(state, self.in_keys, self.optional))
         state.update(zip(self.out_keys, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+
+    def prepared(self, data: State) -> State:
+        """Entries made of a batch's ``data`` ``[N, T, ...]`` alone, which its minibatches then hold beside the data."""
+        return {}
 
     def forward_by_hand(self, state: State) -> bool:
         """As `run`, and keeps what `backward_by_hand` needs; False where this cannot be, and nothing has been written.
@@ -95,9 +103,16 @@ class Part:
 
     def forward(self, state: State) -> None:
         """As `run`, where autograd is off, as it is for `backward`; keeps what that needs."""
-        self._by_hand = self.forward_by_hand(state)
-        if self._by_hand:
-            return
+        if not self.starts_by_hand(state):
+            self.forward_by_autograd(state)
+
+    def starts_by_hand(self, state: State) -> bool:
+        """`forward_by_hand`, which `backward` then goes back through; False where nothing has been done."""
+        self.is_by_hand = self.forward_by_hand(state)
+        return self.is_by_hand
+
+    def forward_by_autograd(self, state: State) -> None:
+        """`forward` where `starts_by_hand` has done nothing."""
         # Functions, terms and hooks of users may hold what they are shown.
         Workspace.leave(*(state[key] for key in self.in_keys if key in state))
         carrying = [key for key in self.in_keys if key in self.wanted and state[key].is_floating_point()]
@@ -111,7 +126,7 @@ class Part:
 
     def backward(self, gradients: Gradients) -> None:
         """Takes the gradients by ``out_keys`` out of ``gradients``; adds those by ``wanted`` and by its parameters."""
-        if self._by_hand:
+        if self.is_by_hand:
             self.backward_by_hand(gradients)
             return
         ends = [(out, gradients.pop(key, None)) for key, out in zip(self.out_keys, self._outputs, strict=True)]
@@ -131,16 +146,28 @@ class Part:
 
 def accumulate(gradients: Gradients, key: NestedKey | nn.Parameter, gradient: torch.Tensor) -> None:
     """Adds ``gradient``, whose memory is the caller's to give away, to the one under ``key``."""
-    if key in gradients:
-        gradients[key].add_(gradient)
-    else:
+    if key not in gradients:
         gradients[key] = gradient
+    elif Recording.active() is not None and _add_by_kernel(gradients[key], gradient):
+        return
+    else:
+        gradients[key].add_(gradient)
+
+
+def _add_by_kernel(total: torch.Tensor, more: torch.Tensor) -> bool:
+    alike = (total.shape, total.dtype, total.device.type) == (more.shape, more.dtype, "cpu")
+    if not alike or not (total.is_contiguous() and more.is_contiguous()) or kernels.load(more.dtype) is None:
+        Recording.interrupt()
+        return False
+    kernels.load(more.dtype).add(more.numel(), more.data_ptr(), total.data_ptr(), kernels.threads_for(more.numel()))
+    return True
 
 
 def laid_as(parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
     """``gradient`` in memory as ``parameter`` lies there, as `Tensor.backward` gives it: fused optimizers take it for that."""
     if gradient.stride() == parameter.stride():
         return gradient
+    Recording.interrupt()
     return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 

@@ -10,7 +10,9 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of
-from rl2_torchrl.kernels.functions import categorical_gradient, categorical_terms
+from rl2_torchrl.kernels.functions import categorical_gradient, categorical_terms, contiguous
+from rl2_torchrl.kernels.recording import Recording
+from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
     *("ENTROPY", "LOG_PROB", "CategoricalPart", "GaussianHeadPart", "GaussianPart", "has_kernels"),
@@ -19,9 +21,6 @@ __all__ = [
 
 #: Entries ``[N, T]`` that loss terms read: log-probability of the collected actions, and entropy.
 LOG_PROB, ENTROPY = ("policy", "log_prob"), ("policy", "entropy")
-
-#: Entropy of a normal distribution of standard deviation 1.
-_NORMAL_ENTROPY = 1.4189385332046727
 
 
 def has_kernels(*entries: torch.Tensor) -> bool:
@@ -35,23 +34,42 @@ def log_scale_key(scale_key: NestedKey) -> NestedKey:
     return ("policy", "log_scale", *(scale_key if isinstance(scale_key, tuple) else (scale_key,)))
 
 
+#: Entry of the numbers ``[N, T]`` of actions that are one-hot vectors, or of another dtype than the kernels read.
+_INDEX = ("prepared", "action")
+
+
+def _indices(action: torch.Tensor) -> torch.Tensor:
+    """Of one-hot vectors."""
+    return (action.view(torch.uint8) if action.dtype == torch.bool else action).argmax(-1)
+
+
 class CategoricalPart(Part):
     """Of a categorical distribution with logits ``[N, T, n]``; actions are indices ``[N, T]`` or one-hot vectors ``[N, T, n]``."""
 
+    def prepared(self, data: State) -> State:
+        action = data.get(self.in_keys[0])
+        if action is None or (action.dtype == torch.int64 and action.ndim == 2) or not action.is_cpu:
+            return {}
+        return {_INDEX: _indices(action) if action.ndim == 3 else action.long()}
+
     def forward_by_hand(self, state: State) -> bool:
         action, logits = entries_of(state, self.in_keys)
+        if (index := state.get(_INDEX)) is not None and index.shape == logits.shape[:-1]:
+            action = index
         if action.shape == logits.shape:
-            action = (action.view(torch.uint8) if action.dtype == torch.bool else action).argmax(-1)
+            Recording.interrupt()
+            action = _indices(action)
         if action.shape != logits.shape[:-1] or not action.is_cpu or not has_kernels(logits):
             return False
-        self._terms = (logits.contiguous(), action.long().contiguous())
+        if action.dtype != torch.int64:
+            Recording.interrupt()
+        self._terms = (contiguous(logits), contiguous(action.long()))
         log_prob, *self._totals = categorical_terms(self._terms[1], self._terms[0])
         state.update(zip(self.out_keys, (log_prob, self._totals[0]), strict=False))
         return True
 
     def backward_by_hand(self, gradients: Gradients) -> None:
-        slopes = [gradients.pop(key, None) for key in (LOG_PROB, ENTROPY)]
-        slopes = [torch.zeros_like(self._totals[0]) if slope is None else slope.contiguous() for slope in slopes]
+        slopes = [_slope(gradients, key) for key in (LOG_PROB, ENTROPY)]
         accumulate(gradients, self.in_keys[1], categorical_gradient(*self._terms, *self._totals, *slopes))
 
 
@@ -69,29 +87,42 @@ class GaussianPart(Part):
         fits = fits and log_scale is not None and log_scale.shape == loc.shape[-1:]
         if not fits or not has_kernels(action, loc, log_scale):
             return False
-        self._tensors = (action.contiguous(), loc.contiguous(), log_scale.contiguous())
-        state[LOG_PROB] = loc.new_empty(loc.shape[:-1])
-        kernels.load(loc.dtype).gaussian_forward(*_addresses(*self._tensors, state[LOG_PROB]))
-        if ENTROPY in self.out_keys:
-            state[ENTROPY] = (log_scale + _NORMAL_ENTROPY).sum().expand(loc.shape[:-1])
+        self._tensors = tuple(map(contiguous, (action, loc, log_scale)))
+        made = [Workspace.make(loc, loc.shape[:-1]) for _ in self.out_keys]
+        kernels.load(loc.dtype).gaussian_forward(*_addresses(*self._tensors, *made, None)[:7])
+        state.update(zip(self.out_keys, made, strict=True))
         return True
 
     def backward_by_hand(self, gradients: Gradients) -> None:
-        slope, by_entropy = (gradients.pop(key, None) for key in (LOG_PROB, ENTROPY))
-        action, loc, log_scale = self._tensors
-        slope = loc.new_zeros(loc.shape[:-1]) if slope is None else slope.contiguous()
-        d_loc, d_log_scale = torch.empty_like(loc), torch.empty_like(log_scale)
-        kernels.load(loc.dtype).gaussian_backward(*_addresses(action, loc, log_scale, slope, d_loc, d_log_scale))
-        if by_entropy is not None:
-            d_log_scale.add_(by_entropy.sum())
+        slopes = [_slope(gradients, key) for key in (LOG_PROB, ENTROPY)]
+        _, loc, log_scale = self._tensors
+        d_loc, d_log_scale = (Workspace.make(entry, entry.shape) for entry in (loc, log_scale))
+        kernels.load(loc.dtype).gaussian_backward(*_addresses(*self._tensors, *slopes, d_loc, d_log_scale))
         accumulate(gradients, self.in_keys[1], d_loc)
         accumulate(gradients, log_scale_key(self.in_keys[2]), d_log_scale)
 
 
-def _addresses(action: torch.Tensor, *others: torch.Tensor) -> tuple[int, ...]:
+def _slope(gradients: Gradients, key: NestedKey) -> torch.Tensor | None:
+    """The gradient by ``key``, taken out of ``gradients``, as the kernels read it."""
+    slope = gradients.pop(key, None)
+    return None if slope is None else contiguous(slope)
+
+
+def _addresses(action: torch.Tensor, *others: torch.Tensor | None) -> tuple[int | None, ...]:
     """Number of actions, their dimensions, and where all of these lie, as the Gaussian kernels take them."""
     size = action.shape[-1]
-    return action.numel() // size, size, action.data_ptr(), *(other.data_ptr() for other in others)
+    return action.numel() // size, size, action.data_ptr(), *map(kernels.address, others)
+
+
+def _scale(log_scale: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
+    """``exp(log_scale)`` ``[action_dim]`` for each of ``loc`` ``[N, T, action_dim]``."""
+    if not has_kernels(loc, log_scale) or not log_scale.is_contiguous() or log_scale.shape != loc.shape[-1:]:
+        Recording.interrupt()
+        return log_scale.exp().expand_as(loc)
+    scale = Workspace.make(loc, loc.shape)
+    rows, size, _, *addresses = _addresses(loc, log_scale, scale)
+    kernels.load(loc.dtype).gaussian_scale(rows, size, *addresses)
+    return scale
 
 
 class GaussianHeadPart(Part):
@@ -114,10 +145,12 @@ class GaussianHeadPart(Part):
 
     def forward_by_hand(self, state: State) -> bool:
         self.mean.wanted = self.wanted
-        self.mean.forward(state)
+        if not self.mean.starts_by_hand(state):
+            Recording.interrupt()
+            self.mean.forward_by_autograd(state)
         loc, scale, log_scale = self.out_keys
         state[log_scale] = self.log_std.detach()
-        state[scale] = state[log_scale].exp().expand_as(state[loc])
+        state[scale] = _scale(state[log_scale], state[loc])
         return True
 
     def backward_by_hand(self, gradients: Gradients) -> None:
@@ -126,6 +159,7 @@ class GaussianHeadPart(Part):
         if by_log is not None:
             accumulate(gradients, self.log_std, by_log)
         if by_scale is not None:
+            Recording.interrupt()
             accumulate(gradients, self.log_std, by_scale.flatten(0, -2).sum(0) * self.log_std.detach().exp())
         if loc in gradients:
             self.mean.backward(gradients)

@@ -7,7 +7,7 @@ own gradient brings it; any other runs under autograd, for itself alone, so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 
 import torch
@@ -15,9 +15,10 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, laid_as
+from rl2_torchrl.gradients.policy import has_kernels
 from rl2_torchrl.kernels.workspace import Workspace
 
-__all__ = ["Program", "merge_losses", "values_of"]
+__all__ = ["Program", "TermPart", "merge_losses", "values_of"]
 
 
 class Program:
@@ -32,16 +33,16 @@ class Program:
 
     def __init__(self, loss: nn.Module):
         self.loss, self.parts = loss, loss.network_parts()
-        self.terms = [_Term(term) for term in loss.loss_terms()]
+        self.terms = [TermPart(term) for term in loss.loss_terms()]
         used = {p for part in (*self.parts, *self.terms) for p in part.parameters}
         self._all = list(loss.parameters())
         self.parameters = [p for p in self._all if p.requires_grad and p in used]
         trainable = [p for p in self._all if p.requires_grad]
         for part in (*self.parts, *self.terms):
             part.sources = trainable  # a term on weights, or a layer tied to another's, reaches what it does not own
-        self._follow_gradients()
+        self.follow_gradients()
 
-    def _follow_gradients(self) -> None:
+    def follow_gradients(self) -> None:
         """Tells each part which entries carry a gradient to it."""
         carrying: set[NestedKey] = set()
         for part in (*self.parts, *self.terms):
@@ -61,21 +62,30 @@ class Program:
             ValueError: two terms give a loss or diagnostic of one name, or one that is taken.
         """
         self.loss.require_starts(data)
-        state, gradients, values = dict(data), {}, {}
-        for part in self.parts:
+        return self.run(dict(data), self.parts)
+
+    def run(self, state: State, parts: Sequence[Part]) -> dict[str, float]:
+        """As a call, on a ``state`` that holds what all but ``parts`` have made."""
+        gradients, values = {}, {}
+        for part in parts:
             is_known = part.carries
             part.forward(state)
             if part.carries != is_known:  # by parameters of others
-                self._follow_gradients()
+                self.follow_gradients()
         for term in self.terms:
             merge_losses(values, term.losses(state, gradients))
-        for part in reversed(self.parts):
+        for part in reversed(parts):
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(gradients)
+        self.set_gradients(gradients)
+        return values
+
+    def set_gradients(self, gradients: Gradients) -> None:
+        """``parameter.grad`` of all parameters, None for those that have none."""
         for parameter in self._all:
             gradient = gradients.get(parameter) if parameter.requires_grad else None
-            parameter.grad = None if gradient is None else laid_as(parameter, gradient)
-        return values
+            if parameter.grad is not gradient:
+                parameter.grad = None if gradient is None else laid_as(parameter, gradient)
 
 
 #: What an update says of its minibatches beside the losses.
@@ -117,7 +127,7 @@ def _as_real(value: torch.Tensor | Number, device: torch.device | None) -> torch
     return value if value.is_floating_point() else value.double()
 
 
-class _Term(Part):
+class TermPart(Part):
     """A loss term as a part, which gives the sum of its losses."""
 
     def __init__(self, term: nn.Module):
@@ -129,7 +139,31 @@ class _Term(Part):
         entries = entries_of(state, self.in_keys)
         self._values = values_of(self.function, entries)
         losses = [value for name, value in self._values.items() if name.startswith("loss_")]
-        state[self.out_keys[0]] = torch.stack(losses).sum() if losses else torch.zeros(())
+        state[self.out_keys[0]] = sum(losses[1:], start=losses[0]) if losses else torch.zeros(())
+
+    def brings_kernels(self) -> bool:
+        """Whether its gradients are its ``by_kernels``, in whose place no class below has another ``with_gradients``."""
+        if not hasattr(self.function, "by_kernels") or "with_gradients" in vars(self.function):
+            return False
+        names = (
+            name
+            for cls in type(self.function).__mro__
+            for name in ("by_kernels", "with_gradients")
+            if name in vars(cls)
+        )
+        return next(names) == "by_kernels"
+
+    def by_kernels(self, state: State) -> tuple[Callable[[list[float]], dict[str, float]], Gradients] | tuple[()]:
+        """What makes `losses` of the numbers that kernels leave, and the gradients; nothing where kernels cannot do it."""
+        entries = entries_of(state, self.in_keys)
+        self.function.require_shapes(*entries)
+        if not has_kernels(*entries):
+            return ()
+        totals, slopes = self.function.by_kernels(*entries)
+        first, end, like = totals.storage_offset(), totals.storage_offset() + len(totals), entries[0]
+        pairs = zip(self.in_keys, slopes, strict=True)
+        found = {key: slope for key, slope in pairs if slope is not None and key in self.wanted}
+        return lambda numbers: scalars_of(self.function.figures(numbers[first:end], like)), found
 
     def losses(self, state: State, gradients: Gradients) -> dict[str, float]:
         """Losses and scalar diagnostics; the losses' gradients are added to ``gradients``."""
@@ -151,5 +185,10 @@ class _Term(Part):
             self.forward(state)
             gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
             self.backward(gradients)
-        scalars = {name: v for name, v in self._values.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
-        return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in scalars.items()}
+        return scalars_of(self._values)
+
+
+def scalars_of(values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+    """Those of ``values`` that are one number."""
+    scalars = {name: v for name, v in values.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
+    return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in scalars.items()}

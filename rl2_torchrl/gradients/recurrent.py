@@ -16,6 +16,7 @@ from rl2_torchrl.kernels.gru_sequence import (
     input_gradient,
     weight_gradients,
 )
+from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["GRUPart"]
@@ -36,8 +37,29 @@ class GRUPart(Part):
         super().__init__(on_entries(sequence), in_keys, [out_key], parameters=gru.parameters(), optional=in_keys[1:])
         self.layers, self.inputs, self.units = gru.all_weights, gru.input_size, gru.hidden_size
 
+    def prepared(self, data: State) -> State:
+        read = [key for key in self.in_keys if key in data and data[key].dtype != self._dtype(key)]
+        return {self._name(key): data[key].to(self._dtype(key)) for key in read if key not in self.wanted}
+
+    def _dtype(self, key: NestedKey) -> torch.dtype:
+        """That of an entry as the kernels read it, and the module itself: the weights', or that of flags."""
+        return torch.bool if key == self.in_keys[2] else self.parameters[0].dtype
+
+    def _name(self, key: NestedKey) -> tuple:
+        return ("prepared", str(self._dtype(key)), key)
+
+    def _as_read(self, state: State, key: NestedKey, entry: torch.Tensor | None) -> torch.Tensor | None:
+        """``entry`` in its `_dtype`; ``state`` stays as others read it."""
+        if entry is None or entry.dtype == self._dtype(key) or key in self.wanted:
+            return entry
+        if (prepared := state.get(self._name(key))) is not None:
+            return prepared
+        Recording.interrupt()
+        return entry.to(self._dtype(key))
+
     def forward_by_hand(self, state: State) -> bool:
-        x, hidden, is_init = entries_of({**state, **self.converted(state)}, self.in_keys, self.optional)
+        entries = entries_of(state, self.in_keys, self.optional)
+        x, hidden, is_init = (self._as_read(state, *pair) for pair in zip(self.in_keys, entries, strict=True))
         is_init = None if is_init is None else is_init.squeeze(-1)
         if not self._covers(x, hidden, is_init):
             return False
@@ -50,11 +72,6 @@ class GRUPart(Part):
         state[self.out_keys[0]] = x
         return True
 
-    def converted(self, state: State) -> State:
-        """Input and hidden state in the weights' dtype, as the module itself reads them; ``state`` stays as others read it."""
-        dtype, read = self.parameters[0].dtype, self.in_keys[:2]
-        return {key: state[key].to(dtype) for key in read if key in state and key not in self.wanted}
-
     def _covers(self, x: torch.Tensor, hidden: torch.Tensor | None, is_init: torch.Tensor | None) -> bool:
         weight = self.parameters[0]
         if (x.ndim, x.device, x.dtype, x.shape[-1]) != (3, weight.device, weight.dtype, self.inputs):
@@ -66,12 +83,12 @@ class GRUPart(Part):
 
     def backward_by_hand(self, gradients: Gradients) -> None:
         slope = gradients.pop(self.out_keys[0])
-        for weights in reversed(self.layers):
-            y, saved = self._saved.pop()
+        for number, weights in reversed(list(enumerate(self.layers))):
+            y, saved = self._saved[number]
             backward_in_place(slope, self._is_init, weights[0].shape[1], weights[1], saved, None)
             for weight, gradient in zip(weights, weight_gradients(saved, *weights[0].shape), strict=False):
                 accumulate(gradients, weight, gradient)
-            is_read = self._saved or self.in_keys[0] in self.wanted
+            is_read = number or self.in_keys[0] in self.wanted
             d_x = input_gradient(saved, weights[0]) if is_read else None
             # What read the output has gone back already, and only whom these were left to may look at them again.
             for memory in (saved, slope, y):

@@ -1,6 +1,6 @@
-"""Kernels in C, compiled on first use: the GRU, the heads' linear layers, a policy's terms in PPO's loss, returns, Adam.
+"""Kernels in C, compiled on first use: the GRU, the heads' linear layers, PPO's terms, returns, Adam.
 
-`functions` and `gru_sequence` are what autograd and the networks see of them.
+`functions` and `gru_sequence` are what autograd and the networks see of them; a `Recording` makes many calls in one.
 
 Compiling takes a second or two and happens once: the library is kept in `cache_folder`. Without a C compiler (``$CC``, ``cc``,
 ``gcc`` or ``clang``), or with ``RL2_TORCHRL_KERNELS=0`` in the environment, everything works as well, on PyTorch's own
@@ -18,6 +18,7 @@ import torch
 from torchrl import torchrl_logger
 
 from rl2_torchrl.kernels.library import cache_folder, compiled
+from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.threads import threads_for
 
 __all__ = ["address", "cache_folder", "covers", "is_transformed", "load", "threads_for"]
@@ -44,24 +45,39 @@ _SIGNATURES = {
     "linear_forward": (_int, (*(_int,) * 3, *(_pointer,) * 4, _int)),
     "linear_backward": (_int, (*(_int,) * 3, *(_pointer,) * 6, _int)),
     "tanh_forward": (None, (_long, _pointer, _pointer, _int)),
+    "relu_forward": (None, (_long, _pointer, _pointer, _int)),
+    "tanh_backward": (None, (_long, _pointer, _pointer, _int)),
+    "relu_backward": (None, (_long, _pointer, _pointer, _int)),
+    "add": (None, (_long, _pointer, _pointer, _int)),
     "categorical_forward": (_int, (*(_int,) * 2, *(_pointer,) * 5, _int)),
     "categorical_backward": (None, (*(_int,) * 2, *(_pointer,) * 7, _int)),
-    "gaussian_forward": (None, (*(_int,) * 2, *(_pointer,) * 4)),
-    "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 6)),
+    "gaussian_forward": (None, (*(_int,) * 2, *(_pointer,) * 5)),
+    "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 7)),
+    "gaussian_scale": (None, (*(_int,) * 2, *(_pointer,) * 2)),
+    "gather_rows": (_int, (_pointer, _int, _long, _pointer, _pointer)),
     "discounted_sums": (None, (_int, _int, *_STRIDED, _double, *_STRIDED)),
     "adam_layout": (_int, (_int,)),
     "gradient_norm": (_double, (_pointer, _int)),
     "adam_step": (None, (_pointer, _int, _double)),
-    "ppo_pass": (_int, (_pointer,)),
-    "ppo_pass_layout": (_int, (_int,)),
-    "ppo_pass_memory": (_long, (_pointer,)),
-    "clipped_objective": (None, (_int, _int, *(_pointer,) * 3, _double, _double, *(_pointer,) * 4)),
+    "clip_and_step": (_int, (_pointer, _int, _double, _pointer)),
+    "clipped_objective": (None, (_int, _int, *(_pointer,) * 3, *(_double,) * 3, *(_pointer,) * 4)),
+    "squared_error": (None, (_int, _pointer, _pointer, _double, _pointer, _pointer)),
+    "entropy_sum": (None, (_int, _pointer, _double, _pointer, _pointer)),
+    "kernel_name": (ctypes.c_char_p, (_int,)),
+    "make_calls": (_int, (_pointer, _int)),
+    "make_passes": (_int, (_pointer, _int, _pointer, _pointer, _int, _int, _pointer, _int, _pointer, _pointer)),
 }
 _is_announced = False
 
 
-@cache
 def load(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for ``dtype``, whose calls a `Recording` notes while it is on; None where there are none."""
+    library, recording = _library(dtype), Recording.active()
+    return library if recording is None or library is None else recording.noting(library)
+
+
+@cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for ``dtype``, or None where there are none; the reason is logged once."""
     if dtype not in _DEFINES or os.environ.get("RL2_TORCHRL_KERNELS") == "0":
         return None

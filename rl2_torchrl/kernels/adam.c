@@ -43,3 +43,12 @@ void adam_step(const parameter *of, int count, double scale) {
         }
     }
 }
+
+/* Clips the gradients' norm at max_norm, if that is above 0, as torch.nn.utils.clip_grad_norm_ does, and takes a step. Returns 1, and
+ * takes none, where the norm is not finite. */
+int clip_and_step(const parameter *of, int count, double max_norm, double *norm) {
+    *norm = gradient_norm(of, count);
+    if (!isfinite(*norm)) return 1;
+    adam_step(of, count, max_norm > 0 && *norm > max_norm ? max_norm / (*norm + 1e-6) : 1);
+    return 0;
+}

@@ -16,6 +16,7 @@ typedef struct {
 
 double gradient_norm(const parameter *of, int count);
 void adam_step(const parameter *of, int count, double scale);
+int clip_and_step(const parameter *of, int count, double max_norm, double *norm);
 long saved_size(int inputs, int hidden);
 long forward_size(int inputs, int hidden);
 long backward_size(int hidden);
@@ -38,10 +39,19 @@ int categorical_forward(int rows, int choices, const real *logits, const int64_t
                         real *log_total, int threads);
 void categorical_backward(int rows, int choices, const real *logits, const int64_t *action, const real *entropy,
                           const real *log_total, const real *d_log_prob, const real *d_entropy, real *d_logits, int threads);
-void gaussian_forward(int rows, int dims, const real *action, const real *loc, const real *log_std, real *log_prob);
+void gaussian_forward(int rows, int dims, const real *action, const real *loc, const real *log_std, real *log_prob,
+                      real *entropy);
 void gaussian_backward(int rows, int dims, const real *action, const real *loc, const real *log_std, const real *d_log_prob,
-                       real *d_loc, real *d_log_std);
+                       const real *d_entropy, real *d_loc, real *d_log_std);
+void gaussian_scale(int rows, int dims, const real *log_std, real *scale);
 void clipped_objective(int rows, int steps, const real *log_prob, const real *old_log_prob, const real *advantage, double low,
-                       double high, real *active, real *ratio, real *ess, double *totals);
+                       double high, double scale, real *slope, real *ratio, real *ess, double *totals);
+void squared_error(int size, const real *value, const real *target, double factor, real *slope, double *total);
+void entropy_sum(int size, const real *entropy, double factor, real *slope, double *total);
+void tanh_forward(long size, const real *x, real *y, int threads);
+void relu_forward(long size, const real *x, real *y, int threads);
+void tanh_backward(long size, const real *y, real *slope, int threads);
+void relu_backward(long size, const real *y, real *slope, int threads);
+void add(long size, const real *what, real *to, int threads);
 void discounted_sums(int rows, int steps, const uint8_t *done, long done_row, long done_step, double discount, real *out,
                      long row, long step);

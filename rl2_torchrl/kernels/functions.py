@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from rl2_torchrl import kernels
+from rl2_torchrl.kernels.recording import Recording
+from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("MOST_OUTPUTS", "as_reals", "categorical_gradient", "categorical_terms", "differentiable_gradients"),
+    *(
+        "MOST_OUTPUTS",
+        "as_reals",
+        "categorical_gradient",
+        "categorical_terms",
+        "contiguous",
+        "differentiable_gradients",
+    ),
     *("log_prob_and_entropy", "out_of_autocast", "raise_unknown_actions", "relu_linear", "relu_linear_gradients"),
     *("relu_linear_kernel", "require_tensor", "unit_stride"),
 ]
@@ -35,7 +44,14 @@ def require_tensor(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor
 def unit_stride(tensor: Tensor) -> Tensor:
     """``tensor`` detached, with its last dimension contiguous."""
     tensor = tensor.detach()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else contiguous(tensor)
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """``tensor``, contiguous; a `Recording` is told of a copy."""
+    if not tensor.is_contiguous():
+        Recording.interrupt()
+    return tensor.contiguous()
 
 
 def as_reals(x: Tensor, like: Tensor) -> Tensor:
@@ -44,7 +60,7 @@ def as_reals(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+    return [tensor if tensor is None else contiguous(tensor) for tensor in tensors]
 
 
 def out_of_autocast(function: Callable) -> Callable:
@@ -114,7 +130,7 @@ def relu_linear_kernel(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor]
     addresses = weight.data_ptr(), kernels.address(bias)
 
     def forward(x: Tensor) -> Tensor:
-        rows, y = x.numel() // inputs, weight.new_empty(*x.shape[:-1], outputs)
+        rows, y = x.numel() // inputs, Workspace.make(weight, (*x.shape[:-1], outputs))
         threads = kernels.threads_for(rows * inputs * outputs)
         kernel(rows, inputs, outputs, x.data_ptr(), *addresses, y.data_ptr(), threads)
         return y
@@ -143,7 +159,7 @@ class _ReLULinear(torch.autograd.Function):
 
 def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:
     """Writes the gradients of `relu_linear` into ``dx`` (None: it is not needed), ``d_weight`` and ``d_bias``, by the kernels."""
-    (outputs, inputs), dy = weight.shape, dy.contiguous()
+    (outputs, inputs), dy = weight.shape, contiguous(dy)
     rows = dy.numel() // outputs
     require_tensor("dy", dy, (*x.shape[:-1], outputs), x)  # which a part of a user's may have given
     addresses = map(kernels.address, (x, weight, dy, dx, d_weight, d_bias))
@@ -191,7 +207,7 @@ class _CategoricalTerms(torch.autograd.Function):
 
 def categorical_terms(action: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p(action), entropy and log sum exp(logits), ``[*B]`` each, by the kernels; ``action`` int64, both contiguous."""
-    terms = tuple(logits.new_empty(logits.shape[:-1]) for _ in range(3))
+    terms = tuple(Workspace.make(logits, logits.shape[:-1]) for _ in range(3))
     if kernels.load(logits.dtype).categorical_forward(*_rows(logits, action, *terms)):
         raise_unknown_actions(action, logits.shape[-1])
     return terms
@@ -207,8 +223,8 @@ def raise_unknown_actions(action: Tensor, num_actions: int) -> NoReturn:
 
 
 def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> Tensor:
-    """The gradient by ``logits`` ``[*B, num_actions]``, from those by log-probability and entropy ``[*B]``."""
-    d_logits = torch.empty_like(logits)
+    """The gradient by ``logits`` ``[*B, num_actions]``, from those by log-probability and entropy ``[*B]``, None for 0."""
+    d_logits = Workspace.make(logits, logits.shape)
     entries = (action, entropy, log_total, d_log_prob, d_entropy, d_logits)
     kernels.load(logits.dtype).categorical_backward(*_rows(logits, *entries))
     return d_logits

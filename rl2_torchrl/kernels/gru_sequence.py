@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from rl2_torchrl import kernels
-from rl2_torchrl.kernels.functions import differentiable_gradients, out_of_autocast, require_tensor, unit_stride
+from rl2_torchrl.kernels.functions import (
+    contiguous,
+    differentiable_gradients,
+    out_of_autocast,
+    require_tensor,
+    unit_stride,
+)
+from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
@@ -82,8 +89,8 @@ def pack_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> Tensor:
     """The weights in the order in which the kernels read them; they are those of `require_weights`, on the CPU."""
     library = kernels.load(w_hh.dtype)
     inputs, units = w_ih.shape[1], w_hh.shape[1]
-    weights = [None if w is None else w.detach().contiguous() for w in (w_ih, w_hh, b_ih, b_hh)]
-    packed = w_hh.new_empty(library.forward_size(inputs, units))
+    weights = [None if w is None else contiguous(w.detach()) for w in (w_ih, w_hh, b_ih, b_hh)]
+    packed = Workspace.make(w_hh, (library.forward_size(inputs, units),))
     library.pack_forward(inputs, units, *map(kernels.address, weights), packed.data_ptr())
     return packed
 
@@ -92,7 +99,7 @@ def _forward(x, hidden, is_init, weights, saved: Tensor | None = None, y: Tensor
     library, packed = kernels.load(x.dtype), pack_weights(*weights)
     (rows, steps, inputs), units = x.shape, weights[1].shape[1]
     x, hidden = unit_stride(x), None if hidden is None else unit_stride(hidden)
-    y = x.new_empty(rows, steps, units) if y is None else y
+    y = Workspace.take(x, (rows, steps, units)) if y is None else y
     library.gru_forward(
         *(rows, steps, inputs, units, *_strided(x), *_strided(hidden), kernels.address(is_init), packed.data_ptr()),
         *(y.data_ptr(), kernels.address(saved), kernels.threads_for(rows * steps * units * (units + inputs))),
@@ -151,7 +158,7 @@ def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> No
     rows, steps, units = dy.shape
     dy, packed = unit_stride(dy), None
     if steps > 1 or d_hidden is not None:  # else nothing goes back through the weights
-        w_hh, packed = w_hh.detach().contiguous(), dy.new_empty(library.backward_size(units))
+        w_hh, packed = contiguous(w_hh.detach()), Workspace.make(dy, (library.backward_size(units),))
         library.pack_backward(units, w_hh.data_ptr(), packed.data_ptr())
     library.gru_backward(
         *(rows, steps, inputs, units, *_strided(dy), kernels.address(is_init), kernels.address(packed)),
@@ -163,8 +170,8 @@ def weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[
     """Gradients of w_ih, w_hh, b_ih and b_hh from what `backward_in_place` gives."""
     library, units = kernels.load(gradients.dtype), gates // 3
     steps = gradients.shape[0] * gradients.shape[1]
-    made = [gradients.new_empty(shape) for shape in ((gates, inputs), (gates, units), (gates,), (gates,))]
-    sums = gradients.new_empty(library.sums_size(inputs, units))
+    made = [Workspace.make(gradients, shape) for shape in ((gates, inputs), (gates, units), (gates,), (gates,))]
+    sums = Workspace.make(gradients, (library.sums_size(inputs, units),))
     library.gru_weight_gradients(
         *(steps, inputs, units, gradients.data_ptr(), *map(kernels.address, made), sums.data_ptr()),
         kernels.threads_for(steps * gates * (units + inputs)),
@@ -174,6 +181,7 @@ def weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[
 
 def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
     """The gradient by ``x`` ``[N, T, input_size]`` from what `backward_in_place` gives."""
+    Recording.interrupt()
     units, flat, w_ih = len(w_ih) // 3, gradients.view(-1, gradients.shape[-1]), w_ih.detach()
     by_n = flat[:, 3 * units : 4 * units] @ w_ih[2 * units :]
     return by_n.addmm_(flat[:, : 2 * units], w_ih[: 2 * units]).view(*gradients.shape[:2], -1)
@@ -181,7 +189,9 @@ def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
 
 def as_bytes(is_init: Tensor | None) -> Tensor | None:
     """``is_init`` as the kernels read it: contiguous bytes."""
-    return None if is_init is None else is_init.bool().contiguous()
+    if is_init is not None and is_init.dtype != torch.bool:
+        Recording.interrupt()
+    return None if is_init is None else contiguous(is_init.bool())
 
 
 def _strided(tensor: Tensor | None) -> tuple:

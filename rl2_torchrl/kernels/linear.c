@@ -119,3 +119,25 @@ void tanh_forward(long size, const real *x, real *y, int threads) {
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < size; i += LANES) store(y + i, tanh_(load(x + i, lesser(LANES, size - i))), lesser(LANES, size - i));
 }
+
+void relu_forward(long size, const real *x, real *y, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < size; i += LANES) store(y + i, positive_part(load(x + i, lesser(LANES, size - i))), lesser(LANES, size - i));
+}
+
+/* From the gradient by what an activation gives, y, that by what it reads, in its place. */
+void tanh_backward(long size, const real *y, real *slope, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < size; i++) slope[i] *= 1 - y[i] * y[i];
+}
+
+void relu_backward(long size, const real *y, real *slope, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < size; i++) slope[i] = y[i] <= 0 ? 0 : slope[i];
+}
+
+/* to += what */
+void add(long size, const real *what, real *to, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < size; i++) to[i] += what[i];
+}

@@ -48,7 +48,7 @@ int categorical_forward(int rows, int choices, const real *logits, const int64_t
     return strangers;
 }
 
-/* d log p(a) / d logits = 1_a - p and d H / d logits = -p (log p + H). */
+/* d log p(a) / d logits = 1_a - p and d H / d logits = -p (log p + H). A slope that is NULL is 0. */
 void categorical_backward(int rows, int choices, const real *logits, const int64_t *action, const real *entropy,
                           const real *log_total, const real *d_log_prob, const real *d_entropy, real *d_logits,
                           int threads) {
@@ -56,7 +56,8 @@ void categorical_backward(int rows, int choices, const real *logits, const int64
     for (int row = 0; row < rows; row += LANES) {
         int n = rows - row;
         vec total = load(log_total + row, n), h = load(entropy + row, n);
-        vec by_log_prob = load(d_log_prob + row, n), by_entropy = load(d_entropy + row, n);
+        vec by_log_prob = d_log_prob ? load(d_log_prob + row, n) : (vec){0};
+        vec by_entropy = d_entropy ? load(d_entropy + row, n) : (vec){0};
         for (int c = 0; c < choices; c++) {
             vec log_p = gather(logits + (long)row * choices, choices, c, n) - total;
             vec finite = choose(log_p < -(real)LARGEST, (vec){0} - LARGEST, log_p);
@@ -69,11 +70,17 @@ void categorical_backward(int rows, int choices, const real *logits, const int64
 }
 
 /* ------------------------------------------------------------------------- Gaussian
- * log p(a) of Normal(loc, exp(log_std)) with independent components, log_std [dims] the same in all rows. */
-void gaussian_forward(int rows, int dims, const real *action, const real *loc, const real *log_std, real *log_prob) {
-    real constant = 0;
-    for (int d = 0; d < dims; d++) constant -= log_std[d] + (real)0.91893853320467274178; /* log(2 pi) / 2 */
+ * log p(a) and, where `entropy` is not NULL, H of Normal(loc, exp(log_std)) with independent components, log_std [dims] the same in
+ * all rows. */
+void gaussian_forward(int rows, int dims, const real *action, const real *loc, const real *log_std, real *log_prob,
+                      real *entropy) {
+    real constant = 0, h = 0;
+    for (int d = 0; d < dims; d++) {
+        constant -= log_std[d] + (real)0.91893853320467274178; /* log(2 pi) / 2 */
+        h += log_std[d] + (real)1.41893853320467274178;        /* log(2 pi e) / 2 */
+    }
     for (int row = 0; row < rows; row++) log_prob[row] = constant;
+    for (int row = 0; entropy && row < rows; row++) entropy[row] = h;
     for (int d = 0; d < dims; d++) {
         real precision = (real)exp(-log_std[d]);
         for (int row = 0; row < rows; row++) {
@@ -83,29 +90,40 @@ void gaussian_forward(int rows, int dims, const real *action, const real *loc, c
     }
 }
 
-/* d log p / d loc = z / std and d log p / d log_std = z^2 - 1, the latter summed over rows. */
+/* d log p / d loc = z / std, d log p / d log_std = z^2 - 1 and d H / d log_std = 1, the latter two summed over rows. A slope that is
+ * NULL is 0. */
 void gaussian_backward(int rows, int dims, const real *action, const real *loc, const real *log_std, const real *d_log_prob,
-                       real *d_loc, real *d_log_std) {
+                       const real *d_entropy, real *d_loc, real *d_log_std) {
+    double by_entropy = 0;
+    for (int row = 0; d_entropy && row < rows; row++) by_entropy += d_entropy[row];
     for (int d = 0; d < dims; d++) {
         real precision = (real)exp(-log_std[d]);
-        double sum = 0;
+        double sum = by_entropy;
         for (int row = 0; row < rows; row++) {
             long i = (long)row * dims + d;
-            real z = (action[i] - loc[i]) * precision;
-            d_loc[i] = d_log_prob[row] * z * precision;
-            sum += d_log_prob[row] * (z * z - 1);
+            real z = (action[i] - loc[i]) * precision, slope = d_log_prob ? d_log_prob[row] : 0;
+            d_loc[i] = slope * z * precision;
+            sum += slope * (z * z - 1);
         }
         d_log_std[d] = (real)sum;
     }
 }
 
+/* scale [rows, dims] = exp(log_std) */
+void gaussian_scale(int rows, int dims, const real *log_std, real *scale) {
+    for (int d = 0; d < dims; d++) {
+        real of = (real)exp(log_std[d]);
+        for (int row = 0; row < rows; row++) scale[(long)row * dims + d] = of;
+    }
+}
+
 /* ------------------------------------------------------------------------- clipped objective
- * min(r A, clip(r) A) with r = p / p_old, by log p and log p_old. `active` is r A where that is the smaller, else 0: the
- * objective's gradient by log p. `totals` are the sums of the objective, of whether r was clipped, of log p_old - log p, of r;
+ * min(r A, clip(r) A) with r = p / p_old, by log p and log p_old. `slope` is r A where that is the smaller, else 0, the
+ * objective's gradient by log p, times `scale`. `totals` are the sums of the objective, of whether r was clipped, of log p_old - log p, of r;
  * and the largest r. `ess` [steps] is the effective share of samples, (sum r)^2 / sum r^2 / rows, of every step.
  * One thread: the sums come out the same in every run. */
 void clipped_objective(int rows, int steps, const real *log_prob, const real *old_log_prob, const real *advantage, double low,
-                       double high, real *active, real *ratio, real *ess, double *totals) {
+                       double high, double scale, real *slope, real *ratio, real *ess, double *totals) {
     int size = rows * steps;
     vec least = (vec){0} + (real)low, most = (vec){0} + (real)high, zero = {0};
     for (int i = 0; i < 5; i++) totals[i] = i < 4 ? 0 : -INFINITY;
@@ -115,7 +133,7 @@ void clipped_objective(int rows, int steps, const real *log_prob, const real *ol
         vec clipped = choose(log_r < least, least, choose(log_r > most, most, log_r));
         vec r = choose(log_r > (real)LARGEST, zero + (real)INFINITY, exponential(log_r));
         vec gain = r * a, bound = exponential(clipped) * a;
-        store(active + first, choose(gain > bound, zero, gain), n);
+        store(slope + first, choose(gain > bound, zero, gain) * (real)scale, n);
         store(ratio + first, r, n);
         for (int lane = 0; lane < LANES && lane < n; lane++) {
             totals[0] += gain[lane] > bound[lane] ? bound[lane] : gain[lane];
@@ -134,4 +152,26 @@ void clipped_objective(int rows, int steps, const real *log_prob, const real *ol
         }
         ess[t] = sum * sum / squares / rows;
     }
+}
+
+/* ------------------------------------------------------------------------- squared error, entropy bonus
+ * The sum of (value - target)^2 and, as `slope`, factor (value - target). */
+void squared_error(int size, const real *value, const real *target, double factor, real *slope, double *total) {
+    double sum = 0;
+    for (int i = 0; i < size; i++) {
+        real off = value[i] - target[i];
+        sum += (double)off * off;
+        slope[i] = (real)factor * off;
+    }
+    *total = sum;
+}
+
+/* The sum of all entropies; each has the slope `factor`. */
+void entropy_sum(int size, const real *entropy, double factor, real *slope, double *total) {
+    double sum = 0;
+    for (int i = 0; i < size; i++) {
+        sum += entropy[i];
+        slope[i] = (real)factor;
+    }
+    *total = sum;
 }

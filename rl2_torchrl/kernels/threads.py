@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torchrl import torchrl_logger
 
-__all__ = ["threads_for", "warn_of_spinning"]
+__all__ = ["one_thread", "threads_for", "warn_of_spinning"]
 
 #: Whether this process has run kernels on several threads, and whether it has been warned.
 _has_run = _is_warned = False
+#: Whether all work is one thread's.
+_is_single = False
 
 
 def _least_work(environment: Mapping[str, str]) -> int:
@@ -25,10 +28,21 @@ def _least_work(environment: Mapping[str, str]) -> int:
 _LEAST_WORK = _least_work(os.environ)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for all work that is looked at within."""
+    global _is_single
+    _is_single = True
+    try:
+        yield
+    finally:
+        _is_single = False
+
+
 def threads_for(multiplications: int) -> int:
     """Threads for that much work."""
     global _has_run
-    threads = torch.get_num_threads() if multiplications > _LEAST_WORK else 1
+    threads = torch.get_num_threads() if multiplications > _LEAST_WORK and not _is_single else 1
     _has_run |= threads > 1
     return threads
 

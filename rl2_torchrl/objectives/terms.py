@@ -22,7 +22,6 @@ gives of a term what its ``out_keys`` name, if it has some, and then each time.
 Autograd makes a term's gradient, for that term alone. A term without parameters that knows it better derives from `OwnGradient`.
 """
 
-import ctypes
 from abc import ABC, abstractmethod
 
 import torch
@@ -31,10 +30,13 @@ from torch import Tensor, nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, has_kernels
+from rl2_torchrl.kernels.functions import contiguous
+from rl2_torchrl.kernels.workspace import Workspace
 
-__all__ = ["ClippedObjective", "EntropyBonus", "OwnGradient", "SquaredError"]
+__all__ = ["ClippedObjective", "EntropyBonus", "KernelTerm", "OwnGradient", "SquaredError"]
 
-_Totals = ctypes.c_double * 5
+#: Losses and diagnostics of a term.
+Figures = dict[str, float | Tensor]
 
 
 def as_number(value: Tensor) -> float | Tensor:
@@ -85,7 +87,33 @@ class _WithGradients(torch.autograd.Function):
         return None, None, None, *(None if own is None else own * slope for own in slopes)
 
 
-class ClippedObjective(OwnGradient):
+class KernelTerm(OwnGradient):
+    """A term whose arithmetic is kernels' where they read the entries, else PyTorch's."""
+
+    def with_gradients(self, *entries):
+        self.require_shapes(*entries)
+        if torch.is_grad_enabled() or not has_kernels(*entries):
+            return self.by_torch(*entries)
+        totals, slopes = self.by_kernels(*entries)
+        return self.figures(totals.tolist(), entries[0]), slopes
+
+    def require_shapes(self, *entries: Tensor) -> None:
+        """ValueError where ``entries`` do not fit each other."""
+
+    @abstractmethod
+    def by_torch(self, *entries: Tensor) -> tuple[Figures, tuple]:
+        """`with_gradients` by PyTorch."""
+
+    @abstractmethod
+    def by_kernels(self, *entries: Tensor) -> tuple[Tensor, tuple]:
+        """What `figures` reads, float64, and the gradients, by kernels alone."""
+
+    @abstractmethod
+    def figures(self, totals: list[float], like: Tensor) -> Figures:
+        """Losses and diagnostics from the ``totals`` of as many steps as ``like`` ``[N, T, ...]`` has."""
+
+
+class ClippedObjective(KernelTerm):
     """``-mean(min(r A, clip(r) A))`` with r = p / p_old (Schulman et al. 2017, eq. 7), and how far the policy has moved.
 
     ``log_low`` and ``log_high`` are the logarithms of the lowest and the highest ratio. The gradient by log p is ``-r A / N`` where
@@ -97,19 +125,15 @@ class ClippedObjective(OwnGradient):
         super().__init__([LOG_PROB, old_log_prob_key, advantage_key])
         self.log_low, self.log_high = log_low, log_high
 
-    def with_gradients(self, log_prob, old_log_prob, advantage):
-        advantage = advantage.squeeze(-1)
-        if log_prob.ndim != 2 or not log_prob.shape == old_log_prob.shape == advantage.shape:
-            shapes = [tuple(entry.shape) for entry in (log_prob, old_log_prob, advantage)]
+    def require_shapes(self, log_prob, old_log_prob, advantage):
+        shapes = [tuple(entry.shape) for entry in (log_prob, old_log_prob, advantage.squeeze(-1))]
+        if log_prob.ndim != 2 or len(set(shapes)) > 1:
             raise ValueError(
                 f"log-probabilities, old ones and advantages must be of one shape [N, T], of several actions summed, not {shapes}."
             )
-        by_kernels = not torch.is_grad_enabled() and has_kernels(log_prob, old_log_prob, advantage)
-        active, figures = (self._by_kernels if by_kernels else self._by_torch)(log_prob, old_log_prob, advantage)
-        return figures, (active.mul_(-1 / log_prob.numel()), None, None)
 
-    def _by_torch(self, log_prob, old_log_prob, advantage):
-        log_ratio = log_prob - old_log_prob
+    def by_torch(self, log_prob, old_log_prob, advantage):
+        log_ratio, advantage = log_prob - old_log_prob, advantage.squeeze(-1)
         clipped, ratio = log_ratio.clamp(self.log_low, self.log_high), log_ratio.exp()
         gain, bound = ratio * advantage, clipped.exp() * advantage
         objective = torch.minimum(gain, bound)
@@ -121,45 +145,73 @@ class ClippedObjective(OwnGradient):
             "max_ratio": ratio.max(),
             "ESS": ratio.sum(0).square() / ratio.square().sum(0) / len(ratio),
         }
-        return torch.where(gain > bound, 0.0, gain), figures
+        return figures, (torch.where(gain > bound, 0.0, gain).mul_(-1 / log_prob.numel()), None, None)
 
-    def _by_kernels(self, log_prob, old_log_prob, advantage):
-        inputs = [entry.contiguous() for entry in (log_prob, old_log_prob, advantage)]
-        active, ratio, totals = torch.empty_like(inputs[0]), torch.empty_like(inputs[0]), _Totals()
-        ess = active.new_empty(active.shape[1])
-        outputs = (*map(kernels.address, (active, ratio, ess)), ctypes.addressof(totals))
+    def by_kernels(self, log_prob, old_log_prob, advantage):
+        inputs = [contiguous(entry) for entry in (log_prob, old_log_prob, advantage)]
+        slope, ratio = (Workspace.make(log_prob, log_prob.shape) for _ in range(2))
+        self._ess, totals = Workspace.make(log_prob, log_prob.shape[1:]), Workspace.numbers(5)
+        bounds = float(self.log_low), float(self.log_high), -1 / log_prob.numel()
+        outputs = map(kernels.address, (slope, ratio, self._ess, totals))
         kernels.load(log_prob.dtype).clipped_objective(
-            *log_prob.shape, *map(kernels.address, inputs), self.log_low, self.log_high, *outputs
+            *log_prob.shape, *map(kernels.address, inputs), *bounds, *outputs
         )
-        size, (objective, clipped, kl, ratios, largest) = log_prob.numel(), totals
+        return totals, (slope, None, None)
+
+    def figures(self, totals, like):
+        objective, clipped, kl, ratios, largest = totals
+        size = like.numel()
         figures = {"loss_objective": -objective / size, "clip_fraction": clipped / size, "kl_approx": kl / size}
-        return active, figures | {"mean_ratio": ratios / size, "max_ratio": largest, "ESS": ess}
+        return figures | {"mean_ratio": ratios / size, "max_ratio": largest, "ESS": self._ess}
 
 
-class SquaredError(OwnGradient):
+class SquaredError(KernelTerm):
     """``coefficient * mean((v - R)²)``, of values and targets ``[N, T, 1]``."""
 
     def __init__(self, coefficient: float, value_key="state_value", target_key="value_target"):
         super().__init__([value_key, target_key])
         self.coefficient = coefficient
 
-    def with_gradients(self, value, target):
+    def require_shapes(self, value, target):
         if value.shape != target.shape:
             raise ValueError(f"values {tuple(value.shape)}, targets {tuple(target.shape)}: give one shape [N, T, 1].")
+
+    def by_torch(self, value, target):
         error, factor = value - target, self.coefficient / value.numel()
         flat = error.flatten()
         return {"loss_critic": as_number(torch.dot(flat, flat)) * factor}, (error.mul_(2 * factor), None)
 
+    def by_kernels(self, value, target):
+        inputs, factor = (contiguous(value), contiguous(target)), 2 * self.coefficient / value.numel()
+        slope, totals = Workspace.make(value, value.shape), Workspace.numbers(1)
+        run = kernels.load(value.dtype).squared_error
+        run(value.numel(), *map(kernels.address, inputs), float(factor), *map(kernels.address, (slope, totals)))
+        return totals, (slope, None)
 
-class EntropyBonus(OwnGradient):
+    def figures(self, totals, like):
+        return {"loss_critic": totals[0] * self.coefficient / like.numel()}
+
+
+class EntropyBonus(KernelTerm):
     """``-coefficient * mean(H)``, H the policy's entropy ``[N, T]``."""
 
     def __init__(self, coefficient: float):
         super().__init__([ENTROPY])
         self.coefficient = coefficient
 
-    def with_gradients(self, entropy):
+    def by_torch(self, entropy):
         mean = as_number(entropy.mean())
         slope = torch.empty_like(entropy, memory_format=torch.contiguous_format)
         slope.fill_(-self.coefficient / entropy.numel())
         return {"loss_entropy": -self.coefficient * mean, "entropy": mean}, (slope,)
+
+    def by_kernels(self, entropy):
+        entropy, factor = contiguous(entropy), -self.coefficient / entropy.numel()
+        slope, totals = Workspace.make(entropy, entropy.shape), Workspace.numbers(1)
+        run = kernels.load(entropy.dtype).entropy_sum
+        run(entropy.numel(), entropy.data_ptr(), float(factor), slope.data_ptr(), totals.data_ptr())
+        return totals, (slope,)
+
+    def figures(self, totals, like):
+        mean = totals[0] / like.numel()
+        return {"loss_entropy": -self.coefficient * mean, "entropy": mean}

@@ -1,0 +1,161 @@
+"""`Recording`: kernels' calls as they were made once, made again in one: on a CPU what a CUDA graph is on a device.
+
+Between two kernels Python takes as long as they do: of networks of some ten thousand weights a minibatch is twenty calls of some
+20 microseconds each, since what the kernels stream through the caches drives Python's own data out of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Calls", "Recording"]
+
+#: Arguments of a call, as the kernels' ``call`` holds them.
+_SLOTS = 19
+#: Numbers that the kernels of one minibatch may leave.
+_NUMBERS = 32
+
+
+class Recording:
+    """Notes the kernels' calls that this thread makes while it is `on`, and keeps the memory that they are made on.
+
+    What is noted is made again on the same memory: what runs meanwhile takes all of it from `Workspace`, and does with it what
+    kernels do, no more. Where it does more, it says so by `interrupt`.
+
+    Attributes:
+        calls: kernel and arguments of each, as `Calls` takes them.
+        kept, held: memory that was taken from `Workspace`, and that goes back to it or not once nothing is made again.
+        numbers: float64, what kernels have left for Python to read.
+        is_whole: whether kernels did all that was done since this was set to True.
+    """
+
+    _threads = threading.local()
+
+    def __init__(self):
+        self.calls: list[tuple[int, tuple]] = []
+        self.kept: list[Tensor] = []
+        self.held: list[Tensor] = []
+        self.numbers, self._used = torch.zeros(_NUMBERS, dtype=torch.float64), 0
+        self.is_whole = True
+        self.library: ctypes.CDLL | None = None
+        self._noting: _Noting | None = None
+
+    @classmethod
+    def active(cls) -> Recording | None:
+        """The one that is on in this thread."""
+        return getattr(cls._threads, "active", None)
+
+    @classmethod
+    def interrupt(cls) -> None:
+        """Says that something else than a kernel is about to work on the memory."""
+        if (recording := cls.active()) is not None:
+            recording.is_whole = False
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Notes what is called within."""
+        self._threads.active = self
+        try:
+            yield
+        finally:
+            self._threads.active = None
+
+    def numbers_for(self, count: int) -> Tensor:
+        """The next ``count`` of the ``numbers``."""
+        self._used += count
+        if self._used > _NUMBERS:
+            self.is_whole = False
+            return torch.empty(count, dtype=torch.float64)
+        return self.numbers[self._used - count : self._used]
+
+    def noting(self, library: ctypes.CDLL) -> _Noting:
+        """``library``, whose calls are noted."""
+        if self._noting is None:
+            self.library, self._noting = library, _Noting(self, library)
+        if self.library is not library:  # of another dtype
+            self.is_whole = False
+            return library
+        return self._noting
+
+
+class _Noting:
+    """A library whose calls a recording notes."""
+
+    def __init__(self, recording: Recording, library: ctypes.CDLL):
+        self._recording, self._library, self._kernels = recording, library, _kernels_of(library)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function, kernel, recording = getattr(self._library, name), self._kernels.get(name), self._recording
+        if kernel is None:
+            recording.is_whole &= name.endswith("_size")
+            return function
+
+        def call(*arguments):
+            result = function(*arguments)
+            recording.calls.append((kernel, arguments))
+            return result
+
+        setattr(self, name, call)
+        return call
+
+
+@cache
+def _kernels_of(library: ctypes.CDLL) -> dict[str, int]:
+    """The numbers of those kernels that can be called again."""
+    names, number = {}, 0
+    while (name := library.kernel_name(number)) is not None:
+        names[name.decode()] = number
+        number += 1
+    return names
+
+
+class Calls:
+    """Calls that are made again in one.
+
+    Args:
+        recording: what has noted them.
+        first: which of its ``calls`` is the first.
+    """
+
+    def __init__(self, recording: Recording, first: int = 0):
+        self._library, self._noted = recording.library, recording.calls[first:]
+        self._table = torch.tensor([_row(*call) for call in self._noted], dtype=torch.int64)
+        self.count = len(self._table)
+
+    def __call__(self) -> bool:
+        """Makes them; False where a kernel reported something, and those after it have not been made."""
+        return self._library.make_calls(self._table.data_ptr(), self.count) == self.count
+
+    def move(self, old: int, new: int) -> None:
+        """Has them read and write at the address ``new`` what they did at ``old``."""
+        self._table[self._table == old] = new
+
+    def and_then(self, name: str, *arguments: float) -> Calls:
+        """These, and one of the kernel ``name``."""
+        more = Recording()
+        more.library, more.calls = self._library, [*self._noted, (_kernels_of(self._library)[name], arguments)]
+        return Calls(more)
+
+    def make_passes(self, *arguments: int) -> int:
+        """Makes them for each of many minibatches, as the kernels' ``make_passes`` says."""
+        return self._library.make_passes(self._table.data_ptr(), self.count, *arguments)
+
+
+def _row(kernel: int, arguments: tuple) -> list[int]:
+    slots = [_bits(argument) for argument in arguments]
+    return [kernel, *slots, *[0] * (_SLOTS - len(slots))]
+
+
+def _bits(argument: float | None) -> int:
+    if isinstance(argument, float):
+        return struct.unpack("q", struct.pack("d", argument))[0]
+    return 0 if argument is None else int(argument)

@@ -1,0 +1,390 @@
+"""Minibatches that are made again from the first one's calls are what they would have been by themselves."""
+
+import pytest
+import torch
+from loss_cases import (
+    ACTIONS,
+    COMPILED,
+    F64,
+    INPUTS,
+    ROWS,
+    STEPS,
+    UNITS,
+    batch_of,
+    data_of,
+    loss_of,
+    needs_kernels,
+    trained,
+)
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.modules import ProbabilisticActor
+
+from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss, kernels
+from rl2_torchrl.gradients import Program
+from rl2_torchrl.gradients.adam import steps_by
+from rl2_torchrl.gradients.replays import Replays, _Minibatch
+from rl2_torchrl.kernels.recording import Calls, Recording
+from rl2_torchrl.kernels.workspace import Workspace
+
+SIZES = [{}, {"bptt": 1, "shuffle": False, "max_grad_norm": None}, {"bptt": 6, "minibatches": 2}]
+
+
+def assert_alike(one, other, atol=1e-10):
+    """Metrics, parameters and Adam's state of two trainings."""
+    for ours, expected in zip(one[0], other[0], strict=True):
+        assert ours == pytest.approx(expected, rel=1e-9 if atol < 1e-6 else 1e-3)
+    for ours, expected in zip([*one[1], *one[2]], [*other[1], *other[2]], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+
+
+# ------------------------------------------------------------------ all kinds
+@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+@pytest.mark.parametrize(
+    "critic", ["none", "separate", "extra", "shared", "shared, cells", "shared, extra", "detached", "wide"]
+)
+@pytest.mark.parametrize("options", SIZES, ids=str)
+def test_updates_train_alike_both_ways(kind, critic, options):
+    """Clipped gradients, entropy, chunks in any order, a short last minibatch: the same numbers, Adam's averages too."""
+    ours, expected = (trained(way, kind, critic, **options) for way in ("parts", "autograd"))
+    assert ("loss_critic" in ours[0][0]) == (critic != "none")
+    assert_alike(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+@pytest.mark.parametrize("head", [", tanh", ", elu", ", cells", ", skip"])
+def test_heads_train_alike_both_ways(kind, head):
+    ours, expected = (trained(way, kind + head, "separate") for way in ("parts", "autograd"))
+    assert_alike(ours, expected)
+
+
+def test_updates_in_single_precision():
+    ours, expected = (trained(way, "gaussian", "extra", torch.float32) for way in ("parts", "autograd"))
+    assert_alike(ours, expected, 1e-4)
+
+
+# ------------------------------------------------------------------ by kernels
+def replays_of(loss, data, rows=3):
+    replays = Replays(Program(loss), data)
+    replays(torch.arange(rows))
+    return replays, replays._sizes[rows]
+
+
+class _NoOperations(TorchDispatchMode):
+    """Fails where PyTorch computes something while calls are noted."""
+
+    ALLOWED = (
+        "empty",
+        "new_empty",
+        "new_empty",
+        "detach",
+        "view",
+        "squeeze",
+        "unsqueeze",
+        "select",
+        "alias",
+        "slice",
+        "expand",
+        "as_strided",
+        "split",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        recording = Recording.active()
+        name = func.overloadpacket.__name__
+        if recording is not None and recording.is_whole and not name.startswith(self.ALLOWED):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+@pytest.mark.parametrize("head", ["", ", cells"])
+@pytest.mark.parametrize("critic", ["none", "separate", "extra", "shared", "shared, cells", "detached"])
+def test_kernels_do_it_alone(kind, head, critic):
+    """Nothing that PyTorch does on the way would be done again."""
+    loss = loss_of(kind + head, critic, torch.float32, entropy_bonus=True)
+    with _NoOperations() as mode:
+        _, minibatch = replays_of(loss, data_of(kind, torch.float32))
+    assert not mode.seen
+    assert [type(step) for step in minibatch._steps] == [Calls]
+
+
+@needs_kernels
+@pytest.mark.parametrize("head", [", tanh", ", elu", ", skip", ", layers"])
+@pytest.mark.parametrize("critic", ["shared, extra", "detached, extra", "wide"])
+def test_what_kernels_do_not_do_alone_says_so(head, critic):
+    layers = 2 if head == ", layers" else 1
+    with _NoOperations() as mode:
+        _, minibatch = replays_of(
+            loss_of("categorical" + head, critic, torch.float32), data_of("categorical", torch.float32, layers=layers)
+        )
+    assert not mode.seen
+    assert [Calls] != [type(step) for step in minibatch._steps]
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", ["one-hot", "small integers", "flags as integers", "other precision"])
+def test_data_are_converted_once_for_all_minibatches(change):
+    loss = loss_of("categorical", "separate", torch.float64)
+    data = data_of("categorical", torch.float64)
+    expected = after_one_pass(loss_of("categorical", "separate", torch.float64), data, torch.arange(ROWS))
+    if change == "one-hot":
+        actor = GRUCategoricalActor(INPUTS, ACTIONS, hidden_size=UNITS, one_hot=True, **F64)
+        actor.load_state_dict(loss.actor_network.state_dict())
+        loss = RL2PPOLoss(actor, loss.critic_network)
+        data["action"] = nn.functional.one_hot(data["action"], ACTIONS)
+    elif change == "small integers":
+        data["action"] = data["action"].to(torch.uint8)
+    elif change == "flags as integers":
+        data["is_init"] = data["is_init"].long()
+    else:
+        data["trans"] = data["trans"].float()
+        expected = after_one_pass(
+            loss_of("categorical", "separate", torch.float64),
+            {**data, "trans": data["trans"].double()},
+            torch.arange(ROWS),
+        )
+    assert [type(step) for step in replays_of(loss, data)[1]._steps] == [Calls]
+    assert all(torch.equal(a, b) for a, b in zip(after_one_pass(loss, data, torch.arange(ROWS)), expected, strict=True))
+
+
+def after_one_pass(loss, data, order, rows=2):
+    """Weights after a minibatch by itself and a pass of all in one call, and what is left of them one by one."""
+    replays = Replays(Program(loss), data)
+    steps = steps_by(torch.optim.Adam(loss.parameters(), lr=1e-2), list(loss.parameters()))
+    replays(order[:rows].contiguous())
+    assert len(replays.passes(steps, 0.1, order.contiguous(), rows)) == len(order) // rows
+    return [p.detach().clone() for p in loss.parameters()]
+
+
+@needs_kernels
+def test_a_pass_reads_the_chunks_in_their_order():
+    data, ends = data_of("gaussian", torch.float64), []
+    order = torch.tensor([4, 1, 7, 8, 0, 2, 6, 3])
+    ends.append(after_one_pass(loss_of("gaussian", "separate", torch.float64), data, order))
+    shuffled = {key: entry[order] for key, entry in data.items()}
+    ends.append(after_one_pass(loss_of("gaussian", "separate", torch.float64), shuffled, torch.arange(8)))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_an_action_that_is_no_choice_is_an_error_in_a_pass():
+    update = PPOUpdate(loss_of("categorical", "separate", torch.float32), bptt=1, minibatches=6, shuffle=False)
+    batch = batch_of("categorical", torch.float32)
+    batch["action"][3, 2] = ACTIONS
+    with pytest.raises((IndexError, RuntimeError), match="3 choices|out of bounds"):
+        update(batch)
+    # 9 chunks a minibatch, and this one is the 21st: two steps were taken before it.
+    assert {float(state["step"]) for state in update.optimizer.state.values()} == {2.0}
+
+
+@pytest.mark.parametrize("way", ["parts", "autograd"])
+def test_a_gradient_that_is_not_finite_ends_a_pass_before_its_step(way):
+    update = PPOUpdate(
+        loss_of("gaussian", "separate", torch.float32), bptt=1, minibatches=6, shuffle=False, backend=way
+    )
+    batch = batch_of("gaussian", torch.float32)
+    batch["trans"][3, 2] = torch.nan
+    with pytest.raises(FloatingPointError, match="epoch 0, minibatch 2"):
+        update(batch)
+    assert {float(state["step"]) for state in update.optimizer.state.values()} == {2.0}
+    assert all(p.isfinite().all() for p in update.loss.parameters())
+
+
+@pytest.mark.parametrize("way", ["parts", "autograd"])
+def test_memory_that_was_lost_is_noticed_before_the_first_step(way):
+    update = PPOUpdate(loss_of("categorical", "separate", torch.float32), minibatches=3, backend=way)
+    batch = batch_of("categorical", torch.float32).exclude("actor_hidden", "critic_hidden")
+    batch["is_init"][:] = False
+    batch["is_init"][:, 0] = True
+    batch["next", "done"][:, :-1] = batch["next", "terminated"][:, :-1] = False
+    before = [p.detach().clone() for p in update.loss.parameters()]
+    with pytest.raises(ValueError, match="memory was lost"):
+        update(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, update.loss.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------ beside what is not ours
+class _Term(nn.Module):
+    """A loss of the features, by a layer of its own, of the actor's weights and of what only some minibatches have."""
+
+    in_keys = ("actor_features", "task", ("policy", "entropy"))
+
+    def __init__(self, weights=(), depends=False):
+        super().__init__()
+        torch.manual_seed(5)
+        self.linear, self._weights, self._depends = nn.Linear(UNITS, 2, **F64), list(weights), depends
+        self.calls, self.kept = 0, []
+
+    def forward(self, features, task, entropy):
+        self.calls += 1
+        self.kept.append((features, features.detach().clone()))
+        loss = (self.linear(features) - task).square().mean() + sum(1e-3 * w.square().sum() for w in self._weights)
+        if self._depends and task.sum() > 0:
+            loss = loss - 0.01 * entropy.mean()
+        return {"loss_task": loss, "task_seen": task.mean()}
+
+
+def with_term(way, kind="categorical", critic="shared", weights=False, **options):
+    loss = loss_of(kind, critic, torch.float64)
+    term = _Term(loss.actor_network.parameters() if weights else (), **options)
+    loss = RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[term])
+    update = PPOUpdate(loss, bptt=2, minibatches=5, epochs=3, max_grad_norm=0.5, lr=1e-2, backend=way)
+    torch.manual_seed(3)
+    metrics = [update(batch_of(kind, torch.float64)) for _ in range(2)]
+    state = [value for p in loss.parameters() for value in update.optimizer.state[p].values()]
+    return (metrics, [p.detach().clone() for p in loss.parameters()], state), term
+
+
+@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+@pytest.mark.parametrize("critic", ["separate", "shared", "shared, extra"])
+@pytest.mark.parametrize("options", [{}, {"weights": True}, {"depends": True}], ids=str)
+def test_a_term_of_a_users_beside_kernels(kind, critic, options):
+    """On weights that the kernels differentiate too; with a gradient by an entry in some minibatches alone."""
+    (ours, _), (expected, _) = (with_term(way, kind, critic, **options) for way in ("parts", "autograd"))
+    assert_alike(ours, expected)
+
+
+def test_what_a_term_was_shown_stays_as_it_was():
+    _, term = with_term("parts")
+    assert len(term.kept) == term.calls == 2 * 3 * 5  # and no minibatch twice
+    assert all(torch.equal(shown, before) for shown, before in term.kept)
+
+
+@needs_kernels
+def test_a_term_is_all_that_python_does():
+    loss = loss_of("categorical", "shared", torch.float64)
+    loss = RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[_Term()])
+    _, minibatch = replays_of(loss, data_of("categorical", torch.float64))
+    assert [isinstance(step, Calls) for step in minibatch._steps] == [True, False, True]
+
+
+class _Moves(nn.Module):
+    """A layer that puts its weight, and the one that is given, elsewhere in memory in some calls."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.linear, self._other, self._calls = nn.Linear(INPUTS, INPUTS, **F64), [other], 0
+
+    def forward(self, x):
+        self._calls += 1
+        if self._calls % 3 == 0:
+            for weight in (self.linear.weight, *self._other):
+                weight.data = 0.9 * weight.data
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("writes", ["trans", "seen"])
+def test_a_module_before_the_core_that_moves_weights(writes):
+    """What it writes may stand in the place of what it has read."""
+    ends = []
+    for way in ("parts", "autograd"):
+        loss = loss_of("categorical", "separate", torch.float64)
+        torch.manual_seed(2)
+        core, head = loss.actor_network.module[0].module
+        moves = TensorDictModule(_Moves(next(core.parameters())), ["trans"], [writes])
+        core.in_keys = [writes, *core.in_keys[1:]]
+        actor = ProbabilisticActor(
+            TensorDictSequential(moves, core, head),
+            in_keys=["logits"],
+            distribution_class=torch.distributions.Categorical,
+            return_log_prob=True,
+        )
+        update = PPOUpdate(
+            RL2PPOLoss(actor, loss.critic_network), bptt=2, minibatches=5, epochs=3, shuffle=False, backend=way
+        )
+        metrics = [update(batch_of("categorical", torch.float64)) for _ in range(2)]
+        ends.append((metrics, [p.detach() for p in update.loss.parameters()], []))
+    assert_alike(*ends)
+
+
+@pytest.mark.parametrize("frozen", ["core", "head", "bias"])
+def test_frozen_weights_stay_and_have_no_gradient(frozen):
+    ends = []
+    for way in ("parts", "autograd"):
+        loss = loss_of("categorical", "separate", torch.float64)
+        core, head = loss.actor_network.module[0].module
+        chosen = {
+            "core": core.parameters(),
+            "head": head.parameters(),
+            "bias": [p for p in head.parameters() if p.ndim == 1],
+        }
+        for parameter in chosen[frozen]:
+            parameter.requires_grad_(False)
+        update = PPOUpdate(loss, bptt=2, minibatches=5, epochs=3, shuffle=False, backend=way)
+        metrics = [update(batch_of("categorical", torch.float64)) for _ in range(2)]
+        assert all((p.grad is None) != p.requires_grad for p in loss.parameters())
+        ends.append((metrics, [p.detach() for p in loss.parameters()], []))
+    assert_alike(*ends)
+
+
+# ------------------------------------------------------------------ memory
+@needs_kernels
+def test_gradients_of_after_an_update_are_nobody_elses():
+    loss = loss_of("categorical", "separate", torch.float64)
+    batch = batch_of("categorical", torch.float64)
+    PPOUpdate(loss, minibatches=3, lr=0.0)(batch)
+    before = [p.grad.clone() for p in loss.parameters()]
+    batch["advantage"], batch["value_target"] = torch.zeros(2, ROWS, STEPS, 1, **F64)
+    losses = loss(batch)
+    sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
+    for parameter, gradient in zip(loss.parameters(), before, strict=True):
+        more = parameter.grad - gradient
+        parameter.grad = None
+        assert more.isfinite().all()
+    losses = loss(batch)
+    sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
+    torch.testing.assert_close(more, parameter.grad, rtol=0, atol=1e-12)
+
+
+@needs_kernels
+def test_memory_goes_back_when_the_batch_is_done(monkeypatch):
+    monkeypatch.setattr(Workspace, "_LEAST", 0)
+    monkeypatch.setattr(Workspace, "_KEPT", 1000)
+    places, run_first = [], _Minibatch._run_first
+
+    def noted(minibatch, *arguments):
+        run_first(minibatch, *arguments)
+        places.append({tensor.data_ptr() for tensor in minibatch.recording.kept})
+
+    monkeypatch.setattr(_Minibatch, "_run_first", noted)
+    update = PPOUpdate(loss_of("categorical", "shared", torch.float32), bptt=2, minibatches=5)
+    for _ in range(3):
+        update(batch_of("categorical", torch.float32))
+    assert len(places[0]) > 5
+    assert places[2:4] == places[4:6]
+
+
+@needs_kernels
+def test_every_kernel_that_is_noted_can_be_called_again():
+    library, number, names = kernels.load(torch.float32), 0, []
+    while (name := library.kernel_name(number)) is not None:
+        names.append(name.decode())
+        number += 1
+    assert len(set(names)) == len(names) == number
+    assert all(len(kernels._SIGNATURES[name][1]) <= 19 for name in names)
+
+
+def test_what_is_run_without_kernels_is_right_too(monkeypatch):
+    monkeypatch.setattr(kernels, "covers", lambda *_: False)
+    ours, expected = (trained(way, "gaussian", "extra") for way in ("parts", "autograd"))
+    assert_alike(ours, expected)
+    assert COMPILED or kernels.load(torch.float32) is None
+
+
+def test_a_critic_of_ones_own_in_another_dtype_runs_minibatch_by_minibatch():
+    ends = []
+    for way in ("parts", "autograd"):
+        loss = loss_of("categorical", "none", torch.float32)
+        torch.manual_seed(1)
+        critic = GRUValueHead(INPUTS, hidden_size=12, **F64)
+        update = PPOUpdate(RL2PPOLoss(loss.actor_network, critic), bptt=2, minibatches=5, shuffle=False, backend=way)
+        batch = batch_of("categorical", torch.float32)
+        batch["value_target"] = batch["state_value"] = batch["value_target"].double()
+        ends.append(([update(batch)], [p.detach().double() for p in update.loss.parameters()], []))
+    assert_alike(*ends, atol=1e-4)
