@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from rl2_torchrl.arguments import noted
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.adam import AdamSteps, OptimizerSteps, steps_by, why_not_adam
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
+from rl2_torchrl.gradients.program import numbers_of
 from rl2_torchrl.gradients.replays import Replays
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches
@@ -47,6 +48,8 @@ class Passes:
         self._parameters = list(loss.parameters())
         self._device = self._parameters[0].device
         self._graphed = GraphedPass(loss)
+        #: Why a forward beside PPO's terms is not answered by parts, once that has been found out.
+        self._unlike: str | None = None
 
     def choose(self, optimizer: torch.optim.Optimizer) -> None:
         """Says backend and reason, as far as they are known before a batch; ValueError where the one that is named cannot serve."""
@@ -59,7 +62,10 @@ class Passes:
         is_graph = self._named == "graph" or (self._named == "auto" and self._device.type == "cuda")
         is_ours = isinstance(self._loss, RL2PPOLoss)
         refusal = self._loss.why_not_parts() if is_ours else f"{type(self._loss).__name__} is no RL2PPOLoss"
-        if refusal is None and is_graph:
+        beside = self._loss.runs_beside() if is_ours else None
+        if refusal is None and beside is not None and (is_graph or self._unlike):
+            refusal = self._unlike or beside
+        elif refusal is None and is_graph:
             refusal = self._joins() or why_not_graphed(self._loss, optimizer)
         elif refusal is None and self._named != "parts" and self._device.type != "cpu":
             refusal = f"there are no kernels on {self._device}"
@@ -70,6 +76,8 @@ class Passes:
         if is_graph:
             return "graph", self._graphed.reason, None
         program = Program(self._loss)
+        if beside is not None:
+            return "parts", f"{beside}; autograd runs that alone", program
         slow = [part.reason for part in program.parts if part.reason is not None]
         alone = f"autograd for these alone: {'; '.join(dict.fromkeys(slow))}"
         reason = alone if slow else "each part of the networks brings its own gradient"
@@ -105,9 +113,9 @@ class Passes:
         if program is None:
             yield partial(self._by_autograd, *given)
             return
-        replayed = Replays(program, self._minibatches.chunks)
+        replayed, by_forward = Replays(program, self._minibatches.chunks), self._loss.runs_beside() is not None
         try:
-            yield partial(self._by_parts, replayed, *given)
+            yield partial(self._by_answers if by_forward else self._by_parts, replayed, *given)
         finally:
             replayed.close()
 
@@ -117,11 +125,23 @@ class Passes:
             rows = min(self._minibatches.rows, len(order))
             together = replays.passes(steps, max_grad_norm, order, rows) if self._learners.size == 1 else []
             if together:
-                yield from together
+                yield from map(numbers_of, together)
             else:
                 losses = replays(self._minibatches.share(order[:rows]).contiguous())
                 yield from self._step(losses, steps, max_grad_norm, checks)
             order = order[max(1, len(together)) * rows :]
+
+    def _by_answers(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
+        answers = self._loss.answers(replays)
+        for index in self._minibatches.order().long().split(self._minibatches.rows):
+            own = self._minibatches.share(index).contiguous()
+            entries = {key: chunk.index_select(0, own) for key, chunk in self._minibatches.chunks.items()}
+            with answers.given(own, entries) if self.backend == "parts" else nullcontext():
+                losses = self._losses_by_autograd(entries)
+            if answers.is_unlike and self._named == "auto":
+                self._unlike = f"{self._loss.runs_beside()}, and PPO's losses have not one weight there"
+                self.backend, self.reason = "autograd", self._unlike
+            yield from self._step(losses, steps, max_grad_norm, checks)
 
     def _by_autograd(self, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
         for entries in self._minibatches.entries():
@@ -131,7 +151,7 @@ class Passes:
         self, losses: Metrics, steps: AdamSteps | OptimizerSteps, max_norm: float | None, checks: Iterator
     ) -> Iterator[Metrics]:
         """The metrics of a minibatch whose gradients have been made; the step is taken once they have been looked at."""
-        losses = self._joined(losses)
+        losses = self._joined(numbers_of(losses))
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
         metrics = {"loss": total, **losses, "grad_norm": steps.clip(max_norm)}
         for check in checks:

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from recipes.benchmark import Workload, compose
 from rl2_torchrl.training_loop import TrialReturns
 
-# 32 minibatches: the largest tensor of one holds half a batch's numbers, 2 rows of 20 steps and 16 numbers a step.
-WORKLOAD = Workload(arms=2, pulls=20, trials=64, units=2, minibatches=32, epochs=1)
+# 64 minibatches: the largest tensor of one holds a quarter of a batch's numbers, 2 rows of 20 steps and 16 numbers a step.
+WORKLOAD = Workload(arms=2, pulls=20, trials=128, units=2, minibatches=64, epochs=1)
 
 
 class NewTensors(TorchDispatchMode):

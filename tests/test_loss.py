@@ -313,7 +313,7 @@ class Longer(RL2PPOLoss):
 
 def test_a_loss_below_ours_is_run_part_by_part_unless_it_does_something_else():
     assert Plain(*networks()).why_not_parts() is None
-    assert "Longer has a forward of its own" in Longer(*networks()).why_not_parts()
+    assert "Longer has a forward of its own" in Longer(*networks()).runs_beside()
     loss, td = Tenfold(*networks()), data()
     assert "['loss_critic'] of ClipPPOLoss" in loss.why_not_parts()
     torch.testing.assert_close(loss(td)["loss_critic"], 10 * Plain(*networks())(td)["loss_critic"])

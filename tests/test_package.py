@@ -78,7 +78,7 @@ def test_a_core_install_runs_the_first_listing(wheel, tmp_path):
         [sys.executable, "-I", "-S", "-c", program], cwd=cwd, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1] == f"{site}/rl2_torchrl/__init__.py compiled [False, False, False]"
+    assert run.stdout.splitlines()[-1] == f"{site}/rl2_torchrl/__init__.py parts [False, False, False]"
     assert (cwd / "runs" / "by-hand").is_dir()
 
 

@@ -81,7 +81,8 @@ def way(request, monkeypatch):
 
 def _choose_graph(passes, choose, optimizer):
     backend, reason, program = choose(passes, optimizer)
-    serves = passes._named == "auto" and backend == "parts" and why_not_graphed(passes._loss, optimizer) is None
+    is_alone = backend == "parts" and passes._loss.runs_beside() is None
+    serves = passes._named == "auto" and is_alone and why_not_graphed(passes._loss, optimizer) is None
     return ("graph", "as on a device", None) if serves else (backend, reason, program)
 
 
@@ -705,13 +706,22 @@ def test_the_way_that_is_taken_is_said(way):
         (lambda loss: setattr(loss, "forward", loss.forward), "another function"),
     ],
 )
-def test_a_named_backend_that_cannot_serve_raises(change, message, way):
-    if way == "autograd":
-        pytest.skip("it always serves")
+def test_what_runs_beside_parts_is_named(change, message, way):
     loss = make_loss()
     change(loss)
+    update = PPOUpdate(loss)
+    assert update.backend == ("autograd" if way == "autograd" else "parts")
+    assert message in update.reason or way == "autograd"
+    with pytest.raises(
+        ValueError, match=f"backend='graph' cannot serve.*{'not here' if way == 'autograd' else message}"
+    ):
+        PPOUpdate(loss, backend="graph")
+
+
+def test_a_named_backend_that_cannot_serve_raises():
+    loss = make_loss(reduction="sum")
     assert PPOUpdate(loss).backend == "autograd"
-    with pytest.raises(ValueError, match=f"backend='parts' cannot serve.*{message}"):
+    with pytest.raises(ValueError, match=r"backend='parts' cannot serve.*(not here|\['reduction'\])"):
         PPOUpdate(loss, backend="parts")
     with pytest.raises(ValueError, match="choose 'auto'"):
         PPOUpdate(loss, backend="fast")

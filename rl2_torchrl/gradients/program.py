@@ -11,14 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, TensorDictBase
 from torch import nn
 
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, laid_as
 from rl2_torchrl.gradients.policy import has_kernels
 from rl2_torchrl.kernels.workspace import Workspace
 
-__all__ = ["Program", "TermPart", "merge_losses", "values_of"]
+__all__ = ["Program", "TermPart", "Values", "losses_of", "merge_losses", "numbers_of", "values_of"]
+
+
+#: Losses and diagnostics by name: numbers, and tensors where one is more than a number.
+Values = dict[str, float | torch.Tensor]
 
 
 class Program:
@@ -62,10 +66,12 @@ class Program:
             ValueError: two terms give a loss or diagnostic of one name, or one that is taken.
         """
         self.loss.require_starts(data)
-        return self.run(dict(data), self.parts)
+        values, gradients = self.run(dict(data), self.parts)
+        self.set_gradients(gradients)
+        return numbers_of(values)
 
-    def run(self, state: State, parts: Sequence[Part]) -> dict[str, float]:
-        """As a call, on a ``state`` that holds what all but ``parts`` have made."""
+    def run(self, state: State, parts: Sequence[Part]) -> tuple[Values, Gradients]:
+        """Losses and diagnostics, and the gradients, from a ``state`` that holds what all but ``parts`` have made."""
         gradients, values = {}, {}
         for part in parts:
             is_known = part.carries
@@ -77,8 +83,7 @@ class Program:
         for part in reversed(parts):
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(gradients)
-        self.set_gradients(gradients)
-        return values
+        return values, gradients
 
     def set_gradients(self, gradients: Gradients) -> None:
         """``parameter.grad`` of all parameters, None for those that have none."""
@@ -100,6 +105,27 @@ def merge_losses(losses: dict, more: Mapping) -> None:
         if name in losses:
             raise ValueError(f"two loss terms give {name!r}: rename one, or it would be lost.")
         losses[name] = value
+
+
+def numbers_of(values: Values) -> Values:
+    """Those of ``values`` that are one number."""
+    return {name: value for name, value in values.items() if not isinstance(value, torch.Tensor) or value.ndim == 0}
+
+
+def losses_of(
+    parts: Sequence[Part], data: TensorDictBase | State, terms: Sequence[nn.Module]
+) -> dict[str, torch.Tensor]:
+    """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all ``parts`` have run; autograd can follow."""
+    state: State = dict(data) if isinstance(data, dict) else {}
+    if not state:
+        read = {key for reader in (*parts, *terms) for key in reader.in_keys}
+        state = {key: entry for key in read if (entry := data.get(key, None)) is not None}
+    for part in parts:
+        part.run(state)
+    losses: dict[str, torch.Tensor] = {}
+    for term in terms:
+        merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
+    return losses
 
 
 def values_of(term: nn.Module, entries: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -153,20 +179,20 @@ class TermPart(Part):
         )
         return next(names) == "by_kernels"
 
-    def by_kernels(self, state: State) -> tuple[Callable[[list[float]], dict[str, float]], Gradients] | tuple[()]:
+    def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Gradients] | tuple[()]:
         """What makes `losses` of the numbers that kernels leave, and the gradients; nothing where kernels cannot do it."""
         entries = entries_of(state, self.in_keys)
         self.function.require_shapes(*entries)
         if not has_kernels(*entries):
             return ()
-        totals, slopes = self.function.by_kernels(*entries)
+        totals, slopes, more = self.function.by_kernels(*entries)
         first, end, like = totals.storage_offset(), totals.storage_offset() + len(totals), entries[0]
         pairs = zip(self.in_keys, slopes, strict=True)
         found = {key: slope for key, slope in pairs if slope is not None and key in self.wanted}
-        return lambda numbers: scalars_of(self.function.figures(numbers[first:end], like)), found
+        return lambda numbers: {**self.function.figures(numbers[first:end], like), **more}, found
 
-    def losses(self, state: State, gradients: Gradients) -> dict[str, float]:
-        """Losses and scalar diagnostics; the losses' gradients are added to ``gradients``."""
+    def losses(self, state: State, gradients: Gradients) -> Values:
+        """Losses and diagnostics; the losses' gradients are added to ``gradients``."""
         if hasattr(self.function, "with_gradients"):
             entries = entries_of(state, self.in_keys)
             Workspace.leave(*entries)  # users write such terms too
@@ -185,10 +211,7 @@ class TermPart(Part):
             self.forward(state)
             gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
             self.backward(gradients)
-        return scalars_of(self._values)
-
-
-def scalars_of(values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Those of ``values`` that are one number."""
-    scalars = {name: v for name, v in values.items() if not isinstance(v, torch.Tensor) or v.ndim == 0}
-    return {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in scalars.items()}
+        return {
+            name: v.detach().item() if isinstance(v, torch.Tensor) and v.ndim == 0 else v
+            for name, v in self._values.items()
+        }

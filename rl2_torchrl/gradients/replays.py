@@ -18,7 +18,7 @@ from rl2_torchrl import kernels
 from rl2_torchrl.gradients.adam import AdamSteps
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate
 from rl2_torchrl.gradients.policy import LOG_PROB
-from rl2_torchrl.gradients.program import Program, TermPart, merge_losses
+from rl2_torchrl.gradients.program import Program, TermPart, Values, merge_losses
 from rl2_torchrl.kernels.recording import Calls, Recording
 from rl2_torchrl.kernels.threads import one_thread
 from rl2_torchrl.kernels.workspace import Workspace
@@ -38,7 +38,7 @@ class Replays:
     def __init__(self, program: Program, chunks: Mapping[NestedKey, torch.Tensor]):
         program.loss.require_starts(chunks)
         self.program, self.chunks = program, dict(chunks)
-        made = [part for part in program.parts if _reads_data_alone(part)]
+        made = _of_data_alone(program.parts)
         self.parts = [part for part in program.parts if part not in made]
         with torch.no_grad():
             for part in made:
@@ -50,26 +50,32 @@ class Replays:
         on_cpu = all(entry.is_cpu for entry in self.chunks.values())
         self._can_record = on_cpu and kernels.covers(*program.parameters[:1])
 
-    @torch.no_grad()
-    def __call__(self, own: torch.Tensor) -> dict[str, float]:
+    def __call__(self, own: torch.Tensor) -> Values:
         """Losses and diagnostics of the chunks ``own`` ``[rows]``, int64, and the gradients of all losses' sum."""
+        values, gradients = self.run(own)
+        self.program.set_gradients(gradients)
+        return values
+
+    @torch.no_grad()
+    def run(self, own: torch.Tensor) -> tuple[Values, Gradients]:
+        """As `Program.run`; the gradients lie where the next ones will."""
         size = len(own)
         if (minibatch := self._sizes.get(size)) is not None:
             try:
-                return minibatch(own)
+                return minibatch(own), minibatch.gradients
             except _ChangedError:
                 self._sizes[size] = None
         elif self._can_record and size not in self._sizes:
             try:
-                self._sizes[size] = _Minibatch(self, own)
+                minibatch = self._sizes[size] = _Minibatch(self, own)
             except _ChangedError:
                 self._sizes[size] = None
             else:
-                return self._sizes[size].values
+                return minibatch.values, minibatch.gradients
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
         return self.program.run(entries, self.parts)
 
-    def passes(self, steps: object, max_norm: float | None, order: torch.Tensor, rows: int) -> list[dict[str, float]]:
+    def passes(self, steps: object, max_norm: float | None, order: torch.Tensor, rows: int) -> list[Values]:
         """All minibatches of ``rows`` chunks at the beginning of ``order`` in one call, with a step of ``steps`` on each.
 
         Their metrics, none where there is more to them than kernels. After one whose gradient is not finite there are no more, and
@@ -100,6 +106,7 @@ class _Minibatch:
 
     Attributes:
         values: losses and diagnostics of the first.
+        gradients: of the last one that was run.
         recording: what the kernels did.
     """
 
@@ -109,7 +116,7 @@ class _Minibatch:
         self._norm = self.recording.numbers_for(1)
         self._steps: list[Calls | Callable[[], None]] = []
         self._end, self._in_python, self._pass = 0, set(), None
-        self._figures: list[Callable[[list[float]], dict[str, float]]] = []
+        self._figures: list[Callable[[list[float]], Values]] = []
         #: The parameters and their memory, which is theirs as long as it is read here.
         self._weights = [(p, p.data_ptr(), p.detach()) for p in self._program.loss.parameters()]
         self._state: State = {}
@@ -121,7 +128,7 @@ class _Minibatch:
 
     # ------------------------------------------------------------ as it was
     def __call__(self, own: torch.Tensor) -> dict[str, float]:
-        """Losses and diagnostics of the chunks ``own``, and all gradients; `_ChangedError` where they are not to be had so."""
+        """Losses and diagnostics of the chunks ``own``, and their ``gradients``; `_ChangedError` where these are others."""
         self._at.value = own.data_ptr()
         self._follow_weights()
         for step in self._steps:
@@ -130,7 +137,6 @@ class _Minibatch:
             else:
                 step()
                 self._follow_weights()
-        self._program.set_gradients(self._gradients)
         return self._values()
 
     def _follow_weights(self) -> None:
@@ -143,23 +149,23 @@ class _Minibatch:
                 self._pass = None
                 self._weights[number] = (parameter, parameter.data_ptr(), parameter.detach())
 
-    def _values(self) -> dict[str, float]:
+    def _values(self) -> Values:
         numbers, values = self.recording.numbers.tolist(), {}
         for figures in self._figures:
             merge_losses(values, figures(numbers))
         return values
 
-    def passes(self, steps: AdamSteps, max_norm: float | None, order: torch.Tensor) -> list[dict[str, float]]:
+    def passes(self, steps: AdamSteps, max_norm: float | None, order: torch.Tensor) -> list[Values]:
         """`Replays.passes`."""
         if [type(step) for step in self._steps] != [Calls]:
             return []
         self._follow_weights()
-        self._program.set_gradients(self._gradients)
+        self._program.set_gradients(self.gradients)
         table = steps.table()
         if self._pass is None:  # of one batch, for which steps and bound stay
             self._pass = self._steps[0].and_then("clip_and_step", *table, float(max_norm or 0), self._norm.data_ptr())
         calls = self._pass
-        numbers, count, made = self.recording.numbers, len(order) // self._rows, ctypes.c_int()
+        numbers, count, made = self.recording.numbers_used, len(order) // self._rows, ctypes.c_int()
         out = numbers.new_empty(count, len(numbers))
         arguments = (order.data_ptr(), count, self._rows, numbers.data_ptr(), len(numbers), out.data_ptr())
         done = calls.make_passes(ctypes.addressof(self._at), *arguments, ctypes.addressof(made))
@@ -167,8 +173,8 @@ class _Minibatch:
         is_broken = done < count and made.value == calls.count - 1  # else an action is none of the choices
         return list(map(self._metrics, out[: done + is_broken].tolist()))
 
-    def _metrics(self, numbers: list[float]) -> dict[str, float]:
-        values: dict[str, float] = {}
+    def _metrics(self, numbers: list[float]) -> Values:
+        values: Values = {}
         for figures in self._figures:
             values |= figures(numbers)
         total = sum(value for name, value in values.items() if name.startswith("loss_"))
@@ -186,8 +192,7 @@ class _Minibatch:
             if not gradients.keys().isdisjoint(part.out_keys):
                 self._backward(part, gradients)
         self._end_step()
-        self._gradients = gradients
-        self._program.set_gradients(gradients)
+        self.gradients = gradients
 
     def _by_kernels(self, work: Callable[[], object]) -> bool:
         """Does ``work``; whether kernels alone did it, so that their calls are all there is to do again."""
@@ -338,5 +343,14 @@ def _path(key: NestedKey) -> tuple[str, ...]:
     return key if isinstance(key, tuple) else (key,)
 
 
-def _reads_data_alone(part: Part) -> bool:
-    return part.reason is None and not part.parameters and not part.wanted and LOG_PROB not in part.out_keys
+def _of_data_alone(parts: Sequence[Part]) -> list[Part]:
+    """Those of ``parts`` that may run before all others, on data that change in no minibatch."""
+    found, read, written = [], set(), set()
+    for part in parts:
+        is_plain = part.reason is None and not part.parameters and not part.wanted and LOG_PROB not in part.out_keys
+        if is_plain and written.isdisjoint(part.in_keys) and read.isdisjoint(part.out_keys):
+            found.append(part)
+        else:
+            read.update(part.in_keys)
+            written.update(part.out_keys)
+    return found

@@ -77,6 +77,11 @@ class Recording:
             return torch.empty(count, dtype=torch.float64)
         return self.numbers[self._used - count : self._used]
 
+    @property
+    def numbers_used(self) -> Tensor:
+        """Those of the ``numbers`` that have been asked for."""
+        return self.numbers[: self._used]
+
     def noting(self, library: ctypes.CDLL) -> _Noting:
         """``library``, whose calls are noted."""
         if self._noting is None:

@@ -20,8 +20,10 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import as_list, require_time_last
 from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
-from rl2_torchrl.gradients.part import entries_of, is_watched, others_than
-from rl2_torchrl.gradients.program import merge_losses, values_of
+from rl2_torchrl.gradients.answers import Answers
+from rl2_torchrl.gradients.part import is_watched, others_than
+from rl2_torchrl.gradients.program import losses_of, merge_losses
+from rl2_torchrl.gradients.replays import Replays
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_critic, require_own_cores, require_policy
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
@@ -123,7 +125,11 @@ class RL2PPOLoss(ClipPPOLoss):
 
     # ------------------------------------------------------------- the parts
     def why_not_parts(self) -> str | None:
-        """Why this loss is computed by a forward, `ClipPPOLoss`'s or another, in words; None where parts and terms do it."""
+        """Why it is `ClipPPOLoss` that computes PPO's terms, in words; None where parts do."""
+        return self._why_torchrls(self._seen())
+
+    def runs_beside(self) -> str | None:
+        """What autograd runs beside PPO's own terms, in words; None where nothing does."""
         name, hooks = type(self).__name__, (*self._forward_hooks.values(), *self._forward_pre_hooks.values())
         if unwrap(type(self).forward) is not unwrap(RL2PPOLoss.forward):  # TorchRL wraps that of each class
             return f"{name} has a forward of its own: what it adds as a term (RL2PPOLoss(terms=[...])) is faster"
@@ -133,7 +139,20 @@ class RL2PPOLoss(ClipPPOLoss):
             return f"there are hooks on the {name}"
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters()):
             return "parameters have hooks on their gradients, which autograd runs"
-        return self._why_torchrls(self._seen())
+        return None
+
+    def answers(self, replays: Replays) -> Answers:
+        """What ``super().forward`` gives while `PPOUpdate` asks by a ``forward`` of another."""
+        return Answers(replays, self._state_now(self._seen()))
+
+    def _state_now(self, seen: "_Seen") -> tuple:
+        """What gradients depend on beside data and weights."""
+        coefficients = (
+            self.clip_bounds,
+            *(None if c is None else as_number(c) for c in (self.critic_coeff, self.entropy_coeff)),
+        )
+        trained = [p.requires_grad for p in seen.parameters]
+        return seen, coefficients, self.entropy_bonus, self.has_critic, self.tensor_keys, list(self.terms), trained
 
     def _why_torchrls(self, seen: "_Seen | None") -> str | None:
         """Why it is `ClipPPOLoss` that computes PPO's terms, in words; None where parts do. ``seen``: None while compiled."""
@@ -201,8 +220,11 @@ class RL2PPOLoss(ClipPPOLoss):
                 f"no {key!r} in the data, which loss_terms() reads: call TrialAdvantage(...)(batch) on it first."
             )
         if refusal is None and has_advantage and (tensordict.ndim == 2 or has_own_terms):
+            answers = Answers.active(self)
+            if answers is not None and (given := answers(tensordict, self._state_now(seen))) is not None:
+                return TensorDict(given)
             rows = tensordict if tensordict.ndim == 2 else tensordict.reshape(-1, tensordict.shape[-1])
-            return TensorDict(_losses_of(seen.parts, rows, self.loss_terms()))
+            return TensorDict(losses_of(seen.parts, rows, self.loss_terms()))
         losses = super().forward(tensordict)
         if not self.terms:
             return losses
@@ -212,7 +234,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
-        return _losses_of(self._seen().parts, data, terms)
+        return losses_of(self._seen().parts, data, terms)
 
     def _check_data(self, tensordict: TensorDictBase, seen: "_Seen | None") -> None:
         if not self._is_recurrent:
@@ -290,6 +312,7 @@ class _Seen:
     Attributes:
         refusal: why the actor is no list of parts; None if it is.
         memory: entries that the networks' memories are read from.
+        parameters: those of the loss.
     """
 
     def __init__(self, loss: RL2PPOLoss, options: tuple):
@@ -298,6 +321,7 @@ class _Seen:
         self.memory = [key for network in networks for key in hidden_keys(network)]
         _, *modules = loss.modules()  # without the loss, or it would never be freed
         self._modules, self._layout = modules, self._layout_of(loss, modules, options)
+        self.parameters = list(loss.parameters())
         self._samples = [m for m in modules if isinstance(m, ProbabilisticTensorDictModule)]
         self._given = self._distributions()
         self._loss = ref(loss)
@@ -320,19 +344,6 @@ class _Seen:
     def parts(self) -> list[Part]:
         """`RL2PPOLoss.network_parts`."""
         return self._loss().network_parts()
-
-
-def _losses_of(parts: Sequence[Part], data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
-    state: State = dict(data) if isinstance(data, dict) else {}
-    if not state:
-        read = {key for reader in (*parts, *terms) for key in reader.in_keys}
-        state = {key: entry for key in read if (entry := data.get(key, None)) is not None}
-    for part in parts:
-        part.run(state)
-    losses: dict[str, Tensor] = {}
-    for term in terms:
-        merge_losses(losses, values_of(term, entries_of(state, term.in_keys)))
-    return losses
 
 
 def _require_memory(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> None:

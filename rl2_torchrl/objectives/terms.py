@@ -94,8 +94,8 @@ class KernelTerm(OwnGradient):
         self.require_shapes(*entries)
         if torch.is_grad_enabled() or not has_kernels(*entries):
             return self.by_torch(*entries)
-        totals, slopes = self.by_kernels(*entries)
-        return self.figures(totals.tolist(), entries[0]), slopes
+        totals, slopes, more = self.by_kernels(*entries)
+        return {**self.figures(totals.tolist(), entries[0]), **more}, slopes
 
     def require_shapes(self, *entries: Tensor) -> None:
         """ValueError where ``entries`` do not fit each other."""
@@ -105,12 +105,12 @@ class KernelTerm(OwnGradient):
         """`with_gradients` by PyTorch."""
 
     @abstractmethod
-    def by_kernels(self, *entries: Tensor) -> tuple[Tensor, tuple]:
-        """What `figures` reads, float64, and the gradients, by kernels alone."""
+    def by_kernels(self, *entries: Tensor) -> tuple[Tensor, tuple, dict[str, Tensor]]:
+        """By kernels alone: what `figures` reads, float64, the gradients, and diagnostics that are no single number."""
 
     @abstractmethod
-    def figures(self, totals: list[float], like: Tensor) -> Figures:
-        """Losses and diagnostics from the ``totals`` of as many steps as ``like`` ``[N, T, ...]`` has."""
+    def figures(self, totals: list[float], like: Tensor) -> dict[str, float]:
+        """Loss and diagnostics from the ``totals`` of as many steps as ``like`` ``[N, T, ...]`` has."""
 
 
 class ClippedObjective(KernelTerm):
@@ -150,19 +150,19 @@ class ClippedObjective(KernelTerm):
     def by_kernels(self, log_prob, old_log_prob, advantage):
         inputs = [contiguous(entry) for entry in (log_prob, old_log_prob, advantage)]
         slope, ratio = (Workspace.make(log_prob, log_prob.shape) for _ in range(2))
-        self._ess, totals = Workspace.make(log_prob, log_prob.shape[1:]), Workspace.numbers(5)
+        ess, totals = Workspace.make(log_prob, log_prob.shape[1:]), Workspace.numbers(5)
         bounds = float(self.log_low), float(self.log_high), -1 / log_prob.numel()
-        outputs = map(kernels.address, (slope, ratio, self._ess, totals))
+        outputs = map(kernels.address, (slope, ratio, ess, totals))
         kernels.load(log_prob.dtype).clipped_objective(
             *log_prob.shape, *map(kernels.address, inputs), *bounds, *outputs
         )
-        return totals, (slope, None, None)
+        return totals, (slope, None, None), {"ESS": ess}
 
     def figures(self, totals, like):
         objective, clipped, kl, ratios, largest = totals
         size = like.numel()
         figures = {"loss_objective": -objective / size, "clip_fraction": clipped / size, "kl_approx": kl / size}
-        return figures | {"mean_ratio": ratios / size, "max_ratio": largest, "ESS": self._ess}
+        return figures | {"mean_ratio": ratios / size, "max_ratio": largest}
 
 
 class SquaredError(KernelTerm):
@@ -186,7 +186,7 @@ class SquaredError(KernelTerm):
         slope, totals = Workspace.make(value, value.shape), Workspace.numbers(1)
         run = kernels.load(value.dtype).squared_error
         run(value.numel(), *map(kernels.address, inputs), float(factor), *map(kernels.address, (slope, totals)))
-        return totals, (slope, None)
+        return totals, (slope, None), {}
 
     def figures(self, totals, like):
         return {"loss_critic": totals[0] * self.coefficient / like.numel()}
@@ -210,7 +210,7 @@ class EntropyBonus(KernelTerm):
         slope, totals = Workspace.make(entropy, entropy.shape), Workspace.numbers(1)
         run = kernels.load(entropy.dtype).entropy_sum
         run(entropy.numel(), entropy.data_ptr(), float(factor), slope.data_ptr(), totals.data_ptr())
-        return totals, (slope,)
+        return totals, (slope,), {}
 
     def figures(self, totals, like):
         mean = totals[0] / like.numel()

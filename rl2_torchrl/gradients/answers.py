@@ -1,0 +1,114 @@
+"""`Answers`: `RL2PPOLoss.forward` by parts, where a class below calls it in a forward of its own, or hooks hang on it.
+
+What those add runs under autograd, as it always did; PPO's terms and their gradients, for which they ask by ``super().forward``,
+are those of `Replays`, and autograd is handed them. These are of the losses' sum. Where one of them is given another weight, or is
+asked for by itself, autograd makes them after all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+
+from rl2_torchrl.gradients.part import State, laid_as
+from rl2_torchrl.gradients.program import losses_of
+from rl2_torchrl.gradients.replays import Replays
+
+__all__ = ["Answers"]
+
+
+class Answers:
+    """PPO's losses of minibatches of ``replays``, to whom asks for them as ``state`` says that its loss is.
+
+    Args:
+        replays: makes them.
+        state: what a loss is as long as ``replays`` holds for it.
+
+    Attributes:
+        is_unlike: whether a loss was asked for by itself, or had a weight of its own, so that parts were run for nothing.
+    """
+
+    _threads = threading.local()
+
+    def __init__(self, replays: Replays, state: tuple):
+        self._replays, self._state, self.is_unlike = replays, state, False
+
+    @classmethod
+    def active(cls, loss: nn.Module) -> Answers | None:
+        """Those that are given to ``loss`` in this thread."""
+        answers = getattr(cls._threads, "active", None)
+        return answers if answers is not None and answers._replays.program.loss is loss else None
+
+    @contextmanager
+    def given(self, own: torch.Tensor, entries: State) -> Iterator[None]:
+        """Within it the loss is asked of the minibatch ``own``, whose data are ``entries``."""
+        self._own, self._entries = own, [(key, entry, entry._version) for key, entry in entries.items()]
+        self._threads.active = self
+        try:
+            yield
+        finally:
+            self._threads.active = None
+
+    def __call__(self, data: TensorDictBase, state: tuple) -> dict[str, torch.Tensor] | None:
+        """Losses and diagnostics of ``data``; None where these are not the minibatch, or the loss is another by now."""
+        if not torch.is_grad_enabled() or state != self._state or not self._are_given(data):
+            return None
+        values, gradients = self._replays.run(self._own)
+        pairs = [(p, laid_as(p, g.clone())) for p, g in gradients.items() if isinstance(p, nn.Parameter)]
+        parameters, slopes = zip(*pairs, strict=True)
+        numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
+        values = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        values |= zip(numbers, parameters[0].new_tensor(list(numbers.values())).unbind(), strict=True)
+        names = [name for name in numbers if name.startswith("loss_")]
+        losses = _Answered.apply(self, names, slopes, *(values[name] for name in names), *parameters)
+        return {**values, **dict(zip(names, losses, strict=True))}
+
+    def _are_given(self, data: TensorDictBase) -> bool:
+        """Whether ``data`` are the minibatch's, as they were given."""
+        are_same = (data.get(key, None) is entry for key, entry, _ in self._entries)
+        return all(are_same) and len(self._entries) == len(data.keys(True, True)) and self._are_untouched()
+
+    def _are_untouched(self) -> bool:
+        return all(entry._version == version for _, entry, version in self._entries)
+
+    def by_autograd(
+        self, names: list[str], weights: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the losses ``names``, each with its weight."""
+        if not self._are_untouched():
+            raise RuntimeError("a minibatch's data have been changed in place since its losses were made of them.")
+        self.is_unlike, create_graph = True, torch.is_grad_enabled()
+        program, data = self._replays.program, {key: entry for key, entry, _ in self._entries}
+        with torch.enable_grad():
+            losses = losses_of(program.parts, data, [term.function for term in program.terms])
+        asked = [(losses[name], weight) for name, weight in zip(names, weights, strict=True) if weight is not None]
+        asked = [pair for pair in asked if pair[0].requires_grad]
+        outs, slopes = zip(*asked, strict=True) if asked else ((), ())
+        options = {"allow_unused": True, "create_graph": create_graph}
+        return torch.autograd.grad(outs, parameters, slopes, **options) if asked else (None,) * len(parameters)
+
+
+class _Answered(torch.autograd.Function):
+    """The losses that are given, with the gradients of their sum."""
+
+    @staticmethod
+    def forward(ctx, answers, names, slopes, *losses_and_parameters):
+        ctx.answers, ctx.names, ctx.slopes = answers, names, slopes
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*losses_and_parameters[len(names) :])
+        return tuple(loss.clone() for loss in losses_and_parameters[: len(names)])
+
+    @staticmethod
+    def backward(ctx, *weights):
+        first, *others = weights
+        unlike = first is None or any(other is None or other != first for other in others)
+        if unlike or torch.is_grad_enabled():
+            found = ctx.answers.by_autograd(ctx.names, weights, ctx.saved_tensors)
+        else:
+            found = (slope * first for slope in ctx.slopes)
+        return None, None, None, *[None] * len(weights), *found

@@ -1,0 +1,244 @@
+"""A forward of a class below, and hooks on the loss, beside parts: what autograd would have made of it all."""
+
+import pytest
+import torch
+from loss_cases import STEPS, batch_of, loss_of, needs_kernels
+from torch import nn
+
+from rl2_torchrl import PPOUpdate, RL2PPOLoss
+from rl2_torchrl.gradients.answers import Answers
+
+
+class Counted(RL2PPOLoss):
+    """What tests derive from: counts its calls."""
+
+    calls = 0
+
+    def forward(self, tensordict):
+        type(self).calls += 1
+        return super().forward(tensordict)
+
+
+def penalty(loss):
+    return 1e-2 * sum(p.square().sum() for p in loss.actor_network.parameters())
+
+
+class Adds(Counted):
+    def forward(self, tensordict):
+        return super().forward(tensordict).set("loss_more", penalty(self))
+
+
+class Halves(Counted):
+    """Of all losses."""
+
+    def forward(self, tensordict):
+        losses = super().forward(tensordict)
+        return losses.update({name: 0.5 * value for name, value in losses.items() if name.startswith("loss_")})
+
+
+class WeighsOne(Counted):
+    def forward(self, tensordict):
+        losses = super().forward(tensordict)
+        return losses.set("loss_critic", 2 * losses["loss_critic"])
+
+
+class LeavesOut(Counted):
+    def forward(self, tensordict):
+        losses = super().forward(tensordict)
+        return losses.set("loss_critic", losses["loss_critic"].detach())
+
+
+class AsksForOne(Counted):
+    """For the gradient of a single loss, as what weighs tasks against each other does."""
+
+    def forward(self, tensordict):
+        losses = super().forward(tensordict)
+        trained = list(self.actor_network.parameters())
+        found = torch.autograd.grad(losses["loss_objective"], trained, retain_graph=True, allow_unused=True)
+        norm = sum(g.square().sum() for g in found if g is not None).sqrt()
+        return losses.set("loss_norm", norm.detach() * penalty(self))
+
+
+class ChangesInPlace(Counted):
+    def forward(self, tensordict):
+        tensordict["advantage"].mul_(2)
+        return super().forward(tensordict)
+
+
+class Replaces(Counted):
+    def forward(self, tensordict):
+        return super().forward(tensordict.copy().set("advantage", tensordict["advantage"].clamp(-0.5, 0.5)))
+
+
+class LeavesAKeyOut(Counted):
+    """So that memories begin with zeros, where the data say that trials do."""
+
+    def forward(self, tensordict):
+        other = tensordict.exclude("actor_hidden", "critic_hidden")
+        return super().forward(other.set("is_init", torch.ones_like(other["is_init"])))
+
+
+class Schedules(Counted):
+    def forward(self, tensordict):
+        self.entropy_coeff.mul_(0.9)
+        return super().forward(tensordict)
+
+
+class Freezes(Counted):
+    def forward(self, tensordict):
+        for parameter in self.critic_network.parameters():
+            parameter.requires_grad_(self.calls % 3 > 0)
+        return super().forward(tensordict)
+
+
+class AsksTwice(Counted):
+    def forward(self, tensordict):
+        with torch.no_grad():
+            before = RL2PPOLoss.forward(self, tensordict)
+        losses = super().forward(tensordict)
+        other = RL2PPOLoss.forward(self, tensordict.copy().set("advantage", -tensordict["advantage"]))
+        return losses.set("loss_other", 0.1 * (other["loss_objective"] + before["loss_critic"]))
+
+
+class ReadsAll(Counted):
+    def forward(self, tensordict):
+        losses = super().forward(tensordict)
+        assert losses["ESS"].shape == tensordict.shape[1:]
+        return losses.set("ess", losses["ESS"].mean())
+
+
+class HasTermsToo(Adds):
+    def loss_terms(self):
+        objective, *others = super().loss_terms()
+        return [*others, objective]
+
+
+# Which of them are answered to the end.
+ALIKE = {Counted, Adds, Halves, ReadsAll, HasTermsToo}
+UNLIKE = {WeighsOne, LeavesOut, AsksForOne}
+OTHERS = {ChangesInPlace, Replaces, LeavesAKeyOut, Schedules, Freezes, AsksTwice}
+
+
+def update_of(cls, way, critic="shared", **options):
+    loss = loss_of("categorical", critic, torch.float64)
+    loss = cls(loss.actor_network, loss.critic_network, entropy_bonus=True, entropy_coeff=0.05)
+    sizes = {"bptt": 2, "minibatches": 5, "epochs": 3, "max_grad_norm": 0.5, "lr": 1e-2}
+    return PPOUpdate(loss, backend=way, generator=torch.Generator().manual_seed(0), **{**sizes, **options})
+
+
+def run(update):
+    metrics = [update(batch_of("categorical", torch.float64)) for _ in range(2)]
+    state = [v for p in update.loss.parameters() for v in update.optimizer.state[p].values()]
+    return metrics, [*(p.detach() for p in update.loss.parameters()), *state]
+
+
+def assert_same(update, cls, critic="shared", prepare=lambda loss: None):
+    expected = update_of(cls, "autograd", critic)
+    prepare(expected.loss)
+    cls.calls = 0
+    theirs, weights = run(expected)
+    cls.calls = 0
+    ours, own = run(update)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
+    for a, b in zip(own, weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("cls", sorted(ALIKE | OTHERS, key=lambda cls: cls.__name__))
+def test_a_forward_of_a_class_below(cls, critic):
+    update = update_of(cls, "auto", critic)
+    assert (update.backend, f"{cls.__name__} has a forward of its own" in update.reason) == ("parts", True)
+    assert_same(update, cls, critic)
+    assert update.backend == "parts"
+    assert cls.calls == 2 * 3 * 5  # never once more
+
+
+@needs_kernels
+@pytest.mark.parametrize("cls", sorted(ALIKE | OTHERS, key=lambda cls: cls.__name__))
+def test_who_is_answered(cls, monkeypatch):
+    given, call = [], Answers.__call__
+
+    def noted(answers, *arguments):
+        given.append(call(answers, *arguments))
+        return given[-1]
+
+    monkeypatch.setattr(Answers, "__call__", noted)
+    run(update_of(cls, "auto"))
+    assert all(losses is not None for losses in given) == (cls in ALIKE)
+    assert len(given) >= 2 * 3 * 5
+
+
+@pytest.mark.parametrize("cls", sorted(UNLIKE, key=lambda cls: cls.__name__))
+def test_losses_without_a_common_weight_are_autograds(cls):
+    update = update_of(cls, "auto")
+    assert_same(update, cls)
+    assert (update.backend, "not one weight" in update.reason) == ("autograd", True)
+    assert cls.calls == 2 * 3 * 5
+    named = update_of(cls, "parts")  # which stays with it
+    assert_same(named, cls)
+    assert named.backend == "parts"
+
+
+def _add_by_hook(loss):
+    loss.register_forward_hook(lambda module, inputs, out: out.set("loss_more", penalty(module)))
+
+
+def _another_forward(loss):
+    forward = loss.forward
+    loss.forward = lambda tensordict: forward(tensordict).set("loss_more", penalty(loss))
+
+
+def _clip_by_hook(loss):
+    for parameter in loss.parameters():
+        parameter.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+
+
+def _clip_afterwards(loss):
+    def clip(parameter):
+        parameter.grad.clamp_(-1e-3, 1e-3)
+
+    for parameter in loss.parameters():
+        parameter.register_post_accumulate_grad_hook(clip)
+
+
+@pytest.mark.parametrize("change", [_add_by_hook, _another_forward, _clip_by_hook, _clip_afterwards])
+def test_hooks_beside_parts(change):
+    update = update_of(RL2PPOLoss, "auto")
+    change(update.loss)
+    assert_same(update, RL2PPOLoss, prepare=change)
+    assert update.backend == "parts"
+    assert update.reason
+
+
+def test_a_term_and_a_frozen_layer_beside_a_forward():
+    class Size(nn.Module):
+        in_keys = ("actor_features",)
+
+        def forward(self, features):
+            return {"loss_size": features.square().mean(), "size": features.norm()}
+
+    ends = []
+    for way in ("auto", "autograd"):
+        loss = loss_of("categorical", "shared", torch.float64)
+        next(loss.actor_network.parameters()).requires_grad_(False)
+        loss = Adds(loss.actor_network, loss.critic_network, terms=[Size()])
+        update = PPOUpdate(loss, bptt=2, minibatches=5, epochs=3, shuffle=False, backend=way)
+        ends.append(
+            (run_frozen := [update(batch_of("categorical", torch.float64))], [p.detach() for p in loss.parameters()])
+        )
+        assert run_frozen[0]["size"] > 0
+        assert next(loss.actor_network.parameters()).grad is None
+    for one, other in zip(*(metrics for metrics, _ in ends), strict=True):
+        assert one == pytest.approx(other, rel=1e-9)
+    for a, b in zip(*(weights for _, weights in ends), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_a_loop_of_ones_own_is_autograds():
+    loss = update_of(Adds, "auto").loss
+    losses = loss(batch_of("categorical", torch.float64))
+    [one] = torch.autograd.grad(losses["loss_critic"], [next(loss.critic_network.parameters())])
+    assert one.shape[0] == 1
+    assert losses["ESS"].shape == (STEPS,)
