@@ -92,7 +92,12 @@ class Passes:
     # ------------------------------------------------------------------ a batch
     @contextmanager
     def over_batch(
-        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, *, replays: bool
+        self,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+        *,
+        replays: bool,
+        check: Callable[[Metrics], object] | None = None,
     ) -> Iterator[Callable[[], Iterable[Metrics]]]:
         """Within it, a pass over the batch that the minibatches hold now, to be called once an epoch.
 
@@ -103,9 +108,10 @@ class Passes:
             optimizer: takes the steps.
             max_grad_norm: clip the gradient's norm at this.
             replays: whether the networks must give the collected log-probabilities back, and ValueError where they do not.
+            check: is shown the losses of the first minibatch before any step.
         """
         self.backend, self.reason, program = self._choose(optimizer)
-        checks = iter([self._require_replay] if replays else [])
+        checks = iter([*([self._require_replay] if replays else []), *([] if check is None else [check])])
         if self.backend == "graph":
             yield partial(self._by_graph, optimizer, max_grad_norm, checks)
             return
@@ -128,7 +134,7 @@ class Passes:
                 yield from map(numbers_of, together)
             else:
                 losses = replays(self._minibatches.share(order[:rows]).contiguous())
-                yield from self._step(losses, steps, max_grad_norm, checks)
+                yield self._step(losses, steps, max_grad_norm, checks)
             order = order[max(1, len(together)) * rows :]
 
     def _by_answers(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
@@ -141,30 +147,28 @@ class Passes:
             if answers.is_unlike and self._named == "auto":
                 self._unlike = f"{self._loss.runs_beside()}, and PPO's losses have not one weight there"
                 self.backend, self.reason = "autograd", self._unlike
-            yield from self._step(losses, steps, max_grad_norm, checks)
+            yield self._step(losses, steps, max_grad_norm, checks)
 
     def _by_autograd(self, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
         for entries in self._minibatches.entries():
-            yield from self._step(self._losses_by_autograd(entries), steps, max_grad_norm, checks)
+            yield self._step(self._losses_by_autograd(entries), steps, max_grad_norm, checks)
 
     def _step(
         self, losses: Metrics, steps: AdamSteps | OptimizerSteps, max_norm: float | None, checks: Iterator
-    ) -> Iterator[Metrics]:
-        """The metrics of a minibatch whose gradients have been made; the step is taken once they have been looked at."""
+    ) -> Metrics:
+        """The step on a minibatch whose gradients have been made, once these have passed the ``checks``, and its metrics."""
         losses = self._joined(numbers_of(losses))
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-        metrics = {"loss": total, **losses, "grad_norm": steps.clip(max_norm)}
         for check in checks:
-            check(metrics["max_ratio"])
-        yield metrics
-        steps.take()
+            check(losses)
+        return {"loss": total, **losses, "grad_norm": steps.take(max_norm)}
 
     def _by_graph(self, optimizer, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
         starts = self._minibatches.chunks.get("is_init")
         # It says nothing where no chunk has a trial that starts after its first step.
         silent = {"is_init"} if starts is not None and not bool(starts[:, 1:].any()) else ()
         entries = ({k: e for k, e in each.items() if k not in silent} for each in self._minibatches.entries())
-        yield from self._graphed.run(entries, optimizer, max_grad_norm, next(checks, None))
+        yield from self._graphed.run(entries, optimizer, max_grad_norm, checks)
         self.reason = self._graphed.reason
 
     def _losses_by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
@@ -183,9 +187,10 @@ class Passes:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return self._learners.join(losses, gradients, self._minibatches.weight)
 
-    def _require_replay(self, max_ratio: float | torch.Tensor) -> None:
+    def _require_replay(self, losses: Metrics) -> None:
         """Before the first step the networks must give the collected log-probabilities back: all ratios are 1, to rounding."""
         log_prob = self._minibatches.chunks[self._loss.tensor_keys.sample_log_prob]
+        max_ratio = losses["max_ratio"]
         # Rounding is that of the coarsest dtype, and grows with the log-probability, a sum over the action's dimensions.
         eps = max(torch.finfo(entry.dtype).eps for entry in (log_prob, *self._parameters) if entry.is_floating_point())
         largest = max(map(abs, map(float, log_prob.aminmax())))

@@ -36,8 +36,7 @@ def _after(steps_of, cls, dtype, max_norm, fused):
             gradient = torch.randn(parameter.shape, dtype=dtype)
             gradient = gradient.t().contiguous().t() if which == TRANSPOSED else gradient
             parameter.grad = None if is_missing else gradient
-        norms.append(steps.clip(max_norm))
-        steps.take()
+        norms.append(steps.take(max_norm))
     return parameters, [optimizer.state[p] for p in parameters], norms
 
 
@@ -61,20 +60,22 @@ def test_a_norm_by_hand():
     parameter.grad = torch.zeros(20)
     parameter.grad[[3, 18]] = torch.tensor([3.0, 4.0])
     steps = AdamSteps(torch.optim.Adam([parameter], lr=0.5))
-    assert steps.clip(None) == 5
-    steps.take()  # the first step is lr against the gradient's sign, whatever its size
+    assert steps.take(None) == 5  # the first step is lr against the gradient's sign, whatever its size
     expected = torch.zeros(20)
     expected[[3, 18]] = -0.5
     torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm(bad):
+def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_no_step_is_taken(bad):
     parameter = nn.Parameter(torch.zeros(40))
+    optimizer = torch.optim.Adam([parameter])
     for place in (0, 39):
-        parameter.grad = torch.ones(40)
-        parameter.grad[place] = bad
-        assert not math.isfinite(AdamSteps(torch.optim.Adam([parameter])).clip(1.0))
+        for steps in (AdamSteps(optimizer), OptimizerSteps(optimizer, [parameter])):
+            parameter.grad = torch.ones(40)
+            parameter.grad[place] = bad
+            assert not math.isfinite(steps.take(1.0))
+            assert not parameter.any()
 
 
 @pytest.mark.parametrize(

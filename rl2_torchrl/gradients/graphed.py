@@ -42,11 +42,11 @@ class GraphedPass:
         minibatches: Iterable[State],
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
-        check: Callable[[torch.Tensor], None] | None = None,
+        checks: Iterable[Callable[[dict[str, torch.Tensor]], object]] = (),
     ) -> Iterator[dict[str, float]]:
         """Takes a step of ``optimizer`` on each of ``minibatches``, then gives the metrics of each.
 
-        ``check`` is called with the largest ratio of the first minibatch, before its step.
+        ``checks`` are shown the figures of the first minibatch, before its step.
         """
         self._forget_what_changed(max_grad_norm)
         figures, finite = [], None
@@ -57,8 +57,8 @@ class GraphedPass:
                     self._minibatches[layout] = _Minibatch(self.loss, entries, max_grad_norm)
                 minibatch = self._minibatches[layout]
                 minibatch(entries)
-                if check is not None and not figures:
-                    check(minibatch.figures["max_ratio"])
+                for check in checks if not figures else ():
+                    check(minibatch.figures)
                 is_finite = minibatch.figures["grad_norm"].isfinite()
                 finite = is_finite if finite is None else finite & is_finite
                 optimizer.found_inf = (~finite).float()

@@ -129,19 +129,26 @@ class Part:
         if self.is_by_hand:
             self.backward_by_hand(gradients)
             return
+        self.add(self.backward_by_autograd(gradients), gradients)
+
+    def add(self, found: Gradients, gradients: Gradients) -> None:
+        """Adds what `backward_by_autograd` has ``found``. Others add to it in place: it may be no view of another's."""
+        for source, gradient in found.items():
+            is_own = len(self._leaves) == 1 and source in self._leaves
+            whole = torch.contiguous_format
+            accumulate(gradients, source, gradient.contiguous() if is_own else gradient.clone(memory_format=whole))
+
+    def backward_by_autograd(self, gradients: Gradients) -> Gradients:
+        """Takes the gradients by ``out_keys`` out of ``gradients``; those to be added, which may lie in each other's memory."""
         ends = [(out, gradients.pop(key, None)) for key, out in zip(self.out_keys, self._outputs, strict=True)]
         ends = [(out, slope) for out, slope in ends if slope is not None and out.requires_grad]
         sources, self._outputs = [*self._leaves, *(p for p in self.sources if p.requires_grad)], []
         if not ends or not sources:
-            return
+            return {}
         outs, slopes = zip(*ends, strict=True)
         Workspace.leave(*slopes)  # to hooks on gradients
         found = torch.autograd.grad(outs, [self._leaves.get(s, s) for s in sources], slopes, allow_unused=True)
-        for source, gradient in zip(sources, found, strict=True):
-            if gradient is not None:
-                # Others add to it in place: it may be no view of another's.
-                is_own = len(self._leaves) == 1 and source in self._leaves
-                accumulate(gradients, source, gradient.contiguous() if is_own else gradient.clone())
+        return {s: gradient for s, gradient in zip(sources, found, strict=True) if gradient is not None}
 
 
 def accumulate(gradients: Gradients, key: NestedKey | nn.Parameter, gradient: torch.Tensor) -> None:

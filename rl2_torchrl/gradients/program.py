@@ -14,7 +14,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
 
-from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, laid_as
+from rl2_torchrl.gradients.part import Gradients, Part, State, entries_of, laid_as
 from rl2_torchrl.gradients.policy import has_kernels
 from rl2_torchrl.kernels.workspace import Workspace
 
@@ -158,8 +158,6 @@ class TermPart(Part):
 
     def __init__(self, term: nn.Module):
         super().__init__(term, term.in_keys, [("loss", "sum")])
-        #: Others may give an entry for its gradient, or one tensor for two: what is not ours is copied before it is added to.
-        self._is_ours = type(term).__module__.startswith("rl2_torchrl.")
 
     def run(self, state: State) -> None:
         entries = entries_of(state, self.in_keys)
@@ -193,25 +191,31 @@ class TermPart(Part):
 
     def losses(self, state: State, gradients: Gradients) -> Values:
         """Losses and diagnostics; the losses' gradients are added to ``gradients``."""
+        values, found = self.losses_and_gradients(state)
+        self.add(found, gradients)
+        return values
+
+    def losses_and_gradients(self, state: State) -> tuple[Values, Gradients]:
+        """Losses and diagnostics, and the losses' gradients, which may lie in each other's memory."""
         if hasattr(self.function, "with_gradients"):
-            entries = entries_of(state, self.in_keys)
-            Workspace.leave(*entries)  # users write such terms too
-            self._values, slopes = self.function.with_gradients(*entries)
-            for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
-                if slope is not None and key in self.wanted:
-                    if slope.shape != entry.shape:
-                        raise ValueError(
-                            f"{type(self.function).__name__}.with_gradients gave a gradient {tuple(slope.shape)} by {key!r}, "
-                            f"which is {tuple(entry.shape)}: give it that shape."
-                        )
-                    slope = slope.to(entry)  # kernels take it for that
-                    own = slope if self._is_ours else slope.clone(memory_format=torch.contiguous_format)
-                    accumulate(gradients, key, own)
+            self._values, found = self._by_hand(entries_of(state, self.in_keys))
         else:
             self.forward(state)
-            gradients[self.out_keys[0]] = torch.ones_like(state[self.out_keys[0]])
-            self.backward(gradients)
-        return {
-            name: v.detach().item() if isinstance(v, torch.Tensor) and v.ndim == 0 else v
-            for name, v in self._values.items()
-        }
+            found = self.backward_by_autograd({self.out_keys[0]: torch.ones_like(state[self.out_keys[0]])})
+        values = self._values.items()
+        numbers = {name: v.detach().item() for name, v in values if isinstance(v, torch.Tensor) and v.ndim == 0}
+        return {**self._values, **numbers}, found
+
+    def _by_hand(self, entries: list[torch.Tensor]) -> tuple[Values, Gradients]:
+        Workspace.leave(*entries)  # users write such terms too
+        (values, slopes), found, self._leaves = self.function.with_gradients(*entries), {}, {}
+        for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
+            if slope is not None and key in self.wanted:
+                if slope.shape != entry.shape:
+                    raise ValueError(
+                        f"{type(self.function).__name__}.with_gradients gave a gradient {tuple(slope.shape)} by {key!r}, "
+                        f"which is {tuple(entry.shape)}: give it that shape."
+                    )
+                slope = slope.to(entry)  # kernels take it for that
+                found[key] = found[key] + slope if key in found else slope
+        return values, found

@@ -256,8 +256,7 @@ class _Minibatch:
         number = len(self._figures)
 
         def run() -> Gradients:
-            found: Gradients = {}
-            values = term.losses(self._shown(term, self._state), found)
+            values, found = term.losses_and_gradients(self._shown(term, self._state))
             self._figures[number:] = [lambda _: values, *self._figures[number + 1 :]]
             return found
 
@@ -276,7 +275,9 @@ class _Minibatch:
         def run() -> Gradients:
             for each, attributes in kept:
                 vars(each).update(attributes)
-            found = {key: slope if part.is_by_hand else slope.clone() for key, slope in slopes.items()}
+            if not part.is_by_hand:  # hooks may hold what they are shown
+                return part.backward_by_autograd({key: slope.clone() for key, slope in slopes.items()})
+            found = dict(slopes)
             part.backward(found)
             return found
 

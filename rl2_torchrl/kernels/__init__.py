@@ -57,8 +57,6 @@ _SIGNATURES = {
     "gather_rows": (_int, (_pointer, _int, _long, _pointer, _pointer)),
     "discounted_sums": (None, (_int, _int, *_STRIDED, _double, *_STRIDED)),
     "adam_layout": (_int, (_int,)),
-    "gradient_norm": (_double, (_pointer, _int)),
-    "adam_step": (None, (_pointer, _int, _double)),
     "clip_and_step": (_int, (_pointer, _int, _double, _pointer)),
     "clipped_objective": (None, (_int, _int, *(_pointer,) * 3, *(_double,) * 3, *(_pointer,) * 4)),
     "squared_error": (None, (_int, _pointer, _pointer, _double, _pointer, _pointer)),

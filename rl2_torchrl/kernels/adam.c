@@ -10,7 +10,7 @@ int adam_layout(int which) {
 }
 
 /* The Euclidean norm of the gradients of all `count` parameters. */
-double gradient_norm(const parameter *of, int count) {
+static double gradient_norm(const parameter *of, int count) {
     double sums[16] = {0}, sum = 0; /* one sum would wait for itself */
     for (const parameter *p = of; p < of + count; p++) {
         const real *gradient = p->gradient;
@@ -25,7 +25,7 @@ double gradient_norm(const parameter *of, int count) {
 
 /* Adam (Kingma & Ba 2015, algorithm 1) and AdamW (Loshchilov & Hutter 2019, algorithm 2), in the order of operations of PyTorch's;
  * gradients are scaled first. */
-void adam_step(const parameter *of, int count, double scale) {
+static void adam_step(const parameter *of, int count, double scale) {
     for (const parameter *p = of; p < of + count; p++) {
         if (!p->size) continue;
         const adam_options *options = p->options;

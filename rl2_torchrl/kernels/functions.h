@@ -14,8 +14,6 @@ typedef struct {
     long size;
 } parameter;
 
-double gradient_norm(const parameter *of, int count);
-void adam_step(const parameter *of, int count, double scale);
 int clip_and_step(const parameter *of, int count, double max_norm, double *norm);
 long saved_size(int inputs, int hidden);
 long forward_size(int inputs, int hidden);
