@@ -13,6 +13,7 @@ from contextlib import nullcontext
 
 import torch
 from tensordict import NestedKey
+from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.adam import AdamSteps
@@ -146,7 +147,6 @@ class _Minibatch:
                 _require(parameter.is_contiguous())
                 for calls in filter(lambda step: isinstance(step, Calls), self._steps):
                     calls.move(address, parameter.data_ptr())
-                self._pass = None
                 self._weights[number] = (parameter, parameter.data_ptr(), parameter.detach())
 
     def _values(self) -> Values:
@@ -159,7 +159,6 @@ class _Minibatch:
         """`Replays.passes`."""
         if [type(step) for step in self._steps] != [Calls]:
             return []
-        self._follow_weights()
         self._program.set_gradients(self.gradients)
         table = steps.table()
         if self._pass is None:  # of one batch, for which steps and bound stay
@@ -300,8 +299,9 @@ class _Minibatch:
         """Adds to ``gradients`` what Python has ``found``; returns what does so again, with what it has found then."""
         firsts = {source for source in found if source not in gradients}
         for source, gradient in found.items():
-            if source in firsts:
-                gradients[source] = self._fixed(gradient)
+            if source in firsts:  # a parameter keeps its own
+                place = Workspace.make if isinstance(source, nn.Parameter) else Workspace.take
+                gradients[source] = self._fixed(gradient, place)
             else:
                 gradients[source].add_(gradient)
         totals = {source: gradients[source] for source in found}
@@ -313,11 +313,11 @@ class _Minibatch:
 
         return add
 
-    def _fixed(self, entry: torch.Tensor) -> torch.Tensor:
+    def _fixed(self, entry: torch.Tensor, place: Callable = Workspace.take) -> torch.Tensor:
         """A copy of ``entry`` where the kernels will read it again."""
         with self.recording.on():
-            place = Workspace.take(entry, tuple(entry.shape))
-        return place.copy_(entry)
+            copy = place(entry, tuple(entry.shape))
+        return copy.copy_(entry)
 
     def _shown(self, part: Part, state: State) -> State:
         """The ``state`` as ``part`` may read it, and write to it."""
