@@ -76,6 +76,10 @@ class Passes:
         if is_graph:
             return "graph", self._graphed.reason, None
         program = Program(self._loss)
+        if beside is not None and not self._loss.has_answers(program):
+            if self._named != "auto":
+                raise ValueError(f"backend={self._named!r} cannot serve: {beside}. backend='auto' takes 'autograd'.")
+            return "autograd", f"{beside}, and there are parts or terms of others", None
         if beside is not None:
             return "parts", f"{beside}; autograd runs that alone", program
         slow = [part.reason for part in program.parts if part.reason is not None]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from loss_cases import STEPS, batch_of, loss_of, needs_kernels
+from tensordict import TensorDict
 from torch import nn
 
 from rl2_torchrl import PPOUpdate, RL2PPOLoss
@@ -107,16 +108,64 @@ class ReadsAll(Counted):
         return losses.set("ess", losses["ESS"].mean())
 
 
-class HasTermsToo(Adds):
+class PutsOthersInTheirPlace(Counted):
+    """Weights with noise, as for a search around them."""
+
+    def forward(self, tensordict):
+        noisy = TensorDict.from_module(self.actor_network, as_module=False).clone(recurse=False)
+        noisy = noisy.apply(lambda weight: weight * (1 + 0.1 * torch.sin(torch.arange(weight.numel()).view_as(weight))))
+        with noisy.to_module(self.actor_network):
+            return super().forward(tensordict)
+
+
+class ChangesAfterwards(WeighsOne):
+    def forward(self, tensordict):
+        losses = super().forward(tensordict)
+        tensordict["advantage"].abs_()
+        return losses
+
+
+class Anneals(Counted):
+    """A term of its own whose size the forward moves."""
+
+    size = 1.0
+
+    def forward(self, tensordict):
+        self.size = 0.8 * self.size
+        return super().forward(tensordict)
+
     def loss_terms(self):
-        objective, *others = super().loss_terms()
-        return [*others, objective]
+        return [*super().loss_terms(), Spread(self.size)]
+
+
+class Spread(nn.Module):
+    """A term that draws at random, and says something that has a gradient beside its loss."""
+
+    in_keys = ("logits",)
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def forward(self, logits):
+        kept = nn.functional.dropout(logits, 0.3)
+        return {"loss_spread": self.size * kept.square().mean(), "spread": logits.square().mean()}
+
+
+class WeighsWhatTermsSay(Counted):
+    def __init__(self, *networks, **options):
+        super().__init__(*networks, terms=[Spread(0.1)], **options)
+
+    def forward(self, tensordict):
+        losses = super().forward(tensordict)
+        return losses.set("loss_more", 0.7 * losses["spread"]).set("loss_critic", 2 * losses["loss_critic"])
 
 
 # Which of them are answered to the end.
-ALIKE = {Counted, Adds, Halves, ReadsAll, HasTermsToo}
-UNLIKE = {WeighsOne, LeavesOut, AsksForOne}
-OTHERS = {ChangesInPlace, Replaces, LeavesAKeyOut, Schedules, Freezes, AsksTwice}
+ALIKE = {Counted, Adds, Halves, ReadsAll}
+UNLIKE = {WeighsOne, LeavesOut, AsksForOne, ChangesAfterwards}
+OTHERS = {ChangesInPlace, Replaces, LeavesAKeyOut, Schedules, Freezes, AsksTwice, PutsOthersInTheirPlace}
+NEVER = {Anneals, WeighsWhatTermsSay}
 
 
 def update_of(cls, way, critic="shared", **options):
@@ -127,6 +176,7 @@ def update_of(cls, way, critic="shared", **options):
 
 
 def run(update):
+    torch.manual_seed(7)
     metrics = [update(batch_of("categorical", torch.float64)) for _ in range(2)]
     state = [v for p in update.loss.parameters() for v in update.optimizer.state[p].values()]
     return metrics, [*(p.detach() for p in update.loss.parameters()), *state]
@@ -168,6 +218,17 @@ def test_who_is_answered(cls, monkeypatch):
     run(update_of(cls, "auto"))
     assert all(losses is not None for losses in given) == (cls in ALIKE)
     assert len(given) >= 2 * 3 * 5
+
+
+@pytest.mark.parametrize("cls", sorted(NEVER, key=lambda cls: cls.__name__))
+def test_terms_beside_a_forward_are_autograds(cls):
+    """They may draw at random, be others by now, or say what the forward goes on with."""
+    update = update_of(cls, "auto")
+    assert (update.backend, "parts or terms of others" in update.reason) == ("autograd", True)
+    assert_same(update, cls)
+    assert cls.calls == 2 * 3 * 5
+    with pytest.raises(ValueError, match="'parts' cannot serve.*forward of its own"):
+        update_of(cls, "parts")
 
 
 @pytest.mark.parametrize("cls", sorted(UNLIKE, key=lambda cls: cls.__name__))
@@ -212,24 +273,30 @@ def test_hooks_beside_parts(change):
     assert update.reason
 
 
-def test_a_term_and_a_frozen_layer_beside_a_forward():
-    class Size(nn.Module):
-        in_keys = ("actor_features",)
+@pytest.mark.parametrize("frozen", ["first", "all"])
+def test_frozen_layers_beside_a_forward(frozen):
+    class Learns(Adds):
+        """A weight of its own, which may be all that does."""
 
-        def forward(self, features):
-            return {"loss_size": features.square().mean(), "size": features.norm()}
+        def __init__(self, *networks):
+            super().__init__(*networks)
+            self.own = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, tensordict):
+            losses = super().forward(tensordict)
+            return losses.set("loss_own", (self.own - losses["kl_approx"]).square())
 
     ends = []
     for way in ("auto", "autograd"):
         loss = loss_of("categorical", "shared", torch.float64)
-        next(loss.actor_network.parameters()).requires_grad_(False)
-        loss = Adds(loss.actor_network, loss.critic_network, terms=[Size()])
+        loss = Learns(loss.actor_network, loss.critic_network)
+        _own, *networks = loss.parameters()
+        for parameter in networks if frozen == "all" else networks[:1]:
+            parameter.requires_grad_(False)
         update = PPOUpdate(loss, bptt=2, minibatches=5, epochs=3, shuffle=False, backend=way)
-        ends.append(
-            (run_frozen := [update(batch_of("categorical", torch.float64))], [p.detach() for p in loss.parameters()])
-        )
-        assert run_frozen[0]["size"] > 0
-        assert next(loss.actor_network.parameters()).grad is None
+        metrics = [update(batch_of("categorical", torch.float64))]
+        assert [p.grad is not None for p in loss.parameters()] == [p.requires_grad for p in loss.parameters()]
+        ends.append((metrics, [p.detach() for p in loss.parameters()]))
     for one, other in zip(*(metrics for metrics, _ in ends), strict=True):
         assert one == pytest.approx(other, rel=1e-9)
     for a, b in zip(*(weights for _, weights in ends), strict=True):

@@ -362,6 +362,10 @@ def test_gradients_of_after_an_update_are_nobody_elses(terms, monkeypatch):
     batch = batch_of("categorical", torch.float64)
     PPOUpdate(loss, minibatches=3, lr=0.0)(batch)
     before = [p.grad.clone() for p in loss.parameters()]
+    other = loss_of("categorical", "separate", torch.float64)
+    other = RL2PPOLoss(other.actor_network, other.critic_network, terms=[_Term() for _ in terms])
+    PPOUpdate(other, minibatches=3, lr=1e-2)(batch)
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(loss.parameters(), before, strict=True))
     batch["advantage"], batch["value_target"] = torch.zeros(2, ROWS, STEPS, 1, **F64)
     losses = loss(batch)
     sum(value for name, value in losses.items() if name.startswith("loss_")).backward()

@@ -59,38 +59,36 @@ class Answers:
         if not torch.is_grad_enabled() or state != self._state or not self._are_given(data):
             return None
         values, gradients = self._replays.run(self._own)
+        if not gradients:
+            return None
         pairs = [(p, laid_as(p, g.clone())) for p, g in gradients.items() if isinstance(p, nn.Parameter)]
         parameters, slopes = zip(*pairs, strict=True)
         numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
         values = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
         values |= zip(numbers, parameters[0].new_tensor(list(numbers.values())).unbind(), strict=True)
         names = [name for name in numbers if name.startswith("loss_")]
-        losses = _Answered.apply(self, names, slopes, *(values[name] for name in names), *parameters)
+        losses = _Answered.apply((self, self._own), names, slopes, *(values[name] for name in names), *parameters)
         return {**values, **dict(zip(names, losses, strict=True))}
 
     def _are_given(self, data: TensorDictBase) -> bool:
         """Whether ``data`` are the minibatch's, as they were given."""
         are_same = (data.get(key, None) is entry for key, entry, _ in self._entries)
-        return all(are_same) and len(self._entries) == len(data.keys(True, True)) and self._are_untouched()
-
-    def _are_untouched(self) -> bool:
-        return all(entry._version == version for _, entry, version in self._entries)
+        are_untouched = (entry._version == version for _, entry, version in self._entries)
+        return all(are_same) and len(self._entries) == len(data.keys(True, True)) and all(are_untouched)
 
     def by_autograd(
-        self, names: list[str], weights: Sequence[torch.Tensor | None], parameters: Sequence[nn.Parameter]
+        self, own: torch.Tensor, weights: dict[str, torch.Tensor], parameters: Sequence[nn.Parameter]
     ) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of the losses ``names``, each with its weight."""
-        if not self._are_untouched():
-            raise RuntimeError("a minibatch's data have been changed in place since its losses were made of them.")
-        self.is_unlike, create_graph = True, torch.is_grad_enabled()
-        program, data = self._replays.program, {key: entry for key, entry, _ in self._entries}
+        """The gradients of the losses of the minibatch ``own`` that ``weights`` names, each with its weight."""
+        self.is_unlike, create_graph, replays = True, torch.is_grad_enabled(), self._replays
+        data = {key: chunk.index_select(0, own) for key, chunk in replays.chunks.items()}
         with torch.enable_grad():
-            losses = losses_of(program.parts, data, [term.function for term in program.terms])
-        asked = [(losses[name], weight) for name, weight in zip(names, weights, strict=True) if weight is not None]
-        asked = [pair for pair in asked if pair[0].requires_grad]
-        outs, slopes = zip(*asked, strict=True) if asked else ((), ())
-        options = {"allow_unused": True, "create_graph": create_graph}
-        return torch.autograd.grad(outs, parameters, slopes, **options) if asked else (None,) * len(parameters)
+            losses = losses_of(replays.parts, data, [term.function for term in replays.program.terms])
+        asked = [(losses[name], weight) for name, weight in weights.items() if losses[name].requires_grad]
+        if not asked:
+            return (None,) * len(parameters)
+        outs, slopes = zip(*asked, strict=True)
+        return torch.autograd.grad(outs, parameters, slopes, allow_unused=True, create_graph=create_graph)
 
 
 class _Answered(torch.autograd.Function):
@@ -108,7 +106,9 @@ class _Answered(torch.autograd.Function):
         first, *others = weights
         unlike = first is None or any(other is None or other != first for other in others)
         if unlike or torch.is_grad_enabled():
-            found = ctx.answers.by_autograd(ctx.names, weights, ctx.saved_tensors)
+            (answers, own), pairs = ctx.answers, zip(ctx.names, weights, strict=True)
+            given = {name: weight for name, weight in pairs if weight is not None}
+            found = answers.by_autograd(own, given, ctx.saved_tensors)
         else:
             found = (slope * first for slope in ctx.slopes)
         return None, None, None, *[None] * len(weights), *found

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import as_list, require_time_last
-from rl2_torchrl.gradients import ENTROPY, Part, State, parts_of
+from rl2_torchrl.gradients import ENTROPY, Part, Program, State, parts_of
 from rl2_torchrl.gradients.answers import Answers
 from rl2_torchrl.gradients.part import is_watched, others_than
 from rl2_torchrl.gradients.program import losses_of, merge_losses
@@ -141,6 +141,13 @@ class RL2PPOLoss(ClipPPOLoss):
             return "parameters have hooks on their gradients, which autograd runs"
         return None
 
+    def has_answers(self, program: Program) -> bool:
+        """Whether a forward of another may be answered by ``program``, which runs nothing of a user's then.
+
+        What modules and terms of users draw at random, count, or give beside losses, such a forward may go on with.
+        """
+        return all(part.reason is None for part in program.parts) and not self.terms and not self._has_own_terms()
+
     def answers(self, replays: Replays) -> Answers:
         """What ``super().forward`` gives while `PPOUpdate` asks by a ``forward`` of another."""
         return Answers(replays, self._state_now(self._seen()))
@@ -151,8 +158,11 @@ class RL2PPOLoss(ClipPPOLoss):
             self.clip_bounds,
             *(None if c is None else as_number(c) for c in (self.critic_coeff, self.entropy_coeff)),
         )
-        trained = [p.requires_grad for p in seen.parameters]
-        return seen, coefficients, self.entropy_bonus, self.has_critic, self.tensor_keys, list(self.terms), trained
+        # Others may stand in their places for a while, as by `TensorDictParams.to_module`.
+        weights = [
+            (id(p), p is None or p.requires_grad) for module in seen.modules for p in module._parameters.values()
+        ]
+        return seen, coefficients, self.entropy_bonus, self.has_critic, self.tensor_keys, len(self.terms), weights
 
     def _why_torchrls(self, seen: "_Seen | None") -> str | None:
         """Why it is `ClipPPOLoss` that computes PPO's terms, in words; None where parts do. ``seen``: None while compiled."""
@@ -312,16 +322,15 @@ class _Seen:
     Attributes:
         refusal: why the actor is no list of parts; None if it is.
         memory: entries that the networks' memories are read from.
-        parameters: those of the loss.
+        modules: those of the loss, without itself, or it would never be freed.
     """
 
     def __init__(self, loss: RL2PPOLoss, options: tuple):
         networks = [loss.actor_network, *([loss.critic_network] if loss.critic_network else [])]
         self.refusal = why_no_parts(loss.actor_network)
         self.memory = [key for network in networks for key in hidden_keys(network)]
-        _, *modules = loss.modules()  # without the loss, or it would never be freed
-        self._modules, self._layout = modules, self._layout_of(loss, modules, options)
-        self.parameters = list(loss.parameters())
+        _, *modules = loss.modules()
+        self.modules, self._layout = modules, self._layout_of(loss, modules, options)
         self._samples = [m for m in modules if isinstance(m, ProbabilisticTensorDictModule)]
         self._given = self._distributions()
         self._loss = ref(loss)
@@ -338,7 +347,7 @@ class _Seen:
         """Whether nothing has changed since."""
         now, given = self._distributions(), self._given  # not compared as tensors are
         is_same = len(now) == len(given) and all(map(is_, now, given))
-        return is_same and self._layout_of(loss, self._modules, options) == self._layout
+        return is_same and self._layout_of(loss, self.modules, options) == self._layout
 
     @cached_property
     def parts(self) -> list[Part]:
