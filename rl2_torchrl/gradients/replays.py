@@ -79,8 +79,8 @@ class Replays:
     def passes(self, steps: object, max_norm: float | None, order: torch.Tensor, rows: int) -> list[Values]:
         """All minibatches of ``rows`` chunks at the beginning of ``order`` in one call, with a step of ``steps`` on each.
 
-        Their metrics, none where there is more to them than kernels. After one whose gradient is not finite there are no more, and
-        no step on it.
+        Their metrics, none where there is more to them than kernels. They end before one whose gradient is not finite, or an action
+        none of the choices.
         """
         minibatch = self._sizes.get(rows)
         if minibatch is None or not isinstance(steps, AdamSteps) or len(order) < rows:
@@ -164,13 +164,12 @@ class _Minibatch:
         if self._pass is None:  # of one batch, for which steps and bound stay
             self._pass = self._steps[0].and_then("clip_and_step", *table, float(max_norm or 0), self._norm.data_ptr())
         calls = self._pass
-        numbers, count, made = self.recording.numbers_used, len(order) // self._rows, ctypes.c_int()
+        numbers, count = self.recording.numbers_used, len(order) // self._rows
         out = numbers.new_empty(count, len(numbers))
         arguments = (order.data_ptr(), count, self._rows, numbers.data_ptr(), len(numbers), out.data_ptr())
-        done = calls.make_passes(ctypes.addressof(self._at), *arguments, ctypes.addressof(made))
+        done = calls.make_passes(ctypes.addressof(self._at), *arguments)
         steps.tell_autograd()
-        is_broken = done < count and made.value == calls.count - 1  # else an action is none of the choices
-        return list(map(self._metrics, out[: done + is_broken].tolist()))
+        return list(map(self._metrics, out[:done].tolist()))
 
     def _metrics(self, numbers: list[float]) -> Values:
         values: Values = {}

@@ -63,7 +63,7 @@ _SIGNATURES = {
     "entropy_sum": (None, (_int, _pointer, _double, _pointer, _pointer)),
     "kernel_name": (ctypes.c_char_p, (_int,)),
     "make_calls": (_int, (_pointer, _int)),
-    "make_passes": (_int, (_pointer, _int, _pointer, _pointer, _int, _int, _pointer, _int, _pointer, _pointer)),
+    "make_passes": (_int, (_pointer, _int, _pointer, _pointer, _int, _int, _pointer, _int, _pointer)),
 }
 _is_announced = False
 

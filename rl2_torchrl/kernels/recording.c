@@ -59,12 +59,11 @@ int make_calls(const call *calls, int count) {
 /* Makes all calls for one minibatch of `rows` chunks after the other; `*at`, which gather_rows reads, walks along `order`. After each
  * of them the `width` numbers that it has left are copied to `out`. Returns for how many minibatches all calls were made. */
 int make_passes(const call *calls, int count, const int64_t **at, const int64_t *order, int minibatches, int rows,
-                const double *numbers, int width, double *out, int *made) {
+                const double *numbers, int width, double *out) {
     for (int m = 0; m < minibatches; m++) {
         *at = order + (long)m * rows;
-        *made = make_calls(calls, count);
+        if (make_calls(calls, count) < count) return m;
         memcpy(out + (long)m * width, numbers, width * sizeof(double));
-        if (*made < count) return m;
     }
     return minibatches;
 }
