@@ -119,11 +119,12 @@ class Passes:
         if self.backend == "graph":
             yield partial(self._by_graph, optimizer, max_grad_norm, checks)
             return
-        given = (steps_by(optimizer, self._parameters), max_grad_norm, checks)
+        given = (steps := steps_by(optimizer, self._parameters), max_grad_norm, checks)
         if program is None:
             yield partial(self._by_autograd, *given)
             return
-        replayed, by_forward = Replays(program, self._minibatches.chunks), self._loss.runs_beside() is not None
+        replayed = Replays(program, self._minibatches.chunks, are_kept=isinstance(steps, OptimizerSteps))
+        by_forward = self._loss.runs_beside() is not None
         try:
             yield partial(self._by_answers if by_forward else self._by_parts, replayed, *given)
         finally:

@@ -273,8 +273,9 @@ def test_hooks_beside_parts(change):
     assert update.reason
 
 
+@pytest.mark.parametrize("weight", [1, 2])
 @pytest.mark.parametrize("frozen", ["first", "all"])
-def test_frozen_layers_beside_a_forward(frozen):
+def test_frozen_layers_beside_a_forward(frozen, weight):
     class Learns(Adds):
         """A weight of its own, which may be all that does."""
 
@@ -284,6 +285,7 @@ def test_frozen_layers_beside_a_forward(frozen):
 
         def forward(self, tensordict):
             losses = super().forward(tensordict)
+            losses["loss_objective"] = weight * losses["loss_objective"]
             return losses.set("loss_own", (self.own - losses["kl_approx"]).square())
 
     ends = []

@@ -1,5 +1,8 @@
 """Minibatches that are made again from the first one's calls are what they would have been by themselves."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from loss_cases import (
@@ -304,6 +307,160 @@ def test_a_module_before_the_core_that_moves_weights(writes):
     assert_alike(*ends)
 
 
+def _policy_of(*modules, critic=None, **options):
+    """A loss whose actor is ``modules``, then a core and a head, its update and their batch."""
+    loss = loss_of("categorical", "separate", torch.float64)
+    core, head = loss.actor_network.module[0].module
+    actor = ProbabilisticActor(
+        TensorDictSequential(*modules, core, head),
+        in_keys=["logits"],
+        distribution_class=torch.distributions.Categorical,
+        return_log_prob=True,
+    )
+    return RL2PPOLoss(actor, loss.critic_network, **options)
+
+
+def both_ways(make, batch=batch_of, **options):
+    """Asserts that updates of the loss that ``make`` gives go the same way by parts as by autograd; returns the loss of parts."""
+    ends, losses = [], []
+    for way in ("autograd", "parts"):
+        torch.manual_seed(2)
+        losses.append(loss := make())
+        update = PPOUpdate(loss, bptt=2, minibatches=5, epochs=3, shuffle=False, backend=way, **options)
+        torch.manual_seed(4)
+        metrics = [update(batch("categorical", torch.float64)) for _ in range(2)]
+        ends.append((metrics, [p.detach() for p in loss.parameters()], []))
+    assert_alike(*ends)
+    return losses[1]
+
+
+class _Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_module_without_weights_that_writes_over_what_it_reads(dtype):
+    """Also where the data have another dtype than the weights, and the flags another than flags."""
+
+    def batch(kind, _):
+        data = batch_of(kind, torch.float64)
+        data["trans"], data["is_init"] = data["trans"].to(dtype), data["is_init"].long()
+        return data
+
+    twice = [TensorDictModule(_Twice(), [key], [key]) for key in ("trans",)]
+    both_ways(lambda: _policy_of(*twice), batch)
+
+
+class _Clamps(nn.Module):
+    """Writes in place what others read too."""
+
+    def forward(self, x):
+        return x.clamp_(-0.5, 0.5).tanh()
+
+
+def test_a_module_that_writes_in_place_what_others_read():
+    both_ways(lambda: _policy_of(TensorDictModule(_Clamps(), ["trans"], ["seen"])))
+
+
+class _Some(nn.Module):
+    """A term that has a loss where there is something to look at, in each minibatch or not, and what a module draws beside it."""
+
+    in_keys = ("seen", "task")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, seen, task):
+        self.calls += 1
+        chosen = task[..., 0] > 0.8
+        return {"loss_some": seen[chosen].square().mean()} if chosen.sum() > 1 else {}
+
+
+class _Drops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(INPUTS, INPUTS, **F64), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return nn.functional.dropout(self.linear(x), 0.3)
+
+
+@pytest.mark.parametrize("reads", ["seen", "actor_features"])
+def test_a_term_that_has_a_loss_in_some_minibatches(reads):
+    """Whatever it gives, nothing is asked twice, and what is drawn at random stays in step."""
+
+    def make():
+        term = _Some()
+        term.in_keys = (reads, "task")
+        drops = TensorDictModule(_Drops(), ["trans"], ["seen"])
+        loss = _policy_of(drops, terms=[term])
+        loss.actor_network.module[0].module[1].in_keys[0] = "seen"
+        return loss
+
+    loss = both_ways(make)
+    assert {m.calls for m in loss.modules() if isinstance(m, _Some | _Drops)} == {2 * 3 * 5}
+
+
+class _Grows(nn.Module):
+    """A module whose output has a gradient in some calls alone, and one that looks at the rows one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(INPUTS, INPUTS, **F64), 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.linear(x)
+        return y if self.calls % 2 == 0 else y.detach()
+
+
+def test_a_module_that_has_a_gradient_in_some_minibatches():
+    loss = both_ways(lambda: _policy_of(TensorDictModule(_Grows(), ["trans"], ["trans"])))
+    assert next(m.calls for m in loss.modules() if isinstance(m, _Grows)) == 2 * 3 * 5
+
+
+def test_weights_of_one_row_with_strides_of_their_own():
+    """As those of another framework's are: contiguous, though not as PyTorch would have laid them."""
+
+    def make():
+        loss = loss_of("categorical", "separate", torch.float64)
+        head = [m for m in loss.critic_network.modules() if isinstance(m, nn.Linear)][-1]
+        weight = torch.empty_strided((1, 12), (1, 1), **F64).copy_(head.weight.detach())
+        head.weight = nn.Parameter(weight)
+        assert head.weight.is_contiguous()
+        return loss
+
+    both_ways(make)
+
+
+class _Optimistic(torch.optim.SGD):
+    """Steps by twice the gradient less the last one, which it keeps as it was shown it."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            gradient, last = parameter.grad, self.state[parameter].get("last", parameter.grad)
+            self.state[parameter]["last"] = gradient
+            parameter.data.add_(2 * gradient - last, alpha=-1e-2)
+
+
+@pytest.mark.parametrize("terms", [False, True])
+def test_an_optimizer_may_keep_the_gradients_that_it_is_shown(terms):
+    losses = []
+    for way in ("parts", "autograd"):
+        loss = loss_of("categorical", "separate", torch.float64)
+        loss = RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[_Term()] if terms else ())
+        optimizer = _Optimistic(loss.parameters(), lr=1e-2)
+        PPOUpdate(loss, optimizer=optimizer, bptt=2, minibatches=5, epochs=3, shuffle=False, backend=way)(
+            batch_of("categorical", torch.float64)
+        )
+        losses.append(loss)
+    for ours, expected in zip(*(loss.parameters() for loss in losses), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_what_reads_data_alone_waits_for_who_reads_them_as_they_were(is_first):
     """A normalisation in place, before or behind a module that reads what it writes over."""
@@ -377,6 +534,31 @@ def test_gradients_of_after_an_update_are_nobody_elses(terms, monkeypatch):
 
 
 @needs_kernels
+def test_nothing_of_a_batch_waits_for_the_garbage_collector(monkeypatch):
+    seen, run_first = [], _Minibatch._run_first
+
+    def noted(minibatch, *arguments):
+        run_first(minibatch, *arguments)
+        seen.extend(weakref.ref(tensor) for tensor in (*minibatch._recording.kept, *minibatch._recording.held))
+        seen.append(weakref.ref(minibatch))
+
+    monkeypatch.setattr(_Minibatch, "_run_first", noted)
+    monkeypatch.setattr(Workspace, "_LEAST", 10**9)
+    loss = loss_of("categorical", "shared", torch.float64)
+    update = PPOUpdate(RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[_Term()]), bptt=2, minibatches=5)
+    gc.collect()
+    gc.disable()
+    try:
+        update(batch_of("categorical", torch.float64))
+        gradients = {id(p.grad) for p in update.loss.parameters()}
+        left = [ref() for ref in seen if ref() is not None]
+        assert len(seen) > 20
+        assert {id(each) for each in left} <= gradients
+    finally:
+        gc.enable()
+
+
+@needs_kernels
 def test_memory_goes_back_when_the_batch_is_done(monkeypatch):
     monkeypatch.setattr(Workspace, "_LEAST", 0)
     monkeypatch.setattr(Workspace, "_KEPT", 1000)
@@ -384,7 +566,7 @@ def test_memory_goes_back_when_the_batch_is_done(monkeypatch):
 
     def noted(minibatch, *arguments):
         run_first(minibatch, *arguments)
-        places.append({tensor.data_ptr() for tensor in minibatch.recording.kept})
+        places.append({tensor.data_ptr() for tensor in minibatch._recording.kept})
 
     monkeypatch.setattr(_Minibatch, "_run_first", noted)
     update = PPOUpdate(loss_of("categorical", "shared", torch.float32), bptt=2, minibatches=5)
@@ -422,3 +604,14 @@ def test_a_critic_of_ones_own_in_another_dtype_runs_minibatch_by_minibatch():
         batch["value_target"] = batch["state_value"] = batch["value_target"].double()
         ends.append(([update(batch)], [p.detach().double() for p in update.loss.parameters()], []))
     assert_alike(*ends, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["parts", "autograd"])
+def test_another_default_device_is_none_of_the_kernels(way):
+    update = PPOUpdate(loss_of("categorical", "separate", torch.float32), bptt=2, minibatches=5, backend=way)
+    batch = batch_of("categorical", torch.float32)
+    torch.set_default_device("meta")
+    try:
+        assert update(batch)["loss"] != 0
+    finally:
+        torch.set_default_device(None)

@@ -98,12 +98,9 @@ class AdamSteps:
     def take(self, max_norm: float | None) -> float:
         """As `OptimizerSteps.take`."""
         self._library.clip_and_step(*self.table(), float(max_norm or 0), ctypes.addressof(self._norm))
-        self.tell_autograd()
-        return self._norm.value
-
-    def tell_autograd(self) -> None:
-        """That the weights are others now: a graph from before a step cannot be gone back through."""
+        # The weights are others now: a graph from before a step cannot be gone back through.
         increment_version([parameter for parameter in self._options if parameter.grad is not None])
+        return self._norm.value
 
 
 def _lie_there(row: _Row, parameter: nn.Parameter, gradient: torch.Tensor) -> bool:

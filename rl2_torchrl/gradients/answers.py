@@ -59,9 +59,10 @@ class Answers:
         if not torch.is_grad_enabled() or state != self._state or not self._are_given(data):
             return None
         values, gradients = self._replays.run(self._own)
-        if not gradients:
+        trained = {p: g for p, g in gradients.items() if isinstance(p, nn.Parameter) and p.requires_grad}
+        if not trained:
             return None
-        pairs = [(p, laid_as(p, g.clone())) for p, g in gradients.items() if isinstance(p, nn.Parameter)]
+        pairs = [(parameter, laid_as(parameter, gradient.clone())) for parameter, gradient in trained.items()]
         parameters, slopes = zip(*pairs, strict=True)
         numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
         values = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}

@@ -172,7 +172,8 @@ def _add_by_kernel(total: torch.Tensor, more: torch.Tensor) -> bool:
 
 def laid_as(parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
     """``gradient`` in memory as ``parameter`` lies there, as `Tensor.backward` gives it: fused optimizers take it for that."""
-    if gradient.stride() == parameter.stride():
+    are_plain = gradient.is_contiguous() and parameter.is_contiguous()  # a dimension of one entry may have any stride
+    if are_plain or gradient.stride() == parameter.stride():
         return gradient
     Recording.interrupt()
     return torch.empty_like(parameter, requires_grad=False).copy_(gradient)

@@ -34,18 +34,26 @@ class Replays:
     """Losses and gradients of minibatches of ``chunks``, entries ``[num_chunks, T, ...]``, by ``program``.
 
     What reads data alone is made once, of all chunks. `close` hands the memory back when the batch is done.
+
+    Args:
+        program: makes them, for the whole batch.
+        chunks: the batch.
+        are_kept: whether somebody may keep a parameter's gradient, which otherwise the next minibatch's is written over.
     """
 
-    def __init__(self, program: Program, chunks: Mapping[NestedKey, torch.Tensor]):
+    def __init__(self, program: Program, chunks: Mapping[NestedKey, torch.Tensor], *, are_kept: bool = False):
         program.loss.require_starts(chunks)
+        self._are_kept = are_kept
         self.program, self.chunks = program, dict(chunks)
         made = _of_data_alone(program.parts)
         self.parts = [part for part in program.parts if part not in made]
         with torch.no_grad():
             for part in made:
                 part.forward(self.chunks)
+            written = {key for part in self.parts for key in part.out_keys}
+            data = {key: entry for key, entry in self.chunks.items() if key not in written}
             for part in self.parts:
-                self.chunks.update(part.prepared(self.chunks))
+                self.chunks.update(part.prepared(data))
         self.chunks = {key: entry.contiguous() for key, entry in self.chunks.items()}
         self._sizes: dict[int, _Minibatch | None] = {}
         on_cpu = all(entry.is_cpu for entry in self.chunks.values())
@@ -54,6 +62,8 @@ class Replays:
     def __call__(self, own: torch.Tensor) -> Values:
         """Losses and diagnostics of the chunks ``own`` ``[rows]``, int64, and the gradients of all losses' sum."""
         values, gradients = self.run(own)
+        if self._are_kept:
+            gradients = {source: gradient.clone() for source, gradient in gradients.items()}
         self.program.set_gradients(gradients)
         return values
 
@@ -63,7 +73,7 @@ class Replays:
         size = len(own)
         if (minibatch := self._sizes.get(size)) is not None:
             try:
-                return minibatch(own), minibatch.gradients
+                return minibatch(own)
             except _ChangedError:
                 self._sizes[size] = None
         elif self._can_record and size not in self._sizes:
@@ -91,12 +101,20 @@ class Replays:
         """Hands the memory back."""
         for minibatch in self._sizes.values():
             if minibatch is not None:
-                Workspace.give_all(minibatch.recording)
+                minibatch.close()
         self._sizes, self._can_record = {}, False
 
 
 class _ChangedError(Exception):
-    """A minibatch is not as the first one was."""
+    """A minibatch cannot be made as the first one was."""
+
+
+class _OtherwiseError(Exception):
+    """What a part or term of a user's has given is not what it gave first: ``go_on`` makes the rest, step by step."""
+
+    def __init__(self, go_on: Callable[[], tuple[Values, Gradients]]):
+        super().__init__()
+        self.go_on = go_on
 
 
 class _Minibatch:
@@ -107,14 +125,13 @@ class _Minibatch:
 
     Attributes:
         values: losses and diagnostics of the first.
-        gradients: of the last one that was run.
-        recording: what the kernels did.
+        gradients: of all minibatches that go as the first one did.
     """
 
     def __init__(self, replays: Replays, own: torch.Tensor):
-        self._program, self._rows = replays.program, len(own)
-        self.recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
-        self._norm = self.recording.numbers_for(1)
+        self._program, self._parts, self._rows = replays.program, replays.parts, len(own)
+        self._recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
+        self._norm = self._recording.numbers_for(1)
         self._steps: list[Calls | Callable[[], None]] = []
         self._end, self._in_python, self._pass = 0, set(), None
         self._figures: list[Callable[[list[float]], Values]] = []
@@ -122,23 +139,54 @@ class _Minibatch:
         self._weights = [(p, p.data_ptr(), p.detach()) for p in self._program.loss.parameters()]
         self._state: State = {}
         self._read: dict[Part, list[NestedKey]] = {}
+        #: What parts that kernels run keep for their backward, which minibatches of other sizes write over.
+        self._kept: dict[Part, list[tuple[Part, dict]]] = {}
         steps = len(own) * next(iter(replays.chunks.values())).shape[1]
         with one_thread() if steps <= _FEW_STEPS else nullcontext():
-            self._run_first(replays.parts, replays.chunks)
+            self._run_first(replays.chunks)
         self.values = self._values()
 
+    def close(self) -> None:
+        """Hands the memory back, without waiting for whoever collects what refers to itself."""
+        Workspace.give_all(self._recording)
+        self._recording.close()
+        vars(self).clear()
+
     # ------------------------------------------------------------ as it was
-    def __call__(self, own: torch.Tensor) -> dict[str, float]:
-        """Losses and diagnostics of the chunks ``own``, and their ``gradients``; `_ChangedError` where these are others."""
+    def __call__(self, own: torch.Tensor) -> tuple[Values, Gradients]:
+        """Losses and diagnostics of the chunks ``own``, and the gradients; `_ChangedError` where they are not to be had so."""
         self._at.value = own.data_ptr()
         self._follow_weights()
-        for step in self._steps:
-            if isinstance(step, Calls):
-                _require(step())  # what is wrong will be said where it is called for itself
-            else:
-                step()
-                self._follow_weights()
-        return self._values()
+        try:
+            for step in self._steps:
+                if isinstance(step, Calls):
+                    _require(step())  # what is wrong will be said where it is called for itself
+                else:
+                    step()
+                    self._follow_weights()
+        except _OtherwiseError as otherwise:
+            return otherwise.go_on()
+        return self._values(), self.gradients
+
+    def _go_on(
+        self, state: State, done: int, gradients: Gradients, values: Values, terms: int = 0, back: int | None = None
+    ) -> tuple[Values, Gradients]:
+        """The rest of a minibatch: ``done`` parts and so many ``terms`` have been run, all parts from ``back`` on gone back."""
+        for part in self._parts[done:]:
+            part.forward(state)
+        for term in self._program.terms[terms:]:
+            merge_losses(values, term.losses(state, gradients))
+        for number in reversed(range(len(self._parts) if back is None else back)):
+            part = self._parts[number]
+            if number < done:
+                self._remember(part)
+            if not gradients.keys().isdisjoint(part.out_keys):
+                part.backward(gradients)
+        return values, gradients
+
+    def _remember(self, part: Part) -> None:
+        for each, attributes in self._kept.get(part, ()):
+            vars(each).update(attributes)
 
     def _follow_weights(self) -> None:
         """Has the kernels read the parameters' memory where hooks or forwards of users have put other in its place."""
@@ -149,9 +197,10 @@ class _Minibatch:
                     calls.move(address, parameter.data_ptr())
                 self._weights[number] = (parameter, parameter.data_ptr(), parameter.detach())
 
-    def _values(self) -> Values:
-        numbers, values = self.recording.numbers.tolist(), {}
-        for figures in self._figures:
+    def _values(self, terms: int | None = None) -> Values:
+        """Of all terms, or of so many."""
+        numbers, values = self._recording.numbers.tolist(), {}
+        for figures in self._figures[:terms]:
             merge_losses(values, figures(numbers))
         return values
 
@@ -160,15 +209,16 @@ class _Minibatch:
         if [type(step) for step in self._steps] != [Calls]:
             return []
         self._program.set_gradients(self.gradients)
+        if any(p.grad is not gradient for p, gradient in self.gradients.items()):  # of weights that lie otherwise
+            return []
         table = steps.table()
         if self._pass is None:  # of one batch, for which steps and bound stay
             self._pass = self._steps[0].and_then("clip_and_step", *table, float(max_norm or 0), self._norm.data_ptr())
         calls = self._pass
-        numbers, count = self.recording.numbers_used, len(order) // self._rows
+        numbers, count = self._recording.numbers_used, len(order) // self._rows
         out = numbers.new_empty(count, len(numbers))
         arguments = (order.data_ptr(), count, self._rows, numbers.data_ptr(), len(numbers), out.data_ptr())
         done = calls.make_passes(ctypes.addressof(self._at), *arguments)
-        steps.tell_autograd()
         return list(map(self._metrics, out[:done].tolist()))
 
     def _metrics(self, numbers: list[float]) -> Values:
@@ -179,22 +229,22 @@ class _Minibatch:
         return {"loss": total, **values, "grad_norm": numbers[0]}
 
     # ------------------------------------------------------------ the first
-    def _run_first(self, parts: Sequence[Part], chunks: State) -> None:
+    def _run_first(self, chunks: State) -> None:
         self._by_kernels(lambda: self._gather(chunks))
-        for part in parts:
-            self._forward(part)
+        for number, part in enumerate(self._parts):
+            self._forward(number, part)
         gradients: Gradients = {}
-        for term in self._program.terms:
-            self._term(term, gradients)
-        for part in reversed(parts):
+        for number, term in enumerate(self._program.terms):
+            self._term(number, term, gradients)
+        for number, part in reversed(list(enumerate(self._parts))):
             if not gradients.keys().isdisjoint(part.out_keys):
-                self._backward(part, gradients)
+                self._backward(number, part, gradients)
         self._end_step()
-        self.gradients = gradients
+        self.gradients = {p: gradient for p, gradient in gradients.items() if isinstance(p, nn.Parameter)}
 
     def _by_kernels(self, work: Callable[[], object]) -> bool:
         """Does ``work``; whether kernels alone did it, so that their calls are all there is to do again."""
-        recording = self.recording
+        recording = self._recording
         first, recording.is_whole = len(recording.calls), True
         with recording.on():
             work()
@@ -208,9 +258,9 @@ class _Minibatch:
 
     def _end_step(self) -> None:
         """What has been called since the last step is one."""
-        if len(self.recording.calls) > self._end:
-            self._steps.append(Calls(self.recording, self._end))
-        self._end = len(self.recording.calls)
+        if len(self._recording.calls) > self._end:
+            self._steps.append(Calls(self._recording, self._end))
+        self._end = len(self._recording.calls)
 
     def _gather(self, chunks: State) -> None:
         library = kernels.load(self._program.parameters[0].dtype)
@@ -219,15 +269,15 @@ class _Minibatch:
             row = chunk.numel() // len(chunk) * chunk.element_size()
             library.gather_rows(ctypes.addressof(self._at), self._rows, row, chunk.data_ptr(), entry.data_ptr())
 
-    def _forward(self, part: Part) -> None:
+    def _forward(self, number: int, part: Part) -> None:
         # A part may write what it reads, or what others have read.
         before, is_known = dict(self._state), part.carries
         if self._by_kernels(lambda: part.starts_by_hand(self._state)) and part.is_by_hand:
+            self._kept[part] = _kept(part)
             return
         entries = self._state
         if not part.is_by_hand:
-            entries = self._shown(part, before)
-            part.forward_by_autograd(entries)
+            entries = self._shown(part, before, part.forward_by_autograd)
         if part.carries != is_known:  # by parameters of others
             self._program.follow_gradients()
         self._in_python.add(part)
@@ -235,51 +285,61 @@ class _Minibatch:
         self._state.update(made)
 
         def again() -> None:
-            entries = self._shown(part, before)
-            part.forward(entries)
-            _require(part.carries == carries)
+            entries = self._shown(part, before, part.forward)
+            if part.carries != carries or any(entries[key].shape != entry.shape for key, entry in made.items()):
+                if part.carries != carries:
+                    self._program.follow_gradients()
+                raise _OtherwiseError(lambda: self._go_on(entries, number + 1, {}, {}))
             for key, entry in made.items():
-                _require(entries[key].shape == entry.shape)
                 entry.copy_(entries[key])
 
         self._by_python(again)
 
-    def _term(self, term: TermPart, gradients: Gradients) -> None:
+    def _term(self, number: int, term: TermPart, gradients: Gradients) -> None:
         made: list = []
         if term.brings_kernels() and self._by_kernels(lambda: made.extend(term.by_kernels(self._state))) and made:
             figures, found = made
             self._figures.append(figures)
             self._take(found, gradients)
             return
-        number = len(self._figures)
+        before = dict(gradients)
 
         def run() -> Gradients:
-            values, found = term.losses_and_gradients(self._shown(term, self._state))
+            given: list = []
+            self._shown(term, self._state, lambda state: given.extend(term.losses_and_gradients(state)))
+            values, found = given
             self._figures[number:] = [lambda _: values, *self._figures[number + 1 :]]
             return found
 
-        add = self._adding(run(), gradients)
+        def go_on(found: Gradients) -> tuple[Values, Gradients]:
+            own = dict(before)
+            term.add(found, own)
+            return self._go_on(dict(self._state), len(self._parts), own, self._values(number + 1), number + 1)
+
+        add = self._adding(run(), gradients, go_on)
         self._by_python(lambda: add(run()))
 
-    def _backward(self, part: Part, gradients: Gradients) -> None:
+    def _backward(self, number: int, part: Part, gradients: Gradients) -> None:
         slopes = {key: gradients.pop(key) for key in part.out_keys if key in gradients}
-        found = dict(slopes)
+        before, found = dict(gradients), dict(slopes)
         if part not in self._in_python and self._by_kernels(lambda: part.backward(found)):
             self._take(found, gradients)
             return
 
-        kept = _kept(part) if part not in self._in_python else []  # by kernels, whose forward others have done since
-
         def run() -> Gradients:
-            for each, attributes in kept:
-                vars(each).update(attributes)
+            self._remember(part)
             if not part.is_by_hand:  # hooks may hold what they are shown
                 return part.backward_by_autograd({key: slope.clone() for key, slope in slopes.items()})
             found = dict(slopes)
             part.backward(found)
             return found
 
-        add = self._adding(run() if part in self._in_python else found, gradients)
+        def go_on(found: Gradients) -> tuple[Values, Gradients]:
+            own = dict(before)
+            part.add(found, own)
+            return self._go_on(self._state, len(self._parts), own, self._values(), len(self._program.terms), number)
+
+        add = self._adding(run() if part in self._in_python else found, gradients, go_on)
         self._by_python(lambda: add(run()))
 
     def _take(self, found: Gradients, gradients: Gradients) -> None:
@@ -289,13 +349,10 @@ class _Minibatch:
             for source, gradient in found.items():
                 accumulate(gradients, source, gradient)
 
-        calls = len(self.recording.calls)
-        if not self._by_kernels(add):  # strided ones, which PyTorch has added up
-            del self.recording.calls[calls:]
-            raise _ChangedError
+        _require(self._by_kernels(add))  # else strided ones, which PyTorch has added up
 
-    def _adding(self, found: Gradients, gradients: Gradients) -> Callable[[Gradients], None]:
-        """Adds to ``gradients`` what Python has ``found``; returns what does so again, with what it has found then."""
+    def _adding(self, found: Gradients, gradients: Gradients, go_on: Callable) -> Callable[[Gradients], None]:
+        """Adds to ``gradients`` what Python has ``found``; returns what does so again, or goes on with others than these."""
         firsts = {source for source in found if source not in gradients}
         for source, gradient in found.items():
             if source in firsts:  # a parameter keeps its own
@@ -306,7 +363,8 @@ class _Minibatch:
         totals = {source: gradients[source] for source in found}
 
         def add(found: Gradients) -> None:
-            _require(found.keys() == totals.keys())
+            if found.keys() != totals.keys():
+                raise _OtherwiseError(lambda: go_on(found))
             for source, gradient in found.items():
                 (totals[source].copy_ if source in firsts else totals[source].add_)(gradient)
 
@@ -314,22 +372,30 @@ class _Minibatch:
 
     def _fixed(self, entry: torch.Tensor, place: Callable = Workspace.take) -> torch.Tensor:
         """A copy of ``entry`` where the kernels will read it again."""
-        with self.recording.on():
+        with self._recording.on():
             copy = place(entry, tuple(entry.shape))
         return copy.copy_(entry)
 
-    def _shown(self, part: Part, state: State) -> State:
-        """The ``state`` as ``part`` may read it, and write to it."""
+    def _shown(self, part: Part, state: State, run: Callable[[State], object]) -> State:
+        """``run`` on a ``state`` that it may read, keep and write to; returns what it has made of it."""
         if part.is_by_hand and type(part).__module__.startswith("rl2_torchrl."):
-            return dict(state)
-        if part not in self._read:
-            paths = list(map(_path, part.in_keys))
-            self._read[part] = [key for key in state if any(_path(key)[: len(p)] == p for p in paths)]
-        return {**state, **{key: state[key].clone() for key in self._read[part]}}
+            entries, copies = dict(state), {}
+        else:
+            if part not in self._read:
+                paths = list(map(_path, part.in_keys))
+                self._read[part] = [key for key in state if any(_path(key)[: len(path)] == path for path in paths)]
+            copies = {key: state[key].clone() for key in self._read[part]}
+            entries = {**state, **copies}
+        versions = {key: copy._version for key, copy in copies.items()}
+        run(entries)
+        for key, copy in copies.items():
+            if copy._version != versions[key]:  # others read what has been written in place
+                state[key].copy_(copy)
+        return entries
 
 
 def _kept(part: Part) -> list[tuple[Part, dict]]:
-    """What ``part``, and those that it is made of, keep for their backward."""
+    """What ``part``, and those that it is made of, have kept for their backward."""
     parts = [part, *(each for each in vars(part).values() if isinstance(each, Part))]
     return [(each, dict(vars(each))) for each in parts]
 

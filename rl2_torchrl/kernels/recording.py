@@ -44,7 +44,7 @@ class Recording:
         self.calls: list[tuple[int, tuple]] = []
         self.kept: list[Tensor] = []
         self.held: list[Tensor] = []
-        self.numbers, self._used = torch.zeros(_NUMBERS, dtype=torch.float64), 0
+        self.numbers, self._used = torch.zeros(_NUMBERS, dtype=torch.float64, device="cpu"), 0
         self.is_whole = True
         self.library: ctypes.CDLL | None = None
         self._noting: _Noting | None = None
@@ -74,8 +74,14 @@ class Recording:
         self._used += count
         if self._used > _NUMBERS:
             self.is_whole = False
-            return torch.empty(count, dtype=torch.float64)
+            return torch.empty(count, dtype=torch.float64, device="cpu")
         return self.numbers[self._used - count : self._used]
+
+    def close(self) -> None:
+        """Lets go of all memory."""
+        self.calls.clear()
+        self.held.clear()
+        self._noting = None
 
     @property
     def numbers_used(self) -> Tensor:
@@ -133,7 +139,7 @@ class Calls:
 
     def __init__(self, recording: Recording, first: int = 0):
         self._library, self._noted = recording.library, recording.calls[first:]
-        self._table = torch.tensor([_row(*call) for call in self._noted], dtype=torch.int64)
+        self._table = torch.tensor([_row(*call) for call in self._noted], dtype=torch.int64, device="cpu")
         self.count = len(self._table)
 
     def __call__(self) -> bool:

@@ -48,7 +48,7 @@ class Workspace:
     def numbers(cls, count: int) -> Tensor:
         """So many numbers, float64, that a kernel writes for Python to read; a `Recording` has them of each minibatch."""
         if (recording := Recording.active()) is None:
-            return torch.empty(count, dtype=torch.float64)
+            return torch.empty(count, dtype=torch.float64, device="cpu")
         return recording.numbers_for(count)
 
     @classmethod
