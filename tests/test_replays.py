@@ -25,12 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss, kernels
-from rl2_torchrl.gradients import Program
+from rl2_torchrl.gradients import Part, Program
 from rl2_torchrl.gradients.adam import steps_by
 from rl2_torchrl.gradients.replays import Replays, _Minibatch
 from rl2_torchrl.kernels.recording import Calls, Recording
 from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules import RunningNorm
+from rl2_torchrl.objectives.terms import SquaredError
 
 SIZES = [{}, {"bptt": 1, "shuffle": False, "max_grad_norm": None}, {"bptt": 6, "minibatches": 2}]
 
@@ -615,3 +616,87 @@ def test_another_default_device_is_none_of_the_kernels(way):
         assert update(batch)["loss"] != 0
     finally:
         torch.set_default_device(None)
+
+
+class _Swaps(nn.Module):
+    """A term in which two weights change places in memory."""
+
+    in_keys = ("logits",)
+
+    def __init__(self, one, other):
+        super().__init__()
+        self._pair = [one, other]
+
+    def forward(self, logits):
+        one, other = self._pair
+        one.data, other.data = other.data, one.data
+        return {"loss_size": 1e-3 * logits.square().mean()}
+
+
+def test_weights_that_change_places():
+    def make():
+        loss = loss_of("categorical", "separate", torch.float64)
+        core = loss.actor_network.module[0].module[0]
+        return RL2PPOLoss(
+            loss.actor_network, loss.critic_network, terms=[_Swaps(core.gru.bias_ih_l0, core.gru.bias_hh_l0)]
+        )
+
+    both_ways(make)
+
+
+class _ByHand(nn.Module):
+    """A layer with a gradient of its own, of PyTorch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(INPUTS, INPUTS, **F64))
+
+    def forward(self, x):
+        return x @ self.weight
+
+    def gradient_part(self, in_keys, out_keys):
+        return _ByHandPart(self, in_keys, out_keys)
+
+
+class _ByHandPart(Part):
+    def forward_by_hand(self, state):
+        self.x = state[self.in_keys[0]]
+        state[self.out_keys[0]] = self.x @ self.function.weight
+        return True
+
+    def backward_by_hand(self, gradients):
+        slope = gradients.pop(self.out_keys[0])
+        weight = self.function.weight
+        gradients[weight] = self.x.flatten(0, 1).t() @ slope.flatten(0, 1)
+        if self.in_keys[0] in self.wanted:
+            gradients[self.in_keys[0]] = slope @ weight.t()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_part_of_a_users_that_knows_nothing_of_recordings(count):
+
+    both_ways(lambda: _policy_of(*(TensorDictModule(_ByHand(), ["trans"], ["trans"]) for _ in range(count))))
+
+
+class _Scaled(SquaredError):
+    """A term of a class below one of ours."""
+
+    def by_kernels(self, value, target):
+        totals, slopes, more = super().by_kernels(value, target)
+        return 3 * totals, (3 * slopes[0], None), more
+
+
+def test_a_term_below_one_of_ours_is_asked_what_it_does():
+    class Own(RL2PPOLoss):
+        def loss_terms(self):
+            objective, *_ = super().loss_terms()
+            return [objective, _Scaled(0.5)]
+
+    ends = []
+    for way in ("parts", "autograd"):
+        loss = loss_of("categorical", "separate", torch.float64)
+        update = PPOUpdate(
+            Own(loss.actor_network, loss.critic_network), bptt=2, minibatches=5, shuffle=False, backend=way
+        )
+        ends.append(([update(batch_of("categorical", torch.float64))], [p.detach() for p in loss.parameters()], []))
+    assert_alike(*ends)

@@ -40,8 +40,9 @@ Gradients = dict[NestedKey | nn.Parameter, torch.Tensor]
 class Part:
     """One function of a network, from entries ``in_keys`` to entries ``out_keys``, with its gradient: autograd's, for it alone.
 
-    What derives from it may bring its own, by `forward_by_hand` and `backward_by_hand`. While a `Recording` is on, both do no more
-    than kernels on memory of `Workspace`, or say so by `Recording.interrupt`; what the one keeps for the other stays as it is.
+    What derives from it may bring its own, by `forward_by_hand` and `backward_by_hand`. Those of this package, while a `Recording`
+    is on, do no more than kernels on memory of `Workspace`, or say so by `Recording.interrupt`; what the one keeps for the other
+    stays as it is.
 
     Args:
         function: from tensors, None for those of ``optional`` that are missing, to a tensor or a tuple of them.

@@ -166,16 +166,11 @@ class TermPart(Part):
         state[self.out_keys[0]] = sum(losses[1:], start=losses[0]) if losses else torch.zeros(())
 
     def brings_kernels(self) -> bool:
-        """Whether its gradients are its ``by_kernels``, in whose place no class below has another ``with_gradients``."""
-        if not hasattr(self.function, "by_kernels") or "with_gradients" in vars(self.function):
-            return False
-        names = (
-            name
-            for cls in type(self.function).__mro__
-            for name in ("by_kernels", "with_gradients")
-            if name in vars(cls)
+        """Whether its gradients are its ``by_kernels``; a class of a user's may have put something else in their place."""
+        is_ours = type(self.function).__module__.startswith("rl2_torchrl.") and "with_gradients" not in vars(
+            self.function
         )
-        return next(names) == "by_kernels"
+        return is_ours and hasattr(self.function, "by_kernels")
 
     def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Gradients] | tuple[()]:
         """What makes `losses` of the numbers that kernels leave, and the gradients; nothing where kernels cannot do it."""

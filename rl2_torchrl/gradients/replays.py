@@ -136,7 +136,7 @@ class _Minibatch:
         self._end, self._in_python, self._pass = 0, set(), None
         self._figures: list[Callable[[list[float]], Values]] = []
         #: The parameters and their memory, which is theirs as long as it is read here.
-        self._weights = [(p, p.data_ptr(), p.detach()) for p in self._program.loss.parameters()]
+        self._weights = _places(self._program.loss)
         self._state: State = {}
         self._read: dict[Part, list[NestedKey]] = {}
         #: What parts that kernels run keep for their backward, which minibatches of other sizes write over.
@@ -190,12 +190,13 @@ class _Minibatch:
 
     def _follow_weights(self) -> None:
         """Has the kernels read the parameters' memory where hooks or forwards of users have put other in its place."""
-        for number, (parameter, address, _) in enumerate(self._weights):
-            if parameter.data_ptr() != address:
-                _require(parameter.is_contiguous())
-                for calls in filter(lambda step: isinstance(step, Calls), self._steps):
-                    calls.move(address, parameter.data_ptr())
-                self._weights[number] = (parameter, parameter.data_ptr(), parameter.detach())
+        moved = {address: p.data_ptr() for p, address, _ in self._weights if p.data_ptr() != address}
+        if not moved:
+            return
+        _require(all(parameter.is_contiguous() for parameter, *_ in self._weights))
+        for calls in filter(lambda step: isinstance(step, Calls), self._steps):
+            calls.move(moved)
+        self._weights = _places(self._program.loss)
 
     def _values(self, terms: int | None = None) -> Values:
         """Of all terms, or of so many."""
@@ -272,12 +273,13 @@ class _Minibatch:
     def _forward(self, number: int, part: Part) -> None:
         # A part may write what it reads, or what others have read.
         before, is_known = dict(self._state), part.carries
-        if self._by_kernels(lambda: part.starts_by_hand(self._state)) and part.is_by_hand:
-            self._kept[part] = _kept(part)
+        if not _is_ours(part):
+            entries = self._shown(part, before, part.forward)
+        elif self._by_kernels(lambda: part.starts_by_hand(self._state)) and part.is_by_hand:
+            self._kept[part] = [(each, dict(vars(each))) for each in _with_inner(part)]
             return
-        entries = self._state
-        if not part.is_by_hand:
-            entries = self._shown(part, before, part.forward_by_autograd)
+        else:
+            entries = self._state if part.is_by_hand else self._shown(part, before, part.forward_by_autograd)
         if part.carries != is_known:  # by parameters of others
             self._program.follow_gradients()
         self._in_python.add(part)
@@ -378,7 +380,7 @@ class _Minibatch:
 
     def _shown(self, part: Part, state: State, run: Callable[[State], object]) -> State:
         """``run`` on a ``state`` that it may read, keep and write to; returns what it has made of it."""
-        if part.is_by_hand and type(part).__module__.startswith("rl2_torchrl."):
+        if part.is_by_hand and _is_ours(part):
             entries, copies = dict(state), {}
         else:
             if part not in self._read:
@@ -394,10 +396,19 @@ class _Minibatch:
         return entries
 
 
-def _kept(part: Part) -> list[tuple[Part, dict]]:
-    """What ``part``, and those that it is made of, have kept for their backward."""
-    parts = [part, *(each for each in vars(part).values() if isinstance(each, Part))]
-    return [(each, dict(vars(each))) for each in parts]
+def _places(loss: nn.Module) -> list[tuple[nn.Parameter, int, torch.Tensor]]:
+    """The parameters, where they lie, and what keeps that memory theirs."""
+    return [(parameter, parameter.data_ptr(), parameter.detach()) for parameter in loss.parameters()]
+
+
+def _with_inner(part: Part) -> list[Part]:
+    """``part``, and those that it is made of."""
+    return [part, *(each for each in vars(part).values() if isinstance(each, Part))]
+
+
+def _is_ours(part: Part) -> bool:
+    """Whether ``part`` is known to say what it does beside kernels."""
+    return all(type(each).__module__.startswith("rl2_torchrl.") for each in _with_inner(part))
 
 
 def _require(is_as_before: bool) -> None:

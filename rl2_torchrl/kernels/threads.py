@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,8 +15,8 @@ __all__ = ["one_thread", "threads_for", "warn_of_spinning"]
 
 #: Whether this process has run kernels on several threads, and whether it has been warned.
 _has_run = _is_warned = False
-#: Whether all work is one thread's.
-_is_single = False
+#: Whether work that this thread looks at is one thread's.
+_single = threading.local()
 
 
 def _least_work(environment: Mapping[str, str]) -> int:
@@ -31,18 +32,18 @@ _LEAST_WORK = _least_work(os.environ)
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One thread for all work that is looked at within."""
-    global _is_single
-    _is_single = True
+    _single.is_on = True
     try:
         yield
     finally:
-        _is_single = False
+        _single.is_on = False
 
 
 def threads_for(multiplications: int) -> int:
     """Threads for that much work."""
     global _has_run
-    threads = torch.get_num_threads() if multiplications > _LEAST_WORK and not _is_single else 1
+    is_much = multiplications > _LEAST_WORK and not getattr(_single, "is_on", False)
+    threads = torch.get_num_threads() if is_much else 1
     _has_run |= threads > 1
     return threads
 
