@@ -60,34 +60,44 @@ class Passes:
         if self._named == "autograd":
             return "autograd", "it was asked for", None
         is_graph = self._named == "graph" or (self._named == "auto" and self._device.type == "cuda")
-        is_ours = isinstance(self._loss, RL2PPOLoss)
-        refusal = self._loss.why_not_parts() if is_ours else f"{type(self._loss).__name__} is no RL2PPOLoss"
-        beside = self._loss.runs_beside() if is_ours else None
-        if refusal is None and beside is not None and (is_graph or self._unlike):
-            refusal = self._unlike or beside
-        elif refusal is None and is_graph:
-            refusal = self._joins() or why_not_graphed(self._loss, optimizer)
-        elif refusal is None and self._named != "parts" and self._device.type != "cpu":
-            refusal = f"there are no kernels on {self._device}"
+        beside = self._loss.runs_beside() if isinstance(self._loss, RL2PPOLoss) else None
+        program, refusal = None, self._why_autograd(beside, optimizer, is_graph=is_graph)
+        if refusal is None and not is_graph:
+            program = Program(self._loss)
+            if beside is not None and not self._loss.has_answers(program):
+                refusal = f"{beside}, and there are parts or terms of others"
         if refusal is not None:
             if self._named != "auto":
                 raise ValueError(f"backend={self._named!r} cannot serve: {refusal}. backend='auto' takes 'autograd'.")
             return "autograd", refusal, None
         if is_graph:
             return "graph", self._graphed.reason, None
-        program = Program(self._loss)
-        if beside is not None and not self._loss.has_answers(program):
-            if self._named != "auto":
-                raise ValueError(f"backend={self._named!r} cannot serve: {beside}. backend='auto' takes 'autograd'.")
-            return "autograd", f"{beside}, and there are parts or terms of others", None
+        return "parts", self._in_words(program, beside, optimizer), program
+
+    def _why_autograd(self, beside: str | None, optimizer: torch.optim.Optimizer, *, is_graph: bool) -> str | None:
+        """What has all of the loss run under autograd, whatever its parts are; None where nothing does."""
+        if not isinstance(self._loss, RL2PPOLoss):
+            return f"{type(self._loss).__name__} is no RL2PPOLoss"
+        if (refusal := self._loss.why_not_parts()) is not None:
+            return refusal
+        if beside is not None and (is_graph or self._unlike):
+            return self._unlike or beside
+        if is_graph:
+            return self._joins() or why_not_graphed(self._loss, optimizer)
+        if self._named != "parts" and self._device.type != "cpu":
+            return f"there are no kernels on {self._device}"
+        return None
+
+    def _in_words(self, program: Program, beside: str | None, optimizer: torch.optim.Optimizer) -> str:
+        """What is the parts' own, and what is not."""
         if beside is not None:
-            return "parts", f"{beside}; autograd runs that alone", program
+            return f"{beside}; autograd runs that alone"
         slow = [part.reason for part in program.parts if part.reason is not None]
         alone = f"autograd for these alone: {'; '.join(dict.fromkeys(slow))}"
         reason = alone if slow else "each part of the networks brings its own gradient"
         if (refusal := why_not_adam(optimizer, self._parameters)) is not None:
             reason += f"; {type(optimizer).__name__} takes its steps itself: {refusal}"
-        return "parts", reason, program
+        return reason
 
     def _joins(self) -> str | None:
         """Why a pass cannot run by itself, in words; None where it can."""
