@@ -110,6 +110,7 @@ class Passes:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
         *,
+        passes: int,
         replays: bool,
         check: Callable[[Metrics], object] | None = None,
     ) -> Iterator[Callable[[], Iterable[Metrics]]]:
@@ -121,6 +122,7 @@ class Passes:
         Args:
             optimizer: takes the steps.
             max_grad_norm: clip the gradient's norm at this.
+            passes: how many there will be, at most.
             replays: whether the networks must give the collected log-probabilities back, and ValueError where they do not.
             check: is shown the losses of the first minibatch before any step.
         """
@@ -133,7 +135,9 @@ class Passes:
         if program is None:
             yield partial(self._by_autograd, *given)
             return
-        replayed = Replays(program, self._minibatches.chunks, are_kept=isinstance(steps, OptimizerSteps))
+        are_kept = isinstance(steps, OptimizerSteps)
+        chunks, rows = self._minibatches.chunks, self._minibatches.rows
+        replayed = Replays(program, chunks, rows, passes=passes, are_kept=are_kept)
         by_forward = self._loss.runs_beside() is not None
         try:
             yield partial(self._by_answers if by_forward else self._by_parts, replayed, *given)
@@ -146,7 +150,7 @@ class Passes:
             rows = min(self._minibatches.rows, len(order))
             together = replays.passes(steps, max_grad_norm, order, rows) if self._learners.size == 1 else []
             if together:
-                yield from map(numbers_of, together)
+                yield from together
             else:
                 losses = replays(self._minibatches.share(order[:rows]).contiguous())
                 yield self._step(losses, steps, max_grad_norm, checks)
@@ -159,8 +163,9 @@ class Passes:
             entries = {key: chunk.index_select(0, own) for key, chunk in self._minibatches.chunks.items()}
             with answers.given(own, entries) if self.backend == "parts" else nullcontext():
                 losses = self._losses_by_autograd(entries)
-            if answers.is_unlike and self._named == "auto":
-                self._unlike = f"{self._loss.runs_beside()}, and PPO's losses have not one weight there"
+            if answers.are_vain and self._named == "auto":
+                asked = "asked for otherwise than those of the minibatch, all of one weight"
+                self._unlike = f"{self._loss.runs_beside()}, and PPO's losses are {asked}"
                 self.backend, self.reason = "autograd", self._unlike
             yield self._step(losses, steps, max_grad_norm, checks)
 

@@ -187,8 +187,8 @@ class PPOUpdate:
         from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         check = None if self.target_kl is None else _kl_of
-        ways = self._passes.over_batch(self.optimizer, self.max_grad_norm, replays=from_zeros, check=check)
-        with ways as one_pass:
+        options = {"passes": self.epochs, "replays": from_zeros, "check": check}
+        with self._passes.over_batch(self.optimizer, self.max_grad_norm, **options) as one_pass:
             for epoch in range(self.epochs):
                 kls = []
                 for number, metrics in enumerate(one_pass()):

@@ -71,7 +71,7 @@ def test_updates_in_single_precision():
 
 # ------------------------------------------------------------------ by kernels
 def replays_of(loss, data, rows=3):
-    replays = Replays(Program(loss), data)
+    replays = Replays(Program(loss), data, rows, passes=4)
     replays(torch.arange(rows))
     return replays, replays._sizes[rows]
 
@@ -161,11 +161,22 @@ def test_data_are_converted_once_for_all_minibatches(change):
 
 def after_one_pass(loss, data, order, rows=2):
     """Weights after a minibatch by itself and a pass of all in one call, and what is left of them one by one."""
-    replays = Replays(Program(loss), data)
+    replays = Replays(Program(loss), data, rows, passes=4)
     steps = steps_by(torch.optim.Adam(loss.parameters(), lr=1e-2), list(loss.parameters()))
     replays(order[:rows].contiguous())
     assert len(replays.passes(steps, 0.1, order.contiguous(), rows)) == len(order) // rows
     return [p.detach().clone() for p in loss.parameters()]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("epochs", "minibatches", "count"), [(1, 1, 0), (2, 1, 0), (3, 1, 1), (1, 4, 1), (3, 4, 2)])
+def test_calls_are_noted_where_they_will_be_made_again(epochs, minibatches, count, monkeypatch):
+    """Of 27 chunks: 7, 7, 7 and 6."""
+    noted, run_first = [], _Minibatch._run_first
+    monkeypatch.setattr(_Minibatch, "_run_first", lambda *arguments: noted.append(run_first(*arguments)))
+    options = {"bptt": 2, "epochs": epochs, "minibatches": minibatches}
+    PPOUpdate(loss_of("categorical", "separate", torch.float32), **options)(batch_of("categorical", torch.float32))
+    assert len(noted) == count
 
 
 @needs_kernels

@@ -30,13 +30,14 @@ class Answers:
         state: what a loss is as long as ``replays`` holds for it.
 
     Attributes:
-        is_unlike: whether a loss was asked for by itself, or had a weight of its own, so that parts were run for nothing.
+        are_vain: whether other data were asked for, or one of the losses by itself or with a weight of its own, which parts do not
+            have.
     """
 
     _threads = threading.local()
 
     def __init__(self, replays: Replays, state: tuple):
-        self._replays, self._state, self.is_unlike = replays, state, False
+        self._replays, self._state, self.are_vain = replays, state, False
 
     @classmethod
     def active(cls, loss: nn.Module) -> Answers | None:
@@ -56,7 +57,10 @@ class Answers:
 
     def __call__(self, data: TensorDictBase, state: tuple) -> dict[str, torch.Tensor] | None:
         """Losses and diagnostics of ``data``; None where these are not the minibatch, or the loss is another by now."""
-        if not torch.is_grad_enabled() or state != self._state or not self._are_given(data):
+        if not torch.is_grad_enabled():
+            return None
+        if state != self._state or not self._are_given(data):
+            self.are_vain = True
             return None
         values, gradients = self._replays.run(self._own)
         trained = {p: g for p, g in gradients.items() if isinstance(p, nn.Parameter) and p.requires_grad}
@@ -81,7 +85,7 @@ class Answers:
         self, own: torch.Tensor, weights: dict[str, torch.Tensor], parameters: Sequence[nn.Parameter]
     ) -> tuple[torch.Tensor | None, ...]:
         """The gradients of the losses of the minibatch ``own`` that ``weights`` names, each with its weight."""
-        self.is_unlike, create_graph, replays = True, torch.is_grad_enabled(), self._replays
+        self.are_vain, create_graph, replays = True, torch.is_grad_enabled(), self._replays
         data = {key: chunk.index_select(0, own) for key, chunk in replays.chunks.items()}
         with torch.enable_grad():
             losses = losses_of(replays.parts, data, [term.function for term in replays.program.terms])

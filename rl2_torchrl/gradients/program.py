@@ -172,8 +172,11 @@ class TermPart(Part):
         )
         return is_ours and hasattr(self.function, "by_kernels")
 
-    def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Gradients] | tuple[()]:
-        """What makes `losses` of the numbers that kernels leave, and the gradients; nothing where kernels cannot do it."""
+    def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Values, Gradients] | tuple[()]:
+        """What makes `losses` of the numbers that kernels leave, what else they leave, and the gradients.
+
+        Nothing where kernels cannot do it.
+        """
         entries = entries_of(state, self.in_keys)
         self.function.require_shapes(*entries)
         if not has_kernels(*entries):
@@ -182,7 +185,7 @@ class TermPart(Part):
         first, end, like = totals.storage_offset(), totals.storage_offset() + len(totals), entries[0]
         pairs = zip(self.in_keys, slopes, strict=True)
         found = {key: slope for key, slope in pairs if slope is not None and key in self.wanted}
-        return lambda numbers: {**self.function.figures(numbers[first:end], like), **more}, found
+        return lambda numbers: self.function.figures(numbers[first:end], like), more, found
 
     def losses(self, state: State, gradients: Gradients) -> Values:
         """Losses and diagnostics; the losses' gradients are added to ``gradients``."""

@@ -38,12 +38,25 @@ class Replays:
     Args:
         program: makes them, for the whole batch.
         chunks: the batch.
+        rows: chunks of a minibatch; the last one of a pass may have fewer.
+        passes: passes over the chunks.
         are_kept: whether somebody may keep a parameter's gradient, which otherwise the next minibatch's is written over.
     """
 
-    def __init__(self, program: Program, chunks: Mapping[NestedKey, torch.Tensor], *, are_kept: bool = False):
+    def __init__(
+        self,
+        program: Program,
+        chunks: Mapping[NestedKey, torch.Tensor],
+        rows: int,
+        *,
+        passes: int,
+        are_kept: bool = False,
+    ):
         program.loss.require_starts(chunks)
         self._are_kept = are_kept
+        number = len(next(iter(chunks.values())))
+        #: How many minibatches there will be that have as many chunks as the first one; and of the smaller ones.
+        self._often, self._seldom = passes * (number // rows), passes
         self.program, self.chunks = program, dict(chunks)
         made = _of_data_alone(program.parts)
         self.parts = [part for part in program.parts if part not in made]
@@ -76,7 +89,7 @@ class Replays:
                 return minibatch(own)
             except _ChangedError:
                 self._sizes[size] = None
-        elif self._can_record and size not in self._sizes:
+        elif self._can_record and size not in self._sizes and self._is_worth_it():
             try:
                 minibatch = self._sizes[size] = _Minibatch(self, own)
             except _ChangedError:
@@ -86,7 +99,11 @@ class Replays:
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
         return self.program.run(entries, self.parts)
 
-    def passes(self, steps: object, max_norm: float | None, order: torch.Tensor, rows: int) -> list[Values]:
+    def _is_worth_it(self) -> bool:
+        """Whether minibatches of one more size come more often than twice: noting what the first does takes a third of its time."""
+        return (self._seldom if self._sizes else self._often) > 2
+
+    def passes(self, steps: object, max_norm: float | None, order: torch.Tensor, rows: int) -> list[dict[str, float]]:
         """All minibatches of ``rows`` chunks at the beginning of ``order`` in one call, with a step of ``steps`` on each.
 
         Their metrics, none where there is more to them than kernels. They end before one whose gradient is not finite, or an action
@@ -134,7 +151,8 @@ class _Minibatch:
         self._norm = self._recording.numbers_for(1)
         self._steps: list[Calls | Callable[[], None]] = []
         self._end, self._in_python, self._pass = 0, set(), None
-        self._figures: list[Callable[[list[float]], Values]] = []
+        #: Of each term what makes numbers of those that kernels leave, and what is more than a number.
+        self._figures: list[tuple[Callable[[list[float]], Values], Values]] = []
         #: The parameters and their memory, which is theirs as long as it is read here.
         self._weights = _places(self._program.loss)
         self._state: State = {}
@@ -201,11 +219,11 @@ class _Minibatch:
     def _values(self, terms: int | None = None) -> Values:
         """Of all terms, or of so many."""
         numbers, values = self._recording.numbers.tolist(), {}
-        for figures in self._figures[:terms]:
-            merge_losses(values, figures(numbers))
+        for figures, more in self._figures[:terms]:
+            merge_losses(values, {**figures(numbers), **more})
         return values
 
-    def passes(self, steps: AdamSteps, max_norm: float | None, order: torch.Tensor) -> list[Values]:
+    def passes(self, steps: AdamSteps, max_norm: float | None, order: torch.Tensor) -> list[dict[str, float]]:
         """`Replays.passes`."""
         if [type(step) for step in self._steps] != [Calls]:
             return []
@@ -222,9 +240,9 @@ class _Minibatch:
         done = calls.make_passes(ctypes.addressof(self._at), *arguments)
         return list(map(self._metrics, out[:done].tolist()))
 
-    def _metrics(self, numbers: list[float]) -> Values:
-        values: Values = {}
-        for figures in self._figures:
+    def _metrics(self, numbers: list[float]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for figures, _ in self._figures:
             values |= figures(numbers)
         total = sum(value for name, value in values.items() if name.startswith("loss_"))
         return {"loss": total, **values, "grad_norm": numbers[0]}
@@ -300,8 +318,8 @@ class _Minibatch:
     def _term(self, number: int, term: TermPart, gradients: Gradients) -> None:
         made: list = []
         if term.brings_kernels() and self._by_kernels(lambda: made.extend(term.by_kernels(self._state))) and made:
-            figures, found = made
-            self._figures.append(figures)
+            *figures, found = made
+            self._figures.append(tuple(figures))
             self._take(found, gradients)
             return
         before = dict(gradients)
@@ -310,7 +328,7 @@ class _Minibatch:
             given: list = []
             self._shown(term, self._state, lambda state: given.extend(term.losses_and_gradients(state)))
             values, found = given
-            self._figures[number:] = [lambda _: values, *self._figures[number + 1 :]]
+            self._figures[number:] = [(lambda _: values, {}), *self._figures[number + 1 :]]
             return found
 
         def go_on(found: Gradients) -> tuple[Values, Gradients]:
