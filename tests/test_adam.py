@@ -149,6 +149,33 @@ def test_weights_may_be_put_anew_between_two_minibatches(backend):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
 
 
+class _Slows(nn.Module):
+    """A term that lowers the learning rate."""
+
+    in_keys = ("logits",)
+
+    def forward(self, logits):
+        self.group["lr"] *= 0.8
+        return {"loss_size": 1e-3 * logits.square().mean()}
+
+
+@pytest.mark.parametrize("backend", ["parts", "autograd"])
+def test_a_learning_rate_may_change_between_two_minibatches(backend):
+    ends = []
+    for is_own in (False, True):
+        loss = loss_of("categorical", "separate", torch.float64)
+        loss = RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[_Slows()])
+        optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
+        loss.terms[0].group = optimizer.param_groups[0]
+        if is_own:
+            optimizer.register_step_post_hook(lambda *_: None)
+        update = PPOUpdate(loss, minibatches=3, epochs=2, shuffle=False, optimizer=optimizer, backend=backend)
+        update(batch_of("categorical", torch.float64))
+        ends.append([p.detach() for p in loss.parameters()])
+    for ours, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", ["parts", "autograd"])
 def test_a_graph_of_before_an_update_cannot_be_gone_back_through(backend):
     loss, batch = loss_of("categorical", "separate", torch.float64), batch_of("categorical", torch.float64)

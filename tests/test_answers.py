@@ -29,6 +29,14 @@ class Adds(Counted):
         return super().forward(tensordict).set("loss_more", penalty(self))
 
 
+class AddsWhenCalled(RL2PPOLoss):
+    calls = 0
+
+    def __call__(self, tensordict):
+        type(self).calls += 1
+        return super().__call__(tensordict).set("loss_more", penalty(self))
+
+
 class Halves(Counted):
     """Of all losses."""
 
@@ -162,7 +170,7 @@ class WeighsWhatTermsSay(Counted):
 
 
 # Which of them are answered to the end.
-ALIKE = {Counted, Adds, Halves, ReadsAll}
+ALIKE = {Counted, Adds, AddsWhenCalled, Halves, ReadsAll}
 UNLIKE = {WeighsOne, LeavesOut, AsksForOne, ChangesAfterwards}
 OTHERS = {ChangesInPlace, Replaces, LeavesAKeyOut, Schedules, Freezes, AsksTwice, PutsOthersInTheirPlace}
 NEVER = {Anneals, WeighsWhatTermsSay}
@@ -199,7 +207,8 @@ def assert_same(update, cls, critic="shared", prepare=lambda loss: None):
 @pytest.mark.parametrize("cls", sorted(ALIKE | OTHERS, key=lambda cls: cls.__name__))
 def test_a_forward_of_a_class_below(cls, critic):
     update = update_of(cls, "auto", critic)
-    assert (update.backend, f"{cls.__name__} has a forward of its own" in update.reason) == ("parts", True)
+    method = "__call__" if "__call__" in vars(cls) else "forward"
+    assert (update.backend, f"{cls.__name__} has a {method} of its own" in update.reason) == ("parts", True)
     assert_same(update, cls, critic)
     assert update.backend == ("parts" if cls in ALIKE else "autograd")
     assert cls.calls == 2 * 3 * 5  # never once more

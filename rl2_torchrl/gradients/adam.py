@@ -55,15 +55,13 @@ class OptimizerSteps:
 class AdamSteps:
     """Steps of ``optimizer``, as `why_not_adam` lets it pass, whose state is what they change, as its own would.
 
-    They hold for one state of the optimizer: when its options change, or it loads another state, make new ones.
+    They hold for one state of the optimizer: when it loads another one, make new ones.
     """
 
     def __init__(self, optimizer: Adam):
         self._optimizer = optimizer
-        self._options: dict[nn.Parameter, _Options] = {}
-        for group in optimizer.param_groups:
-            options = _Options(*map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"])))
-            self._options |= dict.fromkeys(group["params"], options)
+        self._groups = [(group, _Options()) for group in optimizer.param_groups]
+        self._options = {parameter: options for group, options in self._groups for parameter in group["params"]}
         self._table = (_Row * len(self._options))()
         self._rows = list(zip(self._options, self._table, strict=True))
         self._gradients: list[torch.Tensor | None] = [None] * len(self._rows)
@@ -78,7 +76,10 @@ class AdamSteps:
         return _Row(*map(kernels.address, tensors), ctypes.addressof(self._options[parameter]), parameter.numel())
 
     def table(self) -> tuple[int, int]:
-        """Where the kernels find parameters, gradients and averages as they are now, and of how many."""
+        """Where the kernels find parameters, gradients, averages and options as they are now, and of how many parameters."""
+        for group, options in self._groups:
+            options.lr, options.epsilon, options.decay = map(float, (group["lr"], group["eps"], group["weight_decay"]))
+            options.beta1, options.beta2 = map(float, group["betas"])
         for number, (parameter, row) in enumerate(self._rows):
             # Hooks and forwards of users may have put other tensors in their places.
             if (gradient := parameter.grad) is None:

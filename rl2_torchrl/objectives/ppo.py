@@ -133,6 +133,8 @@ class RL2PPOLoss(ClipPPOLoss):
         name, hooks = type(self).__name__, (*self._forward_hooks.values(), *self._forward_pre_hooks.values())
         if unwrap(type(self).forward) is not unwrap(RL2PPOLoss.forward):  # TorchRL wraps that of each class
             return f"{name} has a forward of its own: what it adds as a term (RL2PPOLoss(terms=[...])) is faster"
+        if unwrap(type(self).__call__) is not unwrap(RL2PPOLoss.__call__):
+            return f"{name} has a __call__ of its own"
         if "forward" in vars(self):
             return f"another function stands in the place of this {name}'s forward"
         if any(not hook.__module__.startswith("torchrl.") for hook in hooks):  # TorchRL's asks for target networks
