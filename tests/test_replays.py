@@ -27,7 +27,8 @@ from torchrl.modules import ProbabilisticActor
 from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss, kernels
 from rl2_torchrl.gradients import Part, Program
 from rl2_torchrl.gradients.adam import steps_by
-from rl2_torchrl.gradients.replays import Replays, _Minibatch
+from rl2_torchrl.gradients.recorded import RecordedMinibatch
+from rl2_torchrl.gradients.replays import Replays
 from rl2_torchrl.kernels.recording import Calls, Recording
 from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules import RunningNorm
@@ -172,11 +173,20 @@ def after_one_pass(loss, data, order, rows=2):
 @pytest.mark.parametrize(("epochs", "minibatches", "count"), [(1, 1, 0), (2, 1, 0), (3, 1, 1), (1, 4, 1), (3, 4, 2)])
 def test_calls_are_noted_where_they_will_be_made_again(epochs, minibatches, count, monkeypatch):
     """Of 27 chunks: 7, 7, 7 and 6."""
-    noted, run_first = [], _Minibatch._run_first
-    monkeypatch.setattr(_Minibatch, "_run_first", lambda *arguments: noted.append(run_first(*arguments)))
+    noted, run_first = [], RecordedMinibatch._run_first
+    monkeypatch.setattr(RecordedMinibatch, "_run_first", lambda *arguments: noted.append(run_first(*arguments)))
     options = {"bptt": 2, "epochs": epochs, "minibatches": minibatches}
     PPOUpdate(loss_of("categorical", "separate", torch.float32), **options)(batch_of("categorical", torch.float32))
     assert len(noted) == count
+
+
+@needs_kernels
+def test_a_pass_is_one_call_with_frozen_weights_too():
+    loss = loss_of("gaussian", "shared", torch.float64)
+    weight = next(loss.actor_network.parameters()).requires_grad_(False)
+    before = weight.clone()
+    after_one_pass(loss, data_of("gaussian", torch.float64), torch.arange(ROWS))
+    assert torch.equal(before, weight)
 
 
 @needs_kernels
@@ -547,14 +557,14 @@ def test_gradients_of_after_an_update_are_nobody_elses(terms, monkeypatch):
 
 @needs_kernels
 def test_nothing_of_a_batch_waits_for_the_garbage_collector(monkeypatch):
-    seen, run_first = [], _Minibatch._run_first
+    seen, run_first = [], RecordedMinibatch._run_first
 
     def noted(minibatch, *arguments):
         run_first(minibatch, *arguments)
         seen.extend(weakref.ref(tensor) for tensor in (*minibatch._recording.kept, *minibatch._recording.held))
         seen.append(weakref.ref(minibatch))
 
-    monkeypatch.setattr(_Minibatch, "_run_first", noted)
+    monkeypatch.setattr(RecordedMinibatch, "_run_first", noted)
     monkeypatch.setattr(Workspace, "_LEAST", 10**9)
     loss = loss_of("categorical", "shared", torch.float64)
     update = PPOUpdate(RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[_Term()]), bptt=2, minibatches=5)
@@ -574,13 +584,13 @@ def test_nothing_of_a_batch_waits_for_the_garbage_collector(monkeypatch):
 def test_memory_goes_back_when_the_batch_is_done(monkeypatch):
     monkeypatch.setattr(Workspace, "_LEAST", 0)
     monkeypatch.setattr(Workspace, "_KEPT", 1000)
-    places, run_first = [], _Minibatch._run_first
+    places, run_first = [], RecordedMinibatch._run_first
 
     def noted(minibatch, *arguments):
         run_first(minibatch, *arguments)
         places.append({tensor.data_ptr() for tensor in minibatch._recording.kept})
 
-    monkeypatch.setattr(_Minibatch, "_run_first", noted)
+    monkeypatch.setattr(RecordedMinibatch, "_run_first", noted)
     update = PPOUpdate(loss_of("categorical", "shared", torch.float32), bptt=2, minibatches=5)
     for _ in range(3):
         update(batch_of("categorical", torch.float32))

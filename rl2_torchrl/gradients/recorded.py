@@ -1,0 +1,349 @@
+"""`RecordedMinibatch`: minibatches of one size, whose kernels' calls are noted for the first and made again for the others."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from tensordict import NestedKey
+from torch import nn
+
+from rl2_torchrl import kernels
+from rl2_torchrl.gradients.adam import AdamSteps
+from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate
+from rl2_torchrl.gradients.program import Program, TermPart, Values, merge_losses
+from rl2_torchrl.kernels.recording import Calls, Recording
+from rl2_torchrl.kernels.threads import one_thread
+from rl2_torchrl.kernels.workspace import Workspace
+
+__all__ = ["ChangedError", "RecordedMinibatch"]
+
+#: Env steps of a minibatch up to which threads would wait for each other longer than they work.
+_FEW_STEPS = 256
+
+
+class ChangedError(Exception):
+    """A minibatch cannot be made as the first one was."""
+
+
+class _OtherwiseError(Exception):
+    """What a part or term of a user's has given is not what it gave first: ``go_on`` makes the rest, step by step."""
+
+    def __init__(self, go_on: Callable[[], tuple[Values, Gradients]]):
+        super().__init__()
+        self.go_on = go_on
+
+
+class RecordedMinibatch:
+    """Minibatches of as many chunks as ``own``, the first of which is run here.
+
+    A step is what kernels do by themselves, as one call, or what a part or term does in Python. That works on memory of its own,
+    which whoever is shown it may keep, and what it gives is copied to where the kernels read it.
+
+    Args:
+        program: makes losses and gradients.
+        parts: those of its parts that are run here.
+        chunks: entries ``[num_chunks, T, ...]`` of which minibatches are drawn, and what other parts have made.
+        own: the chunks ``[rows]`` of the first minibatch, int64.
+
+    Attributes:
+        values: losses and diagnostics of the first.
+        gradients: of all minibatches that go as the first one did.
+    """
+
+    def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor):
+        self._program, self._parts, self._rows = program, parts, len(own)
+        self._recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
+        self._norm = self._recording.numbers_for(1)
+        self._steps: list[Calls | Callable[[], None]] = []
+        self._end, self._in_python, self._pass = 0, set(), None
+        #: Of each term what makes numbers of those that kernels leave, and what is more than a number.
+        self._figures: list[tuple[Callable[[list[float]], Values], Values]] = []
+        #: The parameters and their memory, which is theirs as long as it is read here.
+        self._weights = _places(self._program.loss)
+        self._state: State = {}
+        self._read: dict[Part, list[NestedKey]] = {}
+        #: What parts that kernels run keep for their backward, which minibatches of other sizes write over.
+        self._kept: dict[Part, list[tuple[Part, dict]]] = {}
+        steps = len(own) * next(iter(chunks.values())).shape[1]
+        with one_thread() if steps <= _FEW_STEPS else nullcontext():
+            self._run_first(chunks)
+        self.values = self._values()
+
+    def close(self) -> None:
+        """Hands the memory back, without waiting for whoever collects what refers to itself."""
+        Workspace.give_all(self._recording)
+        self._recording.close()
+        vars(self).clear()
+
+    # ------------------------------------------------------------ as it was
+    def __call__(self, own: torch.Tensor) -> tuple[Values, Gradients]:
+        """Losses and diagnostics of the chunks ``own``, and the gradients; `ChangedError` where they are not to be had so."""
+        self._at.value = own.data_ptr()
+        self._follow_weights()
+        try:
+            for step in self._steps:
+                if isinstance(step, Calls):
+                    _require(step())  # what is wrong will be said where it is called for itself
+                else:
+                    step()
+                    self._follow_weights()
+        except _OtherwiseError as otherwise:
+            return otherwise.go_on()
+        return self._values(), self.gradients
+
+    def _go_on(
+        self, state: State, done: int, gradients: Gradients, values: Values, terms: int = 0, back: int | None = None
+    ) -> tuple[Values, Gradients]:
+        """The rest of a minibatch: ``done`` parts and so many ``terms`` have been run, all parts from ``back`` on gone back."""
+        for part in self._parts[done:]:
+            part.forward(state)
+        for term in self._program.terms[terms:]:
+            merge_losses(values, term.losses(state, gradients))
+        for number in reversed(range(len(self._parts) if back is None else back)):
+            part = self._parts[number]
+            if number < done:
+                self._remember(part)
+            if not gradients.keys().isdisjoint(part.out_keys):
+                part.backward(gradients)
+        return values, gradients
+
+    def _remember(self, part: Part) -> None:
+        for each, attributes in self._kept.get(part, ()):
+            vars(each).update(attributes)
+
+    def _follow_weights(self) -> None:
+        """Has the kernels read the parameters' memory where hooks or forwards of users have put other in its place."""
+        moved = {address: p.data_ptr() for p, address, _ in self._weights if p.data_ptr() != address}
+        if not moved:
+            return
+        _require(all(parameter.is_contiguous() for parameter, *_ in self._weights))
+        for calls in filter(lambda step: isinstance(step, Calls), self._steps):
+            calls.move(moved)
+        self._weights = _places(self._program.loss)
+
+    def _values(self, terms: int | None = None) -> Values:
+        """Of all terms, or of so many."""
+        numbers, values = self._recording.numbers.tolist(), {}
+        for figures, more in self._figures[:terms]:
+            merge_losses(values, {**figures(numbers), **more})
+        return values
+
+    def passes(self, steps: AdamSteps, max_norm: float | None, order: torch.Tensor) -> list[dict[str, float]]:
+        """As many minibatches as ``order`` has, each with a step of ``steps``, in one call, where kernels are all there is.
+
+        Their metrics. They end before a minibatch whose gradient is not finite, or with an action that is none of the choices.
+        """
+        if [type(step) for step in self._steps] != [Calls]:
+            return []
+        self._program.set_gradients(self.gradients)
+        if any(p.requires_grad and p.grad is not gradient for p, gradient in self.gradients.items()):
+            return []  # weights that lie otherwise than the kernels write
+        table = steps.table()
+        if self._pass is None:  # of one batch, for which steps and bound stay
+            self._pass = self._steps[0].and_then("clip_and_step", *table, float(max_norm or 0), self._norm.data_ptr())
+        calls = self._pass
+        numbers, count = self._recording.numbers_used, len(order) // self._rows
+        out = numbers.new_empty(count, len(numbers))
+        arguments = (order.data_ptr(), count, self._rows, numbers.data_ptr(), len(numbers), out.data_ptr())
+        done = calls.make_passes(ctypes.addressof(self._at), *arguments)
+        return list(map(self._metrics, out[:done].tolist()))
+
+    def _metrics(self, numbers: list[float]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for figures, _ in self._figures:
+            values |= figures(numbers)
+        total = sum(value for name, value in values.items() if name.startswith("loss_"))
+        return {"loss": total, **values, "grad_norm": numbers[0]}
+
+    # ------------------------------------------------------------ the first
+    def _run_first(self, chunks: State) -> None:
+        self._by_kernels(lambda: self._gather(chunks))
+        for number, part in enumerate(self._parts):
+            self._forward(number, part)
+        gradients: Gradients = {}
+        for number, term in enumerate(self._program.terms):
+            self._term(number, term, gradients)
+        for number, part in reversed(list(enumerate(self._parts))):
+            if not gradients.keys().isdisjoint(part.out_keys):
+                self._backward(number, part, gradients)
+        self._end_step()
+        self.gradients = {p: gradient for p, gradient in gradients.items() if isinstance(p, nn.Parameter)}
+
+    def _by_kernels(self, work: Callable[[], object]) -> bool:
+        """Does ``work``; whether kernels alone did it, so that their calls are all there is to do again."""
+        recording = self._recording
+        first, recording.is_whole = len(recording.calls), True
+        with recording.on():
+            work()
+        if not recording.is_whole:
+            del recording.calls[first:]
+        return recording.is_whole
+
+    def _by_python(self, step: Callable[[], None]) -> None:
+        self._end_step()
+        self._steps.append(step)
+
+    def _end_step(self) -> None:
+        """What has been called since the last step is one."""
+        if len(self._recording.calls) > self._end:
+            self._steps.append(Calls(self._recording, self._end))
+        self._end = len(self._recording.calls)
+
+    def _gather(self, chunks: State) -> None:
+        library = kernels.load(self._program.parameters[0].dtype)
+        for key, chunk in chunks.items():
+            entry = self._state[key] = Workspace.take(chunk, (self._rows, *chunk.shape[1:]))
+            row = chunk.numel() // len(chunk) * chunk.element_size()
+            library.gather_rows(ctypes.addressof(self._at), self._rows, row, chunk.data_ptr(), entry.data_ptr())
+
+    def _forward(self, number: int, part: Part) -> None:
+        # A part may write what it reads, or what others have read.
+        before, is_known = dict(self._state), part.carries
+        if not _is_ours(part):
+            entries = self._shown(part, before, part.forward)
+        elif self._by_kernels(lambda: part.starts_by_hand(self._state)) and part.is_by_hand:
+            self._kept[part] = [(each, dict(vars(each))) for each in _with_inner(part)]
+            return
+        else:
+            entries = self._state if part.is_by_hand else self._shown(part, before, part.forward_by_autograd)
+        if part.carries != is_known:  # by parameters of others
+            self._program.follow_gradients()
+        self._in_python.add(part)
+        carries, made = part.carries, {key: self._fixed(entries[key]) for key in part.out_keys}
+        self._state.update(made)
+
+        def again() -> None:
+            entries = self._shown(part, before, part.forward)
+            if part.carries != carries or any(entries[key].shape != entry.shape for key, entry in made.items()):
+                if part.carries != carries:
+                    self._program.follow_gradients()
+                raise _OtherwiseError(lambda: self._go_on(entries, number + 1, {}, {}))
+            for key, entry in made.items():
+                entry.copy_(entries[key])
+
+        self._by_python(again)
+
+    def _term(self, number: int, term: TermPart, gradients: Gradients) -> None:
+        made: list = []
+        if term.brings_kernels() and self._by_kernels(lambda: made.extend(term.by_kernels(self._state))) and made:
+            *figures, found = made
+            self._figures.append(tuple(figures))
+            self._take(found, gradients)
+            return
+        before = dict(gradients)
+
+        def run() -> Gradients:
+            given: list = []
+            self._shown(term, self._state, lambda state: given.extend(term.losses_and_gradients(state)))
+            values, found = given
+            self._figures[number:] = [(lambda _: values, {}), *self._figures[number + 1 :]]
+            return found
+
+        def go_on(found: Gradients) -> tuple[Values, Gradients]:
+            own = dict(before)
+            term.add(found, own)
+            return self._go_on(dict(self._state), len(self._parts), own, self._values(number + 1), number + 1)
+
+        add = self._adding(run(), gradients, go_on)
+        self._by_python(lambda: add(run()))
+
+    def _backward(self, number: int, part: Part, gradients: Gradients) -> None:
+        slopes = {key: gradients.pop(key) for key in part.out_keys if key in gradients}
+        before, found = dict(gradients), dict(slopes)
+        if part not in self._in_python and self._by_kernels(lambda: part.backward(found)):
+            self._take(found, gradients)
+            return
+
+        def run() -> Gradients:
+            self._remember(part)
+            if not part.is_by_hand:  # hooks may hold what they are shown
+                return part.backward_by_autograd({key: slope.clone() for key, slope in slopes.items()})
+            found = dict(slopes)
+            part.backward(found)
+            return found
+
+        def go_on(found: Gradients) -> tuple[Values, Gradients]:
+            own = dict(before)
+            part.add(found, own)
+            return self._go_on(self._state, len(self._parts), own, self._values(), len(self._program.terms), number)
+
+        add = self._adding(run() if part in self._in_python else found, gradients, go_on)
+        self._by_python(lambda: add(run()))
+
+    def _take(self, found: Gradients, gradients: Gradients) -> None:
+        """Adds to ``gradients`` what kernels have ``found``."""
+
+        def add() -> None:
+            for source, gradient in found.items():
+                accumulate(gradients, source, gradient)
+
+        _require(self._by_kernels(add))  # else strided ones, which PyTorch has added up
+
+    def _adding(self, found: Gradients, gradients: Gradients, go_on: Callable) -> Callable[[Gradients], None]:
+        """Adds to ``gradients`` what Python has ``found``; returns what does so again, or goes on with others than these."""
+        firsts = {source for source in found if source not in gradients}
+        for source, gradient in found.items():
+            if source in firsts:  # a parameter keeps its own
+                place = Workspace.make if isinstance(source, nn.Parameter) else Workspace.take
+                gradients[source] = self._fixed(gradient, place)
+            else:
+                gradients[source].add_(gradient)
+        totals = {source: gradients[source] for source in found}
+
+        def add(found: Gradients) -> None:
+            if found.keys() != totals.keys():
+                raise _OtherwiseError(lambda: go_on(found))
+            for source, gradient in found.items():
+                (totals[source].copy_ if source in firsts else totals[source].add_)(gradient)
+
+        return add
+
+    def _fixed(self, entry: torch.Tensor, place: Callable = Workspace.take) -> torch.Tensor:
+        """A copy of ``entry`` where the kernels will read it again."""
+        with self._recording.on():
+            copy = place(entry, tuple(entry.shape))
+        return copy.copy_(entry)
+
+    def _shown(self, part: Part, state: State, run: Callable[[State], object]) -> State:
+        """``run`` on a ``state`` that it may read, keep and write to; returns what it has made of it."""
+        if part.is_by_hand and _is_ours(part):
+            entries, copies = dict(state), {}
+        else:
+            if part not in self._read:
+                paths = list(map(_path, part.in_keys))
+                self._read[part] = [key for key in state if any(_path(key)[: len(path)] == path for path in paths)]
+            copies = {key: state[key].clone() for key in self._read[part]}
+            entries = {**state, **copies}
+        versions = {key: copy._version for key, copy in copies.items()}
+        run(entries)
+        for key, copy in copies.items():
+            if copy._version != versions[key]:  # others read what has been written in place
+                state[key].copy_(copy)
+        return entries
+
+
+def _places(loss: nn.Module) -> list[tuple[nn.Parameter, int, torch.Tensor]]:
+    """The parameters, where they lie, and what keeps that memory theirs."""
+    return [(parameter, parameter.data_ptr(), parameter.detach()) for parameter in loss.parameters()]
+
+
+def _with_inner(part: Part) -> list[Part]:
+    """``part``, and those that it is made of."""
+    return [part, *(each for each in vars(part).values() if isinstance(each, Part))]
+
+
+def _is_ours(part: Part) -> bool:
+    """Whether ``part`` is known to say what it does beside kernels."""
+    return all(type(each).__module__.startswith("rl2_torchrl.") for each in _with_inner(part))
+
+
+def _require(is_as_before: bool) -> None:
+    if not is_as_before:
+        raise ChangedError
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    return key if isinstance(key, tuple) else (key,)
