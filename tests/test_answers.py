@@ -126,6 +126,16 @@ class PutsOthersInTheirPlace(Counted):
             return super().forward(tensordict)
 
 
+class AsksByData(Counted):
+    """A penalty on how much the data matter."""
+
+    def forward(self, tensordict):
+        tensordict["trans"].requires_grad_()
+        losses = super().forward(tensordict)
+        [slope] = torch.autograd.grad(losses["loss_objective"], tensordict["trans"], create_graph=True)
+        return losses.set("loss_slope", slope.square().sum())
+
+
 class ChangesAfterwards(WeighsOne):
     def forward(self, tensordict):
         losses = super().forward(tensordict)
@@ -172,7 +182,7 @@ class WeighsWhatTermsSay(Counted):
 # Which of them are answered to the end.
 ALIKE = {Counted, Adds, AddsWhenCalled, Halves, ReadsAll}
 UNLIKE = {WeighsOne, LeavesOut, AsksForOne, ChangesAfterwards}
-OTHERS = {ChangesInPlace, Replaces, LeavesAKeyOut, Schedules, Freezes, AsksTwice, PutsOthersInTheirPlace}
+OTHERS = {ChangesInPlace, Replaces, LeavesAKeyOut, Schedules, Freezes, AsksTwice, PutsOthersInTheirPlace, AsksByData}
 NEVER = {Anneals, WeighsWhatTermsSay}
 
 

@@ -241,10 +241,10 @@ class _Term(nn.Module):
 
     in_keys = ("actor_features", "task", ("policy", "entropy"))
 
-    def __init__(self, weights=(), depends=False):
+    def __init__(self, weights=(), depends=False, features=UNITS):
         super().__init__()
         torch.manual_seed(5)
-        self.linear, self._weights, self._depends = nn.Linear(UNITS, 2, **F64), list(weights), depends
+        self.linear, self._weights, self._depends = nn.Linear(features, 2, **F64), list(weights), depends
         self.calls, self.kept = 0, []
 
     def forward(self, features, task, entropy):
@@ -483,15 +483,16 @@ def test_an_optimizer_may_keep_the_gradients_that_it_is_shown(terms):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("spied", ["spied", "trans"])
 @pytest.mark.parametrize("is_first", [True, False])
-def test_what_reads_data_alone_waits_for_who_reads_them_as_they_were(is_first):
-    """A normalisation in place, before or behind a module that reads what it writes over."""
+def test_what_reads_data_alone_waits_for_who_reads_them_as_they_were(is_first, spied):
+    """A normalisation in place, before or behind a module that reads what it writes over, or writes there too."""
     ends = []
     for way in ("parts", "autograd"):
         loss = loss_of("categorical", "separate", torch.float64)
         torch.manual_seed(2)
         core, head = loss.actor_network.module[0].module
-        spy = TensorDictModule(nn.Linear(INPUTS, UNITS, **F64), ["trans"], ["spied"])
+        spy = TensorDictModule(nn.Linear(INPUTS, INPUTS, **F64), ["trans"], [spied])
         norm = RunningNorm(INPUTS).double()
         norm.update_statistics(3 * torch.randn(50, INPUTS, **F64) + 1)
         modules = [spy, TensorDictModule(norm, ["trans"], ["trans"])]
@@ -501,8 +502,8 @@ def test_what_reads_data_alone_waits_for_who_reads_them_as_they_were(is_first):
             distribution_class=torch.distributions.Categorical,
             return_log_prob=True,
         )
-        term = _Term()
-        term.in_keys = ("spied", *term.in_keys[1:])
+        term = _Term(features=INPUTS)
+        term.in_keys = (spied, *term.in_keys[1:])
         loss = RL2PPOLoss(actor, loss.critic_network, terms=[term])
         update = PPOUpdate(loss, bptt=2, minibatches=5, epochs=3, shuffle=False, backend=way)
         ends.append(([update(batch_of("categorical", torch.float64))], [p.detach() for p in loss.parameters()], []))
@@ -637,6 +638,28 @@ def test_another_default_device_is_none_of_the_kernels(way):
         assert update(batch)["loss"] != 0
     finally:
         torch.set_default_device(None)
+
+
+class _Toggles(nn.Module):
+    """A term in which a head is detached from now on, or is no more."""
+
+    in_keys = ("logits",)
+
+    def __init__(self, head):
+        super().__init__()
+        self._head = [head]
+
+    def forward(self, logits):
+        self._head[0].detach = not self._head[0].detach
+        return {"loss_size": 1e-3 * logits.square().mean()}
+
+
+def test_a_head_that_is_detached_between_two_minibatches():
+    def make():
+        loss = loss_of("categorical", "shared", torch.float64)
+        return RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[_Toggles(loss.critic_network)])
+
+    both_ways(make)
 
 
 class _Swaps(nn.Module):

@@ -78,7 +78,7 @@ class Answers:
     def _are_given(self, data: TensorDictBase) -> bool:
         """Whether ``data`` are the minibatch's, as they were given."""
         are_same = (data.get(key, None) is entry for key, entry, _ in self._entries)
-        are_untouched = (entry._version == version for _, entry, version in self._entries)
+        are_untouched = (entry._version == version and not entry.requires_grad for _, entry, version in self._entries)
         return all(are_same) and len(self._entries) == len(data.keys(True, True)) and all(are_untouched)
 
     def by_autograd(

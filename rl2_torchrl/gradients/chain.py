@@ -64,6 +64,9 @@ class ChainPart(Part):
         """Whether the gradient stops at the first of ``in_keys``."""
         return bool(vars(self.function).get("detach"))
 
+    def settings(self) -> bool:
+        return self.detach
+
     def run(self, state: State) -> None:
         [x, *_] = entries_of(state, self.in_keys)
         if not self.is_of_pairs or x.shape[-1] != self.linears[0].in_features:  # which the module tells
@@ -75,7 +78,7 @@ class ChainPart(Part):
 
     def forward_by_hand(self, state: State) -> bool:
         x, *more = entries_of(state, self.in_keys)
-        self._sizes = [entry.shape[-1] for entry in (x, *more)]
+        self._sizes, self._is_detached = [entry.shape[-1] for entry in (x, *more)], self.detach
         weight = self.linears[0].weight
         fits = (sum(self._sizes), x.dtype, x.device) == (self.linears[0].in_features, weight.dtype, weight.device)
         if not fits or not x.numel():
@@ -94,7 +97,7 @@ class ChainPart(Part):
 
     def backward_by_hand(self, gradients: Gradients) -> None:
         slope = _before_activation(gradients.pop(self.out_keys[0]), self._out, self.after)
-        wanted = self.wanted - {self.in_keys[0]} if self.detach else self.wanted
+        wanted = self.wanted - {self.in_keys[0]} if self._is_detached else self.wanted
         for number, before in reversed(list(enumerate(self.before))):
             x, weight, bias = self._inputs[number]
             d_x = Workspace.take(x, x.shape) if number or wanted else None

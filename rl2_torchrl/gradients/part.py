@@ -88,6 +88,10 @@ class Part:
         outputs = self.function(*entries_of(state, self.in_keys, self.optional))
         state.update(zip(self.out_keys, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
 
+    def settings(self) -> object:
+        """What it does otherwise when that has been set anew, beside weights."""
+        return None
+
     def prepared(self, data: State) -> State:
         """Entries made of a batch's ``data`` ``[N, T, ...]`` alone, which its minibatches then hold beside the data."""
         return {}

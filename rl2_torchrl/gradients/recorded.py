@@ -61,6 +61,7 @@ class RecordedMinibatch:
         self._end, self._in_python, self._pass = 0, set(), None
         #: Of each term what makes numbers of those that kernels leave, and what is more than a number.
         self._figures: list[tuple[Callable[[list[float]], Values], Values]] = []
+        self._settings = [part.settings() for part in parts]
         #: The parameters and their memory, which is theirs as long as it is read here.
         self._weights = _places(self._program.loss)
         self._state: State = {}
@@ -83,6 +84,7 @@ class RecordedMinibatch:
         """Losses and diagnostics of the chunks ``own``, and the gradients; `ChangedError` where they are not to be had so."""
         self._at.value = own.data_ptr()
         self._follow_weights()
+        _require([part.settings() for part in self._parts] == self._settings)
         try:
             for step in self._steps:
                 if isinstance(step, Calls):

@@ -119,7 +119,7 @@ def _of_data_alone(parts: Sequence[Part]) -> list[Part]:
     found, read, written = [], set(), set()
     for part in parts:
         is_plain = part.reason is None and not part.parameters and not part.wanted and LOG_PROB not in part.out_keys
-        if is_plain and written.isdisjoint(part.in_keys) and read.isdisjoint(part.out_keys):
+        if is_plain and written.isdisjoint([*part.in_keys, *part.out_keys]) and read.isdisjoint(part.out_keys):
             found.append(part)
         else:
             read.update(part.in_keys)
