@@ -169,6 +169,15 @@ def after_one_pass(loss, data, order, rows=2):
     return [p.detach().clone() for p in loss.parameters()]
 
 
+@pytest.mark.parametrize("shape", [(1,), (ACTIONS + 2,), (ACTIONS - 1,)])
+def test_actions_of_another_shape_are_refused_as_ever(shape):
+    batch = batch_of("categorical", torch.float32)
+    batch["action"] = torch.zeros(*batch.shape, *shape, dtype=torch.int64)
+    for way in ("parts", "autograd"):
+        with pytest.raises(ValueError, match="actions .* for logits .*give one a row"):
+            PPOUpdate(loss_of("categorical", "separate", torch.float32), bptt=2, backend=way)(batch)
+
+
 @needs_kernels
 @pytest.mark.parametrize(("epochs", "minibatches", "count"), [(1, 1, 0), (2, 1, 0), (3, 1, 1), (1, 4, 1), (3, 4, 2)])
 def test_calls_are_noted_where_they_will_be_made_again(epochs, minibatches, count, monkeypatch):
@@ -291,18 +300,54 @@ def test_a_term_is_all_that_python_does():
 
 
 class _Moves(nn.Module):
-    """A layer that puts its weight, and the one that is given, elsewhere in memory in some calls."""
+    """A layer that puts its weight, and the one that is given, elsewhere in memory in some calls, transposed in others."""
 
-    def __init__(self, other):
+    def __init__(self, other, every=3, layout=None):
         super().__init__()
-        self.linear, self._other, self._calls = nn.Linear(INPUTS, INPUTS, **F64), [other], 0
+        self.linear, self._other = nn.Linear(INPUTS, INPUTS, **F64), [other]
+        self.calls, self._every, self._layout = 0, every, layout
 
     def forward(self, x):
-        self._calls += 1
-        if self._calls % 3 == 0:
+        self.calls += 1
+        if self.calls % self._every == 0:
             for weight in (self.linear.weight, *self._other):
                 weight.data = 0.9 * weight.data
+        if self.calls == self._layout:
+            for weight in (self.linear.weight, *self._other):
+                weight.data = weight.data.t().contiguous().t()
         return self.linear(x)
+
+
+class _MovesToo(nn.Module):
+    """A term that does so in each minibatch."""
+
+    in_keys = ("logits",)
+
+    def __init__(self, weight):
+        super().__init__()
+        self._weight, self.calls = [weight], 0
+
+    def forward(self, logits):
+        self.calls += 1
+        [weight] = self._weight
+        weight.data = weight.data.clamp(-0.3, 0.3)
+        return {"loss_size": 1e-3 * logits.square().mean()}
+
+
+@pytest.mark.parametrize("minibatches", [3, 5])
+@pytest.mark.parametrize("layout", [None, 1, 4, 8])
+@pytest.mark.parametrize("has_term", [False, True])
+def test_weights_that_move_in_every_minibatch(minibatches, layout, has_term):
+    """The first of a size too, of which there is a short one last; nobody is called twice for it."""
+
+    def make():
+        loss = loss_of("categorical", "separate", torch.float64)
+        weight = next(loss.actor_network.parameters())
+        moves = TensorDictModule(_Moves(weight, every=1, layout=layout), ["trans"], ["trans"])
+        return _policy_of(moves, loss=loss, terms=[_MovesToo(weight)] if has_term else [])
+
+    loss = both_ways(make, minibatches=minibatches)
+    assert {m.calls for m in loss.modules() if isinstance(m, _Moves | _MovesToo)} == {2 * 3 * minibatches}
 
 
 @pytest.mark.parametrize("writes", ["trans", "seen"])
@@ -329,9 +374,9 @@ def test_a_module_before_the_core_that_moves_weights(writes):
     assert_alike(*ends)
 
 
-def _policy_of(*modules, critic=None, **options):
-    """A loss whose actor is ``modules``, then a core and a head, its update and their batch."""
-    loss = loss_of("categorical", "separate", torch.float64)
+def _policy_of(*modules, loss=None, **options):
+    """A loss whose actor is ``modules``, then the core and the head of ``loss``."""
+    loss = loss_of("categorical", "separate", torch.float64) if loss is None else loss
     core, head = loss.actor_network.module[0].module
     actor = ProbabilisticActor(
         TensorDictSequential(*modules, core, head),
@@ -348,7 +393,8 @@ def both_ways(make, batch=batch_of, **options):
     for way in ("autograd", "parts"):
         torch.manual_seed(2)
         losses.append(loss := make())
-        update = PPOUpdate(loss, bptt=2, minibatches=5, epochs=3, shuffle=False, backend=way, **options)
+        sizes = {"bptt": 2, "minibatches": 5, "epochs": 3, **options}
+        update = PPOUpdate(loss, shuffle=False, backend=way, **sizes)
         torch.manual_seed(4)
         metrics = [update(batch("categorical", torch.float64)) for _ in range(2)]
         ends.append((metrics, [p.detach() for p in loss.parameters()], []))

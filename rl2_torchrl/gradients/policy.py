@@ -54,7 +54,7 @@ class CategoricalPart(Part):
 
     def forward_by_hand(self, state: State) -> bool:
         action, logits = entries_of(state, self.in_keys)
-        if (index := state.get(_INDEX)) is not None and index.shape == logits.shape[:-1]:
+        if (index := state.get(_INDEX)) is not None and (action.ndim == 2 or action.shape == logits.shape):
             action = index
         if action.shape == logits.shape:
             Recording.interrupt()

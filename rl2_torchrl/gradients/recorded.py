@@ -51,6 +51,7 @@ class RecordedMinibatch:
     Attributes:
         values: losses and diagnostics of the first.
         gradients: of all minibatches that go as the first one did.
+        is_right: whether others can be made so.
     """
 
     def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor):
@@ -61,6 +62,7 @@ class RecordedMinibatch:
         self._end, self._in_python, self._pass = 0, set(), None
         #: Of each term what makes numbers of those that kernels leave, and what is more than a number.
         self._figures: list[tuple[Callable[[list[float]], Values], Values]] = []
+        self.is_right = True
         self._settings = [part.settings() for part in parts]
         #: The parameters and their memory, which is theirs as long as it is read here.
         self._weights = _places(self._program.loss)
@@ -83,7 +85,7 @@ class RecordedMinibatch:
     def __call__(self, own: torch.Tensor) -> tuple[Values, Gradients]:
         """Losses and diagnostics of the chunks ``own``, and the gradients; `ChangedError` where they are not to be had so."""
         self._at.value = own.data_ptr()
-        self._follow_weights()
+        _require(self._follow_weights())
         _require([part.settings() for part in self._parts] == self._settings)
         try:
             for step in self._steps:
@@ -91,7 +93,6 @@ class RecordedMinibatch:
                     _require(step())  # what is wrong will be said where it is called for itself
                 else:
                     step()
-                    self._follow_weights()
         except _OtherwiseError as otherwise:
             return otherwise.go_on()
         return self._values(), self.gradients
@@ -116,15 +117,17 @@ class RecordedMinibatch:
         for each, attributes in self._kept.get(part, ()):
             vars(each).update(attributes)
 
-    def _follow_weights(self) -> None:
-        """Has the kernels read the parameters' memory where hooks or forwards of users have put other in its place."""
+    def _follow_weights(self) -> bool:
+        """Has the kernels read the parameters' memory where users have put other in its place; False where they cannot."""
         moved = {address: p.data_ptr() for p, address, _ in self._weights if p.data_ptr() != address}
         if not moved:
-            return
-        _require(all(parameter.is_contiguous() for parameter, *_ in self._weights))
+            return True
+        if not all(parameter.is_contiguous() for parameter, *_ in self._weights):
+            return False
         for calls in filter(lambda step: isinstance(step, Calls), self._steps):
             calls.move(moved)
         self._weights = _places(self._program.loss)
+        return True
 
     def _values(self, terms: int | None = None) -> Values:
         """Of all terms, or of so many."""
@@ -185,8 +188,9 @@ class RecordedMinibatch:
         return recording.is_whole
 
     def _by_python(self, step: Callable[[], None]) -> None:
-        self._end_step()
+        """Adds a ``step`` that has been done once, after what ended with `_end_step`."""
         self._steps.append(step)
+        self.is_right &= self._follow_weights()
 
     def _end_step(self) -> None:
         """What has been called since the last step is one."""
@@ -204,13 +208,15 @@ class RecordedMinibatch:
     def _forward(self, number: int, part: Part) -> None:
         # A part may write what it reads, or what others have read.
         before, is_known = dict(self._state), part.carries
-        if not _is_ours(part):
-            entries = self._shown(part, before, part.forward)
-        elif self._by_kernels(lambda: part.starts_by_hand(self._state)) and part.is_by_hand:
+        is_ours = _is_ours(part)
+        if is_ours and self._by_kernels(lambda: part.starts_by_hand(self._state)) and part.is_by_hand:
             self._kept[part] = [(each, dict(vars(each))) for each in _with_inner(part)]
             return
+        self._end_step()
+        if is_ours and part.is_by_hand:
+            entries = self._state
         else:
-            entries = self._state if part.is_by_hand else self._shown(part, before, part.forward_by_autograd)
+            entries = self._shown(part, before, part.forward_by_autograd if is_ours else part.forward)
         if part.carries != is_known:  # by parameters of others
             self._program.follow_gradients()
         self._in_python.add(part)
@@ -219,7 +225,12 @@ class RecordedMinibatch:
 
         def again() -> None:
             entries = self._shown(part, before, part.forward)
-            if part.carries != carries or any(entries[key].shape != entry.shape for key, entry in made.items()):
+            is_followed = self._follow_weights()
+            if (
+                not is_followed
+                or part.carries != carries
+                or any(entries[key].shape != entry.shape for key, entry in made.items())
+            ):
                 if part.carries != carries:
                     self._program.follow_gradients()
                 raise _OtherwiseError(lambda: self._go_on(entries, number + 1, {}, {}))
@@ -236,6 +247,7 @@ class RecordedMinibatch:
             self._take(found, gradients)
             return
         before = dict(gradients)
+        self._end_step()
 
         def run() -> Gradients:
             given: list = []
@@ -258,6 +270,7 @@ class RecordedMinibatch:
         if part not in self._in_python and self._by_kernels(lambda: part.backward(found)):
             self._take(found, gradients)
             return
+        self._end_step()
 
         def run() -> Gradients:
             self._remember(part)
@@ -296,7 +309,7 @@ class RecordedMinibatch:
         totals = {source: gradients[source] for source in found}
 
         def add(found: Gradients) -> None:
-            if found.keys() != totals.keys():
+            if not self._follow_weights() or found.keys() != totals.keys():
                 raise _OtherwiseError(lambda: go_on(found))
             for source, gradient in found.items():
                 (totals[source].copy_ if source in firsts else totals[source].add_)(gradient)

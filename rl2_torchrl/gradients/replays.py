@@ -76,20 +76,25 @@ class Replays:
     def run(self, own: torch.Tensor) -> tuple[Values, Gradients]:
         """As `Program.run`; the gradients lie where the next ones will."""
         size = len(own)
-        if (minibatch := self._sizes.get(size)) is not None:
-            try:
+        try:
+            if (minibatch := self._sizes.get(size)) is not None:
                 return minibatch(own)
-            except ChangedError:
-                self._sizes[size] = None
-        elif self._can_record and size not in self._sizes and self._is_worth_it():
-            try:
+            if self._can_record and size not in self._sizes and self._is_worth_it():
                 minibatch = self._sizes[size] = RecordedMinibatch(self.program, self.parts, self.chunks, own)
-            except ChangedError:
-                self._sizes[size] = None
-            else:
-                return minibatch.values, minibatch.gradients
+                made = minibatch.values, minibatch.gradients
+                if not minibatch.is_right:
+                    self._forget(size)
+                return made
+        except ChangedError:
+            self._forget(size)
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
         return self.program.run(entries, self.parts)
+
+    def _forget(self, size: int) -> None:
+        """Leaves minibatches of ``size`` chunks to Python."""
+        if (minibatch := self._sizes.get(size)) is not None:
+            minibatch.close()
+        self._sizes[size] = None
 
     def _is_worth_it(self) -> bool:
         """Whether minibatches of one more size come more often than twice: noting what the first does takes a third of its time."""
@@ -108,10 +113,8 @@ class Replays:
 
     def close(self) -> None:
         """Hands the memory back."""
-        for minibatch in self._sizes.values():
-            if minibatch is not None:
-                minibatch.close()
-        self._sizes, self._can_record = {}, False
+        for size in self._sizes:
+            self._forget(size)
 
 
 def _of_data_alone(parts: Sequence[Part]) -> list[Part]:
