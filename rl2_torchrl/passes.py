@@ -13,6 +13,7 @@ from torchrl.objectives import ClipPPOLoss
 from rl2_torchrl.arguments import noted
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.adam import AdamSteps, OptimizerSteps, steps_by, why_not_adam
+from rl2_torchrl.gradients.answers import Answers
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
 from rl2_torchrl.gradients.program import numbers_of
 from rl2_torchrl.gradients.replays import Replays
@@ -138,9 +139,12 @@ class Passes:
         are_kept = isinstance(steps, OptimizerSteps)
         chunks, rows = self._minibatches.chunks, self._minibatches.rows
         replayed = Replays(program, chunks, rows, passes=passes, are_kept=are_kept)
-        by_forward = self._loss.runs_beside() is not None
+        is_beside = self._loss.runs_beside() is not None
+        way = (
+            partial(self._by_answers, self._loss.answers(replayed)) if is_beside else partial(self._by_parts, replayed)
+        )
         try:
-            yield partial(self._by_answers if by_forward else self._by_parts, replayed, *given)
+            yield partial(way, *given)
         finally:
             replayed.close()
 
@@ -156,8 +160,7 @@ class Passes:
                 yield self._step(losses, steps, max_grad_norm, checks)
             order = order[max(1, len(together)) * rows :]
 
-    def _by_answers(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
-        answers = self._loss.answers(replays)
+    def _by_answers(self, answers: Answers, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
         for index in self._minibatches.order().long().split(self._minibatches.rows):
             own = self._minibatches.share(index).contiguous()
             entries = {key: chunk.index_select(0, own) for key, chunk in self._minibatches.chunks.items()}

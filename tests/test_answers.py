@@ -136,6 +136,33 @@ class AsksByData(Counted):
         return losses.set("loss_slope", slope.square().sum())
 
 
+class ChangesOnce(Counted):
+    """Its clipping in the third minibatch, for good."""
+
+    def forward(self, tensordict):
+        if self.calls == 2:
+            self.clip_epsilon.fill_(0.02)
+        return super().forward(tensordict)
+
+
+class Detaches(Counted):
+    """The critic in some minibatches."""
+
+    def forward(self, tensordict):
+        self.critic_network.detach = self.calls % 2 == 0
+        return super().forward(tensordict)
+
+
+class PutsAnother(Counted):
+    """A weight in the place of one."""
+
+    def forward(self, tensordict):
+        if self.calls == 2:
+            [*_, linear] = [m for m in self.critic_network.modules() if isinstance(m, nn.Linear)]
+            linear.weight.data = 0.5 * linear.weight.data
+        return super().forward(tensordict)
+
+
 class ChangesAfterwards(WeighsOne):
     def forward(self, tensordict):
         losses = super().forward(tensordict)
@@ -180,9 +207,10 @@ class WeighsWhatTermsSay(Counted):
 
 
 # Which of them are answered to the end.
-ALIKE = {Counted, Adds, AddsWhenCalled, Halves, ReadsAll}
+ALIKE = {Counted, Adds, AddsWhenCalled, Halves, ReadsAll, PutsAnother}
 UNLIKE = {WeighsOne, LeavesOut, AsksForOne, ChangesAfterwards}
 OTHERS = {ChangesInPlace, Replaces, LeavesAKeyOut, Schedules, Freezes, AsksTwice, PutsOthersInTheirPlace, AsksByData}
+OTHERS |= {ChangesOnce}
 NEVER = {Anneals, WeighsWhatTermsSay}
 
 
@@ -224,6 +252,12 @@ def test_a_forward_of_a_class_below(cls, critic):
     assert cls.calls == 2 * 3 * 5  # never once more
 
 
+def test_a_critic_that_is_detached_in_some_minibatches():
+    update = update_of(Detaches, "auto")
+    assert_same(update, Detaches)
+    assert update.backend == "autograd"
+
+
 @needs_kernels
 @pytest.mark.parametrize("cls", sorted(ALIKE | OTHERS, key=lambda cls: cls.__name__))
 def test_who_is_answered(cls, monkeypatch):
@@ -234,6 +268,7 @@ def test_who_is_answered(cls, monkeypatch):
         return given[-1]
 
     monkeypatch.setattr(Answers, "__call__", noted)
+    cls.calls = 0
     run(update_of(cls, "parts"))
     assert all(losses is not None for losses in given) == (cls in ALIKE)
     assert len(given) >= 2 * 3 * 5
