@@ -323,28 +323,31 @@ class _MovesToo(nn.Module):
 
     in_keys = ("logits",)
 
-    def __init__(self, weight):
+    def __init__(self, weight, layout=None):
         super().__init__()
-        self._weight, self.calls = [weight], 0
+        self._weight, self.calls, self._layout = [weight], 0, layout
 
     def forward(self, logits):
         self.calls += 1
         [weight] = self._weight
         weight.data = weight.data.clamp(-0.3, 0.3)
+        if self.calls == self._layout:
+            weight.data = weight.data.t().contiguous().t()
         return {"loss_size": 1e-3 * logits.square().mean()}
 
 
 @pytest.mark.parametrize("minibatches", [3, 5])
 @pytest.mark.parametrize("layout", [None, 1, 4, 8])
-@pytest.mark.parametrize("has_term", [False, True])
-def test_weights_that_move_in_every_minibatch(minibatches, layout, has_term):
+@pytest.mark.parametrize("who", ["module", "both", "term"])
+def test_weights_that_move_in_every_minibatch(minibatches, layout, who):
     """The first of a size too, of which there is a short one last; nobody is called twice for it."""
 
     def make():
         loss = loss_of("categorical", "separate", torch.float64)
         weight = next(loss.actor_network.parameters())
         moves = TensorDictModule(_Moves(weight, every=1, layout=layout), ["trans"], ["trans"])
-        return _policy_of(moves, loss=loss, terms=[_MovesToo(weight)] if has_term else [])
+        term = _MovesToo(weight, layout if who == "term" else None)
+        return _policy_of(*([moves] if who != "term" else []), loss=loss, terms=[term] if who != "module" else [])
 
     loss = both_ways(make, minibatches=minibatches)
     assert {m.calls for m in loss.modules() if isinstance(m, _Moves | _MovesToo)} == {2 * 3 * minibatches}
@@ -387,7 +390,7 @@ def _policy_of(*modules, loss=None, **options):
     return RL2PPOLoss(actor, loss.critic_network, **options)
 
 
-def both_ways(make, batch=batch_of, **options):
+def both_ways(make, batch=batch_of, kind="categorical", **options):
     """Asserts that updates of the loss that ``make`` gives go the same way by parts as by autograd; returns the loss of parts."""
     ends, losses = [], []
     for way in ("autograd", "parts"):
@@ -396,7 +399,7 @@ def both_ways(make, batch=batch_of, **options):
         sizes = {"bptt": 2, "minibatches": 5, "epochs": 3, **options}
         update = PPOUpdate(loss, shuffle=False, backend=way, **sizes)
         torch.manual_seed(4)
-        metrics = [update(batch("categorical", torch.float64)) for _ in range(2)]
+        metrics = [update(batch(kind, torch.float64)) for _ in range(2)]
         ends.append((metrics, [p.detach() for p in loss.parameters()], []))
     assert_alike(*ends)
     return losses[1]
@@ -490,6 +493,28 @@ def test_a_module_that_has_a_gradient_in_some_minibatches():
     assert next(m.calls for m in loss.modules() if isinstance(m, _Grows)) == 2 * 3 * 5
 
 
+class _Borrows(nn.Module):
+    """A module without weights that reads another's in some calls."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self._weight, self.calls = [weight], 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x + 0.1 * self._weight[0].sum() if self.calls % 2 == 0 else x + 1
+
+
+def test_a_module_that_borrows_a_weight_in_some_minibatches():
+    def make():
+        loss = loss_of("categorical", "separate", torch.float64)
+        borrows = _Borrows(list(loss.actor_network.parameters())[-1])
+        return _policy_of(TensorDictModule(borrows, ["trans"], ["trans"]), loss=loss)
+
+    loss = both_ways(make)
+    assert next(m.calls for m in loss.modules() if isinstance(m, _Borrows)) == 2 * 3 * 5
+
+
 def test_weights_of_one_row_with_strides_of_their_own():
     """As those of another framework's are: contiguous, though not as PyTorch would have laid them."""
 
@@ -529,9 +554,9 @@ def test_an_optimizer_may_keep_the_gradients_that_it_is_shown(terms):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("spied", ["spied", "trans"])
+@pytest.mark.parametrize(("spied", "written"), [("spied", "trans"), ("trans", "trans"), ("spied", "spied")])
 @pytest.mark.parametrize("is_first", [True, False])
-def test_what_reads_data_alone_waits_for_who_reads_them_as_they_were(is_first, spied):
+def test_what_reads_data_alone_waits_for_who_reads_them_as_they_were(is_first, spied, written):
     """A normalisation in place, before or behind a module that reads what it writes over, or writes there too."""
     ends = []
     for way in ("parts", "autograd"):
@@ -541,7 +566,8 @@ def test_what_reads_data_alone_waits_for_who_reads_them_as_they_were(is_first, s
         spy = TensorDictModule(nn.Linear(INPUTS, INPUTS, **F64), ["trans"], [spied])
         norm = RunningNorm(INPUTS).double()
         norm.update_statistics(3 * torch.randn(50, INPUTS, **F64) + 1)
-        modules = [spy, TensorDictModule(norm, ["trans"], ["trans"])]
+        modules = [spy, TensorDictModule(norm, ["trans"], [written])]
+        core.in_keys = [written, *core.in_keys[1:]]
         actor = ProbabilisticActor(
             TensorDictSequential(*(modules if is_first else modules[::-1]), core, head),
             in_keys=["logits"],
@@ -761,9 +787,9 @@ def test_weights_that_change_places():
 class _ByHand(nn.Module):
     """A layer with a gradient of its own, of PyTorch's operations."""
 
-    def __init__(self):
+    def __init__(self, inputs=INPUTS, outputs=INPUTS):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(INPUTS, INPUTS, **F64))
+        self.weight = nn.Parameter(torch.randn(inputs, outputs, **F64))
 
     def forward(self, x):
         return x @ self.weight
@@ -790,6 +816,16 @@ class _ByHandPart(Part):
 def test_a_part_of_a_users_that_knows_nothing_of_recordings(count):
 
     both_ways(lambda: _policy_of(*(TensorDictModule(_ByHand(), ["trans"], ["trans"]) for _ in range(count))))
+
+
+def test_a_part_of_a_users_within_one_of_ours():
+    def make():
+        loss = loss_of("gaussian", "separate", torch.float64)
+        head = next(m for m in loss.actor_network.modules() if "log_std" in m._parameters)
+        head.mean = _ByHand(UNITS, ACTIONS)
+        return RL2PPOLoss(loss.actor_network, loss.critic_network)
+
+    both_ways(make, kind="gaussian")
 
 
 class _Scaled(SquaredError):

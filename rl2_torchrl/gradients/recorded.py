@@ -51,7 +51,6 @@ class RecordedMinibatch:
     Attributes:
         values: losses and diagnostics of the first.
         gradients: of all minibatches that go as the first one did.
-        is_right: whether others can be made so.
     """
 
     def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor):
@@ -62,7 +61,6 @@ class RecordedMinibatch:
         self._end, self._in_python, self._pass = 0, set(), None
         #: Of each term what makes numbers of those that kernels leave, and what is more than a number.
         self._figures: list[tuple[Callable[[list[float]], Values], Values]] = []
-        self.is_right = True
         self._settings = [part.settings() for part in parts]
         #: The parameters and their memory, which is theirs as long as it is read here.
         self._weights = _places(self._program.loss)
@@ -144,8 +142,6 @@ class RecordedMinibatch:
         if [type(step) for step in self._steps] != [Calls]:
             return []
         self._program.set_gradients(self.gradients)
-        if any(p.requires_grad and p.grad is not gradient for p, gradient in self.gradients.items()):
-            return []  # weights that lie otherwise than the kernels write
         table = steps.table()
         if self._pass is None:  # of one batch, for which steps and bound stay
             self._pass = self._steps[0].and_then("clip_and_step", *table, float(max_norm or 0), self._norm.data_ptr())
@@ -190,7 +186,7 @@ class RecordedMinibatch:
     def _by_python(self, step: Callable[[], None]) -> None:
         """Adds a ``step`` that has been done once, after what ended with `_end_step`."""
         self._steps.append(step)
-        self.is_right &= self._follow_weights()
+        self._follow_weights()
 
     def _end_step(self) -> None:
         """What has been called since the last step is one."""

@@ -76,10 +76,7 @@ class Replays:
                 return minibatch(own)
             if self._can_record and size not in self._sizes and self._is_worth_it():
                 minibatch = self._sizes[size] = RecordedMinibatch(self.program, self.parts, self.chunks, own)
-                made = minibatch.values, minibatch.gradients
-                if not minibatch.is_right:
-                    self._forget(size)
-                return made
+                return minibatch.values, minibatch.gradients
         except ChangedError:
             self._forget(size)
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
