@@ -359,6 +359,31 @@ def test_frozen_layers_beside_a_forward(frozen, weight):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+class KeepsALoss(Counted):
+    """Adds the last minibatch's, whose graph is gone."""
+
+    last = 0
+
+    def forward(self, tensordict):
+        losses = super().forward(tensordict)
+        last, self.last = self.last, losses["loss_critic"]
+        return losses.set("loss_last", torch.zeros(()) + last)
+
+
+@pytest.mark.parametrize("way", ["auto", "autograd"])
+def test_a_graph_that_is_gone_cannot_be_gone_back_through(way):
+    with pytest.raises(RuntimeError, match="second time"):
+        run(update_of(KeepsALoss, way))
+
+
+def test_more_data_than_were_given_are_others():
+    """A part may read them: memory, say."""
+    answers, entry = Answers.__new__(Answers), torch.zeros(2)
+    answers._entries = [("a", entry, entry._version)]
+    assert answers._are_given(TensorDict({"a": entry}, [2]))
+    assert not answers._are_given(TensorDict({"a": entry, "b": entry}, [2]))
+
+
 def test_a_loop_of_ones_own_is_autograds():
     loss = update_of(Adds, "auto").loss
     losses = loss(batch_of("categorical", torch.float64))

@@ -70,7 +70,7 @@ class Answers:
         trained = {p: g for p, g in gradients.items() if isinstance(p, nn.Parameter) and p.requires_grad}
         if not trained:
             return None
-        pairs = [(parameter, laid_as(parameter, gradient.clone())) for parameter, gradient in trained.items()]
+        pairs = [(parameter, laid_as(parameter, gradient)) for parameter, gradient in trained.items()]
         parameters, slopes = zip(*pairs, strict=True)
         numbers = {name: value for name, value in values.items() if not isinstance(value, torch.Tensor)}
         values = {name: value.clone() for name, value in values.items() if isinstance(value, torch.Tensor)}
@@ -112,12 +112,12 @@ class _Answered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *weights):
-        first, *others = weights
+        parameters, (first, *others) = ctx.saved_tensors, weights  # which are gone once the graph is
         unlike = first is None or any(other is None or other != first for other in others)
         if unlike or torch.is_grad_enabled():
             (answers, own), pairs = ctx.answers, zip(ctx.names, weights, strict=True)
             given = {name: weight for name, weight in pairs if weight is not None}
-            found = answers.by_autograd(own, given, ctx.saved_tensors)
+            found = answers.by_autograd(own, given, parameters)
         else:
             found = (slope * first for slope in ctx.slopes)
         return None, None, None, *[None] * len(weights), *found
