@@ -163,6 +163,16 @@ class PutsAnother(Counted):
         return super().forward(tensordict)
 
 
+class PenalisesSlopes(Counted):
+    """A penalty on the gradient of the losses' sum."""
+
+    def forward(self, tensordict):
+        losses = super().forward(tensordict)
+        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        slopes = torch.autograd.grad(total, list(self.parameters()), create_graph=True)
+        return losses.set("loss_slope", 1e-2 * sum(slope.square().sum() for slope in slopes))
+
+
 class ChangesAfterwards(WeighsOne):
     def forward(self, tensordict):
         losses = super().forward(tensordict)
@@ -208,7 +218,7 @@ class WeighsWhatTermsSay(Counted):
 
 # Which of them are answered to the end.
 ALIKE = {Counted, Adds, AddsWhenCalled, Halves, ReadsAll, PutsAnother}
-UNLIKE = {WeighsOne, LeavesOut, AsksForOne, ChangesAfterwards}
+UNLIKE = {WeighsOne, LeavesOut, AsksForOne, PenalisesSlopes, ChangesAfterwards}
 OTHERS = {ChangesInPlace, Replaces, LeavesAKeyOut, Schedules, Freezes, AsksTwice, PutsOthersInTheirPlace, AsksByData}
 OTHERS |= {ChangesOnce}
 NEVER = {Anneals, WeighsWhatTermsSay}
@@ -283,6 +293,13 @@ def test_terms_beside_a_forward_are_autograds(cls):
     assert cls.calls == 2 * 3 * 5
     with pytest.raises(ValueError, match="'parts' cannot serve.*forward of its own"):
         update_of(cls, "parts")
+
+
+def test_modules_of_others_beside_a_forward_are_autograds():
+    """What they draw at random would be drawn twice where the losses have not one weight."""
+    loss = loss_of("categorical, elu", "separate", torch.float64)
+    update = PPOUpdate(Adds(loss.actor_network, loss.critic_network))
+    assert (update.backend, "parts or terms of others" in update.reason) == ("autograd", True)
 
 
 @pytest.mark.parametrize("cls", sorted(UNLIKE, key=lambda cls: cls.__name__))
