@@ -679,6 +679,10 @@ def test_every_kernel_that_is_noted_can_be_called_again():
         number += 1
     assert len(set(names)) == len(names) == number
     assert all(len(kernels._SIGNATURES[name][1]) <= 19 for name in names)
+    recording = Recording()
+    with recording.on():
+        kernels.load(torch.float32).adam_layout(0)  # one that is not
+    assert not recording.is_whole
 
 
 def test_what_is_run_without_kernels_is_right_too(monkeypatch):
