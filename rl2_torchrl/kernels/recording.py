@@ -38,7 +38,7 @@ class Recording:
         is_whole: whether kernels did all that was done since this was set to True.
     """
 
-    _threads, _number_on = threading.local(), 0
+    _threads = threading.local()
 
     def __init__(self):
         self.calls: list[tuple[int, tuple]] = []
@@ -52,7 +52,7 @@ class Recording:
     @classmethod
     def active(cls) -> Recording | None:
         """The one that is on in this thread."""
-        return getattr(cls._threads, "active", None) if cls._number_on else None  # it is asked for by every kernel
+        return getattr(cls._threads, "active", None)
 
     @classmethod
     def interrupt(cls) -> None:
@@ -64,11 +64,9 @@ class Recording:
     def on(self) -> Iterator[None]:
         """Notes what is called within."""
         self._threads.active = self
-        Recording._number_on += 1
         try:
             yield
         finally:
-            Recording._number_on -= 1
             self._threads.active = None
 
     def numbers_for(self, count: int) -> Tensor:

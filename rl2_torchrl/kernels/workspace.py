@@ -84,4 +84,4 @@ def keep_freed_memory() -> None:
     What glibc keeps is twice the largest block of up to 32 MB that has been freed (``man 3 mallopt``, M_MMAP_THRESHOLD). Left as it
     is it may hand memory back, and fetch it anew, all the time: an LSTM's update then takes up to 1.7 times as long.
     """
-    torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)
+    torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8, device="cpu")
