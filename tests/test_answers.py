@@ -262,6 +262,35 @@ def test_a_forward_of_a_class_below(cls, critic):
     assert cls.calls == 2 * 3 * 5  # never once more
 
 
+class Trains(Counted):
+    """Has another update within its forward, whose loss has a forward of its own, too."""
+
+    def forward(self, tensordict):
+        if (inner := vars(self).get("inner")) is not None:
+            inner(batch_of("categorical", torch.float64))
+        return super().forward(tensordict)
+
+
+@needs_kernels
+def test_an_update_within_anothers_forward(monkeypatch):
+    """Both are answered to the end."""
+    ends, given, call = [], [], Answers.__call__
+
+    def noted(answers, *arguments):
+        given.append((type(answers._replays.program.loss), losses := call(answers, *arguments)))
+        return losses
+
+    monkeypatch.setattr(Answers, "__call__", noted)
+    for way in ("auto", "autograd"):
+        outer, inner = update_of(Trains, way), update_of(Adds, way, minibatches=2, epochs=2)
+        object.__setattr__(outer.loss, "inner", inner)
+        ends.append([run(outer), [p.detach() for p in inner.loss.parameters()]])
+        assert {outer.backend, inner.backend} == {"parts" if way == "auto" else "autograd"}
+    assert [cls for cls, losses in given if losses is not None].count(Trains) == 2 * 3 * 5
+    for ours, expected in zip(ends[0][0][1] + ends[0][1], ends[1][0][1] + ends[1][1], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+
+
 def test_a_critic_that_is_detached_in_some_minibatches():
     update = update_of(Detaches, "auto")
     assert_same(update, Detaches)

@@ -18,6 +18,7 @@ TESTS = (
     "tests/test_gradients_composed.py",
     "tests/test_parts.py",
     "tests/test_replays.py",
+    "tests/test_replays_composed.py",
 )
 
 

@@ -53,11 +53,14 @@ class Answers:
     def given(self, own: torch.Tensor, entries: State) -> Iterator[None]:
         """Within it the loss is asked of the minibatch ``own``, whose data are ``entries``."""
         self._own, self._entries = own, [(key, entry, entry._version) for key, entry in entries.items()]
-        self._threads.active = self
+        before, self._threads.active = (
+            getattr(self._threads, "active", None),
+            self,
+        )  # one update may run within another's
         try:
             yield
         finally:
-            self._threads.active = None
+            self._threads.active = before
 
     def __call__(self, data: TensorDictBase, state: tuple) -> dict[str, torch.Tensor] | None:
         """Losses and diagnostics of ``data``; None where these are not the minibatch, or the loss is another by now."""

@@ -99,6 +99,8 @@ class RecordedMinibatch:
         self, state: State, done: int, gradients: Gradients, values: Values, terms: int = 0, back: int | None = None
     ) -> tuple[Values, Gradients]:
         """The rest of a minibatch: ``done`` parts and so many ``terms`` have been run, all parts from ``back`` on gone back."""
+        # Whoever is shown something of it may keep it, and the next minibatch is made in its place.
+        state, gradients = ({key: entry.clone() for key, entry in entries.items()} for entries in (state, gradients))
         for part in self._parts[done:]:
             part.forward(state)
         for term in self._program.terms[terms:]:
@@ -255,7 +257,7 @@ class RecordedMinibatch:
         def go_on(found: Gradients) -> tuple[Values, Gradients]:
             own = dict(before)
             term.add(found, own)
-            return self._go_on(dict(self._state), len(self._parts), own, self._values(number + 1), number + 1)
+            return self._go_on(self._state, len(self._parts), own, self._values(number + 1), number + 1)
 
         add = self._adding(run(), gradients, go_on)
         self._by_python(lambda: add(run()))
