@@ -82,17 +82,17 @@ class Learners:
 
     def share(self, index: torch.Tensor) -> torch.Tensor:
         """This process's part of a minibatch, whose chunks are ``index`` ``[rows]``."""
-        return index.tensor_split(self.size)[self.rank]
+        return index if self.size == 1 else index.tensor_split(self.size)[self.rank]
 
     # --------------------------------------------------------------- a minibatch
     @torch.no_grad()
-    def join(self, metrics: Metrics, gradients: Sequence[torch.Tensor], weight: float) -> Metrics:
-        """Means over all processes by their ``weight``, those of ``gradients`` in their place; of ``max_...`` the largest."""
+    def join(self, metrics: Metrics, parameters: Sequence[nn.Parameter], weight: float) -> Metrics:
+        """Means over all processes by their ``weight``, those of gradients in their place; of ``max_...`` the largest."""
         if self._group is None:
             return metrics
-        for gradient in gradients:
-            gradient.mul_(weight)
-            dist.all_reduce(gradient, group=self._group)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.mul_(weight), group=self._group)
         device = next((value.device for value in metrics.values() if isinstance(value, torch.Tensor)), None)
         kind = {"dtype": torch.float64, "device": device}
         own = torch.stack([torch.as_tensor(value, **kind).detach() for value in (*metrics.values(), weight)])

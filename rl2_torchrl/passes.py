@@ -149,16 +149,16 @@ class Passes:
             replayed.close()
 
     def _by_parts(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
-        order = self._minibatches.order().long().contiguous()
-        while len(order):
-            rows = min(self._minibatches.rows, len(order))
-            together = replays.passes(steps, max_grad_norm, order, rows) if self._learners.size == 1 else []
-            if together:
-                yield from together
-            else:
-                losses = replays(self._minibatches.share(order[:rows]).contiguous())
+        order, done = self._minibatches.order().long().contiguous(), 0
+        while done < len(order):
+            rows = min(self._minibatches.rows, len(order) - done)
+            together = replays.passes(steps, max_grad_norm, order[done:], rows) if self._learners.size == 1 else []
+            yield from together
+            done += len(together) * rows
+            if not together:
+                losses = replays(self._minibatches.share(order[done : done + rows]).contiguous())
                 yield self._step(losses, steps, max_grad_norm, checks)
-            order = order[max(1, len(together)) * rows :]
+                done += rows
 
     def _by_answers(self, answers: Answers, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
         for index in self._minibatches.order().long().split(self._minibatches.rows):
@@ -180,7 +180,7 @@ class Passes:
         self, losses: Metrics, steps: AdamSteps | OptimizerSteps, max_norm: float | None, checks: Iterator
     ) -> Metrics:
         """The step on a minibatch whose gradients have been made, once these have passed the ``checks``, and its metrics."""
-        losses = self._joined(numbers_of(losses))
+        losses = self._learners.join(numbers_of(losses), self._parameters, self._minibatches.weight)
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
         for check in checks:
             check(losses)
@@ -204,11 +204,6 @@ class Passes:
             parameter.grad = None
         sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
         return {name: value.detach() for name, value in losses.items() if value.ndim == 0}
-
-    def _joined(self, losses: Metrics) -> Metrics:
-        """Of all processes; gradients are joined in their place."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        return self._learners.join(losses, gradients, self._minibatches.weight)
 
     def _require_replay(self, losses: Metrics) -> None:
         """Before the first step the networks must give the collected log-probabilities back: all ratios are 1, to rounding."""

@@ -139,7 +139,7 @@ class PPOUpdate:
         require_flags(shuffle=shuffle)
         _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator)
         self.loss = loss
-        self._norms()
+        self.normalizations()
         self.advantage = TrialAdvantage() if advantage is None else advantage
         self.stand_in = _stand_in(self.advantage, loss)
         self.bptt, self.shuffle = None if bptt is None else whole("bptt", bptt), shuffle
@@ -180,7 +180,7 @@ class PPOUpdate:
         require_trials(batch)
         batch = self._learners.gather(batch, self._parameters)
         self._apply_schedules(progress)
-        norms = self._norms()
+        norms = self.normalizations()
         if any(norm.count == 0 for norm, _ in norms):
             return self._measure(norms, batch)
         self._minibatches.fill(self.chunks(self.with_advantages(batch)), self.minibatches, shuffle=self.shuffle)
@@ -203,7 +203,7 @@ class PPOUpdate:
         means = {name: (_largest if name.startswith("max_") else _mean)(values) for name, values in totals.items()}
         return {**means, "epochs": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
 
-    def _norms(self) -> list[tuple[RunningNorm, NestedKey]]:
+    def normalizations(self) -> list[tuple[RunningNorm, NestedKey]]:
         """The normalisations in the networks, each once, and the entries of a batch that they read.
 
         Raises:

@@ -130,17 +130,30 @@ class NeverStartsAnew(GRUModule):
         return super().forward(tensordict.set("is_init", torch.zeros_like(given))).set("is_init", given)
 
 
-@pytest.mark.parametrize(("scale", "rule"), [(1e4, "memory_used"), (1e7, "transition_read")])
-def test_a_memory_that_large_observations_drown(scale, rule):
+def scaled_cart_poles(scale):
     def make():
         return TransformObservation(
             gymnasium.make("CartPole-v1"), lambda seen: seen * scale, Box(-np.inf, np.inf, (4,))
         )
 
-    envs = GymVectorEnv(make, ROWS, seed=0)
-    env = TransformedEnv(envs, Compose(Trial(steps=10), PreviousStep()))
+    return TransformedEnv(GymVectorEnv(make, ROWS, seed=0), Compose(Trial(steps=10), PreviousStep()))
+
+
+@pytest.mark.parametrize(("scale", "rule"), [(1e4, "memory_used"), (1e7, "transition_read")])
+def test_a_memory_that_large_observations_drown(scale, rule):
     with pytest.raises(TrainingCheckError, match=rf"{rule}.*observations.*normalize=True"):
-        check_training(*pipeline(env, steps=20))
+        check_training(*pipeline(scaled_cart_poles(scale), steps=20))
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e7])
+def test_large_observations_that_networks_will_normalize(scale):
+    """Before the first update they know nothing yet, and memories are drowned."""
+    env = scaled_cart_poles(scale)
+    actor = GRUCategoricalActor.from_env(env, hidden_size=8, normalize=True)
+    critic = GRUValueHead.from_env(env, hidden_size=8, normalize=True)
+    collector, update = pipeline(env, actor, critic, steps=20)
+    check_training(collector, update)
+    assert all(norm.count == 0 for norm, _ in update.normalizations())
 
 
 def test_memory_that_no_trial_resets():

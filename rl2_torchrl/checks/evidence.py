@@ -109,12 +109,26 @@ class Evidence:
     # --------------------------------------------------------------- networks
     @cached_property
     def probe(self) -> NetworkProbe:
-        """The update's networks, copied."""
+        """The update's networks, copied, with normalisations that know the batch, as they will from the first update on."""
+        loss, norms = self._copied_loss()
+        for norm, key in norms:
+            if norm.count == 0:  # until then what it reads may be of any size, and drown the memory
+                norm.update_statistics(self.batch.get(key))
+        return NetworkProbe(loss)
+
+    @cached_property
+    def probe_as_collected(self) -> NetworkProbe:
+        """The update's networks, copied as they have acted."""
+        return NetworkProbe(self._copied_loss()[0])
+
+    def _copied_loss(self) -> tuple[nn.Module, list]:
+        """The loss, and the normalisations in its networks with the entries that they read."""
         if self.loss is None:
             raise NotChecked("the update has no loss")
         if not self.has("is_init"):
             raise NotChecked("the batch has no 'is_init'")
-        return NetworkProbe(copied(self.loss, "loss"))
+        find = getattr(self.update, "normalizations", list)
+        return copied((self.loss, find()), "loss")
 
     @cached_property
     def advantage(self) -> Callable[[TensorDictBase], TensorDictBase]:

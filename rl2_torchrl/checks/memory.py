@@ -61,7 +61,7 @@ def replay(seen: Evidence) -> str | None:
     if missing and not chunks["is_init"][:, 0].all():
         return f"chunks begin inside trials, and the batch has no {missing} for them to begin with"
     with torch.no_grad():
-        replayed = seen.probe.run(chunks)
+        replayed = seen.probe_as_collected.run(chunks)
     collected = {LOG_PROB: keys.sample_log_prob, VALUE: keys.value}
     # What else the batch has of the networks, such as features, tells of a fault that new networks hardly show in what they do.
     for name, key in {**{key: key for key in replayed}, **collected}.items():
