@@ -1,25 +1,30 @@
 /* Sums of outer products over all steps, as the gradients of a GRU's weights are.
  *
- * Blocks of OUTPUTS by LANES sums are made in registers, of STEPS steps at a time, whose numbers a near cache holds. Sums lie in
- * whole blocks and whole vectors, and so are q and v read: what is beyond outputs and columns is unused, but must be there.
+ * Blocks of OUTPUTS by up to WIDE vectors of sums are made in registers, of STEPS steps at a time, whose numbers a near cache
+ * holds. Sums lie in whole blocks and whole vectors, and so are q and v read: what is beyond outputs and columns is unused, but
+ * must be there.
  */
 #include "functions.h"
 
-#define OUTPUTS (2 * ROWS)
+#define OUTPUTS 8
+#define WIDE (BYTES == 64 ? 3 : 1) /* other processors have half the registers */
 #define STEPS 64
 
 long sums_height(int outputs) { return (outputs + OUTPUTS - 1) / OUTPUTS * OUTPUTS; }
 long sums_width(int columns) { return (columns + LANES - 1) / LANES * LANES; }
 
-/* Adds those over n steps of `pitch` numbers each. */
-static void add_outer(int n, long pitch, const real *q, const real *v, real *sums, long width) {
-    vec sum[OUTPUTS];
-    UNROLL for (int m = 0; m < OUTPUTS; m++) sum[m] = *(vec *)(sums + m * width);
-    for (int i = 0; i < n; i++) {
-        vec at = *(const vec *)(v + i * pitch);
-        UNROLL for (int m = 0; m < OUTPUTS; m++) sum[m] += q[i * pitch + m] * at;
+/* Adds those over n steps of `pitch` numbers each, `wide` vectors of them: a constant, so that registers hold the sums. */
+INLINE void add_outer(const int wide, int n, long pitch, const real *q, const real *v, real *sums, long width) {
+    vec sum[OUTPUTS][3], at[3];
+    UNROLL for (int m = 0; m < OUTPUTS; m++)
+        UNROLL for (int c = 0; c < wide; c++) sum[m][c] = *(vec *)(sums + m * width + c * LANES);
+    for (int i = 0; i < n; i++, q += pitch, v += pitch) {
+        UNROLL for (int c = 0; c < wide; c++) at[c] = *(const vec *)(v + c * LANES);
+        UNROLL for (int m = 0; m < OUTPUTS; m++)
+            UNROLL for (int c = 0; c < wide; c++) sum[m][c] += q[m] * at[c];
     }
-    UNROLL for (int m = 0; m < OUTPUTS; m++) *(vec *)(sums + m * width) = sum[m];
+    UNROLL for (int m = 0; m < OUTPUTS; m++)
+        UNROLL for (int c = 0; c < wide; c++) *(vec *)(sums + m * width + c * LANES) = sum[m][c];
 }
 
 /* sums [sums_height(outputs), sums_width(columns)] = sum over n steps of q[step, output] v[step, column]; steps are `pitch` numbers
@@ -31,8 +36,13 @@ void outer_sums(int n, long pitch, const real *q, int outputs, const real *v, in
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (int thread = 0; thread < threads; thread++)
         for (int i = 0; i < n; i += STEPS)
-            for (int o = blocks * thread / threads * OUTPUTS; o < blocks * (thread + 1) / threads * OUTPUTS; o += OUTPUTS)
-                for (int c = 0; c < columns; c += LANES)
-                    add_outer(lesser(STEPS, n - i), pitch, q + i * pitch + o, v + i * pitch + c, sums + o * width + c, width);
+            for (int c = 0; c < width; c += WIDE * LANES)
+                for (int o = blocks * thread / threads * OUTPUTS; o < blocks * (thread + 1) / threads * OUTPUTS; o += OUTPUTS) {
+                    const real *from_q = q + i * pitch + o, *from_v = v + i * pitch + c;
+                    real *to = sums + o * width + c;
+                    int steps = lesser(STEPS, n - i), wide = lesser(WIDE, (int)(width - c) / LANES);
+                    if (wide == WIDE) add_outer(WIDE, steps, pitch, from_q, from_v, to, width);
+                    else if (wide == 2) add_outer(2, steps, pitch, from_q, from_v, to, width);
+                    else add_outer(1, steps, pitch, from_q, from_v, to, width);
+                }
 }
-
