@@ -1,5 +1,7 @@
 """`AdaptiveAgent`: it does what the training's policy does, step for step, and says what is wrong with what it is given."""
 
+import copy
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -334,6 +336,28 @@ def test_weights_that_are_loaded_into_an_agents_policy_play_whole_from_the_next_
     first.policy.load_state_dict(second.policy.state_dict())
     for one, other in zip(play(first, bandits(), 20, seed=3), play(second, bandits(), 20, seed=3), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_copy_plays_weights_of_its_own(copied, name):
+    first, second = (AdaptiveAgent.from_policy(make(bandits(), seed, **NETWORKS[name]), bandits()) for seed in (1, 2))
+    expected = [play(agent, bandits(), 5, seed=3) for agent in (first, second)]
+    of_first = copied(first)
+    of_first.policy.load_state_dict(second.policy.state_dict())  # in the copy alone
+    kept = copied(first)
+    first.policy.load_state_dict(second.policy.state_dict())
+    for agent, played in ((of_first, expected[1]), (kept, expected[0]), (first, expected[1])):
+        for one, other in zip(play(agent, bandits(), 5, seed=3), played, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_copy_goes_on_with_the_trial():
+    agent = AdaptiveAgent.from_policy(make(bandits()), bandits())
+    play(agent, bandits(), 5, seed=3)
+    other = copy.deepcopy(agent)
+    assert agent.act(deterministic=True).tolist() == other.act(deterministic=True).tolist()
+    assert all(map(torch.equal, agent.memory, other.memory))
 
 
 def test_another_policy_makes_another_agent():

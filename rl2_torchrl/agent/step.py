@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -52,17 +53,27 @@ class PolicyStep(nn.Module):
 
     def __init__(self, policy: ProbabilisticTensorDictSequential, signature: Signature, *, compiled: bool = True):
         super().__init__()
-        self.policy, self.signature, self._layout = policy, signature, signature.layout
-        *self._networks, sample = acting_parts(policy)
-        self._make = (lambda part: part.make(1)) if compiled else _exportable
-        self._distribution, self.parameter_keys = distribution_of(sample.module), sample.in_keys
+        self.policy, self.signature, self._layout, self._is_compiled = policy, signature, signature.layout, compiled
         self._hidden_keys = hidden_keys(policy)
         self._next_keys = [unravel_key(("next", key)) for key in self._hidden_keys]
+        self._find_parts()
+
+    def _find_parts(self) -> None:
+        *self._networks, sample = acting_parts(self.policy)
+        self._distribution, self.parameter_keys = distribution_of(sample.module), sample.in_keys
         self.read_weights()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's parts would be functions of this policy, and play its weights; to another process functions cannot go.
+        return {name: value for name, value in vars(self).items() if name not in ("_networks", "_functions")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._find_parts()
 
     def read_weights(self) -> None:
         """Makes the modules' functions anew, some of which hold on to the weights as they were."""
-        self._functions = list(map(self._make, self._networks))
+        self._functions = [part.make(1) if self._is_compiled else _exportable(part) for part in self._networks]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Observations ``[N, ...]``, reward ``[N]``, done and start (bool ``[N]``), noise ``[N, noise_size]``, memory ``[N, ...]``.
