@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any
+from weakref import ref
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -16,6 +18,8 @@ from rl2_torchrl.seeding import derived_seed, require_seed, seed_generator
 from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["TaskDistribution", "TaskSampler"]
+
+log = logging.getLogger(__name__)
 
 #: A task distribution: ``(batch_size, generator) -> task``, the task of shape ``[*batch_size, ...]``.
 TaskDistribution = Callable[[torch.Size, torch.Generator], torch.Tensor | TensorDictBase]
@@ -36,7 +40,7 @@ class TaskSampler(Transform):
         seed: seed of the sampler's own generator, whose numbers are not those of an env or a `torch.Generator` of the same seed;
             None draws one from PyTorch's default generator. Samplers of training tasks and of held-out ones must have different
             seeds; they stay different when ``env.set_seed`` or ``collector.set_seed`` give both envs one seed, which is joined
-            with this one.
+            with this one. A `clone` around another env gets a seed that follows from this one.
             Inside the workers of a ``SerialEnv`` or ``ParallelEnv`` each worker needs a seed of its own, or none
             (``create_env_kwargs=[{"seed": 0}, {"seed": 1}, ...]``), or all workers draw the same tasks; better, put
             the sampler around the batched env: ``TransformedEnv(ParallelEnv(...), Compose(Trial(...), TaskSampler(...)))``.
@@ -121,7 +125,22 @@ class TaskSampler(Transform):
             within = container.__dict__.get("_container")
             container = None if within is None else within()
         if container is not None:
-            _SeedRelay.of(container.base_env).add(self._stream)
+            self._stand_around(container.base_env)
+
+    def _stand_around(self, env: EnvBase) -> None:
+        if self._stream.is_elsewhere(env):
+            seed = self._stream.next_seed()
+            self._stream = _Stream(self.task_key)
+            self.seed(seed)
+            if isinstance(self.distribution, _InOrder):
+                self.distribution = _InOrder(self.distribution.tasks)
+            log.info(
+                "a clone of a TaskSampler stands around another env than the first: it hands out tasks by itself, with %s, so that "
+                "neither env changes the other's.",
+                "a seed of its own" if seed is None else f"the seed {seed}",
+            )
+        self._stream.env = ref(env)
+        _SeedRelay.of(env).add(self._stream)
 
     # --------------------------------------------------------------- resets
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase:
@@ -266,16 +285,32 @@ def _takes_two(function: Any) -> bool:
 
 
 class _Stream:
-    """Where a sampler's tasks are drawn from; the clones that TorchRL makes of a sampler share it.
+    """Where a sampler's tasks are drawn from; the clones that TorchRL makes of a sampler around the same env share it.
 
     Attributes:
         generator: the generator.
         seed: its own seed, or None.
         task_key: entry of the tasks; samplers of one env draw different numbers.
+        env: the env innermost that the tasks are for, weakly.
     """
 
     def __init__(self, task_key: NestedKey):
         self.generator, self.seed, self.task_key = torch.Generator(), None, task_key
+        self.env: ref[EnvBase] | None = None
+        self._others = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "env": None}
+
+    def is_elsewhere(self, env: EnvBase) -> bool:
+        """Whether it is of another env than ``env``, which is still there."""
+        own = None if self.env is None else self.env()
+        return own is not None and own is not env
+
+    def next_seed(self) -> int | None:
+        """The seed of one more stream like this, around another env."""
+        self._others += 1
+        return None if self.seed is None else derived_seed(self.seed, "clone", self._others)
 
     def join(self, seed: int | None) -> None:
         """Seeds the generator as ``seed`` and its own seed say."""

@@ -229,6 +229,47 @@ def test_a_copied_env_is_seeded_by_itself(duplicate):
 # ---- When a task is drawn.
 
 
+def around(transform):
+    return TransformedEnv(BernoulliBandit(2, batch_size=(3,), seed=0), transform)
+
+
+@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize("used", ["around an env", "nowhere yet"])
+def test_a_clone_around_another_env_draws_by_itself(seed, used, caplog):
+    """As TorchRL's scripts make an env for evaluations, `TransformedEnv(base, env.transform.clone())`."""
+
+    def make(cloned):
+        torch.manual_seed(1)  # what a seed of None is drawn by
+        transform = Compose(Trial(episodes=2), uniform(seed))
+        env = around(transform if used == "around an env" else transform.clone())
+        other = around(transform.clone()) if cloned else None
+        return env, other
+
+    with caplog.at_level("INFO", "rl2_torchrl.tasks"):
+        env, other = make(cloned=True)
+    assert "a clone of a TaskSampler stands around another env" in caplog.text
+    theirs = first_of_trials(other, 2)
+    other.transform[1].seed(5)
+    tasks = first_of_trials(env, 3)
+    assert not (tasks[:, :2] == theirs).any()
+    assert torch.equal(tasks, first_of_trials(make(cloned=False)[0], 3))
+    third = around(env.transform.clone())
+    assert not (first_of_trials(third, 2) == theirs).any()
+
+
+def test_a_clone_around_the_same_env_draws_the_same_tasks():
+    env = around(Compose(Trial(episodes=2), uniform()))
+    assert TransformedEnv(env.base_env, env.transform.clone()).transform[1].generator is env.transform[1].generator
+    assert env.transform[1].parent is not None
+
+
+def test_clones_of_fixed_tasks_each_begin_with_the_first():
+    env = around(Compose(Trial(episodes=2), TaskSampler.fixed(numbered(6))))
+    other = around(env.transform.clone())
+    for each in (env, other):
+        assert torch.equal(each.reset()["task"], numbered(6)[:3])
+
+
 def test_task_stays_for_the_trial_and_only_finished_rows_draw():
     env = bandits(TaskSampler.fixed(numbered(8)), pulls=5)
     tensordict = env.reset()
