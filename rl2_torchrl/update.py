@@ -141,6 +141,7 @@ class PPOUpdate:
         self.loss = loss
         self.normalizations()
         self.advantage = TrialAdvantage() if advantage is None else advantage
+        _require_written(self.advantage, loss)
         self.stand_in = _stand_in(self.advantage, loss)
         self.bptt, self.shuffle = None if bptt is None else whole("bptt", bptt), shuffle
         self.epochs, self.minibatches = whole("epochs", epochs), whole("minibatches", minibatches)
@@ -251,7 +252,7 @@ class PPOUpdate:
         missing = [key for key in keys if key not in batch.keys(True, True)]
         if missing:
             raise KeyError(
-                f"the batch lacks {missing}, which the loss reads. Hidden states and 'is_init' come from the collector: "
+                f"the batch lacks {missing}, which the loss reads. Advantages come from advantage=. Hidden states and 'is_init' come from the collector: "
                 "Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that begin inside a trial "
                 f"start from their hidden state, which PPOUpdate(..., bptt={self.bptt or batch.shape[-1]}).in_keys has, for "
                 "TrialCollector(keep=...): keep it (or all, keep=None), or collect and update whole trials, if all have one length."
@@ -375,6 +376,15 @@ class PPOUpdate:
             self.advantage.load_state_dict(state["advantage"])
         if self._generator is not None and state["generator"] is not None:
             self._generator.set_state(state["generator"])
+
+
+def _require_written(advantage: Callable, loss: ClipPPOLoss) -> None:
+    keys = (loss.tensor_keys.advantage, *([loss.tensor_keys.value_target] if loss.critic_network is not None else []))
+    if isinstance(advantage, TrialAdvantage) and (missing := [key for key in keys if key not in advantage.out_keys]):
+        raise ValueError(
+            f"the loss reads {missing}, and {type(advantage).__name__} writes {advantage.out_keys}: name them so for the loss, "
+            "loss.set_keys(advantage=..., value_target=...), or give an advantage that writes what the loss reads."
+        )
 
 
 def _stand_in(advantage: Callable, loss: ClipPPOLoss) -> TensorDictModuleBase | None:

@@ -144,6 +144,21 @@ def test_values_go_by_one_name():
     PPOUpdate(loss, TrialAdvantage(value_key="v"), epochs=1)(batch)
 
 
+def test_advantages_go_by_one_name():
+    loss = make_loss()
+    loss.set_keys(advantage="a", value_target="r")
+    with pytest.raises(ValueError, match=r"loss reads \['a', 'r'\], and TrialAdvantage writes .*set_keys"):
+        PPOUpdate(loss)
+
+    def renamed(batch):
+        batch = TrialAdvantage()(batch)
+        return batch.set("a", batch.pop("advantage")).set("r", batch.pop("value_target"))
+
+    PPOUpdate(loss, renamed, epochs=1)(make_batch())
+    with pytest.raises(KeyError, match=r"the batch lacks \['a', 'r'\].*Advantages come from advantage="):
+        PPOUpdate(loss, lambda batch: batch, epochs=1)(make_batch())
+
+
 def test_a_loss_in_which_everything_is_frozen():
     with pytest.raises(ValueError, match="no parameters to train"):
         PPOUpdate(make_loss().requires_grad_(False))

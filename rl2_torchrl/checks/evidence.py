@@ -142,7 +142,10 @@ class Evidence:
     @cached_property
     def learnt_from(self) -> TensorDictBase:
         """`sample`, with advantages and returns."""
-        return self.advantage(self.sample.clone())
+        learnt_from, key = self.advantage(self.sample.clone()), self.loss.tensor_keys.advantage
+        if learnt_from.get(key, None) is None:
+            raise NotChecked(f"the advantage writes no {key!r}")
+        return learnt_from
 
     @cached_property
     def sample(self) -> TensorDictBase:

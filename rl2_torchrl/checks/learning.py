@@ -23,7 +23,7 @@ def advantages_apart(seen: Evidence) -> str | None:
         noise = scale * torch.randn(entry.shape, generator=generator).to(entry)
         changed.set(key, entry + noise * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
     before, after = seen.learnt_from, seen.advantage(changed)
-    for key in (keys.advantage, keys.value_target):
+    for key in [key for key in (keys.advantage, keys.value_target) if before.get(key, None) is not None]:
         # Where all are normalised together, what nothing was done to is moved and scaled, by the same for all.
         if not _is_affine(before.get(key)[~mine], after.get(key)[~mine]):
             return f"{key!r} changes where only rewards and values of another trial were changed"
