@@ -1,11 +1,14 @@
 """Cores: a user's own and the LSTM do in sequences what they do in steps, reset where a trial starts, and fit into networks."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, InitTracker, ParallelEnv, TransformedEnv
@@ -26,6 +29,7 @@ from rl2_torchrl.modules import (
     GRUCategoricalActor,
     GRUCore,
     GRUValueHead,
+    Head,
     LSTMCore,
     RecurrentActor,
     RecurrentCore,
@@ -378,6 +382,53 @@ def test_ensembles_and_rows_under_vmap(make, is_sequence):
             torch.testing.assert_close(one.squeeze(1), other)
 
 
+@pytest.mark.parametrize("make", [GRUCore, LSTMCore])
+def test_rows_under_vmap_that_share_a_first_memory(make):
+    """Gradients of each sample, by steps from one `initial_memory`."""
+
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.core = core
+
+        def forward(self, row):
+            memory, out = core.initial_memory(1), 0
+            for t in range(6):
+                features, *memory = core.step(row[t : t + 1], *memory)
+                out = out + features.square().sum()
+            return out
+
+    core, x = make(5, 7, 2), torch.randn(4, 6, 5)
+    steps = Steps()
+
+    def total(parameters, row):
+        return torch.func.functional_call(steps, {f"core.{name}": p for name, p in parameters.items()}, (row,))
+
+    parameters = dict(core.named_parameters())
+    found = torch.func.vmap(torch.func.grad(total), (None, 0))(parameters, x)
+    for number, row in enumerate(x):
+        expected = torch.autograd.grad(total(parameters, row), list(parameters.values()))
+        for name, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found[name][number], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("make", [GRUCore, partial(GRUCore, num_layers=2), LSTMCore])
+def test_forward_mode(make, has_grad):
+    """A derivative along a tangent, as by reverse mode."""
+    torch.manual_seed(0)
+    core, head = make(5, 7).double(), Head(7, 3, init_range=1.0, num_cells=[4]).double()
+    x, tangent = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+
+    def run(x):
+        return head(core.sequence(x, None, None))
+
+    with torch.set_grad_enabled(has_grad), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(run(forward_ad.make_dual(x, tangent))).tangent
+    _, expected = torch.autograd.functional.jvp(run, x, tangent)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("is_sequence", [False, True])
 @pytest.mark.parametrize("make", [GRUCore, LSTMCore])
 def test_steps_and_sequences_are_exported(make, is_sequence):
@@ -393,6 +444,36 @@ def test_steps_and_sequences_are_exported(make, is_sequence):
         step, others = torch.export.export(critic, (), entries(), strict=False).module(), entries()
         for one, other in zip(step(**others), critic(**others), strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("is_sequence", [False, True])
+@pytest.mark.parametrize("make", [GRUCore, LSTMCore])
+def test_cores_are_exported_for_any_number_of_rows(make, is_sequence):
+    core = make(5, 7, 2)
+
+    def entries(rows):
+        batch = [rows, 6] if is_sequence else [rows]
+        memory = [torch.randn(*batch, 2, 7) for _ in core.in_keys[1:-1]]
+        return torch.randn(*batch, 5), torch.rand(*batch, 1) < 0.3, *memory
+
+    class Exported(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.core = core
+
+        def forward(self, x, is_init, *memory):
+            data = dict(zip(core.in_keys, (x, *memory, is_init), strict=True))
+            out = self.core(TensorDict(data))
+            return tuple(out[key] for key in core.out_keys)
+
+    with set_recurrent_mode(is_sequence):
+        some = entries(4)
+        rows = {0: torch.export.Dim("rows")}
+        shapes = {"x": rows, "is_init": rows, "memory": (rows,) * (len(some) - 2)}
+        graph = torch.export.export(Exported(), some, dynamic_shapes=shapes).module()
+        for others in (entries(1), entries(9)):
+            for one, other in zip(graph(*others), Exported()(*others), strict=True):
+                torch.testing.assert_close(one, other)
 
 
 def test_a_core_of_the_networks_own_input_and_nothing_ignored():

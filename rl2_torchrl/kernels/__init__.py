@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 from torchrl import torchrl_logger
 
 from rl2_torchrl.kernels.library import cache_folder, compiled
@@ -118,8 +119,9 @@ def covers(*tensors: torch.Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` (`vmap`, `grad`) or `torch.export` takes what runs here apart, into operations of PyTorch's."""
-    return torch.compiler.is_exporting() or torch._C._functorch.maybe_current_level() is not None
+    """Whether `torch.func` (`vmap`, `grad`), forward-mode AD or `torch.export` takes what runs here apart, into PyTorch's operations."""
+    is_dual = forward_ad._current_level >= 0
+    return is_dual or torch.compiler.is_exporting() or torch._C._functorch.maybe_current_level() is not None
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

@@ -1,7 +1,7 @@
 """`gru_sequence`: a GRU layer over sequences with resets, compiled, and its gradient."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.kernels.functions import (
@@ -73,15 +73,23 @@ def _as_inputs(x, hidden, is_init, w_ih, w_hh) -> tuple[Tensor, Tensor | None]:
 
 
 def _loop(x, hidden, is_init, w_ih, w_hh, b_ih, b_hh) -> Tensor:
-    h = x.new_zeros(len(x), w_hh.shape[1]) if hidden is None else hidden[:, 0]
-    outputs = []
+    h = x.new_zeros(x.shape[0], w_hh.shape[1]) if hidden is None else hidden[:, 0]
+    outputs, cell = [], _gru_cell if kernels.is_transformed() else torch.gru_cell
     for t in range(x.shape[1]):
         if t and is_init is not None:
             first = torch.zeros_like(h) if hidden is None else hidden[:, t]
             h = torch.where(is_init[:, t].bool().unsqueeze(-1), first, h)
-        h = torch.gru_cell(x[:, t], h, w_ih, w_hh, b_ih, b_hh)
+        h = cell(x[:, t], h, w_ih, w_hh, b_ih, b_hh)
         outputs.append(h)
     return torch.stack(outputs, 1)
+
+
+def _gru_cell(x, h, w_ih, w_hh, b_ih, b_hh) -> Tensor:
+    """`torch.gru_cell`, which under vmap adds in place to a memory that all rows share."""
+    r_x, z_x, n_x = nn.functional.linear(x, w_ih, b_ih).chunk(3, -1)
+    r_h, z_h, n_h = nn.functional.linear(h, w_hh, b_hh).chunk(3, -1)
+    new, keep = (n_x + (r_x + r_h).sigmoid() * n_h).tanh(), (z_x + z_h).sigmoid()
+    return new + keep * (h - new)
 
 
 # ------------------------------------------------------------------ kernels

@@ -5,6 +5,7 @@ one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``, as TorchRL's `GR
 plain tensors, by `step_function`, `sequence` and `initial_memory`, which all of ours have (`FastGRUModule` too).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import index
 
@@ -120,14 +121,14 @@ class RecurrentCore(TensorDictModuleBase):
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
         """`sequence`, and the memories ``[N, T, *shape]`` after each trial's last step in its row, 0 elsewhere."""
-        first_at, outputs = self._first_memory(memory, len(x)), []
+        first_at, outputs = self._first_memory(memory, x.shape[0]), []
         state = tuple(m[:, 0] for m in memory) if memory else first_at(0)
         for t in range(x.shape[1]):
             if is_init is not None:
                 state = [where_rows(is_init[:, t], *pair) for pair in zip(first_at(t), state, strict=True)]
             given = self.step(x[:, t], *state)
             if t == 0:
-                self._require_outputs(given, len(x))
+                self._require_outputs(given, x.shape[0])
             _, *state = given
             outputs.append(given)
         features, *states = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
@@ -148,16 +149,17 @@ class RecurrentCore(TensorDictModuleBase):
         """One step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
         x, memory, is_init = self._read(tensordict)
         batch, is_sequence = x.shape[:-1], self.recurrent_mode
-        lead = (batch[:-1].numel(), batch[-1]) if is_sequence else (batch.numel(),)
+        # Not numel() and len(), which fix the number of rows of an exported graph.
+        lead = (math.prod(batch[:-1]), batch[-1]) if is_sequence else (math.prod(batch),)
         x, is_init = x.reshape(*lead, x.shape[-1]), is_init.reshape(lead)
         memory = memory and tuple(m.reshape(*lead, *m.shape[len(batch) :]) for m in memory)
         if is_sequence:
             outputs = self.unroll(x, memory, is_init)
         else:
-            initial = self.initial_memory(len(x))
+            initial = self.initial_memory(lead[0])
             pairs = zip(initial, memory or initial, strict=True)
             outputs = self.step(x, *(where_rows(is_init, *pair) for pair in pairs))
-            self._require_outputs(outputs, len(x))
+            self._require_outputs(outputs, lead[0])
         for key, value in zip(self.out_keys, outputs, strict=True):
             tensordict.set(key, value.reshape(*batch, *value.shape[len(lead) :]))
         return tensordict
@@ -208,7 +210,7 @@ class RecurrentCore(TensorDictModuleBase):
                 f"input_size={self.input_size} for [*B, input_size], in recurrent mode [*B, T, input_size]: use from_env(env, ...)."
             )
         batch = x.shape[:-1]
-        if is_init.numel() != batch.numel():
+        if math.prod(is_init.shape) != math.prod(batch):
             raise ValueError(f"{init_key!r} has shape {tuple(is_init.shape)}, not {(*batch, 1)}: one flag a step.")
         if all(m is None for m in memory):
             self._require_memory(is_init.reshape(batch))
