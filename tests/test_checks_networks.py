@@ -12,7 +12,7 @@ from pipelines import ACTIONS, ROWS, STATES, TRIAL, broken_rule, first_batch, md
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.envs import Compose, ExplorationType, TransformedEnv
+from torchrl.envs import CatFrames, Compose, ExplorationType, TransformedEnv, UnsqueezeTransform
 from torchrl.modules import GRUModule, ProbabilisticActor, recurrent_mode, set_recurrent_mode
 
 from rl2_torchrl import (
@@ -103,6 +103,20 @@ def test_an_actor_that_never_reads_the_transition_input():
     collector, update = pipeline(env, *own_policy(gru, before=[states]))
     with pytest.raises(TrainingCheckError, match=r"transition_read.*does not read 'trans', but \['observation'\]"):
         check_training(collector, update, first_batch(collector))
+
+
+def test_an_actor_that_reads_what_is_made_of_the_transition_input():
+    """Its last steps, say."""
+    env = mdp_env()
+    env.append_transform(UnsqueezeTransform(-2, in_keys=["trans"], out_keys=["past"]))
+    env.append_transform(CatFrames(3, -2, in_keys=["past"], out_keys=["past"]))
+    flat = TensorDictModule(nn.Flatten(-2), ["past"], ["seen"])
+    gru = gru_module(in_key="seen")
+    gru.gru = nn.GRU(3 * (STATES + ACTIONS + 2), 8, batch_first=True)
+    collector, update = pipeline(env, *own_policy(gru, before=[flat]))
+    unchecked = check_training(collector, update, first_batch(collector)).unchecked
+    assert unchecked["transition_read"] == "the actor reads ['past'], which transforms make of 'trans'"
+    assert "transition_input" not in unchecked
 
 
 class ForgetsEpisodes(GRUModule):

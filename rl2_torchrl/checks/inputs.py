@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torchrl.envs import EnvBase, VecNormV2
+from torchrl.envs import EnvBase, Transform, VecNormV2
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import EPISODE_DONE, Trial, base_of, transforms_of
+from rl2_torchrl.trial import EPISODE_DONE, Trial, base_of, made_of, transforms_of
 
 __all__ = ["RULES"]
 
@@ -35,10 +35,14 @@ def transition_input(seen: Evidence) -> str | None:
 
 
 def _require_unchanged(seen: Evidence, previous: PreviousStep) -> None:
-    key, later = previous.out_key, seen.transforms[seen.transforms.index(previous) + 1 :]
-    changing = [type(t).__name__ for t in later if key in (*(t.in_keys or ()), *(t.out_keys or ()))]
+    key, later = previous.out_key, _behind(seen, previous)
+    changing = [type(t).__name__ for t in later if key in (t.out_keys or t.in_keys or ())]
     if changing:
         raise NotChecked(f"{changing} changes {key!r} after PreviousStep")
+
+
+def _behind(seen: Evidence, previous: PreviousStep) -> list[Transform]:
+    return seen.transforms[seen.transforms.index(previous) + 1 :]
 
 
 def _told(seen: Evidence, previous: PreviousStep, trans: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -91,7 +95,10 @@ def transition_read(seen: Evidence) -> str | None:
         _require_unchanged(seen, each)
     read = next((each for each in previous if each.out_key in seen.probe.observed), None)
     if read is None:
-        return f"the actor does not read {previous[0].out_key!r}, but {seen.probe.observed}"
+        key, observed = previous[0].out_key, seen.probe.observed
+        if made := made_of([key], _behind(seen, previous[0])).intersection(observed):
+            raise NotChecked(f"the actor reads {sorted(map(str, made))}, which transforms make of {key!r}")
+        return f"the actor does not read {key!r}, but {observed}"
     windows, size = seen.windows(seen.inner), read.layout().action.size
     columns = {"action": slice(-2 - size, -2), "reward": slice(-2, -1), "done": slice(-1, None)}
     unread = [name for name, part in columns.items() if not seen.probe.heeds(windows, read.out_key, part)]
