@@ -16,15 +16,17 @@ import torch
 from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
+from torchrl.envs import Transform
 
 from rl2_torchrl.collector import begin_new_trials, load_rollout_state, rollout_state
+from rl2_torchrl.envs.kept import KeptByTransforms
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.settings import differences, is_network, moved, named, networks_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import transforms_of
+from rl2_torchrl.trial import base_of, transforms_of
 from rl2_torchrl.workers import TrialWorkers
 
 __all__ = ["RunCheckpoints", "Stateful"]
@@ -88,7 +90,8 @@ class RunCheckpoints:
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings, self._networks = settings_of(collector, update), networks_of(update)
         self._moved: set[str] = set()  # attributes of env and networks that play or updates have changed
-        self._own = _CollectorState(collector)
+        self._kept = KeptByTransforms(_transforms(collector))
+        self._own = _CollectorState(collector, self._kept)
         self._parts = {
             "update": update,
             "collector": self._own,
@@ -182,7 +185,7 @@ class RunCheckpoints:
             owner = owners.get(part)
             held = owner.state_dict() if hasattr(owner, "state_dict") else {}
             is_held = {attribute, "_extra_state"} & held.keys() if isinstance(owner, nn.Module) else held
-            if owner is not None and not is_held:
+            if owner is not None and not is_held and not self._kept.holds(part, attribute):
                 log.warning(
                     "%s changes in the training, and checkpoints do not hold it: a resumed run begins with its first value. %s",
                     name,
@@ -393,14 +396,24 @@ class _States:
                 log.warning("the state of %s is lost: the run had it among its callbacks, and this one has not.", name)
 
 
+def _transforms(collector: BaseCollector) -> dict[str, Transform]:
+    """Those around a collector's env, and around its rows, as far as they are in this process, by the names of their settings."""
+    env = getattr(collector, "env", None)
+    found = named("env", transforms_of(env))
+    rows = () if env is None else vars(base_of(env)).get("_envs")  # a SerialEnv's
+    for number, row in enumerate(rows or ()):
+        found |= named(f"env.row{number}", transforms_of(row))
+    return found
+
+
 class _CollectorState:
     """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more.
 
     Where it has taken the place of another kind, with workers or without, that one's state is handed on: it may come back.
     """
 
-    def __init__(self, collector: BaseCollector):
-        self._collector, self._known, self._replaced = collector, {}, {}
+    def __init__(self, collector: BaseCollector, kept: KeptByTransforms):
+        self._collector, self._kept, self._known, self._replaced = collector, kept, {}, {}
 
     def ask(self) -> None:
         self._known = self._collector.state_dict()
@@ -416,10 +429,12 @@ class _CollectorState:
     def last_known(self) -> dict[str, Any]:
         """With the counts as they are, which are not the processes'."""
         counts = {name: getattr(self._collector, f"_{name}") for name in ("frames", "iter") if name in self._known}
-        return {**self._known, **counts, **({"replaced": self._replaced} if self._replaced else {})}
+        more = {"replaced": self._replaced, "kept": self._kept.state_dict()}
+        return {**self._known, **counts, **{name: each for name, each in more.items() if each}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        last = {name: each for name, each in state.items() if name != "replaced"}
+        last = {name: each for name, each in state.items() if name not in ("replaced", "kept")}
+        self._kept.load_state_dict(state.get("kept", {}))
         by_kind = {"lives" in each: each for each in (state.get("replaced"), last) if each}
         has_workers = isinstance(self._collector, TrialWorkers)
         if has_workers in by_kind:

@@ -252,10 +252,11 @@ class PPOUpdate:
         missing = [key for key in keys if key not in batch.keys(True, True)]
         if missing:
             raise KeyError(
-                f"the batch lacks {missing}, which the loss reads. Advantages come from advantage=. Hidden states and 'is_init' come from the collector: "
-                "Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that begin inside a trial "
-                f"start from their hidden state, which PPOUpdate(..., bptt={self.bptt or batch.shape[-1]}).in_keys has, for "
-                "TrialCollector(keep=...): keep it (or all, keep=None), or collect and update whole trials, if all have one length."
+                f"the batch lacks {missing}, which the loss reads. Advantages come from advantage=, hidden states and 'is_init' "
+                "from the collector: Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that "
+                f"begin inside a trial start from their hidden state, which PPOUpdate(bptt={self.bptt or batch.shape[-1]}).in_keys "
+                "has, for TrialCollector(keep=...): keep it (or all, keep=None), or collect and update whole trials, if all have "
+                "one length."
             )
         return split_rows(batch.select(*keys), self.bptt)
 

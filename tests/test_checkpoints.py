@@ -14,7 +14,7 @@ import torch
 from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, RewardScaling, Transform, TransformedEnv
+from torchrl.envs import Compose, RewardScaling, TransformedEnv
 from torchrl.record.loggers import CSVLogger
 
 from rl2_torchrl import (
@@ -36,6 +36,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.checkpoints import _CollectorState
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, uniform_means
+from rl2_torchrl.envs.kept import KeptByTransforms
 from rl2_torchrl.storage import load_tree
 
 
@@ -406,34 +407,37 @@ class Curriculum(Counter):
         return torch.rand(*batch_size, 3, generator=generator)
 
 
-class Forgets(Transform):
-    """Counts steps, which no checkpoint holds; and, in a buffer, which all do."""
+class Forgets:
+    """An advantage that counts, and has no state."""
 
-    def __init__(self):
-        super().__init__()
-        self.lost = 0
-        self.register_buffer("kept", torch.zeros(()))
+    def __init__(self, inner):
+        self.inner, self.updates = inner, 0
 
-    def _step(self, tensordict, next_tensordict):
-        self.lost += 1
-        self.kept += 1
-        return next_tensordict
+    def __call__(self, batch):
+        self.updates += 1
+        return self.inner(batch)
 
 
-def test_what_changes_beside_networks_goes_on_or_is_named(tmp_path, caplog):
+def test_what_changes_beside_networks_goes_on(tmp_path):
     def counts(updates, **options):
-        run = Run(updates, transforms=[forgets := Forgets()])
+        run = Run(updates)
         run.sampler.distribution = tasks = Curriculum()
         run.update.advantage = advantage = Scaled(run.update.advantage)
         run.train(checkpoints=tmp_path, check=False, checkpoint_interval=1, **options)
-        return tasks.updates, advantage.updates, forgets.kept.item()
+        return tasks.updates, advantage.updates
 
     counts(2)
-    said = [record.message for record in caplog.records if "checkpoints do not hold it" in record.message]
-    assert [message.split()[0] for message in said] == ["env.Forgets.lost"]
     resumed = counts(4, resume=True)
     shutil.rmtree(tmp_path)
     assert resumed == counts(4)
+
+
+def test_what_changes_and_is_lost_is_named(tmp_path, caplog):
+    run = Run(2)
+    run.update.advantage = Forgets(run.update.advantage)
+    run.train(checkpoints=tmp_path, check=False, checkpoint_interval=1)
+    said = [record.message for record in caplog.records if "checkpoints do not hold it" in record.message]
+    assert [message.split()[0] for message in said] == ["advantage.updates"]
 
 
 class Slotted:
@@ -696,5 +700,5 @@ def test_a_collector_of_ones_own_has_the_state_that_it_says():
             self.state = state
 
     own = Own()
-    _CollectorState(own).load_state_dict({"seen": 3})
+    _CollectorState(own, KeptByTransforms({})).load_state_dict({"seen": 3})
     assert own.state == {"seen": 3}

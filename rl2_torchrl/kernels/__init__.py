@@ -119,7 +119,7 @@ def covers(*tensors: torch.Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` (`vmap`, `grad`), forward-mode AD or `torch.export` takes what runs here apart, into PyTorch's operations."""
+    """Whether `torch.func` (`vmap`, …), forward-mode AD or `torch.export` takes what runs here apart, into PyTorch's operations."""
     is_dual = forward_ad._current_level >= 0
     return is_dual or torch.compiler.is_exporting() or torch._C._functorch.maybe_current_level() is not None
 
