@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 from torchrl.envs import Transform
 
 from rl2_torchrl.collector import begin_new_trials, load_rollout_state, rollout_state
-from rl2_torchrl.envs.kept import KeptByTransforms
 from rl2_torchrl.history import HistoryFile
+from rl2_torchrl.kept import Kept
 from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
-from rl2_torchrl.settings import differences, is_network, moved, named, networks_of, settings_of
+from rl2_torchrl.settings import differences, is_network, moved, named, networks_of, parts_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import base_of, transforms_of
+from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
 __all__ = ["RunCheckpoints", "Stateful"]
@@ -90,10 +90,10 @@ class RunCheckpoints:
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings, self._networks = settings_of(collector, update), networks_of(update)
         self._moved: set[str] = set()  # attributes of env and networks that play or updates have changed
-        self._kept = KeptByTransforms(_transforms(collector))
-        self._own = _CollectorState(collector, self._kept)
+        self._own = _CollectorState(collector)
         self._parts = {
             "update": update,
+            "kept": Kept({**_transforms(collector), **(parts_of(update) if isinstance(update, PPOUpdate) else {})}),
             "collector": self._own,
             "rollout": _RolloutState(collector, returns),
             "callbacks": _States(callbacks),
@@ -165,9 +165,7 @@ class RunCheckpoints:
     def _write(self, rollout: bool) -> None:
         state = self._state(rollout)
         if rollout or not isinstance(self._collector, TrialWorkers):  # which may have died in the rollout
-            now = moved(self._settings, settings_of(self._collector, self._parts["update"]))
-            self._warn_of_lost(now - self._moved)
-            self._moved |= now
+            self._moved |= moved(self._settings, settings_of(self._collector, self._parts["update"]))
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
         about["moved"] = sorted(self._moved)
         about["history"] = self._history.write(self._result.history)
@@ -175,24 +173,6 @@ class RunCheckpoints:
         self._scalars.is_of(self._folder)
         for path in self._paths()[:-_KEPT]:
             path.unlink()
-
-    def _warn_of_lost(self, names: Collection[str]) -> None:
-        """Says which of the attributes ``names``, which have moved, no checkpoint holds; an env's own are among its state."""
-        transforms = named("env", transforms_of(getattr(self._collector, "env", None)))
-        owners = {**transforms, "advantage": getattr(self._parts["update"], "advantage", None)}
-        for name in sorted(names):
-            part, _, attribute = name.rpartition(".")
-            owner = owners.get(part)
-            held = owner.state_dict() if hasattr(owner, "state_dict") else {}
-            is_held = {attribute, "_extra_state"} & held.keys() if isinstance(owner, nn.Module) else held
-            if owner is not None and not is_held and not self._kept.holds(part, attribute):
-                log.warning(
-                    "%s changes in the training, and checkpoints do not hold it: a resumed run begins with its first value. %s",
-                    name,
-                    "Make it a buffer, or write get_extra_state() and set_extra_state(state)."
-                    if isinstance(owner, nn.Module)
-                    else "Write state_dict() and load_state_dict(state).",
-                )
 
     def _state(self, rollout: bool = True) -> dict[str, Any]:
         for name, part in {**self._parts, "collector": self._collector}.items():
@@ -300,7 +280,8 @@ class RunCheckpoints:
             state["rollout"] = {"missing": "settings of the env have changed"}
         try:
             for name, part in self._parts.items():
-                part.load_state_dict(state[name])
+                if name in state:  # older versions had fewer
+                    part.load_state_dict(state[name])
         except Exception as error:
             then = differences(tree["versions"], _versions())
             raise ValueError(
@@ -406,14 +387,22 @@ def _transforms(collector: BaseCollector) -> dict[str, Transform]:
     return found
 
 
+def _unshare_buffers(transform: Transform) -> None:
+    """Gives those memory of their own of which one number stands for several, as in TorchRL's `ActionDiscretizer`."""
+    for module in transform.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and 0 in buffer.stride():
+                module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+
+
 class _CollectorState:
     """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more.
 
     Where it has taken the place of another kind, with workers or without, that one's state is handed on: it may come back.
     """
 
-    def __init__(self, collector: BaseCollector, kept: KeptByTransforms):
-        self._collector, self._kept, self._known, self._replaced = collector, kept, {}, {}
+    def __init__(self, collector: BaseCollector):
+        self._collector, self._known, self._replaced = collector, {}, {}
 
     def ask(self) -> None:
         self._known = self._collector.state_dict()
@@ -429,12 +418,12 @@ class _CollectorState:
     def last_known(self) -> dict[str, Any]:
         """With the counts as they are, which are not the processes'."""
         counts = {name: getattr(self._collector, f"_{name}") for name in ("frames", "iter") if name in self._known}
-        more = {"replaced": self._replaced, "kept": self._kept.state_dict()}
-        return {**self._known, **counts, **{name: each for name, each in more.items() if each}}
+        return {**self._known, **counts, **({"replaced": self._replaced} if self._replaced else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        last = {name: each for name, each in state.items() if name not in ("replaced", "kept")}
-        self._kept.load_state_dict(state.get("kept", {}))
+        last = {name: each for name, each in state.items() if name != "replaced"}
+        for transform in _transforms(self._collector).values():
+            _unshare_buffers(transform)
         by_kind = {"lives" in each: each for each in (state.get("replaced"), last) if each}
         has_workers = isinstance(self._collector, TrialWorkers)
         if has_workers in by_kind:

@@ -18,7 +18,7 @@ from rl2_torchrl.trial import base_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
-__all__ = ["differences", "is_network", "moved", "named", "networks_of", "settings_of"]
+__all__ = ["differences", "is_network", "moved", "named", "networks_of", "parts_of", "settings_of"]
 
 Settings = dict[str, Any]
 
@@ -60,12 +60,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 
 def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
-    """Names of attributes of env, advantage and networks that are others ``now`` than ``then``: where they stand, and no settings.
+    """Names of attributes of env, update and networks that are others ``now`` than ``then``: where they stand, and no settings.
 
     Of an env that is gone, as where a rollout has failed, nothing is said: what is missing has not moved.
     """
-    kinds = ("env.", "advantage.")
-    return {name for name in differences(then, now) if name in now and (name.startswith(kinds) or is_network(name))}
+    kinds = ("env.", "advantage.", "loss.", "update.")
+    return {name for name in differences(then, now) if name in now and name.startswith(kinds)}
 
 
 def is_network(name: str) -> bool:
@@ -121,19 +121,24 @@ def _gymnasium(base: EnvBase) -> Settings:
     return {} if spec is None else {"env.id": getattr(spec, "id", None), "env.kwargs": kwargs}
 
 
+def parts_of(update: PPOUpdate) -> dict[str, Any]:
+    """What an update is made of, by the names of their settings: advantage, loss, terms, and all modules of the networks."""
+    loss = update.loss
+    parts = {"update": update, "loss": loss, "advantage": update.advantage}
+    for name in _NETWORKS:
+        if (network := getattr(loss, name, None)) is not None:
+            parts |= network.named_modules(prefix=f"loss.{name}")
+    return parts | named("loss", getattr(loss, "terms", ()))
+
+
 def _update(update: PPOUpdate) -> Settings:
-    settings = {**_part("update", update), **_part("loss", update.loss), **_part("advantage", update.advantage)}
-    settings["update.optimizer"] = _name(update.optimizer)
+    settings: Settings = {"update.optimizer": _name(update.optimizer)}
+    for name, part in parts_of(update).items():
+        settings |= _part(name, part)
     for number, options in enumerate(update.given_options):
         group = "update" if number == 0 else f"update.group{number}"
         settings |= {f"{group}.{name}": _plain(value) for name, value in options.items() if name not in _INNER}
     settings |= {f"loss.{name}": value for name, value in update.given_coefficients.items()}
-    for name, term in named("loss", getattr(update.loss, "terms", ())).items():
-        settings |= _part(name, term)
-    for network in _NETWORKS:
-        if (module := getattr(update.loss, network, None)) is not None:
-            for name, each in module.named_modules(prefix=f"loss.{network}"):
-                settings |= _part(name, each)
     return {name: value for name, value in settings.items() if value is not _NOT_PLAIN}
 
 

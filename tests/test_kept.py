@@ -1,4 +1,4 @@
-"""What transforms keep beside their buffers is in checkpoints, and goes on in a resumed run."""
+"""What transforms, terms, networks and updates keep beside their buffers goes on in a resumed run, or the log names it."""
 
 import copy
 import shutil
@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from runs import Run
+from torch import nn
 from torchrl.envs import (
     Compose,
     RandomTruncationTransform,
@@ -17,6 +18,7 @@ from torchrl.envs import (
 
 from rl2_torchrl import (
     ActorCritic,
+    Callback,
     GRUCategoricalActor,
     GRUValueHead,
     PPOUpdate,
@@ -24,6 +26,7 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TaskSampler,
     Trial,
+    TrialAdvantage,
     TrialCollector,
     train,
 )
@@ -112,3 +115,80 @@ def test_a_constant_of_a_transform_is_the_one_that_is_given(tmp_path):
     run = Run(4, transforms=[keeps := Keeps(weight=0.25)])
     run.train(checkpoints=tmp_path, resume=True)
     assert keeps.weight.item() == 0.25
+
+
+class Penalty(nn.Module):
+    """Its weight adapts, as that of PPO's penalty on the divergence does."""
+
+    in_keys = ["logits"]
+
+    def __init__(self):
+        super().__init__()
+        self.beta = 1.0
+
+    def forward(self, logits):
+        self.beta *= 1.5
+        return {"loss_penalty": self.beta * 1e-3 * logits.square().mean()}
+
+
+class Moves(Callback):
+    """A callback that moves what is no parameter and no buffer."""
+
+    def __init__(self, update):
+        self.update, self.head = update, update.loss.actor_network.module[0]
+        self.head.temperature = 2.0
+
+    def after_update(self, row, progress):
+        self.head.temperature *= 0.8
+        self.update.epochs += 1
+
+
+class Scaled(TrialAdvantage):
+    """Its discount grows."""
+
+    def forward(self, batch):
+        self.gamma = 1 - 0.9 * (1 - self.gamma)
+        return super().forward(batch)
+
+
+def test_what_an_update_is_made_of_keeps_what_moves(tmp_path):
+    def run_of(updates, **options):
+        run = Run(updates)
+        run.update.advantage = Scaled(critic=run.policy, gamma=0.5)
+        run.update.loss.terms.append(penalty := Penalty())
+        moves = Moves(run.update)
+        run.train(checkpoints=tmp_path, check=False, callbacks=[moves], **options)
+        return penalty.beta, moves.head.temperature, run.update.epochs, run.update.advantage.gamma, run.everything()
+
+    run_of(2)
+    resumed = run_of(4, resume=True)
+    shutil.rmtree(tmp_path)
+    torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
+
+
+class Last:
+    """Another object at each update, of which no file can tell: it holds a function."""
+
+    def __init__(self):
+        self.function = lambda: None
+
+
+class Remembers(TrialAdvantage):
+    """What cannot be saved, and a number beside it."""
+
+    def forward(self, batch):
+        self.last, self.calls = Last(), getattr(self, "calls", 0) + 1
+        return super().forward(batch)
+
+
+def test_what_cannot_be_saved_is_named_and_what_goes_with_it_begins_anew(tmp_path, caplog):
+    def run_of(updates, **options):
+        run = Run(updates)
+        run.update.advantage = Remembers(critic=run.policy)
+        run.train(checkpoints=tmp_path, check=False, checkpoint_interval=1, **options)
+        return run.update.advantage.calls
+
+    run_of(2)
+    said = [record.message for record in caplog.records if "checkpoints cannot hold it" in record.message]
+    assert [message.split()[0] for message in said] == ["advantage.last"]
+    assert run_of(4, resume=True) == 2
