@@ -12,7 +12,17 @@ import torch
 from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor
 from tensordict.utils import expand_as_right
 from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import AutoResetTransform, Compose, EnvBase, Transform, TransformedEnv, VecGymEnvTransform
+from torchrl.envs import (
+    AutoResetTransform,
+    Compose,
+    ConditionalPolicySwitch,
+    EnvBase,
+    FrameSkipTransform,
+    MultiAction,
+    Transform,
+    TransformedEnv,
+    VecGymEnvTransform,
+)
 
 from rl2_torchrl.arguments import as_list, require_flags, whole
 from rl2_torchrl.tasks import TaskSampler
@@ -63,7 +73,8 @@ class Trial(Transform):
             ``"info"`` always are. Default none more.
 
     Raises:
-        ValueError: neither bound is given, or one is below 1; ``step_keys`` names an entry of the env's ``state_spec``.
+        ValueError: neither bound is given, or one is below 1; ``step_keys`` names an entry of the env's ``state_spec``; a transform
+            behind it steps the env several times in one.
         TypeError: ``step_keys`` is a single key, or the base env resets its rows by itself (`GymEnv` with ``num_envs``, any with
             ``auto_reset=True``).
         RuntimeError: when attached anywhere but first in the `TransformedEnv`.
@@ -199,6 +210,12 @@ class Trial(Transform):
                 "an InitTracker stands below Trial: it would flag the beginning of each episode, where an agent that adapts must "
                 "not lose its memory. Leave it out; collectors put one behind Trial."
             )
+        if again := [type(each).__name__ for each in own_transforms(self.container) if isinstance(each, _STEP_AGAIN)]:
+            raise ValueError(
+                f"{again[0]} behind Trial steps the env several times in one: a row whose episode ends in between goes on at once "
+                "with the next one, and two episodes would be one. Put it below: TransformedEnv(TransformedEnv(env, "
+                f"{again[0]}(...)), Compose(Trial(...), ...), auto_unwrap=False), or let the env itself repeat actions."
+            )
         if read := [key for key in self.step_keys if key in env.state_spec.keys(True, True)]:
             raise ValueError(
                 f"Trial(step_keys=...): the env reads {read} back at its next step: left as they are by an inner reset, the new "
@@ -246,6 +263,10 @@ class Trial(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("Trial is a transform of environments; it has no meaning in a replay buffer.")
+
+
+#: Transforms that step the env below them again within a step.
+_STEP_AGAIN = (FrameSkipTransform, MultiAction, ConditionalPolicySwitch)
 
 
 def _require_plain_resets(env: EnvBase) -> None:

@@ -16,7 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorWrapper
 from line_envs import SYNC_AND_ASYNC, Line, lines, right, set_goal, theirs, trials, vector, with_task
 from rollouts import make_policy
 from torchrl.data import Categorical, Unbounded
-from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs import Compose, FrameSkipTransform, TransformedEnv
 
 from rl2_torchrl import ActorCritic, GRUCategoricalActor, GRUValueHead, PreviousStep, Trial, TrialCollector
 from rl2_torchrl.envs import GymVectorEnv
@@ -158,6 +158,13 @@ def test_an_action_that_is_no_number_is_not_blamed_on_the_env():
     action = torch.tensor([[0.0], [np.nan]])
     with pytest.raises(FloatingPointError, match="an action is NaN or infinite: the policy has broken down"):
         env.step(env.reset().set("action", action))
+
+
+def test_a_step_beyond_an_episodes_end_is_told():
+    env = TransformedEnv(lines(), FrameSkipTransform(3))
+    first = env.reset(with_task(env, 9.0, 4.0, 5.0))
+    with pytest.raises(RuntimeError, match="a row whose episode has ended was stepped again .* FrameSkipTransform"):
+        env.step(env.step_mdp(env.step(first.set("action", right(env)))).set("action", right(env)))
 
 
 class Spoilt(Line):

@@ -8,6 +8,7 @@ from torchrl.data import Categorical, Composite, NonTensor, Unbounded
 from torchrl.envs import (
     Compose,
     EnvBase,
+    FrameSkipTransform,
     GymEnv,
     InitTracker,
     ParallelEnv,
@@ -351,6 +352,13 @@ def test_step_keys_that_the_env_reads_back_are_refused():
 def test_an_init_tracker_below_is_refused():
     with pytest.raises(ValueError, match="InitTracker stands below Trial.*memory"):
         _ = TransformedEnv(TransformedEnv(CountingEnv(), InitTracker()), Trial(steps=2), auto_unwrap=False).output_spec
+
+
+def test_transforms_that_step_on_from_an_inner_reset_are_refused():
+    env = TransformedEnv(CountingEnv(), Compose(Trial(steps=4), FrameSkipTransform(2)))
+    with pytest.raises(ValueError, match="FrameSkipTransform behind Trial .*two episodes would be one. Put it below"):
+        _ = env.observation_spec
+    _ = TransformedEnv(TransformedEnv(CountingEnv(), FrameSkipTransform(2)), Trial(steps=4), auto_unwrap=False).specs
 
 
 def test_rows_that_an_env_was_not_made_with_are_refused():

@@ -238,7 +238,15 @@ class GymVectorEnv(TensorEnv):
     def advance(self, state: None, action: Tensor) -> tuple[None, Entries, Tensor, Tensor, Tensor]:
         """One step of Gymnasium's `VectorEnv`."""
         self._require_open()
-        observations, reward, *ends, infos = call(self.envs, self.envs.step, self.actions.array(action))
+        try:
+            observations, reward, *ends, infos = call(self.envs, self.envs.step, self.actions.array(action))
+        except AssertionError as error:
+            if "autoreset_envs" not in str(error):
+                raise
+            raise RuntimeError(
+                "a row whose episode has ended was stepped again before a reset: by a transform that steps several times in one, "
+                "such as FrameSkipTransform? Let the envs themselves repeat actions, by a wrapper of Gymnasium's."
+            ) from error
         for name, given in zip(("rewards", "terminations", "truncations"), (reward, *ends), strict=True):
             if np.shape(given) != (self.envs.num_envs,):
                 raise ValueError(
