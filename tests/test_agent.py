@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import nn
 from torchrl.envs import (
     ActionScaling,
@@ -360,6 +361,41 @@ def test_a_copy_goes_on_with_the_trial():
     assert all(map(torch.equal, agent.memory, other.memory))
 
 
+@pytest.mark.parametrize("stands", ["after a reward", "before one", "at a trial's start"])
+@pytest.mark.parametrize("rows", [None, 3])
+def test_a_session_goes_on_in_another_agent(rows, stands, tmp_path):
+    agent = AdaptiveAgent.from_policy(make(bandits()), bandits())
+    agent.new_trial(rows)
+    for done in (False, True):
+        agent.act(deterministic=True)
+        agent.observe(np.ones(rows or 1), done)
+    if stands == "before one":
+        agent.act(deterministic=True)
+    elif stands == "at a trial's start":
+        agent.new_trial(rows)
+    torch.save(agent.state_dict(), tmp_path / "session.pt")
+    other = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
+    with pytest.raises(RuntimeError, match="no trial has begun"):
+        other.state_dict()
+    other.load_state_dict(torch.load(tmp_path / "session.pt"))
+    for each in (agent, other):
+        if stands == "before one":
+            each.observe(np.zeros(rows or 1))
+        each.last = each.act(deterministic=True)
+    assert np.array_equal(agent.last, other.last)
+    assert all(map(torch.equal, agent.memory, other.memory))
+
+
+def test_a_memory_that_nobody_would_look_at_is_refused():
+    agent = AdaptiveAgent.from_policy(make(bandits()), bandits())
+    agent.new_trial()
+    with pytest.raises(RuntimeError, match="a trial begins, and no memory is looked at: .*load_state_dict"):
+        agent.memory = [torch.zeros(1, *shape) for shape in agent.signature.memory.values()]
+    other = AdaptiveAgent.from_policy(make(bandits(), hidden_size=8), bandits())
+    with pytest.raises(ValueError, match="another policy's"):
+        other.load_state_dict(agent.state_dict())
+
+
 def test_another_policy_makes_another_agent():
     agent = rl2.AdaptiveAgent.from_policy(make(bandits()), bandits())
     with pytest.raises(AttributeError, match="policy"):  # its step would go on with the first
@@ -511,6 +547,16 @@ BAD = {
         ValueError,
         "deterministic=True acts without noise",
     ),
+    "no reward": (
+        begun(lambda agent: (agent.act([0, 0]), agent.observe(None))),
+        ValueError,
+        "reward has 0 numbers, but there are 1 trials",
+    ),
+    "a complex reward": (
+        begun(lambda agent: (agent.act([0, 0]), agent.observe(1j))),
+        TypeError,
+        "reward=1j is complex",
+    ),
     "half an end": (
         begun(lambda agent: (agent.act(torch.zeros(2, 2)), agent.observe([0, 1], [0.3, np.nan])), 2),
         ValueError,
@@ -522,6 +568,19 @@ BAD = {
 @pytest.mark.parametrize("case", BAD.values(), ids=BAD)
 def test_bad_use(case):
     bad(*case)
+
+
+def test_a_policy_that_is_one_flat_sequence(tmp_path):
+    """As `ProbabilisticTensorDictSequential(core, head, distribution)` is one."""
+    env = bandits()
+    actor = make(env)
+    networks, sample = actor.module
+    flat = ProbabilisticTensorDictSequential(*networks.module, sample)
+    agents = [AdaptiveAgent.from_policy(policy, env) for policy in (actor, flat)]
+    agents.append(AdaptiveAgent.load(agents[1].save(tmp_path / "agent.safetensors")))
+    first, *others = (play(agent, bandits(), 5, seed=3) for agent in agents)
+    for other in others:
+        assert all(map(torch.equal, first, other))
 
 
 def test_an_agent_says_what_it_is():

@@ -73,3 +73,12 @@ def test_the_memory_comes_to_hold_the_posterior_mean():
     away = (told[:, 1:] - posterior).abs().mean()
     assert away < 0.08
     assert away < 0.6 * (0.5 - posterior).abs().mean()
+
+
+def test_a_loss_of_several_beliefs():
+    """Of a task of several parts."""
+    beliefs = [TaskBelief(4, 2, task_key=("task", "goal"), name="goal"), TaskBelief(4, 1, task_key=("task", "kind"))]
+    features, goal, kind = torch.randn(2, 3, 4), torch.randn(2, 3, 2), torch.randn(2, 3, 1)
+    given = [belief(features, part) for belief, part in zip(beliefs, (goal, kind), strict=True)]
+    assert [list(each) for each in given] == [["loss_goal", "goal_error"], ["loss_belief", "belief_error"]]
+    assert all(list(belief.out_keys) == list(each) for belief, each in zip(beliefs, given, strict=True))

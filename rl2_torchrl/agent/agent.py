@@ -44,7 +44,6 @@ class AdaptiveAgent:
 
     Attributes:
         step, signature: likewise.
-        memory: what is handed on to the next step, as ``signature.memory`` names it, ``[N, ...]``; the last action comes first.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -69,7 +68,7 @@ class AdaptiveAgent:
         self._weights: list[Tensor] = []
         self._versions: list[int | None] = []
         self._is_single, self._start = True, None
-        self._is_waiting, self.memory = False, []
+        self._is_waiting, self._memory = False, []
 
     @property
     def policy(self) -> TensorDictModuleBase | None:
@@ -78,6 +77,51 @@ class AdaptiveAgent:
         Weights loaded into it count from the next `act` on; written through ``.data``, which nobody sees, from the next trial on.
         """
         return self.step.policy if isinstance(self.step, PolicyStep) else None
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What is handed on to the next step, as ``signature.memory`` names it, ``[N, ...]``; the last action comes first.
+
+        Another may be put in its place within a trial; where one begins nobody looks at it: RuntimeError.
+        """
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: Sequence[Tensor]) -> None:
+        if self._start is None or self._start.any():
+            raise RuntimeError(
+                "a trial begins, and no memory is looked at: to go on with one that was played before, load_state_dict(state) "
+                "what state_dict() gave then, which has the last reward and done too."
+            )
+        self._memory = list(memory)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the trials stand: an agent of the same policy, in another process, say, goes on from it by `load_state_dict`.
+
+        Raises:
+            RuntimeError: no trial has begun.
+        """
+        if self._start is None:
+            raise RuntimeError("no trial has begun, so there is nothing to go on from: call new_trial() first.")
+        told = {"start": self._start, "reward": self._reward, "done": self._done}
+        memory = dict(zip(self.signature.memory, self._memory, strict=True))
+        flags = {"is_single": self._is_single, "is_waiting": self._is_waiting}
+        return deepcopy({**flags, **told, "memory": memory})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned.
+
+        Raises:
+            ValueError: its memory is that of another policy.
+        """
+        state, rows = deepcopy(dict(state)), len(state["start"])
+        shapes = {name: (rows, *shape) for name, shape in self.signature.memory.items()}
+        if (given := {name: tuple(each.shape) for name, each in state["memory"].items()}) != shapes:
+            raise ValueError(f"the state's memory is {given}, and this agent's {shapes}: it is another policy's.")
+        self._is_single, self._is_waiting = state["is_single"], state["is_waiting"]
+        self._start, self._reward, self._done = (state[name] for name in ("start", "reward", "done"))
+        self._memory = [state["memory"][name] for name in shapes]
+        self._read_weights()
 
     def __repr__(self) -> str:
         shapes = {name_of(key): list(each.spec.shape) for key, each in self.signature.observations.items()}
@@ -203,7 +247,7 @@ class AdaptiveAgent:
         self._start = torch.ones(count, dtype=torch.bool)
         self._reward, self._done = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
         shapes = [(count, *shape) for shape in signature.memory.values()]
-        self.memory = [torch.zeros(shape, dtype=signature.dtype) for shape in shapes]
+        self._memory = [torch.zeros(shape, dtype=signature.dtype) for shape in shapes]
 
     def _read_weights(self) -> None:
         """Has the step's functions follow the weights as they are, to which some of them hold on."""
@@ -250,8 +294,8 @@ class AdaptiveAgent:
         entries = [self._entry(name_of(key), each, observation) for key, each in self.signature.observations.items()]
         noise = self._noise(deterministic) if noise is None else self._given(noise)
         told = (self._reward, self._done, self._start, noise)
-        outputs = self.step(*[entry for entry, _ in entries], *told, *self.memory)
-        action, self.memory = outputs[0], list(outputs[-len(self.memory) :])
+        outputs = self.step(*[entry for entry, _ in entries], *told, *self._memory)
+        action, self._memory = outputs[0], list(outputs[-len(self._memory) :])
         self._start, self._is_waiting = torch.zeros_like(self._start), True
         action = action[0] if self._is_single else action
         as_tensor = bool(entries) and all(is_tensor for _, is_tensor in entries)
@@ -286,7 +330,9 @@ class AdaptiveAgent:
 
     def _column(self, name: str, value: Any) -> Tensor:
         require_numbers(**{name: value})
-        column = torch.as_tensor(value, device="cpu").reshape(-1)
+        column = torch.empty(0) if value is None else torch.as_tensor(value, device="cpu").reshape(-1)
+        if column.is_complex():
+            raise TypeError(f"{name}={value!r} is complex: give real numbers.")
         if column.shape != self._start.shape:
             raise ValueError(f"{name} has {len(column)} numbers, but there are {len(self._start)} trials.")
         return column
@@ -314,7 +360,8 @@ class AdaptiveAgent:
             )
         return cast, is_tensor
 
-    def _given(self, noise: Tensor) -> Tensor:
+    def _given(self, noise: Any) -> Tensor:
+        noise = torch.as_tensor(noise, device="cpu")
         shape = (len(self._start), self.signature.noise_size)
         if noise.shape != shape:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.data import TensorSpec, Unbounded
@@ -151,7 +151,7 @@ def _dtype_of(memory: Iterable[Tensor]) -> torch.dtype:
 
 # ------------------------------------------------------------------ of a policy
 def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
-    """The actor of ``policy``, which may be an `ActorCritic`.
+    """The actor of ``policy``, which may be an `ActorCritic`, as its networks and the distribution.
 
     Raises:
         TypeError: it is no policy that an agent can be made of.
@@ -160,7 +160,7 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
     parts = acting_parts(actor)
     distribution = distribution_of(parts[-1].module) if parts[-1].way == "distribution" else None
     has_noise = distribution is not None and distribution.noise is not None
-    if not has_noise or not stands_for(distribution, "with_noise", "act") or len(actor.module) != 2:
+    if not has_noise or not stands_for(distribution, "with_noise", "act"):
         raise TypeError(
             f"{type(actor).__name__}: an agent is made of networks and one distribution that can act by noise from outside, as "
             "RecurrentActor has them. Give a distribution of your own `noise` and `with_noise` (ActionDistribution)."
@@ -170,7 +170,10 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
         raise TypeError(
             f"the policy hands {missing} on, and nothing says what they are when a trial starts: make its module a RecurrentCore."
         )
-    return actor
+    *networks, sample = actor.module
+    if len(networks) == 1:
+        return actor
+    return ProbabilisticTensorDictSequential(TensorDictSequential(*networks), sample)  # of one flat sequence
 
 
 def initial_memory(policy: nn.Module, rows: int) -> State:

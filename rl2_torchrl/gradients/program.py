@@ -103,7 +103,9 @@ def merge_losses(losses: dict, more: Mapping) -> None:
         if name in _TAKEN:
             raise ValueError(f"a loss term gives {name!r}, as the update itself does ({', '.join(_TAKEN)}): rename it.")
         if name in losses:
-            raise ValueError(f"two loss terms give {name!r}: rename one, or it would be lost.")
+            raise ValueError(
+                f"two loss terms give {name!r}: rename one, or it would be lost (a TaskBelief by name=...)."
+            )
         losses[name] = value
 
 

@@ -27,6 +27,7 @@ class TaskBelief(nn.Module):
         target: from the task ``[N, T, ...]`` to what is told ``[N, T, target_size]``. By default the task itself.
         features_key: Default ``"actor_features"``.
         task_key: Default ``"task"``.
+        name: what loss and error are called by, where a loss has several. Default ``"belief"``.
         device, dtype: of the layer.
 
     Examples:
@@ -37,8 +38,6 @@ class TaskBelief(nn.Module):
         True
     """
 
-    out_keys = ("loss_belief", "belief_error")
-
     def __init__(
         self,
         features_size: int,
@@ -48,6 +47,7 @@ class TaskBelief(nn.Module):
         target: Callable[[Tensor], Tensor] | None = None,
         features_key: NestedKey = "actor_features",
         task_key: NestedKey = "task",
+        name: str = "belief",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -59,7 +59,12 @@ class TaskBelief(nn.Module):
             whole("features_size", features_size), whole("target_size", target_size), device=device, dtype=dtype
         )
         self.coefficient, self.target = coefficient, target
-        self.in_keys = [features_key, task_key]
+        self.in_keys, self._name = [features_key, task_key], name
+
+    @property
+    def out_keys(self) -> tuple[str, str]:
+        """Loss and error."""
+        return f"loss_{self._name}", f"{self._name}_error"
 
     def forward(self, features: Tensor, task: Tensor) -> dict[str, Tensor]:
         """Loss and error, from features ``[N, T, features_size]`` and tasks ``[N, T, ...]``."""
@@ -75,4 +80,4 @@ class TaskBelief(nn.Module):
                 f"target(task), or the task itself, has shape {tuple(target.shape)}, but target_size gives {tuple(told.shape)}."
             )
         error = mse_loss(told, target)
-        return {"loss_belief": self.coefficient * error, "belief_error": error.detach()}
+        return dict(zip(self.out_keys, (self.coefficient * error, error.detach()), strict=True))
