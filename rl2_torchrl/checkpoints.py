@@ -25,7 +25,7 @@ from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.settings import differences, is_network, moved, named, networks_of, parts_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import base_of, transforms_of
+from rl2_torchrl.trial import rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -381,8 +381,7 @@ def _transforms(collector: BaseCollector) -> dict[str, Transform]:
     """Those around a collector's env, and around its rows, as far as they are in this process, by the names of their settings."""
     env = getattr(collector, "env", None)
     found = named("env", transforms_of(env))
-    rows = () if env is None else vars(base_of(env)).get("_envs")  # a SerialEnv's
-    for number, row in enumerate(rows or ()):
+    for number, row in enumerate([] if env is None else rows_of(env)):
         found |= named(f"env.row{number}", transforms_of(row))
     return found
 

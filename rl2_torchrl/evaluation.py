@@ -13,7 +13,7 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
-from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2, set_exploration_type
+from torchrl.envs import EnvBase, ExplorationType, ParallelEnv, VecNorm, VecNormV2, set_exploration_type
 
 from rl2_torchrl.arguments import require_callable, require_env, require_flags, require_network, require_torch, whole
 from rl2_torchrl.envs import GymVectorEnv
@@ -22,7 +22,7 @@ from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout import Rollout, is_native, trial_steps
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, base_of, transforms_of
+from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, base_of, rows_of, transforms_of
 
 __all__ = ["AdaptationCurve", "adaptation_curve"]
 
@@ -184,9 +184,7 @@ def adaptation_curve(
     measures = {} if measures is None else measures
     _require_measures(env, measures)
     measured = {unravel_key(("next", key)): how for key, how in measures.items()}
-    for each in transforms_of(env):
-        if isinstance(each, TaskSampler):  # an evaluation before this one may have left it anywhere
-            each.rewind()
+    _rewind(env)
     kept = [*_KEPT, *(key for key in measured if key not in _KEPT)]
     steps_at_once = trial_steps(env) or _steps_at_once(env, on_step)
     rollout = Rollout(env, policy, steps_at_once, kept, ablation=ablation, on_step=on_step)
@@ -206,6 +204,19 @@ def adaptation_curve(
             longest = max(longest, _require_end(unended, longest, max_trial_steps))
     measured = {key[-1]: AdaptationCurve(table.table()) for key, table in tables.items()}
     return AdaptationCurve(returns.table(), measured, AdaptationCurve(returns.counts()))
+
+
+def _rewind(env: EnvBase) -> None:
+    """Has the samplers begin with their first task: an evaluation before this one may have left them anywhere."""
+    transforms = [each for one in (env, *rows_of(env)) for each in transforms_of(one)]
+    for sampler in (each for each in transforms if isinstance(each, TaskSampler)):
+        sampler.rewind()
+    base = base_of(env)
+    if isinstance(base, ParallelEnv) and EPISODE_INDEX in base.observation_spec.keys():
+        log.warning(
+            "the trials are made in a ParallelEnv's processes: a TaskSampler.fixed there goes on from where it stands, so that "
+            "another evaluation plays other tasks. Put Trial and TaskSampler around the ParallelEnv."
+        )
 
 
 _KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next", TRIAL_STEP))

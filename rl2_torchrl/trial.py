@@ -19,6 +19,7 @@ from torchrl.envs import (
     EnvBase,
     FrameSkipTransform,
     MultiAction,
+    SerialEnv,
     Transform,
     TransformedEnv,
     VecGymEnvTransform,
@@ -312,6 +313,11 @@ def _parts(transform: Transform) -> list[Transform]:
 def base_of(env: EnvBase) -> EnvBase:
     """The env below all transforms."""
     return base_of(env.base_env) if isinstance(env, TransformedEnv) else env
+
+
+def rows_of(env: EnvBase) -> list[EnvBase]:
+    """The rows of a ``SerialEnv`` below all transforms, once it has been started; of another env none are at hand."""
+    return vars(base_of(env)).get("_envs") or [] if isinstance(base_of(env), SerialEnv) else []
 
 
 def transforms_of(env: EnvBase | None) -> list[Transform]:

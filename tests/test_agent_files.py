@@ -180,7 +180,7 @@ def test_a_file_of_another_kind_or_version(held, tmp_path):
 
 def test_a_checkpoint_is_no_agent(tmp_path):
     save_tree({"format": 4}, tmp_path / "checkpoint-7")
-    with pytest.raises(ValueError, match=r"format 4; .*whole run.*agent.safetensors"):
+    with pytest.raises(ValueError, match=r"format 4; .*whole run.*resume=True.*from_policy"):
         AdaptiveAgent.load(tmp_path / "checkpoint-7")
 
 

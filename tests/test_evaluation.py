@@ -11,7 +11,17 @@ from rich.console import Console
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import Categorical, Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, InitTracker, RewardSum, SerialEnv, StepCounter, Transform, TransformedEnv
+from torchrl.envs import (
+    Compose,
+    EnvBase,
+    InitTracker,
+    ParallelEnv,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    Transform,
+    TransformedEnv,
+)
 from torchrl.envs.utils import exploration_type
 from torchrl.modules.utils import get_primers_from_module
 
@@ -668,3 +678,41 @@ def test_measures_are_made_of_an_episodes_steps():
         adaptation_curve(env, actor, 2, measures={("info", "said"): "best"})
     with pytest.raises(TypeError, match=r"measures=\['reward'\] does not say what is taken of an episode's steps"):
         adaptation_curve(env, actor, 2, measures=["reward"])
+
+
+def trial_envs(kind, seed=0):
+    """Two trial envs as the rows of another."""
+
+    def make(number):
+        tasks = TaskSampler.fixed(torch.arange(4.0).view(4, 1).expand(4, 2) / 10 + number / 2)
+        trial = Compose(Trial(episodes=2), tasks, PreviousStep())
+        return TransformedEnv(BernoulliBandit(2, batch_size=(1,), seed=seed), trial)
+
+    return kind(2, make, create_env_kwargs=[{"number": 0}, {"number": 1}])
+
+
+def test_trials_of_a_serial_envs_rows_begin_with_the_first_task_each_time():
+    env = trial_envs(SerialEnv)
+    actor = GRUCategoricalActor.from_env(env)
+
+    def first_tasks():
+        begun: list[float] = []
+        adaptation_curve(
+            env, actor, 4, on_step=lambda s: begun.extend(s["task"][s["is_init"].flatten()][:, 0].tolist())
+        )
+        return begun[:4]
+
+    seen = [first_tasks() for _ in range(3)]  # the first finds the env not started
+    assert seen[0] == pytest.approx([0.0, 0.5, 0.1, 0.6])
+    assert seen[1] == seen[2] == seen[0]
+    with pytest.raises(ValueError, match="normalize=True marks the reals in 'trans', which PreviousStep in the rows"):
+        GRUCategoricalActor.from_env(env, normalize=True)
+
+
+def test_trials_made_in_processes_are_told_of(caplog):
+    env = trial_envs(ParallelEnv)
+    try:
+        adaptation_curve(env, GRUCategoricalActor.from_env(env), 2)
+        assert "a TaskSampler.fixed there goes on from where it stands" in caplog.text
+    finally:
+        env.close()

@@ -52,7 +52,10 @@ def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     form = held.get("format") if isinstance(held, dict) else None
     if form != _FORMAT:
-        hint = " A training's checkpoint holds its whole run; the agent that it saves is agent.safetensors."
+        hint = (
+            " A training's checkpoint holds its whole run: train(..., checkpoints=folder, resume=True) puts its networks back, even "
+            "once it is over, and AdaptiveAgent.from_policy(actor, env).save(path) then writes an agent, as recipes do."
+        )
         raise ValueError(
             f"{path} is of the format {form!r}; an agent's, for this version of the package, is {_FORMAT!r}."
             + hint * isinstance(form, int)

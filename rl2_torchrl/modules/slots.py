@@ -29,6 +29,7 @@ from rl2_torchrl.modules.layers import (
 )
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import is_info, previous_steps, require_tensors
+from rl2_torchrl.trial import TRIAL_STEP, base_of
 
 __all__ = ["Shapes", "fill_slots", "read_shapes", "shapes_of"]
 
@@ -161,8 +162,14 @@ def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.S
     kwargs.setdefault("device", env.device)
     keys = [kwargs.get("in_key", "trans"), *as_list("extra_keys", kwargs.get("extra_keys", ()))]
     writers = [each for each in previous_steps(env) if each.out_key == keys[0]]
-    if writers and _marks(kwargs.get("normalize", False)) is True:
-        kwargs["normalize"] = writers[-1].reals()
+    if _marks(kwargs.get("normalize", False)) is True:
+        if writers:
+            kwargs["normalize"] = writers[-1].reals()
+        elif TRIAL_STEP in base_of(env).observation_spec.keys():
+            raise ValueError(
+                f"normalize=True marks the reals in {keys[0]!r}, which PreviousStep in the rows of {type(base_of(env)).__name__} "
+                "knows: put Trial, TaskSampler and PreviousStep around it, or give the marks, normalize=torch.tensor([True, ...])."
+            )
     encoder = by_entry(kwargs.get("encoder"), keys[0])
     if isinstance(encoder, TensorDictModuleBase):
         return shapes_of(env, [*keys, *encoder.in_keys])

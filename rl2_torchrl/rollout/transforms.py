@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer, Transform
+from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer, Transform, TransformedEnv
 
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.gradients.part import others_than
@@ -26,7 +26,7 @@ def trials_of(env: EnvBase, steps: int, read: Keys, keep: Keys | None, memory: K
         reason = f"{', '.join(others)} beside our transforms: a TensorDict goes through all of them at each step"
         return Trials(env, steps, read, keep, reason)
     if ours[0] is None:
-        return Trials(env, steps, read, keep, "the env has no Trial")
+        return Trials(env, steps, read, keep, "no Trial stands around the env")
     return TensorTrials(below, ours, steps, read, keep)
 
 
@@ -46,7 +46,7 @@ def is_native(env: EnvBase) -> bool:
 
 def _native(env: EnvBase) -> tuple[Trial | None, TensorEnv | None]:
     below, (trial, *_), others = _taken_apart(env, partial(_is_known, read=(), keep=(), made=()))
-    base = getattr(below, "base_env", None)
+    base = below.base_env if isinstance(below, TransformedEnv) else None
     return trial, base if trial is not None and not others and is_tensor_env(base) else None
 
 
