@@ -22,6 +22,7 @@ from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout import Rollout, is_native, trial_steps
 from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.transition import has_trials_within
 from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, base_of, rows_of, transforms_of
 
 __all__ = ["AdaptationCurve", "adaptation_curve"]
@@ -212,7 +213,7 @@ def _rewind(env: EnvBase) -> None:
     for sampler in (each for each in transforms if isinstance(each, TaskSampler)):
         sampler.rewind()
     base = base_of(env)
-    if isinstance(base, ParallelEnv) and EPISODE_INDEX in base.observation_spec.keys():
+    if isinstance(base, ParallelEnv) and has_trials_within(env):
         log.warning(
             "the trials are made in a ParallelEnv's processes: a TaskSampler.fixed there goes on from where it stands, so that "
             "another evaluation plays other tasks. Put Trial and TaskSampler around the ParallelEnv."

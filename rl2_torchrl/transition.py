@@ -325,6 +325,11 @@ def previous_steps(env: EnvBase) -> list[PreviousStep]:
     return [each for each in transforms_of(env) if isinstance(each, PreviousStep)]
 
 
+def has_trials_within(env: EnvBase) -> bool:
+    """Whether the env below all transforms has trials of its own, as a ``SerialEnv`` of trial envs has in its rows."""
+    return any(key in TRIAL_KEYS for key in base_of(env).observation_spec.keys())
+
+
 def is_info(key: NestedKey) -> bool:
     """Whether the entry ``key`` is what an env says beside its observation, which no policy reads."""
     return is_within(key, INFO)

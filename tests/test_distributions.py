@@ -381,3 +381,24 @@ def test_what_is_forbidden_or_rare_is_not_drawn_in_any_precision(dtype):
 def test_gumbel_noise_is_finite_where_a_uniform_number_is_zero(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low=0.0, high=1.0: self.fill_(low))
     assert gumbel_(torch.empty(3)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_told"),
+    [
+        (-1.0, 1.0, False),
+        (-2.0, 2.0, False),
+        (0.0, 500.0, True),
+        (0.0, 1e-3, True),
+        (5.0, 6.0, True),
+        (-20.0, 20.0, True),
+    ],
+)
+def test_bounds_that_a_gaussian_rarely_meets_are_told_of(low, high, is_told, caplog):
+    spec = Bounded(torch.tensor([-1.0, low]), torch.tensor([1.0, high]))
+    GaussianActions.from_spec(spec)
+    assert (f"actions go from {low:g} to {high:g}" in caplog.text) == is_told
+    caplog.clear()
+    TanhGaussianActions.from_spec(spec)
+    GaussianActions.from_spec(Unbounded(2))
+    assert not caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -12,7 +13,7 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, constraints, kl_divergence, register_kl
-from torchrl.data import Binary, MultiCategorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.data import Binary, Bounded, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
@@ -28,6 +29,8 @@ __all__ = [
     *("gumbel_", "register_distribution", "stands_for"),
 ]
 
+
+log = logging.getLogger(__name__)
 
 #: Log-probability ``[*B]``, and entropy ``[*B]``, None where it has no closed form.
 Terms = tuple[Tensor, Tensor | None]
@@ -322,8 +325,26 @@ class GaussianActions(ActionDistribution):
 
     @classmethod
     def from_spec(cls, spec: TensorSpec, **kwargs) -> GaussianActions:
-        """Of the size of ``spec``."""
-        return cls(_real_vector(spec).shape[0], **kwargs)
+        """Of the size of ``spec``; the log tells of bounds of another order than the first scale, which it would rarely meet."""
+        made = cls(_real_vector(spec).shape[0], **kwargs)
+        if isinstance(spec, Bounded):
+            made._tell_of_bounds(spec.space.low, spec.space.high)
+        return made
+
+    def _tell_of_bounds(self, low: Tensor, high: Tensor) -> None:
+        scale = math.exp(self.init_log_std)
+        half, nearest = (high - low) / 2, torch.zeros_like(low).clamp(low, high).abs()
+        far = half.isfinite() & ((half > 10 * scale) | (half < scale / 10) | (nearest > 3 * scale))
+        if far.any():
+            n = int(far.nonzero()[0])
+            log.warning(
+                "actions go from %g to %g, and the Gaussian begins around 0 with a scale of %.2g, cut off at the bounds: they "
+                "would hardly be learnt. Give distribution=TanhGaussianActions.from_spec, or let the env take actions from -1 to 1 "
+                "(gymnasium.wrappers.RescaleAction, TorchRL's ActionScaling).",
+                low[n],
+                high[n],
+                scale,
+            )
 
     def parameters_of(self, head: nn.Module, **factory) -> nn.Module:
         return Gaussian(head, self.num_outputs, self.init_log_std, **factory)

@@ -28,8 +28,7 @@ from rl2_torchrl.modules.layers import (
     output_size,
 )
 from rl2_torchrl.modules.normalization import RunningNorm
-from rl2_torchrl.transition import is_info, previous_steps, require_tensors
-from rl2_torchrl.trial import TRIAL_STEP, base_of
+from rl2_torchrl.transition import has_trials_within, is_info, previous_steps, require_tensors
 
 __all__ = ["Shapes", "fill_slots", "read_shapes", "shapes_of"]
 
@@ -165,10 +164,10 @@ def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.S
     if _marks(kwargs.get("normalize", False)) is True:
         if writers:
             kwargs["normalize"] = writers[-1].reals()
-        elif TRIAL_STEP in base_of(env).observation_spec.keys():
+        elif has_trials_within(env):
             raise ValueError(
-                f"normalize=True marks the reals in {keys[0]!r}, which PreviousStep in the rows of {type(base_of(env)).__name__} "
-                "knows: put Trial, TaskSampler and PreviousStep around it, or give the marks, normalize=torch.tensor([True, ...])."
+                f"normalize=True marks the reals in {keys[0]!r}, which PreviousStep in the env's rows knows: put Trial, TaskSampler "
+                "and PreviousStep around the batched env, or give the marks, normalize=torch.tensor([True, ...])."
             )
     encoder = by_entry(kwargs.get("encoder"), keys[0])
     if isinstance(encoder, TensorDictModuleBase):
