@@ -166,7 +166,7 @@ def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.S
             kwargs["normalize"] = writers[-1].reals()
         elif has_trials_within(env):
             raise ValueError(
-                f"normalize=True marks the reals in {keys[0]!r}, which PreviousStep in the env's rows knows: put Trial, TaskSampler "
+                f"normalize=True marks the reals in {keys[0]!r}, which PreviousStep in the rows knows: put Trial, TaskSampler "
                 "and PreviousStep around the batched env, or give the marks, normalize=torch.tensor([True, ...])."
             )
     encoder = by_entry(kwargs.get("encoder"), keys[0])
