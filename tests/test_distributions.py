@@ -9,9 +9,10 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch import distributions as D
+from torch import nn
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded
 from torchrl.envs import Compose, GymEnv, GymWrapper, TransformedEnv
-from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
+from torchrl.modules import IndependentNormal, NormalParamExtractor, OneHotCategorical, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import GRUValueHead, PreviousStep, RL2PPOLoss, Trial, kernels
@@ -402,3 +403,14 @@ def test_bounds_that_a_gaussian_rarely_meets_are_told_of(low, high, is_told, cap
     TanhGaussianActions.from_spec(spec)
     GaussianActions.from_spec(Unbounded(2))
     assert not caplog.text
+
+
+def test_a_head_that_gives_the_scale_too():
+    def head(features, outputs):
+        return nn.Sequential(nn.Linear(features, 2 * outputs), NormalParamExtractor())
+
+    data = TensorDict({"trans": torch.zeros(3, 5), "is_init": torch.ones(3, 1, dtype=torch.bool)}, [3])
+    with pytest.raises(TypeError, match="the head gives a tuple.*distribution=ActionDistribution"):
+        RecurrentActor(5, GaussianActions(2), head=head)(data.clone())
+    both = ActionDistribution(2, ["loc", "scale"], IndependentNormal)
+    assert RecurrentActor(5, both, head=head)(data)["action"].shape == (3, 2)

@@ -449,6 +449,11 @@ class Gaussian(nn.Module):
 
     def forward(self, *features: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.mean(*features)
+        if not isinstance(mean, Tensor):
+            raise TypeError(
+                f"the head gives a {type(mean).__name__}, and a Gaussian's is the mean alone: for mean and scale both give "
+                "distribution=ActionDistribution(num_outputs, ['loc', 'scale'], IndependentNormal)."
+            )
         return mean, self.log_std.exp().expand_as(mean)
 
     def step_function(self) -> Callable[..., tuple[Tensor, Tensor]]:
