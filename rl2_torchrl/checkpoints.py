@@ -214,6 +214,9 @@ class RunCheckpoints:
                 damaged.append(path)
                 continue
             changed = self._require_fit(path, tree, changes)
+            for name in changes:  # as they are given, wherever the run has moved them to
+                part, _, attribute = name.rpartition(".")
+                tree["state"].get("kept", {}).get(part, {}).pop(attribute, None)
             self._restore(path, tree, changed)
             self._move(damaged, _DAMAGED)
             if damaged:

@@ -166,6 +166,17 @@ def test_what_an_update_is_made_of_keeps_what_moves(tmp_path):
     torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
 
 
+def test_what_has_moved_is_given_anew_by_its_name(tmp_path):
+    def run_of(updates, epochs, **options):
+        run = Run(updates, epochs=epochs)
+        run.train(checkpoints=tmp_path, check=False, callbacks=[Moves(run.update)], **options)
+        return run.update.epochs
+
+    assert run_of(2, 2) == 4
+    assert run_of(3, 1, resume=True, resume_changes=["update.epochs"]) == 2
+    assert run_of(4, 7, resume=True) == 3
+
+
 class Last:
     """Another object at each update, of which no file can tell: it holds a function."""
 
