@@ -82,9 +82,9 @@ def train(
             with other envs it begins new trials, and the log and ``new_trials`` of the result say why. Attributes of transforms,
             advantage, networks, terms and update that have moved (numbers, tensors, ...) go on too; one that cannot be saved is
             named in the log. An env of ``evaluate``'s is no part of it: with `TaskSampler.fixed` that plays the same tasks again.
-            CSV files and TensorBoard then hold each step once: what the logger has there of later steps is taken back. Where there is no checkpoint the
-            run starts anew, and CSV files of one that was killed before its first are moved to a subfolder; a log whose run has
-            had checkpoints, elsewhere say, is an error.
+            CSV files and TensorBoard then hold each step once: what the logger has there of later steps is taken back. Where there
+            is no checkpoint the run starts anew, and CSV files of one that was killed before its first are moved to a subfolder;
+            a log whose run has had checkpoints, elsewhere say, is an error.
         resume_changes: settings that may be others than the run's, by the names that the error gives, such as
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.
