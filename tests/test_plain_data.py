@@ -19,6 +19,10 @@ class Colour(enum.Enum):
     RED = "red"
 
 
+class Has(enum.Flag):
+    KEY, LAMP = 1, 2
+
+
 class Room:
     def __init__(self, *things):
         self.things, self.next = list(things), None
@@ -53,7 +57,7 @@ def there_and_back(value, now=None, known=((), ())):
             "words": np.array(["a", "bc"]),
             "mixed": np.array([1, "a", None], dtype=object),
         },
-        [Colour.RED],
+        [Colour.RED, Has.KEY, Has.KEY | Has.LAMP, Has(0)],
     ],
 )
 def test_values_come_back_equal_and_of_their_types(value):
@@ -76,7 +80,9 @@ def test_values_come_back_equal_and_of_their_types(value):
     [
         (np.random.default_rng, lambda generator: generator.normal()),
         (lambda seed: np.random.Generator(np.random.MT19937(seed)), lambda generator: generator.normal()),
+        (lambda seed: np.random.Generator(np.random.Philox(seed)), lambda generator: generator.normal()),
         (np.random.RandomState, lambda generator: generator.normal()),
+        (lambda seed: np.random.RandomState(np.random.SFC64(seed)), lambda generator: generator.normal()),
         (random.Random, lambda generator: generator.gauss(0, 1)),
         (lambda seed: torch.Generator().manual_seed(seed), lambda generator: torch.rand(1, generator=generator).item()),
     ],
@@ -184,7 +190,20 @@ def test_a_tensor_of_another_kind_is_replaced(now, dtype):
 
 @pytest.mark.parametrize(
     "value",
-    [object(), Slotted(), PartlySlotted(), Numbers(), 1j, np.zeros(1, complex), torch.nn.Linear(1, 1), len, Colour],
+    [
+        *(
+            object(),
+            Slotted(),
+            PartlySlotted(),
+            Numbers(),
+            1j,
+            np.zeros(1, complex),
+            torch.nn.Linear(1, 1),
+            len,
+            Colour,
+        ),
+        *(random.SystemRandom(), torch.zeros(1).to_sparse()),
+    ],
 )
 def test_what_is_no_plain_data_is_named(value):
     room = Room({"a": value})
@@ -208,3 +227,8 @@ def test_a_file_names_no_class_but_the_envs_own_and_nothing_is_imported(name, tm
     with pytest.raises(ValueError, match="no class of the env's own packages"):
         Restorer({*HERE, "planted"})(["object", name, []])
     assert "planted" not in sys.modules
+
+
+def test_a_file_makes_no_class_but_a_flag_of_a_number():
+    with pytest.raises(ValueError, match="no class"):
+        Restorer(HERE)(["flag", f"{__name__}:Room", 3])

@@ -58,6 +58,8 @@ class Saver:
             return ["bytes", value.decode("latin-1")]
         if isinstance(value, np.generic) and _is_numeric(value.dtype):
             return ["scalar", np.asarray(value)]
+        if isinstance(value, enum.Flag):  # a combination has no name of its own
+            return ["flag", self._class_of(value, where), value.value]
         if isinstance(value, enum.Enum):
             return ["member", self._class_of(value, where), value.name]
         if id(value) in self._met:
@@ -79,13 +81,13 @@ class Saver:
             return ["array", value.copy()]
         if type(value) is np.ndarray and value.dtype.kind in "USO":
             return ["items", self._items(value.ravel().tolist(), where), value.dtype.str, list(value.shape)]
-        if type(value) is torch.Tensor:
+        if type(value) is torch.Tensor and value.layout is torch.strided:
             return ["tensor", value.detach().clone()]
         if isinstance(value, np.random.Generator):
             return ["generator", value.bit_generator.state]
         if isinstance(value, np.random.RandomState):
             return ["random_state", value.get_state(legacy=False)]
-        if isinstance(value, random.Random):
+        if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             return ["random", value.getstate()]
         if isinstance(value, torch.Generator):
             return ["torch_generator", value.get_state(), str(value.device)]
@@ -152,6 +154,8 @@ class Restorer:
                 return content[()]
             case "member":
                 return _class_named(content, self._packages).__members__[more[0]]
+            case "flag":
+                return _class_named(content, self._packages, enum.Flag)(more[0])
             case "again":
                 return self._met[content]
         # Two names of one thing may be those of two by the time that was saved.
@@ -215,10 +219,10 @@ def _empty(kind: str, content: Any, more: list, now: Any) -> Any:
         case "items":
             return np.empty(more[1], more[0])
         case "generator":
-            generator = now if isinstance(now, np.random.Generator) else _generator(content["bit_generator"])
+            generator = now if isinstance(now, np.random.Generator) else np.random.Generator(_bits(content))
             generator.bit_generator.state = content
         case "random_state":
-            generator = now if isinstance(now, np.random.RandomState) else np.random.RandomState()
+            generator = now if isinstance(now, np.random.RandomState) else np.random.RandomState(_bits(content))
             generator.set_state(content)
         case "random":
             generator = now if isinstance(now, random.Random) else random.Random()
@@ -244,8 +248,10 @@ def _memories(attributes: dict[str, Any]) -> list[np.ndarray]:
     return [memory for memory in found if memory is not None]
 
 
-def _generator(name: str) -> np.random.Generator:
-    return np.random.Generator({"PCG64": np.random.PCG64, "MT19937": np.random.MT19937}.get(name, np.random.PCG64)())
+def _bits(state: dict[str, Any]) -> np.random.BitGenerator:
+    """A bit generator of NumPy's of the kind whose ``state`` this is."""
+    kinds = (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
+    return {kind.__name__: kind for kind in kinds}[state["bit_generator"]]()
 
 
 def _object(kind: type, now: Any) -> Any:
@@ -263,8 +269,8 @@ def _is_made_of_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") and kind.__new__ is object.__new__ and not has_slots
 
 
-def _class_named(name: str, packages: Collection[str]) -> type:
-    """The class ``package.module:Class`` of one of ``packages``, which is imported already.
+def _class_named(name: str, packages: Collection[str], kind: type = object) -> type:
+    """The class ``package.module:Class`` of one of ``packages``, which is imported already, and one of ``kind``.
 
     Raises:
         ValueError: it is no such class.
@@ -274,6 +280,6 @@ def _class_named(name: str, packages: Collection[str]) -> type:
     found: Any = sys.modules.get(module) if is_known else None
     for part in path.split("."):
         found = vars(found).get(part) if found is not None else None
-    if not isinstance(found, type) or f"{found.__module__}:{found.__qualname__}" != name:
+    if not isinstance(found, type) or not issubclass(found, kind) or f"{found.__module__}:{found.__qualname__}" != name:
         raise ValueError(f"{name} is no class of the env's own packages, {sorted(packages)}.")
     return found
