@@ -537,6 +537,10 @@ def one_before(env, task):
     env.goal, env.following = vars(env).get("following", 3.0), task.item()
 
 
+def drifting(env, task):
+    env.goal = (env.goal + task.item()) % 7  # stays within the line
+
+
 class OwnGoal(Hidden):
     def reset(self, **kwargs):
         seen = super().reset(**kwargs)
@@ -552,6 +556,7 @@ class OwnGoal(Hidden):
         (OwnGoal, set_goal, "task_heard", "8 tasks made no difference .* set the task in each reset"),
         (type("Fresh", (Hidden,), {}), on_the_class, "task_own", "not on the class"),
         (Hidden, one_before, "task_own", "not the one before"),
+        (Hidden, drifting, "seed_repeats", "differ after . steps.* not from what the last task left"),
     ],
 )
 def test_a_task_that_does_not_reach_its_row_is_told(make, set_task, rule, message):
