@@ -166,6 +166,9 @@ def test_tables_of_functions_stay_as_the_constructor_made_them():
     assert other.moves[0].__self__ is other
 
 
+LOG = logging.getLogger("an env's")
+
+
 class Sampler:
     """What draws for an env, by a method."""
 
@@ -236,6 +239,12 @@ def test_functions_that_carry_what_is_saved_or_never_changes_are_none():
     env = gymnasium.wrappers.TransformReward(Swinging(), lambda reward: reward * env.unwrapped.tau)
     inner = env.unwrapped
     rng = np.random.default_rng(0)
+    inner.dtype, inner.device, inner.log, inner.of = (
+        (torch.float32, np.dtype("f4")),
+        torch.device("cpu"),
+        LOG,
+        re.compile("a"),
+    )
     inner.draws, inner.rng = (rng.normal, lambda: rng.normal()), rng  # which is saved after them
     read = [1.0, np.ones(2), {"max": 1.0}, [1, 2], {3}, Options(), range(3), torch.float32, Path("a"), np.sin, np.clip]
     read += [np.random.default_rng, functools.lru_cache(abs), operator.itemgetter(0), logging.getLogger(), nn.Tanh()]

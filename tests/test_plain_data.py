@@ -2,8 +2,11 @@
 
 import collections
 import enum
+import pathlib
 import random
 import sys
+from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +24,11 @@ class Colour(enum.Enum):
 
 class Has(enum.Flag):
     KEY, LAMP = 1, 2
+
+
+class Place(NamedTuple):
+    floor: int
+    at: np.ndarray
 
 
 class Room:
@@ -57,6 +65,7 @@ def there_and_back(value, now=None, known=((), ())):
             "words": np.array(["a", "bc"]),
             "mixed": np.array([1, "a", None], dtype=object),
         },
+        [1j, range(1, 9, 2), timedelta(3, 2, 1), pathlib.Path("levels", "1.txt"), Place(1, np.zeros(2))],
         [Colour.RED, Has.KEY, Has.KEY | Has.LAMP, Has(0)],
     ],
 )
@@ -196,13 +205,12 @@ def test_a_tensor_of_another_kind_is_replaced(now, dtype):
             Slotted(),
             PartlySlotted(),
             Numbers(),
-            1j,
             np.zeros(1, complex),
             torch.nn.Linear(1, 1),
             len,
             Colour,
         ),
-        *(random.SystemRandom(), torch.zeros(1).to_sparse()),
+        *(slice(1), datetime.now(), random.SystemRandom(), torch.zeros(1).to_sparse()),
     ],
 )
 def test_what_is_no_plain_data_is_named(value):

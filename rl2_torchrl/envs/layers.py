@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import logging
 import random
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import wrappers
 from torch import Generator, default_generator
 from torchrl.data import TensorSpec
@@ -27,7 +30,8 @@ __all__ = ["moving_statistics", "put_state", "state_of", "state_or_reason"]
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _CONSTANT = (
     *(*_FUNCTIONS, types.ModuleType, type),
-    *(gymnasium.spaces.Space, gymnasium.envs.registration.EnvSpec, np.dtype, TensorSpec),
+    *(gymnasium.spaces.Space, gymnasium.envs.registration.EnvSpec, TensorSpec),
+    *(np.dtype, torch.dtype, torch.device, logging.Logger, re.Pattern),
 )
 #: What is another with each use, but for the program's own generators, which are no env's.
 _CHANGING = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, Generator, Iterator)

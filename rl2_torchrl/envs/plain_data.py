@@ -6,17 +6,27 @@ Nothing that a file says is imported or run: of an object the file names a class
 from __future__ import annotations
 
 import enum
+import pathlib
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 
 __all__ = ["NoStateError", "Restorer", "Saver"]
+
+#: Values that do not change, and what makes them again.
+_VALUES: dict[str, tuple[type, Callable[[Any], tuple]]] = {
+    "complex": (complex, lambda number: (number.real, number.imag)),
+    "range": (range, lambda numbers: (numbers.start, numbers.stop, numbers.step)),
+    "timedelta": (timedelta, lambda time: (time.days, time.seconds, time.microseconds)),
+    "path": (type(pathlib.Path()), lambda path: (str(path),)),
+}
 
 
 class NoStateError(Exception):
@@ -52,6 +62,11 @@ class Saver:
             return value
         if type(value) in (tuple, frozenset):
             return [type(value).__name__, self._items(value, where)]
+        if _is_named_tuple(value):
+            return ["named_tuple", self._class_of(value, where), self._items(value, where)]
+        for kind, (cls, made_of) in _VALUES.items():
+            if type(value) is cls:
+                return [kind, list(made_of(value))]
         if isinstance(value, np.str_):
             return ["text", str(value)]
         if type(value) is bytes:
@@ -111,7 +126,7 @@ class Saver:
         kind = type(value)
         name = f"{kind.__module__}:{kind.__qualname__}"
         try:
-            is_whole = isinstance(value, enum.Enum) or _is_made_of_attributes(value)
+            is_whole = isinstance(value, enum.Enum | tuple) or _is_made_of_attributes(value)
             if is_whole and _class_named(name, self._packages) is kind:
                 return name
         except ValueError:
@@ -146,6 +161,10 @@ class Restorer:
         match kind:
             case "tuple" | "frozenset":
                 return {"tuple": tuple, "frozenset": frozenset}[kind](self(item) for item in content)
+            case "named_tuple":
+                return tuple.__new__(_class_named(content, self._packages, tuple), (self(item) for item in more[0]))
+            case _ if kind in _VALUES:
+                return _VALUES[kind][0](*content)
             case "text":
                 return np.str_(content)
             case "bytes":
@@ -260,6 +279,10 @@ def _object(kind: type, now: Any) -> Any:
 
 def _is_numeric(dtype: np.dtype) -> bool:
     return dtype.kind in "biuf" and dtype.itemsize <= 8  # as PyTorch has them
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(type(value), "_make") and not hasattr(value, "__dict__")
 
 
 def _is_made_of_attributes(value: Any) -> bool:
