@@ -211,9 +211,14 @@ def _entry(key: NestedKey, shapes: dict[NestedKey, list[int]]) -> str:
 # ---------------------------------------------------------- what learns
 def _update(update: PPOUpdate, frames: int, of_each: int | None) -> Iterable[Described]:
     steps, count = update.bptt or of_each, update.minibatches
-    made = count if steps is None else update.minibatches_of(frames // steps)
+    chunks = count if steps is None else frames // steps
+    made = update.minibatches_of(chunks)
     number = f"{made} minibatches" + f" ({count} asked for)" * (made != count)
+    if chunks < count:
+        number = f"{count} minibatches (too many: a batch has {chunks} chunks)"
     bptt = "whole rows" if update.bptt is None else f"chunks of {update.bptt} steps"
+    if update.bptt is not None and of_each is not None and of_each % update.bptt:
+        bptt += f" (which do not divide the {of_each} of a row)"
     order = "drawn at random" if update.shuffle else "in order"
     passes = f"{update.epochs} epochs of {number} of {bptt}, {order}"
     what = ", ".join(filter(None, [passes, _settings({"target_kl": update.target_kl})]))

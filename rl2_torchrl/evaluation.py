@@ -252,7 +252,8 @@ def _require_still_statistics(env: EnvBase) -> None:
     if moving:
         raise ValueError(
             f"the env's {moving[0]} is not frozen: its statistics would move as it is evaluated, and each trial be seen on another "
-            "scale. Give the evaluation the training's with .frozen_copy(), or let networks normalize: from_env(normalize=True)."
+            "scale. In each evaluation make its env anew, with the training's .frozen_copy(), which has its numbers of then; "
+            "or let networks normalize: from_env(normalize=True)."
         )
     base = base_of(env)
     moving = base.moving_statistics() if isinstance(base, GymVectorEnv) else moving_statistics(base)

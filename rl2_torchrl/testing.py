@@ -54,7 +54,8 @@ _RULES = {
     "task_hidden": "An agent that sees its task has nothing to find out: leave it out of the observations.",
     "trans_previous_step": "An episode's last reward must reach the policy: put PreviousStep behind reward changes.",
     "trans_at_trial_start": "The last trial leaks into this one: let PreviousStep write the entry at resets.",
-    "seed_repeats": "No run can be repeated: let _set_seed seed all that the env draws from.",
+    "seed_repeats": "No run can be repeated: let _set_seed, or Gymnasium's reset(seed=...), seed all that the env draws from; "
+    "let set_task reckon from a value that stays, not from what the last task left (`*=`), or tasks drift from reset to reset.",
     "rows_go_on": "Rows end episodes at different steps, and each end would cut the others' short: in _reset begin the rows of "
     "'_reset' alone, torch.where(rows, first, self.state).",
     "task_heard": "All tasks are one, and there is nothing to adapt to: set the task in each reset, for the rows that begin. Where "

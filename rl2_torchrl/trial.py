@@ -223,6 +223,11 @@ class Trial(Transform):
                 "episode would go on from the last one's."
             )
         shape, device = env.full_done_spec["done"].shape, env.device
+        if shape != (due := (*env.batch_size, 1)):
+            raise ValueError(
+                f"the env's done is {list(shape)}, and Trial counts in {list(due)}, as rewards are: make it so, done_spec="
+                f"Binary(1, {due}, dtype=torch.bool), with terminated and truncated, and what the env returns."
+            )
         observation_spec[EPISODE_DONE] = Binary(1, shape=shape, dtype=torch.bool, device=device)
         observation_spec[EPISODE_INDEX] = Unbounded(shape, dtype=torch.int64, device=device)
         observation_spec[TRIAL_STEP] = Unbounded(shape, dtype=torch.int64, device=device)

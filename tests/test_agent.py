@@ -62,6 +62,7 @@ SPACES = {
     "flags": (spaces.MultiBinary(3), spaces.MultiBinary(2)),
     "box": (spaces.Box(-1, 1, (2,)), spaces.Box(np.float32([-0.3, -0.1]), np.float32([0.2, 0.4]))),
     "float64": (spaces.Box(-1, 1, (3,), np.float64), spaces.Box(-1, 1, (), np.float64)),
+    "words": (spaces.Box(0, 60_000, (2,), np.uint16), spaces.Discrete(3)),
     "image": (spaces.Box(0, 255, (12, 14, 3), np.uint8), spaces.Discrete(3)),
     "dict": (
         spaces.Dict(
@@ -427,6 +428,23 @@ def test_tensors_for_tensors_and_numpy_for_the_rest():
         action = agent.act(torch.zeros(3, 2) if kind is torch.Tensor else [[0.0, 0.0]] * 3)
         assert isinstance(action, kind)
         assert action.shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "observation", "same"),
+    [
+        ("discrete from 5", np.uint32(6), 6),
+        ("words", torch.tensor([7, 60_000], dtype=torch.uint16), [7, 60_000]),
+        ("image", np.arange(504, dtype=np.uint8).reshape(12, 14, 3)[::-1], None),
+    ],
+)
+def test_arrays_of_any_layout_and_whole_numbers_of_any_dtype_are_read(name, observation, same):
+    agent, memories = AdaptiveAgent.from_policy(make(toys(name, 1), hidden_size=8), toys(name, 1)), []
+    for given in (observation, observation.copy() if same is None else same):
+        agent.new_trial()
+        agent.act(given, deterministic=True)
+        memories.append(agent.memory[-1])
+    assert torch.equal(*memories)
 
 
 def test_an_actor_and_critic_is_its_actor():

@@ -537,6 +537,10 @@ def one_before(env, task):
     env.goal, env.following = vars(env).get("following", 3.0), task.item()
 
 
+def drifting(env, task):
+    env.goal = (env.goal + task.item()) % 7  # stays within the line
+
+
 class OwnGoal(Hidden):
     def reset(self, **kwargs):
         seen = super().reset(**kwargs)
@@ -547,11 +551,17 @@ class OwnGoal(Hidden):
 @pytest.mark.parametrize(
     ("make", "set_task", "rule", "message"),
     [
-        (Hidden, misspelt, "task_heard", r"made no difference .*; set_task gave the env \['gaol'\], .* misspelt\?"),
+        (
+            Hidden,
+            misspelt,
+            "task_heard",
+            r"no difference .*; set_task gave the env \['gaol'\], .* misspelt\?.* self.unwrapped. A",
+        ),
         (Hidden, first_only, "task_heard", "8 tasks made no difference to anything in 30 steps of random actions. All"),
         (OwnGoal, set_goal, "task_heard", "8 tasks made no difference .* set the task in each reset"),
         (type("Fresh", (Hidden,), {}), on_the_class, "task_own", "not on the class"),
         (Hidden, one_before, "task_own", "not the one before"),
+        (Hidden, drifting, "seed_repeats", "differ after . steps.* not from what the last task left"),
     ],
 )
 def test_a_task_that_does_not_reach_its_row_is_told(make, set_task, rule, message):
@@ -591,7 +601,7 @@ def test_a_misspelt_attribute_is_told_once_at_the_first_reset(kind, told):
         env.reset()
         assert len(told) == said
         env.close()
-    assert told[0].startswith("set_task gave the env ['gaol'], which it did not have before: misspelt?")
+    assert told[0].startswith("set_task gave the env ['gaol'], which it did not have before: misspelt? Or a wrapper's?")
 
 
 class OwnSeed(Hidden):

@@ -166,6 +166,9 @@ def test_tables_of_functions_stay_as_the_constructor_made_them():
     assert other.moves[0].__self__ is other
 
 
+LOG = logging.getLogger("an env's")
+
+
 class Sampler:
     """What draws for an env, by a method."""
 
@@ -208,7 +211,17 @@ def of_nothing():
 
 def test_functions_that_carry_a_state_are_named():
     rng = np.random.default_rng(0)
-    functions = [rng.normal, partial(rng.normal, 0, 1), lambda: rng.normal(), {"draw": rng.normal}, Sampler().draw]
+    box = gymnasium.spaces.Box(-1, 1, (1,))
+    box.seed(0)
+    functions = [
+        box.sample,
+        lambda: box.sample(),
+        rng.normal,
+        partial(rng.normal, 0, 1),
+        lambda: rng.normal(),
+        {"draw": rng.normal},
+        Sampler().draw,
+    ]
     for function in (
         *functions,
         of(Sampler()),
@@ -226,6 +239,12 @@ def test_functions_that_carry_what_is_saved_or_never_changes_are_none():
     env = gymnasium.wrappers.TransformReward(Swinging(), lambda reward: reward * env.unwrapped.tau)
     inner = env.unwrapped
     rng = np.random.default_rng(0)
+    inner.dtype, inner.device, inner.log, inner.of = (
+        (torch.float32, np.dtype("f4")),
+        torch.device("cpu"),
+        LOG,
+        re.compile("a"),
+    )
     inner.draws, inner.rng = (rng.normal, lambda: rng.normal()), rng  # which is saved after them
     read = [1.0, np.ones(2), {"max": 1.0}, [1, 2], {3}, Options(), range(3), torch.float32, Path("a"), np.sin, np.clip]
     read += [np.random.default_rng, functools.lru_cache(abs), operator.itemgetter(0), logging.getLogger(), nn.Tanh()]
@@ -271,22 +290,25 @@ class Draws(gymnasium.Env):
 
     observation_space = gymnasium.spaces.Dict({"place": gymnasium.spaces.Box(-1, 1, (1,))})
 
-    def __init__(self):
-        self.action_space = gymnasium.spaces.Discrete(1000)
+    def __init__(self, table):
+        self.action_space, self.table = gymnasium.spaces.Discrete(1000), table
+        self.draw = self.action_space.sample
 
     def reset(self, *, seed=None, options=None):
-        self.action_space.seed(seed), self.observation_space.seed(seed)
+        self.action_space.seed(seed), self.observation_space.seed(seed), self.table[0].seed(seed)
         return self.observation_space.sample(), {}
 
     def step(self, action):
-        return self.observation_space.sample(), float(self.action_space.sample()), False, False, {}
+        drawn = float(self.draw()) + self.table[0].sample().item()
+        return self.observation_space.sample(), drawn, False, False, {}
 
 
-def test_what_an_env_draws_of_its_spaces_goes_on_too():
+@pytest.mark.parametrize("table", [lambda box: [box, box], lambda box: {0: box}, lambda box: (box, {"a": [(box,)]})])
+def test_what_an_env_draws_of_its_spaces_goes_on_too(table):
     def steps(env):
         return [(observed["place"].item(), reward) for observed, reward, *_ in (env.step(0) for _ in range(4))]
 
-    env, other = Draws(), Draws()
+    env, other = (Draws(table(gymnasium.spaces.Box(-1, 1, (1,)))) for _ in range(2))
     env.reset(seed=1)
     steps(env)
     saved = from_bytes(to_bytes(state_of(env)), "state")

@@ -2,8 +2,11 @@
 
 import collections
 import enum
+import pathlib
 import random
 import sys
+from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,6 +20,15 @@ HERE = {__name__.partition(".")[0]}
 
 class Colour(enum.Enum):
     RED = "red"
+
+
+class Has(enum.Flag):
+    KEY, LAMP = 1, 2
+
+
+class Place(NamedTuple):
+    floor: int
+    at: np.ndarray
 
 
 class Room:
@@ -53,7 +65,8 @@ def there_and_back(value, now=None, known=((), ())):
             "words": np.array(["a", "bc"]),
             "mixed": np.array([1, "a", None], dtype=object),
         },
-        [Colour.RED],
+        [1j, range(1, 9, 2), timedelta(3, 2, 1), pathlib.Path("levels", "1.txt"), Place(1, np.zeros(2))],
+        [Colour.RED, Has.KEY, Has.KEY | Has.LAMP, Has(0)],
     ],
 )
 def test_values_come_back_equal_and_of_their_types(value):
@@ -76,7 +89,9 @@ def test_values_come_back_equal_and_of_their_types(value):
     [
         (np.random.default_rng, lambda generator: generator.normal()),
         (lambda seed: np.random.Generator(np.random.MT19937(seed)), lambda generator: generator.normal()),
+        (lambda seed: np.random.Generator(np.random.Philox(seed)), lambda generator: generator.normal()),
         (np.random.RandomState, lambda generator: generator.normal()),
+        (lambda seed: np.random.RandomState(np.random.SFC64(seed)), lambda generator: generator.normal()),
         (random.Random, lambda generator: generator.gauss(0, 1)),
         (lambda seed: torch.Generator().manual_seed(seed), lambda generator: torch.rand(1, generator=generator).item()),
     ],
@@ -184,7 +199,19 @@ def test_a_tensor_of_another_kind_is_replaced(now, dtype):
 
 @pytest.mark.parametrize(
     "value",
-    [object(), Slotted(), PartlySlotted(), Numbers(), 1j, np.zeros(1, complex), torch.nn.Linear(1, 1), len, Colour],
+    [
+        *(
+            object(),
+            Slotted(),
+            PartlySlotted(),
+            Numbers(),
+            np.zeros(1, complex),
+            torch.nn.Linear(1, 1),
+            len,
+            Colour,
+        ),
+        *(slice(1), datetime.now(), random.SystemRandom(), torch.zeros(1).to_sparse()),
+    ],
 )
 def test_what_is_no_plain_data_is_named(value):
     room = Room({"a": value})
@@ -208,3 +235,8 @@ def test_a_file_names_no_class_but_the_envs_own_and_nothing_is_imported(name, tm
     with pytest.raises(ValueError, match="no class of the env's own packages"):
         Restorer({*HERE, "planted"})(["object", name, []])
     assert "planted" not in sys.modules
+
+
+def test_a_file_makes_no_class_but_a_flag_of_a_number():
+    with pytest.raises(ValueError, match="no class"):
+        Restorer(HERE)(["flag", f"{__name__}:Room", 3])

@@ -119,6 +119,21 @@ def test_it_is_evaluated_as_it_is_collected(name):
         torch.testing.assert_close(env.transform[n].state_dict(), trained.transform[n].state_dict(), rtol=0, atol=0)
 
 
+def test_a_frozen_copy_made_anew_shows_an_evaluation_the_trainings_scale():
+    statistics = VecNormV2(in_keys=["observation"])
+    trained = cart_poles([statistics], [])
+    policy = make_policy(trained, still=True)
+    with pytest.raises(ValueError, match=r"each evaluation make its env anew, with the training's \.frozen_copy\(\)"):
+        adaptation_curve(trained, policy, 3)
+    for _ in range(2):
+        trained.rollout(30, break_when_any_done=False)
+        mean = statistics.loc["observation"].clone()
+        env = cart_poles([statistics.frozen_copy()], [])
+        adaptation_curve(env, policy, 3)
+        for each in (statistics, env.transform[2]):
+            assert torch.equal(each.loc["observation"], mean)
+
+
 def test_the_input_is_made_of_what_stands_before_it_by_hand():
     env = cart_poles([norm("observation"), scaled()], [])
     plain = cart_poles([], [])

@@ -326,6 +326,16 @@ def test_several_done_entries_are_refused():
         TransformedEnv(_TwoAgents(), Trial(episodes=2)).fake_tensordict()
 
 
+@pytest.mark.parametrize("size", [(), (2,)])
+def test_a_done_of_another_shape_is_refused(size):
+    base = CountingEnv((3,))
+    base.done_spec = Composite(done=Categorical(2, shape=(3, *size), dtype=torch.bool), shape=(3,))
+    with pytest.raises(
+        ValueError, match=r"the env's done is \[3.*counts in \[3, 1\].*Binary\(1, \(3, 1\), dtype=torch.bool"
+    ):
+        _ = TransformedEnv(base, Trial(episodes=2)).output_spec
+
+
 def test_trial_works_in_envs_only():
     with pytest.raises(RuntimeError, match="no meaning in a replay buffer"):
         Trial(episodes=2)(TensorDict())

@@ -341,7 +341,8 @@ class AdaptiveAgent:
         """An entry ``[N, *shape]`` of what the env shows, and whether it came as a tensor."""
         value = _at(name, observation, observed.path, is_only=len(self.signature.observations) == 1)
         is_tensor, shape = isinstance(value, Tensor), (len(self._start), *observed.spec.shape)
-        entry = torch.as_tensor(value if is_tensor else np.asarray(value), device="cpu")
+        entry = torch.as_tensor(value if is_tensor else np.asarray(value, order="C"), device="cpu")
+        entry = entry.long() if entry.dtype in _UNSIGNED else entry
         given = tuple(entry.shape) if not self._is_single else (1, *entry.shape)
         # A scalar may stand for [1], and a vector for what the env nests; an image must have its own order.
         if given != shape and not (given[:1] == shape[:1] and entry.numel() == np.prod(shape) and len(shape) < 3):
@@ -353,7 +354,7 @@ class AdaptiveAgent:
             raise FloatingPointError(f"the observation {name!r} is not finite: the memory would be NaN from here on.")
         _require_choices(name, entry, observed)
         cast = entry.to(dtype := observed.spec.dtype)
-        if not dtype.is_floating_point and (lost := cast != entry).any():
+        if not dtype.is_floating_point and (lost := cast.to(entry.dtype) != entry).any():
             raise ValueError(
                 f"the observation {name!r} holds {entry[lost][0].item()}, which the env's {dtype} cannot: the policy would read "
                 "another number. Give what the env shows: pixels from 0 to 255, say, and not from 0 to 1."
@@ -377,6 +378,10 @@ class AdaptiveAgent:
         if self.signature.noise == "normal":
             return noise.normal_()
         return gumbel_(noise.to(torch.promote_types(noise.dtype, torch.float32))).to(noise.dtype)
+
+
+#: What PyTorch does not reckon with; `GymVectorEnv` shows such numbers as int64 too.
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def _at(name: str, observation: Any, path: Sequence[str | int], *, is_only: bool) -> Any:

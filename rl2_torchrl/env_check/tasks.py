@@ -14,6 +14,7 @@ from rl2_torchrl.env_check.playing import RUN_STEPS, EnvBelow, Task
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.gymnasium import GymTaskEnv
 from rl2_torchrl.envs.rows import merge
+from rl2_torchrl.envs.task_setter import told_of_added
 
 __all__ = ["RULES"]
 
@@ -53,7 +54,7 @@ def _seen(below: EnvBelow) -> str | None:
     if at_start[1] and not at_start[0]:
         seen = f"{len(below.tasks)} tasks made no difference to anything in {RUN_STEPS} steps of random actions"
         added = _attributes_added(below.env)
-        return f"{seen}; set_task gave the env {added}, which it did not have before: misspelt?" if added else seen
+        return f"{seen}; {told_of_added(added)}" if added else seen
     if none_by_rule(at_start, later):
         return "another task given at a reset of some rows made no difference, though it did at a reset of all"
     unlike = torch.stack([pair.unlike for pair in below.pairs])

@@ -214,7 +214,8 @@ Further ones, by their rule:
 ``rows_go_on``         one whose ``_reset`` begins all rows, so that those that were to go on lose their episode
 ``begins_anew``        one that sets its own step count back where all rows begin, and not in those of ``_reset``
 ``rows_draw_apart``    rows that are seeded alike, such as a ``SerialEnv`` of ``OldBoat`` without its ``set_seed``
-``seed_repeats``       ``np.random`` or ``torch.rand`` in place of ``self.np_random`` or ``self.generator``
+``seed_repeats``       ``np.random`` or ``torch.rand`` in place of ``self.np_random`` or ``self.generator``; a ``set_task`` that
+                       reckons from what the last task left, ``env.mass *= task.item()``
 ``round_trip``         a `TensorEnv` that keeps what changes on itself, in place of the state (`check_tensor_env`)
 ``task_hidden``        the whole task in what the agent sees, at whatever scale: nothing is left to find out
 =====================  =============================================================================================================

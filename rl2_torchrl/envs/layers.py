@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import logging
 import random
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import wrappers
 from torch import Generator, default_generator
 from torchrl.data import TensorSpec
@@ -27,7 +30,8 @@ __all__ = ["moving_statistics", "put_state", "state_of", "state_or_reason"]
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 _CONSTANT = (
     *(*_FUNCTIONS, types.ModuleType, type),
-    *(gymnasium.spaces.Space, gymnasium.envs.registration.EnvSpec, np.dtype, TensorSpec),
+    *(gymnasium.spaces.Space, gymnasium.envs.registration.EnvSpec, TensorSpec),
+    *(np.dtype, torch.dtype, torch.device, logging.Logger, re.Pattern),
 )
 #: What is another with each use, but for the program's own generators, which are no env's.
 _CHANGING = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, Generator, Iterator)
@@ -71,8 +75,10 @@ def state_of(env: Any) -> list[dict[str, Any]]:
     saver, constants = Saver(_packages(layers), layers), {}
     try:
         states = [_layer_state(layer, saver, constants) for layer in layers]
+        spaces = [space for layer in layers for each in _spaces_of(layer).values() for space in each]
+        drawn = {id(each): each for space in spaces for each in (space, space._np_random)}
         for where, value in constants.items():  # once all is known that is saved
-            if _hides_state(value, saver, {}):
+            if _hides_state(value, saver, dict(drawn)):
                 raise NoStateError(f"{where} is a function with a state of its own, which is no attribute of the env")
         return states
     except RecursionError as error:
@@ -166,7 +172,7 @@ def _hides_state(value: Any, saver: Saver, seen: dict[int, Any]) -> bool:
 
 
 def _carried(value: Any, saver: Saver) -> list[Any]:
-    """What is in a container or an object of the env's own; of a function, what it closes over, and its known arguments."""
+    """What is in a container, a space or an object of the env's own; of a function what it closes over, and known arguments."""
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, types.FunctionType):
@@ -183,7 +189,8 @@ def _carried(value: Any, saver: Saver) -> list[Any]:
         return list(value)
     if hasattr(value, "__wrapped__"):
         return [value.__wrapped__]
-    return list(vars(value).values()) if saver.is_own(value) and hasattr(value, "__dict__") else []
+    is_open = isinstance(value, gymnasium.spaces.Space) or saver.is_own(value)
+    return list(vars(value).values()) if is_open and hasattr(value, "__dict__") else []
 
 
 def _draws_of(layer: Any) -> dict[str, list[dict[str, Any] | None]]:
@@ -202,18 +209,22 @@ def _put_draws(layer: Any, states: dict[str, list[dict[str, Any] | None]]) -> No
 
 
 def _spaces_of(layer: Any) -> dict[str, list[gymnasium.spaces.Space]]:
-    """A layer's spaces by the attributes' names, each with those within it; a space may be its class's."""
+    """A layer's spaces by the names of attributes that are, or hold, some, with those within; they may be its class's."""
     attributes = {name: value for each in (*reversed(type(layer).__mro__), layer) for name, value in vars(each).items()}
-    return {name: list(_within(each)) for name, each in attributes.items() if isinstance(each, gymnasium.spaces.Space)}
+    found = {name: list(_within(each, {})) for name, each in attributes.items()}
+    return {name: spaces for name, spaces in found.items() if spaces}
 
 
-def _within(value: Any) -> Iterator[gymnasium.spaces.Space]:
+def _within(value: Any, seen: dict[int, Any]) -> Iterator[gymnasium.spaces.Space]:
     """The spaces in ``value``: a space, a container of spaces, or something else."""
+    if not isinstance(value, gymnasium.spaces.Space | dict | list | tuple) or id(value) in seen:
+        return
+    seen[id(value)] = value
     if isinstance(value, gymnasium.spaces.Space):
         yield value
         value = vars(value)
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
-        yield from _within(each)
+    for each in value.values() if isinstance(value, dict) else value:
+        yield from _within(each, seen)
 
 
 def _simulation(layer: Any) -> tuple[Any, Any] | None:

@@ -6,17 +6,27 @@ Nothing that a file says is imported or run: of an object the file names a class
 from __future__ import annotations
 
 import enum
+import pathlib
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 
 __all__ = ["NoStateError", "Restorer", "Saver"]
+
+#: Values that do not change, and what makes them again.
+_VALUES: dict[str, tuple[type, Callable[[Any], tuple]]] = {
+    "complex": (complex, lambda number: (number.real, number.imag)),
+    "range": (range, lambda numbers: (numbers.start, numbers.stop, numbers.step)),
+    "timedelta": (timedelta, lambda time: (time.days, time.seconds, time.microseconds)),
+    "path": (type(pathlib.Path()), lambda path: (str(path),)),
+}
 
 
 class NoStateError(Exception):
@@ -52,12 +62,19 @@ class Saver:
             return value
         if type(value) in (tuple, frozenset):
             return [type(value).__name__, self._items(value, where)]
+        if _is_named_tuple(value):
+            return ["named_tuple", self._class_of(value, where), self._items(value, where)]
+        for kind, (cls, made_of) in _VALUES.items():
+            if type(value) is cls:
+                return [kind, list(made_of(value))]
         if isinstance(value, np.str_):
             return ["text", str(value)]
         if type(value) is bytes:
             return ["bytes", value.decode("latin-1")]
         if isinstance(value, np.generic) and _is_numeric(value.dtype):
             return ["scalar", np.asarray(value)]
+        if isinstance(value, enum.Flag):  # a combination has no name of its own
+            return ["flag", self._class_of(value, where), value.value]
         if isinstance(value, enum.Enum):
             return ["member", self._class_of(value, where), value.name]
         if id(value) in self._met:
@@ -79,13 +96,13 @@ class Saver:
             return ["array", value.copy()]
         if type(value) is np.ndarray and value.dtype.kind in "USO":
             return ["items", self._items(value.ravel().tolist(), where), value.dtype.str, list(value.shape)]
-        if type(value) is torch.Tensor:
+        if type(value) is torch.Tensor and value.layout is torch.strided:
             return ["tensor", value.detach().clone()]
         if isinstance(value, np.random.Generator):
             return ["generator", value.bit_generator.state]
         if isinstance(value, np.random.RandomState):
             return ["random_state", value.get_state(legacy=False)]
-        if isinstance(value, random.Random):
+        if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             return ["random", value.getstate()]
         if isinstance(value, torch.Generator):
             return ["torch_generator", value.get_state(), str(value.device)]
@@ -109,7 +126,7 @@ class Saver:
         kind = type(value)
         name = f"{kind.__module__}:{kind.__qualname__}"
         try:
-            is_whole = isinstance(value, enum.Enum) or _is_made_of_attributes(value)
+            is_whole = isinstance(value, enum.Enum | tuple) or _is_made_of_attributes(value)
             if is_whole and _class_named(name, self._packages) is kind:
                 return name
         except ValueError:
@@ -144,6 +161,10 @@ class Restorer:
         match kind:
             case "tuple" | "frozenset":
                 return {"tuple": tuple, "frozenset": frozenset}[kind](self(item) for item in content)
+            case "named_tuple":
+                return tuple.__new__(_class_named(content, self._packages, tuple), (self(item) for item in more[0]))
+            case _ if kind in _VALUES:
+                return _VALUES[kind][0](*content)
             case "text":
                 return np.str_(content)
             case "bytes":
@@ -152,6 +173,8 @@ class Restorer:
                 return content[()]
             case "member":
                 return _class_named(content, self._packages).__members__[more[0]]
+            case "flag":
+                return _class_named(content, self._packages, enum.Flag)(more[0])
             case "again":
                 return self._met[content]
         # Two names of one thing may be those of two by the time that was saved.
@@ -215,10 +238,10 @@ def _empty(kind: str, content: Any, more: list, now: Any) -> Any:
         case "items":
             return np.empty(more[1], more[0])
         case "generator":
-            generator = now if isinstance(now, np.random.Generator) else _generator(content["bit_generator"])
+            generator = now if isinstance(now, np.random.Generator) else np.random.Generator(_bits(content))
             generator.bit_generator.state = content
         case "random_state":
-            generator = now if isinstance(now, np.random.RandomState) else np.random.RandomState()
+            generator = now if isinstance(now, np.random.RandomState) else np.random.RandomState(_bits(content))
             generator.set_state(content)
         case "random":
             generator = now if isinstance(now, random.Random) else random.Random()
@@ -244,8 +267,10 @@ def _memories(attributes: dict[str, Any]) -> list[np.ndarray]:
     return [memory for memory in found if memory is not None]
 
 
-def _generator(name: str) -> np.random.Generator:
-    return np.random.Generator({"PCG64": np.random.PCG64, "MT19937": np.random.MT19937}.get(name, np.random.PCG64)())
+def _bits(state: dict[str, Any]) -> np.random.BitGenerator:
+    """A bit generator of NumPy's of the kind whose ``state`` this is."""
+    kinds = (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
+    return {kind.__name__: kind for kind in kinds}[state["bit_generator"]]()
 
 
 def _object(kind: type, now: Any) -> Any:
@@ -256,6 +281,10 @@ def _is_numeric(dtype: np.dtype) -> bool:
     return dtype.kind in "biuf" and dtype.itemsize <= 8  # as PyTorch has them
 
 
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(type(value), "_make") and not hasattr(value, "__dict__")
+
+
 def _is_made_of_attributes(value: Any) -> bool:
     """Whether an object is its attributes and nothing beside, as one of a compiled class or with slots is not."""
     kind = type(value)
@@ -263,8 +292,8 @@ def _is_made_of_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") and kind.__new__ is object.__new__ and not has_slots
 
 
-def _class_named(name: str, packages: Collection[str]) -> type:
-    """The class ``package.module:Class`` of one of ``packages``, which is imported already.
+def _class_named(name: str, packages: Collection[str], kind: type = object) -> type:
+    """The class ``package.module:Class`` of one of ``packages``, which is imported already, and one of ``kind``.
 
     Raises:
         ValueError: it is no such class.
@@ -274,6 +303,6 @@ def _class_named(name: str, packages: Collection[str]) -> type:
     found: Any = sys.modules.get(module) if is_known else None
     for part in path.split("."):
         found = vars(found).get(part) if found is not None else None
-    if not isinstance(found, type) or f"{found.__module__}:{found.__qualname__}" != name:
+    if not isinstance(found, type) or not issubclass(found, kind) or f"{found.__module__}:{found.__qualname__}" != name:
         raise ValueError(f"{name} is no class of the env's own packages, {sorted(packages)}.")
     return found
