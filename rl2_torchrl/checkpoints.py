@@ -214,9 +214,8 @@ class RunCheckpoints:
                 damaged.append(path)
                 continue
             changed = self._require_fit(path, tree, changes)
-            for name in changes:  # as they are given, wherever the run has moved them to
-                part, _, attribute = name.rpartition(".")
-                tree["state"].get("kept", {}).get(part, {}).pop(attribute, None)
+            for name in changed:  # and with it what may have been made of it
+                tree["state"].get("kept", {}).pop(name.rpartition(".")[0], None)
             self._restore(path, tree, changed)
             self._move(damaged, _DAMAGED)
             if damaged:
@@ -247,7 +246,7 @@ class RunCheckpoints:
         networks = differences(tree["networks"], self._networks)
         self._moved |= set(tree["moved"])
         settings = differences(tree["settings"], self._settings)
-        settings = {name: words for name, words in settings.items() if name not in self._moved}
+        settings = {name: words for name, words in settings.items() if name not in self._moved or name in changes}
         unknown = set(changes) - {*tree["settings"], *self._settings}
         if unknown:
             matches = (each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3))

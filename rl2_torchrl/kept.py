@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 from torchrl.envs import Transform
 
 from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
-from rl2_torchrl.storage import from_tensor, to_tensor
+from rl2_torchrl.storage import from_tensor, require_tree, to_tensor
 
 __all__ = ["Kept"]
 
@@ -26,10 +28,15 @@ _LIBRARIES = {"rl2_torchrl", "torchrl", "tensordict", "torch"}
 
 
 class Kept:
-    """Attributes of ``parts``, by their names, that have changed since this was made: a module's state has buffers alone.
+    """Attributes of ``parts``, and of modules within them, that have changed since this was made: module states have buffers alone.
 
-    Attributes may be what `Saver` knows. Of a part that has come to hold anything else nothing is kept, since one attribute may go
-    with another; the log names it. A part with a state of its own, a module by ``get_extra_state``, says by itself what it keeps.
+    Attributes may be what `Saver` knows, or have a ``state_dict`` themselves, as optimizers do. What has changed in place is put
+    back in place, since others may hold it too; what another has taken the place of is replaced. Of a part that has come to hold
+    what cannot be saved nothing is kept, since one attribute may go with another, and the log names it; what changes within such
+    an object nobody sees. A part with a state of its own, a module by ``get_extra_state``, says by itself what it keeps.
+
+    Args:
+        parts: by name; a module within one has a name below that, as PyTorch has it.
 
     Examples:
         >>> first, second = nn.Module(), nn.Module()
@@ -41,21 +48,44 @@ class Kept:
     """
 
     def __init__(self, parts: Mapping[str, Any]):
-        self._parts = {name: each for name, each in parts.items() if hasattr(each, "__dict__") and not _has_state(each)}
-        self._first = {name: _Attributes(each) for name, each in self._parts.items()}
+        modules = [
+            each
+            for name, part in parts.items()
+            if isinstance(part, nn.Module)
+            for each in part.named_modules(prefix=name)
+        ]
+        by_id = {id(each): (name, each) for name, each in [*reversed(modules), *parts.items()]}
+        self._parts = {
+            name: each for name, each in by_id.values() if hasattr(each, "__dict__") and not _has_state(each)
+        }
+        self._first = {name: _Attributes(each, self._memories()) for name, each in self._parts.items()}
         self._told: set[str] = set()
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """By part and attribute what is another by now, as bytes."""
-        state = {}
+        state, memories = {}, self._memories()
         for name, part in self._parts.items():
-            first, now = self._first[name], _Attributes(part)
-            if lost := [each for each, value in now.others.items() if value is not first.others.get(each)]:
+            first, now = self._first[name], _Attributes(part, memories)
+            is_same = {each: value is first.values.get(each) for each, value in now.values.items()}
+            if lost := [each for each in (*now.others, *now.stateful) if not is_same[each]]:
                 self._tell(f"{name}.{lost[0]}")
-            else:
-                changed = [each for each, digest in now.digests.items() if digest != first.digests.get(each)]
-                state[name] = {each: to_tensor(now.plain[each]) for each in changed}
+                continue
+            changed = [each for each, digest in now.digests.items() if digest != first.digests.get(each)]
+            state[name] = {each: to_tensor([is_same[each], now.saved[each]]) for each in changed}
         return {name: changed for name, changed in state.items() if changed}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Gives the parts that are there what `state_dict` returned."""
+        for name, attributes in state.items():
+            if (part := self._parts.get(name)) is not None:
+                for each, value in attributes.items():
+                    _put(part, each, *from_tensor(value, f"{name}.{each}"))
+
+    def _memories(self) -> set[int]:
+        """Where parameters and buffers lie, which a ``state_dict`` holds."""
+        modules = [part for part in self._parts.values() if isinstance(part, nn.Module)]
+        tensors = [t for module in modules for t in (*module._parameters.values(), *module._buffers.values())]
+        return {_memory(t) for t in tensors if t is not None and t.layout is torch.strided}
 
     def _tell(self, name: str) -> None:
         if name not in self._told:
@@ -67,32 +97,84 @@ class Kept:
                 name,
             )
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Gives the parts that are there what `state_dict` returned."""
-        for name, attributes in state.items():
-            if (part := self._parts.get(name)) is not None:
-                for each, value in attributes.items():
-                    vars(part)[each] = Restorer(_packages(part))(from_tensor(value, f"{name}.{each}"))
-
 
 class _Attributes:
-    """The attributes of ``part``: ``plain`` as `Saver` takes them apart, with their ``digests``, and the ``others``."""
+    """The attributes of ``part``, but for what lies in ``memories``.
 
-    def __init__(self, part: Any):
-        self.plain: dict[str, Any] = {}
-        self.others: dict[str, Any] = {}
-        is_ours = _root(type(part)) in _LIBRARIES
-        for name, value in vars(part).items():
-            if name in _INNER or isinstance(value, nn.Module):
-                continue
-            if is_ours and name[0] == "_" and not isinstance(part, Transform):
-                continue
+    Attributes:
+        values: themselves; what is looked at later must be the same object, and not another at its address.
+        saved, digests: of those that can be saved, what is saved of each, and a digest of that.
+        stateful: the names of those among them that have a ``state_dict``, which another of the kind takes.
+        others: the names of those that cannot.
+    """
+
+    def __init__(self, part: Any, memories: set[int]):
+        self.values = {name: value for name, value in vars(part).items() if _is_looked_at(part, name, value, memories)}
+        self.saved: dict[str, Any] = {}
+        self.others: list[str] = []
+        for name, value in self.values.items():
             try:
-                self.plain[name] = Saver(_packages(part))(value, name)
+                self.saved[name] = _taken(part, value, name)
             except NoStateError:  # a function, a spec, …
-                if not is_ours:
-                    self.others[name] = value
-        self.digests = {name: hashlib.sha256(b"".join(_bytes(value))).hexdigest() for name, value in self.plain.items()}
+                self.others += [] if _is_librarys(part) else [name]
+        self.stateful = [name for name, each in self.saved.items() if isinstance(each, list) and each[0] == "state"]
+        self.digests = {name: hashlib.sha256(b"".join(_bytes(each))).hexdigest() for name, each in self.saved.items()}
+
+
+def _is_looked_at(part: Any, name: str, value: Any, memories: set[int]) -> bool:
+    if name in _INNER or isinstance(value, nn.Module | nn.Parameter):
+        return False
+    if _is_librarys(part) and name[0] == "_" and not isinstance(part, Transform):
+        return False
+    return not (type(value) is torch.Tensor and value.layout is torch.strided and _memory(value) in memories)
+
+
+def _taken(part: Any, value: Any, name: str) -> Any:
+    if hasattr(value, "load_state_dict") and hasattr(value, "state_dict"):  # an optimizer
+        try:
+            require_tree(state := value.state_dict())
+        except TypeError as error:
+            raise NoStateError(str(error)) from error
+        return ["state", state]
+    return Saver(_packages(part, value))(value, name)
+
+
+def _put(part: Any, name: str, in_place: bool, saved: Any) -> None:
+    """Gives ``part`` the attribute ``name`` as it was ``saved``."""
+    now, kind = vars(part).get(name), saved[0] if isinstance(saved, list) else None
+    if kind == "state":
+        now.load_state_dict(saved[1])
+        return
+    made = Restorer(_packages(part, now))(saved, now if in_place and kind not in ("array", "tensor") else None)
+    if made is not now and not (in_place and _write_into(now, made)):
+        vars(part)[name] = made
+
+
+@torch.no_grad()
+def _write_into(now: Any, made: Any) -> bool:
+    """Gives ``now`` the contents of ``made``; False where it is something else."""
+    if type(now) is not type(made):
+        return False
+    if isinstance(made, torch.Tensor | np.ndarray):
+        is_written = (now.shape, now.dtype) == (made.shape, made.dtype) and 0 not in _strides(now)
+        if is_written:
+            now[...] = made
+        return is_written
+    elif isinstance(made, list | deque):
+        now.clear()
+        now.extend(made)
+    elif isinstance(made, dict | set):
+        now.clear()
+        now.update(made)
+    else:
+        return False
+    return True
+
+
+def _strides(array: torch.Tensor | np.ndarray) -> tuple[int, ...]:
+    if isinstance(array, torch.Tensor):
+        return array.stride()
+    return array.strides if array.flags.writeable else (0,)
 
 
 def _has_state(part: Any) -> bool:
@@ -102,13 +184,21 @@ def _has_state(part: Any) -> bool:
     return written is not None and _root(written) not in _LIBRARIES  # PPOUpdate's own has what it learns
 
 
+def _is_librarys(part: Any) -> bool:
+    return _root(type(part)) in _LIBRARIES
+
+
 def _root(cls: type) -> str:
     return cls.__module__.partition(".")[0]
 
 
-def _packages(part: Any) -> set[str]:
+def _packages(part: Any, value: Any) -> set[str]:
     """Those of which objects may be saved; the libraries' are specs and envs."""
-    return {_root(type(part))} - _LIBRARIES
+    return {_root(type(part)), _root(type(value))} - _LIBRARIES - sys.stdlib_module_names
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _bytes(saved: Any) -> Iterator[bytes]:

@@ -79,9 +79,9 @@ def train(
         resume: go on from the newest checkpoint in ``checkpoints`` that is whole, if there is any. Where the env hands out its
             state (a `TensorEnv`; `GymVectorEnv`, `GymTaskEnv` and TorchRL envs that are `Resumable`, over envs of plain data;
             ``SerialEnv`` and ``ParallelEnv`` of them) the run goes on as if it had never stopped, in the middle of its trials;
-            with other envs it begins new trials, and the log and ``new_trials`` of the result say why. Attributes of transforms,
-            advantage, networks, terms and update that have moved (numbers, tensors, ...) go on too; one that cannot be saved is
-            named in the log. An env of ``evaluate``'s is no part of it: with `TaskSampler.fixed` that plays the same tasks again.
+            with other envs it begins new trials, and the log and ``new_trials`` of the result say why. Attributes of transforms
+            (not in a ``ParallelEnv``'s processes), advantage, networks, terms and update that have moved (numbers, tensors, ...) go
+            on too; what has taken an attribute's place and cannot be saved is named in the log. An env of ``evaluate``'s is no part of it: with `TaskSampler.fixed` that plays the same tasks again.
             CSV files and TensorBoard then hold each step once: what the logger has there of later steps is taken back. Where there
             is no checkpoint the run starts anew, and CSV files of one that was killed before its first are moved to a subfolder;
             a log whose run has had checkpoints, elsewhere say, is an error.

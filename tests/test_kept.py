@@ -2,7 +2,10 @@
 
 import copy
 import shutil
+from collections import Counter, defaultdict
+from functools import cached_property
 
+import numpy as np
 import pytest
 import torch
 from runs import Run
@@ -164,6 +167,151 @@ def test_what_an_update_is_made_of_keeps_what_moves(tmp_path):
     resumed = run_of(4, resume=True)
     shutil.rmtree(tmp_path)
     torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
+
+
+class Holder(nn.Module):
+    """A term whose weight follows from what it holds, ``move`` says how."""
+
+    in_keys = ["logits"]
+
+    def __init__(self, move, **held):
+        super().__init__()
+        self.move = move
+        vars(self).update(held)
+
+    def forward(self, logits):
+        return {"loss_held": 1e-2 * float(self.move(self, logits)) * logits.square().mean()}
+
+
+class Anneal(Callback):
+    """It holds what the term holds, and saves it by itself."""
+
+    def __init__(self, shared):
+        self.shared = shared
+
+    def after_update(self, row, progress):
+        self.shared["v"] *= 3.0
+
+    def state_dict(self):
+        return dict(self.shared)
+
+    def load_state_dict(self, state):
+        self.shared.update(state)
+
+
+class Count(nn.Module):
+    number = 0
+
+
+def counted(key):
+    def move(term, logits):
+        term.held[key] += 1
+        return term.held[key]
+
+    return move
+
+
+def optimized(term, logits):
+    loss = (term.theta - logits.detach().mean()).square()
+    term.optimizer.zero_grad()
+    loss.backward()
+    term.optimizer.step()
+    return term.theta.detach()
+
+
+def shared_weight(run):
+    shared = {"v": 1.0}
+    return Holder(lambda term, _: term.shared["v"], shared=shared), [Anneal(shared)]
+
+
+def generator(run):
+    return Holder(lambda term, _: term.rng.random(), rng=np.random.Generator(np.random.Philox(0))), []
+
+
+def counter(run):
+    return Holder(counted("n"), held=Counter()), []
+
+
+def defaults(run):
+    return Holder(counted("n"), held=defaultdict(float)), []
+
+
+def array(run):
+    return Holder(counted(0), held=np.zeros(2)), []
+
+
+def own_optimizer(run):
+    theta = torch.zeros((), requires_grad=True)
+    return Holder(optimized, theta=theta, optimizer=torch.optim.Adam([theta], lr=0.1)), []
+
+
+def module_within(run):
+    def move(term, _):
+        term.within.number += 1
+        return term.within.number
+
+    term = Holder(move)
+    term.within = Count()
+    return term, []
+
+
+def view_of_a_buffer(run):
+    term = Holder(lambda term, _: term.mean.add_(1.0))
+    term.register_buffer("stats", torch.zeros(2))
+    term.mean = term.stats[0]
+    return term, []
+
+
+def alias_of_a_weight(run):
+    weight = run.update.loss.actor_network.module[0].module[0].gru.weight_hh_l0.detach()
+    return Holder(lambda term, _: term.weight.sum(), weight=weight), []
+
+
+def constants(run):
+    """Sparse ones too, which nobody can save."""
+    return Holder(lambda term, _: term.some[0], some=torch.ones(2), graph=torch.eye(2).to_sparse()), []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(shared_weight, generator, counter, defaults, array, own_optimizer, module_within, view_of_a_buffer),
+        *(alias_of_a_weight, constants),
+    ],
+)
+def test_what_others_hold_too_is_put_back_in_its_place(make, tmp_path, caplog):
+    def run_of(updates, **options):
+        run = Run(updates)
+        term, callbacks = make(run)
+        run.update.loss.terms.append(term)
+        run.train(checkpoints=tmp_path, check=False, callbacks=callbacks, **options)
+        return run.everything()
+
+    run_of(2)
+    resumed = run_of(4, resume=True)
+    shutil.rmtree(tmp_path)
+    torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
+    assert "checkpoints cannot hold it" not in caplog.text
+
+
+def test_what_follows_from_a_changed_setting_begins_anew(tmp_path):
+    class Decays(TrialAdvantage):
+        @cached_property
+        def powers(self):
+            return self.gamma ** torch.arange(3.0)
+
+        def forward(self, batch):
+            self.last = self.powers
+            return super().forward(batch)
+
+    def run_of(updates, gamma, **options):
+        run = Run(updates)
+        run.update.advantage = advantage = Decays(critic=run.policy, gamma=gamma)
+        run.train(checkpoints=tmp_path, check=False, **options)
+        return advantage.last.tolist()
+
+    assert run_of(1, 0.9) == pytest.approx([1, 0.9, 0.81])
+    assert run_of(2, 0.5, resume=True, resume_changes=["advantage.gamma"]) == [1, 0.5, 0.25]
 
 
 def test_what_has_moved_is_given_anew_by_its_name(tmp_path):

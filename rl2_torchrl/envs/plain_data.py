@@ -9,7 +9,7 @@ import enum
 import pathlib
 import random
 import sys
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from datetime import timedelta
@@ -27,6 +27,10 @@ _VALUES: dict[str, tuple[type, Callable[[Any], tuple]]] = {
     "timedelta": (timedelta, lambda time: (time.days, time.seconds, time.microseconds)),
     "path": (type(pathlib.Path()), lambda path: (str(path),)),
 }
+
+
+#: What a `defaultdict` may begin its entries with.
+_FACTORIES = {"none": None, "int": int, "float": float, "list": list, "set": set, "dict": dict}
 
 
 class NoStateError(Exception):
@@ -110,11 +114,14 @@ class Saver:
             return [type(value).__name__, self._items(value, where)]
         if type(value) is deque:
             return ["deque", self._items(value, where), value.maxlen]
-        if type(value) in (dict, OrderedDict):
-            return [
-                type(value).__name__,
-                [[self(key, where), self(item, f"{where}[{key!r}]")] for key, item in value.items()],
-            ]
+        if type(value) in (dict, OrderedDict, Counter) or (
+            type(value) is defaultdict and value.default_factory in _FACTORIES.values()
+        ):
+            items = [[self(key, where), self(item, f"{where}[{key!r}]")] for key, item in value.items()]
+            name = next(
+                (name for name, each in _FACTORIES.items() if each is getattr(value, "default_factory", 0)), None
+            )
+            return [type(value).__name__, items, *([name] if type(value) is defaultdict else [])]
         name = self._class_of(value, where)
         return ["object", name, [[key, self(item, f"{where}.{key}")] for key, item in vars(value).items()]]
 
@@ -195,8 +202,9 @@ class Restorer:
             value.extend(self(item) for item in content)
         elif kind == "set":
             value.update(self(item) for item in content)
-        elif kind in ("dict", "OrderedDict"):
-            value.update((self(key), self(item)) for key, item in content)
+        elif kind in ("dict", "OrderedDict", "Counter", "defaultdict"):
+            for key, item in content:
+                value[self(key)] = self(item)
         elif kind == "items":
             for place, item in zip(np.ndindex(value.shape), content, strict=True):
                 value[place] = self(item)
@@ -231,8 +239,10 @@ class Restorer:
 def _empty(kind: str, content: Any, more: list, now: Any) -> Any:
     """A container without what is in it, or a generator."""
     match kind:
-        case "list" | "set" | "dict" | "OrderedDict":
-            return {"list": list, "set": set, "dict": dict, "OrderedDict": OrderedDict}[kind]()
+        case "list" | "set" | "dict" | "OrderedDict" | "Counter":
+            return {"list": list, "set": set, "dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}[kind]()
+        case "defaultdict":
+            return defaultdict(_FACTORIES[more[0]])
         case "deque":
             return deque(maxlen=more[0])
         case "items":
