@@ -59,6 +59,8 @@ class Kept:
             name: each for name, each in by_id.values() if hasattr(each, "__dict__") and not _has_state(each)
         }
         self._first = {name: _Attributes(each, self._memories()) for name, each in self._parts.items()}
+        for first in self._first.values():
+            first.saved.clear()  # as large as all constants together
         self._told: set[str] = set()
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -118,7 +120,7 @@ class _Attributes:
             except NoStateError:  # a function, a spec, …
                 self.others += [] if _is_librarys(part) else [name]
         self.stateful = [name for name, each in self.saved.items() if isinstance(each, list) and each[0] == "state"]
-        self.digests = {name: hashlib.sha256(b"".join(_bytes(each))).hexdigest() for name, each in self.saved.items()}
+        self.digests = {name: _digest(each) for name, each in self.saved.items()}
 
 
 def _is_looked_at(part: Any, name: str, value: Any, memories: set[int]) -> bool:
@@ -201,7 +203,14 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _bytes(saved: Any) -> Iterator[bytes]:
+def _digest(saved: Any) -> str:
+    digest = hashlib.sha256()
+    for each in _bytes(saved):
+        digest.update(each)
+    return digest.hexdigest()
+
+
+def _bytes(saved: Any) -> Iterator[bytes | np.ndarray]:
     """What `Saver` gave, in bytes that are the same for the same."""
     if isinstance(saved, list | tuple):
         yield f"{type(saved).__name__} {len(saved)}".encode()
@@ -211,9 +220,9 @@ def _bytes(saved: Any) -> Iterator[bytes]:
         yield from _bytes([list(item) for item in saved.items()])
     elif isinstance(saved, torch.Tensor):
         yield f"{saved.dtype} {tuple(saved.shape)}".encode()
-        yield saved.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        yield saved.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
     elif isinstance(saved, np.ndarray):
         yield f"{saved.dtype} {saved.shape}".encode()
-        yield saved.tobytes()
+        yield np.ascontiguousarray(saved).reshape(-1).view(np.uint8)
     else:
         yield repr(saved).encode()

@@ -303,9 +303,8 @@ class _Stream:
         return {**vars(self), "env": None}
 
     def is_elsewhere(self, env: EnvBase) -> bool:
-        """Whether it is of another env than ``env``, which is still there."""
-        own = None if self.env is None else self.env()
-        return own is not None and own is not env
+        """Whether it is of another env than ``env``, be that gone or not: when it goes is the garbage collector's to say."""
+        return self.env is not None and self.env() is not env
 
     def next_seed(self) -> int | None:
         """The seed of one more stream like this, around another env."""

@@ -254,9 +254,9 @@ class PPOUpdate:
             raise KeyError(
                 f"the batch lacks {missing}, which the loss reads. Advantages come from advantage=, hidden states and 'is_init' "
                 "from the collector: Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that "
-                f"begin inside a trial start from their hidden state, which PPOUpdate(bptt={self.bptt or batch.shape[-1]}).in_keys "
-                "has, for TrialCollector(keep=...): keep it (or all, keep=None), or collect and update whole trials, if all have "
-                "one length."
+                "begin inside a trial start from their hidden state, which "
+                f"PPOUpdate(..., bptt={self.bptt or batch.shape[-1]}).in_keys has, for TrialCollector(keep=...): keep it (or all, "
+                "keep=None), or collect and update whole trials, if all have one length."
             )
         return split_rows(batch.select(*keys), self.bptt)
 
