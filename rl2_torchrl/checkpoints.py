@@ -93,7 +93,7 @@ class RunCheckpoints:
         self._own = _CollectorState(collector)
         self._parts = {
             "update": update,
-            "kept": Kept({**_transforms(collector), **(parts_of(update) if isinstance(update, PPOUpdate) else {})}),
+            "kept": Kept(_parts(collector, update)),
             "collector": self._own,
             "rollout": _RolloutState(collector, returns),
             "callbacks": _States(callbacks),
@@ -377,6 +377,14 @@ class _States:
                 self._objects[name].load_state_dict(own)
             else:
                 log.warning("the state of %s is lost: the run had it among its callbacks, and this one has not.", name)
+
+
+def _parts(collector: BaseCollector, update: Stateful) -> dict[str, Any]:
+    """What may hold more than its ``state_dict`` says, by the names of their settings; tasks that a callback makes harder, say."""
+    transforms = _transforms(collector)
+    samplers = {name: each for name, each in transforms.items() if isinstance(each, TaskSampler)}
+    tasks = {f"{name}.distribution": each.distribution for name, each in samplers.items()}
+    return {**transforms, **tasks, **(parts_of(update) if isinstance(update, PPOUpdate) else {})}
 
 
 def _transforms(collector: BaseCollector) -> dict[str, Transform]:

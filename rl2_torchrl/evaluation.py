@@ -212,12 +212,16 @@ def _rewind(env: EnvBase) -> None:
     transforms = [each for one in (env, *rows_of(env)) for each in transforms_of(one)]
     for sampler in (each for each in transforms if isinstance(each, TaskSampler)):
         sampler.rewind()
-    base = base_of(env)
-    if isinstance(base, ParallelEnv) and has_trials_within(env):
-        log.warning(
-            "the trials are made in a ParallelEnv's processes: a TaskSampler.fixed there goes on from where it stands, so that "
-            "another evaluation plays other tasks. Put Trial and TaskSampler around the ParallelEnv."
-        )
+    if isinstance(base_of(env), ParallelEnv) and has_trials_within(env):
+        _tell_of_processes()
+
+
+@cache
+def _tell_of_processes() -> None:
+    log.warning(
+        "the trials are made in a ParallelEnv's processes: a TaskSampler.fixed there goes on from where it stands, so that another "
+        "evaluation plays other tasks. Put Trial and TaskSampler around the ParallelEnv."
+    )
 
 
 _KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next", TRIAL_STEP))

@@ -62,6 +62,8 @@ class Kept:
         for first in self._first.values():
             first.saved.clear()  # as large as all constants together
         self._told: set[str] = set()
+        #: What has been put back had changed before this was made.
+        self._restored: set[tuple[str, str]] = set()
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """By part and attribute what is another by now, as bytes."""
@@ -72,7 +74,11 @@ class Kept:
             if lost := [each for each in (*now.others, *now.stateful) if not is_same[each]]:
                 self._tell(f"{name}.{lost[0]}")
                 continue
-            changed = [each for each, digest in now.digests.items() if digest != first.digests.get(each)]
+            changed = [
+                each
+                for each, digest in now.digests.items()
+                if digest != first.digests.get(each) or (name, each) in self._restored
+            ]
             state[name] = {each: to_tensor([is_same[each], now.saved[each]]) for each in changed}
         return {name: changed for name, changed in state.items() if changed}
 
@@ -80,6 +86,7 @@ class Kept:
         """Gives the parts that are there what `state_dict` returned."""
         for name, attributes in state.items():
             if (part := self._parts.get(name)) is not None:
+                self._restored |= {(name, each) for each in attributes}
                 for each, value in attributes.items():
                     _put(part, each, *from_tensor(value, f"{name}.{each}"))
 

@@ -211,7 +211,8 @@ class Trial(Transform):
                 "an InitTracker stands below Trial: it would flag the beginning of each episode, where an agent that adapts must "
                 "not lose its memory. Leave it out; collectors put one behind Trial."
             )
-        if again := [type(each).__name__ for each in own_transforms(self.container) if isinstance(each, _STEP_AGAIN)]:
+        again = [each for each in own_transforms(self.container) if isinstance(each, _STEP_AGAIN)]
+        if again := [type(each).__name__ for each in again if getattr(each, "frame_skip", 2) > 1]:
             raise ValueError(
                 f"{again[0]} behind Trial steps the env several times in one: a row whose episode ends in between goes on at once "
                 "with the next one, and two episodes would be one. Put it below: TransformedEnv(TransformedEnv(env, "

@@ -381,7 +381,8 @@ class PPOUpdate:
 
 def _require_written(advantage: Callable, loss: ClipPPOLoss) -> None:
     keys = (loss.tensor_keys.advantage, *([loss.tensor_keys.value_target] if loss.critic_network is not None else []))
-    if isinstance(advantage, TrialAdvantage) and (missing := [key for key in keys if key not in advantage.out_keys]):
+    is_ours = getattr(type(advantage), "forward", None) is TrialAdvantage.forward
+    if is_ours and (missing := [key for key in keys if key not in advantage.out_keys]):
         raise ValueError(
             f"the loss reads {missing}, and {type(advantage).__name__} writes {advantage.out_keys}: name them so for the loss, "
             "loss.set_keys(advantage=..., value_target=...), or give an advantage that writes what the loss reads."

@@ -12,15 +12,18 @@ import torch
 from gymnasium import spaces
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import nn
+from torchrl.data import Unbounded
 from torchrl.envs import (
     ActionScaling,
     Compose,
     DoubleToFloat,
     ExplorationType,
     GymEnv,
+    GymWrapper,
     ObservationNorm,
     RewardClipping,
     RewardScaling,
+    SerialEnv,
     TransformedEnv,
     set_exploration_type,
 )
@@ -28,7 +31,7 @@ from torchrl.envs import (
 import rl2_torchrl as rl2
 from rl2_torchrl import AdaptiveAgent
 from rl2_torchrl.agent.signature import Signature
-from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, QuadraticBandit, uniform_means, uniform_targets
 from rl2_torchrl.rollout import Rollout
 
 ROWS, EPISODES = 6, 3
@@ -213,6 +216,25 @@ def test_it_plays_gymnasiums_own_env(name, rows, tmp_path):
     assert len(actions.reshape(steps, -1).unique(dim=0)) > 1
 
 
+@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("name", ["discrete from 5", "several", "box", "float64"])
+def test_it_acts_as_a_task_env_has_its_env_act(name, rows, tmp_path):
+    toy = partial(Toy, spaces.Box(-1, 1, (2,)), SPACES[name][1])
+    row = partial(GymTaskEnv, toy, set_task=lambda env, task: None, task_spec=Unbounded(1))
+    env = trial_env(row() if rows is None else SerialEnv(rows, row), tasks(uniform_means(1)))
+    actor = make(env, hidden_size=8)
+    agent = AdaptiveAgent.load(AdaptiveAgent.from_policy(actor, env).save(tmp_path / "agent.safetensors"))
+    seen = env.reset()
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        rewards = env.step(actor(seen.clone().set("is_init", torch.ones_like(seen["done"]))))["next", "reward"]
+    agent.new_trial(rows)
+    action = agent.act(seen["observation"].numpy(), deterministic=True)
+    for one, reward in zip([action] if rows is None else action, rewards.flatten(), strict=True):
+        gym = toy()
+        gym.reset()
+        assert gym.step(one)[1] == pytest.approx(reward.item(), abs=1e-5)
+
+
 # ------------------------------------------------------ what stands between env and policy
 @pytest.mark.parametrize(
     "act",
@@ -287,6 +309,16 @@ def test_one_hot_actions_are_numbers_outside():
     assert action in (0, 1)
     # What the policy is told of it is the one-hot vector.
     assert agent.memory[0].tolist() == [[float(action == 0), float(action == 1)]]
+
+
+def test_several_one_hot_actions_are_a_number_each_outside(tmp_path):
+    env = trial_env(GymWrapper(Toy(*SPACES["several"])))
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
+    agent.new_trial()
+    action = agent.act(np.zeros(5), deterministic=True)
+    one_hot = [number == choice for choice, count in zip(action, (3, 4), strict=True) for number in range(count)]
+    assert agent.memory[0].tolist() == [one_hot]
 
 
 def test_an_entry_that_the_trial_adds_is_asked_for():

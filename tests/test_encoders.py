@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.data import Bounded, Composite
+from torchrl.data import Composite, Unbounded
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.modules import set_recurrent_mode
 
@@ -38,11 +38,11 @@ from rl2_torchrl.modules.layers import Concat
 class SeenBandit(BernoulliBandit):
     """A bandit that shows an image and two numbers."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, dtype=torch.uint8, **kwargs):
         super().__init__(3, **kwargs)
         rows = self.batch_size
         self.observation_spec = Composite(
-            pixels=Bounded(0, 255, (*rows, 3, 9, 9), dtype=torch.uint8), place=Bounded(-1, 1, (*rows, 2)), shape=rows
+            pixels=Unbounded((*rows, 3, 9, 9), dtype=dtype), place=Unbounded((*rows, 2)), shape=rows
         )
         self.state_spec["place"] = self.observation_spec["place"].clone()
 
@@ -57,10 +57,10 @@ class SeenBandit(BernoulliBandit):
         return self._shown(super()._step(tensordict))
 
 
-def make_env():
+def make_env(**kwargs):
     tasks = TaskSampler(uniform_means(3), seed=0)
     return TransformedEnv(
-        SeenBandit(batch_size=(2,), seed=0), Compose(Trial(episodes=4), tasks, PreviousStep(["place"]))
+        SeenBandit(batch_size=(2,), seed=0, **kwargs), Compose(Trial(episodes=4), tasks, PreviousStep(["place"]))
     )
 
 
@@ -220,6 +220,13 @@ def test_an_image_that_nobody_reads_is_convolved():
         assert ["pixels"] in read
     told = TransformedEnv(SeenBandit(batch_size=(2,)), Compose(Trial(episodes=4), PreviousStep(["pixels"])))
     GRUCategoricalActor.from_env(told)
+
+
+@pytest.mark.parametrize(("dtype", "lines"), [(torch.uint8, 0), (torch.bool, 0), (torch.float32, 0), (torch.int64, 1)])
+def test_an_image_of_whole_numbers_that_is_not_scaled_is_told_of(dtype, lines, caplog):
+    caplog.set_level("INFO", "rl2_torchrl")
+    GRUCategoricalActor.from_env(make_env(dtype=dtype))
+    assert caplog.text.count("pixels is an image of torch.int64, read as it is: bytes alone are scaled") == lines
 
 
 def test_encoders_that_do_not_fit():

@@ -17,6 +17,7 @@ from rl2_torchrl.env_check.outcomes import CHANCE, none_by_rule
 from rl2_torchrl.env_check.rows import rows_go_on
 from rl2_torchrl.env_check.steps import action_heard, begins_anew
 from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv, TensorEnv
+from rl2_torchrl.envs.task_setter import _warn_of_drift
 from rl2_torchrl.testing import TrialContractError, check_trial_env
 
 ROWS = 4
@@ -602,6 +603,35 @@ def test_a_misspelt_attribute_is_told_once_at_the_first_reset(kind, told):
         assert len(told) == said
         env.close()
     assert told[0].startswith("set_task gave the env ['gaol'], which it did not have before: misspelt? Or a wrapper's?")
+
+
+def scaled(env, task):
+    env.goal = 0.5 * env.goal + task.item()
+
+
+@pytest.mark.parametrize("kind", ["vector", "single"])
+def test_tasks_that_drift_are_told_of_once(kind, told):
+    _warn_of_drift.cache_clear()
+    for set_task, said in ((set_goal, 0), (scaled, 1)):
+        env = TransformedEnv(ALONE[kind](set_task), Compose(Trial(2), TaskSampler(goals, seed=1), PreviousStep()))
+        env.rollout(20, break_when_any_done=False)
+        assert len(told) == said
+        env.close()
+    assert "other numbers in the env the second time: ['goal']" in told[0]
+
+
+def heavier(env, task):
+    env.model.body_mass[-1] *= task.item()
+
+
+def test_masses_that_drift_are_told_of(told):
+    pytest.importorskip("mujoco")
+    _warn_of_drift.cache_clear()
+    env = GymTaskEnv("InvertedPendulum-v5", set_task=heavier, task_spec=Unbounded(1))
+    for task in (2.0, 3.0, 3.0):
+        env.reset(TensorDict({"task": torch.tensor([task])}))
+    assert len(told) == 1
+    assert "the second time: ['model']" in told[0]
 
 
 class OwnSeed(Hidden):

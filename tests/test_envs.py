@@ -268,6 +268,22 @@ def test_gym_actions_reach_the_env_as_its_space_says(space, action, expected):
     assert heard == pytest.approx(np.asarray(expected))
 
 
+@pytest.mark.parametrize(
+    "space",
+    [
+        gymnasium.spaces.Discrete(4, start=1),
+        gymnasium.spaces.Dict({"at": gymnasium.spaces.MultiDiscrete([2, 3], start=[0, 1])}),
+        gymnasium.spaces.Box(0, 9, (1,), np.uint16),
+    ],
+    ids=str,
+)
+def test_gym_observations_that_torchrl_would_show_otherwise_are_refused(space):
+    env = Heard(gymnasium.spaces.Discrete(2))
+    env.observation_space = space
+    with pytest.raises(ValueError, match=r"observes (Multi)?(Box|Discrete).*GymVectorEnv\(make_env, num_envs"):
+        GymTaskEnv(env, set_task=set_gravity, task_spec=Unbounded((1,)))
+
+
 def test_workers_with_several_choices_as_numbers():
     space = gymnasium.spaces.MultiDiscrete([2, 3])
     options = {"set_task": lambda env, task: None, "task_spec": Unbounded((1,)), "categorical_action_encoding": True}

@@ -18,14 +18,17 @@ from torchrl.envs import (
     EnvBase,
     InitTracker,
     ObservationNorm,
+    ParallelEnv,
     RewardScaling,
     RewardSum,
+    SerialEnv,
     StepCounter,
     TensorDictPrimer,
 )
 
 from rl2_torchrl.agent.architecture import as_dtype, as_key
-from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv
+from rl2_torchrl.envs.gym_spaces import ActionSpace
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import Encoding, Layout, PreviousStep, previous_steps
 from rl2_torchrl.trial import Trial, base_of, transforms_of
@@ -110,11 +113,11 @@ class Acted:
 
     def to_env(self, action: Tensor) -> Tensor:
         """What `scaled` gave, ``[N, *shape]``, as the env takes it: choices by their number, reals within the bounds."""
-        if isinstance(self.spec, OneHot):
-            action = action.argmax(-1)
-        elif isinstance(self.spec, MultiOneHot):
-            places = action.split([int(n) for n in self.spec.nvec.flatten()], -1)
+        if isinstance(self.spec, MultiOneHot):  # a OneHot too
+            places = action.split(list(self.spec.nvec), -1)
             action = torch.stack([place.argmax(-1) for place in places], -1)
+        elif isinstance(self.spec, OneHot):
+            action = action.argmax(-1)
         action = action.reshape(-1, *self.shape)
         action = action if self.start is None else action + self.start.to(action.device)
         if self.bounds is not None:
@@ -241,14 +244,26 @@ def acted_of(env: EnvBase) -> Acted:
     base, key = base_of(env), env.action_key
     spec = base.full_action_spec_unbatched[base.action_key].cpu()
     affine = _affine_of(env, key, actions=True)
-    if isinstance(base, GymVectorEnv):
-        actions = base.actions
+    if (actions := _actions_of(base)) is not None:
         bounds = None if actions.bounds is None else tuple(map(torch.as_tensor, actions.bounds))
         dtype = torch.from_numpy(np.zeros(1, actions.space.dtype)).dtype
         return Acted(key, spec, tuple(actions.space.shape), dtype, actions.start, bounds, affine)
-    is_one_hot = isinstance(spec, OneHot | MultiOneHot)
-    shape = (() if isinstance(spec, OneHot) else (len(spec.nvec),)) if is_one_hot else tuple(spec.shape)
+    is_one_hot = isinstance(spec, OneHot)
+    shape = () if is_one_hot else tuple(spec.shape)
+    shape = (len(spec.nvec),) if isinstance(spec, MultiOneHot) else shape
     return Acted(key, spec, shape, torch.int64 if is_one_hot else spec.dtype, affine=affine)
+
+
+def _actions_of(base: EnvBase) -> ActionSpace | None:
+    """How actions reach the Gymnasium envs of ``base``; None of envs of TorchRL's."""
+    if isinstance(base, SerialEnv | ParallelEnv):  # which show no row where they have not begun, or run in processes
+        row = base.create_env_fn[0](**base.create_env_kwargs[0])
+        actions = _actions_of(base_of(row))
+        row.close()
+        return actions
+    if isinstance(base, GymTaskEnv):
+        return ActionSpace(base._env.action_space)
+    return base.actions if isinstance(base, GymVectorEnv) else None
 
 
 def reward_of(env: EnvBase) -> tuple[Affine, ...]:
@@ -328,7 +343,7 @@ def _plain_spec(spec: TensorSpec) -> dict[str, Any]:
     if kind in ("Categorical", "OneHot"):
         plain["n"] = spec.space.n
     elif kind in ("MultiCategorical", "MultiOneHot"):
-        plain["nvec"] = spec.nvec.tolist()
+        plain["nvec"] = torch.as_tensor(spec.nvec).tolist()  # of one-hot vectors it is a list
     elif kind == "Bounded":
         plain |= {"low": _plain_tensor(spec.space.low), "high": _plain_tensor(spec.space.high)}
     return plain

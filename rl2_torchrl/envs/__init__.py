@@ -223,7 +223,7 @@ Further ones, by their rule:
 A `GymVectorEnv` refuses what Gymnasium has by default, a vector env that resets at the next step, and says which ``autoreset_mode``
 to take. A task that random actions hardly ever meet, such as a far goal, passes for a forgotten one: `check_trial_env` then takes
 ``task_of=lambda boats: ...``, which reads the rows' tasks back. Rewards of any size are in order with ``scale_rewards=True``, and
-observations, of different units too, with ``normalize=True``.
+observations, of different units too, with ``normalize=True``; images are read as they are, but for bytes, scaled to [0, 1].
 
 Where nothing adapts: an entropy bonus (``RL2PPOLoss(..., entropy_bonus=True)``), a hidden layer (``num_cells=[64]``), a critic that
 sees the task (``extra_keys=["task"]``) and more rows help most. First and last episode alike can mean that the agent adapts within

@@ -15,7 +15,7 @@ from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
 
 from rl2_torchrl.arguments import require_specs
-from rl2_torchrl.envs.layers import put_state, state_or_reason
+from rl2_torchrl.envs.layers import put_state, spaces_within, state_or_reason
 from rl2_torchrl.envs.task_setter import TaskSetter, warn_of_added
 from rl2_torchrl.storage import from_tensor, to_tensor
 
@@ -44,6 +44,7 @@ class GymTaskEnv(GymEnv):
 
     Raises:
         TypeError: ``env`` is none of these, or options of `gymnasium.make` with an env that is made already.
+        ValueError: it observes what TorchRL's `GymEnv` cannot show: choices that do not count from 0, or wide unsigned numbers.
 
     Examples:
         >>> from torchrl.data import Unbounded
@@ -89,6 +90,15 @@ class GymTaskEnv(GymEnv):
             )
         pixels = {name: kwargs[name] for name in ("from_pixels", "pixels_only") if name in kwargs}
         return GymWrapper._build_env(self, env, **pixels)
+
+    def _make_specs(self, env: gymnasium.Env, *args, **kwargs) -> None:
+        for space in spaces_within(env.observation_space):
+            if np.any(getattr(space, "start", 0)) or space.dtype in (np.uint16, np.uint32, np.uint64):
+                raise ValueError(
+                    f"the env observes {space}, and TorchRL's GymEnv counts choices from 0, and knows no unsigned numbers of more "
+                    "than a byte: it would show others, or fail. GymVectorEnv(make_env, num_envs, ...) shows them as they are."
+                )
+        super()._make_specs(env, *args, **kwargs)
 
     def read_action(self, action: torch.Tensor) -> Any:
         """What the env is given: choices counted from where its space begins, reals in the space's shape and within its bounds."""

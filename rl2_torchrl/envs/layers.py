@@ -24,7 +24,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
 from rl2_torchrl.envs.simulation import put_simulation, simulation_of
 
-__all__ = ["moving_statistics", "put_state", "state_of", "state_or_reason"]
+__all__ = ["moving_statistics", "put_state", "spaces_within", "state_of", "state_or_reason"]
 
 #: What an env is made of and does not change: these stay as the env's own constructor made them.
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
@@ -211,12 +211,13 @@ def _put_draws(layer: Any, states: dict[str, list[dict[str, Any] | None]]) -> No
 def _spaces_of(layer: Any) -> dict[str, list[gymnasium.spaces.Space]]:
     """A layer's spaces by the names of attributes that are, or hold, some, with those within; they may be its class's."""
     attributes = {name: value for each in (*reversed(type(layer).__mro__), layer) for name, value in vars(each).items()}
-    found = {name: list(_within(each, {})) for name, each in attributes.items()}
+    found = {name: list(spaces_within(each)) for name, each in attributes.items()}
     return {name: spaces for name, spaces in found.items() if spaces}
 
 
-def _within(value: Any, seen: dict[int, Any]) -> Iterator[gymnasium.spaces.Space]:
-    """The spaces in ``value``: a space, a container of spaces, or something else."""
+def spaces_within(value: Any, seen: dict[int, Any] | None = None) -> Iterator[gymnasium.spaces.Space]:
+    """The spaces in ``value``, a space, a container of spaces, or something else, but for those that were ``seen``."""
+    seen = {} if seen is None else seen
     if not isinstance(value, gymnasium.spaces.Space | dict | list | tuple) or id(value) in seen:
         return
     seen[id(value)] = value
@@ -224,7 +225,7 @@ def _within(value: Any, seen: dict[int, Any]) -> Iterator[gymnasium.spaces.Space
         yield value
         value = vars(value)
     for each in value.values() if isinstance(value, dict) else value:
-        yield from _within(each, seen)
+        yield from spaces_within(each, seen)
 
 
 def _simulation(layer: Any) -> tuple[Any, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["put_simulation", "simulation_of"]
+__all__ = ["model_of", "put_simulation", "simulation_of"]
 
 #: Arrays of a model that are drawn or compiled, large, and changed by no task.
 _OF_PICTURES = ("tex_", "mesh_", "skin_", "bvh_", "oct_")
@@ -18,9 +18,13 @@ def simulation_of(model: Any, data: Any) -> dict[str, Any]:
     of ``model`` with its options, which a task may have changed, as the bytes of one.
     """
     arrays = {name: np.array(value) for name, value in _arrays(data)}
+    return {"simulation": {**arrays, "time": np.asarray(data.time)}, "model": model_of(model)}
+
+
+def model_of(model: Any) -> np.ndarray:
+    """The arrays of ``model`` and its options as the bytes of one."""
     parts = [_scalars(model.opt), *_of_model(model)]
-    packed = np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
-    return {"simulation": {**arrays, "time": np.asarray(data.time)}, "model": packed}
+    return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
 
 
 def put_simulation(model: Any, data: Any, saved: dict[str, Any]) -> None:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from numbers import Number
 from typing import Any
 
+import numpy as np
+from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl import torchrl_logger
 
 from rl2_torchrl.arguments import require_arguments
+from rl2_torchrl.envs.simulation import model_of
 
 __all__ = ["TaskSetter", "told_of_added", "warn_of_added"]
 
+#: So many tasks are looked at, at most.
+_WATCHED = 10
+
 
 class TaskSetter:
-    """``set_task(env, task)`` of one env.
+    """``set_task(env, task)`` of one env; the log tells of one that changes the env further where a task comes again.
 
     Args:
         set_task: a user's function.
@@ -32,14 +41,50 @@ class TaskSetter:
 
     def __init__(self, set_task: Callable[[Any, Any], None]):
         require_arguments("set_task", set_task, "env", "task")
-        self._set_task, self._is_first = set_task, True
+        self._set_task = set_task
         self.added: list[str] = []
+        #: The last task and what it left, until one has come twice, as it does in the second episode of a trial.
+        self._last: tuple[Any, dict[str, bytes]] = (None, {})
+        self._hearings = 0
 
     def __call__(self, env: Any, task: Any) -> None:
-        known = set(dir(env)) if self._is_first else ()
+        if self._hearings >= _WATCHED:
+            return self._set_task(env, task)
+        known, before = set(dir(env)), _numbers(env)
         self._set_task(env, task)
-        if self._is_first:
-            self.added, self._is_first = sorted(set(dir(env)).difference(known)), False
+        self._hearings += 1
+        if self._hearings == 1:
+            self.added = sorted(set(dir(env)).difference(known))
+        (last, left), now = self._last, _numbers(env)
+        self._last = task, now
+        if _is_same(task, last):
+            self._hearings, self._last = _WATCHED, (None, {})
+            # What was another before is the env's own doing.
+            _warn_of_drift(tuple(name for name in now if before.get(name) == left.get(name) != now[name]))
+
+
+def _numbers(env: Any) -> dict[str, bytes]:
+    """The env's numbers and arrays by name, and MuJoCo's model, of which a task may change any."""
+    values = {name: value for name, value in vars(env).items() if isinstance(value, Number | np.ndarray)}
+    values |= {"model": model_of(env.model)} if hasattr(env, "mujoco_renderer") else {}
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    return {name: array.tobytes() for name, array in arrays.items() if array.dtype.kind in "biufc"}
+
+
+def _is_same(task: Any, other: Any) -> bool:
+    if isinstance(task, Tensor | TensorDictBase):
+        return other is not None and bool((task == other).all())
+    return task is other
+
+
+@cache
+def _warn_of_drift(names: tuple[str, ...]) -> None:
+    if names:
+        torchrl_logger.warning(
+            f"set_task was given one task twice, and left other numbers in the env the second time: {list(names)}. Does it reckon "
+            "from what the last task left, as `*=` does? Then tasks drift from reset to reset, and no trial is on one task: reckon "
+            "from a value that stays."
+        )
 
 
 def told_of_added(added: Sequence[str]) -> str:

@@ -70,7 +70,7 @@ class MLPEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Lets a module of images ``[N, *shape]`` read ``[*B, *shape]``; uint8 is scaled to [0, 1].
+    """Lets a module of images ``[N, *shape]`` read ``[*B, *shape]``; uint8 is scaled to [0, 1], all else is read as it is.
 
     Args:
         net: maps ``[N, *shape]`` to ``[N, n]``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import has_trials_within, is_info, previous_steps, require_tensors
 
 __all__ = ["Shapes", "fill_slots", "read_shapes", "shapes_of"]
+
+log = logging.getLogger(__name__)
 
 #: Shape of each entry that a network reads, batch dimensions aside; a number is the size of the transition input.
 Shapes = int | Mapping[NestedKey, Sequence[int]]
@@ -203,5 +206,12 @@ def _images(env: EnvBase, known: set[NestedKey]) -> list[NestedKey]:
             raise ValueError(
                 f"the env shows {key!r} {tuple(shape)}, which is neither in the transition input nor an image, and has no encoder: "
                 f"give it one, encoder={{{key!r}: MLPEncoder}}, or encoder={{{key!r}: None}} for a network that shall not see it."
+            )
+        dtype = env.observation_spec[key].dtype
+        if not dtype.is_floating_point and dtype not in (torch.uint8, torch.bool):
+            log.info(
+                "%s is an image of %s, read as it is: bytes alone are scaled to [0, 1]. Let the env scale it.",
+                key,
+                dtype,
             )
     return list(unseen)
