@@ -325,6 +325,61 @@ def test_what_has_moved_is_given_anew_by_its_name(tmp_path):
     assert run_of(4, 7, resume=True) == 3
 
 
+def test_what_stood_still_since_a_resume_is_kept(tmp_path):
+    """A flag that was set before that, with the same objects in a second call."""
+    warmed = []
+
+    class Warms(TrialAdvantage):
+        _is_warm = False
+
+        def forward(self, batch):
+            if not self._is_warm:
+                warmed.append(1)
+            self._is_warm = True
+            return super().forward(batch)
+
+    def run_of():
+        run = Run(3)
+        run.update.advantage = Warms(critic=run.policy)
+        return run
+
+    run, options = run_of(), {"checkpoints": tmp_path, "check": False}
+    run.train(stop=lambda row: True, **options)
+    run.train(stop=lambda row: True, resume=True, **options)
+    run_of().train(resume=True, **options)
+    assert len(warmed) == 1
+
+
+class Harder:
+    """A task distribution without a state that something else moves."""
+
+    level = 0.0
+
+    def __call__(self, batch_size, generator):
+        return self.level + 0.1 * torch.rand(*batch_size, 3, generator=generator)
+
+
+class Raises(Callback):
+    def __init__(self, tasks):
+        self.tasks = tasks
+
+    def after_update(self, row, progress):
+        self.tasks.level += 0.2
+
+
+def test_tasks_that_get_harder_go_on(tmp_path):
+    def run_of(updates, **options):
+        run = Run(updates)
+        run.sampler.distribution = tasks = Harder()
+        run.train(checkpoints=tmp_path, check=False, callbacks=[Raises(tasks)], **options)
+        return tasks.level, run.everything()
+
+    run_of(2)
+    resumed = run_of(4, resume=True)
+    shutil.rmtree(tmp_path)
+    torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
+
+
 class Last:
     """Another object at each update, of which no file can tell: it holds a function."""
 
