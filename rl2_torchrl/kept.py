@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchrl.envs import Transform
 
 from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 
 #: What PyTorch's modules and TorchRL's transforms are made of.
 _INNER = {*vars(nn.Module()), "_container", "_parent", "_missing_tolerance"}
+#: Values that are saved, and put back in place, by their ``state_dict``.
+_STATEFUL = (Optimizer, LRScheduler, TensorDictBase)
 #: Packages whose private attributes are their own business, but for what transforms keep of their rows.
 _LIBRARIES = {"rl2_torchrl", "torchrl", "tensordict", "torch"}
 
@@ -30,10 +35,10 @@ _LIBRARIES = {"rl2_torchrl", "torchrl", "tensordict", "torch"}
 class Kept:
     """Attributes of ``parts``, and of modules within them, that have changed since this was made: module states have buffers alone.
 
-    Attributes may be what `Saver` knows, or have a ``state_dict`` themselves, as optimizers do. What has changed in place is put
-    back in place, since others may hold it too; what another has taken the place of is replaced. Of a part that has come to hold
-    what cannot be saved nothing is kept, since one attribute may go with another, and the log names it; what changes within such
-    an object nobody sees. A part with a state of its own, a module by ``get_extra_state``, says by itself what it keeps.
+    Attributes may be what `Saver` knows, optimizers, schedulers and TensorDicts. What has changed in place is put back in place,
+    since others may hold it too; what another has taken the place of is replaced. Of a part that has come to hold what cannot be
+    saved nothing is kept, since one attribute may go with another, and the log names it; what changes within such an object nobody
+    sees. A part with a state of its own, a module by ``get_extra_state``, says by itself what it keeps.
 
     Args:
         parts: by name; a module within one has a name below that, as PyTorch has it.
@@ -139,7 +144,7 @@ def _is_looked_at(part: Any, name: str, value: Any, memories: set[int]) -> bool:
 
 
 def _taken(part: Any, value: Any, name: str) -> Any:
-    if hasattr(value, "load_state_dict") and hasattr(value, "state_dict"):  # an optimizer
+    if isinstance(value, _STATEFUL):
         try:
             require_tree(state := value.state_dict())
         except TypeError as error:
