@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.envs import Transform
+from torchrl.envs.transforms import Timer
 
 from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
 from rl2_torchrl.storage import from_tensor, require_tree, to_tensor
@@ -192,10 +193,14 @@ def _strides(array: torch.Tensor | np.ndarray) -> tuple[int, ...]:
 
 
 def _has_state(part: Any) -> bool:
-    if isinstance(part, nn.Module):
-        return type(part).get_extra_state is not nn.Module.get_extra_state
-    written = next((cls for cls in type(part).__mro__ if "state_dict" in vars(cls)), None)
-    return written is not None and _root(written) not in _LIBRARIES  # PPOUpdate's own has what it learns
+    if isinstance(part, Timer):  # the time of day
+        return True
+    name = "get_extra_state" if isinstance(part, nn.Module) else "state_dict"
+    written = next((cls for cls in type(part).__mro__ if name in vars(cls)), None)
+    if written in (None, nn.Module):
+        return False
+    # A library's knows nothing of what a class below has added; PPOUpdate's has what it learns.
+    return _root(written) not in _LIBRARIES or (_is_librarys(part) and isinstance(part, nn.Module))
 
 
 def _is_librarys(part: Any) -> bool:

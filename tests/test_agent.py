@@ -427,6 +427,12 @@ def test_a_memory_that_nobody_would_look_at_is_refused():
     other = AdaptiveAgent.from_policy(make(bandits(), hidden_size=8), bandits())
     with pytest.raises(ValueError, match="another policy's"):
         other.load_state_dict(agent.state_dict())
+    with pytest.raises(KeyError, match="the state lacks .*'start'"):
+        other.load_state_dict({})
+    agent.act()
+    agent.observe(1.0)
+    with pytest.raises(ValueError, match="a memory of shapes"):
+        agent.memory = [torch.zeros(1, 3)]
 
 
 def test_another_policy_makes_another_agent():

@@ -267,6 +267,14 @@ def alias_of_a_weight(run):
     return Holder(lambda term, _: term.weight.sum(), weight=weight), []
 
 
+def what_a_forward_notes(run):
+    def move(term, logits):
+        term.shape, term.device, term.dtype, term.number = logits.shape, logits.device, logits.dtype, term.number + 1
+        return term.number
+
+    return Holder(move, number=0, shape=None, device=None, dtype=None), []
+
+
 def constants(run):
     """Sparse ones too, which nobody can save."""
     return Holder(lambda term, _: term.some[0], some=torch.ones(2), graph=torch.eye(2).to_sparse()), []
@@ -276,7 +284,7 @@ def constants(run):
     "make",
     [
         *(shared_weight, generator, counter, defaults, array, own_optimizer, module_within, view_of_a_buffer),
-        *(alias_of_a_weight, constants),
+        *(alias_of_a_weight, what_a_forward_notes, constants),
     ],
 )
 def test_what_others_hold_too_is_put_back_in_its_place(make, tmp_path, caplog):
@@ -378,6 +386,34 @@ def test_tasks_that_get_harder_go_on(tmp_path):
     resumed = run_of(4, resume=True)
     shutil.rmtree(tmp_path)
     torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
+
+
+class Curriculum(TaskSampler):
+    """What it adds is not in the state of the class that it derives from."""
+
+    level = 0.0
+
+    def _sample(self, batch_size, spec):
+        self.level += 0.01
+        return self.level + 0.1 * super()._sample(batch_size, spec)
+
+
+def test_what_a_class_below_ours_adds_goes_on(tmp_path):
+    def run_of(updates, **options):
+        bandit = BernoulliBandit(3, batch_size=(2,), seed=0)
+        sampler = Curriculum(uniform_means(3), seed=0)
+        env = TransformedEnv(bandit, Compose(Trial(episodes=3), sampler, PreviousStep()))
+        actor, critic = (kind.from_env(env, hidden_size=4) for kind in (GRUCategoricalActor, GRUValueHead))
+        collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=12, total_frames=12 * updates)
+        update = PPOUpdate(RL2PPOLoss(actor, critic), epochs=1, minibatches=1)
+        train(collector, update, evaluate=None, checkpoints=tmp_path, progress=False, check=False, **options)
+        return sampler.level
+
+    run_of(2)
+    assert run_of(4, resume=True) > 0.05
+    resumed = run_of(5, resume=True)
+    shutil.rmtree(tmp_path)
+    assert resumed == run_of(5)
 
 
 class Last:

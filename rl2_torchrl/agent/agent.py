@@ -93,7 +93,16 @@ class AdaptiveAgent:
                 "a trial begins, and no memory is looked at: to go on with one that was played before, load_state_dict(state) "
                 "what state_dict() gave then, which has the last reward and done too."
             )
+        self._require_shapes(list(memory), len(self._start))
         self._memory = list(memory)
+
+    def _require_shapes(self, memory: Sequence[Tensor], rows: int) -> None:
+        shapes = [(rows, *shape) for shape in self.signature.memory.values()]
+        if (given := [tuple(each.shape) for each in memory]) != shapes:
+            names = list(self.signature.memory)
+            raise ValueError(
+                f"a memory of shapes {given}, and this agent's {names} has {shapes}: is it another policy's?"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the trials stand: an agent of the same policy, in another process, say, goes on from it by `load_state_dict`.
@@ -112,15 +121,16 @@ class AdaptiveAgent:
         """Goes on from what `state_dict` returned.
 
         Raises:
+            KeyError: it is no such state.
             ValueError: its memory is that of another policy.
         """
-        state, rows = deepcopy(dict(state)), len(state["start"])
-        shapes = {name: (rows, *shape) for name, shape in self.signature.memory.items()}
-        if (given := {name: tuple(each.shape) for name, each in state["memory"].items()}) != shapes:
-            raise ValueError(f"the state's memory is {given}, and this agent's {shapes}: it is another policy's.")
-        self._is_single, self._is_waiting = state["is_single"], state["is_waiting"]
-        self._start, self._reward, self._done = (state[name] for name in ("start", "reward", "done"))
-        self._memory = [state["memory"][name] for name in shapes]
+        names = ("is_single", "is_waiting", "start", "reward", "done", "memory")
+        if missing := [name for name in names if name not in state]:
+            raise KeyError(f"the state lacks {missing}: it is what state_dict() of an AdaptiveAgent gives.")
+        self._require_shapes(list(state["memory"].values()), len(state["start"]))
+        self._is_single, self._is_waiting, *told, memory = (deepcopy(state[name]) for name in names)
+        self._start, self._reward, self._done = told
+        self._memory = list(memory.values())
         self._read_weights()
 
     def __repr__(self) -> str:

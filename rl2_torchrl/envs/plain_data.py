@@ -20,12 +20,15 @@ import torch
 
 __all__ = ["NoStateError", "Restorer", "Saver"]
 
-#: Values that do not change, and what makes them again.
-_VALUES: dict[str, tuple[type, Callable[[Any], tuple]]] = {
-    "complex": (complex, lambda number: (number.real, number.imag)),
-    "range": (range, lambda numbers: (numbers.start, numbers.stop, numbers.step)),
-    "timedelta": (timedelta, lambda time: (time.days, time.seconds, time.microseconds)),
-    "path": (type(pathlib.Path()), lambda path: (str(path),)),
+#: Values that do not change, what they are made of, and what makes them again.
+_VALUES: dict[str, tuple[type, Callable[[Any], tuple], Callable[..., Any]]] = {
+    "complex": (complex, lambda number: (number.real, number.imag), complex),
+    "range": (range, lambda numbers: (numbers.start, numbers.stop, numbers.step), range),
+    "timedelta": (timedelta, lambda time: (time.days, time.seconds, time.microseconds), timedelta),
+    "path": (type(pathlib.Path()), lambda path: (str(path),), pathlib.Path),
+    "size": (torch.Size, tuple, lambda *sizes: torch.Size(sizes)),
+    "device": (torch.device, lambda device: (str(device),), torch.device),
+    "dtype": (torch.dtype, lambda dtype: (str(dtype).removeprefix("torch."),), lambda name: getattr(torch, name)),
 }
 
 
@@ -68,7 +71,7 @@ class Saver:
             return [type(value).__name__, self._items(value, where)]
         if _is_named_tuple(value):
             return ["named_tuple", self._class_of(value, where), self._items(value, where)]
-        for kind, (cls, made_of) in _VALUES.items():
+        for kind, (cls, made_of, _) in _VALUES.items():
             if type(value) is cls:
                 return [kind, list(made_of(value))]
         if isinstance(value, np.str_):
@@ -171,7 +174,7 @@ class Restorer:
             case "named_tuple":
                 return tuple.__new__(_class_named(content, self._packages, tuple), (self(item) for item in more[0]))
             case _ if kind in _VALUES:
-                return _VALUES[kind][0](*content)
+                return _VALUES[kind][2](*content)
             case "text":
                 return np.str_(content)
             case "bytes":
