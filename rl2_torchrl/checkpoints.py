@@ -280,6 +280,8 @@ class RunCheckpoints:
         state = tree["state"]
         if any(name.startswith("env.") for name in changed):
             state["rollout"] = {"missing": "settings of the env have changed"}
+            kept = state.get("kept", {})
+            state["kept"] = {name: each for name, each in kept.items() if not name.startswith("env.")}
         try:
             for name, part in self._parts.items():
                 if name in state:  # older versions had fewer

@@ -68,8 +68,8 @@ class Kept:
         for first in self._first.values():
             first.saved.clear()  # as large as all constants together
         self._told: set[str] = set()
-        #: What has been put back had changed before this was made.
-        self._restored: set[tuple[str, str]] = set()
+        #: What has been put back had changed before this was made, and how it was given then.
+        self._restored: dict[tuple[str, str], str | None] = {}
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """By part and attribute what is another by now, as bytes."""
@@ -85,16 +85,34 @@ class Kept:
                 for each, digest in now.digests.items()
                 if digest != first.digests.get(each) or (name, each) in self._restored
             ]
-            state[name] = {each: to_tensor([is_same[each], now.saved[each]]) for each in changed}
+            state[name] = {
+                each: to_tensor(
+                    [is_same[each], now.saved[each], self._restored.get((name, each), first.constants.get(each))]
+                )
+                for each in changed
+            }
         return {name: changed for name, changed in state.items() if changed}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Gives the parts that are there what `state_dict` returned."""
         for name, attributes in state.items():
             if (part := self._parts.get(name)) is not None:
-                self._restored |= {(name, each) for each in attributes}
                 for each, value in attributes.items():
-                    _put(part, each, *from_tensor(value, f"{name}.{each}"))
+                    self._load(name, part, each, *from_tensor(value, f"{name}.{each}"))
+
+    def _load(self, name: str, part: Any, attribute: str, in_place: bool, saved: Any, given: str | None) -> None:
+        first = self._first[name]
+        is_there = _digest(saved) == first.digests.get(attribute)  # as in a second call with the same objects
+        if given != first.constants.get(attribute) and not is_there:
+            log.warning(
+                "%s.%s is given otherwise than the run began with: it begins as it is given, and what it had come to is left.",
+                name,
+                attribute,
+            )
+            return
+        self._restored[name, attribute] = given
+        if not is_there:
+            _put(part, attribute, in_place, saved)
 
     def _memories(self) -> set[int]:
         """Where parameters and buffers lie, which a ``state_dict`` holds."""
@@ -119,6 +137,7 @@ class _Attributes:
     Attributes:
         values: themselves; what is looked at later must be the same object, and not another at its address.
         saved, digests: of those that can be saved, what is saved of each, and a digest of that.
+        constants: digests of the numbers, texts, … among these, as a user gives them.
         stateful: the names of those among them that have a ``state_dict``, which another of the kind takes.
         others: the names of those that cannot.
     """
@@ -134,6 +153,7 @@ class _Attributes:
                 self.others += [] if _is_librarys(part) else [name]
         self.stateful = [name for name, each in self.saved.items() if isinstance(each, list) and each[0] == "state"]
         self.digests = {name: _digest(each) for name, each in self.saved.items()}
+        self.constants = {name: _digest(each, arrays=False) for name, each in self.saved.items()}
 
 
 def _is_looked_at(part: Any, name: str, value: Any, memories: set[int]) -> bool:
@@ -160,7 +180,8 @@ def _put(part: Any, name: str, in_place: bool, saved: Any) -> None:
     if kind == "state":
         now.load_state_dict(saved[1])
         return
-    made = Restorer(_packages(part, now))(saved, now if in_place and kind not in ("array", "tensor") else None)
+    restore = Restorer(_packages(part, now), main=type(part).__module__)
+    made = restore(saved, now if in_place and kind not in ("array", "tensor") else None)
     if made is not now and not (in_place and _write_into(now, made)):
         vars(part)[name] = made
 
@@ -220,15 +241,16 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _digest(saved: Any) -> str:
+def _digest(saved: Any, *, arrays: bool = True) -> str:
     digest = hashlib.sha256()
     for each in _bytes(saved):
-        digest.update(each)
+        if arrays or isinstance(each, bytes):
+            digest.update(each)
     return digest.hexdigest()
 
 
 def _bytes(saved: Any) -> Iterator[bytes | np.ndarray]:
-    """What `Saver` gave, in bytes that are the same for the same."""
+    """What `Saver` gave, in bytes that are the same for the same, of arrays as arrays."""
     if isinstance(saved, list | tuple):
         yield f"{type(saved).__name__} {len(saved)}".encode()
         for each in saved:

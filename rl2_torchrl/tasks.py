@@ -62,6 +62,8 @@ class TaskSampler(Transform):
         torch.Size([4, 3])
     """
 
+    _is_clone = False
+
     def __init__(self, distribution: TaskDistribution, *, seed: int | None = None, task_key: NestedKey = "task"):
         super().__init__()
         if not _takes_two(distribution):
@@ -127,16 +129,20 @@ class TaskSampler(Transform):
         if container is not None:
             self._stand_around(container.base_env)
 
+    def clone(self) -> TaskSampler:
+        """A sampler of the same tasks, around the same env of the same draws."""
+        clone = super().clone()
+        clone._is_clone = True
+        return clone
+
     def _stand_around(self, env: EnvBase) -> None:
-        if self._stream.is_elsewhere(env):
+        if self._is_clone and self._stream.is_elsewhere(env):
             seed = self._stream.next_seed()
             self._stream = _Stream(self.task_key)
             self.seed(seed)
-            if isinstance(self.distribution, _InOrder):
-                self.distribution = _InOrder(self.distribution.tasks)
             log.info(
-                "a clone of a TaskSampler stands around another env than the first: it hands out tasks by itself, with %s, so that "
-                "neither env changes the other's.",
+                "a clone of a TaskSampler stands around another env than the first: it draws tasks by itself, with %s, so that "
+                "neither env changes what the other draws.",
                 "a seed of its own" if seed is None else f"the seed {seed}",
             )
         self._stream.env = ref(env)

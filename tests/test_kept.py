@@ -322,7 +322,7 @@ def test_what_follows_from_a_changed_setting_begins_anew(tmp_path):
     assert run_of(2, 0.5, resume=True, resume_changes=["advantage.gamma"]) == [1, 0.5, 0.25]
 
 
-def test_what_has_moved_is_given_anew_by_its_name(tmp_path):
+def test_what_has_moved_is_given_anew(tmp_path, caplog):
     def run_of(updates, epochs, **options):
         run = Run(updates, epochs=epochs)
         run.train(checkpoints=tmp_path, check=False, callbacks=[Moves(run.update)], **options)
@@ -330,7 +330,29 @@ def test_what_has_moved_is_given_anew_by_its_name(tmp_path):
 
     assert run_of(2, 2) == 4
     assert run_of(3, 1, resume=True, resume_changes=["update.epochs"]) == 2
-    assert run_of(4, 7, resume=True) == 3
+    assert run_of(4, 1, resume=True) == 3
+    assert "given otherwise" not in caplog.text
+    assert run_of(5, 7, resume=True) == 8
+    assert "update.epochs is given otherwise than the run began with" in caplog.text
+
+
+@pytest.mark.parametrize("end", [0.1, 0.5])
+def test_constants_within_an_object_are_the_ones_that_are_given(end, tmp_path, caplog):
+    class Falls(TrialAdvantage):
+        def forward(self, batch):
+            self.schedule["v"] = max(self.schedule["end"], 0.5 * self.schedule["v"])
+            return super().forward(batch)
+
+    def run_of(updates, end, **options):
+        run = Run(updates)
+        run.update.advantage = advantage = Falls(critic=run.policy)
+        advantage.schedule = {"end": end, "v": 1.0}
+        run.train(checkpoints=tmp_path, check=False, **options)
+        return advantage.schedule["v"]
+
+    assert run_of(2, 0.1) == 0.25
+    assert run_of(3, end, resume=True) == {0.1: 0.125, 0.5: 0.5}[end]
+    assert ("advantage.schedule is given otherwise" in caplog.text) == (end == 0.5)
 
 
 def test_what_stood_still_since_a_resume_is_kept(tmp_path):

@@ -263,11 +263,23 @@ def test_a_clone_around_the_same_env_draws_the_same_tasks():
     assert env.transform[1].parent is not None
 
 
-def test_clones_of_fixed_tasks_each_begin_with_the_first():
-    env = around(Compose(Trial(episodes=2), TaskSampler.fixed(numbered(6))))
-    other = around(env.transform.clone())
-    for each in (env, other):
-        assert torch.equal(each.reset()["task"], numbered(6)[:3])
+def test_clones_of_fixed_tasks_hand_out_one_after_the_other():
+    """As the rows of a `SerialEnv` that are made of one template."""
+    template = Compose(Trial(episodes=2), TaskSampler.fixed(numbered(6)))
+    tasks = [around(template.clone()).reset()["task"] for _ in range(2)]
+    assert torch.equal(torch.cat(tasks), numbered(6))
+
+
+def test_a_sampler_around_a_second_env_is_the_same_one():
+    transform = Compose(Trial(episodes=2), uniform())
+    first = around(transform)
+    stream = transform[1].generator
+    around(transform)
+    assert transform[1].generator is stream
+    first.set_seed(7)
+    seeded = stream.get_state()
+    first.set_seed(7)
+    assert torch.equal(stream.get_state(), seeded)
 
 
 def test_task_stays_for_the_trial_and_only_finished_rows_draw():

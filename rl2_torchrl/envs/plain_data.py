@@ -150,13 +150,14 @@ class Restorer:
     Args:
         packages: as for `Saver`.
         known: what stands here in the place of the `Saver`'s.
+        main: the module that the program was when this was saved, or is now: ``"__main__"`` stands for it.
 
     Raises:
         ValueError: an object's class is of another package, or there is none of that name.
     """
 
-    def __init__(self, packages: Collection[str] = (), known: Sequence[Any] = ()):
-        self._packages = packages
+    def __init__(self, packages: Collection[str] = (), known: Sequence[Any] = (), *, main: str = "__main__"):
+        self._packages, self._main = packages, main
         self._met: list[Any] = list(known)
         self._taken = {id(value) for value in known}
         self._written: list[tuple[np.ndarray, np.ndarray]] = []
@@ -172,7 +173,7 @@ class Restorer:
             case "tuple" | "frozenset":
                 return {"tuple": tuple, "frozenset": frozenset}[kind](self(item) for item in content)
             case "named_tuple":
-                return tuple.__new__(_class_named(content, self._packages, tuple), (self(item) for item in more[0]))
+                return tuple.__new__(self._class(content, tuple), (self(item) for item in more[0]))
             case _ if kind in _VALUES:
                 return _VALUES[kind][2](*content)
             case "text":
@@ -182,9 +183,9 @@ class Restorer:
             case "scalar":
                 return content[()]
             case "member":
-                return _class_named(content, self._packages).__members__[more[0]]
+                return self._class(content).__members__[more[0]]
             case "flag":
-                return _class_named(content, self._packages, enum.Flag)(more[0])
+                return self._class(content, enum.Flag)(more[0])
             case "again":
                 return self._met[content]
         # Two names of one thing may be those of two by the time that was saved.
@@ -192,13 +193,18 @@ class Restorer:
         if kind in ("array", "tensor"):
             value = self._in_place(content, now)
         elif kind == "object":
-            value = _object(_class_named(content, self._packages), now)
+            value = _object(self._class(content), now)
         else:
             value = _empty(kind, content, more, now)
         self._met.append(value)  # before what is within, which may refer to it
         self._taken.add(id(value))
         self._fill(value, kind, more[0] if kind == "object" else content)
         return value
+
+    def _class(self, name: str, kind: type = object) -> type:
+        module, _, path = name.partition(":")
+        module = self._main if module == "__main__" or module not in sys.modules else module
+        return _class_named(f"{module}:{path}", self._packages, kind)
 
     def _fill(self, value: Any, kind: str, content: Any) -> None:
         if kind in ("list", "deque"):
