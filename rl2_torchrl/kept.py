@@ -159,6 +159,8 @@ class _Attributes:
 def _is_looked_at(part: Any, name: str, value: Any, memories: set[int]) -> bool:
     if name in _INNER or isinstance(value, nn.Module | nn.Parameter):
         return False
+    if isinstance(value, _STATEFUL) and hasattr(part, "state_dict") and not isinstance(part, nn.Module):
+        return False  # the optimizer of an update, which is in the update's state
     if _is_librarys(part) and name[0] == "_" and not isinstance(part, Transform):
         return False
     return not (type(value) is torch.Tensor and value.layout is torch.strided and _memory(value) in memories)

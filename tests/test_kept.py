@@ -34,6 +34,8 @@ from rl2_torchrl import (
     train,
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.kept import Kept
+from rl2_torchrl.settings import parts_of
 
 
 class Keeps(Transform):
@@ -152,6 +154,16 @@ class Scaled(TrialAdvantage):
     def forward(self, batch):
         self.gamma = 1 - 0.9 * (1 - self.gamma)
         return super().forward(batch)
+
+
+def test_nothing_is_kept_twice(tmp_path):
+    run = Run(2)
+    run.train(checkpoints=tmp_path, check=False)
+    kept = Kept(parts_of(run.update))
+    run.update.optimizer.param_groups[0]["lr"] = 1.0
+    run.update.loss.clip_epsilon.fill_(0.9)
+    next(run.update.loss.parameters()).data.zero_()
+    assert kept.state_dict() == {}
 
 
 def test_what_an_update_is_made_of_keeps_what_moves(tmp_path):
