@@ -77,7 +77,7 @@ class Kept:
         for name, part in self._parts.items():
             first, now = self._first[name], _Attributes(part, memories)
             is_same = {each: value is first.values.get(each) for each, value in now.values.items()}
-            if lost := [each for each in (*now.others, *now.stateful) if not is_same[each]]:
+            if lost := [each for each in (*now.others, *now.put_into) if not is_same[each]]:
                 self._tell(f"{name}.{lost[0]}")
                 continue
             changed = [
@@ -138,7 +138,7 @@ class _Attributes:
         values: themselves; what is looked at later must be the same object, and not another at its address.
         saved, digests: of those that can be saved, what is saved of each, and a digest of that.
         constants: digests of the numbers, texts, … among these, as a user gives them.
-        stateful: the names of those among them that have a ``state_dict``, which another of the kind takes.
+        put_into: the names of those among them that are put into one of the kind, but cannot be made.
         others: the names of those that cannot.
     """
 
@@ -151,7 +151,7 @@ class _Attributes:
                 self.saved[name] = _taken(part, value, name)
             except NoStateError:  # a function, a spec, …
                 self.others += [] if _is_librarys(part) else [name]
-        self.stateful = [name for name, each in self.saved.items() if isinstance(each, list) and each[0] == "state"]
+        self.put_into = [name for name, each in self.saved.items() if not _can_be_made(part, self.values[name], each)]
         self.digests = {name: _digest(each) for name, each in self.saved.items()}
         self.constants = {name: _digest(each, arrays=False) for name, each in self.saved.items()}
 
@@ -176,13 +176,20 @@ def _taken(part: Any, value: Any, name: str) -> Any:
     return Saver(_packages(part, value))(value, name)
 
 
+def _can_be_made(part: Any, value: Any, saved: Any) -> bool:
+    """Whether what was ``saved`` of ``value`` can be made where there is none: of objects those of the part's own package."""
+    kind = saved[0] if isinstance(saved, list) else None
+    return kind != "state" and (kind != "object" or _root(type(value)) == _root(type(part)))
+
+
 def _put(part: Any, name: str, in_place: bool, saved: Any) -> None:
     """Gives ``part`` the attribute ``name`` as it was ``saved``."""
     now, kind = vars(part).get(name), saved[0] if isinstance(saved, list) else None
     if kind == "state":
         now.load_state_dict(saved[1])
         return
-    restore = Restorer(_packages(part, now), main=type(part).__module__)
+    owner = next((each for each in (now, part) if _root(type(each)) not in _LIBRARIES | sys.stdlib_module_names), None)
+    restore = Restorer(_packages(part, now), main="__main__" if owner is None else type(owner).__module__)
     made = restore(saved, now if in_place and kind not in ("array", "tensor") else None)
     if made is not now and not (in_place and _write_into(now, made)):
         vars(part)[name] = made
@@ -253,6 +260,13 @@ def _digest(saved: Any, *, arrays: bool = True) -> str:
 
 def _bytes(saved: Any) -> Iterator[bytes | np.ndarray]:
     """What `Saver` gave, in bytes that are the same for the same, of arrays as arrays."""
+    if isinstance(saved, list) and saved[:1] in (["object"], ["member"], ["flag"], ["named_tuple"]):
+        kind, name, *more = saved
+        saved = [
+            kind,
+            name.partition(":")[2],
+            *more,
+        ]  # a program's module has another name than it has where it is imported
     if isinstance(saved, list | tuple):
         yield f"{type(saved).__name__} {len(saved)}".encode()
         for each in saved:

@@ -2,8 +2,12 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from functools import cached_property
+from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pytest
@@ -390,6 +394,54 @@ def test_what_stood_still_since_a_resume_is_kept(tmp_path):
     run.train(stop=lambda row: True, resume=True, **options)
     run_of().train(resume=True, **options)
     assert len(warmed) == 1
+
+
+def test_a_program_and_a_module_of_the_same_file_read_each_others_checkpoints(tmp_path):
+    """``python train.py``, and ``import train`` in a notebook; a schedule is an attribute of a class of ours."""
+    program = """
+        import sys
+        sys.path.insert(0, {tests!r})
+        from runs import Run
+        from rl2_torchrl import TrialAdvantage
+
+        class Fades:
+            factor = 1.0
+
+            def __init__(self):
+                self.factor = 1.0
+
+            def __call__(self, progress):
+                self.factor *= 0.9
+                return self.factor
+
+        class Advantage(TrialAdvantage):
+            def forward(self, batch):
+                self.fades(0.0)
+                return super().forward(batch)
+
+        def go_on(updates):
+            run = Run(updates, lr_schedule=Fades())
+            run.update.advantage = Advantage(critic=run.policy)
+            run.update.advantage.fades = Fades()
+            run.train(checkpoints={folder!r}, check=False, resume=True)
+            print(run.update.lr_schedule.factor, run.update.advantage.fades.factor)
+
+        if __name__ == "__main__":
+            go_on(int(sys.argv[1]))
+        """
+    script = tmp_path / "train_here.py"
+    script.write_text(dedent(program).format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run")))
+
+    def told(*command):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return [float(each) for each in done.stdout.splitlines()[-1].split()]
+
+    schedule, fades = told(script, "1")
+    for command in (["-c", "import train_here; train_here.go_on(2)"], [script, "3"]):
+        again, now = told(*command)
+        assert now == pytest.approx(0.9 * fades)
+        assert again < schedule
+        schedule, fades = again, now
 
 
 class Harder:
