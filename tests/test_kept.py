@@ -12,6 +12,7 @@ from textwrap import dedent
 import numpy as np
 import pytest
 import torch
+from gymnasium.wrappers.utils import RunningMeanStd
 from runs import Run
 from torch import nn
 from torchrl.envs import (
@@ -22,6 +23,7 @@ from torchrl.envs import (
     Transform,
     TransformedEnv,
 )
+from torchrl.envs.transforms import Timer
 
 from rl2_torchrl import (
     ActorCritic,
@@ -283,6 +285,16 @@ def alias_of_a_weight(run):
     return Holder(lambda term, _: term.weight.sum(), weight=weight), []
 
 
+def alias_that_is_made_when_it_is_asked_for(run):
+    weight = run.update.loss.actor_network.module[0].module[0].gru.weight_hh_l0
+
+    def move(term, logits):
+        term.alias = weight.detach() if term.alias is None else term.alias
+        return term.alias.sum()
+
+    return Holder(move, alias=None), []
+
+
 def what_a_forward_notes(run):
     def move(term, logits):
         term.shape, term.device, term.dtype, term.number = logits.shape, logits.device, logits.dtype, term.number + 1
@@ -300,7 +312,7 @@ def constants(run):
     "make",
     [
         *(shared_weight, generator, counter, defaults, array, own_optimizer, module_within, view_of_a_buffer),
-        *(alias_of_a_weight, what_a_forward_notes, constants),
+        *(alias_of_a_weight, alias_that_is_made_when_it_is_asked_for, what_a_forward_notes, constants),
     ],
 )
 def test_what_others_hold_too_is_put_back_in_its_place(make, tmp_path, caplog):
@@ -482,6 +494,52 @@ class Curriculum(TaskSampler):
     def _sample(self, batch_size, spec):
         self.level += 0.01
         return self.level + 0.1 * super()._sample(batch_size, spec)
+
+
+def test_an_object_of_another_package_that_was_made_on_the_way_is_named(tmp_path, caplog):
+    """A file that says of which package it is is not believed."""
+
+    class Normalizes(TrialAdvantage):
+        seen, calls = None, 0
+
+        def forward(self, batch):
+            self.seen = RunningMeanStd() if self.seen is None else self.seen
+            self.calls += 1
+            return super().forward(batch)
+
+    def run_of(updates, **options):
+        run = Run(updates)
+        run.update.advantage = Normalizes(critic=run.policy)
+        run.train(checkpoints=tmp_path, check=False, **options)
+        return run.update.advantage.calls
+
+    run_of(2)
+    assert "advantage.seen changes in the training, and checkpoints cannot hold it" in caplog.text
+    assert run_of(4, resume=True) == 2
+
+
+def test_what_rows_keep_begins_anew_with_other_rows(tmp_path):
+    def run_of(rows, updates, **options):
+        below = Compose(Keeps(), StepCounter(), RandomTruncationTransform(min_horizon=2, max_horizon=5))
+        base = TransformedEnv(BernoulliBandit(3, batch_size=(rows,), seed=0), below)
+        trial = Compose(Trial(episodes=3, steps=9), TaskSampler(uniform_means(3), seed=0), PreviousStep())
+        env = TransformedEnv(base, trial, auto_unwrap=False)
+        actor, critic = (kind.from_env(env, hidden_size=4) for kind in (GRUCategoricalActor, GRUValueHead))
+        frames = {"frames_per_batch": 7 * rows, "total_frames": 28 * updates}
+        collector = TrialCollector(env, ActorCritic(actor, critic), **frames)
+        update = PPOUpdate(RL2PPOLoss(actor, critic), epochs=1, minibatches=1, bptt=7)
+        return train(collector, update, evaluate=None, checkpoints=tmp_path, progress=False, check=False, **options)
+
+    run_of(2, 1)
+    changes = ["env.observation", "env.action", "env.state", "collector.frames_per_batch"]
+    result = run_of(4, 2, resume=True, resume_changes=changes)
+    assert result.new_trials == [(28, "settings of the env have changed")]
+
+
+def test_the_time_of_day_is_nothing_to_go_on_with():
+    kept = Kept({"timer": (timer := Timer())})
+    timer.last_inv_time = 3.0
+    assert kept.state_dict() == {}
 
 
 def test_what_a_class_below_ours_adds_goes_on(tmp_path):
