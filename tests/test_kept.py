@@ -85,7 +85,7 @@ def test_what_transforms_of_the_env_below_keep_goes_on(base, tmp_path):
     """Beside TorchRL's own, which draws a horizon for each episode, and one whose buffer is an expanded number."""
 
     def make():
-        below = [Keeps(), Expanded(), StepCounter(), RandomTruncationTransform(min_horizon=2, max_horizon=5)]
+        below = [Keeps(), Expanded(), StepCounter(), RandomTruncationTransform(min_horizon=2, max_horizon=5, prob=1.0)]
         if base == "below Trial":
             env = TransformedEnv(BernoulliBandit(3, batch_size=(2,), seed=0), Compose(*below))
         else:
@@ -520,7 +520,7 @@ def test_an_object_of_another_package_that_was_made_on_the_way_is_named(tmp_path
 
 def test_what_rows_keep_begins_anew_with_other_rows(tmp_path):
     def run_of(rows, updates, **options):
-        below = Compose(Keeps(), StepCounter(), RandomTruncationTransform(min_horizon=2, max_horizon=5))
+        below = Compose(Keeps(), StepCounter(), RandomTruncationTransform(min_horizon=2, max_horizon=5, prob=1.0))
         base = TransformedEnv(BernoulliBandit(3, batch_size=(rows,), seed=0), below)
         trial = Compose(Trial(episodes=3, steps=9), TaskSampler(uniform_means(3), seed=0), PreviousStep())
         env = TransformedEnv(base, trial, auto_unwrap=False)
@@ -534,6 +534,12 @@ def test_what_rows_keep_begins_anew_with_other_rows(tmp_path):
     changes = ["env.observation", "env.action", "env.state", "collector.frames_per_batch"]
     result = run_of(4, 2, resume=True, resume_changes=changes)
     assert result.new_trials == [(28, "settings of the env have changed")]
+
+
+def test_what_a_librarys_transform_keeps_of_its_rows_is_kept():
+    kept = Kept({"bound": (bound := RandomTruncationTransform(min_horizon=2, max_horizon=5))})
+    bound._horizons = torch.tensor([3, 4])
+    assert list(kept.state_dict()["bound"]) == ["_horizons"]
 
 
 def test_the_time_of_day_is_nothing_to_go_on_with():
