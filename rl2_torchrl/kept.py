@@ -64,7 +64,8 @@ class Kept:
         self._parts = {
             name: each for name, each in by_id.values() if hasattr(each, "__dict__") and not _has_state(each)
         }
-        self._first = {name: _Attributes(each, self._memories()) for name, each in self._parts.items()}
+        memories = self._memories()
+        self._first = {name: _Attributes(each, memories) for name, each in self._parts.items()}
         for first in self._first.values():
             first.saved.clear()  # as large as all constants together
         self._told: set[str] = set()
@@ -205,7 +206,7 @@ def _write_into(now: Any, made: Any) -> bool:
         if is_written:
             now[...] = made
         return is_written
-    elif isinstance(made, list | deque):
+    if isinstance(made, list | deque):
         now.clear()
         now.extend(made)
     elif isinstance(made, dict | set):

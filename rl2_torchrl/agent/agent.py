@@ -127,10 +127,11 @@ class AdaptiveAgent:
         names = ("is_single", "is_waiting", "start", "reward", "done", "memory")
         if missing := [name for name in names if name not in state]:
             raise KeyError(f"the state lacks {missing}: it is what state_dict() of an AdaptiveAgent gives.")
-        self._require_shapes(list(state["memory"].values()), len(state["start"]))
-        self._is_single, self._is_waiting, *told, memory = (deepcopy(state[name]) for name in names)
+        memory = [state["memory"][name] for name in self.signature.memory if name in state["memory"]]
+        self._require_shapes(memory, len(state["start"]))
+        self._is_single, self._is_waiting, *told = (deepcopy(state[name]) for name in names[:-1])
         self._start, self._reward, self._done = told
-        self._memory = list(memory.values())
+        self._memory = deepcopy(memory)
         self._read_weights()
 
     def __repr__(self) -> str:

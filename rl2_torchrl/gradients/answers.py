@@ -53,10 +53,8 @@ class Answers:
     def given(self, own: torch.Tensor, entries: State) -> Iterator[None]:
         """Within it the loss is asked of the minibatch ``own``, whose data are ``entries``."""
         self._own, self._entries = own, [(key, entry, entry._version) for key, entry in entries.items()]
-        before, self._threads.active = (
-            getattr(self._threads, "active", None),
-            self,
-        )  # one update may run within another's
+        before = getattr(self._threads, "active", None)  # one update may run within another's
+        self._threads.active = self
         try:
             yield
         finally:

@@ -49,6 +49,7 @@ class TrialAdvantage(nn.Module):
     #: Asked where there is no ``critic``; `asking` puts one here while it calls.
     stand_in: TensorDictModuleBase | None = None
 
+    #: What it writes.
     out_keys = ["advantage", "value_target"]
 
     def __init__(
