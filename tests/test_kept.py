@@ -15,10 +15,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from runs import Run
 from torch import nn
 
-from rl2_torchrl import (
-    Callback,
-    TrialAdvantage,
-)
+from rl2_torchrl import Callback, TrialAdvantage
 from rl2_torchrl.kept import Kept
 from rl2_torchrl.settings import parts_of
 
