@@ -15,6 +15,8 @@
 #include "vector.h"
 
 #define COLUMNS 2 /* vectors that a block of backward's product is wide */
+#define TOGETHER (ROWS / 2) /* rows whose gates wait for each other's exponentials; a divisor of a block's */
+#define ARRAYS 6 /* [H] that a step reads or writes of a row: r, z, W_hn h + b_hn, n and h in saved, and y or its gradient */
 
 /* S: 5 H + I + 1, and what outer_sums looks at beyond, up to whole cache lines, which vectors then do not straddle. */
 long saved_size(int inputs, int hidden) {
@@ -67,33 +69,58 @@ void pack_backward(int hidden, const real *w_hh, real *out) {
 /* Rows of a block: half of ROWS where whole ones would leave threads, or half of the registers, without work. */
 static inline int block_of(int batch, int threads) { return batch > threads * ROWS / 2 ? ROWS : ROWS / 2; }
 
-/* ------------------------------------------------------------------------------------------------ forward */
-typedef struct { vec r, z, hn, n; } gates;
+/* ------------------------------------------------------------------------------------------------ prefetching
+ * The arrays of a step, each row's far from the next one's, lie where no processor guesses them, and beyond the caches where a batch
+ * is large. They are asked for while a product is made, one with each of its terms. Returns how many they are. */
+static int arrays_of(int rows, int steps, int inputs, int hidden, const real *saved, const real *y, long y_row, const real **arrays) {
+    for (int m = 0; m < rows; m++, saved += steps * saved_size(inputs, hidden), y += y_row) {
+        for (int i = 0; i < ARRAYS - 1; i++) *arrays++ = saved + i * hidden;
+        *arrays++ = y;
+    }
+    return ARRAYS * rows;
+}
+INLINE void ask_for(const real *array, const int vectors) {
+    UNROLL for (int c = 0; c < vectors; c++) __builtin_prefetch(array + c * LANES, 1, 2);
+}
 
-/* The gates of LANES units in `rows` rows: a constant, so that registers hold their sums. */
+/* ------------------------------------------------------------------------------------------------ forward */
+typedef struct { vec r[ROWS], z[ROWS], hn[ROWS], n[ROWS]; } gates;
+
+static int is_zero(const real *h, int size) {
+    int zeros = 1;
+    for (int i = 0; i < size; i++) zeros &= h[i] == 0;
+    return zeros;
+}
+
+/* The gates of LANES units in `rows` rows: a constant, so that registers hold their sums. h: NULL for zeros. */
 INLINE void gate_block(const int rows, int inputs, int hidden, int pitch, const real *h, const real *const *x, const real *w,
-                       gates *out) {
+                       gates *out, const real *const *arrays, int count, int first) {
     const vec *v = (const vec *)w;
     vec r[ROWS], z[ROWS], n[ROWS];
     UNROLL for (int m = 0; m < rows; m++) { r[m] = v[0]; z[m] = v[1]; n[m] = v[2]; }
     vec b_in = v[3];
     v += 4;
-    for (int k = 0; k < hidden; k++, v += 3)
+    for (int k = 0; h && k < hidden; k++) {
+        if (k < count) ask_for(arrays[k] + first, 1);
         UNROLL for (int m = 0; m < rows; m++) {
             real a = h[m * pitch + k];
-            r[m] += a * v[0]; z[m] += a * v[1]; n[m] += a * v[2];
+            r[m] += a * v[3 * k]; z[m] += a * v[3 * k + 1]; n[m] += a * v[3 * k + 2];
         }
-    UNROLL for (int m = 0; m < rows; m++) { out[m].hn = n[m]; n[m] = b_in; }
+    }
+    v += 3 * hidden;
+    UNROLL for (int m = 0; m < rows; m++) { out->hn[m] = n[m]; n[m] = b_in; }
     for (int k = 0; k < inputs; k++, v += 3)
         UNROLL for (int m = 0; m < rows; m++) {
             real a = x[m][k];
             r[m] += a * v[0]; z[m] += a * v[1]; n[m] += a * v[2];
         }
-    for (int m = 0; m < rows; m++) {
-        out[m].r = sigmoid(r[m]);
-        out[m].z = sigmoid(z[m]);
-        out[m].n = tanh_(n[m] + out[m].r * out[m].hn);
+    UNROLL for (int m = 0; m < rows; m += TOGETHER) {
+        sigmoids(TOGETHER, r + m);
+        sigmoids(TOGETHER, z + m);
+        UNROLL for (int i = m; i < m + TOGETHER; i++) n[i] += r[i] * out->hn[i];
+        tanhs(TOGETHER, n + m);
     }
+    UNROLL for (int m = 0; m < rows; m++) { out->r[m] = r[m]; out->z[m] = z[m]; out->n[m] = n[m]; }
 }
 
 /* ROWS rows, of which the first `rows` exist, through all steps. x and initial have strides of their own; initial[b, t] is
@@ -105,14 +132,19 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
     real *h = scratch, *next = scratch + ROWS * pitch;
     memset(scratch, 0, 2L * ROWS * pitch * sizeof(real));
     for (int t = 0; t < steps; t++) {
-        const real *inputs_of[ROWS];
+        const real *inputs_of[ROWS], *arrays[ARRAYS * ROWS];
+        int begun = 0;
         for (int m = 0; m < ROWS; m++) {
             inputs_of[m] = x + lesser(m, rows - 1) * x_row + t * x_step;
             if (m < rows && (t == 0 || (init && init[(long)m * steps + t]))) {
                 if (initial) memcpy(h + m * pitch, initial + m * initial_row + t * initial_step, hidden * sizeof(real));
                 else memset(h + m * pitch, 0, hidden * sizeof(real));
+                begun++;
             }
         }
+        const real *read = begun == rows && is_zero(h, ROWS * pitch) ? NULL : h; /* where trials begin there is no product */
+        int count = saved ? arrays_of(rows, steps, inputs, hidden, saved + t * saved_size(inputs, hidden), y + (long)t * hidden,
+                                      (long)steps * hidden, arrays) : 0;
         for (int m = 0; saved && m < rows; m++) {
             real *s = saved + ((long)m * steps + t) * saved_size(inputs, hidden) + 5 * hidden;
             memset(s, 0, (saved_size(inputs, hidden) - 5L * hidden) * sizeof(real));
@@ -121,21 +153,21 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
         }
         const real *w = packed;
         for (int first = 0; first < hidden; first += LANES, w += LANES * (4 + 3L * (hidden + inputs))) {
-            gates g[ROWS];
+            gates g;
             int n = hidden - first;
-            if (rows > ROWS / 2) gate_block(ROWS, inputs, hidden, pitch, h, inputs_of, w, g);
-            else gate_block(ROWS / 2, inputs, hidden, pitch, h, inputs_of, w, g);
+            if (rows > ROWS / 2) gate_block(ROWS, inputs, hidden, pitch, read, inputs_of, w, &g, arrays, count, first);
+            else gate_block(ROWS / 2, inputs, hidden, pitch, read, inputs_of, w, &g, arrays, count, first);
             for (int m = 0; m < rows; m++) {
                 vec before = *(vec *)(h + m * pitch + first);
-                vec after = g[m].n + g[m].z * (before - g[m].n);
+                vec after = g.n[m] + g.z[m] * (before - g.n[m]);
                 *(vec *)(next + m * pitch + first) = after;
                 store(y + ((long)m * steps + t) * hidden + first, after, n);
                 if (saved) {
                     real *s = saved + ((long)m * steps + t) * saved_size(inputs, hidden) + first;
-                    store(s, g[m].r, n);
-                    store(s + hidden, g[m].z, n);
-                    store(s + 2 * hidden, g[m].hn, n);
-                    store(s + 3 * hidden, g[m].n, n);
+                    store(s, g.r[m], n);
+                    store(s + hidden, g.z[m], n);
+                    store(s + 2 * hidden, g.hn[m], n);
+                    store(s + 3 * hidden, g.n[m], n);
                     store(s + 4 * hidden, before, n);
                 }
             }
@@ -186,17 +218,20 @@ static inline void gate_gradients(int hidden, const real *dy, real *s, real *q, 
 }
 
 /* dh [rows, H] += q [rows, 3H] W_hh, for a constant number of rows. */
-INLINE void through_weights(const int rows, int hidden, const real *q, const real *packed, real *dh) {
+INLINE void through_weights(const int rows, int hidden, const real *q, const real *packed, real *dh, const real *const *arrays,
+                            int count) {
     int pitch = padded(hidden);
     for (int first = 0; first < pitch; first += COLUMNS * LANES) {
         vec sum[ROWS][COLUMNS];
         UNROLL for (int m = 0; m < rows; m++)
             UNROLL for (int c = 0; c < COLUMNS; c++) sum[m][c] = *(vec *)(dh + m * pitch + first + c * LANES);
-        for (int k = 0; k < 3 * hidden; k++, packed += COLUMNS * LANES)
+        for (int k = 0; k < 3 * hidden; k++, packed += COLUMNS * LANES) {
+            if (k < count) ask_for(arrays[k] + first, COLUMNS);
             UNROLL for (int m = 0; m < rows; m++) {
                 real a = q[m * 3 * hidden + k];
                 UNROLL for (int c = 0; c < COLUMNS; c++) sum[m][c] += a * *(const vec *)(packed + c * LANES);
             }
+        }
         UNROLL for (int m = 0; m < rows; m++)
             UNROLL for (int c = 0; c < COLUMNS; c++) *(vec *)(dh + m * pitch + first + c * LANES) = sum[m][c];
     }
@@ -212,8 +247,11 @@ static void backward_rows(int rows, int steps, int inputs, int hidden, const rea
             gate_gradients(hidden, dy + m * dy_row + t * dy_step, saved + ((long)m * steps + t) * saved_size(inputs, hidden),
                            q + m * 3L * hidden, dh + m * pitch);
         if (t == 0 && !d_initial) break;
-        if (rows > ROWS / 2) through_weights(ROWS, hidden, q, packed, dh);
-        else through_weights(ROWS / 2, hidden, q, packed, dh);
+        const real *arrays[ARRAYS * ROWS]; /* of the step before this one, which comes next */
+        int count = t ? arrays_of(rows, steps, inputs, hidden, saved + (t - 1) * saved_size(inputs, hidden), dy + (t - 1) * dy_step,
+                                  dy_row, arrays) : 0;
+        if (rows > ROWS / 2) through_weights(ROWS, hidden, q, packed, dh, arrays, count);
+        else through_weights(ROWS / 2, hidden, q, packed, dh, arrays, count);
         for (int m = 0; m < rows; m++)
             if (t == 0 || (init && init[(long)m * steps + t])) {
                 if (d_initial) memcpy(d_initial + ((long)m * steps + t) * hidden, dh + m * pitch, hidden * sizeof(real));

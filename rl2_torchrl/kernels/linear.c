@@ -117,7 +117,11 @@ int linear_backward(int rows, int inputs, int outputs, const real *x, const real
 
 void tanh_forward(long size, const real *x, real *y, int threads) {
     #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long i = 0; i < size; i += LANES) store(y + i, tanh_(load(x + i, lesser(LANES, size - i))), lesser(LANES, size - i));
+    for (long i = 0; i < size; i += LANES) {
+        vec of = load(x + i, lesser(LANES, size - i));
+        tanhs(1, &of);
+        store(y + i, of, lesser(LANES, size - i));
+    }
 }
 
 void relu_forward(long size, const real *x, real *y, int threads) {

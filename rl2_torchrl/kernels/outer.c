@@ -19,6 +19,9 @@ INLINE void add_outer(const int wide, int n, long pitch, const real *q, const re
     UNROLL for (int m = 0; m < OUTPUTS; m++)
         UNROLL for (int c = 0; c < wide; c++) sum[m][c] = *(vec *)(sums + m * width + c * LANES);
     for (int i = 0; i < n; i++, q += pitch, v += pitch) {
+        /* What the next STEPS steps are read from, at a stride that no processor guesses. */
+        __builtin_prefetch(q + STEPS * pitch, 0, 2);
+        UNROLL for (int c = 0; c < wide; c++) __builtin_prefetch(v + STEPS * pitch + c * LANES, 0, 2);
         UNROLL for (int c = 0; c < wide; c++) at[c] = *(const vec *)(v + c * LANES);
         UNROLL for (int m = 0; m < OUTPUTS; m++)
             UNROLL for (int c = 0; c < wide; c++) sum[m][c] += q[m] * at[c];

@@ -73,18 +73,37 @@ static inline void store(real *to, vec v, int n) {
 
 static inline vec choose(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
 
-/* e^x = 2^k e^r with a whole k and |r| < 0.35, where e^r's series is short. Beyond LARGEST it stands still; NaN stays NaN. */
-static inline vec exponential(vec x) {
-    x = choose(x < -(real)LARGEST, (vec){0} - LARGEST, x);
-    x = choose(x > (real)LARGEST, (vec){0} + LARGEST, x);
+/* e^x = 2^k e^r with a whole k and |r| < 0.35, where e^r's series is short. Beyond LARGEST it stands still; NaN stays NaN. Of n
+ * vectors, a constant: each line waits for the one above it, and several vectors wait together. */
+INLINE void exponentials(const int n, vec *x) {
     const real magic = (real)((bits)3 << (EXPONENT_SHIFT - 1)); /* adding it leaves the whole part in the low bits */
-    vec shifted = x * (real)1.4426950408889634 + magic;
-    vec k = shifted - magic;
-    x = x - k * (real)0.693145751953125 - k * (real)1.4286068203094172e-6;
     real factor = LAST_FACTOR;
-    vec sum = (vec){0} + factor;
-    UNROLL for (int term = TERMS; term > 0; term--) sum = sum * x + (factor *= term);
-    return sum * (vec)(((ivec)shifted << EXPONENT_SHIFT) + ((bits)EXPONENT_BIAS << EXPONENT_SHIFT));
+    vec shifted[ROWS], k[ROWS], sum[ROWS];
+    UNROLL for (int i = 0; i < n; i++) x[i] = choose(x[i] < -(real)LARGEST, (vec){0} - LARGEST, x[i]);
+    UNROLL for (int i = 0; i < n; i++) x[i] = choose(x[i] > (real)LARGEST, (vec){0} + LARGEST, x[i]);
+    UNROLL for (int i = 0; i < n; i++) shifted[i] = x[i] * (real)1.4426950408889634 + magic;
+    UNROLL for (int i = 0; i < n; i++) k[i] = shifted[i] - magic;
+    UNROLL for (int i = 0; i < n; i++) x[i] = x[i] - k[i] * (real)0.693145751953125;
+    UNROLL for (int i = 0; i < n; i++) x[i] = x[i] - k[i] * (real)1.4286068203094172e-6;
+    UNROLL for (int i = 0; i < n; i++) sum[i] = (vec){0} + factor;
+    UNROLL for (int term = TERMS; term > 0; term--) {
+        factor *= term;
+        UNROLL for (int i = 0; i < n; i++) sum[i] = sum[i] * x[i] + factor;
+    }
+    UNROLL for (int i = 0; i < n; i++)
+        x[i] = sum[i] * (vec)(((ivec)shifted[i] << EXPONENT_SHIFT) + ((bits)EXPONENT_BIAS << EXPONENT_SHIFT));
 }
-static inline vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
-static inline vec tanh_(vec x) { return 2 * sigmoid(2 * x) - 1; }
+INLINE void sigmoids(const int n, vec *x) {
+    UNROLL for (int i = 0; i < n; i++) x[i] = -x[i];
+    exponentials(n, x);
+    UNROLL for (int i = 0; i < n; i++) x[i] = 1 / (1 + x[i]);
+}
+INLINE void tanhs(const int n, vec *x) {
+    UNROLL for (int i = 0; i < n; i++) x[i] = 2 * x[i];
+    sigmoids(n, x);
+    UNROLL for (int i = 0; i < n; i++) x[i] = 2 * x[i] - 1;
+}
+static inline vec exponential(vec x) {
+    exponentials(1, &x);
+    return x;
+}
