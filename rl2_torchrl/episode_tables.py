@@ -31,13 +31,15 @@ class Trials:
         return bool(self._unfinished.any())
 
     def add(self, steps: Mapping[NestedKey, torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Trial and episode of each step of a batch that counts, and which do, bool ``[num_rows, T]``."""
+        """Trial and episode of each step of a batch that counts, and which do: numbers of steps in ``[num_rows, T]``, flattened."""
         trial, episode = self._trials(steps["is_init"]), steps[EPISODE_INDEX]
-        counted = trial < self.number
+        is_counted = trial < self.number
         for key, numbers in steps.items():
-            _require_finite(key, torch.where(counted, numbers, 0), trial, episode)
-        self._unfinished[trial[counted & steps["next", "done"]]] = False
-        return (trial[counted], episode[counted]), counted
+            _require_finite(key, torch.where(is_counted, numbers, 0), trial, episode)
+        self._unfinished[trial[is_counted & steps["next", "done"]]] = False
+        # Numbers, for all entries: by flags PyTorch would look for them anew in each, and take five times as long.
+        counted = is_counted.flatten().nonzero().squeeze(-1)
+        return tuple(entry.flatten().index_select(0, counted) for entry in (trial, episode)), counted
 
     def _trials(self, is_init: torch.Tensor) -> torch.Tensor:
         """Which trial each step ``[num_rows, T]`` is of, counted in the order in which trials begin."""

@@ -198,10 +198,11 @@ def adaptation_curve(
             batch = rollout()
             steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}
             index, counted = trials.add(steps)
-            returns.add(index, steps["next", "reward"][counted])
+            steps = {key: numbers.flatten().index_select(0, counted) for key, numbers in steps.items()}
+            returns.add(index, steps["next", "reward"])
             for key, table in tables.items():
-                table.add(index, steps[key][counted])
-            unended = steps["next", TRIAL_STEP][counted & ~steps["next", "done"]]
+                table.add(index, steps[key])
+            unended = steps["next", TRIAL_STEP][~steps["next", "done"]]
             longest = max(longest, _require_end(unended, longest, max_trial_steps))
     measured = {key[-1]: AdaptationCurve(table.table()) for key, table in tables.items()}
     return AdaptationCurve(returns.table(), measured, AdaptationCurve(returns.counts()))
