@@ -13,15 +13,15 @@
 long sums_height(int outputs) { return (outputs + OUTPUTS - 1) / OUTPUTS * OUTPUTS; }
 long sums_width(int columns) { return (columns + LANES - 1) / LANES * LANES; }
 
-/* Adds those over n steps of `pitch` numbers each, `wide` vectors of them: a constant, so that registers hold the sums. */
-INLINE void add_outer(const int wide, int n, long pitch, const real *q, const real *v, real *sums, long width) {
+/* Adds those over n steps of `pitch` numbers each, `wide` vectors of them: a constant, so that registers hold the sums. Of the next
+ * STEPS steps those q and v are asked for that are `new` to this column and output: no processor guesses such strides. */
+INLINE void add_outer(const int wide, int n, long pitch, const real *q, int new_q, const real *v, int new_v, real *sums, long width) {
     vec sum[OUTPUTS][3], at[3];
     UNROLL for (int m = 0; m < OUTPUTS; m++)
         UNROLL for (int c = 0; c < wide; c++) sum[m][c] = *(vec *)(sums + m * width + c * LANES);
     for (int i = 0; i < n; i++, q += pitch, v += pitch) {
-        /* What the next STEPS steps are read from, at a stride that no processor guesses. */
-        __builtin_prefetch(q + STEPS * pitch, 0, 2);
-        UNROLL for (int c = 0; c < wide; c++) __builtin_prefetch(v + STEPS * pitch + c * LANES, 0, 2);
+        if (new_q) __builtin_prefetch(q + STEPS * pitch, 0, 2);
+        if (new_v) UNROLL for (int c = 0; c < wide; c++) __builtin_prefetch(v + STEPS * pitch + c * LANES, 0, 2);
         UNROLL for (int c = 0; c < wide; c++) at[c] = *(const vec *)(v + c * LANES);
         UNROLL for (int m = 0; m < OUTPUTS; m++)
             UNROLL for (int c = 0; c < wide; c++) sum[m][c] += q[m] * at[c];
@@ -37,15 +37,17 @@ void outer_sums(int n, long pitch, const real *q, int outputs, const real *v, in
     long width = sums_width(columns);
     memset(sums, 0, sums_height(outputs) * width * sizeof(real));
     #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int thread = 0; thread < threads; thread++)
+    for (int thread = 0; thread < threads; thread++) {
+        int begin = blocks * thread / threads * OUTPUTS, end = blocks * (thread + 1) / threads * OUTPUTS;
         for (int i = 0; i < n; i += STEPS)
             for (int c = 0; c < width; c += WIDE * LANES)
-                for (int o = blocks * thread / threads * OUTPUTS; o < blocks * (thread + 1) / threads * OUTPUTS; o += OUTPUTS) {
+                for (int o = begin; o < end; o += OUTPUTS) {
                     const real *from_q = q + i * pitch + o, *from_v = v + i * pitch + c;
                     real *to = sums + o * width + c;
-                    int steps = lesser(STEPS, n - i), wide = lesser(WIDE, (int)(width - c) / LANES);
-                    if (wide == WIDE) add_outer(WIDE, steps, pitch, from_q, from_v, to, width);
-                    else if (wide == 2) add_outer(2, steps, pitch, from_q, from_v, to, width);
-                    else add_outer(1, steps, pitch, from_q, from_v, to, width);
+                    int steps = lesser(STEPS, n - i), wide = lesser(WIDE, (int)(width - c) / LANES), new_q = !c, new_v = o == begin;
+                    if (wide == WIDE) add_outer(WIDE, steps, pitch, from_q, new_q, from_v, new_v, to, width);
+                    else if (wide == 2) add_outer(2, steps, pitch, from_q, new_q, from_v, new_v, to, width);
+                    else add_outer(1, steps, pitch, from_q, new_q, from_v, new_v, to, width);
                 }
+    }
 }
