@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
 from inspect import Parameter, signature
 from statistics import fmean
 from typing import Any, Literal
@@ -150,8 +151,8 @@ class PPOUpdate:
         self._parameters = list(loss.parameters())
         self.optimizer = _optimizer(optimizer, lr, self._parameters)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
-        # As they were given: schedules and users move them.
-        self.given_options = [{**group, "params": None} for group in self.optimizer.param_groups]
+        # As they were given: schedules and users move them, a learning rate that is a tensor in place.
+        self.given_options = [deepcopy({**group, "params": None}) for group in self.optimizer.param_groups]
         self.given_coefficients = {name: float(b) for name, b in loss.named_buffers(recurse=False) if b.numel() == 1}
         largest_lr = max(float(given["lr"]) for given in self.given_options)
         _require_factors("lr_schedule", lr_schedule, "lr", largest_lr)
@@ -369,7 +370,8 @@ class PPOUpdate:
         groups = zip(self.optimizer.param_groups, self.given_options, state["given_options"], strict=True)
         freed = set(state["scheduled"]) - self._scheduled()
         for group, given, then in groups:
-            group.update({name: value for name, value in given.items() if value != then[name] or name in freed})
+            asked = {name: value for name, value in given.items() if value != then[name] or name in freed}
+            group.update(deepcopy(asked))
         for name, value in self.given_coefficients.items():
             if value != state["given_coefficients"][name] or name in freed:
                 getattr(self.loss, name).fill_(value)

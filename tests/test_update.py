@@ -365,6 +365,20 @@ def test_going_on_with_another_optimizer_is_refused():
         other.load_state_dict(update.state_dict())
 
 
+def test_a_learning_rate_that_is_a_tensor_goes_on_as_a_schedule_has_left_it():
+    def made():
+        loss = make_loss()
+        optimizer = torch.optim.Adam(loss.parameters(), lr=torch.tensor(0.5))
+        update = PPOUpdate(loss, optimizer=optimizer)
+        return update, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # moves it in place
+
+    (update, schedule), (other, _) = made(), made()
+    update(make_batch())
+    schedule.step()
+    other.load_state_dict(copy.deepcopy(update.state_dict()))
+    assert other.optimizer.param_groups[0]["lr"].item() == 0.25
+
+
 def test_state_dict_round_trip_goes_on_alike():
     update = PPOUpdate(make_loss(), shuffle=False, lr=1e-2)
     update(make_batch())

@@ -127,7 +127,7 @@ def _conditions(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
     hooks = (*own_hooks, *_global_optimizer_pre_hooks, *_global_optimizer_post_hooks)
     # A learning-rate scheduler puts a function of its own in the place of step, as users may.
     more = hooks or "step" in vars(optimizer) or any(group.get(option) for group in groups for option in options)
-    more = more or any(group.get("weight_decay") and not group["decoupled_weight_decay"] for group in groups)
+    more = more or any(group.get("weight_decay") and not group.get("decoupled_weight_decay") for group in groups)
     # PyTorch wraps both: the one when a first optimizer of a class is made, the other in each class when it compiles.
     pairs = [(getattr(type(optimizer), name, None), getattr(Adam, name)) for name in ("step", "_init_group")]
     is_adam = all(own is not None and unwrap(own) is unwrap(adams) for own, adams in pairs) and not more
