@@ -144,7 +144,7 @@ def adaptation_curve(
         ablation: function applied to the named tensors ``[num_rows, ...]`` of a step before the policy reads them:
             `with_zeroed_memory(policy)` or `with_shuffled_rewards()`.
         on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not
-            tell.
+            tell: copies, which may be kept.
         measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and what is taken of its steps:
             their ``"max"`` (as for a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
             ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes. They tell

@@ -200,17 +200,20 @@ class AdaptationReport:
 
     def _plot_adaptation(self, axes, measure: str | None = None) -> None:
         """The mean return of each episode, or the mean of a measure, which classical agents may lack."""
+        from matplotlib.ticker import MaxNLocator, NullLocator
+
         for color, (name, curve) in zip(cycle(_COLORS), self._classical(), strict=False):
             _band(axes, curve, measure, name, color=color, lw=1.5)
         for style, (name, curve) in zip(cycle(("--", ":", "-.")), self._ablated(), strict=False):
             _band(axes, curve, measure, name, color="grey", lw=1.5, ls=style)
         _band(axes, self.agent, measure, "RL²", color=_AGENT, lw=2.5)
+        is_one = self.agent.returns.shape[1] == 1
         axes.set(
-            xlabel=f"{self.episode_name} of the trial",
+            xlabel=f"the trial's only {self.episode_name}" if is_one else f"{self.episode_name} of the trial",
             ylabel=f"mean {_label(measure or 'return')} of the {self.episode_name}",
             title="Adaptation: within a trial, weights fixed (bands: 2 SE)",
         )
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(NullLocator() if is_one else MaxNLocator(integer=True))
         axes.legend(loc="best", fontsize=9, frameon=False)
         _tidy(axes)
 
@@ -291,6 +294,9 @@ def _band(axes, curve: AdaptationCurve, measure: str | None, label: str, **style
             return
     mean, se = curve.per_episode.numpy(), curve.per_episode_se.numpy()
     episodes = range(1, len(mean) + 1)
+    if len(mean) == 1:  # of which a line would show nothing: points with bars, side by side
+        axes.errorbar([1 + 0.1 * len(axes.containers)], mean, 2 * se, label=label, fmt="o", capsize=4, **style)
+        return
     axes.plot(episodes, mean, label=label, **style)
     axes.fill_between(episodes, mean - 2 * se, mean + 2 * se, color=style["color"], alpha=0.2, lw=0)
 

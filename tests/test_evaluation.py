@@ -282,6 +282,29 @@ def test_every_step_can_be_recorded():
     assert torch.equal(torch.stack(rewards, -1).double(), curve.returns)
 
 
+@pytest.mark.parametrize(
+    ("env", "trials"),
+    [
+        (lambda: bandit_env(rows=5), 10),
+        (lambda: countdown_env([2, 3, 4], 2, TensorCountdown, episodes=2), 3),
+        (lambda: countdown_env([2, 3, 4], 2, episodes=2), 3),
+    ],
+    ids=["fixed length", "ragged", "another env"],
+)
+def test_what_is_recorded_may_be_kept(env, trials):
+    kept, clones = [], []
+
+    def record(step):
+        kept.append(dict(step))
+        clones.append({key: value.clone() for key, value in step.items()})
+
+    env = env()
+    adaptation_curve(env, GRUCategoricalActor.from_env(env, hidden_size=4), trials, on_step=record)
+    assert {"trans", "actor_hidden", "action", ("next", "reward")} <= kept[0].keys()
+    for one, other in zip(kept, clones, strict=True):
+        assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
 def test_deterministic_and_random():
     env = TransformedEnv(
         QuadraticBandit(1, noise=0.0, batch_size=(500,)),
@@ -519,6 +542,18 @@ def test_plot_shows_learning_and_adaptation():
     labels = {line.get_label() for line in adaptation.lines}
     assert {"random", "RL²"} <= labels
     assert any("memory zeroed" in label for label in labels)
+
+
+def test_a_single_episode_is_points_with_bars_side_by_side():
+    agent, other = (AdaptationCurve(torch.tensor(returns)) for returns in ([[1.0], [3.0]], [[0.0], [1.0]]))
+    report = make_report(agent=agent, baselines={"random": other}, ablations={"memory_zeroed": other})
+    _, adaptation = report.plot().axes
+    agent = next(drawn for drawn in adaptation.containers if drawn.get_label() == "RL²")
+    (point, _, (bar,)), where = agent, agent[0].get_xdata()[0]
+    assert point.get_ydata().tolist() == [2.0]
+    assert bar.get_segments()[0].flatten().tolist() == pytest.approx([where, 0.0, where, 4.0])  # 2 SE of 1
+    drawn = [each[0].get_xdata()[0] for each in adaptation.containers]
+    assert len(set(drawn)) == 3
 
 
 def test_steps_of_episodes_are_shown_where_these_are_ragged():

@@ -42,7 +42,7 @@ class Rollout:
         steps: steps T of a batch.
         keep: entries of a batch; None for all tensors.
         ablation: function on the `State` of a step before the policy reads it.
-        on_step: called with each step's `State`, what followed from it under ``"next"``.
+        on_step: called with a copy of each step's `State`, what followed from it under ``"next"``.
 
     Raises:
         KeyError: ``keep`` names an entry that nobody makes, the policy reads one, or its memory has no primer.
@@ -178,7 +178,9 @@ class Rollout:
                 self._look_back(waiting, t + 1)
                 waiting = []
             if self.on_step is not None:
-                self.on_step({**state, **after, **self.trials.flags(t)})
+                # Copies, which may be kept: later steps are written over some of these.
+                shown = {**state, **after, **self.trials.flags(t)}
+                self.on_step({key: value.clone() for key, value in shown.items()})
             if t + 1 < self.steps:
                 state = {**root, **self.memory.next(state, begun)}
         for _, key in self.memory.handed_on:
