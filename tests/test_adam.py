@@ -101,7 +101,7 @@ def test_other_optimizers_take_their_own_steps(make, message):
     assert isinstance(steps_by(optimizer, parameters), AdamSteps if message is None else OptimizerSteps)
 
 
-@pytest.mark.parametrize("name", [*"SGD RMSprop Adagrad Adadelta Adamax ASGD NAdam RAdam Adam AdamW".split()])
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "Adamax", "ASGD", "NAdam", "Adam", "AdamW"])
 def test_all_of_pytorchs_optimizers_may_let_weights_decay(name):
     loss = loss_of("categorical", "separate", torch.float32)
     optimizer = getattr(torch.optim, name)(loss.parameters(), lr=0.1, weight_decay=0.1)
