@@ -18,10 +18,14 @@ Measure = Literal["max", "sum", "mean", "last"]
 
 
 class Trials:
-    """Of which trial, and of which episode in it, each step is; those beyond the first ``num_trials`` trials are left out."""
+    """Of which trial, and of which episode in it, each step is; those beyond the first ``num_trials`` trials are left out.
+
+    Attributes:
+        finished: how many episodes each trial has finished, ``[num_trials]`` int64, once it has ended.
+    """
 
     def __init__(self, num_trials: int):
-        self.number = num_trials
+        self.number, self.finished = num_trials, torch.zeros(num_trials, dtype=torch.int64)
         self._unfinished = torch.ones(num_trials, dtype=torch.bool)
         self._begun, self._trial = 0, None
 
@@ -36,7 +40,8 @@ class Trials:
         is_counted = trial < self.number
         for key, numbers in steps.items():
             _require_finite(key, torch.where(is_counted, numbers, 0), trial, episode)
-        self._unfinished[trial[is_counted & steps["next", "done"]]] = False
+        ends = is_counted & steps["next", "done"]
+        self._unfinished[trial[ends]], self.finished[trial[ends]] = False, steps["next", EPISODE_INDEX][ends]
         # Numbers, for all entries: by flags PyTorch would look for them anew in each, and take five times as long.
         counted = is_counted.flatten().nonzero().squeeze(-1)
         return tuple(entry.flatten().index_select(0, counted) for entry in (trial, episode)), counted

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import get_args
 
 import torch
@@ -39,6 +39,7 @@ class AdaptationCurve:
             is bounded by steps can end within an episode, which then counts with the rewards it had so far.
         measures: by name, the curve of another number of each episode, such as whether it was a success.
         steps: the curve of how many steps each episode took; None where nobody has counted.
+        finished: how many episodes each trial has finished, ``[num_trials]``; None: all that it had.
 
     Raises:
         TypeError: ``returns`` is no tensor.
@@ -53,6 +54,7 @@ class AdaptationCurve:
     returns: torch.Tensor
     measures: Mapping[str, AdaptationCurve] = field(default_factory=dict)
     steps: AdaptationCurve | None = None
+    finished: torch.Tensor | None = None
 
     def __post_init__(self):
         require_torch(returns=self.returns)
@@ -89,13 +91,23 @@ class AdaptationCurve:
 
     @property
     def per_episode(self) -> torch.Tensor:
-        """Mean return of each episode, ``[num_episodes]``: the adaptation curve."""
+        """Mean return of each episode, ``[num_episodes]``: the adaptation curve; see `num_compared`."""
         return self.returns.nanmean(0)
 
     @property
+    def num_compared(self) -> int:
+        """How many episodes, from the first on, all trials have finished; the first counts in any case.
+
+        Where trials are bounded by steps, those beyond are of trials whose episodes were short, or are cut: later ones then look
+        better, or shorter, whoever plays.
+        """
+        finished = (~self.returns.isnan()).sum(-1) if self.finished is None else self.finished
+        return max(1, int(finished.min()))
+
+    @property
     def first_and_last(self) -> tuple[float, float]:
-        """`per_episode` of the first episode and of the last: what was learnt in between."""
-        return self.per_episode[0].item(), self.per_episode[-1].item()
+        """`per_episode` of the first episode and of the last of `num_compared`: what was learnt in between."""
+        return self.per_episode[0].item(), self.per_episode[self.num_compared - 1].item()
 
     @property
     def per_episode_se(self) -> torch.Tensor:
@@ -152,7 +164,7 @@ def adaptation_curve(
         max_trial_steps: raise when a trial does not end within so many steps. The log says so long before.
 
     Returns:
-        The adaptation curve; ``curve.steps.per_episode`` says whether episodes get shorter.
+        The adaptation curve; ``curve.steps.first_and_last`` says whether episodes get shorter.
 
     Raises:
         ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it, or of Gymnasium's
@@ -198,14 +210,27 @@ def adaptation_curve(
             batch = rollout()
             steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}
             index, counted = trials.add(steps)
-            steps = {key: numbers.flatten().index_select(0, counted) for key, numbers in steps.items()}
+            counts = [("next", TRIAL_STEP), ("next", "done"), ("next", "reward"), *measured]
+            steps = {key: steps[key].flatten().index_select(0, counted) for key in counts}
             returns.add(index, steps["next", "reward"])
             for key, table in tables.items():
                 table.add(index, steps[key])
             unended = steps["next", TRIAL_STEP][~steps["next", "done"]]
             longest = max(longest, _require_end(unended, longest, max_trial_steps))
-    measured = {key[-1]: AdaptationCurve(table.table()) for key, table in tables.items()}
-    return AdaptationCurve(returns.table(), measured, AdaptationCurve(returns.counts()))
+    made = partial(AdaptationCurve, finished=trials.finished)
+    measured = {key[-1]: made(table.table()) for key, table in tables.items()}
+    curve = made(returns.table(), measured, made(returns.counts()))
+    if curve.num_compared == 1 < len(curve.per_episode):
+        _tell_of_a_single_episode()
+    return curve
+
+
+@cache
+def _tell_of_a_single_episode() -> None:
+    log.warning(
+        "not all trials of an evaluation have finished a second episode, so that its first episode cannot be compared with later "
+        "ones: those are of trials whose episodes were short. Bound its trials by episodes, Trial(episodes=...)."
+    )
 
 
 def _rewind(env: EnvBase) -> None:
@@ -225,8 +250,10 @@ def _tell_of_processes() -> None:
     )
 
 
-_KEPT = (EPISODE_INDEX, "is_init", ("next", "reward"), ("next", "done"), ("next", TRIAL_STEP))
-
+_KEPT = (
+    *(EPISODE_INDEX, "is_init"),
+    *(("next", key) for key in ("reward", "done", TRIAL_STEP, EPISODE_INDEX)),
+)
 
 #: Steps of a batch where nobody knows how many the last trial will take.
 _FEW_STEPS = 8

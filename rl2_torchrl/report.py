@@ -207,9 +207,9 @@ class AdaptationReport:
         for style, (name, curve) in zip(cycle(("--", ":", "-.")), self._ablated(), strict=False):
             _band(axes, curve, measure, name, color="grey", lw=1.5, ls=style)
         _band(axes, self.agent, measure, "RL²", color=_AGENT, lw=2.5)
-        is_one = self.agent.returns.shape[1] == 1
+        is_one = self.agent.num_compared == 1
         axes.set(
-            xlabel=f"the trial's only {self.episode_name}" if is_one else f"{self.episode_name} of the trial",
+            xlabel=f"first {self.episode_name} of the trial" if is_one else f"{self.episode_name} of the trial",
             ylabel=f"mean {_label(measure or 'return')} of the {self.episode_name}",
             title="Adaptation: within a trial, weights fixed (bands: 2 SE)",
         )
@@ -261,7 +261,7 @@ def _label(name: str) -> str:
 
 def _summary(curve: AdaptationCurve) -> dict[str, Any]:
     measures = {name: _by_episode(curve.shown_as(name)) for name in curve.shown}
-    trials = {"mean": curve.mean, "se": curve.se, "num_tasks": curve.num_tasks}
+    trials = {"mean": curve.mean, "se": curve.se, "num_tasks": curve.num_tasks, "num_compared": curve.num_compared}
     return {**trials, **_by_episode(curve), **({"measures": measures} if measures else {})}
 
 
@@ -292,7 +292,7 @@ def _band(axes, curve: AdaptationCurve, measure: str | None, label: str, **style
         curve = curve.shown_as(measure)
         if curve is None:
             return
-    mean, se = curve.per_episode.numpy(), curve.per_episode_se.numpy()
+    mean, se = (each[: curve.num_compared].numpy() for each in (curve.per_episode, curve.per_episode_se))
     episodes = range(1, len(mean) + 1)
     if len(mean) == 1:  # of which a line would show nothing: points with bars, side by side
         axes.errorbar([1 + 0.1 * len(axes.containers)], mean, 2 * se, label=label, fmt="o", capsize=4, **style)

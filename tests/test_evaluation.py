@@ -41,7 +41,7 @@ from rl2_torchrl import (
     with_zeroed_memory,
 )
 from rl2_torchrl.envs import BernoulliBandit, GridNavi, QuadraticBandit, TensorEnv, grid_goals
-from rl2_torchrl.evaluation import _tell_of_single_steps
+from rl2_torchrl.evaluation import _tell_of_a_single_episode, _tell_of_single_steps
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.testing import check_trial_env
 
@@ -136,7 +136,8 @@ def test_statistics_by_hand():
     assert curve.mean == pytest.approx(16 / 3)
     assert curve.se == pytest.approx(math.sqrt(31) / 3)
     assert curve.per_episode.tolist() == pytest.approx([7 / 3, 2.5, 4.0])
-    assert curve.first_and_last == pytest.approx((7 / 3, 4.0))
+    assert curve.first_and_last == pytest.approx((7 / 3, 7 / 3))  # one trial has no second episode
+    assert AdaptationCurve(curve.returns[:2]).first_and_last == pytest.approx((1.5, 2.5))
     assert curve.per_episode_se.tolist() == pytest.approx([math.sqrt(7) / 3, 0.5, NAN], nan_ok=True)
 
 
@@ -178,6 +179,26 @@ def test_trials_of_different_lengths_in_order_and_padded(rows, kind):
     env = countdown_env([1, 6, 2, 3, 4], rows, kind, episodes=2)
     expected = [[1.0, 1.0], [21.0, 21.0], [3.0, 3.0], [6.0, 6.0], [10.0, 10.0]]
     assert adaptation_curve(env, act(first_arm), 5).returns.tolist() == expected
+
+
+def test_episodes_that_the_bound_cuts_or_that_some_trials_lack_are_not_compared(caplog):
+    # In 7 steps: episodes of 2, 2, 2 steps and 1 of the next; of 3, 3 and 1; of 1 in each.
+    env = countdown_env([2, 3, 1], 3, TensorCountdown, steps=7)
+    curve = adaptation_curve(env, act(first_arm), 3)
+    assert curve.steps.returns[:, :4].tolist() == [
+        [2.0, 2.0, 2.0, 1.0],
+        pytest.approx([3.0, 3.0, 1.0, NAN], nan_ok=True),
+        [1.0] * 4,
+    ]
+    assert curve.finished.tolist() == [3, 2, 7]
+    assert curve.num_compared == curve.steps.num_compared == 2
+    assert curve.steps.first_and_last == (2.0, 2.0)  # where the third is (2 + 1 + 1) / 3
+    line = next(line for line in make_report(agent=curve).plot().axes[1].lines if line.get_label() == "RL²")
+    assert len(line.get_xydata()) == 2
+    assert "second episode" not in caplog.text
+    _tell_of_a_single_episode.cache_clear()
+    assert adaptation_curve(countdown_env([2, 5, 1], 3, TensorCountdown, steps=7), act(first_arm), 3).num_compared == 1
+    assert "Bound its trials by episodes" in caplog.text
 
 
 def test_trials_of_unknown_length_are_played_a_few_steps_at_once(monkeypatch):
@@ -557,10 +578,10 @@ def test_a_single_episode_is_points_with_bars_side_by_side():
 
 
 def test_steps_of_episodes_are_shown_where_these_are_ragged():
-    steps = AdaptationCurve(torch.tensor([[4.0, 2.0], [6.0, NAN]]))
-    returns = torch.tensor([[0.0, 1.0], [1.0, NAN]])
+    steps = AdaptationCurve(torch.tensor([[4.0, 1.0], [6.0, 3.0]]))
+    returns = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
     report = make_report(agent=AdaptationCurve(returns, steps=steps))
-    # 5 steps on the mean of the first episode, 2 in the only second one. Of a trial a measure has no mean: a share has no sum.
+    # 5 steps on the mean of the first episode, 2 in the second. Of a trial a measure has no mean: a share has no sum.
     measured = report.to_dict()["agent"]["measures"]["steps"]
     assert (measured["per_episode"], measured.keys()) == ([5.0, 2.0], {"per_episode", "per_episode_se"})
     assert report.summary()["steps, first and last episode"] == "5.000, 2.000"
