@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from tensordict import NestedKey
@@ -11,19 +12,28 @@ from tensordict.nn import TensorDictModuleBase
 from rl2_torchrl.arguments import require_generator, require_network
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.cores import where_rows
+from rl2_torchrl.trial import EPISODE_DONE
 
 __all__ = ["with_shuffled_rewards", "with_zeroed_memory"]
 
 
-def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[State], State]:
-    """An ablation that zeroes the hidden state at every step: what is left is what the agent does without memory.
+def with_zeroed_memory(
+    policy: TensorDictModuleBase, at: Literal["steps", "episodes"] = "steps"
+) -> Callable[[State], State]:
+    """An ablation that zeroes the hidden state: what is left is what the agent does without memory.
 
     All hidden states of ``policy``, ``[num_rows, num_layers, hidden_size]`` each, are zeroed before it reads them. It may be the
     `ActorCritic` of the actor that plays.
 
+    Args:
+        policy: the policy.
+        at: zeroed at all ``"steps"``, or where ``"episodes"`` begin: then the agent keeps what it learns within an episode, and
+            nothing of the episodes before it.
+
     Raises:
         TypeError: it is no policy.
-        ValueError: the policy has no memory.
+        ValueError: the policy has no memory; ``at`` is something else.
 
     Examples:
         >>> from rl2_torchrl.modules import GRUValueHead
@@ -32,6 +42,8 @@ def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[State], State]
         0.0
     """
     require_network(policy, "with_zeroed_memory(policy)")
+    if at not in ("steps", "episodes"):
+        raise ValueError(f"{at=}: the memory is zeroed at all 'steps', or where 'episodes' begin.")
     keys: list[NestedKey] = hidden_keys(policy)
     if not keys:
         raise ValueError(f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}.")
@@ -42,7 +54,11 @@ def with_zeroed_memory(policy: TensorDictModuleBase) -> Callable[[State], State]
             raise ValueError(
                 f"the policy that plays has no {keys} to zero, the memory of another: give with_zeroed_memory the one that plays."
             )
-        return {**state, **{key: torch.zeros_like(state[key]) for key in there}}
+        zeros = {key: torch.zeros_like(state[key]) for key in there}
+        if at == "episodes":
+            begins = state[EPISODE_DONE].squeeze(-1)  # of the step that led here
+            zeros = {key: where_rows(begins, zero, state[key]) for key, zero in zeros.items()}
+        return {**state, **zeros}
 
     return zero
 

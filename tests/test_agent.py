@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import nn
-from torchrl.data import Unbounded
+from torchrl.data import MultiOneHot, Unbounded
 from torchrl.envs import (
     ActionScaling,
     Compose,
@@ -31,7 +31,15 @@ from torchrl.envs import (
 import rl2_torchrl as rl2
 from rl2_torchrl import AdaptiveAgent
 from rl2_torchrl.agent.signature import Signature
-from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, QuadraticBandit, uniform_means, uniform_targets
+from rl2_torchrl.envs import (
+    BernoulliBandit,
+    GymTaskEnv,
+    GymVectorEnv,
+    QuadraticBandit,
+    TensorEnv,
+    uniform_means,
+    uniform_targets,
+)
 from rl2_torchrl.rollout import Rollout
 
 ROWS, EPISODES = 6, 3
@@ -319,6 +327,21 @@ def test_several_one_hot_actions_are_a_number_each_outside(tmp_path):
     action = agent.act(np.zeros(5), deterministic=True)
     one_hot = [number == choice for choice, count in zip(action, (3, 4), strict=True) for number in range(count)]
     assert agent.memory[0].tolist() == [one_hot]
+
+
+def test_one_hot_actions_of_flags_are_numbers_outside():
+    class Choices(TensorEnv):
+        def begin(self, task, rows):
+            return task, None
+
+        def advance(self, state, action):
+            return state, None, action.sum(-1, keepdim=True).float(), None, None
+
+    base = Choices(task_spec=Unbounded(1), action_spec=MultiOneHot([3, 2]), max_episode_steps=2, batch_size=(2,))
+    env = TransformedEnv(base, Compose(rl2.Trial(episodes=2), rl2.PreviousStep()))
+    agent = AdaptiveAgent.from_policy(make(env), env)
+    agent.new_trial()
+    assert agent.act(deterministic=True).shape == (2,)
 
 
 def test_an_entry_that_the_trial_adds_is_asked_for():

@@ -383,6 +383,35 @@ def test_zeroed_memory_zeroes_every_hidden_state_and_nothing_else():
     assert torch.equal(out["trans"], td["trans"])
 
 
+def test_memory_zeroed_where_episodes_begin():
+    env = countdown_env([2, 3], 2, TensorCountdown, episodes=2)
+    actor, seen = GRUCategoricalActor.from_env(env, hidden_size=4, init_range=3.0), []
+    zero = with_zeroed_memory(actor, at="episodes")
+
+    def record(state):
+        seen.append((state["step"].flatten() == 0, state["actor_hidden"], zero(state)["actor_hidden"]))
+        return zero(state)
+
+    adaptation_curve(env, actor, 2, ablation=record)
+    begins, before, after = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert before[begins].any()
+    assert not after[begins].any()
+    assert torch.equal(before[~begins], after[~begins])
+    with pytest.raises(ValueError, match="at='trials'.*'episodes' begin"):
+        with_zeroed_memory(actor, at="trials")
+
+
+@pytest.mark.parametrize("kind", [TensorCountdown, Countdown])
+def test_an_ablation_sees_all_that_there_is_of_a_step(kind):
+    seen = set()
+    env = countdown_env([2, 3], 2, kind, episodes=2)
+    adaptation_curve(env, act(first_arm), 2, ablation=lambda state: seen.update(state) or state)
+    assert {"trans", "task", "step", "is_init", "episode_done", "episode_index", "trial_step", "time_left"} <= seen
+    assert not {("next", "done"), ("next", "episode_done")} & seen  # which are not there yet
+    with pytest.raises(TypeError, match=r"returned a NoneType.*\*\*state"):
+        adaptation_curve(env, act(first_arm), 2, ablation=lambda state: None)
+
+
 def test_a_policy_with_zeroed_memory_forgets():
     # With the memory zeroed, an action depends on the last step alone: two rows with the same last step act alike.
     actor, seen = remembering_actor(), []

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import Compose, EnvCreator, ParallelEnv, SerialEnv, TransformedEnv, check_env_specs
 
-from rl2_torchrl import GRUCategoricalActor, PreviousStep, TaskSampler, Trial, adaptation_curve
+from rl2_torchrl import GRUCategoricalActor, PreviousStep, RecurrentActor, TaskSampler, Trial, adaptation_curve
 from rl2_torchrl.envs import (
     AntDirection,
     BernoulliBandit,
@@ -343,6 +343,31 @@ def test_an_evaluation_without_a_task_tells_it_too(told):
     adaptation_curve(env, GRUCategoricalActor.from_env(env), num_trials=4)
     assert len(told) == 1
     assert "BernoulliBandit was reset without a 'task'" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [(OneHot(3), torch.bool), (Categorical(3, dtype=torch.int32), torch.int32), (Binary(3), torch.int8)],
+)
+def test_actions_come_in_the_dtype_of_their_spec(spec, dtype):
+    seen = set()
+
+    class Choices(TensorEnv):
+        def begin(self, task, rows):
+            return task, None
+
+        def advance(self, state, action):
+            seen.add(action.dtype)
+            return state, None, action.float().reshape(2, -1).sum(-1, keepdim=True), None, None
+
+    base = Choices(task_spec=Unbounded(1), action_spec=spec, max_episode_steps=2, fixed_length=True, batch_size=(2,))
+    sampler = TaskSampler(lambda batch_size, generator: torch.rand(*batch_size, 1, generator=generator))
+    env = TransformedEnv(base, Compose(Trial(episodes=2), sampler, PreviousStep()))
+    actor = RecurrentActor.from_env(env, hidden_size=4)
+    adaptation_curve(env, actor, 2)
+    start = env.reset()
+    env.step(start.set("action", env.rand_action(start)["action"].long()))
+    assert seen == {dtype}
 
 
 @pytest.mark.parametrize("workers", [SerialEnv, partial(ParallelEnv, mp_start_method="fork")])

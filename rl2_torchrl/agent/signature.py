@@ -115,9 +115,9 @@ class Acted:
         """What `scaled` gave, ``[N, *shape]``, as the env takes it: choices by their number, reals within the bounds."""
         if isinstance(self.spec, MultiOneHot):  # a OneHot too
             places = action.split(list(self.spec.nvec), -1)
-            action = torch.stack([place.argmax(-1) for place in places], -1)
+            action = torch.stack([place.to(torch.uint8).argmax(-1) for place in places], -1)
         elif isinstance(self.spec, OneHot):
-            action = action.argmax(-1)
+            action = action.to(torch.uint8).argmax(-1)
         action = action.reshape(-1, *self.shape)
         action = action if self.start is None else action + self.start.to(action.device)
         if self.bounds is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -212,7 +213,7 @@ class TensorEnv(EnvBase):
 
         Args:
             state: the state, as `begin` or the last step has left it.
-            action: the actions ``[*B, ...]``.
+            action: the actions ``[*B, ...]``; choices and flags in the dtype of ``action_spec``, whatever a policy makes of them.
 
         Returns:
             State, observation, reward ``[*B, 1]``, and whether the episode has ended: ``terminated`` (in a terminal state,
@@ -273,6 +274,8 @@ class TensorEnv(EnvBase):
                 "or start(task), or let a TaskSampler draw the task."
             )
         now.moves += 1
+        if self._choice_dtype not in (None, action.dtype):
+            action = action.to(self._choice_dtype)
         now.state, observation, reward, terminated, truncated = self.advance(now.state, action)
         now.observation = entries = entries_of(observation)
         if self.fixed_length:
@@ -288,6 +291,12 @@ class TensorEnv(EnvBase):
         now.steps = now.steps + 1
         now.terminated, now.truncated = self._with_limit(now.steps, terminated, truncated)
         return entries, reward, now.terminated, now.truncated
+
+    @cached_property
+    def _choice_dtype(self) -> torch.dtype | None:
+        """That of ``action_spec``, where actions are choices or flags, of which policies make int64; reals stay as they come."""
+        dtype = self.action_spec.dtype
+        return None if dtype is None or dtype.is_floating_point else dtype
 
     def _with_limit(
         self, steps: Tensor, terminated: Tensor | None, truncated: Tensor | None

@@ -41,7 +41,7 @@ class Rollout:
         policy: actor, or actor and critic.
         steps: steps T of a batch.
         keep: entries of a batch; None for all tensors.
-        ablation: function on the `State` of a step before the policy reads it.
+        ablation: function from the `State` of a step, all that there is, to the one that the policy reads.
         on_step: called with a copy of each step's `State`, what followed from it under ``"next"``.
 
     Raises:
@@ -65,7 +65,8 @@ class Rollout:
         self.memory = Memory(policy, env, env.batch_size.numel())
         memory = [key for pair in self.memory.handed_on for key in pair]
         # Who looks at each step is shown all that there is.
-        self.trials = trials_of(env, steps, read, keep if on_step is None else None, memory)
+        is_shown = on_step is not None or ablation is not None
+        self.trials = trials_of(env, steps, read, None if is_shown else keep, memory)
         parts = [each for part in self.parts for each in (part, part.later) if each is not None]
         written = [key for part in parts for key in part.out_keys]
         made = list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
@@ -162,7 +163,7 @@ class Rollout:
         waiting: list[State] = []
         for t in range(self.steps):
             if self.ablation is not None:
-                state = self.ablation(state)
+                state = self._ablated(t, state)
             for key in self._nested:
                 state[key] = sub_entries(state, key, 1)
             for act in acting:
@@ -185,6 +186,17 @@ class Rollout:
                 state = {**root, **self.memory.next(state, begun)}
         for _, key in self.memory.handed_on:
             self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
+
+    def _ablated(self, t: int, state: State) -> State:
+        # Not the flags under "next", which a shared clock knows ahead.
+        flags = {key: value for key, value in self.trials.flags(t).items() if isinstance(key, str)}
+        ablated = self.ablation({**state, **flags})
+        if not isinstance(ablated, dict):
+            raise TypeError(
+                f"the ablation returned a {type(ablated).__name__}; it is given the named tensors of a step and must return them, "
+                "changed: {**state, 'trans': ...}."
+            )
+        return ablated
 
     def _require_actions(self, action: torch.Tensor) -> None:
         spec = self.env.full_action_spec[self.env.action_key]
