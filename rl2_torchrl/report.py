@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import subprocess
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptationReport"]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class AdaptationReport:
@@ -44,7 +47,7 @@ class AdaptationReport:
         episode_name: what an episode is called in the plot, e.g. ``"pull"``.
 
     Raises:
-        ValueError: two curves would be shown under one name.
+        ValueError: two curves would be shown under one name, or are of trials of different numbers of episodes.
 
     Examples:
         >>> import torch
@@ -66,11 +69,13 @@ class AdaptationReport:
 
     def __post_init__(self):
         self.optimum = None if self.optimum is None else float(self.optimum)
-        names = [name for name, _ in (*self._own(), *self._ablated(), *self._classical())]
+        curves = [*self._own(), *self._ablated(), *self._classical()]
+        names = [name for name, _ in curves]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"two curves would be called {', '.join(twice)}, and one be lost: name baselines otherwise."
             )
+        _require_alike(curves)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-compatible values, with the command, seed and versions that made it.
@@ -253,6 +258,21 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+" * bool(changed)
+
+
+def _require_alike(curves: Sequence[tuple[str, AdaptationCurve]]) -> None:
+    # One number a trial may be its whole return; bounded by steps, trials have as many episodes as they find time for.
+    sizes = {name: curve.returns.shape[1] for name, curve in curves}
+    sizes = {name: sizes[name] for name, curve in curves if 1 < sizes[name] == curve.num_compared}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"the curves are of trials of different numbers of episodes, {sizes}, over which returns add up: none is better for "
+            "having more. Play all of them for as many."
+        )
+    if len(tasks := {curve.num_tasks for _, curve in curves}) > 1:
+        log.warning(
+            "the curves of a report are over different numbers of tasks, %s: the same ones compare best.", sorted(tasks)
+        )
 
 
 def _label(name: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, set_interaction_type
 from torch import distributions as D
 from torch import nn
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded
@@ -318,6 +318,33 @@ def test_a_head_of_ones_own():
     torch.testing.assert_close(td["logits"], actor.module[0].module[1].module(td["actor_features"]))
     with pytest.raises(ValueError, match="those of the default head"):
         RecurrentActor(5, CategoricalActions(3), head=torch.nn.Linear, num_cells=[4])
+
+
+class LegalMoves(torch.nn.Linear):
+    def forward(self, features, legal):
+        return super().forward(features).masked_fill(~legal, -torch.inf)
+
+
+def test_a_head_may_read_further_entries():
+    head = TensorDictModule(LegalMoves(4, 3), ["actor_features", "mask"], ["logits"])
+    actor = RecurrentActor(5, CategoricalActions(3), head=head, hidden_size=4)
+    legal = torch.rand(50, 3) > 0.5
+    legal[:, 1] = True
+    start = {"trans": torch.randn(50, 5), "is_init": torch.ones(50, 1, dtype=torch.bool)}
+    td = actor(TensorDict({**start, "mask": legal}, [50]))
+    assert "mask" in actor.in_keys
+    assert legal.gather(-1, td["action"].unsqueeze(-1)).all()
+    masked = torch.nn.Linear.forward(head.module, td["actor_features"]).masked_fill(~legal, -torch.inf)
+    torch.testing.assert_close(td["logits"], masked)
+    with pytest.raises(ValueError, match=r"reads \['mask'\], and not the core's features 'actor_features'"):
+        RecurrentActor(5, CategoricalActions(3), head=TensorDictModule(LegalMoves(4, 3), ["mask"], ["logits"]))
+
+
+def test_a_head_gives_as_many_tensors_as_the_distribution_has_parameters():
+    both = ActionDistribution(2, ["loc", "scale"], IndependentNormal)
+    actor = RecurrentActor(5, both, head=torch.nn.Linear, hidden_size=4)
+    with pytest.raises(ValueError, match=r"1 tensors are given.*2 entries \['loc', 'scale'\]"):
+        acting_parts(actor)[-2].make(1)({"actor_features": torch.zeros(2, 4)})
 
 
 def test_an_actors_module_finds_its_distribution():

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -495,6 +496,17 @@ def test_numbers_of_other_kinds_are_written(tmp_path):
     report.train.history[0]["mine"] = np.float32("nan")
     stored = json.loads(report.save(tmp_path).read_text())
     assert (stored["optimum"], stored["seed"], stored["train"]["history"][0]["mine"]) == (2.5, 7, None)
+
+
+def test_trials_of_other_lengths_are_not_compared(caplog):
+    report = partial(make_report, ablations={})
+    agent, longer, whole = (AdaptationCurve(torch.zeros(2, n)) for n in (2, 3, 1))
+    with pytest.raises(ValueError, match=r"different numbers of episodes, \{'RL²': 2.*'random': 3\}"):
+        report(agent=agent, greedy=agent, baselines={"random": longer})
+    report(agent=agent, greedy=agent, baselines={"random": whole})  # its trials' whole returns
+    assert "numbers of tasks" not in caplog.text
+    report(agent=agent, greedy=agent, baselines={"random": AdaptationCurve(torch.zeros(3, 2))})
+    assert "different numbers of tasks, [2, 3]" in caplog.text
 
 
 def test_a_classical_agent_called_as_a_way_to_play_takes_nothings_place():

@@ -49,7 +49,9 @@ one current, and are trained on:
 1. A TensorEnv
 --------------
 All rows at once, on tensors ``[*B, ...]``: how an episode begins, and what a step does. All that an episode remembers, the task
-among it, goes through the state; what is drawn comes from ``self.generator``. Specs are those of one row.
+among it, goes through the state; what is drawn comes from ``self.generator``. Specs are those of one row. Each episode begins anew,
+here by ``begin``, below by ``set_task`` and ``reset``: what shall outlive it within a trial, such as a current that drifts from
+journey to journey, makes the trial one long episode, ``Trial(steps=...)``.
 
 >>> from torchrl.data import Bounded, Unbounded
 >>> from rl2_torchrl.envs import TensorEnv

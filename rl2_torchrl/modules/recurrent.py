@@ -44,7 +44,8 @@ class RecurrentActor(ProbabilisticActor):
             gives images that the transition input leaves out a `ConvEncoder`.
         core: carries the memory: a core, or a function of the size of its input, such as `LSTMCore` or
             ``partial(LSTMCore, hidden_size=128)``; its entries are named by this network. Default `GRUCore`.
-        head: makes ``distribution.num_outputs`` numbers of the features: a module, or a function of both sizes. Default `Head`.
+        head: makes ``distribution.num_outputs`` numbers of the features: a module, or a function of both sizes; a TensorDictModule
+            may read further entries, such as a mask of legal actions. Default `Head`.
         hidden_size, num_layers: of the default core. Default 64 and 1.
         num_cells: hidden layers of the default head: what to do is often no linear function of what is remembered. Default none.
         skip: whether these layers read the core's input too, so that what is seen now need not pass through units that change

@@ -15,6 +15,7 @@ from torchrl.data import NonTensor
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.arguments import as_list, noted, require_callable, require_flags, require_layer_class
+from rl2_torchrl.gradients.part import is_function
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.layers import (
@@ -97,10 +98,22 @@ def fill_slots(
     elif not isinstance(head, nn.Module):
         with noted(f"{head=} is called with the sizes of features and outputs, {features_size} and {num_outputs}."):
             head = head(features_size, num_outputs).to(**factory)
+    names = (core.in_keys[1], output_key(core), features_size)
+    head, head_keys = _with_keys(head, [names[1], key] if skip else [names[1]])
     for module in (*encoders, core, head):
         out_of_place(module)
-    names = (core.in_keys[1], output_key(core), features_size)
-    return [*norms, *encoders, core], head, [names[1], key] if skip else [names[1]], names
+    return [*norms, *encoders, core], head, head_keys, names
+
+
+def _with_keys(head: nn.Module, keys: list[NestedKey]) -> tuple[nn.Module, list[NestedKey]]:
+    """The head, and the entries that it reads: ``keys``, or those that it names itself, the core's features among them."""
+    if not isinstance(head, TensorDictModuleBase):
+        return head, keys
+    if keys[0] not in head.in_keys:
+        raise ValueError(
+            f"the head reads {head.in_keys}, and not the core's features {keys[0]!r}: name them among its in_keys."
+        )
+    return (head.module if is_function(head) else head), list(head.in_keys)
 
 
 def _marks(normalize: bool | Tensor) -> bool | Tensor:
