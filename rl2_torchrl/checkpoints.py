@@ -18,14 +18,15 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import Transform
 
 from rl2_torchrl.collector import begin_new_trials, load_rollout_state, rollout_state
+from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.kept import Kept
 from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.settings import differences, is_network, moved, named, networks_of, parts_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
-from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import rows_of, transforms_of
+from rl2_torchrl.tasks import TaskSampler, owner_of
+from rl2_torchrl.trial import base_of, rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -90,6 +91,7 @@ class RunCheckpoints:
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings, self._networks = settings_of(collector, update), networks_of(update)
         self._moved: set[str] = set()  # attributes of env and networks that play or updates have changed
+        self._distributions = {each: each.distribution for each in _samplers(collector).values()}
         self._own = _CollectorState(collector)
         self._parts = {
             "update": update,
@@ -166,6 +168,7 @@ class RunCheckpoints:
         state = self._state(rollout)
         if rollout or not isinstance(self._collector, TrialWorkers):  # which may have died in the rollout
             self._moved |= moved(self._settings, settings_of(self._collector, self._parts["update"]))
+            self._tell_of_other_tasks()
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
         about["moved"] = sorted(self._moved)
         about["history"] = self._history.write(self._result.history)
@@ -173,6 +176,17 @@ class RunCheckpoints:
         self._scalars.is_of(self._folder)
         for path in self._paths()[:-_KEPT]:
             path.unlink()
+
+    def _tell_of_other_tasks(self) -> None:
+        for sampler, given in self._distributions.items():
+            if sampler.distribution is not given:
+                self._distributions[sampler] = sampler.distribution  # once
+                log.warning(
+                    "the sampler of %r was given another task distribution in the training, of which checkpoints know nothing: a "
+                    "resumed run begins with the first one. Give one whose attributes change, or that has state_dict() and "
+                    "load_state_dict(state).",
+                    sampler.task_key,
+                )
 
     def _state(self, rollout: bool = True) -> dict[str, Any]:
         for name, part in {**self._parts, "collector": self._collector}.items():
@@ -383,10 +397,14 @@ class _States:
 
 def _parts(collector: BaseCollector, update: Stateful) -> dict[str, Any]:
     """What may hold more than its ``state_dict`` says, by the names of their settings; tasks that a callback makes harder, say."""
-    transforms = _transforms(collector)
-    samplers = {name: each for name, each in transforms.items() if isinstance(each, TaskSampler)}
-    tasks = {f"{name}.distribution": each.distribution for name, each in samplers.items()}
-    return {**transforms, **tasks, **(parts_of(update) if isinstance(update, PPOUpdate) else {})}
+    transforms, env = _transforms(collector), getattr(collector, "env", None)
+    tasks = {f"{name}.distribution": owner_of(each.distribution) for name, each in _samplers(collector).items()}
+    bases = {"env": base_of(env)} if env is not None and isinstance(base_of(env), TensorEnv) else {}
+    return {**bases, **transforms, **tasks, **(parts_of(update) if isinstance(update, PPOUpdate) else {})}
+
+
+def _samplers(collector: BaseCollector) -> dict[str, TaskSampler]:
+    return {name: each for name, each in _transforms(collector).items() if isinstance(each, TaskSampler)}
 
 
 def _transforms(collector: BaseCollector) -> dict[str, Transform]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
+import math
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,12 @@ from tensordict import TensorDictBase
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchrl.envs import Transform
+from torchrl.data import TensorSpec
+from torchrl.envs import EnvBase, Transform
 from torchrl.envs.transforms import Timer
 
 from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
+from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.storage import from_tensor, require_tree, to_tensor
 
 __all__ = ["Kept"]
@@ -27,6 +32,8 @@ log = logging.getLogger(__name__)
 
 #: What PyTorch's modules and TorchRL's transforms are made of.
 _INNER = {*vars(nn.Module()), "_container", "_parent", "_missing_tolerance"}
+#: Entries of what a function reads, or a `TensorEnv` has, that are looked at.
+_FEW = 64
 #: Values that are saved, and put back in place, by their ``state_dict``.
 _STATEFUL = (Optimizer, LRScheduler, TensorDictBase)
 #: Packages whose private attributes are their own business, but for what transforms keep of their rows.
@@ -144,17 +151,57 @@ class _Attributes:
     """
 
     def __init__(self, part: Any, memories: set[int]):
-        self.values = {name: value for name, value in vars(part).items() if _is_looked_at(part, name, value, memories)}
+        self.values = {name: value for name, value in _variables(part) if _is_looked_at(part, name, value, memories)}
         self.saved: dict[str, Any] = {}
         self.others: list[str] = []
         for name, value in self.values.items():
             try:
                 self.saved[name] = _taken(part, value, name)
             except NoStateError:  # a function, a spec, …
-                self.others += [] if _is_librarys(part) else [name]
+                is_inner = _is_librarys(part) and (name[0] == "_" or not callable(value))
+                self.others += [] if is_inner else [name]
         self.put_into = [name for name, each in self.saved.items() if not _can_be_made(part, self.values[name], each)]
         self.digests = {name: _digest(each) for name, each in self.saved.items()}
         self.constants = {name: _digest(each, arrays=False) for name, each in self.saved.items()}
+
+
+def _variables(part: Any) -> Iterator[tuple[str, Any]]:
+    """Attributes of ``part`` by name, or what takes their place."""
+    if isinstance(part, FunctionType):
+        if part.__module__.partition(".")[0] in _LIBRARIES:
+            return
+        read = {name: part.__globals__[name] for name in part.__code__.co_names if name in part.__globals__}
+        cells = {
+            name: cell for name, cell in _cells(part).items() if gc.get_referents(cell)
+        }  # not yet those that are empty
+        read |= {name: cell.cell_contents for name, cell in cells.items()}
+        yield from ((name, value) for name, value in read.items() if _is_small(value))
+    elif isinstance(part, TensorEnv):
+        yield from ((name, value) for name, value in vars(part).items() if name[0] != "_" and _is_small(value))
+    else:
+        yield from vars(part).items()
+
+
+def _assign(part: Any, name: str, value: Any) -> None:
+    if not isinstance(part, FunctionType):
+        vars(part)[name] = value
+    elif name in _cells(part):
+        _cells(part)[name].cell_contents = value
+    else:
+        part.__globals__[name] = value
+
+
+def _cells(function: FunctionType) -> dict[str, Any]:
+    return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+
+def _is_small(value: Any) -> bool:
+    """Whether ``value`` is of a few numbers, as what changes within a training is; what is larger is taken for data."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return math.prod(value.shape) <= _FEW
+    if callable(value) or isinstance(value, ModuleType | torch.Generator | TensorSpec | EnvBase):
+        return False
+    return len(value) <= _FEW if isinstance(value, Sized) else True
 
 
 def _is_looked_at(part: Any, name: str, value: Any, memories: set[int]) -> bool:
@@ -185,7 +232,7 @@ def _can_be_made(part: Any, value: Any, saved: Any) -> bool:
 
 def _put(part: Any, name: str, in_place: bool, saved: Any) -> None:
     """Gives ``part`` the attribute ``name`` as it was ``saved``."""
-    now, kind = vars(part).get(name), saved[0] if isinstance(saved, list) else None
+    now, kind = dict(_variables(part)).get(name), saved[0] if isinstance(saved, list) else None
     if kind == "state":
         now.load_state_dict(saved[1])
         return
@@ -193,7 +240,7 @@ def _put(part: Any, name: str, in_place: bool, saved: Any) -> None:
     restore = Restorer(_packages(part, now), main="__main__" if owner is None else type(owner).__module__)
     made = restore(saved, now if in_place and kind not in ("array", "tensor") else None)
     if made is not now and not (in_place and _write_into(now, made)):
-        vars(part)[name] = made
+        _assign(part, name, made)
 
 
 @torch.no_grad()

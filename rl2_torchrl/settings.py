@@ -56,7 +56,19 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
     words = {
         name: [json.dumps(side[name]) if name in side else "none" for side in (then, now)] for name in {**then, **now}
     }
-    return {name: f"{name}: {old} then, {new} now" for name, (old, new) in words.items() if old != new}
+    differing = [
+        name for name, (old, new) in words.items() if old != new and not _is_named_alike(then.get(name), now.get(name))
+    ]
+    return {name: "{}: {} then, {} now".format(name, *words[name]) for name in differing}
+
+
+def _is_named_alike(then: Any, now: Any) -> bool:
+    """Whether both are functions of one name; earlier versions named their modules too."""
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return all(
+            json.dumps(old) == json.dumps(new) or _is_named_alike(old, new) for old, new in zip(then, now, strict=True)
+        )
+    return isinstance(then, str) and isinstance(now, str) and then.endswith(f".{now}")
 
 
 def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
@@ -164,11 +176,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, partial):
         given = [_plain(item) for item in (*value.args, *value.keywords.values())]
         return [_plain(value.func), *(item for item in given if item is not _NOT_PLAIN)]
+    # Without its module, as classes: a program has another name than where it is imported, or spawned.
     is_function = callable(value) and not isinstance(value, nn.Module) and hasattr(value, "__qualname__")
-    if not is_function:
-        return _NOT_PLAIN
-    # A spawned process has the program under another name.
-    return f"{value.__module__}.{value.__qualname__}".replace("__mp_main__", "__main__")
+    return value.__qualname__ if is_function else _NOT_PLAIN
 
 
 def _name(part: Any) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from inspect import signature
+from types import MethodType
 from typing import Any
 from weakref import ref
 
@@ -238,7 +240,7 @@ class TaskSampler(Transform):
         # One plain tensor: TorchRL's EnvCreator, which ParallelEnv wraps around a lambda, copies all other state into
         # every worker, and all workers would draw identical tasks.
         position = torch.tensor([self._position], dtype=torch.int64)
-        own = [to_tensor(self.distribution.state_dict())] if self._is_stateful else []
+        own = [to_tensor(owner.state_dict())] if (owner := self._owner_of_a_state) is not None else []
         return torch.cat([self.generator.get_state(), position.view(torch.uint8), *own])
 
     def set_extra_state(self, state: torch.Tensor) -> None:
@@ -246,15 +248,17 @@ class TaskSampler(Transform):
         size = len(self.generator.get_state())
         generator, position, own = state.cpu().split([size, 8, len(state) - size - 8])
         self.generator.set_state(generator.clone())
-        if self._is_stateful and len(own):
-            self.distribution.load_state_dict(from_tensor(own, "the task distribution's state"))
+        if (owner := self._owner_of_a_state) is not None and len(own):
+            owner.load_state_dict(from_tensor(own, "the task distribution's state"))
         if isinstance(self.distribution, _InOrder):
             self.distribution.position = int(position.clone().view(torch.int64))
 
     @property
-    def _is_stateful(self) -> bool:
-        """Whether the distribution has a state of its own; a module's is among this one's anyway."""
-        return hasattr(self.distribution, "state_dict") and not isinstance(self.distribution, nn.Module)
+    def _owner_of_a_state(self) -> Any:
+        """What draws the tasks, if it has a state of its own; a module's is among this one's anyway."""
+        owner = owner_of(self.distribution)
+        is_ours = owner is self.distribution and isinstance(owner, nn.Module)
+        return owner if hasattr(owner, "state_dict") and not is_ours else None
 
     @property
     def _position(self) -> int:
@@ -262,6 +266,13 @@ class TaskSampler(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("TaskSampler is a transform of environments; it has no meaning in a replay buffer.")
+
+
+def owner_of(distribution: TaskDistribution) -> Any:
+    """The object whose method ``distribution`` is, or the function, without arguments that are given to it ahead."""
+    while isinstance(distribution, partial):
+        distribution = distribution.func
+    return getattr(distribution, "__self__", distribution) if isinstance(distribution, MethodType) else distribution
 
 
 _Leaves = dict[NestedKey, tuple[torch.Size, torch.dtype]]

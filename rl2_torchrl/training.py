@@ -90,8 +90,9 @@ def train(
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.
         stop: called with each update's scalars, those of an evaluation among them, by the names that ``history`` has:
-            ``"env_steps"``, ``"train/..."``, ``"time/seconds"``; True ends the training early. One that counts, such as
-            evaluations in a row, has a ``state_dict`` and a ``load_state_dict``, for checkpoints.
+            ``"env_steps"``, ``"train/..."``, ``"time/seconds"`` (of the whole run, with those before a resume: a job's own limit
+            is a clock of its own); True ends the training early. One that counts, such as evaluations in a row, has a
+            ``state_dict`` and a ``load_state_dict``, for checkpoints.
         check: look for what goes wrong without a word (`check_training`) on the first batch, before the first update; it
             costs less than an iteration. An ``update`` that is no `PPOUpdate` cannot be checked.
         progress: show a progress bar.
@@ -164,7 +165,13 @@ def train(
         loop.require_abreast()
 
         def is_last(row: dict[str, float]) -> bool:
-            return (stop is not None and stop(row)) or result.env_steps >= total
+            if is_stopped := stop is not None and bool(stop(row)):
+                log.info(
+                    "stop() ends the training at %s env steps, with time/seconds %.3g.",
+                    result.env_steps,
+                    result.seconds,
+                )
+            return is_stopped or result.env_steps >= total
 
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
             try:

@@ -153,6 +153,7 @@ class PPOUpdate:
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
         # As they were given: schedules and users move them, a learning rate that is a tensor in place.
         self.given_options = [deepcopy({**group, "params": None}) for group in self.optimizer.param_groups]
+        self._given_trained = self._trained()
         self.given_coefficients = {name: float(b) for name, b in loss.named_buffers(recurse=False) if b.numel() == 1}
         largest_lr = max(float(given["lr"]) for given in self.given_options)
         _require_factors("lr_schedule", lr_schedule, "lr", largest_lr)
@@ -338,6 +339,10 @@ class PPOUpdate:
             factor = _factor("entropy_schedule", self.entropy_schedule, progress)
             self.loss.entropy_coeff.fill_(self.given_coefficients["entropy_coeff"] * factor)
 
+    def _trained(self) -> list[str]:
+        """Names of the parameters that get a gradient."""
+        return [name for name, parameter in self.loss.named_parameters() if parameter.requires_grad]
+
     def _scheduled(self) -> set[str]:
         """What schedules move."""
         schedules = {"lr": self.lr_schedule, "entropy_coeff": self.entropy_schedule}
@@ -350,6 +355,7 @@ class PPOUpdate:
         state = {"loss": self.loss.state_dict(), "optimizer": self.optimizer.state_dict(), "generator": generator}
         state |= {"given_options": self.given_options, "given_coefficients": self.given_coefficients}
         state["scheduled"] = sorted(self._scheduled())
+        state["trained"] = {"given": self._given_trained, "now": self._trained()}
         own = self.advantage.state_dict() if hasattr(self.advantage, "state_dict") else {}
         return {**state, "advantage": own} if own else state
 
@@ -357,7 +363,8 @@ class PPOUpdate:
         """Restores what `state_dict` returned; ValueError where it is that of another kind of optimizer.
 
         Learning rate and other options of the optimizer, and the loss's coefficients, are the saved ones, but for those that this
-        update was given another number for, and those that a schedule has moved then and none moves now: they are as given.
+        update was given another number for, and those that a schedule has moved then and none moves now: they are as given. So
+        are parameters frozen or trained (``requires_grad``), unless this update was given others frozen than the saved one.
         """
         own, other = (set(s["param_groups"][0]) for s in (self.optimizer.state_dict(), state["optimizer"]))
         if own != other:
@@ -375,6 +382,10 @@ class PPOUpdate:
         for name, value in self.given_coefficients.items():
             if value != state["given_coefficients"][name] or name in freed:
                 getattr(self.loss, name).fill_(value)
+        trained = state.get("trained", {})  # which earlier versions did not save
+        if trained.get("given") == self._given_trained:
+            for name, parameter in self.loss.named_parameters():
+                parameter.requires_grad_(name in trained["now"])
         if "advantage" in state:
             self.advantage.load_state_dict(state["advantage"])
         if self._generator is not None and state["generator"] is not None:

@@ -2,10 +2,12 @@
 
 import copy
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from runs import Run
+from torchrl.data import Categorical, Unbounded
 from torchrl.envs import (
     Compose,
     RandomTruncationTransform,
@@ -29,7 +31,7 @@ from rl2_torchrl import (
     TrialCollector,
     train,
 )
-from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, TensorEnv, uniform_means
 from rl2_torchrl.kept import Kept
 
 
@@ -145,6 +147,135 @@ def test_tasks_that_get_harder_go_on(tmp_path):
     resumed = run_of(4, resume=True)
     shutil.rmtree(tmp_path)
     torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
+
+
+LEVEL = {"size": 0.0}
+
+
+def easy(level, batch_size, generator):
+    return level + 0.1 * torch.rand(*batch_size, 3, generator=generator)
+
+
+def by_a_global(batch_size, generator):
+    return easy(LEVEL["size"], batch_size, generator)
+
+
+def raise_the_global():
+    LEVEL["size"] += 0.2
+
+
+def of_a_closure():
+    level = 0.0
+
+    def harder():
+        nonlocal level
+        level += 0.2
+
+    return lambda batch_size, generator: easy(level, batch_size, generator), harder
+
+
+class Stage:
+    def __init__(self):
+        self.level = 0.0
+
+    def sample(self, batch_size, generator):
+        return easy(self.level, batch_size, generator)
+
+    def raised(self):
+        self.level += 0.2
+
+
+class StatefulStage(Stage):
+    def state_dict(self):
+        return {"level": self.level}
+
+    def load_state_dict(self, state):
+        self.level = state["level"]
+
+
+def of_a_method(stage, **given):
+    stage = stage()
+    return partial(stage.sample, **given), stage.raised
+
+
+class Calls(Callback):
+    def __init__(self, function):
+        self.function = function
+
+    def after_update(self, row, progress):
+        self.function()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LEVEL.update(size=0.0) or (by_a_global, raise_the_global),
+        of_a_closure,
+        lambda: of_a_method(Stage),
+        lambda: of_a_method(StatefulStage),
+    ],
+    ids=["a global", "a closure", "a method", "a method of what has a state"],
+)
+def test_tasks_of_functions_that_get_harder_go_on(make, tmp_path):
+    def run_of(updates, **options):
+        run, (tasks, harder) = Run(updates), make()
+        run.sampler.distribution = tasks
+        run.train(checkpoints=tmp_path, check=False, callbacks=[Calls(harder)], **options)
+        return tasks(torch.Size([1]), torch.Generator().manual_seed(0)), run.everything()
+
+    run_of(2)
+    resumed = run_of(4, resume=True)
+    shutil.rmtree(tmp_path)
+    torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
+
+
+def test_another_distribution_is_told_of_once(tmp_path, caplog):
+    run = Run(4)
+    run.sampler.distribution = by_a_global  # before the training: as it is given
+    run.train(checkpoints=tmp_path, checkpoint_interval=1, check=False)
+    assert "another task distribution" not in caplog.text
+    run = Run(4)
+    other = Calls(lambda: setattr(run.sampler, "distribution", Harder()) if run.sampler.distribution is first else None)
+    first = run.sampler.distribution
+    run.train(checkpoints=tmp_path / "other", checkpoint_interval=1, check=False, callbacks=[other])
+    assert caplog.text.count("another task distribution") == 1
+
+
+class Waves(TensorEnv):
+    """Pays the task and noise, whose size is an attribute of its own."""
+
+    def __init__(self, rows):
+        spaces = {"task_spec": Unbounded(1), "observation_spec": Unbounded(1), "action_spec": Categorical(3)}
+        super().__init__(**spaces, max_episode_steps=2, batch_size=(rows,), seed=0)
+        self.noise, self.table = 1.0, torch.zeros(1000)  # too large to be looked at
+
+    def begin(self, task, rows):
+        return task, task.clone()
+
+    def advance(self, state, action):
+        noise = self.noise * torch.randn(state.shape, generator=self.generator)
+        return state, noise, state + noise, None, None
+
+
+def test_numbers_of_an_env_of_ones_own_go_on(tmp_path):
+    def run_of(updates, **options):
+        tasks = TaskSampler(lambda size, generator: torch.rand(*size, 1, generator=generator), seed=0)
+        env = TransformedEnv(waves := Waves(2), Compose(Trial(episodes=2), tasks, PreviousStep()))
+        torch.manual_seed(0)
+        actor, critic = (kind.from_env(env, hidden_size=4) for kind in (GRUCategoricalActor, GRUValueHead))
+        update = PPOUpdate(RL2PPOLoss(actor, critic), epochs=1, minibatches=1)
+        frames = {"frames_per_batch": 8, "total_frames": 8 * updates}
+        collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
+        calmer = Calls(lambda: setattr(waves, "noise", 0.5 * waves.noise))
+        options |= {"evaluate": None, "checkpoints": tmp_path, "progress": False, "check": False}
+        train(collector, update, callbacks=[calmer], **options)
+        return waves.noise, update.loss.state_dict()
+
+    run_of(2)
+    resumed = run_of(4, resume=True)
+    shutil.rmtree(tmp_path)
+    torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
+    assert resumed[0] == 0.0625
 
 
 class Curriculum(TaskSampler):

@@ -379,6 +379,23 @@ def test_a_learning_rate_that_is_a_tensor_goes_on_as_a_schedule_has_left_it():
     assert other.optimizer.param_groups[0]["lr"].item() == 0.25
 
 
+@pytest.mark.parametrize("others", [False, True])
+def test_parameters_that_were_unfrozen_in_the_training_stay_so(others):
+    def made(*frozen):
+        loss = make_loss()
+        for name, parameter in loss.named_parameters():
+            parameter.requires_grad_(not any(each in name for each in frozen))
+        return PPOUpdate(loss, optimizer=torch.optim.Adam(loss.parameters()))
+
+    update, other = made("gru"), made("gru", "bias") if others else made("gru")
+    for parameter in update.loss.parameters():
+        parameter.requires_grad_()
+    other.load_state_dict(copy.deepcopy(update.state_dict()))
+    frozen = [name for name, parameter in other.loss.named_parameters() if not parameter.requires_grad]
+    assert any("bias" in name for name in frozen) is others  # as this one was given them
+    assert bool(frozen) is others
+
+
 def test_state_dict_round_trip_goes_on_alike():
     update = PPOUpdate(make_loss(), shuffle=False, lr=1e-2)
     update(make_batch())

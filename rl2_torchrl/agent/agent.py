@@ -203,15 +203,17 @@ class AdaptiveAgent:
 
         Inputs, each with any number of rows N first: the observations by name, ``reward`` and ``done`` of the last step, ``start``
         (bool: a trial begins, and the memory given is not looked at), ``noise`` ``[N, signature.noise_size]`` (standard
-        ``signature.noise`` draws, zeros to act deterministically) and the memory. Outputs: ``action``, the distribution's
-        parameters, and the memory to be given at the next step, under its name with ``next_``. All else is in the graph. An
-        observation that has another's name is ``observation.<name>``, a parameter that has an observation's ``parameter.<name>``.
+        ``signature.noise`` draws, zeros to act deterministically) and the memory, which begins with the last action. Outputs:
+        ``action``, the distribution's parameters, and the memory to be given at the next step, under its name with ``next_``. All
+        else is in the graph. An observation that has another's name is ``observation.<name>``, a parameter that has an
+        observation's ``parameter.<name>``.
 
         ONNX takes and gives them by name; a ``.pt2`` takes them in the order of ``signature.inputs`` and gives a tuple:
 
             step = torch.export.load("agent.pt2").module()
             with torch.no_grad():
-                action, *parameters, hidden = step(observation, reward, done, start, noise, hidden)
+                action, *outputs = step(observation, reward, done, start, noise, *memory)
+            memory = outputs[-len(agent.signature.memory):]  # at first zeros [N, *shape], of these shapes
 
         Raises:
             ValueError: another suffix.
