@@ -87,9 +87,7 @@ class Loop:
         self._progress = min(1.0, result.env_steps / self._schedule_frames)
         trial_return = self._returns(batch)
         self._warn_of_endless_trials(trial_return, batch)
-        if self._first and self._check:
-            with _random_numbers_put_back():
-                check_training(self._collector, self._update, batch)
+        checked = batch.clone() if self._first and self._check else None
         for callback in self._callbacks:
             returned = callback.after_batch(batch, self._progress)
             if returned is not None and returned is not batch:
@@ -97,6 +95,10 @@ class Loop:
                     f"{type(callback).__name__}.after_batch returned what no update would see: change the batch in place, or "
                     "return nothing."
                 )
+        if checked is not None:  # as it was collected, and with what callbacks have added for terms
+            added = [key for key in batch.keys(True, True) if key not in checked.keys(True, True)]
+            with _random_numbers_put_back():
+                check_training(self._collector, self._update, checked.update(batch.select(*added)))
         try:
             metrics = self._update(batch, self._progress)
         except FloatingPointError as error:

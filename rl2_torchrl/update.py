@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from rl2_torchrl.objectives.advantages import TrialAdvantage, asking
 from rl2_torchrl.passes import Metrics, Passes
 
 __all__ = ["PPOUpdate", "linear_decay"]
+
+log = logging.getLogger(__name__)
 
 #: A schedule: progress of the training, from 0 to 1, to a factor on the initial value.
 Schedule = Callable[[float], float]
@@ -151,8 +154,8 @@ class PPOUpdate:
         self._parameters = list(loss.parameters())
         self.optimizer = _optimizer(optimizer, lr, self._parameters)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
-        # As they were given: schedules and users move them, a learning rate that is a tensor in place.
-        self.given_options = [deepcopy({**group, "params": None}) for group in self.optimizer.param_groups]
+        self._given_of = None
+        self._follow_optimizer()
         self._given_trained = self._trained()
         self.given_coefficients = {name: float(b) for name, b in loss.named_buffers(recurse=False) if b.numel() == 1}
         largest_lr = max(float(given["lr"]) for given in self.given_options)
@@ -167,6 +170,7 @@ class PPOUpdate:
         self._passes.choose(self.optimizer)
         keep_freed_memory()
 
+    @torch.compiler.disable  # which has nothing to gain here; the networks themselves may be compiled
     def __call__(self, batch: TensorDictBase, progress: float = 0.0) -> dict[str, float]:
         """Updates the networks on ``batch`` ``[B, T]``; ``progress`` in [0, 1] drives the schedules.
 
@@ -181,6 +185,7 @@ class PPOUpdate:
 
     def _update(self, batch: TensorDictBase, progress: float) -> dict[str, float]:
         require_trials(batch)
+        self._require_own_parameters()
         batch = self._learners.gather(batch, self._parameters)
         self._apply_schedules(progress)
         norms = self.normalizations()
@@ -331,13 +336,34 @@ class PPOUpdate:
         """``value`` of each process of the group, alone this one's; all of them must ask at the same time."""
         return self._learners.everyones(value)
 
+    def _require_own_parameters(self) -> None:
+        """RuntimeError where others have taken the place of those that the optimizer was given: nothing would be learnt."""
+        now = list(self.loss.parameters())
+        if len(now) != len(self._parameters) or any(
+            one is not other for one, other in zip(now, self._parameters, strict=True)
+        ):
+            raise RuntimeError(
+                "parameters of the loss are others than when this update was made (load_state_dict(assign=True), an nn.Parameter "
+                "in the place of one?), and its optimizer holds the old ones: copy numbers into those that are there, or make a "
+                "new PPOUpdate."
+            )
+
     def _apply_schedules(self, progress: float) -> None:
+        self._follow_optimizer()
         if self.lr_schedule is not None:
             for group, given in zip(self.optimizer.param_groups, self.given_options, strict=True):
                 group["lr"] = given["lr"] * _factor("lr_schedule", self.lr_schedule, progress)
         if self.entropy_schedule is not None:
             factor = _factor("entropy_schedule", self.entropy_schedule, progress)
             self.loss.entropy_coeff.fill_(self.given_coefficients["entropy_coeff"] * factor)
+
+    def _follow_optimizer(self) -> None:
+        """Takes down the options of groups as they were given, before schedules move them; of those that come later, too."""
+        if self._given_of is not self.optimizer:  # the first one, or one that was put in its place
+            self._given_of, self.given_options = self.optimizer, []
+        new = self.optimizer.param_groups[len(self.given_options) :]
+        # Copies: schedules and users move a learning rate that is a tensor in place.
+        self.given_options += [deepcopy({**group, "params": None}) for group in new]
 
     def _trained(self) -> list[str]:
         """Names of the parameters that get a gradient."""
@@ -373,7 +399,7 @@ class PPOUpdate:
                 "are only in one of them. Go on with the optimizer that the run began with."
             )
         self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))  # or both updates would step the same averages
         groups = zip(self.optimizer.param_groups, self.given_options, state["given_options"], strict=True)
         freed = set(state["scheduled"]) - self._scheduled()
         for group, given, then in groups:
@@ -456,9 +482,10 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
             "entropy_schedule moves one weight, and the loss has one for each of several heads (entropy_coeff=): give one number."
         )
     if not hidden_keys(loss.actor_network):
-        raise ValueError(
-            "the actor hands no hidden state on to its next step, so it cannot adapt within a trial: use a recurrent "
-            f"actor such as GRUCategoricalActor. It reads {loss.actor_network.in_keys}."
+        log.warning(
+            "the actor hands no hidden state on to its next step, so that it cannot adapt within a trial. That is a baseline; "
+            "an agent that adapts has a recurrent actor such as GRUCategoricalActor. This one reads %s.",
+            loss.actor_network.in_keys,
         )
 
 

@@ -611,12 +611,6 @@ CASES = [
     row("bptt 0", lambda: update(collect(), bptt=0), ValueError, "bptt=0.*at least 1"),
     row("no epochs", lambda: update(collect(), epochs=0), ValueError, "epochs=0.*at least 1"),
     row(
-        "no memory in the policy",
-        lambda: PPOUpdate(RL2PPOLoss(memoryless(), critic())),
-        ValueError,
-        "no hidden state.*use a recurrent actor",
-    ),
-    row(
         "entropy schedule without entropy",
         lambda: PPOUpdate(RL2PPOLoss(actor(), critic()), entropy_schedule=linear_decay),
         ValueError,

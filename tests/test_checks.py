@@ -3,14 +3,19 @@
 import pytest
 import torch
 from pipelines import ARMS, ROWS, TRIAL, bandit_env, first_batch, mdp_env, networks, pipeline
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Categorical
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, TransformedEnv
-from torchrl.modules import recurrent_mode
+from torchrl.modules import ProbabilisticActor, recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import (
     ActorCritic,
+    Callback,
     GRUGaussianActor,
+    GRUValueHead,
     MemoryValueHead,
     PPOUpdate,
     PreviousStep,
@@ -20,12 +25,55 @@ from rl2_torchrl import (
     TrialAdvantage,
     TrialCollector,
     orthogonal_init_,
+    train,
 )
 from rl2_torchrl.checks import TrainingReport, check_training, rows
 from rl2_torchrl.checks.evidence import Evidence
-from rl2_torchrl.envs import QuadraticBandit, uniform_targets
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 
 # ---- Nothing to find.
+
+
+def test_a_baseline_without_memory_is_told_of_and_checked_for_the_rest(caplog):
+    env = TransformedEnv(
+        BernoulliBandit(3, batch_size=(8,)), Compose(Trial(episodes=4), TaskSampler(uniform_means(3)), PreviousStep())
+    )
+    layers = TensorDictModule(nn.Linear(env.observation_spec["trans"].shape[-1], 3), ["trans"], ["logits"])
+    actor = ProbabilisticActor(layers, in_keys=["logits"], distribution_class=Categorical, return_log_prob=True)
+    critic = GRUValueHead.from_env(env, hidden_size=4)
+    update = PPOUpdate(RL2PPOLoss(actor, critic))
+    assert "That is a baseline" in caplog.text
+    collector = TrialCollector(
+        env, ActorCritic(actor, critic), frames_per_batch=32, total_frames=64, keep=update.in_keys
+    )
+    report = check_training(collector, update)
+    assert {"memory_used", "gradient_through_time"} <= report.unchecked.keys()
+    assert report.unchecked["memory_used"] == "the actor has no memory"
+
+
+class Teacher(Callback):
+    def after_batch(self, batch, progress):
+        batch["teacher"] = torch.zeros(*batch.shape, ARMS)
+
+
+class Imitation(nn.Module):
+    in_keys = ["logits", "teacher"]
+
+    def forward(self, logits, teacher):
+        return {"loss_imitation": (logits - teacher).square().mean()}
+
+
+def test_what_a_callback_adds_for_a_term_is_there_when_the_first_batch_is_checked():
+    env = bandit_env()
+    actor, critic = networks(env)
+    update = PPOUpdate(RL2PPOLoss(actor, critic, terms=[Imitation()]), bptt=TRIAL, epochs=1)
+    frames = {"frames_per_batch": ROWS * TRIAL, "total_frames": ROWS * TRIAL}
+    keep = [key for key in update.in_keys if key != "teacher"]
+    collector = TrialCollector(env, ActorCritic(actor, critic), keep=keep, **frames)
+    result = train(collector, update, evaluate=None, progress=False, callbacks=[Teacher()])
+    assert result.history[-1]["train/loss_imitation"] > 0
+    with pytest.raises(KeyError, match="nobody makes.*after_batch.*leave it out"):
+        TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
 
 
 @pytest.mark.parametrize("bptt", [None, 1, 2, TRIAL, 2 * TRIAL])

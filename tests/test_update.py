@@ -396,6 +396,51 @@ def test_parameters_that_were_unfrozen_in_the_training_stay_so(others):
     assert bool(frozen) is others
 
 
+def test_an_update_that_takes_anothers_state_is_not_tied_to_it():
+    update, other = PPOUpdate(make_loss()), PPOUpdate(make_loss())
+    update(make_batch())
+    other.load_state_dict(update.state_dict())
+    before = copy.deepcopy(update.state_dict()["optimizer"]["state"])
+    other(make_batch())
+    torch.testing.assert_close(update.state_dict()["optimizer"]["state"], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("replace", ["assign", "parameter"])
+def test_parameters_that_are_replaced_are_refused(replace):
+    update = PPOUpdate(make_loss())
+    update(make_batch())
+    if replace == "assign":
+        update.loss.load_state_dict(make_loss().state_dict(), assign=True)
+    else:
+        module = next(
+            module
+            for module in update.loss.modules()
+            if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+        )
+        module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    with pytest.raises(RuntimeError, match="optimizer holds the old ones"):
+        update(make_batch())
+
+
+def test_groups_and_optimizers_that_come_later_are_scheduled_by_their_own_rates():
+    loss = make_loss()
+    of_critic, of_actor = loss.critic_network.parameters(), list(loss.actor_network.parameters())
+    optimizer = torch.optim.SGD(of_critic, lr=0.1)
+    update = PPOUpdate(loss, optimizer=optimizer, lr_schedule=linear_decay)
+    update(make_batch(), progress=0.5)
+    optimizer.add_param_group({"params": of_actor, "lr": 0.4})
+    update(make_batch(), progress=0.75)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.025, 0.1])
+    update.optimizer = torch.optim.SGD(loss.parameters(), lr=0.8)
+    update(make_batch(), progress=0.75)
+    assert update.optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+def test_a_compiled_update_is_the_update():
+    first, second = PPOUpdate(make_loss(), shuffle=False), PPOUpdate(make_loss(), shuffle=False)
+    assert torch.compile(first)(make_batch()) == second(make_batch())
+
+
 def test_state_dict_round_trip_goes_on_alike():
     update = PPOUpdate(make_loss(), shuffle=False, lr=1e-2)
     update(make_batch())

@@ -83,6 +83,7 @@ def _difference(replayed: torch.Tensor, collected: torch.Tensor) -> float | None
 
 def memory_used(seen: Evidence) -> str | None:
     """What was seen before an episode's end changes what the actor writes after it."""
+    _require_memory(seen)
     ends = seen.episode_ends[:, :-1] & seen.inner
     changed = seen.probe.influence(seen.windows(ends if ends.any() else seen.inner))
     of_actor = [entry for key, entry in changed.items() if key in seen.probe.actor.out_keys]
@@ -101,10 +102,16 @@ def trials_apart(seen: Evidence) -> str | None:
 
 def gradient_through_time(seen: Evidence) -> str | None:
     """What the actor writes has a gradient by the inputs of the step before."""
+    _require_memory(seen)
     if getattr(seen.update, "bptt", None) == 1:
         raise NotChecked("bptt=1 asks for no gradient through time")
     if not seen.probe.reaches_back(seen.windows(seen.inner)):
         return "what the actor writes has no gradient by its inputs of the step before"
+
+
+def _require_memory(seen: Evidence) -> None:
+    if not hidden_keys(seen.probe.actor):
+        raise NotChecked("the actor has no memory")
 
 
 RULES: dict[Rule, str] = {

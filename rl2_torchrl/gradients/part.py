@@ -196,7 +196,8 @@ def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[Nest
     if nowhere := [key for key, entry in nested.items() if entry is None and key not in optional]:
         raise KeyError(
             f"{nowhere} is read by the networks or the loss, but neither in the data nor made by what runs before; there is "
-            f"{sorted(map(str, state))}. What the collector keeps must hold it: TrialCollector(keep=update.in_keys)."
+            f"{sorted(map(str, state))}. What the collector keeps must hold it, TrialCollector(keep=update.in_keys), or a "
+            "callback's after_batch must add it."
         )
     return [nested[key] if key in nested else state.get(key) for key in keys]
 

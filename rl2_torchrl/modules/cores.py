@@ -230,7 +230,9 @@ class RecurrentCore(TensorDictModuleBase):
         while torch._C._functorch.is_batchedtensor(begins):  # vmap cannot say whether all of what it goes over begin
             begins = torch._C._functorch.get_unwrapped(begins)
         if not begins.all():
-            raise KeyError(lost_memory(self.in_keys[1:-1]))
+            in_rows = not self.recurrent_mode and is_init.ndim > 1
+            hint = "Whole rows go through a network in recurrent mode, `with set_recurrent_mode(True):`, else step by step. "
+            raise KeyError(hint * in_rows + lost_memory(self.in_keys[1:-1]))
 
 
 class LSTMCore(RecurrentCore):

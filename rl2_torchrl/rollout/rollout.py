@@ -75,7 +75,8 @@ class Rollout:
             if missing:
                 raise KeyError(
                     f"{what} {missing}, which nobody makes: look at the in_keys of the loss's terms and of the networks; there is "
-                    f"{sorted(map(str, made))}."
+                    f"{sorted(map(str, made))}. What the advantage or a callback's after_batch makes of whole batches, no "
+                    "collector keeps: leave it out."
                 )
         #: Entries that are there by their sub-entries, such as a task of several.
         self._nested = [key for key in read if key not in made]
