@@ -22,7 +22,7 @@ from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.rollout.trials import leaves, next_key
 from rl2_torchrl.rollout.turns import Turns
 from rl2_torchrl.seeding import derived_seed
-from rl2_torchrl.trial import Trial, transforms_of
+from rl2_torchrl.trial import Trial, outermost, transforms_of
 
 __all__ = ["TrialCollector"]
 
@@ -185,7 +185,7 @@ class TrialCollector(Collector):
         missing = [key for key in self.keep if not leaves([key], made)]
         if missing:
             raise KeyError(f"keep holds {missing}, which is not collected; there is {sorted(map(str, made))}.")
-        return batch.select(*self.keep)
+        return batch.select(*outermost(self.keep))
 
 
 def batches_of(collector: BaseCollector) -> Iterator[TensorDictBase]:

@@ -108,7 +108,7 @@ def _env(env: EnvBase | None) -> Settings:
         }
         settings |= {f"{name}.{each}": value for each, value in buffers.items() if each[0] != "_"}
         if isinstance(transform, TaskSampler):
-            settings[f"{name}.seed"] = transform.given_seed
+            settings[f"{name}.seed"] = _plain(transform.given_seed)
             if f"{name}.distribution" not in settings:  # an object, with its range among its attributes
                 settings |= _part(f"{name}.distribution", transform.distribution)
     return settings
@@ -145,6 +145,8 @@ def parts_of(update: PPOUpdate) -> dict[str, Any]:
 
 def _update(update: PPOUpdate) -> Settings:
     settings: Settings = {"update.optimizer": _name(update.optimizer)}
+    if update.processes > 1:  # which earlier versions did not say
+        settings["update.processes"] = update.processes
     for name, part in parts_of(update).items():
         settings |= _part(name, part)
     for number, options in enumerate(update.given_options):

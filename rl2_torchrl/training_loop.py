@@ -179,7 +179,7 @@ class Loop:
     def finish(self) -> bool:
         """What is still due where the collector itself has ended the loop; whether there was a batch at all."""
         history = self._result.history
-        if not history:
+        if not (history or self._result.env_steps):  # a checkpoint may have lost the one
             raise RuntimeError(
                 "the collector gave no batch to train on: has something iterated over it before? Make a new one."
             )

@@ -307,6 +307,17 @@ def is_within(key: NestedKey, root: NestedKey) -> bool:
     return key[: len(root)] == root
 
 
+def outermost(keys: Iterable[NestedKey]) -> list[NestedKey]:
+    """Those of ``keys`` that lie within no other: for one that does, ``select`` leaves out all that stands beside it.
+
+    Examples:
+        >>> outermost(["task", ("task", "labels"), "action"])
+        ['task', 'action']
+    """
+    keys = list(dict.fromkeys(keys))
+    return [key for key in keys if not any(is_within(key, other) for other in keys if other != key)]
+
+
 def own_transforms(env: EnvBase) -> list[Transform]:
     """The transforms of ``env`` itself, those in a `Compose` within a `Compose` too, not those of an env inside it."""
     return _parts(env.transform) if isinstance(env, TransformedEnv) else []

@@ -29,6 +29,7 @@ from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.objectives.advantages import TrialAdvantage, asking
 from rl2_torchrl.passes import Metrics, Passes
+from rl2_torchrl.trial import outermost
 
 __all__ = ["PPOUpdate", "linear_decay"]
 
@@ -265,7 +266,7 @@ class PPOUpdate:
                 f"PPOUpdate(..., bptt={self.bptt or batch.shape[-1]}).in_keys has, for TrialCollector(keep=...): keep it (or all, "
                 "keep=None), or collect and update whole trials, if all have one length."
             )
-        return split_rows(batch.select(*keys), self.bptt)
+        return split_rows(batch.select(*outermost(keys)), self.bptt)
 
     def minibatches_of(self, chunks: int) -> int:
         """How many minibatches a pass has where the batch, of each process, is so many ``chunks``."""
@@ -331,6 +332,11 @@ class PPOUpdate:
     def reason(self) -> str:
         """Why it is that one."""
         return self._passes.reason
+
+    @property
+    def processes(self) -> int:
+        """How many processes take its steps together."""
+        return self._learners.size
 
     def everyones(self, value: Any) -> list:
         """``value`` of each process of the group, alone this one's; all of them must ask at the same time."""

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from tensordict import TensorDict
+from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl import (
     ActorCritic,
     GRUCategoricalActor,
+    GRUValueHead,
     MemoryValueHead,
     PPOUpdate,
     PreviousStep,
@@ -16,8 +19,40 @@ from rl2_torchrl import (
     Trial,
     TrialCollector,
 )
-from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, TensorEnv, uniform_means
 from rl2_torchrl.objectives import TaskBelief
+
+
+def test_a_task_is_read_whole_and_in_part():
+    class Labelled(TensorEnv):
+        def __init__(self):
+            task = Composite(means=Unbounded(3), labels=Unbounded(2))
+            spaces = {"observation_spec": Unbounded(1), "action_spec": Categorical(3)}
+            super().__init__(task_spec=task, **spaces, max_episode_steps=2, batch_size=(4,))
+
+        def begin(self, task, rows):
+            return task["means"], task["labels"][..., :1]
+
+        def advance(self, state, action):
+            return state, state[..., :1], state.gather(-1, action.unsqueeze(-1)), None, None
+
+    def tasks(batch_size, generator):
+        sizes = {"means": 3, "labels": 2}
+        return TensorDict(
+            {name: torch.rand(*batch_size, n, generator=generator) for name, n in sizes.items()}, batch_size
+        )
+
+    for rollout in ("tensors", "tensordicts"):
+        env = TransformedEnv(Labelled(), Compose(Trial(episodes=2), TaskSampler(tasks), PreviousStep()))
+        actor = GRUCategoricalActor.from_env(env, hidden_size=8)
+        critic = GRUValueHead.from_env(env, extra_keys=[("task", "labels")], hidden_size=8)
+        belief = TaskBelief(8, 3, target=lambda task: task["means"])
+        update = PPOUpdate(RL2PPOLoss(actor, critic, terms=[belief]), epochs=1, bptt=4)
+        frames = {"frames_per_batch": 16, "total_frames": 16}
+        collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, rollout=rollout, **frames)
+        batch = next(iter(collector))
+        assert {("task", "means"), ("task", "labels")} <= set(batch.keys(True, True))
+        assert update(batch)["loss_belief"] > 0
 
 
 def test_the_loss_by_hand():

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
@@ -36,6 +37,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.checkpoints import _CollectorState
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, uniform_means
+from rl2_torchrl.settings import differences
 from rl2_torchrl.storage import load_tree
 
 
@@ -57,6 +59,28 @@ def set_gravity(env, task):
 
 
 # ---- The run as a whole.
+
+
+def test_a_seed_of_numpys_is_a_number(tmp_path):
+    run = Run(1)
+    run.sampler.seed(np.int64(3))
+    run.train(checkpoints=tmp_path, check=False)
+    assert saved_steps(tmp_path)
+
+
+def test_a_run_of_several_processes_is_not_gone_on_with_by_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOUpdate, "processes", 2)
+        Run(1).train(checkpoints=tmp_path, check=False)
+    with pytest.raises(ValueError, match="update.processes: 2 then, none now"):
+        Run(2).train(checkpoints=tmp_path, check=False, resume=True)
+
+
+def test_functions_are_compared_by_their_own_names():
+    then = {"env.distribution": "__main__.tasks", "update.schedule": ["train.decay", 2], "update.lr": 0.1}
+    assert differences(then, {"env.distribution": "tasks", "update.schedule": ["decay", 2], "update.lr": 0.1}) == {}
+    others = {"env.distribution": "other_tasks", "update.schedule": ["decay", 3], "update.lr": 0.2}
+    assert sorted(differences(then, others)) == ["env.distribution", "update.lr", "update.schedule"]
 
 
 @pytest.mark.parametrize(("total", "updates"), [(3, 3), (2.5, 3)])

@@ -53,8 +53,9 @@ def read_agent(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     form = held.get("format") if isinstance(held, dict) else None
     if form != _FORMAT:
         hint = (
-            " A training's checkpoint holds its whole run: train(..., checkpoints=folder, resume=True) puts its networks back, "
-            "even once it is over, and AdaptiveAgent.from_policy(actor, env).save(path) then writes an agent, as recipes do."
+            " A training's checkpoint holds its whole run: train(..., checkpoints=folder, resume=True) puts the newest one's "
+            "networks back, even once it is over, and AdaptiveAgent.from_policy(actor, env).save(path) then writes an agent, as "
+            "recipes do."
         )
         raise ValueError(
             f"{path} is of the format {form!r}; an agent's, for this version of the package, is {_FORMAT!r}."

@@ -11,6 +11,7 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.trial import outermost
 
 __all__ = ["NetworkProbe"]
 
@@ -133,7 +134,7 @@ class NetworkProbe:
 
     def _inputs(self, rows: TensorDictBase) -> TensorDictBase:
         keys = (*self.inputs, *self.memory, "is_init", self.loss.tensor_keys.action)
-        return rows.select(*keys, strict=False)
+        return rows.select(*outermost(keys), strict=False)
 
     def real_inputs(self, data: TensorDictBase) -> list[NestedKey]:
         """What the actor reads of ``data`` in real numbers, which can be changed a little."""
