@@ -9,12 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Interrupts", "deferred_interrupts", "signals_blocked"]
+__all__ = ["EndRequested", "Interrupts", "deferred_interrupts", "signals_blocked"]
 
 log = logging.getLogger(__name__)
 
 #: What asks a program to end: a schedulers' and containers' stop, and a terminal that is closed.
 _ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class EndRequested(BaseException):
+    """A request to end the program, that has come where `Interrupts.at_once` says so."""
 
 
 class Interrupts:
@@ -25,6 +29,22 @@ class Interrupts:
     """
 
     signum: int | None = None
+    _is_waited_for = True
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a request to end the program, not Ctrl-C, raises `EndRequested`: what is done there can be done again."""
+        self._is_waited_for = False
+        try:
+            yield
+        finally:
+            self._is_waited_for = True
+
+    def note(self, signum: int) -> None:
+        """Takes down that the signal has come."""
+        self.signum = signum
+        if signum in _ENDS and not self._is_waited_for:
+            raise EndRequested
 
     def __bool__(self) -> bool:
         return self.signum is not None
@@ -55,11 +75,11 @@ def deferred_interrupts() -> Iterator[Interrupts]:
 
     def first(signum: int, frame: Any) -> None:
         restore()
-        interrupts.signum = signum
         name = signal.Signals(signum).name
         log.warning(
             "%s: finishing this update and saving. Once more stops at once.", "Ctrl-C" if name == "SIGINT" else name
         )
+        interrupts.note(signum)
 
     def restore() -> None:
         for signum, handler in before.items():

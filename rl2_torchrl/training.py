@@ -28,7 +28,7 @@ from rl2_torchrl.arguments import (
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.history import TrainResult
-from rl2_torchrl.interrupts import deferred_interrupts
+from rl2_torchrl.interrupts import EndRequested, deferred_interrupts
 from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.progress import progress_bar
 from rl2_torchrl.rollout.turns import watch
@@ -173,6 +173,15 @@ def train(
                 )
             return is_stopped or result.env_steps >= total
 
+        def evaluated(row: dict[str, float]) -> bool:
+            try:
+                with interrupts.at_once():  # a job that shall end may be given less time than an evaluation takes
+                    loop.evaluate(row)
+            except EndRequested:
+                log.warning("the evaluation is given up, and made up for when the run is resumed.")
+                return False
+            return True
+
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
             try:
                 made_up = goes_on and loop.make_up(eval_interval, total)
@@ -182,11 +191,10 @@ def train(
                     due = len(result.history) % eval_interval == 0
                     # With `stop`, which sees it, to be made up for when the run is resumed.
                     put_off = due and evaluate is not None and bool(interrupts) and result.env_steps < total
-                    if due and not put_off:
-                        loop.evaluate(row)
+                    put_off |= due and not put_off and not evaluated(row)
                     ends, result.interrupted = loop.in_any_process(not put_off and is_last(row), bool(interrupts))
                     if ends and not due:
-                        loop.evaluate(row)
+                        evaluated(row)
                     last = ends or result.interrupted
                     bar(loop.record(row))
                     if last or len(result.history) % checkpoint_interval == 0:

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch
 from runs import BATCH, Run, assert_goes_on_as_unbroken, checkpoint, contents, program, saved_steps, wait_for
 
 # ---- Signals.
@@ -25,6 +26,33 @@ def test_a_program_that_is_asked_to_end_is_saved(name, tmp_path, unbroken, caplo
     assert f"{name}: finishing this update and saving" in caplog.text
     assert saved_steps(tmp_path) == [3 * BATCH]
     assert_goes_on_as_unbroken(tmp_path, unbroken)
+
+
+def test_a_request_to_end_does_not_wait_for_an_evaluation(tmp_path, caplog):
+    calls = []
+
+    def evaluate():
+        calls.append("begun")
+        torch.rand(3)  # whose draws the training does not see
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+            calls.append("not given up")
+        return {"score": len(calls)}
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit):
+            Run(5).train(checkpoints=tmp_path, evaluate=evaluate, eval_interval=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert calls == ["begun"] * 2
+    assert "made up for when the run is resumed" in caplog.text
+    assert saved_steps(tmp_path) == [3 * BATCH]
+    resumed, unbroken = Run(5), Run(5)
+    history = resumed.train(checkpoints=tmp_path, resume=True, evaluate=evaluate, eval_interval=2).history
+    assert [row["env_steps"] for row in history if "eval/score" in row] == [BATCH, 3 * BATCH, 5 * BATCH]
+    unbroken.train()
+    torch.testing.assert_close(resumed.everything(), unbroken.everything(), rtol=0, atol=0)
 
 
 def test_what_a_program_does_at_a_signal_it_still_does(tmp_path):
