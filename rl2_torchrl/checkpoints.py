@@ -360,6 +360,8 @@ def _versions() -> dict[str, str]:
 
 
 def _require_writable(folder: Path) -> None:
+    if folder.is_file():
+        raise NotADirectoryError(f"checkpoints={str(folder)!r} is a file: name the folder that it lies in.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

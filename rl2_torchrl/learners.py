@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import nn
 from rl2_torchrl.objectives.terms import as_number
 
 __all__ = ["Learners"]
+
+log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float | torch.Tensor]
 
@@ -27,6 +31,12 @@ class Learners:
 
     def __init__(self, group: dist.ProcessGroup | None):
         self._group = group
+        if group is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            log.warning(
+                "%s processes were started together, and this one updates alone: give PPOUpdate a process_group=, such as "
+                "torch.distributed.group.WORLD, which is None before init_process_group(...).",
+                os.environ["WORLD_SIZE"],
+            )
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self._layout: object = None

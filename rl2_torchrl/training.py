@@ -138,7 +138,7 @@ def train(
     parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
     total = collector.total_frames
     stateful = [*callbacks, *[stop] * hasattr(stop, "state_dict")]
-    with _without_autocast(), RunCheckpoints(checkpoints, **{**parts, "callbacks": stateful}, scalars=scalars) as saved:
+    with _own_modes(), RunCheckpoints(checkpoints, **{**parts, "callbacks": stateful}, scalars=scalars) as saved:
         goes_on = resume and (saved.load_latest(resume_changes) or result.env_steps > 0)
         if goes_on:
             scalars.go_on_from(result.history, result.env_steps)
@@ -216,13 +216,13 @@ def train(
 
 
 @contextmanager
-def _without_autocast() -> Iterator[None]:
-    """Updates are made without it, and actions scored otherwise than they were drawn have other ratios than 1."""
+def _own_modes() -> Iterator[None]:
+    """Gradients are on. Autocast is off, as in updates: actions scored otherwise than they were drawn have other ratios than 1."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         log.warning(
             "autocast is left out of the training: networks compute in their own dtype, from_env(..., dtype=...)."
         )
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 

@@ -98,7 +98,9 @@ class Loop:
         if checked is not None:  # as it was collected, and with what callbacks have added for terms
             added = [key for key in batch.keys(True, True) if key not in checked.keys(True, True)]
             with _random_numbers_put_back():
-                check_training(self._collector, self._update, checked.update(batch.select(*added)))
+                report = check_training(self._collector, self._update, checked.update(batch.select(*added)))
+            for note in report.notes:
+                log.warning("of the first batch: %s.", note)
         try:
             metrics = self._update(batch, self._progress)
         except FloatingPointError as error:

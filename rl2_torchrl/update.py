@@ -48,6 +48,7 @@ _KINDS = {
     "entropy_schedule": (Callable, "function", "linear_decay, a factor by progress"),
     "optimizer": (torch.optim.Optimizer, "optimizer", "torch.optim.SGD(loss.parameters(), lr=0.1)"),
     "generator": (torch.Generator, "generator", "torch.Generator().manual_seed(3)"),
+    "process_group": (ProcessGroup, "process group", "torch.distributed.group.WORLD"),
 }
 
 
@@ -142,7 +143,7 @@ class PPOUpdate:
                 "process_group= is a part of it: leave that to TrialAdvantage(normalize=True), which sees the joint batch."
             )
         require_flags(shuffle=shuffle)
-        _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator)
+        _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator, process_group)
         self.loss = loss
         self.normalizations()
         self.advantage = TrialAdvantage() if advantage is None else advantage

@@ -36,6 +36,7 @@ from rl2_torchrl import (
     train,
 )
 from rl2_torchrl.checkpoints import _CollectorState
+from rl2_torchrl.checks import TrainingReport
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, uniform_means
 from rl2_torchrl.settings import differences
 from rl2_torchrl.storage import load_tree
@@ -76,6 +77,13 @@ def test_a_run_of_several_processes_is_not_gone_on_with_by_one(tmp_path, monkeyp
         Run(2).train(checkpoints=tmp_path, check=False, resume=True)
 
 
+def test_a_file_is_no_folder(tmp_path):
+    Run(1).train(checkpoints=tmp_path, check=False)
+    [file] = tmp_path.glob("checkpoint-*.safetensors")
+    with pytest.raises(NotADirectoryError, match="name the folder that it lies in"):
+        Run(2).train(checkpoints=file, resume=True)
+
+
 def test_functions_are_compared_by_their_own_names():
     then = {"env.distribution": "__main__.tasks", "update.schedule": ["train.decay", 2], "update.lr": 0.1}
     assert differences(then, {"env.distribution": "tasks", "update.schedule": ["decay", 2], "update.lr": 0.1}) == {}
@@ -104,7 +112,7 @@ def test_evaluations_leave_training_as_it_is():
 
 
 @pytest.mark.parametrize(("options", "checks"), [({}, 1), ({"check": False}, 0)])
-def test_the_first_batch_is_checked_before_the_first_update(options, checks, monkeypatch):
+def test_the_first_batch_is_checked_before_the_first_update(options, checks, monkeypatch, caplog):
     run, seen = Run(updates=2), []
     before = [parameter.clone() for parameter in run.update.loss.parameters()]
 
@@ -113,10 +121,12 @@ def test_the_first_batch_is_checked_before_the_first_update(options, checks, mon
         torch.testing.assert_close(list(update.loss.parameters()), before, rtol=0, atol=0)
         torch.rand(7)  # what a check draws is put back
         seen.append(batch.numel())
+        return TrainingReport(notes=["worth knowing"])
 
     monkeypatch.setattr("rl2_torchrl.training_loop.check_training", check_training)
     run.train(**options)
     assert seen == [BATCH] * checks
+    assert caplog.text.count("of the first batch: worth knowing.") == checks
     unchecked = Run(updates=2)
     unchecked.train(check=False)
     torch.testing.assert_close(run.everything(), unchecked.everything(), rtol=0, atol=0)

@@ -7,13 +7,14 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
 from torchrl.collectors import Collector
-from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs import Compose, RewardScaling, TransformedEnv
 from torchrl.modules import ProbabilisticActor, recurrent_mode
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import (
     ActorCritic,
     Callback,
+    GRUCategoricalActor,
     GRUGaussianActor,
     GRUValueHead,
     MemoryValueHead,
@@ -49,6 +50,23 @@ def test_a_baseline_without_memory_is_told_of_and_checked_for_the_rest(caplog):
     report = check_training(collector, update)
     assert {"memory_used", "gradient_through_time"} <= report.unchecked.keys()
     assert report.unchecked["memory_used"] == "the actor has no memory"
+
+
+@pytest.mark.parametrize(
+    ("scale", "normalize", "is_told"), [(1.0, False, False), (100.0, False, True), (100.0, True, False)]
+)
+def test_large_rewards_are_told_of_unless_they_are_brought_in_order(scale, normalize, is_told, caplog):
+    base = TransformedEnv(BernoulliBandit(3, batch_size=(8,)), RewardScaling(loc=0.0, scale=scale))
+    trial = Compose(Trial(episodes=4), TaskSampler(uniform_means(3)), PreviousStep())
+    env = TransformedEnv(base, trial, auto_unwrap=False)
+    actor, critic = (
+        kind.from_env(env, hidden_size=4, normalize=normalize) for kind in (GRUCategoricalActor, GRUValueHead)
+    )
+    update = PPOUpdate(RL2PPOLoss(actor, critic), TrialAdvantage(scale_rewards=normalize))
+    collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=32, total_frames=64)
+    with torch.no_grad():  # as around a whole script
+        train(collector, update, evaluate=None, progress=False)
+    assert ("which drowns the rest" in caplog.text) is is_told
 
 
 class Teacher(Callback):

@@ -35,6 +35,14 @@ def found(tmp_path_factory):
     return [json.loads(Path(folder, f"found-{rank}.json").read_text()) for rank in range(2)]
 
 
+def test_a_process_that_updates_alone_among_several_is_told_of(monkeypatch, caplog):
+    Learners(None)
+    assert not caplog.records
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    Learners(None)
+    assert "None before init_process_group" in caplog.text
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_update_as_one_does_on_the_joint_batch(found, name):
     one, other = (each[name] for each in found)

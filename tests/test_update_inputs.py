@@ -58,6 +58,7 @@ def test_numpys_integers_are_whole_numbers():
         ("advantage", TrialAdvantage, "no function.*TrialAdvantage\\(value_target"),
         ("lr_schedule", 0.5, "no function.*linear_decay"),
         ("lr_schedule", torch.optim.lr_scheduler.LinearLR, "no function.*linear_decay"),
+        ("process_group", "gloo", "no process group.*group.WORLD"),
         ("entropy_schedule", 0.5, "no function.*linear_decay"),
         ("generator", 3, "no generator"),
         ("optimizer", torch.optim.SGD, "no optimizer"),
