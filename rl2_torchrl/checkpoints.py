@@ -402,7 +402,8 @@ def _parts(collector: BaseCollector, update: Stateful) -> dict[str, Any]:
     transforms, env = _transforms(collector), getattr(collector, "env", None)
     tasks = {f"{name}.distribution": owner_of(each.distribution) for name, each in _samplers(collector).items()}
     bases = {"env": base_of(env)} if env is not None and isinstance(base_of(env), TensorEnv) else {}
-    return {**bases, **transforms, **tasks, **(parts_of(update) if isinstance(update, PPOUpdate) else {})}
+    of_update = {**parts_of(update), "update.optimizer": update.optimizer} if isinstance(update, PPOUpdate) else {}
+    return {**bases, **transforms, **tasks, **of_update}
 
 
 def _samplers(collector: BaseCollector) -> dict[str, TaskSampler]:

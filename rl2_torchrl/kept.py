@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 _INNER = {*vars(nn.Module()), "_container", "_parent", "_missing_tolerance"}
 #: Entries of what a function reads, or a `TensorEnv` has, that are looked at.
 _FEW = 64
+#: Attributes that every optimizer has; what of them changes is in its ``state_dict``.
+_OF_OPTIMIZERS = set(vars(torch.optim.SGD([torch.zeros(1)], lr=1.0)))
 #: Values that are saved, and put back in place, by their ``state_dict``.
 _STATEFUL = (Optimizer, LRScheduler, TensorDictBase)
 #: Packages whose private attributes are their own business, but for what transforms keep of their rows.
@@ -178,6 +180,8 @@ def _variables(part: Any) -> Iterator[tuple[str, Any]]:
         yield from ((name, value) for name, value in read.items() if _is_small(value))
     elif isinstance(part, TensorEnv):
         yield from ((name, value) for name, value in vars(part).items() if name[0] != "_" and _is_small(value))
+    elif isinstance(part, Optimizer):
+        yield from ((name, value) for name, value in vars(part).items() if name not in _OF_OPTIMIZERS)
     else:
         yield from vars(part).items()
 

@@ -157,7 +157,6 @@ class PPOUpdate:
         self.optimizer = _optimizer(optimizer, lr, self._parameters)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
         self._given_of = None
-        self._follow_optimizer()
         self._given_trained = self._trained()
         self.given_coefficients = {name: float(b) for name, b in loss.named_buffers(recurse=False) if b.numel() == 1}
         largest_lr = max(float(given["lr"]) for given in self.given_options)
@@ -356,21 +355,23 @@ class PPOUpdate:
             )
 
     def _apply_schedules(self, progress: float) -> None:
-        self._follow_optimizer()
+        given_options = self.given_options  # before one that is new is moved
         if self.lr_schedule is not None:
-            for group, given in zip(self.optimizer.param_groups, self.given_options, strict=True):
+            for group, given in zip(self.optimizer.param_groups, given_options, strict=True):
                 group["lr"] = given["lr"] * _factor("lr_schedule", self.lr_schedule, progress)
         if self.entropy_schedule is not None:
             factor = _factor("entropy_schedule", self.entropy_schedule, progress)
             self.loss.entropy_coeff.fill_(self.given_coefficients["entropy_coeff"] * factor)
 
-    def _follow_optimizer(self) -> None:
-        """Takes down the options of groups as they were given, before schedules move them; of those that come later, too."""
+    @property
+    def given_options(self) -> list[dict[str, Any]]:
+        """The options of the optimizer's groups as they were given, before schedules moved them; of those that came later, too."""
         if self._given_of is not self.optimizer:  # the first one, or one that was put in its place
-            self._given_of, self.given_options = self.optimizer, []
-        new = self.optimizer.param_groups[len(self.given_options) :]
+            self._given_of, self._given_options = self.optimizer, []
+        new = self.optimizer.param_groups[len(self._given_options) :]
         # Copies: schedules and users move a learning rate that is a tensor in place.
-        self.given_options += [deepcopy({**group, "params": None}) for group in new]
+        self._given_options += [deepcopy({**group, "params": None}) for group in new]
+        return self._given_options
 
     def _trained(self) -> list[str]:
         """Names of the parameters that get a gradient."""

@@ -275,6 +275,38 @@ def test_constants_within_an_object_are_the_ones_that_are_given(end, tmp_path, c
     assert ("advantage.schedule is given otherwise" in caplog.text) == (end == 0.5)
 
 
+class EverySecond(torch.optim.SGD):
+    """Steps on two gradients at a time."""
+
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, **options)
+        self.calls, self._sums = 0, None
+
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad.clone() for p in parameters]
+        self.calls += 1
+        if self.calls % 2:
+            self._sums = gradients
+            return
+        for parameter, one, other in zip(parameters, self._sums, gradients, strict=True):
+            parameter.grad = one + other
+        super().step()
+
+
+def test_what_an_optimizer_of_ones_own_counts_goes_on(tmp_path):
+    def run_of(updates, **options):
+        run = Run(updates, epochs=1, minibatches=1)
+        run.update.optimizer = EverySecond(run.update.loss.parameters(), lr=0.1)
+        run.train(checkpoints=tmp_path, check=False, **options)
+        return run.update.optimizer.calls, run.everything()
+
+    run_of(3)
+    resumed = run_of(6, resume=True)
+    shutil.rmtree(tmp_path)
+    torch.testing.assert_close(resumed, run_of(6), rtol=0, atol=0)
+
+
 def test_what_stood_still_since_a_resume_is_kept(tmp_path):
     """A flag that was set before that, with the same objects in a second call."""
     warmed = []

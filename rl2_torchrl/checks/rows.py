@@ -85,7 +85,11 @@ def finite(seen: Evidence) -> str | None:
     reward = seen.batch.get(reward, None)
     if reward is not None and (reward == reward.flatten()[0]).all():
         seen.report.notes.append(f"all rewards of the batch are {reward.flatten()[0].item():g}")
-    if reward is not None and (size := reward.abs().double().mean().item()) > _LARGE and not _brings_in_order(seen.update):
+    if (
+        reward is not None
+        and (size := reward.abs().double().mean().item()) > _LARGE
+        and not _brings_in_order(seen.update)
+    ):
         seen.report.notes.append(
             f"rewards are around {size:.3g}, which drowns the rest of the networks' input, and asks a critic for large values: "
             "from_env(normalize=True) of actor and critic and TrialAdvantage(scale_rewards=True), both, bring them in order"
