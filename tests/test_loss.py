@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -123,7 +124,7 @@ def test_value_loss_by_hand(kwargs, expected):
     assert losses["loss_critic"].item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("coeff", [None, 0.2])
+@pytest.mark.parametrize("coeff", [None, 0.2, np.float32(0.2)])
 def test_entropy_of_categorical_by_hand(coeff):
     losses = RL2PPOLoss(*networks(), entropy_bonus=True, entropy_coeff=coeff)(data())
     # 1/2 ln 2 + 2 * 1/4 ln 4 = 1.5 ln 2

@@ -3,6 +3,7 @@
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cached_property
 from inspect import unwrap
+from numbers import Real
 from operator import is_
 from weakref import WeakKeyDictionary, ref
 
@@ -110,6 +111,8 @@ class RL2PPOLoss(ClipPPOLoss):
         options = {**_DEFAULTS, **kwargs}
         require_options(options)
         require_coefficients(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
+        if isinstance(entropy_coeff, Real):  # NumPy's are no numbers to TorchRL
+            entropy_coeff = float(entropy_coeff)
         options["functional"] |= options.get("delay_actor", False)
         critic_coeff = None if critic_network is None else 0.5 if critic_coeff is None else critic_coeff
         weights = {"clip_epsilon": clip_epsilon, "critic_coeff": critic_coeff, "entropy_coeff": entropy_coeff}
