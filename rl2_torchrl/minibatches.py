@@ -37,26 +37,20 @@ class Minibatches:
     and ``weight`` is this part's size over the whole's.
     """
 
-    def __init__(
-        self,
-        *,
-        device: torch.device | None = None,
-        generator: torch.Generator | None = None,
-        learners: Learners | None = None,
-    ):
-        self.device, self.generator = device, generator
-        self.learners, self.weight = Learners(None) if learners is None else learners, 1.0
+    def __init__(self, *, device: torch.device, generator: torch.Generator | None, learners: Learners):
+        self.device, self.generator, self.learners, self.weight = device, generator, learners, 1.0
         self._buffer: TensorDictReplayBuffer | None = None
+        self._layout: dict[NestedKey, tuple[torch.Size, torch.dtype]] = {}  # of the chunks in it
         self._has_told = False
         #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
         self.chunks: dict[NestedKey, torch.Tensor] = {}
 
-    def fill(self, chunks: TensorDictBase, count: int, *, shuffle: bool = True) -> None:
+    def fill(self, chunks: TensorDictBase, count: int, *, shuffle: bool) -> None:
         """Takes a batch's ``chunks`` ``[num_chunks, bptt]``, at most ``count`` minibatches; ValueError where there are fewer."""
-        number, self.steps = chunks.shape[:2]
+        number, steps = chunks.shape
         if number < whole("minibatches", count):
             raise ValueError(
-                f"{count} minibatches cannot be made of {number} chunks of {self.steps} steps: collect more trials in a "
+                f"{count} minibatches cannot be made of {number} chunks of {steps} steps: collect more trials in a "
                 "batch, or ask for fewer minibatches."
             )
         self.rows, made = rows_and_number(number, count)
@@ -69,9 +63,11 @@ class Minibatches:
                 f"each of {self.learners.size} processes to have one: collect more trials in a batch, or ask for fewer minibatches."
             )
         # One buffer for the whole training: first touch of fresh memory costs more than the copy.
-        if self._buffer is None or _sizes(chunks) != _sizes(self.chunks):
+        layout = {key: (entry.shape, entry.dtype) for key, entry in chunks.items(True, True)}
+        if layout != self._layout:
+            self._layout = layout
             self._buffer = TensorDictReplayBuffer(
-                storage=LazyTensorStorage(number, device=self.device or chunks.device or torch.device("cpu")),
+                storage=LazyTensorStorage(number, device=self.device),
                 sampler=SamplerWithoutReplacement(),
                 batch_size=self.rows,
                 generator=self.generator,
@@ -82,7 +78,7 @@ class Minibatches:
         with quiet_torchrl():
             self._buffer.extend(chunks)
         stored = self._buffer.storage[:]
-        self.chunks = {key: stored.get(key) for key in chunks.keys(True, True)}
+        self.chunks = {key: stored.get(key) for key in layout}
 
     def order(self) -> torch.Tensor:
         """The numbers ``[num_chunks]`` of the chunks in the order of the next pass, as iterating over the buffer takes them."""
@@ -99,11 +95,6 @@ class Minibatches:
         own = self.learners.share(index)
         self.weight = len(own) / len(index)
         return own
-
-
-def _sizes(chunks: TensorDictBase | dict[NestedKey, torch.Tensor]) -> dict[NestedKey, tuple[torch.Size, torch.dtype]]:
-    entries = chunks.items(True, True) if isinstance(chunks, TensorDictBase) else chunks.items()
-    return {key: (entry.shape, entry.dtype) for key, entry in entries}
 
 
 def split_rows(batch: TensorDictBase, bptt: int | None) -> TensorDictBase:
