@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ from tensordict import TensorDict, TensorDictBase
 from torch import distributed as dist
 from torch import nn
 
+from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.objectives.terms import as_number
 
 __all__ = ["Learners"]
 
 log = logging.getLogger(__name__)
-
-Metrics = Mapping[str, float | torch.Tensor]
 
 
 class Learners:
@@ -96,7 +95,7 @@ class Learners:
 
     # --------------------------------------------------------------- a minibatch
     @torch.no_grad()
-    def join(self, metrics: Metrics, parameters: Sequence[nn.Parameter], weight: float) -> Metrics:
+    def join(self, metrics: Values, parameters: Sequence[nn.Parameter], weight: float) -> Values:
         """Means over all processes by their ``weight``, those of gradients in their place; of ``max_...`` the largest."""
         if self._group is None:
             return metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -15,15 +15,13 @@ from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.adam import AdamSteps, OptimizerSteps, steps_by, why_not_adam
 from rl2_torchrl.gradients.answers import Answers
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
-from rl2_torchrl.gradients.program import numbers_of
+from rl2_torchrl.gradients.program import Values, numbers_of
 from rl2_torchrl.gradients.replays import Replays
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
 
-__all__ = ["Metrics", "Passes"]
-
-Metrics = dict[str, float | torch.Tensor]
+__all__ = ["Passes"]
 
 _BACKENDS = ("auto", "parts", "autograd", "graph")
 
@@ -83,8 +81,10 @@ class Passes:
             return refusal
         if beside is not None and (is_graph or self._unlike):
             return self._unlike or beside
+        if is_graph and self._learners.size > 1:
+            return "several processes join their gradients after each minibatch"
         if is_graph:
-            return self._joins() or why_not_graphed(self._loss, optimizer)
+            return why_not_graphed(self._loss, optimizer)
         if self._named != "parts" and self._device.type != "cpu":
             return f"there are no kernels on {self._device}"
         return None
@@ -100,10 +100,6 @@ class Passes:
             reason += f"; {type(optimizer).__name__} takes its steps itself: {refusal}"
         return reason
 
-    def _joins(self) -> str | None:
-        """Why a pass cannot run by itself, in words; None where it can."""
-        return "several processes join their gradients after each minibatch" if self._learners.size > 1 else None
-
     # ------------------------------------------------------------------ a batch
     @contextmanager
     def over_batch(
@@ -113,8 +109,8 @@ class Passes:
         *,
         passes: int,
         replays: bool,
-        check: Callable[[Metrics], object] | None = None,
-    ) -> Iterator[Callable[[], Iterable[Metrics]]]:
+        check: Callable[[Values], object] | None,
+    ) -> Iterator[Callable[[], Iterable[Values]]]:
         """Within it, a pass over the batch that the minibatches hold now, to be called once an epoch.
 
         It gives metrics of each minibatch. After those of one whose gradient is not finite, on which no step has been taken, ask
@@ -136,19 +132,14 @@ class Passes:
         if program is None:
             yield partial(self._by_autograd, *given)
             return
-        are_kept = isinstance(steps, OptimizerSteps)
-        chunks, rows = self._minibatches.chunks, self._minibatches.rows
-        replayed = Replays(program, chunks, rows, passes=passes, are_kept=are_kept)
-        is_beside = self._loss.runs_beside() is not None
-        way = (
-            partial(self._by_answers, self._loss.answers(replayed)) if is_beside else partial(self._by_parts, replayed)
-        )
-        try:
-            yield partial(way, *given)
-        finally:
-            replayed.close()
+        options = {"passes": passes, "are_kept": isinstance(steps, OptimizerSteps)}
+        with closing(Replays(program, self._minibatches.chunks, self._minibatches.rows, **options)) as replayed:
+            if self._loss.runs_beside() is None:
+                yield partial(self._by_parts, replayed, *given)
+            else:
+                yield partial(self._by_answers, self._loss.answers(replayed), *given)
 
-    def _by_parts(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
+    def _by_parts(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
         order, done = self._minibatches.order().long().contiguous(), 0
         while done < len(order):
             rows = min(self._minibatches.rows, len(order) - done)
@@ -160,7 +151,7 @@ class Passes:
                 yield self._step(losses, steps, max_grad_norm, checks)
                 done += rows
 
-    def _by_answers(self, answers: Answers, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
+    def _by_answers(self, answers: Answers, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
         for index in self._minibatches.order().long().split(self._minibatches.rows):
             own = self._minibatches.share(index).contiguous()
             entries = {key: chunk.index_select(0, own) for key, chunk in self._minibatches.chunks.items()}
@@ -172,13 +163,13 @@ class Passes:
                 self.backend, self.reason = "autograd", self._unlike
             yield self._step(losses, steps, max_grad_norm, checks)
 
-    def _by_autograd(self, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
+    def _by_autograd(self, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
         for entries in self._minibatches.entries():
             yield self._step(self._losses_by_autograd(entries), steps, max_grad_norm, checks)
 
     def _step(
-        self, losses: Metrics, steps: AdamSteps | OptimizerSteps, max_norm: float | None, checks: Iterator
-    ) -> Metrics:
+        self, losses: Values, steps: AdamSteps | OptimizerSteps, max_norm: float | None, checks: Iterator
+    ) -> Values:
         """The step on a minibatch whose gradients have been made, once these have passed the ``checks``, and its metrics."""
         losses = self._learners.join(numbers_of(losses), self._parameters, self._minibatches.weight)
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
@@ -186,7 +177,7 @@ class Passes:
             check(losses)
         return {"loss": total, **losses, "grad_norm": steps.take(max_norm)}
 
-    def _by_graph(self, optimizer, max_grad_norm: float | None, checks: Iterator) -> Iterator[Metrics]:
+    def _by_graph(self, optimizer, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
         starts = self._minibatches.chunks.get("is_init")
         # It says nothing where no chunk has a trial that starts after its first step.
         silent = {"is_init"} if starts is not None and not bool(starts[:, 1:].any()) else ()
@@ -194,7 +185,7 @@ class Passes:
         yield from self._graphed.run(entries, optimizer, max_grad_norm, checks)
         self.reason = self._graphed.reason
 
-    def _losses_by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Metrics:
+    def _losses_by_autograd(self, entries: dict[NestedKey, torch.Tensor]) -> Values:
         with noted(
             f"The loss was given {sorted(map(str, entries))}; what it reads beside these its in_keys must name: loss.in_keys = "
             "[*loss.in_keys, ...]."
@@ -205,7 +196,7 @@ class Passes:
         sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
         return {name: value.detach() for name, value in losses.items() if value.ndim == 0}
 
-    def _require_replay(self, losses: Metrics) -> None:
+    def _require_replay(self, losses: Values) -> None:
         """Before the first step the networks must give the collected log-probabilities back: all ratios are 1, to rounding."""
         log_prob = self._minibatches.chunks[self._loss.tensor_keys.sample_log_prob]
         max_ratio = losses["max_ratio"]

@@ -21,6 +21,7 @@ from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import kind_of, require_flags, require_numbers, whole
+from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches, require_trials, rows_and_number, split_rows
@@ -28,7 +29,7 @@ from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.objectives.advantages import TrialAdvantage, asking
-from rl2_torchrl.passes import Metrics, Passes
+from rl2_torchrl.passes import Passes
 from rl2_torchrl.trial import outermost
 
 __all__ = ["PPOUpdate", "linear_decay"]
@@ -550,7 +551,7 @@ def _largest(values: list[float | torch.Tensor]) -> float:
     return torch.stack(values).max().item() if isinstance(values[0], torch.Tensor) else max(values)
 
 
-def _kl_of(metrics: Metrics) -> float | torch.Tensor:
+def _kl_of(metrics: Values) -> float | torch.Tensor:
     if "kl_approx" not in metrics:
         raise KeyError(
             f"target_kl stops the passes by 'kl_approx', which this loss does not give, only {list(metrics)}: let its forward give "
@@ -559,7 +560,7 @@ def _kl_of(metrics: Metrics) -> float | torch.Tensor:
     return metrics["kl_approx"]
 
 
-def _require_finite(metrics: Metrics, where: str) -> None:
+def _require_finite(metrics: Values, where: str) -> None:
     if math.isfinite(metrics["grad_norm"]):
         return
     if math.isfinite(total := float(metrics["loss"])):

@@ -30,13 +30,11 @@ from torch import Tensor, nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, has_kernels
+from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.functions import contiguous
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["ClippedObjective", "EntropyBonus", "KernelTerm", "OwnGradient", "SquaredError"]
-
-#: Losses and diagnostics of a term.
-Figures = dict[str, float | Tensor]
 
 
 def as_number(value: Tensor) -> float | Tensor:
@@ -52,7 +50,7 @@ class OwnGradient(nn.Module, ABC):
         self.in_keys = in_keys
 
     @abstractmethod
-    def with_gradients(self, *entries: Tensor) -> tuple[dict[str, float | Tensor], tuple]:
+    def with_gradients(self, *entries: Tensor) -> tuple[Values, tuple]:
         """Its one ``loss_...`` and diagnostics; and the loss's gradient by each of ``entries``, or None for one that has none.
 
         It is called without gradients; under ``create_graph`` once more with them, and what PyTorch's operations then give is
@@ -101,7 +99,7 @@ class KernelTerm(OwnGradient):
         """ValueError where ``entries`` do not fit each other."""
 
     @abstractmethod
-    def by_torch(self, *entries: Tensor) -> tuple[Figures, tuple]:
+    def by_torch(self, *entries: Tensor) -> tuple[Values, tuple]:
         """`with_gradients` by PyTorch."""
 
     @abstractmethod
