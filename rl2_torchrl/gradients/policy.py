@@ -69,7 +69,7 @@ class CategoricalPart(Part):
         return True
 
     def backward_by_hand(self, gradients: Gradients) -> None:
-        slopes = [_slope(gradients, key) for key in (LOG_PROB, ENTROPY)]
+        slopes = [contiguous(gradients.pop(key, None)) for key in (LOG_PROB, ENTROPY)]
         accumulate(gradients, self.in_keys[1], categorical_gradient(*self._terms, *self._totals, *slopes))
 
 
@@ -94,18 +94,12 @@ class GaussianPart(Part):
         return True
 
     def backward_by_hand(self, gradients: Gradients) -> None:
-        slopes = [_slope(gradients, key) for key in (LOG_PROB, ENTROPY)]
+        slopes = [contiguous(gradients.pop(key, None)) for key in (LOG_PROB, ENTROPY)]
         _, loc, log_scale = self._tensors
         d_loc, d_log_scale = (Workspace.make(entry, entry.shape) for entry in (loc, log_scale))
         kernels.load(loc.dtype).gaussian_backward(*_addresses(*self._tensors, *slopes, d_loc, d_log_scale))
         accumulate(gradients, self.in_keys[1], d_loc)
         accumulate(gradients, log_scale_key(self.in_keys[2]), d_log_scale)
-
-
-def _slope(gradients: Gradients, key: NestedKey) -> torch.Tensor | None:
-    """The gradient by ``key``, taken out of ``gradients``, as the kernels read it."""
-    slope = gradients.pop(key, None)
-    return None if slope is None else contiguous(slope)
 
 
 def _addresses(action: torch.Tensor, *others: torch.Tensor | None) -> tuple[int | None, ...]:

@@ -12,22 +12,15 @@ from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *(
-        "MOST_OUTPUTS",
-        "as_reals",
-        "categorical_gradient",
-        "categorical_terms",
-        "contiguous",
-        "differentiable_gradients",
-    ),
-    *("log_prob_and_entropy", "out_of_autocast", "raise_unknown_actions", "relu_linear", "relu_linear_gradients"),
-    *("relu_linear_kernel", "require_tensor", "unit_stride"),
+    *("MOST_OUTPUTS", "as_reals", "categorical_gradient", "categorical_terms", "contiguous"),
+    *("differentiable_gradients", "log_prob_and_entropy", "out_of_autocast", "raise_unknown_actions"),
+    *("relu_linear", "relu_linear_gradients", "relu_linear_kernel", "require_tensor", "unit_stride"),
 ]
 
 
 # --------------------------------------------------------------------- doors
-def require_tensor(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor, *, plain: bool = False) -> None:
-    """Raises unless ``tensor`` has ``shape`` and the device and dtype of ``like``, and is contiguous if it must be ``plain``.
+def require_tensor(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    """Raises unless ``tensor`` has ``shape`` and the device and dtype of ``like``.
 
     A kernel reads as many numbers of one dtype as it is told, and asks nothing.
     """
@@ -37,8 +30,6 @@ def require_tensor(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor
         raise ValueError(f"{name} is on {tensor.device}, and what it is used with on {like.device}: move one of them.")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name} is {tensor.dtype}, and what it is used with {like.dtype}: convert one of them.")
-    if plain and not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()}; here it must be contiguous.")
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -47,20 +38,17 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else contiguous(tensor)
 
 
-def contiguous(tensor: Tensor) -> Tensor:
-    """``tensor``, contiguous; a `Recording` is told of a copy."""
-    if not tensor.is_contiguous():
-        Recording.interrupt()
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """``tensor``, contiguous, or None for None; a `Recording` is told of a copy."""
+    if tensor is None or tensor.is_contiguous():
+        return tensor
+    Recording.interrupt()
     return tensor.contiguous()
 
 
 def as_reals(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in the dtype of ``like``; uint8, as in images, is scaled to [0, 1]."""
     return x.to(like.dtype) / 255 if x.dtype == torch.uint8 else x.to(like.dtype)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [tensor if tensor is None else contiguous(tensor) for tensor in tensors]
 
 
 def out_of_autocast(function: Callable) -> Callable:
@@ -125,7 +113,7 @@ def _relu_linear_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 def relu_linear_kernel(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """`relu_linear` of at most `MOST_OUTPUTS` outputs by the kernel, of contiguous ``x`` in the dtype of ``weight``; no graph."""
-    weight, bias = _contiguous(weight.detach(), bias if bias is None else bias.detach())
+    weight, bias = contiguous(weight.detach()), contiguous(None if bias is None else bias.detach())
     (outputs, inputs), kernel = weight.shape, kernels.load(weight.dtype).linear_forward
     addresses = weight.data_ptr(), kernels.address(bias)
 
@@ -192,7 +180,7 @@ def _categorical_by_torch(action: Tensor, logits: Tensor) -> tuple[Tensor, Tenso
 class _CategoricalTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, action, logits):
-        log_prob, entropy, log_total = categorical_terms(*_contiguous(action, logits))
+        log_prob, entropy, log_total = categorical_terms(contiguous(action), contiguous(logits))
         ctx.save_for_backward(logits, action, entropy, log_total)
         return log_prob, entropy
 
@@ -202,7 +190,7 @@ class _CategoricalTerms(torch.autograd.Function):
             logits, action, *_ = ctx.saved_tensors
             slopes = (d_log_prob, d_entropy)
             return differentiable_gradients(_categorical_by_torch, (action, logits), ctx.needs_input_grad, *slopes)
-        return None, categorical_gradient(*_contiguous(*ctx.saved_tensors, d_log_prob, d_entropy))
+        return None, categorical_gradient(*map(contiguous, (*ctx.saved_tensors, d_log_prob, d_entropy)))
 
 
 def categorical_terms(action: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
