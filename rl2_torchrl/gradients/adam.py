@@ -84,7 +84,9 @@ class AdamSteps:
             # Hooks and forwards of users may have put other tensors in their places.
             if (gradient := parameter.grad) is None:
                 row.size, self._gradients[number] = 0, None
-            elif gradient is not self._gradients[number] or not _lie_there(row, parameter, gradient):
+                continue
+            lie_there = (parameter.data_ptr(), gradient.data_ptr()) == (row.value, row.gradient)
+            if gradient is not self._gradients[number] or not lie_there:
                 self._look_at(number, parameter, row)
         return ctypes.addressof(self._table), len(self._table)
 
@@ -102,10 +104,6 @@ class AdamSteps:
         # The weights are others now: a graph from before a step cannot be gone back through.
         increment_version([parameter for parameter in self._options if parameter.grad is not None])
         return self._norm.value
-
-
-def _lie_there(row: _Row, parameter: nn.Parameter, gradient: torch.Tensor) -> bool:
-    return (parameter.data_ptr(), gradient.data_ptr()) == (row.value, row.gradient)
 
 
 def steps_by(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> AdamSteps | OptimizerSteps:

@@ -193,7 +193,7 @@ class RecordedMinibatch:
     def _end_step(self) -> None:
         """What has been called since the last step is one."""
         if len(self._recording.calls) > self._end:
-            self._steps.append(Calls(self._recording, self._end))
+            self._steps.append(Calls(self._recording.library, self._recording.calls[self._end :]))
         self._end = len(self._recording.calls)
 
     def _gather(self, chunks: State) -> None:
@@ -223,14 +223,10 @@ class RecordedMinibatch:
 
         def again() -> None:
             entries = self._shown(part, before, part.forward)
-            is_followed = self._follow_weights()
-            if (
-                not is_followed
-                or part.carries != carries
-                or any(entries[key].shape != entry.shape for key, entry in made.items())
-            ):
-                if part.carries != carries:
-                    self._program.follow_gradients()
+            is_as_before = self._follow_weights() and all(entries[k].shape == entry.shape for k, entry in made.items())
+            if part.carries != carries:
+                self._program.follow_gradients()
+            if not is_as_before or part.carries != carries:
                 raise _OtherwiseError(lambda: self._go_on(entries, number + 1, {}, {}))
             for key, entry in made.items():
                 entry.copy_(entries[key])

@@ -133,12 +133,12 @@ class Calls:
     """Calls that are made again in one.
 
     Args:
-        recording: what has noted them.
-        first: which of its ``calls`` is the first.
+        library: whose kernels they are.
+        noted: those of a `Recording`'s ``calls`` that are made.
     """
 
-    def __init__(self, recording: Recording, first: int = 0):
-        self._library, self._noted = recording.library, recording.calls[first:]
+    def __init__(self, library: ctypes.CDLL, noted: list[tuple[int, tuple]]):
+        self._library, self._noted = library, noted
         self._table = torch.tensor([_row(*call) for call in self._noted], dtype=torch.int64, device="cpu")
         self.count = len(self._table)
 
@@ -154,9 +154,7 @@ class Calls:
 
     def and_then(self, name: str, *arguments: float) -> Calls:
         """These, and one of the kernel ``name``."""
-        more = Recording()
-        more.library, more.calls = self._library, [*self._noted, (_kernels_of(self._library)[name], arguments)]
-        return Calls(more)
+        return Calls(self._library, [*self._noted, (_kernels_of(self._library)[name], arguments)])
 
     def make_passes(self, *arguments: int) -> int:
         """Makes them for each of many minibatches, as the kernels' ``make_passes`` says."""
