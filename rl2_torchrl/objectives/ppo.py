@@ -52,14 +52,9 @@ _OURS |= {"clip_value": None, "max_importance_ratio": None, "samples_mc_entropy"
 _OURS |= {"log_explained_variance": False, "separate_losses": False, "functional": False, "delay_actor": False}
 
 #: What `ClipPPOLoss` calls of itself, and nobody else.
-_STEPS = (
-    "_maybe_normalize_advantage",
-    "_standardize_advantage",
-    "_scale_advantage",
-    "_log_weight",
-    "_get_cur_log_prob",
-)
-_STEPS += ("_get_entropy", "_weighted_loss_entropy", "loss_critic", "_critic_loss_inputs", "_reduce_loss")
+_STEPS = ("_maybe_normalize_advantage", "_standardize_advantage", "_scale_advantage", "_log_weight")
+_STEPS += ("_get_cur_log_prob", "_get_entropy", "_weighted_loss_entropy", "loss_critic", "_critic_loss_inputs")
+_STEPS += ("_reduce_loss",)
 
 
 class RL2PPOLoss(ClipPPOLoss):
@@ -120,7 +115,6 @@ class RL2PPOLoss(ClipPPOLoss):
         if terms and self.functional:
             raise ValueError("terms read what the networks write, which functional=True hides: leave it False.")
         self.terms = nn.ModuleList(terms)
-        self._set_in_keys()
         if named := [key for term in terms for key in as_list("out_keys", getattr(term, "out_keys", None) or ())]:
             self.out_keys = [*self.out_keys, *named]
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
@@ -159,15 +153,12 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _state_now(self, seen: "_Seen") -> tuple:
         """What gradients depend on beside data and weights."""
-        coefficients = (
-            self.clip_bounds,
-            *(None if c is None else as_number(c) for c in (self.critic_coeff, self.entropy_coeff)),
-        )
+        coefficients = [None if c is None else as_number(c) for c in (self.critic_coeff, self.entropy_coeff)]
         # Others may stand in their places for a while, as by `TensorDictParams.to_module`.
-        weights = [
-            (id(p), p is None or p.requires_grad) for module in seen.modules for p in module._parameters.values()
-        ]
-        return seen, coefficients, self.entropy_bonus, self.has_critic, self.tensor_keys, len(self.terms), weights
+        parameters = [p for module in seen.modules for p in module._parameters.values()]
+        weights = [(id(p), p is None or p.requires_grad) for p in parameters]
+        options = (self.clip_bounds, self.entropy_bonus, self._has_critic, self.tensor_keys, len(self.terms))
+        return seen, coefficients, options, weights
 
     def _why_torchrls(self, seen: "_Seen | None") -> str | None:
         """Why it is `ClipPPOLoss` that computes PPO's terms, in words; None where parts do. ``seen``: None while compiled."""
@@ -205,7 +196,7 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _runs_critic(self) -> bool:
         written = () if self.critic_network is None else self.critic_network.out_keys
-        return self.has_critic or any(key in written for key in self._keys_of_terms())
+        return self._has_critic or any(key in written for key in self._keys_of_terms())
 
     def _keys_of_terms(self) -> list[NestedKey]:
         """What terms beside PPO's own read."""
@@ -218,7 +209,7 @@ class RL2PPOLoss(ClipPPOLoss):
         terms: list[nn.Module] = [ClippedObjective(*self.clip_bounds, keys.sample_log_prob, keys.advantage)]
         if self.entropy_bonus:
             terms.append(EntropyBonus(as_number(self.entropy_coeff)))
-        if self.has_critic:
+        if self._has_critic:
             terms.append(SquaredError(as_number(self.critic_coeff), keys.value, keys.value_target))
         return [*terms, *self.terms]
 
@@ -277,29 +268,20 @@ class RL2PPOLoss(ClipPPOLoss):
         super()._set_in_keys()
         keys = self.tensor_keys
         own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
-        written = {*self.actor_network.out_keys, *(self.critic_network.out_keys if self.critic_network else ())}
-        terms = self._modules.get("terms", ())  # ClipPPOLoss asks before there are any
-        own += [key for term in terms for key in term.in_keys if key not in written and key[0] != "policy"]
         self._in_keys = list(dict.fromkeys([*self._in_keys, *own]))
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """What is read of the data, by a ``loss_terms()`` of a class below as well, which is there when all of that class is."""
-        keys = ClipPPOLoss.in_keys.fget(self)
-        more = self._keys_of_terms() if self._has_own_terms() else ()
+        """What is read of the data, by the terms as well; those of a class below are there when all of that class is."""
         written = {key for network in (self.actor_network, self.critic_network) if network for key in network.out_keys}
-        return list(dict.fromkeys([*keys, *(key for key in more if key not in written and key[0] != "policy")]))
+        terms = [key for key in self._keys_of_terms() if key not in written and key[0] != "policy"]
+        return list(dict.fromkeys([*ClipPPOLoss.in_keys.fget(self), *terms]))
 
     @in_keys.setter
     def in_keys(self, keys: list[NestedKey]) -> None:
         self._in_keys = keys
 
     # --------------------------------------------------------------- numbers
-    @property
-    def has_critic(self) -> bool:
-        """Whether there is a value loss."""
-        return self._has_critic
-
     def require_starts(self, keys: Container[NestedKey]) -> None:
         """KeyError unless ``keys`` hold what says where a trial starts, without which networks take it for nowhere."""
         if "is_init" in self.actor_network.in_keys and "is_init" not in keys:
