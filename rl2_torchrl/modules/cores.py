@@ -279,13 +279,11 @@ class LSTMCore(RecurrentCore):
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
         is_plain = not others_than(LSTMCore, self, ["step"]) and self._starts_from_zeros()
-        is_bare_lstm = is_bare(self.lstm)  # hooks see single steps, as those of a rollout do
-        if not is_plain or not is_bare_lstm or kernels.is_transformed():
+        # Hooks see single steps, as those of a rollout do; PyTorch's packed sequences are up to ten times slower than steps.
+        is_whole = is_plain and is_bare(self.lstm) and not kernels.is_transformed()
+        if not is_whole or (length := _common_length(is_init, x.shape[1])) is None:
             return super().unroll(x, memory, is_init, with_memory=with_memory)
-        batch, length = x.shape[:2], _common_length(is_init, x.shape[1])
-        if length is None:
-            # PyTorch's packed sequences are up to ten times slower than steps.
-            return super().unroll(x, memory, is_init, with_memory=with_memory)
+        batch = x.shape[:2]
         state = memory and tuple(m.flatten(0, 1)[::length].transpose(0, 1).contiguous() for m in memory)
         y, last = self.lstm(x.reshape(-1, length, x.shape[-1]), state)
         states = [m.transpose(0, 1).repeat_interleave(length, 0) for m in last] if with_memory else []

@@ -26,19 +26,8 @@ def why_no_parts(actor: TensorDictModuleBase) -> str | None:
 
 
 def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: bool) -> list[Part]:
-    """The parts of the policy ``actor``, the last of which writes log-probability and entropy."""
+    """The parts of the policy ``actor``, the last of which writes ``LOG_PROB`` and, where it is asked for, ``ENTROPY``."""
     *modules, sample = leaves_of(actor, is_policy=True)
-    like = next(actor.parameters(), None)
-    return [*map(part_of, modules), _policy_part(sample, action_key, entropy=entropy, like=like)]
-
-
-def _policy_part(
-    sample: ProbabilisticTensorDictModule, action_key: NestedKey, *, entropy: bool, like: Tensor | None
-) -> Part:
-    """The part that writes ``LOG_PROB`` and, where ``entropy`` is asked for, ``ENTROPY``, in the place of a policy's last module.
-
-    ``like`` is one of the policy's parameters, if it has any: of the device and dtype that its distribution will have.
-    """
     distribution = distribution_of(sample)
 
     def terms(action: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -49,9 +38,13 @@ def _policy_part(
             its_entropy = -distribution.drawn_log_prob(*parameters)
         return log_prob, its_entropy
 
+    # Of the device and dtype of the parameters, if there are any, the distribution will be.
+    like = next(actor.parameters(), None)
     has_kernels = like is not None and policy.has_kernels(like)
     keys = ([action_key, *sample.in_keys], [policy.LOG_PROB, policy.ENTROPY] if entropy else [policy.LOG_PROB])
     if has_kernels and distribution.part and stands_for(distribution, "part", "log_prob_and_entropy"):
-        return distribution.part(terms, *keys)
-    missing = "brings no gradient of its own" if has_kernels else "has no kernels here"
-    return Part(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")
+        last = distribution.part(terms, *keys)
+    else:
+        missing = "brings no gradient of its own" if has_kernels else "has no kernels here"
+        last = Part(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")
+    return [*map(part_of, modules), last]
