@@ -170,15 +170,13 @@ class TrialCollector(Collector):
     def rollout(self) -> TensorDictBase:
         """One batch ``[*B, T]`` of the entries ``keep``."""
         with self.turns.turn():
-            return self._batch()
-
-    def _batch(self) -> TensorDictBase:
-        if self.player is not None:
-            if self.pre_collect_hook is not None:
-                self.pre_collect_hook()
-            with set_exploration_type(self.exploration_type):
-                return self.player()
-        batch = super().rollout()
+            if self.player is None:
+                batch = super().rollout()
+            else:
+                if self.pre_collect_hook is not None:
+                    self.pre_collect_hook()
+                with set_exploration_type(self.exploration_type):
+                    return self.player()
         if self.keep is None or batch is None:  # None: it has gone into the replay buffer, step by step
             return batch
         made = list(batch.keys(True, True))  # a lazy stack's own keys() finds no nested one

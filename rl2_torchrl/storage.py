@@ -29,9 +29,8 @@ log = logging.getLogger(__name__)
 #: How the name of a file ends until it is whole.
 SCRATCH = ".part"
 
-_DIGEST_FIELD = (
-    b'"sha256":"'  # a quotation mark within a JSON string has a backslash before it: this stands in the header once
-)
+#: A quotation mark within a JSON string has a backslash before it: this stands in the header once.
+_DIGEST_FIELD = b'"sha256":"'
 _NO_DIGEST = "0" * 64
 
 #: Tensors by what makes them the same one: their numbers and themselves.
@@ -119,7 +118,8 @@ def to_bytes(tree: Any) -> bytes:
 def from_bytes(data: bytes, source: object) -> Any:
     """The tree of `to_bytes`; ``source`` is where they come from, for the error's message."""
     try:
-        header = _header(data)
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])["__metadata__"]
         if hashlib.sha256(_with_digest(data, _NO_DIGEST)).hexdigest() != header["sha256"]:
             raise DamagedFileError(f"{source} is cut short or has changed since it was written: its digest is another.")
         return _decoded(json.loads(header["tree"]), safetensors.torch.load(data))
@@ -144,11 +144,6 @@ def from_tensor(data: torch.Tensor, source: object) -> Any:
 def require_tree(tree: Any) -> None:
     """Raises what `save_tree` would raise for ``tree``, without writing it."""
     _encoded(tree, {}, ())
-
-
-def _header(data: bytes) -> dict[str, str]:
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size])["__metadata__"]
 
 
 def _with_digest(data: bytes, digest: str) -> bytes:

@@ -15,15 +15,10 @@ from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.trials import Task, flat, unflat
 from rl2_torchrl.transition import NO_REWARD
 
-__all__ = ["TensorDoor", "TorchRLDoor", "door_to", "is_tensor_env"]
+__all__ = ["TensorDoor", "TorchRLDoor", "is_tensor_env"]
 
 #: What a step gave: entries ``[N, ...]``, the reward ``[N, 1]``, and which episodes ended, bool ``[N]`` (None: it is known).
 Played = tuple[State, torch.Tensor, torch.Tensor | None]
-
-
-def door_to(env: EnvBase, observed: set[NestedKey], task_key: NestedKey) -> TensorDoor | TorchRLDoor:
-    """The door to ``env``; of its observations those in ``observed`` are asked for."""
-    return TensorDoor(env, observed) if is_tensor_env(env) else TorchRLDoor(env, observed, task_key)
 
 
 def is_tensor_env(env: EnvBase) -> bool:

@@ -11,7 +11,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows, TrialClock
-from rl2_torchrl.rollout.doors import door_to
+from rl2_torchrl.rollout.doors import TensorDoor, TorchRLDoor, is_tensor_env
 from rl2_torchrl.rollout.transitions import TransitionInputs
 from rl2_torchrl.rollout.trials import REWARD, Keys, Task, Trials, flat, leaves, next_key
 from rl2_torchrl.trial import TRIAL_KEYS
@@ -42,8 +42,8 @@ class TensorTrials(Trials):
         self.out_key = None if transition is None else transition.out_key
         self._shows_next_input = transition is not None and next_key(self.out_key) in self.wanted
         self._counters = [key for key in encoded if key in TRIAL_KEYS]
-        seen = {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}
-        self.door = door_to(base, seen.difference(TRIAL_KEYS), self._task_key)
+        seen = {*encoded, *self._root_keys, *(key for key, _ in self._after_keys)}.difference(TRIAL_KEYS)
+        self.door = TensorDoor(base, seen) if is_tensor_env(base) else TorchRLDoor(base, seen, self._task_key)
         self.has_threads, self.reason = self.door.has_threads, self.door.reason
         known = (*TrialClock.names, *TrialClock.next_names)
         flags = {*read, *(known if keep is None else leaves(keep, known))}
