@@ -12,7 +12,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl.arguments import noted
 from rl2_torchrl.gradients import Program
-from rl2_torchrl.gradients.adam import AdamSteps, OptimizerSteps, steps_by, why_not_adam
+from rl2_torchrl.gradients.adam import OptimizerSteps, steps_by, why_not_adam
 from rl2_torchrl.gradients.answers import Answers
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
 from rl2_torchrl.gradients.program import Values, numbers_of
@@ -167,15 +167,13 @@ class Passes:
         for entries in self._minibatches.entries():
             yield self._step(self._losses_by_autograd(entries), steps, max_grad_norm, checks)
 
-    def _step(
-        self, losses: Values, steps: AdamSteps | OptimizerSteps, max_norm: float | None, checks: Iterator
-    ) -> Values:
+    def _step(self, losses: Values, steps, max_grad_norm: float | None, checks: Iterator) -> Values:
         """The step on a minibatch whose gradients have been made, once these have passed the ``checks``, and its metrics."""
         losses = self._learners.join(numbers_of(losses), self._parameters, self._minibatches.weight)
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
         for check in checks:
             check(losses)
-        return {"loss": total, **losses, "grad_norm": steps.take(max_norm)}
+        return {"loss": total, **losses, "grad_norm": steps.take(max_grad_norm)}
 
     def _by_graph(self, optimizer, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
         starts = self._minibatches.chunks.get("is_init")

@@ -169,10 +169,9 @@ class TermPart(Part):
 
     def brings_kernels(self) -> bool:
         """Whether its gradients are its ``by_kernels``; a class of a user's may have put something else in their place."""
-        is_ours = type(self.function).__module__.startswith("rl2_torchrl.") and "with_gradients" not in vars(
-            self.function
-        )
-        return is_ours and hasattr(self.function, "by_kernels")
+        term = self.function
+        is_ours = type(term).__module__.startswith("rl2_torchrl.") and "with_gradients" not in vars(term)
+        return is_ours and hasattr(term, "by_kernels")
 
     def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Values, Gradients] | tuple[()]:
         """What makes `losses` of the numbers that kernels leave, what else they leave, and the gradients.

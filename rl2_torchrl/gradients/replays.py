@@ -7,10 +7,9 @@ spend 0.6 ms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl import kernels
@@ -36,15 +35,7 @@ class Replays:
         are_kept: whether somebody may keep a parameter's gradient, which otherwise the next minibatch's is written over.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        chunks: Mapping[NestedKey, torch.Tensor],
-        rows: int,
-        *,
-        passes: int,
-        are_kept: bool = False,
-    ):
+    def __init__(self, program: Program, chunks: State, rows: int, *, passes: int, are_kept: bool = False):
         program.loss.require_starts(chunks)
         self._are_kept = are_kept
         number = len(next(iter(chunks.values())))

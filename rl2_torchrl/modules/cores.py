@@ -336,8 +336,7 @@ def sub_key(key: NestedKey, suffix: str) -> NestedKey:
 
 def as_sizes(input_size: int, hidden_size: int, num_layers: int) -> tuple[int, ...]:
     """The sizes of a core as Python's integers; NumPy's are none to `torch.nn.GRU`."""
-    sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-    return tuple(whole(name, size) for name, size in sizes.items())
+    return whole("input_size", input_size), whole("hidden_size", hidden_size), whole("num_layers", num_layers)
 
 
 def at_ends(states: Tensor, is_init: Tensor | None) -> Tensor:

@@ -137,11 +137,8 @@ class ConvEncoder(ImageEncoder):
                     f"images {tuple(shape)} are too small for {len(num_channels)} such convolutions: give fewer or smaller ones, "
                     "encoder={...: partial(ConvEncoder, num_channels=[16])}, or an MLPEncoder."
                 )
-        layers += [
-            nn.Flatten(),
-            nn.Linear(channels * size[0] * size[1], whole("out_features", out_features), **factory),
-            activation(),
-        ]
+        inputs, outputs = channels * size[0] * size[1], whole("out_features", out_features)
+        layers += [nn.Flatten(), nn.Linear(inputs, outputs, **factory), activation()]
         super().__init__(nn.Sequential(*layers), shape)
 
 
@@ -253,9 +250,9 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
     like = next(module.parameters(), torch.empty(0))
     is_core = "is_init" in module.in_keys
     lead = [1] if is_core else [2, 3]  # encoders see sequences too, cores in recurrent mode alone
-    row = {key: like.new_zeros(*lead, *entries[key]) for key in module.in_keys if key in entries}
-    row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
     tried = {key: [*lead, *entries[key]] for key in module.in_keys if key in entries}
+    row = {key: like.new_zeros(shape) for key, shape in tried.items()}
+    row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
     what = getattr(module, "module", module)
     with torch.no_grad(), noted(f"This was the {'core' if is_core else 'encoder'} {what}, tried on {tried}."):
         out = module(TensorDict(row, lead if is_core else [])).get(output_key(module))
@@ -358,8 +355,7 @@ class SkipHead(nn.Module):
 
     def __init__(self, head: Head, detach: bool = False):
         super().__init__()
-        self.head, self.detach = head, detach
-        self.concat = Concat()
+        self.head, self.detach, self.concat = head, detach, Concat()
 
     def forward(self, features: Tensor, *extra: Tensor) -> Tensor:
         return self.head(self.concat(features.detach() if self.detach else features, *extra))

@@ -247,10 +247,8 @@ class MemoryValueHead(Network):
         value_key: NestedKey = "state_value",
         **layers,
     ):
-        require_flags(detach=detach)
-        head = Head(
-            whole("features_size", features_size) + extra_size, 1, skip_size=extra_size, init_range=init_range, **layers
-        )
+        size = whole("features_size", features_size) + extra_size
+        head = Head(size, 1, skip_size=extra_size, init_range=init_range, **layers)
         in_keys = [features_key, *as_list("extra_keys", extra_keys)]
         super().__init__(TensorDictModule(SkipHead(head, detach), in_keys, [value_key]))
         self.detach, self.value_key = detach, value_key

@@ -55,9 +55,8 @@ class TaskBelief(nn.Module):
         require_numbers(coefficient=coefficient)
         if not coefficient > 0:
             raise ValueError(f"coefficient={coefficient}: without a positive weight nothing learns to tell the task.")
-        self.layer = nn.Linear(
-            whole("features_size", features_size), whole("target_size", target_size), device=device, dtype=dtype
-        )
+        sizes = whole("features_size", features_size), whole("target_size", target_size)
+        self.layer = nn.Linear(*sizes, device=device, dtype=dtype)
         self.coefficient, self.target = coefficient, target
         self.in_keys, self._name = [features_key, task_key], name
 

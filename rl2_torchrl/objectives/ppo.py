@@ -273,7 +273,8 @@ class RL2PPOLoss(ClipPPOLoss):
     @property
     def in_keys(self) -> list[NestedKey]:
         """What is read of the data, by the terms as well; those of a class below are there when all of that class is."""
-        written = {key for network in (self.actor_network, self.critic_network) if network for key in network.out_keys}
+        networks = [network for network in (self.actor_network, self.critic_network) if network is not None]
+        written = {key for network in networks for key in network.out_keys}
         terms = [key for key in self._keys_of_terms() if key not in written and key[0] != "policy"]
         return list(dict.fromkeys([*ClipPPOLoss.in_keys.fget(self), *terms]))
 

@@ -110,9 +110,8 @@ class TrialClock:
         keys = self.next_names if is_after else self.names
         if not counts or self._wanted.isdisjoint(keys):
             return {}
-        index, step, over, ended = (
-            torch.from_numpy(np.array(each)).view(len(counts), -1) for each in zip(*counts, strict=True)
-        )
+        arrays = map(np.array, zip(*counts, strict=True))
+        index, step, over, ended = (torch.from_numpy(array).view(len(counts), -1) for array in arrays)
         begun = never = torch.zeros_like(over)
         if not is_after:  # a trial that has ended is followed by one that begins
             goes_on = ~over

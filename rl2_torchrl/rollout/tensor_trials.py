@@ -146,9 +146,8 @@ class TensorTrials(Trials):
         self._task, entries = task, [] if self.sampler is None else [(self._task_key, task)]
         if entries and isinstance(task, TensorDictBase):
             entries = TensorDict(dict(entries), self.batch_size).items(True, True)
-        self._shown_task = {
-            each: flat(value, self.batch_size) for key, value in entries for each in (key, next_key(key))
-        }
+        shown = {key: flat(value, self.batch_size) for key, value in entries}
+        self._shown_task = shown | {next_key(key): value for key, value in shown.items()}
 
     def _at(self, t: int) -> State:
         root = {**self._shown_task, **{key: self._observations[key] for key in self._root_keys}}
