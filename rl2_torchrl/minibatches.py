@@ -81,14 +81,14 @@ class Minibatches:
         self.chunks = {key: stored.get(key) for key in layout}
 
     def order(self) -> torch.Tensor:
-        """The numbers ``[num_chunks]`` of the chunks in the order of the next pass, as iterating over the buffer takes them."""
+        """The numbers ``[num_chunks]``, int64, of the chunks in the order of the next pass, as the buffer would take them."""
         return self._buffer.sampler.sample(self._buffer.storage, len(self._buffer))[0]
 
-    def entries(self) -> Iterator[dict[NestedKey, torch.Tensor]]:
-        """One pass, minibatches, or this process's part of them, as entries ``[rows, bptt, ...]``."""
+    def entries(self) -> Iterator[tuple[torch.Tensor, dict[NestedKey, torch.Tensor]]]:
+        """One pass: this process's chunks ``[rows]`` of each minibatch, and these as entries ``[rows, bptt, ...]``."""
         for index in self.order().split(self.rows):  # no TensorDict for each
             own = self.share(index)
-            yield {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
+            yield own, {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
 
     def share(self, index: torch.Tensor) -> torch.Tensor:
         """This process's part of a minibatch of the chunks ``index``."""

@@ -103,13 +103,7 @@ class Passes:
     # ------------------------------------------------------------------ a batch
     @contextmanager
     def over_batch(
-        self,
-        optimizer: torch.optim.Optimizer,
-        max_grad_norm: float | None,
-        *,
-        passes: int,
-        replays: bool,
-        check: Callable[[Values], object] | None,
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, passes: int, checks: Iterable[Callable]
     ) -> Iterator[Callable[[], Iterable[Values]]]:
         """Within it, a pass over the batch that the minibatches hold now, to be called once an epoch.
 
@@ -117,14 +111,12 @@ class Passes:
         for no more.
 
         Args:
-            optimizer: takes the steps.
-            max_grad_norm: clip the gradient's norm at this.
+            optimizer, max_grad_norm: as in `PPOUpdate`.
             passes: how many there will be, at most.
-            replays: whether the networks must give the collected log-probabilities back, and ValueError where they do not.
-            check: is shown the losses of the first minibatch before any step.
+            checks: are shown the losses of the first minibatch before any step, such as `require_replay`.
         """
         self.backend, self.reason, program = self._choose(optimizer)
-        checks = iter([*([self._require_replay] if replays else []), *([] if check is None else [check])])
+        checks = iter(checks)
         if self.backend == "graph":
             yield partial(self._by_graph, optimizer, max_grad_norm, checks)
             return
@@ -140,21 +132,19 @@ class Passes:
                 yield partial(self._by_answers, self._loss.answers(replayed), *given)
 
     def _by_parts(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
-        order, done = self._minibatches.order().long().contiguous(), 0
+        order, done = self._minibatches.order(), 0
         while done < len(order):
             rows = min(self._minibatches.rows, len(order) - done)
             together = replays.passes(steps, max_grad_norm, order[done:], rows) if self._learners.size == 1 else []
             yield from together
             done += len(together) * rows
             if not together:
-                losses = replays(self._minibatches.share(order[done : done + rows]).contiguous())
+                losses = replays(self._minibatches.share(order[done : done + rows]))
                 yield self._step(losses, steps, max_grad_norm, checks)
                 done += rows
 
     def _by_answers(self, answers: Answers, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
-        for index in self._minibatches.order().long().split(self._minibatches.rows):
-            own = self._minibatches.share(index).contiguous()
-            entries = {key: chunk.index_select(0, own) for key, chunk in self._minibatches.chunks.items()}
+        for own, entries in self._minibatches.entries():
             with answers.given(own, entries) if self.backend == "parts" else nullcontext():
                 losses = self._losses_by_autograd(entries)
             if answers.are_vain and self._named == "auto":
@@ -164,7 +154,7 @@ class Passes:
             yield self._step(losses, steps, max_grad_norm, checks)
 
     def _by_autograd(self, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
-        for entries in self._minibatches.entries():
+        for _, entries in self._minibatches.entries():
             yield self._step(self._losses_by_autograd(entries), steps, max_grad_norm, checks)
 
     def _step(self, losses: Values, steps, max_grad_norm: float | None, checks: Iterator) -> Values:
@@ -179,7 +169,7 @@ class Passes:
         starts = self._minibatches.chunks.get("is_init")
         # It says nothing where no chunk has a trial that starts after its first step.
         silent = {"is_init"} if starts is not None and not bool(starts[:, 1:].any()) else ()
-        entries = ({k: e for k, e in each.items() if k not in silent} for each in self._minibatches.entries())
+        entries = ({k: e for k, e in each.items() if k not in silent} for _, each in self._minibatches.entries())
         yield from self._graphed.run(entries, optimizer, max_grad_norm, checks)
         self.reason = self._graphed.reason
 
@@ -194,8 +184,9 @@ class Passes:
         sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
         return {name: value.detach() for name, value in losses.items() if value.ndim == 0}
 
-    def _require_replay(self, losses: Values) -> None:
-        """Before the first step the networks must give the collected log-probabilities back: all ratios are 1, to rounding."""
+    def require_replay(self, losses: Values) -> None:
+        """ValueError unless the networks give the collected log-probabilities back, as they must before the first step."""
+        # All ratios are 1, to rounding.
         log_prob = self._minibatches.chunks[self._loss.tensor_keys.sample_log_prob]
         max_ratio = losses["max_ratio"]
         # Rounding is that of the coarsest dtype, and grows with the log-probability, a sum over the action's dimensions.

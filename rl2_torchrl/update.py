@@ -194,11 +194,11 @@ class PPOUpdate:
         if any(norm.count == 0 for norm, _ in norms):
             return self._measure(norms, batch)
         self._minibatches.fill(self.chunks(self.with_advantages(batch)), self.minibatches, shuffle=self.shuffle)
-        from_zeros = not set(self._memory_keys()) <= set(batch.keys(True, True))
+        has_memory = set(self._memory_keys()) <= set(batch.keys(True, True))
+        checks = [] if has_memory else [self._passes.require_replay]
+        checks += [] if self.target_kl is None else [_kl_of]
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
-        check = None if self.target_kl is None else _kl_of
-        options = {"passes": self.epochs, "replays": from_zeros, "check": check}
-        with self._passes.over_batch(self.optimizer, self.max_grad_norm, **options) as one_pass:
+        with self._passes.over_batch(self.optimizer, self.max_grad_norm, self.epochs, checks) as one_pass:
             for epoch in range(self.epochs):
                 kls = []
                 for number, metrics in enumerate(one_pass()):
@@ -258,8 +258,7 @@ class PPOUpdate:
         are_whole = starts is not None and bool(starts[:, 0].all())
         memory = self._starting_keys() if are_whole else self._memory_keys()
         keys = list(dict.fromkeys([*self._keys_read(), *memory]))
-        missing = [key for key in keys if key not in batch.keys(True, True)]
-        if missing:
+        if missing := [key for key in keys if key not in batch.keys(True, True)]:
             raise KeyError(
                 f"the batch lacks {missing}, which the loss reads. Advantages come from advantage=, hidden states and 'is_init' "
                 "from the collector: Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that "
