@@ -180,8 +180,7 @@ class TrialCollector(Collector):
         if self.keep is None or batch is None:  # None: it has gone into the replay buffer, step by step
             return batch
         made = list(batch.keys(True, True))  # a lazy stack's own keys() finds no nested one
-        missing = [key for key in self.keep if not leaves([key], made)]
-        if missing:
+        if missing := [key for key in self.keep if not leaves([key], made)]:
             raise KeyError(f"keep holds {missing}, which is not collected; there is {sorted(map(str, made))}.")
         return batch.select(*outermost(self.keep))
 

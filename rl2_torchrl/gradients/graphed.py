@@ -112,9 +112,8 @@ class _Minibatch:
     def _work(self) -> None:
         losses = self.loss.losses_of(self.entries, self.loss.loss_terms())
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
-        found = torch.autograd.grad(total, self.parameters, allow_unused=True)
-        pairs = list(zip(self.parameters, found, strict=True))
-        self.gradients = [None if gradient is None else laid_as(p, gradient) for p, gradient in pairs]
+        found = zip(self.parameters, torch.autograd.grad(total, self.parameters, allow_unused=True), strict=True)
+        self.gradients = [None if gradient is None else laid_as(p, gradient) for p, gradient in found]
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
@@ -124,15 +123,12 @@ class _Minibatch:
 
 def why_not_graphed(loss: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
     """Why minibatches of ``loss``, which is made of parts, are no CUDA graph, in words; None if they are worth a try."""
-    strangers = {type(m).__name__ for m in loss.modules() if not type(m).__module__.startswith(_KNOWN)}
-    if strangers:
-        return (
-            f"what {', '.join(sorted(strangers))} does may depend on more than tensors, which a recording does not see"
-        )
+    if strangers := {type(m).__name__ for m in loss.modules() if not type(m).__module__.startswith(_KNOWN)}:
+        names = ", ".join(sorted(strangers))
+        return f"what {names} does may depend on more than tensors, which a recording does not see"
     if not all(map(is_bare, loss.children())):
         return "a recording would not run the hooks on modules of the loss"
-    whole = [part.reason for part in loss.network_parts() if (part.reason or "").endswith("TensorDict")]
-    if whole:
+    if whole := [part.reason for part in loss.network_parts() if (part.reason or "").endswith("TensorDict")]:
         return whole[0]
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return f"{type(optimizer).__name__} cannot skip a step on a broken gradient: its fused=True can"

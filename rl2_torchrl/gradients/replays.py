@@ -114,9 +114,8 @@ class Replays:
         none of the choices.
         """
         minibatch = self._sizes.get(rows)
-        if minibatch is None or not isinstance(steps, AdamSteps) or len(order) < rows:
-            return []
-        return minibatch.passes(steps, max_norm, order)
+        is_whole = minibatch is not None and isinstance(steps, AdamSteps)
+        return minibatch.passes(steps, max_norm, order) if is_whole else []
 
     def close(self) -> None:
         """Hands the memory back."""

@@ -71,8 +71,7 @@ class Rollout:
         written = [key for part in parts for key in part.out_keys]
         made = list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
         for what, keys in (("keep holds", keep or ()), ("the policy reads", read)):
-            missing = [key for key in keys if not leaves([key], made)]
-            if missing:
+            if missing := [key for key in keys if not leaves([key], made)]:
                 raise KeyError(
                     f"{what} {missing}, which nobody makes: look at the in_keys of the loss's terms and of the networks; there is "
                     f"{sorted(map(str, made))}. What the advantage or a callback's after_batch makes of whole batches, no "
