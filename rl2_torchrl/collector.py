@@ -54,8 +54,7 @@ class TrialCollector(Collector):
             ``track_traj_ids=False`` but for ``split_trajs`` and ``trajs_per_batch``: ``"is_init"`` marks trials.
 
     Attributes:
-        backend: ``"tensors"`` or ``"tensordicts"``, what plays.
-        reason: why that, where it is not the fastest; None where it is.
+        reason: why `backend` is that, where it is not the fastest; None where it is.
         player: the `Rollout` that plays, or None with `Collector`'s own loop.
         turns: its turns at the env, which nobody else may move between two batches.
 

@@ -67,14 +67,6 @@ class AdamSteps:
         self._gradients: list[torch.Tensor | None] = [None] * len(self._rows)
         self._library, self._norm = kernels.load(next(iter(self._options)).dtype), ctypes.c_double()
 
-    def _row_of(self, parameter: nn.Parameter) -> _Row:
-        """``parameter``, which has a gradient, as the kernels read it, and Adam's state of it, which it may not have had."""
-        if not (state := self._optimizer.state[parameter]):  # as Adam does before its first step
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
-        return _Row(*map(kernels.address, tensors), ctypes.addressof(self._options[parameter]), parameter.numel())
-
     def table(self) -> tuple[int, int]:
         """Where the kernels find parameters, gradients, averages and options as they are now, and of how many parameters."""
         for group, options in self._groups:
@@ -91,10 +83,15 @@ class AdamSteps:
         return ctypes.addressof(self._table), len(self._table)
 
     def _look_at(self, number: int, parameter: nn.Parameter, row: _Row) -> None:
+        """Writes into ``row`` where ``parameter`` and its gradient are, and at first Adam's state of it."""
         if not (parameter.is_contiguous() and parameter.grad.is_contiguous()):
             parameter.data, parameter.grad = parameter.data.contiguous(), parameter.grad.contiguous()
         if row.value is None:
-            self._table[number] = self._row_of(parameter)
+            if not (state := self._optimizer.state[parameter]):  # as Adam does before its first step
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            row.mean, row.square, row.step = (state[name].data_ptr() for name in ("exp_avg", "exp_avg_sq", "step"))
+            row.options = ctypes.addressof(self._options[parameter])
         gradient = self._gradients[number] = parameter.grad
         row.value, row.gradient, row.size = parameter.data_ptr(), gradient.data_ptr(), gradient.numel()
 

@@ -124,8 +124,8 @@ class Part:
         """Takes the gradients by ``out_keys`` out of ``gradients``; adds those by ``wanted`` and by its parameters."""
         if self.is_by_hand:
             self.backward_by_hand(gradients)
-            return
-        self.add(self.backward_by_autograd(gradients), gradients)
+        else:
+            self.add(self.backward_by_autograd(gradients), gradients)
 
     def add(self, found: Gradients, gradients: Gradients) -> None:
         """Adds what `backward_by_autograd` has ``found``. Others add to it in place: it may be no view of another's."""

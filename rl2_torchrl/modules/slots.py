@@ -79,8 +79,7 @@ def fill_slots(
     keys = [in_key, *as_list("extra_keys", extra_keys)]
     entries = _entries(input_size, keys, in_sum=not encoder and normalize is False)
     if normalize is not False:
-        norm, entries, encoder = _normalized(normalize, in_key, entries, encoder, features_key, device)
-        norms.append(norm)
+        norms, entries, encoder = _normalized(normalize, in_key, entries, encoder, features_key, device)
     encoders, key, size = encoding(encoder, entries, features_key, **factory)
     if core is None:
         core = GRUCore(size, **units, **factory)
@@ -125,7 +124,7 @@ def _marks(normalize: bool | Tensor) -> bool | Tensor:
 
 
 def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder, features_key: NestedKey, device):
-    """The module that normalises ``in_key``; then entries and encoders with what it gives in the place of that."""
+    """The one module that normalises ``in_key``; then entries and encoders with what it gives in the place of that."""
     if isinstance(encoder, TensorDictModuleBase):
         raise ValueError(
             "normalize=True and an encoder that is a TensorDictModule: let that begin with a TensorDictModule(RunningNorm(n), ...)."
@@ -133,7 +132,7 @@ def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder, feature
     norm = RunningNorm(*entries[in_key], None if normalize is True else normalize, device=device)
     key = sub_key(features_key, "normalized")
     renamed = ({key if k == in_key else k: each for k, each in by_key.items()} for by_key in (entries, encoder))
-    return TensorDictModule(norm, [in_key], [key]), *renamed
+    return [TensorDictModule(norm, [in_key], [key])], *renamed
 
 
 def _built_core(core: Any, size: int, factory: Mapping) -> TensorDictModuleBase:
