@@ -65,7 +65,6 @@ class Minibatches:
         # One buffer for the whole training: first touch of fresh memory costs more than the copy.
         layout = {key: (entry.shape, entry.dtype) for key, entry in chunks.items(True, True)}
         if layout != self._layout:
-            self._layout = layout
             self._buffer = TensorDictReplayBuffer(
                 storage=LazyTensorStorage(number, device=self.device),
                 sampler=SamplerWithoutReplacement(),
@@ -78,7 +77,7 @@ class Minibatches:
         with quiet_torchrl():
             self._buffer.extend(chunks)
         stored = self._buffer.storage[:]
-        self.chunks = {key: stored.get(key) for key in layout}
+        self.chunks, self._layout = {key: stored.get(key) for key in layout}, layout
 
     def order(self) -> torch.Tensor:
         """The numbers ``[num_chunks]``, int64, of the chunks in the order of the next pass, as the buffer would take them."""
