@@ -80,8 +80,9 @@ class Minibatches:
         self.chunks, self._layout = {key: stored.get(key) for key in layout}, layout
 
     def order(self) -> torch.Tensor:
-        """The numbers ``[num_chunks]``, int64, of the chunks in the order of the next pass, as the buffer would take them."""
-        return self._buffer.sampler.sample(self._buffer.storage, len(self._buffer))[0]
+        """The numbers ``[num_chunks]`` of the chunks in the order of the next pass, as the buffer would take them."""
+        order, _ = self._buffer.sampler.sample(self._buffer.storage, len(self._buffer))
+        return order.long().contiguous()  # as kernels read it, whatever a sampler gives
 
     def entries(self) -> Iterator[tuple[torch.Tensor, dict[NestedKey, torch.Tensor]]]:
         """One pass: this process's chunks ``[rows]`` of each minibatch, and these as entries ``[rows, bptt, ...]``."""
