@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dis
 import gc
 import hashlib
 import logging
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sized
-from types import FunctionType, ModuleType
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,7 @@ from tensordict import TensorDictBase
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchrl.data import TensorSpec
-from torchrl.envs import EnvBase, Transform
+from torchrl.envs import Transform
 from torchrl.envs.transforms import Timer
 
 from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 
 #: What PyTorch's modules and TorchRL's transforms are made of.
 _INNER = {*vars(nn.Module()), "_container", "_parent", "_missing_tolerance"}
-#: Entries of what a function reads, or a `TensorEnv` has, that are looked at.
+#: Entries of what a function reads that are looked at.
 _FEW = 64
+_NUMBERS = (int, float, str, np.number)
 #: Attributes that every optimizer has; what of them changes is in its ``state_dict``.
 _OF_OPTIMIZERS = set(vars(torch.optim.SGD([torch.zeros(1)], lr=1.0)))
 #: Values that are saved, and put back in place, by their ``state_dict``.
@@ -77,6 +79,8 @@ class Kept:
         self._first = {name: _Attributes(each, memories) for name, each in self._parts.items()}
         for first in self._first.values():
             first.saved.clear()  # as large as all constants together
+        functions = {name: each for name, each in self._parts.items() if isinstance(each, FunctionType)}
+        self._functions = {name: (each, _read_by(each)) for name, each in functions.items()}
         self._told: set[str] = set()
         #: What has been put back had changed before this was made, and how it was given then.
         self._restored: dict[tuple[str, str], str | None] = {}
@@ -84,6 +88,10 @@ class Kept:
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """By part and attribute what is another by now, as bytes."""
         state, memories = {}, self._memories()
+        for name, (function, first) in self._functions.items():
+            now = _read_by(function)
+            for each in [each for each, digest in first.items() if now.get(each) != digest]:
+                self._tell(f"{each!r}, which {name} reads,")
         for name, part in self._parts.items():
             first, now = self._first[name], _Attributes(part, memories)
             is_same = {each: value is first.values.get(each) for each, value in now.values.items()}
@@ -135,8 +143,8 @@ class Kept:
             self._told.add(name)
             log.warning(
                 "%s changes in the training, and checkpoints cannot hold it: a resumed run begins with the first values of all "
-                "that stands beside it. Write get_extra_state() and set_extra_state(state) (of a module), or state_dict() and "
-                "load_state_dict(state).",
+                "that stands beside it. Make it an attribute of an object, one that draws the tasks, say; or write "
+                "get_extra_state() and set_extra_state(state) (of a module), state_dict() and load_state_dict(state) (else).",
                 name,
             )
 
@@ -168,44 +176,47 @@ class _Attributes:
 
 
 def _variables(part: Any) -> Iterator[tuple[str, Any]]:
-    """Attributes of ``part`` by name, or what takes their place."""
-    if isinstance(part, FunctionType):
-        if part.__module__.partition(".")[0] in _LIBRARIES:
-            return
-        read = {name: part.__globals__[name] for name in part.__code__.co_names if name in part.__globals__}
-        cells = {
-            name: cell for name, cell in _cells(part).items() if gc.get_referents(cell)
-        }  # not yet those that are empty
-        read |= {name: cell.cell_contents for name, cell in cells.items()}
-        yield from ((name, value) for name, value in read.items() if _is_small(value))
-    elif isinstance(part, TensorEnv):
-        yield from ((name, value) for name, value in vars(part).items() if name[0] != "_" and _is_small(value))
+    """Attributes of ``part`` by name."""
+    if isinstance(part, TensorEnv):
+        cached = {
+            name
+            for cls in type(part).__mro__
+            for name, value in vars(cls).items()
+            if isinstance(value, cached_property)
+        }
+        public = [name for name in vars(part) if name[0] != "_" and name not in cached]
+        yield from ((name, vars(part)[name]) for name in public if isinstance(vars(part)[name], _NUMBERS))
     elif isinstance(part, Optimizer):
         yield from ((name, value) for name, value in vars(part).items() if name not in _OF_OPTIMIZERS)
     else:
         yield from vars(part).items()
 
 
-def _assign(part: Any, name: str, value: Any) -> None:
-    if not isinstance(part, FunctionType):
-        vars(part)[name] = value
-    elif name in _cells(part):
-        _cells(part)[name].cell_contents = value
-    else:
-        part.__globals__[name] = value
+def _read_by(function: FunctionType) -> dict[str, str]:
+    """Digests of the few numbers that a function closes over, or reads of its file, by their names."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    read = {name: each for name, cell in cells for each in gc.get_referents(cell)}  # none in a cell that is still empty
+    loaded = set(_globals_in(function.__code__))
+    read |= {name: function.__globals__[name] for name in loaded if name in function.__globals__}
+    return {name: _digest(Saver(set())(value, name)) for name, value in read.items() if _is_of_numbers(value)}
 
 
-def _cells(function: FunctionType) -> dict[str, Any]:
-    return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+def _globals_in(code: CodeType) -> Iterator[str]:
+    """Names of the file's own that ``code`` loads, or functions and comprehensions within it."""
+    yield from (each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL")
+    for within in code.co_consts:
+        if isinstance(within, CodeType):
+            yield from _globals_in(within)
 
 
-def _is_small(value: Any) -> bool:
-    """Whether ``value`` is of a few numbers, as what changes within a training is; what is larger is taken for data."""
+def _is_of_numbers(value: Any) -> bool:
+    """Whether ``value`` is a number, or a few of them; what is larger, or an object, is taken for data."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return math.prod(value.shape) <= _FEW
-    if callable(value) or isinstance(value, ModuleType | torch.Generator | TensorSpec | EnvBase):
-        return False
-    return len(value) <= _FEW if isinstance(value, Sized) else True
+    if type(value) in (list, tuple, dict):
+        within = value.values() if isinstance(value, dict) else value
+        return len(value) <= _FEW and all(isinstance(each, _NUMBERS) for each in within)
+    return isinstance(value, _NUMBERS)
 
 
 def _is_looked_at(part: Any, name: str, value: Any, memories: set[int]) -> bool:
@@ -244,7 +255,7 @@ def _put(part: Any, name: str, in_place: bool, saved: Any) -> None:
     restore = Restorer(_packages(part, now), main="__main__" if owner is None else type(owner).__module__)
     made = restore(saved, now if in_place and kind not in ("array", "tensor") else None)
     if made is not now and not (in_place and _write_into(now, made)):
-        _assign(part, name, made)
+        vars(part)[name] = made
 
 
 @torch.no_grad()

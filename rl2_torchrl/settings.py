@@ -177,7 +177,8 @@ def _plain(value: Any) -> Any:
         return {name: item for name, item in items.items() if item is not _NOT_PLAIN}
     if isinstance(value, partial):
         given = [_plain(item) for item in (*value.args, *value.keywords.values())]
-        return [_plain(value.func), *(item for item in given if item is not _NOT_PLAIN)]
+        of = _plain(value.func)
+        return [_name(value.func) if of is _NOT_PLAIN else of, *(item for item in given if item is not _NOT_PLAIN)]
     # Without its module, as classes: a program has another name than where it is imported, or spawned.
     is_function = callable(value) and not isinstance(value, nn.Module) and hasattr(value, "__qualname__")
     return value.__qualname__ if is_function else _NOT_PLAIN

@@ -272,7 +272,8 @@ def owner_of(distribution: TaskDistribution) -> Any:
     """The object whose method ``distribution`` is, or the function, without arguments that are given to it ahead."""
     while isinstance(distribution, partial):
         distribution = distribution.func
-    return getattr(distribution, "__self__", distribution) if isinstance(distribution, MethodType) else distribution
+    is_of_object = isinstance(distribution, MethodType) and not isinstance(distribution.__self__, type)
+    return distribution.__self__ if is_of_object else distribution
 
 
 _Leaves = dict[NestedKey, tuple[torch.Size, torch.dtype]]

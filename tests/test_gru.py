@@ -143,6 +143,15 @@ def test_step_for_rollouts_equals_the_module():
     torch.testing.assert_close(hidden, out["next", "h"])
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_broken_weight_is_seen_at_a_trials_first_step(steps):
+    gru = nn.GRU(3, 20, batch_first=True)
+    gru.weight_hh_l0.data[7, 2] = torch.nan
+    with torch.no_grad():
+        ours = gru_sequence(torch.randn(9, steps, 3), None, None, *gru.all_weights[0])
+        assert torch.equal(ours.isnan(), gru(torch.zeros(9, steps, 3))[0].isnan())
+
+
 def test_step_without_kernels_is_torchs(monkeypatch):
     _, ours = pair(num_layers=2)
     entries = {key: value[:, 0] for key, value in data(7, 1, 2).items()}

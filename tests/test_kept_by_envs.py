@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from runs import Run
+from runs import Run, saved_steps
 from torchrl.data import Categorical, Unbounded
 from torchrl.envs import (
     Compose,
@@ -206,17 +206,30 @@ class Calls(Callback):
         self.function()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: LEVEL.update(size=0.0) or (by_a_global, raise_the_global),
-        of_a_closure,
-        lambda: of_a_method(Stage),
-        lambda: of_a_method(StatefulStage),
-    ],
-    ids=["a global", "a closure", "a method", "a method of what has a state"],
-)
-def test_tasks_of_functions_that_get_harder_go_on(make, tmp_path):
+class ByClass(Stage):
+    level = 0.0
+
+    @classmethod
+    def sample(cls, batch_size, generator):
+        return easy(cls.level, batch_size, generator)
+
+    def state_dict(self):
+        raise AssertionError("of an object, which there is none of")
+
+
+def of_attributes():
+    def tasks(batch_size, generator):
+        return easy(tasks.level, batch_size, generator)
+
+    def harder():
+        tasks.level += 0.2
+
+    tasks.level = 0.0
+    return tasks, harder
+
+
+@pytest.mark.parametrize("make", [lambda: of_a_method(Stage), lambda: of_a_method(StatefulStage), of_attributes])
+def test_tasks_of_methods_and_attributes_that_get_harder_go_on(make, tmp_path):
     def run_of(updates, **options):
         run, (tasks, harder) = Run(updates), make()
         run.sampler.distribution = tasks
@@ -227,6 +240,28 @@ def test_tasks_of_functions_that_get_harder_go_on(make, tmp_path):
     resumed = run_of(4, resume=True)
     shutil.rmtree(tmp_path)
     torch.testing.assert_close(resumed, run_of(4), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(lambda: (by_a_global, raise_the_global), "LEVEL"), (of_a_closure, "level")]
+)
+def test_what_a_function_reads_is_told_of_where_it_changes(make, name, tmp_path, caplog):
+    run, (tasks, harder) = Run(3), make()
+    run.sampler.distribution = tasks
+    run.train(checkpoints=tmp_path / "still", checkpoint_interval=1, check=False)
+    assert "cannot hold it" not in caplog.text
+    run = Run(3)
+    run.sampler.distribution = tasks
+    run.train(checkpoints=tmp_path / "moved", checkpoint_interval=1, check=False, callbacks=[Calls(harder)])
+    assert caplog.text.count(f"{name!r}, which env.TaskSampler.distribution reads, changes in the training") == 1
+
+
+@pytest.mark.parametrize("make", [lambda: ByClass.sample, lambda: partial(Harder())], ids=["of a class", "an object's"])
+def test_other_forms_of_distributions_are_saved(make, tmp_path):
+    run = Run(2)
+    run.sampler.distribution = make()
+    run.train(checkpoints=tmp_path, check=False)
+    assert saved_steps(tmp_path)
 
 
 def test_another_distribution_is_told_of_once(tmp_path, caplog):

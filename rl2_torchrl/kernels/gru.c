@@ -91,6 +91,11 @@ static int is_zero(const real *h, int size) {
     for (int i = 0; i < size; i++) zeros &= h[i] == 0;
     return zeros;
 }
+static int is_finite(const real *w, long size) {
+    int finite = 1;
+    for (long i = 0; i < size; i++) finite &= w[i] * 0 == 0;
+    return finite;
+}
 
 /* The gates of LANES units in `rows` rows: a constant, so that registers hold their sums. h: NULL for zeros. */
 INLINE void gate_block(const int rows, int inputs, int hidden, int pitch, const real *h, const real *const *x, const real *w,
@@ -127,7 +132,7 @@ INLINE void gate_block(const int rows, int inputs, int hidden, int pitch, const 
  * read at t = 0 and where init[b, t] is set. saved may be NULL. */
 static void forward_rows(int rows, int steps, int inputs, int hidden, const real *x, long x_row, long x_step,
                          const real *initial, long initial_row, long initial_step, const uint8_t *init,
-                         const real *packed, real *y, real *saved, real *scratch) {
+                         const real *packed, int may_skip, real *y, real *saved, real *scratch) {
     int pitch = padded(hidden);
     real *h = scratch, *next = scratch + ROWS * pitch;
     memset(scratch, 0, 2L * ROWS * pitch * sizeof(real));
@@ -142,7 +147,7 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
                 begun++;
             }
         }
-        const real *read = begun == rows && is_zero(h, ROWS * pitch) ? NULL : h; /* where trials begin there is no product */
+        const real *read = may_skip && begun == rows && is_zero(h, ROWS * pitch) ? NULL : h;
         int count = saved ? arrays_of(rows, steps, inputs, hidden, saved + t * saved_size(inputs, hidden), y + (long)t * hidden,
                                       (long)steps * hidden, arrays) : 0;
         for (int m = 0; saved && m < rows; m++) {
@@ -183,11 +188,13 @@ int gru_forward(int batch, int steps, int inputs, int hidden, const real *x, lon
     real *scratch = memory(threads * size * sizeof(real));
     if (!scratch) return NO_MEMORY;
     int block = block_of(batch, threads);
+    /* Where trials begin the memory is zero, and so is its product, unless a weight is NaN or infinite, which must be seen. */
+    int may_skip = (!initial || is_zero(initial, hidden)) && is_finite(packed, forward_size(inputs, hidden));
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (int b = 0; b < batch; b += block)
         forward_rows(lesser(block, batch - b), steps, inputs, hidden, x + b * x_row, x_row, x_step,
                      initial ? initial + b * initial_row : NULL, initial_row, initial_step,
-                     init ? init + (long)b * steps : NULL, packed, y + (long)b * steps * hidden,
+                     init ? init + (long)b * steps : NULL, packed, may_skip, y + (long)b * steps * hidden,
                      saved ? saved + (long)b * steps * saved_size(inputs, hidden) : NULL, scratch + omp_get_thread_num() * size);
     free(scratch);
     return 0;
