@@ -194,7 +194,7 @@ def train(
                     put_off |= due and not put_off and not evaluated(row)
                     ends, result.interrupted = loop.in_any_process(not put_off and is_last(row), bool(interrupts))
                     if ends and not due:
-                        evaluated(row)
+                        loop.evaluate(row)  # in any case: a resumed run does not make up for the last one of all
                     last = ends or result.interrupted
                     bar(loop.record(row))
                     if last or len(result.history) % checkpoint_interval == 0:

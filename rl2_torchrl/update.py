@@ -155,6 +155,7 @@ class PPOUpdate:
         self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
         # One list: walking through the loss's modules for them costs more than Adam's step.
         self._parameters = list(loss.parameters())
+        self._parameter_ids = set(map(id, self._parameters))
         self.optimizer = _optimizer(optimizer, lr, self._parameters)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
         self._given_of = None
@@ -344,10 +345,8 @@ class PPOUpdate:
 
     def _require_own_parameters(self) -> None:
         """RuntimeError where others have taken the place of those that the optimizer was given: nothing would be learnt."""
-        now = list(self.loss.parameters())
-        if len(now) != len(self._parameters) or any(
-            one is not other for one, other in zip(now, self._parameters, strict=True)
-        ):
+        # Whatever their order: pruning hangs a parameter up anew.
+        if set(map(id, self.loss.parameters())) != self._parameter_ids:
             raise RuntimeError(
                 "parameters of the loss are others than when this update was made (load_state_dict(assign=True), an nn.Parameter "
                 "in the place of one?), and its optimizer holds the old ones: copy numbers into those that are there, or make a "

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch.nn.utils import prune
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, InitTracker, TensorDictPrimer, TransformedEnv
@@ -420,6 +421,16 @@ def test_parameters_that_are_replaced_are_refused(replace):
         module.weight = torch.nn.Parameter(module.weight.detach().clone())
     with pytest.raises(RuntimeError, match="optimizer holds the old ones"):
         update(make_batch())
+
+
+def test_parameters_that_are_hung_up_anew_go_on():
+    update = PPOUpdate(make_loss())
+    update(make_batch())
+    head = next(module for module in update.loss.actor_network.modules() if isinstance(module, torch.nn.Linear))
+    prune.l1_unstructured(head, "weight", 0.3)
+    before = head.weight_orig.clone()
+    update(make_batch())
+    assert not torch.equal(before, head.weight_orig)
 
 
 def test_groups_and_optimizers_that_come_later_are_scheduled_by_their_own_rates():
