@@ -38,7 +38,8 @@ class TaskSampler(Transform):
 
     Args:
         distribution: callable ``(batch_size, generator) -> task`` with a task of shape ``[*batch_size, ...]``. One that changes in
-            the course of a training, such as a curriculum, has a ``state_dict`` and a ``load_state_dict``, for checkpoints.
+            the course of a training, such as a curriculum, is an object, or a method of one: its attributes go on in a resumed run,
+            or what its ``state_dict`` and ``load_state_dict`` say.
         seed: seed of the sampler's own generator, whose numbers are not those of an env or a `torch.Generator` of the same seed;
             None draws one from PyTorch's default generator. Samplers of training tasks and of held-out ones must have different
             seeds; they stay different when ``env.set_seed`` or ``collector.set_seed`` give both envs one seed, which is joined
