@@ -33,17 +33,20 @@ class Interrupts:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it a request to end the program, not Ctrl-C, raises `EndRequested`: what is done there can be done again."""
+        """Within it a request that ends the program raises `EndRequested`: what is done there can be done again.
+
+        Not Ctrl-C, and none that the program answers itself: it may go on with envs that are in the middle of a step.
+        """
         self._is_waited_for = False
         try:
             yield
         finally:
             self._is_waited_for = True
 
-    def note(self, signum: int) -> None:
-        """Takes down that the signal has come."""
+    def note(self, signum: int, *, ends: bool) -> None:
+        """Takes down that the signal has come, and whether it ``ends`` the program."""
         self.signum = signum
-        if signum in _ENDS and not self._is_waited_for:
+        if ends and not self._is_waited_for:
             raise EndRequested
 
     def __bool__(self) -> bool:
@@ -79,7 +82,7 @@ def deferred_interrupts() -> Iterator[Interrupts]:
         log.warning(
             "%s: finishing this update and saving. Once more stops at once.", "Ctrl-C" if name == "SIGINT" else name
         )
-        interrupts.note(signum)
+        interrupts.note(signum, ends=signum in _ENDS and not callable(before[signum]))
 
     def restore() -> None:
         for signum, handler in before.items():

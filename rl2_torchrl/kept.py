@@ -37,7 +37,7 @@ _INNER = {*vars(nn.Module()), "_container", "_parent", "_missing_tolerance"}
 _FEW = 64
 _NUMBERS = (int, float, str, np.number)
 #: Attributes that every optimizer has; what of them changes is in its ``state_dict``.
-_OF_OPTIMIZERS = set(vars(torch.optim.SGD([torch.zeros(1)], lr=1.0)))
+_OF_OPTIMIZERS = {*vars(torch.optim.SGD([torch.zeros(1)], lr=1.0)), "_opt_called"}
 #: Values that are saved, and put back in place, by their ``state_dict``.
 _STATEFUL = (Optimizer, LRScheduler, TensorDictBase)
 #: Packages whose private attributes are their own business, but for what transforms keep of their rows.
@@ -187,7 +187,9 @@ def _variables(part: Any) -> Iterator[tuple[str, Any]]:
         public = [name for name in vars(part) if name[0] != "_" and name not in cached]
         yield from ((name, vars(part)[name]) for name in public if isinstance(vars(part)[name], _NUMBERS))
     elif isinstance(part, Optimizer):
-        yield from ((name, value) for name, value in vars(part).items() if name not in _OF_OPTIMIZERS)
+        # A scheduler puts a function of its own in the place of step.
+        own = (item for item in vars(part).items() if item[0] not in _OF_OPTIMIZERS)
+        yield from ((name, value) for name, value in own if not callable(value))
     else:
         yield from vars(part).items()
 
@@ -212,7 +214,7 @@ def _globals_in(code: CodeType) -> Iterator[str]:
 def _is_of_numbers(value: Any) -> bool:
     """Whether ``value`` is a number, or a few of them; what is larger, or an object, is taken for data."""
     if isinstance(value, torch.Tensor | np.ndarray):
-        return math.prod(value.shape) <= _FEW
+        return not getattr(value, "is_nested", False) and math.prod(value.shape) <= _FEW
     if type(value) in (list, tuple, dict):
         within = value.values() if isinstance(value, dict) else value
         return len(value) <= _FEW and all(isinstance(each, _NUMBERS) for each in within)

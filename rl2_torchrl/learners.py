@@ -30,11 +30,11 @@ class Learners:
 
     def __init__(self, group: dist.ProcessGroup | None):
         self._group = group
-        if group is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if group is None and (size := os.environ.get("WORLD_SIZE", "")).isdigit() and int(size) > 1:
             log.warning(
                 "%s processes were started together, and this one updates alone: give PPOUpdate a process_group=, such as "
                 "torch.distributed.group.WORLD, which is None before init_process_group(...).",
-                os.environ["WORLD_SIZE"],
+                size,
             )
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)

@@ -63,12 +63,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 
 def _is_named_alike(then: Any, now: Any) -> bool:
-    """Whether both are functions of one name; earlier versions named their modules too."""
+    """Whether both are functions of one name, which earlier versions said with their modules: ``train.tasks`` was ``tasks()``."""
     if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
         return all(
             json.dumps(old) == json.dumps(new) or _is_named_alike(old, new) for old, new in zip(then, now, strict=True)
         )
-    return isinstance(then, str) and isinstance(now, str) and then.endswith(f".{now}")
+    return isinstance(then, str) and isinstance(now, str) and f"{then}()".endswith(f".{now}")
 
 
 def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
@@ -181,7 +181,9 @@ def _plain(value: Any) -> Any:
         return [_name(value.func) if of is _NOT_PLAIN else of, *(item for item in given if item is not _NOT_PLAIN)]
     # Without its module, as classes: a program has another name than where it is imported, or spawned.
     is_function = callable(value) and not isinstance(value, nn.Module) and hasattr(value, "__qualname__")
-    return value.__qualname__ if is_function else _NOT_PLAIN
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}".replace("__mp_main__", "__main__")
+    return f"{value.__qualname__}()" if is_function else _NOT_PLAIN
 
 
 def _name(part: Any) -> str:

@@ -256,10 +256,9 @@ class TaskSampler(Transform):
 
     @property
     def _owner_of_a_state(self) -> Any:
-        """What draws the tasks, if it has a state of its own; a module's is among this one's anyway."""
+        """What draws the tasks, if it has a state of its own; a module's is among this one's, or it may hold this one."""
         owner = owner_of(self.distribution)
-        is_ours = owner is self.distribution and isinstance(owner, nn.Module)
-        return owner if hasattr(owner, "state_dict") and not is_ours else None
+        return owner if hasattr(owner, "state_dict") and not isinstance(owner, nn.Module) else None
 
     @property
     def _position(self) -> int:

@@ -345,8 +345,8 @@ class PPOUpdate:
 
     def _require_own_parameters(self) -> None:
         """RuntimeError where others have taken the place of those that the optimizer was given: nothing would be learnt."""
-        # Whatever their order: pruning hangs a parameter up anew.
-        if set(map(id, self.loss.parameters())) != self._parameter_ids:
+        # Whatever their order, since pruning hangs a parameter up anew; and with others, which users have told the optimizer of.
+        if not self._parameter_ids <= set(map(id, self.loss.parameters())):
             raise RuntimeError(
                 "parameters of the loss are others than when this update was made (load_state_dict(assign=True), an nn.Parameter "
                 "in the place of one?), and its optimizer holds the old ones: copy numbers into those that are there, or make a "

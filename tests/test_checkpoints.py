@@ -86,9 +86,10 @@ def test_a_file_is_no_folder(tmp_path):
 
 def test_functions_are_compared_by_their_own_names():
     then = {"env.distribution": "__main__.tasks", "update.schedule": ["train.decay", 2], "update.lr": 0.1}
-    assert differences(then, {"env.distribution": "tasks", "update.schedule": ["decay", 2], "update.lr": 0.1}) == {}
-    others = {"env.distribution": "other_tasks", "update.schedule": ["decay", 3], "update.lr": 0.2}
+    assert differences(then, {"env.distribution": "tasks()", "update.schedule": ["decay()", 2], "update.lr": 0.1}) == {}
+    others = {"env.distribution": "other_tasks()", "update.schedule": ["decay()", 3], "update.lr": 0.2}
     assert sorted(differences(then, others)) == ["env.distribution", "update.lr", "update.schedule"]
+    assert differences({"env.level": "train.easy"}, {"env.level": "easy"})  # which are texts
 
 
 @pytest.mark.parametrize(("total", "updates"), [(3, 3), (2.5, 3)])

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, set_interaction_type
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    TensorDictModule,
+    TensorDictSequential,
+    set_interaction_type,
+)
 from torch import distributions as D
 from torch import nn
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded
@@ -338,6 +344,8 @@ def test_a_head_may_read_further_entries():
     torch.testing.assert_close(td["logits"], masked)
     with pytest.raises(ValueError, match=r"reads \['mask'\], and not the core's features 'actor_features'"):
         RecurrentActor(5, CategoricalActions(3), head=TensorDictModule(LegalMoves(4, 3), ["mask"], ["logits"]))
+    with pytest.raises(ValueError, match="of a torch.nn.Module, and this is a TensorDictSequential"):
+        RecurrentActor(5, CategoricalActions(3), head=TensorDictSequential(head), hidden_size=4)
 
 
 def test_a_head_gives_as_many_tensors_as_the_distribution_has_parameters():

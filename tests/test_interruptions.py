@@ -65,6 +65,20 @@ def test_what_a_program_does_at_a_signal_it_still_does(tmp_path):
     assert seen == [[BATCH]]
 
 
+def test_a_program_that_answers_a_signal_waits_for_an_evaluation(tmp_path):
+    def evaluate():
+        signal.raise_signal(signal.SIGTERM)
+        return {"score": 1.0}  # envs may be in the middle of a step
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        result = Run(5).train(checkpoints=tmp_path, evaluate=evaluate)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.interrupted
+    assert result.history[-1]["eval/score"] == 1.0
+
+
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])  # as under nohup, and in a script's background
 def test_a_signal_that_is_ignored_stays_so(name, tmp_path):
     signum = getattr(signal, name)

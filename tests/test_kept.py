@@ -294,10 +294,11 @@ class EverySecond(torch.optim.SGD):
         super().step()
 
 
-def test_what_an_optimizer_of_ones_own_counts_goes_on(tmp_path):
+def test_what_an_optimizer_of_ones_own_counts_goes_on(tmp_path, caplog):
     def run_of(updates, **options):
         run = Run(updates, epochs=1, minibatches=1)
         run.update.optimizer = EverySecond(run.update.loss.parameters(), lr=0.1)
+        torch.optim.lr_scheduler.ConstantLR(run.update.optimizer)  # which wraps its step
         run.train(checkpoints=tmp_path, check=False, **options)
         return run.update.optimizer.calls, run.everything()
 
@@ -305,6 +306,7 @@ def test_what_an_optimizer_of_ones_own_counts_goes_on(tmp_path):
     resumed = run_of(6, resume=True)
     shutil.rmtree(tmp_path)
     torch.testing.assert_close(resumed, run_of(6), rtol=0, atol=0)
+    assert "cannot hold it" not in caplog.text
 
 
 def test_what_stood_still_since_a_resume_is_kept(tmp_path):

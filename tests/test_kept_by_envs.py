@@ -256,10 +256,17 @@ def test_what_a_function_reads_is_told_of_where_it_changes(make, name, tmp_path,
     assert caplog.text.count(f"{name!r}, which env.TaskSampler.distribution reads, changes in the training") == 1
 
 
-@pytest.mark.parametrize("make", [lambda: ByClass.sample, lambda: partial(Harder())], ids=["of a class", "an object's"])
+class Draws(BernoulliBandit):
+    def draw(self, batch_size, generator):
+        return torch.rand(*batch_size, 3, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda run: ByClass.sample, lambda run: partial(Harder()), lambda run: run.bandit.draw]
+)
 def test_other_forms_of_distributions_are_saved(make, tmp_path):
-    run = Run(2)
-    run.sampler.distribution = make()
+    run = Run(2, env=Draws(3, batch_size=(2,), seed=2), rows=2)
+    run.sampler.distribution = make(run)
     run.train(checkpoints=tmp_path, check=False)
     assert saved_steps(tmp_path)
 

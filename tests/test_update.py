@@ -433,6 +433,15 @@ def test_parameters_that_are_hung_up_anew_go_on():
     assert not torch.equal(before, head.weight_orig)
 
 
+def test_networks_may_grow():
+    loss = make_loss()
+    update = PPOUpdate(loss, optimizer=torch.optim.Adam(loss.parameters()))
+    update(make_batch())
+    loss.actor_network.register_parameter("more", torch.nn.Parameter(torch.zeros(2)))
+    update.optimizer.add_param_group({"params": [loss.actor_network.more]})
+    update(make_batch())
+
+
 def test_groups_and_optimizers_that_come_later_are_scheduled_by_their_own_rates():
     loss = make_loss()
     of_critic, of_actor = loss.critic_network.parameters(), list(loss.actor_network.parameters())

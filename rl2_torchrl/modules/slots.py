@@ -106,13 +106,18 @@ def fill_slots(
 
 def _with_keys(head: nn.Module, keys: list[NestedKey]) -> tuple[nn.Module, list[NestedKey]]:
     """The head, and the entries that it reads: ``keys``, or those that it names itself, the core's features among them."""
-    if not isinstance(head, TensorDictModuleBase):
+    if not isinstance(head, TensorDictModuleBase) or list(head.in_keys) == keys:
         return head, keys
     if keys[0] not in head.in_keys:
         raise ValueError(
             f"the head reads {head.in_keys}, and not the core's features {keys[0]!r}: name them among its in_keys."
         )
-    return (head.module if is_function(head) else head), list(head.in_keys)
+    if not is_function(head) or not isinstance(head.module, nn.Module):
+        raise ValueError(
+            f"a head that reads {head.in_keys} is one TensorDictModule(module, in_keys, out_keys) of a torch.nn.Module, and this "
+            f"is a {type(head).__name__}: write a module that takes all of them."
+        )
+    return head.module, list(head.in_keys)
 
 
 def _marks(normalize: bool | Tensor) -> bool | Tensor:
