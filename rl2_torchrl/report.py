@@ -205,8 +205,6 @@ class AdaptationReport:
 
     def _plot_adaptation(self, axes, measure: str | None = None) -> None:
         """The mean return of each episode, or the mean of a measure, which classical agents may lack."""
-        from matplotlib.ticker import MaxNLocator, NullLocator
-
         for color, (name, curve) in zip(cycle(_COLORS), self._classical(), strict=False):
             _band(axes, curve, measure, name, color=color, lw=1.5)
         for style, (name, curve) in zip(cycle(("--", ":", "-.")), self._ablated(), strict=False):
@@ -218,7 +216,10 @@ class AdaptationReport:
             ylabel=f"mean {_label(measure or 'return')} of the {self.episode_name}",
             title="Adaptation: within a trial, weights fixed (bands: 2 SE)",
         )
-        axes.xaxis.set_major_locator(NullLocator() if is_one else MaxNLocator(integer=True))
+        if is_one:
+            axes.set_xticks([])
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="best", fontsize=9, frameon=False)
         _tidy(axes)
 
