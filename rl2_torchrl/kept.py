@@ -37,7 +37,7 @@ _INNER = {*vars(nn.Module()), "_container", "_parent", "_missing_tolerance"}
 _FEW = 64
 _NUMBERS = (int, float, str, np.number)
 #: Attributes that every optimizer has; what of them changes is in its ``state_dict``.
-_OF_OPTIMIZERS = {*vars(torch.optim.SGD([torch.zeros(1)], lr=1.0)), "_opt_called"}
+_OF_OPTIMIZERS = set(vars(torch.optim.SGD([torch.zeros(1)], lr=1.0)))
 #: Values that are saved, and put back in place, by their ``state_dict``.
 _STATEFUL = (Optimizer, LRScheduler, TensorDictBase)
 #: Packages whose private attributes are their own business, but for what transforms keep of their rows.

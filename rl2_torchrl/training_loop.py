@@ -87,7 +87,9 @@ class Loop:
         self._progress = min(1.0, result.env_steps / self._schedule_frames)
         trial_return = self._returns(batch)
         self._warn_of_endless_trials(trial_return, batch)
-        checked = batch.clone() if self._first and self._check else None
+        is_checked = self._first and self._check
+        # A copy writes out what is a view, as a row's task is: none where nobody may change the batch.
+        collected = batch.clone() if is_checked and self._callbacks else batch
         for callback in self._callbacks:
             returned = callback.after_batch(batch, self._progress)
             if returned is not None and returned is not batch:
@@ -95,10 +97,10 @@ class Loop:
                     f"{type(callback).__name__}.after_batch returned what no update would see: change the batch in place, or "
                     "return nothing."
                 )
-        if checked is not None:  # as it was collected, and with what callbacks have added for terms
-            added = [key for key in batch.keys(True, True) if key not in checked.keys(True, True)]
+        if is_checked:  # as it was collected, and with what callbacks have added for terms
+            added = [key for key in batch.keys(True, True) if key not in collected.keys(True, True)]
             with _random_numbers_put_back():
-                report = check_training(self._collector, self._update, checked.update(batch.select(*added)))
+                report = check_training(self._collector, self._update, collected.update(batch.select(*added)))
             for note in report.notes:
                 log.warning("of the first batch: %s.", note)
         try:

@@ -294,11 +294,10 @@ class EverySecond(torch.optim.SGD):
         super().step()
 
 
-def test_what_an_optimizer_of_ones_own_counts_goes_on(tmp_path, caplog):
+def test_what_an_optimizer_of_ones_own_counts_goes_on(tmp_path):
     def run_of(updates, **options):
         run = Run(updates, epochs=1, minibatches=1)
         run.update.optimizer = EverySecond(run.update.loss.parameters(), lr=0.1)
-        torch.optim.lr_scheduler.ConstantLR(run.update.optimizer)  # which wraps its step
         run.train(checkpoints=tmp_path, check=False, **options)
         return run.update.optimizer.calls, run.everything()
 
@@ -306,6 +305,23 @@ def test_what_an_optimizer_of_ones_own_counts_goes_on(tmp_path, caplog):
     resumed = run_of(6, resume=True)
     shutil.rmtree(tmp_path)
     torch.testing.assert_close(resumed, run_of(6), rtol=0, atol=0)
+
+
+class Schedules(Callback):
+    """Makes a scheduler on the way, which puts a function of its own in the place of the optimizer's step."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def after_update(self, row, progress):
+        torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda _: 1.0)
+
+
+def test_the_step_that_a_scheduler_wraps_is_no_change(tmp_path, caplog):
+    run = Run(2, epochs=1, minibatches=1)
+    run.update.optimizer = EverySecond(run.update.loss.parameters(), lr=0.1)
+    schedules = Schedules(run.update.optimizer)
+    run.train(checkpoints=tmp_path, checkpoint_interval=1, check=False, callbacks=[schedules])
     assert "cannot hold it" not in caplog.text
 
 

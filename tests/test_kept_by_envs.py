@@ -3,6 +3,7 @@
 import copy
 import shutil
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -262,7 +263,13 @@ class Draws(BernoulliBandit):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda run: ByClass.sample, lambda run: partial(Harder()), lambda run: run.bandit.draw]
+    "make",
+    [
+        lambda run: ByClass.sample,
+        lambda run: partial(Harder()),
+        lambda run: run.bandit.draw,
+        lambda run: MethodType(Draws.draw, run.sampler),  # of what holds it
+    ],
 )
 def test_other_forms_of_distributions_are_saved(make, tmp_path):
     run = Run(2, env=Draws(3, batch_size=(2,), seed=2), rows=2)
