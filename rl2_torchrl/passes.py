@@ -47,6 +47,8 @@ class Passes:
         self._parameters = list(loss.parameters())
         self._device = self._parameters[0].device
         self._graphed = GraphedPass(loss)
+        #: Whether somebody has kept what parts and terms of users were shown, who are shown copies since.
+        self._copies = False
         #: Why a forward beside PPO's terms is not answered by parts, once that has been found out.
         self._unlike: str | None = None
 
@@ -124,12 +126,13 @@ class Passes:
         if program is None:
             yield partial(self._by_autograd, *given)
             return
-        options = {"passes": passes, "are_kept": isinstance(steps, OptimizerSteps)}
+        options = {"passes": passes, "are_kept": isinstance(steps, OptimizerSteps), "copies": self._copies}
         with closing(Replays(program, self._minibatches.chunks, self._minibatches.rows, **options)) as replayed:
             if self._loss.runs_beside() is None:
                 yield partial(self._by_parts, replayed, *given)
             else:
                 yield partial(self._by_answers, self._loss.answers(replayed), *given)
+            self._copies = replayed.copies
 
     def _by_parts(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
         order, done = self._minibatches.order(), 0

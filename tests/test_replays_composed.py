@@ -19,7 +19,9 @@ from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import PPOUpdate, RL2PPOLoss
 from rl2_torchrl.gradients import Part
+from rl2_torchrl.gradients.recorded import RecordedMinibatch
 from rl2_torchrl.kernels.recording import Calls
+from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules import RunningNorm
 from rl2_torchrl.objectives.terms import SquaredError
 
@@ -45,7 +47,9 @@ def test_a_term_of_a_users_beside_kernels(kind, critic, options):
     assert_alike(ours, expected)
 
 
-def test_what_a_term_was_shown_stays_as_it_was():
+def test_what_a_term_was_shown_stays_as_it_was(monkeypatch):
+    """Also once the memory of a batch is another's."""
+    monkeypatch.setattr(Workspace, "_LEAST", 0)
     _, term = with_term("parts")
     assert len(term.kept) == term.calls == 2 * 3 * 5  # and no minibatch twice
     assert all(torch.equal(shown, before) for shown, before in term.kept)
@@ -69,7 +73,82 @@ def test_a_term_is_all_that_python_does():
     loss = loss_of("categorical", "shared", torch.float64)
     loss = RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[Term()])
     _, minibatch = replays_of(loss, data_of("categorical", torch.float64))
-    assert [isinstance(step, Calls) for step in minibatch._steps] == [True, False, True]
+    # The term, and what it has found by the features added to what kernels have found.
+    assert [isinstance(step, Calls) for step in minibatch._steps] == [True, False, True, False, True]
+
+
+class _Looks(nn.Module):
+    """A term that keeps what it is shown in some calls, or what shares its memory."""
+
+    in_keys = ("actor_features", "task")
+
+    def __init__(self, keeps=(), what=lambda features: features):
+        super().__init__()
+        self.linear, self._keeps, self._what = nn.Linear(UNITS, 2, **F64), keeps, what
+        self.calls, self.kept, self.places = 0, [], []
+
+    def forward(self, features, task):
+        self.places.append(features.data_ptr())
+        if self.calls in self._keeps:
+            kept = self._what(features)
+            self.kept.append((kept, torch.as_tensor(kept).detach().clone()))
+        self.calls += 1
+        return {"loss_looks": (self.linear(features) - task).square().mean()}
+
+
+def look(*arguments):
+    """A term that has looked at three batches of ten minibatches each."""
+    loss, term = loss_of("categorical", "shared", torch.float64), _Looks(*arguments)
+    loss = RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[term])
+    update = PPOUpdate(loss, bptt=2, minibatches=5, epochs=2)
+    for _ in range(3):
+        update(batch_of("categorical", torch.float64))
+    return term
+
+
+@needs_kernels
+def test_terms_are_shown_the_kernels_memory_while_they_keep_nothing():
+    places = look().places
+    for first in (0, 10, 20):  # the last minibatch of a pass is short
+        assert len({*places[first : first + 4], *places[first + 5 : first + 9]}) == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("what", [lambda x: x, lambda x: x.detach()[0], lambda x: x.detach().numpy()])
+@pytest.mark.parametrize("keeps", [[0], [3], [9], [19], [2, 3, 11]], ids=str)
+def test_what_a_term_keeps_now_and_then_stays_as_it_was(keeps, what, monkeypatch):
+    monkeypatch.setattr(Workspace, "_LEAST", 0)
+    term = look(keeps, what)
+    assert term.calls == 3 * 10
+    assert len(term.kept) == len(keeps)
+    assert all(torch.equal(torch.as_tensor(kept), before) for kept, before in term.kept)
+
+
+@needs_kernels
+def test_a_term_that_has_kept_is_shown_copies_from_then_on(monkeypatch):
+    """Its minibatches are recorded once more, not each time, and not in each batch."""
+    recorded, run_first = [], RecordedMinibatch._run_first
+    monkeypatch.setattr(
+        RecordedMinibatch, "_run_first", lambda self, *chunks: recorded.append(run_first(self, *chunks))
+    )
+    kept = look(range(30)).kept
+    assert len({tensor.data_ptr() for tensor, _ in kept}) == 30
+    assert len(recorded) == 3 + 1
+
+
+@pytest.mark.parametrize("keeps", [[], range(99)], ids=["keeps nothing", "keeps all"])
+def test_a_term_after_one_that_has_found_gradients_by_the_same_entries(keeps):
+    """What the first has found is put off until kernels have made theirs, also where the second gives otherwise than before."""
+    ends = []
+    for way in ("parts", "autograd"):
+        loss = loss_of("categorical", "shared", torch.float64)
+        torch.manual_seed(2)
+        terms = [_Looks(keeps), Term(depends=True)]
+        loss = RL2PPOLoss(loss.actor_network, loss.critic_network, terms=terms)
+        update = PPOUpdate(loss, bptt=2, minibatches=5, epochs=3, shuffle=False, backend=way)
+        metrics = [update(batch_of("categorical", torch.float64)) for _ in range(2)]
+        ends.append((metrics, [p.detach() for p in loss.parameters()], []))
+    assert_alike(*ends)
 
 
 class _Moves(nn.Module):
@@ -169,14 +248,20 @@ def test_a_module_without_weights_that_writes_over_what_it_reads(dtype):
 
 
 class _Clamps(nn.Module):
-    """Writes in place what others read too."""
+    """Writes in place what others read too, and may keep it."""
+
+    def __init__(self, *, keeps):
+        super().__init__()
+        self._keeps, self._kept = keeps, []
 
     def forward(self, x):
+        self._kept += [x] if self._keeps else []
         return x.clamp_(-0.5, 0.5).tanh()
 
 
-def test_a_module_that_writes_in_place_what_others_read():
-    both_ways(lambda: policy_of(TensorDictModule(_Clamps(), ["trans"], ["seen"])))
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_module_that_writes_in_place_what_others_read(keeps):
+    both_ways(lambda: policy_of(TensorDictModule(_Clamps(keeps=keeps), ["trans"], ["seen"])))
 
 
 class _Some(nn.Module):

@@ -201,9 +201,14 @@ class TermPart(Part):
         else:
             self.forward(state)
             found = self.backward_by_autograd({self.out_keys[0]: torch.ones_like(state[self.out_keys[0]])})
-        values = self._values.items()
-        numbers = {name: v.detach().item() for name, v in values if isinstance(v, torch.Tensor) and v.ndim == 0}
-        return {**self._values, **numbers}, found
+        values = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in self._values.items()}
+        numbers = {name: v.item() for name, v in values.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
+        return {**values, **numbers}, found
+
+    def let_go(self) -> None:
+        """As `Part.let_go`, and the values."""
+        super().let_go()
+        self._values = {}
 
     def _by_hand(self, entries: list[torch.Tensor]) -> tuple[Values, Gradients]:
         Workspace.leave(*entries)  # users write such terms too

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from tensordict import NestedKey
@@ -12,13 +13,14 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.adam import AdamSteps
+from rl2_torchrl.gradients.loans import Loans
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate
 from rl2_torchrl.gradients.program import Program, TermPart, Values, merge_losses
 from rl2_torchrl.kernels.recording import Calls, Recording
 from rl2_torchrl.kernels.threads import one_thread
 from rl2_torchrl.kernels.workspace import Workspace
 
-__all__ = ["ChangedError", "RecordedMinibatch"]
+__all__ = ["ChangedError", "KeptError", "RecordedMinibatch"]
 
 #: Env steps of a minibatch up to which threads would wait for each other longer than they work.
 _FEW_STEPS = 256
@@ -26,6 +28,10 @@ _FEW_STEPS = 256
 
 class ChangedError(Exception):
     """A minibatch cannot be made as the first one was."""
+
+
+class KeptError(Exception):
+    """Somebody keeps memory that the next minibatch would be written to; nothing of that has been done."""
 
 
 class _OtherwiseError(Exception):
@@ -39,28 +45,32 @@ class _OtherwiseError(Exception):
 class RecordedMinibatch:
     """Minibatches of as many chunks as ``own``, the first of which is run here.
 
-    A step is what kernels do by themselves, as one call, or what a part or term does in Python. That works on memory of its own,
-    which whoever is shown it may keep, and what it gives is copied to where the kernels read it.
+    A step is what kernels do by themselves, as one call, or what a part or term does in Python. What that gives is copied to where
+    the kernels read it; what it is shown lies where they have written it.
 
     Args:
         program: makes losses and gradients.
         parts: those of its parts that are run here.
         chunks: entries ``[num_chunks, T, ...]`` of which minibatches are drawn, and what other parts have made.
         own: the chunks ``[rows]`` of the first minibatch, int64.
+        copies: whether parts and terms in Python are shown copies, since they keep what they are shown.
 
     Attributes:
         values: losses and diagnostics of the first.
         gradients: of all minibatches that go as the first one did.
     """
 
-    def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor):
+    def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor, *, copies: bool):
         self._program, self._parts, self._rows = program, parts, len(own)
+        self._loans = Loans(are_copies=copies)
         self._recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
         self._norm = self._recording.numbers_for(1)
         self._steps: list[Calls | Callable[[], None]] = []
         self._end, self._in_python, self._pass = 0, set(), None
         #: Of each term what makes numbers of those that kernels leave, and what is more than a number.
         self._figures: list[tuple[Callable[[list[float]], Values], Values]] = []
+        #: Gradients by entries that Python has found in this minibatch, until kernels have made theirs.
+        self._late: Gradients = {}
         self._settings = [part.settings() for part in parts]
         #: The parameters and their memory, which is theirs as long as it is read here.
         self._weights = _places(self._program.loss)
@@ -75,13 +85,21 @@ class RecordedMinibatch:
 
     def close(self) -> None:
         """Hands the memory back, without waiting for whoever collects what refers to itself."""
-        Workspace.give_all(self._recording)
+        if not self._is_kept():
+            Workspace.give_all(self._recording)
         self._recording.close()
         vars(self).clear()
 
     # ------------------------------------------------------------ as it was
     def __call__(self, own: torch.Tensor) -> tuple[Values, Gradients]:
-        """Losses and diagnostics of the chunks ``own``, and the gradients; `ChangedError` where they are not to be had so."""
+        """Losses and diagnostics of the chunks ``own``, and the gradients.
+
+        Raises:
+            ChangedError: they are not to be had so.
+            KeptError: what was shown of the last ones has been kept.
+        """
+        if self._is_kept():
+            raise KeptError
         self._at.value = own.data_ptr()
         _require(self._follow_weights())
         _require([part.settings() for part in self._parts] == self._settings)
@@ -101,6 +119,8 @@ class RecordedMinibatch:
         """The rest of a minibatch: ``done`` parts and so many ``terms`` have been run, all parts from ``back`` on gone back."""
         # Whoever is shown something of it may keep it, and the next minibatch is made in its place.
         state, gradients = ({key: entry.clone() for key, entry in entries.items()} for entries in (state, gradients))
+        for key in list(self._late):
+            accumulate(gradients, key, self._late.pop(key).clone())
         for part in self._parts[done:]:
             part.forward(state)
         for term in self._program.terms[terms:]:
@@ -112,6 +132,12 @@ class RecordedMinibatch:
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(gradients)
         return values, gradients
+
+    def _is_kept(self) -> bool:
+        """Whether anybody holds what was shown of the last minibatch, beside parts and terms for their own backward."""
+        for part in (*self._in_python, *self._program.terms):
+            part.let_go()
+        return self._loans.are_kept()
 
     def _remember(self, part: Part) -> None:
         for each, attributes in self._kept.get(part, ()):
@@ -170,6 +196,8 @@ class RecordedMinibatch:
         for number, term in enumerate(self._program.terms):
             self._term(number, term, gradients)
         for number, part in reversed(list(enumerate(self._parts))):
+            for key in filter(self._late.__contains__, part.out_keys):
+                self._add_late(key, gradients)
             if not gradients.keys().isdisjoint(part.out_keys):
                 self._backward(number, part, gradients)
         self._end_step()
@@ -269,7 +297,7 @@ class RecordedMinibatch:
         def run() -> Gradients:
             self._remember(part)
             if not part.is_by_hand:  # hooks may hold what they are shown
-                return part.backward_by_autograd({key: slope.clone() for key, slope in slopes.items()})
+                return part.backward_by_autograd({key: self._loans.show(slope) for key, slope in slopes.items()})
             found = dict(slopes)
             part.backward(found)
             return found
@@ -292,23 +320,42 @@ class RecordedMinibatch:
         _require(self._by_kernels(add))  # else strided ones, which PyTorch has added up
 
     def _adding(self, found: Gradients, gradients: Gradients, go_on: Callable) -> Callable[[Gradients], None]:
-        """Adds to ``gradients`` what Python has ``found``; returns what does so again, or goes on with others than these."""
-        firsts = {source for source in found if source not in gradients}
+        """Adds to ``gradients`` what Python has ``found``; returns what does so again, or goes on with others than these.
+
+        What is by entries is put off until kernels have made theirs, which need not be copied then.
+        """
+        adds: dict[NestedKey | nn.Parameter, Callable] = {}
         for source, gradient in found.items():
-            if source in firsts:  # a parameter keeps its own
-                place = Workspace.make if isinstance(source, nn.Parameter) else Workspace.take
-                gradients[source] = self._fixed(gradient, place)
-            else:
-                gradients[source].add_(gradient)
-        totals = {source: gradients[source] for source in found}
+            if not isinstance(source, nn.Parameter):
+                adds[source] = partial(self._put_off, source)
+            elif source in gradients:
+                adds[source] = gradients[source].add_
+            else:  # a parameter keeps its own
+                gradients[source] = self._fixed(gradient, Workspace.make)
+                adds[source] = gradients[source].copy_
+            adds[source](gradient)
 
         def add(found: Gradients) -> None:
-            if not self._follow_weights() or found.keys() != totals.keys():
+            if not self._follow_weights() or found.keys() != adds.keys():
                 raise _OtherwiseError(lambda: go_on(found))
             for source, gradient in found.items():
-                (totals[source].copy_ if source in firsts else totals[source].add_)(gradient)
+                adds[source](gradient)
 
         return add
+
+    def _put_off(self, key: NestedKey, gradient: torch.Tensor) -> None:
+        self._late[key] = self._late[key] + gradient if key in self._late else gradient
+
+    def _add_late(self, key: NestedKey, gradients: Gradients) -> None:
+        """Adds to ``gradients`` what has been put off."""
+        is_first = key not in gradients
+        if is_first:
+            gradients[key] = self._fixed(self._late[key])
+        self._end_step()
+        total = gradients[key]
+        add = total.copy_ if is_first else total.add_
+        add(self._late.pop(key))
+        self._by_python(lambda: add(self._late.pop(key)))
 
     def _fixed(self, entry: torch.Tensor, place: Callable = Workspace.take) -> torch.Tensor:
         """A copy of ``entry`` where the kernels will read it again."""
@@ -319,18 +366,17 @@ class RecordedMinibatch:
     def _shown(self, part: Part, state: State, run: Callable[[State], object]) -> State:
         """``run`` on a ``state`` that it may read, keep and write to; returns what it has made of it."""
         if part.is_by_hand and _is_ours(part):
-            entries, copies = dict(state), {}
+            entries, shown = dict(state), {}
         else:
             if part not in self._read:
                 paths = list(map(_path, part.in_keys))
                 self._read[part] = [key for key in state if any(_path(key)[: len(path)] == path for path in paths)]
-            copies = {key: state[key].clone() for key in self._read[part]}
-            entries = {**state, **copies}
-        versions = {key: copy._version for key, copy in copies.items()}
+            shown = {key: self._loans.show(state[key]) for key in self._read[part]}
+            entries = {**state, **shown}
         run(entries)
-        for key, copy in copies.items():
-            if copy._version != versions[key]:  # others read what has been written in place
-                state[key].copy_(copy)
+        for key, entry in shown.items():
+            if entry._version and entry.data_ptr() != state[key].data_ptr():
+                state[key].copy_(entry)  # others read what has been written in place
         return entries
 
 
