@@ -61,11 +61,12 @@ class PolicyStep(nn.Module):
     def _find_parts(self) -> None:
         *self._networks, sample = acting_parts(self.policy)
         self._distribution, self.parameter_keys = distribution_of(sample.module), sample.in_keys
+        self._cores = _cores_of(self.policy)
         self.read_weights()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parts would be functions of this policy, and play its weights; to another process functions cannot go.
-        return {name: value for name, value in vars(self).items() if name not in ("_networks", "_functions")}
+        return {name: value for name, value in vars(self).items() if name not in ("_networks", "_cores", "_functions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -107,7 +108,7 @@ class PolicyStep(nn.Module):
         told = torch.cat([last_action.to(reward.dtype), reward], -1)
         told = [torch.where(start, 0.0, told), torch.where(start, at_start, done.to(reward.dtype))]
         state[signature.trans_key], state["is_init"] = torch.cat([*seen, *told], -1), start
-        first = initial_memory(self.policy, start.shape[0])
+        first = _first_memory(self._cores, start.shape[0])
         for key, carried in zip(self._hidden_keys, memory, strict=True):
             state[key] = where_rows(start.squeeze(-1), first[key], carried.to(first[key].dtype))  # counters, flags
         return state
@@ -178,8 +179,15 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
 
 def initial_memory(policy: nn.Module, rows: int) -> State:
     """What the cores of ``policy`` remember when a trial starts, ``[rows, ...]``."""
+    return _first_memory(_cores_of(policy), rows)
+
+
+def _cores_of(policy: nn.Module) -> list[nn.Module]:
     # Of the class: a TensorDictModule passes on what its inner module has.
-    cores = (module for module in policy.modules() if hasattr(type(module), "initial_memory"))
+    return [module for module in policy.modules() if hasattr(type(module), "initial_memory")]
+
+
+def _first_memory(cores: Iterable[nn.Module], rows: int) -> State:
     return {key: m for core in cores for key, m in zip(core.in_keys[1:-1], core.initial_memory(rows), strict=True)}
 
 
