@@ -1,0 +1,122 @@
+"""What the ablations do to the inputs, and nothing else."""
+
+import math
+
+import pytest
+import torch
+from evaluation_cases import (
+    Countdown,
+    TensorCountdown,
+    act,
+    bandit_env,
+    countdown_env,
+    first_arm,
+    remembering_actor,
+    win_stay_lose_shift,
+)
+from tensordict import TensorDict
+
+from rl2_torchrl import (
+    ActorCritic,
+    GRUCategoricalActor,
+    GRUValueHead,
+    adaptation_curve,
+    with_shuffled_rewards,
+    with_zeroed_memory,
+)
+
+
+def test_zeroed_memory_zeroes_every_hidden_state_and_nothing_else():
+    policy = ActorCritic(
+        GRUCategoricalActor(4, 2, hidden_size=4), GRUValueHead(4, hidden_size=3, hidden_key=("a", "h"))
+    )
+    td = TensorDict({"trans": torch.randn(5, 4), "actor_hidden": torch.randn(5, 1, 4)}, [5])
+    td["a", "h"] = torch.randn(5, 1, 3)
+    out = with_zeroed_memory(policy)(td.clone())
+    assert not out["actor_hidden"].any()
+    assert not out["a", "h"].any()
+    assert torch.equal(out["trans"], td["trans"])
+
+
+def test_memory_zeroed_where_episodes_begin():
+    env = countdown_env([2, 3], 2, TensorCountdown, episodes=2)
+    actor, seen = GRUCategoricalActor.from_env(env, hidden_size=4, init_range=3.0), []
+    zero = with_zeroed_memory(actor, at="episodes")
+
+    def record(state):
+        seen.append((state["step"].flatten() == 0, state["actor_hidden"], zero(state)["actor_hidden"]))
+        return zero(state)
+
+    adaptation_curve(env, actor, 2, ablation=record)
+    begins, before, after = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert before[begins].any()
+    assert not after[begins].any()
+    assert torch.equal(before[~begins], after[~begins])
+    with pytest.raises(ValueError, match="at='trials'.*'episodes' begin"):
+        with_zeroed_memory(actor, at="trials")
+
+
+@pytest.mark.parametrize("kind", [TensorCountdown, Countdown])
+def test_an_ablation_sees_all_that_there_is_of_a_step(kind):
+    seen = set()
+    env = countdown_env([2, 3], 2, kind, episodes=2)
+    adaptation_curve(env, act(first_arm), 2, ablation=lambda state: seen.update(state) or state)
+    assert {"trans", "task", "step", "is_init", "episode_done", "episode_index", "trial_step", "time_left"} <= seen
+    assert not {("next", "done"), ("next", "episode_done")} & seen  # which are not there yet
+    with pytest.raises(TypeError, match=r"returned a NoneType.*\*\*state"):
+        adaptation_curve(env, act(first_arm), 2, ablation=lambda state: None)
+
+
+def test_a_policy_with_zeroed_memory_forgets():
+    # With the memory zeroed, an action depends on the last step alone: two rows with the same last step act alike.
+    actor, seen = remembering_actor(), []
+    zero = with_zeroed_memory(actor)
+
+    def record(state):
+        state = zero(state)
+        start = {"is_init": torch.zeros(10, 1, dtype=torch.bool)}
+        seen.append((state["trans"].clone(), actor.get_dist(TensorDict({**state, **start}, [10])).logits))
+        return state
+
+    adaptation_curve(bandit_env(rows=10), actor, 10, ablation=record)
+    trans, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    unique, index = trans.unique(dim=0, return_inverse=True)
+    assert len(unique) < len(trans)
+    for i in range(len(unique)):
+        group = logits[index == i]
+        assert torch.allclose(group, group[:1].expand_as(group), atol=1e-6)
+
+
+def test_an_actors_memory_is_zeroed_by_that_of_its_actor_critic_too():
+    actor = remembering_actor()
+    policy = ActorCritic(actor, GRUValueHead(5, hidden_size=4))
+    curves = []
+    for zeroed in (actor, policy):
+        torch.manual_seed(0)
+        curves.append(adaptation_curve(bandit_env(rows=10), actor, 10, ablation=with_zeroed_memory(zeroed)))
+    assert torch.equal(*[curve.returns for curve in curves])
+
+
+def test_shuffled_rewards_permutes_the_last_but_one_entry_and_nothing_else():
+    trans = torch.arange(24.0).reshape(6, 4)
+    state = {"trans": trans.clone(), "other": torch.ones(6)}
+    out = with_shuffled_rewards(torch.Generator().manual_seed(0))(state)
+    assert torch.equal(state["trans"], trans)  # the batch's own memory is left as it is
+    assert out["other"] is state["other"]
+    assert torch.equal(out["trans"][..., [0, 1, 3]], trans[..., [0, 1, 3]])
+    assert sorted(out["trans"][..., 2].flatten().tolist()) == trans[..., 2].flatten().tolist()
+    assert not torch.equal(out["trans"][..., 2], trans[..., 2])
+    # The generator decides; a nested key works as well.
+    nested = {("a", "trans"): trans.clone()}
+    again = with_shuffled_rewards(torch.Generator().manual_seed(0), in_key=("a", "trans"))(nested)
+    assert torch.equal(again["a", "trans"], out["trans"])
+
+
+def test_ablations_reach_the_policy():
+    # Win-stay, lose-shift lives on the reward: with another row's it does no better than chance after the first pull.
+    tasks = torch.eye(2).repeat(1000, 1)
+    generator = torch.Generator().manual_seed(0)
+    policy = act(win_stay_lose_shift)
+    curve = adaptation_curve(bandit_env(tasks, 2000), policy, 2000, ablation=with_shuffled_rewards(generator))
+    assert curve.per_episode.tolist() == pytest.approx([0.5] * 3, abs=4 * 0.5 / math.sqrt(2000))
+    assert adaptation_curve(bandit_env(tasks, 2000), policy, 2000).per_episode.tolist() == [0.5, 1.0, 1.0]
