@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 import torch
+from env_check_cases import Doubles, drifts
 from rollouts import assert_same, batches_of, both, make_policy, same_noise, set_length
-from test_env_check import Doubles, drifts
 from torchrl.data import Unbounded
 from torchrl.envs import CatFrames, Compose, DoubleToFloat, ObservationNorm, RewardScaling, TransformedEnv, VecNormV2
 
