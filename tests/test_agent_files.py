@@ -11,6 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 from torchrl.envs import Compose, TransformedEnv
 
 import rl2_torchrl as rl2
@@ -314,6 +316,16 @@ def test_a_hook_is_no_part_of_a_file(tmp_path):
     head.register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match="Head cannot be written to an agent's file"):
         AdaptiveAgent.from_policy(actor, bandits()).save(tmp_path / "agent.safetensors")
+
+
+def test_weights_that_are_made_of_others_are_made_plain_before_they_are_saved(tmp_path):
+    actor = GRUCategoricalActor.from_env(bandits())
+    linear = next(module for module in actor.modules() if isinstance(module, nn.Linear))
+    weight_norm(linear)
+    with pytest.raises(TypeError, match=r"layers.1' are made of others.*remove_parametrizations"):
+        AdaptiveAgent.from_policy(actor, bandits()).save(tmp_path / "agent.safetensors")
+    remove_parametrizations(linear, "weight")
+    AdaptiveAgent.from_policy(actor, bandits()).save(tmp_path / "agent.safetensors")
 
 
 def test_what_a_file_says_is_text(tmp_path):
