@@ -109,8 +109,8 @@ def look(*arguments):
 @needs_kernels
 def test_terms_are_shown_the_kernels_memory_while_they_keep_nothing():
     places = look().places
-    for first in (0, 10, 20):  # the last minibatch of a pass is short
-        assert len({*places[first : first + 4], *places[first + 5 : first + 9]}) == 1
+    for first in (0, 10, 20):  # of the first minibatch they are shown copies, and the last of a pass is short
+        assert len({*places[first + 1 : first + 4], *places[first + 5 : first + 9]}) == 1
 
 
 @needs_kernels
@@ -262,6 +262,53 @@ class _Clamps(nn.Module):
 @pytest.mark.parametrize("keeps", [False, True])
 def test_a_module_that_writes_in_place_what_others_read(keeps):
     both_ways(lambda: policy_of(TensorDictModule(_Clamps(keeps=keeps), ["trans"], ["seen"])))
+
+
+class _Encodes(nn.Module):
+    """Saves what it reads for its backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(INPUTS, INPUTS, **F64)
+
+    def forward(self, x):
+        return nn.functional.gelu(self.linear(x))
+
+
+class _Centres(nn.Module):
+    """A term that predicts what an encoder has read, about its mean, in place where it is told to."""
+
+    in_keys = ("actor_features", "trans")
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.linear, self._in_place, self.calls = nn.Linear(UNITS, INPUTS, **F64), in_place, 0
+
+    def forward(self, features, target):
+        self.calls += 1
+        centre = target.sub_ if self._in_place(self.calls) else target.sub
+        return {"loss_centred": (self.linear(features) - centre(target.mean((0, 1)))).square().mean()}
+
+
+def encoded(in_place, way="parts"):
+    loss = loss_of("categorical", "separate", torch.float64)
+    torch.manual_seed(2)
+    core, head = loss.actor_network.module[0].module
+    core.in_keys = ["encoded", *core.in_keys[1:]]
+    encoder = TensorDictModule(_Encodes(), ["trans"], ["encoded"])
+    loss = policy_of(encoder, loss=loss, terms=[_Centres(in_place)])
+    update = PPOUpdate(loss, shuffle=False, backend=way, bptt=2, minibatches=5, epochs=3)
+    metrics = [update(batch_of("categorical", torch.float64)) for _ in range(2)]
+    return metrics, [p.detach() for p in loss.parameters()], []
+
+
+@needs_kernels
+def test_a_term_that_writes_in_place_what_a_module_has_saved():
+    """Each is shown copies; where it does so now and then, it is told of, as it always is under autograd."""
+    assert_alike(encoded(lambda call: True), encoded(lambda call: False, "autograd"))
+    for way, is_some in (("parts", lambda call: call == 3), ("autograd", lambda call: True)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            encoded(is_some, way)
 
 
 class _Some(nn.Module):

@@ -21,6 +21,9 @@ class Loans:
 
     def __init__(self, *, are_copies: bool):
         self._are_copies = are_copies
+        #: What has been shown of each entry in this minibatch. Who reads it too shares its version: PyTorch notices, at the
+        #: backward, where one has written over what another has saved.
+        self._shown: dict[int, torch.Tensor] = {}
         #: Each lives as long as the storage of what was shown, and so as long as anybody holds that, or a view of it.
         self._arrays: list[weakref.ref] = []
 
@@ -28,11 +31,14 @@ class Loans:
         """``entry``, with a storage of its own."""
         if self._are_copies or entry.dtype not in _NUMPYS:
             return entry.clone()
-        array = entry.detach().numpy()
-        self._arrays.append(weakref.ref(array))
-        return torch.from_numpy(array)
+        if id(entry) not in self._shown:
+            array = entry.detach().numpy()
+            self._arrays.append(weakref.ref(array))
+            self._shown[id(entry)] = torch.from_numpy(array)
+        return self._shown[id(entry)].detach()
 
     def are_kept(self) -> bool:
-        """Whether anybody holds what was shown."""
+        """Whether anybody holds what was shown of the last minibatch, which is over."""
+        self._shown.clear()
         self._arrays = [array for array in self._arrays if array() is not None]
         return bool(self._arrays)

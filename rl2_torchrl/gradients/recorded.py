@@ -53,7 +53,8 @@ class RecordedMinibatch:
         parts: those of its parts that are run here.
         chunks: entries ``[num_chunks, T, ...]`` of which minibatches are drawn, and what other parts have made.
         own: the chunks ``[rows]`` of the first minibatch, int64.
-        copies: whether parts and terms in Python are shown copies, since they keep what they are shown.
+        copies: whether parts and terms in Python are shown copies after the first minibatch too, since they keep what they are
+            shown.
 
     Attributes:
         values: losses and diagnostics of the first.
@@ -62,7 +63,7 @@ class RecordedMinibatch:
 
     def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor, *, copies: bool):
         self._program, self._parts, self._rows = program, parts, len(own)
-        self._loans = Loans(are_copies=copies)
+        self._loans, self._writes = Loans(are_copies=True), False
         self._recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
         self._norm = self._recording.numbers_for(1)
         self._steps: list[Calls | Callable[[], None]] = []
@@ -81,6 +82,8 @@ class RecordedMinibatch:
         steps = len(own) * next(iter(chunks.values())).shape[1]
         with one_thread() if steps <= _FEW_STEPS else nullcontext():
             self._run_first(chunks)
+        # To who writes in place: another may have saved the same for its backward, and each had its own so far.
+        self._loans = Loans(are_copies=copies or self._writes)
         self.values = self._values()
 
     def close(self) -> None:
@@ -376,6 +379,7 @@ class RecordedMinibatch:
         run(entries)
         for key, entry in shown.items():
             if entry._version and entry.data_ptr() != state[key].data_ptr():
+                self._writes = True
                 state[key].copy_(entry)  # others read what has been written in place
         return entries
 
