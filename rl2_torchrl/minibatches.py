@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
 from rl2_torchrl.arguments import require_time_last, whole
 from rl2_torchrl.learners import Learners
@@ -39,7 +39,7 @@ class Minibatches:
 
     def __init__(self, *, device: torch.device, generator: torch.Generator | None, learners: Learners):
         self.device, self.generator, self.learners, self.weight = device, generator, learners, 1.0
-        self._buffer: TensorDictReplayBuffer | None = None
+        self._buffer: ReplayBuffer | None = None
         self._layout: dict[NestedKey, tuple[torch.Size, torch.dtype]] = {}  # of the chunks in it
         self._has_told = False
         #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
@@ -65,7 +65,7 @@ class Minibatches:
         # One buffer for the whole training: first touch of fresh memory costs more than the copy.
         layout = {key: (entry.shape, entry.dtype) for key, entry in chunks.items(True, True)}
         if layout != self._layout:
-            self._buffer = TensorDictReplayBuffer(
+            self._buffer = ReplayBuffer(
                 storage=LazyTensorStorage(number, device=self.device),
                 sampler=SamplerWithoutReplacement(),
                 batch_size=self.rows,
