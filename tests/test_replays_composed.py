@@ -20,9 +20,10 @@ from torchrl.modules import ProbabilisticActor
 from rl2_torchrl import PPOUpdate, RL2PPOLoss
 from rl2_torchrl.gradients import Part
 from rl2_torchrl.gradients.recorded import RecordedMinibatch
+from rl2_torchrl.gradients.replays import Replays
 from rl2_torchrl.kernels.recording import Calls
 from rl2_torchrl.kernels.workspace import Workspace
-from rl2_torchrl.modules import RunningNorm
+from rl2_torchrl.modules import MLPEncoder, RunningNorm
 from rl2_torchrl.objectives.terms import SquaredError
 
 
@@ -290,12 +291,12 @@ class _Centres(nn.Module):
         return {"loss_centred": (self.linear(features) - centre(target.mean((0, 1)))).square().mean()}
 
 
-def encoded(in_place, way="parts"):
+def encoded(in_place, way="parts", encoder=_Encodes):
     loss = loss_of("categorical", "separate", torch.float64)
     torch.manual_seed(2)
     core, head = loss.actor_network.module[0].module
     core.in_keys = ["encoded", *core.in_keys[1:]]
-    encoder = TensorDictModule(_Encodes(), ["trans"], ["encoded"])
+    encoder = TensorDictModule(encoder(), ["trans"], ["encoded"])
     loss = policy_of(encoder, loss=loss, terms=[_Centres(in_place)])
     update = PPOUpdate(loss, shuffle=False, backend=way, bptt=2, minibatches=5, epochs=3)
     metrics = [update(batch_of("categorical", torch.float64)) for _ in range(2)]
@@ -309,6 +310,18 @@ def test_a_term_that_writes_in_place_what_a_module_has_saved():
     for way, is_some in (("parts", lambda call: call == 3), ("autograd", lambda call: True)):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             encoded(is_some, way)
+
+
+@needs_kernels
+@pytest.mark.parametrize("minibatches", [1, 5])  # one is not recorded
+def test_what_our_parts_read_again_is_written_over_by_nobody(minibatches, monkeypatch):
+    def encoder():
+        return MLPEncoder(INPUTS, [INPUTS], **F64)
+
+    assert_alike(encoded(lambda call: False, encoder=encoder), encoded(lambda call: False, "autograd", encoder))
+    monkeypatch.setattr(Replays, "_is_worth_it", lambda self: minibatches > 1)
+    with pytest.raises(RuntimeError, match=r"\['trans'\] of a minibatch has been modified by an inplace operation of _Centres"):
+        encoded(lambda call: True, encoder=encoder)
 
 
 class _Some(nn.Module):

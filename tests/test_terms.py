@@ -361,6 +361,24 @@ def test_a_term_with_a_gradient_of_its_own():
         torch.testing.assert_close(parameter.grad, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("keys", [["logits", "action"], ["action", "logits"]])
+def test_the_first_entry_of_such_a_term_may_be_whole_numbers(keys):
+    class Cloning(OwnGradient):
+        def with_gradients(self, *entries):
+            given = dict(zip(self.in_keys, entries, strict=True))
+            chance, taken = given["logits"].softmax(-1), nn.functional.one_hot(given["action"], 3)
+            slopes = {"logits": chance - taken, "action": None}
+            return {"loss_cloning": -(chance.log() * taken).sum()}, tuple(slopes[key] for key in self.in_keys)
+
+    loss, data = loss_with(Cloning(keys)), data_of()
+    losses = loss(data)
+    assert losses["loss_cloning"] > 10
+    gradients = torch.autograd.grad(total(losses), list(loss.parameters()))
+    Program(loss)(dict(data.items()))
+    for parameter, gradient in zip(loss.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("key", ["logits", "actor_features", ("policy", "log_prob"), "state_value"])
 def test_a_gradient_of_another_shape_is_refused(key):
     class Short(OwnGradient):
@@ -369,6 +387,23 @@ def test_a_gradient_of_another_shape_is_refused(key):
 
     with pytest.raises(ValueError, match=r"Short.with_gradients gave a gradient \(1, .* by .*: give it that shape"):
         Program(loss_with(Short([key])))(dict(data_of().items()))
+
+
+@pytest.mark.parametrize("key", ["logits", "actor_features"])
+def test_a_gradient_that_a_hook_of_a_terms_keeps_stays_as_it_was(key):
+    class Watched(nn.Module):
+        in_keys = [key]
+
+        def forward(self, entry):
+            entry.register_hook(kept.append)
+            return {"loss_watched": entry.square().sum()}
+
+    kept, data = [], dict(data_of().items())
+    Program(loss_with(Watched()))(data)
+    [shown], before = kept, kept[0].clone()
+    Program(loss_with(Watched()))(data)
+    assert torch.equal(shown, kept[1])
+    assert torch.equal(shown, before)
 
 
 class Half(OwnGradient):

@@ -45,11 +45,15 @@ class Part:
 
     Attributes:
         wanted: those of ``in_keys`` that carry a gradient, as they are made from parameters. Whoever runs the part sets it.
+        saved: those of ``in_keys`` that parts before it read again by hand. Whoever runs the part sets it.
         sources: parameters by which autograd looks for a gradient, by default ``parameters``. Whoever runs the part adds those
             that its function may reach without owning them.
         carries: whether ``out_keys`` carry a gradient.
         is_by_hand: whether the last `forward` was that by hand.
+        reads_again: whether a `backward_by_hand` reads ``in_keys`` as the forward did.
     """
+
+    reads_again = True
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Part:
             parameters = function.parameters() if isinstance(function, nn.Module) else ()
         self.parameters, self.optional, self.reason = list(dict.fromkeys(parameters)), frozenset(optional), reason
         self.wanted: set[NestedKey] = set()
+        self.saved: set[NestedKey] = set()
         self.sources, self.carries = self.parameters, False
         self.is_by_hand = False
 
@@ -113,9 +118,14 @@ class Part:
         Workspace.leave(*(state[key] for key in self.in_keys if key in state))
         carrying = [key for key in self.in_keys if key in self.wanted and state[key].is_floating_point()]
         self._leaves = {key: state[key].detach().requires_grad_() for key in carrying}
-        entries = {**state, **self._leaves}
+        entries, versions = {**state, **self._leaves}, {key: state[key]._version for key in self.saved}
         with torch.enable_grad():
             self.run(entries)
+        if written := [key for key, version in versions.items() if state[key]._version != version]:
+            raise RuntimeError(
+                f"{written} of a minibatch has been modified by an inplace operation of {type(self.function).__name__}, and what "
+                "read it before needs it for its gradient: work on a copy."
+            )
         self._outputs = [entries[key] for key in self.out_keys]
         self.carries |= any(out.requires_grad for out in self._outputs)
         state.update((key, out.detach()) for key, out in zip(self.out_keys, self._outputs, strict=True))
@@ -132,11 +142,9 @@ class Part:
             self.add(self.backward_by_autograd(gradients), gradients)
 
     def add(self, found: Gradients, gradients: Gradients) -> None:
-        """Adds what `backward_by_autograd` has ``found``. Others add to it in place: it may be no view of another's."""
+        """Adds what `backward_by_autograd` has ``found``: copies, since others add to it in place, and a hook may keep it."""
         for source, gradient in found.items():
-            is_own = len(self._leaves) == 1 and source in self._leaves
-            whole = torch.contiguous_format
-            accumulate(gradients, source, gradient.contiguous() if is_own else gradient.clone(memory_format=whole))
+            accumulate(gradients, source, gradient.clone(memory_format=torch.contiguous_format))
 
     def backward_by_autograd(self, gradients: Gradients) -> Gradients:
         """Takes the gradients by ``out_keys`` out of ``gradients``; those to be added, which may lie in each other's memory."""

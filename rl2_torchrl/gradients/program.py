@@ -47,13 +47,15 @@ class Program:
         self.follow_gradients()
 
     def follow_gradients(self) -> None:
-        """Tells each part which entries carry a gradient to it."""
+        """Tells each part which entries carry a gradient to it, and which others need again."""
         carrying: set[NestedKey] = set()
+        saved: set[NestedKey] = set()
         for part in (*self.parts, *self.terms):
-            part.wanted = carrying.intersection(part.in_keys)
+            part.wanted, part.saved = carrying.intersection(part.in_keys), saved.intersection(part.in_keys)
             part.carries |= bool(part.wanted) or any(p.requires_grad for p in part.parameters)
             if part.carries:
                 carrying.update(part.out_keys)
+                saved.update(part.in_keys if part.reason is None and part.reads_again else ())
             else:
                 carrying.difference_update(part.out_keys)
 

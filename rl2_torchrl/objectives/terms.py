@@ -61,7 +61,7 @@ class OwnGradient(nn.Module, ABC):
         """Loss and diagnostics, the loss with its gradient as autograd takes it."""
         with torch.no_grad():
             values, slopes = self.with_gradients(*entries)
-        like = entries[0]
+        like = next((entry for entry in entries if entry.is_floating_point()), entries[0])
         values = {name: value.to(like) if isinstance(value, Tensor) else value for name, value in values.items()}
         numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
         if numbers:  # on a device there are none; one alone would cost as much as all of them
