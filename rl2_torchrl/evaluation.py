@@ -155,7 +155,8 @@ def adaptation_curve(
         deterministic: act with the distribution's mode or mean. Default False: RL² explores by sampling.
         ablation: function applied to the named tensors ``[num_rows, ...]`` of a step before the policy reads them, observations,
             task, transition input, memory and the trial's counters, which returns them changed: `with_zeroed_memory(policy)` or
-            `with_shuffled_rewards()`.
+            `with_shuffled_rewards()`. What is observed stands in the transition input too: to take it away change its part there
+            (``layout().split(trans)`` of `PreviousStep`).
         on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not
             tell: copies, which may be kept.
         measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and what is taken of its steps:
@@ -169,8 +170,8 @@ def adaptation_curve(
 
     Raises:
         ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it, or of Gymnasium's
-            `NormalizeObservation` or `NormalizeReward`, would move, or a measured entry is several numbers, or overwritten where an
-            episode ends.
+            `NormalizeObservation` or `NormalizeReward`, would move, a measured entry is several numbers, or overwritten where an
+            episode ends, or the ablation changes nothing that the policy reads.
         TypeError: ``env`` is no env, ``policy`` no policy, ``measures`` no mapping, ``ablation`` or ``on_step`` no function, or an
             ablation returns something else than named tensors.
         RuntimeError: a trial does not end.

@@ -12,9 +12,11 @@ from evaluation_cases import (
     countdown_env,
     first_arm,
     remembering_actor,
+    same,
     win_stay_lose_shift,
 )
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 
 from rl2_torchrl import (
     ActorCritic,
@@ -65,6 +67,36 @@ def test_an_ablation_sees_all_that_there_is_of_a_step(kind):
     assert not {("next", "done"), ("next", "episode_done")} & seen  # which are not there yet
     with pytest.raises(TypeError, match=r"returned a NoneType.*\*\*state"):
         adaptation_curve(env, act(first_arm), 2, ablation=lambda state: None)
+
+
+@pytest.mark.parametrize("kind", [TensorCountdown, Countdown])
+def test_an_ablation_of_the_trials_counters_leaves_the_curve_as_it_is(kind):
+    """Which episode a reward is of does not depend on what the policy is shown."""
+
+    def zero(state):
+        return {**state, **{key: torch.zeros_like(state[key]) for key in ("episode_index", "is_init")}}
+
+    policy = TensorDictModule(lambda trans, _: first_arm(trans), ["trans", "episode_index"], ["action"])
+    curve, expected = (
+        adaptation_curve(countdown_env([2, 3, 1, 4], 2, kind, episodes=2), policy, 4, ablation=ablation)
+        for ablation in (zero, None)
+    )
+    assert same(curve.returns, expected.returns)
+    assert same(curve.steps.returns, expected.steps.returns)
+
+
+def test_an_ablation_of_what_the_policy_does_not_read_is_told():
+    def zeroed(*keys):
+        return lambda state: {**state, **{key: torch.zeros_like(state["step"]) for key in keys}}
+
+    for keys in (["step"], ["stpe"], ["task", "step"]):
+        with pytest.raises(
+            ValueError, match=rf"the ablation changes \['{keys[0]}'.*nothing that the policy reads, \['trans'\]"
+        ):
+            adaptation_curve(countdown_env([2, 3], 2, episodes=2), act(first_arm), 2, ablation=zeroed(*keys))
+    read = TensorDictModule(lambda trans, _: first_arm(trans), ["trans", "step"], ["action"])
+    adaptation_curve(countdown_env([2, 3], 2, episodes=2), read, 2, ablation=zeroed("task", "step"))
+    adaptation_curve(countdown_env([2, 3], 2, episodes=2), read, 2, ablation=lambda state: state)
 
 
 def test_a_policy_with_zeroed_memory_forgets():

@@ -384,6 +384,17 @@ CASES = [
         ValueError,
         "'trans' of 7 entries.*has 5.*from_env",
     ),
+    *(
+        row(
+            f"agent of another env, {how}",
+            lambda options=options: adaptation_curve(
+                env(), RecurrentActor({"trans": [7]}, CategoricalActions(3), **options), 2
+            ),
+            ValueError,
+            "'trans' of 7 entries.*has 5.*from_env",
+        )
+        for how, options in (("normalized", {"normalize": True}), ("encoded", {"encoder": MLPEncoder}))
+    ),
     row(
         "actions of another env",
         lambda: adaptation_curve(quadratic(), GRUGaussianActor(quadratic().observation_spec["trans"].shape[-1], 5), 2),

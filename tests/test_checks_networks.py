@@ -21,6 +21,7 @@ from rl2_torchrl import (
     GRUValueHead,
     PPOUpdate,
     PreviousStep,
+    RecurrentActor,
     RL2PPOLoss,
     TaskSampler,
     Trial,
@@ -28,7 +29,8 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, memory, rows
 from rl2_torchrl.checks.evidence import Evidence
-from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, PointRobot, goals_on_half_circle, uniform_means
+from rl2_torchrl.modules import TanhGaussianActions
 
 # ---- Faults of networks.
 
@@ -459,11 +461,16 @@ def test_the_message_says_what_why_and_what_to_do():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_in_half_precision_is_no_fault(dtype):
+@pytest.mark.parametrize("kind", ["choices", "squashed"])  # whose log-probability is float32, as the env's actions are
+def test_rounding_in_half_precision_is_no_fault(kind, dtype):
     torch.manual_seed(0)
-    trial = Compose(Trial(episodes=10), TaskSampler(uniform_means(10), seed=0), PreviousStep())
-    env = TransformedEnv(BernoulliBandit(10, batch_size=(64,), seed=0), trial)
-    actor = GRUCategoricalActor.from_env(env, hidden_size=16, dtype=dtype)
+    if kind == "choices":
+        base, tasks, options = BernoulliBandit(10, batch_size=(64,), seed=0), uniform_means(10), {}
+    else:
+        base, tasks = PointRobot(batch_size=(64,)), goals_on_half_circle()
+        options = {"distribution": TanhGaussianActions.from_spec}
+    env = TransformedEnv(base, Compose(Trial(steps=10), TaskSampler(tasks, seed=0), PreviousStep()))
+    actor = RecurrentActor.from_env(env, hidden_size=16, dtype=dtype, **options)
     critic = GRUValueHead.from_env(env, hidden_size=16, dtype=dtype)
     update = PPOUpdate(RL2PPOLoss(actor, critic), lr=0.0)
     collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=640, keep=update.in_keys)

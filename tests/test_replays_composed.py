@@ -320,7 +320,9 @@ def test_what_our_parts_read_again_is_written_over_by_nobody(minibatches, monkey
 
     assert_alike(encoded(lambda call: False, encoder=encoder), encoded(lambda call: False, "autograd", encoder))
     monkeypatch.setattr(Replays, "_is_worth_it", lambda self: minibatches > 1)
-    with pytest.raises(RuntimeError, match=r"\['trans'\] of a minibatch has been modified by an inplace operation of _Centres"):
+    with pytest.raises(
+        RuntimeError, match=r"\['trans'\] of a minibatch has been modified by an inplace operation of _Centres"
+    ):
         encoded(lambda call: True, encoder=encoder)
 
 

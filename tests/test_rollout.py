@@ -358,6 +358,9 @@ def test_text_that_nobody_has_left_out_is_told():
     env = TransformedEnv(Speaks(), Compose(Trial(episodes=2), TaskSampler(whole_numbers), PreviousStep()))
     with pytest.raises(TypeError, match=r"\['words'\] are no numbers.*PreviousStep\(\[\.\.\.\]\)"):
         make_policy(env)
+    for seen in ([], ["place"]):  # as the message says
+        trial = Compose(Trial(episodes=2), TaskSampler(whole_numbers), PreviousStep(seen))
+        make_policy(TransformedEnv(Speaks(), trial))
 
 
 class SameFlags(Walk):

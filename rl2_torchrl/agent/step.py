@@ -28,6 +28,7 @@ from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import distribution_of, stands_for
+from rl2_torchrl.modules.slots import require_sizes
 
 __all__ = ["LAST_ACTION", "PolicyStep", "actor_of", "signature_of"]
 
@@ -193,6 +194,7 @@ def _first_memory(cores: Iterable[nn.Module], rows: int) -> State:
 
 def signature_of(actor: ProbabilisticTensorDictSequential, env: EnvBase) -> Signature:
     """What ``actor`` and ``env`` hand each other."""
+    require_sizes(env, actor)
     remembered = hidden_keys(actor)
     read = [key for key in actor.in_keys if key not in remembered and key != "is_init"]
     transition = transition_of(env, read)

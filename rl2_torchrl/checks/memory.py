@@ -63,19 +63,20 @@ def replay(seen: Evidence) -> str | None:
     with torch.no_grad():
         replayed = seen.probe_as_collected.run(chunks)
     collected = {LOG_PROB: keys.sample_log_prob, VALUE: keys.value}
+    dtypes = {p.dtype for p in seen.probe.loss.parameters() if p.is_floating_point()}
     # What else the batch has of the networks, such as features, tells of a fault that new networks hardly show in what they do.
     for name, key in {**{key: key for key in replayed}, **collected}.items():
         if name in replayed and seen.has(key):
-            off = _difference(replayed[name], chunks.get(key))
+            off = _difference(replayed[name], chunks.get(key), dtypes)
             if off is not None:
                 return (
                     f"the networks do not give the collected {key!r} back, but numbers that are off by up to {off:.2g}"
                 )
 
 
-def _difference(replayed: torch.Tensor, collected: torch.Tensor) -> float | None:
-    """The largest difference, None where it is one of rounding (on a GPU of TF32, which recurrent layers may use)."""
-    precision = max(torch.finfo(dtype).eps for dtype in (replayed.dtype, collected.dtype, torch.float32))
+def _difference(replayed: torch.Tensor, collected: torch.Tensor, dtypes: set[torch.dtype]) -> float | None:
+    """The largest difference, None where it is one of rounding in ``dtypes`` (on a GPU of TF32, which recurrent layers may use)."""
+    precision = max(torch.finfo(dtype).eps for dtype in (replayed.dtype, collected.dtype, torch.float32, *dtypes))
     allowed = min(0.05, precision * (200 if collected.device.type == "cpu" else 1e5))
     off = (replayed.reshape(collected.shape) - collected).abs().max()
     return off.item() if off > allowed * (1 + collected.abs().max()) else None

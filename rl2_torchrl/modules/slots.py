@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torchrl.envs import EnvBase
 
 from rl2_torchrl.arguments import as_list, noted, require_callable, require_flags, require_layer_class
 from rl2_torchrl.gradients.part import is_function
-from rl2_torchrl.modules.cores import sub_key
+from rl2_torchrl.modules.cores import RecurrentCore, sub_key
 from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.layers import (
     ConvEncoder,
     Encoder,
     Head,
+    MLPEncoder,
     SkipHead,
     by_entry,
     encoding,
@@ -32,7 +34,7 @@ from rl2_torchrl.modules.layers import (
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import has_trials_within, is_info, previous_steps, require_tensors
 
-__all__ = ["Shapes", "fill_slots", "read_shapes", "shapes_of"]
+__all__ = ["Shapes", "fill_slots", "read_shapes", "require_sizes", "shapes_of"]
 
 log = logging.getLogger(__name__)
 
@@ -209,22 +211,48 @@ def shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.
     return {key: spec[key].shape[len(env.batch_size) :] for key in keys}
 
 
+def require_sizes(env: EnvBase, policy: nn.Module) -> None:
+    """ValueError where a module of ``policy`` reads an observation that has another size in ``env``."""
+    spec = env.observation_spec
+    for module in policy.modules():
+        key, size = _reads(module)
+        if key is None or key not in spec.keys(True, True):
+            continue
+        if (there := spec[key].shape[len(env.batch_size) :].numel()) != size:
+            raise ValueError(
+                f"the policy reads {key!r} of {size} entries, and the env's has {there}: it was made for another env. Make it by "
+                "from_env(env, ...)."
+            )
+
+
+def _reads(module: nn.Module) -> tuple[NestedKey, int] | tuple[None, None]:
+    """The entry that ``module`` reads and its size, where it knows that."""
+    if isinstance(module, RecurrentCore) and module.input_size is not None:
+        return module.in_keys[0], module.input_size
+    inner = getattr(module, "module", None) if isinstance(module, TensorDictModule) else None
+    if isinstance(inner, RunningNorm):
+        return module.in_keys[0], len(inner.mean)
+    return (module.in_keys[0], inner.shape.numel()) if isinstance(inner, MLPEncoder) else (None, None)
+
+
 def _images(env: EnvBase, known: set[NestedKey]) -> list[NestedKey]:
     """Observations of several dimensions that are in no input: `PreviousStep` leaves those out unless it is told."""
-    told = [key for each in previous_steps(env) for key in each.obs_keys or ()]
+    told, spec = [each.obs_keys for each in previous_steps(env) if each.obs_keys is not None], env.observation_spec
     # What is an input of the env too, such as the task or a memory, is nothing that it shows.
-    hidden = {*known, *told, *env.full_state_spec.keys(True, True)}
-    shown = [key for key in env.observation_spec.keys(True, True) if key not in hidden and not is_info(key)]
-    if told:  # what is named leaves text out
-        shown = [key for key in shown if not isinstance(env.observation_spec[key], NonTensor)]
+    hidden = {*known, *chain.from_iterable(told), *env.full_state_spec.keys(True, True)}
+    shown = [key for key in spec.keys(True, True) if key not in hidden and not is_info(key)]
+    if told:  # what is named, be it nothing, leaves text out
+        shown = [key for key in shown if not isinstance(spec[key], NonTensor)]
     unseen = {key: shape for key, shape in shapes_of(env, shown).items() if len(shape) > 1}
     for key, shape in unseen.items():
         if len(shape) != 3:
             raise ValueError(
                 f"the env shows {key!r} {tuple(shape)}, which is neither in the transition input nor an image, and has no encoder: "
-                f"give it one, encoder={{{key!r}: MLPEncoder}}, or encoder={{{key!r}: None}} for a network that shall not see it."
+                "let the env flatten it (FlattenObservation of gymnasium.wrappers, or TorchRL's), which puts it there, normalised "
+                f"with it where normalize=True says so; or give it an encoder, which reads it as it is, encoder={{{key!r}: "
+                f"MLPEncoder}}, or encoder={{{key!r}: None}} for a network that shall not see it."
             )
-        dtype = env.observation_spec[key].dtype
+        dtype = spec[key].dtype
         if not dtype.is_floating_point and dtype not in (torch.uint8, torch.bool):
             log.info(
                 "%s is an image of %s, read as it is: bytes alone are scaled to [0, 1]. Let the env scale it.",

@@ -22,11 +22,11 @@ from rl2_torchrl.gradients.networks import keys_left
 from rl2_torchrl.gradients.part import has_hooks, sub_entries
 from rl2_torchrl.kernels.graph import GraphReplay
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
-from rl2_torchrl.modules.cores import RecurrentCore
+from rl2_torchrl.modules.slots import require_sizes
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
 from rl2_torchrl.rollout.trials import leaves
-from rl2_torchrl.trial import transforms_of
+from rl2_torchrl.trial import is_within, transforms_of
 
 __all__ = ["Rollout"]
 
@@ -59,9 +59,9 @@ class Rollout:
         on_step: Callable[[State], None] | None = None,
     ):
         self.env, self.policy, self.steps, self.ablation, self.on_step = env, policy, steps, ablation, on_step
-        _require_sizes(env, policy)
+        require_sizes(env, policy)
         self.parts, self._layout = acting_parts(policy), _layout(policy, env)
-        read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
+        self._read = read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
         self.memory = Memory(policy, env, env.batch_size.numel())
         memory = [key for pair in self.memory.handed_on for key in pair]
         # Who looks at each step is shown all that there is.
@@ -162,6 +162,7 @@ class Rollout:
         state = {**entries, **(self.memory.initial() if begun is True else self.memory.next(self._carry, begun))}
         waiting: list[State] = []
         for t in range(self.steps):
+            made = state  # what is recorded of it is what was there, not what an ablation makes of it
             if self.ablation is not None:
                 state = self._ablated(t, state)
             for key in self._nested:
@@ -172,7 +173,7 @@ class Rollout:
                 self._require_actions(state[self.trials.action_key])
             after, root, begun = self.trials.step(t, state)
             for key in recorded:
-                value = after[key] if key in after else state[key]
+                value = next(each for each in (after, made, state) if key in each)[key]
                 self._buffer(key, value)[1][t].copy_(value)
             waiting.append(state)
             if len(waiting) * self.trials.rows >= _ROWS_AT_ONCE or t + 1 == self.steps:
@@ -189,12 +190,19 @@ class Rollout:
 
     def _ablated(self, t: int, state: State) -> State:
         # Not the flags under "next", which a shared clock knows ahead.
-        flags = {key: value for key, value in self.trials.flags(t).items() if isinstance(key, str)}
-        ablated = self.ablation({**state, **flags})
+        given = {**state, **{key: value for key, value in self.trials.flags(t).items() if isinstance(key, str)}}
+        ablated = self.ablation(dict(given))
         if not isinstance(ablated, dict):
             raise TypeError(
                 f"the ablation returned a {type(ablated).__name__}; it is given the named tensors of a step and must return them, "
                 "changed: {**state, 'trans': ...}."
+            )
+        changed = [key for key, value in ablated.items() if value is not given.get(key)]
+        if t == 0 and changed and not any(is_within(key, read) for key in changed for read in self._read):
+            raise ValueError(
+                f"the ablation changes {changed}, and nothing that the policy reads, {self._read}: it would play as without it. "
+                "What is observed stands in the transition input too, which has been written before: change it there "
+                "(PreviousStep.layout().split(trans) gives its parts)."
             )
         return ablated
 
@@ -244,17 +252,6 @@ class Rollout:
 def _layout(policy: TensorDictModuleBase, env: EnvBase) -> list[tuple[int, bool]]:
     """Which modules a policy has, and on which of them hooks hang, and which transforms ``env``: what a rollout is made by."""
     return [(id(module), has_hooks(module)) for module in (*policy.modules(), *transforms_of(env))]
-
-
-def _require_sizes(env: EnvBase, policy: TensorDictModuleBase) -> None:
-    spec = env.observation_spec
-    for core in (module for module in policy.modules() if isinstance(module, RecurrentCore)):
-        key = core.in_keys[0]
-        if key in spec.keys(True, True) and core.input_size not in (None, spec[key].shape[-1]):
-            raise ValueError(
-                f"the policy reads {key!r} of {core.input_size} entries, and the env's has {spec[key].shape[-1]}: it was made for "
-                "another env. Make it by from_env(env, ...)."
-            )
 
 
 @contextmanager
