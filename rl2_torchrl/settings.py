@@ -13,8 +13,10 @@ from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 
+from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs.layers import made_of
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.trial import base_of, transforms_of
+from rl2_torchrl.trial import base_of, rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -26,6 +28,8 @@ Settings = dict[str, Any]
 _INNER = {"training", "is_closed", "backend", "reason", "foreach", "fused", "capturable", "differentiable", "params"}
 _INNER |= {"given_options", "given_coefficients"}
 _NOT_PLAIN = object()
+#: What earlier versions said nothing of: the rows of an env, and modules within loss terms.
+_NOT_SAID_ONCE = ("env.rows.", ".modules.")
 _FEW = 64  # numbers of a buffer that is compared
 _NETWORKS = ("actor_network", "critic_network")
 
@@ -53,6 +57,8 @@ def networks_of(update: Any) -> dict[str, list[int]]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What differs, in words by name."""
+    unsaid = [kind for kind in _NOT_SAID_ONCE if not any(kind in name for name in then)]
+    now = {name: value for name, value in now.items() if not any(kind in name for kind in unsaid)}
     words = {
         name: [json.dumps(side[name]) if name in side else "none" for side in (then, now)] for name in {**then, **now}
     }
@@ -96,7 +102,7 @@ def _env(env: EnvBase | None) -> Settings:
     if env is None:
         return {}
     base = base_of(env)
-    settings = {**_part("env", base), **_gymnasium(base)}
+    settings = {**_part("env", base), **_gymnasium(base), **_rows(env)}
     specs = {"observation": env.observation_spec, "action": env.full_action_spec, "state": env.full_state_spec}
     for name, spec in specs.items():
         settings[f"env.{name}"] = {str(key): list(leaf.shape) for key, leaf in spec.items(True, True)}
@@ -112,6 +118,17 @@ def _env(env: EnvBase | None) -> Settings:
             if f"{name}.distribution" not in settings:  # an object, with its range among its attributes
                 settings |= _part(f"{name}.distribution", transform.distribution)
     return settings
+
+
+def _rows(env: EnvBase) -> Settings:
+    """What all rows below ``env`` are made of alike; what differs is a row's own, such as what it has drawn."""
+    base = base_of(env)
+    made = base.rows_made_of() if isinstance(base, GymVectorEnv) else [made_of(base_of(row)) for row in rows_of(env)]
+    if not made:
+        return {}
+    first, *others = made
+    alike = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+    return {f"env.rows.{name}": value for name, value in alike.items()}
 
 
 def named(prefix: str, parts: Iterable[Any]) -> dict[str, Any]:
@@ -134,13 +151,16 @@ def _gymnasium(base: EnvBase) -> Settings:
 
 
 def parts_of(update: PPOUpdate) -> dict[str, Any]:
-    """What an update is made of, by the names of their settings: advantage, loss, terms, and all modules of the networks."""
+    """What an update is made of, by the names of their settings: advantage, loss, and all modules of terms and networks."""
     loss = update.loss
     parts = {"update": update, "loss": loss, "advantage": update.advantage}
     for name in _NETWORKS:
         if (network := getattr(loss, name, None)) is not None:
             parts |= network.named_modules(prefix=f"loss.{name}")
-    return parts | named("loss", getattr(loss, "terms", ()))
+    terms = named("loss", getattr(loss, "terms", ()))
+    for name, term in terms.items():
+        parts |= {f"{name}.modules.{inner}": module for inner, module in term.named_modules() if inner}
+    return parts | terms
 
 
 def _update(update: PPOUpdate) -> Settings:

@@ -21,6 +21,7 @@ from rl2_torchrl import (
     PreviousStep,
     TaskSampler,
     Trial,
+    adaptation_curve,
 )
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
 from rl2_torchrl.modules import (
@@ -206,6 +207,52 @@ def test_a_users_convolution_need_not_know_of_time():
     actor = GRUCategoricalActor.from_env(env, encoder={"pixels": net}, hidden_size=4)
     assert isinstance(actor.module[0].module[0].module, ImageEncoder)
     assert actor.module[0].module[-2].input_size == 7 + 4
+
+
+class Symbols(nn.Module):
+    """Embeds the bytes that it is given."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.embedding, self.seen = nn.Embedding(256, 2), None
+
+    def forward(self, x):
+        self.seen = x
+        return self.embedding(x.long()).flatten(1)
+
+
+class Halves(nn.Module):
+    """Scales them by itself."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.linear, self.seen = nn.Linear(shape.numel(), 2), None
+
+    def forward(self, x):
+        self.seen = x
+        return self.linear(x.flatten(1).to(self.linear.weight) / 2)
+
+
+class Reals(Halves):
+    def forward(self, x):
+        self.seen = x
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize(("encoder", "scaled"), [(Symbols, False), (Halves, False), (Reals, True)])
+def test_a_users_module_is_given_bytes_as_they_are_if_it_takes_them(encoder, scaled):
+    env = make_env()
+    actor = GRUCategoricalActor.from_env(env, encoder={"pixels": encoder}, hidden_size=4)
+    module = next(module for module in actor.modules() if isinstance(module, encoder))
+    adaptation_curve(env, actor, 2)
+    assert module.seen.dtype == (torch.float32 if scaled else torch.uint8)
+    assert (0 < module.seen.max() <= 1) == scaled
+    assert module.seen.shape[1:] == (3, 9, 9)
+
+
+def test_layers_that_pass_bytes_on_are_given_reals():
+    actor = GRUCategoricalActor.from_env(make_env(), encoder={"pixels": nn.Flatten()}, hidden_size=4)
+    assert next(module for module in actor.modules() if isinstance(module, ImageEncoder)).scale
 
 
 def test_an_image_that_nobody_reads_is_convolved():

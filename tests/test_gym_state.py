@@ -365,13 +365,14 @@ def gravities(batch_size, generator):
 class PendulumRun(Run):
     """Batches of 9 steps of trials of 14: most end in the middle of an episode."""
 
-    def __init__(self, *, updates=6, vectorization="sync", engine=False, elsewhere=False):
+    def __init__(self, *, updates=6, vectorization="sync", engine=False, make=None, elsewhere=False):
         torch.manual_seed(0)
         torch.rand(99 * elsewhere)
         self.sampler = TaskSampler(gravities, seed=1)
         options = {"max_episode_steps": 7, "vectorization": vectorization}
         env = with_engine if engine else "Pendulum-v1"
-        options = {"vectorization": vectorization} if engine else options
+        options = {"vectorization": vectorization} if engine or make else options
+        env = make or env
         self.bandit = GymVectorEnv(env, 3, set_task=set_gravity, task_spec=Unbounded(1), seed=2, **options)
         trials = TransformedEnv(self.bandit, Compose(Trial(episodes=2), self.sampler, PreviousStep()))
         actor = GRUGaussianActor.from_env(trials, hidden_size=4)
@@ -386,6 +387,61 @@ def with_engine():
     env = gymnasium.make("Pendulum-v1", max_episode_steps=7)
     env.unwrapped.engine = object()
     return env
+
+
+class Effort(gymnasium.Wrapper):
+    """Takes a share of what is paid."""
+
+    def __init__(self, env, weight):
+        super().__init__(env)
+        self._weight, self.drawn = weight, random.random()  # which another program draws otherwise
+
+    def step(self, action):
+        observation, reward, *ends, info = self.env.step(action)
+        return observation, self._weight * reward, *ends, info
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_rows_that_are_made_otherwise_are_told_of(vectorization, tmp_path):
+    """The state of the rows, which a resumed run goes on from, would write the new numbers over."""
+
+    def run_of(updates, weight, limit=7, extra=(), **options):
+        def make():
+            env = Effort(gymnasium.make("Pendulum-v1", max_episode_steps=limit), weight)
+            return functools.reduce(lambda env, wrapper: wrapper(env), extra, env)
+
+        run, paid = PendulumRun(updates=updates, vectorization=vectorization, make=make), []
+        batch = partial(lambda seen, batch, progress: seen.append(batch["next", "reward"].mean().item()), paid)
+        run.train(checkpoints=tmp_path, callbacks=[Batches(batch)], check=False, **options)
+        return paid
+
+    run_of(1, 1.0)
+    for how, name, then, now in [
+        ({"weight": 0.0}, "Effort._weight", "1.0", "0.0"),
+        ({"weight": 1.0, "limit": 8}, "TimeLimit.max_episode_steps", "7", "8"),
+        ({"weight": 1.0, "extra": [gymnasium.Wrapper]}, "layers", r"\[.*\]", r"\[.*Wrapper.*\]"),
+    ]:
+        with pytest.raises(ValueError, match=rf"env.rows.{name}: {then} then, {now} now.*resume_changes"):
+            run_of(3, **how, resume=True)
+    assert run_of(2, 1.0, resume=True)[-1] < 0
+    assert run_of(3, 0.0, resume=True, resume_changes=["env.rows.Effort._weight"]) == [0.0]
+
+
+class Batches(Callback):
+    def __init__(self, function):
+        self.after_batch = function
+
+
+def test_rows_of_a_serial_env_that_are_made_otherwise_are_told_of():
+    started = {}
+    for limit in (7, 8):
+        row = partial(GymEnv, "CartPole-v1", max_episode_steps=limit)
+        env = TransformedEnv(SerialEnv(2, row), Compose(Trial(episodes=2), PreviousStep()))
+        env.reset()
+        started[limit] = settings_of_env(env)
+        env.close()
+    assert "env.rows.TimeLimit.max_episode_steps" in differences(started[7], started[8])
+    assert not differences({"env.class": started[7]["env.class"]}, {"env.class": "SerialEnv", "env.rows.layers": []})
 
 
 @pytest.mark.parametrize("at_the_end", [False, True])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Binary, Categorical, Composite, OneHot, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import (
     CatTensors,
     Compose,
@@ -114,6 +114,8 @@ def test_layout_by_hand(action_spec, actions, encoded):
         (Categorical(2, shape=(2,)), [[0, 1], [1, 1]], [[1, 0, 0, 1], [0, 1, 0, 1]]),
         (Unbounded((1,), dtype=torch.float64), [[0.5], [1.5]], [[0.5], [1.5]]),
         (Unbounded((1,), dtype=torch.uint8), [[255], [0]], [[1], [0]]),
+        (Bounded(0, 255, (1,), dtype=torch.uint8), [[255], [0]], [[1], [0]]),
+        (Bounded(0, 1, (1,), dtype=torch.uint8), [[1], [0]], [[1], [0]]),  # flags
         (Binary(2, dtype=torch.uint8), [[1, 0], [1, 1]], [[1, 0], [1, 1]]),
     ],
 )

@@ -241,7 +241,10 @@ for _cls in (*_TORCH, *_ACTIVATIONS):
 register_part(nn.Sequential, _of_sequential)
 register_part(RunningNorm, lambda norm: {"size": len(norm.mean), "clip": norm.clip})
 register_part(MLPEncoder, lambda mlp: {"shape": mlp.shape, **_of_layers(mlp.layers[::2], mlp.layers[1])})
-register_part(ImageEncoder, lambda encoder: {"net": encoder.net, "shape": encoder.shape})
+register_part(
+    ImageEncoder,
+    lambda encoder: {"net": encoder.net, "shape": encoder.shape, **({} if encoder.scale else {"scale": False})},
+)
 register_part(ConvEncoder, _of_images)
 register_part(Concat, lambda _: {})
 register_part(Head, _of_head)

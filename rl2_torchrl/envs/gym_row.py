@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from rl2_torchrl.envs.layers import moving_statistics, put_state, state_or_reason
+from rl2_torchrl.envs.layers import made_of, moving_statistics, put_state, state_or_reason
 from rl2_torchrl.envs.task_setter import TaskSetter
 
 __all__ = ["TASKS", "GymRow", "as_arrays"]
@@ -45,6 +45,8 @@ class GymRow(gymnasium.Wrapper):
         super().__init__(make())
         self._row, self._tasks, self._task_option, self._info_keys = row, tasks, task_option, info_keys
         self._set_task = TaskSetter(set_task)
+        #: What the row is made of, before anything is played.
+        self.made_of = made_of(self.env)
         self._task: Any = None  # the last one that `set_task` was given, as a row of arrays
         self._info: dict[str, Any] = {}  # the last that said anything
 

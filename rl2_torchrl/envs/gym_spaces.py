@@ -125,8 +125,7 @@ def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, Tensor | None
     if isinstance(space, spaces.MultiBinary):
         return Binary(int(np.prod(space.shape))), None
     if isinstance(space, spaces.Box):
-        dtype = torch.float32 if np.issubdtype(space.dtype, np.floating) else _dtype(space.dtype)
-        return Unbounded(space.shape or (1,), dtype=dtype), None
+        return Unbounded(space.shape or (1,), dtype=_of_box(space)), None
     raise TypeError(
         f"the observation {name!r} is a {type(space).__name__}, which has no fixed size: make a Box, Discrete, MultiDiscrete, "
         "MultiBinary, or a Dict or Tuple of these of it, by one of gymnasium.wrappers."
@@ -136,6 +135,14 @@ def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, Tensor | None
 def _start(space: spaces.Discrete | spaces.MultiDiscrete) -> Tensor | None:
     start = np.asarray(space.start)
     return torch.as_tensor(start.flatten() if start.ndim else start, dtype=torch.int64) if start.any() else None
+
+
+def _of_box(space: spaces.Box) -> torch.dtype:
+    if np.issubdtype(space.dtype, np.floating):
+        return torch.float32
+    # Flags and symbols: bytes are scaled as images are, by 255.
+    is_small = space.dtype == np.uint8 and space.high.max(initial=0) < 255
+    return torch.int16 if is_small else _dtype(space.dtype)
 
 
 def _dtype(dtype: np.dtype) -> torch.dtype:

@@ -160,6 +160,8 @@ class GymVectorEnv(TensorEnv):
             device=device,
         )
         self._left: Sequence[Any] = ()  # states of the rows, once they are closed
+        #: What each row is made of (`layers`), as far as it is known: a run that goes on is to have the same.
+        self._made_of = () if self._is_theirs else call(self.envs, self.envs.get_attr, "made_of")
         self.is_closed = False  # there is something to close: TorchRL takes an env for closed otherwise
 
     def _make(self, env, num_envs: int | None, vectorization: str, info_keys: Sequence[str], kwargs: dict) -> VectorEnv:
@@ -397,6 +399,10 @@ class GymVectorEnv(TensorEnv):
         if self._is_theirs or self.envs is None:
             return []
         return sorted({name for added in call(self.envs, self.envs.get_attr, "attributes_added") for name in added})
+
+    def rows_made_of(self) -> Sequence[dict[str, Any]]:
+        """The classes, and their numbers, flags and texts, of which each row was made; none of a vector env of your own."""
+        return self._made_of
 
     def moving_statistics(self, *, of_rows: bool = False) -> list[str]:
         """Gymnasium's wrappers that normalize by statistics which move with what they see, such as `NormalizeReward`; ``of_rows``:

@@ -24,7 +24,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
 from rl2_torchrl.envs.simulation import put_simulation, simulation_of
 
-__all__ = ["moving_statistics", "put_state", "spaces_within", "state_of", "state_or_reason"]
+__all__ = ["made_of", "moving_statistics", "put_state", "spaces_within", "state_of", "state_or_reason"]
 
 #: What an env is made of and does not change: these stay as the env's own constructor made them.
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
@@ -98,6 +98,27 @@ def put_state(env: Any, state: list[dict[str, Any]]) -> None:
             put_simulation(*_simulation(layer), saved)
         if "spaces" in saved:
             _put_draws(layer, saved["spaces"])
+
+
+def made_of(env: Any) -> dict[str, Any]:
+    """The classes of a new ``env``'s layers, and their numbers, flags and texts by class and attribute.
+
+    Of Gymnasium's own layers these are what their constructors were given, of TorchRL's envs what is public.
+
+    Examples:
+        >>> made_of(gymnasium.wrappers.TimeLimit(gymnasium.make("CartPole-v1").unwrapped, 20))["TimeLimit.max_episode_steps"]
+        20
+    """
+    layers = list(_layers(env))
+    found: dict[str, Any] = {"layers": [type(layer).__name__ for layer in layers]}
+    for layer in layers:
+        held, is_torchrls = vars(layer), isinstance(layer, EnvBase)
+        if type(layer).__module__.partition(".")[0] == "gymnasium":
+            held = held.get("_saved_kwargs", {})
+        names = [name for name, value in held.items() if isinstance(value, bool | int | float | str)]
+        names = [name for name in names if not is_torchrls or (name[0] != "_" and name not in _OF_TORCHRL)]
+        found |= {f"{type(layer).__name__}.{name}": held[name] for name in names}
+    return found
 
 
 def state_or_reason(env: Any) -> list[dict[str, Any]] | str:

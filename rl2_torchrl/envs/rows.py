@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 __all__ = ["Entries", "EnvState", "Rows", "by_key", "entries_of", "merge", "rebuilt", "tensors_of"]
@@ -39,15 +39,20 @@ class Rows:
 
 
 def entries_of(observation: Tensor | Entries | None) -> Entries:
-    """Entries of what an author returns as the observation.
+    """Entries of what an author returns as the observation, those within others by tuples.
 
     Examples:
-        >>> entries_of(torch.ones(2)), entries_of(None)
-        ({'observation': tensor([1., 1.])}, {})
+        >>> entries_of(torch.ones(2)), entries_of(None), entries_of({"inner": {"place": torch.ones(2)}})
+        ({'observation': tensor([1., 1.])}, {}, {('inner', 'place'): tensor([1., 1.])})
     """
     if isinstance(observation, Tensor):
         return {"observation": observation}
-    return {} if observation is None else observation
+    if observation is None:
+        return {}
+    is_nested = isinstance(observation, TensorDictBase) or any(
+        isinstance(value, dict | TensorDictBase) for value in observation.values()
+    )
+    return dict(TensorDict(observation).items(True, True)) if is_nested else observation
 
 
 def merge(rows: Tensor, new: EnvState, old: EnvState) -> EnvState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from itertools import pairwise
 from operator import index
 
@@ -75,6 +76,7 @@ class ImageEncoder(nn.Module):
     Args:
         net: maps ``[N, *shape]`` to ``[N, n]``.
         shape: shape of one image, such as ``[channels, height, width]``.
+        scale: whether uint8 is scaled; else ``net`` is given all images as they are. Default True.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten())
@@ -82,13 +84,14 @@ class ImageEncoder(nn.Module):
         torch.Size([2, 7, 4])
     """
 
-    def __init__(self, net: nn.Module, shape: Sequence[int]):
+    def __init__(self, net: nn.Module, shape: Sequence[int], *, scale: bool = True):
         super().__init__()
-        self.net, self.shape = net, torch.Size(shape)
+        self.net, self.shape, self.scale = net, torch.Size(shape), scale
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.shape)]
-        out = self.net(as_reals(x, next(self.net.parameters(), torch.empty(0))).reshape(-1, *self.shape))
+        x = as_reals(x, next(self.net.parameters(), torch.empty(0))) if self.scale else x
+        out = self.net(x.reshape(-1, *self.shape))
         return out.reshape(*batch, *out.shape[1:])
 
 
@@ -205,8 +208,19 @@ def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key:
         with noted(f"{encoder=} is called with the shape of {key!r}, {shape}, and makes a module."):
             module = encoder(shape).to(**factory)
     if len(shape) > 1 and not isinstance(module, ImageEncoder | MLPEncoder):
-        module = ImageEncoder(module, shape)
+        module = ImageEncoder(module, shape, scale=not _takes_bytes(module, shape))
     return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else "_".join(key))])
+
+
+def _takes_bytes(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether ``module`` makes reals of bytes, which it may embed as symbols or scale itself; layers of reals refuse them."""
+    device = next(module.parameters(), torch.empty(0)).device
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            out = deepcopy(module)(torch.zeros(1, *shape, dtype=torch.uint8, device=device))
+        except (RuntimeError, TypeError, ValueError, AssertionError):
+            return False
+    return out.is_floating_point()
 
 
 def _require_own_names(modules: Sequence[TensorDictModuleBase], entries: Mapping) -> None:

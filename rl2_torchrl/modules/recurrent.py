@@ -41,7 +41,8 @@ class RecurrentActor(ProbabilisticActor):
         encoder: reads ``in_key`` ``[*B, input_size]`` and gives ``[*B, n]``: a module or a function of the entry's shape, such as
             `MLPEncoder`; or a mapping of entries to such, whose outputs are concatenated with the entries that have none; or a
             TensorDictModule, of which the first output is taken, of a sequence that of its last module. Default none; `from_env`
-            gives images that the transition input leaves out a `ConvEncoder`.
+            gives images that the transition input leaves out a `ConvEncoder`. A module of yours is given images ``[N, *shape]``:
+            bytes as they are if it takes them (to embed symbols, say), else scaled to [0, 1].
         core: carries the memory: a core, or a function of the size of its input, such as `LSTMCore` or
             ``partial(LSTMCore, hidden_size=128)``; its entries are named by this network. Default `GRUCore`.
         head: makes ``distribution.num_outputs`` numbers of the features: a module, or a function of both sizes; a TensorDictModule
