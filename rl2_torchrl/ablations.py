@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 
 from rl2_torchrl.arguments import require_generator, require_network
 from rl2_torchrl.modules.acting import State
-from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.actor_critic import cores_of, first_memory, hidden_keys
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.trial import EPISODE_DONE
 
@@ -23,8 +23,8 @@ def with_zeroed_memory(
 ) -> Callable[[State], State]:
     """An ablation that zeroes the hidden state: what is left is what the agent does without memory.
 
-    All hidden states of ``policy``, ``[num_rows, num_layers, hidden_size]`` each, are zeroed before it reads them. It may be the
-    `ActorCritic` of the actor that plays.
+    All hidden states of ``policy``, ``[num_rows, num_layers, hidden_size]`` each, are put to what a trial begins with before it
+    reads them: zeros, or what a core of your own says. It may be the `ActorCritic` of the actor that plays.
 
     Args:
         policy: the policy.
@@ -45,6 +45,7 @@ def with_zeroed_memory(
     if at not in ("steps", "episodes"):
         raise ValueError(f"{at=}: the memory is zeroed at all 'steps', or where 'episodes' begin.")
     keys: list[NestedKey] = hidden_keys(policy)
+    cores = cores_of(policy)
     if not keys:
         raise ValueError(f"this policy hands no hidden state on, there is nothing to zero; it reads {policy.in_keys}.")
 
@@ -55,6 +56,8 @@ def with_zeroed_memory(
                 f"the policy that plays has no {keys} to zero, the memory of another: give with_zeroed_memory the one that plays."
             )
         zeros = {key: torch.zeros_like(state[key]) for key in there}
+        firsts = first_memory(cores, len(state[there[0]]))
+        zeros |= {key: firsts[key].to(state[key]) for key in there if key in firsts}
         if at == "episodes":
             begins = state[EPISODE_DONE].squeeze(-1)  # of the step that led here
             zeros = {key: where_rows(begins, zero, state[key]) for key, zero in zeros.items()}

@@ -142,7 +142,9 @@ def require_network(policy: Any, call: str) -> None:
     """TypeError where what is given as ``policy`` in ``call`` is none, such as an `AdaptiveAgent`."""
     if not isinstance(policy, TensorDictModuleBase):
         raise TypeError(
-            f"{kind_of(policy)} is no policy: {call} takes an actor, or of an agent that was loaded its .policy."
+            f"{kind_of(policy)} is no policy: {call} takes an actor, of an agent that was loaded its .policy, or any "
+            "TensorDictModule that gives actions, such as a controller by hand, TensorDictModule(function, ['observation'], "
+            "['action'])."
         )
 
 

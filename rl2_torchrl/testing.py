@@ -55,7 +55,8 @@ _RULES = {
     "trans_previous_step": "An episode's last reward must reach the policy: put PreviousStep behind reward changes.",
     "trans_at_trial_start": "The last trial leaks into this one: let PreviousStep write the entry at resets.",
     "seed_repeats": "No run can be repeated: let _set_seed, or Gymnasium's reset(seed=...), seed all that the env draws from; "
-    "let set_task reckon from a value that stays, not from what the last task left (`*=`), or tasks drift from reset to reset.",
+    "let set_task reckon from a value that stays, not from what the last task left (`*=`), or tasks drift from reset to reset; and "
+    "let reset clear what the last episode left, in wrappers too (a delay's queue, a filter).",
     "rows_go_on": "Rows end episodes at different steps, and each end would cut the others' short: in _reset begin the rows of "
     "'_reset' alone, torch.where(rows, first, self.state).",
     "task_heard": "All tasks are one, and there is nothing to adapt to: set the task in each reset, for the rows that begin. Where "
@@ -181,7 +182,10 @@ class _Played:
         *_, (frame, _) = walk_tb(self.raised.__traceback__)
         if rule == "specs" and frame.f_globals.get("__name__", "").partition(".")[0] in ("torchrl", "tensordict"):
             return None
-        return "The env raised this when it was played; the traceback above shows where."
+        return (
+            "The env raised this when it was played, by random actions of its action_spec, of which it may refuse none: the "
+            "traceback above shows where."
+        )
 
     @cached_property
     def below(self) -> EnvBelow | None:

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl import torchrl_logger
-from torchrl.data import Binary, Categorical, Composite, MultiCategorical, NonTensor, OneHot, TensorSpec, Unbounded
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    Composite,
+    MultiCategorical,
+    NonTensor,
+    OneHot,
+    TensorSpec,
+    Unbounded,
+)
 from torchrl.envs import EnvBase, Transform
 from torchrl.envs.batched_envs import BatchedEnvBase
 
@@ -126,10 +136,14 @@ class PreviousStep(Transform):
         return self.layout().action.size
 
     def reals(self) -> torch.Tensor:
-        """Which entries of the transition input can be of any size, bool ``[size]``: observed numbers and the reward."""
-        layout = self.layout()
+        """Which entries of the transition input can be of any size, bool ``[size]``: observed numbers and the reward.
+
+        The action's, too, where its bounds are of another order than 1.
+        """
+        layout, base = self.layout(), self.container.base_env
         observed = [(part.size, part.is_real) for part in layout.observations.values()]
-        parts = [*observed, (layout.action.size, False), (1, True), (1, False)]
+        is_far = _is_far_from_1(base.full_action_spec[base.action_key])
+        parts = [*observed, (layout.action.size, is_far), (1, True), (1, False)]
         return torch.cat([torch.full((size,), is_real) for size, is_real in parts])
 
     # ------------------------------------------------------------------ specs
@@ -285,6 +299,14 @@ class Layout:
     def encode(self, observations: Sequence[torch.Tensor], batch_size: torch.Size) -> list[torch.Tensor]:
         parts = zip(self.observations.values(), observations, strict=True)
         return [encoding.encode(value, batch_size) for encoding, value in parts]
+
+
+def _is_far_from_1(spec: TensorSpec) -> bool:
+    """Whether bounds of reals are far beyond 1, or far below."""
+    if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
+        return False
+    reach = torch.maximum(spec.space.low.abs(), spec.space.high.abs())
+    return bool((reach.isfinite() & ((reach > 10) | (reach < 0.1))).any())
 
 
 def _observations(env: EnvBase, before: Transform) -> set[NestedKey]:

@@ -75,7 +75,7 @@ class PPOUpdate:
             with ``loss_`` are summed, all scalars reach the log. It is given what its ``in_keys`` name: add there what a forward of
             your own reads beside that, ``loss.in_keys = [*loss.in_keys, "task"]``.
         advantage: computes advantages and returns of a batch. Default ``TrialAdvantage()``. Checkpoints hold its ``state_dict``,
-            if it has one.
+            if it has one. Its ``in_keys``, if it has some, name what it reads, and are among the update's.
         bptt: steps of a chunk; must divide ``T``. None, the default, takes the whole of ``T``.
         epochs, minibatches: passes over a batch, and minibatches a pass, at most: each has ``ceil(chunks / minibatches)`` chunks,
             so that of 33 chunks there are 17 where 32 were asked for. Default 10 and 4.

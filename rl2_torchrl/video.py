@@ -13,7 +13,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.arguments import require_env, require_numbers, whole
 from rl2_torchrl.evaluation import adaptation_curve
 from rl2_torchrl.modules.acting import State
-from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, base_of
+from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, base_of, is_within
 
 __all__ = ["VideoWriter", "record_trial", "video_suffix"]
 
@@ -200,8 +200,8 @@ def _caption(state: State) -> str:
     is_last = bool(state["next", "done"][0])
     episode = state[EPISODE_INDEX if is_last else ("next", EPISODE_INDEX)]
     words = [f"episode {int(episode[0]) + 1}", f"step {int(state['next', TRIAL_STEP][0])}"]
-    for name, key in (("task", "task"), ("velocity", ("next", "velocity"))):
+    for key in [*filter(lambda key: is_within(key, "task"), state), ("next", "velocity")]:
         if key in state:
             numbers = state[key][0].reshape(-1).tolist()
-            words.append(f"{name} " + " ".join(f"{number:+.2f}" for number in numbers))
+            words.append(f"{key if isinstance(key, str) else key[-1]} " + " ".join(f"{n:+.2f}" for n in numbers))
     return "  ".join(words)

@@ -22,10 +22,12 @@ from rl2_torchrl import (
     ActorCritic,
     GRUCategoricalActor,
     GRUValueHead,
+    RecurrentCore,
     adaptation_curve,
     with_shuffled_rewards,
     with_zeroed_memory,
 )
+from rl2_torchrl.modules.actor_critic import hidden_keys
 
 
 def test_zeroed_memory_zeroes_every_hidden_state_and_nothing_else():
@@ -117,6 +119,28 @@ def test_a_policy_with_zeroed_memory_forgets():
     for i in range(len(unique)):
         group = logits[index == i]
         assert torch.allclose(group, group[:1].expand_as(group), atol=1e-6)
+
+
+def test_a_memory_is_put_to_what_a_trial_begins_with():
+    class Told(RecurrentCore):
+        """Hands on what it begins with, and gives it."""
+
+        def __init__(self, input_size):
+            super().__init__(3, {"told": (3,)}, input_size=input_size)
+
+        def step(self, x, memory):
+            return memory, memory
+
+        def initial_memory(self, num_rows):
+            return (torch.tensor([3.0, 1.0, 2.0]).repeat(num_rows, 1),)
+
+    actor = GRUCategoricalActor.from_env(bandit_env(), core=Told)
+    for at in ("steps", "episodes"):
+        zero = with_zeroed_memory(actor, at=at)
+        begins = torch.tensor([[True], [False]])
+        [key] = hidden_keys(actor)
+        memory = zero({key: torch.zeros(2, 3), "episode_done": begins})[key]
+        assert memory.tolist() == [[3.0, 1.0, 2.0], [3.0, 1.0, 2.0] if at == "steps" else [0.0] * 3]
 
 
 def test_an_actors_memory_is_zeroed_by_that_of_its_actor_critic_too():

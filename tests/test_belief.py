@@ -53,6 +53,16 @@ def test_a_task_is_read_whole_and_in_part():
         batch = next(iter(collector))
         assert {("task", "means"), ("task", "labels")} <= set(batch.keys(True, True))
         assert update(batch)["loss_belief"] > 0
+    whole = PPOUpdate(RL2PPOLoss(actor, critic, terms=[TaskBelief(8, 5)]), epochs=1, bptt=4)
+    with pytest.raises(TypeError, match=r"the task has several entries, \['labels', 'means'\]: .* target=lambda task"):
+        whole(batch)
+
+
+@pytest.mark.parametrize("key", ["actor_hidden", "critic_hidden"])
+def test_a_memory_as_it_was_collected_has_no_gradient_to_tell_by(key):
+    actor, critic = GRUCategoricalActor(5, 3, hidden_size=8), GRUValueHead(5, hidden_size=8)
+    with pytest.raises(ValueError, match=f"TaskBelief reads '{key}', the memory as it was collected.*actor_features"):
+        RL2PPOLoss(actor, critic, terms=[TaskBelief(8, 5, features_key=key)])
 
 
 def test_the_loss_by_hand():

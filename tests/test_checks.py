@@ -20,6 +20,7 @@ from rl2_torchrl import (
     MemoryValueHead,
     PPOUpdate,
     PreviousStep,
+    RecurrentActor,
     RL2PPOLoss,
     TaskSampler,
     Trial,
@@ -67,6 +68,24 @@ def test_large_rewards_are_told_of_unless_they_are_brought_in_order(scale, norma
     with torch.no_grad():  # as around a whole script
         train(collector, update, evaluate=None, progress=False)
     assert ("which drowns the rest" in caplog.text) is is_told
+
+
+@pytest.mark.parametrize(("scale", "is_told"), [(1.0, False), (1e4, True)])
+def test_inputs_of_another_order_are_told_of(scale, is_told, caplog):
+    """Such as a task in grams that the critic is told, which normalize=True leaves as it is."""
+
+    def tasks(batch_size, generator):
+        return scale * uniform_means(3)(batch_size, generator)
+
+    trial = Compose(Trial(episodes=4), TaskSampler(tasks), PreviousStep())
+    env = TransformedEnv(QuadraticBandit(3, batch_size=(8,)), trial)
+    actor = RecurrentActor.from_env(env, hidden_size=4, normalize=True)
+    critic = GRUValueHead.from_env(env, hidden_size=4, normalize=True, extra_keys=["task"])
+    update = PPOUpdate(RL2PPOLoss(actor, critic), TrialAdvantage(scale_rewards=True))
+    collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=32, total_frames=64)
+    train(collector, update, evaluate=None, progress=False)
+    told = [line for line in caplog.text.splitlines() if "drowns whatever else the networks read" in line]
+    assert [("'task' is around" in line) for line in told] == [True] * is_told
 
 
 class Teacher(Callback):

@@ -250,6 +250,13 @@ def test_a_users_module_is_given_bytes_as_they_are_if_it_takes_them(encoder, sca
     assert module.seen.shape[1:] == (3, 9, 9)
 
 
+def test_an_embedding_of_choices_may_be_an_encoder():
+    actor = RecurrentActor({"trans": [5], "kind": []}, CategoricalActions(3), encoder={"kind": nn.Embedding(4, 2)})
+    assert actor.module[0].module[-2].input_size == 5 + 2
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # not what whole numbers would have said
+        RecurrentActor({"trans": [5], "x": [2]}, CategoricalActions(3), encoder={"x": nn.Linear(3, 3)})
+
+
 def test_layers_that_pass_bytes_on_are_given_reals():
     actor = GRUCategoricalActor.from_env(make_env(), encoder={"pixels": nn.Flatten()}, hidden_size=4)
     assert next(module for module in actor.modules() if isinstance(module, ImageEncoder)).scale

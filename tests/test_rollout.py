@@ -18,7 +18,7 @@ from rollouts import (
     whole_numbers,
 )
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torchrl.data import NonTensor, Unbounded
+from torchrl.data import Bounded, NonTensor, Unbounded
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -42,7 +42,8 @@ from rl2_torchrl import (
     TrialCollector,
 )
 from rl2_torchrl.collector import load_rollout_state, rollout_state
-from rl2_torchrl.modules import RecurrentCore
+from rl2_torchrl.envs import PointRobot, goals_on_half_circle
+from rl2_torchrl.modules import RecurrentActor, RecurrentCore, TanhGaussianActions
 from rl2_torchrl.rollout import Rollout
 
 CASES = [
@@ -755,3 +756,20 @@ def test_a_transform_that_is_appended_later_is_an_error_before_the_next_batch():
     env.append_transform(RewardSum())
     with pytest.raises(RuntimeError, match="a transform of the env has changed.*make a new collector"):
         rollout()
+
+
+def test_a_policy_that_keeps_to_bounds_of_another_env_is_told_of(caplog):
+    def env(bound):
+        trial = Compose(Trial(steps=4), TaskSampler(goals_on_half_circle()), PreviousStep())
+        base = PointRobot(batch_size=(2,))
+        base.action_spec = Bounded(-bound, bound, (2, 2))
+        return TransformedEnv(base, trial)
+
+    actor = RecurrentActor.from_env(env(1.0), distribution=TanhGaussianActions.from_spec, hidden_size=4)
+    for bound, is_told in ((1.0, False), (3.0, True)):
+        caplog.clear()
+        Rollout(env(bound), actor, 4)
+        assert ("keeps to its own bounds" in caplog.text) is is_told
+    assert (
+        "acts from [-1.0, -1.0] to [1.0, 1.0], and the env takes actions from [-3.0, -3.0] to [3.0, 3.0]" in caplog.text
+    )

@@ -364,3 +364,10 @@ def test_an_agent_and_a_critic_scale_bytes_too():
     torch.testing.assert_close(agent.memory[-1], actor(env.reset().update(begun))["next", "actor_hidden"])
     joined = Concat()(torch.zeros(2, 1), shown)
     assert joined[0].tolist() == pytest.approx([0, 0, 0.2, 0.4, 1.0])
+
+
+@pytest.mark.parametrize(("bound", "is_marked"), [(1.0, False), (10.0, False), (200.0, True), (0.01, True)])
+def test_actions_of_another_order_than_1_are_to_be_normalised(bound, is_marked):
+    env = scripted(X, floats(0.0, 0.0), Bounded(-bound, bound, (1,)))
+    transform = next(each for each in env.transform if isinstance(each, PreviousStep))
+    assert transform.reals().tolist() == [True, is_marked, True, False]  # observation, action, reward, done

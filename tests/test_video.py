@@ -156,13 +156,17 @@ def test_captions_say_where_the_picture_stands():
     captions, td = [], env.reset()
     for action in (0.0, 0.5, 0.0, 0.5, 0.0, 0.5):
         td = env.step(td.set("action", torch.full((2, 6), action)))
-        captions.append((_caption(td), td["task"][0].item(), td["next", "velocity"][0].item()))
+        state = dict(td.items(True, True))
+        captions.append((_caption(state), td["task"][0].item(), td["next", "velocity"][0].item()))
         td = env.step_mdp(td)
     for step, (caption, task, velocity) in enumerate(captions, 1):
         episode = 1 if step < 3 else 2  # the third step's picture is the second episode's start
         assert caption == f"episode {episode}  step {step}  task {task:+.2f}  velocity {velocity:+.2f}"
     assert captions[2][2] == 0
     assert captions[1][2] != 0
+    several = {**state, ("task", "mass"): torch.tensor([[2.0]]), ("task", "drag"): torch.tensor([[0.5]])}
+    del several["task"]
+    assert "mass +2.00  drag +0.50" in _caption(several)
 
 
 def test_best_format(monkeypatch):

@@ -72,7 +72,7 @@ class AdaptiveAgent:
 
     @property
     def policy(self) -> TensorDictModuleBase | None:
-        """The actor, a copy, or None where ``step`` is another function.
+        """The agent's own actor, or None where ``step`` is another function.
 
         Weights loaded into it count from the next `act` on; written through ``.data``, which nobody sees, from the next trial on.
         """

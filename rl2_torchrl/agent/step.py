@@ -25,7 +25,7 @@ from rl2_torchrl.agent.signature import (
 from rl2_torchrl.gradients.part import on_copies, outputs_of
 from rl2_torchrl.modules import ActorCritic
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
-from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.actor_critic import cores_of, first_memory, hidden_keys
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import distribution_of, stands_for
 from rl2_torchrl.modules.slots import require_sizes
@@ -62,7 +62,7 @@ class PolicyStep(nn.Module):
     def _find_parts(self) -> None:
         *self._networks, sample = acting_parts(self.policy)
         self._distribution, self.parameter_keys = distribution_of(sample.module), sample.in_keys
-        self._cores = _cores_of(self.policy)
+        self._cores = cores_of(self.policy)
         self.read_weights()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class PolicyStep(nn.Module):
         told = torch.cat([last_action.to(reward.dtype), reward], -1)
         told = [torch.where(start, 0.0, told), torch.where(start, at_start, done.to(reward.dtype))]
         state[signature.trans_key], state["is_init"] = torch.cat([*seen, *told], -1), start
-        first = _first_memory(self._cores, start.shape[0])
+        first = first_memory(self._cores, start.shape[0])
         for key, carried in zip(self._hidden_keys, memory, strict=True):
             state[key] = where_rows(start.squeeze(-1), first[key], carried.to(first[key].dtype))  # counters, flags
         return state
@@ -167,7 +167,7 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
             f"{type(actor).__name__}: an agent is made of networks and one distribution that can act by noise from outside, as "
             "RecurrentActor has them. Give a distribution of your own `noise` and `with_noise` (ActionDistribution)."
         )
-    of_cores = initial_memory(actor, 1)
+    of_cores = first_memory(cores_of(actor), 1)
     if missing := [key for key in hidden_keys(actor) if key not in of_cores]:
         raise TypeError(
             f"the policy hands {missing} on, and nothing says what they are when a trial starts: make its module a RecurrentCore."
@@ -176,20 +176,6 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
     if len(networks) == 1:
         return actor
     return ProbabilisticTensorDictSequential(TensorDictSequential(*networks), sample)  # of one flat sequence
-
-
-def initial_memory(policy: nn.Module, rows: int) -> State:
-    """What the cores of ``policy`` remember when a trial starts, ``[rows, ...]``."""
-    return _first_memory(_cores_of(policy), rows)
-
-
-def _cores_of(policy: nn.Module) -> list[nn.Module]:
-    # Of the class: a TensorDictModule passes on what its inner module has.
-    return [module for module in policy.modules() if hasattr(type(module), "initial_memory")]
-
-
-def _first_memory(cores: Iterable[nn.Module], rows: int) -> State:
-    return {key: m for core in cores for key, m in zip(core.in_keys[1:-1], core.initial_memory(rows), strict=True)}
 
 
 def signature_of(actor: ProbabilisticTensorDictSequential, env: EnvBase) -> Signature:
@@ -203,7 +189,7 @@ def signature_of(actor: ProbabilisticTensorDictSequential, env: EnvBase) -> Sign
     require_nothing_behind(env, transition, [*layout.observations, env.reward_key])
     observations = observed_of(env, [*layout.observations, *whole])
     specs = {key: observed.spec for key, observed in observations.items()}
-    firsts, distribution = initial_memory(actor, 1), distribution_of(actor.module[-1])
+    firsts, distribution = first_memory(cores_of(actor), 1), distribution_of(actor.module[-1])
     return Signature(
         observations=observations,
         encoded=len(layout.observations),

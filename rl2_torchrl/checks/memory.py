@@ -121,8 +121,9 @@ RULES: dict[Rule, str] = {
     "(TrialCollector's default), and reset memory where 'is_init' says so, not where an episode ends. A core's step leaves the "
     "memory that it is given as it is.",
     replay: "PPO's first ratios are 1, or it improves another policy than the one that acted: the memory was lost, inputs or "
-    "statistics have moved since, dropout is on, the collector acts with other weights, or a module behind the distribution "
-    "changes its actions, whose log-probability is that of the draw (bound the distribution: TanhGaussianActions).",
+    "statistics have moved since, dropout or BatchNorm is on (actor.eval(), critic.eval()), the collector acts with other weights, "
+    "or a module behind the distribution changes its actions, whose log-probability is that of the draw (bound the distribution: "
+    "TanhGaussianActions).",
     memory_used: "The agent cannot use what it learnt in an earlier episode: carry the memory on, and where observations are so "
     "large that they drown it, let networks normalize them, from_env(normalize=True).",
     trials_apart: "Another task's steps change this trial's outputs: start anew wherever 'is_init' is True.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
 
+import torch
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
@@ -11,8 +12,6 @@ from rl2_torchrl.transition import is_info
 from rl2_torchrl.trial import Trial, base_of, transforms_of
 
 __all__ = ["RULES"]
-
-log = logging.getLogger(__name__)
 
 
 def no_padding(seen: Evidence) -> str | None:
@@ -48,15 +47,12 @@ def kept_at_cuts(seen: Evidence) -> str | None:
     cut = int((~seen.flag(("next", "done"))[:, -1]).sum())
     if cut:
         return f"{cut} trials are cut by the batch's end, and it lacks {missing}: PPOUpdate(..., bptt={steps}) asks for them"
-    if not (is_fixed := seen.ask(_is_of_one_length)):
-        note = (
+    if not seen.ask(_is_of_one_length):
+        seen.report.notes.append(
             "no trial is cut by this batch's end, but trials may differ in length, and the first that is cut ends the training: "
             f"the batch lacks {missing}, which PPOUpdate(..., bptt={steps}), of whole rows as without bptt, has among its in_keys. "
             "Keep those, or all (keep=None), or say that trials have one length: TensorEnv's fixed_length=True, or Trial(steps=)"
         )
-        seen.report.notes.append(note)
-        if is_fixed is False:  # of others than TensorEnvs nothing is known: a note will do
-            log.warning("%s.", note)
 
 
 def _is_of_one_length(env: EnvBase) -> bool | None:
@@ -94,10 +90,29 @@ def finite(seen: Evidence) -> str | None:
             f"rewards are around {size:.3g}, which drowns the rest of the networks' input, and asks a critic for large values: "
             "from_env(normalize=True) of actor and critic and TrialAdvantage(scale_rewards=True), both, bring them in order"
         )
+    else:
+        seen.report.notes.extend(_of_large_inputs(seen))
 
 
-#: Rewards of this size are of another order than networks are made for.
-_LARGE = 10.0
+#: Rewards, and other inputs, of this size are of another order than networks are made for.
+_LARGE, _LARGE_INPUT = 10.0, 100.0
+
+
+def _of_large_inputs(seen: Evidence) -> Iterator[str]:
+    """What is said of large numbers that networks read as they are, such as a task in grams that the critic is told."""
+    networks = [getattr(seen.loss, name, None) for name in ("actor_network", "critic_network")]
+    read = dict.fromkeys(key for network in networks if network is not None for key in network.in_keys)
+    scaled = {key for _, key in seen.update.normalizations()} if hasattr(seen.update, "normalizations") else set()
+    for key in read.keys() - scaled:
+        entry = seen.batch.get(key, None)
+        if not isinstance(entry, torch.Tensor) or not entry.is_floating_point() or not entry.numel():
+            continue
+        size = entry.double().abs().reshape(-1, entry.shape[-1]).mean(0).max().item()
+        if size > _LARGE_INPUT:
+            yield (
+                f"{key!r} is around {size:.3g}, which drowns whatever else the networks read: bring it to a scale of 1 in the env, "
+                "or, if it stands in the transition input, by from_env(normalize=True) of actor and critic"
+            )
 
 
 def _brings_in_order(update: object) -> bool:

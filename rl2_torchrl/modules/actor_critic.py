@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import unravel_key
-from torch import nn
+from torch import Tensor, nn
 
 from rl2_torchrl.arguments import kind_of
 
@@ -115,6 +115,17 @@ def require_own_cores(actor: nn.Module, critic: nn.Module | None) -> None:
                 f"{core.in_keys}: make one for each, core=partial(LSTMCore, ...), or let the critic read the actor's memory "
                 "(MemoryValueHead)."
             )
+
+
+def cores_of(policy: nn.Module) -> list[nn.Module]:
+    """The cores within ``policy`` that say what they remember when a trial starts."""
+    # Of the class: a TensorDictModule passes on what its inner module has.
+    return [module for module in policy.modules() if hasattr(type(module), "initial_memory")]
+
+
+def first_memory(cores: Iterable[nn.Module], rows: int) -> dict[NestedKey, Tensor]:
+    """What ``cores`` remember when a trial starts, ``[rows, ...]`` each."""
+    return {key: m for core in cores for key, m in zip(core.in_keys[1:-1], core.initial_memory(rows), strict=True)}
 
 
 def hidden_keys(module: TensorDictModuleBase) -> list[NestedKey]:

@@ -265,11 +265,21 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
     is_core = "is_init" in module.in_keys
     lead = [1] if is_core else [2, 3]  # encoders see sequences too, cores in recurrent mode alone
     tried = {key: [*lead, *entries[key]] for key in module.in_keys if key in entries}
-    row = {key: like.new_zeros(shape) for key, shape in tried.items()}
-    row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
+
+    def out_of(dtype: torch.dtype) -> Tensor:
+        row = {key: torch.zeros(shape, dtype=dtype, device=like.device) for key, shape in tried.items()}
+        row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
+        return module(TensorDict(row, lead if is_core else [])).get(output_key(module))
+
     what = getattr(module, "module", module)
     with torch.no_grad(), noted(f"This was the {'core' if is_core else 'encoder'} {what}, tried on {tried}."):
-        out = module(TensorDict(row, lead if is_core else [])).get(output_key(module))
+        try:
+            out = out_of(like.dtype)
+        except RuntimeError as error:
+            try:
+                out = out_of(torch.int64)  # choices, which an Embedding reads
+            except RuntimeError:
+                raise error from None
     if out.shape[:-1] != torch.Size(lead):
         raise ValueError(
             f"the encoder of {module.in_keys} makes {tuple(out.shape)} of {lead} rows; it must give [*B, n], and keep all leading "

@@ -54,8 +54,9 @@ class RecurrentActor(ProbabilisticActor):
         activation: module class before each linear layer of the default head. Default `torch.nn.ReLU`.
         in_key: transition input. Default ``"trans"``.
         normalize: bring the transition input to mean 0 and standard deviation 1 by a `RunningNorm`: all of its entries, or those
-            that a bool tensor ``[input_size]`` marks. `from_env` marks observed numbers, no choices, and the reward. `PPOUpdate`
-            tells it of batches; elsewhere do so by `RunningNorm.update_statistics`. Default False.
+            that a bool tensor ``[input_size]`` marks. `from_env` marks observed numbers, no choices, the reward, and actions whose
+            bounds are of another order than 1. `PPOUpdate` tells it of batches; elsewhere do so by
+            `RunningNorm.update_statistics`. Default False.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -177,7 +178,7 @@ class RecurrentCritic(Network):
         value_key: what is written.
         hidden_key, features_key, init_range, **slots: as in `RecurrentActor`.
         extra_keys: further inputs that the actor never sees, such as ``"time_left"`` or ``"task"``, each ``[*B, n]``. They are
-            concatenated to the core's input.
+            concatenated to the core's input, as they are: a task in other units than 1 is to be scaled by the env.
 
     Examples:
         >>> from rl2_torchrl.modules import LSTMCore

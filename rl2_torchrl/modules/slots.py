@@ -12,7 +12,7 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.data import NonTensor
+from torchrl.data import Bounded, NonTensor
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.arguments import as_list, noted, require_callable, require_flags, require_layer_class
@@ -212,8 +212,9 @@ def shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.
 
 
 def require_sizes(env: EnvBase, policy: nn.Module) -> None:
-    """ValueError where a module of ``policy`` reads an observation that has another size in ``env``."""
+    """ValueError where a module of ``policy`` reads an observation that has another size in ``env``; the log tells of bounds."""
     spec = env.observation_spec
+    _tell_of_bounds(env, policy)
     for module in policy.modules():
         key, size = _reads(module)
         if key is None or key not in spec.keys(True, True):
@@ -222,6 +223,23 @@ def require_sizes(env: EnvBase, policy: nn.Module) -> None:
             raise ValueError(
                 f"the policy reads {key!r} of {size} entries, and the env's has {there}: it was made for another env. Make it by "
                 "from_env(env, ...)."
+            )
+
+
+def _tell_of_bounds(env: EnvBase, policy: nn.Module) -> None:
+    """Logs that ``policy`` was made for other bounds of the action than those of ``env``, and keeps to its own."""
+    specs = [spec for spec in env.full_action_spec.values(True, True) if isinstance(spec, Bounded)]
+    for module in policy.modules():
+        kwargs = getattr(module, "distribution_kwargs", None) or {}
+        if len(specs) != 1 or not {"low", "high"} <= kwargs.keys():
+            continue
+        own = [torch.as_tensor(kwargs[name]).cpu() for name in ("low", "high")]
+        there = [getattr(specs[0].space, name).cpu() for name in ("low", "high")]
+        if not all(torch.allclose(*pair) for pair in zip(own, map(Tensor.float, there), strict=True)):
+            log.warning(
+                "the policy acts from %s to %s, and the env takes actions from %s to %s: it was made for another env, and keeps to "
+                "its own bounds. Let the env rescale them (gymnasium.wrappers.RescaleAction, TorchRL's ActionScaling).",
+                *(bound.flatten()[: own[0].numel()].tolist() for bound in (*own, *there)),
             )
 
 

@@ -72,6 +72,11 @@ class TaskBelief(nn.Module):
                 f"features_size={self.layer.in_features}, but the actor's features are {features.shape[-1]}."
             )
         told = self.layer(features)
+        if self.target is None and not isinstance(task, Tensor):
+            raise TypeError(
+                f"the task has several entries, {sorted(map(str, task.keys(True, True)))}: say which numbers shall be told, target="
+                "lambda task: torch.cat([task['mass'], ...], -1), or one of them by task_key=('task', 'mass')."
+            )
         with torch.no_grad():
             target = (task if self.target is None else self.target(task)).to(told.dtype)
         if target.shape != told.shape:

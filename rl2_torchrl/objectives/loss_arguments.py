@@ -9,6 +9,8 @@ from torchrl.objectives import ClipPPOLoss, PPOLoss
 
 from rl2_torchrl.arguments import require_flags, require_numbers
 from rl2_torchrl.gradients.networks import leaves_of
+from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.objectives.belief import TaskBelief
 
 __all__ = ["checked_terms", "require_coefficients", "require_one_writer", "require_options"]
 
@@ -40,7 +42,15 @@ def checked_terms(terms: Iterable[nn.Module]) -> list[nn.Module]:
 def require_one_writer(
     terms: Iterable[nn.Module], actor: TensorDictModuleBase, critic: TensorDictModuleBase | None
 ) -> None:
-    """ValueError where a term reads what both networks write, unless it is one module's that both run."""
+    """ValueError where a term reads what both networks write, unless it is one module's that both run, or tells by a memory."""
+    networks = [network for network in (actor, critic) if network is not None]
+    memory = {key for network in networks for key in hidden_keys(network)}
+    for term in terms:
+        if isinstance(term, TaskBelief) and term.in_keys[0] in memory:
+            raise ValueError(
+                f"TaskBelief reads {term.in_keys[0]!r}, the memory as it was collected, through which no gradient goes: name what "
+                "a network writes, features_key='actor_features', say."
+            )
     leaves = [[] if network is None else leaves_of(network) for network in (actor, critic)]
     ours, theirs = ({key: leaf for leaf in each for key in leaf.out_keys} for each in leaves)
     for term in terms:

@@ -13,7 +13,8 @@ A term is an `nn.Module` that reads named entries and returns named numbers:
 
 ``in_keys`` are entries of the collected batch (also those that only training sees, such as ``"task"``: `PPOUpdate.in_keys`
 holds them), of what the networks write (``"logits"``, ``"actor_features"``, ``"state_value"``), and ``("policy", "log_prob")`` and
-``("policy", "entropy")``, those of the collected actions under the policy as it is now. ``forward`` takes them in that order,
+``("policy", "entropy")``, those of the collected actions under the policy as it is now. A memory (``"actor_hidden"``) is the
+batch's, as it was before each step, and carries no gradient. ``forward`` takes them in that order,
 ``[N, T, ...]``. What it returns under a name that begins with ``loss_`` is added to the loss by `PPOUpdate`, coefficient
 included (in a loop of your own, by you); every scalar reaches the log, as its mean over an update's minibatches, or their largest
 where its name begins with ``max_``. Parameters of a term are the loss's, and trained with it. A loss that is called by keyword

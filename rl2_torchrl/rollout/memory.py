@@ -11,7 +11,7 @@ from torchrl.envs import Compose, EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.modules.utils import get_primers_from_module
 
 from rl2_torchrl.modules.acting import State
-from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.actor_critic import cores_of, first_memory, hidden_keys
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.trials import flat, next_key
@@ -31,8 +31,7 @@ class Memory:
         self._rows = rows
         #: The entries that are handed on, and where they stand after a step.
         self.handed_on = [(key, next_key(key)) for key in hidden_keys(policy)]
-        # Of the class: a TensorDictModule passes on what its inner module has.
-        self._cores = [module for module in policy.modules() if hasattr(type(module), "initial_memory")]
+        self._cores = cores_of(policy)
         of_cores = {key for core in self._cores for key in core.in_keys}
         missing = [key for key, _ in self.handed_on if key not in of_cores]
         self._primers = []
@@ -52,9 +51,7 @@ class Memory:
         for primer, batch_size, keys in self._primers:
             made = primer(TensorDict({}, batch_size))
             memory.update((key, flat(made[key], batch_size)) for key in keys)
-        for core in self._cores:
-            memory.update(zip(core.in_keys[1:-1], core.initial_memory(self._rows), strict=True))
-        return memory
+        return memory | first_memory(self._cores, self._rows)
 
     def next(self, state: State, reset: Rows) -> State:
         """What the next step reads, with the ``reset`` rows at a trial's first step."""
