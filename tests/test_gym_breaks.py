@@ -317,3 +317,55 @@ def test_a_closed_env_lets_its_envs_go_and_says_that_it_is_closed(vectorization)
         with pytest.raises(RuntimeError, match="has been closed"):
             use()
     env.close()  # once more, as __del__ may
+
+
+class Parts(gymnasium.Env):
+    """Shows what ``spoilt`` makes of an observation of several entries, from the reset on or from the first step on."""
+
+    space = {"image": spaces.Box(0, 255, (4, 4, 3), np.uint8), "inner": spaces.Dict(place=spaces.Box(-1, 1, (2,)))}
+    observation_space, action_space = (
+        spaces.Dict(pair=spaces.Tuple([spaces.Discrete(2), spaces.Dict(space)])),
+        spaces.Discrete(2),
+    )
+
+    def __init__(self, spoilt, at):
+        self._spoilt, self._at = spoilt, at
+
+    def shown(self, is_spoilt):
+        entries = {"image": np.zeros((4, 4, 3), np.uint8), "inner": {"place": np.zeros(2)}}
+        return {"pair": (1, self._spoilt(entries) if is_spoilt else entries)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.shown(self._at == "reset"), {}
+
+    def step(self, action):
+        return self.shown(True), 0.0, True, False, {}
+
+
+SPOILT = {
+    "dtype": (
+        lambda o: {**o, "image": o["image"] / 255},
+        r"'pair.1.image' as float64 \[4, 4, 3\], .* says uint8 \[4, 4, 3\]",
+    ),
+    "shape": (lambda o: {**o, "image": o["image"].transpose(2, 0, 1)}, r"'pair.1.image' as uint8 \[3, 4, 4\]"),
+    "depth": (
+        lambda o: {**o, "inner": {"place": np.zeros(3)}},
+        r"'pair.1.inner.place' as float64 \[3\], .* float32 \[2\]",
+    ),
+    "entry": (lambda o: {"image": o["image"]}, r"'pair.1' as \['image'\], .* says \['image', 'inner'\]"),
+    "kind": (lambda o: None, r"'pair.1' as NoneType, .* says \['image', 'inner'\]"),
+}
+
+
+@pytest.mark.parametrize("at", ["reset", "step"])
+@pytest.mark.parametrize("kind", SPOILT)
+def test_an_entry_that_does_not_fit_its_space_is_named(kind, at):
+    spoilt, message = SPOILT[kind]
+    env = GymVectorEnv(lambda: Parts(spoilt, at), 2)
+    with pytest.raises(ValueError, match="row 0 shows " + message):
+        env.rollout(2)
+
+
+def test_entries_that_fit_their_space_as_gymnasium_casts_them():
+    assert GymVectorEnv(lambda: Parts(lambda entries: entries, "reset"), 2).rollout(2).shape == (2, 1)
