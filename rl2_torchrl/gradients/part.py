@@ -118,7 +118,8 @@ class Part:
         Workspace.leave(*(state[key] for key in self.in_keys if key in state))
         carrying = [key for key in self.in_keys if key in self.wanted and state[key].is_floating_point()]
         self._leaves = {key: state[key].detach().requires_grad_() for key in carrying}
-        entries, versions = {**state, **self._leaves}, {key: state[key]._version for key in self.saved}
+        entries = {**state, **self._leaves}
+        versions = {key: state[key]._version for key in self.saved if key in state}
         with torch.enable_grad():
             self.run(entries)
         if written := [key for key, version in versions.items() if state[key]._version != version]:
