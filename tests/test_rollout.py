@@ -43,7 +43,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.collector import load_rollout_state, rollout_state
 from rl2_torchrl.envs import PointRobot, goals_on_half_circle
-from rl2_torchrl.modules import RecurrentActor, RecurrentCore, TanhGaussianActions
+from rl2_torchrl.modules import MLPEncoder, RecurrentActor, RecurrentCore, TanhGaussianActions
 from rl2_torchrl.rollout import Rollout
 
 CASES = [
@@ -773,3 +773,11 @@ def test_a_policy_that_keeps_to_bounds_of_another_env_is_told_of(caplog):
     assert (
         "acts from [-1.0, -1.0] to [1.0, 1.0], and the env takes actions from [-3.0, -3.0] to [3.0, 3.0]" in caplog.text
     )
+
+
+def test_a_module_may_write_an_observation_of_another_size():
+    env = make_env("walk", episodes=2)
+    doubles = TensorDictModule(lambda trans: torch.cat([trans, trans], -1), ["trans"], ["trans"])
+    reads = TensorDictModule(MLPEncoder(2 * env.observation_spec["trans"].shape[-1], [4]), ["trans"], ["seen"])
+    act = TensorDictModule(lambda seen: torch.zeros(len(seen), dtype=torch.int64), ["seen"], [env.action_key])
+    assert Rollout(env, TensorDictSequential(doubles, reads, act), 4)()["seen"].shape == (*env.batch_size, 4, 4)

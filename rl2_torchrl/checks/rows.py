@@ -103,11 +103,11 @@ def _of_large_inputs(seen: Evidence) -> Iterator[str]:
     networks = [getattr(seen.loss, name, None) for name in ("actor_network", "critic_network")]
     read = dict.fromkeys(key for network in networks if network is not None for key in network.in_keys)
     scaled = {key for _, key in seen.update.normalizations()} if hasattr(seen.update, "normalizations") else set()
-    for key in read.keys() - scaled:
-        entry = seen.batch.get(key, None)
+    entries = {key: seen.batch.get(key, None) for key in read if key not in scaled}
+    for key, entry in entries.items():
         if not isinstance(entry, torch.Tensor) or not entry.is_floating_point() or not entry.numel():
             continue
-        size = entry.double().abs().reshape(-1, entry.shape[-1]).mean(0).max().item()
+        size = entry.abs().reshape(-1, entry.shape[-1]).mean(0, dtype=torch.float64).max().item()
         if size > _LARGE_INPUT:
             yield (
                 f"{key!r} is around {size:.3g}, which drowns whatever else the networks read: bring it to a scale of 1 in the env, "

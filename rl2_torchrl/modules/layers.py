@@ -220,7 +220,7 @@ def _takes_bytes(module: nn.Module, shape: torch.Size) -> bool:
             out = deepcopy(module)(torch.zeros(1, *shape, dtype=torch.uint8, device=device))
         except (RuntimeError, TypeError, ValueError, AssertionError):
             return False
-    return out.is_floating_point()
+    return isinstance(out, Tensor) and out.is_floating_point()
 
 
 def _require_own_names(modules: Sequence[TensorDictModuleBase], entries: Mapping) -> None:
@@ -278,7 +278,7 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
         except RuntimeError as error:
             try:
                 out = out_of(torch.int64)  # choices, which an Embedding reads
-            except RuntimeError:
+            except (RuntimeError, TypeError, ValueError, KeyError):
                 raise error from None
     if out.shape[:-1] != torch.Size(lead):
         raise ValueError(

@@ -215,9 +215,10 @@ def require_sizes(env: EnvBase, policy: nn.Module) -> None:
     """ValueError where a module of ``policy`` reads an observation that has another size in ``env``; the log tells of bounds."""
     spec = env.observation_spec
     _tell_of_bounds(env, policy)
-    for module in policy.modules():
-        key, size = _reads(module)
-        if key is None or key not in spec.keys(True, True):
+    modules = list(policy.modules())
+    written = {key for module in modules if isinstance(module, TensorDictModuleBase) for key in module.out_keys}
+    for key, size in map(_reads, modules):
+        if key is None or key in written or key not in spec.keys(True, True):
             continue
         if (there := spec[key].shape[len(env.batch_size) :].numel()) != size:
             raise ValueError(
@@ -233,9 +234,10 @@ def _tell_of_bounds(env: EnvBase, policy: nn.Module) -> None:
         kwargs = getattr(module, "distribution_kwargs", None) or {}
         if len(specs) != 1 or not {"low", "high"} <= kwargs.keys():
             continue
-        own = [torch.as_tensor(kwargs[name]).cpu() for name in ("low", "high")]
-        there = [getattr(specs[0].space, name).cpu() for name in ("low", "high")]
-        if not all(torch.allclose(*pair) for pair in zip(own, map(Tensor.float, there), strict=True)):
+        own = [torch.as_tensor(kwargs[name], device="cpu").float() for name in ("low", "high")]
+        there = [getattr(specs[0].space, name).cpu().float() for name in ("low", "high")]
+        fits = own[0].numel() in (1, there[0].shape[-1])  # else the actions' size is told of
+        if fits and not all(torch.allclose(*pair) for pair in zip(own, there, strict=True)):
             log.warning(
                 "the policy acts from %s to %s, and the env takes actions from %s to %s: it was made for another env, and keeps to "
                 "its own bounds. Let the env rescale them (gymnasium.wrappers.RescaleAction, TorchRL's ActionScaling).",
