@@ -13,7 +13,7 @@ from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv
 from rl2_torchrl.envs.layers import made_of
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import base_of, rows_of, transforms_of
@@ -123,7 +123,11 @@ def _env(env: EnvBase | None) -> Settings:
 def _rows(env: EnvBase) -> Settings:
     """What all rows below ``env`` are made of alike; what differs is a row's own, such as what it has drawn."""
     base = base_of(env)
-    made = base.rows_made_of() if isinstance(base, GymVectorEnv) else [made_of(base_of(row)) for row in rows_of(env)]
+    if isinstance(base, GymVectorEnv):
+        made = base.rows_made_of()
+    else:
+        rows = map(base_of, rows_of(env))
+        made = [row._made_of if isinstance(row, GymTaskEnv) else made_of(row) for row in rows]
     if not made:
         return {}
     first, *others = made

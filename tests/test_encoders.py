@@ -240,11 +240,13 @@ class Reals(Halves):
 
 
 @pytest.mark.parametrize(("encoder", "scaled"), [(Symbols, False), (Halves, False), (Reals, True)])
-def test_a_users_module_is_given_bytes_as_they_are_if_it_takes_them(encoder, scaled):
+def test_a_users_module_is_given_bytes_as_they_are_if_it_takes_them(encoder, scaled, caplog):
     env = make_env()
     actor = GRUCategoricalActor.from_env(env, encoder={"pixels": encoder}, hidden_size=4)
     module = next(module for module in actor.modules() if isinstance(module, encoder))
-    adaptation_curve(env, actor, 2)
+    for _ in range(2):
+        adaptation_curve(env, actor, 2)
+    assert caplog.text.count("takes images of bytes, and is given them as they are") == (not scaled)
     assert module.seen.dtype == (torch.float32 if scaled else torch.uint8)
     assert (0 < module.seen.max() <= 1) == scaled
     assert module.seen.shape[1:] == (3, 9, 9)

@@ -6,6 +6,7 @@ import logging
 import operator
 import random
 import re
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from rl2_torchrl import (
 from rl2_torchrl.collector import begin_new_trials, load_rollout_state, rollout_state
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, Resumable
 from rl2_torchrl.envs.env_state import env_state, put_env_state
-from rl2_torchrl.envs.layers import put_state, state_of
+from rl2_torchrl.envs.layers import made_of, put_state, state_of
 from rl2_torchrl.envs.plain_data import NoStateError
 from rl2_torchrl.settings import _env as settings_of_env
 from rl2_torchrl.settings import differences
@@ -394,7 +395,9 @@ class Effort(gymnasium.Wrapper):
 
     def __init__(self, env, weight):
         super().__init__(env)
-        self._weight, self.drawn = weight, random.random()  # which another program draws otherwise
+        self._weight = weight
+        # Others in another program: an env that draws in its constructor, or asks for the time.
+        self.drawn, self.started = random.random(), time.perf_counter()
 
     def step(self, action):
         observation, reward, *ends, info = self.env.step(action)
@@ -417,14 +420,24 @@ def test_rows_that_are_made_otherwise_are_told_of(vectorization, tmp_path):
 
     run_of(1, 1.0)
     for how, name, then, now in [
-        ({"weight": 0.0}, "Effort._weight", "1.0", "0.0"),
+        ({"weight": 0.0}, "Effort.weight", "1.0", "0.0"),
         ({"weight": 1.0, "limit": 8}, "TimeLimit.max_episode_steps", "7", "8"),
         ({"weight": 1.0, "extra": [gymnasium.Wrapper]}, "layers", r"\[.*\]", r"\[.*Wrapper.*\]"),
     ]:
         with pytest.raises(ValueError, match=rf"env.rows.{name}: {then} then, {now} now.*resume_changes"):
             run_of(3, **how, resume=True)
     assert run_of(2, 1.0, resume=True)[-1] < 0
-    assert run_of(3, 0.0, resume=True, resume_changes=["env.rows.Effort._weight"]) == [0.0]
+    assert run_of(3, 0.0, resume=True, resume_changes=["env.rows.Effort.weight"]) == [0.0]
+
+
+def test_what_a_row_is_made_of_is_what_its_constructors_were_given():
+    def drawn(row):
+        return made_of(Effort(gymnasium.make("Pendulum-v1", max_episode_steps=7, g=9.0), 0.5), is_new=True)
+
+    assert drawn(0) == drawn(1)
+    assert drawn(0)["layers"] == ["Effort", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "PendulumEnv"]
+    given = {name: value for name, value in drawn(0).items() if name[:3] in ("Eff", "Tim", "Pen")}
+    assert given == {"Effort.weight": 0.5, "TimeLimit.max_episode_steps": 7, "PendulumEnv.g": 9.0}
 
 
 class Batches(Callback):

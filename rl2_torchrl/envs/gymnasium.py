@@ -15,7 +15,7 @@ from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
 
 from rl2_torchrl.arguments import require_specs
-from rl2_torchrl.envs.layers import put_state, spaces_within, state_or_reason
+from rl2_torchrl.envs.layers import made_of, put_state, spaces_within, state_or_reason
 from rl2_torchrl.envs.task_setter import TaskSetter, warn_of_added
 from rl2_torchrl.storage import from_tensor, to_tensor
 
@@ -74,6 +74,8 @@ class GymTaskEnv(GymEnv):
         #: What makes the env: a run that goes on is to have the same, with the same arguments, and the same ``set_task``.
         self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str) else env
         self.set_task, self._setter = set_task, TaskSetter(set_task)
+        #: What the env is made of (`layers`), before a task changes it.
+        self._made_of = made_of(self._env, is_new=True)
         self._task: torch.Tensor | TensorDictBase | None = None  # the last one that `set_task` was given
         self.state_spec = Composite(task=task_spec.to(self.device), shape=self.batch_size, device=self.device)
 

@@ -100,10 +100,11 @@ def put_state(env: Any, state: list[dict[str, Any]]) -> None:
             _put_draws(layer, saved["spaces"])
 
 
-def made_of(env: Any) -> dict[str, Any]:
-    """The classes of a new ``env``'s layers, and their numbers, flags and texts by class and attribute.
+def made_of(env: Any, *, is_new: bool = False) -> dict[str, Any]:
+    """The classes of ``env``'s layers, and the numbers, flags and texts that their constructors were given, by class and name.
 
-    Of Gymnasium's own layers these are what their constructors were given, of TorchRL's envs what is public.
+    Gymnasium and TorchRL keep these. Of other layers, and where the env ``is_new`` alone, since a task may change them, they are
+    the attributes that are named as the constructor's parameters; what it has drawn, or asked the program for, is none of these.
 
     Examples:
         >>> made_of(gymnasium.wrappers.TimeLimit(gymnasium.make("CartPole-v1").unwrapped, 20))["TimeLimit.max_episode_steps"]
@@ -112,13 +113,20 @@ def made_of(env: Any) -> dict[str, Any]:
     layers = list(_layers(env))
     found: dict[str, Any] = {"layers": [type(layer).__name__ for layer in layers]}
     for layer in layers:
-        held, is_torchrls = vars(layer), isinstance(layer, EnvBase)
-        if type(layer).__module__.partition(".")[0] == "gymnasium":
-            held = held.get("_saved_kwargs", {})
-        names = [name for name, value in held.items() if isinstance(value, bool | int | float | str)]
-        names = [name for name in names if not is_torchrls or (name[0] != "_" and name not in _OF_TORCHRL)]
-        found |= {f"{type(layer).__name__}.{name}": held[name] for name in names}
+        own = vars(layer)
+        given = {**own.get("_saved_kwargs", {}), **own.get("_constructor_kwargs", {})}
+        names = _parameters_of(layer) if is_new else {"frame_skip"} if isinstance(layer, EnvBase) else ()
+        given |= {name: own[each] for name in names for each in (name, f"_{name}") if each in own}
+        plain = {name: value for name, value in sorted(given.items()) if isinstance(value, bool | int | float | str)}
+        found |= {f"{type(layer).__name__}.{name}": value for name, value in plain.items()}
     return found
+
+
+def _parameters_of(layer: Any) -> set[str]:
+    """Names of the parameters of the constructors of ``layer``'s class and those above it."""
+    constructors = [vars(cls)["__init__"] for cls in type(layer).__mro__ if "__init__" in vars(cls)]
+    functions = [each for each in constructors if isinstance(each, types.FunctionType)]
+    return {name for each in functions for name in inspect.signature(each).parameters}
 
 
 def state_or_reason(env: Any) -> list[dict[str, Any]] | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
@@ -22,6 +23,8 @@ __all__ = [
     *("Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead"),
     *("by_entry", "encoding", "out_of_place", "output_key", "output_size"),
 ]
+
+log = logging.getLogger(__name__)
 
 #: A module of ``[*B, *shape]`` to ``[*B, n]``, or a function of that shape that makes one.
 EntryEncoder = nn.Module | Callable[[torch.Size], nn.Module]
@@ -76,7 +79,7 @@ class ImageEncoder(nn.Module):
     Args:
         net: maps ``[N, *shape]`` to ``[N, n]``.
         shape: shape of one image, such as ``[channels, height, width]``.
-        scale: whether uint8 is scaled; else ``net`` is given all images as they are. Default True.
+        scale: whether uint8 is scaled; else ``net`` is given all images as they are, and the log says so. Default True.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten())
@@ -84,13 +87,25 @@ class ImageEncoder(nn.Module):
         torch.Size([2, 7, 4])
     """
 
+    scale = True
+
     def __init__(self, net: nn.Module, shape: Sequence[int], *, scale: bool = True):
         super().__init__()
-        self.net, self.shape, self.scale = net, torch.Size(shape), scale
+        self.net, self.shape = net, torch.Size(shape)
+        if not scale:  # else a run of a version that knew nothing of it would not be gone on with
+            self.scale, self._has_told = False, False
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.shape)]
-        x = as_reals(x, next(self.net.parameters(), torch.empty(0))) if self.scale else x
+        if self.scale:
+            x = as_reals(x, next(self.net.parameters(), torch.empty(0)))
+        elif x.dtype == torch.uint8 and not self._has_told:
+            self._has_told = True
+            log.warning(
+                "%s takes images of bytes, and is given them as they are, from 0 to 255: if they are no symbols, let it divide "
+                "them, x / 255, or make it ImageEncoder(module, shape), which does.",
+                type(self.net).__name__,
+            )
         out = self.net(x.reshape(-1, *self.shape))
         return out.reshape(*batch, *out.shape[1:])
 
