@@ -70,15 +70,16 @@ def test_large_rewards_are_told_of_unless_they_are_brought_in_order(scale, norma
     assert ("which drowns the rest" in caplog.text) is is_told
 
 
-@pytest.mark.parametrize(("scale", "is_told"), [(1.0, False), (1e4, True)])
+@pytest.mark.parametrize(("scale", "is_told"), [(1.0, False), (400.0, True)])
 def test_inputs_of_another_order_are_told_of(scale, is_told, caplog):
     """Such as a task in grams that the critic is told, which normalize=True leaves as it is."""
 
     def tasks(batch_size, generator):
         return scale * uniform_means(3)(batch_size, generator)
 
-    trial = Compose(Trial(episodes=4), TaskSampler(tasks), PreviousStep())
-    env = TransformedEnv(QuadraticBandit(3, batch_size=(8,)), trial)
+    torch.manual_seed(0)
+    trial = Compose(Trial(episodes=4), TaskSampler(tasks, seed=0), PreviousStep())
+    env = TransformedEnv(QuadraticBandit(3, batch_size=(8,), seed=0), trial)
     actor = RecurrentActor.from_env(env, hidden_size=4, normalize=True)
     critic = GRUValueHead.from_env(env, hidden_size=4, normalize=True, extra_keys=["task"])
     update = PPOUpdate(RL2PPOLoss(actor, critic), TrialAdvantage(scale_rewards=True))

@@ -369,3 +369,22 @@ def test_an_entry_that_does_not_fit_its_space_is_named(kind, at):
 
 def test_entries_that_fit_their_space_as_gymnasium_casts_them():
     assert GymVectorEnv(lambda: Parts(lambda entries: entries, "reset"), 2).rollout(2).shape == (2, 1)
+
+
+def test_what_gymnasium_takes_is_taken():
+    """It casts what goes through memory that processes share, and takes parts by their number from anything that has them."""
+    cast = {"image": np.full((4, 4, 3), 7), "inner": {"place": [0.5, 1]}}
+    env = GymVectorEnv(lambda: Parts(lambda entries: cast, "reset"), 2, vectorization="async")
+    assert (env.rollout(2)["pair", "1", "image"] == 7).all()
+    env.close()
+
+    class Pair(gymnasium.Env):
+        observation_space, action_space = spaces.Tuple([spaces.Discrete(3), spaces.Discrete(4)]), spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return np.array([1, 2]), {}
+
+        def step(self, action):
+            return np.array([2, 3]), 0.0, True, False, {}
+
+    assert GymVectorEnv(Pair, 2).rollout(2)["next", "1"].tolist() == [[3], [3]]

@@ -19,6 +19,7 @@ from rollouts import (
 )
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.data import Bounded, NonTensor, Unbounded
+from torchrl.data import Categorical as CategoricalSpec
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -42,8 +43,8 @@ from rl2_torchrl import (
     TrialCollector,
 )
 from rl2_torchrl.collector import load_rollout_state, rollout_state
-from rl2_torchrl.envs import PointRobot, goals_on_half_circle
-from rl2_torchrl.modules import MLPEncoder, RecurrentActor, RecurrentCore, TanhGaussianActions
+from rl2_torchrl.envs import PointRobot, TensorEnv, goals_on_half_circle
+from rl2_torchrl.modules import MLPEncoder, RecurrentActor, RecurrentCore, RunningNorm, TanhGaussianActions
 from rl2_torchrl.rollout import Rollout
 
 CASES = [
@@ -781,3 +782,22 @@ def test_a_module_may_write_an_observation_of_another_size():
     reads = TensorDictModule(MLPEncoder(2 * env.observation_spec["trans"].shape[-1], [4]), ["trans"], ["seen"])
     act = TensorDictModule(lambda seen: torch.zeros(len(seen), dtype=torch.int64), ["seen"], [env.action_key])
     assert Rollout(env, TensorDictSequential(doubles, reads, act), 4)()["seen"].shape == (*env.batch_size, 4, 4)
+
+
+@pytest.mark.parametrize("reader", [RunningNorm(3), MLPEncoder(3, [4])], ids=["norm", "mlp"])
+def test_a_module_may_read_a_stack_piece_by_piece(reader):
+    class Stack(TensorEnv):
+        def __init__(self):
+            spaces = {"observation_spec": Unbounded((2, 3)), "action_spec": CategoricalSpec(2), "task_spec": None}
+            super().__init__(**spaces, max_episode_steps=2, batch_size=(2,))
+
+        def begin(self, task, rows):
+            return torch.zeros(2, 2, 3), torch.ones(2, 2, 3)
+
+        def advance(self, state, action):
+            return state, torch.ones(2, 2, 3), torch.zeros(2, 1), None, None
+
+    env = TransformedEnv(Stack(), Compose(Trial(episodes=2), PreviousStep([])))
+    reads = TensorDictModule(reader, ["observation"], ["seen"])
+    act = TensorDictModule(lambda seen: torch.zeros(len(seen), dtype=torch.int64), ["seen"], ["action"])
+    assert Rollout(env, TensorDictSequential(reads, act), 4)()["seen"].shape[:3] == (2, 4, 2)

@@ -119,7 +119,7 @@ RULES: dict[Rule, str] = {
     hidden_keys_differ: "Each network writes over the other's memory: give them different hidden_key.",
     memory_carried: "Memory lives through a trial and no longer: collect with auto_register_policy_transforms=True "
     "(TrialCollector's default), and reset memory where 'is_init' says so, not where an episode ends. A core's step leaves the "
-    "memory that it is given as it is.",
+    "memory that it is given as it is. Inputs so large that its gates are shut can hold it where it began: normalize them.",
     replay: "PPO's first ratios are 1, or it improves another policy than the one that acted: the memory was lost, inputs or "
     "statistics have moved since, dropout or BatchNorm is on (actor.eval(), critic.eval()), the collector acts with other weights, "
     "or a module behind the distribution changes its actions, whose log-probability is that of the draw (bound the distribution: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Number, Real
 from typing import Any
 
@@ -57,7 +57,6 @@ class GymRow(gymnasium.Wrapper):
             raise TypeError(
                 f"step() pays {stepped[1]!r}; a reward is one number: float(...), or .item() of an array of one."
             )
-        self._require_fits(stepped[0])
         self.step = self._step  # one look is enough
         return *stepped[:4], self._recorded(stepped[4])
 
@@ -81,23 +80,12 @@ class GymRow(gymnasium.Wrapper):
                 self._hear(task)
         begun = self.env.reset(seed=seed, options=options or None)
         _require_parts("reset()", begun, "observation, info")
-        self._require_fits(begun[0])
         space, shape = self.observation_space, np.shape(begun[0]) if isinstance(begun[0], np.ndarray | Number) else None
         if isinstance(space, gymnasium.spaces.Box) and shape not in (None, space.shape):
             raise ValueError(
                 f"reset() observes shape {shape}, but the observation_space's is {space.shape}: mend one of them."
             )
         return begun[0], self._recorded(begun[1])
-
-    def _require_fits(self, observation: Any) -> None:
-        """ValueError where an entry of ``observation`` is none of its space; a vector env would not say which."""
-        space = self.observation_space
-        if isinstance(space, gymnasium.spaces.Dict | gymnasium.spaces.Tuple):
-            for name, shown, said in _entries(space, observation, ()):
-                if shown != said:
-                    raise ValueError(
-                        f"row {self._row} shows {name!r} as {shown}, and its observation_space says {said}: mend one."
-                    )
 
     def _hear(self, task: Any) -> None:
         self._task = task
@@ -130,31 +118,6 @@ class GymRow(gymnasium.Wrapper):
         if state["task"] is not None:
             self._hear(state["task"])
         put_state(self.env, state["env"])
-
-
-def _entries(space: gymnasium.Space, value: Any, path: tuple) -> Iterator[tuple[str, str, str]]:
-    """Of each array: its name, what it is, and what ``space`` says, the same where it fits."""
-    name = ".".join(map(str, path)) or "observation"
-    if isinstance(space, gymnasium.spaces.Dict):
-        if not isinstance(value, Mapping) or not value.keys() >= space.spaces.keys():
-            yield (
-                name,
-                f"{sorted(value) if isinstance(value, Mapping) else type(value).__name__}",
-                f"{sorted(space.spaces)}",
-            )
-            return
-        for key, part in space.spaces.items():
-            yield from _entries(part, value[key], (*path, key))
-    elif isinstance(space, gymnasium.spaces.Tuple):
-        if not isinstance(value, tuple | list) or len(value) != len(space.spaces):
-            yield name, f"{type(value).__name__}", f"a tuple of {len(space.spaces)}"
-            return
-        for number, part in enumerate(space.spaces):
-            yield from _entries(part, value[number], (*path, number))
-    elif isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.MultiDiscrete | gymnasium.spaces.MultiBinary):
-        array, said = np.asarray(value), f"{space.dtype} {list(space.shape)}"
-        fits = array.shape == space.shape and np.can_cast(array.dtype, space.dtype, "same_kind")
-        yield name, said if fits else f"{array.dtype} {list(array.shape)}", said
 
 
 def _as_float(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategoric
 
 from rl2_torchrl.trial import INFO, TRIAL_KEYS
 
-__all__ = ["ActionSpace", "ObservationSpace"]
+__all__ = ["ActionSpace", "ObservationSpace", "misfits"]
 
 #: Entries that an env has beside its observations, and those that trials add.
 _TAKEN = {"task", INFO, "action", "reward", "done", "terminated", "truncated", "next", "_reset", "trans", "is_init"}
@@ -148,6 +149,28 @@ def _of_box(space: spaces.Box) -> torch.dtype:
 def _dtype(dtype: np.dtype) -> torch.dtype:
     # PyTorch knows no arithmetic of unsigned numbers wider than a byte.
     return torch.from_numpy(np.zeros(1, dtype)).dtype if dtype in (np.uint8, np.bool_, np.int8) else torch.int64
+
+
+def misfits(space: spaces.Space, value: Any, path: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """What of an observation, and of those within it, ``space`` says otherwise, in words."""
+    name, shown, said = ".".join(map(str, path)) or "observation", type(value).__name__, None
+    parts: list[tuple] = []
+    if isinstance(space, spaces.Dict):
+        shown, said = (sorted(value) if isinstance(value, Mapping) else shown), sorted(space.spaces)
+        if isinstance(value, Mapping) and value.keys() >= space.spaces.keys():
+            parts, said = [(part, value[key], key) for key, part in space.spaces.items()], None
+    elif isinstance(space, spaces.Tuple):
+        said = f"{len(space.spaces)} parts"
+        if hasattr(value, "__len__") and len(value) == len(space.spaces):
+            parts, said = list(zip(space.spaces, value, itertools.count(), strict=False)), None
+    elif isinstance(space, spaces.Box | spaces.MultiDiscrete | spaces.MultiBinary):
+        array = np.asarray(value)
+        if array.shape != space.shape or not np.can_cast(array.dtype, space.dtype, "same_kind"):
+            shown, said = f"{array.dtype} {list(array.shape)}", f"{space.dtype} {list(space.shape)}"
+    if said is not None:
+        yield f"{name!r} as {shown}, and its observation_space says {said}"
+    for part, each, key in parts:
+        yield from misfits(part, each, (*path, key))
 
 
 class ActionSpace:

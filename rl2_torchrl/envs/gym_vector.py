@@ -22,7 +22,7 @@ from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 from rl2_torchrl.arguments import as_list, require_arguments, require_specs, whole
 from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
 from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
-from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
+from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace, misfits
 from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.envs.rows import Entries, merge
 from rl2_torchrl.envs.task_setter import warn_of_added
@@ -228,7 +228,7 @@ class GymVectorEnv(TensorEnv):
             self.set_task(self.envs, task if objects is None else objects, mask.copy())
         elif task is not None:
             options[self.task_option if self._is_theirs else TASKS] = as_arrays(task)
-        observations, infos = call(self.envs, self.envs.reset, seed=self._seeds(mask), options=options)
+        observations, infos = self._moved(self.envs.reset, seed=self._seeds(mask), options=options)
         if self.set_task is not None and not self._now.started:
             warn_of_added(self.attributes_added())
         entries = self._tensors(observations)
@@ -241,7 +241,7 @@ class GymVectorEnv(TensorEnv):
         """One step of Gymnasium's `VectorEnv`."""
         self._require_open()
         try:
-            observations, reward, *ends, infos = call(self.envs, self.envs.step, self.actions.array(action))
+            observations, reward, *ends, infos = self._moved(self.envs.step, self.actions.array(action))
         except AssertionError as error:
             if "autoreset_envs" not in str(error):
                 raise
@@ -277,6 +277,17 @@ class GymVectorEnv(TensorEnv):
             self._warn_of_unsaid(infos)
         columns = (torch.from_numpy(each[:, None]).to(self.device) for each in (reward, terminated, truncated))
         return None, entries, *columns
+
+    def _moved(self, function: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
+        """What a step or reset of all rows gives; ValueError that says where a row shows what does not fit its space."""
+        try:
+            return call(self.envs, function, *args, **kwargs)
+        except (KeyError, TypeError, ValueError) as error:
+            # The rows' last observations, which Gymnasium could not put together.
+            for row, shown in enumerate(getattr(self.envs.unwrapped, "_env_obs", ())):
+                for words in misfits(self.envs.single_observation_space, shown) if shown is not None else ():
+                    raise ValueError(f"row {row} shows {words}: mend one.") from error
+            raise
 
     def observe_more(self, state: None) -> Entries:
         """What the last step said beside, as far as ``info_keys`` asks for it."""

@@ -217,13 +217,14 @@ def require_sizes(env: EnvBase, policy: nn.Module) -> None:
     _tell_of_bounds(env, policy)
     modules = list(policy.modules())
     written = {key for module in modules if isinstance(module, TensorDictModuleBase) for key in module.out_keys}
-    for key, size in map(_reads, modules):
+    for key, shape in map(_reads, modules):
         if key is None or key in written or key not in spec.keys(True, True):
             continue
-        if (there := spec[key].shape[len(env.batch_size) :].numel()) != size:
+        there = spec[key].shape[len(env.batch_size) :]
+        if there[-len(shape) :] != shape:  # more dimensions before these it may read one by one
             raise ValueError(
-                f"the policy reads {key!r} of {size} entries, and the env's has {there}: it was made for another env. Make it by "
-                "from_env(env, ...)."
+                f"the policy reads {key!r} of {shape.numel()} entries, and the env's has {there.numel()}: it was made for another "
+                "env. Make it by from_env(env, ...)."
             )
 
 
@@ -245,14 +246,14 @@ def _tell_of_bounds(env: EnvBase, policy: nn.Module) -> None:
             )
 
 
-def _reads(module: nn.Module) -> tuple[NestedKey, int] | tuple[None, None]:
-    """The entry that ``module`` reads and its size, where it knows that."""
+def _reads(module: nn.Module) -> tuple[NestedKey, torch.Size] | tuple[None, None]:
+    """The entry that ``module`` reads and its shape, where it knows that."""
     if isinstance(module, RecurrentCore) and module.input_size is not None:
-        return module.in_keys[0], module.input_size
+        return module.in_keys[0], torch.Size([module.input_size])
     inner = getattr(module, "module", None) if isinstance(module, TensorDictModule) else None
     if isinstance(inner, RunningNorm):
-        return module.in_keys[0], len(inner.mean)
-    return (module.in_keys[0], inner.shape.numel()) if isinstance(inner, MLPEncoder) else (None, None)
+        return module.in_keys[0], inner.mean.shape
+    return (module.in_keys[0], inner.shape) if isinstance(inner, MLPEncoder) else (None, None)
 
 
 def _images(env: EnvBase, known: set[NestedKey]) -> list[NestedKey]:
