@@ -387,4 +387,4 @@ def test_what_gymnasium_takes_is_taken():
         def step(self, action):
             return np.array([2, 3]), 0.0, True, False, {}
 
-    assert GymVectorEnv(Pair, 2).rollout(2)["next", "1"].tolist() == [[3], [3]]
+    assert GymVectorEnv(Pair, 2).rollout(2)["next", "observation", "1"].tolist() == [[3], [3]]
