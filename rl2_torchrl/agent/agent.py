@@ -275,7 +275,9 @@ class AdaptiveAgent:
 
     @torch.no_grad()
     def act(self, observation: Any = None, *, deterministic: bool = False, noise: Tensor | None = None) -> Any:
-        """The action for ``observation``, as the env takes it: a tensor where the observation is one, else of NumPy.
+        """The action for ``observation``, as Gymnasium's envs take it: a tensor where the observation is one, else of NumPy.
+
+        Choices are numbers, where a TorchRL env may take one-hot vectors.
 
         Args:
             observation: what the env shows, ``[...]`` or ``[num_rows, ...]``: an array, tensor or number, a mapping or tuple where
