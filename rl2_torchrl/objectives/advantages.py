@@ -112,7 +112,10 @@ class TrialAdvantage(nn.Module):
         return tensordict.set("advantage", advantage.to(dtype)).set("value_target", target.to(dtype))
 
     def rewards(self, tensordict: TensorDictBase) -> Tensor:
-        """What the advantages are of, ``[*B, T, 1]``: the collected rewards. A subclass may have others, whose entries its ``in_keys`` name."""
+        """What the advantages are of, ``[*B, T, 1]``: the collected rewards.
+
+        A subclass may have others, of entries that its ``in_keys`` name.
+        """
         return tensordict["next", "reward"]
 
     def _scaled(self, reward: Tensor, done: Tensor) -> Tensor:
