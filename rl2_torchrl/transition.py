@@ -28,6 +28,9 @@ from rl2_torchrl.trial import EPISODE_DONE, INFO, TRIAL_KEYS, base_of, is_within
 
 __all__ = ["PreviousStep"]
 
+#: Bytes of bounds up to this are no shades of grey, and are read as they are.
+LARGEST_SYMBOL = 31
+
 #: Whose transforms name all that they write.
 _KNOWN = ("rl2_torchrl.", "torchrl.")
 
@@ -45,8 +48,8 @@ class PreviousStep(Transform):
     section 2.2).
 
     ``trans`` has shape ``[*B, obs_dim + action_dim + 2]``, float32; several observations are flattened and
-    concatenated in the order of ``obs_keys``, and bytes (uint8, up to 255) scaled to [0, 1]. The last entry is done, the last
-    but one the reward.
+    concatenated in the order of ``obs_keys``, and bytes (uint8) scaled to [0, 1], but for flags and symbols, whose bound is at
+    most `LARGEST_SYMBOL`. The last entry is done, the last but one the reward.
 
     Transforms of observations and rewards stand before it, so that the agent sees what they make, and is shown the rewards that
     it learns from; `rl2_torchrl.testing.check_trial_env` refuses rewards that change behind it. `CatFrames` and
@@ -253,9 +256,9 @@ class Encoding:
         # OneHot is a class beside Categorical. Binary is one below it, and a vector already.
         if not isinstance(spec, Categorical) or isinstance(spec, Binary) or spec.dtype == torch.bool:
             is_real = not isinstance(spec, Binary | OneHot) and spec.dtype != torch.bool
-            high = getattr(spec.space, "high", None)  # below 255: flags or symbols, which are read as they are
-            is_bytes = is_real and spec.dtype == torch.uint8 and (high is None or int(high.max()) == 255)
-            return cls(size, None, is_real, is_bytes)
+            high = getattr(spec.space, "high", None)
+            are_symbols = high is not None and int(high.max()) <= LARGEST_SYMBOL
+            return cls(size, None, is_real, is_real and spec.dtype == torch.uint8 and not are_symbols)
         choices = (
             spec.nvec.reshape(-1)[-size:].cpu()
             if isinstance(spec, MultiCategorical)

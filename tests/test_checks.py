@@ -21,6 +21,7 @@ from rl2_torchrl import (
     PPOUpdate,
     PreviousStep,
     RecurrentActor,
+    RecurrentCore,
     RL2PPOLoss,
     TaskSampler,
     Trial,
@@ -70,6 +71,21 @@ def test_large_rewards_are_told_of_unless_they_are_brought_in_order(scale, norma
     assert ("which drowns the rest" in caplog.text) is is_told
 
 
+class Counts(RecurrentCore):
+    """A core one of whose memories is large, and goes into no layer."""
+
+    def __init__(self, input_size):
+        super().__init__(4, {"state": (4,), "count": (1,)}, input_size=input_size)
+        self.linear = nn.Linear(input_size, 4)
+
+    def step(self, x, state, count):
+        state = torch.tanh(self.linear(x) + state)
+        return state, state, count + 1
+
+    def initial_memory(self, num_rows):
+        return torch.zeros(num_rows, 4), torch.full((num_rows, 1), 500.0)
+
+
 @pytest.mark.parametrize(("scale", "is_told"), [(1.0, False), (400.0, True)])
 def test_inputs_of_another_order_are_told_of(scale, is_told, caplog):
     """Such as a task in grams that the critic is told, which normalize=True leaves as it is."""
@@ -80,9 +96,9 @@ def test_inputs_of_another_order_are_told_of(scale, is_told, caplog):
     torch.manual_seed(0)
     trial = Compose(Trial(episodes=4), TaskSampler(tasks, seed=0), PreviousStep())
     env = TransformedEnv(QuadraticBandit(3, batch_size=(8,), seed=0), trial)
-    actor = RecurrentActor.from_env(env, hidden_size=4, normalize=True)
+    actor = RecurrentActor.from_env(env, core=Counts, normalize=True)
     critic = GRUValueHead.from_env(env, hidden_size=4, normalize=True, extra_keys=["task"])
-    update = PPOUpdate(RL2PPOLoss(actor, critic), TrialAdvantage(scale_rewards=True))
+    update = PPOUpdate(RL2PPOLoss(actor, critic), TrialAdvantage(scale_rewards=True), bptt=2)
     collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=32, total_frames=64)
     train(collector, update, evaluate=None, progress=False)
     told = [line for line in caplog.text.splitlines() if "drowns whatever else the networks read" in line]

@@ -23,6 +23,7 @@ OBSERVED = [
     (spaces.Box(-INF, INF, (2,), np.float64), Unbounded(2), [[1.5, 2], [3, 4]], [[1.5, 2], [3, 4]]),
     (spaces.Box(-1, 1, ()), Unbounded(1), [0.5, -0.5], [[0.5], [-0.5]]),
     (spaces.Box(0, 10, (2,), np.uint8), Unbounded(2, dtype=torch.int16), [[10, 0]] * 2, [[10, 0]] * 2),  # symbols
+    (spaces.Box(0, 100, (2,), np.uint8), Unbounded(2, dtype=torch.uint8), [[100, 0]] * 2, [[100, 0]] * 2),
     (spaces.Box(0, 255, (1, 2), np.uint8), Unbounded((1, 2), dtype=torch.uint8), [[[255, 0]]] * 2, [[[255, 0]]] * 2),
     (spaces.Box(0, 60_000, (1,), np.uint16), Unbounded(1, dtype=torch.int64), [[60_000], [1]], [[60_000], [1]]),
     (spaces.Box(-(2**40), 2**40, (1,), np.int64), Unbounded(1, dtype=torch.int64), [[2**40], [1]], [[2**40], [1]]),

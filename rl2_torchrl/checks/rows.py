@@ -8,6 +8,7 @@ import torch
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
+from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.transition import is_info
 from rl2_torchrl.trial import Trial, base_of, transforms_of
 
@@ -101,7 +102,9 @@ _LARGE, _LARGE_INPUT = 10.0, 100.0
 def _of_large_inputs(seen: Evidence) -> Iterator[str]:
     """What is said of large numbers that networks read as they are, such as a task in grams that the critic is told."""
     networks = [getattr(seen.loss, name, None) for name in ("actor_network", "critic_network")]
-    read = dict.fromkeys(key for network in networks if network is not None for key in network.in_keys)
+    networks = [network for network in networks if network is not None]
+    memory = {key for network in networks for key in hidden_keys(network)}
+    read = dict.fromkeys(key for network in networks for key in network.in_keys if key not in memory)
     scaled = {key for _, key in seen.update.normalizations()} if hasattr(seen.update, "normalizations") else set()
     entries = {key: seen.batch.get(key, None) for key in read if key not in scaled}
     for key, entry in entries.items():

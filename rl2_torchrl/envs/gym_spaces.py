@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrl import torchrl_logger
 from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
 
+from rl2_torchrl.transition import LARGEST_SYMBOL
 from rl2_torchrl.trial import INFO, TRIAL_KEYS
 
 __all__ = ["ActionSpace", "ObservationSpace", "misfits"]
@@ -141,9 +142,9 @@ def _start(space: spaces.Discrete | spaces.MultiDiscrete) -> Tensor | None:
 def _of_box(space: spaces.Box) -> torch.dtype:
     if np.issubdtype(space.dtype, np.floating):
         return torch.float32
-    # Flags and symbols: bytes are scaled as images are, by 255.
-    is_small = space.dtype == np.uint8 and space.high.max(initial=0) < 255
-    return torch.int16 if is_small else _dtype(space.dtype)
+    # Bytes are scaled as images are, by 255, which would leave nothing of flags and symbols.
+    are_symbols = space.dtype == np.uint8 and space.high.max(initial=0) <= LARGEST_SYMBOL
+    return torch.int16 if are_symbols else _dtype(space.dtype)
 
 
 def _dtype(dtype: np.dtype) -> torch.dtype:
