@@ -116,7 +116,7 @@ def test_layout_by_hand(action_spec, actions, encoded):
         (Unbounded((1,), dtype=torch.uint8), [[255], [0]], [[1], [0]]),
         (Bounded(0, 255, (1,), dtype=torch.uint8), [[255], [0]], [[1], [0]]),
         (Bounded(0, 1, (1,), dtype=torch.uint8), [[1], [0]], [[1], [0]]),  # flags
-        (Bounded(0, 51, (1,), dtype=torch.uint8), [[51], [0]], [[0.2], [0]]),
+        (Bounded(0, 204, (1,), dtype=torch.uint8), [[255], [0]], [[1], [0]]),
         (Binary(2, dtype=torch.uint8), [[1, 0], [1, 1]], [[1, 0], [1, 1]]),
     ],
 )
