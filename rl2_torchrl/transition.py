@@ -256,9 +256,8 @@ class Encoding:
         # OneHot is a class beside Categorical. Binary is one below it, and a vector already.
         if not isinstance(spec, Categorical) or isinstance(spec, Binary) or spec.dtype == torch.bool:
             is_real = not isinstance(spec, Binary | OneHot) and spec.dtype != torch.bool
-            high = getattr(spec.space, "high", None)
-            are_symbols = high is not None and int(high.max()) <= LARGEST_SYMBOL
-            return cls(size, None, is_real, is_real and spec.dtype == torch.uint8 and not are_symbols)
+            is_bytes = is_real and spec.dtype == torch.uint8
+            return cls(size, None, is_real, is_bytes and bool(spec.space.high.max() > LARGEST_SYMBOL))
         choices = (
             spec.nvec.reshape(-1)[-size:].cpu()
             if isinstance(spec, MultiCategorical)

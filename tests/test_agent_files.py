@@ -6,10 +6,12 @@ import pickle
 import re
 from collections import OrderedDict
 
+import gymnasium
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from gymnasium import spaces
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
@@ -18,7 +20,7 @@ from torchrl.envs import Compose, TransformedEnv
 import rl2_torchrl as rl2
 from rl2_torchrl import AdaptiveAgent, GRUCategoricalActor, RecurrentActor, load_weights, register_part
 from rl2_torchrl.agent.files import read_agent, write_agent
-from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, uniform_means
 from rl2_torchrl.storage import save_tree
 
 
@@ -332,3 +334,42 @@ def test_what_a_file_says_is_text(tmp_path):
     about, _ = read_agent(an_agent().save(tmp_path / "agent.safetensors"))
     assert json.loads(json.dumps(about)) == about
     assert about["policy"]["distribution"] == "Categorical"
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_images_are_given_as_they_were(scale, tmp_path):
+    image = spaces.Box(0, 255, (4, 4, 3), np.uint8)
+    env = TransformedEnv(GymVectorEnv(lambda: Seen(image), 2), Compose(rl2.Trial(episodes=2), rl2.PreviousStep()))
+    register_part(Reals, lambda part: {"size": part.linear.in_features})
+    encoder = rl2.modules.ImageEncoder(Reals(48), image.shape, scale=scale)
+    agent = AdaptiveAgent.from_policy(
+        RecurrentActor.from_env(env, encoder={"observation": encoder}, init_range=1.0), env
+    )
+    again = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
+    acted = []
+    for each in (agent, again):
+        each.new_trial()
+        acted.append(each.step.policy.module[0].module[0].module(torch.full((1, 4, 4, 3), 200, dtype=torch.uint8)))
+    assert torch.equal(*acted)
+
+
+class Reals(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.linear = nn.Linear(size, 4)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1).float())
+
+
+class Seen(gymnasium.Env):
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, space):
+        self.observation_space = space
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, True, False, {}

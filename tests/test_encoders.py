@@ -252,6 +252,14 @@ def test_a_users_module_is_given_bytes_as_they_are_if_it_takes_them(encoder, sca
     assert module.seen.shape[1:] == (3, 9, 9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8])
+def test_other_images_are_reals_to_a_module_that_takes_bytes(dtype):
+    module = Halves(torch.Size([3, 4]))
+    encoder = ImageEncoder(module, [3, 4], scale=False).double()
+    assert encoder(torch.ones(2, 5, 3, 4, dtype=dtype)).shape == (2, 5, 2)
+    assert module.seen.dtype == (dtype if dtype == torch.uint8 else torch.float64)
+
+
 def test_an_embedding_of_choices_may_be_an_encoder():
     actor = RecurrentActor({"trans": [5], "kind": []}, CategoricalActions(3), encoder={"kind": nn.Embedding(4, 2)})
     assert actor.module[0].module[-2].input_size == 5 + 2

@@ -446,3 +446,26 @@ def test_what_cannot_be_saved_is_named_and_what_goes_with_it_begins_anew(tmp_pat
     said = [record.message for record in caplog.records if "checkpoints cannot hold it" in record.message]
     assert [message.split()[0] for message in said] == ["advantage.last"]
     assert run_of(4, resume=True) == 2
+
+
+def test_a_run_with_another_network_in_a_term_is_another(tmp_path):
+    class Decodes(nn.Module):
+        in_keys = ["actor_features"]
+
+        def __init__(self, activation):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 2), activation)
+
+        def forward(self, features):
+            return {"loss_decodes": self.layers(features).square().mean()}
+
+    def run_of(updates, activation, **options):
+        run = Run(updates)
+        run.update.loss.terms.append(Decodes(activation))
+        run.train(checkpoints=tmp_path, check=False, **options)
+
+    run_of(1, nn.ReLU())
+    for other, words in ((nn.Tanh(), '"ReLU" then, "Tanh" now'), (nn.Dropout(0.5), '"ReLU" then, "Dropout" now')):
+        with pytest.raises(ValueError, match=rf"Decodes.modules.layers.1.class: {words}"):
+            run_of(2, other, resume=True)
+    run_of(2, nn.ReLU(), resume=True)

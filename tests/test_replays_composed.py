@@ -114,6 +114,27 @@ def test_terms_are_shown_the_kernels_memory_while_they_keep_nothing():
         assert len({*places[first + 1 : first + 4], *places[first + 5 : first + 9]}) == 1
 
 
+class _Shows(_Looks):
+    """Gives a diagnostic of several numbers too, and reads an entry that NumPy does not know."""
+
+    in_keys = ("actor_features", "task", "halves")
+
+    def forward(self, features, task, halves):
+        assert halves.dtype == torch.bfloat16
+        return {**super().forward(features, task), "features": features.mean(0)}
+
+
+@needs_kernels
+def test_what_a_term_gives_beside_numbers_keeps_nothing():
+    loss, term = loss_of("categorical", "shared", torch.float64), _Shows()
+    update = PPOUpdate(
+        RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[term]), bptt=2, minibatches=5, epochs=1
+    )
+    batch = batch_of("categorical", torch.float64)
+    update(batch.set("halves", batch["task"].bfloat16()))
+    assert len(set(term.places[1:4])) == 1
+
+
 @needs_kernels
 @pytest.mark.parametrize("what", [lambda x: x, lambda x: x.detach()[0], lambda x: x.detach().numpy()])
 @pytest.mark.parametrize("keeps", [[0], [3], [9], [19], [2, 3, 11]], ids=str)
@@ -324,6 +345,26 @@ def test_what_our_parts_read_again_is_written_over_by_nobody(minibatches, monkey
         RuntimeError, match=r"\['trans'\] of a minibatch has been modified by an inplace operation of _Centres"
     ):
         encoded(lambda call: True, encoder=encoder)
+
+
+def test_what_has_been_joined_may_be_written_over():
+    """As the task that a critic's head was told: its part has a copy."""
+
+    class Centred(nn.Module):
+        in_keys = ("actor_features", "task")
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(UNITS, 2, **F64)
+
+        def forward(self, features, task):
+            task -= task.mean((0, 1))
+            return {"loss_centred": (self.linear(features) - task).square().mean()}
+
+    loss = loss_of("categorical", "shared, extra", torch.float64)
+    torch.manual_seed(0)
+    update = PPOUpdate(RL2PPOLoss(loss.actor_network, loss.critic_network, terms=[Centred()]), bptt=2, minibatches=5)
+    assert update(batch_of("categorical", torch.float64))["loss_centred"] > 0
 
 
 class _Some(nn.Module):

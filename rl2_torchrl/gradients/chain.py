@@ -48,6 +48,7 @@ class ChainPart(Part):
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys):
         super().__init__(module, in_keys, out_keys)
+        self.reads_again = len(self.in_keys) == 1  # several are joined, which copies them
         joins = len(self.in_keys) > 1
         #: What is done to the first input alone, where others join it behind that.
         self.first, layers = _name_of(layers[0]) if joins else None, layers[joins:]

@@ -53,7 +53,7 @@ class Part:
         reads_again: whether a `backward_by_hand` reads ``in_keys`` as the forward did.
     """
 
-    reads_again = True
+    reads_again = False
 
     def __init__(
         self,

@@ -33,8 +33,6 @@ class GRUPart(Part):
         out_key: entry of the last layer's output ``[N, T, hidden_size]``.
     """
 
-    reads_again = False
-
     def __init__(self, gru: nn.GRU, sequence: Callable[..., torch.Tensor], in_keys: Sequence[NestedKey], out_key):
         super().__init__(on_entries(sequence), in_keys, [out_key], parameters=gru.parameters(), optional=in_keys[1:])
         self.layers, self.inputs, self.units = gru.all_weights, gru.input_size, gru.hidden_size

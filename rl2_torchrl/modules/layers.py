@@ -79,7 +79,7 @@ class ImageEncoder(nn.Module):
     Args:
         net: maps ``[N, *shape]`` to ``[N, n]``.
         shape: shape of one image, such as ``[channels, height, width]``.
-        scale: whether uint8 is scaled; else ``net`` is given all images as they are, and the log says so. Default True.
+        scale: whether uint8 is scaled; else ``net`` is given it as it is, and the log says so. Default True.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten())
@@ -97,9 +97,9 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.shape)]
-        if self.scale:
+        if self.scale or x.dtype != torch.uint8:
             x = as_reals(x, next(self.net.parameters(), torch.empty(0)))
-        elif x.dtype == torch.uint8 and not self._has_told:
+        elif not self._has_told:
             self._has_told = True
             log.warning(
                 "%s takes images of bytes, and is given them as they are, from 0 to 255: if they are no symbols, let it divide "
@@ -233,7 +233,7 @@ def _takes_bytes(module: nn.Module, shape: torch.Size) -> bool:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             out = deepcopy(module)(torch.zeros(1, *shape, dtype=torch.uint8, device=device))
-        except (RuntimeError, TypeError, ValueError, AssertionError):
+        except (RuntimeError, TypeError, ValueError, KeyError, AssertionError):
             return False
     return isinstance(out, Tensor) and out.is_floating_point()
 

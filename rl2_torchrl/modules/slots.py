@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from tensordict import NestedKey
@@ -37,6 +38,9 @@ from rl2_torchrl.transition import has_trials_within, is_info, previous_steps, r
 __all__ = ["Shapes", "fill_slots", "read_shapes", "require_sizes", "shapes_of"]
 
 log = logging.getLogger(__name__)
+
+#: Policies' modules of whose bounds the log has told.
+_TOLD: WeakSet[nn.Module] = WeakSet()
 
 #: Shape of each entry that a network reads, batch dimensions aside; a number is the size of the transition input.
 Shapes = int | Mapping[NestedKey, Sequence[int]]
@@ -237,11 +241,12 @@ def _tell_of_bounds(env: EnvBase, policy: nn.Module) -> None:
             continue
         own = [torch.as_tensor(kwargs[name], device="cpu").float() for name in ("low", "high")]
         there = [getattr(specs[0].space, name).cpu().float() for name in ("low", "high")]
-        fits = own[0].numel() in (1, there[0].shape[-1])  # else the actions' size is told of
-        if fits and not all(torch.allclose(*pair) for pair in zip(own, there, strict=True)):
+        fits = own[0].numel() in (1, there[0].shape[-1:].numel())  # else the actions' size is told of
+        if fits and module not in _TOLD and not all(torch.allclose(*pair) for pair in zip(own, there, strict=True)):
+            _TOLD.add(module)
             log.warning(
-                "the policy acts from %s to %s, and the env takes actions from %s to %s: it was made for another env, and keeps to "
-                "its own bounds. Let the env rescale them (gymnasium.wrappers.RescaleAction, TorchRL's ActionScaling).",
+                "the policy acts from %s to %s, and the env takes actions from %s to %s. Was it made for another env? It keeps to "
+                "its own bounds: let the env rescale them (gymnasium.wrappers.RescaleAction, TorchRL's ActionScaling).",
                 *(bound.flatten()[: own[0].numel()].tolist() for bound in (*own, *there)),
             )
 
