@@ -767,13 +767,11 @@ def test_a_policy_that_keeps_to_bounds_of_another_env_is_told_of(caplog):
         return TransformedEnv(base, trial)
 
     actor = RecurrentActor.from_env(env(1.0), distribution=TanhGaussianActions.from_spec, hidden_size=4)
-    for bound, is_told in ((1.0, False), (3.0, True)):
+    for bound, is_told in ((1.0, False), (3.0, True), (3.0, False)):  # once
         caplog.clear()
         Rollout(env(bound), actor, 4)
-        assert ("keeps to its own bounds" in caplog.text) is is_told
-    assert (
-        "acts from [-1.0, -1.0] to [1.0, 1.0], and the env takes actions from [-3.0, -3.0] to [3.0, 3.0]" in caplog.text
-    )
+        words = "acts from [-1.0, -1.0] to [1.0, 1.0], and the env takes actions from [-3.0, -3.0] to [3.0, 3.0]"
+        assert (words in caplog.text) is is_told
 
 
 def test_a_module_may_write_an_observation_of_another_size():
