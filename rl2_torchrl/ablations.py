@@ -55,9 +55,8 @@ def with_zeroed_memory(
             raise ValueError(
                 f"the policy that plays has no {keys} to zero, the memory of another: give with_zeroed_memory the one that plays."
             )
-        zeros = {key: torch.zeros_like(state[key]) for key in there}
         firsts = first_memory(cores, len(state[there[0]]))
-        zeros |= {key: firsts[key].to(state[key]) for key in there if key in firsts}
+        zeros = {k: firsts[k].to(state[k]) if k in firsts else torch.zeros_like(state[k]) for k in there}
         if at == "episodes":
             begins = state[EPISODE_DONE].squeeze(-1)  # of the step that led here
             zeros = {key: where_rows(begins, zero, state[key]) for key, zero in zeros.items()}

@@ -118,10 +118,9 @@ def made_of(env: Any, *, is_new: bool = False) -> dict[str, Any]:
         given = {**own.get("_saved_kwargs", {}), **own.get("_constructor_kwargs", {})}
         names = _parameters_of(layer) if is_new else {"frame_skip"} if isinstance(layer, EnvBase) else ()
         given |= {name: own[each] for name in names for each in (name, f"_{name}") if each in own}
-        plain = {name: value for name, value in sorted(given.items()) if isinstance(value, bool | int | float | str)}
-        plain = {
-            name: value for name, value in plain.items() if os.sep not in str(value)
-        }  # a run may write to its own folder
+        plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str)}
+        # Not where it writes to: each run may have a folder of its own.
+        plain = {name: value for name, value in plain.items() if os.sep not in str(value)}
         found |= {f"{type(layer).__name__}.{name}": value for name, value in plain.items()}
     return found
 

@@ -12,7 +12,7 @@ from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.objectives.belief import TaskBelief
 
-__all__ = ["checked_terms", "require_coefficients", "require_one_writer", "require_options"]
+__all__ = ["checked_terms", "require_coefficients", "require_features", "require_one_writer", "require_options"]
 
 
 def checked_terms(terms: Iterable[nn.Module]) -> list[nn.Module]:
@@ -42,15 +42,7 @@ def checked_terms(terms: Iterable[nn.Module]) -> list[nn.Module]:
 def require_one_writer(
     terms: Iterable[nn.Module], actor: TensorDictModuleBase, critic: TensorDictModuleBase | None
 ) -> None:
-    """ValueError where a term reads what both networks write, unless it is one module's that both run, or tells by a memory."""
-    networks = [network for network in (actor, critic) if network is not None]
-    memory = {key for network in networks for key in hidden_keys(network)}
-    for term in terms:
-        if isinstance(term, TaskBelief) and term.in_keys[0] in memory:
-            raise ValueError(
-                f"TaskBelief reads {term.in_keys[0]!r}, the memory as it was collected, through which no gradient goes: name what "
-                "a network writes, features_key='actor_features', say."
-            )
+    """ValueError where a term reads what both networks write, unless it is one module's that both run."""
     leaves = [[] if network is None else leaves_of(network) for network in (actor, critic)]
     ours, theirs = ({key: leaf for leaf in each for key in leaf.out_keys} for each in leaves)
     for term in terms:
@@ -58,6 +50,20 @@ def require_one_writer(
             raise ValueError(
                 f"{type(term).__name__} reads {twice}, which actor and critic both write, so that it would read the critic's: give "
                 "one of the two another name (features_key=...)."
+            )
+
+
+def require_features(
+    terms: Iterable[nn.Module], actor: TensorDictModuleBase, critic: TensorDictModuleBase | None
+) -> None:
+    """ValueError where a `TaskBelief` reads a memory."""
+    networks = [network for network in (actor, critic) if network is not None]
+    memory = {key for network in networks for key in hidden_keys(network)}
+    for term in terms:
+        if isinstance(term, TaskBelief) and term.in_keys[0] in memory:
+            raise ValueError(
+                f"TaskBelief reads {term.in_keys[0]!r}, the memory as it was collected, through which no gradient goes: name what "
+                "a network writes, features_key='actor_features', say."
             )
 
 

@@ -32,6 +32,7 @@ from rl2_torchrl.objectives.advantages import require_all_valid
 from rl2_torchrl.objectives.loss_arguments import (
     checked_terms,
     require_coefficients,
+    require_features,
     require_one_writer,
     require_options,
 )
@@ -103,6 +104,7 @@ class RL2PPOLoss(ClipPPOLoss):
         require_own_cores(actor_network, critic_network)
         terms = checked_terms(terms)
         require_one_writer(terms, actor_network, critic_network)
+        require_features(terms, actor_network, critic_network)
         options = {**_DEFAULTS, **kwargs}
         require_options(options)
         require_coefficients(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
