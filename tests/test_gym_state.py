@@ -393,9 +393,9 @@ def with_engine():
 class Effort(gymnasium.Wrapper):
     """Takes a share of what is paid."""
 
-    def __init__(self, env, weight):
+    def __init__(self, env, weight, folder=None):
         super().__init__(env)
-        self._weight = weight
+        self._weight, self.folder = weight, folder
         # Others in another program: an env that draws in its constructor, or asks for the time.
         self.drawn, self.started = random.random(), time.perf_counter()
 
@@ -432,7 +432,8 @@ def test_rows_that_are_made_otherwise_are_told_of(vectorization, tmp_path):
 
 def test_what_a_row_is_made_of_is_what_its_constructors_were_given():
     def drawn(row):
-        return made_of(Effort(gymnasium.make("Pendulum-v1", max_episode_steps=7, g=9.0), 0.5), is_new=True)
+        pendulum = gymnasium.make("Pendulum-v1", max_episode_steps=7, g=9.0)
+        return made_of(Effort(pendulum, 0.5, folder=f"runs/{row}"), is_new=True)  # each run has its own
 
     assert drawn(0) == drawn(1)
     assert drawn(0)["layers"] == ["Effort", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "PendulumEnv"]
