@@ -243,7 +243,7 @@ def test_length_of_the_training_and_which_gymnasium_env_plays():
     trials.close()
     assert rows_of(describe(collector, update), "env")[0].what == "2 rows on cpu, closed vector env of CartPole-v1"
     collector.shutdown()
-    assert rows_of(description, "env")[0].what == "2 rows on cpu, SyncVectorEnv of CartPole-v1"
+    assert rows_of(description, "env")[0].what == "2 rows on cpu, SyncRows of CartPole-v1"
     assert rows_of(description, "collector")[0].what == "10 steps a batch, 5 of each row, 1,000 in all"
 
 

@@ -23,6 +23,7 @@ from rl2_torchrl.arguments import as_list, require_arguments, require_specs, who
 from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
 from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace, misfits
+from rl2_torchrl.envs.gym_sync import SyncRows
 from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.envs.rows import Entries, merge
 from rl2_torchrl.envs.task_setter import warn_of_added
@@ -188,17 +189,16 @@ class GymVectorEnv(TensorEnv):
             partial(GymRow, make, n, self.set_task, self.tasks, self.task_option, info_keys)
             for n, make in enumerate(makers)
         ]
-        # What they return is copied here, with a change of dtype where there is one.
-        options = {"copy": False, "autoreset_mode": AutoresetMode.DISABLED}
         if vectorization == "sync":
-            envs = SyncVectorEnv(makers, **options)
+            envs = SyncRows(makers, asks=bool(info_keys))
             if len({id(row.unwrapped) for row in envs.envs}) < len(makers):
                 raise ValueError("several rows got the same env: the functions must each make a new one at every call.")
             return envs
         # TorchRL makes "spawn" the default of the whole program, with which each env would import PyTorch for seconds.
         context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         with signals_blocked(_OF_PARENT):
-            return AsyncVectorEnv(makers, context=context, **options)
+            # What they return is copied here, with a change of dtype where there is one.
+            return AsyncVectorEnv(makers, context=context, copy=False, autoreset_mode=AutoresetMode.DISABLED)
 
     # ---------------------------------------------------------------- a step
     def begin(self, task: Tensor | TensorDictBase | None, rows: Tensor) -> tuple[None, Entries]:
@@ -249,11 +249,8 @@ class GymVectorEnv(TensorEnv):
                 "a row whose episode has ended was stepped again before a reset: by a transform that steps several times in one, "
                 "such as FrameSkipTransform? Let the envs themselves repeat actions, by a wrapper of Gymnasium's."
             ) from error
-        for name, given in zip(("rewards", "terminations", "truncations"), (reward, *ends), strict=True):
-            if np.shape(given) != (self.envs.num_envs,):
-                raise ValueError(
-                    f"the vector env gives {name} of shape {np.shape(given)}; they must be ({self.envs.num_envs},), one a row."
-                )
+        if self._is_theirs:
+            self._require_columns(rewards=reward, terminations=ends[0], truncations=ends[1])
         reward = np.array(reward, np.float32)
         try:
             entries = self._tensors(observations)
@@ -277,6 +274,13 @@ class GymVectorEnv(TensorEnv):
             self._warn_of_unsaid(infos)
         columns = (torch.from_numpy(each[:, None]).to(self.device) for each in (reward, terminated, truncated))
         return None, entries, *columns
+
+    def _require_columns(self, **given: Any) -> None:
+        for name, column in given.items():
+            if np.shape(column) != (self.envs.num_envs,):
+                raise ValueError(
+                    f"the vector env gives {name} of shape {np.shape(column)}; they must be ({self.envs.num_envs},), one a row."
+                )
 
     def _moved(self, function: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple:
         """What a step or reset of all rows gives; ValueError that says where a row shows what does not fit its space."""

@@ -50,7 +50,7 @@ def entries_of(observation: Tensor | Entries | None) -> Entries:
     if observation is None:
         return {}
     is_nested = isinstance(observation, TensorDictBase) or any(
-        isinstance(value, dict | TensorDictBase) for value in observation.values()
+        not isinstance(value, Tensor) and isinstance(value, dict | TensorDictBase) for value in observation.values()
     )
     return dict(TensorDict(observation).items(True, True)) if is_nested else observation
 

@@ -288,9 +288,11 @@ class TensorEnv(EnvBase):
             now.episode_step += 1
             if now.steps is None:
                 return entries, reward, None, None
-        now.steps = now.steps + 1
-        now.terminated, now.truncated = self._with_limit(now.steps, terminated, truncated)
-        return entries, reward, now.terminated, now.truncated
+        if self.max_episode_steps is not None:
+            now.steps = now.steps + 1
+            terminated, truncated = self._with_limit(now.steps, terminated, truncated)
+        now.terminated, now.truncated = terminated, truncated
+        return entries, reward, terminated, truncated
 
     @cached_property
     def _choice_dtype(self) -> torch.dtype | None:

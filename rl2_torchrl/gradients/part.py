@@ -236,9 +236,10 @@ def on_copies(function: Callable, module: Callable) -> Callable:
 
 def outputs_of(out: torch.Tensor | tuple | Mapping, keys: Sequence[NestedKey]) -> tuple[torch.Tensor, ...]:
     """What a function has given as the entries ``keys``, by name or in their order, as `TensorDictModule` takes it."""
-    if isinstance(out, Mapping):
+    if isinstance(out, torch.Tensor):
+        out = (out,)
+    elif isinstance(out, Mapping):
         return tuple(out[key] for key in keys)
-    out = (out,) if isinstance(out, torch.Tensor) else out
     if len(out) != len(keys):
         raise ValueError(
             f"{len(out)} tensors are given, a module's or a head's, for the {len(keys)} entries {list(keys)}."

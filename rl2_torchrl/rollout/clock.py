@@ -56,10 +56,10 @@ class TrialClock:
             for key, value in self._made(0, self.steps).items():
                 self._entries.setdefault(key, value).copy_(value)  # in the memory that a CUDA graph knows
 
-    def tick(self, t: int, done: torch.Tensor | None) -> Ends:
+    def tick(self, t: int, done: np.ndarray | None) -> Ends:
         """Counts step ``t``, at which the episodes of the rows ``done`` (bool ``[N]``) end; None with a shared clock."""
         # A copy: an env may write its next flags into the same memory.
-        return self._plan[t] if self.is_shared else self._count(done.cpu().numpy().copy())
+        return self._plan[t] if self.is_shared else self._count(done.copy())
 
     @property
     def begins(self) -> Rows:
@@ -73,16 +73,16 @@ class TrialClock:
 
     def _count(self, done: Any) -> Ends:
         index, step, over, ended = self._counts[-1]
-        goes_on = 1 - over
-        step = step * goes_on + 1
+        if self._begun is not False:
+            index, step = index * (1 - over), step * (1 - over)
         if self.is_shared:
             self._episode_step = 1 if over or ended else self._episode_step + 1
             done = self._episode_step >= self.episode_steps
-        index = index * goes_on + done
+        index, step = index + done, step + 1
         over = self.trial.is_over(index, step)
         self._counts.append((index, step, over, done))
-        ended, begun = self._rows(done), self._rows(over)
-        return (ended if begun is False else self._rows(done > over)), begun, ended
+        ended, self._begun = self._rows(done), self._rows(over)
+        return (ended if self._begun is False else self._rows(done > over)), self._begun, ended
 
     def _rows(self, mask: Any) -> Rows:
         if isinstance(mask, bool):
@@ -128,4 +128,5 @@ class TrialClock:
         """Goes on from what `state_dict` returned."""
         counts = state["counts"][:, 0].tolist() if self.is_shared else state["counts"].numpy()
         self._counts = [(counts[0], counts[1], counts[2] > 0, counts[3] > 0)]
+        self._begun = self._rows(self._counts[0][2])
         self._episode_step = counts[1] % self.episode_steps if self.is_shared else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
@@ -17,8 +16,9 @@ from rl2_torchrl.transition import NO_REWARD
 
 __all__ = ["TensorDoor", "TorchRLDoor", "is_tensor_env"]
 
-#: What a step gave: entries ``[N, ...]``, the reward ``[N, 1]``, and which episodes ended, bool ``[N]`` (None: it is known).
-Played = tuple[State, torch.Tensor, torch.Tensor | None]
+#: What a step gave: entries ``[N, ...]``, the reward ``[N, 1]``, and which episodes ended, bool ``[N]`` (None: it is known), on the
+#: host, where trials are counted.
+Played = tuple[State, torch.Tensor, np.ndarray | None]
 
 
 def is_tensor_env(env: EnvBase) -> bool:
@@ -61,8 +61,8 @@ class TensorDoor:
         observations, reward, *flags = self.env.play(unflat(action, self.env.batch_size))
         done = None
         if not self._is_fixed:
-            ends = [flag for flag in flags if flag is not None] or [torch.zeros_like(reward, dtype=torch.bool)]
-            done = reduce(torch.logical_or, ends).reshape(-1)
+            ends = [flag.cpu().numpy() for flag in flags if flag is not None] or [np.zeros(self.env.batch_size, bool)]
+            done = np.logical_or.reduce(ends).reshape(-1)
         return self._entries(observations), flat(reward, self.env.batch_size), done
 
     def adopt(self, root: TensorDictBase) -> State:
@@ -127,7 +127,7 @@ class TorchRLDoor:
         self._root, reward = after, after.pop(self._reward_key, None)
         if reward is None:
             raise KeyError(NO_REWARD)
-        return self._observations(), reward.reshape(-1, 1), after.get("done").reshape(-1)
+        return self._observations(), reward.reshape(-1, 1), after.get("done").cpu().numpy().reshape(-1)
 
     def _observations(self) -> State:
         # Copies: many envs write their next step into the same memory.

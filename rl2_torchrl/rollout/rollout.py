@@ -173,7 +173,7 @@ class Rollout:
                 self._require_actions(state[self.trials.action_key])
             after, root, begun = self.trials.step(t, state)
             for key in recorded:
-                value = next(each for each in (after, made, state) if key in each)[key]
+                value = (after if key in after else made if key in made else state)[key]
                 self._buffer(key, value)[1][t].copy_(value)
             waiting.append(state)
             if len(waiting) * self.trials.rows >= _ROWS_AT_ONCE or t + 1 == self.steps:

@@ -1,0 +1,121 @@
+"""`SyncRows`: steps as Gymnasium's `SyncVectorEnv` does, and raises where that does."""
+
+from functools import partial
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from line_envs import Line
+
+from rl2_torchrl.envs.gym_row import GymRow
+from rl2_torchrl.envs.gym_sync import SyncRows
+
+SPACES = {
+    "reals": spaces.Box(-1, 1, (3,), np.float64),
+    "number": spaces.Box(-1, 1, (), np.float32),
+    "pictures": spaces.Box(0, 255, (4, 4, 3), np.uint8),
+    "choice": spaces.Discrete(5, start=-2),
+    "choices": spaces.MultiDiscrete([2, 3]),
+    "flags": spaces.MultiBinary(4),
+    "dictionary": spaces.Dict({"one": spaces.Discrete(3), "other": spaces.Box(-1, 1, (2,))}),
+    "tuple": spaces.Tuple([spaces.Discrete(3), spaces.Box(-1, 1, (2,))]),
+    "text": spaces.Dict({"text": spaces.Text(3), "number": spaces.Box(-1, 1, (1,))}),
+}
+
+
+class Shows(gymnasium.Env):
+    """Observes what its space draws, for 3 steps, or what ``shown`` says of a step."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, space, shown=None):
+        self.observation_space, self.shown, self.steps = space, shown, 0
+        self.observation_space.seed(0)
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        shown = self.observation_space.sample() if self.shown is None else self.shown
+        info = {"steps": self.steps} if action else {}
+        return shown, float(action) / 3, self.steps >= 3, False, info
+
+
+def rows_of(kind, makers, asks=True):
+    keys = ["steps"] if asks else []
+    makers = [partial(GymRow, make, n, None, None, None, keys) for n, make in enumerate(makers)]
+    if kind is SyncRows:
+        return SyncRows(makers, asks=asks)
+    return SyncVectorEnv(makers, copy=False, autoreset_mode=AutoresetMode.DISABLED)
+
+
+def same(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return np.array_equal(one, other) and np.asarray(one).dtype == np.asarray(other).dtype
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_step_is_gymnasiums(name):
+    ours, theirs = (rows_of(kind, [partial(Shows, SPACES[name])] * 3) for kind in (SyncRows, SyncVectorEnv))
+    for envs in (ours, theirs):
+        SPACES[name].seed(7)  # all envs share it
+        envs.reset()
+        envs.played = []
+        for actions in ([0, 1, 0], [1, 1, 1], [0, 0, 0]):
+            *played, infos = envs.step(np.array(actions))
+            envs.played.append((*(np.copy(each) if isinstance(each, np.ndarray) else each for each in played), infos))
+            if isinstance(played[0], dict | tuple):
+                break  # Gymnasium writes the next ones over these
+    assert all(map(same, ours.played, theirs.played))
+    assert ours.played[0][-1]["steps"].tolist() == [0, 1, 0]
+
+
+def test_what_nobody_asks_for_is_passed_by_after_one_look():
+    envs = rows_of(SyncRows, [Line] * 2, asks=False)
+    envs.reset(seed=[0, 1])
+    assert envs.step(np.array([1, 0]))[-1] == {}
+    assert [row.said for row in envs.envs] == [["steps"]] * 2
+    for row in envs.envs:
+        row.step = None  # looked at, and not called any more
+    assert envs.step(np.array([1, 0]))[-1] == {}
+    assert [row.unwrapped.steps for row in envs.envs] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("space", "shown"),
+    [
+        (spaces.Box(-1, 1, (3,)), [np.zeros(2), np.zeros(4)]),
+        (spaces.Box(-1, 1, (3,)), [np.zeros(1), np.zeros(1)]),
+        (spaces.Box(-1, 1, (3,)), [np.zeros((3, 1)), np.zeros((3, 1))]),
+        (spaces.Discrete(3), [0.5, 1.5]),
+        (spaces.Discrete(3), [{}, 1]),
+        (spaces.Box(-1, 1, (2,)), ["no", "array"]),
+        (spaces.Box(-1, 1, (2,)), [np.zeros(2, np.complex64)] * 2),
+    ],
+)
+def test_what_does_not_fit_the_space_is_an_error_of_gymnasiums_kind(space, shown):
+    for kind in (SyncRows, SyncVectorEnv):
+        envs = rows_of(kind, [partial(Shows, space, each) for each in shown])
+        envs.reset()
+        with pytest.raises((ValueError, TypeError)):
+            envs.step(np.array([0, 0]))
+
+
+@pytest.mark.parametrize("action", [0, 1], ids=["truncated", "terminated"])
+def test_rows_that_have_ended_are_not_stepped(action):
+    envs = rows_of(SyncRows, [Line] * 2)
+    envs.reset()
+    for _ in range(5 if action == 0 else 3):
+        _, _, terminated, truncated, _ = envs.step(np.array([action, 0]))
+    assert (truncated if action == 0 else terminated)[0]
+    with pytest.raises(AssertionError, match="autoreset_envs"):
+        envs.step(np.array([0, 0]))
+    envs.reset(options={"reset_mask": np.array([True, True])})
+    envs.step(np.array([0, 0]))
