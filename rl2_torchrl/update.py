@@ -155,7 +155,6 @@ class PPOUpdate:
         self.max_grad_norm, self.target_kl = _bound("max_grad_norm", max_grad_norm), _bound("target_kl", target_kl)
         # One list: walking through the loss's modules for them costs more than Adam's step.
         self._parameters = list(loss.parameters())
-        self._parameter_ids = set(map(id, self._parameters))
         self.optimizer = _optimizer(optimizer, lr, self._parameters)
         self.lr_schedule, self.entropy_schedule = lr_schedule, entropy_schedule
         self._given_of = None
@@ -346,7 +345,7 @@ class PPOUpdate:
     def _require_own_parameters(self) -> None:
         """RuntimeError where others have taken the place of those that the optimizer was given: nothing would be learnt."""
         # Whatever their order, since pruning hangs a parameter up anew; and with others, which users have told the optimizer of.
-        if not self._parameter_ids <= set(map(id, self.loss.parameters())):
+        if not set(map(id, self._parameters)) <= set(map(id, self.loss.parameters())):
             raise RuntimeError(
                 "parameters of the loss are others than when this update was made (load_state_dict(assign=True), an nn.Parameter "
                 "in the place of one?), and its optimizer holds the old ones: copy numbers into those that are there, or make a "

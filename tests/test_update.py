@@ -608,7 +608,14 @@ def test_rounding_of_many_dimensions_in_half_precision_is_no_lost_memory(dtype):
         update(batch)
 
 
-def test_an_update_may_be_pickled():
-    update = PPOUpdate(make_loss(), minibatches=2)
-    again = pickle.loads(pickle.dumps(update))
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda update: pickle.loads(pickle.dumps(update))])
+@pytest.mark.parametrize("batches_before", [0, 1])
+def test_a_copy_of_an_update_goes_on_as_the_update_does(copied, batches_before):
+    update = PPOUpdate(make_loss(), minibatches=2, generator=torch.Generator().manual_seed(0))
+    for _ in range(batches_before):
+        update(make_batch())
+    again = copied(update)
+    assert again(make_batch()) == pytest.approx(update(make_batch()), rel=1e-5)
+    torch.testing.assert_close(parameters(again), parameters(update))
+    assert not {id(p) for p in again.loss.parameters()} & {id(p) for p in update.loss.parameters()}
     assert (again.backend, again.reason) == (update.backend, update.reason)
