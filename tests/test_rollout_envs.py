@@ -21,6 +21,7 @@ from torchrl.envs import (
     Compose,
     DoubleToFloat,
     GymEnv,
+    PendulumEnv,
     RewardSum,
     StepCounter,
     TransformedEnv,
@@ -272,6 +273,23 @@ def test_an_env_may_read_whether_it_is_done(trial):
     (fast, ours), (_, theirs) = both(make, 15)
     assert fast.reason is None
     assert_same(ours, theirs)
+
+
+class StaticPendulum(PendulumEnv):
+    """As TorchRL's tutorial on envs writes it."""
+
+    _step = staticmethod(PendulumEnv._step)
+
+
+@pytest.mark.parametrize("kind", [PendulumEnv, StaticPendulum])
+def test_the_step_of_an_env_may_be_a_class_or_static_method(kind):
+    def make():
+        torch.manual_seed(0)
+        return TransformedEnv(kind(), Compose(Trial(steps=7), PreviousStep()))
+
+    (fast, ours), (_, expected) = both(make, 10, lambda env: make_policy(env, still=True))
+    assert fast.reason is None
+    assert_same(ours, expected)
 
 
 @pytest.mark.parametrize("name", ["walk", "guess"])

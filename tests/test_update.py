@@ -615,7 +615,7 @@ def test_a_copy_of_an_update_goes_on_as_the_update_does(copied, batches_before):
     for _ in range(batches_before):
         update(make_batch())
     again = copied(update)
+    assert (again.backend, again.reason) == (update.backend, update.reason)
     assert again(make_batch()) == pytest.approx(update(make_batch()), rel=1e-5)
     torch.testing.assert_close(parameters(again), parameters(update))
     assert not {id(p) for p in again.loss.parameters()} & {id(p) for p in update.loss.parameters()}
-    assert (again.backend, again.reason) == (update.backend, update.reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import getattr_static
 from typing import Any
 
 from torchrl.collectors import Collector
@@ -91,4 +92,6 @@ class _Moves:
 def _count_and_call(moves: _Moves, env: EnvBase, name: str, own: Callable | None, /, *args: Any, **kwargs: Any) -> Any:
     """``own``: what stood before the class's method already, such as a compiled one."""
     moves.number += 1
-    return getattr(type(env), name)(env, *args, **kwargs) if own is None else own(*args, **kwargs)
+    if own is None:  # which may be a static or a class method, as in TorchRL's PendulumEnv
+        own = getattr_static(type(env), name).__get__(env, type(env))
+    return own(*args, **kwargs)
