@@ -1,5 +1,6 @@
 """`GraphReplay`: plain calls on the CPU; on a CUDA device warm-up, one recording, replays (here a CUDA of wood)."""
 
+import copy
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -27,6 +28,9 @@ def events(monkeypatch):
 
         def replay(self):
             log.append("replay")
+
+        def __reduce_ex__(self, protocol):
+            raise TypeError("cannot pickle 'CUDAGraph' object")
 
     @contextmanager
     def stream(on):
@@ -66,3 +70,12 @@ def test_cuda_warms_up_records_once_and_replays(events):
     replay(), replay()
     assert events.log == ["replay", "replay"]
     assert len(events.recording) == 1
+
+
+def test_a_copy_makes_a_recording_of_its_own(events):
+    replay = GraphReplay(lambda: events.log.append("work"), torch.device("cuda"))
+    replay(), replay()
+    events.log.clear()
+    again = copy.deepcopy(replay)
+    again(), again(), replay()
+    assert events.log == ["wait", "side stream", "work", "wait", "record", "work", "recorded", "replay", "replay"]

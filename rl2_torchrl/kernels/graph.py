@@ -25,6 +25,10 @@ class GraphReplay:
         self.function, self.device, self.generators = function, device, generators
         self._is_warm, self._graph = False, None
 
+    def __getstate__(self) -> dict[str, object]:
+        # A recording is of this one's memory: a copy, which has other memory, makes its own.
+        return {**vars(self), "_is_warm": False, "_graph": None}
+
     def __call__(self) -> None:
         if self.device.type != "cuda":
             self.function()
