@@ -367,6 +367,21 @@ def test_an_entry_that_does_not_fit_its_space_is_named(kind, at):
         env.rollout(2)
 
 
+def test_a_choice_that_is_no_whole_number_is_named():
+    class Half(gymnasium.Env):
+        observation_space, action_space = spaces.Discrete(3), spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return 1, {}
+
+        def step(self, action):
+            return 1.5, 0.0, True, False, {}
+
+    env = GymVectorEnv(Half, 2)
+    with pytest.raises(ValueError, match=r"row 0 shows 'observation' as float64 \[\], and its .* says int64 \[\]"):
+        env.rollout(2)
+
+
 def test_entries_that_fit_their_space_as_gymnasium_casts_them():
     assert GymVectorEnv(lambda: Parts(lambda entries: entries, "reset"), 2).rollout(2).shape == (2, 1)
 

@@ -77,6 +77,17 @@ def test_a_step_is_gymnasiums(name):
     assert ours.played[0][-1]["steps"].tolist() == [0, 1, 0]
 
 
+def test_observations_are_rounded_to_their_spaces_dtype():
+    """As those of a reset and of other processes are, which Gymnasium puts into an array of it."""
+    space, shown = spaces.Box(-1, 1, (2,), np.float16), np.array([0.1, 1 / 3])
+    for kind in (SyncRows, SyncVectorEnv):
+        envs = rows_of(kind, [partial(Shows, space, shown)] * 2)
+        envs.reset()
+        observations, *_ = envs.step(np.array([0, 0]))
+        assert observations.dtype == np.float16
+        assert (observations == shown.astype(np.float16)).all()
+
+
 def test_what_nobody_asks_for_is_passed_by_after_one_look():
     envs = rows_of(SyncRows, [Line] * 2, asks=False)
     envs.reset(seed=[0, 1])

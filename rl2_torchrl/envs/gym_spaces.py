@@ -164,7 +164,7 @@ def misfits(space: spaces.Space, value: Any, path: tuple[str | int, ...] = ()) -
         said = f"{len(space.spaces)} parts"
         if hasattr(value, "__len__") and len(value) == len(space.spaces):
             parts, said = list(zip(space.spaces, value, itertools.count(), strict=False)), None
-    elif isinstance(space, spaces.Box | spaces.MultiDiscrete | spaces.MultiBinary):
+    elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         array = np.asarray(value)
         if array.shape != space.shape or not np.can_cast(array.dtype, space.dtype, "same_kind"):
             shown, said = f"{array.dtype} {list(array.shape)}", f"{space.dtype} {list(space.shape)}"

@@ -55,4 +55,4 @@ class SyncRows(SyncVectorEnv):
         rows = np.array(shown)
         if rows.shape != of_all.shape or not np.can_cast(rows.dtype, of_all.dtype, "same_kind"):
             raise ValueError(f"observations are {rows.dtype} {rows.shape}, and their space is {of_all}")
-        return rows
+        return rows.astype(of_all.dtype, copy=False)
