@@ -9,6 +9,8 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # read by OpenMP when PyTorch is loaded, which is later
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+collect_ignore = ["wooden_cuda.py"]  # a plugin, which must come before PyTorch
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background; tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
