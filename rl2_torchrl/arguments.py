@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
@@ -21,7 +22,7 @@ __all__ = [
     *("above_0", "as_batch_size", "as_list", "kind_of", "noted"),
     *("require_arguments", "require_callable", "require_collector", "require_env", "require_flags"),
     *("require_folder_name", "require_generator", "require_layer_class", "require_network", "require_numbers"),
-    *("require_specs", "require_time_last", "require_torch", "whole", "whole_numbers"),
+    *("require_sizes_known", "require_specs", "require_time_last", "require_torch", "whole", "whole_numbers"),
 ]
 
 
@@ -145,6 +146,15 @@ def require_network(policy: Any, call: str) -> None:
             f"{kind_of(policy)} is no policy: {call} takes an actor, of an agent that was loaded its .policy, or any "
             "TensorDictModule that gives actions, such as a controller by hand, TensorDictModule(function, ['observation'], "
             "['action'])."
+        )
+
+
+def require_sizes_known(module: nn.Module, call: str) -> None:
+    """Raises a ValueError where layers of ``module`` have not been run yet, from which they take their sizes."""
+    if lazy := [name for name, parameter in module.named_parameters() if is_lazy(parameter)]:
+        raise ValueError(
+            f"{call}: {lazy} have no size yet, as layers of TorchRL's MLP have without in_features: say in_features=, or run the "
+            "networks once before; TrialCollector runs its policy when it is made."
         )
 
 

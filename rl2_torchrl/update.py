@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.arguments import kind_of, require_flags, require_numbers, whole
+from rl2_torchrl.arguments import kind_of, require_flags, require_numbers, require_sizes_known, whole
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
@@ -473,6 +473,7 @@ def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters
 def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
     if not hasattr(loss, "actor_network"):
         raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not {kind_of(loss)}.")
+    require_sizes_known(loss, "PPOUpdate(loss)")
     written = getattr(getattr(loss, "critic_network", None), "out_keys", None)
     if written is not None and getattr(loss, "_has_critic", True) and loss.tensor_keys.value not in written:
         raise ValueError(

@@ -211,7 +211,7 @@ REFUSED = {
     "minibatches": (other(minibatches=4), "update.minibatches: 2 then, 4 now"),
     "back-propagation": (other(bptt=1), "update.bptt: null then, 1 now"),
     "optimizer": (other(sgd=True), "update.optimizer: .Adam. then, .SGD. now"),
-    "schedule": (other(lr_schedule=abs), "update.lr_schedule: null then, .abs\(\). now"),
+    "schedule": (other(lr_schedule=abs), r"update.lr_schedule: null then, .abs\(\). now"),
     "steps of a batch": (other(steps=14), "collector.frames_per_batch: 28 then, 56 now"),
     "two at once": (
         other(lr=2e-2, epochs=3),

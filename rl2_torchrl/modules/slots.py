@@ -13,6 +13,7 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchrl.data import Bounded, NonTensor
 from torchrl.envs import EnvBase
 
@@ -105,6 +106,8 @@ def fill_slots(
             head = head(features_size, num_outputs).to(**factory)
     names = (core.in_keys[1], output_key(core), features_size)
     head, head_keys = _with_keys(head, [names[1], key] if skip else [names[1]])
+    if head_keys == [names[1]] and any(map(is_lazy, head.parameters())):
+        head(torch.zeros(2, 3, features_size, **factory))  # from which lazy layers take their sizes, as an encoder's do
     for module in (*encoders, core, head):
         out_of_place(module)
     return [*norms, *encoders, core], head, head_keys, names

@@ -18,6 +18,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
+from rl2_torchrl.arguments import require_sizes_known
 from rl2_torchrl.gradients.networks import keys_left
 from rl2_torchrl.gradients.part import has_hooks, sub_entries
 from rl2_torchrl.kernels.graph import GraphReplay
@@ -59,6 +60,7 @@ class Rollout:
         on_step: Callable[[State], None] | None = None,
     ):
         self.env, self.policy, self.steps, self.ablation, self.on_step = env, policy, steps, ablation, on_step
+        require_sizes_known(policy, "a rollout of the policy")
         require_sizes(env, policy)
         self.parts, self._layout = acting_parts(policy), _layout(policy, env)
         self._read = read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
