@@ -66,7 +66,7 @@ class PreviousStep(Transform):
 
     Raises:
         TypeError: ``obs_keys`` is a single key.
-        ValueError: ``obs_keys`` holds the task, or no `Trial` comes before this transform.
+        ValueError: ``obs_keys`` holds the task, no `Trial` comes before this transform, or the env pays several rewards a step.
         KeyError: the env has no such observation.
 
     Examples:
@@ -192,6 +192,12 @@ class PreviousStep(Transform):
             raise KeyError(
                 f"the env's reward is {env.reward_key!r}, and PreviousStep, and whatever learns, reads 'reward': name it so before "
                 f"this transform, Compose(Trial(...), RenameTransform([{env.reward_key!r}], ['reward']), ..., PreviousStep())."
+            )
+        numbers = env.full_reward_spec[env.reward_key].shape[len(env.batch_size) :].numel()
+        if numbers != 1 and not writes:
+            raise ValueError(
+                f"the env pays {numbers} rewards a step, and there is one here: weigh them before this transform, "
+                "Compose(Trial(...), LineariseRewards(['reward'], weights=[...]), ..., PreviousStep())."
             )
         _refuse_task(keys, self._task_keys())
         missing = [key for key in keys if key not in observation_spec.keys(True, True)]

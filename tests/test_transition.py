@@ -14,6 +14,7 @@ from torchrl.envs import (
     EnvBase,
     GymWrapper,
     InitTracker,
+    LineariseRewards,
     ObservationNorm,
     RenameTransform,
     RewardSum,
@@ -275,6 +276,32 @@ def test_a_reward_of_another_name_is_read_once_it_is_renamed():
         env().reset()
     renamed = env(RenameTransform([("agents", "reward")], ["reward"]))
     assert renamed.rollout(1)["next", "trans"][0, -2:].tolist() == [10, 0]
+
+
+class _TwoRewards(EnvBase):
+    def __init__(self):
+        super().__init__(batch_size=(2,))
+        self.observation_spec = Composite(observation=Unbounded((2, 1)), shape=(2,))
+        self.action_spec, self.reward_spec = Unbounded((2, 1)), Unbounded((2, 2))
+
+    def _reset(self, tensordict=None, **kwargs):
+        return TensorDict({"observation": torch.zeros(2, 1)}, [2])
+
+    def _step(self, tensordict):
+        ends = {name: torch.zeros(2, 1, dtype=torch.bool) for name in ("done", "terminated")}
+        reward = torch.tensor([[1.0, 3.0], [2.0, 5.0]])
+        return TensorDict({"observation": torch.zeros(2, 1), "reward": reward, **ends}, [2])
+
+    def _set_seed(self, seed):
+        pass
+
+
+def test_rewards_of_several_numbers_are_weighed_before():
+    weighed = LineariseRewards(["reward"], weights=[1.0, 0.5])
+    env = TransformedEnv(_TwoRewards(), Compose(Trial(steps=3), weighed, PreviousStep()))
+    assert env.rollout(2)["trans"][:, 1, -2].tolist() == [2.5, 4.5]
+    with pytest.raises(ValueError, match=r"pays 2 rewards a step.*LineariseRewards\("):
+        TransformedEnv(_TwoRewards(), Compose(Trial(steps=3), PreviousStep())).reset()
 
 
 @pytest.mark.parametrize(
