@@ -22,6 +22,7 @@ from rl2_torchrl.agent.signature import (
     reward_of,
     transition_of,
 )
+from rl2_torchrl.gradients.networks import scores_alone
 from rl2_torchrl.gradients.part import on_copies, outputs_of
 from rl2_torchrl.modules import ActorCritic
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
@@ -161,7 +162,7 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
     actor = policy.actor if isinstance(policy, ActorCritic) else policy
     parts = acting_parts(actor)
     distribution = distribution_of(parts[-1].module) if parts[-1].way == "distribution" else None
-    has_noise = distribution is not None and distribution.noise is not None
+    has_noise = distribution is not None and distribution.noise is not None and not scores_alone(actor)
     if not has_noise or not stands_for(distribution, "with_noise", "act"):
         raise TypeError(
             f"{type(actor).__name__}: an agent is made of networks and one distribution that can act by noise from outside, as "

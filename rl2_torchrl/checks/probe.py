@@ -53,8 +53,8 @@ class NetworkProbe:
         """All that the networks write for sequences ``[N, T]``, the log-probability and the value by names of their own."""
         data, keys = self._inputs(data), self.loss.tensor_keys
         with set_recurrent_mode(True), self._weights("actor"):
+            action = data.get(keys.action, None)  # before a module gives one itself
             distribution = self.actor.get_dist(data)
-            action = data.get(keys.action, None)
             out = {} if action is None else {LOG_PROB: distribution.log_prob(action)}
         with set_recurrent_mode(True), self._weights("critic"):
             if self.critic is not None:

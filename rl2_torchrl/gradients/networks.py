@@ -29,7 +29,7 @@ from rl2_torchrl.gradients.part import (
     outputs_of,
 )
 
-__all__ = ["keys_left", "leaves_of", "part_of", "parts_of"]
+__all__ = ["keys_left", "leaves_of", "part_of", "parts_of", "scores_alone"]
 
 
 def parts_of(network: TensorDictModuleBase) -> list[Part]:
@@ -46,6 +46,15 @@ def leaves_of(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[
     if is_policy or (is_plain and not has_hooks(module)):
         return [leaf for part in module._module_iter() for leaf in leaves_of(part)]
     return [module]
+
+
+def scores_alone(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    """The distributions in ``module`` that draw nothing, since a module before has given the action, as in gSDE: tensordict's rule."""
+    if leaves_of(module) == [module]:
+        return []
+    is_given = isinstance(module, ProbabilisticTensorDictSequential) and not module._requires_sample
+    found = [leaf for part in module._module_iter() for leaf in scores_alone(part)]
+    return [*found, *(leaves_of(module)[-1:] if is_given else ())]
 
 
 def keys_left(module: TensorDictModuleBase) -> set[NestedKey]:

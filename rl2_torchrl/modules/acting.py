@@ -3,7 +3,7 @@
 `acting_parts` takes a `TensorDictSequential` apart into its modules. What each of them does at one step is asked of itself: a
 module with a ``step_function`` (our cores, heads, `RunningNorm`) brings it, its `forward` without gradient, which is asked for anew
 before each batch, so that it may hold on to the weights as they are; a distribution acts by the functions of its
-`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict, as it is.
+`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict of all that there is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, Tensor
 from tensordict.nn.probabilistic import interaction_type
 from torchrl.modules import SafeProbabilisticModule
 
-from rl2_torchrl.gradients.networks import leaves_of
+from rl2_torchrl.gradients.networks import leaves_of, scores_alone
 from rl2_torchrl.gradients.part import IGNORED, State, brings, has_hooks, is_bare, is_function, on_copies, outputs_of
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of, stands_for
@@ -51,16 +51,19 @@ class ActingPart:
 
 def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     """The parts of ``module``, in order."""
-    return list(map(_part, leaves_of(module)))
+    given = scores_alone(module)
+    parts = [_part(leaf, draws=all(leaf is not each for each in given)) for leaf in leaves_of(module)]
+    return [part for part in parts if part is not None]
 
 
-def _part(module: TensorDictModuleBase) -> ActingPart:
+def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
     is_plain_sample = type(module).forward in _SAMPLES and not has_hooks(module)
     if brings(module, "step_function"):
         # A rollout resets the memory itself: the core need not see where trials begin.
         return ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")
     if is_plain_sample and (distribution := distribution_of(module)) is not None:
-        return _distribution(module, distribution)
+        acts = _distribution(module, distribution)
+        return acts if draws else acts.later
     written = [key for key in module.out_keys if key != IGNORED]
     if is_function(module):
         return ActingPart(module, module.in_keys, written, lambda _: _on_tensors(module), "tensors")
@@ -121,11 +124,11 @@ def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDis
 
 
 def _on_tensordict(module: TensorDictModuleBase) -> Run:
-    in_keys, out_keys = module.in_keys, module.out_keys
-
     def run(state: State) -> None:
-        read = {key: state[key] for key in in_keys if key in state}
-        written = module(TensorDict(read, batch_size=[len(next(iter(read.values())))]))
-        state.update((key, written.get(key)) for key in out_keys if written.get(key, None) is not None)
+        written = module(TensorDict(state, batch_size=[len(next(iter(state.values())))]))
+        found = (
+            (key if isinstance(key, str) or len(key) > 1 else key[0], value) for key, value in written.items(True, True)
+        )
+        state.update((key, value) for key, value in found if value is not state.get(key))
 
     return run

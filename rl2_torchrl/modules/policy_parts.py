@@ -13,6 +13,8 @@ from rl2_torchrl.modules.distributions import distribution_of, stands_for
 
 __all__ = ["actor_parts", "why_no_parts"]
 
+_GIVEN = ("policy", "given_action")
+
 
 def why_no_parts(actor: TensorDictModuleBase) -> str | None:
     """Why the policy ``actor`` is no list of parts that ends in one distribution, in words; None if it is."""
@@ -47,4 +49,12 @@ def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: 
     else:
         missing = "brings no gradient of its own" if has_kernels else "has no kernels here"
         last = Part(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")
-    return [*map(part_of, modules), last]
+    parts, names = list(map(part_of, modules)), {}
+    for part in parts:
+        part.in_keys = [names.get(key, key) for key in part.in_keys]
+        if (
+            action_key in part.out_keys
+        ):  # as gSDE's module gives actions itself: others now, and those collected are scored
+            names = {action_key: _GIVEN}
+            part.out_keys = [names.get(key, key) for key in part.out_keys]
+    return [*parts, last]

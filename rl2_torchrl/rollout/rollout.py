@@ -63,7 +63,10 @@ class Rollout:
         require_sizes_known(policy, "a rollout of the policy")
         require_sizes(env, policy)
         self.parts, self._layout = acting_parts(policy), _layout(policy, env)
-        self._read = read = list(dict.fromkeys(key for part in self.parts for key in part.in_keys))
+        #: Whether a module is called with a TensorDict, in which it finds what it, or another, has left at an earlier step.
+        self._leaves_all = any(part.way == "tensordict" for part in self.parts)
+        read = [key for part in self.parts for key in part.in_keys] + ["is_init"] * self._leaves_all
+        self._read = read = list(dict.fromkeys(read))
         self.memory = Memory(policy, env, env.batch_size.numel())
         memory = [key for pair in self.memory.handed_on for key in pair]
         # Who looks at each step is shown all that there is.
@@ -161,7 +164,8 @@ class Rollout:
         entries, begun = self.trials.start()
         at_once = self.trials.keys_at_once
         recorded = [key for key in self._early if key not in at_once]
-        state = {**entries, **(self.memory.initial() if begun is True else self.memory.next(self._carry, begun))}
+        memory = self.memory.initial() if begun is True else self.memory.next(self._carry, begun)
+        state = {**self._left(self._carry), **entries, **memory}
         waiting: list[State] = []
         for t in range(self.steps):
             made = state  # what is recorded of it is what was there, not what an ablation makes of it
@@ -186,9 +190,13 @@ class Rollout:
                 shown = {**state, **after, **self.trials.flags(t)}
                 self.on_step({key: value.clone() for key, value in shown.items()})
             if t + 1 < self.steps:
-                state = {**root, **self.memory.next(state, begun)}
-        for _, key in self.memory.handed_on:
+                state = {**self._left(state), **root, **self.memory.next(state, begun)}
+        for key in (*(key for _, key in self.memory.handed_on), *self._left(state)):
             self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
+
+    def _left(self, state: State) -> State:
+        """What stays from step to step, as in TorchRL's `step_mdp`, where somebody may look for it."""
+        return {key: value for key, value in state.items() if key[0] != "next"} if self._leaves_all else {}
 
     def _ablated(self, t: int, state: State) -> State:
         # Not the flags under "next", which a shared clock knows ahead.
@@ -241,14 +249,17 @@ class Rollout:
     def state_dict(self) -> dict:
         """Where the rollout stands between two batches, but for the env's own state."""
         # A copy: the next batch writes into this memory.
-        return deepcopy({"trials": self.trials.state_dict(), "memory": dict(enumerate(self._carry.values()))})
+        memory = [self._carry[key] for _, key in self.memory.handed_on if key in self._carry]
+        own = {"trials": self.trials.state_dict(), "memory": dict(enumerate(memory)), "left": self._left(self._carry)}
+        return deepcopy(own)
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from what `state_dict` returned."""
         self._replays.clear()
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
-        self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
+        carry = {key: state["memory"][i] for i, key in enumerate(keys) if i in state["memory"]}
+        self._carry = {key: value.clone() for key, value in {**carry, **state.get("left", {})}.items()}
 
 
 def _layout(policy: TensorDictModuleBase, env: EnvBase) -> list[tuple[int, bool]]:

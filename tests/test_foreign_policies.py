@@ -1,0 +1,161 @@
+"""Policies of parts that keep something in the TensorDict between steps, or give actions before the distribution does."""
+
+import pytest
+import torch
+from rollouts import assert_same, batches_of, both, make_env
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+from torchrl.data import Unbounded
+from torchrl.modules import (
+    IndependentNormal,
+    MultiStepActorWrapper,
+    OrnsteinUhlenbeckProcessModule,
+    ProbabilisticActor,
+)
+
+from rl2_torchrl import (
+    ActorCritic,
+    AdaptiveAgent,
+    GRUCore,
+    GRUValueHead,
+    PPOUpdate,
+    RL2PPOLoss,
+    TrialCollector,
+    check_training,
+)
+from rl2_torchrl.collector import load_rollout_state, rollout_state
+
+ROWS, SIZE = 5, 6  # of "point": 2 numbers seen, 2 of the action, reward and done
+
+
+def loc_of(features=8):
+    torch.manual_seed(5)
+    return nn.Linear(features, 2)
+
+
+def with_memory_of_its_own(env):
+    torch.manual_seed(3)
+    core = GRUCore(SIZE, 8)
+    core.name_entries("trans", "actor_hidden", "actor_features")
+    return core
+
+
+def noisy(env):
+    noise = OrnsteinUhlenbeckProcessModule(spec=Unbounded((ROWS, 2)), sigma=0.3, annealing_num_steps=10**9)
+    loc = TensorDictModule(loc_of(), ["actor_features"], ["action"])
+    return TensorDictSequential(with_memory_of_its_own(env), loc, noise)
+
+
+class Planned(nn.Module):
+    """Three actions ahead."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = loc_of(SIZE)
+
+    def forward(self, trans):
+        loc = self.loc(trans)
+        return torch.stack((loc, loc + 1, loc + 2), -2)
+
+
+def planning(env):
+    return MultiStepActorWrapper(TensorDictModule(Planned(), ["trans"], ["action"]), n_steps=3)
+
+
+class Given(nn.Module):
+    """Mean, scale, and a draw from them, as gSDE's module gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = loc_of()
+
+    def forward(self, features):
+        loc = self.loc(features)
+        return loc, torch.ones_like(loc), (loc + torch.randn_like(loc)).detach()
+
+
+def giving(env, **options):
+    given = TensorDictModule(Given(), ["actor_features"], ["loc", "scale", "action"])
+    networks = TensorDictSequential(with_memory_of_its_own(env), given)
+    drawn = {"distribution_class": IndependentNormal, "default_interaction_type": "random", **options}
+    return ProbabilisticActor(networks, in_keys=["loc", "scale"], **drawn)
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+@pytest.mark.parametrize("trial", [{"episodes": 2}, {"steps": 5}], ids=str)
+@pytest.mark.parametrize("policy", [noisy, planning, giving])
+def test_batches_are_collectors(policy, trial, steps):
+    if policy is planning:
+        trial = {"steps": 6}  # all rows must begin together, as the wrapper says itself
+    (fast, ours), (_, expected) = both(lambda: make_env("point", **trial), steps, policy)
+    assert fast.reason is None
+    for batch, other in zip(ours, expected, strict=True):
+        for key in ("action", "trans", "is_init", ("next", "reward")):
+            torch.testing.assert_close(batch[key], other[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("return_log_prob", [True, False])
+def test_an_action_that_is_given_is_scored_alone(return_log_prob):
+    policy = giving(None, return_log_prob=return_log_prob)
+    _, batches = batches_of(make_env("point", steps=5), policy, 5, "tensors")
+    batch = batches[0]
+    assert ("action_log_prob" in batch.keys()) == return_log_prob
+    if return_log_prob:
+        normal = torch.distributions.Normal(batch["loc"], batch["scale"])
+        expected = normal.log_prob(batch["action"]).sum(-1)
+        torch.testing.assert_close(batch["action_log_prob"], expected)
+
+
+@pytest.mark.parametrize("backend", ["parts", "autograd"])
+def test_the_update_scores_the_actions_that_were_collected(backend):
+    env = make_env("point", steps=5)
+    actor, critic = giving(env, return_log_prob=True), GRUValueHead.from_env(env, hidden_size=6)
+    update = PPOUpdate(RL2PPOLoss(actor, critic), lr=0.0, epochs=1, minibatches=2, backend=backend)
+    frames = {"frames_per_batch": 5 * ROWS, "total_frames": -1}
+    collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
+    for _ in range(2):
+        assert update(collector.rollout())["max_ratio"] == pytest.approx(1, abs=1e-5)
+    check_training(collector, update)
+
+
+def test_no_agent_is_made_of_a_policy_that_gives_actions_before_its_distribution():
+    env = make_env("point", steps=5)
+    with pytest.raises(TypeError, match="networks and one distribution"):
+        AdaptiveAgent.from_policy(giving(env, return_log_prob=True), env)
+
+
+def test_what_is_left_between_steps_is_part_of_the_state():
+    def make():
+        env, options = make_env("point", episodes=2), {"frames_per_batch": 4 * ROWS, "total_frames": -1}
+        torch.manual_seed(1)
+        return TrialCollector(env, noisy(env), **options)
+
+    whole, first = make(), make()
+    for each in (whole, first):
+        torch.manual_seed(2)
+        each.rollout()
+    state, env_state = rollout_state(first), first.env.state_dict()
+    resumed = make()
+    resumed.env.load_state_dict(env_state)
+    load_rollout_state(resumed, state)
+    torch.manual_seed(4)
+    expected = whole.rollout().clone()
+    torch.manual_seed(4)
+    assert_same([resumed.rollout()], [expected])
+
+
+def test_a_module_that_is_given_a_tensordict_finds_all_of_it():
+    """As in TorchRL's `Collector`: also what its in_keys do not name."""
+
+    seen = []
+
+    class Looks(TensorDictSequential):
+        def forward(self, tensordict: TensorDict) -> TensorDict:
+            seen.append(set(tensordict.keys(True, True)))
+            return super().forward(tensordict)
+
+    batches_of(make_env("point", episodes=2), Looks(noisy(None)), 4, "tensors", batches=2)
+    read, left = {"trans", "is_init", "actor_hidden"}, {"_ou_prev_noise", "_ou_steps", "action"}
+    assert [read <= each for each in seen] == [True] * len(seen)
+    assert [left <= each for each in seen[-8:]] == [False] + [True] * 7  # from the first batch to the second, too
