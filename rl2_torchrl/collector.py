@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, WrapModule
 from torchrl import torchrl_logger
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot
@@ -17,6 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from rl2_torchrl.arguments import as_list, kind_of, require_numbers, whole
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.plain_data import NoStateError
+from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.rollout.trials import leaves, next_key
@@ -81,7 +82,7 @@ class TrialCollector(Collector):
     def __init__(
         self,
         create_env_fn: EnvBase | Callable[[], EnvBase],
-        policy: TensorDictModuleBase,
+        policy: TensorDictModuleBase | None = None,
         *,
         keep: Sequence[NestedKey] | None = None,
         rollout: Literal["auto", "tensors", "tensordicts"] = "auto",
@@ -139,6 +140,8 @@ class TrialCollector(Collector):
                 return f"{name}= is an option of TorchRL's own loop"
         if not isinstance(self._wrapped_policy, TensorDictModuleBase):
             return "the policy is no TensorDictModule"
+        if any(isinstance(module, WrapModule) for module in leaves_of(self._wrapped_policy)):
+            return "a function of TensorDicts in the policy does not name what it reads and writes"
         devices = (self.policy_device, self.env_device, self.storing_device, self.env.device)
         devices = {str(device) for device in devices if device}
         if len(devices) > 1:

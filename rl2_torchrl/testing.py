@@ -21,7 +21,7 @@ from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial, own_transforms
+from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial, method_of, own_transforms
 
 __all__ = ["TensorEnvError", "TrialContractError", "check_tensor_env", "check_trial_env"]
 
@@ -210,7 +210,7 @@ class _Played:
         resets, below = [], self.below_trial
 
         def reset(given: TensorDictBase, **kwargs) -> TensorDictBase:
-            first = type(below)._reset(below, given, **kwargs)
+            first = method_of(below, "_reset")(given, **kwargs)
             resets.append((given["_reset"].clone(), first.clone()))
             return first
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
+from inspect import getattr_static
 from itertools import product
 from operator import or_
 from typing import Any
@@ -330,6 +331,11 @@ def _parts(transform: Transform) -> list[Transform]:
 def base_of(env: EnvBase) -> EnvBase:
     """The env below all transforms."""
     return base_of(env.base_env) if isinstance(env, TransformedEnv) else env
+
+
+def method_of(env: EnvBase, name: str) -> Callable:
+    """A method of the class of ``env``, whatever has been put before it; also a static or class method, as in `PendulumEnv`."""
+    return getattr_static(type(env), name).__get__(env, type(env))
 
 
 def rows_of(env: EnvBase) -> list[EnvBase]:

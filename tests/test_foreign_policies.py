@@ -1,5 +1,7 @@
 """Policies of parts that keep something in the TensorDict between steps, or give actions before the distribution does."""
 
+from functools import partial
+
 import pytest
 import torch
 from rollouts import assert_same, batches_of, both, make_env
@@ -7,6 +9,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import Unbounded
+from torchrl.envs import TensorDictPrimer
 from torchrl.modules import (
     IndependentNormal,
     MultiStepActorWrapper,
@@ -93,6 +96,79 @@ def test_batches_are_collectors(policy, trial, steps):
     for batch, other in zip(ours, expected, strict=True):
         for key in ("action", "trans", "is_init", ("next", "reward")):
             torch.testing.assert_close(batch[key], other[key], rtol=1e-5, atol=1e-5)
+
+
+def counting(env):
+    """A memory under one name, which the env's own primer begins."""
+
+    class Count(nn.Module):
+        def forward(self, trans, count):
+            return trans[..., :2].sin() + count, count + 1
+
+    return TensorDictModule(Count(), ["trans", "count"], ["action", "count"])
+
+
+@pytest.mark.parametrize("trial", [{"episodes": 2}, {"steps": 5}], ids=str)
+def test_a_memory_under_one_name_goes_on(trial):
+    primer = partial(TensorDictPrimer, {"count": Unbounded((1,))}, expand_specs=True)
+    (fast, ours), (_, expected) = both(lambda: make_env("point", primer(), **trial), 7, counting)
+    assert "TensorDictPrimer" in fast.reason
+    assert_same(ours, expected)
+    assert ours[0]["count"].max() > 2
+
+
+def scoring(env, critic):
+    return ActorCritic(giving(env, return_log_prob=True), critic)
+
+
+def test_what_counts_its_calls_is_called_at_each_step():
+    def norm(env):
+        torch.manual_seed(2)
+        layers = nn.Sequential(nn.BatchNorm1d(SIZE), nn.Linear(SIZE, 1))
+        return scoring(env, TensorDictModule(layers, ["trans"], ["state_value"]))
+
+    (fast, ours), (slow, expected) = both(lambda: make_env("point", steps=5), 5, norm)
+    batches, theirs = (
+        dict(each.policy.named_buffers())["module.2.module.0.num_batches_tracked"] for each in (fast, slow)
+    )
+    assert batches == theirs == 1 + 3 * 5  # a collector runs its policy once when it is made
+    for batch, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(batch["state_value"], other["state_value"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_policys_own_generator_draws_its_actions(seed):
+    def drawing(env):
+        given = TensorDictModule(
+            lambda trans: (trans[..., :2], torch.ones_like(trans[..., :2])), ["trans"], ["loc", "scale"]
+        )
+        own = {"generator": torch.Generator().manual_seed(0), "default_interaction_type": "random"}
+        return ProbabilisticActor(given, ["loc", "scale"], distribution_class=IndependentNormal, **own)
+
+    drawn = []
+    for rollout in ("tensors", "tensordicts"):
+        env = make_env("point", steps=5)
+        torch.manual_seed(seed)
+        collector = TrialCollector(env, drawing(env), frames_per_batch=5 * ROWS, total_frames=-1, rollout=rollout)
+        torch.manual_seed(10 * seed)
+        drawn.append(collector.rollout()["action"].clone())
+    assert torch.equal(*drawn)
+
+
+def test_a_function_of_tensordicts_is_played_by_collectors_own_loop():
+    networks = TensorDictModule(loc_of(SIZE), ["trans"], ["made"])
+    policy = TensorDictSequential(networks, lambda tensordict: tensordict.set("action", tensordict["made"].tanh()))
+    collector = TrialCollector(make_env("point", steps=5), policy, frames_per_batch=5 * ROWS, total_frames=-1)
+    assert "does not name" in collector.reason
+    batch = collector.rollout()
+    assert torch.equal(batch["action"], batch["made"].tanh())
+
+
+def test_a_policy_may_come_from_a_factory():
+    env = make_env("point", steps=5)
+    collector = TrialCollector(env, policy_factory=lambda: noisy(env), frames_per_batch=5 * ROWS, total_frames=-1)
+    assert collector.rollout()["action"].shape == (ROWS, 5, 2)
+    assert collector.backend == "tensors"
 
 
 @pytest.mark.parametrize("return_log_prob", [True, False])

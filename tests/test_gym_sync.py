@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from line_envs import Line
+from line_envs import Line, lines
 
 from rl2_torchrl.envs.gym_row import GymRow
 from rl2_torchrl.envs.gym_sync import SyncRows
@@ -99,6 +99,37 @@ def test_what_nobody_asks_for_is_passed_by_after_one_look():
     assert [row.unwrapped.steps for row in envs.envs] == [2, 2]
 
 
+def test_what_a_step_gives_stays():
+    envs = rows_of(SyncRows, [Line] * 2)
+    envs.reset(seed=[0, 1])
+    steps = [envs.step(np.array([1, 0])) for _ in range(3)]
+    assert [terminated.tolist() for _, _, terminated, *_ in steps] == [[False, False], [False, False], [True, False]]
+    assert len({observations.tobytes() for observations, *_ in steps}) == 3
+
+
+def test_what_is_put_around_a_row_is_stepped():
+    class Spy(gymnasium.Wrapper):
+        steps = 0
+
+        def step(self, action):
+            self.steps += 1
+            return super().step(action)
+
+    envs = rows_of(SyncRows, [Line] * 2, asks=False)
+    envs.envs[0] = spy = Spy(envs.envs[0])
+    envs.reset(seed=[0, 1])
+    for _ in range(3):
+        envs.step(np.array([0, 0]))
+    assert spy.steps == 3
+
+
+def test_numbers_of_several_kinds_are_taken_as_gymnasium_takes_them():
+    for kind in (SyncRows, SyncVectorEnv):
+        envs = rows_of(kind, [partial(Shows, spaces.Discrete(9), shown) for shown in (3, np.uint64(7))])
+        envs.reset()
+        assert envs.step(np.array([0, 0]))[0].tolist() == [3, 7]
+
+
 @pytest.mark.parametrize(
     ("space", "shown"),
     [
@@ -130,3 +161,13 @@ def test_rows_that_have_ended_are_not_stepped(action):
         envs.step(np.array([0, 0]))
     envs.reset(options={"reset_mask": np.array([True, True])})
     envs.step(np.array([0, 0]))
+
+
+def test_an_info_that_is_none_is_told_of():
+    class Silent(Line):
+        def step(self, action):
+            return *super().step(action)[:4], None
+
+    env = lines(2, Silent)
+    with pytest.raises(TypeError, match=r"step\(\) says None beside; an info is a dictionary"):
+        env.rollout(2)

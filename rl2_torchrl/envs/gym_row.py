@@ -57,6 +57,10 @@ class GymRow(gymnasium.Wrapper):
             raise TypeError(
                 f"step() pays {stepped[1]!r}; a reward is one number: float(...), or .item() of an array of one."
             )
+        if not isinstance(stepped[4], dict):
+            raise TypeError(
+                f"step() says {stepped[4]!r} beside; an info is a dictionary, {{}} where there is nothing to say."
+            )
         self.step = self._step  # one look is enough
         return *stepped[:4], self._recorded(stepped[4])
 

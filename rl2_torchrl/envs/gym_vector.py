@@ -67,8 +67,8 @@ class GymVectorEnv(TensorEnv):
         task_spec: spec of one task. Not with ``tasks``.
         tasks: see above.
         task_option: see above.
-        vectorization: ``"sync"``: one after the other, here (default); ``"async"``: each in a process of its own, with observations
-            in shared memory, for envs of a millisecond a step and more.
+        vectorization: ``"sync"``: one after the other, here (default; `SyncRows`, which is Gymnasium's with a shorter step);
+            ``"async"``: each in a process of its own, with observations in shared memory, for envs that take a millisecond a step.
         info_keys: numbers in Gymnasium's ``info`` to record, such as ``["success"]``; 0 where a step does not say. A
             name that is never said in an episode is told in the log.
         seed: seed of the rows' seeds; None draws one from PyTorch's default generator.

@@ -49,7 +49,7 @@ def leaves_of(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[
 
 
 def scores_alone(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """The distributions in ``module`` that draw nothing, since a module before has given the action, as in gSDE: tensordict's rule."""
+    """The distributions in ``module`` that draw nothing, as a module before gives the action (gSDE's does): tensordict's rule."""
     if leaves_of(module) == [module]:
         return []
     is_given = isinstance(module, ProbabilisticTensorDictSequential) and not module._requires_sample

@@ -3,7 +3,7 @@
 `acting_parts` takes a `TensorDictSequential` apart into its modules. What each of them does at one step is asked of itself: a
 module with a ``step_function`` (our cores, heads, `RunningNorm`) brings it, its `forward` without gradient, which is asked for anew
 before each batch, so that it may hold on to the weights as they are; a distribution acts by the functions of its
-`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict of all that there is.
+`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict of all there is.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class ActingPart:
 
     @property
     def can_wait(self) -> bool:
-        """Whether many steps can be looked at together, as rows of one call: the module hands nothing on."""
-        return self.way == "tensors" and not hidden_keys(self.module)
+        """Whether many steps can be looked at together, as rows of one call: the module hands nothing on, nor counts its calls."""
+        others = (m for m in self.module.modules() if not type(m).__module__.startswith("rl2_torchrl."))
+        counts = any(m.training and m._buffers for m in others)  # such as BatchNorm
+        return self.way == "tensors" and not hidden_keys(self.module) and not counts
 
 
 def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
@@ -57,7 +59,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
 
 
 def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
-    is_plain_sample = type(module).forward in _SAMPLES and not has_hooks(module)
+    is_plain_sample = type(module).forward in _SAMPLES and not has_hooks(module) and not _has_generator(module)
     if brings(module, "step_function"):
         # A rollout resets the memory itself: the core need not see where trials begin.
         return ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")
@@ -68,6 +70,11 @@ def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
     if is_function(module):
         return ActingPart(module, module.in_keys, written, lambda _: _on_tensors(module), "tensors")
     return ActingPart(module, module.in_keys, written, lambda _: _on_tensordict(module), "tensordict")
+
+
+def _has_generator(module: ProbabilisticTensorDictModule) -> bool:
+    """Whether it draws by a generator of its own, or by one that it finds in the TensorDict."""
+    return any(getattr(module, name, None) is not None for name in ("_generator", "_generator_key"))
 
 
 def _on_tensors(module: TensorDictModule) -> Run:

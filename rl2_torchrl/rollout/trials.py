@@ -36,6 +36,8 @@ class Trials:
     is_repeatable = has_threads = False
     #: Keys of `entries`: nobody need record them step by step.
     keys_at_once: Keys = ()
+    #: Entries of the env that the policy writes anew, such as a memory that is primed and read under its own name.
+    rewritten: Keys = ()
 
     def __init__(self, env: EnvBase, steps: int, read: Keys, keep: Keys | None, reason: str | None = None):
         self.env, self.steps, self.batch_size, self.rows = env, steps, env.batch_size, env.batch_size.numel()
@@ -76,7 +78,7 @@ class Trials:
         A trial that a batch's last step ends is followed by one when the next batch asks for it.
         """
         for key, value in state.items():
-            if key not in self._root_keys:
+            if key not in self._root_keys or key in self.rewritten:
                 self._root.set(key, unflat(value, self.batch_size))
         self._stepped = self.env.step(self._root)
         after = {("next", "is_init"): self._never, **self._entries(self._stepped, self._after_keys)}

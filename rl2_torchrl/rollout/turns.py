@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from inspect import getattr_static
 from typing import Any
 
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.rollout.doors import is_tensor_env
-from rl2_torchrl.trial import base_of
+from rl2_torchrl.trial import base_of, method_of
 
 __all__ = ["Turns", "watch"]
 
@@ -92,6 +91,4 @@ class _Moves:
 def _count_and_call(moves: _Moves, env: EnvBase, name: str, own: Callable | None, /, *args: Any, **kwargs: Any) -> Any:
     """``own``: what stood before the class's method already, such as a compiled one."""
     moves.number += 1
-    if own is None:  # which may be a static or a class method, as in TorchRL's PendulumEnv
-        own = getattr_static(type(env), name).__get__(env, type(env))
-    return own(*args, **kwargs)
+    return (method_of(env, name) if own is None else own)(*args, **kwargs)
