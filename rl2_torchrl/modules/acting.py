@@ -133,9 +133,6 @@ def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDis
 def _on_tensordict(module: TensorDictModuleBase) -> Run:
     def run(state: State) -> None:
         written = module(TensorDict(state, batch_size=[len(next(iter(state.values())))]))
-        found = (
-            (key if isinstance(key, str) or len(key) > 1 else key[0], value) for key, value in written.items(True, True)
-        )
-        state.update((key, value) for key, value in found if value is not state.get(key))
+        state.update((key, value) for key, value in written.items(True, True) if value is not state.get(key))
 
     return run

@@ -52,9 +52,8 @@ def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: 
     parts, names = list(map(part_of, modules)), {}
     for part in parts:
         part.in_keys = [names.get(key, key) for key in part.in_keys]
-        if (
-            action_key in part.out_keys
-        ):  # as gSDE's module gives actions itself: others now, and those collected are scored
+        if action_key in part.out_keys:
+            # gSDE's module gives actions itself: others by now, and those that were collected are scored.
             names = {action_key: _GIVEN}
             part.out_keys = [names.get(key, key) for key in part.out_keys]
     return [*parts, last]
