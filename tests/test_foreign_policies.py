@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from rollouts import assert_same, batches_of, both, make_env
+from rollouts import assert_same, batches_of, both, make_env, make_policy
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
@@ -117,15 +117,11 @@ def test_a_memory_under_one_name_goes_on(trial):
     assert ours[0]["count"].max() > 2
 
 
-def scoring(env, critic):
-    return ActorCritic(giving(env, return_log_prob=True), critic)
-
-
 def test_what_counts_its_calls_is_called_at_each_step():
     def norm(env):
         torch.manual_seed(2)
         layers = nn.Sequential(nn.BatchNorm1d(SIZE), nn.Linear(SIZE, 1))
-        return scoring(env, TensorDictModule(layers, ["trans"], ["state_value"]))
+        return ActorCritic(make_policy(env, still=True).actor, TensorDictModule(layers, ["trans"], ["state_value"]))
 
     (fast, ours), (slow, expected) = both(lambda: make_env("point", steps=5), 5, norm)
     batches, theirs = (
@@ -219,6 +215,18 @@ def test_what_is_left_between_steps_is_part_of_the_state():
     expected = whole.rollout().clone()
     torch.manual_seed(4)
     assert_same([resumed.rollout()], [expected])
+
+
+def test_what_a_module_does_not_name_goes_on_too():
+    class Counts(TensorDictModuleBase):
+        in_keys, out_keys = ["trans"], ["action"]
+
+        def forward(self, tensordict: TensorDict) -> TensorDict:
+            count = tensordict.get("mine", torch.zeros(ROWS, 1)) + 1
+            return tensordict.set("mine", count).set("action", count.expand(-1, 2) / 100)
+
+    _, batches = batches_of(make_env("point", steps=5), Counts(), 4, "tensors", batches=2)
+    assert [(100 * batch["action"][0, :, 0]).round().tolist() for batch in batches] == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_a_module_that_is_given_a_tensordict_finds_all_of_it():

@@ -74,7 +74,7 @@ class Rollout:
         self.trials = trials_of(env, steps, read, None if is_shown else keep, memory)
         parts = [each for part in self.parts for each in (part, part.later) if each is not None]
         written = [key for part in parts for key in part.out_keys]
-        self.trials.rewritten = rewritten = {key for key in written if key in self.trials.keys and key[0] != "next"}
+        self.trials.rewritten = {key for key in written if key in self.trials.keys}
         made = list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
         for what, keys in (("keep holds", keep or ()), ("the policy reads", read)):
             if missing := [key for key in keys if not leaves([key], made)]:
@@ -90,7 +90,6 @@ class Rollout:
         self._acting, self._late = self._split()
         late = {key for part in self._late for key in part.out_keys}
         self._early = [key for key in self.keep if key not in late]
-        self._rewritten = rewritten
         self._carry: State = {}
         #: Memory of the entries that steps write, ``[T, N, ...]``, and its T steps.
         self._buffers: dict[NestedKey, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
@@ -181,8 +180,7 @@ class Rollout:
                 self._require_actions(state[self.trials.action_key])
             after, root, begun = self.trials.step(t, state)
             for key in recorded:
-                is_shown = key in made and key not in self._rewritten
-                value = (after if key in after else made if is_shown else state)[key]
+                value = (after if key in after else made if key in made else state)[key]
                 self._buffer(key, value)[1][t].copy_(value)
             waiting.append(state)
             if len(waiting) * self.trials.rows >= _ROWS_AT_ONCE or t + 1 == self.steps:
