@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torch import nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
 from rl2_torchrl.arguments import require_time_last, whole
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.quiet import quiet_torchrl
 
-__all__ = ["Minibatches", "rows_and_number", "require_trials", "split_rows"]
+__all__ = ["Minibatches", "beside", "require_trials", "rows_and_number", "split_rows"]
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,13 @@ class Minibatches:
         own = self.learners.share(index)
         self.weight = len(own) / len(index)
         return own
+
+
+def beside(module: nn.Module, batch: TensorDictBase) -> TensorDictBase:
+    """``batch`` on the device of ``module``: a collector may store it elsewhere, or each entry where it was made."""
+    device = next((parameter.device for parameter in module.parameters()), batch.device)
+    entries = (entry for entry in batch.values(True, True) if isinstance(entry, torch.Tensor))
+    return batch if all(entry.device == device for entry in entries) else batch.to(device)
 
 
 def split_rows(batch: TensorDictBase, bptt: int | None) -> TensorDictBase:

@@ -313,7 +313,7 @@ def _band(axes, curve: AdaptationCurve, measure: str | None, label: str, **style
         curve = curve.shown_as(measure)
         if curve is None:
             return
-    mean, se = (each[: curve.num_compared].numpy() for each in (curve.per_episode, curve.per_episode_se))
+    mean, se = (each[: curve.num_compared].cpu().numpy() for each in (curve.per_episode, curve.per_episode_se))
     episodes = range(1, len(mean) + 1)
     if len(mean) == 1:  # of which a line would show nothing: points with bars, side by side
         axes.errorbar([1 + 0.1 * len(axes.containers)], mean, 2 * se, label=label, fmt="o", capsize=4, **style)

@@ -35,6 +35,19 @@ def seed_generator(generator: torch.Generator, seed: int | None) -> None:
     generator.manual_seed(index(seed))
 
 
+def on_device(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
+    """``generator``, or one of ``device`` that it seeds: operations draw by one of their own device alone.
+
+    Examples:
+        >>> on_device(None, torch.device("cpu")), on_device(torch.Generator(), torch.device("cpu")).device
+        (None, device(type='cpu'))
+    """
+    if generator is None or generator.device.type == device.type:
+        return generator
+    drawn = torch.randint(_ROOM - 1, (), generator=generator, device=generator.device)
+    return torch.Generator(device).manual_seed(int(drawn))
+
+
 def require_seed(seed: int | None) -> None:
     """TypeError where ``seed`` is neither a whole number nor None, such as a number in quotes."""
     if seed is not None and not isinstance(seed, SupportsIndex):

@@ -24,12 +24,13 @@ from rl2_torchrl.arguments import kind_of, require_flags, require_numbers, requi
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
-from rl2_torchrl.minibatches import Minibatches, require_trials, rows_and_number, split_rows
+from rl2_torchrl.minibatches import Minibatches, beside, require_trials, rows_and_number, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.objectives.advantages import TrialAdvantage, asking
 from rl2_torchrl.passes import Passes
+from rl2_torchrl.seeding import on_device
 from rl2_torchrl.trial import outermost
 
 __all__ = ["PPOUpdate", "linear_decay"]
@@ -165,8 +166,8 @@ class PPOUpdate:
         entropy_coeff = self.given_coefficients.get("entropy_coeff", 0.0)
         _require_factors("entropy_schedule", entropy_schedule, "entropy_coeff", entropy_coeff)
         self._learners = Learners(process_group)
-        self._generator = generator = self._learners.begin_alike(loss, generator)
         device = self._parameters[0].device
+        self._generator = generator = on_device(self._learners.begin_alike(loss, generator), device)
         self._minibatches = Minibatches(device=device, generator=generator, learners=self._learners)
         self._passes = Passes(loss, self._minibatches, self._learners, backend)
         self._passes.choose(self.optimizer)
@@ -186,6 +187,7 @@ class PPOUpdate:
             return self._update(batch, progress)
 
     def _update(self, batch: TensorDictBase, progress: float) -> dict[str, float]:
+        batch = beside(self.loss, batch)
         require_trials(batch)
         self._require_own_parameters()
         batch = self._learners.gather(batch, self._parameters)

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from torchrl.collectors import Collector
+from torchrl.data import Unbounded
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 
 from rl2_torchrl import (
     ActorCritic,
+    AdaptationReport,
     GRUCategoricalActor,
     GRUCore,
     GRUGaussianActor,
@@ -27,7 +29,8 @@ from rl2_torchrl import (
     linear_decay,
     train,
 )
-from rl2_torchrl.envs import BernoulliBandit, PointRobot, goals_on_half_circle, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, PointRobot, TensorEnv, goals_on_half_circle, uniform_means
+from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.kernels.gru_sequence import gru_sequence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -260,3 +263,106 @@ def test_evaluation_plays_there():
     collector, _ = composed(CUDA)
     curve = adaptation_curve(bandit_env(CUDA), collector.policy, num_trials=64)
     assert curve.returns.shape == (64, PULLS)
+
+
+# -------------------------------------------------------- what a user may combine
+
+
+def trained(collector, update, batches=3):
+    """Metrics of a few updates."""
+    return [update(batch) for batch, _ in zip(collector, range(batches), strict=False)]
+
+
+def test_rewards_are_scaled_there():
+    collector, update = composed(CUDA)
+    update.advantage = TrialAdvantage(scale_rewards=True)
+    assert all(torch.tensor(metrics["loss"]).isfinite() for metrics in trained(collector, update))
+
+
+def test_a_generator_of_the_cpu_seeds_the_shuffling_there():
+    losses = []
+    for _ in range(2):
+        collector, update = composed(CUDA, shuffle=True, generator=torch.Generator().manual_seed(3))
+        torch.manual_seed(1)
+        losses.append([metrics["loss"] for metrics in trained(collector, update)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("devices", [{"storing_device": "cpu"}, {"policy_device": CUDA, "env_device": "cpu"}], ids=str)
+def test_batches_may_lie_elsewhere_than_the_networks(devices):
+    _, update = composed(CUDA)
+    actor, critic = update.loss.actor_network, update.loss.critic_network
+    collector = TrialCollector(
+        bandit_env("cpu" if "env_device" in devices else CUDA),
+        ActorCritic(actor, critic),
+        keep=update.in_keys,
+        frames_per_batch=ROWS * PULLS,
+        total_frames=-1,
+        **devices,
+    )
+    check_training(collector, update)
+    assert all(torch.tensor(metrics["loss"]).isfinite() for metrics in trained(collector, update))
+
+
+def test_collectors_own_loop_counts_trajectories_on_the_cpu():
+    _, update = composed(CUDA)
+    policy = ActorCritic(update.loss.actor_network, update.loss.critic_network)
+    frames = {"frames_per_batch": ROWS * PULLS, "total_frames": -1}
+    trained(Collector(bandit_env(CUDA), policy, auto_register_policy_transforms=True, **frames), update)
+
+
+def test_what_is_frozen_in_mid_training_stays():
+    collector, update = composed(CUDA)
+    trained(collector, update)
+    frozen = next(update.loss.critic_network.parameters())
+    before = frozen.requires_grad_(False).detach().clone()
+    trained(collector, update)
+    assert torch.equal(frozen, before)
+
+
+class Walk(TensorEnv):
+    """A walk of 5 steps, pushed by ``wind``; ``reads`` a number in each step."""
+
+    def __init__(self, *, reads=False, **kwargs):
+        specs = {"task_spec": Unbounded(1), "observation_spec": Unbounded(1), "action_spec": Unbounded(1)}
+        super().__init__(**specs, max_episode_steps=5, fixed_length=True, **kwargs)
+        self.reads, self.wind = reads, 0.0
+
+    def begin(self, task, rows):
+        return task, torch.zeros_like(task)
+
+    def advance(self, state, action):
+        place = state + self.wind + (state.sum().item() if self.reads else 0) * 0
+        return place, place, place, None, None
+
+
+def walking(**options):
+    tasks = TaskSampler(lambda batch_size, generator: torch.zeros(*batch_size, 1), seed=1)
+    env = TransformedEnv(
+        Walk(batch_size=(4,), device=CUDA, **options), Compose(Trial(episodes=1), tasks, PreviousStep())
+    )
+    actor = GRUGaussianActor.from_env(env, hidden_size=4)
+    return env.base_env, TrialCollector(env, actor, frames_per_batch=20, total_frames=-1)
+
+
+def test_an_env_that_reads_a_number_is_launched_step_by_step_which_the_log_says(caplog):
+    env, collector = walking(reads=True)
+    for batch, _ in zip(collector, range(4), strict=False):
+        assert batch["next", "reward"][0, :, 0].tolist() == [0] * 5
+    assert caplog.text.count("a batch cannot be one CUDA graph") == 1
+
+
+def test_a_graph_is_recorded_anew_where_a_number_of_the_env_has_changed(caplog):
+    env, collector = walking()
+    seen = []
+    for batch, number in zip(collector, range(8), strict=False):
+        seen.append(batch["next", "reward"][0, -1, 0].item())
+        env.wind = float(number // 4)
+    assert seen == [0, 0, 0, 0, 0, 5, 5, 5]
+    assert not caplog.text
+
+
+def test_a_report_shows_curves_of_the_device(tmp_path):
+    curve = AdaptationCurve(torch.rand(8, PULLS, device=CUDA))
+    AdaptationReport(agent=curve, greedy=curve, baselines={"random": curve}).save(tmp_path)
+    assert list(tmp_path.glob("*.png"))

@@ -217,16 +217,65 @@ def test_what_is_left_between_steps_is_part_of_the_state():
     assert_same([resumed.rollout()], [expected])
 
 
+class Counts(TensorDictModuleBase):
+    """Counts steps under a name that it does not tell of, and acts by the count."""
+
+    in_keys, out_keys = ["trans"], ["action"]
+
+    def forward(self, tensordict: TensorDict) -> TensorDict:
+        count = tensordict.get("mine", torch.zeros(ROWS, 1)) + 1
+        return tensordict.set("mine", count).set("action", count.expand(-1, 2) / 100)
+
+
 def test_what_a_module_does_not_name_goes_on_too():
-    class Counts(TensorDictModuleBase):
-        in_keys, out_keys = ["trans"], ["action"]
-
-        def forward(self, tensordict: TensorDict) -> TensorDict:
-            count = tensordict.get("mine", torch.zeros(ROWS, 1)) + 1
-            return tensordict.set("mine", count).set("action", count.expand(-1, 2) / 100)
-
     _, batches = batches_of(make_env("point", steps=5), Counts(), 4, "tensors", batches=2)
     assert [(100 * batch["action"][0, :, 0]).round().tolist() for batch in batches] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_in_rows_that_begin_alone_nothing_goes_on():
+    (_, ours), (_, expected) = both(lambda: make_env("point", episodes=1), 9, lambda env: Counts())
+    assert all(torch.equal(batch["action"], other["action"]) for batch, other in zip(ours, expected, strict=True))
+    begun = torch.cat([batch["is_init"] for batch in ours], 1).squeeze(-1)
+    assert (begun.any(0) & ~begun.all(0)).any()  # some rows alone
+    counts = torch.cat([100 * batch["action"][..., 0] for batch in ours], 1).round()
+    assert (counts[begun] == 1).all()
+
+
+def test_a_memory_that_is_not_asked_at_each_step_is_told_of():
+    loc = TensorDictModule(nn.Linear(8, 2), ["actor_features"], ["flat"])
+    plan = TensorDictModule(lambda flat: flat.unsqueeze(-2).expand(-1, 3, -1), ["flat"], ["action"])
+    policy = MultiStepActorWrapper(TensorDictSequential(with_memory_of_its_own(None), loc, plan), n_steps=3)
+    with pytest.raises(KeyError, match="one with a memory must see each step"):
+        batches_of(make_env("point", steps=6), policy, 6, "tensors")
+
+
+@pytest.mark.parametrize("how", ["generator", "hook"])
+def test_what_only_scores_does_not_draw_whatever_hangs_on_it(how):
+    def made(env):
+        generator = {"generator": torch.Generator().manual_seed(0)} if how == "generator" else {}
+        policy = giving(env, return_log_prob=True, **generator)
+        if how == "hook":
+            policy[-1].register_forward_hook(lambda *args: None)
+        return policy
+
+    (_, ours), (_, expected) = both(lambda: make_env("point", steps=5), 5, made)
+    for batch, other in zip(ours, expected, strict=True):
+        for key in ("action", "action_log_prob"):
+            torch.testing.assert_close(batch[key], other[key], rtol=1e-5, atol=1e-5)
+
+
+def test_an_entry_that_is_read_whole_is_no_part_of_what_is_left():
+    light = TensorDictModule(lambda inside: inside["light"].sum(-1, keepdim=True), ["inside"], ["sum"])
+
+    class Moves(Counts):
+        def forward(self, tensordict: TensorDict) -> TensorDict:
+            return tensordict.set("mine", tensordict["sum"]).set("action", torch.zeros(3, dtype=torch.int64))
+
+    env = make_env("rooms", episodes=2)
+    collector, _ = batches_of(env, TensorDictSequential(light, Moves()), 4, "tensors", keep=["action"])
+    left = rollout_state(collector)["player"]["left"]
+    assert "mine" in left
+    assert all(isinstance(value, torch.Tensor) for value in left.values())
 
 
 def test_a_module_that_is_given_a_tensordict_finds_all_of_it():

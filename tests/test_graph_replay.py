@@ -79,3 +79,18 @@ def test_a_copy_makes_a_recording_of_its_own(events):
     again = copy.deepcopy(replay)
     again(), again(), replay()
     assert events.log == ["wait", "side stream", "work", "wait", "record", "work", "recorded", "replay", "replay"]
+
+
+def test_what_cannot_be_recorded_is_called_each_time(events):
+    def work():
+        events.log.append("work")
+        if events.recording and events.log[-2] == "record":
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    replay = GraphReplay(work, torch.device("cuda"))
+    replay()
+    assert replay.refusal is None
+    events.log.clear()
+    replay(), replay()
+    assert events.log == ["record", "work", "work", "work"]
+    assert replay.refusal == "operation not permitted when stream is capturing"

@@ -192,6 +192,8 @@ def test_what_a_user_looks_at_between_steps_is_in_no_graph(options, by_replay, m
     replays = []
 
     class Replay:
+        refusal = None
+
         def __init__(self, function, *_):
             self.function = function
 
@@ -209,7 +211,7 @@ def test_what_a_user_looks_at_between_steps_is_in_no_graph(options, by_replay, m
 class Recorded:
     """A graph of wood: what it replays is right only where the batch before was its own too."""
 
-    calls, last = [], None
+    calls, last, refusal = [], None, None
 
     def __init__(self, function, *_):
         self.function, self.number = function, 0

@@ -300,7 +300,7 @@ def _install() -> None:
     own |= {"current_stream": Stream, "default_stream": Stream, "stream": _as_it_is, "device": _as_it_is}
     own |= {"_lazy_init": lambda: None, "is_initialized": lambda: True, "is_available": lambda: True}
     own |= {"device_count": lambda: 1, "current_device": lambda: 0, "get_device_name": lambda *_: "wood"}
-    own |= {name: lambda *_: None for name in ("synchronize", "manual_seed", "manual_seed_all", "empty_cache")}
+    own |= {name: lambda *_, **__: None for name in ("synchronize", "manual_seed", "manual_seed_all", "empty_cache")}
     own |= {
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),

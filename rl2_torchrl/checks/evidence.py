@@ -13,6 +13,7 @@ from torch import nn
 from torchrl.envs import EnvBase, Transform
 
 from rl2_torchrl.checks.probe import NetworkProbe
+from rl2_torchrl.minibatches import beside
 from rl2_torchrl.objectives.advantages import asking
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE, transforms_of
@@ -41,10 +42,11 @@ class Evidence:
     """
 
     def __init__(self, batch: TensorDictBase, collector, update, held_out, report):
-        self.batch = batch.copy().reshape(-1, batch.shape[-1])
         self.update, self.held_out, self.report = update, held_out, report
         self.collector, self.env = collector, getattr(collector, "env", None)
         self.loss = getattr(update, "loss", None)
+        batch = batch.copy() if self.loss is None else beside(self.loss, batch.copy())
+        self.batch = batch.reshape(-1, batch.shape[-1])
         self.transforms = transforms_of(self.env)
         self.sampler = self.transform(TaskSampler)
 

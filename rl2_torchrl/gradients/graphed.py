@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rl2_torchrl.gradients.part import State, is_bare, laid_as
-from rl2_torchrl.kernels.graph import GraphReplay
+from rl2_torchrl.kernels.graph import GraphReplay, held_by
 
 __all__ = ["GraphedPass", "why_not_graphed"]
 
@@ -71,19 +71,10 @@ class GraphedPass:
 
     def _forget_what_changed(self, max_grad_norm: float | None) -> None:
         """Recordings know the memory of tensors, not what else Python has changed since."""
-        loss, modules = self.loss, list(self.loss.modules())
-        tensors = [(t.data_ptr(), t.dtype, t.requires_grad) for t in (*loss.parameters(), *loss.buffers())]
-        state = [(id(module), _plain_attributes(module)) for module in modules]
-        settings = (loss.entropy_bonus, repr(loss.tensor_keys), max_grad_norm, torch.get_float32_matmul_precision())
-        layout = (tensors, state, settings)
+        settings = (repr(self.loss.tensor_keys), max_grad_norm, torch.get_float32_matmul_precision())
+        layout = (held_by(self.loss.modules()), settings)
         if layout != self._layout:
             self._layout, self._minibatches = layout, {}
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, object]:
-    """Numbers and functions of ``module`` that a user may set, such as a dropout's ``p``: a recording has them as they were."""
-    public = ((name, value) for name, value in vars(module).items() if name[0] != "_")
-    return {name: value for name, value in public if isinstance(value, (int, float, str)) or callable(value)}
 
 
 class _Minibatch:
@@ -94,18 +85,17 @@ class _Minibatch:
         self.parameters = [p for p in loss.parameters() if p.requires_grad]
         self.entries = {key: entry.clone() for key, entry in entries.items()}
         self.figures: dict[str, torch.Tensor] = {}
-        self.refusal: str | None = None
-        self._run: Callable[[], object] = GraphReplay(self._work, self.parameters[0].device)
+        self._run = GraphReplay(self._work, self.parameters[0].device)
         self._run()  # the first call sets libraries up, and what is wrong with the data is said
-        try:
-            self._run()
-        except RuntimeError as error:
-            self.refusal, self._run = str(error).partition("\n")[0], self._work
+        self._run()
+        self.refusal = self._run.refusal
 
     def __call__(self, entries: State) -> None:
         for key, entry in entries.items():
             self.entries[key].copy_(entry)
         self._run()
+        for parameter in self.loss.parameters():  # also of those that have been frozen since
+            parameter.grad = None
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase
@@ -59,7 +60,9 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
 
 
 def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
-    is_plain_sample = type(module).forward in _SAMPLES and not has_hooks(module) and not _has_generator(module)
+    is_plain_sample = (
+        type(module).forward in _SAMPLES and not has_hooks(module) and not (draws and _has_generator(module))
+    )
     if brings(module, "step_function"):
         # A rollout resets the memory itself: the core need not see where trials begin.
         return ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")
@@ -69,7 +72,8 @@ def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
     written = [key for key in module.out_keys if key != IGNORED]
     if is_function(module):
         return ActingPart(module, module.in_keys, written, lambda _: _on_tensors(module), "tensors")
-    return ActingPart(module, module.in_keys, written, lambda _: _on_tensordict(module), "tensordict")
+    call = module if draws else partial(module, _requires_sample=False)
+    return ActingPart(module, module.in_keys, written, lambda _: _on_tensordict(call), "tensordict")
 
 
 def _has_generator(module: ProbabilisticTensorDictModule) -> bool:
@@ -130,7 +134,7 @@ def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDis
     return ActingPart(module, in_keys, [action_key], make, "distribution", later)
 
 
-def _on_tensordict(module: TensorDictModuleBase) -> Run:
+def _on_tensordict(module: Callable[[TensorDict], TensorDict]) -> Run:
     def run(state: State) -> None:
         written = module(TensorDict(state, batch_size=[len(next(iter(state.values())))]))
         state.update((key, value) for key, value in written.items(True, True) if value is not state.get(key))

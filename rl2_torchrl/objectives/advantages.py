@@ -120,6 +120,7 @@ class TrialAdvantage(nn.Module):
 
     def _scaled(self, reward: Tensor, done: Tensor) -> Tensor:
         """``reward`` over the standard deviation of the returns of all batches before, or of a first one's own."""
+        self._returns.to(reward.device)
         returns = _accumulate(reward.clone(), done, self.gamma)
         is_first, std = self._returns.count == 0, self._returns.std
         if self.training:

@@ -57,6 +57,11 @@ class Memory:
         """What the next step reads, with the ``reset`` rows at a trial's first step."""
         if reset is True:
             return self.initial()
+        if missing := [following for _, following in self.handed_on if following not in state]:
+            raise KeyError(
+                f"the policy gives {missing} at some steps and not at others, as MultiStepActorWrapper asks its actor at every "
+                "n-th alone: one with a memory must see each step."
+            )
         memory = {key: state[following] for key, following in self.handed_on}
         if reset is not False:
             for key, first in self.initial().items():

@@ -7,6 +7,7 @@ where all rows begin and end their trials together, a whole batch is one CUDA gr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -21,15 +22,19 @@ from torchrl.modules import set_recurrent_mode
 from rl2_torchrl.arguments import require_sizes_known
 from rl2_torchrl.gradients.networks import keys_left
 from rl2_torchrl.gradients.part import has_hooks, sub_entries
-from rl2_torchrl.kernels.graph import GraphReplay
+from rl2_torchrl.kernels.graph import GraphReplay, held_by
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
+from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.slots import require_sizes
+from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
 from rl2_torchrl.rollout.trials import leaves
 from rl2_torchrl.trial import is_within, transforms_of
 
 __all__ = ["Rollout"]
+
+log = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 2048
 
@@ -85,7 +90,7 @@ class Rollout:
                 )
         #: Entries that are there by their sub-entries, such as a task of several.
         self._nested = [key for key in read if key not in made]
-        left_out = set(written) - keys_left(policy)
+        self._keeps_all, left_out = keep is None, set(written) - keys_left(policy)
         self.keep = [key for key in made if key not in left_out] if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
         late = {key for part in self._late for key in part.out_keys}
@@ -94,6 +99,8 @@ class Rollout:
         #: Memory of the entries that steps write, ``[T, N, ...]``, and its T steps.
         self._buffers: dict[NestedKey, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
         self._replays: dict[object, GraphReplay] = {}
+        self._held: list[tuple] = []
+        self._has_told = False
         self._kept: TensorDict | None = None
 
     def adopt(self, reset: TensorDictBase) -> None:
@@ -143,14 +150,17 @@ class Rollout:
         trials.start_batch()
         # A graph holds what is done on the device alone: not what a user looks at, or changes, between two steps.
         if trials.is_repeatable and self.on_step is None and self.ablation is None:
+            self._forget_what_changed()
             replay = GraphReplay(self._play, trials.device, [trials.env.generator])
             play = self._replays.setdefault(exploration_type(), replay)
         else:
             self._replays.clear()  # tasks and env have moved to other memory than a graph knows
         with _one_thread() if trials.has_threads else nullcontext(), set_recurrent_mode(False):
             play()
+        self._tell_of_refusal()
         made = {key: buffer.transpose(0, 1) for key, (buffer, _) in self._buffers.items()} | trials.entries()
-        kept = TensorDict({key: made[key] for key in self.keep}, [trials.rows, self.steps], trials.device)
+        keys = [key for key in self.keep if key in made] if self._keeps_all else self.keep
+        kept = TensorDict({key: made[key] for key in keys}, [trials.rows, self.steps], trials.device)
         if len(trials.batch_size) != 1:
             kept = kept.reshape(*trials.batch_size, self.steps)
         if self._kept is None:
@@ -159,6 +169,21 @@ class Rollout:
         # What others have added stays, to be written over by them; what they have put in place of ours does not.
         return self._kept.update(kept)
 
+    def _forget_what_changed(self) -> None:
+        """A graph has what Python had when it was recorded; elsewhere there is none."""
+        if self.trials.device.type == "cuda":
+            held = held_by([*self.policy.modules(), *self.env.modules()])
+            if held != self._held:
+                self._held, self._replays = held, {}
+
+    def _tell_of_refusal(self) -> None:
+        refusals = [replay.refusal for replay in self._replays.values() if replay.refusal is not None]
+        if refusals and not self._has_told:
+            self._has_told = True
+            log.warning(
+                "a batch cannot be one CUDA graph, and each of its steps is launched by itself: %s", refusals[0]
+            )
+
     def _play(self) -> None:
         """All steps of a batch."""
         acting = [part.make(self.steps) for part in self._acting]
@@ -166,7 +191,7 @@ class Rollout:
         at_once = self.trials.keys_at_once
         recorded = [key for key in self._early if key not in at_once]
         memory = self.memory.initial() if begun is True else self.memory.next(self._carry, begun)
-        state = {**self._left(self._carry), **entries, **memory}
+        state = {**self._left(self._carry, begun), **entries, **memory}
         waiting: list[State] = []
         for t in range(self.steps):
             made = state  # what is recorded of it is what was there, not what an ablation makes of it
@@ -179,6 +204,8 @@ class Rollout:
             if t == 0:
                 self._require_actions(state[self.trials.action_key])
             after, root, begun = self.trials.step(t, state)
+            if t == 0 and self._keeps_all:  # a module may give less than it names
+                recorded = [key for key in recorded if key in after or key in state]
             for key in recorded:
                 value = (after if key in after else made if key in made else state)[key]
                 self._buffer(key, value)[1][t].copy_(value)
@@ -191,13 +218,21 @@ class Rollout:
                 shown = {**state, **after, **self.trials.flags(t)}
                 self.on_step({key: value.clone() for key, value in shown.items()})
             if t + 1 < self.steps:
-                state = {**self._left(state), **root, **self.memory.next(state, begun)}
+                state = {**self._left(state, begun), **root, **self.memory.next(state, begun)}
         for key in (*(key for _, key in self.memory.handed_on), *self._left(state)):
             self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
 
-    def _left(self, state: State) -> State:
-        """What stays from step to step, as in TorchRL's `step_mdp`, where somebody may look for it."""
-        return {key: value for key, value in state.items() if key[0] != "next"} if self._leaves_all else {}
+    def _left(self, state: State, begun: Rows = False) -> State:
+        """What stays from step to step where somebody may look for it, as in TorchRL's `step_mdp`.
+
+        In some rows that have ``begun`` a trial that is zeros, as its resets leave it.
+        """
+        if not self._leaves_all:
+            return {}
+        left = {key: value for key, value in state.items() if key[0] != "next" and key not in self._nested}
+        if isinstance(begun, bool):
+            return left
+        return {key: where_rows(begun, torch.zeros_like(value), value) for key, value in left.items()}
 
     def _ablated(self, t: int, state: State) -> State:
         # Not the flags under "next", which a shared clock knows ahead.
