@@ -23,7 +23,16 @@ from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.kept import Kept
 from rl2_torchrl.locks import locked
 from rl2_torchrl.logs import ScalarLog
-from rl2_torchrl.settings import differences, is_network, moved, named, networks_of, parts_of, settings_of
+from rl2_torchrl.settings import (
+    devices_of,
+    differences,
+    is_network,
+    moved,
+    named,
+    networks_of,
+    parts_of,
+    settings_of,
+)
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 from rl2_torchrl.tasks import TaskSampler, owner_of
 from rl2_torchrl.trial import base_of, rows_of, transforms_of
@@ -90,6 +99,7 @@ class RunCheckpoints:
         self._collector, self._result, self._scalars = collector, result, scalars
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings, self._networks = settings_of(collector, update), networks_of(update)
+        self._devices = devices_of(collector, update)
         self._moved: set[str] = set()  # attributes of env and networks that play or updates have changed
         self._distributions = {each: each.distribution for each in _samplers(collector).values()}
         self._own = _CollectorState(collector)
@@ -170,7 +180,7 @@ class RunCheckpoints:
             self._moved |= moved(self._settings, settings_of(self._collector, self._parts["update"]))
             self._tell_of_other_tasks()
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
-        about["moved"] = sorted(self._moved)
+        about |= {"devices": self._devices, "moved": sorted(self._moved)}
         about["history"] = self._history.write(self._result.history)
         save_tree({**about, "state": state}, self._path())
         self._scalars.is_of(self._folder)
@@ -256,6 +266,11 @@ class RunCheckpoints:
                 f"cannot resume from {path}: it is of another version of rl2_torchrl, {tree['versions']['rl2_torchrl']} with "
                 f"format {tree['format']}, and this one, {version('rl2_torchrl')}, reads format {FORMAT}. Finish the run with "
                 "that version."
+            )
+        if devices := differences(tree.get("devices", self._devices), self._devices):  # older versions did not say
+            raise ValueError(
+                f"cannot resume from {path}: it was made on other devices ({'; '.join(devices.values())}), whose random numbers "
+                "and memory these do not take. Go on there; or start anew from what it has learnt, which an agent's file holds."
             )
         networks = differences(tree["networks"], self._networks)
         self._moved |= set(tree["moved"])

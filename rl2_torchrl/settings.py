@@ -20,7 +20,7 @@ from rl2_torchrl.trial import base_of, rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
-__all__ = ["differences", "is_network", "moved", "named", "networks_of", "parts_of", "settings_of"]
+__all__ = ["devices_of", "differences", "is_network", "moved", "named", "networks_of", "parts_of", "settings_of"]
 
 Settings = dict[str, Any]
 
@@ -46,6 +46,14 @@ def settings_of(collector: BaseCollector, update: Any) -> Settings:
     if hasattr(collector, "requested_frames_per_batch"):
         settings["collector.frames_per_batch"] = collector.requested_frames_per_batch
     return settings | (_update(update) if isinstance(update, PPOUpdate) else {"update.class": _name(update)})
+
+
+def devices_of(collector: BaseCollector, update: Any) -> dict[str, str]:
+    """The kinds of device that env and networks are on, as far as they are at hand."""
+    env, loss = getattr(collector, "env", None), getattr(update, "loss", None)
+    devices = {"env": getattr(env, "device", None)}
+    devices["networks"] = next((p.device for p in loss.parameters()), None) if isinstance(loss, nn.Module) else None
+    return {name: torch.device(device or "cpu").type for name, device in devices.items()}
 
 
 def networks_of(update: Any) -> dict[str, list[int]]:

@@ -259,6 +259,17 @@ def test_a_run_goes_on_bitwise(tmp_path):
     torch.testing.assert_close(run(8 * frames, checkpoints=tmp_path / "c", resume=True), whole, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("then", "now"), [(CUDA, "cpu"), ("cpu", CUDA)])
+def test_a_run_does_not_go_on_elsewhere(then, now, tmp_path):
+    def run(device, **options):
+        collector, update = composed(device, total_frames=4 * ROWS * PULLS)
+        train(collector, update, evaluate=None, progress=False, check=False, checkpoints=tmp_path / "c", **options)
+
+    run(then, stop=Stop(2))
+    with pytest.raises(ValueError, match=r"made on other devices \(env: .*then, .*now; networks: .*Go on there"):
+        run(now, resume=True)
+
+
 def test_evaluation_plays_there():
     collector, _ = composed(CUDA)
     curve = adaptation_curve(bandit_env(CUDA), collector.policy, num_trials=64)
