@@ -307,6 +307,8 @@ class RunCheckpoints:
     def _restore(self, path: Path, tree: Mapping[str, Any], changed: Collection[str]) -> None:
         """Puts all parts back; ``changed`` are the settings that have."""
         state = tree["state"]
+        if not torch.cuda.is_available():  # of a run on the CPU, on a machine that has CUDA too
+            state["rng"].pop("torch_cuda", None)
         if any(name.startswith("env.") for name in changed):
             state["rollout"] = {"missing": "settings of the env have changed"}
             kept = state.get("kept", {})

@@ -12,6 +12,7 @@ from torchrl.envs.utils import ExplorationType
 from rl2_torchrl import (
     ActorCritic,
     AdaptationReport,
+    AdaptiveAgent,
     GRUCategoricalActor,
     GRUCore,
     GRUGaussianActor,
@@ -320,6 +321,21 @@ def test_collectors_own_loop_counts_trajectories_on_the_cpu():
     policy = ActorCritic(update.loss.actor_network, update.loss.critic_network)
     frames = {"frames_per_batch": ROWS * PULLS, "total_frames": -1}
     trained(Collector(bandit_env(CUDA), policy, auto_register_policy_transforms=True, **frames), update)
+
+
+def test_networks_that_are_moved_after_their_update_was_made_are_told_of():
+    _, update = composed("cpu")
+    update.loss.to(CUDA)
+    with pytest.raises(RuntimeError, match="networks are on cuda:0, and were on cpu when this update was made"):
+        trained(composed(CUDA)[0], update)
+
+
+def test_agents_are_taken_away_from_there():
+    collector, update = composed(CUDA)
+    trained(collector, update)
+    agent = AdaptiveAgent.from_policy(update.loss.actor_network, collector.env)
+    agent.new_trial()
+    assert 0 <= int(agent.act()) < ARMS
 
 
 def test_what_is_frozen_in_mid_training_stays():

@@ -65,7 +65,7 @@ def test_cuda_warms_up_records_once_and_replays(events):
     assert events.log == ["wait", "side stream", "work", "wait"]
     events.log.clear()
     replay()
-    assert events.log == [("generator", generator), "record", "work", "recorded", "replay"]
+    assert events.log == [("generator", generator), "side stream", "record", "work", "recorded", "replay"]
     events.log.clear()
     replay(), replay()
     assert events.log == ["replay", "replay"]
@@ -78,7 +78,18 @@ def test_a_copy_makes_a_recording_of_its_own(events):
     events.log.clear()
     again = copy.deepcopy(replay)
     again(), again(), replay()
-    assert events.log == ["wait", "side stream", "work", "wait", "record", "work", "recorded", "replay", "replay"]
+    assert events.log == [
+        "wait",
+        "side stream",
+        "work",
+        "wait",
+        "side stream",
+        "record",
+        "work",
+        "recorded",
+        "replay",
+        "replay",
+    ]
 
 
 def test_what_cannot_be_recorded_is_called_each_time(events):
@@ -92,5 +103,5 @@ def test_what_cannot_be_recorded_is_called_each_time(events):
     assert replay.refusal is None
     events.log.clear()
     replay(), replay()
-    assert events.log == ["record", "work", "work", "work"]
+    assert events.log == ["side stream", "record", "work", "work", "work"]
     assert replay.refusal == "operation not permitted when stream is capturing"

@@ -105,7 +105,7 @@ def _run(function, args: tuple, kwargs: dict):
     given, named = tree_map_only(Wood, lambda wood: wood.inner, (args, {**kwargs, **_unpinned(kwargs)}))
     own = _CELLS.get(name, function)
     recording = Graph.recording
-    if recording is not None and any(are_there):
+    if recording is not None and (any(are_there) or is_there):
         _require_no_reading(function, name, args, is_there)
     if recording is not None and is_there:
         recording.keep(function, given, named)
@@ -116,6 +116,8 @@ def _run(function, args: tuple, kwargs: dict):
         recording.calls.append((own, given, named, out))
     known = {id(wood.inner): wood for wood in tensors if isinstance(wood, Wood)}
     wrapped = tree_map_only(torch.Tensor, lambda inner: known[id(inner)] if id(inner) in known else Wood(inner), out)
+    if name == "_pack_padded_sequence":  # whose sizes are the host's
+        return wrapped[0], out[1]
     is_within = any(are_there) and own is function and name not in _BETWEEN
     return dispatch.return_and_correct_aliasing(function, args, kwargs, wrapped) if is_within else wrapped
 
@@ -128,19 +130,18 @@ def _require_one_device(function, name: str, args: tuple, kwargs: dict, tensors:
     generator = kwargs.get("generator")
     if generator is not None and (Generator.devices.get(generator._cdata) == CUDA) != is_there:
         raise RuntimeError(f"{function}: a generator of one device, and tensors of another")
-    if name in _BETWEEN:
+    if name in (*_BETWEEN, "_pack_padded_sequence"):  # whose lengths are the CPU's
         return
     others = [tensor for tensor in tensors if isinstance(tensor, Wood) != is_there and (tensor.ndim or not is_there)]
     if name in _INDEXING:  # a device's tensor may be indexed by the CPU's, not the other way round
-        others = [tensor for tensor in others if not isinstance(args[0], Wood) or tensor in args[2:3]]
+        others = [tensor for tensor in others if not isinstance(args[0], Wood) or any(tensor is a for a in args[2:3])]
     if others and any(isinstance(tensor, Wood) for tensor in tensors):
         raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu! ({function})")
 
 
 def _require_no_reading(function, name: str, args: tuple, is_there: bool) -> None:
-    is_sent = name in _BETWEEN and not (
-        is_there and all(isinstance(a, Wood) for a in args[:2] if isinstance(a, torch.Tensor))
-    )
+    ends = {is_there, *(isinstance(a, Wood) for a in args[:2] if isinstance(a, torch.Tensor))}
+    is_sent = name in _BETWEEN and len(ends) > 1
     masks = [index for index in args[1] if index is not None and index.dtype == torch.bool] if name in _INDEXING else []
     if name in _READING or is_sent or masks:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({function})")
@@ -287,11 +288,12 @@ _move = torch.nn.Module._apply
 
 def _swapping(module: torch.nn.Module, *args, **kwargs) -> torch.nn.Module:
     # A parameter stays the same object, as it does on a device, whose tensors are of the CPU's class.
+    before = torch.__future__.get_swap_module_params_on_conversion()  # True within a module that is being moved
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         return _move(module, *args, **kwargs)
     finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
+        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 def _install() -> None:

@@ -58,7 +58,7 @@ def grid_search(goals: Tensor, *, size: int = 5, episode_steps: int = 15, episod
         [3.4, 10.0]
     """
     size, episode_steps = whole("size", size), whole("episode_steps", episode_steps)
-    place = _places(goals, size)
+    place = _places(goals.cpu(), size)
     search = _Search(place, size, episode_steps, whole("episodes", episodes))
     narrow, _ = search.best(keep=_NARROW)
     gain, cells = search.best(at_least=narrow)

@@ -61,7 +61,7 @@ journey to journey, makes the trial one long episode, ``Trial(steps=...)``.
 ...         super().__init__(**specs, max_episode_steps=10, **kwargs)
 ...
 ...     def begin(self, task, rows):  # task [*B, 1]
-...         place = 2 * torch.rand(*self.batch_size, 1, generator=self.generator) - 1
+...         place = 2 * torch.rand(*self.batch_size, 1, generator=self.generator, device=self.device) - 1
 ...         return (place, task), place  # state, observation
 ...
 ...     def advance(self, state, action):  # action [*B, 1]

@@ -59,7 +59,8 @@ class GraphReplay:
         for generator in self.generators:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph):
+            # The outer context takes this thread back from the recording's stream, on which an error would leave it.
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph):
                 self.function()
         except RuntimeError as error:
             self.refusal = str(error).partition("\n")[0]

@@ -20,6 +20,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.arguments import as_list, require_numbers, whole
+from rl2_torchrl.minibatches import beside
 from rl2_torchrl.seeding import derived_seed, require_seed
 from rl2_torchrl.workers.hosts import ActorHost, Host, ProcessHost, threads_kept
 
@@ -147,7 +148,7 @@ class TrialWorkers(BaseCollector):
         sent = self._host.sendable(weights.cpu().clone().consolidate())
         batches = self._each(self._ask, [("play", sent, self.before_play)] * self.num_workers)
         joined = torch.stack(batches) if batches[0].ndim == 1 else torch.cat(batches)
-        return joined if weights.device is None else joined.to(weights.device)
+        return beside(self.policy, joined)
 
     def of_env(self, function: Callable[[EnvBase], Any]) -> Any:
         """``function(env)`` of the first worker's env; function and result are pickled."""
