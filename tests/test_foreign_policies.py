@@ -132,23 +132,25 @@ def test_what_counts_its_calls_is_called_at_each_step():
         torch.testing.assert_close(batch["state_value"], other["state_value"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_policys_own_generator_draws_its_actions(seed):
-    def drawing(env):
-        given = TensorDictModule(
-            lambda trans: (trans[..., :2], torch.ones_like(trans[..., :2])), ["trans"], ["loc", "scale"]
+def test_a_policys_own_generator_is_told_of(caplog):
+    """No checkpoint would hold it, and evaluations would move it: actions come from PyTorch's."""
+
+    def drawing(env, **generator):
+        core = with_memory_of_its_own(env)
+        loc = TensorDictModule(
+            lambda x: (x[..., :2], torch.ones_like(x[..., :2])), ["actor_features"], ["loc", "scale"]
         )
-        own = {"generator": torch.Generator().manual_seed(0), "default_interaction_type": "random"}
-        return ProbabilisticActor(given, ["loc", "scale"], distribution_class=IndependentNormal, **own)
+        own = {"distribution_class": IndependentNormal, "default_interaction_type": "random", **generator}
+        return ProbabilisticActor(TensorDictSequential(core, loc), ["loc", "scale"], **own)
 
     drawn = []
-    for rollout in ("tensors", "tensordicts"):
+    for generator in ({}, {"generator": torch.Generator().manual_seed(0)}):
         env = make_env("point", steps=5)
-        torch.manual_seed(seed)
-        collector = TrialCollector(env, drawing(env), frames_per_batch=5 * ROWS, total_frames=-1, rollout=rollout)
-        torch.manual_seed(10 * seed)
-        drawn.append(collector.rollout()["action"].clone())
+        _, batches = batches_of(env, drawing(env, **generator), 5, "tensors")
+        drawn.append(torch.stack([batch["action"] for batch in batches]))
+        AdaptiveAgent.from_policy(drawing(env, **generator), env)
     assert torch.equal(*drawn)
+    assert caplog.text.count("own generator= is not drawn from") == 1  # an agent's noise comes from outside
 
 
 def test_a_function_of_tensordicts_is_played_by_collectors_own_loop():
@@ -272,7 +274,9 @@ def test_an_entry_that_is_read_whole_is_no_part_of_what_is_left():
             return tensordict.set("mine", tensordict["sum"]).set("action", torch.zeros(3, dtype=torch.int64))
 
     env = make_env("rooms", episodes=2)
-    collector, _ = batches_of(env, TensorDictSequential(light, Moves()), 4, "tensors", keep=["action"])
+    frames = {"frames_per_batch": 12, "total_frames": -1}
+    collector = TrialCollector(env, TensorDictSequential(light, Moves()), keep=["action"], **frames)
+    collector.rollout()
     left = rollout_state(collector)["player"]["left"]
     assert "mine" in left
     assert all(isinstance(value, torch.Tensor) for value in left.values())

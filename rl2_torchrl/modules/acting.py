@@ -8,9 +8,11 @@ before each batch, so that it may hold on to the weights as they are; a distribu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakSet
 
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase
@@ -22,7 +24,10 @@ from rl2_torchrl.gradients.part import IGNORED, State, brings, has_hooks, is_bar
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of, stands_for
 
-__all__ = ["ActingPart", "State", "acting_parts"]
+__all__ = ["ActingPart", "State", "acting_parts", "tell_of_generators"]
+
+log = logging.getLogger(__name__)
+_TOLD: WeakSet[ProbabilisticTensorDictModule] = WeakSet()
 
 Run = Callable[[State], None]
 _SAMPLES = (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward)
@@ -45,6 +50,11 @@ class ActingPart:
     later: ActingPart | None = None
 
     @property
+    def draws(self) -> bool:
+        """Whether it gives actions, where a distribution may only score them."""
+        return not set(self.out_keys) <= set(self.module.log_prob_keys)
+
+    @property
     def can_wait(self) -> bool:
         """Whether many steps can be looked at together, as rows of one call: the module hands nothing on, nor counts its calls."""
         others = (m for m in self.module.modules() if not type(m).__module__.startswith("rl2_torchrl."))
@@ -60,9 +70,7 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
 
 
 def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
-    is_plain_sample = (
-        type(module).forward in _SAMPLES and not has_hooks(module) and not (draws and _has_generator(module))
-    )
+    is_plain_sample = type(module).forward in _SAMPLES and not has_hooks(module)
     if brings(module, "step_function"):
         # A rollout resets the memory itself: the core need not see where trials begin.
         return ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")
@@ -76,9 +84,17 @@ def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
     return ActingPart(module, module.in_keys, written, lambda _: _on_tensordict(call), "tensordict")
 
 
-def _has_generator(module: ProbabilisticTensorDictModule) -> bool:
-    """Whether it draws by a generator of its own, or by one that it finds in the TensorDict."""
-    return any(getattr(module, name, None) is not None for name in ("_generator", "_generator_key"))
+def tell_of_generators(parts: Iterable[ActingPart]) -> None:
+    """Logs, once, that a generator of a distribution's own, or one that it would find in the TensorDict, is not drawn from."""
+    for module in (part.module for part in parts if part.way == "distribution" and part.draws):
+        is_given = any(getattr(module, name, None) is not None for name in ("_generator", "_generator_key"))
+        if not is_given or module in _TOLD:
+            continue
+        _TOLD.add(module)
+        log.warning(
+            "the policy's own generator= is not drawn from, since no checkpoint would hold it: actions come from PyTorch's default "
+            "one, which torch.manual_seed seeds, checkpoints hold and evaluations put back."
+        )
 
 
 def _on_tensors(module: TensorDictModule) -> Run:

@@ -23,7 +23,7 @@ from rl2_torchrl.arguments import require_sizes_known
 from rl2_torchrl.gradients.networks import keys_left
 from rl2_torchrl.gradients.part import has_hooks, sub_entries
 from rl2_torchrl.kernels.graph import GraphReplay, held_by
-from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
+from rl2_torchrl.modules.acting import ActingPart, State, acting_parts, tell_of_generators
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.slots import require_sizes
 from rl2_torchrl.rollout.clock import Rows
@@ -68,6 +68,7 @@ class Rollout:
         require_sizes_known(policy, "a rollout of the policy")
         require_sizes(env, policy)
         self.parts, self._layout = acting_parts(policy), _layout(policy, env)
+        tell_of_generators(self.parts)
         #: Whether a module is called with a TensorDict, in which it finds what it, or another, has left at an earlier step.
         self._leaves_all = any(part.way == "tensordict" for part in self.parts)
         read = [key for part in self.parts for key in part.in_keys] + ["is_init"] * self._leaves_all
