@@ -153,8 +153,8 @@ def require_sizes_known(module: nn.Module, call: str) -> None:
     """Raises a ValueError where layers of ``module`` have not been run yet, from which they take their sizes."""
     if lazy := [name for name, parameter in module.named_parameters() if is_lazy(parameter)]:
         raise ValueError(
-            f"{call}: {lazy} have no size yet, as layers of TorchRL's MLP have without in_features: say in_features=, or run the "
-            "networks once before; TrialCollector runs its policy when it is made."
+            f"{call}: {lazy} have no size yet, as layers of TorchRL's MLP have without in_features: say in_features=, or call "
+            "them once before on data of their size."
         )
 
 

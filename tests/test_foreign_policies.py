@@ -199,6 +199,21 @@ def test_no_agent_is_made_of_a_policy_that_gives_actions_before_its_distribution
         AdaptiveAgent.from_policy(giving(env, return_log_prob=True), env)
 
 
+def test_no_agent_is_made_of_a_memory_under_one_name():
+    env = make_env("point", TensorDictPrimer({"count": Unbounded((1,))}, expand_specs=True), steps=5)
+    core, counts = (
+        with_memory_of_its_own(env),
+        TensorDictModule(lambda x, n: (n / 10, n + 1), ["trans", "count"], ["shift", "count"]),
+    )
+    loc = TensorDictModule(
+        lambda x, n: (x[..., :2] + n, torch.ones_like(x[..., :2])), ["actor_features", "shift"], ["loc", "scale"]
+    )
+    networks = TensorDictSequential(core, counts, loc)
+    actor = ProbabilisticActor(networks, ["loc", "scale"], distribution_class=IndependentNormal)
+    with pytest.raises(TypeError, match=r"keeps \['count'\] under one name.*RecurrentCore"):
+        AdaptiveAgent.from_policy(actor, env)
+
+
 def test_what_is_left_between_steps_is_part_of_the_state():
     def make():
         env, options = make_env("point", episodes=2), {"frames_per_batch": 4 * ROWS, "total_frames": -1}

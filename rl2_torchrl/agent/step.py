@@ -11,7 +11,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.data import TensorSpec, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TensorDictPrimer
 
 from rl2_torchrl.agent.signature import (
     Signature,
@@ -30,6 +30,7 @@ from rl2_torchrl.modules.actor_critic import cores_of, first_memory, hidden_keys
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import distribution_of, stands_for
 from rl2_torchrl.modules.slots import require_sizes
+from rl2_torchrl.trial import transforms_of
 
 __all__ = ["LAST_ACTION", "PolicyStep", "actor_of", "signature_of"]
 
@@ -184,6 +185,12 @@ def signature_of(actor: ProbabilisticTensorDictSequential, env: EnvBase) -> Sign
     require_sizes(env, actor)
     remembered = hidden_keys(actor)
     read = [key for key in actor.in_keys if key not in remembered and key != "is_init"]
+    primed = {key for t in transforms_of(env) if isinstance(t, TensorDictPrimer) for key in t.primers.keys(True, True)}
+    if kept := [key for key in read if key in primed and key in actor.out_keys]:
+        raise TypeError(
+            f"the policy keeps {kept} under one name from step to step, and an agent what a core hands on: make its module a "
+            "RecurrentCore."
+        )
     transition = transition_of(env, read)
     layout = transition.layout()
     whole = [key for key in read if key != transition.out_key and key not in layout.observations]

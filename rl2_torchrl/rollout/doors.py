@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -61,8 +63,8 @@ class TensorDoor:
         observations, reward, *flags = self.env.play(unflat(action, self.env.batch_size))
         done = None
         if not self._is_fixed:
-            ends = [flag.cpu().numpy() for flag in flags if flag is not None] or [np.zeros(self.env.batch_size, bool)]
-            done = np.logical_or.reduce(ends).reshape(-1)
+            ends = [flag for flag in flags if flag is not None] or [torch.zeros_like(reward, dtype=torch.bool)]
+            done = reduce(torch.logical_or, ends).cpu().numpy().reshape(-1)  # one wait for a device
         return self._entries(observations), flat(reward, self.env.batch_size), done
 
     def adopt(self, root: TensorDictBase) -> State:
