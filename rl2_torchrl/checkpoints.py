@@ -308,7 +308,7 @@ class RunCheckpoints:
         """Puts all parts back; ``changed`` are the settings that have."""
         state = tree["state"]
         if not torch.cuda.is_available():  # of a run on the CPU, on a machine that has CUDA too
-            state["rng"].pop("torch_cuda", None)
+            state.get("rng", {}).pop("torch_cuda", None)
         if any(name.startswith("env.") for name in changed):
             state["rollout"] = {"missing": "settings of the env have changed"}
             kept = state.get("kept", {})

@@ -25,6 +25,7 @@ from rl2_torchrl import (
     PPOUpdate,
     RL2PPOLoss,
     TrialCollector,
+    adaptation_curve,
     check_training,
 )
 from rl2_torchrl.collector import load_rollout_state, rollout_state
@@ -115,6 +116,48 @@ def test_a_memory_under_one_name_goes_on(trial):
     assert "TensorDictPrimer" in fast.reason
     assert_same(ours, expected)
     assert ours[0]["count"].max() > 2
+
+
+class Remembers(TensorDictModuleBase):
+    """A memory under one name, which the module primes itself."""
+
+    in_keys, out_keys = ["trans", "count"], ["action", "count"]
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        return TensorDictPrimer({"count": Unbounded((1,))}, default_value=0.5, expand_specs=True)
+
+    def forward(self, tensordict: TensorDict) -> TensorDict:
+        count = tensordict["count"]
+        return tensordict.set("action", tensordict["trans"][..., :2].sin() + count).set("count", count + 1)
+
+
+def test_a_memory_under_one_name_that_the_module_primes_goes_on_in_evaluations_too():
+    (fast, ours), (_, expected) = both(lambda: make_env("point", episodes=2), 7, lambda env: Remembers())
+    assert_same(ours, expected)
+    assert "TensorDictPrimer" in fast.reason
+    seen = []
+    adaptation_curve(
+        make_env("point", steps=5), Remembers(), 4, on_step=lambda state: seen.append(state["count"][0].item())
+    )
+    assert seen[:5] == [1.5, 2.5, 3.5, 4.5, 5.5]
+
+
+def test_a_module_finds_all_that_the_env_shows():
+    class Late(TensorDictModuleBase):
+        in_keys, out_keys = ["trans"], ["action"]
+
+        def forward(self, tensordict: TensorDict) -> TensorDict:
+            missing = {"time_left", "episode_done", "observation", "done"} - set(tensordict.keys())
+            assert not missing, missing
+            return tensordict.set("action", tensordict["time_left"].expand(-1, 2).clone())
+
+    def make():
+        return make_env("point", steps=5)
+
+    for keep in (None, ["action"]):
+        _, batches = batches_of(make(), Late(), 5, "tensors", batches=1, keep=keep)
+        assert batches[0]["action"][0, :, 0].tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    adaptation_curve(make(), Late(), 4)
 
 
 def test_what_counts_its_calls_is_called_at_each_step():
@@ -256,6 +299,14 @@ def test_in_rows_that_begin_alone_nothing_goes_on():
     assert (begun.any(0) & ~begun.all(0)).any()  # some rows alone
     counts = torch.cat([100 * batch["action"][..., 0] for batch in ours], 1).round()
     assert (counts[begun] == 1).all()
+
+
+def test_after_a_reset_nothing_goes_on():
+    env = make_env("point", steps=5)
+    collector = TrialCollector(env, Counts(), frames_per_batch=3 * ROWS, total_frames=-1)
+    for _ in range(2):
+        assert (100 * collector.rollout()["action"][0, :, 0]).round().tolist() == [1, 2, 3]
+        collector.reset()
 
 
 def test_a_memory_that_is_not_asked_at_each_step_is_told_of():

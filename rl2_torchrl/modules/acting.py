@@ -57,8 +57,8 @@ class ActingPart:
     @property
     def can_wait(self) -> bool:
         """Whether many steps can be looked at together, as rows of one call: the module hands nothing on, nor counts its calls."""
-        others = (m for m in self.module.modules() if not type(m).__module__.startswith("rl2_torchrl."))
-        counts = any(m.training and m._buffers for m in others)  # such as BatchNorm
+        names = {name for m in self.module.modules() if m.training for name in m._buffers}
+        counts = any(name.startswith(("running_", "num_batches")) for name in names)  # as BatchNorm and its kin have it
         return self.way == "tensors" and not hidden_keys(self.module) and not counts
 
 

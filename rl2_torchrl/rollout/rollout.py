@@ -15,6 +15,7 @@ from copy import deepcopy
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl.data import NonTensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -71,7 +72,8 @@ class Rollout:
         tell_of_generators(self.parts)
         #: Whether a module is called with a TensorDict, in which it finds what it, or another, has left at an earlier step.
         self._leaves_all = any(part.way == "tensordict" for part in self.parts)
-        read = [key for part in self.parts for key in part.in_keys] + ["is_init"] * self._leaves_all
+        read = [key for part in self.parts for key in part.in_keys]
+        read += ["is_init", *_shown(env)] if self._leaves_all else []
         self._read = read = list(dict.fromkeys(read))
         self.memory = Memory(policy, env, env.batch_size.numel())
         memory = [key for pair in self.memory.handed_on for key in pair]
@@ -80,7 +82,8 @@ class Rollout:
         self.trials = trials_of(env, steps, read, None if is_shown else keep, memory)
         parts = [each for part in self.parts for each in (part, part.later) if each is not None]
         written = [key for part in parts for key in part.out_keys]
-        self.trials.rewritten = {key for key in written if key in self.trials.keys}
+        self._written = set(written)
+        self.trials.rewritten = self._written.intersection(self.trials.keys)
         made = list(dict.fromkeys((*self.trials.keys, *written, *memory, "is_init", ("next", "is_init"))))
         for what, keys in (("keep holds", keep or ()), ("the policy reads", read)):
             if missing := [key for key in keys if not leaves([key], made)]:
@@ -107,13 +110,15 @@ class Rollout:
     def adopt(self, reset: TensorDictBase) -> None:
         """Takes a ``env.reset()`` that somebody has just made as the beginning of the first batch, in place of one of its own."""
         self.trials.adopt(reset)
+        self._carry = {}
 
     def _split(self) -> tuple[list[ActingPart], list[ActingPart]]:
         """Parts that each step needs; what can look at many steps at once: all behind the action, and log-probabilities."""
         acts = [n + 1 for n, part in enumerate(self.parts) if self.trials.action_key in part.out_keys]
         if not acts:
             raise KeyError(
-                f"the policy writes no {self.trials.action_key!r}, which the env takes: {self.policy.out_keys}."
+                f"the policy writes no {self.trials.action_key!r}, which the env takes: {self.policy.out_keys}. A function of "
+                "TensorDicts names what it writes as WrapModule(function, in_keys=[...], out_keys=[...])."
             )
         last = acts[-1]
         can_wait = all(part.can_wait for part in self.parts[last:])
@@ -144,6 +149,7 @@ class Rollout:
         except BaseException:  # Ctrl-C in a notebook, too
             self._replays.clear()
             self.trials.restart()
+            self._carry = {}
             raise
 
     def _batch(self) -> TensorDict:
@@ -208,7 +214,7 @@ class Rollout:
             if t == 0 and self._keeps_all:  # a module may give less than it names
                 recorded = [key for key in recorded if key in after or key in state]
             for key in recorded:
-                value = (after if key in after else made if key in made else state)[key]
+                value = (after if key in after else state if key in self._written else made)[key]
                 self._buffer(key, value)[1][t].copy_(value)
             waiting.append(state)
             if len(waiting) * self.trials.rows >= _ROWS_AT_ONCE or t + 1 == self.steps:
@@ -297,6 +303,13 @@ class Rollout:
         keys = [key for _, key in self.memory.handed_on]
         carry = {key: state["memory"][i] for i, key in enumerate(keys) if i in state["memory"]}
         self._carry = {key: value.clone() for key, value in {**carry, **state.get("left", {})}.items()}
+
+
+def _shown(env: EnvBase) -> list[NestedKey]:
+    """All that ``env`` shows before a step, flags among it, but for what is no tensor."""
+    spec = env.full_observation_spec
+    tensors = [key for key in spec.keys(True, True) if not isinstance(spec[key], NonTensor)]
+    return [*tensors, *env.full_done_spec.keys(True, True)]
 
 
 def _layout(policy: TensorDictModuleBase, env: EnvBase) -> list[tuple[int, bool]]:
