@@ -6,7 +6,12 @@ import pytest
 import torch
 from rollouts import assert_same, batches_of, both, make_env, make_policy
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch import nn
 from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
@@ -299,6 +304,14 @@ def test_in_rows_that_begin_alone_nothing_goes_on():
     assert (begun.any(0) & ~begun.all(0)).any()  # some rows alone
     counts = torch.cat([100 * batch["action"][..., 0] for batch in ours], 1).round()
     assert (counts[begun] == 1).all()
+
+
+def test_a_sequence_without_any_distribution_plays():
+    """tensordict says of it too that it draws nothing."""
+    (_, ours), (_, expected) = both(
+        lambda: make_env("point", steps=5), 5, lambda env: ProbabilisticTensorDictSequential(Counts())
+    )
+    assert all(torch.equal(batch["action"], other["action"]) for batch, other in zip(ours, expected, strict=True))
 
 
 def test_after_a_reset_nothing_goes_on():

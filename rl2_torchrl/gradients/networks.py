@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import (
+    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
@@ -54,7 +55,8 @@ def scores_alone(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
         return []
     is_given = isinstance(module, ProbabilisticTensorDictSequential) and not module._requires_sample
     found = [leaf for part in module._module_iter() for leaf in scores_alone(part)]
-    return [*found, *(leaves_of(module)[-1:] if is_given else ())]
+    last = leaves_of(module)[-1:] if is_given else []
+    return [*found, *(leaf for leaf in last if isinstance(leaf, ProbabilisticTensorDictModule))]
 
 
 def keys_left(module: TensorDictModuleBase) -> set[NestedKey]:
