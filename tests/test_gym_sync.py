@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from line_envs import Line, lines
 
 from rl2_torchrl.envs.gym_row import GymRow
@@ -121,6 +122,62 @@ def test_what_is_put_around_a_row_is_stepped():
     for _ in range(3):
         envs.step(np.array([0, 0]))
     assert spy.steps == 3
+
+
+def limited(limit):
+    """Of episodes of 3 steps."""
+    return TimeLimit(OrderEnforcing(PassiveEnvChecker(Shows(SPACES["reals"]))), limit)
+
+
+def ends_of(envs):
+    """Ends and elapsed steps in 14 steps of 3 rows, each of which is reset as its episode ends."""
+    envs.reset(seed=[0, 1, 2])
+    for _ in range(14):
+        _, _, terminated, truncated, _ = envs.step(np.zeros(3, int))
+        yield terminated.tolist(), truncated.tolist(), [row.get_wrapper_attr("_elapsed_steps") for row in envs.envs]
+        if (ended := terminated | truncated).any():
+            envs.reset(options={"reset_mask": ended})
+
+
+def test_time_limits_count_where_the_wrappers_in_them_are_passed_by():
+    makers = [partial(limited, steps) for steps in (2, 5, 3)]
+    ours, theirs = (rows_of(kind, makers, asks=False) for kind in (SyncRows, SyncVectorEnv))
+    assert list(ends_of(ours)) == list(ends_of(theirs))
+    for row in ours.envs:
+        limit = row.env
+        limit.step = limit.env.step = limit.env.env.step = None  # not called any more
+    ours.step(np.zeros(3, int))
+
+
+def test_checkers_look_before_they_are_passed_by():
+    envs = rows_of(SyncRows, [partial(limited, 9)], asks=False)
+    envs.reset()
+    for _ in range(2):
+        envs.step(np.zeros(1, int))
+    checker = envs.envs[0].env.env.env
+    assert checker.checked_step
+    assert getattr(checker, "checked_data_reuse", True)
+
+
+@pytest.mark.parametrize("kind", [OrderEnforcing, partial(TimeLimit, max_episode_steps=2)])
+@pytest.mark.parametrize("is_class", [True, False])
+def test_a_step_of_a_users_is_called_wherever_it_stands(kind, is_class):
+    def spied(count):
+        wrapper = kind(limited(9))
+
+        def step(action):
+            count.append(action)
+            return type(wrapper).__mro__[is_class].step(wrapper, action)
+
+        if is_class:
+            wrapper.__class__ = type("Mine", (type(wrapper),), {"step": lambda self, action: step(action)})
+        else:
+            wrapper.step = step
+        return TimeLimit(wrapper, 5)
+
+    counts = [[], [], []]
+    list(ends_of(rows_of(SyncRows, [partial(spied, count) for count in counts], asks=False)))
+    assert list(map(len, counts)) == [14] * 3
 
 
 def test_numbers_of_several_kinds_are_taken_as_gymnasium_takes_them():
