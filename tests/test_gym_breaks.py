@@ -382,6 +382,39 @@ def test_a_choice_that_is_no_whole_number_is_named():
         env.rollout(2)
 
 
+class Forgets(gymnasium.Env):
+    """Forgets to return its observation at the reset (0), or at the step ``at``."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+
+    def __init__(self, at):
+        self.at, self.steps = at, 0
+
+    def shown(self):
+        return None if self.steps == self.at else np.zeros(2, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return self.shown(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.shown(), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        (0, r"reset\(\) observes None"),
+        (1, r"step\(\) observes None"),
+        (2, r"row 0 shows 'observation' as None, and .* says float32 \[2\]"),
+    ],
+)
+def test_an_observation_that_is_forgotten_is_told_of(at, message):
+    env = GymVectorEnv(lambda: Forgets(at), 2)
+    with pytest.raises((TypeError, ValueError), match=message):
+        env.rollout(3)
+
+
 def test_entries_that_fit_their_space_as_gymnasium_casts_them():
     assert GymVectorEnv(lambda: Parts(lambda entries: entries, "reset"), 2).rollout(2).shape == (2, 1)
 

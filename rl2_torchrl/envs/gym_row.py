@@ -134,6 +134,8 @@ def _require_parts(function: str, returned: Any, names: str) -> None:
     if not isinstance(returned, tuple) or len(returned) != names.count(",") + 1:
         given = f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
         raise TypeError(f"{function} returns {given}; Gymnasium's is a tuple ({names}).")
+    if returned[0] is None:
+        raise TypeError(f"{function} observes None: return the observation.")
 
 
 def _row_of(task: np.ndarray | dict, row: int) -> np.ndarray | dict:

@@ -167,7 +167,8 @@ def misfits(space: spaces.Space, value: Any, path: tuple[str | int, ...] = ()) -
     elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         array = np.asarray(value)
         if array.shape != space.shape or not np.can_cast(array.dtype, space.dtype, "same_kind"):
-            shown, said = f"{array.dtype} {list(array.shape)}", f"{space.dtype} {list(space.shape)}"
+            shown = None if value is None else f"{array.dtype} {list(array.shape)}"
+            said = f"{space.dtype} {list(space.shape)}"
     if said is not None:
         yield f"{name!r} as {shown}, and its observation_space says {said}"
     for part, each, key in parts:

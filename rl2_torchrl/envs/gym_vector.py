@@ -289,7 +289,8 @@ class GymVectorEnv(TensorEnv):
         except (KeyError, TypeError, ValueError) as error:
             # The rows' last observations, which Gymnasium could not put together.
             for row, shown in enumerate(getattr(self.envs.unwrapped, "_env_obs", ())):
-                for words in misfits(self.envs.single_observation_space, shown) if shown is not None else ():
+                has_begun = shown is not None or function == self.envs.step
+                for words in misfits(self.envs.single_observation_space, shown) if has_begun else ():
                     raise ValueError(f"row {row} shows {words}: mend one.") from error
             raise
 
