@@ -1,6 +1,7 @@
 """How fast RL² trains on a Gymnasium env through `GymVectorEnv`: collection, update, and the vector env alone."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from rl2_torchrl import (
     Trial,
     TrialAdvantage,
     TrialCollector,
+    TrialWorkers,
 )
 from rl2_torchrl.envs import GymVectorEnv
 
@@ -38,6 +40,7 @@ def main(
     steps: int = 128,
     units: int = 128,
     vectorization: Literal["sync", "async"] = "sync",
+    workers: int = 0,
     threads: int = 1,
     repeats: int = 5,
     json: Path | None = None,
@@ -50,28 +53,32 @@ def main(
         steps: steps of a trial, which is a row of the batch: several episodes where they are shorter.
         units: GRU units.
         vectorization: of the envs.
+        workers: processes that play an equal share of the envs each; 0: this one plays.
         threads: threads that PyTorch uses.
         repeats: iterations that are timed, after one that is not; the medians are printed.
         json: file to write all figures to.
     """
     require_repeats(repeats)
+    if workers and num_envs % workers:
+        raise ValueError(f"num_envs={num_envs} cannot be shared out evenly among workers={workers}: choose a multiple.")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    collector, update = compose(env, num_envs, steps, units, vectorization)
+    collector, update = compose(env, num_envs, steps, units, vectorization, workers)
     runs = time_phases(iter(collector), update, num_envs * steps, repeats)
     collector.shutdown()
     alone = env_alone(env, num_envs, vectorization, steps, repeats)
     figures = {**medians_of(runs), "env_steps_per_second": alone, "runs": runs}
     told = ", ".join(f"{key.split('_')[0]} {value / 1e3:,.1f} k" for key, value in figures.items() if key != "runs")
-    Console().print(f"{env}, {num_envs} envs x {steps} steps, {units} units, {threads} threads; env steps/s: {told}")
+    played = f"{num_envs} envs x {steps} steps, {units} units, {threads} threads, {workers} workers"
+    Console().print(f"{env}, {played}; env steps/s: {told}")
     write_json(json, figures)
     return figures
 
 
 def compose(
-    env: str, num_envs: int, steps: int, units: int, vectorization: str = "sync"
-) -> tuple[TrialCollector, PPOUpdate]:
+    env: str, num_envs: int, steps: int, units: int, vectorization: str = "sync", workers: int = 0
+) -> tuple[TrialCollector | TrialWorkers, PPOUpdate]:
     """One GRU for actor and critic, as in the loops that people write by hand."""
     trials = trial_env(env, num_envs, steps, vectorization)
     actor = RecurrentActor.from_env(trials, hidden_size=units)
@@ -84,8 +91,13 @@ def compose(
         minibatches=4,
         max_grad_norm=0.5,
     )
-    frames = {"frames_per_batch": num_envs * steps, "total_frames": -1}
-    return TrialCollector(trials, ActorCritic(actor, critic), keep=update.in_keys, **frames), update
+    policy = ActorCritic(actor, critic)
+    options = {"keep": update.in_keys, "frames_per_batch": num_envs * steps, "total_frames": -1}
+    if not workers:
+        return TrialCollector(trials, policy, **options), update
+    trials.close()
+    make_env = partial(trial_env, env, num_envs // workers, steps, vectorization)
+    return TrialWorkers(make_env, policy, workers=workers, seed=0, **options), update
 
 
 def trial_env(env: str, num_envs: int, steps: int, vectorization: str = "sync") -> EnvBase:

@@ -161,3 +161,10 @@ def test_gym_benchmark_times_every_phase_and_the_env_alone(env, tmp_path):
     for phase in ("collect", "update", "total", "env"):
         assert stored[f"{phase}_steps_per_second"] > 0
     assert len(stored["runs"]["total"]) == 2
+
+
+def test_gym_benchmark_shares_the_envs_out():
+    figures = gym_benchmark.main(env="CartPole-v1", num_envs=4, steps=8, units=4, workers=2, repeats=1)
+    assert len(figures["runs"]["collect"]) == 1
+    with pytest.raises(ValueError, match="num_envs=4 .* workers=3: choose a multiple"):
+        gym_benchmark.main(num_envs=4, workers=3)
