@@ -53,8 +53,7 @@ class ActorCritic(Network):
         require_own_cores(actor, critic)
         if shared := [key for key in hidden_keys(actor) if key in hidden_keys(critic)]:
             raise ValueError(
-                f"actor and critic both keep their memory under {shared}: give one another hidden_key=, or share the actor's "
-                "memory (MemoryValueHead)."
+                f"actor and critic both keep their memory under {shared}: give one another hidden_key=, or take MemoryValueHead."
             )
         is_sequence = type(actor).forward is ProbabilisticTensorDictSequential.forward
         # A sequence's modules, so that their weights have the names here that they have in the actor.
@@ -89,8 +88,7 @@ def require_policy(actor: nn.Module | None, where: str) -> None:
     """TypeError unless ``actor`` has an action distribution, as the first network of ``where`` does."""
     if isinstance(actor, type) or not hasattr(actor, "get_dist"):
         raise TypeError(
-            f"{where}(actor, critic): {kind_of(actor)} has no action distribution. The actor comes first, and it is a "
-            "ProbabilisticActor such as GRUGaussianActor."
+            f"{where}(actor, critic): {kind_of(actor)} has no action distribution. The actor comes first, such as GRUGaussianActor."
         )
 
 
@@ -100,8 +98,7 @@ def require_critic(critic: TensorDictModuleBase | None, where: str) -> None:
     has_keys = hasattr(critic, "in_keys") and hasattr(critic, "out_keys")
     if isinstance(critic, type) or not has_keys:
         raise TypeError(
-            f"{where}(actor, critic): {kind_of(critic)} is no critic. The critic comes second, and it is a TensorDictModule such "
-            "as GRUValueHead.from_env(env) makes."
+            f"{where}(actor, critic): {kind_of(critic)} is no critic. The critic comes second, such as GRUValueHead.from_env(env)."
         )
 
 
@@ -112,8 +109,7 @@ def require_own_cores(actor: nn.Module, critic: nn.Module | None) -> None:
         if hasattr(type(core), "name_entries") and any(core.in_keys[1] not in each.in_keys for each in networks):
             raise ValueError(
                 f"one {type(core).__name__} stands in actor and critic, and goes by the names that the second gave it, "
-                f"{core.in_keys}: make one for each, core=partial(LSTMCore, ...), or let the critic read the actor's memory "
-                "(MemoryValueHead)."
+                f"{core.in_keys}: make one for each, core=partial(LSTMCore, ...), or share the actor's (MemoryValueHead)."
             )
 
 

@@ -378,9 +378,7 @@ class TanhGaussianActions(GaussianActions):
         default = torch.get_default_dtype()
         low, high = (torch.atleast_1d(torch.as_tensor(bound, dtype=default)) for bound in (low, high))
         if low.ndim != 1 or low.shape != high.shape or not (low < high).all() or not (high - low).isfinite().all():
-            raise ValueError(
-                f"low={low} and high={high} must be vectors [action_dim], low < high, all finite: else use GaussianActions."
-            )
+            raise ValueError(f"{low=} and {high=} must be vectors, low < high, all finite: else use GaussianActions.")
         super().__init__(len(low), init_log_std=init_log_std)
         self.distribution_class, self.distribution_kwargs = TanhNormal, {"low": low, "high": high}
         self._middle, self._half = (high + low) / 2, (high - low) / 2

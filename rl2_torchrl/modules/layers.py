@@ -203,9 +203,7 @@ def encoding(
     for key in [key for key in entries if key not in encoded]:
         if len(entries[key]) != 1:
             fits = "ConvEncoder" if len(entries[key]) == 3 else "MLPEncoder"
-            raise ValueError(
-                f"{key!r} has shape {tuple(entries[key])} and no encoder: give it one, encoder={{{key!r}: {fits}}}."
-            )
+            raise ValueError(f"{key!r} has shape {tuple(entries[key])} and no encoder: encoder={{{key!r}: {fits}}}.")
         [sizes[key]] = entries[key]
     sizes |= {output_key(module): output_size(module, entries) for module in modules}
     if len(sizes) == 1:
@@ -407,9 +405,7 @@ class SkipHead(nn.Module):
     def built(cls, input_size: int, features_size: int, out_features: int, *, num_cells, **kwargs) -> SkipHead:
         """One on features and the core's input, whose weights are drawn for that input alone (He et al. 2015)."""
         if not num_cells:
-            raise ValueError(
-                "skip=True without num_cells: one layer can only add up what is seen and what is remembered: say num_cells=[64]."
-            )
+            raise ValueError("skip=True without num_cells=[64], say: one layer only adds what is seen and remembered.")
         head = Head(features_size + input_size, out_features, num_cells=num_cells, skip_size=input_size, **kwargs)
         nn.init.kaiming_uniform_(head.layers[1].weight.detach()[:, features_size:], nonlinearity="relu")
         return cls(head)

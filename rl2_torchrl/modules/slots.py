@@ -71,9 +71,7 @@ def fill_slots(
 ) -> tuple[list[TensorDictModuleBase], nn.Module, list[NestedKey], tuple[NestedKey, NestedKey, int]]:
     """Encoders and core, the head, the entries that it reads, and (hidden_key, features_key, features_size) of the core."""
     if unknown:
-        raise TypeError(
-            f"{list(unknown)} is no argument of a network, whose slots are {sorted(fill_slots.__kwdefaults__)}."
-        )
+        raise TypeError(f"{list(unknown)} is no argument of a network, which has {sorted(fill_slots.__kwdefaults__)}.")
     require_callable(head=head)
     if isinstance(dtype, str):
         raise TypeError(f"{dtype=} is text: give torch.float64, say.")
@@ -118,9 +116,7 @@ def _with_keys(head: nn.Module, keys: list[NestedKey]) -> tuple[nn.Module, list[
     if not isinstance(head, TensorDictModuleBase) or list(head.in_keys) == keys:
         return head, keys
     if keys[0] not in head.in_keys:
-        raise ValueError(
-            f"the head reads {head.in_keys}, and not the core's features {keys[0]!r}: name them among its in_keys."
-        )
+        raise ValueError(f"the head reads {head.in_keys}, and not the core's features {keys[0]!r}: add these.")
     if not is_function(head) or not isinstance(head.module, nn.Module):
         raise ValueError(
             f"a head that reads {head.in_keys} is one TensorDictModule(module, in_keys, out_keys) of a torch.nn.Module, and this "
@@ -153,9 +149,7 @@ def _built_core(core: Any, size: int, factory: Mapping) -> TensorDictModuleBase:
     """``core``, or what it makes for inputs of ``size``."""
     kind = core if isinstance(core, type) else type(core)
     if not callable(core) or (issubclass(kind, nn.Module) and not issubclass(kind, TensorDictModuleBase)):
-        raise TypeError(
-            f"core={core!r} is no core: give one such as core=LSTMCore; a RecurrentCore shows how to write one."
-        )
+        raise TypeError(f"core={core!r} is no core: give one such as core=LSTMCore, or write a RecurrentCore.")
     if isinstance(core, nn.Module):
         return core
     with noted(f"{core=} is called with the size of its input, {size}, and makes a core."):
@@ -230,8 +224,7 @@ def require_sizes(env: EnvBase, policy: nn.Module) -> None:
         there = spec[key].shape[len(env.batch_size) :]
         if there[-len(shape) :] != shape:  # more dimensions before these it may read one by one
             raise ValueError(
-                f"the policy reads {key!r} of {shape.numel()} entries, and the env's has {there.numel()}: it was made for another "
-                "env. Make it by from_env(env, ...)."
+                f"the policy reads {key!r} of {shape.numel()} entries, and the env's has {there.numel()}: make it by from_env(env)."
             )
 
 

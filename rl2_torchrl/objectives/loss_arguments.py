@@ -12,59 +12,42 @@ from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.objectives.belief import TaskBelief
 
-__all__ = ["checked_terms", "require_coefficients", "require_features", "require_one_writer", "require_options"]
+__all__ = ["checked_terms", "require_coefficients", "require_options"]
 
 
-def checked_terms(terms: Iterable[nn.Module]) -> list[nn.Module]:
-    """``terms`` as a list; TypeError where one of them is none."""
-    if isinstance(terms, nn.Module) and not isinstance(terms, nn.ModuleList):
-        raise TypeError(
-            f"terms={type(terms).__name__}(...) is one term: give a list, terms=[{type(terms).__name__}(...)]."
-        )
-    terms = list(terms)
-    for term in terms:
-        if isinstance(term, type):
-            raise TypeError(
-                f"{term.__name__} is a class, and no loss term: give one of its objects, {term.__name__}()."
-            )
-        keys = getattr(term, "in_keys", "")
-        if not isinstance(term, nn.Module) or isinstance(keys, str):
-            raise TypeError(
-                f"{type(term).__name__} is no loss term, a module with in_keys: help(rl2_torchrl.objectives.terms)."
-            )
-        if strangers := [key for key in keys if not isinstance(key, str | tuple)]:
-            raise TypeError(
-                f"{type(term).__name__}.in_keys holds {strangers}: entries' names are texts or tuples of them."
-            )
-    return terms
-
-
-def require_one_writer(
+def checked_terms(
     terms: Iterable[nn.Module], actor: TensorDictModuleBase, critic: TensorDictModuleBase | None
-) -> None:
-    """ValueError where a term reads what both networks write, unless it is one module's that both run."""
+) -> list[nn.Module]:
+    """``terms`` as a list.
+
+    Raises:
+        TypeError: one of them is none.
+        ValueError: one reads what both networks write, unless it is one module's that both run, or a `TaskBelief` a memory.
+    """
+    if isinstance(terms, nn.Module) and not isinstance(terms, nn.ModuleList):
+        raise TypeError(f"terms={type(terms).__name__}(...) is one term: give a list, [{type(terms).__name__}(...)].")
     leaves = [[] if network is None else leaves_of(network) for network in (actor, critic)]
     ours, theirs = ({key: leaf for leaf in each for key in leaf.out_keys} for each in leaves)
+    memory = {key for network in (actor, critic) if network is not None for key in hidden_keys(network)}
+    terms = list(terms)
     for term in terms:
-        if twice := [key for key in term.in_keys if key in ours and ours[key] is not theirs.get(key, ours[key])]:
+        name = type(term).__name__
+        if isinstance(term, type):
+            raise TypeError(f"{term.__name__} is a class and no loss term: give one of its objects, {term.__name__}().")
+        keys = getattr(term, "in_keys", "")
+        if not isinstance(term, nn.Module) or isinstance(keys, str):
+            raise TypeError(f"{name} is no loss term, a module with in_keys: help(rl2_torchrl.objectives.terms).")
+        if strangers := [key for key in keys if not isinstance(key, str | tuple)]:
+            raise TypeError(f"{name}.in_keys holds {strangers}: entries' names are texts or tuples of them.")
+        if twice := [key for key in keys if key in ours and ours[key] is not theirs.get(key, ours[key])]:
             raise ValueError(
-                f"{type(term).__name__} reads {twice}, which actor and critic both write, so that it would read the critic's: give "
-                "one of the two another name (features_key=...)."
+                f"{name} reads {twice}, which actor and critic both write, the critic last: rename one (features_key=...)."
             )
-
-
-def require_features(
-    terms: Iterable[nn.Module], actor: TensorDictModuleBase, critic: TensorDictModuleBase | None
-) -> None:
-    """ValueError where a `TaskBelief` reads a memory."""
-    networks = [network for network in (actor, critic) if network is not None]
-    memory = {key for network in networks for key in hidden_keys(network)}
-    for term in terms:
-        if isinstance(term, TaskBelief) and term.in_keys[0] in memory:
+        if isinstance(term, TaskBelief) and keys[0] in memory:
             raise ValueError(
-                f"TaskBelief reads {term.in_keys[0]!r}, the memory as it was collected, through which no gradient goes: name what "
-                "a network writes, features_key='actor_features', say."
+                f"TaskBelief reads {keys[0]!r}, the memory as it was collected: name what a network writes, such as actor_features."
             )
+    return terms
 
 
 def require_options(options: Mapping[str, object]) -> None:
@@ -74,9 +57,7 @@ def require_options(options: Mapping[str, object]) -> None:
         there = sorted({"terms", *known} - {"self", "kwargs"})
         raise TypeError(f"RL2PPOLoss has no options {unknown}, and would train without them: there are {there}.")
     if isinstance(bonus := options["entropy_bonus"], float):
-        raise TypeError(
-            f"entropy_bonus={bonus} is neither True nor False: the bonus's weight is entropy_coeff={bonus}."
-        )
+        raise TypeError(f"entropy_bonus={bonus} is neither True nor False: its weight is entropy_coeff={bonus}.")
     require_flags(**{name: value for name, value in options.items() if isinstance(known[name].default, bool)})
 
 
@@ -88,15 +69,11 @@ def require_coefficients(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonu
     low, high = bounds
     require_numbers(clip_epsilon=low, critic_coeff=critic_coeff, entropy_coeff=entropy_coeff)
     if not (0 < low <= 1 and high > 0):
-        raise ValueError(
-            f"{clip_epsilon=} must lie in (0, 1]: the lowest ratio is 1 - clip_epsilon. Usual are 0.1 to 0.3."
-        )
+        raise ValueError(f"{clip_epsilon=} must lie in (0, 1]: the lowest ratio is 1 - that. Usual are 0.1 to 0.3.")
     if critic_coeff is not None and not critic_coeff >= 0:
         raise ValueError(f"{critic_coeff=}: a negative weight would drive the values away from the returns.")
     coefficients = entropy_coeff.values() if isinstance(entropy_coeff, Mapping) else [entropy_coeff]
     if any(coefficient is not None and not coefficient >= 0 for coefficient in coefficients):
         raise ValueError(f"{entropy_coeff=}: a negative weight would make the policy stop exploring.")
     if any(coefficients) and not entropy_bonus:
-        raise ValueError(
-            f"{entropy_coeff=} without a bonus weighs nothing: give entropy_bonus=True, or no coefficient."
-        )
+        raise ValueError(f"{entropy_coeff=} without a bonus weighs nothing: give entropy_bonus=True, or neither.")

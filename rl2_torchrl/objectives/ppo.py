@@ -29,13 +29,7 @@ from rl2_torchrl.modules.actor_critic import hidden_keys, require_critic, requir
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
 from rl2_torchrl.objectives.advantages import require_all_valid
-from rl2_torchrl.objectives.loss_arguments import (
-    checked_terms,
-    require_coefficients,
-    require_features,
-    require_one_writer,
-    require_options,
-)
+from rl2_torchrl.objectives.loss_arguments import checked_terms, require_coefficients, require_options
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
@@ -102,9 +96,7 @@ class RL2PPOLoss(ClipPPOLoss):
         if critic_network is not None:
             require_critic(critic_network, "RL2PPOLoss")
         require_own_cores(actor_network, critic_network)
-        terms = checked_terms(terms)
-        require_one_writer(terms, actor_network, critic_network)
-        require_features(terms, actor_network, critic_network)
+        terms = checked_terms(terms, actor_network, critic_network)
         options = {**_DEFAULTS, **kwargs}
         require_options(options)
         require_coefficients(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
@@ -224,9 +216,7 @@ class RL2PPOLoss(ClipPPOLoss):
         refusal, key = self._why_torchrls(seen), self.tensor_keys.advantage
         has_advantage, has_own_terms = tensordict.get(key, None) is not None, self._has_own_terms()
         if has_own_terms and not has_advantage:
-            raise KeyError(
-                f"no {key!r} in the data, which loss_terms() reads: call TrialAdvantage(...)(batch) on it first."
-            )
+            raise KeyError(f"no {key!r} in the data, which loss_terms() reads: call TrialAdvantage(...)(batch) first.")
         if refusal is None and has_advantage and (tensordict.ndim == 2 or has_own_terms):
             answers = Answers.active(self)
             if answers is not None and (given := answers(tensordict, self._state_now(seen))) is not None:
@@ -261,9 +251,7 @@ class RL2PPOLoss(ClipPPOLoss):
         if advantage is None and self._value_estimator is None:
             raise KeyError(f"no {key!r} in the data: call TrialAdvantage(...)(batch) on the whole batch [B, T] first.")
         if advantage is not None and advantage.shape != (*tensordict.shape, 1):
-            raise ValueError(
-                f"{key!r} has shape {tuple(advantage.shape)}; it must be [*B, T, 1], {(*tensordict.shape, 1)}."
-            )
+            raise ValueError(f"{key!r} is {tuple(advantage.shape)}; it must be [*B, T, 1], {(*tensordict.shape, 1)}.")
 
     def _set_in_keys(self) -> None:
         # For calls by keyword; ClipPPOLoss lists what its value estimator reads, and not what an advantage is in.
