@@ -28,7 +28,7 @@ from rl2_torchrl.minibatches import Minibatches, beside, require_trials, rows_an
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
-from rl2_torchrl.objectives.advantages import TrialAdvantage, asking
+from rl2_torchrl.objectives.advantages import TrialAdvantage, advantages_of
 from rl2_torchrl.passes import Passes
 from rl2_torchrl.seeding import on_device
 from rl2_torchrl.trial import outermost
@@ -247,7 +247,7 @@ class PPOUpdate:
     # ---------------------------------------------------------------- entries
     def with_advantages(self, batch: TensorDictBase) -> TensorDictBase:
         """``batch``, into which ``advantage`` writes; without a critic it asks the loss's networks beyond trials that are cut."""
-        return asking(self.advantage, self.stand_in)(batch)
+        return advantages_of(self.advantage, self.stand_in, batch)
 
     def chunks(self, batch: TensorDictBase) -> TensorDictBase:
         """Cuts ``batch`` ``[*B, T]`` into ``[num_chunks, bptt]``, with no more than the entries that the loss reads.

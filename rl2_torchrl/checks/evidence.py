@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase, Transform
 
 from rl2_torchrl.checks.probe import NetworkProbe
 from rl2_torchrl.minibatches import beside
-from rl2_torchrl.objectives.advantages import asking
+from rl2_torchrl.objectives.advantages import advantages_of
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE, transforms_of
 from rl2_torchrl.workers import TrialWorkers
@@ -139,7 +139,7 @@ class Evidence:
             raise NotChecked("the update has no advantage")
         both = self.update.advantage, getattr(self.update, "stand_in", None)
         advantage, stand_in = copied(both, "advantage")
-        return asking(advantage.eval() if isinstance(advantage, nn.Module) else advantage, stand_in)
+        return partial(advantages_of, advantage.eval() if isinstance(advantage, nn.Module) else advantage, stand_in)
 
     @cached_property
     def learnt_from(self) -> TensorDictBase:

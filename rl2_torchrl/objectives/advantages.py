@@ -14,7 +14,7 @@ from rl2_torchrl import kernels
 from rl2_torchrl.arguments import require_flags, require_numbers, require_time_last
 from rl2_torchrl.modules.normalization import RunningNorm
 
-__all__ = ["TrialAdvantage", "asking", "require_all_valid"]
+__all__ = ["TrialAdvantage", "advantages_of", "require_all_valid"]
 
 
 class TrialAdvantage(nn.Module):
@@ -46,7 +46,7 @@ class TrialAdvantage(nn.Module):
         tensor([1.7500, 1.5000, 1.0000])
     """
 
-    #: Asked where there is no ``critic``; `asking` puts one here while it calls.
+    #: Asked where there is no ``critic``; `advantages_of` puts one here while it calls.
     stand_in: TensorDictModuleBase | None = None
 
     #: What it writes.
@@ -133,10 +133,10 @@ class TrialAdvantage(nn.Module):
         out[..., :-1, :] = value[..., 1:, :]
         out[..., -1, :] = 0
         out.masked_fill_(done, 0.0)
-        if not (torch.equal(done, terminated) and bool(terminated[..., -1, :].all())):
-            # The value beyond the last step counts at truncations, and where the batch cuts a trial.
-            is_open = done & ~terminated
-            is_open[..., -1, :] = ~terminated[..., -1, :]
+        # The value beyond the last step counts at truncations, and where the batch cuts a trial.
+        is_open = done & ~terminated
+        is_open[..., -1, :] = ~terminated[..., -1, :]
+        if is_open.any():
             out[is_open] = self._bootstrap(tensordict, is_open.squeeze(-1)).to(out.dtype)
         out.mul_(self.gamma).add_(reward).sub_(value)
 
@@ -161,8 +161,8 @@ class TrialAdvantage(nn.Module):
             return critic(successors)[self.value_key].reshape(-1)
 
 
-def asking(advantage: Callable, critic: TensorDictModuleBase | None) -> Callable[[TensorDictBase], TensorDictBase]:
-    """``advantage``, a `TrialAdvantage` if there is a ``critic``, which it asks while it is called here, if it was given none.
+def advantages_of(advantage: Callable, critic: TensorDictModuleBase | None, batch: TensorDictBase) -> TensorDictBase:
+    """What ``advantage`` makes of ``batch``, a `TrialAdvantage` if there is a ``critic``, which it asks if it was given none.
 
     Raises:
         TypeError: ``advantage`` returned no batch.
@@ -170,21 +170,15 @@ def asking(advantage: Callable, critic: TensorDictModuleBase | None) -> Callable
     """
     # Not in the module tree: the parameters belong to the loss.
     attributes = {} if critic is None else advantage.__dict__
-
-    def ask(tensordict: TensorDictBase) -> TensorDictBase:
-        attributes["stand_in"] = critic
-        try:
-            out = advantage(tensordict)
-        finally:
-            del attributes["stand_in"]
-        if not isinstance(out, TensorDictBase):
-            raise TypeError(
-                f"the advantage returned {out!r}: it returns the batch, with 'advantage' and 'value_target' in it."
-            )
-        require_all_valid(out)
-        return out
-
-    return ask
+    attributes["stand_in"] = critic
+    try:
+        out = advantage(batch)
+    finally:
+        del attributes["stand_in"]
+    if not isinstance(out, TensorDictBase):
+        raise TypeError(f"the advantage returned {out!r}: it returns the batch, with 'advantage' and 'value_target'.")
+    require_all_valid(out)
+    return out
 
 
 def require_all_valid(batch: TensorDictBase) -> None:
