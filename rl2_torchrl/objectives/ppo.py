@@ -156,24 +156,24 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _why_torchrls(self, seen: "_Seen | None") -> str | None:
         """Why it is `ClipPPOLoss` that computes PPO's terms, in words; None where parts do. ``seen``: None while compiled."""
-        refusal = "torch.compile sees no parts" if seen is None else self._refusal(seen)
+        name = type(self).__name__
+        if seen is None:
+            refusal = "torch.compile sees no parts"
+        elif options := [option for option, ours in _OURS.items() if _differs(getattr(self, option), ours)]:
+            refusal = f"the options {options} are ClipPPOLoss's"
+        elif own := others_than(ClipPPOLoss, self, _STEPS):
+            refusal = f"{own} of ClipPPOLoss are others in {name}: a term of loss_terms() in their place is faster"
+        else:
+            refusal = seen.refusal
         if refusal is not None and self._has_own_terms():
             raise ValueError(
-                f"{type(self).__name__} has a loss_terms() of its own, which nobody would call: {refusal}. Give what it adds to "
-                "PPO's terms as terms=[...], or leave the other out."
+                f"{name} has a loss_terms() of its own, which nobody would call: {refusal}. Give what it adds to PPO's terms as "
+                "terms=[...], or leave the other out."
             )
         return refusal
 
     def _has_own_terms(self) -> bool:
         return bool(others_than(RL2PPOLoss, self, ["loss_terms"]))
-
-    def _refusal(self, seen: "_Seen") -> str | None:
-        if options := [name for name, ours in _OURS.items() if _differs(getattr(self, name), ours)]:
-            return f"the options {options} are ClipPPOLoss's"
-        if own := others_than(ClipPPOLoss, self, _STEPS):
-            name = type(self).__name__
-            return f"{own} of ClipPPOLoss are others in {name}: a term of loss_terms() in their place is faster"
-        return seen.refusal
 
     def network_parts(self) -> list[Part]:
         """The parts of actor and critic, in order."""
@@ -246,19 +246,15 @@ class RL2PPOLoss(ClipPPOLoss):
         if seen is not None:
             require_time_last(tensordict)
             require_all_valid(tensordict)
-            _require_memory(tensordict, seen.memory)
+            missing = [key for key in seen.memory if tensordict.get(key, None) is None]
+            starts = tensordict.get("is_init", None) if missing else None
+            if starts is not None and not starts[..., 0, :].all():
+                raise KeyError(lost_memory(missing))
         advantage = tensordict.get(key := self.tensor_keys.advantage, None)
         if advantage is None and self._value_estimator is None:
             raise KeyError(f"no {key!r} in the data: call TrialAdvantage(...)(batch) on the whole batch [B, T] first.")
         if advantage is not None and advantage.shape != (*tensordict.shape, 1):
             raise ValueError(f"{key!r} is {tuple(advantage.shape)}; it must be [*B, T, 1], {(*tensordict.shape, 1)}.")
-
-    def _set_in_keys(self) -> None:
-        # For calls by keyword; ClipPPOLoss lists what its value estimator reads, and not what an advantage is in.
-        super()._set_in_keys()
-        keys = self.tensor_keys
-        own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
-        self._in_keys = list(dict.fromkeys([*self._in_keys, *own]))
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -266,7 +262,10 @@ class RL2PPOLoss(ClipPPOLoss):
         networks = [network for network in (self.actor_network, self.critic_network) if network is not None]
         written = {key for network in networks for key in network.out_keys}
         terms = [key for key in self._keys_of_terms() if key not in written and key[0] != "policy"]
-        return list(dict.fromkeys([*ClipPPOLoss.in_keys.fget(self), *terms]))
+        # ClipPPOLoss lists what its value estimator reads, and not what an advantage is in.
+        keys = self.tensor_keys
+        own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
+        return list(dict.fromkeys([*ClipPPOLoss.in_keys.fget(self), *own, *terms]))
 
     @in_keys.setter
     def in_keys(self, keys: list[NestedKey]) -> None:
@@ -307,15 +306,12 @@ class _Seen:
         networks = [loss.actor_network, *([loss.critic_network] if loss.critic_network else [])]
         self.refusal = why_no_parts(loss.actor_network)
         self.memory = [key for network in networks for key in hidden_keys(network)]
-        _, *modules = loss.modules()
-        self.modules, self._layout = modules, self._layout_of(loss, modules, options)
-        self._samples = [m for m in modules if isinstance(m, ProbabilisticTensorDictModule)]
-        self._given = self._distributions()
-        self._loss = ref(loss)
+        _, *self.modules = loss.modules()
+        self._samples = [m for m in self.modules if isinstance(m, ProbabilisticTensorDictModule)]
+        self._layout, self._given, self._loss = self._layout_of(loss, options), self._distributions(), ref(loss)
 
-    @staticmethod
-    def _layout_of(loss: RL2PPOLoss, modules: Sequence[nn.Module], options: tuple) -> tuple:
-        return options, [(tuple(module._modules.values()), is_watched(module)) for module in (loss, *modules)]
+    def _layout_of(self, loss: RL2PPOLoss, options: tuple) -> tuple:
+        return options, [(tuple(module._modules.values()), is_watched(module)) for module in (loss, *self.modules)]
 
     def _distributions(self) -> list[object]:
         given = [(m.distribution_class, *m.distribution_kwargs, *m.distribution_kwargs.values()) for m in self._samples]
@@ -325,19 +321,12 @@ class _Seen:
         """Whether nothing has changed since."""
         now, given = self._distributions(), self._given  # not compared as tensors are
         is_same = len(now) == len(given) and all(map(is_, now, given))
-        return is_same and self._layout_of(loss, self.modules, options) == self._layout
+        return is_same and self._layout_of(loss, options) == self._layout
 
     @cached_property
     def parts(self) -> list[Part]:
         """`RL2PPOLoss.network_parts`."""
         return self._loss().network_parts()
-
-
-def _require_memory(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> None:
-    missing = [key for key in keys if tensordict.get(key, None) is None]
-    starts = tensordict.get("is_init", None)
-    if missing and starts is not None and not starts[..., 0, :].all():
-        raise KeyError(lost_memory(missing))
 
 
 def _differs(value: object, ours: object) -> bool:
