@@ -50,6 +50,9 @@ class RecurrentCore(TensorDictModuleBase):
         [0.5, 0.75, 0.875]
     """
 
+    #: Whether a trial within a row starts from what is stored at that step, not from `initial_memory`, unless that is another.
+    _starts_from_stored = False
+
     def __init__(
         self, features_size: int, memory: Mapping[str, Sequence[int]], *, input_size: int | None = None, **keys
     ):
@@ -121,11 +124,13 @@ class RecurrentCore(TensorDictModuleBase):
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
         """`sequence`, and the memories ``[N, T, *shape]`` after each trial's last step in its row, 0 elsewhere."""
-        first_at, outputs = self._first_memory(memory, x.shape[0]), []
-        state = tuple(m[:, 0] for m in memory) if memory else first_at(0)
+        is_stored = memory and self._starts_from_stored and self._starts_from_zeros()
+        initial = None if is_stored else self.initial_memory(x.shape[0])
+        state, outputs = tuple(m[:, 0] for m in memory) if memory else initial, []
         for t in range(x.shape[1]):
             if is_init is not None:
-                state = [where_rows(is_init[:, t], *pair) for pair in zip(first_at(t), state, strict=True)]
+                first = tuple(m[:, t] for m in memory) if is_stored else initial
+                state = [where_rows(is_init[:, t], *pair) for pair in zip(first, state, strict=True)]
             given = self.step(x[:, t], *state)
             if t == 0:
                 self._require_outputs(given, x.shape[0])
@@ -133,11 +138,6 @@ class RecurrentCore(TensorDictModuleBase):
             outputs.append(given)
         features, *states = (torch.stack(each, 1) for each in zip(*outputs, strict=True))
         return features, *(at_ends(each, is_init) for each in states if with_memory)
-
-    def _first_memory(self, memory: Tensors | None, num_rows: int) -> Callable[[int], Tensors]:
-        """From a step to the memories with which a trial that starts there begins."""
-        initial = self.initial_memory(num_rows)
-        return lambda t: initial
 
     @property
     def recurrent_mode(self) -> bool:
@@ -250,6 +250,8 @@ class LSTMCore(RecurrentCore):
         torch.Size([4, 10, 8])
     """
 
+    _starts_from_stored = True  # as in TorchRL's LSTMModule
+
     def __init__(
         self,
         input_size: int,
@@ -288,11 +290,6 @@ class LSTMCore(RecurrentCore):
         y, last = self.lstm(x.reshape(-1, length, x.shape[-1]), state)
         states = [m.transpose(0, 1).repeat_interleave(length, 0) for m in last] if with_memory else []
         return y.reshape(*batch, -1), *(at_ends(each.unflatten(0, batch), is_init) for each in states)
-
-    def _first_memory(self, memory: Tensors | None, num_rows: int) -> Callable[[int], Tensors]:
-        # What is stored at that step, as TorchRL's LSTMModule has it.
-        is_stored = memory and self._starts_from_zeros()
-        return (lambda t: tuple(m[:, t] for m in memory)) if is_stored else super()._first_memory(memory, num_rows)
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(RecurrentCore.forward)
