@@ -57,8 +57,9 @@ class FastGRUModule(RecurrentCore, GRUModule):
         """`GRUModule` starts from zeros wherever it is given no memory; what takes its place does so too."""
 
     def gradient_part(self) -> GRUPart | None:
-        is_own = self._is_covered() and not others_than(FastGRUModule, self, ["sequence", "unroll"])
-        return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if is_own else None
+        is_own = self._is_plain() and not others_than(FastGRUModule, self, ["sequence", "unroll"])
+        is_covered = is_own and kernels.covers(*self.gru.parameters())
+        return GRUPart(self.gru, self.sequence, self.in_keys, self.out_keys[0]) if is_covered else None
 
     def _is_unchanged(self) -> bool:
         """Whether steps, and what they begin from, are those of this class, so that they need not be made one by one."""
@@ -70,9 +71,6 @@ class FastGRUModule(RecurrentCore, GRUModule):
         dropout = gru.dropout and gru.training and gru.num_layers > 1
         is_bare_gru = type(gru) is nn.GRU and is_bare(gru)  # hooks see a GRU that is called
         return is_bare_gru and self._is_unchanged() and is_pad and not gru.bidirectional and not dropout
-
-    def _is_covered(self) -> bool:
-        return self._is_plain() and kernels.covers(*self.gru.parameters())
 
     def step_function(self) -> Callable[..., Tensors]:
         return StepGRU(self.gru) if self._is_plain() else super().step_function()
