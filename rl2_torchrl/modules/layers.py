@@ -362,9 +362,8 @@ class Head(nn.Module):
             return fused(features)
         if not self.skip_size:
             return self.layers(features)
-        activation, first, *_ = self.layers
         features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
-        return self.layers[2:](first(torch.cat((activation(features), skipped), -1)))
+        return self.layers[1:](torch.cat((self.layers[0](features), skipped), -1))
 
     def step_function(self) -> Callable[[Tensor], Tensor]:
         return self._fused() or self
