@@ -113,9 +113,9 @@ class RecurrentActor(ProbabilisticActor):
         the spec decides: categorical for one or several choices, Gaussian for reals. Further keywords are the constructor's. What
         the env shows in two dimensions, or more than an image's three, needs an encoder.
         """
-        require_env(env, f"{cls.__name__}.from_env(env, ...)")
+        spec = _action_spec(cls, env)
         if callable(distribution) and not isinstance(distribution, ActionDistribution | type):
-            distribution = distribution(_action_spec(env))
+            distribution = distribution(spec)
         kwargs = {"action_key": env.action_key, **kwargs}
         return cls(read_shapes(env, kwargs), distribution, **kwargs)
 
@@ -137,8 +137,7 @@ class GRUGaussianActor(RecurrentActor):
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> GRUGaussianActor:
         """An actor of the sizes, device and action key of ``env``; TypeError where its actions are discrete."""
-        require_env(env, f"{cls.__name__}.from_env(env, ...)")
-        action_dim = GaussianActions.from_spec(_action_spec(env)).num_outputs
+        action_dim = GaussianActions.from_spec(_action_spec(cls, env)).num_outputs
         kwargs = {"action_key": env.action_key, **kwargs}
         return cls(read_shapes(env, kwargs), action_dim, **kwargs)
 
@@ -160,8 +159,7 @@ class GRUCategoricalActor(RecurrentActor):
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> GRUCategoricalActor:
         """An actor of the sizes, device, action key and encoding of ``env``; TypeError where its actions are not one choice."""
-        require_env(env, f"{cls.__name__}.from_env(env, ...)")
-        actions = CategoricalActions.from_spec(_action_spec(env))
+        actions = CategoricalActions.from_spec(_action_spec(cls, env))
         kwargs = {"action_key": env.action_key, "one_hot": actions.one_hot, **kwargs}
         return cls(read_shapes(env, kwargs), actions.num_outputs, **kwargs)
 
@@ -282,6 +280,8 @@ class MemoryValueHead(Network):
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
 
 
-def _action_spec(env: EnvBase) -> TensorSpec:
+def _action_spec(cls: type[RecurrentActor], env: EnvBase) -> TensorSpec:
+    """The actions of one row of ``env``, from which a ``cls`` is made; TypeError where that is no env."""
+    require_env(env, f"{cls.__name__}.from_env(env, ...)")
     # With a nested action key a transformed env's `action_spec_unbatched` is the whole Composite.
     return env.full_action_spec_unbatched[env.action_key]
