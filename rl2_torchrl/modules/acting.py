@@ -50,11 +50,6 @@ class ActingPart:
     later: ActingPart | None = None
 
     @property
-    def draws(self) -> bool:
-        """Whether it gives actions, where a distribution may only score them."""
-        return not set(self.out_keys) <= set(self.module.log_prob_keys)
-
-    @property
     def can_wait(self) -> bool:
         """Whether many steps can be looked at together, as rows of one call: the module hands nothing on, nor counts its calls."""
         names = {name for m in self.module.modules() if m.training for name in m._buffers}
@@ -86,9 +81,11 @@ def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
 
 def tell_of_generators(parts: Iterable[ActingPart]) -> None:
     """Logs, once, that a generator of a distribution's own, or one that it would find in the TensorDict, is not drawn from."""
-    for module in (part.module for part in parts if part.way == "distribution" and part.draws):
+    for part in parts:
+        module = part.module
+        is_drawn = part.way == "distribution" and not set(part.out_keys) <= set(module.log_prob_keys)
         is_given = any(getattr(module, name, None) is not None for name in ("_generator", "_generator_key"))
-        if not is_given or module in _TOLD:
+        if not is_drawn or not is_given or module in _TOLD:
             continue
         _TOLD.add(module)
         log.warning(
