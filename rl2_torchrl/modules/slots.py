@@ -231,11 +231,9 @@ def require_sizes(env: EnvBase, policy: nn.Module) -> None:
 def _tell_of_bounds(env: EnvBase, policy: nn.Module) -> None:
     """Logs that ``policy`` was made for other bounds of the action than those of ``env``, and keeps to its own."""
     specs = [spec for spec in env.full_action_spec.values(True, True) if isinstance(spec, Bounded)]
-    for module in policy.modules():
-        kwargs = getattr(module, "distribution_kwargs", None) or {}
-        if len(specs) != 1 or not {"low", "high"} <= kwargs.keys():
-            continue
-        own = [torch.as_tensor(kwargs[name], device="cpu").float() for name in ("low", "high")]
+    bounded = [m for m in policy.modules() if {"low", "high"} <= (getattr(m, "distribution_kwargs", None) or {}).keys()]
+    for module in bounded if len(specs) == 1 else ():
+        own = [torch.as_tensor(module.distribution_kwargs[name], device="cpu").float() for name in ("low", "high")]
         there = [getattr(specs[0].space, name).cpu().float() for name in ("low", "high")]
         fits = own[0].numel() in (1, there[0].shape[-1:].numel())  # else the actions' size is told of
         if fits and module not in _TOLD and not all(torch.allclose(*pair) for pair in zip(own, there, strict=True)):
