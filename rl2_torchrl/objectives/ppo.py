@@ -183,9 +183,8 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def _seen(self) -> "_Seen":
         """What has been found out about the networks, anew where a module, a hook or an option has changed."""
-        options = (self.tensor_keys.action, self._runs_critic(), self.entropy_bonus)
-        if (seen := _SEEN.get(self)) is None or not seen.holds(self, options):
-            seen = _SEEN[self] = _Seen(self, options)
+        if (seen := _SEEN.get(self)) is None or not seen.holds(self):
+            seen = _SEEN[self] = _Seen(self)
         return seen
 
     def _runs_critic(self) -> bool:
@@ -302,26 +301,27 @@ class _Seen:
         modules: those of the loss, without itself, or it would never be freed.
     """
 
-    def __init__(self, loss: RL2PPOLoss, options: tuple):
+    def __init__(self, loss: RL2PPOLoss):
         networks = [loss.actor_network, *([loss.critic_network] if loss.critic_network else [])]
         self.refusal = why_no_parts(loss.actor_network)
         self.memory = [key for network in networks for key in hidden_keys(network)]
         _, *self.modules = loss.modules()
         self._samples = [m for m in self.modules if isinstance(m, ProbabilisticTensorDictModule)]
-        self._layout, self._given, self._loss = self._layout_of(loss, options), self._distributions(), ref(loss)
+        self._layout, self._given, self._loss = self._layout_of(loss), self._distributions(), ref(loss)
 
-    def _layout_of(self, loss: RL2PPOLoss, options: tuple) -> tuple:
+    def _layout_of(self, loss: RL2PPOLoss) -> tuple:
+        options = loss.tensor_keys.action, loss._runs_critic(), loss.entropy_bonus
         return options, [(tuple(module._modules.values()), is_watched(module)) for module in (loss, *self.modules)]
 
     def _distributions(self) -> list[object]:
         given = [(m.distribution_class, *m.distribution_kwargs, *m.distribution_kwargs.values()) for m in self._samples]
         return [each for one in given for each in one]
 
-    def holds(self, loss: RL2PPOLoss, options: tuple) -> bool:
+    def holds(self, loss: RL2PPOLoss) -> bool:
         """Whether nothing has changed since."""
         now, given = self._distributions(), self._given  # not compared as tensors are
         is_same = len(now) == len(given) and all(map(is_, now, given))
-        return is_same and self._layout_of(loss, options) == self._layout
+        return is_same and self._layout_of(loss) == self._layout
 
     @cached_property
     def parts(self) -> list[Part]:
