@@ -144,9 +144,8 @@ class TrialAdvantage(nn.Module):
         critic = self.stand_in if self.critic is None else self.critic
         if critic is None:
             raise ValueError(
-                f"{int(rows.sum())} trials are cut by the batch's end (or truncated), and there is no critic to ask for their last "
-                "value. Pass TrialAdvantage(critic=<the collector's policy>), or, where all trials have one length, make "
-                "frames_per_batch a whole number of them."
+                f"{int(rows.sum())} trials are cut by the batch's end (or truncated), and no critic tells their last value. Pass "
+                "TrialAdvantage(critic=<the collector's policy>), or, if all have one length, a frames_per_batch of whole trials."
             )
         successors = tensordict["next"][rows]
         known = ("is_init", *successors.keys(True))
