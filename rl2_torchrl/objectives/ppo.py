@@ -255,7 +255,7 @@ class RL2PPOLoss(ClipPPOLoss):
         if advantage is not None and advantage.shape != (*tensordict.shape, 1):
             raise ValueError(f"{key!r} is {tuple(advantage.shape)}; it must be [*B, T, 1], {(*tensordict.shape, 1)}.")
 
-    @property
+    @ClipPPOLoss.in_keys.getter  # it is set as that is
     def in_keys(self) -> list[NestedKey]:
         """What is read of the data, by the terms as well; those of a class below are there when all of that class is."""
         networks = [network for network in (self.actor_network, self.critic_network) if network is not None]
@@ -265,10 +265,6 @@ class RL2PPOLoss(ClipPPOLoss):
         keys = self.tensor_keys
         own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
         return list(dict.fromkeys([*ClipPPOLoss.in_keys.fget(self), *own, *terms]))
-
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        self._in_keys = keys
 
     # --------------------------------------------------------------- numbers
     def require_starts(self, keys: Container[NestedKey]) -> None:
