@@ -48,9 +48,7 @@ class ActorCritic(Network):
     """
 
     def __init__(self, actor: TensorDictModuleBase, critic: TensorDictModuleBase):
-        require_policy(actor, "ActorCritic")
-        require_critic(critic, "ActorCritic")
-        require_own_cores(actor, critic)
+        require_networks("ActorCritic", actor, critic)
         if shared := [key for key in hidden_keys(actor) if key in hidden_keys(critic)]:
             raise ValueError(
                 f"actor and critic both keep their memory under {shared}: give one another hidden_key=, or take MemoryValueHead."
@@ -84,27 +82,24 @@ class ActorCritic(Network):
         return hidden_keys(self)
 
 
-def require_policy(actor: nn.Module | None, where: str) -> None:
-    """TypeError unless ``actor`` has an action distribution, as the first network of ``where`` does."""
+def require_networks(where: str, actor: nn.Module | None, *critic: nn.Module | None) -> None:
+    """Raises unless ``actor``, and ``critic``, if it is there, are what ``where`` is given.
+
+    Raises:
+        TypeError: the actor has no action distribution, or the critic is no network.
+        ValueError: both have one core, and it goes by the names of one of them alone.
+    """
     if isinstance(actor, type) or not hasattr(actor, "get_dist"):
         raise TypeError(
             f"{where}(actor, critic): {kind_of(actor)} has no action distribution. The actor comes first, such as GRUGaussianActor."
         )
-
-
-def require_critic(critic: TensorDictModuleBase | None, where: str) -> None:
-    """TypeError unless ``critic`` is a network, as the second of ``where`` is."""
-    # A compiled one is a plain module that has these.
-    has_keys = hasattr(critic, "in_keys") and hasattr(critic, "out_keys")
-    if isinstance(critic, type) or not has_keys:
-        raise TypeError(
-            f"{where}(actor, critic): {kind_of(critic)} is no critic. The critic comes second, such as GRUValueHead.from_env(env)."
-        )
-
-
-def require_own_cores(actor: nn.Module, critic: nn.Module | None) -> None:
-    """ValueError where both have one core, and it goes by the names of one of them alone."""
-    networks = [actor, *([critic] if critic is not None else [])]
+    for each in critic:
+        # A compiled one is a plain module that has these.
+        if isinstance(each, type) or not (hasattr(each, "in_keys") and hasattr(each, "out_keys")):
+            raise TypeError(
+                f"{where}(actor, critic): {kind_of(each)} is no critic, which comes second, such as GRUValueHead.from_env(env)."
+            )
+    networks = (actor, *critic)
     for core in set.intersection(*(set(network.modules()) for network in networks)):
         if hasattr(type(core), "name_entries") and any(core.in_keys[1] not in each.in_keys for each in networks):
             raise ValueError(

@@ -25,7 +25,7 @@ from rl2_torchrl.gradients.answers import Answers
 from rl2_torchrl.gradients.part import is_watched, others_than
 from rl2_torchrl.gradients.program import losses_of, merge_losses
 from rl2_torchrl.gradients.replays import Replays
-from rl2_torchrl.modules.actor_critic import hidden_keys, require_critic, require_own_cores, require_policy
+from rl2_torchrl.modules.actor_critic import hidden_keys, require_networks
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
 from rl2_torchrl.objectives.advantages import require_all_valid
@@ -92,10 +92,7 @@ class RL2PPOLoss(ClipPPOLoss):
     ):
         # ClipPPOLoss's other names for the two.
         actor_network, critic_network = kwargs.pop("actor", actor_network), kwargs.pop("critic", critic_network)
-        require_policy(actor_network, "RL2PPOLoss")
-        if critic_network is not None:
-            require_critic(critic_network, "RL2PPOLoss")
-        require_own_cores(actor_network, critic_network)
+        require_networks("RL2PPOLoss", actor_network, *([critic_network] if critic_network is not None else []))
         terms = checked_terms(terms, actor_network, critic_network)
         options = {**_DEFAULTS, **kwargs}
         require_options(options)
