@@ -12,7 +12,7 @@ from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.objectives.belief import TaskBelief
 
-__all__ = ["checked_terms", "require_coefficients", "require_options"]
+__all__ = ["checked_terms", "require_options"]
 
 
 def checked_terms(
@@ -50,8 +50,8 @@ def checked_terms(
     return terms
 
 
-def require_options(options: Mapping[str, object]) -> None:
-    """TypeError where one of ``options`` is none of `ClipPPOLoss`'s, or a flag is something else."""
+def require_options(clip_epsilon, critic_coeff, entropy_coeff, options: Mapping[str, object]) -> None:
+    """Raises unless ``options`` are `ClipPPOLoss`'s, and clip and weights numbers of the range in which they mean something."""
     known = {**signature(PPOLoss.__init__).parameters, **signature(ClipPPOLoss.__init__).parameters}
     if unknown := sorted(options.keys() - known.keys()):
         there = sorted({"terms", *known} - {"self", "kwargs"})
@@ -59,10 +59,6 @@ def require_options(options: Mapping[str, object]) -> None:
     if isinstance(bonus := options["entropy_bonus"], float):
         raise TypeError(f"entropy_bonus={bonus} is neither True nor False: its weight is entropy_coeff={bonus}.")
     require_flags(**{name: value for name, value in options.items() if isinstance(known[name].default, bool)})
-
-
-def require_coefficients(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonus: bool) -> None:
-    """Raises unless clip and weights are numbers of the range in which they mean something."""
     bounds = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
     if len(bounds) != 2:
         raise ValueError(f"{clip_epsilon=} has {len(bounds)} numbers: give one, or two, (low, high).")
@@ -75,5 +71,5 @@ def require_coefficients(clip_epsilon, critic_coeff, entropy_coeff, entropy_bonu
     coefficients = entropy_coeff.values() if isinstance(entropy_coeff, Mapping) else [entropy_coeff]
     if any(coefficient is not None and not coefficient >= 0 for coefficient in coefficients):
         raise ValueError(f"{entropy_coeff=}: a negative weight would make the policy stop exploring.")
-    if any(coefficients) and not entropy_bonus:
+    if any(coefficients) and not options["entropy_bonus"]:
         raise ValueError(f"{entropy_coeff=} without a bonus weighs nothing: give entropy_bonus=True, or neither.")

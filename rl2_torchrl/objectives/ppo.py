@@ -29,7 +29,7 @@ from rl2_torchrl.modules.actor_critic import hidden_keys, require_networks
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
 from rl2_torchrl.objectives.advantages import require_all_valid
-from rl2_torchrl.objectives.loss_arguments import checked_terms, require_coefficients, require_options
+from rl2_torchrl.objectives.loss_arguments import checked_terms, require_options
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
@@ -95,8 +95,7 @@ class RL2PPOLoss(ClipPPOLoss):
         require_networks("RL2PPOLoss", actor_network, *([critic_network] if critic_network is not None else []))
         terms = checked_terms(terms, actor_network, critic_network)
         options = {**_DEFAULTS, **kwargs}
-        require_options(options)
-        require_coefficients(clip_epsilon, critic_coeff, entropy_coeff, options["entropy_bonus"])
+        require_options(clip_epsilon, critic_coeff, entropy_coeff, options)
         if isinstance(entropy_coeff, Real):  # NumPy's are no numbers to TorchRL
             entropy_coeff = float(entropy_coeff)
         options["functional"] |= options.get("delay_actor", False)
