@@ -20,18 +20,18 @@ import torch
 
 __all__ = ["NoStateError", "Restorer", "Saver"]
 
-#: Values that do not change, what they are made of, and what makes them again.
-_VALUES: dict[str, tuple[type, Callable[[Any], tuple], Callable[..., Any]]] = {
-    "complex": (complex, lambda number: (number.real, number.imag), complex),
-    "range": (range, lambda numbers: (numbers.start, numbers.stop, numbers.step), range),
-    "timedelta": (timedelta, lambda time: (time.days, time.seconds, time.microseconds), timedelta),
-    "path": (type(pathlib.Path()), lambda path: (str(path),), pathlib.Path),
-    "size": (torch.Size, tuple, lambda *sizes: torch.Size(sizes)),
-    "device": (torch.device, lambda device: (str(device),), torch.device),
-    "dtype": (torch.dtype, lambda dtype: (str(dtype).removeprefix("torch."),), lambda name: getattr(torch, name)),
+#: Values that do not change: their type, what is saved of one, and what makes it again of that.
+_VALUES: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "complex": (complex, lambda number: [number.real, number.imag], lambda parts: complex(*parts)),
+    "range": (range, lambda numbers: [numbers.start, numbers.stop, numbers.step], lambda ends: range(*ends)),
+    "timedelta": (timedelta, lambda time: [time.days, time.seconds, time.microseconds], lambda time: timedelta(*time)),
+    "path": (type(pathlib.Path()), lambda path: [str(path)], lambda parts: pathlib.Path(*parts)),
+    "size": (torch.Size, list, torch.Size),
+    "device": (torch.device, lambda device: [str(device)], lambda names: torch.device(*names)),
+    "dtype": (torch.dtype, lambda dtype: [str(dtype).removeprefix("torch.")], lambda names: getattr(torch, *names)),
+    "text": (np.str_, str, np.str_),
+    "bytes": (bytes, lambda value: value.decode("latin-1"), lambda text: text.encode("latin-1")),
 }
-
-
 #: What a `defaultdict` may begin its entries with.
 _FACTORIES = {"none": None, "int": int, "float": float, "list": list, "set": set, "dict": dict}
 
@@ -71,13 +71,9 @@ class Saver:
             return [type(value).__name__, self._items(value, where)]
         if _is_named_tuple(value):
             return ["named_tuple", self._class_of(value, where), self._items(value, where)]
-        for kind, (cls, made_of, _) in _VALUES.items():
+        for kind, (cls, saved_of, _) in _VALUES.items():
             if type(value) is cls:
-                return [kind, list(made_of(value))]
-        if isinstance(value, np.str_):
-            return ["text", str(value)]
-        if type(value) is bytes:
-            return ["bytes", value.decode("latin-1")]
+                return [kind, saved_of(value)]
         if isinstance(value, np.generic) and _is_numeric(value.dtype):
             return ["scalar", np.asarray(value)]
         if isinstance(value, enum.Flag):  # a combination has no name of its own
@@ -117,14 +113,11 @@ class Saver:
             return [type(value).__name__, self._items(value, where)]
         if type(value) is deque:
             return ["deque", self._items(value, where), value.maxlen]
-        if type(value) in (dict, OrderedDict, Counter) or (
-            type(value) is defaultdict and value.default_factory in _FACTORIES.values()
-        ):
+        factory = value.default_factory if type(value) is defaultdict else ...
+        factories = [name for name, each in _FACTORIES.items() if each is factory]
+        if type(value) in (dict, OrderedDict, Counter) or factories:
             items = [[self(key, where), self(item, f"{where}[{key!r}]")] for key, item in value.items()]
-            name = next(
-                (name for name, each in _FACTORIES.items() if each is getattr(value, "default_factory", 0)), None
-            )
-            return [type(value).__name__, items, *([name] if type(value) is defaultdict else [])]
+            return [type(value).__name__, items, *factories]
         name = self._class_of(value, where)
         return ["object", name, [[key, self(item, f"{where}.{key}")] for key, item in vars(value).items()]]
 
@@ -175,11 +168,7 @@ class Restorer:
             case "named_tuple":
                 return tuple.__new__(self._class(content, tuple), (self(item) for item in more[0]))
             case _ if kind in _VALUES:
-                return _VALUES[kind][2](*content)
-            case "text":
-                return np.str_(content)
-            case "bytes":
-                return content.encode("latin-1")
+                return _VALUES[kind][2](content)
             case "scalar":
                 return content[()]
             case "member":
@@ -193,7 +182,8 @@ class Restorer:
         if kind in ("array", "tensor"):
             value = self._in_place(content, now)
         elif kind == "object":
-            value = _object(self._class(content), now)
+            cls = self._class(content)
+            value = now if type(now) is cls else object.__new__(cls)
         else:
             value = _empty(kind, content, more, now)
         self._met.append(value)  # before what is within, which may refer to it
@@ -290,10 +280,6 @@ def _bits(state: dict[str, Any]) -> np.random.BitGenerator:
     """A bit generator of NumPy's of the kind whose ``state`` this is."""
     kinds = (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
     return {kind.__name__: kind for kind in kinds}[state["bit_generator"]]()
-
-
-def _object(kind: type, now: Any) -> Any:
-    return now if type(now) is kind else object.__new__(kind)
 
 
 def _is_numeric(dtype: np.dtype) -> bool:
