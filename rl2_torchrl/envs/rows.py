@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,26 +17,18 @@ EnvState = Any
 Entries = dict[NestedKey, Tensor]
 
 
+@dataclass(slots=True)
 class Rows:
-    """Where an env's rows stand. A plain object, since a `Module` takes longer to set an attribute than a step may last.
+    """Where an env's rows stand. A plain object, since a `Module` takes longer to set an attribute than a step may last."""
 
-    Attributes:
-        started: whether the rows have ever begun.
-        state: the state.
-        observation: observation entries.
-        steps: steps of the current episode ``[*B, 1]``; None where all rows have taken ``episode_step``.
-        episode_step: see ``steps``.
-        terminated: of the last step, ``[*B, 1]`` or None.
-        truncated: likewise.
-        moves: how many times rows have begun or stepped.
-    """
-
-    __slots__ = ("episode_step", "moves", "observation", "started", "state", "steps", "terminated", "truncated")
-
-    def __init__(self):
-        self.started, self.state, self.observation, self.episode_step = False, None, {}, 0
-        self.moves = 0
-        self.steps = self.terminated = self.truncated = None
+    started: bool = False  # whether the rows have ever begun
+    state: EnvState = None
+    observation: Entries = field(default_factory=dict)
+    steps: Tensor | None = None  # of the current episode ``[*B, 1]``; None where all rows have taken ``episode_step``
+    episode_step: int = 0
+    terminated: Tensor | None = None  # of the last step, ``[*B, 1]``
+    truncated: Tensor | None = None  # likewise
+    moves: int = 0  # how many times rows have begun or stepped
 
 
 def entries_of(observation: Tensor | Entries | None) -> Entries:

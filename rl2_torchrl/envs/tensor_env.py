@@ -145,29 +145,18 @@ class TensorEnv(EnvBase):
         self._has_task, self._steps_without_task, self._has_told = False, 0, False
         if not isinstance(observation_spec, Composite):
             observation_spec = Composite({} if observation_spec is None else {"observation": observation_spec})
-        self._make_specs(task_spec, observation_spec, action_spec, reward_spec or Unbounded(1), more_spec)
-
-    def _make_specs(
-        self,
-        task: TensorSpec | None,
-        observation: Composite,
-        action: TensorSpec,
-        reward: TensorSpec,
-        more: Composite | None,
-    ) -> None:
+        observation_spec = observation_spec.clone()
         #: Entries that `observe_more` makes.
-        self.more_keys: list[NestedKey] = [] if more is None else list(more.keys(True, True))
-        observation = observation.clone()
+        self.more_keys: list[NestedKey] = [] if more_spec is None else list(more_spec.keys(True, True))
         for key in self.more_keys:
-            observation[key] = more[key]
-        flag = Binary(1, (1,), dtype=torch.bool)
+            observation_spec[key] = more_spec[key]
         # Where the limit terminates and nothing else ends an episode, none is ever truncated.
         never_truncated = self.fixed_length and self.time_limit_terminates
         names = ("done", "terminated") if never_truncated else ("done", "terminated", "truncated")
-        self.state_spec = self._batched(Composite({} if task is None else {"task": task}))
-        self.observation_spec = self._batched(observation)
-        self.action_spec, self.reward_spec = self._batched(action), self._batched(reward)
-        self.full_done_spec = self._batched(Composite({name: flag.clone() for name in names}))
+        self.state_spec = self._batched(Composite({} if task_spec is None else {"task": task_spec}))
+        self.observation_spec = self._batched(observation_spec)
+        self.action_spec, self.reward_spec = self._batched(action_spec), self._batched(reward_spec or Unbounded(1))
+        self.full_done_spec = self._batched(Composite({name: Binary(1, (1,), dtype=torch.bool) for name in names}))
 
     def to(self, device: torch.device | str) -> TensorEnv:
         """The env itself, which is on ``device`` already.
@@ -303,9 +292,7 @@ class TensorEnv(EnvBase):
     def _with_limit(
         self, steps: Tensor, terminated: Tensor | None, truncated: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Ends of episodes, those by ``max_episode_steps`` among them."""
-        if self.max_episode_steps is None:
-            return terminated, truncated
+        """Ends of episodes, those by ``max_episode_steps``, a number here, among them."""
         late = steps >= self.max_episode_steps
         if self.time_limit_terminates:
             return late if terminated is None else terminated | late, truncated
