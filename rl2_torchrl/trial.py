@@ -292,11 +292,10 @@ def put_rows(
     first: TensorDictBase, into: TensorDictBase, rows: torch.Tensor, is_kept: Callable[[NestedKey], bool]
 ) -> None:
     """Writes ``first`` into the ``rows`` (bool ``[*B]``) of ``into``, text too; entries that are ``is_kept`` stay as they are."""
-    for key in first.keys(True, True, is_leaf=is_leaf_nontensor):
+    for key, new in first.items(True, True, is_leaf=is_leaf_nontensor):
         if is_kept(key):
             continue
-        old, new = into.get(key, None), first.get(key)
-        if old is not None:
+        if (old := into.get(key, None)) is not None:
             is_tensor = isinstance(new, torch.Tensor)
             new = torch.where(expand_as_right(rows, new), new, old) if is_tensor else new.where(rows, old)
         into.set(key, new)

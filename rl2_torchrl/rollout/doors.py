@@ -11,10 +11,10 @@ from torchrl.envs import EnvBase
 
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.gradients.part import State, others_than
-from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.trials import Task, flat, unflat
 from rl2_torchrl.transition import NO_REWARD
+from rl2_torchrl.trial import put_rows
 
 __all__ = ["TensorDoor", "TorchRLDoor", "is_tensor_env"]
 
@@ -107,18 +107,14 @@ class TorchRLDoor:
         if rows is not True:
             given.set("_reset", rows.reshape(*env.batch_size, 1))
         first = env._complete_done(self._done_spec, env._reset(given))  # or "done" would stay as the last step left it
-        first = first if rows is True else self._merged(first, rows.reshape(env.batch_size))
-        self._root = old.clone(False).update(first)
+        self._root = old.clone(False)
+        if rows is True:
+            self._root.update(first)
+        else:
+            put_rows(first, self._root, rows.reshape(env.batch_size), env.reset_keys.__contains__)
         if task is not None:
             self._root.set(self._task_key, task)
         return self._observations()
-
-    def _merged(self, first: TensorDictBase, rows: torch.Tensor) -> TensorDictBase:
-        """``first`` in ``rows``, and elsewhere what was there before."""
-        first = first.exclude(*self.env.reset_keys)
-        return first.apply(
-            lambda new, old: new if old is None else where_rows(rows, new, old), self._root, default=None
-        )
 
     def play(self, action: torch.Tensor) -> Played:
         root = self._root.set(self._action_key, unflat(action, self.env.batch_size))
