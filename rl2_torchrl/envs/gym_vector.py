@@ -132,11 +132,7 @@ class GymVectorEnv(TensorEnv):
         self.set_task, self.tasks, self.task_option = set_task, tasks, task_option
         #: What makes a row: a run that goes on is to have the same, with the same arguments, and the same way of a task to it.
         self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str | EnvSpec) else env
-        self.envs = (
-            _theirs(env, num_envs, kwargs)
-            if self._is_theirs
-            else self._make(env, num_envs, vectorization, info_keys, kwargs)
-        )
+        self.envs = self._make(env, num_envs, vectorization, info_keys, kwargs)
         try:
             self._resets_itself = _autoreset(self.envs) is AutoresetMode.SAME_STEP
             self.observations = ObservationSpace(self.envs.single_observation_space)
@@ -166,6 +162,12 @@ class GymVectorEnv(TensorEnv):
         self.is_closed = False  # there is something to close: TorchRL takes an env for closed otherwise
 
     def _make(self, env, num_envs: int | None, vectorization: str, info_keys: Sequence[str], kwargs: dict) -> VectorEnv:
+        if self._is_theirs:
+            if kwargs or num_envs not in (None, env.num_envs):
+                raise TypeError(
+                    f"num_envs={num_envs}, {sorted(kwargs)}: a vector env of your own has {env.num_envs} rows, and is made already."
+                )
+            return env
         if vectorization not in ("sync", "async"):
             raise ValueError(f"vectorization={vectorization!r}: choose 'sync' or 'async'.")
         if isinstance(env, str | EnvSpec):
@@ -562,14 +564,6 @@ def _id_of(env: Any, envs: VectorEnv) -> str | None:
         return env if isinstance(env, str) else env.id
     specs = [getattr(each, "spec", None) for each in (envs, *getattr(envs, "envs", ()))]
     return next((spec.id for spec in specs if spec is not None), None)
-
-
-def _theirs(envs: VectorEnv, num_envs: int | None, kwargs: dict) -> VectorEnv:
-    if kwargs or num_envs not in (None, envs.num_envs):
-        raise TypeError(
-            f"num_envs={num_envs}, {sorted(kwargs)}: a vector env of your own has {envs.num_envs} rows, and is made already."
-        )
-    return envs
 
 
 def _same_rows(task, other, rows: int) -> np.ndarray:
