@@ -181,15 +181,9 @@ class Trial(Transform):
 
     def counters(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> dict[str, torch.Tensor]:
         """The counters' entries, of the shape of ``episode_index`` and ``trial_step``."""
-        return {
-            EPISODE_INDEX: episode_index,
-            TRIAL_STEP: trial_step,
-            TIME_LEFT: self._time_left(episode_index, trial_step),
-        }
-
-    def _time_left(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> torch.Tensor:
         bounds = ((episode_index, self.episodes), (trial_step, self.steps))
-        return reduce(torch.minimum, (1 - count / bound for count, bound in bounds if bound))
+        time_left = reduce(torch.minimum, (1 - count / bound for count, bound in bounds if bound))
+        return {EPISODE_INDEX: episode_index, TRIAL_STEP: trial_step, TIME_LEFT: time_left}
 
     def _require_counters(self, tensordict: TensorDictBase) -> None:
         if TRIAL_STEP not in tensordict.keys():
