@@ -149,7 +149,10 @@ class TaskSampler(Transform):
                 "a seed of its own" if seed is None else f"the seed {seed}",
             )
         self._stream.env = ref(env)
-        _SeedRelay.of(env).add(self._stream)
+        # In place of the env's own, where none is there yet.
+        relay = env.__dict__.setdefault("set_seed", _SeedRelay(env))
+        if self._stream not in relay.streams:
+            relay.streams.append(self._stream)
 
     # --------------------------------------------------------------- resets
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase:
@@ -240,7 +243,8 @@ class TaskSampler(Transform):
         """
         # One plain tensor: TorchRL's EnvCreator, which ParallelEnv wraps around a lambda, copies all other state into
         # every worker, and all workers would draw identical tasks.
-        position = torch.tensor([self._position], dtype=torch.int64)
+        position = self.distribution.position if isinstance(self.distribution, _InOrder) else 0
+        position = torch.tensor([position], dtype=torch.int64)
         own = [to_tensor(owner.state_dict())] if (owner := self._owner_of_a_state) is not None else []
         return torch.cat([self.generator.get_state(), position.view(torch.uint8), *own])
 
@@ -259,10 +263,6 @@ class TaskSampler(Transform):
         """What draws the tasks, if it has a state of its own; a module's is among this one's, or it may hold this one."""
         owner = owner_of(self.distribution)
         return owner if hasattr(owner, "state_dict") and not isinstance(owner, nn.Module) else None
-
-    @property
-    def _position(self) -> int:
-        return self.distribution.position if isinstance(self.distribution, _InOrder) else 0
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("TaskSampler is a transform of environments; it has no meaning in a replay buffer.")
@@ -339,17 +339,9 @@ class _SeedRelay:
     """An env's ``set_seed``, which reaches the samplers around it too: `TransformedEnv` hands a seed to its base env alone."""
 
     def __init__(self, env: EnvBase):
-        self.env, self.streams = env, []
-
-    @classmethod
-    def of(cls, env: EnvBase) -> _SeedRelay:
-        """The relay of ``env``, put in place of its ``set_seed`` where there is none yet."""
-        return env.__dict__.setdefault("set_seed", cls(env))
-
-    def add(self, stream: _Stream) -> None:
-        """Seeds ``stream`` whenever the env is seeded."""
-        if not any(known is stream for known in self.streams):
-            self.streams.append(stream)
+        self.env = env
+        #: Those of the samplers, which are seeded whenever the env is.
+        self.streams: list[_Stream] = []
 
     def __call__(self, seed: int | None = None, static_seed: bool = False) -> int | None:
         """`EnvBase.set_seed`."""
