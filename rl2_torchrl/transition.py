@@ -213,7 +213,8 @@ class PreviousStep(Transform):
         keys = [key for key in observation_spec.keys(True, True) if key not in hidden]
         keys = [key for key in keys if not _is_task(key, self._task_keys()) and not is_info(key)]
         batch_dims = len(self.container.base_env.batch_size)
-        keys = [key for key in keys if _is_vector(observation_spec[key], batch_dims)]
+        keys = [key for key in keys if not isinstance(observation_spec[key], NonTensor)]
+        keys = [key for key in keys if len(observation_spec[key].shape) - batch_dims < 2]
         shown = _observations(self.container, self)
         self._say([key for key in keys if key in shown], [key for key in keys if key not in shown])
         return [key for key in keys if key in shown]
@@ -337,10 +338,6 @@ def _refuse_task(keys: Sequence[NestedKey], task_keys: Sequence[NestedKey]) -> N
             f"obs_keys holds the task ({seen[0]!r}): an agent that sees its task has nothing to find out. Give it to the critic, "
             "if to anyone (GRUValueHead(extra_keys=[...]))."
         )
-
-
-def _is_vector(spec: TensorSpec, batch_dims: int) -> bool:
-    return not isinstance(spec, NonTensor) and len(spec.shape) - batch_dims < 2
 
 
 def require_tensors(spec: Composite, keys: Sequence[NestedKey]) -> None:
