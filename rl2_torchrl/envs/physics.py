@@ -203,12 +203,6 @@ class RolloutBackend:
         self.__init__(*arguments)
         self._states[:], self._start[:] = states, start
 
-    def leave_pool(self) -> None:
-        """In a forked process, where the pool's threads exist no more: to use it or to end it would wait for them for ever."""
-        if self._pool is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pool))  # so that it is never ended
-            self._pool = None
-
     def array(self, values: torch.Tensor) -> np.ndarray:
         """``values`` ``[*B, size]`` as a float64 array ``[B, size]`` to calculate with."""
         return values.numpy(force=True).astype(np.float64).reshape(len(self._models), -1)
@@ -292,8 +286,11 @@ def make_backend(
 
 
 def _leave_pools() -> None:
+    """In a forked process, where the pools' threads exist no more: to use one or to end it would wait for them for ever."""
     for backend in list(_BACKENDS):
-        backend.leave_pool()
+        if backend._pool is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend._pool))  # so that it is never ended
+            backend._pool = None
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
