@@ -24,6 +24,7 @@ __all__ = ["ActionSpace", "ObservationSpace", "misfits"]
 #: Entries that an env has beside its observations, and those that trials add.
 _TAKEN = {"task", INFO, "action", "reward", "done", "terminated", "truncated", "next", "_reset", "trans", "is_init"}
 _TAKEN |= {*TRIAL_KEYS}
+_CHOICES = spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,8 @@ def _leaves(space: spaces.Space, key: tuple[str, ...], path: tuple[str | int, ..
 
 def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, Tensor | None]:
     """Spec of one row of ``space``, and the number from which its choices count."""
-    if isinstance(space, spaces.Discrete):
-        return Categorical(int(space.n)), _start(space)
-    if isinstance(space, spaces.MultiDiscrete):
-        return MultiCategorical(space.nvec.flatten().tolist()), _start(space)
-    if isinstance(space, spaces.MultiBinary):
-        return Binary(int(np.prod(space.shape))), None
+    if isinstance(space, _CHOICES):
+        return _of_choices(space)
     if isinstance(space, spaces.Box):
         return Unbounded(space.shape or (1,), dtype=_of_box(space)), None
     raise TypeError(
@@ -134,22 +131,27 @@ def _observed(space: spaces.Space, name: str) -> tuple[TensorSpec, Tensor | None
     )
 
 
-def _start(space: spaces.Discrete | spaces.MultiDiscrete) -> Tensor | None:
-    start = np.asarray(space.start)
-    return torch.as_tensor(start.flatten() if start.ndim else start, dtype=torch.int64) if start.any() else None
+def _of_choices(space: _CHOICES) -> tuple[TensorSpec, Tensor | None]:
+    """As `_observed`, of choices and flags."""
+    if isinstance(space, spaces.MultiBinary):
+        return Binary(int(np.prod(space.shape))), None
+    start = torch.as_tensor(np.asarray(space.start), dtype=torch.int64)
+    if isinstance(space, spaces.Discrete):
+        spec = Categorical(int(space.n))
+    else:
+        spec, start = MultiCategorical(space.nvec.flatten().tolist()), start.flatten()
+    return spec, start if start.any() else None
 
 
 def _of_box(space: spaces.Box) -> torch.dtype:
     if np.issubdtype(space.dtype, np.floating):
         return torch.float32
     # Bytes are scaled as images are, by 255, which would leave nothing of flags and symbols.
-    are_symbols = space.dtype == np.uint8 and space.high.max(initial=0) <= LARGEST_SYMBOL
-    return torch.int16 if are_symbols else _dtype(space.dtype)
-
-
-def _dtype(dtype: np.dtype) -> torch.dtype:
+    if space.dtype == np.uint8 and space.high.max(initial=0) <= LARGEST_SYMBOL:
+        return torch.int16
     # PyTorch knows no arithmetic of unsigned numbers wider than a byte.
-    return torch.from_numpy(np.zeros(1, dtype)).dtype if dtype in (np.uint8, np.bool_, np.int8) else torch.int64
+    is_small = space.dtype in (np.uint8, np.bool_, np.int8)
+    return torch.from_numpy(np.zeros(1, space.dtype)).dtype if is_small else torch.int64
 
 
 def misfits(space: spaces.Space, value: Any, path: tuple[str | int, ...] = ()) -> Iterator[str]:
@@ -164,7 +166,7 @@ def misfits(space: spaces.Space, value: Any, path: tuple[str | int, ...] = ()) -
         said = f"{len(space.spaces)} parts"
         if hasattr(value, "__len__") and len(value) == len(space.spaces):
             parts, said = list(zip(space.spaces, value, itertools.count(), strict=False)), None
-    elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+    elif isinstance(space, spaces.Box | _CHOICES):
         array = np.asarray(value)
         if array.shape != space.shape or not np.can_cast(array.dtype, space.dtype, "same_kind"):
             shown = None if value is None else f"{array.dtype} {list(array.shape)}"
@@ -190,12 +192,8 @@ class ActionSpace:
 
     def __init__(self, space: spaces.Space):
         self.space, self.start, self.bounds = space, None, None
-        if isinstance(space, spaces.Discrete):
-            self.spec, self.start = Categorical(int(space.n)), _start(space)
-        elif isinstance(space, spaces.MultiDiscrete):
-            self.spec, self.start = MultiCategorical(space.nvec.flatten().tolist()), _start(space)
-        elif isinstance(space, spaces.MultiBinary):
-            self.spec = Binary(int(np.prod(space.shape)))
+        if isinstance(space, _CHOICES):
+            self.spec, self.start = _of_choices(space)
         elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
             low, high = (
                 torch.as_tensor(np.atleast_1d(bound), dtype=torch.float32) for bound in (space.low, space.high)
