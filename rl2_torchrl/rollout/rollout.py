@@ -15,7 +15,6 @@ from copy import deepcopy
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data import NonTensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -30,7 +29,7 @@ from rl2_torchrl.modules.slots import require_sizes
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
-from rl2_torchrl.rollout.trials import leaves
+from rl2_torchrl.rollout.trials import leaves, shown_by
 from rl2_torchrl.trial import is_within, transforms_of
 
 __all__ = ["Rollout"]
@@ -73,7 +72,7 @@ class Rollout:
         #: Whether a module is called with a TensorDict, in which it finds what it, or another, has left at an earlier step.
         self._leaves_all = any(part.way == "tensordict" for part in self.parts)
         read = [key for part in self.parts for key in part.in_keys]
-        read += ["is_init", *_shown(env)] if self._leaves_all else []
+        read += ["is_init", *shown_by(env)] if self._leaves_all else []
         self._read = read = list(dict.fromkeys(read))
         self.memory = Memory(policy, env, env.batch_size.numel())
         memory = [key for pair in self.memory.handed_on for key in pair]
@@ -303,13 +302,6 @@ class Rollout:
         keys = [key for _, key in self.memory.handed_on]
         carry = {key: state["memory"][i] for i, key in enumerate(keys) if i in state["memory"]}
         self._carry = {key: value.clone() for key, value in {**carry, **state.get("left", {})}.items()}
-
-
-def _shown(env: EnvBase) -> list[NestedKey]:
-    """All that ``env`` shows before a step, flags among it, but for what is no tensor."""
-    spec = env.full_observation_spec
-    tensors = [key for key in spec.keys(True, True) if not isinstance(spec[key], NonTensor)]
-    return [*tensors, *env.full_done_spec.keys(True, True)]
 
 
 def _layout(policy: TensorDictModuleBase, env: EnvBase) -> list[tuple[int, bool]]:

@@ -14,7 +14,7 @@ from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.trial import is_within
 
-__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "unflat"]
+__all__ = ["REWARD", "Keys", "Task", "Trials", "flat", "leaves", "next_key", "shown_by", "unflat"]
 
 REWARD = ("next", "reward")
 Keys = Collection[NestedKey]
@@ -42,9 +42,7 @@ class Trials:
     def __init__(self, env: EnvBase, steps: int, read: Keys, keep: Keys | None, reason: str | None = None):
         self.env, self.steps, self.batch_size, self.rows = env, steps, env.batch_size, env.batch_size.numel()
         self.device, self.action_key, self.reason = env.device or torch.device("cpu"), env.action_key, reason
-        shown = env.full_observation_spec
-        tensors = [key for key in shown.keys(True, True) if not isinstance(shown[key], NonTensor)]
-        root = [*tensors, *env.full_done_spec.keys(True, True)]
+        root = shown_by(env)
         #: Entries that a batch can have, and those that somebody wants.
         self.keys = [*root, *map(next_key, (*root, *env.full_reward_spec.keys(True, True)))]
         self.wanted = {*read, *(self.keys if keep is None else leaves((*read, *keep), self.keys))}
@@ -116,6 +114,13 @@ class Trials:
         """Goes on from what `state_dict` returned, with an env whose own state has been restored too."""
         entries = (state.get(name) for name in ("root", "stepped"))
         self._root, self._stepped = (e and TensorDict(e, self.batch_size, self.env.device) for e in entries)
+
+
+def shown_by(env: EnvBase) -> list[NestedKey]:
+    """All that ``env`` shows before a step, flags among it, but for what is no tensor."""
+    spec = env.full_observation_spec
+    tensors = [key for key in spec.keys(True, True) if not isinstance(spec[key], NonTensor)]
+    return [*tensors, *env.full_done_spec.keys(True, True)]
 
 
 def next_key(key: NestedKey) -> NestedKey:
