@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from torchrl.collectors import Collector
@@ -24,13 +25,14 @@ class Turns:
     """
 
     def __init__(self, env: EnvBase):
-        self._env = env = base_of(env)
-        self._counted = None if is_tensor_env(env) else _Moves.of(env)
+        env = base_of(env)
+        #: What counts the resets and steps, as its ``moves``.
+        self._counter = env if is_tensor_env(env) else _counter_of(env)
         self.leave()
 
     def leave(self) -> None:
         """The env stands where the next turn may begin."""
-        self._left = self._moves()
+        self._left = self._counter.moves
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -39,7 +41,7 @@ class Turns:
         Raises:
             RuntimeError: the env has been moved since the last one.
         """
-        if (others := self._moves() - self._left) != 0:
+        if (others := self._counter.moves - self._left) != 0:
             raise RuntimeError(
                 f"the collector's env has been reset or stepped since the collector last was at work, {others} times, most likely "
                 "by an evaluation on the same env: its trials stand elsewhere than the collector's, and a batch would mix them. "
@@ -49,9 +51,6 @@ class Turns:
             yield
         finally:
             self.leave()
-
-    def _moves(self) -> int:
-        return self._env.moves if self._counted is None else self._counted.number
 
 
 def watch(collector: Any) -> None:
@@ -70,25 +69,18 @@ def _in_turn(collector: Collector, name: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(type(collector), name)(collector, *args, **kwargs)
 
 
-class _Moves:
-    """Resets and steps of an env that does not count them itself."""
-
-    def __init__(self):
-        self.number = 0
-
-    @classmethod
-    def of(cls, env: EnvBase) -> _Moves:
-        """The count of ``env``, put before its ``_reset`` and ``_step`` where there is none yet."""
-        made = env.__dict__.get("_step")
-        if isinstance(made, partial) and made.func is _count_and_call:
-            return made.args[0]
-        moves = cls()
-        for name in ("_reset", "_step"):
-            env.__dict__[name] = partial(_count_and_call, moves, env, name, env.__dict__.get(name))
-        return moves
+def _counter_of(env: EnvBase) -> SimpleNamespace:
+    """The counter of an env that does not count itself, put before its ``_reset`` and ``_step`` where there is none yet."""
+    made = env.__dict__.get("_step")
+    if isinstance(made, partial) and made.func is _count_and_call:
+        return made.args[0]
+    counter = SimpleNamespace(moves=0)
+    for name in ("_reset", "_step"):
+        env.__dict__[name] = partial(_count_and_call, counter, env, name, env.__dict__.get(name))
+    return counter
 
 
-def _count_and_call(moves: _Moves, env: EnvBase, name: str, own: Callable | None, /, *args: Any, **kwargs: Any) -> Any:
+def _count_and_call(counter: SimpleNamespace, env: EnvBase, name: str, own: Callable | None, /, *args, **kwargs) -> Any:
     """``own``: what stood before the class's method already, such as a compiled one."""
-    moves.number += 1
+    counter.moves += 1
     return (method_of(env, name) if own is None else own)(*args, **kwargs)
