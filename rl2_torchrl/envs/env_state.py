@@ -6,22 +6,18 @@ do so says the reason, or None, by a method ``why_no_state()``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import EnvBase, ParallelEnv, SerialEnv
 
 from rl2_torchrl.envs.plain_data import NoStateError
 
 __all__ = ["env_state", "put_env_state"]
 
-#: Asks an env, here or elsewhere, for an attribute of an attribute …; a method is called with what is ``given``.
-Ask = Callable[..., Any]
 
-
-def env_state(env: EnvBase) -> dict[str, Any]:
+def env_state(env: EnvBase | _Elsewhere) -> dict[str, Any]:
     """Where ``env`` stands, in the middle of an episode.
 
     Args:
@@ -41,76 +37,70 @@ def env_state(env: EnvBase) -> dict[str, Any]:
         >>> torch.equal(bandits.step(first)["next", "reward"], once)
         True
     """
-    if isinstance(env, TransformedEnv):  # which hands out its transforms' state alone
+    if isinstance(env, SerialEnv | ParallelEnv):
+        if env.is_closed:
+            raise NoStateError(f"the {type(env).__name__} has closed its envs, as it does after the last batch")
+        return {f"worker{number}": env_state(row) for number, row in enumerate(_rows(env))}
+    names = dir(env)
+    if "base_env" in names:  # a TransformedEnv, which hands out its transforms' state alone
         return {"transform": env.transform.state_dict(), "base_env": env_state(env.base_env)}
-    if not isinstance(env, SerialEnv | ParallelEnv):
-        return _state(partial(_ask_here, env))
-    if env.is_closed:
-        raise NoStateError(f"the {type(env).__name__} has closed its envs, as it does after the last batch")
-    return {f"worker{number}": _state(ask) for number, ask in enumerate(_rows(env))}
+    if "why_no_state" in names and (reason := env.why_no_state()) is not None:
+        raise NoStateError(reason)
+    state = env.state_dict()
+    if "_extra_state" not in state:
+        raise NoStateError(
+            f"{env._get_name()} does not hand out its state: derive it from rl2_torchrl.envs.Resumable first, or write "
+            "get_extra_state and set_extra_state"
+        )
+    return state
 
 
-def put_env_state(env: EnvBase, state: dict[str, Any]) -> None:
+def put_env_state(env: EnvBase | _Elsewhere, state: dict[str, Any]) -> None:
     """Puts back what `env_state` returned, into the same env or one that was made alike.
 
     Raises:
         ValueError: it is the state of another number of rows.
     """
-    if isinstance(env, TransformedEnv):
+    if isinstance(env, SerialEnv | ParallelEnv):
+        rows = _rows(env)
+        if len(state) != len(rows):
+            raise ValueError(f"the state is one of {len(state)} rows, and this env has {len(rows)}: make it as it was.")
+        for number, row in enumerate(rows):
+            put_env_state(row, state[f"worker{number}"])
+    elif "base_env" in state:
         env.transform.load_state_dict(state["transform"])
-        return put_env_state(env.base_env, state["base_env"])
-    if not isinstance(env, SerialEnv | ParallelEnv):
-        return _put(partial(_ask_here, env), state)
-    rows = _rows(env)
-    if len(state) != len(rows):
-        raise ValueError(f"the state is one of {len(state)} rows, and this env has {len(rows)}: make it as it was.")
-    for number, ask in enumerate(rows):
-        _put(ask, state[f"worker{number}"])
-
-
-def _state(ask: Ask) -> dict[str, Any]:
-    names = ask("__dir__")
-    if "base_env" in names:
-        return {"transform": ask("transform", "state_dict"), "base_env": _state(partial(ask, "base_env"))}
-    if "why_no_state" in names and (reason := ask("why_no_state")) is not None:
-        raise NoStateError(reason)
-    state = ask("state_dict")
-    if "_extra_state" not in state:
-        raise NoStateError(
-            f"{ask('__class__', '__name__')} does not hand out its state: derive it from rl2_torchrl.envs.Resumable first, or "
-            "write get_extra_state and set_extra_state"
-        )
-    return state
-
-
-def _put(ask: Ask, state: dict[str, Any]) -> None:
-    if "base_env" in state:
-        ask("transform", "load_state_dict", given=(state["transform"],))
-        _put(partial(ask, "base_env"), state["base_env"])
+        put_env_state(env.base_env, state["base_env"])
     else:
-        ask("load_state_dict", given=(state,))
+        env.load_state_dict(state)
 
 
-def _rows(env: SerialEnv | ParallelEnv) -> list[Ask]:
+def _rows(env: SerialEnv | ParallelEnv) -> Sequence[EnvBase | _Elsewhere]:
     if isinstance(env, SerialEnv):
-        return [partial(_ask_here, row) for row in env._envs]
+        return env._envs
     if not env._use_buffers:
         raise NoStateError("a ParallelEnv without buffers does not ask its envs for their state")
-    return [partial(_ask_there, channel) for channel in env.parent_channels]
+    return [_Elsewhere(channel) for channel in env.parent_channels]
 
 
-def _ask_here(env: EnvBase, *names: str, given: Sequence[Any] = ()) -> Any:
-    found = reduce(getattr, names, env)
-    return found(*given) if callable(found) else found
+class _Elsewhere:
+    """An env in a process of a ``ParallelEnv``, or what ``names`` lead to from there: what is called is called there.
 
-
-def _ask_there(channel: Connection, *names: str, given: Sequence[Any] = ()) -> Any:
-    """As `_ask_here`, in a process of a ``ParallelEnv``, in the way in which it asks for attributes of attributes.
-
-    Its own ``load_state_dict`` leaves a flag that makes its next step return before it is taken.
+    It is asked for as a ``ParallelEnv`` asks for attributes of attributes, whose own ``load_state_dict`` leaves a flag that makes
+    its next step return before it is taken.
     """
-    try:
-        channel.send((names, (given, {})))
-        return channel.recv()[1]
-    except (EOFError, OSError) as error:
-        raise NoStateError(f"a process of the ParallelEnv has ended ({type(error).__name__})") from error
+
+    def __init__(self, channel: Connection, *names: str):
+        self._channel, self._names = channel, names
+
+    def __getattr__(self, name: str) -> _Elsewhere:
+        return _Elsewhere(self._channel, *self._names, name)
+
+    def __dir__(self) -> list[str]:
+        return self.__getattr__("__dir__")()
+
+    def __call__(self, *given: Any) -> Any:
+        try:
+            self._channel.send((self._names, (given, {})))
+            return self._channel.recv()[1]
+        except (EOFError, OSError) as error:
+            raise NoStateError(f"a process of the ParallelEnv has ended ({type(error).__name__})") from error
