@@ -15,17 +15,10 @@ from torch import Tensor
 from rl2_torchrl.envs.layers import made_of, moving_statistics, put_state, state_or_reason
 from rl2_torchrl.envs.task_setter import TaskSetter
 
-__all__ = ["TASKS", "GymRow", "as_arrays"]
+__all__ = ["TASKS", "GymRow"]
 
 #: Where the rows' tasks lie among the options of a reset, until each row has taken its own.
 TASKS = "rl2_torchrl.tasks"
-
-
-def as_arrays(task: Tensor | TensorDictBase) -> np.ndarray | dict:
-    """Tasks as they go to other processes: PyTorch would open a file for each tensor on its way."""
-    if isinstance(task, Tensor):
-        return task.detach().cpu().numpy()
-    return {key: as_arrays(value) for key, value in task.items()}
 
 
 class GymRow(gymnasium.Wrapper):
@@ -144,6 +137,4 @@ def _row_of(task: np.ndarray | dict, row: int) -> np.ndarray | dict:
 
 def _as_tensors(task: np.ndarray | dict) -> Tensor | TensorDictBase:
     """The task of one row, with memory of its own."""
-    if isinstance(task, dict):
-        return TensorDict({key: _as_tensors(value) for key, value in task.items()}, [])
-    return torch.from_numpy(np.array(task))
+    return TensorDict(task).clone() if isinstance(task, dict) else torch.from_numpy(np.array(task))

@@ -21,7 +21,7 @@ from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
 from rl2_torchrl.arguments import as_list, require_arguments, require_specs, whole
 from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
-from rl2_torchrl.envs.gym_row import TASKS, GymRow, as_arrays
+from rl2_torchrl.envs.gym_row import TASKS, GymRow
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace, misfits
 from rl2_torchrl.envs.gym_sync import SyncRows
 from rl2_torchrl.envs.layers import moving_statistics
@@ -229,7 +229,8 @@ class GymVectorEnv(TensorEnv):
             objects = None if self.tasks is None else [self.tasks[int(number)] for number in task]
             self.set_task(self.envs, task if objects is None else objects, mask.copy())
         elif task is not None:
-            options[self.task_option if self._is_theirs else TASKS] = as_arrays(task)
+            # Arrays, of a nested task by name: PyTorch would open a file for each tensor on its way to another process.
+            options[self.task_option if self._is_theirs else TASKS] = task.detach().cpu().numpy()
         observations, infos = self._moved(self.envs.reset, seed=self._seeds(mask), options=options)
         if self.set_task is not None and not self._now.started:
             warn_of_added(self.attributes_added())
