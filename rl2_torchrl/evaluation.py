@@ -20,7 +20,7 @@ from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
 from rl2_torchrl.modules.acting import State
-from rl2_torchrl.rollout import Rollout, is_native, trial_steps
+from rl2_torchrl.rollout import Rollout, native_parts
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import has_trials_within
 from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, base_of, rows_of, transforms_of
@@ -203,8 +203,7 @@ def adaptation_curve(
     measured = {unravel_key(("next", key)): how for key, how in measures.items()}
     _rewind(env)
     kept = [*_KEPT, *(key for key in measured if key not in _KEPT)]
-    steps_at_once = trial_steps(env) or _steps_at_once(env, on_step)
-    rollout = Rollout(env, policy, steps_at_once, kept, ablation=ablation, on_step=on_step)
+    rollout = Rollout(env, policy, _steps_at_once(env, on_step), kept, ablation=ablation, on_step=on_step)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
     longest = 0
     trials, returns = Trials(int(num_trials)), EpisodeTable("sum")
@@ -259,15 +258,23 @@ _KEPT = (
     *(("next", key) for key in ("reward", "done", TRIAL_STEP, EPISODE_INDEX)),
 )
 
-#: Steps of a batch where nobody knows how many the last trial will take.
+#: Steps of a batch where nobody knows how many the last trial will take, and those beyond cost little.
 _FEW_STEPS = 8
 
 
 def _steps_at_once(env: EnvBase, on_step: Callable[[State], None] | None) -> int:
-    """Steps of a batch where it may go beyond the last trial's end: one where that would be shown to somebody, or may cost much."""
+    """Steps of a batch: a trial's, where all are of one length, which is known ahead.
+
+    Else a batch may go beyond the last trial's end: one step, where that would be shown to somebody, or may cost much.
+    """
+    native = native_parts(env)
+    if native is not None and native[1].fixed_length:
+        trial, base = native
+        by_episodes = None if trial.episodes is None else trial.episodes * base.max_episode_steps
+        return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
     if on_step is not None:
         return 1
-    if not is_native(env):
+    if native is None:
         _tell_of_single_steps(type(base_of(env)).__name__)
         return 1
     return _FEW_STEPS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer, Transform, TransformedEnv
+from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer, Transform
 
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.gradients.part import others_than
@@ -16,7 +16,7 @@ from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial, own_transforms
 
-__all__ = ["is_native", "trial_steps", "trials_of"]
+__all__ = ["native_parts", "trials_of"]
 
 
 def trials_of(env: EnvBase, steps: int, read: Keys, keep: Keys | None, memory: Keys) -> Trials:
@@ -30,24 +30,10 @@ def trials_of(env: EnvBase, steps: int, read: Keys, keep: Keys | None, memory: K
     return TensorTrials(below, ours, steps, read, keep)
 
 
-def trial_steps(env: EnvBase) -> int | None:
-    """Steps of every trial of ``env``, where all are of one length, which is known ahead; else None."""
-    trial, base = _native(env)
-    if base is None or not base.fixed_length:
-        return None
-    by_episodes = None if trial.episodes is None else trial.episodes * base.max_episode_steps
-    return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
-
-
-def is_native(env: EnvBase) -> bool:
-    """Whether ``env`` is a `TensorEnv` that is played as such, under our transforms alone."""
-    return _native(env)[1] is not None
-
-
-def _native(env: EnvBase) -> tuple[Trial | None, TensorEnv | None]:
+def native_parts(env: EnvBase) -> tuple[Trial, TensorEnv] | None:
+    """The `Trial` and the `TensorEnv` of ``env``, if it is one that is played as such, under our transforms alone; else None."""
     below, (trial, *_), others = _taken_apart(env, partial(_is_known, read=(), keep=(), made=()))
-    base = below.base_env if isinstance(below, TransformedEnv) else None
-    return trial, base if trial is not None and not others and is_tensor_env(base) else None
+    return (trial, below.base_env) if trial is not None and not others and is_tensor_env(below.base_env) else None
 
 
 #: What a collector adds by itself; a rollout makes trial starts and memory without them.
