@@ -21,8 +21,9 @@ from torchrl.envs import Compose, GymEnv, GymWrapper, TransformedEnv
 from torchrl.modules import IndependentNormal, NormalParamExtractor, OneHotCategorical, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl import GRUValueHead, PreviousStep, RL2PPOLoss, Trial, kernels
+from rl2_torchrl import GRUValueHead, PreviousStep, RL2PPOLoss, TaskSampler, Trial, kernels
 from rl2_torchrl.agent.step import actor_of
+from rl2_torchrl.envs import QuadraticBandit, uniform_targets
 from rl2_torchrl.gradients import ENTROPY, LOG_PROB
 from rl2_torchrl.modules import (
     ActionDistribution,
@@ -438,6 +439,15 @@ def test_bounds_that_a_gaussian_rarely_meets_are_told_of(low, high, is_told, cap
     TanhGaussianActions.from_spec(spec)
     GaussianActions.from_spec(Unbounded(2))
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("scale", "is_told"), [({}, True), ({"init_log_std": 2.0}, False)])
+def test_an_actors_bounds_are_looked_at_with_the_scale_that_it_is_given(scale, is_told, caplog):
+    base = QuadraticBandit(2, batch_size=(3,))
+    base.action_spec = Bounded(-20.0, 20.0, (3, 2))
+    env = TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler(uniform_targets(2)), PreviousStep()))
+    GRUGaussianActor.from_env(env, **scale)
+    assert ("would hardly be learnt" in caplog.text) == is_told
 
 
 def test_a_head_that_gives_the_scale_too():

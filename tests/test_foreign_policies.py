@@ -7,6 +7,7 @@ import torch
 from rollouts import assert_same, batches_of, both, make_env, make_policy
 from tensordict import TensorDict
 from tensordict.nn import (
+    CompositeDistribution,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
@@ -20,7 +21,9 @@ from torchrl.modules import (
     MultiStepActorWrapper,
     OrnsteinUhlenbeckProcessModule,
     ProbabilisticActor,
+    set_recurrent_mode,
 )
+from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import (
     ActorCritic,
@@ -29,6 +32,7 @@ from rl2_torchrl import (
     GRUValueHead,
     PPOUpdate,
     RL2PPOLoss,
+    TrialAdvantage,
     TrialCollector,
     adaptation_curve,
     check_training,
@@ -91,9 +95,25 @@ def giving(env, **options):
     return ProbabilisticActor(networks, in_keys=["loc", "scale"], **drawn)
 
 
+def composed(env):
+    """Of one action by its name, whose parameters are read whole, from the level above them."""
+    loc = TensorDictModule(loc_of(), ["actor_features"], [("params", "action", "loc")])
+    scale = TensorDictModule(lambda loc: torch.full_like(loc, 0.3), [loc.out_keys[0]], [("params", "action", "scale")])
+    options = {"distribution_kwargs": {"distribution_map": {"action": IndependentNormal}}, "return_log_prob": True}
+    networks = TensorDictSequential(with_memory_of_its_own(env), loc, scale)
+    return ProbabilisticActor(
+        networks,
+        in_keys=["params"],
+        out_keys=["action"],
+        distribution_class=CompositeDistribution,
+        default_interaction_type="random",
+        **options,
+    )
+
+
 @pytest.mark.parametrize("steps", [4, 7])
 @pytest.mark.parametrize("trial", [{"episodes": 2}, {"steps": 5}], ids=str)
-@pytest.mark.parametrize("policy", [noisy, planning, giving])
+@pytest.mark.parametrize("policy", [noisy, planning, giving, composed])
 def test_batches_are_collectors(policy, trial, steps):
     if policy is planning:
         trial = {"steps": 6}  # all rows must begin together, as the wrapper says itself
@@ -375,3 +395,28 @@ def test_a_module_that_is_given_a_tensordict_finds_all_of_it():
     read, left = {"trans", "is_init", "actor_hidden"}, {"_ou_prev_noise", "_ou_steps", "action"}
     assert [read <= each for each in seen] == [True] * len(seen)
     assert [left <= each for each in seen[-8:]] == [False] + [True] * 7  # from the first batch to the second, too
+
+
+def test_a_function_reads_whole_what_one_before_it_has_made():
+    def policy(env):
+        torch.manual_seed(5)
+        parts = TensorDictModule(nn.Linear(SIZE, 2), ["trans"], [("made", "loc")])
+        return TensorDictSequential(parts, TensorDictModule(lambda made: made["loc"].sin(), ["made"], ["action"]))
+
+    (_, ours), (_, expected) = both(lambda: make_env("point", episodes=2), 7, policy)
+    assert_same(ours, expected)
+
+
+def test_a_composite_of_one_action_is_trained_as_clip_ppo_loss_says():
+    env = make_env("point", episodes=2)
+    actor, critic = composed(env), GRUValueHead.from_env(env, hidden_size=6)
+    _, (batch, *_) = batches_of(env, ActorCritic(actor, critic), 7, "tensors")
+    batch = TrialAdvantage(critic=critic)(batch)
+    loss = RL2PPOLoss(actor, critic)
+    theirs = ClipPPOLoss(actor, critic, entropy_bonus=False, critic_coeff=0.5, loss_critic_type="l2")
+    with set_recurrent_mode(True):
+        expected = theirs(batch.clone())
+    found = loss(batch.clone())
+    for name in ("loss_objective", "loss_critic"):
+        torch.testing.assert_close(found[name], expected[name])
+    assert PPOUpdate(loss, lr=1e-3).backend == "autograd"

@@ -16,7 +16,7 @@ from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
     *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "laid_as", "on_copies", "on_entries"),
-    *("outputs_of", "sub_entries"),
+    *("outputs_of"),
     *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "others_than", "runs"),
 ]
 
@@ -188,15 +188,15 @@ def laid_as(parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
-def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[NestedKey] = ()) -> list:
+def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[NestedKey] = (), dims: int = 2) -> list:
     """The entries ``keys`` of ``state``, None for an optional one that is missing; KeyError where it is another.
 
-    An entry that is there by its sub-entries, such as a nested task, is a TensorDict of these.
+    An entry that is there by its sub-entries, such as a nested task, is a TensorDict of these, of ``dims`` batch dimensions.
     """
     missing = [key for key in keys if key not in state]
     if not missing:
         return list(map(state.get, keys))
-    nested = {key: sub_entries(state, key, 2) for key in missing}
+    nested = {key: _sub_entries(state, key, dims) for key in missing}
     if nowhere := [key for key, entry in nested.items() if entry is None and key not in optional]:
         raise KeyError(
             f"{nowhere} is read by the networks or the loss, but neither in the data nor made by what runs before; there is "
@@ -206,8 +206,8 @@ def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[Nest
     return [nested[key] if key in nested else state.get(key) for key in keys]
 
 
-def sub_entries(state: State, key: NestedKey, dims: int) -> TensorDict | None:
-    """What lies within ``key``, of ``dims`` batch dimensions; None where there is nothing."""
+def _sub_entries(state: State, key: NestedKey, dims: int) -> TensorDict | None:
+    """What lies within ``key``; None where there is nothing."""
     path = key if isinstance(key, tuple) else (key,)
     below = [name for name in state if isinstance(name, tuple) and name[: len(path)] == path]
     if not below:

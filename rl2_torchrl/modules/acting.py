@@ -20,7 +20,17 @@ from tensordict.nn.probabilistic import interaction_type
 from torchrl.modules import SafeProbabilisticModule
 
 from rl2_torchrl.gradients.networks import leaves_of, scores_alone
-from rl2_torchrl.gradients.part import IGNORED, State, brings, has_hooks, is_bare, is_function, on_copies, outputs_of
+from rl2_torchrl.gradients.part import (
+    IGNORED,
+    State,
+    brings,
+    entries_of,
+    has_hooks,
+    is_bare,
+    is_function,
+    on_copies,
+    outputs_of,
+)
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of, stands_for
 
@@ -101,7 +111,7 @@ def _on_tensors(module: TensorDictModule) -> Run:
     function = on_copies(function, module.module)
 
     def run(state: State) -> None:
-        out = function(*[state[key] for key in in_keys])
+        out = function(*entries_of(state, in_keys, dims=1))
         state.update(zip(out_keys, outputs_of(out, out_keys), strict=True))
         state.pop(IGNORED, None)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, set_interaction_type
+from tensordict.nn import CompositeDistribution, InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, constraints, kl_divergence, register_kl
 from torchrl.data import Binary, Bounded, MultiCategorical, MultiOneHot, OneHot, TensorSpec
@@ -507,9 +507,10 @@ def distribution_named(name: str) -> type[Distribution]:
 
 
 def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution | None:
-    """What acts in the place of a policy's probabilistic module; None for actions that are more than one tensor each."""
-    actions = [key for key in module.out_keys if key not in module.log_prob_keys]
-    if len(actions) != 1 or module.num_samples is not None:
+    """What acts in the place of a policy's probabilistic module; None for actions that are more than one tensor each, or may be."""
+    actions, kind = [key for key in module.out_keys if key not in module.log_prob_keys], module.distribution_class
+    is_composite = isinstance(kind, type) and issubclass(kind, CompositeDistribution)
+    if len(actions) != 1 or module.num_samples is not None or is_composite:
         return None
     names = [key if isinstance(key, str) else key[-1] for key in module.dist_keys]
     kwargs = module.distribution_kwargs or {}

@@ -137,9 +137,10 @@ class GRUGaussianActor(RecurrentActor):
     @classmethod
     def from_env(cls, env: EnvBase, **kwargs) -> GRUGaussianActor:
         """An actor of the sizes, device and action key of ``env``; TypeError where its actions are discrete."""
-        action_dim = GaussianActions.from_spec(_action_spec(cls, env)).num_outputs
+        scale = {name: value for name, value in kwargs.items() if name == "init_log_std"}
+        actions = GaussianActions.from_spec(_action_spec(cls, env), **scale)
         kwargs = {"action_key": env.action_key, **kwargs}
-        return cls(read_shapes(env, kwargs), action_dim, **kwargs)
+        return cls(read_shapes(env, kwargs), actions.num_outputs, **kwargs)
 
 
 class GRUCategoricalActor(RecurrentActor):

@@ -21,7 +21,7 @@ from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.arguments import require_sizes_known
 from rl2_torchrl.gradients.networks import keys_left
-from rl2_torchrl.gradients.part import has_hooks, sub_entries
+from rl2_torchrl.gradients.part import has_hooks
 from rl2_torchrl.kernels.graph import GraphReplay, held_by
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts, tell_of_generators
 from rl2_torchrl.modules.cores import where_rows
@@ -91,8 +91,6 @@ class Rollout:
                     f"{sorted(map(str, made))}. What the advantage or a callback's after_batch makes of whole batches, no "
                     "collector keeps: leave it out."
                 )
-        #: Entries that are there by their sub-entries, such as a task of several.
-        self._nested = [key for key in read if key not in made]
         self._keeps_all, left_out = keep is None, set(written) - keys_left(policy)
         self.keep = [key for key in made if key not in left_out] if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
@@ -203,8 +201,6 @@ class Rollout:
             made = state  # what is recorded of it is what was there, not what an ablation makes of it
             if self.ablation is not None:
                 state = self._ablated(t, state)
-            for key in self._nested:
-                state[key] = sub_entries(state, key, 1)
             for act in acting:
                 act(state)
             if t == 0:
@@ -235,7 +231,7 @@ class Rollout:
         """
         if not self._leaves_all:
             return {}
-        left = {key: value for key, value in state.items() if key[0] != "next" and key not in self._nested}
+        left = {key: value for key, value in state.items() if key[0] != "next"}
         if isinstance(begun, bool):
             return left
         return {key: where_rows(begun, torch.zeros_like(value), value) for key, value in left.items()}
@@ -270,7 +266,7 @@ class Rollout:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""
         seen: State = {}
         for part in self._late:
-            for key in part.in_keys:
+            for key in leaves(part.in_keys, states[0]):
                 if key not in seen:
                     seen[key] = torch.stack([state[key] for state in states]).flatten(0, 1)
             part.make(1)(seen)
