@@ -19,6 +19,7 @@ from rl2_torchrl.arguments import require_callable, require_env, require_flags, 
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
+from rl2_torchrl.locks import MODES
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout import Rollout, native_parts
 from rl2_torchrl.tasks import TaskSampler
@@ -208,7 +209,7 @@ def adaptation_curve(
     longest = 0
     trials, returns = Trials(int(num_trials)), EpisodeTable("sum")
     tables = {key: EpisodeTable(how) for key, how in measured.items()}
-    with set_exploration_type(kind):
+    with MODES, set_exploration_type(kind):
         while trials.open:
             batch = rollout()
             steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}

@@ -1,12 +1,16 @@
-"""`locked`: one program at a time in a folder."""
+"""`locked`: one program at a time in a folder; `MODES`: one thread at a time where TorchRL's modes are set."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["locked"]
+__all__ = ["MODES", "locked"]
+
+#: TorchRL's modes (exploration, recurrence) are the program's: one thread's greedy evaluation would make another's rollout greedy.
+MODES = threading.RLock()
 
 _held: set[Path] = set()  # by this process, which its own locks would not keep out
 

@@ -19,6 +19,7 @@ from rl2_torchrl.checks import check_training
 from rl2_torchrl.collector import batches_of
 from rl2_torchrl.history import TrainResult
 from rl2_torchrl.kernels.threads import warn_of_spinning
+from rl2_torchrl.locks import MODES
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -26,8 +27,8 @@ __all__ = ["Loop", "TrialReturns", "frames_of"]
 
 log = logging.getLogger(__name__)
 
-#: Trainings in several threads take turns, a rollout, an update or an evaluation each: TorchRL's modes (exploration, recurrence)
-#: and PyTorch's random numbers are the program's, and one's evaluation would make the other's rollout deterministic.
+#: Trainings in several threads take turns, a rollout, an update or an evaluation each: PyTorch's random numbers are the program's.
+#: `MODES` they share with evaluations in threads beside them, and let go of where they call a user's: that may start such and wait.
 _turn = threading.RLock()
 
 #: Batches without the end of a trial until that is said.
@@ -62,7 +63,7 @@ class Loop:
             before_each()
             self.in_rollout = True
             try:
-                with _turn:
+                with _turn, MODES:
                     batch = next(batches, None)
             except Exception as error:
                 where = (
@@ -104,7 +105,8 @@ class Loop:
             for note in report.notes:
                 log.warning("of the first batch: %s.", note)
         try:
-            metrics = self._update(batch, self._progress)
+            with MODES:
+                metrics = self._update(batch, self._progress)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"training stopped in update {len(result.history)}, at {result.env_steps} env steps: {error}"

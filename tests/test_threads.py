@@ -6,15 +6,27 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from torchrl.envs import ExplorationType, set_exploration_type
+from torchrl.envs import Compose, ExplorationType, TransformedEnv, set_exploration_type
 from torchrl.envs.utils import exploration_type
 
 from recipes.benchmark import Workload, compose
-from rl2_torchrl import Callback, kernels, train
+from rl2_torchrl import (
+    Callback,
+    GRUCategoricalActor,
+    PreviousStep,
+    TaskSampler,
+    Trial,
+    adaptation_curve,
+    kernels,
+    train,
+)
+from rl2_torchrl.envs import BernoulliBandit
 from rl2_torchrl.kernels import threads
 
 needs_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts what Linux lists in /proc")
@@ -258,3 +270,25 @@ def test_nothing_is_said_where_nobody_is_in_the_way(warnings, monkeypatch, quiet
         monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     threads.warn_of_spinning()
     assert not warnings
+
+
+def test_evaluations_in_threads_play_as_each_of_them_says():
+    """Greedily or not: the mode is TorchRL's, and one for all threads."""
+    means = torch.rand(64, 3, generator=torch.Generator().manual_seed(0))
+
+    def env():
+        trial = Compose(Trial(episodes=30), TaskSampler.fixed(means), PreviousStep())
+        return TransformedEnv(BernoulliBandit(3, batch_size=(64,), seed=0), trial)
+
+    torch.manual_seed(0)
+    actor = GRUCategoricalActor.from_env(env(), init_range=0.1)
+
+    def switches(deterministic):
+        actions = []
+        adaptation_curve(
+            env(), actor, 64, deterministic=deterministic, on_step=lambda state: actions.append(state["action"])
+        )
+        return any((one != other).any() for one, other in pairwise(actions))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(switches, (False, True) * 8)) == [True, False] * 8
