@@ -178,18 +178,9 @@ class Signature:
 
     def as_json(self) -> str:
         """The signature as text, from which `from_json` makes it again."""
-        plain = {
-            "observations": [[key, _plain_observed(each)] for key, each in self.observations.items()],
-            "encoded": self.encoded,
-            "action": _plain_acted(self.action),
-            "trans_key": self.trans_key,
-            "done_at_start": self.done_at_start,
-            "reward": _plain_affine(self.reward),
-            "noise": [self.noise, self.noise_size],
-            "memory": self.memory,
-            "dtype": _name(self.dtype),
-        }
-        return json.dumps(plain)
+        plain = {**vars(self), "observations": [*self.observations.items()], "noise": (self.noise, self.noise_size)}
+        del plain["noise_size"]
+        return json.dumps(plain, default=_as_plain)
 
     @classmethod
     def from_json(cls, text: str) -> Signature:
@@ -332,6 +323,17 @@ def _as_affine(each: ObservationNorm | RewardScaling | ActionScaling, *, undone:
 _KINDS = {cls.__name__: cls for cls in (Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded)}
 
 
+def _as_plain(value: Any) -> list | dict | str:
+    """What JSON has no type for: an `Observed` or `Acted`, and what is in them."""
+    if isinstance(value, Tensor):
+        return [value.tolist(), _name(value.dtype)]
+    if isinstance(value, torch.dtype):
+        return _name(value)
+    if isinstance(value, Affine):
+        return [value.loc, value.scale, value.inverse]
+    return _plain_spec(value) if isinstance(value, TensorSpec) else vars(value)
+
+
 def _plain_spec(spec: TensorSpec) -> dict[str, Any]:
     kind = next((name for name, cls in _KINDS.items() if type(spec) is cls), None)
     if kind is None:
@@ -339,48 +341,25 @@ def _plain_spec(spec: TensorSpec) -> dict[str, Any]:
         kind = "Unbounded"
         if isinstance(spec, Categorical | OneHot | MultiOneHot | Binary):
             raise NotImplementedError(f"a spec of {type(spec).__name__} cannot be written to an agent's file.")
-    plain = {"kind": kind, "shape": list(spec.shape), "dtype": _name(spec.dtype)}
+    plain = {"kind": kind, "shape": spec.shape, "dtype": spec.dtype}
     if kind in ("Categorical", "OneHot"):
         plain["n"] = spec.space.n
     elif kind in ("MultiCategorical", "MultiOneHot"):
         plain["nvec"] = torch.as_tensor(spec.nvec).tolist()  # of one-hot vectors it is a list
     elif kind == "Bounded":
-        plain |= {"low": _plain_tensor(spec.space.low), "high": _plain_tensor(spec.space.high)}
+        plain |= {"low": spec.space.low, "high": spec.space.high}
     return plain
 
 
 def _spec(plain: dict[str, Any]) -> TensorSpec:
-    kind, shape, dtype = plain["kind"], torch.Size(plain["shape"]), as_dtype(plain["dtype"])
-    if kind in ("Categorical", "OneHot"):
-        return _KINDS[kind](plain["n"], shape=shape, dtype=dtype)
-    if kind in ("MultiCategorical", "MultiOneHot"):
-        return _KINDS[kind](plain["nvec"], shape=shape, dtype=dtype)
-    if kind == "Binary":
-        return Binary(shape=shape, dtype=dtype)
-    if kind == "Bounded":
-        return Bounded(_tensor(plain["low"]), _tensor(plain["high"]), shape=shape, dtype=dtype)
-    return Unbounded(shape, dtype=dtype)
-
-
-def _plain_observed(observed: Observed) -> dict[str, Any]:
-    plain = {"spec": _plain_spec(observed.spec), "path": list(observed.path), "affine": _plain_affine(observed.affine)}
-    return plain | {"start": _plain_tensor(observed.start)}
+    sizes = [plain[name] for name in ("n", "nvec") if name in plain]
+    bounds = [_tensor(plain[name]) for name in ("low", "high") if name in plain]
+    options = {"shape": torch.Size(plain["shape"]), "dtype": as_dtype(plain["dtype"])}
+    return _KINDS[plain["kind"]](*sizes, *bounds, **options)
 
 
 def _observed(plain: dict[str, Any]) -> Observed:
     return Observed(_spec(plain["spec"]), tuple(plain["path"]), _tensor(plain["start"]), _affine(plain["affine"]))
-
-
-def _plain_acted(acted: Acted) -> dict[str, Any]:
-    return {
-        "key": acted.key,
-        "spec": _plain_spec(acted.spec),
-        "shape": list(acted.shape),
-        "dtype": _name(acted.dtype),
-        "start": _plain_tensor(acted.start),
-        "bounds": acted.bounds and [_plain_tensor(bound) for bound in acted.bounds],
-        "affine": _plain_affine(acted.affine),
-    }
 
 
 def _acted(plain: dict[str, Any]) -> Acted:
@@ -389,16 +368,8 @@ def _acted(plain: dict[str, Any]) -> Acted:
     return Acted(*sizes, _tensor(plain["start"]), bounds, _affine(plain["affine"]))
 
 
-def _plain_affine(affine: Sequence[Affine]) -> list:
-    return [[_plain_tensor(each.loc), _plain_tensor(each.scale), each.inverse] for each in affine]
-
-
 def _affine(plain: list) -> tuple[Affine, ...]:
     return tuple(Affine(_tensor(loc), _tensor(scale), inverse) for loc, scale, inverse in plain)
-
-
-def _plain_tensor(tensor: Tensor | None) -> list | None:
-    return None if tensor is None else [tensor.tolist(), _name(tensor.dtype)]
 
 
 def _tensor(plain: list | None) -> Tensor | None:
