@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,13 +21,13 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.interrupts import signals_blocked
 from rl2_torchrl.workers.player import Player
 
-__all__ = ["ActorHost", "Host", "ProcessHost", "threads_kept"]
+__all__ = ["ActorHost", "Host", "threads_kept"]
 
 _SECONDS_TO_DIE = 5.0
 
 
-class Host(ABC):
-    """A worker: started when it is made, which takes seconds, since it imports PyTorch.
+class Host:
+    """A worker, here a process: started when it is made, which takes seconds, since it imports PyTorch.
 
     Args:
         create_env_fn: makes its env.
@@ -36,23 +35,28 @@ class Host(ABC):
         frames: env steps of its batches.
         player: further arguments of `Player`.
         options: further arguments of TorchRL's collector.
+
+    Attributes:
+        collector: TorchRL's collector of one worker.
     """
 
-    #: TorchRL's collector of one worker.
-    collector: BaseCollector
-
-    @abstractmethod
     def __init__(
         self, create_env_fn: Callable[[], EnvBase], policy: nn.Module, frames: int, player: dict, options: dict
-    ): ...
+    ):
+        defaults = {"num_threads": torch.get_num_threads(), "init_fn": _leave_signals_to_parent, "cat_results": "stack"}
+        self.collector: BaseCollector = MultiSyncCollector(
+            [create_env_fn],
+            policy_factory=partial(_given, policy),
+            frames_per_batch=frames,
+            collector_class=partial(Player, **player),
+            **{**defaults, **options},
+        )
 
     @staticmethod
-    @abstractmethod
     def begin(options: dict) -> None:
         """Starts what all workers of a collector need, of the thread that calls; ImportError where that is not installed."""
 
     @staticmethod
-    @abstractmethod
     def end() -> None:
         """Ends what `begin` has started."""
 
@@ -65,50 +69,21 @@ class Host(ABC):
         """``weights`` for a `call` of many workers, packed once."""
         return weights
 
-    @abstractmethod
     def why_dead(self, error: Exception) -> str | None:
         """After a `call` raised ``error``: how the worker died, in words; None where it lives, and the error is the player's."""
-
-    @staticmethod
-    @abstractmethod
-    def why_not_started(error: Exception) -> str | None:
-        """As `why_dead`, after ``error`` where a worker was to be made."""
-
-    def shutdown(self) -> None:
-        """Ends the worker, and waits for that."""
-        self.collector.shutdown()
-
-
-class ProcessHost(Host):
-    """A process."""
-
-    @staticmethod
-    def begin(options):
-        return
-
-    @staticmethod
-    def end():
-        return
-
-    def __init__(self, create_env_fn, policy, frames, player, options):
-        defaults = {"num_threads": torch.get_num_threads(), "init_fn": _leave_signals_to_parent, "cat_results": "stack"}
-        self.collector = MultiSyncCollector(
-            [create_env_fn],
-            policy_factory=partial(_given, policy),
-            frames_per_batch=frames,
-            collector_class=partial(Player, **player),
-            **{**defaults, **options},
-        )
-
-    def why_dead(self, error):
         process = self.collector.procs[0]
         if isinstance(error, (EOFError, OSError)):  # its end of the pipe is closed: it dies, and may not have yet
             process.join(_SECONDS_TO_DIE)
         return None if process.is_alive() else f"exit code {process.exitcode}"
 
     @staticmethod
-    def why_not_started(error):
+    def why_not_started(error: Exception) -> str | None:
+        """As `why_dead`, after ``error`` where a worker was to be made."""
         return "while it was starting" if isinstance(error.__cause__, EOFError) else None
+
+    def shutdown(self) -> None:
+        """Ends the worker, and waits for that."""
+        self.collector.shutdown()
 
 
 class ActorHost(Host):

@@ -22,13 +22,13 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.arguments import as_list, require_numbers, whole
 from rl2_torchrl.minibatches import beside
 from rl2_torchrl.seeding import derived_seed, require_seed
-from rl2_torchrl.workers.hosts import ActorHost, Host, ProcessHost, threads_kept
+from rl2_torchrl.workers.hosts import ActorHost, Host, threads_kept
 
 __all__ = ["TrialWorkers"]
 
 log = logging.getLogger(__name__)
 
-_HOSTS = {"process": ProcessHost, "ray": ActorHost}
+_HOSTS = {"process": Host, "ray": ActorHost}
 #: How often in a row a worker may die: more is no accident.
 MOST_DEATHS = 3
 
