@@ -72,20 +72,17 @@ class ScalarLog:
         self._close(purge_step=0)
 
     def set_aside(self) -> None:
-        """Moves CSV files of an earlier run, which this logger has not opened, to a subfolder."""
+        """Moves CSV files of an earlier run, which this logger has not opened, to a subfolder, in the place of those before it."""
         opened = set(map(Path, self._logger.experiment.files)) if isinstance(self._logger, CSVLogger) else set()
-        if self._move([path for path in self._tables() if path not in opened]):
-            log.warning("%s held the scalars of an earlier run: moved to %s.", self._folder, _EARLIER)
-
-    def _move(self, tables: Sequence[Path]) -> bool:
-        """Moves ``tables``, if there are any, to where those of the run before them are."""
-        if tables:
-            shutil.rmtree(earlier := self._folder / _EARLIER, ignore_errors=True)
+        tables = [path for path in self._tables() if path not in opened]
+        if not tables:
+            return
+        shutil.rmtree(earlier := self._folder / _EARLIER, ignore_errors=True)
         for table in tables:
             place = earlier / table.relative_to(self._folder / _TABLES)
             place.parent.mkdir(parents=True, exist_ok=True)
             table.replace(place)
-        return bool(tables)
+        log.warning("%s held the scalars of an earlier run: moved to %s.", self._folder, _EARLIER)
 
     def is_of(self, checkpoints: Path | None) -> None:
         """Notes, for `require_new`, in which folder the run has a checkpoint; None: it has none yet."""
