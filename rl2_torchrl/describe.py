@@ -15,6 +15,7 @@ from torchrl.collectors import BaseCollector
 from torchrl.data import Composite
 from torchrl.envs import EnvBase
 
+from rl2_torchrl.agent.signature import name_of
 from rl2_torchrl.arguments import require_collector
 from rl2_torchrl.checks.probe import NetworkProbe
 from rl2_torchrl.envs import GymVectorEnv
@@ -137,10 +138,11 @@ def _transform(transform: nn.Module, env: EnvBase) -> str:
     if isinstance(transform, PreviousStep):
         layout = transform.layout()
         told = [
-            f"{_name(key)} {part.size}" + " (uint8 / 255)" * part.is_bytes for key, part in layout.observations.items()
+            f"{name_of(key)} {part.size}" + " (uint8 / 255)" * part.is_bytes
+            for key, part in layout.observations.items()
         ]
         told = ", ".join([*told, f"action {layout.action.size}", "reward 1", "done 1"])
-        return f"{_name(transform.out_key)} [{layout.size}] = {told}"
+        return f"{name_of(transform.out_key)} [{layout.size}] = {told}"
     keys = [getattr(transform, "task_key", None), *(getattr(transform, "primers", transform.out_keys) or ())]
     shapes = {key: list(spec.shape[len(env.batch_size) :]) for key, spec in env.observation_spec.items(True, True)}
     return ", ".join(_entry(each, shapes) for key in keys if key is not None for each in shapes if is_within(each, key))
@@ -156,7 +158,7 @@ def _collector(collector: BaseCollector, spec: Composite | None) -> list[Describ
     batch += f", {total:,} in all" if total is not None and 0 < total < math.inf else ", without end"
     # TorchRL's own collectors have one way, and no name for it.
     way = {"backend": getattr(collector, "backend", "tensordicts"), "reason": getattr(collector, "reason", None)}
-    kept = "all entries" if keep is None else ", ".join(map(_name, keep))
+    kept = "all entries" if keep is None else ", ".join(map(name_of, keep))
     return [Described("collector", type(collector).__name__, batch, **way), Described("collector", "keeps", kept)]
 
 
@@ -205,7 +207,7 @@ def _shapes(spec: Composite | None, loss: nn.Module) -> dict[NestedKey, list[int
 
 
 def _entry(key: NestedKey, shapes: dict[NestedKey, list[int]]) -> str:
-    return _name(key) + (f" {shapes[key]}" if key in shapes else "")
+    return name_of(key) + (f" {shapes[key]}" if key in shapes else "")
 
 
 # ---------------------------------------------------------- what learns
@@ -247,7 +249,7 @@ def _loss(update: PPOUpdate) -> Iterable[Described]:
         backend = (
             "kernel" if hasattr(term, "with_gradients") and update.backend not in ("autograd", "graph") else "autograd"
         )
-        what = "reads " + ", ".join(map(_name, term.in_keys))
+        what = "reads " + ", ".join(map(name_of, term.in_keys))
         if term in loss.terms and hasattr(term, "coefficient"):  # PPO's own stand above
             what += f"; {_settings({'coefficient': term.coefficient})}"
         yield Described("loss", type(term).__name__, what, sum(p.numel() for p in term.parameters()), backend)
@@ -261,7 +263,3 @@ def _value(value: object) -> str:
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     return f"{value:.4g}" if isinstance(value, float) else getattr(value, "__name__", str(value))
-
-
-def _name(key: NestedKey) -> str:
-    return key if isinstance(key, str) else ".".join(key)
