@@ -204,11 +204,11 @@ class RunCheckpoints:
                 raise TypeError(
                     f"the {name} has no state_dict() and load_state_dict(state), which checkpoints need: add them."
                 )
-        if rollout:
-            return {name: part.state_dict() for name, part in self._parts.items()}
-        missing = {"missing": "an error or a signal has cut the rollout short"}
-        cut = {"rollout": missing, "collector": self._own.last_known()}
-        return {name: part.state_dict() for name, part in self._parts.items() if name not in cut} | cut
+        states = {name: part.state_dict for name, part in self._parts.items()}
+        if not rollout:
+            missing = {"missing": "an error or a signal has cut the rollout short"}
+            states |= {"rollout": lambda: missing, "collector": self._own.last_known}
+        return {name: state() for name, state in states.items()}
 
     def _path(self) -> Path:
         return self._folder / f"checkpoint-{self._result.env_steps}.safetensors"
@@ -238,8 +238,6 @@ class RunCheckpoints:
                 damaged.append(path)
                 continue
             changed = self._require_fit(path, tree, changes)
-            for name in changed:  # and with it what may have been made of it
-                tree["state"].get("kept", {}).pop(name.rpartition(".")[0], None)
             self._restore(path, tree, changed)
             self._move(damaged, _DAMAGED)
             if damaged:
@@ -306,13 +304,14 @@ class RunCheckpoints:
 
     def _restore(self, path: Path, tree: Mapping[str, Any], changed: Collection[str]) -> None:
         """Puts all parts back; ``changed`` are the settings that have."""
-        state = tree["state"]
+        state = {"kept": {}, **tree["state"]}  # older versions had fewer
+        changed_parts = {name.rpartition(".")[0] for name in changed}  # what may have been made of what has changed
         if not torch.cuda.is_available():  # of a run on the CPU, on a machine that has CUDA too
             state.get("rng", {}).pop("torch_cuda", None)
         if any(name.startswith("env.") for name in changed):
             state["rollout"] = {"missing": "settings of the env have changed"}
-            kept = state.get("kept", {})
-            state["kept"] = {name: each for name, each in kept.items() if not name.startswith("env.")}
+            changed_parts |= {name for name in state["kept"] if name.startswith("env.")}
+        state["kept"] = {name: each for name, each in state["kept"].items() if name not in changed_parts}
         try:
             for name, part in self._parts.items():
                 if name in state:  # older versions had fewer
@@ -337,7 +336,7 @@ class RunCheckpoints:
         """Seeds and transforms' buffers that are others than the run's, over which its own have been put back like all states."""
         if "torch.seed" in changed:
             torch.manual_seed(self._settings["torch.seed"])
-        for name, transform in named("env", transforms_of(getattr(self._collector, "env", None))).items():
+        for name, transform in _transforms(self._collector).items():
             if isinstance(transform, TaskSampler) and f"{name}.seed" in changed:
                 transform.seed(transform.given_seed)
             for each, buffer in transform.named_buffers(recurse=False):
