@@ -153,16 +153,12 @@ def train(
                 saved.set_aside()
                 scalars.set_aside()
 
-        _shut_down_at_exit(collector)
+        if hasattr(collector, "shutdown"):
+            _trained.add(collector)
         watch(collector)
         check = check and isinstance(update, PPOUpdate)
-        options = {
-            "evaluate": evaluate,
-            "scalars": scalars,
-            "check": check,
-            "schedule_frames": schedule_frames or total,
-        }
-        loop = Loop(**parts, **options, begin=begin)
+        given = {"evaluate": evaluate, "scalars": scalars, "check": check, "begin": begin}
+        loop = Loop(**parts, **given, schedule_frames=schedule_frames or total)
         loop.require_abreast()
 
         def is_last(row: dict[str, float]) -> bool:
@@ -236,11 +232,6 @@ def _shut_down() -> None:
     # Python waits for processes that are no daemons, as envs' are; they wait for a word of the collector.
     for collector in list(_trained):
         collector.shutdown()
-
-
-def _shut_down_at_exit(collector: BaseCollector) -> None:
-    if hasattr(collector, "shutdown"):
-        _trained.add(collector)
 
 
 def _check_kinds(collector, update, checkpoints, logger, **functions) -> None:
