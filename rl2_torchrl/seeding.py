@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import index
 from typing import SupportsIndex
 from zlib import crc32
 
 import numpy as np
 import torch
+from torchrl.checkpoint import GlobalRNGState
 
-__all__ = ["derived_seed", "require_seed", "seed_generator"]
+__all__ = ["derived_seed", "random_numbers_put_back", "require_seed", "seed_generator"]
 
 _ROOM = 2**63  # of PyTorch's seeds
 
@@ -65,3 +68,13 @@ def derived_seed(*parts: int | str | None) -> int:
         crc32(str(part).encode()) if part is None or isinstance(part, str) else index(part) % _ROOM for part in parts
     ]
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def random_numbers_put_back() -> Iterator[None]:
+    """What is drawn inside from the program's generators does not change what is drawn afterwards."""
+    before = GlobalRNGState().state_dict()
+    try:
+        yield
+    finally:
+        GlobalRNGState().load_state_dict(before)

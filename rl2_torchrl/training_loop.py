@@ -7,12 +7,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 
 from rl2_torchrl.checks import check_training
@@ -20,6 +18,7 @@ from rl2_torchrl.collector import batches_of
 from rl2_torchrl.history import TrainResult
 from rl2_torchrl.kernels.threads import warn_of_spinning
 from rl2_torchrl.locks import MODES
+from rl2_torchrl.seeding import random_numbers_put_back
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -100,7 +99,7 @@ class Loop:
                 )
         if is_checked:  # as it was collected, and with what callbacks have added for terms
             added = [key for key in batch.keys(True, True) if key not in collected.keys(True, True)]
-            with _random_numbers_put_back():
+            with random_numbers_put_back():
                 report = check_training(self._collector, self._update, collected.update(batch.select(*added)))
             for note in report.notes:
                 log.warning("of the first batch: %s.", note)
@@ -165,7 +164,7 @@ class Loop:
         """Adds the scalars of a held-out evaluation to ``row``; random numbers are put back."""
         if self._evaluate is None:
             return
-        with _turn, _random_numbers_put_back():
+        with _turn, random_numbers_put_back():
             _add(row, "eval/", self._evaluate(), "evaluate")
             for callback in self._callbacks:
                 more = callback.after_evaluation(row, self._progress) or {}
@@ -306,13 +305,3 @@ class TrialReturns:
 
     def _add(self, rewards: torch.Tensor) -> None:
         self.carry += rewards.sum(-1, dtype=torch.float64)
-
-
-@contextmanager
-def _random_numbers_put_back() -> Iterator[None]:
-    """What is drawn inside does not change what is drawn afterwards."""
-    before = GlobalRNGState().state_dict()
-    try:
-        yield
-    finally:
-        GlobalRNGState().load_state_dict(before)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import set_exploration_type
@@ -17,6 +16,7 @@ from rl2_torchrl.arguments import require_collector
 from rl2_torchrl.checks import inputs, learning, memory, rows, tasks
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.collector import batches_of
+from rl2_torchrl.seeding import random_numbers_put_back
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE
 from rl2_torchrl.update import PPOUpdate
@@ -107,14 +107,12 @@ def check_training(
         {}
     """
     require_collector(collector, "check_training(collector, update)")
-    report, before = TrainingReport(), GlobalRNGState().state_dict()
-    try:
+    report = TrainingReport()
+    with random_numbers_put_back():
         batches = [batch] if batch is not None else _collect(collector)
         evidence = [Evidence(batch, collector, update, held_out, report) for batch in batches]
         for name in _RULES:
             _check(name, evidence, report)
-    finally:
-        GlobalRNGState().load_state_dict(before)
     log.info("training checked before its first update\n%s", report)
     return report
 

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
-from torchrl.checkpoint import GlobalRNGState
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.seeding import random_numbers_put_back
 from rl2_torchrl.trial import outermost
 
 __all__ = ["NetworkProbe"]
@@ -69,12 +69,10 @@ class NetworkProbe:
     @torch.no_grad()
     def step(self, data: TensorDictBase) -> TensorDictBase:
         """Writes into ``data`` ``[*B]`` all that the networks write in one step; random numbers are put back."""
-        before = GlobalRNGState().state_dict()
-        with set_recurrent_mode(False):
+        with set_recurrent_mode(False), random_numbers_put_back():
             for name, network in (("actor", self.actor), ("critic", self.critic)):
                 with self._weights(name):
                     data = data if network is None else network(data)
-        GlobalRNGState().load_state_dict(before)
         return data
 
     def windows(self, rows: TensorDictBase, row: torch.Tensor, step: torch.Tensor) -> TensorDictBase:
