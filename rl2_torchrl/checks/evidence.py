@@ -160,9 +160,12 @@ class Evidence:
         return rows
 
     def chunks(self, rows: TensorDictBase) -> TensorDictBase:
-        """``rows`` ``[R, T]`` as the update cuts them, ``[N, bptt]``; no more than it takes to see a fault."""
+        """``rows`` ``[R, T]`` as the update cuts them, ``[N, bptt]``; of many, some that lie evenly: enough to see a fault."""
         length = min(getattr(self.update, "bptt", None) or rows.shape[1], rows.shape[1])
-        return self.probe.chunks(rows, length, _MAX_STEPS)
+        number = rows.shape[1] // length
+        chunks = rows[:, : number * length].reshape(-1, number, length).flatten(0, 1)
+        wanted = min(len(chunks), max(2, _MAX_STEPS // length))
+        return chunks[torch.linspace(0, len(chunks) - 1, wanted).long().to(chunks.device)]
 
     def windows(self, second: torch.Tensor) -> TensorDictBase:
         """Up to 16 windows of two steps ``[N, 2]``, the second of them one of ``second``, bool ``[R, T - 1]`` from step 1 on."""

@@ -42,13 +42,6 @@ class NetworkProbe:
         self.inputs = list(dict.fromkeys(k for network in self.networks for k in network.in_keys if k not in made))
         self.observed = [key for key in self.actor.in_keys if key in self.inputs]
 
-    def chunks(self, rows: TensorDictBase, length: int, max_steps: int) -> TensorDictBase:
-        """``rows`` ``[R, T]`` cut into ``[N, length]``; of many, some that lie evenly, of ``max_steps`` steps in all."""
-        number = rows.shape[1] // length
-        chunks = rows[:, : number * length].reshape(-1, number, length).flatten(0, 1)
-        wanted = min(len(chunks), max(2, max_steps // length))
-        return chunks[torch.linspace(0, len(chunks) - 1, wanted).long().to(chunks.device)]
-
     def run(self, data: TensorDictBase) -> dict[NestedKey, torch.Tensor]:
         """All that the networks write for sequences ``[N, T]``, the log-probability and the value by names of their own."""
         data, keys = self._inputs(data), self.loss.tensor_keys
