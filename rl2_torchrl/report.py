@@ -187,7 +187,10 @@ class AdaptationReport:
         steps, held_out = self._points("eval/trial_return")
         if held_out:
             axes.plot(steps, held_out, color=_AGENT, lw=2, marker="o", ms=3.5, label="held-out trials")
-        self._reference_lines(axes)
+        if self.optimum is not None:
+            axes.axhline(self.optimum, color="black", lw=1, ls="--", label=f"Bayes optimum {self.optimum:.2f}")
+        for color, (name, curve) in zip(cycle(_COLORS), self._classical(), strict=False):
+            axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{name} {curve.mean:.2f}")
         axes.set(xlabel="env steps (millions)", ylabel="return of a trial", title="Learning: over training")
         axes.legend(loc="lower right", fontsize=9, frameon=False)
         _tidy(axes)
@@ -196,12 +199,6 @@ class AdaptationReport:
         """Where a scalar was logged, in millions of env steps, and its values; without NaN, as where no trial has ended."""
         rows = [row for row in self.train.history if not math.isnan(row.get(name, math.nan))]
         return [row["env_steps"] / 1e6 for row in rows], [row[name] for row in rows]
-
-    def _reference_lines(self, axes) -> None:
-        if self.optimum is not None:
-            axes.axhline(self.optimum, color="black", lw=1, ls="--", label=f"Bayes optimum {self.optimum:.2f}")
-        for color, (name, curve) in zip(cycle(_COLORS), self._classical(), strict=False):
-            axes.axhline(curve.mean, color=color, lw=1, ls=":", label=f"{name} {curve.mean:.2f}")
 
     def _plot_adaptation(self, axes, measure: str | None = None) -> None:
         """The mean return of each episode, or the mean of a measure, which classical agents may lack."""
