@@ -286,10 +286,9 @@ class _Played:
         return ~self.steps["next", "reward"].isfinite()
 
     def observations_finite(self):
-        keys = [key for key in self.env.observation_spec.keys(True, True) if key in self.steps["next"].keys(True, True)]
         broken = torch.zeros_like(self.steps["next", "done"])
-        for key in keys:
-            value = self.steps["next"].get(key)
+        for key in self.env.observation_spec.keys(True, True):
+            value = self.steps["next"].get(key, None)
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 broken |= ~value.isfinite().reshape(*broken.shape[:2], -1).all(-1, keepdim=True)
         return broken
