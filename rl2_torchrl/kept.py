@@ -327,11 +327,8 @@ def _bytes(saved: Any) -> Iterator[bytes | np.ndarray]:
     """What `Saver` gave, in bytes that are the same for the same, of arrays as arrays."""
     if isinstance(saved, list) and saved[:1] in (["object"], ["member"], ["flag"], ["named_tuple"]):
         kind, name, *more = saved
-        saved = [
-            kind,
-            name.partition(":")[2],
-            *more,
-        ]  # a program's module has another name than it has where it is imported
+        # A program's module has another name than it has where it is imported.
+        saved = [kind, name.partition(":")[2], *more]
     if isinstance(saved, list | tuple):
         yield f"{type(saved).__name__} {len(saved)}".encode()
         for each in saved:
