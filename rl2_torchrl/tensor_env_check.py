@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import TensorSpec
 from torchrl.envs import check_env_specs
 
 from rl2_torchrl.arguments import kind_of
+from rl2_torchrl.env_check.outcomes import kind, misfit, same
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.rows import EnvState, entries_of, merge, tensors_of
 from rl2_torchrl.envs.tensor_env import TensorEnv
@@ -149,16 +149,16 @@ class _Checked:
     def returns(self) -> str | None:
         begun = self.env.begin(self.task(), self.every_row)
         if type(begun) is not tuple or len(begun) != 2:
-            return f"begin returned {_kind(begun)}, not (state, observation)"
+            return f"begin returned {kind(begun)}, not (state, observation)"
         advanced = self.env.advance(begun[0], self.actions[0].clone())
         if type(advanced) is not tuple or len(advanced) != 5:
-            return f"advance returned {_kind(advanced)}, not (state, observation, reward, terminated, truncated)"
+            return f"advance returned {kind(advanced)}, not (state, observation, reward, terminated, truncated)"
         for name, observation in (("begin", begun[1]), ("advance", advanced[1])):
             if not isinstance(observation, Tensor | dict | None):
-                return f"{name} returned {_kind(observation)} as the observation, not a tensor, a dictionary or None"
+                return f"{name} returned {kind(observation)} as the observation, not a tensor, a dictionary or None"
         for name, value in zip(("reward", "terminated", "truncated"), advanced[2:], strict=True):
             if not isinstance(value, Tensor) and (name == "reward" or value is not None):
-                return f"advance returned {_kind(value)} as {name}, not a tensor"
+                return f"advance returned {kind(value)} as {name}, not a tensor"
 
     def state(self) -> str | None:
         state, _ = self.env.begin(self.task(), self.every_row)
@@ -225,7 +225,7 @@ class _Checked:
             self.env.play(held["the action"])
             list(self.begin_ended())
             for name, value in held.items():
-                if not _same(value, copies[name]):
+                if not same(value, copies[name]):
                     return f"a step wrote over {name}"
 
     def repeatable(self) -> str | None:
@@ -315,22 +315,9 @@ def _difference(one: list[Step], other: list[Step], rows: Tensor, what: str) -> 
     """Where ``rows`` of the steps are not the same."""
     for number, (step, again) in enumerate(zip(one, other, strict=False)):
         for key in step:
-            if key not in again or not _same(step[key][rows], again[key][rows]):
+            if key not in again or not same(step[key][rows], again[key][rows]):
                 return f"{what} differ in {key!r} of step {number}"
     return None if len(one) == len(other) else f"{what} differ in when episodes end"
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
-
-
-def misfit(value: Tensor, spec: TensorSpec) -> str | None:
-    """In what ``value`` is not what ``spec`` says, in words; None where it is."""
-    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (spec.shape, spec.dtype):
-        return f"is {_kind(value)}, its spec says {spec.dtype} {list(spec.shape)}"
-    if value.device != spec.device:
-        return f"is on {value.device}, its spec on {spec.device}"
-    return None if spec.is_in(value) else f"is outside its spec, {spec.space}: {value.flatten()[:8].tolist()} ..."
 
 
 def _layout(state: EnvState) -> list[tuple]:
@@ -339,9 +326,3 @@ def _layout(state: EnvState) -> list[tuple]:
 
 def _told(layout: list[tuple]) -> str:
     return ", ".join(f"{dtype} {list(shape)}" for shape, dtype, _ in layout) or "nothing"
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    return f"{len(value)} values" if isinstance(value, tuple) else type(value).__name__

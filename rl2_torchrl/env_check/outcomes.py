@@ -1,4 +1,4 @@
-"""Outcomes of steps compared: in which rows they differ, and whether what is seen, or is not, may be chance."""
+"""What steps return compared: with its spec, and with another run, in which rows it differs and whether that may be chance."""
 
 from __future__ import annotations
 
@@ -7,13 +7,32 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchrl.data import TensorSpec
 
-__all__ = ["CHANCE", "Outcome", "chance_of_none", "counted", "differ", "none_by_rule", "same", "unequal"]
+__all__ = [
+    *("CHANCE", "Outcome", "chance_of_none", "counted", "differ", "kind", "misfit", "none_by_rule", "same", "unequal"),
+]
 
 #: How likely what a rule tells may be chance at most.
 CHANCE = 1 / 400
 
 Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; whether an episode ended comes first.
+
+
+def misfit(value: Tensor, spec: TensorSpec) -> str | None:
+    """In what ``value`` is not what ``spec`` says, in words; None where it is."""
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (spec.shape, spec.dtype):
+        return f"is {kind(value)}, its spec says {spec.dtype} {list(spec.shape)}"
+    if value.device != spec.device:
+        return f"is on {value.device}, its spec on {spec.device}"
+    return None if spec.is_in(value) else f"is outside its spec, {spec.space}: {value.flatten()[:8].tolist()} ..."
+
+
+def kind(value: object) -> str:
+    """What ``value`` is, in words."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"{len(value)} values" if isinstance(value, tuple) else type(value).__name__
 
 
 def same(one: Tensor, other: Tensor) -> bool:

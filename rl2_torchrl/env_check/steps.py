@@ -8,10 +8,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from rl2_torchrl.env_check.outcomes import Outcome, counted, none_by_rule, same
+from rl2_torchrl.env_check.outcomes import Outcome, counted, misfit, none_by_rule, same
 from rl2_torchrl.env_check.playing import STEPS_TO_AN_END, EnvBelow, Task
 from rl2_torchrl.envs.tensor_env import TensorEnv
-from rl2_torchrl.tensor_env_check import misfit
 
 __all__ = ["RULES"]
 
