@@ -26,10 +26,11 @@ class Interrupts:
 
     Attributes:
         signum: the first signal's number, or None.
+        ends_at_once: whether `at_once` is entered.
     """
 
     signum: int | None = None
-    _is_waited_for = True
+    ends_at_once = False
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -37,24 +38,18 @@ class Interrupts:
 
         Not Ctrl-C, and none that the program answers itself: it may go on with envs that are in the middle of a step.
         """
-        self._is_waited_for = False
+        self.ends_at_once = True
         try:
             yield
         finally:
-            self._is_waited_for = True
-
-    def note(self, signum: int, *, ends: bool) -> None:
-        """Takes down that the signal has come, and whether it ``ends`` the program."""
-        self.signum = signum
-        if ends and not self._is_waited_for:
-            raise EndRequested
+            self.ends_at_once = False
 
     def __bool__(self) -> bool:
         return self.signum is not None
 
     def pass_on(self) -> None:
         """Ends the program, where a signal has asked for that: to be called once all is saved."""
-        if self.signum is None or self.signum not in _ENDS:
+        if self.signum not in _ENDS:
             return
         if callable(signal.getsignal(self.signum)):
             signal.raise_signal(self.signum)
@@ -82,7 +77,9 @@ def deferred_interrupts() -> Iterator[Interrupts]:
         log.warning(
             "%s: finishing this update and saving. Once more stops at once.", "Ctrl-C" if name == "SIGINT" else name
         )
-        interrupts.note(signum, ends=signum in _ENDS and not callable(before[signum]))
+        interrupts.signum = signum
+        if interrupts.ends_at_once and signum in _ENDS and not callable(before[signum]):
+            raise EndRequested
 
     def restore() -> None:
         for signum, handler in before.items():
