@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -59,21 +59,14 @@ class PolicyStep(nn.Module):
         self.policy, self.signature, self._layout, self._is_compiled = policy, signature, signature.layout, compiled
         self._hidden_keys = hidden_keys(policy)
         self._next_keys = [unravel_key(("next", key)) for key in self._hidden_keys]
-        self._find_parts()
-
-    def _find_parts(self) -> None:
-        *self._networks, sample = acting_parts(self.policy)
+        *self._networks, sample = acting_parts(policy)
         self._distribution, self.parameter_keys = distribution_of(sample.module), sample.in_keys
-        self._cores = cores_of(self.policy)
+        self._cores = cores_of(policy)
         self.read_weights()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple:
         # A copy's parts would be functions of this policy, and play its weights; to another process functions cannot go.
-        return {name: value for name, value in vars(self).items() if name not in ("_networks", "_cores", "_functions")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._find_parts()
+        return partial(type(self), compiled=self._is_compiled), (self.policy, self.signature)
 
     def read_weights(self) -> None:
         """Makes the modules' functions anew, some of which hold on to the weights as they were."""
@@ -126,26 +119,24 @@ def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[tuple[Tens
 def _exportable(part: ActingPart) -> Callable[[State], None]:
     """What a part does, in PyTorch's operations alone."""
     module, in_keys, out_keys = part.module, part.in_keys, part.module.out_keys
-    functions = {"core": lambda: _core_step(module), "tensors": lambda: on_copies(module.module, module.module)}
-    if (function := functions.get(part.way)) is None:
+    if part.way == "core":
+
+        def function(x: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+            return module.step(x.to(_dtype_of(memory)), *memory)
+
+    elif part.way == "tensors":
+        function = on_copies(module.module, module.module)
+    else:
         raise NotImplementedError(
             f"{type(module).__name__} reads a TensorDict, which no graph has: write it as a TensorDictModule of a function of "
             "tensors, or as a RecurrentCore."
         )
-    function = function()
 
     def run(state: State) -> None:
         out = function(*[state[key] for key in in_keys])
         state.update(zip(out_keys, outputs_of(out, out_keys), strict=True))
 
     return run
-
-
-def _core_step(core: TensorDictModuleBase) -> Callable[..., tuple[Tensor, ...]]:
-    def step(x: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-        return core.step(x.to(_dtype_of(memory)), *memory)
-
-    return step
 
 
 def _dtype_of(memory: Iterable[Tensor]) -> torch.dtype:
