@@ -295,13 +295,10 @@ class TrialReturns:
             self.carry[batch["is_init"][..., 0, :].reshape(-1)] = 0.0
         finished, begin = [], 0
         for last in done.any(0).nonzero().flatten().tolist():
-            self._add(reward[:, begin : last + 1])
+            self.carry += reward[:, begin : last + 1].sum(-1, dtype=torch.float64)
             ended = done[:, last]
             finished.append(self.carry[ended])
             self.carry[ended] = 0.0
             begin = last + 1
-        self._add(reward[:, begin:])
+        self.carry += reward[:, begin:].sum(-1, dtype=torch.float64)
         return torch.cat(finished).nanmean().item() if finished else math.nan
-
-    def _add(self, rewards: torch.Tensor) -> None:
-        self.carry += rewards.sum(-1, dtype=torch.float64)
