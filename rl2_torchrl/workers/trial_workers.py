@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from copy import deepcopy
 from functools import partial
 from operator import methodcaller
@@ -159,9 +159,7 @@ class TrialWorkers(BaseCollector):
         """``function(number, argument)`` of all workers at the same time; the first error is raised once all have ended."""
         self._require_workers()
         futures = [self._pool.submit(function, number, argument) for number, argument in enumerate(arguments)]
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        if errors:
-            raise errors[0]
+        wait(futures)
         return [future.result() for future in futures]
 
     def _require_workers(self) -> None:
