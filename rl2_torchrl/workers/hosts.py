@@ -7,9 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -153,6 +151,7 @@ class _Cluster:
 
     @classmethod
     def end(cls) -> None:
+        import psutil
         import ray
 
         cls.collectors -= 1
@@ -162,21 +161,17 @@ class _Cluster:
         ray.shutdown()
         # Ray waits for its raylet a second, and what that has started would be there until it notices.
         for process in processes:
-            with suppress(_psutil().NoSuchProcess):
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-        _psutil().wait_procs(processes, _SECONDS_TO_DIE)
+        psutil.wait_procs(processes, _SECONDS_TO_DIE)
 
 
 def processes_of_ray() -> list:
     """Of the cluster that this program has started, as psutil has them: its servers, and what they have started."""
-    servers = [child for child in _psutil().Process().children() if child.name() in ("raylet", "gcs_server")]
+    import psutil  # which Ray has brought along
+
+    servers = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]
     return servers + [each for server in servers for each in server.children(recursive=True)]
-
-
-def _psutil() -> ModuleType:
-    import ray  # noqa: F401  (which brings it along)
-
-    return import_module("psutil")
 
 
 def _given(policy: nn.Module) -> nn.Module:
