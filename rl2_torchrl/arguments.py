@@ -19,7 +19,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 __all__ = [
-    *("above_0", "as_batch_size", "as_list", "kind_of", "noted"),
+    *("above_0", "as_batch_size", "as_list", "kind_of", "needs", "noted"),
     *("require_arguments", "require_callable", "require_collector", "require_env", "require_flags"),
     *("require_folder_name", "require_generator", "require_layer_class", "require_network", "require_numbers"),
     *("require_sizes_known", "require_specs", "require_time_last", "require_torch", "whole", "whole_numbers"),
@@ -38,6 +38,15 @@ def as_list(name: str, values: Iterable) -> list:
 def kind_of(value: Any) -> str:
     """What ``value`` is, for messages: its class's name, or that it is a class itself."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+@contextmanager
+def needs(said: str) -> Iterator[None]:
+    """ImportError of what is ``said``, such as which extra to install, where an import within fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(said) from error
 
 
 @contextmanager

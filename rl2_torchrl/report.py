@@ -16,7 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl2_torchrl.arguments import require_folder_name
+from rl2_torchrl.arguments import needs, require_folder_name
 from rl2_torchrl.evaluation import AdaptationCurve
 from rl2_torchrl.history import TrainResult
 
@@ -142,11 +142,9 @@ class AdaptationReport:
     # ----------------------------------------------------------------- table
     def table(self) -> Table:
         """The report as a `rich.table.Table` (needs ``rich``): mean ± standard error of a trial, best first."""
-        try:
+        with needs('the table needs rich: pip install "rl2_torchrl[recipes]".'):
             from rich.markup import escape
             from rich.table import Table
-        except ImportError as error:
-            raise ImportError('the table needs rich: pip install "rl2_torchrl[recipes]".') from error
 
         table = Table(title=escape(f"{self.title}: return of a held-out trial, {self.agent.num_tasks:,} tasks"))
         table.add_column("agent")
@@ -167,10 +165,8 @@ class AdaptationReport:
     # ------------------------------------------------------------------ plot
     def plot(self) -> Figure:
         """A `matplotlib.figure.Figure` (needs ``matplotlib``): learning and adaptation curves, bands of 2 SE."""
-        try:
+        with needs('the plot needs matplotlib: pip install "rl2_torchrl[recipes]".'):
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('the plot needs matplotlib: pip install "rl2_torchrl[recipes]".') from error
 
         measures = self.agent.shown
         figure = Figure(figsize=(12 + 5 * len(measures), 5), layout="constrained")

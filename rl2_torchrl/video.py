@@ -10,7 +10,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import require_env, require_numbers, whole
+from rl2_torchrl.arguments import needs, require_env, require_numbers, whole
 from rl2_torchrl.evaluation import adaptation_curve
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, base_of, is_within
@@ -117,8 +117,10 @@ class VideoWriter:
         require_numbers(fps=fps)
         if fps < 1:
             raise ValueError(f"fps={fps}: a video has a picture a second or more; pass 20, say.")
-        self._draw = _pillow("ImageDraw")
-        self._image = _pillow("Image")
+        with needs('videos need Pillow, which is an extra: pip install "rl2_torchrl[video]".'):
+            import PIL.Image
+            import PIL.ImageDraw
+        self._pillow = PIL
         self._file, self._shape = _FORMATS[self.path.suffix](self.path, fps), None
 
     def append(self, picture: torch.Tensor | np.ndarray, caption: str = "") -> None:
@@ -130,9 +132,9 @@ class VideoWriter:
                 f"a picture of {self.path.name} is {picture.dtype} {list(picture.shape)}; all must be uint8 [height, width, 3], "
                 f"from 0 to 255 (4 with transparency, none of greys), of the size of the first, which is {list(self._shape)}."
             )
-        image = self._image.fromarray(picture.cpu().numpy()).convert("RGB")
+        image = self._pillow.Image.fromarray(picture.cpu().numpy()).convert("RGB")
         if caption:
-            self._draw.Draw(image).text(
+            self._pillow.ImageDraw.Draw(image).text(
                 (8, 6), caption, fill="white", font_size=16, stroke_width=1, stroke_fill="black"
             )
         self._file.append(image)
@@ -147,12 +149,9 @@ class VideoWriter:
 
 class _Mp4:
     def __init__(self, path: Path, fps: int):
-        try:
+        said = 'an .mp4 is written by imageio-ffmpeg, an extra: pip install "rl2_torchrl[video]"; or write a .gif.'
+        with needs(said):
             import imageio_ffmpeg
-        except ImportError as error:
-            raise ImportError(
-                'an .mp4 is written by imageio-ffmpeg, which is an extra: pip install "rl2_torchrl[video]"; or write a .gif.'
-            ) from error
         self._path, self._fps, self._write = str(path), fps, imageio_ffmpeg.write_frames
         self._frames = None
 
@@ -186,13 +185,6 @@ class _Gif:
 
 
 _FORMATS = {".mp4": _Mp4, ".gif": _Gif}
-
-
-def _pillow(module: str):
-    try:
-        return __import__(f"PIL.{module}", fromlist=[module])
-    except ImportError as error:
-        raise ImportError('videos need Pillow, which is an extra: pip install "rl2_torchrl[video]".') from error
 
 
 def _caption(state: State) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rl2_torchrl.agent.signature import Signature, name_of
 from rl2_torchrl.agent.step import PolicyStep
+from rl2_torchrl.arguments import needs
 
 __all__ = ["export_policy", "onnx_step"]
 
@@ -86,7 +87,5 @@ def _example(signature: Signature) -> tuple[Tensor, ...]:
 
 def _require(*names: str) -> ModuleType:
     """The last of these modules."""
-    try:
+    with needs(f'ONNX needs {" and ".join(names)}: pip install "rl2_torchrl[onnx]".'):
         return [importlib.import_module(name) for name in names][-1]
-    except ImportError as error:
-        raise ImportError(f'ONNX needs {error.name}: pip install "rl2_torchrl[onnx]".') from error
