@@ -335,8 +335,8 @@ def _as_plain(value: Any) -> list | dict | str:
 
 
 def _plain_spec(spec: TensorSpec) -> dict[str, Any]:
-    kind = next((name for name, cls in _KINDS.items() if type(spec) is cls), None)
-    if kind is None:
+    kind = type(spec).__name__
+    if _KINDS.get(kind) is not type(spec):
         # Such as UnboundedDiscrete: what matters here is shape and dtype.
         kind = "Unbounded"
         if isinstance(spec, Categorical | OneHot | MultiOneHot | Binary):
