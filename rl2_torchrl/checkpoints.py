@@ -239,8 +239,8 @@ class RunCheckpoints:
                 continue
             changed = self._require_fit(path, tree, changes)
             self._restore(path, tree, changed)
-            self._move(damaged, _DAMAGED)
             if damaged:
+                self._move(damaged, _DAMAGED)
                 log.warning(
                     "going on from %s, the newest checkpoint that is whole; damaged ones are in %s.", path, _DAMAGED
                 )
@@ -356,8 +356,6 @@ class RunCheckpoints:
 
     def _move(self, paths: Sequence[Path], name: str) -> None:
         """Moves ``paths`` to the subfolder ``name``, where only they and what is not ours are then."""
-        if not paths:
-            return
         (folder := self._folder / name).mkdir(exist_ok=True)
         for path in folder.iterdir():
             if _is_ours(path.name):
