@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -31,41 +32,7 @@ _DEFINES = {torch.float32: (), torch.float64: ("-DDOUBLE",)}
 #: What a kernel returns that found no memory to work in; see vector.h.
 _NO_MEMORY = -(2**31)
 
-_int, _long, _double, _pointer = ctypes.c_int, ctypes.c_long, ctypes.c_double, ctypes.c_void_p
-_STRIDED = (_pointer, _long, _long)
-_SIGNATURES = {
-    "forward_size": (_long, (_int, _int)),
-    "backward_size": (_long, (_int,)),
-    "saved_size": (_long, (_int, _int)),
-    "pack_forward": (None, (_int, _int, *(_pointer,) * 5)),
-    "pack_backward": (None, (_int, _pointer, _pointer)),
-    "gru_forward": (_int, (*(_int,) * 4, *_STRIDED, *_STRIDED, *(_pointer,) * 4, _int)),
-    "gru_backward": (_int, (*(_int,) * 4, *_STRIDED, *(_pointer,) * 4, _int)),
-    "sums_size": (_long, (_int, _int)),
-    "gru_weight_gradients": (None, (*(_int,) * 3, *(_pointer,) * 6, _int)),
-    "linear_forward": (_int, (*(_int,) * 3, *(_pointer,) * 4, _int)),
-    "linear_backward": (_int, (*(_int,) * 3, *(_pointer,) * 6, _int)),
-    "tanh_forward": (None, (_long, _pointer, _pointer, _int)),
-    "relu_forward": (None, (_long, _pointer, _pointer, _int)),
-    "tanh_backward": (None, (_long, _pointer, _pointer, _int)),
-    "relu_backward": (None, (_long, _pointer, _pointer, _int)),
-    "add": (None, (_long, _pointer, _pointer, _int)),
-    "categorical_forward": (_int, (*(_int,) * 2, *(_pointer,) * 5, _int)),
-    "categorical_backward": (None, (*(_int,) * 2, *(_pointer,) * 7, _int)),
-    "gaussian_forward": (None, (*(_int,) * 2, *(_pointer,) * 5)),
-    "gaussian_backward": (None, (*(_int,) * 2, *(_pointer,) * 7)),
-    "gaussian_scale": (None, (*(_int,) * 2, *(_pointer,) * 2)),
-    "gather_rows": (_int, (_pointer, _int, _long, _pointer, _pointer)),
-    "discounted_sums": (None, (_int, _int, *_STRIDED, _double, *_STRIDED)),
-    "adam_layout": (_int, (_int,)),
-    "clip_and_step": (_int, (_pointer, _int, _double, _pointer)),
-    "clipped_objective": (None, (_int, _int, *(_pointer,) * 3, *(_double,) * 3, *(_pointer,) * 4)),
-    "squared_error": (None, (_int, _pointer, _pointer, _double, _pointer, _pointer)),
-    "entropy_sum": (None, (_int, _pointer, _double, _pointer, _pointer)),
-    "kernel_name": (ctypes.c_char_p, (_int,)),
-    "make_calls": (_int, (_pointer, _int)),
-    "make_passes": (_int, (_pointer, _int, _pointer, _pointer, _int, _int, _pointer, _int, _pointer)),
-}
+_TYPES = {"void": None, "int": ctypes.c_int, "long": ctypes.c_long, "double": ctypes.c_double, "char": ctypes.c_char_p}
 _is_announced = False
 
 
@@ -85,12 +52,22 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     except OSError as error:
         _announce(str(error))
         return None
-    for name, (result, arguments) in _SIGNATURES.items():
+    for name, (result, arguments) in _signatures().items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-        if result is _int:
+        if result is ctypes.c_int:
             function.errcheck = _checked
     return library
+
+
+def _signatures() -> dict[str, tuple[type | None, list[type]]]:
+    """Types of result and arguments by kernel, as functions.h declares them; arrays are given by their addresses."""
+    header = (Path(__file__).parent / "functions.h").read_text()
+    signatures = {}
+    for result, name, arguments in re.findall(r"^(?:const )?(\w+) \*?(\w+)\(([^)]*)\);", header, re.MULTILINE):
+        types = [ctypes.c_void_p if "*" in each else _TYPES[each.split()[0]] for each in arguments.split(",")]
+        signatures[name] = _TYPES[result], types
+    return signatures
 
 
 def _announce(reason: str) -> None:

@@ -1,5 +1,5 @@
-/* The kernels that other files call; each is described where it is defined. Those that return an int return NO_MEMORY where
- * there is none. */
+/* The kernels that other files and Python call, which reads their types here; each is described where it is defined. Those that
+ * return an int return NO_MEMORY where there is none. */
 #pragma once
 
 #include "vector.h"
@@ -13,7 +13,11 @@ typedef struct {
     const adam_options *options;
     long size;
 } parameter;
+/* A kernel by its number, and its arguments. */
+typedef union { long n; double x; void *p; } slot;
+typedef struct { long kernel; slot of[19]; } call;
 
+int adam_layout(int which);
 int clip_and_step(const parameter *of, int count, double max_norm, double *norm);
 long saved_size(int inputs, int hidden);
 long forward_size(int inputs, int hidden);
@@ -53,3 +57,8 @@ void relu_backward(long size, const real *y, real *slope, int threads);
 void add(long size, const real *what, real *to, int threads);
 void discounted_sums(int rows, int steps, const uint8_t *done, long done_row, long done_step, double discount, real *out,
                      long row, long step);
+int gather_rows(const int64_t *const *order, int rows, long bytes, const char *from, char *to);
+const char *kernel_name(int kernel);
+int make_calls(const call *calls, int count);
+int make_passes(const call *calls, int count, const int64_t **at, const int64_t *order, int minibatches, int rows,
+                const double *numbers, int width, double *out);

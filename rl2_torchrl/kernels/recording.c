@@ -1,9 +1,6 @@
 /* Kernels' calls as they were made once, made again in one. recording.py says what for. */
 #include "functions.h"
 
-typedef union { long n; double x; void *p; } slot;
-typedef struct { long kernel; slot of[19]; } call;
-
 /* The chunks, of `bytes` each, that *order names. */
 int gather_rows(const int64_t *const *order, int rows, long bytes, const char *from, char *to) {
     for (int row = 0; row < rows; row++) memcpy(to + row * bytes, from + (*order)[row] * bytes, bytes);
