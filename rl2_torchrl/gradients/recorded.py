@@ -34,19 +34,12 @@ class KeptError(Exception):
     """Somebody keeps memory that the next minibatch would be written to; nothing of that has been done."""
 
 
-class _OtherwiseError(Exception):
-    """What a part or term of a user's has given is not what it gave first: ``go_on`` makes the rest, step by step."""
-
-    def __init__(self, go_on: Callable[[], tuple[Values, Gradients]]):
-        super().__init__()
-        self.go_on = go_on
-
-
 class RecordedMinibatch:
     """Minibatches of as many chunks as ``own``, the first of which is run here.
 
     A step is what kernels do by themselves, as one call, or what a part or term does in Python. What that gives is copied to where
-    the kernels read it; what it is shown lies where they have written it.
+    the kernels read it; what it is shown lies where they have written it. Where it is not what was given first, the step goes on
+    with the rest by `_go_on`, and returns what that has made.
 
     Args:
         program: makes losses and gradients.
@@ -66,7 +59,7 @@ class RecordedMinibatch:
         self._loans, self._writes = Loans(are_copies=True), False
         self._recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
         self._norm = self._recording.numbers_for(1)
-        self._steps: list[Calls | Callable[[], None]] = []
+        self._steps: list[Calls | Callable[[], tuple[Values, Gradients] | None]] = []
         self._end, self._in_python, self._pass = 0, set(), None
         #: Of each term what makes numbers of those that kernels leave, and what is more than a number.
         self._figures: list[tuple[Callable[[list[float]], Values], Values]] = []
@@ -106,14 +99,11 @@ class RecordedMinibatch:
         self._at.value = own.data_ptr()
         _require(self._follow_weights())
         _require([part.settings() for part in self._parts] == self._settings)
-        try:
-            for step in self._steps:
-                if isinstance(step, Calls):
-                    _require(step())  # what is wrong will be said where it is called for itself
-                else:
-                    step()
-        except _OtherwiseError as otherwise:
-            return otherwise.go_on()
+        for step in self._steps:
+            if isinstance(step, Calls):
+                _require(step())  # what is wrong will be said where it is called for itself
+            elif (made := step()) is not None:
+                return made
         return self._values(), self.gradients
 
     def _go_on(
@@ -216,7 +206,7 @@ class RecordedMinibatch:
             del recording.calls[first:]
         return recording.is_whole
 
-    def _by_python(self, step: Callable[[], None]) -> None:
+    def _by_python(self, step: Callable[[], tuple[Values, Gradients] | None]) -> None:
         """Adds a ``step`` that has been done once, after what ended with `_end_step`."""
         self._steps.append(step)
         self._follow_weights()
@@ -252,15 +242,16 @@ class RecordedMinibatch:
         carries, made = part.carries, {key: self._fixed(entries[key]) for key in part.out_keys}
         self._state.update(made)
 
-        def again() -> None:
+        def again() -> tuple[Values, Gradients] | None:
             entries = self._shown(part, before, part.forward)
             is_as_before = self._follow_weights() and all(entries[k].shape == entry.shape for k, entry in made.items())
             if part.carries != carries:
                 self._program.follow_gradients()
             if not is_as_before or part.carries != carries:
-                raise _OtherwiseError(lambda: self._go_on(entries, number + 1, {}, {}))
+                return self._go_on(entries, number + 1, {}, {})
             for key, entry in made.items():
                 entry.copy_(entries[key])
+            return None
 
         self._by_python(again)
 
@@ -322,7 +313,7 @@ class RecordedMinibatch:
 
         _require(self._by_kernels(add))  # else strided ones, which PyTorch has added up
 
-    def _adding(self, found: Gradients, gradients: Gradients, go_on: Callable) -> Callable[[Gradients], None]:
+    def _adding(self, found: Gradients, gradients: Gradients, go_on: Callable) -> Callable[[Gradients], object]:
         """Adds to ``gradients`` what Python has ``found``; returns what does so again, or goes on with others than these.
 
         What is by entries is put off until kernels have made theirs, which need not be copied then.
@@ -338,11 +329,12 @@ class RecordedMinibatch:
                 adds[source] = gradients[source].copy_
             adds[source](gradient)
 
-        def add(found: Gradients) -> None:
+        def add(found: Gradients) -> tuple[Values, Gradients] | None:
             if not self._follow_weights() or found.keys() != adds.keys():
-                raise _OtherwiseError(lambda: go_on(found))
+                return go_on(found)
             for source, gradient in found.items():
                 adds[source](gradient)
+            return None
 
         return add
 
@@ -358,7 +350,11 @@ class RecordedMinibatch:
         total = gradients[key]
         add = total.copy_ if is_first else total.add_
         add(self._late.pop(key))
-        self._by_python(lambda: add(self._late.pop(key)))
+
+        def again() -> None:
+            add(self._late.pop(key))
+
+        self._by_python(again)
 
     def _fixed(self, entry: torch.Tensor, place: Callable = Workspace.take) -> torch.Tensor:
         """A copy of ``entry`` where the kernels will read it again."""
