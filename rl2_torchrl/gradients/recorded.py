@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from tensordict import NestedKey
@@ -32,6 +32,13 @@ class ChangedError(Exception):
 
 class KeptError(Exception):
     """Somebody keeps memory that the next minibatch would be written to; nothing of that has been done."""
+
+
+@dataclass(frozen=True)
+class _Late:
+    """Under this among gradients lies what Python has found by an entry, until kernels have found theirs."""
+
+    key: NestedKey
 
 
 class RecordedMinibatch:
@@ -63,8 +70,6 @@ class RecordedMinibatch:
         self._end, self._in_python, self._pass = 0, set(), None
         #: Of each term what makes numbers of those that kernels leave, and what is more than a number.
         self._figures: list[tuple[Callable[[list[float]], Values], Values]] = []
-        #: Gradients by entries that Python has found in this minibatch, until kernels have made theirs.
-        self._late: Gradients = {}
         self._settings = [part.settings() for part in parts]
         #: The parameters and their memory, which is theirs as long as it is read here.
         self._weights = _places(self._program.loss)
@@ -112,8 +117,8 @@ class RecordedMinibatch:
         """The rest of a minibatch: ``done`` parts and so many ``terms`` have been run, all parts from ``back`` on gone back."""
         # Whoever is shown something of it may keep it, and the next minibatch is made in its place.
         state, gradients = ({key: entry.clone() for key, entry in entries.items()} for entries in (state, gradients))
-        for key in list(self._late):
-            accumulate(gradients, key, self._late.pop(key).clone())
+        for late in [source for source in gradients if isinstance(source, _Late)]:
+            accumulate(gradients, late.key, gradients.pop(late))
         for part in self._parts[done:]:
             part.forward(state)
         for term in self._program.terms[terms:]:
@@ -189,8 +194,8 @@ class RecordedMinibatch:
         for number, term in enumerate(self._program.terms):
             self._term(number, term, gradients)
         for number, part in reversed(list(enumerate(self._parts))):
-            for key in filter(self._late.__contains__, part.out_keys):
-                self._add_late(key, gradients)
+            late = {key: gradients.pop(_Late(key)) for key in part.out_keys if _Late(key) in gradients}
+            self._take(late, gradients)
             if not gradients.keys().isdisjoint(part.out_keys):
                 self._backward(number, part, gradients)
         self._end_step()
@@ -314,19 +319,16 @@ class RecordedMinibatch:
         _require(self._by_kernels(add))  # else strided ones, which PyTorch has added up
 
     def _adding(self, found: Gradients, gradients: Gradients, go_on: Callable) -> Callable[[Gradients], object]:
-        """Adds to ``gradients`` what Python has ``found``; returns what does so again, or goes on with others than these.
-
-        What is by entries is put off until kernels have made theirs, which need not be copied then.
-        """
+        """Adds to ``gradients`` what Python has ``found``; returns what does so again, or goes on with others than these."""
         adds: dict[NestedKey | nn.Parameter, Callable] = {}
         for source, gradient in found.items():
-            if not isinstance(source, nn.Parameter):
-                adds[source] = partial(self._put_off, source)
-            elif source in gradients:
-                adds[source] = gradients[source].add_
-            else:  # a parameter keeps its own
-                gradients[source] = self._fixed(gradient, Workspace.make)
-                adds[source] = gradients[source].copy_
+            is_own = isinstance(source, nn.Parameter)  # which keeps its own
+            key, place = (source, Workspace.make) if is_own else (_Late(source), Workspace.take)
+            if key in gradients:
+                adds[source] = gradients[key].add_
+            else:
+                gradients[key] = self._fixed(gradient, place)
+                adds[source] = gradients[key].copy_
             adds[source](gradient)
 
         def add(found: Gradients) -> tuple[Values, Gradients] | None:
@@ -337,24 +339,6 @@ class RecordedMinibatch:
             return None
 
         return add
-
-    def _put_off(self, key: NestedKey, gradient: torch.Tensor) -> None:
-        self._late[key] = self._late[key] + gradient if key in self._late else gradient
-
-    def _add_late(self, key: NestedKey, gradients: Gradients) -> None:
-        """Adds to ``gradients`` what has been put off."""
-        is_first = key not in gradients
-        if is_first:
-            gradients[key] = self._fixed(self._late[key])
-        self._end_step()
-        total = gradients[key]
-        add = total.copy_ if is_first else total.add_
-        add(self._late.pop(key))
-
-        def again() -> None:
-            add(self._late.pop(key))
-
-        self._by_python(again)
 
     def _fixed(self, entry: torch.Tensor, place: Callable = Workspace.take) -> torch.Tensor:
         """A copy of ``entry`` where the kernels will read it again."""
