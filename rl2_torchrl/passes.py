@@ -122,45 +122,42 @@ class Passes:
         if self.backend == "graph":
             yield partial(self._by_graph, optimizer, max_grad_norm, checks)
             return
-        given = (steps := steps_by(optimizer, self._parameters), max_grad_norm, checks)
+        steps = steps_by(optimizer, self._parameters)
+        step = partial(self._step, steps, max_grad_norm, checks)
         if program is None:
-            yield partial(self._by_autograd, *given)
+            yield partial(self._by_autograd, step)
             return
         options = {"passes": passes, "are_kept": isinstance(steps, OptimizerSteps), "copies": self._copies}
         with closing(Replays(program, self._minibatches.chunks, self._minibatches.rows, **options)) as replayed:
             if self._loss.runs_beside() is None:
-                yield partial(self._by_parts, replayed, *given)
+                yield partial(self._by_parts, step, replayed, partial(replayed.passes, steps, max_grad_norm))
             else:
-                yield partial(self._by_answers, self._loss.answers(replayed), *given)
+                yield partial(self._by_autograd, step, self._loss.answers(replayed))
             self._copies = replayed.copies
 
-    def _by_parts(self, replays: Replays, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
+    def _by_parts(self, step: Callable, replays: Replays, passes: Callable) -> Iterator[Values]:
         order, done = self._minibatches.order(), 0
         while done < len(order):
             rows = min(self._minibatches.rows, len(order) - done)
-            together = replays.passes(steps, max_grad_norm, order[done:], rows) if self._learners.size == 1 else []
+            together = passes(order[done:], rows) if self._learners.size == 1 else []
             yield from together
             done += len(together) * rows
             if not together:
-                losses = replays(self._minibatches.share(order[done : done + rows]))
-                yield self._step(losses, steps, max_grad_norm, checks)
+                yield step(replays(self._minibatches.share(order[done : done + rows])))
                 done += rows
 
-    def _by_answers(self, answers: Answers, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
+    def _by_autograd(self, step: Callable, answers: Answers | None = None) -> Iterator[Values]:
+        """As long as the backend is parts, ``answers`` are given to the loss."""
         for own, entries in self._minibatches.entries():
             with answers.given(own, entries) if self.backend == "parts" else nullcontext():
                 losses = self._losses_by_autograd(entries)
-            if answers.are_vain and self._named == "auto":
+            if answers is not None and answers.are_vain and self._named == "auto":
                 asked = "asked for otherwise than those of the minibatch, all of one weight"
                 self._unlike = f"{self._loss.runs_beside()}, and PPO's losses are {asked}"
                 self.backend, self.reason = "autograd", self._unlike
-            yield self._step(losses, steps, max_grad_norm, checks)
+            yield step(losses)
 
-    def _by_autograd(self, steps, max_grad_norm: float | None, checks: Iterator) -> Iterator[Values]:
-        for _, entries in self._minibatches.entries():
-            yield self._step(self._losses_by_autograd(entries), steps, max_grad_norm, checks)
-
-    def _step(self, losses: Values, steps, max_grad_norm: float | None, checks: Iterator) -> Values:
+    def _step(self, steps, max_grad_norm: float | None, checks: Iterator, losses: Values) -> Values:
         """The step on a minibatch whose gradients have been made, once these have passed the ``checks``, and its metrics."""
         losses = self._learners.join(numbers_of(losses), self._parameters, self._minibatches.weight)
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
