@@ -65,9 +65,8 @@ class GRUPart(Part):
             return False
         self._is_init, self._saved = as_bytes(is_init), []
         for number, weights in enumerate(self.layers):
-            y = Workspace.take(x, (*x.shape[:2], self.units))
             first = None if hidden is None else hidden[:, :, number]
-            x, saved = forward_saving(x, first, self._is_init, weights, y)
+            x, saved = forward_saving(x, first, self._is_init, weights)
             self._saved.append((x, saved))
         state[self.out_keys[0]] = x
         return True

@@ -103,11 +103,11 @@ def pack_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> Tensor:
     return packed
 
 
-def _forward(x, hidden, is_init, weights, saved: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+def _forward(x, hidden, is_init, weights, saved: Tensor | None = None) -> Tensor:
     library, packed = kernels.load(x.dtype), pack_weights(*weights)
     (rows, steps, inputs), units = x.shape, weights[1].shape[1]
     x, hidden = unit_stride(x), None if hidden is None else unit_stride(hidden)
-    y = Workspace.take(x, (rows, steps, units)) if y is None else y
+    y = Workspace.take(x, (rows, steps, units))
     library.gru_forward(
         *(rows, steps, inputs, units, *_strided(x), *_strided(hidden), kernels.address(is_init), packed.data_ptr()),
         *(y.data_ptr(), kernels.address(saved), kernels.threads_for(rows * steps * units * (units + inputs))),
@@ -146,13 +146,13 @@ class _GRUSequence(torch.autograd.Function):
         return d_x, d_hidden, None, *(d_weights if b_ih is not None else (*d_weights[:2], None, None))
 
 
-def forward_saving(x, hidden, is_init, weights, y=None) -> tuple[Tensor, Tensor]:
-    """`gru_sequence` by the kernels, into contiguous ``y`` if it is given, and what `backward_in_place` needs ``[N, T, ...]``.
+def forward_saving(x, hidden, is_init, weights) -> tuple[Tensor, Tensor]:
+    """`gru_sequence` by the kernels, and what `backward_in_place` needs ``[N, T, ...]``.
 
     It makes no graph; ``is_init`` is what `as_bytes` makes.
     """
     saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(x.shape[-1], weights[1].shape[1])))
-    return _forward(x, hidden, is_init, weights, saved, y), saved
+    return _forward(x, hidden, is_init, weights, saved), saved
 
 
 def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
