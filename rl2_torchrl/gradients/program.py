@@ -32,18 +32,16 @@ class Program:
     parameter's ``requires_grad`` changes, make a new one.
 
     Attributes:
-        parameters: those of its parts that get a gradient.
+        parameters: those of the loss that are trained.
     """
 
     def __init__(self, loss: nn.Module):
         self.loss, self.parts = loss, loss.network_parts()
         self.terms = [TermPart(term) for term in loss.loss_terms()]
-        used = {p for part in (*self.parts, *self.terms) for p in part.parameters}
         self._all = list(loss.parameters())
-        self.parameters = [p for p in self._all if p.requires_grad and p in used]
-        trainable = [p for p in self._all if p.requires_grad]
+        self.parameters = [p for p in self._all if p.requires_grad]
         for part in (*self.parts, *self.terms):
-            part.sources = trainable  # a term on weights, or a layer tied to another's, reaches what it does not own
+            part.sources = self.parameters  # a term on weights, or a layer tied to another's, reaches what it does not own
         self.follow_gradients()
 
     def follow_gradients(self) -> None:
