@@ -15,18 +15,11 @@ from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("ENTROPY", "LOG_PROB", "CategoricalPart", "GaussianHeadPart", "GaussianPart", "has_kernels"),
-    "log_scale_key",
+    *("ENTROPY", "LOG_PROB", "CategoricalPart", "GaussianHeadPart", "GaussianPart", "log_scale_key"),
 ]
 
 #: Entries ``[N, T]`` that loss terms read: log-probability of the collected actions, and entropy.
 LOG_PROB, ENTROPY = ("policy", "log_prob"), ("policy", "entropy")
-
-
-def has_kernels(*entries: torch.Tensor) -> bool:
-    """Whether the kernels read ``entries``: all of one dtype that they know, on the CPU."""
-    dtype = entries[0].dtype
-    return all(entry.dtype is dtype and entry.is_cpu for entry in entries) and kernels.load(dtype) is not None
 
 
 def log_scale_key(scale_key: NestedKey) -> NestedKey:
@@ -61,7 +54,7 @@ class CategoricalPart(Part):
         if action.shape == logits.shape:
             Recording.interrupt()
             action = _indices(action)
-        if action.shape != logits.shape[:-1] or not action.is_cpu or not has_kernels(logits):
+        if action.shape != logits.shape[:-1] or not action.is_cpu or not kernels.covers(logits):
             return False
         if action.dtype != torch.int64:
             Recording.interrupt()
@@ -89,7 +82,7 @@ class GaussianPart(Part):
         log_scale = state.get(log_scale_key(self.in_keys[2]))
         fits = (action.shape, action.dtype) == (loc.shape, loc.dtype) == (scale.shape, scale.dtype)
         fits = fits and log_scale is not None and log_scale.shape == loc.shape[-1:]
-        if not fits or not has_kernels(action, loc, log_scale):
+        if not fits or not kernels.covers(action, loc, log_scale):
             return False
         self._tensors = tuple(map(contiguous, (action, loc, log_scale)))
         made = [Workspace.make(loc, loc.shape[:-1]) for _ in self.out_keys]
@@ -114,7 +107,7 @@ def _addresses(action: torch.Tensor, *others: torch.Tensor | None) -> tuple[int 
 
 def _scale(log_scale: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
     """``exp(log_scale)`` ``[action_dim]`` for each of ``loc`` ``[N, T, action_dim]``."""
-    if not has_kernels(loc, log_scale) or not log_scale.is_contiguous() or log_scale.shape != loc.shape[-1:]:
+    if not kernels.covers(loc, log_scale) or not log_scale.is_contiguous() or log_scale.shape != loc.shape[-1:]:
         Recording.interrupt()
         return log_scale.exp().expand_as(loc)
     scale = Workspace.make(loc, loc.shape)

@@ -14,8 +14,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
 
+from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, entries_of, laid_as
-from rl2_torchrl.gradients.policy import has_kernels
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["Program", "TermPart", "Values", "losses_of", "merge_losses", "numbers_of", "values_of"]
@@ -41,7 +41,9 @@ class Program:
         self._all = list(loss.parameters())
         self.parameters = [p for p in self._all if p.requires_grad]
         for part in (*self.parts, *self.terms):
-            part.sources = self.parameters  # a term on weights, or a layer tied to another's, reaches what it does not own
+            part.sources = (
+                self.parameters
+            )  # a term on weights, or a layer tied to another's, reaches what it does not own
         self.follow_gradients()
 
     def follow_gradients(self) -> None:
@@ -180,7 +182,7 @@ class TermPart(Part):
         """
         entries = entries_of(state, self.in_keys)
         self.function.require_shapes(*entries)
-        if not has_kernels(*entries):
+        if not kernels.covers(*entries):
             return ()
         totals, slopes, more = self.function.by_kernels(*entries)
         first, end, like = totals.storage_offset(), totals.storage_offset() + len(totals), entries[0]

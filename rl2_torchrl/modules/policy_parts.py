@@ -6,6 +6,7 @@ from tensordict import NestedKey
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 
+from rl2_torchrl import kernels
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.networks import leaves_of, part_of
 from rl2_torchrl.gradients.part import Part
@@ -42,7 +43,7 @@ def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: 
 
     # Of the device and dtype of the parameters, if there are any, the distribution will be.
     like = next(actor.parameters(), None)
-    has_kernels = like is not None and policy.has_kernels(like)
+    has_kernels = like is not None and kernels.covers(like)
     keys = ([action_key, *sample.in_keys], [policy.LOG_PROB, policy.ENTROPY] if entropy else [policy.LOG_PROB])
     if has_kernels and distribution.part and stands_for(distribution, "part", "log_prob_and_entropy"):
         last = distribution.part(terms, *keys)

@@ -30,7 +30,7 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB, has_kernels
+from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.functions import contiguous
 from rl2_torchrl.kernels.workspace import Workspace
@@ -91,7 +91,7 @@ class KernelTerm(OwnGradient):
 
     def with_gradients(self, *entries):
         self.require_shapes(*entries)
-        if torch.is_grad_enabled() or not has_kernels(*entries):
+        if torch.is_grad_enabled() or not kernels.covers(*entries):
             return self.by_torch(*entries)
         totals, slopes, more = self.by_kernels(*entries)
         return {**self.figures(totals.tolist(), entries[0]), **more}, slopes
