@@ -32,7 +32,7 @@ _DEFINES = {torch.float32: (), torch.float64: ("-DDOUBLE",)}
 #: What a kernel returns that found no memory to work in; see vector.h.
 _NO_MEMORY = -(2**31)
 
-_TYPES = {"void": None, "int": ctypes.c_int, "long": ctypes.c_long, "double": ctypes.c_double, "char": ctypes.c_char_p}
+_TYPES = {"void": None, "int": ctypes.c_int, "long": ctypes.c_long, "double": ctypes.c_double}
 _is_announced = False
 
 
@@ -64,7 +64,7 @@ def _signatures() -> dict[str, tuple[type | None, list[type]]]:
     """Types of result and arguments by kernel, as functions.h declares them; arrays are given by their addresses."""
     header = (Path(__file__).parent / "functions.h").read_text()
     signatures = {}
-    for result, name, arguments in re.findall(r"^(?:const )?(\w+) \*?(\w+)\(([^)]*)\);", header, re.MULTILINE):
+    for result, name, arguments in re.findall(r"^(\w+) (\w+)\(([^)]*)\);", header, re.MULTILINE):
         types = [ctypes.c_void_p if "*" in each else _TYPES[each.split()[0]] for each in arguments.split(",")]
         signatures[name] = _TYPES[result], types
     return signatures

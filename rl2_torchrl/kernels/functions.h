@@ -13,9 +13,9 @@ typedef struct {
     const adam_options *options;
     long size;
 } parameter;
-/* A kernel by its number, and its arguments. */
+/* What calls a kernel again, again_... in recording.c, and its arguments. */
 typedef union { long n; double x; void *p; } slot;
-typedef struct { long kernel; slot of[19]; } call;
+typedef struct { int (*again)(const slot *); slot of[19]; } call;
 
 int adam_layout(int which);
 int clip_and_step(const parameter *of, int count, double max_norm, double *norm);
@@ -58,7 +58,6 @@ void add(long size, const real *what, real *to, int threads);
 void discounted_sums(int rows, int steps, const uint8_t *done, long done_row, long done_step, double discount, real *out,
                      long row, long step);
 int gather_rows(const int64_t *const *order, int rows, long bytes, const char *from, char *to);
-const char *kernel_name(int kernel);
 int make_calls(const call *calls, int count);
 int make_passes(const call *calls, int count, const int64_t **at, const int64_t *order, int minibatches, int rows,
                 const double *numbers, int width, double *out);

@@ -37,19 +37,14 @@ int gather_rows(const int64_t *const *order, int rows, long bytes, const char *f
     VOID(entropy_sum, N(0), P(1), X(2), P(3), P(4))                                                                             \
     INT(clip_and_step, P(0), N(1), X(2), P(3))
 
-#define MAKE_VOID(name, ...) static int again_##name(const slot *a) { name(__VA_ARGS__); return 0; }
-#define MAKE_INT(name, ...) static int again_##name(const slot *a) { return name(__VA_ARGS__); }
+#define MAKE_VOID(name, ...) int again_##name(const slot *a) { name(__VA_ARGS__); return 0; }
+#define MAKE_INT(name, ...) int again_##name(const slot *a) { return name(__VA_ARGS__); }
 KERNELS(MAKE_VOID, MAKE_INT)
-#define ENTRY(name, ...) {#name, again_##name},
-static const struct { const char *name; int (*make)(const slot *); } kernels[] = {KERNELS(ENTRY, ENTRY) {NULL, NULL}};
-
-/* NULL after the last one. */
-const char *kernel_name(int kernel) { return kernels[kernel].name; }
 
 /* Makes the calls one by one until a kernel reports something; returns how many reported nothing. */
 int make_calls(const call *calls, int count) {
     for (int i = 0; i < count; i++)
-        if (kernels[calls[i].kernel].make(calls[i].of)) return i;
+        if (calls[i].again(calls[i].of)) return i;
     return count;
 }
 

@@ -32,7 +32,7 @@ class Recording:
     kernels do, no more. Where it does more, it says so by `interrupt`.
 
     Attributes:
-        calls: kernel and arguments of each, as `Calls` takes them.
+        calls: what makes each again, and its arguments, as `Calls` takes them.
         kept, held: memory that was taken from `Workspace`, and that goes back to it or not once nothing is made again.
         numbers: float64, what kernels have left for Python to read.
         is_whole: whether kernels did all that was done since this was set to True.
@@ -102,17 +102,17 @@ class _Noting:
     """A library whose calls a recording notes."""
 
     def __init__(self, recording: Recording, library: ctypes.CDLL):
-        self._recording, self._library, self._kernels = recording, library, _kernels_of(library)
+        self._recording, self._library = recording, library
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        function, kernel, recording = getattr(self._library, name), self._kernels.get(name), self._recording
-        if kernel is None:
+        function, again, recording = getattr(self._library, name), _again(self._library, name), self._recording
+        if again is None:
             recording.is_whole &= name.endswith("_size")
             return function
 
         def call(*arguments):
             result = function(*arguments)
-            recording.calls.append((kernel, arguments))
+            recording.calls.append((again, arguments))
             return result
 
         setattr(self, name, call)
@@ -120,13 +120,10 @@ class _Noting:
 
 
 @cache
-def _kernels_of(library: ctypes.CDLL) -> dict[str, int]:
-    """The numbers of those kernels that can be called again."""
-    names, number = {}, 0
-    while (name := library.kernel_name(number)) is not None:
-        names[name.decode()] = number
-        number += 1
-    return names
+def _again(library: ctypes.CDLL, name: str) -> int | None:
+    """Where ``library`` has what calls the kernel ``name`` again; None where it cannot be."""
+    function = getattr(library, f"again_{name}", None)
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
 class Calls:
@@ -154,16 +151,16 @@ class Calls:
 
     def and_then(self, name: str, *arguments: float) -> Calls:
         """These, and one of the kernel ``name``."""
-        return Calls(self._library, [*self._noted, (_kernels_of(self._library)[name], arguments)])
+        return Calls(self._library, [*self._noted, (_again(self._library, name), arguments)])
 
     def make_passes(self, *arguments: int) -> int:
         """Makes them for each of many minibatches, as the kernels' ``make_passes`` says."""
         return self._library.make_passes(self._table.data_ptr(), self.count, *arguments)
 
 
-def _row(kernel: int, arguments: tuple) -> list[int]:
+def _row(again: int, arguments: tuple) -> list[int]:
     slots = [_bits(argument) for argument in arguments]
-    return [kernel, *slots, *[0] * (_SLOTS - len(slots))]
+    return [again, *slots, *[0] * (_SLOTS - len(slots))]
 
 
 def _bits(argument: float | None) -> int:
