@@ -114,6 +114,7 @@ class Part:
 
     def forward_by_autograd(self, state: State) -> None:
         """`forward` where `starts_by_hand` has done nothing."""
+        Recording.interrupt()
         # Functions, terms and hooks of users may hold what they are shown.
         Workspace.leave(*(state[key] for key in self.in_keys if key in state))
         carrying = [key for key in self.in_keys if key in self.wanted and state[key].is_floating_point()]

@@ -136,9 +136,7 @@ class GaussianHeadPart(Part):
 
     def forward_by_hand(self, state: State) -> bool:
         self.mean.wanted = self.wanted
-        if not self.mean.starts_by_hand(state):
-            Recording.interrupt()
-            self.mean.forward_by_autograd(state)
+        self.mean.forward(state)
         loc, scale, log_scale = self.out_keys
         state[log_scale] = self.log_std.detach()
         state[scale] = _scale(state[log_scale], state[loc])
