@@ -95,17 +95,15 @@ class _Minibatch:
             self.entries[key].copy_(entry)
         self._run()
         for parameter in self.loss.parameters():  # also of those that have been frozen since
-            parameter.grad = None
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = self.gradients.get(parameter)
 
     def _work(self) -> None:
         losses = self.loss.losses_of(self.entries, self.loss.loss_terms())
         total = sum(value for name, value in losses.items() if name.startswith("loss_"))
         found = zip(self.parameters, torch.autograd.grad(total, self.parameters, allow_unused=True), strict=True)
-        self.gradients = [None if gradient is None else laid_as(p, gradient) for p, gradient in found]
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+        self.gradients = {p: laid_as(p, gradient) for p, gradient in found if gradient is not None}
+        for parameter in self.parameters:
+            parameter.grad = self.gradients.get(parameter)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         scalars = {name: value.detach() for name, value in losses.items() if value.ndim == 0}
         self.figures = {"loss": total.detach(), **scalars, "grad_norm": norm}
