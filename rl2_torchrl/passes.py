@@ -17,7 +17,6 @@ from rl2_torchrl.gradients.answers import Answers
 from rl2_torchrl.gradients.graphed import GraphedPass, why_not_graphed
 from rl2_torchrl.gradients.program import Values, numbers_of
 from rl2_torchrl.gradients.replays import Replays
-from rl2_torchrl.learners import Learners
 from rl2_torchrl.minibatches import Minibatches
 from rl2_torchrl.objectives.ppo import RL2PPOLoss
 
@@ -31,18 +30,21 @@ class Passes:
 
     Args:
         loss: whose gradients are made.
-        minibatches: what the passes go over.
-        learners: the processes that join their gradients.
+        minibatches: what the passes go over, of learners that join their gradients.
         named: the ``backend`` of `PPOUpdate`.
+        optimizer: the first batch's.
 
     Attributes:
         backend, reason: the way that is taken, and why; chosen anew for every batch, since the loss may have changed.
+
+    Raises:
+        ValueError: there is no backend ``named`` so, or it cannot serve.
     """
 
-    def __init__(self, loss: ClipPPOLoss, minibatches: Minibatches, learners: Learners, named: str):
+    def __init__(self, loss: ClipPPOLoss, minibatches: Minibatches, named: str, optimizer: torch.optim.Optimizer):
         if named not in _BACKENDS:
             raise ValueError(f"backend={named!r}: choose 'auto', 'parts', 'autograd' or 'graph'.")
-        self._loss, self._minibatches, self._learners, self._named = loss, minibatches, learners, named
+        self._loss, self._minibatches, self._learners, self._named = loss, minibatches, minibatches.learners, named
         # One list: walking through the loss's modules for them costs more than Adam's step.
         self._parameters = list(loss.parameters())
         self._device = self._parameters[0].device
@@ -51,9 +53,6 @@ class Passes:
         self._copies = False
         #: Why a forward beside PPO's terms is not answered by parts, once that has been found out.
         self._unlike: str | None = None
-
-    def choose(self, optimizer: torch.optim.Optimizer) -> None:
-        """Says backend and reason, as far as they are known before a batch; ValueError where the one that is named cannot serve."""
         self.backend, self.reason, _ = self._choose(optimizer)
 
     def _choose(self, optimizer: torch.optim.Optimizer) -> tuple[str, str, Program | None]:

@@ -169,8 +169,7 @@ class PPOUpdate:
         device = self._parameters[0].device
         self._generator = generator = on_device(self._learners.begin_alike(loss, generator), device)
         self._minibatches = Minibatches(device=device, generator=generator, learners=self._learners)
-        self._passes = Passes(loss, self._minibatches, self._learners, backend)
-        self._passes.choose(self.optimizer)
+        self._passes = Passes(loss, self._minibatches, backend, self.optimizer)
         keep_freed_memory()
 
     @torch.compiler.disable  # which has nothing to gain here; the networks themselves may be compiled
