@@ -119,11 +119,7 @@ class Replays:
         return (self._seldom if self._sizes else self._often) > 2
 
     def passes(self, steps: object, max_norm: float | None, order: torch.Tensor, rows: int) -> list[dict[str, float]]:
-        """All minibatches of ``rows`` chunks at the beginning of ``order`` in one call, with a step of ``steps`` on each.
-
-        Their metrics, none where there is more to them than kernels. They end before one whose gradient is not finite, or an action
-        none of the choices.
-        """
+        """`RecordedMinibatch.passes` of those of ``rows`` chunks at the beginning of ``order``; none where it cannot be."""
         minibatch = self._sizes.get(rows)
         is_whole = minibatch is not None and isinstance(steps, AdamSteps)
         return minibatch.passes(steps, max_norm, order) if is_whole else []
