@@ -112,7 +112,7 @@ class RecordedMinibatch:
         return self._values(), self.gradients
 
     def _go_on(
-        self, state: State, done: int, gradients: Gradients, values: Values, terms: int = 0, back: int | None = None
+        self, state: State, done: int, gradients: Gradients, values: Values, terms: int, back: int
     ) -> tuple[Values, Gradients]:
         """The rest of a minibatch: ``done`` parts and so many ``terms`` have been run, all parts from ``back`` on gone back."""
         # Whoever is shown something of it may keep it, and the next minibatch is made in its place.
@@ -123,7 +123,7 @@ class RecordedMinibatch:
             part.forward(state)
         for term in self._program.terms[terms:]:
             merge_losses(values, term.losses(state, gradients))
-        for number in reversed(range(len(self._parts) if back is None else back)):
+        for number in reversed(range(back)):
             part = self._parts[number]
             if number < done:
                 self._remember(part)
@@ -253,7 +253,7 @@ class RecordedMinibatch:
             if part.carries != carries:
                 self._program.follow_gradients()
             if not is_as_before or part.carries != carries:
-                return self._go_on(entries, number + 1, {}, {})
+                return self._go_on(entries, number + 1, {}, {}, 0, len(self._parts))
             for key, entry in made.items():
                 entry.copy_(entries[key])
             return None
@@ -267,7 +267,6 @@ class RecordedMinibatch:
             self._figures.append(tuple(figures))
             self._take(found, gradients)
             return
-        before = dict(gradients)
         self._end_step()
 
         def run() -> Gradients:
@@ -277,17 +276,11 @@ class RecordedMinibatch:
             self._figures[number:] = [(lambda _: values, {}), *self._figures[number + 1 :]]
             return found
 
-        def go_on(found: Gradients) -> tuple[Values, Gradients]:
-            own = dict(before)
-            term.add(found, own)
-            return self._go_on(self._state, len(self._parts), own, self._values(number + 1), number + 1)
-
-        add = self._adding(run(), gradients, go_on)
-        self._by_python(lambda: add(run()))
+        self._repeat(term, run, run(), gradients, number + 1, len(self._parts))
 
     def _backward(self, number: int, part: Part, gradients: Gradients) -> None:
         slopes = {key: gradients.pop(key) for key in part.out_keys if key in gradients}
-        before, found = dict(gradients), dict(slopes)
+        found = dict(slopes)
         if part not in self._in_python and self._by_kernels(lambda: part.backward(found)):
             self._take(found, gradients)
             return
@@ -301,13 +294,8 @@ class RecordedMinibatch:
             part.backward(found)
             return found
 
-        def go_on(found: Gradients) -> tuple[Values, Gradients]:
-            own = dict(before)
-            part.add(found, own)
-            return self._go_on(self._state, len(self._parts), own, self._values(), len(self._program.terms), number)
-
-        add = self._adding(run() if part in self._in_python else found, gradients, go_on)
-        self._by_python(lambda: add(run()))
+        found = run() if part in self._in_python else found
+        self._repeat(part, run, found, gradients, len(self._program.terms), number)
 
     def _take(self, found: Gradients, gradients: Gradients) -> None:
         """Adds to ``gradients`` what kernels have ``found``."""
@@ -318,8 +306,12 @@ class RecordedMinibatch:
 
         _require(self._by_kernels(add))  # else strided ones, which PyTorch has added up
 
-    def _adding(self, found: Gradients, gradients: Gradients, go_on: Callable) -> Callable[[Gradients], object]:
-        """Adds to ``gradients`` what Python has ``found``; returns what does so again, or goes on with others than these."""
+    def _repeat(self, part: Part, run: Callable, found: Gradients, gradients: Gradients, terms: int, back: int) -> None:
+        """Adds to ``gradients`` what ``part`` has ``found`` in Python, and each time what it finds by ``run``.
+
+        Then so many ``terms`` have been run, and all parts from ``back`` on gone back.
+        """
+        before = dict(gradients)
         adds: dict[NestedKey | nn.Parameter, Callable] = {}
         for source, gradient in found.items():
             is_own = isinstance(source, nn.Parameter)  # which keeps its own
@@ -331,14 +323,17 @@ class RecordedMinibatch:
                 adds[source] = gradients[key].copy_
             adds[source](gradient)
 
-        def add(found: Gradients) -> tuple[Values, Gradients] | None:
+        def again() -> tuple[Values, Gradients] | None:
+            found = run()
             if not self._follow_weights() or found.keys() != adds.keys():
-                return go_on(found)
+                own = dict(before)
+                part.add(found, own)
+                return self._go_on(self._state, len(self._parts), own, self._values(terms), terms, back)
             for source, gradient in found.items():
                 adds[source](gradient)
             return None
 
-        return add
+        self._by_python(again)
 
     def _fixed(self, entry: torch.Tensor, place: Callable = Workspace.take) -> torch.Tensor:
         """A copy of ``entry`` where the kernels will read it again."""
