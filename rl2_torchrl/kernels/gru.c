@@ -12,7 +12,6 @@
  * then are the sums over all B T steps of the outer products of those gradients and (h, x, 1).
  */
 #include "functions.h"
-#include "vector.h"
 
 #define COLUMNS 2 /* vectors that a block of backward's product is wide */
 #define TOGETHER (ROWS / 2) /* rows whose gates wait for each other's exponentials; a divisor of a block's */

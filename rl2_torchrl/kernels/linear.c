@@ -4,7 +4,6 @@
  * its gradient, cost several times the arithmetic. Here x is read once each way and max(x, 0) is never written.
  */
 #include "functions.h"
-#include "vector.h"
 
 /* max(x, 0); NaN stays NaN, as everywhere. */
 static inline vec positive_part(vec x) { return choose(x <= (vec){0}, (vec){0}, x); }
@@ -55,8 +54,8 @@ int linear_forward(int rows, int inputs, int outputs, const real *x, const real 
 }
 
 /* For n entries of ROWS rows' x, of which the first `rows` exist: adds to those columns of dW and writes those of dx. */
-static inline __attribute__((always_inline)) void gradient_columns(int rows, int inputs, int outputs, int n, const real *x,
-                                                                   const real *w, const real *dy, real *dx, real *dw) {
+INLINE void gradient_columns(int rows, int inputs, int outputs, int n, const real *x, const real *w, const real *dy, real *dx,
+                             real *dw) {
     vec before[ROWS], active[ROWS], sum[ROWS];
     UNROLL for (int m = 0; m < ROWS; m++) {
         before[m] = m < rows ? load(x + (long)m * inputs, n) : (vec){0};

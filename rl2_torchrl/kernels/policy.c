@@ -3,7 +3,6 @@
 #include <math.h>
 
 #include "functions.h"
-#include "vector.h"
 
 /* Entry `column` of LANES rows of [rows, columns], of which the first n exist. */
 static inline vec gather(const real *from, int columns, int column, int n) {
