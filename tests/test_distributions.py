@@ -23,7 +23,7 @@ from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import GRUValueHead, PreviousStep, RL2PPOLoss, TaskSampler, Trial, kernels
 from rl2_torchrl.agent.step import actor_of
-from rl2_torchrl.envs import QuadraticBandit, uniform_targets
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 from rl2_torchrl.gradients import ENTROPY, LOG_PROB
 from rl2_torchrl.modules import (
     ActionDistribution,
@@ -177,6 +177,60 @@ def test_a_distribution_of_ones_own():
     register_distribution(Always, AlwaysSeven)
     module = ProbabilisticTensorDictModule(["loc", "scale"], ["action"], distribution_class=Always)
     assert distribution_of(module).act(torch.zeros(2), torch.ones(2)).tolist() == [7, 7]
+
+
+class Lapses(CategoricalActions):
+    """Other numbers than those of the class, which TorchRL's collectors and losses would go on playing."""
+
+    def act(self, logits):
+        return super().act(logits / 2)
+
+    def log_prob_and_entropy(self, action, logits):
+        return super().log_prob_and_entropy(action, logits / 2)
+
+
+def test_functions_that_nobody_would_call_are_refused():
+    with pytest.raises(
+        ValueError, match=r"Lapses has \['act', 'log_prob_and_entropy'\] of its own.*register_distribution"
+    ):
+        RecurrentActor(5, Lapses(3))
+
+    class Named(CategoricalActions):
+        """Has no function of its own."""
+
+    RecurrentActor(5, Named(3))
+    RecurrentActor(5, ActionDistribution(3, ["logits"], D.Categorical))
+
+
+def test_what_is_registered_and_fails_says_so():
+    class Rare(D.Laplace):
+        pass
+
+    register_distribution(Rare, lambda size: ActionDistribution(size, ["loc", "scale"], Rare))
+    module = ProbabilisticTensorDictModule(["loc", "scale"], ["action"], distribution_class=Rare)
+    with pytest.raises(TypeError, match="size") as raised:
+        distribution_of(module)
+    assert "what is registered for Rare" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "distribution", "choices"),
+    [
+        (Categorical(5), CategoricalActions(4), 5),
+        (OneHot(5), CategoricalActions(6, one_hot=True), 5),
+        (Categorical(5), ActionDistribution(1, ["logits"], D.Categorical), 5),
+        (MultiCategorical([3, 2]), MultiCategoricalActions((3, 3)), 5),
+    ],
+)
+def test_choices_that_would_never_be_played_are_told_of(spec, distribution, choices):
+    base = BernoulliBandit(5, batch_size=(3,))
+    base.action_spec = spec.expand(3, *spec.shape)
+    env = TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler(uniform_means(5)), PreviousStep()))
+    with pytest.raises(
+        ValueError, match=rf"reads {distribution.num_outputs} logits, and the env has {choices} choices"
+    ):
+        RecurrentActor.from_env(env, distribution=distribution)
+    RecurrentActor.from_env(env, distribution=ActionDistribution.from_spec(spec))
 
 
 class Coldly(D.Categorical):

@@ -158,7 +158,8 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
     if not has_noise or not stands_for(distribution, "with_noise", "act"):
         raise TypeError(
             f"{type(actor).__name__}: an agent is made of networks and one distribution that can act by noise from outside, as "
-            "RecurrentActor has them. Give a distribution of your own `noise` and `with_noise` (ActionDistribution)."
+            "RecurrentActor has them. Give a class of your own an ActionDistribution with `noise` and `with_noise`, by "
+            "register_distribution."
         )
     of_cores = first_memory(cores_of(actor), 1)
     if missing := [key for key in hidden_keys(actor) if key not in of_cores]:

@@ -20,13 +20,13 @@ from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 from rl2_torchrl.arguments import require_flags, require_numbers, whole, whole_numbers
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import Part, brings
+from rl2_torchrl.gradients.part import Part, brings, others_than
 from rl2_torchrl.kernels.functions import log_prob_and_entropy
 
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
     *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of"),
-    *("gumbel_", "register_distribution", "stands_for"),
+    *("gumbel_", "register_distribution", "require_asked", "stands_for"),
 ]
 
 
@@ -480,6 +480,9 @@ _KNOWN: dict[type[Distribution], Callable[..., ActionDistribution]] = {
     IndependentNormal: lambda: GaussianActions(1),
     TanhNormal: lambda low=-1.0, high=1.0: TanhGaussianActions(low, high),
 }
+_OURS = frozenset(_KNOWN)
+#: What rollouts, losses and agents ask for.
+_FUNCTIONS = ("part", "act", "sampler", "with_noise", "mode", "drawn_log_prob", "log_prob_and_entropy")
 
 
 def register_distribution(distribution_class: type[Distribution], make: Callable[..., ActionDistribution]) -> None:
@@ -515,13 +518,29 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
     names = [key if isinstance(key, str) else key[-1] for key in module.dist_keys]
     kwargs = module.distribution_kwargs or {}
     try:
-        known = _KNOWN[module.distribution_class](**kwargs)
-    except (KeyError, TypeError, ValueError):  # another class, or keywords that ours does not have
-        known = None
+        known = _KNOWN[kind](**kwargs) if kind in _KNOWN else None
+    except (TypeError, ValueError) as error:
+        if kind not in _OURS:
+            error.add_note(f"what is registered for {kind.__name__} is called with the policy's keywords, {kwargs}.")
+            raise
+        known = None  # keywords that ours does not have
     if known is None or names != known.parameter_keys:
         known = ActionDistribution(1, names, module.distribution_class, kwargs)
         known._module = module
     return known
+
+
+def require_asked(distribution: ActionDistribution, module: ProbabilisticTensorDictModule) -> None:
+    """ValueError where ``distribution``, of which ``module`` was made, has functions that nobody would call."""
+    asked, kind = type(distribution_of(module)), module.distribution_class.__name__
+    known = [ActionDistribution, asked]
+    own = [name for name in _FUNCTIONS if all(others_than(cls, distribution, [name]) for cls in known)]
+    if own:
+        raise ValueError(
+            f"{type(distribution).__name__} has {own} of its own, which nobody would call: a policy of {kind} acts and is "
+            "scored as that says, by TorchRL's collectors too. For other numbers write a class of torch.distributions that has "
+            "them, and let register_distribution(the_class, make) say what knows them."
+        )
 
 
 def stands_for(distribution: ActionDistribution, name: str, *methods: str) -> bool:

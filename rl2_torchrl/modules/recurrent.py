@@ -7,13 +7,18 @@ from collections.abc import Callable, Sequence
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torchrl.data import TensorSpec
+from torchrl.data import Categorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl.arguments import as_list, kind_of, require_env, require_flags, whole
 from rl2_torchrl.modules.actor_critic import Network
-from rl2_torchrl.modules.distributions import ActionDistribution, CategoricalActions, GaussianActions
+from rl2_torchrl.modules.distributions import (
+    ActionDistribution,
+    CategoricalActions,
+    GaussianActions,
+    require_asked,
+)
 from rl2_torchrl.modules.layers import Head, SkipHead
 from rl2_torchrl.modules.slots import Shapes, fill_slots, read_shapes, shapes_of
 
@@ -97,6 +102,7 @@ class RecurrentActor(ProbabilisticActor):
             distribution_kwargs=distribution.distribution_kwargs,
             return_log_prob=True,
         )
+        require_asked(distribution, self.module[-1])
         self.hidden_key, self.features_key, self.hidden_size = names
 
     @classmethod
@@ -116,6 +122,7 @@ class RecurrentActor(ProbabilisticActor):
         spec = _action_spec(cls, env)
         if callable(distribution) and not isinstance(distribution, ActionDistribution | type):
             distribution = distribution(spec)
+        _require_all_choices(spec, distribution)
         kwargs = {"action_key": env.action_key, **kwargs}
         return cls(read_shapes(env, kwargs), distribution, **kwargs)
 
@@ -279,6 +286,20 @@ class MemoryValueHead(Network):
                 )
         extra_size = sum(shape.numel() for shape in shapes.values())
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
+
+
+def _require_all_choices(spec: TensorSpec, distribution: ActionDistribution) -> None:
+    """ValueError where a distribution over choices reads another number of logits than ``spec`` has choices."""
+    if not isinstance(spec, Categorical | OneHot | MultiOneHot) or getattr(distribution, "parameter_keys", None) != [
+        "logits"
+    ]:
+        return
+    choices = ActionDistribution.from_spec(spec).num_outputs
+    if distribution.num_outputs != choices:
+        raise ValueError(
+            f"{type(distribution).__name__} reads {distribution.num_outputs} logits, and the env has {choices} choices, the others "
+            f"of which would never be played: give it {choices}, or leave distribution= out."
+        )
 
 
 def _action_spec(cls: type[RecurrentActor], env: EnvBase) -> TensorSpec:
