@@ -177,7 +177,7 @@ def adaptation_curve(
         TypeError: ``env`` is no env, ``policy`` no policy, ``measures`` no mapping, ``ablation`` or ``on_step`` no function, or an
             ablation returns something else than named tensors.
         RuntimeError: a trial does not end.
-        FloatingPointError: a reward or a measured entry is not finite.
+        FloatingPointError: a reward or a measured entry is not finite, or the policy gives NaN.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -212,6 +212,7 @@ def adaptation_curve(
     with MODES, set_exploration_type(kind):
         while trials.open:
             batch = rollout()
+            rollout.require_sound_policy()
             steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}
             index, counted = trials.add(steps)
             counts = [("next", TRIAL_STEP), ("next", "done"), ("next", "reward"), *measured]

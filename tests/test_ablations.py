@@ -17,16 +17,23 @@ from evaluation_cases import (
 )
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import Unbounded
+from torchrl.envs import Compose, TransformedEnv
 
 from rl2_torchrl import (
     ActorCritic,
     GRUCategoricalActor,
     GRUValueHead,
+    PreviousStep,
     RecurrentCore,
+    TaskSampler,
+    Trial,
     adaptation_curve,
     with_shuffled_rewards,
     with_zeroed_memory,
 )
+from rl2_torchrl.envs import TensorEnv
 from rl2_torchrl.modules.actor_critic import hidden_keys
 
 
@@ -176,3 +183,54 @@ def test_ablations_reach_the_policy():
     curve = adaptation_curve(bandit_env(tasks, 2000), policy, 2000, ablation=with_shuffled_rewards(generator))
     assert curve.per_episode.tolist() == pytest.approx([0.5] * 3, abs=4 * 0.5 / math.sqrt(2000))
     assert adaptation_curve(bandit_env(tasks, 2000), policy, 2000).per_episode.tolist() == [0.5, 1.0, 1.0]
+
+
+class Boats(TensorEnv):
+    """Paid for being at 0, to which a current, the task, lets nobody come."""
+
+    def __init__(self):
+        spaces = {"observation_spec": Unbounded(1), "action_spec": Unbounded(1)}
+        super().__init__(task_spec=Unbounded(1), max_episode_steps=5, batch_size=(3,), **spaces)
+
+    def begin(self, task, rows):
+        place = torch.ones(3, 1)
+        return (place, task), place
+
+    def advance(self, state, action):
+        place, current = state
+        return (place + current, current), place + current, -place.abs(), None, None
+
+
+def test_an_ablation_in_place_reaches_the_policy_alone():
+    """What it is given would be the env's own state and task."""
+
+    def zeroed(*keys):
+        def ablation(state):
+            for key in keys:
+                state[key].zero_()
+            return state
+
+        return ablation
+
+    def curve(ablation, *read):
+        tasks = TaskSampler.fixed(torch.tensor([[1.0], [2.0], [3.0]]))
+        env = TransformedEnv(Boats(), Compose(Trial(episodes=1), tasks, PreviousStep()))
+        seen = []
+        policy = TensorDictModule(lambda *read: seen.append(read[0].clone()) or read[0], list(read), ["action"])
+        return adaptation_curve(env, policy, 3, ablation=ablation).returns, torch.stack(seen)
+
+    intact, _ = curve(None, "task")
+    assert intact.tolist() == [[-15.0], [-25.0], [-35.0]]
+    ablated, seen = curve(zeroed("observation", "task"), "task")
+    assert ablated.tolist() == intact.tolist()
+    assert not seen.any()
+    with pytest.raises(ValueError, match=r"the ablation changes \['observation'\], and nothing that the policy reads"):
+        curve(zeroed("observation"), "task")
+
+
+def test_a_policy_of_nan_is_no_curve():
+    env = bandit_env(rows=10)
+    actor = GRUCategoricalActor.from_env(env)
+    nn.init.constant_(next(actor.parameters()), torch.nan)
+    with pytest.raises(FloatingPointError, match="the policy gives NaN"):
+        adaptation_curve(env, actor, 10)

@@ -97,6 +97,8 @@ class Rollout:
         late = {key for part in self._late for key in part.out_keys}
         self._early = [key for key in self.keep if key not in late]
         self._carry: State = {}
+        #: At a batch's last step the action, and what it was made of.
+        self._acted_on: list[torch.Tensor] = []
         #: Memory of the entries that steps write, ``[T, N, ...]``, and its T steps.
         self._buffers: dict[NestedKey, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
         self._replays: dict[object, GraphReplay] = {}
@@ -221,8 +223,22 @@ class Rollout:
                 self.on_step({key: value.clone() for key, value in shown.items()})
             if t + 1 < self.steps:
                 state = {**self._left(state, begun), **root, **self.memory.next(state, begun)}
+        self._acted_on = [
+            state[key]
+            for part in self._acting
+            if self.trials.action_key in part.out_keys
+            for key in (*part.in_keys, *part.out_keys)
+            if key in state
+        ]
         for key in (*(key for _, key in self.memory.handed_on), *self._left(state)):
             self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
+
+    def require_sound_policy(self) -> None:
+        """FloatingPointError where actions were NaN, or made of such, at the last batch's end: as choices they look like any."""
+        if any(entry.is_floating_point() and entry.isnan().any() for entry in self._acted_on):
+            raise FloatingPointError(
+                "the policy gives NaN: its weights, or what it reads, are not finite, and what it plays means nothing."
+            )
 
     def _left(self, state: State, begun: Rows = False) -> State:
         """What stays from step to step where somebody may look for it, as in TorchRL's `step_mdp`.
@@ -238,14 +254,19 @@ class Rollout:
 
     def _ablated(self, t: int, state: State) -> State:
         # Not the flags under "next", which a shared clock knows ahead.
-        given = {**state, **{key: value for key, value in self.trials.flags(t).items() if isinstance(key, str)}}
+        flags = {key: value for key, value in self.trials.flags(t).items() if isinstance(key, str)}
+        # Copies: it may write into what it is given, which is the env's own.
+        given = {key: value.clone() for key, value in (state | flags).items()}
+        versions = {key: value._version for key, value in given.items()}
         ablated = self.ablation(dict(given))
         if not isinstance(ablated, dict):
             raise TypeError(
                 f"the ablation returned a {type(ablated).__name__}; it is given the named tensors of a step and must return them, "
                 "changed: {**state, 'trans': ...}."
             )
-        changed = [key for key, value in ablated.items() if value is not given.get(key)]
+        changed = [
+            key for key, value in ablated.items() if value is not given.get(key) or value._version != versions[key]
+        ]
         if t == 0 and changed and not any(is_within(key, read) for key in changed for read in self._read):
             raise ValueError(
                 f"the ablation changes {changed}, and nothing that the policy reads, {self._read}: it would play as without it. "
