@@ -173,7 +173,11 @@ class Evidence:
         if not len(places):
             raise NotChecked("the batch has no such boundary")
         places = places[torch.linspace(0, len(places) - 1, min(16, len(places))).long().to(places.device)]
-        windows = self.probe.windows(self.batch, *places.unbind(1))
+        row, step = places.split(1, 1)
+        windows = self.probe.inputs_of(self.batch)[row, step + torch.arange(2, device=step.device)]
+        if not all(map(self.has, self.probe.memory)):
+            windows["is_init"] = windows["is_init"].clone()
+            windows["is_init"][:, 0] = True  # some memory to begin with will do
         if not self.probe.real_inputs(windows):
             raise NotChecked("the actor reads no real numbers that could be changed")
         return windows

@@ -44,7 +44,7 @@ class NetworkProbe:
 
     def run(self, data: TensorDictBase) -> dict[NestedKey, torch.Tensor]:
         """All that the networks write for sequences ``[N, T]``, the log-probability and the value by names of their own."""
-        data, keys = self._inputs(data), self.loss.tensor_keys
+        data, keys = self.inputs_of(data), self.loss.tensor_keys
         with set_recurrent_mode(True), self._weights("actor"):
             action = data.get(keys.action, None)  # before a module gives one itself
             distribution = self.actor.get_dist(data)
@@ -67,14 +67,6 @@ class NetworkProbe:
                 with self._weights(name):
                     data = data if network is None else network(data)
         return data
-
-    def windows(self, rows: TensorDictBase, row: torch.Tensor, step: torch.Tensor) -> TensorDictBase:
-        """Steps ``step`` and ``step + 1`` of the rows ``row`` (both ``[N]``) of ``rows`` ``[R, T]``, as ``[N, 2]``."""
-        windows = self._inputs(rows)[row.unsqueeze(-1), step.unsqueeze(-1) + torch.arange(2, device=step.device)]
-        if not set(self.memory) <= set(windows.keys(True, True)):
-            windows["is_init"] = windows["is_init"].clone()
-            windows["is_init"][:, 0] = True  # some memory to begin with will do
-        return windows
 
     @torch.no_grad()
     def influence(self, windows: TensorDictBase) -> dict[NestedKey, torch.Tensor]:
@@ -123,7 +115,8 @@ class NetworkProbe:
             return dict.fromkeys(parameters)
         return dict(zip(parameters, torch.autograd.grad(total, parameters.values(), allow_unused=True), strict=True))
 
-    def _inputs(self, rows: TensorDictBase) -> TensorDictBase:
+    def inputs_of(self, rows: TensorDictBase) -> TensorDictBase:
+        """Of ``rows`` what the networks read, and the actions."""
         keys = (*self.inputs, *self.memory, "is_init", self.loss.tensor_keys.action)
         return rows.select(*outermost(keys), strict=False)
 
