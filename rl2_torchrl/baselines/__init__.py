@@ -6,7 +6,9 @@ out.
 
 Every agent for tabular MDPs is a function ``agent(mdps, num_episodes, generator=None) -> returns``:
 mean rewards ``[num_tasks, num_states, num_actions]`` and transition probabilities in, the returns of the episodes
-``[num_tasks, num_episodes]`` out. Those that bandits have too are found in their module, ``mdps.greedy``.
+``[num_tasks, num_episodes]`` out. Those that bandits have too are found in their module, ``mdps.greedy``. They play MDPs whose
+rewards have normal noise of standard deviation 1, as the paper's do: an agent is compared in a `TabularMDP` with ``noise=1.0``, its
+default.
 
 ``tune`` chooses the constants of those of either kind that have any.
 """

@@ -31,7 +31,7 @@ class TabularMDP(DiscreteEnv):
         num_states: number of states.
         num_actions: number of actions.
         episode_steps: steps of an episode.
-        noise: standard deviation of the reward's normal noise.
+        noise: standard deviation of the reward's normal noise; what `rl2_torchrl.baselines` play has 1.
         batch_size: batch size ``B`` of the env.
         seed: seed of the env's own generator; None draws one from PyTorch's default generator.
         device: device of all tensors. Defaults to the CPU.
