@@ -68,7 +68,7 @@ def test_extras_exist(extra):
 
 def test_names_in_the_text_are_public():
     text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-    torchrl_names = {"Collector", "GAE", "SerialEnv", "ParallelEnv"}
+    torchrl_names = {"ActionMask", "Collector", "GAE", "MaskedCategorical", "ParallelEnv", "SerialEnv"}
     names = set(re.findall(r"`([A-Z]\w+)`", text)) - torchrl_names
     homes = [vars(rl2_torchrl), vars(importlib.import_module("rl2_torchrl.envs"))]
     assert {name for name in names if not any(name in home for home in homes)} == set()
