@@ -113,7 +113,7 @@ def _reachable_states(num_arms: int, num_pulls: int) -> list[list[State]]:
             if num_states + len(following) > MAX_STATES:
                 raise ValueError(
                     f"num_pulls={num_pulls} with num_arms={num_arms} has more than {MAX_STATES:,} "
-                    "posterior states, too many to enumerate. Use num_pulls <= 15 or fewer arms, "
+                    "posterior states, too many to enumerate. Use fewer pulls or arms, "
                     "or compare with ucb1 and thompson_sampling, which have no such limit."
                 )
         layers.append(list(following))

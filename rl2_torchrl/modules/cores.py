@@ -320,9 +320,10 @@ def lost_memory(memory_keys: Sequence[NestedKey]) -> str:
     return (
         f"rows go on ('is_init' is False at their first step), but the memory {list(memory_keys)} that they go on from is missing: "
         "with zeros in its place the agent has forgotten its trial. Collect with ActorCritic(actor, critic), by TrialCollector or "
-        "auto_register_policy_transforms=True; keep what PPOUpdate(..., bptt=...).in_keys names; let TrialAdvantage() read the "
-        "values that are stored, where TorchRL's GAE asks a critic anew, step by step. Rows that shall begin anew say so: "
-        "data['is_init'] = True at their first step."
+        "auto_register_policy_transforms=True (for env.rollout: env.append_transform(get_primers_from_module(policy)), of "
+        "torchrl.modules.utils); keep what PPOUpdate(..., bptt=...).in_keys names; let TrialAdvantage() read the values that are "
+        "stored, where TorchRL's GAE asks a critic anew, step by step. Rows that shall begin anew say so: data['is_init'] = True "
+        "at their first step."
     )
 
 
