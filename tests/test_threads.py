@@ -292,3 +292,30 @@ def test_evaluations_in_threads_play_as_each_of_them_says():
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(switches, (False, True) * 8)) == [True, False] * 8
+
+
+def test_an_evaluation_in_a_thread_waits_for_a_trainings_rollout():
+    collector, update = compose(SMALL)
+    collector.total_frames = SMALL.steps
+    played, ended, seen = threading.Event(), threading.Event(), []
+
+    def on_step(state):
+        played.set()
+        ended.wait(10)
+
+    def evaluate():
+        other, _ = compose(SMALL)
+        adaptation_curve(other.env, other.policy, 4, deterministic=True, on_step=on_step)
+
+    evaluation = threading.Thread(target=evaluate, daemon=True)
+
+    def within_the_rollout():
+        evaluation.start()
+        seen.append(played.wait(0.5))
+        ended.set()
+
+    collector.pre_collect_hook = within_the_rollout
+    train(collector, update, evaluate=None, progress=False, check=False)
+    evaluation.join(60)
+    assert seen == [False]
+    assert played.is_set()
