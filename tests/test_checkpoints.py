@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import signal
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
+from torch import nn
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, RewardScaling, TransformedEnv
@@ -90,6 +91,60 @@ def test_functions_are_compared_by_their_own_names():
     others = {"env.distribution": "other_tasks()", "update.schedule": ["decay()", 3], "update.lr": 0.2}
     assert sorted(differences(then, others)) == ["env.distribution", "update.lr", "update.schedule"]
     assert differences({"env.level": "train.easy"}, {"env.level": "easy"})  # which are texts
+    # Earlier versions did not say what functions read.
+    of_old, read = {"a": "f.<locals>.g()", "b": ["f.<locals>.g()", 2]}, {"f.<locals>.g()": {"low": 0.5}}
+    assert differences(of_old, {"a": read, "b": [read, 2]}) == {}
+    assert sorted(differences(of_old, {"a": ["f.<locals>.g()", 1], "b": [read, 3]})) == ["a", "b"]
+    assert differences({"a": read}, {"a": {"f.<locals>.g()": {"low": 0.25}}})
+
+
+def tasks_between(low, high, data=()):
+    def tasks(batch_size, generator):
+        return low + (high - low) * torch.rand(*batch_size, 3, generator=generator) + 0 * len(data)
+
+    return tasks
+
+
+def tasks_above(low, nothing=nn.Linear, *, scale=0.5):
+    def tasks(batch_size, generator, low=low, *, scale=scale):
+        return low + scale * torch.rand(*batch_size, 3, generator=generator)
+
+    return tasks
+
+
+def half(tasks):
+    def halved(batch_size, generator):
+        return 0.5 * (tasks(batch_size, generator) if batch_size else halved([1], generator))
+
+    return halved
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        (tasks_between(0.0, 0.1), tasks_between(0.9, 1.0), r'"low": 0.0}} then, .*"low": 0.9}} now'),
+        (tasks_between(torch.zeros(3), 0.1), tasks_between(torch.ones(3), 0.1), r'"low": \[1.0, 1.0, 1.0\]'),
+        (tasks_above(0.0), tasks_above(0.5), '"low": 0.5'),
+        (tasks_above(0.0), tasks_above(0.0, scale=0.25), '"scale": 0.25'),
+        (half(tasks_above(0.0)), half(tasks_above(0.5)), '"low": 0.5'),
+        (torch.no_grad()(tasks_above(0.0)), torch.no_grad()(tasks_above(0.5)), '"low": 0.5'),
+        (partial(tasks_above(0.0), scale=1.0), partial(tasks_above(0.5), scale=1.0), '"low": 0.5'),
+        (tasks_between(0.0, 1.0, [0] * 99), tasks_between(0.0, 1.0, torch.ones(99)), None),
+        (torch.no_grad()(tasks_above(0.0)), tasks_above(0.0), None),
+    ],
+)
+def test_what_a_function_closes_over_or_takes_by_default_is_a_setting(then, now, words, tmp_path):
+    def run(tasks, **options):
+        one = Run(1)
+        one.sampler.distribution = tasks
+        one.train(checkpoints=tmp_path, check=False, **options)
+
+    run(then)
+    with (
+        nullcontext() if words is None else pytest.raises(ValueError, match=f"env.TaskSampler.distribution: .*{words}")
+    ):
+        run(now, resume=True)
+    run(now, resume=True, resume_changes=["env.TaskSampler.distribution"])
 
 
 @pytest.mark.parametrize(("total", "updates"), [(3, 3), (2.5, 3)])
