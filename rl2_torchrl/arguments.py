@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -22,6 +23,7 @@ __all__ = [
     *("above_0", "as_batch_size", "as_list", "kind_of", "needs", "noted"),
     *("require_arguments", "require_callable", "require_collector", "require_env", "require_flags"),
     *("require_folder_name", "require_generator", "require_layer_class", "require_network", "require_numbers"),
+    "require_own_name",
     *("require_sizes_known", "require_specs", "require_time_last", "require_torch", "whole", "whole_numbers"),
 ]
 
@@ -64,6 +66,21 @@ def require_numbers(**arguments: Any) -> None:
     for name, value in arguments.items():
         if isinstance(value, str):
             raise ValueError(f"{name}={value!r} is text: give a number.")
+
+
+def require_own_name(cls: type, known: Iterable[type]) -> None:
+    """ValueError where ``cls`` has the name of another of the ``known`` classes; not of itself, made once more in a notebook."""
+    for other in known:
+        if other.__name__ == cls.__name__ and _place(other) != _place(cls):
+            raise ValueError(
+                f"{cls.__module__}.{cls.__qualname__} has the name of {other.__module__}.{other.__qualname__}, which is known: "
+                "agents' files say names alone, and those saved with that one would be played by yours. Give it another name."
+            )
+
+
+def _place(cls: type) -> tuple[str, str]:
+    """Where ``cls`` is written: a program has another name than where it is imported."""
+    return getattr(sys.modules.get(cls.__module__), "__file__", cls.__module__), cls.__qualname__
 
 
 def above_0(name: str, value: float) -> float:

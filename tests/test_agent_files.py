@@ -250,6 +250,30 @@ def test_parts_that_are_not_known(tmp_path, monkeypatch):
         AdaptiveAgent.load(tmp_path / "agent.safetensors")
 
 
+def of_the_name(name, base):
+    return type(name, (base,), {"__module__": __name__, "__qualname__": name})
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "register"),
+    [
+        ("Head", nn.Module, lambda cls: register_part(cls, dict)),
+        ("Categorical", torch.distributions.Categorical, lambda cls: rl2.register_distribution(cls, dict)),
+    ],
+)
+def test_a_class_that_has_the_name_of_one_that_is_known(name, base, register, monkeypatch):
+    from rl2_torchrl.agent import architecture
+    from rl2_torchrl.modules import distributions
+
+    monkeypatch.setattr(architecture, "_PARTS", dict(architecture._PARTS))
+    monkeypatch.setattr(distributions, "_KNOWN", dict(distributions._KNOWN))
+    with pytest.raises(ValueError, match=rf"test_agent_files.{name} has the name of .*\.{name}, which is known"):
+        register(of_the_name(name, base))
+    for _ in range(2):  # a notebook's cell is run twice
+        register(of_the_name("Own", base))
+    AdaptiveAgent.from_policy(RecurrentActor.from_env(bandits()), bandits())
+
+
 class Activated(nn.Module):
     """An encoder of a user's own with an argument that the package's have too: here it is a module, or a name."""
 

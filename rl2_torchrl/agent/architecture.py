@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torchrl.modules import ProbabilisticActor
 
+from rl2_torchrl.arguments import require_own_name
 from rl2_torchrl.gradients.part import is_bare, is_function
 from rl2_torchrl.modules import ConvEncoder, GRUCore, Head, ImageEncoder, LSTMCore, MLPEncoder, RunningNorm
 from rl2_torchrl.modules.distributions import Gaussian, distribution_named
@@ -40,6 +41,9 @@ def register_part(cls: type[nn.Module], arguments: Arguments) -> None:
         arguments: a module of it to the keywords with which its constructor makes one like it: numbers, strings, lists, or
             modules that are known themselves. A core's entries (``in_key``, ``hidden_key``, ``features_key``) need not be said.
 
+    Raises:
+        ValueError: another class of that name is registered.
+
     Examples:
         >>> class Double(torch.nn.Module):
         ...     def __init__(self, size):
@@ -49,6 +53,7 @@ def register_part(cls: type[nn.Module], arguments: Arguments) -> None:
         ...         return torch.cat([x, x], -1)
         >>> register_part(Double, lambda module: {"size": module.size})
     """
+    require_own_name(cls, [known for known, _ in _PARTS.values()])
     _PARTS[cls.__name__] = (cls, arguments)
 
 

@@ -17,7 +17,7 @@ from torchrl.data import Binary, Bounded, MultiCategorical, MultiOneHot, OneHot,
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
-from rl2_torchrl.arguments import require_flags, require_numbers, whole, whole_numbers
+from rl2_torchrl.arguments import require_flags, require_numbers, require_own_name, whole, whole_numbers
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, brings, others_than
@@ -490,6 +490,9 @@ def register_distribution(distribution_class: type[Distribution], make: Callable
 
     ``make`` gives what has them, from the class's further keywords (a policy's ``distribution_kwargs``).
 
+    Raises:
+        ValueError: another class of that name is registered.
+
     Examples:
         >>> class PoissonActions(ActionDistribution):
         ...     def __init__(self):
@@ -498,6 +501,7 @@ def register_distribution(distribution_class: type[Distribution], make: Callable
         ...         return torch.poisson(rate)
         >>> register_distribution(torch.distributions.Poisson, PoissonActions)
     """
+    require_own_name(distribution_class, _KNOWN)
     _KNOWN[distribution_class] = make
 
 
