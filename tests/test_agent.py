@@ -572,6 +572,11 @@ BAD = {
     ),
     "rows": (begun(lambda agent: agent.act([[0.0] * 2] * 3), 2), ValueError, r"shape \(3, 2\); it must be \(2, 2\)"),
     "NaN": (begun(lambda agent: agent.act([0.0, np.nan])), FloatingPointError, "'observation' is not finite"),
+    "more than float32 can say": (
+        begun(lambda agent: agent.act(np.full(2, np.finfo(np.float64).max))),
+        FloatingPointError,
+        "'observation' is not finite in torch.float32",
+    ),
     "reward": (
         begun(lambda agent: (agent.act([0, 0]), agent.observe(np.inf))),
         FloatingPointError,

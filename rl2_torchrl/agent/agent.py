@@ -365,10 +365,13 @@ class AdaptiveAgent:
                 f"the observation {name!r} has shape {tuple(entry.shape)}; it must be {shape[self._is_single :]}."
             )
         entry = entry.reshape(shape)
-        if entry.is_floating_point() and not entry.isfinite().all():
-            raise FloatingPointError(f"the observation {name!r} is not finite: the memory would be NaN from here on.")
-        _require_choices(name, entry, observed)
         cast = entry.to(dtype := observed.spec.dtype)
+        reals = cast if dtype.is_floating_point else entry
+        if reals.is_floating_point() and not reals.isfinite().all():
+            raise FloatingPointError(
+                f"the observation {name!r} is not finite in {reals.dtype}: the memory would be NaN from here on."
+            )
+        _require_choices(name, entry, observed)
         if not dtype.is_floating_point and (lost := cast.to(entry.dtype) != entry).any():
             raise ValueError(
                 f"the observation {name!r} holds {entry[lost][0].item()}, which the env's {dtype} cannot: the policy would read "
