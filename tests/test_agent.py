@@ -460,6 +460,20 @@ def test_a_memory_that_nobody_would_look_at_is_refused():
         agent.memory = [torch.zeros(1, 3)]
 
 
+def test_a_memory_may_be_numpys():
+    agent = AdaptiveAgent.from_policy(make(bandits()), bandits())
+    agent.new_trial(2)
+    agent.act()
+    agent.observe([1.0, 0.0])
+    agents = copy.deepcopy(agent), copy.deepcopy(agent)
+    agents[0].memory = [each.numpy() for each in agent.memory]
+    agents[1].memory = [each.numpy().astype(np.float64) for each in agent.memory]
+    agent.act(deterministic=True)
+    for each in agents:
+        each.act(deterministic=True)
+        torch.testing.assert_close(each.memory, agent.memory, rtol=0, atol=0)
+
+
 def test_another_policy_makes_another_agent():
     agent = rl2.AdaptiveAgent.from_policy(make(bandits()), bandits())
     with pytest.raises(AttributeError, match="policy"):  # its step would go on with the first

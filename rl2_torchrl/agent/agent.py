@@ -93,16 +93,17 @@ class AdaptiveAgent:
                 "a trial begins, and no memory is looked at: to go on with one that was played before, load_state_dict(state) "
                 "what state_dict() gave then, which has the last reward and done too."
             )
-        self._require_shapes(list(memory), len(self._start))
-        self._memory = list(memory)
+        self._memory = self._as_memory(memory, len(self._start))
 
-    def _require_shapes(self, memory: Sequence[Tensor], rows: int) -> None:
+    def _as_memory(self, memory: Sequence[Any], rows: int) -> list[Tensor]:
+        memory = [torch.as_tensor(each, dtype=self.signature.dtype, device="cpu") for each in memory]
         shapes = [(rows, *shape) for shape in self.signature.memory.values()]
         if (given := [tuple(each.shape) for each in memory]) != shapes:
             names = list(self.signature.memory)
             raise ValueError(
                 f"a memory of shapes {given}, and this agent's {names} has {shapes}: is it another policy's?"
             )
+        return memory
 
     def state_dict(self) -> dict[str, Any]:
         """Where the trials stand: an agent of the same policy, in another process, say, goes on from it by `load_state_dict`.
@@ -128,7 +129,7 @@ class AdaptiveAgent:
         if missing := [name for name in names if name not in state]:
             raise KeyError(f"the state lacks {missing}: it is what state_dict() of an AdaptiveAgent gives.")
         memory = [state["memory"][name] for name in self.signature.memory if name in state["memory"]]
-        self._require_shapes(memory, len(state["start"]))
+        memory = self._as_memory(memory, len(state["start"]))
         self._is_single, self._is_waiting, *told = (deepcopy(state[name]) for name in names[:-1])
         self._start, self._reward, self._done = told
         self._memory = deepcopy(memory)
