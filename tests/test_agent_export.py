@@ -114,6 +114,17 @@ def test_same_noise_same_actions(make_env, form, tmp_path):
     torch.testing.assert_close(rewards, expected[1], rtol=0, atol=1e-4)
 
 
+def test_noise_and_memory_of_an_onnx_model_may_be_of_numpys_float64(tmp_path):
+    agent = AdaptiveAgent.from_policy(make(bandits(), hidden_size=8), bandits())
+    again, noise = exported(agent, "onnx", tmp_path), np.random.default_rng(0).gumbel(size=(3, 4))
+    for each in (agent, again):
+        each.new_trial(3)
+        each.act(noise=noise)
+        each.observe([1.0, 0.0, 1.0])
+        each.memory = [np.asarray(memory, np.float64) for memory in each.memory]
+    assert np.array_equal(again.act(noise=noise), agent.act(noise=noise))
+
+
 def test_inputs_and_outputs_of_an_onnx_model_have_names(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -381,7 +381,7 @@ class AdaptiveAgent:
         return cast, is_tensor
 
     def _given(self, noise: Any) -> Tensor:
-        noise = torch.as_tensor(noise, device="cpu")
+        noise = torch.as_tensor(noise, dtype=self.signature.dtype, device="cpu")
         shape = (len(self._start), self.signature.noise_size)
         if noise.shape != shape:
             raise ValueError(
