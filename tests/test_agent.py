@@ -511,6 +511,7 @@ def test_tensors_for_tensors_and_numpy_for_the_rest():
     ("name", "observation", "same"),
     [
         ("discrete from 5", np.uint32(6), 6),
+        ("box", {"observation": [0.5, 0.25]}, [0.5, 0.25]),
         ("words", torch.tensor([7, 60_000], dtype=torch.uint16), [7, 60_000]),
         ("image", np.arange(504, dtype=np.uint8).reshape(12, 14, 3)[::-1], None),
     ],
@@ -607,6 +608,20 @@ BAD = {
         "the observation lacks 'sub.x'",
         "dict",
     ),
+    "another entry": (
+        begun(lambda agent: agent.act({"seen": [0.0, 0.0]})),
+        KeyError,
+        "the observation lacks 'observation'",
+    ),
+    **{
+        f"{name} in the place of an array": (
+            begun(lambda agent, given=given: agent.act({"seen": given, "at": 1, "sub": {"x": [0.0]}})),
+            TypeError,
+            "the observation 'seen' is no array of numbers",
+            "dict",
+        )
+        for name, given in {"ragged": [[0.0], [0.0, 0.0]], "text": ["a", "b"], "objects": [{}, None]}.items()
+    },
     "choice": (
         begun(lambda agent: agent.act(4)),
         ValueError,

@@ -289,7 +289,8 @@ class AdaptiveAgent:
 
         Raises:
             RuntimeError: no trial has begun, or the last action's reward was not told.
-            TypeError: all that ``reset()`` or ``step()`` returned is given in the place of the observation.
+            TypeError: all that ``reset()`` or ``step()`` returned is given in the place of the observation, or an entry is no array
+                of numbers.
             KeyError: an entry of the observation is missing.
             ValueError: an entry or ``noise`` has another shape, an entry numbers that its dtype in the env cannot hold, or there is
                 ``noise`` for a deterministic action.
@@ -357,7 +358,12 @@ class AdaptiveAgent:
         """An entry ``[N, *shape]`` of what the env shows, and whether it came as a tensor."""
         value = _at(name, observation, observed.path, is_only=len(self.signature.observations) == 1)
         is_tensor, shape = isinstance(value, Tensor), (len(self._start), *observed.spec.shape)
-        entry = torch.as_tensor(value if is_tensor else np.asarray(value, order="C"), device="cpu")
+        try:
+            entry = torch.as_tensor(value if is_tensor else np.asarray(value, order="C"), device="cpu")
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"the observation {name!r} is no array of numbers, all its rows of one length: {error}"
+            ) from error
         entry = entry.long() if entry.dtype in _UNSIGNED else entry
         given = tuple(entry.shape) if not self._is_single else (1, *entry.shape)
         # A scalar may stand for [1], and a vector for what the env nests; an image must have its own order.
@@ -412,6 +418,8 @@ def _at(name: str, observation: Any, path: Sequence[str | int], *, is_only: bool
         )
     if is_only and not isinstance(observation, Mapping | tuple):
         path = ()
+    elif not path and isinstance(observation, Mapping):  # an env of one array, whose entry has this name
+        path = (name,)
     for place in path:
         try:
             observation = observation[place]
