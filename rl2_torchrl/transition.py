@@ -272,9 +272,9 @@ class Encoding:
         )
         return cls(int(choices.sum()), (choices.cumsum(0) - choices).to(spec.device), False)
 
-    def encode(self, value: torch.Tensor, batch_size: torch.Size) -> torch.Tensor:
-        """The vector ``[*B, size]`` of ``value``."""
-        out = torch.zeros(*batch_size, self.size, device=value.device)
+    def encode(self, value: torch.Tensor, batch_size: torch.Size, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The vector ``[*B, size]`` of ``value``; by default in PyTorch's default dtype."""
+        out = torch.zeros(*batch_size, self.size, dtype=dtype, device=value.device)
         self.write(out, value)
         return out
 
@@ -305,9 +305,11 @@ class Layout:
         """Views of the parts of ``trans``: each observation, action, reward, done."""
         return trans.split([*(part.size for part in self.observations.values()), self.action.size, 1, 1], -1)
 
-    def encode(self, observations: Sequence[torch.Tensor], batch_size: torch.Size) -> list[torch.Tensor]:
+    def encode(
+        self, observations: Sequence[torch.Tensor], batch_size: torch.Size, dtype: torch.dtype | None = None
+    ) -> list[torch.Tensor]:
         parts = zip(self.observations.values(), observations, strict=True)
-        return [encoding.encode(value, batch_size) for encoding, value in parts]
+        return [encoding.encode(value, batch_size, dtype) for encoding, value in parts]
 
 
 def _is_far_from_1(spec: TensorSpec) -> bool:

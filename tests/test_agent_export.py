@@ -125,6 +125,68 @@ def test_noise_and_memory_of_an_onnx_model_may_be_of_numpys_float64(tmp_path):
     assert np.array_equal(again.act(noise=noise), agent.act(noise=noise))
 
 
+class Flags(rl2.RecurrentCore):
+    """A core that remembers whether it has been paid yet, and counts its steps."""
+
+    def __init__(self, input_size, **keys):
+        super().__init__(2, {"is_poor": (1,), "count": (1,)}, input_size=input_size, **keys)
+        self.gain = torch.nn.Parameter(torch.tensor(1.0))
+
+    def initial_memory(self, num_rows):
+        return torch.ones(num_rows, 1, dtype=torch.bool), torch.full((num_rows, 1), 3)
+
+    def step(self, x, is_poor, count):
+        is_poor, count = is_poor & (x[:, -2:-1] <= 0), count + 1
+        return self.gain * torch.cat([is_poor, count], -1), is_poor, count
+
+
+class Chooses(Flags):
+    def step(self, x, is_poor, count):
+        return super().step(x, torch.where(x[:, :1] > 0, is_poor, ~is_poor), count)
+
+
+def test_memory_of_flags_and_counters_in_onnx(tmp_path):
+    agent = AdaptiveAgent.from_policy(make(bandits(), core=Flags), bandits())
+    again = exported(agent, "onnx", tmp_path)
+    for each in (agent, again):
+        each.new_trial(2)
+        for reward in ([0.0, 1.0], [0.0, 0.0]):
+            each.act(deterministic=True)
+            each.observe(reward)
+        each.new_trial(rows=[False, True])
+        each.act(deterministic=True)
+    assert again.memory[1].tolist() == [[1.0], [1.0]]
+    assert again.memory[2].tolist() == [[6.0], [4.0]]
+    torch.testing.assert_close(again.memory, agent.memory, rtol=0, atol=0)
+
+
+def test_a_graph_that_onnxruntime_cannot_load_is_refused(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    agent = AdaptiveAgent.from_policy(make(bandits(), core=Chooses), bandits())
+    with pytest.raises(ValueError, match=r"cannot be read as an ONNX model.*Where.* Export to .pt2"):
+        agent.export(tmp_path / "agent.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["itself", *FORMS])
+def test_under_a_default_of_float64(form, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        env = toys("several", 1)
+        actor = make(env, hidden_size=8, encoder=lambda shape: torch.nn.Linear(shape[0], 4))
+        agent = AdaptiveAgent.from_policy(actor, env)
+        again = agent if form == "itself" else exported(agent, form, tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for each in (agent, again):
+        each.new_trial(2)
+        for _ in range(2):
+            each.act([[1, 4], [3, 5]], deterministic=True)
+            each.observe([1.0, 0.0])
+    torch.testing.assert_close(again.memory, agent.memory)
+
+
 def test_inputs_and_outputs_of_an_onnx_model_have_names(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

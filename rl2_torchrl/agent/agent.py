@@ -217,7 +217,7 @@ class AdaptiveAgent:
             memory = outputs[-len(agent.signature.memory):]  # at first zeros [N, *shape], of these shapes
 
         Raises:
-            ValueError: another suffix.
+            ValueError: another suffix, or a graph that onnxruntime, where it is there, cannot load.
             NotImplementedError: a part of the policy reads TensorDicts.
             ImportError: ``.onnx`` without the extra ``onnx``.
         """
@@ -259,7 +259,7 @@ class AdaptiveAgent:
         self._read_weights()
         self._is_single, self._is_waiting = num_rows is None, False
         self._start = torch.ones(count, dtype=torch.bool)
-        self._reward, self._done = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+        self._reward, self._done = torch.zeros(count, dtype=torch.float32), torch.zeros(count, dtype=torch.bool)
         shapes = [(count, *shape) for shape in signature.memory.values()]
         self._memory = [torch.zeros(shape, dtype=signature.dtype) for shape in shapes]
 

@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +49,12 @@ def export_policy(policy: ProbabilisticTensorDictSequential, signature: Signatur
         model = torch.onnx.export(program, input_names=signature.inputs, output_names=outputs, dynamo=True)
     model.model.metadata_props[_SIGNATURE] = signature.as_json()
     model.save(path)
+    if find_spec("onnxruntime") is not None:
+        try:
+            onnx_step(path)
+        except ValueError as error:
+            path.unlink()  # which nobody could load
+            raise ValueError(f"{error}. Export to .pt2, or write what it names in other operations.") from error
     return path
 
 
@@ -82,7 +89,7 @@ def _example(signature: Signature) -> tuple[Tensor, ...]:
     flag = torch.zeros(rows, dtype=torch.bool)
     noise = torch.zeros(rows, signature.noise_size, dtype=signature.dtype)
     memory = [torch.zeros(rows, *shape, dtype=signature.dtype) for shape in signature.memory.values()]
-    return (*observed, torch.zeros(rows), flag, ~flag, noise, *memory)
+    return (*observed, torch.zeros(rows, dtype=torch.float32), flag, ~flag, noise, *memory)
 
 
 def _require(*names: str) -> ModuleType:

@@ -88,7 +88,7 @@ class PolicyStep(nn.Module):
         drawn = self._distribution.with_noise(noise, *parameters)
         acted = self.signature.action
         scaled = acted.scaled(drawn)
-        last_action = self._layout.action.encode(scaled, start.shape[:1]).to(self.signature.dtype)
+        last_action = self._layout.action.encode(scaled, start.shape[:1], torch.float32).to(self.signature.dtype)
         handed_on = [last_action, *(state[key].to(self.signature.dtype) for key in self._next_keys)]
         return (acted.to_env(scaled), *parameters, *handed_on)
 
@@ -99,14 +99,17 @@ class PolicyStep(nn.Module):
         state: State = {key: entry.read(value) for (key, entry), value in entries}
         for affine in signature.reward:
             reward = affine(reward)
-        seen = self._layout.encode([state[key] for key in self._layout.observations], start.shape[:1])
+        shown = [state[key] for key in self._layout.observations]
+        seen = self._layout.encode(shown, start.shape[:1], torch.float32)  # whatever the default is where it plays
         at_start = torch.full_like(reward, signature.done_at_start)
         told = torch.cat([last_action.to(reward.dtype), reward], -1)
         told = [torch.where(start, 0.0, told), torch.where(start, at_start, done.to(reward.dtype))]
-        state[signature.trans_key], state["is_init"] = torch.cat([*seen, *told], -1), start
+        dtype = torch.promote_types(torch.float32, signature.dtype)  # a float64 encoder reads no float32
+        state[signature.trans_key], state["is_init"] = torch.cat([*seen, *told], -1).to(dtype), start
         first = first_memory(self._cores, start.shape[0])
         for key, carried in zip(self._hidden_keys, memory, strict=True):
-            state[key] = where_rows(start.squeeze(-1), first[key], carried.to(first[key].dtype))  # counters, flags
+            # In the dtype that is carried, of counters and flags too: onnxruntime chooses between no flags.
+            state[key] = where_rows(start.squeeze(-1), first[key].to(carried.dtype), carried).to(first[key].dtype)
         return state
 
 
