@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 from torchrl.envs import Transform
@@ -312,6 +313,8 @@ class RunCheckpoints:
             state["rollout"] = {"missing": "settings of the env have changed"}
             changed_parts |= {name for name in state["kept"] if name.startswith("env.")}
         state["kept"] = {name: each for name, each in state["kept"].items() if name not in changed_parts}
+        if isinstance(update := self._parts["update"], PPOUpdate):
+            state["update"] = _left_by(changed, update, state["update"])
         try:
             for name, part in self._parts.items():
                 if name in state:  # older versions had fewer
@@ -385,6 +388,18 @@ def _require_writable(folder: Path) -> None:
             f"checkpoints={str(folder)!r} cannot be written to ({error}), so the training could not be saved: name another "
             "folder, or None to save no checkpoints."
         ) from error
+
+
+def _left_by(changed: Collection[str], update: PPOUpdate, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An update's ``state``, but for what settings that have ``changed`` have no place for: that begins anew."""
+    state = dict(state)
+    is_other = any(name.startswith("advantage.") for name in changed)
+    if is_other and "advantage" in state and isinstance(update.advantage, nn.Module):
+        now, then = update.advantage.state_dict(), state["advantage"]
+        if left := [name for name in then if name not in now]:
+            log.warning("%s of the advantage are left: as it is set now it has none.", left)
+        state["advantage"] = {**now, **{name: each for name, each in then.items() if name in now}}
+    return state
 
 
 class _States:

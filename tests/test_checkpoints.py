@@ -31,6 +31,7 @@ from rl2_torchrl import (
     TanhGaussianActions,
     TaskSampler,
     Trial,
+    TrialAdvantage,
     TrialCollector,
     adaptation_curve,
     check_training,
@@ -409,6 +410,21 @@ def test_networks_of_the_same_sizes_may_be_others(tmp_path, changed, words):
     Pendulums(1).train(checkpoints=tmp_path, check=False)
     with pytest.raises(ValueError, match=rf"other settings \(loss\.(actor|critic)_network\..*{words}"):
         Pendulums(2, **changed).train(checkpoints=tmp_path, resume=True, check=False)
+
+
+@pytest.mark.parametrize("then", [True, False])
+def test_rewards_are_scaled_from_now_on_or_no_more(then, tmp_path, caplog):
+    def run(updates, scale_rewards):
+        one = Run(updates)
+        one.update.advantage = TrialAdvantage(critic=one.policy, scale_rewards=scale_rewards)
+        return one
+
+    run(1, then).train(checkpoints=tmp_path, check=False)
+    changes = {"resume_changes": ["advantage.scale_rewards"]}
+    resumed = run(2, not then)
+    resumed.train(checkpoints=tmp_path, check=False, resume=True, **changes)
+    assert ("'_returns.count', '_returns.mean', '_returns.squares'] of the advantage are left" in caplog.text) == then
+    assert then or resumed.update.advantage._returns.count == BATCH
 
 
 class Doubles(Counter):
