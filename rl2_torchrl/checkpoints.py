@@ -312,6 +312,8 @@ class RunCheckpoints:
         if any(name.startswith("env.") for name in changed):
             state["rollout"] = {"missing": "settings of the env have changed"}
             changed_parts |= {name for name in state["kept"] if name.startswith("env.")}
+        if "update.optimizer" in changed:
+            changed_parts.add("update.optimizer")
         state["kept"] = {name: each for name, each in state["kept"].items() if name not in changed_parts}
         if isinstance(update := self._parts["update"], PPOUpdate):
             state["update"] = _left_by(changed, update, state["update"])
@@ -393,6 +395,9 @@ def _require_writable(folder: Path) -> None:
 def _left_by(changed: Collection[str], update: PPOUpdate, state: Mapping[str, Any]) -> dict[str, Any]:
     """An update's ``state``, but for what settings that have ``changed`` have no place for: that begins anew."""
     state = dict(state)
+    if "update.optimizer" in changed:
+        log.warning("the optimizer begins anew: what it had come to is of another kind of optimizer, and is left.")
+        state |= {"optimizer": update.optimizer.state_dict(), "given_options": update.given_options}
     is_other = any(name.startswith("advantage.") for name in changed)
     if is_other and "advantage" in state and isinstance(update.advantage, nn.Module):
         now, then = update.advantage.state_dict(), state["advantage"]

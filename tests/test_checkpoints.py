@@ -1,7 +1,9 @@
 """`train` on tiny real runs: checkpoints, exact resume, after Ctrl-C too, and numbers that are not finite."""
 
+import ast
 import logging
 import os
+import re
 import shutil
 import signal
 from contextlib import ExitStack, nullcontext, suppress
@@ -425,6 +427,21 @@ def test_rewards_are_scaled_from_now_on_or_no_more(then, tmp_path, caplog):
     resumed.train(checkpoints=tmp_path, check=False, resume=True, **changes)
     assert ("'_returns.count', '_returns.mean', '_returns.squares'] of the advantage are left" in caplog.text) == then
     assert then or resumed.update.advantage._returns.count == BATCH
+
+
+def test_another_kind_of_optimizer_begins_anew(tmp_path, caplog):
+    Run(1).train(checkpoints=tmp_path, check=False)
+    with pytest.raises(ValueError, match='"Adam" then, "SGD" now') as error:
+        Run(2, sgd=True, lr=0.5).train(checkpoints=tmp_path, check=False, resume=True)
+    changes = ast.literal_eval(re.search(r"resume_changes=(\[.*\])", str(error.value))[1])
+    resumed = Run(2, sgd=True, lr=0.5)
+    resumed.train(checkpoints=tmp_path, check=False, resume=True, resume_changes=changes)
+    assert "the optimizer begins anew" in caplog.text
+    group = resumed.update.optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.5, 0.9)
+    caplog.clear()
+    Run(3, sgd=True, lr=0.5).train(checkpoints=tmp_path, check=False, resume=True)
+    assert "anew" not in caplog.text
 
 
 class Doubles(Counter):
