@@ -55,6 +55,13 @@ def test_weights_go_into_an_actor(tmp_path):
     torch.testing.assert_close(actor.state_dict(), AdaptiveAgent.load(path).policy.state_dict(), rtol=0, atol=0)
 
 
+def test_an_agents_policy_takes_weights_and_the_agent_none(tmp_path):
+    agent, path = an_agent(), an_agent().save(tmp_path / "agent.safetensors")
+    with pytest.raises(TypeError, match=r"AdaptiveAgent is no network: .* its .policy"):
+        load_weights(agent, path)
+    load_weights(agent.policy, path)
+
+
 def test_of_an_actor_and_critic_the_actor_gets_the_weights(tmp_path):
     agent, actor = an_agent(), RecurrentActor.from_env(bandits(), hidden_size=4)
     load_weights(

@@ -12,6 +12,7 @@ from torch import nn
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl.agent.architecture import Plan, plan_of_policy
+from rl2_torchrl.arguments import kind_of
 from rl2_torchrl.modules.actor_critic import ActorCritic
 from rl2_torchrl.storage import DamagedFileError, load_tree, save_tree
 
@@ -71,6 +72,7 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
     no critic.
 
     Raises:
+        TypeError: ``policy`` is no network.
         FileNotFoundError: there is no such file.
         ValueError: it is no agent's, only a part of one, damaged, or that of another network.
 
@@ -87,6 +89,10 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
         >>> all(torch.equal(a, b) for a, b in zip(trained.parameters(), fresh.parameters(), strict=True))
         True
     """
+    if not isinstance(policy, nn.Module):
+        raise TypeError(
+            f"{kind_of(policy)} is no network: load_weights(policy, path) takes an actor, of an agent its .policy."
+        )
     about, weights = read_agent(path)
     policy = policy.actor if isinstance(policy, ActorCritic) else policy
     held, here = _shapes(weights), _shapes(policy.state_dict())
