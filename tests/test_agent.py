@@ -12,19 +12,22 @@ import torch
 from gymnasium import spaces
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import nn
-from torchrl.data import MultiOneHot, Unbounded
+from torchrl.data import Bounded, MultiOneHot, Unbounded
 from torchrl.envs import (
     ActionScaling,
     Compose,
     DoubleToFloat,
     ExplorationType,
+    FlattenObservation,
     GymEnv,
     GymWrapper,
     ObservationNorm,
+    RenameTransform,
     RewardClipping,
     RewardScaling,
     SerialEnv,
     TransformedEnv,
+    UnsqueezeTransform,
     set_exploration_type,
 )
 
@@ -174,8 +177,8 @@ def trained(env, actor, steps, seed):
     """Likewise by the training's own rollout."""
     torch.manual_seed(seed)
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-        batch = Rollout(env, actor, steps, ["action", ("next", "reward")])()
-    return batch["action"].movedim(1, 0), batch["next", "reward"].movedim(1, 0)
+        batch = Rollout(env, actor, steps, [env.action_key, ("next", "reward")])()
+    return batch[env.action_key].movedim(1, 0), batch["next", "reward"].movedim(1, 0)
 
 
 # ------------------------------------------------------- the training's policy
@@ -277,6 +280,66 @@ def test_transforms_of_the_env_are_taken_along(tmp_path, act):
             observation, _ = raw.reset()
         assert 4.0 * reward + 0.25 == pytest.approx(rewards[t].item(), abs=1e-5)
     assert actions.std() > 0.1
+
+
+def test_transforms_that_name_and_reshape_are_taken_along(tmp_path):
+    shown, done = spaces.Box(-1, 1, (2, 3)), spaces.Box(-1, 1, ())
+
+    def env(*norms):
+        forms = [
+            *norms,
+            FlattenObservation(-2, -1, in_keys=["observation"]),
+            ObservationNorm(loc=torch.arange(6.0), scale=2.0, in_keys=["observation"]),
+            RenameTransform(["observation"], ["seen"]),
+            RenameTransform(["reward"], ["pay"]),
+            RenameTransform(["pay"], ["reward"]),
+            ActionScaling(loc=torch.tensor([0.25]), scale=torch.tensor([0.5])),
+            RenameTransform([], [], ["action"], ["push"]),
+        ]
+        return trial_env(GymVectorEnv(partial(Toy, shown, done), 1), DoubleToFloat(), before=forms)
+
+    actor = make(env(), hidden_size=8)
+    actions, rewards = trained(env(), actor, 12, seed=3)
+    agent = AdaptiveAgent.from_policy(actor, env())
+    assert (agent.signature.action.key, agent.signature.inputs[0]) == ("push", "seen")
+    agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
+    raw = Toy(shown, done)
+    torch.manual_seed(3)
+    agent.new_trial()
+    observation, _ = raw.reset()
+    for t in range(12):
+        observation, reward, terminated, _, _ = raw.step(agent.act(observation))
+        agent.observe(reward, terminated)
+        if terminated:
+            observation, _ = raw.reset()
+        assert reward == pytest.approx(rewards[t].item(), abs=1e-5)
+    assert actions.std() > 0.1
+    norm = ObservationNorm(loc=torch.zeros(2, 3), scale=1.0, in_keys=["observation"])
+    with pytest.raises(NotImplementedError, match="scales 'observation' place by place before it is reshaped"):
+        AdaptiveAgent.from_policy(actor, env(norm))
+
+
+def test_a_scalar_action_is_one_outside_too():
+    class Scalar(TensorEnv):
+        def begin(self, task, rows):
+            return task, None
+
+        def advance(self, state, action):
+            return state, None, 1 - (action - 0.5).square().unsqueeze(-1), None, None
+
+    def env():
+        base = Scalar(task_spec=Unbounded(1), action_spec=Bounded(-9, 9, ()), max_episode_steps=3, batch_size=(2,))
+        return trial_env(base, UnsqueezeTransform(-1, in_keys=[], in_keys_inv=["action"]), episodes=9)
+
+    actor = make(env(), hidden_size=8)
+    expected, _ = trained(env(), actor, 12, seed=3)
+    agent = AdaptiveAgent.from_policy(actor, env())
+    torch.manual_seed(3)
+    agent.new_trial(2)
+    for step in range(12):
+        action = agent.act()
+        assert action == pytest.approx(expected[step].squeeze(-1).numpy(), abs=1e-5)
+        agent.observe(1 - (action - 0.5) ** 2, step % 3 == 2)
 
 
 def test_transforms_that_cannot_be_taken_along():

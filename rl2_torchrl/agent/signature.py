@@ -16,14 +16,18 @@ from torchrl.envs import (
     ActionScaling,
     DoubleToFloat,
     EnvBase,
+    FlattenObservation,
     InitTracker,
     ObservationNorm,
     ParallelEnv,
+    RenameTransform,
     RewardScaling,
     RewardSum,
     SerialEnv,
+    SqueezeTransform,
     StepCounter,
     TensorDictPrimer,
+    UnsqueezeTransform,
 )
 
 from rl2_torchrl.agent.architecture import as_dtype, as_key
@@ -37,6 +41,8 @@ __all__ = ["Acted", "Affine", "Observed", "Signature", "name_of"]
 
 #: Transforms that leave observations, rewards and actions as they are.
 _NEUTRAL = (Trial, TaskSampler, InitTracker, TensorDictPrimer, StepCounter, RewardSum, DoubleToFloat)
+#: Those that name or reshape: an agent takes whatever has as many numbers.
+_FORMS = (FlattenObservation, RenameTransform, SqueezeTransform, UnsqueezeTransform)
 
 
 @dataclass(frozen=True)
@@ -223,10 +229,11 @@ def observed_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, Obse
     leaves = {leaf.key: leaf for leaf in base.observations.leaves} if isinstance(base, GymVectorEnv) else {}
     observed = {}
     for key in keys:
-        leaf = leaves.get(key)
-        path = ((key,) if isinstance(key, str) else key) if leaf is None else leaf.path
-        start = None if leaf is None else leaf.start
-        observed[key] = Observed(specs[key].cpu(), tuple(path), start, _affine_of(env, key))
+        shown, affine = _way_of(env, key)
+        leaf = leaves.get(shown)
+        path = ((shown,) if isinstance(shown, str) else shown) if leaf is None else leaf.path
+        start = None if leaf is None or leaf.start is None else leaf.start.reshape(specs[key].shape)
+        observed[key] = Observed(specs[key].cpu(), tuple(path), start, affine[::-1])
     return observed
 
 
@@ -234,7 +241,7 @@ def acted_of(env: EnvBase) -> Acted:
     """The action of ``env``."""
     base, key = base_of(env), env.action_key
     spec = base.full_action_spec_unbatched[base.action_key].cpu()
-    affine = _affine_of(env, key, actions=True)
+    _, affine = _way_of(env, key, actions=True)
     if (actions := _actions_of(base)) is not None:
         bounds = None if actions.bounds is None else tuple(map(torch.as_tensor, actions.bounds))
         dtype = torch.from_numpy(np.zeros(1, actions.space.dtype)).dtype
@@ -259,7 +266,8 @@ def _actions_of(base: EnvBase) -> ActionSpace | None:
 
 def reward_of(env: EnvBase) -> tuple[Affine, ...]:
     """What becomes of rewards."""
-    return _affine_of(env, env.reward_key)
+    _, affine = _way_of(env, env.reward_key)
+    return affine[::-1]
 
 
 def transition_of(env: EnvBase, keys: Sequence[NestedKey]) -> PreviousStep:
@@ -283,32 +291,41 @@ def require_nothing_behind(env: EnvBase, transition: PreviousStep, keys: Sequenc
     behind = transforms[next(n for n, each in enumerate(transforms) if each is transition) + 1 :]
     for each in behind:
         changed = [key for key in (*keys, transition.out_key) if key in each.out_keys]
-        if changed and type(each) in (ObservationNorm, RewardScaling):
+        if changed and type(each) in (ObservationNorm, RewardScaling, *_FORMS):
             raise NotImplementedError(
                 f"{type(each).__name__} stands behind PreviousStep and changes {changed}, which an agent makes its input of: what "
                 "it is shown would not be what it was trained on. Put it before PreviousStep."
             )
 
 
-def _affine_of(env: EnvBase, key: NestedKey, *, actions: bool = False) -> tuple[Affine, ...]:
-    """What the transforms do to ``key``, in the order in which they do it."""
-    affine = []
-    for each in transforms_of(env):
+def _way_of(env: EnvBase, key: NestedKey, *, actions: bool = False) -> tuple[NestedKey, tuple[Affine, ...]]:
+    """The name that the policy's ``key`` has in the base env, and what the transforms do to it, from the policy inwards."""
+    affine, is_reshaped = [], False
+    for each in reversed(transforms_of(env)):
         # What is derived from PreviousStep may write another transition input.
         if isinstance(each, _NEUTRAL) or type(each) is PreviousStep:
             continue
-        if type(each) not in (ObservationNorm, RewardScaling, ActionScaling):
+        if type(each) not in (ObservationNorm, RewardScaling, ActionScaling, *_FORMS):
             raise NotImplementedError(
                 f"the env has a {type(each).__name__}, which an agent cannot take along: what it is shown or does would not be "
-                "what it was trained on. It takes ObservationNorm, RewardScaling and ActionScaling; "
-                "RecurrentActor(normalize=True) normalises within the networks."
+                "what it was trained on. It takes ObservationNorm, RewardScaling, ActionScaling, and what names or reshapes, "
+                "RenameTransform, FlattenObservation and UnsqueezeTransform; RecurrentActor(normalize=True) normalises within the "
+                "networks."
             )
         keys, written = (each.in_keys_inv, each.out_keys_inv) if actions else (each.in_keys, each.out_keys)
-        if key in written and list(keys) != list(written):
+        if key not in written or (isinstance(each, ActionScaling) and not actions):
+            continue
+        if type(each) in _FORMS:
+            key, is_reshaped = keys[list(written).index(key)], is_reshaped or type(each) is not RenameTransform
+            continue
+        if list(keys) != list(written):
             raise NotImplementedError(f"{type(each).__name__} makes {key!r} of {keys}: let it write what it reads.")
-        if key in keys and not (isinstance(each, ActionScaling) and not actions):
-            affine.append(_as_affine(each, undone=actions))
-    return tuple(reversed(affine) if actions else affine)
+        affine.append(_as_affine(each, undone=actions))
+        if is_reshaped and max(affine[-1].loc.numel(), affine[-1].scale.numel()) > 1:
+            raise NotImplementedError(
+                f"{type(each).__name__} scales {key!r} place by place before it is reshaped: reshape it first."
+            )
+    return key, tuple(affine)
 
 
 def _as_affine(each: ObservationNorm | RewardScaling | ActionScaling, *, undone: bool) -> Affine:
