@@ -51,7 +51,8 @@ class TaskSampler(Transform):
 
     Raises:
         KeyError: the base env has no ``task_key`` in its ``state_spec``, so that the task could not reach it.
-        ValueError: a drawn task does not fit the env's ``state_spec``, but for its bounds, which are not looked at.
+        ValueError: a drawn task does not fit the env's ``state_spec``, but for its bounds, which are not looked at; the env shows
+            another entry of that name.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -218,7 +219,13 @@ class TaskSampler(Transform):
 
     # ---------------------------------------------------------------- specs
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        observation_spec[self.task_key] = self._task_spec.clone()
+        spec, shown = self._task_spec, observation_spec.get(self.task_key, None)
+        if shown is not None and _leaves(shown, 0) != _leaves(spec, 0):
+            raise ValueError(
+                f"the env shows {self.task_key!r}, {_in_words(_leaves(shown, 0))}, which is not the task that it takes, "
+                f"{_in_words(_leaves(spec, 0))}, and the task would be written over it: rename what it shows."
+            )
+        observation_spec[self.task_key] = spec.clone()
         return observation_spec
 
     @property

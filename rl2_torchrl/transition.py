@@ -66,7 +66,8 @@ class PreviousStep(Transform):
 
     Raises:
         TypeError: ``obs_keys`` is a single key.
-        ValueError: ``obs_keys`` holds the task, no `Trial` comes before this transform, or the env pays several rewards a step.
+        ValueError: ``obs_keys`` holds the task, no `Trial` comes before this transform, the env pays several rewards a step, or
+            shows an entry ``out_key`` that is not among ``obs_keys``.
         KeyError: the env has no such observation.
 
     Examples:
@@ -179,6 +180,12 @@ class PreviousStep(Transform):
             )
         # The base env's action, since `_step` sees it after all inverse transforms.
         env = self.container.base_env
+        shown = () if has_trials_within(env) else _observations(self.container, self)
+        if self.out_key in shown and self.out_key not in (self.obs_keys or ()):
+            raise ValueError(
+                f"the env shows {self.out_key!r} itself, where PreviousStep writes, so that no agent would see it: rename it, or "
+                "write elsewhere, PreviousStep(out_key=...), which networks read as in_key=."
+            )
         keys = self._default_keys(observation_spec) if self.obs_keys is None else self.obs_keys
         if len(env.action_keys) != 1 or len(env.reward_keys) != 1:
             raise NotImplementedError(

@@ -75,8 +75,8 @@ class Trial(Transform):
             ``"info"`` always are. Default none more.
 
     Raises:
-        ValueError: neither bound is given, or one is below 1; ``step_keys`` names an entry of the env's ``state_spec``; a transform
-            behind it steps the env several times in one.
+        ValueError: neither bound is given, or one is below 1; ``step_keys`` names an entry of the env's ``state_spec``; the env
+            shows an entry of one of those names; a transform behind it steps the env several times in one.
         TypeError: ``step_keys`` is a single key, or the base env resets its rows by itself (`GymEnv` with ``num_envs``, any with
             ``auto_reset=True``).
         RuntimeError: when attached anywhere but first in the `TransformedEnv`.
@@ -205,6 +205,13 @@ class Trial(Transform):
             raise ValueError(
                 "an InitTracker stands below Trial: it would flag the beginning of each episode, where an agent that adapts must "
                 "not lose its memory. Leave it out; collectors put one behind Trial."
+            )
+        taken = [key for key in TRIAL_KEYS if key in observation_spec.keys()]
+        if 0 < len(taken) < len(TRIAL_KEYS):  # all of them are those of trials below
+            raise ValueError(
+                f"the env itself shows {taken}, where Trial writes its counters, which no agent is shown: rename them, in the env or "
+                f"by TransformedEnv(TransformedEnv(env, RenameTransform({taken}, [...])), Compose(Trial(...), ...), "
+                "auto_unwrap=False)."
             )
         again = [each for each in own_transforms(self.container) if isinstance(each, _STEP_AGAIN)]
         if again := [type(each).__name__ for each in again if getattr(each, "frame_skip", 2) > 1]:

@@ -534,3 +534,15 @@ def test_bad_arguments():
 def test_env_that_knows_no_tasks():
     with pytest.raises(KeyError, match="GymEnv has no 'task' in its state_spec.*GymVectorEnv"):
         TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), uniform())).reset()
+
+
+@pytest.mark.parametrize(("shown", "is_task"), [(Unbounded((3,)), False), (Unbounded((2,)), True)])
+def test_an_entry_that_is_not_the_task_is_not_written_over(shown, is_task):
+    base = BernoulliBandit(2)
+    base.observation_spec = Composite(task=shown)
+    env = TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler(uniform_means(2), seed=0)))
+    if is_task:
+        assert env.observation_spec["task"].shape == (2,)
+        return
+    with pytest.raises(ValueError, match=r"shows 'task', \(3,\) .*not the task that it takes, \(2,\) "):
+        _ = env.observation_spec

@@ -12,6 +12,7 @@ from torchrl.envs import (
     GymEnv,
     InitTracker,
     ParallelEnv,
+    RenameTransform,
     RewardSum,
     SerialEnv,
     StepCounter,
@@ -357,6 +358,23 @@ def test_step_keys_that_the_env_reads_back_are_refused():
     base, trial = TransformedEnv(CountingEnv((2,)), RewardSum()), Trial(episodes=2, step_keys=["episode_reward"])
     with pytest.raises(ValueError, match=r"reads \['episode_reward'\] back at its next step"):
         _ = TransformedEnv(base, trial, auto_unwrap=False).observation_spec
+
+
+@pytest.mark.parametrize("name", ["time_left", "trial_step"])
+def test_an_env_that_shows_a_counter_of_that_name_is_refused(name):
+    class Shown(CountingEnv):
+        def __init__(self):
+            super().__init__()
+            self.observation_spec = Composite({name: self.observation_spec["count"]})
+
+        def _observation(self):
+            return super()._observation().rename_key_("count", name)
+
+    with pytest.raises(ValueError, match=rf"shows \['{name}'\], where Trial writes its counters.*RenameTransform"):
+        TransformedEnv(Shown(), Compose(Trial(steps=2), lengths(1))).reset()
+    below = TransformedEnv(Shown(), RenameTransform([name], ["left"]))
+    env = TransformedEnv(below, Compose(Trial(steps=2), lengths(1), PreviousStep()), auto_unwrap=False)
+    assert env.reset()["trans"].tolist() == [0] * 5  # the count, an action of two, reward, done
 
 
 def test_an_init_tracker_below_is_refused():
