@@ -97,7 +97,7 @@ class _Checked:
             torch.manual_seed(0)  # specs draw from PyTorch's default generator; a check finds the same each time
             number = 0 if spec is None else _NUM_TASKS  # an env may have no task
             draws = [spec.rand() if tasks is None else tasks(env.batch_size, generator) for _ in range(number)]
-            self.actions = [env.action_spec.rand() for _ in range(num_steps)]
+            self.actions = [env.full_action_spec[env.action_key].rand() for _ in range(num_steps)]
         if strangers := [kind_of(task) for task in draws if not isinstance(task, Tensor | TensorDictBase)]:
             raise TypeError(f"{tasks=} gave a {strangers[0]}: a task is a tensor or TensorDict [*batch_size, ...].")
         self.tasks = [task.to(env.device) for task in draws]

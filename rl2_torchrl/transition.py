@@ -183,8 +183,8 @@ class PreviousStep(Transform):
         shown = () if has_trials_within(env) else _observations(self.container, self)
         if self.out_key in shown and self.out_key not in (self.obs_keys or ()):
             raise ValueError(
-                f"the env shows {self.out_key!r} itself, where PreviousStep writes, so that no agent would see it: rename it, or "
-                "write elsewhere, PreviousStep(out_key=...), which networks read as in_key=."
+                f"the env shows {self.out_key!r} itself, where PreviousStep writes, so that no agent would see it: rename "
+                "it, or write elsewhere, PreviousStep(out_key=...), which networks read as in_key=."
             )
         keys = self._default_keys(observation_spec) if self.obs_keys is None else self.obs_keys
         if len(env.action_keys) != 1 or len(env.reward_keys) != 1:

@@ -209,9 +209,9 @@ class Trial(Transform):
         taken = [key for key in TRIAL_KEYS if key in observation_spec.keys()]
         if 0 < len(taken) < len(TRIAL_KEYS):  # all of them are those of trials below
             raise ValueError(
-                f"the env itself shows {taken}, where Trial writes its counters, which no agent is shown: rename them, in the env or "
-                f"by TransformedEnv(TransformedEnv(env, RenameTransform({taken}, [...])), Compose(Trial(...), ...), "
-                "auto_unwrap=False)."
+                f"the env itself shows {taken}, where Trial writes its counters, which no agent is shown: rename them, in "
+                f"the env or by TransformedEnv(TransformedEnv(env, RenameTransform({taken}, [...])), "
+                "Compose(Trial(...), ...), auto_unwrap=False)."
             )
         again = [each for each in own_transforms(self.container) if isinstance(each, _STEP_AGAIN)]
         if again := [type(each).__name__ for each in again if getattr(each, "frame_skip", 2) > 1]:

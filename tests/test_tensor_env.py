@@ -347,7 +347,12 @@ def test_an_evaluation_without_a_task_tells_it_too(told):
 
 @pytest.mark.parametrize(
     ("spec", "dtype"),
-    [(OneHot(3), torch.bool), (Categorical(3, dtype=torch.int32), torch.int32), (Binary(3), torch.int8)],
+    [
+        (OneHot(3), torch.bool),
+        (Categorical(3, dtype=torch.int32), torch.int32),
+        (Binary(3), torch.int8),
+        (Composite(pick=OneHot(3)), torch.bool),
+    ],
 )
 def test_actions_come_in_the_dtype_of_their_spec(spec, dtype):
     seen = set()
@@ -366,7 +371,8 @@ def test_actions_come_in_the_dtype_of_their_spec(spec, dtype):
     actor = RecurrentActor.from_env(env, hidden_size=4)
     adaptation_curve(env, actor, 2)
     start = env.reset()
-    env.step(start.set("action", env.rand_action(start)["action"].long()))
+    env.step(start.set(env.action_key, env.rand_action(start)[env.action_key].long()))
+    check_tensor_env(base)
     assert seen == {dtype}
 
 

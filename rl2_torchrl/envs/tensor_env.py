@@ -286,8 +286,8 @@ class TensorEnv(EnvBase):
     @cached_property
     def _choice_dtype(self) -> torch.dtype | None:
         """That of ``action_spec``, where actions are choices or flags, of which policies make int64; reals stay as they come."""
-        dtype = self.action_spec.dtype
-        return None if dtype is None or dtype.is_floating_point else dtype
+        dtype = self.full_action_spec[self.action_key].dtype
+        return None if dtype.is_floating_point else dtype
 
     def _with_limit(
         self, steps: Tensor, terminated: Tensor | None, truncated: Tensor | None
