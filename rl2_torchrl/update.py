@@ -282,7 +282,7 @@ class PPOUpdate:
         """
         keys = self.loss.tensor_keys
         read = [key for key in self._keys_read() if key not in (keys.advantage, keys.value_target)]
-        read += getattr(self.advantage, "in_keys", [keys.value])
+        read += getattr(self.advantage, "in_keys", [] if self.loss.critic_network is None else [keys.value])
         read += [("next", key) for key in ("reward", "done", "terminated")]
         read += self._starting_keys()
         return list(dict.fromkeys(read if self.bptt is None else [*read, *self.keys_at_cuts]))
@@ -308,7 +308,7 @@ class PPOUpdate:
 
     def _keys_read(self) -> list[NestedKey]:
         loss, keys = self.loss, self.loss.tensor_keys
-        read = [keys.action, keys.sample_log_prob, keys.advantage, keys.value_target]
+        read = [keys.action, keys.sample_log_prob, *_keys_of_advantage(loss)]
         memory, written = set(self._memory_keys()), set()
         for network in self._networks():
             # A critic on the actor's memory reads what the actor has just written.
@@ -430,10 +430,15 @@ class PPOUpdate:
             self._generator.set_state(state["generator"])
 
 
+def _keys_of_advantage(loss: ClipPPOLoss) -> list[NestedKey]:
+    """What a loss reads of what its advantage writes; a loss without a critic (REINFORCE, GRPO) has no use for returns."""
+    keys = loss.tensor_keys
+    return [keys.advantage] if loss.critic_network is None else [keys.advantage, keys.value_target]
+
+
 def _require_written(advantage: Callable, loss: ClipPPOLoss) -> None:
-    keys = (loss.tensor_keys.advantage, *([loss.tensor_keys.value_target] if loss.critic_network is not None else []))
     is_ours = getattr(type(advantage), "forward", None) is TrialAdvantage.forward
-    if is_ours and (missing := [key for key in keys if key not in advantage.out_keys]):
+    if is_ours and (missing := [key for key in _keys_of_advantage(loss) if key not in advantage.out_keys]):
         raise ValueError(
             f"the loss reads {missing}, and {type(advantage).__name__} writes {advantage.out_keys}: name them so for the loss, "
             "loss.set_keys(advantage=..., value_target=...), or give an advantage that writes what the loss reads."

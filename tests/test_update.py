@@ -67,7 +67,8 @@ def test_chunks_are_consecutive_steps_of_a_row(bptt):
     ],
 )
 def test_chunks_hold_only_what_the_loss_reads(critic, kwargs, memory, more):
-    read = {"trans", "is_init", "action", "action_log_prob", "advantage", "value_target"} | more
+    read = {"trans", "is_init", "action", "action_log_prob", "advantage"} | more
+    read |= {"value_target"} if critic else set()
     for bptt, keys in ((2, read | memory), (None, read)):
         update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4), critic, **kwargs), bptt=bptt)
         assert set(update.chunks(update.advantage(make_batch())).keys()) == keys
@@ -80,6 +81,15 @@ def test_chunks_hold_only_what_the_loss_reads(critic, kwargs, memory, more):
         update.chunks(
             update.advantage(make_batch().select(*update.in_keys, strict=False))
         )  # whole trials: nothing beyond
+
+
+def test_a_loss_without_a_critic_needs_neither_values_nor_returns():
+    def reinforce(batch):
+        return batch.set("advantage", batch["next", "reward"].flip(1).cumsum(1).flip(1))
+
+    update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4)), reinforce, bptt=3, epochs=1)
+    assert not {"state_value", "value_target"} & {*update.in_keys, *update.loss.in_keys}
+    assert math.isfinite(update(make_batch().select(*update.in_keys))["loss_objective"])
 
 
 def test_rows_that_begin_inside_a_trial_start_from_their_memory():

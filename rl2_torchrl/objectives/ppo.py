@@ -259,7 +259,8 @@ class RL2PPOLoss(ClipPPOLoss):
         terms = [key for key in self._keys_of_terms() if key not in written and key[0] != "policy"]
         # ClipPPOLoss lists what its value estimator reads, and not what an advantage is in.
         keys = self.tensor_keys
-        own = [keys.advantage, keys.value_target, *([keys.value] if self.clip_value else [])]
+        own = [keys.advantage, *([keys.value_target] if self.critic_network is not None else [])]
+        own += [keys.value] if self.clip_value else []
         return list(dict.fromkeys([*ClipPPOLoss.in_keys.fget(self), *own, *terms]))
 
     # --------------------------------------------------------------- numbers
