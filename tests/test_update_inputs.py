@@ -1,15 +1,18 @@
 """`PPOUpdate`: arguments, rows that are no trials, what is read of a batch, and the backends."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torch import nn
 from torchrl.collectors.utils import split_trajectories
-from torchrl.modules import set_recurrent_mode
+from torchrl.modules import ValueOperator, set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss, KLPENPPOLoss
+from torchrl.objectives.value import GAE, TD0Estimator, TDLambdaEstimator
 from update_cases import make_batch, make_loss, way
 
 from rl2_torchrl import (
@@ -67,6 +70,18 @@ def test_numpys_integers_are_whole_numbers():
 def test_arguments_of_another_kind(name, value, message):
     with pytest.raises(TypeError, match=message):
         PPOUpdate(make_loss(entropy_bonus=True), **{name: value})
+
+
+@pytest.mark.parametrize("estimator", [partial(GAE, lmbda=0.9), TD0Estimator, partial(TDLambdaEstimator, lmbda=0.9)])
+def test_torchrls_estimators_see_rows_of_a_critic_with_a_memory_whole(estimator):
+    loss = make_loss()
+    with pytest.raises(
+        ValueError, match=r"memory is \['critic_hidden'\].*\(..., shifted=True\), or take TrialAdvantage"
+    ):
+        PPOUpdate(loss, estimator(gamma=0.9, value_network=loss.critic_network))
+    PPOUpdate(loss, estimator(gamma=0.9, value_network=loss.critic_network, shifted=True))
+    PPOUpdate(loss, estimator(gamma=0.9, value_network=ValueOperator(nn.Linear(5, 1), ["trans"])))
+    PPOUpdate(loss, estimator(gamma=0.9, value_network=None))
 
 
 def test_an_advantage_that_returns_nothing_is_named():
