@@ -205,16 +205,32 @@ class PPOUpdate:
             for epoch in range(self.epochs):
                 kls = []
                 for number, metrics in enumerate(one_pass()):
-                    _require_finite(metrics, f"epoch {epoch}, minibatch {number}")
+                    self._require_finite(metrics, f"epoch {epoch}, minibatch {number}")
                     if self.target_kl is not None:
                         kls.append(_kl_of(metrics))
                     for name, value in metrics.items():
                         totals[name].append(value)
                 if self.target_kl is not None and _mean(kls) > self.target_kl:
                     break
-        self._measure(norms, batch)
         means = {name: (_largest if name.startswith("max_") else _mean)(values) for name, values in totals.items()}
+        self._require_finite(means, f"one of {len(totals['loss'])} minibatches, whose means these are")
+        self._measure(norms, batch)
         return {**means, "epochs": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _require_finite(self, metrics: Values, where: str) -> None:
+        """FloatingPointError where loss or gradient is not finite."""
+        total, is_step = metrics["loss"], math.isfinite(metrics["grad_norm"])
+        # A tensor waits for the means: to ask for each would be one more wait for a device.
+        if is_step and (isinstance(total, torch.Tensor) or math.isfinite(total)):
+            return
+        total = float(total)
+        if is_step and math.isinf(total) and self._parameters[0].dtype == torch.float16:
+            return  # squares above 256 are infinite there, and their gradients are right
+        if math.isfinite(total):
+            raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total}).")
+        terms = {name: float(value) for name, value in metrics.items() if name.startswith("loss_")}
+        changed = "were changed" if is_step else "were not changed"
+        raise FloatingPointError(f"the loss is not finite in {where}: {terms}. The networks {changed} by it.")
 
     def normalizations(self) -> list[tuple[RunningNorm, NestedKey]]:
         """The normalisations in the networks, each once, and the entries of a batch that they read.
@@ -501,6 +517,9 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
     if not hasattr(loss, "actor_network"):
         raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not {kind_of(loss)}.")
     require_sizes_known(loss, "PPOUpdate(loss)")
+    is_own = "forward" in vars(loss) or not type(loss).__module__.startswith(("rl2_torchrl.", "torchrl."))
+    if getattr(loss, "reduction", None) == "none" and not is_own:  # a forward of one's own may weigh the steps
+        raise ValueError("reduction='none' leaves a loss for each step, and an update needs one number: take 'mean'.")
     written = getattr(getattr(loss, "critic_network", None), "out_keys", None)
     if written is not None and getattr(loss, "_has_critic", True) and loss.tensor_keys.value not in written:
         raise ValueError(
@@ -583,12 +602,3 @@ def _kl_of(metrics: Values) -> float | torch.Tensor:
             "it, or leave target_kl out."
         )
     return metrics["kl_approx"]
-
-
-def _require_finite(metrics: Values, where: str) -> None:
-    if math.isfinite(metrics["grad_norm"]):
-        return
-    if math.isfinite(total := float(metrics["loss"])):
-        raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total}).")
-    terms = {name: float(value) for name, value in metrics.items() if name.startswith("loss_")}
-    raise FloatingPointError(f"the loss is not finite in {where}: {terms}. The networks were not changed by it.")

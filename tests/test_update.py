@@ -349,6 +349,22 @@ def test_a_gradient_that_is_not_finite_says_where_and_changes_nothing():
     assert same(calls[1], parameters(update))
 
 
+@pytest.mark.parametrize("by_term", [True, False])
+def test_a_loss_that_is_infinite_is_refused_though_its_gradient_is_finite(by_term):
+    class Infinite(torch.nn.Module):
+        in_keys = ("trans",)
+
+        def forward(self, trans):
+            return {"loss_own": trans.sum() * 0 + math.inf}
+
+    update = PPOUpdate(make_loss(terms=[Infinite()] if by_term else []), epochs=1)
+    if not by_term:
+        forward = update.loss.forward
+        update.loss.forward = lambda minibatch: forward(minibatch).set("loss_own", torch.tensor(math.inf))
+    with pytest.raises(FloatingPointError, match=r"the loss is not finite in .*'loss_own': inf.* were changed by it"):
+        update(make_batch())
+
+
 # ------------------------------------------------------------------------ state
 
 

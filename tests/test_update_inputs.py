@@ -84,6 +84,27 @@ def test_torchrls_estimators_see_rows_of_a_critic_with_a_memory_whole(estimator)
     PPOUpdate(loss, estimator(gamma=0.9, value_network=None))
 
 
+def test_a_loss_for_each_step_is_refused():
+    loss = make_loss(reduction="none")
+    with pytest.raises(ValueError, match="reduction='none' leaves a loss for each step.*'mean'"):
+        PPOUpdate(loss)
+    forward = loss.forward
+    loss.forward = lambda data: forward(data).apply(lambda value: value.mean(), batch_size=[])
+    assert math.isfinite(PPOUpdate(loss, epochs=1)(make_batch())["loss"])
+
+
+def test_an_advantage_that_reads_what_is_not_kept_is_told_how():
+    def baseline(batch):
+        return TrialAdvantage()(batch.set(("next", "reward"), batch["next", "reward"] - batch["level"]))
+
+    update, batch = PPOUpdate(make_loss(), baseline, bptt=6), make_batch().set("level", torch.zeros(4, 6, 1))
+    with pytest.raises(KeyError, match="level") as told:
+        update(batch.select(*update.in_keys))
+    assert "what it reads its in_keys must name" in told.value.__notes__[0]
+    baseline.in_keys = [*TrialAdvantage().in_keys, "level"]
+    update(batch.select(*update.in_keys))
+
+
 def test_an_advantage_that_returns_nothing_is_named():
     with pytest.raises(TypeError, match="the advantage returned None: it returns the batch"):
         PPOUpdate(make_loss(), lambda batch: None)(make_batch())

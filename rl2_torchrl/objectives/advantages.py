@@ -172,6 +172,12 @@ def advantages_of(advantage: Callable, critic: TensorDictModuleBase | None, batc
     attributes["stand_in"] = critic
     try:
         out = advantage(batch)
+    except KeyError as error:
+        error.add_note(
+            f"The advantage was given {sorted(map(str, batch.keys(True, True)))}; what it reads its in_keys must name, for "
+            "PPOUpdate.in_keys to have it: my_advantage.in_keys = ['task', ('next', 'reward'), ...]."
+        )
+        raise
     finally:
         del attributes["stand_in"]
     if not isinstance(out, TensorDictBase):
