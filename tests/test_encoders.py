@@ -286,6 +286,18 @@ def test_an_image_that_nobody_reads_is_convolved():
     GRUCategoricalActor.from_env(told)
 
 
+def test_what_the_head_reads_needs_no_encoder():
+    class Corner(nn.Linear):
+        def forward(self, features, pixels):
+            return super().forward(features) + pixels[..., 0, 0, :3]
+
+    env, head = make_env(), TensorDictModule(Corner(4, 3), ["actor_features", "pixels"], ["logits"])
+    actor = GRUCategoricalActor.from_env(env, head=head, hidden_size=4)
+    assert not any(isinstance(module, ConvEncoder) for module in actor.modules())
+    assert "pixels" in actor.in_keys
+    adaptation_curve(env, actor, 4)
+
+
 @pytest.mark.parametrize(("dtype", "lines"), [(torch.uint8, 0), (torch.bool, 0), (torch.float32, 0), (torch.int64, 1)])
 def test_an_image_of_whole_numbers_that_is_not_scaled_is_told_of(dtype, lines, caplog):
     caplog.set_level("INFO", "rl2_torchrl")

@@ -195,7 +195,9 @@ def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.S
     encoder = by_entry(kwargs.get("encoder"), keys[0])
     if isinstance(encoder, TensorDictModuleBase):
         return shapes_of(env, [*keys, *encoder.in_keys])
-    encoders = {**encoder, **dict.fromkeys(_images(env, {*keys, *encoder}), ConvEncoder)}
+    head = kwargs.get("head")
+    read = head.in_keys if isinstance(head, TensorDictModuleBase) else ()
+    encoders = {**encoder, **dict.fromkeys(_images(env, {*keys, *encoder, *read}), ConvEncoder)}
     kwargs["encoder"] = {key: module for key, module in encoders.items() if module is not None}
     return shapes_of(env, [*keys, *kwargs["encoder"]])
 
