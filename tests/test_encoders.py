@@ -267,6 +267,20 @@ def test_an_embedding_of_choices_may_be_an_encoder():
         RecurrentActor({"trans": [5], "x": [2]}, CategoricalActions(3), encoder={"x": nn.Linear(3, 3)})
 
 
+def test_flags_and_choices_may_stand_beside_reals():
+    class Pool(nn.Linear):
+        def forward(self, trans, kind, legal):
+            return super().forward(torch.cat([trans, nn.functional.one_hot(kind, 3), (~legal).float()], -1))
+
+    encoder = TensorDictModule(Pool(5 + 3 + 2, 4), ["trans", "kind", "legal"], ["seen"])
+    shapes = {"trans": [5], "kind": [], "legal": [2]}
+    assert RecurrentActor(shapes, CategoricalActions(3), encoder=encoder).module[0].module[-2].input_size == 4
+    encoder.module.in_features, encoder.module.weight = 9, nn.Parameter(torch.zeros(4, 9))
+    with pytest.raises((RuntimeError, TypeError)) as told:
+        RecurrentActor(shapes, CategoricalActions(3), encoder=encoder)
+    assert "each of these in (torch.float32, torch.int64, torch.bool)" in told.value.__notes__[0]
+
+
 def test_layers_that_pass_bytes_on_are_given_reals():
     actor = GRUCategoricalActor.from_env(make_env(), encoder={"pixels": nn.Flatten()}, hidden_size=4)
     assert next(module for module in actor.modules() if isinstance(module, ImageEncoder)).scale

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from itertools import pairwise
+from functools import partial
+from itertools import islice, pairwise, product
 from operator import index
 
 import torch
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+#: So many dtypes of what a module reads are tried at most, those of five entries.
+_MOST_TRIES = 3**5
 
 #: A module of ``[*B, *shape]`` to ``[*B, n]``, or a function of that shape that makes one.
 EntryEncoder = nn.Module | Callable[[torch.Size], nn.Module]
@@ -279,26 +283,34 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
     lead = [1] if is_core else [2, 3]  # encoders see sequences too, cores in recurrent mode alone
     tried = {key: [*lead, *entries[key]] for key in module.in_keys if key in entries}
 
-    def out_of(dtype: torch.dtype) -> Tensor:
-        row = {key: torch.zeros(shape, dtype=dtype, device=like.device) for key, shape in tried.items()}
+    def out_of(dtypes: Iterable[torch.dtype]) -> Tensor:
+        typed = zip(tried.items(), dtypes, strict=True)
+        row = {key: torch.zeros(shape, dtype=dtype, device=like.device) for (key, shape), dtype in typed}
         row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
         return module(TensorDict(row, lead if is_core else [])).get(output_key(module))
 
     what = getattr(module, "module", module)
-    with torch.no_grad(), noted(f"This was the {'core' if is_core else 'encoder'} {what}, tried on {tried}."):
-        try:
-            out = out_of(like.dtype)
-        except RuntimeError as error:
-            try:
-                out = out_of(torch.int64)  # choices, which an Embedding reads
-            except (RuntimeError, TypeError, ValueError, KeyError):
-                raise error from None
+    kinds = (like.dtype, torch.int64, torch.bool)  # reals, choices, which an Embedding reads, and flags
+    told = f"This was the {'core' if is_core else 'encoder'} {what}, tried on {tried}, each of these in {kinds}."
+    with torch.no_grad(), noted(told):
+        out = _first_of(partial(out_of, dtypes) for dtypes in islice(product(kinds, repeat=len(tried)), _MOST_TRIES))
     if out.shape[:-1] != torch.Size(lead):
         raise ValueError(
             f"the encoder of {module.in_keys} makes {tuple(out.shape)} of {lead} rows; it must give [*B, n], and keep all leading "
             "dimensions."
         )
     return out.shape[-1]
+
+
+def _first_of(calls: Iterable[Callable[[], Tensor]]) -> Tensor:
+    """What the first of ``calls`` gives that raises nothing; if all do, the first one's error."""
+    first = None
+    for call in calls:
+        try:
+            return call()
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+            first = first or error
+    raise first
 
 
 def out_of_place(module: nn.Module) -> nn.Module:
