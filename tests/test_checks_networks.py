@@ -8,7 +8,19 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from gymnasium.wrappers import TransformObservation
-from pipelines import ACTIONS, ROWS, STATES, TRIAL, broken_rule, first_batch, mdp_env, networks, pipeline
+from pipelines import (
+    ACTIONS,
+    ARMS,
+    ROWS,
+    STATES,
+    TRIAL,
+    bandit_env,
+    broken_rule,
+    first_batch,
+    mdp_env,
+    networks,
+    pipeline,
+)
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
@@ -378,6 +390,31 @@ def test_what_an_env_says_beside_may_be_nan_where_nobody_reads_it():
     update.loss.terms.append(Told(lambda size: size))
     update.loss.terms[0].in_keys = [("info", "distance")]
     assert "('info', 'distance')" in rows.finite(Evidence(batch, collector, update, None, report))
+
+
+class NeverTheFirst(nn.Linear):
+    """A head whose first action is illegal."""
+
+    def forward(self, features):
+        return super().forward(features).masked_fill(torch.arange(self.out_features) == 0, -torch.inf)
+
+
+def test_logits_of_illegal_actions_are_minus_infinity():
+    env = bandit_env()
+    actor = RecurrentActor.from_env(env, head=TensorDictModule(NeverTheFirst(64, ARMS), ["actor_features"], ["logits"]))
+    collector, update = pipeline(env, actor, GRUValueHead.from_env(env, hidden_size=8), steps=10)
+    batch = first_batch(collector)
+    assert batch["logits"][..., 0].isneginf().all()
+    assert {"finite", "replay"} <= set(check_training(collector, update, batch).checked)
+    other = batch.clone()
+    other["logits"] += 1
+    with pytest.raises(TrainingCheckError, match="do not give the collected 'logits' back.* off by up to 1"):
+        check_training(collector, update, other)
+    for key, number in (("logits", torch.inf), ("logits", torch.nan), ("action_log_prob", -torch.inf)):
+        other = batch.clone()
+        other[key][3, 2] = number
+        with pytest.raises(TrainingCheckError, match=f"'{key}' is not finite at row 3, step 2"):
+            check_training(collector, update, other)
 
 
 def test_parameters_that_the_optimizer_does_not_hold():

@@ -76,6 +76,8 @@ def replay(seen: Evidence) -> str | None:
 
 def _difference(replayed: torch.Tensor, collected: torch.Tensor, dtypes: set[torch.dtype]) -> float | None:
     """The largest difference, None where it is one of rounding in ``dtypes`` (on a GPU of TF32, which recurrent layers may use)."""
+    # Logits of illegal actions are minus infinity in both.
+    replayed, collected = (entry.nan_to_num(neginf=0.0) for entry in (replayed, collected))
     precision = max(torch.finfo(dtype).eps for dtype in (replayed.dtype, collected.dtype, torch.float32, *dtypes))
     allowed = min(0.05, precision * (200 if collected.device.type == "cpu" else 1e5))
     off = (replayed.reshape(collected.shape) - collected).abs().max()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from tensordict import NestedKey
+from torch import nn
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.transition import is_info
-from rl2_torchrl.trial import Trial, base_of, transforms_of
+from rl2_torchrl.trial import Trial, base_of, is_within, transforms_of
 
 __all__ = ["RULES"]
 
@@ -65,18 +67,24 @@ def _is_of_one_length(env: EnvBase) -> bool | None:
 
 
 def finite(seen: Evidence) -> str | None:
-    """Nothing is NaN or infinite."""
-    reward, read = ("next", "reward"), getattr(seen.update, "in_keys", ())
-    # What an env says beside, such as a distance before there is one, spreads only where somebody reads it.
-    keys = [
-        key for key in seen.batch.keys(True, True) if key in read or not is_info(key[1:] if key[0] == "next" else key)
-    ]
+    """What is read is finite, and what networks write too, up to minus infinity, which logits of illegal actions are."""
+    reward, read = ("next", "reward"), getattr(seen.update, "in_keys", None)
+    networks = [getattr(seen.collector, "policy", None), *_networks(seen)]
+    written = {key for network in networks for key in getattr(network, "out_keys", ())}
+
+    def counts(key: NestedKey) -> bool:
+        # What an env says beside, such as a distance before there is one, spreads only where somebody reads it.
+        if read is None:
+            return not is_info(key[1:] if key[0] == "next" else key)
+        return any(is_within(key, one) for one in (reward, *read, *written))
+
     # It comes first: the input of the step after holds it too.
-    for key in sorted(keys, key=lambda key: key != reward):
+    for key in sorted(filter(counts, seen.batch.keys(True, True)), key=lambda key: key != reward):
         entry = seen.batch.get(key)
         # The sum of finite numbers can overflow, but that of others is never finite: it spares a tensor of this size.
         if entry.is_floating_point() and not entry.sum().isfinite():
-            broken = ~entry.isfinite().reshape(*seen.batch.shape, -1).all(-1)
+            is_fine = entry.isfinite() | (entry.isneginf() & (key in written and key not in (read or ())))
+            broken = ~is_fine.reshape(*seen.batch.shape, -1).all(-1)
             if broken.any():
                 return f"{key!r} is not finite at {seen.place(broken)}"
     reward = seen.batch.get(reward, None)
@@ -99,10 +107,14 @@ def finite(seen: Evidence) -> str | None:
 _LARGE, _LARGE_INPUT = 10.0, 100.0
 
 
+def _networks(seen: Evidence) -> list[nn.Module]:
+    networks = [getattr(seen.loss, name, None) for name in ("actor_network", "critic_network")]
+    return [network for network in networks if network is not None]
+
+
 def _of_large_inputs(seen: Evidence) -> Iterator[str]:
     """What is said of large numbers that networks read as they are, such as a task in grams that the critic is told."""
-    networks = [getattr(seen.loss, name, None) for name in ("actor_network", "critic_network")]
-    networks = [network for network in networks if network is not None]
+    networks = _networks(seen)
     memory = {key for network in networks for key in hidden_keys(network)}
     read = dict.fromkeys(key for network in networks for key in network.in_keys if key not in memory)
     scaled = {key for _, key in seen.update.normalizations()} if hasattr(seen.update, "normalizations") else set()
