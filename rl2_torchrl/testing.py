@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
@@ -16,6 +17,7 @@ from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
+from rl2_torchrl.env_check.outcomes import CHANCE
 from rl2_torchrl.env_check.shown import BITS, shown
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
@@ -72,7 +74,8 @@ _RULES = {
     "partial_reset": "Rows end trials at different steps: reset what _reset says, keep counters in the TensorDict.",
 }
 _NUM_TASKS = 8  # of whole batches, given to the env below `Trial` one after another
-_NUM_DRAWS = 16  # resets whose tasks are compared: two rows with two possible tasks agree by chance in 1 of 65,536
+_NUM_DRAWS = 16  # resets whose tasks are compared: two rows with two even tasks agree by chance in 1 of 65,536
+_MANY_TASKS = 4096  # drawn before it is said that all are the same: another may be rare
 
 
 class TrialContractError(AssertionError):
@@ -322,18 +325,32 @@ class _Played:
         return broken
 
     def task_changes(self):
-        return f"{_NUM_DRAWS} resets drew the same" if (self.draws == self.draws[0]).all() else None
+        if (self.draws != self.draws[0]).any():
+            return None
+        resets = _MANY_TASKS // self.num_rows
+        again = (self._task(self.env.reset()).reshape(self.num_rows, -1) for _ in range(resets))
+        changed = any((one != self.draws[0]).any() for one in again)
+        return None if changed else f"{_NUM_DRAWS + resets} resets drew the same"
 
     def task_differs_by_row(self):
-        # Where there are few tasks two rows of many agree by chance; an eighth of all does not.
+        # Where there are few tasks two rows of many agree by chance; an eighth of all does not, unless some tasks are rare.
         copies = self.num_rows - len(self.draws.transpose(0, 1).unique(dim=0))
-        return f"{copies} of {self.num_rows} rows drew the tasks of others" if copies * 8 > self.num_rows else None
+        if copies * 8 <= self.num_rows:
+            return None
+        share = self.draws.flatten(0, 1).unique(dim=0, return_counts=True)[1] / (_NUM_DRAWS * self.num_rows)
+        alike = math.comb(self.num_rows, 2) * share.square().sum().item() ** _NUM_DRAWS  # pairs, by chance
+        if copies * math.log(math.e * alike / copies) < math.log(CHANCE):  # Chernoff's bound
+            return f"{copies} of {self.num_rows} rows drew the tasks of others"
 
     def task_follows_seed(self):
         samplers = [t for t in self.transforms if isinstance(t, TaskSampler)]
         for draw in [sampler.distribution for sampler in samplers if not isinstance(sampler.distribution, _InOrder)]:
-            one, again, other = (draw(torch.Size([64]), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-            if not (one == again).all() or (one == other).all():
+            for size in (64, _MANY_TASKS):
+                size, generators = torch.Size([size]), (torch.Generator().manual_seed(seed) for seed in (0, 0, 1))
+                one, again, other = (draw(size, generator) for generator in generators)
+                if (one == again).all() and (one != other).any():
+                    break
+            else:
                 return "one seed gave other tasks when used again, or another seed the same"
 
     def task_hidden(self):

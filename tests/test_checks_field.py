@@ -279,6 +279,17 @@ def test_one_task_for_all_rows():
     assert broken_rule(collector, update, first_batch(collector)) == "tasks_drawn"
 
 
+def test_rare_tasks_are_no_fault():
+    def users(batch_size, generator):
+        return (torch.rand(*batch_size, 1, generator=generator) < 0.02).float().expand(*batch_size, ARMS)
+
+    for seed in range(4):
+        collector, update = pipeline(bandit_env(users, seed=seed), steps=10)
+        report = check_training(collector, update, first_batch(collector))
+        assert "tasks_drawn" in report.checked
+        assert report.unchecked.keys() <= {"tasks_held_out", "tasks_differ"}
+
+
 def test_the_same_tasks_in_every_draw():
     def seeded(batch_size, generator):
         return uniform_means(ARMS)(batch_size, torch.Generator().manual_seed(0))

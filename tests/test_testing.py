@@ -84,6 +84,15 @@ def test_two_possible_tasks_are_not_mistaken_for_equal_rows():
         check_trial_env(bandit(tasks=TaskSampler(coin, seed=seed), batch_size=()))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_rare_tasks_are_not_mistaken_for_equal_ones(rows):
+    def users(size, generator):
+        return (torch.rand(*size, 1, generator=generator) < 0.02).float().expand(*size, 3)
+
+    for seed in range(3):
+        check_trial_env(bandit(tasks=TaskSampler(users, seed=seed), batch_size=(rows,)))
+
+
 def test_one_task_by_chance_is_not_mistaken_for_a_leak():
     # Both trials played have task 0, as the previous action has many zeros; later draws differ.
     tasks = torch.tensor([[0.0, 0.0, 0.0]] * 8 + [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -16,7 +15,8 @@ from rl2_torchrl.trial import transforms_of
 
 __all__ = ["RULES"]
 
-_DRAWS = 32  # tasks in a draw: two possible ones fall the same way all through once in 2^31
+#: Tasks in a draw: two that are even fall the same way all through once in 2^31. Where all do, one may be rare: so many then.
+_DRAWS = 32, 4096
 
 
 def task_given(seen: Evidence) -> str | None:
@@ -46,11 +46,15 @@ def tasks_drawn(seen: Evidence) -> str | None:
         raise NotChecked("the env shows no TaskSampler")
     if isinstance(seen.sampler.distribution, _InOrder):
         raise NotChecked("TaskSampler.fixed hands out a list on purpose")
-    first, second = _draw(seen.sampler, _DRAWS, 2)
-    if (first == first[0]).all():
-        return f"a draw of {_DRAWS} tasks gave {_DRAWS} times the same"
-    if (first == second).all():
-        return f"two draws in a row gave the same {_DRAWS} tasks"
+    for size in _DRAWS:
+        first, second = _draw(seen.sampler, size, 2)
+        if (first == first[0]).all():
+            broken = f"a draw of {size} tasks gave {size} times the same"
+        elif (first == second).all():
+            broken = f"two draws in a row gave the same {size} tasks"
+        else:
+            return None
+    return broken
 
 
 def tasks_differ(seen: Evidence) -> str | None:
@@ -68,8 +72,7 @@ def tasks_differ(seen: Evidence) -> str | None:
         blocks = task.reshape(number, -1, task.shape[-1])
         if (blocks == blocks[:1]).all():
             alike = True
-            kinds = max(2, len(blocks[0].unique(dim=0)))
-            if (number - 1) * blocks.shape[1] * math.log2(kinds) >= BITS:
+            if (number - 1) * _bits(blocks[0], seen.ask(_many_tasks)) >= BITS:
                 return f"all {number} {what}"
     if alike or rows == 1:
         raise NotChecked(f"{rows} rows are too few to tell equal tasks from chance")
@@ -109,6 +112,20 @@ def task_hidden(seen: Evidence) -> str | None:
 def _hands_out_a_list(env: EnvBase) -> bool:
     samplers = [each for each in transforms_of(env) if isinstance(each, TaskSampler)]
     return bool(samplers) and isinstance(samplers[0].distribution, _InOrder)
+
+
+def _many_tasks(env: EnvBase) -> torch.Tensor | None:
+    samplers = [each for each in transforms_of(env) if isinstance(each, TaskSampler)]
+    return _draw(samplers[0], _DRAWS[-1], 1)[0] if samplers else None
+
+
+def _bits(task: torch.Tensor, draws: torch.Tensor | None) -> float:
+    """How much it says, in coin tosses, that ``task`` ``[K, n]`` is drawn again, by how often each is in ``draws``, or itself."""
+    known = task if draws is None else torch.cat([task, draws.to(task)])
+    _, kind, counts = known.unique(dim=0, return_inverse=True, return_counts=True)
+    if draws is None and len(counts) == 1:
+        return float(len(task))  # of two that are even
+    return -(counts[kind[: len(task)]] / len(known)).log2().sum().item()
 
 
 def _num_workers(seen: Evidence) -> int:
