@@ -1,5 +1,7 @@
 """`check_trial_env`: passes on sound trial envs, and names the one rule that an unsound env breaks."""
 
+import threading
+
 import pytest
 import torch
 from test_env_check import BROKEN
@@ -91,6 +93,28 @@ def test_rare_tasks_are_not_mistaken_for_equal_ones(rows):
 
     for seed in range(3):
         check_trial_env(bandit(tasks=TaskSampler(users, seed=seed), batch_size=(rows,)))
+
+
+class Deck:
+    """A list of tasks, each dealt once before any comes again."""
+
+    def __init__(self):
+        self.tasks, self.left = torch.rand(100, 3), torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, size, generator):
+        while len(self.left) < size.numel():
+            self.left = torch.cat([self.left, torch.randperm(100, generator=generator)])
+        dealt, self.left = self.left[: size.numel()], self.left[size.numel() :]
+        return self.tasks[dealt].reshape(*size, 3)
+
+
+def test_tasks_without_replacement_follow_their_seed():
+    for rows in (5, 8, 64):
+        deck = Deck()
+        check_trial_env(bandit(tasks=TaskSampler(deck, seed=0), batch_size=(rows,)))
+        assert len(deck.left)
+    deck.lock = threading.Lock()  # which cannot be copied
+    check_trial_env(bandit(tasks=TaskSampler(deck, seed=0)))
 
 
 def test_one_task_by_chance_is_not_mistaken_for_a_leak():
