@@ -160,6 +160,42 @@ def test_advantages_that_run_into_the_next_task(options):
     assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
 
 
+def of_baseline(baseline):
+    """Returns to go less ``baseline`` of them, as of POMO, RLOO and GRPO."""
+
+    def advantage(batch):
+        to_go = TrialAdvantage(gamma=1.0, normalize=False)(batch)["value_target"]
+        return batch.set("advantage", to_go - baseline(to_go))
+
+    return advantage
+
+
+@pytest.mark.parametrize("steps", [TRIAL, 2 * TRIAL])
+@pytest.mark.parametrize(
+    "baseline",
+    [
+        lambda to_go: to_go.mean(0),
+        lambda to_go: to_go.view(ROWS // 4, 4, -1, 1).mean(1, keepdim=True).expand(-1, 4, -1, -1).reshape(to_go.shape),
+    ],
+)
+def test_baselines_that_rows_share_are_no_leak(baseline, steps):
+    collector, update = pipeline(mdp_env(), steps=steps, advantage=of_baseline(baseline))
+    checked = check_training(collector, update, first_batch(collector)).checked
+    assert {"advantages_apart", "advantages_in_time", "gradients"} <= set(checked)
+
+
+def test_an_advantage_that_knows_no_other_rewards_is_not_checked():
+    def advantage(batch):
+        if not torch.isin(batch["next", "reward"], torch.tensor([0.0, 1.0])).all():
+            raise ValueError("a pull pays 0 or 1")
+        return TrialAdvantage()(batch)
+
+    collector, update = pipeline(bandit_env(), steps=10, advantage=advantage)
+    report = check_training(collector, update, first_batch(collector))
+    assert report.unchecked["advantages_apart"] == "the advantage raised ValueError: a pull pays 0 or 1"
+    assert "gradients" in report.checked
+
+
 class RewardSoFar(TrialAdvantage):
     """Sums from the front, in each trial."""
 

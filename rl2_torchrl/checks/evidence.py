@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Evidence:
         self.collector, self.env = collector, getattr(collector, "env", None)
         self.loss = getattr(update, "loss", None)
         batch = batch.copy() if self.loss is None else beside(self.loss, batch.copy())
-        self.batch = batch.reshape(-1, batch.shape[-1])
+        self.batch, self.shape = batch.reshape(-1, batch.shape[-1]), batch.shape
         self.transforms = transforms_of(self.env)
         self.sampler = self.transform(TaskSampler)
 
@@ -132,32 +132,40 @@ class Evidence:
         find = getattr(self.update, "normalizations", list)
         return copied((self.loss, find()), "loss")
 
-    @cached_property
-    def advantage(self) -> Callable[[TensorDictBase], TensorDictBase]:
-        """The update's advantage, copied, with what it has measured as it stands."""
+    def advantage(self, rows: TensorDictBase) -> TensorDictBase:
+        """``rows``, all of the batch's, with what a copy of the update's advantage makes of them, as it stands now."""
         if getattr(self.update, "advantage", None) is None:
             raise NotChecked("the update has no advantage")
         both = self.update.advantage, getattr(self.update, "stand_in", None)
         advantage, stand_in = copied(both, "advantage")
-        return partial(advantages_of, advantage.eval() if isinstance(advantage, nn.Module) else advantage, stand_in)
+        advantage = advantage.eval() if isinstance(advantage, nn.Module) else advantage
+        try:
+            return advantages_of(advantage, stand_in, rows.clone().reshape(self.shape)).reshape(rows.shape)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise NotChecked(f"the advantage raised {type(error).__name__}: {error}") from error
 
     @cached_property
     def learnt_from(self) -> TensorDictBase:
-        """`sample`, with advantages and returns."""
-        learnt_from, key = self.advantage(self.sample.clone()), self.loss.tensor_keys.advantage
+        """`whole`, with advantages and returns."""
+        learnt_from, key = self.advantage(self.whole), self.loss.tensor_keys.advantage
         if learnt_from.get(key, None) is None:
             raise NotChecked(f"the advantage writes no {key!r}")
         return learnt_from
 
     @cached_property
+    def whole(self) -> TensorDictBase:
+        """`batch`, whose rewards are reals, since they are changed a little."""
+        whole = self.batch.copy()
+        if self.has(reward := ("next", "reward")) and not whole[reward].is_floating_point():
+            whole[reward] = whole[reward].float()
+        return whole
+
+    @cached_property
     def sample(self) -> TensorDictBase:
-        """Up to 8 whole rows, those among them within which a trial begins; rewards are reals, since they are changed a little."""
+        """Up to 8 rows of `whole`, those among them within which a trial begins."""
         inner = self.starts[:, 1:].any(1).nonzero().flatten()[:4].tolist()
         spread = torch.linspace(0, len(self.batch) - 1, 4 if inner else 8).long().tolist()
-        rows = self.batch[sorted({*inner, *spread})]
-        if self.has(reward := ("next", "reward")) and not rows[reward].is_floating_point():
-            rows[reward] = rows[reward].float()
-        return rows
+        return self.whole[sorted({*inner, *spread})]
 
     def chunks(self, rows: TensorDictBase) -> TensorDictBase:
         """``rows`` ``[R, T]`` as the update cuts them, ``[N, bptt]``; of many, some that lie evenly: enough to see a fault."""

@@ -14,24 +14,28 @@ __all__ = ["RULES"]
 
 
 def advantages_apart(seen: Evidence) -> str | None:
-    """Other rewards and values in one trial leave advantages and returns of all others as they are."""
-    rows, keys, mine = seen.sample, seen.probe.loss.tensor_keys, _one_trial(seen)
-    changed, generator = rows.clone(), torch.Generator().manual_seed(0)
+    """Other rewards and values in one trial leave advantages and returns of its row's others as they are.
+
+    Those of other rows may follow: a baseline may be a mean over rows, as of those that play one task.
+    """
+    rows, keys, mine = seen.whole, seen.probe.loss.tensor_keys, _one_trial(seen)
+    changed, generator = rows.copy(), torch.Generator().manual_seed(0)
     entries, scale = [key for key in (("next", "reward"), keys.value) if seen.has(key)], _scale(seen)
     for key in entries:
         entry = rows.get(key)
         noise = scale * torch.randn(entry.shape, generator=generator).to(entry)
         changed.set(key, entry + noise * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
     before, after = seen.learnt_from, seen.advantage(changed)
+    others = mine.any(1, keepdim=True) & ~mine
     for key in [key for key in (keys.advantage, keys.value_target) if before.get(key, None) is not None]:
         # Where all are normalised together, what nothing was done to is moved and scaled, by the same for all.
-        if not _is_affine(before.get(key)[~mine], after.get(key)[~mine]):
+        if others.any() and not _is_affine(before.get(key)[others], after.get(key)[others]):
             return f"{key!r} changes where only rewards and values of another trial were changed"
 
 
 def advantages_in_time(seen: Evidence) -> str | None:
     """A reward that is raised raises the advantage of its step, and of none behind it unless of those before it, too."""
-    rows, key, mine = seen.sample, seen.probe.loss.tensor_keys.advantage, _one_trial(seen)
+    rows, key, mine = seen.whole, seen.probe.loss.tensor_keys.advantage, _one_trial(seen)
     row, steps = mine.any(1).nonzero().item(), mine.any(0).nonzero().flatten()
     if len(steps) < 3:
         raise NotChecked("a trial of the batch has less than three steps")
@@ -43,7 +47,7 @@ def advantages_in_time(seen: Evidence) -> str | None:
     def moved_by(more: float) -> torch.Tensor:
         changed = reward.clone()
         changed[row, steps[at]] += more
-        pair = (seen.advantage(rows.clone().set(("next", "reward"), each))[key] for each in (reward, changed))
+        pair = (seen.advantage(rows.copy().set(("next", "reward"), each))[key] for each in (reward, changed))
         return _beyond_affine(*pair, mine)
 
     moved = moved_by(10 * scale)
@@ -74,8 +78,8 @@ def _scale(seen: Evidence) -> float:
 
 
 def _one_trial(seen: Evidence) -> torch.Tensor:
-    """The steps of one trial of `Evidence.sample`, bool ``[R, T]``: if possible one that begins within a row."""
-    starts, done = (seen.sample[key].reshape(seen.sample.shape) for key in ("is_init", ("next", "done")))
+    """The steps of one trial of the batch, bool ``[R, T]``: if possible one that begins within a row."""
+    starts, done = (seen.flag(key) for key in ("is_init", ("next", "done")))
     begins = torch.nn.functional.pad(starts[:, 1:], (1, 0)).nonzero()
     row, first = begins[0].tolist() if len(begins) else (0, 0)
     ends = done[row, first:].nonzero()
