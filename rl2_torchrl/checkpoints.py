@@ -315,7 +315,7 @@ class RunCheckpoints:
         if "update.optimizer" in changed:
             changed_parts.add("update.optimizer")
         state["kept"] = {name: each for name, each in state["kept"].items() if name not in changed_parts}
-        if isinstance(update := self._parts["update"], PPOUpdate):
+        if changed and isinstance(update := self._parts["update"], PPOUpdate):
             state["update"] = _left_by(changed, update, state["update"])
         try:
             for name, part in self._parts.items():

@@ -160,6 +160,24 @@ def test_advantages_that_run_into_the_next_task(options):
     assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
 
 
+class EndToEnd(TrialAdvantage):
+    """Takes all rows for one, where each begins as the one before it ends."""
+
+    def forward(self, tensordict):
+        one = tensordict.reshape(1, -1)
+        never = torch.zeros_like(one["next", "done"])
+        out = super().forward(one.copy().update({"next": {"done": never, "terminated": never}}))
+        made = out.select("advantage", "value_target").reshape(tensordict.shape)
+        return tensordict.update(made)
+
+
+@pytest.mark.parametrize("steps", [TRIAL, 2 * TRIAL])
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"value_target": "gae"}, {"lmbda": 0.0}, {"gamma": 1.0}])
+def test_advantages_that_run_into_the_row_before(options, steps):
+    collector, update = pipeline(mdp_env(), steps=steps, advantage=EndToEnd(**options))
+    assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
+
+
 def of_baseline(baseline):
     """Returns to go less ``baseline`` of them, as of POMO, RLOO and GRPO."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
+from tensordict import NestedKey, TensorDictBase
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
@@ -14,22 +17,31 @@ __all__ = ["RULES"]
 
 
 def advantages_apart(seen: Evidence) -> str | None:
-    """Other rewards and values in one trial leave advantages and returns of its row's others as they are.
+    """Other rewards and values in one trial leave advantages and returns of all others as they are.
 
-    Those of other rows may follow: a baseline may be a mean over rows, as of those that play one task.
+    But those of other rows may follow where rows share a baseline, such as a mean over those that play one task: that falls where
+    rewards rise.
     """
     rows, keys, mine = seen.whole, seen.probe.loss.tensor_keys, _one_trial(seen)
-    changed, generator = rows.copy(), torch.Generator().manual_seed(0)
-    entries, scale = [key for key in (("next", "reward"), keys.value) if seen.has(key)], _scale(seen)
-    for key in entries:
-        entry = rows.get(key)
-        noise = scale * torch.randn(entry.shape, generator=generator).to(entry)
-        changed.set(key, entry + noise * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
-    before, after = seen.learnt_from, seen.advantage(changed)
-    others = mine.any(1, keepdim=True) & ~mine
-    for key in [key for key in (keys.advantage, keys.value_target) if before.get(key, None) is not None]:
+    generator, entries = torch.Generator().manual_seed(0), [("next", "reward"), keys.value]
+    made = [key for key in (keys.advantage, keys.value_target) if seen.learnt_from.get(key, None) is not None]
+    in_row, elsewhere = mine.any(1, keepdim=True) & ~mine, ~mine.any(1, keepdim=True).expand_as(mine)
+
+    def advantages_with(noise: Callable[[torch.Tensor], torch.Tensor], entries: Sequence[NestedKey]) -> TensorDictBase:
+        changed = rows.copy()
+        for key in [key for key in entries if seen.has(key)]:
+            entry = rows.get(key)
+            changed.set(key, entry + _scale(seen) * noise(entry) * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
+        return seen.advantage(changed)
+
+    after = advantages_with(lambda entry: torch.randn(entry.shape, generator=generator).to(entry), entries)
+    raised = [advantages_with(torch.ones_like, [key]) for key in entries if seen.has(key)]
+    for key in made:
+        before = seen.learnt_from.get(key)
         # Where all are normalised together, what nothing was done to is moved and scaled, by the same for all.
-        if others.any() and not _is_affine(before.get(key)[others], after.get(key)[others]):
+        is_broken = in_row.any() and not _is_affine(before[in_row], after.get(key)[in_row])
+        others = [_off_line(before[elsewhere], each.get(key)[elsewhere]) for each in raised] if elsewhere.any() else []
+        if is_broken or any(moved.sum() > 0 for moved in others):
             return f"{key!r} changes where only rewards and values of another trial were changed"
 
 
@@ -81,7 +93,7 @@ def _one_trial(seen: Evidence) -> torch.Tensor:
     """The steps of one trial of the batch, bool ``[R, T]``: if possible one that begins within a row."""
     starts, done = (seen.flag(key) for key in ("is_init", ("next", "done")))
     begins = torch.nn.functional.pad(starts[:, 1:], (1, 0)).nonzero()
-    row, first = begins[0].tolist() if len(begins) else (0, 0)
+    row, first = begins[0].tolist() if len(begins) else (min(1, len(starts) - 1), 0)  # there is a row before it
     ends = done[row, first:].nonzero()
     last = first + ends[0].item() if len(ends) else done.shape[1] - 1
     mine = torch.zeros_like(done)
@@ -98,6 +110,20 @@ def _is_affine(before: torch.Tensor, after: torch.Tensor) -> bool:
     spread, size = (max(one.abs().max(), other.abs().max()) for one, other in ((x, y), (before, after)))
     precision = max(torch.finfo(entry.dtype).eps for entry in (before, after))
     return bool((y - slope * x).abs().max() <= 1e-3 * spread + max(1e-6, 2 * precision) * size)
+
+
+def _off_line(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """By how much ``after`` is off the line ``a * before + b`` on which most of it lies, 0 to rounding, or without such a line."""
+    x, y = (entry.double().flatten() for entry in (before, after))
+    order, half = x.argsort(), len(x) // 2
+    low, high = order[:half], order[len(x) - half :]
+    slopes = (y[high] - y[low]) / (x[high] - x[low])  # medians, which what is off the line does not move
+    slope = slopes.nanmedian().nan_to_num(1.0)
+    off = y - slope * x
+    off = off - off.median()
+    precision = max(torch.finfo(entry.dtype).eps for entry in (before, after))
+    is_off = off.abs() > 1e-3 * off.abs().max() + max(1e-6, 4 * precision) * max(x.abs().max(), y.abs().max())
+    return off.where(is_off, 0.0) if is_off.double().mean() < 0.5 else torch.zeros_like(off)
 
 
 def gradients(seen: Evidence) -> str | None:
