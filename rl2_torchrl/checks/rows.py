@@ -12,7 +12,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.transition import is_info
-from rl2_torchrl.trial import Trial, base_of, is_within, transforms_of
+from rl2_torchrl.trial import Trial, base_of, is_within, made_of, transforms_of
 
 __all__ = ["RULES"]
 
@@ -101,6 +101,7 @@ def finite(seen: Evidence) -> str | None:
         )
     else:
         seen.report.notes.extend(_of_large_inputs(seen))
+    seen.report.notes.extend(_of_the_last_episode(seen))
 
 
 #: Rewards, and other inputs, of this size are of another order than networks are made for.
@@ -127,6 +128,23 @@ def _of_large_inputs(seen: Evidence) -> Iterator[str]:
             yield (
                 f"{key!r} is around {size:.3g}, which drowns whatever else the networks read: bring it to a scale of 1 in the env, "
                 "or, if it stands in the transition input, by from_env(normalize=True) of actor and critic"
+            )
+
+
+def _of_the_last_episode(seen: Evidence) -> Iterator[str]:
+    """What is said of networks that read what an env says beside of its state, which no inner reset begins anew."""
+    trial = seen.transform(Trial)
+    if trial is None or trial.episodes == 1 or not seen.has("is_init"):
+        return
+    beside = [key for key in seen.env.observation_spec.keys(True, True) if is_info(key)]
+    beside = made_of(beside, seen.transforms[seen.transforms.index(trial) + 1 :])
+    for key in dict.fromkeys(key for network in _networks(seen) for key in network.in_keys if key in beside):
+        # What tells of a step, as a reward does, is 0 where none was taken.
+        if isinstance(entry := seen.batch.get(key, None), torch.Tensor) and entry[seen.starts].any():
+            yield (
+                f"the networks read {key!r}, of 'info', which at the first step of each later episode of a trial is still what the "
+                "last episode's last step said: where it tells of the state, such as which actions are legal, show it as an "
+                "observation outside 'info', which begins anew with the episode"
             )
 
 
