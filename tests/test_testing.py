@@ -14,11 +14,11 @@ from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, QuadraticBandit, unifo
 from rl2_torchrl.testing import _RULES, TrialContractError, check_tensor_env, check_trial_env
 
 
-def bandit(*behind, trial=None, tasks=None, batch_size=(4,), previous=None):
+def bandit(*behind, trial=None, tasks=None, batch_size=(4,), previous=None, cls=BernoulliBandit):
     trial = Trial(episodes=3) if trial is None else trial
     tasks = TaskSampler(uniform_means(3), seed=0) if tasks is None else tasks
     previous = PreviousStep() if previous is None else previous
-    return TransformedEnv(BernoulliBandit(3, batch_size=batch_size, seed=0), Compose(trial, tasks, previous, *behind))
+    return TransformedEnv(cls(3, batch_size=batch_size, seed=0), Compose(trial, tasks, previous, *behind))
 
 
 def counting(*behind, trial=None, tasks=(1, 2, 3, 4, 5), previous=None, **kwargs):
@@ -265,6 +265,14 @@ class WhateverTheSeed:
         return (torch.arange(3.0 * size.numel()).reshape(*size, 3) + self.calls[generator]) / 100
 
 
+class PaysNoNumber(BernoulliBandit):
+    """Rows that draw nothing but NaN are no rows that draw the same."""
+
+    def advance(self, state, action):
+        state, observation, reward, *ends = super().advance(state, action)
+        return state, observation, reward * NAN, *ends
+
+
 def twins(size, generator):
     return torch.rand(3, generator=generator).expand(*size, 3)
 
@@ -279,6 +287,7 @@ UNSOUND = [
     ("specs", lambda: bandit(put("undeclared", lambda root, after: after["done"]))),
     ("trials_end", lambda: counting(tasks=(1, 1, 1000))),
     ("rewards_finite", lambda: bandit(put("reward", lambda root, after: torch.full_like(after["reward"], NAN)))),
+    ("rewards_finite", lambda: bandit(cls=PaysNoNumber)),
     # A done at every episode's end, and none at all where the step ends a trial.
     ("done_at_trial_end", lambda: bandit(put("done", lambda root, after: after["episode_done"]))),
     ("done_at_trial_end", lambda: counting(put("done", lambda root, after: after["trial_step"] % 50 == 0))),

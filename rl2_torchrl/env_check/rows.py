@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from rl2_torchrl.env_check.outcomes import Outcome, counted, none_by_rule, same
+from rl2_torchrl.env_check.outcomes import Outcome, counted, none_by_rule, same, unequal
 from rl2_torchrl.env_check.playing import RUN_STEPS, EnvBelow
 
 __all__ = ["RULES"]
@@ -39,7 +39,7 @@ def _first_in_all_rows(value: Tensor | TensorDictBase, batch_size: torch.Size):
 
 def _by_chance(draws: Tensor) -> float:
     """How likely two rows draw the same ``_RESETS`` times, by how often one row draws the same again."""
-    alike = (draws.unsqueeze(0) == draws.unsqueeze(1)).all(-1).double()
+    alike = (~unequal(draws.unsqueeze(0), draws.unsqueeze(1)).any(-1)).double()
     return ((alike.sum() - len(draws)) / (len(draws) * (len(draws) - 1))).item() ** len(draws)
 
 
