@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.envs import check_env_specs
 
 from rl2_torchrl.arguments import kind_of
-from rl2_torchrl.env_check.outcomes import kind, misfit, same
+from rl2_torchrl.env_check.outcomes import REFUSED, kind, misfit, same
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.rows import EnvState, entries_of, merge, tensors_of
 from rl2_torchrl.envs.tensor_env import TensorEnv
@@ -80,7 +80,11 @@ def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, n
         )
     checked, given_seed = _Checked(env, tasks, num_steps), env.given_seed
     for rule in _RULES:
-        seen = getattr(checked, rule)()
+        try:
+            seen = getattr(checked, rule)()
+        except Exception as error:
+            error.add_note(REFUSED)
+            raise
         if seen is not None:
             raise TensorEnvError(rule, seen)
     env._set_seed(given_seed)  # or all that are checked would draw the same from here on

@@ -18,7 +18,7 @@ from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.checks.evidence import NotChecked, copied
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
-from rl2_torchrl.env_check.outcomes import CHANCE
+from rl2_torchrl.env_check.outcomes import CHANCE, REFUSED
 from rl2_torchrl.env_check.shown import BITS, shown
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskDistribution, TaskSampler, _InOrder
@@ -186,10 +186,7 @@ class _Played:
         *_, (frame, _) = walk_tb(self.raised.__traceback__)
         if rule == "specs" and frame.f_globals.get("__name__", "").partition(".")[0] in ("torchrl", "tensordict"):
             return None
-        return (
-            "The env raised this when it was played, by random actions of its action_spec, of which it may refuse none: the "
-            "traceback above shows where."
-        )
+        return f"{REFUSED} The traceback above shows where."
 
     @cached_property
     def below(self) -> EnvBelow | None:

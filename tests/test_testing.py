@@ -359,6 +359,24 @@ def test_every_rule_has_an_env_that_breaks_it():
     assert {rule for rule, _ in UNSOUND} | {rule for _, rule, _ in BROKEN} == set(_RULES)
 
 
+class SoldOut(BernoulliBandit):
+    """Refuses an action that a mask would rule out."""
+
+    def advance(self, state, action):
+        if (action == 0).any():
+            raise ValueError("sold out")
+        return super().advance(state, action)
+
+
+def test_an_env_that_refuses_actions_is_told_that_it_may_not():
+    refused = "an illegal one does nothing there, or costs something, since an ActionMask rules neither"
+    with pytest.raises(TrialContractError, match=f"sold out. The env raised this .*{refused}"):
+        check_trial_env(bandit(cls=SoldOut))
+    with pytest.raises(ValueError, match="sold out") as raised:
+        check_tensor_env(SoldOut(3, batch_size=(4,)), uniform_means(3))
+    assert refused in raised.value.__notes__[0]
+
+
 def test_place_of_a_broken_step_is_told():
     # Trials of three steps, two of them; the last but one reward of row 2 alone is wrong.
     def spoil(root, after):

@@ -10,11 +10,17 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 
 __all__ = [
-    *("CHANCE", "Outcome", "chance_of_none", "counted", "differ", "kind", "misfit", "none_by_rule", "same", "unequal"),
+    *("CHANCE", "REFUSED", "Outcome", "chance_of_none", "counted", "differ", "kind", "misfit", "none_by_rule", "same"),
+    "unequal",
 ]
 
 #: How likely what a rule tells may be chance at most.
 CHANCE = 1 / 400
+#: What is said where an env has raised, of an action maybe.
+REFUSED = (
+    "The env raised this when it was played, by random actions of its action_spec, of which it may refuse none: an illegal one "
+    "does nothing there, or costs something, since an ActionMask rules neither what this check plays nor a policy without a mask."
+)
 
 Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; whether an episode ended comes first.
 
