@@ -246,6 +246,18 @@ def test_what_is_not_kept_is_reported_and_checked_alone():
     assert next(iter(collector))["is_init"][:, 0].all()
 
 
+@pytest.mark.parametrize("cls", [Collector, TrialCollector])
+def test_a_collector_that_is_exhausted_is_told(cls):
+    env = bandit_env()
+    actor, critic = networks(env)
+    options = {} if cls is TrialCollector else {"auto_register_policy_transforms": True}
+    collector = cls(env, ActorCritic(actor, critic), frames_per_batch=ROWS * 5, total_frames=ROWS * 5, **options)
+    batches = list(collector)
+    with pytest.raises(ValueError, match="the collector has no batches left"):
+        check_training(collector, PPOUpdate(RL2PPOLoss(actor, critic)))
+    assert len(batches) == 1
+
+
 def test_any_callable_is_an_update():
     collector, _ = pipeline(mdp_env())
     report = check_training(collector, lambda batch, progress: {}, first_batch(collector))

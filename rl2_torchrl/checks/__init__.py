@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from tensordict import TensorDictBase
@@ -94,6 +95,7 @@ def check_training(
     Raises:
         TrainingCheckError: a rule is broken. The message says which, what was seen, why it matters and what to do.
         TypeError: ``collector`` is none.
+        ValueError: ``batch`` is None, and ``collector`` has collected all its frames.
 
     Examples:
         >>> from torchrl.envs import Compose, TransformedEnv
@@ -119,7 +121,12 @@ def check_training(
 
 def _collect(collector: BaseCollector) -> list[TensorDictBase]:
     """A batch, and where it lacks entries and the env is at hand, as many steps with all entries."""
-    batches, env = [next(batches_of(collector))], getattr(collector, "env", None)
+    batches, env = list(islice(batches_of(collector), 1)), getattr(collector, "env", None)
+    if not batches:
+        raise ValueError(
+            "the collector has no batches left, its total_frames are collected, and check_training(collector, update) looks at the "
+            "next one: give it a batch that there is, or a new collector."
+        )
     if env is not None and ("next", EPISODE_DONE) not in batches[0].keys(True, True):
         with set_exploration_type(collector.exploration_type):
             steps = batches[0].shape[-1]
