@@ -95,6 +95,10 @@ def first_input(place):
     return points.transform[-1].begin([place])
 
 
+def greedy(choose):
+    return TensorDictModule(choose, ["trans"], ["action"])
+
+
 def actor(**kwargs):
     return GRUCategoricalActor(5, 3, hidden_size=4, **kwargs)
 
@@ -400,6 +404,18 @@ CASES = [
         lambda: adaptation_curve(quadratic(), GRUGaussianActor(quadratic().observation_spec["trans"].shape[-1], 5), 2),
         ValueError,
         r"gives actions of shape \[\d, 5\], and the env takes \[\d, \d\]: it was made for another env",
+    ),
+    row(
+        "choices counted from 3",
+        lambda: adaptation_curve(env(), greedy(lambda trans: 3 + trans[..., :3].argmax(-1)), 2),
+        ValueError,
+        r"gives actions \[3\], and the env has 3 choices, counted from 0",
+    ),
+    row(
+        "choices of a dimension too many",
+        lambda: adaptation_curve(env(), greedy(lambda trans: trans[..., :3].argmax(-1, keepdim=True)), 2),
+        ValueError,
+        r"actions of shape \[2, 1\], and the env takes \[2\]: .* a dimension too many",
     ),
     row("no actions", lambda: GRUCategoricalActor(5, 0), ValueError, "num_actions=0.*at least 1"),
     row("no units", lambda: GRUValueHead(5, hidden_size=0), ValueError, "hidden_size=0.*at least 1"),

@@ -36,8 +36,9 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TaskSampler,
     Trial,
+    adaptation_curve,
 )
-from rl2_torchrl.envs import PointRobot, TensorEnv, goals_on_half_circle
+from rl2_torchrl.envs import GymVectorEnv, PointRobot, TensorEnv, goals_on_half_circle
 from rl2_torchrl.modules import MLPEncoder, RecurrentActor, RecurrentCore, RunningNorm, TanhGaussianActions
 from rl2_torchrl.rollout import Rollout
 
@@ -356,6 +357,12 @@ def test_a_policy_that_keeps_to_bounds_of_another_env_is_told_of(caplog):
         Rollout(env(bound), actor, 4)
         words = "acts from [-1.0, -1.0] to [1.0, 1.0], and the env takes actions from [-3.0, -3.0] to [3.0, 3.0]"
         assert (words in caplog.text) is is_told
+
+
+def test_gymnasiums_envs_take_actions_of_a_dimension_more():
+    env = TransformedEnv(GymVectorEnv("CartPole-v1", 2), Compose(Trial(episodes=1), PreviousStep()))
+    policy = TensorDictModule(lambda trans: (trans[..., :1] > 0).long(), ["trans"], ["action"])
+    assert adaptation_curve(env, policy, 2).returns.shape == (2, 1)
 
 
 def test_a_module_may_write_an_observation_of_another_size():

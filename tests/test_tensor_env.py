@@ -506,6 +506,7 @@ def test_an_env_stays_on_its_device():
         ({"batch_size": (2, 0)}, r"batch_size=\(2, 0\) holds no env"),
         ({"max_episode_steps": 0}, "max_episode_steps=0.*at least 1"),
         ({"max_episode_steps": None, "fixed_length": True}, "fixed_length=True without max_episode_steps"),
+        ({"reward_spec": Composite(profit=Unbounded(1))}, r"reward_spec names \['profit'\], .* is one, 'reward'"),
     ],
 )
 def test_impossible_sizes(kwargs, message):

@@ -58,7 +58,8 @@ class TensorEnv(EnvBase):
             ``terminated``, not ``truncated``. Default False.
 
     Raises:
-        ValueError: an empty ``batch_size``, ``max_episode_steps`` below 1, or none with ``fixed_length``.
+        ValueError: an empty ``batch_size``, ``max_episode_steps`` below 1, or none with ``fixed_length``; a reward of another
+            name than ``"reward"``.
         TypeError: one of the specs is none, or there is no ``action_spec``.
         RuntimeError: a step before the first reset; an episode that ends early in spite of ``fixed_length``.
 
@@ -126,6 +127,11 @@ class TensorEnv(EnvBase):
         if more_spec is not None and not isinstance(more_spec, Composite):
             raise TypeError(
                 f"more_spec={more_spec!r} names no entry: give a Composite, such as Composite(speed=Unbounded(1))."
+            )
+        if isinstance(reward_spec, Composite) and (names := list(reward_spec.keys(True, True))) != ["reward"]:
+            raise ValueError(
+                f"reward_spec names {names}, and the reward that `advance` returns, from which all learn, is one, 'reward': "
+                "give its spec, such as Unbounded(1)."
             )
         require_flags(fixed_length=fixed_length)
         batch_size = as_batch_size(batch_size)

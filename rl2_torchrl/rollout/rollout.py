@@ -15,11 +15,14 @@ from copy import deepcopy
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Categorical, MultiCategorical
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl.arguments import require_sizes_known
+from rl2_torchrl.envs.gym_vector import GymVectorEnv
+from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.gradients.networks import keys_left
 from rl2_torchrl.gradients.part import has_hooks
 from rl2_torchrl.kernels.graph import GraphReplay, held_by
@@ -30,7 +33,7 @@ from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
 from rl2_torchrl.rollout.trials import leaves, shown_by
-from rl2_torchrl.trial import is_within, transforms_of
+from rl2_torchrl.trial import base_of, is_within, transforms_of
 
 __all__ = ["Rollout"]
 
@@ -103,7 +106,7 @@ class Rollout:
         self._buffers: dict[NestedKey, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
         self._replays: dict[object, GraphReplay] = {}
         self._held: list[tuple] = []
-        self._has_told = False
+        self._has_told = self._has_acted = False
         self._kept: TensorDict | None = None
 
     def adopt(self, reset: TensorDictBase) -> None:
@@ -277,10 +280,25 @@ class Rollout:
 
     def _require_actions(self, action: torch.Tensor) -> None:
         spec = self.env.full_action_spec[self.env.action_key]
-        if action.numel() != spec.shape.numel():
+        one, base = spec.shape[self.env.batch_dims :], base_of(self.env)
+        due = torch.Size([self.trials.rows, *one])
+        # `TensorEnv.advance` is promised a shape; other envs may take a dimension of one more, or less, as Gymnasium's do.
+        is_promised = isinstance(base, TensorEnv) and not isinstance(base, GymVectorEnv)
+        if action.shape != due if is_promised else action.numel() != due.numel():
             raise ValueError(
-                f"the policy gives actions of shape {list(action.shape)}, and the env takes {list(spec.shape)}: it was made for "
-                "another env. Make it by from_env(env, ...)."
+                f"the policy gives actions of shape {list(action.shape)}, and the env takes {list(due)}: it was made for another "
+                "env, or leaves a dimension too many or too few. Make it by from_env(env, ...), or give them that shape."
+            )
+        if self._has_acted or not isinstance(spec, Categorical):
+            return
+        self._has_acted = True  # a graph, which reads no number back, is recorded after that
+        several = isinstance(spec, MultiCategorical)
+        choices = spec.nvec.reshape(-1)[-one.numel() :] if several else torch.tensor(spec.space.n, device=action.device)
+        action = action.reshape(due)
+        if ((action < 0) | (action >= choices) & (choices >= 0)).any():  # -1: nobody knows how many
+            raise ValueError(
+                f"the policy gives actions {action.unique().tolist()}, and the env has {choices.tolist()} choices, counted from 0: "
+                "it would be given others, or none."
             )
 
     def _look_back(self, states: list[State], end: int) -> None:
