@@ -395,7 +395,8 @@ def _require_writable(folder: Path) -> None:
 def _left_by(changed: Collection[str], update: PPOUpdate, state: Mapping[str, Any]) -> dict[str, Any]:
     """An update's ``state``, but for what settings that have ``changed`` have no place for: that begins anew."""
     state = dict(state)
-    if "update.optimizer" in changed:
+    options = [set(each["param_groups"][0]) for each in (update.optimizer.state_dict(), state["optimizer"])]
+    if "update.optimizer" in changed and options[0] != options[1]:  # AdamW goes on with Adam's averages
         log.warning("the optimizer begins anew: what it had come to is of another kind of optimizer, and is left.")
         state |= {"optimizer": update.optimizer.state_dict(), "given_options": update.given_options}
     is_other = any(name.startswith("advantage.") for name in changed)

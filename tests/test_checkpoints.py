@@ -39,7 +39,7 @@ from rl2_torchrl import (
     check_training,
     train,
 )
-from rl2_torchrl.checkpoints import _CollectorState
+from rl2_torchrl.checkpoints import _CollectorState, _left_by
 from rl2_torchrl.checks import TrainingReport
 from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, uniform_means
 from rl2_torchrl.settings import differences
@@ -427,6 +427,14 @@ def test_rewards_are_scaled_from_now_on_or_no_more(then, tmp_path, caplog):
     resumed.train(checkpoints=tmp_path, check=False, resume=True, **changes)
     assert ("'_returns.count', '_returns.mean', '_returns.squares'] of the advantage are left" in caplog.text) == then
     assert then or resumed.update.advantage._returns.count == BATCH
+
+
+def test_adamw_goes_on_with_adams_averages(caplog):
+    update = Run().update
+    update.optimizer = torch.optim.AdamW(update.loss.parameters(), lr=1e-3)
+    state = {"optimizer": torch.optim.Adam(update.loss.parameters()).state_dict()}
+    assert _left_by(["update.optimizer"], update, state) == state
+    assert "anew" not in caplog.text
 
 
 def test_another_kind_of_optimizer_begins_anew(tmp_path, caplog):
