@@ -188,6 +188,7 @@ class PPOUpdate:
             return self._update(batch, progress)
 
     def _update(self, batch: TensorDictBase, progress: float) -> dict[str, float]:
+        _require_one_number(self.loss)
         batch = beside(self.loss, batch)
         require_trials(batch)
         self._require_own_parameters()
@@ -517,9 +518,6 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
     if not hasattr(loss, "actor_network"):
         raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not {kind_of(loss)}.")
     require_sizes_known(loss, "PPOUpdate(loss)")
-    is_own = "forward" in vars(loss) or not type(loss).__module__.startswith(("rl2_torchrl.", "torchrl."))
-    if getattr(loss, "reduction", None) == "none" and not is_own:  # a forward of one's own may weigh the steps
-        raise ValueError("reduction='none' leaves a loss for each step, and an update needs one number: take 'mean'.")
     written = getattr(getattr(loss, "critic_network", None), "out_keys", None)
     if written is not None and getattr(loss, "_has_critic", True) and loss.tensor_keys.value not in written:
         raise ValueError(
@@ -540,6 +538,13 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
             "an agent that adapts has a recurrent actor such as GRUCategoricalActor. This one reads %s.",
             loss.actor_network.in_keys,
         )
+
+
+def _require_one_number(loss: ClipPPOLoss) -> None:
+    # A forward of one's own may weigh the steps.
+    is_own = "forward" in vars(loss) or not type(loss).__module__.startswith(("rl2_torchrl.", "torchrl."))
+    if getattr(loss, "reduction", None) == "none" and not is_own:
+        raise ValueError("reduction='none' leaves a loss for each step, and an update needs one number: take 'mean'.")
 
 
 def _check_kinds(*arguments: object) -> None:

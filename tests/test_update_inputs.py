@@ -87,7 +87,7 @@ def test_torchrls_estimators_see_rows_of_a_critic_with_a_memory_whole(estimator)
 def test_a_loss_for_each_step_is_refused():
     loss = make_loss(reduction="none")
     with pytest.raises(ValueError, match="reduction='none' leaves a loss for each step.*'mean'"):
-        PPOUpdate(loss)
+        PPOUpdate(loss)(make_batch())
     forward = loss.forward
     loss.forward = lambda data: forward(data).apply(lambda value: value.mean(), batch_size=[])
     assert math.isfinite(PPOUpdate(loss, epochs=1)(make_batch())["loss"])
