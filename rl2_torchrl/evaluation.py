@@ -212,7 +212,6 @@ def adaptation_curve(
     with MODES, set_exploration_type(kind):
         while trials.open:
             batch = rollout()
-            rollout.require_sound_policy()
             steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}
             index, counted = trials.add(steps)
             counts = [("next", TRIAL_STEP), ("next", "done"), ("next", "reward"), *measured]
@@ -220,6 +219,7 @@ def adaptation_curve(
             returns.add(index, steps["next", "reward"])
             for key, table in tables.items():
                 table.add(index, steps[key])
+            rollout.require_sound_policy()  # behind the rewards, which it reads
             unended = steps["next", TRIAL_STEP][~steps["next", "done"]]
             longest = max(longest, _require_end(unended, longest, max_trial_steps))
     made = partial(AdaptationCurve, finished=trials.finished)

@@ -139,8 +139,11 @@ class Evidence:
         both = self.update.advantage, getattr(self.update, "stand_in", None)
         advantage, stand_in = copied(both, "advantage")
         advantage = advantage.eval() if isinstance(advantage, nn.Module) else advantage
+        # Most of a batch is memory, which is not copied: an advantage may read it, and has no reason to write into it.
+        memory = rows.select(*self.probe.memory, strict=False)
+        given = rows.exclude(*self.probe.memory).clone().update(memory).reshape(self.shape)
         try:
-            return advantages_of(advantage, stand_in, rows.clone().reshape(self.shape)).reshape(rows.shape)
+            return advantages_of(advantage, stand_in, given).reshape(rows.shape)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise NotChecked(f"the advantage raised {type(error).__name__}: {error}") from error
 
