@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import pkgutil
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -236,3 +237,11 @@ def test_nothing_imports_recipes_or_the_whole_package():
 def test_no_circles():
     # Raises a CycleError, with the circle, where there is one.
     assert len(list(TopologicalSorter(graph()).static_order())) == len(graph())
+
+
+@pytest.mark.parametrize(
+    "name", sorted(each.name for each in pkgutil.walk_packages(rl2_torchrl.__path__, "rl2_torchrl."))
+)
+def test_a_module_has_what_it_says(name):
+    module = importlib.import_module(name)
+    assert [each for each in getattr(module, "__all__", ()) if not hasattr(module, each)] == []

@@ -16,8 +16,7 @@ from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
     *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "laid_as", "on_copies", "on_entries"),
-    *("outputs_of"),
-    *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "others_than", "runs"),
+    *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "others_than", "outputs_of", "runs"),
 ]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, and what networks make of them.

@@ -41,9 +41,8 @@ class Program:
         self._all = list(loss.parameters())
         self.parameters = [p for p in self._all if p.requires_grad]
         for part in (*self.parts, *self.terms):
-            part.sources = (
-                self.parameters
-            )  # a term on weights, or a layer tied to another's, reaches what it does not own
+            # A term on weights, or a layer tied to another's, reaches what it does not own.
+            part.sources = self.parameters
         self.follow_gradients()
 
     def follow_gradients(self) -> None:
