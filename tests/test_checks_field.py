@@ -178,6 +178,20 @@ def test_advantages_that_run_into_the_row_before(options, steps):
     assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
 
 
+def less_their_groups_mean(batch):
+    """GAE less its mean over four rows: what a group's critic says is in all of their baselines."""
+    batch = TrialAdvantage(normalize=False)(batch)
+    gae = batch["advantage"]
+    mean = gae.unflatten(0, (-1, 4)).mean(1, keepdim=True)
+    return batch.set("advantage", gae - mean.expand(-1, 4, -1, -1).flatten(0, 1))
+
+
+@pytest.mark.parametrize("steps", [TRIAL, 2 * TRIAL])
+def test_baselines_of_values_that_rows_share_are_no_leak(steps):
+    collector, update = pipeline(mdp_env(), steps=steps, advantage=less_their_groups_mean)
+    assert "advantages_apart" in check_training(collector, update, first_batch(collector)).checked
+
+
 def of_baseline(baseline):
     """Returns to go less ``baseline`` of them, as of POMO, RLOO and GRPO."""
 

@@ -1,6 +1,7 @@
 """`check_training` names the rule on faults of networks and batches, put in by hand."""
 
 import copy
+import math
 
 import gymnasium
 import numpy as np
@@ -513,3 +514,20 @@ def test_rounding_in_half_precision_is_no_fault(kind, dtype):
     collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=640, keep=update.in_keys)
     check_training(collector, update)
     update(collector.rollout().clone())
+
+
+@pytest.mark.parametrize(
+    ("replayed", "is_same"),
+    [
+        ([-math.inf, 1.0], True),
+        ([0.0, 1.0], False),
+        ([-math.inf, math.nan], False),
+        ([-math.inf, -math.inf], False),
+        ([math.inf, 1.0], False),
+        ([-math.inf, 1.5], False),
+    ],
+)
+def test_what_is_replayed_differs_where_only_one_is_infinite_or_nan(replayed, is_same):
+    """Logits of illegal actions are minus infinity in both."""
+    collected = torch.tensor([-math.inf, 1.0])
+    assert (memory._difference(torch.tensor(replayed), collected, set()) is None) == is_same

@@ -19,8 +19,8 @@ __all__ = ["RULES"]
 def advantages_apart(seen: Evidence) -> str | None:
     """Other rewards and values in one trial leave advantages and returns of all others as they are.
 
-    But those of other rows may follow where rows share a baseline, such as a mean over those that play one task: that falls where
-    rewards rise.
+    But those of other rows may follow where rows share a baseline, such as a mean over those that play one task. It lowers their
+    advantages where rewards rise, and moves several rows; what runs from row to row raises them, and values reach one row.
     """
     rows, keys, mine = seen.whole, seen.probe.loss.tensor_keys, _one_trial(seen)
     generator, entries = torch.Generator().manual_seed(0), [("next", "reward"), keys.value]
@@ -35,13 +35,15 @@ def advantages_apart(seen: Evidence) -> str | None:
         return seen.advantage(changed)
 
     after = advantages_with(lambda entry: torch.randn(entry.shape, generator=generator).to(entry), entries)
-    raised = [advantages_with(torch.ones_like, [key]) for key in entries if seen.has(key)]
+    raised = {key: advantages_with(torch.ones_like, [key]) for key in entries if seen.has(key)}
     for key in made:
         before = seen.learnt_from.get(key)
         # Where all are normalised together, what nothing was done to is moved and scaled, by the same for all.
-        is_broken = in_row.any() and not _is_affine(before[in_row], after.get(key)[in_row])
-        others = [_off_line(before[elsewhere], each.get(key)[elsewhere]) for each in raised] if elsewhere.any() else []
-        if is_broken or any(moved.sum() > 0 for moved in others):
+        is_broken = bool(in_row.any()) and not _is_affine(before[in_row], after.get(key)[in_row])
+        for entry, each in raised.items() if elsewhere.any() else ():
+            moved = _off_line(before[elsewhere], each.get(key)[elsewhere]).reshape(-1, mine.shape[1])
+            is_broken |= moved.sum() > 0 and (entry != keys.value or moved.any(1).sum() == 1)
+        if is_broken:
             return f"{key!r} changes where only rewards and values of another trial were changed"
 
 

@@ -76,12 +76,15 @@ def replay(seen: Evidence) -> str | None:
 
 def _difference(replayed: torch.Tensor, collected: torch.Tensor, dtypes: set[torch.dtype]) -> float | None:
     """The largest difference, None where it is one of rounding in ``dtypes`` (on a GPU of TF32, which recurrent layers may use)."""
-    # Logits of illegal actions are minus infinity in both.
-    replayed, collected = (entry.nan_to_num(neginf=0.0) for entry in (replayed, collected))
+    replayed = replayed.reshape(collected.shape)
+    # Logits of illegal actions, minus infinity in both; all else that is not finite differs.
+    replayed, collected = (
+        e.masked_fill(replayed.isneginf() & collected.isneginf(), 0.0) for e in (replayed, collected)
+    )
     precision = max(torch.finfo(dtype).eps for dtype in (replayed.dtype, collected.dtype, torch.float32, *dtypes))
     allowed = min(0.05, precision * (200 if collected.device.type == "cpu" else 1e5))
-    off = (replayed.reshape(collected.shape) - collected).abs().max()
-    return off.item() if off > allowed * (1 + collected.abs().max()) else None
+    off, size = (replayed - collected).abs().max(), collected.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return None if off <= allowed * (1 + size) else off.item()
 
 
 def memory_used(seen: Evidence) -> str | None:

@@ -20,7 +20,7 @@ __all__ = ["SyncRows"]
 class SyncRows(SyncVectorEnv):
     """The rows that ``makers`` make, stepped one after the other; who steps them resets those whose episodes have ended.
 
-    Gymnasium's own step takes a sixth of a light env's time more to do the same: to choose among its ways to reset, to put the
+    Gymnasium's own step does the same in more of a light env's time, which it takes to choose among its ways to reset, to put the
     observations together, and in wrappers that have nothing to do after a row's first steps.
 
     Args:

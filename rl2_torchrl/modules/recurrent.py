@@ -290,9 +290,8 @@ class MemoryValueHead(Network):
 
 def _require_all_choices(spec: TensorSpec, distribution: ActionDistribution) -> None:
     """ValueError where a distribution over choices reads another number of logits than ``spec`` has choices."""
-    if not isinstance(spec, Categorical | OneHot | MultiOneHot) or getattr(distribution, "parameter_keys", None) != [
-        "logits"
-    ]:
+    is_of_logits = getattr(distribution, "parameter_keys", None) == ["logits"]
+    if not is_of_logits or not isinstance(spec, Categorical | OneHot | MultiOneHot):
         return
     choices = ActionDistribution.from_spec(spec).num_outputs
     if distribution.num_outputs != choices:
