@@ -412,6 +412,12 @@ CASES = [
         r"gives actions \[3\], and the env has 3 choices, counted from 0",
     ),
     row(
+        "a head of too few choices",
+        lambda: adaptation_curve(env(), actor(head=lambda size, _: torch.nn.Linear(size, 2)), 2),
+        ValueError,
+        "head gives 2 logits, and the env has 3 choices.*never be played",
+    ),
+    row(
         "choices of a dimension too many",
         lambda: adaptation_curve(env(), greedy(lambda trans: trans[..., :3].argmax(-1, keepdim=True)), 2),
         ValueError,

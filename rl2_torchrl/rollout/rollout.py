@@ -15,6 +15,7 @@ from copy import deepcopy
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import distributions
 from torchrl.data import Categorical, MultiCategorical
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
@@ -209,7 +210,7 @@ class Rollout:
             for act in acting:
                 act(state)
             if t == 0:
-                self._require_actions(state[self.trials.action_key])
+                self._require_actions(state)
             after, root, begun = self.trials.step(t, state)
             if t == 0 and self._keeps_all:  # a module may give less than it names
                 recorded = [key for key in recorded if key in after or key in state]
@@ -278,7 +279,8 @@ class Rollout:
             )
         return ablated
 
-    def _require_actions(self, action: torch.Tensor) -> None:
+    def _require_actions(self, state: State) -> None:
+        action = state[self.trials.action_key]
         spec = self.env.full_action_spec[self.env.action_key]
         one, base = spec.shape[self.env.batch_dims :], base_of(self.env)
         due = torch.Size([self.trials.rows, *one])
@@ -300,6 +302,15 @@ class Rollout:
                 f"the policy gives actions {action.unique().tolist()}, and the env has {choices.tolist()} choices, counted from 0: "
                 "it would be given others, or none."
             )
+        for part in [] if several else self._acting:
+            is_drawn = self.trials.action_key in part.out_keys and part.way == "distribution"
+            if not is_drawn or not issubclass(part.module.distribution_class, distributions.Categorical):
+                continue
+            if (given := state[part.in_keys[0]].shape[-1]) < choices:
+                raise ValueError(
+                    f"the head gives {given} {part.in_keys[0]}, and the env has {choices} choices, the others of which would "
+                    "never be played: head= is called with the number that is due, or is a module that gives so many."
+                )
 
     def _look_back(self, states: list[State], end: int) -> None:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""
