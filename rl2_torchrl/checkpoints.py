@@ -315,12 +315,11 @@ class RunCheckpoints:
         if "update.optimizer" in changed:
             changed_parts.add("update.optimizer")
         state["kept"] = {name: each for name, each in state["kept"].items() if name not in changed_parts}
-        if changed and isinstance(update := self._parts["update"], PPOUpdate):
-            state["update"] = _left_by(changed, update, state["update"])
         try:
             for name, part in self._parts.items():
                 if name in state:  # older versions had fewer
-                    part.load_state_dict(state[name])
+                    is_left = changed and isinstance(part, PPOUpdate)
+                    part.load_state_dict(_left_by(changed, part, state[name]) if is_left else state[name])
         except Exception as error:
             then = differences(tree["versions"], _versions())
             raise ValueError(

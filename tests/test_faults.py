@@ -245,6 +245,12 @@ def test_a_run_that_cannot_be_resumed(make, message, folder):
     assert contents(folder) == before
 
 
+def test_a_state_of_something_else_with_a_changed_setting(folder):
+    rewritten(state={"update": {"optimizer": 3}})(folder)
+    with pytest.raises(ValueError, match="the state of the update does not fit, TypeError"):
+        Run(5, lr=0.5).train(checkpoints=folder, resume=True, resume_changes=["update.lr"])
+
+
 def test_resume_changes_of_no_setting(folder):
     with pytest.raises(
         ValueError, match=r"resume_changes=\['lr'\] are no settings; near are \[[^,]*'update.lr'[^]]{,60}\]"
