@@ -157,6 +157,20 @@ def play(agent, env, steps, seed):
     return torch.stack(actions), torch.stack(rewards)
 
 
+def rewards_of(agent, env, steps, *, seed):
+    """The rewards ``[steps]`` of an agent on one Gymnasium env, in one trial."""
+    torch.manual_seed(seed)
+    agent.new_trial()
+    (observation, _), rewards = env.reset(), []
+    for _ in range(steps):
+        observation, reward, terminated, _, _ = env.step(agent.act(observation))
+        agent.observe(reward, terminated)
+        if terminated:
+            observation, _ = env.reset()
+        rewards.append(reward)
+    return np.asarray(rewards)
+
+
 def nested(shown):
     out = {}
     for key, value in shown.items():
@@ -269,16 +283,9 @@ def test_transforms_of_the_env_are_taken_along(tmp_path, act):
     actions, rewards = trained(env(), actor, 12, seed=3)
     agent = AdaptiveAgent.from_policy(actor, env())
     agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
-    raw = Toy(*SPACES["box"])
-    torch.manual_seed(3)
-    agent.new_trial()
-    observation, _ = raw.reset()
-    for t in range(12):
-        observation, reward, terminated, _, _ = raw.step(agent.act(observation))
-        agent.observe(reward, terminated)
-        if terminated:
-            observation, _ = raw.reset()
-        assert 4.0 * reward + 0.25 == pytest.approx(rewards[t].item(), abs=1e-5)
+    assert 4.0 * rewards_of(agent, Toy(*SPACES["box"]), 12, seed=3) + 0.25 == pytest.approx(
+        rewards.flatten().numpy(), abs=1e-5
+    )
     assert actions.std() > 0.1
 
 
@@ -303,16 +310,7 @@ def test_transforms_that_name_and_reshape_are_taken_along(tmp_path):
     agent = AdaptiveAgent.from_policy(actor, env())
     assert (agent.signature.action.key, agent.signature.inputs[0]) == ("push", "seen")
     agent = AdaptiveAgent.load(agent.save(tmp_path / "agent.safetensors"))
-    raw = Toy(shown, done)
-    torch.manual_seed(3)
-    agent.new_trial()
-    observation, _ = raw.reset()
-    for t in range(12):
-        observation, reward, terminated, _, _ = raw.step(agent.act(observation))
-        agent.observe(reward, terminated)
-        if terminated:
-            observation, _ = raw.reset()
-        assert reward == pytest.approx(rewards[t].item(), abs=1e-5)
+    assert rewards_of(agent, Toy(shown, done), 12, seed=3) == pytest.approx(rewards.flatten().numpy(), abs=1e-5)
     assert actions.std() > 0.1
     norm = ObservationNorm(loc=torch.zeros(2, 3), scale=1.0, in_keys=["observation"])
     with pytest.raises(NotImplementedError, match="scales 'observation' place by place before it is reshaped"):
