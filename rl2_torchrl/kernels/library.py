@@ -20,8 +20,8 @@ from torchrl import torchrl_logger
 __all__ = ["cache_folder", "compiled"]
 
 _SHARED = ("-shared", "-fPIC")
-#: Seconds for a compiler to end, which takes two of them, on a machine with nothing else to do.
-_PATIENCE = 60
+#: Seconds for a compiler to end: it takes two of them, and under sanitizers on a busy machine a hundred.
+_PATIENCE = 300
 
 
 def cache_folder() -> Path:
