@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -23,9 +23,8 @@ from rl2_torchrl.agent.signature import (
     transition_of,
 )
 from rl2_torchrl.gradients.networks import scores_alone
-from rl2_torchrl.gradients.part import on_copies, outputs_of
 from rl2_torchrl.modules import ActorCritic
-from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
+from rl2_torchrl.modules.acting import ActingPart, State, acting_parts, dtype_of, on_state, step_of
 from rl2_torchrl.modules.actor_critic import cores_of, first_memory, hidden_keys
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import distribution_of, stands_for
@@ -121,30 +120,12 @@ def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[tuple[Tens
 
 def _exportable(part: ActingPart) -> Callable[[State], None]:
     """What a part does, in PyTorch's operations alone."""
-    module, in_keys, out_keys = part.module, part.in_keys, part.module.out_keys
-    if part.way == "core":
-
-        def function(x: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-            return module.step(x.to(_dtype_of(memory)), *memory)
-
-    elif part.way == "tensors":
-        function = on_copies(module.module, module.module)
-    else:
+    if (function := step_of(part.module, compiled=False)) is None:
         raise NotImplementedError(
-            f"{type(module).__name__} reads a TensorDict, which no graph has: write it as a TensorDictModule of a function of "
+            f"{type(part.module).__name__} reads a TensorDict, which no graph has: write it as a TensorDictModule of a function of "
             "tensors, or as a RecurrentCore."
         )
-
-    def run(state: State) -> None:
-        out = function(*[state[key] for key in in_keys])
-        state.update(zip(out_keys, outputs_of(out, out_keys), strict=True))
-
-    return run
-
-
-def _dtype_of(memory: Iterable[Tensor]) -> torch.dtype:
-    """That of its reals."""
-    return next((m.dtype for m in memory if m.is_floating_point()), torch.float32)
+    return on_state(function, part.in_keys, part.module.out_keys)
 
 
 # ------------------------------------------------------------------ of a policy
@@ -206,7 +187,7 @@ def signature_of(actor: ProbabilisticTensorDictSequential, env: EnvBase) -> Sign
             LAST_ACTION: (layout.action.size,),
             **{name_of(key): tuple(firsts[key].shape[1:]) for key in remembered},
         },
-        dtype=_dtype_of(firsts.values()),
+        dtype=dtype_of(firsts.values()),
     )
 
 

@@ -9,14 +9,16 @@ before each batch, so that it may hold on to the weights as they are; a distribu
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakSet
 
+import torch
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictModuleBase
+from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
+from torch import Tensor
 from torchrl.modules import SafeProbabilisticModule
 
 from rl2_torchrl.gradients.networks import leaves_of, scores_alone
@@ -34,12 +36,13 @@ from rl2_torchrl.gradients.part import (
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of, stands_for
 
-__all__ = ["ActingPart", "State", "acting_parts", "tell_of_generators"]
+__all__ = ["ActingPart", "State", "acting_parts", "dtype_of", "on_state", "step_of", "tell_of_generators"]
 
 log = logging.getLogger(__name__)
 _TOLD: WeakSet[ProbabilisticTensorDictModule] = WeakSet()
 
 Run = Callable[[State], None]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
 _SAMPLES = (ProbabilisticTensorDictModule.forward, SafeProbabilisticModule.forward)
 
 
@@ -75,18 +78,18 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
 
 
 def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
-    is_plain_sample = type(module).forward in _SAMPLES and not has_hooks(module)
-    if brings(module, "step_function"):
-        # A rollout resets the memory itself: the core need not see where trials begin.
-        return ActingPart(module, module.in_keys[:-1], module.out_keys, lambda _: _core(module), "core")
-    if is_plain_sample and (distribution := distribution_of(module)) is not None:
+    is_plain_sample, in_keys = type(module).forward in _SAMPLES and not has_hooks(module), module.in_keys
+    is_core = brings(module, "step_function")
+    if is_plain_sample and not is_core and (distribution := distribution_of(module)) is not None:
         acts = _distribution(module, distribution)
         return acts if draws else acts.later
     written = [key for key in module.out_keys if key != IGNORED]
-    if is_function(module):
-        return ActingPart(module, module.in_keys, written, lambda _: _on_tensors(module), "tensors")
+    if is_core or is_function(module):
+        # A rollout resets the memory itself: the core need not see where trials begin.
+        way, in_keys = ("core", in_keys[:-1]) if is_core else ("tensors", in_keys)
+        return ActingPart(module, in_keys, written, lambda _: on_state(step_of(module), in_keys, module.out_keys), way)
     call = module if draws else partial(module, _requires_sample=False)
-    return ActingPart(module, module.in_keys, written, lambda _: _on_tensordict(call), "tensordict")
+    return ActingPart(module, in_keys, written, lambda _: _on_tensordict(call), "tensordict")
 
 
 def tell_of_generators(parts: Iterable[ActingPart]) -> None:
@@ -104,28 +107,38 @@ def tell_of_generators(parts: Iterable[ActingPart]) -> None:
         )
 
 
-def _on_tensors(module: TensorDictModule) -> Run:
-    function, in_keys, out_keys = module.module, module.in_keys, module.out_keys
-    if brings(function, "step_function") and is_bare(function):
+def step_of(module: TensorDictModuleBase, *, compiled: bool = True) -> Function | None:
+    """One step of ``module`` as a function of its entries, a core's but for ``"is_init"``; None where it wants a TensorDict.
+
+    ``compiled``: by a function of its own, which may hold on to the weights as they are; else in PyTorch's operations alone.
+    """
+    if brings(module, "step_function"):
+        return module.step_function() if compiled else partial(_plain_step, module)
+    if not is_function(module):
+        return None
+    function = module.module
+    if compiled and brings(function, "step_function") and is_bare(function):
         function = function.step_function()
-    function = on_copies(function, module.module)
+    return on_copies(function, module.module)
+
+
+def _plain_step(core: TensorDictModuleBase, x: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+    return core.step(x.to(dtype_of(memory)), *memory)
+
+
+def dtype_of(memory: Iterable[Tensor]) -> torch.dtype:
+    """That of its reals."""
+    return next((m.dtype for m in memory if m.is_floating_point()), torch.float32)
+
+
+def on_state(function: Function, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> Run:
+    """``function``, which reads and writes entries ``[N, ...]`` of a `State`."""
 
     def run(state: State) -> None:
-        out = function(*entries_of(state, in_keys, dims=1))
-        state.update(zip(out_keys, outputs_of(out, out_keys), strict=True))
-        state.pop(IGNORED, None)
-
-    return run
-
-
-def _core(module: TensorDictModuleBase) -> Run:
-    in_key, *memory_keys, _ = module.in_keys
-    out_key, *next_keys = module.out_keys
-    step = module.step_function()
-
-    def run(state: State) -> None:
-        state[out_key], *handed_on = step(state[in_key], *[state.get(key) for key in memory_keys])
-        state.update(zip(next_keys, handed_on, strict=True))
+        outputs = outputs_of(function(*entries_of(state, in_keys, dims=1)), out_keys)
+        for key, out in zip(out_keys, outputs, strict=True):
+            if key != IGNORED:
+                state[key] = out
 
     return run
 
@@ -147,13 +160,12 @@ def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDis
 
         return run
 
-    def log_prob(state: State) -> None:
-        parameters = [state[key] for key in in_keys]
-        state[module.log_prob_key], _ = distribution.log_prob_and_entropy(state[action_key], *parameters)
+    def log_prob(*acted: Tensor) -> Tensor:
+        return distribution.log_prob_and_entropy(*acted)[0]
 
     if module.return_log_prob:
-        read = [*in_keys, action_key]
-        later = ActingPart(module, read, [module.log_prob_key], lambda _: log_prob, "distribution")
+        keys = [action_key, *in_keys], [module.log_prob_key]
+        later = ActingPart(module, *keys, lambda _: on_state(log_prob, *keys), "distribution")
     return ActingPart(module, in_keys, [action_key], make, "distribution", later)
 
 
