@@ -220,7 +220,7 @@ class TaskSampler(Transform):
     # ---------------------------------------------------------------- specs
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         spec, shown = self._task_spec, observation_spec.get(self.task_key, None)
-        if shown is not None and _leaves(shown, 0) != _leaves(spec, 0):
+        if shown is not None and _kinds(shown) != _kinds(spec):
             raise ValueError(
                 f"the env shows {self.task_key!r}, {_in_words(_leaves(shown, 0))}, which is not the task that it takes, "
                 f"{_in_words(_leaves(spec, 0))}, and the task would be written over it: rename what it shows."
@@ -289,6 +289,11 @@ _Leaves = dict[NestedKey, tuple[torch.Size, torch.dtype]]
 def _leaves(of: torch.Tensor | TensorDictBase | TensorSpec, num_rows: int) -> _Leaves:
     """Shape without the first ``num_rows`` dimensions, and dtype, of a task or its spec; of a TensorDict by name."""
     return {name: (each.shape[num_rows:], each.dtype) for name, each in _items(of)}
+
+
+def _kinds(spec: TensorSpec) -> dict[NestedKey, tuple]:
+    """As `_leaves`, all reals being of one kind: the env's may have been cast on the way."""
+    return {name: (shape, dtype.is_floating_point or dtype) for name, (shape, dtype) in _leaves(spec, 0).items()}
 
 
 def _items(of: torch.Tensor | TensorDictBase | TensorSpec) -> Iterable[tuple[NestedKey, Any]]:

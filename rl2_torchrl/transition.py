@@ -181,7 +181,8 @@ class PreviousStep(Transform):
         # The base env's action, since `_step` sees it after all inverse transforms.
         env = self.container.base_env
         shown = () if has_trials_within(env) else _observations(self.container, self)
-        if self.out_key in shown and self.out_key not in (self.obs_keys or ()):
+        is_shown = self.out_key in shown and self.out_key in observation_spec.keys(True, True)  # or renamed on the way
+        if is_shown and self.out_key not in (self.obs_keys or ()):
             raise ValueError(
                 f"the env shows {self.out_key!r} itself, where PreviousStep writes, so that no agent would see it: rename "
                 "it, or write elsewhere, PreviousStep(out_key=...), which networks read as in_key=."
@@ -293,7 +294,13 @@ class Encoding:
                 out.div_(255)
         else:
             choices = value.long().reshape(*out.shape[:-1], len(self.offsets))
-            out.scatter_(-1, choices if len(self.offsets) == 1 else choices + self.offsets, 1.0)
+            try:
+                out.scatter_(-1, choices if len(self.offsets) == 1 else choices + self.offsets, 1.0)
+            except RuntimeError as error:
+                error.add_note(
+                    f"{choices.unique().tolist()} were played or shown, and the spec has {self.size} choices in all."
+                )
+                raise
 
 
 @dataclass(frozen=True)

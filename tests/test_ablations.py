@@ -18,7 +18,7 @@ from evaluation_cases import (
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.data import Unbounded
+from torchrl.data import Composite, Unbounded
 from torchrl.envs import Compose, TransformedEnv
 
 from rl2_torchrl import (
@@ -188,8 +188,8 @@ def test_ablations_reach_the_policy():
 class Boats(TensorEnv):
     """Paid for being at 0, to which a current, the task, lets nobody come."""
 
-    def __init__(self):
-        spaces = {"observation_spec": Unbounded(1), "action_spec": Unbounded(1)}
+    def __init__(self, **options):
+        spaces = {"observation_spec": Unbounded(1), "action_spec": Unbounded(1), **options}
         super().__init__(task_spec=Unbounded(1), max_episode_steps=5, batch_size=(3,), **spaces)
 
     def begin(self, task, rows):
@@ -234,3 +234,22 @@ def test_a_policy_of_nan_is_no_curve():
     nn.init.constant_(next(actor.parameters()), torch.nan)
     with pytest.raises(FloatingPointError, match="the policy gives NaN"):
         adaptation_curve(env, actor, 10)
+
+
+def test_what_an_env_shows_may_be_nan():
+    """It does not know how far the goal is; a controller does without."""
+
+    class Searches(Boats):
+        def __init__(self):
+            super().__init__(more_spec=Composite(distance=Unbounded(1)))
+
+        def observe_more(self, state):
+            return {"distance": torch.full((3, 1), torch.nan)}
+
+    tasks = TaskSampler.fixed(torch.tensor([[1.0], [2.0], [3.0]]))
+    env = TransformedEnv(Searches(), Compose(Trial(episodes=1), tasks, PreviousStep(["observation"])))
+    by_hand = TensorDictModule(lambda distance: distance.nan_to_num(1.0), ["distance"], ["action"])
+    assert adaptation_curve(env, by_hand, 3).returns.tolist() == [[-15.0], [-25.0], [-35.0]]
+    by_hand = TensorDictModule(lambda distance: distance, ["distance"], ["action"])
+    with pytest.raises(FloatingPointError, match="the policy gives NaN"):
+        adaptation_curve(env, by_hand, 3)

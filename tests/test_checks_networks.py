@@ -25,8 +25,9 @@ from pipelines import (
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import CatFrames, Compose, ExplorationType, TransformedEnv, UnsqueezeTransform
-from torchrl.modules import GRUModule, ProbabilisticActor, recurrent_mode, set_recurrent_mode
+from torchrl.modules import GRUModule, MaskedCategorical, ProbabilisticActor, recurrent_mode, set_recurrent_mode
 
 from rl2_torchrl import (
     ActorCritic,
@@ -42,8 +43,8 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, memory, rows
 from rl2_torchrl.checks.evidence import Evidence
-from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, PointRobot, goals_on_half_circle, uniform_means
-from rl2_torchrl.modules import TanhGaussianActions
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, PointRobot, TensorEnv, goals_on_half_circle, uniform_means
+from rl2_torchrl.modules import ActionDistribution, TanhGaussianActions
 
 # ---- Faults of networks.
 
@@ -416,6 +417,35 @@ def test_logits_of_illegal_actions_are_minus_infinity():
         other[key][3, 2] = number
         with pytest.raises(TrainingCheckError, match=f"'{key}' is not finite at row 3, step 2"):
             check_training(collector, update, other)
+
+
+class AllLegal(nn.Linear):
+    """A head that hands on which actions are legal, as `MaskedCategorical` asks for them."""
+
+    def forward(self, features, mask):
+        return super().forward(features), mask
+
+
+def test_an_entry_that_a_head_reads_and_hands_on():
+    class Pays(TensorEnv):
+        def __init__(self):
+            shown = Composite(mask=Binary(ARMS, dtype=torch.bool))
+            spaces = {"task_spec": Unbounded(ARMS), "observation_spec": shown, "action_spec": Categorical(ARMS)}
+            super().__init__(max_episode_steps=1, batch_size=(ROWS,), **spaces)
+
+        def begin(self, task, rows):
+            return (task,), {"mask": torch.ones(ROWS, ARMS, dtype=torch.bool)}
+
+        def advance(self, state, action):
+            return *self.begin(*state, None), state[0].gather(-1, action.unsqueeze(-1)), None, None
+
+    tasks = TaskSampler(uniform_means(ARMS), seed=0)
+    env = TransformedEnv(Pays(), Compose(Trial(episodes=5), tasks, PreviousStep([])))
+    head = TensorDictModule(AllLegal(64, ARMS), ["actor_features", "mask"], ["logits", "mask"])
+    masked = ActionDistribution(ARMS, ["logits", "mask"], MaskedCategorical)
+    actor = RecurrentActor.from_env(env, head=head, distribution=masked)
+    collector, update = pipeline(env, actor, GRUValueHead.from_env(env, hidden_size=8), steps=5)
+    assert "replay" in check_training(collector, update, first_batch(collector)).checked
 
 
 def test_parameters_that_the_optimizer_does_not_hold():

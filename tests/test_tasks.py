@@ -536,7 +536,15 @@ def test_env_that_knows_no_tasks():
         TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), uniform())).reset()
 
 
-@pytest.mark.parametrize(("shown", "is_task"), [(Unbounded((3,)), False), (Unbounded((2,)), True)])
+@pytest.mark.parametrize(
+    ("shown", "is_task"),
+    [
+        (Unbounded((3,)), False),
+        (Unbounded((2,)), True),
+        (Unbounded((2,), dtype=torch.float64), True),  # cast by a transform, say
+        (Unbounded((2,), dtype=torch.int64), False),
+    ],
+)
 def test_an_entry_that_is_not_the_task_is_not_written_over(shown, is_task):
     base = BernoulliBandit(2)
     base.observation_spec = Composite(task=shown)
@@ -544,5 +552,5 @@ def test_an_entry_that_is_not_the_task_is_not_written_over(shown, is_task):
     if is_task:
         assert env.observation_spec["task"].shape == (2,)
         return
-    with pytest.raises(ValueError, match=r"shows 'task', \(3,\) .*not the task that it takes, \(2,\) "):
+    with pytest.raises(ValueError, match=r"shows 'task', \([23],\) .*not the task that it takes, \(2,\) "):
         _ = env.observation_spec

@@ -12,6 +12,7 @@ from torchrl.envs import (
     CatTensors,
     Compose,
     EnvBase,
+    ExcludeTransform,
     GymWrapper,
     InitTracker,
     LineariseRewards,
@@ -336,6 +337,15 @@ def test_an_observation_is_not_written_over_unless_it_is_read():
     with pytest.raises(ValueError, match=r"env shows 'trans' itself, .*no agent would see it.*out_key="):
         env().reset()
     assert env(out_key="seen").reset()["seen"][0] == env(["trans"]).reset()["trans"][0] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("mend", "seen"), [(RenameTransform(["trans"], ["gear"]), 7.0), (ExcludeTransform("trans"), 0.0)]
+)
+def test_an_observation_of_its_name_may_be_renamed_or_left_out_on_the_way(mend, seen):
+    base = ScriptedEnv({"trans": Unbounded((1,))}, [{"trans": torch.tensor([7.0])}], Unbounded((1,)))
+    env = TransformedEnv(base, Compose(Trial(steps=2), mend, PreviousStep()))
+    assert env.reset()["trans"][0] == seen
 
 
 # ---- Bytes.

@@ -102,7 +102,7 @@ class Rollout:
         self._early = [key for key in self.keep if key not in late]
         self._carry: State = {}
         #: At a batch's last step the action, and what it was made of.
-        self._acted_on: list[torch.Tensor] = []
+        self._acted_on: State = {}
         #: Memory of the entries that steps write, ``[T, N, ...]``, and its T steps.
         self._buffers: dict[NestedKey, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
         self._replays: dict[object, GraphReplay] = {}
@@ -168,6 +168,9 @@ class Rollout:
         with _one_thread() if trials.has_threads else nullcontext(), set_recurrent_mode(False):
             play()
         self._tell_of_refusal()
+        if self._has_acted:
+            last = self._acted_on[self.trials.action_key]
+            self._require_choices(*self._buffers.get(self.trials.action_key, [last])[:1])
         made = {key: buffer.transpose(0, 1) for key, (buffer, _) in self._buffers.items()} | trials.entries()
         keys = [key for key in self.keep if key in made] if self._keeps_all else self.keep
         kept = TensorDict({key: made[key] for key in keys}, [trials.rows, self.steps], trials.device)
@@ -227,19 +230,19 @@ class Rollout:
                 self.on_step({key: value.clone() for key, value in shown.items()})
             if t + 1 < self.steps:
                 state = {**self._left(state, begun), **root, **self.memory.next(state, begun)}
-        self._acted_on = [
-            state[key]
+        self._acted_on = {
+            key: state[key]
             for part in self._acting
             if self.trials.action_key in part.out_keys
             for key in (*part.in_keys, *part.out_keys)
-            if key in state
-        ]
+            if key in state and key in self._written  # what an env shows may be NaN, for what it does not know
+        }
         for key in (*(key for _, key in self.memory.handed_on), *self._left(state)):
             self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
 
     def require_sound_policy(self) -> None:
         """FloatingPointError where actions were NaN, or made of such, at the last batch's end: as choices they look like any."""
-        if any(entry.is_floating_point() and entry.isnan().any() for entry in self._acted_on):
+        if any(entry.is_floating_point() and entry.isnan().any() for entry in self._acted_on.values()):
             raise FloatingPointError(
                 "the policy gives NaN: its weights, or what it reads, are not finite, and what it plays means nothing."
             )
@@ -294,15 +297,10 @@ class Rollout:
         if self._has_acted or not isinstance(spec, Categorical):
             return
         self._has_acted = True  # a graph, which reads no number back, is recorded after that
-        several = isinstance(spec, MultiCategorical)
-        choices = spec.nvec.reshape(-1)[-one.numel() :] if several else torch.tensor(spec.space.n, device=action.device)
-        action = action.reshape(due)
-        if ((action < 0) | (action >= choices) & (choices >= 0)).any():  # -1: nobody knows how many
-            raise ValueError(
-                f"the policy gives actions {action.unique().tolist()}, and the env has {choices.tolist()} choices, counted from 0: "
-                "it would be given others, or none."
-            )
-        for part in [] if several else self._acting:
+        choices = self._require_choices(action)
+        if isinstance(spec, MultiCategorical):
+            return
+        for part in self._acting:
             is_drawn = self.trials.action_key in part.out_keys and part.way == "distribution"
             if not is_drawn or not issubclass(part.module.distribution_class, distributions.Categorical):
                 continue
@@ -311,6 +309,21 @@ class Rollout:
                     f"the head gives {given} {part.in_keys[0]}, and the env has {choices} choices, the others of which would "
                     "never be played: head= is called with the number that is due, or is a module that gives so many."
                 )
+
+    def _require_choices(self, action: torch.Tensor) -> torch.Tensor:
+        """How many choices there are; ValueError where one of ``action``, of some rows and steps, is none of them."""
+        spec = self.env.full_action_spec[self.env.action_key]
+        if isinstance(spec, MultiCategorical):
+            choices = spec.nvec.flatten()[-spec.shape[self.env.batch_dims :].numel() :]
+            action = action.reshape(-1, len(choices))
+        else:
+            choices = torch.tensor(spec.space.n, device=action.device)
+        if ((action < 0) | (action >= choices) & (choices >= 0)).any():  # -1: nobody knows how many
+            raise ValueError(
+                f"the policy gives actions {action.unique().tolist()}, and the env has {choices.tolist()} choices, counted from 0: "
+                "it would be given others, or none."
+            )
+        return choices
 
     def _look_back(self, states: list[State], end: int) -> None:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""
