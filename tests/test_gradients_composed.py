@@ -512,6 +512,7 @@ def test_what_users_are_not_shown_lies_in_the_memory_of_the_minibatch_before(cri
         places[-1].add((tensor := take(like, shape)).data_ptr())
         return tensor
 
+    monkeypatch.setattr(Workspace, "_LEAST", 0)
     monkeypatch.setattr(Workspace, "take", noted)
     program, data = Program(loss_of("categorical", critic, torch.float32)), data_of("categorical", torch.float32)
     for _ in range(4):

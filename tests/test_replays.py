@@ -1,6 +1,7 @@
 """Minibatches that are made again from the first one's calls: by kernels alone, in whole passes, and in whose memory."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -234,6 +235,7 @@ def test_gradients_of_after_an_update_are_nobody_elses(terms, monkeypatch):
     """They stay as they are until something is added to them, though all other memory goes back."""
     monkeypatch.setattr(Workspace, "_LEAST", 0)
     monkeypatch.setattr(Workspace, "_KEPT", 1000)
+    monkeypatch.setattr(Workspace, "_free", threading.local())
     loss = loss_of("categorical", "separate", torch.float64)
     loss = RL2PPOLoss(loss.actor_network, loss.critic_network, terms=terms)
     batch = batch_of("categorical", torch.float64)
@@ -259,7 +261,7 @@ def test_nothing_of_a_batch_waits_for_the_garbage_collector(monkeypatch):
 
     def noted(minibatch, *arguments):
         run_first(minibatch, *arguments)
-        seen.extend(weakref.ref(tensor) for tensor in (*minibatch._recording.kept, *minibatch._recording.held))
+        seen.extend(weakref.ref(tensor) for tensor in minibatch._recording.held)
         seen.append(weakref.ref(minibatch))
 
     monkeypatch.setattr(RecordedMinibatch, "_run_first", noted)
@@ -282,18 +284,24 @@ def test_nothing_of_a_batch_waits_for_the_garbage_collector(monkeypatch):
 def test_memory_goes_back_when_the_batch_is_done(monkeypatch):
     monkeypatch.setattr(Workspace, "_LEAST", 0)
     monkeypatch.setattr(Workspace, "_KEPT", 1000)
-    places, run_first = [], RecordedMinibatch._run_first
+    monkeypatch.setattr(Workspace, "_free", threading.local())
+    places, run_first, take = [], RecordedMinibatch._run_first, Workspace.take
 
     def noted(minibatch, *arguments):
+        places.append(set())
         run_first(minibatch, *arguments)
-        places.append({tensor.data_ptr() for tensor in minibatch._recording.kept})
+
+    def taken(like, shape):
+        places[-1].add((tensor := take(like, shape)).data_ptr())
+        return tensor
 
     monkeypatch.setattr(RecordedMinibatch, "_run_first", noted)
+    monkeypatch.setattr(Workspace, "take", taken)
     update = PPOUpdate(loss_of("categorical", "shared", torch.float32), bptt=2, minibatches=5)
     for _ in range(3):
         update(batch_of("categorical", torch.float32))
     assert len(places[0]) > 5
-    assert places[2:4] == places[4:6]
+    assert places[2] | places[3] == places[4] | places[5]  # of both sizes
 
 
 @needs_kernels

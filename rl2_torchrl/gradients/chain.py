@@ -98,9 +98,10 @@ class ChainPart(Part):
 
     def backward_by_hand(self, gradients: Gradients) -> None:
         slope = _before_activation(gradients.pop(self.out_keys[0]), self._out, self.after)
+        inputs, self._inputs, self._out = self._inputs, [], None  # for others to take
         wanted = self.wanted - {self.in_keys[0]} if self._is_detached else self.wanted
         for number, before in reversed(list(enumerate(self.before))):
-            x, weight, bias = self._inputs[number]
+            x, weight, bias = inputs[number]
             d_x = Workspace.take(x, x.shape) if number or wanted else None
             d_weight, d_bias = _linear_gradients(x, weight, slope, d_x, before == "relu")
             accumulate(gradients, weight, d_weight)
@@ -109,11 +110,8 @@ class ChainPart(Part):
             slope = _before_activation(d_x, x, "tanh") if before == "tanh" and d_x is not None else d_x
         if not wanted:
             return
-        [key, *_], is_known = self.in_keys, self.in_keys[0] in gradients
         if len(self.in_keys) == 1:
-            accumulate(gradients, key, slope)
-            if is_known:
-                Workspace.give(slope)
+            accumulate(gradients, self.in_keys[0], slope)
             return
         for key, part in zip(self.in_keys, slope.split(self._sizes, -1), strict=True):
             if key in wanted:

@@ -12,7 +12,6 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.kernels.recording import Recording
-from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
     *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "laid_as", "on_copies", "on_entries"),
@@ -114,8 +113,6 @@ class Part:
     def forward_by_autograd(self, state: State) -> None:
         """`forward` where `starts_by_hand` has done nothing."""
         Recording.interrupt()
-        # Functions, terms and hooks of users may hold what they are shown.
-        Workspace.leave(*(state[key] for key in self.in_keys if key in state))
         carrying = [key for key in self.in_keys if key in self.wanted and state[key].is_floating_point()]
         self._leaves = {key: state[key].detach().requires_grad_() for key in carrying}
         entries = {**state, **self._leaves}
@@ -155,7 +152,6 @@ class Part:
         if not ends or not sources:
             return {}
         outs, slopes = zip(*ends, strict=True)
-        Workspace.leave(*slopes)  # to hooks on gradients
         found = torch.autograd.grad(outs, [self._leaves.get(s, s) for s in sources], slopes, allow_unused=True)
         return {s: gradient for s, gradient in zip(sources, found, strict=True) if gradient is not None}
 

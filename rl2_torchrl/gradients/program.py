@@ -16,7 +16,6 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, entries_of, laid_as
-from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["Program", "TermPart", "Values", "losses_of", "merge_losses", "numbers_of", "values_of"]
 
@@ -212,7 +211,6 @@ class TermPart(Part):
         self._values = {}
 
     def _by_hand(self, entries: list[torch.Tensor]) -> tuple[Values, Gradients]:
-        Workspace.leave(*entries)  # users write such terms too
         (values, slopes), found, self._leaves = self.function.with_gradients(*entries), {}, {}
         for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
             if slope is not None and key in self.wanted:

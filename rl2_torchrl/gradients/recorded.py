@@ -86,8 +86,6 @@ class RecordedMinibatch:
 
     def close(self) -> None:
         """Hands the memory back, without waiting for whoever collects what refers to itself."""
-        if not self._is_kept():
-            Workspace.give_all(self._recording)
         self._recording.close()
         vars(self).clear()
 

@@ -17,7 +17,6 @@ from rl2_torchrl.kernels.gru_sequence import (
     weight_gradients,
 )
 from rl2_torchrl.kernels.recording import Recording
-from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["GRUPart"]
 
@@ -67,7 +66,7 @@ class GRUPart(Part):
         for number, weights in enumerate(self.layers):
             first = None if hidden is None else hidden[:, :, number]
             x, saved = forward_saving(x, first, self._is_init, weights)
-            self._saved.append((x, saved))
+            self._saved.append(saved)
         state[self.out_keys[0]] = x
         return True
 
@@ -81,17 +80,13 @@ class GRUPart(Part):
         return known and x.numel() > 0 and self.in_keys[1] not in self.wanted
 
     def backward_by_hand(self, gradients: Gradients) -> None:
-        slope = gradients.pop(self.out_keys[0])
-        for number, weights in reversed(list(enumerate(self.layers))):
-            y, saved = self._saved[number]
+        slope, layers = gradients.pop(self.out_keys[0]), enumerate(zip(self.layers, self._saved, strict=True))
+        self._saved = []  # for others to take
+        for number, (weights, saved) in reversed(list(layers)):
             backward_in_place(slope, self._is_init, weights[0].shape[1], weights[1], saved, None)
             for weight, gradient in zip(weights, weight_gradients(saved, *weights[0].shape), strict=False):
                 accumulate(gradients, weight, gradient)
             is_read = number or self.in_keys[0] in self.wanted
-            d_x = input_gradient(saved, weights[0]) if is_read else None
-            # What read the output has gone back already, and only whom these were left to may look at them again.
-            for memory in (saved, slope, y):
-                Workspace.give(memory)
-            slope = d_x
+            slope = input_gradient(saved, weights[0]) if is_read else None
         if slope is not None:
             accumulate(gradients, self.in_keys[0], slope)

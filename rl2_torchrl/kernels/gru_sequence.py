@@ -142,7 +142,6 @@ class _GRUSequence(torch.autograd.Function):
         backward_in_place(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
         d_x = input_gradient(gradients, w_ih) if ctx.needs_input_grad[0] else None
         d_weights = weight_gradients(gradients, *w_ih.shape)
-        Workspace.give(gradients)
         return d_x, d_hidden, None, *(d_weights if b_ih is not None else (*d_weights[:2], None, None))
 
 

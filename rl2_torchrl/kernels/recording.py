@@ -33,7 +33,7 @@ class Recording:
 
     Attributes:
         calls: what makes each again, and its arguments, as `Calls` takes them.
-        kept, held: memory that was taken from `Workspace`, and that goes back to it or not once nothing is made again.
+        held: memory of `Workspace` that they are made on.
         numbers: float64, what kernels have left for Python to read.
         is_whole: whether kernels did all that was done since this was set to True.
     """
@@ -42,7 +42,6 @@ class Recording:
 
     def __init__(self):
         self.calls: list[tuple[int, tuple]] = []
-        self.kept: list[Tensor] = []
         self.held: list[Tensor] = []
         self.numbers, self._used = torch.zeros(_NUMBERS, dtype=torch.float64, device="cpu"), 0
         self.is_whole = True

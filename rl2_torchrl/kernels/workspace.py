@@ -1,9 +1,11 @@
-"""`Workspace`: memory that each minibatch needs, made once; `keep_freed_memory`, for what others ask for."""
+"""`Workspace`: memory for kernels, which is used again once nobody holds it; `keep_freed_memory`, for what others ask for."""
 
 from __future__ import annotations
 
+import math
 import threading
-from typing import Any
+import weakref
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -14,32 +16,37 @@ __all__ = ["Workspace", "keep_freed_memory"]
 
 
 class Workspace:
-    """Memory of one minibatch that the next one uses again: first touch of fresh memory costs more than the arithmetic on it."""
+    """Memory that kernels write; while a `Recording` is on, the recording holds it, too."""
 
-    _free = threading.local()  # a tensor that two threads took would be written by both
+    _free = threading.local()
     _KEPT = 16  # two networks in one loss: states, gradients and what forward saves of each, and a little more
-    _LEAST = 2**14  # numbers of a recording's memory; what is smaller, PyTorch's allocator has at hand
+    _LEAST = 2**14  # numbers; what is smaller, PyTorch's allocator has at hand
 
     @classmethod
     def take(cls, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A contiguous tensor of ``shape``, and of the dtype and device of ``like``, to be given back by `give`.
-
-        What is taken while a `Recording` is on is the recording's.
-        """
-        free = vars(cls._free).setdefault("tensors", [])
-        fitting = (i for i, tensor in enumerate(free) if tensor.shape == shape and tensor.dtype == like.dtype)
-        number = next(fitting, None)
-        tensor = like.new_empty(shape) if number is None else free.pop(number)
-        if (recording := Recording.active()) is not None:
-            recording.kept.append(tensor)
+        """As `make`, of memory that nobody holds any more: the first touch of fresh memory costs more than the arithmetic on it."""
+        if (count := math.prod(shape)) < cls._LEAST:
+            return cls.make(like, shape)
+        size, free = count * like.element_size(), vars(cls._free).setdefault("memory", deque(maxlen=cls._KEPT))
+        for _ in range(len(free)):
+            memory = free.popleft()
+            if len(memory) == size:
+                break
+            free.append(memory)
         else:
-            tensor.is_lent = True
-        return tensor
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        # It lives as long as the storage that is made of it, and so as long as anybody holds a tensor there, or a view of one.
+        array = memory.numpy()
+        weakref.finalize(array, free.append, memory)
+        return cls._held(like.new_empty(0).set_(torch.from_numpy(array).untyped_storage(), 0, shape))
 
     @classmethod
     def make(cls, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """As `take`, of what stays with whoever asked for it, as a parameter's gradient does."""
-        tensor = like.new_empty(shape)
+        """A contiguous tensor of ``shape``, and of the dtype and device, the CPU, of ``like``."""
+        return cls._held(like.new_empty(shape))
+
+    @staticmethod
+    def _held(tensor: Tensor) -> Tensor:
         if (recording := Recording.active()) is not None:
             recording.held.append(tensor)
         return tensor
@@ -50,32 +57,6 @@ class Workspace:
         if (recording := Recording.active()) is None:
             return torch.empty(count, dtype=torch.float64, device="cpu")
         return recording.numbers_for(count)
-
-    @classmethod
-    def leave(cls, *entries: Any) -> None:
-        """Leaves those of ``entries`` that were taken to whoever is shown them, and may hold them for as long as they like."""
-        for entry in entries:
-            if getattr(entry, "is_lent", False):
-                entry.is_lent = False
-
-    @classmethod
-    def give(cls, tensor: Tensor) -> None:
-        """Takes ``tensor`` back, if it was taken here and left to nobody: any other may be strided, or be read by others still."""
-        if getattr(tensor, "is_lent", False):
-            tensor.is_lent = False
-            cls._put([tensor])
-
-    @classmethod
-    def give_all(cls, recording: Recording) -> None:
-        """Takes back what is the recording's, which is not made again."""
-        cls._put([tensor for tensor in recording.kept if tensor.numel() >= cls._LEAST])
-        recording.kept.clear()
-
-    @classmethod
-    def _put(cls, tensors: list[Tensor]) -> None:
-        free = vars(cls._free).setdefault("tensors", [])
-        free.extend(tensors)
-        del free[: -cls._KEPT]
 
 
 def keep_freed_memory() -> None:
