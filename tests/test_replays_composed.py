@@ -447,6 +447,19 @@ def test_a_module_that_borrows_a_weight_in_some_minibatches():
     assert next(m.calls for m in loss.modules() if isinstance(m, _Borrows)) == 2 * 3 * 5
 
 
+def test_two_modules_that_borrow_a_weight_from_the_same_minibatch_on():
+    """The second is found out while the rest of a minibatch is made in which the first has been."""
+
+    def make():
+        loss = loss_of("categorical", "separate", torch.float64)
+        weight = list(loss.actor_network.parameters())[-1]
+        return policy_of(
+            *(TensorDictModule(_Borrows(weight), ["trans"], [key]) for key in ("seen", "trans")), loss=loss
+        )
+
+    both_ways(make)
+
+
 def test_weights_of_one_row_with_strides_of_their_own():
     """As those of another framework's are: contiguous, though not as PyTorch would have laid them."""
 

@@ -72,15 +72,21 @@ class Program:
 
     def run(self, state: State, parts: Sequence[Part]) -> tuple[Values, Gradients]:
         """Losses and diagnostics, and the gradients, from a ``state`` that holds what all but ``parts`` have made."""
-        gradients, values = {}, {}
-        for part in parts:
+        return self.go_on(state, parts, {}, {}, 0)
+
+    def go_on(
+        self, state: State, parts: Sequence[Part], gradients: Gradients, values: Values, done: int
+    ) -> tuple[Values, Gradients]:
+        """`run` from where so many of its turns are ``done``: each part forward, each term, each part back, the last one first."""
+        terms_done, back_done = (max(0, done - before) for before in (len(parts), len(parts) + len(self.terms)))
+        for part in parts[done:]:
             is_known = part.carries
             part.forward(state)
             if part.carries != is_known:  # by parameters of others
                 self.follow_gradients()
-        for term in self.terms:
+        for term in self.terms[terms_done:]:
             merge_losses(values, term.losses(state, gradients))
-        for part in reversed(parts):
+        for part in parts[::-1][back_done:]:
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(gradients)
         return values, gradients

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from tensordict import NestedKey
@@ -109,25 +110,15 @@ class RecordedMinibatch:
                 return made
         return self._values(), self.gradients
 
-    def _go_on(
-        self, state: State, done: int, gradients: Gradients, values: Values, terms: int, back: int
-    ) -> tuple[Values, Gradients]:
-        """The rest of a minibatch: ``done`` parts and so many ``terms`` have been run, all parts from ``back`` on gone back."""
+    def _go_on(self, state: State, gradients: Gradients, values: Values, done: int) -> tuple[Values, Gradients]:
+        """The rest of a minibatch of which so many turns are ``done``, as `Program.go_on` counts them."""
         # Whoever is shown something of it may keep it, and the next minibatch is made in its place.
         state, gradients = ({key: entry.clone() for key, entry in entries.items()} for entries in (state, gradients))
         for late in [source for source in gradients if isinstance(source, _Late)]:
             accumulate(gradients, late.key, gradients.pop(late))
-        for part in self._parts[done:]:
-            part.forward(state)
-        for term in self._program.terms[terms:]:
-            merge_losses(values, term.losses(state, gradients))
-        for number in reversed(range(back)):
-            part = self._parts[number]
-            if number < done:
-                self._remember(part)
-            if not gradients.keys().isdisjoint(part.out_keys):
-                part.backward(gradients)
-        return values, gradients
+        for part in self._parts[:done]:
+            self._remember(part)
+        return self._program.go_on(state, self._parts, gradients, values, done)
 
     def _is_kept(self) -> bool:
         """Whether anybody holds what was shown of the last minibatch, beside parts and terms for their own backward."""
@@ -186,16 +177,16 @@ class RecordedMinibatch:
     # ------------------------------------------------------------ the first
     def _run_first(self, chunks: State) -> None:
         self._by_kernels(lambda: self._gather(chunks))
-        for number, part in enumerate(self._parts):
-            self._forward(number, part)
-        gradients: Gradients = {}
-        for number, term in enumerate(self._program.terms):
-            self._term(number, term, gradients)
-        for number, part in reversed(list(enumerate(self._parts))):
+        gradients, done = {}, count(1)
+        for part in self._parts:
+            self._forward(part, next(done))
+        for term in self._program.terms:
+            self._term(term, gradients, next(done))
+        for part, now in zip(reversed(self._parts), done, strict=False):
             late = {key: gradients.pop(_Late(key)) for key in part.out_keys if _Late(key) in gradients}
             self._take(late, gradients)
             if not gradients.keys().isdisjoint(part.out_keys):
-                self._backward(number, part, gradients)
+                self._backward(part, gradients, now)
         self._end_step()
         self.gradients = {p: gradient for p, gradient in gradients.items() if isinstance(p, nn.Parameter)}
 
@@ -227,7 +218,7 @@ class RecordedMinibatch:
             row = chunk.numel() // len(chunk) * chunk.element_size()
             library.gather_rows(ctypes.addressof(self._at), self._rows, row, chunk.data_ptr(), entry.data_ptr())
 
-    def _forward(self, number: int, part: Part) -> None:
+    def _forward(self, part: Part, done: int) -> None:
         # A part may write what it reads, or what others have read.
         before, is_known = dict(self._state), part.carries
         is_ours = _is_ours(part)
@@ -251,15 +242,15 @@ class RecordedMinibatch:
             if part.carries != carries:
                 self._program.follow_gradients()
             if not is_as_before or part.carries != carries:
-                return self._go_on(entries, number + 1, {}, {}, 0, len(self._parts))
+                return self._go_on(entries, {}, {}, done)
             for key, entry in made.items():
                 entry.copy_(entries[key])
             return None
 
         self._by_python(again)
 
-    def _term(self, number: int, term: TermPart, gradients: Gradients) -> None:
-        made: list = []
+    def _term(self, term: TermPart, gradients: Gradients, done: int) -> None:
+        made, number = [], len(self._figures)
         if term.brings_kernels() and self._by_kernels(lambda: made.extend(term.by_kernels(self._state))) and made:
             *figures, found = made
             self._figures.append(tuple(figures))
@@ -274,9 +265,9 @@ class RecordedMinibatch:
             self._figures[number:] = [(lambda _: values, {}), *self._figures[number + 1 :]]
             return found
 
-        self._repeat(term, run, run(), gradients, number + 1, len(self._parts))
+        self._repeat(term, run, run(), gradients, done)
 
-    def _backward(self, number: int, part: Part, gradients: Gradients) -> None:
+    def _backward(self, part: Part, gradients: Gradients, done: int) -> None:
         slopes = {key: gradients.pop(key) for key in part.out_keys if key in gradients}
         found = dict(slopes)
         if part not in self._in_python and self._by_kernels(lambda: part.backward(found)):
@@ -293,7 +284,7 @@ class RecordedMinibatch:
             return found
 
         found = run() if part in self._in_python else found
-        self._repeat(part, run, found, gradients, len(self._program.terms), number)
+        self._repeat(part, run, found, gradients, done)
 
     def _take(self, found: Gradients, gradients: Gradients) -> None:
         """Adds to ``gradients`` what kernels have ``found``."""
@@ -304,12 +295,9 @@ class RecordedMinibatch:
 
         _require(self._by_kernels(add))  # else strided ones, which PyTorch has added up
 
-    def _repeat(self, part: Part, run: Callable, found: Gradients, gradients: Gradients, terms: int, back: int) -> None:
-        """Adds to ``gradients`` what ``part`` has ``found`` in Python, and each time what it finds by ``run``.
-
-        Then so many ``terms`` have been run, and all parts from ``back`` on gone back.
-        """
-        before = dict(gradients)
+    def _repeat(self, part: Part, run: Callable, found: Gradients, gradients: Gradients, done: int) -> None:
+        """Adds to ``gradients`` what ``part`` has ``found`` in Python, and each time what it finds by ``run``."""
+        before, terms = dict(gradients), len(self._figures)
         adds: dict[NestedKey | nn.Parameter, Callable] = {}
         for source, gradient in found.items():
             is_own = isinstance(source, nn.Parameter)  # which keeps its own
@@ -326,7 +314,7 @@ class RecordedMinibatch:
             if not self._follow_weights() or found.keys() != adds.keys():
                 own = dict(before)
                 part.add(found, own)
-                return self._go_on(self._state, len(self._parts), own, self._values(terms), terms, back)
+                return self._go_on(self._state, own, self._values(terms), done)
             for source, gradient in found.items():
                 adds[source](gradient)
             return None
