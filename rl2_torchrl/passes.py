@@ -49,8 +49,6 @@ class Passes:
         self._parameters = list(loss.parameters())
         self._device = self._parameters[0].device
         self._graphed = GraphedPass(loss)
-        #: Whether somebody has kept what parts and terms of users were shown, who are shown copies since.
-        self._copies = False
         #: Why a forward beside PPO's terms is not answered by parts, once that has been found out.
         self._unlike: str | None = None
         self.backend, self.reason, _ = self._choose(optimizer)
@@ -126,13 +124,12 @@ class Passes:
         if program is None:
             yield partial(self._by_autograd, step)
             return
-        options = {"passes": passes, "are_kept": isinstance(steps, OptimizerSteps), "copies": self._copies}
+        options = {"passes": passes, "are_kept": isinstance(steps, OptimizerSteps)}
         with closing(Replays(program, self._minibatches.chunks, self._minibatches.rows, **options)) as replayed:
             if self._loss.runs_beside() is None:
                 yield partial(self._by_parts, step, replayed, partial(replayed.passes, steps, max_grad_norm))
             else:
                 yield partial(self._by_autograd, step, self._loss.answers(replayed))
-            self._copies = replayed.copies
 
     def _by_parts(self, step: Callable, replays: Replays, passes: Callable) -> Iterator[Values]:
         order, done = self._minibatches.order(), 0

@@ -128,10 +128,6 @@ class Part:
         self.carries |= any(out.requires_grad for out in self._outputs)
         state.update((key, out.detach()) for key, out in zip(self.out_keys, self._outputs, strict=True))
 
-    def let_go(self) -> None:
-        """Forgets what the last `forward_by_autograd` has kept for a `backward`."""
-        self._leaves, self._outputs = {}, []
-
     def backward(self, gradients: Gradients) -> None:
         """Takes the gradients by ``out_keys`` out of ``gradients``; adds those by ``wanted`` and by its parameters."""
         if self.is_by_hand:

@@ -211,11 +211,6 @@ class TermPart(Part):
         numbers = {name: v.item() for name, v in values.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
         return {**values, **numbers}, found
 
-    def let_go(self) -> None:
-        """As `Part.let_go`, and the values."""
-        super().let_go()
-        self._values = {}
-
     def _by_hand(self, entries: list[torch.Tensor]) -> tuple[Values, Gradients]:
         (values, slopes), found, self._leaves = self.function.with_gradients(*entries), {}, {}
         for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):

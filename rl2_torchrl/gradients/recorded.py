@@ -14,14 +14,13 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.adam import AdamSteps
-from rl2_torchrl.gradients.loans import Loans
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate
 from rl2_torchrl.gradients.program import Program, TermPart, Values, merge_losses
 from rl2_torchrl.kernels.recording import Calls, Recording
 from rl2_torchrl.kernels.threads import one_thread
 from rl2_torchrl.kernels.workspace import Workspace
 
-__all__ = ["ChangedError", "KeptError", "RecordedMinibatch"]
+__all__ = ["ChangedError", "RecordedMinibatch"]
 
 #: Env steps of a minibatch up to which threads would wait for each other longer than they work.
 _FEW_STEPS = 256
@@ -29,10 +28,6 @@ _FEW_STEPS = 256
 
 class ChangedError(Exception):
     """A minibatch cannot be made as the first one was."""
-
-
-class KeptError(Exception):
-    """Somebody keeps memory that the next minibatch would be written to; nothing of that has been done."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +41,22 @@ class RecordedMinibatch:
     """Minibatches of as many chunks as ``own``, the first of which is run here.
 
     A step is what kernels do by themselves, as one call, or what a part or term does in Python. What that gives is copied to where
-    the kernels read it; what it is shown lies where they have written it. Where it is not what was given first, the step goes on
-    with the rest by `_go_on`, and returns what that has made.
+    the kernels read it; what it is shown are copies, which it may keep and write to. Where it is not what was given first, the step
+    goes on with the rest by `_go_on`, and returns what that has made.
 
     Args:
         program: makes losses and gradients.
         parts: those of its parts that are run here.
         chunks: entries ``[num_chunks, T, ...]`` of which minibatches are drawn, and what other parts have made.
         own: the chunks ``[rows]`` of the first minibatch, int64.
-        copies: whether parts and terms in Python are shown copies after the first minibatch too, since they keep what they are
-            shown.
 
     Attributes:
         values: losses and diagnostics of the first.
         gradients: of all minibatches that go as the first one did.
     """
 
-    def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor, *, copies: bool):
+    def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor):
         self._program, self._parts, self._rows = program, parts, len(own)
-        self._loans, self._writes = Loans(are_copies=True), False
         self._recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
         self._norm = self._recording.numbers_for(1)
         self._steps: list[Calls | Callable[[], tuple[Values, Gradients] | None]] = []
@@ -81,8 +73,6 @@ class RecordedMinibatch:
         steps = len(own) * next(iter(chunks.values())).shape[1]
         with one_thread() if steps <= _FEW_STEPS else nullcontext():
             self._run_first(chunks)
-        # To who writes in place: another may have saved the same for its backward, and each had its own so far.
-        self._loans = Loans(are_copies=copies or self._writes)
         self.values = self._values()
 
     def close(self) -> None:
@@ -96,10 +86,7 @@ class RecordedMinibatch:
 
         Raises:
             ChangedError: they are not to be had so.
-            KeptError: what was shown of the last ones has been kept.
         """
-        if self._is_kept():
-            raise KeptError
         self._at.value = own.data_ptr()
         _require(self._follow_weights())
         _require([part.settings() for part in self._parts] == self._settings)
@@ -119,12 +106,6 @@ class RecordedMinibatch:
         for part in self._parts[:done]:
             self._remember(part)
         return self._program.go_on(state, self._parts, gradients, values, done)
-
-    def _is_kept(self) -> bool:
-        """Whether anybody holds what was shown of the last minibatch, beside parts and terms for their own backward."""
-        for part in (*self._in_python, *self._program.terms):
-            part.let_go()
-        return self._loans.are_kept()
 
     def _remember(self, part: Part) -> None:
         for each, attributes in self._kept.get(part, ()):
@@ -278,7 +259,7 @@ class RecordedMinibatch:
         def run() -> Gradients:
             self._remember(part)
             if not part.is_by_hand:  # hooks may hold what they are shown
-                return part.backward_by_autograd({key: self._loans.show(slope) for key, slope in slopes.items()})
+                return part.backward_by_autograd({key: slope.clone() for key, slope in slopes.items()})
             found = dict(slopes)
             part.backward(found)
             return found
@@ -335,12 +316,11 @@ class RecordedMinibatch:
             if part not in self._read:
                 paths = list(map(_path, part.in_keys))
                 self._read[part] = [key for key in state if any(_path(key)[: len(path)] == path for path in paths)]
-            shown = {key: self._loans.show(state[key]) for key in self._read[part]}
+            shown = {key: state[key].clone() for key in self._read[part]}
             entries = {**state, **shown}
         run(entries)
         for key, entry in shown.items():
-            if entry._version and entry.data_ptr() != state[key].data_ptr():
-                self._writes = True
+            if entry._version:
                 state[key].copy_(entry)  # others read what has been written in place
         return entries
 

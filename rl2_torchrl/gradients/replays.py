@@ -17,7 +17,7 @@ from rl2_torchrl.gradients.adam import AdamSteps
 from rl2_torchrl.gradients.part import Gradients, Part, State
 from rl2_torchrl.gradients.policy import LOG_PROB
 from rl2_torchrl.gradients.program import Program, Values
-from rl2_torchrl.gradients.recorded import ChangedError, KeptError, RecordedMinibatch
+from rl2_torchrl.gradients.recorded import ChangedError, RecordedMinibatch
 
 __all__ = ["Replays"]
 
@@ -33,17 +33,11 @@ class Replays:
         rows: chunks of a minibatch; the last one of a pass may have fewer.
         passes: passes over the chunks.
         are_kept: whether somebody may keep a parameter's gradient, which otherwise the next minibatch's is written over.
-        copies: whether users are shown copies, or the kernels' memory.
-
-    Attributes:
-        copies: as given, and True once somebody has kept what was shown.
     """
 
-    def __init__(
-        self, program: Program, chunks: State, rows: int, *, passes: int, are_kept: bool = False, copies: bool = False
-    ):
+    def __init__(self, program: Program, chunks: State, rows: int, *, passes: int, are_kept: bool = False):
         program.loss.require_starts(chunks)
-        self._are_kept, self.copies = are_kept, copies
+        self._are_kept = are_kept
         number = len(next(iter(chunks.values())))
         #: How many minibatches there will be that have as many chunks as the first one; and of the smaller ones.
         self._often, self._seldom = passes * (number // rows), passes
@@ -72,13 +66,8 @@ class Replays:
             if (minibatch := self._sizes.get(size)) is not None:
                 return minibatch(own)
             if self._can_record and size not in self._sizes and self._is_worth_it():
-                given = (self.program, self.parts, self.chunks, own)
-                minibatch = self._sizes[size] = RecordedMinibatch(*given, copies=self.copies)
+                minibatch = self._sizes[size] = RecordedMinibatch(self.program, self.parts, self.chunks, own)
                 return minibatch.values, minibatch.gradients
-        except KeptError:
-            self.copies = True
-            self._sizes.pop(size).close()
-            return self.run(own)
         except ChangedError:
             self._forget(size)
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
