@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,16 @@ from torchrl.envs import EnvBase
 
 from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv
 from rl2_torchrl.envs.layers import made_of
-from rl2_torchrl.tasks import TaskSampler
+from rl2_torchrl.seeding import random_numbers_put_back
+from rl2_torchrl.tasks import TaskDistribution, TaskSampler
 from rl2_torchrl.trial import base_of, rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
-__all__ = ["devices_of", "differences", "is_network", "moved", "named", "networks_of", "parts_of", "settings_of"]
+__all__ = [
+    *("devices_of", "differences", "is_network", "moved", "named", "networks_of", "parts_of", "settings_of"),
+    "tasks_of",
+]
 
 Settings = dict[str, Any]
 
@@ -29,9 +33,9 @@ Settings = dict[str, Any]
 _INNER = {"training", "is_closed", "backend", "reason", "foreach", "fused", "capturable", "differentiable", "params"}
 _INNER |= {"given_options", "given_coefficients"}
 _NOT_PLAIN = object()
-#: What earlier versions said nothing of: the rows of an env, and modules within loss terms.
-_NOT_SAID_ONCE = ("env.rows.", ".modules.")
-_FEW = 64  # numbers of a buffer, or of what a function reads, that are compared
+#: What earlier versions said nothing of: the rows of an env, modules within loss terms, and tasks that are drawn.
+_NOT_SAID_ONCE = ("env.rows.", ".modules.", ".drawn_tasks")
+_FEW = 64  # numbers of a buffer that is compared
 _NETWORKS = ("actor_network", "critic_network")
 
 
@@ -39,14 +43,42 @@ def settings_of(collector: BaseCollector, update: Any) -> Settings:
     """Settings of env, tasks, collector, update, loss, networks, and PyTorch's seed, as plain values by dotted name.
 
     Of a part, also of one of yours: its class, and its public attributes that are numbers, texts, functions, or lists of these.
-    Of a function: its name, and the like that it closes over, or takes by default. Of `TrialWorkers` the first one's env is asked.
-    Of envs in other processes else nothing is known, nor of an ``update`` that is no `PPOUpdate`.
+    Of `TrialWorkers` the first one's env is asked. Of envs in other processes else nothing is known, nor of an ``update`` that
+    is no `PPOUpdate`.
     """
     settings = {"torch.seed": torch.initial_seed(), **_env_of(collector)}
     settings |= {"collector.class": _name(collector)}
     if hasattr(collector, "requested_frames_per_batch"):
         settings["collector.frames_per_batch"] = collector.requested_frames_per_batch
     return settings | (_update(update) if isinstance(update, PPOUpdate) else {"update.class": _name(update)})
+
+
+def tasks_of(collector: BaseCollector) -> Settings:
+    """What the task distributions draw from one seed, since what decides it may have no name, as where functions close over it."""
+    return collector.of_env(_tasks) if isinstance(collector, TrialWorkers) else _tasks(getattr(collector, "env", None))
+
+
+def _tasks(env: EnvBase | None) -> Settings:
+    samplers = named("env", transforms_of(env)) if env is not None else {}
+    samplers = {name: each for name, each in samplers.items() if isinstance(each, TaskSampler)}
+    tasks = {
+        f"{name}.drawn_tasks": _drawn(each.distribution, base_of(env).batch_size) for name, each in samplers.items()
+    }
+    return {name: numbers for name, numbers in tasks.items() if numbers is not None}
+
+
+def _drawn(distribution: TaskDistribution, batch_size: torch.Size) -> list[float] | None:
+    """The first numbers of tasks that copies draw, all alike, from one seed; None where that is not to be had."""
+    try:
+        copies = deepcopy(distribution), deepcopy(distribution)
+    except (TypeError, ValueError, RuntimeError):  # of a state that cannot be copied
+        return None
+    with random_numbers_put_back():
+        tasks = [copy(batch_size, torch.Generator().manual_seed(0)) for copy in copies]
+    leaves = [[task] if isinstance(task, torch.Tensor) else list(task.values(True, True)) for task in tasks]
+    one, again = (torch.cat([leaf.flatten()[:_FEW].double().cpu() for leaf in each]) for each in leaves)
+    # Of so many digits as another processor gives, too.
+    return [float(f"{number:.4g}") for number in one.tolist()] if torch.equal(one, again) else None
 
 
 def devices_of(collector: BaseCollector, update: Any) -> dict[str, str]:
@@ -74,22 +106,21 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
     differing = [
         name for name, (old, new) in words.items() if old != new and not _is_named_alike(then.get(name), now.get(name))
     ]
+    # Tasks are what env and distribution make of them, of which it is said by name.
+    if any(name.startswith("env.") and not name.endswith(".drawn_tasks") for name in differing):
+        differing = [name for name in differing if not name.endswith(".drawn_tasks")]
     return {name: "{}: {} then, {} now".format(name, *words[name]) for name in differing}
 
 
 def _is_named_alike(then: Any, now: Any) -> bool:
-    """Whether both are functions of one name, of which earlier versions did not say what they read.
-
-    Before that they said them with their modules: ``train.tasks`` was ``tasks()``.
-    """
+    """Whether both are functions of one name, which earlier versions said with their modules: ``train.tasks`` was ``tasks()``."""
     if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
         return all(
             json.dumps(old) == json.dumps(new) or _is_named_alike(old, new) for old, new in zip(then, now, strict=True)
         )
-    if isinstance(now, dict) and len(now) == 1:
-        [now] = now
-    is_function = isinstance(then, str) and isinstance(now, str) and now.endswith("()")
-    return is_function and (then == now or f"{then}()".endswith(f".{now}"))
+    if isinstance(then, dict) and len(then) == 1:
+        [then] = then  # with what it reads, as one version said it
+    return isinstance(then, str) and isinstance(now, str) and (then == now or f"{then}()".endswith(f".{now}"))
 
 
 def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
@@ -202,58 +233,27 @@ def _part(prefix: str, part: Any) -> Settings:
     return {f"{prefix}.class": _name(part), **settings}
 
 
-def _plain(value: Any, within: tuple = ()) -> Any:
-    """``value`` as JSON has it, a function by its name, with what it reads; else `_NOT_PLAIN`.
-
-    Of functions that it is ``within``, as where they call themselves, the name is enough.
-    """
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it, a function by its name; else `_NOT_PLAIN`."""
     if isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0:
         value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        items = [_plain(item, within) for item in value]
+        items = [_plain(item) for item in value]
         return _NOT_PLAIN if _NOT_PLAIN in items else items
     if isinstance(value, dict):
-        items = {str(name): _plain(item, within) for name, item in value.items()}
+        items = {str(name): _plain(item) for name, item in value.items()}
         return {name: item for name, item in items.items() if item is not _NOT_PLAIN}
     if isinstance(value, partial):
-        given = [_plain(item, within) for item in (*value.args, *value.keywords.values())]
-        of = _plain(value.func, within)
+        given = [_plain(item) for item in (*value.args, *value.keywords.values())]
+        of = _plain(value.func)
         return [_name(value.func) if of is _NOT_PLAIN else of, *(item for item in given if item is not _NOT_PLAIN)]
     # Without its module, as classes: a program has another name than where it is imported, or spawned.
     is_function = callable(value) and not isinstance(value, nn.Module) and hasattr(value, "__qualname__")
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}".replace("__mp_main__", "__main__")
-    if not is_function:
-        return _NOT_PLAIN
-    name, read = f"{value.__qualname__}()", {} if value in within else _read_by(value, (*within, value))
-    return {name: read} if read else name
-
-
-def _read_by(function: Any, within: tuple) -> Settings:
-    """The plain values that ``function`` closes over, or takes where it is given none, by name; what is large is data."""
-    while getattr(function, "__globals__", {}).get("__name__", "").startswith("torch."):  # such as torch.no_grad's
-        function = getattr(function, "__wrapped__", None)
-    if (code := getattr(function, "__code__", None)) is None:
-        return {}
-    arguments, defaults = code.co_varnames[: code.co_argcount], function.__defaults__ or ()
-    read = dict(zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True))
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    # Nothing is in a cell that is still empty.
-    read |= {name: each for name, cell in cells for each in gc.get_referents(cell)}
-    read |= function.__kwdefaults__ or {}
-    plain = {name: _plain(_listed(each), within) for name, each in sorted(read.items()) if not isinstance(each, type)}
-    return {name: each for name, each in plain.items() if each is not _NOT_PLAIN}
-
-
-def _listed(value: Any) -> Any:
-    """``value``, a small tensor or array as a list; `_NOT_PLAIN` where it holds more than a few."""
-    if isinstance(value, (list, tuple, dict)):
-        return value if len(value) <= _FEW else _NOT_PLAIN
-    if isinstance(value, np.ndarray) or (isinstance(value, torch.Tensor) and value.layout is torch.strided):
-        return value.tolist() if not getattr(value, "is_nested", False) and np.prod(value.shape) <= _FEW else _NOT_PLAIN
-    return value
+    return f"{value.__qualname__}()" if is_function else _NOT_PLAIN
 
 
 def _name(part: Any) -> str:
