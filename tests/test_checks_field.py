@@ -7,7 +7,19 @@ import gymnasium
 import pytest
 import torch
 from gymnasium.wrappers import NormalizeReward, TimeLimit
-from pipelines import ARMS, ROWS, TRIAL, bandit_env, broken_rule, first_batch, mdp_env, networks, pipeline
+from pipelines import (
+    ACTIONS,
+    ARMS,
+    ROWS,
+    STATES,
+    TRIAL,
+    bandit_env,
+    broken_rule,
+    first_batch,
+    mdp_env,
+    networks,
+    pipeline,
+)
 from torchrl.collectors import Collector
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, InitTracker, SerialEnv, Transform, TransformedEnv, VecNormV2
@@ -32,7 +44,7 @@ from rl2_torchrl import (
 from rl2_torchrl.checks import TrainingCheckError, TrainingReport, check_training, inputs
 from rl2_torchrl.checks.evidence import Evidence
 from rl2_torchrl.env_check.shown import shown
-from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, random_mdps, uniform_means
 from rl2_torchrl.seeding import derived_seed
 
 
@@ -160,13 +172,41 @@ def test_advantages_that_run_into_the_next_task(options):
     assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
 
 
+def less_its_mean(made_of):
+    """REINFORCE with ``made_of(reward)`` less its mean over rows."""
+
+    def advantage(batch):
+        made = made_of(batch["next", "reward"])
+        return TrialAdvantage()(batch).set("advantage", made - made.mean())
+
+    return advantage
+
+
+@pytest.mark.parametrize("trials", [2, 3])
+@pytest.mark.parametrize(
+    "made_of",
+    [
+        lambda reward: reward.sum(1, keepdim=True).expand_as(reward).clone(),
+        lambda reward: reward.flip(1).cumsum(1).flip(1),
+    ],
+)
+def test_returns_of_a_whole_row_run_into_other_trials(made_of, trials):
+    collector, update = pipeline(mdp_env(), steps=trials * TRIAL, advantage=less_its_mean(made_of))
+    assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
+
+
 class EndToEnd(TrialAdvantage):
-    """Takes all rows for one, where each begins as the one before it ends."""
+    """Takes all rows for one, where each begins as the one before it ends; ``stops`` where a trial is done."""
+
+    def __init__(self, stops=False, **options):
+        super().__init__(**options)
+        self.stops = stops
 
     def forward(self, tensordict):
         one = tensordict.reshape(1, -1)
-        never = torch.zeros_like(one["next", "done"])
-        out = super().forward(one.copy().update({"next": {"done": never, "terminated": never}}))
+        done = one["next", "done"] & self.stops
+        done[:, -1] = True
+        out = super().forward(one.copy().update({"next": {"done": done, "terminated": done}}))
         made = out.select("advantage", "value_target").reshape(tensordict.shape)
         return tensordict.update(made)
 
@@ -202,10 +242,24 @@ def of_baseline(baseline):
     return advantage
 
 
+def by_step(to_go):
+    """The mean of all trials at a step of theirs."""
+    return to_go.reshape(-1, TRIAL).mean(0).repeat(to_go.shape[1] // TRIAL).view(-1, 1)
+
+
+def linear(to_go):
+    """Of time alone, as rllab's LinearFeatureBaseline."""
+    time = torch.arange(to_go.shape[1]) % TRIAL / TRIAL
+    features = torch.stack([torch.ones_like(time), time, time**2], -1).repeat(len(to_go), 1)
+    return (features @ torch.linalg.lstsq(features, to_go.reshape(-1, 1)).solution).view_as(to_go)
+
+
 @pytest.mark.parametrize("steps", [TRIAL, 2 * TRIAL])
 @pytest.mark.parametrize(
     "baseline",
     [
+        by_step,
+        linear,
         lambda to_go: to_go.mean(0),
         lambda to_go: to_go.view(ROWS // 4, 4, -1, 1).mean(1, keepdim=True).expand(-1, 4, -1, -1).reshape(to_go.shape),
     ],
@@ -302,16 +356,71 @@ def test_advantages_of_other_kinds_run_the_right_way(advantage):
 
 
 class Clipped(TrialAdvantage):
-    """What the noise of the check has raised stands at the bound already."""
+    """At 0.5: what the noise of the check has raised stands at the bound already."""
+
+    def __init__(self, cut=lambda advantage: advantage.clamp(-0.5, 0.5), **options):
+        super().__init__(**options)
+        self.cut = cut
 
     def forward(self, tensordict):
         tensordict = super().forward(tensordict)
-        return tensordict.set("advantage", tensordict["advantage"].clamp(-0.5, 0.5))
+        return tensordict.set("advantage", self.cut(tensordict["advantage"]))
 
 
 def test_advantages_at_their_bounds_are_no_fault():
     collector, update = pipeline(bandit_env(), steps=10, advantage=Clipped(normalize=False))
     assert "advantages_in_time" in check_training(collector, update, first_batch(collector)).checked
+
+
+@pytest.mark.parametrize("steps", [5, 10])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda advantage: advantage.clamp(-2, 2),
+        lambda advantage: advantage.clamp(-advantage.abs().max() + 1e-3, advantage.abs().max() - 1e-3),  # one alone
+        lambda advantage: advantage.clamp(advantage.quantile(0.05), advantage.quantile(0.95)),
+        lambda advantage: advantage.clamp_min(0.0),
+        lambda advantage: (advantage - advantage.mean(1, keepdim=True)) / advantage.std(1, keepdim=True),  # by row
+    ],
+)
+def test_normalised_advantages_that_are_cut_or_normalised_by_row_are_no_fault(cut, steps):
+    collector, update = pipeline(bandit_env(), steps=steps, advantage=Clipped(cut))
+    assert "advantages_apart" in check_training(collector, update, first_batch(collector)).checked
+
+
+class Counted(TrialAdvantage):
+    """How many steps it was asked for, in each copy."""
+
+    steps = 0
+
+    def forward(self, tensordict):
+        Counted.steps += tensordict.numel()
+        return super().forward(tensordict)
+
+
+def test_advantages_are_checked_on_a_few_rows():
+    collector, update = pipeline(mdp_env(rows=256), advantage=Counted())
+    batch, before = first_batch(collector), Counted.steps
+    report = check_training(collector, update, batch)
+    assert {"advantages_apart", "advantages_in_time", "gradients"} <= set(report.checked)
+    assert 0 < Counted.steps - before <= batch.numel() / 4
+
+
+def test_groups_by_task_are_checked_on_the_whole_batch():
+    """A few rows are each a group of their own, whose advantages are 0."""
+
+    def advantage(batch):
+        batch = TrialAdvantage(normalize=False)(batch)
+        total, groups = batch["value_target"], batch["task"].flatten(2)[:, 0].unique(dim=0, return_inverse=True)[1]
+        mean = torch.stack([total[groups == group].mean(0) for group in range(groups.max() + 1)])
+        return batch.set("advantage", total - mean[groups])
+
+    def tasks(size, generator):
+        return random_mdps(STATES, ACTIONS)(torch.Size([size.numel() // 8]), generator).repeat_interleave(8, 0)
+
+    collector, update = pipeline(mdp_env(tasks=tasks, rows=64), steps=TRIAL, advantage=advantage)
+    report = check_training(collector, update, first_batch(collector))
+    assert {"advantages_apart", "advantages_in_time"} <= set(report.checked)
 
 
 def test_an_advantage_that_knows_better_than_rewards_is_not_checked():

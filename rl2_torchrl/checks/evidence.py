@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -133,7 +134,7 @@ class Evidence:
         return copied((self.loss, find()), "loss")
 
     def advantage(self, rows: TensorDictBase) -> TensorDictBase:
-        """``rows``, all of the batch's, with what a copy of the update's advantage makes of them, as it stands now."""
+        """``rows``, some or all of the batch's, with what a copy of the update's advantage makes of them, as it stands now."""
         if getattr(self.update, "advantage", None) is None:
             raise NotChecked("the update has no advantage")
         both = self.update.advantage, getattr(self.update, "stand_in", None)
@@ -141,19 +142,30 @@ class Evidence:
         advantage = advantage.eval() if isinstance(advantage, nn.Module) else advantage
         # Most of a batch is memory, which is not copied: an advantage may read it, and has no reason to write into it.
         memory = rows.select(*self.probe.memory, strict=False)
-        given = rows.exclude(*self.probe.memory).clone().update(memory).reshape(self.shape)
+        given = rows.exclude(*self.probe.memory).clone().update(memory)
+        shape = self.shape if len(rows) == len(self.batch) else (*[1] * (len(self.shape) - 2), *rows.shape)
         try:
-            return advantages_of(advantage, stand_in, given).reshape(rows.shape)
+            return advantages_of(advantage, stand_in, given.reshape(shape)).reshape(rows.shape)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise NotChecked(f"the advantage raised {type(error).__name__}: {error}") from error
 
     @cached_property
     def learnt_from(self) -> TensorDictBase:
-        """`whole`, with advantages and returns."""
+        """`few`, with advantages and returns."""
+        with suppress(NotChecked):
+            learnt_from = self.advantage(self.sample)
+            made = learnt_from.get(self.loss.tensor_keys.advantage, None)
+            if made is not None and made.max() > made.min():
+                return learnt_from
         learnt_from, key = self.advantage(self.whole), self.loss.tensor_keys.advantage
         if learnt_from.get(key, None) is None:
             raise NotChecked(f"the advantage writes no {key!r}")
         return learnt_from
+
+    @property
+    def few(self) -> TensorDictBase:
+        """`sample`, or `whole` where the advantage makes nothing of a part of a batch, as where each row is a group of its own."""
+        return self.sample if len(self.learnt_from) == len(self.sample) else self.whole
 
     @cached_property
     def whole(self) -> TensorDictBase:

@@ -17,39 +17,44 @@ __all__ = ["RULES"]
 
 
 def advantages_apart(seen: Evidence) -> str | None:
-    """Other rewards and values in one trial leave advantages and returns of all others as they are.
+    """Other rewards and values in one trial leave advantages and returns of all others as they are, looked for in a few rows first.
 
-    But those of other rows may follow where rows share a baseline, such as a mean over those that play one task. It lowers their
-    advantages where rewards rise, and moves several rows; what runs from row to row raises them, and values reach one row.
+    Where these change the whole batch has the last word: there they may follow where trials share a baseline, such as a mean over
+    those that play one task. It moves others against the trial whose rewards rise, and values move several rows; what runs from
+    trial to trial moves them as their own rewards do, and values reach one row.
     """
-    rows, keys, mine = seen.whole, seen.probe.loss.tensor_keys, _one_trial(seen)
-    generator, entries = torch.Generator().manual_seed(0), [("next", "reward"), keys.value]
+    keys, generator = seen.probe.loss.tensor_keys, torch.Generator().manual_seed(0)
+    entries = [key for key in (("next", "reward"), keys.value) if seen.has(key)]
     made = [key for key in (keys.advantage, keys.value_target) if seen.learnt_from.get(key, None) is not None]
-    in_row, elsewhere = mine.any(1, keepdim=True) & ~mine, ~mine.any(1, keepdim=True).expand_as(mine)
 
-    def advantages_with(noise: Callable[[torch.Tensor], torch.Tensor], entries: Sequence[NestedKey]) -> TensorDictBase:
-        changed = rows.copy()
-        for key in [key for key in entries if seen.has(key)]:
-            entry = rows.get(key)
-            changed.set(key, entry + _scale(seen) * noise(entry) * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
-        return seen.advantage(changed)
+    def noise(entry: torch.Tensor) -> torch.Tensor:
+        return torch.randn(entry.shape, generator=generator).to(entry)
 
-    after = advantages_with(lambda entry: torch.randn(entry.shape, generator=generator).to(entry), entries)
-    raised = {key: advantages_with(torch.ones_like, [key]) for key in entries if seen.has(key)}
-    for key in made:
-        before = seen.learnt_from.get(key)
-        # Where all are normalised together, what nothing was done to is moved and scaled, by the same for all.
-        is_broken = bool(in_row.any()) and not _is_affine(before[in_row], after.get(key)[in_row])
-        for entry, each in raised.items() if elsewhere.any() else ():
-            moved = _off_line(before[elsewhere], each.get(key)[elsewhere]).reshape(-1, mine.shape[1])
-            is_broken |= moved.sum() > 0 and (entry != keys.value or moved.any(1).sum() == 1)
-        if is_broken:
-            return f"{key!r} changes where only rewards and values of another trial were changed"
+    # Where all are normalised together, what nothing was done to is moved and scaled, by the same for all.
+    pairs = ((mine, _advantages_with(noise, entries, seen, seen.few, mine)) for mine in _trials(seen, seen.few))
+    if all(_is_affine(seen.learnt_from[key][~mine], after[key][~mine]) for mine, after in pairs for key in made):
+        return None
+    before = seen.advantage(seen.whole)
+    for mine in _trials(seen, seen.whole):
+        shared = set()  # what rewards that rise lower elsewhere
+        for entry in entries:
+            after = _advantages_with(torch.ones_like, [entry], seen, seen.whole, mine)
+            for key in made:
+                off = _off_line(before[key], after[key], mine, follows=entry != keys.value)
+                in_row, elsewhere = off[mine.any(1)], off[~mine.any(1)]
+                in_one = off.any(1).sum() == 1 and key not in shared
+                if (in_row.sum() > 0 or elsewhere.sum() > 0) and (entry != keys.value or in_one):
+                    return f"{key!r} changes where only rewards and values of another trial were changed"
+                shared |= {key} if off.sum() < 0 else set()
 
 
 def advantages_in_time(seen: Evidence) -> str | None:
     """A reward that is raised raises the advantage of its step, and of none behind it unless of those before it, too."""
-    rows, key, mine = seen.whole, seen.probe.loss.tensor_keys.advantage, _one_trial(seen)
+    return _out_of_time(seen, seen.few) and _out_of_time(seen, seen.whole)
+
+
+def _out_of_time(seen: Evidence, rows: TensorDictBase) -> str | None:
+    key, mine = seen.probe.loss.tensor_keys.advantage, _trials(seen, rows)[0]
     row, steps = mine.any(1).nonzero().item(), mine.any(0).nonzero().flatten()
     if len(steps) < 3:
         raise NotChecked("a trial of the batch has less than three steps")
@@ -91,18 +96,37 @@ def _scale(seen: Evidence) -> float:
     return sum(seen.sample.get(key).square().mean().sqrt().item() for key in entries) or 1.0
 
 
-def _one_trial(seen: Evidence) -> torch.Tensor:
-    """The steps of one trial of the batch, bool ``[R, T]``: if possible one that begins within a row."""
-    starts, done = (seen.flag(key) for key in ("is_init", ("next", "done")))
-    begins = torch.nn.functional.pad(starts[:, 1:], (1, 0)).nonzero()
-    row, first = begins[0].tolist() if len(begins) else (min(1, len(starts) - 1), 0)  # there is a row before it
-    ends = done[row, first:].nonzero()
-    last = first + ends[0].item() if len(ends) else done.shape[1] - 1
-    mine = torch.zeros_like(done)
-    mine[row, first : last + 1] = True
-    if mine.all():
+def _trials(seen: Evidence, rows: TensorDictBase) -> list[torch.Tensor]:
+    """The steps of trials of ``rows``, each bool ``[R, T]``: one that begins within a row, or the first of row 1."""
+    seen.need(("next", "done"))
+    starts, done = (rows.get(key).reshape(rows.shape) for key in ("is_init", ("next", "done")))
+    begins = torch.nn.functional.pad(starts[:, 1:], (1, 0)).nonzero()[:1].tolist()
+    if not begins:
+        begins.append([min(1, len(rows) - 1), 0])  # there is a row before it
+    trials = []
+    for row, first in begins:
+        ends = done[row, first:].nonzero()
+        last = first + ends[0].item() if len(ends) else done.shape[1] - 1
+        trials.append(torch.zeros_like(done))
+        trials[-1][row, first : last + 1] = True
+    if trials[0].all():
         raise NotChecked("the batch is a single trial")
-    return mine
+    return trials
+
+
+def _advantages_with(
+    noise: Callable[[torch.Tensor], torch.Tensor],
+    entries: Sequence[NestedKey],
+    seen: Evidence,
+    rows: TensorDictBase,
+    mine: torch.Tensor,
+) -> TensorDictBase:
+    """The advantages of ``rows`` where ``noise`` is added to ``entries`` in the trial ``mine``."""
+    changed = rows.copy()
+    for key in entries:
+        entry = rows.get(key)
+        changed.set(key, entry + _scale(seen) * noise(entry) * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
+    return seen.advantage(changed)
 
 
 def _is_affine(before: torch.Tensor, after: torch.Tensor) -> bool:
@@ -114,18 +138,34 @@ def _is_affine(before: torch.Tensor, after: torch.Tensor) -> bool:
     return bool((y - slope * x).abs().max() <= 1e-3 * spread + max(1e-6, 2 * precision) * size)
 
 
-def _off_line(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """By how much ``after`` is off the line ``a * before + b`` on which most of it lies, 0 to rounding, or without such a line."""
-    x, y = (entry.double().flatten() for entry in (before, after))
-    order, half = x.argsort(), len(x) // 2
-    low, high = order[:half], order[len(x) - half :]
-    slopes = (y[high] - y[low]) / (x[high] - x[low])  # medians, which what is off the line does not move
-    slope = slopes.nanmedian().nan_to_num(1.0)
-    off = y - slope * x
-    off = off - off.median()
-    precision = max(torch.finfo(entry.dtype).eps for entry in (before, after))
-    is_off = off.abs() > 1e-3 * off.abs().max() + max(1e-6, 4 * precision) * max(x.abs().max(), y.abs().max())
-    return off.where(is_off, 0.0) if is_off.double().mean() < 0.5 else torch.zeros_like(off)
+def _off_line(before: torch.Tensor, after: torch.Tensor, mine: torch.Tensor, follows: bool) -> torch.Tensor:
+    """By how much ``after`` is off the line ``a * before + b`` on which other rows lie, 0 to rounding, in ``mine``, where a bound
+    moves it, and without such a line. Of two lines it is the upper one. ``follows``: more is where ``mine`` goes.
+    """
+    x, y = (entry.double().reshape(mine.shape) for entry in (before, after))
+    x, y = (-x, -y) if follows and y[mine].sum() < x[mine].sum() else (x, y)
+    others = ~mine.any(1, keepdim=True).expand_as(mine) if len(mine) > 1 else ~mine
+    size = max(x.abs().max(), y.abs().max())
+    rounding = size * max(1e-5, *(4 * torch.finfo(entry.dtype).eps for entry in (before, after)))
+    # Lines through pairs of points, on which each counts once: many may stand at a bound, beyond which all is cut off.
+    drawn = torch.randperm(int(others.sum()), generator=torch.Generator().manual_seed(0))[:4096].to(x.device)
+    p, q = torch.stack([x[others][drawn], y[others][drawn]]).unique(dim=1)
+    low = torch.linspace(0, len(p) - len(p) // 2 - 1, 64).long().to(p.device)
+    high = low + len(p) // 2
+    slope = torch.where(p[high] > p[low], (q[high] - q[low]) / (p[high] - p[low]), 1.0)
+    offset = q[low] - slope * p[low]
+    on_line = ((q - slope[:, None] * p - offset[:, None]).abs() <= rounding).sum(1)
+    holds = on_line >= max(0.4 * len(p), min(len(p), 3))
+    if not holds.any():
+        return torch.zeros_like(x)
+    best = torch.where(holds, slope * p.mean() + offset, -torch.inf).argmax()
+    off = y - slope[best] * x - offset[best]
+    # What is raised is so in itself, too; what stands at a bound is not moved where others are.
+    top = x[~mine].max()
+    at_bound = ((x == top) & (y <= max(top, y[others].max()))) | (y == y[~mine].min())
+    largest = off.abs().max()
+    is_raised = (off > 0.05 * largest + rounding) & (y > x) & ~at_bound
+    return off.where((is_raised | (off < -1e-3 * largest - rounding)) & ~mine, 0.0)
 
 
 def gradients(seen: Evidence) -> str | None:
