@@ -218,6 +218,13 @@ def test_advantages_that_run_into_the_row_before(options, steps):
     assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
 
 
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"gamma": 1.0}])
+@pytest.mark.parametrize("steps", [TRIAL - 2, TRIAL + 4])
+def test_advantages_that_run_on_where_a_row_cuts_a_trial(options, steps):
+    collector, update = pipeline(mdp_env(), steps=steps, advantage=EndToEnd(stops=True, **options), bptt=steps)
+    assert broken_rule(collector, update, first_batch(collector)) == "advantages_apart"
+
+
 def less_their_groups_mean(batch):
     """GAE less its mean over four rows: what a group's critic says is in all of their baselines."""
     batch = TrialAdvantage(normalize=False)(batch)

@@ -97,11 +97,11 @@ def _scale(seen: Evidence) -> float:
 
 
 def _trials(seen: Evidence, rows: TensorDictBase) -> list[torch.Tensor]:
-    """The steps of trials of ``rows``, each bool ``[R, T]``: one that begins within a row, or the first of row 1."""
+    """The steps of one or two trials of ``rows``, each bool ``[R, T]``: one that begins within a row, and the first of row 1."""
     seen.need(("next", "done"))
     starts, done = (rows.get(key).reshape(rows.shape) for key in ("is_init", ("next", "done")))
     begins = torch.nn.functional.pad(starts[:, 1:], (1, 0)).nonzero()[:1].tolist()
-    if not begins:
+    if len(rows) > 1 or not begins:
         begins.append([min(1, len(rows) - 1), 0])  # there is a row before it
     trials = []
     for row, first in begins:
