@@ -314,9 +314,20 @@ class OneStepEarly(TrialAdvantage):
         return tensordict.set("advantage", torch.where(tensordict["next", "done"], own, own.roll(-1, 1)))
 
 
+class CostsOfTrials(TrialAdvantage):
+    """Of a trial's whole return, less its mean over four rows; of the wrong sign."""
+
+    def forward(self, tensordict):
+        tensordict = super().forward(tensordict)
+        total = tensordict["value_target"].unflatten(1, (-1, TRIAL))[:, :, :1].unflatten(0, (-1, 4))
+        costs = (total.mean(1, keepdim=True) - total).expand(-1, -1, -1, TRIAL, -1)
+        return tensordict.set("advantage", costs.reshape(*tensordict.shape, 1).clone())
+
+
 @pytest.mark.parametrize(
     ("kind", "seen"),
     [
+        (CostsOfTrials, "lowers the advantage of its step"),
         (RewardSoFar, "moves the advantages of later steps, and none of steps before it"),
         (OfCosts, "lowers the advantage of its step"),
         (OneStepEarly, "does not move the advantage of its step"),

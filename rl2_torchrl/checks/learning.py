@@ -76,7 +76,8 @@ def _out_of_time(seen: Evidence, rows: TensorDictBase) -> str | None:
         raise NotChecked("the advantage does not depend on the reward of a step in the middle of a trial")
     if after.any() and not before.any():
         return "a reward that is raised moves the advantages of later steps, and none of steps before it"
-    if own <= 0 and not after.any():  # where trials are normalised one by one, all move
+    # Where trials are normalised one by one all move, some up and some down.
+    if not after.any() and own <= 0 or own < 0 and not (moved > 0).any():
         return f"a reward that is raised {'lowers' if own < 0 else 'does not move'} the advantage of its step"
 
 
