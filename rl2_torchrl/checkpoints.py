@@ -393,11 +393,16 @@ def _require_writable(folder: Path) -> None:
         ) from error
 
 
-def _left_by(changed: Collection[str], update: PPOUpdate, state: Mapping[str, Any]) -> dict[str, Any]:
-    """An update's ``state``, but for what settings that have ``changed`` have no place for: that begins anew."""
-    state = dict(state)
-    options = [set(each["param_groups"][0]) for each in (update.optimizer.state_dict(), state["optimizer"])]
-    if "update.optimizer" in changed and options[0] != options[1]:  # AdamW goes on with Adam's averages
+def _left_by(changed: Collection[str], update: PPOUpdate, state: Any) -> Any:
+    """An update's ``state``, but for what settings that have ``changed`` have no place for: that begins anew.
+
+    A class of yours may have a state of another kind, which is its own to load.
+    """
+    if not isinstance(state, Mapping):
+        return state
+    state, is_other = dict(state), "update.optimizer" in changed and "optimizer" in state
+    if is_other and set(update.optimizer.state_dict()["param_groups"][0]) != set(state["optimizer"]["param_groups"][0]):
+        # AdamW goes on with Adam's averages.
         log.warning("the optimizer begins anew: what it had come to is of another kind of optimizer, and is left.")
         state |= {"optimizer": update.optimizer.state_dict(), "given_options": update.given_options}
     is_other = any(name.startswith("advantage.") for name in changed)

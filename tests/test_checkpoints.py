@@ -464,6 +464,27 @@ def test_another_kind_of_optimizer_begins_anew(tmp_path, caplog):
     assert "anew" not in caplog.text
 
 
+class Wrapped(PPOUpdate):
+    def state_dict(self):
+        return self.wrap(super().state_dict())
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state[0])
+
+
+@pytest.mark.parametrize("wrap", [lambda state: {0: state, "of": "mine"}, lambda state: [state]])
+def test_an_update_of_ones_own_has_a_state_of_another_kind(wrap, tmp_path):
+    def run(updates, **options):
+        one = Run(updates, **options)
+        one.update.__class__ = type("Mine", (Wrapped,), {"wrap": staticmethod(wrap)})
+        return one
+
+    run(1).train(checkpoints=tmp_path, check=False)
+    resumed = run(2, lr=0.5)
+    resumed.train(checkpoints=tmp_path, check=False, resume=True, resume_changes=["update.lr"])
+    assert resumed.update.optimizer.param_groups[0]["lr"] == 0.5
+
+
 class Doubles(Counter):
     """Another class, which counts as well."""
 
