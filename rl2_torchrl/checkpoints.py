@@ -400,10 +400,13 @@ def _left_by(changed: Collection[str], update: PPOUpdate, state: Any) -> Any:
     """
     if not isinstance(state, Mapping):
         return state
-    state, is_other = dict(state), "update.optimizer" in changed and "optimizer" in state
-    if is_other and set(update.optimizer.state_dict()["param_groups"][0]) != set(state["optimizer"]["param_groups"][0]):
-        # AdamW goes on with Adam's averages.
-        log.warning("the optimizer begins anew: what it had come to is of another kind of optimizer, and is left.")
+    state = dict(state)
+    is_other = any(name == "update.optimizer" or name.startswith("update.group") for name in changed)
+    if is_other and "optimizer" in state and _kind(update.optimizer.state_dict()) != _kind(state["optimizer"]):
+        log.warning(
+            "the optimizer begins anew: what it had come to is of another kind of optimizer, or of other groups of parameters, "
+            "and is left."
+        )
         state |= {"optimizer": update.optimizer.state_dict(), "given_options": update.given_options}
     is_other = any(name.startswith("advantage.") for name in changed)
     if is_other and "advantage" in state and isinstance(update.advantage, nn.Module):
@@ -412,6 +415,12 @@ def _left_by(changed: Collection[str], update: PPOUpdate, state: Any) -> Any:
             log.warning("%s of the advantage are left: as it is set now it has none.", left)
         state["advantage"] = {**now, **{name: each for name, each in then.items() if name in now}}
     return state
+
+
+def _kind(optimizer: Mapping[str, Any]) -> list:
+    """Options, and numbers of parameters, of an optimizer's groups: AdamW goes on with Adam's averages."""
+    groups = optimizer["param_groups"]
+    return [set(groups[0]), [len(group["params"]) for group in groups]]
 
 
 class _States:

@@ -449,6 +449,26 @@ def test_adamw_goes_on_with_adams_averages(caplog):
     assert "anew" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_an_optimizer_of_other_groups_begins_anew(kind, tmp_path, caplog):
+    def grouped(updates):
+        one, groups = Run(updates), [[], []]
+        for each in one.update.loss.parameters():
+            groups[each.ndim > 1].append(each)  # no decay of biases
+        one.update.optimizer = kind([{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}], lr=0.5)
+        return one
+
+    Run(1).train(checkpoints=tmp_path, check=False)
+    with pytest.raises(ValueError, match="update.group1.lr: none then, 0.5 now") as error:
+        grouped(2).train(checkpoints=tmp_path, check=False, resume=True)
+    changes = ast.literal_eval(re.search(r"resume_changes=(\[.*\])", str(error.value))[1])
+    grouped(2).train(checkpoints=tmp_path, check=False, resume=True, resume_changes=changes)
+    assert "the optimizer begins anew" in caplog.text
+    caplog.clear()
+    grouped(3).train(checkpoints=tmp_path, check=False, resume=True)
+    assert "anew" not in caplog.text
+
+
 def test_another_kind_of_optimizer_begins_anew(tmp_path, caplog):
     Run(1).train(checkpoints=tmp_path, check=False)
     with pytest.raises(ValueError, match='"Adam" then, "SGD" now') as error:
