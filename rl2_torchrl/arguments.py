@@ -80,7 +80,9 @@ def require_own_name(cls: type, known: Iterable[type]) -> None:
 
 def _place(cls: type) -> tuple[str, str]:
     """Where ``cls`` is written: a program has another name than where it is imported."""
-    return getattr(sys.modules.get(cls.__module__), "__file__", cls.__module__), cls.__qualname__
+    # Functions of one file may each have a class of that name, as tests do.
+    name = "".join(cls.__qualname__.rpartition("<locals>")[1:])
+    return getattr(sys.modules.get(cls.__module__), "__file__", cls.__module__), name
 
 
 def above_0(name: str, value: float) -> float:
