@@ -37,18 +37,18 @@ from rl2_torchrl.modules.layers import Concat
 
 
 class SeenBandit(BernoulliBandit):
-    """A bandit that shows an image and two numbers."""
+    """A bandit that shows an image, or another table of bytes, and two numbers."""
 
-    def __init__(self, dtype=torch.uint8, **kwargs):
+    def __init__(self, dtype=torch.uint8, size=(3, 9, 9), **kwargs):
         super().__init__(3, **kwargs)
-        rows = self.batch_size
+        rows, self.size = self.batch_size, size
         self.observation_spec = Composite(
-            pixels=Unbounded((*rows, 3, 9, 9), dtype=dtype), place=Unbounded((*rows, 2)), shape=rows
+            pixels=Unbounded((*rows, *size), dtype=dtype), place=Unbounded((*rows, 2)), shape=rows
         )
         self.state_spec["place"] = self.observation_spec["place"].clone()
 
     def _shown(self, td):
-        shown = {"pixels": torch.randint(256, (*self.batch_size, 3, 9, 9), dtype=torch.uint8)}
+        shown = {"pixels": torch.randint(256, (*self.batch_size, *self.size), dtype=torch.uint8)}
         return td.update({**shown, "place": torch.rand(*self.batch_size, 2)})
 
     def _reset(self, tensordict=None, **kwargs):
@@ -300,14 +300,15 @@ def test_an_image_that_nobody_reads_is_convolved():
     GRUCategoricalActor.from_env(told)
 
 
-def test_what_the_head_reads_needs_no_encoder():
+@pytest.mark.parametrize("shape", [(3, 4), (3, 9, 9)])
+def test_what_the_head_reads_needs_no_encoder_unless_it_is_an_image(shape):
     class Corner(nn.Linear):
-        def forward(self, features, pixels):
-            return super().forward(features) + pixels[..., 0, 0, :3]
+        def forward(self, features, shown):
+            return super().forward(features) + shown.flatten(-len(shape))[..., :3]
 
-    env, head = make_env(), TensorDictModule(Corner(4, 3), ["actor_features", "pixels"], ["logits"])
+    env, head = make_env(size=shape), TensorDictModule(Corner(4, 3), ["actor_features", "pixels"], ["logits"])
     actor = GRUCategoricalActor.from_env(env, head=head, hidden_size=4)
-    assert not any(isinstance(module, ConvEncoder) for module in actor.modules())
+    assert any(isinstance(module, ConvEncoder) for module in actor.modules()) == (len(shape) == 3)
     assert "pixels" in actor.in_keys
     adaptation_curve(env, actor, 4)
 

@@ -197,7 +197,7 @@ def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.S
         return shapes_of(env, [*keys, *encoder.in_keys])
     head = kwargs.get("head")
     read = head.in_keys if isinstance(head, TensorDictModuleBase) else ()
-    encoders = {**encoder, **dict.fromkeys(_images(env, {*keys, *encoder, *read}), ConvEncoder)}
+    encoders = {**encoder, **dict.fromkeys(_images(env, {*keys, *encoder}, read), ConvEncoder)}
     kwargs["encoder"] = {key: module for key, module in encoders.items() if module is not None}
     return shapes_of(env, [*keys, *kwargs["encoder"]])
 
@@ -257,15 +257,19 @@ def _reads(module: nn.Module) -> tuple[NestedKey, torch.Size] | tuple[None, None
     return (module.in_keys[0], inner.shape) if isinstance(inner, MLPEncoder) else (None, None)
 
 
-def _images(env: EnvBase, known: set[NestedKey]) -> list[NestedKey]:
-    """Observations of several dimensions that are in no input: `PreviousStep` leaves those out unless it is told."""
+def _images(env: EnvBase, known: set[NestedKey], by_head: Sequence[NestedKey]) -> list[NestedKey]:
+    """Observations of several dimensions that are in no input: `PreviousStep` leaves those out unless it is told.
+
+    What the head reads (``by_head``), a table of legal actions say, needs no encoder, but an image is for the memory too.
+    """
     told, spec = [each.obs_keys for each in previous_steps(env) if each.obs_keys is not None], env.observation_spec
     # What is an input of the env too, such as the task or a memory, is nothing that it shows.
     hidden = {*known, *chain.from_iterable(told), *env.full_state_spec.keys(True, True)}
     shown = [key for key in spec.keys(True, True) if key not in hidden and not is_info(key)]
     if told:  # what is named, be it nothing, leaves text out
         shown = [key for key in shown if not isinstance(spec[key], NonTensor)]
-    unseen = {key: shape for key, shape in shapes_of(env, shown).items() if len(shape) > 1}
+    shapes = shapes_of(env, shown).items()
+    unseen = {key: shape for key, shape in shapes if len(shape) == 3 or (len(shape) > 1 and key not in by_head)}
     for key, shape in unseen.items():
         if len(shape) != 3:
             raise ValueError(
