@@ -18,7 +18,7 @@ from torch import distributions as D
 from torch import nn
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot, Unbounded
 from torchrl.envs import Compose, GymEnv, GymWrapper, TransformedEnv
-from torchrl.modules import IndependentNormal, NormalParamExtractor, OneHotCategorical, TanhNormal
+from torchrl.modules import IndependentNormal, MaskedCategorical, NormalParamExtractor, OneHotCategorical, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 
 from rl2_torchrl import GRUValueHead, PreviousStep, RL2PPOLoss, TaskSampler, Trial, kernels
@@ -40,6 +40,7 @@ from rl2_torchrl.modules import (
 from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.distributions import distribution_of, gumbel_
 from rl2_torchrl.modules.policy_parts import actor_parts
+from rl2_torchrl.rollout import Rollout
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 1.0])
 # Class, names and sizes of its parameters, further keywords, whether there are functions of our own for it.
@@ -220,17 +221,60 @@ def test_what_is_registered_and_fails_says_so():
         (OneHot(5), CategoricalActions(6, one_hot=True), 5),
         (Categorical(5), ActionDistribution(1, ["logits"], D.Categorical), 5),
         (MultiCategorical([3, 2]), MultiCategoricalActions((3, 3)), 5),
+        (Categorical(5), ActionDistribution(4, ["probs"], D.Categorical), 5),
+        (Categorical(5), ActionDistribution(4, ["logits", "mask"], MaskedCategorical), 5),
     ],
 )
 def test_choices_that_would_never_be_played_are_told_of(spec, distribution, choices):
-    base = BernoulliBandit(5, batch_size=(3,))
-    base.action_spec = spec.expand(3, *spec.shape)
-    env = TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler(uniform_means(5)), PreviousStep()))
-    with pytest.raises(
-        ValueError, match=rf"reads {distribution.num_outputs} logits, and the env has {choices} choices"
-    ):
+    env, key = of_choices(spec), distribution.parameter_keys[0]
+    with pytest.raises(ValueError, match=rf"reads {distribution.num_outputs} {key}, and the env has {choices} choices"):
         RecurrentActor.from_env(env, distribution=distribution)
     RecurrentActor.from_env(env, distribution=ActionDistribution.from_spec(spec))
+
+
+def of_choices(spec):
+    base = BernoulliBandit(5, batch_size=(3,))
+    base.action_spec = spec.expand(3, *spec.shape)
+    return TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler(uniform_means(5)), PreviousStep()))
+
+
+def test_a_head_of_too_few_logits_for_several_choices_is_told_of():
+    env = of_choices(MultiCategorical([3, 2]))
+    actor = RecurrentActor({"trans": env.observation_spec["trans"].shape[1:]}, MultiCategoricalActions((2, 2)))
+    with pytest.raises(ValueError, match="gives 4 logits, and the env has 5 choices"):
+        Rollout(env, actor, 2)()
+
+
+class Pinned(D.Categorical):
+    """The last of the logits is 0."""
+
+    def __init__(self, logits):
+        super().__init__(logits=nn.functional.pad(logits, (0, 1)))
+
+
+class Joint(D.Categorical):
+    """One draw for two places."""
+
+
+class Doubled(ActionDistribution):
+    def parameters_of(self, head, **factory):
+        return nn.Sequential(head, nn.Linear(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("spec", "distribution", "head"),
+    [
+        (Categorical(4), ActionDistribution(3, ["logits"], Pinned), None),
+        (Categorical(3, shape=(2,)), ActionDistribution(9, ["logits"], Joint), None),
+        (Categorical(5), Doubled(2, ["logits"], D.Categorical), None),
+        (Categorical(5), ActionDistribution(1, ["logits"], D.Categorical), nn.Linear(64, 5)),
+    ],
+)
+def test_what_plays_all_choices_by_another_number_of_outputs_plays(spec, distribution, head):
+    env = of_choices(spec)
+    actor = RecurrentActor.from_env(env, distribution=distribution, head=head)
+    if not spec.ndim:  # as a bandit's
+        Rollout(env, actor, 2)()
 
 
 class Coldly(D.Categorical):

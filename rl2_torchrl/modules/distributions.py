@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, constraints, kl_divergence, register_kl
 from torchrl.data import Binary, Bounded, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.data import Categorical as CategoricalSpec
-from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
+from torchrl.modules import IndependentNormal, MaskedCategorical, MaskedOneHotCategorical, OneHotCategorical, TanhNormal
 
 from rl2_torchrl.arguments import require_flags, require_numbers, require_own_name, whole, whole_numbers
 from rl2_torchrl.gradients import policy
@@ -26,7 +26,7 @@ from rl2_torchrl.kernels.functions import log_prob_and_entropy
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
     *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of"),
-    *("gumbel_", "register_distribution", "require_asked", "stands_for"),
+    *("gumbel_", "logits_due", "register_distribution", "require_asked", "stands_for"),
 ]
 
 
@@ -298,6 +298,23 @@ class IndependentCategoricals(Distribution):
 @register_kl(IndependentCategoricals, IndependentCategoricals)
 def _kl(one: IndependentCategoricals, other: IndependentCategoricals) -> Tensor:
     return sum(kl_divergence(*pair) for pair in zip(one.places(), other.places(), strict=True))
+
+
+#: Classes that play a choice for each logit, or probability, of theirs; what is derived from them may play others.
+_BY_LOGIT = (Categorical, torch.distributions.OneHotCategorical, OneHotCategorical, IndependentCategoricals)
+_BY_LOGIT += (MaskedCategorical, MaskedOneHotCategorical)
+
+
+def logits_due(distribution_class: type[Distribution], spec: TensorSpec) -> int | None:
+    """How many logits that class needs to play all choices of ``spec``, one row's actions; None where only it knows."""
+    if distribution_class not in _BY_LOGIT or not isinstance(spec, CategoricalSpec | OneHot | MultiOneHot):
+        return None
+    if isinstance(spec, MultiCategorical | MultiOneHot):
+        choices = torch.as_tensor(spec.nvec)
+    else:
+        choices = torch.full(spec.shape if isinstance(spec, CategoricalSpec) else [1], spec.space.n)
+    fits = distribution_class is IndependentCategoricals or choices.numel() == 1
+    return int(choices.sum()) if fits and (choices > 0).all() else None  # -1: nobody knows how many
 
 
 # --------------------------------------------------------------------- reals

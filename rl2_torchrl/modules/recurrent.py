@@ -7,16 +7,19 @@ from collections.abc import Callable, Sequence
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torchrl.data import Categorical, MultiOneHot, OneHot, TensorSpec
+from torch import nn
+from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl.arguments import as_list, kind_of, require_env, require_flags, whole
+from rl2_torchrl.gradients.part import others_than
 from rl2_torchrl.modules.actor_critic import Network
 from rl2_torchrl.modules.distributions import (
     ActionDistribution,
     CategoricalActions,
     GaussianActions,
+    logits_due,
     require_asked,
 )
 from rl2_torchrl.modules.layers import Head, SkipHead
@@ -122,7 +125,8 @@ class RecurrentActor(ProbabilisticActor):
         spec = _action_spec(cls, env)
         if callable(distribution) and not isinstance(distribution, ActionDistribution | type):
             distribution = distribution(spec)
-        _require_all_choices(spec, distribution)
+        if not isinstance(kwargs.get("head"), nn.Module):  # which gives what it gives: the first step asks it
+            _require_all_choices(spec, distribution)
         kwargs = {"action_key": env.action_key, **kwargs}
         return cls(read_shapes(env, kwargs), distribution, **kwargs)
 
@@ -290,14 +294,17 @@ class MemoryValueHead(Network):
 
 def _require_all_choices(spec: TensorSpec, distribution: ActionDistribution) -> None:
     """ValueError where a distribution over choices reads another number of logits than ``spec`` has choices."""
-    is_of_logits = getattr(distribution, "parameter_keys", None) == ["logits"]
-    if not is_of_logits or not isinstance(spec, Categorical | OneHot | MultiOneHot):
+    choices = logits_due(getattr(distribution, "distribution_class", None), spec)
+    if choices is None or others_than(
+        ActionDistribution, distribution, ["parameters_of"]
+    ):  # from other numbers, it may be
         return
-    choices = ActionDistribution.from_spec(spec).num_outputs
-    if distribution.num_outputs != choices:
+    given = distribution.num_outputs
+    # Beside further parameters, such as a mask, the head may give more numbers than logits.
+    if given < choices or (given > choices and len(distribution.parameter_keys) == 1):
         raise ValueError(
-            f"{type(distribution).__name__} reads {distribution.num_outputs} logits, and the env has {choices} choices, the others "
-            f"of which would never be played: give it {choices}, or leave distribution= out."
+            f"{type(distribution).__name__} reads {given} {distribution.parameter_keys[0]}, and the env has {choices} choices: "
+            f"some would never be played, or are none. Give it {choices}, or leave distribution= out."
         )
 
 

@@ -15,7 +15,6 @@ from copy import deepcopy
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import distributions
 from torchrl.data import Categorical, MultiCategorical
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
@@ -29,6 +28,7 @@ from rl2_torchrl.gradients.part import has_hooks
 from rl2_torchrl.kernels.graph import GraphReplay, held_by
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts, tell_of_generators
 from rl2_torchrl.modules.cores import where_rows
+from rl2_torchrl.modules.distributions import logits_due
 from rl2_torchrl.modules.slots import require_sizes
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.memory import Memory
@@ -297,21 +297,19 @@ class Rollout:
         if self._has_acted or not isinstance(spec, Categorical):
             return
         self._has_acted = True  # a graph, which reads no number back, is recorded after that
-        choices = self._require_choices(action)
-        if isinstance(spec, MultiCategorical):
-            return
+        self._require_choices(action)
+        of_row = self.env.full_action_spec_unbatched[self.env.action_key]
         for part in self._acting:
             is_drawn = self.trials.action_key in part.out_keys and part.way == "distribution"
-            if not is_drawn or not issubclass(part.module.distribution_class, distributions.Categorical):
-                continue
-            if (given := state[part.in_keys[0]].shape[-1]) < choices:
+            choices = logits_due(part.module.distribution_class, of_row) if is_drawn else None
+            if choices and (given := max(state[key].shape[-1] for key in part.in_keys)) < choices:
                 raise ValueError(
                     f"the head gives {given} {part.in_keys[0]}, and the env has {choices} choices, the others of which would "
                     "never be played: head= is called with the number that is due, or is a module that gives so many."
                 )
 
-    def _require_choices(self, action: torch.Tensor) -> torch.Tensor:
-        """How many choices there are; ValueError where one of ``action``, of some rows and steps, is none of them."""
+    def _require_choices(self, action: torch.Tensor) -> None:
+        """ValueError where one of ``action``, of some rows and steps, is none of the env's choices."""
         spec = self.env.full_action_spec[self.env.action_key]
         if isinstance(spec, MultiCategorical):
             choices = spec.nvec.flatten()[-spec.shape[self.env.batch_dims :].numel() :]
@@ -323,7 +321,6 @@ class Rollout:
                 f"the policy gives actions {action.unique().tolist()}, and the env has {choices.tolist()} choices, counted from 0: "
                 "it would be given others, or none."
             )
-        return choices
 
     def _look_back(self, states: list[State], end: int) -> None:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""
