@@ -192,7 +192,8 @@ class Lapses(CategoricalActions):
 
 def test_functions_that_nobody_would_call_are_refused():
     with pytest.raises(
-        ValueError, match=r"Lapses has \['act', 'log_prob_and_entropy'\] of its own.*register_distribution"
+        ValueError,
+        match=r"Lapses has \['act', 'log_prob_and_entropy'\] of its own.*register_distribution.*inherited ones too",
     ):
         RecurrentActor(5, Lapses(3))
 
@@ -201,6 +202,29 @@ def test_functions_that_nobody_would_call_are_refused():
 
     RecurrentActor(5, Named(3))
     RecurrentActor(5, ActionDistribution(3, ["logits"], D.Categorical))
+
+
+class LaplaceActions(GaussianActions):
+    """A Gaussian's head, of whose functions none is to be called."""
+
+    def __init__(self, action_dim):
+        super().__init__(action_dim)
+        self.distribution_class = IndependentLaplace
+
+
+class IndependentLaplace(D.Independent):
+    def __init__(self, loc, scale):
+        super().__init__(D.Laplace(loc, scale), 1)
+
+
+def test_what_is_inherited_for_its_head_plays_as_its_class_says():
+    actor = RecurrentActor(5, LaplaceActions(2), hidden_size=8)
+    out = actor(TensorDict({"trans": torch.randn(4, 5), "is_init": torch.ones(4, 1, dtype=torch.bool)}, [4]))
+    assert torch.equal(out["action_log_prob"], IndependentLaplace(out["loc"], out["scale"]).log_prob(out["action"]))
+    [*_, part] = actor_parts(actor, "action", entropy=False)
+    state = {key: out[key].unsqueeze(0) for key in ("loc", "scale", "action")}
+    part.forward(state)
+    torch.testing.assert_close(state[LOG_PROB][0], out["action_log_prob"])
 
 
 def test_what_is_registered_and_fails_says_so():

@@ -554,14 +554,21 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
 def require_asked(distribution: ActionDistribution, module: ProbabilisticTensorDictModule) -> None:
     """ValueError where ``distribution``, of which ``module`` was made, has functions that nobody would call."""
     asked, kind = type(distribution_of(module)), module.distribution_class.__name__
-    known = [ActionDistribution, asked]
-    own = [name for name in _FUNCTIONS if all(others_than(cls, distribution, [name]) for cls in known)]
-    if own:
+    # What is inherited from classes here, for the sake of their head, is theirs.
+    own = [name for name in _FUNCTIONS if not _brought_by(distribution, name).startswith("rl2_torchrl.")]
+    if own := others_than(asked, distribution, own):
         raise ValueError(
             f"{type(distribution).__name__} has {own} of its own, which nobody would call: a policy of {kind} acts and is "
             "scored as that says, by TorchRL's collectors too. For other numbers write a class of torch.distributions that has "
-            "them, and let register_distribution(the_class, make) say what knows them."
+            "them, and call register_distribution(the_class, make): all functions of what make gives, inherited ones too, must "
+            "be that class's."
         )
+
+
+def _brought_by(distribution: ActionDistribution, name: str) -> str:
+    """The module of the class that ``distribution`` has ``name`` of; none where it has that alone."""
+    brought = (cls.__module__ for cls in type(distribution).__mro__ if name in vars(cls))
+    return "" if name in vars(distribution) else next(brought)
 
 
 def stands_for(distribution: ActionDistribution, name: str, *methods: str) -> bool:
