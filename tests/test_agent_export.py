@@ -160,13 +160,26 @@ def test_memory_of_flags_and_counters_in_onnx(tmp_path):
     torch.testing.assert_close(again.memory, agent.memory, rtol=0, atol=0)
 
 
-def test_a_graph_that_onnxruntime_cannot_load_is_refused(tmp_path):
+def test_a_graph_that_onnxruntime_cannot_play_is_told_of_and_one_that_is_none_leaves_the_file(
+    tmp_path, monkeypatch, caplog
+):
+    onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    agent = AdaptiveAgent.from_policy(make(bandits(), core=Chooses), bandits())
+    path, agent = tmp_path / "agent.onnx", AdaptiveAgent.from_policy(make(bandits(), core=Chooses), bandits())
+    agent.export(path)
+    assert "agent.onnx is a valid graph that onnxruntime here cannot play" in caplog.text
+    assert "Where" in caplog.text
+    onnx.checker.check_model(path)
+
+    def refuse(_):
+        raise onnx.checker.ValidationError("no graph")
+
+    path.write_bytes(b"a good one")
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
     with pytest.raises(ValueError, match=r"cannot be read as an ONNX model.*Where.* Export to .pt2"):
-        agent.export(tmp_path / "agent.onnx")
-    assert list(tmp_path.iterdir()) == []
+        agent.export(path)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("agent.onnx", b"a good one")]
 
 
 @pytest.mark.parametrize("form", ["itself", *FORMS])

@@ -217,7 +217,7 @@ class AdaptiveAgent:
             memory = outputs[-len(agent.signature.memory):]  # at first zeros [N, *shape], of these shapes
 
         Raises:
-            ValueError: another suffix, or a graph that onnxruntime, where it is there, cannot load.
+            ValueError: another suffix, or what was made is no graph, as onnxruntime, where it is there, and ONNX's checker say.
             NotImplementedError: a part of the policy reads TensorDicts.
             ImportError: ``.onnx`` without the extra ``onnx``.
         """

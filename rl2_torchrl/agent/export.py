@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import numpy as np
@@ -21,6 +22,8 @@ from rl2_torchrl.agent.step import PolicyStep
 from rl2_torchrl.arguments import needs
 
 __all__ = ["export_policy", "onnx_step"]
+
+log = logging.getLogger(__name__)
 
 #: Where the signature lies in a file.
 _SIGNATURE = "rl2_torchrl.signature"
@@ -37,9 +40,21 @@ def export_policy(policy: ProbabilisticTensorDictSequential, signature: Signatur
     rows = torch.export.Dim("rows")
     program = torch.export.export(step, example, dynamic_shapes={"tensors": tuple({0: rows} for _ in example)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".pt2":
-        torch.export.save(program, path, extra_files={_SIGNATURE: signature.as_json()})
-        return path
+    with TemporaryDirectory(
+        dir=path.parent
+    ) as folder:  # an agent that lies there already stays until this one is whole
+        made = Path(folder) / path.name
+        if path.suffix == ".pt2":
+            torch.export.save(program, made, extra_files={_SIGNATURE: signature.as_json()})
+        else:
+            _write_onnx(program, step, signature, made)
+        for file in sorted(made.parent.iterdir(), reverse=True):  # large weights lie in a file of their own
+            file.replace(path.with_name(file.name))
+    return path
+
+
+def _write_onnx(program: torch.export.ExportedProgram, step: PolicyStep, signature: Signature, path: Path) -> None:
+    """Writes ``program`` to ``path``; ValueError where that is no graph, the log tells of one that onnxruntime cannot play."""
     _require("onnx", "onnxscript")
     parameters = map(name_of, step.parameter_keys)
     parameters = [f"parameter.{name}" if name in signature.inputs else name for name in parameters]
@@ -49,13 +64,18 @@ def export_policy(policy: ProbabilisticTensorDictSequential, signature: Signatur
         model = torch.onnx.export(program, input_names=signature.inputs, output_names=outputs, dynamo=True)
     model.model.metadata_props[_SIGNATURE] = signature.as_json()
     model.save(path)
-    if find_spec("onnxruntime") is not None:
+    if find_spec("onnxruntime") is None:
+        return
+    try:
+        onnx_step(path)
+    except ValueError as error:
+        told = f"{error.__cause__}. Export to .pt2, or write what it names in other operations."
+        checker = _require("onnx.checker")
         try:
-            onnx_step(path)
-        except ValueError as error:
-            path.unlink()  # which nobody could load
-            raise ValueError(f"{error}. Export to .pt2, or write what it names in other operations.") from error
-    return path
+            checker.check_model(path)
+        except checker.ValidationError:
+            raise ValueError(f"what was made cannot be read as an ONNX model, and is not written: {told}") from error
+        log.warning("%s is a valid graph that onnxruntime here cannot play, as others may: %s", path.name, told)
 
 
 def onnx_step(path: Path) -> tuple[Callable[..., list[Tensor]], Signature]:
