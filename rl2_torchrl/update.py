@@ -541,9 +541,13 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
 
 
 def _require_one_number(loss: ClipPPOLoss) -> None:
-    # A forward of one's own may weigh the steps.
-    is_own = "forward" in vars(loss) or not type(loss).__module__.startswith(("rl2_torchrl.", "torchrl."))
-    if getattr(loss, "reduction", None) == "none" and not is_own:
+    if getattr(loss, "reduction", None) != "none" or not {"forward", "_reduce_loss"}.isdisjoint(vars(loss)):
+        return
+    # One's own may weigh the steps.
+    functions = (getattr(type(loss), name, None) for name in ("forward", "__call__", "_reduce_loss"))
+    if all(
+        f is None or f.__module__.startswith(("rl2_torchrl.", "torchrl.", "tensordict.", "torch.")) for f in functions
+    ):
         raise ValueError("reduction='none' leaves a loss for each step, and an update needs one number: take 'mean'.")
 
 

@@ -85,12 +85,22 @@ def test_torchrls_estimators_see_rows_of_a_critic_with_a_memory_whole(estimator)
 
 
 def test_a_loss_for_each_step_is_refused():
-    loss = make_loss(reduction="none")
-    with pytest.raises(ValueError, match="reduction='none' leaves a loss for each step.*'mean'"):
-        PPOUpdate(loss)(make_batch())
+    class Named(RL2PPOLoss):
+        """Has no forward of its own."""
+
+    networks = make_loss().actor_network, make_loss().critic_network
+    for loss in (Named(*networks, reduction="none"), make_loss(reduction="none")):
+        with pytest.raises(ValueError, match="reduction='none' leaves a loss for each step.*'mean'"):
+            PPOUpdate(loss)(make_batch())
     forward = loss.forward
     loss.forward = lambda data: forward(data).apply(lambda value: value.mean(), batch_size=[])
     assert math.isfinite(PPOUpdate(loss, epochs=1)(make_batch())["loss"])
+
+    class Weighed(RL2PPOLoss):
+        def _reduce_loss(self, value, *args, **kwargs):
+            return value.mean()
+
+    assert math.isfinite(PPOUpdate(Weighed(*networks, reduction="none"), epochs=1)(make_batch())["loss"])
 
 
 def test_an_advantage_that_reads_what_is_not_kept_is_told_how():
