@@ -70,7 +70,8 @@ def test_chunks_hold_only_what_the_loss_reads(critic, kwargs, memory, more):
     read = {"trans", "is_init", "action", "action_log_prob", "advantage"} | more
     read |= {"value_target"} if critic else set()
     for bptt, keys in ((2, read | memory), (None, read)):
-        update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4), critic, **kwargs), bptt=bptt)
+        loss = RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4), critic, **kwargs)
+        update = PPOUpdate(loss, TrialAdvantage(), bptt=bptt)
         assert set(update.chunks(update.advantage(make_batch())).keys()) == keys
         # What has to be collected for it: the same, and what the advantage is made of.
         ends = {"state_value", ("next", "reward"), ("next", "done"), ("next", "terminated")}
@@ -313,7 +314,7 @@ def test_metrics_are_means_over_all_minibatches():
 
 
 def test_a_loss_without_critic_term():
-    update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4)))
+    update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4)), TrialAdvantage())
     metrics = update(make_batch())
     assert "loss_critic" not in metrics
     assert metrics["loss"] == metrics["loss_objective"]

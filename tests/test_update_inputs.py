@@ -115,6 +115,19 @@ def test_an_advantage_that_reads_what_is_not_kept_is_told_how():
     update(batch.select(*update.in_keys))
 
 
+def test_a_loss_without_a_critic_asks_for_an_advantage_when_the_update_is_made():
+    loss = RL2PPOLoss(make_loss().actor_network)
+    with pytest.raises(ValueError, match="a loss without a critic needs an advantage of its own, advantage="):
+        PPOUpdate(loss)
+    update = PPOUpdate(loss, TrialAdvantage(), epochs=1)
+    assert math.isfinite(update(make_batch())["loss"])  # of values of another critic
+    with pytest.raises(KeyError, match="no 'state_value' in the data") as told:
+        update(make_batch().exclude("state_value"))
+    assert not getattr(told.value, "__notes__", [])
+    with pytest.raises(ValueError, match="clip_value=0.2 bounds a critic's steps, and there is none"):
+        RL2PPOLoss(make_loss().actor_network, clip_value=0.2)
+
+
 def test_an_advantage_that_returns_nothing_is_named():
     with pytest.raises(TypeError, match="the advantage returned None: it returns the batch"):
         PPOUpdate(make_loss(), lambda batch: None)(make_batch())

@@ -173,10 +173,11 @@ def advantages_of(advantage: Callable, critic: TensorDictModuleBase | None, batc
     try:
         out = advantage(batch)
     except KeyError as error:
-        error.add_note(
-            f"The advantage was given {sorted(map(str, batch.keys(True, True)))}; what it reads its in_keys must name, for "
-            "PPOUpdate.in_keys to have it: my_advantage.in_keys = ['task', ('next', 'reward'), ...]."
-        )
+        if type(advantage) is not TrialAdvantage:  # which says itself what it misses
+            error.add_note(
+                f"The advantage was given {sorted(map(str, batch.keys(True, True)))}; what it reads its in_keys must name, for "
+                "PPOUpdate.in_keys to have it: my_advantage.in_keys = ['task', ('next', 'reward'), ...]."
+            )
         raise
     finally:
         del attributes["stand_in"]

@@ -98,6 +98,10 @@ class RL2PPOLoss(ClipPPOLoss):
         require_options(clip_epsilon, critic_coeff, entropy_coeff, options)
         if isinstance(entropy_coeff, Real):  # NumPy's are no numbers to TorchRL
             entropy_coeff = float(entropy_coeff)
+        if critic_network is None and options.get("clip_value"):
+            raise ValueError(
+                f"clip_value={options['clip_value']} bounds a critic's steps, and there is none: leave it out."
+            )
         options["functional"] |= options.get("delay_actor", False)
         critic_coeff = None if critic_network is None else 0.5 if critic_coeff is None else critic_coeff
         weights = {"clip_epsilon": clip_epsilon, "critic_coeff": critic_coeff, "entropy_coeff": entropy_coeff}
