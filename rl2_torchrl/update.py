@@ -282,8 +282,11 @@ class PPOUpdate:
         starts = split_rows(batch.select("is_init", strict=False), self.bptt).get("is_init", None)
         are_whole = starts is not None and bool(starts[:, 0].all())
         memory = self._starting_keys() if are_whole else self._memory_keys()
-        keys = list(dict.fromkeys([*self._keys_read(), *memory]))
-        if missing := [key for key in keys if key not in batch.keys(True, True)]:
+        keys, there = list(dict.fromkeys([*self._keys_read(), *memory])), batch.keys(True, True)
+        if self.loss.critic_network is None:  # a forward of one's own may have a use for what a critic leaves
+            values = self.loss.tensor_keys.value, self.loss.tensor_keys.value_target
+            keys += [key for key in values if key in there and key not in keys]
+        if missing := [key for key in keys if key not in there]:
             raise KeyError(
                 f"the batch lacks {missing}, which the loss reads. Advantages come from advantage=, hidden states and 'is_init' "
                 "from the collector: Collector(..., auto_register_policy_transforms=True) with a recurrent policy. Chunks that "

@@ -68,7 +68,7 @@ def test_chunks_are_consecutive_steps_of_a_row(bptt):
 )
 def test_chunks_hold_only_what_the_loss_reads(critic, kwargs, memory, more):
     read = {"trans", "is_init", "action", "action_log_prob", "advantage"} | more
-    read |= {"value_target"} if critic else set()
+    read |= {"value_target"} if critic else {"state_value", "value_target"}  # where they are there
     for bptt, keys in ((2, read | memory), (None, read)):
         loss = RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4), critic, **kwargs)
         update = PPOUpdate(loss, TrialAdvantage(), bptt=bptt)
@@ -91,6 +91,15 @@ def test_a_loss_without_a_critic_needs_neither_values_nor_returns():
     update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4)), reinforce, bptt=3, epochs=1)
     assert not {"state_value", "value_target"} & {*update.in_keys, *update.loss.in_keys}
     assert math.isfinite(update(make_batch().select(*update.in_keys))["loss_objective"])
+
+
+def test_a_loss_without_a_critic_is_handed_the_values_and_returns_that_are_there():
+    class Fitted(RL2PPOLoss):
+        def forward(self, data):
+            return super().forward(data).set("loss_fit", (data["state_value"] - data["value_target"]).square().mean())
+
+    update = PPOUpdate(Fitted(GRUCategoricalActor(5, 3, hidden_size=4)), TrialAdvantage(), epochs=1)
+    assert math.isfinite(update(make_batch())["loss_fit"])
 
 
 def test_rows_that_begin_inside_a_trial_start_from_their_memory():
