@@ -19,7 +19,6 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
-from torchrl.objectives.value import TD1Estimator, ValueEstimatorBase
 
 from rl2_torchrl.arguments import kind_of, require_flags, require_numbers, require_sizes_known, whole
 from rl2_torchrl.gradients.program import Values
@@ -29,7 +28,7 @@ from rl2_torchrl.minibatches import Minibatches, beside, require_trials, rows_an
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
-from rl2_torchrl.objectives.advantages import TrialAdvantage, advantages_of
+from rl2_torchrl.objectives.advantages import TrialAdvantage, advantages_of, require_rows_whole
 from rl2_torchrl.passes import Passes
 from rl2_torchrl.seeding import on_device
 from rl2_torchrl.trial import outermost
@@ -156,7 +155,7 @@ class PPOUpdate:
         self.normalizations()
         self.advantage = TrialAdvantage() if advantage is None else advantage
         _require_written(self.advantage, loss)
-        _require_rows_whole(self.advantage)
+        require_rows_whole(self.advantage)
         self.stand_in = _stand_in(self.advantage, loss)
         self.bptt, self.shuffle = None if bptt is None else whole("bptt", bptt), shuffle
         self.epochs, self.minibatches = whole("epochs", epochs), whole("minibatches", minibatches)
@@ -469,20 +468,6 @@ def _require_written(advantage: Callable, loss: ClipPPOLoss) -> None:
         raise ValueError(
             f"the loss reads {missing}, and {type(advantage).__name__} writes {advantage.out_keys}: name them so for the loss, "
             "loss.set_keys(advantage=..., value_target=...), or give an advantage that writes what the loss reads."
-        )
-
-
-def _require_rows_whole(advantage: Callable) -> None:
-    """ValueError where TorchRL's estimator asks a critic that has a memory for steps and their successors apart."""
-    # TD1Estimator uses none of these values but the last.
-    if not isinstance(advantage, ValueEstimatorBase) or isinstance(advantage, TD1Estimator) or advantage.shifted:
-        return
-    if advantage.value_network is not None and (memory := hidden_keys(advantage.value_network)):
-        name = type(advantage).__name__
-        raise ValueError(
-            f"{name} would ask the critic, whose memory is {memory}, for each step's successor apart from the step, and begin "
-            f"with another memory there, so that advantages are wrong: let it see rows whole, {name}(..., shifted=True), or "
-            "take TrialAdvantage(), which reads the values that are stored."
         )
 
 

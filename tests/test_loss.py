@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives import ClipPPOLoss, ValueEstimators
 
 from rl2_torchrl import ActorCritic, GRUCategoricalActor, GRUGaussianActor, GRUValueHead, RL2PPOLoss
 from rl2_torchrl.gradients import Program
@@ -381,6 +381,13 @@ def test_an_estimator_is_made_where_there_is_no_advantage():
     # With a memory that would be wrong, and raises.
     with pytest.raises(KeyError, match="no 'advantage'.*call TrialAdvantage"):
         RL2PPOLoss(*networks())(td)
+    loss = RL2PPOLoss(*networks())
+    for each in (loss, RL2PPOLoss(actor, loss.critic_network)):
+        each.make_value_estimator(ValueEstimators.GAE, deactivate_vmap=True)
+        with pytest.raises(ValueError, match=r"GAE would ask the critic, whose memory is \['critic_hidden'\]"):
+            each(td.clone())
+    loss.make_value_estimator(ValueEstimators.GAE, deactivate_vmap=True, shifted=True)
+    assert loss(td.clone())["loss_objective"].isfinite()
 
 
 def test_networks_without_parameters():

@@ -9,12 +9,14 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.modules import set_recurrent_mode
+from torchrl.objectives.value import TD1Estimator, ValueEstimatorBase
 
 from rl2_torchrl import kernels
 from rl2_torchrl.arguments import require_flags, require_numbers, require_time_last
+from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.normalization import RunningNorm
 
-__all__ = ["TrialAdvantage", "advantages_of", "require_all_valid"]
+__all__ = ["TrialAdvantage", "advantages_of", "require_all_valid", "require_rows_whole"]
 
 
 class TrialAdvantage(nn.Module):
@@ -195,6 +197,20 @@ def require_all_valid(batch: TensorDictBase) -> None:
             f"{int((~valid).sum())} steps have no advantage ('shifted_valid'), and steps before them a wrong one: GAE has room "
             "for one value beyond a trial in each row, and more trials are truncated. Give it shifted_budget= as many as end in a "
             "row, and one more, or take TrialAdvantage(), which needs no room."
+        )
+
+
+def require_rows_whole(advantage: Callable) -> None:
+    """ValueError where TorchRL's estimator asks a critic that has a memory for steps and their successors apart."""
+    # TD1Estimator uses none of these values but the last.
+    if not isinstance(advantage, ValueEstimatorBase) or isinstance(advantage, TD1Estimator) or advantage.shifted:
+        return
+    if advantage.value_network is not None and (memory := hidden_keys(advantage.value_network)):
+        name = type(advantage).__name__
+        raise ValueError(
+            f"{name} would ask the critic, whose memory is {memory}, for each step's successor apart from the step, and begin "
+            f"with another memory there, so that advantages are wrong: let it see rows whole, {name}(..., shifted=True), or "
+            "take TrialAdvantage(), which reads the values that are stored."
         )
 
 

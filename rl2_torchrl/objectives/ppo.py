@@ -28,7 +28,7 @@ from rl2_torchrl.gradients.replays import Replays
 from rl2_torchrl.modules.actor_critic import hidden_keys, require_networks
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
-from rl2_torchrl.objectives.advantages import require_all_valid
+from rl2_torchrl.objectives.advantages import require_all_valid, require_rows_whole
 from rl2_torchrl.objectives.loss_arguments import checked_terms, require_options
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
@@ -216,6 +216,8 @@ class RL2PPOLoss(ClipPPOLoss):
         has_advantage, has_own_terms = tensordict.get(key, None) is not None, self._has_own_terms()
         if has_own_terms and not has_advantage:
             raise KeyError(f"no {key!r} in the data, which loss_terms() reads: call TrialAdvantage(...)(batch) first.")
+        if not has_advantage and seen is not None:
+            require_rows_whole(self.value_estimator)
         if refusal is None and has_advantage and (tensordict.ndim == 2 or has_own_terms):
             answers = Answers.active(self)
             if answers is not None and (given := answers(tensordict, self._state_now(seen))) is not None:
