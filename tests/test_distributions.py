@@ -35,6 +35,7 @@ from rl2_torchrl.modules import (
     MultiCategoricalActions,
     RecurrentActor,
     TanhGaussianActions,
+    distributions,
     register_distribution,
 )
 from rl2_torchrl.modules.acting import acting_parts
@@ -236,6 +237,32 @@ def test_what_is_registered_and_fails_says_so():
     with pytest.raises(TypeError, match="size") as raised:
         distribution_of(module)
     assert "what is registered for Rare" in raised.value.__notes__[0]
+
+
+def test_keywords_that_a_registered_function_does_not_take_leave_the_class_itself(caplog):
+    class Rarer(D.Poisson):
+        pass
+
+    class RarerActions(ActionDistribution):
+        def __init__(self):
+            super().__init__(1, ["rate"], Rarer)
+
+    register_distribution(Rarer, RarerActions)
+    kwargs = {"validate_args": False}
+    for _ in range(2):
+        module = ProbabilisticTensorDictModule(
+            ["rate"], ["action"], distribution_class=Rarer, distribution_kwargs=kwargs
+        )
+        assert type(distribution_of(module)) is ActionDistribution
+    assert caplog.text.count("registered for Rarer does not take a policy's ['validate_args'], so that the class") == 1
+
+
+def test_torchs_class_of_the_name_of_torchrls_may_be_registered(monkeypatch):
+    monkeypatch.setattr(distributions, "_KNOWN", dict(distributions._KNOWN))
+    register_distribution(D.OneHotCategorical, CategoricalActions)
+    names = [distributions.distribution_name(cls) for cls in (D.OneHotCategorical, OneHotCategorical)]
+    assert list(map(distributions.distribution_named, names)) == [D.OneHotCategorical, OneHotCategorical]
+    assert names[1] == "OneHotCategorical"  # as files have it
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from rl2_torchrl.kernels.functions import log_prob_and_entropy
 
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
-    *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of"),
+    *("MultiCategoricalActions", "TanhGaussianActions", "distribution_name", "distribution_named", "distribution_of"),
     *("gumbel_", "logits_due", "register_distribution", "require_asked", "stands_for"),
 ]
 
@@ -498,6 +499,10 @@ _KNOWN: dict[type[Distribution], Callable[..., ActionDistribution]] = {
     TanhNormal: lambda low=-1.0, high=1.0: TanhGaussianActions(low, high),
 }
 _OURS = frozenset(_KNOWN)
+#: What agents' files call a registered class, if not by its name, which another class has.
+_NAMES: dict[type[Distribution], str] = {torch.distributions.OneHotCategorical: "torch.OneHotCategorical"}
+#: Classes, and keywords of theirs, of which the log has told.
+_TOLD: set[tuple] = set()
 #: What rollouts, losses and agents ask for.
 _FUNCTIONS = ("part", "act", "sampler", "with_noise", "mode", "drawn_log_prob", "log_prob_and_entropy")
 
@@ -505,7 +510,8 @@ _FUNCTIONS = ("part", "act", "sampler", "with_noise", "mode", "drawn_log_prob", 
 def register_distribution(distribution_class: type[Distribution], make: Callable[..., ActionDistribution]) -> None:
     """Lets policies of ``distribution_class`` (exactly: what is derived from it may be another one) act by your functions.
 
-    ``make`` gives what has them, from the class's further keywords (a policy's ``distribution_kwargs``).
+    ``make`` gives what has them, from the class's further keywords (a policy's ``distribution_kwargs``). Where it does not take
+    a policy's, the class itself acts, and the log says so.
 
     Raises:
         ValueError: another class of that name is registered.
@@ -518,13 +524,20 @@ def register_distribution(distribution_class: type[Distribution], make: Callable
         ...         return torch.poisson(rate)
         >>> register_distribution(torch.distributions.Poisson, PoissonActions)
     """
-    require_own_name(distribution_class, _KNOWN)
+    if distribution_class not in _NAMES:
+        require_own_name(distribution_class, _KNOWN)
     _KNOWN[distribution_class] = make
+
+
+def distribution_name(distribution_class: type[Distribution]) -> str:
+    """What agents' files call it."""
+    name = distribution_class.__name__
+    return _NAMES.get(distribution_class, name) if distribution_class in _KNOWN else name
 
 
 def distribution_named(name: str) -> type[Distribution]:
     """The class of that name that has functions of its own here (`register_distribution`), or a ValueError."""
-    known = {cls.__name__: cls for cls in _KNOWN}
+    known = {distribution_name(cls): cls for cls in _KNOWN}
     if name not in known:
         raise ValueError(f"there is no distribution {name!r}, only {sorted(known)}: call register_distribution for it.")
     return known[name]
@@ -541,7 +554,7 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
     try:
         known = _KNOWN[kind](**kwargs) if kind in _KNOWN else None
     except (TypeError, ValueError) as error:
-        if kind not in _OURS:
+        if kind not in _OURS and not _tell_of_keywords(kind, kwargs):
             error.add_note(f"what is registered for {kind.__name__} is called with the policy's keywords, {kwargs}.")
             raise
         known = None  # keywords that ours does not have
@@ -549,6 +562,24 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
         known = ActionDistribution(1, names, module.distribution_class, kwargs)
         known._module = module
     return known
+
+
+def _tell_of_keywords(kind: type[Distribution], kwargs: Mapping[str, Any]) -> bool:
+    """Whether what is registered for ``kind`` does not take ``kwargs``, of which the log tells once."""
+    try:
+        signature(_KNOWN[kind]).bind_partial(**kwargs)
+    except TypeError:
+        if (told := (kind, *sorted(kwargs))) not in _TOLD:
+            _TOLD.add(told)
+            log.warning(
+                "what is registered for %s does not take a policy's %s, so that the class itself acts: let it take them.",
+                kind.__name__,
+                list(kwargs),
+            )
+        return True
+    except ValueError:  # a function of C's, which does not say what it takes
+        pass
+    return False
 
 
 def require_asked(distribution: ActionDistribution, module: ProbabilisticTensorDictModule) -> None:
