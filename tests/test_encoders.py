@@ -281,6 +281,32 @@ def test_flags_and_choices_may_stand_beside_reals():
     assert "each of these in (torch.float32, torch.int64, torch.bool)" in told.value.__notes__[0]
 
 
+def test_an_encoder_may_assert_what_it_reads():
+    class Choices(nn.Embedding):
+        def forward(self, x):
+            assert x.dtype == torch.int64
+            return super().forward(x).flatten(-2)
+
+    actor = RecurrentActor({"trans": [5], "x": [2]}, CategoricalActions(3), encoder={"x": Choices(3, 4)})
+    assert actor.module[0].module[-2].input_size == 13
+
+
+def test_an_encoder_with_a_mistake_is_not_tried_in_all_dtypes():
+    class Pool(nn.Linear):
+        runs = 0
+
+        def forward(self, *entries):
+            self.runs += 1
+            return super().forward(torch.cat([entries[0], (~entries[1]).float(), *entries[2:]], -1))
+
+    pool, shapes = Pool(9, 4), dict.fromkeys(["trans", *"abcd"], [2])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # which says more than the first error
+        RecurrentActor(shapes, CategoricalActions(3), encoder=TensorDictModule(pool, list(shapes), ["seen"]))
+    assert pool.runs <= 20
+    pool = Pool(10, 4)
+    RecurrentActor(shapes, CategoricalActions(3), encoder=TensorDictModule(pool, list(shapes), ["seen"]))
+
+
 def test_layers_that_pass_bytes_on_are_given_reals():
     actor = GRUCategoricalActor.from_env(make_env(), encoder={"pixels": nn.Flatten()}, hidden_size=4)
     assert next(module for module in actor.modules() if isinstance(module, ImageEncoder)).scale

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from itertools import islice, pairwise, product
+from itertools import chain, islice, pairwise, product
 from operator import index
 
 import torch
@@ -27,8 +28,10 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-#: So many dtypes of what a module reads are tried at most, those of five entries.
-_MOST_TRIES = 3**5
+#: So many dtypes of what a module reads are tried at most, those of five entries; and so many once it fails by anything else.
+_MOST_TRIES, _FEW_TRIES = 3**5, 20
+#: PyTorch's words where it is given another dtype than it takes.
+_OF_DTYPES = re.compile("type|bool|integer|float|long|implemented for")
 
 #: A module of ``[*B, *shape]`` to ``[*B, n]``, or a function of that shape that makes one.
 EntryEncoder = nn.Module | Callable[[torch.Size], nn.Module]
@@ -292,8 +295,11 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
     what = getattr(module, "module", module)
     kinds = (like.dtype, torch.int64, torch.bool)  # reals, choices, which an Embedding reads, and flags
     told = f"This was the {'core' if is_core else 'encoder'} {what}, tried on {tried}, each of these in {kinds}."
+    alike = ([kind] * len(tried) for kind in kinds)
     with torch.no_grad(), noted(told):
-        out = _first_of(partial(out_of, dtypes) for dtypes in islice(product(kinds, repeat=len(tried)), _MOST_TRIES))
+        out = _first_of(
+            partial(out_of, dtypes) for dtypes in chain(alike, islice(product(kinds, repeat=len(tried)), _MOST_TRIES))
+        )
     if out.shape[:-1] != torch.Size(lead):
         raise ValueError(
             f"the encoder of {module.in_keys} makes {tuple(out.shape)} of {lead} rows; it must give [*B, n], and keep all leading "
@@ -303,14 +309,18 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
 
 
 def _first_of(calls: Iterable[Callable[[], Tensor]]) -> Tensor:
-    """What the first of ``calls`` gives that raises nothing; if all do, the first one's error."""
-    first = None
-    for call in calls:
+    """What the first of ``calls`` gives that raises nothing; else the first error that is not of dtypes, or the first of all."""
+    first = mistake = None
+    for number, call in enumerate(calls):
+        if mistake is not None and number >= _FEW_TRIES:
+            break
         try:
             return call()
-        except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AssertionError) as error:
             first = first or error
-    raise first
+            if str(error) and not _OF_DTYPES.search(str(error).lower()):
+                mistake = mistake or error
+    raise mistake or first
 
 
 def out_of_place(module: nn.Module) -> nn.Module:
