@@ -281,6 +281,21 @@ def test_flags_and_choices_may_stand_beside_reals():
     assert "each of these in (torch.float32, torch.int64, torch.bool)" in told.value.__notes__[0]
 
 
+@pytest.mark.parametrize("key", ["trans", "place"])
+def test_an_encoder_of_another_dtype_than_the_envs_is_given_its_own(key):
+    class Casting(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.to(self.weight.dtype))
+
+    env, names = make_env(), []
+    for make in (nn.Linear, Casting):
+        encoder = {key: lambda shape, make=make: make(shape[0], 4), "pixels": None}
+        actor = GRUCategoricalActor.from_env(env, encoder=encoder, dtype=torch.float64, hidden_size=4)
+        adaptation_curve(env, actor, 4)
+        names.append([name for name, _ in actor.named_parameters()][0])
+    assert ["net" in name for name in names] == [True, False]  # which keeps its name in checkpoints
+
+
 def test_an_encoder_may_assert_what_it_reads():
     class Choices(nn.Embedding):
         def forward(self, x):

@@ -23,7 +23,7 @@ from rl2_torchrl.modules.cores import sub_key
 
 __all__ = [
     *("Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead"),
-    *("by_entry", "encoding", "out_of_place", "output_key", "output_size"),
+    *("by_entry", "casting", "encoding", "out_of_place", "output_key", "output_size"),
 ]
 
 log = logging.getLogger(__name__)
@@ -228,16 +228,25 @@ def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key:
         with noted(f"{encoder=} is called with the shape of {key!r}, {shape}, and makes a module."):
             module = encoder(shape).to(**factory)
     if len(shape) > 1 and not isinstance(module, ImageEncoder | MLPEncoder):
-        module = ImageEncoder(module, shape, scale=not _takes_bytes(module, shape))
+        module = ImageEncoder(module, shape, scale=not _takes(module, shape, torch.uint8))
     return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else "_".join(key))])
 
 
-def _takes_bytes(module: nn.Module, shape: torch.Size) -> bool:
-    """Whether ``module`` makes reals of bytes, which it may embed as symbols or scale itself; layers of reals refuse them."""
+def casting(
+    make: Callable[[torch.Size], nn.Module], given: torch.dtype, dtype: torch.dtype, shape: torch.Size
+) -> nn.Module:
+    """What ``make`` makes, in ``dtype``, for reals that are ``given`` in another: cast for it, unless it takes them itself."""
+    module = make(shape).to(dtype=dtype)
+    is_ready = len(shape) > 1 or isinstance(module, ImageEncoder | MLPEncoder) or _takes(module, shape, given)
+    return module if is_ready else ImageEncoder(module, shape)
+
+
+def _takes(module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether ``module`` makes reals of ``dtype``, bytes say, to embed as symbols or scale itself; layers of reals refuse them."""
     device = next(module.parameters(), torch.empty(0)).device
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            out = deepcopy(module)(torch.zeros(1, *shape, dtype=torch.uint8, device=device))
+            out = deepcopy(module)(torch.zeros(1, *shape, dtype=dtype, device=device))
         except (RuntimeError, TypeError, ValueError, KeyError, AssertionError):
             return False
     return isinstance(out, Tensor) and out.is_floating_point()

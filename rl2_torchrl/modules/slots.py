@@ -28,6 +28,7 @@ from rl2_torchrl.modules.layers import (
     MLPEncoder,
     SkipHead,
     by_entry,
+    casting,
     encoding,
     out_of_place,
     output_key,
@@ -198,8 +199,14 @@ def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.S
     head = kwargs.get("head")
     read = head.in_keys if isinstance(head, TensorDictModuleBase) else ()
     encoders = {**encoder, **dict.fromkeys(_images(env, {*keys, *encoder}, read), ConvEncoder)}
-    kwargs["encoder"] = {key: module for key, module in encoders.items() if module is not None}
-    return shapes_of(env, [*keys, *kwargs["encoder"]])
+    kwargs["encoder"] = encoders = {key: module for key, module in encoders.items() if module is not None}
+    shapes, dtype = shapes_of(env, [*keys, *encoders]), kwargs.get("dtype")
+    for key, make in encoders.items():
+        given = torch.get_default_dtype() if key == keys[0] else env.observation_spec[key].dtype
+        is_cast = dtype is not None and given != dtype and given.is_floating_point
+        if is_cast and callable(make) and not isinstance(make, nn.Module):
+            encoders[key] = partial(casting, make, given, dtype)
+    return shapes
 
 
 def shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.Size]:
