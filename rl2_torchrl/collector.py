@@ -12,12 +12,13 @@ from torchrl import torchrl_logger
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot
 from torchrl.envs import EnvBase, TransformedEnv
-from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.envs.utils import ExplorationType
 
 from rl2_torchrl.arguments import as_list, kind_of, require_numbers, whole
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.plain_data import NoStateError
 from rl2_torchrl.gradients.networks import leaves_of
+from rl2_torchrl.locks import MODES
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.rollout.trials import leaves, next_key
@@ -173,11 +174,12 @@ class TrialCollector(Collector):
         """One batch ``[*B, T]`` of the entries ``keep``."""
         with self.turns.turn():
             if self.player is None:
-                batch = super().rollout()
+                with MODES(self.exploration_type):
+                    batch = super().rollout()
             else:
                 if self.pre_collect_hook is not None:
                     self.pre_collect_hook()
-                with set_exploration_type(self.exploration_type):
+                with MODES(self.exploration_type):
                     return self.player()
         if self.keep is None or batch is None:  # None: it has gone into the replay buffer, step by step
             return batch

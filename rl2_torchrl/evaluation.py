@@ -13,7 +13,7 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
-from torchrl.envs import EnvBase, ExplorationType, ParallelEnv, VecNorm, VecNormV2, set_exploration_type
+from torchrl.envs import EnvBase, ExplorationType, ParallelEnv, VecNorm, VecNormV2
 
 from rl2_torchrl.arguments import require_callable, require_env, require_flags, require_network, require_torch, whole
 from rl2_torchrl.envs import GymVectorEnv
@@ -209,19 +209,19 @@ def adaptation_curve(
     longest = 0
     trials, returns = Trials(int(num_trials)), EpisodeTable("sum")
     tables = {key: EpisodeTable(how) for key, how in measured.items()}
-    with MODES, set_exploration_type(kind):
-        while trials.open:
+    while trials.open:
+        with MODES(kind):  # not for longer: other threads' rollouts of another kind, and updates, wait for it
             batch = rollout()
-            steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}
-            index, counted = trials.add(steps)
-            counts = [("next", TRIAL_STEP), ("next", "done"), ("next", "reward"), *measured]
-            steps = {key: steps[key].flatten().index_select(0, counted) for key in counts}
-            returns.add(index, steps["next", "reward"])
-            for key, table in tables.items():
-                table.add(index, steps[key])
-            rollout.require_sound_policy()  # behind the rewards, which it reads
-            unended = steps["next", TRIAL_STEP][~steps["next", "done"]]
-            longest = max(longest, _require_end(unended, longest, max_trial_steps))
+        steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}
+        index, counted = trials.add(steps)
+        counts = [("next", TRIAL_STEP), ("next", "done"), ("next", "reward"), *measured]
+        steps = {key: steps[key].flatten().index_select(0, counted) for key in counts}
+        returns.add(index, steps["next", "reward"])
+        for key, table in tables.items():
+            table.add(index, steps[key])
+        rollout.require_sound_policy()  # behind the rewards, which it reads
+        unended = steps["next", TRIAL_STEP][~steps["next", "done"]]
+        longest = max(longest, _require_end(unended, longest, max_trial_steps))
     made = partial(AdaptationCurve, finished=trials.finished)
     measured = {key[-1]: made(table.table()) for key, table in tables.items()}
     curve = made(returns.table(), measured, made(returns.counts()))

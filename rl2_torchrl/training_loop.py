@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +28,17 @@ __all__ = ["Loop", "TrialReturns", "frames_of"]
 log = logging.getLogger(__name__)
 
 #: Trainings in several threads take turns, a rollout, an update or an evaluation each: PyTorch's random numbers are the program's.
-#: `MODES` they share with evaluations in threads beside them, and let go of where they call a user's: that may start such and wait.
 _turn = threading.RLock()
+
+
+def _begin_anew() -> None:
+    """In a forked process, in which no other training goes on."""
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_begin_anew)
 
 #: Batches without the end of a trial until that is said.
 _PATIENCE = 10
@@ -62,7 +72,7 @@ class Loop:
             before_each()
             self.in_rollout = True
             try:
-                with _turn, MODES:
+                with _turn:
                     batch = next(batches, None)
             except Exception as error:
                 where = (
@@ -104,7 +114,7 @@ class Loop:
             for note in report.notes:
                 log.warning("of the first batch: %s.", note)
         try:
-            with MODES:
+            with MODES(None):
                 metrics = self._update(batch, self._progress)
         except FloatingPointError as error:
             raise FloatingPointError(

@@ -22,12 +22,14 @@ from rl2_torchrl import (
     PreviousStep,
     TaskSampler,
     Trial,
+    TrialCollector,
     adaptation_curve,
     kernels,
     train,
 )
 from rl2_torchrl.envs import BernoulliBandit
 from rl2_torchrl.kernels import threads
+from rl2_torchrl.locks import MODES
 
 needs_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts what Linux lists in /proc")
 SMALL = Workload(arms=3, pulls=10, trials=64, units=32, minibatches=2, epochs=2)
@@ -294,8 +296,11 @@ def test_evaluations_in_threads_play_as_each_of_them_says():
         assert list(pool.map(switches, (False, True) * 8)) == [True, False] * 8
 
 
-def test_an_evaluation_in_a_thread_waits_for_a_trainings_rollout():
+@pytest.mark.parametrize("by", ["train", "hand", "TorchRL's loop"])
+def test_a_greedy_evaluation_in_a_thread_waits_for_a_rollout(by):
     collector, update = compose(SMALL)
+    if by == "TorchRL's loop":
+        collector = TrialCollector(collector.env, collector.policy, frames_per_batch=SMALL.steps, rollout="tensordicts")
     collector.total_frames = SMALL.steps
     played, ended, seen = threading.Event(), threading.Event(), []
 
@@ -309,13 +314,117 @@ def test_an_evaluation_in_a_thread_waits_for_a_trainings_rollout():
 
     evaluation = threading.Thread(target=evaluate, daemon=True)
 
-    def within_the_rollout():
-        evaluation.start()
-        seen.append(played.wait(0.5))
-        ended.set()
+    def within_the_rollout(*_):
+        if not seen:
+            evaluation.start()
+            seen.append(played.wait(0.5))
+            ended.set()
 
-    collector.pre_collect_hook = within_the_rollout
-    train(collector, update, evaluate=None, progress=False, check=False)
+    if by == "TorchRL's loop":
+        collector.pre_collect_hook = within_the_rollout
+    else:
+        collector.player.on_step = within_the_rollout
+    if by == "train":
+        train(collector, update, evaluate=None, progress=False, check=False)
+    else:
+        next(iter(collector))
     evaluation.join(60)
     assert seen == [False]
     assert played.is_set()
+
+
+def evaluated(on_step, **options):
+    collector, _ = compose(SMALL)
+    adaptation_curve(collector.env, collector.policy, 4, on_step=on_step, **options)
+
+
+def test_evaluations_in_threads_that_draw_play_side_by_side_and_leave_no_mode_behind():
+    both = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(evaluated, lambda _: both.wait(30)) for _ in range(2)]:
+            each.result()
+    assert exploration_type() is None
+
+
+def test_threads_that_wait_for_a_mode_take_it_in_the_order_in_which_they_come():
+    """Else those of one mode, which share it, would keep out the others for ever."""
+    order = []
+
+    def hold(kind):
+        with MODES(kind):
+            order.append(exploration_type())
+
+    kinds = [ExplorationType.DETERMINISTIC, ExplorationType.RANDOM]
+    with ThreadPoolExecutor(2) as pool, MODES(ExplorationType.RANDOM):
+        for number, kind in enumerate(kinds, 1):
+            pool.submit(hold, kind)
+            latest = time.monotonic() + 10
+            while len(MODES._waiting) < number and time.monotonic() < latest:
+                time.sleep(0.01)
+    assert order == kinds
+
+
+def test_evaluations_within_evaluations_of_another_mode_do_not_wait_for_one_another():
+    both, mine, seen = threading.Barrier(2), threading.local(), []
+
+    def within(_):
+        if not hasattr(mine, "begun"):
+            mine.begun = both.wait(30)
+            evaluated(lambda _: seen.append(exploration_type()), deterministic=True)
+            seen.append(exploration_type())
+
+    threads = [threading.Thread(target=evaluated, args=[within], daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert seen.count(ExplorationType.RANDOM) == 2
+    assert set(seen) == {ExplorationType.RANDOM, ExplorationType.DETERMINISTIC}
+    assert exploration_type() is None
+
+
+def test_an_error_leaves_no_mode_behind():
+    def fail(_):
+        raise RuntimeError("on_step")
+
+    with pytest.raises(RuntimeError, match="on_step"):
+        evaluated(fail, deterministic=True)
+    assert exploration_type() is None
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(evaluated, None).result(60)
+
+
+FORK_BESIDE_THREADS = """
+import os, signal, threading
+from torchrl.envs.utils import ExplorationType, exploration_type
+from rl2_torchrl import training_loop
+from rl2_torchrl.locks import MODES
+from tests.test_threads import evaluated, training
+held, ended = threading.Event(), threading.Event()
+
+def hold():
+    with training_loop._turn, MODES(ExplorationType.DETERMINISTIC):
+        held.set()
+        ended.wait()
+
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    assert exploration_type() is None, exploration_type()
+    evaluated(None)
+    training()
+    print("child has played", flush=True)
+    os._exit(0)
+ended.set()
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_process_forked_beside_a_greedy_evaluation_and_a_training_waits_for_neither():
+    process = python(FORK_BESIDE_THREADS, OMP_NUM_THREADS="1")
+    assert process.returncode == 0, process.stdout
+    assert "child has played" in process.stdout

@@ -11,12 +11,12 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import set_exploration_type
 
 from rl2_torchrl.arguments import require_collector
 from rl2_torchrl.checks import inputs, learning, memory, rows, tasks
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.collector import batches_of
+from rl2_torchrl.locks import MODES
 from rl2_torchrl.seeding import random_numbers_put_back
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE
@@ -128,7 +128,7 @@ def _collect(collector: BaseCollector) -> list[TensorDictBase]:
             "next one: give it a batch that there is, or a new collector."
         )
     if env is not None and ("next", EPISODE_DONE) not in batches[0].keys(True, True):
-        with set_exploration_type(collector.exploration_type):
+        with MODES(collector.exploration_type):
             steps = batches[0].shape[-1]
             batches.append(env.rollout(steps, collector.policy, break_when_any_done=False, auto_cast_to_device=True))
         collector.reset()
