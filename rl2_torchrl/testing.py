@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,6 +28,8 @@ from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial, method_of, own_transforms
 
 __all__ = ["TensorEnvError", "TrialContractError", "check_tensor_env", "check_trial_env"]
+
+log = logging.getLogger(__name__)
 
 #: The rules in the order of the checks, with why it matters and what to do. `_Played` has a method for each; those of
 #: names that start with "task" and "trans" are left out where the env has no such entry, those of `env_check` where workers hide
@@ -76,6 +79,7 @@ _RULES = {
 }
 _NUM_TASKS = 8  # of whole batches, given to the env below `Trial` one after another
 _NUM_DRAWS = 16  # resets whose tasks are compared: two rows with two even tasks agree by chance in 1 of 65,536
+_SOME_TASKS = 64  # drawn at least where a seed is used again
 _MANY_TASKS = 4096  # drawn before it is said that all are the same: another may be rare
 
 
@@ -195,6 +199,14 @@ class _Played:
             return None
         has_task = self.task_key is not None and self.task_key in self.below_trial.full_state_spec.keys(True)
         tasks = [self.env.reset().get(self.task_key).clone() for _ in range(_NUM_TASKS)] if has_task else []
+        if tasks and all((self._numbers(task) == self._numbers(tasks[0])).all() for task in tasks):
+            tasks = self.two_tasks * (_NUM_TASKS // 2) or tasks
+            if not self.two_tasks and self.sampler is None:
+                log.warning(
+                    "all tasks of %s resets were the same, and no TaskSampler can be asked for another: whether the env hears its "
+                    "task is not checked (task_heard, task_own, task_kept).",
+                    _NUM_TASKS,
+                )
         return EnvBelow(self.below_trial, tasks, self.task_key, self.task_of)
 
     @cached_property
@@ -236,7 +248,24 @@ class _Played:
 
     @cached_property
     def draws(self) -> torch.Tensor:  # tasks of further resets, [_NUM_DRAWS, num_rows, n]
-        return torch.stack([self._task(self.env.reset()).reshape(self.num_rows, -1) for _ in range(_NUM_DRAWS)])
+        return torch.stack([self._numbers(self.env.reset().get(self.task_key)) for _ in range(_NUM_DRAWS)])
+
+    @property
+    def sampler(self) -> TaskSampler | None:  # of all rows; None where others draw, or workers hide it
+        return next((t for t in self.transforms if isinstance(t, TaskSampler) and t.task_key == self.task_key), None)
+
+    @cached_property
+    def two_tasks(self) -> list:  # that differ, each in all rows; none where many that the sampler draws are the same
+        if self.sampler is None:
+            return []
+        first, batch_size = self.sampler.draw(), self.env.batch_size
+        for _ in range(max(1, _MANY_TASKS // self.num_rows)):
+            other = self.sampler.draw()
+            unlike = (self._numbers(first) != self._numbers(other)).any(1)
+            if unlike.any():
+                row = int(unlike.nonzero()[0])
+                return [_in_all_rows(task, row, batch_size) for task in (first, other)]
+        return []
 
     @property
     def starts(self) -> torch.Tensor:  # steps that begin a trial, [num_rows, T, 1]
@@ -245,8 +274,11 @@ class _Played:
 
     def _task(self, tensordict: TensorDictBase) -> torch.Tensor:
         """The task, nested or not, as ``[*B, n]`` float64."""
-        task, batch_size = tensordict.get(self.task_key), tensordict.batch_size
+        return self._numbers(tensordict.get(self.task_key), tensordict.batch_size)
+
+    def _numbers(self, task: torch.Tensor | TensorDictBase, batch_size: torch.Size | None = None) -> torch.Tensor:
         leaves = task.values(True, True) if isinstance(task, TensorDictBase) else [task]
+        batch_size = [self.num_rows] if batch_size is None else batch_size
         return torch.cat([leaf.reshape(*batch_size, -1).double() for leaf in leaves], -1)
 
     def _missing(self, keys: set[NestedKey], spec) -> str | None:
@@ -323,18 +355,22 @@ class _Played:
         return broken
 
     def task_changes(self):
-        if (self.draws != self.draws[0]).any():
+        if (self.draws != self.draws[0]).any() or self.two_tasks:
             return None
-        resets = _MANY_TASKS // self.num_rows
-        again = (self._task(self.env.reset()).reshape(self.num_rows, -1) for _ in range(resets))
+        more = max(1, _MANY_TASKS // self.num_rows)
+        if self.sampler is not None:
+            return f"{_NUM_DRAWS} resets, and {more} draws of the TaskSampler, gave the same"
+        again = (self._numbers(self.env.reset().get(self.task_key)) for _ in range(more))
         changed = any((one != self.draws[0]).any() for one in again)
-        return None if changed else f"{_NUM_DRAWS + resets} resets drew the same"
+        return None if changed else f"{_NUM_DRAWS + more} resets drew the same"
 
     def task_differs_by_row(self):
         # Where there are few tasks two rows of many agree by chance; an eighth of all does not, unless some tasks are rare.
         copies = self.num_rows - len(self.draws.transpose(0, 1).unique(dim=0))
         if copies * 8 <= self.num_rows:
             return None
+        if self.sampler is not None and copies < self.num_rows - 1:
+            return None  # who draws for all has groups of rows play one task on purpose, for a baseline of the group
         share = self.draws.flatten(0, 1).unique(dim=0, return_counts=True)[1] / (_NUM_DRAWS * self.num_rows)
         alike = math.comb(self.num_rows, 2) * share.square().sum().item() ** _NUM_DRAWS  # pairs, by chance
         if copies * math.log(math.e * alike / copies) < math.log(CHANCE):  # Chernoff's bound
@@ -342,8 +378,8 @@ class _Played:
 
     def task_follows_seed(self):
         samplers = [t for t in self.transforms if isinstance(t, TaskSampler)]
-        for draw in [sampler.distribution for sampler in samplers if not isinstance(sampler.distribution, _InOrder)]:
-            if not any(_follows_seed(draw, size) for size in (64, _MANY_TASKS)):
+        for sampler in [sampler for sampler in samplers if not isinstance(sampler.distribution, _InOrder)]:
+            if not _follows_seed(sampler.distribution, self.env.batch_size):
                 return "one seed gave other tasks when used again, or another seed the same"
 
     def task_hidden(self):
@@ -384,12 +420,27 @@ class _Played:
             return f"a reset of row 0 changed {touched} of others, or {TRIAL_STEP} went on as {steps.tolist()}"
 
 
-def _follows_seed(draw: TaskDistribution, size: int) -> bool:
-    """Whether a seed gives ``size`` tasks again, and another one others: from where a deck, say, stands, which it is left at."""
+def _in_all_rows(task: torch.Tensor | TensorDictBase, row: int, batch_size: torch.Size):
+    """The task of one row, given to all."""
+    rest = task.shape[len(batch_size) :]
+    return task.reshape(-1, *rest)[row].expand(torch.Size([*batch_size, *rest])).clone()
+
+
+def _follows_seed(draw: TaskDistribution, size: torch.Size) -> bool:
+    """Whether a seed gives tasks again, and another one others: from where a deck, say, stands, which it is left at.
+
+    As many at once as the env asks for: a deck may have no more.
+    """
     try:
         copies = [deepcopy(draw) for _ in range(3)]
     except (TypeError, ValueError, RuntimeError):  # it has a state that nobody can put back
         return True
-    generators = (torch.Generator().manual_seed(seed) for seed in (0, 0, 1))
-    one, again, other = (copy(torch.Size([size]), each) for copy, each in zip(copies, generators, strict=True))
-    return bool((one == again).all() and (one != other).any())
+    generators, differs = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)], False
+    for number in range(size.numel(), _MANY_TASKS + size.numel(), size.numel()):
+        one, again, other = (copy(size, each) for copy, each in zip(copies, generators, strict=True))
+        if (one != again).any():
+            return False
+        differs |= bool((one != other).any())
+        if differs and number >= _SOME_TASKS:
+            return True
+    return False
