@@ -485,6 +485,58 @@ def test_rare_tasks_are_no_fault():
         assert report.unchecked.keys() <= {"tasks_held_out", "tasks_differ"}
 
 
+def test_rare_tasks_of_workers_are_no_fault():
+    """Each row with a sampler of its own, which the rows of a `SerialEnv` show and processes hide."""
+
+    def users(batch_size, generator):
+        odd = torch.rand(*batch_size, 1, generator=generator) < 0.01
+        return torch.where(odd, 1 - _OF_MOST, _OF_MOST)
+
+    def env_of(seed):
+        transforms = Compose(Trial(episodes=5), TaskSampler(users, seed=seed), PreviousStep())
+        return TransformedEnv(BernoulliBandit(ARMS, batch_size=(4,)), transforms)
+
+    env = SerialEnv(4, [partial(env_of, seed) for seed in range(4)])
+    actor, critic = networks(env_of(0))
+    collector, update = pipeline(env, actor, critic, steps=10)
+    batch = first_batch(collector)
+    for rows_at_hand in (env._envs, []):
+        env._envs, kept = rows_at_hand, env._envs
+        report = check_training(collector, update, batch)
+        assert report.unchecked["tasks_differ"] == "16 rows are too few to tell equal tasks from chance"
+        env._envs = kept
+
+
+_OF_MOST = torch.linspace(0.1, 0.9, ARMS)
+
+
+def test_no_more_tasks_are_asked_for_at_once_than_there_are_rows():
+    tasks, asked = torch.rand(2 * ROWS - 1, ARMS), []
+
+    def different(batch_size, generator):
+        asked.append(batch_size.numel())
+        return tasks[torch.multinomial(torch.ones(len(tasks)), batch_size.numel(), generator=generator)]
+
+    collector, update = pipeline(bandit_env(different), steps=10)
+    report = check_training(collector, update, first_batch(collector), held_out=bandit_env(different, seed=2))
+    assert "tasks_drawn" in report.checked
+    assert set(asked) == {ROWS}
+
+
+def test_rare_tasks_are_drawn_until_two_differ():
+    asked = []
+
+    def users(batch_size, generator):
+        asked.append(batch_size.numel())
+        return (torch.rand(*batch_size, 1, generator=generator) < 0.005).float().expand(*batch_size, ARMS)
+
+    collector, update = pipeline(bandit_env(users), steps=10)
+    batch = first_batch(collector)
+    asked.clear()
+    check_training(collector, update, batch)
+    assert sum(asked) < 2000
+
+
 def test_the_same_tasks_in_every_draw():
     def seeded(batch_size, generator):
         return uniform_means(ARMS)(batch_size, torch.Generator().manual_seed(0))

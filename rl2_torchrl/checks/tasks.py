@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -11,12 +13,12 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, copied, flat
 from rl2_torchrl.env_check.shown import BITS, shown
 from rl2_torchrl.tasks import TaskSampler, _InOrder
-from rl2_torchrl.trial import transforms_of
+from rl2_torchrl.trial import rows_of, transforms_of
 
 __all__ = ["RULES"]
 
-#: Tasks in a draw: two that are even fall the same way all through once in 2^31. Where all do, one may be rare: so many then.
-_DRAWS = 32, 4096
+#: Tasks that are drawn to tell how rare each is, and those that must all be the same until that is said: another may be rare.
+_SOME_TASKS, _MANY_TASKS = 256, 4096
 
 
 def task_given(seen: Evidence) -> str | None:
@@ -46,15 +48,18 @@ def tasks_drawn(seen: Evidence) -> str | None:
         raise NotChecked("the env shows no TaskSampler")
     if isinstance(seen.sampler.distribution, _InOrder):
         raise NotChecked("TaskSampler.fixed hands out a list on purpose")
-    for size in _DRAWS:
-        first, second = _draw(seen.sampler, size, 2)
-        if (first == first[0]).all():
-            broken = f"a draw of {size} tasks gave {size} times the same"
-        elif (first == second).all():
-            broken = f"two draws in a row gave the same {size} tasks"
-        else:
+    first, within, again = None, False, False
+    most = max(2, _MANY_TASKS // seen.sampler.container.base_env.batch_size.numel())
+    for task in islice(_draws(seen.sampler), most):
+        within |= bool((task != task[:1]).any()) or len(task) == 1
+        first = task if first is None else first
+        again |= bool((task != first).any())
+        if within and again:
             return None
-    return broken
+    size = len(first)
+    return f"{most} draws of {size} tasks " + (
+        "gave each time the same" if within else f"gave {size} times the same each"
+    )
 
 
 def tasks_differ(seen: Evidence) -> str | None:
@@ -115,8 +120,19 @@ def _hands_out_a_list(env: EnvBase) -> bool:
 
 
 def _many_tasks(env: EnvBase) -> torch.Tensor | None:
-    samplers = [each for each in transforms_of(env) if isinstance(each, TaskSampler)]
-    return _draw(samplers[0], _DRAWS[-1], 1)[0] if samplers else None
+    """Enough tasks ``[K, n]`` of who draws them around the env, or in its first row, for two that differ; None if nobody shows."""
+    around = [transforms_of(each) for each in (env, *rows_of(env)[:1])]
+    samplers = [each for transforms in around for each in transforms if isinstance(each, TaskSampler)]
+    if not samplers:
+        return None
+    drawn: list[torch.Tensor] = []
+    differ = False
+    for task in _draws(samplers[0]):
+        drawn.append(task)
+        differ |= bool((task != drawn[0][:1]).any())
+        number = len(drawn) * len(task)
+        if number >= (_SOME_TASKS if differ else _MANY_TASKS):
+            return torch.cat(drawn)
 
 
 def _bits(task: torch.Tensor, draws: torch.Tensor | None) -> float:
@@ -124,7 +140,7 @@ def _bits(task: torch.Tensor, draws: torch.Tensor | None) -> float:
     known = task if draws is None else torch.cat([task, draws.to(task)])
     _, kind, counts = known.unique(dim=0, return_inverse=True, return_counts=True)
     if draws is None and len(counts) == 1:
-        return float(len(task))  # of two that are even
+        return 0.0  # another may be rare
     return -(counts[kind[: len(task)]] / len(known)).log2().sum().item()
 
 
@@ -133,11 +149,20 @@ def _num_workers(seen: Evidence) -> int:
     return getattr(env, "num_workers", getattr(seen.collector, "num_workers", 1))
 
 
-def _draw(sampler: TaskSampler, size: int, number: int) -> list[torch.Tensor]:
-    """The first tasks of ``sampler``, ``number`` times ``[size, n]``, drawn by a copy from its seed."""
+def _draws(sampler: TaskSampler, size: torch.Size | None = None) -> Iterator[torch.Tensor]:
+    """The first tasks of ``sampler``, drawn by a copy from its seed; as many at once as its env asks for, ``[N, n]``, or ``size``.
+
+    A distribution may have no more.
+    """
     distribution = copied(sampler.distribution, "task distribution")
     generator = torch.Generator().manual_seed(sampler.generator.initial_seed())
-    return [flat(distribution(torch.Size([size]), generator), 1) for _ in range(number)]
+    size = sampler.container.base_env.batch_size if size is None else size
+    while True:
+        try:
+            task = distribution(size, generator)
+        except (RuntimeError, ValueError) as error:
+            raise NotChecked(f"the task distribution gives no {size.numel()} tasks at once ({error})") from error
+        yield flat(task, len(size)).reshape(size.numel(), -1)
 
 
 def _tasks_of(source: EnvBase | TaskSampler | torch.Tensor | TensorDictBase | None, size: int) -> torch.Tensor:
@@ -148,7 +173,7 @@ def _tasks_of(source: EnvBase | TaskSampler | torch.Tensor | TensorDictBase | No
         raise NotChecked("the env shows no TaskSampler")
     if isinstance(source, TaskSampler):
         if not isinstance(source.distribution, _InOrder):
-            return torch.cat(_draw(source, size, 1024 // size + 1))
+            return torch.cat(list(islice(_draws(source, torch.Size([size])), 1024 // size + 1)))
         source = source.distribution.tasks
     return flat(source[:4096], 1)
 
