@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.envs import check_env_specs
 
 from rl2_torchrl.arguments import kind_of
-from rl2_torchrl.env_check.outcomes import REFUSED, kind, misfit, same
+from rl2_torchrl.env_check.outcomes import REFUSED, in_a_step, kind, misfit, same
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.rows import EnvState, entries_of, merge, tensors_of
 from rl2_torchrl.envs.tensor_env import TensorEnv
@@ -83,7 +83,8 @@ def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, n
         try:
             seen = getattr(checked, rule)()
         except Exception as error:
-            error.add_note(REFUSED)
+            if in_a_step(error):
+                error.add_note(REFUSED)
             raise
         if seen is not None:
             raise TensorEnvError(rule, seen)

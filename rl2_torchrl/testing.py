@@ -19,7 +19,7 @@ from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
-from rl2_torchrl.env_check.outcomes import CHANCE, REFUSED
+from rl2_torchrl.env_check.outcomes import CHANCE, REFUSED, in_a_step
 from rl2_torchrl.env_check.shown import BITS, shown
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskDistribution, TaskSampler, _InOrder
@@ -190,7 +190,8 @@ class _Played:
         *_, (frame, _) = walk_tb(self.raised.__traceback__)
         if rule == "specs" and frame.f_globals.get("__name__", "").partition(".")[0] in ("torchrl", "tensordict"):
             return None
-        return f"{REFUSED} The traceback above shows where."
+        said = REFUSED if in_a_step(self.raised) else "The env raised this when it was played."
+        return f"{said} The traceback above shows where."
 
     @cached_property
     def below(self) -> EnvBelow | None:

@@ -437,6 +437,29 @@ def test_an_env_that_refuses_actions_is_told_that_it_may_not():
     assert refused in raised.value.__notes__[0]
 
 
+def test_an_error_where_an_episode_begins_is_not_laid_on_actions():
+    class Typo(BernoulliBandit):
+        def begin(self, task, rows):
+            return super().begin(tusk, rows)  # noqa: F821
+
+    with pytest.raises(NameError, match="tusk") as raised:
+        check_tensor_env(Typo(3, batch_size=(4,)), uniform_means(3))
+    assert not hasattr(raised.value, "__notes__")
+
+    class NoKey(BernoulliBandit):
+        def begin(self, task, rows):  # within a trial too, which is within a step
+            return super().begin({}["task"] if self.number else task, rows)
+
+        def advance(self, state, action):
+            self.number += 1
+            return super().advance(state, action)
+
+        number = 0
+
+    with pytest.raises(TrialContractError, match="KeyError: 'task'. The env raised this when it was played. The trace"):
+        check_trial_env(bandit(cls=NoKey))
+
+
 def test_place_of_a_broken_step_is_told():
     # Trials of three steps, two of them; the last but one reward of row 2 alone is wrong.
     def spoil(root, after):

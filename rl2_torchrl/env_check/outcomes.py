@@ -4,25 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from traceback import walk_tb
 
 import torch
 from torch import Tensor
 from torchrl.data import TensorSpec
 
 __all__ = [
-    *("CHANCE", "REFUSED", "Outcome", "chance_of_none", "counted", "differ", "kind", "misfit", "none_by_rule", "same"),
-    "unequal",
+    *(
+        "CHANCE",
+        "REFUSED",
+        "Outcome",
+        "chance_of_none",
+        "counted",
+        "differ",
+        "in_a_step",
+        "kind",
+        "misfit",
+        "none_by_rule",
+    ),
+    *("same", "unequal"),
 ]
 
 #: How likely what a rule tells may be chance at most.
 CHANCE = 1 / 400
-#: What is said where an env has raised, of an action maybe.
+#: What is said where an env has raised in a step, of an action maybe.
 REFUSED = (
     "The env raised this when it was played, by random actions of its action_spec, of which it may refuse none: an illegal one "
     "does nothing there, or costs something, since an ActionMask rules neither what this check plays nor a policy without a mask."
 )
 
 Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; whether an episode ended comes first.
+
+
+#: What envs, and those around them, name what begins an episode, and what takes a step.
+_BEGINS, _STEPS = ("begin", "reset", "_reset"), ("advance", "step", "_step")
+
+
+def in_a_step(error: Exception) -> bool:
+    """Whether an env raised ``error`` in a step, and not where an episode begins."""
+    names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
+    return [name for name in ["", *names] if name in ("", *_BEGINS, *_STEPS)][-1] in _STEPS
 
 
 def misfit(value: Tensor, spec: TensorSpec) -> str | None:
