@@ -146,13 +146,13 @@ class PPOUpdate:
             )
         require_flags(shuffle=shuffle)
         _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator, process_group)
+        self.loss = loss
+        self.normalizations()
         if advantage is None and loss.critic_network is None:
             raise ValueError(
                 "a loss without a critic needs an advantage of its own, advantage=... (returns, say): the default is made of the "
                 "critic's values. Where the collector's policy writes such, of another critic: advantage=TrialAdvantage()."
             )
-        self.loss = loss
-        self.normalizations()
         self.advantage = TrialAdvantage() if advantage is None else advantage
         _require_written(self.advantage, loss)
         require_rows_whole(self.advantage)

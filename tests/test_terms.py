@@ -19,6 +19,7 @@ from rl2_torchrl import (
     PPOUpdate,
     RL2PPOLoss,
     TaskBelief,
+    TrialAdvantage,
     kernels,
 )
 from rl2_torchrl.gradients import Program
@@ -319,7 +320,8 @@ def test_names_that_are_taken_and_what_is_no_number():
 def test_settings_of_several_terms_of_one_class_are_told_apart():
     def settings(*coefficients):
         beliefs = [TaskBelief(8, 2, coefficient=coefficient) for coefficient in coefficients]
-        update = PPOUpdate(RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=8), terms=beliefs))
+        loss = RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=8), terms=beliefs)
+        update = PPOUpdate(loss, TrialAdvantage())
         return settings_of(None, update)
 
     names = ["loss.TaskBelief.coefficient", "loss.TaskBelief2.coefficient"]
