@@ -277,6 +277,15 @@ def test_baselines_that_rows_share_are_no_leak(baseline, steps):
     assert {"advantages_apart", "advantages_in_time", "gradients"} <= set(checked)
 
 
+@pytest.mark.parametrize("seed", [2, 6, 10])
+def test_baselines_that_two_rows_share_are_no_leak(seed):
+    bandit = BernoulliBandit(ARMS, batch_size=(2,), seed=seed)
+    transforms = Compose(Trial(episodes=5), TaskSampler(uniform_means(ARMS), seed=seed), PreviousStep())
+    advantage = of_baseline(lambda to_go: to_go.mean(0))
+    collector, update = pipeline(TransformedEnv(bandit, transforms), steps=5, advantage=advantage)
+    assert "advantages_in_time" in check_training(collector, update, first_batch(collector)).checked
+
+
 def test_an_advantage_that_knows_no_other_rewards_is_not_checked():
     def advantage(batch):
         if not torch.isin(batch["next", "reward"], torch.tensor([0.0, 1.0])).all():

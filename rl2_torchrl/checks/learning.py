@@ -63,21 +63,22 @@ def _out_of_time(seen: Evidence, rows: TensorDictBase) -> str | None:
     reward = rows["next", "reward"]
     reward = reward + scale * torch.randn(reward.shape, generator=generator).to(reward)
 
-    def moved_by(more: float) -> torch.Tensor:
+    def moved_by(more: float) -> tuple[torch.Tensor, torch.Tensor]:
         changed = reward.clone()
         changed[row, steps[at]] += more
-        pair = (seen.advantage(rows.copy().set(("next", "reward"), each))[key] for each in (reward, changed))
-        return _beyond_affine(*pair, mine)
+        pair = [seen.advantage(rows.copy().set(("next", "reward"), each))[key] for each in (reward, changed)]
+        return _beyond_affine(*pair, mine), (pair[1] - pair[0]).reshape(mine.shape)[mine]
 
-    moved = moved_by(10 * scale)
+    moved, change = moved_by(10 * scale)
     before, after = moved[:at], moved[at + 1 :]
-    own = moved[at] if moved[at] else -moved_by(-10 * scale)[at]  # it may stand at a bound, beyond which it is cut off
+    # It may stand at a bound, beyond which it is cut off.
+    own = moved[at] if moved[at] else -moved_by(-10 * scale)[0][at]
     if not moved.any():
         raise NotChecked("the advantage does not depend on the reward of a step in the middle of a trial")
     if after.any() and not before.any():
         return "a reward that is raised moves the advantages of later steps, and none of steps before it"
     # Where trials are normalised one by one all move, some up and some down.
-    if not after.any() and own <= 0 or own < 0 and not (moved > 0).any():
+    if not after.any() and own <= 0 or own < 0 and change[at] < 0 and not (moved > 0).any():
         return f"a reward that is raised {'lowers' if own < 0 else 'does not move'} the advantage of its step"
 
 
