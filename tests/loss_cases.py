@@ -13,6 +13,7 @@ from rl2_torchrl import (
     MemoryValueHead,
     PPOUpdate,
     RL2PPOLoss,
+    TrialAdvantage,
     kernels,
 )
 from rl2_torchrl.gradients import Program
@@ -135,7 +136,9 @@ def trained(way, kind, critic, dtype=torch.float64, **options):
     """Metrics, parameters and Adam's state after two updates, by the way named."""
     loss = loss_of(kind, critic, dtype, entropy_bonus=True, entropy_coeff=0.05)
     sizes = {"bptt": 2, "minibatches": 5, "max_grad_norm": 0.1, "lr": 1e-2, "epochs": 3, "lr_schedule": lambda p: 1 - p}
-    update = PPOUpdate(loss, generator=torch.Generator().manual_seed(0), backend=way, **{**sizes, **options})
+    generator = torch.Generator().manual_seed(0)
+    # Of values that are stored, which without a critic are another one's.
+    update = PPOUpdate(loss, TrialAdvantage(), generator=generator, backend=way, **{**sizes, **options})
     metrics = [update(batch_of(kind, dtype), progress) for progress in (0.0, 0.75)]
     assert update.backend == way
     assert metrics[1]["lr"] == pytest.approx(0.25e-2)
