@@ -67,18 +67,21 @@ def _tasks(env: EnvBase | None) -> Settings:
     return {name: numbers for name, numbers in tasks.items() if numbers is not None}
 
 
+@random_numbers_put_back()
 def _drawn(distribution: TaskDistribution, batch_size: torch.Size) -> list[float] | None:
     """The first numbers of tasks that copies draw, all alike, from one seed; None where that is not to be had."""
-    try:
-        copies = deepcopy(distribution), deepcopy(distribution)
-    except (TypeError, ValueError, RuntimeError):  # of a state that cannot be copied
-        return None
-    with random_numbers_put_back():
-        tasks = [copy(batch_size, torch.Generator().manual_seed(0)) for copy in copies]
-    leaves = [[task] if isinstance(task, torch.Tensor) else list(task.values(True, True)) for task in tasks]
-    one, again = (torch.cat([leaf.flatten()[:_FEW].double().cpu() for leaf in each]) for each in leaves)
+    drawn = []
+    for _ in range(2):
+        try:
+            copy = deepcopy(distribution)  # one at a time: it may hold much
+        except (TypeError, ValueError, RuntimeError):  # a state that cannot be copied
+            return None
+        task = copy(batch_size, torch.Generator().manual_seed(0))
+        leaves = [task] if isinstance(task, torch.Tensor) else task.values(True, True)
+        drawn.append(torch.cat([leaf.flatten()[:_FEW].double().cpu() for leaf in leaves]))
+        del copy
     # Of so many digits as another processor gives, too.
-    return [float(f"{number:.4g}") for number in one.tolist()] if torch.equal(one, again) else None
+    return [float(f"{number:.4g}") for number in drawn[0].tolist()] if torch.equal(*drawn) else None
 
 
 def devices_of(collector: BaseCollector, update: Any) -> dict[str, str]:

@@ -134,6 +134,13 @@ def given_one_by_one(low):
     return tasks
 
 
+def by_the_programs_numbers(low):
+    def tasks(batch_size, generator):
+        return low + torch.rand(*batch_size, 3) / 2
+
+    return tasks
+
+
 @pytest.mark.parametrize(
     ("then", "now", "is_told"),
     [
@@ -144,6 +151,7 @@ def given_one_by_one(low):
         (tasks_above(0.5, frames=2), tasks_above(0.5, frames=3), False),
         (Deck(0.5), Deck(0.5), False),
         (given_one_by_one(0.0), given_one_by_one(0.5), False),
+        (by_the_programs_numbers(0.0), by_the_programs_numbers(0.5), False),
     ],
 )
 def test_a_run_is_not_resumed_on_other_tasks(then, now, is_told, tmp_path):

@@ -208,6 +208,28 @@ def test_a_module_before_the_core_that_moves_weights(writes):
     assert_alike(*ends)
 
 
+class _Hears(nn.Linear):
+    """A layer that keeps the gradients by what it gives."""
+
+    def __init__(self):
+        super().__init__(INPUTS, INPUTS, **F64)
+        self.kept = []
+
+    def forward(self, x):
+        out = super().forward(x)
+        out.register_hook(lambda gradient: self.kept.append((gradient, gradient.clone())))
+        return out
+
+
+def test_gradients_that_a_hook_keeps_stay_as_they_were(monkeypatch):
+    monkeypatch.setattr(Workspace, "_LEAST", 0)
+    hears = _Hears()
+    update = PPOUpdate(policy_of(TensorDictModule(hears, ["trans"], ["trans"])), bptt=2, minibatches=5, epochs=3)
+    update(batch_of("categorical", torch.float64))
+    assert len(hears.kept) == 3 * 5
+    assert all(torch.equal(gradient, before) for gradient, before in hears.kept)
+
+
 class _Twice(nn.Module):
     def forward(self, x):
         return 2 * x

@@ -40,9 +40,8 @@ def export_policy(policy: ProbabilisticTensorDictSequential, signature: Signatur
     rows = torch.export.Dim("rows")
     program = torch.export.export(step, example, dynamic_shapes={"tensors": tuple({0: rows} for _ in example)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(
-        dir=path.parent
-    ) as folder:  # an agent that lies there already stays until this one is whole
+    # An agent that lies there already stays until this one is whole.
+    with TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         if path.suffix == ".pt2":
             torch.export.save(program, made, extra_files={_SIGNATURE: signature.as_json()})

@@ -11,19 +11,8 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 
 __all__ = [
-    *(
-        "CHANCE",
-        "REFUSED",
-        "Outcome",
-        "chance_of_none",
-        "counted",
-        "differ",
-        "in_a_step",
-        "kind",
-        "misfit",
-        "none_by_rule",
-    ),
-    *("same", "unequal"),
+    *("CHANCE", "REFUSED", "Outcome", "chance_of_none", "counted", "differ", "in_a_step", "kind", "misfit"),
+    *("none_by_rule", "same", "unequal"),
 ]
 
 #: How likely what a rule tells may be chance at most.
