@@ -155,7 +155,7 @@ class PreviousStep(Transform):
         env = self.container.base_env
         self._read_layout = self._make_layout(observation_spec)
         shape = (*env.batch_size, self._read_layout.size)
-        observation_spec[self.out_key] = Unbounded(shape, dtype=torch.float32, device=env.device)
+        observation_spec[self.out_key] = Unbounded(shape, dtype=torch.get_default_dtype(), device=env.device)
         return observation_spec
 
     def layout(self) -> Layout:

@@ -435,7 +435,7 @@ CASES = [
         "encoder of another size",
         lambda: actor(encoder=nn.Linear(7, 7)),
         RuntimeError,
-        r"6x5 and 7x7.*the encoder Linear.*tried on {'trans': \[2, 3, 5\]}",
+        r"6x5 and 7x7.*the encoder Linear.*tried on {'trans': 'torch.float32 \[2, 3, 5\]'}",
     ),
     row(
         "encoder of a number",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
-from functools import partial
-from itertools import chain, islice, pairwise, product
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from operator import index
 
 import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
+from torchrl.data import TensorSpec
 
 from rl2_torchrl.arguments import noted, require_callable, require_layer_class, require_numbers, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
@@ -23,16 +20,11 @@ from rl2_torchrl.modules.cores import sub_key
 
 __all__ = [
     *("Concat", "ConvEncoder", "Encoder", "Head", "ImageEncoder", "MLPEncoder", "SkipHead"),
-    *("by_entry", "casting", "encoding", "out_of_place", "output_key", "output_size"),
+    *("Entries", "by_entry", "encoding", "out_of_place", "output_key", "output_size", "shape_of"),
 ]
 
-log = logging.getLogger(__name__)
-
-#: So many dtypes of what a module reads are tried at most, those of five entries; and so many once it fails by anything else.
-_MOST_TRIES, _FEW_TRIES = 3**5, 20
-#: PyTorch's words where it is given another dtype than it takes.
-_OF_DTYPES = re.compile("type|bool|integer|float|long|implemented for")
-
+#: What a network reads, batch dimensions aside: specs, or shapes of reals in the network's dtype.
+Entries = Mapping[NestedKey, TensorSpec | Sequence[int]]
 #: A module of ``[*B, *shape]`` to ``[*B, n]``, or a function of that shape that makes one.
 EntryEncoder = nn.Module | Callable[[torch.Size], nn.Module]
 #: What a network takes: one for its transition input, or one for each entry.
@@ -86,7 +78,7 @@ class ImageEncoder(nn.Module):
     Args:
         net: maps ``[N, *shape]`` to ``[N, n]``.
         shape: shape of one image, such as ``[channels, height, width]``.
-        scale: whether uint8 is scaled; else ``net`` is given it as it is, and the log says so. Default True.
+        scale: whether uint8 is scaled; else ``net`` is given it as it is. Default True.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Flatten())
@@ -100,19 +92,12 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.net, self.shape = net, torch.Size(shape)
         if not scale:  # else a run of a version that knew nothing of it would not be gone on with
-            self.scale, self._has_told = False, False
+            self.scale = False
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.shape)]
         if self.scale or x.dtype != torch.uint8:
             x = as_reals(x, next(self.net.parameters(), torch.empty(0)))
-        elif not self._has_told:
-            self._has_told = True
-            log.warning(
-                "%s takes images of bytes, and is given them as they are, from 0 to 255: if they are no symbols, let it divide "
-                "them, x / 255, or make it ImageEncoder(module, shape), which does.",
-                type(self.net).__name__,
-            )
         out = self.net(x.reshape(-1, *self.shape))
         return out.reshape(*batch, *out.shape[1:])
 
@@ -193,9 +178,9 @@ def by_entry(encoder: Encoder | None, in_key: NestedKey) -> TensorDictModuleBase
 
 
 def encoding(
-    encoder: TensorDictModuleBase | Mapping, entries: Mapping[NestedKey, Sequence[int]], out_key: NestedKey, **factory
+    encoder: TensorDictModuleBase | Mapping, entries: Entries, out_key: NestedKey, **factory
 ) -> tuple[list[TensorDictModuleBase], NestedKey, int]:
-    """Modules that make one vector of ``entries`` (their shapes, batch dimensions aside), its key and its size.
+    """Modules that make one vector of ``entries``, its key and its size.
 
     ``encoder`` is what `by_entry` gives; entries without one are taken as they are. What is made is named after ``out_key``;
     ``factory`` is device and dtype for modules that functions make.
@@ -205,13 +190,15 @@ def encoding(
     if unknown := [key for key in encoded if key not in entries]:
         raise KeyError(f"there are encoders for {unknown}, but the network reads {list(entries)}; from_env adds them.")
     modules = [encoder] if is_whole else [_module_of(*item, entries, out_key, factory) for item in encoder.items()]
-    _require_own_names(modules, entries)
-    sizes = {}
-    for key in [key for key in entries if key not in encoded]:
-        if len(entries[key]) != 1:
-            fits = "ConvEncoder" if len(entries[key]) == 3 else "MLPEncoder"
-            raise ValueError(f"{key!r} has shape {tuple(entries[key])} and no encoder: encoder={{{key!r}: {fits}}}.")
-        [sizes[key]] = entries[key]
+    shapes = {key: shape_of(entries[key]) for key in entries if key not in encoded}
+    for key, shape in shapes.items():
+        if len(shape) != 1:
+            fits = "ConvEncoder" if len(shape) == 3 else "MLPEncoder"
+            raise ValueError(f"{key!r} has shape {tuple(shape)} and no encoder: encoder={{{key!r}: {fits}}}.")
+    names = [*shapes, *map(output_key, modules)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"of the inputs {names} two have one name, and one would be lost: RenameTransform mends it.")
+    sizes = {key: shape.numel() for key, shape in shapes.items()}
     sizes |= {output_key(module): output_size(module, entries) for module in modules}
     if len(sizes) == 1:
         return modules, *sizes.popitem()
@@ -219,49 +206,22 @@ def encoding(
     return [*modules, TensorDictModule(Concat(), list(sizes), [whole])], whole, sum(sizes.values())
 
 
-def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Mapping, out_key: NestedKey, factory: Mapping):
+def shape_of(entry: TensorSpec | Sequence[int]) -> torch.Size:
+    """Shape of one of the `Entries`."""
+    return torch.Size(getattr(entry, "shape", entry))
+
+
+def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Entries, out_key: NestedKey, factory: Mapping):
     require_callable(encoder=encoder)
-    shape = torch.Size(entries[key])
+    shape = shape_of(entries[key])
     if isinstance(encoder, nn.Module):
         module = encoder
     else:
         with noted(f"{encoder=} is called with the shape of {key!r}, {shape}, and makes a module."):
             module = encoder(shape).to(**factory)
     if len(shape) > 1 and not isinstance(module, ImageEncoder | MLPEncoder):
-        module = ImageEncoder(module, shape, scale=not _takes(module, shape, torch.uint8))
+        module = ImageEncoder(module, shape, scale=False)
     return TensorDictModule(module, [key], [sub_key(out_key, key if isinstance(key, str) else "_".join(key))])
-
-
-def casting(
-    make: Callable[[torch.Size], nn.Module], given: torch.dtype, dtype: torch.dtype, shape: torch.Size
-) -> nn.Module:
-    """What ``make`` makes, in ``dtype``, for reals that are ``given`` in another: cast for it, unless it takes them itself."""
-    module = make(shape).to(dtype=dtype)
-    is_ready = len(shape) > 1 or isinstance(module, ImageEncoder | MLPEncoder) or _takes(module, shape, given)
-    return module if is_ready else ImageEncoder(module, shape)
-
-
-def _takes(module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> bool:
-    """Whether ``module`` makes reals of ``dtype``, bytes say, to embed as symbols or scale itself; layers of reals refuse them."""
-    device = next(module.parameters(), torch.empty(0)).device
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            out = deepcopy(module)(torch.zeros(1, *shape, dtype=dtype, device=device))
-        except (RuntimeError, TypeError, ValueError, KeyError, AssertionError):
-            return False
-    return isinstance(out, Tensor) and out.is_floating_point()
-
-
-def _require_own_names(modules: Sequence[TensorDictModuleBase], entries: Mapping) -> None:
-    """ValueError where a module writes over what another one writes, or over an entry that others read."""
-    by_module = [(key, module) for module in modules for key in module.out_keys if key != IGNORED]
-    written = [key for key, _ in by_module]
-    for key, module in by_module:
-        if written.count(key) > 1 or key in entries.keys() - set(module.in_keys):
-            raise ValueError(
-                f"what the encoder of {module.in_keys} makes is called {key!r}, as another input of the network is, and one of "
-                "the two would be lost: give an entry of the env another name, by TorchRL's RenameTransform."
-            )
 
 
 def output_key(module: TensorDictModuleBase) -> NestedKey:
@@ -288,27 +248,22 @@ def _in_order(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
     return [leaf for each in module._module_iter() for leaf in _in_order(each)]
 
 
-def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequence[int]]) -> int:
-    """Size of the vector that an encoder or core makes of ``entries``, their shapes, batch dimensions aside."""
+def output_size(module: TensorDictModuleBase, entries: Entries) -> int:
+    """Size of the vector that an encoder or core makes of ``entries``."""
     like = next(module.parameters(), torch.empty(0))
     is_core = "is_init" in module.in_keys
     lead = [1] if is_core else [2, 3]  # encoders see sequences too, cores in recurrent mode alone
-    tried = {key: [*lead, *entries[key]] for key in module.in_keys if key in entries}
-
-    def out_of(dtypes: Iterable[torch.dtype]) -> Tensor:
-        typed = zip(tried.items(), dtypes, strict=True)
-        row = {key: torch.zeros(shape, dtype=dtype, device=like.device) for (key, shape), dtype in typed}
-        row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
-        return module(TensorDict(row, lead if is_core else [])).get(output_key(module))
-
-    what = getattr(module, "module", module)
-    kinds = (like.dtype, torch.int64, torch.bool)  # reals, choices, which an Embedding reads, and flags
-    told = f"This was the {'core' if is_core else 'encoder'} {what}, tried on {tried}, each of these in {kinds}."
-    alike = ([kind] * len(tried) for kind in kinds)
+    row = {key: _zeros(entries[key], lead, like) for key in module.in_keys if key in entries}
+    tried = {key: f"{x.dtype} {list(x.shape)}" for key, x in row.items()}
+    told = (
+        f"This was the {'core' if is_core else 'encoder'} {getattr(module, 'module', module)}, tried on {tried}. It is "
+        "given what the env shows: let it cast whole numbers and flags, embed choices, and divide images of bytes, x / 255, "
+        "or be ImageEncoder(module, shape), which does. A shape stands for reals; from_env, or a spec in its place, tells "
+        "of other dtypes."
+    )
+    row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
     with torch.no_grad(), noted(told):
-        out = _first_of(
-            partial(out_of, dtypes) for dtypes in chain(alike, islice(product(kinds, repeat=len(tried)), _MOST_TRIES))
-        )
+        out = module(TensorDict(row, lead if is_core else [])).get(output_key(module))
     if out.shape[:-1] != torch.Size(lead):
         raise ValueError(
             f"the encoder of {module.in_keys} makes {tuple(out.shape)} of {lead} rows; it must give [*B, n], and keep all leading "
@@ -317,19 +272,9 @@ def output_size(module: TensorDictModuleBase, entries: Mapping[NestedKey, Sequen
     return out.shape[-1]
 
 
-def _first_of(calls: Iterable[Callable[[], Tensor]]) -> Tensor:
-    """What the first of ``calls`` gives that raises nothing; else the first error that is not of dtypes, or the first of all."""
-    first = mistake = None
-    for number, call in enumerate(calls):
-        if mistake is not None and number >= _FEW_TRIES:
-            break
-        try:
-            return call()
-        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AssertionError) as error:
-            first = first or error
-            if str(error) and not _OF_DTYPES.search(str(error).lower()):
-                mistake = mistake or error
-    raise mistake or first
+def _zeros(entry: TensorSpec | Sequence[int], lead: Sequence[int], like: Tensor) -> Tensor:
+    dtype = entry.dtype if isinstance(entry, TensorSpec) else like.dtype
+    return torch.zeros(*lead, *shape_of(entry), dtype=dtype, device=like.device)
 
 
 def out_of_place(module: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from rl2_torchrl.modules.distributions import (
     require_asked,
 )
 from rl2_torchrl.modules.layers import Head, SkipHead
-from rl2_torchrl.modules.slots import Shapes, fill_slots, read_shapes, shapes_of
+from rl2_torchrl.modules.slots import Shapes, fill_slots, read_specs, specs_of
 
 __all__ = [
     *("GRUCategoricalActor", "GRUGaussianActor", "GRUValueHead"),
@@ -41,7 +41,7 @@ class RecurrentActor(ProbabilisticActor):
 
     Args:
         input_size: size of the transition input; with encoders by entry, the shape of each entry that is read, such as
-            ``{"trans": [7], "pixels": [3, 64, 64]}``.
+            ``{"trans": [7], "pixels": [3, 64, 64]}``, or its spec where it is no reals.
         distribution: how the head's outputs become an action, such as ``CategoricalActions(5)``.
         action_key, hidden_key, features_key: what is written, and the core's (first) memory.
         init_range: the default head's last layer is drawn from U(-init_range, init_range).
@@ -49,8 +49,8 @@ class RecurrentActor(ProbabilisticActor):
         encoder: reads ``in_key`` ``[*B, input_size]`` and gives ``[*B, n]``: a module or a function of the entry's shape, such as
             `MLPEncoder`; or a mapping of entries to such, whose outputs are concatenated with the entries that have none; or a
             TensorDictModule, of which the first output is taken, of a sequence that of its last module. Default none; `from_env`
-            gives images that the transition input leaves out a `ConvEncoder`. A module of yours is given images ``[N, *shape]``:
-            bytes as they are if it takes them (to embed symbols, say), else scaled to [0, 1].
+            gives images that the transition input leaves out a `ConvEncoder`. A module of yours is given images ``[N, *shape]``
+            as the env shows them: bytes are for it to divide or embed, unless it is an `ImageEncoder`, which scales them to [0, 1].
         core: carries the memory: a core, or a function of the size of its input, such as `LSTMCore` or
             ``partial(LSTMCore, hidden_size=128)``; its entries are named by this network. Default `GRUCore`.
         head: makes ``distribution.num_outputs`` numbers of the features: a module, or a function of both sizes; a TensorDictModule
@@ -128,7 +128,7 @@ class RecurrentActor(ProbabilisticActor):
         if not isinstance(kwargs.get("head"), nn.Module):  # which gives what it gives: the first step asks it
             _require_all_choices(spec, distribution)
         kwargs = {"action_key": env.action_key, **kwargs}
-        return cls(read_shapes(env, kwargs), distribution, **kwargs)
+        return cls(read_specs(env, kwargs), distribution, **kwargs)
 
 
 class GRUGaussianActor(RecurrentActor):
@@ -151,7 +151,7 @@ class GRUGaussianActor(RecurrentActor):
         scale = {name: value for name, value in kwargs.items() if name == "init_log_std"}
         actions = GaussianActions.from_spec(_action_spec(cls, env), **scale)
         kwargs = {"action_key": env.action_key, **kwargs}
-        return cls(read_shapes(env, kwargs), actions.num_outputs, **kwargs)
+        return cls(read_specs(env, kwargs), actions.num_outputs, **kwargs)
 
 
 class GRUCategoricalActor(RecurrentActor):
@@ -173,7 +173,7 @@ class GRUCategoricalActor(RecurrentActor):
         """An actor of the sizes, device, action key and encoding of ``env``; TypeError where its actions are not one choice."""
         actions = CategoricalActions.from_spec(_action_spec(cls, env))
         kwargs = {"action_key": env.action_key, "one_hot": actions.one_hot, **kwargs}
-        return cls(read_shapes(env, kwargs), actions.num_outputs, **kwargs)
+        return cls(read_specs(env, kwargs), actions.num_outputs, **kwargs)
 
 
 # ------------------------------------------------------------------- critics
@@ -216,7 +216,7 @@ class RecurrentCritic(Network):
     def from_env(cls, env: EnvBase, **kwargs) -> RecurrentCritic:
         """A critic of the input sizes and device of ``env``; further keywords as in the constructor."""
         require_env(env, f"{cls.__name__}.from_env(env, ...)")
-        return cls(read_shapes(env, kwargs), **kwargs)
+        return cls(read_specs(env, kwargs), **kwargs)
 
 
 class GRUValueHead(RecurrentCritic):
@@ -281,7 +281,8 @@ class MemoryValueHead(Network):
                 "say them, MemoryValueHead(features_size=..., features_key=..., detach=...)."
             )
         kwargs.setdefault("device", env.device)
-        shapes = shapes_of(env, as_list("extra_keys", kwargs.get("extra_keys", ())))
+        specs = specs_of(env, as_list("extra_keys", kwargs.get("extra_keys", ())))
+        shapes = {key: spec.shape for key, spec in specs.items()}
         for key, shape in shapes.items():
             if len(shape) != 1:
                 raise ValueError(

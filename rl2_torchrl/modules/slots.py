@@ -1,4 +1,4 @@
-"""A network's slots: encoder, core and head from keywords (`fill_slots`), and the sizes that an env says (`read_shapes`)."""
+"""A network's slots: encoder, core and head from keywords (`fill_slots`), and what an env says of them (`read_specs`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torchrl.data import Bounded, NonTensor
+from torchrl.data import Bounded, NonTensor, TensorSpec
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.arguments import as_list, noted, require_callable, require_flags, require_layer_class
@@ -24,28 +24,29 @@ from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.layers import (
     ConvEncoder,
     Encoder,
+    Entries,
     Head,
     MLPEncoder,
     SkipHead,
     by_entry,
-    casting,
     encoding,
     out_of_place,
     output_key,
     output_size,
+    shape_of,
 )
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import has_trials_within, is_info, previous_steps, require_tensors
 
-__all__ = ["Shapes", "fill_slots", "read_shapes", "require_sizes", "shapes_of"]
+__all__ = ["Shapes", "fill_slots", "read_specs", "require_sizes", "specs_of"]
 
 log = logging.getLogger(__name__)
 
 #: Policies' modules of whose bounds the log has told.
 _TOLD: WeakSet[nn.Module] = WeakSet()
 
-#: Shape of each entry that a network reads, batch dimensions aside; a number is the size of the transition input.
-Shapes = int | Mapping[NestedKey, Sequence[int]]
+#: What a network reads; a number is the size of the transition input.
+Shapes = int | Entries
 
 
 def fill_slots(
@@ -134,15 +135,16 @@ def _marks(normalize: bool | Tensor) -> bool | Tensor:
     return bool(normalize)
 
 
-def _normalized(normalize, in_key: NestedKey, entries: Mapping, encoder, features_key: NestedKey, device):
+def _normalized(normalize, in_key: NestedKey, entries: Entries, encoder, features_key: NestedKey, device):
     """The one module that normalises ``in_key``; then entries and encoders with what it gives in the place of that."""
     if isinstance(encoder, TensorDictModuleBase):
         raise ValueError(
             "normalize=True and an encoder that is a TensorDictModule: let that begin with a TensorDictModule(RunningNorm(n), ...)."
         )
-    norm = RunningNorm(*entries[in_key], None if normalize is True else normalize, device=device)
-    key = sub_key(features_key, "normalized")
-    renamed = ({key if k == in_key else k: each for k, each in by_key.items()} for by_key in (entries, encoder))
+    shape, key = shape_of(entries[in_key]), sub_key(features_key, "normalized")
+    norm = RunningNorm(*shape, None if normalize is True else normalize, device=device)
+    reals = {**entries, in_key: shape}
+    renamed = ({key if k == in_key else k: each for k, each in by_key.items()} for by_key in (reals, encoder))
     return [TensorDictModule(norm, [in_key], [key])], *renamed
 
 
@@ -169,8 +171,8 @@ def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, featur
 
 
 # ------------------------------------------------------------------- entries
-def _entries(input_size: Shapes, keys: Sequence[NestedKey], *, in_sum: bool) -> Mapping[NestedKey, Sequence[int]]:
-    """Shape of each of ``keys``, in the order in which they are concatenated; ``in_sum``: the size of all is enough."""
+def _entries(input_size: Shapes, keys: Sequence[NestedKey], *, in_sum: bool) -> Entries:
+    """Spec or shape of each of ``keys``, in the order in which they are concatenated; ``in_sum``: the size of all is enough."""
     if isinstance(input_size, Mapping):
         if missing := [key for key in keys if key not in input_size]:
             raise KeyError(f"the network reads {missing}, whose shape input_size={dict(input_size)} does not say.")
@@ -180,8 +182,8 @@ def _entries(input_size: Shapes, keys: Sequence[NestedKey], *, in_sum: bool) -> 
     return {key: (0 if number else input_size,) for number, key in enumerate(keys)}
 
 
-def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.Size]:
-    """Shape of each entry that a network with these keywords reads; completes them by what the env says."""
+def read_specs(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, TensorSpec]:
+    """Spec of each entry that a network with these keywords reads; completes them by what the env says."""
     kwargs.setdefault("device", env.device)
     keys = [kwargs.get("in_key", "trans"), *as_list("extra_keys", kwargs.get("extra_keys", ()))]
     writers = [each for each in previous_steps(env) if each.out_key == keys[0]]
@@ -195,22 +197,16 @@ def read_shapes(env: EnvBase, kwargs: dict[str, Any]) -> dict[NestedKey, torch.S
             )
     encoder = by_entry(kwargs.get("encoder"), keys[0])
     if isinstance(encoder, TensorDictModuleBase):
-        return shapes_of(env, [*keys, *encoder.in_keys])
+        return specs_of(env, [*keys, *encoder.in_keys])
     head = kwargs.get("head")
     read = head.in_keys if isinstance(head, TensorDictModuleBase) else ()
     encoders = {**encoder, **dict.fromkeys(_images(env, {*keys, *encoder}, read), ConvEncoder)}
     kwargs["encoder"] = encoders = {key: module for key, module in encoders.items() if module is not None}
-    shapes, dtype = shapes_of(env, [*keys, *encoders]), kwargs.get("dtype")
-    for key, make in encoders.items():
-        given = torch.get_default_dtype() if key == keys[0] else env.observation_spec[key].dtype
-        is_cast = dtype is not None and given != dtype and given.is_floating_point
-        if is_cast and callable(make) and not isinstance(make, nn.Module):
-            encoders[key] = partial(casting, make, given, dtype)
-    return shapes
+    return specs_of(env, [*keys, *encoders])
 
 
-def shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.Size]:
-    """Shapes of the env's observations ``keys``, batch dimensions aside."""
+def specs_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, TensorSpec]:
+    """Specs of the env's observations ``keys``, batch dimensions aside."""
     spec = env.observation_spec
     if missing := [key for key in keys if key not in spec.keys(True, True)]:
         mend = "name one of these (in_key, extra_keys, encoder={...})."
@@ -218,7 +214,8 @@ def shapes_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, torch.
             mend = "an agent reads what PreviousStep() writes: Compose(Trial(...), TaskSampler(...), PreviousStep())."
         raise KeyError(f"the env has no observation {missing}, only {list(spec.keys(True, True))}: {mend}")
     require_tensors(spec, keys)
-    return {key: spec[key].shape[len(env.batch_size) :] for key in keys}
+    one = env.observation_spec_unbatched
+    return {key: one[key] for key in keys}
 
 
 def require_sizes(env: EnvBase, policy: nn.Module) -> None:
@@ -275,21 +272,14 @@ def _images(env: EnvBase, known: set[NestedKey], by_head: Sequence[NestedKey]) -
     shown = [key for key in spec.keys(True, True) if key not in hidden and not is_info(key)]
     if told:  # what is named, be it nothing, leaves text out
         shown = [key for key in shown if not isinstance(spec[key], NonTensor)]
-    shapes = shapes_of(env, shown).items()
-    unseen = {key: shape for key, shape in shapes if len(shape) == 3 or (len(shape) > 1 and key not in by_head)}
-    for key, shape in unseen.items():
-        if len(shape) != 3:
+    shapes = {key: one.shape for key, one in specs_of(env, shown).items()}
+    unseen = [key for key, shape in shapes.items() if len(shape) == 3 or (len(shape) > 1 and key not in by_head)]
+    for key in unseen:
+        if len(shape := shapes[key]) != 3:
             raise ValueError(
                 f"the env shows {key!r} {tuple(shape)}, which is neither in the transition input nor an image, and has no encoder: "
                 "let the env flatten it (FlattenObservation of gymnasium.wrappers, or TorchRL's), which puts it there, normalised "
                 f"with it where normalize=True says so; or give it an encoder, which reads it as it is, encoder={{{key!r}: "
                 f"MLPEncoder}}, or encoder={{{key!r}: None}} for a network that shall not see it."
             )
-        dtype = spec[key].dtype
-        if not dtype.is_floating_point and dtype not in (torch.uint8, torch.bool):
-            log.info(
-                "%s is an image of %s, read as it is: bytes alone are scaled to [0, 1]. Let the env scale it.",
-                key,
-                dtype,
-            )
-    return list(unseen)
+    return unseen
