@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -71,18 +70,13 @@ def require_numbers(**arguments: Any) -> None:
 def require_own_name(cls: type, known: Iterable[type]) -> None:
     """ValueError where ``cls`` has the name of another of the ``known`` classes; not of itself, made once more in a notebook."""
     for other in known:
-        if other.__name__ == cls.__name__ and _place(other) != _place(cls):
+        same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+        if other.__name__ == cls.__name__ and not same:
             raise ValueError(
-                f"{cls.__module__}.{cls.__qualname__} has the name of {other.__module__}.{other.__qualname__}, which is known: "
-                "agents' files say names alone, and those saved with that one would be played by yours. Give it another name."
+                f"{cls.__module__}.{cls.__qualname__} has the name of {other.__module__}.{other.__qualname__}, which is "
+                "known: agents' files say names alone, and those saved with that one would be played by yours. Give it "
+                "another name."
             )
-
-
-def _place(cls: type) -> tuple[str, str]:
-    """Where ``cls`` is written: a program has another name than where it is imported."""
-    # Functions of one file may each have a class of that name, as tests do.
-    name = "".join(cls.__qualname__.rpartition("<locals>")[1:])
-    return getattr(sys.modules.get(cls.__module__), "__file__", cls.__module__), name
 
 
 def above_0(name: str, value: float) -> float:

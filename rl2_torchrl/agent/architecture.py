@@ -19,7 +19,7 @@ from torchrl.modules import ProbabilisticActor
 from rl2_torchrl.arguments import require_own_name
 from rl2_torchrl.gradients.part import is_bare, is_function
 from rl2_torchrl.modules import ConvEncoder, GRUCore, Head, ImageEncoder, LSTMCore, MLPEncoder, RunningNorm
-from rl2_torchrl.modules.distributions import Gaussian, distribution_name, distribution_named
+from rl2_torchrl.modules.distributions import Gaussian, distribution_named
 from rl2_torchrl.modules.layers import Concat, SkipHead
 
 __all__ = ["Plan", "as_dtype", "as_key", "build_policy", "plan_of_policy", "register_part"]
@@ -75,7 +75,7 @@ def plan_of_policy(policy: TensorDictModuleBase) -> Plan:
         "parts": [_plan_of_step(module) for module in networks.module],
         "action_key": next(key for key in sample.out_keys if key not in sample.log_prob_keys),
         "parameter_keys": list(sample.in_keys),
-        "distribution": distribution_name(sample.distribution_class),
+        "distribution": sample.distribution_class.__name__,
         "distribution_kwargs": {name: _as_plain(each) for name, each in (sample.distribution_kwargs or {}).items()},
     }
 

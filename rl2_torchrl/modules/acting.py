@@ -3,16 +3,15 @@
 `acting_parts` takes a `TensorDictSequential` apart into its modules. What each of them does at one step is asked of itself: a
 module with a ``step_function`` (our cores, heads, `RunningNorm`) brings it, its `forward` without gradient, which is asked for anew
 before each batch, so that it may hold on to the weights as they are; a distribution acts by the functions of its
-`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict of all there is.
+`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict of all there is:
+so is a distribution with a ``generator`` of its own, which no checkpoint holds.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from weakref import WeakSet
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -36,10 +35,7 @@ from rl2_torchrl.gradients.part import (
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of, stands_for
 
-__all__ = ["ActingPart", "State", "acting_parts", "dtype_of", "on_state", "step_of", "tell_of_generators"]
-
-log = logging.getLogger(__name__)
-_TOLD: WeakSet[ProbabilisticTensorDictModule] = WeakSet()
+__all__ = ["ActingPart", "State", "acting_parts", "dtype_of", "on_state", "step_of"]
 
 Run = Callable[[State], None]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -78,7 +74,9 @@ def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
 
 
 def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
-    is_plain_sample, in_keys = type(module).forward in _SAMPLES and not has_hooks(module), module.in_keys
+    has_generator = any(getattr(module, name, None) is not None for name in ("_generator", "_generator_key"))
+    is_plain_sample = type(module).forward in _SAMPLES and not has_hooks(module) and not has_generator
+    in_keys = module.in_keys
     is_core = brings(module, "step_function")
     if is_plain_sample and not is_core and (distribution := distribution_of(module)) is not None:
         acts = _distribution(module, distribution)
@@ -90,21 +88,6 @@ def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
         return ActingPart(module, in_keys, written, lambda _: on_state(step_of(module), in_keys, module.out_keys), way)
     call = module if draws else partial(module, _requires_sample=False)
     return ActingPart(module, in_keys, written, lambda _: _on_tensordict(call), "tensordict")
-
-
-def tell_of_generators(parts: Iterable[ActingPart]) -> None:
-    """Logs, once, that a generator of a distribution's own, or one that it would find in the TensorDict, is not drawn from."""
-    for part in parts:
-        module = part.module
-        is_drawn = part.way == "distribution" and not set(part.out_keys) <= set(module.log_prob_keys)
-        is_given = any(getattr(module, name, None) is not None for name in ("_generator", "_generator_key"))
-        if not is_drawn or not is_given or module in _TOLD:
-            continue
-        _TOLD.add(module)
-        log.warning(
-            "the policy's own generator= is not drawn from, since no checkpoint would hold it: actions come from PyTorch's default "
-            "one, which torch.manual_seed seeds, checkpoints hold and evaluations put back."
-        )
 
 
 def step_of(module: TensorDictModuleBase, *, compiled: bool = True) -> Function | None:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -26,10 +25,9 @@ from rl2_torchrl.kernels.functions import log_prob_and_entropy
 
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
-    *("MultiCategoricalActions", "TanhGaussianActions", "distribution_name", "distribution_named", "distribution_of"),
+    *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of"),
     *("gumbel_", "logits_due", "register_distribution", "require_asked", "stands_for"),
 ]
-
 
 log = logging.getLogger(__name__)
 
@@ -308,14 +306,7 @@ _BY_LOGIT += (MaskedCategorical, MaskedOneHotCategorical)
 
 def logits_due(distribution_class: type[Distribution], spec: TensorSpec) -> int | None:
     """How many logits that class needs to play all choices of ``spec``, one row's actions; None where only it knows."""
-    if distribution_class not in _BY_LOGIT or not isinstance(spec, CategoricalSpec | OneHot | MultiOneHot):
-        return None
-    if isinstance(spec, MultiCategorical | MultiOneHot):
-        choices = torch.as_tensor(spec.nvec)
-    else:
-        choices = torch.full(spec.shape if isinstance(spec, CategoricalSpec) else [1], spec.space.n)
-    fits = distribution_class is IndependentCategoricals or choices.numel() == 1
-    return int(choices.sum()) if fits and (choices > 0).all() else None  # -1: nobody knows how many
+    return ActionDistribution.from_spec(spec).num_outputs if distribution_class in _BY_LOGIT else None
 
 
 # --------------------------------------------------------------------- reals
@@ -465,11 +456,6 @@ class Gaussian(nn.Module):
 
     def forward(self, *features: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.mean(*features)
-        if not isinstance(mean, Tensor):
-            raise TypeError(
-                f"the head gives a {type(mean).__name__}, and a Gaussian's is the mean alone: for mean and scale both give "
-                "distribution=ActionDistribution(num_outputs, ['loc', 'scale'], IndependentNormal)."
-            )
         return mean, self.log_std.exp().expand_as(mean)
 
     def step_function(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -499,10 +485,6 @@ _KNOWN: dict[type[Distribution], Callable[..., ActionDistribution]] = {
     TanhNormal: lambda low=-1.0, high=1.0: TanhGaussianActions(low, high),
 }
 _OURS = frozenset(_KNOWN)
-#: What agents' files call a registered class, if not by its name, which another class has.
-_NAMES: dict[type[Distribution], str] = {torch.distributions.OneHotCategorical: "torch.OneHotCategorical"}
-#: Classes, and keywords of theirs, of which the log has told.
-_TOLD: set[tuple] = set()
 #: What rollouts, losses and agents ask for.
 _FUNCTIONS = ("part", "act", "sampler", "with_noise", "mode", "drawn_log_prob", "log_prob_and_entropy")
 
@@ -510,8 +492,7 @@ _FUNCTIONS = ("part", "act", "sampler", "with_noise", "mode", "drawn_log_prob", 
 def register_distribution(distribution_class: type[Distribution], make: Callable[..., ActionDistribution]) -> None:
     """Lets policies of ``distribution_class`` (exactly: what is derived from it may be another one) act by your functions.
 
-    ``make`` gives what has them, from the class's further keywords (a policy's ``distribution_kwargs``). Where it does not take
-    a policy's, the class itself acts, and the log says so.
+    ``make`` gives what has them, from the class's further keywords (a policy's ``distribution_kwargs``).
 
     Raises:
         ValueError: another class of that name is registered.
@@ -524,20 +505,13 @@ def register_distribution(distribution_class: type[Distribution], make: Callable
         ...         return torch.poisson(rate)
         >>> register_distribution(torch.distributions.Poisson, PoissonActions)
     """
-    if distribution_class not in _NAMES:
-        require_own_name(distribution_class, _KNOWN)
+    require_own_name(distribution_class, _KNOWN)
     _KNOWN[distribution_class] = make
-
-
-def distribution_name(distribution_class: type[Distribution]) -> str:
-    """What agents' files call it."""
-    name = distribution_class.__name__
-    return _NAMES.get(distribution_class, name) if distribution_class in _KNOWN else name
 
 
 def distribution_named(name: str) -> type[Distribution]:
     """The class of that name that has functions of its own here (`register_distribution`), or a ValueError."""
-    known = {distribution_name(cls): cls for cls in _KNOWN}
+    known = {cls.__name__: cls for cls in _KNOWN}
     if name not in known:
         raise ValueError(f"there is no distribution {name!r}, only {sorted(known)}: call register_distribution for it.")
     return known[name]
@@ -553,9 +527,8 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
     kwargs = module.distribution_kwargs or {}
     try:
         known = _KNOWN[kind](**kwargs) if kind in _KNOWN else None
-    except (TypeError, ValueError) as error:
-        if kind not in _OURS and not _tell_of_keywords(kind, kwargs):
-            error.add_note(f"what is registered for {kind.__name__} is called with the policy's keywords, {kwargs}.")
+    except (TypeError, ValueError):
+        if kind not in _OURS:
             raise
         known = None  # keywords that ours does not have
     if known is None or names != known.parameter_keys:
@@ -564,29 +537,10 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
     return known
 
 
-def _tell_of_keywords(kind: type[Distribution], kwargs: Mapping[str, Any]) -> bool:
-    """Whether what is registered for ``kind`` does not take ``kwargs``, of which the log tells once."""
-    try:
-        signature(_KNOWN[kind]).bind_partial(**kwargs)
-    except TypeError:
-        if (told := (kind, *sorted(kwargs))) not in _TOLD:
-            _TOLD.add(told)
-            log.warning(
-                "what is registered for %s does not take a policy's %s, so that the class itself acts: let it take them.",
-                kind.__name__,
-                list(kwargs),
-            )
-        return True
-    except ValueError:  # a function of C's, which does not say what it takes
-        pass
-    return False
-
-
 def require_asked(distribution: ActionDistribution, module: ProbabilisticTensorDictModule) -> None:
     """ValueError where ``distribution``, of which ``module`` was made, has functions that nobody would call."""
     asked, kind = type(distribution_of(module)), module.distribution_class.__name__
-    # What is inherited from classes here, for the sake of their head, is theirs.
-    own = [name for name in _FUNCTIONS if not _brought_by(distribution, name).startswith("rl2_torchrl.")]
+    own = others_than(ActionDistribution, distribution, _FUNCTIONS)  # which act and score as any class says
     if own := others_than(asked, distribution, own):
         raise ValueError(
             f"{type(distribution).__name__} has {own} of its own, which nobody would call: a policy of {kind} acts and is "
@@ -594,12 +548,6 @@ def require_asked(distribution: ActionDistribution, module: ProbabilisticTensorD
             "them, and call register_distribution(the_class, make): all functions of what make gives, inherited ones too, must "
             "be that class's."
         )
-
-
-def _brought_by(distribution: ActionDistribution, name: str) -> str:
-    """The module of the class that ``distribution`` has ``name`` of; none where it has that alone."""
-    brought = (cls.__module__ for cls in type(distribution).__mro__ if name in vars(cls))
-    return "" if name in vars(distribution) else next(brought)
 
 
 def stands_for(distribution: ActionDistribution, name: str, *methods: str) -> bool:

@@ -7,19 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import nn
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl.arguments import as_list, kind_of, require_env, require_flags, whole
-from rl2_torchrl.gradients.part import others_than
 from rl2_torchrl.modules.actor_critic import Network
 from rl2_torchrl.modules.distributions import (
     ActionDistribution,
     CategoricalActions,
     GaussianActions,
-    logits_due,
     require_asked,
 )
 from rl2_torchrl.modules.layers import Head, SkipHead
@@ -125,8 +122,6 @@ class RecurrentActor(ProbabilisticActor):
         spec = _action_spec(cls, env)
         if callable(distribution) and not isinstance(distribution, ActionDistribution | type):
             distribution = distribution(spec)
-        if not isinstance(kwargs.get("head"), nn.Module):  # which gives what it gives: the first step asks it
-            _require_all_choices(spec, distribution)
         kwargs = {"action_key": env.action_key, **kwargs}
         return cls(read_specs(env, kwargs), distribution, **kwargs)
 
@@ -291,22 +286,6 @@ class MemoryValueHead(Network):
                 )
         extra_size = sum(shape.numel() for shape in shapes.values())
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
-
-
-def _require_all_choices(spec: TensorSpec, distribution: ActionDistribution) -> None:
-    """ValueError where a distribution over choices reads another number of logits than ``spec`` has choices."""
-    choices = logits_due(getattr(distribution, "distribution_class", None), spec)
-    if choices is None or others_than(
-        ActionDistribution, distribution, ["parameters_of"]
-    ):  # from other numbers, it may be
-        return
-    given = distribution.num_outputs
-    # Beside further parameters, such as a mask, the head may give more numbers than logits.
-    if given < choices or (given > choices and len(distribution.parameter_keys) == 1):
-        raise ValueError(
-            f"{type(distribution).__name__} reads {given} {distribution.parameter_keys[0]}, and the env has {choices} choices: "
-            f"some would never be played, or are none. Give it {choices}, or leave distribution= out."
-        )
 
 
 def _action_spec(cls: type[RecurrentActor], env: EnvBase) -> TensorSpec:

@@ -26,7 +26,7 @@ from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.gradients.networks import keys_left
 from rl2_torchrl.gradients.part import has_hooks
 from rl2_torchrl.kernels.graph import GraphReplay, held_by
-from rl2_torchrl.modules.acting import ActingPart, State, acting_parts, tell_of_generators
+from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import logits_due
 from rl2_torchrl.modules.slots import require_sizes
@@ -72,7 +72,6 @@ class Rollout:
         require_sizes_known(policy, "a rollout of the policy")
         require_sizes(env, policy)
         self.parts, self._layout = acting_parts(policy), _layout(policy, env)
-        tell_of_generators(self.parts)
         #: Whether a module is called with a TensorDict, in which it finds what it, or another, has left at an earlier step.
         self._leaves_all = any(part.way == "tensordict" for part in self.parts)
         read = [key for part in self.parts for key in part.in_keys]
