@@ -7,7 +7,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
-from inspect import Parameter, signature
 from statistics import fmean
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.arguments import kind_of, require_flags, require_numbers, require_sizes_known, whole
+from rl2_torchrl.arguments import require_flags, require_sizes_known, whole
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
@@ -42,16 +41,6 @@ Schedule = Callable[[float], float]
 
 #: No learning rate or entropy coefficient above this is taken for one, nor a schedule that rises above it for values of them.
 _SMALL = 0.05
-
-#: Of which type an argument is, and an example.
-_KINDS = {
-    "advantage": (Callable, "function", "TrialAdvantage(value_target='gae')"),
-    "lr_schedule": (Callable, "function", "linear_decay, a factor by progress"),
-    "entropy_schedule": (Callable, "function", "linear_decay, a factor by progress"),
-    "optimizer": (torch.optim.Optimizer, "optimizer", "torch.optim.SGD(loss.parameters(), lr=0.1)"),
-    "generator": (torch.Generator, "generator", "torch.Generator().manual_seed(3)"),
-    "process_group": (ProcessGroup, "process group", "torch.distributed.group.WORLD"),
-}
 
 
 def linear_decay(progress: float) -> float:
@@ -145,16 +134,9 @@ class PPOUpdate:
                 "process_group= is a part of it: leave that to TrialAdvantage(normalize=True), which sees the joint batch."
             )
         require_flags(shuffle=shuffle)
-        _check_kinds(advantage, lr_schedule, entropy_schedule, optimizer, generator, process_group)
         self.loss = loss
         self.normalizations()
-        if advantage is None and loss.critic_network is None:
-            raise ValueError(
-                "a loss without a critic needs an advantage of its own, advantage=... (returns, say): the default is made of the "
-                "critic's values. Where the collector's policy writes such, of another critic: advantage=TrialAdvantage()."
-            )
         self.advantage = TrialAdvantage() if advantage is None else advantage
-        _require_written(self.advantage, loss)
         require_rows_whole(self.advantage)
         self.stand_in = _stand_in(self.advantage, loss)
         self.bptt, self.shuffle = None if bptt is None else whole("bptt", bptt), shuffle
@@ -192,7 +174,6 @@ class PPOUpdate:
             return self._update(batch, progress)
 
     def _update(self, batch: TensorDictBase, progress: float) -> dict[str, float]:
-        _require_one_number(self.loss)
         batch = beside(self.loss, batch)
         require_trials(batch)
         self._require_own_parameters()
@@ -204,7 +185,6 @@ class PPOUpdate:
         self._minibatches.fill(self.chunks(self.with_advantages(batch)), self.minibatches, shuffle=self.shuffle)
         has_memory = set(self._memory_keys()) <= set(batch.keys(True, True))
         checks = [] if has_memory else [self._passes.require_replay]
-        checks += [] if self.target_kl is None else [_kl_of]
         totals: dict[str, list[float | torch.Tensor]] = defaultdict(list)
         with self._passes.over_batch(self.optimizer, self.max_grad_norm, self.epochs, checks) as one_pass:
             for epoch in range(self.epochs):
@@ -212,7 +192,7 @@ class PPOUpdate:
                 for number, metrics in enumerate(one_pass()):
                     self._require_finite(metrics, f"epoch {epoch}, minibatch {number}")
                     if self.target_kl is not None:
-                        kls.append(_kl_of(metrics))
+                        kls.append(metrics["kl_approx"])
                     for name, value in metrics.items():
                         totals[name].append(value)
                 if self.target_kl is not None and _mean(kls) > self.target_kl:
@@ -229,8 +209,6 @@ class PPOUpdate:
         if is_step and (isinstance(total, torch.Tensor) or math.isfinite(total)):
             return
         total = float(total)
-        if is_step and math.isinf(total) and self._parameters[0].dtype == torch.float16:
-            return  # squares above 256 are infinite there, and their gradients are right
         if math.isfinite(total):
             raise FloatingPointError(f"the gradient is not finite in {where}, though the loss is ({total}).")
         terms = {name: float(value) for name, value in metrics.items() if name.startswith("loss_")}
@@ -282,9 +260,6 @@ class PPOUpdate:
         are_whole = starts is not None and bool(starts[:, 0].all())
         memory = self._starting_keys() if are_whole else self._memory_keys()
         keys, there = list(dict.fromkeys([*self._keys_read(), *memory])), batch.keys(True, True)
-        if self.loss.critic_network is None:  # a forward of one's own may have a use for what a critic leaves
-            values = self.loss.tensor_keys.value, self.loss.tensor_keys.value_target
-            keys += [key for key in values if key in there and key not in keys]
         if missing := [key for key in keys if key not in there]:
             raise KeyError(
                 f"the batch lacks {missing}, which the loss reads. Advantages come from advantage=, hidden states and 'is_init' "
@@ -334,7 +309,8 @@ class PPOUpdate:
 
     def _keys_read(self) -> list[NestedKey]:
         loss, keys = self.loss, self.loss.tensor_keys
-        read = [keys.action, keys.sample_log_prob, *_keys_of_advantage(loss)]
+        read = [keys.action, keys.sample_log_prob, keys.advantage]
+        read += [] if loss.critic_network is None else [keys.value_target]
         memory, written = set(self._memory_keys()), set()
         for network in self._networks():
             # A critic on the actor's memory reads what the actor has just written.
@@ -377,11 +353,6 @@ class PPOUpdate:
                 "parameters of the loss are others than when this update was made (load_state_dict(assign=True), an nn.Parameter "
                 "in the place of one?), and its optimizer holds the old ones: copy numbers into those that are there, or make a "
                 "new PPOUpdate."
-            )
-        if self._parameters[0].device != self._minibatches.device:
-            raise RuntimeError(
-                f"the networks are on {self._parameters[0].device}, and were on {self._minibatches.device} when this update was "
-                "made: make PPOUpdate(loss) once they are where they shall be."
             )
 
     def _apply_schedules(self, progress: float) -> None:
@@ -456,49 +427,21 @@ class PPOUpdate:
             self._generator.set_state(state["generator"])
 
 
-def _keys_of_advantage(loss: ClipPPOLoss) -> list[NestedKey]:
-    """What a loss reads of what its advantage writes; a loss without a critic (REINFORCE, GRPO) has no use for returns."""
-    keys = loss.tensor_keys
-    return [keys.advantage] if loss.critic_network is None else [keys.advantage, keys.value_target]
-
-
-def _require_written(advantage: Callable, loss: ClipPPOLoss) -> None:
-    is_ours = getattr(type(advantage), "forward", None) is TrialAdvantage.forward
-    if is_ours and (missing := [key for key in _keys_of_advantage(loss) if key not in advantage.out_keys]):
-        raise ValueError(
-            f"the loss reads {missing}, and {type(advantage).__name__} writes {advantage.out_keys}: name them so for the loss, "
-            "loss.set_keys(advantage=..., value_target=...), or give an advantage that writes what the loss reads."
-        )
-
-
 def _stand_in(advantage: Callable, loss: ClipPPOLoss) -> TensorDictModuleBase | None:
     """The loss's networks, for an ``advantage`` without a critic: what the critic reads of the actor, and the critic."""
     critic = getattr(loss, "critic_network", None)
     if not isinstance(advantage, TrialAdvantage) or advantage.critic is not None or critic is None or loss.functional:
         return None
-    if advantage.value_key not in critic.out_keys:
-        raise ValueError(
-            f"the advantage reads values under {advantage.value_key!r}, but the loss's critic writes {critic.out_keys}: "
-            "TrialAdvantage(value_key=...) names what it reads."
-        )
     return TensorDictSequential(loss.actor_network, critic).select_subsequence(out_keys=[advantage.value_key])
 
 
 def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters: list) -> torch.optim.Optimizer:
     """The one that is given, or Adam."""
     if given is None:
-        lr = 1e-4 if lr is None else lr
-        if isinstance(lr, str) or not 0 <= lr < math.inf:
-            raise ValueError(f"lr={lr!r}: a learning rate is a number, at least 0, such as 1e-3.")
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
-        return torch.optim.Adam(parameters, lr=lr, fused=fused)
+        return torch.optim.Adam(parameters, lr=1e-4 if lr is None else lr, fused=fused)
     if lr is not None:
         raise ValueError(f"lr={lr} is Adam's, and the optimizer that you give has its own: give one of the two.")
-    closure = signature(given.step).parameters.get("closure")
-    if closure is not None and closure.default is Parameter.empty:
-        raise ValueError(
-            f"{type(given).__name__} asks for the loss again within a step, by a closure: give one that does not, such as Adam."
-        )
     if strangers := {p for group in given.param_groups for p in group["params"]} - set(parameters):
         raise ValueError(
             f"{len(strangers)} of the optimizer's parameters are not the loss's, so no update would train them: make it of "
@@ -508,22 +451,12 @@ def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters
 
 
 def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
-    if not hasattr(loss, "actor_network"):
-        raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not {kind_of(loss)}.")
     require_sizes_known(loss, "PPOUpdate(loss)")
-    written = getattr(getattr(loss, "critic_network", None), "out_keys", None)
-    if written is not None and getattr(loss, "_has_critic", True) and loss.tensor_keys.value not in written:
-        raise ValueError(
-            f"the loss reads values under {loss.tensor_keys.value!r}, but its critic writes {written}: name them the same, by the "
-            "critic's value_key= or loss.set_keys(value=...)."
-        )
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError("the loss has no parameters to train: are all of them frozen (requires_grad=False)?")
-    if entropy_schedule is not None and not loss.entropy_bonus:
-        raise ValueError("entropy_schedule has nothing to schedule: build the loss with entropy_bonus=True.")
-    if entropy_schedule is not None and getattr(loss, "_entropy_coeff_map", None):
+    if entropy_schedule is not None and (not loss.entropy_bonus or getattr(loss, "_entropy_coeff_map", None)):
         raise ValueError(
-            "entropy_schedule moves one weight, and the loss has one for each of several heads (entropy_coeff=): give one number."
+            "entropy_schedule moves one weight: build the loss with entropy_bonus=True and one entropy_coeff."
         )
     if not hidden_keys(loss.actor_network):
         log.warning(
@@ -533,33 +466,12 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
         )
 
 
-def _require_one_number(loss: ClipPPOLoss) -> None:
-    if getattr(loss, "reduction", None) != "none" or not {"forward", "_reduce_loss"}.isdisjoint(vars(loss)):
-        return
-    # One's own may weigh the steps.
-    functions = (getattr(type(loss), name, None) for name in ("forward", "__call__", "_reduce_loss"))
-    if all(
-        f is None or f.__module__.startswith(("rl2_torchrl.", "torchrl.", "tensordict.", "torch.")) for f in functions
-    ):
-        raise ValueError("reduction='none' leaves a loss for each step, and an update needs one number: take 'mean'.")
-
-
-def _check_kinds(*arguments: object) -> None:
-    for (name, (kind, word, example)), value in zip(_KINDS.items(), arguments, strict=True):
-        if isinstance(value, type) or (value is not None and not isinstance(value, kind)):
-            raise TypeError(f"{name}={value!r} is no {word}: give {example}, say.")
-
-
 def _require_factors(name: str, schedule: Schedule | None, scheduled: str, initial: float) -> None:
     """ValueError where ``schedule`` evidently gives the values themselves: all training long it is next to 0, as they are."""
     if schedule is None:
         return
-    largest = 0.0
-    for step in range(100):  # one that warms up begins next to 0, too
-        largest = max(largest, _factor(name, schedule, step / 100))
-        if largest > _SMALL or initial > _SMALL:
-            return
-    if largest > 0:
+    largest = max(_factor(name, schedule, step / 100) for step in range(100))
+    if 0 < largest <= _SMALL and initial <= _SMALL:
         raise ValueError(
             f"{name} is a factor on {scheduled}={initial:.3g} and gives at most {largest:.3g}, so that {scheduled} would never "
             f"be above {initial * largest:.3g}: give factors, such as linear_decay, or for values {scheduled}=1.0."
@@ -567,23 +479,15 @@ def _require_factors(name: str, schedule: Schedule | None, scheduled: str, initi
 
 
 def _factor(name: str, schedule: Schedule, progress: float) -> float:
-    factor = schedule(progress)
-    try:
-        factor = float(0 + factor)  # text is none
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} gave {factor!r} at progress {progress:.3g}: a factor on the initial value is a number."
-        ) from error
+    factor = float(schedule(progress))
     if not 0 <= factor < math.inf:
         raise ValueError(
-            f"{name} gave {factor} at progress {progress:.3g}: a factor on the initial value is a number, at least 0; below that "
-            "the loss would be climbed."
+            f"{name} gave {factor} at progress {progress:.3g}: a factor is at least 0, or the loss is climbed."
         )
     return factor
 
 
 def _bound(name: str, value: float | None) -> float | None:
-    require_numbers(**{name: value})
     if value is not None and not value > 0:
         raise ValueError(f"{name}={value} would stop all learning: it must be positive, or None for no bound.")
     return value
@@ -595,12 +499,3 @@ def _mean(values: list[float | torch.Tensor]) -> float:
 
 def _largest(values: list[float | torch.Tensor]) -> float:
     return torch.stack(values).max().item() if isinstance(values[0], torch.Tensor) else max(values)
-
-
-def _kl_of(metrics: Values) -> float | torch.Tensor:
-    if "kl_approx" not in metrics:
-        raise KeyError(
-            f"target_kl stops the passes by 'kl_approx', which this loss does not give, only {list(metrics)}: let its forward give "
-            "it, or leave target_kl out."
-        )
-    return metrics["kl_approx"]

