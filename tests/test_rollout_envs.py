@@ -17,8 +17,8 @@ from rollouts import (
     whole_numbers,
 )
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
-from torchrl.data import Bounded, MultiCategorical, NonTensor, Unbounded
 from torchrl.data import Categorical as CategoricalSpec
+from torchrl.data import MultiCategorical, NonTensor, Unbounded
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -40,8 +40,8 @@ from rl2_torchrl import (
     Trial,
     adaptation_curve,
 )
-from rl2_torchrl.envs import GymVectorEnv, PointRobot, TensorEnv, goals_on_half_circle
-from rl2_torchrl.modules import MLPEncoder, RecurrentActor, RecurrentCore, RunningNorm, TanhGaussianActions
+from rl2_torchrl.envs import GymVectorEnv, TensorEnv
+from rl2_torchrl.modules import MLPEncoder, RecurrentCore, RunningNorm
 from rl2_torchrl.rollout import Rollout
 
 
@@ -344,21 +344,6 @@ def test_a_trial_starts_with_the_memory_that_the_core_says(name, transforms):
         features, *_ = core.step(batch["trans"][first], *initial)
         torch.testing.assert_close(batch["features"][first], features)
     assert begun
-
-
-def test_a_policy_that_keeps_to_bounds_of_another_env_is_told_of(caplog):
-    def env(bound):
-        trial = Compose(Trial(steps=4), TaskSampler(goals_on_half_circle()), PreviousStep())
-        base = PointRobot(batch_size=(2,))
-        base.action_spec = Bounded(-bound, bound, (2, 2))
-        return TransformedEnv(base, trial)
-
-    actor = RecurrentActor.from_env(env(1.0), distribution=TanhGaussianActions.from_spec, hidden_size=4)
-    for bound, is_told in ((1.0, False), (3.0, True), (3.0, False)):  # once
-        caplog.clear()
-        Rollout(env(bound), actor, 4)
-        words = "acts from [-1.0, -1.0] to [1.0, 1.0], and the env takes actions from [-3.0, -3.0] to [3.0, 3.0]"
-        assert (words in caplog.text) is is_told
 
 
 def test_gymnasiums_envs_take_actions_of_a_dimension_more():

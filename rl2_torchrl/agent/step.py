@@ -28,7 +28,6 @@ from rl2_torchrl.modules.acting import ActingPart, State, acting_parts, dtype_of
 from rl2_torchrl.modules.actor_critic import cores_of, first_memory, hidden_keys
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import distribution_of, stands_for
-from rl2_torchrl.modules.slots import require_sizes
 from rl2_torchrl.trial import transforms_of
 
 __all__ = ["LAST_ACTION", "PolicyStep", "actor_of", "signature_of"]
@@ -158,7 +157,6 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
 
 def signature_of(actor: ProbabilisticTensorDictSequential, env: EnvBase) -> Signature:
     """What ``actor`` and ``env`` hand each other."""
-    require_sizes(env, actor)
     remembered = hidden_keys(actor)
     read = [key for key in actor.in_keys if key not in remembered and key != "is_init"]
     primed = {key for t in transforms_of(env) if isinstance(t, TensorDictPrimer) for key in t.primers.keys(True, True)}

@@ -374,7 +374,7 @@ class GaussianActions(ActionDistribution):
 
 
 class TanhGaussianActions(GaussianActions):
-    """A Gaussian squashed by tanh into the range of the actions, bounds ``low`` and ``high`` ``[action_dim]``.
+    """A Gaussian squashed by tanh between the bounds ``low`` and ``high`` ``[action_dim]``, which it keeps to in every env.
 
     Examples:
         >>> from rl2_torchrl.modules import RecurrentActor

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torchrl.data import Bounded, NonTensor, TensorSpec
+from torchrl.data import NonTensor, TensorSpec
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.arguments import as_list, noted, require_callable, require_flags, require_layer_class
 from rl2_torchrl.gradients.part import is_function
-from rl2_torchrl.modules.cores import RecurrentCore, sub_key
+from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.gru import GRUCore
 from rl2_torchrl.modules.layers import (
     ConvEncoder,
     Encoder,
     Entries,
     Head,
-    MLPEncoder,
     SkipHead,
     by_entry,
     encoding,
@@ -38,12 +35,7 @@ from rl2_torchrl.modules.layers import (
 from rl2_torchrl.modules.normalization import RunningNorm
 from rl2_torchrl.transition import has_trials_within, is_info, previous_steps, require_tensors
 
-__all__ = ["Shapes", "fill_slots", "read_specs", "require_sizes", "specs_of"]
-
-log = logging.getLogger(__name__)
-
-#: Policies' modules of whose bounds the log has told.
-_TOLD: WeakSet[nn.Module] = WeakSet()
+__all__ = ["Shapes", "fill_slots", "read_specs", "specs_of"]
 
 #: What a network reads; a number is the size of the transition input.
 Shapes = int | Entries
@@ -216,49 +208,6 @@ def specs_of(env: EnvBase, keys: Sequence[NestedKey]) -> dict[NestedKey, TensorS
     require_tensors(spec, keys)
     one = env.observation_spec_unbatched
     return {key: one[key] for key in keys}
-
-
-def require_sizes(env: EnvBase, policy: nn.Module) -> None:
-    """ValueError where a module of ``policy`` reads an observation that has another size in ``env``; the log tells of bounds."""
-    spec = env.observation_spec
-    _tell_of_bounds(env, policy)
-    modules = list(policy.modules())
-    written = {key for module in modules if isinstance(module, TensorDictModuleBase) for key in module.out_keys}
-    for key, shape in map(_reads, modules):
-        if key is None or key in written or key not in spec.keys(True, True):
-            continue
-        there = spec[key].shape[len(env.batch_size) :]
-        if there[-len(shape) :] != shape:  # more dimensions before these it may read one by one
-            raise ValueError(
-                f"the policy reads {key!r} of {shape.numel()} entries, and the env's has {there.numel()}: make it by from_env(env)."
-            )
-
-
-def _tell_of_bounds(env: EnvBase, policy: nn.Module) -> None:
-    """Logs that ``policy`` was made for other bounds of the action than those of ``env``, and keeps to its own."""
-    specs = [spec for spec in env.full_action_spec.values(True, True) if isinstance(spec, Bounded)]
-    bounded = [m for m in policy.modules() if {"low", "high"} <= (getattr(m, "distribution_kwargs", None) or {}).keys()]
-    for module in bounded if len(specs) == 1 else ():
-        own = [torch.as_tensor(module.distribution_kwargs[name], device="cpu").float() for name in ("low", "high")]
-        there = [getattr(specs[0].space, name).cpu().float() for name in ("low", "high")]
-        fits = own[0].numel() in (1, there[0].shape[-1:].numel())  # else the actions' size is told of
-        if fits and module not in _TOLD and not all(torch.allclose(*pair) for pair in zip(own, there, strict=True)):
-            _TOLD.add(module)
-            log.warning(
-                "the policy acts from %s to %s, and the env takes actions from %s to %s. Was it made for another env? It keeps to "
-                "its own bounds: let the env rescale them (gymnasium.wrappers.RescaleAction, TorchRL's ActionScaling).",
-                *(bound.flatten()[: own[0].numel()].tolist() for bound in (*own, *there)),
-            )
-
-
-def _reads(module: nn.Module) -> tuple[NestedKey, torch.Size] | tuple[None, None]:
-    """The entry that ``module`` reads and its shape, where it knows that."""
-    if isinstance(module, RecurrentCore) and module.input_size is not None:
-        return module.in_keys[0], torch.Size([module.input_size])
-    inner = getattr(module, "module", None) if isinstance(module, TensorDictModule) else None
-    if isinstance(inner, RunningNorm):
-        return module.in_keys[0], inner.mean.shape
-    return (module.in_keys[0], inner.shape) if isinstance(inner, MLPEncoder) else (None, None)
 
 
 def _images(env: EnvBase, known: set[NestedKey], by_head: Sequence[NestedKey]) -> list[NestedKey]:

@@ -29,7 +29,6 @@ from rl2_torchrl.kernels.graph import GraphReplay, held_by
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import logits_due
-from rl2_torchrl.modules.slots import require_sizes
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
@@ -70,7 +69,6 @@ class Rollout:
     ):
         self.env, self.policy, self.steps, self.ablation, self.on_step = env, policy, steps, ablation, on_step
         require_sizes_known(policy, "a rollout of the policy")
-        require_sizes(env, policy)
         self.parts, self._layout = acting_parts(policy), _layout(policy, env)
         #: Whether a module is called with a TensorDict, in which it finds what it, or another, has left at an earlier step.
         self._leaves_all = any(part.way == "tensordict" for part in self.parts)
