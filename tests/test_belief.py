@@ -6,6 +6,7 @@ from tensordict import TensorDict
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.modules import set_recurrent_mode
+from update_cases import make_batch
 
 from rl2_torchrl import (
     ActorCritic,
@@ -60,9 +61,10 @@ def test_a_task_is_read_whole_and_in_part():
 
 @pytest.mark.parametrize("key", ["actor_hidden", "critic_hidden"])
 def test_a_memory_as_it_was_collected_has_no_gradient_to_tell_by(key):
-    actor, critic = GRUCategoricalActor(5, 3, hidden_size=8), GRUValueHead(5, hidden_size=8)
-    with pytest.raises(ValueError, match=f"TaskBelief reads '{key}', the memory as it was collected.*actor_features"):
-        RL2PPOLoss(actor, critic, terms=[TaskBelief(8, 5, features_key=key)])
+    actor, critic = GRUCategoricalActor(5, 3, hidden_size=4), GRUValueHead(5, hidden_size=4)
+    update = PPOUpdate(RL2PPOLoss(actor, critic, terms=[TaskBelief(4, 5, features_key=key)]))
+    with pytest.raises(ValueError, match="target_size gives"):
+        update(make_batch().set("task", torch.zeros(4, 6, 5)))
 
 
 def test_the_loss_by_hand():

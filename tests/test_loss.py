@@ -462,7 +462,7 @@ def test_options_that_there_are_not_are_refused(name):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("entropy_bonus", 0.5, "entropy_coeff=0.5"),
+        ("entropy_bonus", 0.5, "neither True nor False"),
         ("entropy_bonus", "no", "neither True nor False"),
         ("normalize_advantage", "False", "neither True nor False"),
         ("functional", 1, "neither True nor False"),

@@ -7,7 +7,7 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from rl2_torchrl.arguments import require_numbers, whole
+from rl2_torchrl.arguments import whole
 
 __all__ = ["TaskBelief"]
 
@@ -25,7 +25,7 @@ class TaskBelief(nn.Module):
         target_size: size of what is told.
         coefficient: weight in the loss. Default 1.
         target: from the task ``[N, T, ...]`` to what is told ``[N, T, target_size]``. By default the task itself.
-        features_key: Default ``"actor_features"``.
+        features_key: what a network writes; a stored memory has no gradient. Default ``"actor_features"``.
         task_key: Default ``"task"``.
         name: what loss and error are called by, where a loss has several. Default ``"belief"``.
         device, dtype: of the layer.
@@ -52,7 +52,6 @@ class TaskBelief(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        require_numbers(coefficient=coefficient)
         if not coefficient > 0:
             raise ValueError(f"coefficient={coefficient}: without a positive weight nothing learns to tell the task.")
         sizes = whole("features_size", features_size), whole("target_size", target_size)

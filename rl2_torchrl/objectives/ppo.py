@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cached_property
-from inspect import unwrap
+from inspect import signature, unwrap
 from numbers import Real
 from operator import is_
 from weakref import WeakKeyDictionary, ref
@@ -17,11 +17,12 @@ from tensordict.nn import (
 )
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives import ClipPPOLoss, PPOLoss
 
-from rl2_torchrl.arguments import as_list, require_time_last
+from rl2_torchrl.arguments import as_list, require_flags, require_time_last
 from rl2_torchrl.gradients import ENTROPY, Part, Program, State, parts_of
 from rl2_torchrl.gradients.answers import Answers
+from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import is_watched, others_than
 from rl2_torchrl.gradients.program import losses_of, merge_losses
 from rl2_torchrl.gradients.replays import Replays
@@ -29,7 +30,6 @@ from rl2_torchrl.modules.actor_critic import hidden_keys, require_networks
 from rl2_torchrl.modules.cores import lost_memory
 from rl2_torchrl.modules.policy_parts import actor_parts, why_no_parts
 from rl2_torchrl.objectives.advantages import require_all_valid, require_rows_whole
-from rl2_torchrl.objectives.loss_arguments import checked_terms, require_options
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
@@ -93,15 +93,11 @@ class RL2PPOLoss(ClipPPOLoss):
         # ClipPPOLoss's other names for the two.
         actor_network, critic_network = kwargs.pop("actor", actor_network), kwargs.pop("critic", critic_network)
         require_networks("RL2PPOLoss", actor_network, *([critic_network] if critic_network is not None else []))
-        terms = checked_terms(terms, actor_network, critic_network)
-        options = {**_DEFAULTS, **kwargs}
-        require_options(clip_epsilon, critic_coeff, entropy_coeff, options)
+        terms, options = list(terms), {**_DEFAULTS, **kwargs}
+        _require_one_writer(terms, actor_network, critic_network)
+        _require_options(clip_epsilon, critic_coeff, entropy_coeff, options)
         if isinstance(entropy_coeff, Real):  # NumPy's are no numbers to TorchRL
             entropy_coeff = float(entropy_coeff)
-        if critic_network is None and options.get("clip_value"):
-            raise ValueError(
-                f"clip_value={options['clip_value']} bounds a critic's steps, and there is none: leave it out."
-            )
         options["functional"] |= options.get("delay_actor", False)
         critic_coeff = None if critic_network is None else 0.5 if critic_coeff is None else critic_coeff
         weights = {"clip_epsilon": clip_epsilon, "critic_coeff": critic_coeff, "entropy_coeff": entropy_coeff}
@@ -330,3 +326,36 @@ class _Seen:
 
 def _differs(value: object, ours: object) -> bool:
     return isinstance(value, Tensor) or (value or None) != (ours or None)
+
+
+def _require_one_writer(
+    terms: list[nn.Module], actor: TensorDictModuleBase, critic: TensorDictModuleBase | None
+) -> None:
+    """ValueError where one of ``terms`` reads what both networks write, unless it is one module's that both run."""
+    leaves = [[] if network is None else leaves_of(network) for network in (actor, critic)]
+    ours, theirs = ({key: leaf for leaf in each for key in leaf.out_keys} for each in leaves)
+    for term in terms:
+        if twice := [key for key in term.in_keys if key in ours and ours[key] is not theirs.get(key, ours[key])]:
+            raise ValueError(
+                f"{type(term).__name__} reads {twice}, which actor and critic both write, the critic last: rename one "
+                "(features_key=...)."
+            )
+
+
+def _require_options(clip_epsilon, critic_coeff, entropy_coeff, options: Mapping[str, object]) -> None:
+    """Raises unless ``options`` are `ClipPPOLoss`'s, and clip and weights in the range in which they mean something."""
+    known = {**signature(PPOLoss.__init__).parameters, **signature(ClipPPOLoss.__init__).parameters}
+    if unknown := sorted(options.keys() - known.keys()):
+        there = sorted({"terms", *known} - {"self", "kwargs"})
+        raise TypeError(f"RL2PPOLoss has no options {unknown}, and would train without them: there are {there}.")
+    require_flags(**{name: value for name, value in options.items() if isinstance(known[name].default, bool)})
+    low, high = clip_epsilon if isinstance(clip_epsilon, tuple | list) else (clip_epsilon, clip_epsilon)
+    if not (0 < low <= 1 and high > 0):
+        raise ValueError(f"{clip_epsilon=} must lie in (0, 1]: the lowest ratio is 1 - that. Usual are 0.1 to 0.3.")
+    coefficients = list(entropy_coeff.values()) if isinstance(entropy_coeff, Mapping) else [entropy_coeff]
+    if any(weight is not None and not weight >= 0 for weight in (critic_coeff, *coefficients)):
+        raise ValueError(
+            f"{critic_coeff=} and {entropy_coeff=} are at least 0: less would unlearn the values, or exploring."
+        )
+    if any(coefficients) and not options["entropy_bonus"]:
+        raise ValueError(f"{entropy_coeff=} without a bonus weighs nothing: give entropy_bonus=True, or neither.")
