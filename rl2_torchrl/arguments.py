@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from inspect import signature
 from operator import index
 from os import PathLike
 from typing import Any, SupportsIndex
@@ -15,15 +14,12 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 __all__ = [
-    *("above_0", "as_batch_size", "as_list", "kind_of", "needs", "noted"),
-    *("require_arguments", "require_callable", "require_collector", "require_env", "require_flags"),
-    *("require_folder_name", "require_generator", "require_layer_class", "require_network", "require_numbers"),
-    "require_own_name",
-    *("require_sizes_known", "require_specs", "require_time_last", "require_torch", "whole", "whole_numbers"),
+    *("above_0", "as_list", "kind_of", "needs", "noted", "require_collector", "require_env", "require_flags"),
+    *("require_folder_name", "require_generator", "require_network", "require_own_name", "require_sizes_known"),
+    *("require_time_last", "require_torch", "whole", "whole_numbers"),
 ]
 
 
@@ -60,13 +56,6 @@ def noted(said: str) -> Iterator[None]:
         raise
 
 
-def require_numbers(**arguments: Any) -> None:
-    """ValueError where a number is given as text, as it stands in a file or on a command line."""
-    for name, value in arguments.items():
-        if isinstance(value, str):
-            raise ValueError(f"{name}={value!r} is text: give a number.")
-
-
 def require_own_name(cls: type, known: Iterable[type]) -> None:
     """ValueError where ``cls`` has the name of another of the ``known`` classes; not of itself, made once more in a notebook."""
     for other in known:
@@ -86,32 +75,9 @@ def above_0(name: str, value: float) -> float:
         >>> above_0("radius", 0.5)
         0.5
     """
-    require_numbers(**{name: value})
     if not value > 0:
         raise ValueError(f"{name}={value} must be above 0.")
     return value
-
-
-def require_arguments(name: str, function: Callable | None, *arguments: str) -> None:
-    """TypeError where ``function`` is neither None nor one that can be called with ``arguments``, here their names."""
-    require_callable(**{name: function})
-    if function is None:
-        return
-    try:
-        takes = signature(function, follow_wrapped=False)  # what is called, and not what that calls
-    except ValueError:  # a function of C's, which does not say what it takes
-        return
-    try:
-        takes.bind(*arguments)
-    except TypeError as error:
-        raise TypeError(f"{name} is called as {name}({', '.join(arguments)}), and takes {takes}: {error}.") from error
-
-
-def require_callable(**arguments: Any) -> None:
-    """TypeError where what is given is neither a function (a class, a module) nor None, such as a name in quotes."""
-    for name, value in arguments.items():
-        if value is not None and not callable(value):
-            raise TypeError(f"{name}={value!r} cannot be called: give the function or class itself.")
 
 
 def require_collector(collector: Any, call: str) -> None:
@@ -148,19 +114,6 @@ def require_folder_name(**arguments: str | PathLike) -> None:
             )
 
 
-def require_layer_class(**arguments: Any) -> None:
-    """TypeError where what is given makes no layers: a name in quotes, a function, or one layer, which all would share."""
-    require_callable(**arguments)
-    for name, value in arguments.items():
-        if isinstance(value, nn.Module):
-            raise TypeError(
-                f"{name}={value!r} is one layer, and each place has its own: give the class, such as nn.ReLU."
-            )
-        with noted(f"{name}={value!r} is called without arguments, and makes a layer: give a class such as nn.Tanh."):
-            if not isinstance(value(), nn.Module):
-                raise TypeError(f"{name}={value!r} makes no layer.")
-
-
 def require_network(policy: Any, call: str) -> None:
     """TypeError where what is given as ``policy`` in ``call`` is none, such as an `AdaptiveAgent`."""
     if not isinstance(policy, TensorDictModuleBase):
@@ -178,28 +131,6 @@ def require_sizes_known(module: nn.Module, call: str) -> None:
             f"{call}: {lazy} have no size yet, as layers of TorchRL's MLP have without in_features: say in_features=, or call "
             "them once before on data of their size."
         )
-
-
-def as_batch_size(batch_size: Sequence[int]) -> torch.Size:
-    """``batch_size`` as PyTorch's; TypeError where it is one number, or not of whole numbers.
-
-    Examples:
-        >>> as_batch_size([8])
-        torch.Size([8])
-    """
-    if isinstance(batch_size, int):
-        raise TypeError(f"batch_size={batch_size} is a number: give the dimensions, batch_size=({batch_size},).")
-    try:
-        return torch.Size(batch_size)
-    except TypeError as error:
-        raise TypeError(f"batch_size={batch_size!r} must be whole numbers, such as batch_size=(8,).") from error
-
-
-def require_specs(**arguments: TensorSpec | None) -> None:
-    """TypeError where what is given is neither a spec nor None."""
-    for name, value in arguments.items():
-        if value is not None and not isinstance(value, TensorSpec):
-            raise TypeError(f"{name}={value!r} is no spec: give a TensorSpec of one row, such as Unbounded(1).")
 
 
 def require_time_last(batch: TensorDictBase) -> None:

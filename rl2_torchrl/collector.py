@@ -14,7 +14,7 @@ from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, One
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 
-from rl2_torchrl.arguments import as_list, kind_of, require_numbers, whole
+from rl2_torchrl.arguments import as_list, kind_of, whole
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.plain_data import NoStateError
 from rl2_torchrl.gradients.networks import leaves_of
@@ -93,7 +93,6 @@ class TrialCollector(Collector):
             raise ValueError(f"rollout={rollout!r}: choose 'auto', 'tensors' or 'tensordicts'.")
         if isinstance(policy, type | EnvBase):
             raise TypeError(f"{kind_of(policy)} is no policy, which comes second: TrialCollector(env, policy, ...).")
-        require_numbers(total_frames=kwargs.get("total_frames"))
         if "frames_per_batch" in kwargs:
             kwargs["frames_per_batch"] = whole("frames_per_batch", kwargs["frames_per_batch"])
         keep = None if keep is None else as_list("keep", keep)

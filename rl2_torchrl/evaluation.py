@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torchrl.envs import EnvBase, ExplorationType, ParallelEnv, VecNorm, VecNormV2
 
-from rl2_torchrl.arguments import require_callable, require_env, require_flags, require_network, require_torch, whole
+from rl2_torchrl.arguments import require_env, require_flags, require_network, require_torch, whole
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
@@ -195,7 +195,6 @@ def adaptation_curve(
     require_flags(deterministic=deterministic)
     require_env(env, "adaptation_curve(env, policy, num_trials)")
     require_network(policy, "adaptation_curve(env, policy, num_trials)")
-    require_callable(ablation=ablation, on_step=on_step)
     if EPISODE_INDEX not in env.observation_spec.keys():
         raise ValueError("the env has no Trial, so there are no trials to evaluate: Compose(Trial(...), ...).")
     _require_still_statistics(env)

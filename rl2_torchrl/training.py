@@ -22,7 +22,6 @@ from rl2_torchrl.arguments import (
     require_collector,
     require_flags,
     require_folder_name,
-    require_numbers,
     whole,
 )
 from rl2_torchrl.callbacks import Callback
@@ -255,7 +254,6 @@ def _check_kinds(collector, update, checkpoints, logger, **functions) -> None:
 def _check_arguments(eval_interval, checkpoint_interval, callbacks, schedule_frames) -> None:
     whole("eval_interval", eval_interval)
     whole("checkpoint_interval", checkpoint_interval)
-    require_numbers(schedule_frames=schedule_frames)
     if schedule_frames is not None and not schedule_frames >= 1:
         raise ValueError(f"schedule_frames={schedule_frames}: schedules need a length, of at least 1 env step.")
     if not isinstance(callbacks, Sequence) or not all(isinstance(callback, Callback) for callback in callbacks):

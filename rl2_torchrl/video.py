@@ -10,7 +10,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import needs, require_env, require_numbers, whole
+from rl2_torchrl.arguments import needs, require_env, whole
 from rl2_torchrl.evaluation import adaptation_curve
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.trial import EPISODE_INDEX, TRIAL_STEP, base_of, is_within
@@ -114,7 +114,6 @@ class VideoWriter:
         self.path = Path(path)
         if self.path.suffix not in _FORMATS:
             raise ValueError(f"{self.path.name}: a video is written as {' or '.join(_FORMATS)}.")
-        require_numbers(fps=fps)
         if fps < 1:
             raise ValueError(f"fps={fps}: a video has a picture a second or more; pass 20, say.")
         with needs('videos need Pillow, which is an extra: pip install "rl2_torchrl[video]".'):

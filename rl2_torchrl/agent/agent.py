@@ -19,7 +19,7 @@ from rl2_torchrl.agent.export import export_policy, onnx_step
 from rl2_torchrl.agent.files import read_agent, write_agent
 from rl2_torchrl.agent.signature import Observed, Signature, name_of
 from rl2_torchrl.agent.step import PolicyStep, actor_of, signature_of
-from rl2_torchrl.arguments import require_env, require_flags, require_network, require_numbers, whole
+from rl2_torchrl.arguments import require_env, require_flags, require_network, whole
 from rl2_torchrl.modules.distributions import gumbel_
 
 __all__ = ["AdaptiveAgent"]
@@ -346,7 +346,6 @@ class AdaptiveAgent:
         self._reward, self._done, self._is_waiting = reward, done.bool(), False
 
     def _column(self, name: str, value: Any) -> Tensor:
-        require_numbers(**{name: value})
         column = torch.empty(0) if value is None else torch.as_tensor(value, device="cpu").reshape(-1)
         if column.is_complex():
             raise TypeError(f"{name}={value!r} is complex: give real numbers.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchrl.data import Categorical, TensorSpec, Unbounded
 
-from rl2_torchrl.arguments import require_numbers, whole
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.tasks import TaskDistribution
 
@@ -115,7 +115,6 @@ class QuadraticBandit(_Bandit):
         device: torch.device | str | None = None,
     ):
         dim = whole("dim", dim)
-        require_numbers(noise=noise)
         if not noise >= 0:
             raise ValueError(f"noise={noise} is a standard deviation: it must be at least 0.")
         super().__init__(dim, Unbounded(dim), batch_size=batch_size, seed=seed, device=device)
@@ -145,7 +144,6 @@ def uniform_targets(dim: int, low: float = -1.0, high: float = 1.0) -> TaskDistr
         >>> uniform_targets(2)(torch.Size([3]), torch.Generator()).shape
         torch.Size([3, 2])
     """
-    require_numbers(low=low, high=high)
     return partial(_uniform, size=whole("dim", dim), low=low, high=high)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchrl import torchrl_logger
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
-from rl2_torchrl.arguments import as_list, require_arguments, require_specs, whole
+from rl2_torchrl.arguments import as_list, whole
 from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
 from rl2_torchrl.envs.gym_row import TASKS, GymRow
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace, misfits
@@ -128,7 +128,6 @@ class GymVectorEnv(TensorEnv):
         tasks = None if tasks is None else as_list("tasks", tasks)
         task_spec = _task_spec(set_task, task_spec, tasks, task_option)
         self._is_theirs = isinstance(env, VectorEnv)
-        require_arguments("set_task", set_task, *(("envs", "tasks", "rows") if self._is_theirs else ("env", "task")))
         self.set_task, self.tasks, self.task_option = set_task, tasks, task_option
         #: What makes a row: a run that goes on is to have the same, with the same arguments, and the same way of a task to it.
         self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str | EnvSpec) else env
@@ -532,7 +531,6 @@ class _Told:
 
 def _task_spec(set_task, task_spec, tasks, task_option: str | None) -> TensorSpec | None:
     """The spec of one task, None where there is none."""
-    require_specs(task_spec=task_spec)
     if (set_task is None) == (task_option is None):
         if set_task is None and task_spec is None and tasks is None:
             return None

@@ -14,7 +14,6 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
 
-from rl2_torchrl.arguments import require_specs
 from rl2_torchrl.envs.layers import made_of, put_state, spaces_within, state_or_reason
 from rl2_torchrl.envs.task_setter import TaskSetter, warn_of_added
 from rl2_torchrl.storage import from_tensor, to_tensor
@@ -69,7 +68,6 @@ class GymTaskEnv(GymEnv):
         task_spec: TensorSpec,
         **kwargs,
     ):
-        require_specs(task_spec=task_spec)
         super().__init__(env, **kwargs)
         #: What makes the env: a run that goes on is to have the same, with the same arguments, and the same ``set_task``.
         self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str) else env

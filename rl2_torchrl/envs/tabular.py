@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rl2_torchrl.arguments import require_numbers, whole
+from rl2_torchrl.arguments import whole
 from rl2_torchrl.envs.discrete import DiscreteEnv, DiscreteState
 from rl2_torchrl.tasks import TaskDistribution
 
@@ -77,7 +77,6 @@ class TabularMDP(DiscreteEnv):
 
     @noise.setter
     def noise(self, noise: float) -> None:
-        require_numbers(noise=noise)
         if not noise >= 0:
             raise ValueError(f"noise={noise} is a standard deviation: it must be at least 0.")
         self._noise = float(noise)

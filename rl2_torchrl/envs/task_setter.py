@@ -12,7 +12,6 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl import torchrl_logger
 
-from rl2_torchrl.arguments import require_arguments
 from rl2_torchrl.envs.simulation import model_of
 
 __all__ = ["TaskSetter", "told_of_added", "warn_of_added"]
@@ -40,7 +39,6 @@ class TaskSetter:
     """
 
     def __init__(self, set_task: Callable[[Any, Any], None]):
-        require_arguments("set_task", set_task, "env", "task")
         self._set_task = set_task
         self.added: list[str] = []
         #: The last task and what it left, until one has come twice, as it does in the second episode of a trial.

@@ -18,7 +18,7 @@ from torchrl import torchrl_logger
 from torchrl.data import Binary, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import as_batch_size, require_flags, require_specs, whole
+from rl2_torchrl.arguments import require_flags, whole
 from rl2_torchrl.envs.rows import Entries, EnvState, Rows, entries_of, merge, rebuilt, tensors_of
 from rl2_torchrl.seeding import seed_generator
 
@@ -120,8 +120,6 @@ class TensorEnv(EnvBase):
         seed: int | None = None,
         device: torch.device | str | None = None,
     ):
-        require_specs(task_spec=task_spec, action_spec=action_spec, observation_spec=observation_spec)
-        require_specs(reward_spec=reward_spec, more_spec=more_spec)
         if action_spec is None:
             raise TypeError("action_spec=None: what can an agent do? Give a spec of one row, such as Categorical(2).")
         if more_spec is not None and not isinstance(more_spec, Composite):
@@ -134,7 +132,7 @@ class TensorEnv(EnvBase):
                 "give its spec, such as Unbounded(1)."
             )
         require_flags(fixed_length=fixed_length)
-        batch_size = as_batch_size(batch_size)
+        batch_size = torch.Size(batch_size)
         if 0 in batch_size:
             raise ValueError(f"batch_size={tuple(batch_size)} holds no env: every dimension must be at least 1.")
         if max_episode_steps is not None:

@@ -17,7 +17,7 @@ from torchrl.data import Binary, Bounded, MultiCategorical, MultiOneHot, OneHot,
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.modules import IndependentNormal, MaskedCategorical, MaskedOneHotCategorical, OneHotCategorical, TanhNormal
 
-from rl2_torchrl.arguments import require_flags, require_numbers, require_own_name, whole, whole_numbers
+from rl2_torchrl.arguments import require_flags, require_own_name, whole, whole_numbers
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, brings, others_than
@@ -326,7 +326,6 @@ class GaussianActions(ActionDistribution):
     noise = "normal"
 
     def __init__(self, action_dim: int, *, init_log_std: float = -0.5):
-        require_numbers(init_log_std=init_log_std)
         if torch.as_tensor(init_log_std).numel() != 1:
             raise ValueError(f"{init_log_std=} must be one number, with which all components begin.")
         super().__init__(whole("action_dim", action_dim), ["loc", "scale"], IndependentNormal)

@@ -2,8 +2,6 @@
 
 from torch import nn
 
-from rl2_torchrl.arguments import require_numbers
-
 __all__ = ["orthogonal_init_"]
 
 
@@ -36,7 +34,6 @@ def orthogonal_init_(
     networks = [part for part in module.modules() if isinstance(part, nn.GRU | nn.LSTM)]
     if not networks:
         raise ValueError(f"there is no torch.nn.GRU or torch.nn.LSTM in this {type(module).__name__} to be drawn anew.")
-    require_numbers(memory_steps=memory_steps, input_gain=input_gain, gate_gain=gate_gain)
     if memory_steps is not None and not memory_steps >= 1:
         raise ValueError(f"memory_steps={memory_steps} must be at least 1: a number of steps, such as a trial's.")
     for network in networks:

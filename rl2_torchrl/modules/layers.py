@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
-from rl2_torchrl.arguments import noted, require_callable, require_layer_class, require_numbers, whole, whole_numbers
+from rl2_torchrl.arguments import noted, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import IGNORED, Part, brings, is_bare, runs
 from rl2_torchrl.kernels.functions import as_reals, relu_linear
@@ -54,7 +54,6 @@ class MLPEncoder(nn.Module):
         **factory,
     ):
         super().__init__()
-        require_layer_class(activation=activation)
         self.shape = torch.Size(shape if isinstance(shape, Sequence) else (index(shape),))
         sizes = [self.shape.numel(), *whole_numbers("num_cells", num_cells)]
         if len(sizes) < 2 or min(sizes) < 1:
@@ -131,7 +130,6 @@ class ConvEncoder(ImageEncoder):
         activation: Callable[[], nn.Module] = nn.ReLU,
         **factory,
     ):
-        require_layer_class(activation=activation)
         shape = tuple(map(index, shape))
         if len(shape) != 3:
             raise ValueError(f"images have shape [channels, height, width], not {shape}.")
@@ -212,7 +210,6 @@ def shape_of(entry: TensorSpec | Sequence[int]) -> torch.Size:
 
 
 def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Entries, out_key: NestedKey, factory: Mapping):
-    require_callable(encoder=encoder)
     shape = shape_of(entries[key])
     if isinstance(encoder, nn.Module):
         module = encoder
@@ -316,8 +313,6 @@ class Head(nn.Module):
         **factory,
     ):
         super().__init__()
-        require_numbers(init_range=init_range)
-        require_layer_class(activation=activation)
         self.in_features, self.skip_size = whole("in_features", in_features), skip_size
         sizes = [*whole_numbers("num_cells", num_cells), whole("out_features", out_features)]
         layers: list[nn.Module] = []

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchrl.data import NonTensor, TensorSpec
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import as_list, noted, require_callable, require_flags, require_layer_class
+from rl2_torchrl.arguments import as_list, noted, require_flags
 from rl2_torchrl.gradients.part import is_function
 from rl2_torchrl.modules.cores import sub_key
 from rl2_torchrl.modules.gru import GRUCore
@@ -61,15 +61,8 @@ def fill_slots(
     normalize: bool | Tensor = False,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    **unknown,
 ) -> tuple[list[TensorDictModuleBase], nn.Module, list[NestedKey], tuple[NestedKey, NestedKey, int]]:
     """Encoders and core, the head, the entries that it reads, and (hidden_key, features_key, features_size) of the core."""
-    if unknown:
-        raise TypeError(f"{list(unknown)} is no argument of a network, which has {sorted(fill_slots.__kwdefaults__)}.")
-    require_callable(head=head)
-    if isinstance(dtype, str):
-        raise TypeError(f"{dtype=} is text: give torch.float64, say.")
-    require_layer_class(activation=activation)
     require_flags(skip=skip)
     normalize = _marks(normalize)
     factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}
@@ -142,14 +135,12 @@ def _normalized(normalize, in_key: NestedKey, entries: Entries, encoder, feature
 
 def _built_core(core: Any, size: int, factory: Mapping) -> TensorDictModuleBase:
     """``core``, or what it makes for inputs of ``size``."""
-    kind = core if isinstance(core, type) else type(core)
-    if not callable(core) or (issubclass(kind, nn.Module) and not issubclass(kind, TensorDictModuleBase)):
+    if not isinstance(core, nn.Module):
+        with noted(f"{core=} is called with the size of its input, {size}, and makes a core."):
+            core = core(size).to(**factory)
+    if not isinstance(core, TensorDictModuleBase):
         raise TypeError(f"core={core!r} is no core: give one such as core=LSTMCore, or write a RecurrentCore.")
-    if isinstance(core, nn.Module):
-        return core
-    with noted(f"{core=} is called with the size of its input, {size}, and makes a core."):
-        core = core(size).to(**factory)
-    return _built_core(core, size, factory)
+    return core
 
 
 def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, features_key) -> int:

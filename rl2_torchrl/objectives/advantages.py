@@ -12,7 +12,7 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.objectives.value import TD1Estimator, ValueEstimatorBase
 
 from rl2_torchrl import kernels
-from rl2_torchrl.arguments import require_flags, require_numbers, require_time_last
+from rl2_torchrl.arguments import require_flags, require_time_last
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.normalization import RunningNorm
 
@@ -66,7 +66,6 @@ class TrialAdvantage(nn.Module):
         value_key: str = "state_value",
     ):
         super().__init__()
-        require_numbers(gamma=gamma, lmbda=lmbda)
         require_flags(normalize=normalize, scale_rewards=scale_rewards)
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
             if not 0 <= value <= 1:  # NaN is no such number either

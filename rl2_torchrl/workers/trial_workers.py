@@ -19,7 +19,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import as_list, require_numbers, whole
+from rl2_torchrl.arguments import as_list, whole
 from rl2_torchrl.minibatches import beside
 from rl2_torchrl.seeding import derived_seed, require_seed
 from rl2_torchrl.workers.hosts import ActorHost, Host, threads_kept
@@ -106,7 +106,6 @@ class TrialWorkers(BaseCollector):
         seed: int | None = None,
         options: Mapping[str, Any] | None = None,
     ):
-        require_numbers(total_frames=total_frames)
         require_seed(seed)
         super().__init__()
         _check(create_env_fn, workers, frames_per_batch, backend)
