@@ -1,16 +1,12 @@
 """`RL2PPOLoss`: TorchRL's `ClipPPOLoss` with the original's value loss and coefficients, and with further terms."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from functools import cached_property
 from inspect import signature, unwrap
 from numbers import Real
-from operator import is_
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
-    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
     dispatch,
@@ -33,9 +29,6 @@ from rl2_torchrl.objectives.advantages import require_all_valid, require_rows_wh
 from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError, as_number
 
 __all__ = ["RL2PPOLoss"]
-
-#: What has been seen of losses: beside them, since parts are made of functions, which cannot be pickled.
-_SEEN: WeakKeyDictionary = WeakKeyDictionary()
 
 #: What `ClipPPOLoss` has otherwise by default.
 _DEFAULTS = {"loss_critic_type": "l2", "entropy_bonus": False, "log_explained_variance": False, "functional": False}
@@ -113,7 +106,21 @@ class RL2PPOLoss(ClipPPOLoss):
     # ------------------------------------------------------------- the parts
     def why_not_parts(self) -> str | None:
         """Why it is `ClipPPOLoss` that computes PPO's terms, in words; None where parts do."""
-        return self._why_torchrls(self._seen())
+        name = type(self).__name__
+        if is_compiling():
+            refusal = "torch.compile sees no parts"
+        elif options := [option for option, ours in _OURS.items() if _differs(getattr(self, option), ours)]:
+            refusal = f"the options {options} are ClipPPOLoss's"
+        elif own := others_than(ClipPPOLoss, self, _STEPS):
+            refusal = f"{own} of ClipPPOLoss are others in {name}: a term of loss_terms() in their place is faster"
+        else:
+            refusal = why_no_parts(self.actor_network)
+        if refusal is not None and self._has_own_terms():
+            raise ValueError(
+                f"{name} has a loss_terms() of its own, which nobody would call: {refusal}. Give what it adds to PPO's terms as "
+                "terms=[...], or leave the other out."
+            )
+        return refusal
 
     def runs_beside(self) -> str | None:
         """What autograd runs beside PPO's own terms, in words; None where nothing does."""
@@ -139,34 +146,17 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def answers(self, replays: Replays) -> Answers:
         """What ``super().forward`` gives while `PPOUpdate` asks by a ``forward`` of another."""
-        return Answers(replays, self._state_now(self._seen()))
+        return Answers(replays, self._state_now())
 
-    def _state_now(self, seen: "_Seen") -> tuple:
+    def _state_now(self) -> tuple:
         """What gradients depend on beside data and weights."""
         coefficients = [None if c is None else as_number(c) for c in (self.critic_coeff, self.entropy_coeff)]
+        _, *modules = self.modules()
         # Others may stand in their places for a while, as by `TensorDictParams.to_module`.
-        parameters = [p for module in seen.modules for p in module._parameters.values()]
+        parameters = [p for module in modules for p in module._parameters.values()]
         weights = [(id(p), p is None or p.requires_grad) for p in parameters]
         options = (self.clip_bounds, self.entropy_bonus, self._has_critic, self.tensor_keys, len(self.terms))
-        return seen, coefficients, options, weights
-
-    def _why_torchrls(self, seen: "_Seen | None") -> str | None:
-        """Why it is `ClipPPOLoss` that computes PPO's terms, in words; None where parts do. ``seen``: None while compiled."""
-        name = type(self).__name__
-        if seen is None:
-            refusal = "torch.compile sees no parts"
-        elif options := [option for option, ours in _OURS.items() if _differs(getattr(self, option), ours)]:
-            refusal = f"the options {options} are ClipPPOLoss's"
-        elif own := others_than(ClipPPOLoss, self, _STEPS):
-            refusal = f"{own} of ClipPPOLoss are others in {name}: a term of loss_terms() in their place is faster"
-        else:
-            refusal = seen.refusal
-        if refusal is not None and self._has_own_terms():
-            raise ValueError(
-                f"{name} has a loss_terms() of its own, which nobody would call: {refusal}. Give what it adds to PPO's terms as "
-                "terms=[...], or leave the other out."
-            )
-        return refusal
+        return [(module, is_watched(module)) for module in modules], coefficients, options, weights
 
     def _has_own_terms(self) -> bool:
         return bool(others_than(RL2PPOLoss, self, ["loss_terms"]))
@@ -177,11 +167,8 @@ class RL2PPOLoss(ClipPPOLoss):
         parts = actor_parts(self.actor_network, self.tensor_keys.action, entropy=reads_entropy)
         return [*parts, *parts_of(self.critic_network)] if self._runs_critic() else parts
 
-    def _seen(self) -> "_Seen":
-        """What has been found out about the networks, anew where a module, a hook or an option has changed."""
-        if (seen := _SEEN.get(self)) is None or not seen.holds(self):
-            seen = _SEEN[self] = _Seen(self)
-        return seen
+    def _networks(self) -> list[TensorDictModuleBase]:
+        return [network for network in (self.actor_network, self.critic_network) if network is not None]
 
     def _runs_critic(self) -> bool:
         written = () if self.critic_network is None else self.critic_network.out_keys
@@ -206,20 +193,19 @@ class RL2PPOLoss(ClipPPOLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
-        seen = None if is_compiling() else self._seen()
-        self._check_data(tensordict, seen)
-        refusal, key = self._why_torchrls(seen), self.tensor_keys.advantage
+        self._check_data(tensordict)
+        refusal, key = self.why_not_parts(), self.tensor_keys.advantage
         has_advantage, has_own_terms = tensordict.get(key, None) is not None, self._has_own_terms()
         if has_own_terms and not has_advantage:
             raise KeyError(f"no {key!r} in the data, which loss_terms() reads: call TrialAdvantage(...)(batch) first.")
-        if not has_advantage and seen is not None:
+        if not has_advantage and not is_compiling():
             require_rows_whole(self.value_estimator)
         if refusal is None and has_advantage and (tensordict.ndim == 2 or has_own_terms):
             answers = Answers.active(self)
-            if answers is not None and (given := answers(tensordict, self._state_now(seen))) is not None:
+            if answers is not None and (given := answers(tensordict, self._state_now())) is not None:
                 return TensorDict(given)
             rows = tensordict if tensordict.ndim == 2 else tensordict.reshape(-1, tensordict.shape[-1])
-            return TensorDict(losses_of(seen.parts, rows, self.loss_terms()))
+            return TensorDict(self.losses_of(rows, self.loss_terms()))
         losses = super().forward(tensordict)
         if not self.terms:
             return losses
@@ -229,9 +215,9 @@ class RL2PPOLoss(ClipPPOLoss):
 
     def losses_of(self, data: TensorDictBase | State, terms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """What ``terms`` give of ``data``, entries ``[N, T, ...]``, once all parts have run; autograd can follow."""
-        return losses_of(self._seen().parts, data, terms)
+        return losses_of(self.network_parts(), data, terms)
 
-    def _check_data(self, tensordict: TensorDictBase, seen: "_Seen | None") -> None:
+    def _check_data(self, tensordict: TensorDictBase) -> None:
         if not self._is_recurrent:
             return
         self.require_starts(tensordict.keys())
@@ -240,10 +226,11 @@ class RL2PPOLoss(ClipPPOLoss):
                 f"the data are single steps {list(tensordict.shape)}, but a memory is trained on sequences [*B, T], as they were "
                 "played: fill a replay buffer with such rows, not with steps."
             )
-        if seen is not None:
+        if not is_compiling():
             require_time_last(tensordict)
             require_all_valid(tensordict)
-            missing = [key for key in seen.memory if tensordict.get(key, None) is None]
+            memory = [key for network in self._networks() for key in hidden_keys(network)]
+            missing = [key for key in memory if tensordict.get(key, None) is None]
             starts = tensordict.get("is_init", None) if missing else None
             if starts is not None and not starts[..., 0, :].all():
                 raise KeyError(lost_memory(missing))
@@ -256,8 +243,7 @@ class RL2PPOLoss(ClipPPOLoss):
     @ClipPPOLoss.in_keys.getter  # it is set as that is
     def in_keys(self) -> list[NestedKey]:
         """What is read of the data, by the terms as well; those of a class below are there when all of that class is."""
-        networks = [network for network in (self.actor_network, self.critic_network) if network is not None]
-        written = {key for network in networks for key in network.out_keys}
+        written = {key for network in self._networks() for key in network.out_keys}
         terms = [key for key in self._keys_of_terms() if key not in written and key[0] != "policy"]
         # ClipPPOLoss lists what its value estimator reads, and not what an advantage is in.
         keys = self.tensor_keys
@@ -285,43 +271,6 @@ class RL2PPOLoss(ClipPPOLoss):
         for name, value in exact.items():
             if self._buffers.get(name) is not None and not isinstance(value, Mapping):
                 self._buffers[name] = torch.as_tensor(value, dtype=dtype, device=self._buffers[name].device)
-
-
-class _Seen:
-    """What follows from a loss's modules: to find it out costs as much as running some of them.
-
-    Attributes:
-        refusal: why the actor is no list of parts; None if it is.
-        memory: entries that the networks' memories are read from.
-        modules: those of the loss, without itself, or it would never be freed.
-    """
-
-    def __init__(self, loss: RL2PPOLoss):
-        networks = [loss.actor_network, *([loss.critic_network] if loss.critic_network else [])]
-        self.refusal = why_no_parts(loss.actor_network)
-        self.memory = [key for network in networks for key in hidden_keys(network)]
-        _, *self.modules = loss.modules()
-        self._samples = [m for m in self.modules if isinstance(m, ProbabilisticTensorDictModule)]
-        self._layout, self._given, self._loss = self._layout_of(loss), self._distributions(), ref(loss)
-
-    def _layout_of(self, loss: RL2PPOLoss) -> tuple:
-        options = loss.tensor_keys.action, loss._runs_critic(), loss.entropy_bonus
-        return options, [(tuple(module._modules.values()), is_watched(module)) for module in (loss, *self.modules)]
-
-    def _distributions(self) -> list[object]:
-        given = [(m.distribution_class, *m.distribution_kwargs, *m.distribution_kwargs.values()) for m in self._samples]
-        return [each for one in given for each in one]
-
-    def holds(self, loss: RL2PPOLoss) -> bool:
-        """Whether nothing has changed since."""
-        now, given = self._distributions(), self._given  # not compared as tensors are
-        is_same = len(now) == len(given) and all(map(is_, now, given))
-        return is_same and self._layout_of(loss) == self._layout
-
-    @cached_property
-    def parts(self) -> list[Part]:
-        """`RL2PPOLoss.network_parts`."""
-        return self._loss().network_parts()
 
 
 def _differs(value: object, ours: object) -> bool:
