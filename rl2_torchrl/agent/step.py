@@ -22,7 +22,6 @@ from rl2_torchrl.agent.signature import (
     reward_of,
     transition_of,
 )
-from rl2_torchrl.gradients.networks import scores_alone
 from rl2_torchrl.modules import ActorCritic
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts, dtype_of, on_state, step_of
 from rl2_torchrl.modules.actor_critic import cores_of, first_memory, hidden_keys
@@ -137,7 +136,7 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
     actor = policy.actor if isinstance(policy, ActorCritic) else policy
     parts = acting_parts(actor)
     distribution = distribution_of(parts[-1].module) if parts[-1].way == "distribution" else None
-    has_noise = distribution is not None and distribution.noise is not None and not scores_alone(actor)
+    has_noise = distribution is not None and distribution.noise is not None
     if not has_noise or not stands_for(distribution, "with_noise", "act"):
         raise TypeError(
             f"{type(actor).__name__}: an agent is made of networks and one distribution that can act by noise from outside, as "

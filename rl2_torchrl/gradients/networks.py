@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import (
-    ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
@@ -30,7 +29,7 @@ from rl2_torchrl.gradients.part import (
     outputs_of,
 )
 
-__all__ = ["keys_left", "leaves_of", "part_of", "parts_of", "scores_alone"]
+__all__ = ["keys_left", "leaves_of", "part_of", "parts_of"]
 
 
 def parts_of(network: TensorDictModuleBase) -> list[Part]:
@@ -41,22 +40,15 @@ def parts_of(network: TensorDictModuleBase) -> list[Part]:
 def leaves_of(module: TensorDictModuleBase, *, is_policy: bool = False) -> list[TensorDictModuleBase]:
     """The modules that ``module`` runs, in order, if it is a plain sequence; else itself.
 
+    So is a policy in which a module before the distribution gives the action (gSDE's does), which then draws nothing.
+
     ``is_policy``: of a policy the loss asks its distribution, past its own forward and the hooks on that.
     """
     is_plain = type(module).forward in (TensorDictSequential.forward, ProbabilisticTensorDictSequential.forward)
+    is_plain = is_plain and getattr(module, "_requires_sample", True)
     if is_policy or (is_plain and not has_hooks(module)):
         return [leaf for part in module._module_iter() for leaf in leaves_of(part)]
     return [module]
-
-
-def scores_alone(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """The distributions in ``module`` that draw nothing, as a module before gives the action (gSDE's does): tensordict's rule."""
-    if leaves_of(module) == [module]:
-        return []
-    is_given = isinstance(module, ProbabilisticTensorDictSequential) and not module._requires_sample
-    found = [leaf for part in module._module_iter() for leaf in scores_alone(part)]
-    last = leaves_of(module)[-1:] if is_given else []
-    return [*found, *(leaf for leaf in last if isinstance(leaf, ProbabilisticTensorDictModule))]
 
 
 def keys_left(module: TensorDictModuleBase) -> set[NestedKey]:

@@ -20,7 +20,7 @@ from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor
 from torchrl.modules import SafeProbabilisticModule
 
-from rl2_torchrl.gradients.networks import leaves_of, scores_alone
+from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.gradients.part import (
     IGNORED,
     State,
@@ -68,26 +68,21 @@ class ActingPart:
 
 def acting_parts(module: TensorDictModuleBase) -> list[ActingPart]:
     """The parts of ``module``, in order."""
-    given = scores_alone(module)
-    parts = [_part(leaf, draws=all(leaf is not each for each in given)) for leaf in leaves_of(module)]
-    return [part for part in parts if part is not None]
+    return [_part(leaf) for leaf in leaves_of(module)]
 
 
-def _part(module: TensorDictModuleBase, *, draws: bool) -> ActingPart | None:
+def _part(module: TensorDictModuleBase) -> ActingPart:
     has_generator = any(getattr(module, name, None) is not None for name in ("_generator", "_generator_key"))
     is_plain_sample = type(module).forward in _SAMPLES and not has_hooks(module) and not has_generator
-    in_keys = module.in_keys
-    is_core = brings(module, "step_function")
+    is_core, in_keys = brings(module, "step_function"), module.in_keys
     if is_plain_sample and not is_core and (distribution := distribution_of(module)) is not None:
-        acts = _distribution(module, distribution)
-        return acts if draws else acts.later
+        return _distribution(module, distribution)
     written = [key for key in module.out_keys if key != IGNORED]
     if is_core or is_function(module):
         # A rollout resets the memory itself: the core need not see where trials begin.
         way, in_keys = ("core", in_keys[:-1]) if is_core else ("tensors", in_keys)
         return ActingPart(module, in_keys, written, lambda _: on_state(step_of(module), in_keys, module.out_keys), way)
-    call = module if draws else partial(module, _requires_sample=False)
-    return ActingPart(module, in_keys, written, lambda _: _on_tensordict(call), "tensordict")
+    return ActingPart(module, in_keys, written, lambda _: _on_tensordict(module), "tensordict")
 
 
 def step_of(module: TensorDictModuleBase, *, compiled: bool = True) -> Function | None:
@@ -152,7 +147,7 @@ def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDis
     return ActingPart(module, in_keys, [action_key], make, "distribution", later)
 
 
-def _on_tensordict(module: Callable[[TensorDict], TensorDict]) -> Run:
+def _on_tensordict(module: TensorDictModuleBase) -> Run:
     def run(state: State) -> None:
         written = module(TensorDict(state, batch_size=[len(next(iter(state.values())))]))
         state.update((key, value) for key, value in written.items(True, True) if value is not state.get(key))
