@@ -17,7 +17,6 @@ from rl2_torchrl import (
     GRUCategoricalActor,
     GRUGaussianActor,
     GRUValueHead,
-    MemoryValueHead,
     PreviousStep,
     TaskSampler,
     Trial,
@@ -325,10 +324,6 @@ def test_encoders_that_do_not_fit():
 
 
 def test_further_inputs_that_are_no_vectors():
-    env = make_env()
-    actor = GRUCategoricalActor.from_env(env, encoder={"pixels": None})
-    with pytest.raises(ValueError, match=r"'pixels' has shape \(3, 9, 9\), and this head.*GRUValueHead.from_env"):
-        MemoryValueHead.from_env(env, actor, detach=True, extra_keys=["pixels"])
     with pytest.raises(ValueError, match=r"has shape \(\) and no encoder.*'x': MLPEncoder"):
         RecurrentCritic({"trans": [5], "x": []}, extra_keys=["x"])
     critic = RecurrentCritic({"trans": [5], "x": []}, extra_keys=["x"], encoder={"x": MLPEncoder})

@@ -60,12 +60,7 @@ class RecurrentCore(TensorDictModuleBase):
         if not memory:
             raise ValueError("a core without memory cannot remember: name a tensor, memory={'hidden': (64,)}.")
         self.features_size, self.input_size = index(features_size), input_size
-        try:
-            self.memory_shapes = {name: tuple(map(index, shape)) for name, shape in memory.items()}
-        except (AttributeError, TypeError) as error:
-            raise TypeError(
-                f"memory={memory!r} is no dict of names and shapes of one row, such as {{'hidden': (64,)}}."
-            ) from error
+        self.memory_shapes = {name: tuple(map(index, shape)) for name, shape in memory.items()}
         self.name_entries(**keys)
 
     def name_entries(
@@ -210,8 +205,6 @@ class RecurrentCore(TensorDictModuleBase):
                 f"input_size={self.input_size} for [*B, input_size], in recurrent mode [*B, T, input_size]: use from_env(env, ...)."
             )
         batch = x.shape[:-1]
-        if math.prod(is_init.shape) != math.prod(batch):
-            raise ValueError(f"{init_key!r} has shape {tuple(is_init.shape)}, not {(*batch, 1)}: one flag a step.")
         if all(m is None for m in memory):
             self._require_memory(is_init.reshape(batch))
         for key, m, shape in zip(memory_keys, memory, self.memory_shapes.values(), strict=True):

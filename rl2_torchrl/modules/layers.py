@@ -324,11 +324,6 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Maps ``features`` ``[*B, in_features]`` to ``[*B, out_features]``."""
-        if features.shape[-1] != self.in_features:
-            raise ValueError(
-                f"the head reads {features.shape[-1]} features but was built for {self.in_features}, hidden_size and extra_keys "
-                "included: let from_env(env, ...) add them up."
-            )
         if (fused := self._fused()) is not None:
             return fused(features)
         if not self.skip_size:

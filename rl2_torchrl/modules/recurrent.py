@@ -11,7 +11,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 
-from rl2_torchrl.arguments import as_list, kind_of, require_env, require_flags, whole
+from rl2_torchrl.arguments import as_list, require_env, require_flags, whole
 from rl2_torchrl.modules.actor_critic import Network
 from rl2_torchrl.modules.distributions import (
     ActionDistribution,
@@ -268,23 +268,11 @@ class MemoryValueHead(Network):
 
     @classmethod
     def from_env(cls, env: EnvBase, actor: RecurrentActor, **kwargs) -> MemoryValueHead:
-        """A value head on the memory of ``actor``, one of this package's, with the device and extra inputs of ``env``."""
+        """A value head on the memory of ``actor``, a `RecurrentActor`, with the device and extra inputs, vectors, of ``env``."""
         require_env(env, f"{cls.__name__}.from_env(env, actor, ...)")
-        if not hasattr(actor, "hidden_size"):
-            raise TypeError(
-                f"from_env knows the features of a RecurrentActor such as GRUCategoricalActor, not of {kind_of(actor)}: "
-                "say them, MemoryValueHead(features_size=..., features_key=..., detach=...)."
-            )
         kwargs.setdefault("device", env.device)
         specs = specs_of(env, as_list("extra_keys", kwargs.get("extra_keys", ())))
-        shapes = {key: spec.shape for key, spec in specs.items()}
-        for key, shape in shapes.items():
-            if len(shape) != 1:
-                raise ValueError(
-                    f"{key!r} has shape {tuple(shape)}, and this head, which has no encoders, reads vectors: give it to a critic "
-                    f"with a memory of its own, GRUValueHead.from_env(env, extra_keys=[{key!r}], encoder={{{key!r}: ...}})."
-                )
-        extra_size = sum(shape.numel() for shape in shapes.values())
+        extra_size = sum(spec.shape.numel() for spec in specs.values())
         return cls(actor.hidden_size, extra_size=extra_size, features_key=actor.features_key, **kwargs)
 
 
