@@ -177,10 +177,11 @@ class Evidence:
 
     @cached_property
     def sample(self) -> TensorDictBase:
-        """Up to 8 rows of `whole`, those among them within which a trial begins."""
+        """Up to 8 rows of `whole`, those among them within which a trial begins; a single row twice, to have another beside it."""
         inner = self.starts[:, 1:].any(1).nonzero().flatten()[:4].tolist()
         spread = torch.linspace(0, len(self.batch) - 1, 4 if inner else 8).long().tolist()
-        return self.whole[sorted({*inner, *spread})]
+        rows = sorted({*inner, *spread})
+        return self.whole[rows if len(rows) > 1 else 2 * rows]
 
     def chunks(self, rows: TensorDictBase) -> TensorDictBase:
         """``rows`` ``[R, T]`` as the update cuts them, ``[N, bptt]``; of many, some that lie evenly: enough to see a fault."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType
@@ -17,157 +15,82 @@ __all__ = ["RULES"]
 
 
 def advantages_apart(seen: Evidence) -> str | None:
-    """Other rewards and values in one trial leave advantages and returns of all others as they are, looked for in a few rows first.
-
-    Where these change the whole batch has the last word: there they may follow where trials share a baseline, such as a mean over
-    those that play one task. It moves others against the trial whose rewards rise, and values move several rows; what runs from
-    trial to trial moves them as their own rewards do, and values reach one row.
-    """
-    keys, generator = seen.probe.loss.tensor_keys, torch.Generator().manual_seed(0)
-    entries = [key for key in (("next", "reward"), keys.value) if seen.has(key)]
+    """Other rewards and values in one trial leave advantages and returns of the other trials of its row as they are."""
+    keys, rows, generator = seen.probe.loss.tensor_keys, seen.few, torch.Generator().manual_seed(0)
     made = [key for key in (keys.advantage, keys.value_target) if seen.learnt_from.get(key, None) is not None]
-
-    def noise(entry: torch.Tensor) -> torch.Tensor:
-        return torch.randn(entry.shape, generator=generator).to(entry)
-
-    # Where all are normalised together, what nothing was done to is moved and scaled, by the same for all.
-    pairs = ((mine, _advantages_with(noise, entries, seen, seen.few, mine)) for mine in _trials(seen, seen.few))
-    if all(_is_affine(seen.learnt_from[key][~mine], after[key][~mine]) for mine, after in pairs for key in made):
-        return None
-    before = seen.advantage(seen.whole)
-    for mine in _trials(seen, seen.whole):
-        shared = set()  # what rewards that rise lower elsewhere
-        for entry in entries:
-            after = _advantages_with(torch.ones_like, [entry], seen, seen.whole, mine)
-            for key in made:
-                off = _off_line(before[key], after[key], mine, follows=entry != keys.value)
-                in_row, elsewhere = off[mine.any(1)], off[~mine.any(1)]
-                in_one = off.any(1).sum() == 1 and key not in shared
-                if (in_row.sum() > 0 or elsewhere.sum() > 0) and (entry != keys.value or in_one):
-                    return f"{key!r} changes where only rewards and values of another trial were changed"
-                shared |= {key} if off.sum() < 0 else set()
+    trial = _trial(seen, rows)
+    for mine in (trial.any(1, keepdim=True).expand_as(trial), trial):  # that other rows are apart is asked first
+        changed = rows.copy()
+        for key in (("next", "reward"), keys.value):
+            if seen.has(key):
+                entry = rows.get(key)
+                noise = _scale(seen) * torch.randn(entry.shape, generator=generator).to(entry)
+                changed.set(key, entry + noise * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
+        after = seen.advantage(changed)
+        for key in made:
+            if _moved(seen.learnt_from[key], after[key], mine)[~mine].any():
+                return f"{key!r} changes where only rewards and values of another trial of its row were changed"
 
 
 def advantages_in_time(seen: Evidence) -> str | None:
     """A reward that is raised raises the advantage of its step, and of none behind it unless of those before it, too."""
-    return _out_of_time(seen, seen.few) and _out_of_time(seen, seen.whole)
-
-
-def _out_of_time(seen: Evidence, rows: TensorDictBase) -> str | None:
-    key, mine = seen.probe.loss.tensor_keys.advantage, _trials(seen, rows)[0]
+    rows = seen.few
+    mine = _trial(seen, rows)
     row, steps = mine.any(1).nonzero().item(), mine.any(0).nonzero().flatten()
     if len(steps) < 3:
         raise NotChecked("a trial of the batch has less than three steps")
-    at, scale, generator = len(steps) // 2, _scale(seen), torch.Generator().manual_seed(0)
-    # Made to differ: of others that are all alike nothing could tell how all are normalised.
-    reward = rows["next", "reward"]
-    reward = reward + scale * torch.randn(reward.shape, generator=generator).to(reward)
-
-    def moved_by(more: float) -> tuple[torch.Tensor, torch.Tensor]:
-        changed = reward.clone()
-        changed[row, steps[at]] += more
-        pair = [seen.advantage(rows.copy().set(("next", "reward"), each))[key] for each in (reward, changed)]
-        return _beyond_affine(*pair, mine), (pair[1] - pair[0]).reshape(mine.shape)[mine]
-
-    moved, change = moved_by(10 * scale)
-    before, after = moved[:at], moved[at + 1 :]
-    # It may stand at a bound, beyond which it is cut off.
-    own = moved[at] if moved[at] else -moved_by(-10 * scale)[0][at]
+    at, pair = len(steps) // 2, []
+    for more in (-10, 10):  # an advantage may stand at a bound beyond which it is cut off, but hardly in both
+        reward = rows["next", "reward"].clone()
+        reward[row, steps[at]] += more * _scale(seen)
+        pair.append(seen.advantage(rows.copy().set(("next", "reward"), reward))[seen.probe.loss.tensor_keys.advantage])
+    moved = _moved(*pair, mine)[mine]
+    own, earlier, later = moved[at], moved[:at], moved[at + 1 :]
     if not moved.any():
         raise NotChecked("the advantage does not depend on the reward of a step in the middle of a trial")
-    if after.any() and not before.any():
+    if later.any() and not earlier.any():
         return "a reward that is raised moves the advantages of later steps, and none of steps before it"
-    # Where trials are normalised one by one all move, some up and some down.
-    if not after.any() and own <= 0 or own < 0 and change[at] < 0 and not (moved > 0).any():
+    if own <= 0:
         return f"a reward that is raised {'lowers' if own < 0 else 'does not move'} the advantage of its step"
 
 
-def _beyond_affine(before: torch.Tensor, after: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
-    """By how much ``after`` is more than ``a * before + b``, as it is outside ``mine``; of the steps of ``mine``, 0 to rounding."""
-    precision = torch.finfo(after.dtype).eps
-    before, after = (entry.reshape(mine.shape).double() for entry in (before, after))
-    (x, mean_x), (y, mean_y) = ((entry[~mine] - entry[~mine].mean(), entry[~mine].mean()) for entry in (before, after))
-    slope = (x * y).sum() / x.square().sum().clamp_min(1e-30)
-    moved = after[mine] - mean_y - slope * (before[mine] - mean_x)
-    return moved.where(moved.abs() > max(1e-3, 4 * precision) * after.abs().max(), 0.0)
+def _moved(before: torch.Tensor, after: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
+    """By how much ``after`` is more than ``before`` in the row of the trial ``mine``, ``[R, T]``, 0 to rounding.
+
+    Where all are normalised together, all other rows are moved and scaled by the same, ``a * before + b``, and so is this one.
+    """
+    others = ~mine.any(1, keepdim=True).expand_as(mine)
+    if not others.any():
+        raise NotChecked("the advantage makes nothing of less than the whole batch, which is a single row")
+    x, y = (entry.reshape(mine.shape).double() for entry in (before, after))
+    x, y, largest = x - x[others].mean(), y - y[others].mean(), y.abs().max()
+    slope = (x * y)[others].sum() / x[others].square().sum().clamp_min(1e-30)
+    off = y - slope * x
+    off = off.where(off.abs() > max(1e-3, 4 * torch.finfo(after.dtype).eps) * largest, 0.0)
+    if off[others].any():
+        raise NotChecked("the advantage mixes rows, as by a baseline that they share, or cuts off what is normalised")
+    at_bound = torch.stack([(entry == entry.max()) | (entry == entry.min()) for entry in (x, y)]).any(0)
+    return off.where(mine | ~at_bound, 0.0)  # beyond which it may be cut off
 
 
 def _scale(seen: Evidence) -> float:
-    """How large rewards and values are, 1 where they are 0; how far they lie apart is nothing where each step pays the same."""
+    """How large rewards and values are, 1 where they are 0."""
     entries = [key for key in (("next", "reward"), seen.probe.loss.tensor_keys.value) if seen.has(key)]
     return sum(seen.sample.get(key).square().mean().sqrt().item() for key in entries) or 1.0
 
 
-def _trials(seen: Evidence, rows: TensorDictBase) -> list[torch.Tensor]:
-    """The steps of one or two trials of ``rows``, each bool ``[R, T]``: one that begins within a row, and the first of row 1."""
+def _trial(seen: Evidence, rows: TensorDictBase) -> torch.Tensor:
+    """The steps of a trial of ``rows``, bool ``[R, T]``: one that begins within a row, if any does."""
     seen.need(("next", "done"))
     starts, done = (rows.get(key).reshape(rows.shape) for key in ("is_init", ("next", "done")))
-    begins = torch.nn.functional.pad(starts[:, 1:], (1, 0)).nonzero()[:1].tolist()
-    if len(rows) > 1 or not begins:
-        begins.append([min(1, len(rows) - 1), 0])  # there is a row before it
-    trials = []
-    for row, first in begins:
-        ends = done[row, first:].nonzero()
-        last = first + ends[0].item() if len(ends) else done.shape[1] - 1
-        trials.append(torch.zeros_like(done))
-        trials[-1][row, first : last + 1] = True
-    if trials[0].all():
-        raise NotChecked("the batch is a single trial")
-    return trials
-
-
-def _advantages_with(
-    noise: Callable[[torch.Tensor], torch.Tensor],
-    entries: Sequence[NestedKey],
-    seen: Evidence,
-    rows: TensorDictBase,
-    mine: torch.Tensor,
-) -> TensorDictBase:
-    """The advantages of ``rows`` where ``noise`` is added to ``entries`` in the trial ``mine``."""
-    changed = rows.copy()
-    for key in entries:
-        entry = rows.get(key)
-        changed.set(key, entry + _scale(seen) * noise(entry) * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
-    return seen.advantage(changed)
-
-
-def _is_affine(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether ``after`` is ``a * before + b``, to rounding."""
-    x, y = (entry.double() - entry.double().mean() for entry in (before, after))
-    slope = (x * y).sum() / x.square().sum().clamp_min(1e-30)
-    spread, size = (max(one.abs().max(), other.abs().max()) for one, other in ((x, y), (before, after)))
-    precision = max(torch.finfo(entry.dtype).eps for entry in (before, after))
-    return bool((y - slope * x).abs().max() <= 1e-3 * spread + max(1e-6, 2 * precision) * size)
-
-
-def _off_line(before: torch.Tensor, after: torch.Tensor, mine: torch.Tensor, follows: bool) -> torch.Tensor:
-    """By how much ``after`` is off the line ``a * before + b`` on which other rows lie, 0 to rounding, in ``mine``, where a bound
-    moves it, and without such a line. Of two lines it is the upper one. ``follows``: more is where ``mine`` goes.
-    """
-    x, y = (entry.double().reshape(mine.shape) for entry in (before, after))
-    x, y = (-x, -y) if follows and y[mine].sum() < x[mine].sum() else (x, y)
-    others = ~mine.any(1, keepdim=True).expand_as(mine) if len(mine) > 1 else ~mine
-    size = max(x.abs().max(), y.abs().max())
-    rounding = size * max(1e-5, *(4 * torch.finfo(entry.dtype).eps for entry in (before, after)))
-    # Lines through pairs of points, on which each counts once: many may stand at a bound, beyond which all is cut off.
-    drawn = torch.randperm(int(others.sum()), generator=torch.Generator().manual_seed(0))[:4096].to(x.device)
-    p, q = torch.stack([x[others][drawn], y[others][drawn]]).unique(dim=1)
-    low = torch.linspace(0, len(p) - len(p) // 2 - 1, 64).long().to(p.device)
-    high = low + len(p) // 2
-    slope = torch.where(p[high] > p[low], (q[high] - q[low]) / (p[high] - p[low]), 1.0)
-    offset = q[low] - slope * p[low]
-    on_line = ((q - slope[:, None] * p - offset[:, None]).abs() <= rounding).sum(1)
-    holds = on_line >= max(0.4 * len(p), min(len(p), 3))
-    if not holds.any():
-        return torch.zeros_like(x)
-    best = torch.where(holds, slope * p.mean() + offset, -torch.inf).argmax()
-    off = y - slope[best] * x - offset[best]
-    # What is raised is so in itself, too; what stands at a bound is not moved where others are.
-    top = x[~mine].max()
-    at_bound = ((x == top) & (y <= max(top, y[others].max()))) | (y == y[~mine].min())
-    largest = off.abs().max()
-    is_raised = (off > 0.05 * largest + rounding) & (y > x) & ~at_bound
-    return off.where((is_raised | (off < -1e-3 * largest - rounding)) & ~mine, 0.0)
+    begins = nn.functional.pad(starts[:, 1:], (1, 0))
+    row = max(begins.any(1).nonzero().flatten().tolist(), default=len(begins) - 1)  # it has a row before it
+    first = begins[row].int().argmax().item()
+    ends = done[row, first:].nonzero()
+    last = first + ends[0].item() if len(ends) else done.shape[1] - 1
+    mine = torch.zeros_like(done)
+    mine[row, first : last + 1] = True
+    return mine
 
 
 def gradients(seen: Evidence) -> str | None:
@@ -240,7 +163,8 @@ def _place(parameter: nn.Parameter) -> tuple[torch.device, int]:
 
 
 RULES: dict[Rule, str] = {
-    advantages_apart: "One task's rewards are credited to another task's actions: stop sums and bootstraps at 'done'.",
+    advantages_apart: "One task's rewards are credited to another task's actions: stop sums and bootstraps at 'done', and "
+    "normalise over the batch or a trial.",
     advantages_in_time: "An action earns what follows it: sum from a trial's end to its front. Where the env pays costs, make them "
     "negative rewards there, since all else takes them for rewards too.",
     gradients: "They never learn: connect them to a loss, or freeze them with requires_grad_(False).",
