@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -19,10 +18,10 @@ from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
-from rl2_torchrl.env_check.outcomes import CHANCE, REFUSED, in_a_step
-from rl2_torchrl.env_check.shown import BITS, shown
+from rl2_torchrl.env_check.outcomes import REFUSED, in_a_step
+from rl2_torchrl.env_check.shown import BITS, bits_of, shown
 from rl2_torchrl.quiet import quiet_torchrl
-from rl2_torchrl.tasks import TaskDistribution, TaskSampler, _InOrder
+from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial, method_of, own_transforms
@@ -78,9 +77,7 @@ _RULES = {
     "partial_reset": "Rows end trials at different steps: reset what _reset says, keep counters in the TensorDict.",
 }
 _NUM_TASKS = 8  # of whole batches, given to the env below `Trial` one after another
-_NUM_DRAWS = 16  # resets whose tasks are compared: two rows with two even tasks agree by chance in 1 of 65,536
-_SOME_TASKS = 64  # drawn at least where a seed is used again
-_MANY_TASKS = 4096  # drawn before it is said that all are the same: another may be rare
+_NUM_DRAWS = 16  # resets whose tasks are compared
 
 
 class TrialContractError(AssertionError):
@@ -201,13 +198,11 @@ class _Played:
         has_task = self.task_key is not None and self.task_key in self.below_trial.full_state_spec.keys(True)
         tasks = [self.env.reset().get(self.task_key).clone() for _ in range(_NUM_TASKS)] if has_task else []
         if tasks and all((self._numbers(task) == self._numbers(tasks[0])).all() for task in tasks):
-            tasks = self.two_tasks * (_NUM_TASKS // 2) or tasks
-            if not self.two_tasks and self.sampler is None:
-                log.warning(
-                    "all tasks of %s resets were the same, and no TaskSampler can be asked for another: whether the env hears its "
-                    "task is not checked (task_heard, task_own, task_kept).",
-                    _NUM_TASKS,
-                )
+            log.warning(
+                "all tasks of %s resets were the same: whether the env hears its task is not checked (task_heard, task_own, "
+                "task_kept).",
+                _NUM_TASKS,
+            )
         return EnvBelow(self.below_trial, tasks, self.task_key, self.task_of)
 
     @cached_property
@@ -250,23 +245,6 @@ class _Played:
     @cached_property
     def draws(self) -> torch.Tensor:  # tasks of further resets, [_NUM_DRAWS, num_rows, n]
         return torch.stack([self._numbers(self.env.reset().get(self.task_key)) for _ in range(_NUM_DRAWS)])
-
-    @property
-    def sampler(self) -> TaskSampler | None:  # of all rows; None where others draw, or workers hide it
-        return next((t for t in self.transforms if isinstance(t, TaskSampler) and t.task_key == self.task_key), None)
-
-    @cached_property
-    def two_tasks(self) -> list:  # that differ, each in all rows; none where many that the sampler draws are the same
-        if self.sampler is None:
-            return []
-        first, batch_size = self.sampler.draw(), self.env.batch_size
-        for _ in range(max(1, _MANY_TASKS // self.num_rows)):
-            other = self.sampler.draw()
-            unlike = (self._numbers(first) != self._numbers(other)).any(1)
-            if unlike.any():
-                row = int(unlike.nonzero()[0])
-                return [_in_all_rows(task, row, batch_size) for task in (first, other)]
-        return []
 
     @property
     def starts(self) -> torch.Tensor:  # steps that begin a trial, [num_rows, T, 1]
@@ -356,31 +334,33 @@ class _Played:
         return broken
 
     def task_changes(self):
-        if (self.draws != self.draws[0]).any() or self.two_tasks:
-            return None
-        more = max(1, _MANY_TASKS // self.num_rows)
-        if self.sampler is not None:
-            return f"{_NUM_DRAWS} resets, and {more} draws of the TaskSampler, gave the same"
-        again = (self._numbers(self.env.reset().get(self.task_key)) for _ in range(more))
-        changed = any((one != self.draws[0]).any() for one in again)
-        return None if changed else f"{_NUM_DRAWS + more} resets drew the same"
+        # All may be one task, of which `below` tells.
+        if (self.draws == self.draws[:1]).all() and (self.draws != self.draws[:, :1]).any():
+            return f"{_NUM_DRAWS} resets drew the same"
 
     def task_differs_by_row(self):
-        # Where there are few tasks two rows of many agree by chance; an eighth of all does not, unless some tasks are rare.
-        copies = self.num_rows - len(self.draws.transpose(0, 1).unique(dim=0))
-        if copies * 8 <= self.num_rows:
-            return None
-        if self.sampler is not None and copies < self.num_rows - 1:
-            return None  # who draws for all has groups of rows play one task on purpose, for a baseline of the group
-        share = self.draws.flatten(0, 1).unique(dim=0, return_counts=True)[1] / (_NUM_DRAWS * self.num_rows)
-        alike = math.comb(self.num_rows, 2) * share.square().sum().item() ** _NUM_DRAWS  # pairs, by chance
-        if copies * math.log(math.e * alike / copies) < math.log(CHANCE):  # Chernoff's bound
-            return f"{copies} of {self.num_rows} rows drew the tasks of others"
+        parts = {"rows": self.num_rows, "workers": getattr(self.base, "num_workers", 1)}
+        for what, number in parts.items():
+            blocks = self.draws.unflatten(1, (number, -1)).transpose(0, 1).flatten(1, 2)  # [number, K, n]
+            if (blocks == blocks[:1]).all() and (number - 1) * bits_of(blocks[0], blocks[0]) >= BITS:
+                return f"all {number} {what} drew the same tasks {_NUM_DRAWS} times"
 
     def task_follows_seed(self):
-        samplers = [t for t in self.transforms if isinstance(t, TaskSampler)]
-        for sampler in [sampler for sampler in samplers if not isinstance(sampler.distribution, _InOrder)]:
-            if not _follows_seed(sampler.distribution, self.env.batch_size):
+        samplers = [
+            t for t in self.transforms if isinstance(t, TaskSampler) and not isinstance(t.distribution, _InOrder)
+        ]
+        for sampler in samplers:
+            try:
+                copies = [deepcopy(sampler.distribution) for _ in range(3)]
+            except (TypeError, ValueError, RuntimeError):  # it has a state that nobody can put back
+                continue
+            drawn = []
+            for draw, seed in zip(copies, (0, 0, 1), strict=True):
+                generator = torch.Generator().manual_seed(seed)
+                tasks = [draw(self.env.batch_size, generator) for _ in range(_NUM_DRAWS)]
+                drawn.append(torch.stack([self._numbers(task) for task in tasks]))
+            one, again, other = drawn
+            if (one != again).any() or ((one == other).all() and (one != one[:1, :1]).any()):
                 return "one seed gave other tasks when used again, or another seed the same"
 
     def task_hidden(self):
@@ -388,13 +368,9 @@ class _Played:
         differs = (task != task[:1, :1]).flatten(0, 1).any(0)  # a single task stands anywhere by chance
         if self.in_key is None or not differs.any():
             return None
-        found = shown(self.steps[self.in_key], task, self.starts.squeeze(-1))
-        told = {
-            one.number: f"number {one.number} is {self.in_key!r}{one}"
-            for one in found
-            if one.as_it_is or one.bits >= BITS
-        }
-        return f"all of the task is seen: {', '.join(told.values())}" if len(told) == differs.sum() else None
+        found = shown(self.steps[self.in_key], task, self.starts.squeeze(-1)).items()
+        told = ", ".join(f"number {number} is {self.in_key!r}{where}" for number, where in found)
+        return f"all of the task is seen: {told}" if len(found) == differs.sum() else None
 
     def trans_previous_step(self):
         trans, after = self.steps["next", self.in_key], self.steps["next"]
@@ -419,29 +395,3 @@ class _Played:
         touched = [key for key in before.keys(True, True) if not torch.equal(before.get(key), after.get(key))]
         if touched or not torch.equal(steps, expected):
             return f"a reset of row 0 changed {touched} of others, or {TRIAL_STEP} went on as {steps.tolist()}"
-
-
-def _in_all_rows(task: torch.Tensor | TensorDictBase, row: int, batch_size: torch.Size):
-    """The task of one row, given to all."""
-    rest = task.shape[len(batch_size) :]
-    return task.reshape(-1, *rest)[row].expand(torch.Size([*batch_size, *rest])).clone()
-
-
-def _follows_seed(draw: TaskDistribution, size: torch.Size) -> bool:
-    """Whether a seed gives tasks again, and another one others: from where a deck, say, stands, which it is left at.
-
-    As many at once as the env asks for: a deck may have no more.
-    """
-    try:
-        copies = [deepcopy(draw) for _ in range(3)]
-    except (TypeError, ValueError, RuntimeError):  # it has a state that nobody can put back
-        return True
-    generators, differs = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)], False
-    for number in range(size.numel(), _MANY_TASKS + size.numel(), size.numel()):
-        one, again, other = (copy(size, each) for copy, each in zip(copies, generators, strict=True))
-        if (one != again).any():
-            return False
-        differs |= bool((one != other).any())
-        if differs and number >= _SOME_TASKS:
-            return True
-    return False

@@ -514,23 +514,11 @@ def test_no_more_tasks_are_asked_for_at_once_than_there_are_rows():
     assert set(asked) == {ROWS}
 
 
-def test_rare_tasks_are_drawn_until_two_differ():
-    asked = []
-
-    def users(batch_size, generator):
-        asked.append(batch_size.numel())
-        return (torch.rand(*batch_size, 1, generator=generator) < 0.005).float().expand(*batch_size, ARMS)
-
-    collector, update = pipeline(bandit_env(users), steps=10)
-    batch = first_batch(collector)
-    asked.clear()
-    check_training(collector, update, batch)
-    assert sum(asked) < 2000
-
-
-def test_the_same_tasks_in_every_draw():
+@pytest.mark.parametrize("count", [1, ROWS])
+def test_the_same_tasks_in_every_draw(count):
     def seeded(batch_size, generator):
-        return uniform_means(ARMS)(batch_size, torch.Generator().manual_seed(0))
+        size = torch.Size([count])
+        return uniform_means(ARMS)(size, torch.Generator().manual_seed(0)).expand(*batch_size, ARMS)
 
     collector, update = pipeline(bandit_env(seeded), steps=10)
     assert broken_rule(collector, update, first_batch(collector)) == "tasks_drawn"
@@ -626,8 +614,8 @@ def test_what_is_no_task_at_another_scale(made):
 def test_two_tasks_are_at_any_scale_by_chance():
     entry, task = torch.tensor([[[0.5], [0.5]], [[0.75], [0.75]]]), torch.tensor([[[0.1], [0.1]], [[0.2], [0.2]]])
     firsts = torch.tensor([[True, False]] * 2)
-    assert [one.bits for one in shown(entry, task, firsts)] == [0.0]
-    assert [one.bits for one in shown(task, task, firsts)] == [20.0]
+    assert shown(entry, task, firsts) == {}
+    assert shown(task, task, firsts) == {0: "[0]"}
 
 
 def test_task_that_the_actor_is_given():

@@ -11,14 +11,14 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, copied, flat
-from rl2_torchrl.env_check.shown import BITS, shown
+from rl2_torchrl.env_check.shown import BITS, bits_of, shown
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.trial import rows_of, transforms_of
 
 __all__ = ["RULES"]
 
-#: Tasks that are drawn to tell how rare each is, and those that must all be the same until that is said: another may be rare.
-_SOME_TASKS, _MANY_TASKS = 256, 4096
+#: How many tasks are drawn at least, and how many times, as many at once as there are rows: enough to see all but rare ones.
+_TASKS, _TIMES = 256, 16
 
 
 def task_given(seen: Evidence) -> str | None:
@@ -48,18 +48,12 @@ def tasks_drawn(seen: Evidence) -> str | None:
         raise NotChecked("the env shows no TaskSampler")
     if isinstance(seen.sampler.distribution, _InOrder):
         raise NotChecked("TaskSampler.fixed hands out a list on purpose")
-    first, within, again = None, False, False
-    most = max(2, _MANY_TASKS // seen.sampler.container.base_env.batch_size.numel())
-    for task in islice(_draws(seen.sampler), most):
-        within |= bool((task != task[:1]).any()) or len(task) == 1
-        first = task if first is None else first
-        again |= bool((task != first).any())
-        if within and again:
-            return None
-    size = len(first)
-    return f"{most} draws of {size} tasks " + (
-        "gave each time the same" if within else f"gave {size} times the same each"
-    )
+    drawn = _some_draws(seen.sampler)
+    times, size = drawn.shape[:2]
+    if (drawn == drawn[:1]).all():
+        return f"{times} draws of {size} tasks gave each time the same"
+    if size > 1 and (drawn == drawn[:, :1]).all():
+        return f"{times} draws of {size} tasks gave {size} times the same each"
 
 
 def tasks_differ(seen: Evidence) -> str | None:
@@ -68,19 +62,18 @@ def tasks_differ(seen: Evidence) -> str | None:
         raise NotChecked("TaskSampler.fixed hands out a list on purpose")
     # Two trials tell more than one, where every row has them.
     task = seen.task[:, [0, -1]] if seen.starts[:, 1:].any(1).all() else seen.task[:, :1]
-    workers, rows = _num_workers(seen), len(task)
-    parts = {"rows have the same task": rows, "workers draw the same tasks": workers}
-    alike = False
+    if len(task) == 1:
+        raise NotChecked("there is a single row")
+    parts = {"rows have the same task": len(task), "workers draw the same tasks": _num_workers(seen)}
     for what, number in parts.items():
-        if number < 2 or rows % number:
+        if number == 1 or len(task) % number:
             continue
         blocks = task.reshape(number, -1, task.shape[-1])
         if (blocks == blocks[:1]).all():
-            alike = True
-            if (number - 1) * _bits(blocks[0], seen.ask(_many_tasks)) >= BITS:
-                return f"all {number} {what}"
-    if alike or rows == 1:
-        raise NotChecked(f"{rows} rows are too few to tell equal tasks from chance")
+            known = seen.ask(_some_tasks)
+            if (number - 1) * bits_of(blocks[0], blocks[0] if known is None else known.to(blocks)) < BITS:
+                raise NotChecked(f"{len(task)} rows are too few to tell equal tasks from chance")
+            return f"all {number} {what}"
 
 
 def tasks_held_out(seen: Evidence) -> str | None:
@@ -104,11 +97,11 @@ def task_hidden(seen: Evidence) -> str | None:
     task = seen.task[:64]
     differs, firsts = (task[:, 0] != task[:1, 0]).any(0), torch.zeros(task.shape[:2], dtype=torch.bool)
     firsts[:, 0] = True
-    told: dict[int, str] = {}
-    for key in seen.probe.observed:
-        for one in shown(flat(seen.need(key)[:64], 2), task, firsts):
-            if one.bits >= BITS:
-                told[one.number] = f"number {one.number} of the task is {key!r}{one}"
+    told = {
+        number: f"number {number} of the task is {key!r}{where}"
+        for key in seen.probe.observed
+        for number, where in shown(flat(seen.need(key)[:64], 2), task, firsts).items()
+    }
     if len(told) == differs.sum() > 0:
         return f"the actor reads all of the task: {', '.join(told.values())}"
     seen.report.notes += told.values()
@@ -119,34 +112,22 @@ def _hands_out_a_list(env: EnvBase) -> bool:
     return bool(samplers) and isinstance(samplers[0].distribution, _InOrder)
 
 
-def _many_tasks(env: EnvBase) -> torch.Tensor | None:
-    """Enough tasks ``[K, n]`` of who draws them around the env, or in its first row, for two that differ; None if nobody shows."""
+def _some_tasks(env: EnvBase) -> torch.Tensor | None:
+    """Tasks ``[K, n]`` of who draws them around the env, or in its first row; None if nobody shows."""
     around = [transforms_of(each) for each in (env, *rows_of(env)[:1])]
     samplers = [each for transforms in around for each in transforms if isinstance(each, TaskSampler)]
-    if not samplers:
-        return None
-    drawn: list[torch.Tensor] = []
-    differ = False
-    for task in _draws(samplers[0]):
-        drawn.append(task)
-        differ |= bool((task != drawn[0][:1]).any())
-        number = len(drawn) * len(task)
-        if number >= (_SOME_TASKS if differ else _MANY_TASKS):
-            return torch.cat(drawn)
-
-
-def _bits(task: torch.Tensor, draws: torch.Tensor | None) -> float:
-    """How much it says, in coin tosses, that ``task`` ``[K, n]`` is drawn again, by how often each is in ``draws``, or itself."""
-    known = task if draws is None else torch.cat([task, draws.to(task)])
-    _, kind, counts = known.unique(dim=0, return_inverse=True, return_counts=True)
-    if draws is None and len(counts) == 1:
-        return 0.0  # another may be rare
-    return -(counts[kind[: len(task)]] / len(known)).log2().sum().item()
+    return _some_draws(samplers[0]).flatten(0, 1) if samplers else None
 
 
 def _num_workers(seen: Evidence) -> int:
     env = getattr(seen.env, "base_env", seen.env)
     return getattr(env, "num_workers", getattr(seen.collector, "num_workers", 1))
+
+
+def _some_draws(sampler: TaskSampler) -> torch.Tensor:
+    """``_TIMES`` draws or more ``[S, N, n]``."""
+    size = sampler.container.base_env.batch_size.numel()
+    return torch.stack(list(islice(_draws(sampler), max(_TIMES, _TASKS // size + 1))))
 
 
 def _draws(sampler: TaskSampler, size: torch.Size | None = None) -> Iterator[torch.Tensor]:
