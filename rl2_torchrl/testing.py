@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property
 from math import prod
-from traceback import walk_tb
 from unittest.mock import patch
 
 import torch
@@ -18,7 +17,6 @@ from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
-from rl2_torchrl.env_check.outcomes import REFUSED, in_a_step
 from rl2_torchrl.env_check.shown import BITS, bits_of, shown
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
@@ -45,7 +43,7 @@ _RULES = {
     "float32": "Networks are float32, and memory is doubled: make it so in the env, or append DoubleToFloat.",
     "kept_tensors": "Steps that were collected before change afterwards: return new tensors, or copies of the env's own.",
     "trials_end": "A trial without end has no return: give episodes a time limit, or trials Trial(steps=...), or raise max_steps.",
-    "rewards_finite": "One NaN spreads over the whole batch through the advantages: mend the env's reward.",
+    "rewards_finite": "One NaN spreads over the whole batch through the advantages: mend the env's reward, or bound its actions.",
     "observations_finite": "One NaN spreads over all that the networks make: mend the env, or bound what leads there.",
     "done_at_trial_end": "Memory is reset at done, here too early or too late: let Trial write it.",
     "terminated_at_done": "Another task's value leaks into this trial's advantages: let Trial write it.",
@@ -99,10 +97,11 @@ def check_trial_env(
 ) -> None:
     """Plays random trials and checks that ``env`` is a trial env; the first rule that breaks is raised, by name.
 
-    Made for ``TransformedEnv(your_env, Compose(Trial(...), TaskSampler(...), PreviousStep()))``. What the workers of a
-    ``SerialEnv`` or ``ParallelEnv`` do inside is hidden: ``first_observation``, ``task_follows_seed``, and what is asked of the
-    env below `Trial` itself, are left out there. The env is reset and stepped, uses up tasks, and is seeded as it was made; one
-    of TorchRL's, which does not keep its seed, by a number of PyTorch's default generator: seed it after the check.
+    Made for ``TransformedEnv(your_env, Compose(Trial(...), TaskSampler(...), PreviousStep()))``. Random actions of the
+    action_spec are played, of which an env may refuse none, whatever a mask says. What the workers of a ``SerialEnv`` or
+    ``ParallelEnv`` do inside is hidden: ``first_observation``, ``task_follows_seed``, and what is asked of the env below `Trial`
+    itself, are left out there. The env is reset and stepped, uses up tasks, and is seeded as it was made; one of TorchRL's,
+    which does not keep its seed, by a number of PyTorch's default generator: seed it after the check.
 
     Whether a task reaches the env (``task_heard``) is seen from outside: after one seed and the same actions, another task must
     show in something, from the start and in episodes that begin in some rows. An env in which random actions hardly ever meet
@@ -139,11 +138,13 @@ def check_trial_env(
             places = seen.flatten(2).any(-1).nonzero().tolist()
             seen = "at row {}, step {} of the trials played".format(*places[0]) if places else None
         if seen is not None:
-            raise TrialContractError(rule, seen, played.advice(rule)) from played.raised
+            is_own = played.raised is not None and rule != "specs"
+            raise TrialContractError(rule, seen, _RAISED if is_own else None) from played.raised
     if played.below is not None:
         played.below.leave()
 
 
+_RAISED = "The env raised this when it was played. The traceback above shows where."
 #: What an env raises that breaks a contract, and what TorchRL raises of what it returns.
 _OF_ENVS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -177,18 +178,6 @@ class _Played:
     def _told(self, error: Exception) -> str:
         self.raised = error
         return f"{type(error).__name__}: {error}"
-
-    def advice(self, rule: str) -> str | None:
-        """What to do where the env has raised, or was given no numbers; None where the rule says it, and of TorchRL on specs."""
-        if rule.endswith("_finite") and not all(self.steps[key].isfinite().all() for key in self.env.action_keys):
-            return "Actions drawn of the action_spec are not finite: give it finite bounds, or none."
-        if self.raised is None:
-            return None
-        *_, (frame, _) = walk_tb(self.raised.__traceback__)
-        if rule == "specs" and frame.f_globals.get("__name__", "").partition(".")[0] in ("torchrl", "tensordict"):
-            return None
-        said = REFUSED if in_a_step(self.raised) else "The env raised this when it was played."
-        return f"{said} The traceback above shows where."
 
     @cached_property
     def below(self) -> EnvBelow | None:

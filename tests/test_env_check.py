@@ -20,7 +20,6 @@ from torchrl.envs import Compose, DoubleToFloat, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.env_check import EnvBelow
-from rl2_torchrl.env_check.outcomes import CHANCE, none_by_rule
 from rl2_torchrl.env_check.steps import action_heard, begins_anew
 from rl2_torchrl.envs import TensorEnv
 from rl2_torchrl.testing import TrialContractError, check_trial_env
@@ -241,11 +240,12 @@ class MisspeltLater(Misspelt):
     at_step = 4  # when `check_env_specs` is over
 
 
-@pytest.mark.parametrize(("make", "rule"), [(Misspelt, "specs"), (MisspeltLater, "kept_tensors")])
-def test_what_the_env_raises_is_the_cause_with_its_line(make, rule):
-    with pytest.raises(
-        TrialContractError, match=r"ValueError: a line of the env's own\. The env raised this .*where\.$"
-    ) as raised:
+@pytest.mark.parametrize(
+    ("make", "rule", "said"),
+    [(Misspelt, "specs", "Coll"), (MisspeltLater, "kept_tensors", "The env raised this .*where")],
+)
+def test_what_the_env_raises_is_the_cause_with_its_line(make, rule, said):
+    with pytest.raises(TrialContractError, match=rf"ValueError: a line of the env's own\. {said}") as raised:
         check_trial_env(trial_env(make()))
     assert raised.value.rule == rule
     assert raised.value.__cause__.__traceback__ is not None
@@ -354,15 +354,3 @@ def gains(generator):
 def test_rows_that_a_task_ends_early_are_no_sign_of_a_fault(make, rule, times):
     generator = torch.Generator().manual_seed(0)
     assert not any(rule(EnvBelow(make(32), gains(generator), "task", None)) for _ in range(times))
-
-
-def test_what_is_none_by_rule_is_chance_in_one_of_400_cases_at_most():
-    """Rows of three kinds, each seen in two forms that are alike."""
-    generator = torch.Generator().manual_seed(0)
-    for size in (3, 10, 30, 100):
-        share = torch.tensor([0.0, 0.3, 0.7]).repeat_interleave(size) * min(1, 3 / size)
-        one, other = (torch.rand(20_000, 3 * size, generator=generator) < share for _ in range(2))
-        counts = [[(each, 3 * size) for each in form.sum(1).tolist()] for form in (one, other)]
-        assert sum(none_by_rule(*pair) for pair in zip(*counts, strict=True)) <= 20_000 * CHANCE
-    assert none_by_rule((9, 24), (0, 24))
-    assert not none_by_rule((9, 24), (1, 24))

@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from line_envs import Hidden, Line, goals, set_goal, set_goals, trials
 from tensordict import TensorDict
 from torchrl.data import Unbounded
-from torchrl.envs import Compose, DoubleToFloat, SerialEnv, TransformedEnv
+from torchrl.envs import Compose, SerialEnv, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.env_check import EnvBelow
@@ -64,7 +64,7 @@ class OwnGoal(Hidden):
             Hidden,
             misspelt,
             "task_heard",
-            r"no difference .*; set_task gave the env \['gaol'\], .* misspelt\?.* self.unwrapped. A",
+            "8 tasks made no difference to anything",
         ),
         (Hidden, first_only, "task_heard", "8 tasks made no difference to anything in 30 steps of random actions. All"),
         (OwnGoal, set_goal, "task_heard", "8 tasks made no difference .* set the task in each reset"),
@@ -78,18 +78,6 @@ def test_a_task_that_does_not_reach_its_row_is_told(make, set_task, rule, messag
     with pytest.raises(TrialContractError, match=message) as raised:
         check_trial_env(trials(env))
     assert raised.value.rule == rule
-
-
-def single():
-    env = GymTaskEnv(Hidden, set_task=misspelt, task_spec=Unbounded(1))
-    return TransformedEnv(env, DoubleToFloat(), auto_unwrap=False)
-
-
-@pytest.mark.parametrize("make", [single, lambda: SerialEnv(2, single)])
-def test_a_misspelt_attribute_is_named_of_envs_that_stand_alone_too(make):
-    env = TransformedEnv(make(), Compose(Trial(2), TaskSampler(goals, seed=1), PreviousStep()), auto_unwrap=False)
-    with pytest.raises(TrialContractError, match=r"set_task gave the env \['gaol'\], .* misspelt\?"):
-        check_trial_env(env)
 
 
 ALONE = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_env_check import BROKEN
 from test_trial import CountingEnv, lengths
-from torchrl.data import Bounded, Unbounded
+from torchrl.data import Unbounded
 from torchrl.envs import Compose, GymEnv, ObservationNorm, RewardScaling, SerialEnv, Transform, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
@@ -388,47 +388,6 @@ def test_every_rule_has_an_env_that_breaks_it():
     assert {rule for rule, _ in UNSOUND} | {rule for _, rule, _ in BROKEN} == set(_RULES)
 
 
-class SoldOut(BernoulliBandit):
-    """Refuses an action that a mask would rule out."""
-
-    def advance(self, state, action):
-        if (action == 0).any():
-            raise ValueError("sold out")
-        return super().advance(state, action)
-
-
-def test_an_env_that_refuses_actions_is_told_that_it_may_not():
-    refused = "an illegal one does nothing there, or costs something, since an ActionMask rules neither"
-    with pytest.raises(TrialContractError, match=f"sold out. The env raised this .*{refused}"):
-        check_trial_env(bandit(cls=SoldOut))
-    with pytest.raises(ValueError, match="sold out") as raised:
-        check_tensor_env(SoldOut(3, batch_size=(4,)), uniform_means(3))
-    assert refused in raised.value.__notes__[0]
-
-
-def test_an_error_where_an_episode_begins_is_not_laid_on_actions():
-    class Typo(BernoulliBandit):
-        def begin(self, task, rows):
-            return super().begin(tusk, rows)  # noqa: F821
-
-    with pytest.raises(NameError, match="tusk") as raised:
-        check_tensor_env(Typo(3, batch_size=(4,)), uniform_means(3))
-    assert not hasattr(raised.value, "__notes__")
-
-    class NoKey(BernoulliBandit):
-        def begin(self, task, rows):  # within a trial too, which is within a step
-            return super().begin({}["task"] if self.number else task, rows)
-
-        def advance(self, state, action):
-            self.number += 1
-            return super().advance(state, action)
-
-        number = 0
-
-    with pytest.raises(TrialContractError, match="KeyError: 'task'. The env raised this when it was played. The trace"):
-        check_trial_env(bandit(cls=NoKey))
-
-
 def test_place_of_a_broken_step_is_told():
     # Trials of three steps, two of them; the last but one reward of row 2 alone is wrong.
     def spoil(root, after):
@@ -437,17 +396,6 @@ def test_place_of_a_broken_step_is_told():
 
     with pytest.raises(AssertionError, match="'rewards_finite' is broken: at row 2, step 1 of the trials played"):
         check_trial_env(bandit(Meddle(spoil)))
-
-
-def test_actions_of_no_numbers_are_not_blamed_on_the_reward():
-    class HalfBounded(QuadraticBandit):
-        def __init__(self, **kwargs):
-            super().__init__(1, **kwargs)
-            self.action_spec = Bounded(0.0, torch.inf, (*self.batch_size, 1))
-
-    trial = Compose(Trial(episodes=2), TaskSampler(uniform_targets(1)), PreviousStep())
-    with pytest.raises(AssertionError, match="_finite' is broken.*Actions drawn of the action_spec are not finite"):
-        check_trial_env(TransformedEnv(HalfBounded(batch_size=(4,)), trial))
 
 
 @pytest.mark.parametrize("bounds", [{"num_trials": 0}, {"max_steps": 0}])

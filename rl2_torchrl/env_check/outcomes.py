@@ -1,39 +1,19 @@
-"""What steps return compared: with its spec, and with another run, in which rows it differs and whether that may be chance."""
+"""What steps return compared: with its spec, and with another run, in which rows it differs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from traceback import walk_tb
 
 import torch
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-__all__ = [
-    *("CHANCE", "REFUSED", "Outcome", "chance_of_none", "counted", "differ", "in_a_step", "kind", "misfit"),
-    *("none_by_rule", "same", "unequal"),
-]
+__all__ = ["ENOUGH", "Outcome", "differ", "kind", "misfit", "same", "unequal"]
 
-#: How likely what a rule tells may be chance at most.
-CHANCE = 1 / 400
-#: What is said where an env has raised in a step, of an action maybe.
-REFUSED = (
-    "The env raised this when it was played, by random actions of its action_spec, of which it may refuse none: an illegal one "
-    "does nothing there, or costs something, since an ActionMask rules neither what this check plays nor a policy without a mask."
-)
+#: So many differences on one of two sides that are as large, and none on the other, are chance in 1 of 512 where both are alike.
+ENOUGH = 9
 
 Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; whether an episode ended comes first.
-
-
-#: What envs, and those around them, name what begins an episode, and what takes a step.
-_BEGINS, _STEPS = ("begin", "reset", "_reset"), ("advance", "step", "_step")
-
-
-def in_a_step(error: Exception) -> bool:
-    """Whether an env raised ``error`` in a step, and not where an episode begins."""
-    names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
-    return [name for name in ["", *names] if name in ("", *_BEGINS, *_STEPS)][-1] in _STEPS
 
 
 def misfit(value: Tensor, spec: TensorSpec) -> str | None:
@@ -68,29 +48,3 @@ def differ(run: Sequence[Outcome], other: Sequence[Outcome]) -> Tensor:
     for one, another in zip(run, other, strict=True):
         found |= (one != another).any(1) if one.shape == another.shape else True
     return found
-
-
-def counted(count: Sequence[int], runs: Sequence[Sequence[Outcome]], rows: Tensor) -> list[int]:
-    """``count``, of rows that differ and of all, with those of two more ``runs``, of which ``rows`` count."""
-    return [count[0] + int((differ(*runs) & rows).sum()), count[1] + int(rows.sum())]
-
-
-def none_by_rule(some: Sequence[int], none: Sequence[int]) -> bool:
-    """Whether ``none`` were by chance in less than `CHANCE`, beside ``some``: how many, and of how many that are alike.
-
-    All that were seen are then as likely to be any of both (Fisher 1922): rows must not have been chosen by what is counted.
-    """
-    hits, rows = some
-    return none[0] == 0 and _log_choices(rows, hits) - _log_choices(rows + none[1], hits) < math.log(CHANCE)
-
-
-def chance_of_none(heard: Tensor, asked: Tensor, deaf: Tensor) -> float:
-    """How likely the rows ``deaf``, or as many others, hear nothing where all rows hear alike; ``[num_pairs, num_rows]`` bool."""
-    chance = _log_choices(len(deaf), int(deaf.sum()))
-    for hits, rows in zip(heard.sum(1).tolist(), asked, strict=True):
-        chance += _log_choices(int((rows & ~deaf).sum()), hits) - _log_choices(int(rows.sum()), hits)
-    return math.exp(min(0.0, chance))
-
-
-def _log_choices(number: int, chosen: int) -> float:
-    return math.lgamma(number + 1) - math.lgamma(chosen + 1) - math.lgamma(number - chosen + 1)

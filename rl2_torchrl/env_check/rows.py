@@ -8,8 +8,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from rl2_torchrl.env_check.outcomes import Outcome, counted, none_by_rule, same, unequal
+from rl2_torchrl.env_check.outcomes import ENOUGH, Outcome, differ, same
 from rl2_torchrl.env_check.playing import RUN_STEPS, EnvBelow
+from rl2_torchrl.env_check.shown import BITS, bits_of
 
 __all__ = ["RULES"]
 
@@ -27,20 +28,14 @@ def rows_draw_apart(below: EnvBelow) -> str | None:
     for _ in range(_RESETS):
         tensordict = below.start(task)
         drawn.append(torch.cat([below.outcome(tensordict), below.step(tensordict, action)[0]], 1))
-    by_row = torch.stack(drawn, 1)  # [num_rows, _RESETS, n]
-    for row in range(1, below.num_rows):
-        if same(by_row[row], by_row[0]) and _by_chance(by_row[0]) < 1e-3 / below.num_rows:
-            return f"in {_RESETS} episodes rows 0 and {row} drew the same random numbers"
+    by_row = torch.stack(drawn, 1).nan_to_num()  # [num_rows, _RESETS, n]
+    alike = (by_row[1:] == by_row[0]).flatten(1).all(1).nonzero().flatten().tolist()
+    if alike and bits_of(by_row[0], by_row[0]) >= BITS:
+        return f"in {_RESETS} episodes rows 0 and {1 + alike[0]} drew the same random numbers"
 
 
 def _first_in_all_rows(value: Tensor | TensorDictBase, batch_size: torch.Size):
     return value.flatten(0, len(batch_size) - 1)[0].expand(*batch_size, *value.shape[len(batch_size) :]).clone()
-
-
-def _by_chance(draws: Tensor) -> float:
-    """How likely two rows draw the same ``_RESETS`` times, by how often one row draws the same again."""
-    alike = (~unequal(draws.unsqueeze(0), draws.unsqueeze(1)).any(-1)).double()
-    return ((alike.sum() - len(draws)) / (len(draws) * (len(draws) - 1))).item() ** len(draws)
 
 
 def seed_repeats(below: EnvBelow) -> str | None:
@@ -62,20 +57,18 @@ def rows_go_on(below: EnvBelow) -> str | None:
     that is looked at, and not whether the row went on as without the reset, which may have used up random numbers of the row's.
     """
     going_on = ~below.half().reshape(-1).cpu()
-    alone, beside = [0, 0], [0, 0]
+    alone = 0
     for seed in range(_PARTIAL_RESETS):
         steps = 1 + seed % _STEPS_BEFORE
         pasts = [below.actions[first : first + steps] for first in (seed, _PARTIAL_RESETS + seed)]
         runs = [[_one_step_on(below, seed, past, others_begin) for past in pasts] for others_begin in (False, True)]
         if any(outcome is None for run in runs for outcome in run):
             continue
-        alone, beside = (
-            counted(count, [[one], [other]], going_on)
-            for count, (one, other) in zip((alone, beside), runs, strict=True)
-        )
-        if beside[0]:
+        unlike, unlike_beside = (differ([one], [other]) & going_on for one, other in runs)
+        if unlike_beside.any():
             return None
-    if none_by_rule(alone, beside):
+        alone += int(unlike.sum())
+    if alone >= ENOUGH:
         return "rows in mid-episode forgot what had been done in them where every other row began anew"
 
 

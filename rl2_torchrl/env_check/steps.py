@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from rl2_torchrl.env_check.outcomes import Outcome, counted, misfit, none_by_rule, same
+from rl2_torchrl.env_check.outcomes import ENOUGH, Outcome, differ, misfit, same
 from rl2_torchrl.env_check.playing import STEPS_TO_AN_END, EnvBelow, Task
 from rl2_torchrl.envs.tensor_env import TensorEnv
 
@@ -68,49 +68,38 @@ def _returned(below: EnvBelow, tensordict: TensorDictBase, at: str) -> Iterator[
 
 def action_heard(below: EnvBelow) -> str | None:
     """The action of an episode's first step counts, in later episodes as in the first."""
-    at_start, later = [0, 0], [0, 0]
+    at_start = 0
     pairs = zip(below.actions[:_PAIRS], below.actions[_PAIRS : 2 * _PAIRS], strict=True)
     for seed, (one, other) in enumerate(pairs):
-        unlike = (one != other).reshape(below.num_rows, -1).any(1).cpu()
-        firsts = [_first_step(below, seed, action, STEPS_TO_AN_END) for action in (one, other)]
-        ended = firsts[0][1]
-        later = counted(later, [[outcome] for outcome, _ in firsts], unlike & ended)
-        if later[0] or not ended.any():
+        (outcome, ended), (another, _) = (_first_step(below, seed, each, STEPS_TO_AN_END) for each in (one, other))
+        if not ended.any() or (differ([outcome], [another]) & ended).any():
             return None
         # In rows whose task ends episodes early an action may count for more, or less, than in others.
-        firsts = [_first_step(below, seed, action, 0) for action in (one, other)]
-        at_start = counted(at_start, [[outcome] for outcome, _ in firsts], unlike & ended)
-    if none_by_rule(at_start, later):
-        return "the first step of an episode that began within a trial was the same whatever the action"
+        (outcome, _), (another, _) = (_first_step(below, seed, each, 0) for each in (one, other))
+        at_start += int((differ([outcome], [another]) & ended).sum())
+        if at_start >= ENOUGH:
+            return "the first step of an episode that began within a trial was the same whatever the action"
 
 
 def begins_anew(below: EnvBelow) -> str | None:
     """A row that begins anew just before its episode would have ended does not end at once, if none does that begins with all."""
-    at_start, later, half = [0, 0], [0, 0], below.half()
+    later, seen, half = 0, 0, below.half()
     for seed in range(_EPISODES):
         steps, ended = _first_end(below, seed)
         if not ended.any() or below.num_rows < 2:  # of one row all begin
             return None
         rows = ended & (half if seed % 2 else ~half)  # never all
-        if not rows.any():
-            continue
         tensordict, task = _begun(below, seed)
         for _, after, _ in below.run(tensordict, task, below.actions[:steps]):
             tensordict = after
-        outcome, _ = below.step(below.begin(tensordict, rows, task), below.actions[steps])
-        later = _ends(later, outcome, rows)
+        _, after = below.step(below.begin(tensordict, rows, task), below.actions[steps])
+        later, seen = later + int((after["done"] & rows).sum()), seen + int(rows.sum())
         # The same rows, tasks and action: where an episode has ended early, the next may end at once by the same task.
-        outcome, _ = below.step(_begun(below, seed, _OTHER_NUMBERS)[0], below.actions[steps])
-        at_start = _ends(at_start, outcome, rows)
-        if at_start[0] or (later[1] >= _EPISODES and not later[0]):
+        _, after = below.step(_begun(below, seed, _OTHER_NUMBERS)[0], below.actions[steps])
+        if (after["done"] & rows).any() or (seen >= _EPISODES and not later):
             return None
-    if none_by_rule(later, at_start):
-        return f"{later[0]} of {later[1]} episodes that began in some rows ended at their first step, of others none"
-
-
-def _ends(count: Sequence[int], outcome: Outcome, rows: Tensor) -> list[int]:
-    """``count``, of episodes that ended and of all, with those of a step in ``rows``."""
-    return [count[0] + int((outcome[:, 0] * rows.reshape(-1).cpu()).sum()), count[1] + int(rows.sum())]
+        if later >= ENOUGH:
+            return f"{later} of {seen} episodes that began in some rows ended at their first step, of others none"
 
 
 def _begun(below: EnvBelow, seed: int, numbers: int = 0) -> tuple[TensorDictBase, Task]:

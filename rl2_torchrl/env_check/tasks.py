@@ -7,14 +7,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 
-from rl2_torchrl.env_check.outcomes import CHANCE, Outcome, chance_of_none, counted, differ, none_by_rule, unequal
+from rl2_torchrl.env_check.outcomes import ENOUGH, Outcome, differ, unequal
 from rl2_torchrl.env_check.playing import RUN_STEPS, EnvBelow, Task
-from rl2_torchrl.envs.gym_vector import GymVectorEnv
-from rl2_torchrl.envs.gymnasium import GymTaskEnv
 from rl2_torchrl.envs.rows import merge
-from rl2_torchrl.envs.task_setter import told_of_added
 
 __all__ = ["RULES"]
 
@@ -47,36 +43,19 @@ def _unlike(below: EnvBelow, what: str, task: Task) -> str | None:
 
 def _seen(below: EnvBelow) -> str | None:
     """Whether another task shows in what follows: in episodes from the start, and in those that begin in some rows."""
-    at_start, later, half = [0, 0], [0, 0], below.half().reshape(-1).cpu()
-    for pair in below.pairs:
-        at_start = counted(at_start, [pair.task, pair.other], pair.unlike)
-        later = counted(later, [pair.same_later, pair.other_later], pair.unlike & half)
-    if at_start[1] and not at_start[0]:
-        seen = f"{len(below.tasks)} tasks made no difference to anything in {RUN_STEPS} steps of random actions"
-        added = _attributes_added(below.env)
-        return f"{seen}; {told_of_added(added)}" if added else seen
-    if none_by_rule(at_start, later):
+    half = below.half().reshape(-1).cpu()
+    unlike = torch.stack([pair.unlike for pair in below.pairs])  # [num_pairs, num_rows]
+    heard = torch.stack([differ(pair.task, pair.other) for pair in below.pairs])
+    later = torch.stack([differ(pair.same_later, pair.other_later) for pair in below.pairs])
+    if unlike.any() and not heard.any():
+        return f"{len(below.tasks)} tasks made no difference to anything in {RUN_STEPS} steps of random actions"
+    if (heard & half).sum() >= ENOUGH and not (later & half).any():
         return "another task given at a reset of some rows made no difference, though it did at a reset of all"
-    unlike = torch.stack([pair.unlike for pair in below.pairs])
-    heard = torch.stack([differ(pair.task, pair.other) for pair in below.pairs]) & unlike
-    deaf = ~heard.any(0)
-    if deaf.any() and chance_of_none(heard, unlike, deaf) < CHANCE:
-        return f"another task made no difference in the rows {_numbers(deaf)}, though it did in others"
-
-
-def _attributes_added(env: EnvBase) -> list[str]:
-    """Attributes that ``set_task`` has given to Gymnasium envs, of those that are asked from here; worker processes hide theirs."""
-    if isinstance(env, TransformedEnv):
-        return _attributes_added(env.base_env)
-    if isinstance(env, SerialEnv):
-        return sorted({name for row in env._envs for name in _attributes_added(row)})
-    return env.attributes_added() if isinstance(env, GymVectorEnv | GymTaskEnv) else []
-
-
-def _numbers(rows: Tensor) -> str:
-    """The first few of ``rows``, by number."""
-    numbers = rows.nonzero().flatten().tolist()
-    return f"{numbers[:8]}{' and more' if len(numbers) > 8 else ''}"
+    deaf = unlike.any(0) & ~heard.any(0)
+    if deaf.any() and (heard == unlike)[:, ~deaf].all():  # all others hear each
+        return (
+            f"another task made no difference in the rows {deaf.nonzero().flatten().tolist()}, though it did in others"
+        )
 
 
 def task_own(below: EnvBelow) -> str | None:
