@@ -72,7 +72,8 @@ class Trial(Transform):
             observation is bootstrapped. Default False: a trial's end is terminal.
         step_keys: entries that tell of the step that was taken rather than of the state that it led to, such as a velocity or
             whether a goal was reached. An inner reset leaves them; all others are those of the new episode then. Those within
-            ``"info"`` always are. Default none more.
+            ``"info"`` always are: a state that networks read, such as which actions are legal, is no place for it. Default none
+            more.
 
     Raises:
         ValueError: neither bound is given, or one is below 1; ``step_keys`` names an entry of the env's ``state_spec``; the env

@@ -6,7 +6,6 @@ from pipelines import ARMS, ROWS, TRIAL, bandit_env, first_batch, mdp_env, netwo
 from tensordict.nn import TensorDictModule
 from torch import distributions, nn
 from torchrl.collectors import Collector
-from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import Compose, RewardScaling, TransformedEnv
 from torchrl.modules import ProbabilisticActor, recurrent_mode
 from torchrl.objectives import ClipPPOLoss
@@ -32,7 +31,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.checks import TrainingReport, check_training, rows
 from rl2_torchrl.checks.evidence import Evidence
-from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, TensorEnv, uniform_means, uniform_targets
+from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 
 # ---- Nothing to find.
 
@@ -107,40 +106,6 @@ def test_inputs_of_another_order_are_told_of(scale, is_told, caplog):
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     told = [line for line in warnings if "drowns whatever else the networks read" in line]
     assert [("'task' is around" in line) for line in told] == [True] * is_told
-
-
-class Countdown(TensorEnv):
-    """Says beside how many steps are left, and whether the last one was the first arm."""
-
-    def __init__(self, **kwargs):
-        info = Composite({("info", name): Unbounded(1) for name in ("left", "was_first")})
-        super().__init__(
-            task_spec=None, action_spec=Categorical(2), observation_spec=info, max_episode_steps=3, **kwargs
-        )
-
-    def told(self, left, was_first):
-        return {("info", "left"): left, ("info", "was_first"): was_first.float()}
-
-    def begin(self, task, rows):
-        left = torch.full((*self.batch_size, 1), 3.0)
-        return left, self.told(left, torch.zeros_like(left))
-
-    def advance(self, left, action):
-        return left - 1, self.told(left - 1, action.unsqueeze(-1) == 0), action.unsqueeze(-1).float(), None, None
-
-
-@pytest.mark.parametrize("episodes", [1, 2])
-@pytest.mark.parametrize("name", ["left", "was_first"])
-def test_a_state_that_is_said_beside_is_the_last_episodes(episodes, name):
-    env = TransformedEnv(Countdown(batch_size=(8,)), Compose(Trial(episodes=episodes), PreviousStep()))
-    actor = GRUCategoricalActor.from_env(env, hidden_size=4)
-    critic = GRUValueHead.from_env(env, hidden_size=4, extra_keys=[("info", name)])
-    collector, update = pipeline(env, actor, critic, steps=6)
-    notes = check_training(collector, update, first_batch(collector)).notes
-    told = [
-        note for note in notes if f"read ('info', '{name}'), of 'info', which at the first step of each later" in note
-    ]
-    assert len(told) == (episodes == 2 and name == "left")
 
 
 class Teacher(Callback):

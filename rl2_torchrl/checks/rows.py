@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from tensordict import NestedKey
-from torch import nn
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
-from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.transition import is_info
-from rl2_torchrl.trial import Trial, base_of, is_within, made_of, transforms_of
+from rl2_torchrl.trial import Trial, base_of, is_within, transforms_of
 
 __all__ = ["RULES"]
 
@@ -67,61 +63,42 @@ def _is_of_one_length(env: EnvBase) -> bool | None:
 
 
 def finite(seen: Evidence) -> str | None:
-    """What is read is finite, and what networks write too, up to minus infinity, which logits of illegal actions are."""
-    reward, read = ("next", "reward"), getattr(seen.update, "in_keys", None)
-    networks = [getattr(seen.collector, "policy", None), *_networks(seen)]
-    written = {key for network in networks for key in getattr(network, "out_keys", ())}
-
-    def counts(key: NestedKey) -> bool:
-        # What an env says beside, such as a distance before there is one, spreads only where somebody reads it.
-        if read is None:
-            return not is_info(key[1:] if key[0] == "next" else key)
-        return any(is_within(key, one) for one in (reward, *read, *written))
-
+    """Rewards, and what else the update says that it reads, are finite."""
+    reward = ("next", "reward")
+    read = (reward, *getattr(seen.update, "in_keys", ()))
     # It comes first: the input of the step after holds it too.
-    for key in sorted(filter(counts, seen.batch.keys(True, True)), key=lambda key: key != reward):
+    for key in sorted(seen.batch.keys(True, True), key=lambda key: key != reward):
         entry = seen.batch.get(key)
-        # The sum of finite numbers can overflow, but that of others is never finite: it spares a tensor of this size.
-        if entry.is_floating_point() and not entry.sum().isfinite():
-            is_fine = entry.isfinite() | (entry.isneginf() & (key in written and key not in (read or ())))
-            broken = ~is_fine.reshape(*seen.batch.shape, -1).all(-1)
+        if entry.is_floating_point() and any(is_within(key, one) for one in read):
+            broken = ~entry.isfinite().reshape(*seen.batch.shape, -1).all(-1)
             if broken.any():
                 return f"{key!r} is not finite at {seen.place(broken)}"
-    reward = seen.batch.get(reward, None)
-    if reward is not None and (reward == reward.flatten()[0]).all():
-        seen.report.notes.append(f"all rewards of the batch are {reward.flatten()[0].item():g}")
-    if (
-        reward is not None
-        and (size := reward.abs().double().mean().item()) > _LARGE
-        and not _brings_in_order(seen.update)
-    ):
-        seen.report.notes.append(
-            f"rewards are around {size:.3g}, which drowns the rest of the networks' input, and asks a critic for large values: "
-            "from_env(normalize=True) of actor and critic and TrialAdvantage(scale_rewards=True), both, bring them in order"
-        )
-    else:
-        seen.report.notes.extend(_of_large_inputs(seen))
-    seen.report.notes.extend(_of_the_last_episode(seen))
+    seen.report.notes.extend(_of_sizes(seen))
 
 
 #: Rewards, and other inputs, of this size are of another order than networks are made for.
 _LARGE, _LARGE_INPUT = 10.0, 100.0
 
 
-def _networks(seen: Evidence) -> list[nn.Module]:
-    networks = [getattr(seen.loss, name, None) for name in ("actor_network", "critic_network")]
-    return [network for network in networks if network is not None]
-
-
-def _of_large_inputs(seen: Evidence) -> Iterator[str]:
-    """What is said of large numbers that networks read as they are, such as a task in grams that the critic is told."""
-    networks = _networks(seen)
-    memory = {key for network in networks for key in hidden_keys(network)}
-    read = dict.fromkeys(key for network in networks for key in network.in_keys if key not in memory)
-    scaled = {key for _, key in seen.update.normalizations()} if hasattr(seen.update, "normalizations") else set()
-    entries = {key: seen.batch.get(key, None) for key in read if key not in scaled}
-    for key, entry in entries.items():
-        if not isinstance(entry, torch.Tensor) or not entry.is_floating_point() or not entry.numel():
+def _of_sizes(seen: Evidence) -> Iterator[str]:
+    """What is said of rewards that are all alike, and of large numbers that networks read as they are."""
+    reward, update = seen.batch.get(("next", "reward"), None), seen.update
+    if reward is None:
+        return
+    if (reward == reward.flatten()[0]).all():
+        yield f"all rewards of the batch are {reward.flatten()[0].item():g}"
+    if not hasattr(update, "normalizations") or not seen.has("is_init"):
+        return
+    scaled, size = {key for _, key in update.normalizations()}, reward.abs().double().mean().item()
+    if size > _LARGE and not (scaled and getattr(update.advantage, "scale_rewards", True)):
+        yield (
+            f"rewards are around {size:.3g}, which drowns the rest of the networks' input, and asks a critic for large values: "
+            "from_env(normalize=True) of actor and critic and TrialAdvantage(scale_rewards=True), both, bring them in order"
+        )
+        return
+    for key in seen.probe.inputs:  # such as a task in grams that the critic is told
+        entry = seen.batch.get(key, None)
+        if key in scaled or not isinstance(entry, torch.Tensor) or not entry.is_floating_point():
             continue
         size = entry.abs().reshape(-1, entry.shape[-1]).mean(0, dtype=torch.float64).max().item()
         if size > _LARGE_INPUT:
@@ -129,30 +106,6 @@ def _of_large_inputs(seen: Evidence) -> Iterator[str]:
                 f"{key!r} is around {size:.3g}, which drowns whatever else the networks read: bring it to a scale of 1 in the env, "
                 "or, if it stands in the transition input, by from_env(normalize=True) of actor and critic"
             )
-
-
-def _of_the_last_episode(seen: Evidence) -> Iterator[str]:
-    """What is said of networks that read what an env says beside of its state, which no inner reset begins anew."""
-    trial = seen.transform(Trial)
-    if trial is None or trial.episodes == 1 or not seen.has("is_init"):
-        return
-    beside = [key for key in seen.env.observation_spec.keys(True, True) if is_info(key)]
-    beside = made_of(beside, seen.transforms[seen.transforms.index(trial) + 1 :])
-    for key in dict.fromkeys(key for network in _networks(seen) for key in network.in_keys if key in beside):
-        # What tells of a step, as a reward does, is 0 where none was taken.
-        if isinstance(entry := seen.batch.get(key, None), torch.Tensor) and entry[seen.starts].any():
-            yield (
-                f"the networks read {key!r}, of 'info', which at the first step of each later episode of a trial is still what the "
-                "last episode's last step said: where it tells of the state, such as which actions are legal, show it as an "
-                "observation outside 'info', which begins anew with the episode"
-            )
-
-
-def _brings_in_order(update: object) -> bool:
-    """Whether networks and advantage scale rewards; what is no `PPOUpdate` is not asked."""
-    if not hasattr(update, "normalizations"):
-        return True
-    return bool(update.normalizations()) and getattr(update.advantage, "scale_rewards", True)
 
 
 RULES: dict[Rule, str] = {
