@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.envs import check_env_specs
 
 from rl2_torchrl.arguments import kind_of
-from rl2_torchrl.env_check.outcomes import kind, misfit, same
+from rl2_torchrl.env_check.outcomes import misfit, same
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.rows import EnvState, entries_of, merge, tensors_of
 from rl2_torchrl.envs.tensor_env import TensorEnv
@@ -21,9 +21,7 @@ __all__ = ["TensorEnvError", "check_tensor_env"]
 
 #: The rules in the order of the checks, with why it matters and what to do. `_Checked` has a method for each.
 _RULES = {
-    "returns": "Nobody else can tell what they mean: return what `TensorEnv.begin` and `TensorEnv.advance` say.",
     "state": "Rows are merged and checkpoints read by it: return tensors [*B, ...], after a step as after a begin.",
-    "fixed_length": "Early ends would be missed: return None for terminated and truncated, or pass fixed_length=False.",
     "specs": "Networks and memory are made by the specs: mend them, or what the env returns.",
     "finite": "One NaN spreads over the whole batch through the advantages: mend the env, or bound what leads there.",
     "in_place": "Steps that were collected before would change afterwards: make new tensors, not `state += ...`.",
@@ -48,10 +46,9 @@ class TensorEnvError(AssertionError):
 def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, num_steps: int = 50) -> None:
     """Plays random actions and checks what a `TensorEnv` promises; the first rule that breaks is raised, by name.
 
-    An env may refuse none of its action_spec's actions: an illegal one does nothing, or costs something.
     Checked are types, shapes and specs; that rows do not touch one another, that a reset of some rows leaves the others where
-    they are, that a seed repeats a run and a checkpoint goes on with it, and that ``fixed_length`` is true. The env is
-    reset and stepped, and seeded as it was made.
+    they are, and that a seed repeats a run and a checkpoint goes on with it. An env may refuse none of its action_spec's actions:
+    an illegal one does nothing, or costs something. It is reset and stepped, and seeded as it was made.
 
     Args:
         env: the env, of two rows or more. Hand over some more, so that random actions see ends of episodes.
@@ -61,8 +58,7 @@ def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, n
 
     Raises:
         TensorEnvError: a rule is broken. The message says which, what was seen, why it matters and what to do.
-        TypeError: it is no `TensorEnv`, or a `GymVectorEnv`, which `rl2_torchrl.testing.check_trial_env` checks; or ``tasks`` gives
-            something else than tasks.
+        TypeError: it is no `TensorEnv`, or a `GymVectorEnv`, which `rl2_torchrl.testing.check_trial_env` checks.
         ValueError: the env has one row only, or ``num_steps`` is below 2.
 
     Examples:
@@ -99,8 +95,6 @@ class _Checked:
             number = 0 if spec is None else _NUM_TASKS  # an env may have no task
             draws = [spec.rand() if tasks is None else tasks(env.batch_size, generator) for _ in range(number)]
             self.actions = [env.full_action_spec[env.action_key].rand() for _ in range(num_steps)]
-        if strangers := [kind_of(task) for task in draws if not isinstance(task, Tensor | TensorDictBase)]:
-            raise TypeError(f"{tasks=} gave a {strangers[0]}: a task is a tensor or TensorDict [*batch_size, ...].")
         self.tasks = [task.to(env.device) for task in draws]
         self.every_row = torch.ones(env.batch_size, dtype=torch.bool, device=env.device)
 
@@ -147,20 +141,6 @@ class _Checked:
         return self.env.get_extra_state().clone()
 
     # -------------------------------------------------------------- the rules
-    def returns(self) -> str | None:
-        begun = self.env.begin(self.task(), self.every_row)
-        if type(begun) is not tuple or len(begun) != 2:
-            return f"begin returned {kind(begun)}, not (state, observation)"
-        advanced = self.env.advance(begun[0], self.actions[0].clone())
-        if type(advanced) is not tuple or len(advanced) != 5:
-            return f"advance returned {kind(advanced)}, not (state, observation, reward, terminated, truncated)"
-        for name, observation in (("begin", begun[1]), ("advance", advanced[1])):
-            if not isinstance(observation, Tensor | dict | None):
-                return f"{name} returned {kind(observation)} as the observation, not a tensor, a dictionary or None"
-        for name, value in zip(("reward", "terminated", "truncated"), advanced[2:], strict=True):
-            if not isinstance(value, Tensor) and (name == "reward" or value is not None):
-                return f"advance returned {kind(value)} as {name}, not a tensor"
-
     def state(self) -> str | None:
         state, _ = self.env.begin(self.task(), self.every_row)
         before, after = _layout(state), _layout(self.env.advance(state, self.actions[0].clone())[0])
@@ -172,21 +152,10 @@ class _Checked:
         if before != after:
             return f"the state is made of {_told(before)} after a begin, of {_told(after)} after a step"
 
-    def fixed_length(self) -> str | None:
-        if not self.env.fixed_length:
-            return None
-        state, _ = self.env.begin(self.task(), self.every_row)
-        for number, action in enumerate(self.actions[: self.env.max_episode_steps]):
-            state, *_, terminated, truncated = self.env.advance(state, action.clone())
-            for name, end in (("terminated", terminated), ("truncated", truncated)):
-                if end is not None:
-                    ended = f", which is True in {int(end.sum())} rows" if end.any() else ""
-                    return f"fixed_length=True, but step {number} returned {name}{ended}"
-
     def specs(self) -> str | None:
         env = self.env
         begun, observed = env.begin(self.task(), self.every_row)
-        _, following, reward, *ends = env.advance(begun, self.actions[0].clone())
+        _, following, reward, terminated, truncated = env.advance(begun, self.actions[0].clone())
         more = set(map(str, env.more_keys))
         own = {str(key): env.observation_spec[key] for key in env.observation_spec.keys(True, True)}
         for name, values in (("begin", observed), ("advance", following)):
@@ -202,7 +171,7 @@ class _Checked:
                 return f"observe_more's {key!r} {'is not in more_spec' if str(key) not in more else wrong}"
         if wrong := misfit(reward, env.reward_spec):
             return f"the reward {wrong}"
-        for name, end in zip(("terminated", "truncated"), ends, strict=True):
+        for name, end in (("terminated", terminated), ("truncated", truncated)):
             if end is not None and (end.shape != (*env.batch_size, 1) or end.dtype != torch.bool):
                 return f"{name} is {end.dtype} {list(end.shape)}, not bool {[*env.batch_size, 1]}"
 
@@ -293,16 +262,6 @@ class _Checked:
             env.generator.set_state(generator)
             if seen := _difference(going_on, [self.play(self.actions[played])], ~row, what + ", one step on,"):
                 return seen
-        return self._begun_anew()
-
-    def _begun_anew(self) -> str | None:
-        """Whether a row that begins among others is where it is when all begin."""
-        steps = []
-        for rows in (None, self.row(0)):
-            self.go_to(self.num_steps // 2)
-            self.env._set_seed(0)
-            steps.append([self.start(1, rows), self.play(self.actions[0])])
-        return _difference(*steps, self.row(0), "an episode begun alone and one begun with all others")
 
     def torchrl(self) -> str | None:
         try:

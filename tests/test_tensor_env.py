@@ -623,10 +623,7 @@ def own_draws_at_begin(env, task, rows, state, observation):
 
 
 BROKEN = [
-    ("returns", after_begin(lambda env, task, rows, state, observation: state)),
-    ("returns", after_step(lambda env, state, action, step: step[:4])),
-    ("returns", after_step(lambda env, state, action, step: (*step[:2], 1.0, *step[3:]))),
-    ("returns", after_begin(lambda env, task, rows, state, observation: (state, [1]))),
+    ("specs", after_step(lambda env, state, action, step: (*step[:2], 1.0, *step[3:]))),
     (
         "state",
         after_begin(
@@ -646,13 +643,6 @@ BROKEN = [
     (
         "finite",
         after_step(lambda env, state, action, step: (*step[:2], step[2] / (step[1]["seen"][:, None] != 2), *step[3:])),
-    ),
-    (
-        "fixed_length",
-        after_step(
-            lambda env, state, action, step: (*step[:3], step[0].where["place"].unsqueeze(-1) >= step[0].goal, None),
-            fixed_length=True,
-        ),
     ),
     ("in_place", after_step(in_place)),
     ("in_place", after_step(lambda env, state, action, step: (action.zero_(), step)[1])),
@@ -678,6 +668,12 @@ def test_a_broken_promise_is_named(rule, broken):
     with pytest.raises(TensorEnvError, match=rf"rule '{rule}' is broken: .*\. [A-Z].*:") as error:
         check_tensor_env(broken(batch_size=(4,), seed=0))
     assert error.value.rule == rule
+
+
+def test_an_end_in_spite_of_a_fixed_length_is_the_envs_own_error():
+    ends = after_step(lambda env, state, action, step: (*step[:3], step[2] > 9, None), fixed_length=True)
+    with pytest.raises(RuntimeError, match="fixed_length=True promises that none does"):
+        check_tensor_env(ends(batch_size=(4,)))
 
 
 def test_a_state_kept_elsewhere_may_be_sound():
@@ -708,11 +704,6 @@ def test_what_no_author_has_written_is_for_the_other_check(make):
 def test_nothing_to_compare(batch_size, num_steps):
     with pytest.raises(ValueError, match="two rows or more"):
         check_tensor_env(Line(batch_size=batch_size), num_steps=num_steps)
-
-
-def test_tasks_that_are_none():
-    with pytest.raises(TypeError, match="gave a dict: a task is a tensor"):
-        check_tensor_env(Line(batch_size=(2,)), lambda batch_size, generator: {"goal": torch.zeros(*batch_size, 1)})
 
 
 class Wanders(TensorEnv):

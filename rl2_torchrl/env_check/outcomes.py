@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-__all__ = ["ENOUGH", "Outcome", "differ", "kind", "misfit", "same", "unequal"]
+__all__ = ["ENOUGH", "Outcome", "differ", "misfit", "same", "unequal"]
 
 #: So many differences on one of two sides that are as large, and none on the other, are chance in 1 of 512 where both are alike.
 ENOUGH = 9
@@ -18,18 +18,13 @@ Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; wh
 
 def misfit(value: Tensor, spec: TensorSpec) -> str | None:
     """In what ``value`` is not what ``spec`` says, in words; None where it is."""
-    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (spec.shape, spec.dtype):
-        return f"is {kind(value)}, its spec says {spec.dtype} {list(spec.shape)}"
+    if not isinstance(value, Tensor):
+        return f"is {type(value).__name__}, its spec says a tensor"
+    if (value.shape, value.dtype) != (spec.shape, spec.dtype):
+        return f"is {value.dtype} {list(value.shape)}, its spec says {spec.dtype} {list(spec.shape)}"
     if value.device != spec.device:
         return f"is on {value.device}, its spec on {spec.device}"
     return None if spec.is_in(value) else f"is outside its spec, {spec.space}: {value.flatten()[:8].tolist()} ..."
-
-
-def kind(value: object) -> str:
-    """What ``value`` is, in words."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    return f"{len(value)} values" if isinstance(value, tuple) else type(value).__name__
 
 
 def same(one: Tensor, other: Tensor) -> bool:
