@@ -17,6 +17,7 @@ from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
+from rl2_torchrl.env_check.outcomes import ENOUGH
 from rl2_torchrl.env_check.shown import BITS, bits_of, shown
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
@@ -50,6 +51,8 @@ _RULES = {
     "trial_step": "Trials end at the wrong step: leave Trial's entries as they are.",
     "episode_index": "Returns are summed under the wrong episode: leave Trial's entries as they are.",
     "first_observation": "The agent must see where its new episode begins: let Trial reset the ended rows, no others.",
+    "begins_anew": "Later episodes are cut short: in _reset set all that counts back in the rows of '_reset', torch.where(rows, 0, "
+    "self.steps).",
     "task_constant": "A trial is one task, or there is nothing to adapt to: draw tasks at trial starts only.",
     "task_changes": "One task is learnt by heart: draw at each trial; give TaskSampler.fixed more tasks than rows.",
     "task_differs_by_row": "They are one row's data again: seed each worker's TaskSampler, or wrap it around all.",
@@ -70,8 +73,6 @@ _RULES = {
     "the state.",
     "action_heard": "A step is lost between episodes, as where a vector env resets at the next step: use "
     "AutoresetMode.DISABLED, or reset at once when asked to.",
-    "begins_anew": "Later episodes are cut short: in _reset set all that counts back in the rows of '_reset', torch.where(rows, 0, "
-    "self.steps).",
     "partial_reset": "Rows end trials at different steps: reset what _reset says, keep counters in the TensorDict.",
 }
 _NUM_TASKS = 8  # of whole batches, given to the env below `Trial` one after another
@@ -312,6 +313,14 @@ class _Played:
 
     def episode_index(self):
         return self._miscounted(EPISODE_INDEX, self.steps["next", EPISODE_DONE].long())
+
+    def begins_anew(self):
+        begins = torch.cat([torch.ones_like(self.starts[:, :1]), self.steps["next", EPISODE_DONE][:, :-1]], 1)
+        ends = self.steps["next", EPISODE_DONE] & begins
+        later = int(begins[:, 1:].sum())
+        # Where rows end together all begin, which hides it, then and in training.
+        if later >= ENOUGH and self.num_rows > 1 and not ends[:, 0].any() and ends[:, 1:].sum() == later:
+            return f"all {later} episodes that began later ended at their first step, and none where all rows began"
 
     def first_observation(self):
         return self.reset_faults[0] if self.reset_faults else None

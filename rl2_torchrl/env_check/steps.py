@@ -9,14 +9,13 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from rl2_torchrl.env_check.outcomes import ENOUGH, Outcome, differ, misfit, same
-from rl2_torchrl.env_check.playing import STEPS_TO_AN_END, EnvBelow, Task
+from rl2_torchrl.env_check.playing import STEPS_TO_AN_END, EnvBelow
 from rl2_torchrl.envs.tensor_env import TensorEnv
 
 __all__ = ["RULES"]
 
-#: Steps whose shapes are looked at, those whose tensors are held, pairs of actions compared until one makes a difference, and
-#: episodes that begin.
-_LOOKED_AT, _HELD, _PAIRS, _EPISODES = 16, 4, 40, 24
+#: Steps whose shapes are looked at, those whose tensors are held, and pairs of actions compared until one makes a difference.
+_LOOKED_AT, _HELD, _PAIRS = 16, 4, 40
 #: Added to a seed where rows chosen by what a run has led to must begin by numbers that the run has not drawn.
 _OTHER_NUMBERS = 1000
 
@@ -81,43 +80,11 @@ def action_heard(below: EnvBelow) -> str | None:
             return "the first step of an episode that began within a trial was the same whatever the action"
 
 
-def begins_anew(below: EnvBelow) -> str | None:
-    """A row that begins anew just before its episode would have ended does not end at once, if none does that begins with all."""
-    later, seen, half = 0, 0, below.half()
-    for seed in range(_EPISODES):
-        steps, ended = _first_end(below, seed)
-        if not ended.any() or below.num_rows < 2:  # of one row all begin
-            return None
-        rows = ended & (half if seed % 2 else ~half)  # never all
-        tensordict, task = _begun(below, seed)
-        for _, after, _ in below.run(tensordict, task, below.actions[:steps]):
-            tensordict = after
-        _, after = below.step(below.begin(tensordict, rows, task), below.actions[steps])
-        later, seen = later + int((after["done"] & rows).sum()), seen + int(rows.sum())
-        # The same rows, tasks and action: where an episode has ended early, the next may end at once by the same task.
-        _, after = below.step(_begun(below, seed, _OTHER_NUMBERS)[0], below.actions[steps])
-        if (after["done"] & rows).any() or (seen >= _EPISODES and not later):
-            return None
-        if later >= ENOUGH:
-            return f"{later} of {seen} episodes that began in some rows ended at their first step, of others none"
-
-
-def _begun(below: EnvBelow, seed: int, numbers: int = 0) -> tuple[TensorDictBase, Task]:
-    """All rows at their beginning with the task of ``seed``, by its random numbers or, by ``numbers``, others."""
-    below.seed(seed + numbers)
-    task = below.tasks[seed % len(below.tasks)]
-    return below.start(task), task
-
-
-def _first_end(below: EnvBelow, seed: int) -> tuple[int, Tensor]:
-    """Steps before the one at which an episode ends, and in which rows one does."""
-    run = enumerate(ended for *_, ended in below.run(*_begun(below, seed), below.actions))
-    return next(((steps, ended) for steps, ended in run if ended.any()), (0, torch.zeros_like(below.half())))
-
-
 def _first_step(below: EnvBelow, seed: int, action: Tensor, steps: int) -> tuple[Outcome, Tensor]:
     """What ``action`` leads to once an episode has ended, after ``steps`` steps at the latest, and in which rows one has."""
-    tensordict, task = _begun(below, seed, 0 if steps else _OTHER_NUMBERS)
+    below.seed(seed if steps else seed + _OTHER_NUMBERS)
+    task = below.tasks[seed % len(below.tasks)]
+    tensordict = below.start(task)
     ended = torch.zeros_like(tensordict["done"])
     for _, after, ends in below.run(tensordict, task, below.actions[:steps]):
         tensordict, ended = after, ends
@@ -126,4 +93,4 @@ def _first_step(below: EnvBelow, seed: int, action: Tensor, steps: int) -> tuple
     return below.step(tensordict, action)[0], ended.reshape(-1).cpu()
 
 
-RULES = (step_specs, kept_tensors, action_heard, begins_anew)
+RULES = (step_specs, kept_tensors, action_heard)
