@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
 from functools import cached_property
 from math import prod
 from unittest.mock import patch
@@ -17,8 +16,8 @@ from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
-from rl2_torchrl.env_check.outcomes import ENOUGH
-from rl2_torchrl.env_check.shown import BITS, bits_of, shown
+from rl2_torchrl.env_check.outcomes import ENOUGH, flat
+from rl2_torchrl.env_check.shown import BITS, bits_of, drawn, rows_of_task, shown
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
@@ -187,7 +186,7 @@ class _Played:
             return None
         has_task = self.task_key is not None and self.task_key in self.below_trial.full_state_spec.keys(True)
         tasks = [self.env.reset().get(self.task_key).clone() for _ in range(_NUM_TASKS)] if has_task else []
-        if tasks and all((self._numbers(task) == self._numbers(tasks[0])).all() for task in tasks):
+        if tasks and all((task == tasks[0]).all() for task in tasks):
             log.warning(
                 "all tasks of %s resets were the same: whether the env hears its task is not checked (task_heard, task_own, "
                 "task_kept).",
@@ -234,21 +233,13 @@ class _Played:
 
     @cached_property
     def draws(self) -> torch.Tensor:  # tasks of further resets, [_NUM_DRAWS, num_rows, n]
-        return torch.stack([self._numbers(self.env.reset().get(self.task_key)) for _ in range(_NUM_DRAWS)])
+        tasks = [self.env.reset().get(self.task_key) for _ in range(_NUM_DRAWS)]
+        return torch.stack([rows_of_task(task, self.env.batch_size) for task in tasks])
 
     @property
     def starts(self) -> torch.Tensor:  # steps that begin a trial, [num_rows, T, 1]
         done = self.steps["next", "done"]
         return torch.cat([torch.ones_like(done[:, :1]), done[:, :-1]], 1)
-
-    def _task(self, tensordict: TensorDictBase) -> torch.Tensor:
-        """The task, nested or not, as ``[*B, n]`` float64."""
-        return self._numbers(tensordict.get(self.task_key), tensordict.batch_size)
-
-    def _numbers(self, task: torch.Tensor | TensorDictBase, batch_size: torch.Size | None = None) -> torch.Tensor:
-        leaves = task.values(True, True) if isinstance(task, TensorDictBase) else [task]
-        batch_size = [self.num_rows] if batch_size is None else batch_size
-        return torch.cat([leaf.reshape(*batch_size, -1).double() for leaf in leaves], -1)
 
     def _missing(self, keys: set[NestedKey], spec) -> str | None:
         missing = [key for key in keys if key not in spec.keys(True)]
@@ -326,8 +317,8 @@ class _Played:
         return self.reset_faults[0] if self.reset_faults else None
 
     def task_constant(self):
-        task = self._task(self.steps)
-        broken = task != self._task(self.steps["next"])
+        task = flat(self.steps[self.task_key], 2)
+        broken = task != flat(self.steps["next", self.task_key], 2)
         broken[:, 1:] |= (task[:, 1:] != task[:, :-1]) & ~self.starts[:, 1:]
         return broken
 
@@ -349,20 +340,15 @@ class _Played:
         ]
         for sampler in samplers:
             try:
-                copies = [deepcopy(sampler.distribution) for _ in range(3)]
+                tasks = [drawn(sampler.distribution, self.env.batch_size, seed, _NUM_DRAWS) for seed in (0, 0, 1)]
             except (TypeError, ValueError, RuntimeError):  # it has a state that nobody can put back
                 continue
-            drawn = []
-            for draw, seed in zip(copies, (0, 0, 1), strict=True):
-                generator = torch.Generator().manual_seed(seed)
-                tasks = [draw(self.env.batch_size, generator) for _ in range(_NUM_DRAWS)]
-                drawn.append(torch.stack([self._numbers(task) for task in tasks]))
-            one, again, other = drawn
+            one, again, other = tasks
             if (one != again).any() or ((one == other).all() and (one != one[:1, :1]).any()):
                 return "one seed gave other tasks when used again, or another seed the same"
 
     def task_hidden(self):
-        task = self._task(self.steps)
+        task = flat(self.steps[self.task_key], 2)
         differs = (task != task[:1, :1]).flatten(0, 1).any(0)  # a single task stands anywhere by chance
         if self.in_key is None or not differs.any():
             return None

@@ -14,13 +14,14 @@ from torch import nn
 from torchrl.envs import EnvBase, Transform
 
 from rl2_torchrl.checks.probe import NetworkProbe
+from rl2_torchrl.env_check.outcomes import flat
 from rl2_torchrl.minibatches import beside
 from rl2_torchrl.objectives.advantages import advantages_of
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE, transforms_of
 from rl2_torchrl.workers import TrialWorkers
 
-__all__ = ["Evidence", "NotChecked", "Rule", "copied", "flat"]
+__all__ = ["Evidence", "NotChecked", "Rule", "copied"]
 
 #: A rule: what breaks it in words, or None.
 Rule = Callable[["Evidence"], str | None]
@@ -213,9 +214,3 @@ def copied(thing: Any, name: str) -> Any:
         return copy.deepcopy(thing)
     except (TypeError, ValueError, RuntimeError) as error:
         raise NotChecked(f"the {name} cannot be copied ({error})") from error
-
-
-def flat(entry: torch.Tensor | TensorDictBase, lead: int) -> torch.Tensor:
-    """``entry``, nested or not, in float64: its first ``lead`` dimensions kept, all others made one."""
-    leaves = [entry] if isinstance(entry, torch.Tensor) else list(entry.values(True, True))
-    return torch.cat([leaf.reshape(*leaf.shape[:lead], -1).double() for leaf in leaves], -1)

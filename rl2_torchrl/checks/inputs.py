@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torchrl.envs import EnvBase, Transform, VecNormV2
 
-from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
+from rl2_torchrl.env_check.outcomes import flat
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.transition import PreviousStep

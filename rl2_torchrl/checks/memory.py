@@ -6,8 +6,9 @@ import torch
 from tensordict import NestedKey
 from torch import nn
 
-from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, flat
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.checks.probe import LOG_PROB, VALUE
+from rl2_torchrl.env_check.outcomes import flat
 from rl2_torchrl.modules.actor_critic import hidden_keys
 
 __all__ = ["RULES"]

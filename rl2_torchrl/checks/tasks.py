@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule, copied, flat
-from rl2_torchrl.env_check.shown import BITS, bits_of, shown
+from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
+from rl2_torchrl.env_check.outcomes import flat
+from rl2_torchrl.env_check.shown import BITS, bits_of, drawn, shown
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.trial import rows_of, transforms_of
 
 __all__ = ["RULES"]
-
-#: How many tasks are drawn at least, and how many times, as many at once as there are rows: enough to see all but rare ones.
-_TASKS, _TIMES = 256, 16
 
 
 def task_given(seen: Evidence) -> str | None:
@@ -48,11 +44,11 @@ def tasks_drawn(seen: Evidence) -> str | None:
         raise NotChecked("the env shows no TaskSampler")
     if isinstance(seen.sampler.distribution, _InOrder):
         raise NotChecked("TaskSampler.fixed hands out a list on purpose")
-    drawn = _some_draws(seen.sampler)
-    times, size = drawn.shape[:2]
-    if (drawn == drawn[:1]).all():
+    tasks = _draws(seen.sampler)
+    times, size = tasks.shape[:2]
+    if (tasks == tasks[:1]).all():
         return f"{times} draws of {size} tasks gave each time the same"
-    if size > 1 and (drawn == drawn[:, :1]).all():
+    if size > 1 and (tasks == tasks[:, :1]).all():
         return f"{times} draws of {size} tasks gave {size} times the same each"
 
 
@@ -116,7 +112,7 @@ def _some_tasks(env: EnvBase) -> torch.Tensor | None:
     """Tasks ``[K, n]`` of who draws them around the env, or in its first row; None if nobody shows."""
     around = [transforms_of(each) for each in (env, *rows_of(env)[:1])]
     samplers = [each for transforms in around for each in transforms if isinstance(each, TaskSampler)]
-    return _some_draws(samplers[0]).flatten(0, 1) if samplers else None
+    return _draws(samplers[0]).flatten(0, 1) if samplers else None
 
 
 def _num_workers(seen: Evidence) -> int:
@@ -124,26 +120,16 @@ def _num_workers(seen: Evidence) -> int:
     return getattr(env, "num_workers", getattr(seen.collector, "num_workers", 1))
 
 
-def _some_draws(sampler: TaskSampler) -> torch.Tensor:
-    """``_TIMES`` draws or more ``[S, N, n]``."""
-    size = sampler.container.base_env.batch_size.numel()
-    return torch.stack(list(islice(_draws(sampler), max(_TIMES, _TASKS // size + 1))))
+def _draws(sampler: TaskSampler, size: torch.Size | None = None, number: int = 256) -> torch.Tensor:
+    """At least ``number`` tasks of ``sampler``, from its seed, ``[S, N, n]``: as many at once as its env asks for, or ``size``.
 
-
-def _draws(sampler: TaskSampler, size: torch.Size | None = None) -> Iterator[torch.Tensor]:
-    """The first tasks of ``sampler``, drawn by a copy from its seed; as many at once as its env asks for, ``[N, n]``, or ``size``.
-
-    A distribution may have no more.
+    A distribution may have no more at once.
     """
-    distribution = copied(sampler.distribution, "task distribution")
-    generator = torch.Generator().manual_seed(sampler.generator.initial_seed())
     size = sampler.container.base_env.batch_size if size is None else size
-    while True:
-        try:
-            task = distribution(size, generator)
-        except (RuntimeError, ValueError) as error:
-            raise NotChecked(f"the task distribution gives no {size.numel()} tasks at once ({error})") from error
-        yield flat(task, len(size)).reshape(size.numel(), -1)
+    try:
+        return drawn(sampler.distribution, size, sampler.generator.initial_seed(), number // size.numel() + 2)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NotChecked(f"a copy of the task distribution gives no {size.numel()} tasks at once ({error})") from error
 
 
 def _tasks_of(source: EnvBase | TaskSampler | torch.Tensor | TensorDictBase | None, size: int) -> torch.Tensor:
@@ -154,7 +140,7 @@ def _tasks_of(source: EnvBase | TaskSampler | torch.Tensor | TensorDictBase | No
         raise NotChecked("the env shows no TaskSampler")
     if isinstance(source, TaskSampler):
         if not isinstance(source.distribution, _InOrder):
-            return torch.cat(list(islice(_draws(source, torch.Size([size])), 1024 // size + 1)))
+            return _draws(source, torch.Size([size]), 1024).flatten(0, 1)
         source = source.distribution.tasks
     return flat(source[:4096], 1)
 

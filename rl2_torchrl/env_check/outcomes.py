@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-__all__ = ["ENOUGH", "Outcome", "differ", "misfit", "same", "unequal"]
+__all__ = ["ENOUGH", "Outcome", "differ", "flat", "misfit", "same", "unequal"]
 
 #: So many differences on one of two sides that are as large, and none on the other, are chance in 1 of 512 where both are alike.
 ENOUGH = 9
 
 Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; whether an episode ended comes first.
+
+
+def flat(entry: Tensor | TensorDictBase, lead: int) -> Tensor:
+    """``entry``, nested or not, in float64: its first ``lead`` dimensions kept, all others made one."""
+    leaves = [entry] if isinstance(entry, Tensor) else list(entry.values(True, True))
+    return torch.cat([leaf.reshape(*leaf.shape[:lead], -1).double() for leaf in leaves], -1)
 
 
 def misfit(value: Tensor, spec: TensorSpec) -> str | None:

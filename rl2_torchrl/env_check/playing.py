@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.env_check.outcomes import Outcome
+from rl2_torchrl.env_check.shown import rows_of_task
 from rl2_torchrl.envs.rows import merge
 from rl2_torchrl.trial import INFO, base_of, is_within, put_rows
 
@@ -136,7 +137,7 @@ class EnvBelow:
         mixed = merge(changed.reshape(self.env.batch_size), other, task)
         runs = [self._episodes(seed, first) for first in (task, other, mixed)]
         later = [self._episodes(seed, task, then, half) for then in (task, other)]
-        unlike = (self.flat(task) != self.flat(other)).any(1)
+        unlike = (rows_of_task(task, self.env.batch_size) != rows_of_task(other, self.env.batch_size)).any(1).cpu()
         return Pair(*runs, changed.reshape(-1).cpu(), *later, unlike)
 
     def _episodes(self, seed: int, task: Task, then: Task = None, rows: Tensor | None = None) -> list[Outcome]:
@@ -157,11 +158,6 @@ class EnvBelow:
     def as_drawn(self, rows: Tensor, task: Task) -> Task:
         """``task`` as `TaskSampler` draws it where a trial begins in ``rows`` alone: zeros elsewhere."""
         return merge(rows.reshape(self.env.batch_size), task, self.env.full_state_spec[self.task_key].zero())
-
-    def flat(self, task: Task) -> Tensor:
-        """``task`` as ``[num_rows, n]`` float64."""
-        leaves = task.values(True, True) if isinstance(task, TensorDictBase) else [task]
-        return torch.cat([leaf.reshape(self.num_rows, -1).double().cpu() for leaf in leaves], -1)
 
     def half(self) -> Tensor:
         """Every other row, bool ``[*B, 1]``."""

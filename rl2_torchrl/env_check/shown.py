@@ -1,18 +1,34 @@
-"""What is no coincidence: that the same tasks are drawn again, and that an agent's input shows its task, at any scale."""
+"""Tasks that are drawn, and what is no coincidence: the same again, and an agent's input that shows its task, at any scale."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
-__all__ = ["BITS", "bits_of", "shown"]
+from rl2_torchrl.env_check.outcomes import flat
+from rl2_torchrl.tasks import TaskDistribution
+
+__all__ = ["BITS", "bits_of", "drawn", "rows_of_task", "shown"]
 
 #: Evidence, in coin tosses, from which on equal numbers are no coincidence.
 BITS = 14.0
 #: What of an entry's variance may be noise, or rounding in half precision, where it is the task at another scale.
 _UNLIKE = 1e-5
+
+
+def drawn(distribution: TaskDistribution, size: torch.Size, seed: int, times: int) -> Tensor:
+    """``times`` draws of ``size`` tasks by a copy of ``distribution``, ``[times, N, n]``; one with a state goes on from it."""
+    distribution, generator = copy.deepcopy(distribution), torch.Generator().manual_seed(seed)
+    return torch.stack([rows_of_task(distribution(size, generator), size) for _ in range(times)])
+
+
+def rows_of_task(task: Tensor | TensorDictBase, size: torch.Size) -> Tensor:
+    """``task`` ``[*size, ...]``, nested or not, as ``[N, n]``."""
+    return flat(task, len(size)).reshape(size.numel(), -1)
 
 
 def bits_of(tasks: Tensor, known: Tensor) -> float:

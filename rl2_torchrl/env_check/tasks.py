@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rl2_torchrl.env_check.outcomes import ENOUGH, Outcome, differ, unequal
 from rl2_torchrl.env_check.playing import RUN_STEPS, EnvBelow, Task
+from rl2_torchrl.env_check.shown import rows_of_task
 from rl2_torchrl.envs.rows import merge
 
 __all__ = ["RULES"]
@@ -35,7 +36,7 @@ def _read_back(below: EnvBelow) -> str | None:
 
 
 def _unlike(below: EnvBelow, what: str, task: Task) -> str | None:
-    found, expected = below.flat(below.task_of(below.env)).float(), below.flat(task).float()
+    found, expected = (rows_of_task(each, below.env.batch_size).float() for each in (below.task_of(below.env), task))
     if not torch.equal(found, expected):
         row = (found != expected).any(1).nonzero()[0].item()
         return f"after {what} row {row} has the task {found[row].tolist()}, not {expected[row].tolist()}"
