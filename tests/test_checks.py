@@ -139,7 +139,7 @@ def test_all_rules_hold(bptt):
     report = check_training(collector, update, first_batch(collector), held_out=mdp_env(seed=5))
     unchecked = {"gradient_through_time": "bptt=1 asks for no gradient through time"} if bptt == 1 else {}
     assert report.unchecked == unchecked
-    assert len(report.checked) == 26 - len(unchecked)
+    assert len(report.checked) == 25 - len(unchecked)
     assert (report.frozen, report.zero_gradient) == ([], [])
 
 

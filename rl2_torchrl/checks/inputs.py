@@ -32,7 +32,11 @@ def transition_input(seen: Evidence) -> str | None:
     first = trans[seen.starts][..., -2 - size :]
     if (first[..., :-1] != 0).any() or (first[..., -1] != previous.done_at_start).any():
         return f"at a trial's first step {key!r} tells of the trial before: action and reward must be 0 there"
-    return _number_of_ends(seen, trans[..., -1] != 0)
+    # A batch that does not tell where episodes end has whole trials, maybe.
+    trial, has_whole = seen.transform(Trial), seen.starts[:, 0].all() and seen.flag(("next", "done")).any()
+    ends = trans[..., -1][~seen.starts].any()
+    if has_whole and not ends and trial is not None and trial.steps is None and trial.episodes > 1:
+        return f"the input told 0 times of an episode's end inside a trial of {trial.episodes} episodes"
 
 
 def _require_unchanged(seen: Evidence, previous: PreviousStep) -> None:
@@ -57,20 +61,6 @@ def _told(seen: Evidence, previous: PreviousStep, trans: torch.Tensor) -> dict[s
         action = layout.action.encode(seen.need(layout.action_key), seen.batch.shape)
         pairs["action"] = (told[..., -2 - layout.action.size : -2], action)
     return {name: (part, happened[:, :-1].to(trans)) for name, (part, happened) in pairs.items()}
-
-
-def _number_of_ends(seen: Evidence, told: torch.Tensor) -> str | None:
-    """A trial of so many episodes is told of one end less: the last has no step behind it. ``told`` is bool ``[R, T]``."""
-    trial = seen.transform(Trial)
-    if trial is None or trial.episodes is None or trial.steps is not None:
-        return None
-    count, done = (told & ~seen.starts).cumsum(1), seen.flag(("next", "done"))
-    step = torch.arange(count.shape[1], device=count.device).expand_as(count)
-    start = torch.where(seen.starts, step, -1).cummax(1).values
-    number = (count - count.gather(1, start.clamp_min(0)))[done & (start >= 0)]
-    broken = number[number != trial.episodes - 1]
-    if len(broken):
-        return f"the input told {broken[0]} times of an episode's end inside a trial of {trial.episodes} episodes"
 
 
 def _reward_column(seen: Evidence) -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tensordict import NestedKey
-from torch import nn
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.checks.probe import LOG_PROB, VALUE
@@ -12,21 +10,6 @@ from rl2_torchrl.env_check.outcomes import flat
 from rl2_torchrl.modules.actor_critic import hidden_keys
 
 __all__ = ["RULES"]
-
-
-def hidden_keys_differ(seen: Evidence) -> str | None:
-    """Actor and critic keep their memory under different keys, unless one module keeps it for both."""
-    networks = seen.probe.networks
-    shared = set.intersection(*(set(hidden_keys(network)) for network in networks)) if len(networks) > 1 else set()
-    for key in shared:
-        writers = [{id(module) for module in network.modules() if key in _written(module)} for network in networks]
-        if not set.intersection(*writers):
-            return f"actor and critic both keep their memory under {key!r}"
-
-
-def _written(module: nn.Module) -> list[NestedKey]:
-    """Memory that ``module`` itself writes, rather than one below it."""
-    return hidden_keys(module) if hasattr(module, "out_keys") and not hasattr(module, "module") else []
 
 
 def memory_carried(seen: Evidence) -> str | None:
@@ -122,14 +105,13 @@ def _require_memory(seen: Evidence) -> None:
 
 
 RULES: dict[Rule, str] = {
-    hidden_keys_differ: "Each network writes over the other's memory: give them different hidden_key.",
     memory_carried: "Memory lives through a trial and no longer: collect with auto_register_policy_transforms=True "
     "(TrialCollector's default), and reset memory where 'is_init' says so, not where an episode ends. A core's step leaves the "
     "memory that it is given as it is. Inputs so large that its gates are shut can hold it where it began: normalize them.",
     replay: "PPO's first ratios are 1, or it improves another policy than the one that acted: the memory was lost, inputs or "
-    "statistics have moved since, dropout or BatchNorm is on (actor.eval(), critic.eval()), the collector acts with other weights, "
-    "or a module behind the distribution changes its actions, whose log-probability is that of the draw (bound the distribution: "
-    "TanhGaussianActions).",
+    "statistics have moved since, both networks have one hidden_key, dropout or BatchNorm is on (actor.eval(), critic.eval()), "
+    "the collector acts with other weights, or a module behind the distribution changes its actions, whose log-probability is "
+    "that of the draw (bound the distribution: TanhGaussianActions).",
     memory_used: "The agent cannot use what it learnt in an earlier episode: carry the memory on, and where observations are so "
     "large that they drown it, let networks normalize them, from_env(normalize=True).",
     trials_apart: "Another task's steps change this trial's outputs: start anew wherever 'is_init' is True.",
