@@ -103,7 +103,7 @@ def describe(collector: BaseCollector, update: PPOUpdate) -> Description:
     for section in ("actor", "critic"):
         network = getattr(update.loss, f"{section}_network")
         parts += [_module(section, leaf, shapes, ways, update) for leaf in _leaves(network)]
-    return Description([*parts, *_update(update, *_sizes(collector, spec)), *_loss(update)])
+    return Description([*parts, *_update(update), *_loss(update)])
 
 
 # ------------------------------------------------------------- what plays
@@ -149,24 +149,18 @@ def _transform(transform: nn.Module, env: EnvBase) -> str:
 
 
 def _collector(collector: BaseCollector, spec: Composite | None) -> list[Described]:
-    frames, of_each = _sizes(collector, spec)
+    # `RayCollector` has the second alone, and means all its processes together by it.
+    frames = getattr(collector, "requested_frames_per_batch", None) or collector.frames_per_batch
     keep = getattr(collector, "keep", None)
     batch = f"{frames:,} steps a batch"
-    if of_each is not None:
-        batch += f", {of_each:,} of each row"
+    if spec is not None:
+        batch += f", {frames // (getattr(collector, 'num_workers', 1) * spec.shape.numel()):,} of each row"
     total = collector.total_frames
     batch += f", {total:,} in all" if total is not None and 0 < total < math.inf else ", without end"
     # TorchRL's own collectors have one way, and no name for it.
     way = {"backend": getattr(collector, "backend", "tensordicts"), "reason": getattr(collector, "reason", None)}
     kept = "all entries" if keep is None else ", ".join(map(name_of, keep))
     return [Described("collector", type(collector).__name__, batch, **way), Described("collector", "keeps", kept)]
-
-
-def _sizes(collector: BaseCollector, spec: Composite | None) -> tuple[int, int | None]:
-    """Steps of a batch, and of each row in it, if these are known."""
-    # `RayCollector` has the second alone, and means all its processes together by it.
-    frames = getattr(collector, "requested_frames_per_batch", None) or collector.frames_per_batch
-    return frames, None if spec is None else frames // (getattr(collector, "num_workers", 1) * spec.shape.numel())
 
 
 # -------------------------------------------------------------- networks
@@ -211,18 +205,10 @@ def _entry(key: NestedKey, shapes: dict[NestedKey, list[int]]) -> str:
 
 
 # ---------------------------------------------------------- what learns
-def _update(update: PPOUpdate, frames: int, of_each: int | None) -> Iterable[Described]:
-    steps, count = update.bptt or of_each, update.minibatches
-    chunks = count if steps is None else frames // steps
-    made = update.minibatches_of(chunks)
-    number = f"{made} minibatches" + f" ({count} asked for)" * (made != count)
-    if chunks < count:
-        number = f"{count} minibatches (too many: a batch has {chunks} chunks)"
+def _update(update: PPOUpdate) -> Iterable[Described]:
     bptt = "whole rows" if update.bptt is None else f"chunks of {update.bptt} steps"
-    if update.bptt is not None and of_each is not None and of_each % update.bptt:
-        bptt += f" (which do not divide the {of_each} of a row)"
     order = "drawn at random" if update.shuffle else "in order"
-    passes = f"{update.epochs} epochs of {number} of {bptt}, {order}"
+    passes = f"{update.epochs} epochs of {update.minibatches} minibatches of {bptt}, {order}"
     what = ", ".join(filter(None, [passes, _settings({"target_kl": update.target_kl})]))
     yield Described("update", type(update).__name__, what, backend=update.backend, reason=update.reason)
     names = ("gamma", "lmbda", "value_target", "normalize", "scale_rewards")

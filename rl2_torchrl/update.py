@@ -23,7 +23,7 @@ from rl2_torchrl.arguments import require_flags, require_sizes_known, whole
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
-from rl2_torchrl.minibatches import Minibatches, beside, require_trials, rows_and_number, split_rows
+from rl2_torchrl.minibatches import Minibatches, beside, require_trials, split_rows
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
@@ -269,10 +269,6 @@ class PPOUpdate:
                 "keep=None), or collect and update whole trials, if all have one length."
             )
         return split_rows(batch.select(*outermost(keys)), self.bptt)
-
-    def minibatches_of(self, chunks: int) -> int:
-        """How many minibatches a pass has where the batch, of each process, is so many ``chunks``."""
-        return rows_and_number(chunks * self._learners.size, self.minibatches)[1]
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -163,24 +163,6 @@ def test_settings_of_the_update():
     assert whats["TrialAdvantage"] == "gamma=0.99, lmbda=0.97, value_target=return, normalize=True, scale_rewards=True"
 
 
-def test_minibatches_are_as_many_as_the_chunks_make():
-    description, _ = described(*networks(), minibatches=4)
-    whats = [part.what for part in rows_of(description, "update")]
-    assert whats[0].startswith("3 epochs of 3 minibatches (4 asked for) of whole rows")
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"minibatches": 9}, "of 9 minibatches (too many: a batch has 6 chunks) of whole rows"),
-        ({"bptt": 3}, "of chunks of 3 steps (which do not divide the 10 of a row)"),
-    ],
-)
-def test_what_an_update_will_refuse_is_described_as_such(options, said):
-    whats = [part.what for part in rows_of(described(*networks(), **options)[0], "update")]
-    assert said in whats[0]
-
-
 def test_learning_rates_of_several_groups():
     loss = RL2PPOLoss(*networks())
     actor, critic = (list(network.parameters()) for network in (loss.actor_network, loss.critic_network))
