@@ -46,7 +46,7 @@ __all__ = ["RunCheckpoints", "Stateful"]
 log = logging.getLogger(__name__)
 
 #: Of what is in a checkpoint; another number is not read.
-FORMAT = 6
+FORMAT = 7
 _KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _HISTORY, _LOCK = "checkpoint-history.jsonl", "checkpoint.lock"
@@ -253,11 +253,6 @@ class RunCheckpoints:
                 f"cannot resume from {self._folder}: all its {len(damaged)} checkpoints are damaged. Copy them once more, or start "
                 "anew without resume."
             )
-        if any((path / "manifest.json").exists() for path in self._folder.glob("checkpoint-*")):
-            raise ValueError(
-                f"cannot resume from {self._folder}: its checkpoints are of another version of rl2_torchrl, whose format this one "
-                f"({version('rl2_torchrl')}) does not read. Finish the run with that version, or start anew without resume."
-            )
         return False
 
     def _require_fit(self, path: Path, tree: Mapping[str, Any], changes: Collection[str]) -> list[str]:
@@ -268,7 +263,7 @@ class RunCheckpoints:
                 f"format {tree['format']}, and this one, {version('rl2_torchrl')}, reads format {FORMAT}. Finish the run with "
                 "that version."
             )
-        if devices := differences(tree.get("devices", self._devices), self._devices):  # older versions did not say
+        if devices := differences(tree["devices"], self._devices):
             raise ValueError(
                 f"cannot resume from {path}: it was made on other devices ({'; '.join(devices.values())}), whose random numbers "
                 "and memory these do not take. Go on there; or start anew from what it has learnt, which an agent's file holds."
@@ -307,10 +302,10 @@ class RunCheckpoints:
 
     def _restore(self, path: Path, tree: Mapping[str, Any], changed: Collection[str]) -> None:
         """Puts all parts back; ``changed`` are the settings that have."""
-        state = {"kept": {}, **tree["state"]}  # older versions had fewer
+        state = tree["state"]
         changed_parts = {name.rpartition(".")[0] for name in changed}  # what may have been made of what has changed
         if not torch.cuda.is_available():  # of a run on the CPU, on a machine that has CUDA too
-            state.get("rng", {}).pop("torch_cuda", None)
+            state["rng"].pop("torch_cuda", None)
         if any(name.startswith("env.") for name in changed):
             state["rollout"] = {"missing": "settings of the env have changed"}
             changed_parts |= {name for name in state["kept"] if name.startswith("env.")}
@@ -319,9 +314,8 @@ class RunCheckpoints:
         state["kept"] = {name: each for name, each in state["kept"].items() if name not in changed_parts}
         try:
             for name, part in self._parts.items():
-                if name in state:  # older versions had fewer
-                    is_left = changed and isinstance(part, PPOUpdate)
-                    part.load_state_dict(_left_by(changed, part, state[name]) if is_left else state[name])
+                is_left = changed and isinstance(part, PPOUpdate)
+                part.load_state_dict(_left_by(changed, part, state[name]) if is_left else state[name])
         except Exception as error:
             then = differences(tree["versions"], _versions())
             raise ValueError(

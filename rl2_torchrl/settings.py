@@ -33,8 +33,6 @@ Settings = dict[str, Any]
 _INNER = {"training", "is_closed", "backend", "reason", "foreach", "fused", "capturable", "differentiable", "params"}
 _INNER |= {"given_options", "given_coefficients"}
 _NOT_PLAIN = object()
-#: What earlier versions said nothing of: the rows of an env, modules within loss terms, and tasks that are drawn.
-_NOT_SAID_ONCE = ("env.rows.", ".modules.", ".drawn_tasks")
 _FEW = 64  # numbers of a buffer that is compared
 _NETWORKS = ("actor_network", "critic_network")
 
@@ -101,29 +99,14 @@ def networks_of(update: Any) -> dict[str, list[int]]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What differs, in words by name."""
-    unsaid = [kind for kind in _NOT_SAID_ONCE if not any(kind in name for name in then)]
-    now = {name: value for name, value in now.items() if not any(kind in name for kind in unsaid)}
     words = {
         name: [json.dumps(side[name]) if name in side else "none" for side in (then, now)] for name in {**then, **now}
     }
-    differing = [
-        name for name, (old, new) in words.items() if old != new and not _is_named_alike(then.get(name), now.get(name))
-    ]
+    differing = [name for name, (old, new) in words.items() if old != new]
     # Tasks are what env and distribution make of them, of which it is said by name.
     if any(name.startswith("env.") and not name.endswith(".drawn_tasks") for name in differing):
         differing = [name for name in differing if not name.endswith(".drawn_tasks")]
     return {name: "{}: {} then, {} now".format(name, *words[name]) for name in differing}
-
-
-def _is_named_alike(then: Any, now: Any) -> bool:
-    """Whether both are functions of one name, which earlier versions said with their modules: ``train.tasks`` was ``tasks()``."""
-    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        return all(
-            json.dumps(old) == json.dumps(new) or _is_named_alike(old, new) for old, new in zip(then, now, strict=True)
-        )
-    if isinstance(then, dict) and len(then) == 1:
-        [then] = then  # with what it reads, as one version said it
-    return isinstance(then, str) and isinstance(now, str) and (then == now or f"{then}()".endswith(f".{now}"))
 
 
 def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
@@ -217,9 +200,7 @@ def parts_of(update: PPOUpdate) -> dict[str, Any]:
 
 
 def _update(update: PPOUpdate) -> Settings:
-    settings: Settings = {"update.optimizer": _name(update.optimizer)}
-    if update.processes > 1:  # which earlier versions did not say
-        settings["update.processes"] = update.processes
+    settings: Settings = {"update.optimizer": _name(update.optimizer), "update.processes": update.processes}
     for name, part in parts_of(update).items():
         settings |= _part(name, part)
     for number, options in enumerate(update.given_options):

@@ -413,10 +413,9 @@ class PPOUpdate:
         for name, value in self.given_coefficients.items():
             if value != state["given_coefficients"][name] or name in freed:
                 getattr(self.loss, name).fill_(value)
-        trained = state.get("trained", {})  # which earlier versions did not save
-        if trained.get("given") == self._given_trained:
+        if state["trained"]["given"] == self._given_trained:
             for name, parameter in self.loss.named_parameters():
-                parameter.requires_grad_(name in trained["now"])
+                parameter.requires_grad_(name in state["trained"]["now"])
         if "advantage" in state:
             self.advantage.load_state_dict(state["advantage"])
         if self._generator is not None and state["generator"] is not None:

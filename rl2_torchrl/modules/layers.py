@@ -85,13 +85,9 @@ class ImageEncoder(nn.Module):
         torch.Size([2, 7, 4])
     """
 
-    scale = True
-
     def __init__(self, net: nn.Module, shape: Sequence[int], *, scale: bool = True):
         super().__init__()
-        self.net, self.shape = net, torch.Size(shape)
-        if not scale:  # else a run of a version that knew nothing of it would not be gone on with
-            self.scale = False
+        self.net, self.shape, self.scale = net, torch.Size(shape), scale
 
     def forward(self, x: Tensor) -> Tensor:
         batch = x.shape[: x.ndim - len(self.shape)]
