@@ -104,7 +104,6 @@ class RunCheckpoints:
         self._networks = networks_of(update)
         self._devices = devices_of(collector, update)
         self._moved: set[str] = set()  # attributes of env and networks that play or updates have changed
-        self._distributions = {each: each.distribution for each in _samplers(collector).values()}
         self._own = _CollectorState(collector)
         self._parts = {
             "update": update,
@@ -181,7 +180,6 @@ class RunCheckpoints:
         state = self._state(rollout)
         if rollout or not isinstance(self._collector, TrialWorkers):  # which may have died in the rollout
             self._moved |= moved(self._settings, settings_of(self._collector, self._parts["update"]))
-            self._tell_of_other_tasks()
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
         about |= {"devices": self._devices, "moved": sorted(self._moved)}
         about["history"] = self._history.write(self._result.history)
@@ -189,17 +187,6 @@ class RunCheckpoints:
         self._scalars.is_of(self._folder)
         for path in self._paths()[:-_KEPT]:
             path.unlink()
-
-    def _tell_of_other_tasks(self) -> None:
-        for sampler, given in self._distributions.items():
-            if sampler.distribution is not given:
-                self._distributions[sampler] = sampler.distribution  # once
-                log.warning(
-                    "the sampler of %r was given another task distribution in the training, of which checkpoints know nothing: a "
-                    "resumed run begins with the first one. Give one whose attributes change, or that has state_dict() and "
-                    "load_state_dict(state).",
-                    sampler.task_key,
-                )
 
     def _state(self, rollout: bool = True) -> dict[str, Any]:
         for name, part in {**self._parts, "collector": self._collector}.items():
@@ -271,7 +258,8 @@ class RunCheckpoints:
         networks = differences(tree["networks"], self._networks)
         self._moved |= set(tree["moved"])
         settings = differences(tree["settings"], self._settings)
-        settings = {name: words for name, words in settings.items() if name not in self._moved or name in changes}
+        for name in self._moved.intersection(settings).difference(changes):
+            log.info("resuming where the run itself had come to, whatever it is given now: %s", settings.pop(name))
         unknown = set(changes) - {*tree["settings"], *self._settings}
         if unknown:
             matches = (each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3))
@@ -309,8 +297,6 @@ class RunCheckpoints:
         if any(name.startswith("env.") for name in changed):
             state["rollout"] = {"missing": "settings of the env have changed"}
             changed_parts |= {name for name in state["kept"] if name.startswith("env.")}
-        if "update.optimizer" in changed:
-            changed_parts.add("update.optimizer")
         state["kept"] = {name: each for name, each in state["kept"].items() if name not in changed_parts}
         try:
             for name, part in self._parts.items():
@@ -444,14 +430,11 @@ class _States:
 def _parts(collector: BaseCollector, update: Stateful) -> dict[str, Any]:
     """What may hold more than its ``state_dict`` says, by the names of their settings; tasks that a callback makes harder, say."""
     transforms, env = _transforms(collector), getattr(collector, "env", None)
-    tasks = {f"{name}.distribution": owner_of(each.distribution) for name, each in _samplers(collector).items()}
+    samplers = {name: each for name, each in transforms.items() if isinstance(each, TaskSampler)}
+    tasks = {f"{name}.distribution": owner_of(each.distribution) for name, each in samplers.items()}
     bases = {"env": base_of(env)} if env is not None and isinstance(base_of(env), TensorEnv) else {}
-    of_update = {**parts_of(update), "update.optimizer": update.optimizer} if isinstance(update, PPOUpdate) else {}
+    of_update = parts_of(update) if isinstance(update, PPOUpdate) else {}
     return {**bases, **transforms, **tasks, **of_update}
-
-
-def _samplers(collector: BaseCollector) -> dict[str, TaskSampler]:
-    return {name: each for name, each in _transforms(collector).items() if isinstance(each, TaskSampler)}
 
 
 def _transforms(collector: BaseCollector) -> dict[str, Transform]:

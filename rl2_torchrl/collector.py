@@ -15,8 +15,8 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 
 from rl2_torchrl.arguments import as_list, kind_of, whole
+from rl2_torchrl.codec import NoStateError
 from rl2_torchrl.envs.env_state import env_state, put_env_state
-from rl2_torchrl.envs.plain_data import NoStateError
 from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.locks import MODES
 from rl2_torchrl.quiet import quiet_torchrl

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -221,6 +222,8 @@ def _plain(value: Any) -> Any:
     """``value`` as JSON has it, a function by its name; else `_NOT_PLAIN`."""
     if isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0:
         value = value.item()
+    if isinstance(value, Enum):
+        return value.name
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):

@@ -79,9 +79,10 @@ def train(
             state (a `TensorEnv`; `GymVectorEnv`, `GymTaskEnv` and TorchRL envs that are `Resumable`, over envs of plain data;
             ``SerialEnv`` and ``ParallelEnv`` of them) the run goes on as if it had never stopped, in the middle of its trials;
             with other envs it begins new trials, and the log and ``new_trials`` of the result say why. Attributes of transforms
-            (not in a ``ParallelEnv``'s processes), of what draws the tasks, of advantage, networks, terms, update and optimizer
-            that have moved (numbers, tensors, ...), public numbers of a `TensorEnv` and parameters' ``requires_grad`` go on too;
-            what has taken an attribute's place and cannot be saved is named in the log. An env of ``evaluate``'s is no
+            (not in a ``ParallelEnv``'s processes), of what draws the tasks, of advantage, networks, terms and update that have
+            moved (numbers, tensors, ...), public numbers of a `TensorEnv` and parameters' ``requires_grad`` go on too, whatever
+            they are given now; what has taken an attribute's place and cannot be saved is named in the log, and what a function
+            closes over, or an object within an attribute holds, is not kept. An env of ``evaluate``'s is no
             part of it: with `TaskSampler.fixed` that plays the same tasks again. CSV files and TensorBoard then hold each step
             once: what the logger has there of later steps is taken back. Where there is no checkpoint the run starts anew, and
             CSV files of one that was killed before its first are moved to a subfolder; a log whose run has had checkpoints,

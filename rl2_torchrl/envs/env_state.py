@@ -12,7 +12,7 @@ from typing import Any
 
 from torchrl.envs import EnvBase, ParallelEnv, SerialEnv
 
-from rl2_torchrl.envs.plain_data import NoStateError
+from rl2_torchrl.codec import NoStateError
 
 __all__ = ["env_state", "put_env_state"]
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import logging
 import os
-import random
 import re
 import sys
 import types
@@ -18,12 +16,12 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import wrappers
-from torch import Generator, default_generator
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.envs.plain_data import NoStateError, Restorer, Saver
+from rl2_torchrl.codec import NoStateError
 from rl2_torchrl.envs.simulation import put_simulation, simulation_of
+from rl2_torchrl.storage import from_bytes, to_bytes
 
 __all__ = ["made_of", "moving_statistics", "put_state", "spaces_within", "state_of", "state_or_reason"]
 
@@ -34,9 +32,6 @@ _CONSTANT = (
     *(gymnasium.spaces.Space, gymnasium.envs.registration.EnvSpec, TensorSpec),
     *(np.dtype, torch.dtype, torch.device, logging.Logger, re.Pattern),
 )
-#: What is another with each use, but for the program's own generators, which are no env's.
-_CHANGING = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, Generator, Iterator)
-_OF_THE_PROGRAM = (np.random.random.__self__, random.random.__self__, default_generator)
 #: Attributes of Gymnasium's and TorchRL's own that hold the arguments of constructors, or read an info.
 _SKIPPED = {"_saved_kwargs", "_cached_spec", "spec", "metadata", "_constructor_kwargs", "_info_dict_reader"}
 #: Attributes of Gymnasium's MuJoCo envs that are looked after apart, or draw pictures.
@@ -50,12 +45,13 @@ _NORMALIZING += (wrappers.vector.NormalizeObservation, wrappers.vector.Normalize
 _STATISTICS = "gymnasium.wrappers.utils"
 
 
-def state_of(env: Any) -> list[dict[str, Any]]:
-    """The state of ``env``, layer by layer from the outermost wrapper: numbers, texts, arrays, and lists of them.
+def state_of(env: Any) -> bytes:
+    """The state of ``env``, layer by layer from the outermost wrapper, as `to_bytes` writes it.
 
     A layer with ``get_state()`` and ``set_state(state)`` of its own says what its state is. Of all others it is their attributes:
     numbers, texts, arrays, tensors, containers, random number generators, those of its spaces too, and objects of classes of the
-    env's own package, such as MiniGrid's; and of MuJoCo's envs, Gymnasium's and DMControl's, the simulation.
+    env's own package, such as MiniGrid's; and of MuJoCo's envs, Gymnasium's and DMControl's, the simulation. Functions are no
+    state, nor is what they close over.
 
     Args:
         env: an env of Gymnasium's, or one of TorchRL's, such as DMControl's.
@@ -72,33 +68,28 @@ def state_of(env: Any) -> list[dict[str, Any]]:
         >>> bool((env.step(0)[0] == once).all())
         True
     """
-    layers = list(_layers(env))
-    saver, constants = Saver(_packages(layers), layers), {}
+    layers = _layers_of(env)
+    state = {name: _attributes_of(layer) for name, layer in layers.items()}
+    state["beside"] = [_beside(layer) for layer in layers.values()]
+    known = list(layers.values())
     try:
-        states = [_layer_state(layer, saver, constants) for layer in layers]
-        spaces = [space for layer in layers for each in _spaces_of(layer).values() for space in each]
-        drawn = {id(each): each for space in spaces for each in (space, space._np_random)}
-        for where, value in constants.items():  # once all is known that is saved
-            if _hides_state(value, saver, dict(drawn)):
-                raise NoStateError(f"{where} is a function with a state of its own, which is no attribute of the env")
-        return states
+        return to_bytes(state, _packages(known), known)
     except RecursionError as error:
         raise NoStateError(f"what {type(env).__name__} holds is nested too deep to be saved") from error
 
 
-def put_state(env: Any, state: list[dict[str, Any]]) -> None:
+def put_state(env: Any, state: bytes) -> None:
     """Puts back what `state_of` returned, into the same env or one that was made alike."""
-    layers = list(_layers(env))
-    restorer = Restorer(_packages(layers), layers)
-    for layer, saved in zip(layers, state, strict=True):
-        if "own" in saved:
-            layer.set_state(saved["own"])
-        for name, value in saved.get("attributes", {}).items():
-            vars(layer)[name] = restorer(value, vars(layer).get(name))
-        if "simulation" in saved:
-            put_simulation(*_simulation(layer), saved)
-        if "spaces" in saved:
-            _put_draws(layer, saved["spaces"])
+    layers = _layers_of(env)
+    known, now = list(layers.values()), {name: vars(layer) for name, layer in layers.items()}
+    saved = from_bytes(state, f"the state of {type(env).__name__}", _packages(known), known, now)
+    for (name, layer), beside in zip(layers.items(), saved["beside"], strict=True):
+        if "own" in beside:
+            layer.set_state(beside["own"])
+        vars(layer).update(saved[name])
+        if "simulation" in beside:
+            put_simulation(*_simulation(layer), beside)
+        _put_draws(layer, beside["spaces"])
 
 
 def made_of(env: Any, *, is_new: bool = False) -> dict[str, Any]:
@@ -132,7 +123,7 @@ def _parameters_of(layer: Any) -> set[str]:
     return {name for each in functions for name in inspect.signature(each).parameters}
 
 
-def state_or_reason(env: Any) -> list[dict[str, Any]] | str:
+def state_or_reason(env: Any) -> bytes | str:
     """`state_of` ``env``, or in words why it has none."""
     try:
         return state_of(env)
@@ -143,6 +134,11 @@ def state_or_reason(env: Any) -> list[dict[str, Any]] | str:
 def moving_statistics(env: Any) -> list[str]:
     """Gymnasium's wrappers in ``env`` that normalize by statistics which move with what they see, by their classes' names."""
     return [type(each).__name__ for each in _layers(env) if isinstance(each, _NORMALIZING) and each.update_running_mean]
+
+
+def _layers_of(env: Any) -> dict[str, Any]:
+    """The layers by their numbers and classes, the outermost first."""
+    return {f"layer {number}, {type(layer).__name__}": layer for number, layer in enumerate(_layers(env))}
 
 
 def _layers(env: Any) -> Iterator[Any]:
@@ -160,24 +156,27 @@ def _names_below(layer: Any) -> tuple[str, ...]:
     return ("_task", "_physics") if _is(layer, "dm_control.rl.control", "Environment") else ()
 
 
-def _layer_state(layer: Any, saver: Saver, constants: dict[str, Any]) -> dict[str, Any]:
-    """The state of one layer; attributes that stay as they are go to ``constants``."""
-    simulation = _simulation(layer)
-    state = {} if simulation is None else simulation_of(*simulation)
-    if _is(layer, "dm_control.mujoco.engine", "Physics"):
-        return state
-    if _says_its_state(layer):
-        return {"own": layer.get_state(), **state}
-    skipped = {*_SKIPPED, *_names_below(layer), *(_OF_MUJOCO if simulation else ())}
+def _attributes_of(layer: Any) -> dict[str, Any]:
+    """The attributes of one layer, but for those that stay as they are, or of which it says by itself what they are."""
+    if _is_physics(layer) or _says_its_state(layer):
+        return {}
+    skipped = {*_SKIPPED, *_names_below(layer), *(_OF_MUJOCO if _simulation(layer) else ())}
     skipped |= _OF_TORCHRL if isinstance(layer, EnvBase) else set()
-    attributes = {}
-    for name, value in vars(layer).items():
-        where = f"{type(layer).__name__}.{name}"
-        if name not in skipped and _is_constant(value):
-            constants[where] = value
-        elif name not in skipped:
-            attributes[name] = saver(value, where)
-    return {"attributes": attributes, "spaces": _draws_of(layer), **state}
+    attributes = {name: each for name, each in vars(layer).items() if name not in skipped and not _is_constant(each)}
+    if _simulation(layer):  # whose arrays are looked into from elsewhere, too
+        attributes = {name: each for name, each in attributes.items() if not _is_others_memory(each)}
+    return attributes
+
+
+def _is_others_memory(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and not isinstance(value.base, np.ndarray | torch.Tensor | bytes | None)
+
+
+def _beside(layer: Any) -> dict[str, Any]:
+    """What else the state of one layer is: its own, MuJoCo's simulation, and where the draws of its spaces stand."""
+    simulation = _simulation(layer)
+    own = {"own": layer.get_state()} if _says_its_state(layer) else {}
+    return {**own, **(simulation_of(*simulation) if simulation else {}), "spaces": _draws_of(layer)}
 
 
 def _is_constant(value: Any) -> bool:
@@ -185,44 +184,6 @@ def _is_constant(value: Any) -> bool:
     if type(value) not in (dict, list, tuple):
         return isinstance(value, _CONSTANT)
     return len(value) > 0 and all(map(_is_constant, value.values() if type(value) is dict else value))
-
-
-def _hides_state(value: Any, saver: Saver, seen: dict[int, Any]) -> bool:
-    """Whether a constant has along what changes and is not saved: a generator, an iterator, or the object whose method it is.
-
-    Numbers, arrays and containers that a function closes over are taken for its settings, as they nearly always are.
-    """
-    if id(value) in seen or saver.has_met(value) or any(value is each for each in _OF_THE_PROGRAM):
-        return False
-    seen[id(value)] = value
-    is_method = (
-        isinstance(value, types.MethodType) and saver.is_own(value.__self__) and not saver.has_met(value.__self__)
-    )
-    if is_method or isinstance(value, _CHANGING):
-        return True
-    return any(_hides_state(each, saver, seen) for each in _carried(value, saver))
-
-
-def _carried(value: Any, saver: Saver) -> list[Any]:
-    """What is in a container, a space or an object of the env's own; of a function what it closes over, and known arguments."""
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, types.FunctionType):
-        # An empty cell, of a name that is not given yet, has no contents to ask for.
-        known = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-        return [*gc.get_referents(*(value.__closure__ or ())), *known]
-    if isinstance(value, types.MethodType):
-        return [value.__self__, *getattr(value.__self__, "__dict__", {}).values()]
-    if isinstance(value, types.BuiltinFunctionType):  # whose own may be a whole module
-        return [value.__self__]
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(value)
-    if hasattr(value, "__wrapped__"):
-        return [value.__wrapped__]
-    is_open = isinstance(value, gymnasium.spaces.Space) or saver.is_own(value)
-    return list(vars(value).values()) if is_open and hasattr(value, "__dict__") else []
 
 
 def _draws_of(layer: Any) -> dict[str, list[dict[str, Any] | None]]:
@@ -262,7 +223,7 @@ def spaces_within(value: Any, seen: dict[int, Any] | None = None) -> Iterator[gy
 
 def _simulation(layer: Any) -> tuple[Any, Any] | None:
     """MuJoCo's model and data, of a layer that has them."""
-    if _is(layer, "dm_control.mujoco.engine", "Physics"):
+    if _is_physics(layer):
         return layer.model.ptr, layer.data.ptr
     if hasattr(layer, "mujoco_renderer") and hasattr(layer, "data"):
         return layer.model, layer.data
@@ -272,7 +233,12 @@ def _simulation(layer: Any) -> tuple[Any, Any] | None:
 def _says_its_state(layer: Any) -> bool:
     """Whether ``layer``'s class has ``get_state()`` and ``set_state(state)``; MuJoCo envs' own takes two arguments."""
     setter = getattr(type(layer), "set_state", None)
-    return hasattr(type(layer), "get_state") and setter is not None and len(inspect.signature(setter).parameters) == 2
+    is_pair = hasattr(type(layer), "get_state") and setter is not None and not _is_physics(layer)
+    return is_pair and len(inspect.signature(setter).parameters) == 2
+
+
+def _is_physics(layer: Any) -> bool:
+    return _is(layer, "dm_control.mujoco.engine", "Physics")
 
 
 def _is(layer: Any, module: str, name: str) -> bool:

@@ -15,10 +15,10 @@ class Resumable:
 
     Attributes may be numbers, texts, arrays, tensors, containers of them, random number generators, and objects of classes of the
     env's own package. Of TorchRL's ``GymEnv`` and ``DMControlEnv`` it is the env within too, with the simulation of MuJoCo and its
-    model, which a task may have changed. Specs are no state, nor are functions and what they close over. Of an env that holds
-    anything else, such as a simulator of its own, or a generator, an iterator or another object's method within a function, a
-    resumed run begins new trials, and the log names it: write ``get_extra_state()``, which returns a tensor, and
-    ``set_extra_state(tensor)`` instead.
+    model, which a task may have changed. Specs are no state, nor are functions and what they close over: let a generator that one
+    draws from be an attribute, too. Tensors that look into one another's memory no more do. Of an env that holds anything else,
+    such as a simulator of its own, a resumed run begins new trials, and the log names it: write ``get_extra_state()``, which
+    returns a tensor, and ``set_extra_state(tensor)`` instead.
 
     Examples:
         >>> import torch
