@@ -1,9 +1,11 @@
 """Tiny real runs for tests of checkpoints and faults."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -134,6 +136,22 @@ def program(text, *arguments, **options):
     return subprocess.Popen(command, env=environment, **pipes, **options)
 
 
-def wait_for(process):
-    """Until the program says "now"; TorchRL's loggers write to the same place."""
-    assert "now\n" in iter(process.stdout.readline, "")
+@contextmanager
+def forked(function):
+    """A process that calls ``function(pause)``, from where it pauses, which it is not told to end, until it is killed."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def pause():
+        theirs.send("now")
+        theirs.recv()
+
+    process = context.Process(target=function, args=(pause,))
+    process.start()
+    try:
+        theirs.close()
+        assert ours.recv() == "now"
+        yield process
+    finally:
+        process.kill()
+        process.join()

@@ -1,11 +1,13 @@
 """What a run survives from outside: signals, a kill, a full disk, another run in its folder, processes of its envs."""
 
 import os
+import resource
 import signal
+import time
 
 import pytest
 import torch
-from runs import BATCH, Run, assert_goes_on_as_unbroken, checkpoint, contents, program, saved_steps, wait_for
+from runs import BATCH, Run, assert_goes_on_as_unbroken, checkpoint, contents, forked, program, saved_steps
 
 # ---- Signals.
 
@@ -90,54 +92,47 @@ def test_a_signal_that_is_ignored_stays_so(name, tmp_path):
     assert (result.env_steps, result.interrupted) == (5 * BATCH, False)
 
 
-# ---- Programs: on a full disk, two in one folder.
+# ---- A full disk; two runs in one folder.
 
 
-FULL = """
-    import resource, sys
-    from torchrl.record.loggers import CSVLogger
-    folder, limit, saved = sys.argv[1], int(sys.argv[2]), []
-    run = Run(5)
-    def full(row):
-        size = limit if row["env_steps"] == 3 * BATCH else resource.RLIM_INFINITY
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        return row["env_steps"] == 3 * BATCH and sys.argv[3] == "last"
-    run.train(checkpoints=folder, checkpoint_interval=1, stop=full)
-"""
+def run_on_a_full_disk(folder, limit, *, is_last):
+    """Trains until after the third update, or on from there: at its checkpoint a file may not grow beyond ``limit`` bytes."""
+
+    def full(row):  # writes fail then as they do on a full disk
+        is_full = row["env_steps"] == 3 * BATCH
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit if is_full else resource.RLIM_INFINITY, hard))
+        return is_full and is_last
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        Run(5).train(checkpoints=folder, checkpoint_interval=1, stop=full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("limit", [0, 100, 4000, 20_000])
-def test_a_full_disk_costs_one_checkpoint(limit, tmp_path, unbroken):
-    # A file may not grow beyond the limit; writes fail as they do on a full disk.
-    run = program(FULL, tmp_path, limit, "goes on")
-    assert run.wait() == 0
-    said = run.stderr.read()
-    assert f"no checkpoint could be written at {3 * BATCH} env steps ([Errno 27] File too large" in said
-    assert f"the newest one is {checkpoint(tmp_path, 2)}. The training goes on." in said
+def test_a_full_disk_costs_one_checkpoint(limit, tmp_path, unbroken, caplog):
+    run_on_a_full_disk(tmp_path, limit, is_last=False)
+    assert f"no checkpoint could be written at {3 * BATCH} env steps ([Errno 27] File too large" in caplog.text
+    assert f"the newest one is {checkpoint(tmp_path, 2)}. The training goes on." in caplog.text
     assert saved_steps(tmp_path) == [4 * BATCH, 5 * BATCH]
     assert_goes_on_as_unbroken(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("limit", [0, 20_000])
 def test_a_disk_that_is_full_at_the_end_is_an_error(limit, tmp_path, unbroken):
-    run = program(FULL, tmp_path, limit, "last")
-    assert run.wait() == 1
-    assert f"OSError: no checkpoint could be written at {3 * BATCH} env steps" in run.stderr.read()
+    with pytest.raises(OSError, match=f"no checkpoint could be written at {3 * BATCH} env steps"):
+        run_on_a_full_disk(tmp_path, limit, is_last=True)
     assert saved_steps(tmp_path) == [BATCH, 2 * BATCH]
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
     assert_goes_on_as_unbroken(tmp_path, unbroken)
 
 
-HOLDS = """
-    import sys
-    Run(5).train(checkpoints=sys.argv[1], checkpoint_interval=1, stop=lambda row: print("now", flush=True) or input())
-"""
-
-
 def test_two_runs_in_one_folder(tmp_path):
-    holds = program(HOLDS, tmp_path)
-    try:
-        wait_for(holds)
+    def hold(pause):
+        Run(5).train(checkpoints=tmp_path, checkpoint_interval=1, stop=lambda row: pause())
+
+    with forked(hold):
         before = contents(tmp_path)
         for options in ({}, {"resume": True}):
             with pytest.raises(
@@ -145,9 +140,6 @@ def test_two_runs_in_one_folder(tmp_path):
             ):
                 Run(5).train(checkpoints=tmp_path, **options)
         assert contents(tmp_path) == before
-    finally:
-        holds.kill()
-        holds.wait()
     Run(5).train(checkpoints=tmp_path, resume=True)  # a lock ends with its program
 
 
@@ -162,22 +154,19 @@ def test_two_runs_of_one_process_in_one_folder(tmp_path):
 
 
 def test_a_killed_run_is_not_held_by_its_envs_processes(tmp_path):
-    forks = """
-        import os, sys, time
-        def fork(row):
+    def fork(pause):
+        def begin(row):
             if os.fork() == 0:
-                sys.stdout.close(); sys.stderr.close(); os.close(1); os.close(2)
                 time.sleep(30)
                 os._exit(0)
-            print("now", flush=True)
-            input()
-        Run(5).train(checkpoints=sys.argv[1], stop=fork)
-    """
-    run = program(forks, tmp_path, start_new_session=True)
+            pause()
+
+        os.setsid()
+        Run(5).train(checkpoints=tmp_path, stop=begin)
+
+    with forked(fork) as run:
+        pass
     try:
-        wait_for(run)
-        run.kill()
-        run.wait()
         Run(5).train(checkpoints=tmp_path)
     finally:
         os.killpg(run.pid, signal.SIGKILL)
@@ -210,34 +199,38 @@ WORKERS = """
         def __init__(self):
             sampler = TaskSampler(lambda size, generator: torch.rand(*size, 1, generator=generator), seed=1)
             parts = Compose(Trial(steps=STEPS), sampler, PreviousStep())
-            env = TransformedEnv(globals()[sys.argv[3]](), parts)
+            env = TransformedEnv(make(), parts)
             self.update = self.networks(env, GRUGaussianActor, 4, minibatches=1)
             sizes = {"frames_per_batch": 2 * STEPS, "total_frames": 10_000 * STEPS}
             self.collector = Collector(env, self.policy, auto_register_policy_transforms=True, **sizes)
 
-    def stop(row):
-        if row["env_steps"] == 2 * STEPS * 3 and sys.argv[2] == "ctrl-c":  # as a terminal does: to every process, in a rollout
-            threading.Timer(0.05, os.killpg, (0, signal.SIGINT)).start()
-        return row["env_steps"] == 2 * STEPS * 3 and sys.argv[2] == "stop"
-
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    result = Parallel().train(checkpoints=sys.argv[1], stop=stop, check=False)
-    print("returned", result.env_steps, result.interrupted, flush=True)
+    for case in sys.argv[2:]:
+        how, envs = case.split()
+        make = globals()[envs]
+
+        def stop(row):
+            if row["env_steps"] == 2 * STEPS * 3 and how == "ctrl-c":  # as a terminal does: to every process, in a rollout
+                threading.Timer(0.05, os.killpg, (0, signal.SIGINT)).start()
+            return row["env_steps"] == 2 * STEPS * 3 and how == "stop"
+
+        print(case, file=sys.stderr)
+        result = Parallel().train(checkpoints=f"{sys.argv[1]}/{case}", stop=stop, check=False)
+        print("returned", result.env_steps, result.interrupted, flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    ("how", "envs"), [("stop", "parallel"), *(("ctrl-c", envs) for envs in ("parallel", "rows", "own_rows"))]
-)
-def test_a_training_with_workers_is_saved_and_its_program_ends(how, envs, tmp_path):
-    run = program(WORKERS, tmp_path, how, envs, start_new_session=True)
+def test_trainings_with_workers_are_saved_and_their_program_ends(tmp_path):
+    cases = ["stop parallel", "ctrl-c parallel", "ctrl-c rows", "ctrl-c own_rows"]
+    run = program(WORKERS, tmp_path, *cases, start_new_session=True)
     try:
         said, errors = run.communicate(timeout=300)  # or it would not end
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
-    (line,) = [line for line in said.splitlines() if line.startswith("returned")]
-    _, env_steps, interrupted = line.split()
-    assert interrupted == str(how == "ctrl-c"), errors
-    assert saved_steps(tmp_path) == [int(env_steps)]
-    assert envs != "rows" or "the rollout was cut short" not in errors, errors
+    returned = [line.split()[1:] for line in said.splitlines() if line.startswith("returned")]
+    assert [interrupted for _, interrupted in returned] == ["False", "True", "True", "True"], errors
+    for case, (env_steps, _) in zip(cases, returned, strict=True):
+        assert saved_steps(tmp_path / case) == [int(env_steps)]
+    of_rows = errors.partition("ctrl-c rows\n")[2].partition("ctrl-c own_rows\n")[0]
+    assert "the rollout was cut short" not in of_rows, errors

@@ -4,34 +4,26 @@ import csv
 import shutil
 
 import pytest
-from runs import BATCH, Run, checkpoint, contents, program, wait_for
+from runs import BATCH, Run, checkpoint, contents, forked
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
 from rl2_torchrl import Callback
 
-KILLED = """
-    import sys
-    from torchrl.record.loggers import CSVLogger
-    folder, first = sys.argv[1], not sys.argv[2:]
-    def told(row):
-        if first and row["env_steps"] >= 3 * BATCH:  # after a checkpoint, and a row that follows it
-            print("now", flush=True)
-            input()
-    logger = CSVLogger("scalars", folder)
-    Run(5).train(checkpoints=folder + "/run", checkpoint_interval=2, resume=not first, stop=told, logger=logger)
-"""
-
 
 def test_scalars_after_a_kill_hold_each_step_once(tmp_path, unbroken):
-    killed = program(KILLED, tmp_path)
-    wait_for(killed)
-    killed.kill()
-    killed.wait()
+    def train(**options):
+        logger = CSVLogger("scalars", tmp_path)
+        Run(5).train(checkpoints=tmp_path / "run", checkpoint_interval=2, logger=logger, **options)
+
+    def until_killed(pause):
+        train(stop=lambda row: row["env_steps"] >= 3 * BATCH and pause())  # after a checkpoint, and a row that follows it
+
+    with forked(until_killed):
+        pass
     scalars = tmp_path / "scalars" / "scalars" / "train"
     with (scalars / "loss.csv").open("a") as file:
         file.write("84,0.25\n112,0.")  # rows of steps that were lost, the last one cut
-    resumed = program(KILLED, tmp_path, "resume")
-    assert resumed.wait() == 0, resumed.stderr.read()
+    train(resume=True)
     for name in ("loss", "trial_return"):
         assert csv_rows(scalars / f"{name}.csv") == [
             (row["env_steps"], row[f"train/{name}"]) for row in unbroken.history
