@@ -45,3 +45,12 @@ def folder(tmp_path):
     folder = tmp_path / "run"
     Run(5).train(checkpoints=folder, checkpoint_interval=1, stop=lambda row: row["env_steps"] >= 3 * BATCH)
     return folder
+
+
+@pytest.fixture
+def unpainted():
+    """No figure is painted: of a tiny run it takes as long as all else."""
+    from recipe_runs import without_paint
+
+    with without_paint():
+        yield

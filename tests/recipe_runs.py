@@ -1,7 +1,13 @@
 """Every recipe at a tiny size."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+from uuid import uuid4
+
+from matplotlib.figure import Figure
 
 from recipes import (
     ant_direction,
@@ -15,6 +21,8 @@ from recipes import (
     walker,
 )
 from recipes.command import arguments
+from recipes.experiment import Experiment
+from recipes.streams import HELD_OUT_TASKS
 
 
 @dataclass
@@ -72,7 +80,7 @@ RECIPES = {
     ),
     "pendulum": Recipe(
         pendulum,
-        {"trials": 4, "units": 4, "report_tasks": 6, "epochs": 1},
+        {"trials": 4, "units": 4, "episodes": 1, "report_tasks": 6, "epochs": 1},
         batch=4 * pendulum.BATCH_STEPS,
         baselines=set(),
         optimum=None,
@@ -122,16 +130,39 @@ RECIPES = {
 }
 
 
-def run(name, folder, *, updates=2, **options):
+def options_of(name, folder, *, updates=2, **options):
     recipe = RECIPES[name]
-    sizes = {**recipe.tiny, "env_steps": updates * recipe.batch}
-    options = {**sizes, "log_dir": folder, "progress": False, **options}
-    return recipe.module.main(**arguments(recipe.module.main, options))
+    return {**recipe.tiny, "env_steps": updates * recipe.batch, "log_dir": folder, "progress": False, **options}
+
+
+def run(name, folder, *, painted=False, **options):
+    """The report of a tiny run, whose figures are drawn up; ``painted``: and painted, which takes as long as all else."""
+    main, options = RECIPES[name].module.main, options_of(name, folder, **options)
+    with few_held_out_tasks(), nullcontext() if painted else without_paint():
+        return main(**arguments(main, options))
+
+
+def few_held_out_tasks(tasks=Experiment.tasks):
+    """Trainings are evaluated on no more than 8 tasks."""
+
+    def few(experiment, stream, number):
+        return tasks(experiment, stream, min(number, 8) if stream == HELD_OUT_TASKS else number)
+
+    return patch.object(Experiment, "tasks", few)
+
+
+def without_paint():
+    """Figures are drawn up and not painted: `Figure.savefig` leaves a file that no other is like."""
+
+    def save(figure, path, **how):
+        Path(path).write_bytes(b"\x89PNG of " + uuid4().bytes)
+
+    return patch.object(Figure, "savefig", save)
 
 
 def result_of(report):
-    """What of a report the seed decides."""
-    report = report.to_dict()
+    """What of a report, or of one that was stored, the seed decides."""
+    report = report if isinstance(report, dict) else report.to_dict()
     rows = report["train"]["history"]
     rows = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
     return rows, report["agent"], report["baselines"], report["ablations"]

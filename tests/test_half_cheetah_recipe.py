@@ -21,7 +21,7 @@ from rl2_torchrl import GRUGaussianActor, TaskSampler, Trial
 @pytest.mark.parametrize("mode", ["trial", "original"])
 @pytest.mark.parametrize("task", ["direction", "velocity"])
 def test_cheetahs_modes_and_tasks(mode, task, tmp_path):
-    run("half_cheetah", tmp_path, mode=mode, task=task, updates=1)
+    run("half_cheetah", tmp_path, mode=mode, task=task, updates=1, painted=task == "velocity")
     stored = json.loads((tmp_path / "report.json").read_text())
     episodes = half_cheetah.cheetah_settings(task, mode)["episodes"]
     tables = [stored["forward"], stored["backward"]] if task == "direction" else [stored["speed_error"]]

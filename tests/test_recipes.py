@@ -6,6 +6,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import signal
 import sys
 from dataclasses import fields, is_dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import RECIPES, BeforeTraining, result_of, run
+from recipe_runs import RECIPES, BeforeTraining, few_held_out_tasks, options_of, result_of, run, without_paint
 from recipe_settings import unused
 from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
@@ -53,7 +54,7 @@ ROOT = Path(__file__).parent.parent
 def finished(request, tmp_path_factory):
     """A recipe's name, its report and its folder."""
     folder = tmp_path_factory.mktemp(request.param)
-    return request.param, run(request.param, folder, seed=3), folder
+    return request.param, run(request.param, folder, seed=3, painted=True), folder
 
 
 def test_report_holds_what_is_promised(finished):
@@ -95,15 +96,16 @@ def test_run_folder(finished):
     assert list(folder.rglob("trial_return.csv"))
 
 
-def test_same_seed_same_report(finished, tmp_path):
+def test_another_seed_another_report(finished, tmp_path):
     name, report, _ = finished
-    assert result_of(run(name, tmp_path / "same", seed=3)) == result_of(report)
-    assert result_of(run(name, tmp_path / "other", seed=4)) != result_of(report)
+    other = run(name, tmp_path, seed=4)
+    assert other.train.history[1]["train/loss"] != report.train.history[1]["train/loss"]
+    assert other.agent.mean != report.agent.mean
 
 
 def test_resume_goes_on(finished, tmp_path):
-    name, report, _ = finished
-    run(name, tmp_path, seed=3)
+    name, report, folder = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     longer = run(name, tmp_path, seed=3, updates=3, resume=True)
     assert longer.train.env_steps == 3 * RECIPES[name].batch
     assert longer.train.history[1]["train/loss"] == report.train.history[1]["train/loss"]
@@ -345,6 +347,7 @@ def test_errors_of_ones_own_and_those_with_a_cause_keep_their_traceback(tmp_path
             cli(main)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_settings_of_a_training_beside_weights_are_told_to_change_nothing(tmp_path, monkeypatch, caplog):
     run("bandit", tmp_path, report_tasks=2)
     sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "4", "--report-tasks", "4", "--no-classical"]
@@ -372,6 +375,7 @@ def test_a_recipes_own_settings_and_those_of_a_run_are_told_to_change_nothing_to
     assert "Of no effect: --belief, --stop-at-goal, --workers, --backend, --logger." in caplog.text
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_settings_of_first_weights_beside_initial_weights_are_told_to_change_nothing(tmp_path, monkeypatch, caplog):
     run("bandit", tmp_path, report_tasks=2)
     sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "16", "--report-tasks", "4", "--no-classical"]
@@ -387,6 +391,7 @@ def test_settings_of_first_weights_beside_initial_weights_are_told_to_change_not
         assert told in caplog.text
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_what_a_run_would_begin_with_is_told_to_change_nothing_when_it_goes_on(tmp_path, monkeypatch, caplog):
     weights = tmp_path / "first" / "agent.safetensors"
     run("bandit", weights.parent, report_tasks=2)
@@ -438,6 +443,7 @@ def test_a_seed_of_held_out_tasks_may_be_of_tasks_of_several_entries(tmp_path):
         Experiment(None, None, lambda size, _: tasks(size, torch.Generator()), Run(tmp_path, held_out_seed=7))
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_a_command_that_ctrl_c_ended_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
     train = experiment.train
     monkeypatch.setattr(
@@ -617,16 +623,19 @@ def test_help_breaks_no_line_within_a_sentence():
     assert re.findall(r"^ {8}[a-z_]+: .*\n(?: {12}\w.*\n)*? {12}[^a-zA-Z\s].*", text, re.MULTILINE) == []
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_command_line(name, tmp_path, monkeypatch):
-    options = {**RECIPES[name].tiny, "env_steps": RECIPES[name].batch, "seed": 5, "log_dir": tmp_path}
+def test_command_line_of_the_same_seed_gives_the_same_report(finished, tmp_path, monkeypatch):
+    name, report, _ = finished
+    options = options_of(name, tmp_path, seed=3)
+    del options["progress"]
     words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     monkeypatch.setattr(sys, "argv", [name, *words, "--no-progress"])
     monkeypatch.delitem(sys.modules, f"recipes.{name}")
-    runpy.run_module(f"recipes.{name}", run_name="__main__")
+    with few_held_out_tasks(), without_paint():
+        runpy.run_module(f"recipes.{name}", run_name="__main__")
     stored = json.loads((tmp_path / "report.json").read_text())
-    assert stored["seed"] == 5
-    assert "--seed 5" in stored["command"]
+    assert stored["seed"] == 3
+    assert "--seed 3" in stored["command"]
+    assert result_of(stored) == result_of(report)
 
 
 # ---- The extra `recipes` missing.
@@ -677,6 +686,7 @@ def test_page_of_results_holds_figures_plots_and_commands(finished, tmp_path):
     assert f"| {2 * RECIPES[name].batch / 1e6:.2f} | " in text
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_a_page_of_unlike_runs(finished, tmp_path):
     _, report, folder = finished
     with pytest.raises(ValueError, match=r"are both 'RL² on .*' of seed 3: one run, or two of other settings"):
@@ -708,6 +718,7 @@ def test_plots_of_two_titles_are_apart_though_both_first_runs_are_called_seed0(t
     assert [(tmp_path / name).read_bytes() == b"another plot" for name in shown] == [False, True]
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_a_curve_of_one_run_is_no_mean(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(results, "draw_curves", lambda axes, curves, *_: shown.extend(each.name for each in curves))
@@ -738,6 +749,7 @@ def test_a_page_of_no_runs_is_refused(tmp_path):
         results.main(runs=(tmp_path / "half",), page=tmp_path / "page.md")
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize("options", [{"core": "lstm"}, {"encoder_cells": (8,)}], ids=["lstm", "mlp"])
 def test_another_core_or_encoder_is_an_option(options, tmp_path):
     tiny = RECIPES["bandit"].tiny | {"env_steps": 192, "classical": False, "progress": False, "log_dir": tmp_path}

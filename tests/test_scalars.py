@@ -16,7 +16,9 @@ def test_scalars_after_a_kill_hold_each_step_once(tmp_path, unbroken):
         Run(5).train(checkpoints=tmp_path / "run", checkpoint_interval=2, logger=logger, **options)
 
     def until_killed(pause):
-        train(stop=lambda row: row["env_steps"] >= 3 * BATCH and pause())  # after a checkpoint, and a row that follows it
+        train(
+            stop=lambda row: row["env_steps"] >= 3 * BATCH and pause()
+        )  # after a checkpoint, and a row that follows it
 
     with forked(until_killed):
         pass
