@@ -11,6 +11,7 @@ from recipes import agent_benchmark, agents, bandit, grid_navi, half_cheetah, pr
 from recipes.command import arguments, command
 from rl2_torchrl import AdaptiveAgent
 
+pytestmark = pytest.mark.usefixtures("unpainted")
 PRETRAINED = Path(__file__).parents[1] / "recipes" / "pretrained"
 PAGE = (PRETRAINED / "README.md").read_text(encoding="utf-8")
 #: File: env, what it was trained with, network, bytes, score, standard error, trials.

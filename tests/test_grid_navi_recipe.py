@@ -61,6 +61,7 @@ def test_page_of_seeds(tmp_path):
     assert page.with_suffix(".png").exists()
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
     tiny = replace(grid_navi.PRESET.learning, trials=8, epochs=1, minibatches=2)
     monkeypatch.setattr(grid_navi, "PRESET", replace(grid_navi.PRESET, learning=tiny))
@@ -99,6 +100,7 @@ def test_standard_errors_are_over_rounds_of_all_goals(tmp_path):
     assert report.agent.se > 0
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_a_run_that_is_ended_at_its_last_plot_is_gone_on_with(tmp_path, monkeypatch):
     tiny = replace(grid_navi.PRESET.learning, trials=8, epochs=1, minibatches=2)
     monkeypatch.setitem(grid_navi.main.__kwdefaults__, "learning", tiny)

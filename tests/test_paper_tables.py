@@ -30,7 +30,7 @@ FEW_AGENTS = (
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch):
+def tiny(monkeypatch, unpainted):
     """A tiny cell in each table."""
     for table, cell in TINY.items():
         settings = {"trials": 16, "units": 4, "epochs": 1, "minibatches": 1, "env_steps": BATCH[table]}

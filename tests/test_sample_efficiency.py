@@ -107,6 +107,7 @@ def test_the_page_holds_what_was_learnt_and_nothing_is_learnt_twice(tmp_path, mo
     assert sample_efficiency.main(**where, **TINY).read_text() == page
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_trainings_of_another_length_are_others(tmp_path):
     where = {"programs": ("plain",), "worlds": ("bandit",), "folder": tmp_path / "runs", "page": tmp_path / "page.md"}
     sample_efficiency.main(**where, **{**TINY, "seeds": (0, 1)})
@@ -143,6 +144,7 @@ def test_minutes_are_means_of_the_seeds_and_each_is_looked_at_to_its_end(tmp_pat
     assert float(rate) == pytest.approx(2e6 / 360 / 1e3, abs=0.05)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_all_programs_are_evaluated_after_the_same_updates(tmp_path):
     where = {"programs": ("rl2_torchrl", "plain"), "worlds": ("bandit",), "folder": tmp_path, "page": tmp_path / "p.md"}
     sample_efficiency.main(**where, env_steps=22 * 80, trials=8, seeds=(0,))
