@@ -55,7 +55,8 @@ class Learner:
         actor = GRUCategoricalActor.from_env(env, hidden_size=6, normalize=NORMALIZE).to(DTYPE)
         critic = GRUValueHead.from_env(env, hidden_size=6, normalize=NORMALIZE).to(DTYPE)
         self.loss = RL2PPOLoss(actor, critic, entropy_bonus=True, **(loss or {}))
-        options = {"bptt": 3, "minibatches": 5, "lr": 1e-2, "generator": torch.Generator().manual_seed(3), **options}
+        sizes = {"bptt": 3, "epochs": 2, "minibatches": 5, "lr": 1e-2}
+        options = {**sizes, "generator": torch.Generator().manual_seed(3), **options}
         advantage = TrialAdvantage(scale_rewards=NORMALIZE, critic=ActorCritic(actor, critic))
         self.update = PPOUpdate(self.loss, advantage, process_group=group, **options)
         frames = {"frames_per_batch": rows * STEPS, "total_frames": 100 * rows * STEPS}

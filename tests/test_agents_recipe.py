@@ -125,7 +125,7 @@ def test_exported_agents_earn_what_the_training_policy_earns(form):
     assert all(figure["microseconds"] > 0 for figure in figures.values())
 
 
-def test_exported_cheetahs_run_as_the_training_policy_does(tmp_path):
+def test_exported_cheetahs_run_as_the_training_policy_does(tmp_path, monkeypatch):
     pytest.importorskip("mujoco")
     tiny = {
         "trials": 2,
@@ -138,6 +138,11 @@ def test_exported_cheetahs_run_as_the_training_policy_does(tmp_path):
         "log_dir": tmp_path,
     }
     half_cheetah.main(**arguments(half_cheetah.main, {"task": "velocity", **tiny}))
+    monkeypatch.setattr(
+        agent_benchmark,
+        "CheetahTrials",
+        lambda *env, **sizes: half_cheetah.CheetahTrials(*env, **{**sizes, "horizon": 50}),
+    )
     played = {"agent": tmp_path / "agent.safetensors", "env": "velocity", "trials": 2, "forms": ("pt2",), "actions": 0}
     figures = agent_benchmark.main(**played)
     assert figures["agent"] == {"return": figures["training's policy"]["return"], "difference": 0}

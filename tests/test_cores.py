@@ -335,7 +335,7 @@ def make_parallel_env():
 
 
 def test_an_lstm_in_worker_processes():
-    env = ParallelEnv(2, make_parallel_env)
+    env = ParallelEnv(2, make_parallel_env, mp_start_method="fork")
     try:
         policy = RecurrentActor.from_env(env, core=LSTMCore)
         env = TransformedEnv(env, Compose(InitTracker(), get_primers_from_module(policy, warn=False)))

@@ -1,6 +1,7 @@
 """Adaptation curves by hand, and what an evaluation leaves alone."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -316,7 +317,7 @@ def test_trials_of_a_serial_envs_rows_begin_with_the_first_task_each_time():
 
 
 def test_trials_made_in_processes_are_told_of(caplog):
-    env = trial_envs(ParallelEnv)
+    env = trial_envs(partial(ParallelEnv, mp_start_method="fork"))
     try:
         adaptation_curve(env, GRUCategoricalActor.from_env(env), 2)
         assert "a TaskSampler.fixed there goes on from where it stands" in caplog.text

@@ -471,7 +471,7 @@ def test_a_resumable_env_of_rows_goes_on_with_a_sampler_around_it():
     assert other.rollout()["trial_step"][:, 0].unique().tolist() == [5]
 
 
-@pytest.mark.parametrize("kind", [SerialEnv, ParallelEnv])
+@pytest.mark.parametrize("kind", [SerialEnv, partial(ParallelEnv, mp_start_method="fork")])
 def test_new_trials_of_rows_are_played_by_other_random_numbers(kind):
     begun = []
     for seed in (None, 1, 2):

@@ -214,7 +214,7 @@ def worker():
 
 def test_two_workers_in_two_iterations():
     # The sampler stands around the workers, so that they cannot draw the same tasks.
-    workers = ParallelEnv(2, worker)
+    workers = ParallelEnv(2, worker, mp_start_method="fork")
     env = TransformedEnv(workers, Compose(Trial(episodes=4), TaskSampler(uniform_means(3), seed=0), PreviousStep()))
     actor, critic = make_networks(env)
     update = PPOUpdate(RL2PPOLoss(actor, critic), bptt=4, minibatches=2, epochs=2, lr=1e-2)

@@ -465,6 +465,7 @@ def _no_env():
     raise FileNotFoundError("no such env")
 
 
+@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize("name", ["grid_navi", "half_cheetah", "tabular_mdp", "cartpole"])
 def test_a_recipe_trains_with_workers(name, tmp_path, monkeypatch):
     recipe, options = {
