@@ -36,11 +36,17 @@ SIZES = [{}, {"bptt": 1, "shuffle": False, "max_grad_norm": None}, {"bptt": 6, "
 
 
 # ------------------------------------------------------------------ all kinds
-@pytest.mark.parametrize("kind", ["categorical", "gaussian"])
+CRITICS = ["none", "separate", "extra", "shared", "shared, cells", "shared, extra", "detached", "wide"]
+
+
 @pytest.mark.parametrize(
-    "critic", ["none", "separate", "extra", "shared", "shared, cells", "shared, extra", "detached", "wide"]
+    ("kind", "critic", "options"),
+    [
+        *((kind, critic, SIZES[0]) for kind in ("categorical", "gaussian") for critic in CRITICS),
+        *((*pair, size) for pair in (("categorical", "shared, extra"), ("gaussian", "separate")) for size in SIZES[1:]),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("options", SIZES, ids=str)
 def test_updates_train_alike_both_ways(kind, critic, options):
     """Clipped gradients, entropy, chunks in any order, a short last minibatch: the same numbers, Adam's averages too."""
     ours, expected = (trained(way, kind, critic, **options) for way in ("parts", "autograd"))
