@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import index
 from os import PathLike
@@ -17,7 +17,17 @@ from torch.nn.parameter import is_lazy
 from torchrl.envs import EnvBase
 
 __all__ = [
-    *("above_0", "as_list", "kind_of", "needs", "noted", "require_collector", "require_env", "require_flags"),
+    *(
+        "above_0",
+        "as_batch_size",
+        "as_list",
+        "kind_of",
+        "needs",
+        "noted",
+        "require_collector",
+        "require_env",
+        "require_flags",
+    ),
     *("require_folder_name", "require_generator", "require_network", "require_own_name", "require_sizes_known"),
     *("require_time_last", "require_torch", "whole", "whole_numbers"),
 ]
@@ -112,6 +122,13 @@ def require_folder_name(**arguments: str | PathLike) -> None:
             raise ValueError(
                 f"{name} is empty, and files would go to the current folder: name one, or that, {name}='.'."
             )
+
+
+def as_batch_size(batch_size: Sequence[int]) -> torch.Size:
+    """``batch_size`` as PyTorch's; TypeError where it is one number."""
+    if isinstance(batch_size, int):
+        raise TypeError(f"batch_size={batch_size} is a number: give the dimensions, batch_size=({batch_size},).")
+    return torch.Size(batch_size)
 
 
 def require_network(policy: Any, call: str) -> None:

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.arguments import require_flags, require_sizes_known, whole
+from rl2_torchrl.arguments import kind_of, require_flags, require_sizes_known, whole
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
@@ -128,6 +128,7 @@ class PPOUpdate:
         process_group: ProcessGroup | None = None,
     ):
         _check_loss(loss, entropy_schedule)
+        _require_objects(advantage=advantage, optimizer=optimizer, lr_schedule=lr_schedule)
         if process_group is not None and loss.normalize_advantage:
             raise ValueError(
                 "the loss normalises advantages by what it sees of a minibatch (normalize_advantage=True), which with "
@@ -446,6 +447,8 @@ def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters
 
 
 def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
+    if not hasattr(loss, "actor_network"):
+        raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not {kind_of(loss)}.")
     require_sizes_known(loss, "PPOUpdate(loss)")
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError("the loss has no parameters to train: are all of them frozen (requires_grad=False)?")
@@ -459,6 +462,12 @@ def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
             "an agent that adapts has a recurrent actor such as GRUCategoricalActor. This one reads %s.",
             loss.actor_network.in_keys,
         )
+
+
+def _require_objects(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, type):
+            raise TypeError(f"{name}={value.__name__} is a class: give an object of it, {value.__name__}(...).")
 
 
 def _require_factors(name: str, schedule: Schedule | None, scheduled: str, initial: float) -> None:

@@ -216,7 +216,10 @@ class EndToEnd(TrialAdvantage):
 @pytest.mark.parametrize("steps", [TRIAL - 2, TRIAL + 4])
 def test_advantages_that_run_into_the_row_before_mix_rows(options, stops, steps):
     collector, update = pipeline(mdp_env(), steps=steps, advantage=EndToEnd(stops=stops, **options), bptt=steps)
-    assert MIXED in check_training(collector, update, first_batch(collector)).unchecked["advantages_apart"]
+    report = check_training(collector, update, first_batch(collector))
+    assert MIXED in report.unchecked["advantages_apart"]
+    [note] = report.notes  # which `train` logs as a warning
+    assert "credited to another's actions" in note
 
 
 MIXED = "the advantage mixes rows"
@@ -271,6 +274,17 @@ def test_a_row_that_is_alone_is_looked_at_beside_itself(leaks):
         assert {"advantages_apart", "advantages_in_time"} <= set(
             check_training(collector, update, first_batch(collector)).checked
         )
+
+
+def test_an_advantage_of_groups_of_rows_is_asked_for_all_of_them():
+    def advantage(batch):
+        assert len(batch) == ROWS, "rows must be whole groups"
+        return TrialAdvantage()(batch)
+
+    collector, update = pipeline(bandit_env(), steps=10, advantage=advantage)
+    report = check_training(collector, update, first_batch(collector))
+    assert {"advantages_apart", "advantages_in_time"} <= set(report.checked)
+    assert not report.notes
 
 
 def test_an_advantage_that_knows_no_other_rewards_is_not_checked():

@@ -118,7 +118,7 @@ def test_a_loss_without_a_critic_asks_for_values_of_another():
 
 
 def test_an_advantage_that_returns_nothing_is_named():
-    with pytest.raises(AttributeError, match="'NoneType' object has no attribute"):
+    with pytest.raises(TypeError, match="returned None: it returns the batch"):
         PPOUpdate(make_loss(), lambda batch: None)(make_batch())
 
 

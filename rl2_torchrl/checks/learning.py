@@ -28,7 +28,7 @@ def advantages_apart(seen: Evidence) -> str | None:
                 changed.set(key, entry + noise * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
         after = seen.advantage(changed)
         for key in made:
-            if _moved(seen.learnt_from[key], after[key], mine)[~mine].any():
+            if _moved(seen, seen.learnt_from[key], after[key], mine)[~mine].any():
                 return f"{key!r} changes where only rewards and values of another trial of its row were changed"
 
 
@@ -44,7 +44,7 @@ def advantages_in_time(seen: Evidence) -> str | None:
         reward = rows["next", "reward"].clone()
         reward[row, steps[at]] += more * _scale(seen)
         pair.append(seen.advantage(rows.copy().set(("next", "reward"), reward))[seen.probe.loss.tensor_keys.advantage])
-    moved = _moved(*pair, mine)[mine]
+    moved = _moved(seen, *pair, mine)[mine]
     own, earlier, later = moved[at], moved[:at], moved[at + 1 :]
     if not moved.any():
         raise NotChecked("the advantage does not depend on the reward of a step in the middle of a trial")
@@ -54,7 +54,14 @@ def advantages_in_time(seen: Evidence) -> str | None:
         return f"a reward that is raised {'lowers' if own < 0 else 'does not move'} the advantage of its step"
 
 
-def _moved(before: torch.Tensor, after: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
+#: For the log, since it may be as it shall.
+_MIXED = (
+    "rewards and values of one row change the advantages of others: as it shall be where rows share a baseline, or where what is "
+    "normalised is cut off; else, as where sums run on from row to row, one task's rewards are credited to another's actions"
+)
+
+
+def _moved(seen: Evidence, before: torch.Tensor, after: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
     """By how much ``after`` is more than ``before`` in the row of the trial ``mine``, ``[R, T]``, 0 to rounding.
 
     Where all are normalised together, all other rows are moved and scaled by the same, ``a * before + b``, and so is this one.
@@ -68,7 +75,8 @@ def _moved(before: torch.Tensor, after: torch.Tensor, mine: torch.Tensor) -> tor
     off = y - slope * x
     off = off.where(off.abs() > max(1e-3, 4 * torch.finfo(after.dtype).eps) * largest, 0.0)
     if off[others].any():
-        raise NotChecked("the advantage mixes rows, as by a baseline that they share, or cuts off what is normalised")
+        seen.report.notes = list(dict.fromkeys([*seen.report.notes, _MIXED]))
+        raise NotChecked("the advantage mixes rows")
     at_bound = torch.stack([(entry == entry.max()) | (entry == entry.min()) for entry in (x, y)]).any(0)
     return off.where(mine | ~at_bound, 0.0)  # beyond which it may be cut off
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchrl.data import Bounded, Composite, Unbounded
 
-from rl2_torchrl.arguments import above_0, whole
+from rl2_torchrl.arguments import above_0, as_batch_size, whole
 from rl2_torchrl.envs.bandits import uniform_targets
 from rl2_torchrl.envs.camera import Camera
 from rl2_torchrl.envs.physics import Array, BackendName, Bodies, gymnasium_model, make_backend
@@ -87,7 +87,7 @@ class LocomotionEnv(TensorEnv):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
-        batch_size, horizon = torch.Size(batch_size), whole("horizon", horizon)
+        batch_size, horizon = as_batch_size(batch_size), whole("horizon", horizon)
         if 0 in batch_size:
             raise ValueError(f"batch_size={tuple(batch_size)}: there must be at least one env.")
         if dtype not in (torch.float32, torch.float64):

@@ -18,7 +18,7 @@ from torchrl import torchrl_logger
 from torchrl.data import Binary, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.arguments import require_flags, whole
+from rl2_torchrl.arguments import as_batch_size, require_flags, whole
 from rl2_torchrl.envs.rows import Entries, EnvState, Rows, entries_of, merge, rebuilt, tensors_of
 from rl2_torchrl.seeding import seed_generator
 
@@ -132,7 +132,7 @@ class TensorEnv(EnvBase):
                 "give its spec, such as Unbounded(1)."
             )
         require_flags(fixed_length=fixed_length)
-        batch_size = torch.Size(batch_size)
+        batch_size = as_batch_size(batch_size)
         if 0 in batch_size:
             raise ValueError(f"batch_size={tuple(batch_size)} holds no env: every dimension must be at least 1.")
         if max_episode_steps is not None:

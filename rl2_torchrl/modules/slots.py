@@ -63,6 +63,8 @@ def fill_slots(
     dtype: torch.dtype | None = None,
 ) -> tuple[list[TensorDictModuleBase], nn.Module, list[NestedKey], tuple[NestedKey, NestedKey, int]]:
     """Encoders and core, the head, the entries that it reads, and (hidden_key, features_key, features_size) of the core."""
+    if isinstance(activation, nn.Module) or not callable(activation):
+        raise TypeError(f"{activation=} makes no layers, one for each place: give the class, such as nn.ReLU.")
     require_flags(skip=skip)
     normalize = _marks(normalize)
     factory, units = {"device": device, "dtype": dtype}, {"hidden_size": hidden_size, "num_layers": num_layers}

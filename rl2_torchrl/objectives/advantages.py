@@ -165,6 +165,7 @@ def advantages_of(advantage: Callable, critic: TensorDictModuleBase | None, batc
     """What ``advantage`` makes of ``batch``, a `TrialAdvantage` if there is a ``critic``, which it asks if it was given none.
 
     Raises:
+        TypeError: ``advantage`` returned no batch.
         ValueError: it has not found all of its advantages (`require_all_valid`).
     """
     # Not in the module tree: the parameters belong to the loss.
@@ -181,6 +182,8 @@ def advantages_of(advantage: Callable, critic: TensorDictModuleBase | None, batc
         raise
     finally:
         del attributes["stand_in"]
+    if not isinstance(out, TensorDictBase):
+        raise TypeError(f"the advantage returned {out!r}: it returns the batch, with 'advantage' and 'value_target'.")
     require_all_valid(out)
     return out
 
