@@ -72,9 +72,9 @@ def require_own_name(cls: type, known: Iterable[type]) -> None:
         same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
         if other.__name__ == cls.__name__ and not same:
             raise ValueError(
-                f"{cls.__module__}.{cls.__qualname__} has the name of {other.__module__}.{other.__qualname__}, which is "
-                "known: agents' files say names alone, and those saved with that one would be played by yours. Give it "
-                "another name."
+                f"{cls.__module__}.{cls.__qualname__} has the name of {other.__module__}.{other.__qualname__}, which "
+                "is known: agents' files say names alone, and those saved with that one would be played by yours. Give "
+                "it another name."
             )
 
 

@@ -3,8 +3,8 @@
 `acting_parts` takes a `TensorDictSequential` apart into its modules. What each of them does at one step is asked of itself: a
 module with a ``step_function`` (our cores, heads, `RunningNorm`) brings it, its `forward` without gradient, which is asked for anew
 before each batch, so that it may hold on to the weights as they are; a distribution acts by the functions of its
-`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict of all there is:
-so is a distribution with a ``generator`` of its own, which no checkpoint holds.
+`ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict of all
+there is: so is a distribution with a ``generator`` of its own, which no checkpoint holds.
 """
 
 from __future__ import annotations

@@ -326,8 +326,6 @@ class GaussianActions(ActionDistribution):
     noise = "normal"
 
     def __init__(self, action_dim: int, *, init_log_std: float = -0.5):
-        if torch.as_tensor(init_log_std).numel() != 1:
-            raise ValueError(f"{init_log_std=} must be one number, with which all components begin.")
         super().__init__(whole("action_dim", action_dim), ["loc", "scale"], IndependentNormal)
         self.init_log_std = float(init_log_std)
 
@@ -373,7 +371,7 @@ class GaussianActions(ActionDistribution):
 
 
 class TanhGaussianActions(GaussianActions):
-    """A Gaussian squashed by tanh between the bounds ``low`` and ``high`` ``[action_dim]``, which it keeps to in every env.
+    """A Gaussian squashed by tanh between the bounds ``low`` and ``high`` ``[action_dim]``, its own in every env.
 
     Examples:
         >>> from rl2_torchrl.modules import RecurrentActor

@@ -46,8 +46,9 @@ class RecurrentActor(ProbabilisticActor):
         encoder: reads ``in_key`` ``[*B, input_size]`` and gives ``[*B, n]``: a module or a function of the entry's shape, such as
             `MLPEncoder`; or a mapping of entries to such, whose outputs are concatenated with the entries that have none; or a
             TensorDictModule, of which the first output is taken, of a sequence that of its last module. Default none; `from_env`
-            gives images that the transition input leaves out a `ConvEncoder`. A module of yours is given images ``[N, *shape]``
-            as the env shows them: bytes are for it to divide or embed, unless it is an `ImageEncoder`, which scales them to [0, 1].
+            gives images that the transition input leaves out a `ConvEncoder`. A module of yours is given images
+            ``[N, *shape]`` as the env shows them: bytes are for it to divide or embed, unless it is an `ImageEncoder`,
+            which scales them to [0, 1].
         core: carries the memory: a core, or a function of the size of its input, such as `LSTMCore` or
             ``partial(LSTMCore, hidden_size=128)``; its entries are named by this network. Default `GRUCore`.
         head: makes ``distribution.num_outputs`` numbers of the features: a module, or a function of both sizes; a TensorDictModule
@@ -268,7 +269,7 @@ class MemoryValueHead(Network):
 
     @classmethod
     def from_env(cls, env: EnvBase, actor: RecurrentActor, **kwargs) -> MemoryValueHead:
-        """A value head on the memory of ``actor``, a `RecurrentActor`, with the device and extra inputs, vectors, of ``env``."""
+        """A value head on the memory of ``actor``, a `RecurrentActor`, with the device and extra vectors of ``env``."""
         require_env(env, f"{cls.__name__}.from_env(env, actor, ...)")
         kwargs.setdefault("device", env.device)
         specs = specs_of(env, as_list("extra_keys", kwargs.get("extra_keys", ())))

@@ -1,4 +1,4 @@
-"""A network's slots: encoder, core and head from keywords (`fill_slots`), and what an env says of them (`read_specs`)."""
+"""A network's slots: encoder, core and head from keywords (`fill_slots`), and what an env says of them."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _name_core(core: TensorDictModuleBase, in_key, size: int, hidden_key, featur
 
 # ------------------------------------------------------------------- entries
 def _entries(input_size: Shapes, keys: Sequence[NestedKey], *, in_sum: bool) -> Entries:
-    """Spec or shape of each of ``keys``, in the order in which they are concatenated; ``in_sum``: the size of all is enough."""
+    """Spec or shape of each of ``keys``, in the order of their concatenation; ``in_sum``: the size of all is enough."""
     if isinstance(input_size, Mapping):
         if missing := [key for key in keys if key not in input_size]:
             raise KeyError(f"the network reads {missing}, whose shape input_size={dict(input_size)} does not say.")

@@ -117,8 +117,8 @@ class RL2PPOLoss(ClipPPOLoss):
             refusal = why_no_parts(self.actor_network)
         if refusal is not None and self._has_own_terms():
             raise ValueError(
-                f"{name} has a loss_terms() of its own, which nobody would call: {refusal}. Give what it adds to PPO's terms as "
-                "terms=[...], or leave the other out."
+                f"{name} has a loss_terms() of its own, which nobody would call: {refusal}. Give what it adds to PPO's "
+                "terms as terms=[...], or leave the other out."
             )
         return refusal
 
@@ -193,17 +193,17 @@ class RL2PPOLoss(ClipPPOLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
-        self._check_data(tensordict)
         refusal, key = self.why_not_parts(), self.tensor_keys.advantage
+        answers = Answers.active(self) if refusal is None else None
+        if answers is not None and (given := answers(tensordict, self._state_now())) is not None:
+            return TensorDict(given)
+        self._check_data(tensordict)
         has_advantage, has_own_terms = tensordict.get(key, None) is not None, self._has_own_terms()
         if has_own_terms and not has_advantage:
             raise KeyError(f"no {key!r} in the data, which loss_terms() reads: call TrialAdvantage(...)(batch) first.")
         if not has_advantage and not is_compiling():
             require_rows_whole(self.value_estimator)
         if refusal is None and has_advantage and (tensordict.ndim == 2 or has_own_terms):
-            answers = Answers.active(self)
-            if answers is not None and (given := answers(tensordict, self._state_now())) is not None:
-                return TensorDict(given)
             rows = tensordict if tensordict.ndim == 2 else tensordict.reshape(-1, tensordict.shape[-1])
             return TensorDict(self.losses_of(rows, self.loss_terms()))
         losses = super().forward(tensordict)
