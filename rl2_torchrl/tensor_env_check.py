@@ -11,6 +11,9 @@ from torchrl.envs import check_env_specs
 
 from rl2_torchrl.arguments import kind_of
 from rl2_torchrl.env_check.outcomes import misfit, same
+from rl2_torchrl.env_check.playing import EnvBelow
+from rl2_torchrl.env_check.rows import seed_repeats
+from rl2_torchrl.env_check.tasks import task_own
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.rows import EnvState, entries_of, merge, tensors_of
 from rl2_torchrl.envs.tensor_env import TensorEnv
@@ -97,6 +100,7 @@ class _Checked:
             self.actions = [env.full_action_spec[env.action_key].rand() for _ in range(num_steps)]
         self.tasks = [task.to(env.device) for task in draws]
         self.every_row = torch.ones(env.batch_size, dtype=torch.bool, device=env.device)
+        self.below = EnvBelow(env, self.tasks, "task", None)
 
     # ---------------------------------------------------------------- playing
     def task(self, number: int = 0) -> Tensor | TensorDictBase | None:
@@ -158,17 +162,17 @@ class _Checked:
         _, following, reward, terminated, truncated = env.advance(begun, self.actions[0].clone())
         more = set(map(str, env.more_keys))
         own = {str(key): env.observation_spec[key] for key in env.observation_spec.keys(True, True)}
-        for name, values in (("begin", observed), ("advance", following)):
+        parts = [("begin", observed, set(own) - more), ("advance", following, set(own) - more)]
+        if more:
+            self.start()
+            parts.append(("observe_more", env.observe_more(env.state), more))
+        for name, values, said in parts:
             values = {str(key): value for key, value in entries_of(values).items()}
-            if set(values) != set(own) - more:
-                return f"{name} observes {sorted(values)}, observation_spec says {sorted(set(own) - more)}"
+            if set(values) != said:
+                return f"{name} observes {sorted(values)}, its spec says {sorted(said)}"
             for key, value in values.items():
                 if wrong := misfit(value, own[key]):
                     return f"{name}'s observation {key!r} {wrong}"
-        self.start()
-        for key, value in (env.observe_more(env.state) if more else {}).items():
-            if str(key) not in more or (wrong := misfit(value, own[str(key)])):
-                return f"observe_more's {key!r} {'is not in more_spec' if str(key) not in more else wrong}"
         if wrong := misfit(reward, env.reward_spec):
             return f"the reward {wrong}"
         for name, end in (("terminated", terminated), ("truncated", truncated)):
@@ -199,16 +203,7 @@ class _Checked:
                     return f"a step wrote over {name}"
 
     def repeatable(self) -> str | None:
-        runs = []
-        with torch.random.fork_rng(devices=[]):
-            for other in (0, 1):
-                torch.manual_seed(other)
-                self.env._set_seed(0)
-                before = torch.get_rng_state()
-                runs.append([self.start(), *self.run(self.actions)])
-                if not torch.equal(torch.get_rng_state(), before):
-                    return "the env draws from PyTorch's default generator"
-        return _difference(*runs, self.every_row, "two runs of one seed with the same actions")
+        return seed_repeats(self.below)
 
     def round_trip(self) -> str | None:
         for played in (0, 1, self.num_steps // 2):
@@ -231,22 +226,7 @@ class _Checked:
             if seen := _difference(steps[:1], steps[1:], ~row, "steps that differ in one row's action alone"):
                 return seen
             list(self.begin_ended())
-        for number in range(len(self.tasks)):
-            row, task = self.row(number), self.tasks[number]
-            one, other = self.first_episode(task), self.first_episode(merge(row, self.tasks[number - 1], task))
-            both = min(len(one), len(other))
-            if seen := _difference(one[:both], other[:both], ~row, "episodes that differ in one row's task alone"):
-                return seen
-
-    def first_episode(self, task: Tensor | TensorDictBase) -> list[Step]:
-        """Steps of ``task``, with the same draws each time, until an episode ends."""
-        self.env._set_seed(0)
-        steps = [self.with_more(self.env.start(task.clone()))]
-        for action in self.actions:
-            steps.append(self.play(action))
-            if (steps[-1]["terminated"] | steps[-1]["truncated"]).any():
-                break
-        return steps
+        return task_own(self.below)
 
     def partial_reset(self) -> str | None:
         env = self.env
