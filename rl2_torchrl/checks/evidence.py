@@ -152,7 +152,7 @@ class Evidence:
 
     @cached_property
     def learnt_from(self) -> TensorDictBase:
-        """`few`, with advantages and returns."""
+        """`sample` with advantages and returns; `whole` where the advantage makes nothing of a part, as of a group's."""
         with suppress(NotChecked):
             learnt_from = self.advantage(self.sample)
             made = learnt_from.get(self.loss.tensor_keys.advantage, None)
@@ -162,11 +162,6 @@ class Evidence:
         if learnt_from.get(key, None) is None:
             raise NotChecked(f"the advantage writes no {key!r}")
         return learnt_from
-
-    @property
-    def few(self) -> TensorDictBase:
-        """`sample`, or `whole` where the advantage makes nothing of a part of a batch, as where each row is a group of its own."""
-        return self.sample if len(self.learnt_from) == len(self.sample) else self.whole
 
     @cached_property
     def whole(self) -> TensorDictBase:

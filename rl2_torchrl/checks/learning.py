@@ -16,8 +16,8 @@ __all__ = ["RULES"]
 
 def advantages_apart(seen: Evidence) -> str | None:
     """Other rewards and values in one trial leave advantages and returns of the other trials of its row as they are."""
-    keys, rows, generator = seen.probe.loss.tensor_keys, seen.few, torch.Generator().manual_seed(0)
-    made = [key for key in (keys.advantage, keys.value_target) if seen.learnt_from.get(key, None) is not None]
+    keys, rows, generator = seen.probe.loss.tensor_keys, seen.learnt_from, torch.Generator().manual_seed(0)
+    made = [key for key in (keys.advantage, keys.value_target) if rows.get(key, None) is not None]
     trial = _trial(seen, rows)
     for mine in (trial.any(1, keepdim=True).expand_as(trial), trial):  # that other rows are apart is asked first
         changed = rows.copy()
@@ -28,13 +28,13 @@ def advantages_apart(seen: Evidence) -> str | None:
                 changed.set(key, entry + noise * mine.reshape(*mine.shape, *(1,) * (entry.ndim - 2)))
         after = seen.advantage(changed)
         for key in made:
-            if _moved(seen, seen.learnt_from[key], after[key], mine)[~mine].any():
+            if _moved(seen, rows[key], after[key], mine)[~mine].any():
                 return f"{key!r} changes where only rewards and values of another trial of its row were changed"
 
 
 def advantages_in_time(seen: Evidence) -> str | None:
     """A reward that is raised raises the advantage of its step, and of none behind it unless of those before it, too."""
-    rows = seen.few
+    rows = seen.learnt_from
     mine = _trial(seen, rows)
     row, steps = mine.any(1).nonzero().item(), mine.any(0).nonzero().flatten()
     if len(steps) < 3:
