@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 from torchrl.envs import Transform
@@ -27,7 +26,6 @@ from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.settings import (
     devices_of,
     differences,
-    is_network,
     moved,
     named,
     networks_of,
@@ -255,34 +253,27 @@ class RunCheckpoints:
                 f"cannot resume from {path}: it was made on other devices ({'; '.join(devices.values())}), whose random numbers "
                 "and memory these do not take. Go on there; or start anew from what it has learnt, which an agent's file holds."
             )
-        networks = differences(tree["networks"], self._networks)
         self._moved |= set(tree["moved"])
         settings = differences(tree["settings"], self._settings)
         for name in self._moved.intersection(settings).difference(changes):
             log.info("resuming where the run itself had come to, whatever it is given now: %s", settings.pop(name))
-        unknown = set(changes) - {*tree["settings"], *self._settings}
-        if unknown:
+        if unknown := set(changes) - {*tree["settings"], *self._settings}:
             matches = (each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3))
             near = list(dict.fromkeys(matches))
             others = f"near are {near}" if near else f"those that differ from the run's are {sorted(settings)}"
             raise ValueError(f"resume_changes={sorted(unknown)} are no settings; {others}.")
         refused = [name for name in settings if name not in changes]
-        if networks:  # whose memories are entries of the env
-            refused = [
-                name for name in refused if name not in ("env.observation", "env.state") and not is_network(name)
-            ]
-        wrong = []
-        if networks:
-            wrong.append(f"other networks ({'; '.join(networks.values())}): give them the sizes that they had")
+        words = "; ".join(settings[name] for name in refused)
+        if networks := differences(tree["networks"], self._networks):
+            raise ValueError(
+                f"cannot resume from {path}: it was made with other networks ({'; '.join(networks.values())}): give them the sizes "
+                "that they had; or start anew without resume." + f" Other settings differ, too: {words}." * bool(words)
+            )
         if refused:
             asked = ", ".join(map(repr, sorted({*refused, *changes})))
-            wrong.append(
-                f"other settings ({'; '.join(settings[name] for name in refused)}): give those that it had, or go on with "
-                f"the new ones by resume_changes=[{asked}]"
-            )
-        if wrong:
             raise ValueError(
-                f"cannot resume from {path}: it was made with {', and with '.join(wrong)}; or start anew without resume."
+                f"cannot resume from {path}: it was made with other settings ({words}): give those that it had, or go on with the "
+                f"new ones by resume_changes=[{asked}]; or start anew without resume."
             )
         for name in settings:
             log.warning("resuming with a changed setting: %s", settings[name])
@@ -300,8 +291,7 @@ class RunCheckpoints:
         state["kept"] = {name: each for name, each in state["kept"].items() if name not in changed_parts}
         try:
             for name, part in self._parts.items():
-                is_left = changed and isinstance(part, PPOUpdate)
-                part.load_state_dict(_left_by(changed, part, state[name]) if is_left else state[name])
+                part.load_state_dict(state[name])
         except Exception as error:
             then = differences(tree["versions"], _versions())
             raise ValueError(
@@ -373,36 +363,6 @@ def _require_writable(folder: Path) -> None:
         ) from error
 
 
-def _left_by(changed: Collection[str], update: PPOUpdate, state: Any) -> Any:
-    """An update's ``state``, but for what settings that have ``changed`` have no place for: that begins anew.
-
-    A class of yours may have a state of another kind, which is its own to load.
-    """
-    if not isinstance(state, Mapping):
-        return state
-    state = dict(state)
-    is_other = any(name == "update.optimizer" or name.startswith("update.group") for name in changed)
-    if is_other and "optimizer" in state and _kind(update.optimizer.state_dict()) != _kind(state["optimizer"]):
-        log.warning(
-            "the optimizer begins anew: what it had come to is of another kind of optimizer, or of other groups of parameters, "
-            "and is left."
-        )
-        state |= {"optimizer": update.optimizer.state_dict(), "given_options": update.given_options}
-    is_other = any(name.startswith("advantage.") for name in changed)
-    if is_other and "advantage" in state and isinstance(update.advantage, nn.Module):
-        now, then = update.advantage.state_dict(), state["advantage"]
-        if left := [name for name in then if name not in now]:
-            log.warning("%s of the advantage are left: as it is set now it has none.", left)
-        state["advantage"] = {**now, **{name: each for name, each in then.items() if name in now}}
-    return state
-
-
-def _kind(optimizer: Mapping[str, Any]) -> list:
-    """Options, and numbers of parameters, of an optimizer's groups: AdamW goes on with Adam's averages."""
-    groups = optimizer["param_groups"]
-    return [set(groups[0]), [len(group["params"]) for group in groups]]
-
-
 class _States:
     """Several objects as one component of a checkpoint, by their classes; several of one class in their order."""
 
@@ -455,13 +415,10 @@ def _unshare_buffers(transform: Transform) -> None:
 
 
 class _CollectorState:
-    """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more.
-
-    Where it has taken the place of another kind, with workers or without, that one's state is handed on: it may come back.
-    """
+    """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more."""
 
     def __init__(self, collector: BaseCollector):
-        self._collector, self._known, self._replaced = collector, {}, {}
+        self._collector, self._known = collector, {}
 
     def ask(self) -> None:
         self._known = self._collector.state_dict()
@@ -477,19 +434,15 @@ class _CollectorState:
     def last_known(self) -> dict[str, Any]:
         """With the counts as they are, which are not the processes'."""
         counts = {name: getattr(self._collector, f"_{name}") for name in ("frames", "iter") if name in self._known}
-        return {**self._known, **counts, **({"replaced": self._replaced} if self._replaced else {})}
+        return {**self._known, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        last = {name: each for name, each in state.items() if name != "replaced"}
         for transform in _transforms(self._collector).values():
             _unshare_buffers(transform)
-        by_kind = {"lives" in each: each for each in (state.get("replaced"), last) if each}
-        has_workers = isinstance(self._collector, TrialWorkers)
-        if has_workers in by_kind:
-            self._collector.load_state_dict(by_kind[has_workers])
-        if by_kind.get(has_workers) is not last:  # what the other has counted goes on
-            self._collector._frames = last["frames"]
-        self._replaced = by_kind.get(not has_workers, {})
+        if ("lives" in state) == isinstance(self._collector, TrialWorkers):
+            self._collector.load_state_dict(state)
+        else:  # one with workers in the place of one without, or the other way round
+            self._collector._frames = state["frames"]
 
 
 class _RolloutState:

@@ -24,7 +24,7 @@ from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
 __all__ = [
-    *("devices_of", "differences", "is_network", "moved", "named", "networks_of", "parts_of", "settings_of"),
+    *("devices_of", "differences", "moved", "named", "networks_of", "parts_of", "settings_of"),
     "tasks_of",
 ]
 
@@ -117,11 +117,6 @@ def moved(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
     """
     kinds = ("env.", "advantage.", "loss.", "update.")
     return {name for name in differences(then, now) if name in now and name.startswith(kinds)}
-
-
-def is_network(name: str) -> bool:
-    """Whether the setting is one of a network's, whose sizes follow from what it is built of."""
-    return name.startswith(tuple(f"loss.{network}." for network in _NETWORKS))
 
 
 def _env_of(collector: BaseCollector) -> Settings:

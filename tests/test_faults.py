@@ -225,7 +225,7 @@ REFUSED = {
         other(units=5),
         r"other networks \(.*gru.weight_hh_l0: \[12, 4\] then, \[15, 5\] now.*sizes that they had; or start anew",
     ),
-    "arms": (other(arms=4), "other networks .*, and with other settings .*env.num_arms: 3 then, 4 now"),
+    "arms": (other(arms=4), "other networks .*Other settings differ, too: .*env.num_arms: 3 then, 4 now"),
     "rows": (other(rows=3), r"env.state: .*\[4, 3\].* then, .*\[3, 3\].* now"),
     "all checkpoints damaged": (after(all_damaged), "all its 2 checkpoints are damaged.*start anew without resume"),
     "another version": (

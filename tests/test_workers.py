@@ -293,28 +293,6 @@ def test_workers_take_the_place_of_a_collector_in_this_process_and_the_other_way
         collector.shutdown()
 
 
-def test_workers_that_come_back_play_tasks_that_they_have_not_had(tmp_path):
-    changes, seen = ["collector.class", "env.TaskSampler.seed", "env.seed"], Seen()
-    options = {
-        "evaluate": None,
-        "progress": False,
-        "check": False,
-        "checkpoints": tmp_path / "run",
-        "callbacks": [seen],
-    }
-    for updates in (1, 2, 3):
-        own = Setup(tmp_path, total_frames=updates * FRAMES)
-        collector = own.collector
-        if updates == 2:
-            sizes = {"frames_per_batch": FRAMES, "total_frames": updates * FRAMES}
-            collector = TrialCollector(make_env(tmp_path), own.policy, keep=own.keep, **sizes)
-        resumes = {"resume": True, "resume_changes": changes} if updates > 1 else {}
-        assert train(collector, own.update, **resumes, **options).env_steps == updates * FRAMES
-        own.collector.shutdown()
-    first, _, last = (tasks[:, ::EPISODES].flatten(0, 1) for tasks in seen.tasks)
-    assert len(torch.cat([first, last]).unique(dim=0)) == len(first) + len(last)
-
-
 def test_what_is_saved_after_an_error_in_a_rollout_knows_of_the_deaths_before(tmp_path):
     own = Setup(tmp_path, total_frames=9 * FRAMES)
 
