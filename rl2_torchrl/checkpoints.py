@@ -31,7 +31,6 @@ from rl2_torchrl.settings import (
     networks_of,
     parts_of,
     settings_of,
-    tasks_of,
 )
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 from rl2_torchrl.tasks import TaskSampler, owner_of
@@ -98,7 +97,7 @@ class RunCheckpoints:
         _require_writable(self._folder)
         self._collector, self._result, self._scalars = collector, result, scalars
         self._history = HistoryFile(self._folder / _HISTORY)
-        self._settings = {**settings_of(collector, update), **tasks_of(collector)}
+        self._settings = settings_of(collector, update)
         self._networks = networks_of(update)
         self._devices = devices_of(collector, update)
         self._moved: set[str] = set()  # attributes of env and networks that play or updates have changed

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -17,15 +17,13 @@ from torchrl.envs import EnvBase
 
 from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv
 from rl2_torchrl.envs.layers import made_of
-from rl2_torchrl.seeding import random_numbers_put_back
-from rl2_torchrl.tasks import TaskDistribution, TaskSampler
+from rl2_torchrl.tasks import TaskSampler, owner_of
 from rl2_torchrl.trial import base_of, rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
 __all__ = [
     *("devices_of", "differences", "moved", "named", "networks_of", "parts_of", "settings_of"),
-    "tasks_of",
 ]
 
 Settings = dict[str, Any]
@@ -41,7 +39,8 @@ _NETWORKS = ("actor_network", "critic_network")
 def settings_of(collector: BaseCollector, update: Any) -> Settings:
     """Settings of env, tasks, collector, update, loss, networks, and PyTorch's seed, as plain values by dotted name.
 
-    Of a part, also of one of yours: its class, and its public attributes that are numbers, texts, functions, or lists of these.
+    Of a part, also of one of yours: its class, and its public attributes that are numbers, texts, functions, or lists of these; of
+    a function its name, and the numbers, texts and flags that it closes over.
     Of `TrialWorkers` the first one's env is asked. Of envs in other processes else nothing is known, nor of an ``update`` that
     is no `PPOUpdate`.
     """
@@ -50,37 +49,6 @@ def settings_of(collector: BaseCollector, update: Any) -> Settings:
     if hasattr(collector, "requested_frames_per_batch"):
         settings["collector.frames_per_batch"] = collector.requested_frames_per_batch
     return settings | (_update(update) if isinstance(update, PPOUpdate) else {"update.class": _name(update)})
-
-
-def tasks_of(collector: BaseCollector) -> Settings:
-    """What the task distributions draw from one seed, since what decides it may have no name, as where functions close over it."""
-    return collector.of_env(_tasks) if isinstance(collector, TrialWorkers) else _tasks(getattr(collector, "env", None))
-
-
-def _tasks(env: EnvBase | None) -> Settings:
-    samplers = named("env", transforms_of(env)) if env is not None else {}
-    samplers = {name: each for name, each in samplers.items() if isinstance(each, TaskSampler)}
-    tasks = {
-        f"{name}.drawn_tasks": _drawn(each.distribution, base_of(env).batch_size) for name, each in samplers.items()
-    }
-    return {name: numbers for name, numbers in tasks.items() if numbers is not None}
-
-
-@random_numbers_put_back()
-def _drawn(distribution: TaskDistribution, batch_size: torch.Size) -> list[float] | None:
-    """The first numbers of tasks that copies draw, all alike, from one seed; None where that is not to be had."""
-    drawn = []
-    for _ in range(2):
-        try:
-            copy = deepcopy(distribution)  # one at a time: it may hold much
-        except (TypeError, ValueError, RuntimeError):  # a state that cannot be copied
-            return None
-        task = copy(batch_size, torch.Generator().manual_seed(0))
-        leaves = [task] if isinstance(task, torch.Tensor) else task.values(True, True)
-        drawn.append(torch.cat([leaf.flatten()[:_FEW].double().cpu() for leaf in leaves]))
-        del copy
-    # Of so many digits as another processor gives, too.
-    return [float(f"{number:.4g}") for number in drawn[0].tolist()] if torch.equal(*drawn) else None
 
 
 def devices_of(collector: BaseCollector, update: Any) -> dict[str, str]:
@@ -104,9 +72,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
         name: [json.dumps(side[name]) if name in side else "none" for side in (then, now)] for name in {**then, **now}
     }
     differing = [name for name, (old, new) in words.items() if old != new]
-    # Tasks are what env and distribution make of them, of which it is said by name.
-    if any(name.startswith("env.") and not name.endswith(".drawn_tasks") for name in differing):
-        differing = [name for name in differing if not name.endswith(".drawn_tasks")]
     return {name: "{}: {} then, {} now".format(name, *words[name]) for name in differing}
 
 
@@ -143,8 +108,9 @@ def _env(env: EnvBase | None) -> Settings:
         settings |= {f"{name}.{each}": value for each, value in buffers.items() if each[0] != "_"}
         if isinstance(transform, TaskSampler):
             settings[f"{name}.seed"] = _plain(transform.given_seed)
-            if f"{name}.distribution" not in settings:  # an object, with its range among its attributes
-                settings |= _part(f"{name}.distribution", transform.distribution)
+            owner = owner_of(transform.distribution)
+            if not hasattr(owner, "__code__"):  # an object, with its range among its attributes
+                settings |= _part(f"{name}.distribution", owner)
     return settings
 
 
@@ -235,7 +201,20 @@ def _plain(value: Any) -> Any:
     is_function = callable(value) and not isinstance(value, nn.Module) and hasattr(value, "__qualname__")
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}".replace("__mp_main__", "__main__")
-    return f"{value.__qualname__}()" if is_function else _NOT_PLAIN
+    if not is_function:
+        return _NOT_PLAIN
+    name, numbers = f"{value.__qualname__}()", _closed_over(value)
+    return {name: numbers} if numbers else name
+
+
+def _closed_over(function: Any) -> dict[str, Any]:
+    """The numbers, texts and flags that ``function`` closes over: what is more may be the whole program's."""
+    names = function.__code__.co_freevars if hasattr(function, "__code__") else ()
+    cells = zip(names, getattr(function, "__closure__", None) or (), strict=True)
+    values = (
+        (name, each) for name, cell in cells for each in gc.get_referents(cell)
+    )  # none in a cell that is still empty
+    return {name: each for name, each in values if isinstance(each, bool | int | float | str)}
 
 
 def _name(part: Any) -> str:

@@ -17,7 +17,7 @@ from torchrl.data import Categorical, Composite, MultiCategorical, TensorSpec
 from torchrl.envs import Compose, EnvBase, Transform
 
 from rl2_torchrl.seeding import derived_seed, require_seed, seed_generator
-from rl2_torchrl.storage import from_tensor, to_tensor
+from rl2_torchrl.storage import digest_of, from_tensor, to_tensor
 
 __all__ = ["TaskDistribution", "TaskSampler"]
 
@@ -381,6 +381,8 @@ class _InOrder:
             raise ValueError("TaskSampler.fixed got no task: an evaluation over nothing would report NaN.")
         self.tasks = tasks
         self.position = 0
+        #: What a run's settings say of them: it goes on with no others.
+        self.digest = digest_of(tasks.to_dict() if isinstance(tasks, TensorDictBase) else tasks)[:16]
 
     def __call__(self, batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor | TensorDictBase:
         index = (self.position + torch.arange(batch_size.numel())) % len(self.tasks)
