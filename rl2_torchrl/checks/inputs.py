@@ -82,20 +82,20 @@ def transition_read(seen: Evidence) -> str | None:
     previous = [each for each in seen.transforms if isinstance(each, PreviousStep)]
     if not previous:
         raise NotChecked("the env shows no PreviousStep")
-    for each in previous:
-        _require_unchanged(seen, each)
-    read = next((each for each in previous if each.out_key in seen.probe.observed), None)
-    if read is None:
-        key, observed = previous[0].out_key, seen.probe.observed
-        if made := made_of([key], _behind(seen, previous[0])).intersection(observed):
+    observed = seen.probe.observed
+    read = next((each for each in previous if each.out_key in observed), previous[0])
+    _require_unchanged(seen, read)
+    key, size = read.out_key, read.layout().action.size
+    if key not in observed:
+        if made := made_of([key], _behind(seen, read)).intersection(observed):
             raise NotChecked(f"the actor reads {sorted(map(str, made))}, which transforms make of {key!r}")
         return f"the actor does not read {key!r}, but {observed}"
-    windows, size = seen.windows(seen.inner), read.layout().action.size
+    windows = seen.windows(seen.inner)
     columns = {"action": slice(-2 - size, -2), "reward": slice(-2, -1), "done": slice(-1, None)}
-    unread = [name for name, part in columns.items() if not seen.probe.heeds(windows, read.out_key, part)]
+    unread = [name for name, part in columns.items() if not seen.probe.heeds(windows, key, part)]
     if "reward" in unread:
-        return f"what the actor writes does not depend on the {' and '.join(unread)} in {read.out_key!r}"
-    seen.report.notes += [f"what the actor writes does not depend on the {name} in {read.out_key!r}" for name in unread]
+        return f"what the actor writes does not depend on the {' and '.join(unread)} in {key!r}"
+    seen.report.notes += [f"what the actor writes does not depend on the {name} in {key!r}" for name in unread]
 
 
 def one_scale(seen: Evidence) -> str | None:
