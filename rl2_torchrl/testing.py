@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cached_property
 from math import prod
-from unittest.mock import patch
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -22,7 +20,7 @@ from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial, method_of, own_transforms
+from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial, own_transforms
 
 __all__ = ["TensorEnvError", "TrialContractError", "check_tensor_env", "check_trial_env"]
 
@@ -49,7 +47,6 @@ _RULES = {
     "terminated_at_done": "Another task's value leaks into this trial's advantages: let Trial write it.",
     "trial_step": "Trials end at the wrong step: leave Trial's entries as they are.",
     "episode_index": "Returns are summed under the wrong episode: leave Trial's entries as they are.",
-    "first_observation": "The agent must see where its new episode begins: let Trial reset the ended rows, no others.",
     "begins_anew": "Later episodes are cut short: in _reset set all that counts back in the rows of '_reset', torch.where(rows, 0, "
     "self.steps).",
     "task_constant": "A trial is one task, or there is nothing to adapt to: draw tasks at trial starts only.",
@@ -99,9 +96,9 @@ def check_trial_env(
 
     Made for ``TransformedEnv(your_env, Compose(Trial(...), TaskSampler(...), PreviousStep()))``. Random actions of the
     action_spec are played, of which an env may refuse none, whatever a mask says. What the workers of a ``SerialEnv`` or
-    ``ParallelEnv`` do inside is hidden: ``first_observation``, ``task_follows_seed``, and what is asked of the env below `Trial`
-    itself, are left out there. The env is reset and stepped, uses up tasks, and is seeded as it was made; one of TorchRL's,
-    which does not keep its seed, by a number of PyTorch's default generator: seed it after the check.
+    ``ParallelEnv`` do inside is hidden: ``task_follows_seed``, and what is asked of the env below `Trial` itself, are left out
+    there. The env is reset and stepped, uses up tasks, and is seeded as it was made; one of TorchRL's, which does not keep its
+    seed, by a number of PyTorch's default generator: seed it after the check.
 
     Whether a task reaches the env (``task_heard``) is seen from outside: after one seed and the same actions, another task must
     show in something, from the start and in episodes that begin in some rows. An env in which random actions hardly ever meet
@@ -158,7 +155,7 @@ class _Played:
         self.env, self.num_trials, self.max_steps = env, num_trials, max_steps
         self.task_key, self.in_key, self.num_rows = task_key, in_key, prod(env.batch_size)
         self.task_of = task_of
-        self.base, self.below_trial, self.transforms, self.reset_faults = env, None, [], []
+        self.base, self.below_trial, self.transforms = env, None, []
         while isinstance(self.base, TransformedEnv):
             here = own_transforms(self.base)
             self.base, self.transforms = self.base.base_env, self.transforms + here
@@ -205,31 +202,8 @@ class _Played:
         return torch.stack(steps, -1)
 
     def _step(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
-        resets, below = [], self.below_trial
-
-        def reset(given: TensorDictBase, **kwargs) -> TensorDictBase:
-            first = method_of(below, "_reset")(given, **kwargs)
-            resets.append((given["_reset"].clone(), first.clone()))
-            return first
-
-        with nullcontext() if below is None else patch.object(below, "_reset", reset):
-            stepped = self.env.step(self.env.rand_action(tensordict)).clone()
-        if below is not None:
-            self._look_at_reset(stepped, *(resets or [(torch.zeros_like(stepped["next", "done"]), None)])[-1])
+        stepped = self.env.step(self.env.rand_action(tensordict)).clone()
         return stepped, self.env.maybe_reset(self.env.step_mdp(stepped).clone())
-
-    def _look_at_reset(self, stepped: TensorDictBase, reset: torch.Tensor, first: TensorDictBase | None) -> None:
-        ended = stepped["next", EPISODE_DONE] & ~stepped["next", "done"]
-        if (ended != reset).any():
-            self.reset_faults.append(f"{ended.sum()} rows ended an episode inside a trial, {reset.sum()} were reset")
-        changed = {key for transform in self.transforms for key in transform.out_keys}
-        trials = [transform for transform in self.transforms if isinstance(transform, Trial)]
-        for key in set(self.below_trial.observation_spec.keys(True, True)) - changed if first is not None else ():
-            if any(trial.tells_of_step(key) for trial in trials) or not isinstance(first.get(key), torch.Tensor):
-                continue
-            rows = (ended & reset).reshape(self.env.batch_size)
-            if not torch.equal(first.get(key)[rows], stepped["next"].get(key)[rows]):
-                self.reset_faults.append(f"{key!r} after an inner episode's end is not what the env's reset gave")
 
     @cached_property
     def draws(self) -> torch.Tensor:  # tasks of further resets, [_NUM_DRAWS, num_rows, n]
@@ -312,9 +286,6 @@ class _Played:
         # Where rows end together all begin, which hides it, then and in training.
         if later >= ENOUGH and self.num_rows > 1 and not ends[:, 0].any() and ends[:, 1:].sum() == later:
             return f"all {later} episodes that began later ended at their first step, and none where all rows began"
-
-    def first_observation(self):
-        return self.reset_faults[0] if self.reset_faults else None
 
     def task_constant(self):
         task = flat(self.steps[self.task_key], 2)

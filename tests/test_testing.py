@@ -155,7 +155,6 @@ def test_one_task_by_chance_is_not_mistaken_for_a_leak():
 def test_env_is_left_usable():
     env = counting()
     check_trial_env(env)
-    assert "_reset" not in vars(env.base_env)
     assert env.rollout(20)["next", "done"].any()
 
 
@@ -230,21 +229,6 @@ class SeenTask(Transform):
     def transform_observation_spec(self, observation_spec):
         observation_spec["task"] = Unbounded((1,))
         return observation_spec
-
-
-class NoInnerReset(Trial):
-    def _reset_rows(self, rows, tensordict, next_tensordict):
-        pass
-
-
-class EveryRowReset(Trial):
-    def _reset_rows(self, rows, tensordict, next_tensordict):
-        super()._reset_rows(torch.ones_like(rows), tensordict, next_tensordict)
-
-
-class LastObservationKept(Trial):
-    def _reset_rows(self, rows, tensordict, next_tensordict):
-        super()._reset_rows(rows, tensordict, next_tensordict.clone())
 
 
 class OwnCounter(Transform):
@@ -329,9 +313,6 @@ UNSOUND = [
         lambda: bandit(put("episode_index", lambda root, after: root["episode_index"]), trial=Trial(steps=3)),
     ),
     ("episode_index", lambda: bandit(put("episode_done", FALSE))),
-    ("first_observation", lambda: counting(trial=NoInnerReset(steps=9))),
-    ("first_observation", lambda: counting(trial=EveryRowReset(episodes=2))),
-    ("first_observation", lambda: counting(trial=LastObservationKept(episodes=2))),
     ("task_constant", lambda: bandit(put("task", lambda root, after: root["task"] / 2))),
     ("trial_step", lambda: between_steps("trial_step")),
     ("task_constant", lambda: between_steps("task")),
