@@ -6,7 +6,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from line_envs import FORMS, Hidden, set_goal, theirs, trials
-from rollouts import ENVS, make_env
+from rollouts import make_env
 from torchrl.data import Unbounded
 from torchrl.envs import SerialEnv
 
@@ -14,7 +14,7 @@ from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv
 from rl2_torchrl.testing import check_trial_env
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if "lines" not in name])
+@pytest.mark.parametrize("name", ["cart pole", "cart pole without tasks", "pendulum", "pendulum in processes"])
 def test_all_forms_of_vector_envs_pass(name):
     env = FORMS[name]()
     check_trial_env(env, task_key=None if "without" in name else "task")
@@ -27,13 +27,10 @@ def test_vector_envs_of_ones_own_pass(mode):
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
-@pytest.mark.parametrize(
-    "way",
-    [{"set_task": set_goal, "task_spec": Unbounded(1)}, {"task_option": "goal", "task_spec": Unbounded(1)}],
-    ids=["set_task", "task_option"],
-)
-def test_all_ways_of_tasks_pass(vectorization, way):
-    env = trials(GymVectorEnv(Hidden, 4, seed=0, vectorization=vectorization, **way))
+def test_tasks_by_an_option_pass(vectorization):
+    env = trials(
+        GymVectorEnv(Hidden, 4, seed=0, vectorization=vectorization, task_option="goal", task_spec=Unbounded(1))
+    )
     check_trial_env(env)
     env.close()
 
@@ -63,6 +60,7 @@ def test_text_that_an_env_observes_passes(rows):
     check_trial_env(trials(make() if rows is None else SerialEnv(rows, make)))
 
 
-@pytest.mark.parametrize("name", [name for name in ENVS if name != "workers"])
+#: Those of the package's own classes are checked beside each class, and in test_testing.py.
+@pytest.mark.parametrize("name", ["guess 2x3", "pendulum", "cart pole", "walk", "rooms", "one-hot rooms", "doubled"])
 def test_the_envs_of_other_tests_pass(name):
     check_trial_env(make_env(name, steps=15))

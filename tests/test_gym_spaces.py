@@ -175,6 +175,10 @@ class Samples(gymnasium.Env):
         return self.observation_space.sample(), 1.0, self.np_random.random() < 0.2, self.steps >= 9, {}
 
 
+#: One of each kind of spec, by which all but the env tells actions apart; `Samples` itself insists on its space.
+CHECKED = [ACTIONS[number][0] for number in (1, 2, 4, 5, 9)]
+
+
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("space", [space for space, *_ in ACTIONS if space.shape != (1, 2)], ids=str)
 def test_from_env_makes_a_policy_for_each_action_space(space, vectorization):
@@ -182,7 +186,8 @@ def test_from_env_makes_a_policy_for_each_action_space(space, vectorization):
         pytest.skip("processes are another matter: one space will do")
     base = GymVectorEnv(lambda: Samples(space), 3, seed=0, vectorization=vectorization)
     env = TransformedEnv(base, Compose(Trial(episodes=3), PreviousStep()))
-    check_trial_env(env, task_key=None)
+    if space in CHECKED:
+        check_trial_env(env, task_key=None)
     policy = ActorCritic(RecurrentActor.from_env(env), GRUValueHead.from_env(env))
     collector = TrialCollector(env, policy, frames_per_batch=60, total_frames=120)
     batches = [batch.clone() for batch in collector]

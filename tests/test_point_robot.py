@@ -82,8 +82,10 @@ def trial_env(base, **bounds):
     return TransformedEnv(base, transforms)
 
 
-@pytest.mark.parametrize("bounds", [{"episodes": 2}, {"steps": 12}, {"episodes": 3, "steps": 12}])
-@pytest.mark.parametrize("batch_size", [(), (4,), (2, 3)])
+@pytest.mark.parametrize(
+    ("batch_size", "bounds"),
+    [((), {"episodes": 2}), ((2, 3), {"episodes": 2}), ((4,), {"steps": 12}), ((4,), {"episodes": 3, "steps": 12})],
+)
 def test_the_trial_contract(batch_size, bounds):
     check_trial_env(trial_env(PointRobot(max_episode_steps=8, batch_size=batch_size), **bounds))
 

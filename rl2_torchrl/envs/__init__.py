@@ -41,7 +41,7 @@ one current, and are trained on:
 ...     collector = rl2.TrialCollector(env, policy, keep=update.in_keys, **frames)
 ...
 ...     def evaluate():
-...         first, last = rl2.adaptation_curve(held_out, actor, num_trials=128).per_episode.tolist()
+...         first, last = rl2.adaptation_curve(held_out, actor, num_trials=4 * rows).per_episode.tolist()
 ...         return {"first_episode": first, "last_episode": last}
 ...
 ...     return rl2.train(collector, update, evaluate=evaluate, progress=False)
@@ -107,7 +107,7 @@ tensor, of which ``.item()`` or ``.tolist()`` makes numbers.
 ...     boat.current = task.item()
 >>> def gym_boats(rows):
 ...     return GymVectorEnv(make_boat, rows, set_task=set_current, task_spec=Unbounded(1), seed=0)
->>> check_trial_env(trials(gym_boats(16)))
+>>> check_trial_env(trials(gym_boats(4)))
 >>> result = learn(gym_boats, updates=2)
 
 An env with an id needs no function that makes it: ``GymVectorEnv("Pendulum-v1", rows, ...)``. Where a step takes a millisecond and
