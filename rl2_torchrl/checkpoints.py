@@ -22,7 +22,6 @@ from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.kept import Kept
 from rl2_torchrl.locks import locked
-from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.settings import (
     devices_of,
     differences,
@@ -73,7 +72,6 @@ class RunCheckpoints:
         callbacks: objects with a state of their own.
         result: what the training has done so far, a `TrainResult`.
         returns: what the running trials have earned so far.
-        scalars: where the run logs; it is told where the run's checkpoints are.
 
     Raises:
         OSError: nothing can be written to ``folder``. Found here, before hours of training that could not be saved.
@@ -89,13 +87,12 @@ class RunCheckpoints:
         callbacks: Sequence[Stateful],
         result: Any,
         returns: Any,
-        scalars: ScalarLog,
     ):
         self._folder = None if folder is None else Path(folder)
         if self._folder is None:
             return
         _require_writable(self._folder)
-        self._collector, self._result, self._scalars = collector, result, scalars
+        self._collector, self._result = collector, result
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings = settings_of(collector, update)
         self._networks = networks_of(update)
@@ -181,7 +178,6 @@ class RunCheckpoints:
         about |= {"devices": self._devices, "moved": sorted(self._moved)}
         about["history"] = self._history.write(self._result.history)
         save_tree({**about, "state": state}, self._path())
-        self._scalars.is_of(self._folder)
         for path in self._paths()[:-_KEPT]:
             path.unlink()
 
@@ -323,7 +319,6 @@ class RunCheckpoints:
         """Moves an earlier run's files to a subfolder, in the place of the run before it."""
         if self._folder is None:
             return
-        self._scalars.is_of(None)
         if not self._paths():
             return
         self._move([*self._paths(), self._folder / _HISTORY], _EARLIER)

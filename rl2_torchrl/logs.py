@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ __all__ = ["ScalarLog"]
 
 log = logging.getLogger(__name__)
 
-#: In a log's folder, once its run has a checkpoint: where they are, relative to it, so that both can be moved together.
-_MARK = "checkpoints-of-this-log.txt"
 _TABLES, _EARLIER = "scalars", "earlier-scalars"
 
 
@@ -56,19 +53,8 @@ class ScalarLog:
             _cut(path, env_steps if name in again else env_steps + 1)  # what a user has logged beside it stays
         self.write(again, env_steps)
 
-    def require_new(self, checkpoints: Path) -> None:
-        """Lets what was logged of a run be forgotten that is resumed, and of which ``checkpoints`` holds none.
-
-        Raises:
-            ValueError: its run has had checkpoints, elsewhere or here.
-        """
-        if self._folder is not None and (mark := self._folder / _MARK).exists():
-            theirs = os.path.normpath(self._folder / mark.read_text(encoding="utf-8"))
-            raise ValueError(
-                f"resume=True, but checkpoints={str(checkpoints)!r} holds no checkpoint, and the logger's folder "
-                f"{str(self._folder)!r} holds the scalars of a run whose checkpoints were saved to {theirs!r}: to start anew would "
-                "be the end of that log. To go on with that run give its checkpoints, to start anew another folder to the logger."
-            )
+    def begin_anew(self) -> None:
+        """Lets what was logged of a run be forgotten that was killed before its first checkpoint."""
         self._close(purge_step=0)
 
     def set_aside(self) -> None:
@@ -83,18 +69,6 @@ class ScalarLog:
             place.parent.mkdir(parents=True, exist_ok=True)
             table.replace(place)
         log.warning("%s held the scalars of an earlier run: moved to %s.", self._folder, _EARLIER)
-
-    def is_of(self, checkpoints: Path | None) -> None:
-        """Notes, for `require_new`, in which folder the run has a checkpoint; None: it has none yet."""
-        if self._folder is None:
-            return
-        mark = self._folder / _MARK
-        if checkpoints is None:
-            mark.unlink(missing_ok=True)
-            return
-        words = os.path.relpath(checkpoints.resolve(), self._folder.resolve()).encode()
-        if not mark.exists() or mark.read_bytes() != words:
-            write_durably(mark, words)
 
     def _tables(self) -> list[Path]:
         return [] if self._folder is None else list((self._folder / _TABLES).rglob("*.csv"))

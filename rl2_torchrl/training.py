@@ -84,9 +84,8 @@ def train(
             they are given now; what has taken an attribute's place and cannot be saved is named in the log, and what a function
             closes over, or an object within an attribute holds, is not kept. An env of ``evaluate``'s is no
             part of it: with `TaskSampler.fixed` that plays the same tasks again. CSV files and TensorBoard then hold each step
-            once: what the logger has there of later steps is taken back. Where there is no checkpoint the run starts anew, and
-            CSV files of one that was killed before its first are moved to a subfolder; a log whose run has had checkpoints,
-            elsewhere say, is an error.
+            once: what the logger has there of later steps is taken back. Where there is no checkpoint the run starts anew, as
+            one without ``resume``.
         resume_changes: settings that may be others than the run's, by the names that the error gives, such as
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.
@@ -106,11 +105,10 @@ def train(
             newest checkpoint is from before it.
         Exception: whatever env or policy raise in a rollout, with a note that says in which update; and whatever ``evaluate``,
             ``stop``, ``logger`` or callbacks raise.
-        ValueError: ``resume`` without ``checkpoints``, or from none where the logger has a run that had some, a checkpoint of other
-            networks, settings, of another version or of another update than that of the processes that train together, an interval
-            below 1, an empty name for a folder, fewer frames than one batch, a collector that has spent its frames, no end in sight
-            (neither ``total_frames`` nor ``stop``), or a schedule without a length (neither ``total_frames`` nor
-            ``schedule_frames``).
+        ValueError: ``resume`` without ``checkpoints``, a checkpoint of other networks, settings, of another version or of another
+            update than that of the processes that train together, an interval below 1, an empty name for a folder, fewer frames
+            than one batch, a collector that has spent its frames, no end in sight (neither ``total_frames`` nor ``stop``), or a
+            schedule without a length (neither ``total_frames`` nor ``schedule_frames``).
         DamagedFileError: a ValueError; no checkpoint can be read.
         TypeError: ``evaluate`` returns no scalars, an argument or a callback is none, or a part has no state that can be saved.
         OSError: nothing can be written to ``checkpoints``, or another training is using it.
@@ -139,13 +137,13 @@ def train(
     parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
     total = collector.total_frames
     stateful = [*callbacks, *[stop] * hasattr(stop, "state_dict")]
-    with _own_modes(), RunCheckpoints(checkpoints, **{**parts, "callbacks": stateful}, scalars=scalars) as saved:
+    with _own_modes(), RunCheckpoints(checkpoints, **{**parts, "callbacks": stateful}) as saved:
         goes_on = resume and (saved.load_latest(resume_changes) or result.env_steps > 0)
         if goes_on:
             scalars.go_on_from(result.history, result.env_steps)
             result.lost_trials = getattr(collector, "lost_trials", 0)  # there may be no further batch
         elif resume:
-            scalars.require_new(Path(checkpoints))
+            scalars.begin_anew()
             log.warning("resume=True, but %s holds no checkpoint: starting anew.", checkpoints)
 
         def begin() -> None:
