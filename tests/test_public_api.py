@@ -36,7 +36,7 @@ NO_EXAMPLE = {
 
 # Every part of the package, from the ground up: a part imports from its own layer and from those before it.
 LAYERS = [
-    {"arguments", "history", "interrupts", "locks", "logs", "quiet", "requirements", "storage"},
+    {"arguments", "codec", "history", "interrupts", "locks", "logs", "quiet", "requirements", "storage"},
     {"baselines", "callbacks", "envs", "kernels", "progress", "seeding", "tasks", "transition", "trial"},
     {"gradients"},
     {"modules"},
