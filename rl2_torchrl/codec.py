@@ -104,7 +104,7 @@ class Encoder:
         kind = type(value)
         if kind is torch.Tensor and value.layout is torch.strided and _is_held(value.dtype):
             return self._tensor(value)
-        base = value.base if kind is np.ndarray and value.size > 0 else None
+        base = value.base if kind is np.ndarray and value.size > 0 and not value.dtype.hasobject else None
         if type(base) is np.ndarray and base.flags.c_contiguous and base.dtype.isnative:  # the owner of the memory
             offset = value.__array_interface__["data"][0] - base.__array_interface__["data"][0]
             return {"view": [self(base, *where), value.dtype.str, list(value.shape), list(value.strides), offset]}
@@ -215,6 +215,8 @@ class Decoder:
                 return self._meet(self._tensor(*content["tensor"]).numpy())
             case "view":
                 base, dtype, shape, strides, offset = content
+                if np.dtype(dtype).hasobject:  # NumPy would take the file's bytes for addresses of objects
+                    raise ValueError(f"{dtype!r} is no kind of number.")
                 number = len(self._met)  # before that of the memory that it looks into
                 self._meet(None)
                 made = self._met[number] = np.ndarray(shape, dtype, self(base), offset, strides)
