@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recipes.benchmark import Workload, compose
+from rl2_torchrl import kernels
 from rl2_torchrl.training_loop import TrialReturns
 
 # 64 minibatches: the largest tensor of one holds a quarter of a batch's numbers, 2 rows of 20 steps and 16 numbers a step.
@@ -52,9 +54,18 @@ def test_nothing_of_the_batchs_size_is_made_anew(value_target, monkeypatch):
     assert new.made == []
 
 
+# Without TorchRL and the rest of the package, whose import takes longer than all else.
 FREED_AND_MADE_AGAIN = """
 import resource
+import sys
+from types import ModuleType
+
 import torch
+
+for name in ("rl2_torchrl", "rl2_torchrl.kernels", "rl2_torchrl.kernels.recording"):
+    sys.modules[name] = ModuleType(name)
+sys.modules["rl2_torchrl.kernels"].__path__ = [sys.argv[1]]
+sys.modules["rl2_torchrl.kernels.recording"].Recording = None
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 
 keep_freed_memory()
@@ -70,7 +81,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_what_autograd_frees_with_a_minibatch_is_kept_for_the_next():
     # Three of them: untold, glibc keeps it in one process of seven, where something happens to lie behind it.
     for _ in range(3):
-        command = [sys.executable, "-c", FREED_AND_MADE_AGAIN]
+        command = [sys.executable, "-c", FREED_AND_MADE_AGAIN, Path(kernels.__file__).parent]
         pages = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         assert pages < 1000  # of 4 kB, touched for the first time: some 12,000 where memory is handed back
 

@@ -3,10 +3,10 @@
 import io
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -213,33 +213,36 @@ for name in ("SIGINT", "SIGTERM", "SIGHUP"):
 print("begun", flush=True)
 time.sleep(60)
 """
-SEEDS = """
-import os, pathlib, signal, sys
-from recipes.seeds import run_seeds
-for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # which the tests may have been started to ignore, as nohup has it
-    signal.signal(getattr(signal, name), signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
-os.sched_getaffinity = lambda pid: {0}  # one at a time
-run_seeds([sys.argv[1]], (0, 1), pathlib.Path(sys.argv[2]), [])
-"""
+
+
+def run_slow_seeds(folder):
+    """Two seeds of ``folder/slow.py``, one at a time, in a process that has a session of its own, as those of a terminal have."""
+    os.setsid()
+    sys.stderr = (folder / "errors.txt").open("w", buffering=1)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # which the tests may have been started to ignore, as nohup has it
+        signal.signal(getattr(signal, name), signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
+    os.sched_getaffinity = lambda pid: {0}
+    run_seeds([str(folder / "slow.py")], (0, 1), folder, [])
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_a_signal_ends_the_seeds_and_begins_no_other(name, status, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", SEEDS, str(tmp_path / "slow.py"), str(tmp_path)]
-    seeds = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    seeds = multiprocessing.get_context("fork").Process(target=run_slow_seeds, args=(tmp_path,))
+    seeds.start()
     try:
         said = tmp_path / "seed0" / "output.txt"
-        while seeds.poll() is None and not (said.is_file() and "begun" in said.read_text()):
+        while seeds.is_alive() and not (said.is_file() and "begun" in said.read_text()):
             time.sleep(0.1)
         send = os.killpg if name == "SIGINT" else os.kill  # Ctrl-C goes to all programs of a terminal
         send(seeds.pid, getattr(signal, name))
-        errors = seeds.communicate(timeout=50)[1]
+        seeds.join(50)
     finally:
+        seeds.kill()
         with suppress(ProcessLookupError):
             os.killpg(seeds.pid, signal.SIGKILL)
-    assert seeds.returncode == status, errors
+    errors = (tmp_path / "errors.txt").read_text()
+    assert seeds.exitcode == status, errors
     assert (tmp_path / "seed0" / "saved").read_text() == name
     assert "2 of 2 seeds have not come to their end:" in errors
     assert "seed0/output.txt: begun" in errors
