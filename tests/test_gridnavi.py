@@ -90,7 +90,7 @@ def test_goals_are_all_cells_away_from_the_start_alike():
     assert grid_goals(3)(torch.Size([2, 50]), torch.Generator()).flatten(0, 1).unique(dim=0).shape == (5, 2)
 
 
-@pytest.mark.parametrize("batch_size", [(), (2, 3)])
+@pytest.mark.parametrize("batch_size", [(), (5,), (2, 3)])
 def test_contract(batch_size):
     trial = Compose(Trial(episodes=4), TaskSampler(grid_goals(), seed=0), PreviousStep())
     check_trial_env(TransformedEnv(GridNavi(batch_size=batch_size), trial))

@@ -141,7 +141,7 @@ def test_tasks_come_from_the_given_generator_alone():
 # ---- The trial contract.
 
 
-@pytest.mark.parametrize("batch_size", [(), (2, 3)])
+@pytest.mark.parametrize("batch_size", [(), (4,), (2, 3)])
 def test_contract(batch_size):
     check_trial_env(trial_env(make(batch_size)))
 
