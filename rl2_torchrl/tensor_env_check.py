@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.envs import check_env_specs
 
 from rl2_torchrl.arguments import kind_of
-from rl2_torchrl.env_check.outcomes import misfit, same
+from rl2_torchrl.env_check.outcomes import BrokenRule, misfit, same
 from rl2_torchrl.env_check.playing import EnvBelow
 from rl2_torchrl.env_check.rows import seed_repeats
 from rl2_torchrl.env_check.tasks import task_own
@@ -38,12 +38,8 @@ _NUM_TASKS = 8
 Step = dict[str, Tensor]
 
 
-class TensorEnvError(AssertionError):
+class TensorEnvError(BrokenRule):
     """A promise of `TensorEnv` is broken; ``rule`` is its short name."""
-
-    def __init__(self, rule: str, seen: str):
-        super().__init__(f"rule {rule!r} is broken: {seen}. {_RULES[rule]}")
-        self.rule = rule
 
 
 def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, num_steps: int = 50) -> None:
@@ -82,7 +78,7 @@ def check_tensor_env(env: TensorEnv, tasks: TaskDistribution | None = None, *, n
     for rule in _RULES:
         seen = getattr(checked, rule)()
         if seen is not None:
-            raise TensorEnvError(rule, seen)
+            raise TensorEnvError(rule, seen, _RULES[rule])
     env._set_seed(given_seed)  # or all that are checked would draw the same from here on
 
 

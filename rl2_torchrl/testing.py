@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
 from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
 from rl2_torchrl.env_check import EnvBelow
-from rl2_torchrl.env_check.outcomes import ENOUGH, flat
+from rl2_torchrl.env_check.outcomes import ENOUGH, BrokenRule, flat
 from rl2_torchrl.env_check.shown import BITS, bits_of, drawn, rows_of_task, shown
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
@@ -75,12 +75,8 @@ _NUM_TASKS = 8  # of whole batches, given to the env below `Trial` one after ano
 _NUM_DRAWS = 16  # resets whose tasks are compared
 
 
-class TrialContractError(AssertionError):
+class TrialContractError(BrokenRule):
     """A rule of the trial contract is broken; ``rule`` is its short name."""
-
-    def __init__(self, rule: str, seen: str, advice: str | None = None):
-        super().__init__(f"rule {rule!r} is broken: {seen.rstrip().removesuffix('.')}. {advice or _RULES[rule]}")
-        self.rule = rule
 
 
 def check_trial_env(
@@ -136,7 +132,7 @@ def check_trial_env(
             seen = "at row {}, step {} of the trials played".format(*places[0]) if places else None
         if seen is not None:
             is_own = played.raised is not None and rule != "specs"
-            raise TrialContractError(rule, seen, _RAISED if is_own else None) from played.raised
+            raise TrialContractError(rule, seen, _RAISED if is_own else _RULES[rule]) from played.raised
     if played.below is not None:
         played.below.leave()
 

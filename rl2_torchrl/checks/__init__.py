@@ -16,6 +16,7 @@ from rl2_torchrl.arguments import require_collector
 from rl2_torchrl.checks import inputs, learning, memory, rows, tasks
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.collector import batches_of
+from rl2_torchrl.env_check.outcomes import BrokenRule
 from rl2_torchrl.locks import MODES
 from rl2_torchrl.seeding import random_numbers_put_back
 from rl2_torchrl.tasks import TaskSampler
@@ -34,12 +35,8 @@ _RULES: dict[str, tuple[Rule, str]] = {
 }
 
 
-class TrainingCheckError(AssertionError):
+class TrainingCheckError(BrokenRule):
     """Training would go wrong; ``rule`` is the short name of what is broken."""
-
-    def __init__(self, rule: str, seen: str):
-        super().__init__(f"rule {rule!r} is broken: {seen}. {_RULES[rule][1]}")
-        self.rule = rule
 
 
 @dataclass
@@ -145,7 +142,7 @@ def _check(name: str, evidence: Sequence[Evidence], report: TrainingReport) -> N
             reasons.append(str(reason))
             continue
         if seen is not None:
-            raise TrainingCheckError(name, seen)
+            raise TrainingCheckError(name, seen, _RULES[name][1])
         report.checked.append(name)
         return
     report.unchecked[name] = reasons[0]

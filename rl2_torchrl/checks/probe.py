@@ -38,12 +38,9 @@ class NetworkProbe:
         self.networks = [network for network in (self.actor, self.critic) if network is not None]
         #: Entries of the memory, and what the networks read beside it, of which the actor's own.
         self.memory = list(dict.fromkeys(key for network in self.networks for key in hidden_keys(network)))
-        given = [
-            key for key in self.networks[-1].in_keys if key not in self.actor.out_keys
-        ]  # to the critic, if there is one
-        read = dict.fromkeys(
-            [*self.actor.in_keys, *given]
-        )  # the actor may read an entry, and write another under its name
+        # What the critic is given, if there is one; the actor may read an entry, and write another under its name.
+        given = [key for key in self.networks[-1].in_keys if key not in self.actor.out_keys]
+        read = dict.fromkeys([*self.actor.in_keys, *given])
         self.inputs = [key for key in read if key not in (*self.memory, "is_init")]
         self.observed = [key for key in self.actor.in_keys if key in self.inputs]
 

@@ -9,10 +9,19 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import TensorSpec
 
-__all__ = ["ENOUGH", "Outcome", "differ", "flat", "misfit", "same", "unequal"]
+__all__ = ["ENOUGH", "BrokenRule", "Outcome", "differ", "flat", "misfit", "same", "unequal"]
 
 #: So many differences on one of two sides that are as large, and none on the other, are chance in 1 of 512 where both are alike.
 ENOUGH = 9
+
+
+class BrokenRule(AssertionError):
+    """A rule is broken; ``rule`` is its short name."""
+
+    def __init__(self, rule: str, seen: str, advice: str):
+        super().__init__(f"rule {rule!r} is broken: {seen.rstrip().removesuffix('.')}. {advice}")
+        self.rule = rule
+
 
 Outcome = Tensor  #: All that a step says of each row, [num_rows, n] float64; whether an episode ended comes first.
 

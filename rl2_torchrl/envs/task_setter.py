@@ -14,7 +14,7 @@ from torchrl import torchrl_logger
 
 from rl2_torchrl.envs.simulation import model_of
 
-__all__ = ["TaskSetter", "told_of_added", "warn_of_added"]
+__all__ = ["TaskSetter", "warn_of_added"]
 
 #: So many tasks are looked at, at most.
 _WATCHED = 10
@@ -85,19 +85,12 @@ def _warn_of_drift(names: tuple[str, ...]) -> None:
         )
 
 
-def told_of_added(added: Sequence[str]) -> str:
-    """That ``set_task`` has given an env the attributes ``added``, and what may have been meant."""
-    return (
-        f"set_task gave the env {list(added)}, which it did not have before: misspelt? Or a wrapper's? set_task is given the env "
-        "below all wrappers; let a wrapper read what it needs there, self.unwrapped"
-    )
-
-
 def warn_of_added(added: Sequence[str]) -> None:
     """Logs that ``set_task`` has given an env the attributes ``added``, where there are any: nobody may read them."""
     if added:
         torchrl_logger.warning(
-            f"{told_of_added(added)}. What nobody reads changes nothing, and all trials would be alike: "
-            "rl2_torchrl.testing.check_trial_env tells whether tasks reach the env. Give the env the attribute from the start, in "
-            "its __init__, and this is not said."
+            f"set_task gave the env {list(added)}, which it did not have before: misspelt? Or a wrapper's? set_task is given "
+            "the env below all wrappers; let a wrapper read what it needs there, self.unwrapped. What nobody reads changes "
+            "nothing, and all trials would be alike: rl2_torchrl.testing.check_trial_env tells whether tasks reach the env. "
+            "Give the env the attribute from the start, in its __init__, and this is not said."
         )
