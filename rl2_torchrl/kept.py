@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from torch import nn
 from torchrl.envs import Transform
 
 from rl2_torchrl.envs.tensor_env import TensorEnv
-from rl2_torchrl.storage import digest_of
+from rl2_torchrl.storage import to_bytes
 from rl2_torchrl.update import PPOUpdate
 
 __all__ = ["Kept"]
@@ -109,10 +110,10 @@ def _saved(value: Any) -> Any:
     return value.state_dict() if hasattr(value, "state_dict") else value
 
 
-def _digest(value: Any) -> str | None:
+def _digest(value: Any) -> bytes | None:
     """What tells whether ``value`` has changed; None where it cannot be saved."""
     try:
-        return digest_of(_saved(value))
+        return hashlib.sha256(to_bytes(_saved(value))).digest()
     except TypeError:
         return None
 

@@ -21,7 +21,7 @@ import torch
 
 from rl2_torchrl.codec import Decoder, Encoder
 
-__all__ = ["DamagedFileError", "digest_of", "from_bytes", "from_tensor", "load_tree", "require_tree", "save_tree"]
+__all__ = ["DamagedFileError", "from_bytes", "from_tensor", "load_tree", "require_tree", "save_tree"]
 __all__ += ["to_bytes", "to_tensor", "write_durably"]
 
 #: How the name of a file ends until it is whole.
@@ -101,19 +101,18 @@ def load_tree(path: Path) -> Any:
 
 
 def to_bytes(tree: Any, packages: Collection[str] = (), known: Sequence[Any] = ()) -> bytes:
-    """What `save_tree` writes; ``packages`` and ``known`` as for `Encoder`."""
-    text, tensors = _text_and_tensors(tree, packages, known)
-    data = safetensors.torch.save(tensors, {"tree": text, "sha256": _NO_DIGEST})
-    return _with_digest(data, hashlib.sha256(data).hexdigest())
-
-
-def _text_and_tensors(
-    tree: Any, packages: Collection[str] = (), known: Sequence[Any] = ()
-) -> tuple[str, dict[str, torch.Tensor]]:
+    """What `save_tree` writes, the same bytes for the same tree; ``packages`` and ``known`` as for `Encoder`."""
     encoder = Encoder(packages, known)
-    text = json.dumps(encoder(tree))
+    about = {"tree": json.dumps(encoder(tree)), "sha256": _NO_DIGEST}
     # Copies: safetensors takes no views of one another.
-    return text, {str(number): tensor.cpu().contiguous().clone() for number, tensor in enumerate(encoder.tensors)}
+    named = {str(number): tensor.cpu().contiguous().clone() for number, tensor in enumerate(encoder.tensors)}
+    data = safetensors.torch.save(named)
+    size = int.from_bytes(data[:8], "little")
+    # By itself it would write what is said about them in an order that changes.
+    header = json.dumps({"__metadata__": about, **json.loads(data[8 : 8 + size])}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    data = len(header).to_bytes(8, "little") + header + data[8 + size :]
+    return _with_digest(data, hashlib.sha256(data).hexdigest())
 
 
 def from_bytes(
@@ -133,12 +132,6 @@ def from_bytes(
         raise DamagedFileError(
             f"{source} is cut short, or no file of this package ({type(error).__name__}: {error})."
         ) from error
-
-
-def digest_of(tree: Any) -> str:
-    """The same for the same tree, and another for another one."""
-    text, tensors = _text_and_tensors(tree)
-    return hashlib.sha256(text.encode() + safetensors.torch.save(tensors)).hexdigest()
 
 
 def to_tensor(tree: Any) -> torch.Tensor:

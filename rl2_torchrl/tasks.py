@@ -245,25 +245,19 @@ class TaskSampler(Transform):
 
     # ----------------------------------------------------------- checkpoints
     def get_extra_state(self) -> torch.Tensor:
-        """Generator and position, or what else the distribution has as its ``state_dict``: with them a resumed run draws the tasks
-        that the unbroken run would have drawn.
-        """
+        """Generator, and the distribution's ``state_dict``: with them a resumed run draws the tasks that the unbroken one would."""
+        owner = self._owner_of_a_state
+        own = None if owner is None else owner.state_dict()
         # One plain tensor: TorchRL's EnvCreator, which ParallelEnv wraps around a lambda, copies all other state into
         # every worker, and all workers would draw identical tasks.
-        position = self.distribution.position if isinstance(self.distribution, _InOrder) else 0
-        position = torch.tensor([position], dtype=torch.int64)
-        own = [to_tensor(owner.state_dict())] if (owner := self._owner_of_a_state) is not None else []
-        return torch.cat([self.generator.get_state(), position.view(torch.uint8), *own])
+        return to_tensor({"generator": self.generator.get_state(), "distribution": own})
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Restores what `get_extra_state` returned."""
-        size = len(self.generator.get_state())
-        generator, position, own = state.cpu().split([size, 8, len(state) - size - 8])
-        self.generator.set_state(generator.clone())
-        if (owner := self._owner_of_a_state) is not None and len(own):
-            owner.load_state_dict(from_tensor(own, "the task distribution's state"))
-        if isinstance(self.distribution, _InOrder):
-            self.distribution.position = int(position.clone().view(torch.int64))
+        saved = from_tensor(state, "the state of a TaskSampler")
+        self.generator.set_state(saved["generator"])
+        if (owner := self._owner_of_a_state) is not None and saved["distribution"] is not None:
+            owner.load_state_dict(saved["distribution"])
 
     @property
     def _owner_of_a_state(self) -> Any:
@@ -389,3 +383,9 @@ class _InOrder:
         self.position = (self.position + batch_size.numel()) % len(self.tasks)
         tasks = self.tasks[index]
         return tasks.reshape(*batch_size, *tasks.shape[1:])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]

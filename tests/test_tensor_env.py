@@ -445,7 +445,7 @@ def test_states_that_are_not_ones_own():
     env = Line(batch_size=(3,), seed=0)
     fresh = env.get_extra_state()
     env.start(column(1, 2, 3))
-    with pytest.raises(ValueError, match=r"Line of batch_size \(2,\).*another env's"):
+    with pytest.raises(ValueError, match=r"not one of Line of batch_size \(2,\): it is another env's"):
         Line(batch_size=(2,)).set_extra_state(env.get_extra_state())
     # The state of an env that has not begun puts one back that has.
     first = env.play(ones(env))[1]

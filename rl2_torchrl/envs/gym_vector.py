@@ -25,7 +25,7 @@ from rl2_torchrl.envs.gym_row import TASKS, GymRow
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace, misfits
 from rl2_torchrl.envs.gym_sync import SyncRows
 from rl2_torchrl.envs.layers import moving_statistics
-from rl2_torchrl.envs.rows import Entries, merge
+from rl2_torchrl.envs.rows import Entries, Rows, merge
 from rl2_torchrl.envs.task_setter import warn_of_added
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.interrupts import signals_blocked
@@ -490,7 +490,8 @@ class GymVectorEnv(TensorEnv):
         rows, task = own["rows"], own["task"]
         task = TensorDict(task, self.batch_size, self.device) if isinstance(task, dict) else task
         if any(isinstance(row, str) for row in rows):  # there is no state: all rows begin
-            super().set_extra_state(own["rest"][: self.generator.get_state().numel()])
+            self._now = Rows()
+            self.generator.set_state(from_tensor(own["rest"], "the state of its rows")["generator"])
             return
         if rows and len(rows) != self.envs.num_envs:
             raise ValueError(

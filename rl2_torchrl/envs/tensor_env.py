@@ -21,6 +21,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.arguments import as_batch_size, require_flags, whole
 from rl2_torchrl.envs.rows import Entries, EnvState, Rows, entries_of, merge, rebuilt, tensors_of
 from rl2_torchrl.seeding import seed_generator
+from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["TensorEnv"]
 
@@ -400,10 +401,8 @@ class TensorEnv(EnvBase):
         """Generator, state, observation and step counts, so that a checkpoint goes on as the run would have."""
         # One plain tensor, as TaskSampler's: all else TorchRL's EnvCreator would copy into every worker, and all would draw
         # the same numbers.
-        parts = [self.generator.get_state()]
-        if self._now.started:
-            parts += [leaf.detach().cpu().flatten().contiguous().view(torch.uint8) for leaf in self._leaves()]
-        return torch.cat(parts)
+        leaves = [leaf.detach() for leaf in self._leaves()] if self._now.started else None
+        return to_tensor({"generator": self.generator.get_state(), "rows": leaves})
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restores what `get_extra_state` returned.
@@ -411,27 +410,21 @@ class TensorEnv(EnvBase):
         Raises:
             ValueError: it is the state of another env, or of another batch size.
         """
-        state, start = state.cpu(), len(self.generator.get_state())
-        generator = state[:start].clone()
-        if len(state) > start:
+        saved = from_tensor(state, f"the state of {type(self).__name__}")
+        if saved["rows"] is None:
+            self._now = Rows()
+        else:
             if not self._now.started:
                 self.start(self.zero_task())  # for the state's shapes; all its values are replaced
             leaves = list(self._leaves())
-            sizes = [leaf.numel() * leaf.element_size() for leaf in leaves]
-            if start + sum(sizes) != len(state):
+            then, now = ([(leaf.shape, leaf.dtype) for leaf in each] for each in (saved["rows"], leaves))
+            if then != now:
                 raise ValueError(
-                    f"the state has {len(state)} bytes, where {type(self).__name__} of batch_size {tuple(self.batch_size)} has "
-                    f"{start + sum(sizes)}: it is another env's, and would put rows where they never were. Make the env as it "
-                    "was when the state was saved."
+                    f"the state is not one of {type(self).__name__} of batch_size {tuple(self.batch_size)}: it is another env's, "
+                    "and would put rows where they never were. Make the env as it was when the state was saved."
                 )
-            parts = state[start:].split(sizes)
-            self._put(
-                part.clone().view(leaf.dtype).reshape(leaf.shape).to(leaf.device)
-                for part, leaf in zip(parts, leaves, strict=True)
-            )
-        else:
-            self._now = Rows()
-        self.generator.set_state(generator)
+            self._put(part.to(leaf.device) for part, leaf in zip(saved["rows"], leaves, strict=True))
+        self.generator.set_state(saved["generator"])
 
     def _leaves(self) -> Iterator[Tensor]:
         now = self._now
