@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
+from hashlib import sha256
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -17,7 +18,7 @@ from torchrl.data import Categorical, Composite, MultiCategorical, TensorSpec
 from torchrl.envs import Compose, EnvBase, Transform
 
 from rl2_torchrl.seeding import derived_seed, require_seed, seed_generator
-from rl2_torchrl.storage import digest_of, from_tensor, to_tensor
+from rl2_torchrl.storage import from_tensor, to_bytes, to_tensor
 
 __all__ = ["TaskDistribution", "TaskSampler"]
 
@@ -376,7 +377,8 @@ class _InOrder:
         self.tasks = tasks
         self.position = 0
         #: What a run's settings say of them: it goes on with no others.
-        self.digest = digest_of(tasks.to_dict() if isinstance(tasks, TensorDictBase) else tasks)[:16]
+        plain = tasks.to_dict() if isinstance(tasks, TensorDictBase) else tasks
+        self.digest = sha256(to_bytes(plain)).hexdigest()[:16]
 
     def __call__(self, batch_size: torch.Size, generator: torch.Generator) -> torch.Tensor | TensorDictBase:
         index = (self.position + torch.arange(batch_size.numel())) % len(self.tasks)
