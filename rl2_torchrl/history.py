@@ -1,11 +1,10 @@
-"""`History`: the scalars of each update, in little memory; the file of them; `TrainResult`, of which they are a part."""
+"""`History`: the scalars of each update; the file of them; `TrainResult`, of which they are a part."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,8 @@ __all__ = ["History", "HistoryFile", "TrainResult", "readable_rows"]
 Row = dict[str, float]
 
 
-class History(Sequence):
-    """Rows of scalars, one an update, ``"env_steps"`` among them: dictionaries, in little memory; `list` makes them plain.
+class History(list):
+    """Rows of scalars, one an update, ``"env_steps"`` among them.
 
     Examples:
         >>> history = History([{"env_steps": 640.0, "train/loss": 0.5}])
@@ -30,35 +29,14 @@ class History(Sequence):
     """
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = ()):
-        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}  # rows with the same names share them
-        self._rows: list[tuple[tuple[str, ...], array]] = []
+        super().__init__()
         for row in rows:
             self.append(row)
 
     def append(self, row: Mapping[str, float]) -> None:
         """Adds a row, or to the last one what else is known of the same ``"env_steps"``."""
-        if self._rows and (last := self[-1])["env_steps"] == row["env_steps"]:
-            self._rows.pop()
-            row = last | row
-        names = tuple(row)
-        self._rows.append((self._names.setdefault(names, names), array("d", row.values())))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        names, values = self._rows[index]
-        return dict(zip(names, values, strict=True))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        return f"History({list(self)})"
+        is_more = bool(self) and self[-1]["env_steps"] == row["env_steps"]
+        super().append({**(self.pop() if is_more else {}), **row})
 
 
 @dataclass
