@@ -360,7 +360,7 @@ def test_rows_that_are_made_otherwise_are_told_of(vectorization, tmp_path):
 def test_what_a_row_is_made_of_is_what_its_constructors_were_given():
     def drawn(row):
         pendulum = gymnasium.make("Pendulum-v1", max_episode_steps=7, g=9.0)
-        return made_of(Effort(pendulum, 0.5, folder=f"runs/{row}"), is_new=True)  # each run has its own
+        return made_of(Effort(pendulum, 0.5, folder=f"runs/{row}"))  # each run has its own
 
     assert drawn(0) == drawn(1)
     assert drawn(0)["layers"] == ["Effort", "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "PendulumEnv"]

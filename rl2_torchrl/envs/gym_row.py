@@ -39,7 +39,7 @@ class GymRow(gymnasium.Wrapper):
         self._row, self._tasks, self._task_option, self._info_keys = row, tasks, task_option, info_keys
         self._set_task = TaskSetter(set_task)
         #: What the row is made of, before anything is played.
-        self.made_of = made_of(self.env, is_new=True)
+        self.made_of = made_of(self.env)
         self._task: Any = None  # the last one that `set_task` was given, as a row of arrays
         self._info: dict[str, Any] = {}  # the last that said anything
 

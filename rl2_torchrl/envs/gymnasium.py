@@ -73,7 +73,7 @@ class GymTaskEnv(GymEnv):
         self.make = partial(gymnasium.make, env, **kwargs) if isinstance(env, str) else env
         self.set_task, self._setter = set_task, TaskSetter(set_task)
         #: What the env is made of (`layers`), before a task changes it.
-        self._made_of = made_of(self._env, is_new=True)
+        self._made_of = made_of(self._env)
         self._task: torch.Tensor | TensorDictBase | None = None  # the last one that `set_task` was given
         self.state_spec = Composite(task=task_spec.to(self.device), shape=self.batch_size, device=self.device)
 

@@ -92,11 +92,10 @@ def put_state(env: Any, state: bytes) -> None:
         _put_draws(layer, beside["spaces"])
 
 
-def made_of(env: Any, *, is_new: bool = False) -> dict[str, Any]:
+def made_of(env: Any) -> dict[str, Any]:
     """The classes of ``env``'s layers, and the numbers, flags and texts that their constructors were given, by class and name.
 
-    Gymnasium and TorchRL keep these. Of other layers, and where the env ``is_new`` alone, since a task may change them, they are
-    the attributes that are named as the constructor's parameters; what it has drawn, or asked the program for, is none of these.
+    Gymnasium and TorchRL keep these; of other layers they are the attributes that are named as the constructor's parameters.
 
     Examples:
         >>> made_of(gymnasium.wrappers.TimeLimit(gymnasium.make("CartPole-v1").unwrapped, 20))["TimeLimit.max_episode_steps"]
@@ -107,8 +106,7 @@ def made_of(env: Any, *, is_new: bool = False) -> dict[str, Any]:
     for layer in layers:
         own = vars(layer)
         given = {**own.get("_saved_kwargs", {}), **own.get("_constructor_kwargs", {})}
-        names = _parameters_of(layer) if is_new else {"frame_skip"} if isinstance(layer, EnvBase) else ()
-        given |= {name: own[each] for name in names for each in (name, f"_{name}") if each in own}
+        given |= {name: own[each] for name in _parameters_of(layer) for each in (name, f"_{name}") if each in own}
         plain = {name: value for name, value in given.items() if isinstance(value, bool | int | float | str)}
         # Not where it writes to: each run may have a folder of its own.
         plain = {name: value for name, value in plain.items() if os.sep not in str(value)}
