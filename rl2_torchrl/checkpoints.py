@@ -23,7 +23,6 @@ from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.kept import Kept
 from rl2_torchrl.locks import locked
 from rl2_torchrl.settings import (
-    devices_of,
     differences,
     moved,
     named,
@@ -95,8 +94,7 @@ class RunCheckpoints:
         self._collector, self._result = collector, result
         self._history = HistoryFile(self._folder / _HISTORY)
         self._settings = settings_of(collector, update)
-        self._networks = networks_of(update)
-        self._devices = devices_of(collector, update)
+        self._networks = networks_of(collector, update)
         self._moved: set[str] = set()  # attributes of env and networks that play or updates have changed
         self._own = _CollectorState(collector)
         self._parts = {
@@ -175,7 +173,7 @@ class RunCheckpoints:
         if rollout or not isinstance(self._collector, TrialWorkers):  # which may have died in the rollout
             self._moved |= moved(self._settings, settings_of(self._collector, self._parts["update"]))
         about = {"format": FORMAT, "versions": _versions(), "settings": self._settings, "networks": self._networks}
-        about |= {"devices": self._devices, "moved": sorted(self._moved)}
+        about["moved"] = sorted(self._moved)
         about["history"] = self._history.write(self._result.history)
         save_tree({**about, "state": state}, self._path())
         for path in self._paths()[:-_KEPT]:
@@ -243,11 +241,6 @@ class RunCheckpoints:
                 f"format {tree['format']}, and this one, {version('rl2_torchrl')}, reads format {FORMAT}. Finish the run with "
                 "that version."
             )
-        if devices := differences(tree["devices"], self._devices):
-            raise ValueError(
-                f"cannot resume from {path}: it was made on other devices ({'; '.join(devices.values())}), whose random numbers "
-                "and memory these do not take. Go on there; or start anew from what it has learnt, which an agent's file holds."
-            )
         self._moved |= set(tree["moved"])
         settings = differences(tree["settings"], self._settings)
         for name in self._moved.intersection(settings).difference(changes):
@@ -260,9 +253,10 @@ class RunCheckpoints:
         refused = [name for name in settings if name not in changes]
         words = "; ".join(settings[name] for name in refused)
         if networks := differences(tree["networks"], self._networks):
+            also = f" Other settings differ, too: {words}." if words else ""
             raise ValueError(
-                f"cannot resume from {path}: it was made with other networks ({'; '.join(networks.values())}): give them the sizes "
-                "that they had; or start anew without resume." + f" Other settings differ, too: {words}." * bool(words)
+                f"cannot resume from {path}: it was made with other networks, or elsewhere ({'; '.join(networks.values())}): give "
+                f"them the sizes and devices that they had; or start anew without resume.{also}"
             )
         if refused:
             asked = ", ".join(map(repr, sorted({*refused, *changes})))
@@ -400,14 +394,6 @@ def _transforms(collector: BaseCollector) -> dict[str, Transform]:
     return found
 
 
-def _unshare_buffers(transform: Transform) -> None:
-    """Gives those memory of their own of which one number stands for several, as in TorchRL's `ActionDiscretizer`."""
-    for module in transform.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and 0 in buffer.stride():
-                module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
-
-
 class _CollectorState:
     """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more."""
 
@@ -431,8 +417,6 @@ class _CollectorState:
         return {**self._known, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for transform in _transforms(self._collector).values():
-            _unshare_buffers(transform)
         if ("lives" in state) == isinstance(self._collector, TrialWorkers):
             self._collector.load_state_dict(state)
         else:  # one with workers in the place of one without, or the other way round

@@ -23,7 +23,7 @@ from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
 __all__ = [
-    *("devices_of", "differences", "moved", "named", "networks_of", "parts_of", "settings_of"),
+    *("differences", "moved", "named", "networks_of", "parts_of", "settings_of"),
 ]
 
 Settings = dict[str, Any]
@@ -51,19 +51,14 @@ def settings_of(collector: BaseCollector, update: Any) -> Settings:
     return settings | (_update(update) if isinstance(update, PPOUpdate) else {"update.class": _name(update)})
 
 
-def devices_of(collector: BaseCollector, update: Any) -> dict[str, str]:
-    """The kinds of device that env and networks are on, as far as they are at hand."""
+def networks_of(collector: BaseCollector, update: Any) -> dict[str, Any]:
+    """Shapes of all that the loss trains or keeps, by name; and the kinds of device that env and networks are on."""
     env, loss = getattr(collector, "env", None), getattr(update, "loss", None)
-    devices = {"env": getattr(env, "device", None)}
-    devices["networks"] = next((p.device for p in loss.parameters()), None) if isinstance(loss, nn.Module) else None
-    return {name: torch.device(device or "cpu").type for name, device in devices.items()}
-
-
-def networks_of(update: Any) -> dict[str, list[int]]:
-    """Shapes of all that the loss trains or keeps, by name."""
-    loss = getattr(update, "loss", None)
     state = loss.state_dict() if isinstance(loss, nn.Module) else {}
-    return {name: list(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    devices = {"env": getattr(env, "device", None), "networks": next((t.device for t in tensors.values()), None)}
+    shapes = {name: list(value.shape) for name, value in tensors.items()}
+    return {**{f"device of {name}": torch.device(each or "cpu").type for name, each in devices.items()}, **shapes}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -267,7 +267,7 @@ def test_a_run_does_not_go_on_elsewhere(then, now, tmp_path):
         train(collector, update, evaluate=None, progress=False, check=False, checkpoints=tmp_path / "c", **options)
 
     run(then, stop=Stop(2))
-    with pytest.raises(ValueError, match=r"made on other devices \(env: .*then, .*now; networks: .*Go on there"):
+    with pytest.raises(ValueError, match=r"elsewhere \(device of env: .*then, .*now; device of networks: .*start anew"):
         run(now, resume=True)
 
 

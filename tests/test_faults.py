@@ -223,9 +223,9 @@ REFUSED = {
     ),
     "units": (
         other(units=5),
-        r"other networks \(.*gru.weight_hh_l0: \[12, 4\] then, \[15, 5\] now.*sizes that they had; or start anew",
+        r"other networks, or elsewhere \(.*gru.weight_hh_l0: \[12, 4\] then, \[15, 5\] now.*sizes and devices.*start anew",
     ),
-    "arms": (other(arms=4), "other networks .*Other settings differ, too: .*env.num_arms: 3 then, 4 now"),
+    "arms": (other(arms=4), "other networks.*Other settings differ, too: .*env.num_arms: 3 then, 4 now"),
     "rows": (other(rows=3), r"env.state: .*\[4, 3\].* then, .*\[3, 3\].* now"),
     "all checkpoints damaged": (after(all_damaged), "all its 2 checkpoints are damaged.*start anew without resume"),
     "another version": (

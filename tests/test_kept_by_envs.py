@@ -52,14 +52,6 @@ class Keeps(Transform):
         return next_tensordict.set("reward", reward - self._mean)
 
 
-class Expanded(Transform):
-    """As TorchRL's `ActionDiscretizer` makes its buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("sizes", torch.tensor(3.0).expand(2))
-
-
 def test_what_a_transform_keeps_goes_on(tmp_path):
     def run_of(updates, **options):
         run = Run(updates, transforms=[keeps := Keeps()])
@@ -74,10 +66,10 @@ def test_what_a_transform_keeps_goes_on(tmp_path):
 
 @pytest.mark.parametrize("base", ["below Trial", "a SerialEnv's rows"])
 def test_what_transforms_of_the_env_below_keep_goes_on(base, tmp_path):
-    """Beside TorchRL's own, which draws a horizon for each episode, and one whose buffer is an expanded number."""
+    """Beside TorchRL's own, which draws a horizon for each episode."""
 
     def make():
-        below = [Keeps(), Expanded(), StepCounter(), RandomTruncationTransform(min_horizon=2, max_horizon=5, prob=1.0)]
+        below = [Keeps(), StepCounter(), RandomTruncationTransform(min_horizon=2, max_horizon=5, prob=1.0)]
         if base == "below Trial":
             env = TransformedEnv(BernoulliBandit(3, batch_size=(2,), seed=0), Compose(*below))
         else:
@@ -106,11 +98,6 @@ def test_what_transforms_of_the_env_below_keep_goes_on(base, tmp_path):
     resumed = run_of(6, resume=True)
     shutil.rmtree(tmp_path)
     torch.testing.assert_close(resumed, run_of(6), rtol=0, atol=0)
-
-
-def test_a_buffer_of_one_number_for_several_can_be_written_over(tmp_path):
-    Run(1, transforms=[Expanded()]).train(checkpoints=tmp_path)
-    assert len(Run(2, transforms=[Expanded()]).train(checkpoints=tmp_path, resume=True).history) == 2
 
 
 def test_a_constant_of_a_transform_is_the_one_that_is_given(tmp_path):
