@@ -7,7 +7,6 @@ import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,14 +21,7 @@ from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.kept import Kept
 from rl2_torchrl.locks import locked
-from rl2_torchrl.settings import (
-    differences,
-    moved,
-    named,
-    networks_of,
-    parts_of,
-    settings_of,
-)
+from rl2_torchrl.settings import differences, moved, named, networks_of, parts_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
 from rl2_torchrl.tasks import TaskSampler, owner_of
 from rl2_torchrl.trial import base_of, rows_of, transforms_of
@@ -246,10 +238,9 @@ class RunCheckpoints:
         for name in self._moved.intersection(settings).difference(changes):
             log.info("resuming where the run itself had come to, whatever it is given now: %s", settings.pop(name))
         if unknown := set(changes) - {*tree["settings"], *self._settings}:
-            matches = (each for name in sorted(unknown) for each in get_close_matches(name, self._settings, cutoff=0.3))
-            near = list(dict.fromkeys(matches))
-            others = f"near are {near}" if near else f"those that differ from the run's are {sorted(settings)}"
-            raise ValueError(f"resume_changes={sorted(unknown)} are no settings; {others}.")
+            raise ValueError(
+                f"resume_changes={sorted(unknown)} are no settings; those that differ from the run's are {sorted(settings)}."
+            )
         refused = [name for name in settings if name not in changes]
         words = "; ".join(settings[name] for name in refused)
         if networks := differences(tree["networks"], self._networks):
@@ -311,9 +302,7 @@ class RunCheckpoints:
     # ------------------------------------------------------------- making room
     def set_aside(self) -> None:
         """Moves an earlier run's files to a subfolder, in the place of the run before it."""
-        if self._folder is None:
-            return
-        if not self._paths():
+        if self._folder is None or not self._paths():
             return
         self._move([*self._paths(), self._folder / _HISTORY], _EARLIER)
         log.warning("%s held the checkpoints of an earlier run: moved to %s.", self._folder, _EARLIER)

@@ -172,12 +172,7 @@ class Decoder:
         known: what stands here in the place of the encoder's.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor],
-        packages: Collection[str] = (),
-        known: Sequence[Any] = (),
-    ):
+    def __init__(self, tensors: Sequence[torch.Tensor], packages: Collection[str] = (), known: Sequence[Any] = ()):
         self._tensors, self._packages = tensors, packages
         self._met: list[Any] = list(known)
         self._taken = {id(value) for value in known}

@@ -22,9 +22,7 @@ from rl2_torchrl.trial import base_of, rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
-__all__ = [
-    *("differences", "moved", "named", "networks_of", "parts_of", "settings_of"),
-]
+__all__ = ["differences", "moved", "named", "networks_of", "parts_of", "settings_of"]
 
 Settings = dict[str, Any]
 

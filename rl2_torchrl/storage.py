@@ -124,8 +124,9 @@ def from_bytes(
         header = json.loads(data[8 : 8 + size])["__metadata__"]
         if hashlib.sha256(_with_digest(data, _NO_DIGEST)).hexdigest() != header["sha256"]:
             raise DamagedFileError(f"{source} is cut short or has changed since it was written: its digest is another.")
-        tensors = {int(number): tensor for number, tensor in safetensors.torch.load(data).items()}
-        return Decoder(tensors, packages, known)(json.loads(header["tree"]), now)
+        tensors = safetensors.torch.load(data)
+        in_order = [tensors[str(number)] for number in range(len(tensors))]
+        return Decoder(in_order, packages, known)(json.loads(header["tree"]), now)
     except DamagedFileError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:

@@ -256,16 +256,9 @@ def test_a_state_of_something_else_with_a_changed_setting(folder):
 
 def test_resume_changes_of_no_setting(folder):
     with pytest.raises(
-        ValueError, match=r"resume_changes=\['lr'\] are no settings; near are \[[^,]*'update.lr'[^]]{,60}\]"
+        ValueError, match=r"\['lr'\] are no settings; those that differ from the run's are \['update.lr'\]"
     ):
-        Run(5).train(checkpoints=folder, resume=True, resume_changes=["lr"])
-    with pytest.raises(ValueError, match="near are .*'update.lr'") as twice:
-        Run(5).train(checkpoints=folder, resume=True, resume_changes=["lr", "update.rl"])
-    assert str(twice.value).count("'update.lr'") == 1
-    with pytest.raises(
-        ValueError, match=r"\['qq'\] are no settings; those that differ from the run's are \['update.lr'\]"
-    ):
-        Run(5, lr=0.0).train(checkpoints=folder, resume=True, resume_changes=["qq"])
+        Run(5, lr=0.0).train(checkpoints=folder, resume=True, resume_changes=["lr"])
     with pytest.raises(ValueError, match="resume_changes= needs both"):
         Run(5).train(checkpoints=folder, resume_changes=["update.lr"])
 

@@ -469,11 +469,10 @@ class GymVectorEnv(TensorEnv):
         """Generator, rows, and the envs themselves where they hand out their state; see `why_no_state`."""
         rows = () if self._is_theirs else tuple(self._row_states())
         task = self._told.task.to_dict() if isinstance(self._told.task, TensorDictBase) else self._told.task
-        info = [[list(key), value] for key, value in self._told.info.items()]
         own = {
             "unseeded": self._told.unseeded,
             "task": task,
-            "info": info,
+            "info": self._told.info,
             "rows": rows,
             "rest": super().get_extra_state(),
         }
@@ -504,7 +503,7 @@ class GymVectorEnv(TensorEnv):
         if rows:
             call(self.envs, self.envs.set_attr, "row_state", list(rows))
         self._told.unseeded, self._told.task = own["unseeded"], task
-        self._told.info = {tuple(key): value.to(self.device) for key, value in own["info"]}
+        self._told.info = {key: value.to(self.device) for key, value in own["info"].items()}
 
 
 @dataclass
