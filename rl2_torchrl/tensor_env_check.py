@@ -144,13 +144,12 @@ class _Checked:
     def state(self) -> str | None:
         state, _ = self.env.begin(self.task(), self.every_row)
         before, after = _layout(state), _layout(self.env.advance(state, self.actions[0].clone())[0])
-        for shape, _, device in before:
-            if shape[: self.env.batch_dims] != self.env.batch_size or device.type != self.env.device.type:
-                return (
-                    f"the state holds a tensor {list(shape)} on {device}, with a batch of {list(self.env.batch_size)}"
-                )
+        for leaf in tensors_of(state):
+            if leaf.shape[: self.env.batch_dims] != self.env.batch_size or leaf.device.type != self.env.device.type:
+                held, size = f"{list(leaf.shape)} on {leaf.device}", list(self.env.batch_size)
+                return f"the state holds a tensor {held}, with a batch of {size}"
         if before != after:
-            return f"the state is made of {_told(before)} after a begin, of {_told(after)} after a step"
+            return f"the state is made of {before} after a begin, of {after} after a step"
 
     def specs(self) -> str | None:
         env = self.env
@@ -256,9 +255,5 @@ def _difference(one: list[Step], other: list[Step], rows: Tensor, what: str) -> 
     return None if len(one) == len(other) else f"{what} differ in when episodes end"
 
 
-def _layout(state: EnvState) -> list[tuple]:
-    return [(leaf.shape, leaf.dtype, leaf.device) for leaf in tensors_of(state)]
-
-
-def _told(layout: list[tuple]) -> str:
-    return ", ".join(f"{dtype} {list(shape)}" for shape, dtype, _ in layout) or "nothing"
+def _layout(state: EnvState) -> str:
+    return ", ".join(f"{leaf.dtype} {list(leaf.shape)}" for leaf in tensors_of(state)) or "nothing"
