@@ -164,6 +164,11 @@ class Evidence:
         return learnt_from
 
     @cached_property
+    def losses(self) -> TensorDictBase:
+        """What the loss gives for some chunks."""
+        return self.probe.loss(self.chunks(self.learnt_from))
+
+    @cached_property
     def whole(self) -> TensorDictBase:
         """`batch`, whose rewards are reals, since they are changed a little."""
         whole = self.batch.copy()

@@ -103,7 +103,7 @@ def _trial(seen: Evidence, rows: TensorDictBase) -> torch.Tensor:
 
 def gradients(seen: Evidence) -> str | None:
     """Every trainable parameter of the loss gets a gradient."""
-    made = seen.probe.gradients(seen.chunks(seen.learnt_from))
+    made = seen.probe.gradients(seen.losses)
     seen.report.frozen = [name for name, parameter in seen.loss.named_parameters() if not parameter.requires_grad]
     seen.report.zero_gradient = [name for name, g in made.items() if g is not None and g.numel() and not g.any()]
     missing = [name for name, gradient in made.items() if gradient is None]
@@ -112,13 +112,8 @@ def gradients(seen: Evidence) -> str | None:
 
 def losses_have_gradients(seen: Evidence) -> str | None:
     """Every loss that a further term gives, unless it is 0, has a gradient."""
-    loss = seen.probe.loss
-    losses = loss(seen.chunks(seen.learnt_from)) if len(getattr(loss, "terms", ())) else {}
-    constant = [
-        name
-        for name, value in losses.items()
-        if name.startswith("loss_") and name not in _PPOS and not value.requires_grad and bool(value != 0)
-    ]
+    further = [name for name in seen.losses.keys() if name.startswith("loss_") and name not in _PPOS]
+    constant = [name for name in further if not seen.losses[name].requires_grad and bool(seen.losses[name] != 0)]
     return f"{constant} are numbers without a gradient" if constant else None
 
 

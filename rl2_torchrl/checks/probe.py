@@ -108,10 +108,9 @@ class NetworkProbe:
         gradients = torch.autograd.grad(total, inputs, allow_unused=True)
         return any(gradient is not None and bool(gradient[:, 0].any()) for gradient in gradients)
 
-    def gradients(self, data: TensorDictBase) -> dict[str, torch.Tensor | None]:
-        """Gradients of the summed losses on ``data`` ``[N, T]``, by the names of the trainable parameters."""
+    def gradients(self, losses: TensorDictBase) -> dict[str, torch.Tensor | None]:
+        """Gradients of the sum of ``losses``, by the names of the trainable parameters."""
         parameters = {name: p for name, p in self.loss.named_parameters() if p.requires_grad}
-        losses = self.loss(data)
         total = sum(losses[name] for name in losses.keys() if name.startswith("loss_"))
         if not (parameters and total.requires_grad):
             return dict.fromkeys(parameters)
