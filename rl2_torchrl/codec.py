@@ -104,11 +104,12 @@ class Encoder:
         kind = type(value)
         if kind is torch.Tensor and value.layout is torch.strided and _is_held(value.dtype):
             return self._tensor(value)
-        base = value.base if kind is np.ndarray and value.size > 0 and not value.dtype.hasobject else None
-        if type(base) is np.ndarray and base.flags.c_contiguous and base.dtype.isnative:  # the owner of the memory
+        base = value.base if kind is np.ndarray and value.size > 0 else None
+        is_of_base = type(base) is np.ndarray and base.flags.c_contiguous and base.dtype.isnative  # the memory's owner
+        if is_of_base and base.dtype == value.dtype and _is_numeric(value.dtype):
             offset = value.__array_interface__["data"][0] - base.__array_interface__["data"][0]
-            return {"view": [self(base, *where), value.dtype.str, list(value.shape), list(value.strides), offset]}
-        if kind is np.ndarray and value.dtype.kind in "biufc" and value.dtype.itemsize <= 8:
+            return {"view": [self(base, *where), list(value.shape), offset, list(value.strides)]}
+        if kind is np.ndarray and _is_numeric(value.dtype):
             # As PyTorch takes it: writable, and neither turned round nor of another machine's byte order.
             value = np.require(value, value.dtype.newbyteorder("="), ["C", "W"])
             return {"array": self._tensor(torch.from_numpy(value))}
@@ -209,12 +210,12 @@ class Decoder:
             case "array":
                 return self._meet(self._tensor(*content["tensor"]).numpy())
             case "view":
-                base, dtype, shape, strides, offset = content
-                if np.dtype(dtype).hasobject:  # NumPy would take the file's bytes for addresses of objects
-                    raise ValueError(f"{dtype!r} is no kind of number.")
                 number = len(self._met)  # before that of the memory that it looks into
                 self._meet(None)
-                made = self._met[number] = np.ndarray(shape, dtype, self(base), offset, strides)
+                base, (shape, offset, strides) = self(content[0]), content[1:]
+                if not _is_numeric(base.dtype):  # objects are addresses, which a file could make up
+                    raise ValueError("only arrays of numbers look into others.")
+                made = self._met[number] = np.ndarray(shape, base.dtype, base, offset, strides)
             case "items":
                 made = self._meet(np.empty(content[1], content[0]))
                 for place, item in zip(np.ndindex(made.shape), content[2], strict=True):
@@ -286,6 +287,10 @@ def _new_generator(kind: str, which: str | None) -> Any:
     if kind == "torch_generator":
         return torch.Generator(which)
     return _GENERATORS[kind](next(bits for bits in _BITS if bits.__name__ == which)())
+
+
+def _is_numeric(dtype: np.dtype) -> bool:
+    return dtype.kind in "biufc" and dtype.itemsize <= 8  # as PyTorch has them
 
 
 def _dtype(name: str) -> torch.dtype:

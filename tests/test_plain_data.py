@@ -200,12 +200,6 @@ def test_a_file_makes_no_member_but_an_enumerations():
         Decoder([], HERE)({"member": [f"{__name__}:Room", "things"]})
 
 
-def test_no_bytes_of_a_file_are_taken_for_objects():
-    addresses = torch.zeros(8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="no kind of number"):
-        Decoder([addresses])({"view": [{"array": {"tensor": [0, "cpu"]}}, "|O", [1], [8], 0]})
-
-
 def test_views_of_objects_come_back_apart():
     things = np.array([1, "two", None], dtype=object)
     again = from_bytes(to_bytes({"all": things, "last": things[1:]}), "here")
@@ -216,3 +210,11 @@ def test_views_of_objects_come_back_apart():
 def test_nothing_is_made_of_a_kind_that_is_none():
     with pytest.raises(ValueError, match="'eval' is no kind of value"):
         Decoder([], HERE)({"eval": "1"})
+
+
+def test_no_array_looks_into_objects():
+    objects = {"items": ["|O", [2], [1, 2]]}
+    with pytest.raises(ValueError, match="only arrays of numbers look into others"):
+        Decoder([], HERE)({"view": [objects, [1], 4, [8]]})
+    with pytest.raises(ValueError, match="strides"):
+        Decoder([torch.zeros(2)], HERE)({"view": [{"array": {"tensor": [0, "cpu"]}}, [3], 0, [4]]})
