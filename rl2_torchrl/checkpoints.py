@@ -22,7 +22,7 @@ from rl2_torchrl.history import HistoryFile
 from rl2_torchrl.kept import Kept
 from rl2_torchrl.locks import locked
 from rl2_torchrl.settings import differences, moved, named, networks_of, parts_of, settings_of
-from rl2_torchrl.storage import DamagedFileError, load_tree, require_tree, save_tree, whole_name
+from rl2_torchrl.storage import DamagedFileError, load_tree, save_tree, to_bytes, whole_name
 from rl2_torchrl.tasks import TaskSampler, owner_of
 from rl2_torchrl.trial import base_of, rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
@@ -114,7 +114,7 @@ class RunCheckpoints:
             for path in self._folder.iterdir():
                 if _is_ours(whole_name(path.name)):  # of a write that was killed
                     path.unlink()
-            require_tree(state := self._state())  # what cannot be saved is found now
+            to_bytes(state := self._state())  # what cannot be saved is found now
             if "missing" in state["rollout"]:
                 log.info("a resumed run will begin new trials: %s.", state["rollout"]["missing"])
             self._held = held.pop_all()

@@ -31,7 +31,6 @@ _INNER = {"training", "is_closed", "backend", "reason", "foreach", "fused", "cap
 _INNER |= {"given_options", "given_coefficients"}
 _NOT_PLAIN = object()
 _FEW = 64  # numbers of a buffer that is compared
-_NETWORKS = ("actor_network", "critic_network")
 
 
 def settings_of(collector: BaseCollector, update: Any) -> Settings:
@@ -145,7 +144,7 @@ def parts_of(update: PPOUpdate) -> dict[str, Any]:
     """What an update is made of, by the names of their settings: advantage, loss, and all modules of terms and networks."""
     loss = update.loss
     parts = {"update": update, "loss": loss, "advantage": update.advantage}
-    for name in _NETWORKS:
+    for name in ("actor_network", "critic_network"):
         if (network := getattr(loss, name, None)) is not None:
             parts |= network.named_modules(prefix=f"loss.{name}")
     terms = named("loss", getattr(loss, "terms", ()))

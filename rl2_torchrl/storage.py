@@ -21,8 +21,8 @@ import torch
 
 from rl2_torchrl.codec import Decoder, Encoder
 
-__all__ = ["DamagedFileError", "from_bytes", "from_tensor", "load_tree", "require_tree", "save_tree"]
-__all__ += ["to_bytes", "to_tensor", "write_durably"]
+__all__ = ["DamagedFileError", "from_bytes", "from_tensor", "load_tree", "save_tree", "to_bytes", "to_tensor"]
+__all__ += ["write_durably"]
 
 #: How the name of a file ends until it is whole.
 SCRATCH = ".part"
@@ -143,11 +143,6 @@ def to_tensor(tree: Any) -> torch.Tensor:
 def from_tensor(data: torch.Tensor, source: object) -> Any:
     """The tree of `to_tensor`; ``source`` is where it comes from, for the error's message."""
     return from_bytes(data.cpu().numpy().tobytes(), source)
-
-
-def require_tree(tree: Any) -> None:
-    """Raises what `save_tree` would raise for ``tree``, without writing it."""
-    Encoder()(tree)
 
 
 def _with_digest(data: bytes, digest: str) -> bytes:

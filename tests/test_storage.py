@@ -37,7 +37,7 @@ def test_arrays_come_back_equal(array):
 )
 def test_where_it_is_that_cannot_be_saved(value, kind):
     with pytest.raises(TypeError, match=f"env.1 is a {kind}, which cannot be saved.*give tensors, arrays, numbers"):
-        storage.require_tree({"env": [0, value]})
+        to_bytes({"env": [0, value]})
 
 
 def test_what_was_on_a_device_that_is_not_there_is_read_to_the_cpu(caplog):
