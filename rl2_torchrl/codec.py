@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from torch import nn
 
 __all__ = ["Decoder", "Encoder", "NoStateError"]
 
@@ -102,7 +103,8 @@ class Encoder:
 
     def _mutable(self, value: Any, where: tuple[str, ...]) -> Any:
         kind = type(value)
-        if kind is torch.Tensor and value.layout is torch.strided and _is_held(value.dtype):
+        is_tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+        if is_tensor and value.layout is torch.strided and _is_held(value.dtype):
             return self._tensor(value)
         base = value.base if kind is np.ndarray and value.size > 0 else None
         is_of_base = type(base) is np.ndarray and base.flags.c_contiguous and base.dtype.isnative  # the memory's owner
