@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from functools import partial
@@ -200,13 +201,16 @@ def _plain(value: Any) -> Any:
 
 
 def _closed_over(function: Any) -> dict[str, Any]:
-    """The numbers, texts and flags that ``function`` closes over: what is more may be the whole program's."""
+    """The numbers, flags and texts, but for paths, that ``function`` closes over: what is more may be the whole program's."""
     names = function.__code__.co_freevars if hasattr(function, "__code__") else ()
     cells = zip(names, getattr(function, "__closure__", None) or (), strict=True)
     values = (
         (name, each) for name, cell in cells for each in gc.get_referents(cell)
     )  # none in a cell that is still empty
-    return {name: each for name, each in values if isinstance(each, bool | int | float | str)}
+    plain = {name: each for name, each in values if isinstance(each, bool | int | float | str)}
+    return {
+        name: each for name, each in plain.items() if os.sep not in str(each)
+    }  # each run may have a folder of its own
 
 
 def _name(part: Any) -> str:

@@ -351,6 +351,11 @@ class PPOUpdate:
                 "in the place of one?), and its optimizer holds the old ones: copy numbers into those that are there, or make a "
                 "new PPOUpdate."
             )
+        if self._parameters[0].device != self._minibatches.device:
+            raise RuntimeError(
+                f"the networks are on {self._parameters[0].device}, and were on {self._minibatches.device} when this update was "
+                "made: make PPOUpdate(loss) once they are where they shall be."
+            )
 
     def _apply_schedules(self, progress: float) -> None:
         given_options = self.given_options  # before one that is new is moved

@@ -88,7 +88,7 @@ def test_a_file_is_no_folder(tmp_path):
 
 def tasks_above(low, arms=(3,)):
     def tasks(batch_size, generator):
-        return low + 0.5 * torch.rand(*batch_size, *arms, generator=generator)
+        return low + 0.5 * torch.rand(*batch_size, *(3,) * bool(arms), generator=generator)
 
     return tasks
 
@@ -128,6 +128,11 @@ def fixed(low):
         (Means(0.0).draw, Means(0.5).draw, "distribution.low: 0.0 then, 0.5 now"),
         (fixed(0.0), fixed(0.5), "distribution.digest: .* then, .* now"),
         (tasks_above(0.5), tasks_above(0.5, arms=[3]), None),  # no number, which may be all that the program knows
+        (
+            tasks_above(0.5, arms="runs/1"),
+            tasks_above(0.5, arms="runs/2"),
+            None,
+        ),  # each run may have a folder of its own
         (fixed(0.5), fixed(0.5), None),
         (one_after_the_other(), one_after_the_other(), None),
     ],

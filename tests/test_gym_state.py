@@ -354,7 +354,8 @@ def test_rows_that_are_made_otherwise_are_told_of(vectorization, tmp_path):
         with pytest.raises(ValueError, match=rf"env.rows.{name}: {then} then, {now} now.*resume_changes"):
             run_of(3, **how, resume=True)
     assert run_of(2, 1.0, resume=True)[-1] < 0
-    assert run_of(3, 0.0, resume=True, resume_changes=["env.rows.Effort.weight"]) == [0.0]
+    changes = ["env.rows.Effort.weight", "env.make"]  # which closes over the number
+    assert run_of(3, 0.0, resume=True, resume_changes=changes) == [0.0]
 
 
 def test_what_a_row_is_made_of_is_what_its_constructors_were_given():
