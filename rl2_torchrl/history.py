@@ -1,10 +1,11 @@
-"""`History`: the scalars of each update; the file of them; `TrainResult`, of which they are a part."""
+"""`History`: the scalars of each update, in little memory; the file of them; `TrainResult`, of which they are a part."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ __all__ = ["History", "HistoryFile", "TrainResult", "readable_rows"]
 Row = dict[str, float]
 
 
-class History(list):
-    """Rows of scalars, one an update, ``"env_steps"`` among them.
+class History(Sequence):
+    """Rows of scalars, one an update, ``"env_steps"`` among them: dictionaries, in little memory; `list` makes them plain.
 
     Examples:
         >>> history = History([{"env_steps": 640.0, "train/loss": 0.5}])
@@ -29,14 +30,35 @@ class History(list):
     """
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = ()):
-        super().__init__()
+        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}  # rows with the same names share them
+        self._rows: list[tuple[tuple[str, ...], array]] = []
         for row in rows:
             self.append(row)
 
     def append(self, row: Mapping[str, float]) -> None:
         """Adds a row, or to the last one what else is known of the same ``"env_steps"``."""
-        is_more = bool(self) and self[-1]["env_steps"] == row["env_steps"]
-        super().append({**(self.pop() if is_more else {}), **row})
+        if self._rows and (last := self[-1])["env_steps"] == row["env_steps"]:
+            self._rows.pop()
+            row = last | row
+        names = tuple(row)
+        self._rows.append((self._names.setdefault(names, names), array("d", row.values())))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        names, values = self._rows[index]
+        return dict(zip(names, values, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"History({list(self)})"
 
 
 @dataclass

@@ -220,7 +220,7 @@ class Loop:
 
     def _evaluate_last(self) -> None:
         """Evaluates an update whose row is recorded already."""
-        row = dict((history := self._result.history)[-1])
+        row = (history := self._result.history)[-1]  # a copy
         before = set(row)
         self.evaluate(row)
         history.append(row)
