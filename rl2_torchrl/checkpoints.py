@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from tensordict import TensorDictBase
+from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 from torchrl.envs import Transform
@@ -354,7 +356,7 @@ class _States:
             self._objects[name] = each
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: state for name, each in self._objects.items() if (state := each.state_dict())}
+        return {name: _plain(state) for name, each in self._objects.items() if (state := each.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, own in state.items():
@@ -362,6 +364,16 @@ class _States:
                 self._objects[name].load_state_dict(own)
             else:
                 log.warning("the state of %s is lost: the run had it among its callbacks, and this one has not.", name)
+
+
+def _plain(state: Any) -> Any:
+    """``state`` with parameters as tensors, TensorDicts as dictionaries and named tuples as tuples."""
+    state = state.to_dict() if isinstance(state, TensorDictBase) else state
+    if isinstance(state, dict):
+        return {name: _plain(each) for name, each in state.items()}
+    if isinstance(state, list | tuple):
+        return (list if isinstance(state, list) else tuple)(map(_plain, state))
+    return state.detach() if isinstance(state, nn.Parameter) else state
 
 
 def _parts(collector: BaseCollector, update: Stateful) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-__all__ = ["Decoder", "Encoder", "NoStateError"]
+__all__ = ["Decoder", "Encoder", "NoStateError", "put_where"]
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Decoder:
         self._taken = {id(value) for value in known}
 
     def __call__(self, saved: Any, now: Any = None) -> Any:
-        """The value. A generator or an object that is there ``now``, or within a dictionary that is, gets other contents, since
+        """The value. A generator, array or object that is there ``now``, or in a dictionary that is, gets other contents, since
         others may hold it; all else is new.
 
         Raises:
@@ -210,7 +210,7 @@ class Decoder:
             case "tensor":
                 return self._meet(self._tensor(*content))
             case "array":
-                return self._meet(self._tensor(*content["tensor"]).numpy())
+                return self._meet(_put_into(now, self._tensor(*content["tensor"]).numpy()))
             case "view":
                 number = len(self._met)  # before that of the memory that it looks into
                 self._meet(None)
@@ -262,6 +262,16 @@ class Decoder:
         return self._tensors[number].to(_device(device), copy=True)  # a copy: each may be written to on its own
 
 
+def _put_into(now: Any, array: np.ndarray) -> np.ndarray:
+    """``array`` in the memory that is there ``now``, where that is an array's own of the same kind."""
+    if type(now) is not np.ndarray or now.base is not None or not now.flags.writeable:
+        return array
+    if (now.shape, now.dtype) != (array.shape, array.dtype):
+        return array
+    now[...] = array
+    return now
+
+
 def _state_of(generator: Any) -> tuple[str | None, Any]:
     """Which kind of generator it is, and its state."""
     if isinstance(generator, torch.Generator):
@@ -281,6 +291,13 @@ def _put_state(generator: Any, state: Any) -> None:
             generator.setstate(state)
         case _:
             generator.set_state(state)
+
+
+def put_where(generator: Any, other: Any) -> bool:
+    """Lets ``generator`` go on where the ``other`` stands; False where it is none."""
+    if is_one := type(generator) in _GENERATORS.values():
+        _put_state(generator, _state_of(other)[1])
+    return is_one
 
 
 def _new_generator(kind: str, which: str | None) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torchrl.envs import Transform
 
+from rl2_torchrl.codec import put_where
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.storage import to_bytes
 from rl2_torchrl.update import PPOUpdate
@@ -126,6 +127,8 @@ def _put(part: Any, name: str, in_place: bool, saved: Any) -> None:
         now.load_state_dict(saved)
     elif not in_place or type(now) is not type(saved):
         vars(part)[name] = saved
+    elif put_where(now, saved):
+        return
     elif isinstance(now, torch.Tensor | np.ndarray) and (now.shape, now.dtype) == (saved.shape, saved.dtype):
         now[...] = saved
     elif isinstance(now, list | deque):

@@ -108,7 +108,7 @@ def _env(env: EnvBase | None) -> Settings:
 
 
 def _rows(env: EnvBase) -> Settings:
-    """What all rows below ``env`` are made of alike; what differs is a row's own, such as what it has drawn."""
+    """What all rows below ``env`` are made of alike; of what differs, such as what a row has drawn, only that it does."""
     base = base_of(env)
     if isinstance(base, GymVectorEnv):
         made = base.rows_made_of()
@@ -118,8 +118,8 @@ def _rows(env: EnvBase) -> Settings:
     if not made:
         return {}
     first, *others = made
-    alike = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
-    return {f"env.rows.{name}": value for name, value in alike.items()}
+    alike = {name for name, value in first.items() if all(other.get(name) == value for other in others)}
+    return {f"env.rows.{name}": value if name in alike else "each row's own" for name, value in first.items()}
 
 
 def named(prefix: str, parts: Iterable[Any]) -> dict[str, Any]:

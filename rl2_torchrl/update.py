@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.arguments import kind_of, require_flags, require_sizes_known, whole
+from rl2_torchrl.arguments import kind_of, noted, require_flags, require_sizes_known, whole
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
@@ -433,7 +433,11 @@ def _stand_in(advantage: Callable, loss: ClipPPOLoss) -> TensorDictModuleBase | 
     critic = getattr(loss, "critic_network", None)
     if not isinstance(advantage, TrialAdvantage) or advantage.critic is not None or critic is None or loss.functional:
         return None
-    return TensorDictSequential(loss.actor_network, critic).select_subsequence(out_keys=[advantage.value_key])
+    with noted(
+        f"The critic writes {critic.out_keys}, the advantage reads {advantage.value_key!r}, and the loss "
+        f"{loss.tensor_keys.value!r}: name them the same, TrialAdvantage(value_key=...), loss.set_keys(value=...)."
+    ):
+        return TensorDictSequential(loss.actor_network, critic).select_subsequence(out_keys=[advantage.value_key])
 
 
 def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters: list) -> torch.optim.Optimizer:

@@ -177,6 +177,12 @@ class Term(nn.Module):
         self.forward = function
 
 
+def one_entry():
+    term = Term(lambda features: {"loss_size": features.square().mean()})
+    term.in_keys = "actor_features"
+    return term
+
+
 def loss_on(batch):
     return RL2PPOLoss(actor(), critic())(batch)
 
@@ -467,6 +473,15 @@ CASES = [
     row("skip in words", lambda: actor(skip="no"), TypeError, "skip='no' is neither True nor False"),
     row("activation in words", lambda: actor(activation="relu"), TypeError, "activation='relu' makes no layers.*class"),
     row("one activation for all", lambda: actor(activation=nn.ReLU()), TypeError, r"ReLU\(\) makes no layers.*class"),
+    row(
+        "one entry for a list of them", lambda: RL2PPOLoss(actor(), critic(), terms=[one_entry()]), TypeError, "in_keys"
+    ),
+    row(
+        "values by two names",
+        lambda: PPOUpdate(RL2PPOLoss(actor(), critic(value_key="v"))),
+        ValueError,
+        "critic writes .*'v'.*the advantage reads 'state_value'.*set_keys",
+    ),
     row("number as batch size", lambda: BernoulliBandit(3, batch_size=8), TypeError, r"=8 is a number.*=\(8,\)"),
     row("class of optimizers", lambda: update(collect(), optimizer=torch.optim.SGD), TypeError, "=SGD is a class"),
     row("actor in the loss's place", lambda: PPOUpdate(actor()), TypeError, "trains a loss.*not GRUCategoricalActor"),

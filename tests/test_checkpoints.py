@@ -10,11 +10,13 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from runs import BATCH, ROWS, STEPS, Run, saved_steps, without_time
+from tensordict import TensorDict
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import Unbounded
 from torchrl.envs import Compose, RewardScaling, TransformedEnv
@@ -844,3 +846,38 @@ def test_a_collector_of_ones_own_has_the_state_that_it_says():
     own = Own()
     _CollectorState(own).load_state_dict({"seen": 3})
     assert own.state == {"seen": 3}
+
+
+class Best(NamedTuple):
+    step: int
+    weight: torch.Tensor
+
+
+def test_what_a_callback_says_of_itself_may_be_parameters_tensordicts_and_named_tuples(tmp_path):
+    class Keeps(Callback):
+        def __init__(self, run):
+            self.run, self.kept = run, None
+
+        def after_update(self, row, progress):
+            actor = self.run.update.loss.actor_network
+            named = dict(actor.named_parameters())
+            self.kept = {
+                "named": named,
+                "all": TensorDict.from_module(actor),
+                "best": Best(3, next(iter(named.values()))),
+            }
+
+        def state_dict(self):
+            return {"kept": self.kept}
+
+        def load_state_dict(self, state):
+            self.kept = state["kept"]
+
+    run = Run(2)
+    run.train(checkpoints=tmp_path, callbacks=[before := Keeps(run)])
+    run = Run(2)
+    run.train(checkpoints=tmp_path, callbacks=[after := Keeps(run)], resume=True)
+    for name, weight in before.kept["named"].items():
+        assert torch.equal(after.kept["named"][name], weight)
+        assert torch.equal(TensorDict(after.kept["all"]).get(tuple(name.split("."))), weight)
+    assert after.kept["best"][0] == 3

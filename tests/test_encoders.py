@@ -365,3 +365,16 @@ def test_bytes_that_come_first_cut_nothing_off():
     assert torch.equal(Concat()(time, seen), torch.tensor([[0.5, 1.0, 0.0]], dtype=torch.float64))
     assert torch.equal(Concat()(seen, seen), torch.tensor([[1.0, 0.0, 1.0, 0.0]]))
     assert torch.equal(Concat()(torch.tensor([[3]]), time), torch.tensor([[3.0, 0.5]], dtype=torch.float64))
+
+
+def test_a_normalized_input_is_tried_in_the_dtype_that_it_comes_in():
+    env = TransformedEnv(
+        BernoulliBandit(3, batch_size=(2,)), Compose(Trial(episodes=2), TaskSampler(uniform_means(3)), PreviousStep())
+    )
+
+    def make(shape):
+        return nn.Linear(*shape, 4)
+
+    RecurrentActor.from_env(env, normalize=True, encoder=make)
+    with pytest.raises(RuntimeError, match="(?s)same dtype.*let it cast"):  # and not in the first rollout
+        RecurrentActor.from_env(env, normalize=True, encoder=make, dtype=torch.float64)

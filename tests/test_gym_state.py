@@ -572,3 +572,21 @@ def test_a_parallel_env_without_buffers_or_with_a_dead_process_has_no_state():
     env._workers[1].join()
     with pytest.raises(NoStateError, match="a process of the ParallelEnv has ended"):
         env_state(env)
+
+
+def test_what_looks_into_a_simulation_still_does():
+    pytest.importorskip("mujoco")
+
+    def made(seed):
+        env = gymnasium.make("InvertedPendulum-v5").unwrapped
+        env.cart, env.masses = env.data.qpos[:1], env.model.body_mass[1:]
+        env.reset(seed=seed)
+        return env
+
+    env, other = made(1), made(5)
+    for _ in range(3):
+        env.step(np.array([1.0], np.float32))
+    put_state(other, state_of(env))
+    assert np.shares_memory(other.cart, other.data.qpos)
+    assert np.shares_memory(other.masses, other.model.body_mass)
+    assert other.cart == env.cart

@@ -314,3 +314,20 @@ def test_a_run_with_another_network_in_a_term_is_another(tmp_path):
         with pytest.raises(ValueError, match=rf"Decodes.modules.layers.1.class: {words}"):
             run_of(2, other, resume=True)
     run_of(2, nn.ReLU(), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "draw"),
+    [
+        (lambda: torch.Generator().manual_seed(0), lambda generator: torch.rand((), generator=generator).item()),
+        (lambda: np.random.default_rng(0), lambda generator: generator.random()),
+    ],
+)
+def test_a_generator_that_others_hold_goes_on_in_its_place(make, draw):
+    first, second = nn.Module(), nn.Module()
+    first.generator, second.generator = make(), make()
+    kept, others, held = Kept({"part": first}), Kept({"part": second}), second.generator
+    draw(first.generator)
+    others.load_state_dict(kept.state_dict())
+    assert second.generator is held
+    assert draw(held) == draw(first.generator)

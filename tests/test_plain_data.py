@@ -218,3 +218,12 @@ def test_no_array_looks_into_objects():
         Decoder([], HERE)({"view": [objects, [1], 4, [8]]})
     with pytest.raises(ValueError, match="strides"):
         Decoder([torch.zeros(2)], HERE)({"view": [{"array": {"tensor": [0, "cpu"]}}, [3], 0, [4]]})
+
+
+def test_an_array_that_others_hold_gets_other_numbers():
+    env, other = Room(), Room()
+    env.level = np.full(2, 3.0)
+    held = other.level = np.ones(2)
+    there_and_back(env, now=other)
+    assert other.level is held
+    assert held.tolist() == [3, 3]

@@ -214,7 +214,7 @@ Further ones, by their rule:
 ``task_own``           a task that is kept on the class, or as one number for all rows, or is heard an episode late
 ``task_kept``          a batched env whose ``_reset`` takes the tasks of all rows, and not those of ``_reset`` alone
 ``rows_go_on``         one whose ``_reset`` begins all rows, so that those that were to go on lose their episode
-``begins_anew``        one that sets its own step count back where all rows begin, and not in those of ``_reset``
+``begins_anew``        one that sets the rows' step counts back where all rows begin, and not in those of ``_reset``
 ``rows_draw_apart``    rows that are seeded alike, such as a ``SerialEnv`` of ``OldBoat`` without its ``set_seed``
 ``seed_repeats``       ``np.random`` or ``torch.rand`` in place of ``self.np_random`` or ``self.generator``; a ``set_task`` that
                        reckons from what the last task left, ``env.mass *= task.item()``

@@ -167,7 +167,10 @@ def _attributes_of(layer: Any) -> dict[str, Any]:
 
 
 def _is_others_memory(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and not isinstance(value.base, np.ndarray | torch.Tensor | bytes | None)
+    owner = value
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return isinstance(value, np.ndarray) and not isinstance(owner, torch.Tensor | bytes | None)
 
 
 def _beside(layer: Any) -> dict[str, Any]:

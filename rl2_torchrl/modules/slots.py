@@ -12,7 +12,7 @@ from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torchrl.data import NonTensor, TensorSpec
+from torchrl.data import NonTensor, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.arguments import as_list, noted, require_flags
@@ -128,9 +128,13 @@ def _normalized(normalize, in_key: NestedKey, entries: Entries, encoder, feature
         raise ValueError(
             "normalize=True and an encoder that is a TensorDictModule: let that begin with a TensorDictModule(RunningNorm(n), ...)."
         )
-    shape, key = shape_of(entries[in_key]), sub_key(features_key, "normalized")
+    entry, key = entries[in_key], sub_key(features_key, "normalized")
+    shape = shape_of(entry)
     norm = RunningNorm(*shape, None if normalize is True else normalize, device=device)
-    reals = {**entries, in_key: shape}
+    if isinstance(entry, TensorSpec):  # what is given in whole numbers becomes reals
+        dtype = entry.dtype if entry.dtype.is_floating_point else torch.get_default_dtype()
+        entry = Unbounded(shape, dtype=dtype)
+    reals = {**entries, in_key: entry}
     renamed = ({key if k == in_key else k: each for k, each in by_key.items()} for by_key in (reals, encoder))
     return [TensorDictModule(norm, [in_key], [key])], *renamed
 

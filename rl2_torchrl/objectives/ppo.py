@@ -284,7 +284,11 @@ def _require_one_writer(
     leaves = [[] if network is None else leaves_of(network) for network in (actor, critic)]
     ours, theirs = ({key: leaf for leaf in each for key in leaf.out_keys} for each in leaves)
     for term in terms:
-        if twice := [key for key in term.in_keys if key in ours and ours[key] is not theirs.get(key, ours[key])]:
+        if twice := [
+            key
+            for key in as_list("in_keys", term.in_keys)
+            if key in ours and ours[key] is not theirs.get(key, ours[key])
+        ]:
             raise ValueError(
                 f"{type(term).__name__} reads {twice}, which actor and critic both write, the critic last: rename one "
                 "(features_key=...)."
