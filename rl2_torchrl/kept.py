@@ -33,9 +33,10 @@ class Kept:
 
     Attributes may be what `save_tree` takes, or have a ``state_dict``. What has changed in place is put back in place, since others
     may hold it too; what another has taken the place of is replaced, and a tensor that looked into another one's memory no more
-    does. The log names what another has taken the place of where that cannot be saved. What changes within an object without a
-    ``state_dict`` nobody sees, nor what a function closes over or reads of its file: make it an attribute of a part. A part with a
-    state of its own, a module by ``get_extra_state``, says by itself what it keeps; of a `TensorEnv` it is public numbers.
+    does. The log names what another has taken the place of where that cannot be saved, and objects of the part's own package that
+    have changed within, without a ``state_dict``. What changes within others nobody sees, nor what a function closes over or reads
+    of its file: make it an attribute of a part. A part with a state of its own, a module by ``get_extra_state``, says by itself
+    what it keeps; of a `TensorEnv` it is public numbers.
 
     Args:
         parts: by name.
@@ -53,7 +54,7 @@ class Kept:
         self._parts = {name: each for name, each in parts.items() if hasattr(each, "__dict__") and not _has_state(each)}
         #: Values themselves, since what is looked at later may be another at its address; and what tells whether they have changed.
         self._first = {
-            name: {attribute: (value, _digest(value)) for attribute, value in _attributes(part)}
+            name: {attribute: (value, _digest(value, part)) for attribute, value in _attributes(part)}
             for name, part in self._parts.items()
         }
         #: What has been put back had changed before this was made.
@@ -66,11 +67,13 @@ class Kept:
         for name, part in self._parts.items():
             for attribute, value in _attributes(part):
                 first, digest = self._first[name].get(attribute, (None, None))
-                now, is_another = _digest(value), value is not first
+                now, is_another = _digest(value, part), value is not first
                 if now is None or (is_another and hasattr(value, "state_dict")):
                     # A library's specs and caches are its own business.
                     if is_another and (_root(type(part)) not in _LIBRARIES or callable(value)):
                         self._tell(f"{name}.{attribute}")
+                elif now != digest and _digest(value) is None:
+                    self._tell(f"{name}.{attribute}")
                 elif now != digest or (name, attribute) in self._restored:
                     state[name][attribute] = [not is_another, _saved(value)]
         return dict(state)
@@ -111,10 +114,11 @@ def _saved(value: Any) -> Any:
     return value.state_dict() if hasattr(value, "state_dict") else value
 
 
-def _digest(value: Any) -> bytes | None:
-    """What tells whether ``value`` has changed; None where it cannot be saved."""
+def _digest(value: Any, part: Any = None) -> bytes | None:
+    """What tells whether ``value`` has changed, also within objects of the package of ``part``; None where it cannot be saved."""
+    packages = set() if part is None else {_root(type(part))} - _LIBRARIES
     try:
-        return hashlib.sha256(to_bytes(_saved(value))).digest()
+        return hashlib.sha256(to_bytes(_saved(value), packages)).digest()
     except TypeError:
         return None
 

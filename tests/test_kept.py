@@ -331,3 +331,21 @@ def test_a_generator_that_others_hold_goes_on_in_its_place(make, draw):
     others.load_state_dict(kept.state_dict())
     assert second.generator is held
     assert draw(held) == draw(first.generator)
+
+
+class Level:
+    def __init__(self):
+        self.value = 1.0
+
+
+def test_an_object_that_changes_within_is_named(caplog):
+    part = nn.Module()
+    part.__class__ = type("Tasks", (nn.Module,), {"__module__": __name__})
+    part.level, part.still = Level(), Level()
+    kept = Kept({"tasks": part})
+    assert not kept.state_dict()
+    assert not caplog.text
+    part.level.value = 2.0
+    assert not kept.state_dict()
+    assert "tasks.level changes in the training" in caplog.text
+    assert "tasks.still" not in caplog.text
