@@ -47,7 +47,7 @@ class PreviousStep(Transform):
     the finished step's action, reward and done = 1, so that an episode's last reward is never lost (Duan et al. 2016,
     section 2.2).
 
-    ``trans`` has shape ``[*B, obs_dim + action_dim + 2]``, float32; several observations are flattened and
+    ``trans`` has shape ``[*B, obs_dim + action_dim + 2]``, reals of PyTorch's default dtype; several observations are flattened and
     concatenated in the order of ``obs_keys``, and bytes (uint8) scaled to [0, 1], but for flags and symbols, whose bound is at
     most `LARGEST_SYMBOL`. The last entry is done, the last but one the reward.
 

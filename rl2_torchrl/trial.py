@@ -72,7 +72,7 @@ class Trial(Transform):
             observation is bootstrapped. Default False: a trial's end is terminal.
         step_keys: entries that tell of the step that was taken rather than of the state that it led to, such as a velocity or
             whether a goal was reached. An inner reset leaves them; all others are those of the new episode then. Those within
-            ``"info"`` always are: a state that networks read, such as which actions are legal, is no place for it. Default none
+            ``"info"`` always are, which is no place for a state that networks read, such as which actions are legal. Default none
             more.
 
     Raises:

@@ -38,7 +38,7 @@ from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, Resumabl
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.envs.layers import made_of, put_state, state_of
 from rl2_torchrl.settings import _env as settings_of_env
-from rl2_torchrl.settings import differences
+from rl2_torchrl.settings import differences, moved
 
 
 @pytest.mark.parametrize(
@@ -383,6 +383,13 @@ def test_rows_of_a_serial_env_that_are_made_otherwise_are_told_of():
         started[limit] = settings_of_env(env)
         env.close()
     assert "env.rows.TimeLimit.max_episode_steps" in differences(started[7], started[8])
+
+
+def test_rows_that_began_alike_may_part():
+    env = GymVectorEnv(lambda: Effort(gymnasium.make("Pendulum-v1"), 0.5), 2)
+    alike = settings_of_env(env)
+    env.envs.envs[0].made_of["Effort.weight"] = 0.7  # as a task does that a row keeps by the name of an argument
+    assert moved(alike, settings_of_env(env)) == {"env.rows.Effort.weight"}
 
 
 @pytest.mark.parametrize("at_the_end", [False, True])
