@@ -12,7 +12,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.env_check.outcomes import Outcome
+from rl2_torchrl.env_check.outcomes import Outcome, differ
 from rl2_torchrl.env_check.shown import rows_of_task
 from rl2_torchrl.envs.rows import merge
 from rl2_torchrl.trial import INFO, base_of, is_within, put_rows
@@ -21,6 +21,8 @@ __all__ = ["RUN_STEPS", "STEPS_TO_AN_END", "EnvBelow", "Pair", "Task"]
 
 #: Steps of a run, and those within which an episode of a small env has ended. Few enough for a simulator.
 RUN_STEPS, STEPS_TO_AN_END = 30, 300
+#: Pairs of tasks that are played at least: what one row does to another shows in each.
+_PAIRS = 3
 
 Task: TypeAlias = Tensor | TensorDictBase | None
 
@@ -128,8 +130,16 @@ class EnvBelow:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Each task and the next, played from a seed of their own; none where there are no tasks."""
-        return [self._play(seed, task, other) for seed, (task, other) in enumerate(pairwise(self.tasks))]
+        """Each task and the next, played from a seed of their own, until all rows have heard theirs; none without tasks."""
+        pairs: list[Pair] = []
+        deaf, deaf_later = torch.ones(self.num_rows, dtype=torch.bool), self.half().reshape(-1).cpu()
+        for seed, (task, other) in enumerate(pairwise(self.tasks)):
+            pairs.append(pair := self._play(seed, task, other))
+            deaf &= ~differ(pair.task, pair.other)
+            deaf_later &= ~differ(pair.same_later, pair.other_later)
+            if len(pairs) >= _PAIRS and not (deaf | deaf_later).any():
+                break
+        return pairs
 
     def _play(self, seed: int, task: Task, other: Task) -> Pair:
         half = self.half()
