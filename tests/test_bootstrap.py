@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Categorical, Unbounded
-from torchrl.envs import Compose, TransformedEnv
+from torchrl.envs import Compose, SerialEnv, TransformedEnv
 from torchrl.objectives.value import GAE
 
 from rl2_torchrl import (
@@ -281,3 +281,20 @@ def test_a_batch_of_a_single_step_has_an_advantage():
     following = {"reward": torch.ones(1, 1, 1), "done": ends, "terminated": ends}
     data = TrialAdvantage()(TensorDict({"state_value": torch.zeros(1, 1, 1), "next": following}, [1, 1]))
     assert data["advantage"].item() == 1.0
+
+
+def test_rows_of_a_batched_env_say_how_long_trials_are_until_it_is_closed():
+    """As it is after a last batch: an attribute that a `SerialEnv` no longer has recurses until Python gives up."""
+    for fixed_length, last, told in ((True, False, False), (False, False, True), (False, True, True)):
+        sampler = TaskSampler(lambda size, generator: torch.rand(*size, 1, generator=generator), seed=0)
+        rows = SerialEnv(2, partial(Corridor, fixed_length=fixed_length))
+        env = TransformedEnv(rows, Compose(Trial(2), sampler, PreviousStep()))
+        actor, critic = networks(env)
+        with torch.no_grad():
+            list(actor.parameters())[-1].copy_(torch.tensor([0.0, -99.0]))  # nobody walks, no trial is cut
+        update = PPOUpdate(RL2PPOLoss(actor, critic))
+        options = {"frames_per_batch": 128, "total_frames": 128 if last else -1, "keep": update.in_keys}
+        collector = TrialCollector(env, ActorCritic(actor, critic), **options)
+        report = check_training(collector, update, next(iter(collector)))
+        assert env.is_closed == last
+        assert any("may differ in length" in note for note in report.notes) == told

@@ -8,7 +8,8 @@ import torch
 from torchrl.envs import EnvBase
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
-from rl2_torchrl.trial import Trial, base_of, is_within, transforms_of
+from rl2_torchrl.envs.tensor_env import TensorEnv
+from rl2_torchrl.trial import Trial, base_of, is_within, rows_of, transforms_of
 
 __all__ = ["RULES"]
 
@@ -54,12 +55,13 @@ def kept_at_cuts(seen: Evidence) -> str | None:
         )
 
 
-def _is_of_one_length(env: EnvBase) -> bool | None:
-    """Whether all trials of ``env`` have one length; None where it does not say."""
+def _is_of_one_length(env: EnvBase) -> bool:
+    """Whether ``env`` says that all its trials have one length."""
     trial = next((each for each in transforms_of(env) if isinstance(each, Trial)), None)
-    if trial is None:
-        return None
-    return trial.episodes is None or getattr(base_of(env), "fixed_length", None)
+    # A batched env is not asked for what its rows are: it gives lists, and once it is closed, as after a last batch, it cannot.
+    bases = map(base_of, rows_of(env) or [env])
+    fixed = all(isinstance(base, TensorEnv) and base.fixed_length for base in bases)
+    return trial is not None and (trial.episodes is None or fixed)
 
 
 def finite(seen: Evidence) -> str | None:

@@ -12,7 +12,7 @@ from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.env_check.outcomes import flat
 from rl2_torchrl.env_check.shown import BITS, bits_of, drawn, shown
 from rl2_torchrl.tasks import TaskSampler, _InOrder
-from rl2_torchrl.trial import rows_of, transforms_of
+from rl2_torchrl.trial import base_of, rows_of, transforms_of
 
 __all__ = ["RULES"]
 
@@ -116,8 +116,7 @@ def _some_tasks(env: EnvBase) -> torch.Tensor | None:
 
 
 def _num_workers(seen: Evidence) -> int:
-    env = getattr(seen.env, "base_env", seen.env)
-    return getattr(env, "num_workers", getattr(seen.collector, "num_workers", 1))
+    return getattr(base_of(seen.env), "num_workers", getattr(seen.collector, "num_workers", 1))
 
 
 def _draws(sampler: TaskSampler, size: torch.Size | None = None, number: int = 256) -> torch.Tensor:
