@@ -268,7 +268,7 @@ _ENVS: dict[str, tuple[Callable[[], EnvBase], Callable]] = {
     "pendulum-vector": (partial(_vector, "Pendulum-v1", **_GRAVITY), gravities),
     "pendulum-async": (partial(_vector, "Pendulum-v1", vectorization="async", **_GRAVITY), gravities),
     "mujoco-vector": (partial(_vector, "HalfCheetah-v5", set_task=set_weight, task_spec=Unbounded(1)), gravities),
-    "point-mass": (_point_masses, places),  # needs dm_control
+    "point-mass": (_point_masses, places),  # needs dm-control
 }
 
 
