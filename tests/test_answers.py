@@ -145,14 +145,6 @@ class ChangesOnce(Counted):
         return super().forward(tensordict)
 
 
-class Detaches(Counted):
-    """The critic in some minibatches."""
-
-    def forward(self, tensordict):
-        self.critic_network.detach = self.calls % 2 == 0
-        return super().forward(tensordict)
-
-
 class PutsAnother(Counted):
     """A weight in the place of one."""
 
@@ -289,12 +281,6 @@ def test_an_update_within_anothers_forward(monkeypatch):
     assert [cls for cls, losses in given if losses is not None].count(Trains) == 2 * 3 * 5
     for ours, expected in zip(ends[0][0][1] + ends[0][1], ends[1][0][1] + ends[1][1], strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
-
-
-def test_a_critic_that_is_detached_in_some_minibatches():
-    update = update_of(Detaches, "auto")
-    assert_same(update, Detaches)
-    assert update.backend == "autograd"
 
 
 @needs_kernels

@@ -28,7 +28,7 @@ class ChainPart(Part):
     """Linear layers and activations by turns: ReLU or tanh.
 
     Args:
-        module: the whole as a module, which takes data that the kernels do not. While it has ``detach = True``, the gradient
+        module: the whole as a module, which takes data that the kernels do not. If it has ``detach = True``, the gradient
             stops at the first of ``in_keys``.
         layers: the layers that it is made of.
         in_keys: entries of the input ``[N, T, n]``; if there are several, all but the first go past the first layer, an
@@ -48,7 +48,7 @@ class ChainPart(Part):
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys):
         super().__init__(module, in_keys, out_keys)
-        self.reads_again = len(self.in_keys) == 1  # several are joined, which copies them
+        self.detach = bool(vars(module).get("detach"))
         joins = len(self.in_keys) > 1
         #: What is done to the first input alone, where others join it behind that.
         self.first, layers = _name_of(layers[0]) if joins else None, layers[joins:]
@@ -59,14 +59,6 @@ class ChainPart(Part):
         self.after = names[-1]
         #: Whether it is ReLU and a linear layer by turns, each pair of which is one function.
         self.is_of_pairs = not joins and self.after is None and set(self.before) == {"relu"}
-
-    @property
-    def detach(self) -> bool:
-        """Whether the gradient stops at the first of ``in_keys``."""
-        return bool(vars(self.function).get("detach"))
-
-    def settings(self) -> bool:
-        return self.detach
 
     def run(self, state: State) -> None:
         [x, *_] = entries_of(state, self.in_keys)
@@ -79,7 +71,7 @@ class ChainPart(Part):
 
     def forward_by_hand(self, state: State) -> bool:
         x, *more = entries_of(state, self.in_keys)
-        self._sizes, self._is_detached = [entry.shape[-1] for entry in (x, *more)], self.detach
+        self._sizes = [entry.shape[-1] for entry in (x, *more)]
         weight = self.linears[0].weight
         fits = (sum(self._sizes), x.dtype, x.device) == (self.linears[0].in_features, weight.dtype, weight.device)
         if not fits or not x.numel():
@@ -99,7 +91,7 @@ class ChainPart(Part):
     def backward_by_hand(self, gradients: Gradients) -> None:
         slope = _before_activation(gradients.pop(self.out_keys[0]), self._out, self.after)
         inputs, self._inputs, self._out = self._inputs, [], None  # for others to take
-        wanted = self.wanted - {self.in_keys[0]} if self._is_detached else self.wanted
+        wanted = self.wanted - {self.in_keys[0]} if self.detach else self.wanted
         for number, before in reversed(list(enumerate(self.before))):
             x, weight, bias = inputs[number]
             d_x = Workspace.take(x, x.shape) if number or wanted else None

@@ -43,15 +43,10 @@ class Part:
 
     Attributes:
         wanted: those of ``in_keys`` that carry a gradient, as they are made from parameters. Whoever runs the part sets it.
-        saved: those of ``in_keys`` that parts before it read again by hand. Whoever runs the part sets it.
         sources: parameters by which autograd looks for a gradient, by default ``parameters``. Whoever runs the part adds those
             that its function may reach without owning them.
-        carries: whether ``out_keys`` carry a gradient.
         is_by_hand: whether the last `forward` was that by hand.
-        reads_again: whether a `backward_by_hand` reads ``in_keys`` as the forward did.
     """
-
-    reads_again = False
 
     def __init__(
         self,
@@ -68,8 +63,7 @@ class Part:
             parameters = function.parameters() if isinstance(function, nn.Module) else ()
         self.parameters, self.optional, self.reason = list(dict.fromkeys(parameters)), frozenset(optional), reason
         self.wanted: set[NestedKey] = set()
-        self.saved: set[NestedKey] = set()
-        self.sources, self.carries = self.parameters, False
+        self.sources = self.parameters
         self.is_by_hand = False
 
     @property
@@ -81,10 +75,6 @@ class Part:
         """Reads entries ``[N, T, ...]`` of ``state`` and writes others, as ordinary PyTorch: autograd can follow, if it is on."""
         outputs = self.function(*entries_of(state, self.in_keys, self.optional))
         state.update(zip(self.out_keys, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
-
-    def settings(self) -> object:
-        """What it does otherwise when that has been set anew, beside weights."""
-        return None
 
     def prepared(self, data: State) -> State:
         """Entries made of a batch's ``data`` ``[N, T, ...]`` alone, which its minibatches then hold beside the data."""
@@ -116,16 +106,15 @@ class Part:
         carrying = [key for key in self.in_keys if key in self.wanted and state[key].is_floating_point()]
         self._leaves = {key: state[key].detach().requires_grad_() for key in carrying}
         entries = {**state, **self._leaves}
-        versions = {key: state[key]._version for key in self.saved if key in state}
+        versions = {key: state[key]._version for key in self.in_keys if key in state}
         with torch.enable_grad():
             self.run(entries)
         if written := [key for key, version in versions.items() if state[key]._version != version]:
             raise RuntimeError(
-                f"{written} of a minibatch has been modified by an inplace operation of {type(self.function).__name__}, and what "
-                "read it before needs it for its gradient: work on a copy."
+                f"{written} of a minibatch has been modified by an inplace operation of {type(self.function).__name__}, and others "
+                "read it too: work on a copy."
             )
         self._outputs = [entries[key] for key in self.out_keys]
-        self.carries |= any(out.requires_grad for out in self._outputs)
         state.update((key, out.detach()) for key, out in zip(self.out_keys, self._outputs, strict=True))
 
     def backward(self, gradients: Gradients) -> None:

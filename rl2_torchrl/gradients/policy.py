@@ -39,8 +39,6 @@ def _indices(action: torch.Tensor) -> torch.Tensor:
 class CategoricalPart(Part):
     """Of a categorical distribution with logits ``[N, T, n]``; actions are indices ``[N, T]`` or one-hot vectors ``[N, T, n]``."""
 
-    reads_again = True
-
     def prepared(self, data: State) -> State:
         action = data.get(self.in_keys[0])
         if action is None or (action.dtype == torch.int64 and action.ndim == 2) or not action.is_cpu:
@@ -74,8 +72,6 @@ class GaussianPart(Part):
     Where the scale's maker says its logarithm too (`log_scale_key`), it is the same in all steps, and so is its gradient's
     memory: ``[action_dim]``.
     """
-
-    reads_again = True
 
     def forward_by_hand(self, state: State) -> bool:
         action, loc, scale = entries_of(state, self.in_keys)

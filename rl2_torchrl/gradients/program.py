@@ -39,21 +39,13 @@ class Program:
         self.terms = [TermPart(term) for term in loss.loss_terms()]
         self._all = list(loss.parameters())
         self.parameters = [p for p in self._all if p.requires_grad]
+        carrying: set[NestedKey] = set()
         for part in (*self.parts, *self.terms):
             # A term on weights, or a layer tied to another's, reaches what it does not own.
-            part.sources = self.parameters
-        self.follow_gradients()
-
-    def follow_gradients(self) -> None:
-        """Tells each part which entries carry a gradient to it, and which others need again."""
-        carrying: set[NestedKey] = set()
-        saved: set[NestedKey] = set()
-        for part in (*self.parts, *self.terms):
-            part.wanted, part.saved = carrying.intersection(part.in_keys), saved.intersection(part.in_keys)
-            part.carries |= bool(part.wanted) or any(p.requires_grad for p in part.parameters)
-            if part.carries:
+            part.sources, part.wanted = self.parameters, carrying.intersection(part.in_keys)
+            # So may whatever is not ours.
+            if part.reason is not None or part.wanted or any(p.requires_grad for p in part.parameters):
                 carrying.update(part.out_keys)
-                saved.update(part.in_keys if part.reason is None and part.reads_again else ())
             else:
                 carrying.difference_update(part.out_keys)
 
@@ -72,21 +64,12 @@ class Program:
 
     def run(self, state: State, parts: Sequence[Part]) -> tuple[Values, Gradients]:
         """Losses and diagnostics, and the gradients, from a ``state`` that holds what all but ``parts`` have made."""
-        return self.go_on(state, parts, {}, {}, 0)
-
-    def go_on(
-        self, state: State, parts: Sequence[Part], gradients: Gradients, values: Values, done: int
-    ) -> tuple[Values, Gradients]:
-        """`run` from where so many of its turns are ``done``: each part forward, each term, each part back, the last one first."""
-        terms_done, back_done = (max(0, done - before) for before in (len(parts), len(parts) + len(self.terms)))
-        for part in parts[done:]:
-            is_known = part.carries
+        values, gradients = {}, {}
+        for part in parts:
             part.forward(state)
-            if part.carries != is_known:  # by parameters of others
-                self.follow_gradients()
-        for term in self.terms[terms_done:]:
+        for term in self.terms:
             merge_losses(values, term.losses(state, gradients))
-        for part in parts[::-1][back_done:]:
+        for part in reversed(parts):
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(gradients)
         return values, gradients
@@ -179,8 +162,8 @@ class TermPart(Part):
         is_ours = type(term).__module__.startswith("rl2_torchrl.") and "with_gradients" not in vars(term)
         return is_ours and hasattr(term, "by_kernels")
 
-    def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Values, Gradients] | tuple[()]:
-        """What makes `losses` of the numbers that kernels leave, what else they leave, and the gradients.
+    def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Gradients] | tuple[()]:
+        """What makes `losses` of the numbers that kernels leave, and the gradients.
 
         Nothing where kernels cannot do it.
         """
@@ -192,7 +175,7 @@ class TermPart(Part):
         first, end, like = totals.storage_offset(), totals.storage_offset() + len(totals), entries[0]
         pairs = zip(self.in_keys, slopes, strict=True)
         found = {key: slope for key, slope in pairs if slope is not None and key in self.wanted}
-        return lambda numbers: self.function.figures(numbers[first:end], like), more, found
+        return lambda numbers: {**self.function.figures(numbers[first:end], like), **more}, found
 
     def losses(self, state: State, gradients: Gradients) -> Values:
         """Losses and diagnostics; the losses' gradients are added to ``gradients``."""

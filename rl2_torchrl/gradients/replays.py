@@ -25,7 +25,9 @@ __all__ = ["Replays"]
 class Replays:
     """Losses and gradients of minibatches of ``chunks``, entries ``[num_chunks, T, ...]``, by ``program``.
 
-    What reads data alone is made once, of all chunks. `close` hands the memory back when the batch is done.
+    What reads data alone is made once, of all chunks. A minibatch that cannot be made as the first of its size was, such as where
+    a term gives other losses, is made anew, all of it, part by part, and so are the batch's later ones of that size. `close` hands
+    the memory back when the batch is done.
 
     Args:
         program: makes them, for the whole batch.

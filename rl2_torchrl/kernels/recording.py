@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -141,12 +141,6 @@ class Calls:
     def __call__(self) -> bool:
         """Makes them; False where a kernel reported something, and those after it have not been made."""
         return self._library.make_calls(self._table.data_ptr(), self.count) == self.count
-
-    def move(self, addresses: Mapping[int, int]) -> None:
-        """Has them read and write elsewhere, at ``addresses`` by those of before."""
-        before = self._table.clone()  # two may change places
-        for old, new in addresses.items():
-            self._table[before == old] = new
 
     def and_then(self, name: str, *arguments: float) -> Calls:
         """These, and one of the kernel ``name``."""

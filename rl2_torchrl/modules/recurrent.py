@@ -233,7 +233,7 @@ class MemoryValueHead(Network):
 
     Args:
         features_size: size of the actor's features, its ``hidden_size``; ``features_key`` is their entry.
-        detach: whether to stop the gradient into the actor's memory.
+        detach: whether to stop the gradient into the actor's memory; an update looks at it once a batch.
         extra_keys, extra_size: further inputs, as in `RecurrentCritic`, and their summed size.
         init_range, **layers: as in `Head`. A detached critic cannot shape its features, so that one hidden layer of its own helps.
         value_key: what is written.

@@ -18,7 +18,8 @@ batch's, as it was before each step, and carries no gradient. ``forward`` takes 
 ``[N, T, ...]``. What it returns under a name that begins with ``loss_`` is added to the loss by `PPOUpdate`, coefficient
 included (in a loop of your own, by you); every scalar reaches the log, as its mean over an update's minibatches, or their largest
 where its name begins with ``max_``. Parameters of a term are the loss's, and trained with it. A loss that is called by keyword
-gives of a term what its ``out_keys`` name, if it has some, and then each time.
+gives of a term what its ``out_keys`` name, if it has some, and then each time. Where a term has a loss in some minibatches and
+none in others, all modules and terms may be asked twice for one minibatch of a batch.
 
 Autograd makes a term's gradient, for that term alone. A term without parameters that knows it better derives from `OwnGradient`.
 """
