@@ -473,9 +473,10 @@ def test_an_actors_module_finds_its_distribution():
     found = distribution_of(GRUCategoricalActor(5, 3, one_hot=True).module[1])
     assert type(found) is CategoricalActions
     assert found.one_hot
-    [*_, part] = actor_parts(GRUCategoricalActor(5, 3, one_hot=True), "action", entropy=True)
-    action = torch.eye(3, dtype=torch.int64).expand(2, 3, 3)
-    part.forward({"action": action, "logits": torch.randn(2, 3, 3)})
+    [*_, index, part] = actor_parts(GRUCategoricalActor(5, 3, one_hot=True), "action", entropy=True)
+    state = {"action": torch.eye(3, dtype=torch.int64).expand(2, 3, 3), "logits": torch.randn(2, 3, 3)}
+    index.forward(state)
+    part.forward(state)
     assert part.is_by_hand == (kernels.load(torch.float32) is not None)
 
 

@@ -107,11 +107,12 @@ def test_the_gradients_of_policies(kind, reads):
     if not COMPILED:
         pytest.skip("autograd's")
     loss = loss_of(kind, "none", torch.float64, entropy_bonus=True)
-    part = loss.network_parts()[-1]
+    *_, before, part = loss.network_parts()
     data = data_of(kind, torch.float64)
     slopes = {key: torch.randn(ROWS, STEPS, **F64) for key in reads}
     if kind == "categorical":
         state = {"action": data["action"], "logits": torch.randn(ROWS, STEPS, ACTIONS, **F64)}
+        before.run(state)
         _run(part, state, ["logits"], slopes)
         return
     log_std = torch.randn(ACTIONS, **F64)

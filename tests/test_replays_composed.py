@@ -419,30 +419,6 @@ def test_frozen_weights_stay_and_have_no_gradient(frozen):
     assert_alike(*ends)
 
 
-class _MovesStatistics(nn.Module):
-    """A term in which a normalisation learns, within a batch."""
-
-    in_keys = ("trans",)
-
-    def __init__(self, norm):
-        super().__init__()
-        self._norm = [norm]
-
-    def forward(self, trans):
-        self._norm[0].update_statistics(trans + 1)
-        return {}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_normalisation_that_moves_within_a_batch(dtype):
-    def make():
-        norm = RunningNorm(INPUTS).to(dtype)
-        norm.update_statistics(torch.randn(50, INPUTS, dtype=dtype))
-        return policy_of(TensorDictModule(norm, ["trans"], ["trans"]), terms=[_MovesStatistics(norm)])
-
-    both_ways(make)
-
-
 class _Swaps(nn.Module):
     """A term in which two weights change places in memory."""
 

@@ -76,10 +76,6 @@ class Part:
         outputs = self.function(*entries_of(state, self.in_keys, self.optional))
         state.update(zip(self.out_keys, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
 
-    def prepared(self, data: State) -> State:
-        """Entries made of a batch's ``data`` ``[N, T, ...]`` alone, which its minibatches then hold beside the data."""
-        return {}
-
     def forward_by_hand(self, state: State) -> bool:
         """As `run`, and keeps what `backward_by_hand` needs; False where this cannot be, and nothing has been written.
 

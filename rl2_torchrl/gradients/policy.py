@@ -15,7 +15,7 @@ from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("ENTROPY", "LOG_PROB", "CategoricalPart", "GaussianHeadPart", "GaussianPart", "log_scale_key"),
+    *("ENTROPY", "LOG_PROB", "CategoricalPart", "GaussianHeadPart", "GaussianPart", "index_part", "log_scale_key"),
 ]
 
 #: Entries ``[N, T]`` that loss terms read: log-probability of the collected actions, and entropy.
@@ -27,36 +27,31 @@ def log_scale_key(scale_key: NestedKey) -> NestedKey:
     return ("policy", "log_scale", *(scale_key if isinstance(scale_key, tuple) else (scale_key,)))
 
 
-#: Entry of the numbers ``[N, T]`` of actions that are one-hot vectors, or of another dtype than the kernels read.
-_INDEX = ("prepared", "action")
+#: Entry of the numbers ``[N, T]`` of actions, which may be one-hot vectors or of another dtype than the kernels read.
+_INDEX = ("policy", "index")
 
 
-def _indices(action: torch.Tensor) -> torch.Tensor:
-    """Of one-hot vectors."""
-    return (action.view(torch.uint8) if action.dtype == torch.bool else action).argmax(-1)
+def index_part(action_key: NestedKey) -> Part:
+    """What makes them, of data alone, so that an update does it once."""
+    return Part(_index_of, [action_key], [_INDEX])
+
+
+def _index_of(action: torch.Tensor) -> torch.Tensor:
+    return action.long() if action.ndim == 2 else action.to(torch.uint8).argmax(-1)
 
 
 class CategoricalPart(Part):
-    """Of a categorical distribution with logits ``[N, T, n]``; actions are indices ``[N, T]`` or one-hot vectors ``[N, T, n]``."""
+    """Of a categorical distribution with logits ``[N, T, n]``; actions are indices ``[N, T]`` or one-hot vectors ``[N, T, n]``.
 
-    def prepared(self, data: State) -> State:
-        action = data.get(self.in_keys[0])
-        if action is None or (action.dtype == torch.int64 and action.ndim == 2) or not action.is_cpu:
-            return {}
-        return {_INDEX: _indices(action) if action.ndim == 3 else action.long()}
+    An `index_part` stands before it.
+    """
 
     def forward_by_hand(self, state: State) -> bool:
         action, logits = entries_of(state, self.in_keys)
-        if (index := state.get(_INDEX)) is not None and (action.ndim == 2 or action.shape == logits.shape):
-            action = index
-        if action.shape == logits.shape:
-            Recording.interrupt()
-            action = _indices(action)
-        if action.shape != logits.shape[:-1] or not action.is_cpu or not kernels.covers(logits):
+        fits = action.shape in (logits.shape, logits.shape[:-1]) and action.is_cpu
+        if not fits or not kernels.covers(logits):
             return False
-        if action.dtype != torch.int64:
-            Recording.interrupt()
-        self._terms = (contiguous(logits), contiguous(action.long()))
+        self._terms = (contiguous(logits), contiguous(state[_INDEX]))
         log_prob, *self._totals = categorical_terms(self._terms[1], self._terms[0])
         state.update(zip(self.out_keys, (log_prob, self._totals[0]), strict=False))
         return True

@@ -16,7 +16,6 @@ from rl2_torchrl.kernels.gru_sequence import (
     input_gradient,
     weight_gradients,
 )
-from rl2_torchrl.kernels.recording import Recording
 
 __all__ = ["GRUPart"]
 
@@ -36,29 +35,8 @@ class GRUPart(Part):
         super().__init__(on_entries(sequence), in_keys, [out_key], parameters=gru.parameters(), optional=in_keys[1:])
         self.layers, self.inputs, self.units = gru.all_weights, gru.input_size, gru.hidden_size
 
-    def prepared(self, data: State) -> State:
-        read = [key for key in self.in_keys if key in data and data[key].dtype != self._dtype(key)]
-        return {self._name(key): data[key].to(self._dtype(key)) for key in read if key not in self.wanted}
-
-    def _dtype(self, key: NestedKey) -> torch.dtype:
-        """That of an entry as the kernels read it, and the module itself: the weights', or that of flags."""
-        return torch.bool if key == self.in_keys[2] else self.parameters[0].dtype
-
-    def _name(self, key: NestedKey) -> tuple:
-        return ("prepared", str(self._dtype(key)), key)
-
-    def _as_read(self, state: State, key: NestedKey, entry: torch.Tensor | None) -> torch.Tensor | None:
-        """``entry`` in its `_dtype`; ``state`` stays as others read it."""
-        if entry is None or entry.dtype == self._dtype(key) or key in self.wanted:
-            return entry
-        if (prepared := state.get(self._name(key))) is not None:
-            return prepared
-        Recording.interrupt()
-        return entry.to(self._dtype(key))
-
     def forward_by_hand(self, state: State) -> bool:
-        entries = entries_of(state, self.in_keys, self.optional)
-        x, hidden, is_init = (self._as_read(state, *pair) for pair in zip(self.in_keys, entries, strict=True))
+        x, hidden, is_init = entries_of(state, self.in_keys, self.optional)
         is_init = None if is_init is None else is_init.squeeze(-1)
         if not self._covers(x, hidden, is_init):
             return False

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.adam import AdamSteps
@@ -43,10 +42,14 @@ class Replays:
         number = len(next(iter(chunks.values())))
         #: How many minibatches there will be that have as many chunks as the first one; and of the smaller ones.
         self._often, self._seldom = passes * (number // rows), passes
-        self.program, self._given, self._made = program, dict(chunks), _of_data_alone(program.parts)
-        self.parts = [part for part in program.parts if part not in self._made]
-        self._statistics = self._statistics_now()
-        self.chunks = self._all_chunks()
+        made, self.program = _of_data_alone(program.parts), program
+        self.parts = [part for part in program.parts if part not in made]
+        #: Those that are given, and what is made of data alone.
+        self.chunks = dict(chunks)
+        with torch.no_grad():
+            for part in made:
+                part.forward(self.chunks)
+        self.chunks = {key: entry.contiguous() for key, entry in self.chunks.items()}
         self._sizes: dict[int, RecordedMinibatch | None] = {}
         on_cpu = all(entry.is_cpu for entry in self.chunks.values())
         self._can_record = on_cpu and kernels.covers(*program.parameters[:1])
@@ -63,7 +66,6 @@ class Replays:
     def run(self, own: torch.Tensor) -> tuple[Values, Gradients]:
         """As `Program.run`; the gradients lie where the next ones will."""
         size = len(own)
-        self._follow_statistics()
         try:
             if (minibatch := self._sizes.get(size)) is not None:
                 return minibatch(own)
@@ -74,30 +76,6 @@ class Replays:
             self._forget(size)
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
         return self.program.run(entries, self.parts)
-
-    @torch.no_grad()
-    def _all_chunks(self) -> State:
-        """Those that are given, and what is made of data alone."""
-        chunks = dict(self._given)
-        for part in self._made:
-            part.forward(chunks)
-        written = {key for part in self.parts for key in part.out_keys}
-        data = {key: entry for key, entry in chunks.items() if key not in written}
-        for part in self.parts:
-            chunks.update(part.prepared(data))
-        return {key: entry.contiguous() for key, entry in chunks.items()}
-
-    def _statistics_now(self) -> list[tuple[int, int]]:
-        """Which buffers are read by what is made of data alone, and how often they have changed."""
-        modules = [m for part in self._made if isinstance(part.function, nn.Module) for m in part.function.modules()]
-        return [(id(b), b._version) for module in modules for b in module._buffers.values() if b is not None]
-
-    def _follow_statistics(self) -> None:
-        """Makes all anew where users move a normalisation within a batch."""
-        if (now := self._statistics_now()) != self._statistics:
-            self._statistics, self.chunks = now, self._all_chunks()
-            for size in self._sizes:
-                self._forget(size)
 
     def _forget(self, size: int) -> None:
         """Leaves minibatches of ``size`` chunks to Python."""

@@ -57,4 +57,5 @@ def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: 
             # gSDE's module gives actions itself: others by now, and those that were collected are scored.
             names = {action_key: _GIVEN}
             part.out_keys = [names.get(key, key) for key in part.out_keys]
-    return [*parts, last]
+    numbers = [policy.index_part(action_key)] if isinstance(last, policy.CategoricalPart) else []
+    return [*parts, *numbers, last]
