@@ -18,7 +18,7 @@ from rl2_torchrl.arguments import as_list, kind_of, whole
 from rl2_torchrl.codec import NoStateError
 from rl2_torchrl.envs.env_state import env_state, put_env_state
 from rl2_torchrl.gradients.networks import leaves_of
-from rl2_torchrl.locks import MODES
+from rl2_torchrl.locks import exploring
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.rollout.trials import leaves, next_key
@@ -173,12 +173,12 @@ class TrialCollector(Collector):
         """One batch ``[*B, T]`` of the entries ``keep``."""
         with self.turns.turn():
             if self.player is None:
-                with MODES(self.exploration_type):
+                with exploring(self.exploration_type):
                     batch = super().rollout()
             else:
                 if self.pre_collect_hook is not None:
                     self.pre_collect_hook()
-                with MODES(self.exploration_type):
+                with exploring(self.exploration_type):
                     return self.player()
         if self.keep is None or batch is None:  # None: it has gone into the replay buffer, step by step
             return batch

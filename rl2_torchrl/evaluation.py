@@ -19,7 +19,7 @@ from rl2_torchrl.arguments import require_env, require_flags, require_network, r
 from rl2_torchrl.envs import GymVectorEnv
 from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
-from rl2_torchrl.locks import MODES
+from rl2_torchrl.locks import exploring
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout import Rollout, native_parts
 from rl2_torchrl.tasks import TaskSampler
@@ -209,7 +209,7 @@ def adaptation_curve(
     trials, returns = Trials(int(num_trials)), EpisodeTable("sum")
     tables = {key: EpisodeTable(how) for key, how in measured.items()}
     while trials.open:
-        with MODES(kind):  # not for longer: other threads' rollouts of another kind, and updates, wait for it
+        with exploring(kind):  # not for longer: other threads' rollouts of another kind, and updates, wait for it
             batch = rollout()
         steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}
         index, counted = trials.add(steps)

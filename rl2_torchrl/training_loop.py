@@ -18,7 +18,7 @@ from rl2_torchrl.checks import check_training
 from rl2_torchrl.collector import batches_of
 from rl2_torchrl.history import TrainResult
 from rl2_torchrl.kernels.threads import warn_of_spinning
-from rl2_torchrl.locks import MODES
+from rl2_torchrl.locks import exploring
 from rl2_torchrl.seeding import random_numbers_put_back
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
@@ -114,7 +114,7 @@ class Loop:
             for note in report.notes:
                 log.warning("of the first batch: %s.", note)
         try:
-            with MODES(None):
+            with exploring(None):
                 metrics = self._update(batch, self._progress)
         except FloatingPointError as error:
             raise FloatingPointError(

@@ -29,7 +29,6 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.envs import BernoulliBandit
 from rl2_torchrl.kernels import threads
-from rl2_torchrl.locks import MODES
 
 needs_linux = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts what Linux lists in /proc")
 SMALL = Workload(arms=3, pulls=10, trials=64, units=32, minibatches=2, epochs=2)
@@ -338,38 +337,12 @@ def evaluated(on_step, **options):
     adaptation_curve(collector.env, collector.policy, 4, on_step=on_step, **options)
 
 
-def test_evaluations_in_threads_that_draw_play_side_by_side_and_leave_no_mode_behind():
-    both = threading.Barrier(2)
-    with ThreadPoolExecutor(2) as pool:
-        for each in [pool.submit(evaluated, lambda _: both.wait(30)) for _ in range(2)]:
-            each.result()
-    assert exploration_type() is None
-
-
-def test_threads_that_wait_for_a_mode_take_it_in_the_order_in_which_they_come():
-    """Else those of one mode, which share it, would keep out the others for ever."""
-    order = []
-
-    def hold(kind):
-        with MODES(kind):
-            order.append(exploration_type())
-
-    kinds = [ExplorationType.DETERMINISTIC, ExplorationType.RANDOM]
-    with ThreadPoolExecutor(2) as pool, MODES(ExplorationType.RANDOM):
-        for number, kind in enumerate(kinds, 1):
-            pool.submit(hold, kind)
-            latest = time.monotonic() + 10
-            while len(MODES._waiting) < number and time.monotonic() < latest:
-                time.sleep(0.01)
-    assert order == kinds
-
-
 def test_evaluations_within_evaluations_of_another_mode_do_not_wait_for_one_another():
-    both, mine, seen = threading.Barrier(2), threading.local(), []
+    mine, seen = threading.local(), []
 
     def within(_):
         if not hasattr(mine, "begun"):
-            mine.begun = both.wait(30)
+            mine.begun = True
             evaluated(lambda _: seen.append(exploration_type()), deterministic=True)
             seen.append(exploration_type())
 
@@ -399,12 +372,12 @@ FORK_BESIDE_THREADS = """
 import os, signal, threading
 from torchrl.envs.utils import ExplorationType, exploration_type
 from rl2_torchrl import training_loop
-from rl2_torchrl.locks import MODES
+from rl2_torchrl.locks import exploring
 from tests.test_threads import evaluated, training
 held, ended = threading.Event(), threading.Event()
 
 def hold():
-    with training_loop._turn, MODES(ExplorationType.DETERMINISTIC):
+    with training_loop._turn, exploring(ExplorationType.DETERMINISTIC):
         held.set()
         ended.wait()
 
@@ -413,7 +386,6 @@ held.wait()
 child = os.fork()
 if not child:
     signal.alarm(30)
-    assert exploration_type() is None, exploration_type()
     evaluated(None)
     training()
     print("child has played", flush=True)

@@ -17,7 +17,7 @@ from rl2_torchrl.checks import inputs, learning, memory, rows, tasks
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.collector import batches_of
 from rl2_torchrl.env_check.outcomes import BrokenRule
-from rl2_torchrl.locks import MODES
+from rl2_torchrl.locks import exploring
 from rl2_torchrl.seeding import random_numbers_put_back
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_DONE
@@ -125,7 +125,7 @@ def _collect(collector: BaseCollector) -> list[TensorDictBase]:
             "next one: give it a batch that there is, or a new collector."
         )
     if env is not None and ("next", EPISODE_DONE) not in batches[0].keys(True, True):
-        with MODES(collector.exploration_type):
+        with exploring(collector.exploration_type):
             steps = batches[0].shape[-1]
             batches.append(env.rollout(steps, collector.policy, break_when_any_done=False, auto_cast_to_device=True))
         collector.reset()

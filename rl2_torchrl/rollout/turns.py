@@ -11,7 +11,7 @@ from typing import Any
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
-from rl2_torchrl.locks import MODES
+from rl2_torchrl.locks import exploring
 from rl2_torchrl.rollout.doors import is_tensor_env
 from rl2_torchrl.trial import base_of, method_of
 
@@ -66,7 +66,7 @@ def watch(collector: Any) -> None:
 def _in_turn(collector: Collector, name: str, *args: Any, **kwargs: Any) -> Any:
     if name == "reset":  # which begins anew, wherever the env stands
         collector.turns.leave()
-    with collector.turns.turn(), MODES(collector.exploration_type):
+    with collector.turns.turn(), exploring(collector.exploration_type):
         return getattr(type(collector), name)(collector, *args, **kwargs)
 
 
