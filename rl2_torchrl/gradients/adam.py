@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from inspect import unwrap
 
 import torch
@@ -111,11 +111,6 @@ def steps_by(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter
 
 def why_not_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> str | None:
     """Why the kernels do not take the steps of ``optimizer`` on ``parameters``, in words; None where they do."""
-    return next((reason for holds, reason in _conditions(optimizer, parameters) if not holds), None)
-
-
-# Each condition is looked at only where those before it hold.
-def _conditions(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[bool, str]]:
     groups, held = optimizer.param_groups, {p for group in optimizer.param_groups for p in group["params"]}
     options = ("amsgrad", "maximize", "differentiable", "capturable")
     own_hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
@@ -125,17 +120,15 @@ def _conditions(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
     more = more or any(group.get("weight_decay") and not group.get("decoupled_weight_decay") for group in groups)
     # PyTorch wraps both: the one when a first optimizer of a class is made, the other in each class when it compiles.
     pairs = [(getattr(type(optimizer), name, None), getattr(Adam, name)) for name in ("step", "_init_group")]
-    is_adam = all(own is not None and unwrap(own) is unwrap(adams) for own, adams in pairs) and not more
-    yield is_adam, "the optimizer is more than torch.optim.Adam with lr, betas and eps, or AdamW"
-    is_whole = held >= {p for p in parameters if p.requires_grad}
-    yield is_whole, "the optimizer does not hold all of the loss's parameters"
-    kinds = {(p.dtype, p.device.type) for p in held}
-    yield len(kinds) == 1, "parameters are of several dtypes or devices"
-    yield kernels.covers(*held), f"there are no kernels for parameters {kinds.pop()}"
+    if more or any(own is None or unwrap(own) is not unwrap(adams) for own, adams in pairs):
+        return "the optimizer is more than torch.optim.Adam with lr, betas and eps, or AdamW"
+    if not held >= {p for p in parameters if p.requires_grad}:
+        return "the optimizer does not hold all of the loss's parameters"
     states = [state for p in held if (state := optimizer.state.get(p))]  # asked by index, it would make some
     tensors = [*held, *(state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))]
-    is_dense = all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
-    yield is_dense, "parameters or their averages are not contiguous"
-    counts = [state["step"] for state in states]
-    known = (isinstance(n, torch.Tensor) and n.is_cpu and n.dtype == torch.float32 for n in counts)
-    yield all(known), "the optimizer counts its steps otherwise than Adam does"
+    counted = [
+        isinstance(n := state["step"], torch.Tensor) and n.is_cpu and n.dtype == torch.float32 for state in states
+    ]
+    if not (kernels.covers(*tensors) and all(t.is_contiguous() for t in tensors) and all(counted)):
+        return "there are no kernels for parameters, or averages and counts of Adam's, of this dtype, device or layout"
+    return None
