@@ -7,7 +7,6 @@ asked for by itself, autograd makes them after all.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -34,27 +33,18 @@ class Answers:
             have.
     """
 
-    _threads = threading.local()
-
     def __init__(self, replays: Replays, state: tuple):
         self._replays, self._state, self.are_vain = replays, state, False
 
-    @classmethod
-    def active(cls, loss: nn.Module) -> Answers | None:
-        """Those that are given to ``loss`` in this thread."""
-        answers = getattr(cls._threads, "active", None)
-        return answers if answers is not None and answers._replays.program.loss is loss else None
-
     @contextmanager
     def given(self, own: torch.Tensor, entries: State) -> Iterator[None]:
-        """Within it the loss is asked of the minibatch ``own``, whose data are ``entries``."""
+        """Within it the loss has these as its ``_answers``, to be asked of the minibatch ``own``, whose data are ``entries``."""
         self._own, self._entries = own, [(key, entry, entry._version) for key, entry in entries.items()]
-        before = getattr(self._threads, "active", None)  # one update may run within another's
-        self._threads.active = self
+        self._replays.program.loss._answers = self
         try:
             yield
         finally:
-            self._threads.active = before
+            self._replays.program.loss._answers = None
 
     def __call__(self, data: TensorDictBase, state: tuple) -> dict[str, torch.Tensor] | None:
         """Losses and diagnostics of ``data``; None where these are not the minibatch, or the loss is another by now."""

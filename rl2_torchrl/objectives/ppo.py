@@ -103,6 +103,9 @@ class RL2PPOLoss(ClipPPOLoss):
         self._set_precision(clip_epsilon, critic_coeff, entropy_coeff)
         self._is_recurrent = bool(hidden_keys(actor_network))
 
+    #: What `PPOUpdate` gives while it asks by a ``forward`` of another.
+    _answers: Answers | None = None
+
     # ------------------------------------------------------------- the parts
     def why_not_parts(self) -> str | None:
         """Why it is `ClipPPOLoss` that computes PPO's terms, in words; None where parts do."""
@@ -194,7 +197,7 @@ class RL2PPOLoss(ClipPPOLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
         refusal, key = self.why_not_parts(), self.tensor_keys.advantage
-        answers = Answers.active(self) if refusal is None else None
+        answers = self._answers if refusal is None else None
         if answers is not None and (given := answers(tensordict, self._state_now())) is not None:
             return TensorDict(given)
         self._check_data(tensordict)
