@@ -6,14 +6,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import get_args
 
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
-from torchrl.envs import EnvBase, ExplorationType, ParallelEnv, VecNorm, VecNormV2
+from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2
 
 from rl2_torchrl.arguments import require_env, require_flags, require_network, require_torch, whole
 from rl2_torchrl.envs import GymVectorEnv
@@ -23,7 +23,6 @@ from rl2_torchrl.locks import exploring
 from rl2_torchrl.modules.acting import State
 from rl2_torchrl.rollout import Rollout, native_parts
 from rl2_torchrl.tasks import TaskSampler
-from rl2_torchrl.transition import has_trials_within
 from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, base_of, rows_of, transforms_of
 
 __all__ = ["AdaptationCurve", "adaptation_curve"]
@@ -139,12 +138,13 @@ def adaptation_curve(
     ablation: Callable[[State], State] | None = None,
     on_step: Callable[[State], None] | None = None,
     measures: Mapping[NestedKey, Measure] | None = None,
-    max_trial_steps: int = 1_000_000,
+    max_trial_steps: int = 100_000,
 ) -> AdaptationCurve:
     """Plays ``num_trials`` whole trials and returns the return of every episode separately, and how many steps it took.
 
     Row i of the result is the i-th trial that began: with ``TaskSampler.fixed(tasks)`` it is the trial on task i, in each call
-    anew. Give the env held-out tasks: fixed ones, or a sampler with a seed that training does not use.
+    anew (but within the processes of a ``ParallelEnv``: put Trial and TaskSampler around it). Give the env held-out tasks: fixed
+    ones, or a sampler with a seed that training does not use.
 
     Trials are played by the `Rollout` that training plays by: the memory begins anew with every trial.
 
@@ -165,7 +165,7 @@ def adaptation_curve(
             their ``"max"`` (as for a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
             ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes. They tell
             of the step that was taken: within ``"info"``, or named in ``Trial(step_keys=...)``.
-        max_trial_steps: raise when a trial does not end within so many steps. The log says so long before.
+        max_trial_steps: raise when a trial does not end within so many steps.
 
     Returns:
         The adaptation curve; ``curve.steps.first_and_last`` says whether episodes get shorter.
@@ -205,7 +205,6 @@ def adaptation_curve(
     kept = [*_KEPT, *(key for key in measured if key not in _KEPT)]
     rollout = Rollout(env, policy, _steps_at_once(env, on_step), kept, ablation=ablation, on_step=on_step)
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    longest = 0
     trials, returns = Trials(int(num_trials)), EpisodeTable("sum")
     tables = {key: EpisodeTable(how) for key, how in measured.items()}
     while trials.open:
@@ -220,21 +219,10 @@ def adaptation_curve(
             table.add(index, steps[key])
         rollout.require_sound_policy()  # behind the rewards, which it reads
         unended = steps["next", TRIAL_STEP][~steps["next", "done"]]
-        longest = max(longest, _require_end(unended, longest, max_trial_steps))
+        _require_end(unended, max_trial_steps)
     made = partial(AdaptationCurve, finished=trials.finished)
     measured = {key[-1]: made(table.table()) for key, table in tables.items()}
-    curve = made(returns.table(), measured, made(returns.counts()))
-    if curve.num_compared == 1 < len(curve.per_episode):
-        _tell_of_a_single_episode()
-    return curve
-
-
-@cache
-def _tell_of_a_single_episode() -> None:
-    log.warning(
-        "not all trials of an evaluation have finished a second episode, so that its first episode cannot be compared with later "
-        "ones: those are of trials whose episodes were short. Bound its trials by episodes, Trial(episodes=...)."
-    )
+    return made(returns.table(), measured, made(returns.counts()))
 
 
 def _rewind(env: EnvBase) -> None:
@@ -242,16 +230,6 @@ def _rewind(env: EnvBase) -> None:
     transforms = [each for one in (env, *rows_of(env)) for each in transforms_of(one)]
     for sampler in (each for each in transforms if isinstance(each, TaskSampler)):
         sampler.rewind()
-    if isinstance(base_of(env), ParallelEnv) and has_trials_within(env):
-        _tell_of_processes()
-
-
-@cache
-def _tell_of_processes() -> None:
-    log.warning(
-        "the trials are made in a ParallelEnv's processes: a TaskSampler.fixed there goes on from where it stands, so that another "
-        "evaluation plays other tasks. Put Trial and TaskSampler around the ParallelEnv."
-    )
 
 
 _KEPT = (
@@ -273,20 +251,7 @@ def _steps_at_once(env: EnvBase, on_step: Callable[[State], None] | None) -> int
         trial, base = native
         by_episodes = None if trial.episodes is None else trial.episodes * base.max_episode_steps
         return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
-    if on_step is not None:
-        return 1
-    if native is None:
-        _tell_of_single_steps(type(base_of(env)).__name__)
-        return 1
-    return _FEW_STEPS
-
-
-@cache
-def _tell_of_single_steps(name: str) -> None:
-    log.info(
-        "evaluations on %s play step by step: it is no TensorEnv under our transforms alone, whose steps cost little.",
-        name,
-    )
+    return 1 if on_step is not None or native is None else _FEW_STEPS
 
 
 def _require_still_statistics(env: EnvBase) -> None:
@@ -340,23 +305,10 @@ def _require_measures(env: EnvBase, measures: Mapping[NestedKey, Measure]) -> No
         raise ValueError(f"measures asks for the {unknown} of an episode's steps: choose of {get_args(Measure)}.")
 
 
-def _require_end(trial_steps: torch.Tensor, longest: int, max_trial_steps: int) -> int:
-    """Steps of the longest of the trials that go on; one of many steps, the first beyond ``longest``, is told of."""
-    steps = int(trial_steps.max()) if trial_steps.numel() else 0
-    if steps >= max_trial_steps:
+def _require_end(trial_steps: torch.Tensor, max_trial_steps: int) -> None:
+    """Raises where one of the trials that go on has gone on for too long."""
+    if trial_steps.numel() and trial_steps.max() >= max_trial_steps:
         raise RuntimeError(
             f"a trial did not end within max_trial_steps={max_trial_steps}: does an episode of this env ever end? Bound "
             "the trial, Trial(episodes=..., steps=...), or raise max_trial_steps."
         )
-    if steps >= _MANY_STEPS > longest:
-        log.warning(
-            "a trial has not ended in %s steps of an evaluation, which waits for it, up to max_trial_steps=%s: do the env's "
-            "episodes ever end (terminated, truncated)? Trial(steps=...) bounds trials however long episodes are.",
-            steps,
-            max_trial_steps,
-        )
-    return steps
-
-
-#: Steps of a trial until an evaluation says that it waits for its end.
-_MANY_STEPS = 5000

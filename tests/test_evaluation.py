@@ -1,7 +1,6 @@
 """Adaptation curves by hand, and what an evaluation leaves alone."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from evaluation_cases import (
 from torchrl.envs import (
     Compose,
     InitTracker,
-    ParallelEnv,
     SerialEnv,
     StepCounter,
     TransformedEnv,
@@ -43,7 +41,6 @@ from rl2_torchrl import (
     adaptation_curve,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit
-from rl2_torchrl.evaluation import _tell_of_a_single_episode, _tell_of_single_steps
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.testing import check_trial_env
 
@@ -105,7 +102,7 @@ def test_trials_of_different_lengths_in_order_and_padded(rows, kind):
     assert adaptation_curve(env, act(first_arm), 5).returns.tolist() == expected
 
 
-def test_episodes_that_the_bound_cuts_or_that_some_trials_lack_are_not_compared(caplog):
+def test_episodes_that_the_bound_cuts_or_that_some_trials_lack_are_not_compared():
     # In 7 steps: episodes of 2, 2, 2 steps and 1 of the next; of 3, 3 and 1; of 1 in each.
     env = countdown_env([2, 3, 1], 3, TensorCountdown, steps=7)
     curve = adaptation_curve(env, act(first_arm), 3)
@@ -119,10 +116,7 @@ def test_episodes_that_the_bound_cuts_or_that_some_trials_lack_are_not_compared(
     assert curve.steps.first_and_last == (2.0, 2.0)  # where the third is (2 + 1 + 1) / 3
     line = next(line for line in make_report(agent=curve).plot().axes[1].lines if line.get_label() == "RL²")
     assert len(line.get_xydata()) == 2
-    assert "second episode" not in caplog.text
-    _tell_of_a_single_episode.cache_clear()
     assert adaptation_curve(countdown_env([2, 5, 1], 3, TensorCountdown, steps=7), act(first_arm), 3).num_compared == 1
-    assert "Bound its trials by episodes" in caplog.text
 
 
 def test_trials_of_unknown_length_are_played_a_few_steps_at_once(monkeypatch):
@@ -137,26 +131,9 @@ def test_trials_of_unknown_length_are_played_a_few_steps_at_once(monkeypatch):
     assert batches == [1] * len(seen) == [1] * 18  # nobody is shown a step beyond the last trial's end
 
 
-def test_who_plays_step_by_step_is_told_of_once(caplog):
-    caplog.set_level("INFO", "rl2_torchrl")
-    _tell_of_single_steps.cache_clear()
-    for _ in range(2):
-        adaptation_curve(countdown_env([2, 3], 2, episodes=1), act(first_arm), 2)
-        adaptation_curve(countdown_env([2, 3], 2, TensorCountdown, episodes=1), act(first_arm), 2)
-    assert [line.getMessage()[:45] for line in caplog.records] == ["evaluations on Countdown play step by step: i"]
-
-
 def test_trials_that_do_not_count_need_not_end():
     env = countdown_env([3, 9], 2, TensorCountdown, episodes=1)
     assert adaptation_curve(env, act(first_arm), 1, max_trial_steps=4).returns.tolist() == [[6.0]]
-
-
-def test_a_trial_of_many_steps_is_told_of_once(monkeypatch, caplog):
-    monkeypatch.setattr("rl2_torchrl.evaluation._MANY_STEPS", 6)
-    for lengths, told in (([6, 6, 3], 0), ([3, 7, 9, 8], 1)):
-        caplog.clear()
-        adaptation_curve(countdown_env(lengths, 2, episodes=1), act(first_arm), len(lengths))
-        assert caplog.text.count("a trial has not ended in 6 steps of an evaluation, which waits for it") == told
 
 
 def test_no_column_without_a_counted_trial():
@@ -314,12 +291,3 @@ def test_trials_of_a_serial_envs_rows_begin_with_the_first_task_each_time():
     assert seen[1] == seen[2] == seen[0]
     with pytest.raises(ValueError, match="normalize=True marks the reals in 'trans', which PreviousStep in the rows"):
         GRUCategoricalActor.from_env(env, normalize=True)
-
-
-def test_trials_made_in_processes_are_told_of(caplog):
-    env = trial_envs(partial(ParallelEnv, mp_start_method="fork"))
-    try:
-        adaptation_curve(env, GRUCategoricalActor.from_env(env), 2)
-        assert "a TaskSampler.fixed there goes on from where it stands" in caplog.text
-    finally:
-        env.close()
