@@ -10,9 +10,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, WrapModule
 from torchrl import torchrl_logger
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot
 from torchrl.envs import EnvBase, TransformedEnv
-from torchrl.envs.utils import ExplorationType
 
 from rl2_torchrl.arguments import as_list, kind_of, whole
 from rl2_torchrl.codec import NoStateError
@@ -32,7 +30,6 @@ __all__ = ["TrialCollector"]
 _OF_COLLECTOR = ("reset_at_each_iter", "init_random_frames", "replay_buffer", "compile_policy", "cudagraph_policy")
 _OF_COLLECTOR += ("interruptor", "track_traj_ids", "split_trajs", "trajs_per_batch", "set_truncated", "compact_obs")
 _ELSEWHERE = "the collector's envs are in other processes"
-_CHOICES = (Binary, Categorical, MultiCategorical, MultiOneHot, OneHot)
 
 
 class TrialCollector(Collector):
@@ -63,7 +60,7 @@ class TrialCollector(Collector):
     Raises:
         KeyError: an entry of ``keep`` is not collected.
         TypeError: ``keep`` is a single key, or ``policy`` a class or an env.
-        ValueError: ``rollout="tensors"`` with an option that it cannot serve, or the mean or median of choices as actions.
+        ValueError: ``rollout="tensors"`` with an option that it cannot serve.
         RuntimeError: somebody else, such as an evaluation, has reset or stepped the env between two batches.
 
     Examples:
@@ -104,7 +101,6 @@ class TrialCollector(Collector):
         options |= kwargs if keep is None else {"use_buffers": False, **kwargs}
         with quiet_torchrl():
             super().__init__(create_env_fn, policy, **options)
-        self._require_kind()
         needed = [("collector", "traj_ids"), ("next", "done")] if by_trial else []
         is_truncated = any(isinstance(t, Trial) and t.truncate for t in transforms_of(self.env))
         if (is_truncated or options.get("set_truncated")) and not options.get("compact_obs"):
@@ -120,13 +116,6 @@ class TrialCollector(Collector):
         self.turns = Turns(self.env)
         if self.reason is not None:
             torchrl_logger.info(f"TrialCollector, backend {self.backend!r}: {self.reason}.")
-
-    def _require_kind(self) -> None:
-        kind, specs = self.exploration_type, self.env.full_action_spec.values(True, True)
-        if kind in (ExplorationType.MEAN, ExplorationType.MEDIAN) and any(isinstance(spec, _CHOICES) for spec in specs):
-            raise ValueError(
-                f"exploration_type={kind.name}: choices have none; ExplorationType.DETERMINISTIC takes the most probable one."
-            )
 
     @property
     def backend(self) -> str:

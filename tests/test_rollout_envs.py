@@ -1,7 +1,5 @@
 """`Rollout` over envs, entries and modules of all kinds: what they write, leave out, tell or read beside."""
 
-from itertools import count
-
 import pytest
 import torch
 from rollouts import (
@@ -18,7 +16,7 @@ from rollouts import (
 )
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.data import Categorical as CategoricalSpec
-from torchrl.data import MultiCategorical, NonTensor, Unbounded
+from torchrl.data import NonTensor, Unbounded
 from torchrl.envs import (
     Compose,
     DoubleToFloat,
@@ -377,30 +375,3 @@ def test_a_module_may_read_a_stack_piece_by_piece(reader):
     reads = TensorDictModule(reader, ["observation"], ["seen"])
     act = TensorDictModule(lambda seen: torch.zeros(len(seen), dtype=torch.int64), ["seen"], ["action"])
     assert Rollout(env, TensorDictSequential(reads, act), 4)()["seen"].shape[:3] == (2, 4, 2)
-
-
-class Lamps(TensorEnv):
-    """Two lamps of three colours."""
-
-    def __init__(self, **options):
-        super().__init__(task_spec=None, action_spec=MultiCategorical([3, 3]), max_episode_steps=5, **options)
-
-    def begin(self, task, rows):
-        return (torch.zeros(*self.batch_size, 1),), None
-
-    def advance(self, state, action):
-        return state, None, state[0], None, None
-
-
-@pytest.mark.parametrize("keep", [["action"], ["trans"]])
-def test_a_choice_that_is_none_is_told_of_though_it_is_played_later(keep):
-    """In the transition input it would be one of the next lamp's."""
-    steps = count()
-    by_hand = TensorDictModule(
-        lambda trans: torch.tensor([3 * (next(steps) > 6), 0]).expand(2, 2), ["trans"], ["action"]
-    )
-    env = TransformedEnv(Lamps(batch_size=(2,)), Compose(Trial(episodes=2), PreviousStep()))
-    rollout = Rollout(env, by_hand, 5, keep)
-    rollout()
-    with pytest.raises(ValueError, match=r"gives actions \[0, 3\], and the env has \[3, 3\] choices"):
-        rollout()

@@ -26,7 +26,7 @@ from rl2_torchrl.modules import ActorCritic
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts, dtype_of, on_state, step_of
 from rl2_torchrl.modules.actor_critic import cores_of, first_memory, hidden_keys
 from rl2_torchrl.modules.cores import where_rows
-from rl2_torchrl.modules.distributions import distribution_of, stands_for
+from rl2_torchrl.modules.distributions import distribution_of
 from rl2_torchrl.trial import transforms_of
 
 __all__ = ["LAST_ACTION", "PolicyStep", "actor_of", "signature_of"]
@@ -136,8 +136,7 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
     actor = policy.actor if isinstance(policy, ActorCritic) else policy
     parts = acting_parts(actor)
     distribution = distribution_of(parts[-1].module) if parts[-1].way == "distribution" else None
-    has_noise = distribution is not None and distribution.noise is not None
-    if not has_noise or not stands_for(distribution, "with_noise", "act"):
+    if distribution is None or distribution.noise is None:
         raise TypeError(
             f"{type(actor).__name__}: an agent is made of networks and one distribution that can act by noise from outside, as "
             "RecurrentActor has them. Give a class of your own an ActionDistribution with `noise` and `with_noise`, by "

@@ -33,7 +33,7 @@ from rl2_torchrl.gradients.part import (
     outputs_of,
 )
 from rl2_torchrl.modules.actor_critic import hidden_keys
-from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of, stands_for
+from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 
 __all__ = ["ActingPart", "State", "acting_parts", "dtype_of", "on_state", "step_of"]
 
@@ -124,14 +124,12 @@ def on_state(function: Function, in_keys: Sequence[NestedKey], out_keys: Sequenc
 def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDistribution) -> ActingPart:
     in_keys, later = module.in_keys, None
     action_key = next(key for key in module.out_keys if key not in module.log_prob_keys)
-    is_own = stands_for(distribution, "sampler", "act", "mode")
-    sampler = distribution.sampler if is_own else lambda _: distribution.act
 
     def make(steps: int) -> Run:
         kind = interaction_type() or module.default_interaction_type
         if kind not in (InteractionType.RANDOM, InteractionType.DETERMINISTIC):
             return _on_tensordict(module)
-        act = sampler(steps) if kind is InteractionType.RANDOM else distribution.mode
+        act = distribution.sampler(steps) if kind is InteractionType.RANDOM else distribution.mode
 
         def run(state: State) -> None:
             state[action_key] = act(*[state[key] for key in in_keys])

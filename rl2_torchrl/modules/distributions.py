@@ -12,21 +12,21 @@ import torch
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import CompositeDistribution, InteractionType, ProbabilisticTensorDictModule, set_interaction_type
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, constraints, kl_divergence, register_kl
+from torch.distributions import Categorical, Distribution, constraints
 from torchrl.data import Binary, Bounded, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.data import Categorical as CategoricalSpec
-from torchrl.modules import IndependentNormal, MaskedCategorical, MaskedOneHotCategorical, OneHotCategorical, TanhNormal
+from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 
 from rl2_torchrl.arguments import require_flags, require_own_name, whole, whole_numbers
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import Part, brings, others_than
+from rl2_torchrl.gradients.part import Part, brings
 from rl2_torchrl.kernels.functions import log_prob_and_entropy
 
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
     *("MultiCategoricalActions", "TanhGaussianActions", "distribution_named", "distribution_of"),
-    *("gumbel_", "logits_due", "register_distribution", "require_asked", "stands_for"),
+    *("gumbel_", "register_distribution", "require_asked"),
 ]
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,9 @@ class ActionDistribution:
     """How a head's outputs become an action, and a distribution class as functions of its parameters ``[*B, n]``.
 
     Rollouts and losses call these functions, so that no object is made at every step. Here they ask the class; what is derived
-    gives the class's numbers, and under the same `torch.manual_seed` its draws, in less time (`register_distribution`). What a
-    class inherits of `part`, `sampler` and `with_noise` counts as long as the functions are those that they are other forms of.
+    gives the class's numbers, and under the same `torch.manual_seed` its draws, in less time (`register_distribution`). A class
+    with another `act` or `log_prob_and_entropy` than the one above it inherits no `sampler`, `noise` and `part`, which are other
+    forms of these.
 
     Args:
         num_outputs: outputs of the head.
@@ -60,6 +61,15 @@ class ActionDistribution:
 
     part: type[Part] | None = None
     noise: Literal["gumbel", "normal"] | None = None
+
+    def __init_subclass__(cls):
+        own = vars(cls)
+        if "log_prob_and_entropy" in own and "part" not in own:
+            cls.part = None
+        if "act" in own and "noise" not in own:
+            cls.noise = None
+        if ("act" in own or "mode" in own) and "sampler" not in own:
+            cls.sampler = ActionDistribution.sampler
 
     def __init__(
         self,
@@ -207,8 +217,6 @@ class MultiCategoricalActions(CategoricalActions):
         tensor([1, 0])
     """
 
-    part = None
-
     def __init__(self, nvec: Sequence[int], *, one_hot: bool = False, dtype: torch.dtype = torch.int64):
         self.nvec, self.dtype = whole_numbers("nvec", nvec), dtype
         super().__init__(sum(self.nvec), one_hot=one_hot)
@@ -289,25 +297,6 @@ class IndependentCategoricals(Distribution):
     def expand(self, batch_shape: Sequence[int], _instance: None = None) -> IndependentCategoricals:
         return type(self)(self.logits.expand(*batch_shape, -1), **self._kwargs)
 
-    def places(self) -> list[Categorical]:
-        """The distribution of each place's choice, ``[*B]``."""
-        return [Categorical(logits=part, validate_args=False) for part in self.logits.split(self._actions.nvec, -1)]
-
-
-@register_kl(IndependentCategoricals, IndependentCategoricals)
-def _kl(one: IndependentCategoricals, other: IndependentCategoricals) -> Tensor:
-    return sum(kl_divergence(*pair) for pair in zip(one.places(), other.places(), strict=True))
-
-
-#: Classes that play a choice for each logit, or probability, of theirs; what is derived from them may play others.
-_BY_LOGIT = (Categorical, torch.distributions.OneHotCategorical, OneHotCategorical, IndependentCategoricals)
-_BY_LOGIT += (MaskedCategorical, MaskedOneHotCategorical)
-
-
-def logits_due(distribution_class: type[Distribution], spec: TensorSpec) -> int | None:
-    """How many logits that class needs to play all choices of ``spec``, one row's actions; None where only it knows."""
-    return ActionDistribution.from_spec(spec).num_outputs if distribution_class in _BY_LOGIT else None
-
 
 # --------------------------------------------------------------------- reals
 class GaussianActions(ActionDistribution):
@@ -377,8 +366,6 @@ class TanhGaussianActions(GaussianActions):
         >>> from rl2_torchrl.modules import RecurrentActor
         >>> actor = RecurrentActor(5, TanhGaussianActions([-2.0], [2.0]))
     """
-
-    part = None
 
     def __init__(self, low: Tensor | Sequence[float], high: Tensor | Sequence[float], *, init_log_std: float = -0.5):
         default = torch.get_default_dtype()
@@ -482,8 +469,6 @@ _KNOWN: dict[type[Distribution], Callable[..., ActionDistribution]] = {
     TanhNormal: lambda low=-1.0, high=1.0: TanhGaussianActions(low, high),
 }
 _OURS = frozenset(_KNOWN)
-#: What rollouts, losses and agents ask for.
-_FUNCTIONS = ("part", "act", "sampler", "with_noise", "mode", "drawn_log_prob", "log_prob_and_entropy")
 
 
 def register_distribution(distribution_class: type[Distribution], make: Callable[..., ActionDistribution]) -> None:
@@ -535,20 +520,11 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
 
 
 def require_asked(distribution: ActionDistribution, module: ProbabilisticTensorDictModule) -> None:
-    """ValueError where ``distribution``, of which ``module`` was made, has functions that nobody would call."""
-    asked, kind = type(distribution_of(module)), module.distribution_class.__name__
-    own = others_than(ActionDistribution, distribution, _FUNCTIONS)  # which act and score as any class says
-    if own := others_than(asked, distribution, own):
+    """ValueError where ``distribution``, of which ``module`` was made, is of a class whose functions nobody would call."""
+    if type(distribution) not in (ActionDistribution, type(distribution_of(module))):
+        kind = module.distribution_class.__name__
         raise ValueError(
-            f"{type(distribution).__name__} has {own} of its own, which nobody would call: a policy of {kind} acts and is "
-            "scored as that says, by TorchRL's collectors too. For other numbers write a class of torch.distributions that has "
-            "them, and call register_distribution(the_class, make): all functions of what make gives, inherited ones too, must "
-            "be that class's."
+            f"nobody would call the functions of {type(distribution).__name__}: a policy of {kind} acts and is scored as that "
+            "says, by TorchRL's collectors too. For other numbers write a class of torch.distributions that has them, and call "
+            "register_distribution(the_class, make): all functions of what make gives must be that class's."
         )
-
-
-def stands_for(distribution: ActionDistribution, name: str, *methods: str) -> bool:
-    """Whether ``name`` is another form of ``methods`` as they are: no class below the one that brings it has others."""
-    mro = type(distribution).__mro__
-    brought = next(number for number, cls in enumerate(mro) if name in vars(cls))
-    return not any(method in vars(cls) for cls in mro[:brought] for method in methods)

@@ -10,7 +10,7 @@ from rl2_torchrl import kernels
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.networks import leaves_of, part_of
 from rl2_torchrl.gradients.part import Part
-from rl2_torchrl.modules.distributions import distribution_of, stands_for
+from rl2_torchrl.modules.distributions import distribution_of
 
 __all__ = ["actor_parts", "why_no_parts"]
 
@@ -45,7 +45,7 @@ def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: 
     like = next(actor.parameters(), None)
     has_kernels = like is not None and kernels.covers(like)
     keys = ([action_key, *sample.in_keys], [policy.LOG_PROB, policy.ENTROPY] if entropy else [policy.LOG_PROB])
-    if has_kernels and distribution.part and stands_for(distribution, "part", "log_prob_and_entropy"):
+    if has_kernels and distribution.part:
         last = distribution.part(terms, *keys)
     else:
         missing = "brings no gradient of its own" if has_kernels else "has no kernels here"

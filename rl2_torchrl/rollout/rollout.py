@@ -15,7 +15,7 @@ from copy import deepcopy
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data import Categorical, MultiCategorical
+from torchrl.data import Categorical
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -28,7 +28,7 @@ from rl2_torchrl.gradients.part import has_hooks
 from rl2_torchrl.kernels.graph import GraphReplay, held_by
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
 from rl2_torchrl.modules.cores import where_rows
-from rl2_torchrl.modules.distributions import logits_due
+from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
@@ -104,7 +104,7 @@ class Rollout:
         self._buffers: dict[NestedKey, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
         self._replays: dict[object, GraphReplay] = {}
         self._held: list[tuple] = []
-        self._has_told = self._has_acted = False
+        self._has_told = False
         self._kept: TensorDict | None = None
 
     def adopt(self, reset: TensorDictBase) -> None:
@@ -165,9 +165,6 @@ class Rollout:
         with _one_thread() if trials.has_threads else nullcontext(), set_recurrent_mode(False):
             play()
         self._tell_of_refusal()
-        if self._has_acted:
-            last = self._acted_on[self.trials.action_key]
-            self._require_choices(*self._buffers.get(self.trials.action_key, [last])[:1])
         made = {key: buffer.transpose(0, 1) for key, (buffer, _) in self._buffers.items()} | trials.entries()
         keys = [key for key in self.keep if key in made] if self._keeps_all else self.keep
         kept = TensorDict({key: made[key] for key in keys}, [trials.rows, self.steps], trials.device)
@@ -291,33 +288,17 @@ class Rollout:
                 f"the policy gives actions of shape {list(action.shape)}, and the env takes {list(due)}: it was made for another "
                 "env, or leaves a dimension too many or too few. Make it by from_env(env, ...), or give them that shape."
             )
-        if self._has_acted or not isinstance(spec, Categorical):
+        if not isinstance(spec, Categorical):
             return
-        self._has_acted = True  # a graph, which reads no number back, is recorded after that
-        self._require_choices(action)
-        of_row = self.env.full_action_spec_unbatched[self.env.action_key]
+        choices = ActionDistribution.from_spec(self.env.full_action_spec_unbatched[self.env.action_key]).num_outputs
         for part in self._acting:
             is_drawn = self.trials.action_key in part.out_keys and part.way == "distribution"
-            choices = logits_due(part.module.distribution_class, of_row) if is_drawn else None
-            if choices and (given := max(state[key].shape[-1] for key in part.in_keys)) < choices:
+            by_logit = is_drawn and distribution_of(part.module).noise == "gumbel"  # it plays a choice for each
+            if by_logit and (given := state[part.in_keys[0]].shape[-1]) != choices:
                 raise ValueError(
-                    f"the head gives {given} {part.in_keys[0]}, and the env has {choices} choices, the others of which would "
-                    "never be played: head= is called with the number that is due, or is a module that gives so many."
+                    f"the head gives {given} {part.in_keys[0]}, and the env has {choices} choices: head= is called with the number "
+                    "that is due, or is a module that gives so many."
                 )
-
-    def _require_choices(self, action: torch.Tensor) -> None:
-        """ValueError where one of ``action``, of some rows and steps, is none of the env's choices."""
-        spec = self.env.full_action_spec[self.env.action_key]
-        if isinstance(spec, MultiCategorical):
-            choices = spec.nvec.flatten()[-spec.shape[self.env.batch_dims :].numel() :]
-            action = action.reshape(-1, len(choices))
-        else:
-            choices = torch.tensor(spec.space.n, device=action.device)
-        if ((action < 0) | (action >= choices) & (choices >= 0)).any():  # -1: nobody knows how many
-            raise ValueError(
-                f"the policy gives actions {action.unique().tolist()}, and the env has {choices.tolist()} choices, counted from 0: "
-                "it would be given others, or none."
-            )
 
     def _look_back(self, states: list[State], end: int) -> None:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""
