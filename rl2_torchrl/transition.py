@@ -31,9 +31,6 @@ __all__ = ["PreviousStep"]
 #: Bytes of bounds up to this are no shades of grey, and are read as they are.
 LARGEST_SYMBOL = 31
 
-#: Whose transforms name all that they write.
-_KNOWN = ("rl2_torchrl.", "torchrl.")
-
 NO_REWARD = (
     "the env's step returned no 'reward', which the agent is shown and learns from: _step returns one a row, [*B, 1]."
 )
@@ -66,8 +63,8 @@ class PreviousStep(Transform):
 
     Raises:
         TypeError: ``obs_keys`` is a single key.
-        ValueError: ``obs_keys`` holds the task, no `Trial` comes before this transform, the env pays several rewards a step, or
-            shows an entry ``out_key`` that is not among ``obs_keys``.
+        ValueError: ``obs_keys`` holds the task, no `Trial` comes before this transform, or the env shows an entry ``out_key`` that
+            is not among ``obs_keys``.
         KeyError: the env has no such observation.
 
     Examples:
@@ -192,20 +189,6 @@ class PreviousStep(Transform):
             raise NotImplementedError(
                 f"PreviousStep knows envs with one action and one reward; this one has {env.action_keys} and "
                 f"{env.reward_keys}."
-            )
-        before = transforms_of(self.container)
-        before = before[: before.index(self)]
-        writes = any("reward" in (t.out_keys or ()) or not type(t).__module__.startswith(_KNOWN) for t in before)
-        if env.reward_key != "reward" and not writes:
-            raise KeyError(
-                f"the env's reward is {env.reward_key!r}, and PreviousStep, and whatever learns, reads 'reward': name it so before "
-                f"this transform, Compose(Trial(...), RenameTransform([{env.reward_key!r}], ['reward']), ..., PreviousStep())."
-            )
-        numbers = env.full_reward_spec[env.reward_key].shape[len(env.batch_size) :].numel()
-        if numbers != 1 and not writes:
-            raise ValueError(
-                f"the env pays {numbers} rewards a step, and there is one here: weigh them before this transform, "
-                "Compose(Trial(...), LineariseRewards(['reward'], weights=[...]), ..., PreviousStep())."
             )
         _refuse_task(keys, self._task_keys())
         missing = [key for key in keys if key not in observation_spec.keys(True, True)]

@@ -323,12 +323,6 @@ CASES = [
         ValueError,
         r"row \[1\] is \[2.0, 2.0, 2.0\].*between 0 and 1",
     ),
-    row(
-        "what makes a distribution",
-        lambda: TaskSampler(uniform_means),
-        TypeError,
-        r"callable \(batch_size, generator\).*got one of \(num_arms.*call it: uniform_means\(3\)",
-    ),
     row("list as distribution", lambda: TaskSampler([1, 2]), TypeError, r"callable.*TaskSampler\.fixed"),
     row("no fixed tasks", lambda: TaskSampler.fixed(torch.zeros(0, 3)), ValueError, "got no task"),
     row("task as input", lambda: PreviousStep(obs_keys=["task"]), ValueError, "holds the task.*critic"),

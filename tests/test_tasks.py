@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
-from torchrl.data import Categorical, Composite, MultiCategorical, Unbounded
+from torchrl.data import Composite, MultiCategorical, Unbounded
 from torchrl.envs import Compose, EnvBase, EnvCreator, GymEnv, RewardSum, SerialEnv, TransformedEnv
 
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
@@ -472,26 +472,6 @@ def test_tasks_of_several_choices():
     tasks = torch.tensor([[2, 3], [0, 3], [3, 0]])
     env = TransformedEnv(EchoEnv((2,), "task", spec, "task"), Compose(Trial(episodes=2), TaskSampler.fixed(tasks)))
     assert env.reset()["task"].tolist() == [[2, 3], [0, 3]]
-    with pytest.raises(ValueError, match=r"gave one of \[0, 2, 3\]: there are \[3, 4\] choices, from 0 on"):
-        env.reset()
-
-
-@pytest.mark.parametrize("number", [-1, 2])
-def test_a_choice_that_does_not_exist(number):
-    spec = Composite(task=Composite(goal=Categorical(2, shape=(3,)), shape=(3,)), shape=(3,))
-
-    def goals(size, generator):
-        return TensorDict({"goal": torch.full(size, number)}, size)
-
-    env = TransformedEnv(
-        EchoEnv((3,), "task", spec["task"], ("task", "goal")), Compose(Trial(episodes=2), TaskSampler(goals))
-    )
-    with pytest.raises(
-        ValueError, match=rf"the task distribution gave goal \[{number}\]: there are 2 choices, from 0 on"
-    ):
-        env.reset()
-    with pytest.raises(ValueError, match="the task given to reset"):
-        env.reset(TensorDict({"task": goals((3,), None)}, [3]))
 
 
 @pytest.mark.parametrize(
@@ -534,23 +514,3 @@ def test_bad_arguments():
 def test_env_that_knows_no_tasks():
     with pytest.raises(KeyError, match="GymEnv has no 'task' in its state_spec.*GymVectorEnv"):
         TransformedEnv(GymEnv("CartPole-v1"), Compose(Trial(episodes=2), uniform())).reset()
-
-
-@pytest.mark.parametrize(
-    ("shown", "is_task"),
-    [
-        (Unbounded((3,)), False),
-        (Unbounded((2,)), True),
-        (Unbounded((2,), dtype=torch.float64), True),  # cast by a transform, say
-        (Unbounded((2,), dtype=torch.int64), False),
-    ],
-)
-def test_an_entry_that_is_not_the_task_is_not_written_over(shown, is_task):
-    base = BernoulliBandit(2)
-    base.observation_spec = Composite(task=shown)
-    env = TransformedEnv(base, Compose(Trial(episodes=2), TaskSampler(uniform_means(2), seed=0)))
-    if is_task:
-        assert env.observation_spec["task"].shape == (2,)
-        return
-    with pytest.raises(ValueError, match=r"shows 'task', \([23],\) .*not the task that it takes, \(2,\) "):
-        _ = env.observation_spec
