@@ -354,10 +354,9 @@ def test_own_core_under_vmap_and_compile():
 
 
 @pytest.mark.parametrize("is_sequence", [False, True])
-@pytest.mark.parametrize("make", [GRUCore, LSTMCore])
-def test_ensembles_and_rows_under_vmap(make, is_sequence):
+def test_ensembles_and_rows_under_vmap(is_sequence):
     torch.manual_seed(0)
-    cores = [make(5, 7, 2) for _ in range(3)]
+    cores = [GRUCore(5, 7, 2) for _ in range(3)]
     batch = [4, 6] if is_sequence else [4]
     data = {key: torch.randn(*batch, 2, 7) for key in cores[0].in_keys[1:-1]}
     data = TensorDict({**data, "trans": torch.randn(*batch, 5), "is_init": torch.rand(*batch, 1) < 0.3}, batch)
@@ -382,8 +381,7 @@ def test_ensembles_and_rows_under_vmap(make, is_sequence):
             torch.testing.assert_close(one.squeeze(1), other)
 
 
-@pytest.mark.parametrize("make", [GRUCore, LSTMCore])
-def test_rows_under_vmap_that_share_a_first_memory(make):
+def test_rows_under_vmap_that_share_a_first_memory():
     """Gradients of each sample, by steps from one `initial_memory`."""
 
     class Steps(nn.Module):
@@ -398,7 +396,7 @@ def test_rows_under_vmap_that_share_a_first_memory(make):
                 out = out + features.square().sum()
             return out
 
-    core, x = make(5, 7, 2), torch.randn(4, 6, 5)
+    core, x = GRUCore(5, 7, 2), torch.randn(4, 6, 5)
     steps = Steps()
 
     def total(parameters, row):

@@ -152,12 +152,6 @@ def test_of_a_sequence_of_modules_the_last_one_is_read():
     assert RecurrentCritic(5, encoder=in_place).module[1].in_keys[0] == "seen"
 
 
-def test_a_sequence_whose_modules_are_not_joined_is_refused():
-    encoder = TensorDictSequential(_layer(5, "trans", "one"), _layer(5, "trans", "other"))
-    with pytest.raises(ValueError, match=r"makes one vector, and this TensorDictSequential makes \['one', 'other'\]"):
-        RecurrentCritic(5, encoder=encoder)
-
-
 def test_skip_goes_from_what_the_core_reads():
     actor = GRUGaussianActor(5, 2, encoder=partial(MLPEncoder, num_cells=[7]), num_cells=[8], skip=True, hidden_size=4)
     first = next(layer for layer in actor.module[0].module[-1].module.modules() if isinstance(layer, nn.Linear))

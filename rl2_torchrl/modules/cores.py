@@ -264,9 +264,9 @@ class LSTMCore(RecurrentCore):
             memory = [m.transpose(0, 1).contiguous() for m in (hidden, cell)]
             x, memory = self.lstm(x.unsqueeze(1), tuple(memory))
             return x.squeeze(1), *(m.transpose(0, 1) for m in memory)
-        states, cell_of = [], _lstm_cell if kernels.is_transformed() else torch.lstm_cell
+        states = []
         for layer, weights in enumerate(self.lstm.all_weights):
-            states.append(cell_of(x, (hidden[:, layer], cell[:, layer]), *weights))
+            states.append(torch.lstm_cell(x, (hidden[:, layer], cell[:, layer]), *weights))
             x = states[-1][0]
         if len(states) == 1:
             return x, *(state.unsqueeze(1) for state in states[0])
@@ -286,15 +286,6 @@ class LSTMCore(RecurrentCore):
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(RecurrentCore.forward)
-
-
-def _lstm_cell(x: Tensor, state: Tensors, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensors:
-    """`torch.lstm_cell`, for which vmap has no rule."""
-    hidden, cell = state
-    gates = nn.functional.linear(x, w_ih, b_ih) + nn.functional.linear(hidden, w_hh, b_hh)
-    write, keep, new, read = gates.chunk(4, -1)
-    cell = keep.sigmoid() * cell + write.sigmoid() * new.tanh()
-    return read.sigmoid() * cell.tanh(), cell
 
 
 def _common_length(is_init: Tensor | None, steps: int) -> int | None:

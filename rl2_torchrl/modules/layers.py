@@ -218,27 +218,10 @@ def _module_of(key: NestedKey, encoder: EntryEncoder, entries: Entries, out_key:
 
 
 def output_key(module: TensorDictModuleBase) -> NestedKey:
-    """What an encoder or core makes: its first output; of a sequence the one that no later module of it reads.
-
-    Raises:
-        ValueError: there are several of them.
-    """
-    found: list[NestedKey] = []
-    for leaf in _in_order(module):
-        made = next(key for key in leaf.out_keys if key != IGNORED)
-        found = [key for key in found if key not in leaf.in_keys and key != made] + [made]
-    if len(found) != 1:
-        raise ValueError(
-            f"an encoder or core makes one vector, and this {type(module).__name__} makes {found}, of which all but one would be "
-            "lost: let a last module join them, TensorDictModule(lambda *x: torch.cat(x, -1), [...], ['encoded']), say."
-        )
-    return found[0]
-
-
-def _in_order(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    if not isinstance(module, TensorDictSequential):
-        return [module]
-    return [leaf for each in module._module_iter() for leaf in _in_order(each)]
+    """What an encoder or core makes: its first output, of a sequence that of its last module."""
+    while isinstance(module, TensorDictSequential):
+        *_, module = module._module_iter()
+    return next(key for key in module.out_keys if key != IGNORED)
 
 
 def output_size(module: TensorDictModuleBase, entries: Entries) -> int:
