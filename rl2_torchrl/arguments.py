@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
-from torch.nn.parameter import is_lazy
 from torchrl.envs import EnvBase
 
 __all__ = [
@@ -28,7 +26,7 @@ __all__ = [
         "require_env",
         "require_flags",
     ),
-    *("require_folder_name", "require_generator", "require_network", "require_own_name", "require_sizes_known"),
+    *("require_folder_name", "require_generator", "require_network", "require_own_name"),
     *("require_time_last", "require_torch", "whole", "whole_numbers"),
 ]
 
@@ -138,15 +136,6 @@ def require_network(policy: Any, call: str) -> None:
             f"{kind_of(policy)} is no policy: {call} takes an actor, of an agent that was loaded its .policy, or any "
             "TensorDictModule that gives actions, such as a controller by hand, TensorDictModule(function, ['observation'], "
             "['action'])."
-        )
-
-
-def require_sizes_known(module: nn.Module, call: str) -> None:
-    """Raises a ValueError where layers of ``module`` have not been run yet, from which they take their sizes."""
-    if lazy := [name for name, parameter in module.named_parameters() if is_lazy(parameter)]:
-        raise ValueError(
-            f"{call}: {lazy} have no size yet, as layers of TorchRL's MLP have without in_features: say in_features=, or call "
-            "them once before on data of their size."
         )
 
 

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.arguments import kind_of, noted, require_flags, require_sizes_known, whole
+from rl2_torchrl.arguments import kind_of, noted, require_flags, whole
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
@@ -458,7 +458,6 @@ def _optimizer(given: torch.optim.Optimizer | None, lr: float | None, parameters
 def _check_loss(loss: ClipPPOLoss, entropy_schedule: Schedule | None) -> None:
     if not hasattr(loss, "actor_network"):
         raise TypeError(f"PPOUpdate trains a loss such as RL2PPOLoss(actor, critic), not {kind_of(loss)}.")
-    require_sizes_known(loss, "PPOUpdate(loss)")
     if not any(parameter.requires_grad for parameter in loss.parameters()):
         raise ValueError("the loss has no parameters to train: are all of them frozen (requires_grad=False)?")
     if entropy_schedule is not None and (not loss.entropy_bonus or getattr(loss, "_entropy_coeff_map", None)):

@@ -20,7 +20,6 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
-from rl2_torchrl.arguments import require_sizes_known
 from rl2_torchrl.envs.gym_vector import GymVectorEnv
 from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.gradients.networks import keys_left
@@ -68,7 +67,6 @@ class Rollout:
         on_step: Callable[[State], None] | None = None,
     ):
         self.env, self.policy, self.steps, self.ablation, self.on_step = env, policy, steps, ablation, on_step
-        require_sizes_known(policy, "a rollout of the policy")
         self.parts, self._layout = acting_parts(policy), _layout(policy, env)
         #: Whether a module is called with a TensorDict, in which it finds what it, or another, has left at an earlier step.
         self._leaves_all = any(part.way == "tensordict" for part in self.parts)
