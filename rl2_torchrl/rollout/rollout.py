@@ -96,7 +96,7 @@ class Rollout:
         late = {key for part in self._late for key in part.out_keys}
         self._early = [key for key in self.keep if key not in late]
         self._carry: State = {}
-        #: At a batch's last step the action, and what it was made of.
+        #: At a batch's last step what the policy has written.
         self._acted_on: State = {}
         #: Memory of the entries that steps write, ``[T, N, ...]``, and its T steps.
         self._buffers: dict[NestedKey, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
@@ -222,18 +222,12 @@ class Rollout:
                 self.on_step({key: value.clone() for key, value in shown.items()})
             if t + 1 < self.steps:
                 state = {**self._left(state, begun), **root, **self.memory.next(state, begun)}
-        self._acted_on = {
-            key: state[key]
-            for part in self._acting
-            if self.trials.action_key in part.out_keys
-            for key in (*part.in_keys, *part.out_keys)
-            if key in state and key in self._written  # what an env shows may be NaN, for what it does not know
-        }
+        self._acted_on = {key: state[key] for key in self._written if key in state}
         for key in (*(key for _, key in self.memory.handed_on), *self._left(state)):
             self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
 
     def require_sound_policy(self) -> None:
-        """FloatingPointError where actions were NaN, or made of such, at the last batch's end: as choices they look like any."""
+        """FloatingPointError where the policy gave NaN at the last batch's end: as choices they look like any."""
         if any(entry.is_floating_point() and entry.isnan().any() for entry in self._acted_on.values()):
             raise FloatingPointError(
                 "the policy gives NaN: its weights, or what it reads, are not finite, and what it plays means nothing."
