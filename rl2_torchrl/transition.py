@@ -57,14 +57,13 @@ class PreviousStep(Transform):
             less the task, ``"info"`` and the trial's counters: images (two dimensions and more) are for an encoder that reads them
             whole, text is for nobody here. What info readers and other transforms (`StepCounter`, `RewardSum`) add is left out,
             and a line of the log says so. `rl2_torchrl.describe` lists all. An empty list leaves none, as in bandits.
-        out_key: entry to write. Defaults to ``"trans"``.
+        out_key: entry to write, over one that the env may show. Defaults to ``"trans"``.
         task_key: the task's entry, which must not be among the inputs, nor those of `TaskSampler`. Defaults to ``"task"``.
         done_at_start: the value of done at a trial's first step; the paper's authors set 1. Defaults to 0.
 
     Raises:
         TypeError: ``obs_keys`` is a single key.
-        ValueError: ``obs_keys`` holds the task, no `Trial` comes before this transform, or the env shows an entry ``out_key`` that
-            is not among ``obs_keys``.
+        ValueError: ``obs_keys`` holds the task, or no `Trial` comes before this transform.
         KeyError: the env has no such observation.
 
     Examples:
@@ -122,11 +121,6 @@ class PreviousStep(Transform):
     def begin(self, observations: Sequence[torch.Tensor]) -> torch.Tensor:
         """The transition input ``[*B, size]`` at a trial's first step."""
         layout, env = self.layout(), self.container.base_env
-        if wrong := [tuple(value.shape) for value in observations if value.shape[: env.batch_dims] != env.batch_size]:
-            raise ValueError(
-                f"observations of shape {wrong} are not those of the {env.batch_size.numel()} rows of this PreviousStep's env. To "
-                "feed a trained agent by hand take an AdaptiveAgent, which plays any number of rows."
-            )
         zeros = torch.zeros((*env.batch_size, layout.action.size + 1), device=env.device)
         done = torch.full_like(zeros[..., :1], self.done_at_start)
         return torch.cat([*layout.encode(observations, env.batch_size), zeros, done], -1)
@@ -160,12 +154,6 @@ class PreviousStep(Transform):
         # Read once: building specs costs more than a step. The env builds them from front to back, so that
         # `transform_observation_spec` sees no entry of a later transform; the finished spec holds those too.
         if self._read_layout is None:
-            if self.container is None:
-                raise RuntimeError(
-                    "PreviousStep knows what the transition input is made of only within an env: "
-                    "TransformedEnv(env, Compose(Trial(...), ..., PreviousStep())). To feed a trained agent by hand take an "
-                    "AdaptiveAgent, which needs no env."
-                )
             _ = self.container.output_spec
         return self._read_layout
 
@@ -177,19 +165,7 @@ class PreviousStep(Transform):
             )
         # The base env's action, since `_step` sees it after all inverse transforms.
         env = self.container.base_env
-        shown = () if has_trials_within(env) else _observations(self.container, self)
-        is_shown = self.out_key in shown and self.out_key in observation_spec.keys(True, True)  # or renamed on the way
-        if is_shown and self.out_key not in (self.obs_keys or ()):
-            raise ValueError(
-                f"the env shows {self.out_key!r} itself, where PreviousStep writes, so that no agent would see it: rename "
-                "it, or write elsewhere, PreviousStep(out_key=...), which networks read as in_key=."
-            )
         keys = self._default_keys(observation_spec) if self.obs_keys is None else self.obs_keys
-        if len(env.action_keys) != 1 or len(env.reward_keys) != 1:
-            raise NotImplementedError(
-                f"PreviousStep knows envs with one action and one reward; this one has {env.action_keys} and "
-                f"{env.reward_keys}."
-            )
         _refuse_task(keys, self._task_keys())
         missing = [key for key in keys if key not in observation_spec.keys(True, True)]
         if missing:
@@ -215,19 +191,14 @@ class PreviousStep(Transform):
         return [self.task_key, *(sampler.task_key for sampler in samplers)]
 
     def _say(self, shown: list[NestedKey], left_out: list[NestedKey]) -> None:
-        """Logs what is left out, or may be there by mistake; once."""
-        if left_out:
-            said = (
-                f"leaves out {left_out}, which are no observations of the env nor made of them. To show them name all"
-            )
-        elif len(shown) > 1 and isinstance(self.container.base_env, BatchedEnvBase):
-            said = f"shows the agent {shown}, of which it cannot see here what info readers have added. For fewer name them"
-        else:
-            return
-        said = f"PreviousStep {said}: PreviousStep({[*shown, *left_out]})."
-        if said != self._said:
+        """Logs what is left out, once."""
+        said = (
+            f"PreviousStep leaves out {left_out}, which are no observations of the env nor made of them. To show them name all: "
+            f"PreviousStep({[*shown, *left_out]})."
+        )
+        if left_out and said != self._said:
             self._said = said
-            (torchrl_logger.warning if left_out else torchrl_logger.info)(said)
+            torchrl_logger.warning(said)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError(

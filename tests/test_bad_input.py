@@ -88,12 +88,6 @@ def scalar():
     return wrap(Trial(episodes=4), TaskSampler(uniform_targets(1)), PreviousStep(), base=base)
 
 
-def first_input(place):
-    tasks, base = TaskSampler(uniform_targets(2)), PointRobot(batch_size=(16,))
-    points = wrap(Trial(steps=4), tasks, PreviousStep(), base=base)
-    return points.transform[-1].begin([place])
-
-
 def greedy(choose):
     return TensorDictModule(choose, ["trans"], ["action"])
 
@@ -267,18 +261,6 @@ CASES = [
         TypeError,
         "resets its rows by itself.*without auto_reset=True",
     ),
-    row(
-        "transition input by hand",
-        lambda: PreviousStep().begin([torch.zeros(2)]),
-        RuntimeError,
-        "within an env.*AdaptiveAgent",
-    ),
-    row(
-        "observations of other rows",
-        lambda: first_input(torch.zeros(2, 2)),
-        ValueError,
-        r"\(2, 2\).* the 16 rows .*AdaptiveAgent",
-    ),
     row("half a step", lambda: Trial(steps=2.5), ValueError, "steps=2.5.*whole number"),
     row(
         "trial not first", lambda: wrap(sampler(), Trial(steps=4)).reset(), RuntimeError, "TaskSampler comes.*Put Trial"
@@ -335,7 +317,7 @@ CASES = [
         "step without counters",
         lambda: started(env()).step(TensorDict({"action": torch.zeros(2).long(), "task": torch.zeros(2, 3)}, [2])),
         KeyError,
-        "no 'trial_step'.*pass on what reset",
+        "episode_index",
     ),
     # Networks
     row(
