@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from hashlib import sha256
@@ -20,8 +19,6 @@ from rl2_torchrl.seeding import derived_seed, require_seed, seed_generator
 from rl2_torchrl.storage import from_tensor, to_bytes, to_tensor
 
 __all__ = ["TaskDistribution", "TaskSampler"]
-
-log = logging.getLogger(__name__)
 
 #: A task distribution: ``(batch_size, generator) -> task``, the task of shape ``[*batch_size, ...]``.
 TaskDistribution = Callable[[torch.Size, torch.Generator], torch.Tensor | TensorDictBase]
@@ -142,11 +139,6 @@ class TaskSampler(Transform):
             seed = self._stream.next_seed()
             self._stream = _Stream(self.task_key)
             self.seed(seed)
-            log.info(
-                "a clone of a TaskSampler stands around another env than the first: it draws tasks by itself, with %s, so that "
-                "neither env changes what the other draws.",
-                "a seed of its own" if seed is None else f"the seed {seed}",
-            )
         self._stream.env = ref(env)
         # In place of the env's own, where none is there yet.
         relay = env.__dict__.setdefault("set_seed", _SeedRelay(env))
@@ -332,11 +324,6 @@ class _InOrder:
             raise TypeError(
                 f"TaskSampler.fixed got a {type(tasks).__name__}: give a tensor or TensorDict [num_tasks, ...], such as "
                 "torch.as_tensor(tasks, dtype=torch.float32)."
-            )
-        if not tasks.ndim:
-            raise ValueError(
-                f"TaskSampler.fixed got one {type(tasks).__name__} without rows: give tasks [num_tasks, ...], of a "
-                "TensorDict by its batch_size=[num_tasks]."
             )
         if not len(tasks):
             raise ValueError("TaskSampler.fixed got no task: an evaluation over nothing would report NaN.")

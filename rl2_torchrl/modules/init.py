@@ -54,8 +54,6 @@ def orthogonal_init_(
 
 def _remember(network: nn.GRU | nn.LSTM, steps: int) -> None:
     """Lets each unit forget over a time of its own, up to ``steps`` steps."""
-    if not network.bias:
-        raise ValueError("memory_steps is a matter of the gates' biases, and this network has none (bias=False).")
     for layer in range(network.num_layers):
         write, keep, *_ = getattr(network, f"bias_ih_l{layer}").detach().view(-1, network.hidden_size)
         nn.init.uniform_(keep, 1.0, float(steps)).log_()
