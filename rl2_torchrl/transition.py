@@ -191,14 +191,19 @@ class PreviousStep(Transform):
         return [self.task_key, *(sampler.task_key for sampler in samplers)]
 
     def _say(self, shown: list[NestedKey], left_out: list[NestedKey]) -> None:
-        """Logs what is left out, once."""
-        said = (
-            f"PreviousStep leaves out {left_out}, which are no observations of the env nor made of them. To show them name all: "
-            f"PreviousStep({[*shown, *left_out]})."
-        )
-        if left_out and said != self._said:
+        """Logs what is left out, or may be there by mistake; once."""
+        if left_out:
+            said = (
+                f"leaves out {left_out}, which are no observations of the env nor made of them. To show them name all"
+            )
+        elif len(shown) > 1 and isinstance(self.container.base_env, BatchedEnvBase):
+            said = f"shows the agent {shown}, of which it cannot see here what info readers have added. For fewer name them"
+        else:
+            return
+        said = f"PreviousStep {said}: PreviousStep({[*shown, *left_out]})."
+        if said != self._said:
             self._said = said
-            torchrl_logger.warning(said)
+            (torchrl_logger.warning if left_out else torchrl_logger.info)(said)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         raise RuntimeError(
