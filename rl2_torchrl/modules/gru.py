@@ -3,10 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import dispatch
+from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torchrl.modules import GRUModule, set_recurrent_mode
 
 from rl2_torchrl import kernels
@@ -25,10 +23,10 @@ class FastGRUModule(RecurrentCore, GRUModule):
     Whole sequences, resets included, run in one compiled function with one back-propagation through time of its own, in place of
     splitting and padding trajectories. On a CUDA device they are launched step by step, and need no host. What that does not cover
     is left to PyTorch or TorchRL: other devices, and other dtypes than float32 and float64 on the CPU, ``dropout``,
-    ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``, ``torch.compile`` and gradients of gradients,
-    or a machine without a C compiler. Under `torch.func` (a ``vmap`` over an ensemble, for which `torch.nn.GRU` has no rule) and
-    `torch.export` it is a loop of PyTorch's operations. It is a `RecurrentCore` with a memory ``[*B, num_layers, hidden_size]``;
-    inputs of another dtype than the weights' are converted.
+    ``bidirectional``, ``python_based``, another ``recurrent_backend`` than ``"pad"``, gradients of gradients, or a machine
+    without a C compiler. Under `torch.func` (a ``vmap`` over an ensemble, for which `torch.nn.GRU` has no rule) and
+    `torch.export` it is a loop of PyTorch's operations; `torch.compile` breaks its graph here, as at `torch.nn.GRU`. It is a
+    `RecurrentCore` with a memory ``[*B, num_layers, hidden_size]``; inputs of another dtype than the weights' are converted.
 
     Examples:
         >>> from torchrl.modules import set_recurrent_mode
@@ -47,11 +45,8 @@ class FastGRUModule(RecurrentCore, GRUModule):
         self.input_size, self.features_size = self.gru.input_size, directions * units
         self.memory_shapes = {"hidden": (directions * self.gru.num_layers, units)}
 
-    @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Reads and writes what `GRUModule` does: one step ``[*B]`` or, in recurrent mode, sequences ``[*B, T]``."""
-        is_torchrls = is_compiling() and not kernels.is_transformed() and self._is_unchanged()
-        return (GRUModule if is_torchrls else RecurrentCore).forward(self, tensordict)
+    # torch.compile breaks the graph at a GRU in any case; stopping here saves tracing the code around it.
+    forward = torch.compiler.disable(RecurrentCore.forward)
 
     def _require_memory(self, is_init: Tensor) -> None:
         """`GRUModule` starts from zeros wherever it is given no memory; what takes its place does so too."""
@@ -129,8 +124,6 @@ class GRUCore(FastGRUModule):
         self.name_entries(**keys)
         self.to(dtype)
 
-    # torch.compile breaks the graph at a GRU in any case; stopping here saves tracing the code around it.
-    forward = torch.compiler.disable(FastGRUModule.forward)
     _require_memory = RecurrentCore._require_memory
 
 
