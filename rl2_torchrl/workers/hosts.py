@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -54,10 +54,6 @@ class Host:
     def begin(options: dict) -> None:
         """Starts what all workers of a collector need, of the thread that calls; ImportError where that is not installed."""
 
-    @staticmethod
-    def end() -> None:
-        """Ends what `begin` has started."""
-
     def call(self, method: str, *arguments: Any) -> Any:
         """What the player's ``method`` returns, or raises."""
         return self.collector.map_fn(method, [arguments])[0]
@@ -91,11 +87,16 @@ class ActorHost(Host):
     def begin(options):
         if find_spec("ray") is None:
             raise ImportError('backend="ray" needs Ray, which is not installed: pip install "rl2_torchrl[ray]".')
-        _Cluster.begin(options.get("ray_init_config", {"logging_level": "error"}))
+        import ray
 
-    @staticmethod
-    def end():
-        _Cluster.end()
+        # Here, in the thread that makes the collector: the kernel kills what Ray starts when the thread ends that has started it.
+        # The cluster ends with the program.
+        if not ray.is_initialized():
+            before = signal.getsignal(signal.SIGTERM)
+            with signals_blocked(_OF_PARENT):
+                ray.init(**options.get("ray_init_config", {"logging_level": "error"}))
+            if threading.current_thread() is threading.main_thread() and before is not None:
+                signal.signal(signal.SIGTERM, before)  # which Ray has replaced
 
     def __init__(self, create_env_fn, policy, frames, player, options):
         from torchrl.collectors.distributed import RayCollector
@@ -126,52 +127,6 @@ class ActorHost(Host):
 
         is_own = isinstance(error, RayError) and not isinstance(error, RayTaskError)
         return str(error).partition("\n")[0] if is_own else None
-
-
-class _Cluster:
-    """Ray's own processes, which are started where the program has none, and ended when no collector needs them any more."""
-
-    collectors = 0
-    is_ours = False
-
-    @classmethod
-    def begin(cls, config: dict) -> None:
-        # In the thread that makes the collector: the kernel kills what Ray starts when the thread ends that has started it, and
-        # those of a pool end before a program's exit handlers run.
-        import ray
-
-        if not ray.is_initialized():
-            before = signal.getsignal(signal.SIGTERM)
-            with signals_blocked(_OF_PARENT):
-                ray.init(**config)
-            if threading.current_thread() is threading.main_thread() and before is not None:
-                signal.signal(signal.SIGTERM, before)  # which Ray has replaced
-            cls.is_ours = True
-        cls.collectors += 1
-
-    @classmethod
-    def end(cls) -> None:
-        import psutil
-        import ray
-
-        cls.collectors -= 1
-        if cls.collectors or not cls.is_ours:
-            return
-        cls.is_ours, processes = False, processes_of_ray()
-        ray.shutdown()
-        # Ray waits for its raylet a second, and what that has started would be there until it notices.
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(processes, _SECONDS_TO_DIE)
-
-
-def processes_of_ray() -> list:
-    """Of the cluster that this program has started, as psutil has them: its servers, and what they have started."""
-    import psutil  # which Ray has brought along
-
-    servers = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]
-    return servers + [each for server in servers for each in server.children(recursive=True)]
 
 
 def _given(policy: nn.Module) -> nn.Module:

@@ -56,7 +56,8 @@ class TrialWorkers(BaseCollector):
         total_frames: env steps of all batches; -1: there is no end.
         keep: as for `TrialCollector`; what is not kept is not sent either.
         backend: ``"process"``, on this machine, or ``"ray"`` (extra ``ray``): actors of the cluster that ``RAY_ADDRESS`` in the
-            environment names, or of a new one on this machine. They need this package, and the program's own, where they run.
+            environment names, or of a new one on this machine, which ends with the program. They need this package, and the
+            program's own, where they run.
         seed: what the workers' seeds follow from; None draws one from PyTorch's default generator. Seed and number of workers
             repeat a run in which no worker dies.
         options: further arguments of `MultiSyncCollector` or `RayCollector`, such as ``{"remote_configs": {"num_cpus": 2}}``
@@ -124,7 +125,7 @@ class TrialWorkers(BaseCollector):
         self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(workers, "TrialWorkers")
         self._host.begin(dict(options or {}))
         # Also when the program ends, which would wait for its processes else.
-        self._end = weakref.finalize(self, _shut_down, self._hosts, self._pool, self._host.end)
+        self._end = weakref.finalize(self, _shut_down, self._hosts, self._pool)
         try:
             self._each(self._begin, self._new_seeds())
             self._rows, self.backend, self.reason = map(self._hosts[0].call, ("rows", "backend", "reason"))
@@ -244,7 +245,7 @@ class TrialWorkers(BaseCollector):
         self._end()
 
 
-def _shut_down(hosts: list[Host | None], pool: ThreadPoolExecutor, end: Callable[[], None]) -> None:
+def _shut_down(hosts: list[Host | None], pool: ThreadPoolExecutor) -> None:
     running = [host for host in hosts if host is not None]
     hosts[:] = [None] * len(hosts)
     with threads_kept():
@@ -254,7 +255,6 @@ def _shut_down(hosts: list[Host | None], pool: ThreadPoolExecutor, end: Callable
             for host in running:
                 host.shutdown()
     pool.shutdown()
-    end()
 
 
 def _check(create_env_fn: Any, workers: int, frames_per_batch: int, backend: str) -> None:
