@@ -114,8 +114,8 @@ def test_weights_name_the_command_of_their_run_where_it_is_known(of_a_run, tmp_p
 @pytest.mark.parametrize(
     ("slots", "words"),
     [
-        ({"activation": nn.Tanh}, r"parts\.1\.module\.activation\.class Tanh, here ReLU"),
-        ({"encoder": nn.Sequential(nn.Identity(), nn.Tanh())}, r"parts\.0\.module\.modules\.1\.class Tanh, here ReLU"),
+        ({"activation": nn.Tanh}, r"part 1 .*Tanh.*, here .*ReLU"),
+        ({"encoder": nn.Sequential(nn.Identity(), nn.Tanh())}, r"part 0 .*Tanh.*, here .*ReLU"),
     ],
 )
 def test_weights_of_other_parts_of_the_same_sizes(tmp_path, slots, words):
@@ -355,7 +355,7 @@ def test_weights_that_are_made_of_others_are_made_plain_before_they_are_saved(tm
     actor = GRUCategoricalActor.from_env(bandits())
     linear = next(module for module in actor.modules() if isinstance(module, nn.Linear))
     weight_norm(linear)
-    with pytest.raises(TypeError, match=r"layers.1' are made of others.*remove_parametrizations"):
+    with pytest.raises(ValueError, match="parametrizations.weight"):
         AdaptiveAgent.from_policy(actor, bandits()).save(tmp_path / "agent.safetensors")
     remove_parametrizations(linear, "weight")
     AdaptiveAgent.from_policy(actor, bandits()).save(tmp_path / "agent.safetensors")

@@ -13,7 +13,6 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl.arguments import require_own_name
@@ -62,14 +61,8 @@ def plan_of_policy(policy: TensorDictModuleBase) -> Plan:
     """The plan of an actor such as `RecurrentActor`.
 
     Raises:
-        TypeError: it has a part that is not known here, or weights that are made of others.
+        TypeError: it has a part that is not known here.
     """
-    for name, module in policy.named_modules():
-        if is_parametrized(module):
-            raise TypeError(
-                f"weights of {name!r} are made of others, by torch.nn.utils.parametrize, and an agent's file holds weights alone: "
-                "make a copy of the policy plain (remove_parametrizations(module, 'weight')), or export the agent to .pt2 or .onnx."
-            )
     networks, sample = policy.module
     return {
         "parts": [_plan_of_step(module) for module in networks.module],

@@ -98,7 +98,7 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
     held, here = _shapes(weights), _shapes(policy.state_dict())
     if held == here and isinstance(policy, ProbabilisticActor):
         try:
-            held, here = _values(about["policy"]), _values(plan_of_policy(policy))
+            held, here = _networks(about["policy"]), _networks(plan_of_policy(policy))
         except TypeError as error:
             log.info("of the networks only sizes are compared with those of %s: %s", path, error)
     names = [name for name in {**held, **here} if held.get(name) != here.get(name)]
@@ -119,14 +119,7 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
 
 
-def _values(plan: Plan) -> dict[str, Any]:
-    """What a policy's networks and distribution are, by place; not which entries they read, nor between which bounds they act."""
-    return _flat({name: plan[name] for name in ("parts", "distribution")}, "")
-
-
-def _flat(plan: Any, where: str) -> dict[str, Any]:
-    if not isinstance(plan, dict | list):
-        return {where: plan}
-    items = plan.items() if isinstance(plan, dict) else enumerate(plan)
-    inner = [_flat(each, f"{where}.{name}".lstrip(".")) for name, each in items if name != "keys"]
-    return {name: value for each in inner for name, value in each.items()}
+def _networks(plan: Plan) -> dict[str, Any]:
+    """What a policy's networks and distribution are; not which entries they read, nor between which bounds they act."""
+    parts = [{name: each for name, each in part.items() if name != "keys"} for part in plan["parts"]]
+    return {"distribution": plan["distribution"], **{f"part {number}": part for number, part in enumerate(parts)}}
