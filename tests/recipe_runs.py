@@ -1,12 +1,13 @@
 """Every recipe at a tiny size."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 from uuid import uuid4
 
+import gymnasium
 from matplotlib.figure import Figure
 
 from recipes import (
@@ -138,8 +139,26 @@ def options_of(name, folder, *, updates=2, **options):
 def run(name, folder, *, painted=False, **options):
     """The report of a tiny run, whose figures are drawn up; ``painted``: and painted, which takes as long as all else."""
     main, options = RECIPES[name].module.main, options_of(name, folder, **options)
-    with few_held_out_tasks(), nullcontext() if painted else without_paint():
+    with short_episodes(), few_held_out_tasks(), nullcontext() if painted else without_paint():
         return main(**arguments(main, options))
+
+
+def trained(name, folder, **options):
+    """The `TrainResult` of a tiny run, of which nothing is reported."""
+    results, train = [], Experiment.train
+
+    def kept(*args, **how):
+        results.append(train(*args, **how))
+        raise AfterTraining
+
+    with patch.object(Experiment, "train", kept), suppress(AfterTraining):
+        run(name, folder, **options)
+    return results[0]
+
+
+def short_episodes():
+    """Those of Gymnasium's pendulums have 40 steps in place of 200."""
+    return patch.object(gymnasium.spec("Pendulum-v1"), "max_episode_steps", 40)
 
 
 def few_held_out_tasks(tasks=Experiment.tasks):
@@ -170,3 +189,7 @@ def result_of(report):
 
 class BeforeTraining(Exception):
     """Raised in place of a training, with what was to be trained."""
+
+
+class AfterTraining(Exception):
+    """Raised in place of a report."""

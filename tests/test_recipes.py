@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import RECIPES, BeforeTraining, few_held_out_tasks, options_of, result_of, run, without_paint
+from recipe_runs import (
+    RECIPES,
+    BeforeTraining,
+    few_held_out_tasks,
+    options_of,
+    result_of,
+    run,
+    short_episodes,
+    trained,
+    without_paint,
+)
 from recipe_settings import unused
 from tensordict import TensorDict
 from torchrl.envs import Compose, TransformedEnv
@@ -98,18 +108,18 @@ def test_run_folder(finished):
 
 def test_another_seed_another_report(finished, tmp_path):
     name, report, _ = finished
-    other = run(name, tmp_path, seed=4)
-    assert other.train.history[1]["train/loss"] != report.train.history[1]["train/loss"]
-    assert other.agent.mean != report.agent.mean
+    other, first = trained(name, tmp_path, seed=4).history[1], report.train.history[1]
+    assert other["train/loss"] != first["train/loss"]
+    assert other["eval/trial_return"] != first["eval/trial_return"]
 
 
 def test_resume_goes_on(finished, tmp_path):
     name, report, folder = finished
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    longer = run(name, tmp_path, seed=3, updates=3, resume=True)
-    assert longer.train.env_steps == 3 * RECIPES[name].batch
-    assert longer.train.history[1]["train/loss"] == report.train.history[1]["train/loss"]
-    assert len(longer.train.history) == 3
+    longer = trained(name, tmp_path, seed=3, updates=3, resume=True)
+    assert longer.env_steps == 3 * RECIPES[name].batch
+    assert longer.history[1]["train/loss"] == report.train.history[1]["train/loss"]
+    assert len(longer.history) == 3
 
 
 def test_bandits_of_training_agent_and_classical_agents(tmp_path, monkeypatch):
@@ -630,7 +640,7 @@ def test_command_line_of_the_same_seed_gives_the_same_report(finished, tmp_path,
     words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     monkeypatch.setattr(sys, "argv", [name, *words, "--no-progress"])
     monkeypatch.delitem(sys.modules, f"recipes.{name}")
-    with few_held_out_tasks(), without_paint():
+    with short_episodes(), few_held_out_tasks(), without_paint():
         runpy.run_module(f"recipes.{name}", run_name="__main__")
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["seed"] == 3
