@@ -19,13 +19,13 @@ FORMS = ["pt2", "onnx"]
 STEPS, ROWS = 100, 2  # five trials of the longest
 CASES = {
     **{f"categorical {name}": (bandits, slots) for name, slots in NETWORKS.items()},
-    **{f"gaussian {name}": (targets, NETWORKS[name]) for name in ("gru", "lstm", "mlp", "norm", "double")},
+    **{f"gaussian {name}": (targets, NETWORKS[name]) for name in ("norm", "double")},
     **{f"toy {name}": (partial(toys, name), {"hidden_size": 8}) for name in ("image", "several", "flags", "dict")},
     "tanh": (partial(toys, "box"), {"distribution": rl2.TanhGaussianActions.from_spec}),
 }
 #: An export to ONNX takes seconds.
 IN_ONNX = [
-    *(f"{kind} {name}" for kind in ("categorical", "gaussian") for name in ("gru", "lstm", "mlp")),
+    *(f"categorical {name}" for name in ("gru", "lstm", "mlp")),
     *("gaussian norm", "gaussian double", "toy image", "toy several", "toy flags", "toy dict", "tanh"),
 ]
 
@@ -104,8 +104,7 @@ def test_steps_of_trials(name, form, tmp_path):
     torch.testing.assert_close(outputs[len(parameters)], handed_on, rtol=0, atol=1e-6, check_dtype=False)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("make_env", [bandits, targets], ids=["categorical", "gaussian"])
+@pytest.mark.parametrize(("make_env", "form"), [(bandits, "onnx"), (targets, "pt2")], ids=["categorical", "gaussian"])
 def test_same_noise_same_actions(make_env, form, tmp_path):
     agent = AdaptiveAgent.from_policy(make(make_env(), **NETWORKS["norm"]), make_env())
     expected = play(agent, make_env(), 30, seed=1)

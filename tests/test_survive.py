@@ -11,13 +11,16 @@ import pytest
 from tests.survive_ray import signalled
 
 
-@pytest.mark.parametrize("env", ["pendulum-async", "pendulum-serial"])
-def test_a_killed_run_becomes_what_it_would_have_been(env):
-    command = [sys.executable, Path(__file__).with_name("survive.py"), "--env", env, "--kills", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_killed_runs_become_what_they_would_have_been():
+    envs = ("pendulum-async", "pendulum-serial")
+    program = f"from tests.survive import main\nfor env in {envs}:\n    main(env, kills=2)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert done.returncode == 0, done.stderr
-    assert f"{env}: 2 kills" in done.stdout
-    assert "bitwise the unbroken run" in done.stdout
+    for env, said in zip(envs, done.stdout.splitlines(), strict=True):
+        assert f"{env}: 2 kills" in said
+        assert "bitwise the unbroken run" in said
     assert "begins new trials" not in done.stderr
 
 
