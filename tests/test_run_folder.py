@@ -5,7 +5,7 @@ import shutil
 from functools import partial
 
 import pytest
-from recipe_runs import run
+from recipe_runs import run, trained
 
 from recipes import compare
 from recipes.reports import finished_report
@@ -16,25 +16,25 @@ def files_of(folder):
 
 
 def test_what_is_refused_changes_nothing_in_the_folder(tmp_path):
-    run("grid_navi", tmp_path, seed=3)
+    run("bandit", tmp_path, seed=3)
     copy = shutil.copy(tmp_path / "agent.safetensors", tmp_path / "mine.safetensors")
     before = files_of(tmp_path)
     with pytest.raises(ValueError, match="other settings"):
-        run("grid_navi", tmp_path, seed=3, lr=0.5, resume=True)
+        run("bandit", tmp_path, seed=3, lr=0.5, resume=True)
     with pytest.raises(ValueError, match="holds a training.*name another folder"):
-        run("grid_navi", tmp_path, weights=copy)
+        run("bandit", tmp_path, weights=copy)
     assert files_of(tmp_path) == before
 
 
 def test_a_new_run_puts_away_what_the_last_one_left(tmp_path, caplog):
-    run("grid_navi", tmp_path, seed=3)
+    run("bandit", tmp_path, seed=3)
     kept = {
         name: (tmp_path / name).read_bytes() for name in ("about.txt", "agent.safetensors", "report.json", "report.png")
     }
     (tmp_path / "earlier").mkdir()
     for name in ("mine.png", "velocity.png"):  # the latter of the run before
         (tmp_path / "earlier" / name).touch()
-    longer = run("grid_navi", tmp_path, seed=4, updates=3)
+    longer = run("bandit", tmp_path, seed=4, updates=3)
     assert (tmp_path / "earlier" / "mine.png").exists()
     assert not (tmp_path / "earlier" / "velocity.png").exists()
     assert {name: (tmp_path / "earlier" / name).read_bytes() for name in kept} == kept
@@ -45,21 +45,21 @@ def test_a_new_run_puts_away_what_the_last_one_left(tmp_path, caplog):
 
 
 def test_a_resume_without_a_checkpoint_puts_the_last_run_away(tmp_path):
-    first = run("grid_navi", tmp_path, seed=3)
+    first = run("bandit", tmp_path, seed=3)
     shutil.rmtree(tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "scalars")
-    run("grid_navi", tmp_path, seed=4, resume=True)
+    run("bandit", tmp_path, seed=4, resume=True)
     stored = json.loads((tmp_path / "earlier" / "report.json").read_text())
     assert stored["agent"]["mean"] == first.agent.mean
 
 
 def test_a_training_that_is_refused_at_its_first_update_leaves_all_of_the_last_run(tmp_path):
-    run("grid_navi", tmp_path, seed=3)
+    run("bandit", tmp_path, seed=3)
     before = files_of(tmp_path)
     with pytest.raises(ValueError, match="100 minibatches"):
-        run("grid_navi", tmp_path, minibatches=100)
+        run("bandit", tmp_path, minibatches=100)
     assert files_of(tmp_path) == before
-    assert len(run("grid_navi", tmp_path, seed=3, updates=3, resume=True).train.history) == 3
+    assert len(run("bandit", tmp_path, seed=3, updates=3, resume=True).train.history) == 3
 
 
 def test_commands_and_seeds_of_a_run_that_went_on(tmp_path):
@@ -112,9 +112,9 @@ def test_a_resume_does_without_the_weights_that_the_run_began_with(tmp_path):
 
 
 def test_a_resume_with_nothing_left_leaves_the_run_as_it_was(tmp_path):
-    run("grid_navi", tmp_path, seed=3)
-    run("grid_navi", tmp_path, seed=3, lr=0.5, resume=True, resume_changes=("update.lr",))
-    assert run("grid_navi", tmp_path, seed=3, updates=3, resume=True).train.history[-1]["train/lr"] < 0.003
+    run("bandit", tmp_path, seed=3)
+    run("bandit", tmp_path, seed=3, lr=0.5, resume=True, resume_changes=("update.lr",))
+    assert run("bandit", tmp_path, seed=3, updates=3, resume=True).train.history[-1]["train/lr"] < 0.003
 
 
 @pytest.mark.parametrize("learns_from", ["task", "rewards"])
@@ -150,10 +150,10 @@ def test_a_training_that_was_cut_short_is_gone_on_with(tmp_path):
 def test_a_resume_with_another_env_of_gymnasiums_is_refused(name, option, tmp_path):
     if name == "walker":
         pytest.importorskip("mujoco")
-    run(name, tmp_path, updates=1)
+    trained(name, tmp_path, updates=1)
     with pytest.raises(ValueError, match=r"other settings \(env.make: .* now\)"):
         run(name, tmp_path, **option, resume=True)
-    assert len(run(name, tmp_path, resume=True).train.history) == 2
+    assert len(trained(name, tmp_path, resume=True).history) == 2
 
 
 def test_a_training_with_other_settings_is_not_taken_for_one_with_these(tmp_path, caplog):
