@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 
 import pytest
@@ -27,7 +28,7 @@ def told():
     torchrl_logger.removeHandler(handler)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unbroken():
     """A run of five updates that nothing happens to."""
     from runs import Run, without_time
@@ -37,14 +38,20 @@ def unbroken():
     return run
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory):
     """The folder of a run that was stopped after three updates: checkpoints of the second and the third."""
     from runs import BATCH, Run
 
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("stopped") / "run"
     Run(5).train(checkpoints=folder, checkpoint_interval=1, stop=lambda row: row["env_steps"] >= 3 * BATCH)
     return folder
+
+
+@pytest.fixture
+def folder(stopped, tmp_path):
+    """One's own of `stopped`."""
+    return shutil.copytree(stopped, tmp_path / "run")
 
 
 @pytest.fixture
