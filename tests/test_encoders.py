@@ -272,7 +272,7 @@ def test_flags_and_choices_may_stand_beside_reals():
     assert RecurrentActor(shapes, CategoricalActions(3), encoder=encoder).module[0].module[-2].input_size == 4
     with pytest.raises(RuntimeError) as told:
         RecurrentActor({**shapes, "kind": []}, CategoricalActions(3), encoder=encoder)
-    assert "where a shape is given in place of a spec, as reals" in told.value.__notes__[0]
+    assert "A shape stands for reals; from_env, or a spec in its place, tells" in told.value.__notes__[0]
 
 
 def test_an_image_that_nobody_reads_is_convolved():

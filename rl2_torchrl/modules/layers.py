@@ -232,8 +232,10 @@ def output_size(module: TensorDictModuleBase, entries: Entries) -> int:
     row = {key: _zeros(entries[key], lead, like) for key in module.in_keys if key in entries}
     tried = {key: f"{x.dtype} {list(x.shape)}" for key, x in row.items()}
     told = (
-        f"This was the {'core' if is_core else 'encoder'} {getattr(module, 'module', module)}, tried on {tried}: it is given what "
-        "the env shows, in the dtype of its spec; where a shape is given in place of a spec, as reals."
+        f"This was the {'core' if is_core else 'encoder'} {getattr(module, 'module', module)}, tried on {tried}. It is "
+        "given what the env shows, tables of other whole numbers than bytes as reals: let it cast whole numbers and flags, "
+        "embed choices, x.long(), and divide images of bytes, x / 255, or be ImageEncoder(module, shape), which does. A "
+        "shape stands for reals; from_env, or a spec in its place, tells of other dtypes."
     )
     row["is_init"] = torch.ones(*lead, 1, dtype=torch.bool, device=like.device)
     with torch.no_grad(), noted(told):
