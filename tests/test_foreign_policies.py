@@ -211,11 +211,11 @@ def test_an_action_that_is_given_is_scored_alone(return_log_prob):
         torch.testing.assert_close(batch["action_log_prob"], expected)
 
 
-def test_the_update_scores_the_actions_that_were_collected():
+@pytest.mark.parametrize("backend", ["parts", "autograd"])
+def test_the_update_scores_the_actions_that_were_collected(backend):
     env = make_env("point", steps=5)
     actor, critic = giving(env, return_log_prob=True), GRUValueHead.from_env(env, hidden_size=6)
-    update = PPOUpdate(RL2PPOLoss(actor, critic), lr=0.0, epochs=1, minibatches=2)
-    assert update.backend == "autograd"
+    update = PPOUpdate(RL2PPOLoss(actor, critic), lr=0.0, epochs=1, minibatches=2, backend=backend)
     frames = {"frames_per_batch": 5 * ROWS, "total_frames": -1}
     collector = TrialCollector(env, ActorCritic(actor, critic), keep=update.in_keys, **frames)
     for _ in range(2):

@@ -14,16 +14,15 @@ from rl2_torchrl.modules.distributions import distribution_of
 
 __all__ = ["actor_parts", "why_no_parts"]
 
+_GIVEN = ("policy", "given_action")
+
 
 def why_no_parts(actor: TensorDictModuleBase) -> str | None:
     """Why the policy ``actor`` is no list of parts that ends in one distribution, in words; None if it is."""
     if isinstance(actor, TensorDictSequential) and not getattr(actor, "return_composite", False):
         *others, last = leaves_of(actor, is_policy=True)
         is_sample = isinstance(last, ProbabilisticTensorDictModule) and len(last.dist_keys) == len(last.in_keys)
-        drawn = set(last.out_keys)  # which no module before it gives, as gSDE's does
-        is_only = not any(
-            isinstance(each, ProbabilisticTensorDictModule) or drawn & set(each.out_keys) for each in others
-        )
+        is_only = not any(isinstance(module, ProbabilisticTensorDictModule) for module in others)
         if is_sample and is_only and distribution_of(last):
             return None
     return f"{type(actor).__name__} is no sequence of modules that ends in one distribution, its only one"
@@ -51,5 +50,12 @@ def actor_parts(actor: TensorDictModuleBase, action_key: NestedKey, *, entropy: 
     else:
         missing = "brings no gradient of its own" if has_kernels else "has no kernels here"
         last = Part(terms, *keys, reason=f"{sample.distribution_class.__name__} {missing}")
+    parts, names = list(map(part_of, modules)), {}
+    for part in parts:
+        part.in_keys = [names.get(key, key) for key in part.in_keys]
+        if action_key in part.out_keys:
+            # gSDE's module gives actions itself: others by now, and those that were collected are scored.
+            names = {action_key: _GIVEN}
+            part.out_keys = [names.get(key, key) for key in part.out_keys]
     numbers = [policy.index_part(action_key)] if isinstance(last, policy.CategoricalPart) else []
-    return [*map(part_of, modules), *numbers, last]
+    return [*parts, *numbers, last]
