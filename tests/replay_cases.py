@@ -28,7 +28,7 @@ def assert_alike(one, other, atol=1e-10):
 def replays_of(loss, data, rows=3):
     replays = Replays(Program(loss), data, rows, passes=4)
     replays(torch.arange(rows))
-    return replays, replays._sizes[rows]
+    return replays, replays._recorded
 
 
 def policy_of(*modules, loss=None, **options):

@@ -160,7 +160,7 @@ def test_actions_of_another_shape_are_refused_as_ever(shape):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("epochs", "minibatches", "count"), [(1, 1, 0), (2, 1, 0), (3, 1, 1), (1, 4, 1), (3, 4, 2)])
+@pytest.mark.parametrize(("epochs", "minibatches", "count"), [(1, 1, 0), (2, 1, 0), (3, 1, 1), (1, 4, 1), (3, 4, 1)])
 def test_calls_are_noted_where_they_will_be_made_again(epochs, minibatches, count, monkeypatch):
     """Of 27 chunks: 7, 7, 7 and 6."""
     noted, run_first = [], RecordedMinibatch._run_first
@@ -298,7 +298,7 @@ def test_memory_goes_back_when_the_batch_is_done(monkeypatch):
     for _ in range(3):
         update(batch_of("categorical", torch.float32))
     assert len(places[0]) > 5
-    assert places[2] | places[3] == places[4] | places[5]  # of both sizes
+    assert places[1] == places[2]
 
 
 @needs_kernels

@@ -19,7 +19,7 @@ from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import PPOUpdate, RL2PPOLoss
 from rl2_torchrl.gradients import Part
-from rl2_torchrl.gradients.replays import Replays
+from rl2_torchrl.gradients.recorded import ChangedError, RecordedMinibatch
 from rl2_torchrl.kernels.recording import Calls
 from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules import MLPEncoder, RunningNorm
@@ -276,14 +276,19 @@ def encoded(in_place, way="parts", encoder=_Encodes):
     return metrics, [p.detach() for p in loss.parameters()], []
 
 
+def refuse(*_):
+    raise ChangedError
+
+
 @needs_kernels
-@pytest.mark.parametrize("minibatches", [1, 5])  # one is not recorded
-def test_what_our_parts_read_again_is_written_over_by_nobody(minibatches, monkeypatch):
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_what_our_parts_read_again_is_written_over_by_nobody(is_recorded, monkeypatch):
     def encoder():
         return MLPEncoder(INPUTS, [INPUTS], **F64)
 
     assert_alike(encoded(lambda call: False, encoder=encoder), encoded(lambda call: False, "autograd", encoder))
-    monkeypatch.setattr(Replays, "_is_worth_it", lambda self: minibatches > 1)
+    if not is_recorded:
+        monkeypatch.setattr(RecordedMinibatch, "_run_first", refuse)
     with pytest.raises(
         RuntimeError, match=r"\['trans'\] of a minibatch has been modified by an inplace operation of _Centres"
     ):

@@ -41,6 +41,7 @@ class RecordedMinibatch:
         own: the chunks ``[rows]`` of the first minibatch, int64.
 
     Attributes:
+        rows: how many chunks these are.
         values: losses and diagnostics of the first.
         gradients: of all minibatches.
 
@@ -49,7 +50,7 @@ class RecordedMinibatch:
     """
 
     def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor):
-        self._program, self._rows = program, len(own)
+        self._program, self.rows = program, len(own)
         self._recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
         self._norm = self._recording.numbers_for(1)
         self._steps: list[Callable[[], bool]] = []
@@ -60,7 +61,7 @@ class RecordedMinibatch:
         self._weights = [(parameter, parameter.detach()) for parameter in program.loss.parameters()]
         self._state: State = {}
         self._read: dict[Part, list[NestedKey]] = {}
-        #: What parts that kernels run keep for their backward, which minibatches of other sizes write over.
+        #: What parts that kernels run keep for their backward, which minibatches that are not recorded write over.
         self._kept: dict[Part, list[tuple[Part, dict]]] = {}
         steps = len(own) * next(iter(chunks.values())).shape[1]
         with one_thread() if steps <= _FEW_STEPS else nullcontext():
@@ -106,9 +107,9 @@ class RecordedMinibatch:
         table = steps.table()
         if self._pass is None:  # of one batch, for which steps and bound stay
             self._pass = self._steps[0].and_then("clip_and_step", *table, float(max_norm or 0), self._norm.data_ptr())
-        numbers, count = self._recording.numbers_used, len(order) // self._rows
+        numbers, count = self._recording.numbers_used, len(order) // self.rows
         out = numbers.new_empty(count, len(numbers))
-        arguments = (order.data_ptr(), count, self._rows, numbers.data_ptr(), len(numbers), out.data_ptr())
+        arguments = (order.data_ptr(), count, self.rows, numbers.data_ptr(), len(numbers), out.data_ptr())
         done = self._pass.make_passes(ctypes.addressof(self._at), *arguments)
         return list(map(self._metrics, out[:done].tolist()))
 
@@ -150,9 +151,9 @@ class RecordedMinibatch:
     def _gather(self, chunks: State) -> None:
         library = kernels.load(self._program.parameters[0].dtype)
         for key, chunk in chunks.items():
-            entry = self._state[key] = Workspace.take(chunk, (self._rows, *chunk.shape[1:]))
+            entry = self._state[key] = Workspace.take(chunk, (self.rows, *chunk.shape[1:]))
             row = chunk.numel() // len(chunk) * chunk.element_size()
-            library.gather_rows(ctypes.addressof(self._at), self._rows, row, chunk.data_ptr(), entry.data_ptr())
+            library.gather_rows(ctypes.addressof(self._at), self.rows, row, chunk.data_ptr(), entry.data_ptr())
 
     def _forward(self, part: Part) -> None:
         before, state = self._state, dict(self._state)  # a part may write in the place of what it reads

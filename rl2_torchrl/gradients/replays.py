@@ -25,8 +25,8 @@ class Replays:
     """Losses and gradients of minibatches of ``chunks``, entries ``[num_chunks, T, ...]``, by ``program``.
 
     What reads data alone is made once, of all chunks. A minibatch that cannot be made as the first of its size was, such as where
-    a term gives other losses, is made anew, all of it, part by part, and so are the batch's later ones of that size. `close` hands
-    the memory back when the batch is done.
+    a term gives other losses, is made anew, all of it, part by part, and so are the batch's later ones; so is one of another size,
+    the last of a pass. `close` hands the memory back when the batch is done.
 
     Args:
         program: makes them, for the whole batch.
@@ -39,9 +39,6 @@ class Replays:
     def __init__(self, program: Program, chunks: State, rows: int, *, passes: int, are_kept: bool = False):
         program.loss.require_starts(chunks)
         self._are_kept = are_kept
-        number = len(next(iter(chunks.values())))
-        #: How many minibatches there will be that have as many chunks as the first one; and of the smaller ones.
-        self._often, self._seldom = passes * (number // rows), passes
         made, self.program = _of_data_alone(program.parts), program
         self.parts = [part for part in program.parts if part not in made]
         #: Those that are given, and what is made of data alone.
@@ -50,9 +47,11 @@ class Replays:
             for part in made:
                 part.forward(self.chunks)
         self.chunks = {key: entry.contiguous() for key, entry in self.chunks.items()}
-        self._sizes: dict[int, RecordedMinibatch | None] = {}
+        self._recorded: RecordedMinibatch | None = None
         on_cpu = all(entry.is_cpu for entry in self.chunks.values())
-        self._can_record = on_cpu and kernels.covers(*program.parameters[:1])
+        # Noting what the first does takes a third of its time.
+        is_worth_it = passes * (len(next(iter(chunks.values()))) // rows) > 2
+        self._is_recording = is_worth_it and on_cpu and kernels.covers(*program.parameters[:1])
 
     def __call__(self, own: torch.Tensor) -> Values:
         """Losses and diagnostics of the chunks ``own`` ``[rows]``, int64, and the gradients of all losses' sum."""
@@ -65,38 +64,27 @@ class Replays:
     @torch.no_grad()
     def run(self, own: torch.Tensor) -> tuple[Values, Gradients]:
         """As `Program.run`; the gradients lie where the next ones will."""
-        size = len(own)
         try:
-            if (minibatch := self._sizes.get(size)) is not None:
-                return minibatch(own)
-            if self._can_record and size not in self._sizes and self._is_worth_it():
-                minibatch = self._sizes[size] = RecordedMinibatch(self.program, self.parts, self.chunks, own)
-                return minibatch.values, minibatch.gradients
+            if self._recorded is None and self._is_recording:
+                self._recorded = RecordedMinibatch(self.program, self.parts, self.chunks, own)
+                return self._recorded.values, self._recorded.gradients
+            if self._recorded is not None and self._recorded.rows == len(own):
+                return self._recorded(own)
         except ChangedError:
-            self._forget(size)
+            self.close()
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
         return self.program.run(entries, self.parts)
 
-    def _forget(self, size: int) -> None:
-        """Leaves minibatches of ``size`` chunks to Python."""
-        if (minibatch := self._sizes.get(size)) is not None:
-            minibatch.close()
-        self._sizes[size] = None
-
-    def _is_worth_it(self) -> bool:
-        """Whether minibatches of one more size come more often than twice: noting what the first does takes a third of its time."""
-        return (self._seldom if self._sizes else self._often) > 2
-
     def passes(self, steps: object, max_norm: float | None, order: torch.Tensor, rows: int) -> list[dict[str, float]]:
         """`RecordedMinibatch.passes` of those of ``rows`` chunks at the beginning of ``order``; none where it cannot be."""
-        minibatch = self._sizes.get(rows)
-        is_whole = minibatch is not None and isinstance(steps, AdamSteps)
-        return minibatch.passes(steps, max_norm, order) if is_whole else []
+        is_recorded = self._recorded is not None and self._recorded.rows == rows
+        return self._recorded.passes(steps, max_norm, order) if is_recorded and isinstance(steps, AdamSteps) else []
 
     def close(self) -> None:
-        """Hands the memory back."""
-        for size in self._sizes:
-            self._forget(size)
+        """Hands the memory back; what minibatches there are yet, Python makes."""
+        if self._recorded is not None:
+            self._recorded.close()
+        self._recorded, self._is_recording = None, False
 
 
 def _of_data_alone(parts: Sequence[Part]) -> list[Part]:
