@@ -64,7 +64,6 @@ class AdamSteps:
         self._options = {parameter: options for group, options in self._groups for parameter in group["params"]}
         self._table = (_Row * len(self._options))()
         self._rows = list(zip(self._options, self._table, strict=True))
-        self._gradients: list[torch.Tensor | None] = [None] * len(self._rows)
         self._library, self._norm = kernels.load(next(iter(self._options)).dtype), ctypes.c_double()
 
     def table(self) -> tuple[int, int]:
@@ -72,28 +71,23 @@ class AdamSteps:
         for group, options in self._groups:
             options.lr, options.epsilon, options.decay = map(float, (group["lr"], group["eps"], group["weight_decay"]))
             options.beta1, options.beta2 = map(float, group["betas"])
-        for number, (parameter, row) in enumerate(self._rows):
-            # Hooks and forwards of users may have put other tensors in their places.
-            if (gradient := parameter.grad) is None:
-                row.size, self._gradients[number] = 0, None
-                continue
-            lie_there = (parameter.data_ptr(), gradient.data_ptr()) == (row.value, row.gradient)
-            if gradient is not self._gradients[number] or not lie_there:
-                self._look_at(number, parameter, row)
+        for parameter, row in self._rows:
+            row.size = 0
+            if parameter.grad is not None:
+                self._look_at(parameter, row)
         return ctypes.addressof(self._table), len(self._table)
 
-    def _look_at(self, number: int, parameter: nn.Parameter, row: _Row) -> None:
-        """Writes into ``row`` where ``parameter`` and its gradient are, and at first Adam's state of it."""
+    def _look_at(self, parameter: nn.Parameter, row: _Row) -> None:
+        """Writes into ``row`` where ``parameter`` and its gradient are by now, and at first Adam's state of it."""
         if not (parameter.is_contiguous() and parameter.grad.is_contiguous()):
             parameter.data, parameter.grad = parameter.data.contiguous(), parameter.grad.contiguous()
-        if row.value is None:
+        if row.mean is None:
             if not (state := self._optimizer.state[parameter]):  # as Adam does before its first step
                 state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             row.mean, row.square, row.step = (state[name].data_ptr() for name in ("exp_avg", "exp_avg_sq", "step"))
             row.options = ctypes.addressof(self._options[parameter])
-        gradient = self._gradients[number] = parameter.grad
-        row.value, row.gradient, row.size = parameter.data_ptr(), gradient.data_ptr(), gradient.numel()
+        row.value, row.gradient, row.size = parameter.data_ptr(), parameter.grad.data_ptr(), parameter.numel()
 
     def take(self, max_norm: float | None) -> float:
         """As `OptimizerSteps.take`."""
