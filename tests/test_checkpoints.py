@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -623,16 +624,18 @@ def test_processes_of_torchrls_are_checked_and_trained_on_by_one_call_after_the_
         trial = Compose(Trial(episodes=5), TaskSampler(uniform_means(3)), PreviousStep())
         return TransformedEnv(BernoulliBandit(3, batch_size=(ROWS,)), trial)
 
-    run = Run()
-    collector = MultiSyncCollector(
-        [bandits] * 2,
-        run.policy,
-        frames_per_batch=2 * BATCH,
-        total_frames=6 * BATCH,
-        cat_results="stack",
-        auto_register_policy_transforms=True,
-    )
+    run, before = Run(), multiprocessing.get_start_method(allow_none=True)
     with ExitStack() as ends:
+        multiprocessing.set_start_method("fork", force=True)  # fresh ones would import PyTorch for seconds
+        ends.callback(multiprocessing.set_start_method, before, force=True)
+        collector = MultiSyncCollector(
+            [bandits] * 2,
+            run.policy,
+            frames_per_batch=2 * BATCH,
+            total_frames=6 * BATCH,
+            cat_results="stack",
+            auto_register_policy_transforms=True,
+        )
         ends.callback(collector.shutdown)
         check_training(collector, run.update)
         for _ in range(2):
