@@ -317,7 +317,7 @@ CASES = [
         "step without counters",
         lambda: started(env()).step(TensorDict({"action": torch.zeros(2).long(), "task": torch.zeros(2, 3)}, [2])),
         KeyError,
-        "episode_index",
+        "pass on what reset",
     ),
     # Networks
     row(
