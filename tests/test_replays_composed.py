@@ -15,11 +15,13 @@ from loss_cases import (
 from replay_cases import Term, assert_alike, both_ways, policy_of, replays_of
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torchrl import torchrl_logger
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import PPOUpdate, RL2PPOLoss
 from rl2_torchrl.gradients import Part
 from rl2_torchrl.gradients.recorded import ChangedError, RecordedMinibatch
+from rl2_torchrl.gradients.replays import _tell_of_change
 from rl2_torchrl.kernels.recording import Calls
 from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules import MLPEncoder, RunningNorm
@@ -305,14 +307,19 @@ class _Some(nn.Module):
         return {"loss_some": seen[chosen].square().mean()} if chosen.sum() > 1 else {}
 
 
+@needs_kernels
 @pytest.mark.parametrize("reads", ["trans", "actor_features"])
-def test_a_term_that_has_a_loss_in_some_minibatches(reads):
+def test_a_term_that_has_a_loss_in_some_minibatches(reads, monkeypatch):
     def make():
         term = _Some()
         term.in_keys = (reads, "task")
         return policy_of(terms=[term])
 
+    said = []
+    monkeypatch.setattr(torchrl_logger, "info", said.append)
+    _tell_of_change.cache_clear()
     both_ways(make)
+    assert sum("a term gives other losses" in line for line in said) == 1
 
 
 class _Borrows(nn.Module):

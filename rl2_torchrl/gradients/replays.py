@@ -8,8 +8,10 @@ spend 0.6 ms.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
+from torchrl import torchrl_logger
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.adam import AdamSteps
@@ -71,6 +73,7 @@ class Replays:
             if self._recorded is not None and self._recorded.rows == len(own):
                 return self._recorded(own)
         except ChangedError:
+            _tell_of_change()
             self.close()
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
         return self.program.run(entries, self.parts)
@@ -85,6 +88,14 @@ class Replays:
         if self._recorded is not None:
             self._recorded.close()
         self._recorded, self._is_recording = None, False
+
+
+@cache
+def _tell_of_change() -> None:
+    torchrl_logger.info(
+        "PPOUpdate: a minibatch went otherwise than its batch's first one: a term gives other losses, entries have other shapes, or a "
+        "parameter lies elsewhere. The rest of such a batch is made part by part, which takes longer where minibatches are small."
+    )
 
 
 def _of_data_alone(parts: Sequence[Part]) -> list[Part]:
