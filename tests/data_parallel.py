@@ -1,9 +1,10 @@
-"""One of several processes that update together, for tests/test_learners.py: ``python -m tests.data_parallel RANK SIZE FOLDER``.
+"""Processes that update together, for tests/test_learners.py: ``python -m tests.data_parallel SIZE FOLDER``.
 
 Rank 0 takes the same steps alone, on the batches of all, and writes how far the two are apart.
 """
 
 import json
+import multiprocessing
 import signal
 import sys
 from copy import deepcopy
@@ -184,4 +185,13 @@ def main(rank, size, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    size, forks = (
+        int(sys.argv[1]),
+        multiprocessing.get_context("fork"),
+    )  # fresh ones would each import PyTorch for seconds
+    processes = [forks.Process(target=main, args=(rank, size, sys.argv[2])) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(process.exitcode != 0 for process in processes))

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,15 +25,15 @@ def found(tmp_path_factory):
     """What each of two processes has found."""
     folder = tmp_path_factory.mktemp("learners")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER)}
-    command = [sys.executable, "-m", "tests.data_parallel"]
+    command = [sys.executable, "-m", "tests.data_parallel", "2", str(folder)]
     options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen([*command, str(rank), "2", str(folder)], **options) for rank in range(2)]
+    program = subprocess.Popen(command, start_new_session=True, **options)
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        output = program.communicate(timeout=300)[0]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+    assert program.returncode == 0, output
     return [json.loads(Path(folder, f"found-{rank}.json").read_text()) for rank in range(2)]
 
 
