@@ -51,15 +51,42 @@ def python(program, *arguments, **environment):
     )
 
 
+#: Runs each of its programs in a fork that has imported what they need: fresh ones would import PyTorch for seconds.
+FORKS = """
+import os, sys
+import tests.test_threads
+
+folder, *programs = sys.argv[1:]
+for number, program in enumerate(programs):
+    if os.fork() == 0:
+        said = os.open(f"{folder}/{number}", os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(said, 1), os.dup2(said, 2)
+        exec(program, {})
+        raise SystemExit
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """By program: its exit code, and what it said."""
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork")
+    folder, programs = tmp_path_factory.mktemp("forks"), (TWENTY_TRAININGS, FORK, CHEETAHS, FORK_BESIDE_THREADS)
+    codes = python(FORKS, folder, *programs, OMP_NUM_THREADS="2").stdout.split()
+    said = [(folder / str(number)).read_text() for number in range(len(programs))]
+    return dict(zip(programs, zip(map(int, codes), said, strict=True), strict=True))
+
+
 # ----------------------------------------------------------------- one process
 # In a process of its own: what other tests left behind is closed whenever the garbage collector comes by, also in here.
-FIFTY_TRAININGS = """
+TWENTY_TRAININGS = """
 import os
 import torch
 from tests.test_threads import training
 
 before, counts = torch.get_num_threads(), []
-for _ in range(50):
+for _ in range(20):
     training()
     counts.append([len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd")])
 assert counts[-1] == counts[4], counts  # the first ones start threads that the next ones use
@@ -68,9 +95,9 @@ assert torch.get_num_threads() == before
 
 
 @needs_linux
-def test_fifty_trainings_leave_no_threads_files_or_number_of_threads_behind():
-    ran = python(FIFTY_TRAININGS)
-    assert ran.returncode == 0, ran.stdout
+def test_twenty_trainings_leave_no_threads_files_or_number_of_threads_behind(ran):
+    code, said = ran[TWENTY_TRAININGS]
+    assert code == 0, said
 
 
 def test_two_trainings_in_two_threads():
@@ -140,14 +167,13 @@ print("parent has", torch.get_num_threads(), flush=True)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.skipif(kernels.load(torch.float32) is None, reason="no C compiler")
-def test_a_process_forked_after_the_kernels_threads_have_run_trains_on_one_and_says_so():
-    process = python(FORK, OMP_NUM_THREADS="2")
-    assert process.returncode == 0, process.stdout
-    assert "child has 1 thread and 2 updates" in process.stdout
-    assert "parent has 2" in process.stdout
-    assert process.stdout.count("PyTorch takes one thread here") == 1
+def test_a_process_forked_after_the_kernels_threads_have_run_trains_on_one_and_says_so(ran):
+    code, said = ran[FORK]
+    assert code == 0, said
+    assert "child has 1 thread and 2 updates" in said
+    assert "parent has 2" in said
+    assert said.count("PyTorch takes one thread here") == 1
 
 
 def test_a_fork_of_a_process_of_one_thread_changes_nothing(monkeypatch):
@@ -187,12 +213,11 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_simulations_outlive_a_fork_and_end_in_it():
+def test_simulations_outlive_a_fork_and_end_in_it(ran):
     pytest.importorskip("mujoco")
-    process = python(CHEETAHS)
-    assert process.returncode == 0, process.stdout
-    assert "child has played" in process.stdout
+    code, said = ran[CHEETAHS]
+    assert code == 0, said
+    assert "child has played" in said
 
 
 # -------------------------------------------------------------- other programs
@@ -369,11 +394,12 @@ def test_an_error_leaves_no_mode_behind():
 
 
 FORK_BESIDE_THREADS = """
-import os, signal, threading
+import os, signal, threading, torch
 from torchrl.envs.utils import ExplorationType, exploration_type
 from rl2_torchrl import training_loop
 from rl2_torchrl.locks import exploring
 from tests.test_threads import evaluated, training
+torch.set_num_threads(1)
 held, ended = threading.Event(), threading.Event()
 
 def hold():
@@ -395,8 +421,7 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_process_forked_beside_a_greedy_evaluation_and_a_training_waits_for_neither():
-    process = python(FORK_BESIDE_THREADS, OMP_NUM_THREADS="1")
-    assert process.returncode == 0, process.stdout
-    assert "child has played" in process.stdout
+def test_a_process_forked_beside_a_greedy_evaluation_and_a_training_waits_for_neither(ran):
+    code, said = ran[FORK_BESIDE_THREADS]
+    assert code == 0, said
+    assert "child has played" in said
