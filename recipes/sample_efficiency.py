@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -103,7 +103,11 @@ WORLDS = {
         lambda rows, seed: GridNavi(episode_steps=grid_navi.EPISODE_STEPS, batch_size=(rows,)),
         grid_goals(),
         lambda seed: grid_navi.GOALS.repeat(24, 1),
-        lambda: baselines.grid_search(grid_navi.GOALS, episode_steps=grid_navi.EPISODE_STEPS, episodes=4).trial_return,
+        cache(
+            lambda: (
+                baselines.grid_search(grid_navi.GOALS, episode_steps=grid_navi.EPISODE_STEPS, episodes=4).trial_return
+            )
+        ),
         # The other programs' critics do not see the goal.
         lambda **how: grid_navi.main(network=replace(PRESETS["GridNavi"].network, critic_keys=("time_left",)), **how),
     ),
