@@ -93,8 +93,8 @@ class Replays:
 @cache
 def _tell_of_change() -> None:
     torchrl_logger.info(
-        "PPOUpdate: a minibatch went otherwise than its batch's first one: a term gives other losses, entries have other shapes, or "
-        "a parameter lies elsewhere. The rest of such a batch is made part by part, which takes longer where minibatches are small."
+        "PPOUpdate: a minibatch went otherwise than its batch's first: a term gives other losses, entries have other shapes, or "
+        "a parameter lies elsewhere. The rest of such a batch is made part by part, which takes longer with small minibatches."
     )
 
 
