@@ -158,18 +158,24 @@ class TermPart(Part):
 
     def brings_kernels(self) -> bool:
         """Whether its gradients are its ``by_kernels``; a class of a user's may have put something else in their place."""
-        return type(self.function).__module__.startswith("rl2_torchrl.") and hasattr(self.function, "by_kernels")
+        term = self.function
+        is_ours = type(term).__module__.startswith("rl2_torchrl.") and "with_gradients" not in vars(term)
+        return is_ours and hasattr(term, "by_kernels")
 
-    def by_kernels(self, state: State) -> tuple[torch.Tensor, Callable[[list[float]], Values], Gradients] | tuple[()]:
-        """The numbers that kernels leave, what makes `losses` of them, and the gradients; nothing where kernels cannot do it."""
+    def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Gradients] | tuple[()]:
+        """What makes `losses` of the numbers that kernels leave, and the gradients.
+
+        Nothing where kernels cannot do it.
+        """
         entries = entries_of(state, self.in_keys)
         self.function.require_shapes(*entries)
         if not kernels.covers(*entries):
             return ()
         totals, slopes, more = self.function.by_kernels(*entries)
+        first, end, like = totals.storage_offset(), totals.storage_offset() + len(totals), entries[0]
         pairs = zip(self.in_keys, slopes, strict=True)
         found = {key: slope for key, slope in pairs if slope is not None and key in self.wanted}
-        return totals, lambda numbers: {**self.function.figures(numbers, entries[0]), **more}, found
+        return lambda numbers: {**self.function.figures(numbers[first:end], like), **more}, found
 
     def losses(self, state: State, gradients: Gradients) -> Values:
         """Losses and diagnostics; the losses' gradients are added to ``gradients``."""
@@ -179,11 +185,24 @@ class TermPart(Part):
 
     def losses_and_gradients(self, state: State) -> tuple[Values, Gradients]:
         """Losses and diagnostics, and the losses' gradients, which may lie in each other's memory."""
-        if self.brings_kernels() and (made := self.by_kernels(state)):
-            totals, figures, found = made
-            return figures(totals.tolist()), found
-        self.forward(state)
-        found = self.backward_by_autograd({self.out_keys[0]: torch.ones_like(state[self.out_keys[0]])})
+        if hasattr(self.function, "with_gradients"):
+            self._values, found = self._by_hand(entries_of(state, self.in_keys))
+        else:
+            self.forward(state)
+            found = self.backward_by_autograd({self.out_keys[0]: torch.ones_like(state[self.out_keys[0]])})
         values = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in self._values.items()}
         numbers = {name: v.item() for name, v in values.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
         return {**values, **numbers}, found
+
+    def _by_hand(self, entries: list[torch.Tensor]) -> tuple[Values, Gradients]:
+        (values, slopes), found, self._leaves = self.function.with_gradients(*entries), {}, {}
+        for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
+            if slope is not None and key in self.wanted:
+                if slope.shape != entry.shape:
+                    raise ValueError(
+                        f"{type(self.function).__name__}.with_gradients gave a gradient {tuple(slope.shape)} by {key!r}, "
+                        f"which is {tuple(entry.shape)}: give it that shape."
+                    )
+                slope = slope.to(entry)  # kernels take it for that
+                found[key] = found[key] + slope if key in found else slope
+        return values, found

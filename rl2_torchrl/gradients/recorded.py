@@ -184,9 +184,8 @@ class RecordedMinibatch:
     def _term(self, term: TermPart, gradients: Gradients) -> None:
         made, number = [], len(self._figures)
         if term.brings_kernels() and self._by_kernels(lambda: made.extend(term.by_kernels(self._state))) and made:
-            totals, figures, found = made
-            at = slice(totals.storage_offset(), totals.storage_offset() + len(totals))
-            self._figures.append(lambda numbers: figures(numbers[at]))
+            figures, found = made
+            self._figures.append(figures)
             self._take(found, gradients)
             return
         self._end_step()
