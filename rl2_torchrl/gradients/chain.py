@@ -56,6 +56,7 @@ class ChainPart(Part):
         #: The linear layers, what stands before each of them, and after the last.
         self.linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
         self.before = [name for name, layer in zip(names, layers, strict=False) if isinstance(layer, nn.Linear)]
+        self.dtypes = dict.fromkeys(in_keys, self.linears[0].weight.dtype)
         self.after = names[-1]
         #: Whether it is ReLU and a linear layer by turns, each pair of which is one function.
         self.is_of_pairs = not joins and self.after is None and set(self.before) == {"relu"}

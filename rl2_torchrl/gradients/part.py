@@ -45,6 +45,7 @@ class Part:
         wanted: those of ``in_keys`` that carry a gradient, as they are made from parameters. Whoever runs the part sets it.
         sources: parameters by which autograd looks for a gradient, by default ``parameters``. Whoever runs the part adds those
             that its function may reach without owning them.
+        dtypes: in which it reads some of ``in_keys`` by hand; its function converts them itself.
         is_by_hand: whether the last `forward` was that by hand.
     """
 
@@ -64,6 +65,7 @@ class Part:
         self.parameters, self.optional, self.reason = list(dict.fromkeys(parameters)), frozenset(optional), reason
         self.wanted: set[NestedKey] = set()
         self.sources = self.parameters
+        self.dtypes: dict[NestedKey, torch.dtype] = {}
         self.is_by_hand = False
 
     @property

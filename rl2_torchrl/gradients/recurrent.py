@@ -34,6 +34,8 @@ class GRUPart(Part):
     def __init__(self, gru: nn.GRU, sequence: Callable[..., torch.Tensor], in_keys: Sequence[NestedKey], out_key):
         super().__init__(on_entries(sequence), in_keys, [out_key], parameters=gru.parameters(), optional=in_keys[1:])
         self.layers, self.inputs, self.units = gru.all_weights, gru.input_size, gru.hidden_size
+        dtype = gru.weight_hh_l0.dtype
+        self.dtypes = dict(zip(in_keys, (dtype, dtype, torch.bool), strict=True))
 
     def forward_by_hand(self, state: State) -> bool:
         x, hidden, is_init = entries_of(state, self.in_keys, self.optional)

@@ -48,12 +48,23 @@ class Replays:
         with torch.no_grad():
             for part in made:
                 part.forward(self.chunks)
+        self._convert()
         self.chunks = {key: entry.contiguous() for key, entry in self.chunks.items()}
         self._recorded: RecordedMinibatch | None = None
         on_cpu = all(entry.is_cpu for entry in self.chunks.values())
         # Noting what the first does takes a third of its time.
         is_worth_it = passes * (len(next(iter(chunks.values()))) // rows) > 2
         self._is_recording = is_worth_it and on_cpu and kernels.covers(*program.parameters[:1])
+
+    def _convert(self) -> None:
+        """Data in another dtype than parts read, such as float32 where networks are float64: once, and beside what there is."""
+        made = {key for part in self.parts for key in part.out_keys}
+        for part in self.parts:
+            for number, key in enumerate(part.in_keys):
+                entry, dtype = self.chunks.get(key), part.dtypes.get(key)
+                if entry is not None and key not in made and dtype not in (None, entry.dtype):
+                    part.in_keys[number] = ("converted", str(dtype), *(key if isinstance(key, tuple) else (key,)))
+                    self.chunks[part.in_keys[number]] = entry.to(dtype)
 
     def __call__(self, own: torch.Tensor) -> Values:
         """Losses and diagnostics of the chunks ``own`` ``[rows]``, int64, and the gradients of all losses' sum."""
@@ -66,6 +77,7 @@ class Replays:
     @torch.no_grad()
     def run(self, own: torch.Tensor) -> tuple[Values, Gradients]:
         """As `Program.run`; the gradients lie where the next ones will."""
+        numbers = torch.get_rng_state()
         try:
             if self._recorded is None and self._is_recording:
                 self._recorded = RecordedMinibatch(self.program, self.parts, self.chunks, own)
@@ -75,6 +87,7 @@ class Replays:
         except ChangedError:
             _tell_of_change()
             self.close()
+            torch.set_rng_state(numbers)  # modules that draw draw the same again
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
         return self.program.run(entries, self.parts)
 

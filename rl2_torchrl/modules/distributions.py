@@ -62,14 +62,13 @@ class ActionDistribution:
     part: type[Part] | None = None
     noise: Literal["gumbel", "normal"] | None = None
 
-    def __init_subclass__(cls):
-        own = vars(cls)
-        if "log_prob_and_entropy" in own and "part" not in own:
-            cls.part = None
-        if "act" in own and "noise" not in own:
-            cls.noise = None
-        if ("act" in own or "mode" in own) and "sampler" not in own:
-            cls.sampler = ActionDistribution.sampler
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        other_forms = {"part": ["log_prob_and_entropy"], "noise": ["act"], "sampler": ["act", "mode"]}
+        for name, methods in other_forms.items():  # another class of several, such as a mixin, may bring the methods
+            brings = next(base for base in cls.__mro__ if name in vars(base))
+            if any(getattr(cls, method) is not getattr(brings, method) for method in methods):
+                setattr(cls, name, vars(ActionDistribution)[name])
 
     def __init__(
         self,
