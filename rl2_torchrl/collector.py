@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase, WrapModule
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from torchrl import torchrl_logger
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase, TransformedEnv
@@ -130,10 +130,10 @@ class TrialCollector(Collector):
                 return f"{name}= is an option of TorchRL's own loop"
         if not isinstance(self._wrapped_policy, TensorDictModuleBase):
             return "the policy is no TensorDictModule"
-        for module in (part.module for part in acting_parts(self._wrapped_policy) if part.way == "tensordict"):
-            is_torchrls = isinstance(module, WrapModule) or type(module).__module__.startswith("torchrl.")
-            if is_torchrls and not isinstance(module, ProbabilisticTensorDictModule) and not hidden_keys(module):
-                return f"{type(module).__name__} may look in its TensorDict for what it has left there before"
+        for part in acting_parts(self._wrapped_policy):
+            is_named = isinstance(part.module, ProbabilisticTensorDictModule) or hidden_keys(part.module)
+            if part.way == "tensordict" and not is_named:
+                return f"{type(part.module).__name__} may look in its TensorDict for what it has left there before"
         devices = (self.policy_device, self.env_device, self.storing_device, self.env.device)
         devices = {str(device) for device in devices if device}
         if len(devices) > 1:
