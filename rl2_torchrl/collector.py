@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, WrapModule
 from torchrl import torchrl_logger
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase, TransformedEnv
@@ -15,9 +15,8 @@ from torchrl.envs import EnvBase, TransformedEnv
 from rl2_torchrl.arguments import as_list, kind_of, whole
 from rl2_torchrl.codec import NoStateError
 from rl2_torchrl.envs.env_state import env_state, put_env_state
+from rl2_torchrl.gradients.networks import leaves_of
 from rl2_torchrl.locks import exploring
-from rl2_torchrl.modules.acting import acting_parts
-from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.rollout import Rollout
 from rl2_torchrl.rollout.trials import leaves, next_key
@@ -130,10 +129,8 @@ class TrialCollector(Collector):
                 return f"{name}= is an option of TorchRL's own loop"
         if not isinstance(self._wrapped_policy, TensorDictModuleBase):
             return "the policy is no TensorDictModule"
-        for part in acting_parts(self._wrapped_policy):
-            is_named = isinstance(part.module, ProbabilisticTensorDictModule) or hidden_keys(part.module)
-            if part.way == "tensordict" and not is_named:
-                return f"{type(part.module).__name__} may look in its TensorDict for what it has left there before"
+        if any(isinstance(module, WrapModule) for module in leaves_of(self._wrapped_policy)):
+            return "a function of TensorDicts in the policy does not name what it reads and writes"
         devices = (self.policy_device, self.env_device, self.storing_device, self.env.device)
         devices = {str(device) for device in devices if device}
         if len(devices) > 1:

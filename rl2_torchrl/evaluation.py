@@ -151,8 +151,7 @@ def adaptation_curve(
     Args:
         env: trial env: a `TransformedEnv` with `Trial`.
         policy: recurrent policy, e.g. an actor or `ActorCritic`; or a controller by hand, a TensorDictModule of a function from the
-            env's entries, the task among them, to the action. From step to step goes on what a module reads as ``key`` and writes
-            as ``("next", key)``, and nothing else that it leaves in a TensorDict.
+            env's entries, the task among them, to the action.
         num_trials: number of trials, hence of tasks: no more than there are `TaskSampler.fixed` ones, or the standard errors are
             too small.
         deterministic: act with the distribution's mode or mean. Default False: RL² explores by sampling.

@@ -119,6 +119,15 @@ def torchrls(core_class, **keys):
     return categorical(TensorDictSequential(core, TensorDictModule(nn.Linear(8, 5), ["features"], ["logits"])))
 
 
+class Reversed(TensorDictSequential):
+    """Modules in an order of its own."""
+
+    def forward(self, tensordict):
+        for module in reversed(self.module):
+            tensordict = module(tensordict)
+        return tensordict
+
+
 class Negative(FastGRUModule):
     """A core with a forward of its own."""
 
@@ -172,6 +181,10 @@ POLICIES = {
     "hook on all": lambda env: with_hook(make_policy(env), lambda policy: policy),
     "hook on the actor": lambda env: with_hook(make_policy(env), lambda policy: policy.actor),
     "hook on a linear layer": lambda env: with_hook(memoryless(linear()), lambda policy: policy.module[0].module),
+    "a sequence with its own forward": lambda env: Reversed(
+        TensorDictModule(lambda logits: logits.argmax(-1), ["logits"], ["action"]),
+        TensorDictModule(linear(), ["trans"], ["logits"]),
+    ),
     "a core with its own forward": lambda env: torchrls_core(Negative(10, 8, in_key="trans", out_key="features")),
     "a distribution with its own forward": lambda env: TensorDictSequential(
         TensorDictModule(linear(), ["trans"], ["logits"]),

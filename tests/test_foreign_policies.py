@@ -8,6 +8,7 @@ from rollouts import assert_same, batches_of, both, make_env, make_policy
 from tensordict import TensorDict
 from tensordict.nn import (
     CompositeDistribution,
+    ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictModuleBase,
     TensorDictSequential,
@@ -33,8 +34,10 @@ from rl2_torchrl import (
     RL2PPOLoss,
     TrialAdvantage,
     TrialCollector,
+    adaptation_curve,
     check_training,
 )
+from rl2_torchrl.collector import load_rollout_state, rollout_state
 
 ROWS, SIZE = 5, 6  # of "point": 2 numbers seen, 2 of the action, reward and done
 
@@ -110,8 +113,10 @@ def composed(env):
 
 @pytest.mark.parametrize("steps", [4, 7])
 @pytest.mark.parametrize("trial", [{"episodes": 2}, {"steps": 5}], ids=str)
-@pytest.mark.parametrize("policy", [giving, composed])
+@pytest.mark.parametrize("policy", [noisy, planning, giving, composed])
 def test_batches_are_collectors(policy, trial, steps):
+    if policy is planning:
+        trial = {"steps": 6}  # all rows must begin together, as the wrapper says itself
     (fast, ours), (_, expected) = both(lambda: make_env("point", **trial), steps, policy)
     assert fast.reason is None
     for batch, other in zip(ours, expected, strict=True):
@@ -136,6 +141,48 @@ def test_a_memory_under_one_name_goes_on(trial):
     assert "TensorDictPrimer" in fast.reason
     assert_same(ours, expected)
     assert ours[0]["count"].max() > 2
+
+
+class Remembers(TensorDictModuleBase):
+    """A memory under one name, which the module primes itself."""
+
+    in_keys, out_keys = ["trans", "count"], ["action", "count"]
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        return TensorDictPrimer({"count": Unbounded((1,))}, default_value=0.5, expand_specs=True)
+
+    def forward(self, tensordict: TensorDict) -> TensorDict:
+        count = tensordict["count"]
+        return tensordict.set("action", tensordict["trans"][..., :2].sin() + count).set("count", count + 1)
+
+
+def test_a_memory_under_one_name_that_the_module_primes_goes_on_in_evaluations_too():
+    (fast, ours), (_, expected) = both(lambda: make_env("point", episodes=2), 7, lambda env: Remembers())
+    assert_same(ours, expected)
+    assert "TensorDictPrimer" in fast.reason
+    seen = []
+    adaptation_curve(
+        make_env("point", steps=5), Remembers(), 4, on_step=lambda state: seen.append(state["count"][0].item())
+    )
+    assert seen[:5] == [1.5, 2.5, 3.5, 4.5, 5.5]
+
+
+def test_a_module_finds_all_that_the_env_shows():
+    class Late(TensorDictModuleBase):
+        in_keys, out_keys = ["trans"], ["action"]
+
+        def forward(self, tensordict: TensorDict) -> TensorDict:
+            missing = {"time_left", "episode_done", "observation", "done"} - set(tensordict.keys())
+            assert not missing, missing
+            return tensordict.set("action", tensordict["time_left"].expand(-1, 2).clone())
+
+    def make():
+        return make_env("point", steps=5)
+
+    for keep in (None, ["action"]):
+        _, batches = batches_of(make(), Late(), 5, "tensors", batches=1, keep=keep)
+        assert batches[0]["action"][0, :, 0].tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    adaptation_curve(make(), Late(), 4)
 
 
 def test_what_counts_its_calls_is_called_at_each_step():
@@ -173,9 +220,18 @@ def test_a_policys_own_generator_is_drawn_from():
     assert torch.equal(*drawn)
 
 
+def test_a_function_of_tensordicts_is_played_by_collectors_own_loop():
+    networks = TensorDictModule(loc_of(SIZE), ["trans"], ["made"])
+    policy = TensorDictSequential(networks, lambda tensordict: tensordict.set("action", tensordict["made"].tanh()))
+    collector = TrialCollector(make_env("point", steps=5), policy, frames_per_batch=5 * ROWS, total_frames=-1)
+    assert "does not name" in collector.reason
+    batch = collector.rollout()
+    assert torch.equal(batch["action"], batch["made"].tanh())
+
+
 def test_a_policy_may_come_from_a_factory():
     env = make_env("point", steps=5)
-    collector = TrialCollector(env, policy_factory=lambda: giving(env), frames_per_batch=5 * ROWS, total_frames=-1)
+    collector = TrialCollector(env, policy_factory=lambda: noisy(env), frames_per_batch=5 * ROWS, total_frames=-1)
     assert collector.rollout()["action"].shape == (ROWS, 5, 2)
     assert collector.backend == "tensors"
 
@@ -225,6 +281,26 @@ def test_no_agent_is_made_of_a_memory_under_one_name():
         AdaptiveAgent.from_policy(actor, env)
 
 
+def test_what_is_left_between_steps_is_part_of_the_state():
+    def make():
+        env, options = make_env("point", episodes=2), {"frames_per_batch": 4 * ROWS, "total_frames": -1}
+        torch.manual_seed(1)
+        return TrialCollector(env, noisy(env), **options)
+
+    whole, first = make(), make()
+    for each in (whole, first):
+        torch.manual_seed(2)
+        each.rollout()
+    state, env_state = rollout_state(first), first.env.state_dict()
+    resumed = make()
+    resumed.env.load_state_dict(env_state)
+    load_rollout_state(resumed, state)
+    torch.manual_seed(4)
+    expected = whole.rollout().clone()
+    torch.manual_seed(4)
+    assert_same([resumed.rollout()], [expected])
+
+
 class Counts(TensorDictModuleBase):
     """Counts steps under a name that it does not tell of, and acts by the count."""
 
@@ -235,20 +311,42 @@ class Counts(TensorDictModuleBase):
         return tensordict.set("mine", count).set("action", count.expand(-1, 2) / 100)
 
 
-def bare(env):
-    networks = TensorDictModule(loc_of(SIZE), ["trans"], ["made"])
-    return TensorDictSequential(networks, lambda tensordict: tensordict.set("action", tensordict["made"].tanh()))
+def test_what_a_module_does_not_name_goes_on_too():
+    _, batches = batches_of(make_env("point", steps=5), Counts(), 4, "tensors", batches=2)
+    assert [(100 * batch["action"][0, :, 0]).round().tolist() for batch in batches] == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
-@pytest.mark.parametrize("make", [noisy, planning, bare, lambda env: Counts()])
-def test_what_may_leave_more_in_a_tensordict_than_it_names_is_played_by_collectors_own_loop(make):
-    env = make_env("point", steps=6)
-    collector = TrialCollector(env, make(env), frames_per_batch=4 * ROWS, total_frames=-1)
-    assert collector.backend == "tensordicts"
-    assert "what it has left there before" in collector.reason
-    batches = [collector.rollout()["action"].clone() for _ in range(2)]
-    if make(env).out_keys == Counts.out_keys:
-        assert (100 * batches[1][0, :, 0]).round().tolist() == [5, 6, 1, 2]
+def test_in_rows_that_begin_alone_nothing_goes_on():
+    (_, ours), (_, expected) = both(lambda: make_env("point", episodes=1), 9, lambda env: Counts())
+    assert all(torch.equal(batch["action"], other["action"]) for batch, other in zip(ours, expected, strict=True))
+    begun = torch.cat([batch["is_init"] for batch in ours], 1).squeeze(-1)
+    assert (begun.any(0) & ~begun.all(0)).any()  # some rows alone
+    counts = torch.cat([100 * batch["action"][..., 0] for batch in ours], 1).round()
+    assert (counts[begun] == 1).all()
+
+
+def test_a_sequence_without_any_distribution_plays():
+    """tensordict says of it too that it draws nothing."""
+    (_, ours), (_, expected) = both(
+        lambda: make_env("point", steps=5), 5, lambda env: ProbabilisticTensorDictSequential(Counts())
+    )
+    assert all(torch.equal(batch["action"], other["action"]) for batch, other in zip(ours, expected, strict=True))
+
+
+def test_after_a_reset_nothing_goes_on():
+    env = make_env("point", steps=5)
+    collector = TrialCollector(env, Counts(), frames_per_batch=3 * ROWS, total_frames=-1)
+    for _ in range(2):
+        assert (100 * collector.rollout()["action"][0, :, 0]).round().tolist() == [1, 2, 3]
+        collector.reset()
+
+
+def test_a_memory_that_is_not_asked_at_each_step_is_told_of():
+    loc = TensorDictModule(nn.Linear(8, 2), ["actor_features"], ["flat"])
+    plan = TensorDictModule(lambda flat: flat.unsqueeze(-2).expand(-1, 3, -1), ["flat"], ["action"])
+    policy = MultiStepActorWrapper(TensorDictSequential(with_memory_of_its_own(None), loc, plan), n_steps=3)
+    with pytest.raises(KeyError, match="one with a memory must see each step"):
+        batches_of(make_env("point", steps=6), policy, 6, "tensors")
 
 
 @pytest.mark.parametrize("how", ["generator", "hook"])
@@ -264,6 +362,38 @@ def test_what_only_scores_does_not_draw_whatever_hangs_on_it(how):
     for batch, other in zip(ours, expected, strict=True):
         for key in ("action", "action_log_prob"):
             torch.testing.assert_close(batch[key], other[key], rtol=1e-5, atol=1e-5)
+
+
+def test_an_entry_that_is_read_whole_is_no_part_of_what_is_left():
+    light = TensorDictModule(lambda inside: inside["light"].sum(-1, keepdim=True), ["inside"], ["sum"])
+
+    class Moves(Counts):
+        def forward(self, tensordict: TensorDict) -> TensorDict:
+            return tensordict.set("mine", tensordict["sum"]).set("action", torch.zeros(3, dtype=torch.int64))
+
+    env = make_env("rooms", episodes=2)
+    frames = {"frames_per_batch": 12, "total_frames": -1}
+    collector = TrialCollector(env, TensorDictSequential(light, Moves()), keep=["action"], **frames)
+    collector.rollout()
+    left = rollout_state(collector)["player"]["left"]
+    assert "mine" in left
+    assert all(isinstance(value, torch.Tensor) for value in left.values())
+
+
+def test_a_module_that_is_given_a_tensordict_finds_all_of_it():
+    """As in TorchRL's `Collector`: also what its in_keys do not name."""
+
+    seen = []
+
+    class Looks(TensorDictSequential):
+        def forward(self, tensordict: TensorDict) -> TensorDict:
+            seen.append(set(tensordict.keys(True, True)))
+            return super().forward(tensordict)
+
+    batches_of(make_env("point", episodes=2), Looks(noisy(None)), 4, "tensors", batches=2)
+    read, left = {"trans", "is_init", "actor_hidden"}, {"_ou_prev_noise", "_ou_steps", "action"}
+    assert [read <= each for each in seen] == [True] * len(seen)
+    assert [left <= each for each in seen[-8:]] == [False] + [True] * 7  # from the first batch to the second, too
 
 
 def test_a_function_reads_whole_what_one_before_it_has_made():

@@ -4,8 +4,7 @@
 module with a ``step_function`` (our cores, heads, `RunningNorm`) brings it, its `forward` without gradient, which is asked for anew
 before each batch, so that it may hold on to the weights as they are; a distribution acts by the functions of its
 `ActionDistribution`; a plain `TensorDictModule` is called on its tensors, every other module with a TensorDict of all
-there is: so is a distribution with a ``generator`` of its own, which no checkpoint holds. Of what a module leaves in it only
-memories, which it reads as ``key`` and writes as ``("next", key)``, go on to the next step.
+there is: so is a distribution with a ``generator`` of its own, which no checkpoint holds.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from tensordict import TensorDict
+from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import Compose, EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.modules.utils import get_primers_from_module
@@ -31,6 +31,8 @@ class Memory:
         self._rows = rows
         #: The entries that are handed on, and where they stand after a step.
         self.handed_on = [(key, next_key(key)) for key in hidden_keys(policy)]
+        shown = set(env.full_observation_spec.keys(True, True))  # that of a collector has such a primer itself
+        self.handed_on += [(key, key) for key in _under_one_name(policy) if key not in shown]
         self._cores = cores_of(policy)
         of_cores = {key for core in self._cores for key in core.in_keys}
         missing = [key for key, _ in self.handed_on if key not in of_cores]
@@ -57,11 +59,24 @@ class Memory:
         """What the next step reads, with the ``reset`` rows at a trial's first step."""
         if reset is True:
             return self.initial()
+        if missing := [following for _, following in self.handed_on if following not in state]:
+            raise KeyError(
+                f"the policy gives {missing} at some steps and not at others, as MultiStepActorWrapper asks its actor at every "
+                "n-th alone: one with a memory must see each step."
+            )
         memory = {key: state[following] for key, following in self.handed_on}
         if reset is not False:
             for key, first in self.initial().items():
                 memory[key] = where_rows(reset, first, memory[key])
         return memory
+
+
+def _under_one_name(policy: TensorDictModuleBase) -> list[NestedKey]:
+    """What ``policy`` reads and writes at the root, and has a primer for: it hands that on, as TensorDictPrimer does."""
+    made = get_primers_from_module(policy, warn=False)
+    primers = made if isinstance(made, Compose) else [made] if made is not None else []
+    primed = {key for primer in primers if primer.expand_specs for key in primer.primers.keys(True, True)}
+    return [key for key in policy.in_keys if key in primed and key in policy.out_keys]
 
 
 def _primers(policy, env: EnvBase, rows: int) -> Iterator[tuple[TensorDictPrimer, torch.Size]]:

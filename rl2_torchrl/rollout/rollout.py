@@ -26,7 +26,9 @@ from rl2_torchrl.gradients.networks import keys_left
 from rl2_torchrl.gradients.part import has_hooks
 from rl2_torchrl.kernels.graph import GraphReplay, held_by
 from rl2_torchrl.modules.acting import ActingPart, State, acting_parts
+from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
+from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.memory import Memory
 from rl2_torchrl.rollout.transforms import trials_of
 from rl2_torchrl.rollout.trials import leaves, shown_by
@@ -66,9 +68,10 @@ class Rollout:
     ):
         self.env, self.policy, self.steps, self.ablation, self.on_step = env, policy, steps, ablation, on_step
         self.parts, self._layout = acting_parts(policy), _layout(policy, env)
+        #: Whether a module is called with a TensorDict, in which it finds what it, or another, has left at an earlier step.
+        self._leaves_all = any(part.way == "tensordict" for part in self.parts)
         read = [key for part in self.parts for key in part.in_keys]
-        if any(part.way == "tensordict" for part in self.parts):  # whose module may look for more than it names
-            read += ["is_init", *shown_by(env)]
+        read += ["is_init", *shown_by(env)] if self._leaves_all else []
         self._read = read = list(dict.fromkeys(read))
         self.memory = Memory(policy, env, env.batch_size.numel())
         memory = [key for pair in self.memory.handed_on for key in pair]
@@ -193,7 +196,7 @@ class Rollout:
         at_once = self.trials.keys_at_once
         recorded = [key for key in self._early if key not in at_once]
         memory = self.memory.initial() if begun is True else self.memory.next(self._carry, begun)
-        state = {**entries, **memory}
+        state = {**self._left(self._carry, begun), **entries, **memory}
         waiting: list[State] = []
         for t in range(self.steps):
             made = state  # what is recorded of it is what was there, not what an ablation makes of it
@@ -218,9 +221,9 @@ class Rollout:
                 shown = {**state, **after, **self.trials.flags(t)}
                 self.on_step({key: value.clone() for key, value in shown.items()})
             if t + 1 < self.steps:
-                state = {**root, **self.memory.next(state, begun)}
+                state = {**self._left(state, begun), **root, **self.memory.next(state, begun)}
         self._acted_on = {key: state[key] for key in self._written if key in state}
-        for _, key in self.memory.handed_on:
+        for key in (*(key for _, key in self.memory.handed_on), *self._left(state)):
             self._carry.setdefault(key, torch.empty_like(state[key])).copy_(state[key])
 
     def require_sound_policy(self) -> None:
@@ -229,6 +232,18 @@ class Rollout:
             raise FloatingPointError(
                 "the policy gives NaN: its weights, or what it reads, are not finite, and what it plays means nothing."
             )
+
+    def _left(self, state: State, begun: Rows = False) -> State:
+        """What stays from step to step where somebody may look for it, as in TorchRL's `step_mdp`.
+
+        In some rows that have ``begun`` a trial that is zeros, as its resets leave it.
+        """
+        if not self._leaves_all:
+            return {}
+        left = {key: value for key, value in state.items() if key[0] != "next"}
+        if isinstance(begun, bool):
+            return left
+        return {key: where_rows(begun, torch.zeros_like(value), value) for key, value in left.items()}
 
     def _ablated(self, t: int, state: State) -> State:
         # Not the flags under "next", which a shared clock knows ahead.
@@ -303,14 +318,16 @@ class Rollout:
         """Where the rollout stands between two batches, but for the env's own state."""
         # A copy: the next batch writes into this memory.
         memory = [self._carry[key] for _, key in self.memory.handed_on if key in self._carry]
-        return deepcopy({"trials": self.trials.state_dict(), "memory": dict(enumerate(memory))})
+        own = {"trials": self.trials.state_dict(), "memory": dict(enumerate(memory)), "left": self._left(self._carry)}
+        return deepcopy(own)
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from what `state_dict` returned."""
         self._replays.clear()
         self.trials.load_state_dict(state["trials"])
         keys = [key for _, key in self.memory.handed_on]
-        self._carry = {key: state["memory"][i].clone() for i, key in enumerate(keys) if i in state["memory"]}
+        carry = {key: state["memory"][i] for i, key in enumerate(keys) if i in state["memory"]}
+        self._carry = {key: value.clone() for key, value in {**carry, **state.get("left", {})}.items()}
 
 
 def _layout(policy: TensorDictModuleBase, env: EnvBase) -> list[tuple[int, bool]]:
