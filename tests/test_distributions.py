@@ -191,12 +191,46 @@ class Lapses(CategoricalActions):
 def test_functions_that_nobody_would_call_are_refused():
     with pytest.raises(
         ValueError,
-        match=r"nobody would call the functions of Lapses.*register_distribution",
+        match=r"nobody would call .*'act', 'log_prob_and_entropy'.* of Lapses.*register_distribution",
     ):
         RecurrentActor(5, Lapses(3))
+
+    class Named(CategoricalActions):
+        """Has no function of its own."""
+
+    RecurrentActor(5, Named(3))
+    RecurrentActor(5, Doubled(2, ["logits"], D.Categorical))
     RecurrentActor(5, ActionDistribution(3, ["logits"], D.Categorical))
-    with pytest.raises(ValueError, match="functions of LaplaceActions"):
+    with pytest.raises(ValueError, match=r"nobody would call \['act', .* of LaplaceActions"):
         RecurrentActor(5, LaplaceActions(2))
+
+
+class Doubled(ActionDistribution):
+    """Makes more parameters than the head has outputs; acts and scores as the class says."""
+
+    def parameters_of(self, head, **factory):
+        return nn.Sequential(head, nn.Linear(2, 5))
+
+
+class Halves:
+    """Plays and scores at twice the temperature, whatever it is mixed into."""
+
+    def act(self, logits):
+        return super().act(logits / 2)
+
+    def log_prob_and_entropy(self, action, logits):
+        return super().log_prob_and_entropy(action, logits / 2)
+
+
+def test_other_forms_of_functions_that_a_mixin_changes_are_not_inherited():
+    class Halved(Halves, CategoricalActions):
+        pass
+
+    class Again(Halved):
+        part = CategoricalActions.part
+
+    assert (Halved.part, Halved.noise, Halved.sampler) == (None, None, ActionDistribution.sampler)
+    assert (Again.part, Again.noise) == (CategoricalActions.part, None)
 
 
 class LaplaceActions(GaussianActions):
@@ -269,6 +303,7 @@ class Joint(D.Categorical):
     [
         (Categorical(4), ActionDistribution(3, ["logits"], Pinned), None),
         (Categorical(3, shape=(2,)), ActionDistribution(9, ["logits"], Joint), None),
+        (Categorical(5), Doubled(2, ["logits"], D.Categorical), None),
         (Categorical(5), ActionDistribution(1, ["logits"], D.Categorical), nn.Linear(64, 5)),
     ],
 )

@@ -21,6 +21,7 @@ from torchrl.envs import Compose, DoubleToFloat, TransformedEnv
 from rl2_torchrl import PreviousStep, TaskSampler, Trial
 from rl2_torchrl.env_check import EnvBelow
 from rl2_torchrl.env_check.steps import action_heard
+from rl2_torchrl.env_check.tasks import task_own
 from rl2_torchrl.envs import TensorEnv
 from rl2_torchrl.testing import TrialContractError, check_trial_env
 
@@ -360,3 +361,21 @@ def gains(generator):
 def test_rows_that_a_task_ends_early_are_no_sign_of_a_fault():
     generator = torch.Generator().manual_seed(0)
     assert not any(action_heard(EnvBelow(Frail(32), gains(generator), "task", None)) for _ in range(5))
+
+
+class LargeForAll(Sound):
+    """A task beyond 3 rules all rows."""
+
+    def hear(self, rows, task):
+        super().hear(rows, task)
+        if self.drift.max() > 3:
+            self.drift = torch.full_like(self.drift, self.drift.max())
+
+
+def test_what_a_late_task_alone_does_is_found():
+    """Also once all rows have heard theirs, after which steps are fewer."""
+    tasks = [0.1 * torch.randn(ROWS, 1) for _ in range(8)]
+    assert task_own(EnvBelow(LargeForAll(), tasks, "task", None)) is None
+    tasks[6][0] = 4.0
+    assert "row" in task_own(EnvBelow(LargeForAll(), tasks, "task", None))
+    assert task_own(EnvBelow(Sound(), tasks, "task", None)) is None

@@ -125,8 +125,8 @@ def test_what_kernels_do_not_do_alone_says_so(head, critic):
 
 
 @needs_kernels
-@pytest.mark.parametrize("change", ["one-hot", "small integers"])
-def test_actions_are_converted_once_for_all_minibatches(change):
+@pytest.mark.parametrize("change", ["one-hot", "small integers", "flags as integers", "other precision"])
+def test_data_are_converted_once_for_all_minibatches(change):
     loss = loss_of("categorical", "separate", torch.float64)
     data = data_of("categorical", torch.float64)
     expected = after_one_pass(loss_of("categorical", "separate", torch.float64), data, torch.arange(ROWS))
@@ -135,8 +135,17 @@ def test_actions_are_converted_once_for_all_minibatches(change):
         actor.load_state_dict(loss.actor_network.state_dict())
         loss = RL2PPOLoss(actor, loss.critic_network)
         data["action"] = nn.functional.one_hot(data["action"], ACTIONS)
-    else:
+    elif change == "small integers":
         data["action"] = data["action"].to(torch.uint8)
+    elif change == "flags as integers":
+        data["is_init"] = data["is_init"].long()
+    else:
+        data["trans"] = data["trans"].float()
+        expected = after_one_pass(
+            loss_of("categorical", "separate", torch.float64),
+            {**data, "trans": data["trans"].double()},
+            torch.arange(ROWS),
+        )
     assert [type(step) for step in replays_of(loss, data)[1]._steps] == [Calls]
     assert all(torch.equal(a, b) for a, b in zip(after_one_pass(loss, data, torch.arange(ROWS)), expected, strict=True))
 

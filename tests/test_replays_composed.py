@@ -19,7 +19,7 @@ from torchrl import torchrl_logger
 from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import PPOUpdate, RL2PPOLoss
-from rl2_torchrl.gradients import Part
+from rl2_torchrl.gradients import Part, Program
 from rl2_torchrl.gradients.recorded import ChangedError, RecordedMinibatch
 from rl2_torchrl.gradients.replays import _tell_of_change
 from rl2_torchrl.kernels.recording import Calls
@@ -236,7 +236,9 @@ class _Clamps(nn.Module):
 def test_a_module_that_writes_in_place_what_others_read_is_told_of(minibatches):
     clamps = TensorDictModule(_Clamps(), ["trans"], ["seen"])
     update = PPOUpdate(policy_of(clamps), bptt=2, minibatches=minibatches, backend="parts")
-    with pytest.raises(RuntimeError, match=r"\['trans'\] .* modified by an inplace operation of .*work on a copy"):
+    with pytest.raises(
+        RuntimeError, match=r"\['trans'\] .* modified by an inplace operation of _Clamps, .*work on a copy"
+    ):
         update(batch_of("categorical", torch.float64))
 
 
@@ -323,26 +325,49 @@ def test_a_term_that_has_a_loss_in_some_minibatches(reads, monkeypatch):
     assert sum("a term gives other losses" in line for line in said) == (reads == "actor_features")
 
 
-class _Borrows(nn.Module):
-    """A module without weights that reads another's."""
+class _Skips(nn.Module):
+    """Leaves its layer out at random, which then has no gradient."""
 
-    def __init__(self, weight):
+    def __init__(self):
         super().__init__()
-        self._weight = [weight]
+        self.linear = nn.Linear(INPUTS, INPUTS, **F64)
 
     def forward(self, x):
-        return x + 0.1 * self._weight[0].sum()
+        return x if torch.rand(()) < 0.3 else x + self.linear(x).tanh()
 
 
-def test_modules_that_borrow_a_weight():
+def test_a_module_that_draws_draws_the_same_where_a_minibatch_is_made_anew():
+    both_ways(lambda: policy_of(TensorDictModule(_Skips(), ["trans"], ["trans"])))
+
+
+class _Borrows(nn.Module):
+    """A module without weights that reads another's, always or in some minibatches."""
+
+    def __init__(self, weight, always):
+        super().__init__()
+        self._weight, self._always = [weight], always
+
+    def forward(self, x):
+        return x + 0.1 * self._weight[0].sum() if self._always or x.sum() > 0 else x + 1
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_modules_that_borrow_a_weight(always):
     def make():
         loss = loss_of("categorical", "separate", torch.float64)
         weight = list(loss.actor_network.parameters())[-1]
-        return policy_of(
-            *(TensorDictModule(_Borrows(weight), ["trans"], [key]) for key in ("seen", "trans")), loss=loss
-        )
+        borrow = (TensorDictModule(_Borrows(weight, always), ["trans"], [key]) for key in ("seen", "trans"))
+        return policy_of(*borrow, loss=loss)
 
     both_ways(make)
+
+
+def test_no_gradient_is_made_by_what_frozen_modules_give():
+    for is_frozen in (False, True):
+        encoder = TensorDictModule(_Encodes().requires_grad_(not is_frozen), ["trans"], ["trans"])
+        program = Program(policy_of(encoder))
+        program(data_of("categorical", torch.float64))
+        assert ("trans" in program.parts[1].wanted) != is_frozen
 
 
 def test_weights_of_one_row_with_strides_of_their_own():

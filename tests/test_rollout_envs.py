@@ -375,3 +375,25 @@ def test_a_module_may_read_a_stack_piece_by_piece(reader):
     reads = TensorDictModule(reader, ["observation"], ["seen"])
     act = TensorDictModule(lambda seen: torch.zeros(len(seen), dtype=torch.int64), ["seen"], ["action"])
     assert Rollout(env, TensorDictSequential(reads, act), 4)()["seen"].shape[:3] == (2, 4, 2)
+
+
+def test_choices_of_two_dimensions_are_played_by_whoever_makes_them():
+    class Board(TensorEnv):
+        def __init__(self):
+            spaces = {
+                "observation_spec": Unbounded(1),
+                "action_spec": CategoricalSpec(3, shape=(2, 2)),
+                "task_spec": None,
+            }
+            super().__init__(**spaces, max_episode_steps=2, batch_size=(4,))
+
+        def begin(self, task, rows):
+            return torch.zeros(4, 1), torch.zeros(4, 1)
+
+        def advance(self, state, action):
+            reward = action.flatten(1).float().sum(1, keepdim=True)
+            return state, state, reward, None, None
+
+    env = TransformedEnv(Board(), Compose(Trial(episodes=2), PreviousStep()))
+    act = TensorDictModule(lambda trans: torch.full((4, 2, 2), 2), ["trans"], ["action"])
+    assert adaptation_curve(env, act, 4).per_episode.tolist() == [16.0, 16.0]

@@ -51,7 +51,8 @@ def kept_at_cuts(seen: Evidence) -> str | None:
         seen.report.notes.append(
             "no trial is cut by this batch's end, but trials may differ in length, and the first that is cut ends the training: "
             f"the batch lacks {missing}, which PPOUpdate(..., bptt={steps}), of whole rows as without bptt, has among its in_keys. "
-            "Keep those, or all (keep=None), or say that trials have one length: TensorEnv's fixed_length=True, or Trial(steps=)"
+            "Keep those, or all (keep=None), or say that trials have one length: Trial(steps=), or fixed_length=True of TensorEnv, "
+            "which processes hide"
         )
 
 

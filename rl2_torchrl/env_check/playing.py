@@ -21,8 +21,8 @@ __all__ = ["RUN_STEPS", "STEPS_TO_AN_END", "EnvBelow", "Pair", "Task"]
 
 #: Steps of a run, and those within which an episode of a small env has ended. Few enough for a simulator.
 RUN_STEPS, STEPS_TO_AN_END = 30, 300
-#: Pairs of tasks that are played at least: what one row does to another shows in each.
-_PAIRS = 3
+#: Pairs of tasks that are played for so long, and the steps of further ones where all is well: what some tasks alone do shows soon.
+_PAIRS, _FEW_STEPS = 3, 10
 
 Task: TypeAlias = Tensor | TensorDictBase | None
 
@@ -130,30 +130,31 @@ class EnvBelow:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Each task and the next, played from a seed of their own, until all rows have heard theirs; none without tasks."""
+        """Each task and the next, played from a seed of their own, for fewer steps once all rows have heard theirs."""
         pairs: list[Pair] = []
         deaf, deaf_later = torch.ones(self.num_rows, dtype=torch.bool), self.half().reshape(-1).cpu()
         for seed, (task, other) in enumerate(pairwise(self.tasks)):
-            pairs.append(pair := self._play(seed, task, other))
+            all_heard = len(pairs) >= _PAIRS and not (deaf | deaf_later).any()
+            pairs.append(pair := self._play(seed, task, other, _FEW_STEPS if all_heard else RUN_STEPS))
             deaf &= ~differ(pair.task, pair.other)
             deaf_later &= ~differ(pair.same_later, pair.other_later)
-            if len(pairs) >= _PAIRS and not (deaf | deaf_later).any():
-                break
         return pairs
 
-    def _play(self, seed: int, task: Task, other: Task) -> Pair:
+    def _play(self, seed: int, task: Task, other: Task, steps: int) -> Pair:
         half = self.half()
         changed = half if seed % 2 == 0 else ~half
         mixed = merge(changed.reshape(self.env.batch_size), other, task)
-        runs = [self._episodes(seed, first) for first in (task, other, mixed)]
-        later = [self._episodes(seed, task, then, half) for then in (task, other)]
+        runs = [self._episodes(seed, steps, first) for first in (task, other, mixed)]
+        later = [self._episodes(seed, steps, task, then, half) for then in (task, other)]
         unlike = (rows_of_task(task, self.env.batch_size) != rows_of_task(other, self.env.batch_size)).any(1).cpu()
         return Pair(*runs, changed.reshape(-1).cpu(), *later, unlike)
 
-    def _episodes(self, seed: int, task: Task, then: Task = None, rows: Tensor | None = None) -> list[Outcome]:
-        """Steps from one seed on; ``rows`` begin anew with ``then`` after the first."""
+    def _episodes(
+        self, seed: int, steps: int, task: Task, then: Task = None, rows: Tensor | None = None
+    ) -> list[Outcome]:
+        """So many steps from one seed on; ``rows`` begin anew with ``then`` after the first."""
         # Each row takes each sequence of actions in turn, or one that meets no task would pass for a deaf row.
-        actions = [action.flatten(0, len(self.env.batch_size) - 1).roll(seed, 0) for action in self.actions[:RUN_STEPS]]
+        actions = [action.flatten(0, len(self.env.batch_size) - 1).roll(seed, 0) for action in self.actions[:steps]]
         actions = [action.reshape(each.shape) for action, each in zip(actions, self.actions, strict=False)]
         self.seed(seed)
         tensordict = self.start(task)

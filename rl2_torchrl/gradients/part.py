@@ -45,6 +45,7 @@ class Part:
         wanted: those of ``in_keys`` that carry a gradient, as they are made from parameters. Whoever runs the part sets it.
         sources: parameters by which autograd looks for a gradient, by default ``parameters``. Whoever runs the part adds those
             that its function may reach without owning them.
+        carries: whether ``out_keys`` carry a gradient, as far as is known. Whoever runs the part sets it where that is known ahead.
         dtypes: in which it reads some of ``in_keys`` by hand; its function converts them itself.
         is_by_hand: whether the last `forward` was that by hand.
     """
@@ -64,7 +65,7 @@ class Part:
             parameters = function.parameters() if isinstance(function, nn.Module) else ()
         self.parameters, self.optional, self.reason = list(dict.fromkeys(parameters)), frozenset(optional), reason
         self.wanted: set[NestedKey] = set()
-        self.sources = self.parameters
+        self.sources, self.carries = self.parameters, False
         self.dtypes: dict[NestedKey, torch.dtype] = {}
         self.is_by_hand = False
 
@@ -109,11 +110,15 @@ class Part:
             self.run(entries)
         if written := [key for key, version in versions.items() if state[key]._version != version]:
             raise RuntimeError(
-                f"{written} of a minibatch has been modified by an inplace operation of {type(self.function).__name__}, and others "
+                f"{written} of a minibatch has been modified by an inplace operation of {self._name()}, and others "
                 "read it too: work on a copy."
             )
         self._outputs = [entries[key] for key in self.out_keys]
+        self.carries |= any(out.requires_grad for out in self._outputs)
         state.update((key, out.detach()) for key, out in zip(self.out_keys, self._outputs, strict=True))
+
+    def _name(self) -> str:
+        return type(self.function).__name__ if self.reason is None else self.reason.partition(" ")[0]
 
     def backward(self, gradients: Gradients) -> None:
         """Takes the gradients by ``out_keys`` out of ``gradients``; adds those by ``wanted`` and by its parameters."""

@@ -39,15 +39,26 @@ class Program:
         self.terms = [TermPart(term) for term in loss.loss_terms()]
         self._all = list(loss.parameters())
         self.parameters = [p for p in self._all if p.requires_grad]
-        carrying: set[NestedKey] = set()
         for part in (*self.parts, *self.terms):
             # A term on weights, or a layer tied to another's, reaches what it does not own.
-            part.sources, part.wanted = self.parameters, carrying.intersection(part.in_keys)
-            # So may whatever is not ours.
-            if part.reason is not None or part.wanted or any(p.requires_grad for p in part.parameters):
-                carrying.update(part.out_keys)
-            else:
-                carrying.difference_update(part.out_keys)
+            part.sources = self.parameters
+        self._follow_gradients()
+
+    def _follow_gradients(self) -> None:
+        """Tells each part which entries carry a gradient to it."""
+        carrying: set[NestedKey] = set()
+        for part in (*self.parts, *self.terms):
+            part.wanted = carrying.intersection(part.in_keys)
+            part.carries |= bool(part.wanted) or any(p.requires_grad for p in part.parameters)
+            (carrying.update if part.carries else carrying.difference_update)(part.out_keys)
+
+    def forward(self, part: Part, state: State) -> bool:
+        """`Part.forward`; whether its outputs are now known to carry a gradient, by parameters of others, which they were not."""
+        carried = part.carries
+        part.forward(state)
+        if part.carries != carried:
+            self._follow_gradients()
+        return part.carries != carried
 
     @torch.no_grad()
     def __call__(self, data: Mapping[NestedKey, torch.Tensor]) -> dict[str, float]:
@@ -66,7 +77,7 @@ class Program:
         """Losses and diagnostics, and the gradients, from a ``state`` that holds what all but ``parts`` have made."""
         values, gradients = {}, {}
         for part in parts:
-            part.forward(state)
+            self.forward(part, state)
         for term in self.terms:
             merge_losses(values, term.losses(state, gradients))
         for part in reversed(parts):

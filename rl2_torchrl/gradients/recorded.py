@@ -162,18 +162,15 @@ class RecordedMinibatch:
             return
         self._end_step()
 
-        def run() -> State:
-            entries = self._shown(part, before)
-            part.forward(entries)
-            return entries
-
-        entries = run()
+        entries = self._shown(part, before)
+        self._program.forward(part, entries)
         made = {key: self._fixed(entries[key]) for key in part.out_keys}
         self._state = {**before, **made}
 
         def again() -> bool:
-            entries = run()
-            if any(entries[key].shape != entry.shape for key, entry in made.items()):
+            entries = self._shown(part, before)
+            is_other = self._program.forward(part, entries)
+            if is_other or any(entries[key].shape != entry.shape for key, entry in made.items()):
                 return False
             for key, entry in made.items():
                 entry.copy_(entries[key])

@@ -20,7 +20,7 @@ from torchrl.modules import IndependentNormal, OneHotCategorical, TanhNormal
 from rl2_torchrl.arguments import require_flags, require_own_name, whole, whole_numbers
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import Part, brings
+from rl2_torchrl.gradients.part import Part, brings, others_than
 from rl2_torchrl.kernels.functions import log_prob_and_entropy
 
 __all__ = [
@@ -468,6 +468,8 @@ _KNOWN: dict[type[Distribution], Callable[..., ActionDistribution]] = {
     TanhNormal: lambda low=-1.0, high=1.0: TanhGaussianActions(low, high),
 }
 _OURS = frozenset(_KNOWN)
+#: What rollouts, losses and agents ask for.
+_FUNCTIONS = ("act", "sampler", "with_noise", "mode", "drawn_log_prob", "log_prob_and_entropy")
 
 
 def register_distribution(distribution_class: type[Distribution], make: Callable[..., ActionDistribution]) -> None:
@@ -519,11 +521,12 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
 
 
 def require_asked(distribution: ActionDistribution, module: ProbabilisticTensorDictModule) -> None:
-    """ValueError where ``distribution``, of which ``module`` was made, is of a class whose functions nobody would call."""
-    if type(distribution) not in (ActionDistribution, type(distribution_of(module))):
+    """ValueError where ``distribution``, of which ``module`` was made, has functions that nobody would call."""
+    own = others_than(ActionDistribution, distribution, _FUNCTIONS)  # which act and score as any class says
+    if own := others_than(type(distribution_of(module)), distribution, own):
         kind = module.distribution_class.__name__
         raise ValueError(
-            f"nobody would call the functions of {type(distribution).__name__}: a policy of {kind} acts and is scored as that "
+            f"nobody would call {own} of {type(distribution).__name__}: a policy of {kind} acts and is scored as that "
             "says, by TorchRL's collectors too. For other numbers write a class of torch.distributions that has them, and call "
             "register_distribution(the_class, make): all functions of what make gives must be that class's."
         )

@@ -282,11 +282,13 @@ class Rollout:
             )
         if not isinstance(spec, Categorical):
             return
-        choices = ActionDistribution.from_spec(self.env.full_action_spec_unbatched[self.env.action_key]).num_outputs
+        of_row = self.env.full_action_spec_unbatched[self.env.action_key]
         for part in self._acting:
             is_drawn = self.trials.action_key in part.out_keys and part.way == "distribution"
-            by_logit = is_drawn and distribution_of(part.module).noise == "gumbel"  # it plays a choice for each
-            if by_logit and (given := state[part.in_keys[0]].shape[-1]) != choices:
+            if not is_drawn or distribution_of(part.module).noise != "gumbel":  # it plays a choice for each logit
+                continue
+            given, choices = state[part.in_keys[0]].shape[-1], ActionDistribution.from_spec(of_row).num_outputs
+            if given != choices:
                 raise ValueError(
                     f"the head gives {given} {part.in_keys[0]}, and the env has {choices} choices: head= is called with the number "
                     "that is due, or is a module that gives so many."
