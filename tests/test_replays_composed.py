@@ -341,22 +341,26 @@ def test_a_module_that_draws_draws_the_same_where_a_minibatch_is_made_anew():
 
 
 class _Borrows(nn.Module):
-    """A module without weights that reads another's, always or in some minibatches."""
+    """A module without weights that reads another's where ``borrows`` says so of its input's sum."""
 
-    def __init__(self, weight, always):
+    def __init__(self, weight, borrows):
         super().__init__()
-        self._weight, self._always = [weight], always
+        self._weight, self._borrows = [weight], borrows
 
     def forward(self, x):
-        return x + 0.1 * self._weight[0].sum() if self._always or x.sum() > 0 else x + 1
+        return x + 0.1 * self._weight[0].sum() if self._borrows(x.sum()) else x + 1
 
 
-@pytest.mark.parametrize("always", [True, False])
-def test_modules_that_borrow_a_weight(always):
+@pytest.mark.parametrize(
+    "borrows", [lambda _: True, lambda x: x > 0, lambda x: x < 0], ids=["always", "some", "others"]
+)
+def test_modules_that_borrow_a_weight(borrows):
+    """Of two halves of the minibatches one begins with the first."""
+
     def make():
         loss = loss_of("categorical", "separate", torch.float64)
         weight = list(loss.actor_network.parameters())[-1]
-        borrow = (TensorDictModule(_Borrows(weight, always), ["trans"], [key]) for key in ("seen", "trans"))
+        borrow = (TensorDictModule(_Borrows(weight, borrows), ["trans"], [key]) for key in ("seen", "trans"))
         return policy_of(*borrow, loss=loss)
 
     both_ways(make)
