@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from rl2_torchrl.requirements import SUPPORTED
 
@@ -111,6 +112,11 @@ def test_another_release_is_refused_in_one_line(name, release, tmp_path):
     *_, last = run.stderr.splitlines()
     assert last.startswith(f"ImportError: rl2_torchrl needs {needed}")
     assert f'{release} is installed: pip install "{needed}"' in last
+
+
+def test_names_of_extras_are_those_that_every_pip_takes():
+    """pip 23.2, which comes with Python 3.11, installs nothing for one with an underscore, and warns of it alone."""
+    assert all(extra == canonicalize_name(extra) for extra in PROJECT["optional-dependencies"])
 
 
 def test_extras_keep_torch_where_their_figures_were_made():
