@@ -208,7 +208,7 @@ def adaptation_curve(
     trials, returns = Trials(int(num_trials)), EpisodeTable("sum")
     tables = {key: EpisodeTable(how) for key, how in measured.items()}
     while trials.open:
-        with exploring(kind):  # not for longer: other threads' rollouts of another kind, and updates, wait for it
+        with exploring(kind):  # not for longer: other threads' rollouts and updates wait for it
             batch = rollout()
         steps = {key: batch[key].reshape(-1, batch.shape[-1]).cpu() for key in kept}
         index, counted = trials.add(steps)

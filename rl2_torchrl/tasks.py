@@ -325,8 +325,11 @@ class _InOrder:
                 f"TaskSampler.fixed got a {type(tasks).__name__}: give a tensor or TensorDict [num_tasks, ...], such as "
                 "torch.as_tensor(tasks, dtype=torch.float32)."
             )
-        if not len(tasks):
-            raise ValueError("TaskSampler.fixed got no task: an evaluation over nothing would report NaN.")
+        if not tasks.ndim or not len(tasks):
+            raise ValueError(
+                f"TaskSampler.fixed got no task, its shape is {list(tasks.shape)}: give [num_tasks, ...], of a TensorDict by its "
+                "batch_size=[num_tasks]."
+            )
         self.tasks = tasks
         self.position = 0
         #: What a run's settings say of them: it goes on with no others.
