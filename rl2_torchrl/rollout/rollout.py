@@ -228,9 +228,10 @@ class Rollout:
 
     def require_sound_policy(self) -> None:
         """FloatingPointError where the policy gave NaN at the last batch's end: as choices they look like any."""
-        if any(entry.is_floating_point() and entry.isnan().any() for entry in self._acted_on.values()):
+        written = self._acted_on.items()
+        if broken := [key for key, entry in written if entry.is_floating_point() and entry.isnan().any()]:
             raise FloatingPointError(
-                "the policy gives NaN: its weights, or what it reads, are not finite, and what it plays means nothing."
+                f"the policy gives NaN as {broken}: its weights, or what it reads, are not finite."
             )
 
     def _left(self, state: State, begun: Rows = False) -> State:
