@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.data import Binary, Categorical, Composite, Unbounded
+from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.modules import set_recurrent_mode
 
@@ -17,12 +17,16 @@ from rl2_torchrl import (
     GRUCategoricalActor,
     GRUGaussianActor,
     GRUValueHead,
+    MemoryValueHead,
+    PPOUpdate,
     PreviousStep,
+    RL2PPOLoss,
     TaskSampler,
     Trial,
+    TrialCollector,
     adaptation_curve,
 )
-from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, TensorEnv, uniform_means
 from rl2_torchrl.modules import (
     CategoricalActions,
     ConvEncoder,
@@ -372,3 +376,39 @@ def test_a_normalized_input_is_tried_in_the_dtype_that_it_comes_in():
     RecurrentActor.from_env(env, normalize=True, encoder=make)
     with pytest.raises(RuntimeError, match="(?s)same dtype.*let it cast"):  # and not in the first rollout
         RecurrentActor.from_env(env, normalize=True, encoder=make, dtype=torch.float64)
+
+
+class _Shows(TensorEnv):
+    """Numbers of any dtype, from 0 to 5."""
+
+    def __init__(self, dtype):
+        spec = Binary(3, dtype=dtype) if dtype == torch.bool else Bounded(0, 5, (3,), dtype=dtype)
+        spaces = {"observation_spec": spec, "action_spec": Categorical(2), "task_spec": None}
+        super().__init__(**spaces, max_episode_steps=3, batch_size=(8,), seed=0)
+
+    def begin(self, task, rows):
+        return torch.zeros(8, 1), self._seen()
+
+    def advance(self, state, action):
+        return state, self._seen(), action.float().unsqueeze(-1), None, None
+
+    def _seen(self):
+        return torch.randint(0, 6, (8, 3), generator=self.generator).to(self.observation_spec["observation"].dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("extra", [False, True])
+def test_data_of_any_dtype_are_read_as_modules_read_them(dtype, extra):
+    """By encoders and heads: bytes are scaled, and nothing else."""
+    metrics = []
+    for way in ("parts", "autograd"):
+        torch.manual_seed(0)
+        env = TransformedEnv(_Shows(dtype), Compose(Trial(episodes=2), PreviousStep()))
+        encoder = {} if extra else {"encoder": {"observation": partial(MLPEncoder, num_cells=[4])}}
+        actor = GRUCategoricalActor.from_env(env, hidden_size=4, init_range=1.0, **encoder)
+        told = {"extra_keys": ["observation"]} if extra else {}
+        critic = MemoryValueHead.from_env(env, actor, num_cells=[4], detach=False, init_range=1.0, **told)
+        update = PPOUpdate(RL2PPOLoss(actor, critic), minibatches=4, epochs=2, shuffle=False, backend=way)
+        (batch,) = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=48, total_frames=48)
+        metrics.append(update(batch))
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-6)

@@ -57,12 +57,17 @@ class Replays:
         self._is_recording = is_worth_it and on_cpu and kernels.covers(*program.parameters[:1])
 
     def _convert(self) -> None:
-        """Data in another dtype than parts read, such as float32 where networks are float64: once, and beside what there is."""
+        """Data in another dtype than parts read, such as float32 where networks are float64: once, and beside what there is.
+
+        Bytes are the module's own to convert, which may scale them.
+        """
         made = {key for part in self.parts for key in part.out_keys}
         for part in self.parts:
             for number, key in enumerate(part.in_keys):
                 entry, dtype = self.chunks.get(key), part.dtypes.get(key)
-                if entry is not None and key not in made and dtype not in (None, entry.dtype):
+                if entry is None or key in made or entry.dtype == torch.uint8:
+                    continue
+                if dtype not in (None, entry.dtype):
                     part.in_keys[number] = ("converted", str(dtype), *(key if isinstance(key, tuple) else (key,)))
                     self.chunks[part.in_keys[number]] = entry.to(dtype)
 
