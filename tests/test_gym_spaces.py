@@ -8,6 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
+from tensordict import assert_close
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, Unbounded
 from torchrl.envs import Compose, TransformedEnv
 from torchrl.modules import set_recurrent_mode
@@ -240,3 +241,49 @@ def test_images_are_kept_in_bytes_and_read_by_convolutions(shape):
         read["pixels"][1, 4] = 255 - read["pixels"][1, 4]
         changed = (actor(read)["logits"] != before).any(-1)
     assert changed.tolist() == [[False] * 10, [False] * 4 + [True] * 6, [False] * 10]  # from then on, in memory too
+
+
+class Mission(spaces.Space):
+    """Words of an env's own, as MiniGrid's, for which Gymnasium has no shared memory."""
+
+    def __init__(self):
+        super().__init__((), str)
+
+    def sample(self, mask=None, probability=None):
+        return "go"
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+    def __eq__(self, other):
+        return isinstance(other, Mission)
+
+
+class Told(gymnasium.Env):
+    observation_space = spaces.Dict(place=spaces.Box(-9, 9, (1,)), mission=Mission())
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = self.np_random.random()
+        return self.seen(), {}
+
+    def step(self, action):
+        self.place += 2 * action - 1
+        return self.seen(), self.place, abs(self.place) > 2, False, {}
+
+    def seen(self):
+        return {"place": np.array([self.place], np.float32), "mission": "go"}
+
+
+def test_words_of_an_envs_own_are_left_out_in_processes_too():
+    batches = []
+    for vectorization in ("sync", "async"):
+        env = GymVectorEnv(Told, 3, vectorization=vectorization)
+        env = TransformedEnv(env, Compose(Trial(episodes=2), PreviousStep()))
+        env.set_seed(0)
+        torch.manual_seed(0)
+        batches.append(env.rollout(20, break_when_any_done=False))
+        env.close()
+    assert batches[0]["next", "episode_done"].sum() > 3
+    assert_close(*batches)

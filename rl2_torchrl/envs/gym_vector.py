@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.error import CustomSpaceError
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
@@ -197,9 +198,18 @@ class GymVectorEnv(TensorEnv):
             return envs
         # TorchRL makes "spawn" the default of the whole program, with which each env would import PyTorch for seconds.
         context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        # What they return is copied here, with a change of dtype where there is one.
+        options = {"context": context, "copy": False, "autoreset_mode": AutoresetMode.DISABLED}
         with signals_blocked(_OF_PARENT):
-            # What they return is copied here, with a change of dtype where there is one.
-            return AsyncVectorEnv(makers, context=context, copy=False, autoreset_mode=AutoresetMode.DISABLED)
+            try:
+                return AsyncVectorEnv(makers, **options)
+            except ValueError as error:
+                if not isinstance(error.__cause__, CustomSpaceError):
+                    raise
+                torchrl_logger.info(
+                    f"GymVectorEnv: observations go through pipes, not shared memory: {error.__cause__}"
+                )
+                return AsyncVectorEnv(makers, shared_memory=False, **options)
 
     # ---------------------------------------------------------------- a step
     def begin(self, task: Tensor | TensorDictBase | None, rows: Tensor) -> tuple[None, Entries]:
