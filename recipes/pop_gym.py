@@ -53,9 +53,9 @@ def main(
         run: seeds, where the run begins, which processes play, and what it leaves.
     """
     torch.manual_seed(run.seed)
-    register_envs()
 
     def make_env(_: TaskSampler | None, rows: int) -> TransformedEnv:
+        register_envs()  # here, since workers are programs of their own
         return TransformedEnv(GymVectorEnv(env_id, rows), Compose(Trial(episodes=1), PreviousStep()))
 
     env = make_env(None, learning.trials)

@@ -49,7 +49,8 @@ class TrialWorkers(BaseCollector):
     A signal to the program's whole group, as Ctrl-C is, does not end the workers; the end of the program does, also by a kill.
 
     Args:
-        create_env_fn: makes the env of one worker, its rows alone. Seeds that it gives are replaced by the worker's.
+        create_env_fn: makes the env of one worker, its rows alone. Seeds that it gives are replaced by the worker's. Gymnasium ids
+            that an import makes known need that import within it, or ``"module:id"``: a worker is a program of its own.
         policy: as for `TrialCollector`. Workers have copies on the CPU; batches come on the policy's device.
         workers: number of processes.
         frames_per_batch: env steps of a batch, of all workers together.
