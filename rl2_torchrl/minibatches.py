@@ -46,23 +46,29 @@ class Minibatches:
         #: All chunks ``[num_chunks, bptt, ...]``, as they were filled in.
         self.chunks: dict[NestedKey, torch.Tensor] = {}
 
-    def fill(self, chunks: TensorDictBase, count: int, *, shuffle: bool) -> None:
-        """Takes a batch's ``chunks`` ``[num_chunks, bptt]``, at most ``count`` minibatches; ValueError where there are fewer."""
-        number, steps = chunks.shape
+    def require(self, shape: torch.Size, count: int) -> tuple[int, int]:
+        """Rows of a minibatch and how many there will be of chunks ``shape``; ValueError where there are too few for ``count``."""
+        number, steps = shape
         if number < whole("minibatches", count):
             raise ValueError(
                 f"{count} minibatches cannot be made of {number} chunks of {steps} steps: collect more trials in a "
                 "batch, or ask for fewer minibatches."
             )
-        self.rows, made = rows_and_number(number, count)
+        rows, made = rows_and_number(number, count)
+        if (smallest := (number - 1) % rows + 1) < self.learners.size:
+            raise ValueError(
+                f"the {number} chunks of the joint batch make minibatches of {rows} and a last one of {smallest}, too few for "
+                f"each of {self.learners.size} processes to have one: collect more trials in a batch, or ask for fewer minibatches."
+            )
+        return rows, made
+
+    def fill(self, chunks: TensorDictBase, count: int, *, shuffle: bool) -> None:
+        """Takes a batch's ``chunks`` ``[num_chunks, bptt]``, at most ``count`` minibatches; ValueError where there are fewer."""
+        number, _ = chunks.shape
+        self.rows, made = self.require(chunks.shape, count)
         if made != count and not self._has_told:
             self._has_told = True
             log.info("%d minibatches a pass, not %d: %d chunks make so many of %d.", made, count, number, self.rows)
-        if (smallest := (number - 1) % self.rows + 1) < self.learners.size:
-            raise ValueError(
-                f"the {number} chunks of the joint batch make minibatches of {self.rows} and a last one of {smallest}, too few for "
-                f"each of {self.learners.size} processes to have one: collect more trials in a batch, or ask for fewer minibatches."
-            )
         # One buffer for the whole training: first touch of fresh memory costs more than the copy.
         layout = {key: (entry.shape, entry.dtype) for key, entry in chunks.items(True, True)}
         if layout != self._layout:

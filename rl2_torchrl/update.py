@@ -182,6 +182,7 @@ class PPOUpdate:
         self._apply_schedules(progress)
         norms = self.normalizations()
         if any(norm.count == 0 for norm, _ in norms):
+            self._minibatches.require(split_rows(batch.select(), self.bptt).shape, self.minibatches)
             return self._measure(norms, batch)
         self._minibatches.fill(self.chunks(self.with_advantages(batch)), self.minibatches, shuffle=self.shuffle)
         has_memory = set(self._memory_keys()) <= set(batch.keys(True, True))

@@ -23,6 +23,7 @@ from rl2_torchrl import (
     TrialCollector,
     adaptation_curve,
     check_training,
+    train,
 )
 from rl2_torchrl.envs import PointRobot, TensorEnv, goals_on_half_circle
 from rl2_torchrl.modules import RunningNorm
@@ -327,3 +328,24 @@ def test_a_norm_in_an_encoder_of_ones_own_is_told_of_batches():
     collector = TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=8 * 40, keep=update.in_keys)
     update(collector.rollout())
     assert norms(actor)[0].count == 8 * 40
+
+
+def test_a_first_batch_that_is_too_small_is_refused_before_it_is_measured():
+    collector, update = training(bptt=None)
+    update.minibatches = 9
+    batch = next(iter(collector))
+    with pytest.raises(ValueError, match="9 minibatches cannot be made of 8 chunks of 40 steps"):
+        update(batch)
+    assert norms(update.loss)[0].count == 0
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_training_that_has_only_measured_is_told_of(batches, caplog):
+    collector, update = training()
+    collector.shutdown()
+    collector = TrialCollector(
+        points(), collector.policy, frames_per_batch=320, total_frames=320 * batches, keep=update.in_keys
+    )
+    result = train(collector, update, evaluate=None, progress=False)
+    assert len(result.history) == batches
+    assert ("nothing has been learnt" in caplog.text) == (batches == 1)
