@@ -125,9 +125,9 @@ def test_averages_that_lie_transposed_and_steps_counted_by_numbers_are_pytorchs(
     optimizer = torch.optim.Adam([parameter])
     state = optimizer.state[parameter]
     state |= {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2, 3).T, "exp_avg_sq": torch.zeros(3, 2)}
-    assert "dtype, device or layout" in why_not_adam(optimizer, [parameter])
+    assert "dtypes, device or layout" in why_not_adam(optimizer, [parameter])
     state |= {"step": torch.tensor(1.0, dtype=torch.float64), "exp_avg": torch.zeros(3, 2)}
-    assert "dtype, device or layout" in why_not_adam(optimizer, [parameter])
+    assert "dtypes, device or layout" in why_not_adam(optimizer, [parameter])
     state["step"] = torch.tensor(1.0)
     assert why_not_adam(optimizer, [parameter]) is None
 

@@ -124,5 +124,7 @@ def why_not_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
         isinstance(n := state["step"], torch.Tensor) and n.is_cpu and n.dtype == torch.float32 for state in states
     ]
     if not (kernels.covers(*tensors) and all(t.is_contiguous() for t in tensors) and all(counted)):
-        return "there are no kernels for parameters, or averages and counts of Adam's, of this dtype, device or layout"
+        return (
+            "there are no kernels for parameters, or averages and counts of Adam's, of these dtypes, device or layout"
+        )
     return None
