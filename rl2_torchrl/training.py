@@ -205,12 +205,12 @@ def train(
                 if not (interrupts and loop.in_rollout):
                     raise
                 log.warning("the rollout was cut short, since the signal has ended its processes, too: %r", error)
-    if result.history and result.history[-1].get("train/epochs") == 0:
+    result.interrupted |= bool(interrupts)
+    if result.history and result.history[-1].get("train/epochs") == 0 and not result.interrupted:
         log.warning(
             "nothing has been learnt: the only batch went to the networks' normalisation (normalize=True), which must know data "
             "before an update can be made. Train for more batches (total_frames)."
         )
-    result.interrupted |= bool(interrupts)
     interrupts.pass_on()
     return result
 

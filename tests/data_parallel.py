@@ -185,10 +185,7 @@ def main(rank, size, folder):
 
 
 if __name__ == "__main__":
-    size, forks = (
-        int(sys.argv[1]),
-        multiprocessing.get_context("fork"),
-    )  # fresh ones would each import PyTorch for seconds
+    size, forks = int(sys.argv[1]), multiprocessing.get_context("fork")  # new ones would each import PyTorch
     processes = [forks.Process(target=main, args=(rank, size, sys.argv[2])) for rank in range(size)]
     for process in processes:
         process.start()

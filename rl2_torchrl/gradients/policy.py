@@ -37,7 +37,9 @@ def index_part(action_key: NestedKey) -> Part:
 
 
 def _index_of(action: torch.Tensor) -> torch.Tensor:
-    return action.long() if action.ndim == 2 else action.to(torch.uint8).argmax(-1)
+    if action.ndim == 2:
+        return action.long()
+    return (action.view(torch.uint8) if action.dtype == torch.bool else action).argmax(-1)
 
 
 class CategoricalPart(Part):

@@ -50,7 +50,10 @@ class Program:
         for part in (*self.parts, *self.terms):
             part.wanted = carrying.intersection(part.in_keys)
             part.carries |= bool(part.wanted) or any(p.requires_grad for p in part.parameters)
-            (carrying.update if part.carries else carrying.difference_update)(part.out_keys)
+            if part.carries:
+                carrying.update(part.out_keys)
+            else:
+                carrying.difference_update(part.out_keys)
 
     def forward(self, part: Part, state: State) -> bool:
         """`Part.forward`; whether its outputs are now known to carry a gradient, by parameters of others, which they were not."""

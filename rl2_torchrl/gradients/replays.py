@@ -65,11 +65,11 @@ class Replays:
         for part in self.parts:
             for number, key in enumerate(part.in_keys):
                 entry, dtype = self.chunks.get(key), part.dtypes.get(key)
-                if entry is None or key in made or entry.dtype == torch.uint8:
+                if entry is None or key in made or entry.dtype == torch.uint8 or dtype in (None, entry.dtype):
                     continue
-                if dtype not in (None, entry.dtype):
-                    part.in_keys[number] = ("converted", str(dtype), *(key if isinstance(key, tuple) else (key,)))
-                    self.chunks[part.in_keys[number]] = entry.to(dtype)
+                part.in_keys[number] = name = ("converted", str(dtype), *(key if isinstance(key, tuple) else (key,)))
+                if name not in self.chunks:  # for another part
+                    self.chunks[name] = entry.to(dtype)
 
     def __call__(self, own: torch.Tensor) -> Values:
         """Losses and diagnostics of the chunks ``own`` ``[rows]``, int64, and the gradients of all losses' sum."""
