@@ -1,5 +1,7 @@
 """Losses and data of every kind, and what TorchRL's `ClipPPOLoss` makes of them."""
 
+from functools import partial
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -17,6 +19,7 @@ from rl2_torchrl import (
     kernels,
 )
 from rl2_torchrl.gradients import Program
+from rl2_torchrl.modules import MLPEncoder
 
 ROWS, STEPS, INPUTS, ACTIONS, UNITS = 9, 6, 5, 3, 20
 
@@ -44,13 +47,14 @@ COMPILED = kernels.load(torch.float32) is not None
 needs_kernels = pytest.mark.skipif(not COMPILED, reason="no C compiler")
 
 
-# What stands after the GRU of an actor.
+# What stands around the GRU of an actor.
 HEADS = {
     "": {},
     ", tanh": {"activation": nn.Tanh},
     ", elu": {"activation": nn.ELU, "num_cells": [4]},
     ", layers": {"num_layers": 2},
     ", cells": {"num_cells": [7, 9]},
+    ", encoder": {"encoder": partial(MLPEncoder, num_cells=[7])},
     ", skip": {"num_cells": [7], "skip": True},
 }
 

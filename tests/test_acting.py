@@ -26,7 +26,15 @@ from rl2_torchrl.envs import (
     uniform_targets,
 )
 from rl2_torchrl.gradients import parts_of
-from rl2_torchrl.modules import CategoricalActions, GaussianActions, Head, LSTMCore, RecurrentActor, RunningNorm
+from rl2_torchrl.modules import (
+    CategoricalActions,
+    GaussianActions,
+    Head,
+    LSTMCore,
+    MLPEncoder,
+    RecurrentActor,
+    RunningNorm,
+)
 from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.gru import FastGRUModule
 from rl2_torchrl.rollout import Rollout
@@ -310,6 +318,11 @@ def test_gaussian_actions_have_mean_and_scale_of_their_row():
 LAYERS = {
     "head": lambda: Head(4, 3, init_range=0.5),
     "head, two hidden layers": lambda: Head(4, 3, init_range=0.5, num_cells=[4, 4]),
+    "head of tanh": lambda: Head(4, 3, init_range=0.5, num_cells=[5], activation=nn.Tanh),
+    "head of ELU": lambda: Head(4, 3, init_range=0.5, num_cells=[5], activation=nn.ELU),
+    "wide head": lambda: Head(4, 3, init_range=0.5, num_cells=[65]),
+    "encoder": lambda: MLPEncoder(4, [5, 3]),
+    "encoder of tanh": lambda: MLPEncoder(4, [5], activation=nn.Tanh),
     "Gaussian": lambda: GaussianActions(3).parameters_of(Head(4, 3, init_range=0.5, num_cells=[4])),
 }
 
@@ -317,9 +330,11 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_step_of_a_layer_is_its_forward(kind):
     layer = LAYERS[kind]()
-    step, x = layer.step_function(), torch.randn(6, 4)
-    assert step is not layer
-    torch.testing.assert_close(step(x), layer(x), rtol=1e-5, atol=1e-6)
+    step, alike = layer.step_function(), {"rtol": 1e-5, "atol": 1e-6}
+    assert (step is layer) == (kind in ("head of ELU", "wide head"))
+    images = torch.randint(256, (6, 4), dtype=torch.uint8)  # which an encoder scales
+    for x in (torch.randn(6, 4), torch.randn(4, 6).T, torch.randn(0, 4), *([images] if "encoder" in kind else [])):
+        torch.testing.assert_close(step(x), layer(x), **alike)
 
 
 class _DoubleNorm(RunningNorm):

@@ -584,9 +584,9 @@ def test_one_core_for_both_is_refused():
 # ------------------------------------------------------------ doors to the kernels
 
 
-def weights(dtype=torch.float32, units=8):
+def weights(dtype=torch.float32, units=8, inputs=3):
     torch.manual_seed(0)
-    gru = nn.GRU(3, units, batch_first=True, dtype=dtype)
+    gru = nn.GRU(inputs, units, batch_first=True, dtype=dtype)
     return gru, list(gru.parameters())
 
 
@@ -629,12 +629,13 @@ def test_inputs_of_another_dtype_are_converted(given, dtype):
         torch.testing.assert_close(core(TensorDict(td, [4, 6]))["features"], expected)
 
 
-def test_the_input_has_a_gradient():
-    gru, parameters = weights(torch.float64)
-    x = torch.randn(4, 6, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("inputs", [1, 3, 16, 37, 70])
+def test_the_input_has_a_gradient(inputs):
+    gru, parameters = weights(torch.float64, inputs=inputs)
+    x = torch.randn(3, 7, inputs, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(gru(x)[0].square().sum(), x)[0]
     y, saved = forward_saving(x.detach(), None, None, parameters)
-    backward_in_place(2 * y, None, 3, parameters[1], saved, None)
+    backward_in_place(2 * y, None, inputs, parameters[1], saved, None)
     torch.testing.assert_close(input_gradient(saved, parameters[0]), expected)
 
 

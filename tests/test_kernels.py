@@ -6,11 +6,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from rl2_torchrl import kernels
-from rl2_torchrl.kernels.functions import (
-    log_prob_and_entropy,
-    relu_linear,
-    relu_linear_gradients,
-)
+from rl2_torchrl.kernels.functions import linear_gradients, linear_kernel, log_prob_and_entropy, relu_linear
 from rl2_torchrl.modules.layers import Head
 from rl2_torchrl.objectives.terms import ClippedObjective
 
@@ -22,8 +18,8 @@ NOTHING = (None, 0, 0)
 MEMORYLESS = [
     ("gru_forward", (1, 1, 1, HUGE, *NOTHING, *NOTHING, None, None, None, None, HUGE)),
     ("gru_backward", (1, 1, 1, HUGE, *NOTHING, None, None, None, None, HUGE)),
-    ("linear_forward", (1, HUGE, HUGE, *(None,) * 4, HUGE)),
-    ("linear_backward", (1, HUGE, 1, *(None,) * 6, HUGE)),
+    ("linear_forward", (1, HUGE, HUGE, 1, *(None,) * 4, HUGE)),
+    ("linear_backward", (1, HUGE, 1, 1, *(None,) * 6, HUGE)),
 ]
 
 
@@ -92,16 +88,21 @@ def test_relu_linear_can_be_differentiated_twice(path):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (7, 5, 1), (33, 64, 10), (9, 50, 17)])
-def test_gradients_of_relu_linear_equal_torchs(rows, inputs, outputs, dtype):
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (7, 5, 1), (33, 64, 10), (9, 50, 17), (70, 12, 64)])
+def test_a_linear_layer_by_kernels_equals_torchs(rows, inputs, outputs, relu, dtype):
     torch.manual_seed(0)
     shapes = ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
     x, w, b, slope = (torch.randn(*shape, dtype=dtype) for shape in shapes)
-    ours = [torch.empty_like(tensor) for tensor in (x, w, b)]
-    relu_linear_gradients(x, w, slope, *ours)
+    ours, alone = ([torch.empty_like(tensor) for tensor in (x, w, b)] for _ in range(2))
+    linear_gradients(x, w, slope, *ours, relu=relu)
+    linear_gradients(x, w, slope, None, *alone[1:], relu=relu)
     leaves = [leaf.requires_grad_() for leaf in (x, w, b)]
-    theirs = torch.autograd.grad(nn.functional.linear(torch.relu(x), w, b), leaves, slope)
-    for our, their in zip(ours, theirs, strict=True):
+    y = nn.functional.linear(torch.relu(x) if relu else x, w, b)
+    close(linear_kernel(w, b, relu=relu)(x), y)
+    for our, their in zip(
+        (*ours, *alone[1:]), (*(theirs := torch.autograd.grad(y, leaves, slope)), *theirs[1:]), strict=True
+    ):
         close(our, their)
 
 
@@ -289,4 +290,4 @@ def test_kernels_refuse_what_they_cannot_read():
     x, w = torch.zeros(5, 4), torch.zeros(2, 4)
     for dy, error in ((torch.zeros(4, 2), ValueError), (torch.zeros(5, 2).double(), TypeError)):
         with pytest.raises(error, match="dy"):
-            relu_linear_gradients(x, w, dy, None, torch.zeros(2, 4), torch.zeros(2))
+            linear_gradients(x, w, dy, None, torch.zeros(2, 4), torch.zeros(2), relu=True)

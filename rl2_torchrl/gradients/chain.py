@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -11,12 +12,12 @@ from torch import nn
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, runs
 from rl2_torchrl.kernels.functions import (
-    MOST_OUTPUTS,
     as_reals,
     contiguous,
+    is_small,
+    linear_gradients,
+    linear_kernel,
     relu_linear,
-    relu_linear_gradients,
-    relu_linear_kernel,
 )
 from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
@@ -70,6 +71,26 @@ class ChainPart(Part):
             x = relu_linear(layer)(x)
         state[self.out_keys[0]] = x
 
+    def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The module as a function of its one input, without gradient; the weights are those that there are now."""
+        if not all(is_small(layer.weight) for layer in self.linears):
+            return self.function
+        inputs, dtype, functions = self.linears[0].in_features, self.linears[0].weight.dtype, []
+        for before, layer in zip(self.before, self.linears, strict=True):
+            functions += [partial(_activated, name="tanh")] if before == "tanh" else []
+            functions.append(linear_kernel(layer.weight, layer.bias, relu=before == "relu"))
+        functions += [] if self.after is None else [partial(_activated, name=self.after)]
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            if x.shape[-1] != inputs or x.dtype != dtype or not (x.is_cpu and x.numel()):
+                return self.function(x)
+            x = contiguous(x)
+            for function in functions:
+                x = function(x)
+            return x
+
+        return step
+
     def forward_by_hand(self, state: State) -> bool:
         x, *more = entries_of(state, self.in_keys)
         self._sizes = [entry.shape[-1] for entry in (x, *more)]
@@ -113,18 +134,18 @@ class ChainPart(Part):
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, has_relu: bool) -> torch.Tensor:
-    if has_relu and len(weight) <= MOST_OUTPUTS:
-        return relu_linear_kernel(weight, bias)(x)
+    if is_small(weight):
+        return linear_kernel(weight, bias, relu=has_relu)(x)
     Recording.interrupt()
     return nn.functional.linear(x.relu() if has_relu else x, weight, bias)
 
 
 def _linear_gradients(x, weight, slope, d_x, has_relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of `relu_linear`, or without ReLU of a linear layer, by weight and bias; that by ``x`` is written to ``d_x``."""
+    """Those of a linear layer, behind a ReLU or not, by weight and bias; that by ``x`` is written to ``d_x``."""
     weight = contiguous(weight.detach())
-    if has_relu and len(weight) <= MOST_OUTPUTS:
+    if is_small(weight):
         gradients = Workspace.make(weight, weight.shape), Workspace.make(weight, weight.shape[:1])
-        relu_linear_gradients(x, weight, slope, d_x, *gradients)
+        linear_gradients(x, weight, slope, d_x, *gradients, relu=has_relu)
         return gradients
     Recording.interrupt()
     flat, slopes = x.view(-1, x.shape[-1]), slope.reshape(-1, len(weight))

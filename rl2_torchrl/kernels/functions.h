@@ -28,11 +28,13 @@ int gru_forward(int batch, int steps, int inputs, int hidden, const real *x, lon
                 long initial_row, long initial_step, const uint8_t *init, const real *packed, real *y, real *saved, int threads);
 int gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, long dy_row, long dy_step, const uint8_t *init,
                  const real *packed, real *saved, real *d_initial, int threads);
+int gru_input_gradient(int n, int inputs, int hidden, const real *saved, const real *w_ih, real *dx, int threads);
 long sums_size(int inputs, int hidden);
 void gru_weight_gradients(int n, int inputs, int hidden, const real *saved, real *d_w_ih, real *d_w_hh, real *d_b_ih,
                           real *d_b_hh, real *sums, int threads);
-int linear_forward(int rows, int inputs, int outputs, const real *x, const real *w, const real *b, real *y, int threads);
-int linear_backward(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
+int linear_forward(int rows, int inputs, int outputs, int relu, const real *x, const real *w, const real *b, real *y,
+                   int threads);
+int linear_backward(int rows, int inputs, int outputs, int relu, const real *x, const real *w, const real *dy, real *dx, real *dw,
                     real *db, int threads);
 long sums_height(int outputs);
 long sums_width(int columns);

@@ -12,9 +12,16 @@ from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("MOST_OUTPUTS", "as_reals", "categorical_gradient", "categorical_terms", "contiguous"),
-    *("differentiable_gradients", "log_prob_and_entropy", "out_of_autocast", "raise_unknown_actions"),
-    *("relu_linear", "relu_linear_gradients", "relu_linear_kernel", "require_tensor", "unit_stride"),
+    *("as_reals", "categorical_gradient", "categorical_terms", "contiguous"),
+    *(
+        "differentiable_gradients",
+        "is_small",
+        "linear_gradients",
+        "linear_kernel",
+        "log_prob_and_entropy",
+        "out_of_autocast",
+    ),
+    *("raise_unknown_actions", "relu_linear", "require_tensor", "unit_stride"),
 ]
 
 
@@ -82,8 +89,9 @@ def differentiable_gradients(
 
 
 # --------------------------------------------------------------- relu_linear
-#: More outputs than this are a matrix library's own field.
-MOST_OUTPUTS = 64
+def is_small(weight: Tensor) -> bool:
+    """Whether a layer is one for the kernels; a larger one is a matrix library's own field."""
+    return 0 < len(weight) <= 64 and weight.numel() <= 2**15
 
 
 def relu_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -92,8 +100,8 @@ def relu_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     All that is the same in every call is looked at once, here; what the kernels do not read is left to PyTorch.
     """
     weight, bias, inputs = linear.weight, linear.bias, linear.in_features
-    has_kernels = 0 < len(weight) <= MOST_OUTPUTS and kernels.covers(weight, bias)
-    forward = relu_linear_kernel(weight, bias) if has_kernels else None
+    has_kernels = is_small(weight) and kernels.covers(weight, bias)
+    forward = linear_kernel(weight, bias, relu=True) if has_kernels else None
     is_trained = any(p is not None and p.requires_grad for p in (weight, bias))
 
     def run(x: Tensor) -> Tensor:
@@ -111,8 +119,11 @@ def _relu_linear_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return nn.functional.linear(torch.relu(x), weight, bias)
 
 
-def relu_linear_kernel(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`relu_linear` of at most `MOST_OUTPUTS` outputs by the kernel, of contiguous ``x`` in the dtype of ``weight``; no graph."""
+def linear_kernel(weight: Tensor, bias: Tensor | None, *, relu: bool) -> Callable[[Tensor], Tensor]:
+    """A linear layer that `is_small`, with ReLU before it or not, by the kernel; it makes no graph.
+
+    ``x`` is contiguous, in the dtype of ``weight``.
+    """
     weight, bias = contiguous(weight.detach()), contiguous(None if bias is None else bias.detach())
     (outputs, inputs), kernel = weight.shape, kernels.load(weight.dtype).linear_forward
     addresses = weight.data_ptr(), kernels.address(bias)
@@ -120,7 +131,7 @@ def relu_linear_kernel(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor]
     def forward(x: Tensor) -> Tensor:
         rows, y = x.numel() // inputs, Workspace.make(weight, (*x.shape[:-1], outputs))
         threads = kernels.threads_for(rows * inputs * outputs)
-        kernel(rows, inputs, outputs, x.data_ptr(), *addresses, y.data_ptr(), threads)
+        kernel(rows, inputs, outputs, relu, x.data_ptr(), *addresses, y.data_ptr(), threads)
         return y
 
     return forward
@@ -141,18 +152,18 @@ class _ReLULinear(torch.autograd.Function):
         weight = weight.contiguous()
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         d_weight, d_bias = torch.empty_like(weight), weight.new_empty(len(weight))
-        relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias)
+        linear_gradients(x, weight, dy, dx, d_weight, d_bias, relu=True)
         return None, dx, d_weight, None if bias is None else d_bias
 
 
-def relu_linear_gradients(x, weight, dy, dx, d_weight, d_bias) -> None:
-    """Writes the gradients of `relu_linear` into ``dx`` (None: it is not needed), ``d_weight`` and ``d_bias``, by the kernels."""
+def linear_gradients(x, weight, dy, dx, d_weight, d_bias, *, relu: bool) -> None:
+    """Writes the gradients of `linear_kernel` into ``dx`` (None: it is not needed), ``d_weight`` and ``d_bias``."""
     (outputs, inputs), dy = weight.shape, contiguous(dy)
     rows = dy.numel() // outputs
     require_tensor("dy", dy, (*x.shape[:-1], outputs), x)  # which a part of a user's may have given
     addresses = map(kernels.address, (x, weight, dy, dx, d_weight, d_bias))
     threads = kernels.threads_for(2 * rows * inputs * outputs)
-    kernels.load(x.dtype).linear_backward(rows, inputs, outputs, *addresses, threads)
+    kernels.load(x.dtype).linear_backward(rows, inputs, outputs, relu, *addresses, threads)
 
 
 # --------------------------------------------------------------- categorical

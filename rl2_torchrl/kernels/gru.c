@@ -57,13 +57,14 @@ void pack_forward(int inputs, int hidden, const real *w_ih, const real *w_hh, co
     }
 }
 
-void pack_backward(int hidden, const real *w_hh, real *out) {
+/* The columns of w [depth, size] in blocks of COLUMNS vectors. */
+static void pack_columns(int depth, int size, const real *w, real *out) {
     int width = COLUMNS * LANES;
-    memset(out, 0, backward_size(hidden) * sizeof(real));
-    for (int first = 0; first < padded(hidden); first += width, out += 3L * hidden * width)
-        for (int k = 0; k < 3 * hidden; k++)
-            for (int i = 0; i < width && first + i < hidden; i++) out[(long)k * width + i] = w_hh[(long)k * hidden + first + i];
+    memset(out, 0, (long)padded(size) * depth * sizeof(real));
+    for (int first = 0; first < size; first += width, out += (long)depth * width)
+        for (int k = 0; k < depth; k++) memcpy(out + (long)k * width, w + (long)k * size + first, lesser(width, size - first) * sizeof(real));
 }
+void pack_backward(int hidden, const real *w_hh, real *out) { pack_columns(3 * hidden, hidden, w_hh, out); }
 
 /* Rows of a block: half of ROWS where whole ones would leave threads, or half of the registers, without work. */
 static inline int block_of(int batch, int threads) { return batch > threads * ROWS / 2 ? ROWS : ROWS / 2; }
@@ -223,18 +224,17 @@ static inline void gate_gradients(int hidden, const real *dy, real *s, real *q, 
     }
 }
 
-/* dh [rows, H] += q [rows, 3H] W_hh, for a constant number of rows. */
-INLINE void through_weights(const int rows, int hidden, const real *q, const real *packed, real *dh, const real *const *arrays,
-                            int count) {
-    int pitch = padded(hidden);
+/* dh [rows, pitch] += q [rows, depth] W, of columns packed, for a constant number of rows. */
+INLINE void through_weights(const int rows, int depth, int pitch, const real *q, const real *packed, real *dh,
+                            const real *const *arrays, int count) {
     for (int first = 0; first < pitch; first += COLUMNS * LANES) {
         vec sum[ROWS][COLUMNS];
         UNROLL for (int m = 0; m < rows; m++)
             UNROLL for (int c = 0; c < COLUMNS; c++) sum[m][c] = *(vec *)(dh + m * pitch + first + c * LANES);
-        for (int k = 0; k < 3 * hidden; k++, packed += COLUMNS * LANES) {
+        for (int k = 0; k < depth; k++, packed += COLUMNS * LANES) {
             if (k < count) ask_for(arrays[k] + first, COLUMNS);
             UNROLL for (int m = 0; m < rows; m++) {
-                real a = q[m * 3 * hidden + k];
+                real a = q[m * depth + k];
                 UNROLL for (int c = 0; c < COLUMNS; c++) sum[m][c] += a * *(const vec *)(packed + c * LANES);
             }
         }
@@ -256,8 +256,8 @@ static void backward_rows(int rows, int steps, int inputs, int hidden, const rea
         const real *arrays[ARRAYS * ROWS]; /* of the step before this one, which comes next */
         int count = t ? arrays_of(rows, steps, inputs, hidden, saved + (t - 1) * saved_size(inputs, hidden), dy + (t - 1) * dy_step,
                                   dy_row, arrays) : 0;
-        if (rows > ROWS / 2) through_weights(ROWS, hidden, q, packed, dh, arrays, count);
-        else through_weights(ROWS / 2, hidden, q, packed, dh, arrays, count);
+        if (rows > ROWS / 2) through_weights(ROWS, 3 * hidden, pitch, q, packed, dh, arrays, count);
+        else through_weights(ROWS / 2, 3 * hidden, pitch, q, packed, dh, arrays, count);
         for (int m = 0; m < rows; m++)
             if (t == 0 || (init && init[(long)m * steps + t])) {
                 if (d_initial) memcpy(d_initial + ((long)m * steps + t) * hidden, dh + m * pitch, hidden * sizeof(real));
@@ -278,6 +278,30 @@ int gru_backward(int batch, int steps, int inputs, int hidden, const real *dy, l
                       init ? init + (long)b * steps : NULL, packed, saved + (long)b * steps * saved_size(inputs, hidden),
                       d_initial ? d_initial + (long)b * steps * hidden : NULL, scratch + omp_get_thread_num() * size);
     free(scratch);
+    return 0;
+}
+
+/* The gradients by x, dx [n, I] = (dr, dz, dn) W_ih, from what backward has left in saved, of n steps. */
+int gru_input_gradient(int n, int inputs, int hidden, const real *saved, const real *w_ih, real *dx, int threads) {
+    int depth = 3 * hidden, pitch = padded(inputs);
+    size_t weights = (size_t)pitch * depth, size = whole_lines(ROWS * (pitch + (long)depth));
+    real *packed = memory((weights + threads * size) * sizeof(real));
+    if (!packed) return NO_MEMORY;
+    pack_columns(depth, inputs, w_ih, packed);
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (int first = 0; first < n; first += ROWS) {
+        real *sums = packed + weights + omp_get_thread_num() * size, *q = sums + ROWS * pitch;
+        int rows = lesser(ROWS, n - first);
+        memset(sums, 0, size * sizeof(real));
+        for (int m = 0; m < rows; m++) {
+            const real *s = saved + (first + m) * saved_size(inputs, hidden);
+            memcpy(q + (long)m * depth, s, 2L * hidden * sizeof(real));
+            memcpy(q + (long)m * depth + 2 * hidden, s + 3 * hidden, hidden * sizeof(real));
+        }
+        through_weights(ROWS, depth, pitch, q, packed, sums, NULL, 0);
+        for (int m = 0; m < rows; m++) memcpy(dx + (long)(first + m) * inputs, sums + m * pitch, inputs * sizeof(real));
+    }
+    free(packed);
     return 0;
 }
 

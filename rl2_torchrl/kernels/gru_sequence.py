@@ -188,10 +188,13 @@ def weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[
 
 def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
     """The gradient by ``x`` ``[N, T, input_size]`` from what `backward_in_place` gives."""
-    Recording.interrupt()
-    units, flat, w_ih = len(w_ih) // 3, gradients.view(-1, gradients.shape[-1]), w_ih.detach()
-    by_n = flat[:, 3 * units : 4 * units] @ w_ih[2 * units :]
-    return by_n.addmm_(flat[:, : 2 * units], w_ih[: 2 * units]).view(*gradients.shape[:2], -1)
+    (steps, (gates, inputs)), w_ih = (gradients.shape[:2], w_ih.shape), contiguous(w_ih.detach())
+    d_x, addresses = Workspace.take(gradients, (*steps, inputs)), (gradients.data_ptr(), w_ih.data_ptr())
+    kernels.load(gradients.dtype).gru_input_gradient(
+        *(steps.numel(), inputs, gates // 3, *addresses, d_x.data_ptr()),
+        kernels.threads_for(steps.numel() * gates * inputs),
+    )
+    return d_x
 
 
 def as_bytes(is_init: Tensor | None) -> Tensor | None:

@@ -1,7 +1,8 @@
-/* y = max(x, 0) W^T + b, forward and backward: an activation and a linear layer with few outputs, as heads have.
+/* y = f(x) W^T + b, forward and backward, where f(x) is max(x, 0), if there is a ReLU, or x: layers with few outputs, as heads and
+ * encoders have.
  *
  * Matrix libraries are made for wide products: on one of 64 x 10 a call, and the passes over x for the activation and for
- * its gradient, cost several times the arithmetic. Here x is read once each way and max(x, 0) is never written.
+ * its gradient, cost several times the arithmetic. Here x is read once each way and f(x) is never written.
  */
 #include "functions.h"
 
@@ -16,10 +17,12 @@ static void pack(int inputs, int outputs, const real *w, real *packed) {
                 *packed++ = first + lane < outputs ? w[(long)(first + lane) * inputs + k] : 0;
 }
 
-/* max(x, 0) of the first `rows` rows of ROWS, 0 in those that do not exist. */
-static void activate(int rows, int inputs, const real *x, real *active) {
+static inline vec activated(int relu, vec x) { return relu ? positive_part(x) : x; }
+
+/* f(x) of the first `rows` rows of ROWS, 0 in those that do not exist. */
+static void activate(int relu, int rows, int inputs, const real *x, real *active) {
     long size = (long)rows * inputs;
-    for (long i = 0; i < size; i += LANES) store(active + i, positive_part(load(x + i, size - i)), size - i);
+    for (long i = 0; i < size; i += LANES) store(active + i, activated(relu, load(x + i, size - i)), size - i);
     memset(active + size, 0, ((long)ROWS * inputs - size) * sizeof(real));
 }
 
@@ -34,7 +37,8 @@ static void outputs_of(int rows, int inputs, int n, const real *active, const re
     for (int m = 0; m < rows; m++) store(y + m * pitch, sum[m], n);
 }
 
-int linear_forward(int rows, int inputs, int outputs, const real *x, const real *w, const real *b, real *y, int threads) {
+int linear_forward(int rows, int inputs, int outputs, int relu, const real *x, const real *w, const real *b, real *y,
+                   int threads) {
     size_t blocks = (outputs + LANES - 1) / LANES, weights = whole_lines(blocks * LANES * inputs);
     size_t size = whole_lines((size_t)ROWS * inputs); /* of a thread's rows */
     real *packed = memory((weights + threads * size) * sizeof(real));
@@ -44,7 +48,7 @@ int linear_forward(int rows, int inputs, int outputs, const real *x, const real 
     for (int row = 0; row < rows; row += ROWS) {
         real *active = packed + weights + omp_get_thread_num() * size;
         int count = lesser(ROWS, rows - row);
-        activate(count, inputs, x + (long)row * inputs, active);
+        activate(relu, count, inputs, x + (long)row * inputs, active);
         for (int first = 0; first < outputs; first += LANES)
             outputs_of(count, inputs, outputs - first, active, packed + (long)first * inputs,
                        b ? load(b + first, outputs - first) : (vec){0}, y + (long)row * outputs + first, outputs);
@@ -53,49 +57,55 @@ int linear_forward(int rows, int inputs, int outputs, const real *x, const real 
     return 0;
 }
 
-/* For n entries of ROWS rows' x, of which the first `rows` exist: adds to those columns of dW and writes those of dx. */
-INLINE void gradient_columns(int rows, int inputs, int outputs, int n, const real *x, const real *w, const real *dy, real *dx,
-                             real *dw) {
+/* For n entries of ROWS rows' x, of which the first `rows` exist: adds to those columns of dW and, where it is asked for, a constant,
+ * writes those of dx. w and dW have whole vectors of columns. */
+INLINE void gradient_columns(const int by_x, int relu, int rows, int inputs, int outputs, int n, int pitch, const real *x, const real *w,
+                             const real *dy, real *dx, real *dw) {
     vec before[ROWS], active[ROWS], sum[ROWS];
     UNROLL for (int m = 0; m < ROWS; m++) {
         before[m] = m < rows ? load(x + (long)m * inputs, n) : (vec){0};
-        active[m] = positive_part(before[m]);
+        active[m] = activated(relu, before[m]);
         sum[m] = (vec){0};
     }
-    for (int o = 0; o < outputs; o++, w += inputs, dw += inputs) {
-        vec weight = load(w, n), total = load(dw, n);
+    for (int o = 0; o < outputs; o++, w += pitch, dw += pitch) {
+        vec weight = *(const vec *)w, total = *(const vec *)dw;
         UNROLL for (int m = 0; m < ROWS; m++) {
             real slope = dy[(long)m * outputs + o];
             total += slope * active[m];
-            sum[m] += slope * weight;
+            if (by_x) sum[m] += slope * weight;
         }
-        store(dw, total, n);
+        *(vec *)dw = total;
     }
-    for (int m = 0; dx && m < rows; m++)
-        store(dx + (long)m * inputs, choose(before[m] <= (vec){0}, (vec){0}, sum[m]), n);
+    for (int m = 0; by_x && m < rows; m++)
+        store(dx + (long)m * inputs, relu ? choose(before[m] <= (vec){0}, (vec){0}, sum[m]) : sum[m], n);
 }
 
-/* ROWS rows, of which the first `rows` exist: adds to dW [O, I] and db [O], and writes dx [rows, I] (may be NULL). */
-static void gradients_of(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
-                         real *db, real *slopes) {
+/* ROWS rows, of which the first `rows` exist: adds to dW [O, pitch] and db [O], and writes dx [rows, I] (may be NULL). */
+static void gradients_of(int relu, int rows, int inputs, int outputs, int pitch, const real *x, const real *w, const real *dy,
+                         real *dx, real *dw, real *db, real *slopes) {
     memcpy(slopes, dy, (size_t)rows * outputs * sizeof(real)); /* rows that do not exist have slope 0 */
     memset(slopes + (long)rows * outputs, 0, (size_t)(ROWS - rows) * outputs * sizeof(real));
-    int i = 0;
-    for (; i + LANES <= inputs; i += LANES)
-        gradient_columns(rows, inputs, outputs, LANES, x + i, w + i, slopes, dx ? dx + i : NULL, dw + i);
-    if (i < inputs) gradient_columns(rows, inputs, outputs, inputs - i, x + i, w + i, slopes, dx ? dx + i : NULL, dw + i);
+    for (int i = 0; i < inputs; i += LANES) {
+        if (dx) gradient_columns(1, relu, rows, inputs, outputs, inputs - i, pitch, x + i, w + i, slopes, dx + i, dw + i);
+        else gradient_columns(0, relu, rows, inputs, outputs, inputs - i, pitch, x + i, w + i, slopes, NULL, dw + i);
+    }
     for (int m = 0; m < rows; m++)
         for (int o = 0; o < outputs; o++) db[o] += slopes[(long)m * outputs + o];
 }
 
 /* dx [rows, I] may be NULL; dw [O, I] and db [O] are written. Each thread sums over rows of its own, and the sums are added in
  * the threads' order: the same numbers in every run. */
-int linear_backward(int rows, int inputs, int outputs, const real *x, const real *w, const real *dy, real *dx, real *dw,
+int linear_backward(int rows, int inputs, int outputs, int relu, const real *x, const real *w, const real *dy, real *dx, real *dw,
                     real *db, int threads) {
-    size_t weights = (size_t)outputs * inputs, slopes = whole_lines(weights + outputs); /* where a thread's slopes begin */
+    int pitch = (inputs + LANES - 1) / LANES * LANES;
+    size_t weights = (size_t)outputs * pitch, slopes = whole_lines(weights + outputs); /* where a thread's slopes begin */
     size_t size = slopes + whole_lines((size_t)ROWS * outputs);
-    real *sums = memory(threads * size * sizeof(real));
+    real *sums = memory((threads * size + weights) * sizeof(real)), *padded = sums + threads * size;
     if (!sums) return NO_MEMORY;
+    for (int o = 0; o < outputs; o++) {
+        memcpy(padded + (long)o * pitch, w + (long)o * inputs, inputs * sizeof(real));
+        memset(padded + (long)o * pitch + inputs, 0, (pitch - inputs) * sizeof(real));
+    }
     int blocks = (rows + ROWS - 1) / ROWS;
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
@@ -103,12 +113,12 @@ int linear_backward(int rows, int inputs, int outputs, const real *x, const real
         memset(sum, 0, (weights + outputs) * sizeof(real));
         int end = (int)((long)blocks * (thread + 1) / threads) * ROWS;
         for (int row = (int)((long)blocks * thread / threads) * ROWS; row < end; row += ROWS)
-            gradients_of(lesser(ROWS, rows - row), inputs, outputs, x + (long)row * inputs, w, dy + (long)row * outputs,
-                         dx ? dx + (long)row * inputs : NULL, sum, sum + weights, sum + slopes);
+            gradients_of(relu, lesser(ROWS, rows - row), inputs, outputs, pitch, x + (long)row * inputs, padded,
+                         dy + (long)row * outputs, dx ? dx + (long)row * inputs : NULL, sum, sum + weights, sum + slopes);
     }
     for (int thread = 1; thread < threads; thread++)
         for (size_t i = 0; i < weights + outputs; i++) sums[i] += sums[thread * size + i];
-    memcpy(dw, sums, weights * sizeof(real));
+    for (int o = 0; o < outputs; o++) memcpy(dw + (long)o * inputs, sums + (long)o * pitch, inputs * sizeof(real));
     memcpy(db, sums + weights, outputs * sizeof(real));
     free(sums);
     return 0;

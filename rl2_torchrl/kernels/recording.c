@@ -20,8 +20,9 @@ int gather_rows(const int64_t *const *order, int rows, long bytes, const char *f
     INT(gru_forward, N(0), N(1), N(2), N(3), P(4), L(5), L(6), P(7), L(8), L(9), P(10), P(11), P(12), P(13), N(14))             \
     INT(gru_backward, N(0), N(1), N(2), N(3), P(4), L(5), L(6), P(7), P(8), P(9), P(10), N(11))                                 \
     VOID(gru_weight_gradients, N(0), N(1), N(2), P(3), P(4), P(5), P(6), P(7), P(8), N(9))                                      \
-    INT(linear_forward, N(0), N(1), N(2), P(3), P(4), P(5), P(6), N(7))                                                         \
-    INT(linear_backward, N(0), N(1), N(2), P(3), P(4), P(5), P(6), P(7), P(8), N(9))                                            \
+    INT(gru_input_gradient, N(0), N(1), N(2), P(3), P(4), P(5), N(6))                                                           \
+    INT(linear_forward, N(0), N(1), N(2), N(3), P(4), P(5), P(6), P(7), N(8))                                                   \
+    INT(linear_backward, N(0), N(1), N(2), N(3), P(4), P(5), P(6), P(7), P(8), P(9), N(10))                                     \
     VOID(tanh_forward, L(0), P(1), P(2), N(3))                                                                                  \
     VOID(relu_forward, L(0), P(1), P(2), N(3))                                                                                  \
     VOID(tanh_backward, L(0), P(1), P(2), N(3))                                                                                 \

@@ -70,6 +70,15 @@ class MLPEncoder(nn.Module):
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         return ChainPart.of(self, self.layers, in_keys, out_keys) if len(self.shape) == 1 else None
 
+    def step_function(self) -> Callable[[Tensor], Tensor]:
+        return _step_of(self)
+
+
+def _step_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``module`` at a step of a rollout, by the kernels of its part where it has one."""
+    part = module.gradient_part(["x"], ["y"])
+    return module if part is None else part.step_function()
+
 
 class ImageEncoder(nn.Module):
     """Lets a module of images ``[N, *shape]`` read ``[*B, *shape]``; uint8 is scaled to [0, 1], all else is read as it is.
@@ -311,7 +320,7 @@ class Head(nn.Module):
         return self.layers[1:](torch.cat((self.layers[0](features), skipped), -1))
 
     def step_function(self) -> Callable[[Tensor], Tensor]:
-        return self._fused() or self
+        return _step_of(self)
 
     def _fused(self) -> Callable[[Tensor], Tensor] | None:
         """The layers, each ReLU at once with the linear layer behind it; None where they are others."""
