@@ -17,7 +17,6 @@ from rl2_torchrl.kernels.functions import (
     is_small,
     linear_gradients,
     linear_kernel,
-    relu_linear,
 )
 from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
@@ -59,17 +58,6 @@ class ChainPart(Part):
         self.before = [name for name, layer in zip(names, layers, strict=False) if isinstance(layer, nn.Linear)]
         self.dtypes = dict.fromkeys(in_keys, self.linears[0].weight.dtype)
         self.after = names[-1]
-        #: Whether it is ReLU and a linear layer by turns, each pair of which is one function.
-        self.is_of_pairs = not joins and self.after is None and set(self.before) == {"relu"}
-
-    def run(self, state: State) -> None:
-        [x, *_] = entries_of(state, self.in_keys)
-        if not self.is_of_pairs or x.shape[-1] != self.linears[0].in_features:  # which the module tells
-            return super().run(state)
-        x = x.detach() if self.detach else x
-        for layer in self.linears:
-            x = relu_linear(layer)(x)
-        state[self.out_keys[0]] = x
 
     def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The module as a function of its one input, without gradient; the weights are those that there are now."""
