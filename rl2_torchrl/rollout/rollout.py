@@ -38,7 +38,8 @@ __all__ = ["Rollout"]
 
 log = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 2048
+#: Steps of rows that are looked back at in one call: of more the caches hold too little.
+_ROWS_AT_ONCE = 2**14
 
 
 class Rollout:
@@ -93,7 +94,11 @@ class Rollout:
         self._keeps_all, left_out = keep is None, set(written) - keys_left(policy)
         self.keep = [key for key in made if key not in left_out] if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
-        late = {key for part in self._late for key in part.out_keys}
+        #: What those parts read that no other of them makes.
+        self._read_late, late = [], set()
+        for part in self._late:
+            self._read_late += [key for key in part.in_keys if key not in late]
+            late.update(part.out_keys)
         self._early = [key for key in self.keep if key not in late]
         self._carry: State = {}
         #: At a batch's last step what the policy has written.
@@ -212,7 +217,9 @@ class Rollout:
             for key in recorded:
                 value = (after if key in after else state if key in self._written else made)[key]
                 self._buffer(key, value)[1][t].copy_(value)
-            waiting.append(state)
+            if t == 0:
+                looked_at = leaves(self._read_late, state)
+            waiting.append({key: state[key] for key in looked_at})
             if len(waiting) * self.trials.rows >= _ROWS_AT_ONCE or t + 1 == self.steps:
                 self._look_back(waiting, t + 1)
                 waiting = []
@@ -297,11 +304,8 @@ class Rollout:
 
     def _look_back(self, states: list[State], end: int) -> None:
         """Runs what could wait on the steps up to ``end`` that ``states`` are of, all rows in one call, and writes it down."""
-        seen: State = {}
+        seen = {key: torch.stack([state[key] for state in states]).flatten(0, 1) for key in states[0]}
         for part in self._late:
-            for key in leaves(part.in_keys, states[0]):
-                if key not in seen:
-                    seen[key] = torch.stack([state[key] for state in states]).flatten(0, 1)
             part.make(1)(seen)
             for key in part.out_keys:
                 if key in self.keep:
