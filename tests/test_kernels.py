@@ -18,6 +18,7 @@ NOTHING = (None, 0, 0)
 MEMORYLESS = [
     ("gru_forward", (1, 1, 1, HUGE, *NOTHING, *NOTHING, None, None, None, None, HUGE)),
     ("gru_backward", (1, 1, 1, HUGE, *NOTHING, None, None, None, None, HUGE)),
+    ("gru_input_gradient", (1, 1, HUGE, None, None, None, HUGE)),
     ("linear_forward", (1, HUGE, HUGE, 1, *(None,) * 4, HUGE)),
     ("linear_backward", (1, HUGE, 1, 1, *(None,) * 6, HUGE)),
 ]

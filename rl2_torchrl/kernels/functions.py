@@ -12,16 +12,9 @@ from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("as_reals", "categorical_gradient", "categorical_terms", "contiguous"),
-    *(
-        "differentiable_gradients",
-        "is_small",
-        "linear_gradients",
-        "linear_kernel",
-        "log_prob_and_entropy",
-        "out_of_autocast",
-    ),
-    *("raise_unknown_actions", "relu_linear", "require_tensor", "unit_stride"),
+    *("as_reals", "categorical_gradient", "categorical_terms", "contiguous", "differentiable_gradients", "is_small"),
+    *("linear_gradients", "linear_kernel", "log_prob_and_entropy", "out_of_autocast", "raise_unknown_actions"),
+    *("relu_linear", "require_tensor", "unit_stride"),
 ]
 
 
@@ -88,7 +81,7 @@ def differentiable_gradients(
     return tuple(next(found) if is_needed else None for is_needed in needed)
 
 
-# --------------------------------------------------------------- relu_linear
+# ------------------------------------------------------------- linear layers
 def is_small(weight: Tensor) -> bool:
     """Whether a layer is one for the kernels; a larger one is a matrix library's own field."""
     return 0 < len(weight) <= 64 and weight.numel() <= 2**15

@@ -62,7 +62,8 @@ static void pack_columns(int depth, int size, const real *w, real *out) {
     int width = COLUMNS * LANES;
     memset(out, 0, (long)padded(size) * depth * sizeof(real));
     for (int first = 0; first < size; first += width, out += (long)depth * width)
-        for (int k = 0; k < depth; k++) memcpy(out + (long)k * width, w + (long)k * size + first, lesser(width, size - first) * sizeof(real));
+        for (int k = 0; k < depth; k++)
+            memcpy(out + (long)k * width, w + (long)k * size + first, lesser(width, size - first) * sizeof(real));
 }
 void pack_backward(int hidden, const real *w_hh, real *out) { pack_columns(3 * hidden, hidden, w_hh, out); }
 

@@ -100,8 +100,9 @@ int linear_backward(int rows, int inputs, int outputs, int relu, const real *x, 
     int pitch = (inputs + LANES - 1) / LANES * LANES;
     size_t weights = (size_t)outputs * pitch, slopes = whole_lines(weights + outputs); /* where a thread's slopes begin */
     size_t size = slopes + whole_lines((size_t)ROWS * outputs);
-    real *sums = memory((threads * size + weights) * sizeof(real)), *padded = sums + threads * size;
-    if (!sums) return NO_MEMORY;
+    real *padded = memory((weights + threads * size) * sizeof(real)), *sums;
+    if (!padded) return NO_MEMORY;
+    sums = padded + weights;
     for (int o = 0; o < outputs; o++) {
         memcpy(padded + (long)o * pitch, w + (long)o * inputs, inputs * sizeof(real));
         memset(padded + (long)o * pitch + inputs, 0, (pitch - inputs) * sizeof(real));
@@ -120,7 +121,7 @@ int linear_backward(int rows, int inputs, int outputs, int relu, const real *x, 
         for (size_t i = 0; i < weights + outputs; i++) sums[i] += sums[thread * size + i];
     for (int o = 0; o < outputs; o++) memcpy(dw + (long)o * inputs, sums + (long)o * pitch, inputs * sizeof(real));
     memcpy(db, sums + weights, outputs * sizeof(real));
-    free(sums);
+    free(padded);
     return 0;
 }
 
