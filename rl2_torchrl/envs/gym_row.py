@@ -37,7 +37,8 @@ class GymRow(gymnasium.Wrapper):
     ):
         super().__init__(make())
         self._row, self._tasks, self._task_option, self._info_keys = row, tasks, task_option, info_keys
-        self._set_task = TaskSetter(set_task)
+        # All rows have one function: whether it drifts, the first finds out.
+        self._set_task = TaskSetter(set_task, watched=1 if row else 10)
         #: What the row is made of, before anything is played.
         self.made_of = made_of(self.env)
         self._task: Any = None  # the last one that `set_task` was given, as a row of arrays

@@ -16,15 +16,12 @@ from rl2_torchrl.envs.simulation import model_of
 
 __all__ = ["TaskSetter", "warn_of_added"]
 
-#: So many tasks are looked at, at most.
-_WATCHED = 10
-
-
 class TaskSetter:
     """``set_task(env, task)`` of one env; the log tells of one that changes the env further where a task comes again.
 
     Args:
         set_task: a user's function.
+        watched: how many tasks are looked at, at most. Default 10.
 
     Attributes:
         added: attributes that the env has by its first task alone, such as a misspelt one.
@@ -38,25 +35,25 @@ class TaskSetter:
         ['gravty']
     """
 
-    def __init__(self, set_task: Callable[[Any, Any], None]):
-        self._set_task = set_task
+    def __init__(self, set_task: Callable[[Any, Any], None], watched: int = 10):
+        self._set_task, self._watched = set_task, watched
         self.added: list[str] = []
         #: The last task and what it left, until one has come twice, as it does in the second episode of a trial.
         self._last: tuple[Any, dict[str, bytes]] = (None, {})
-        self._hearings = 0
+        self._has_heard = False
 
     def __call__(self, env: Any, task: Any) -> None:
-        if self._hearings >= _WATCHED:
+        if self._watched == 0:
             return self._set_task(env, task)
         known, before = set(dir(env)), _numbers(env)
         self._set_task(env, task)
-        self._hearings += 1
-        if self._hearings == 1:
-            self.added = sorted(set(dir(env)).difference(known))
+        self._watched -= 1
+        if not self._has_heard:
+            self._has_heard, self.added = True, sorted(set(dir(env)).difference(known))
         (last, left), now = self._last, _numbers(env)
         self._last = task, now
         if _is_same(task, last):
-            self._hearings, self._last = _WATCHED, (None, {})
+            self._watched, self._last = 0, (None, {})
             # What was another before is the env's own doing.
             _warn_of_drift(tuple(name for name in now if before.get(name) == left.get(name) != now[name]))
 
