@@ -188,6 +188,13 @@ POLICIES = {
     "several layers in one module": lambda env: memoryless(nn.Sequential(nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 5))),
     "hook on all": lambda env: with_hook(make_policy(env), lambda policy: policy),
     "hook on the actor": lambda env: with_hook(make_policy(env), lambda policy: policy.actor),
+    "hook within a head": lambda env: with_hook(
+        make_policy(env), lambda policy: next(m for m in policy.modules() if isinstance(m, nn.Linear))
+    ),
+    "hook within an encoder": lambda env: with_hook(
+        RecurrentActor.from_env(env, encoder=MLPEncoder, hidden_size=8),
+        lambda policy: next(m for m in policy.modules() if isinstance(m, MLPEncoder)).layers[0],
+    ),
     "hook on a linear layer": lambda env: with_hook(memoryless(linear()), lambda policy: policy.module[0].module),
     "a sequence with its own forward": lambda env: Reversed(
         TensorDictModule(lambda logits: logits.argmax(-1), ["logits"], ["action"]),

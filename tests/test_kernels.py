@@ -6,8 +6,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from rl2_torchrl import kernels
-from rl2_torchrl.kernels.functions import linear_gradients, linear_kernel, log_prob_and_entropy, relu_linear
-from rl2_torchrl.modules.layers import Head
+from rl2_torchrl.kernels.functions import linear_gradients, linear_kernel, log_prob_and_entropy
 from rl2_torchrl.objectives.terms import ClippedObjective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -36,57 +35,7 @@ def close(ours, theirs):
     assert (ours - theirs).abs().max() <= TOLERANCE[theirs.dtype] * size
 
 
-# ----------------------------------------------------------------- relu_linear
-def layer_of(weight, bias=None):
-    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None)
-    linear.weight = nn.Parameter(weight)
-    linear.bias = None if bias is None else nn.Parameter(bias)
-    return linear
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 1, 1), (7, 5, 1), (33, 64, 10), (8, 16, 16), (9, 50, 17), (1600, 64, 11)]
-)
-def test_relu_linear_equals_torch(path, rows, inputs, outputs, bias, dtype):
-    torch.manual_seed(0)
-    x, w, slope = (torch.randn(*shape, dtype=dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
-    linear = layer_of(w, torch.randn(outputs, dtype=dtype) if bias else None)
-    ours, theirs = relu_linear(linear)(x.requires_grad_()), linear(torch.relu(x))
-    close(ours, theirs)
-    leaves = [x, *linear.parameters()]
-    for our, their in zip(
-        torch.autograd.grad(ours, leaves, slope), torch.autograd.grad(theirs, leaves, slope), strict=True
-    ):
-        close(our, their)
-
-
-@needs_kernels
-def test_relu_linear_makes_a_graph_only_where_one_is_asked_for():
-    x, linear = torch.ones(5, 4), layer_of(torch.ones(2, 4), torch.zeros(2))
-    assert type(relu_linear(linear)(x).grad_fn).__name__ == "_ReLULinearBackward"
-    with torch.no_grad():
-        assert not relu_linear(linear)(x).requires_grad
-    assert not relu_linear(linear.requires_grad_(False))(x).requires_grad
-    relu_linear(linear)(x.requires_grad_()).sum().backward()
-    assert x.grad.tolist() == 5 * [4 * [2.0]]
-    assert linear.weight.grad is None
-
-
-def test_relu_linear_can_be_differentiated_twice(path):
-    torch.manual_seed(0)
-    linear = layer_of(torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64))
-    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-
-    def function(x, *_):  # of the weights too, which it reads where they are
-        return relu_linear(linear)(x)
-
-    inputs = (x, *linear.parameters())
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
+# --------------------------------------------------------------- linear layers
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("relu", [True, False])
@@ -107,51 +56,22 @@ def test_a_linear_layer_by_kernels_equals_torchs(rows, inputs, outputs, relu, dt
         close(our, their)
 
 
-def test_relu_linear_reads_strided_inputs(path):
+@needs_kernels
+def test_a_linear_layer_by_kernels_reads_strided_weights():
     torch.manual_seed(0)
-    x, w = torch.randn(4, 6, 5).transpose(0, 2)[..., :4], torch.randn(4, 3).t()
-    close(relu_linear(layer_of(w))(x), nn.functional.linear(torch.relu(x), w))
+    x, w, b = torch.randn(6, 4), torch.randn(4, 3).t(), torch.randn(6)[::2]
+    kernel = linear_kernel(w, b, relu=True)
+    torch.randn(3)  # in the place of a bias that nobody holds
+    close(kernel(x), nn.functional.linear(torch.relu(x), w, b))
 
 
-def test_relu_linear_leaves_to_torch_what_the_kernels_do_not_read(path):
-    step = relu_linear(layer_of(torch.ones(2, 4), torch.zeros(2)))
-    assert step(torch.ones(0, 4)).shape == (0, 2)
-    for wrong in (torch.ones(5, 3), torch.ones(5, 4).double()):
-        with pytest.raises(RuntimeError, match="shape|dtype"):
-            step(wrong)
-
-
-def test_relu_linear_carries_nan(path):
-    x = torch.ones(20, 8)
-    x[11, 3] = torch.nan
-    out = relu_linear(layer_of(torch.ones(2, 8)))(x)
-    assert out.isnan().any(-1).nonzero().tolist() == [[11]]
-    assert out[11].isnan().all()
-
-
-def test_head_takes_the_layers_that_it_was_given():
-    head, x = Head(6, 3, init_range=0.5, num_cells=(5,)), torch.randn(4, 6)
-    layers = head.layers(x)
-    close(head(x), layers)
-    seen = []
-    head.layers[1].register_forward_hook(lambda *_: seen.append(1))
-    close(head(x), layers)
-    assert seen, "a hook on a layer was passed over"
-    tanh = Head(6, 3, init_range=0.5, activation=nn.Tanh)
-    close(tanh(x), tanh.layers(x))
-
-
-def test_some_inputs_go_past_the_first_activation():
-    head, x = Head(6, 3, init_range=0.5, num_cells=(5,), skip_size=2), torch.randn(4, 6)
-    _, first, _, last = head.layers
-    expected = last(torch.relu(first(torch.cat((torch.relu(x[:, :4]), x[:, 4:]), -1))))
-    close(head(x), expected)
-
-
-def test_head_under_vmap_and_compile():
-    head, x = Head(6, 3, init_range=0.5), torch.randn(4, 6)
-    close(torch.func.vmap(head)(x), head(x))
-    close(torch.compile(head, backend="eager")(x), head(x))
+@needs_kernels
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_linear_layer_by_kernels_carries_nan(relu):
+    x = torch.ones(9, 8)
+    x[3, 5] = torch.nan
+    out = linear_kernel(torch.ones(2, 8), None, relu=relu)(x)
+    assert out.isnan().any(-1).nonzero().tolist() == [[3]]
 
 
 # ----------------------------------------------------------------- categorical

@@ -27,7 +27,7 @@ from rl2_torchrl import (
     orthogonal_init_,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
-from rl2_torchrl.modules import LSTMCore
+from rl2_torchrl.modules import Head, LSTMCore
 from rl2_torchrl.modules.actor_critic import hidden_keys
 
 # Each kind of network: how to build it, the entry that its head writes, and that entry's size.
@@ -182,6 +182,13 @@ def test_memory_value_head_by_hand(extra, value):
         last_layer(module).bias.fill_(0.5)
     td = TensorDict({"actor_features": torch.tensor([[3.0, -1.0]]), "time_left": torch.tensor([[extra]])}, [1])
     assert module(td)["state_value"].item() == value
+
+
+def test_some_inputs_go_past_the_first_activation():
+    head, x = Head(6, 3, init_range=0.5, num_cells=(5,), skip_size=2), torch.randn(4, 6)
+    _, first, _, last = head.layers
+    expected = last(torch.relu(first(torch.cat((torch.relu(x[:, :4]), x[:, 4:]), -1))))
+    torch.testing.assert_close(head(x), expected)
 
 
 @pytest.mark.parametrize("detach", [True, False])

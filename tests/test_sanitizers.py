@@ -26,7 +26,6 @@ TESTS = (
 WITHOUT_KERNELS = (
     "tests/test_gru.py::test_what_is_not_covered_takes_torchrls_path",
     "tests/test_gru.py::test_compiled_program_gives_the_same_numbers",
-    "tests/test_kernels.py::test_head_under_vmap_and_compile",
 )
 OUT_OF_BOUNDS = """
 import torch

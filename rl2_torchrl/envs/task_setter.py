@@ -16,6 +16,7 @@ from rl2_torchrl.envs.simulation import model_of
 
 __all__ = ["TaskSetter", "warn_of_added"]
 
+
 class TaskSetter:
     """``set_task(env, task)`` of one env; the log tells of one that changes the env further where a task comes again.
 

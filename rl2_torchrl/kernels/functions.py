@@ -1,11 +1,11 @@
-"""`relu_linear` and `log_prob_and_entropy`, of which heads and policies are made, by kernels in one pass each way."""
+"""Linear layers, and `log_prob_and_entropy` of choices, by kernels in one pass each way."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rl2_torchrl import kernels
 from rl2_torchrl.kernels.recording import Recording
@@ -14,7 +14,7 @@ from rl2_torchrl.kernels.workspace import Workspace
 __all__ = [
     *("as_reals", "categorical_gradient", "categorical_terms", "contiguous", "differentiable_gradients", "is_small"),
     *("linear_gradients", "linear_kernel", "log_prob_and_entropy", "out_of_autocast", "raise_unknown_actions"),
-    *("relu_linear", "require_tensor", "unit_stride"),
+    *("require_tensor", "unit_stride"),
 ]
 
 
@@ -87,31 +87,6 @@ def is_small(weight: Tensor) -> bool:
     return 0 < len(weight) <= 64 and weight.numel() <= 2**15
 
 
-def relu_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """``max(x, 0) W^T + b`` of a layer as a function of ``x``: by kernels in one pass each way, for few outputs.
-
-    All that is the same in every call is looked at once, here; what the kernels do not read is left to PyTorch.
-    """
-    weight, bias, inputs = linear.weight, linear.bias, linear.in_features
-    has_kernels = is_small(weight) and kernels.covers(weight, bias)
-    forward = linear_kernel(weight, bias, relu=True) if has_kernels else None
-    is_trained = any(p is not None and p.requires_grad for p in (weight, bias))
-
-    def run(x: Tensor) -> Tensor:
-        fits = x.shape[-1] == inputs and x.dtype == weight.dtype and x.is_cpu and x.is_contiguous() and x.numel()
-        if forward is None or not fits:
-            return _relu_linear_by_torch(x, weight, bias)
-        if torch.is_grad_enabled() and (is_trained or x.requires_grad):
-            return _ReLULinear.apply(forward, x, weight, bias)
-        return forward(x)
-
-    return run
-
-
-def _relu_linear_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(torch.relu(x), weight, bias)
-
-
 def linear_kernel(weight: Tensor, bias: Tensor | None, *, relu: bool) -> Callable[[Tensor], Tensor]:
     """A linear layer that `is_small`, with ReLU before it or not, by the kernel; it makes no graph.
 
@@ -119,34 +94,14 @@ def linear_kernel(weight: Tensor, bias: Tensor | None, *, relu: bool) -> Callabl
     """
     weight, bias = contiguous(weight.detach()), contiguous(None if bias is None else bias.detach())
     (outputs, inputs), kernel = weight.shape, kernels.load(weight.dtype).linear_forward
-    addresses = weight.data_ptr(), kernels.address(bias)
 
     def forward(x: Tensor) -> Tensor:
         rows, y = x.numel() // inputs, Workspace.make(weight, (*x.shape[:-1], outputs))
-        threads = kernels.threads_for(rows * inputs * outputs)
-        kernel(rows, inputs, outputs, relu, x.data_ptr(), *addresses, y.data_ptr(), threads)
+        entries = map(kernels.address, (x, weight, bias, y))
+        kernel(rows, inputs, outputs, relu, *entries, kernels.threads_for(rows * inputs * outputs))
         return y
 
     return forward
-
-
-class _ReLULinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, forward, x, weight, bias):
-        ctx.save_for_backward(x, weight, bias)
-        return forward(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            needed = ctx.needs_input_grad[1:]
-            return None, *differentiable_gradients(_relu_linear_by_torch, ctx.saved_tensors, needed, dy)
-        weight = weight.contiguous()
-        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
-        d_weight, d_bias = torch.empty_like(weight), weight.new_empty(len(weight))
-        linear_gradients(x, weight, dy, dx, d_weight, d_bias, relu=True)
-        return None, dx, d_weight, None if bias is None else d_bias
 
 
 def linear_gradients(x, weight, dy, dx, d_weight, d_bias, *, relu: bool) -> None:

@@ -14,8 +14,8 @@ from torchrl.data import TensorSpec
 
 from rl2_torchrl.arguments import noted, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import IGNORED, Part, brings, is_bare, runs
-from rl2_torchrl.kernels.functions import as_reals, relu_linear
+from rl2_torchrl.gradients.part import IGNORED, Part, brings
+from rl2_torchrl.kernels.functions import as_reals
 from rl2_torchrl.modules.cores import sub_key
 
 __all__ = [
@@ -312,8 +312,6 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Maps ``features`` ``[*B, in_features]`` to ``[*B, out_features]``."""
-        if (fused := self._fused()) is not None:
-            return fused(features)
         if not self.skip_size:
             return self.layers(features)
         features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
@@ -321,20 +319,6 @@ class Head(nn.Module):
 
     def step_function(self) -> Callable[[Tensor], Tensor]:
         return _step_of(self)
-
-    def _fused(self) -> Callable[[Tensor], Tensor] | None:
-        """The layers, each ReLU at once with the linear layer behind it; None where they are others."""
-        by_turns = all(runs(layer, (nn.ReLU, nn.Linear)[number % 2]) for number, layer in enumerate(self.layers))
-        if self.skip_size or not by_turns or not is_bare(self):
-            return None
-        functions = list(map(relu_linear, self.layers[1::2]))
-
-        def step(features: Tensor) -> Tensor:
-            for function in functions:
-                features = function(features)
-            return features
-
-        return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         return None if self.skip_size else ChainPart.of(self, self.layers, in_keys, out_keys)
