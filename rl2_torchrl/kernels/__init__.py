@@ -1,4 +1,4 @@
-"""Kernels in C, compiled on first use: the GRU, the heads' linear layers, PPO's terms, returns, Adam.
+"""Kernels in C, compiled on first use: the GRU, small linear layers, PPO's terms, returns, Adam.
 
 `functions` and `gru_sequence` are what autograd and the networks see of them; a `Recording` makes many calls in one.
 
