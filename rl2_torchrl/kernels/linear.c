@@ -37,6 +37,16 @@ static void outputs_of(int rows, int inputs, int n, const real *active, const re
     for (int m = 0; m < rows; m++) store(y + m * pitch, sum[m], n);
 }
 
+/* The one output of each row: of a vector of outputs all but one would be empty. */
+static void one_output(int relu, int rows, int inputs, const real *x, const real *w, const real *b, real *y) {
+    for (int row = 0; row < rows; row++, x += inputs) {
+        vec sum = {0};
+        for (int k = 0; k < inputs; k += LANES) sum += activated(relu, load(x + k, inputs - k)) * load(w + k, inputs - k);
+        y[row] = b ? *b : 0;
+        for (int lane = 0; lane < LANES; lane++) y[row] += sum[lane];
+    }
+}
+
 int linear_forward(int rows, int inputs, int outputs, int relu, const real *x, const real *w, const real *b, real *y,
                    int threads) {
     size_t blocks = (outputs + LANES - 1) / LANES, weights = whole_lines(blocks * LANES * inputs);
@@ -48,6 +58,10 @@ int linear_forward(int rows, int inputs, int outputs, int relu, const real *x, c
     for (int row = 0; row < rows; row += ROWS) {
         real *active = packed + weights + omp_get_thread_num() * size;
         int count = lesser(ROWS, rows - row);
+        if (outputs == 1) {
+            one_output(relu, count, inputs, x + (long)row * inputs, w, b, y + row);
+            continue;
+        }
         activate(relu, count, inputs, x + (long)row * inputs, active);
         for (int first = 0; first < outputs; first += LANES)
             outputs_of(count, inputs, outputs - first, active, packed + (long)first * inputs,
