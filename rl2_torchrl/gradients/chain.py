@@ -59,10 +59,15 @@ class ChainPart(Part):
         self.dtypes = dict.fromkeys(in_keys, self.linears[0].weight.dtype)
         self.after = names[-1]
 
-    def step_function(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The module as a function of its one input, without gradient; the weights are those that there are now."""
+    def step_function(
+        self, otherwise: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The module as a function of its one input, without gradient; the weights are those that there are now.
+
+        ``otherwise``: what takes the input where kernels do not.
+        """
         if not all(is_small(layer.weight) for layer in self.linears):
-            return self.function
+            return otherwise
         inputs, dtype, functions = self.linears[0].in_features, self.linears[0].weight.dtype, []
         for before, layer in zip(self.before, self.linears, strict=True):
             functions += [partial(_activated, name="tanh")] if before == "tanh" else []
@@ -71,7 +76,7 @@ class ChainPart(Part):
 
         def step(x: torch.Tensor) -> torch.Tensor:
             if x.shape[-1] != inputs or x.dtype != dtype or not (x.is_cpu and x.numel()):
-                return self.function(x)
+                return otherwise(x)
             x = contiguous(x)
             for function in functions:
                 x = function(x)

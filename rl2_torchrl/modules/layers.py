@@ -12,9 +12,10 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
+from rl2_torchrl import kernels
 from rl2_torchrl.arguments import noted, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.part import IGNORED, Part, brings
+from rl2_torchrl.gradients.part import IGNORED, Part, brings, is_bare
 from rl2_torchrl.kernels.functions import as_reals
 from rl2_torchrl.modules.cores import sub_key
 
@@ -31,7 +32,30 @@ EntryEncoder = nn.Module | Callable[[torch.Size], nn.Module]
 Encoder = EntryEncoder | Mapping[NestedKey, EntryEncoder | None]
 
 
-class MLPEncoder(nn.Module):
+class Layers(nn.Module):
+    """What a class below computes `by_torch`; where no gradient is asked for, the kernels of its part do.
+
+    So do rollouts, with the same numbers as TorchRL's own loop to the last bit.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[*B, n]`` to ``[*B, m]``."""
+        if torch.is_grad_enabled() or not kernels.covers(x) or not is_bare(self):
+            return self.by_torch(x)
+        return self.step_function()(x)
+
+    def by_torch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
+        raise NotImplementedError
+
+    def step_function(self) -> Callable[[Tensor], Tensor]:
+        part = self.gradient_part(["x"], ["y"])
+        return self.by_torch if part is None else part.step_function(self.by_torch)
+
+
+class MLPEncoder(Layers):
     """Linear layers, each with an activation: ``[*B, *shape]`` to ``[*B, num_cells[-1]]``.
 
     Args:
@@ -63,21 +87,12 @@ class MLPEncoder(nn.Module):
             layers += [nn.Linear(inputs, outputs, **factory), activation()]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def by_torch(self, x: Tensor) -> Tensor:
         x = as_reals(x, self.layers[0].weight)
         return self.layers(x.flatten(-len(self.shape)) if self.shape else x.unsqueeze(-1))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         return ChainPart.of(self, self.layers, in_keys, out_keys) if len(self.shape) == 1 else None
-
-    def step_function(self) -> Callable[[Tensor], Tensor]:
-        return _step_of(self)
-
-
-def _step_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """``module`` at a step of a rollout, by the kernels of its part where it has one."""
-    part = module.gradient_part(["x"], ["y"])
-    return module if part is None else part.step_function()
 
 
 class ImageEncoder(nn.Module):
@@ -272,7 +287,7 @@ def out_of_place(module: nn.Module) -> nn.Module:
 
 
 # --------------------------------------------------------------------- heads
-class Head(nn.Module):
+class Head(Layers):
     """``W f(h) + b``: an activation and one linear layer, with hidden layers before it if you like.
 
     Args:
@@ -310,15 +325,11 @@ class Head(nn.Module):
             nn.init.uniform_(parameter, -init_range, init_range)
         self.layers = out_of_place(nn.Sequential(*layers))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Maps ``features`` ``[*B, in_features]`` to ``[*B, out_features]``."""
+    def by_torch(self, features: Tensor) -> Tensor:
         if not self.skip_size:
             return self.layers(features)
         features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
         return self.layers[1:](torch.cat((self.layers[0](features), skipped), -1))
-
-    def step_function(self) -> Callable[[Tensor], Tensor]:
-        return _step_of(self)
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         return None if self.skip_size else ChainPart.of(self, self.layers, in_keys, out_keys)
