@@ -33,7 +33,7 @@ def told_in_a_line() -> Iterator[None]:
     try:
         _require_words(sys.argv[1:])
         yield
-    except (KeyError, OSError, ValueError) as error:
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         is_ours = not OURS.isdisjoint(Path(frames[-1].filename).parents)
         if not is_ours or not frames[-1].line.startswith("raise ") or error.__cause__ is not None:

@@ -112,7 +112,7 @@ class RunCheckpoints:
                 raise OSError(
                     f"checkpoints={str(self._folder)!r} is in use by another training ({error}): two runs in one folder would "
                     "remove each other's checkpoints. Give each its own, such as one for each seed, or wait for the other."
-                ) from error
+                ) from None
             for path in self._folder.iterdir():
                 if _is_ours(whole_name(path.name)):  # of a write that was killed
                     path.unlink()

@@ -56,6 +56,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.arguments import require_folder_name
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
+from rl2_torchrl.locks import locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -355,6 +356,15 @@ def test_errors_of_ones_own_and_those_with_a_cause_keep_their_traceback(tmp_path
     for main in (mine, caused):
         with pytest.raises(ValueError, match="at fault|is no report"):
             cli(main)
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_a_folder_that_another_run_has_is_told_in_a_line(tmp_path, monkeypatch):
+    run("bandit", tmp_path, report_tasks=2)
+    sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "16", "--report-tasks", "4", "--no-classical"]
+    monkeypatch.setattr("sys.argv", ["bandit", *sizes, "--log-dir", str(tmp_path), "--resume"])
+    with locked(tmp_path / "checkpoints" / "checkpoint.lock"), pytest.raises(SystemExit, match="^error: .* is in use by another"):
+        command(bandit.main)
 
 
 @pytest.mark.usefixtures("unpainted")

@@ -46,7 +46,7 @@ class Camera:
                 f"MuJoCo found no OpenGL to render with ({error}); MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}. Without a "
                 "display set MUJOCO_GL=egl before Python starts (on Debian and Ubuntu: apt-get install libegl1 "
                 "libgl1-mesa-dri), or MUJOCO_GL=osmesa (apt-get install libosmesa6)."
-            ) from error
+            ) from None
 
     def __reduce__(self) -> tuple:
         return Camera, (self._model, *self.size)  # a copy has a renderer of its own: OpenGL's cannot be copied
