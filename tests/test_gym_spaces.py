@@ -14,7 +14,7 @@ from torchrl.envs import Compose, TransformedEnv
 from torchrl.modules import set_recurrent_mode
 
 from rl2_torchrl import ActorCritic, GRUValueHead, PreviousStep, RecurrentActor, Trial, TrialCollector
-from rl2_torchrl.envs import GymVectorEnv
+from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace
 from rl2_torchrl.testing import check_trial_env
 
@@ -287,3 +287,9 @@ def test_words_of_an_envs_own_are_left_out_in_processes_too():
         env.close()
     assert batches[0]["next", "episode_done"].sum() > 3
     assert_close(*batches)
+
+
+def test_of_what_torchrls_gym_env_cannot_show_the_way_to_show_it_is_told():
+    with pytest.raises(KeyError, match="No conversion tool") as told:
+        GymTaskEnv(Told, set_task=lambda env, task: None, task_spec=Unbounded(1))
+    assert any("GymVectorEnv(make_env, num_envs, ...) may" in note for note in told.value.__notes__)

@@ -363,7 +363,10 @@ def test_a_folder_that_another_run_has_is_told_in_a_line(tmp_path, monkeypatch):
     run("bandit", tmp_path, report_tasks=2)
     sizes = ["--arms", "2", "--pulls", "3", "--units", "4", "--trials", "16", "--report-tasks", "4", "--no-classical"]
     monkeypatch.setattr("sys.argv", ["bandit", *sizes, "--log-dir", str(tmp_path), "--resume"])
-    with locked(tmp_path / "checkpoints" / "checkpoint.lock"), pytest.raises(SystemExit, match="^error: .* is in use by another"):
+    with (
+        locked(tmp_path / "checkpoints" / "checkpoint.lock"),
+        pytest.raises(SystemExit, match="^error: .* is in use by another"),
+    ):
         command(bandit.main)
 
 

@@ -14,6 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import GymEnv, GymWrapper
 
+from rl2_torchrl.arguments import noted
 from rl2_torchrl.envs.layers import made_of, put_state, spaces_within, state_or_reason
 from rl2_torchrl.envs.task_setter import TaskSetter, warn_of_added
 from rl2_torchrl.storage import from_tensor, to_tensor
@@ -98,7 +99,10 @@ class GymTaskEnv(GymEnv):
                     f"the env observes {space}, and TorchRL's GymEnv counts choices from 0, and knows no unsigned numbers of more "
                     "than a byte: it would show others, or fail. GymVectorEnv(make_env, num_envs, ...) shows them as they are."
                 )
-        super()._make_specs(env, *args, **kwargs)
+        with noted(
+            "What TorchRL's GymEnv cannot show, GymVectorEnv(make_env, num_envs, ...) may, such as a text's own space."
+        ):
+            super()._make_specs(env, *args, **kwargs)
 
     def read_action(self, action: torch.Tensor) -> Any:
         """What the env is given: choices counted from where its space begins, reals in the space's shape and within its bounds."""
