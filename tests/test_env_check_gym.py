@@ -116,6 +116,22 @@ def test_tasks_that_drift_are_told_of_once(kind, told):
     assert "other numbers in the env the second time: ['goal']" in told[0]
 
 
+def grown(env, task):
+    env.goal *= task.item()
+
+
+@pytest.mark.parametrize("first", [[1.0, 2.0], [2.0, 1.0]])
+def test_a_task_that_changes_nothing_hides_no_drift(first, told):
+    _warn_of_drift.cache_clear()
+    env = ALONE["vector"](grown)
+    for row in env.envs.envs:
+        row.unwrapped.goal = 1.0
+    tasks = TaskSampler.fixed(torch.tensor([*first, 1.0, 1.0]).unsqueeze(-1))
+    env = TransformedEnv(env, Compose(Trial(2), tasks, PreviousStep()))
+    env.rollout(20, break_when_any_done=False)
+    assert len(told) == 1
+
+
 def heavier(env, task):
     env.model.body_mass[-1] *= task.item()
 

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, TensorDictSequential, set_interaction_type
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchrl.collectors import Collector
 from torchrl.data import Composite, Unbounded
 from torchrl.envs import Compose, GymEnv, RenameTransform, SerialEnv, TransformedEnv
@@ -27,7 +28,7 @@ from rl2_torchrl import (
     orthogonal_init_,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
-from rl2_torchrl.modules import Head, LSTMCore
+from rl2_torchrl.modules import Head, LSTMCore, MLPEncoder
 from rl2_torchrl.modules.actor_critic import hidden_keys
 
 # Each kind of network: how to build it, the entry that its head writes, and that entry's size.
@@ -189,6 +190,17 @@ def test_some_inputs_go_past_the_first_activation():
     _, first, _, last = head.layers
     expected = last(torch.relu(first(torch.cat((torch.relu(x[:, :4]), x[:, 4:]), -1))))
     torch.testing.assert_close(head(x), expected)
+
+
+@pytest.mark.parametrize("taken_apart", [torch.jit.trace, lambda module, x: make_fx(module)(x)], ids=["jit", "fx"])
+@pytest.mark.parametrize(
+    "module", [MLPEncoder(6, [5]), Head(6, 3, init_range=0.5), Head(6, 3, init_range=0.5, activation=nn.Tanh)], ids=str
+)
+def test_layers_are_taken_apart_into_pytorchs_operations(module, taken_apart):
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        alone = taken_apart(module, torch.randn(4, 6))
+        torch.testing.assert_close(alone(x), module(x))
 
 
 @pytest.mark.parametrize("detach", [True, False])

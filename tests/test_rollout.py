@@ -1,5 +1,7 @@
 """`Rollout`: with the same noise its batches are those of TorchRL's `Collector` over the transforms, whatever env it plays."""
 
+import math
+
 import pytest
 import torch
 from rollouts import (
@@ -23,6 +25,7 @@ from torchrl.envs import (
 from rl2_torchrl import (
     TrialCollector,
 )
+from rl2_torchrl.rollout.rollout import _steps_at_once
 
 CASES = [
     # Native envs of one length: whole trials, several trials, and batches that cut them.
@@ -180,3 +183,11 @@ def test_batches_over_workers_are_those_of_envs_one_by_one():
         env = make_env(name, episodes=2)
         results.append(batches_of(env, make_policy(env, still=True), 7, rollout)[1])
     assert_same(*results)
+
+
+@pytest.mark.parametrize(
+    ("entries", "steps"), [([], math.inf), ([(64,)], 4096), ([(64,), (300,)], 512), ([(3, 84, 84)], 512)]
+)
+def test_large_entries_do_not_wait_for_long(entries, steps):
+    """Of four rows: what caches hold of 2^14 steps of rows is 2^24 bytes, 1,024 a row."""
+    assert _steps_at_once([torch.zeros(4, *shape) for shape in entries]) == steps

@@ -37,8 +37,8 @@ class GymRow(gymnasium.Wrapper):
     ):
         super().__init__(make())
         self._row, self._tasks, self._task_option, self._info_keys = row, tasks, task_option, info_keys
-        # All rows have one function: whether it drifts, the first finds out.
-        self._set_task = TaskSetter(set_task, watched=1 if row else 10)
+        # All rows have one function: whether it drifts, a few find out.
+        self._set_task = TaskSetter(set_task, watched=10 if row < 4 else 1)
         #: What the row is made of, before anything is played.
         self.made_of = made_of(self.env)
         self._task: Any = None  # the last one that `set_task` was given, as a row of arrays

@@ -39,8 +39,9 @@ class TaskSetter:
     def __init__(self, set_task: Callable[[Any, Any], None], watched: int = 10):
         self._set_task, self._watched = set_task, watched
         self.added: list[str] = []
-        #: The last task and what it left, until one has come twice, as it does in the second episode of a trial.
-        self._last: tuple[Any, dict[str, bytes]] = (None, {})
+        #: The last task, what it left, and whether that was another than before; until one that changed something has come twice,
+        #: as it does in the second episode of a trial.
+        self._last: tuple[Any, dict[str, bytes], bool] = (None, {}, False)
         self._has_heard = False
 
     def __call__(self, env: Any, task: Any) -> None:
@@ -51,10 +52,10 @@ class TaskSetter:
         self._watched -= 1
         if not self._has_heard:
             self._has_heard, self.added = True, sorted(set(dir(env)).difference(known))
-        (last, left), now = self._last, _numbers(env)
-        self._last = task, now
-        if _is_same(task, last):
-            self._watched, self._last = 0, (None, {})
+        (last, left, has_changed), now = self._last, _numbers(env)
+        self._last = task, now, now != before
+        if has_changed and _is_same(task, last):
+            self._watched, self._last = 0, (None, {}, False)
             # What was another before is the env's own doing.
             _warn_of_drift(tuple(name for name in now if before.get(name) == left.get(name) != now[name]))
 

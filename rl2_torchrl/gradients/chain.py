@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -30,32 +30,35 @@ class ChainPart(Part):
     Args:
         module: the whole as a module, which takes data that the kernels do not. If it has ``detach = True``, the gradient
             stops at the first of ``in_keys``.
-        layers: the layers that it is made of.
+        named: the layers that it is made of, each after the name of its activation, or None for a linear one.
         in_keys: entries of the input ``[N, T, n]``; if there are several, all but the first go past the first layer, an
             activation.
         out_keys: entry of the output ``[N, T, m]``.
+        parameters: those of the linear layers.
     """
 
     @classmethod
-    def of(cls, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys) -> ChainPart | None:
+    def of(cls, module: nn.Module, layers: Iterable[nn.Module], in_keys, out_keys) -> ChainPart | None:
         """The part, or None where ``layers`` are something else, or there are no kernels for them."""
-        layers = list(layers)
-        parameters = [p for layer in layers for p in layer.parameters()]
-        by_turns = all((_name_of(one) is None) != (_name_of(other) is None) for one, other in pairwise(layers))
-        known = by_turns and all(_name_of(layer) or runs(layer, nn.Linear) for layer in layers)
-        has_kernels = known and any(p.numel() for p in parameters) and kernels.covers(*parameters)
-        return cls(module, layers, in_keys, out_keys) if has_kernels else None
+        named = [(_name_of(layer), layer) for layer in layers]
+        by_turns = all((one is None) != (other is None) for (one, _), (other, _) in pairwise(named))
+        linears = [layer for name, layer in named if name is None]
+        if not by_turns or not all(runs(layer, nn.Linear) for layer in linears):
+            return None
+        parameters = [p for layer in linears for p in (layer.weight, layer.bias) if p is not None]
+        has_kernels = any(p.numel() for p in parameters) and kernels.covers(*parameters)
+        return cls(module, named, in_keys, out_keys, parameters) if has_kernels else None
 
-    def __init__(self, module: nn.Module, layers: Sequence[nn.Module], in_keys, out_keys):
-        super().__init__(module, in_keys, out_keys)
+    def __init__(self, module: nn.Module, named: Sequence[tuple[str | None, nn.Module]], in_keys, out_keys, parameters):
+        super().__init__(module, in_keys, out_keys, parameters=parameters)
         self.detach = bool(vars(module).get("detach"))
         joins = len(self.in_keys) > 1
         #: What is done to the first input alone, where others join it behind that.
-        self.first, layers = _name_of(layers[0]) if joins else None, layers[joins:]
-        names = [None, *map(_name_of, layers)]
+        self.first, named = named[0][0] if joins else None, named[joins:]
+        names = [None, *(name for name, _ in named)]
         #: The linear layers, what stands before each of them, and after the last.
-        self.linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        self.before = [name for name, layer in zip(names, layers, strict=False) if isinstance(layer, nn.Linear)]
+        self.linears = [layer for name, layer in named if name is None]
+        self.before = [before for before, (name, _) in zip(names, named, strict=False) if name is None]
         self.dtypes = dict.fromkeys(in_keys, self.linears[0].weight.dtype)
         self.after = names[-1]
 
@@ -66,12 +69,10 @@ class ChainPart(Part):
 
         ``otherwise``: what takes the input where kernels do not.
         """
-        if not all(is_small(layer.weight) for layer in self.linears):
-            return otherwise
         inputs, dtype, functions = self.linears[0].in_features, self.linears[0].weight.dtype, []
         for before, layer in zip(self.before, self.linears, strict=True):
             functions += [partial(_activated, name="tanh")] if before == "tanh" else []
-            functions.append(linear_kernel(layer.weight, layer.bias, relu=before == "relu"))
+            functions.append(_layer(layer.weight, layer.bias, has_relu=before == "relu"))
         functions += [] if self.after is None else [partial(_activated, name=self.after)]
 
         def step(x: torch.Tensor) -> torch.Tensor:
@@ -99,7 +100,7 @@ class ChainPart(Part):
         for before, layer in zip(self.before, self.linears, strict=True):
             x = _activated(x, "tanh") if before == "tanh" else contiguous(x)
             self._inputs.append((x, layer.weight, layer.bias))
-            x = _linear(x, layer.weight, layer.bias, before == "relu")
+            x = _layer(layer.weight, layer.bias, has_relu=before == "relu")(x)
         self._out = state[self.out_keys[0]] = _activated(x, self.after)
         return True
 
@@ -126,11 +127,18 @@ class ChainPart(Part):
                 accumulate(gradients, key, _before_activation(contiguous(part), self._joined, first))
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, has_relu: bool) -> torch.Tensor:
+def _layer(
+    weight: torch.Tensor, bias: torch.Tensor | None, *, has_relu: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear layer behind a ReLU or not, without gradient."""
     if is_small(weight):
-        return linear_kernel(weight, bias, relu=has_relu)(x)
-    Recording.interrupt()
-    return nn.functional.linear(x.relu() if has_relu else x, weight, bias)
+        return linear_kernel(weight, bias, relu=has_relu)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        Recording.interrupt()
+        return nn.functional.linear(x.relu() if has_relu else x, weight, bias)
+
+    return run
 
 
 def _linear_gradients(x, weight, slope, d_x, has_relu: bool) -> tuple[torch.Tensor, torch.Tensor]:

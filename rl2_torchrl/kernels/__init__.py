@@ -96,9 +96,14 @@ def covers(*tensors: torch.Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` (`vmap`, …), forward-mode AD or `torch.export` takes what runs here apart, into PyTorch's operations."""
-    is_dual = forward_ad._current_level >= 0
-    return is_dual or torch.compiler.is_exporting() or torch._C._functorch.maybe_current_level() is not None
+    """Whether what runs here is taken apart, into PyTorch's operations.
+
+    By `torch.func` (`vmap`, …), forward-mode AD, `torch.export`, `torch.jit.trace`, `make_fx`, or with tensors without numbers.
+    """
+    is_dual, modes = forward_ad._current_level >= 0, torch._C._TorchDispatchModeKey
+    is_transformed = is_dual or torch._C._functorch.maybe_current_level() is not None
+    is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return is_transformed or is_traced or any(map(torch._C._get_dispatch_mode, (modes.FAKE, modes.PROXY)))
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

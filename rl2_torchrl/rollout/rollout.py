@@ -8,6 +8,7 @@ where all rows begin and end their trials together, a whole batch is one CUDA gr
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -38,8 +39,9 @@ __all__ = ["Rollout"]
 
 log = logging.getLogger(__name__)
 
-#: Steps of rows that are looked back at in one call: of more the caches hold too little.
-_ROWS_AT_ONCE = 2**14
+#: Steps of rows that are looked back at in one call, if these have no more bytes than caches hold; of large ones, such as images,
+#: which grow to more within a network, an eighth.
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 2**14, 2**24
 
 
 class Rollout:
@@ -219,8 +221,9 @@ class Rollout:
                 self._buffer(key, value)[1][t].copy_(value)
             if t == 0:
                 looked_at = leaves(self._read_late, state)
+                at_once = _steps_at_once([state[key] for key in looked_at])
             waiting.append({key: state[key] for key in looked_at})
-            if len(waiting) * self.trials.rows >= _ROWS_AT_ONCE or t + 1 == self.steps:
+            if len(waiting) >= at_once or t + 1 == self.steps:
                 self._look_back(waiting, t + 1)
                 waiting = []
             if self.on_step is not None:
@@ -340,6 +343,14 @@ class Rollout:
 def _layout(policy: TensorDictModuleBase, env: EnvBase) -> list[tuple[int, bool]]:
     """Which modules a policy has, and on which of them hooks hang, and which transforms ``env``: what a rollout is made by."""
     return [(id(module), has_hooks(module)) for module in (*policy.modules(), *transforms_of(env))]
+
+
+def _steps_at_once(entries: list[torch.Tensor]) -> float:
+    """How many steps, of ``entries`` ``[N, ...]`` each, are looked back at in one call."""
+    if not entries:
+        return math.inf
+    is_large = sum(entry.nbytes for entry in entries) * _ROWS_AT_ONCE > _BYTES_AT_ONCE * len(entries[0])
+    return _ROWS_AT_ONCE / (8 if is_large else 1) / len(entries[0])
 
 
 @contextmanager
