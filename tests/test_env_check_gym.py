@@ -120,15 +120,17 @@ def grown(env, task):
     env.goal *= task.item()
 
 
-@pytest.mark.parametrize("first", [[1.0, 2.0], [2.0, 1.0]])
-def test_a_task_that_changes_nothing_hides_no_drift(first, told):
+@pytest.mark.parametrize(
+    ("episodes", "tasks"), [(99, [1.0, 1.0, 2.0, 1.0]), (2, [1.0] * 4 + [2.0] * 4)], ids=["in a row", "in a trial"]
+)
+def test_a_task_that_changes_nothing_hides_no_drift(episodes, tasks, told):
     _warn_of_drift.cache_clear()
     env = ALONE["vector"](grown)
     for row in env.envs.envs:
         row.unwrapped.goal = 1.0
-    tasks = TaskSampler.fixed(torch.tensor([*first, 1.0, 1.0]).unsqueeze(-1))
-    env = TransformedEnv(env, Compose(Trial(2), tasks, PreviousStep()))
-    env.rollout(20, break_when_any_done=False)
+    sampler = TaskSampler.fixed(torch.tensor(tasks).unsqueeze(-1))
+    env = TransformedEnv(env, Compose(Trial(episodes), sampler, PreviousStep()))
+    env.rollout(30, break_when_any_done=False)
     assert len(told) == 1
 
 
