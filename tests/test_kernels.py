@@ -39,7 +39,10 @@ def close(ours, theirs):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (7, 5, 1), (33, 64, 10), (9, 50, 17), (70, 12, 64)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(1, 1, 1), (7, 5, 1), (33, 64, 10), (8, 16, 16), (9, 50, 17), (70, 12, 64), (1600, 64, 1), (1600, 64, 11)],
+)
 def test_a_linear_layer_by_kernels_equals_torchs(rows, inputs, outputs, relu, dtype):
     torch.manual_seed(0)
     shapes = ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
@@ -50,6 +53,7 @@ def test_a_linear_layer_by_kernels_equals_torchs(rows, inputs, outputs, relu, dt
     leaves = [leaf.requires_grad_() for leaf in (x, w, b)]
     y = nn.functional.linear(torch.relu(x) if relu else x, w, b)
     close(linear_kernel(w, b, relu=relu)(x), y)
+    close(linear_kernel(w, None, relu=relu)(x), y - b)
     for our, their in zip(
         (*ours, *alone[1:]), (*(theirs := torch.autograd.grad(y, leaves, slope)), *theirs[1:]), strict=True
     ):

@@ -192,15 +192,43 @@ def test_some_inputs_go_past_the_first_activation():
     torch.testing.assert_close(head(x), expected)
 
 
-@pytest.mark.parametrize("taken_apart", [torch.jit.trace, lambda module, x: make_fx(module)(x)], ids=["jit", "fx"])
-@pytest.mark.parametrize(
-    "module", [MLPEncoder(6, [5]), Head(6, 3, init_range=0.5), Head(6, 3, init_range=0.5, activation=nn.Tanh)], ids=str
-)
-def test_layers_are_taken_apart_into_pytorchs_operations(module, taken_apart):
+LAYERS = [MLPEncoder(6, [5]), Head(6, 3, init_range=0.5), Head(6, 3, init_range=0.5, activation=nn.Tanh)]
+TAKEN_APART = {
+    "jit": torch.jit.trace,
+    "fx": lambda module, x: make_fx(module)(x),
+    "vmap": lambda module, x: torch.func.vmap(module),
+    "compile": lambda module, x: torch.compile(module, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("way", TAKEN_APART)
+@pytest.mark.parametrize("module", LAYERS, ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_layers_are_taken_apart_into_pytorchs_operations(module, way, grad):
     x = torch.randn(4, 6)
-    with torch.no_grad():
-        alone = taken_apart(module, torch.randn(4, 6))
+    with torch.set_grad_enabled(grad):
+        alone = TAKEN_APART[way](module, torch.randn(4, 6))
         torch.testing.assert_close(alone(x), module(x))
+
+
+@pytest.mark.parametrize("make", [lambda: MLPEncoder(6, [5]), lambda: Head(6, 3, init_range=0.5, num_cells=(5,))])
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_hook_on_a_layer_is_passed_over(make, grad):
+    module, seen = make(), []
+    next(m for m in module.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *_: seen.append(1))
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(module(x := torch.randn(4, 6)), module.layers(x))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("module", LAYERS, ids=str)
+@torch.no_grad()
+def test_inputs_of_another_size_are_refused(module):
+    for wrong in (torch.ones(5, 3), torch.ones(6, 12)):
+        with pytest.raises(RuntimeError, match="shape"):
+            module.step_function()(wrong)
+        with pytest.raises(RuntimeError, match="shape"):
+            module(wrong)
 
 
 @pytest.mark.parametrize("detach", [True, False])
