@@ -12,7 +12,6 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
-from rl2_torchrl import kernels
 from rl2_torchrl.arguments import noted, whole, whole_numbers
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import IGNORED, Part, brings, is_bare
@@ -40,7 +39,7 @@ class Layers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[*B, n]`` to ``[*B, m]``."""
-        if torch.is_grad_enabled() or not kernels.covers(x) or not is_bare(self):
+        if torch.is_grad_enabled() or not is_bare(self):
             return self.by_torch(x)
         return self.step_function()(x)
 
