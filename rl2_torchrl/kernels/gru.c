@@ -80,6 +80,9 @@ static int arrays_of(int rows, int steps, int inputs, int hidden, const real *sa
     }
     return ARRAYS * rows;
 }
+/* The order in which a step's arrays are written, row by row: one after the other they would have a stride, by which processors fetch
+ * ahead into the rows that another thread is writing, and take their cache lines away from it. */
+static const int STRIDELESS[8] = {0, 5, 2, 7, 4, 1, 6, 3};
 INLINE void ask_for(const real *array, const int vectors) {
     UNROLL for (int c = 0; c < vectors; c++) __builtin_prefetch(array + c * LANES, 1, 2);
 }
@@ -151,7 +154,9 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
         const real *read = may_skip && begun == rows && is_zero(h, ROWS * pitch) ? NULL : h;
         int count = saved ? arrays_of(rows, steps, inputs, hidden, saved + t * saved_size(inputs, hidden), y + (long)t * hidden,
                                       (long)steps * hidden, arrays) : 0;
-        for (int m = 0; saved && m < rows; m++) {
+        for (int i = 0; saved && i < 8; i++) {
+            int m = STRIDELESS[i];
+            if (m >= rows) continue;
             real *s = saved + ((long)m * steps + t) * saved_size(inputs, hidden) + 5 * hidden;
             memset(s, 0, (saved_size(inputs, hidden) - 5L * hidden) * sizeof(real));
             memcpy(s, inputs_of[m], inputs * sizeof(real));
@@ -163,7 +168,9 @@ static void forward_rows(int rows, int steps, int inputs, int hidden, const real
             int n = hidden - first;
             if (rows > ROWS / 2) gate_block(ROWS, inputs, hidden, pitch, read, inputs_of, w, &g, arrays, count, first);
             else gate_block(ROWS / 2, inputs, hidden, pitch, read, inputs_of, w, &g, arrays, count, first);
-            for (int m = 0; m < rows; m++) {
+            for (int i = 0; i < 8; i++) {
+                int m = STRIDELESS[i];
+                if (m >= rows) continue;
                 vec before = *(vec *)(h + m * pitch + first);
                 vec after = g.n[m] + g.z[m] * (before - g.n[m]);
                 *(vec *)(next + m * pitch + first) = after;
@@ -308,7 +315,7 @@ int gru_input_gradient(int n, int inputs, int hidden, const real *saved, const r
 
 /* ----------------------------------------------------------------------------------------------- weights */
 
-/* Memory that gru_weight_gradients works in. */
+/* Memory that each thread of gru_weight_gradients works in. */
 long sums_size(int inputs, int hidden) {
     return sums_height(3 * hidden) * sums_width(hidden + inputs + 1) + sums_height(hidden) * sums_width(inputs + 1);
 }
@@ -317,7 +324,7 @@ long sums_size(int inputs, int hidden) {
 void gru_weight_gradients(int n, int inputs, int hidden, const real *saved, real *d_w_ih, real *d_w_hh, real *d_b_ih,
                           real *d_b_hh, real *sums, int threads) {
     long pitch = saved_size(inputs, hidden), width = sums_width(hidden + inputs + 1), width_of_n = sums_width(inputs + 1);
-    real *by_n = sums + sums_height(3 * hidden) * width;
+    real *by_n = sums + threads * sums_height(3 * hidden) * width;
     outer_sums(n, pitch, saved, 3 * hidden, saved + 4 * hidden, hidden + inputs + 1, sums, threads);
     outer_sums(n, pitch, saved + 3 * hidden, hidden, saved + 5 * hidden, inputs + 1, by_n, threads);
     for (int u = 0; u < 3 * hidden; u++, sums += width) {

@@ -178,11 +178,10 @@ def weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[
     library, units = kernels.load(gradients.dtype), gates // 3
     steps = gradients.shape[0] * gradients.shape[1]
     made = [Workspace.make(gradients, shape) for shape in ((gates, inputs), (gates, units), (gates,), (gates,))]
-    sums = Workspace.make(gradients, (library.sums_size(inputs, units),))
-    library.gru_weight_gradients(
-        *(steps, inputs, units, gradients.data_ptr(), *map(kernels.address, made), sums.data_ptr()),
-        kernels.threads_for(steps * gates * (units + inputs)),
-    )
+    threads = kernels.threads_for(steps * gates * (units + inputs))
+    sums = Workspace.make(gradients, (threads, library.sums_size(inputs, units)))
+    addresses = gradients.data_ptr(), *map(kernels.address, made), sums.data_ptr()
+    library.gru_weight_gradients(steps, inputs, units, *addresses, threads)
     return tuple(made)
 
 

@@ -30,24 +30,32 @@ INLINE void add_outer(const int wide, int n, long pitch, const real *q, int new_
         UNROLL for (int c = 0; c < wide; c++) *(vec *)(sums + m * width + c * LANES) = sum[m][c];
 }
 
-/* sums [sums_height(outputs), sums_width(columns)] = sum over n steps of q[step, output] v[step, column]; steps are `pitch` numbers
- * apart. Each thread has outputs of its own: the sums are the same whatever the number of threads. */
-void outer_sums(int n, long pitch, const real *q, int outputs, const real *v, int columns, real *sums, int threads) {
-    int blocks = (int)(sums_height(outputs) / OUTPUTS);
-    long width = sums_width(columns);
+/* Those of all outputs over n steps, in [sums_height(outputs), width]. */
+static void sums_of(int n, long pitch, const real *q, int outputs, const real *v, real *sums, long width) {
     memset(sums, 0, sums_height(outputs) * width * sizeof(real));
+    for (int i = 0; i < n; i += STEPS)
+        for (int c = 0; c < width; c += WIDE * LANES)
+            for (int o = 0; o < outputs; o += OUTPUTS) {
+                const real *from_q = q + i * pitch + o, *from_v = v + i * pitch + c;
+                real *to = sums + o * width + c;
+                int steps = lesser(STEPS, n - i), wide = lesser(WIDE, (int)(width - c) / LANES);
+                if (wide == WIDE) add_outer(WIDE, steps, pitch, from_q, !c, from_v, !o, to, width);
+                else if (wide == 2) add_outer(2, steps, pitch, from_q, !c, from_v, !o, to, width);
+                else add_outer(1, steps, pitch, from_q, !c, from_v, !o, to, width);
+            }
+}
+
+/* sums [threads, sums_height(outputs), sums_width(columns)]: in the first of the threads', the sums over n steps of q[step, output]
+ * v[step, column]; steps are `pitch` numbers apart. Each thread has steps of its own, which are in its cache if it has made them, and
+ * the sums are added in the threads' order: the same numbers in every run. */
+void outer_sums(int n, long pitch, const real *q, int outputs, const real *v, int columns, real *sums, int threads) {
+    long width = sums_width(columns), size = sums_height(outputs) * width;
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
-        int begin = blocks * thread / threads * OUTPUTS, end = blocks * (thread + 1) / threads * OUTPUTS;
-        for (int i = 0; i < n; i += STEPS)
-            for (int c = 0; c < width; c += WIDE * LANES)
-                for (int o = begin; o < end; o += OUTPUTS) {
-                    const real *from_q = q + i * pitch + o, *from_v = v + i * pitch + c;
-                    real *to = sums + o * width + c;
-                    int steps = lesser(STEPS, n - i), wide = lesser(WIDE, (int)(width - c) / LANES), new_q = !c, new_v = o == begin;
-                    if (wide == WIDE) add_outer(WIDE, steps, pitch, from_q, new_q, from_v, new_v, to, width);
-                    else if (wide == 2) add_outer(2, steps, pitch, from_q, new_q, from_v, new_v, to, width);
-                    else add_outer(1, steps, pitch, from_q, new_q, from_v, new_v, to, width);
-                }
+        long begin = (long)n * thread / threads, end = (long)n * (thread + 1) / threads;
+        sums_of((int)(end - begin), pitch, q + begin * pitch, outputs, v + begin * pitch, sums + thread * size, width);
     }
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < size; i += LANES)
+        for (int thread = 1; thread < threads; thread++) *(vec *)(sums + i) += *(vec *)(sums + thread * size + i);
 }
