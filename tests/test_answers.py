@@ -155,6 +155,24 @@ class PutsAnother(Counted):
         return super().forward(tensordict)
 
 
+class ChangesAnOption(Counted):
+    """For one minibatch."""
+
+    def forward(self, tensordict):
+        self.loss_critic_type = "smooth_l1" if self.calls == 2 else "l2"
+        return super().forward(tensordict)
+
+
+class PutsAStep(Counted):
+    """In the place of one of `ClipPPOLoss`'s, for one minibatch."""
+
+    def forward(self, tensordict):
+        vars(self).pop("_get_entropy", None)
+        if self.calls == 2:
+            self._get_entropy = lambda *args, **kwargs: 2 * RL2PPOLoss._get_entropy(self, *args, **kwargs)
+        return super().forward(tensordict)
+
+
 class PenalisesSlopes(Counted):
     """A penalty on the gradient of the losses' sum."""
 
@@ -212,7 +230,7 @@ class WeighsWhatTermsSay(Counted):
 ALIKE = {Counted, Adds, AddsWhenCalled, Halves, ReadsAll, PutsAnother}
 UNLIKE = {WeighsOne, LeavesOut, AsksForOne, PenalisesSlopes, ChangesAfterwards}
 OTHERS = {ChangesInPlace, Replaces, LeavesAKeyOut, Schedules, Freezes, AsksTwice, PutsOthersInTheirPlace, AsksByData}
-OTHERS |= {ChangesOnce}
+OTHERS |= {ChangesOnce, ChangesAnOption, PutsAStep}
 NEVER = {Anneals, WeighsWhatTermsSay}
 
 

@@ -152,13 +152,15 @@ class RL2PPOLoss(ClipPPOLoss):
         return Answers(replays, self._state_now())
 
     def _state_now(self) -> tuple:
-        """What gradients depend on beside data and weights."""
+        """What gradients depend on beside data and weights, and with it `why_not_parts`."""
         coefficients = [None if c is None else as_number(c) for c in (self.critic_coeff, self.entropy_coeff)]
         _, *modules = self.modules()
         # Others may stand in their places for a while, as by `TensorDictParams.to_module`.
         parameters = [p for module in modules for p in module._parameters.values()]
         weights = [(id(p), p is None or p.requires_grad) for p in parameters]
-        options = (self.clip_bounds, self.entropy_bonus, self._has_critic, self.tensor_keys, len(self.terms))
+        options = [self.clip_bounds, self.entropy_bonus, self._has_critic, self.tensor_keys, len(self.terms)]
+        options += [_differs(getattr(self, option), ours) for option, ours in _OURS.items()]
+        options.append(vars(self).keys().isdisjoint(_STEPS))
         return [(module, is_watched(module)) for module in modules], coefficients, options, weights
 
     def _has_own_terms(self) -> bool:
@@ -196,10 +198,10 @@ class RL2PPOLoss(ClipPPOLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Losses and diagnostics of the sequences ``tensordict`` ``[*B, T]``."""
-        refusal, key = self.why_not_parts(), self.tensor_keys.advantage
-        answers = self._answers if refusal is None else None
+        answers = None if is_compiling() else self._answers
         if answers is not None and (given := answers(tensordict, self._state_now())) is not None:
             return TensorDict(given)
+        refusal, key = self.why_not_parts(), self.tensor_keys.advantage
         self._check_data(tensordict)
         has_advantage, has_own_terms = tensordict.get(key, None) is not None, self._has_own_terms()
         if has_own_terms and not has_advantage:
