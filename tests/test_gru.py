@@ -248,6 +248,19 @@ def test_any_number_of_rows_equals_torch(sequence, rows):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize(("rows", "steps"), [(1, 2), (5, 4), (33, 9)])  # fewer steps than threads among them
+def test_any_number_of_threads_equals_torch(monkeypatch, threads, rows, steps):
+    monkeypatch.setattr(kernels, "threads_for", lambda multiplications: threads)
+    gru, x = nn.GRU(3, 21, batch_first=True).double(), torch.randn(rows, steps, 3, dtype=torch.float64)
+    found, expected = (
+        (y, *torch.autograd.grad(y.square().sum(), gru.parameters()))
+        for y in (gru_sequence(x, None, None, *gru.parameters()), gru(x)[0])
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
 def test_strided_inputs_are_read_rightly(sequence):
     gru = nn.GRU(3, 8, batch_first=True)
     x = torch.randn(3, 5, 4).transpose(0, 2)
