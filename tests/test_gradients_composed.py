@@ -421,12 +421,6 @@ class _Shown(nn.Module):
         return {"loss_size": features.square().mean()}
 
 
-class _ShownByHand(_Shown):
-    def with_gradients(self, features):
-        self.keep(features)
-        return {"loss_size": features.square().mean()}, (2 / features.numel() * features,)
-
-
 class _ShownOnTheWay(_Shown):
     """Between core and head, where it is shown the gradient too."""
 
@@ -459,7 +453,6 @@ def _module_that_keeps(shown):
 KEPT = {
     "hook on a head": (_Shown, _hook_that_keeps),
     "term": (_Shown, lambda shown: loss_of("categorical", "separate", torch.float64, terms=[shown])),
-    "term by hand": (_ShownByHand, lambda shown: loss_of("categorical", "separate", torch.float64, terms=[shown])),
     "module on the way": (_ShownOnTheWay, _module_that_keeps),
 }
 

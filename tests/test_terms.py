@@ -23,7 +23,7 @@ from rl2_torchrl import (
     kernels,
 )
 from rl2_torchrl.gradients import Program
-from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, OwnGradient, SquaredError
+from rl2_torchrl.objectives.terms import ClippedObjective, EntropyBonus, SquaredError
 from rl2_torchrl.settings import settings_of
 
 F64 = {"dtype": torch.float64}
@@ -334,54 +334,6 @@ def test_two_terms_of_one_name_and_one_that_reads_what_is_not_there():
             run(loss_with(Told()), data_of().exclude("task"))
 
 
-def test_a_term_with_a_gradient_of_its_own():
-    class Pull(OwnGradient):
-        def __init__(self):
-            super().__init__(["logits"])
-
-        def with_gradients(self, logits):
-            return {"loss_pull": 0.5 * logits.square().sum()}, (logits.clone(),)
-
-    loss, data = loss_with(Pull()), data_of()
-    gradients = torch.autograd.grad(total(loss(data)), list(loss.parameters()))
-    Program(loss)(dict(data.items()))
-    with set_recurrent_mode(True):
-        logits = loss.actor_network.get_dist_params(data.clone())["logits"]
-    reference = total(ClipPPOLoss.forward(loss, data)) + 0.5 * logits.square().sum()
-    expected = torch.autograd.grad(reference, list(loss.parameters()))
-    for parameter, one, other in zip(loss.parameters(), gradients, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(parameter.grad, other, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("keys", [["logits", "action"], ["action", "logits"]])
-def test_the_first_entry_of_such_a_term_may_be_whole_numbers(keys):
-    class Cloning(OwnGradient):
-        def with_gradients(self, *entries):
-            given = dict(zip(self.in_keys, entries, strict=True))
-            chance, taken = given["logits"].softmax(-1), nn.functional.one_hot(given["action"], 3)
-            slopes = {"logits": chance - taken, "action": None}
-            return {"loss_cloning": -(chance.log() * taken).sum()}, tuple(slopes[key] for key in self.in_keys)
-
-    loss, data = loss_with(Cloning(keys)), data_of()
-    losses = loss(data)
-    assert losses["loss_cloning"] > 10
-    gradients = torch.autograd.grad(total(losses), list(loss.parameters()))
-    Program(loss)(dict(data.items()))
-    for parameter, gradient in zip(loss.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("key", ["logits", "actor_features", ("policy", "log_prob"), "state_value"])
-def test_a_gradient_of_another_shape_is_refused(key):
-    class Short(OwnGradient):
-        def with_gradients(self, entry):
-            return {"loss_short": entry.sum()}, (torch.ones_like(entry)[:1],)
-
-    with pytest.raises(ValueError, match=r"Short.with_gradients gave a gradient \(1, .* by .*: give it that shape"):
-        Program(loss_with(Short([key])))(dict(data_of().items()))
-
-
 @pytest.mark.parametrize("key", ["logits", "actor_features"])
 def test_a_gradient_that_a_hook_of_a_terms_keeps_stays_as_it_was(key):
     class Watched(nn.Module):
@@ -397,55 +349,6 @@ def test_a_gradient_that_a_hook_of_a_terms_keeps_stays_as_it_was(key):
     Program(loss_with(Watched()))(data)
     assert torch.equal(shown, kept[1])
     assert torch.equal(shown, before)
-
-
-class Half(OwnGradient):
-    """Of what it reads the squares' sum, halved, the gradient of which is what it reads: in one memory."""
-
-    def with_gradients(self, *entries):
-        return {"loss_half": 0.5 * sum(entry.square().sum() for entry in entries)}, entries
-
-
-class Mean(OwnGradient):
-    """Its gradient is one number, seen as many."""
-
-    def with_gradients(self, entry):
-        return {"loss_mean": entry.mean()}, (entry.new_tensor(1 / entry.numel()).expand_as(entry),)
-
-
-class Summed(OwnGradient):
-    """The gradient is the same by both entries: in one memory."""
-
-    def with_gradients(self, one, other):
-        both = one + other
-        return {"loss_summed": 0.5 * both.square().sum()}, (both, both)
-
-
-@pytest.mark.parametrize(
-    ("term", "critic"),
-    [
-        (Half(["actor_features"]), "shared"),
-        (Half(["logits", "actor_features"]), "shared"),
-        (Mean(["actor_features"]), "shared"),
-        (Mean(["logits"]), "shared"),
-        (Summed(["actor_features", "critic_features"]), "own"),
-    ],
-)
-def test_gradients_that_a_term_gives_are_not_written_over(term, critic):
-    class Cubes(nn.Module):
-        in_keys = ["logits", "actor_features"]
-
-        def forward(self, logits, features):
-            return {"loss_cubes": logits.pow(3).sum() + features.pow(3).sum()}
-
-    torch.manual_seed(0)
-    actor = GRUCategoricalActor(5, 3, hidden_size=8, init_range=1.0, **F64)
-    value = MemoryValueHead(8, detach=False, **F64) if critic == "shared" else GRUValueHead(5, hidden_size=8, **F64)
-    loss, data = RL2PPOLoss(actor, value, terms=[term, Cubes()]), data_of()
-    expected = torch.autograd.grad(total(loss(data)), list(loss.parameters()))
-    Program(loss)(dict(data.items()))
-    for parameter, gradient in zip(loss.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
 
 
 class _Weighed(RL2PPOLoss):

@@ -171,10 +171,8 @@ class TermPart(Part):
         state[self.out_keys[0]] = sum(losses[1:], start=losses[0]) if losses else torch.zeros(())
 
     def brings_kernels(self) -> bool:
-        """Whether its gradients are its ``by_kernels``; a class of a user's may have put something else in their place."""
-        term = self.function
-        is_ours = type(term).__module__.startswith("rl2_torchrl.") and "with_gradients" not in vars(term)
-        return is_ours and hasattr(term, "by_kernels")
+        """Whether its gradients are its ``by_kernels``, as PPO's own terms have it; a class below one may do more there."""
+        return type(self.function).__module__.startswith("rl2_torchrl.") and hasattr(self.function, "by_kernels")
 
     def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Gradients] | tuple[()]:
         """What makes `losses` of the numbers that kernels leave, and the gradients.
@@ -199,7 +197,7 @@ class TermPart(Part):
 
     def losses_and_gradients(self, state: State) -> tuple[Values, Gradients]:
         """Losses and diagnostics, and the losses' gradients, which may lie in each other's memory."""
-        if hasattr(self.function, "with_gradients"):
+        if hasattr(self.function, "with_gradients"):  # PPO's own
             self._values, found = self._by_hand(entries_of(state, self.in_keys))
         else:
             self.forward(state)
@@ -209,14 +207,9 @@ class TermPart(Part):
         return {**values, **numbers}, found
 
     def _by_hand(self, entries: list[torch.Tensor]) -> tuple[Values, Gradients]:
-        (values, slopes), found, self._leaves = self.function.with_gradients(*entries), {}, {}
-        for key, entry, slope in zip(self.in_keys, entries, slopes, strict=True):
-            if slope is not None and key in self.wanted:
-                if slope.shape != entry.shape:
-                    raise ValueError(
-                        f"{type(self.function).__name__}.with_gradients gave a gradient {tuple(slope.shape)} by {key!r}, "
-                        f"which is {tuple(entry.shape)}: give it that shape."
-                    )
-                slope = slope.to(entry)  # kernels take it for that
-                found[key] = found[key] + slope if key in found else slope
-        return values, found
+        values, slopes = self.function.with_gradients(*entries)
+        of_keys = zip(self.in_keys, entries, slopes, strict=True)
+        # In the entry's dtype, as which kernels take it.
+        return values, {
+            key: slope.to(entry) for key, entry, slope in of_keys if slope is not None and key in self.wanted
+        }

@@ -21,7 +21,7 @@ where its name begins with ``max_``. Parameters of a term are the loss's, and tr
 gives of a term what its ``out_keys`` name, if it has some, and then each time. Where a term has a loss in some minibatches and
 none in others, all modules and terms may be asked twice for one minibatch of a batch.
 
-Autograd makes a term's gradient, for that term alone. A term without parameters that knows it better derives from `OwnGradient`.
+Autograd makes a term's gradient, for that term alone.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +36,7 @@ from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.functions import contiguous
 from rl2_torchrl.kernels.workspace import Workspace
 
-__all__ = ["ClippedObjective", "EntropyBonus", "KernelTerm", "OwnGradient", "SquaredError"]
+__all__ = ["ClippedObjective", "EntropyBonus", "KernelTerm", "SquaredError"]
 
 
 def as_number(value: Tensor) -> float | Tensor:
@@ -44,58 +44,36 @@ def as_number(value: Tensor) -> float | Tensor:
     return value.item() if value.is_cpu else value
 
 
-class OwnGradient(nn.Module, ABC):
-    """A term that gives one loss and its gradient by hand, from the entries ``in_keys``."""
+class KernelTerm(nn.Module, ABC):
+    """One of PPO's own terms: one loss and its gradient, by kernels where they read the entries ``in_keys``, else by PyTorch."""
 
     def __init__(self, in_keys: list[NestedKey]):
         super().__init__()
         self.in_keys = in_keys
 
-    @abstractmethod
     def with_gradients(self, *entries: Tensor) -> tuple[Values, tuple]:
         """Its one ``loss_...`` and diagnostics; and the loss's gradient by each of ``entries``, or None for one that has none.
 
         It is called without gradients; under ``create_graph`` once more with them, and what PyTorch's operations then give is
         differentiated itself.
         """
-
-    def forward(self, *entries: Tensor) -> dict[str, Tensor]:
-        """Loss and diagnostics, the loss with its gradient as autograd takes it."""
-        with torch.no_grad():
-            values, slopes = self.with_gradients(*entries)
-        like = next((entry for entry in entries if entry.is_floating_point()), entries[0])
-        values = {name: value.to(like) if isinstance(value, Tensor) else value for name, value in values.items()}
-        numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-        if numbers:  # on a device there are none; one alone would cost as much as all of them
-            values |= zip(numbers, like.new_tensor(list(numbers.values())).unbind(), strict=True)
-        name = next(name for name in values if name.startswith("loss_"))
-        values[name] = _WithGradients.apply(values[name], slopes, self, *entries)
-        return values
-
-
-class _WithGradients(torch.autograd.Function):
-    """The number that is given, with the gradients that are given."""
-
-    @staticmethod
-    def forward(ctx, value, slopes, term, *entries):
-        ctx.slopes, ctx.term, ctx.entries = slopes, term, entries
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, slope):
-        slopes = ctx.term.with_gradients(*ctx.entries)[1] if torch.is_grad_enabled() else ctx.slopes
-        return None, None, None, *(None if own is None else own * slope for own in slopes)
-
-
-class KernelTerm(OwnGradient):
-    """A term whose arithmetic is kernels' where they read the entries, else PyTorch's."""
-
-    def with_gradients(self, *entries):
         self.require_shapes(*entries)
         if torch.is_grad_enabled() or not kernels.covers(*entries):
             return self.by_torch(*entries)
         totals, slopes, more = self.by_kernels(*entries)
         return {**self.figures(totals.tolist(), entries[0]), **more}, slopes
+
+    def forward(self, *entries: Tensor) -> dict[str, Tensor]:
+        """Loss and diagnostics, the loss with its gradient as autograd takes it."""
+        with torch.no_grad():
+            values, slopes = self.with_gradients(*entries)
+        values = {name: value.to(entries[0]) if isinstance(value, Tensor) else value for name, value in values.items()}
+        numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        if numbers:  # on a device there are none; one alone would cost as much as all of them
+            values |= zip(numbers, entries[0].new_tensor(list(numbers.values())).unbind(), strict=True)
+        name = next(name for name in values if name.startswith("loss_"))
+        values[name] = _WithGradients.apply(values[name], slopes, self, *entries)
+        return values
 
     def require_shapes(self, *entries: Tensor) -> None:
         """ValueError where ``entries`` do not fit each other."""
@@ -111,6 +89,20 @@ class KernelTerm(OwnGradient):
     @abstractmethod
     def figures(self, totals: list[float], like: Tensor) -> dict[str, float]:
         """Loss and diagnostics from the ``totals`` of as many steps as ``like`` ``[N, T, ...]`` has."""
+
+
+class _WithGradients(torch.autograd.Function):
+    """The number that is given, with the gradients that are given."""
+
+    @staticmethod
+    def forward(ctx, value, slopes, term, *entries):
+        ctx.slopes, ctx.term, ctx.entries = slopes, term, entries
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        slopes = ctx.term.with_gradients(*ctx.entries)[1] if torch.is_grad_enabled() else ctx.slopes
+        return None, None, None, *(None if own is None else own * slope for own in slopes)
 
 
 class ClippedObjective(KernelTerm):
